@@ -1,0 +1,257 @@
+"""GGUF files: the header, read here in one pass, and tensors dequantized on demand.
+
+Layout (the GGUF specification, version 3, little-endian): magic "GGUF", version u32, number of tensors u64,
+number of key-value pairs u64; the pairs (string key, u32 type, value); a record a tensor (name, u32 dims,
+u64 sizes, fastest dim first, u32 type, u64 offset); padding to the alignment; the data.
+
+Every length is checked against the file before it is believed: a damaged file ends in one sentence.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from easyllm.core.errors import CheckpointError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_ARRAY_DEPTH = 4
+MAX_DIMS = 4
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFTensor:
+    """Where a tensor lies: `shape` in row-major order (slowest dim first), `offset` from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    offset: int
+    num_bytes: int
+
+
+class GGUFFile:
+    """An open GGUF file.
+
+    Attributes:
+        metadata: the key-value pairs, arrays as lists.
+        tensors: name → where it lies.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not GGUF.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise CheckpointError(f"GGUF file {str(path)!r} does not exist") from None
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"cannot read GGUF file {str(path)!r}: {error}") from None
+        header = _HeaderReader(self._map, self.path)
+        self.metadata, self.tensors = header.read()
+
+    def load(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor `name`, dequantized, in row-major order."""
+        place = self.tensors[name]
+        raw = np.frombuffer(self._map, np.uint8, place.num_bytes, place.offset)
+        return _dequantize(raw, place).to(dtype)
+
+
+class _HeaderReader:
+    """Reads the header; every read is bounded by the file's size."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path = data, path
+        self.size = len(data)
+        self.at = 0
+
+    def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+        try:
+            return self._read()
+        except (struct.error, UnicodeDecodeError, IndexError, OverflowError) as error:
+            raise self._broken(f"{error} at byte {self.at}") from None
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+        if self.data[:4] != MAGIC:
+            raise CheckpointError(
+                f"{self.path} is not a GGUF file (it starts with {self.data[:4]!r})"
+            )
+        self.at = 4
+        version = self._number("I")
+        if version not in VERSIONS:
+            raise CheckpointError(
+                f"{self.path} is GGUF version {version}, expected 2 or 3; convert it again with a current tool"
+            )
+        num_tensors, num_pairs = self._number("Q"), self._number("Q")
+        # a pair takes at least 13 bytes, a tensor record at least 24
+        self._check_count(num_pairs, 13, "key-value pairs")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_pairs):
+            key = self._string()
+            if key in metadata:
+                raise self._broken(f"key {key!r} stands twice")
+            metadata[key] = self._value(self._number("I"), 0)
+        self._check_count(num_tensors, 24, "tensors")
+        records = [self._record() for _ in range(num_tensors)]
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+            raise self._broken(f"alignment {alignment!r} is not a power of two")
+        start = (self.at + alignment - 1) // alignment * alignment
+        return metadata, self._place(records, start)
+
+    def _record(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string()
+        num_dims = self._number("I")
+        if num_dims > MAX_DIMS:
+            raise self._broken(f"tensor {name!r} has {num_dims} dims, at most {MAX_DIMS} expected")
+        dims = tuple(self._number("Q") for _ in range(num_dims))
+        return name, dims[::-1], self._number("I"), self._number("Q")
+
+    def _place(
+        self, records: list[tuple[str, tuple[int, ...], int, int]], start: int
+    ) -> dict[str, GGUFTensor]:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        tensors: dict[str, GGUFTensor] = {}
+        for name, shape, type_id, offset in records:
+            if name in tensors:
+                raise self._broken(f"tensor {name!r} stands twice")
+            try:
+                kind = GGMLQuantizationType(type_id)
+                block, block_bytes = GGML_QUANT_SIZES[kind]
+            except (ValueError, KeyError):
+                raise self._broken(f"tensor {name!r} has the unknown type {type_id}") from None
+            count = 1
+            for size in shape:
+                count *= size
+            width = shape[-1] if shape else 1
+            if width % block:
+                raise self._broken(f"tensor {name!r}: width {width} is no multiple of {block}")
+            num_bytes = count // block * block_bytes
+            if start + offset + num_bytes > self.size:
+                raise CheckpointError(
+                    f"{self.path} is truncated: tensor {name!r} ends at byte {start + offset + num_bytes}, "
+                    f"the file has {self.size}; download or convert it again"
+                )
+            tensors[name] = GGUFTensor(name, shape, kind.name, start + offset, num_bytes)
+        return tensors
+
+    def _value(self, kind: int, depth: int) -> Any:
+        if kind in _SCALARS:
+            return self._number(_SCALARS[kind])
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            raise self._broken(f"value type {kind} is unknown")
+        if depth >= MAX_ARRAY_DEPTH:
+            raise self._broken("arrays are nested too deeply")
+        inner, count = self._number("I"), self._number("Q")
+        if inner in _SCALARS:
+            layout = f"<{count}{_SCALARS[inner]}"
+            self._check_count(count, struct.calcsize(_SCALARS[inner]), "array items")
+            values = struct.unpack_from(layout, self.data, self.at)
+            self.at += struct.calcsize(layout)
+            return list(values)
+        self._check_count(count, 8, "array items")
+        if inner == _STRING:
+            return self._strings(count)
+        return [self._value(inner, depth + 1) for _ in range(count)]
+
+    def _strings(self, count: int) -> list[str]:
+        data, at, size = self.data, self.at, self.size
+        unpack = struct.Struct("<Q").unpack_from
+        out = []
+        for _ in range(count):
+            (length,) = unpack(data, at)
+            at += 8
+            if length > size - at:
+                raise self._broken(f"a string of {length} bytes at byte {at}")
+            out.append(data[at : at + length].decode("utf-8"))
+            at += length
+        self.at = at
+        return out
+
+    def _string(self) -> str:
+        return self._strings(1)[0]
+
+    def _number(self, layout: str) -> Any:
+        (value,) = struct.unpack_from("<" + layout, self.data, self.at)
+        self.at += struct.calcsize("<" + layout)
+        return value
+
+    def _check_count(self, count: int, least_bytes: int, what: str) -> None:
+        if count * least_bytes > self.size - self.at:
+            raise self._broken(f"{count} {what} do not fit into the file")
+
+    def _broken(self, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} is damaged or truncated: {reason}; download or convert it again"
+        )
+
+
+def _dequantize(raw: np.ndarray[Any, Any], place: GGUFTensor) -> Tensor:
+    """fp32 values of a tensor's bytes; the common block formats here, the rest by the `gguf` package."""
+    fast = _FAST.get(place.type_name)
+    if fast is not None:
+        return fast(torch.from_numpy(raw.copy())).view(place.shape)
+    from gguf import GGMLQuantizationType, dequantize
+
+    kind = GGMLQuantizationType[place.type_name]
+    if place.type_name in ("F16", "F64"):
+        values = raw.view(np.float16 if place.type_name == "F16" else np.float64).astype(np.float32)
+    else:
+        values = dequantize(raw, kind)
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(place.shape)
+
+
+def _float32(raw: Tensor) -> Tensor:
+    return raw.view(torch.float32)
+
+
+def _bfloat16(raw: Tensor) -> Tensor:
+    return raw.view(torch.bfloat16).float()
+
+
+def _q8_0(raw: Tensor) -> Tensor:
+    """Blocks of 32: fp16 scale, 32 int8."""
+    blocks = raw.view(-1, 34)
+    scale = blocks[:, :2].contiguous().view(torch.float16).float()
+    return blocks[:, 2:].contiguous().view(torch.int8).float().mul_(scale)
+
+
+def _q4_0(raw: Tensor) -> Tensor:
+    """Blocks of 32: fp16 scale, 16 bytes; low nibbles are values 0-15, high ones 16-31, both minus 8."""
+    blocks = raw.view(-1, 18)
+    scale = blocks[:, :2].contiguous().view(torch.float16).float()
+    return _nibbles(blocks[:, 2:]).sub_(8).mul_(scale)
+
+
+def _q4_1(raw: Tensor) -> Tensor:
+    """As Q4_0 with fp16 scale and fp16 minimum: q · scale + minimum."""
+    blocks = raw.view(-1, 20)
+    head = blocks[:, :4].contiguous().view(torch.float16).float()
+    return _nibbles(blocks[:, 4:]).mul_(head[:, :1]).add_(head[:, 1:])
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """[N, 16] bytes → [N, 32] fp32 of 0-15."""
+    out = torch.empty(packed.shape[0], 32)
+    out[:, :16] = packed & 15
+    out[:, 16:] = packed >> 4
+    return out
+
+
+_FAST = {"F32": _float32, "BF16": _bfloat16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}

@@ -1,0 +1,150 @@
+"""Folders of safetensors in the Hugging Face layout, read lazily and written atomically.
+
+A folder holds `model.safetensors`, or shards `model-00001-of-0000N.safetensors` with
+`model.safetensors.index.json`. Nothing here ever reads a pickle.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from easyllm.core.atomic import output_errors, write_json
+from easyllm.core.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 4 * 10**9
+
+
+class TensorFolder:
+    """The tensors of a checkpoint folder, opened lazily.
+
+    Example:
+        with TensorFolder(path) as tensors:
+            w = tensors.load("model.norm.weight")
+
+    Raises:
+        CheckpointError: weights are missing, damaged or truncated.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._files = ExitStack()
+        self._place: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in self._weight_files():
+            handle = self._files.enter_context(open_safetensors(file))
+            for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
+                self._place[name] = handle
+                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+
+    def __enter__(self) -> "TensorFolder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+    def load(self, name: str) -> Tensor:
+        """The tensor `name`."""
+        tensor: Tensor = self._place[name].get_tensor(name)
+        return tensor
+
+    def _weight_files(self) -> list[Path]:
+        index = self.path / INDEX
+        if index.is_file():
+            try:
+                shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise CheckpointError(
+                    f"{index} is not a shard index; copy the checkpoint again"
+                ) from None
+            if any(not isinstance(s, str) or Path(s).name != s for s in shards):
+                raise CheckpointError(f"{index} names a shard outside its folder; refuse to read it")
+            return [self.path / shard for shard in shards]
+        single = self.path / WEIGHTS
+        if single.is_file():
+            return [single]
+        hint = ""
+        if list(self.path.glob("*.bin")) or list(self.path.glob("*.pt*")):
+            hint = " (it has pickle files, which are never read; convert them to safetensors)"
+        raise CheckpointError(f"folder {str(self.path)!r} holds no {WEIGHTS}{hint}")
+
+
+def open_safetensors(path: Path) -> Any:
+    """An open safetensors file.
+
+    Raises:
+        CheckpointError: missing, damaged or truncated.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"weight file {str(path)!r} does not exist; copy the checkpoint again")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or truncated ({error}); copy or download it again"
+        ) from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of one safetensors file, and its metadata."""
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, dict(file.metadata() or {})
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes one safetensors file; put it into an atomic folder to make the whole atomic."""
+    from safetensors.torch import save_file
+
+    with output_errors(path):
+        save_file(
+            {name: t.detach().contiguous() for name, t in tensors.items()},
+            path,
+            metadata=dict(metadata or {}),
+        )
+
+
+def write_model_weights(
+    folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes weights into `folder` as one file, or as shards with an index."""
+    shards = _shards(tensors, max_shard_bytes)
+    metadata = {"format": "pt"}  # what transformers expects to find
+    if len(shards) == 1:
+        write_tensors(folder / WEIGHTS, tensors, metadata)
+        return
+    places = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, {name: tensors[name] for name in names}, metadata)
+        places.update(dict.fromkeys(names, file))
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

@@ -1,0 +1,1 @@
+"""Foundations every other folder stands on: errors, configuration, progress, manifests, devices."""

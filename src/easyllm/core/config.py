@@ -1,0 +1,206 @@
+"""Configuration: one pydantic model a thing, read from YAML, the environment and `key.sub=value` words.
+
+Order of precedence: defaults < recipe file < `EASYLLM_*` environment < command line.
+"""
+
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from easyllm.core.errors import ConfigError, SourceError, suggest
+
+ENVIRONMENT_PREFIX = "EASYLLM_"
+"""`EASYLLM_OPTIMIZER__LEARNING_RATE=1e-4` sets `optimizer.learning_rate`; two underscores are a dot."""
+RESERVED_VARIABLES = frozenset({"EASYLLM_CACHE", "EASYLLM_DEBUG"})
+
+
+class Config(BaseModel):
+    """Base of every configuration value: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds.
+
+    Raises:
+        SourceError: the file is not there.
+        ConfigError: it is not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise SourceError(f"recipe {str(path)!r} does not exist; name a YAML file")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path} holds a {type(content).__name__}, expected a mapping of keys to values"
+        )
+    return content
+
+
+def apply_overrides(values: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """`values` with each `key.sub=value` set; a value is read as YAML (`1e-4`, `true`, `[a, b]`).
+
+    >>> apply_overrides({"optimizer": {"name": "adamw"}}, ["optimizer.learning_rate=1e-4"])
+    {'optimizer': {'name': 'adamw', 'learning_rate': 0.0001}}
+    """
+    result = _deep_copy(values)
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"{word!r} is not an override; write key=value or key.sub=value"
+                f"{suggest(key, result)}"
+            )
+        try:
+            value = yaml.load(text, Loader=_YamlLoader) if text else ""
+        except yaml.YAMLError:
+            value = text
+        *parents, leaf = key.strip().split(".")
+        place = result
+        for parent in parents:
+            inner = place.get(parent)
+            place[parent] = place = dict(inner) if isinstance(inner, Mapping) else {}
+        place[leaf] = value
+    return result
+
+
+def environment_overrides(
+    model: type[BaseModel], environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """Override words for the `EASYLLM_*` variables that name a field of `model`."""
+    environment = os.environ if environment is None else environment
+    words = []
+    for name, value in sorted(environment.items()):
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in RESERVED_VARIABLES:
+            continue
+        key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+        if key.split(".")[0] in model.model_fields:
+            words.append(f"{key}={value}")
+    return words
+
+
+def validate(model: type[C], values: Mapping[str, Any], *, source: str) -> C:
+    """`values` as a `model`.
+
+    Raises:
+        ConfigError: lists every mistake at once, each with the key, what was got, what was
+            expected, and for a mistyped key the nearest known one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, model, values, source)) from None
+
+
+def load_config(model: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
+    """A `model` from a YAML file, then the environment, then `key.sub=value` words."""
+    values = apply_overrides(read_yaml(path), [*environment_overrides(model), *overrides])
+    return validate(model, values, source=str(path))
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The configuration with every default written out, as YAML that reads back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's reading of numbers: `1e-4` is a float (YAML 1.1 takes it for text)."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _describe(
+    error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], source: str
+) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(_written_place(problem["loc"], values))
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(model, problem["loc"][:-1])
+            hint = suggest(str(problem["loc"][-1]), known)
+            hint = hint or (f" (known keys: {', '.join(known)})" if known else "")
+            lines.append(f"unknown key {key!r}{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"missing key {key!r}")
+        else:
+            got = repr(problem["input"])
+            got = got if len(got) <= 60 else got[:57] + "..."
+            message = problem["msg"].removeprefix("Value error, ")
+            prefix = f"{key}={got}: " if key else ""
+            lines.append(f"{prefix}{message[0].lower()}{message[1:]}")
+    if len(lines) == 1:
+        return f"{source}: {lines[0]}"
+    return f"{source}: {len(lines)} mistakes\n  - " + "\n  - ".join(lines)
+
+
+def _written_place(place: tuple[int | str, ...], values: Any) -> list[str]:
+    """The keys a user wrote: pydantic also puts the chosen variant of a union into the path."""
+    written = []
+    for index, part in enumerate(place):
+        if isinstance(values, Mapping) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+            values = values[part]
+        elif index < len(place) - 1:
+            continue
+        written.append(str(part))
+    return written
+
+
+def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the nested model that `place` leads to."""
+    candidates: list[type[BaseModel]] = [model]
+    for part in place:
+        following = []
+        for candidate in candidates:
+            field = candidate.model_fields.get(str(part))
+            if field is not None:
+                following += _models_in(field.annotation)
+            elif _tag_matches(candidate, part):
+                following.append(candidate)
+        candidates = following or candidates
+    return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _tag_matches(model: type[BaseModel], part: int | str) -> bool:
+    field = model.model_fields.get("kind")
+    if field is None:
+        return isinstance(part, int)
+    return part in typing.get_args(field.annotation) or isinstance(part, int)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType) or typing.get_args(
+        annotation
+    ):
+        return [m for part in typing.get_args(annotation) for m in _models_in(part)]
+    return []
+
+
+def json_schema(annotation: Any) -> dict[str, Any]:
+    """The JSON Schema of a configuration type, for editors and forms."""
+    return TypeAdapter(annotation).json_schema()

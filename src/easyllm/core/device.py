@@ -1,0 +1,152 @@
+"""Devices, number formats and what this machine can do."""
+
+import os
+import platform
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from easyllm.core.errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    import torch
+
+CPU_FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_bf16",
+    "amx_int8",
+    "asimddp",
+    "bf16",
+    "i8mm",
+)
+BF16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+DTYPE_NAMES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "float64": "float64",
+    "fp64": "float64",
+}
+
+
+def parse_dtype(name: str) -> "torch.dtype":
+    """The torch dtype a user's word names (`bf16`, `float32` ...).
+
+    Raises:
+        ConfigError: the word is not known.
+    """
+    import torch
+
+    if name not in DTYPE_NAMES:
+        raise ConfigError(
+            f"dtype {name!r} is not known{suggest(name, DTYPE_NAMES)}; use one of float32, bfloat16, float16, float64"
+        )
+    dtype = getattr(torch, DTYPE_NAMES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def pick_device(name: str = "auto") -> "torch.device":
+    """The device a user's word names; `auto` takes the accelerator where there is one.
+
+    Raises:
+        ConfigError: the device is not known or not there.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            f"device {name!r} is not known; use auto, cpu, cuda or cuda:N"
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {name!r} was asked for but torch sees no CUDA device; use --device cpu"
+        )
+    return device
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> frozenset[str]:
+    """Those of `CPU_FEATURES` the processor reports (Linux; elsewhere an empty set)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    flags: set[str] = set()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            flags.update(line.split(":", 1)[1].split())
+            break
+    return frozenset(flag for flag in CPU_FEATURES if flag in flags)
+
+
+def bf16_is_fast(device: "torch.device") -> bool:
+    """Whether bf16 matrix products run on hardware of their own here."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(BF16_FEATURES & cpu_features())
+
+
+def memory_total_bytes() -> int:
+    """Physical memory of the machine, in bytes (0 where it cannot be read)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory this process has had, in bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_machine() -> dict[str, Any]:
+    """What `easyllm doctor` prints: processor, memory, devices, compiler, torch."""
+    import torch
+
+    report: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_features": sorted(cpu_features()),
+        "memory_gb": round(memory_total_bytes() / 1e9, 1),
+        "compiler": shutil.which("g++") or shutil.which("clang++") or None,
+        "bf16_on_cpu": bf16_is_fast(torch.device("cpu")),
+        "devices": ["cpu"],
+    }
+    if torch.cuda.is_available():
+        report["devices"] += [
+            f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
+        ]
+    return report
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

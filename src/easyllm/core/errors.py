@@ -1,0 +1,44 @@
+"""The errors a user can meet.
+
+EasyllmError
+├── ConfigError       a recipe or option is wrong
+├── SourceError       a model, file or recipe cannot be found
+├── CheckpointError   a weight file is damaged or does not fit
+├── DataError         a data file or row is wrong
+└── OutputError       a result cannot be written
+
+Each message says in one sentence: what, got, expected, what to do. The command line prints it and exits with 2.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class EasyllmError(ValueError):
+    """A mistake a user can mend; the message says how."""
+
+
+class ConfigError(EasyllmError):
+    """A recipe, option or combination of options is wrong."""
+
+
+class SourceError(EasyllmError):
+    """A model, file or recipe cannot be found."""
+
+
+class CheckpointError(EasyllmError):
+    """A weight file is damaged, or does not fit the model it is read into."""
+
+
+class DataError(EasyllmError):
+    """A data file or one of its rows cannot be used."""
+
+
+class OutputError(EasyllmError):
+    """A result cannot be written where it was asked for."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,93 @@
+"""Manifests: what went into a result, so that it can be trusted, found again and repeated."""
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from easyllm.core.config import Config
+from easyllm.core.errors import CheckpointError
+
+RECORDED_PACKAGES = ("easyllm-stack", "torch", "numpy", "safetensors", "tokenizers", "gguf")
+
+
+class Manifest(Config):
+    """Config, hashes of inputs and versions behind a result; written as `manifest.json`."""
+
+    kind: str
+    created: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    versions: dict[str, str]
+    results: dict[str, Any] = {}
+
+    @classmethod
+    def create(
+        cls,
+        kind: str,
+        *,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        results: Mapping[str, Any] | None = None,
+    ) -> "Manifest":
+        """A manifest of this moment; `inputs` maps a name to the hash of what was read."""
+        return cls(
+            kind=kind,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            config=dict(config),
+            inputs=dict(inputs),
+            versions=versions(),
+            results=dict(results or {}),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """The manifest in `path`."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is not a manifest ({error}); run the step again"
+            ) from None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that decide results."""
+    found = {"python": platform.python_version(), "platform": sys.platform}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hash_value(value: Any) -> str:
+    """SHA-256 of a JSON-like value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_path(path: Path) -> str:
+    """SHA-256 of a file, or of every file below a folder with its name."""
+    path = Path(path)
+    if path.is_file():
+        return hash_file(path)
+    return hash_value(
+        {str(p.relative_to(path)): hash_file(p) for p in sorted(_files_below(path))},
+    )
+
+
+def _files_below(path: Path) -> Iterable[Path]:
+    return (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))

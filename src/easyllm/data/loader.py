@@ -1,0 +1,76 @@
+"""Steps of micro-batches in a seeded order; the whole position is two integers, so resuming is exact."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from easyllm.core.errors import ConfigError
+from easyllm.data.packing import Batch, Sample, pack, split_by_tokens
+
+
+@dataclass(slots=True)
+class LoaderState:
+    """Where the next step begins."""
+
+    epoch: int = 0
+    cursor: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class Loader:
+    """Yields the micro-batches of one optimizer step after the other, for ever.
+
+    Args:
+        samples: all samples.
+        batch_size: sequences in a step.
+        micro_batch_tokens: most tokens in one packed micro-batch.
+        seed: of the order, which differs from epoch to epoch; None keeps the order of the data.
+
+    Raises:
+        ConfigError: there are no samples.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        batch_size: int,
+        micro_batch_tokens: int,
+        seed: int | None,
+    ) -> None:
+        if not samples:
+            raise ConfigError("there are no samples to train on; check the data files")
+        self.samples, self.batch_size = samples, batch_size
+        self.micro_batch_tokens, self.seed = micro_batch_tokens, seed
+        self.state = LoaderState()
+        self._order: tuple[int, list[int]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while True:
+            yield self.next_step()
+
+    def next_step(self) -> list[Batch]:
+        """The micro-batches of the next step; the last step of an epoch may be smaller."""
+        order = self._epoch_order(self.state.epoch)
+        chosen = order[self.state.cursor : self.state.cursor + self.batch_size]
+        self.state.cursor += len(chosen)
+        if self.state.cursor >= len(order):
+            self.state = LoaderState(self.state.epoch + 1, 0)
+        groups = split_by_tokens([self.samples[i] for i in chosen], self.micro_batch_tokens)
+        return [pack(group) for group in groups]
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._order is None or self._order[0] != epoch:
+            order = list(range(len(self.samples)))
+            if self.seed is not None:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order = torch.randperm(len(order), generator=generator).tolist()
+            self._order = (epoch, order)
+        return self._order[1]

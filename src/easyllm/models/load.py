@@ -1,0 +1,179 @@
+"""Models and tokenizers from any source, and back to a Hugging Face folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from easyllm.checkpoint.gguf import GGUFFile
+from easyllm.checkpoint.store import TensorFolder, write_model_weights
+from easyllm.core.atomic import atomic_directory, write_json
+from easyllm.core.device import parse_dtype, pick_device
+from easyllm.core.errors import CheckpointError
+from easyllm.models.families import FAMILIES, Family, family_of
+from easyllm.models.gguf_import import GGUFTensors, hf_config
+from easyllm.models.sources import locate
+from easyllm.nn.config import ModelConfig
+from easyllm.nn.decoder import Decoder
+from easyllm.tokenizer.tokenizer import Tokenizer
+
+GENERATION_FILE = "generation_config.json"
+
+
+class TensorSource(Protocol):
+    """Tensors by HF's names, read one at a time."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def load(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSource:
+    """A located model: its configuration, its weights unread, its tokenizer."""
+
+    path: Path
+    family: Family
+    config: ModelConfig
+    tensors: TensorSource
+    gguf: GGUFFile | None
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that belongs to the model."""
+        if self.gguf is not None:
+            return Tokenizer.from_gguf(self.gguf.metadata)
+        return Tokenizer.from_folder(self.path)
+
+    def model(self, dtype: torch.dtype | None, device: torch.device) -> Decoder:
+        """The model with its weights."""
+        with torch.device("meta"):
+            model = Decoder(self.config)
+        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        keymap = self.family.keymap(self.config)
+        plan = keymap.from_file(expected, self.tensors.shapes, source=str(self.path))
+        state = {}
+        for name, (theirs, transform) in plan.items():
+            tensor = self.tensors.load(theirs)
+            if transform is not None:
+                tensor = transform(tensor)
+            state[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        model.load_state_dict(state, assign=True)
+        return model.requires_grad_(False).eval()
+
+
+def open_source(source: str | Path) -> OpenSource:
+    """Locates a model and reads its configuration, not yet its weights.
+
+    Raises:
+        SourceError: there is no such model.
+        CheckpointError: a file is damaged, or of an unknown kind.
+    """
+    path = locate(source)
+    if path.suffix == ".gguf":
+        file = GGUFFile(path)
+        hf = hf_config(file.metadata, file.tensors)
+        family = family_of(hf["model_type"])
+        return OpenSource(path, family, family.read_config(hf), GGUFTensors(file, hf), file)
+    hf = read_hf_config(path)
+    family = family_of(hf.get("model_type"))
+    return OpenSource(path, family, family.read_config(hf), TensorFolder(path), None)
+
+
+def load_model(
+    source: str | Path, *, dtype: str | torch.dtype | None = None, device: str = "cpu"
+) -> Decoder:
+    """The model a source holds, ready for inference (no parameter requires a gradient).
+
+    Args:
+        source: `"smollm2"`, a folder, a `.gguf` file, or `"hf:org/name"`.
+        dtype: `"float32"`, `"bfloat16"` ...; by default the one the file keeps (fp32 for quantized files).
+        device: `"cpu"`, `"cuda"`, `"auto"`.
+
+    Raises:
+        SourceError, CheckpointError: no such model, or its files do not fit.
+
+    Example:
+        >>> model = load_model("smollm2", dtype="float32")      # doctest: +SKIP
+        >>> model.logits([1, 2, 3]).shape                       # doctest: +SKIP
+        torch.Size([3, 49152])
+    """
+    wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
+    return open_source(source).model(wanted, pick_device(device))
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a source, chat template included.
+
+    Raises:
+        SourceError, CheckpointError: no such model, or no tokenizer in it.
+    """
+    path = locate(source)
+    if path.suffix == ".gguf":
+        return Tokenizer.from_gguf(GGUFFile(path).metadata)
+    return Tokenizer.from_folder(path)
+
+
+def save_model(
+    model: Decoder,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    replace: bool = False,
+    extra_files: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a Hugging Face folder that `transformers` loads as is; all of it or nothing.
+
+    Args:
+        tokenizer: saved beside the weights, chat template included.
+        replace: whether a folder that holds something may be replaced.
+        extra_files: further JSON files by name (a manifest, say).
+
+    Raises:
+        OutputError: the folder holds something, or cannot be written.
+    """
+    family = FAMILIES[model.config.family]
+    keymap = family.keymap(model.config)
+    tensors = dict(keymap.to_file(name, value) for name, value in model.state_dict().items())
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    config = family.write_config(model.config) | {"torch_dtype": dtype}
+    generation = {
+        key: config[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if config.get(key) is not None
+    }
+    with atomic_directory(Path(folder), replace=replace) as work:
+        write_model_weights(work, tensors)
+        write_json(work / "config.json", config)
+        write_json(work / GENERATION_FILE, generation)
+        if tokenizer is not None:
+            tokenizer.save(work)
+        for name, value in (extra_files or {}).items():
+            write_json(work / name, value)
+    return Path(folder)
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """`config.json`, with the end tokens of `generation_config.json` where that names them.
+
+    Raises:
+        CheckpointError: a file is not JSON.
+    """
+    config = _read_json(folder / "config.json")
+    if (folder / GENERATION_FILE).is_file():
+        generation = _read_json(folder / GENERATION_FILE)
+        if generation.get("eos_token_id") is not None:
+            config["eos_token_id"] = generation["eos_token_id"]
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); copy the checkpoint again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; copy the checkpoint again")
+    return content

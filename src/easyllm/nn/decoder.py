@@ -1,0 +1,116 @@
+"""The decoder: one definition for training and serving.
+
+Input is packed: T tokens of any number of sequences end to end. The head is applied apart, to the rows a
+caller chooses (all of them in chunks for a loss, the last of each sequence in decoding).
+
+The residual stream is fp32 whatever the dtype of the weights: norms read it in fp32 and hand on the dtype of
+the weights, products run in that dtype, and their results are added in fp32.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from easyllm.nn.attention import Attention
+from easyllm.nn.config import LayerConfig, ModelConfig
+from easyllm.nn.feed_forward import build_feed_forward
+from easyllm.nn.linear import Linear
+from easyllm.nn.norm import build_norm
+from easyllm.ops.attention import AttentionContext
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in at least fp32 (fp64 stays fp64)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class DecoderLayer(nn.Module):
+    """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: LayerConfig, model: ModelConfig, number: int) -> None:
+        super().__init__()
+        self.mixer_norm = build_norm(model.norm, model.hidden_size)
+        self.mixer = Attention(config.mixer, model.hidden_size, number)
+        self.feed_forward_norm = build_norm(model.norm, model.hidden_size)
+        self.feed_forward = build_feed_forward(config.feed_forward, model.hidden_size)
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """`x: [T, D]` → [T, D]."""
+        x = x + self.mixer(self.mixer_norm(x), context)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer built from a `ModelConfig`.
+
+    Weights are uninitialised until they are loaded or `reset_parameters` is called.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            _weight=torch.empty(config.vocab_size, config.hidden_size),
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(layer, config, number) for number, layer in enumerate(config.layers)
+        )
+        self.norm = build_norm(config.norm, config.hidden_size)
+        self.lm_head = (
+            None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding lives, and so where token ids go."""
+        return self.embed_tokens.weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the output projection (the embedding itself when tied)."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, token_ids: Tensor, context: AttentionContext) -> Tensor:
+        """Final hidden states, normalised and ready for the head.
+
+        Args:
+            token_ids: [T] int64, sequences end to end as `context` says.
+            context: positions, lengths, and where earlier keys and values live.
+
+        Returns:
+            [T, D] in the dtype of the weights.
+        """
+        x = widen(self.embed_tokens(token_ids))
+        for layer in self.layers:
+            x = layer(x, context)
+        return self.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of chosen rows: `hidden: [N, D]` → [N, V] in fp32 (fp64 for an fp64 model)."""
+        if self.lm_head is None:
+            return widen(F.linear(hidden, self.embed_tokens.weight))
+        return widen(self.lm_head(hidden))
+
+    @torch.no_grad()
+    def logits(self, token_ids: Tensor | list[int]) -> Tensor:
+        """Logits after each token of one sequence: [T] ids → [T, V] fp32."""
+        ids = torch.as_tensor(token_ids, device=self.device)
+        context = AttentionContext.packed([ids.numel()], device=self.device)
+        return self.head(self(ids, context))
+
+    def reset_parameters(self, *, std: float = 0.02, generator: torch.Generator | None = None) -> None:
+        """Fresh weights: N(0, std²), and std / √(2L) for the projections back into the residual
+        stream (GPT-2's rule, Radford et al. 2019, section 2.3), so that its variance does not grow with depth."""
+        residual_std = std / math.sqrt(2 * self.config.num_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                back = name.endswith(("o_proj", "down_proj"))
+                module.reset_parameters(residual_std if back else std, generator)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std, generator=generator)
+            elif module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()

@@ -1,0 +1,98 @@
+"""Cross-entropy of a linear head, in chunks, so that the logits [T, V] never exist at once.
+
+    loss = Σ_t  logsumexp_v(h_t·w_v) - h_t·w_{y_t}        over tokens with y_t ≠ -100
+
+The gradient is computed with the loss, chunk by chunk (∂loss/∂logits = softmax - onehot), so the backward pass only scales it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100
+"""Label of a token that carries no loss."""
+CHUNK_BYTES = 64 * 2**20
+"""Most memory one chunk of fp32 logits takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """Summed loss in nats (a scalar with gradient) and the number of tokens in the sum."""
+
+    sum: Tensor
+    num_tokens: int
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_rows: int | None = None
+) -> CrossEntropy:
+    """Summed cross-entropy of the logits `hidden @ weight.T` against `labels`.
+
+    Args:
+        hidden: [T, D], fp32, bf16 or fp16; products run in its dtype, the softmax in fp32.
+        weight: [V, D], any float dtype.
+        labels: [T] int64; -100 where no loss.
+        chunk_rows: rows a chunk; by default as many as 64 MiB of fp32 logits hold.
+
+    Returns:
+        The sum over labelled tokens and their number; with no labelled token the sum is 0.
+    """
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    if rows.numel() < labels.numel():
+        hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
+    chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    total = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows)
+    return CrossEntropy(total, labels.numel())
+
+
+def reference_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The same sum from whole logits in fp32: the oracle of the tests."""
+    logits = hidden.float() @ weight.float().T
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int
+    ) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            if needs_weight
+            else None
+        )
+        compute_weight = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            logits = (hidden[rows] @ compute_weight.T).float()  # [C, V]
+            y = labels[rows, None]
+            log_z = logits.logsumexp(-1, keepdim=True)
+            total += (log_z - logits.gather(1, y)).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            error = logits.sub_(log_z).exp_()  # softmax, in place
+            error.scatter_add_(1, y, torch.full_like(y, -1, dtype=error.dtype))
+            error = error.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = error @ compute_weight
+            if grad_weight is not None:
+                grad_weight += error.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad,) = grads
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
