@@ -55,7 +55,8 @@ class GGUFFile:
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                # copy-on-write, so that tensors may share the pages without a copy
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError:
             raise CheckpointError(f"GGUF file {str(path)!r} does not exist") from None
         except (ValueError, OSError) as error:
@@ -206,7 +207,7 @@ def _dequantize(raw: np.ndarray[Any, Any], place: GGUFTensor) -> Tensor:
     """fp32 values of a tensor's bytes; the common block formats here, the rest by the `gguf` package."""
     fast = _FAST.get(place.type_name)
     if fast is not None:
-        return fast(torch.from_numpy(raw.copy())).view(place.shape)
+        return fast(torch.from_numpy(raw)).view(place.shape)
     from gguf import GGMLQuantizationType, dequantize
 
     kind = GGMLQuantizationType[place.type_name]
@@ -248,10 +249,7 @@ def _q4_1(raw: Tensor) -> Tensor:
 
 def _nibbles(packed: Tensor) -> Tensor:
     """[N, 16] bytes → [N, 32] fp32 of 0-15."""
-    out = torch.empty(packed.shape[0], 32)
-    out[:, :16] = packed & 15
-    out[:, 16:] = packed >> 4
-    return out
+    return torch.cat([packed & 15, packed >> 4], dim=1).float()
 
 
 _FAST = {"F32": _float32, "BF16": _bfloat16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}

@@ -1,0 +1,47 @@
+"""`metrics.jsonl`: a JSON object a line, names with units."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from easyllm.core.atomic import output_errors, write_atomic
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends figures to `metrics.jsonl`; on resume, lines past the checkpoint are cut off.
+
+    Args:
+        run: the run's folder.
+        after_step: keep lines of steps up to this one.
+    """
+
+    def __init__(self, run: Path, *, after_step: int) -> None:
+        self.path = run / FILE
+        kept = [line for line in read_metrics(run) if line.get("step", 0) <= after_step]
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, **figures: Any) -> None:
+        """Appends one line."""
+        with output_errors(self.path):
+            self._file.write(json.dumps(figures) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; a half-written last line is left out."""
+    path = run / FILE
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
