@@ -71,7 +71,9 @@ def load_adapter(model: Decoder, folder: Path) -> Decoder:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG} is no LoRA configuration ({error})") from None
     if description.get("peft_type") != "LORA" or description.get("use_dora"):
-        raise CheckpointError(f"{folder / CONFIG} is no plain LoRA adapter, which is all that is read")
+        raise CheckpointError(
+            f"{folder / CONFIG} is no plain LoRA adapter, which is all that is read"
+        )
     tensors, _ = read_tensors(folder / WEIGHTS)
     attach(model, config)
     expected = {}

@@ -90,7 +90,11 @@ class KeyMap:
         ]
         complaints = [
             f"{len(names)} {what}: {_few(names)}"
-            for what, names in (("missing", missing), ("left over", left), ("of wrong shape", wrong))
+            for what, names in (
+                ("missing", missing),
+                ("left over", left),
+                ("of wrong shape", wrong),
+            )
             if names
         ]
         if complaints:

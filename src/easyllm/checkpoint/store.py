@@ -5,6 +5,7 @@ A folder holds `model.safetensors`, or shards `model-00001-of-0000N.safetensors`
 """
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -69,7 +70,9 @@ class TensorFolder:
                     f"{index} is not a shard index; copy the checkpoint again"
                 ) from None
             if any(not isinstance(s, str) or Path(s).name != s for s in shards):
-                raise CheckpointError(f"{index} names a shard outside its folder; refuse to read it")
+                raise CheckpointError(
+                    f"{index} names a shard outside its folder; refuse to read it"
+                )
             return [self.path / shard for shard in shards]
         single = self.path / WEIGHTS
         if single.is_file():
@@ -89,7 +92,9 @@ def open_safetensors(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise CheckpointError(f"weight file {str(path)!r} does not exist; copy the checkpoint again")
+        raise CheckpointError(
+            f"weight file {str(path)!r} does not exist; copy the checkpoint again"
+        )
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -117,6 +122,7 @@ def write_tensors(
             path,
             metadata=dict(metadata or {}),
         )
+        path.chmod(0o666 & ~_umask())  # the library makes it readable by its owner only
 
 
 def write_model_weights(
@@ -148,3 +154,10 @@ def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
+
+
+def _umask() -> int:
+    """The process's umask; there is no way to read it without setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -23,10 +23,8 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         OutputError: `target` exists (and `replace` is false), or the disk is full.
     """
     target = Path(target)
-    if target.exists() and not replace and any(target.iterdir() if target.is_dir() else [target]):
-        raise OutputError(
-            f"output {str(target)!r} already holds something; choose another folder or remove it"
-        )
+    if not replace:
+        refuse_existing(target)
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -41,6 +39,18 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def refuse_existing(target: Path) -> None:
+    """Refuses an output folder that holds something (before any work is done for it).
+
+    Raises:
+        OutputError: it does.
+    """
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        raise OutputError(
+            f"output {str(target)!r} already holds something; choose another folder or remove it"
+        )
 
 
 def write_atomic(target: Path, content: str | bytes) -> None:

@@ -159,9 +159,9 @@ def _written_place(place: tuple[int | str, ...], values: Any) -> list[str]:
     """The keys a user wrote: pydantic also puts the chosen variant of a union into the path."""
     written = []
     for index, part in enumerate(place):
-        if isinstance(values, Mapping) and part in values:
-            values = values[part]
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+        if (isinstance(values, Mapping) and part in values) or (
+            isinstance(values, list) and isinstance(part, int) and part < len(values)
+        ):
             values = values[part]
         elif index < len(place) - 1:
             continue

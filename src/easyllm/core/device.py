@@ -68,9 +68,7 @@ def pick_device(name: str = "auto") -> "torch.device":
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(
-            f"device {name!r} is not known; use auto, cpu, cuda or cuda:N"
-        ) from None
+        raise ConfigError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device {name!r} was asked for but torch sees no CUDA device; use --device cpu"
@@ -98,7 +96,7 @@ def bf16_is_fast(device: "torch.device") -> bool:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(BF16_FEATURES & cpu_features())
 
 

@@ -10,9 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from easyllm.core.config import Config
 from easyllm.core.errors import CheckpointError
 
+MANIFEST_FILE = "manifest.json"
 RECORDED_PACKAGES = ("easyllm-stack", "torch", "numpy", "safetensors", "tokenizers", "gguf")
 
 
@@ -24,7 +27,7 @@ class Manifest(Config):
     config: dict[str, Any]
     inputs: dict[str, str]
     versions: dict[str, str]
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
     def create(

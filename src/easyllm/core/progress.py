@@ -73,9 +73,7 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         elapsed = time.monotonic() - self._start
-        if self._live:
-            self._show(final=True)
-        elif elapsed >= QUIET_S and kind is None:
+        if self._live or (elapsed >= QUIET_S and kind is None):
             self._show(final=True)
 
     def skip(self, amount: float) -> None:

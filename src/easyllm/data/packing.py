@@ -1,9 +1,9 @@
 """The one packed layout: sequences end to end in T, isolated by their boundaries.
 
-    token_ids  a b c d | e f g          labels[t] is the token that should follow token t,
-    labels     b c d - | f g -          or -100 where no loss is taken
-    positions  0 1 2 3 | 0 1 2
-    cu_seqlens 0 4 7
+token_ids  a b c d | e f g          labels[t] is the token that should follow token t,
+labels     b c d - | f g -          or -100 where no loss is taken
+positions  0 1 2 3 | 0 1 2
+cu_seqlens 0 4 7
 """
 
 from collections.abc import Iterable, Sequence

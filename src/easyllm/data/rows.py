@@ -41,11 +41,11 @@ def _line_rows(path: Path) -> Iterator[Row]:
             try:
                 values = json.loads(line)
             except UnicodeDecodeError as error:
-                raise DataError(f"{place} is not UTF-8 text ({error.reason}); mend or remove the line") from None
-            except ValueError as error:
                 raise DataError(
-                    f"{place} is not JSON ({error}); mend or remove the line"
+                    f"{place} is not UTF-8 text ({error.reason}); mend or remove the line"
                 ) from None
+            except ValueError as error:
+                raise DataError(f"{place} is not JSON ({error}); mend or remove the line") from None
             yield _row(values, place)
 
 
@@ -57,7 +57,9 @@ def _array_rows(path: Path) -> Iterator[Row]:
             f"{path} is not JSON ({error}); a file with an object a line is named .jsonl"
         ) from None
     if not isinstance(values, list):
-        raise DataError(f"{path} holds a JSON {type(values).__name__}, expected an array of objects")
+        raise DataError(
+            f"{path} holds a JSON {type(values).__name__}, expected an array of objects"
+        )
     for index, entry in enumerate(values):
         yield _row(entry, f"{path}[{index}]")
 

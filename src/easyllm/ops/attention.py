@@ -30,9 +30,7 @@ class AttentionRule:
 class KeyValueStore(Protocol):
     """Where keys and values live between forward passes; the engine's cache implements it."""
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
         """Stores `k`, `v: [T, K, d]` for `layer`; returns the outputs of `q: [T, H, d]`."""
 
 

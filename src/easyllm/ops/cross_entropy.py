@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 """Label of a token that carries no loss."""
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
 """Most memory one chunk of fp32 logits takes."""
 
 
@@ -35,7 +35,7 @@ def linear_cross_entropy(
         hidden: [T, D], fp32, bf16 or fp16; products run in its dtype, the softmax in fp32.
         weight: [V, D], any float dtype.
         labels: [T] int64; -100 where no loss.
-        chunk_rows: rows a chunk; by default as many as 64 MiB of fp32 logits hold.
+        chunk_rows: rows a chunk; by default as many as 32 MiB of fp32 logits hold.
 
     Returns:
         The sum over labelled tokens and their number; with no labelled token the sum is 0.
@@ -68,19 +68,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         compute_weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        with_grad = needs_hidden or needs_weight
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = (hidden[rows] @ compute_weight.T).float()  # [C, V]
+            logits = (hidden[rows] @ compute_weight.T).float()  # [C, V], from here on in place
             y = labels[rows, None]
-            log_z = logits.logsumexp(-1, keepdim=True)
-            total += (log_z - logits.gather(1, y)).sum()
-            if grad_hidden is None and grad_weight is None:
+            logits -= logits.amax(-1, keepdim=True)
+            target = logits.gather(1, y)
+            normaliser = logits.exp_().sum(-1, keepdim=True)
+            total += (normaliser.log() - target).sum()
+            if not with_grad:
                 continue
-            error = logits.sub_(log_z).exp_()  # softmax, in place
-            error.scatter_add_(1, y, torch.full_like(y, -1, dtype=error.dtype))
-            error = error.to(hidden.dtype)
+            logits /= normaliser  # softmax
+            logits.scatter_add_(1, y, torch.full_like(target, -1.0))
+            error = logits.to(hidden.dtype)  # ∂loss/∂logits
             if grad_hidden is not None:
-                grad_hidden[rows] = error @ compute_weight
+                torch.mm(error, compute_weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight += error.T @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)

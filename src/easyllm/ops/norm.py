@@ -1,7 +1,7 @@
 """RMS normalisation with a backward pass that keeps one number a row beside its input.
 
-    y = x / r ⊙ w,   r = √(mean(x²) + eps)                                  (arXiv 1910.07467, eq. 4)
-    ∂x = (g - x̂ · mean(g ⊙ x̂)) / r,   g = ∂y ⊙ w,   x̂ = x / r;   ∂w = Σ_rows ∂y ⊙ x̂
+y = x / r ⊙ w,   r = √(mean(x²) + eps)                                  (arXiv 1910.07467, eq. 4)
+∂x = (g - x̂ · mean(g ⊙ x̂)) / r,   g = ∂y ⊙ w,   x̂ = x / r;   ∂w = Σ_rows ∂y ⊙ x̂
 """
 
 from typing import Any

@@ -183,9 +183,7 @@ class ChatTemplate:
         probe = "".join(next(c for c in "XYZ" if c not in (core[0], core[-1])) * 3)
         changed = [*messages[:turn], {**messages[turn], "content": probe}, *messages[turn + 1 :]]
         other = self._call(changed, tools, False, special, ("", ""))
-        start = next(
-            (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None
-        )
+        start = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
         if start is None:
             return None
         tail = next(

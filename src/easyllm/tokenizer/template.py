@@ -28,9 +28,52 @@ _PADDING_METHODS = frozenset(
     {"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate"}
 )
 _FILTERS = frozenset(
-    """abs batch capitalize count d default dictsort e escape first float forceescape groupby int items join last
-    length list lower map max min random reject rejectattr replace reverse round safe select selectattr slice sort
-    string sum title tojson trim truncate unique upper indent attr""".split()
+    [
+        "abs",
+        "batch",
+        "capitalize",
+        "count",
+        "d",
+        "default",
+        "dictsort",
+        "e",
+        "escape",
+        "first",
+        "float",
+        "forceescape",
+        "groupby",
+        "int",
+        "items",
+        "join",
+        "last",
+        "length",
+        "list",
+        "lower",
+        "map",
+        "max",
+        "min",
+        "random",
+        "reject",
+        "rejectattr",
+        "replace",
+        "reverse",
+        "round",
+        "safe",
+        "select",
+        "selectattr",
+        "slice",
+        "sort",
+        "string",
+        "sum",
+        "title",
+        "tojson",
+        "trim",
+        "truncate",
+        "unique",
+        "upper",
+        "indent",
+        "attr",
+    ]
 )
 
 
@@ -81,7 +124,7 @@ class _LoopControl(Extension):
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = context.get(_BUDGET)
         if budget is not None:
             budget.step()
@@ -96,9 +139,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             value = right if isinstance(left, int) else left
             if not isinstance(times, int) or len(value) * times > MAX_CHARS:
                 raise TemplateError(f"the chat template makes a value over {MAX_CHARS} characters")
-        if operator == "%" and isinstance(left, str):
-            if any(c.isdigit() or c == "*" for c in left):
-                raise TemplateError("chat templates may not format with widths")
+        widths = isinstance(left, str) and any(c.isdigit() or c == "*" for c in left)
+        if operator == "%" and widths:
+            raise TemplateError("chat templates may not format with widths")
         return _bounded(super().call_binop(context, operator, left, right))
 
 
@@ -148,7 +191,7 @@ def _environment() -> _Sandbox:
     environment.filters["indent"] = _indent
     environment.filters["__steps"] = _steps
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)  # noqa: DTZ005
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     for name in ("lipsum", "cycler", "joiner"):
         environment.globals.pop(name, None)
     return environment

@@ -76,7 +76,10 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a tokenizer ({error}); copy it again") from None
         config = _read_config(folder / CONFIG_FILE)
         special = SpecialTokens(
-            **{kind: _token_text(config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad", "unk")}
+            **{
+                kind: _token_text(config.get(f"{kind}_token"))
+                for kind in ("bos", "eos", "pad", "unk")
+            }
         )
         length = config.get("model_max_length")
         return cls(

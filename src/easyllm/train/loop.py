@@ -1,6 +1,6 @@
 """The training loop: it knows batches, an objective and an optimizer, and nothing of models or files.
 
-    loss of a step = Σ token losses of all its micro-batches / labelled tokens of all its micro-batches
+loss of a step = Σ token losses of all its micro-batches / labelled tokens of all its micro-batches
 """
 
 import time

@@ -1,10 +1,10 @@
 """A training run from its configuration to its result on disk.
 
-    run/recipe.yaml      the configuration, resolved
-    run/metrics.jsonl    a line a step
-    run/checkpoints/     to go on from after an interruption
-    run/adapter/         the result of training an adapter; run/model/ of training every weight
-    run/manifest.json    inputs, versions, results: written last, so its presence means the run is whole
+run/recipe.yaml      the configuration, resolved
+run/metrics.jsonl    a line a step
+run/checkpoints/     to go on from after an interruption
+run/adapter/         the result of training an adapter; run/model/ of training every weight
+run/manifest.json    inputs, versions, results: written last, so its presence means the run is whole
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from easyllm.core.atomic import write_atomic
 from easyllm.core.config import dump_yaml
 from easyllm.core.device import bf16_is_fast, peak_rss_bytes, pick_device
 from easyllm.core.errors import ConfigError, OutputError
-from easyllm.core.manifest import Manifest, hash_file, hash_path
+from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path
 from easyllm.core.progress import console
 from easyllm.data.conversations import read_conversations
 from easyllm.data.loader import Loader
@@ -39,7 +39,7 @@ from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.state import Totals, load_newest, save_state
 
-RECIPE, MANIFEST = "recipe.yaml", "manifest.json"
+RECIPE = "recipe.yaml"
 ADAPTER, MODEL = "adapter", "model"
 
 
@@ -64,7 +64,9 @@ def train(config: TrainConfig, output: Path) -> TrainResult:
     tokenizer = source.tokenizer()
     samples, account = _samples(config, config.data.train, tokenizer, source)
     console().print(f"data: {account.summary()}")
-    eval_samples = _samples(config, config.data.eval, tokenizer, source)[0] if config.data.eval else []
+    eval_samples = (
+        _samples(config, config.data.eval, tokenizer, source)[0] if config.data.eval else []
+    )
     model, optimizer = _build(config, source, device)
     loader = Loader(
         samples,
@@ -124,7 +126,7 @@ def train(config: TrainConfig, output: Path) -> TrainResult:
         inputs=_input_hashes(config, source),
         results=figures,
     )
-    write_atomic(output / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    write_atomic(output / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
     return TrainResult(output, figures)
 
 
@@ -143,7 +145,7 @@ def claim(output: Path, config: TrainConfig) -> None:
                 f"{str(output)!r} holds another run ({_difference(there, wanted)}); "
                 "choose another output folder, or remove that one"
             )
-        if (output / MANIFEST).is_file():
+        if (output / MANIFEST_FILE).is_file():
             raise OutputError(
                 f"{str(output)!r} holds this run, finished; choose another output folder, or remove that one"
             )

@@ -1,7 +1,7 @@
 """Checkpoints of a running training: everything needed to go on bit by bit, and no pickle.
 
-    checkpoints/step-000100/state.safetensors   masters, moments, random states
-    checkpoints/step-000100/state.json          step, loader position, totals
+checkpoints/step-000100/state.safetensors   masters, moments, random states
+checkpoints/step-000100/state.json          step, loader position, totals
 """
 
 import json

@@ -1,0 +1,38 @@
+"""`easyllm doctor`."""
+
+import typer
+
+from easyllm.cli.output import JsonFlag, print_json, print_pairs
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command("doctor")(doctor)
+
+
+def doctor(json_output: JsonFlag = False) -> None:
+    """Report what this machine can do: processor, memory, devices, compiler, models.
+
+    [bold]Examples[/bold]
+
+        easyllm doctor
+
+        easyllm doctor --json
+    """
+    from easyllm.core.device import describe_machine
+    from easyllm.core.errors import SourceError
+    from easyllm.core.manifest import versions
+    from easyllm.models.sources import KNOWN_MODELS, cache_folder, locate
+
+    report = describe_machine() | {"versions": versions(), "cache": str(cache_folder())}
+    for name in KNOWN_MODELS:
+        try:
+            report[f"model {name}"] = str(locate(name))
+        except SourceError as error:
+            report[f"model {name}"] = str(error)
+    if json_output:
+        print_json(report)
+        return
+    shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in report.items()}
+    shown["versions"] = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    print_pairs(shown)

@@ -1,0 +1,40 @@
+"""Results on standard output: a table for people, JSON for scripts."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: key.sub=value"),
+]
+
+
+def print_json(value: Any) -> None:
+    """`value` as indented JSON."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def print_pairs(values: Mapping[str, Any]) -> None:
+    """`name  value` lines."""
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        sys.stdout.write(f"{name:<{width}}  {value}\n")

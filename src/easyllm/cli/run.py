@@ -1,0 +1,111 @@
+"""`easyllm quickstart` and `easyllm run`."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs."""
+    app.command("quickstart")(quickstart)
+    app.command("run")(run)
+
+
+def quickstart(
+    overrides: Overrides = None,
+    no_serve: Annotated[
+        bool, typer.Option("--no-serve", help="End after the summary, without a server.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Port of the chat page.")] = 8420,
+    json_output: JsonFlag = False,
+) -> None:
+    """Teach SmolLM2 facts it cannot know, see what changed, and chat with both models.
+
+    Takes a few minutes on two CPU cores; run again, it skips what is done.
+
+    [bold]Examples[/bold]
+
+        easyllm quickstart
+
+        easyllm quickstart --no-serve seed=1 output=runs/seed1
+    """
+    from easyllm.pipeline.quickstart import run_quickstart
+    from easyllm.serve.app import bind
+
+    serving = not no_serve and sys.stdin.isatty() and sys.stdout.isatty()
+    if serving:
+        bind("127.0.0.1", port).close()  # a port in use is better known now than in five minutes
+    result = run_quickstart(overrides or [])
+    if json_output:
+        print_json(result.summary)
+    else:
+        _show(result.summary)
+    if serving:
+        from easyllm.cli.serve import start
+
+        start({"base": "smollm2", "tuned": str(result.tuned)}, host="127.0.0.1", port=port)
+    elif not json_output:
+        sys.stdout.write(
+            f"\nChat with both: easyllm serve base=smollm2 tuned={result.tuned}   (page: http://127.0.0.1:{port}/)\n"
+        )
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    json_output: JsonFlag = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and do nothing.")
+    ] = False,
+) -> None:
+    """Run a pipeline recipe; finished stages are skipped, a killed run goes on.
+
+    [bold]Examples[/bold]
+
+        easyllm run quickstart
+
+        easyllm run recipes/quickstart.yaml stages.tune.epochs=2 output=runs/two
+    """
+    from easyllm.core.config import dump_yaml
+    from easyllm.pipeline import find_recipe, load_recipe, run_recipe
+
+    loaded = load_recipe(find_recipe(recipe), overrides or [])
+    if dry_run:
+        sys.stdout.write(dump_yaml(loaded))
+        return
+    results = run_recipe(loaded)
+    if json_output:
+        print_json({name: r.figures | {"seconds": r.seconds} for name, r in results.items()})
+        return
+    rows = [
+        (name, "skipped" if r.skipped else f"{r.seconds:.1f} s", r.product)
+        for name, r in results.items()
+    ]
+    print_table(loaded.name, ("stage", "time", "result"), rows)
+
+
+def _show(summary: dict[str, Any]) -> None:
+    heldout, unrelated = summary["heldout_loss_nats"], summary["unrelated_loss_nats"]
+    recall = summary["recall"]
+    rows = [
+        ("facts recalled (held-out wordings)", f"{recall['before']:.0%}", f"{recall['after']:.0%}"),
+        ("loss on them, nats a token", f"{heldout['before']:.3f}", f"{heldout['after']:.3f}"),
+        (
+            "loss on unrelated questions",
+            f"{unrelated['before']:.3f}",
+            f"{unrelated['after']:.3f} ({unrelated['change_percent']:+.1f}%)",
+        ),
+    ]
+    print_table("What the model learned", ("", "before", "after"), rows)
+    answers = [(a["question"], a["before"], a["after"]) for a in summary["answers"]]
+    print_table("Answers", ("question", "before", "after"), answers)
+    speed = (
+        f"{summary['train_steps']} steps at {summary['train_tokens_per_s']:.0f} tokens/s, "
+        f"peak memory {summary['peak_rss_gb']} GB, {summary['total_seconds']:.0f} s in all"
+    )
+    sys.stdout.write(f"\n{speed}\n")
+    for name, path in summary["paths"].items():
+        sys.stdout.write(f"  {name:<8} {path}\n")

@@ -1,0 +1,58 @@
+"""`easyllm serve`."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command("serve")(serve)
+
+
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="smollm2, a folder, ...; NAME=MODEL names it."),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8420,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="EASYLLM_API_KEY", help="Ask this key of every request."),
+    ] = None,
+) -> None:
+    """Serve models with OpenAI's API and a chat page.
+
+    [bold]Examples[/bold]
+
+        easyllm serve smollm2
+
+        easyllm serve base=smollm2 tuned=runs/quickstart/merged --port 9000
+    """
+    from easyllm.core.errors import ConfigError
+
+    named: dict[str, str] = {}
+    for word in models:
+        name, equals, source = word.partition("=")
+        source = source if equals else word
+        name = name if equals else word.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+        if not name or not source:
+            raise ConfigError(f"{word!r} is no model; write MODEL or NAME=MODEL")
+        if name in named:
+            raise ConfigError(f"two models are called {name!r}; name them apart with NAME=MODEL")
+        named[name] = source
+    start(named, host=host, port=port, api_key=api_key)
+
+
+def start(named: dict[str, str], *, host: str, port: int, api_key: str | None = None) -> None:
+    """Loads models and serves them until interrupted."""
+    from easyllm.engine import LLM
+    from easyllm.serve.app import bind
+    from easyllm.serve.app import serve as run_server
+
+    bind(host, port).close()  # before the models are loaded
+    loaded = {name: LLM(source) for name, source in named.items()}
+    sys.stderr.write(f"serving {', '.join(loaded)} at http://{host}:{port}/  (Ctrl-C ends)\n")
+    run_server(loaded, host=host, port=port, api_key=api_key)

@@ -1,0 +1,83 @@
+"""`easyllm train` and `easyllm eval`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from easyllm.cli.output import JsonFlag, Overrides, print_json, print_pairs, print_table
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs."""
+    app.command("train")(train)
+    app.command("eval")(evaluate)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and do nothing.")
+    ] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Train by a recipe; an interrupted run goes on where it was.
+
+    [bold]Examples[/bold]
+
+        easyllm train sft-lora data.train=[my-data.jsonl] output=runs/mine
+
+        easyllm train recipe.yaml optimizer.learning_rate=1e-4 --dry-run
+    """
+    from easyllm.core.config import dump_yaml
+    from easyllm.core.errors import ConfigError
+    from easyllm.pipeline.recipe import find_recipe, load_train_recipe
+    from easyllm.train import train as run_training
+
+    path = find_recipe(recipe)
+    config = load_train_recipe(path, overrides or [])
+    if dry_run:
+        sys.stdout.write(dump_yaml(config))
+        return
+    if config.output is None:
+        raise ConfigError(f"{path} names no output folder; add output=runs/NAME")
+    result = run_training(config, Path(config.output))
+    if json_output:
+        print_json(result.figures | {"output": str(result.output)})
+    else:
+        print_pairs({**result.figures, "output": result.output})
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="smollm2, a checkpoint folder, a .gguf file, or hf:org/name.")
+    ],
+    data: Annotated[Path, typer.Argument(help="A .json or .jsonl file of conversations.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    json_output: JsonFlag = False,
+) -> None:
+    """Loss on the answers of a file; where rows have a `key`, also whether the model's own answers hold it.
+
+    [bold]Examples[/bold]
+
+        easyllm eval smollm2 questions.jsonl
+
+        easyllm eval runs/quickstart/merged questions.jsonl --json
+    """
+    from easyllm.engine import LLM
+    from easyllm.evaluate import evaluate_answers
+
+    report = evaluate_answers(LLM(model), data, max_tokens=max_tokens)
+    if json_output:
+        print_json(report.as_dict())
+        return
+    if report.answers:
+        rows = [(a.question, a.answer, a.key, "yes" if a.correct else "no") for a in report.answers]
+        print_table("Answers", ("question", "answer", "key", "recalled"), rows)
+    figures = {"rows": report.num_rows, "tokens": report.num_tokens}
+    figures_text = {**figures, "loss (nats a token)": f"{report.loss_nats:.4f}"}
+    if report.recall is not None:
+        figures_text["recalled"] = f"{report.recall:.1%}"
+    print_pairs(figures_text)

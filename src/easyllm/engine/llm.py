@@ -1,0 +1,113 @@
+"""The engine in process: prompts in, completions out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from easyllm.engine.engine import Engine
+from easyllm.engine.request import FinishReason, Request, SamplingParams, TokenEvent
+from easyllm.models import load_model, load_tokenizer
+from easyllm.nn.decoder import Decoder
+from easyllm.tokenizer.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class Completion:
+    """What a prompt became: `logprobs[i]` is of `token_ids[i]`, in nats."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def take(self, event: TokenEvent) -> None:
+        """Adds one event."""
+        self.text += event.text
+        if event.token_id is not None:
+            self.token_ids.append(event.token_id)
+            self.logprobs.append(event.logprob)
+        self.finish_reason = event.finish_reason
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        source: as `load_model` takes it.
+        dtype: of the weights; by default fp32 on a CPU, bf16 on an accelerator.
+        device: `"cpu"`, `"cuda"`, `"auto"`.
+
+    Raises:
+        SourceError, CheckpointError: as `load_model`.
+
+    Example:
+        >>> llm = LLM("smollm2")                                                  # doctest: +SKIP
+        >>> llm.chat([{"role": "user", "content": "Hi"}]).text                    # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        source: str | Path = "smollm2",
+        *,
+        dtype: str | None = None,
+        device: str = "auto",
+        model: Decoder | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        if model is None:
+            from easyllm.core.device import pick_device
+
+            wanted = dtype or ("float32" if pick_device(device).type == "cpu" else "bfloat16")
+            model = load_model(source, dtype=wanted, device=device)
+        self.model = model
+        self.tokenizer = tokenizer or load_tokenizer(source)
+        self.engine = Engine(self.model, self.tokenizer)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[Completion]:
+        """Completions of plain prompts (text or ids), in their order."""
+        return self._run([self.encode(p) for p in prompts], params or SamplingParams())
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        params: SamplingParams | None = None,
+    ) -> Any:
+        """The assistant's next turn: a `Completion` for one conversation, a list for a list of them."""
+        many = bool(messages) and isinstance(messages[0], list)
+        chats: Any = messages if many else [messages]
+        done = self._run([self.encode_chat(c) for c in chats], params or SamplingParams())
+        return done if many else done[0]
+
+    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[TokenEvent]:
+        """Events of one request as they come."""
+        return self.engine.run([Request(prompt_ids=tuple(prompt_ids), params=params)])
+
+    @torch.inference_mode()
+    def score(self, text: Prompt) -> list[float]:
+        """Log-probability in nats of each token after the first, given those before it."""
+        ids = torch.tensor(self.encode(text), device=self.model.device)
+        logprobs = self.model.logits(ids)[:-1].log_softmax(-1)
+        scores: list[float] = logprobs.gather(1, ids[1:, None]).squeeze(1).tolist()
+        return scores
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Ids of a plain prompt."""
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Ids of a conversation up to where the assistant begins."""
+        return self.tokenizer.encode_chat(messages, add_generation_prompt=True).token_ids
+
+    def _run(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+        requests = [Request(prompt_ids=tuple(ids), params=params) for ids in prompts]
+        results = {request.id: Completion() for request in requests}
+        for event in self.engine.run(requests):
+            results[event.request_id].take(event)
+        return [results[request.id] for request in requests]

@@ -1,0 +1,85 @@
+"""What each kind of stage does: a configuration and a folder in, results out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from easyllm.adapters import load_adapter, merge
+from easyllm.core.config import Config
+from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path
+from easyllm.engine import LLM
+from easyllm.evaluate import evaluate_answers
+from easyllm.models import load_model, load_tokenizer, locate, save_model
+from easyllm.pipeline.recipe import ConvertStage, EvaluateStage, MergeStage, TrainStage
+from easyllm.train import TrainConfig, train
+from easyllm.train.run import ADAPTER, MODEL
+
+
+def run_stage(stage: Config, folder: Path) -> dict[str, Any]:
+    """Runs a stage whose references are resolved; its files go to `folder`, its figures are returned."""
+    runner: Callable[[Any, Path], dict[str, Any]] = _RUNNERS[type(stage)]
+    return runner(stage, folder)
+
+
+def product(stage: Config, folder: Path) -> Path:
+    """What `@name` stands for: the file or folder a finished stage is used by."""
+    if isinstance(stage, TrainStage):
+        return folder / (ADAPTER if stage.adapter is not None else MODEL)
+    return folder
+
+
+def convert_model(source: str, folder: Path, dtype: str | None = None) -> Path:
+    """Rewrites a model as a Hugging Face folder with its tokenizer and a manifest."""
+    model, tokenizer = load_model(source, dtype=dtype), load_tokenizer(source)
+    manifest = Manifest.create(
+        "convert",
+        config={"model": source, "dtype": dtype},
+        inputs={"model": hash_path(locate(source))},
+    )
+    extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
+    return save_model(model, folder, tokenizer=tokenizer, extra_files=extra)
+
+
+def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
+    """Folds an adapter into its base in fp32 and saves the whole as a Hugging Face folder."""
+    model = merge(load_adapter(load_model(source, dtype="float32"), adapter))
+    manifest = Manifest.create(
+        "merge",
+        config={"model": source, "adapter": str(adapter)},
+        inputs={"model": hash_path(locate(source)), "adapter": hash_path(adapter)},
+    )
+    extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
+    return save_model(model, folder, tokenizer=load_tokenizer(source), extra_files=extra)
+
+
+def _convert(stage: ConvertStage, folder: Path) -> dict[str, Any]:
+    convert_model(stage.model, folder, stage.dtype)
+    return {}
+
+
+def _evaluate(stage: EvaluateStage, folder: Path) -> dict[str, Any]:
+    llm = LLM(stage.model)
+    return {
+        name: evaluate_answers(llm, Path(path), max_tokens=stage.max_tokens).as_dict()
+        for name, path in stage.data.items()
+    }
+
+
+def _train(stage: TrainStage, folder: Path) -> dict[str, Any]:
+    if (folder / MANIFEST_FILE).is_file():  # finished, and interrupted before that was noted
+        return Manifest.read(folder / MANIFEST_FILE).results
+    config = TrainConfig.model_validate(stage.model_dump(exclude={"kind"}))
+    return train(config, folder).figures
+
+
+def _merge(stage: MergeStage, folder: Path) -> dict[str, Any]:
+    merge_adapter(stage.model, Path(stage.adapter), folder)
+    return {}
+
+
+_RUNNERS: dict[type[Config], Callable[[Any, Path], dict[str, Any]]] = {
+    ConvertStage: _convert,
+    EvaluateStage: _evaluate,
+    TrainStage: _train,
+    MergeStage: _merge,
+}

@@ -1,0 +1,243 @@
+"""The HTTP server: OpenAI's chat endpoint, a health check, and the chat page."""
+
+import hmac
+import json
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+
+from easyllm.core.errors import ConfigError, EasyllmError
+from easyllm.engine.llm import LLM, Completion
+from easyllm.engine.request import Request as EngineRequest
+from easyllm.engine.request import TokenEvent
+from easyllm.serve.schema import ChatRequest
+from easyllm.serve.service import EngineService
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8420
+MAX_BODY_BYTES = 8 * 2**20
+PAGE = Path(__file__).parent / "web" / "index.html"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class APIError(Exception):
+    """An answer in OpenAI's error form."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param = status, param
+
+
+def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> FastAPI:
+    """The server's application.
+
+    Args:
+        models: what each model is called, and the model.
+        api_key: asked of every route but `/health` when set.
+    """
+    services = {name: EngineService(name, llm) for name, llm in models.items()}
+    created = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        for service in services.values():
+            service.close()
+
+    app = FastAPI(title="Easyllm", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_exception_handler(APIError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.middleware("http")(_guard(api_key))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/")
+    async def page() -> FileResponse:
+        return FileResponse(PAGE, headers=_PAGE_HEADERS)
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        entries = [
+            {"id": name, "object": "model", "created": created, "owned_by": "easyllm"}
+            for name in services
+        ]
+        return {"object": "list", "data": entries}
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest) -> Response:
+        if body.model not in services:
+            known = ", ".join(services)
+            raise APIError(
+                404, f"model {body.model!r} is not served; served are {known}", param="model"
+            )
+        service = services[body.model]
+        try:
+            prompt = service.llm.encode_chat([message.as_dict() for message in body.messages])
+            request = EngineRequest(prompt_ids=tuple(prompt), params=body.sampling())
+            events = service.generate(request)
+            first = await anext(events)  # a refusal shows before the answer begins
+        except EasyllmError as error:
+            raise APIError(400, str(error)) from None
+        head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": body.model,
+        }
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            stream = _stream(head, first, events, len(prompt), usage)
+            return StreamingResponse(stream, media_type="text/event-stream")
+        completion = Completion()
+        completion.take(first)
+        async for event in events:
+            completion.take(event)
+        message = {"role": "assistant", "content": completion.text}
+        choice = {"index": 0, "message": message, "finish_reason": completion.finish_reason}
+        answer = {
+            **head,
+            "object": "chat.completion",
+            "choices": [choice],
+            "usage": _usage(len(prompt), len(completion.token_ids)),
+        }
+        return JSONResponse(answer)
+
+    return app
+
+
+def serve(
+    models: Mapping[str, LLM],
+    *,
+    host: str = DEFAULT_HOST,
+    port: int = DEFAULT_PORT,
+    api_key: str | None = None,
+) -> None:
+    """Serves until interrupted.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    import uvicorn
+
+    listener = bind(host, port)
+    config = uvicorn.Config(create_app(models, api_key=api_key), log_level="warning")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket listening on an address, taken before any model is loaded.
+
+    Raises:
+        ConfigError: the port is taken or not allowed.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another port with --port"
+        ) from None
+    return listener
+
+
+async def _stream(
+    head: dict[str, Any],
+    first: TokenEvent,
+    rest: AsyncIterator[TokenEvent],
+    prompt_tokens: int,
+    include_usage: bool,
+) -> AsyncIterator[str]:
+    def chunk(delta: dict[str, str], reason: str | None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return _event({**head, "object": "chat.completion.chunk", "choices": [choice]})
+
+    yield chunk({"role": "assistant", "content": ""}, None)
+    count = 0
+    event: TokenEvent | None = first
+    while event is not None:
+        count += event.token_id is not None
+        if event.text:
+            yield chunk({"content": event.text}, None)
+        if event.finish_reason is not None:
+            yield chunk({}, event.finish_reason)
+        event = await anext(rest, None)
+    if include_usage:
+        usage = _usage(prompt_tokens, count)
+        yield _event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+    yield "data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def _usage(prompt: int, completion: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def _guard(
+    api_key: str | None,
+) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
+    """Checks the key and the size of the body before anything is read."""
+
+    async def guard(
+        request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        public = request.url.path in (
+            "/health",
+            "/",
+        )  # the page holds no secret and asks for the key
+        if api_key is not None and not public:
+            given = request.headers.get("authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+                return _error(
+                    401, "the API key is missing or wrong; send Authorization: Bearer KEY"
+                )
+        size = request.headers.get("content-length", "0")
+        if not size.isdigit() or int(size) > MAX_BODY_BYTES:
+            return _error(413, f"the request is larger than {MAX_BODY_BYTES} bytes; send less")
+        if request.method == "POST" and "content-length" not in request.headers:
+            return _error(411, "the request has no Content-Length; send one")
+        return await call_next(request)
+
+    return guard
+
+
+async def _on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return _error(error.status, str(error), param=error.param)
+
+
+async def _on_invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"] if part != "body")
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = "this field is not supported"
+    return _error(400, f"{place}: {message}" if place else message, param=place or None)
+
+
+def _error(status: int, message: str, *, param: str | None = None) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
+    return JSONResponse(body, status_code=status)

@@ -1,0 +1,105 @@
+"""One engine in a thread of its own, fed and drained by the server's event loop."""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+
+from easyllm.core.errors import EasyllmError
+from easyllm.engine.llm import LLM
+from easyllm.engine.request import Request, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+Deliver = Callable[[TokenEvent | Exception], None]
+
+
+class EngineService:
+    """Runs an engine's steps in a thread; requests come from any event loop.
+
+    Example:
+        async for event in service.generate(request): ...
+    """
+
+    def __init__(self, name: str, llm: LLM) -> None:
+        self.name, self.llm = name, llm
+        self._inbox: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._listeners: dict[int, Deliver] = {}
+        self._thread = threading.Thread(target=self._work, name=f"engine-{name}", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+        """Events of one request; leaving the iteration early (a client that hung up) cancels it.
+
+        Raises:
+            ConfigError: the engine refuses the request.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
+
+        def deliver(event: TokenEvent | Exception) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        self._inbox.put(lambda: self._start(request, deliver))
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            self._inbox.put(lambda: self._forget(request.id))
+
+    def close(self) -> None:
+        """Stops the thread after the step it is in."""
+        self._inbox.put(None)
+        self._thread.join(timeout=30)
+
+    def _work(self) -> None:
+        engine = self.llm.engine
+        while True:
+            while not engine.busy or not self._inbox.empty():
+                task = self._inbox.get()
+                if task is None:
+                    return
+                task()
+            try:
+                events = engine.step()
+            except Exception as error:
+                logger.exception("engine %s: a step failed", self.name)
+                self._fail_all(error)
+                continue
+            for event in events:
+                listener = self._listeners.get(event.request_id)
+                if listener is not None:
+                    _safely(listener, event)
+
+    def _start(self, request: Request, deliver: Deliver) -> None:
+        try:
+            self.llm.engine.add(request)
+        except EasyllmError as error:
+            _safely(deliver, error)
+            return
+        self._listeners[request.id] = deliver
+
+    def _forget(self, request_id: int) -> None:
+        self._listeners.pop(request_id, None)
+        self.llm.engine.cancel(request_id)
+
+    def _fail_all(self, error: Exception) -> None:
+        """A failed step leaves no request running; each listener hears of it."""
+        listeners, self._listeners = self._listeners, {}
+        for request_id, listener in listeners.items():
+            self.llm.engine.cancel(request_id)
+            _safely(listener, error)
+
+
+def _safely(deliver: Deliver, event: TokenEvent | Exception) -> None:
+    """Delivers to an event loop that may be gone by now."""
+    try:
+        deliver(event)
+    except RuntimeError:
+        logger.debug("a listener's event loop is closed")
