@@ -19,10 +19,10 @@ def doctor(json_output: JsonFlag = False) -> None:
 
         easyllm doctor --json
     """
-    from easyllm.core.device import describe_machine
+    from easyllm.core.device import cache_folder, describe_machine
     from easyllm.core.errors import SourceError
     from easyllm.core.manifest import versions
-    from easyllm.models.sources import KNOWN_MODELS, cache_folder, locate
+    from easyllm.models.sources import KNOWN_MODELS, locate
 
     report = describe_machine() | {"versions": versions(), "cache": str(cache_folder())}
     for name in KNOWN_MODELS:

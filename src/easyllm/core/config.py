@@ -18,7 +18,9 @@ from easyllm.core.errors import ConfigError, SourceError, suggest
 
 ENVIRONMENT_PREFIX = "EASYLLM_"
 """`EASYLLM_OPTIMIZER__LEARNING_RATE=1e-4` sets `optimizer.learning_rate`; two underscores are a dot."""
-RESERVED_VARIABLES = frozenset({"EASYLLM_CACHE", "EASYLLM_DEBUG"})
+RESERVED_VARIABLES = frozenset(
+    {"EASYLLM_CACHE", "EASYLLM_DEBUG", "EASYLLM_API_KEY", "EASYLLM_KERNELS"}
+)
 
 
 class Config(BaseModel):

@@ -76,6 +76,13 @@ def pick_device(name: str = "auto") -> "torch.device":
     return device
 
 
+def cache_folder() -> Path:
+    """Where pulled models and built kernels are kept: `EASYLLM_CACHE`, or `easyllm` in the user's cache folder."""
+    if os.environ.get("EASYLLM_CACHE"):
+        return Path(os.environ["EASYLLM_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyllm"
+
+
 @lru_cache(maxsize=1)
 def cpu_features() -> frozenset[str]:
     """Those of `CPU_FEATURES` the processor reports (Linux; elsewhere an empty set)."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urljoin
 
 from easyllm.core.atomic import write_atomic
+from easyllm.core.device import cache_folder
 from easyllm.core.errors import CheckpointError, SourceError, suggest
 
 HUB_PREFIX = "hf:"
@@ -43,13 +44,6 @@ KNOWN_MODELS = {
         description="SmolLM2-135M-Instruct, 4-bit GGUF, Apache-2.0",
     )
 }
-
-
-def cache_folder() -> Path:
-    """Where pulled models are kept: `EASYLLM_CACHE`, or `easyllm` in the user's cache folder."""
-    if os.environ.get("EASYLLM_CACHE"):
-        return Path(os.environ["EASYLLM_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyllm"
 
 
 def locate(source: str | Path) -> Path:

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.ops.kernels import kernels_for
+from easyllm.ops.kernels.build import DTYPE_CODES
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -31,11 +34,33 @@ class _SiLUGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        kernels = kernels_for(gate, up)
+        if kernels is None or not (gate.is_contiguous() and up.is_contiguous()):
+            return F.silu(gate).mul_(up)
+        out = torch.empty_like(gate)
+        kernels.silu_gate_forward(gate.data_ptr(), up.data_ptr(), out.data_ptr(), *_rows(gate))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         (grad,) = grads
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
+        kernels = kernels_for(grad, gate, up)
+        if kernels is None or not (gate.is_contiguous() and up.is_contiguous()):
+            return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        grad = grad.contiguous()
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        kernels.silu_gate_backward(
+            grad.data_ptr(),
+            gate.data_ptr(),
+            up.data_ptr(),
+            grad_gate.data_ptr(),
+            grad_up.data_ptr(),
+            *_rows(gate),
+        )
+        return grad_gate, grad_up
+
+
+def _rows(x: Tensor) -> tuple[int, int, int]:
+    """Dtype code, number of rows and width, as the kernels take them."""
+    return DTYPE_CODES[x.dtype], x.numel() // x.shape[-1], x.shape[-1]

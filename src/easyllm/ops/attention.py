@@ -8,6 +8,7 @@ Shapes: T packed tokens, S sequences, H query heads, K key-value heads, d head_d
 Sequences lie end to end in T; a query never sees a key of another sequence.
 """
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from easyllm.ops.kernels import kernels_for
+from easyllm.ops.kernels.build import DTYPE_CODES, AttentionShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,10 @@ def attention(
     Returns:
         [T, H, d], dtype of `q`.
     """
+    kernels = kernels_for(q, k, v)
+    if kernels is not None and _kernel_fits(q) and torch.is_grad_enabled() and q.requires_grad:
+        packed: Tensor = _KernelAttention.apply(q, k, v, rule, lengths)
+        return packed
     if len(lengths) == 1:
         return attend_segment(q, k, v, rule)
     out = [
@@ -150,3 +158,58 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) ->
 
 def _window_bites(rule: AttentionRule, num_keys: int) -> bool:
     return rule.window is not None and num_keys > rule.window
+
+
+def _kernel_fits(q: Tensor) -> bool:
+    return q.shape[-1] % 16 == 0
+
+
+class _KernelAttention(torch.autograd.Function):
+    """The C kernels: all sequences in one call, with a backward pass several times SDPA's on a CPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, lengths: tuple[int, ...]
+    ) -> Tensor:
+        q, k, v = (x if _heads_contiguous(x) else x.contiguous() for x in (q, k, v))
+        kernels = kernels_for(q, k, v)
+        assert kernels is not None, "chosen by attention()"
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        shape = AttentionShape(
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            DTYPE_CODES[q.dtype],
+            rule.scale,
+            rule.causal,
+            rule.window or 0,
+        )
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lse = torch.empty(q.shape[:2])
+        kernels.attention_forward(
+            *(x.data_ptr() for x in (q, k, v, out, lse, starts)), len(lengths), ctypes.byref(shape)
+        )
+        ctx.save_for_backward(q, k, v, out, lse, starts)
+        ctx.shape = shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, lse, starts = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        kernels = kernels_for(grad, q, k, v)
+        assert kernels is not None, "chosen by attention()"
+        results = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        kernels.attention_backward(
+            *(x.data_ptr() for x in (grad, q, k, v, out, lse, *results, starts)),
+            len(starts) - 1,
+            ctypes.byref(ctx.shape),
+        )
+        return *results, None, None
+
+
+def _heads_contiguous(x: Tensor) -> bool:
+    return x.stride(2) == 1 and x.stride(1) == x.shape[2]

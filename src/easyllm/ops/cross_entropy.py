@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.ops.kernels import kernels_for
+from easyllm.ops.kernels.build import DTYPE_CODES
+
 IGNORE_INDEX = -100
 """Label of a token that carries no loss."""
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 96 * 2**20
 """Most memory one chunk of fp32 logits takes."""
 
 
@@ -35,7 +38,7 @@ def linear_cross_entropy(
         hidden: [T, D], fp32, bf16 or fp16; products run in its dtype, the softmax in fp32.
         weight: [V, D], any float dtype.
         labels: [T] int64; -100 where no loss.
-        chunk_rows: rows a chunk; by default as many as 32 MiB of fp32 logits hold.
+        chunk_rows: rows a chunk; by default as many as 96 MiB of fp32 logits hold.
 
     Returns:
         The sum over labelled tokens and their number; with no labelled token the sum is 0.
@@ -54,6 +57,39 @@ def reference_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> T
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+def softmax_error(
+    logits: Tensor, labels: Tensor, *, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Each row's loss, and ∂loss/∂logits = softmax - onehot in the dtype of `logits`, which is overwritten.
+
+    Args:
+        logits: [N, V]; labels: [N].
+
+    Returns:
+        [N] fp32 losses in nats, and [N, V] errors if `with_grad`.
+    """
+    kernels = kernels_for(logits) if logits.is_contiguous() else None
+    if kernels is not None:
+        loss = torch.empty(len(labels))
+        kernels.cross_entropy(
+            logits.data_ptr(),
+            DTYPE_CODES[logits.dtype],
+            labels.contiguous().data_ptr(),
+            loss.data_ptr(),
+            *logits.shape,
+            with_grad,
+        )
+        return loss, logits if with_grad else None
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    log_z = wide.logsumexp(-1, keepdim=True)
+    target = wide.gather(1, labels[:, None])
+    if not with_grad:
+        return (log_z - target).squeeze(1), None
+    error = (wide - log_z).exp_()
+    error.scatter_add_(1, labels[:, None], torch.full_like(target, -1.0))
+    return (log_z - target).squeeze(1), error.to(logits.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -67,28 +103,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else None
         )
         compute_weight = weight.to(hidden.dtype)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         with_grad = needs_hidden or needs_weight
+        buffer = hidden.new_empty(min(chunk_rows, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = (hidden[rows] @ compute_weight.T).float()  # [C, V], from here on in place
-            y = labels[rows, None]
-            logits -= logits.amax(-1, keepdim=True)
-            target = logits.gather(1, y)
-            normaliser = logits.exp_().sum(-1, keepdim=True)
-            total += (normaliser.log() - target).sum()
-            if not with_grad:
+            logits = torch.mm(hidden[rows], compute_weight.T, out=buffer[: len(hidden[rows])])
+            loss, error = softmax_error(logits, labels[rows], with_grad=with_grad)
+            total += loss.sum(dtype=torch.float64)
+            if error is None:
                 continue
-            logits /= normaliser  # softmax
-            logits.scatter_add_(1, y, torch.full_like(target, -1.0))
-            error = logits.to(hidden.dtype)  # ∂loss/∂logits
             if grad_hidden is not None:
                 torch.mm(error, compute_weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight += error.T @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        return total
+        return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

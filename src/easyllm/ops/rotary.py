@@ -10,22 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from easyllm.ops.kernels import kernels_for
+from easyllm.ops.kernels.build import DTYPE_CODES
+
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x: [T, heads, d]` rotated by the angles whose cosines and sines are `cos, sin: [T, d/2]`."""
+    """`x: [T, heads, d]` rotated by the angles whose cosines and sines are `cos, sin: [T, d/2]` fp32."""
     if torch.is_grad_enabled() and x.requires_grad:
         out: Tensor = _Rotary.apply(x, cos, sin)
         return out
-    return _rotate(x, cos, sin)
+    return _rotate(x, cos, sin, 1.0)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The equation as written; fp32 products, rounded once on the way in."""
     cos, sin = cos[:, None, :], sin[:, None, :]
     first, second = x.chunk(2, dim=-1)
     out = torch.empty_like(x)
     half = x.shape[-1] // 2
-    out[..., :half] = first * cos - second * sin  # fp32 products, rounded once on the way in
+    out[..., :half] = first * cos - second * sin
     out[..., half:] = second * cos + first * sin
+    return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    kernels = kernels_for(x, cos) if x.dtype == torch.bfloat16 else None
+    if kernels is None or x.stride(2) != 1 or x.stride(1) != x.shape[2]:
+        return reference_rotary(x, cos, sin if sign > 0 else -sin)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    kernels.rotary(
+        x.data_ptr(),
+        x.stride(0),
+        out.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        cos.data_ptr(),
+        sin.data_ptr(),
+        sign,
+        *x.shape[:2],
+        x.shape[2] // 2,
+    )
     return out
 
 
@@ -33,9 +56,9 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return _rotate(x, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin), None, None
+        return _rotate(grads[0].contiguous(), cos, sin, -1.0), None, None

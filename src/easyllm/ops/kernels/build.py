@@ -1,0 +1,122 @@
+"""Building and loading the C kernels.
+
+The sources include nothing of PyTorch, so that a build takes seconds; tensors go in as addresses. The library is kept
+in the user's cache under a hash of sources, flags, compiler and processor. Without a compiler, or where the build
+fails, callers fall back to plain PyTorch.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from easyllm.core.device import cache_folder, cpu_features
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ("training.c", "attention.c")
+HEADERS = ("cpu.h",)
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-std=gnu11",
+)
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "rms_norm_forward": (_POINTER,) * 3 + (_INT, _POINTER, _LONG, _LONG, _FLOAT),
+    "rms_norm_backward": (_POINTER, _INT) + (_POINTER,) * 5 + (_LONG, _LONG),
+    "silu_gate_forward": (_POINTER,) * 3 + (_INT, _LONG, _LONG),
+    "silu_gate_backward": (_POINTER,) * 5 + (_INT, _LONG, _LONG),
+    "rotary": (_POINTER, _LONG, _POINTER, _INT, _POINTER, _POINTER, _FLOAT) + (_LONG,) * 3,
+    "cross_entropy": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
+    "attention_forward": (_POINTER,) * 6 + (_LONG, _POINTER),
+    "attention_backward": (_POINTER,) * 10 + (_LONG, _POINTER),
+}
+
+
+class AttentionShape(ctypes.Structure):
+    """`Shape` of attention.c."""
+
+    _fields_ = [
+        ("heads", _LONG),
+        ("kv_heads", _LONG),
+        ("dim", _LONG),
+        ("q_stride", _LONG),
+        ("k_stride", _LONG),
+        ("v_stride", _LONG),
+        ("dtype", _INT),
+        ("scale", _FLOAT),
+        ("causal", _INT),
+        ("window", _LONG),
+    ]
+
+
+def kernels_for(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The kernels, if they can work on these tensors (on a CPU, fp32 or bf16); None where plain PyTorch must."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.dtype not in DTYPE_CODES:
+            return None
+    return _library()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if compiler is None or os.environ.get("EASYLLM_KERNELS") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("CPU kernels are not available, plain PyTorch is used: %s", error)
+        return None
+    for name, signature in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = signature, None
+    return library
+
+
+def _built(compiler: str) -> Path:
+    """The library's file, built if it is not in the cache."""
+    here = Path(__file__).parent
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(
+        version + repr((FLAGS, sorted(cpu_features()), torch.__version__)).encode()
+    )
+    for name in (*SOURCES, *HEADERS):
+        digest.update((here / name).read_bytes())
+    folder = cache_folder() / "kernels"
+    target = folder / f"easyllm-{digest.hexdigest()[:20]}.so"
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        objects = []
+        for name in SOURCES:
+            objects.append(str(Path(work) / f"{name}.o"))
+            command = [compiler, *FLAGS, "-c", str(here / name), "-o", objects[-1]]
+            subprocess.run(command, capture_output=True, check=True, timeout=300)
+        made = Path(work) / "library.so"
+        link = [compiler, "-shared", *objects, "-o", str(made), *_openmp(), "-lm"]
+        subprocess.run(link, capture_output=True, check=True, timeout=300)
+        os.replace(made, target)
+    return target
+
+
+def _openmp() -> list[str]:
+    """Links against the OpenMP runtime torch has loaded: two runtimes would fight over the cores."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return [str(bundled[0])] if bundled else ["-fopenmp"]

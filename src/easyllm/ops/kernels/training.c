@@ -1,0 +1,158 @@
+// Row-wise kernels of a training step: norm, gated activation, rotation, cross-entropy.
+// Each computes in fp32 and reads and writes rows of fp32 or bf16.
+#include <omp.h>
+
+#include "cpu.h"
+
+// y = x / r * w with r = sqrt(mean(x^2) + eps); inverse[t] = 1 / r
+void rms_norm_forward(const float *x, const float *w, void *y, int y_dtype, float *inverse, i64 rows,
+                      i64 width, float eps) {
+#pragma omp parallel
+    {
+        float *row = floats(width);
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < rows; t++) {
+            const float *xt = x + t * width;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (i64 i = 0; i < width; i++) sum += xt[i] * xt[i];
+            float inv = 1.0f / sqrtf(sum / width + eps);
+            inverse[t] = inv;
+#pragma omp simd
+            for (i64 i = 0; i < width; i++) row[i] = xt[i] * inv * w[i];
+            store_row((char *)y + t * width * element_size(y_dtype), y_dtype, width, row);
+        }
+        free(row);
+    }
+}
+
+// grad_x = (g - x̂ mean(g x̂)) / r with g = grad w, x̂ = x / r; grad_w = sum over rows of grad x̂ (skipped when NULL)
+void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const float *w,
+                       const float *inverse, float *grad_x, float *grad_w, i64 rows, i64 width) {
+    int threads = omp_get_max_threads();
+    float *parts = grad_w ? floats(threads * width) : NULL;
+#pragma omp parallel
+    {
+        float *g = floats(width), *own = grad_w ? parts + omp_get_thread_num() * width : NULL;
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < rows; t++) {
+            const float *xt = x + t * width;
+            float *out = grad_x + t * width, inv = inverse[t], dot = 0;
+            load_row((const char *)grad + t * width * element_size(grad_dtype), grad_dtype, width, g);
+            if (own) {
+#pragma omp simd
+                for (i64 i = 0; i < width; i++) own[i] += g[i] * xt[i] * inv;
+            }
+#pragma omp simd reduction(+ : dot)
+            for (i64 i = 0; i < width; i++) dot += g[i] * w[i] * xt[i];
+            float mean = dot * inv * inv / width;  // x̂ mean(g x̂) = x inv (inv dot / width)
+#pragma omp simd
+            for (i64 i = 0; i < width; i++) out[i] = (g[i] * w[i] - xt[i] * mean) * inv;
+        }
+        free(g);
+    }
+    if (!grad_w) return;
+    memset(grad_w, 0, width * sizeof(float));
+    for (int part = 0; part < threads; part++)  // in a fixed order
+        for (i64 i = 0; i < width; i++) grad_w[i] += parts[part * width + i];
+    free(parts);
+}
+
+// out = silu(gate) * up
+void silu_gate_forward(const void *gate, const void *up, void *out, int dtype, i64 rows, i64 width) {
+#pragma omp parallel
+    {
+        float *a = floats(width), *b = floats(width);
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < rows; t++) {
+            i64 at = t * width * element_size(dtype);
+            load_row((const char *)gate + at, dtype, width, a);
+            load_row((const char *)up + at, dtype, width, b);
+#pragma omp simd
+            for (i64 i = 0; i < width; i++) a[i] = a[i] * sigmoid_(a[i]) * b[i];
+            store_row((char *)out + at, dtype, width, a);
+        }
+        free(a);
+        free(b);
+    }
+}
+
+void silu_gate_backward(const void *grad, const void *gate, const void *up, void *grad_gate,
+                        void *grad_up, int dtype, i64 rows, i64 width) {
+#pragma omp parallel
+    {
+        float *g = floats(width), *a = floats(width), *b = floats(width);
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < rows; t++) {
+            i64 at = t * width * element_size(dtype);
+            load_row((const char *)grad + at, dtype, width, g);
+            load_row((const char *)gate + at, dtype, width, a);
+            load_row((const char *)up + at, dtype, width, b);
+#pragma omp simd
+            for (i64 i = 0; i < width; i++) {
+                float s = sigmoid_(a[i]), silu = a[i] * s;
+                b[i] = g[i] * b[i] * (s + silu * (1.0f - s));
+                a[i] = g[i] * silu;
+            }
+            store_row((char *)grad_gate + at, dtype, width, b);
+            store_row((char *)grad_up + at, dtype, width, a);
+        }
+        free(g);
+        free(a);
+        free(b);
+    }
+}
+
+// Rotates each pair (x_i, x_{i+half}) of each head; sign -1 turns back. cos, sin: [rows][half]
+void rotary(const void *x, i64 x_stride, void *y, int dtype, const float *cosine, const float *sine,
+            float sign, i64 rows, i64 heads, i64 half) {
+    i64 width = heads * 2 * half, size = element_size(dtype);
+#pragma omp parallel
+    {
+        float *in = floats(width), *out = floats(width);
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < rows; t++) {
+            const float *c = cosine + t * half, *s = sine + t * half;
+            load_row((const char *)x + t * x_stride * size, dtype, width, in);
+            for (i64 h = 0; h < heads; h++) {
+                const float *a = in + h * 2 * half, *b = a + half;
+                float *p = out + h * 2 * half, *q = p + half;
+#pragma omp simd
+                for (i64 i = 0; i < half; i++) {
+                    p[i] = a[i] * c[i] - sign * b[i] * s[i];
+                    q[i] = b[i] * c[i] + sign * a[i] * s[i];
+                }
+            }
+            store_row((char *)y + t * width * size, dtype, width, out);
+        }
+        free(in);
+        free(out);
+    }
+}
+
+// loss[t] = logsumexp(logits[t]) - logits[t][label[t]]; with_grad turns the logits into softmax - onehot in place
+void cross_entropy(void *logits, int dtype, const i64 *labels, float *loss, i64 rows, i64 width,
+                   int with_grad) {
+#pragma omp parallel
+    {
+        float *x = floats(width);
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < rows; t++) {
+            char *at = (char *)logits + t * width * element_size(dtype);
+            load_row(at, dtype, width, x);
+            float top = -INFINITY, target = x[labels[t]], sum = 0;
+#pragma omp simd reduction(max : top)
+            for (i64 i = 0; i < width; i++) top = x[i] > top ? x[i] : top;
+#pragma omp simd reduction(+ : sum)
+            for (i64 i = 0; i < width; i++) sum += (x[i] = exp_(x[i] - top));
+            loss[t] = logf(sum) + top - target;
+            if (!with_grad) continue;
+            float inv = 1.0f / sum;
+#pragma omp simd
+            for (i64 i = 0; i < width; i++) x[i] *= inv;
+            x[labels[t]] -= 1.0f;
+            store_row(at, dtype, width, x);
+        }
+        free(x);
+    }
+}
