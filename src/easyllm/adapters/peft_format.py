@@ -1,6 +1,7 @@
 """Adapters on disk, in the layout of `peft`: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,34 @@ from easyllm.adapters.lora import LoRAConfig
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
-from easyllm.models.families import FAMILIES
 from easyllm.nn.decoder import Decoder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
+ModuleName = Callable[[str], str]
+
 
 def save_adapter(
-    model: Decoder, folder: Path, config: LoRAConfig, *, base: str, replace: bool = False
+    model: Decoder,
+    folder: Path,
+    config: LoRAConfig,
+    *,
+    module_name: ModuleName,
+    base: str,
+    replace: bool = False,
 ) -> Path:
     """Writes the model's adapters; `peft` and `load_adapter` read them.
+
+    Args:
+        module_name: what HF calls one of our linears (`models.hf_module_name(model)`).
+        base: the base model's source, for the record.
 
     Raises:
         OutputError: the folder holds something, or cannot be written.
     """
-    names = {name: _file_name(model, name) for name, _, _ in adapted(model)}
+    names = {name: module_name(name) for name, _, _ in adapted(model)}
     tensors = {}
     for name, _, adapter in adapted(model):
         tensors[f"{_PREFIX}{names[name]}.lora_A.weight"] = adapter.lora_A
@@ -50,7 +62,7 @@ def save_adapter(
     return folder
 
 
-def load_adapter(model: Decoder, folder: Path) -> Decoder:
+def load_adapter(model: Decoder, folder: Path, *, module_name: ModuleName) -> Decoder:
     """Attaches the adapters a folder holds.
 
     Raises:
@@ -78,7 +90,7 @@ def load_adapter(model: Decoder, folder: Path) -> Decoder:
     attach(model, config)
     expected = {}
     for name, _, adapter in adapted(model):
-        stem = f"{_PREFIX}{_file_name(model, name)}"
+        stem = f"{_PREFIX}{module_name(name)}"
         expected[f"{stem}.lora_A.weight"] = adapter.lora_A
         expected[f"{stem}.lora_B.weight"] = adapter.lora_B
     wrong = set(expected) ^ set(tensors)
@@ -92,9 +104,3 @@ def load_adapter(model: Decoder, folder: Path) -> Decoder:
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])
     return model.requires_grad_(False)
-
-
-def _file_name(model: Decoder, linear: str) -> str:
-    """HF's module name of one of our linears."""
-    keymap = FAMILIES[model.config.family].keymap(model.config)
-    return keymap.find(f"{linear}.weight")[0].removesuffix(".weight")

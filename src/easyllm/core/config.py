@@ -159,12 +159,13 @@ def _describe(
 
 def _written_place(place: tuple[int | str, ...], values: Any) -> list[str]:
     """The keys a user wrote: pydantic also puts the chosen variant of a union into the path."""
-    written = []
+    written: list[str] = []
+    here: Any = values
     for index, part in enumerate(place):
-        if (isinstance(values, Mapping) and part in values) or (
-            isinstance(values, list) and isinstance(part, int) and part < len(values)
-        ):
-            values = values[part]
+        in_mapping = isinstance(here, Mapping) and part in here
+        in_list = isinstance(here, list) and isinstance(part, int) and part < len(here)
+        if in_mapping or in_list:
+            here = here[part]
         elif index < len(place) - 1:
             continue
         written.append(str(part))

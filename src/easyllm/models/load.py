@@ -1,6 +1,7 @@
 """Models and tokenizers from any source, and back to a Hugging Face folder."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -153,6 +154,12 @@ def save_model(
         for name, value in (extra_files or {}).items():
             write_json(work / name, value)
     return Path(folder)
+
+
+def hf_module_name(model: Decoder) -> Callable[[str], str]:
+    """A function from the name of one of our linears to HF's (adapters are saved under HF's names)."""
+    keymap = FAMILIES[model.config.family].keymap(model.config)
+    return lambda linear: keymap.find(f"{linear}.weight")[0].removesuffix(".weight")
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:

@@ -150,10 +150,11 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) ->
     """`attend_segment` written out with explicit products, in fp32: the oracle of the tests."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * rule.scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide)) * rule.scale
     mask = visible(q.shape[0], k.shape[0], rule, q.device)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)
+    return torch.einsum("hqk,khd->qhd", weights, v.to(wide)).to(q.dtype)
 
 
 def _window_bites(rule: AttentionRule, num_keys: int) -> bool:
@@ -202,13 +203,13 @@ class _KernelAttention(torch.autograd.Function):
         grad = grads[0].contiguous()
         kernels = kernels_for(grad, q, k, v)
         assert kernels is not None, "chosen by attention()"
-        results = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         kernels.attention_backward(
-            *(x.data_ptr() for x in (grad, q, k, v, out, lse, *results, starts)),
+            *(x.data_ptr() for x in (grad, q, k, v, out, lse, grad_q, grad_k, grad_v, starts)),
             len(starts) - 1,
             ctypes.byref(ctx.shape),
         )
-        return *results, None, None
+        return grad_q, grad_k, grad_v, None, None
 
 
 def _heads_contiguous(x: Tensor) -> bool:

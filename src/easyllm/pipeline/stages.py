@@ -9,7 +9,7 @@ from easyllm.core.config import Config
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path
 from easyllm.engine import LLM
 from easyllm.evaluate import evaluate_answers
-from easyllm.models import load_model, load_tokenizer, locate, save_model
+from easyllm.models import hf_module_name, load_model, load_tokenizer, locate, save_model
 from easyllm.pipeline.recipe import ConvertStage, EvaluateStage, MergeStage, TrainStage
 from easyllm.train import TrainConfig, train
 from easyllm.train.run import ADAPTER, MODEL
@@ -42,7 +42,8 @@ def convert_model(source: str, folder: Path, dtype: str | None = None) -> Path:
 
 def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
     """Folds an adapter into its base in fp32 and saves the whole as a Hugging Face folder."""
-    model = merge(load_adapter(load_model(source, dtype="float32"), adapter))
+    model = load_model(source, dtype="float32")
+    merge(load_adapter(model, adapter, module_name=hf_module_name(model)))
     manifest = Manifest.create(
         "merge",
         config={"model": source, "adapter": str(adapter)},

@@ -28,7 +28,7 @@ from easyllm.data.conversations import read_conversations
 from easyllm.data.loader import Loader
 from easyllm.data.packing import Sample, pack, split_by_tokens
 from easyllm.data.prepare import Account, prepare_conversations
-from easyllm.models import open_source, save_model
+from easyllm.models import hf_module_name, open_source, save_model
 from easyllm.models.load import OpenSource
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -204,7 +204,14 @@ def _save_result(
     tokenizer: Tokenizer,
 ) -> None:
     if config.adapter is not None:
-        save_adapter(model, output / ADAPTER, config.adapter, base=config.model, replace=True)
+        save_adapter(
+            model,
+            output / ADAPTER,
+            config.adapter,
+            module_name=hf_module_name(model),
+            base=config.model,
+            replace=True,
+        )
         return
     for name, value in optimizer.final_state().items():
         owner, _, leaf = name.rpartition(".")

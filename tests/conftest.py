@@ -1,0 +1,121 @@
+"""Shared fixtures: a tiny random model with a real tokenizer, and SmolLM2 itself, each made once a session."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "A language model predicts the next token from the tokens before it.",
+    "user assistant system question answer what which where how many",
+    "0123456789 你好，世界 hello world good morning",
+] * 4
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def tiny_config(**changes):
+    """A Llama configuration of a few thousand parameters, as HF writes it."""
+    return {
+        "model_type": "llama",
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    } | changes
+
+
+def build_tiny(seed: int = 0, **changes):
+    """A tiny random model; weights large enough that its logits are not flat."""
+    from easyllm.models.families import family_of
+    from easyllm.nn import Decoder
+
+    hf = tiny_config(**changes)
+    model = Decoder(family_of("llama").read_config(hf))
+    generator = torch.Generator().manual_seed(seed)
+    model.reset_parameters(std=0.3, generator=generator)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE tokenizer of 320 ids with ChatML's special tokens and template."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    from easyllm.tokenizer import SpecialTokens, Tokenizer
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    special = SpecialTokens(bos="<|im_start|>", eos="<|im_end|>", pad="<|endoftext|>")
+    return Tokenizer(backend, special, chat_template=CHATML, max_seq_len=256)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    return build_tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
+    """The tiny model as a Hugging Face folder."""
+    from easyllm.models import save_model
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    return save_model(tiny_model, folder, tokenizer=tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in fp32."""
+    from easyllm.models import load_model
+
+    return load_model("smollm2", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    from easyllm.models import load_tokenizer
+
+    return load_tokenizer("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory, smollm2, smollm2_tokenizer) -> Path:
+    """SmolLM2 exported as a Hugging Face folder."""
+    from easyllm.models import save_model
+
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    return save_model(smollm2, folder, tokenizer=smollm2_tokenizer)

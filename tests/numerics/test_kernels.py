@@ -1,0 +1,163 @@
+"""Each op against its plain reference in fp64: outputs and gradients, kernels and fallbacks, odd sizes."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from easyllm.ops import activation, attention, cross_entropy, norm, rotary
+from easyllm.ops.attention import AttentionRule, reference_attention
+from easyllm.ops.kernels import build
+
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
+DTYPES = list(TOLERANCE)
+
+
+@pytest.fixture(params=["kernels", "plain"])
+def path(request, monkeypatch):
+    """Runs a test with the C kernels (where there is a compiler) and without."""
+    if request.param == "plain":
+        monkeypatch.setattr(build, "_library", lambda: None)
+    elif build._library() is None:
+        pytest.skip("no C compiler on this machine")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Fresh memory is full of NaN, so that an element left unwritten shows."""
+    real_empty, real_like = torch.empty, torch.empty_like
+
+    def poisoned(make):
+        def inner(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return inner
+
+    monkeypatch.setattr(torch, "empty", poisoned(real_empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(real_like))
+
+
+def leaves(*shapes, dtype):
+    generator = torch.Generator().manual_seed(sum(map(len, shapes)))
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+def compare(out, exact, inputs, dtype):
+    """Outputs, then gradients of a random weighting, each relative to the largest exact value."""
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    close(out, exact, dtype)
+    ours = torch.autograd.grad(out, inputs, weights, retain_graph=True)
+    theirs = torch.autograd.grad(exact, inputs, weights.to(exact.dtype))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        close(a, b, dtype)
+
+
+def close(a, b, dtype):
+    scale = b.abs().max().double().clamp(min=1e-6)
+    error = (a.double() - b.double()).abs().max() / scale
+    assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 17, 576])
+def test_rms_norm(path, dtype, width):
+    x, _ = leaves((13, width), (1,), dtype=torch.float32)
+    (w,) = leaves((width,), dtype=dtype)
+    exact = norm.reference_rms_norm(x.double(), w.double(), 1e-5)
+    compare(norm.rms_norm(x, w, 1e-5), exact, (x, w), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [3, 64, 1536])
+def test_silu_gate(path, dtype, width):
+    gate, up = leaves((11, width), (11, width), dtype=dtype)
+    exact = F.silu(gate.double()) * up.double()
+    compare(activation.gated(gate, up, "silu"), exact, (gate, up), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_gate_saturates_without_nan(path, dtype):
+    gate = torch.tensor([[-1e4, -200.0, -88.0, 0.0, 88.0, 200.0, 1e4]], dtype=dtype)
+    gate.requires_grad_()
+    up = torch.ones_like(gate.detach()).fill_(1.0).requires_grad_()
+    compare(
+        activation.gated(gate, up, "silu"), F.silu(gate.double()) * up.double(), (gate, up), dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [1, 5])
+def test_rotary(path, dtype, heads):
+    (x,) = leaves((9, heads, 6), dtype=dtype)
+    angles = torch.randn(9, 3)
+    cos, sin = angles.cos(), angles.sin()
+    exact = rotary.reference_rotary(x.double(), cos.double(), sin.double())
+    compare(rotary.apply_rotary(x, cos, sin), exact, (x,), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+def test_linear_cross_entropy(path, dtype, chunk_rows):
+    hidden, weight = leaves((40, 24), (103, 24), dtype=dtype)
+    labels = torch.randint(0, 103, (40,))
+    labels[::3] = -100
+    out = cross_entropy.linear_cross_entropy(hidden, weight, labels, chunk_rows=chunk_rows)
+    assert out.num_tokens == (labels != -100).sum()
+    exact = F.cross_entropy(
+        hidden.double() @ weight.double().T, labels, ignore_index=-100, reduction="sum"
+    )
+    compare(out.sum, exact, (hidden, weight), dtype)
+
+
+def test_linear_cross_entropy_without_labels_is_zero(path):
+    hidden, weight = leaves((4, 8), (16, 8), dtype=torch.float32)
+    out = cross_entropy.linear_cross_entropy(hidden, weight, torch.full((4,), -100))
+    out.sum.backward()
+    assert out.num_tokens == 0
+    assert out.sum == 0
+    assert not weight.grad.any()
+
+
+SHAPES = {
+    "gqa": (9, 3, 64, (1, 17, 200, 333), AttentionRule(scale=0.125)),
+    "mha, window": (4, 4, 16, (50, 129), AttentionRule(scale=0.3, window=20)),
+    "mqa, bidirectional": (4, 1, 32, (77, 3), AttentionRule(scale=0.2, causal=False)),
+    "window over blocks": (2, 1, 48, (300,), AttentionRule(scale=0.1, window=130)),
+    "odd head_dim": (2, 2, 10, (31, 8), AttentionRule(scale=0.3)),
+    "two-sided window": (2, 2, 16, (40,), AttentionRule(scale=0.3, causal=False, window=7)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_attention(path, dtype, shape):
+    heads, kv_heads, dim, lengths, rule = shape
+    total = sum(lengths)
+    q, k, v = leaves(
+        (total, heads, dim), (total, kv_heads, dim), (total, kv_heads, dim), dtype=dtype
+    )
+    parts = zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True)
+    exact = torch.cat([reference_attention(*part, rule) for part in parts])
+    compare(attention.attention(q, k, v, rule, lengths), exact, (q, k, v), dtype)
+
+
+def test_attention_with_huge_scores_stays_finite(path):
+    q, k, v = leaves((70, 2, 16), (70, 2, 16), (70, 2, 16), dtype=torch.float32)
+    rule = AttentionRule(scale=300.0)
+    out = attention.attention(q, k, v, rule, (70,))
+    exact = reference_attention(q.double(), k.double(), v.double(), rule)
+    close(
+        out, exact, torch.bfloat16
+    )  # softmax of scores in the thousands magnifies fp32's last digit
+
+
+def test_decode_rows_see_all_keys_before_them():
+    """`attend_segment` with fewer queries than keys: the last rows of the whole."""
+    q, k, v = leaves((30, 4, 16), (30, 2, 16), (30, 2, 16), dtype=torch.float32)
+    for rule in (AttentionRule(scale=0.25), AttentionRule(scale=0.25, window=5)):
+        whole = reference_attention(q, k, v, rule)
+        for count in (1, 2, 7):
+            out = attention.attend_segment(q[-count:], k, v, rule)
+            torch.testing.assert_close(out, whole[-count:], atol=1e-5, rtol=1e-5)
