@@ -80,7 +80,13 @@ class GGUFFile:
         """The tensor `name`, dequantized, in row-major order."""
         place = self.tensors[name]
         raw = np.frombuffer(self._map, np.uint8, place.num_bytes, place.offset)
-        return _dequantize(raw, place).to(dtype)
+        try:
+            return _dequantize(raw, place).to(dtype)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} has the type {place.type_name}, which is not read; "
+                "convert the model to another type"
+            ) from None
 
 
 class _HeaderReader:
@@ -150,6 +156,8 @@ class _HeaderReader:
             count = 1
             for size in shape:
                 count *= size
+            if count == 0:
+                raise self._broken(f"tensor {name!r} has the empty shape {shape}")
             width = shape[-1] if shape else 1
             if width % block:
                 raise self._broken(f"tensor {name!r}: width {width} is no multiple of {block}")

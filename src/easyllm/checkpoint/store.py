@@ -57,8 +57,7 @@ class TensorFolder:
 
     def load(self, name: str) -> Tensor:
         """The tensor `name`."""
-        tensor: Tensor = self._place[name].get_tensor(name)
-        return tensor
+        return _read_tensor(self._place[name], name, self.path)
 
     def _weight_files(self) -> list[Path]:
         index = self.path / INDEX
@@ -106,8 +105,18 @@ def open_safetensors(path: Path) -> Any:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor of one safetensors file, and its metadata."""
     with open_safetensors(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: _read_tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
         return tensors, dict(file.metadata() or {})
+
+
+def _read_tensor(handle: Any, name: str, path: Path) -> Tensor:
+    from safetensors import SafetensorError
+
+    try:
+        tensor: Tensor = handle.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from None
+    return tensor
 
 
 def write_tensors(

@@ -100,6 +100,7 @@ _REASONS = {
     errno.EACCES: "permission denied; choose a folder you may write to",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
+    errno.EEXIST: "a part of the path is a file, not a folder; choose another folder",
 }
 
 
@@ -108,10 +109,17 @@ def _publish(work: Path, target: Path) -> None:
     if target.exists():
         old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
         os.rename(target, old)
-    os.rename(work, target)
+    try:
+        os.rename(work, target)
+    except BaseException:
+        if old is not None:
+            os.rename(old, target)
+        raise
     _sync(target.parent)
-    if old is not None:
+    if old is not None and old.is_dir() and not old.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
+    elif old is not None:
+        old.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -115,18 +115,25 @@ def load_config(model: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
 
 def dump_yaml(config: BaseModel) -> str:
     """The configuration with every default written out, as YAML that reads back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    text: str = yaml.dump(values, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 class _YamlLoader(yaml.SafeLoader):
     """YAML 1.2's reading of numbers: `1e-4` is a float (YAML 1.1 takes it for text)."""
 
 
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes the text that `_YamlLoader` would take for a number."""
+
+
+for _resolver in (_YamlLoader, _YamlDumper):
+    _resolver.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,12 +182,17 @@ def _written_place(place: tuple[int | str, ...], values: Any) -> list[str]:
 def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
     """Names of the fields of the nested model that `place` leads to."""
     candidates: list[type[BaseModel]] = [model]
+    is_key = False
     for part in place:
+        if is_key:  # of a mapping: chosen by the user, so it names no field
+            is_key = False
+            continue
         following = []
         for candidate in candidates:
             field = candidate.model_fields.get(str(part))
             if field is not None:
                 following += _models_in(field.annotation)
+                is_key = is_key or typing.get_origin(field.annotation) is dict
             elif _tag_matches(candidate, part):
                 following.append(candidate)
         candidates = following or candidates

@@ -1,19 +1,21 @@
 """Models and tokenizers from any source, and back to a Hugging Face folder."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.store import TensorFolder, write_model_weights
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.device import parse_dtype, pick_device
-from easyllm.core.errors import CheckpointError
+from easyllm.core.errors import CheckpointError, EasyllmError
 from easyllm.models.families import FAMILIES, Family, family_of
 from easyllm.models.gguf_import import GGUFTensors, hf_config
 from easyllm.models.sources import locate
@@ -75,12 +77,16 @@ def open_source(source: str | Path) -> OpenSource:
     path = locate(source)
     if path.suffix == ".gguf":
         file = GGUFFile(path)
-        hf = hf_config(file.metadata, file.tensors)
-        family = family_of(hf["model_type"])
-        return OpenSource(path, family, family.read_config(hf), GGUFTensors(file, hf), file)
+        with _impossible_values(path):
+            hf = hf_config(file.metadata, file.tensors)
+            family = family_of(hf["model_type"])
+            config = family.read_config(hf)
+        return OpenSource(path, family, config, GGUFTensors(file, hf), file)
     hf = read_hf_config(path)
-    family = family_of(hf.get("model_type"))
-    return OpenSource(path, family, family.read_config(hf), TensorFolder(path), None)
+    with _impossible_values(path):
+        family = family_of(hf.get("model_type"))
+        config = family.read_config(hf)
+    return OpenSource(path, family, config, TensorFolder(path), None)
 
 
 def load_model(
@@ -174,6 +180,23 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         if generation.get("eos_token_id") is not None:
             config["eos_token_id"] = generation["eos_token_id"]
     return config
+
+
+@contextmanager
+def _impossible_values(path: Path) -> Iterator[None]:
+    """Turns what a configuration of the wrong types or sizes raises into a `CheckpointError`."""
+    try:
+        yield
+    except EasyllmError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise CheckpointError(
+            f"the configuration in {path} describes no model ({reason}); copy the checkpoint again"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

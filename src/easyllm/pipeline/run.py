@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from easyllm.core.atomic import write_atomic, write_json
-from easyllm.core.config import Config, dump_yaml
-from easyllm.core.errors import OutputError
+from easyllm.core.atomic import write_json
+from easyllm.core.config import Config
 from easyllm.core.manifest import hash_path, hash_value
 from easyllm.core.progress import console, format_duration
+from easyllm.core.run_folder import claim
 from easyllm.models import locate
 from easyllm.pipeline.recipe import EvaluateStage, Recipe, TrainStage, references
 from easyllm.pipeline.stages import product, run_stage
-from easyllm.train.run import RECIPE
 
 PENDING = "pending.json"
 
@@ -45,7 +42,7 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
         OutputError: the output folder holds another recipe's run.
     """
     output = Path(recipe.output)
-    _claim(output, recipe)
+    claim(output, recipe)
     results: dict[str, StageResult] = {}
     keys: dict[str, str] = {}
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
@@ -70,23 +67,6 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
         console().print(f"{label}: finished in {format_duration(seconds)}", markup=False)
         results[name] = StageResult(folder, use, figures, seconds, False)
     return results
-
-
-def _claim(output: Path, recipe: Recipe) -> None:
-    file = output / RECIPE
-    wanted = dump_yaml(recipe)
-    if file.is_file():
-        if yaml.safe_load(file.read_text(encoding="utf-8")) != yaml.safe_load(wanted):
-            raise OutputError(
-                f"{str(output)!r} holds a run of another recipe; choose another folder with output=..., "
-                "or remove that one"
-            )
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(
-            f"{str(output)!r} holds other files; choose another folder with output=..."
-        )
-    write_atomic(file, wanted)
 
 
 def _key(stage: Config, keys: dict[str, str]) -> str:

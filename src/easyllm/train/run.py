@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from easyllm.adapters import adapter_parameters, attach, save_adapter
 from easyllm.core.atomic import write_atomic
-from easyllm.core.config import dump_yaml
 from easyllm.core.device import bf16_is_fast, peak_rss_bytes, pick_device
 from easyllm.core.errors import ConfigError, OutputError
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path
 from easyllm.core.progress import console
+from easyllm.core.run_folder import claim
 from easyllm.data.conversations import read_conversations
 from easyllm.data.loader import Loader
 from easyllm.data.packing import Sample, pack, split_by_tokens
@@ -39,7 +38,6 @@ from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.state import Totals, load_newest, save_state
 
-RECIPE = "recipe.yaml"
 ADAPTER, MODEL = "adapter", "model"
 
 
@@ -59,6 +57,10 @@ def train(config: TrainConfig, output: Path) -> TrainResult:
         ConfigError, DataError, SourceError, CheckpointError: the inputs are wrong.
     """
     claim(output, config)
+    if (output / MANIFEST_FILE).is_file():
+        raise OutputError(
+            f"{str(output)!r} holds this run, finished; choose another output folder, or remove that one"
+        )
     device = pick_device(config.device)
     source = open_source(config.model)
     tokenizer = source.tokenizer()
@@ -128,41 +130,6 @@ def train(config: TrainConfig, output: Path) -> TrainResult:
     )
     write_atomic(output / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
     return TrainResult(output, figures)
-
-
-def claim(output: Path, config: TrainConfig) -> None:
-    """Makes `output` this run's folder: new, or the same run interrupted.
-
-    Raises:
-        OutputError: it holds another run, a finished one, or other files.
-    """
-    recipe = output / RECIPE
-    wanted = yaml.safe_load(dump_yaml(config))
-    if recipe.is_file():
-        there = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        if there != wanted:
-            raise OutputError(
-                f"{str(output)!r} holds another run ({_difference(there, wanted)}); "
-                "choose another output folder, or remove that one"
-            )
-        if (output / MANIFEST_FILE).is_file():
-            raise OutputError(
-                f"{str(output)!r} holds this run, finished; choose another output folder, or remove that one"
-            )
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(
-            f"{str(output)!r} holds other files; choose another output folder for the run"
-        )
-    write_atomic(recipe, dump_yaml(config))
-
-
-def _difference(there: Any, wanted: Any, key: str = "") -> str:
-    if isinstance(there, dict) and isinstance(wanted, dict):
-        for name in [*wanted, *there]:
-            if there.get(name) != wanted.get(name):
-                return _difference(there.get(name), wanted.get(name), f"{key}.{name}".strip("."))
-    return f"{key} is {there!r} there and {wanted!r} here"
 
 
 def _samples(

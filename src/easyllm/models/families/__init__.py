@@ -18,8 +18,8 @@ def family_of(model_type: object) -> Family:
     Raises:
         CheckpointError: no family does.
     """
-    if model_type in _BY_TYPE:
-        return _BY_TYPE[str(model_type)]
+    if isinstance(model_type, str) and model_type in _BY_TYPE:
+        return _BY_TYPE[model_type]
     raise CheckpointError(
         f"model_type {model_type!r} is not known{suggest(str(model_type), _BY_TYPE)}; "
         f"known are {', '.join(sorted(_BY_TYPE))} (code that comes with a checkpoint is never run)"

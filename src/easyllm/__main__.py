@@ -1,0 +1,5 @@
+"""`python -m easyllm` is the `easyllm` command."""
+
+from easyllm.cli.main import main
+
+main()

@@ -1,0 +1,58 @@
+"""A run's folder belongs to one configuration, kept in `recipe.yaml`."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from easyllm.core.atomic import write_atomic
+from easyllm.core.config import dump_yaml
+from easyllm.core.errors import OutputError
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def claim(folder: Path, config: BaseModel) -> None:
+    """Makes `folder` the folder of this configuration: a new one, or one where the same run was begun.
+
+    Where the folder lies (`output`) is no part of what is compared: a run may be moved.
+
+    Raises:
+        OutputError: it holds another run (the message says what differs), or other files.
+    """
+    recipe = folder / RECIPE_FILE
+    wanted = dump_yaml(config)
+    if recipe.is_file():
+        difference = _difference(
+            _comparable(recipe.read_text(encoding="utf-8")), _comparable(wanted)
+        )
+        if difference:
+            raise OutputError(
+                f"{str(folder)!r} holds another run ({difference}); choose another folder with output=..., "
+                "or remove that one"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(
+            f"{str(folder)!r} holds other files; choose another folder with output=..."
+        )
+    write_atomic(recipe, wanted)
+
+
+def _comparable(text: str) -> Any:
+    values = yaml.safe_load(text)
+    if isinstance(values, dict):
+        values.pop("output", None)
+    return values
+
+
+def _difference(there: Any, here: Any, key: str = "") -> str:
+    """The first key that differs, with both values; empty where nothing does."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in [*here, *there]:
+            found = _difference(there.get(name), here.get(name), f"{key}.{name}".strip("."))
+            if found:
+                return found
+        return ""
+    return "" if there == here else f"{key} is {there!r} there and {here!r} here"
