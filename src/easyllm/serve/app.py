@@ -19,7 +19,7 @@ from easyllm.engine.llm import LLM, Completion
 from easyllm.engine.request import Request as EngineRequest
 from easyllm.engine.request import TokenEvent
 from easyllm.serve.schema import ChatRequest
-from easyllm.serve.service import EngineService
+from easyllm.serve.service import EngineFailure, EngineService
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8420
@@ -91,6 +91,8 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
             first = await anext(events)  # a refusal shows before the answer begins
         except EasyllmError as error:
             raise APIError(400, str(error)) from None
+        except EngineFailure as error:
+            raise APIError(500, str(error)) from None
         head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -102,8 +104,11 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
             return StreamingResponse(stream, media_type="text/event-stream")
         completion = Completion()
         completion.take(first)
-        async for event in events:
-            completion.take(event)
+        try:
+            async for event in events:
+                completion.take(event)
+        except EngineFailure as error:
+            raise APIError(500, str(error)) from None
         message = {"role": "assistant", "content": completion.text}
         choice = {"index": 0, "message": message, "finish_reason": completion.finish_reason}
         answer = {
@@ -175,7 +180,11 @@ async def _stream(
             yield chunk({"content": event.text}, None)
         if event.finish_reason is not None:
             yield chunk({}, event.finish_reason)
-        event = await anext(rest, None)
+        try:
+            event = await anext(rest, None)
+        except EngineFailure as error:
+            yield _event(_error_body(500, str(error)))
+            return
     if include_usage:
         usage = _usage(prompt_tokens, count)
         yield _event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
@@ -238,6 +247,9 @@ async def _on_invalid(_: Request, error: Exception) -> Response:
 
 
 def _error(status: int, message: str, *, param: str | None = None) -> JSONResponse:
+    return JSONResponse(_error_body(status, message, param), status_code=status)
+
+
+def _error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
-    return JSONResponse(body, status_code=status)
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}

@@ -12,6 +12,12 @@ from easyllm.engine.request import Request, TokenEvent
 
 logger = logging.getLogger(__name__)
 
+
+
+class EngineFailure(RuntimeError):
+    """A step failed for a reason that is no caller's mistake; the log has the traceback."""
+
+
 Deliver = Callable[[TokenEvent | Exception], None]
 
 
@@ -34,6 +40,7 @@ class EngineService:
 
         Raises:
             ConfigError: the engine refuses the request.
+            EngineFailure: a step failed.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
@@ -68,9 +75,9 @@ class EngineService:
                 task()
             try:
                 events = engine.step()
-            except Exception as error:
+            except Exception:
                 logger.exception("engine %s: a step failed", self.name)
-                self._fail_all(error)
+                self._fail_all(EngineFailure("the engine failed on this request; see the server's log"))
                 continue
             for event in events:
                 listener = self._listeners.get(event.request_id)

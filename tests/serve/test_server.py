@@ -1,0 +1,229 @@
+"""The server with a tiny model: the official client, the errors, the page."""
+
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from easyllm.core.errors import ConfigError
+from easyllm.engine import LLM
+from easyllm.serve.app import MAX_BODY_BYTES, bind, create_app
+
+QUESTION = [{"role": "user", "content": "hello"}]
+
+
+@contextmanager
+def running(models, **options):
+    """A server on a free loopback port; yields its address."""
+    listener = bind("127.0.0.1", 0)
+    app = create_app(models, **options)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def llms(tiny_model, tiny_tokenizer):
+    return {
+        name: LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="") for name in ("base", "tuned")
+    }
+
+
+@pytest.fixture(scope="module")
+def address(llms):
+    with running(llms) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_the_official_client_lists_models_and_chats(client):
+    assert [m.id for m in client.models.list()] == ["base", "tuned"]
+    answer = client.chat.completions.create(
+        model="base", messages=QUESTION, max_tokens=8, temperature=0
+    )
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage.completion_tokens <= 8
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_streaming_gives_the_same_text_and_its_usage(client, llms):
+    settings = {"model": "tuned", "messages": QUESTION, "max_tokens": 24, "temperature": 0}
+    whole = client.chat.completions.create(**settings)
+    chunks = list(
+        client.chat.completions.create(
+            **settings, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    reasons = [c.choices[0].finish_reason for c in chunks if c.choices]
+    assert reasons[-1] == whole.choices[0].finish_reason
+    assert set(reasons[:-1]) == {None}
+
+
+def test_what_the_server_renders_is_what_the_tokenizer_renders(client, tiny_tokenizer):
+    answer = client.chat.completions.create(model="base", messages=QUESTION, max_tokens=1)
+    ids = tiny_tokenizer.encode_chat(QUESTION, add_generation_prompt=True).token_ids
+    assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_a_seed_repeats_the_answer(client):
+    def ask(seed):
+        return client.chat.completions.create(
+            model="base", messages=QUESTION, max_tokens=16, temperature=1.0, seed=seed
+        )
+
+    first, second, other = ask(5), ask(5), ask(6)
+    assert first.choices[0].message.content == second.choices[0].message.content
+    assert first.choices[0].message.content != other.choices[0].message.content
+
+
+def test_content_may_be_a_list_of_text_parts(client):
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    a, b = (
+        client.chat.completions.create(
+            model="base",
+            messages=[{"role": "user", "content": content}],
+            max_tokens=6,
+            temperature=0,
+        )
+        for content in (parts, "hello")
+    )
+    assert a.choices[0].message.content == b.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "message"),
+    [
+        ({"model": "gpt-5"}, 404, "served are base, tuned"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"top_p": 0}, 400, "top_p"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"n": 2}, 400, "n:"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ({"logprobs": True}, 400, "logprobs"),
+        ({"tools": []}, 400, "tools: this field is not supported"),
+        ({"colour": "red"}, 400, "colour: this field is not supported"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "role"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, 400, "not both"),
+        ({"stop": ""}, 400, "stop"),
+        ({"messages": [{"role": "user", "content": "long " * 500}]}, 400, "context holds 256"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_openais_form(address, changes, status, message):
+    body = {"model": "base", "messages": QUESTION, "max_tokens": 2} | changes
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_broken_json_and_huge_bodies_are_refused(address):
+    url = f"{address}/v1/chat/completions"
+    assert httpx.post(url, content=b"{", headers={"content-type": "application/json"}).status_code == 400
+    with socket.create_connection(address.removeprefix("http://").split(":")) as raw:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {MAX_BODY_BYTES + 1}\r\n\r\n"
+        raw.sendall(head.encode())
+        assert b" 413 " in raw.recv(1000)
+
+
+def test_a_client_that_hangs_up_frees_its_request(address, llms):
+    body = {"model": "base", "messages": QUESTION, "stream": True, "temperature": 1.5, "seed": 3}
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
+        next(answer.iter_lines())
+    deadline = time.monotonic() + 10
+    while llms["base"].engine.busy and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not llms["base"].engine.busy
+
+
+def test_many_clients_at_once_get_what_each_gets_alone(client):
+    prompts = [f"question {i} " * (i + 1) for i in range(8)]
+
+    def ask(prompt):
+        messages = [{"role": "user", "content": prompt}]
+        answer = client.chat.completions.create(
+            model="base", messages=messages, max_tokens=12, temperature=0
+        )
+        return answer.choices[0].message.content
+
+    alone = [ask(p) for p in prompts]
+    together = [None] * len(prompts)
+
+    def worker(i):
+        together[i] = ask(prompts[i])
+
+    threads = [threading.Thread(target=worker, args=(i,)) for i in range(len(prompts))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert together == alone
+
+
+def test_a_failing_step_is_reported_and_the_engine_lives(address, llms, monkeypatch):
+    model = llms["tuned"].model
+    body = {"model": "tuned", "messages": QUESTION, "max_tokens": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "head", lambda hidden: 1 / 0)
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["type"] == "server_error"
+    assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200
+
+
+def test_the_key_is_asked_everywhere_but_for_health_and_the_page(llms):
+    with running(llms, api_key="secret") as address:
+        assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+        assert httpx.get(f"{address}/").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            answer = httpx.get(f"{address}/v1/models", headers=headers)
+            assert answer.status_code == 401
+        right = {"Authorization": "Bearer secret"}
+        assert httpx.get(f"{address}/v1/models", headers=right).status_code == 200
+
+
+def test_the_page_loads_nothing_from_outside(address):
+    answer = httpx.get(address)
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    for marker in ("http://", "https://", "//cdn", "@import", "innerHTML"):
+        assert marker not in answer.text, f"the page holds {marker}"
+
+
+def test_a_port_in_use_is_refused():
+    first = bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with pytest.raises(ConfigError, match="choose another port"):
+        bind("127.0.0.1", port)
+    first.close()
+
+
+def test_answers_are_utf8_json(address):
+    body = {"model": "base", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 4}
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body | {"stream": True})
+    lines = [x.removeprefix("data: ") for x in answer.text.splitlines() if x]
+    assert lines[-1] == "[DONE]"
+    assert all(json.loads(line)["object"] == "chat.completion.chunk" for line in lines[:-1])
