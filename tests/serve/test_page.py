@@ -52,7 +52,9 @@ class Page:
             if self.evaluate(expression):
                 return
             time.sleep(0.05)
-        raise AssertionError(f"never true: {expression}\n{self.evaluate('document.body.innerText')}")
+        raise AssertionError(
+            f"never true: {expression}\n{self.evaluate('document.body.innerText')}"
+        )
 
     def close(self):
         self._socket.close()
@@ -88,7 +90,8 @@ def opened(address, profile):
 @pytest.fixture(scope="module")
 def address(tiny_model, tiny_tokenizer):
     llms = {
-        name: LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="") for name in ("base", "tuned")
+        name: LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="")
+        for name in ("base", "tuned")
     }
     with running(llms) as address:
         yield address
@@ -99,7 +102,9 @@ def test_a_question_in_the_address_is_answered_by_both_models(address, tmp_path)
         page.wait_for("document.querySelectorAll('.reply[data-state=done]').length === 2")
         texts = page.evaluate("[...document.querySelectorAll('.reply')].map(r => r.dataset.model)")
         assert texts == ["base", "tuned"]
-        answers = page.evaluate("[...document.querySelectorAll('.reply-text')].map(t => t.textContent)")
+        answers = page.evaluate(
+            "[...document.querySelectorAll('.reply-text')].map(t => t.textContent)"
+        )
         assert all(answers)
         assert page.evaluate("document.querySelector('.question').textContent") == "hello"
         assert "tok" in page.evaluate("document.querySelector('.reply-stats').textContent")

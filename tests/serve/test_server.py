@@ -39,7 +39,8 @@ def running(models, **options):
 @pytest.fixture(scope="module")
 def llms(tiny_model, tiny_tokenizer):
     return {
-        name: LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="") for name in ("base", "tuned")
+        name: LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="")
+        for name in ("base", "tuned")
     }
 
 
@@ -142,7 +143,10 @@ def test_a_wrong_request_is_refused_in_openais_form(address, changes, status, me
 
 def test_broken_json_and_huge_bodies_are_refused(address):
     url = f"{address}/v1/chat/completions"
-    assert httpx.post(url, content=b"{", headers={"content-type": "application/json"}).status_code == 400
+    assert (
+        httpx.post(url, content=b"{", headers={"content-type": "application/json"}).status_code
+        == 400
+    )
     with socket.create_connection(address.removeprefix("http://").split(":")) as raw:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {MAX_BODY_BYTES + 1}\r\n\r\n"
         raw.sendall(head.encode())

@@ -14,7 +14,18 @@ RECIPE_FILE = "recipe.yaml"
 
 
 def claim(folder: Path, config: BaseModel) -> None:
-    """Makes `folder` the folder of this configuration: a new one, or one where the same run was begun.
+    """Makes `folder` the folder of this configuration by writing its `recipe.yaml`.
+
+    Raises:
+        OutputError: as `check_free`.
+    """
+    check_free(folder, config)
+    if not (folder / RECIPE_FILE).is_file():
+        write_atomic(folder / RECIPE_FILE, dump_yaml(config))
+
+
+def check_free(folder: Path, config: BaseModel) -> None:
+    """Checks that a run of `config` may be begun, or gone on with, in `folder`; writes nothing.
 
     Where the folder lies (`output`) is no part of what is compared: a run may be moved.
 
@@ -22,10 +33,9 @@ def claim(folder: Path, config: BaseModel) -> None:
         OutputError: it holds another run (the message says what differs), or other files.
     """
     recipe = folder / RECIPE_FILE
-    wanted = dump_yaml(config)
     if recipe.is_file():
         difference = _difference(
-            _comparable(recipe.read_text(encoding="utf-8")), _comparable(wanted)
+            _comparable(recipe.read_text(encoding="utf-8")), _comparable(dump_yaml(config))
         )
         if difference:
             raise OutputError(
@@ -37,7 +47,6 @@ def claim(folder: Path, config: BaseModel) -> None:
         raise OutputError(
             f"{str(folder)!r} holds other files; choose another folder with output=..."
         )
-    write_atomic(recipe, wanted)
 
 
 def _comparable(text: str) -> Any:

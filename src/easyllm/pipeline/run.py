@@ -14,9 +14,10 @@ from typing import Any
 
 from easyllm.core.atomic import write_json
 from easyllm.core.config import Config
+from easyllm.core.errors import DataError
 from easyllm.core.manifest import hash_path, hash_value
 from easyllm.core.progress import console, format_duration
-from easyllm.core.run_folder import claim
+from easyllm.core.run_folder import check_free, claim
 from easyllm.models import locate
 from easyllm.pipeline.recipe import EvaluateStage, Recipe, TrainStage, references
 from easyllm.pipeline.stages import product, run_stage
@@ -40,13 +41,16 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
 
     Raises:
         OutputError: the output folder holds another recipe's run.
+        SourceError, DataError: a model or data file is not there.
     """
     output = Path(recipe.output)
-    claim(output, recipe)
-    results: dict[str, StageResult] = {}
+    check_free(output, recipe)
     keys: dict[str, str] = {}
-    for number, (name, stage) in enumerate(recipe.stages.items(), 1):
+    for name, stage in recipe.stages.items():
         keys[name] = _key(stage, keys)
+    claim(output, recipe)  # only now: a mistake in the inputs leaves no folder behind
+    results: dict[str, StageResult] = {}
+    for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         record = output / "stages" / f"{name}.json"
         label = f"[{number}/{len(recipe.stages)}] {name}"
         done = _read_record(record)
@@ -73,7 +77,9 @@ def _key(stage: Config, keys: dict[str, str]) -> str:
     """Hash of a stage's configuration, its input files and the keys of the stages it uses."""
     inputs = {name: keys[name] for name in references(stage)}
     for path in _input_paths(stage):
-        inputs[str(path)] = hash_path(path) if path.exists() else "missing"
+        if not path.exists():
+            raise DataError(f"data file {str(path)!r} does not exist; name a .json or .jsonl file")
+        inputs[str(path)] = hash_path(path)
     return hash_value({"config": stage.model_dump(mode="json"), "inputs": inputs})
 
 

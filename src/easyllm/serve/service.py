@@ -13,7 +13,6 @@ from easyllm.engine.request import Request, TokenEvent
 logger = logging.getLogger(__name__)
 
 
-
 class EngineFailure(RuntimeError):
     """A step failed for a reason that is no caller's mistake; the log has the traceback."""
 
@@ -77,7 +76,9 @@ class EngineService:
                 events = engine.step()
             except Exception:
                 logger.exception("engine %s: a step failed", self.name)
-                self._fail_all(EngineFailure("the engine failed on this request; see the server's log"))
+                self._fail_all(
+                    EngineFailure("the engine failed on this request; see the server's log")
+                )
                 continue
             for event in events:
                 listener = self._listeners.get(event.request_id)

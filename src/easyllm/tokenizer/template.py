@@ -1,80 +1,64 @@
 """Jinja in a sandbox with bounded work: a chat template is data from a stranger.
 
-The sandbox of jinja2 keeps templates from the interpreter's insides; this adds bounds on loop steps, calls and
-the size of every text, because a template runs in server threads, where no signal can stop it.
+The sandbox of jinja2 keeps templates from the interpreter's insides; this bounds what they do, because a template
+runs in server threads, where no signal can stop it. Four rules together bound time and memory:
+
+- Every loop step, call, operator, filter and output is counted, and the thread's CPU time is read at each.
+- Every value a template makes is measured with all it holds, so no single operation is large,
+  and the sizes add up to a bound on all a rendering makes.
+- What could be large before it can be measured (a repetition, a join, an indent) is measured from its parts first.
+- Only the listed filters and methods exist.
 """
 
+import inspect
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
+from jinja2.filters import do_indent, make_attrgetter
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from easyllm.core.errors import DataError
 
-MAX_STEPS = 200_000
-"""Loop steps and calls one rendering may take."""
-MAX_CHARS = 8_000_000
-"""Longest text a rendering, or any value in it, may have."""
+MAX_SOURCE = 200_000
+"""Longest template, in characters."""
+MAX_STEPS = 500_000
+"""Loop steps, calls, operators, filters and outputs one rendering may take."""
+MAX_SECONDS = 1.0
+"""CPU time one rendering may take."""
+MAX_CHARS = 4_000_000
+"""Size of a rendering and of any value in it: its characters, and _ITEM for each object it holds."""
+MAX_TOTAL = 100_000_000
+"""Size of all the values a rendering makes, together."""
 
-_BUDGET = "__budget"
-_PADDING_METHODS = frozenset(
-    {"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate"}
+_ITEM = 32
+_MAX_LETTERS = 100_000  # longest text taken apart into its letters
+_MAX_SEARCH = 100_000_000  # text times pattern, for methods that take as long as that
+_TEXT_METHODS = frozenset(
+    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace "
+    "istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit "
+    "rstrip split splitlines startswith strip swapcase title upper".split()
 )
+_METHODS = _TEXT_METHODS | {"copy", "get", "items", "keys", "values", "cycle", "changed"}
+_SLOW_METHODS = frozenset("strip lstrip rstrip rfind rindex rsplit rpartition".split())
 _FILTERS = frozenset(
-    [
-        "abs",
-        "batch",
-        "capitalize",
-        "count",
-        "d",
-        "default",
-        "dictsort",
-        "e",
-        "escape",
-        "first",
-        "float",
-        "forceescape",
-        "groupby",
-        "int",
-        "items",
-        "join",
-        "last",
-        "length",
-        "list",
-        "lower",
-        "map",
-        "max",
-        "min",
-        "random",
-        "reject",
-        "rejectattr",
-        "replace",
-        "reverse",
-        "round",
-        "safe",
-        "select",
-        "selectattr",
-        "slice",
-        "sort",
-        "string",
-        "sum",
-        "title",
-        "tojson",
-        "trim",
-        "truncate",
-        "unique",
-        "upper",
-        "indent",
-        "attr",
-    ]
+    "abs attr capitalize count d default e escape first float forceescape int last length lower random reverse safe "
+    "string truncate upper".split()
 )
+_LETTER_FILTERS = frozenset(  # these take a text apart
+    "dictsort groupby items list map max min reject rejectattr select selectattr sort title unique".split()
+)
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TemplateError(DataError):
@@ -86,6 +70,8 @@ class _Budget:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.total = 0
+        self.deadline = time.thread_time() + MAX_SECONDS
 
     def step(self) -> None:
         self.steps += 1
@@ -93,6 +79,29 @@ class _Budget:
             raise TemplateError(
                 f"the chat template takes more than {MAX_STEPS} steps; use shorter input or another template"
             )
+        if time.thread_time() > self.deadline:
+            raise TemplateError(
+                f"the chat template takes more than {MAX_SECONDS} s; use shorter input or another template"
+            )
+
+    def steps_of(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The items, each counted as a step."""
+        for item in items:
+            self.step()
+            yield item
+
+    def made(self, value: Any) -> Any:
+        """The value, measured and counted."""
+        self.total += _size(value)
+        if self.total > MAX_TOTAL:
+            raise TemplateError(
+                f"the chat template makes values of over {MAX_TOTAL} characters together; "
+                "use shorter input or another template"
+            )
+        return value
+
+
+_BUDGET: ContextVar[_Budget] = ContextVar("budget of the rendering that runs")
 
 
 class _GenerationTag(Extension):
@@ -121,28 +130,91 @@ class _LoopControl(Extension):
         return nodes.Break() if token.value == "break" else nodes.Continue()
 
 
+class _Instrument(NodeTransformer):
+    """Passes what jinja would run without asking the sandbox through filters that count it."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, "__steps")
+        return node
+
+    def visit_Operand(self, node: nodes.Operand) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = _filtered(node.expr, "__step")
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), "__concat")
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "__made") if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "__made") if node.ctx == "load" else node
+
+    def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "__made")
+
+    visit_Dict = visit_List
+
+
+def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _Notes(Namespace):
+    """Jinja's `namespace`. It is mutable, so it escapes measuring, so its text leaves out what it holds."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        budget = context.get(_BUDGET)
-        if budget is not None:
-            budget.step()
-        _check_call(obj, args, kwargs)
-        return _bounded(super().call(context, obj, *args, **kwargs))
+    @staticmethod
+    def concat(pieces: Iterable[str]) -> str:
+        """Joins what a macro or block wrote."""
+        pieces = list(pieces)
+        _check_size(sum(map(len, pieces)))
+        return cast("str", _BUDGET.get().made("".join(pieces)))
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        known = attr in _METHODS or not inspect.isroutine(value)
+        return known and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """No `format` here: it pads, and is refused as any other unknown method."""
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        budget = _BUDGET.get()
+        budget.step()
+        if isinstance(obj, LoopContext):  # the inner step of a recursive loop
+            args = tuple(budget.steps_of(items) for items in args)
+        elif isinstance(obj, Macro) and (obj.catch_varargs or obj.catch_kwargs):
+            _check_size(_size([args, kwargs]))
+        elif isinstance(owner := getattr(obj, "__self__", None), str):
+            args = _checked_arguments(owner, obj.__name__, args, kwargs)
+        return budget.made(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        budget = _BUDGET.get()
+        budget.step()
         if operator == "**":
             raise TemplateError("chat templates may not use the ** operator")
-        if operator == "*" and not (_is_number(left) and _is_number(right)):
-            times = left if isinstance(left, int) else right
-            value = right if isinstance(left, int) else left
-            if not isinstance(times, int) or len(value) * times > MAX_CHARS:
-                raise TemplateError(f"the chat template makes a value over {MAX_CHARS} characters")
-        widths = isinstance(left, str) and any(c.isdigit() or c == "*" for c in left)
-        if operator == "%" and widths:
-            raise TemplateError("chat templates may not format with widths")
-        return _bounded(super().call_binop(context, operator, left, right))
+        if operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if isinstance(value, str | list | tuple) and isinstance(times, int):
+                    _check_size(_size(value) * times)
+        if operator == "%" and isinstance(left, str):
+            if any(c.isdigit() or c == "*" for c in left):
+                raise TemplateError("chat templates may not format with widths")
+            _check_size(left.count("%") * _size(right))
+        return budget.made(super().call_binop(context, operator, left, right))
 
 
 def compile_template(source: str) -> Callable[..., str]:
@@ -151,28 +223,31 @@ def compile_template(source: str) -> Callable[..., str]:
     Raises:
         TemplateError: on compiling, a syntax error; on rendering, whatever the template does wrong.
     """
+    if len(source) > MAX_SOURCE:
+        raise TemplateError(f"the chat template is longer than {MAX_SOURCE} characters")
     environment = _environment()
     try:
-        tree = environment.parse(source)
-        for loop in list(tree.find_all(nodes.For)):
-            loop.iter = nodes.Filter(loop.iter, "__steps", [], [], None, None)
+        tree = _Instrument().visit(environment.parse(source))
         template = environment.from_string(tree)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise TemplateError(f"the chat template is not valid jinja: {error}") from None
+    except Exception as error:  # too deep a nesting is one of several errors, by where it strikes
+        reason = str(error) or type(error).__name__
+        raise TemplateError(f"the chat template is not valid jinja: {reason}") from None
 
     def render(**variables: Any) -> str:
         size, pieces = 0, []
+        token = _BUDGET.set(_Budget())
         try:
-            for piece in template.generate({**variables, _BUDGET: _Budget()}):
+            for piece in template.generate(variables):
                 size += len(piece)
-                if size > MAX_CHARS:
-                    raise TemplateError(f"the chat template writes over {MAX_CHARS} characters")
+                _check_size(size)
                 pieces.append(piece)
         except TemplateError:
             raise
         except Exception as error:  # a template may raise whatever its input makes it raise
             reason = str(error) or type(error).__name__
             raise TemplateError(f"the chat template refuses these messages: {reason}") from None
+        finally:
+            _BUDGET.reset(token)
         return "".join(pieces)
 
     return render
@@ -180,78 +255,157 @@ def compile_template(source: str) -> Callable[..., str]:
 
 def _environment() -> _Sandbox:
     environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, _LoopControl]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_written,
+        extensions=[_GenerationTag, _LoopControl],
     )
-    kept = {name: f for name, f in environment.filters.items() if name in _FILTERS}
-    for name in ("join", "replace"):
-        kept[name] = _checked(kept[name], name)
+    known = {n: f for n, f in environment.filters.items() if n in _FILTERS | _LETTER_FILTERS}
+    known |= {"indent": _indent, "join": _join, "replace": _replace}
+    known |= {"tojson": _to_json, "trim": _trim}
     environment.filters.clear()
-    environment.filters.update(kept)
-    environment.filters["tojson"] = _to_json
-    environment.filters["indent"] = _indent
-    environment.filters["__steps"] = _steps
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    for name in ("lipsum", "cycler", "joiner"):
-        environment.globals.pop(name, None)
+    environment.filters |= {name: _counted(name, function) for name, function in known.items()}
+    environment.filters |= {"__steps": _steps, "__step": _step, "__made": _made, "__concat": _concat}
+    environment.globals = {
+        "range": environment.globals["range"],
+        "dict": dict,
+        "namespace": _Notes,
+        "raise_exception": _raise,
+        "strftime_now": _strftime_now,
+    }
     return environment
 
 
-@jinja2.pass_context
-def _steps(context: Context, items: Iterable[Any]) -> Iterator[Any]:
-    """The items of a loop, each counted."""
-    budget = context.get(_BUDGET)
-    for item in items:
-        if budget is not None:
-            budget.step()
-        yield item
+def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose calls are counted and whose results are measured."""
+    wanted = getattr(function, "jinja_pass_arg", None)
+    first = {
+        "context": lambda context: (context,),
+        "eval_context": lambda context: (context.eval_ctx,),
+        "environment": lambda context: (context.environment,),
+    }.get(wanted.name if wanted else "", lambda context: ())
 
+    def counted(context: Context, value: Any, /, *args: Any, **kwargs: Any) -> Any:
+        budget = _BUDGET.get()
+        budget.step()
+        if name in _LETTER_FILTERS and isinstance(value, str) and len(value) > _MAX_LETTERS:
+            raise TemplateError(f"{name} takes texts of at most {_MAX_LETTERS} characters")
+        result = function(*first(context), value, *args, **kwargs)
+        if isinstance(result, Iterator):  # worked out now, so that what it holds is measured
+            return iter(budget.made(list(budget.steps_of(result))))
+        return budget.made(result)
 
-def _check_call(obj: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses calls whose result could be enormous before it is made."""
-    owner = getattr(obj, "__self__", None)
-    name = getattr(obj, "__name__", "")
-    if not isinstance(owner, str):
-        return
-    if name in _PADDING_METHODS:
-        raise TemplateError(f"chat templates may not call the text method {name}")
-    if name == "replace" and len(args) > 1:
-        _check_size(len(owner) * (len(str(args[1])) + 1))
-    if name == "join" and args:
-        items = list(args[0])
-        _check_size(sum(len(str(i)) for i in items) + len(owner) * len(items))
-
-
-def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The jinja filter `join` or `replace` with a bound on what it makes."""
-
-    def bounded(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if name == "replace" and len(args) > 1:
-            _check_size(len(str(value)) * (len(str(args[1])) + 1))
-        if name == "join":
-            value = list(value)
-            separator = str(args[0]) if args else ""
-            _check_size(sum(len(str(i)) for i in value) + len(separator) * len(value))
-        return function(context, value, *args, **kwargs)
-
-    # jinja passes the evaluation context to filters marked so, as both of these are
-    marked: Callable[..., Any] = jinja2.pass_eval_context(bounded)
+    marked: Callable[..., Any] = jinja2.pass_context(counted)
     return marked
 
 
-def _check_size(chars: int) -> None:
-    if chars > MAX_CHARS:
-        raise TemplateError(f"the chat template makes a value over {MAX_CHARS} characters")
+@jinja2.pass_context
+def _written(context: Context, value: Any) -> str:
+    """What `{{ value }}` writes."""
+    budget = _BUDGET.get()
+    budget.step()
+    return cast("str", budget.made(value if isinstance(value, str) else str(value)))
 
 
-def _bounded(value: Any) -> Any:
-    if isinstance(value, str | list | tuple):
-        _check_size(len(value))
+def _steps(items: Iterable[Any]) -> Iterator[Any]:
+    return _BUDGET.get().steps_of(items)
+
+
+def _step(value: Any) -> Any:
+    _BUDGET.get().step()
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+def _made(value: Any) -> Any:
+    return _BUDGET.get().made(_step(value))
+
+
+def _concat(values: list[Any]) -> str:
+    """The operator `~`."""
+    _check_size(_size(values))
+    return cast("str", _made("".join(map(str, values))))
+
+
+def _checked_arguments(
+    owner: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The arguments of the text method `name`, if what it makes of them is not enormous."""
+    if name == "replace":
+        given = dict(zip(("old", "new"), args, strict=False)) | kwargs
+        _check_replace(owner, given.get("old", ""), given.get("new", ""))
+    if name in _SLOW_METHODS:
+        for value in (*args, *kwargs.values()):
+            _check_search(owner, value)
+    if name == "join" and args:
+        items = list(_steps(args[0]))
+        _check_size(_size(items) + len(owner) * len(items))
+        return (items, *args[1:])
+    return args
+
+
+def _check_replace(text: str, old: str, new: str) -> None:
+    _check_size(len(text) + text.count(old) * len(new))
+
+
+def _check_search(text: str, pattern: Any) -> None:
+    if isinstance(pattern, str) and len(text) * len(pattern) > _MAX_SEARCH:
+        raise TemplateError("the chat template looks for too long a text")
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_CHARS:
+        raise TemplateError(f"the chat template makes a value over {MAX_CHARS} characters")
+
+
+def _size(value: Any) -> int:
+    """Characters of a value and all it holds, what it holds twice counted twice, and _ITEM for each object.
+
+    Raises:
+        TemplateError: it is over MAX_CHARS.
+    """
+    size, found = 0, [value]
+    while found:
+        value = found.pop()
+        size += _ITEM
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, int):
+            size += value.bit_length()
+        elif isinstance(value, dict):
+            _check_size(size + _ITEM * len(value))
+            found += value.keys()
+            found += value.values()
+        elif isinstance(value, (list, tuple, *_VIEWS)):
+            _check_size(size + _ITEM * len(value))
+            found += value
+        _check_size(size)
+    return size
+
+
+@jinja2.pass_environment
+def _join(
+    environment: _Sandbox, items: Iterable[Any], d: str = "", attribute: str | int | None = None
+) -> str:
+    if attribute is not None:
+        items = map(make_attrgetter(environment, attribute), items)
+    texts, size, d = [], 0, str(d)
+    for item in _steps(items):
+        texts.append(str(item))
+        size += len(texts[-1]) + len(d)
+        _check_size(size)
+    return d.join(texts)
+
+
+def _replace(text: Any, old: str, new: str, count: int = -1) -> str:
+    text, old, new = str(text), str(old), str(new)
+    _check_replace(text, old, new)
+    return cast("str", text.replace(old, new, count))
+
+
+def _trim(text: Any, chars: str | None = None) -> str:
+    text = str(text)
+    _check_search(text, chars)
+    return cast("str", text.strip(chars))
 
 
 def _to_json(
@@ -264,17 +418,32 @@ def _to_json(
     """As HF renders JSON in templates: no HTML escapes, non-ASCII kept."""
     if indent is not None and not 0 <= indent <= 16:
         raise TemplateError(f"tojson(indent={indent}) is out of range 0 to 16")
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    if separators is not None and sum(map(len, separators)) > 16:
+        raise TemplateError("tojson takes separators of at most 16 characters")
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if indent is None:
+        return encoder.encode(value)
+    pieces, size = [], 0
+    for piece in encoder.iterencode(value):  # deep values are mostly indentation
+        size += len(piece)
+        _check_size(size)
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
     if not isinstance(width, int) or not 0 <= width <= 64:
         raise TemplateError(f"indent({width!r}) is out of range 0 to 64")
-    from jinja2.filters import do_indent
-
+    _check_size(len(text) + width * (len(text.splitlines()) + 1))
     return do_indent(text, width, first, blank)
+
+
+def _strftime_now(layout: str) -> str:
+    if len(layout) > 100:
+        raise TemplateError("strftime_now takes a layout of at most 100 characters")
+    return datetime.now().strftime(layout)
 
 
 def _raise(message: str) -> None:

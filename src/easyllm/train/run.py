@@ -22,7 +22,7 @@ from easyllm.core.device import bf16_is_fast, peak_rss_bytes, pick_device
 from easyllm.core.errors import ConfigError, OutputError
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path
 from easyllm.core.progress import console
-from easyllm.core.run_folder import claim
+from easyllm.core.run_folder import check_free, claim
 from easyllm.data.conversations import read_conversations
 from easyllm.data.loader import Loader
 from easyllm.data.packing import Sample, pack, split_by_tokens
@@ -56,7 +56,7 @@ def train(config: TrainConfig, output: Path) -> TrainResult:
         OutputError: `output` holds another run, or a finished one.
         ConfigError, DataError, SourceError, CheckpointError: the inputs are wrong.
     """
-    claim(output, config)
+    check_free(output, config)
     if (output / MANIFEST_FILE).is_file():
         raise OutputError(
             f"{str(output)!r} holds this run, finished; choose another output folder, or remove that one"
@@ -78,6 +78,7 @@ def train(config: TrainConfig, output: Path) -> TrainResult:
     )
     total_steps = loader.steps_per_epoch * config.epochs
     total_steps = min(total_steps, config.max_steps or total_steps)
+    claim(output, config)  # only now: a mistake in the inputs leaves no folder behind
     torch.manual_seed(config.seed)
     resumed, messages = load_newest(output, optimizer, loader)
     totals = resumed or Totals()

