@@ -114,8 +114,9 @@ def _read_tensor(handle: Any, name: str, path: Path) -> Tensor:
 
     try:
         tensor: Tensor = handle.get_tensor(name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from None
+    except (SafetensorError, TypeError, ValueError, RuntimeError) as error:  # torch's own, too
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({reason})") from None
     return tensor
 
 

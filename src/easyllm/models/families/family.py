@@ -9,6 +9,7 @@ from easyllm.core.errors import CheckpointError
 from easyllm.nn.config import ModelConfig
 
 HFConfig = Mapping[str, Any]
+MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,18 @@ def require(config: HFConfig, key: str) -> Any:
     if config.get(key) is None:
         raise CheckpointError(f"config.json has no {key!r}; copy the checkpoint's own config.json")
     return config[key]
+
+
+def num_layers(config: HFConfig, key: str = "num_hidden_layers") -> int:
+    """The number of layers.
+
+    Raises:
+        CheckpointError: there is none, or one no model has (a damaged file must not make us build millions).
+    """
+    count = require(config, key)
+    if not isinstance(count, int) or not 1 <= count <= MAX_LAYERS:
+        raise CheckpointError(f"config.json sets {key}={count!r}, expected 1 to {MAX_LAYERS}")
+    return count
 
 
 def rope_theta(config: HFConfig, default: float = 10000.0) -> float:

@@ -6,6 +6,7 @@ from easyllm.checkpoint.keymap import KeyMap, renames
 from easyllm.models.families.family import (
     Family,
     HFConfig,
+    num_layers,
     refuse,
     require,
     rope_theta,
@@ -44,7 +45,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
         vocab_size=require(hf, "vocab_size"),
         hidden_size=require(hf, "hidden_size"),
         max_seq_len=hf.get("max_position_embeddings", 2048),
-        layers=(layer,) * require(hf, "num_hidden_layers"),
+        layers=(layer,) * num_layers(hf),
         norm=RMSNormConfig(eps=hf.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
         **token_ids(hf),

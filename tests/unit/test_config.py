@@ -1,0 +1,306 @@
+"""Configuration files: mistakes named all at once with a suggestion, overrides, precedence, round trips."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from easyllm.core.config import (
+    ENVIRONMENT_PREFIX,
+    RESERVED_VARIABLES,
+    apply_overrides,
+    dump_yaml,
+    environment_overrides,
+    json_schema,
+    load_config,
+    read_yaml,
+    validate,
+)
+from easyllm.core.errors import ConfigError, SourceError
+from easyllm.pipeline.recipe import Recipe, load_recipe, load_train_recipe
+from easyllm.train.config import TrainConfig
+
+TRAIN = {"data": {"train": ["rows.jsonl"]}}
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch):
+    for name in [n for n in os.environ if n.startswith(ENVIRONMENT_PREFIX)]:
+        monkeypatch.delenv(name)
+
+
+def complaint(model, values) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate(model, values, source="recipe.yaml")
+    return str(caught.value)
+
+
+def recipe(**stages):
+    return {"name": "n", "output": "o", "stages": stages}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_mistyped_key_gets_the_nearest_known_one():
+    message = complaint(TrainConfig, TRAIN | {"optimiser": {}})
+    assert message == "recipe.yaml: unknown key 'optimiser' (did you mean 'optimizer'?)"
+
+
+def test_a_mistyped_nested_key_is_named_with_its_path():
+    message = complaint(TrainConfig, TRAIN | {"optimizer": {"learning_rat": 1e-4}})
+    assert "unknown key 'optimizer.learning_rat' (did you mean 'learning_rate'?)" in message
+
+
+def test_a_mistyped_key_of_an_optional_part_is_suggested():
+    message = complaint(TrainConfig, TRAIN | {"adapter": {"rnak": 8}})
+    assert "unknown key 'adapter.rnak' (did you mean 'rank'?)" in message
+
+
+def test_a_key_near_to_none_lists_the_known_ones():
+    message = complaint(TrainConfig, TRAIN | {"optimizer": {"zzz": 1}})
+    assert "(known keys: betas, eps, kind, learning_rate, weight_decay)" in message
+
+
+@pytest.mark.parametrize("name", ["tune", "train", "merge", "data", "optimizer"])
+def test_a_typo_inside_a_stage_is_suggested_whatever_the_stage_is_called(name):
+    stage = TRAIN | {"kind": "train", "batch_siz": 4, "optimizer": {"learning_rat": 1e-4}}
+    message = complaint(Recipe, recipe(**{name: stage}))
+    assert f"unknown key 'stages.{name}.batch_siz' (did you mean 'batch_size'?)" in message
+    assert f"'stages.{name}.optimizer.learning_rat' (did you mean 'learning_rate'?)" in message
+
+
+def test_an_unknown_kind_of_stage_lists_the_known_kinds():
+    message = complaint(Recipe, recipe(a={"kind": "trian"}))
+    assert "stages.a" in message
+    for kind in ("convert", "evaluate", "train", "merge"):
+        assert repr(kind) in message
+
+
+def test_a_reference_to_a_later_stage_is_refused():
+    message = complaint(Recipe, recipe(a={"kind": "convert", "model": "@b"}))
+    assert message == "recipe.yaml: stage 'a' uses @b, which is no stage before it"
+
+
+def test_every_mistake_is_listed_at_once():
+    values = {
+        "batch_siz": 4,
+        "epochs": 0,
+        "optimizer": {"learning_rat": 1, "betas": [0.9, "x"]},
+        "adapter": {"rank": -1},
+    }
+    message = complaint(TrainConfig, values)
+    assert message.startswith("recipe.yaml: 6 mistakes\n  - ")
+    for part in (
+        "missing key 'data'",
+        "unknown key 'batch_siz' (did you mean 'batch_size'?)",
+        "unknown key 'optimizer.learning_rat'",
+        "epochs=0: input should be greater than 0",
+        "optimizer.betas.1='x': input should be a valid number",
+        "adapter.rank=-1: input should be greater than 0",
+    ):
+        assert part in message
+
+
+def test_a_long_wrong_value_is_cut():
+    message = complaint(TrainConfig, TRAIN | {"epochs": "x" * 500})
+    assert len(message) < 200
+    assert "..." in message
+
+
+def test_a_configuration_cannot_be_changed():
+    config = validate(TrainConfig, TRAIN, source="test")
+    with pytest.raises(ValueError, match="frozen"):
+        config.epochs = 2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("2.e3", 2e3),
+        ("-3e2", -300.0),
+        ("1.5e+3", 1500.0),
+        ("3", 3),
+        ("0.5", 0.5),
+        ("true", True),
+        ("null", None),
+        ("[a, b]", ["a", "b"]),
+        ("{x: 1}", {"x": 1}),
+        ("a=b", "a=b"),
+        ("'1e-4'", "1e-4"),
+        ("e4", "e4"),
+        ("", ""),
+        ("@before", "@before"),
+        ("[1, 2", "[1, 2"),
+        ("你好", "你好"),
+    ],
+)
+def test_an_override_is_read_as_yaml(text, value):
+    found = apply_overrides({}, [f"key={text}"])["key"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_override_sets_a_nested_key_and_leaves_the_rest():
+    before = {"optimizer": {"kind": "adamw", "learning_rate": 1.0}, "seed": 3}
+    after = apply_overrides(before, ["optimizer.learning_rate=1e-4", "data.train=[a]"])
+    assert after == {
+        "optimizer": {"kind": "adamw", "learning_rate": 1e-4},
+        "seed": 3,
+        "data": {"train": ["a"]},
+    }
+    assert before == {"optimizer": {"kind": "adamw", "learning_rate": 1.0}, "seed": 3}
+
+
+def test_the_last_override_wins():
+    assert apply_overrides({"seed": 0}, ["seed=1", "seed=2"]) == {"seed": 2}
+
+
+def test_an_override_replaces_a_value_by_a_mapping():
+    assert apply_overrides({"adapter": None}, ["adapter.rank=8"]) == {"adapter": {"rank": 8}}
+
+
+def test_a_word_that_is_no_override_says_how_to_write_one():
+    with pytest.raises(ConfigError, match=r"write key=value .*did you mean 'seed'"):
+        apply_overrides({"seed": 0}, ["sede"])
+    with pytest.raises(ConfigError, match="write key=value"):
+        apply_overrides({}, ["=3"])
+
+
+def test_two_underscores_of_a_variable_are_a_dot():
+    environment = {"EASYLLM_OPTIMIZER__LEARNING_RATE": "1e-4", "EASYLLM_SEED": "3"}
+    assert environment_overrides(TrainConfig, environment) == [
+        "optimizer.learning_rate=1e-4",
+        "seed=3",
+    ]
+
+
+def test_variables_that_name_no_field_are_left_alone():
+    environment = dict.fromkeys(RESERVED_VARIABLES, "x")
+    environment |= {"EASYLLM_NOTHING": "1", "SEED": "1", "EASYLLM_OUTPUTS__X": "1"}
+    assert environment_overrides(TrainConfig, environment) == []
+
+
+def test_precedence_is_defaults_file_environment_command_line(tmp_path, monkeypatch):
+    def rate(*words):
+        return load_config(TrainConfig, path, words).optimizer.learning_rate
+
+    path = write(tmp_path / "r.yaml", "data: {train: [a]}\n")
+    assert rate() == TrainConfig(data={"train": ["a"]}).optimizer.learning_rate
+    write(path, "data: {train: [a]}\noptimizer: {learning_rate: 3e-4}\n")
+    assert rate() == 3e-4
+    monkeypatch.setenv("EASYLLM_OPTIMIZER__LEARNING_RATE", "1e-4")
+    assert rate() == 1e-4
+    assert rate("optimizer.learning_rate=5e-4") == 5e-4
+
+
+def test_the_environment_reaches_recipes(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.setenv("EASYLLM_OPTIMIZER__LEARNING_RATE", "1e-4")
+    monkeypatch.setenv("EASYLLM_STAGES__TUNE__BATCH_SIZE", "3")
+    train = write(tmp_path / "train.yaml", "data: {train: rows.jsonl}\n")
+    config = load_train_recipe(train, [])
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.data.train == (str((tmp_path / "rows.jsonl").resolve()),)
+    pipeline = write(
+        tmp_path / "run.yaml",
+        "name: n\noutput: o\nseed: 7\nstages:\n  tune: {kind: train, data: {train: rows.jsonl}}\n",
+    )
+    stage = load_recipe(pipeline, []).stages["tune"]
+    assert stage.batch_size == 3
+    assert stage.seed == 7
+    assert load_recipe(pipeline, ["stages.tune.batch_size=5"]).stages["tune"].batch_size == 5
+
+
+def test_a_recipe_of_the_other_kind_names_the_right_command(tmp_path):
+    train = write(tmp_path / "train.yaml", "data: {train: [a]}\n")
+    pipeline = write(tmp_path / "run.yaml", "name: n\noutput: o\nstages: {}\n")
+    with pytest.raises(ConfigError, match="easyllm train"):
+        load_recipe(train, [])
+    with pytest.raises(ConfigError, match="easyllm run"):
+        load_train_recipe(pipeline, [])
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\tx: 1", "a: &x\nb: *y\n"])
+def test_bad_yaml_is_one_line_that_names_the_file(tmp_path, text):
+    path = write(tmp_path / "bad.yaml", text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not valid YAML") as caught:
+        read_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_that_is_not_utf8_is_refused(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("name: café".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_yaml(path)
+
+
+def test_yaml_cannot_build_python_objects(tmp_path):
+    path = write(tmp_path / "bad.yaml", "a: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- a\n", "list"), ("", "NoneType"), ("3", "int")])
+def test_yaml_without_a_mapping_says_what_it_holds(tmp_path, text, kind):
+    path = write(tmp_path / "bad.yaml", text)
+    with pytest.raises(ConfigError, match=f"holds a {kind}, expected a mapping"):
+        read_yaml(path)
+
+
+def test_a_missing_file_is_a_source_error(tmp_path):
+    with pytest.raises(SourceError, match=r"nothing\.yaml' does not exist"):
+        load_config(TrainConfig, tmp_path / "nothing.yaml")
+    with pytest.raises(SourceError, match="does not exist"):
+        read_yaml(tmp_path)
+
+
+def test_a_dump_reads_back_equal(tmp_path):
+    config = TrainConfig(
+        data={"train": ["a", "你好.jsonl"], "max_seq_len": 64},
+        adapter={"rank": 4, "targets": ["q_proj"]},
+        optimizer={"learning_rate": 1e-4, "eps": 1e-12},
+        max_steps=3,
+    )
+    path = write(tmp_path / "r.yaml", dump_yaml(config))
+    assert load_config(TrainConfig, path) == config
+    assert "你好" in path.read_text(encoding="utf-8")
+
+
+def test_a_dump_of_a_recipe_reads_back_equal(tmp_path):
+    values = recipe(
+        tune=TRAIN | {"kind": "train"},
+        merged={"kind": "merge", "model": "smollm2", "adapter": "@tune"},
+        after={"kind": "evaluate", "model": "@merged", "data": {"x": "rows.jsonl"}},
+    )
+    config = validate(Recipe, values, source="test")
+    path = write(tmp_path / "r.yaml", dump_yaml(config))
+    assert load_config(Recipe, path) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "1e-4", "2.e3", "3", "true", "null", "2024-01-01", "~", "", "a: b", "@x", "#"]
+)
+def test_text_that_looks_like_something_else_stays_text_in_a_dump(tmp_path, text):
+    config = TrainConfig(data={"train": ["a"]}, model=text)
+    path = write(tmp_path / "r.yaml", dump_yaml(config))
+    assert load_config(TrainConfig, path).model == text
+
+
+def test_every_default_is_written_out():
+    text = dump_yaml(TrainConfig(data={"train": ["a"]}))
+    for name in TrainConfig.model_fields:
+        assert f"{name}:" in text
+    assert "weight_decay: 0.0" in text
+
+
+def test_the_json_schema_names_the_fields():
+    schema = json_schema(TrainConfig)
+    assert set(schema["properties"]) == set(TrainConfig.model_fields)
+    assert math.isclose(schema["$defs"]["AdamWConfig"]["properties"]["eps"]["default"], 1e-8)

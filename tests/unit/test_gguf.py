@@ -1,0 +1,549 @@
+"""GGUF files: every block format, every kind of metadata, llama.cpp's row order, and damaged files."""
+
+import struct
+import tracemalloc
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from easyllm.checkpoint.gguf import MAX_ARRAY_DEPTH, GGUFFile
+from easyllm.core.errors import CheckpointError
+from easyllm.models import load_model
+from easyllm.models.gguf_import import half_split_rows, hf_config, hf_name
+
+QUANTIZED_BY_THE_PACKAGE = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+SCALES = {  # where a block's fp16 scales lie
+    "Q2_K": (80, 84),
+    "Q3_K": (108, 110),
+    "Q4_K": (0, 4),
+    "Q5_K": (0, 4),
+    "Q6_K": (208, 210),
+}
+STRING, ARRAY, U8, U32, I32, F32 = 8, 9, 0, 4, 5, 6
+
+
+def write_gguf(path: Path, metadata=(), tensors=()) -> Path:
+    """Writes metadata given as (method, key, value) and tensors given as (name, array, type)."""
+    writer = GGUFWriter(path, "llama")
+    for method, key, value in metadata:
+        getattr(writer, f"add_{method}")(key, value)
+    for name, array, kind in tensors:
+        writer.add_tensor(name, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def u32(value: int) -> bytes:
+    return struct.pack("<I", value)
+
+
+def u64(value: int) -> bytes:
+    return struct.pack("<Q", value)
+
+
+def text(value: str | bytes) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return u64(len(raw)) + raw
+
+
+def record(name: str, dims=(4,), kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + u32(len(dims)) + b"".join(map(u64, dims)) + u32(kind) + u64(offset)
+
+
+def raw_gguf(pairs=(), records=(), *, magic=b"GGUF", version=3, counts=None, data=bytes(64)):
+    num_tensors, num_pairs = counts or (len(records), len(pairs))
+    head = magic + u32(version) + u64(num_tensors) + u64(num_pairs)
+    head += b"".join(pairs) + b"".join(records)
+    return head + bytes(-len(head) % 32) + data
+
+
+def complaint(tmp_path: Path, content: bytes) -> str:
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            GGUFFile(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * 2**20
+    assert "hostile.gguf" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def random_blocks(kind: Kind, rows: int, width: int) -> np.ndarray:
+    """Random bytes of a block format, its fp16 scales of ordinary size."""
+    rng = np.random.default_rng(7)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (rows * width // block, size), dtype=np.uint8)
+    start, end = SCALES[kind.name]
+    scales = rng.normal(size=(len(raw), (end - start) // 2)).astype(np.float16)
+    raw[:, start:end] = scales.view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED_BY_THE_PACKAGE, *SCALES])
+def test_a_tensor_reads_as_the_reference_dequantizes_it(tmp_path, name):
+    kind = Kind[name]
+    rows, width = 6, 512
+    values = np.random.default_rng(3).normal(size=(rows, width)).astype(np.float32)
+    raw = random_blocks(kind, rows, width) if name in SCALES else gguf.quantize(values, kind)
+    before = np.ones(5, np.float32)
+    file = GGUFFile(
+        write_gguf(
+            tmp_path / "x.gguf",
+            tensors=[("before", before, None), ("w", raw, kind), ("after", before, None)],
+        )
+    )
+    expected = gguf.dequantize(raw, kind).reshape(rows, width)
+    loaded = file.load("w")
+    assert loaded.dtype == torch.float32
+    assert loaded.shape == (rows, width)
+    assert np.isfinite(expected).all()
+    assert np.array_equal(loaded.numpy(), expected)
+    assert torch.equal(file.load("after"), torch.ones(5))
+    assert file.tensors["w"].type_name == name
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "BF16", "F16"])
+def test_a_reading_is_near_the_values_before_quantizing(tmp_path, name):
+    values = np.random.default_rng(3).uniform(-1, 1, (4, 64)).astype(np.float32)
+    raw = gguf.quantize(values, Kind[name])
+    file = GGUFFile(write_gguf(tmp_path / "x.gguf", tensors=[("w", raw, Kind[name])]))
+    assert np.abs(file.load("w").numpy() - values).max() < 0.15
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1"])
+def test_scales_that_are_not_finite_read_as_the_reference_does(tmp_path, name):
+    kind = Kind[name]
+    raw = gguf.quantize(np.ones((1, 64), np.float32), kind)
+    raw[0, :2] = np.array([np.inf], np.float16).view(np.uint8)
+    file = GGUFFile(write_gguf(tmp_path / "x.gguf", tensors=[("w", raw, kind)]))
+    with np.errstate(invalid="ignore"):
+        expected = gguf.dequantize(raw, kind)
+    assert np.array_equal(file.load("w").numpy(), expected, equal_nan=True)
+
+
+def test_doubles_are_read(tmp_path):
+    values = np.arange(6, dtype=np.float64).reshape(2, 3) / 7
+    file = GGUFFile(write_gguf(tmp_path / "x.gguf", tensors=[("w", values, None)]))
+    assert np.array_equal(file.load("w").numpy(), values.astype(np.float32))
+
+
+def test_dims_stand_in_row_major_order(tmp_path):
+    values = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    file = GGUFFile(write_gguf(tmp_path / "x.gguf", tensors=[("w", values, None)]))
+    assert file.tensors["w"].shape == (2, 3, 4)
+    assert np.array_equal(file.load("w").numpy(), values)
+
+
+def test_a_tensor_is_read_in_the_dtype_asked_for(tmp_path):
+    values = np.linspace(-1, 1, 64, dtype=np.float32)
+    file = GGUFFile(write_gguf(tmp_path / "x.gguf", tensors=[("w", values, None)]))
+    found = file.load("w", torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, torch.from_numpy(values).bfloat16())
+
+
+def test_writing_to_a_loaded_tensor_leaves_the_file_alone(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", tensors=[("w", np.ones(8, np.float32), None)])
+    GGUFFile(path).load("w").zero_()
+    assert torch.equal(GGUFFile(path).load("w"), torch.ones(8))
+
+
+def test_every_kind_of_scalar_is_read(tmp_path):
+    values = {
+        "uint8": 255,
+        "int8": -128,
+        "uint16": 65535,
+        "int16": -32768,
+        "uint32": 2**32 - 1,
+        "int32": -(2**31),
+        "uint64": 2**64 - 1,
+        "int64": -(2**63),
+        "float32": 0.5,
+        "float64": 0.1,
+        "bool": True,
+        "string": "a 你好\n",
+    }
+    metadata = [(method, f"x.{method}", value) for method, value in values.items()]
+    found = GGUFFile(write_gguf(tmp_path / "x.gguf", metadata)).metadata
+    assert found.pop("general.architecture") == "llama"
+    assert found == {f"x.{method}": value for method, value in values.items()}
+    assert {key: type(value) for key, value in found.items()} == {
+        f"x.{method}": type(value) for method, value in values.items()
+    }
+
+
+def test_arrays_and_arrays_of_arrays_are_read(tmp_path):
+    values = {
+        "numbers": [1, -2, 3],
+        "floats": [0.5, 1.5],
+        "flags": [True, False],
+        "words": ["a", "", "你好"],
+        "bytes": [0, 255],
+        "nested": [[1, 2], [3]],
+        "nested words": [["a"], ["b", "c"]],
+        "deep": [[[1], [2, 3]], [[4]]],
+    }
+    metadata = [
+        ("array", key, bytes(value) if key == "bytes" else value) for key, value in values.items()
+    ]
+    found = GGUFFile(write_gguf(tmp_path / "x.gguf", metadata)).metadata
+    assert {key: found[key] for key in values} == values
+
+
+def test_empty_strings_and_arrays_are_read(tmp_path):
+    pairs = [
+        text("s") + u32(STRING) + text(""),
+        text("a") + u32(ARRAY) + u32(I32) + u64(0),
+        text("t") + u32(ARRAY) + u32(STRING) + u64(0),
+        text("n") + u32(ARRAY) + u32(ARRAY) + u64(0),
+    ]
+    (tmp_path / "x.gguf").write_bytes(raw_gguf(pairs))
+    assert GGUFFile(tmp_path / "x.gguf").metadata == {"s": "", "a": [], "t": [], "n": []}
+
+
+@pytest.mark.parametrize("alignment", [8, 64, 512])
+def test_the_files_own_alignment_is_kept(tmp_path, alignment):
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_custom_alignment(alignment)
+    writer.add_tensor("a", np.arange(3, dtype=np.float32))
+    writer.add_tensor("b", np.arange(5, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "x.gguf")
+    assert file.load("b").tolist() == [0, 1, 2, 3, 4]
+    assert all(place.offset % alignment == 0 for place in file.tensors.values())
+
+
+def test_version_2_is_read(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(raw_gguf(records=[record("w")], version=2))
+    assert GGUFFile(tmp_path / "x.gguf").load("w").tolist() == [0, 0, 0, 0]
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nothing\.gguf' does not exist"):
+        GGUFFile(tmp_path / "nothing.gguf")
+    with pytest.raises(CheckpointError, match="cannot read GGUF file"):
+        GGUFFile(tmp_path)
+
+
+def test_an_empty_file_is_named(tmp_path):
+    complaint(tmp_path, b"")
+
+
+def test_another_magic_is_refused(tmp_path):
+    assert "is not a GGUF file (it starts with b'PK" in complaint(tmp_path, b"PK\3\4" + bytes(64))
+
+
+@pytest.mark.parametrize("version", [0, 1, 4, 3 << 24])
+def test_an_unknown_version_is_refused(tmp_path, version):
+    message = complaint(tmp_path, raw_gguf(version=version))
+    assert f"version {version}, expected 2 or 3" in message
+
+
+@pytest.mark.parametrize("count", [2**20, 2**40, 2**64 - 1])
+def test_counts_beyond_the_file_are_refused_before_they_are_believed(tmp_path, count):
+    assert "key-value pairs do not fit" in complaint(tmp_path, raw_gguf(counts=(0, count)))
+    assert "tensors do not fit" in complaint(tmp_path, raw_gguf(counts=(count, 0)))
+    for kind in (U8, F32, STRING, ARRAY):
+        pair = text("k") + u32(ARRAY) + u32(kind) + u64(count)
+        assert "array items do not fit" in complaint(tmp_path, raw_gguf([pair]))
+    assert "a string of" in complaint(tmp_path, raw_gguf([text("k") + u32(STRING) + u64(count)]))
+    assert "a string of" in complaint(tmp_path, raw_gguf([u64(count) + bytes(20)]))
+
+
+@pytest.mark.parametrize("dims", [(2**20,), (2**62, 4), (2**64 - 1,) * 4])
+def test_a_tensor_beyond_the_file_is_refused(tmp_path, dims):
+    assert "tensor 'w' ends at byte" in complaint(tmp_path, raw_gguf(records=[record("w", dims)]))
+
+
+@pytest.mark.parametrize("offset", [64, 2**40, 2**64 - 1])
+def test_an_offset_beyond_the_file_is_refused(tmp_path, offset):
+    assert "truncated" in complaint(tmp_path, raw_gguf(records=[record("w", offset=offset)]))
+
+
+def test_arrays_nested_too_deeply_are_refused(tmp_path):
+    def nested(depth: int) -> bytes:
+        layers = (u32(ARRAY) + u64(1)) * (depth - 1)
+        return text("k") + u32(ARRAY) + layers + u32(U8) + u64(1) + b"\7"
+
+    (tmp_path / "x.gguf").write_bytes(raw_gguf([nested(MAX_ARRAY_DEPTH)]))
+    assert GGUFFile(tmp_path / "x.gguf").metadata == {"k": [[[[7]]]]}
+    for depth in (MAX_ARRAY_DEPTH + 1, 5000):
+        assert "nested too deeply" in complaint(tmp_path, raw_gguf([nested(depth)]))
+
+
+def test_what_stands_twice_is_refused(tmp_path):
+    records = [record("w"), record("w", offset=32)]
+    assert "tensor 'w' stands twice" in complaint(tmp_path, raw_gguf(records=records))
+    pair = text("k") + u32(U32) + u32(1)
+    assert "key 'k' stands twice" in complaint(tmp_path, raw_gguf([pair, pair]))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (raw_gguf([text("k") + u32(99) + bytes(8)]), "value type 99 is unknown"),
+        (raw_gguf(records=[record("w", kind=999)]), "unknown type 999"),
+        (raw_gguf(records=[record("w", (1,) * 5)]), "5 dims, at most 4"),
+        (raw_gguf(records=[record("w", (33,), kind=int(Kind.Q8_0))]), "no multiple of 32"),
+        (raw_gguf(records=[record("w", (0,), kind=int(Kind.Q8_0))]), "empty shape"),
+        (raw_gguf(records=[record("w", (0, 2**63))]), "empty shape"),
+        (raw_gguf([text(b"\xff\xfe") + u32(U8) + b"\1"]), "utf-8"),
+        (raw_gguf([text("general.alignment") + u32(U32) + u32(0)]), "alignment 0"),
+        (raw_gguf([text("general.alignment") + u32(U32) + u32(24)]), "alignment 24"),
+        (raw_gguf([text("general.alignment") + u32(STRING) + text("x")]), "alignment 'x'"),
+    ],
+)
+def test_nonsense_is_named(tmp_path, content, words):
+    assert words in complaint(tmp_path, content)
+
+
+def test_a_type_that_cannot_be_read_is_named_when_it_is_asked_for(tmp_path):
+    path = write_gguf(
+        tmp_path / "x.gguf",
+        tensors=[("whole", np.arange(4, dtype=np.int32), None), ("w", np.ones(4, "f4"), None)],
+    )
+    file = GGUFFile(path)
+    assert torch.equal(file.load("w"), torch.ones(4))
+    with pytest.raises(CheckpointError, match=r"x\.gguf: tensor 'whole' has the type I32"):
+        file.load("whole")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, bytes]:
+    """A folder to write into, and the bytes of a small valid file."""
+    folder = tmp_path_factory.mktemp("gguf")
+    values = np.random.default_rng(0).normal(size=(2, 256)).astype(np.float32)
+    metadata = [
+        ("uint8", "u8", 3),
+        ("float32", "f32", 0.5),
+        ("bool", "flag", True),
+        ("string", "name", "héllo"),
+        ("array", "numbers", [1, 2, 3]),
+        ("array", "words", ["a", "bc"]),
+        ("array", "nested", [[1, 2], [3]]),
+    ]
+    tensors = [("f", values[0, :7], None)]
+    tensors += [
+        (name, gguf.quantize(values, Kind[name]), Kind[name]) for name in ("BF16", "Q8_0", "Q4_1")
+    ]
+    tensors.append(("Q6_K", random_blocks(Kind.Q6_K, 2, 256), Kind.Q6_K))
+    return folder, write_gguf(folder / "valid.gguf", metadata, tensors).read_bytes()
+
+
+def open_whole(folder: Path, content: bytes) -> bool:
+    """Whether the bytes read as a file, down to the last tensor; if not, the error names the file."""
+    path = folder / "damaged.gguf"
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+    try:
+        file = GGUFFile(path)
+        with np.errstate(all="ignore"):
+            for name, place in file.tensors.items():
+                assert file.load(name).shape == place.shape
+    except CheckpointError as error:
+        refusal = str(error)
+    else:
+        return True
+    assert "damaged.gguf" in refusal
+    return False
+
+
+def test_a_file_cut_anywhere_is_refused(small):
+    folder, content = small
+    ends = max(p.offset + p.num_bytes for p in GGUFFile(folder / "valid.gguf").tensors.values())
+    assert open_whole(folder, content[:ends])
+    header = min(p.offset for p in GGUFFile(folder / "valid.gguf").tensors.values())
+    for length in [*range(0, header, 3), header, ends - 1]:
+        assert not open_whole(folder, content[:length])
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused(small, data):
+    folder, content = small
+    header = min(p.offset for p in GGUFFile(folder / "valid.gguf").tensors.values())
+    damaged = bytearray(content)
+    place = st.integers(0, header - 1)
+    for at in data.draw(st.lists(place, max_size=4)):
+        damaged[at] = data.draw(st.one_of(st.integers(0, 40), st.integers(0, 255)))
+    for at in data.draw(st.lists(place, max_size=2)):
+        number = data.draw(st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]))
+        damaged[at : at + 8] = u64(number)
+    if data.draw(st.booleans()):
+        damaged = damaged[: data.draw(st.integers(0, len(damaged)))]
+    tracemalloc.start()
+    try:
+        open_whole(folder, bytes(damaged))
+        assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=200))
+def test_random_bytes_behind_the_magic_are_read_or_refused(small, content):
+    open_whole(small[0], b"GGUF" + u32(3) + content)
+
+
+def interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of queries and keys, as its converter makes it."""
+    split = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
+    return split.swapaxes(1, 2).reshape(weight.shape)
+
+
+@settings(max_examples=30, deadline=None)
+@given(heads=st.integers(1, 6), half=st.integers(1, 8), tail=st.sampled_from([(), (1,), (5,)]))
+def test_half_split_rows_undoes_the_order_of_llama_cpp(heads, half, tail):
+    weight = np.random.default_rng(0).normal(size=(heads * half * 2, *tail)).astype(np.float32)
+    theirs = torch.from_numpy(interleaved(weight, heads).copy())
+    assert np.array_equal(half_split_rows(theirs, heads).numpy(), weight)
+
+
+LLAMA = {
+    "general.architecture": "llama",
+    "llama.embedding_length": 32,
+    "llama.feed_forward_length": 64,
+    "llama.block_count": 2,
+    "llama.context_length": 256,
+    "llama.vocab_size": 320,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+    "llama.attention.key_length": 16,
+    "llama.attention.layer_norm_rms_epsilon": float(np.float32(1e-5)),
+}
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-12, 5e-6, 0.1])
+def test_the_norms_epsilon_is_read_as_the_shortest_decimal(eps):
+    stored = float(np.float32(eps))
+    assert stored != eps
+    key = "llama.attention.layer_norm_rms_epsilon"
+    assert hf_config(LLAMA | {key: stored}, {})["rms_norm_eps"] == eps
+
+
+def test_metadata_become_a_config():
+    ends = {"eos_token_id": 2, "eot_token_id": 7, "eom_token_id": 2, "bos_token_id": 1}
+    metadata = LLAMA | {f"tokenizer.ggml.{key}": value for key, value in ends.items()}
+    config = hf_config(metadata, {"output.weight": None})
+    assert config["eos_token_id"] == [2, 7]
+    assert config["bos_token_id"] == 1
+    assert config["pad_token_id"] is None
+    assert config["head_dim"] == 16
+    assert config["vocab_size"] == 320
+    assert config["rope_theta"] == 10000.0
+    assert not config["tie_word_embeddings"]
+    assert hf_config(LLAMA, {})["tie_word_embeddings"]
+    tokens = {"tokenizer.ggml.tokens": ["a", "b"]}
+    assert hf_config(LLAMA | tokens, {})["vocab_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"general.architecture": "mamba"}, "'mamba' is not known; known are llama"),
+        ({"general.architecture": None}, "None is not known"),
+        ({"llama.block_count": None}, "no llama.block_count"),
+        ({"llama.expert_count": 8}, "expert_count are not read yet"),
+        ({"llama.rope.scaling.type": "yarn"}, "scaling.type are not read yet"),
+    ],
+)
+def test_metadata_that_cannot_be_used_are_named(changes, words):
+    with pytest.raises(CheckpointError, match=words):
+        hf_config(LLAMA | changes, {})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("output.weight", "lm_head.weight"),
+        ("blk.11.ffn_down.weight", "model.layers.11.mlp.down_proj.weight"),
+        ("blk.0.attn_q.bias", "model.layers.0.self_attn.q_proj.bias"),
+        ("blk.0.unheard_of.weight", "blk.0.unheard_of.weight"),
+        ("x", "x"),
+    ],
+)
+def test_names_become_those_of_hf(theirs, ours):
+    assert hf_name(theirs) == ours
+
+
+def write_llama(path: Path, model, **changes) -> Path:
+    """The tiny model as llama.cpp's converter writes it."""
+    names = {
+        "embed_tokens": "token_embd",
+        "norm": "output_norm",
+        "mixer_norm": "attn_norm",
+        "feed_forward_norm": "ffn_norm",
+        "mixer.q_proj": "attn_q",
+        "mixer.k_proj": "attn_k",
+        "mixer.v_proj": "attn_v",
+        "mixer.o_proj": "attn_output",
+        "feed_forward.gate_proj": "ffn_gate",
+        "feed_forward.up_proj": "ffn_up",
+        "feed_forward.down_proj": "ffn_down",
+    }
+    values = {key: value for key, value in (LLAMA | changes).items() if key.startswith("llama.")}
+    metadata = [
+        ("float32" if isinstance(value, float) else "uint32", key, value)
+        for key, value in values.items()
+    ]
+    tensors = []
+    for ours, parameter in model.state_dict().items():
+        stem, _, kind = ours.rpartition(".")
+        layer = ""
+        if stem.startswith("layers."):
+            _, number, stem = stem.split(".", 2)
+            layer = f"blk.{number}."
+        array = parameter.float().numpy()
+        heads = {"mixer.q_proj": 4, "mixer.k_proj": 2}.get(stem)
+        if heads is not None:
+            array = np.ascontiguousarray(interleaved(array, heads))
+        tensors.append((f"{layer}{names[stem]}.{kind}", array, None))
+    return write_gguf(path, metadata, tensors)
+
+
+def test_a_file_in_the_order_of_llama_cpp_is_the_same_model(tmp_path, tiny_model):
+    loaded = load_model(write_llama(tmp_path / "tiny.gguf", tiny_model))
+    assert loaded.config.norm.eps == tiny_model.config.norm.eps == 1e-5
+    assert loaded.config.layers == tiny_model.config.layers
+    ours, theirs = tiny_model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(theirs[name], value), name
+    ids = [1, 5, 9, 300]
+    assert torch.equal(loaded.logits(ids), tiny_model.logits(ids))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"llama.attention.head_count": 0}, "describes no model"),
+        ({"llama.attention.head_count_kv": 3}, "not divisible by num_kv_heads=3"),
+        ({"llama.feed_forward_length": 48}, r"got \(64, 32\), expected \(48, 32\)"),
+        ({"llama.block_count": 3}, "9 missing"),
+        ({"llama.block_count": 1}, "9 left over"),
+    ],
+)
+def test_metadata_that_do_not_fit_the_tensors_are_named(tmp_path, tiny_model, changes, words):
+    path = write_llama(tmp_path / "tiny.gguf", tiny_model, **changes)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_model(path)
+    assert "tiny.gguf" in str(caught.value)
