@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import build_tiny
 
+from conftest import build_tiny
 from easyllm.adapters import LoRAConfig, attach, detach, load_adapter, merge, save_adapter
 from easyllm.adapters.attach import adapted, adapter_parameters
 from easyllm.core.errors import CheckpointError, ConfigError

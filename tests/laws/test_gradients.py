@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import build_tiny
 
+from conftest import build_tiny
 from easyllm.data.packing import Sample, pack
 from easyllm.train.config import AdamWConfig
 from easyllm.train.loop import accumulate

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import build_tiny
 
+from conftest import build_tiny
 from easyllm.data.packing import Sample, pack
 from easyllm.engine import Engine, Request, SamplingParams
 from easyllm.engine.kv_cache import BatchCache, SequenceCache

@@ -11,8 +11,8 @@ import time
 
 import pytest
 import yaml
-from conftest import CORPUS
 
+from conftest import CORPUS
 from easyllm.train.metrics import read_metrics
 from easyllm.train.state import checkpoints
 

@@ -1,10 +1,13 @@
 """The server with a tiny model: the official client, the errors, the page."""
 
 import json
+import re
 import socket
+import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import openai
@@ -231,3 +234,14 @@ def test_answers_are_utf8_json(address):
     lines = [x.removeprefix("data: ") for x in answer.text.splitlines() if x]
     assert lines[-1] == "[DONE]"
     assert all(json.loads(line)["object"] == "chat.completion.chunk" for line in lines[:-1])
+
+
+def test_the_curl_example_of_the_readme_works_as_written(llms):
+    """Only the port is another one: the tests do not own the default one."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"```bash\n(curl .*?)```", readme, re.DOTALL).group(1)
+    with running(llms) as address:
+        command = command.replace("http://127.0.0.1:8420", address)
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]

@@ -74,8 +74,12 @@ def conversations(rows: Iterable[Row]) -> Iterator[Conversation]:
 
 
 def _messages(row: Row) -> Conversation:
-    messages = []
-    for number, message in enumerate(row.values["messages"]):
+    return _checked(_valid(row.values["messages"], row), row.values.get("tools"), row)
+
+
+def _valid(messages: list[Any], row: Row) -> list[Message]:
+    """The messages, if each has a role and text or tool calls."""
+    for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{row.place}: message {number} has no role; give role and content")
         content = message.get("content")
@@ -83,8 +87,7 @@ def _messages(row: Row) -> Conversation:
             raise DataError(
                 f"{row.place}: message {number} has no text content; give content as a string"
             )
-        messages.append(message)
-    return _checked(messages, row.values.get("tools"), row)
+    return messages
 
 
 def _sharegpt(row: Row) -> Conversation:
@@ -129,7 +132,7 @@ def _alpaca(row: Row) -> Conversation:
     messages: list[Message] = []
     if isinstance(values.get("system"), str) and values["system"]:
         messages.append({"role": "system", "content": values["system"]})
-    for question, answer in values.get("history") or []:
+    for question, answer in _history(row):
         messages += [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
@@ -144,10 +147,19 @@ def _alpaca(row: Row) -> Conversation:
     return _checked(messages, None, row)
 
 
+def _history(row: Row) -> list[list[str]]:
+    pairs = row.values.get("history") or []
+    if not isinstance(pairs, list) or any(
+        not isinstance(pair, list) or [type(text) for text in pair] != [str, str] for pair in pairs
+    ):
+        raise DataError(f"{row.place}: history is no list of pairs like [question, answer]")
+    return pairs
+
+
 def _prompt_completion(row: Row) -> Conversation:
     prompt, completion = row.values["prompt"], row.values["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _checked([*prompt, *completion], row.values.get("tools"), row)
+        return _checked(_valid([*prompt, *completion], row), row.values.get("tools"), row)
     messages = [
         {"role": "user", "content": _text(row, "prompt")},
         {"role": "assistant", "content": _text(row, "completion")},

@@ -42,7 +42,7 @@ class ChatTemplate:
     def __init__(self, source: str) -> None:
         self.source = source
         self._render = compile_template(source)
-        self.has_marks = "{% generation" in source or "{%- generation" in source
+        self.has_marks = re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
     def render(
         self,
@@ -89,7 +89,7 @@ class ChatTemplate:
         ]
         ids, offsets = tokenizer.encode_with_offsets(text)
         mask = _mask(offsets, spans)
-        _end_turns(ids, mask, offsets, spans, tokenizer)
+        _end_turns(text, ids, mask, offsets, spans, tokenizer)
         return EncodedChat(ids, mask, text)
 
     def _call(
@@ -179,8 +179,8 @@ class ChatTemplate:
         if not isinstance(content, str) or not content.strip():
             return None
         core = content.strip()
-        # a probe differs from the content in its first and last character
-        probe = "".join(next(c for c in "XYZ" if c not in (core[0], core[-1])) * 3)
+        # a character the content lacks, so that text and probe differ at the turn's first and last character
+        probe = next(c for c in map(chr, range(ord("A"), 0x110000)) if c not in core) * 3
         changed = [*messages[:turn], {**messages[turn], "content": probe}, *messages[turn + 1 :]]
         other = self._call(changed, tools, False, special, ("", ""))
         start = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
@@ -205,6 +205,7 @@ def _mask(offsets: list[Span], spans: Iterable[Span]) -> list[bool]:
 
 
 def _end_turns(
+    text: str,
     ids: list[int],
     mask: list[bool],
     offsets: list[Span],
@@ -213,8 +214,9 @@ def _end_turns(
 ) -> None:
     """Makes each turn end with its end token: what a template writes behind it is not the assistant's.
 
-    The end token is the last special token of the turn; where a turn has none, the special token right
-    behind it ends it (templates whose next role tag ends the turn), and where nothing follows, an EOS is appended.
+    The end token is the last special token of the turn, if only blanks follow it there; where a turn has none,
+    the special token right behind it ends it (templates whose next role tag ends the turn), and where nothing
+    follows, an EOS is appended.
     """
     special = tokenizer.special_ids
     for start, end in spans:
@@ -222,7 +224,7 @@ def _end_turns(
         if not inside:
             continue
         ends = [i for i in inside if ids[i] in special]
-        if ends:
+        if ends and not text[offsets[ends[-1]][1] : end].strip():
             for i in inside:
                 if i > ends[-1]:
                     mask[i] = False

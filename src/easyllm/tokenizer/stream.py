@@ -27,27 +27,26 @@ class StreamDecoder:
         self._tokenizer, self._skip_special = tokenizer, skip_special
         self._ids: list[int] = []
         self._window = 0  # start of the decoded window
-        self._sent = 0  # ids up to here have been given out
+        self._clean = 0  # the last clean boundary: all text up to here has been given out
+        self._given = 0  # characters of the window given out
 
     def push(self, token_id: int) -> str:
         """The new text that `token_id` makes sure of; may be empty."""
         self._ids.append(token_id)
-        before, now = self._texts()
-        if now.endswith(REPLACEMENT) and len(self._ids) - self._sent < 8:
-            return ""  # perhaps the first bytes of a character (a character has at most 4 bytes)
-        return self._give(before, now)
+        text = self._decode(self._window, len(self._ids))
+        sure = text.rstrip(REPLACEMENT)  # behind it may be the first bytes of a character
+        piece = sure[self._given :]
+        self._given += len(piece)
+        if piece and len(sure) == len(text):
+            self._window, self._clean = self._clean, len(self._ids)
+            self._given = len(self._decode(self._window, self._clean))
+        return piece
 
     def flush(self) -> str:
         """Whatever was held back, broken bytes as U+FFFD."""
-        before, now = self._texts()
-        return self._give(before, now)
+        piece = self._decode(self._window, len(self._ids))[self._given :]
+        self._given += len(piece)
+        return piece
 
-    def _texts(self) -> tuple[str, str]:
-        window = self._ids[self._window :]
-        sent = self._ids[self._window : self._sent]
-        before = self._tokenizer.decode(sent, skip_special=self._skip_special)
-        return before, self._tokenizer.decode(window, skip_special=self._skip_special)
-
-    def _give(self, before: str, now: str) -> str:
-        self._window, self._sent = self._sent, len(self._ids)
-        return now[len(before) :]
+    def _decode(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(self._ids[start:end], skip_special=self._skip_special)

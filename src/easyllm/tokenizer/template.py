@@ -12,9 +12,7 @@ runs in server threads, where no signal can stop it. Four rules together bound t
 
 import inspect
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, cast
 
@@ -28,80 +26,104 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from easyllm.core.errors import DataError
+from easyllm.tokenizer.template_budget import (
+    BUDGET,
+    ITEM_SIZE,
+    MAX_LETTERS,
+    MAX_REASON,
+    MAX_SOURCE,
+    Budget,
+    TemplateError,
+    check_replace,
+    check_search,
+    check_size,
+    size_of,
+)
 
-MAX_SOURCE = 200_000
-"""Longest template, in characters."""
-MAX_STEPS = 500_000
-"""Loop steps, calls, operators, filters and outputs one rendering may take."""
-MAX_SECONDS = 1.0
-"""CPU time one rendering may take."""
-MAX_CHARS = 4_000_000
-"""Size of a rendering and of any value in it: its characters, and _ITEM for each object it holds."""
-MAX_TOTAL = 100_000_000
-"""Size of all the values a rendering makes, together."""
-
-_ITEM = 32
-_MAX_LETTERS = 100_000  # longest text taken apart into its letters
-_MAX_SEARCH = 100_000_000  # text times pattern, for methods that take as long as that
 _TEXT_METHODS = frozenset(
-    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace "
-    "istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit "
-    "rstrip split splitlines startswith strip swapcase title upper".split()
+    [
+        "capitalize",
+        "casefold",
+        "count",
+        "endswith",
+        "find",
+        "index",
+        "isalnum",
+        "isalpha",
+        "isascii",
+        "isdecimal",
+        "isdigit",
+        "islower",
+        "isnumeric",
+        "isspace",
+        "istitle",
+        "isupper",
+        "join",
+        "lower",
+        "lstrip",
+        "partition",
+        "removeprefix",
+        "removesuffix",
+        "replace",
+        "rfind",
+        "rindex",
+        "rpartition",
+        "rsplit",
+        "rstrip",
+        "split",
+        "splitlines",
+        "startswith",
+        "strip",
+        "swapcase",
+        "title",
+        "upper",
+    ]
 )
 _METHODS = _TEXT_METHODS | {"copy", "get", "items", "keys", "values", "cycle", "changed"}
-_SLOW_METHODS = frozenset("strip lstrip rstrip rfind rindex rsplit rpartition".split())
+_SLOW_METHODS = frozenset(["strip", "lstrip", "rstrip", "rfind", "rindex", "rsplit", "rpartition"])
 _FILTERS = frozenset(
-    "abs attr capitalize count d default e escape first float forceescape int last length lower random reverse safe "
-    "string truncate upper".split()
+    [
+        "abs",
+        "attr",
+        "capitalize",
+        "count",
+        "d",
+        "default",
+        "e",
+        "escape",
+        "first",
+        "float",
+        "forceescape",
+        "int",
+        "last",
+        "length",
+        "lower",
+        "random",
+        "reverse",
+        "safe",
+        "string",
+        "truncate",
+        "upper",
+    ]
 )
-_LETTER_FILTERS = frozenset(  # these take a text apart
-    "dictsort groupby items list map max min reject rejectattr select selectattr sort title unique".split()
+_LETTER_FILTERS = frozenset(
+    [
+        "dictsort",
+        "groupby",
+        "items",
+        "list",
+        "map",
+        "max",
+        "min",
+        "reject",
+        "rejectattr",
+        "select",
+        "selectattr",
+        "sort",
+        "title",
+        "unique",
+    ]
 )
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
-
-
-class TemplateError(DataError):
-    """A chat template is broken, refuses its input, or does too much."""
-
-
-class _Budget:
-    """Counts the work of one rendering."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.total = 0
-        self.deadline = time.thread_time() + MAX_SECONDS
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            raise TemplateError(
-                f"the chat template takes more than {MAX_STEPS} steps; use shorter input or another template"
-            )
-        if time.thread_time() > self.deadline:
-            raise TemplateError(
-                f"the chat template takes more than {MAX_SECONDS} s; use shorter input or another template"
-            )
-
-    def steps_of(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The items, each counted as a step."""
-        for item in items:
-            self.step()
-            yield item
-
-    def made(self, value: Any) -> Any:
-        """The value, measured and counted."""
-        self.total += _size(value)
-        if self.total > MAX_TOTAL:
-            raise TemplateError(
-                f"the chat template makes values of over {MAX_TOTAL} characters together; "
-                "use shorter input or another template"
-            )
-        return value
-
-
-_BUDGET: ContextVar[_Budget] = ContextVar("budget of the rendering that runs")
 
 
 class _GenerationTag(Extension):
@@ -135,7 +157,7 @@ class _Instrument(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = _filtered(node.iter, "__steps")
+        node.iter = _filtered(cast("nodes.Expr", node.iter), "__steps")
         return node
 
     def visit_Operand(self, node: nodes.Operand) -> nodes.Node:
@@ -180,40 +202,45 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def concat(pieces: Iterable[str]) -> str:
         """Joins what a macro or block wrote."""
         pieces = list(pieces)
-        _check_size(sum(map(len, pieces)))
-        return cast("str", _BUDGET.get().made("".join(pieces)))
+        check_size(sum(map(len, pieces)))
+        return cast("str", BUDGET.get().made("".join(pieces)))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         known = attr in _METHODS or not inspect.isroutine(value)
         return known and super().is_safe_attribute(obj, attr, value)
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, _step(argument))
+
     def wrap_str_format(self, value: Any) -> None:
         """No `format` here: it pads, and is refused as any other unknown method."""
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        budget = _BUDGET.get()
+        budget = BUDGET.get()
         budget.step()
-        if isinstance(obj, LoopContext):  # the inner step of a recursive loop
-            args = tuple(budget.steps_of(items) for items in args)
+        if isinstance(obj, LoopContext):  # the inner loop of a recursive one
+            args = tuple(map(budget.steps_of, args or (kwargs.pop("iterable"),)))
         elif isinstance(obj, Macro) and (obj.catch_varargs or obj.catch_kwargs):
-            _check_size(_size([args, kwargs]))
+            given = [v for name, v in kwargs.items() if name not in ("_loop_vars", "_block_vars")]
+            check_size(size_of([*args, *given]))
         elif isinstance(owner := getattr(obj, "__self__", None), str):
             args = _checked_arguments(owner, obj.__name__, args, kwargs)
+            budget.total += len(owner)  # pieces of the text hold all of it again
         return budget.made(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        budget = _BUDGET.get()
+        budget = BUDGET.get()
         budget.step()
         if operator == "**":
             raise TemplateError("chat templates may not use the ** operator")
         if operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(value, str | list | tuple) and isinstance(times, int):
-                    _check_size(_size(value) * times)
+                    check_size((size_of(value) - ITEM_SIZE) * times)
         if operator == "%" and isinstance(left, str):
             if any(c.isdigit() or c == "*" for c in left):
                 raise TemplateError("chat templates may not format with widths")
-            _check_size(left.count("%") * _size(right))
+            check_size(left.count("%") * size_of(right))
         return budget.made(super().call_binop(context, operator, left, right))
 
 
@@ -230,24 +257,24 @@ def compile_template(source: str) -> Callable[..., str]:
         tree = _Instrument().visit(environment.parse(source))
         template = environment.from_string(tree)
     except Exception as error:  # too deep a nesting is one of several errors, by where it strikes
-        reason = str(error) or type(error).__name__
+        reason = str(error)[:MAX_REASON] or type(error).__name__
         raise TemplateError(f"the chat template is not valid jinja: {reason}") from None
 
     def render(**variables: Any) -> str:
         size, pieces = 0, []
-        token = _BUDGET.set(_Budget())
+        token = BUDGET.set(Budget())
         try:
             for piece in template.generate(variables):
                 size += len(piece)
-                _check_size(size)
+                check_size(size)
                 pieces.append(piece)
         except TemplateError:
             raise
         except Exception as error:  # a template may raise whatever its input makes it raise
-            reason = str(error) or type(error).__name__
+            reason = str(error)[:MAX_REASON] or type(error).__name__
             raise TemplateError(f"the chat template refuses these messages: {reason}") from None
         finally:
-            _BUDGET.reset(token)
+            BUDGET.reset(token)
         return "".join(pieces)
 
     return render
@@ -265,7 +292,12 @@ def _environment() -> _Sandbox:
     known |= {"tojson": _to_json, "trim": _trim}
     environment.filters.clear()
     environment.filters |= {name: _counted(name, function) for name, function in known.items()}
-    environment.filters |= {"__steps": _steps, "__step": _step, "__made": _made, "__concat": _concat}
+    environment.filters |= {
+        "__steps": _steps,
+        "__step": _step,
+        "__made": _made,
+        "__concat": _concat,
+    }
     environment.globals = {
         "range": environment.globals["range"],
         "dict": dict,
@@ -286,10 +318,10 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     }.get(wanted.name if wanted else "", lambda context: ())
 
     def counted(context: Context, value: Any, /, *args: Any, **kwargs: Any) -> Any:
-        budget = _BUDGET.get()
+        budget = BUDGET.get()
         budget.step()
-        if name in _LETTER_FILTERS and isinstance(value, str) and len(value) > _MAX_LETTERS:
-            raise TemplateError(f"{name} takes texts of at most {_MAX_LETTERS} characters")
+        if name in _LETTER_FILTERS and isinstance(value, str) and len(value) > MAX_LETTERS:
+            raise TemplateError(f"{name} takes texts of at most {MAX_LETTERS} characters")
         result = function(*first(context), value, *args, **kwargs)
         if isinstance(result, Iterator):  # worked out now, so that what it holds is measured
             return iter(budget.made(list(budget.steps_of(result))))
@@ -302,27 +334,27 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 @jinja2.pass_context
 def _written(context: Context, value: Any) -> str:
     """What `{{ value }}` writes."""
-    budget = _BUDGET.get()
+    budget = BUDGET.get()
     budget.step()
     return cast("str", budget.made(value if isinstance(value, str) else str(value)))
 
 
 def _steps(items: Iterable[Any]) -> Iterator[Any]:
-    return _BUDGET.get().steps_of(items)
+    return BUDGET.get().steps_of(items)
 
 
 def _step(value: Any) -> Any:
-    _BUDGET.get().step()
+    BUDGET.get().step()
     return value
 
 
 def _made(value: Any) -> Any:
-    return _BUDGET.get().made(_step(value))
+    return BUDGET.get().made(_step(value))
 
 
 def _concat(values: list[Any]) -> str:
     """The operator `~`."""
-    _check_size(_size(values))
+    check_size(size_of(values))
     return cast("str", _made("".join(map(str, values))))
 
 
@@ -332,54 +364,19 @@ def _checked_arguments(
     """The arguments of the text method `name`, if what it makes of them is not enormous."""
     if name == "replace":
         given = dict(zip(("old", "new"), args, strict=False)) | kwargs
-        _check_replace(owner, given.get("old", ""), given.get("new", ""))
+        check_replace(owner, given.get("old", ""), given.get("new", ""))
+    if name in ("split", "rsplit", "splitlines"):
+        between = kwargs.get("sep", args[0] if args else None)
+        often = owner.count(between) if isinstance(between, str) else len(owner) // 10  # any blank
+        check_size(len(owner) + ITEM_SIZE * often)
     if name in _SLOW_METHODS:
         for value in (*args, *kwargs.values()):
-            _check_search(owner, value)
+            check_search(owner, value)
     if name == "join" and args:
         items = list(_steps(args[0]))
-        _check_size(_size(items) + len(owner) * len(items))
+        check_size(size_of(items) + len(owner) * len(items))
         return (items, *args[1:])
     return args
-
-
-def _check_replace(text: str, old: str, new: str) -> None:
-    _check_size(len(text) + text.count(old) * len(new))
-
-
-def _check_search(text: str, pattern: Any) -> None:
-    if isinstance(pattern, str) and len(text) * len(pattern) > _MAX_SEARCH:
-        raise TemplateError("the chat template looks for too long a text")
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_CHARS:
-        raise TemplateError(f"the chat template makes a value over {MAX_CHARS} characters")
-
-
-def _size(value: Any) -> int:
-    """Characters of a value and all it holds, what it holds twice counted twice, and _ITEM for each object.
-
-    Raises:
-        TemplateError: it is over MAX_CHARS.
-    """
-    size, found = 0, [value]
-    while found:
-        value = found.pop()
-        size += _ITEM
-        if isinstance(value, str):
-            size += len(value)
-        elif isinstance(value, int):
-            size += value.bit_length()
-        elif isinstance(value, dict):
-            _check_size(size + _ITEM * len(value))
-            found += value.keys()
-            found += value.values()
-        elif isinstance(value, (list, tuple, *_VIEWS)):
-            _check_size(size + _ITEM * len(value))
-            found += value
-        _check_size(size)
-    return size
 
 
 @jinja2.pass_environment
@@ -392,19 +389,19 @@ def _join(
     for item in _steps(items):
         texts.append(str(item))
         size += len(texts[-1]) + len(d)
-        _check_size(size)
+        check_size(size)
     return d.join(texts)
 
 
 def _replace(text: Any, old: str, new: str, count: int = -1) -> str:
     text, old, new = str(text), str(old), str(new)
-    _check_replace(text, old, new)
+    check_replace(text, old, new)
     return cast("str", text.replace(old, new, count))
 
 
 def _trim(text: Any, chars: str | None = None) -> str:
     text = str(text)
-    _check_search(text, chars)
+    check_search(text, chars)
     return cast("str", text.strip(chars))
 
 
@@ -417,7 +414,7 @@ def _to_json(
 ) -> str:
     """As HF renders JSON in templates: no HTML escapes, non-ASCII kept."""
     if indent is not None and not 0 <= indent <= 16:
-        raise TemplateError(f"tojson(indent={indent}) is out of range 0 to 16")
+        raise TemplateError("tojson takes an indent from 0 to 16")
     if separators is not None and sum(map(len, separators)) > 16:
         raise TemplateError("tojson takes separators of at most 16 characters")
     encoder = json.JSONEncoder(
@@ -428,15 +425,15 @@ def _to_json(
     pieces, size = [], 0
     for piece in encoder.iterencode(value):  # deep values are mostly indentation
         size += len(piece)
-        _check_size(size)
+        check_size(size)
         pieces.append(piece)
     return "".join(pieces)
 
 
 def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
     if not isinstance(width, int) or not 0 <= width <= 64:
-        raise TemplateError(f"indent({width!r}) is out of range 0 to 64")
-    _check_size(len(text) + width * (len(text.splitlines()) + 1))
+        raise TemplateError("indent takes a width from 0 to 64")
+    check_size(len(text) + width * (len(text.splitlines()) + 1))
     return do_indent(text, width, first, blank)
 
 
@@ -447,4 +444,4 @@ def _strftime_now(layout: str) -> str:
 
 
 def _raise(message: str) -> None:
-    raise TemplateError(f"the chat template refuses these messages: {message}")
+    raise TemplateError(f"the chat template refuses these messages: {str(message)[:MAX_REASON]}")

@@ -1,0 +1,373 @@
+"""Rows to conversations to samples: every format, every way a row can be wrong, the length limit's account."""
+
+import json
+
+import pytest
+
+from easyllm.core.errors import DataError
+from easyllm.data.conversations import (
+    Conversation,
+    conversations,
+    detect_format,
+    read_conversations,
+)
+from easyllm.data.packing import IGNORE_INDEX
+from easyllm.data.prepare import prepare_conversations
+from easyllm.data.rows import Row, read_rows
+
+TOOLS = [{"name": "add", "parameters": {"type": "object"}}]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def read(values):
+    (conversation,) = conversations([Row(values, "data.jsonl:7")])
+    return conversation
+
+
+def talk(*contents):
+    """A conversation of contents from user and assistant in turn."""
+    messages = [(user, assistant)[i % 2](c) for i, c in enumerate(contents)]
+    return Conversation(messages, None, "data.jsonl:7")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+FORMATS = {
+    "messages": (
+        "messages",
+        {"messages": [system("s"), user("q"), assistant("a")]},
+        [system("s"), user("q"), assistant("a")],
+    ),
+    "alpaca": (
+        "alpaca",
+        {"instruction": "q", "output": "a"},
+        [user("q"), assistant("a")],
+    ),
+    "alpaca with everything": (
+        "alpaca",
+        {
+            "system": "s",
+            "history": [["q1", "a1"], ["q2", "a2"]],
+            "instruction": "q",
+            "input": "more",
+            "output": "a",
+        },
+        [
+            *[system("s"), user("q1"), assistant("a1"), user("q2"), assistant("a2")],
+            *[user("q\nmore"), assistant("a")],
+        ],
+    ),
+    "alpaca with empty fields": (
+        "alpaca",
+        {"system": "", "history": [], "instruction": "q", "input": "", "output": "a"},
+        [user("q"), assistant("a")],
+    ),
+    "alpaca with null fields": (
+        "alpaca",
+        {"system": None, "history": None, "instruction": "q", "input": None, "output": "a"},
+        [user("q"), assistant("a")],
+    ),
+    "sharegpt": (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        [user("q"), assistant("a")],
+    ),
+    "sharegpt with a system field": (
+        "sharegpt",
+        {"system": "s", "conversations": [{"from": "gpt", "value": "a"}]},
+        [system("s"), assistant("a")],
+    ),
+    "sharegpt by other names": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "user", "value": "q"},
+                {"from": "model", "value": "a"},
+                {"from": "tool", "value": "t"},
+                {"from": "function_response", "value": "f"},
+                {"from": "assistant", "value": "b"},
+            ]
+        },
+        [
+            *[system("s"), user("q"), assistant("a")],
+            *[{"role": "tool", "content": "t"}, {"role": "tool", "content": "f"}, assistant("b")],
+        ],
+    ),
+    "prompt and completion": (
+        "prompt-completion",
+        {"prompt": "q", "completion": "a"},
+        [user("q"), assistant("a")],
+    ),
+    "prompt and completion as messages": (
+        "prompt-completion",
+        {"prompt": [system("s"), user("q")], "completion": [assistant("a")]},
+        [system("s"), user("q"), assistant("a")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_detected_and_read_as_messages(name):
+    kind, values, messages = FORMATS[name]
+    assert detect_format(values) == kind
+    conversation = read(values)
+    assert conversation.messages == messages
+    assert conversation.tools is None
+    assert conversation.place == "data.jsonl:7"
+
+
+def test_sharegpt_calls_of_functions_become_tool_calls():
+    calls = {"name": "add", "arguments": {"a": 1}}
+    conversation = read(
+        {
+            "tools": json.dumps(TOOLS),
+            "conversations": [
+                {"from": "human", "value": "1+1?"},
+                {"from": "function_call", "value": json.dumps(calls)},
+                {"from": "observation", "value": "2"},
+                {"from": "function_call", "value": json.dumps([calls, {"name": "stop"}])},
+                {"from": "gpt", "value": "Two."},
+            ],
+        }
+    )
+    assert conversation.tools == TOOLS
+    assert [m["role"] for m in conversation.messages] == [
+        *["user", "assistant", "tool", "assistant", "assistant"]
+    ]
+    first, second = (conversation.messages[i]["tool_calls"] for i in (1, 3))
+    assert first == [{"type": "function", "function": calls}]
+    assert [call["function"] for call in second] == [calls, {"name": "stop", "arguments": {}}]
+    assert conversation.messages[2] == {"role": "tool", "content": "2"}
+
+
+def test_messages_keep_their_tools_and_tool_calls():
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    conversation = read({"messages": [user("q"), called], "tools": TOOLS})
+    assert conversation.messages[1] == called
+    assert conversation.tools == TOOLS
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "  ", "[]"])
+def test_no_tools_are_none(tools):
+    assert read({"messages": [assistant("a")], "tools": tools}).tools is None
+
+
+WRONG = {
+    "no known format": ({"text": "x", "label": 1}, r"no known format \(keys: label, text\)"),
+    "no keys": ({}, r"keys: none"),
+    "messages that are no list": ({"messages": "x"}, "no known format"),
+    "no assistant": ({"messages": [user("q")]}, "no assistant turn"),
+    "no messages": ({"messages": []}, "no assistant turn"),
+    "no turns": ({"conversations": []}, "no assistant turn"),
+    "only questions": ({"conversations": [{"from": "human", "value": "q"}]}, "no assistant turn"),
+    "a prompt alone": ({"prompt": [user("q")], "completion": [user("r")]}, "no assistant turn"),
+    "a message without a role": ({"messages": [{"content": "q"}]}, "message 0 has no role"),
+    "a message that is text": ({"messages": [user("q"), "a"]}, "message 1 has no role"),
+    "a message without content": ({"messages": [{"role": "user"}]}, "message 0 has no text"),
+    "content in parts": (
+        {"messages": [user([{"type": "text", "text": "q"}]), assistant("a")]},
+        "message 0 has no text",
+    ),
+    "a prompt of texts": ({"prompt": ["q"], "completion": ["a"]}, "message 0 has no role"),
+    "a completion without content": (
+        {"prompt": [user("q")], "completion": [{"role": "assistant"}]},
+        "message 1 has no text",
+    ),
+    "a prompt of messages to a text": (
+        {"prompt": [user("q")], "completion": "a"},
+        "prompt is a list, expected text",
+    ),
+    "a number as output": ({"instruction": "q", "output": 4}, "output is a int, expected text"),
+    "a list as input": ({"instruction": "q", "input": [1], "output": "a"}, "input is a list"),
+    "history of texts": ({"instruction": "q", "output": "a", "history": ["x"]}, "history"),
+    "history of triples": (
+        {"instruction": "q", "output": "a", "history": [["x", "y", "z"]]},
+        "history is no list of pairs",
+    ),
+    "history of numbers": ({"instruction": "q", "output": "a", "history": [[1, 2]]}, "history"),
+    "history that is a number": ({"instruction": "q", "output": "a", "history": 3}, "history"),
+    "an unknown speaker": (
+        {"conversations": [{"from": "narrator", "value": "x"}]},
+        "turn 0 is from 'narrator'; expected one of human, .*function_call",
+    ),
+    "a turn without a value": (
+        {"conversations": [{"role": "user", "content": "x"}]},
+        "turn 0 has no text value",
+    ),
+    "a turn that is text": ({"conversations": ["x"]}, "turn 0 has no text value"),
+    "a call that is no JSON": (
+        {"conversations": [{"from": "function_call", "value": "add(1)"}]},
+        "turn 0 is a function_call without name and arguments",
+    ),
+    "a call without a name": (
+        {"conversations": [{"from": "function_call", "value": "{}"}]},
+        "turn 0 is a function_call without name and arguments",
+    ),
+    "a call that is a number": (
+        {"conversations": [{"from": "function_call", "value": "4"}]},
+        "turn 0 is a function_call without name and arguments",
+    ),
+    "tools that are no JSON": (
+        {"messages": [assistant("a")], "tools": "[add"},
+        "tools is not JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_row_is_refused_with_its_place(name):
+    values, message = WRONG[name]
+    with pytest.raises(DataError, match=rf"^data\.jsonl:7.*{message}"):
+        read(values)
+
+
+def test_an_unknown_format_lists_the_known_ones():
+    with pytest.raises(DataError) as caught:
+        read({"text": "x"})
+    for name in ("messages", "alpaca", "sharegpt", "prompt-completion"):
+        assert name in str(caught.value)
+
+
+def test_a_file_of_lines_and_one_of_an_array_hold_the_same_rows(tmp_path):
+    rows = [FORMATS[name][1] for name in FORMATS]
+    lines = write_lines(tmp_path / "data.jsonl", rows)
+    array = tmp_path / "data.json"
+    array.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    expected = [FORMATS[name][2] for name in FORMATS]
+    assert [c.messages for c in read_conversations(lines)] == expected
+    assert [c.messages for c in read_conversations(array)] == expected
+    assert [row.place for row in read_rows(lines)][:2] == [f"{lines}:1", f"{lines}:2"]
+    assert [row.place for row in read_rows(array)][:2] == [f"{array}[0]", f"{array}[1]"]
+
+
+def test_blank_lines_are_passed_over_but_counted(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('\n{"a": 1}\n  \n\n{"a": 2}', encoding="utf-8")
+    assert [row.place for row in read_rows(path)] == [f"{path}:2", f"{path}:5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.jsonl", b'{"a": 1}\n{"a": \n', r"data\.jsonl:2 is not JSON"),
+        ("data.jsonl", b'{"a": 1}\n{"a": "\xff\xfe"}\n', r"data\.jsonl:2 is not UTF-8"),
+        ("data.jsonl", b'{"a": 1}\n\n[1]\n', r"data\.jsonl:3 holds a JSON list"),
+        ("data.jsonl", b"[\n", r"data\.jsonl:1 is not JSON"),
+        ("data.json", b'{"a": 1}\n{"a": 2}\n', r"data\.json is not JSON .*named \.jsonl"),
+        ("data.json", b'{"a": 1}', r"data\.json holds a JSON dict, expected an array"),
+        ("data.json", b'[{"a": 1}, 2]', r"data\.json\[1\] holds a JSON int"),
+    ],
+)
+def test_a_broken_file_is_refused_with_the_place(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_rows(path))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        list(read_rows(tmp_path / "data.jsonl"))
+
+
+def test_a_sample_trains_the_assistants_words_and_the_end_of_its_turns(tiny_tokenizer):
+    (sample,), account = prepare_conversations(
+        [talk("hello", "good morning", "what", "how")], tiny_tokenizer, max_seq_len=256
+    )
+    learnt = [label for label in sample.labels if label != IGNORE_INDEX]
+    text = tiny_tokenizer.decode(learnt, skip_special=False)
+    assert text == "good morning<|im_end|>how<|im_end|>"
+    assert (account.rows, account.samples) == (1, 1)
+    assert account.trained_tokens == sample.num_trained == len(learnt)
+    assert account.tokens == len(sample.token_ids)
+    assert account.prompt_tokens == account.tokens - len(learnt)
+
+
+def test_all_tokens_can_be_trained(tiny_tokenizer):
+    (sample,), account = prepare_conversations(
+        [talk("hello", "world")], tiny_tokenizer, max_seq_len=256, train_on="all"
+    )
+    ids = tiny_tokenizer.encode_chat(talk("hello", "world").messages).token_ids
+    assert [*sample.token_ids, sample.labels[-1]] == ids
+    assert list(sample.labels) == ids[1:]
+    assert account.prompt_tokens == 0
+
+
+def test_overlong_samples_are_cut_at_the_end_and_counted(tiny_tokenizer):
+    talks = [talk("hello", "world " * 50), talk("hello", "world")]
+    samples, account = prepare_conversations(talks, tiny_tokenizer, max_seq_len=40)
+    assert (account.rows, account.samples, account.cut) == (2, 2, 1)
+    assert len(samples[0].token_ids) == 39
+    whole, _ = prepare_conversations(talks, tiny_tokenizer, max_seq_len=10_000)
+    assert samples[0].token_ids == whole[0].token_ids[:39]
+    assert samples[0].labels == whole[0].labels[:39]
+    assert samples[1] == whole[1]
+    assert "1 cut at the length limit" in account.summary()
+
+
+def test_a_sample_as_long_as_the_limit_is_whole(tiny_tokenizer):
+    length = len(tiny_tokenizer.encode_chat(talk("hello", "world").messages).token_ids)
+    for overlong in ("cut", "drop"):
+        samples, account = prepare_conversations(
+            [talk("hello", "world")], tiny_tokenizer, max_seq_len=length, overlong=overlong
+        )
+        assert len(samples[0].token_ids) == length - 1
+        assert (account.cut, account.dropped_overlong) == (0, 0)
+
+
+def test_overlong_samples_are_dropped_and_counted(tiny_tokenizer):
+    talks = [talk("hello", "world " * 50), talk("hello", "world")]
+    samples, account = prepare_conversations(talks, tiny_tokenizer, max_seq_len=40, overlong="drop")
+    assert (account.rows, account.samples) == (2, 1)
+    assert (account.cut, account.dropped_overlong) == (0, 1)
+    assert account.tokens == len(samples[0].token_ids)
+    assert "1 over the length limit dropped" in account.summary()
+
+
+def test_a_sample_with_nothing_left_to_train_is_dropped_and_counted(tiny_tokenizer):
+    talks = [talk("hello " * 50, "world"), talk("hello", "world")]
+    samples, account = prepare_conversations(talks, tiny_tokenizer, max_seq_len=40)
+    assert (account.samples, account.cut, account.dropped_untrained) == (1, 1, 1)
+    assert len(samples) == 1
+    assert "1 without a trained token dropped" in account.summary()
+
+
+@pytest.mark.parametrize("overlong", ["cut", "drop"])
+def test_nothing_left_to_train_is_refused_with_the_account(tiny_tokenizer, overlong):
+    with pytest.raises(DataError, match=r"no row is left .*0 of 1 rows.*max_seq_len=10"):
+        prepare_conversations(
+            [talk("hello " * 50, "world")], tiny_tokenizer, max_seq_len=10, overlong=overlong
+        )
+
+
+def test_no_rows_at_all_are_refused(tiny_tokenizer):
+    with pytest.raises(DataError, match="no row is left"):
+        prepare_conversations([], tiny_tokenizer, max_seq_len=10)
+
+
+def test_a_row_the_template_refuses_is_named(tiny_tokenizer):
+    broken = Conversation([{"role": "user", "content": None}, assistant("a")], None, "data.jsonl:9")
+    with pytest.raises(DataError, match=r"^data\.jsonl:9: the chat template refuses"):
+        prepare_conversations([broken], tiny_tokenizer, max_seq_len=10)
+
+
+def test_an_account_is_plain_numbers(tiny_tokenizer):
+    _, account = prepare_conversations([talk("q", "a")], tiny_tokenizer, max_seq_len=40)
+    values = account.as_dict()
+    assert all(type(value) is int for value in values.values())
+    assert values["tokens"] == values["trained_tokens"] + values["prompt_tokens"]
