@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from easyllm.checkpoint.keymap import KeyMap, Rename, renames
+from easyllm.checkpoint.keymap import Fused, KeyMap, Rename, renames
 from easyllm.checkpoint.store import (
     INDEX,
     WEIGHTS,
@@ -25,7 +25,7 @@ from easyllm.checkpoint.store import (
 from easyllm.core.errors import CheckpointError
 from easyllm.models import load_model
 from easyllm.models.families import FAMILIES
-from easyllm.models.families.family import rope_theta
+from easyllm.models.families.rope_config import read_rope
 from easyllm.models.load import open_source, read_hf_config
 
 
@@ -245,7 +245,10 @@ def test_an_unknown_model_type_lists_the_known_and_says_no_code_is_run(folder, m
         load_model(folder)
     message = str(caught.value)
     assert f"model_type {model_type!r} is not known" in message
-    assert "known are llama (code that comes with a checkpoint is never run)" in message
+    assert (
+        f"known are {', '.join(sorted(FAMILIES))} (code that comes with a checkpoint is never run)"
+        in message
+    )
     assert ("did you mean 'llama'?" in message) == (model_type in ("lama", ["llama"]))
 
 
@@ -254,8 +257,12 @@ def test_an_unknown_model_type_lists_the_known_and_says_no_code_is_run(folder, m
     [
         ({"hidden_size": ...}, "config.json has no 'hidden_size'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', which is not implemented"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "RoPE scaling 'yarn'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5.0}}, "RoPE scaling 'llama3'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "RoPE scaling 'longrope'"),
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 5.0}}, "RoPE scaling 'su'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "config.json has no 'factor' in its rope_scaling",
+        ),
         ({"num_key_value_heads": 3}, "not divisible by num_kv_heads=3"),
         ({"num_attention_heads": "four"}, "describes no model"),
         ({"num_attention_heads": 0, "head_dim": None}, "describes no model"),
@@ -282,7 +289,9 @@ def test_rope_parameters_read_equal_to_rope_theta(folder, theta):
 
 
 def test_rope_theta_has_a_default():
-    assert rope_theta({}) == rope_theta({"rope_scaling": None, "rope_parameters": None}) == 10000.0
+    nothing = {"rope_scaling": None, "rope_parameters": None}
+    assert read_rope({}, 16) == read_rope(nothing, 16)
+    assert read_rope({}, 16).theta == 10000.0
 
 
 def test_what_is_written_reads_back_equal(tiny_model):
@@ -290,35 +299,43 @@ def test_what_is_written_reads_back_equal(tiny_model):
     assert family.read_config(family.write_config(tiny_model.config)) == tiny_model.config
 
 
-def test_a_key_map_renames_and_transforms_both_ways():
-    rule = Rename(
-        "layers.{i}.w",
-        "h.{i}.kernel",
-        to_ours=lambda t: t.t(),
-        to_theirs=lambda t: t.t().contiguous(),
-    )
-    keymap = KeyMap([*renames([("norm.weight", "ln.scale")]), rule], (r"h\.\d+\.buffer",))
-    weight = torch.arange(6.0).reshape(2, 3)
-    name, theirs = keymap.to_file("layers.12.w", weight)
-    assert name == "h.12.kernel"
-    assert torch.equal(theirs, weight.t())
-    assert keymap.to_file("norm.weight", weight) == ("ln.scale", weight)
-    plan = keymap.from_file(
-        {"norm.weight": (4,), "layers.12.w": (3, 3)},
-        {"ln.scale": [4], "h.12.kernel": [3, 3], "h.12.buffer": [1]},
-        source="x",
-    )
-    assert plan["norm.weight"] == ("ln.scale", None)
-    source, transform = plan["layers.12.w"]
-    assert source == "h.12.kernel"
-    assert torch.equal(transform(theirs), weight)
+def test_a_key_map_renames_transposes_and_fuses_both_ways():
+    rules = [
+        *renames([("norm.weight", "ln.scale")]),
+        Rename("layers.{i}.w", "h.{i}.kernel", transposed=True),
+        Fused(("layers.{i}.a", "layers.{i}.b"), "h.{i}.ab", (2, 3)),
+    ]
+    keymap = KeyMap(rules, (r"h\.\d+\.buffer",))
+    state = {
+        "norm.weight": torch.arange(4.0),
+        "layers.12.w": torch.arange(6.0).reshape(2, 3),
+        "layers.12.a": torch.arange(8.0).reshape(2, 4),
+        "layers.12.b": -torch.arange(12.0).reshape(3, 4),
+    }
+    file = keymap.to_file(state)
+    assert {name: tuple(t.shape) for name, t in file.items()} == {
+        "ln.scale": (4,),
+        "h.12.kernel": (3, 2),
+        "h.12.ab": (5, 4),
+    }
+    present = {name: t.shape for name, t in file.items()} | {"h.12.buffer": (1,)}
+    expected = {name: t.shape for name, t in state.items()}
+    back = {}
+    for binding in keymap.check(expected, present, source="x"):
+        parts = binding.rule.split(file[binding.theirs])
+        back |= dict(zip(binding.ours, parts, strict=True))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    assert keymap.theirs("layers.3.b") == "h.3.ab"
+    with pytest.raises(CheckpointError, match=r"h\.12\.ab: got \(4, 4\), expected \(5, 4\)"):
+        keymap.check(expected, present | {"h.12.ab": (4, 4)}, source="x")
 
 
 def test_a_key_map_takes_only_whole_names():
     keymap = KeyMap(renames([("a.{i}.w", "b.{i}.w")]))
     for name in ("a.x.w", "a.1.w2", "xa.1.w", "a.1.b.w"):
         with pytest.raises(AssertionError, match="no rule"):
-            keymap.find(name)
+            keymap.theirs(name)
 
 
 def test_a_missing_weight_file_is_named(tmp_path):

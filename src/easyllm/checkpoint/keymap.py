@@ -1,88 +1,149 @@
 """Names of parameters, ours and a file's, in both directions.
 
-A key map is a list of rules; each pairs a template of ours with one of the file's. `{i}` stands for a number:
+A key map is a list of rules over templates in which `{i}` (and `{e}`) stand for numbers:
 
     Rename("layers.{i}.mixer.q_proj.weight", "model.layers.{i}.self_attn.q_proj.weight")
+    Fused(("...q_proj.weight", "...k_proj.weight"), "...qk.weight")      several of ours are one of the file's
 
-A rule may also transform (`to_ours`, `to_theirs`), as GGUF's row order of queries and keys needs.
+Every rule works both ways, so that what is saved is what would be loaded.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from easyllm.core.errors import CheckpointError
 
-Transform = Callable[[Tensor], Tensor]
+Split = Callable[[Tensor], Sequence[Tensor]]
+Join = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
 class Rename:
-    """One parameter of ours is one tensor of the file's, perhaps transformed."""
+    """One parameter of ours is one tensor of the file's; `transposed` where the file keeps [in, out]."""
 
     ours: str
     theirs: str
-    to_ours: Transform | None = None
-    to_theirs: Transform | None = None
+    transposed: bool = False
 
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        return re.compile(re.escape(self.ours).replace(r"\{i\}", r"(\d+)"))
+    @property
+    def templates(self) -> tuple[str, ...]:
+        return (self.ours,)
 
-    def match(self, name: str) -> str | None:
-        """The file's name for our parameter `name`, if this rule speaks of it."""
-        found = self._pattern.fullmatch(name)
-        if found is None:
-            return None
-        return self.theirs.replace("{i}", found.group(1)) if found.groups() else self.theirs
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        return (tensor.T if self.transposed else tensor,)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].T if self.transposed else parts[0]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Several parameters of ours lie end to end, along their rows, in one tensor of the file's.
+
+    Attributes:
+        ours: templates, in order.
+        sizes: rows of each.
+        transposed: the file keeps [in, out], so the parts lie side by side.
+    """
+
+    ours: tuple[str, ...]
+    theirs: str
+    sizes: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        return self.ours
+
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        rows = tensor.T if self.transposed else tensor
+        if rows.shape[0] != sum(self.sizes):
+            return (rows,) * len(self.ours)  # the shapes will not fit, and be reported
+        return tuple(rows.split(self.sizes))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        rows = torch.cat(list(parts))
+        return rows.T if self.transposed else rows
+
+
+Rule = Rename | Fused
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A rule with its numbers filled in: our names, the file's name."""
+
+    ours: tuple[str, ...]
+    theirs: str
+    rule: Rule
 
 
 @dataclass(frozen=True)
 class KeyMap:
     """Rules for every parameter of a model, and names in files that carry nothing we need."""
 
-    rules: Sequence[Rename]
+    rules: Sequence[Rule]
     ignored: tuple[str, ...] = ()
     """Regular expressions of tensors a file may hold besides (recomputed buffers)."""
 
-    def find(self, name: str) -> tuple[str, Rename]:
-        """The file's name and the rule for our parameter `name`."""
+    def bindings(self, names: Iterable[str]) -> list[Binding]:
+        """For our parameter names, the tensors of the file they are in.
+
+        Raises:
+            AssertionError: a name has no rule (an error of the family's file, which its test finds).
+        """
+        found: dict[str, Binding] = {}
+        for name in names:
+            binding = self._bind(name)
+            found[binding.theirs] = binding
+        return list(found.values())
+
+    def theirs(self, name: str) -> str:
+        """The file's name for one of our parameters."""
+        return self._bind(name).theirs
+
+    def _bind(self, name: str) -> Binding:
         for rule in self.rules:
-            theirs = rule.match(name)
-            if theirs is not None:
-                return theirs, rule
+            for template in rule.templates:
+                match = _pattern(template).fullmatch(name)
+                if match:
+                    numbers = match.groupdict()
+                    ours = tuple(_fill(t, numbers) for t in rule.templates)
+                    return Binding(ours, _fill(rule.theirs, numbers), rule)
         raise AssertionError(f"the key map has no rule for {name!r}")
 
-    def from_file(
+    def check(
         self,
         expected: Mapping[str, Sequence[int]],
         present: Mapping[str, Sequence[int]],
         *,
         source: str,
-    ) -> dict[str, tuple[str, Transform | None]]:
-        """For each parameter of ours, the tensor to read and how to transform it.
+    ) -> list[Binding]:
+        """The bindings, once every tensor is known to be there and of the right shape.
 
         Args:
-            expected: our names and shapes.
-            present: the file's names and shapes.
+            expected: our names and shapes; present: the file's.
 
         Raises:
             CheckpointError: a tensor is missing, left over or of another shape.
         """
-        plan: dict[str, tuple[str, Transform | None]] = {}
-        missing, wrong, used = [], [], set()
-        for name, shape in expected.items():
-            theirs, rule = self.find(name)
-            if theirs not in present:
-                missing.append(theirs)
+        bindings = self.bindings(expected)
+        missing = [b.theirs for b in bindings if b.theirs not in present]
+        wrong = []
+        for binding in bindings:
+            if binding.theirs not in present:
                 continue
-            used.add(theirs)
-            if tuple(present[theirs]) != tuple(shape):
-                wrong.append(f"{theirs}: got {tuple(present[theirs])}, expected {tuple(shape)}")
-            plan[name] = (theirs, rule.to_ours)
+            wanted = binding.rule.join(
+                [torch.empty(tuple(expected[n]), device="meta") for n in binding.ours]
+            )
+            got = tuple(present[binding.theirs])
+            if got != tuple(wanted.shape):
+                wrong.append(f"{binding.theirs}: got {got}, expected {tuple(wanted.shape)}")
+        used = {binding.theirs for binding in bindings}
         left = [
             name
             for name in present
@@ -102,17 +163,29 @@ class KeyMap:
                 f"the tensors of {source} do not fit its configuration ({'; '.join(complaints)}); "
                 "use the config.json that belongs to these weights"
             )
-        return plan
+        return bindings
 
-    def to_file(self, name: str, value: Tensor) -> tuple[str, Tensor]:
-        """The file's name and value for our parameter."""
-        theirs, rule = self.find(name)
-        return theirs, value if rule.to_theirs is None else rule.to_theirs(value)
+    def to_file(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our parameters under the file's names."""
+        return {
+            b.theirs: b.rule.join([state[name] for name in b.ours]) for b in self.bindings(state)
+        }
 
 
-def renames(pairs: Iterable[tuple[str, str]]) -> list[Rename]:
+def renames(pairs: Iterable[tuple[str, str]]) -> list[Rule]:
     """Plain renaming rules."""
     return [Rename(ours, theirs) for ours, theirs in pairs]
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    escaped = re.escape(template)
+    return re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", escaped))
+
+
+def _fill(template: str, numbers: Mapping[str, str]) -> str:
+    for name, value in numbers.items():
+        template = template.replace(f"{{{name}}}", value)
+    return template
 
 
 def _few(names: Sequence[str], most: int = 4) -> str:

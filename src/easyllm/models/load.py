@@ -56,13 +56,11 @@ class OpenSource:
             model = Decoder(self.config)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         keymap = self.family.keymap(self.config)
-        plan = keymap.from_file(expected, self.tensors.shapes, source=str(self.path))
         state = {}
-        for name, (theirs, transform) in plan.items():
-            tensor = self.tensors.load(theirs)
-            if transform is not None:
-                tensor = transform(tensor)
-            state[name] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        for binding in keymap.check(expected, self.tensors.shapes, source=str(self.path)):
+            parts = binding.rule.split(self.tensors.load(binding.theirs))
+            for name, part in zip(binding.ours, parts, strict=True):
+                state[name] = part.to(device=device, dtype=dtype or part.dtype).contiguous()
         model.load_state_dict(state, assign=True)
         return model.requires_grad_(False).eval()
 
@@ -143,7 +141,7 @@ def save_model(
     """
     family = FAMILIES[model.config.family]
     keymap = family.keymap(model.config)
-    tensors = dict(keymap.to_file(name, value) for name, value in model.state_dict().items())
+    tensors = keymap.to_file(model.state_dict())
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     config = family.write_config(model.config) | {"torch_dtype": dtype}
     generation = {
@@ -165,7 +163,7 @@ def save_model(
 def hf_module_name(model: Decoder) -> Callable[[str], str]:
     """A function from the name of one of our linears to HF's (adapters are saved under HF's names)."""
     keymap = FAMILIES[model.config.family].keymap(model.config)
-    return lambda linear: keymap.find(f"{linear}.weight")[0].removesuffix(".weight")
+    return lambda linear: keymap.theirs(f"{linear}.weight").removesuffix(".weight")
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,13 @@
-"""Softmax attention: MHA, GQA and MQA by the number of key-value heads."""
+"""Softmax attention: MHA, GQA and MQA by the number of key-value heads; masks and positions by configuration."""
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from easyllm.nn.config import AttentionConfig
 from easyllm.nn.linear import Linear
+from easyllm.nn.norm import RMSNorm
 from easyllm.nn.position import build_position
 from easyllm.ops.attention import AttentionContext, AttentionRule, attention
 
@@ -12,7 +16,7 @@ class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245): H query heads share K key-value heads.
 
     Args:
-        config: heads, widths, positions.
+        config: heads, widths, positions, mask.
         hidden_size: D.
         layer: the layer's number, under which the cache keeps its keys and values.
     """
@@ -25,17 +29,37 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden_size, kv_heads * dim, bias=config.qkv_bias)
         self.v_proj = Linear(hidden_size, kv_heads * dim, bias=config.qkv_bias)
         self.o_proj = Linear(heads * dim, hidden_size, bias=config.out_bias)
-        self.position = build_position(config.position, dim)
-        self.rule = AttentionRule(scale=dim**-0.5, causal=config.causal, window=config.window)
+        self.q_norm = RMSNorm(config.qk_norm, dim) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.qk_norm, dim) if config.qk_norm else nn.Identity()
+        self.position = build_position(
+            config.position, num_heads=heads, head_dim=dim, causal=config.causal
+        )
+        self.rule = AttentionRule(
+            scale=config.scale or dim**-0.5,
+            causal=config.causal,
+            window=config.window,
+            num_sinks=config.num_sinks,
+            softcap=config.softcap,
+            terms=self.position.terms,
+        )
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
         heads = (x.shape[0], -1, self.config.head_dim)
-        q = self.position.rotate(self.q_proj(x).view(heads), context)  # [T, H, d]
-        k = self.position.rotate(self.k_proj(x).view(heads), context)  # [T, K, d]
+        q = self.position.rotate(self.q_norm(self.q_proj(x).view(heads)), context)  # [T, H, d]
+        k = self.position.rotate(self.k_norm(self.k_proj(x).view(heads)), context)  # [T, K, d]
         v = self.v_proj(x).view(heads)
+        if self.config.logn_length is not None:
+            q = q * logn_factors(context.positions, self.config.logn_length).to(q.dtype)
         if context.store is None:
-            out = attention(q, k, v, self.rule, context.lengths)
+            out = attention(q, k, v, self.rule, context.lengths, context.prefix_lengths)
         else:
             out = context.store.attend(self.layer, q, k, v, self.rule)
         return self.o_proj(out.reshape(x.shape[0], -1))
+
+
+def logn_factors(positions: Tensor, length: int) -> Tensor:
+    """[T, 1, 1] fp32: max(1, log n / log length) for the n = position + 1 tokens a query sees, which keeps the entropy of
+    attention steady beyond the trained length (Su 2021, "logn")."""
+    factors = torch.log(positions.float() + 1) / math.log(length)
+    return factors.clamp(min=1.0)[:, None, None]

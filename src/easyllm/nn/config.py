@@ -1,30 +1,185 @@
-"""What a decoder is made of. An option lives in the variant that owns it; `kind` tells variants apart."""
+"""What a decoder is made of. An option lives in the variant that owns it; `kind` tells variants apart.
+
+Combinations that make no sense are refused here, when a configuration is made, never inside a `forward`.
+"""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from easyllm.core.config import Config
 
+# ---- norms
+
+
+class RMSNormConfig(Config):
+    """x / √(mean(x²) + eps) ⊙ weight (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    `unit_offset`: the stored weight is the difference from 1 (Gemma).
+    """
+
+    kind: Literal["rms_norm"] = "rms_norm"
+    eps: PositiveFloat = 1e-5
+    unit_offset: bool = False
+
+
+class LayerNormConfig(Config):
+    """(x - mean) / √(var + eps) ⊙ weight + bias (Ba et al. 2016, arXiv 1607.06450)."""
+
+    kind: Literal["layer_norm"] = "layer_norm"
+    eps: PositiveFloat = 1e-5
+    bias: bool = True
+
+
+Norm = Annotated[RMSNormConfig | LayerNormConfig, Field(discriminator="kind")]
+
+# ---- positions
+
+
+class LinearScaling(Config):
+    """Position interpolation: positions divided by `factor` (Chen et al. 2023, arXiv 2306.15595)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: PositiveFloat
+
+
+class NTKScaling(Config):
+    """A larger base, θ · factor^(d/(d-2)): high frequencies stay, low ones are interpolated."""
+
+    kind: Literal["ntk"] = "ntk"
+    factor: PositiveFloat
+
+
+class DynamicNTKScaling(Config):
+    """NTK scaling whose factor follows the length: factor · n / original - (factor - 1), once n exceeds the original."""
+
+    kind: Literal["dynamic"] = "dynamic"
+    factor: PositiveFloat
+    original_max_seq_len: PositiveInt
+
+
+class YarnScaling(Config):
+    """Interpolation by parts with attention scaling (Peng et al. 2023, arXiv 2309.00071, section 3.2 and 3.3)."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: PositiveFloat
+    original_max_seq_len: PositiveInt
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    attention_factor: PositiveFloat | None = None
+    """Factor on cos and sin; by default 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """Whether the bounds between the parts are rounded to whole dimensions, as the authors' code does."""
+
+
+class Llama3Scaling(Config):
+    """Llama 3.1's: long wavelengths divided by `factor`, short ones kept, a ramp between (its released code)."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat
+    high_freq_factor: PositiveFloat
+    original_max_seq_len: PositiveInt
+
+
+RopeScaling = Annotated[
+    LinearScaling | NTKScaling | DynamicNTKScaling | YarnScaling | Llama3Scaling,
+    Field(discriminator="kind"),
+]
+
 
 class Rope(Config):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), half-split layout as in HF."""
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864).
+
+    `interleaved`: pairs are (2i, 2i+1) as in the paper, instead of HF's (i, i + d/2). `rotary_dim`: only that many
+    dims of a head turn (None: all).
+    """
 
     kind: Literal["rope"] = "rope"
     theta: PositiveFloat = 10000.0
+    interleaved: bool = False
+    rotary_dim: PositiveInt | None = None
+    scaling: RopeScaling | None = None
+
+
+class ReRope(Config):
+    """ReRoPE: relative positions beyond `window` count as `window` (Su 2023), or with `leak` k as
+    window + (distance - window) / k. For inference on a model trained with RoPE; keys are kept unrotated."""
+
+    kind: Literal["rerope"] = "rerope"
+    theta: PositiveFloat = 10000.0
+    window: PositiveInt
+    leak: PositiveFloat | None = None
+
+
+class Alibi(Config):
+    """A penalty linear in the distance, a slope a head (Press et al. 2021, arXiv 2108.12409)."""
+
+    kind: Literal["alibi"] = "alibi"
+
+
+class T5Bias(Config):
+    """A learned bias for each bucket of distances and head (Raffel et al. 2019, arXiv 1910.10683)."""
+
+    kind: Literal["t5_bias"] = "t5_bias"
+    num_buckets: PositiveInt = 32
+    max_distance: PositiveInt = 128
+
+
+class Shaw(Config):
+    """Learned vectors for clipped distances, added to keys and values (Shaw et al. 2018, arXiv 1803.02155)."""
+
+    kind: Literal["shaw"] = "shaw"
+    max_distance: PositiveInt = 16
+    values: bool = True
 
 
 class NoPosition(Config):
-    """No position information besides the causal mask."""
+    """No position information besides the mask."""
 
     kind: Literal["none"] = "none"
 
 
-Position = Annotated[Rope | NoPosition, Field(discriminator="kind")]
+class Learned(Config):
+    """A trained vector a position, added to the embedding; positions beyond the table are refused."""
+
+    kind: Literal["learned"] = "learned"
+
+
+class Sinusoidal(Config):
+    """sin and cos of position / base^(2i/D), added to the embedding (arXiv 1706.03762, section 3.5)."""
+
+    kind: Literal["sinusoidal"] = "sinusoidal"
+    base: PositiveFloat = 10000.0
+
+
+Position = Annotated[
+    Rope | ReRope | Alibi | T5Bias | Shaw | NoPosition, Field(discriminator="kind")
+]
+EmbeddingPosition = Annotated[Learned | Sinusoidal | NoPosition, Field(discriminator="kind")]
+
+# ---- mixers
 
 
 class AttentionConfig(Config):
-    """Softmax attention; `num_kv_heads` = `num_heads` is MHA, 1 is MQA, between them GQA."""
+    """Softmax attention; `num_kv_heads` = `num_heads` is MHA, 1 is MQA, between them GQA.
+
+    Attributes:
+        qk_norm: normalises each head's query and key (Qwen3).
+        scale: of the products; None is 1/√head_dim.
+        causal: whether a token sees only itself and those before it.
+        window: a query at position i sees keys at positions > i - window.
+        num_sinks: first keys that stay visible whatever the window (StreamingLLM).
+        softcap: scores become cap · tanh(score / cap) (Gemma 2).
+        logn_length: queries are scaled by max(1, log n / log length), n the number of visible tokens.
+    """
 
     kind: Literal["attention"] = "attention"
     num_heads: PositiveInt
@@ -33,25 +188,82 @@ class AttentionConfig(Config):
     position: Position = Rope()
     qkv_bias: bool = False
     out_bias: bool = False
+    qk_norm: RMSNormConfig | None = None
+    scale: PositiveFloat | None = None
     causal: bool = True
     window: PositiveInt | None = None
+    num_sinks: NonNegativeInt = 0
+    softcap: PositiveFloat | None = None
+    logn_length: Annotated[int, Field(gt=1)] | None = None
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "AttentionConfig":
+    def _fits_together(self) -> "AttentionConfig":
         if self.num_heads % self.num_kv_heads:
             fits = [str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise ValueError(
                 f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}; "
                 f"set num_kv_heads to {', '.join(fits[:-1])} or {fits[-1]}"
             )
+        check_rotary(self.position, self.head_dim)
+        if self.num_sinks and self.window is None:
+            raise ValueError(
+                f"num_sinks={self.num_sinks} needs a window; set window or drop num_sinks"
+            )
+        if not self.causal and self.window is not None and self.num_sinks:
+            raise ValueError(
+                "num_sinks needs causal attention; set causal to true or num_sinks to 0"
+            )
+        if not self.causal and isinstance(self.position, ReRope):
+            raise ValueError("ReRoPE is defined for causal attention only; set causal to true")
         return self
 
+
+class LinearAttentionConfig(Config):
+    """Attention without a softmax over pairs; constant state in decoding (ops/linear_attention).
+
+    `features`: `elu` is elu+1 (arXiv 2006.16236), `softmax` two separate softmaxes (arXiv 1812.01243), `cosine` 1 + cos(q, k).
+    """
+
+    kind: Literal["linear_attention"] = "linear_attention"
+    num_heads: PositiveInt
+    head_dim: PositiveInt
+    features: Literal["elu", "softmax", "cosine"] = "elu"
+    position: Annotated[Rope | NoPosition, Field(discriminator="kind")] = NoPosition()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    causal: bool = True
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LinearAttentionConfig":
+        check_rotary(self.position, self.head_dim)
+        if isinstance(self.position, Rope) and self.features != "elu":
+            raise ValueError(
+                f"RoPE in linear attention needs features elu, got {self.features}; "
+                "rotation would make other weights negative in their normaliser"
+            )
+        return self
+
+
+def check_rotary(position: Config, head_dim: int) -> None:
+    """Refuses a rotation that does not fit the width of a head."""
+    if isinstance(position, Rope):
+        width = position.rotary_dim or head_dim
+        if width > head_dim or width % 2:
+            raise ValueError(f"rotary_dim={width} must be even and at most head_dim={head_dim}")
+    if isinstance(position, ReRope) and head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even for ReRoPE")
+
+
+Mixer = Annotated[AttentionConfig | LinearAttentionConfig, Field(discriminator="kind")]
+
+# ---- feed-forwards
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "sigmoid"]
 
 
 class GLUConfig(Config):
-    """down(act(gate(x)) ⊙ up(x)): SwiGLU with `silu` (Shazeer 2020, arXiv 2002.05202)."""
+    """down(act(gate(x)) ⊙ up(x)): SwiGLU with `silu`, GEGLU with `gelu`, ReGLU with `relu`, GLU with `sigmoid`
+    (Shazeer 2020, arXiv 2002.05202)."""
 
     kind: Literal["glu"] = "glu"
     intermediate_size: PositiveInt
@@ -59,28 +271,77 @@ class GLUConfig(Config):
     bias: bool = False
 
 
-class RMSNormConfig(Config):
-    """x / √(mean(x²) + eps) ⊙ weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+class MLPConfig(Config):
+    """down(act(up(x)))."""
 
-    kind: Literal["rms_norm"] = "rms_norm"
-    eps: PositiveFloat = 1e-5
+    kind: Literal["mlp"] = "mlp"
+    intermediate_size: PositiveInt
+    activation: Activation = "gelu"
+    bias: bool = True
 
 
-Mixer = Annotated[AttentionConfig, Field(discriminator="kind")] | AttentionConfig
-FeedForward = GLUConfig
-Norm = RMSNormConfig
+class MoEConfig(Config):
+    """Experts, of which a router chooses some for each token.
+
+    Attributes:
+        routing: `softmax_topk` takes the k best of the softmax over all experts (Switch, Qwen), `topk_softmax` the
+            softmax over the k best logits (Mixtral).
+        normalise: whether chosen weights are divided by their sum (`softmax_topk` only; `topk_softmax` sums to 1).
+        shared: an expert every token passes; `shared_gate` weighs it by a sigmoid of the token (Qwen2-MoE).
+        capacity_factor: an expert takes at most (T k / E) · factor tokens, the rest passes it by; None takes all.
+        load_balancing: coefficient of the Switch loss E Σ f_i P_i (Fedus et al. 2021, arXiv 2101.03961, eq. 4).
+        z_loss: coefficient of mean(logsumexp(logits)²) (Zoph et al. 2022, arXiv 2202.08906, eq. 5).
+    """
+
+    kind: Literal["moe"] = "moe"
+    num_experts: PositiveInt
+    experts_per_token: PositiveInt
+    expert: GLUConfig
+    routing: Literal["softmax_topk", "topk_softmax"] = "softmax_topk"
+    normalise: bool = True
+    shared: GLUConfig | None = None
+    shared_gate: bool = False
+    capacity_factor: PositiveFloat | None = None
+    load_balancing: NonNegativeFloat = 0.01
+    z_loss: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "MoEConfig":
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}; lower it"
+            )
+        if self.shared_gate and self.shared is None:
+            raise ValueError("shared_gate needs a shared expert; set shared or drop shared_gate")
+        return self
+
+
+FeedForward = Annotated[GLUConfig | MLPConfig | MoEConfig, Field(discriminator="kind")]
+
+# ---- layers and models
 
 
 class LayerConfig(Config):
-    """One layer: a mixer of tokens, a feed-forward, and where their norms stand."""
+    """One layer: a mixer of tokens, a feed-forward, and where their norms stand.
 
-    mixer: AttentionConfig
+    `norm_placement`: `pre` x + f(N(x)) · `post` N(x + f(x)) · `sandwich` x + N(f(N(x))).
+    """
+
+    mixer: Mixer
     feed_forward: FeedForward
-    norm_placement: Literal["pre"] = "pre"
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
 
 
 class ModelConfig(Config):
-    """A whole decoder. `family` names the reader and writer of the Hugging Face layout."""
+    """A whole decoder. `family` names the reader and writer of the Hugging Face layout.
+
+    Attributes:
+        embedding_position: added to the embedding, for kinds that do not live in attention.
+        embedding_scale: factor on the embedding (Gemma: √D).
+        final_norm: whether a norm stands before the head (post-norm models have none).
+        logit_softcap: logits become cap · tanh(logit / cap).
+        head_bias: whether the output projection has a bias.
+    """
 
     family: str
     vocab_size: PositiveInt
@@ -88,7 +349,11 @@ class ModelConfig(Config):
     max_seq_len: PositiveInt
     layers: tuple[LayerConfig, ...] = Field(min_length=1)
     norm: Norm = RMSNormConfig()
+    embedding_position: EmbeddingPosition = NoPosition()
+    embedding_scale: PositiveFloat = 1.0
+    final_norm: bool = True
     tie_embeddings: bool = False
+    logit_softcap: PositiveFloat | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -96,3 +361,11 @@ class ModelConfig(Config):
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ModelConfig":
+        if isinstance(self.embedding_position, Sinusoidal) and self.hidden_size % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be even for sinusoidal positions"
+            )
+        return self

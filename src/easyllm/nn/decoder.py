@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from easyllm.nn.attention import Attention
-from easyllm.nn.config import LayerConfig, ModelConfig
+from easyllm.nn.config import AttentionConfig, LayerConfig, LinearAttentionConfig, ModelConfig
 from easyllm.nn.feed_forward import build_feed_forward
 from easyllm.nn.linear import Linear
+from easyllm.nn.linear_attention import LinearAttention
 from easyllm.nn.norm import build_norm
+from easyllm.nn.position import build_embedding_position
 from easyllm.ops.attention import AttentionContext
 
 
@@ -26,20 +28,46 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def build_mixer(
+    config: AttentionConfig | LinearAttentionConfig, hidden_size: int, layer: int
+) -> nn.Module:
+    """The mixer of tokens a configuration names."""
+    match config:
+        case AttentionConfig():
+            return Attention(config, hidden_size, layer)
+        case LinearAttentionConfig():
+            return LinearAttention(config, hidden_size, layer)
+
+
 class DecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+    """Two residual blocks, f = mixer, then f = feed_forward. Where a placement has no norm stands an identity, so one
+    formula serves all:
+
+        x ← after(x + post(f(norm(x))))      norm: pre and sandwich · post: sandwich · after: post
+    """
 
     def __init__(self, config: LayerConfig, model: ModelConfig, number: int) -> None:
         super().__init__()
-        self.mixer_norm = build_norm(model.norm, model.hidden_size)
-        self.mixer = Attention(config.mixer, model.hidden_size, number)
-        self.feed_forward_norm = build_norm(model.norm, model.hidden_size)
-        self.feed_forward = build_feed_forward(config.feed_forward, model.hidden_size)
+
+        def norm(*placements: str) -> nn.Module:
+            wanted = config.norm_placement in placements
+            return build_norm(model.norm, model.hidden_size) if wanted else nn.Identity()
+
+        self.mixer_norm = norm("pre", "sandwich")
+        self.mixer = build_mixer(config.mixer, model.hidden_size, number)
+        self.mixer_post_norm = norm("sandwich")
+        self.mixer_after_norm = norm("post")
+        self.feed_forward_norm = norm("pre", "sandwich")
+        self.feed_forward = build_feed_forward(config.feed_forward, model.hidden_size, number)
+        self.feed_forward_post_norm = norm("sandwich")
+        self.feed_forward_after_norm = norm("post")
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
-        x = x + self.mixer(self.mixer_norm(x), context)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        mixed = self.mixer(self.mixer_norm(x), context)
+        x = self.mixer_after_norm(x + self.mixer_post_norm(mixed))
+        fed = self.feed_forward(self.feed_forward_norm(x), context)
+        return self.feed_forward_after_norm(x + self.feed_forward_post_norm(fed))
 
 
 class Decoder(nn.Module):
@@ -56,10 +84,15 @@ class Decoder(nn.Module):
             config.hidden_size,
             _weight=torch.empty(config.vocab_size, config.hidden_size),
         )
+        self.embedding_position = build_embedding_position(
+            config.embedding_position, config.max_seq_len, config.hidden_size
+        )
         self.layers = nn.ModuleList(
             DecoderLayer(layer, config, number) for number, layer in enumerate(config.layers)
         )
-        self.norm = build_norm(config.norm, config.hidden_size)
+        self.norm = (
+            build_norm(config.norm, config.hidden_size) if config.final_norm else nn.Identity()
+        )
         self.lm_head = (
             None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
         )
@@ -84,16 +117,19 @@ class Decoder(nn.Module):
         Returns:
             [T, D] in the dtype of the weights.
         """
-        x = widen(self.embed_tokens(token_ids))
+        x = widen(self.embed_tokens(token_ids)) * self.config.embedding_scale
+        x = self.embedding_position(x, context.positions)
         for layer in self.layers:
             x = layer(x, context)
-        return self.norm(x)
+        return self.norm(x).to(self.embed_tokens.weight.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of chosen rows: `hidden: [N, D]` → [N, V] in fp32 (fp64 for an fp64 model)."""
         if self.lm_head is None:
-            return widen(F.linear(hidden, self.embed_tokens.weight))
-        return widen(self.lm_head(hidden))
+            logits = widen(F.linear(hidden, self.embed_tokens.weight))
+        else:
+            logits = widen(self.lm_head(hidden))
+        return soft_cap(logits, self.config.logit_softcap)
 
     @torch.no_grad()
     def logits(self, token_ids: Tensor | list[int]) -> Tensor:
@@ -116,3 +152,8 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=std, generator=generator)
             elif module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap); the logits themselves where there is no cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -2,27 +2,34 @@
 
 from torch import Tensor, nn
 
-from easyllm.nn.config import GLUConfig
+from easyllm.nn.config import FeedForward, GLUConfig, MLPConfig, MoEConfig
+from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Linear
-from easyllm.ops.activation import gated
+from easyllm.nn.moe import MoE
+from easyllm.ops.activation import ACTIVATIONS
+from easyllm.ops.attention import AttentionContext
 
 
-class GLU(nn.Module):
-    """down(act(gate(x)) ⊙ up(x)) (arXiv 2002.05202, eq. 5-6)."""
+class MLP(nn.Module):
+    """down(act(up(x))) (arXiv 1706.03762, eq. 2)."""
 
-    def __init__(self, config: GLUConfig, hidden_size: int) -> None:
+    def __init__(self, config: MLPConfig, hidden_size: int) -> None:
         super().__init__()
-        self.activation = config.activation
-        width = config.intermediate_size
-        self.gate_proj = Linear(hidden_size, width, bias=config.bias)
-        self.up_proj = Linear(hidden_size, width, bias=config.bias)
-        self.down_proj = Linear(width, hidden_size, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.up_proj = Linear(hidden_size, config.intermediate_size, bias=config.bias)
+        self.down_proj = Linear(config.intermediate_size, hidden_size, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
+        return self.down_proj(self.activation(self.up_proj(x)))
 
 
-def build_feed_forward(config: GLUConfig, hidden_size: int) -> nn.Module:
-    """The feed-forward a configuration names."""
-    return GLU(config, hidden_size)
+def build_feed_forward(config: FeedForward, hidden_size: int, layer: int) -> nn.Module:
+    """The feed-forward a configuration names; each is called with hidden states and the batch's context."""
+    match config:
+        case GLUConfig():
+            return GLU(config, hidden_size)
+        case MLPConfig():
+            return MLP(config, hidden_size)
+        case MoEConfig():
+            return MoE(config, hidden_size, layer)

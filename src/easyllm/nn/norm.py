@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from easyllm.nn.config import RMSNormConfig
+from easyllm.nn.config import LayerNormConfig, RMSNormConfig
 from easyllm.ops.norm import rms_norm
 
 
@@ -24,6 +25,44 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
 
-def build_norm(config: RMSNormConfig, width: int) -> nn.Module:
+class OffsetRMSNorm(RMSNorm):
+    """RMS norm whose stored weight is the difference from one (Gemma); 1 + w is formed in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x: [..., width]` → the same shape, in the dtype of the weights."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return rms_norm(x, 1 + self.weight.to(wide), self.eps).to(self.weight.dtype)
+
+    def reset_parameters(self) -> None:
+        """Difference zero."""
+        nn.init.zeros_(self.weight)
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance norm over the last dim (arXiv 1607.06450, eq. 4)."""
+
+    def __init__(self, config: LayerNormConfig, width: int) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if config.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x: [..., width]` → the same shape, in the dtype of the weights."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        out = F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), bias, self.eps)
+        return out.to(self.weight.dtype)
+
+    def reset_parameters(self) -> None:
+        """Weight one, bias zero."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def build_norm(config: RMSNormConfig | LayerNormConfig, width: int) -> nn.Module:
     """The norm a configuration names."""
-    return RMSNorm(config, width)
+    if isinstance(config, LayerNormConfig):
+        return LayerNorm(config, width)
+    return OffsetRMSNorm(config, width) if config.unit_offset else RMSNorm(config, width)

@@ -1,55 +1,301 @@
-"""Positions: how a token's place in its sequence reaches attention."""
+"""Positions: how a token's place in its sequence reaches attention.
 
-from typing import Protocol
+Kinds that turn queries and keys (RoPE) do so before the keys are stored. Kinds that change scores (ALiBi, T5, Shaw, ReRoPE)
+hand the attention function a way to; their keys are stored as they are. Kinds that add to the embedding are at the end.
+"""
+
+import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from easyllm.nn.config import NoPosition, Rope
-from easyllm.ops.attention import AttentionContext
-from easyllm.ops.rotary import apply_rotary
-
-
-class PositionModule(Protocol):
-    """What an attention layer asks of its positions."""
-
-    def rotate(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """`x: [T, heads, d]` turned by `context.positions` (the identity where nothing turns)."""
+from easyllm.core.errors import ConfigError
+from easyllm.nn.config import Alibi, Learned, NoPosition, ReRope, Rope, Shaw, Sinusoidal, T5Bias
+from easyllm.nn.rope_scaling import rope_frequencies
+from easyllm.ops.attention import AttentionContext, ScoreTerms
+from easyllm.ops.rotary import apply_rotary, rotate_pairs
 
 
 class RotaryPosition(nn.Module):
-    """Rotates each pair (x_i, x_{i+d/2}) by position · θ^(-2i/d) (arXiv 2104.09864, eq. 34).
+    """Rotates each pair by position · θ^(-2i/d) (arXiv 2104.09864, eq. 34).
 
     The products of rotated queries and keys depend on the difference of their positions only.
     """
 
+    terms: ScoreTerms | None = None
+
     def __init__(self, config: Rope, head_dim: int) -> None:
         super().__init__()
-        self.config, self.head_dim = config, head_dim
+        self.config, self.width = config, config.rotary_dim or head_dim
+        self.head_dim = head_dim
 
     def rotate(self, x: Tensor, context: AttentionContext) -> Tensor:
-        cos, sin = context.once(
-            (self.config, self.head_dim), lambda: self.tables(context.positions)
-        )
-        return apply_rotary(x, cos, sin)
+        """`x: [T, heads, d]` turned by `context.positions`."""
+        cos, sin = context.once((self.config, self.width), lambda: self.tables(context.positions))
+        if self.width == self.head_dim:
+            return apply_rotary(x, cos, sin, interleaved=self.config.interleaved)
+        turned, rest = x.split([self.width, self.head_dim - self.width], dim=-1)
+        turned = apply_rotary(turned.contiguous(), cos, sin, interleaved=self.config.interleaved)
+        return torch.cat([turned, rest], dim=-1)
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of every angle: two [T, d/2] in fp32."""
-        exponents = torch.arange(0, self.head_dim, 2, device=positions.device).float()
-        frequencies = 1.0 / self.config.theta ** (exponents / self.head_dim)
-        angles = positions.float()[:, None] * frequencies
-        return angles.cos(), angles.sin()
+        """cos and sin of every angle: two [T, d/2] in fp32, attention scaling (YaRN) included."""
+        length = int(positions.max()) + 1 if positions.numel() else 1
+        frequencies, factor = rope_frequencies(self.config, self.width, length)
+        angles = positions.float()[:, None] * frequencies.to(positions.device)
+        return angles.cos() * factor, angles.sin() * factor
 
 
 class NoRotation(nn.Module):
     """Leaves queries and keys as they are."""
 
+    terms: ScoreTerms | None = None
+
     def rotate(self, x: Tensor, context: AttentionContext) -> Tensor:
         return x
 
 
-def build_position(config: Rope | NoPosition, head_dim: int) -> PositionModule:
-    """The position module a configuration names."""
-    if isinstance(config, Rope):
-        return RotaryPosition(config, head_dim)
-    return NoRotation()
+class AlibiPosition(NoRotation):
+    """Adds -slope_h · distance to the scores (arXiv 2108.12409, section 3)."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.terms = ScoreTerms(bias=self.bias)
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor:
+        """[H, Tq, Tk] for query positions [Tq] and key positions [Tk]."""
+        distance = (query[:, None] - key[None, :]).abs()
+        slopes = alibi_slopes(self.num_heads).to(query.device)
+        return -slopes[:, None, None] * distance
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """2^(-8i/n) for i = 1..n when n is a power of two; else those of the power of two below, filled up with every
+    second slope of twice that power (the authors' code).
+
+    >>> alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    True
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    slopes += [2 ** (-4 * i / power) for i in range(1, 2 * (num_heads - power), 2)]
+    return torch.tensor(slopes, dtype=torch.float32)
+
+
+class T5Position(NoRotation):
+    """Adds a learned bias for the bucket of each distance (arXiv 1910.10683, section 2.1)."""
+
+    def __init__(self, config: T5Bias, num_heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.config, self.bidirectional = config, not causal
+        self.bias_table = nn.Parameter(torch.empty(config.num_buckets, num_heads))
+        self.terms = ScoreTerms(bias=self.bias)
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor:
+        """[H, Tq, Tk] for query positions [Tq] and key positions [Tk]."""
+        relative = key[None, :] - query[:, None]
+        buckets = t5_buckets(
+            relative,
+            bidirectional=self.bidirectional,
+            num_buckets=self.config.num_buckets,
+            max_distance=self.config.max_distance,
+        )
+        return F.embedding(buckets, self.bias_table).permute(2, 0, 1)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.bias_table, std=0.02)
+
+
+def t5_buckets(
+    relative: Tensor, *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+) -> Tensor:
+    """The bucket of each relative position (key - query): exact near, logarithmic far, the last one beyond.
+
+    Bidirectional buckets are halved: the upper half is for keys after the query.
+    """
+    bucket = torch.zeros_like(relative)
+    if bidirectional:
+        num_buckets //= 2
+        bucket = (relative > 0).long() * num_buckets
+        distance = relative.abs()
+    else:
+        distance = (-relative).clamp(min=0)
+    exact = num_buckets // 2
+    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (far * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
+    return bucket + torch.where(distance < exact, distance, far)
+
+
+class ShawPosition(NoRotation):
+    """Learned vectors for clipped distances join keys and values (arXiv 1803.02155, eqs. 3 and 4):
+
+    e_ij = q_i·(k_j + a^K_{clip(j-i)}) · scale      out_i = Σ_j α_ij (v_j + a^V_{clip(j-i)})
+    """
+
+    def __init__(self, config: Shaw, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        rows = 2 * config.max_distance + 1
+        self.key_vectors = nn.Parameter(torch.empty(rows, head_dim))
+        self.value_vectors = nn.Parameter(torch.empty(rows, head_dim)) if config.values else None
+        self.terms = ScoreTerms(scores=self.scores, values=self.values if config.values else None)
+
+    def scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """[H, Tq, Tk] unscaled scores for `q: [H, Tq, d]`, `k: [H, Tk, d]`."""
+        vectors = self.key_vectors[self._rows(query, key)].to(q.dtype)  # [Tq, Tk, d]
+        return q @ k.mT + torch.einsum("hqd,qkd->hqk", q, vectors)
+
+    def values(self, weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """[H, Tq, d]: what the value vectors add for `weights: [H, Tq, Tk]`."""
+        assert self.value_vectors is not None
+        vectors = self.value_vectors[self._rows(query, key)].to(weights.dtype)
+        return torch.einsum("hqk,qkd->hqd", weights, vectors)
+
+    def _rows(self, query: Tensor, key: Tensor) -> Tensor:
+        limit = self.config.max_distance
+        return (key[None, :] - query[:, None]).clamp(-limit, limit) + limit
+
+    def reset_parameters(self) -> None:
+        for vectors in (self.key_vectors, self.value_vectors):
+            if vectors is not None:
+                nn.init.normal_(vectors, std=0.02)
+
+
+class ReRopePosition(NoRotation):
+    """RoPE whose relative positions are rectified (Su 2023, "ReRoPE"): i - j within the window, beyond it the window
+    itself, or with `leak` k: w + (i - j - w) / k. Keys are stored unrotated.
+    """
+
+    def __init__(self, config: ReRope, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = Rope(theta=config.theta)
+        self.head_dim = head_dim
+        self.terms = ScoreTerms(scores=self.scores)
+
+    def scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """[H, Tq, Tk] unscaled scores of unrotated `q: [H, Tq, d]`, `k: [H, Tk, d]`."""
+        if len(query) == 1:
+            return self.decode_scores(q, k, query, key)
+        return self.two_matrices(q, k, query, key)
+
+    def two_matrices(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """One matrix for the near pairs, with ordinary rotation; one for the far pairs, with compressed positions:
+        query at (i - w) / k + w, key at j / k gives w + (i - j - w) / k; without leak query at w, key at 0."""
+        window, leak = self.config.window, self.config.leak
+        near = self._turn(q, query.float()) @ self._turn(k, key.float()).mT
+        if leak is None:
+            far = self._turn(q, torch.full_like(query, window).float()) @ k.mT
+        else:
+            far_query = (query.float() - window) / leak + window
+            far = self._turn(q, far_query) @ self._turn(k, key.float() / leak).mT
+        return torch.where(query[:, None] - key[None, :] < window, near, far)
+
+    def decode_scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """The same for a single query: keys turned by minus their rectified distance, the query not at all."""
+        distance = (query - key).float()
+        window, leak = self.config.window, self.config.leak
+        far = (
+            torch.full_like(distance, window)
+            if leak is None
+            else window + (distance - window) / leak
+        )
+        rectified = torch.where(distance < window, distance, far)
+        return q @ self._turn(k, -rectified).mT
+
+    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x: [H, T, d]` turned by real-valued positions [T]."""
+        frequencies, _ = rope_frequencies(self.rope, self.head_dim, 1)
+        angles = positions[:, None] * frequencies.to(x.device)
+        return rotate_pairs(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+
+
+PositionModule = RotaryPosition | NoRotation
+
+
+def build_position(
+    config: Rope | ReRope | Alibi | T5Bias | Shaw | NoPosition,
+    *,
+    num_heads: int,
+    head_dim: int,
+    causal: bool,
+) -> PositionModule:
+    """The position module an attention layer's configuration names."""
+    match config:
+        case Rope():
+            return RotaryPosition(config, head_dim)
+        case ReRope():
+            return ReRopePosition(config, head_dim)
+        case Alibi():
+            return AlibiPosition(num_heads)
+        case T5Bias():
+            return T5Position(config, num_heads, causal=causal)
+        case Shaw():
+            return ShawPosition(config, head_dim)
+        case NoPosition():
+            return NoRotation()
+
+
+class LearnedEmbedding(nn.Module):
+    """Adds a trained vector a position."""
+
+    def __init__(self, max_seq_len: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_seq_len, hidden_size))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x: [T, D]` plus the vectors of `positions: [T]`.
+
+        Raises:
+            ConfigError: a position lies beyond the table.
+        """
+        last = int(positions.max()) if positions.numel() else 0
+        if last >= len(self.weight):
+            raise ConfigError(
+                f"position {last} lies beyond the learned table of {len(self.weight)}; "
+                "shorten the sequence, or use a model with positions that extrapolate"
+            )
+        return x + F.embedding(positions, self.weight)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class SinusoidalEmbedding(nn.Module):
+    """Adds sin(t ω_i), cos(t ω_i), ω_i = base^(-2i/D), interleaved (arXiv 1706.03762, section 3.5)."""
+
+    def __init__(self, config: Sinusoidal, hidden_size: int) -> None:
+        super().__init__()
+        self.config, self.width = config, hidden_size
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x: [T, D]` plus the table's rows of `positions: [T]`."""
+        return x + self.table(positions).to(x.dtype)
+
+    def table(self, positions: Tensor) -> Tensor:
+        """[T, D] fp32."""
+        exponents = torch.arange(0, self.width, 2, device=positions.device).float() / self.width
+        angles = positions.float()[:, None] / self.config.base**exponents
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+class NoEmbeddingPosition(nn.Module):
+    """Adds nothing."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x
+
+
+def build_embedding_position(
+    config: Learned | Sinusoidal | NoPosition, max_seq_len: int, hidden_size: int
+) -> nn.Module:
+    """What a model's configuration adds to the embedding."""
+    match config:
+        case Learned():
+            return LearnedEmbedding(max_seq_len, hidden_size)
+        case Sinusoidal():
+            return SinusoidalEmbedding(config, hidden_size)
+        case NoPosition():
+            return NoEmbeddingPosition()

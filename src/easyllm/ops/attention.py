@@ -6,6 +6,9 @@ Shapes: T packed tokens, S sequences, H query heads, K key-value heads, d head_d
 
 (Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 2305.13245.)
 Sequences lie end to end in T; a query never sees a key of another sequence.
+
+What runs: the C kernels when training on a CPU; PyTorch's SDPA where scores are plain products, perhaps with an added
+bias; `explicit_attention`, products written out, for soft caps and positions that change the scores in other ways.
 """
 
 import ctypes
@@ -22,20 +25,64 @@ from easyllm.ops.kernels.build import DTYPE_CODES, AttentionShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreTerms:
+    """How a kind of positions changes attention's scores; `query`, `key` are positions [Tq], [Tk].
+
+    Attributes:
+        bias: (query, key) → [H, Tq, Tk], added to the scaled scores.
+        scores: (q [H, Tq, d], k [H, Tk, d], query, key) → [H, Tq, Tk], instead of q kᵀ, unscaled.
+        values: (weights [H, Tq, Tk], query, key) → [H, Tq, d], added to the output.
+    """
+
+    bias: Callable[[Tensor, Tensor], Tensor] | None = None
+    scores: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    values: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionRule:
-    """What a layer asks of attention, whatever the batch."""
+    """What a layer asks of attention, whatever the batch.
+
+    Attributes:
+        window: a query at position i sees keys at positions > i - window.
+        num_sinks: the first keys, visible whatever the window.
+        softcap: scores become cap · tanh(score / cap).
+        terms: what the layer's positions do to the scores.
+    """
 
     scale: float
     causal: bool = True
     window: int | None = None
-    """A query at position i sees keys at positions > i - window."""
+    num_sinks: int = 0
+    softcap: float | None = None
+    terms: ScoreTerms | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are products alone, so that any kernel will do."""
+        return self.softcap is None and self.terms is None
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the products must be written out."""
+        changed = self.terms is not None and self.terms.bias is None
+        return self.softcap is not None or changed
 
 
 class KeyValueStore(Protocol):
-    """Where keys and values live between forward passes; the engine's cache implements it."""
+    """Where keys, values and states live between forward passes; the engine's cache implements it."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
         """Stores `k`, `v: [T, K, d]` for `layer`; returns the outputs of `q: [T, H, d]`."""
+
+    def recur(self, layer: int, step: "RecurrentStep", *inputs: Tensor) -> Tensor:
+        """Runs `step` on each sequence's inputs from the state it left before."""
+
+
+class RecurrentStep(Protocol):
+    """One sequence's tokens and its state (None at first) → output and new state."""
+
+    def __call__(self, *inputs: Tensor, state: Any) -> tuple[Tensor, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +92,17 @@ class AttentionContext:
     Attributes:
         positions: [T] int64, the position of each token in its own sequence.
         lengths: tokens of each sequence in this forward pass; they sum to T.
+        prefix_lengths: first tokens of each sequence that see each other both ways (UniLM's mask).
         store: where earlier keys and values live; None when every key is in this forward pass.
+        routing: when a list, each layer with experts appends its `Routing` to it.
         memo: values computed once a forward pass and shared by the layers.
     """
 
     positions: Tensor
     lengths: tuple[int, ...]
+    prefix_lengths: tuple[int, ...] | None = None
     store: KeyValueStore | None = None
+    routing: list[Any] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -62,6 +113,8 @@ class AttentionContext:
         device: torch.device | str = "cpu",
         store: KeyValueStore | None = None,
         offsets: list[int] | None = None,
+        prefix_lengths: tuple[int, ...] | None = None,
+        routing: list[Any] | None = None,
     ) -> "AttentionContext":
         """The context of sequences laid end to end; `offsets` are their first positions."""
         offsets = offsets or [0] * len(lengths)
@@ -70,7 +123,13 @@ class AttentionContext:
             for n, start in zip(lengths, offsets, strict=True)
         ]
         positions = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
-        return cls(positions=positions, lengths=tuple(lengths), store=store)
+        return cls(
+            positions=positions,
+            lengths=tuple(lengths),
+            store=store,
+            prefix_lengths=prefix_lengths,
+            routing=routing,
+        )
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """The value of `compute()`, computed by the first layer that asks for `key`."""
@@ -80,53 +139,73 @@ class AttentionContext:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, lengths: tuple[int, ...]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: AttentionRule,
+    lengths: tuple[int, ...],
+    prefix_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Self-attention of each packed sequence with itself.
 
     Args:
         q: [T, H, d] queries; k, v: [T, K, d] keys and values of the same tokens; H % K == 0.
-        rule: scale, causality, window.
+        rule: scale, mask, positions.
         lengths: tokens of each sequence, summing to T.
+        prefix_lengths: first tokens of each that see each other both ways.
 
     Returns:
         [T, H, d], dtype of `q`.
     """
-    kernels = kernels_for(q, k, v)
-    if kernels is not None and _kernel_fits(q) and torch.is_grad_enabled() and q.requires_grad:
+    trained = torch.is_grad_enabled() and q.requires_grad
+    if trained and _kernel_fits(q, k, v, rule) and prefix_lengths is None:
         packed: Tensor = _KernelAttention.apply(q, k, v, rule, lengths)
         return packed
-    if len(lengths) == 1:
-        return attend_segment(q, k, v, rule)
-    out = [
-        attend_segment(*parts, rule)
-        for parts in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    ]
-    return torch.cat(out)
+    prefixes = prefix_lengths or (0,) * len(lengths)
+    segments = zip(q.split(lengths), k.split(lengths), v.split(lengths), prefixes, strict=True)
+    out = [attend_segment(qs, ks, vs, rule, prefix=prefix) for qs, ks, vs, prefix in segments]
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def attend_segment(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
-    """Attention of one sequence: the last `len(q)` of its `len(k)` tokens ask.
+def attend_segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: AttentionRule,
+    *,
+    prefix: int = 0,
+    key_positions: Tensor | None = None,
+) -> Tensor:
+    """Attention of one sequence: the last `len(q)` of its tokens ask.
 
     Args:
         q: [Tq, H, d]; k, v: [Tk, K, d]; Tq ≤ Tk.
+        prefix: first positions that see each other both ways.
+        key_positions: [Tk], ascending, ending with the queries'; 0 .. Tk-1 by default (a rolling cache has gaps).
 
     Returns:
         [Tq, H, d], dtype of `q`.
     """
     num_queries, num_keys = q.shape[0], k.shape[0]
+    key = torch.arange(num_keys, device=q.device) if key_positions is None else key_positions
+    query = key[num_keys - num_queries :]
+    if rule.explicit:
+        return explicit_attention(q, k, v, rule, query, key, prefix=prefix)
+    whole = num_queries == num_keys and prefix <= 1 and not _window_bites(rule, key)
+    causal = rule.causal and num_queries > 1 and whole
+    sees_all = (not rule.causal or num_queries == 1) and not _window_bites(rule, key)
     mask = None
-    causal = rule.causal and num_queries > 1
-    if causal and (num_queries != num_keys or _window_bites(rule, num_keys)):
-        mask = visible(num_queries, num_keys, rule, q.device)
+    if rule.terms is not None and rule.terms.bias is not None:
+        bias = rule.terms.bias(query, key).to(q.dtype)
+        mask = bias.masked_fill(~visible(query, key, rule, prefix=prefix), float("-inf"))
         causal = False
-    elif not causal and _window_bites(rule, num_keys):
-        mask = visible(num_queries, num_keys, rule, q.device)
+    elif not causal and not sees_all:
+        mask = visible(query, key, rule, prefix=prefix)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],  # [1, H, Tq, d]
         k.transpose(0, 1)[None],  # [1, K, Tk, d]
         v.transpose(0, 1)[None],
-        attn_mask=mask,
+        attn_mask=None if mask is None else mask[None] if mask.ndim == 3 else mask,
         is_causal=causal,
         scale=rule.scale,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -134,35 +213,73 @@ def attend_segment(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tens
     return out[0].transpose(0, 1)
 
 
-def visible(num_queries: int, num_keys: int, rule: AttentionRule, device: torch.device) -> Tensor:
-    """[Tq, Tk] bool: which keys each of the last `num_queries` tokens may see."""
-    key = torch.arange(num_keys, device=device)[None, :]
-    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+def visible(query: Tensor, key: Tensor, rule: AttentionRule, *, prefix: int = 0) -> Tensor:
+    """[Tq, Tk] bool: which keys each query may see, by their positions."""
+    query, key = query[:, None], key[None, :]
+    mask = torch.ones(query.shape[0], key.shape[1], dtype=torch.bool, device=query.device)
     if rule.causal:
         mask &= key <= query
     if rule.window is not None:
-        mask &= key > query - rule.window
+        near = key > query - rule.window
+        mask &= near | (key < rule.num_sinks) if rule.num_sinks else near
+        if not rule.causal:
+            mask &= key < query + rule.window
+    if prefix:
+        mask |= (key < prefix) & (query < prefix)
     return mask
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
-    """`attend_segment` written out with explicit products, in fp32: the oracle of the tests."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+def explicit_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: AttentionRule,
+    query: Tensor,
+    key: Tensor,
+    *,
+    prefix: int = 0,
+) -> Tensor:
+    """Attention with its products written out, in fp32 or wider: what every other path is held against.
+
+    Args:
+        q: [Tq, H, d]; k, v: [Tk, K, d]; query: [Tq], key: [Tk] positions.
+
+    Returns:
+        [Tq, H, d], dtype of `q`.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide)) * rule.scale
-    mask = visible(q.shape[0], k.shape[0], rule, q.device)
+    groups = q.shape[1] // k.shape[1]
+    q_h = q.transpose(0, 1).to(wide)  # [H, Tq, d]
+    k_h, v_h = (x.repeat_interleave(groups, dim=1).transpose(0, 1).to(wide) for x in (k, v))
+    terms = rule.terms or ScoreTerms()
+    scores = q_h @ k_h.mT if terms.scores is None else terms.scores(q_h, k_h, query, key)
+    scores = scores * rule.scale
+    if terms.bias is not None:
+        scores = scores + terms.bias(query, key)
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    mask = visible(query, key, rule, prefix=prefix)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, v.to(wide)).to(q.dtype)
+    out = weights @ v_h
+    if terms.values is not None:
+        out = out + terms.values(weights, query, key)
+    return out.transpose(0, 1).to(q.dtype)
 
 
-def _window_bites(rule: AttentionRule, num_keys: int) -> bool:
-    return rule.window is not None and num_keys > rule.window
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
+    """`explicit_attention` of a sequence whose last tokens ask."""
+    key = torch.arange(k.shape[0], device=q.device)
+    return explicit_attention(q, k, v, rule, key[len(key) - len(q) :], key)
 
 
-def _kernel_fits(q: Tensor) -> bool:
-    return q.shape[-1] % 16 == 0
+def _window_bites(rule: AttentionRule, key: Tensor) -> bool:
+    """Whether the window hides any key from the last query."""
+    return rule.window is not None and int(key[-1]) - int(key[0]) >= rule.window
+
+
+def _kernel_fits(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> bool:
+    simple = rule.plain and not rule.num_sinks and (rule.causal or rule.window is None)
+    return simple and q.shape[-1] % 16 == 0 and kernels_for(q, k, v) is not None
 
 
 class _KernelAttention(torch.autograd.Function):

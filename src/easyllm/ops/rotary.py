@@ -14,23 +14,35 @@ from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x: [T, heads, d]` rotated by the angles whose cosines and sines are `cos, sin: [T, d/2]` fp32."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """`x: [T, heads, d]` rotated by the angles whose cosines and sines are `cos, sin: [T, d/2]` fp32.
+
+    `interleaved` takes the pairs (2i, 2i+1) of the paper instead of (i, i + d/2).
+    """
+    if interleaved:
+        return rotate_interleaved(x, cos[:, None, :], sin[:, None, :])
     if torch.is_grad_enabled() and x.requires_grad:
         out: Tensor = _Rotary.apply(x, cos, sin)
         return out
     return _rotate(x, cos, sin, 1.0)
 
 
-def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The equation as written; fp32 products, rounded once on the way in."""
-    cos, sin = cos[:, None, :], sin[:, None, :]
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (i, i + d/2) of the last dim turned; `cos, sin` broadcast against its halves."""
     first, second = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    half = x.shape[-1] // 2
-    out[..., :half] = first * cos - second * sin
-    out[..., half:] = second * cos + first * sin
-    return out
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (2i, 2i+1) of the last dim turned."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The equation as written; fp32 products, rounded once at the end."""
+    return rotate_pairs(x, cos[:, None, :], sin[:, None, :])
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:

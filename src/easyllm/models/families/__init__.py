@@ -4,10 +4,30 @@ To add one: write the file, add its `FAMILY` to the tuple below.
 """
 
 from easyllm.core.errors import CheckpointError, suggest
-from easyllm.models.families import llama
+from easyllm.models.families import (
+    gemma,
+    glm4,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen_moe,
+)
 from easyllm.models.families.family import Family
 
-_ALL = (llama.FAMILY,)
+_ALL = (
+    gpt2.FAMILY,
+    llama.FAMILY,
+    mistral.FAMILY,
+    mixtral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    *qwen_moe.FAMILIES,
+    *glm4.FAMILIES,
+    *gemma.FAMILIES,
+)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 _BY_TYPE = {model_type: family for family in _ALL for model_type in family.model_types}
 

@@ -1,12 +1,26 @@
-"""What a family is: data that connects a Hugging Face `config.json` and its tensor names with our decoder."""
+"""What a family is: data that connects a Hugging Face `config.json` and its tensor names with our decoder.
 
-from collections.abc import Callable, Mapping
+Most families write their configuration and name their tensors the way Llama does; the functions at the end read and
+write what they share, and a family's file says where it differs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from easyllm.checkpoint.keymap import KeyMap
+from easyllm.checkpoint.keymap import KeyMap, Rule, renames
 from easyllm.core.errors import CheckpointError
-from easyllm.nn.config import ModelConfig
+from easyllm.models.families.rope_config import read_rope, write_rope
+from easyllm.nn.config import (
+    AttentionConfig,
+    FeedForward,
+    GLUConfig,
+    LayerConfig,
+    Mixer,
+    ModelConfig,
+    RMSNormConfig,
+    Rope,
+)
 
 HFConfig = Mapping[str, Any]
 MAX_LAYERS = 4096
@@ -21,6 +35,7 @@ class Family:
         model_types: the `model_type`s of `config.json` it reads; the first is the one it writes.
         read_config, write_config: `config.json` to `ModelConfig` and back.
         keymap: names of our parameters on disk.
+        sizes: `config.json` values of published models by name.
     """
 
     name: str
@@ -54,23 +69,128 @@ def num_layers(config: HFConfig, key: str = "num_hidden_layers") -> int:
     return count
 
 
-def rope_theta(config: HFConfig, default: float = 10000.0) -> float:
-    """RoPE's base: `rope_theta` (transformers 4) or `rope_parameters.rope_theta` (5).
+def refuse(config: HFConfig, expected: Mapping[str, Any]) -> None:
+    """Refuses options of `config.json` that would change the mathematics and are not implemented."""
+    for key, value in expected.items():
+        if config.get(key, value) not in (value, None):
+            raise CheckpointError(
+                f"config.json sets {key}={config[key]!r}, which is not implemented (expected {value!r})"
+            )
 
-    Raises:
-        CheckpointError: the positions are scaled in a way that is not implemented.
-    """
-    parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or parameters
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(
-            f"config.json asks for RoPE scaling {kind!r}, which is not implemented; known: default"
+
+def read_attention(hf: HFConfig, **changes: Any) -> AttentionConfig:
+    """Heads, widths and RoPE as Llama writes them; `changes` are the family's own options."""
+    heads = require(hf, "num_attention_heads")
+    head_dim = hf.get("head_dim") or require(hf, "hidden_size") // heads
+    values: dict[str, Any] = {
+        "num_heads": heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "position": read_rope(hf, head_dim),
+    }
+    return AttentionConfig(**values | changes)
+
+
+def read_glu(hf: HFConfig, **changes: Any) -> GLUConfig:
+    """SwiGLU as Llama writes it."""
+    values = {"intermediate_size": require(hf, "intermediate_size")}
+    return GLUConfig(**values | changes)
+
+
+def read_model(
+    hf: HFConfig,
+    *,
+    family: str,
+    layer: Callable[[int], tuple[Mixer, FeedForward]],
+    norm_placement: str = "pre",
+    **changes: Any,
+) -> ModelConfig:
+    """A model of Llama's make; `layer(i)` gives the parts of layer i."""
+    layers = []
+    for number in range(num_layers(hf)):
+        mixer, feed_forward = layer(number)
+        layers.append(
+            LayerConfig(mixer=mixer, feed_forward=feed_forward, norm_placement=norm_placement)
         )
-    return float(parameters.get("rope_theta") or config.get("rope_theta") or default)
+    values: dict[str, Any] = {
+        "family": family,
+        "vocab_size": require(hf, "vocab_size"),
+        "hidden_size": require(hf, "hidden_size"),
+        "max_seq_len": hf.get("max_position_embeddings", 2048),
+        "layers": tuple(layers),
+        "norm": RMSNormConfig(eps=hf.get("rms_norm_eps", 1e-6)),
+        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        **read_token_ids(hf),
+    }
+    return ModelConfig(**values | changes)
 
 
-def token_ids(config: HFConfig) -> dict[str, Any]:
+def write_model(config: ModelConfig, *, model_type: str, architecture: str) -> dict[str, Any]:
+    """What Llama's make of `config.json` holds, but for the feed-forward."""
+    mixer = config.layers[0].mixer
+    assert isinstance(mixer, AttentionConfig)
+    assert isinstance(mixer.position, Rope)
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_kv_heads,
+        "head_dim": mixer.head_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm.eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        **write_rope(mixer.position, mixer.head_dim),
+        **write_token_ids(config),
+    }
+
+
+def llama_pairs(norms: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
+    """Name pairs of Llama's make: ours, HF's. `norms` names the norms of a layer otherwise placed."""
+    layer = "layers.{i}."
+    norms = norms or {
+        "mixer_norm": "input_layernorm",
+        "feed_forward_norm": "post_attention_layernorm",
+    }
+    pairs = [
+        ("embed_tokens.weight", "model.embed_tokens.weight"),
+        ("norm.weight", "model.norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        *((f"{layer}{ours}.weight", f"model.{layer}{hf}.weight") for ours, hf in norms.items()),
+        *(
+            (f"{layer}mixer.{n}.weight", f"model.{layer}self_attn.{n}.weight")
+            for n in ("q_norm", "k_norm")
+        ),
+    ]
+    for kind in ("weight", "bias"):
+        pairs += [
+            (f"{layer}mixer.{p}_proj.{kind}", f"model.{layer}self_attn.{p}_proj.{kind}")
+            for p in "qkvo"
+        ]
+        pairs += [
+            (f"{layer}feed_forward.{p}_proj.{kind}", f"model.{layer}mlp.{p}_proj.{kind}")
+            for p in ("gate", "up", "down")
+        ]
+    return pairs
+
+
+def llama_keymap(
+    config: ModelConfig,
+    *,
+    norms: Mapping[str, str] | None = None,
+    more: Sequence[Rule] = (),
+    pairs: Iterable[tuple[str, str]] = (),
+) -> KeyMap:
+    """The key map of Llama's make; `more` and `pairs` are the family's own, and come first."""
+    ignored = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
+    if config.tie_embeddings:
+        ignored.append(r"lm_head\.weight")
+    return KeyMap([*more, *renames(pairs), *renames(llama_pairs(norms))], tuple(ignored))
+
+
+def read_token_ids(config: HFConfig) -> dict[str, Any]:
     """bos, eos (one or several) and pad ids as `ModelConfig` keeps them."""
     eos = config.get("eos_token_id")
     ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
@@ -93,10 +213,30 @@ def write_token_ids(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def refuse(config: HFConfig, expected: Mapping[str, Any]) -> None:
-    """Refuses options of `config.json` that would change the mathematics and are not implemented."""
-    for key, value in expected.items():
-        if config.get(key, value) not in (value, None):
-            raise CheckpointError(
-                f"config.json sets {key}={config[key]!r}, which is not implemented (expected {value!r})"
-            )
+def window_of_layer(hf: HFConfig, number: int) -> int | None:
+    """The sliding window of a layer: by `layer_types` where the file lists them, else by the rule of its family."""
+    window = hf.get("sliding_window")
+    if not window:
+        return None
+    kinds = hf.get("layer_types")
+    if kinds:
+        return window if kinds[number] == "sliding_attention" else None
+    if hf.get("model_type") == "gemma2":
+        return window if number % 2 == 0 else None
+    if not hf.get("use_sliding_window", False):
+        return None
+    return window if number >= hf.get("max_window_layers", 28) else None
+
+
+def write_windows(config: ModelConfig) -> dict[str, Any]:
+    """The keys that say which layers look through a window."""
+    windows = [
+        layer.mixer.window if isinstance(layer.mixer, AttentionConfig) else None
+        for layer in config.layers
+    ]
+    width = next((w for w in windows if w is not None), None)
+    return {
+        "use_sliding_window": width is not None,
+        "sliding_window": width,
+        "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
+    }

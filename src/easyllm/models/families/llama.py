@@ -1,107 +1,98 @@
-"""Llama 1/2 and models of the same make: SmolLM2, TinyLlama."""
+"""Llama 1, 2 and 3, and models of the same make: SmolLM2, TinyLlama."""
 
 from typing import Any
 
-from easyllm.checkpoint.keymap import KeyMap, renames
+from easyllm.checkpoint.keymap import KeyMap
 from easyllm.models.families.family import (
     Family,
     HFConfig,
-    num_layers,
+    llama_keymap,
+    read_attention,
+    read_glu,
+    read_model,
     refuse,
-    require,
-    rope_theta,
-    token_ids,
-    write_token_ids,
+    write_model,
 )
-from easyllm.nn.config import (
-    AttentionConfig,
-    GLUConfig,
-    LayerConfig,
-    ModelConfig,
-    RMSNormConfig,
-    Rope,
-)
+from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `LlamaConfig` as `ModelConfig`."""
     refuse(hf, {"hidden_act": "silu", "pretraining_tp": 1})
-    heads = require(hf, "num_attention_heads")
-    layer = LayerConfig(
-        mixer=AttentionConfig(
-            num_heads=heads,
-            num_kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or require(hf, "hidden_size") // heads,
-            position=Rope(theta=rope_theta(hf)),
-            qkv_bias=bool(hf.get("attention_bias", False)),
-            out_bias=bool(hf.get("attention_bias", False)),
-        ),
-        feed_forward=GLUConfig(
-            intermediate_size=require(hf, "intermediate_size"), bias=bool(hf.get("mlp_bias", False))
-        ),
-    )
-    return ModelConfig(
-        family="llama",
-        vocab_size=require(hf, "vocab_size"),
-        hidden_size=require(hf, "hidden_size"),
-        max_seq_len=hf.get("max_position_embeddings", 2048),
-        layers=(layer,) * num_layers(hf),
-        norm=RMSNormConfig(eps=hf.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        **token_ids(hf),
-    )
+    bias = bool(hf.get("attention_bias", False))
+    mixer = read_attention(hf, qkv_bias=bias, out_bias=bias)
+    feed_forward = read_glu(hf, bias=bool(hf.get("mlp_bias", False)))
+    return read_model(hf, family="llama", layer=lambda _: (mixer, feed_forward))
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` of a model, in the spelling of transformers 4 (which 5 reads as well)."""
+    """Its `config.json`."""
     layer = config.layers[0]
-    mixer, position = layer.mixer, layer.mixer.position
-    assert isinstance(position, Rope)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
+    assert isinstance(layer.mixer, AttentionConfig)
+    assert isinstance(layer.feed_forward, GLUConfig)
+    return write_model(config, model_type="llama", architecture="LlamaForCausalLM") | {
         "intermediate_size": layer.feed_forward.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": mixer.num_heads,
-        "num_key_value_heads": mixer.num_kv_heads,
-        "head_dim": mixer.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm.eps,
-        "rope_theta": position.theta,
-        "attention_bias": mixer.qkv_bias,
+        "attention_bias": layer.mixer.qkv_bias,
         "mlp_bias": layer.feed_forward.bias,
-        "tie_word_embeddings": config.tie_embeddings,
-        **write_token_ids(config),
     }
 
 
 def keymap(config: ModelConfig) -> KeyMap:
     """Names on disk; q, k, v and gate, up stay apart as in HF."""
-    layer = "layers.{i}."
-    pairs = [
-        ("embed_tokens.weight", "model.embed_tokens.weight"),
-        ("norm.weight", "model.norm.weight"),
-        ("lm_head.weight", "lm_head.weight"),
-        (layer + "mixer_norm.weight", f"model.{layer}input_layernorm.weight"),
-        (layer + "feed_forward_norm.weight", f"model.{layer}post_attention_layernorm.weight"),
-    ]
-    for kind in ("weight", "bias"):
-        pairs += [
-            (f"{layer}mixer.{p}_proj.{kind}", f"model.{layer}self_attn.{p}_proj.{kind}")
-            for p in "qkvo"
-        ]
-        pairs += [
-            (f"{layer}feed_forward.{p}_proj.{kind}", f"model.{layer}mlp.{p}_proj.{kind}")
-            for p in ("gate", "up", "down")
-        ]
-    ignored = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
-    if config.tie_embeddings:
-        ignored.append(r"lm_head\.weight")
-    return KeyMap(renames(pairs), tuple(ignored))
+    return llama_keymap(config)
 
+
+def _size(layers: int, hidden: int, heads: int, kv: int, ff: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": ff,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+    } | more
+
+
+_LLAMA1 = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+_LLAMA3 = {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
+_SCALED = {
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+SIZES = {
+    "llama-7b": _size(32, 4096, 32, 32, 11008, **_LLAMA1),
+    "llama-13b": _size(40, 5120, 40, 40, 13824, **_LLAMA1),
+    "llama-33b": _size(60, 6656, 52, 52, 17920, **_LLAMA1),
+    "llama-65b": _size(80, 8192, 64, 64, 22016, **_LLAMA1),
+    "llama2-7b": _size(32, 4096, 32, 32, 11008),
+    "llama2-13b": _size(40, 5120, 40, 40, 13824),
+    "llama2-70b": _size(80, 8192, 64, 8, 28672),
+    "llama3-8b": _size(32, 4096, 32, 8, 14336, **_LLAMA3),
+    "llama3-70b": _size(80, 8192, 64, 8, 28672, **_LLAMA3),
+    "llama3.1-8b": _size(32, 4096, 32, 8, 14336, **_LLAMA3 | _SCALED),
+    "tinyllama-1.1b": _size(22, 2048, 32, 4, 5632, max_position_embeddings=2048),
+    "smollm2-135m": _size(
+        30,
+        576,
+        9,
+        3,
+        1536,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+        rope_theta=100000.0,
+        max_position_embeddings=8192,
+    ),
+}
 
 FAMILY = Family(
     name="llama",
@@ -109,4 +100,5 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     keymap=keymap,
+    sizes=SIZES,
 )

@@ -1,0 +1,82 @@
+"""GLM-4 (`glm`) and GLM-4-0414 (`glm4`): half of each head turns, in interleaved pairs; gate and up lie fused on disk;
+`glm4` has a norm behind each block as well."""
+
+from typing import Any
+
+from easyllm.checkpoint.keymap import Fused, KeyMap
+from easyllm.models.families.family import (
+    Family,
+    HFConfig,
+    llama_keymap,
+    read_attention,
+    read_glu,
+    read_model,
+    refuse,
+    write_model,
+)
+from easyllm.models.families.rope_config import read_rope
+from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig
+
+_SANDWICH = {
+    "mixer_norm": "input_layernorm",
+    "mixer_post_norm": "post_self_attn_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward_post_norm": "post_mlp_layernorm",
+}
+
+
+def read_config(hf: HFConfig) -> ModelConfig:
+    """A `GlmConfig` or `Glm4Config` as `ModelConfig`."""
+    refuse(hf, {"hidden_act": "silu"})
+    mixer = read_attention(hf, qkv_bias=bool(hf.get("attention_bias", False)))
+    rope = read_rope({"partial_rotary_factor": 0.5, **hf}, mixer.head_dim, interleaved=True)
+    mixer = mixer.model_copy(update={"position": rope})
+    family = str(hf["model_type"])
+    return read_model(
+        hf,
+        family=family,
+        layer=lambda _: (mixer, read_glu(hf)),
+        norm_placement="sandwich" if family == "glm4" else "pre",
+    )
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Its `config.json`."""
+    layer = config.layers[0]
+    assert isinstance(layer.mixer, AttentionConfig)
+    assert isinstance(layer.feed_forward, GLUConfig)
+    architecture = "Glm4ForCausalLM" if config.family == "glm4" else "GlmForCausalLM"
+    return write_model(config, model_type=config.family, architecture=architecture) | {
+        "intermediate_size": layer.feed_forward.intermediate_size,
+        "hidden_act": "silu",
+        "attention_bias": layer.mixer.qkv_bias,
+    }
+
+
+def keymap(config: ModelConfig) -> KeyMap:
+    """Names on disk: Llama's, with gate and up in one tensor."""
+    feed_forward = config.layers[0].feed_forward
+    assert isinstance(feed_forward, GLUConfig)
+    width = feed_forward.intermediate_size
+    fused = Fused(
+        (
+            "layers.{i}.feed_forward.gate_proj.weight",
+            "layers.{i}.feed_forward.up_proj.weight",
+        ),
+        "model.layers.{i}.mlp.gate_up_proj.weight",
+        (width, width),
+    )
+    norms = _SANDWICH if config.family == "glm4" else None
+    return llama_keymap(config, norms=norms, more=[fused])
+
+
+FAMILIES = tuple(
+    Family(
+        name=name,
+        model_types=(name,),
+        read_config=read_config,
+        write_config=write_config,
+        keymap=keymap,
+    )
+    for name in ("glm4", "glm")
+)

@@ -1,0 +1,66 @@
+"""Mistral: Llama's make with grouped queries and a sliding window."""
+
+from typing import Any
+
+from easyllm.checkpoint.keymap import KeyMap
+from easyllm.models.families.family import (
+    Family,
+    HFConfig,
+    llama_keymap,
+    read_attention,
+    read_glu,
+    read_model,
+    refuse,
+    write_model,
+)
+from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig
+
+
+def read_config(hf: HFConfig) -> ModelConfig:
+    """A `MistralConfig` as `ModelConfig`."""
+    refuse(hf, {"hidden_act": "silu"})
+    mixer = read_attention(hf, window=hf.get("sliding_window"))
+    return read_model(hf, family="mistral", layer=lambda _: (mixer, read_glu(hf)))
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Its `config.json`."""
+    layer = config.layers[0]
+    assert isinstance(layer.mixer, AttentionConfig)
+    assert isinstance(layer.feed_forward, GLUConfig)
+    return write_model(config, model_type="mistral", architecture="MistralForCausalLM") | {
+        "intermediate_size": layer.feed_forward.intermediate_size,
+        "hidden_act": "silu",
+        "sliding_window": layer.mixer.window,
+    }
+
+
+def keymap(config: ModelConfig) -> KeyMap:
+    """Names on disk: Llama's."""
+    return llama_keymap(config)
+
+
+SIZES = {
+    "mistral-7b": {
+        "model_type": "mistral",
+        "vocab_size": 32000,
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 14336,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+    }
+}
+
+FAMILY = Family(
+    name="mistral",
+    model_types=("mistral",),
+    read_config=read_config,
+    write_config=write_config,
+    keymap=keymap,
+    sizes=SIZES,
+)

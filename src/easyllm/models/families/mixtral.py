@@ -1,0 +1,84 @@
+"""Mixtral: Mistral with a mixture of experts in every layer, the softmax over the chosen two."""
+
+from typing import Any
+
+from easyllm.checkpoint.keymap import KeyMap
+from easyllm.models.families.family import (
+    Family,
+    HFConfig,
+    llama_keymap,
+    read_attention,
+    read_glu,
+    read_model,
+    refuse,
+    require,
+    write_model,
+)
+from easyllm.nn.config import AttentionConfig, ModelConfig, MoEConfig
+
+
+def read_config(hf: HFConfig) -> ModelConfig:
+    """A `MixtralConfig` as `ModelConfig`."""
+    refuse(hf, {"hidden_act": "silu", "router_jitter_noise": 0.0})
+    mixer = read_attention(hf, window=hf.get("sliding_window"))
+    experts = MoEConfig(
+        num_experts=require(hf, "num_local_experts"),
+        experts_per_token=require(hf, "num_experts_per_tok"),
+        expert=read_glu(hf),
+        routing="topk_softmax",
+        load_balancing=hf.get("router_aux_loss_coef", 0.001),
+    )
+    return read_model(hf, family="mixtral", layer=lambda _: (mixer, experts))
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Its `config.json`."""
+    layer = config.layers[0]
+    assert isinstance(layer.mixer, AttentionConfig)
+    assert isinstance(layer.feed_forward, MoEConfig)
+    return write_model(config, model_type="mixtral", architecture="MixtralForCausalLM") | {
+        "intermediate_size": layer.feed_forward.expert.intermediate_size,
+        "hidden_act": "silu",
+        "sliding_window": layer.mixer.window,
+        "num_local_experts": layer.feed_forward.num_experts,
+        "num_experts_per_tok": layer.feed_forward.experts_per_token,
+        "router_aux_loss_coef": layer.feed_forward.load_balancing,
+    }
+
+
+def keymap(config: ModelConfig) -> KeyMap:
+    """Names on disk: w1 is the gate, w3 the up and w2 the down projection of an expert."""
+    ours, theirs = "layers.{i}.feed_forward.", "model.layers.{i}.block_sparse_moe."
+    names = (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    pairs = [
+        (f"{ours}experts.{{e}}.{a}_proj.weight", f"{theirs}experts.{{e}}.{b}.weight")
+        for a, b in names
+    ]
+    return llama_keymap(config, pairs=[*pairs, (f"{ours}router.weight", f"{theirs}gate.weight")])
+
+
+SIZES = {
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 32768,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+}
+
+FAMILY = Family(
+    name="mixtral",
+    model_types=("mixtral",),
+    read_config=read_config,
+    write_config=write_config,
+    keymap=keymap,
+    sizes=SIZES,
+)

@@ -1,0 +1,85 @@
+"""Qwen1.5 and Qwen2/2.5: Llama's make with biases on q, k and v."""
+
+from typing import Any
+
+from easyllm.checkpoint.keymap import KeyMap
+from easyllm.models.families.family import (
+    Family,
+    HFConfig,
+    llama_keymap,
+    read_attention,
+    read_glu,
+    read_model,
+    refuse,
+    window_of_layer,
+    write_model,
+    write_windows,
+)
+from easyllm.nn.config import GLUConfig, ModelConfig
+
+
+def read_config(hf: HFConfig) -> ModelConfig:
+    """A `Qwen2Config` as `ModelConfig`; layers may differ in their window."""
+    refuse(hf, {"hidden_act": "silu"})
+    return read_model(
+        hf,
+        family="qwen2",
+        layer=lambda i: (
+            read_attention(hf, qkv_bias=True, window=window_of_layer(hf, i)),
+            read_glu(hf),
+        ),
+    )
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Its `config.json`."""
+    feed_forward = config.layers[0].feed_forward
+    assert isinstance(feed_forward, GLUConfig)
+    return write_model(config, model_type="qwen2", architecture="Qwen2ForCausalLM") | {
+        "intermediate_size": feed_forward.intermediate_size,
+        "hidden_act": "silu",
+        **write_windows(config),
+    }
+
+
+def keymap(config: ModelConfig) -> KeyMap:
+    """Names on disk: Llama's."""
+    return llama_keymap(config)
+
+
+def _size(
+    layers: int, hidden: int, heads: int, kv: int, ff: int, vocab: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2",
+        "vocab_size": vocab,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": ff,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+    } | more
+
+
+SIZES = {
+    "qwen1.5-0.5b": _size(24, 1024, 16, 16, 2816, 151936, tie_word_embeddings=True),
+    "qwen1.5-1.8b": _size(24, 2048, 16, 16, 5504, 151936),
+    "qwen1.5-4b": _size(40, 2560, 20, 20, 6912, 151936),
+    "qwen1.5-7b": _size(32, 4096, 32, 32, 11008, 151936),
+    "qwen1.5-14b": _size(40, 5120, 40, 40, 13696, 152064),
+    "qwen1.5-32b": _size(64, 5120, 40, 8, 27392, 152064),
+    "qwen1.5-72b": _size(80, 8192, 64, 64, 24576, 152064),
+    "qwen2.5-0.5b": _size(24, 896, 14, 2, 4864, 151936, tie_word_embeddings=True),
+    "qwen2.5-7b": _size(28, 3584, 28, 4, 18944, 152064),
+}
+
+FAMILY = Family(
+    name="qwen2",
+    model_types=("qwen2",),
+    read_config=read_config,
+    write_config=write_config,
+    keymap=keymap,
+    sizes=SIZES,
+)

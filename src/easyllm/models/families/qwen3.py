@@ -1,0 +1,82 @@
+"""Qwen3: Llama's make with normalised queries and keys and no biases."""
+
+from typing import Any
+
+from easyllm.checkpoint.keymap import KeyMap
+from easyllm.models.families.family import (
+    Family,
+    HFConfig,
+    llama_keymap,
+    read_attention,
+    read_glu,
+    read_model,
+    refuse,
+    window_of_layer,
+    write_model,
+    write_windows,
+)
+from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormConfig
+
+
+def read_config(hf: HFConfig) -> ModelConfig:
+    """A `Qwen3Config` as `ModelConfig`."""
+    refuse(hf, {"hidden_act": "silu"})
+    bias = bool(hf.get("attention_bias", False))
+    norm = RMSNormConfig(eps=hf.get("rms_norm_eps", 1e-6))
+
+    def layer(number: int) -> tuple[AttentionConfig, GLUConfig]:
+        mixer = read_attention(
+            {"head_dim": 128, **hf},
+            qkv_bias=bias,
+            out_bias=bias,
+            qk_norm=norm,
+            window=window_of_layer(hf, number),
+        )
+        return mixer, read_glu(hf)
+
+    return read_model(hf, family="qwen3", layer=layer)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Its `config.json`."""
+    layer = config.layers[0]
+    assert isinstance(layer.mixer, AttentionConfig)
+    assert isinstance(layer.feed_forward, GLUConfig)
+    return write_model(config, model_type="qwen3", architecture="Qwen3ForCausalLM") | {
+        "intermediate_size": layer.feed_forward.intermediate_size,
+        "hidden_act": "silu",
+        "attention_bias": layer.mixer.qkv_bias,
+        **write_windows(config),
+    }
+
+
+def keymap(config: ModelConfig) -> KeyMap:
+    """Names on disk: Llama's, with q_norm and k_norm."""
+    return llama_keymap(config)
+
+
+SIZES = {
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "num_hidden_layers": 28,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+    }
+}
+
+FAMILY = Family(
+    name="qwen3",
+    model_types=("qwen3",),
+    read_config=read_config,
+    write_config=write_config,
+    keymap=keymap,
+    sizes=SIZES,
+)

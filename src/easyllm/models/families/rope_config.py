@@ -1,0 +1,92 @@
+"""RoPE as `config.json` writes it: `rope_theta` and `rope_scaling` (transformers 4), `rope_parameters` (5)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from easyllm.core.errors import CheckpointError
+from easyllm.nn.config import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    NTKScaling,
+    Rope,
+    RopeScaling,
+    YarnScaling,
+)
+
+_LENGTH = "original_max_position_embeddings"
+KNOWN = ("default", "linear", "ntk", "dynamic", "yarn", "llama3")
+
+
+def read_rope(
+    config: Mapping[str, Any], head_dim: int, *, interleaved: bool = False, theta: float = 10000.0
+) -> Rope:
+    """The rotary positions of a `config.json`.
+
+    Raises:
+        CheckpointError: the positions are scaled in a way that is not implemented.
+    """
+    parameters = config.get("rope_parameters") or {}
+    base = parameters.get("rope_theta") or config.get("rope_theta") or theta
+    share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    width = int(head_dim * share)
+    return Rope(
+        theta=float(base),
+        interleaved=interleaved,
+        rotary_dim=None if width == head_dim else width,
+        scaling=_read_scaling(config.get("rope_scaling") or parameters, config),
+    )
+
+
+def _read_scaling(values: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
+    kind = values.get("rope_type", values.get("type", "default"))
+    length = values.get(_LENGTH) or config.get(_LENGTH) or config.get("max_position_embeddings")
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return LinearScaling(factor=_need(values, "factor"))
+        case "ntk":
+            return NTKScaling(factor=_need(values, "factor"))
+        case "dynamic":
+            return DynamicNTKScaling(factor=_need(values, "factor"), original_max_seq_len=length)
+        case "yarn":
+            if values.get("mscale") or values.get("mscale_all_dim"):
+                raise CheckpointError(
+                    "config.json scales YaRN with mscale, which is not implemented; use attention_factor"
+                )
+            names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
+            given = {name: values[name] for name in names if values.get(name) is not None}
+            return YarnScaling(factor=_need(values, "factor"), original_max_seq_len=length, **given)
+        case "llama3":
+            return Llama3Scaling(
+                factor=_need(values, "factor"),
+                low_freq_factor=_need(values, "low_freq_factor"),
+                high_freq_factor=_need(values, "high_freq_factor"),
+                original_max_seq_len=length,
+            )
+    raise CheckpointError(
+        f"config.json asks for RoPE scaling {kind!r}, which is not implemented; known are {', '.join(KNOWN)}"
+    )
+
+
+def _need(values: Mapping[str, Any], key: str) -> Any:
+    if values.get(key) is None:
+        raise CheckpointError(
+            f"config.json has no {key!r} in its rope_scaling; copy the checkpoint's own config.json"
+        )
+    return values[key]
+
+
+def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
+    """The keys of `config.json`, in the spelling of transformers 4."""
+    written: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
+    if rope.rotary_dim is not None:
+        written["partial_rotary_factor"] = rope.rotary_dim / head_dim
+    if rope.scaling is not None:
+        values = rope.scaling.model_dump(exclude_none=True)
+        values["rope_type"] = values.pop("kind")
+        if "original_max_seq_len" in values:
+            values[_LENGTH] = values.pop("original_max_seq_len")
+        written["rope_scaling"] = values
+    return written

@@ -1,0 +1,120 @@
+"""Mixture of experts: a router sends each token to a few feed-forwards."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from easyllm.nn.config import MoEConfig
+from easyllm.nn.glu import GLU
+from easyllm.nn.linear import Linear
+from easyllm.ops.attention import AttentionContext
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What a layer's router did with a batch.
+
+    Attributes:
+        layer: the layer's number.
+        config: the layer's experts.
+        logits: [T, E] fp32, with gradient.
+        chosen: [T, k] int64, the experts of each token, best first.
+        dropped: [T, k] bool, choices that found their expert full.
+    """
+
+    layer: int
+    config: MoEConfig
+    logits: Tensor
+    chosen: Tensor
+    dropped: Tensor
+
+    def load(self) -> Tensor:
+        """[E] share of the choices each expert got; sums to 1."""
+        counts = torch.bincount(self.chosen.flatten(), minlength=self.logits.shape[1])
+        return counts / self.chosen.numel()
+
+
+def load_balancing_loss(routing: Routing) -> Tensor:
+    """E Σ_i f_i P_i: f_i the share of tokens that chose expert i, P_i its mean probability
+    (arXiv 2101.03961, eqs. 4-6). For k choices a token f sums to k: uniform routing gives k, as in HF."""
+    probabilities = routing.logits.softmax(-1).mean(0)
+    share = routing.load() * routing.config.experts_per_token
+    return routing.logits.shape[1] * (share * probabilities).sum()
+
+
+def router_z_loss(routing: Routing) -> Tensor:
+    """mean over tokens of logsumexp(logits)² (arXiv 2202.08906, eq. 5)."""
+    return routing.logits.logsumexp(-1).square().mean()
+
+
+class MoE(nn.Module):
+    """Σ over a token's chosen experts of weight · expert(x), plus the shared expert.
+
+    The router works in fp32. Tokens are sorted by expert and each expert runs once over all of its own.
+    """
+
+    def __init__(self, config: MoEConfig, hidden_size: int, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.router = Linear(hidden_size, config.num_experts)
+        self.experts = nn.ModuleList(
+            GLU(config.expert, hidden_size) for _ in range(config.num_experts)
+        )
+        self.shared = GLU(config.shared, hidden_size) if config.shared else None
+        self.shared_gate = Linear(hidden_size, 1) if config.shared_gate else None
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """`x: [T, D]` → [T, D]."""
+        logits = nn.functional.linear(x.float(), self.router.weight.float())  # [T, E]
+        weights, chosen = self.route(logits)
+        dropped = self._overflow(chosen)
+        if context.routing is not None:
+            context.routing.append(Routing(self.layer, self.config, logits, chosen, dropped))
+        out = self._run_experts(x, weights.masked_fill(dropped, 0.0), chosen, dropped)
+        if self.shared is not None:
+            shared = self.shared(x, context)
+            if self.shared_gate is not None:
+                shared = shared * self.shared_gate(x).sigmoid()
+            out = out + shared
+        return out
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and numbers of each token's experts: two [T, k]."""
+        k = self.config.experts_per_token
+        if self.config.routing == "topk_softmax":
+            best, chosen = logits.topk(k, dim=-1)
+            return best.softmax(-1), chosen
+        weights, chosen = logits.softmax(-1).topk(k, dim=-1)
+        if self.config.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights, chosen
+
+    def _overflow(self, chosen: Tensor) -> Tensor:
+        """[T, k] bool: choices beyond an expert's capacity; first choices come first, then earlier tokens
+        (Lepikhin et al. 2020, arXiv 2006.16668, algorithm 1)."""
+        factor = self.config.capacity_factor
+        if factor is None:
+            return torch.zeros_like(chosen, dtype=torch.bool)
+        num_tokens, k = chosen.shape
+        capacity = int(num_tokens * k / self.config.num_experts * factor)
+        by_rank = nn.functional.one_hot(chosen.T.flatten(), self.config.num_experts)
+        place = (by_rank.cumsum(0) * by_rank).sum(-1)  # 1 for an expert's first token
+        return (place > capacity).view(k, num_tokens).T
+
+    def _run_experts(self, x: Tensor, weights: Tensor, chosen: Tensor, dropped: Tensor) -> Tensor:
+        num_experts, k = self.config.num_experts, self.config.experts_per_token
+        flat = chosen.masked_fill(dropped, num_experts).flatten()  # dropped ones sort to the end
+        order = flat.argsort(stable=True)
+        tokens = order // k
+        counts = torch.bincount(flat, minlength=num_experts + 1).tolist()[:num_experts]
+        kept = sum(counts)
+        tokens = tokens[:kept]
+        parts = x.index_select(0, tokens).split(counts)
+        runs = [expert.run for expert in self.experts if isinstance(expert, GLU)]
+        outs = [run(part) for run, part in zip(runs, parts, strict=True) if len(part)]
+        out = torch.zeros_like(x)
+        if not outs:
+            return out
+        scale = weights.flatten()[order[:kept], None].to(x.dtype)
+        return out.index_add(0, tokens, torch.cat(outs) * scale)

@@ -1,0 +1,106 @@
+"""RoPE's frequencies, and the ways to make them reach further than a model was trained."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from easyllm.nn.config import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    NTKScaling,
+    Rope,
+    YarnScaling,
+)
+
+
+def rope_frequencies(rope: Rope, width: int, length: int) -> tuple[Tensor, float]:
+    """Frequencies of the rotated pairs, and the factor on cos and sin.
+
+    Args:
+        rope: base and scaling.
+        width: rotated dims of a head.
+        length: tokens of the longest sequence at hand (dynamic NTK depends on it).
+
+    Returns:
+        [width/2] fp32 radians a token; a factor, 1 but for YaRN.
+    """
+    scaling = rope.scaling
+    match scaling:
+        case None:
+            return frequencies(rope.theta, width), 1.0
+        case LinearScaling():
+            return frequencies(rope.theta, width) / scaling.factor, 1.0
+        case NTKScaling():
+            return frequencies(ntk_base(rope.theta, width, scaling.factor), width), 1.0
+        case DynamicNTKScaling():
+            original = scaling.original_max_seq_len
+            stretched = max(length, original)
+            factor = scaling.factor * stretched / original - (scaling.factor - 1)
+            return frequencies(ntk_base(rope.theta, width, factor), width), 1.0
+        case YarnScaling():
+            return yarn_frequencies(rope.theta, width, scaling), yarn_attention_factor(scaling)
+        case Llama3Scaling():
+            return llama3_frequencies(rope.theta, width, scaling), 1.0
+
+
+def frequencies(theta: float, width: int) -> Tensor:
+    """θ^(-2i/width) for i = 0 .. width/2 - 1 (arXiv 2104.09864)."""
+    exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
+    return 1.0 / theta**exponents
+
+
+def ntk_base(theta: float, width: int, factor: float) -> float:
+    """θ · factor^(width/(width-2)): the lowest frequency is divided by `factor`, the highest kept.
+
+    >>> round(ntk_base(10000, 128, 2), 2)
+    20221.26
+    """
+    return theta * factor ** (width / (width - 2))
+
+
+def yarn_attention_factor(scaling: YarnScaling) -> float:
+    """0.1 ln(factor) + 1 (arXiv 2309.00071, eq. 22; squared by the product of query and key)."""
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+
+
+def yarn_frequencies(theta: float, width: int, scaling: YarnScaling) -> Tensor:
+    """Pairs that turn more than `beta_fast` times over the original length are kept, those that turn fewer than
+    `beta_slow` times are interpolated, a linear ramp over the dims between (arXiv 2309.00071, eqs. 17-21)."""
+    kept = frequencies(theta, width)
+    low = _dim_of(scaling.beta_fast, theta, width, scaling.original_max_seq_len)
+    high = _dim_of(scaling.beta_slow, theta, width, scaling.original_max_seq_len)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = (torch.arange(width // 2).float() - low) / max(high - low, 0.001)
+    interpolated_share = ramp.clamp(0, 1)
+    return kept / scaling.factor * interpolated_share + kept * (1 - interpolated_share)
+
+
+def llama3_frequencies(theta: float, width: int, scaling: Llama3Scaling) -> Tensor:
+    """Wavelengths over original/low_freq_factor are divided by `factor`, those under original/high_freq_factor kept."""
+    kept = frequencies(theta, width)
+    turns = scaling.original_max_seq_len * kept / (2 * math.pi)  # over the original length
+    smooth = (turns - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    smooth = smooth.clamp(0, 1)
+    return (1 - smooth) * kept / scaling.factor + smooth * kept
+
+
+def critical_dim(theta: float, width: int, length: int) -> int:
+    """Dims whose pairs turn at least once over `length`: 2 ⌈(width/2) log_θ(length / 2π)⌉ (arXiv 2310.05209, eq. 3).
+
+    >>> critical_dim(10000, 128, 4096)
+    92
+    """
+    return 2 * math.ceil(width / 2 * math.log(length / (2 * math.pi), theta))
+
+
+def _dim_of(turns: float, theta: float, width: int, length: int) -> float:
+    """The dim whose pair turns `turns` times over `length` tokens."""
+    return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))

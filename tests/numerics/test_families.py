@@ -1,0 +1,103 @@
+"""Every family here and in `transformers`: the same logits from the same weights, in both directions."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from easyllm.models import load_model, save_model
+from easyllm.models.families import FAMILIES
+
+BASE = {
+    "vocab_size": 211,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_experts": 6}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS = {
+    "gpt2": ("gpt2", {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}),
+    "gpt2 untied": (
+        "gpt2",
+        {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_inner": 100, "tie_word_embeddings": False},
+    ),
+    "llama mha untied": ("llama", {"num_key_value_heads": 4}),
+    "llama gqa tied": ("llama", {"tie_word_embeddings": True}),
+    "llama mqa biases": (
+        "llama",
+        {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama wide heads": ("llama", {"head_dim": 32, "rope_theta": 500000.0}),
+    "llama linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "llama dynamic": (
+        "llama",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 32},
+    ),
+    "llama yarn": ("llama", {"rope_scaling": YARN}),
+    "llama 3.1": ("llama", {"rope_scaling": LLAMA3}),
+    "mistral": ("mistral", {"sliding_window": 9}),
+    "mistral no window": ("mistral", {"sliding_window": None}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 windows": ("qwen2", WINDOWS),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 56}),
+    "qwen2_moe normalised, some dense": (
+        "qwen2_moe",
+        EXPERTS
+        | {"shared_expert_intermediate_size": 56, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "glm": ("glm", {"head_dim": 16, "attention_bias": True}),
+    "glm4": ("glm4", {"head_dim": 16, "attention_bias": True}),
+    # the weight of Gemma's norms counts from one, which doubles the logits and their rounding: smaller matrices
+    "gemma": ("gemma", {"head_dim": 16, "initializer_range": 0.1}),
+    "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 9}),
+}
+
+
+def tiny_hf(model_type, changes):
+    """A tiny random model of `transformers`; biases and norm weights are random too."""
+    base = {} if model_type == "gpt2" else BASE
+    values = {**base, "initializer_range": 0.2, "attn_implementation": "eager"} | changes
+    values |= {"vocab_size": 211}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **values)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_" in name or name.endswith("bias"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_equal_transformers_and_the_saved_folder_loads_there(variant, tmp_path):
+    reference = tiny_hf(*variant)
+    reference.save_pretrained(tmp_path / "hf")
+    ids = torch.randint(0, 211, (60,))
+    expected = reference(ids[None]).logits[0]
+
+    model = load_model(tmp_path / "hf")
+    torch.testing.assert_close(model.logits(ids), expected, atol=3e-5, rtol=0)
+
+    save_model(model, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    torch.testing.assert_close(again(ids[None]).logits[0], expected, atol=1e-6, rtol=0)
+
+
+def test_every_family_has_a_variant():
+    assert {kind for kind, _ in VARIANTS.values()} == set(FAMILIES)
