@@ -147,6 +147,23 @@ def write_model(config: ModelConfig, *, model_type: str, architecture: str) -> d
     }
 
 
+def dense_layer(config: ModelConfig) -> tuple[AttentionConfig, GLUConfig]:
+    """Mixer and feed-forward of the first layer of a model of softmax attention and GLUs."""
+    layer = config.layers[0]
+    assert isinstance(layer.mixer, AttentionConfig)
+    assert isinstance(layer.feed_forward, GLUConfig)
+    return layer.mixer, layer.feed_forward
+
+
+def write_dense_model(config: ModelConfig, *, model_type: str, architecture: str) -> dict[str, Any]:
+    """`write_model` with a SwiGLU in every layer."""
+    _, feed_forward = dense_layer(config)
+    return write_model(config, model_type=model_type, architecture=architecture) | {
+        "intermediate_size": feed_forward.intermediate_size,
+        "hidden_act": "silu",
+    }
+
+
 def llama_pairs(norms: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
     """Name pairs of Llama's make: ours, HF's. `norms` names the norms of a layer otherwise placed."""
     layer = "layers.{i}."

@@ -7,6 +7,7 @@ from easyllm.checkpoint.keymap import KeyMap
 from easyllm.models.families.family import (
     Family,
     HFConfig,
+    dense_layer,
     llama_keymap,
     read_attention,
     read_glu,
@@ -17,7 +18,7 @@ from easyllm.models.families.family import (
     write_model,
     write_windows,
 )
-from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormConfig
+from easyllm.nn.config import ModelConfig, RMSNormConfig
 
 _SANDWICH = {
     "mixer_norm": "input_layernorm",
@@ -56,21 +57,19 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Its `config.json`."""
-    layer = config.layers[0]
-    assert isinstance(layer.mixer, AttentionConfig)
-    assert isinstance(layer.feed_forward, GLUConfig)
+    mixer, feed_forward = dense_layer(config)
     written = {
-        "intermediate_size": layer.feed_forward.intermediate_size,
-        "attention_bias": layer.mixer.qkv_bias,
+        "intermediate_size": feed_forward.intermediate_size,
+        "attention_bias": mixer.qkv_bias,
         "hidden_act": _GELU[0],
         "hidden_activation": _GELU[0],
     }
     if config.family == "gemma":
         return write_model(config, model_type="gemma", architecture="GemmaForCausalLM") | written
-    assert layer.mixer.scale is not None
+    assert mixer.scale is not None
     written |= {
-        "query_pre_attn_scalar": round(layer.mixer.scale**-2),
-        "attn_logit_softcapping": layer.mixer.softcap,
+        "query_pre_attn_scalar": round(mixer.scale**-2),
+        "attn_logit_softcapping": mixer.softcap,
         "final_logit_softcapping": config.logit_softcap,
         **write_windows(config),
     }

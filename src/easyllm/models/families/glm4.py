@@ -7,15 +7,16 @@ from easyllm.checkpoint.keymap import Fused, KeyMap
 from easyllm.models.families.family import (
     Family,
     HFConfig,
+    dense_layer,
     llama_keymap,
     read_attention,
     read_glu,
     read_model,
     refuse,
-    write_model,
+    write_dense_model,
 )
 from easyllm.models.families.rope_config import read_rope
-from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig
+from easyllm.nn.config import ModelConfig
 
 _SANDWICH = {
     "mixer_norm": "input_layernorm",
@@ -42,22 +43,16 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Its `config.json`."""
-    layer = config.layers[0]
-    assert isinstance(layer.mixer, AttentionConfig)
-    assert isinstance(layer.feed_forward, GLUConfig)
+    mixer, _ = dense_layer(config)
     architecture = "Glm4ForCausalLM" if config.family == "glm4" else "GlmForCausalLM"
-    return write_model(config, model_type=config.family, architecture=architecture) | {
-        "intermediate_size": layer.feed_forward.intermediate_size,
-        "hidden_act": "silu",
-        "attention_bias": layer.mixer.qkv_bias,
+    return write_dense_model(config, model_type=config.family, architecture=architecture) | {
+        "attention_bias": mixer.qkv_bias,
     }
 
 
 def keymap(config: ModelConfig) -> KeyMap:
     """Names on disk: Llama's, with gate and up in one tensor."""
-    feed_forward = config.layers[0].feed_forward
-    assert isinstance(feed_forward, GLUConfig)
-    width = feed_forward.intermediate_size
+    width = dense_layer(config)[1].intermediate_size
     fused = Fused(
         (
             "layers.{i}.feed_forward.gate_proj.weight",

@@ -2,18 +2,18 @@
 
 from typing import Any
 
-from easyllm.checkpoint.keymap import KeyMap
 from easyllm.models.families.family import (
     Family,
     HFConfig,
+    dense_layer,
     llama_keymap,
     read_attention,
     read_glu,
     read_model,
     refuse,
-    write_model,
+    write_dense_model,
 )
-from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig
+from easyllm.nn.config import ModelConfig
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
@@ -27,20 +27,11 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Its `config.json`."""
-    layer = config.layers[0]
-    assert isinstance(layer.mixer, AttentionConfig)
-    assert isinstance(layer.feed_forward, GLUConfig)
-    return write_model(config, model_type="llama", architecture="LlamaForCausalLM") | {
-        "intermediate_size": layer.feed_forward.intermediate_size,
-        "hidden_act": "silu",
-        "attention_bias": layer.mixer.qkv_bias,
-        "mlp_bias": layer.feed_forward.bias,
+    mixer, feed_forward = dense_layer(config)
+    return write_dense_model(config, model_type="llama", architecture="LlamaForCausalLM") | {
+        "attention_bias": mixer.qkv_bias,
+        "mlp_bias": feed_forward.bias,
     }
-
-
-def keymap(config: ModelConfig) -> KeyMap:
-    """Names on disk; q, k, v and gate, up stay apart as in HF."""
-    return llama_keymap(config)
 
 
 def _size(layers: int, hidden: int, heads: int, kv: int, ff: int, **more: Any) -> dict[str, Any]:
@@ -99,6 +90,6 @@ FAMILY = Family(
     model_types=("llama",),
     read_config=read_config,
     write_config=write_config,
-    keymap=keymap,
+    keymap=llama_keymap,
     sizes=SIZES,
 )

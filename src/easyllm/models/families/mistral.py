@@ -2,18 +2,18 @@
 
 from typing import Any
 
-from easyllm.checkpoint.keymap import KeyMap
 from easyllm.models.families.family import (
     Family,
     HFConfig,
+    dense_layer,
     llama_keymap,
     read_attention,
     read_glu,
     read_model,
     refuse,
-    write_model,
+    write_dense_model,
 )
-from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig
+from easyllm.nn.config import ModelConfig
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
@@ -25,19 +25,10 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Its `config.json`."""
-    layer = config.layers[0]
-    assert isinstance(layer.mixer, AttentionConfig)
-    assert isinstance(layer.feed_forward, GLUConfig)
-    return write_model(config, model_type="mistral", architecture="MistralForCausalLM") | {
-        "intermediate_size": layer.feed_forward.intermediate_size,
-        "hidden_act": "silu",
-        "sliding_window": layer.mixer.window,
+    mixer, _ = dense_layer(config)
+    return write_dense_model(config, model_type="mistral", architecture="MistralForCausalLM") | {
+        "sliding_window": mixer.window,
     }
-
-
-def keymap(config: ModelConfig) -> KeyMap:
-    """Names on disk: Llama's."""
-    return llama_keymap(config)
 
 
 SIZES = {
@@ -61,6 +52,6 @@ FAMILY = Family(
     model_types=("mistral",),
     read_config=read_config,
     write_config=write_config,
-    keymap=keymap,
+    keymap=llama_keymap,
     sizes=SIZES,
 )

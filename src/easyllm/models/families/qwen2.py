@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from easyllm.checkpoint.keymap import KeyMap
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -12,10 +11,10 @@ from easyllm.models.families.family import (
     read_model,
     refuse,
     window_of_layer,
-    write_model,
+    write_dense_model,
     write_windows,
 )
-from easyllm.nn.config import GLUConfig, ModelConfig
+from easyllm.nn.config import ModelConfig
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
@@ -33,18 +32,9 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Its `config.json`."""
-    feed_forward = config.layers[0].feed_forward
-    assert isinstance(feed_forward, GLUConfig)
-    return write_model(config, model_type="qwen2", architecture="Qwen2ForCausalLM") | {
-        "intermediate_size": feed_forward.intermediate_size,
-        "hidden_act": "silu",
+    return write_dense_model(config, model_type="qwen2", architecture="Qwen2ForCausalLM") | {
         **write_windows(config),
     }
-
-
-def keymap(config: ModelConfig) -> KeyMap:
-    """Names on disk: Llama's."""
-    return llama_keymap(config)
 
 
 def _size(
@@ -80,6 +70,6 @@ FAMILY = Family(
     model_types=("qwen2",),
     read_config=read_config,
     write_config=write_config,
-    keymap=keymap,
+    keymap=llama_keymap,
     sizes=SIZES,
 )

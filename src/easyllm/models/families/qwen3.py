@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from easyllm.checkpoint.keymap import KeyMap
 from easyllm.models.families.family import (
     Family,
     HFConfig,
+    dense_layer,
     llama_keymap,
     read_attention,
     read_glu,
     read_model,
     refuse,
     window_of_layer,
-    write_model,
+    write_dense_model,
     write_windows,
 )
 from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormConfig
@@ -39,20 +39,11 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Its `config.json`."""
-    layer = config.layers[0]
-    assert isinstance(layer.mixer, AttentionConfig)
-    assert isinstance(layer.feed_forward, GLUConfig)
-    return write_model(config, model_type="qwen3", architecture="Qwen3ForCausalLM") | {
-        "intermediate_size": layer.feed_forward.intermediate_size,
-        "hidden_act": "silu",
-        "attention_bias": layer.mixer.qkv_bias,
+    mixer, _ = dense_layer(config)
+    return write_dense_model(config, model_type="qwen3", architecture="Qwen3ForCausalLM") | {
+        "attention_bias": mixer.qkv_bias,
         **write_windows(config),
     }
-
-
-def keymap(config: ModelConfig) -> KeyMap:
-    """Names on disk: Llama's, with q_norm and k_norm."""
-    return llama_keymap(config)
 
 
 SIZES = {
@@ -77,6 +68,6 @@ FAMILY = Family(
     model_types=("qwen3",),
     read_config=read_config,
     write_config=write_config,
-    keymap=keymap,
+    keymap=llama_keymap,
     sizes=SIZES,
 )
