@@ -1,7 +1,7 @@
 """Conversations to samples: template, loss mask, length limit, and an account of what happened."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from easyllm.core.errors import DataError
@@ -23,7 +23,6 @@ class Account:
     cut: int = 0
     dropped_overlong: int = 0
     dropped_untrained: int = 0
-    examples: list[str] = field(default_factory=list)
 
     @property
     def prompt_tokens(self) -> int:
@@ -44,9 +43,7 @@ class Account:
         return ", ".join(parts)
 
     def as_dict(self) -> dict[str, int]:
-        values = asdict(self)
-        values.pop("examples")
-        return values | {"prompt_tokens": self.prompt_tokens}
+        return asdict(self) | {"prompt_tokens": self.prompt_tokens}
 
 
 def prepare_conversations(

@@ -43,6 +43,7 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
+        assert context.prefix_lengths is None, "linear attention has no prefix mask"
         heads = (x.shape[0], self.config.num_heads, self.config.head_dim)
         wide = torch.promote_types(x.dtype, torch.float32)
         q = self.features.query(self.q_proj(x).view(heads).to(wide))

@@ -105,6 +105,9 @@ class AttentionContext:
     routing: list[Any] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        assert self.store is None or self.prefix_lengths is None, "a cache has no prefix mask yet"
+
     @classmethod
     def packed(
         cls,

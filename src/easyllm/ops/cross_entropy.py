@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
@@ -49,12 +48,6 @@ def linear_cross_entropy(
     chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     total = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows)
     return CrossEntropy(total, labels.numel())
-
-
-def reference_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The same sum from whole logits in fp32: the oracle of the tests."""
-    logits = hidden.float() @ weight.float().T
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def softmax_error(
