@@ -100,4 +100,5 @@ def test_logits_equal_transformers_and_the_saved_folder_loads_there(variant, tmp
 
 
 def test_every_family_has_a_variant():
-    assert {kind for kind, _ in VARIANTS.values()} == set(FAMILIES)
+    ours_alone = {"easyllm"}
+    assert {kind for kind, _ in VARIANTS.values()} == set(FAMILIES) - ours_alone

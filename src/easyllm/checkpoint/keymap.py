@@ -172,6 +172,14 @@ class KeyMap:
         }
 
 
+@dataclass(frozen=True)
+class SameNames(KeyMap):
+    """A file that names parameters as we do."""
+
+    def _bind(self, name: str) -> Binding:
+        return Binding((name,), name, Rename(name, name))
+
+
 def renames(pairs: Iterable[tuple[str, str]]) -> list[Rule]:
     """Plain renaming rules."""
     return [Rename(ours, theirs) for ours, theirs in pairs]

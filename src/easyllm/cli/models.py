@@ -44,6 +44,10 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")
     ] = None,
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(help="Pool the key-value heads to so many (MHA to GQA; 1 is MQA)."),
+    ] = None,
 ) -> None:
     """Rewrite a model as a Hugging Face folder that transformers, vLLM and others load.
 
@@ -52,12 +56,14 @@ def convert(
         easyllm convert smollm2 out/smollm2
 
         easyllm convert model.gguf out/model --dtype bfloat16
+
+        easyllm convert smollm2 out/mqa --kv-heads 1
     """
     from easyllm.core.atomic import refuse_existing
     from easyllm.pipeline.stages import convert_model
 
     refuse_existing(target)
-    sys.stdout.write(f"{convert_model(source, target, dtype)}\n")
+    sys.stdout.write(f"{convert_model(source, target, dtype, num_kv_heads=kv_heads)}\n")
 
 
 def merge(

@@ -136,6 +136,20 @@ for _resolver in (_YamlLoader, _YamlDumper):
     )
 
 
+def first_difference(there: Any, here: Any, key: str = "") -> str:
+    """The first key in which two JSON-like values differ, with both values; empty where they are equal."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        pairs = [(name, there.get(name), here.get(name)) for name in [*here, *there]]
+    elif isinstance(there, list | tuple) and isinstance(here, list | tuple):
+        if len(there) != len(here):
+            return f"{key} has {len(there)} entries there and {len(here)} here"
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(there, here, strict=True))]
+    else:
+        return "" if there == here else f"{key} is {there!r} there and {here!r} here"
+    found = (first_difference(a, b, f"{key}.{name}".strip(".")) for name, a, b in pairs)
+    return next((difference for difference in found if difference), "")
+
+
 def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 

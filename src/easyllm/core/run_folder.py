@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel
 
 from easyllm.core.atomic import write_atomic
-from easyllm.core.config import dump_yaml
+from easyllm.core.config import dump_yaml, first_difference
 from easyllm.core.errors import OutputError
 
 RECIPE_FILE = "recipe.yaml"
@@ -34,7 +34,7 @@ def check_free(folder: Path, config: BaseModel) -> None:
     """
     recipe = folder / RECIPE_FILE
     if recipe.is_file():
-        difference = _difference(
+        difference = first_difference(
             _comparable(recipe.read_text(encoding="utf-8")), _comparable(dump_yaml(config))
         )
         if difference:
@@ -54,14 +54,3 @@ def _comparable(text: str) -> Any:
     if isinstance(values, dict):
         values.pop("output", None)
     return values
-
-
-def _difference(there: Any, here: Any, key: str = "") -> str:
-    """The first key that differs, with both values; empty where nothing does."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in [*here, *there]:
-            found = _difference(there.get(name), here.get(name), f"{key}.{name}".strip("."))
-            if found:
-                return found
-        return ""
-    return "" if there == here else f"{key} is {there!r} there and {here!r} here"

@@ -8,6 +8,7 @@ cu_seqlens 0 4 7
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +59,29 @@ class Batch:
     lengths: tuple[int, ...]
     num_trained: int
 
-    def context(self) -> AttentionContext:
-        """What attention needs to know of this batch."""
-        return AttentionContext(positions=self.positions, lengths=self.lengths)
+    def context(
+        self, *, prefix: bool = False, routing: list[Any] | None = None
+    ) -> AttentionContext:
+        """What attention needs to know of this batch.
+
+        Args:
+            prefix: tokens before the first label of a sequence see each other both ways (prefix language model).
+            routing: a list for the routers' decisions.
+        """
+        return AttentionContext(
+            positions=self.positions,
+            lengths=self.lengths,
+            prefix_lengths=self._prefix_lengths() if prefix else None,
+            routing=routing,
+        )
+
+    def _prefix_lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence whose successor is given too; the one that predicts the first label belongs to them."""
+        lengths = []
+        for labels in self.labels.split(self.lengths):
+            trained = (labels != IGNORE_INDEX).nonzero()
+            lengths.append(int(trained[0]) + 1 if len(trained) else len(labels))
+        return tuple(lengths)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""

@@ -100,6 +100,7 @@ class Engine:
             device=self.model.device,
             store=store,
             offsets=[r.cache.length for r in batch],
+            prefix_lengths=self._prefixes(batch),
         )
         ids = torch.tensor([i for r in batch for i in r.pending], device=self.model.device)
         hidden = self.model(ids, context)
@@ -123,6 +124,12 @@ class Engine:
             self.add(request)
         while self.busy:
             yield from self.step()
+
+    def _prefixes(self, batch: list[_Running]) -> tuple[int, ...] | None:
+        """The prompts of a prefix language model, whose tokens see each other both ways."""
+        if self.model.config.prompt_mask == "causal":
+            return None
+        return tuple(len(r.request.prompt_ids) for r in batch)
 
     def _admit(self) -> None:
         room = MAX_PREFILL_TOKENS

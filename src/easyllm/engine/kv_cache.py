@@ -98,21 +98,33 @@ class BatchCache:
     def __init__(self, caches: Sequence[SequenceCache], lengths: Sequence[int]) -> None:
         self.caches, self.lengths = caches, list(lengths)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rule: AttentionRule,
+        prefix_lengths: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Stores `k, v: [T, K, d]` behind what each sequence has, and attends over all of it."""
         parts = zip(
             self.caches,
             q.split(self.lengths),
             k.split(self.lengths),
             v.split(self.lengths),
+            prefix_lengths or (0,) * len(self.lengths),
             strict=True,
         )
         out = []
-        for cache, query, key, value in parts:
+        for cache, query, key, value, prefix in parts:
             store = cache.keys[layer]
             assert store is not None, "a layer of softmax attention keeps keys"
+            assert not 0 < store.length < prefix, "a prefix lies whole in its sequence's first pass"
             keys, values, positions = store.extend(key, value)
-            out.append(attend_segment(query, keys, values, rule, key_positions=positions))
+            out.append(
+                attend_segment(query, keys, values, rule, key_positions=positions, prefix=prefix)
+            )
         return torch.cat(out)
 
     def recur(self, layer: int, step: RecurrentStep, *inputs: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Named models and families: where weights come from, how they are read and saved."""
 
+from easyllm.models.grouped_heads import pool_kv_heads
+from easyllm.models.heads import to_classifier
 from easyllm.models.load import (
     hf_module_name,
     load_model,
@@ -16,6 +18,8 @@ __all__ = [
     "load_tokenizer",
     "locate",
     "open_source",
+    "pool_kv_heads",
     "pull",
     "save_model",
+    "to_classifier",
 ]

@@ -1,6 +1,5 @@
 """Models and tokenizers from any source, and back to a Hugging Face folder."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,18 +11,25 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from easyllm.checkpoint.gguf import GGUFFile
+from easyllm.checkpoint.keymap import KeyMap
 from easyllm.checkpoint.store import TensorFolder, write_model_weights
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, EasyllmError
-from easyllm.models.families import FAMILIES, Family, family_of
+from easyllm.models.families import FAMILIES
 from easyllm.models.gguf_import import GGUFTensors, hf_config
+from easyllm.models.heads import with_score
+from easyllm.models.hf_config import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    read_config,
+    read_files,
+    write_config,
+)
 from easyllm.models.sources import locate
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
-
-GENERATION_FILE = "generation_config.json"
 
 
 class TensorSource(Protocol):
@@ -39,7 +45,6 @@ class OpenSource:
     """A located model: its configuration, its weights unread, its tokenizer."""
 
     path: Path
-    family: Family
     config: ModelConfig
     tensors: TensorSource
     gguf: GGUFFile | None
@@ -55,9 +60,10 @@ class OpenSource:
         with torch.device("meta"):
             model = Decoder(self.config)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        keymap = self.family.keymap(self.config)
         state = {}
-        for binding in keymap.check(expected, self.tensors.shapes, source=str(self.path)):
+        for binding in keymap_of(self.config).check(
+            expected, self.tensors.shapes, source=str(self.path)
+        ):
             parts = binding.rule.split(self.tensors.load(binding.theirs))
             for name, part in zip(binding.ours, parts, strict=True):
                 state[name] = part.to(device=device, dtype=dtype or part.dtype).contiguous()
@@ -77,14 +83,12 @@ def open_source(source: str | Path) -> OpenSource:
         file = GGUFFile(path)
         with _impossible_values(path):
             hf = hf_config(file.metadata, file.tensors)
-            family = family_of(hf["model_type"])
-            config = family.read_config(hf)
-        return OpenSource(path, family, config, GGUFTensors(file, hf), file)
-    hf = read_hf_config(path)
+            config = read_config(hf)
+        return OpenSource(path, config, GGUFTensors(file, hf), file)
+    hf = read_files(path)
     with _impossible_values(path):
-        family = family_of(hf.get("model_type"))
-        config = family.read_config(hf)
-    return OpenSource(path, family, config, TensorFolder(path), None)
+        config = read_config(hf)
+    return OpenSource(path, config, TensorFolder(path), None)
 
 
 def load_model(
@@ -138,12 +142,11 @@ def save_model(
 
     Raises:
         OutputError: the folder holds something, or cannot be written.
+        CheckpointError: the family's layout cannot express the model.
     """
-    family = FAMILIES[model.config.family]
-    keymap = family.keymap(model.config)
-    tensors = keymap.to_file(model.state_dict())
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    config = family.write_config(model.config) | {"torch_dtype": dtype}
+    config = write_config(model.config) | {"torch_dtype": dtype}
+    tensors = keymap_of(model.config).to_file(model.state_dict())
     generation = {
         key: config[key]
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -151,7 +154,7 @@ def save_model(
     }
     with atomic_directory(Path(folder), replace=replace) as work:
         write_model_weights(work, tensors)
-        write_json(work / "config.json", config)
+        write_json(work / CONFIG_FILE, config)
         write_json(work / GENERATION_FILE, generation)
         if tokenizer is not None:
             tokenizer.save(work)
@@ -160,24 +163,21 @@ def save_model(
     return Path(folder)
 
 
+def keymap_of(config: ModelConfig) -> KeyMap:
+    """Names of a model's parameters on disk."""
+    return with_score(FAMILIES[config.family].keymap(config))
+
+
 def hf_module_name(model: Decoder) -> Callable[[str], str]:
-    """A function from the name of one of our linears to HF's (adapters are saved under HF's names)."""
-    keymap = FAMILIES[model.config.family].keymap(model.config)
-    return lambda linear: keymap.theirs(f"{linear}.weight").removesuffix(".weight")
+    """A function from the name of one of our linears to HF's, under which its adapter is saved; where HF has several
+    of ours in one (GPT-2's `c_attn`), ours stays, and `peft` cannot read that adapter."""
+    keymap = keymap_of(model.config)
 
+    def name_of(linear: str) -> str:
+        (binding,) = keymap.bindings([f"{linear}.weight"])
+        return linear if len(binding.ours) > 1 else binding.theirs.removesuffix(".weight")
 
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """`config.json`, with the end tokens of `generation_config.json` where that names them.
-
-    Raises:
-        CheckpointError: a file is not JSON.
-    """
-    config = _read_json(folder / "config.json")
-    if (folder / GENERATION_FILE).is_file():
-        generation = _read_json(folder / GENERATION_FILE)
-        if generation.get("eos_token_id") is not None:
-            config["eos_token_id"] = generation["eos_token_id"]
-    return config
+    return name_of
 
 
 @contextmanager
@@ -195,13 +195,3 @@ def _impossible_values(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"the configuration in {path} describes no model ({reason}); copy the checkpoint again"
         ) from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); copy the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; copy the checkpoint again")
-    return content

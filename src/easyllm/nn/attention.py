@@ -54,7 +54,7 @@ class Attention(nn.Module):
         if context.store is None:
             out = attention(q, k, v, self.rule, context.lengths, context.prefix_lengths)
         else:
-            out = context.store.attend(self.layer, q, k, v, self.rule)
+            out = context.store.attend(self.layer, q, k, v, self.rule, context.prefix_lengths)
         return self.o_proj(out.reshape(x.shape[0], -1))
 
 

@@ -3,7 +3,7 @@
 Combinations that make no sense are refused here, when a configuration is made, never inside a `forward`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -340,7 +340,9 @@ class ModelConfig(Config):
         embedding_scale: factor on the embedding (Gemma: √D).
         final_norm: whether a norm stands before the head (post-norm models have none).
         logit_softcap: logits become cap · tanh(logit / cap).
-        head_bias: whether the output projection has a bias.
+        num_labels: a head of so many scores (classes, or 1 for a reward) instead of the output projection.
+        prompt_mask: whether tokens of a prompt see those before them, or one another both ways (prefix language
+            model: Dong et al. 2019, arXiv 1905.03197).
     """
 
     family: str
@@ -354,6 +356,8 @@ class ModelConfig(Config):
     final_norm: bool = True
     tie_embeddings: bool = False
     logit_softcap: PositiveFloat | None = None
+    num_labels: PositiveInt | None = None
+    prompt_mask: Literal["causal", "prefix"] = "causal"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -362,10 +366,25 @@ class ModelConfig(Config):
     def num_layers(self) -> int:
         return len(self.layers)
 
+    def changed(self, **values: Any) -> "ModelConfig":
+        """This configuration with other values, checked as a new one."""
+        return ModelConfig.model_validate(self.model_dump() | values)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer routes tokens."""
+        return any(isinstance(layer.feed_forward, MoEConfig) for layer in self.layers)
+
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
         if isinstance(self.embedding_position, Sinusoidal) and self.hidden_size % 2:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be even for sinusoidal positions"
+            )
+        mixers = {layer.mixer.kind for layer in self.layers}
+        if self.prompt_mask == "prefix" and "linear_attention" in mixers:
+            raise ValueError(
+                "prompt_mask=prefix needs softmax attention in every layer, and some have linear attention; "
+                "set prompt_mask to causal or change the mixers"
             )
         return self

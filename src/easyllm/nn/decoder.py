@@ -93,9 +93,9 @@ class Decoder(nn.Module):
         self.norm = (
             build_norm(config.norm, config.hidden_size) if config.final_norm else nn.Identity()
         )
-        self.lm_head = (
-            None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
-        )
+        projects = config.num_labels is None and not config.tie_embeddings
+        self.lm_head = Linear(config.hidden_size, config.vocab_size) if projects else None
+        self.score = Linear(config.hidden_size, config.num_labels) if config.num_labels else None
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +124,10 @@ class Decoder(nn.Module):
         return self.norm(x).to(self.embed_tokens.weight.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of chosen rows: `hidden: [N, D]` → [N, V] in fp32 (fp64 for an fp64 model)."""
+        """Logits of chosen rows: `hidden: [N, D]` → [N, V] in fp32 (fp64 for an fp64 model); with a head of labels
+        their scores, [N, num_labels]."""
+        if self.score is not None:
+            return widen(self.score(hidden))
         if self.lm_head is None:
             logits = widen(F.linear(hidden, self.embed_tokens.weight))
         else:

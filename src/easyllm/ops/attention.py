@@ -72,7 +72,15 @@ class AttentionRule:
 class KeyValueStore(Protocol):
     """Where keys, values and states live between forward passes; the engine's cache implements it."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rule: AttentionRule,
+        prefix_lengths: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Stores `k`, `v: [T, K, d]` for `layer`; returns the outputs of `q: [T, H, d]`."""
 
     def recur(self, layer: int, step: "RecurrentStep", *inputs: Tensor) -> Tensor:
@@ -92,7 +100,8 @@ class AttentionContext:
     Attributes:
         positions: [T] int64, the position of each token in its own sequence.
         lengths: tokens of each sequence in this forward pass; they sum to T.
-        prefix_lengths: first tokens of each sequence that see each other both ways (UniLM's mask).
+        prefix_lengths: first tokens of each sequence that see each other both ways (UniLM's mask); with a store,
+            a prefix lies whole in the pass that begins its sequence.
         store: where earlier keys and values live; None when every key is in this forward pass.
         routing: when a list, each layer with experts appends its `Routing` to it.
         memo: values computed once a forward pass and shared by the layers.
@@ -104,9 +113,6 @@ class AttentionContext:
     store: KeyValueStore | None = None
     routing: list[Any] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        assert self.store is None or self.prefix_lengths is None, "a cache has no prefix mask yet"
 
     @classmethod
     def packed(

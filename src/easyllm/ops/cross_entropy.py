@@ -29,7 +29,12 @@ class CrossEntropy:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_rows: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
 ) -> CrossEntropy:
     """Summed cross-entropy of the logits `hidden @ weight.T` against `labels`.
 
@@ -37,6 +42,7 @@ def linear_cross_entropy(
         hidden: [T, D], fp32, bf16 or fp16; products run in its dtype, the softmax in fp32.
         weight: [V, D], any float dtype.
         labels: [T] int64; -100 where no loss.
+        softcap: the logits are cap · tanh(product / cap) (Gemma 2).
         chunk_rows: rows a chunk; by default as many as 96 MiB of fp32 logits hold.
 
     Returns:
@@ -46,7 +52,7 @@ def linear_cross_entropy(
     if rows.numel() < labels.numel():
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
     chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    total = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_rows)
+    total = _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk_rows)
     return CrossEntropy(total, labels.numel())
 
 
@@ -83,10 +89,30 @@ def softmax_error(
     return (log_z - target).squeeze(1), error.to(logits.dtype)
 
 
+def _error(
+    products: Tensor, labels: Tensor, softcap: float | None, *, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`softmax_error` of the products themselves, or of their soft-capped logits: then the error, with respect to the
+    products, gets tanh's derivative 1 - tanh²."""
+    if softcap is None:
+        return softmax_error(products, labels, with_grad=with_grad)
+    wide = products if products.dtype == torch.float64 else products.float()
+    bent = torch.tanh(wide / softcap)
+    loss, error = softmax_error(softcap * bent, labels, with_grad=with_grad)
+    if error is not None:
+        error = (error * (1 - bent.square())).to(products.dtype)
+    return loss, error
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        softcap: float | None,
+        chunk_rows: int,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -102,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = torch.mm(hidden[rows], compute_weight.T, out=buffer[: len(hidden[rows])])
-            loss, error = softmax_error(logits, labels[rows], with_grad=with_grad)
+            loss, error = _error(logits, labels[rows], softcap, with_grad=with_grad)
             total += loss.sum(dtype=torch.float64)
             if error is None:
                 continue
@@ -115,11 +141,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (grad,) = grads
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None

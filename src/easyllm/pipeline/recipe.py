@@ -17,6 +17,7 @@ class ConvertStage(Config):
     kind: Literal["convert"]
     model: str
     dtype: str | None = None
+    num_kv_heads: PositiveInt | None = None
 
 
 class EvaluateStage(Config):

@@ -9,7 +9,14 @@ from easyllm.core.config import Config
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path
 from easyllm.engine import LLM
 from easyllm.evaluate import evaluate_answers
-from easyllm.models import hf_module_name, load_model, load_tokenizer, locate, save_model
+from easyllm.models import (
+    hf_module_name,
+    load_model,
+    load_tokenizer,
+    locate,
+    pool_kv_heads,
+    save_model,
+)
 from easyllm.pipeline.recipe import ConvertStage, EvaluateStage, MergeStage, TrainStage
 from easyllm.train import TrainConfig, train
 from easyllm.train.run import ADAPTER, MODEL
@@ -28,12 +35,17 @@ def product(stage: Config, folder: Path) -> Path:
     return folder
 
 
-def convert_model(source: str, folder: Path, dtype: str | None = None) -> Path:
-    """Rewrites a model as a Hugging Face folder with its tokenizer and a manifest."""
+def convert_model(
+    source: str, folder: Path, dtype: str | None = None, *, num_kv_heads: int | None = None
+) -> Path:
+    """Rewrites a model as a Hugging Face folder with its tokenizer and a manifest; with `num_kv_heads`, its key-value
+    heads pooled to so many."""
     model, tokenizer = load_model(source, dtype=dtype), load_tokenizer(source)
+    if num_kv_heads is not None:
+        pool_kv_heads(model, num_kv_heads)
     manifest = Manifest.create(
         "convert",
-        config={"model": source, "dtype": dtype},
+        config={"model": source, "dtype": dtype, "num_kv_heads": num_kv_heads},
         inputs={"model": hash_path(locate(source))},
     )
     extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
@@ -54,7 +66,7 @@ def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
 
 
 def _convert(stage: ConvertStage, folder: Path) -> dict[str, Any]:
-    convert_model(stage.model, folder, stage.dtype)
+    convert_model(stage.model, folder, stage.dtype, num_kv_heads=stage.num_kv_heads)
     return {}
 
 

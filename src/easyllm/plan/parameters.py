@@ -68,9 +68,15 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         feed_forward=sum(_feed_forward(layer.feed_forward, width) for layer in layers),
         router=sum(_router(layer.feed_forward, width) for layer in layers),
         norm=norms * norm_parameters(config.norm, width),
-        head=0 if config.tie_embeddings else config.vocab_size * width,
+        head=_head(config),
         inactive=sum(_inactive(layer.feed_forward, width) for layer in layers),
     )
+
+
+def _head(config: ModelConfig) -> int:
+    if config.num_labels is not None:
+        return config.num_labels * config.hidden_size
+    return 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
 
 
 def norm_parameters(config: Norm, width: int) -> int:

@@ -46,6 +46,8 @@ class TrainConfig(Config):
     model: str = "smollm2"
     data: DataConfig
     adapter: LoRAConfig | None = None
+    prompt_mask: Literal["causal", "prefix"] | None = None
+    """`prefix` trains a prefix language model: a prompt's tokens see one another; by default as the model has it."""
     optimizer: AdamWConfig = AdamWConfig()
     schedule: CosineConfig = CosineConfig()
     batch_size: PositiveInt = 8

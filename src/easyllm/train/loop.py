@@ -31,6 +31,7 @@ class StepReport:
     tokens: int
     trained_tokens: int
     seconds: float
+    metrics: dict[str, float]
 
     def figures(self) -> dict[str, float]:
         """As a line of `metrics.jsonl`."""
@@ -42,6 +43,7 @@ class StepReport:
             "train/tokens": self.tokens,
             "train/trained_tokens": self.trained_tokens,
             "speed/tokens_per_s": self.tokens / self.seconds,
+            **{f"train/{name}": value for name, value in self.metrics.items()},
         }
 
 
@@ -64,7 +66,7 @@ def run_steps(
             start = time.perf_counter()
             batches = loader.next_step()
             factor = rate_factor(config.schedule, totals.step, total_steps)
-            loss = accumulate(model, objective, batches)
+            loss, metrics = accumulate(model, objective, batches)
             norm = optimizer.step(factor, config.clip_norm)
             tokens = sum(batch.token_ids.numel() for batch in batches)
             trained = sum(batch.num_trained for batch in batches)
@@ -73,21 +75,30 @@ def run_steps(
             totals.trained_tokens += trained
             seconds = time.perf_counter() - start
             rate = config.optimizer.learning_rate * factor
-            report = StepReport(totals.step, loss, rate, norm, tokens, trained, seconds)
+            report = StepReport(totals.step, loss, rate, norm, tokens, trained, seconds, metrics)
             after_step(report)
             progress.advance(1, loss=loss, tokens=f"{tokens / seconds:.0f}/s")
     model.eval()
 
 
-def accumulate(model: Decoder, objective: Objective, batches: Sequence[Batch]) -> float:
-    """Adds the gradients of a step's micro-batches; returns the mean loss a labelled token, in nats."""
+def accumulate(
+    model: Decoder, objective: Objective, batches: Sequence[Batch]
+) -> tuple[float, dict[str, float]]:
+    """Adds the gradients of a step's micro-batches.
+
+    Returns:
+        The mean loss a labelled token, in nats (auxiliary terms apart), and the objective's figures, averaged by tokens.
+    """
     num_tokens = max(1, sum(batch.num_trained for batch in batches))
-    total = 0.0
+    total, metrics = 0.0, dict[str, float]()
     for batch in batches:
         output = objective.loss(model, batch.to(model.device))
-        (output.sum / num_tokens).backward()
+        whole = output.sum if output.auxiliary is None else output.sum + output.auxiliary
+        (whole / num_tokens).backward()
         total += output.sum.item()
-    return total / num_tokens
+        for name, value in output.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value * output.num_tokens / num_tokens
+    return total / num_tokens, metrics
 
 
 @torch.no_grad()

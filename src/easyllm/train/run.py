@@ -8,12 +8,13 @@ run/manifest.json    inputs, versions, results: written last, so its presence me
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from easyllm.adapters import adapter_parameters, attach, save_adapter
@@ -62,7 +63,7 @@ def train(config: TrainConfig, output: Path) -> TrainResult:
             f"{str(output)!r} holds this run, finished; choose another output folder, or remove that one"
         )
     device = pick_device(config.device)
-    source = open_source(config.model)
+    source = _with_mask(open_source(config.model), config)
     tokenizer = source.tokenizer()
     samples, account = _samples(config, config.data.train, tokenizer, source)
     console().print(f"data: {account.summary()}")
@@ -131,6 +132,15 @@ def train(config: TrainConfig, output: Path) -> TrainResult:
     )
     write_atomic(output / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
     return TrainResult(output, figures)
+
+
+def _with_mask(source: OpenSource, config: TrainConfig) -> OpenSource:
+    if config.prompt_mask is None:
+        return source
+    try:
+        return replace(source, config=source.config.changed(prompt_mask=config.prompt_mask))
+    except ValidationError as error:
+        raise ConfigError(f"{config.model}: {error.errors()[0]['msg']}") from None
 
 
 def _samples(

@@ -5,6 +5,7 @@ To add one: write the file, add its `FAMILY` to the tuple below.
 
 from easyllm.core.errors import CheckpointError, suggest
 from easyllm.models.families import (
+    easyllm,
     gemma,
     glm4,
     gpt2,
@@ -27,6 +28,7 @@ _ALL = (
     *qwen_moe.FAMILIES,
     *glm4.FAMILIES,
     *gemma.FAMILIES,
+    easyllm.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 _BY_TYPE = {model_type: family for family in _ALL for model_type in family.model_types}

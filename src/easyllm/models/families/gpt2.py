@@ -25,35 +25,19 @@ from easyllm.nn.config import (
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `GPT2Config` as `ModelConfig`."""
-    refuse(
-        hf,
-        {
-            "activation_function": "gelu_new",
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-        },
-    )
+    refuse(hf, {"activation_function": "gelu_new", "scale_attn_weights": True})
+    refuse(hf, {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False})
     hidden, heads = require(hf, "n_embd"), require(hf, "n_head")
-    layer = LayerConfig(
-        mixer=AttentionConfig(
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=hidden // heads,
-            position=NoPosition(),
-            qkv_bias=True,
-            out_bias=True,
-        ),
-        feed_forward=MLPConfig(
-            intermediate_size=hf.get("n_inner") or 4 * hidden, activation="gelu_tanh"
-        ),
-    )
+    shape = {"num_heads": heads, "num_kv_heads": heads, "head_dim": hidden // heads}
+    mixer = AttentionConfig(**shape, position=NoPosition(), qkv_bias=True, out_bias=True)
+    inner = hf.get("n_inner") or 4 * hidden
+    feed_forward = MLPConfig(intermediate_size=inner, activation="gelu_tanh")
     return ModelConfig(
         family="gpt2",
         vocab_size=require(hf, "vocab_size"),
         hidden_size=hidden,
         max_seq_len=hf.get("n_positions", 1024),
-        layers=(layer,) * num_layers(hf, "n_layer"),
+        layers=(LayerConfig(mixer=mixer, feed_forward=feed_forward),) * num_layers(hf, "n_layer"),
         norm=LayerNormConfig(eps=hf.get("layer_norm_epsilon", 1e-5)),
         embedding_position=Learned(),
         tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
@@ -85,49 +69,34 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 def keymap(config: ModelConfig) -> KeyMap:
     """Names on disk: [in, out] matrices (GPT-2's Conv1D), q, k, v side by side in `c_attn`."""
     ours, theirs = "layers.{i}.", "transformer.h.{i}."
-    width = config.hidden_size
     rules: list[Rename | Fused] = []
     for kind in ("weight", "bias"):
-        transposed = kind == "weight"
-        parts = tuple(f"{ours}mixer.{p}_proj.{kind}" for p in "qkv")
-        rules.append(Fused(parts, f"{theirs}attn.c_attn.{kind}", (width,) * 3, transposed))
+        matrix = kind == "weight"  # transposed on disk
+        qkv = tuple(f"{ours}mixer.{p}_proj.{kind}" for p in "qkv")
+        rules.append(Fused(qkv, f"{theirs}attn.c_attn.{kind}", (config.hidden_size,) * 3, matrix))
         rules += [
-            Rename(f"{ours}{a}.{kind}", f"{theirs}{b}.{kind}", transposed)
-            for a, b in (
-                ("mixer.o_proj", "attn.c_proj"),
-                ("feed_forward.up_proj", "mlp.c_fc"),
-                ("feed_forward.down_proj", "mlp.c_proj"),
-            )
+            Rename(f"{ours}{a}.{kind}", f"{theirs}{b}.{kind}", matrix) for a, b in _LINEARS.items()
         ]
-        rules += renames(
-            [
-                (f"{ours}mixer_norm.{kind}", f"{theirs}ln_1.{kind}"),
-                (f"{ours}feed_forward_norm.{kind}", f"{theirs}ln_2.{kind}"),
-                (f"norm.{kind}", f"transformer.ln_f.{kind}"),
-            ]
-        )
-    rules += renames(
-        [
-            ("embed_tokens.weight", "transformer.wte.weight"),
-            ("embedding_position.weight", "transformer.wpe.weight"),
-            ("lm_head.weight", "lm_head.weight"),
-        ]
-    )
-    ignored = [r"transformer\.h\.\d+\.attn\.(masked_)?bias"]
-    if config.tie_embeddings:
-        ignored.append(r"lm_head\.weight")
-    return KeyMap(rules, tuple(ignored))
+        rules += renames((f"{ours}{a}.{kind}", f"{theirs}{b}.{kind}") for a, b in _NORMS.items())
+        rules.append(Rename(f"norm.{kind}", f"transformer.ln_f.{kind}"))
+    rules += renames(_OUTSIDE.items())
+    tied = (r"lm_head\.weight",) if config.tie_embeddings else ()
+    return KeyMap(rules, (r"transformer\.h\.\d+\.attn\.(masked_)?bias", *tied))
 
 
-def _size(layers: int, hidden: int, heads: int, **more: Any) -> dict[str, Any]:
-    return {
-        "model_type": "gpt2",
-        "vocab_size": 50257,
-        "n_layer": layers,
-        "n_embd": hidden,
-        "n_head": heads,
-        "n_positions": 1024,
-    } | more
+_LINEARS = {"mixer.o_proj": "attn.c_proj"}
+_LINEARS |= {"feed_forward.up_proj": "mlp.c_fc", "feed_forward.down_proj": "mlp.c_proj"}
+_NORMS = {"mixer_norm": "ln_1", "feed_forward_norm": "ln_2"}
+_OUTSIDE = {
+    "embed_tokens.weight": "transformer.wte.weight",
+    "embedding_position.weight": "transformer.wpe.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+
+
+def _size(layers: int, hidden: int, heads: int, positions: int = 1024) -> dict[str, Any]:
+    sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_positions": positions}
+    return {"model_type": "gpt2", "vocab_size": 50257} | sizes
 
 
 SIZES = {
@@ -135,9 +104,8 @@ SIZES = {
     "gpt2-medium": _size(24, 1024, 16),
     "gpt2-large": _size(36, 1280, 20),
     "gpt2-xl": _size(48, 1600, 25),
-    "gpt3-175b": _size(96, 12288, 96, n_positions=2048),
+    "gpt3-175b": _size(96, 12288, 96, positions=2048),
 }
-
 FAMILY = Family(
     name="gpt2",
     model_types=("gpt2",),

@@ -1,0 +1,85 @@
+"""Pooling key-value heads (topic 5: MQA and GQA)."""
+
+import pytest
+import torch
+
+from conftest import build_tiny
+from easyllm.core.errors import CheckpointError, ConfigError
+from easyllm.models import load_model, pool_kv_heads, save_model
+from easyllm.nn import Decoder
+from easyllm.nn.config import LinearAttentionConfig
+
+
+def with_equal_heads(model, groups):
+    """The model with the key-value heads of each group set to the group's first."""
+    dim = model.config.layers[0].mixer.head_dim
+    for layer in model.layers:
+        for projection in (layer.mixer.k_proj, layer.mixer.v_proj):
+            for tensor in (projection.weight, projection.bias):
+                heads = tensor.data.view(groups, -1, dim, *tensor.shape[1:])
+                heads[:] = heads[:, :1].clone()
+    return model
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_pooling_equal_heads_gives_the_same_model(groups):
+    changes = {"num_key_value_heads": 4, "attention_bias": True}
+    model = with_equal_heads(build_tiny(seed=2, **changes), groups)
+    ids = torch.arange(3, 60)
+    before = model.logits(ids)
+    pooled = pool_kv_heads(model, groups)
+    assert pooled.config.layers[0].mixer.num_kv_heads == groups
+    torch.testing.assert_close(pooled.logits(ids), before, atol=1e-5, rtol=0)
+
+
+def test_a_pooled_head_is_the_mean_of_its_group():
+    model = build_tiny(num_key_value_heads=4)
+    old = model.layers[1].mixer.v_proj.weight.clone().view(4, 16, -1)
+    pool_kv_heads(model, 2)
+    new = model.layers[1].mixer.v_proj.weight.view(2, 16, -1)
+    torch.testing.assert_close(new[0], (old[0] + old[1]) / 2)
+    torch.testing.assert_close(new[1], (old[2] + old[3]) / 2)
+
+
+def test_a_pooled_model_is_saved_and_loaded(tmp_path):
+    model = pool_kv_heads(build_tiny(num_key_value_heads=4), 1)
+    expected = model.logits(torch.arange(3, 40))
+    again = load_model(save_model(model, tmp_path / "m"))
+    assert torch.equal(again.logits(torch.arange(3, 40)), expected)
+
+
+def test_a_number_that_does_not_divide_the_heads_is_refused_with_those_that_would():
+    with pytest.raises(ConfigError, match="4 key-value heads cannot be pooled to 3; use 1 or 2"):
+        pool_kv_heads(build_tiny(num_key_value_heads=4), 3)
+
+
+def test_linear_attention_is_refused():
+    config = build_tiny().config
+    linear = LinearAttentionConfig(num_heads=2, head_dim=16)
+    layers = (config.layers[0].model_copy(update={"mixer": linear}),)
+    with pytest.raises(ConfigError, match="only softmax attention can be grouped"):
+        pool_kv_heads(Decoder(config.changed(layers=layers)), 1)
+
+
+def test_parts_a_family_has_no_words_for_are_refused_and_saved_by_our_own_layout(tmp_path):
+    config = build_tiny().config
+    linear = LinearAttentionConfig(num_heads=2, head_dim=16)
+    layers = (config.layers[0].model_copy(update={"mixer": linear}), config.layers[1])
+    model = Decoder(config.changed(layers=layers))
+    model.reset_parameters(generator=torch.Generator().manual_seed(0))
+    with pytest.raises(CheckpointError, match="'llama' cannot express this model"):
+        save_model(model, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    model.config = model.config.changed(family="easyllm", eos_token_ids=(2, 5))
+    again = load_model(save_model(model, tmp_path / "yes"))
+    assert again.config == model.config
+    ids = torch.arange(3, 40)
+    assert torch.equal(again.logits(ids), model.logits(ids))
+
+
+def test_a_norm_placement_of_another_family_is_named(tmp_path):
+    config = build_tiny().config
+    layers = tuple(layer.model_copy(update={"norm_placement": "post"}) for layer in config.layers)
+    model = Decoder(config.changed(layers=layers))
+    with pytest.raises(CheckpointError, match=r"layers\.0\.norm_placement is 'pre' there"):
+        save_model(model, tmp_path / "no")
