@@ -1,0 +1,53 @@
+"""`easyllm verify`."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from easyllm.cli.models import Model
+from easyllm.cli.output import JsonFlag, print_json, print_table
+
+
+class Against(StrEnum):
+    """References there are."""
+
+    transformers = "transformers"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command("verify")(verify)
+
+
+def verify(
+    model: Model,
+    against: Annotated[
+        Against | None, typer.Option(help="Compare with this library, too (extra `reference`).")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Random tokens to compare on.")] = 256,
+    json_output: JsonFlag = False,
+) -> None:
+    """Measure on a checkpoint the equalities that must hold; exit code 1 where one does not.
+
+    [bold]Examples[/bold]
+
+        easyllm verify smollm2
+
+        easyllm verify runs/sft/model --against transformers --json
+    """
+    from easyllm.verify import verify as measure
+
+    findings = measure(
+        model, against="transformers" if against is not None else None, num_tokens=tokens
+    )
+    if json_output:
+        print_json([finding.as_dict() for finding in findings])
+    else:
+        rows = [
+            (f.law, f.claim, f"{f.figure:.2e}", f"{f.bound:.2e}", "yes" if f.holds else "NO")
+            for f in findings
+        ]
+        print_table(f"Laws on {model}", ("law", "claim", "difference", "bound", "holds"), rows)
+    if not all(finding.holds for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,58 @@
+"""`transformers` as the reference; the one file that imports it, and only when it is asked for (extra `reference`)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from easyllm.core.errors import ConfigError
+
+
+class Reference:
+    """A checkpoint folder in `transformers`, never running code that comes with it.
+
+    Raises:
+        ConfigError: `transformers` is not installed, or cannot load the model.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype) -> None:
+        loader = _library().AutoModelForCausalLM
+        try:
+            self._model = loader.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        except (ValueError, KeyError, OSError) as error:
+            raise ConfigError(
+                f"transformers cannot load this model ({str(error).partition(chr(10))[0]}); "
+                "leave --against out"
+            ) from None
+        self._model.eval().requires_grad_(False)
+
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """[T] ids → [T, V] in the model's dtype."""
+        logits: Tensor = self._model(token_ids[None]).logits[0]
+        return logits
+
+    def widen(self) -> None:
+        """Goes on in fp64."""
+        self._model = self._model.double()
+
+
+def chat_ids(folder: Path, messages: list[dict[str, str]], *, generation_prompt: bool) -> list[int]:
+    """What `apply_chat_template` makes of a conversation."""
+    tokenizer = _library().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    ids: list[int] = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=generation_prompt, return_dict=True
+    )["input_ids"]
+    return ids
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            "--against transformers needs the package transformers; pip install 'easyllm-stack[reference]'"
+        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

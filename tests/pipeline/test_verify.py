@@ -1,0 +1,54 @@
+"""`easyllm verify` on checkpoints, and on a program that breaks a law."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import build_tiny
+from easyllm.cli.main import app
+from easyllm.core.errors import ConfigError
+from easyllm.engine import kv_cache
+from easyllm.models import save_model, to_classifier
+from easyllm.verify import verify
+
+
+def test_every_law_holds_on_a_checkpoint_with_a_tokenizer(tiny_folder):
+    result = CliRunner().invoke(
+        app, ["verify", str(tiny_folder), "--against", "transformers", "--tokens", "60", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    findings = json.loads(result.stdout)
+    assert [f["law"] for f in findings] == [1, 7, 1, 2, 3, 3]
+    assert all(f["holds"] for f in findings)
+    assert all(f["bound"] < 1e-2 for f in findings)
+
+
+def test_a_broken_cache_is_found_and_the_exit_code_is_1(tiny_folder, monkeypatch):
+    whole = kv_cache.attend_segment
+
+    def forgetful(q, k, v, rule, *, key_positions=None, **rest):
+        """Attends to the new tokens alone."""
+        return whole(q, k[-len(q) :], v[-len(q) :], rule, **rest)
+
+    monkeypatch.setattr(kv_cache, "attend_segment", forgetful)
+    result = CliRunner().invoke(app, ["verify", str(tiny_folder), "--json"])
+    assert result.exit_code == 1
+    assert [f["law"] for f in json.loads(result.stdout) if not f["holds"]] == [3, 3]
+
+
+def test_too_few_tokens_and_models_without_logits_are_refused(tiny_folder, tmp_path):
+    with pytest.raises(ConfigError, match="4 tokens are too few to compare; give at least 16"):
+        verify(tiny_folder, num_tokens=4)
+    folder = save_model(to_classifier(build_tiny(), 2), tmp_path / "labels")
+    assert all(finding.holds for finding in verify(folder, num_tokens=32))
+    with pytest.raises(ConfigError, match="head of labels has no logits"):
+        verify(folder, against="transformers")
+
+
+def test_a_model_transformers_does_not_know_is_named(tmp_path):
+    model = build_tiny()
+    model.config = model.config.changed(family="easyllm")
+    folder = save_model(model, tmp_path / "m")
+    with pytest.raises(ConfigError, match="transformers cannot load this model"):
+        verify(folder, against="transformers", num_tokens=32)
