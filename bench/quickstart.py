@@ -9,10 +9,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
-from train import HERE, commit, machine
+import machine
 
 FIGURES = {
     "recall_before": ("recall", "before"),
@@ -30,18 +29,9 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     runs = [one(seed) for seed in options.seeds]
-    row = {
-        "bench": "quickstart",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "median": {k: statistics.median(run[k] for run in runs) for k in runs[0] if k != "seed"},
-        "runs": runs,
-    }
-    print(json.dumps(row))
-    if options.record:
-        with (HERE / "results" / "quickstart.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    median = {k: statistics.median(run[k] for run in runs) for k in runs[0] if k != "seed"}
+    row = machine.row("quickstart", median=median, runs=runs)
+    machine.finish(row, "quickstart", record=options.record)
 
 
 def one(seed: int) -> dict[str, float]:

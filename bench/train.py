@@ -9,16 +9,15 @@ for each of its settings, and the ratio to the best of them is printed. `--recor
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
-HERE = Path(__file__).parent
-SHARED = HERE.parents[1] / "shared"
+import machine
+from machine import SHARED
+
 SETTINGS = (("bf16", "1"), ("bf16", "0"), ("f32", "1"), ("f32", "0"))
 
 
@@ -30,13 +29,7 @@ def main() -> None:
     parser.add_argument("--peer-settings", type=int, default=2, help="how many of TRL's settings")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    row = {
-        "bench": "train-lora",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "ours": ours(options.data, options.rows),
-    }
+    row = machine.row("train-lora", ours=ours(options.data, options.rows))
     if options.peer:
         with tempfile.TemporaryDirectory() as work:
             row["trl"] = peer(options, Path(work))
@@ -45,10 +38,7 @@ def main() -> None:
         best = max(r["tok_s"] for r in row["trl"])
         slower = min(row["ours"]["tokens_per_s"], row["ours_again"]["tokens_per_s"])
         row["ratio_to_best_trl"] = round(slower / best, 2)
-    print(json.dumps(row))
-    if options.record:
-        with (HERE / "results" / "train.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    machine.finish(row, "train", record=options.record)
 
 
 def ours(data: Path, rows: int) -> dict[str, float]:
@@ -95,38 +85,6 @@ def peer(options: argparse.Namespace, work: Path) -> list[dict[str, float]]:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found.append(json.loads(done.stdout.strip().splitlines()[-1]))
     return found
-
-
-def machine() -> dict[str, object]:
-    import torch
-
-    from easyllm.core.device import cpu_features
-
-    torch.set_num_threads(2)
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2048, 1536, dtype=dtype), torch.randn(1536, 1536, dtype=dtype)
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
-            a @ b.T
-            times.append(time.perf_counter() - start)
-        name = str(dtype).removeprefix("torch.")
-        rates[f"{name}_matmul_gflops"] = round(2 * 2048 * 1536 * 1536 / min(times) / 1e9)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu_features": sorted(cpu_features()),
-        **rates,
-    }
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
-    )
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

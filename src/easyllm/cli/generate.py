@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from easyllm.cli.models import LogN, Rope, RopeFactor, context_of
 from easyllm.cli.output import JsonFlag, print_json
 
 Model = Annotated[
@@ -36,6 +37,9 @@ def generate(
     seed: Seed = None,
     max_tokens: MaxTokens = 64,
     stop: Stop = None,
+    rope: Rope = None,
+    rope_factor: RopeFactor = 4.0,
+    logn: LogN = False,
     as_chat: Annotated[
         bool, typer.Option("--chat", help="Take the prompt as a user's message.")
     ] = False,
@@ -48,11 +52,13 @@ def generate(
         easyllm generate smollm2 "The capital of France is" --max-tokens 16
 
         easyllm generate smollm2 "Name three colours." --chat --temperature 0.7 --seed 1
+
+        easyllm generate smollm2 "$(cat long.txt)" --rope yarn --rope-factor 2
     """
     from easyllm.engine import Completion
 
     params = _params(temperature, top_k, top_p, seed, max_tokens, stop)
-    llm = _load(model)
+    llm = _load(model, context_of(rope, rope_factor, logn))
     ids = llm.encode_chat([{"role": "user", "content": prompt}]) if as_chat else llm.encode(prompt)
     done, start = Completion(), time.perf_counter()
     for event in llm.stream(ids, params):
@@ -135,7 +141,7 @@ def _params(
     return validate(SamplingParams, values, source="sampling options")
 
 
-def _load(model: str) -> Any:
+def _load(model: str, context: Any = None) -> Any:
     from easyllm.engine import LLM
 
-    return LLM(model)
+    return LLM(model, context=context)

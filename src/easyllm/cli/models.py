@@ -2,13 +2,19 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 Model = Annotated[
     str, typer.Argument(help="smollm2, a checkpoint folder, a .gguf file, or hf:org/name.")
 ]
+Rope = Annotated[
+    str | None,
+    typer.Option(help="Longer context: pi, ntk, dynamic, yarn, rerope or leaky.", metavar="METHOD"),
+]
+RopeFactor = Annotated[float, typer.Option(help="How many times the trained length.")]
+LogN = Annotated[bool, typer.Option("--logn", help="With --rope: scale queries by log n.")]
 Target = Annotated[Path, typer.Argument(help="A new folder for the result.")]
 
 
@@ -48,6 +54,8 @@ def convert(
         int | None,
         typer.Option(help="Pool the key-value heads to so many (MHA to GQA; 1 is MQA)."),
     ] = None,
+    rope: Rope = None,
+    rope_factor: RopeFactor = 4.0,
 ) -> None:
     """Rewrite a model as a Hugging Face folder that transformers, vLLM and others load.
 
@@ -58,12 +66,30 @@ def convert(
         easyllm convert model.gguf out/model --dtype bfloat16
 
         easyllm convert smollm2 out/mqa --kv-heads 1
+
+        easyllm convert smollm2 out/long --rope yarn --rope-factor 4
     """
     from easyllm.core.atomic import refuse_existing
     from easyllm.pipeline.stages import convert_model
 
     refuse_existing(target)
-    sys.stdout.write(f"{convert_model(source, target, dtype, num_kv_heads=kv_heads)}\n")
+    context = context_of(rope, rope_factor)
+    folder = convert_model(source, target, dtype, num_kv_heads=kv_heads, context=context)
+    sys.stdout.write(f"{folder}\n")
+
+
+def context_of(method: str | None, factor: float, logn: bool = False) -> Any:
+    """The `ContextConfig` of the `--rope` options; None without."""
+    from easyllm.core.config import validate
+    from easyllm.core.errors import ConfigError
+    from easyllm.models import ContextConfig
+
+    if method is None:
+        if logn:
+            raise ConfigError("--logn scales queries beyond the trained length; give --rope, too")
+        return None
+    values = {"method": method, "factor": factor, "logn": logn}
+    return validate(ContextConfig, values, source="--rope")
 
 
 def merge(

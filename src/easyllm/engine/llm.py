@@ -9,7 +9,7 @@ import torch
 
 from easyllm.engine.engine import Engine
 from easyllm.engine.request import FinishReason, Request, SamplingParams, TokenEvent
-from easyllm.models import load_model, load_tokenizer
+from easyllm.models import ContextConfig, load_model, load_tokenizer
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -41,6 +41,7 @@ class LLM:
         source: as `load_model` takes it.
         dtype: of the weights; by default fp32 on a CPU, bf16 on an accelerator.
         device: `"cpu"`, `"cuda"`, `"auto"`.
+        context: positions that reach further than the model was trained.
 
     Raises:
         SourceError, CheckpointError: as `load_model`.
@@ -56,6 +57,7 @@ class LLM:
         *,
         dtype: str | None = None,
         device: str = "auto",
+        context: ContextConfig | None = None,
         model: Decoder | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
@@ -63,7 +65,7 @@ class LLM:
             from easyllm.core.device import pick_device
 
             wanted = dtype or ("float32" if pick_device(device).type == "cpu" else "bfloat16")
-            model = load_model(source, dtype=wanted, device=device)
+            model = load_model(source, dtype=wanted, device=device, context=context)
         self.model = model
         self.tokenizer = tokenizer or load_tokenizer(source)
         self.engine = Engine(self.model, self.tokenizer)

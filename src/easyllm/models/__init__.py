@@ -1,5 +1,6 @@
 """Named models and families: where weights come from, how they are read and saved."""
 
+from easyllm.models.context import ContextConfig
 from easyllm.models.grouped_heads import pool_kv_heads
 from easyllm.models.heads import to_classifier
 from easyllm.models.load import (
@@ -13,6 +14,7 @@ from easyllm.models.sources import KNOWN_MODELS, locate, pull
 
 __all__ = [
     "KNOWN_MODELS",
+    "ContextConfig",
     "hf_module_name",
     "load_model",
     "load_tokenizer",

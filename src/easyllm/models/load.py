@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from easyllm.checkpoint.store import TensorFolder, write_model_weights
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, EasyllmError
+from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.families import FAMILIES
 from easyllm.models.gguf_import import GGUFTensors, hf_config
 from easyllm.models.heads import with_score
@@ -92,7 +93,11 @@ def open_source(source: str | Path) -> OpenSource:
 
 
 def load_model(
-    source: str | Path, *, dtype: str | torch.dtype | None = None, device: str = "cpu"
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
+    context: ContextConfig | None = None,
 ) -> Decoder:
     """The model a source holds, ready for inference (no parameter requires a gradient).
 
@@ -100,9 +105,11 @@ def load_model(
         source: `"smollm2"`, a folder, a `.gguf` file, or `"hf:org/name"`.
         dtype: `"float32"`, `"bfloat16"` ...; by default the one the file keeps (fp32 for quantized files).
         device: `"cpu"`, `"cuda"`, `"auto"`.
+        context: positions that reach further than the model was trained.
 
     Raises:
         SourceError, CheckpointError: no such model, or its files do not fit.
+        ConfigError: its positions cannot be changed.
 
     Example:
         >>> model = load_model("smollm2", dtype="float32")      # doctest: +SKIP
@@ -110,7 +117,10 @@ def load_model(
         torch.Size([3, 49152])
     """
     wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
-    return open_source(source).model(wanted, pick_device(device))
+    opened = open_source(source)
+    if context is not None:
+        opened = replace(opened, config=extend_context(opened.config, context))
+    return opened.model(wanted, pick_device(device))
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

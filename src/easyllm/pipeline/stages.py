@@ -10,6 +10,7 @@ from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path
 from easyllm.engine import LLM
 from easyllm.evaluate import evaluate_answers
 from easyllm.models import (
+    ContextConfig,
     hf_module_name,
     load_model,
     load_tokenizer,
@@ -36,16 +37,30 @@ def product(stage: Config, folder: Path) -> Path:
 
 
 def convert_model(
-    source: str, folder: Path, dtype: str | None = None, *, num_kv_heads: int | None = None
+    source: str,
+    folder: Path,
+    dtype: str | None = None,
+    *,
+    num_kv_heads: int | None = None,
+    context: ContextConfig | None = None,
 ) -> Path:
-    """Rewrites a model as a Hugging Face folder with its tokenizer and a manifest; with `num_kv_heads`, its key-value
-    heads pooled to so many."""
-    model, tokenizer = load_model(source, dtype=dtype), load_tokenizer(source)
+    """Rewrites a model as a Hugging Face folder with its tokenizer and a manifest.
+
+    Args:
+        num_kv_heads: pools the key-value heads to so many.
+        context: writes positions that reach further.
+    """
+    model, tokenizer = load_model(source, dtype=dtype, context=context), load_tokenizer(source)
     if num_kv_heads is not None:
         pool_kv_heads(model, num_kv_heads)
     manifest = Manifest.create(
         "convert",
-        config={"model": source, "dtype": dtype, "num_kv_heads": num_kv_heads},
+        config={
+            "model": source,
+            "dtype": dtype,
+            "num_kv_heads": num_kv_heads,
+            "context": None if context is None else context.model_dump(),
+        },
         inputs={"model": hash_path(locate(source))},
     )
     extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}

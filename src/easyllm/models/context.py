@@ -1,0 +1,81 @@
+"""A longer context for a model trained with RoPE, at inference: other positions, the same weights."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from easyllm.core.config import Config
+from easyllm.core.errors import ConfigError
+from easyllm.nn.config import (
+    AttentionConfig,
+    DynamicNTKScaling,
+    LinearScaling,
+    ModelConfig,
+    NTKScaling,
+    ReRope,
+    Rope,
+    YarnScaling,
+)
+
+Method = Literal["pi", "ntk", "dynamic", "yarn", "rerope", "leaky"]
+
+
+class ContextConfig(Config):
+    """Which positions a longer context gets.
+
+    Attributes:
+        method: `pi` position interpolation · `ntk` a larger base · `dynamic` a base that follows the length ·
+            `yarn` · `rerope`, `leaky` rectified positions (docs of each in nn/config).
+        factor: how many times the trained length.
+        window: of `rerope` and `leaky`; by default half the trained length (best between a quarter and a half).
+        logn: queries scaled by max(1, log n / log trained length).
+    """
+
+    method: Method
+    factor: Annotated[float, Field(ge=1)] = 4.0
+    window: PositiveInt | None = None
+    logn: bool = False
+
+
+def extend_context(config: ModelConfig, context: ContextConfig) -> ModelConfig:
+    """`config` with other positions and a longer context.
+
+    Raises:
+        ConfigError: a layer has no plain RoPE to change.
+    """
+    trained = config.max_seq_len
+    layers = []
+    for layer in config.layers:
+        mixer = layer.mixer
+        rope = mixer.position
+        if not isinstance(mixer, AttentionConfig) or not isinstance(rope, Rope) or rope.scaling:
+            raise ConfigError(
+                f"--rope {context.method} needs RoPE without scaling in every layer, got {rope.kind} positions"
+                f"{' with scaling' if isinstance(rope, Rope) else ''}; use the model as it is"
+            )
+        changes: dict[str, Any] = {"position": _position(rope, trained, context)}
+        if context.logn:
+            changes["logn_length"] = trained
+        layers.append(layer.model_copy(update={"mixer": mixer.model_copy(update=changes)}))
+    return config.changed(layers=tuple(layers), max_seq_len=int(trained * context.factor))
+
+
+def _position(rope: Rope, trained: int, context: ContextConfig) -> Rope | ReRope:
+    factor = context.factor
+    match context.method:
+        case "pi":
+            return rope.model_copy(update={"scaling": LinearScaling(factor=factor)})
+        case "ntk":
+            return rope.model_copy(update={"scaling": NTKScaling(factor=factor)})
+        case "dynamic":
+            scaling = DynamicNTKScaling(factor=factor, original_max_seq_len=trained)
+            return rope.model_copy(update={"scaling": scaling})
+        case "yarn":
+            yarn = YarnScaling(factor=factor, original_max_seq_len=trained)
+            return rope.model_copy(update={"scaling": yarn})
+    if rope.rotary_dim is not None or rope.interleaved:
+        raise ConfigError(
+            "ReRoPE turns whole heads in halves; this model's RoPE is partial or interleaved"
+        )
+    leak = factor if context.method == "leaky" else None
+    return ReRope(theta=rope.theta, window=context.window or max(1, trained // 2), leak=leak)
