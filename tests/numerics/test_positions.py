@@ -150,7 +150,7 @@ def test_row_12_the_two_layouts_are_equal_up_to_a_permutation():
 def test_row_13_rotation_equals_transformers():
     q, k = randn(12, 4, 16).float(), randn(12, 2, 16, seed=1).float()
     position = RotaryPosition(Rope(theta=5000.0), 16)
-    cos, sin = position.tables(torch.arange(12))
+    cos, sin = position.tables(AttentionContext.packed([12]))
     theirs = apply_rotary_pos_emb(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],

@@ -1,19 +1,23 @@
 """Rows to conversations to samples: every format, every way a row can be wrong, the length limit's account."""
 
 import json
+import re
+from collections import Counter
+from fractions import Fraction
 
 import pytest
 
-from easyllm.core.errors import DataError
+from easyllm.core.errors import ConfigError, DataError
 from easyllm.data.conversations import (
     Conversation,
     conversations,
     detect_format,
     read_conversations,
 )
-from easyllm.data.packing import IGNORE_INDEX
-from easyllm.data.prepare import prepare_conversations
+from easyllm.data.packing import IGNORE_INDEX, Sample
+from easyllm.data.prepare import answers_of, prepare_conversations
 from easyllm.data.rows import Row, read_rows
+from easyllm.tokenizer import Tokenizer
 
 TOOLS = [{"name": "add", "parameters": {"type": "object"}}]
 
@@ -118,6 +122,16 @@ FORMATS = {
         {"prompt": [system("s"), user("q")], "completion": [assistant("a")]},
         [system("s"), user("q"), assistant("a")],
     ),
+    "question and answer": (
+        "question-answer",
+        {"question": "q", "answer": "a", "id": 3},
+        [user("q"), assistant("a")],
+    ),
+    "question and answer with a system prompt": (
+        "question-answer",
+        {"system": "s", "question": "q", "answer": "a"},
+        [system("s"), user("q"), assistant("a")],
+    ),
 }
 
 
@@ -129,6 +143,7 @@ def test_a_format_is_detected_and_read_as_messages(name):
     assert conversation.messages == messages
     assert conversation.tools is None
     assert conversation.place == "data.jsonl:7"
+    assert conversation.format == kind
 
 
 def test_sharegpt_calls_of_functions_become_tool_calls():
@@ -160,6 +175,19 @@ def test_messages_keep_their_tools_and_tool_calls():
     conversation = read({"messages": [user("q"), called], "tools": TOOLS})
     assert conversation.messages[1] == called
     assert conversation.tools == TOOLS
+
+
+def test_arguments_of_calls_given_as_json_text_become_objects_and_the_row_stays_as_it_was():
+    def called(arguments):
+        function = {"name": "add", "arguments": arguments}
+        return {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+
+    values = {"messages": [user("q"), called('{"a": [1, "b"]}'), called(""), called({"a": 1})]}
+    before = json.dumps(values)
+    assert read(values).messages == [
+        *[user("q"), called({"a": [1, "b"]}), called({}), called({"a": 1})]
+    ]
+    assert json.dumps(values) == before
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "  ", "[]"])
@@ -226,6 +254,55 @@ WRONG = {
         {"messages": [assistant("a")], "tools": "[add"},
         "tools is not JSON",
     ),
+    "tools that are no list": (
+        {"messages": [assistant("a")], "tools": {"name": "add"}},
+        "tools is no list of functions",
+    ),
+    "tools that are names": (
+        {"messages": [assistant("a")], "tools": ["add"]},
+        "tools is no list of functions",
+    ),
+    "tool calls without a name": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
+        "message 0 has tool_calls without name",
+    ),
+    "tool calls that are text": (
+        {"messages": [{"role": "assistant", "tool_calls": "add(1)"}]},
+        "message 0 has tool_calls without name",
+    ),
+    "arguments that are no JSON": (
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"name": "add", "arguments": "a=1"}]},
+            ]
+        },
+        "message 0 has tool_calls without name and JSON arguments",
+    ),
+    "a preference pair": (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        "is a preference pair .*expected a conversation",
+    ),
+    "a preference pair behind a conversation": (
+        {
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            "chosen": {"from": "gpt", "value": "b"},
+            "rejected": {"from": "gpt", "value": "c"},
+        },
+        "is a preference pair .*expected a conversation",
+    ),
+    "a bad answer": (
+        {"prompt": "q", "completion": "a", "label": False},
+        "labels its answer true or false",
+    ),
+    "a judged conversation": (
+        {"messages": [user("q"), assistant("a")], "kto_tag": True},
+        "labels its answer true or false",
+    ),
+    "a question whose choices are apart": (
+        {"question": "q", "choices": ["a", "b"], "answer": "a"},
+        r"no known format \(keys: answer, choices, question\)",
+    ),
+    "an answer by number": ({"question": "q", "answer": 2}, "answer is a int, expected text"),
 }
 
 
@@ -239,7 +316,7 @@ def test_a_wrong_row_is_refused_with_its_place(name):
 def test_an_unknown_format_lists_the_known_ones():
     with pytest.raises(DataError) as caught:
         read({"text": "x"})
-    for name in ("messages", "alpaca", "sharegpt", "prompt-completion"):
+    for name in ("messages", "alpaca", "sharegpt", "prompt-completion", "question-answer"):
         assert name in str(caught.value)
 
 
@@ -369,5 +446,244 @@ def test_a_row_the_template_refuses_is_named(tiny_tokenizer):
 def test_an_account_is_plain_numbers(tiny_tokenizer):
     _, account = prepare_conversations([talk("q", "a")], tiny_tokenizer, max_seq_len=40)
     values = account.as_dict()
+    assert values.pop("formats") == {"messages": 1}
     assert all(type(value) is int for value in values.values())
     assert values["tokens"] == values["trained_tokens"] + values["prompt_tokens"]
+    assert json.loads(json.dumps(account.as_dict())) == account.as_dict()
+
+
+def test_an_account_names_the_formats(tiny_tokenizer):
+    rows = [{"prompt": "q", "completion": "a"}] * 2 + [{"question": "q", "answer": "a"}]
+    chats = list(conversations(Row(row, "x") for row in rows))
+    _, mixed = prepare_conversations(chats, tiny_tokenizer, max_seq_len=40)
+    assert mixed.formats == {"prompt-completion": 2, "question-answer": 1}
+    assert mixed.summary().endswith(" · format prompt-completion 2, question-answer 1")
+    _, plain = prepare_conversations(chats[:2], tiny_tokenizer, max_seq_len=40)
+    assert plain.summary().endswith(" · format prompt-completion")
+
+
+def test_rows_prepared_in_batches_are_those_prepared_at_once(tiny_tokenizer):
+    talks = [talk(*["hello", "good morning " * (n % 5)] * (1 + n % 3)) for n in range(13)]
+    options = {"max_seq_len": 60, "overlong": "drop"}
+    whole, account = prepare_conversations(talks, tiny_tokenizer, **options)
+    parts = [prepare_conversations(talks[i : i + 5], tiny_tokenizer, **options) for i in (0, 5, 10)]
+    assert [sample for samples, _ in parts for sample in samples] == whole
+    for name in ("rows", "samples", "tokens", "trained_tokens", "dropped_overlong"):
+        assert sum(getattr(part, name) for _, part in parts) == getattr(account, name)
+    assert 0 < account.dropped_overlong < len(talks)
+
+
+HERMES = """{%- if tools %}
+    {{- '<|im_start|>system\\nTools:' }}
+    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}
+        {{- message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message.content + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+ROWS = {
+    "alpaca": {"instruction": "What is 2 + 2?", "input": "你好", "output": "4\n世界"},
+    "sharegpt with tools": {
+        "tools": json.dumps(TOOLS),
+        "conversations": [
+            {"from": "human", "value": "1 + 1?"},
+            {
+                "from": "function_call",
+                "value": json.dumps({"name": "add", "arguments": {"a": 1, "b": "世"}}),
+            },
+            {"from": "observation", "value": '{"sum": 2}'},
+            {"from": "gpt", "value": "Two."},
+        ],
+    },
+    "chat of many turns": {
+        "messages": [
+            *[system("Be terse."), user("a"), assistant("b"), user(" c "), assistant("")],
+            *[user("<|im_end|>"), assistant("d\n"), user("e")],
+        ]
+    },
+}
+
+
+def templated(tokenizer, source):
+    return Tokenizer(tokenizer.backend, tokenizer.special, chat_template=source)
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["with marks", "without"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_is_labelled_as_transformers_masks_its_messages(
+    tiny_tokenizer, tmp_path, name, marked
+):
+    from transformers import AutoTokenizer
+
+    source = HERMES if marked else re.sub(r"\{%- (end)?generation %\}", "", HERMES)
+    tokenizer = templated(tiny_tokenizer, source)
+    tokenizer.save(tmp_path)
+    conversation = read(ROWS[name])
+    (sample,), account = prepare_conversations([conversation], tokenizer, max_seq_len=1000)
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        conversation.messages,
+        tools=conversation.tools,
+        chat_template=HERMES,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids, mask = theirs["input_ids"], theirs["assistant_masks"]
+    assert list(sample.token_ids) == ids[:-1]
+    assert list(sample.labels) == [
+        i if m else IGNORE_INDEX for i, m in zip(ids[1:], mask[1:], strict=True)
+    ]
+    assert sample.num_trained == sum(mask) > 1
+    assert account.unwritten_tools == 0
+
+
+def test_rows_with_tools_the_template_does_not_write_are_counted(tiny_tokenizer):
+    rows = [read(ROWS["sharegpt with tools"]), read(ROWS["alpaca"])]
+    for split in (False, True):
+        _, account = prepare_conversations(
+            rows, tiny_tokenizer, max_seq_len=1000, split_turns=split
+        )
+        assert account.unwritten_tools == 1
+        assert "1 with tools the chat template does not write" in account.summary()
+
+
+def session_weights(samples, answers):
+    """What part of the loss each answer has when it is the mean over samples of their means over tokens."""
+    weights = dict.fromkeys(answers, Fraction(0))
+    for sample in samples:
+        trained = [label for label in sample.labels if label != IGNORE_INDEX]
+        ends = trained[1]  # each answer is one token and the end of its turn
+        for token in trained:
+            if token != ends:
+                weights[token] += Fraction(2, len(trained)) / len(samples)
+    return list(weights.values())
+
+
+def test_weights_of_answers_in_a_session_and_split(tiny_tokenizer):
+    """Two sessions, one of one turn and one of three; A is the answer to a first question, B to a second, C to a third.
+
+    A mean of means weighs A, B, C 2/3, 1/6, 1/6 in whole sessions. Cut behind each turn with every answer trained,
+    early answers come again with each later turn: 17/24, 5/24, 1/12. With the last alone trained each counts once.
+    """
+    answers = [tiny_tokenizer.encode(letter)[0] for letter in "ABC"]
+    sessions = [talk("x", "A"), talk("x", "A", "y", "B", "z", "C")]
+    cut = [part for session in sessions for part in answers_of(session)]
+
+    def prepare(talks, **options):
+        return prepare_conversations(talks, tiny_tokenizer, max_seq_len=1000, **options)[0]
+
+    assert session_weights(prepare(sessions), answers) == [
+        *[Fraction(2, 3), Fraction(1, 6), Fraction(1, 6)]
+    ]
+    assert session_weights(prepare(cut), answers) == [
+        *[Fraction(17, 24), Fraction(5, 24), Fraction(1, 12)]
+    ]
+    split = prepare(sessions, split_turns=True)
+    assert session_weights(split, answers) == [Fraction(1, 2), Fraction(1, 4), Fraction(1, 4)]
+    # the loop's mean over tokens: whole or split, the same
+    assert session_weights([merged(prepare(sessions))], answers) == session_weights(split, answers)
+
+
+def merged(samples):
+    """One sample with all the labels, whose mean is the mean over the tokens of all."""
+    return Sample(
+        tuple(t for s in samples for t in s.token_ids), tuple(t for s in samples for t in s.labels)
+    )
+
+
+def predictions(samples):
+    """What is trained: each label with all the ids before it."""
+    return Counter(
+        (sample.token_ids[: at + 1], label)
+        for sample in samples
+        for at, label in enumerate(sample.labels)
+        if label != IGNORE_INDEX
+    )
+
+
+def test_split_turns_train_the_same_tokens_behind_the_same_context(tiny_tokenizer):
+    talks = [
+        talk("hello", "world"),
+        talk("a", "b", "c", "d", "e", "f"),
+        Conversation([system("s"), assistant("x"), user("u"), assistant("v")], None, "x"),
+        Conversation([user("u"), assistant("one"), assistant("two"), user("v")], None, "x"),
+    ]
+    whole, _ = prepare_conversations(talks, tiny_tokenizer, max_seq_len=1000)
+    split, account = prepare_conversations(
+        talks, tiny_tokenizer, max_seq_len=1000, split_turns=True
+    )
+    assert predictions(split) == predictions(whole)
+    assert (account.rows, account.turns, account.samples) == (4, 8, 8)
+    assert "8 of 8 turns of 4 rows" in account.summary()
+
+
+QWEN3 = """{%- set ns = namespace(last=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == 'assistant' and loop.index0 < ns.last %}
+        {%- set content = content.split('</think>')[-1] %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+def test_split_turns_keep_reasoning_that_later_turns_would_drop(tiny_tokenizer):
+    tokenizer = templated(tiny_tokenizer, QWEN3)
+    session = talk("u", "<think>hm</think>one", "v", "<think>so</think>two")
+
+    def texts(split):
+        samples, _ = prepare_conversations(
+            [session], tokenizer, max_seq_len=1000, split_turns=split
+        )
+        trained = [[label for label in s.labels if label != IGNORE_INDEX] for s in samples]
+        return [tokenizer.decode(ids, skip_special=False) for ids in trained]
+
+    assert texts(False) == ["one<|im_end|><think>so</think>two<|im_end|>"]
+    assert texts(True) == ["<think>hm</think>one<|im_end|>", "<think>so</think>two<|im_end|>"]
+
+
+def test_split_turns_of_a_template_without_headers_are_apart(tiny_tokenizer):
+    """Consecutive answers stand side by side, with nothing untrained between them."""
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.content if m.role == 'user' "
+        "else m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    tokenizer = templated(tiny_tokenizer, source)
+    session = Conversation([user("u"), assistant("one"), assistant("two")], None, "x")
+    samples, _ = prepare_conversations([session], tokenizer, max_seq_len=99, split_turns=True)
+    trained = [[label for label in s.labels if label != IGNORE_INDEX] for s in samples]
+    assert [tokenizer.decode(ids, skip_special=False) for ids in trained] == [
+        *["one<|im_end|>", "two<|im_end|>"]
+    ]
+
+
+def test_split_turns_that_are_overlong_are_counted_one_by_one(tiny_tokenizer):
+    talks = [talk("hello", "world", "again", "world " * 50)]
+    samples, account = prepare_conversations(
+        talks, tiny_tokenizer, max_seq_len=60, overlong="drop", split_turns=True
+    )
+    assert len(samples) == 1
+    assert (account.rows, account.turns, account.dropped_overlong) == (1, 2, 1)
+
+
+def test_splitting_what_is_trained_whole_is_refused(tiny_tokenizer):
+    with pytest.raises(ConfigError, match=r"split_turns .*train_on"):
+        prepare_conversations(
+            [talk("q", "a")], tiny_tokenizer, max_seq_len=40, train_on="all", split_turns=True
+        )

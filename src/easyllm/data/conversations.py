@@ -4,21 +4,23 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from easyllm.core.errors import DataError
 from easyllm.data.rows import Row, read_rows
 
 Message = dict[str, Any]
+RowKind = Literal["conversation", "preference", "labelled"]
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages (`role`, `content`, perhaps `tool_calls`), the tools offered, and the row's place."""
+    """Messages (`role`, `content`, perhaps `tool_calls`), the tools offered, the row's place and its format."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     place: str
+    format: str = "messages"
 
 
 SHAREGPT_ROLES = {
@@ -32,15 +34,31 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "function_response": "tool",
 }
+LABEL_KEYS = ("label", "kto_tag")
+"""Keys whose true or false says whether an answer is good (TRL's name and LLaMA-Factory's)."""
+BESIDE_A_QUESTION = frozenset(["choices", "options", "context", "passage"])
+"""Keys that belong to the question: without them a question and its answer would be learnt blind."""
 KNOWN_FORMS = """
   messages           {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
   alpaca             {"instruction": "...", "input": "...", "output": "..."}
   sharegpt           {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
-  prompt-completion  {"prompt": "...", "completion": "..."}"""
+  prompt-completion  {"prompt": "...", "completion": "..."}
+  question-answer    {"question": "...", "answer": "..."}"""
+
+
+def row_kind(values: dict[str, Any]) -> RowKind:
+    """What a row teaches: a conversation, which of two answers is better, or whether one answer is good."""
+    if "chosen" in values and "rejected" in values:
+        return "preference"
+    if any(isinstance(values.get(key), bool) for key in LABEL_KEYS):
+        return "labelled"
+    return "conversation"
 
 
 def detect_format(values: dict[str, Any]) -> str | None:
-    """The name of the format a row is in, or None."""
+    """The name of the format a conversation is in, or None."""
+    if row_kind(values) == "preference":
+        return None
     if isinstance(values.get("messages"), list):
         return "messages"
     if isinstance(values.get("conversations"), list):
@@ -49,6 +67,8 @@ def detect_format(values: dict[str, Any]) -> str | None:
         return "alpaca"
     if "prompt" in values and "completion" in values:
         return "prompt-completion"
+    if "question" in values and "answer" in values and not BESIDE_A_QUESTION & values.keys():
+        return "question-answer"
     return None
 
 
@@ -56,7 +76,7 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
     """The conversations in a data file.
 
     Raises:
-        DataError: a row is in no known format, or broken; its place is named.
+        DataError: a row is in no known format, broken, or no conversation; its place is named.
     """
     yield from conversations(read_rows(path))
 
@@ -64,87 +84,156 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
 def conversations(rows: Iterable[Row]) -> Iterator[Conversation]:
     """Rows as conversations; each row's format is detected by its keys."""
     for row in rows:
-        kind = detect_format(row.values)
-        if kind is None:
+        kind = row_kind(row.values)
+        if kind == "preference":
             raise DataError(
-                f"{row.place} is in no known format (keys: {', '.join(sorted(row.values)) or 'none'}); "
-                f"expected one of:{KNOWN_FORMS}"
+                f"{row.place} is a preference pair (chosen and rejected), expected a conversation; "
+                "train on it with a preference objective, or keep the chosen answer alone"
             )
-        yield _READERS[kind](row)
+        if kind == "labelled":
+            raise DataError(
+                f"{row.place} labels its answer true or false, so it may be a bad one; "
+                "train on it with the KTO objective, or keep the good answers and remove the label"
+            )
+        yield read_conversation(row)
 
 
-def _messages(row: Row) -> Conversation:
-    return _checked(_valid(row.values["messages"], row), row.values.get("tools"), row)
+def read_conversation(row: Row) -> Conversation:
+    """One row as a conversation, whatever else the row says of it.
+
+    Raises:
+        DataError: the row is in no known format, or broken.
+    """
+    kind = detect_format(row.values)
+    if kind is None:
+        raise unknown_format(row, KNOWN_FORMS)
+    messages = _READERS[kind](row)
+    if not any(m.get("role") == "assistant" for m in messages):
+        raise DataError(
+            f"{row.place} has no assistant turn, so there is nothing to learn; add one or remove the row"
+        )
+    return Conversation(messages, read_tools(row), row.place, kind)
 
 
-def _valid(messages: list[Any], row: Row) -> list[Message]:
-    """The messages, if each has a role and text or tool calls."""
-    for number, message in enumerate(messages):
+def unknown_format(row: Row, forms: str) -> DataError:
+    """The error for a row that is in none of `forms`."""
+    keys = ", ".join(sorted(row.values)) or "none"
+    return DataError(f"{row.place} is in no known format (keys: {keys}); expected one of:{forms}")
+
+
+def read_messages(values: list[Any], row: Row) -> list[Message]:
+    """The messages, if each has a role and text or tool calls.
+
+    Arguments of calls that are JSON text, as OpenAI's API has them, become objects, as templates expect them.
+    """
+    messages: list[Message] = []
+    for number, message in enumerate(values):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{row.place}: message {number} has no role; give role and content")
-        content = message.get("content")
-        if not isinstance(content, str) and not message.get("tool_calls"):
+        calls = message.get("tool_calls")
+        if not isinstance(message.get("content"), str) and not calls:
             raise DataError(
                 f"{row.place}: message {number} has no text content; give content as a string"
             )
+        if calls:
+            message = message | {"tool_calls": _read_calls(calls, row, f"message {number}")}
+        messages.append(message)
     return messages
 
 
-def _sharegpt(row: Row) -> Conversation:
-    messages: list[Message] = []
-    if isinstance(row.values.get("system"), str) and row.values["system"]:
-        messages.append({"role": "system", "content": row.values["system"]})
-    for number, turn in enumerate(row.values["conversations"]):
-        speaker = turn.get("from") if isinstance(turn, dict) else None
-        value = turn.get("value") if isinstance(turn, dict) else None
-        if not isinstance(value, str):
-            raise DataError(f"{row.place}: turn {number} has no text value; give from and value")
-        if speaker == "function_call":
-            messages.append(_tool_call(value, row, number))
-        elif speaker in SHAREGPT_ROLES:
-            messages.append({"role": SHAREGPT_ROLES[speaker], "content": value})
-        else:
-            raise DataError(
-                f"{row.place}: turn {number} is from {speaker!r}; expected one of "
-                f"{', '.join([*SHAREGPT_ROLES, 'function_call'])}"
-            )
-    return _checked(messages, row.values.get("tools"), row)
-
-
-def _tool_call(value: str, row: Row, number: int) -> Message:
-    try:
-        call = json.loads(value)
-        calls = call if isinstance(call, list) else [call]
-        functions = [{"name": c["name"], "arguments": c.get("arguments", {})} for c in calls]
-    except (ValueError, KeyError, TypeError, AttributeError):
+def read_turn(turn: Any, row: Row, name: str) -> Message:
+    """A ShareGPT turn, `{"from": ..., "value": ...}`; `name` is what errors call it."""
+    speaker = turn.get("from") if isinstance(turn, dict) else None
+    value = turn.get("value") if isinstance(turn, dict) else None
+    if not isinstance(value, str):
+        raise DataError(f"{row.place}: {name} has no text value; give from and value")
+    if speaker == "function_call":
+        return _tool_call(value, row, name)
+    if speaker not in SHAREGPT_ROLES:
         raise DataError(
-            f"{row.place}: turn {number} is a function_call without name and arguments as JSON"
-        ) from None
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": f} for f in functions],
-    }
+            f"{row.place}: {name} is from {speaker!r}; expected one of "
+            f"{', '.join([*SHAREGPT_ROLES, 'function_call'])}"
+        )
+    return {"role": SHAREGPT_ROLES[speaker], "content": value}
 
 
-def _alpaca(row: Row) -> Conversation:
-    values = row.values
-    messages: list[Message] = []
-    if isinstance(values.get("system"), str) and values["system"]:
-        messages.append({"role": "system", "content": values["system"]})
+def read_sharegpt(row: Row) -> list[Message]:
+    """The system prompt and the turns of a ShareGPT row."""
+    turns = enumerate(row.values["conversations"])
+    return [*read_system(row), *(read_turn(turn, row, f"turn {number}") for number, turn in turns)]
+
+
+def read_alpaca_prompt(row: Row) -> list[Message]:
+    """An Alpaca row up to where the answer begins: system prompt, history, instruction and input."""
+    messages = read_system(row)
     for question, answer in _history(row):
         messages += [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-    text = _text(row, "instruction")
-    if values.get("input"):
-        text += "\n" + _text(row, "input")
-    messages += [
-        {"role": "user", "content": text},
-        {"role": "assistant", "content": _text(row, "output")},
+    text = read_text(row, "instruction")
+    if row.values.get("input"):
+        text += "\n" + read_text(row, "input")
+    return [*messages, {"role": "user", "content": text}]
+
+
+def read_system(row: Row) -> list[Message]:
+    """The row's `system` as a message, if there is one."""
+    system = row.values.get("system")
+    return [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+
+
+def read_text(row: Row, key: str) -> str:
+    """The text under `key`."""
+    value = row.values[key]
+    if not isinstance(value, str):
+        raise DataError(f"{row.place}: {key} is a {type(value).__name__}, expected text")
+    return value
+
+
+def read_tools(row: Row) -> list[dict[str, Any]] | None:
+    """The tools a row offers, given as a list or as JSON text; None for none."""
+    tools = row.values.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            raise DataError(f"{row.place}: tools is not JSON; give a list of functions") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(
+        isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools
+    ):
+        raise DataError(f"{row.place}: tools is no list of functions; give each as an object")
+    return tools
+
+
+def _messages(row: Row) -> list[Message]:
+    return read_messages(row.values["messages"], row)
+
+
+def _alpaca(row: Row) -> list[Message]:
+    prompt = read_alpaca_prompt(row)
+    return [*prompt, {"role": "assistant", "content": read_text(row, "output")}]
+
+
+def _prompt_completion(row: Row) -> list[Message]:
+    prompt, completion = row.values["prompt"], row.values["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return read_messages([*prompt, *completion], row)
+    return _exchange(row, "prompt", "completion")
+
+
+def _question_answer(row: Row) -> list[Message]:
+    return _exchange(row, "question", "answer")
+
+
+def _exchange(row: Row, question: str, answer: str) -> list[Message]:
+    return [
+        *read_system(row),
+        {"role": "user", "content": read_text(row, question)},
+        {"role": "assistant", "content": read_text(row, answer)},
     ]
-    return _checked(messages, None, row)
 
 
 def _history(row: Row) -> list[list[str]]:
@@ -156,40 +245,45 @@ def _history(row: Row) -> list[list[str]]:
     return pairs
 
 
-def _prompt_completion(row: Row) -> Conversation:
-    prompt, completion = row.values["prompt"], row.values["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _checked(_valid([*prompt, *completion], row), row.values.get("tools"), row)
-    messages = [
-        {"role": "user", "content": _text(row, "prompt")},
-        {"role": "assistant", "content": _text(row, "completion")},
-    ]
-    return _checked(messages, None, row)
-
-
-def _text(row: Row, key: str) -> str:
-    value = row.values[key]
-    if not isinstance(value, str):
-        raise DataError(f"{row.place}: {key} is a {type(value).__name__}, expected text")
-    return value
-
-
-def _checked(messages: list[Message], tools: Any, row: Row) -> Conversation:
-    if not any(m.get("role") == "assistant" for m in messages):
+def _read_calls(calls: Any, row: Row, name: str) -> list[dict[str, Any]]:
+    """OpenAI's tool calls, `{"function": {"name": ..., "arguments": ...}}`, with their arguments as objects."""
+    try:
+        read = []
+        for call in calls:
+            function = call.get("function", call)
+            if not isinstance(function["name"], str):
+                raise TypeError
+            if isinstance(arguments := function.get("arguments"), str):
+                function = function | {"arguments": json.loads(arguments or "{}")}
+            read.append(call | {"function": function} if "function" in call else function)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(
-            f"{row.place} has no assistant turn, so there is nothing to learn; add one or remove the row"
-        )
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            raise DataError(f"{row.place}: tools is not JSON; give a list of functions") from None
-    return Conversation(messages, tools or None, row.place)
+            f"{row.place}: {name} has tool_calls without name and JSON arguments; "
+            'give a list like [{"function": {"name": "add", "arguments": {"a": 1}}}]'
+        ) from None
+    return read
 
 
-_READERS: dict[str, Callable[[Row], Conversation]] = {
+def _tool_call(value: str, row: Row, name: str) -> Message:
+    try:
+        call = json.loads(value)
+        calls = call if isinstance(call, list) else [call]
+        functions = [{"name": c["name"], "arguments": c.get("arguments", {})} for c in calls]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(
+            f"{row.place}: {name} is a function_call without name and arguments as JSON"
+        ) from None
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": f} for f in functions],
+    }
+
+
+_READERS: dict[str, Callable[[Row], list[Message]]] = {
     "messages": _messages,
-    "sharegpt": _sharegpt,
+    "sharegpt": read_sharegpt,
     "alpaca": _alpaca,
     "prompt-completion": _prompt_completion,
+    "question-answer": _question_answer,
 }

@@ -1,28 +1,51 @@
-"""Conversations to samples: template, loss mask, length limit, and an account of what happened."""
+"""Conversations to samples: template, loss mask, length limit, and an account of what happened.
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Literal
+A conversation of several turns is one sample by default: every answer is trained once, and what was said before is
+computed once. Split, each answer is a sample of its own behind its history. The answers trained are the same, and since
+the loss of a step is a mean over its tokens, so are their weights. (Training the answers in the history as well would
+count the early ones again with every later turn.) Splitting is for templates that write a turn otherwise once
+others follow it, as those do that drop old reasoning, and costs the history again for each turn.
+"""
 
-from easyllm.core.errors import DataError
-from easyllm.data.conversations import Conversation
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from easyllm.core.errors import ConfigError, DataError
+from easyllm.core.progress import track
+from easyllm.data.conversations import Conversation, Message
 from easyllm.data.packing import Sample
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 Overlong = Literal["cut", "drop"]
+TrainOn = Literal["assistant", "all"]
 
 
 @dataclass(slots=True)
 class Account:
-    """What became of the rows, reported before the first step."""
+    """What became of the rows, reported before the first step.
+
+    Attributes:
+        turns: answers the rows were split into; 0 when they were not.
+        tokens: inputs of the samples; of these `trained_tokens` predict a trained one.
+        cut: samples cut at the length limit, and kept.
+        dropped_equal: preference pairs whose answers are the same.
+        unwritten_tools: rows with a tool or tool call whose name the chat template does not write.
+        formats: rows of each format.
+    """
 
     rows: int = 0
+    turns: int = 0
     samples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     cut: int = 0
     dropped_overlong: int = 0
     dropped_untrained: int = 0
+    dropped_equal: int = 0
+    unwritten_tools: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
 
     @property
     def prompt_tokens(self) -> int:
@@ -30,20 +53,58 @@ class Account:
 
     def summary(self) -> str:
         """One line for people."""
+        counted = f"{self.turns} turns of {self.rows} rows" if self.turns else f"{self.rows} rows"
         parts = [
-            f"{self.samples} of {self.rows} rows",
+            f"{self.samples} of {counted}",
             f"{self.trained_tokens} trained + {self.prompt_tokens} prompt tokens",
         ]
-        if self.cut:
-            parts.append(f"{self.cut} cut at the length limit")
-        if self.dropped_overlong:
-            parts.append(f"{self.dropped_overlong} over the length limit dropped")
-        if self.dropped_untrained:
-            parts.append(f"{self.dropped_untrained} without a trained token dropped")
-        return ", ".join(parts)
+        notes = {
+            "cut at the length limit": self.cut,
+            "over the length limit dropped": self.dropped_overlong,
+            "without a trained token dropped": self.dropped_untrained,
+            "with equal answers dropped": self.dropped_equal,
+            "with tools the chat template does not write": self.unwritten_tools,
+        }
+        parts += [f"{count} {note}" for note, count in notes.items() if count]
+        return ", ".join(parts) + (f" · format {self.format_text()}" if self.formats else "")
 
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self) | {"prompt_tokens": self.prompt_tokens}
+    def format_text(self) -> str:
+        """`alpaca`, or `alpaca 900, sharegpt 100`."""
+        if len(self.formats) == 1:
+            return next(iter(self.formats))
+        return ", ".join(f"{name} {count}" for name, count in self.formats.most_common())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {
+            "prompt_tokens": self.prompt_tokens,
+            "formats": dict(self.formats),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A sequence under the chat template: its ids, and for each whether it is trained.
+
+    `writes_tools` is False where the template did not write a tool or tool call it was given.
+    """
+
+    place: str
+    token_ids: Sequence[int]
+    mask: Sequence[bool]
+    writes_tools: bool = True
+
+    def sample(self) -> Sample:
+        """As training takes it."""
+        return Sample.from_mask(self.token_ids, self.mask)
+
+    def cut(self, length: int) -> "Encoded":
+        """The first `length` ids."""
+        return replace(self, token_ids=self.token_ids[:length], mask=self.mask[:length])
+
+    def behind(self, length: int) -> "Encoded":
+        """What follows the first `length` ids."""
+        return replace(self, token_ids=self.token_ids[length:], mask=self.mask[length:])
 
 
 def prepare_conversations(
@@ -52,7 +113,8 @@ def prepare_conversations(
     *,
     max_seq_len: int,
     overlong: Overlong = "cut",
-    train_on: Literal["assistant", "all"] = "assistant",
+    train_on: TrainOn = "assistant",
+    split_turns: bool = False,
 ) -> tuple[list[Sample], Account]:
     """Samples of conversations under the tokenizer's chat template.
 
@@ -60,36 +122,142 @@ def prepare_conversations(
         max_seq_len: most ids a sample may have, the last one (never an input) included.
         overlong: what happens to a longer one: `cut` at the end, or `drop`.
         train_on: the assistant's words with the end of their turns, or every token.
+        split_turns: each answer becomes a sample of its own, its history an untrained prompt.
 
     Raises:
+        ConfigError: `split_turns` with `train_on="all"`.
         DataError: the template refuses a row (its place is named), or nothing is left to train.
     """
-    samples, account = [], Account()
+    account = Account()
+    encoded = encode_conversations(
+        track(conversations, "preparing", unit="row"),
+        tokenizer,
+        account,
+        max_seq_len=max_seq_len,
+        overlong=overlong,
+        train_on=train_on,
+        split_turns=split_turns,
+    )
+    samples = [item.sample() for item in encoded]
+    check_samples(account, max_seq_len)
+    return samples, account
+
+
+def encode_conversations(
+    conversations: Iterable[Conversation],
+    tokenizer: Tokenizer,
+    account: Account,
+    *,
+    max_seq_len: int,
+    overlong: Overlong = "cut",
+    train_on: TrainOn = "assistant",
+    split_turns: bool = False,
+) -> Iterator[Encoded]:
+    """What `prepare_conversations` makes samples of, one after the other, counted in `account`."""
+    if split_turns and train_on == "all":
+        raise ConfigError(
+            'split_turns trains each answer once, which train_on="all" contradicts; choose one of them'
+        )
     for conversation in conversations:
         account.rows += 1
-        try:
-            encoded = tokenizer.encode_chat(
-                conversation.messages, tools=conversation.tools, with_mask=train_on == "assistant"
+        account.formats[conversation.format] += 1
+        writes_tools = True
+        for part in answers_of(conversation) if split_turns else (conversation,):
+            account.turns += split_turns
+            encoded = encode_messages(
+                part.messages,
+                part.tools,
+                part.place,
+                tokenizer,
+                num_prompt=len(part.messages) - 1 if split_turns else 0,
+                train_on=train_on,
             )
-        except DataError as error:
-            raise DataError(f"{conversation.place}: {error}") from None
-        ids, mask = encoded.token_ids, encoded.mask
-        if len(ids) > max_seq_len:
-            if overlong == "drop":
-                account.dropped_overlong += 1
-                continue
-            account.cut += 1
-            ids, mask = ids[:max_seq_len], None if mask is None else mask[:max_seq_len]
-        sample = Sample.from_mask(ids, mask)
-        if sample.num_trained == 0:
-            account.dropped_untrained += 1
-            continue
-        samples.append(sample)
-        account.samples += 1
-        account.tokens += len(sample.token_ids)
-        account.trained_tokens += sample.num_trained
-    if not samples:
+            writes_tools &= encoded.writes_tools
+            kept = fit((encoded,), account, max_seq_len=max_seq_len, overlong=overlong)
+            if kept is not None:
+                yield kept[0]
+        account.unwritten_tools += not writes_tools
+
+
+def answers_of(conversation: Conversation) -> Iterator[Conversation]:
+    """The conversation up to each of its assistant turns."""
+    for turn, message in enumerate(conversation.messages):
+        if message.get("role") == "assistant":
+            yield replace(conversation, messages=conversation.messages[: turn + 1])
+
+
+def encode_messages(
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    place: str,
+    tokenizer: Tokenizer,
+    *,
+    num_prompt: int = 0,
+    train_on: TrainOn = "assistant",
+) -> Encoded:
+    """Messages under the chat template.
+
+    Args:
+        place: of the row, for errors.
+        num_prompt: messages at the beginning that are not trained, whoever speaks in them.
+
+    Raises:
+        DataError: the template refuses the messages, or there is none.
+    """
+    history = messages[:num_prompt]
+    try:
+        encoded = tokenizer.encode_chat(messages, tools=tools, with_mask=train_on == "assistant")
+        ids, mask = encoded.token_ids, encoded.mask or [True] * len(encoded.token_ids)
+        if any(message.get("role") == "assistant" for message in history):
+            # the header of the next turn lies between the history and what is trained, so a token more or less,
+            # where the history alone ends otherwise, makes no difference
+            length = num_shared(ids, tokenizer.encode_chat(history, tools=tools).token_ids)
+            mask = [False] * length + mask[length:]
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+    mask[:1] = [False] * len(mask[:1])  # nothing predicts the first token
+    return Encoded(place, ids, mask, _writes_tools(messages, tools, encoded.text))
+
+
+def fit(
+    sequences: tuple[Encoded, ...], account: Account, *, max_seq_len: int, overlong: Overlong
+) -> tuple[Encoded, ...] | None:
+    """The sequences of one sample (two where answers are compared) within the limit, counted; None when dropped."""
+    if max(len(encoded.token_ids) for encoded in sequences) > max_seq_len:
+        if overlong == "drop":
+            account.dropped_overlong += 1
+            return None
+        account.cut += 1
+        sequences = tuple(encoded.cut(max_seq_len) for encoded in sequences)
+    trained = [sum(encoded.mask) for encoded in sequences]
+    if 0 in trained:
+        account.dropped_untrained += 1
+        return None
+    if len(sequences) > 1 and all(e.token_ids == sequences[0].token_ids for e in sequences):
+        account.dropped_equal += 1
+        return None
+    account.samples += 1
+    account.tokens += sum(len(encoded.token_ids) - 1 for encoded in sequences)
+    account.trained_tokens += sum(trained)
+    return sequences
+
+
+def check_samples(account: Account, max_seq_len: int) -> None:
+    """Refuses to go on without a sample."""
+    if not account.samples:
         raise DataError(
             f"no row is left to train on ({account.summary()}); raise max_seq_len={max_seq_len} or check the data"
         )
-    return samples, account
+
+
+def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _writes_tools(messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> bool:
+    """Whether the text names every tool offered and every function called."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    names = [tool.get("function", tool).get("name") for tool in [*(tools or ()), *calls]]
+    return all(name in text for name in names if isinstance(name, str))

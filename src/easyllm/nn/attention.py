@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from easyllm.nn.config import AttentionConfig
 from easyllm.nn.linear import Linear
-from easyllm.nn.norm import RMSNorm
+from easyllm.nn.norm import build_norm
 from easyllm.nn.position import build_position
 from easyllm.ops.attention import AttentionContext, AttentionRule, attention
 
@@ -29,8 +29,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden_size, kv_heads * dim, bias=config.qkv_bias)
         self.v_proj = Linear(hidden_size, kv_heads * dim, bias=config.qkv_bias)
         self.o_proj = Linear(heads * dim, hidden_size, bias=config.out_bias)
-        self.q_norm = RMSNorm(config.qk_norm, dim) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.qk_norm, dim) if config.qk_norm else nn.Identity()
+        self.q_norm = build_norm(config.qk_norm, dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config.qk_norm, dim) if config.qk_norm else nn.Identity()
         self.position = build_position(
             config.position, num_heads=heads, head_dim=dim, causal=config.causal
         )

@@ -58,7 +58,9 @@ class NTKScaling(Config):
 
 
 class DynamicNTKScaling(Config):
-    """NTK scaling whose factor follows the length: factor · n / original - (factor - 1), once n exceeds the original."""
+    """NTK scaling whose factor follows the length n of each sequence: factor · n / original - (factor - 1), once n exceeds
+    the original. Keys in a cache keep the base they were turned with (as in HF), so beyond the original length decoding
+    through the cache is not the same as one forward."""
 
     kind: Literal["dynamic"] = "dynamic"
     factor: PositiveFloat
@@ -288,7 +290,8 @@ class MoEConfig(Config):
             softmax over the k best logits (Mixtral).
         normalise: whether chosen weights are divided by their sum (`softmax_topk` only; `topk_softmax` sums to 1).
         shared: an expert every token passes; `shared_gate` weighs it by a sigmoid of the token (Qwen2-MoE).
-        capacity_factor: an expert takes at most (T k / E) · factor tokens, the rest passes it by; None takes all.
+        capacity_factor: in training an expert takes at most (T k / E) · factor tokens, the rest passes it by; None takes
+            all. In inference none is dropped, so that a token does not depend on its company.
         load_balancing: coefficient of the Switch loss E Σ f_i P_i (Fedus et al. 2021, arXiv 2101.03961, eq. 4).
         z_loss: coefficient of mean(logsumexp(logits)²) (Zoph et al. 2022, arXiv 2202.08906, eq. 5).
     """

@@ -66,7 +66,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
-        logits = nn.functional.linear(x.float(), self.router.weight.float())  # [T, E]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = nn.functional.linear(x.to(wide), self.router.weight.to(wide))  # [T, E]
         weights, chosen = self.route(logits)
         dropped = self._overflow(chosen)
         if context.routing is not None:
@@ -94,10 +95,10 @@ class MoE(nn.Module):
         """[T, k] bool: choices beyond an expert's capacity; first choices come first, then earlier tokens
         (Lepikhin et al. 2020, arXiv 2006.16668, algorithm 1)."""
         factor = self.config.capacity_factor
-        if factor is None:
+        if factor is None or not self.training:
             return torch.zeros_like(chosen, dtype=torch.bool)
         num_tokens, k = chosen.shape
-        capacity = int(num_tokens * k / self.config.num_experts * factor)
+        capacity = max(1, int(num_tokens * k / self.config.num_experts * factor))
         by_rank = nn.functional.one_hot(chosen.T.flatten(), self.config.num_experts)
         place = (by_rank.cumsum(0) * by_rank).sum(-1)  # 1 for an expert's first token
         return (place > capacity).view(k, num_tokens).T

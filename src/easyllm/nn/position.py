@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from easyllm.core.errors import ConfigError
-from easyllm.nn.config import Alibi, Learned, NoPosition, ReRope, Rope, Shaw, Sinusoidal, T5Bias
+from easyllm.nn.config import (
+    Alibi,
+    DynamicNTKScaling,
+    Learned,
+    NoPosition,
+    ReRope,
+    Rope,
+    Shaw,
+    Sinusoidal,
+    T5Bias,
+)
 from easyllm.nn.rope_scaling import rope_frequencies
 from easyllm.ops.attention import AttentionContext, ScoreTerms
 from easyllm.ops.rotary import apply_rotary, rotate_pairs
@@ -32,19 +42,28 @@ class RotaryPosition(nn.Module):
 
     def rotate(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x: [T, heads, d]` turned by `context.positions`."""
-        cos, sin = context.once((self.config, self.width), lambda: self.tables(context.positions))
+        cos, sin = context.once((self.config, self.width), lambda: self.tables(context))
         if self.width == self.head_dim:
             return apply_rotary(x, cos, sin, interleaved=self.config.interleaved)
         turned, rest = x.split([self.width, self.head_dim - self.width], dim=-1)
         turned = apply_rotary(turned.contiguous(), cos, sin, interleaved=self.config.interleaved)
         return torch.cat([turned, rest], dim=-1)
 
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def tables(self, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """cos and sin of every angle: two [T, d/2] in fp32, attention scaling (YaRN) included."""
+        positions = context.positions
+        if isinstance(self.config.scaling, DynamicNTKScaling):
+            parts = [self._angles(part) for part in positions.split(context.lengths)]
+            angles, factor = torch.cat([part for part, _ in parts]), 1.0
+        else:
+            angles, factor = self._angles(positions)
+        return angles.cos() * factor, angles.sin() * factor
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, float]:
+        """[T, d/2] angles of positions whose largest gives the length, and the factor on cos and sin."""
         length = int(positions.max()) + 1 if positions.numel() else 1
         frequencies, factor = rope_frequencies(self.config, self.width, length)
-        angles = positions.float()[:, None] * frequencies.to(positions.device)
-        return angles.cos() * factor, angles.sin() * factor
+        return positions.float()[:, None] * frequencies.to(positions.device), factor
 
 
 class NoRotation(nn.Module):

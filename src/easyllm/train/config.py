@@ -19,6 +19,8 @@ class DataConfig(Config):
     max_seq_len: int = Field(default=1024, ge=2)
     overlong: Literal["cut", "drop"] = "cut"
     train_on: Literal["assistant", "all"] = "assistant"
+    split_turns: bool = False
+    """Whether every turn of the assistant becomes a sample of its own, with the turns before it as its prompt."""
 
 
 class AdamWConfig(Config):

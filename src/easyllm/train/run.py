@@ -66,7 +66,7 @@ def train(config: TrainConfig, output: Path) -> TrainResult:
     source = _with_mask(open_source(config.model), config)
     tokenizer = source.tokenizer()
     samples, account = _samples(config, config.data.train, tokenizer, source)
-    console().print(f"data: {account.summary()}")
+    console().print(f"data: {account.summary()}", soft_wrap=True)
     eval_samples = (
         _samples(config, config.data.eval, tokenizer, source)[0] if config.data.eval else []
     )
@@ -157,6 +157,7 @@ def _samples(
         max_seq_len=limit,
         overlong=config.data.overlong,
         train_on=config.data.train_on,
+        split_turns=config.data.split_turns,
     )
 
 

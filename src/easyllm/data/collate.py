@@ -1,0 +1,171 @@
+"""Padded batches and back: the rectangles other libraries exchange, and the packed layout ours runs on.
+
+    sequences   a b c        left     0 0 a b c     positions  0 0 0 1 2     right   a b c 0 0
+                d e f g h             d e f g h                0 1 2 3 4             d e f g h
+
+    positions = cumsum(mask) - 1, clamped at 0
+
+Left padding puts every sequence's last token in the last column, where a decoder's next token is read off. Behind right
+padding the last column holds padding, and its logits say nothing: `last_rows` finds the last real token on either side.
+A packed forward has no padding, so scoring a padded batch is unpacking it, one forward, and laying out the results.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from easyllm.core.errors import DataError
+from easyllm.nn.decoder import Decoder
+from easyllm.ops.attention import AttentionContext
+from easyllm.ops.cross_entropy import CHUNK_BYTES, softmax_error
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """A rectangle of sequences; B of them, the longest (or the given) length L.
+
+    Attributes:
+        token_ids: [B, L] int64.
+        mask: [B, L] int64, 1 for tokens and 0 for padding.
+        positions: [B, L] int64, counted from 0 in each sequence; in padding they mean nothing.
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
+def left_pad(
+    sequences: Sequence[Sequence[int]], pad_id: int, *, length: int | None = None
+) -> Padded:
+    """The sequences with padding in front: for generating, and for scoring what follows.
+
+    Args:
+        sequences: ids, or labels (padded with -100).
+        length: L; by default that of the longest sequence.
+
+    Raises:
+        DataError: there is no sequence, an empty one, or one longer than `length`.
+
+    Example:
+        >>> left_pad([[5, 6], [7, 8, 9]], pad_id=0).token_ids.tolist()
+        [[0, 5, 6], [7, 8, 9]]
+    """
+    return _pad(sequences, pad_id, length, "left")
+
+
+def right_pad(
+    sequences: Sequence[Sequence[int]], pad_id: int, *, length: int | None = None
+) -> Padded:
+    """The sequences with padding behind; arguments and errors as of `left_pad`."""
+    return _pad(sequences, pad_id, length, "right")
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """[B, L] positions of the tokens in their own sequences, whichever side is padded."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def unpad(values: Tensor, mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The rows end to end without their padding, and their lengths.
+
+    Args:
+        values: [B, L, ...], ids or anything else a token has.
+        mask: [B, L], bool or 0 and 1.
+
+    Returns:
+        [T, ...] and B lengths that sum to T.
+
+    Raises:
+        DataError: the shapes differ, or a row is padding only.
+    """
+    if mask.ndim != 2 or values.shape[:2] != mask.shape:
+        raise DataError(
+            f"a mask of shape {list(mask.shape)} does not fit values of shape {list(values.shape)}; "
+            "give [B, L] for values of [B, L, ...]"
+        )
+    lengths = tuple(mask.bool().sum(1).tolist())
+    if 0 in lengths:
+        raise DataError(f"row {lengths.index(0)} of the batch is padding only; leave it out")
+    return values[mask.bool()], lengths
+
+
+def repad(packed: Tensor, mask: Tensor, *, fill: float = 0) -> Tensor:
+    """[T, ...] values of packed tokens, back where `mask: [B, L]` has its tokens: [B, L, ...], `fill` elsewhere."""
+    out = packed.new_full((*mask.shape, *packed.shape[1:]), fill)
+    out[mask.bool()] = packed
+    return out
+
+
+def last_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """What each sequence's last token has, whichever side is padded: [B, L, ...] → [B, ...]."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = (columns * mask.bool()).amax(1)
+    return values[torch.arange(len(last), device=values.device), last.to(values.device)]
+
+
+@torch.no_grad()
+def score_padded(model: Decoder, token_ids: Tensor, mask: Tensor) -> Tensor:
+    """Log-probability of each token given those before it in its row, in nats, by one packed forward.
+
+    Args:
+        token_ids: [B, L]; mask: [B, L], tokens 1 and padding 0, on either side.
+
+    Returns:
+        [B, L] fp32 (fp64 for an fp64 model); 0 for each row's first token and for padding.
+
+    Raises:
+        DataError: the shapes differ, or a row is padding only.
+    """
+    hidden, ids, lengths = _forward(model, token_ids, mask)
+    starts = torch.tensor([0, *lengths], device=ids.device).cumsum(0)[:-1]
+    follows = torch.ones_like(ids, dtype=torch.bool)
+    follows[starts] = False
+    targets = follows.nonzero().squeeze(1)
+    rows = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))
+    losses = [
+        softmax_error(model.head(hidden[chunk - 1]), ids[chunk], with_grad=False)[0]
+        for chunk in targets.split(rows)
+    ]
+    scores = torch.zeros(len(ids), dtype=losses[0].dtype, device=ids.device)
+    scores[targets] = -torch.cat(losses)
+    return repad(scores, mask.to(scores.device))
+
+
+@torch.no_grad()
+def next_logits(model: Decoder, token_ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the token behind each row, [B, V] fp32; arguments and errors as of `score_padded`."""
+    hidden, _, lengths = _forward(model, token_ids, mask)
+    ends = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
+    return model.head(hidden[ends])
+
+
+def _forward(
+    model: Decoder, token_ids: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Hidden states [T, D] of the packed tokens, their ids [T], and the rows' lengths."""
+    ids, lengths = unpad(token_ids.to(model.device), mask.to(model.device))
+    return model(ids, AttentionContext.packed(lengths, device=model.device)), ids, lengths
+
+
+def _pad(sequences: Sequence[Sequence[int]], pad_id: int, length: int | None, side: Side) -> Padded:
+    if not sequences or not all(sequences):
+        raise DataError("a batch needs sequences of at least one token each; leave empty ones out")
+    longest = max(map(len, sequences))
+    if length is not None and longest > length:
+        raise DataError(
+            f"a sequence of {longest} tokens does not fit length={length}; cut it, or raise length"
+        )
+    width = length or longest
+    token_ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(token_ids)
+    for row, sequence in enumerate(sequences):
+        columns = slice(width - len(sequence), width) if side == "left" else slice(len(sequence))
+        token_ids[row, columns] = torch.tensor(sequence)
+        mask[row, columns] = 1
+    return Padded(token_ids, mask, positions_of(mask))

@@ -1,0 +1,357 @@
+"""Laws 2 and 3 for every part a decoder can be made of: packed = alone, prefill + decode = one full forward.
+
+The models are tiny, random and in fp64, so that what differs by more than rounding is a mistake of logic.
+"""
+
+from functools import cache
+from itertools import zip_longest
+
+import pytest
+import torch
+
+from easyllm.data.packing import Sample, pack
+from easyllm.engine.kv_cache import BatchCache, SequenceCache
+from easyllm.nn.config import (
+    Alibi,
+    AttentionConfig,
+    DynamicNTKScaling,
+    GLUConfig,
+    LayerConfig,
+    LayerNormConfig,
+    Learned,
+    LinearAttentionConfig,
+    LinearScaling,
+    Llama3Scaling,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    NoPosition,
+    NTKScaling,
+    ReRope,
+    RMSNormConfig,
+    Rope,
+    Shaw,
+    Sinusoidal,
+    T5Bias,
+    YarnScaling,
+)
+from easyllm.nn.decoder import Decoder
+from easyllm.ops.attention import AttentionContext
+
+VOCAB = 50
+LENGTHS = (21, 1, 34, 6)
+EXACT = {"atol": 1e-9, "rtol": 0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """These models are too small to share among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def attention(heads=4, kv_heads=2, **options):
+    return {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": 8} | options
+
+
+MIXERS = {
+    "mha": attention(kv_heads=4),
+    "gqa": attention(),
+    "mqa": attention(kv_heads=1),
+    "six heads": attention(heads=6, kv_heads=3),
+    "window": attention(window=5),
+    "window and sinks": attention(window=5, num_sinks=2),
+    "soft cap": attention(softcap=1.5),
+    "qk norm": attention(qk_norm=RMSNormConfig()),
+    "log-n": attention(logn_length=4),
+    "window, soft cap, biases": attention(window=7, softcap=2.0, qkv_bias=True, out_bias=True),
+}
+ROPES = {
+    "rope": Rope(),
+    "interleaved rope": Rope(interleaved=True),
+    "partial rope": Rope(rotary_dim=4),
+    "partial interleaved rope": Rope(rotary_dim=6, interleaved=True, theta=100.0),
+    "linear": Rope(scaling=LinearScaling(factor=4.0)),
+    "ntk": Rope(scaling=NTKScaling(factor=4.0)),
+    "dynamic ntk within": Rope(scaling=DynamicNTKScaling(factor=4.0, original_max_seq_len=64)),
+    "yarn": Rope(scaling=YarnScaling(factor=4.0, original_max_seq_len=16)),
+    "llama3": Rope(
+        scaling=Llama3Scaling(
+            factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16
+        )
+    ),
+}
+SCORE_POSITIONS = {
+    "alibi": Alibi(),
+    "t5 bias": T5Bias(num_buckets=8, max_distance=16),
+    "shaw": Shaw(max_distance=3),
+    "shaw, keys alone": Shaw(max_distance=3, values=False),
+    "none": NoPosition(),
+}
+REROPES = {"rerope": ReRope(window=6), "leaky rerope": ReRope(window=6, leak=3.0)}
+EMBEDDED = {"learned": Learned(), "sinusoidal": Sinusoidal()}
+LINEAR = {
+    **{f"linear {name}": {"features": name} for name in ("elu", "softmax", "cosine")},
+    "linear elu, rope": {"position": Rope()},
+    "linear elu, interleaved rope": {"position": Rope(interleaved=True)},
+    "linear elu, partial rope": {"position": Rope(rotary_dim=4)},
+    "linear, biases": {"qkv_bias": True, "out_bias": True},
+}
+GLU = GLUConfig(intermediate_size=24)
+MOE = {"num_experts": 4, "experts_per_token": 2, "expert": GLUConfig(intermediate_size=12)}
+FEED_FORWARDS = {
+    "swiglu": GLU,
+    "geglu, biases": GLUConfig(intermediate_size=24, activation="gelu", bias=True),
+    "mlp": MLPConfig(intermediate_size=24),
+    "relu mlp, no bias": MLPConfig(intermediate_size=24, activation="relu", bias=False),
+    "moe": MoEConfig(**MOE),
+    "moe of one expert a token": MoEConfig(**MOE | {"experts_per_token": 1}, normalise=False),
+    "moe, top-k before softmax": MoEConfig(**MOE, routing="topk_softmax"),
+    "moe, shared expert": MoEConfig(**MOE, shared=GLU),
+    "moe, gated shared expert": MoEConfig(**MOE, shared=GLU, shared_gate=True),
+}
+NORMS = {
+    "rms": RMSNormConfig(),
+    "offset rms": RMSNormConfig(unit_offset=True),
+    "layer norm": LayerNormConfig(),
+    "layer norm, no bias": LayerNormConfig(bias=False),
+}
+ATTENTION = AttentionConfig(**attention())
+
+
+def model_config(*mixers, feed_forward=GLU, norm_placement="pre", **options):
+    """Two layers of one mixer, or a layer for each."""
+    mixers = mixers * 2 if len(mixers) == 1 else mixers
+    layers = [
+        LayerConfig(mixer=mixer, feed_forward=feed_forward, norm_placement=norm_placement)
+        for mixer in mixers
+    ]
+    values = {"family": "llama", "vocab_size": VOCAB, "hidden_size": 16, "max_seq_len": 64}
+    return ModelConfig(**values | {"layers": tuple(layers)} | options)
+
+
+def softmax_variants(positions):
+    return {
+        f"{mixer}; {position}": model_config(AttentionConfig(**options, position=kind))
+        for mixer, options in MIXERS.items()
+        for position, kind in positions.items()
+    }
+
+
+def embedded_variants():
+    mixers = {
+        name: AttentionConfig(**options, position=NoPosition()) for name, options in MIXERS.items()
+    }
+    mixers["linear"] = LinearAttentionConfig(num_heads=2, head_dim=8)
+    return {
+        f"{name}; {position}": model_config(mixer, embedding_position=kind)
+        for name, mixer in mixers.items()
+        for position, kind in EMBEDDED.items()
+    }
+
+
+def linear_variants():
+    return {
+        name: model_config(LinearAttentionConfig(num_heads=2, head_dim=8, **options))
+        for name, options in LINEAR.items()
+    }
+
+
+def layer_variants():
+    """Feed-forwards, norms and their placement, and layers that differ."""
+    variants = {
+        name: model_config(ATTENTION, feed_forward=kind) for name, kind in FEED_FORWARDS.items()
+    }
+    for placement in ("pre", "post", "sandwich"):
+        for name, norm in NORMS.items():
+            variants[f"{placement}; {name}"] = model_config(
+                ATTENTION, norm=norm, norm_placement=placement, final_norm=placement != "post"
+            )
+    window = AttentionConfig(**attention(window=5), position=Rope(theta=100.0))
+    linear = LinearAttentionConfig(num_heads=2, head_dim=8, position=Rope())
+    alibi = AttentionConfig(**attention(), position=Alibi())
+    return variants | {
+        "window, then all with another base": model_config(window, ATTENTION),
+        "linear, then softmax": model_config(linear, ATTENTION),
+        "alibi, window, linear": model_config(alibi, window, linear),
+        "tied, scaled embedding, capped logits": model_config(
+            ATTENTION, tie_embeddings=True, embedding_scale=4.0, logit_softcap=5.0
+        ),
+    }
+
+
+def bidirectional_variants():
+    """Every token sees every other: packing is all there is to hold, a cache has no meaning."""
+    options = attention(causal=False)
+    variants = {
+        f"bidirectional; {name}": model_config(AttentionConfig(**options, position=kind))
+        for name, kind in (ROPES | SCORE_POSITIONS).items()
+    }
+    for name in ("window", "soft cap"):
+        mixer = AttentionConfig(**MIXERS[name], causal=False)
+        variants[f"bidirectional {name}"] = model_config(mixer)
+    for name, linear in LINEAR.items():
+        mixer = LinearAttentionConfig(num_heads=2, head_dim=8, causal=False, **linear)
+        variants[f"bidirectional {name}"] = model_config(mixer)
+    return variants
+
+
+CAUSAL = {
+    **softmax_variants(ROPES | SCORE_POSITIONS),
+    **embedded_variants(),
+    **linear_variants(),
+    **layer_variants(),
+}
+RECTIFIED = softmax_variants(REROPES)
+BIDIRECTIONAL = bidirectional_variants()
+VARIANTS = CAUSAL | RECTIFIED | BIDIRECTIONAL
+
+
+def build(config):
+    """A random fp64 model whose parts all matter: no parameter is zero or one."""
+    model = Decoder(config).double()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        low, high = (0.5, 1.5) if "norm" in name and name.endswith("weight") else (-0.7, 0.7)
+        torch.nn.init.uniform_(parameter, low, high, generator=generator)
+    return model.requires_grad_(False).eval()
+
+
+@cache
+def model_of(name):
+    return build(VARIANTS[name])
+
+
+def sequences(lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+@cache
+def alone(name):
+    """[T, V] of each sequence by itself: what everything is held against."""
+    return [model_of(name).logits(ids) for ids in sequences()]
+
+
+def pack_ids(parts):
+    return pack([Sample(tuple(ids), tuple(ids)) for ids in parts])
+
+
+def packed_logits(model, parts):
+    batch = pack_ids(parts)
+    return model.head(model(batch.token_ids, batch.context())).split(batch.lengths)
+
+
+def logits_through_cache(model, parts, pieces):
+    """Each sequence cut into its own pieces; pass i of the model takes the i-th piece of all that have one."""
+    caches = [SequenceCache(model.config, torch.float64, torch.device("cpu")) for _ in parts]
+    rows = [[] for _ in parts]
+    for sizes in zip_longest(*pieces, fillvalue=0):
+        at = [i for i, size in enumerate(sizes) if size]
+        lengths = [sizes[i] for i in at]
+        starts = [caches[i].length for i in at]
+        store = BatchCache([caches[i] for i in at], lengths)
+        new = [parts[i][start : start + sizes[i]] for i, start in zip(at, starts, strict=True)]
+        ids = torch.tensor([token for piece in new for token in piece])
+        context = AttentionContext.packed(lengths, store=store, offsets=starts)
+        logits = model.head(model(ids, context)).split(lengths)
+        store.commit()
+        for i, piece in zip(at, logits, strict=True):
+            rows[i].append(piece)
+    return [torch.cat(pieces) for pieces in rows]
+
+
+def assert_equal(ours, expected, tolerance=EXACT):
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+# ---- law 2
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_sequences_equal_each_alone(name):
+    assert_equal(packed_logits(model_of(name), sequences()), alone(name))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_leak_across_the_boundary_would_be_seen(name):
+    """The negative control: the same tokens and positions as one sequence, so that later ones see the first."""
+    model, batch = model_of(name), pack_ids(sequences())
+    leaky = AttentionContext(positions=batch.positions, lengths=(len(batch.token_ids),))
+    logits = model.head(model(batch.token_ids, leaky)).split(batch.lengths)
+    assert (logits[1] - alone(name)[1]).abs().max() > 1e-4
+
+
+# ---- law 3
+
+PIECES = {
+    "prefill whole, decode": [(14, *[1] * 7), (1,), (29, *[1] * 5), (3, 1, 1, 1)],
+    "prefill in uneven pieces": [(2, 9, 1, 7, 1, 1), (1,), (11, 1, 17, 5), (1, 2, 3)],
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+def test_the_cache_equals_one_forward(name, pieces):
+    assert_equal(logits_through_cache(model_of(name), sequences(), pieces), alone(name))
+
+
+@pytest.mark.parametrize("name", RECTIFIED)
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+def test_the_cache_equals_one_forward_for_rectified_rope(name, pieces):
+    """A single query is turned by another formula than many, and angles are fp32 (1e-5 was seen)."""
+    ours = logits_through_cache(model_of(name), sequences(), pieces)
+    assert_equal(ours, alone(name), {"atol": 5e-5, "rtol": 0})
+
+
+LONG = ["gqa; rope", "window; alibi", "window and sinks; yarn", "mqa; shaw", "linear elu, rope"]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_cache_equals_one_forward_beyond_its_first_room(name):
+    """Keys grow twice, the window rolls round many times, linear attention takes several chunks."""
+    model, parts = model_of(name), sequences((150, 131))
+    pieces = [(63, 1, 1, 1, 70, 14), (1, 129, 1)]
+    ours = logits_through_cache(model, parts, pieces)
+    assert_equal(ours, [model.logits(ids) for ids in parts])
+
+
+def test_the_cache_equals_one_forward_where_experts_have_a_capacity():
+    """A capacity is a share of the tokens of a pass: of one token's choices it must not leave none."""
+    experts = MoEConfig(**MOE, capacity_factor=1.25)
+    model, parts = build(model_config(ATTENTION, feed_forward=experts)), sequences((20,))
+    ours = logits_through_cache(model, parts, [(16, 1, 1, 1, 1)])
+    assert_equal(ours, [model.logits(ids) for ids in parts], {"atol": 1e-5, "rtol": 0})
+
+
+# ---- dynamic NTK, whose base follows the length
+
+
+def dynamic_model(scaling):
+    return build(model_config(AttentionConfig(**attention(), position=Rope(scaling=scaling))))
+
+
+DYNAMIC = DynamicNTKScaling(factor=4.0, original_max_seq_len=16)
+
+
+@pytest.mark.parametrize("length", [17, 34, 60])
+def test_dynamic_ntk_beyond_the_original_length_is_ntk_of_that_length(length):
+    (ids,) = sequences((length,))
+    same = NTKScaling(factor=4.0 * length / 16 - 3.0)
+    logits = dynamic_model(DYNAMIC).logits(ids)
+    torch.testing.assert_close(logits, dynamic_model(same).logits(ids), **EXACT)
+    assert (logits - dynamic_model(None).logits(ids)).abs().max() > 1e-3
+
+
+def test_dynamic_ntk_within_the_original_length_is_plain_rope():
+    (ids,) = sequences((16,))
+    torch.testing.assert_close(dynamic_model(DYNAMIC).logits(ids), dynamic_model(None).logits(ids))
+
+
+def test_dynamic_ntk_follows_each_sequence_whatever_it_is_packed_with():
+    """Law 2 where the longest of the batch exceeds the original length and others do not, or less."""
+    model, parts = dynamic_model(DYNAMIC), sequences((34, 12, 21))
+    assert_equal(packed_logits(model, parts), [model.logits(ids) for ids in parts])
