@@ -147,6 +147,19 @@ class Tokenizer:
         )
         return [encoding.ids for encoding in batch]
 
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts found somewhere, in which the name of a control token is plain text without power."""
+        batch = self._powerless.encode_batch_fast(
+            [_valid(text) for text in texts], add_special_tokens=False
+        )
+        return [encoding.ids for encoding in batch]
+
+    @cached_property
+    def _powerless(self) -> Backend:
+        backend = Backend.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids without added special tokens, and for each the characters of `text` it covers."""
         encoding = self.backend.encode(_valid(text), add_special_tokens=False)

@@ -1,0 +1,86 @@
+"""`easyllm data`: build a corpus, look at conversations."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from easyllm.cli.data_inspect import inspect
+from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
+
+data_app = typer.Typer(
+    no_args_is_help=True, help="Build a corpus from raw files; look at what is trained."
+)
+data_app.command("inspect")(inspect)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb group."""
+    app.add_typer(data_app, name="data")
+
+
+@data_app.command("build")
+def build(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and do nothing.")
+    ] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Raw files to packed tokens: clean, hide private data, decontaminate, deduplicate, mix, pack.
+
+    A killed build goes on; what is finished is not redone.
+
+    [bold]Examples[/bold]
+
+        easyllm data build data-web 'sources.web.paths=[crawl/*.jsonl.zst]' --dry-run
+
+        easyllm data build data-zh 'sources.web.paths=[zh/]' tokenizer=runs/tok engine=ray
+    """
+    from easyllm.core.progress import format_count
+    from easyllm.data.build import CorpusBuild
+    from easyllm.data.corpus import load_corpus
+    from easyllm.models import load_tokenizer
+    from easyllm.pipeline import find_recipe
+
+    config = load_corpus(find_recipe(recipe), overrides or [])
+    work = CorpusBuild(config, load_tokenizer(config.tokenizer))
+    plan = work.plan()
+    if not json_output:
+        rows = [
+            (name, source["files"], f"{format_count(source['bytes'])}B", source["splits"])
+            for name, source in plan.sources.items()
+        ]
+        print_table("Sources", ("source", "files", "size", "items"), rows)
+        sys.stdout.write(f"stages: {' → '.join(plan.stages)}\n")
+    if dry_run:
+        if json_output:
+            print_json(plan.as_dict())
+        return
+    summary = work.run()
+    if json_output:
+        print_json(summary)
+        return
+    _show(summary, Path(config.output))
+
+
+def _show(summary: dict[str, Any], output: Path) -> None:
+    from easyllm.core.progress import format_count
+
+    rows = [
+        (row["stage"], row["rule"], f"{row['documents']:,}", f"{row['share']:.1%}")
+        for row in summary["removed"]
+    ]
+    print_table("Removed", ("stage", "rule", "documents", "of read"), rows)
+    rows = [
+        (name, f"{int(c['documents']):,}", format_count(c["tokens"]), f"{c['epochs']:.2f}")
+        for name, c in summary["composition"].items()
+    ]
+    print_table("Composition", ("source", "documents", "tokens", "epochs"), rows)
+    sys.stdout.write(
+        f"{summary['documents_read']:,} documents read, {summary['documents']:,} packed, "
+        f"{summary['tokens']:,} tokens, {summary['bytes_per_token']:.2f} bytes a token\n"
+        f"  shards   {output / 'shards'}\n  excluded {output / 'excluded'}\n  report   {output / 'report.md'}\n"
+    )

@@ -1,0 +1,124 @@
+"""Characters in repeated n-grams of words, exactly: no hashing, so no collisions.
+
+An (n+1)-gram occurs twice only where the n-gram that starts it and the n-gram one word later both do. So the positions
+still in play shrink from one order to the next; after three or four words little of an ordinary text is left.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatedNgrams:
+    """The n-grams of one order that occur more than once.
+
+    Attributes:
+        order: n.
+        starts: the word each occurrence starts at, ascending.  # [O]
+        labels: which n-gram it is; equal n-grams have equal labels.  # [O]
+    """
+
+    order: int
+    starts: Ints
+    labels: Ints
+
+
+class NgramStatistics:
+    """Repetition of a sequence of words, by order of n-gram.
+
+    >>> statistics = NgramStatistics("to be or not to be".split())
+    >>> statistics.top_characters(2), statistics.duplicate_characters(2)
+    (10, 4)
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        self._words = words
+        self._orders = self._walk()
+        self._found: list[RepeatedNgrams] = []
+
+    def top_characters(self, order: int) -> int:
+        """Length of the most frequent n-gram, words joined by a space, times its occurrences.
+
+        Of equally frequent ones the earliest counts; 0 where there are fewer than n words.
+        """
+        if len(self._words) < order:
+            return 0
+        found = self.repeated(order)
+        start, count = 0, 1
+        if len(found.starts):
+            occurrences = np.bincount(found.labels)[found.labels]
+            first = int(occurrences.argmax())
+            start, count = int(found.starts[first]), int(occurrences[first])
+        return len(" ".join(self._words[start : start + order])) * count
+
+    def duplicate_characters(self, order: int) -> int:
+        """Characters in n-grams seen before, each character counted once.
+
+        Reading from the left: an n-gram already seen counts and is stepped over whole, any other is noted and the
+        reading goes on a word later.
+        """
+        found = self.repeated(order)
+        seen: set[int] = set()
+        total = free_from = 0
+        for start, label in zip(found.starts.tolist(), found.labels.tolist(), strict=True):
+            if start < free_from:
+                continue
+            if label in seen:
+                total += int(self._offsets[start + order] - self._offsets[start])
+                free_from = start + order
+            else:
+                seen.add(label)
+        return total
+
+    def repeated(self, order: int) -> RepeatedNgrams:
+        """The n-grams of this order that occur more than once; lower orders are computed on the way."""
+        while len(self._found) < order:
+            self._found.append(next(self._orders))
+        return self._found[order - 1]
+
+    @cached_property
+    def _offsets(self) -> Ints:
+        """Characters before each word, and after the last."""
+        lengths = np.fromiter(map(len, self._words), np.int64, len(self._words))
+        return np.concatenate(([0], lengths.cumsum()))
+
+    def _walk(self) -> Iterator[RepeatedNgrams]:
+        """The repeated n-grams of order 1, 2, 3, …, without end."""
+        index = {word: number for number, word in enumerate(dict.fromkeys(self._words))}
+        ids = np.fromiter(map(index.__getitem__, self._words), np.int64, len(self._words))
+        starts, labels = _occurring_twice(np.arange(len(ids)), ids, np.bincount(ids, minlength=1))
+        order = 1
+        while True:
+            yield RepeatedNgrams(order, starts, labels)
+            if len(starts):
+                followed = starts[1:] == starts[:-1] + 1
+                starts = starts[:-1][followed]
+                pairs = labels[:-1][followed] * len(index) + ids[starts + order]
+                starts, labels = _occurring_twice(starts, *_dense_labels(pairs))
+            order += 1
+
+
+def _dense_labels(keys: Ints) -> tuple[Ints, Ints]:
+    """A label 0, 1, … for each key, equal for equal keys, and how often each label occurs."""
+    if not len(keys):
+        return keys, keys
+    order = keys.argsort()
+    ascending = keys[order]
+    ranks = np.zeros(len(keys), np.int64)
+    np.not_equal(ascending[1:], ascending[:-1]).cumsum(out=ranks[1:])
+    labels = np.empty_like(ranks)
+    labels[order] = ranks
+    return labels, np.bincount(ranks)
+
+
+def _occurring_twice(starts: Ints, labels: Ints, counts: Ints) -> tuple[Ints, Ints]:
+    if len(counts) == len(labels):  # all different
+        return starts[:0], labels[:0]
+    is_repeated = counts[labels] > 1
+    return starts[is_repeated], labels[is_repeated]

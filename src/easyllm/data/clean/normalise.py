@@ -1,0 +1,178 @@
+"""Repair and normalisation of a text's characters."""
+
+import re
+import unicodedata
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from easyllm.core.config import Config
+from easyllm.core.errors import EasyllmError
+from easyllm.data.clean.text import TextView
+
+if TYPE_CHECKING:
+    from ftfy import TextFixerConfig
+
+CHINESE_PUNCTUATION = "，！？：；（）～…"
+"""What compatibility folding would turn into Latin punctuation, which Chinese is not written with."""
+
+_FULL_WIDTH = {
+    full: chr(full - 0xFEE0)
+    for full in range(0xFF01, 0xFF5F)
+    if chr(full) not in CHINESE_PUNCTUATION
+}
+_FULL_WIDTH_RUN = re.compile(f"[{''.join(map(chr, _FULL_WIDTH))}]+")
+_OUTSIDE_CHINESE_PUNCTUATION = re.compile(f"[^{CHINESE_PUNCTUATION}]+")
+
+# What ftfy's test for mojibake can match at all: two characters beyond ASCII in a row, or one of a few alone. That test
+# is slow, and few lines of ordinary text hold either. An entity, an escape and a lone surrogate are mended too.
+_MENDABLE = re.compile(
+    "[\x1b\x80-\x9fÂÃŒœ\ud800-\udfff]"
+    "|[\xa0-\u25ff\uf8ff\ufb01\ufb02\ufffd]{2}"
+    "|&#?[0-9A-Za-z]{1,24};"
+)  # fmt: skip
+_LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
+# C0 and C1 controls, soft hyphen, zero-width space, word joiner, byte order mark, directional overrides, interlinear
+# marks and lone surrogates. The zero-width (non-)joiners stay: Persian, Indic scripts and emoji need them.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064"
+    "\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+_ODD_SPACE = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+_BLANK_LINES = re.compile(r"\n{3,}")
+
+
+class Normalise(Config):
+    """Mends broken characters and writes equal text equally; rejects nothing.
+
+    Repair undoes mojibake and HTML entities with ftfy, as FineWeb-2 sets it: quotes, ligatures and widths stay.
+    `form="NFKC"` and `fold_width` leave Chinese punctuation full-width.
+    """
+
+    kind: Literal["normalise"] = "normalise"
+    repair: bool = True
+    form: Literal["NFC", "NFKC"] | None = "NFC"
+    fold_width: bool = False  # ＡＢＣ１２３ -> ABC123
+    remove_control_characters: bool = True
+    tidy_white_space: bool = True  # odd spaces, spaces at line ends, more than one blank line
+    simplify_chinese: bool = False  # traditional -> simplified characters, OpenCC's t2s
+
+    def apply(self, view: TextView) -> TextView:
+        text = view.text
+        for step in self._steps():
+            text = step(text)
+        return view.with_text(text)
+
+    def _steps(self) -> list[Callable[[str], str]]:
+        steps = {
+            repair_unicode: self.repair,
+            remove_control_characters: self.remove_control_characters,
+            normalise_nfc: self.form == "NFC",
+            normalise_nfkc: self.form == "NFKC",
+            fold_width: self.fold_width,
+            simplify_chinese: self.simplify_chinese,
+            tidy_white_space: self.tidy_white_space,
+        }
+        return [step for step, is_wanted in steps.items() if is_wanted]
+
+
+def repair_unicode(text: str) -> str:
+    """`text` with mojibake, lost surrogates, terminal escapes and HTML entities mended, line by line.
+
+    Entities stay where the text holds a "<": it may be markup on purpose.
+
+    Raises:
+        EasyllmError: the package `ftfy` is not installed.
+
+    >>> repair_unicode("voilÃ\\xa0 le cafÃ©, l&eacute;ger")
+    'voilà le café, léger'
+    """
+    if not _MENDABLE.search(text):
+        return text
+    fix, config = _fixer("<" not in text)
+    lines = text.split("\n")
+    return "\n".join(fix(line, config) if _MENDABLE.search(line) else line for line in lines)
+
+
+def remove_control_characters(text: str) -> str:
+    """`text` with every line break as "\\n" and without control and invisible formatting characters."""
+    return _CONTROL.sub("", _LINE_BREAK.sub("\n", text))
+
+
+def normalise_nfc(text: str) -> str:
+    """`text` in Unicode's composed form: é is one character."""
+    return unicodedata.normalize("NFC", text)
+
+
+def normalise_nfkc(text: str) -> str:
+    """`text` in Unicode's compatibility form (ﬁ -> fi, ① -> 1), but for Chinese punctuation.
+
+    >>> normalise_nfkc("ＧＰＴ－４，不错！")
+    'GPT-4，不错！'
+    """
+    if unicodedata.is_normalized("NFKC", text):
+        return text
+    return _OUTSIDE_CHINESE_PUNCTUATION.sub(_nfkc_of_match, text)
+
+
+def fold_width(text: str) -> str:
+    """`text` with full-width Latin letters, digits and symbols as ASCII, but for Chinese punctuation."""
+    return text if text.isascii() else _FULL_WIDTH_RUN.sub(_narrowed, text)
+
+
+def simplify_chinese(text: str) -> str:
+    """`text` with traditional Chinese characters as simplified ones, phrase by phrase.
+
+    Raises:
+        EasyllmError: the package `opencc` is not installed.
+    """
+    return text if text.isascii() else _converter()(text)
+
+
+def tidy_white_space(text: str) -> str:
+    """`text` with plain spaces, no space at line ends, at most one blank line in a row, and none at either end."""
+    lines = _ODD_SPACE.sub(" ", text).split("\n")
+    return _BLANK_LINES.sub("\n\n", "\n".join([line.rstrip() for line in lines])).strip("\n")
+
+
+def _nfkc_of_match(match: re.Match[str]) -> str:
+    return unicodedata.normalize("NFKC", match.group())
+
+
+def _narrowed(match: re.Match[str]) -> str:
+    return match.group().translate(_FULL_WIDTH)
+
+
+@lru_cache(maxsize=2)
+def _fixer(unescape: bool) -> "tuple[Callable[[str, TextFixerConfig], str], TextFixerConfig]":
+    try:
+        from ftfy import TextFixerConfig, fix_text
+    except ImportError:
+        raise _missing("repairing Unicode", "ftfy") from None
+    return fix_text, TextFixerConfig(
+        unescape_html=unescape,
+        uncurl_quotes=False,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        fix_line_breaks=False,
+        remove_control_chars=False,  # a step of its own
+        normalization=None,  # likewise
+        explain=False,
+    )
+
+
+@lru_cache(maxsize=1)
+def _converter() -> Callable[[str], str]:
+    try:
+        from opencc import OpenCC
+    except ImportError:
+        raise _missing("converting traditional Chinese", "opencc") from None
+    convert: Callable[[str], str] = OpenCC("t2s").convert
+    return convert
+
+
+def _missing(purpose: str, package: str) -> EasyllmError:
+    return EasyllmError(
+        f"{purpose} needs the package {package}, which is not installed; "
+        "install it with: pip install 'easyllm-stack[data]'"
+    )

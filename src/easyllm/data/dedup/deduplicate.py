@@ -1,0 +1,106 @@
+"""All steps of a configuration over documents in memory: the walk that a pipeline spreads over workers."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from easyllm.data.dedup.clusters import Clusters
+from easyllm.data.dedup.config import (
+    DedupConfig,
+    ExactConfig,
+    MinHashConfig,
+    ParagraphConfig,
+    SubstringConfig,
+)
+from easyllm.data.dedup.exact import (
+    exact_duplicates,
+    exact_keys,
+    paragraph_keys,
+    repeated,
+    without_paragraphs,
+)
+from easyllm.data.dedup.minhash import near_duplicates, signatures
+from easyllm.data.dedup.substring import repeated_words, without_words, word_hashes
+from easyllm.data.documents import Document, Rejection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deduplication:
+    """The outcome.
+
+    Attributes:
+        documents: those that stay, in order, without the parts that were cut out.
+        rejections: the others: rule `exact` or `minhash` with the Jaccard similarity to the document that stands for it,
+            `paragraph` or `substring` with the number of parts cut out where nothing was left.
+        clusters: over all documents given, by their number.
+        counts: documents removed and paragraphs or words cut out, by rule.
+    """
+
+    documents: list[Document]
+    rejections: list[Rejection]
+    clusters: Clusters
+    counts: Counter[str]
+
+
+def deduplicate(documents: Iterable[Document], config: DedupConfig) -> Deduplication:
+    """Applies the steps in their order; each sees what the one before it left.
+
+    >>> texts = ["The same.", "Another.", "the  same."]
+    >>> found = deduplicate(
+    ...     [Document(id=str(i), source="s", text=t) for i, t in enumerate(texts)], DedupConfig()
+    ... )
+    >>> [d.id for d in found.documents], list(found.clusters.removed())
+    (['0', '1'], [(2, 0, 1.0)])
+    """
+    documents = list(documents)
+    clusters = Clusters.alone(len(documents))
+    numbers = np.arange(len(documents))  # of the documents still there
+    rejections: list[Rejection] = []
+    counts: Counter[str] = Counter()
+    for step in config.steps:
+        texts = [document.text for document in documents]
+        if isinstance(step, ParagraphConfig | SubstringConfig):
+            cut, removed = _cut(texts, step)
+            counts[f"{step.kind}_parts"] += sum(removed)
+            is_kept = np.array(
+                [bool(t.strip()) or not r for t, r in zip(cut, removed, strict=True)]
+            )
+            values: list[float] = [float(r) for r in removed]
+            originals = documents
+            documents = [replace(d, text=t) for d, t in zip(documents, cut, strict=True)]
+        else:
+            found = _find(texts, step)
+            clusters = clusters.then(found, numbers)
+            is_kept, values, originals = found.is_kept, found.jaccard.tolist(), documents
+        gone = np.flatnonzero(~is_kept)
+        rejections += [
+            Rejection(document=originals[i], rule=step.kind, value=values[i]) for i in gone
+        ]
+        counts[step.kind] += len(gone)
+        kept = np.flatnonzero(is_kept)
+        documents, numbers = [documents[i] for i in kept], numbers[kept]
+    return Deduplication(
+        documents=documents, rejections=rejections, clusters=clusters, counts=counts
+    )
+
+
+def _find(texts: list[str], step: ExactConfig | MinHashConfig) -> Clusters:
+    """Clusters of whole documents."""
+    if isinstance(step, ExactConfig):
+        return exact_duplicates(exact_keys(texts, step))
+    return near_duplicates([signatures(texts, step)], step)
+
+
+def _cut(texts: list[str], step: ParagraphConfig | SubstringConfig) -> tuple[list[str], list[int]]:
+    """Each text without what occurred before, and how many paragraphs or words that was."""
+    if isinstance(step, ParagraphConfig):
+        parts = paragraph_keys(texts, step)
+        drops = parts.split(repeated(parts.values))
+        cut = [without_paragraphs(t, drop, step) for t, drop in zip(texts, drops, strict=True)]
+    else:
+        parts = word_hashes(texts)
+        drops = parts.split(repeated_words(parts, step))
+        cut = [without_words(text, drop) for text, drop in zip(texts, drops, strict=True)]
+    return cut, [int(drop.sum()) for drop in drops]

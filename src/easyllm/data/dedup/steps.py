@@ -1,0 +1,100 @@
+"""The steps of deduplication spread over splits: keys of each split, one decision for all, each split cut by it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from easyllm.data.dedup.clusters import Clusters
+from easyllm.data.dedup.config import DedupStep, ExactConfig, MinHashConfig, ParagraphConfig
+from easyllm.data.dedup.exact import (
+    exact_duplicates,
+    exact_keys,
+    paragraph_keys,
+    repeated,
+    without_paragraphs,
+)
+from easyllm.data.dedup.minhash import Signatures, near_duplicates, signatures
+from easyllm.data.dedup.ragged import Ragged
+from easyllm.data.dedup.substring import repeated_words, without_words, word_hashes
+from easyllm.data.documents import Document, Rejection
+
+Verdicts = Any
+"""An opened `.npz` of one split: `kept` and `jaccard` a document, or `marks` and `offsets` of its parts."""
+
+
+def save_keys(folder: Path, texts: Iterable[str], step: DedupStep) -> None:
+    """What `decide` needs of a split's texts, into a new folder."""
+    if isinstance(step, MinHashConfig):
+        signatures(texts, step).save(folder)
+        return
+    folder.mkdir(parents=True)
+    if isinstance(step, ExactConfig):
+        np.save(folder / "keys.npy", exact_keys(texts, step))
+        return
+    ragged = (
+        paragraph_keys(texts, step) if isinstance(step, ParagraphConfig) else word_hashes(texts)
+    )
+    np.save(folder / "keys.npy", ragged.values)
+    np.save(folder / "offsets.npy", ragged.offsets)
+
+
+def decide(
+    folders: Sequence[Path], step: DedupStep
+) -> tuple[list[dict[str, NDArray[Any]]], Clusters | None]:
+    """For each split what is to be removed, and the clusters where whole documents are.
+
+    Args:
+        folders: of all splits' keys, in the order of the splits.
+    """
+    if isinstance(step, MinHashConfig):
+        splits = [Signatures.load(folder) for folder in folders]
+        return _whole(near_duplicates(splits, step), [len(split) for split in splits])
+    keys = [np.load(folder / "keys.npy", allow_pickle=False) for folder in folders]
+    if isinstance(step, ExactConfig):
+        return _whole(exact_duplicates(np.concatenate(keys)), [len(part) for part in keys])
+    parts = [
+        Ragged(values, np.load(folder / "offsets.npy", allow_pickle=False))
+        for values, folder in zip(keys, folders, strict=True)
+    ]
+    if isinstance(step, ParagraphConfig):
+        marks = repeated(np.concatenate(keys))
+    else:
+        marks = repeated_words(Ragged.concatenate(parts), step)
+    ends = np.cumsum([len(part.values) for part in parts])[:-1]
+    return [
+        {"marks": mine, "offsets": part.offsets}
+        for mine, part in zip(np.split(marks, ends), parts, strict=True)
+    ], None
+
+
+def cut_text(
+    document: Document, number: int, verdicts: Verdicts, step: DedupStep
+) -> tuple[Document | Rejection, int]:
+    """A split's document `number` after the decision, and how many parts were cut out of it."""
+    if isinstance(step, ExactConfig | MinHashConfig):
+        if verdicts["kept"][number]:
+            return document, 0
+        value = float(verdicts["jaccard"][number])
+        return Rejection(document=document, rule=step.kind, value=value), 0
+    begin, end = verdicts["offsets"][number : number + 2]
+    drop = verdicts["marks"][begin:end]
+    parts = int(drop.sum())
+    if isinstance(step, ParagraphConfig):
+        text = without_paragraphs(document.text, drop, step)
+    else:
+        text = without_words(document.text, drop)
+    if parts and not text.strip():
+        return Rejection(document=document, rule=step.kind, value=parts), parts
+    return replace(document, text=text), parts
+
+
+def _whole(
+    clusters: Clusters, counts: Sequence[int]
+) -> tuple[list[dict[str, NDArray[Any]]], Clusters]:
+    ends = np.cumsum(counts)[:-1]
+    pairs = zip(np.split(clusters.is_kept, ends), np.split(clusters.jaccard, ends), strict=True)
+    return [{"kept": kept, "jaccard": jaccard} for kept, jaccard in pairs], clusters

@@ -1,0 +1,82 @@
+"""Documents between stages: a compressed JSON line each, the same bytes for the same documents."""
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from easyllm.core.atomic import output_errors
+from easyllm.data.blocks import optional
+from easyllm.data.documents import Document, Rejection
+
+LEVEL = 3
+SUFFIX = ".jsonl.zst"
+
+
+@contextmanager
+def line_writer(path: Path) -> Iterator["LineWriter"]:
+    """Writes JSON lines to a file that appears when the block ends well, and not before."""
+    zstandard = optional("zstandard", "compressed JSON lines")
+    work = path.with_name(f".{path.name}.partial")
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with (
+                work.open("wb") as file,
+                zstandard.ZstdCompressor(level=LEVEL).stream_writer(file) as stream,
+            ):
+                yield LineWriter(stream)
+            work.replace(path)
+        except BaseException:
+            work.unlink(missing_ok=True)
+            raise
+
+
+class LineWriter:
+    """JSON lines into a compressed stream."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Appends one line."""
+        self._stream.write(json.dumps(values, ensure_ascii=False).encode("utf-8") + b"\n")
+
+    def document(self, document: Document) -> None:
+        """Appends a document."""
+        self.write(asdict(document))
+
+    def rejection(self, rejection: Rejection) -> None:
+        """Appends a rejected document with the rule and the figure that broke its bound."""
+        reason = {"rule": rejection.rule, "value": rejection.value}
+        self.write(reason | asdict(rejection.document))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that `line_writer` wrote."""
+    zstandard = optional("zstandard", "compressed JSON lines")
+    with (
+        path.open("rb") as file,
+        zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream,
+    ):
+        for line in io.TextIOWrapper(stream, encoding="utf-8"):
+            yield json.loads(line)
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """The documents of a file."""
+    return (Document(**values) for values in read_lines(path))
+
+
+def concatenate(parts: Iterable[Path], path: Path) -> None:
+    """Joins compressed files end to end (frames of Zstandard may follow each other)."""
+    work = path.with_name(f".{path.name}.partial")
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with work.open("wb") as out:
+            for part in parts:
+                out.write(part.read_bytes())
+        work.replace(path)

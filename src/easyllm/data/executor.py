@@ -1,0 +1,135 @@
+"""Where the stages of a corpus run: processes of this machine, or Ray on one node or a cluster.
+
+A stage is a function of one item that writes its result atomically and returns a small JSON-like value; executors differ
+in where they call it, never in what comes out. On a cluster the output folder must lie on storage every node sees.
+"""
+
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, Literal, Protocol
+
+from easyllm.core.errors import ConfigError
+
+Engine = Literal["local", "ray"]
+Work = Callable[[dict[str, Any]], dict[str, Any]]
+"""A function at the top of a module (it is sent to other processes by name), from JSON-like to JSON-like."""
+AHEAD = 2
+"""Items handed out beyond one a process, so that none waits."""
+
+
+class Executor(Protocol):
+    """Calls a function on every item; results come in the order of the items."""
+
+    def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]: ...
+
+
+def build_executor(engine: Engine, workers: int | None = None) -> Executor:
+    """The executor a recipe names; `workers` is by default one a core.
+
+    Raises:
+        ConfigError: Ray is asked for and not installed.
+    """
+    if engine == "ray":
+        return RayExecutor(workers)
+    return LocalExecutor(workers or len(os.sched_getaffinity(0)))
+
+
+class LocalExecutor:
+    """Processes of this machine; a single one works in the caller's own."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Results of `work`, in order; an error of one item ends the map with that error."""
+        if self.workers == 1 or len(items) <= 1:
+            yield from map(work, items)
+            return
+        # spawned, not forked: the caller may have threads (tokenizers, PyTorch) that a fork would leave hanging
+        pool = ProcessPoolExecutor(
+            min(self.workers, len(items)), mp_context=get_context("spawn"), initializer=_quiet
+        )
+        try:
+            running: deque[Future[dict[str, Any]]] = deque()
+            waiting = iter(items)
+            for item in waiting:
+                running.append(pool.submit(work, item))
+                if len(running) >= self.workers + AHEAD:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class RayExecutor:
+    """Ray Data: tasks on the nodes of the cluster `RAY_ADDRESS` names, or on this machine."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError(
+                "engine: ray needs Ray; pip install 'easyllm-stack[ray]', or use engine: local"
+            ) from None
+        self.workers = workers
+        if not ray.is_initialized():
+            options: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers}
+            ray.init(
+                include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
+            )
+
+    def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Results of `work`, in order; a user's mistake in an item is raised as itself."""
+        import ray
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        rows = [{"number": i, "item": json.dumps(item)} for i, item in enumerate(items)]
+        if not rows:
+            return
+        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            _Call(work), compute=ray.data.TaskPoolStrategy(size=self.workers)
+        )
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray sets it up with the first data
+        found = sorted(done.iter_rows(), key=lambda row: row["number"])
+        for row in found:
+            result = json.loads(row["result"])
+            if "mistake" in result:
+                raise _mistake(result)
+            yield result
+
+
+class _Call:
+    """One row of Ray's: the item goes in and the result comes out as JSON, so that no type is guessed."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        from easyllm.core.errors import EasyllmError
+
+        try:
+            result = self.work(json.loads(row["item"]))
+        except EasyllmError as error:  # Ray would bury the sentence in a traceback
+            result = {"mistake": str(error), "kind": type(error).__name__}
+        return {"number": row["number"], "result": json.dumps(result)}
+
+
+def _mistake(result: dict[str, Any]) -> Exception:
+    from easyllm.core import errors
+
+    kind: type[Exception] = getattr(errors, result["kind"], errors.EasyllmError)
+    return kind(result["mistake"])
+
+
+def _quiet() -> None:
+    """Workers leave Ctrl-C to the parent, which ends them."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

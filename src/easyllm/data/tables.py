@@ -1,0 +1,168 @@
+"""Readers of tables, CSV and Parquet: rows with their places, good or bad, and the names of the columns."""
+
+import csv
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from easyllm.core.errors import SourceError
+from easyllm.data.blocks import BLOCK_BYTES, MAX_BYTES, DamagedFile, optional, split_records
+from easyllm.data.readers import TOO_LONG, BadRow, Rows
+from easyllm.data.rows import Row
+
+BATCH_BYTES = 1 << 22
+"""About how much of a Parquet file's columns is unpacked at a time (a page is the least)."""
+
+
+def read_csv(blocks: Iterable[bytes], name: str, delimiter: str) -> Rows:
+    """Each record below the header as an object; fields may hold line breaks in quotes."""
+    lines = _CsvLines(blocks)
+    records = _csv_reader(lines, delimiter)
+    header = _csv_header(records)
+    while True:
+        lines.num_bytes = 0
+        place = f"{name}:{records.line_num + 1}"
+        try:
+            fields = next(records, None)
+        except csv.Error as error:
+            yield BadRow(place, f"not CSV ({error})")
+            continue
+        if fields is None:
+            return
+        if fields and len(fields) != len(header):
+            yield BadRow(place, f"{len(fields)} fields, but the header has {len(header)}")
+        elif fields:
+            yield Row(dict(zip(header, fields, strict=True)), place)
+
+
+def csv_columns(blocks: Iterable[bytes], delimiter: str) -> list[str]:
+    """The names in the header; none where the file is empty."""
+    return _csv_header(_csv_reader(_CsvLines(blocks), delimiter))
+
+
+def open_parquet(path: str) -> Any:
+    """The `pyarrow.parquet.ParquetFile`, whose pages are read as they are needed.
+
+    Raises:
+        DamagedFile: it is not a Parquet file, or is cut short.
+    """
+    parquet = optional("pyarrow.parquet", "Parquet files")
+    with _parquet_errors(path):
+        return parquet.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False)
+
+
+def parquet_columns(file: Any) -> dict[str, bool]:
+    """The names of the columns, and of each whether it holds text."""
+    return {field.name: _is_text(field.type) for field in file.schema_arrow}
+
+
+def divide_parquet(file: Any, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Ranges of row groups, each the fewest that unpack to `num_bytes`.
+
+    Returns:
+        For each its first row group, the one after its last, the number of rows before it, and its bytes.
+    """
+    start = first = rows = size = 0
+    for group in range(file.num_row_groups):
+        metadata = file.metadata.row_group(group)
+        rows, size = rows + metadata.num_rows, size + metadata.total_byte_size
+        if size >= num_bytes or group == file.num_row_groups - 1:
+            yield start, group + 1, first, size
+            start, first, size = group + 1, rows, 0
+
+
+def read_parquet(
+    path: str,
+    name: str,
+    columns: Sequence[str],
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    first: int = 0,
+) -> Rows:
+    """Each row of the row groups from `start` to before `stop`, with those of `columns` that are there.
+
+    Args:
+        first: rows of the file before row group `start`.
+    """
+    file = open_parquet(path)
+    columns = [column for column in columns if column in file.schema_arrow.names]
+    groups = list(range(start, file.num_row_groups if stop is None else stop))
+    batches = file.iter_batches(_batch_size(file, groups), row_groups=groups, columns=columns)
+    index = first
+    while (batch := _next_batch(batches, path)) is not None:
+        for values in zip(*(_column(batch.column(column)) for column in columns), strict=True):
+            yield Row(dict(zip(columns, values, strict=True)), f"{name}[{index}]")
+            index += 1
+
+
+class _CsvLines:
+    """Lines as the csv module takes them, counting the bytes of the row under way."""
+
+    def __init__(self, blocks: Iterable[bytes]) -> None:
+        self._lines = split_records(blocks)
+        self.num_bytes = 0
+
+    def __iter__(self) -> "_CsvLines":
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.num_bytes += 0 if line is None else len(line)
+        if line is None or self.num_bytes > MAX_BYTES:
+            raise DamagedFile(f"a row {TOO_LONG}; perhaps a quote is never closed")
+        return line.decode("utf-8", "surrogateescape") + "\n"
+
+
+def _csv_reader(lines: _CsvLines, delimiter: str) -> Any:
+    # the limit is the whole process's, and only ever raised; rows are bounded by _CsvLines
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_BYTES + 1))
+    return csv.reader(lines, delimiter=delimiter, strict=True)
+
+
+def _csv_header(records: Any) -> list[str]:
+    try:
+        return next((fields for fields in records if fields), [])
+    except csv.Error as error:
+        raise DamagedFile(f"not CSV ({error})") from None
+
+
+def _batch_size(file: Any, groups: Sequence[int]) -> int:
+    """Rows that unpack to about `BATCH_BYTES`."""
+    metadata = [file.metadata.row_group(group) for group in groups]
+    num_bytes = sum(group.total_byte_size for group in metadata)
+    num_rows = sum(group.num_rows for group in metadata)
+    return max(1, min(4096, BATCH_BYTES * num_rows // max(1, num_bytes)))
+
+
+def _next_batch(batches: Iterator[Any], path: str) -> Any:
+    with _parquet_errors(path):
+        return next(batches, None)
+
+
+def _column(column: Any) -> list[Any]:
+    """A column's values; bytes of a text that are not UTF-8 become lone surrogates, as in CSV."""
+    if not _is_text(column.type):
+        values: list[Any] = column.to_pylist()
+        return values
+    binary = optional("pyarrow", "Parquet files").large_binary()
+    contents = column.cast(binary).to_pylist()
+    return [None if c is None else c.decode("utf-8", "surrogateescape") for c in contents]
+
+
+def _is_text(kind: Any) -> bool:
+    types = optional("pyarrow", "Parquet files").types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+@contextmanager
+def _parquet_errors(path: str) -> Iterator[None]:
+    arrow = optional("pyarrow", "Parquet files")
+    try:
+        yield
+    except (arrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise SourceError(f"cannot read {path!r}: {os.strerror(error.errno)}") from None
+        raise DamagedFile(f"damaged Parquet file ({error})") from None
