@@ -10,7 +10,15 @@ from easyllm.cli.data_inspect import inspect
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
 
 data_app = typer.Typer(
-    no_args_is_help=True, help="Build a corpus from raw files; look at what is trained."
+    no_args_is_help=True,
+    help="""Build a corpus from raw files; look at what is trained.
+
+    [bold]Examples[/bold]
+
+        easyllm data build data-web 'sources.web.paths=[crawl/*.jsonl.zst]'
+
+        easyllm data inspect questions.jsonl --model smollm2
+    """,
 )
 data_app.command("inspect")(inspect)
 

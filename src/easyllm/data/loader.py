@@ -25,7 +25,8 @@ class Loader:
 
     Args:
         samples: all samples.
-        batch_size: sequences in a step.
+        batch_size: sequences in a step; None where `batch_tokens` says how large a step is.
+        batch_tokens: tokens in a step, at least.
         micro_batch_tokens: most tokens in one packed micro-batch.
         seed: of the order, which differs from epoch to epoch; None keeps the order of the data.
 
@@ -37,20 +38,28 @@ class Loader:
         self,
         samples: Sequence[Sample],
         *,
-        batch_size: int,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
         micro_batch_tokens: int,
         seed: int | None,
     ) -> None:
+        assert (batch_size is None) != (batch_tokens is None), "a step has one measure"
         if not samples:
             raise ConfigError("there are no samples to train on; check the data files")
-        self.samples, self.batch_size = samples, batch_size
+        self.samples, self.batch_size, self.batch_tokens = samples, batch_size, batch_tokens
         self.micro_batch_tokens, self.seed = micro_batch_tokens, seed
         self.state = LoaderState()
+        self.last: list[int] = []
         self._order: tuple[int, list[int]] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
+        """Steps of the first epoch; with `batch_tokens` others may differ by one."""
+        steps, cursor, order = 0, 0, self._epoch_order(0)
+        while cursor < len(order):
+            cursor += len(self._take(order, cursor))
+            steps += 1
+        return steps
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
@@ -59,12 +68,23 @@ class Loader:
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next step; the last step of an epoch may be smaller."""
         order = self._epoch_order(self.state.epoch)
-        chosen = order[self.state.cursor : self.state.cursor + self.batch_size]
+        chosen = self.last = self._take(order, self.state.cursor)
         self.state.cursor += len(chosen)
         if self.state.cursor >= len(order):
             self.state = LoaderState(self.state.epoch + 1, 0)
         groups = split_by_tokens([self.samples[i] for i in chosen], self.micro_batch_tokens)
         return [pack(group) for group in groups]
+
+    def _take(self, order: list[int], cursor: int) -> list[int]:
+        """The samples of the step that begins at `cursor`."""
+        if self.batch_size is not None:
+            return order[cursor : cursor + self.batch_size]
+        assert self.batch_tokens is not None, "checked when the loader was made"
+        end, tokens = cursor, 0
+        while end < len(order) and tokens < self.batch_tokens:
+            tokens += len(self.samples[order[end]].token_ids)
+            end += 1
+        return order[cursor:end]
 
     def _epoch_order(self, epoch: int) -> list[int]:
         if self._order is None or self._order[0] != epoch:

@@ -193,8 +193,9 @@ class _JsonText:
             ) as error:  # a number of too many digits, or too deep
                 raise DamagedFile(f"not JSON ({error})") from None
             else:
-                # a number where the text ends may go on in the next piece
-                if end < len(self._held) or isinstance(value, dict) or not self._grow():
+                # behind a number `.`, `e` or `e+` may be its continuation, which the next piece holds
+                is_whole = isinstance(value, dict) or len(self._held) - end > len("e+")
+                if is_whole or not self._grow():
                     self._position = end
                     return value
 
@@ -203,7 +204,11 @@ class _JsonText:
         return error.msg.startswith("Unterminated") or error.pos > len(self._held) - 16
 
     def _grow(self) -> bool:
-        """Doubles the text from the position on, so that a long value is parsed a few times, not many."""
+        """Doubles the text from the position on, so that a long value is parsed a few times, not many.
+
+        Returns:
+            False where there is no more: then everything is as it was.
+        """
         rest = self._held[self._position :]
         if len(rest) > MAX_BYTES:
             raise DamagedFile(f"a value {TOO_LONG}")
@@ -213,8 +218,10 @@ class _JsonText:
             size += len(piece)
             if size >= len(rest):
                 break
+        if size == 0:
+            return False
         self._held, self._position = "".join(pieces), 0
-        return size > 0
+        return True
 
 
 _DECODER = json.JSONDecoder()

@@ -88,13 +88,16 @@ def read_parquet(
     """
     file = open_parquet(path)
     columns = [column for column in columns if column in file.schema_arrow.names]
-    groups = list(range(start, file.num_row_groups if stop is None else stop))
-    batches = file.iter_batches(_batch_size(file, groups), row_groups=groups, columns=columns)
     index = first
-    while (batch := _next_batch(batches, path)) is not None:
-        for values in zip(*(_column(batch.column(column)) for column in columns), strict=True):
-            yield Row(dict(zip(columns, values, strict=True)), f"{name}[{index}]")
-            index += 1
+    for group in range(start, file.num_row_groups if stop is None else stop):
+        following = index + file.metadata.row_group(group).num_rows
+        try:
+            for values in _group_values(file, group, columns):
+                yield Row(dict(zip(columns, values, strict=True)), f"{name}[{index}]")
+                index += 1
+        except DamagedFile as error:
+            yield BadRow(f"{name}[{index}]", f"row group {group} cannot be read on: {error}")
+        index = following
 
 
 class _CsvLines:
@@ -128,16 +131,17 @@ def _csv_header(records: Any) -> list[str]:
         raise DamagedFile(f"not CSV ({error})") from None
 
 
-def _batch_size(file: Any, groups: Sequence[int]) -> int:
-    """Rows that unpack to about `BATCH_BYTES`."""
-    metadata = [file.metadata.row_group(group) for group in groups]
-    num_bytes = sum(group.total_byte_size for group in metadata)
-    num_rows = sum(group.num_rows for group in metadata)
-    return max(1, min(4096, BATCH_BYTES * num_rows // max(1, num_bytes)))
+def _group_values(file: Any, group: int, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The rows of a row group, unpacked in batches of about `BATCH_BYTES`."""
+    metadata = file.metadata.row_group(group)
+    num_rows = BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)
+    batches = file.iter_batches(max(1, min(4096, num_rows)), row_groups=[group], columns=columns)
+    while (batch := _next_batch(batches)) is not None:
+        yield from zip(*(_column(batch.column(column)) for column in columns), strict=True)
 
 
-def _next_batch(batches: Iterator[Any], path: str) -> Any:
-    with _parquet_errors(path):
+def _next_batch(batches: Iterator[Any]) -> Any:
+    with _parquet_errors("the file"):
         return next(batches, None)
 
 

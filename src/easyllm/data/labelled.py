@@ -1,0 +1,80 @@
+"""Rows of a text and a label, for a head of labels: the label stands at the text's last token."""
+
+import math
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from easyllm.core.errors import DataError
+from easyllm.data.packing import Sample
+from easyllm.data.prepare import Account
+from easyllm.data.rows import Row, read_rows
+from easyllm.ops.cross_entropy import IGNORE_INDEX
+from easyllm.tokenizer.tokenizer import Tokenizer
+
+
+def prepare_labelled_texts(
+    files: Iterable[Path],
+    tokenizer: Tokenizer,
+    *,
+    text_key: str,
+    label_key: str,
+    num_labels: int,
+    max_seq_len: int,
+) -> tuple[list[Sample], Account]:
+    """Samples whose last token carries the label; longer texts lose their beginning, so that it stays the last.
+
+    Raises:
+        DataError: a row has no text or no label, or one out of range (its place is named); or there are none.
+    """
+    samples, account = [], Account()
+    for file in files:
+        for row in read_rows(file):
+            account.rows += 1
+            text, label = _text(row, text_key), _label(row, label_key, num_labels)
+            ids = tokenizer.encode(text)
+            if not ids:
+                account.dropped_untrained += 1
+                continue
+            account.cut += len(ids) > max_seq_len
+            ids = ids[-max_seq_len:]
+            samples.append(Sample(tuple(ids), (IGNORE_INDEX,) * (len(ids) - 1) + (label,)))
+            account.samples += 1
+            account.tokens += len(ids)
+            account.trained_tokens += 1
+    if not samples:
+        raise DataError(f"no row is left to train on ({account.summary()}); check the data files")
+    return samples, account
+
+
+def encode_number(value: float) -> int:
+    """The bits of an fp32 number as an integer, so that it fits among labels (never -100, a NaN's)."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", value))
+    return int(bits)
+
+
+def _text(row: Row, key: str) -> str:
+    value = row.values.get(key)
+    if not isinstance(value, str):
+        raise DataError(
+            f"{row.place} has no text under {key!r} (keys: {', '.join(sorted(row.values))}); set data.text_key"
+        )
+    return value
+
+
+def _label(row: Row, key: str, num_labels: int) -> int:
+    value: Any = row.values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(
+            f"{row.place} has label {value!r} under {key!r}, expected a number; set data.label_key"
+        )
+    if num_labels == 1:
+        if not math.isfinite(value):
+            raise DataError(f"{row.place} has label {value}, expected a finite number")
+        return encode_number(float(value))
+    if not isinstance(value, int) or not 0 <= value < num_labels:
+        raise DataError(
+            f"{row.place} has label {value!r}, expected a class 0 to {num_labels - 1}; set objective.num_labels"
+        )
+    return value
