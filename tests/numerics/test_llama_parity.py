@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM
 
 from easyllm.models import load_model
 
+
 def test_smollm2_is_no_further_from_fp64_than_twice_transformers(smollm2, smollm2_folder):
     """Law 1: both fp32 forwards are compared with the fp64 one on 512 tokens."""
     ids = torch.randint(0, 49152, (512,), generator=torch.Generator().manual_seed(1))

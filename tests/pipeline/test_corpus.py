@@ -23,7 +23,6 @@ from easyllm.data.document_files import read_lines
 from easyllm.data.shards import TokenShards
 from easyllm.tokenizer import Tokenizer
 
-
 EXAM = "Seven grey herons waited behind the flooded mill until the miller opened both of its gates."
 
 

@@ -61,9 +61,7 @@ def test_without_coefficients_the_routers_add_nothing():
     for model in (with_terms, without):
         accumulate(model, LanguageModel(), [batch])
     name = "layers.0.feed_forward.router.weight"
-    assert not torch.allclose(
-        with_terms.get_parameter(name).grad, without.get_parameter(name).grad
-    )
+    assert not torch.allclose(with_terms.get_parameter(name).grad, without.get_parameter(name).grad)
 
 
 def test_training_with_the_load_balancing_loss_evens_out_the_experts():

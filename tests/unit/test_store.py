@@ -26,7 +26,8 @@ from easyllm.core.errors import CheckpointError
 from easyllm.models import load_model
 from easyllm.models.families import FAMILIES
 from easyllm.models.families.rope_config import read_rope
-from easyllm.models.load import open_source, read_hf_config
+from easyllm.models.hf_config import read_files
+from easyllm.models.load import open_source
 
 
 @pytest.fixture
@@ -233,7 +234,7 @@ def test_a_generation_config_that_is_not_json_is_named(folder):
 
 def test_the_generation_configs_end_tokens_come_first(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert read_hf_config(folder)["eos_token_id"] == [5, 7]
+    assert read_files(folder)["eos_token_id"] == [5, 7]
     assert load_model(folder).config.eos_token_ids == (5, 7)
 
 

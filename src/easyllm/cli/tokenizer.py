@@ -1,0 +1,396 @@
+"""`easyllm tokenizer`: train, compare, extend, import, look."""
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from easyllm.cli.models import Model
+from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
+
+if TYPE_CHECKING:
+    from easyllm.data.sources import SourceConfig
+    from easyllm.models.load import OpenSource
+    from easyllm.tokenizer import Tokenizer
+    from easyllm.tokenizer.extend import Extension
+    from easyllm.tokenizer.report import TextFigures, TokenizerReport
+
+COMPARED_TEXTS = 1000
+"""Texts that `extend` measures fertility on, the first ones."""
+LOSS_CHARACTERS = 500
+"""Characters of the first text that the loss of the new ids is measured on."""
+
+tokenizer_app = typer.Typer(
+    no_args_is_help=True,
+    help="""Train a tokenizer, compare several, extend a model's, import sentencepiece's.
+
+    [bold]Examples[/bold]
+
+        easyllm tokenizer train corpus.txt --output out/tok --vocab-size 8000
+
+        easyllm tokenizer report smollm2 out/tok --text en=english.txt --text zh=chinese.jsonl
+
+        easyllm tokenizer encode smollm2 'Hello, world'
+    """,
+)
+
+Files = Annotated[
+    list[str], typer.Argument(help="Files, folders or patterns: text, JSON, CSV, Parquet, HTML.")
+]
+TextKey = Annotated[str, typer.Option(help="Key or column of the text, in rows.")]
+Lines = Annotated[
+    bool, typer.Option("--lines", help="Each line of a text file is a text, not the whole file.")
+]
+Format = Annotated[
+    str, typer.Option("--format", help="What files hold (text, jsonl ...); by default by suffix.")
+]
+AnyTokenizer = Annotated[
+    str, typer.Argument(help="A folder with tokenizer.json, smollm2, a .gguf file, or hf:org/name.")
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="A new folder for the result.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb group."""
+    app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@tokenizer_app.command("train")
+def train(
+    files: Files,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the tokenizer.")],
+    kind: Annotated[
+        str | None, typer.Option(help="bpe, wordpiece, unigram, wordlevel or characters.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Most ids, special tokens included.")
+    ] = None,
+    special: Annotated[
+        list[str] | None, typer.Option(help="A special token; the first gets id 0.")
+    ] = None,
+    chat_template: Annotated[str | None, typer.Option(help="chatml, or jinja source.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file with these and all other options.")
+    ] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="key.sub=value, over the YAML file.")
+    ] = None,
+    text_key: TextKey = "text",
+    lines: Lines = False,
+    format: Format = "auto",
+    json_output: JsonFlag = False,
+) -> None:
+    """Train a tokenizer; the same text gives the same tokenizer.json byte for byte.
+
+    [bold]Examples[/bold]
+
+        easyllm tokenizer train corpus/ --output out/tok --vocab-size 32000 --chat-template chatml
+
+        easyllm tokenizer train zh.jsonl -o out/tok --kind unigram --special '<s>' --special '</s>'
+
+        easyllm tokenizer train corpus.txt -o out/tok --set model.digits=individual --set model.pattern=qwen2
+    """
+    from easyllm.core.atomic import atomic_directory, refuse_existing, write_json
+    from easyllm.core.config import apply_overrides, read_yaml, validate
+    from easyllm.core.manifest import MANIFEST_FILE, Manifest
+    from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer
+
+    values = apply_overrides(read_yaml(config) if config is not None else {}, change or [])
+    values["model"] = {"kind": "bpe"} | values.get("model", {}) | ({"kind": kind} if kind else {})
+    flags = {"vocab_size": vocab_size, "special_tokens": special, "chat_template": chat_template}
+    values |= {name: value for name, value in flags.items() if value is not None}
+    wanted = validate(TokenizerConfig, values, source=str(config or "tokenizer train"))
+    refuse_existing(output)
+    source = _source(files, text_key, lines, format)
+    trained = train_tokenizer(_texts(source), wanted)
+    manifest = Manifest.create(
+        "tokenizer", config=wanted.model_dump(mode="json"), inputs=_hashes(source)
+    )
+    with atomic_directory(output) as work:
+        trained.save(work)
+        write_json(work / MANIFEST_FILE, manifest.model_dump(mode="json"))
+    figures = {"kind": wanted.model.kind, "vocab_size": trained.vocab_size, "output": str(output)}
+    print_json(figures) if json_output else print_pairs(figures)
+
+
+@tokenizer_app.command("report")
+def report(
+    tokenizers: Annotated[
+        list[str],
+        typer.Argument(help="Folders with tokenizer.json, smollm2, .gguf files, hf:org/name."),
+    ],
+    text: Annotated[
+        list[str], typer.Option(help="name=PATH: texts of a language or domain; may be repeated.")
+    ],
+    text_key: TextKey = "text",
+    lines: Lines = False,
+    format: Format = "auto",
+    json_output: JsonFlag = False,
+) -> None:
+    """Compare tokenizers on texts: compression, fertility, what is lost, what is unused.
+
+    Fertility is tokens per word, a Han character counting as a word.
+
+    [bold]Examples[/bold]
+
+        easyllm tokenizer report smollm2 --text zh=chinese.txt
+
+        easyllm tokenizer report smollm2 out/tok --text en=english.txt --text zh=chinese.jsonl --json
+    """
+    from easyllm.core.errors import ConfigError
+    from easyllm.tokenizer.report import report as measure
+
+    sources = {}
+    for entry in text:
+        name, equals, path = entry.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"--text {entry!r} is not name=PATH; write --text en=english.txt")
+        sources[name] = _source([path], text_key, lines, format)
+    loaded = {name: _load(name) for name in tokenizers}
+    result = measure(loaded, {name: _texts(source) for name, source in sources.items()})
+    if json_output:
+        print_json(result.as_dict())
+    else:
+        _show(result)
+
+
+@tokenizer_app.command("extend")
+def extend(
+    model: Model,
+    files: Files,
+    output: Output = None,
+    new: Annotated[int, typer.Option(min=1, help="How many pieces to add.")] = 8000,
+    script: Annotated[
+        str, typer.Option(help="Learn from non_ascii text, or from han characters alone.")
+    ] = "non_ascii",
+    text_key: TextKey = "text",
+    lines: Lines = False,
+    format: Format = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it would give and write nothing.")
+    ] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Teach a model's tokenizer a language, and grow its embeddings; text in ASCII keeps its ids.
+
+    New rows are the mean of their old pieces' rows: train on, or the new tokens mean little.
+
+    [bold]Examples[/bold]
+
+        easyllm tokenizer extend smollm2 chinese.txt --new 8000 --dry-run
+
+        easyllm tokenizer extend smollm2 zh/*.jsonl --new 8000 --output out/smollm2-zh
+    """
+    from easyllm.core.atomic import refuse_existing
+    from easyllm.core.errors import ConfigError
+    from easyllm.models import open_source
+    from easyllm.tokenizer.extend import SCRIPTS, extend_tokenizer
+
+    if script not in SCRIPTS:
+        raise ConfigError(f"script={script!r} is not known; use {' or '.join(SCRIPTS)}")
+    if output is None and not dry_run:
+        raise ConfigError("there is no folder to write to; add --output out/NAME or --dry-run")
+    if output is not None:
+        refuse_existing(output)
+    source, opened = _source(files, text_key, lines, format), open_source(model)
+    old = opened.tokenizer()
+    extension = extend_tokenizer(old, _texts(source), num_new=new, script=script)
+    figures = _growth(opened, old, extension, source)
+    if not dry_run:
+        assert output is not None
+        figures |= _save_extended(model, opened, extension, source, output, dtype)
+    if json_output:
+        print_json(figures)
+    else:
+        print_pairs({name.replace("_", " "): value for name, value in figures.items()})
+
+
+@tokenizer_app.command("import")
+def import_model(
+    file: Annotated[Path, typer.Argument(help="A sentencepiece .model file.")],
+    output: Annotated[Path, typer.Argument(help="A new folder for the tokenizer.")],
+    add_bos: Annotated[
+        bool, typer.Option("--add-bos", help="Encoding puts bos in front (Llama).")
+    ] = False,
+    add_eos: Annotated[
+        bool, typer.Option("--add-eos", help="Encoding puts eos behind (T5).")
+    ] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Turn a sentencepiece model (unigram or BPE) into tokenizer.json, same ids.
+
+    [bold]Examples[/bold]
+
+        easyllm tokenizer import tokenizer.model out/tok --add-bos
+    """
+    from easyllm.core.atomic import atomic_directory
+    from easyllm.tokenizer.sentencepiece import import_sentencepiece
+
+    tokenizer = import_sentencepiece(file, add_bos=add_bos, add_eos=add_eos)
+    with atomic_directory(output) as work:
+        tokenizer.save(work)
+    figures = {"vocab_size": tokenizer.vocab_size, "output": str(output)}
+    print_json(figures) if json_output else print_pairs(figures)
+
+
+@tokenizer_app.command("encode")
+def encode(
+    tokenizer: AnyTokenizer,
+    text: Annotated[str | None, typer.Argument(help="By default standard input.")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Without the tokens a model expects around text.")
+    ] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Show the tokens of a text.
+
+    [bold]Examples[/bold]
+
+        easyllm tokenizer encode smollm2 '你好, world'
+
+        echo hello | easyllm tokenizer encode out/tok --json
+    """
+    loaded = _load(tokenizer)
+    ids = loaded.encode(sys.stdin.read() if text is None else text, special_tokens=not plain)
+    pieces = [loaded.token_text(i) for i in ids]
+    if json_output:
+        print_json({"ids": ids, "pieces": pieces})
+        return
+    rows = [(i, loaded.backend.id_to_token(i), repr(p)) for i, p in zip(ids, pieces, strict=True)]
+    print_table(f"{len(ids)} tokens", ("id", "token", "text"), rows)
+
+
+# ---- reading
+
+
+def _load(source: str) -> "Tokenizer":
+    """A tokenizer from a folder of its own, or the one of a model."""
+    from easyllm.models import load_tokenizer
+    from easyllm.tokenizer import Tokenizer
+
+    alone = Path(source) / "tokenizer.json"
+    return Tokenizer.from_folder(alone.parent) if alone.is_file() else load_tokenizer(source)
+
+
+def _source(paths: list[str], text_key: str, lines: bool, format: str) -> "SourceConfig":
+    from easyllm.core.config import validate
+    from easyllm.data.sources import SourceConfig
+
+    values = {"paths": paths, "format": format, "text_key": text_key, "on_error": "stop"}
+    values |= {"documents": "line"} if lines else {}
+    return validate(SourceConfig, values, source="tokenizer")
+
+
+def _texts(source: "SourceConfig") -> Iterator[str]:
+    """The source's texts, under a progress line."""
+    from easyllm.core.progress import track
+    from easyllm.data.documents import Document
+    from easyllm.data.sources import list_splits, read_split
+
+    items = (item for split in list_splits("text", source) for item in read_split(split, source))
+    return track((i.text for i in items if isinstance(i, Document)), "reading", unit="text")
+
+
+def _hashes(source: "SourceConfig") -> dict[str, str]:
+    from easyllm.core.manifest import hash_file
+    from easyllm.data.source_files import find_files
+
+    format = None if source.format == "auto" else source.format
+    return {file.name: hash_file(Path(file.path)) for file in find_files(source.paths, format)}
+
+
+# ---- extending
+
+
+def _growth(
+    opened: "OpenSource", old: "Tokenizer", extension: "Extension", source: "SourceConfig"
+) -> dict[str, Any]:
+    """What the extension costs and what it saves."""
+    from easyllm.models.resize import grown_vocab_size
+    from easyllm.plan.parameters import count_parameters
+    from easyllm.tokenizer.report import report as measure
+
+    size = grown_vocab_size(opened.config, extension.old_pieces)
+    before = count_parameters(opened.config).total
+    texts = {"texts": islice(_texts(source), COMPARED_TEXTS)}
+    was, now = measure({"old": old, "new": extension.tokenizer}, texts).texts
+    return {
+        "new_pieces": extension.num_new,
+        "tokenizer_ids": extension.tokenizer.vocab_size,
+        "model_vocab_size": size,
+        "parameters": before,
+        "parameters_added": count_parameters(opened.config.changed(vocab_size=size)).total - before,
+        "fertility_before": round(was.fertility, 4),
+        "fertility_after": round(now.fertility, 4),
+        "bytes_per_token_before": round(was.bytes_per_token, 4),
+        "bytes_per_token_after": round(now.bytes_per_token, 4),
+    }
+
+
+def _save_extended(
+    name: str,
+    opened: "OpenSource",
+    extension: "Extension",
+    source: "SourceConfig",
+    output: Path,
+    dtype: str | None,
+) -> dict[str, Any]:
+    from easyllm.core.device import parse_dtype, pick_device
+    from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path
+    from easyllm.models import save_model
+    from easyllm.models.resize import loss_of_new_ids, resize_embeddings
+
+    model = opened.model(parse_dtype(dtype) if dtype else None, pick_device("cpu"))
+    sample = opened.tokenizer().encode(next(_texts(source))[:LOSS_CHARACTERS])
+    resize_embeddings(model, extension.old_pieces)
+    first = min(extension.old_pieces, default=extension.tokenizer.vocab_size)
+    added = loss_of_new_ids(model, sample, first_new=first)
+    manifest = Manifest.create(
+        "extend",
+        config={"model": name, "num_new": extension.num_new, "dtype": dtype},
+        inputs={"model": hash_path(opened.path)} | _hashes(source),
+        results={"loss_of_new_ids_nats": added},
+    )
+    extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
+    save_model(model, output, tokenizer=extension.tokenizer, extra_files=extra)
+    return {"loss_of_new_ids_nats": round(added, 4), "output": str(output)}
+
+
+# ---- showing
+
+
+def _show(result: "TokenizerReport") -> None:
+    columns = ("tokenizer", "text", "bytes", "chars", "fertility", "Han", "unknown", "changed")
+    title = "Texts: bytes and characters a token, tokens a word, Han characters of one token"
+    print_table(title, columns, [_row(figures) for figures in result.texts])
+    rows = [
+        (v.tokenizer, f"{v.vocab_size:,}", f"{v.num_unused:,}", f"{v.gb2312_coverage:.1%}")
+        for v in result.vocabularies
+    ]
+    print_table("Vocabularies", ("tokenizer", "ids", "unused here", "of GB 2312"), rows)
+    for figures in result.texts:
+        if failure := figures.failure:
+            sys.stdout.write(
+                f"{figures.tokenizer} changes {figures.domain} at character {failure.at}: "
+                f"{failure.text!r} comes back as {failure.decoded!r}\n"
+            )
+
+
+def _row(figures: "TextFigures") -> tuple[str, ...]:
+    coverage = figures.han_coverage
+    return (
+        figures.tokenizer,
+        figures.domain,
+        f"{figures.bytes_per_token:.3f}",
+        f"{figures.characters_per_token:.3f}",
+        f"{figures.fertility:.3f}",
+        "-" if coverage is None else f"{coverage:.1%}",
+        f"{figures.num_unknown:,}",
+        f"{figures.num_failures:,}/{figures.num_texts:,}",
+    )

@@ -1,0 +1,90 @@
+"""Growing a model's vocabulary: rows of the embedding and of the output projection, moved together.
+
+A new row is the mean of the rows of the tokens that spelt its text before, so that the model starts from what it knew
+(Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). Old ids keep their logits. The logit
+of a mean of rows is the mean of their logits, so a new id never scores above the best of its old pieces, and a row that
+only fills up, the mean of all old rows, never above the best old id: the most likely id stays what it was.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from easyllm.core.errors import ConfigError
+from easyllm.nn.config import ModelConfig
+from easyllm.nn.decoder import Decoder
+from easyllm.ops.attention import AttentionContext
+
+MULTIPLE = 64
+"""The vocabulary is filled up to a multiple of this: matrix products like round numbers."""
+
+
+def resize_embeddings(
+    model: Decoder, old_pieces: Mapping[int, tuple[int, ...]], *, multiple_of: int = MULTIPLE
+) -> Decoder:
+    """Grows the model in place to hold the ids of an extended tokenizer.
+
+    Args:
+        old_pieces: for each new id the old ids whose mean its row becomes (`Extension.old_pieces`). Rows the model
+            holds from the first new id on belong to no token so far; the new ones take their place.
+
+    Raises:
+        ConfigError: the new ids do not follow the model's, or a piece is not among its ids.
+    """
+    size = grown_vocab_size(model.config, old_pieces, multiple_of=multiple_of)
+    model.embed_tokens.weight = _grow(model.embed_tokens.weight, old_pieces, size)
+    model.embed_tokens.num_embeddings = size
+    if model.lm_head is not None:
+        model.lm_head.weight = _grow(model.lm_head.weight, old_pieces, size)
+        model.lm_head.out_features = size
+    model.config = model.config.changed(vocab_size=size)
+    return model
+
+
+def grown_vocab_size(
+    config: ModelConfig, old_pieces: Mapping[int, tuple[int, ...]], *, multiple_of: int = MULTIPLE
+) -> int:
+    """The vocabulary that `resize_embeddings` leads to; never smaller than it was.
+
+    Raises:
+        ConfigError: as there.
+    """
+    first = min(old_pieces, default=config.vocab_size)
+    end = first + len(old_pieces)
+    if list(old_pieces) != list(range(first, end)) or first > config.vocab_size:
+        raise ConfigError(
+            f"new ids {first} to {max(old_pieces)} do not follow the model's {config.vocab_size} ids; "
+            "extend the model's own tokenizer"
+        )
+    if not all(old and min(old) >= 0 and max(old) < first for old in old_pieces.values()):
+        raise ConfigError(f"a new id is made of ids outside the old ones, 0 to {first - 1}")
+    return max(config.vocab_size, -(-end // multiple_of) * multiple_of)
+
+
+@torch.no_grad()
+def loss_of_new_ids(model: Decoder, token_ids: list[int], *, first_new: int) -> float:
+    """By how many nats a token the ids from `first_new` on raise the loss of a text written in older ids.
+
+    It is the mean of ln(Z / Z_old), Z the softmax's denominator over all ids and Z_old over the older ones; over the
+    older ones alone the loss is what it was.
+    """
+    ids = torch.as_tensor(token_ids, device=model.device)
+    hidden = model(ids, AttentionContext.packed([ids.numel()], device=model.device))
+    added = 0.0
+    for rows in hidden.split(64):
+        logits = model.head(rows)
+        added += float((logits.logsumexp(-1) - logits[:, :first_new].logsumexp(-1)).sum())
+    return added / max(len(token_ids), 1)
+
+
+@torch.no_grad()
+def _grow(weight: Tensor, old_pieces: Mapping[int, tuple[int, ...]], size: int) -> nn.Parameter:
+    """`[V, D]` to `[size, D]`."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    first = min(old_pieces, default=len(weight))
+    grown = weight[:first].mean(0, dtype=wide).to(weight.dtype).repeat(size, 1)
+    grown[: len(weight)] = weight
+    for index, old in old_pieces.items():
+        grown[index] = weight[list(old)].to(wide).mean(0)
+    return nn.Parameter(grown, requires_grad=weight.requires_grad)

@@ -1,0 +1,617 @@
+"""Training tokenizers: the library's own merges, the same bytes every time, what round-trips; sentencepiece's files."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+from easyllm.core.config import validate
+from easyllm.core.errors import CheckpointError, ConfigError, DataError, SourceError
+from easyllm.tokenizer import Tokenizer
+from easyllm.tokenizer.sentencepiece import build_tokenizer, import_sentencepiece, read_model
+from easyllm.tokenizer.train import (
+    PATTERNS,
+    BPEConfig,
+    CharactersConfig,
+    NormalizerConfig,
+    TokenizerConfig,
+    UnigramConfig,
+    WordLevelConfig,
+    WordPieceConfig,
+    byte_values,
+    train_tokenizer,
+)
+
+CORPUS = [
+    "The tokenizer is trained on 2,048 lines; each line isn't long, and some lines repeat.",
+    "Lower, slower, newest, widest: the lowest and the newest were slower than the lower ones.",
+    "Prices rose from 1999 to 2024 by 37.5% — from $12 to $16.50, says Mr. O'Neill's café naïvely.",
+    "我们从头训练一个分词器，语料里有中文和英文。分词器把文本切成词元，词元再变成编号。",
+    "今天的天气很好，我们去公园散步；明天的天气不好，我们在家训练模型。",
+    "def train(texts):\n    for text in texts:\n        yield text.split()  # 注释 😀👩\u200d💻\n",
+    "Ünïcödé wörds, ÀÉÎÕÜ, Ελληνικά, русский язык, हिन्दी, 한국어, العربية, ไทย.",
+] * 4
+HELD_OUT = [
+    "Slower trains were the newest in 2031, weren't they?  Two spaces.",
+    "明天我们训练分词器，后天去公园。编号是12345。",
+    "naïve café 😀 def f(x):\n\treturn x\n",
+    "",
+]
+KINDS = {
+    "bpe": BPEConfig(),
+    "wordpiece": WordPieceConfig(),
+    "unigram": UnigramConfig(),
+    "unigram without bytes": UnigramConfig(byte_fallback=False),
+    "wordlevel": WordLevelConfig(),
+    "characters": CharactersConfig(),
+}
+SPECIAL = ("<s>", "</s>", "<pad>", "<mask>", "<sep>", "<cls>", "<unk>", "<extra>")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tokenizer of each kind, with ChatML."""
+    return {
+        name: train_tokenizer(
+            CORPUS, TokenizerConfig(model=kind, vocab_size=700, chat_template="chatml")
+        )
+        for name, kind in KINDS.items()
+    }
+
+
+# ---- equal to the library's own trainer
+
+
+def merges_of(backend):
+    return json.loads(backend.to_str())["model"]["merges"]
+
+
+def library_bpe(
+    steps, *, normalizer=None, vocab_size=600, special=("<|endoftext|>",), min_frequency=2
+):
+    """BPE trained with the library directly."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
+
+
+def split(pattern):
+    from tokenizers import Regex
+
+    return [
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "steps"),
+    [
+        (BPEConfig(), [pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+        (BPEConfig(add_prefix_space=True), [pre_tokenizers.ByteLevel()]),
+        (BPEConfig(pattern="cl100k"), split(PATTERNS["cl100k"])),
+        (BPEConfig(pattern="qwen2"), split(PATTERNS["qwen2"])),
+        (BPEConfig(own_pattern=r"\p{L}+|\P{L}+"), split(r"\p{L}+|\P{L}+")),
+        (
+            BPEConfig(pattern=None),
+            [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
+        ),
+        (
+            BPEConfig(digits="individual"),
+            [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, BPEConfig) else "",
+)
+def test_bpe_has_the_merges_and_ids_of_the_library(model, steps):
+    ours = train_tokenizer(CORPUS, TokenizerConfig(model=model, vocab_size=600))
+    theirs = library_bpe(steps)
+    assert merges_of(ours.backend) == merges_of(theirs)
+    assert ours.backend.get_vocab() == theirs.get_vocab()
+    assert [ours.encode(t) for t in HELD_OUT] == [theirs.encode(t).ids for t in HELD_OUT]
+
+
+@pytest.mark.parametrize("prefix_space", [True, False])
+def test_a_tokenizer_from_scratch_with_every_step_has_the_merges_of_the_library(prefix_space):
+    """NFD and no accents; cut at whitespace, punctuation, single digits; bytes; 8 special tokens; 54,000 asked for."""
+    config = TokenizerConfig(
+        model=BPEConfig(
+            whitespace=True,
+            punctuation=True,
+            digits="individual",
+            add_prefix_space=prefix_space,
+            min_frequency=0,
+        ),
+        normalizer=NormalizerConfig(form="nfd", strip_accents=True),
+        vocab_size=54_000,
+        special_tokens=SPECIAL,
+        eos=None,
+    )
+    ours = train_tokenizer(iter(CORPUS), config)
+    theirs = library_bpe(
+        [
+            pre_tokenizers.Whitespace(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=prefix_space),
+        ],
+        normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+        vocab_size=54_000,
+        special=SPECIAL,
+        min_frequency=0,
+    )
+    assert merges_of(ours.backend) == merges_of(theirs)
+    assert ours.backend.get_vocab() == theirs.get_vocab()
+    assert [ours.encode(t) for t in HELD_OUT] == [theirs.encode(t).ids for t in HELD_OUT]
+    assert [ours.id_of(token) for token in SPECIAL] == list(range(8))
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "gpt2"])
+def test_patterns_cut_as_those_of_published_tokenizers(pattern):
+    """Words by the rules: a letter's space goes with it, signs and digits stand apart, newlines end a run."""
+    words = {
+        "gpt2": ["I", "'ll", " pay", " 12345", "€", " now", "!", "\n\n ", " ok"],
+        "cl100k": ["I", "'ll", " pay", " ", "123", "45", "€", " now", "!\n\n", " ", " ok"],
+        "qwen2": [
+            "I",
+            "'ll",
+            " pay",
+            " ",
+            "1",
+            "2",
+            "3",
+            "4",
+            "5",
+            "€",
+            " now",
+            "!\n\n",
+            " ",
+            " ok",
+        ],
+    }
+    tokenizer = train_tokenizer(
+        ["x"], TokenizerConfig(model=BPEConfig(pattern=pattern), vocab_size=300)
+    )
+    cut = tokenizer.backend.pre_tokenizer.pre_tokenize_str("I'll pay 12345€ now!\n\n  ok")
+    values = byte_values()
+    assert [bytes(values[c] for c in word).decode() for word, _ in cut] == words[pattern]
+
+
+# ---- the same every time
+
+AGAIN = """
+import hashlib, json, sys
+sys.path.insert(0, {tests!r})
+from unit.test_tokenizer_training import CORPUS, KINDS
+from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer
+tokenizers = {{n: train_tokenizer(CORPUS, TokenizerConfig(model=k, vocab_size=700)) for n, k in KINDS.items()}}
+print(json.dumps({{n: hashlib.sha256(t.backend.to_str().encode()).hexdigest() for n, t in tokenizers.items()}}))
+"""
+
+
+def test_the_same_corpus_gives_the_same_bytes_in_another_process_and_with_other_threads():
+    tests = os.path.dirname(os.path.dirname(__file__))
+    seen = []
+    for seed, threads in (("1", "1"), ("2", "2"), ("3", "4")):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads}
+        done = subprocess.run(
+            [sys.executable, "-c", AGAIN.format(tests=tests)],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        seen.append(json.loads(done.stdout))
+    assert seen[0] == seen[1] == seen[2]
+    assert len(set(seen[0].values())) == len(KINDS)
+
+
+# ---- what is lost
+
+
+@settings(deadline=None, max_examples=150)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_byte_level_bpe_gives_back_any_text(trained, text):
+    tokenizer = trained["bpe"]
+    assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_every_plane_of_unicode_comes_back_without_an_unknown_token(trained, kind):
+    planes = {
+        plane: [
+            chr(code)
+            for code in range(plane << 16, (plane << 16) + 0x10000, 97)
+            if unicodedata.category(chr(code)) not in ("Cn", "Cs")
+        ]
+        for plane in range(17)
+    }
+    assert {plane for plane, found in planes.items() if found} == {0, 1, 2, 3, 14, 15, 16}
+    tokenizer = trained[kind]
+    for characters in planes.values():
+        text = "".join(characters)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.id_of(tokenizer.special.unk) not in ids
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text("ab <0x41>FZ▂世界😀\n", max_size=30))
+def test_unigram_with_bytes_gives_back_text_that_spells_byte_pieces(trained, text):
+    tokenizer = trained["unigram"]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode("<0x41>")) == "<0x41>"
+
+
+def test_unigram_with_a_space_in_front_takes_it_off_again():
+    config = TokenizerConfig(model=UnigramConfig(add_prefix_space=True), vocab_size=500)
+    tokenizer = train_tokenizer(CORPUS, config)
+    assert tokenizer.backend.encode("lower").tokens[0].startswith("▁")
+    assert tokenizer.decode(tokenizer.encode("lower the")) == "lower the"
+
+
+def test_characters_are_a_token_each_and_unseen_ones_unknown(trained):
+    tokenizer = trained["characters"]
+    text = "The lowest 分词器\n  naïve"
+    assert len(tokenizer.encode(text)) == len(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("λ")[0] != tokenizer.encode("☃")[0] == tokenizer.id_of("<unk>")
+
+
+def test_word_pieces_mark_what_stands_inside_a_word_and_set_chinese_characters_apart(trained):
+    tokens = trained["wordpiece"].backend.encode("lowered 天气 ☃").tokens
+    assert tokens[-3:] == ["天", "气", "[UNK]"]
+    assert not tokens[0].startswith("##")
+    assert all(token.startswith("##") for token in tokens[1:-3])
+    assert "".join(token.removeprefix("##") for token in tokens[:-3]) == "lowered"
+
+
+def test_words_are_whole_or_unknown(trained):
+    tokens = trained["wordlevel"].backend.encode("the newest, flurb").tokens
+    assert tokens == ["the", "newest", ",", "[UNK]"]
+
+
+def test_normalizers_apply_in_order():
+    config = TokenizerConfig(
+        normalizer=NormalizerConfig(form="nfkd", strip_accents=True, lowercase=True)
+    )
+    tokenizer = train_tokenizer(["x"], config)
+    assert tokenizer.decode(tokenizer.encode("ＣＡＦÉ ﬁ")) == "cafe fi"
+
+
+@pytest.mark.parametrize(("digits", "count"), [("individual", 7), ("groups", 3)])
+def test_numbers_are_cut_as_asked(digits, count):
+    numbers = ["1234567"] * 50
+    for model in (BPEConfig(digits=digits), UnigramConfig(digits=digits)):
+        tokenizer = train_tokenizer(numbers, TokenizerConfig(model=model, vocab_size=400))
+        cut = tokenizer.backend.pre_tokenizer.pre_tokenize_str("1234567")
+        assert len(cut) == count
+        assert tokenizer.decode(tokenizer.encode("1234567")) == "1234567"
+
+
+# ---- special tokens, chat, files
+
+
+def test_special_tokens_take_the_first_ids_in_order_and_roles_follow(trained):
+    config = TokenizerConfig(
+        model=WordLevelConfig(), special_tokens=("<a>", "<pad>"), bos="<s>", pad="<pad>"
+    )
+    tokenizer = train_tokenizer(CORPUS, config)
+    ids = [tokenizer.id_of(token) for token in ("<a>", "<pad>", "<s>", "<|endoftext|>", "[UNK]")]
+    assert ids == [0, 1, 2, 3, 4]
+    assert tokenizer.special_ids == {0, 1, 2, 3, 4}
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 3, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bos_and_eos_surround_text_where_asked(kind):
+    config = TokenizerConfig(
+        model=KINDS[kind], vocab_size=700, bos="<s>", eos="</s>", add_bos=True, add_eos=True
+    )
+    tokenizer = train_tokenizer(CORPUS, config)
+    plain = tokenizer.encode("the lower", special_tokens=False)
+    assert tokenizer.encode("the lower") == [tokenizer.bos_id, *plain, tokenizer.eos_id]
+
+
+def test_chatml_renders_turns_and_trains_the_token_that_ends_them(trained):
+    messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "lower"}]
+    chat = trained["bpe"].encode_chat(messages, with_mask=True)
+    assert chat.text == "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\nlower<|im_end|>\n"
+    kept = [i for i, keep in zip(chat.token_ids, chat.mask, strict=True) if keep]
+    assert trained["bpe"].decode(kept, skip_special=False) == "lower<|im_end|>"
+    assert trained["bpe"].id_of("<|im_end|>") in trained["bpe"].special_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_gives_the_same_ids_from_the_saved_files(trained, tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    tokenizer = trained[kind]
+    tokenizer.save(tmp_path)
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [*CORPUS[:7], *HELD_OUT, "x<|im_end|>y", "<unk> [UNK]"]
+    assert [reference(t)["input_ids"] for t in texts] == [tokenizer.encode(t) for t in texts]
+    assert reference.eos_token == tokenizer.special.eos
+    assert Tokenizer.from_folder(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_is_no_larger_than_asked(trained, kind):
+    assert trained[kind].vocab_size <= 700
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        (
+            BPEConfig(),
+            256,
+            r"vocab_size=256 has no room for 256 bytes and 1 special .* 257 or more",
+        ),
+        (UnigramConfig(), 100, r"vocab_size=100 has no room for 257 byte pieces"),
+        (
+            UnigramConfig(byte_fallback=False),
+            20,
+            r"vocab_size=20 has no room for \d+ byte pieces and different characters",
+        ),
+        (WordPieceConfig(), 20, r"vocab_size=20 has no room for \d+ letters"),
+        (WordLevelConfig(), 1, r"vocab_size=1 has no room for 1 word and 2 special"),
+    ],
+)
+def test_a_vocabulary_smaller_than_the_alphabet_is_refused_with_the_numbers(model, size, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        train_tokenizer(CORPUS, TokenizerConfig(model=model, vocab_size=size))
+    enough = int(re.search(r"set it to (\d+) or more", str(caught.value))[1])
+    while True:  # what the message asks for is enough, or the next message's
+        try:
+            train_tokenizer(CORPUS, TokenizerConfig(model=model, vocab_size=enough))
+            break
+        except ConfigError as error:
+            assert isinstance(model, UnigramConfig)
+            enough = int(re.search(r"set it to (\d+) or more", str(error))[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("texts", [[], ["", ""]])
+def test_training_on_nothing_is_refused(kind, texts):
+    with pytest.raises(DataError, match="no text to train a tokenizer on"):
+        train_tokenizer(iter(texts), TokenizerConfig(model=KINDS[kind]))
+
+
+def test_lone_surrogates_in_a_corpus_do_no_harm():
+    assert train_tokenizer(["a\ud83db"], TokenizerConfig()).encode("a?b")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"kind": "bpe", "own_pattern": "("}}, "own_pattern is no regular expression"),
+        ({"model": {"kind": "bpe", "own_pattern": "a", "pattern": "qwen2"}}, "both set"),
+        ({"model": {"kind": "bpe", "patern": "gpt2"}}, "did you mean 'pattern'"),
+        ({"normalizer": {"strip_accents": True}}, "set form: nfd"),
+        ({"add_bos": True}, "add_bos needs a bos token"),
+        ({"chat_template": "chat-ml"}, "neither chatml nor jinja"),
+        ({"special_tokens": ["<a>", "<a>"]}, "stands there twice"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(TokenizerConfig, values, source="tokenizer.yaml")
+
+
+# ---- sentencepiece's files
+
+SP_CORPUS = [
+    "the lowest and the newest were slower than the lower ones, says the café",
+    "hello world, hello tokenizer: pieces, scores and ids; ids and pieces <abcdefx0123456789>",
+    "我们从头训练一个分词器，语料里有中文和英文，我们去公园散步，今天的天气很好",
+    "分词器把文本切成词元，词元再变成编号，明天的天气不好，我们在家训练模型",
+    "emoji 😀 and 👩\u200d💻 and 🇨🇳, prices of $12 and 37.5% — Ｆｕｌｌ ｗｉｄｔｈ ﬁ ½",
+] * 6
+SP_TEXTS = [
+    "the lowest and the newest, ids and pieces; 我们去公园散步，今天的天气很好",
+    "The newest emoji 😀😀 ☃ are slower, 你好世界！我们明天去公园。",
+    "  spaces   inside and around  ",
+    "",
+    " ",
+    "tab\tand\nnew line\r\n",
+    "ＡＢＣ　①㎏ ｶﾞ か\u3099 e\u0301 " + unicodedata.normalize("NFD", "ấ tiếng Việt"),
+    "👩\u200d💻🇨🇳1️⃣ unseen: ქართული",
+    "▁lower▁",
+    "x" * 300 + "训练" * 100,
+]
+
+
+def sentencepiece_file(kind, **options):
+    """A model trained by sentencepiece itself: its own processor, and the file's bytes."""
+    import sentencepiece
+
+    out = io.BytesIO()
+    options = {"byte_fallback": True, "vocab_size": 420, "hard_vocab_limit": False} | options
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SP_CORPUS),
+        model_writer=out,
+        model_type=kind,
+        minloglevel=2,
+        **options,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=out.getvalue()), out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalization_rule_name": "identity"},
+        {"byte_fallback": False, "vocab_size": 160},
+        {"add_dummy_prefix": False},
+        {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+        {"split_by_whitespace": False},
+        {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "control_symbols": "<sep>"},
+    ],
+    ids=str,
+)
+def test_an_imported_model_gives_the_ids_of_sentencepiece(tmp_path, kind, options):
+    theirs, data = sentencepiece_file(kind, **options)
+    (tmp_path / "a.model").write_bytes(data)
+    ours = import_sentencepiece(tmp_path / "a.model")
+    assert [ours.encode(t) for t in SP_TEXTS] == [theirs.encode(t) for t in SP_TEXTS]
+    assert ours.vocab_size == theirs.get_piece_size()
+    roles = (ours.bos_id, ours.eos_id, ours.pad_id, ours.id_of(ours.special.unk))
+    expected = (theirs.bos_id(), theirs.eos_id(), theirs.pad_id(), theirs.unk_id())
+    assert [-1 if i is None else i for i in roles] == list(expected)
+    if options.get("byte_fallback", True):
+        plain = [text for text in SP_TEXTS if "▁" not in text]
+        assert [ours.decode(ours.encode(t)) for t in plain] == [
+            theirs.decode(theirs.encode(t)) for t in plain
+        ]
+
+
+@pytest.fixture(scope="module")
+def sentencepieces():
+    """Both kinds: sentencepiece's processor, and the tokenizer imported from the same file."""
+    files = [sentencepiece_file(kind, split_by_whitespace=False) for kind in ("unigram", "bpe")]
+    return [(theirs, build_tokenizer(read_model(data))) for theirs, data in files]
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text(st.sampled_from("the lowr我们训练公园😀é①  ▁\n,."), max_size=40))
+def test_any_mixture_of_scripts_has_the_ids_of_sentencepiece(sentencepieces, text):
+    for theirs, ours in sentencepieces:
+        assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_an_imported_model_survives_saving_and_transformers_agrees(tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "a.model").write_bytes(sentencepiece_file(kind)[1])
+    ours = import_sentencepiece(tmp_path / "a.model", add_bos=True, add_eos=True)
+    ours.save(tmp_path / "out")
+    reference = AutoTokenizer.from_pretrained(tmp_path / "out")
+    expected = [ours.encode(t) for t in [*SP_TEXTS, "a</s>b<unk>"]]
+    assert [reference(t)["input_ids"] for t in [*SP_TEXTS, "a</s>b<unk>"]] == expected
+    assert all(ids[0] == ours.bos_id and ids[-1] == ours.eos_id for ids in expected)
+
+
+@pytest.fixture(scope="module")
+def with_symbols():
+    """As `sentencepieces`, with symbols the user defined (runs of spaces tie in a unigram model)."""
+    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    symbols = {"unigram": "<sep>,low,er s", "bpe": "<sep>,low,er s,▁▁"}
+    files = [sentencepiece_file(k, user_defined_symbols=s, **options) for k, s in symbols.items()]
+    return [(theirs, build_tokenizer(read_model(data))) for theirs, data in files]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    parts=st.lists(st.sampled_from(["<sep>", "low", " ", "  ", "er s", "est", "我们", "the", "<"]))
+)
+def test_user_defined_symbols_are_kept_whole(with_symbols, parts):
+    for theirs, ours in with_symbols:
+        assert ours.encode("".join(parts)) == theirs.encode("".join(parts))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"treat_whitespace_as_suffix": True}, "keeps spaces behind words"),
+        ({"kind": "char"}, "it is a character model; unigram and BPE"),
+        ({"kind": "word", "byte_fallback": False}, "it is a word model"),
+    ],
+)
+def test_what_a_model_asks_for_in_vain_is_named(tmp_path, options, message):
+    options = {"kind": "unigram"} | options
+    (tmp_path / "a.model").write_bytes(sentencepiece_file(**options)[1])
+    with pytest.raises(CheckpointError, match=rf"a\.model: .*{message}"):
+        import_sentencepiece(tmp_path / "a.model")
+
+
+def test_a_model_without_the_token_to_add_is_refused(tmp_path):
+    (tmp_path / "a.model").write_bytes(sentencepiece_file("bpe", bos_id=-1)[1])
+    with pytest.raises(CheckpointError, match="has no bos token to add"):
+        import_sentencepiece(tmp_path / "a.model", add_bos=True)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"no\.model' does not exist"):
+        import_sentencepiece(tmp_path / "no.model")
+
+
+@pytest.fixture(scope="module")
+def damaged():
+    return [
+        sentencepiece_file("unigram")[1],
+        sentencepiece_file("bpe", normalization_rule_name="identity")[1],
+    ]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    which=st.integers(0, 1),
+    changes=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), max_size=20),
+    end=st.integers(0, 2**19),
+)
+def test_a_damaged_file_is_refused_or_works(damaged, which, changes, end):
+    data = bytearray(damaged[which])
+    for place, value in changes:
+        data[place % len(data)] = value
+    if end < len(data):
+        del data[end:]
+    try:
+        tokenizer = build_tokenizer(read_model(bytes(data)))
+    except CheckpointError:
+        return
+    for text in SP_TEXTS:
+        tokenizer.decode(tokenizer.encode(text))
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_damaged_normalisation_rules_are_refused_or_work(damaged, data):
+    """The rules are most of the file, and the library walks them without looking."""
+    from dataclasses import replace
+
+    from easyllm.tokenizer import sentencepiece
+
+    model = read_model(damaged[0])
+    rules = bytearray(model.charsmap)
+    places = st.integers(0, len(rules) - 1) | st.integers(0, 4000)
+    for place in data.draw(st.lists(places, min_size=1, max_size=200)):
+        rules[place] = data.draw(st.integers(0, 255))
+    broken = replace(model, charsmap=bytes(rules))
+    try:
+        sentencepiece._check(broken)
+    except CheckpointError:
+        return
+    everything = "".join(map(chr, range(0x20, 0x3100)))
+    build_tokenizer(broken).encode(everything)
+
+
+def test_a_broken_configuration_is_a_validation_error_in_python():
+    with pytest.raises(ValidationError, match="both set"):
+        BPEConfig(pattern="gpt2", own_pattern="a")
