@@ -37,6 +37,7 @@ from easyllm.data.executor import Executor, build_executor
 from easyllm.data.mixture import Composition, choose_documents, plan_tokens
 from easyllm.data.shards import ShardWriter, token_dtype
 from easyllm.data.sources import Split, list_splits, read_split
+from easyllm.data.token_bytes import token_bytes
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -250,7 +251,11 @@ class CorpusBuild:
         """Chooses documents of every source and writes the shards."""
         pools = {name: _Pool(self, name) for name in self.config.sources}
         generator = np.random.default_rng([self.config.seed, self.config.mixture.seed])
-        held = {n: pool.hold_out(self.config.pack.holdout, generator) for n, pool in pools.items()}
+        share, tail = self.config.pack.holdout, self.config.pack.holdout_tail
+        held = {
+            n: pool.hold_out_tail(share) if tail else pool.hold_out(share, generator)
+            for n, pool in pools.items()
+        }
         wanted = plan_tokens(self.config.mixture, {n: pool.tokens for n, pool in pools.items()})
         chosen = {
             n: pool.numbers[choose_documents(pool.lengths[pool.numbers], wanted[n], generator)]
@@ -387,6 +392,7 @@ class _Pool:
         self.numbers = np.arange(len(self.lengths))
         self._first = np.cumsum([0, *(len(table["lengths"]) for table in tables)])
         self._starts = [np.cumsum([0, *table["lengths"]]) for table in tables]
+        self._tokenizer = build.tokenizer
         self._tokens = [
             np.memmap(f"{stem}.bin", dtype=dtype, mode="r") if starts[-1] else np.empty(0, dtype)
             for stem, starts in zip(stems, self._starts, strict=True)
@@ -403,6 +409,34 @@ class _Pool:
         count = min(len(order), int(np.ceil(share * len(order))))
         self.numbers = np.sort(order[count:])
         return np.sort(order[:count])
+
+    def hold_out_tail(self, share: float) -> NDArray[np.int64]:
+        """Takes the last tokens out of those that may be chosen; where they begin, the document is cut in two."""
+        ends = np.cumsum(self.lengths)
+        if not len(ends) or not ends[-1]:
+            return np.empty(0, dtype=np.int64)
+        begin = int(ends[-1] * (1 - share))
+        number = int(np.searchsorted(ends, begin, side="right"))
+        inside = begin - int(ends[number] - self.lengths[number])
+        if inside:
+            self._cut(number, inside)
+            number += 1
+        self.numbers = np.arange(number)
+        return np.arange(number, len(self.lengths))
+
+    def _cut(self, number: int, inside: int) -> None:
+        """Makes two documents of one: its first `inside` ids, and the rest."""
+        sizes = token_bytes(self._tokenizer)
+        head_bytes = int(sizes[self.document(number)[:inside]].sum())
+        for values, head in ((self.lengths, inside), (self.bytes, head_bytes)):
+            values[number] -= head
+        self.lengths = np.insert(self.lengths, number, inside)
+        self.bytes = np.insert(self.bytes, number, head_bytes)
+        split = int(np.searchsorted(self._first, number, side="right")) - 1
+        place = number - int(self._first[split])
+        starts = self._starts[split]
+        self._starts[split] = np.insert(starts, place + 1, starts[place] + inside)
+        self._first[split + 1 :] += 1
 
     def document(self, number: int) -> Any:
         """Its ids."""

@@ -1,7 +1,10 @@
 """What a corpus is made of: the recipe of `easyllm data build`."""
 
+import glob
+import os
+import sysconfig
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -12,7 +15,7 @@ from easyllm.core.config import (
     read_yaml,
     validate,
 )
-from easyllm.core.errors import suggest
+from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.data.clean import CleanConfig
 from easyllm.data.decontaminate import DecontaminationConfig
 from easyllm.data.dedup import DedupConfig, dedup_preset
@@ -20,6 +23,10 @@ from easyllm.data.executor import Engine
 from easyllm.data.mixture import MixtureConfig
 from easyllm.data.privacy import PrivacyConfig
 from easyllm.data.sources import SourceConfig
+
+PYTHON_SOURCES = "python:stdlib"
+"""A path that stands for the Python sources of the running interpreter's standard library: text on every machine."""
+NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
 class CorpusSource(SourceConfig):
@@ -41,14 +48,23 @@ class PackConfig(Config):
         end_token: put behind every document; by default `<|endoftext|>` where the tokenizer has it, else its end token.
         shard_tokens: about so many ids a file.
         holdout: share of the documents kept apart in `shards/validation`.
+        holdout_tail: keep the last tokens of each source apart, instead of documents at random; the document they begin in
+            is cut in two.
     """
 
     end_token: str | None = None
     shard_tokens: PositiveInt = 2**27
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    holdout_tail: bool = False
+
+    @model_validator(mode="after")
+    def _tail_has_a_size(self) -> "PackConfig":
+        if self.holdout_tail and not self.holdout:
+            raise ValueError("holdout_tail needs a share to keep apart; set holdout to 0.1, say")
+        return self
 
 
-class CorpusConfig(Config):
+class CorpusParts(Config):
     """A corpus: sources → clean → private data → decontaminate → dedup → tokens → mixture → shards.
 
     Attributes:
@@ -61,8 +77,6 @@ class CorpusConfig(Config):
         keep_work: whether intermediate files stay.
     """
 
-    name: str
-    output: str
     tokenizer: str = "smollm2"
     sources: dict[str, CorpusSource] = Field(min_length=1)
     clean: CleanConfig | None = CleanConfig()
@@ -83,7 +97,7 @@ class CorpusConfig(Config):
         return dedup_preset(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _shares_name_sources(self) -> "CorpusConfig":
+    def _shares_name_sources(self) -> Self:
         for name in self.mixture.shares:
             if name not in self.sources:
                 raise ValueError(
@@ -96,6 +110,13 @@ class CorpusConfig(Config):
         return self.sources[source].clean or self.clean
 
 
+class CorpusConfig(CorpusParts):
+    """A corpus that is built alone: with a name, and a folder for its files."""
+
+    name: str
+    output: str
+
+
 def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:
     """A corpus recipe; its paths are looked up from the recipe's folder first, then from here.
 
@@ -103,13 +124,24 @@ def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:
         SourceError, ConfigError: there is no such file, or it is wrong; every mistake is listed.
     """
     values = apply_overrides(read_yaml(path), [*environment_overrides(CorpusConfig), *overrides])
+    place_sources(values, path.parent)
+    return validate(CorpusConfig, values, source=str(path))
+
+
+def place_sources(values: dict[str, Any], folder: Path) -> None:
+    """Looks up the paths of all sources of a recipe from its own folder, where that has them; `python:stdlib` is resolved.
+
+    Raises:
+        ConfigError: `python:stdlib` is not the only path of its source.
+        SourceError: this Python carries no sources.
+    """
     decontaminate = values.get("decontaminate")
     sets = decontaminate.get("sets") if isinstance(decontaminate, dict) else None
     for sources in (values.get("sources"), sets):
         for source in sources.values() if isinstance(sources, dict) else ():
             if isinstance(source, dict) and "paths" in source:
-                source["paths"] = _placed(source["paths"], path.parent)
-    return validate(CorpusConfig, values, source=str(path))
+                source["paths"] = _placed(source["paths"], folder)
+                _resolve_python(source)
 
 
 def _placed(paths: Any, folder: Path) -> Any:
@@ -124,3 +156,26 @@ def _placed(paths: Any, folder: Path) -> Any:
 def _beside(path: str, folder: Path) -> str:
     found = not Path(path).is_absolute() and any(folder.glob(path))
     return str(folder / path) if found else path
+
+
+def _resolve_python(source: dict[str, Any]) -> None:
+    if not isinstance(source["paths"], list) or PYTHON_SOURCES not in source["paths"]:
+        return
+    if len(source["paths"]) > 1:
+        raise ConfigError(
+            f"{PYTHON_SOURCES} must be the only path of its source; put the others into a source of their own"
+        )
+    source["paths"] = _python_sources()
+    source.setdefault("format", "text")
+
+
+def _python_sources() -> list[str]:
+    """A pattern for each folder of the standard library with Python sources, those of tests left out."""
+    root, patterns = sysconfig.get_paths()["stdlib"], []
+    for here, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in NOT_LIBRARY]
+        if any(name.endswith(".py") for name in files):
+            patterns.append(os.path.join(glob.escape(here), "*.py"))
+    if not patterns:
+        raise SourceError(f"this Python has no sources in {root!r}; name text files")
+    return sorted(patterns)

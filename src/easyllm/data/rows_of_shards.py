@@ -1,0 +1,220 @@
+"""Rows of token shards: documents laid end to end, cut every `row_tokens`, each isolated from its neighbours.
+
+documents  a a a a e | b b e | c c c c c c e         laid out in the order of the epoch
+rows       a a a a e   b b   e | c c c   c c c e     (of 8; a document cut by a row's end goes on in the next one)
+lengths    5           2   | 1   3 ...               (each part is a sequence of its own: positions from 0)
+labels     a a a e -   b e   - | ...                 the next token of the same document, also where the next row has it
+
+Any row is found from the documents' lengths alone, without reading the others: the whole position is two integers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from easyllm.core.errors import ConfigError, DataError
+from easyllm.data.loader import LoaderState
+from easyllm.data.packing import Batch
+from easyllm.data.shards import TokenShards
+from easyllm.data.token_bytes import token_bytes
+from easyllm.ops.cross_entropy import IGNORE_INDEX
+from easyllm.tokenizer.tokenizer import Tokenizer
+
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Parts of documents: ids and labels [n], and how long each part is."""
+
+    token_ids: Numbers
+    labels: Numbers
+    lengths: Numbers
+
+
+class Rows:
+    """Documents in an order, end to end, cut into rows.
+
+    Args:
+        shards: where the documents lie; a row's tokens are read when it is asked for.
+        row_tokens: tokens of a row; the last one may be shorter.
+        order: numbers of documents; by default all as they lie.
+        max_tokens: where the rows end, if before the documents do.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        row_tokens: int,
+        *,
+        order: Numbers | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.shards, self.row_tokens = shards, row_tokens
+        self._order = np.arange(len(shards)) if order is None else order
+        self._ends = np.cumsum(shards.lengths()[self._order])
+        total = int(self._ends[-1]) if len(self._ends) else 0
+        self.num_tokens = total if max_tokens is None else min(total, max_tokens)
+
+    def __len__(self) -> int:
+        return -(-self.num_tokens // self.row_tokens)
+
+    def row(self, number: int) -> Row:
+        """One row, read from the shards."""
+        start = number * self.row_tokens
+        stop = min(start + self.row_tokens, self.num_tokens)
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        last = int(np.searchsorted(self._ends, stop, side="left"))
+        parts = self.shards.documents(self._order[first : last + 1])
+        left_over = int(self._ends[last]) - stop  # tokens of the last document beyond this row
+        begun = start - (int(self._ends[first]) - len(parts[0]))  # those of the first before it
+        parts[0] = parts[0][begun:]
+        if left_over:
+            parts[-1] = parts[-1][: len(parts[-1]) - left_over + 1]  # one more: the last label
+        ids = np.concatenate(parts, dtype=np.int64)
+        ends = np.append(self._ends[first:last], stop) - start
+        size = stop - start
+        labels = np.full(size, IGNORE_INDEX)
+        labels[: len(ids) - 1] = ids[1:]
+        labels[ends[:-1] - 1] = IGNORE_INDEX
+        lengths = np.diff(ends, prepend=0)
+        return Row(ids[:size], labels, lengths[lengths > 0])
+
+
+class ShardLoader:
+    """Yields the micro-batches of one optimizer step after the other, for ever.
+
+    An epoch is every token once: documents in a seeded order, cut into rows, the rows in a seeded order, too (or the rows
+    of a long document would all fall into the same few steps).
+
+    Args:
+        row_tokens: tokens of a row.
+        batch_size: rows in a step; or
+        batch_tokens: tokens in a step, at least.
+        micro_batch_tokens: most tokens in one packed micro-batch of whole rows; a longer row is alone.
+        seed: of the order, which differs from epoch to epoch; None keeps that of the shards.
+
+    Raises:
+        ConfigError: not exactly one of `batch_size` and `batch_tokens` is given.
+        DataError: the shards are empty.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        *,
+        row_tokens: int,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        micro_batch_tokens: int,
+        seed: int | None,
+    ) -> None:
+        if (batch_size is None) == (batch_tokens is None):
+            raise ConfigError(
+                f"batch_size={batch_size} and batch_tokens={batch_tokens} both say how large a step is, or neither does; "
+                "give one of them"
+            )
+        _check_not_empty(shards)
+        self.shards, self.row_tokens, self.seed = shards, row_tokens, seed
+        self.rows_per_step = batch_size or -(-(batch_tokens or 1) // row_tokens)
+        self.rows_per_batch = max(1, micro_batch_tokens // row_tokens)
+        self.state = LoaderState()
+        self.last: list[int] = []
+        """Numbers of the rows of the step given last."""
+        self._epoch: tuple[int, Rows, Numbers] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        rows = -(-self.shards.manifest.tokens // self.row_tokens)
+        return -(-rows // self.rows_per_step)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while True:
+            yield self.next_step()
+
+    def next_step(self) -> list[Batch]:
+        """The micro-batches of the next step; the last step of an epoch may be smaller."""
+        rows, order = self._rows_of(self.state.epoch)
+        cursor = self.state.cursor
+        self.last = order[cursor : cursor + self.rows_per_step].tolist()
+        self.state.cursor += len(self.last)
+        if self.state.cursor >= len(order):
+            self.state = LoaderState(self.state.epoch + 1, 0)
+        return _batches(rows, self.last, self.rows_per_batch)
+
+    def _rows_of(self, epoch: int) -> tuple[Rows, Numbers]:
+        """The epoch's rows, and their order."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            if self.seed is None:
+                rows = Rows(self.shards, self.row_tokens)
+                order = np.arange(len(rows))
+            else:
+                generator = np.random.default_rng([self.seed, epoch])
+                documents = generator.permutation(len(self.shards))
+                rows = Rows(self.shards, self.row_tokens, order=documents)
+                order = generator.permutation(len(rows))
+            self._epoch = (epoch, rows, order)
+        return self._epoch[1:]
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Batches to evaluate on, and the bytes of text their labels stand for.
+
+    bits per byte = summed loss in nats / ln 2 / num_bytes
+    """
+
+    batches: list[Batch]
+    num_bytes: int
+
+
+def validation_batches(
+    shards: TokenShards,
+    tokenizer: Tokenizer,
+    *,
+    row_tokens: int,
+    max_tokens: int,
+    micro_batch_tokens: int,
+) -> Validation:
+    """The first `max_tokens` of the shards in rows, the same every time.
+
+    A document's first token is not predicted, so its bytes are not counted; an end token is, and has none.
+
+    Raises:
+        DataError: the shards are empty.
+    """
+    _check_not_empty(shards)
+    rows = Rows(shards, row_tokens, max_tokens=max_tokens)
+    batches = _batches(rows, range(len(rows)), max(1, micro_batch_tokens // row_tokens))
+    sizes = torch.from_numpy(token_bytes(tokenizer))
+    labels = torch.cat([batch.labels for batch in batches])
+    return Validation(batches, int(sizes[labels[labels != IGNORE_INDEX]].sum()))
+
+
+def _batches(rows: Rows, numbers: Sequence[int], rows_per_batch: int) -> list[Batch]:
+    starts = range(0, len(numbers), rows_per_batch)
+    return [_batch([rows.row(n) for n in numbers[s : s + rows_per_batch]]) for s in starts]
+
+
+def _batch(rows: list[Row]) -> Batch:
+    """Rows end to end."""
+    labels = np.concatenate([row.labels for row in rows])
+    lengths = np.concatenate([row.lengths for row in rows])
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    return Batch(
+        token_ids=torch.from_numpy(np.concatenate([row.token_ids for row in rows])),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        lengths=tuple(lengths.tolist()),
+        num_trained=int((labels != IGNORE_INDEX).sum()),
+    )
+
+
+def _check_not_empty(shards: TokenShards) -> None:
+    if shards.manifest.tokens == 0:
+        raise DataError(f"the shards in {str(shards.folder)!r} hold no tokens; build them again")
