@@ -61,12 +61,13 @@ class DecoderLayer(nn.Module):
         self.feed_forward = build_feed_forward(config.feed_forward, model.hidden_size, number)
         self.feed_forward_post_norm = norm("sandwich")
         self.feed_forward_after_norm = norm("post")
+        self.dropout = nn.Dropout(0.0)  # of both blocks' outputs; a training run may raise it
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
-        mixed = self.mixer(self.mixer_norm(x), context)
+        mixed = self.dropout(self.mixer(self.mixer_norm(x), context))
         x = self.mixer_after_norm(x + self.mixer_post_norm(mixed))
-        fed = self.feed_forward(self.feed_forward_norm(x), context)
+        fed = self.dropout(self.feed_forward(self.feed_forward_norm(x), context))
         return self.feed_forward_after_norm(x + self.feed_forward_post_norm(fed))
 
 

@@ -1,0 +1,35 @@
+"""What this machine can do, measured where nothing says it."""
+
+import time
+
+import torch
+
+ROWS, WIDTH = 2048, 1536
+"""A product [ROWS, WIDTH] x [WIDTH, WIDTH], as large as those of a small model's step."""
+
+
+def matmul_rate(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, repeats: int = 6
+) -> float:
+    """FLOP/s of a matrix product of 2048 x 1536 x 1536, the best of a few, on the threads torch has.
+
+    It stands for the peak in MFU where the processor's own is not published; on a GPU the product is too small to
+    reach it, so that larger ones are measured there.
+    """
+    device = torch.device(device)
+    scale = 4 if device.type == "cuda" else 1
+    rows, width = ROWS * scale, WIDTH * scale
+    a = torch.randn(rows, width, dtype=dtype, device=device)
+    b = torch.randn(width, width, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one warms up
+        start = _now(device)
+        a @ b.T
+        best = min(best, _now(device) - start)
+    return 2 * rows * width * width / best
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
