@@ -42,8 +42,10 @@ def test_a_change_in_one_sequence_leaves_its_neighbours_bits(model):
 
 @pytest.mark.parametrize("pieces", [[1] * 30, [20, 1, 1, 8], [7, 23], [29, 1]])
 def test_prefill_and_decode_through_the_cache_equal_one_forward(model, pieces):
+    # fp64: in fp32 a row's rounding depends on how many rows there are, by the machine
+    model = model.double()
     (ids,) = sequences([30], seed=5)
-    cache = SequenceCache(model.config, torch.float32, torch.device("cpu"))
+    cache = SequenceCache(model.config, torch.float64, torch.device("cpu"))
     rows, at = [], 0
     for size in pieces:
         store = BatchCache([cache], [size])
@@ -51,7 +53,7 @@ def test_prefill_and_decode_through_the_cache_equal_one_forward(model, pieces):
         rows.append(model.head(model(torch.tensor(ids[at : at + size]), context)))
         store.commit()
         at += size
-    torch.testing.assert_close(torch.cat(rows), model.logits(ids), atol=2e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(rows), model.logits(ids), atol=1e-12, rtol=0)
 
 
 def test_requests_in_a_batch_equal_each_alone(model, tiny_tokenizer):
