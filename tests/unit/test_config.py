@@ -62,7 +62,7 @@ def test_a_mistyped_key_of_an_optional_part_is_suggested():
 
 def test_a_key_near_to_none_lists_the_known_ones():
     message = complaint(TrainConfig, TRAIN | {"optimizer": {"zzz": 1}})
-    assert "(known keys: betas, eps, kind, learning_rate, weight_decay)" in message
+    assert "(known keys: betas, eps, kind, learning_rate, state, weight_decay)" in message
 
 
 @pytest.mark.parametrize("name", ["tune", "train", "merge", "data", "optimizer"])

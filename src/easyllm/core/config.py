@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from easyllm.core.errors import ConfigError, SourceError, suggest
 
@@ -30,6 +30,19 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=BaseModel)
+
+
+def kind_or(default: str) -> Discriminator:
+    """Tells variants of a union apart by their `kind`; without one it is `default`'s.
+
+    Example: Annotated[Annotated[A, Tag("a")] | Annotated[B, Tag("b")], kind_or("a")]
+    """
+
+    def kind(value: Any) -> str:
+        found = value.get("kind", default) if isinstance(value, Mapping) else None
+        return str(getattr(value, "kind", default) if found is None else found)
+
+    return Discriminator(kind)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -167,6 +180,10 @@ def _describe(
             lines.append(f"unknown key {key!r}{hint}")
         elif problem["type"] == "missing":
             lines.append(f"missing key {key!r}")
+        elif problem["type"] == "union_tag_invalid":
+            tag, known_tags = str(problem["ctx"]["tag"]), problem["ctx"]["expected_tags"]
+            close = suggest(tag, known_tags.replace("'", "").split(", "))
+            lines.append(f"{key}: kind {tag!r} is unknown{close}; known are {known_tags}")
         else:
             got = repr(problem["input"])
             got = got if len(got) <= 60 else got[:57] + "..."

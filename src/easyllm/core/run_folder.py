@@ -1,5 +1,6 @@
 """A run's folder belongs to one configuration, kept in `recipe.yaml`."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ from easyllm.core.errors import OutputError
 RECIPE_FILE = "recipe.yaml"
 
 
-def claim(folder: Path, config: BaseModel) -> None:
+def claim(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
     """Makes `folder` the folder of this configuration by writing its `recipe.yaml`.
+
+    Args:
+        ignore: keys whose values may differ from those there; the new ones are written.
 
     Raises:
         OutputError: as `check_free`.
     """
-    check_free(folder, config)
-    if not (folder / RECIPE_FILE).is_file():
+    check_free(folder, config, ignore=ignore)
+    if ignore or not (folder / RECIPE_FILE).is_file():
         write_atomic(folder / RECIPE_FILE, dump_yaml(config))
 
 
-def check_free(folder: Path, config: BaseModel) -> None:
+def check_free(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
     """Checks that a run of `config` may be begun, or gone on with, in `folder`; writes nothing.
 
     Where the folder lies (`output`) is no part of what is compared: a run may be moved.
@@ -35,7 +39,8 @@ def check_free(folder: Path, config: BaseModel) -> None:
     recipe = folder / RECIPE_FILE
     if recipe.is_file():
         difference = first_difference(
-            _comparable(recipe.read_text(encoding="utf-8")), _comparable(dump_yaml(config))
+            _comparable(recipe.read_text(encoding="utf-8"), ignore),
+            _comparable(dump_yaml(config), ignore),
         )
         if difference:
             raise OutputError(
@@ -49,8 +54,8 @@ def check_free(folder: Path, config: BaseModel) -> None:
         )
 
 
-def _comparable(text: str) -> Any:
+def _comparable(text: str, ignore: Collection[str]) -> Any:
     values = yaml.safe_load(text)
-    if isinstance(values, dict):
-        values.pop("output", None)
-    return values
+    if not isinstance(values, dict):
+        return values
+    return {key: value for key, value in values.items() if key != "output" and key not in ignore}

@@ -6,7 +6,7 @@ The gradient is computed with the loss, chunk by chunk (∂loss/∂logits = soft
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     chunk_rows: int | None = None,
 ) -> CrossEntropy:
     """Summed cross-entropy of the logits `hidden @ weight.T` against `labels`.
@@ -43,6 +45,9 @@ def linear_cross_entropy(
         weight: [V, D], any float dtype.
         labels: [T] int64; -100 where no loss.
         softcap: the logits are cap · tanh(product / cap) (Gemma 2).
+        label_smoothing: ε, the share of the target spread evenly over the vocabulary: the loss is
+            (1 - ε) · -log p_y + ε · mean_v(-log p_v) (arXiv 1512.00567, section 7).
+        z_loss: coefficient of logsumexp², added to the loss (arXiv 2204.02311, section 5).
         chunk_rows: rows a chunk; by default as many as 96 MiB of fp32 logits hold.
 
     Returns:
@@ -52,7 +57,8 @@ def linear_cross_entropy(
     if rows.numel() < labels.numel():
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
     chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    total = _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk_rows)
+    shape = _Shape(softcap, label_smoothing, z_loss)
+    total = _LinearCrossEntropy.apply(hidden, weight, labels, shape, chunk_rows)
     return CrossEntropy(total, labels.numel())
 
 
@@ -89,19 +95,39 @@ def softmax_error(
     return (log_z - target).squeeze(1), error.to(logits.dtype)
 
 
+class _Shape(NamedTuple):
+    """What the loss has beyond -log p."""
+
+    softcap: float | None
+    label_smoothing: float
+    z_loss: float
+
+
 def _error(
-    products: Tensor, labels: Tensor, softcap: float | None, *, with_grad: bool
+    products: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`softmax_error` of the products themselves, or of their soft-capped logits: then the error, with respect to the
-    products, gets tanh's derivative 1 - tanh²."""
-    if softcap is None:
+    """Each row's loss, and its gradient with respect to the products."""
+    if shape == (None, 0.0, 0.0):
         return softmax_error(products, labels, with_grad=with_grad)
-    wide = products if products.dtype == torch.float64 else products.float()
-    bent = torch.tanh(wide / softcap)
-    loss, error = softmax_error(softcap * bent, labels, with_grad=with_grad)
-    if error is not None:
-        error = (error * (1 - bent.square())).to(products.dtype)
-    return loss, error
+    logits = products if products.dtype == torch.float64 else products.float()
+    bent = None
+    if shape.softcap is not None:
+        bent = torch.tanh(logits / shape.softcap)
+        logits = shape.softcap * bent
+    log_z = logits.logsumexp(-1, keepdim=True)
+    target = logits.gather(1, labels[:, None])
+    smooth = shape.label_smoothing
+    loss = log_z - (1 - smooth) * target + shape.z_loss * log_z.square()
+    if smooth:
+        loss -= smooth * logits.mean(-1, keepdim=True)
+    if not with_grad:
+        return loss.squeeze(1), None
+    error = (logits - log_z).exp_() * (1 + 2 * shape.z_loss * log_z)
+    error -= smooth / logits.shape[1]
+    error.scatter_add_(1, labels[:, None], torch.full_like(target, smooth - 1.0))
+    if bent is not None:
+        error *= 1 - bent.square()
+    return loss.squeeze(1), error.to(products.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -111,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        softcap: float | None,
+        shape: "_Shape",
         chunk_rows: int,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -128,7 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = torch.mm(hidden[rows], compute_weight.T, out=buffer[: len(hidden[rows])])
-            loss, error = _error(logits, labels[rows], softcap, with_grad=with_grad)
+            loss, error = _error(logits, labels[rows], shape, with_grad=with_grad)
             total += loss.sum(dtype=torch.float64)
             if error is None:
                 continue

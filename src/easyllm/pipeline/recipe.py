@@ -1,5 +1,11 @@
-"""Recipes: a YAML file of named stages. `@name` stands for what stage `name` made."""
+"""Recipes: a YAML file of named stages.
 
+@name             what the stage `name` made; @name/part a file or folder in it
+${stages.a.data}  the value that stands there in the recipe, overrides included
+"""
+
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,7 +14,27 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 import easyllm
 from easyllm.core.config import Config, apply_overrides, environment_overrides, read_yaml, validate
 from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.data.corpus import CorpusParts, CorpusSource, place_sources
+from easyllm.tokenizer.train import TokenizerConfig
 from easyllm.train.config import TrainConfig
+
+REFERENCE = re.compile(r"@([\w-]+)(?:/(.+))?")
+VALUE_OF = re.compile(r"\$\{([\w.-]+)\}")
+DATA_PATHS = ("train", "eval", "shards", "validation")
+SEEDED = ("train", "corpus")
+
+
+class TokenizerStage(TokenizerConfig):
+    """Trains a tokenizer on the texts of sources."""
+
+    kind: Literal["tokenizer"]
+    sources: dict[str, CorpusSource] = Field(min_length=1)
+
+
+class CorpusStage(CorpusParts):
+    """Builds token shards from sources."""
+
+    kind: Literal["corpus"]
 
 
 class ConvertStage(Config):
@@ -44,12 +70,13 @@ class MergeStage(Config):
 
 
 Stage = Annotated[
-    ConvertStage | EvaluateStage | TrainStage | MergeStage, Field(discriminator="kind")
+    TokenizerStage | CorpusStage | ConvertStage | EvaluateStage | TrainStage | MergeStage,
+    Field(discriminator="kind"),
 ]
 
 
 class Recipe(Config):
-    """A pipeline. The seed is that of every training stage that names none of its own."""
+    """A pipeline. The seed is that of every stage that draws random numbers and names none of its own."""
 
     name: str
     output: str
@@ -71,9 +98,24 @@ class Recipe(Config):
 
 
 def references(stage: Config) -> list[str]:
-    """Names of the stages whose results a stage uses."""
-    values = (getattr(stage, "model", ""), getattr(stage, "adapter", ""))
-    return [v[1:] for v in values if isinstance(v, str) and v.startswith("@")]
+    """Names of the stages whose results a stage uses, each once."""
+    found = (REFERENCE.fullmatch(text) for text in _texts(stage.model_dump()))
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def is_reference(value: str) -> bool:
+    """Whether a value stands for what a stage made."""
+    return REFERENCE.fullmatch(value) is not None
+
+
+def resolve(stage: Config, products: Mapping[str, Path]) -> Config:
+    """The stage with every `@name` replaced by the path of what that stage made."""
+
+    def path_of(match: re.Match[str]) -> str:
+        product = products[match[1]]
+        return str(product / match[2] if match[2] else product)
+
+    return type(stage).model_validate(_replaced(stage.model_dump(), REFERENCE, path_of))
 
 
 def recipes_folder() -> Path:
@@ -109,12 +151,13 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     values = apply_overrides(read_yaml(path), [*environment_overrides(Recipe), *overrides])
     if "stages" not in values and "data" in values:
         raise ConfigError(f"{path} is a training recipe, not a pipeline; use: easyllm train {path}")
+    values = _filled(values, values, ())
     stages = values.get("stages")
     if isinstance(stages, dict):
         for stage in stages.values():
             if isinstance(stage, dict):
                 place_paths(stage, path.parent)
-                if stage.get("kind") == "train":
+                if stage.get("kind") in SEEDED:
                     stage.setdefault("seed", values.get("seed", 0))
     return validate(Recipe, values, source=str(path))
 
@@ -134,19 +177,67 @@ def place_paths(values: dict[str, Any], folder: Path) -> None:
     def place(path: Any) -> Any:
         if isinstance(path, list | tuple):
             return [place(part) for part in path]
-        if not isinstance(path, str):
+        if not isinstance(path, str) or is_reference(path):
             return path
         beside = folder / path
         return str((beside if beside.exists() else Path(path)).resolve())
 
+    place_sources(values, folder)
     data = values.get("data")
-    if isinstance(data, dict):
-        if "kind" in values and values["kind"] == "evaluate":
-            values["data"] = {name: place(path) for name, path in data.items()}
-        else:
-            values["data"] = {k: place(v) if k in ("train", "eval") else v for k, v in data.items()}
-            train = values["data"].get("train")
-            if isinstance(train, str):
-                values["data"]["train"] = [train]
-            if isinstance(values["data"].get("eval"), str):
-                values["data"]["eval"] = [values["data"]["eval"]]
+    if not isinstance(data, dict):
+        return
+    if values.get("kind") == "evaluate":
+        values["data"] = {name: place(path) for name, path in data.items()}
+        return
+    data = {key: place(value) if key in DATA_PATHS else value for key, value in data.items()}
+    for key in ("train", "eval"):
+        if isinstance(data.get(key), str):
+            data[key] = [data[key]]
+    values["data"] = data
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _replaced(value: Any, pattern: re.Pattern[str], replace: Any) -> Any:
+    """A copy in which every text that matches is `replace(match)`."""
+    if isinstance(value, str):
+        match = pattern.fullmatch(value)
+        return replace(match) if match else value
+    if isinstance(value, Mapping):
+        return {key: _replaced(inner, pattern, replace) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(inner, pattern, replace) for inner in value]
+    return value
+
+
+def _filled(value: Any, recipe: Mapping[str, Any], within: tuple[str, ...]) -> Any:
+    """A copy in which `${key.sub}` is the value that stands there.
+
+    Raises:
+        ConfigError: nothing stands there, or it leads back to itself.
+    """
+
+    def value_at(match: re.Match[str]) -> Any:
+        place, here = match[1], recipe
+        if place in within:
+            raise ConfigError(f"${{{place}}} leads back to itself; write the value in one place")
+        for key in place.split("."):
+            if not isinstance(here, Mapping) or key not in here:
+                known = list(here) if isinstance(here, Mapping) else []
+                raise ConfigError(
+                    f"${{{place}}}: the recipe has no {key!r} there{suggest(key, known)}"
+                )
+            here = here[key]
+        return _filled(here, recipe, (*within, place))
+
+    return _replaced(value, VALUE_OF, value_at)

@@ -8,6 +8,7 @@ runs/NAME/stages/STAGE.json  its key and figures, written when it is done
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,25 @@ from easyllm.core.errors import DataError
 from easyllm.core.manifest import hash_path, hash_value
 from easyllm.core.progress import console, format_duration
 from easyllm.core.run_folder import check_free, claim
+from easyllm.data.shards import MANIFEST as SHARDS_MANIFEST
+from easyllm.data.sources import SourceConfig
 from easyllm.models import locate
-from easyllm.pipeline.recipe import EvaluateStage, Recipe, TrainStage, references
-from easyllm.pipeline.stages import product, run_stage
+from easyllm.models.scratch import ScratchConfig
+from easyllm.pipeline.recipe import (
+    ConvertStage,
+    CorpusStage,
+    EvaluateStage,
+    MergeStage,
+    Recipe,
+    TokenizerStage,
+    TrainStage,
+    is_reference,
+    references,
+    resolve,
+)
+from easyllm.pipeline.stages import product, run_stage, source_files
+from easyllm.tokenizer.tokenizer import TOKENIZER_FILE
+from easyllm.train.config import CorpusDataConfig, Data
 
 PENDING = "pending.json"
 
@@ -63,7 +80,7 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
         console().print(f"{label}: {stage.kind}", markup=False)
         _prepare(folder, record, keys[name], done)
         start = time.monotonic()
-        resolved = _resolve(stage, {n: r.product for n, r in results.items()})
+        resolved = resolve(stage, {n: r.product for n, r in results.items()})
         figures = run_stage(resolved, folder)
         seconds = time.monotonic() - start
         write_json(record, {"key": keys[name], "figures": figures, "seconds": seconds})
@@ -74,25 +91,75 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
 
 
 def _key(stage: Config, keys: dict[str, str]) -> str:
-    """Hash of a stage's configuration, its input files and the keys of the stages it uses."""
-    inputs = {name: keys[name] for name in references(stage)}
-    for path in _input_paths(stage):
-        if not path.exists():
-            raise DataError(f"data file {str(path)!r} does not exist; name a .json or .jsonl file")
-        inputs[str(path)] = hash_path(path)
+    """Hash of a stage's configuration, its inputs and the keys of the stages it uses."""
+    inputs = {name: keys[name] for name in references(stage)} | _inputs(stage)
     return hash_value({"config": stage.model_dump(mode="json"), "inputs": inputs})
 
 
-def _input_paths(stage: Config) -> list[Path]:
-    paths = []
-    model = getattr(stage, "model", None)
-    if isinstance(model, str) and not model.startswith("@"):
-        paths.append(locate(model))
-    if isinstance(stage, EvaluateStage):
-        paths += [Path(p) for p in stage.data.values()]
-    if isinstance(stage, TrainStage):
-        paths += [Path(p) for p in (*stage.data.train, *stage.data.eval)]
-    return paths
+def _inputs(stage: Config) -> dict[str, str]:
+    """Hashes of what a stage reads besides the results of others.
+
+    Raises:
+        SourceError, DataError: something is not there.
+    """
+    match stage:
+        case TokenizerStage():
+            return _stamps(stage.sources)
+        case CorpusStage():
+            sets = stage.decontaminate.sets if stage.decontaminate else {}
+            return _stamps(stage.sources) | _stamps(sets) | _hashes(_tokenizer(stage.tokenizer))
+        case TrainStage():
+            return _hashes(_base(stage.model), *_data_files(stage.data))
+        case EvaluateStage():
+            return _hashes(_model(stage.model), *stage.data.values())
+        case MergeStage():
+            return _hashes(_model(stage.model), stage.adapter)
+        case ConvertStage():
+            return _hashes(_model(stage.model))
+    raise AssertionError(f"no rule for the inputs of a stage of type {type(stage).__name__}")
+
+
+def _data_files(data: Data) -> list[str]:
+    """Files of rows; of token shards the manifest, which holds the hashes of all of them."""
+    if not isinstance(data, CorpusDataConfig):
+        return [*data.train, *data.eval]
+    folders = [data.shards, *([data.validation] if data.validation else [])]
+    return [f if is_reference(f) else str(Path(f) / SHARDS_MANIFEST) for f in folders]
+
+
+def _base(model: str | ScratchConfig) -> str:
+    return _tokenizer(model.tokenizer) if isinstance(model, ScratchConfig) else _model(model)
+
+
+def _model(source: str) -> str:
+    return source if is_reference(source) else str(locate(source))
+
+
+def _tokenizer(source: str) -> str:
+    """Of a folder the tokenizer alone: weights beside it do not matter."""
+    alone = Path(source) / TOKENIZER_FILE
+    return str(alone) if alone.is_file() else _model(source)
+
+
+def _hashes(*paths: str) -> dict[str, str]:
+    """Hashes of contents; references are left out."""
+    found = {}
+    for path in paths:
+        if is_reference(path):
+            continue
+        if not Path(path).exists():
+            raise DataError(f"data file {path!r} does not exist; check the path in the recipe")
+        found[path] = hash_path(Path(path))
+    return found
+
+
+def _stamps(sources: Mapping[str, SourceConfig]) -> dict[str, str]:
+    """Hashes of the names, sizes and times of sources' files, which may be too large to read for this."""
+    found = {}
+    for name, source in sources.items():
+        stats = [(str(file), file.stat()) for file in source_files(source)]
+        found[name] = hash_value([[file, s.st_size, s.st_mtime_ns] for file, s in stats])
+    return found
 
 
 def _prepare(folder: Path, record: Path, key: str, done: dict[str, Any] | None) -> None:
@@ -103,15 +170,6 @@ def _prepare(folder: Path, record: Path, key: str, done: dict[str, Any] | None) 
         shutil.rmtree(folder)
     record.unlink(missing_ok=True)
     write_json(pending, {"stage": record.stem, "key": key})
-
-
-def _resolve(stage: Config, products: dict[str, Path]) -> Config:
-    changes = {
-        field: str(products[value[1:]])
-        for field in ("model", "adapter")
-        if isinstance(value := getattr(stage, field, None), str) and value.startswith("@")
-    }
-    return stage.model_copy(update=changes)
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

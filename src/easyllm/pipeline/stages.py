@@ -1,12 +1,21 @@
 """What each kind of stage does: a configuration and a folder in, results out."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from easyllm.adapters import load_adapter, merge
+from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.config import Config
-from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path
+from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path
+from easyllm.core.progress import track
+from easyllm.data.build import CorpusBuild
+from easyllm.data.clean import Cleaner
+from easyllm.data.corpus import CorpusConfig
+from easyllm.data.documents import Document
+from easyllm.data.source_files import find_files
+from easyllm.data.sources import SourceConfig, list_splits, read_split
 from easyllm.engine import LLM
 from easyllm.evaluate import evaluate_answers
 from easyllm.models import (
@@ -18,9 +27,19 @@ from easyllm.models import (
     pool_kv_heads,
     save_model,
 )
-from easyllm.pipeline.recipe import ConvertStage, EvaluateStage, MergeStage, TrainStage
+from easyllm.pipeline.recipe import (
+    ConvertStage,
+    CorpusStage,
+    EvaluateStage,
+    MergeStage,
+    TokenizerStage,
+    TrainStage,
+)
+from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer
 from easyllm.train import TrainConfig, train
 from easyllm.train.run import ADAPTER, MODEL
+
+SHARDS = "shards"
 
 
 def run_stage(stage: Config, folder: Path) -> dict[str, Any]:
@@ -31,8 +50,11 @@ def run_stage(stage: Config, folder: Path) -> dict[str, Any]:
 
 def product(stage: Config, folder: Path) -> Path:
     """What `@name` stands for: the file or folder a finished stage is used by."""
-    if isinstance(stage, TrainStage):
-        return folder / (ADAPTER if stage.adapter is not None else MODEL)
+    match stage:
+        case TrainStage():
+            return folder / (ADAPTER if stage.adapter is not None else MODEL)
+        case CorpusStage():
+            return folder / SHARDS
     return folder
 
 
@@ -80,6 +102,58 @@ def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
     return save_model(model, folder, tokenizer=load_tokenizer(source), extra_files=extra)
 
 
+def source_files(source: SourceConfig) -> list[Path]:
+    """The files a source names.
+
+    Raises:
+        SourceError: a path matches nothing, or its format is unknown.
+    """
+    format = None if source.format == "auto" else source.format
+    return [Path(file.path) for file in find_files(source.paths, format)]
+
+
+def _tokenizer(stage: TokenizerStage, folder: Path) -> dict[str, Any]:
+    counts = Counter[str]()
+    texts = track(_counted_texts(stage, counts), "reading", unit="text")
+    config = TokenizerConfig.model_validate(stage.model_dump(exclude={"kind", "sources"}))
+    tokenizer = train_tokenizer(texts, config)
+    files = [file for source in stage.sources.values() for file in source_files(source)]
+    figures = {"vocab_size": tokenizer.vocab_size, **counts}
+    manifest = Manifest.create(
+        "tokenizer",
+        config=stage.model_dump(mode="json"),
+        inputs={str(file): hash_file(file) for file in files},
+        results=figures,
+    )
+    with atomic_directory(folder, replace=True) as work:
+        tokenizer.save(work)
+        write_json(work / MANIFEST_FILE, manifest.model_dump(mode="json"))
+    return figures
+
+
+def _counted_texts(stage: TokenizerStage, counts: Counter[str]) -> Iterator[str]:
+    """The texts of all sources, cleaned where one asks for it."""
+    for name, source in stage.sources.items():
+        cleaner = None if source.clean is None else Cleaner(source.clean)
+        for split in list_splits(name, source):
+            for row in read_split(split, source):
+                kept: object = row
+                if cleaner is not None and isinstance(row, Document):
+                    kept = cleaner.clean(row)
+                if not isinstance(kept, Document):
+                    counts["left_out"] += 1
+                    continue
+                counts["documents"] += 1
+                counts["bytes"] += len(kept.text.encode("utf-8", "replace"))
+                yield kept.text
+
+
+def _corpus(stage: CorpusStage, folder: Path) -> dict[str, Any]:
+    values = stage.model_dump(exclude={"kind"})
+    config = CorpusConfig.model_validate(values | {"name": folder.name, "output": str(folder)})
+    return CorpusBuild(config, load_tokenizer(config.tokenizer)).run()
+
+
 def _convert(stage: ConvertStage, folder: Path) -> dict[str, Any]:
     convert_model(stage.model, folder, stage.dtype, num_kv_heads=stage.num_kv_heads)
     return {}
@@ -106,6 +180,8 @@ def _merge(stage: MergeStage, folder: Path) -> dict[str, Any]:
 
 
 _RUNNERS: dict[type[Config], Callable[[Any, Path], dict[str, Any]]] = {
+    TokenizerStage: _tokenizer,
+    CorpusStage: _corpus,
     ConvertStage: _convert,
     EvaluateStage: _evaluate,
     TrainStage: _train,

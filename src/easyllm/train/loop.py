@@ -1,23 +1,50 @@
-"""The training loop: it knows batches, an objective and an optimizer, and nothing of models or files.
+"""The training loop: it knows batches, an objective and an optimizer, and nothing of models' parts or files.
 
 loss of a step = Σ token losses of all its micro-batches / labelled tokens of all its micro-batches
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
+from easyllm.core.errors import EasyllmError
 from easyllm.core.progress import Progress
-from easyllm.data.loader import Loader
 from easyllm.data.packing import Batch
 from easyllm.nn.decoder import Decoder
 from easyllm.train.config import TrainConfig
+from easyllm.train.loss_scaler import LossScaler
 from easyllm.train.objectives import Objective
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.schedule import rate_factor
+from easyllm.train.signals import StopRequest
 from easyllm.train.state import Totals
+
+MOST_SKIPPED = 3
+"""Steps in a row whose loss or gradient is not a number, after which a run ends."""
+SPIKE_MEMORY, SPIKE_AFTER = 0.98, 20
+"""Of the running mean a loss is compared with: its memory a step, and the steps before it counts."""
+
+
+class Diverged(EasyllmError):
+    """The loss is no number, again and again; the last good checkpoint stays."""
+
+
+class StepLoader(Protocol):
+    """Gives the micro-batches of one step after the other; its position is `state`."""
+
+    state: Any
+    last: list[int]
+    """Numbers of the samples or rows of the step given last."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def next_step(self) -> list[Batch]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +58,12 @@ class StepReport:
     tokens: int
     trained_tokens: int
     seconds: float
-    metrics: dict[str, float]
+    lengths: tuple[int, ...]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
 
     def figures(self) -> dict[str, float]:
         """As a line of `metrics.jsonl`."""
@@ -42,63 +74,149 @@ class StepReport:
             "train/grad_norm": self.grad_norm,
             "train/tokens": self.tokens,
             "train/trained_tokens": self.trained_tokens,
-            "speed/tokens_per_s": self.tokens / self.seconds,
+            "speed/tokens_per_s": self.tokens_per_s,
             **{f"train/{name}": value for name, value in self.metrics.items()},
         }
+
+
+class Watch(Protocol):
+    """Told of every step; whatever is not arithmetic happens there."""
+
+    def after_step(self, report: StepReport) -> str | None:
+        """Notes a step; a text ends the run for that reason."""
+
+    def event(self, step: int, kind: str, detail: str) -> None:
+        """Notes something unusual."""
+
+
+@dataclass(slots=True)
+class Arithmetic:
+    """How a step computes: autocast around the forward pass, and a scale on the loss for fp16."""
+
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    scaler: LossScaler | None = None
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.scaler is None else self.scaler.scale
 
 
 def run_steps(
     model: Decoder,
     objective: Objective,
     optimizer: MasterOptimizer,
-    loader: Loader,
+    loader: StepLoader,
     config: TrainConfig,
     *,
+    arithmetic: Arithmetic,
     totals: Totals,
     total_steps: int,
-    after_step: Callable[[StepReport], None],
-) -> None:
-    """Runs the steps that are left, calling `after_step` behind each."""
+    watch: Watch,
+    stop: StopRequest,
+) -> str:
+    """Runs the steps that are left; returns why it ended.
+
+    Raises:
+        Diverged: three steps in a row were skipped because their loss or gradient is no number.
+    """
     model.train()
+    skipped_in_a_row, usual = 0, RunningMean()
+    reason = "finished"
     with Progress("training", total=total_steps, unit="step") as progress:
         progress.skip(totals.step)
         while totals.step < total_steps:
             start = time.perf_counter()
             batches = loader.next_step()
             factor = rate_factor(config.schedule, totals.step, total_steps)
-            loss, metrics = accumulate(model, objective, batches)
-            norm = optimizer.step(factor, config.clip_norm)
-            tokens = sum(batch.token_ids.numel() for batch in batches)
-            trained = sum(batch.num_trained for batch in batches)
-            totals.step += 1
-            totals.tokens += tokens
-            totals.trained_tokens += trained
-            seconds = time.perf_counter() - start
-            rate = config.optimizer.learning_rate * factor
-            report = StepReport(totals.step, loss, rate, norm, tokens, trained, seconds, metrics)
-            after_step(report)
-            progress.advance(1, loss=loss, tokens=f"{tokens / seconds:.0f}/s")
+            loss, metrics = accumulate(model, objective, batches, arithmetic)
+            norm = take_step(optimizer, arithmetic, factor, config.clip_norm, loss)
+            totals.count(batches)
+            if arithmetic.scaler is not None:
+                metrics["loss_scale"] = arithmetic.scaler.scale
+            if norm is None:
+                watch.event(totals.step, "skipped", f"loss {loss}; samples {loader.last[:64]}")
+                totals.skipped += 1
+                skipped_in_a_row += 1
+                overflow = arithmetic.scaler is not None and math.isfinite(loss)
+                if skipped_in_a_row >= MOST_SKIPPED and not overflow:
+                    raise Diverged(_diverged(totals.step))
+            else:
+                skipped_in_a_row = 0
+                if usual.exceeded(loss, config.spike_factor):
+                    detail = (
+                        f"loss {loss:.4f}, usually {usual.mean:.4f}; samples {loader.last[:64]}"
+                    )
+                    watch.event(totals.step, "spike", detail)
+                usual.add(loss)
+            report = StepReport(
+                step=totals.step,
+                loss_nats=loss,
+                learning_rate=config.optimizer.learning_rate * factor,
+                grad_norm=math.nan if norm is None else norm,
+                tokens=sum(batch.token_ids.numel() for batch in batches),
+                trained_tokens=sum(batch.num_trained for batch in batches),
+                seconds=time.perf_counter() - start,
+                lengths=tuple(n for batch in batches for n in batch.lengths),
+                metrics=metrics,
+            )
+            ended = watch.after_step(report)
+            progress.advance(1, loss=loss, tokens=f"{report.tokens_per_s:.0f}/s")
+            if ended is not None or stop.signal is not None:
+                reason = ended or "interrupted"
+                break
     model.eval()
+    return reason
 
 
 def accumulate(
-    model: Decoder, objective: Objective, batches: Sequence[Batch]
+    model: Decoder,
+    objective: Objective,
+    batches: Sequence[Batch],
+    arithmetic: Arithmetic | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Adds the gradients of a step's micro-batches.
+    """Adds the gradients of a step's micro-batches (times the loss scale, where there is one).
 
     Returns:
         The mean loss a labelled token, in nats (auxiliary terms apart), and the objective's figures, averaged by tokens.
     """
+    how = arithmetic or Arithmetic()
     num_tokens = max(1, sum(batch.num_trained for batch in batches))
     total, metrics = 0.0, dict[str, float]()
     for batch in batches:
-        output = objective.loss(model, batch.to(model.device))
+        with how.autocast():
+            output = objective.loss(model, batch.to(model.device))
         whole = output.sum if output.auxiliary is None else output.sum + output.auxiliary
-        (whole / num_tokens).backward()
+        (whole * (how.scale / num_tokens)).backward()
         total += output.sum.item()
         for name, value in output.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value * output.num_tokens / num_tokens
     return total / num_tokens, metrics
+
+
+def take_step(
+    optimizer: MasterOptimizer,
+    arithmetic: Arithmetic,
+    factor: float,
+    clip_norm: float | None,
+    loss: float,
+) -> float | None:
+    """Clips and applies the gradients; returns their norm before clipping.
+
+    None where the loss or the norm is no number: nothing is applied, the gradients are dropped.
+    """
+    scaler = arithmetic.scaler
+    norm = optimizer.grad_norm() / arithmetic.scale
+    is_bad = not (math.isfinite(norm) and math.isfinite(loss))
+    if scaler is not None:
+        optimizer.scale_gradients(1.0 / scaler.scale)
+        scaler.update(is_bad)
+    if is_bad:
+        optimizer.clear()
+        return None
+    if clip_norm is not None:
+        optimizer.clip(norm, clip_norm)
+    optimizer.step(factor)
+    return norm
 
 
 @torch.no_grad()
@@ -113,3 +231,27 @@ def mean_loss(model: Decoder, objective: Objective, batches: Iterable[Batch]) ->
         num_tokens += output.num_tokens
     model.train(training)
     return total / max(1, num_tokens)
+
+
+class RunningMean:
+    """The usual loss: an exponential mean, once there are enough steps."""
+
+    def __init__(self) -> None:
+        self.mean, self.steps = 0.0, 0
+
+    def exceeded(self, loss: float, factor: float) -> bool:
+        """Whether `loss` is above `factor` times the usual."""
+        return self.steps >= SPIKE_AFTER and loss > factor * self.mean
+
+    def add(self, loss: float) -> None:
+        """Takes in a step's loss."""
+        self.steps += 1
+        memory = min(SPIKE_MEMORY, 1 - 1 / self.steps)
+        self.mean = memory * self.mean + (1 - memory) * loss
+
+
+def _diverged(step: int) -> str:
+    return (
+        f"the loss or its gradient was no number {MOST_SKIPPED} steps in a row, up to step {step}; lower the learning "
+        "rate, or look at the samples named in metrics.jsonl (the last good checkpoint is kept)"
+    )

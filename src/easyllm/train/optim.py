@@ -1,107 +1,219 @@
-"""The optimizer, with fp32 masters for parameters that compute in bf16."""
+"""The optimizer of a run: fp32 masters for parameters that compute in a narrower type, one rule a group."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from easyllm.train.config import AdamWConfig
+from easyllm.core.errors import CheckpointError
+from easyllm.train.adamw_int8 import AdamWInt8
+from easyllm.train.muon import Muon
+from easyllm.train.optim_config import (
+    AdamWConfig,
+    MuonConfig,
+    Optimizer,
+    ParameterGroup,
+    SGDConfig,
+)
+from easyllm.train.parameter_groups import build_groups
+from easyllm.train.update_rules import SGD, AdamW, State, UpdateRule, WeightUpdate, piece_slices
 
 
 class MasterOptimizer:
-    """AdamW on fp32 values; a parameter of another dtype is a rounded copy of its master.
+    """Moves fp32 values; a parameter of another dtype is a rounded copy of its master.
 
-    Gradients are summed in fp32 as soon as each is there (a hook adds it to the master's and frees it), so
-    many micro-batches lose nothing to bf16.
+    Gradients of such a parameter are taken from it as soon as each is there. That of a single micro-batch stays as it
+    is until the step widens it, a piece at a time; from the second micro-batch on the sum is fp32, so many of them lose
+    nothing to bf16.
+
+    A step is `grad_norm`, then `clip` and `step`, or `clear` to skip it. What a group with rate factor 0 holds needs no
+    gradient any more, and is no part of the norm.
 
     Args:
         parameters: the trained parameters by name.
-        masters: fp32 values to start from for parameters that are not fp32 themselves; by default their
-            own values widened.
+        groups: patterns of names with values of their own.
+        masters: fp32 values to start from for parameters that are not fp32 themselves; by default their own values
+            widened.
+
+    Attributes:
+        masters: what is moved, by name: the fp32 (or fp64) parameters themselves, and the masters of the others.
+
+    Raises:
+        ConfigError: a group's pattern finds nothing, or nothing is left to train.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        config: AdamWConfig,
+        config: Optimizer,
+        groups: Sequence[ParameterGroup] = (),
         masters: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config = config
+        every = build_groups(parameters, config, groups)
+        self._groups = [group for group in every if group.rate_factor > 0]
+        self._rules = {group.rule: build_rule(group.rule) for group in self._groups}
+        self._parameters: dict[str, nn.Parameter] = {}
         self._copies: dict[str, nn.Parameter] = {}
-        self.masters: dict[str, nn.Parameter] = {}
-        for name, parameter in parameters.items():
-            if parameter.dtype in (torch.float32, torch.float64):
-                self.masters[name] = parameter
-                continue
-            start = parameter.detach().float() if masters is None else masters[name].detach()
-            self.masters[name] = nn.Parameter(start)
-            self._copies[name] = parameter
-            parameter.register_post_accumulate_grad_hook(self._sum_into(self.masters[name]))
-        matrices = [p for p in self.masters.values() if p.ndim >= 2]
-        others = [p for p in self.masters.values() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+        self._frozen: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._states: dict[str, State] = {}
+        self._scale = 1.0
+        self.masters: dict[str, Tensor] = {}
+        for group in every:
+            for name in group.names:
+                parameter = parameters[name]
+                master = _master(parameter, None if masters is None else masters.get(name))
+                if group.rate_factor == 0:
+                    parameter.requires_grad_(False)
+                    if master is not parameter:
+                        self._frozen[name] = master
+                    continue
+                self.masters[name], self._parameters[name] = master, parameter
+                self._states[name] = self._rules[group.rule].new_state(master)
+                if master is not parameter:
+                    self._copies[name] = parameter
+                    parameter.register_post_accumulate_grad_hook(partial(self._take, name))
+
+    def _take(self, name: str, parameter: Tensor) -> None:
+        """Adds a micro-batch's gradient to the sum and frees it."""
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        held = self._sums.get(name)
+        if held is None:
+            self._sums[name] = gradient
+        else:
+            self._sums[name] = held.to(self.masters[name].dtype).add_(gradient)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients summed so far, as a step would apply them, in the masters' dtypes."""
+        return {
+            name: gradient.to(self.masters[name].dtype) * self._scale
+            for name, gradient in self._held()
+        }
+
+    @torch.no_grad()
+    def grad_norm(self) -> float:
+        """The L2 norm of all gradients together, summed in fp32; 0 where there are none."""
+        norms = [
+            torch.linalg.vector_norm(flat[part].to(self.masters[name].dtype))
+            for name, gradient in self._held()
+            for flat in [gradient.reshape(-1)]
+            for part in piece_slices(flat)
         ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
+        return float(torch.linalg.vector_norm(torch.stack(norms))) * self._scale if norms else 0.0
 
-    @staticmethod
-    def _sum_into(master: nn.Parameter) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad += parameter.grad
-            parameter.grad = None
+    def clip(self, norm: float, max_norm: float) -> None:
+        """Scales gradients of norm `norm` down to `max_norm`, as `torch.nn.utils.clip_grad_norm_` does."""
+        self.scale_gradients(min(1.0, max_norm / (norm + 1e-6)))
 
-        return hook
+    def scale_gradients(self, value: float) -> None:
+        """Multiplies all gradients by `value`: at once in effect, on the way through the next step in fact."""
+        self._scale *= value
 
-    def step(self, factor: float, clip_norm: float | None) -> float:
-        """Clips, steps at `factor` of the learning rate, clears gradients; returns the norm before clipping."""
-        parameters = list(self.masters.values())
-        norm = nn.utils.clip_grad_norm_(
-            parameters, clip_norm if clip_norm is not None else float("inf"), foreach=True
-        )
-        for group in self.adamw.param_groups:
-            group["lr"] = self.config.learning_rate * factor
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, copy in self._copies.items():
-                copy.copy_(self.masters[name])
-        return float(norm)
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """Moves every parameter that has a gradient, at `factor` of its learning rate, and clears the gradients."""
+        for group in self._groups:
+            rule = self._rules[group.rule]
+            for name in group.names:
+                gradient = self._release(name)
+                if gradient is None:
+                    continue
+                update = WeightUpdate(
+                    master=self.masters[name].detach(),
+                    gradient=gradient,
+                    scale=self._scale,
+                    copy=self._copies.get(name),
+                    learning_rate=group.learning_rate * factor,
+                    weight_decay=group.weight_decay,
+                )
+                rule.update(update, self._states[name])
+        self._scale = 1.0
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Masters and moments by name, for a checkpoint."""
-        found: dict[str, Tensor] = {}
-        for name, master in self.masters.items():
-            found[f"master.{name}"] = master.detach()
-            for key, value in self.adamw.state.get(master, {}).items():
-                found[f"{key}.{name}"] = value
+    def clear(self) -> None:
+        """Drops the gradients: the step is skipped."""
+        for name in self.masters:
+            self._release(name)
+        self._scale = 1.0
+
+    def rates(self, factor: float) -> dict[str, float]:
+        """Learning rates at `factor`: `learning_rate`, and `learning_rate/<pattern>` of groups with another."""
+        found = {"learning_rate": self.config.learning_rate * factor}
+        for group in self._groups:
+            if group.label:
+                found[f"learning_rate/{group.label}"] = group.learning_rate * factor
         return found
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Masters and what the rules remember, by name, for a checkpoint."""
+        found = {f"master.{name}": master.detach() for name, master in self.masters.items()}
+        for name, state in self._states.items():
+            found |= {f"{key}.{name}": value for key, value in state.items()}
+        return found
+
+    @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave."""
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(tensors[f"master.{name}"])
-                if name in self._copies:
-                    self._copies[name].copy_(master)
-                state: dict[str, Any] = {}
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    if f"{key}.{name}" in tensors:
-                        state[key] = tensors[f"{key}.{name}"].to(master.device)
-                if state:
-                    self.adamw.state[master] = state
+        """Takes back what `tensors` gave, bit by bit.
+
+        Raises:
+            CheckpointError: they are those of another optimizer or model; nothing is changed then.
+        """
+        mine = self.tensors()
+        _check_fit(mine, tensors)
+        for key, tensor in mine.items():
+            tensor.copy_(tensors[key])
+        for name, copy in self._copies.items():
+            copy.copy_(self.masters[name])
 
     def final_state(self) -> dict[str, Tensor]:
-        """The fp32 values of the parameters that have a master of their own."""
-        return {name: self.masters[name].detach() for name in self._copies}
+        """The fp32 values of the parameters that have a master of their own, frozen ones too."""
+        return {name: self.masters[name].detach() for name in self._copies} | self._frozen
+
+    def _held(self) -> Iterable[tuple[str, Tensor]]:
+        for name, parameter in self._parameters.items():
+            gradient = self._sums.get(name) if name in self._copies else parameter.grad
+            if gradient is not None:
+                yield name, gradient
+
+    def _release(self, name: str) -> Tensor | None:
+        parameter = self._parameters[name]
+        gradient, parameter.grad = parameter.grad, None
+        return self._sums.pop(name, None) if name in self._copies else gradient
+
+
+def build_rule(config: AdamWConfig | MuonConfig | SGDConfig) -> UpdateRule:
+    """The rule a configuration describes."""
+    match config:
+        case MuonConfig():
+            return Muon(config)
+        case SGDConfig():
+            return SGD(config)
+        case AdamWConfig(state="int8"):
+            return AdamWInt8(config)
+    return AdamW(config)
+
+
+def _master(parameter: nn.Parameter, start: Tensor | None) -> Tensor:
+    """The parameter itself where it is wide enough, else fp32 values to start from."""
+    parameter.data = parameter.data.contiguous()  # rules work on weights as one flat row
+    if parameter.dtype in (torch.float32, torch.float64):
+        return parameter
+    return (parameter.detach() if start is None else start.detach()).float().contiguous()
+
+
+def _check_fit(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    for key in [*mine, *theirs]:
+        here, there = (
+            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" if t is not None else "absent"
+            for t in (mine.get(key), theirs.get(key))
+        )
+        if here != there:
+            raise CheckpointError(
+                f"the checkpoint's optimizer state does not fit: {key} is {there} there and {here} here; go on with the "
+                "recipe it was made with, or start in another folder"
+            )
+
+
+__all__ = ["MasterOptimizer", "build_rule"]

@@ -1,45 +1,57 @@
 """A training run from its configuration to its result on disk.
 
 run/recipe.yaml      the configuration, resolved
-run/metrics.jsonl    a line a step
+run/metrics.jsonl    a line a step; run/report.html draws it
 run/checkpoints/     to go on from after an interruption
 run/adapter/         the result of training an adapter; run/model/ of training every weight
 run/manifest.json    inputs, versions, results: written last, so its presence means the run is whole
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+import math
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
-from easyllm.adapters import adapter_parameters, attach, save_adapter
+from easyllm.adapters import save_adapter
 from easyllm.core.atomic import write_atomic
-from easyllm.core.device import bf16_is_fast, peak_rss_bytes, pick_device
+from easyllm.core.device import peak_rss_bytes, pick_device
 from easyllm.core.errors import ConfigError, OutputError
-from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path
+from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_value
 from easyllm.core.progress import console
 from easyllm.core.run_folder import check_free, claim
-from easyllm.data.conversations import read_conversations
-from easyllm.data.loader import Loader
-from easyllm.data.packing import Sample, pack, split_by_tokens
-from easyllm.data.prepare import Account, prepare_conversations
-from easyllm.models import hf_module_name, open_source, save_model
-from easyllm.models.load import OpenSource
+from easyllm.models import hf_module_name, save_model
 from easyllm.nn.decoder import Decoder
-from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
-from easyllm.train.loop import StepReport, mean_loss, run_steps
-from easyllm.train.metrics import MetricsLog
-from easyllm.train.objectives import LanguageModel
+from easyllm.train.loop import run_steps
+from easyllm.train.material import Material, gather
 from easyllm.train.optim import MasterOptimizer
-from easyllm.train.state import Totals, load_newest, save_state
+from easyllm.train.preflight import memory_advice, preflight
+from easyllm.train.report import write_report
+from easyllm.train.setup import (
+    Origin,
+    build_arithmetic,
+    build_model,
+    build_objective,
+    find_origin,
+    input_hashes,
+    source_name,
+)
+from easyllm.train.signals import Interrupted, stop_on_signals
+from easyllm.train.state import BEST, FOLDER, RunState, Totals, load_newest, load_state
+from easyllm.train.watch import RunWatch, evaluation_of, samples_of, step_flops
 
 ADAPTER, MODEL = "adapter", "model"
+HARMLESS = frozenset(
+    {
+        *("log_every", "eval_every", "save_every", "keep_last", "samples", "tensorboard"),
+        *("device", "spike_factor", "checkpoint_activations", "compile"),
+    }
+)
+"""Keys that may differ when a run goes on, where the user says so: none changes what is learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,129 +62,150 @@ class TrainResult:
     figures: dict[str, Any]
 
 
-def train(config: TrainConfig, output: Path) -> TrainResult:
+def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> TrainResult:
     """Runs a training, or goes on with an interrupted one in the same folder.
+
+    Args:
+        allow_change: whether a run may go on with other values of the `HARMLESS` keys.
 
     Raises:
         OutputError: `output` holds another run, or a finished one.
         ConfigError, DataError, SourceError, CheckpointError: the inputs are wrong.
+        Interrupted: a signal asked for the end; the same call goes on.
+        Diverged: the loss was no number three steps in a row.
     """
-    check_free(output, config)
+    ignore = HARMLESS if allow_change else frozenset[str]()
+    check_free(output, config, ignore=ignore)
     if (output / MANIFEST_FILE).is_file():
         raise OutputError(
             f"{str(output)!r} holds this run, finished; choose another output folder, or remove that one"
         )
     device = pick_device(config.device)
-    source = _with_mask(open_source(config.model), config)
-    tokenizer = source.tokenizer()
-    samples, account = _samples(config, config.data.train, tokenizer, source)
-    console().print(f"data: {account.summary()}", soft_wrap=True)
-    eval_samples = (
-        _samples(config, config.data.eval, tokenizer, source)[0] if config.data.eval else []
-    )
-    model, optimizer = _build(config, source, device)
-    loader = Loader(
-        samples,
-        batch_size=config.batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
-        seed=config.seed,
-    )
-    total_steps = loader.steps_per_epoch * config.epochs
-    total_steps = min(total_steps, config.max_steps or total_steps)
-    claim(output, config)  # only now: a mistake in the inputs leaves no folder behind
+    origin = find_origin(config)
+    material = gather(config, origin.tokenizer, context=origin.config.max_seq_len)
+    total_steps = count_steps(config, material)
+    peak = preflight(config, origin.config, material, total_steps, device)
+    with memory_advice(config):
+        model, optimizer = build_model(config, origin, device)
+        claim(output, config, ignore=ignore)  # only now: a mistake leaves no folder behind
+        return _run(config, output, origin, material, model, optimizer, total_steps, peak)
+
+
+def count_steps(config: TrainConfig, material: Material) -> int:
+    """Steps of the whole run.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    epoch = material.loader.steps_per_epoch
+    steps = math.ceil(epoch * config.epochs)
+    if config.max_tokens is not None:
+        steps = min(steps, math.ceil(config.max_tokens * epoch / material.tokens_per_epoch))
+    steps = min(steps, config.max_steps or steps)
+    if steps < 1:
+        raise ConfigError(
+            f"the recipe comes to {steps} steps ({epoch} an epoch, epochs={config.epochs}); raise epochs or "
+            "lower batch_size"
+        )
+    return steps
+
+
+def _run(
+    config: TrainConfig,
+    output: Path,
+    origin: Origin,
+    material: Material,
+    model: Decoder,
+    optimizer: MasterOptimizer,
+    total_steps: int,
+    peak: float | None,
+) -> TrainResult:
     torch.manual_seed(config.seed)
-    resumed, messages = load_newest(output, optimizer, loader)
-    totals = resumed or Totals()
+    totals, identity = Totals(), input_hashes(config, origin)
+    state = RunState(optimizer, material.loader, totals, identity | {"data": _joined(material)})
+    arithmetic = build_arithmetic(config, model.device)
+    resumed, messages = load_newest(output, state)
     for message in messages:
-        console().print(message)
-    if resumed is not None:
-        console().print(f"resumed at step {totals.step} of {total_steps}")
-    log = MetricsLog(output, after_step=totals.step)
-    objective = LanguageModel()
-
-    def evaluate() -> float:
-        groups = split_by_tokens(eval_samples, config.micro_batch_tokens)
-        return mean_loss(model, objective, (pack(group) for group in groups))
-
-    def after_step(report: StepReport) -> None:
-        if report.step % config.log_every == 0 or report.step == total_steps:
-            log.write(**report.figures())
-        if eval_samples and config.eval_every and report.step % config.eval_every == 0:
-            log.write(step=report.step, **{"eval/loss_nats": evaluate()})
-        if config.save_every and report.step % config.save_every == 0:
-            save_state(output, totals, optimizer, loader, keep_last=config.keep_last)
-
-    run_steps(
-        model,
-        objective,
-        optimizer,
-        loader,
+        console().print(message, soft_wrap=True)
+    if arithmetic.scaler is not None:
+        arithmetic.scaler.load_state(state.extra.get("loss_scaler"))
+    objective = build_objective(config)
+    watch = RunWatch(
+        output,
         config,
-        totals=totals,
+        state,
+        evaluate=evaluation_of(material.evaluate, model, objective),
+        samples=samples_of(config.samples, model, origin.tokenizer),
+        scaler=arithmetic.scaler,
+        flops=step_flops(model.config, config),
+        peak=peak,
         total_steps=total_steps,
-        after_step=after_step,
     )
-    figures: dict[str, Any] = {
-        "steps": totals.step,
-        "tokens": totals.tokens,
-        "trained_tokens": totals.trained_tokens,
-        "data": account.as_dict(),
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-    if eval_samples:
-        figures["eval_loss_nats"] = evaluate()
-        log.write(step=totals.step, **{"eval/loss_nats": figures["eval_loss_nats"]})
-    log.close()
-    _save_result(config, output, model, optimizer, tokenizer)
+    if resumed:
+        watch.event(totals.step, "resumed", f"resumed at step {totals.step} of {total_steps}")
+    start = time.monotonic()
+    try:
+        with stop_on_signals() as stop:
+            reason = run_steps(
+                model,
+                objective,
+                optimizer,
+                material.loader,
+                config,
+                arithmetic=arithmetic,
+                totals=totals,
+                total_steps=total_steps,
+                watch=watch,
+                stop=stop,
+            )
+        if stop.signal is not None and totals.step < total_steps:
+            watch.save()
+            raise Interrupted(
+                f"stopped after step {totals.step} of {total_steps}; the same command goes on from there",
+                stop.signal,
+            )
+        if reason not in ("finished", "interrupted"):
+            watch.event(totals.step, "stopped", reason)
+        figures = _figures(totals, material, time.monotonic() - start)
+        watch.look(totals.step)
+        if config.keep_best and (output / FOLDER / BEST).is_dir():
+            figures["best_step"] = _take_best(output, state)
+        if watch.evaluate is not None:
+            figures |= {k.replace("eval/", "eval_"): v for k, v in watch.evaluate().items()}
+    finally:
+        watch.close()
+    _save_result(config, output, model, optimizer, origin)
     manifest = Manifest.create(
         "train",
         config=config.model_dump(mode="json"),
-        inputs=_input_hashes(config, source),
+        inputs=identity | material.inputs,
         results=figures,
     )
     write_atomic(output / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+    write_report(output)
     return TrainResult(output, figures)
 
 
-def _with_mask(source: OpenSource, config: TrainConfig) -> OpenSource:
-    if config.prompt_mask is None:
-        return source
-    try:
-        return replace(source, config=source.config.changed(prompt_mask=config.prompt_mask))
-    except ValidationError as error:
-        raise ConfigError(f"{config.model}: {error.errors()[0]['msg']}") from None
+def _figures(totals: Totals, material: Material, seconds: float) -> dict[str, Any]:
+    return {
+        "steps": totals.step,
+        "tokens": totals.tokens,
+        "trained_tokens": totals.trained_tokens,
+        "skipped_steps": totals.skipped,
+        "seconds": round(seconds, 2),
+        "data": material.figures,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
 
 
-def _samples(
-    config: TrainConfig, files: Sequence[str], tokenizer: Tokenizer, source: OpenSource
-) -> tuple[list[Sample], Account]:
-    limit = config.data.max_seq_len
-    if limit > source.config.max_seq_len:
-        raise ConfigError(
-            f"data.max_seq_len={limit} is longer than the model's context of {source.config.max_seq_len}; lower it"
-        )
-    return prepare_conversations(
-        chain.from_iterable(read_conversations(Path(file)) for file in files),
-        tokenizer,
-        max_seq_len=limit,
-        overlong=config.data.overlong,
-        train_on=config.data.train_on,
-        split_turns=config.data.split_turns,
-    )
+def _take_best(output: Path, state: RunState) -> int:
+    """Brings back the weights of the lowest evaluation loss; returns their step."""
+    load_state(output / FOLDER / BEST, state)
+    return state.totals.step
 
 
-def _build(
-    config: TrainConfig, source: OpenSource, device: torch.device
-) -> tuple[Decoder, MasterOptimizer]:
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and bf16_is_fast(device))
-    compute = torch.bfloat16 if bf16 else torch.float32
-    if config.adapter is not None:
-        model = attach(source.model(compute, device), config.adapter, seed=config.seed)
-        return model, MasterOptimizer(adapter_parameters(model), config.optimizer)
-    model = source.model(torch.float32, device)
-    masters: dict[str, Tensor] = {n: p.detach() for n, p in model.named_parameters()}
-    model = model.to(compute).requires_grad_(True)
-    return model, MasterOptimizer(dict(model.named_parameters()), config.optimizer, masters)
+def _joined(material: Material) -> str:
+    return hash_value(sorted(material.inputs.values()))
 
 
 def _save_result(
@@ -180,24 +213,20 @@ def _save_result(
     output: Path,
     model: Decoder,
     optimizer: MasterOptimizer,
-    tokenizer: Tokenizer,
+    origin: Origin,
 ) -> None:
+    for name, value in optimizer.final_state().items():
+        owner, _, leaf = name.rpartition(".")
+        if config.adapter is None or name.startswith("score."):
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     if config.adapter is not None:
         save_adapter(
             model,
             output / ADAPTER,
             config.adapter,
             module_name=hf_module_name(model),
-            base=config.model,
+            base=source_name(config),
             replace=True,
         )
         return
-    for name, value in optimizer.final_state().items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    save_model(model, output / MODEL, tokenizer=tokenizer, replace=True)
-
-
-def _input_hashes(config: TrainConfig, source: OpenSource) -> dict[str, str]:
-    files = {file: hash_file(Path(file)) for file in (*config.data.train, *config.data.eval)}
-    return {"model": hash_path(source.path), **files}
+    save_model(model, output / MODEL, tokenizer=origin.tokenizer, replace=True)

@@ -1,12 +1,14 @@
 """Checkpoints of a running training: everything needed to go on bit by bit, and no pickle.
 
 checkpoints/step-000100/state.safetensors   masters, moments, random states
-checkpoints/step-000100/state.json          step, loader position, totals
+checkpoints/step-000100/state.json          totals, loader position, what the run is made from
+checkpoints/best/                           that of the lowest evaluation loss, where it is kept
 """
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ import torch
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
-from easyllm.data.loader import Loader, LoaderState
+from easyllm.data.packing import Batch
 from easyllm.train.optim import MasterOptimizer
 
-FOLDER = "checkpoints"
+FOLDER, BEST = "checkpoints", "best"
+TENSORS, STATE = "state.safetensors", "state.json"
 
 
 @dataclass(slots=True)
@@ -28,62 +31,114 @@ class Totals:
     step: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    skipped: int = 0
+
+    def count(self, batches: Sequence[Batch]) -> None:
+        """Counts one step in."""
+        self.step += 1
+        self.tokens += sum(batch.token_ids.numel() for batch in batches)
+        self.trained_tokens += sum(batch.num_trained for batch in batches)
 
 
-def save_state(
-    run: Path, totals: Totals, optimizer: MasterOptimizer, loader: Loader, *, keep_last: int
-) -> None:
-    """Writes a checkpoint atomically and removes the oldest beyond `keep_last`."""
-    folder = run / FOLDER / f"step-{totals.step:06d}"
-    tensors = {f"optimizer.{name}": t for name, t in optimizer.tensors().items()}
+@dataclass(slots=True)
+class RunState:
+    """What a checkpoint holds, and what is restored into the objects of a run.
+
+    Attributes:
+        identity: hashes of the model, tokenizer and data a run is made from; a checkpoint of others is refused.
+        extra: what else must go on (the loss scaler, the best evaluation).
+    """
+
+    optimizer: MasterOptimizer
+    loader: Any
+    totals: Totals
+    identity: dict[str, str]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def save_state(folder: Path, state: RunState) -> None:
+    """Writes a checkpoint atomically."""
+    tensors = {f"optimizer.{name}": t for name, t in state.optimizer.tensors().items()}
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     with atomic_directory(folder, replace=True) as work:
-        write_tensors(work / "state.safetensors", tensors)
+        write_tensors(work / TENSORS, tensors)
         write_json(
-            work / "state.json",
+            work / STATE,
             {
-                "step": totals.step,
-                "tokens": totals.tokens,
-                "trained_tokens": totals.trained_tokens,
-                "loader": loader.state.as_dict(),
+                "totals": asdict(state.totals),
+                "loader": asdict(state.loader.state),
+                "identity": state.identity,
+                "extra": state.extra,
             },
         )
+
+
+def save_step(run: Path, state: RunState, *, keep_last: int) -> None:
+    """Writes the checkpoint of this step and removes the oldest beyond `keep_last`."""
+    save_state(run / FOLDER / f"step-{state.totals.step:06d}", state)
     for old in checkpoints(run)[:-keep_last]:
         shutil.rmtree(old)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first (half-written ones have another name)."""
-    return sorted(p for p in (run / FOLDER).glob("step-*") if p.is_dir())
+    """The checkpoints of a run's steps, oldest first (half-written ones have another name)."""
+    found = [p for p in (run / FOLDER).glob("step-*") if p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def load_newest(
-    run: Path, optimizer: MasterOptimizer, loader: Loader
-) -> tuple[Totals | None, list[str]]:
+def load_newest(run: Path, state: RunState) -> tuple[bool, list[str]]:
     """Restores the newest checkpoint that reads well.
 
     Returns:
-        Its totals (None where there is none), and a message for each damaged one passed over.
+        Whether there was one, and a message for each damaged one passed over.
+
+    Raises:
+        CheckpointError: it was made from another model, tokenizer or data.
     """
     skipped = []
     for folder in reversed(checkpoints(run)):
         try:
-            tensors, _ = read_tensors(folder / "state.safetensors")
-            state: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
-            totals = Totals(state["step"], state["tokens"], state["trained_tokens"])
-            position = LoaderState(**state["loader"])
-        except (CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
+            load_state(folder, state)
+        except (_Damaged, OSError) as error:
             skipped.append(f"checkpoint {folder.name} is damaged and passed over ({error})")
             continue
-        prefix = "optimizer."
-        optimizer.load_tensors(
-            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        )
-        loader.state = position
-        torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random.cuda"])
-        return totals, skipped
-    return None, skipped
+        return True, skipped
+    return False, skipped
+
+
+def load_state(folder: Path, state: RunState) -> None:
+    """Restores one checkpoint into the objects of a run.
+
+    Raises:
+        CheckpointError: it is damaged, or was made from something else.
+    """
+    try:
+        tensors, _ = read_tensors(folder / TENSORS)
+        noted: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
+        totals = Totals(**noted["totals"])
+        position = type(state.loader.state)(**noted["loader"])
+        identity, extra = dict(noted["identity"]), dict(noted["extra"])
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
+        raise _Damaged(str(error)) from None
+    for name, mine in state.identity.items():
+        if identity.get(name) != mine:
+            raise CheckpointError(
+                f"checkpoint {folder} was made from another {name} (hash {str(identity.get(name))[:12]} there, "
+                f"{mine[:12]} now); bring the old one back, or choose another output folder"
+            )
+    prefix = "optimizer."
+    state.optimizer.load_tensors(
+        {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    )
+    state.loader.state, state.extra = position, extra
+    for name in ("step", "tokens", "trained_tokens", "skipped"):
+        setattr(state.totals, name, getattr(totals, name))
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+class _Damaged(CheckpointError):
+    """A checkpoint that cannot be read."""

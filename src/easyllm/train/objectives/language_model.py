@@ -39,7 +39,14 @@ class Objective(Protocol):
 
 
 class LanguageModel:
-    """Σ -log p(label | tokens before it) over labelled tokens, and the losses of routers where there are any."""
+    """Σ -log p(label | tokens before it) over labelled tokens, and the losses of routers where there are any.
+
+    Args:
+        label_smoothing, z_loss: as `linear_cross_entropy` takes them.
+    """
+
+    def __init__(self, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         config = model.config
@@ -47,7 +54,12 @@ class LanguageModel:
         context = batch.context(prefix=config.prompt_mask == "prefix", routing=routing)
         hidden = model(batch.token_ids, context)
         out = linear_cross_entropy(
-            hidden, model.head_weight, batch.labels, softcap=config.logit_softcap
+            hidden,
+            model.head_weight,
+            batch.labels,
+            softcap=config.logit_softcap,
+            label_smoothing=self.label_smoothing if model.training else 0.0,
+            z_loss=self.z_loss if model.training else 0.0,
         )
         if not routing:
             return LossOutput(out.sum, out.num_tokens)

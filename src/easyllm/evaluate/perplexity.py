@@ -1,0 +1,176 @@
+"""Perplexity: how surprised a model is by text, in units that can be compared.
+
+    loss = Σ -ln p(token | tokens before it)        perplexity = exp(loss / tokens)        bits per byte = loss / ln 2 / bytes
+
+Perplexity is per token, so it compares models with one tokenizer; bits per byte compares any. A text longer than the
+context is scored through windows, each `stride` further; a window scores the tokens no window before it has scored:
+
+    stride 4, context 8     |a b c d e f g h|                predicts b … i
+                                    |e f g h i j k l|        predicts j … m, each behind more than context - stride = 4 others
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from easyllm.core.errors import ConfigError, DataError
+from easyllm.data.packing import Batch, Sample, pack
+from easyllm.data.token_bytes import token_bytes
+from easyllm.nn.decoder import Decoder
+from easyllm.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from easyllm.tokenizer.tokenizer import Tokenizer
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perplexity:
+    """What a model thinks of a text.
+
+    Attributes:
+        loss_nats: mean over the scored tokens.
+        perplexity: e to that power.
+        bits_per_byte: summed loss in bits over the bytes of what was scored; None where those are none.
+        tokens, bytes: scored; a text's first token has nothing before it and is not (unless a BOS stands there).
+    """
+
+    loss_nats: float
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def perplexity(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Perplexity:
+    """The perplexity of texts, each on its own.
+
+    Args:
+        texts: read once; what the tokenizer puts around a text (a BOS) is put there.
+        context: tokens of a window; by default the model's whole context.
+        stride: from one window to the next; by default half the context. Smaller is slower and nearer to an endless
+            context (in a model that had one, all would give the same).
+        batch_tokens: about so many tokens in a forward pass; windows are packed.
+
+    Raises:
+        ConfigError: the windows do not fit the model, or leave out tokens; the model sees what it should predict.
+        DataError: no token has another before it.
+
+    Example:
+        >>> perplexity(model, tokenizer, [open("wiki.txt").read()]).bits_per_byte  # doctest: +SKIP
+        0.93
+    """
+    longest = model.config.max_seq_len
+    context = longest if context is None else context
+    if not 1 <= context <= longest:
+        raise ConfigError(f"context={context} must be from 1 to the model's {longest} tokens")
+    stride = max(1, context // 2) if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ConfigError(
+            f"stride={stride} would leave out tokens or never move; set it from 1 to context={context}"
+        )
+    sizes, num_bytes = token_bytes(tokenizer), 0
+
+    def windows() -> Iterator[Sample]:
+        nonlocal num_bytes
+        for text in texts:
+            ids = tokenizer.encode(text)
+            if ids:
+                num_bytes += len(text.encode("utf-8", "replace")) - int(sizes[ids[0]])
+            yield from _windows(ids, context, stride)
+
+    loss, tokens = _summed_loss(model, map(pack, _grouped(windows(), batch_tokens)))
+    return _result(loss, tokens, num_bytes)
+
+
+def perplexity_of_batches(
+    model: Decoder, tokenizer: Tokenizer, batches: Iterable[Batch]
+) -> Perplexity:
+    """The perplexity of packed sequences, over their labels: validation rows of token shards, say.
+
+    Raises:
+        ConfigError: the model sees what it should predict.
+        DataError: there is no label.
+    """
+    sizes, num_bytes = torch.from_numpy(token_bytes(tokenizer)), 0
+
+    def counted() -> Iterator[Batch]:
+        nonlocal num_bytes
+        for batch in batches:
+            num_bytes += int(sizes[batch.labels[batch.labels != IGNORE_INDEX].cpu()].sum())
+            yield batch
+
+    loss, tokens = _summed_loss(model, counted())
+    return _result(loss, tokens, num_bytes)
+
+
+def _windows(ids: list[int], context: int, stride: int) -> Iterator[Sample]:
+    """A text as samples that label every token but the first once."""
+    targets = ids[1:]
+    begin = scored = 0
+    while scored < len(targets):
+        end = min(begin + context, len(targets))
+        labels = [IGNORE_INDEX] * (scored - begin) + targets[scored:end]
+        yield Sample(tuple(ids[begin:end]), tuple(labels))
+        scored, begin = end, begin + stride
+
+
+def _grouped(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[Sample]]:
+    """Samples in order, in groups of at most `max_tokens` (a longer one is alone)."""
+    group, filled = list[Sample](), 0
+    for sample in samples:
+        if group and filled + len(sample.token_ids) > max_tokens:
+            yield group
+            group, filled = [], 0
+        group.append(sample)
+        filled += len(sample.token_ids)
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def _summed_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, int]:
+    """Nats over all labels, and their number; the logits of all tokens never exist at once."""
+    if not all(layer.mixer.causal for layer in model.config.layers):
+        raise ConfigError(
+            "the model attends to later tokens, so it has no perplexity; use a causal one"
+        )
+    training, weight = model.training, model.head_weight.detach()
+    model.eval()
+    total, num_tokens = 0.0, 0
+    for batch in batches:
+        here = batch.to(model.device)
+        hidden = model(here.token_ids, here.context())
+        found = linear_cross_entropy(
+            hidden, weight, here.labels, softcap=model.config.logit_softcap
+        )
+        total += float(found.sum)
+        num_tokens += found.num_tokens
+    model.train(training)
+    return total, num_tokens
+
+
+def _result(loss: float, tokens: int, num_bytes: int) -> Perplexity:
+    if tokens == 0:
+        raise DataError("there is nothing to score: no text has a second token; give longer texts")
+    mean = loss / tokens
+    return Perplexity(
+        loss_nats=mean,
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        bits_per_byte=loss / math.log(2) / num_bytes if num_bytes else None,
+        tokens=tokens,
+        bytes=num_bytes,
+    )

@@ -1,0 +1,192 @@
+"""A fresh model: its size by one dial, by a named size, or written out; its weights random, from a seed."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
+from easyllm.core.config import Config
+from easyllm.core.errors import ConfigError, suggest
+from easyllm.models.families import FAMILIES
+from easyllm.models.hf_config import read_config
+from easyllm.nn.config import AttentionConfig, LinearAttentionConfig, ModelConfig
+from easyllm.nn.decoder import Decoder
+from easyllm.tokenizer.tokenizer import Tokenizer
+
+HEAD_DIM = 64
+WIDTH_PER_LAYER = 64
+INITIAL_STD = 0.02
+"""GPT-2's (Radford et al. 2019): logits start near 0, so that the first loss is near ln V."""
+END_OF_TEXT = "<|endoftext|>"
+"""Ends documents, where a tokenizer has it beside an end of turn: a fresh model stops at either."""
+PARTS = "easyllm"
+"""The `model_type` whose values are ours, under `parts`."""
+WITHOUT_EFFECT = frozenset(
+    {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
+)
+"""Keys of a published `config.json` that say nothing of a model's arithmetic."""
+
+
+class ScratchConfig(Config):
+    """A model to build and train from nothing; exactly one of `depth`, `size` and `config` says how large.
+
+    Attributes:
+        tokenizer: a model's source, or a folder with a tokenizer; its vocabulary is the model's.
+        depth: layers; the width is 64 a layer (Karpathy 2025, nanochat), heads of 64, a Llama otherwise.
+        size: a named size of a family (`smollm2-135m`).
+        config: values of a `config.json`; or `model_type: easyllm` and under `parts` any parts (nn/config).
+        max_seq_len: the longest sequence.
+    """
+
+    tokenizer: str
+    depth: PositiveInt | None = None
+    size: str | None = None
+    config: dict[str, Any] | None = None
+    max_seq_len: PositiveInt | None = None
+    changes: dict[str, Any] = Field(default_factory=dict)
+    """Values of `config.json` (or parts) that differ from what `depth`, `size` or `config` gives."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "ScratchConfig":
+        given = [name for name in ("depth", "size", "config") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a fresh model has one size, got {' and '.join(given) or 'none'}; give depth, size or config"
+            )
+        return self
+
+
+def scratch_model_config(scratch: ScratchConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The configuration of the model, with the tokenizer's vocabulary and ids.
+
+    Raises:
+        ConfigError: there is no such size, a value is unknown, or the values describe no model.
+    """
+    ends = (tokenizer.eos_id, tokenizer.id_of(END_OF_TEXT))
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": list(dict.fromkeys(i for i in ends if i is not None)) or None,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    values = _Watched(_values(scratch, vocab_size=tokenizer.vocab_size) | ids)
+    try:
+        config = read_config(values)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise ConfigError(f"the fresh model cannot be built: {_reason(error)}") from None
+    unread = [key for key in values if key not in values.read and key not in WITHOUT_EFFECT]
+    if unread:
+        raise ConfigError(
+            f"{unread[0]!r} is no value of a model of type {values['model_type']!r}"
+            f"{suggest(unread[0], values.read)}; drop it"
+        )
+    _check_width(values, config)
+    return config
+
+
+def build_scratch(config: ModelConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The model with fresh weights: the same ones for the same seed, whatever the device and dtype it is trained in.
+
+    Args:
+        dtype: the weights are drawn in fp32 and then rounded to it.
+
+    Example:
+        >>> scratch = ScratchConfig(tokenizer="out/tok", depth=4)                 # doctest: +SKIP
+        >>> model = build_scratch(scratch_model_config(scratch, tokenizer), seed=0)  # doctest: +SKIP
+    """
+    model = Decoder(config)
+    generator = torch.Generator().manual_seed(seed)
+    model.reset_parameters(std=INITIAL_STD, generator=generator)
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def _values(scratch: ScratchConfig, *, vocab_size: int) -> dict[str, Any]:
+    """What `config.json` would hold, but for the special tokens."""
+    values = _sized(scratch)
+    length = {} if scratch.max_seq_len is None else {"max_seq_len": scratch.max_seq_len}
+    if values["model_type"] == PARTS:
+        own = {"family": PARTS, "vocab_size": vocab_size, **length}
+        return values | {"parts": {**values.get("parts", {}), **scratch.changes, **own}}
+    values |= scratch.changes | {"vocab_size": vocab_size}
+    if length:
+        key = "n_positions" if "n_embd" in values else "max_position_embeddings"
+        values[key] = scratch.max_seq_len
+    return values
+
+
+def _sized(scratch: ScratchConfig) -> dict[str, Any]:
+    if scratch.config is not None:
+        return {"model_type": "llama", **scratch.config}
+    if scratch.size is not None:
+        sizes = {name: v for family in FAMILIES.values() for name, v in family.sizes.items()}
+        if scratch.size not in sizes:
+            raise ConfigError(
+                f"model size {scratch.size!r} is unknown{suggest(scratch.size, sizes)}; "
+                f"known are {', '.join(sizes)}"
+            )
+        return dict(sizes[scratch.size])
+    assert scratch.depth is not None, "checked when the configuration was made"
+    width = WIDTH_PER_LAYER * scratch.depth
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": _swiglu_width(width),
+        "num_hidden_layers": scratch.depth,
+        "num_attention_heads": width // HEAD_DIM,
+        "num_key_value_heads": width // HEAD_DIM,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+
+
+def _swiglu_width(width: int) -> int:
+    """8/3 of the width, rounded up to a multiple of 64: as many parameters as an MLP of 4 times the width."""
+    return -(-8 * width // 3 // 64) * 64
+
+
+class _Watched(Mapping[str, Any]):
+    """Values that note which of them were asked for: the others have no effect."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with the values, in words that fit values a user wrote (readers speak of a checkpoint's file)."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{place}: {message}" if place else message
+    text = str(error).replace("config.json has no", "the model's values have no")
+    text = text.replace("config.json sets", "the model's values set")
+    return text.removesuffix("; copy the checkpoint's own config.json")
+
+
+def _check_width(values: Mapping[str, Any], config: ModelConfig) -> None:
+    """Heads share the width evenly, unless their own width was given."""
+    for layer in config.layers:
+        mixer = layer.mixer
+        assert isinstance(mixer, AttentionConfig | LinearAttentionConfig)
+        width, heads = config.hidden_size, mixer.num_heads
+        given = config.family == PARTS or values.get("head_dim") is not None
+        if not given and width % heads:
+            below = width // heads * heads
+            fits = " or ".join(str(w) for w in (below, below + heads) if w)
+            raise ConfigError(
+                f"the fresh model cannot be built: a width of {width} is not divisible by {heads} heads; "
+                f"set it to {fits}, or give head_dim"
+            )
