@@ -104,18 +104,19 @@ class MoE(nn.Module):
         return (place > capacity).view(k, num_tokens).T
 
     def _run_experts(self, x: Tensor, weights: Tensor, chosen: Tensor, dropped: Tensor) -> Tensor:
+        """Σ_j weight_tj · expert_tj(x_t): rows go to their experts in one gather and come back in another."""
         num_experts, k = self.config.num_experts, self.config.experts_per_token
         flat = chosen.masked_fill(dropped, num_experts).flatten()  # dropped ones sort to the end
         order = flat.argsort(stable=True)
-        tokens = order // k
-        counts = torch.bincount(flat, minlength=num_experts + 1).tolist()[:num_experts]
-        kept = sum(counts)
-        tokens = tokens[:kept]
-        parts = x.index_select(0, tokens).split(counts)
+        counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
+        lost = counts.pop()
+        parts = x.index_select(0, order[: len(order) - lost] // k).split(counts)
         runs = [expert.run for expert in self.experts if isinstance(expert, GLU)]
         outs = [run(part) for run, part in zip(runs, parts, strict=True) if len(part)]
-        out = torch.zeros_like(x)
-        if not outs:
-            return out
-        scale = weights.flatten()[order[:kept], None].to(x.dtype)
-        return out.index_add(0, tokens, torch.cat(outs) * scale)
+        if lost:
+            outs.append(x.new_zeros(lost, x.shape[1]))
+        place = torch.empty_like(order)  # of each choice among the sorted rows
+        place[order] = torch.arange(len(order), device=order.device)
+        rows = torch.cat(outs).index_select(0, place).view(*chosen.shape, -1)  # [T, k, D]
+        out: Tensor = torch.bmm(weights.to(x.dtype)[:, None], rows).squeeze(1)
+        return out

@@ -27,7 +27,9 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if activation == "silu" and torch.is_grad_enabled() and gate.requires_grad:
         out: Tensor = _SiLUGate.apply(gate, up)
         return out
-    return ACTIVATIONS[activation](gate) * up
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return ACTIVATIONS[activation](gate) * up
+    return ACTIVATIONS[activation](gate).mul_(up)
 
 
 class _SiLUGate(torch.autograd.Function):

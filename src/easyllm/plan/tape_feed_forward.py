@@ -56,7 +56,7 @@ def _keep_activation(
 
 
 def _mixture(tape: Tape, config: MoEConfig, x: Activation, width: int) -> Activation:
-    """The router in fp32, rows sorted by expert through their experts, weighed and added up."""
+    """The router in fp32, rows sorted by expert through their experts, brought back, weighed and added up."""
     work, tokens = tape.work, tape.work.tokens
     wide = Activation(x.name if work.itemsize == FP32 else "x.wide", tokens * width * FP32, x.grad)
     logits = tape.linear(router_linear(config, width), wide)
@@ -68,12 +68,11 @@ def _mixture(tape: Tape, config: MoEConfig, x: Activation, width: int) -> Activa
         tape, config.expert, parts, width, rows=rows, copies=config.num_experts, prefix="expert."
     )
     if out.grad:
-        scale = tape.made("scale", 1, grad=logits.grad, rows=rows)
-        weighed = tape.made("weighed", width, grad=True, rows=rows)
-        tape.keep_all(scale, weighed)
-        tape.keep("rows", rows * INT64)
+        choices = tokens * config.experts_per_token
+        tape.keep("scale", choices * work.itemsize)
+        tape.keep("place", choices * INT64)
         if logits.grad:
-            tape.keep_all(tape.made("joined", width, grad=True, rows=rows))
+            tape.keep_all(tape.made("returned", width, grad=True, rows=choices))
     if config.shared is not None:
         _shared_expert(tape, config, config.shared, x, width)
     return tape.made("fed", width, grad=out.grad)
