@@ -12,7 +12,8 @@ import time
 import pytest
 import yaml
 
-from conftest import CORPUS
+from conftest import CORPUS, tiny_config
+from easyllm.data.shards import write_shards
 from easyllm.train.metrics import read_metrics
 from easyllm.train.state import checkpoints
 
@@ -95,6 +96,147 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, mode):
 
 def done(output):
     return (output / "manifest.json").exists()
+
+
+ZYGOTE = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from easyllm.core.config import read_yaml
+from easyllm.train import TrainConfig, train
+torch.set_num_threads(1)
+for line in sys.stdin:                      # "recipe output seconds": a run that is killed after so long, or never
+    recipe, output, seconds = line.split()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            train(TrainConfig.model_validate(read_yaml(Path(recipe))), Path(output))
+        except BaseException as error:
+            print(error, flush=True)
+        os._exit(0)
+    if float(seconds) >= 0:
+        while not (Path(output) / "metrics.jsonl").exists():
+            time.sleep(0.002)
+        time.sleep(float(seconds))
+        os.kill(child, signal.SIGKILL)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Starts runs by forking a process that has torch already, and kills them."""
+    command = [sys.executable, "-c", ZYGOTE]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def run(recipe, output, killed_after=-1.0):
+            process.stdin.write(f"{recipe} {output} {killed_after}\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def recipes(recipe, tmp_path_factory, tiny_folder, tiny_tokenizer):
+    """A fine-tuning run with dropout and mixed lengths, and pretraining on packed rows of shards with Muon."""
+    folder = tmp_path_factory.mktemp("kills")
+    generator = random.Random(0)
+    documents = [
+        [generator.randrange(3, 320) for _ in range(generator.randrange(1, 60))] for _ in range(150)
+    ]
+    write_shards(folder / "shards", documents, tiny_tokenizer, shard_tokens=500)
+    tuning = yaml.safe_load(recipe.read_text(encoding="utf-8")) | {"epochs": 12, "dropout": 0.1}
+    pretraining = {
+        "model": {
+            "tokenizer": str(tiny_folder),
+            "config": tiny_config(num_hidden_layers=3),
+            "max_seq_len": 64,
+        },
+        "data": {"kind": "corpus", "shards": str(folder / "shards"), "max_seq_len": 48},
+        "optimizer": {"kind": "muon", "learning_rate": 1e-2},
+        "batch_size": 3,
+        "micro_batch_tokens": 96,
+        "epochs": 2,
+        "dropout": 0.1,
+        "save_every": 1,
+    }
+    for name, values in (("tuning", tuning), ("pretraining", pretraining)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tuning", "pretraining"])
+def test_ten_kills_at_random_moments_leave_the_bits_as_they_are(name, recipes, runs, tmp_path):
+    recipe, whole, broken = recipes / f"{name}.yaml", tmp_path / "whole", tmp_path / "broken"
+    start = time.monotonic()
+    assert runs(recipe, whole) == 0
+    seconds = time.monotonic() - start
+    generator = random.Random(name)
+    kills = 0
+    while kills < 10:
+        status = runs(recipe, broken, generator.uniform(0, seconds / 8))
+        if status == 0:  # it was faster than the kill: once more from the start
+            assert weights(broken) == weights(whole)
+            shutil.rmtree(broken)
+            continue
+        assert status == signal.SIGKILL
+        kills += 1
+        seen = figures(broken)
+        assert seen == figures(whole)[: len(seen)]
+    assert runs(recipe, broken) == 0
+    assert weights(broken) == weights(whole)
+    assert figures(broken) == figures(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(recipe, tmp_path, number):
+    output, whole = tmp_path / "run", tmp_path / "whole"
+    finish(start(recipe, whole))
+    process = start(recipe, output, "save_every=1000")
+    deadline = time.monotonic() + 120
+    while len(figures(output)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "the same command goes on from there" in err
+    assert len(checkpoints(output)) == 1
+    finish(start(recipe, output, "save_every=1000"))
+    assert weights(output) == weights(whole)
+
+
+def test_a_run_goes_on_with_another_harmless_value_where_that_is_allowed(recipe, tmp_path):
+    output = tmp_path / "run"
+    finish(start(recipe, output))
+    (output / "manifest.json").unlink()
+    process = start(recipe, output, "log_every=5")
+    assert "log_every is 1 there and 5 here" in process.communicate()[1]
+    finish(start(recipe, output, "log_every=5", "--allow-change"))
+    (output / "manifest.json").unlink()
+    process = start(recipe, output, "log_every=5", "seed=1", "--allow-change")
+    assert "seed is 0 there and 1 here" in process.communicate()[1]
+
+
+def test_a_checkpoint_of_other_data_is_refused(recipe, tmp_path):
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    data = tmp_path / "rows.jsonl"
+    shutil.copy(values["data"]["train"][0], data)
+    words = [f"data.train=[{data}]"]
+    output = tmp_path / "run"
+    finish(start(recipe, output, *words))
+    (output / "manifest.json").unlink()
+    with data.open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "one more", "completion": "row"}\n')
+    process = start(recipe, output, *words)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert "was made from another data" in err
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_message(recipe, tmp_path):

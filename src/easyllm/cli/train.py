@@ -21,6 +21,13 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and do nothing.")
     ] = False,
+    allow_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-change",
+            help="Go on with other values of what is harmless: how often to log, save, evaluate; the device.",
+        ),
+    ] = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Train by a recipe; an interrupted run goes on where it was.
@@ -30,11 +37,14 @@ def train(
         easyllm train sft-lora data.train=[my-data.jsonl] output=runs/mine
 
         easyllm train recipe.yaml optimizer.learning_rate=1e-4 --dry-run
+
+        easyllm train recipe.yaml eval_every=50 --allow-change
     """
     from easyllm.core.config import dump_yaml
     from easyllm.core.errors import ConfigError
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe
     from easyllm.train import train as run_training
+    from easyllm.train.report import REPORT_FILE
 
     path = find_recipe(recipe)
     config = load_train_recipe(path, overrides or [])
@@ -43,11 +53,12 @@ def train(
         return
     if config.output is None:
         raise ConfigError(f"{path} names no output folder; add output=runs/NAME")
-    result = run_training(config, Path(config.output))
+    result = run_training(config, Path(config.output), allow_change=allow_change)
     if json_output:
         print_json(result.figures | {"output": str(result.output)})
-    else:
-        print_pairs({**result.figures, "output": result.output})
+        return
+    figures = {name: value for name, value in result.figures.items() if name != "data"}
+    print_pairs({**figures, "output": result.output, "report": result.output / REPORT_FILE})
 
 
 def evaluate(

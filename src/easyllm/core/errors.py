@@ -17,6 +17,9 @@ from collections.abc import Iterable
 class EasyllmError(ValueError):
     """A mistake a user can mend; the message says how."""
 
+    exit_code = 2
+    """With which the command line ends."""
+
 
 class ConfigError(EasyllmError):
     """A recipe, option or combination of options is wrong."""

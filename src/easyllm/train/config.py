@@ -159,7 +159,7 @@ class TrainConfig(Config):
         dropout: of the outputs of mixers and feed-forwards, in training.
         checkpoint_activations: `full` keeps one activation a layer and computes the rest again; `selective` does so for
             the feed-forwards alone.
-        compile: `torch.compile` of every layer; the time it takes is shown.
+        compile: `torch.compile` of every layer's feed-forward; the time it takes is shown.
         save_every: steps between checkpoints; 0 saves none before the end.
         keep_last, keep_best: how many of the newest checkpoints stay, and whether the one with the lowest evaluation loss.
         eval_every: steps between evaluations; 0 evaluates at the end only.

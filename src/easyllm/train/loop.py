@@ -33,6 +33,8 @@ SPIKE_MEMORY, SPIKE_AFTER = 0.98, 20
 class Diverged(EasyllmError):
     """The loss is no number, again and again; the last good checkpoint stays."""
 
+    exit_code = 1
+
 
 class StepLoader(Protocol):
     """Gives the micro-batches of one step after the other; its position is `state`."""

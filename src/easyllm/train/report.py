@@ -31,7 +31,7 @@ from easyllm.core.progress import format_duration
 from easyllm.core.run_folder import RECIPE_FILE
 from easyllm.train.metrics import FILE as METRICS_FILE
 
-FILE = "report.html"
+REPORT_FILE = "report.html"
 COLUMNS, SMALL_COLUMNS = 400, 100
 """Of a curve, each of so many columns keeps its lowest and its highest value."""
 MOST_FIGURES, MOST_EVENTS, MOST_PROMPTS, MOST_ROWS, MOST_CHARACTERS = 40, 100, 12, 20, 600
@@ -74,7 +74,7 @@ class RunReport:
                 f"{str(self.run)!r} holds neither {RECIPE_FILE} nor {METRICS_FILE}; name the folder of a training run"
             )
         self._history.update()
-        target = self.run / FILE
+        target = self.run / REPORT_FILE
         write_atomic(target, _page(_facts(self.run, self._history, self.total_steps)))
         return target
 

@@ -17,7 +17,7 @@ class Interrupted(EasyllmError):
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.signal = number
+        self.signal, self.exit_code = number, 128 + number
 
 
 class StopRequest:

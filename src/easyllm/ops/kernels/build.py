@@ -66,7 +66,10 @@ class AttentionShape(ctypes.Structure):
 
 
 def kernels_for(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The kernels, if they can work on these tensors (on a CPU, fp32 or bf16); None where plain PyTorch must."""
+    """The kernels, if they can work on these tensors (on a CPU, fp32 or bf16); None where plain PyTorch must, and while
+    `torch.compile` traces, which fuses operations of its own."""
+    if torch.compiler.is_compiling():
+        return None
     for tensor in tensors:
         if tensor.device.type != "cpu" or tensor.dtype not in DTYPE_CODES:
             return None
