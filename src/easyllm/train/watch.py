@@ -1,6 +1,7 @@
 """Watching a run: figures, evaluations, samples, checkpoints, early stopping, the report."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from functools import cache
@@ -23,6 +24,8 @@ from easyllm.train.state import BEST, FOLDER, RunState, save_state, save_step
 from easyllm.train.tensorboard import TensorBoardWriter
 
 REPORT_EVERY_S = 15.0
+COMPILING, SETTLED = 5, 3
+"""Steps of a compiled run in which something may still be compiled, and those behind them that show the usual time."""
 
 
 class RunWatch:
@@ -60,11 +63,14 @@ class RunWatch:
         )
         self.report = RunReport(run, total_steps=total_steps)
         self._reported = time.monotonic()
+        self._seconds: list[float] | None = [] if config.compile else None
 
     def after_step(self, report: StepReport) -> str | None:
         """Logs a step; evaluates, samples and saves where it is time. A text ends the run."""
         config, step = self.config, report.step
         last = step == self.total_steps
+        if self._seconds is not None:
+            self._tell_compile_time(step, report.seconds)
         if step % config.log_every == 0 or last:
             figures = report.figures()
             if self.peak:
@@ -121,6 +127,18 @@ class RunWatch:
         """Notes something unusual, for people too."""
         self.log.write(step=step, event=kind, detail=detail)
         console().print(f"step {step}: {kind}: {detail}", soft_wrap=True, markup=False)
+
+    def _tell_compile_time(self, step: int, seconds: float) -> None:
+        """Says, once the steps have settled, how much longer the first ones took."""
+        assert self._seconds is not None, "asked of compiled runs only"
+        self._seconds.append(seconds)
+        if len(self._seconds) < COMPILING + SETTLED:
+            return
+        first, usual = self._seconds[:COMPILING], statistics.median(self._seconds[COMPILING:])
+        extra = sum(first) - COMPILING * usual
+        detail = f"the first {COMPILING} steps took {extra:.1f} s longer than the {usual:.2f} s a step behind them"
+        self.event(step, "compiled", detail)
+        self._seconds = None
 
     def close(self) -> None:
         """Ends the logs and writes the last report."""

@@ -1,0 +1,251 @@
+"""Whole runs of small models: what they write, keep, show and refuse."""
+
+import json
+import math
+import subprocess
+
+import pytest
+import torch
+
+from conftest import CORPUS, tiny_config
+from easyllm.core.config import validate
+from easyllm.core.errors import ConfigError, EasyllmError, OutputError
+from easyllm.data.shards import TokenShards, write_shards
+from easyllm.data.token_bytes import token_bytes
+from easyllm.models import load_model
+from easyllm.train import TrainConfig, train
+from easyllm.train.metrics import read_metrics
+from easyllm.train.preflight import memory_advice
+from easyllm.train.state import BEST, FOLDER, checkpoints
+
+ROWS = [
+    {"prompt": f"{line[:12]} {i}", "completion": line[12 : 30 + i]}
+    for i in range(4)
+    for line in dict.fromkeys(CORPUS)
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_tokenizer):
+    """Rows to train and to evaluate on, and token shards of the corpus."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, rows in (("train", ROWS[:12]), ("eval", ROWS[12:])):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    documents = [tiny_tokenizer.encode(line) for line in CORPUS * 2]
+    write_shards(folder / "shards", documents, tiny_tokenizer)
+    write_shards(folder / "shards" / "validation", documents[:3], tiny_tokenizer)
+    return folder
+
+
+def config_of(files, tiny_folder, **changes):
+    values = {
+        "model": str(tiny_folder),
+        "data": {
+            "train": [str(files / "train.jsonl")],
+            "eval": [str(files / "eval.jsonl")],
+            "max_seq_len": 128,
+        },
+        "optimizer": {"kind": "adamw", "learning_rate": 3e-3},
+        "batch_size": 4,
+        "epochs": 4,
+        "save_every": 0,
+        "precision": "fp32",
+    }
+    return TrainConfig.model_validate(values | changes)
+
+
+def losses(output, name="train/loss_nats"):
+    return [line[name] for line in read_metrics(output) if name in line]
+
+
+def test_a_run_leaves_figures_a_report_and_a_model_that_loads(files, tiny_folder, tmp_path):
+    result = train(
+        config_of(files, tiny_folder, eval_every=4, samples={"prompts": ["The quick"]}),
+        tmp_path / "run",
+    )
+    assert losses(result.output)[-1] < losses(result.output)[0]
+    assert result.figures["eval_loss_nats"] == losses(result.output, "eval/loss_nats")[-1]
+    samples = [line["samples"] for line in read_metrics(result.output) if "samples" in line]
+    assert len(samples) == 3
+    assert samples[0][0]["prompt"] == "The quick"
+    assert {"speed/mfu", "memory/peak_bytes"} <= read_metrics(result.output)[0].keys()
+    page = (result.output / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    load_model(result.output / "model")
+
+
+def test_keep_best_takes_the_weights_of_the_lowest_evaluation(files, tiny_folder, tmp_path):
+    changes = {"optimizer": {"learning_rate": 0.03}, "eval_every": 2, "keep_best": True}
+    changes["epochs"] = 30
+    result = train(config_of(files, tiny_folder, **changes), tmp_path / "run")
+    seen = losses(result.output, "eval/loss_nats")
+    best = min(seen)
+    assert best < seen[-1]  # the run went on past its best
+    assert result.figures["best_step"] == 2 * (1 + seen.index(best))
+    assert result.figures["eval_loss_nats"] == pytest.approx(best, rel=1e-6)
+    assert (result.output / FOLDER / BEST).is_dir()
+
+
+def test_early_stopping_ends_a_run_that_no_longer_learns(files, tiny_folder, tmp_path):
+    changes = {
+        "optimizer": {"learning_rate": 0.05},
+        "epochs": 50,
+        "eval_every": 1,
+        "early_stopping": {"patience": 3},
+    }
+    result = train(config_of(files, tiny_folder, **changes), tmp_path / "run")
+    assert result.figures["steps"] < 150
+    (event,) = [line for line in read_metrics(result.output) if line.get("event") == "stopped"]
+    assert "has not fallen for 3 evaluations" in event["detail"]
+
+
+def test_only_the_newest_checkpoints_stay(files, tiny_folder, tmp_path):
+    train(config_of(files, tiny_folder, save_every=2, keep_last=2), tmp_path / "run")
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000010", "step-000012"]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(files, tiny_folder, tmp_path):
+    runs = [
+        train(config_of(files, tiny_folder, seed=seed, dropout=0.1), tmp_path / str(i)).output
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    first, again, other = map(losses, runs)
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputing_activations_changes_no_bit(files, tiny_folder, tmp_path, mode):
+    plain = train(config_of(files, tiny_folder, dropout=0.1), tmp_path / "plain")
+    again = train(
+        config_of(files, tiny_folder, dropout=0.1, checkpoint_activations=mode), tmp_path / mode
+    )
+    assert losses(plain.output) == losses(again.output)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_autocast", "fp16"])
+def test_narrow_precisions_stay_near_fp32(files, tiny_folder, tmp_path, precision):
+    wide = train(config_of(files, tiny_folder), tmp_path / "fp32")
+    narrow = train(config_of(files, tiny_folder, precision=precision), tmp_path / precision)
+    assert losses(narrow.output)[0] == pytest.approx(losses(wide.output)[0], rel=0.02)
+    if narrow.figures["skipped_steps"]:  # the scale of fp16 finds its height by skipping steps
+        assert losses(narrow.output)[-1] < 0.7 * losses(narrow.output)[0]
+    else:
+        assert losses(narrow.output)[-1] == pytest.approx(losses(wide.output)[-1], rel=0.1)
+    assert load_model(narrow.output / "model").embed_tokens.weight.dtype == torch.float32
+
+
+def test_pretraining_reports_bits_a_byte(files, tiny_folder, tiny_tokenizer, tmp_path):
+    changes = {
+        "model": {
+            "tokenizer": str(tiny_folder),
+            "config": tiny_config(num_hidden_layers=2),
+            "max_seq_len": 64,
+        },
+        "data": {"kind": "corpus", "shards": str(files / "shards"), "max_seq_len": 32},
+        "epochs": 3,
+        "eval_every": 5,
+    }
+    result = train(config_of(files, tiny_folder, **changes), tmp_path / "run")
+    bits = losses(result.output, "eval/bits_per_byte")
+    assert bits[-1] < bits[0]
+    nats = losses(result.output, "eval/loss_nats")
+    shards = TokenShards(files / "shards" / "validation", tokenizer=tiny_tokenizer)
+    labels = [shards.document(i)[1:] for i in range(shards.manifest.documents)]
+    num_bytes = sum(int(token_bytes(tiny_tokenizer)[ids].sum()) for ids in labels)
+    num_labels = sum(map(len, labels))
+    assert bits[-1] == pytest.approx(nats[-1] * num_labels / math.log(2) / num_bytes, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, while it compiles
+def test_a_compiled_model_learns_the_same_and_the_time_is_told(
+    files, tiny_folder, tmp_path, capsys
+):
+    plain = train(config_of(files, tiny_folder), tmp_path / "plain")
+    made = train(config_of(files, tiny_folder, compile=True), tmp_path / "compiled")
+    assert losses(made.output) == pytest.approx(losses(plain.output), rel=1e-4)
+    (event,) = [line for line in read_metrics(made.output) if line.get("event") == "compiled"]
+    assert "s longer than" in event["detail"]
+
+
+def test_evaluating_on_training_rows_is_warned_of(files, tiny_folder, tmp_path, capsys):
+    data = {"train": [str(files / "train.jsonl")], "eval": [str(files / "train.jsonl")]}
+    data |= {"max_seq_len": 128}
+    train(config_of(files, tiny_folder, data=data, max_steps=1), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "12 of 12 evaluation samples are training samples, too" in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"optimizer": {"learning_rate": -1}}, "learning_rate=-1"),
+        ({"schedule": {"kind": "cosine", "warmup_ratio": 2}}, "warmup_ratio=2"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, "betas"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"keep_best": True}, "keep_best needs evaluations"),
+        ({"batch_tokens": 100}, "give batch_size or batch_tokens"),
+        ({"optimizer": {"kind": "adamm"}}, "did you mean 'adamw'"),
+    ],
+)
+def test_values_out_of_range_are_refused(files, tiny_folder, tmp_path, changes, message):
+    values = {"model": str(tiny_folder), "data": {"train": ["-"]}} | changes
+    with pytest.raises(ConfigError) as raised:
+        validate(TrainConfig, values, source="recipe.yaml")
+    assert message in str(raised.value)
+
+
+def test_rows_whose_every_label_is_masked_stop_before_the_first_step(files, tiny_folder, tmp_path):
+    long = tmp_path / "long.jsonl"
+    row = {"prompt": "word " * 200, "completion": "yes"}
+    long.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    data = {"train": [str(long)], "max_seq_len": 64}
+    with pytest.raises(EasyllmError) as raised:
+        train(config_of(files, tiny_folder, data=data), tmp_path / "run")
+    assert "no" in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_run_again(files, tiny_folder, tmp_path):
+    config = config_of(files, tiny_folder, max_steps=1)
+    train(config, tmp_path / "run")
+    with pytest.raises(OutputError, match="finished"):
+        train(config, tmp_path / "run")
+
+
+def test_out_of_memory_is_answered_with_what_to_lower(files, tiny_folder):
+    config = config_of(files, tiny_folder)
+    with pytest.raises(ConfigError, match="lower micro_batch_tokens=2048"), memory_advice(config):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(RuntimeError, match="other"), memory_advice(config):
+        raise RuntimeError("other")
+
+
+def test_the_report_opens_in_a_browser(files, tiny_folder, tmp_path):
+    from shutil import which
+
+    chromium = which("chromium") or which("chromium-browser")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    result = train(config_of(files, tiny_folder, eval_every=4), tmp_path / "run")
+    picture = tmp_path / "report.png"
+    subprocess.run(
+        [
+            *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"),
+            *(
+                f"--screenshot={picture}",
+                "--window-size=1000,1400",
+                f"file://{result.output}/report.html",
+            ),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert picture.stat().st_size > 20_000
