@@ -1,0 +1,128 @@
+"""What the files of a run say: `metrics.jsonl` line by line as it grows, the recipe, the results."""
+
+import json
+import os
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from easyllm.core.config import read_yaml
+from easyllm.core.errors import ConfigError
+from easyllm.core.manifest import MANIFEST_FILE, Manifest
+from easyllm.core.run_folder import RECIPE_FILE
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class History:
+    """What `metrics.jsonl` says; `update` reads the lines that are new."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._inode = path, 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._offset = self.last_step = 0
+        self.first_step: int | None = None
+        self.events: list[tuple[int, str, str]] = []
+        self.samples: list[tuple[int, list[Any]]] = []
+        self._series: dict[str, tuple[array[float], array[float]]] = {}
+
+    def update(self) -> None:
+        """Takes in the whole lines that came; starts over where the file is another one (a resumed run's)."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._clear()
+                self._inode = status.st_ino
+            file.seek(self._offset)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            try:
+                self._take(json.loads(line))
+            except ValueError:  # one damaged line is no reason to show nothing
+                continue
+
+    def _take(self, line: Any) -> None:
+        step = line.pop("step", None) if isinstance(line, dict) else None
+        if not isinstance(step, int):
+            return
+        self.last_step = max(self.last_step, step)
+        self.first_step = step if self.first_step is None else min(self.first_step, step)
+        if "event" in line:
+            self.events.append((step, str(line["event"]), str(line.get("detail", ""))))
+            return
+        for name, value in line.items():
+            if isinstance(value, float | int):
+                if name not in self._series:
+                    self._series[name] = array("d"), array("d")
+                steps, values = self._series[name]
+                steps.append(step)
+                values.append(value)
+            elif name == "samples" and isinstance(value, list):
+                self.samples.append((step, value))
+
+    def names(self) -> list[str]:
+        """Names of all series, in the order in which they came."""
+        return list(self._series)
+
+    def series(self, name: str) -> tuple[Floats, Floats]:
+        """Steps, in order, and values; empty where the name never came."""
+        steps, values = (
+            np.array(part, dtype=np.float64) for part in self._series.get(name, ((), ()))
+        )
+        if np.any(np.diff(steps) < 0):
+            order = np.argsort(steps, kind="stable")
+            steps, values = steps[order], values[order]
+        return steps, values
+
+    def finite(self, name: str) -> tuple[Floats, Floats]:
+        """The same without the values that are no numbers."""
+        steps, values = self.series(name)
+        keep = np.isfinite(values)
+        return steps[keep], values[keep]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Everything the page shows."""
+
+    name: str
+    history: History
+    recipe: dict[str, Any]
+    recipe_text: str
+    results: dict[str, Any]
+    state: Literal["running", "finished", "stopped"]
+    total_steps: int | None
+
+
+def read_facts(run: Path, history: History, total_steps: int | None) -> Facts:
+    """What a run's folder says now."""
+    recipe: dict[str, Any] = {}
+    text = ""
+    if (run / RECIPE_FILE).is_file():
+        text = (run / RECIPE_FILE).read_text(encoding="utf-8", errors="replace")
+        try:
+            recipe = read_yaml(run / RECIPE_FILE)
+        except ConfigError:
+            recipe = {}  # its text is shown all the same
+    finished = (run / MANIFEST_FILE).is_file()
+    turns = [kind for _, kind, _ in history.events if kind in ("stopped", "resumed")]
+    return Facts(
+        name=run.resolve().name,
+        history=history,
+        recipe=recipe,
+        recipe_text=text,
+        results=Manifest.read(run / MANIFEST_FILE).results if finished else {},
+        state="finished" if finished else "stopped" if turns[-1:] == ["stopped"] else "running",
+        total_steps=total_steps or recipe.get("max_steps"),
+    )
