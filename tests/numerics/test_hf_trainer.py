@@ -1,6 +1,9 @@
 """The loss curve is that of `transformers.Trainer`: same tiny model, same order of data, AdamW, cosine, clipping, accumulation."""
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,3 +138,24 @@ def test_the_loss_curve_equals_transformers_trainer(rows, tiny_folder, tmp_path,
     for mine, loss, norm in zip(ours, curve.losses, curve.norms, strict=True):
         assert mine["train/loss_nats"] == pytest.approx(loss, abs=1e-5)
         assert mine["train/grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_the_table_of_names_holds_names_that_exist():
+    table = (Path(__file__).parents[2] / "docs" / "from-transformers.md").read_text("utf-8")
+    rows = [line.split("|")[1:5] for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) > 20
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    elsewhere = {"DataCollator", "EarlyStoppingCallback", "patience", "threshold"}
+    removed = {"warmup_ratio", "group_by_length"}  # of version 5; readers of older code know them
+    for left, _, right, _ in rows:
+        for name in re.findall(r"`([a-z_]+)(?:=[^`]*)?`", left):
+            assert name in theirs | elsewhere | removed, f"TrainingArguments has no {name}"
+        for path in re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)(?::[^`]*)?`", right):
+            head = path.split(".")[0]
+            assert head in {*TrainConfig.model_fields, *VALUES}, f"TrainConfig has no {path}"
+
+
+VALUES = {
+    *("cosine", "linear", "constant", "inverse_sqrt", "wsd", "warmup_stable_decay", "sgd", "muon"),
+    *("bf16", "selective", "metrics", "report", "num_items_in_batch"),
+}

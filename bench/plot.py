@@ -1,0 +1,63 @@
+"""Lines as an SVG file for the documentation: nothing but text, the same bytes from the same figures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 380, 64, 24, 44, 46
+COLOURS = ("#1f6f6b", "#b4500f", "#5a4fa0", "#8a8f98", "#a02c4a")
+
+
+def write_lines(
+    file: Path,
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x_title: str,
+    y_title: str,
+) -> None:
+    """Draws each series of points, with a legend and axes."""
+    points = [point for line in lines.values() for point in line]
+    x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
+    y0, y1 = min(0.0, *(p[1] for p in points)), max(p[1] for p in points) * 1.05
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+        return across, HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{LEFT}" y="22" font-weight="bold">{title}</text>',
+    ]
+    for value in _ticks(y0, y1):
+        _, y = place(x0, value)
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in _ticks(x0, x1):
+        x, _ = place(value, y0)
+        parts.append(
+            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
+        )
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{x_title}</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 6}" fill="#666">{y_title}</text>')
+    for number, (name, line) in enumerate(lines.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
+        )
+        y = TOP + 14 + 18 * number
+        parts.append(
+            f'<text x="{WIDTH - RIGHT - 6}" y="{y}" text-anchor="end" fill="{colour}">{name}</text>'
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
+
+
+def _ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """Round values between the two."""
+    step = 10.0 ** len(str(int(high - low)))
+    while (high - low) / step < most / 2.5:
+        step /= 2 if str(step).strip("0.")[:1] in "124" else 2.5
+    first = int(low / step) * step
+    return [first + i * step for i in range(most * 3) if low <= first + i * step <= high]
