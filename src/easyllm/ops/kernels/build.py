@@ -22,8 +22,8 @@ from easyllm.core.device import cache_folder, cpu_features
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("training.c", "attention.c")
-HEADERS = ("cpu.h",)
+SOURCES = ("training.c", "attention.c", "paged_attention.c")
+HEADERS = ("cpu.h", "paged.h")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -45,6 +45,7 @@ _SIGNATURES = {
     "cross_entropy": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
     "attention_forward": (_POINTER,) * 6 + (_LONG, _POINTER),
     "attention_backward": (_POINTER,) * 10 + (_LONG, _POINTER),
+    "paged_attention": (_POINTER,) * 4 + (_LONG, _POINTER, _POINTER, _LONG, _POINTER),
 }
 
 
@@ -61,6 +62,33 @@ class AttentionShape(ctypes.Structure):
         ("dtype", _INT),
         ("scale", _FLOAT),
         ("causal", _INT),
+        ("window", _LONG),
+    ]
+
+
+class Pages(ctypes.Structure):
+    """`Pages` of paged.h."""
+
+    _fields_ = [
+        ("keys", _POINTER),
+        ("values", _POINTER),
+        ("key_scales", _POINTER),
+        ("value_scales", _POINTER),
+        ("kv_heads", _LONG),
+        ("page_size", _LONG),
+        ("dim", _LONG),
+        ("format", _INT),
+    ]
+
+
+class Queries(ctypes.Structure):
+    """`Queries` of paged_attention.c."""
+
+    _fields_ = [
+        ("heads", _LONG),
+        ("q_stride", _LONG),
+        ("dtype", _INT),
+        ("scale", _FLOAT),
         ("window", _LONG),
     ]
 
