@@ -21,9 +21,8 @@ from torch import Tensor
 
 from easyllm.ops.attention import AttentionRule, attend_segment
 from easyllm.ops.kernels import build, kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES
+from easyllm.ops.kernels.build import BIT_CODES, DTYPE_CODES
 
-CODE_FORMATS = {8: 2, 4: 3}
 OCTET = 8
 """Keys the kernel takes at once; they must lie in one page."""
 
@@ -207,7 +206,7 @@ def pages_struct(keys: Pages, values: Pages) -> build.Pages:
     assert isinstance(values, QuantizedPages), "keys and values are alike"
     tensors = keys.codes, values.codes, keys.scales, values.scales
     addresses = [x.data_ptr() for x in tensors]
-    return build.Pages(*addresses, kv_heads, page_size, dim, CODE_FORMATS[keys.bits])
+    return build.Pages(*addresses, kv_heads, page_size, dim, BIT_CODES[keys.bits])
 
 
 def _run_kernel(

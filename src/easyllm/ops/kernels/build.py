@@ -22,8 +22,8 @@ from easyllm.core.device import cache_folder, cpu_features
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("training.c", "attention.c", "paged_attention.c")
-HEADERS = ("cpu.h", "paged.h")
+SOURCES = ("training.c", "attention.c", "paged_attention.c", "matrix.c")
+HEADERS = ("cpu.h", "paged.h", "matrix.h")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -34,6 +34,8 @@ FLAGS = (
     "-std=gnu11",
 )
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+BIT_CODES = {8: 2, 4: 3}
+"""INT8 and INT4 of cpu.h."""
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
@@ -45,6 +47,7 @@ _SIGNATURES = {
     "cross_entropy": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
     "attention_forward": (_POINTER,) * 6 + (_LONG, _POINTER),
     "attention_backward": (_POINTER,) * 10 + (_LONG, _POINTER),
+    "quantized_linear": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
     "paged_attention": (_POINTER,) * 4 + (_LONG, _POINTER, _POINTER, _LONG, _POINTER),
 }
 
@@ -90,6 +93,19 @@ class Queries(ctypes.Structure):
         ("dtype", _INT),
         ("scale", _FLOAT),
         ("window", _LONG),
+    ]
+
+
+class Matrix(ctypes.Structure):
+    """`Matrix` of matrix.h."""
+
+    _fields_ = [
+        ("data", _POINTER),
+        ("scales", _POINTER),
+        ("bias", _POINTER),
+        ("outputs", _LONG),
+        ("inputs", _LONG),
+        ("format", _INT),
     ]
 
 

@@ -9,7 +9,7 @@
 #include <string.h>
 
 typedef int64_t i64;
-enum { FP32 = 0, BF16 = 1 };
+enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 #define LANES 16
 typedef float vec __attribute__((vector_size(64), aligned(4)));

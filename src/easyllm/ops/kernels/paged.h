@@ -9,7 +9,7 @@
 #pragma once
 #include "cpu.h"
 
-enum { INT8 = 2, INT4 = 3 };
+
 #define SPLIT 64
 #define OCTET 8
 
