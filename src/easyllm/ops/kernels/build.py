@@ -22,7 +22,7 @@ from easyllm.core.device import cache_folder, cpu_features
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("training.c", "attention.c", "paged_attention.c", "matrix.c")
+SOURCES = ("training.c", "attention.c", "paged_attention.c", "matrix.c", "decode_step.c")
 HEADERS = ("cpu.h", "paged.h", "matrix.h")
 FLAGS = (
     "-O3",
@@ -48,8 +48,11 @@ _SIGNATURES = {
     "attention_forward": (_POINTER,) * 6 + (_LONG, _POINTER),
     "attention_backward": (_POINTER,) * 10 + (_LONG, _POINTER),
     "quantized_linear": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
+    "decode_step_bytes": (_POINTER, _POINTER),
+    "decode_step": (_POINTER,) * 3,
     "paged_attention": (_POINTER,) * 4 + (_LONG, _POINTER, _POINTER, _LONG, _POINTER),
 }
+_RESULTS = {"decode_step_bytes": _LONG}
 
 
 class AttentionShape(ctypes.Structure):
@@ -109,6 +112,45 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class StepLayer(ctypes.Structure):
+    """`Layer` of decode_step.c."""
+
+    _fields_ = [
+        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, _POINTER) for name in ("mixer_norm", "feed_forward_norm", "q_norm", "k_norm")),
+        *((name, _POINTER) for name in ("cosine", "sine")),
+        *((name, _LONG) for name in ("heads", "kv_heads", "dim", "pairs", "window")),
+        *((name, _FLOAT) for name in ("scale", "eps", "head_eps")),
+    ]
+
+
+class StepModel(ctypes.Structure):
+    """`Model` of decode_step.c."""
+
+    _fields_ = [
+        ("embedding", Matrix),
+        ("head", Matrix),
+        ("final_norm", _POINTER),
+        ("layers", ctypes.POINTER(StepLayer)),
+        ("num_layers", _LONG),
+        ("hidden", _LONG),
+        ("embedding_scale", _FLOAT),
+        ("eps", _FLOAT),
+    ]
+
+
+class StepBatch(ctypes.Structure):
+    """`Batch` of decode_step.c."""
+
+    _fields_ = [
+        ("rows", _LONG),
+        *((name, _POINTER) for name in ("token_ids", "positions", "key_lengths", "table")),
+        ("table_width", _LONG),
+        ("pages", _POINTER),
+        ("logits", _POINTER),
+    ]
+
+
 def kernels_for(*tensors: Tensor) -> ctypes.CDLL | None:
     """The kernels, if they can work on these tensors (on a CPU, fp32 or bf16); None where plain PyTorch must."""
     for tensor in tensors:
@@ -129,7 +171,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = signature, None
+        function.argtypes, function.restype = signature, _RESULTS.get(name)
     return library
 
 

@@ -192,6 +192,15 @@ void quantize_row(const Rows *rows, i64 row, const float *x) {
     quantize_group(filled, codes + whole * GROUP, terms + whole * TERMS);
 }
 
+void matrix_row(const Matrix *w, i64 row, float *x) {
+    if (w->format != INT8) {
+        load_row((const char *)w->data + row * w->inputs * element_size(w->format), w->format, w->inputs, x);
+        return;
+    }
+    const int8_t *codes = (const int8_t *)w->data + row / OUTPUTS * groups_of(w->inputs) * 256 + row % OUTPUTS * 4;
+    for (i64 i = 0; i < w->inputs; i++) x[i] = codes[i / 4 * 32 + i % 4] * w->scales[row];
+}
+
 #define ROW_TILE 4
 
 void linear_block(const Matrix *w, i64 block, const Rows *x, i64 first_row, i64 num_rows, float *out,

@@ -39,6 +39,9 @@ static inline i64 groups_of(i64 inputs) { return (inputs + GROUP - 1) / GROUP; }
 static inline i64 blocks_of(const Matrix *w) { return (w->outputs + OUTPUTS - 1) / OUTPUTS; }
 static inline int is_quantized(const Matrix *w) { return w->format >= INT8; }
 
+// x[inputs] = row `row` of an fp32, bf16 or int8 matrix: a token's vector
+void matrix_row(const Matrix *w, i64 row, float *x);
+
 // codes and terms of one group of a row's values
 void quantize_group(const float *x, int8_t *codes, float *terms);
 

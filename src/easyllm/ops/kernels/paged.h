@@ -20,6 +20,14 @@ typedef struct {
     int format;
 } Pages;
 
+// the row of pages->keys and ->values (in units of dim elements) where a sequence's token at `slot` lies
+static inline i64 page_row(const Pages *p, const int32_t *table, i64 kv_head, i64 slot) {
+    return ((i64)table[slot / p->page_size] * p->kv_heads + kv_head) * p->page_size + slot % p->page_size;
+}
+
+// stores one head's key (or value) at a row of `base`, in the pages' format
+void store_head(const Pages *pages, void *base, float *scales, i64 row, const float *x);
+
 // A query row of one head: which keys it sees, first to last.
 typedef struct {
     i64 first, last;

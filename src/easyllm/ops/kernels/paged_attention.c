@@ -11,7 +11,7 @@
 // the eight keys (or values) from `key` on, [8][dim] in fp32; they lie in one page
 static const float *load_octet(const Pages *p, const void *base, const float *scales, const int32_t *table, i64 kv,
                                i64 key, float *restrict to) {
-    i64 dim = p->dim, row = ((i64)table[key / p->page_size] * p->kv_heads + kv) * p->page_size + key % p->page_size;
+    i64 dim = p->dim, row = page_row(p, table, kv, key);
     if (p->format == FP32) return (const float *)base + row * dim;
     if (p->format == BF16) {
         load_row((const uint16_t *)base + row * dim, BF16, OCTET * dim, to);
@@ -33,6 +33,30 @@ static const float *load_octet(const Pages *p, const void *base, const float *sc
         }
     }
     return to;
+}
+
+void store_head(const Pages *p, void *base, float *scales, i64 row, const float *x) {
+    i64 dim = p->dim, half = dim / 2;
+    if (p->format == FP32 || p->format == BF16) {
+        store_row((char *)base + row * dim * element_size(p->format), p->format, dim, x);
+        return;
+    }
+    float least = x[0], most = x[0];
+    for (i64 i = 1; i < dim; i++) least = x[i] < least ? x[i] : least, most = x[i] > most ? x[i] : most;
+    if (p->format == INT8) {
+        float step = fmaxf(fmaxf(most, -least) / 127.0f, 1e-30f);
+        int8_t *codes = (int8_t *)base + row * dim;
+        for (i64 i = 0; i < dim; i++) codes[i] = (int8_t)(int)rintf(x[i] / step);
+        scales[row] = step;
+        return;
+    }
+    float step = fmaxf((most - least) / 15.0f, 1e-30f);
+    uint8_t *codes = (uint8_t *)base + row * half;
+    for (i64 i = 0; i < half; i++) {
+        int low = (int)rintf((x[i] - least) / step), high = (int)rintf((x[i + half] - least) / step);
+        codes[i] = (uint8_t)(min_(low, 15) | min_(high, 15) << 4);
+    }
+    scales[2 * row] = step, scales[2 * row + 1] = least;
 }
 
 // out[8] = products of a query with eight keys
