@@ -62,7 +62,15 @@ def adapter_parameters(model: Decoder) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def merge(model: Decoder) -> Decoder:
-    """Adds each adapter to its weight (in fp32, rounded once) and removes it."""
+    """Adds each adapter to its weight (in fp32, rounded once) and removes it.
+
+    Raises:
+        ConfigError: the weights are quantized.
+    """
+    if model.is_quantized:
+        raise ConfigError(
+            "an adapter cannot be merged into quantized weights; merge it into the full model, then quantize"
+        )
     for _, linear, adapter in list(adapted(model)):
         merged = linear.weight.float() + adapter.delta().to(linear.weight.device)
         linear.weight = nn.Parameter(merged.to(linear.weight.dtype), requires_grad=False)

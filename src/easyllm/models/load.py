@@ -155,8 +155,12 @@ def save_model(
 
     Raises:
         OutputError: the folder holds something, or cannot be written.
-        CheckpointError: the family's layout cannot express the model.
+        CheckpointError: the family's layout cannot express the model; its weights are quantized.
     """
+    if model.is_quantized:
+        raise CheckpointError(
+            "quantized weights are made when a model is loaded and are not written in this layout; save the full model"
+        )
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     config = write_config(model.config) | {"torch_dtype": dtype}
     tensors = keymap_of(model.config).to_file(model.state_dict())

@@ -11,12 +11,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, LayerConfig, LinearAttentionConfig, ModelConfig
 from easyllm.nn.feed_forward import build_feed_forward
-from easyllm.nn.linear import Linear
+from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.linear_attention import LinearAttention
 from easyllm.nn.norm import build_norm
 from easyllm.nn.position import build_embedding_position
@@ -80,11 +79,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size,
-            config.hidden_size,
-            _weight=torch.empty(config.vocab_size, config.hidden_size),
-        )
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.embedding_position = build_embedding_position(
             config.embedding_position, config.max_seq_len, config.hidden_size
         )
@@ -104,9 +99,17 @@ class Decoder(nn.Module):
         return self.embed_tokens.weight.device
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether `quant.quantize_weights` has been here: what needs full weights refuses such a model."""
+        return self.embed_tokens.quantized is not None
+
+    @property
     def head_weight(self) -> Tensor:
-        """[V, D]: the output projection (the embedding itself when tied)."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """[V, D]: the output projection (the embedding itself when tied); dequantized, where it is quantized."""
+        owner = self.embed_tokens if self.lm_head is None else self.lm_head
+        if owner.quantized is not None:
+            return owner.quantized.dequantize().to(owner.weight.dtype)
+        return owner.weight
 
     def forward(self, token_ids: Tensor, context: AttentionContext) -> Tensor:
         """Final hidden states, normalised and ready for the head.
@@ -130,7 +133,7 @@ class Decoder(nn.Module):
         if self.score is not None:
             return widen(self.score(hidden))
         if self.lm_head is None:
-            logits = widen(F.linear(hidden, self.embed_tokens.weight))
+            logits = widen(self.embed_tokens.project(hidden))
         else:
             logits = widen(self.lm_head(hidden))
         return soft_cap(logits, self.config.logit_softcap)

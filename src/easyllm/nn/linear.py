@@ -1,4 +1,4 @@
-"""Linear layers with one adapter slot.
+"""Linear layers with one adapter slot, and the embedding.
 
 Every linear is `y = matmul(x)` followed by an optional adapter. Quantization swaps the storage and the
 matmul, an adapter fills the slot: the two never meet (a LoRA on a 4-bit base is no class of its own).
@@ -7,6 +7,8 @@ matmul, an adapter fills the slot: the two never meet (a LoRA on a 4-bit base is
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from easyllm.nn.quantized import QuantizedWeight
 
 
 class Linear(nn.Module):
@@ -22,15 +24,22 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.quantized: QuantizedWeight | None = None
         self.adapter: nn.Module | None = None
 
     def matmul(self, x: Tensor) -> Tensor:
         """The base layer's output alone."""
+        if self.quantized is not None:
+            return self.quantized.linear(x, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.matmul(x)
         return y if self.adapter is None else self.adapter(x, y)
+
+    def quantize(self, weight: QuantizedWeight) -> None:
+        """Puts a quantized weight in the place of the full one."""
+        self.quantized, self.weight = weight, without_rows(self.weight)
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
         """Gaussian weights, zero bias."""
@@ -40,3 +49,31 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
+
+
+class Embedding(nn.Embedding):
+    """A vector for each token: `token_ids: [T]` → [T, D]; the head's weight as well, where the two are tied."""
+
+    def __init__(self, num_tokens: int, width: int) -> None:
+        super().__init__(num_tokens, width, _weight=torch.empty(num_tokens, width))
+        self.quantized: QuantizedWeight | None = None
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        if self.quantized is not None:
+            return self.quantized.rows(token_ids).to(self.weight.dtype)
+        return super().forward(token_ids)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """`hidden: [N, D]` → [N, V]: products with every token's vector."""
+        if self.quantized is not None:
+            return self.quantized.linear(hidden)
+        return F.linear(hidden, self.weight)
+
+    def quantize(self, weight: QuantizedWeight) -> None:
+        """Puts a quantized weight in the place of the full one."""
+        self.quantized, self.weight = weight, without_rows(self.weight)
+
+
+def without_rows(weight: Tensor) -> nn.Parameter:
+    """[0, K]: what stays of a quantized weight, its dtype (that of the outputs) and its device."""
+    return nn.Parameter(weight.detach()[:0].clone(), requires_grad=False)

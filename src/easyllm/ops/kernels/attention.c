@@ -16,8 +16,6 @@ typedef struct {
     i64 window;  // 0: none
 } Shape;
 
-static inline i64 min_(i64 a, i64 b) { return a < b ? a : b; }
-static inline i64 max_(i64 a, i64 b) { return a > b ? a : b; }
 static inline i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
 static void load_head(const void *x, i64 stride, i64 head, i64 start, i64 count, const Shape *s, float *out) {

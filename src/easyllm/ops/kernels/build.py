@@ -22,8 +22,8 @@ from easyllm.core.device import cache_folder, cpu_features
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("training.c", "attention.c")
-HEADERS = ("cpu.h",)
+SOURCES = ("training.c", "attention.c", "paged_attention.c", "matrix.c", "decode_step.c")
+HEADERS = ("cpu.h", "paged.h", "matrix.h")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -34,6 +34,8 @@ FLAGS = (
     "-std=gnu11",
 )
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+BIT_CODES = {8: 2, 4: 3}
+"""INT8 and INT4 of cpu.h."""
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
@@ -45,7 +47,12 @@ _SIGNATURES = {
     "cross_entropy": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
     "attention_forward": (_POINTER,) * 6 + (_LONG, _POINTER),
     "attention_backward": (_POINTER,) * 10 + (_LONG, _POINTER),
+    "quantized_linear": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
+    "decode_step_bytes": (_POINTER, _POINTER),
+    "decode_step": (_POINTER,) * 3,
+    "paged_attention": (_POINTER,) * 4 + (_LONG, _POINTER, _POINTER, _LONG, _POINTER),
 }
+_RESULTS = {"decode_step_bytes": _LONG}
 
 
 class AttentionShape(ctypes.Structure):
@@ -62,6 +69,85 @@ class AttentionShape(ctypes.Structure):
         ("scale", _FLOAT),
         ("causal", _INT),
         ("window", _LONG),
+    ]
+
+
+class Pages(ctypes.Structure):
+    """`Pages` of paged.h."""
+
+    _fields_ = [
+        ("keys", _POINTER),
+        ("values", _POINTER),
+        ("key_scales", _POINTER),
+        ("value_scales", _POINTER),
+        ("kv_heads", _LONG),
+        ("page_size", _LONG),
+        ("dim", _LONG),
+        ("format", _INT),
+    ]
+
+
+class Queries(ctypes.Structure):
+    """`Queries` of paged_attention.c."""
+
+    _fields_ = [
+        ("heads", _LONG),
+        ("q_stride", _LONG),
+        ("dtype", _INT),
+        ("scale", _FLOAT),
+        ("window", _LONG),
+    ]
+
+
+class Matrix(ctypes.Structure):
+    """`Matrix` of matrix.h."""
+
+    _fields_ = [
+        ("data", _POINTER),
+        ("scales", _POINTER),
+        ("bias", _POINTER),
+        ("outputs", _LONG),
+        ("inputs", _LONG),
+        ("format", _INT),
+    ]
+
+
+class StepLayer(ctypes.Structure):
+    """`Layer` of decode_step.c."""
+
+    _fields_ = [
+        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, _POINTER) for name in ("mixer_norm", "feed_forward_norm", "q_norm", "k_norm")),
+        *((name, _POINTER) for name in ("cosine", "sine")),
+        *((name, _LONG) for name in ("heads", "kv_heads", "dim", "pairs", "window")),
+        *((name, _FLOAT) for name in ("scale", "eps", "head_eps")),
+    ]
+
+
+class StepModel(ctypes.Structure):
+    """`Model` of decode_step.c."""
+
+    _fields_ = [
+        ("embedding", Matrix),
+        ("head", Matrix),
+        ("final_norm", _POINTER),
+        ("layers", ctypes.POINTER(StepLayer)),
+        ("num_layers", _LONG),
+        ("hidden", _LONG),
+        ("embedding_scale", _FLOAT),
+        ("eps", _FLOAT),
+    ]
+
+
+class StepBatch(ctypes.Structure):
+    """`Batch` of decode_step.c."""
+
+    _fields_ = [
+        ("rows", _LONG),
+        *((name, _POINTER) for name in ("token_ids", "positions", "key_lengths", "table")),
+        ("table_width", _LONG),
+        ("pages", _POINTER),
+        ("logits", _POINTER),
     ]
 
 
@@ -88,7 +174,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = signature, None
+        function.argtypes, function.restype = signature, _RESULTS.get(name)
     return library
 
 

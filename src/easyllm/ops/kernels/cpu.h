@@ -9,10 +9,36 @@
 #include <string.h>
 
 typedef int64_t i64;
-enum { FP32 = 0, BF16 = 1 };
+enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 #define LANES 16
 typedef float vec __attribute__((vector_size(64), aligned(4)));
+
+// Eight floats, for kernels whose result for a row must have the same bits whatever else is computed beside it:
+// their sums are written out, so that no compiler chooses another order for another number of rows.
+typedef float lane8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t index8 __attribute__((vector_size(32)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (index8){__VA_ARGS__})
+#endif
+
+// sums of neighbours, two of a's and two of b's in each half
+static inline lane8 pair_sums(lane8 a, lane8 b) {
+    return SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+
+// element j is the sum of a[j]'s lanes
+static inline lane8 sums_of(const lane8 a[8]) {
+    lane8 low = pair_sums(pair_sums(a[0], a[1]), pair_sums(a[2], a[3]));
+    lane8 high = pair_sums(pair_sums(a[4], a[5]), pair_sums(a[6], a[7]));
+    return SHUFFLE(low, high, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+static inline i64 min_(i64 a, i64 b) { return a < b ? a : b; }
+static inline i64 max_(i64 a, i64 b) { return a > b ? a : b; }
 
 static inline float bf16_to_float(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;

@@ -1,0 +1,311 @@
+"""The decoding step as one call into C: from the last tokens of some sequences to their logits.
+
+A step of the decoder in PyTorch is a few hundred small operations, each with a cost of its own beside the reading of
+weights, which is all that a machine should have to do. The compiled step reads each weight once and little else.
+
+It serves dense decoders of the usual make (`refusal` says why one is not served) with weights of fp32, bf16, int8 or
+int4, and any of the page formats of `ops/paged_attention`. Its results are those of the decoder within rounding;
+inside, everything is fp32, also where the weights are bf16.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from easyllm.core.errors import ConfigError
+from easyllm.nn.attention import Attention
+from easyllm.nn.config import (
+    AttentionConfig,
+    DynamicNTKScaling,
+    GLUConfig,
+    LayerConfig,
+    ModelConfig,
+    NoPosition,
+    Rope,
+)
+from easyllm.nn.decoder import Decoder, DecoderLayer
+from easyllm.nn.glu import GLU
+from easyllm.nn.linear import Embedding, Linear
+from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
+from easyllm.nn.position import RotaryPosition
+from easyllm.ops.attention import AttentionContext
+from easyllm.ops.kernels import build, kernels_for
+from easyllm.ops.kernels.build import DTYPE_CODES
+from easyllm.ops.paged_attention import OCTET, Pages, pages_struct
+from easyllm.ops.quantized_linear import matrix_struct
+
+MOST_ROWS = 32
+"""Rows up to which a step is faster than the decoder in PyTorch (docs/kernels.md has the measurement)."""
+FIRST_POSITIONS = 4096
+ALIGNMENT = 64
+
+
+class CompiledStep:
+    """Runs decoding steps of one model over one cache.
+
+    Args:
+        model: in inference mode; its weights must stay where they are.
+        key_pages, value_pages: a layer each, [P, K, page_size, d]; they must stay where they are.
+
+    Raises:
+        ConfigError: the model or the pages are not served.
+    """
+
+    def __init__(
+        self, model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]
+    ) -> None:
+        refusal = self.refusal(model) or _pages_refusal(model, key_pages, value_pages)
+        if refusal is not None:
+            raise ConfigError(f"the compiled step does not serve this model: {refusal}")
+        self.vocab_size = model.config.vocab_size
+        self.page_size = key_pages[0].shape[2]
+        self._kept: list[object] = [model, list(key_pages), list(value_pages)]
+        self._layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
+        structs = [self._layer_struct(layer) for layer in self._layers]
+        self._layer_structs = (build.StepLayer * len(structs))(*structs)
+        self._model = self._model_struct(model)
+        pages = [pages_struct(k, v) for k, v in zip(key_pages, value_pages, strict=True)]
+        self._pages = (build.Pages * len(pages))(*pages)
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._tables: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = {}
+        self._num_positions = 0
+        self._reach(min(FIRST_POSITIONS, model.config.max_seq_len))
+
+    @staticmethod
+    def refusal(model: Decoder) -> str | None:
+        """Why the model is not served; None if it is."""
+        if model.training or kernels_for(*model.parameters()) is None:
+            return "it needs inference mode, a CPU, weights of fp32 or bf16 (or quantized) and a C compiler"
+        if any(isinstance(m, Linear) and m.adapter is not None for m in model.modules()):
+            return "it has adapters; merge them"
+        return _config_refusal(model.config)
+
+    @classmethod
+    def supports(cls, model: Decoder) -> bool:
+        """Whether the model is served."""
+        return cls.refusal(model) is None
+
+    def run(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        page_table: Tensor,
+        key_lengths: Sequence[int],
+    ) -> Tensor:
+        """Logits after each token; its keys and values go into the pages.
+
+        Args:
+            token_ids: S ids.
+            positions: of each token, which turn queries and keys.
+            page_table: [S, max_pages] int32, contiguous.
+            key_lengths: tokens of each sequence with this one, which is stored last of them. Tokens of one sequence
+                may follow one another (with the same row of the table), each a key longer.
+
+        Returns:
+            [S, V] fp32.
+
+        Raises:
+            ConfigError: an id is not the model's, or a table has no room for a length.
+        """
+        rows = len(token_ids)
+        logits = torch.empty(rows, self.vocab_size)
+        if rows == 0:
+            return logits
+        self._check(token_ids, positions, page_table, key_lengths)
+        self._reach(max(positions) + 1)
+        numbers = ctypes.c_int64 * rows
+        held = numbers(*token_ids), numbers(*positions), numbers(*key_lengths)
+        batch = build.StepBatch(
+            rows,
+            *(ctypes.addressof(x) for x in held),
+            page_table.data_ptr(),
+            page_table.shape[1],
+            ctypes.addressof(self._pages),
+            logits.data_ptr(),
+        )
+        kernels = kernels_for(logits)
+        assert kernels is not None, "refused where there are none"
+        kernels.decode_step(
+            ctypes.byref(self._model), ctypes.byref(batch), self._room(kernels, batch)
+        )
+        return logits
+
+    def _check(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        page_table: Tensor,
+        key_lengths: Sequence[int],
+    ) -> None:
+        """What would otherwise read or write memory of others."""
+        rows, room = len(token_ids), page_table.shape[1] * self.page_size
+        if not rows == len(positions) == len(key_lengths) == len(page_table):
+            raise ConfigError(
+                f"{rows} tokens need as many positions, lengths and rows of the table; got {len(positions)}, "
+                f"{len(key_lengths)} and {len(page_table)}"
+            )
+        if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
+            raise ConfigError(f"a token id is not among the model's 0 to {self.vocab_size - 1}")
+        if min(key_lengths) < 1 or max(key_lengths) > room or min(positions) < 0:
+            raise ConfigError(
+                f"lengths {min(key_lengths)} to {max(key_lengths)} do not fit a table of {room} tokens"
+            )
+        if page_table.dtype != torch.int32 or not page_table.is_contiguous():
+            raise ConfigError("the page table must be contiguous int32")
+
+    def _room(self, kernels: ctypes.CDLL, batch: build.StepBatch) -> int:
+        """The address of enough memory to work in."""
+        needed: int = kernels.decode_step_bytes(ctypes.byref(self._model), ctypes.byref(batch))
+        if needed > self._memory.numel() - ALIGNMENT:
+            self._memory = torch.empty(needed * 3 // 2 + ALIGNMENT, dtype=torch.uint8)
+        return -(-self._memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+
+    def _reach(self, num_positions: int) -> None:
+        """Makes the rotations' tables long enough."""
+        if num_positions <= self._num_positions:
+            return
+        self._num_positions = max(num_positions, 2 * self._num_positions)
+        context = AttentionContext.packed([self._num_positions])
+        for layer, struct in zip(self._layers, self._layer_structs, strict=True):
+            position = _attention(layer).position
+            if not isinstance(position, RotaryPosition):
+                continue
+            key = position.config, position.width
+            cos, sin = context.once(key, partial(position.tables, context))
+            self._tables[key] = cos, sin
+            struct.cosine, struct.sine = cos.data_ptr(), sin.data_ptr()
+            struct.pairs = cos.shape[1]
+
+    def _layer_struct(self, layer: DecoderLayer) -> build.StepLayer:
+        attention, feed_forward = _attention(layer), layer.feed_forward
+        assert isinstance(feed_forward, GLU), "refused otherwise"
+        config, rule = attention.config, attention.rule
+        matrices = [
+            self._matrix(linear)
+            for linear in (
+                attention.q_proj,
+                attention.k_proj,
+                attention.v_proj,
+                attention.o_proj,
+                feed_forward.gate_proj,
+                feed_forward.up_proj,
+                feed_forward.down_proj,
+            )
+        ]
+        norms = (layer.mixer_norm, layer.feed_forward_norm, attention.q_norm, attention.k_norm)
+        return build.StepLayer(
+            *matrices,
+            *(self._norm(norm) for norm in norms),
+            None,
+            None,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            0,
+            rule.window or 0,
+            rule.scale,
+            layer.mixer_norm.eps,
+            config.qk_norm.eps if config.qk_norm else 0.0,
+        )
+
+    def _model_struct(self, model: Decoder) -> build.StepModel:
+        head = model.embed_tokens if model.lm_head is None else model.lm_head
+        return build.StepModel(
+            self._matrix(model.embed_tokens),
+            self._matrix(head),
+            self._norm(model.norm),
+            self._layer_structs,
+            len(self._layers),
+            model.config.hidden_size,
+            model.config.embedding_scale,
+            model.norm.eps,
+        )
+
+    def _matrix(self, owner: Linear | Embedding) -> build.Matrix:
+        bias = (
+            owner.bias.detach().float()
+            if isinstance(owner, Linear) and owner.bias is not None
+            else None
+        )
+        self._kept.append(bias)
+        if owner.quantized is not None:
+            matrix = owner.quantized.matrix
+            self._kept.append(matrix)
+            return matrix_struct(matrix, bias)
+        weight = owner.weight.detach().contiguous()
+        self._kept.append(weight)
+        address = None if bias is None else bias.data_ptr()
+        return build.Matrix(
+            weight.data_ptr(), None, address, *weight.shape, DTYPE_CODES[weight.dtype]
+        )
+
+    def _norm(self, norm: nn.Module) -> int | None:
+        """The address of a norm's weight in fp32; None where there is no norm."""
+        if not isinstance(norm, RMSNorm):
+            return None
+        weight = norm.weight.detach().float()
+        if isinstance(norm, OffsetRMSNorm):
+            weight = 1 + weight
+        self._kept.append(weight)
+        return weight.data_ptr()
+
+
+def _attention(layer: DecoderLayer) -> Attention:
+    assert isinstance(layer.mixer, Attention), "refused otherwise"
+    return layer.mixer
+
+
+def _config_refusal(config: ModelConfig) -> str | None:
+    """The first part of the model that the step does not have."""
+    if config.norm.kind != "rms_norm" or not config.final_norm:
+        return "its norms are not RMS norms, or none stands before the head"
+    if not isinstance(config.embedding_position, NoPosition):
+        return f"positions are added to its embedding ({config.embedding_position.kind})"
+    if config.logit_softcap is not None or config.num_labels is not None:
+        return "its logits are capped, or its head has labels"
+    for number, layer in enumerate(config.layers):
+        refusal = _layer_refusal(layer)
+        if refusal is not None:
+            return f"layer {number}: {refusal}"
+    return None
+
+
+def _layer_refusal(layer: LayerConfig) -> str | None:
+    mixer, feed_forward = layer.mixer, layer.feed_forward
+    if layer.norm_placement != "pre":
+        return f"norm placement {layer.norm_placement}"
+    if not isinstance(feed_forward, GLUConfig) or feed_forward.activation != "silu":
+        return "a feed-forward other than a GLU with SiLU"
+    if not isinstance(mixer, AttentionConfig) or not mixer.causal:
+        return "linear or bidirectional attention"
+    if mixer.softcap is not None or mixer.num_sinks or mixer.logn_length is not None:
+        return "attention with a soft cap, sinks or log n"
+    if mixer.head_dim % OCTET:
+        return f"head_dim {mixer.head_dim} is no multiple of {OCTET}"
+    return _position_refusal(mixer)
+
+
+def _position_refusal(mixer: AttentionConfig) -> str | None:
+    match mixer.position:
+        case NoPosition():
+            return None
+        case Rope(interleaved=False, scaling=scaling) if not isinstance(scaling, DynamicNTKScaling):
+            return None
+    return f"positions other than half-split RoPE with fixed frequencies ({mixer.position.kind})"
+
+
+def _pages_refusal(
+    model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]
+) -> str | None:
+    if not len(key_pages) == len(value_pages) == model.config.num_layers:
+        return f"{len(key_pages)} layers of pages for {model.config.num_layers} layers"
+    sizes = {pages.shape[2] for pages in (*key_pages, *value_pages)}
+    if len(sizes) != 1 or sizes.pop() % OCTET:
+        return f"pages must be of one size, a multiple of {OCTET} tokens"
+    for pages in (*key_pages, *value_pages):
+        if isinstance(pages, Tensor) and kernels_for(pages) is None:
+            return f"pages of {pages.dtype} on {pages.device}"
+    return None

@@ -1,0 +1,327 @@
+// One decoding step of a pre-norm decoder with RMS norms, rotary grouped-query attention over pages and SiLU-gated
+// feed-forwards: from token ids to logits in one parallel region.
+//
+// Threads pass from phase to phase through a barrier of their own; a phase is cut into equal shares, the same every
+// time, so that a thread reads its weights as one stream. Rows are few: with one row every thread normalises it for
+// itself, which is cheaper than to wait for another.
+#include <omp.h>
+#include <sched.h>
+
+#include "matrix.h"
+#include "paged.h"
+
+typedef struct {
+    Matrix q, k, v, o, gate, up, down;
+    const float *mixer_norm, *feed_forward_norm;  // [hidden]
+    const float *q_norm, *k_norm;                 // [dim] or NULL
+    const float *cosine, *sine;                   // [positions][pairs], NULL where nothing turns
+    i64 heads, kv_heads, dim, pairs, window;
+    float scale, eps, head_eps;
+} Layer;
+
+typedef struct {
+    Matrix embedding, head;
+    const float *final_norm;
+    const Layer *layers;
+    i64 num_layers, hidden;
+    float embedding_scale, eps;
+} Model;
+
+// Rows are tokens: `positions` turn them, and they lie at key_lengths - 1 of their sequences. Rows of one sequence may
+// follow one another; each sees the keys before it and itself.
+typedef struct {
+    i64 rows;
+    const i64 *token_ids, *positions, *key_lengths;
+    const int32_t *table;
+    i64 table_width;
+    const Pages *pages;  // one a layer
+    float *logits;       // [rows][vocabulary]
+} Batch;
+
+typedef struct {
+    int waiting, phase;
+} Barrier;
+
+typedef struct {
+    float *x, *q, *k, *v, *parts, *delta, *gate, *up;
+    Rows normed, mixed, fed;
+} Shared;
+
+typedef struct {
+    int number, threads;
+    Barrier *barrier;
+    Rows normed, mixed;  // where one row is everyone's own
+    float *row, *state, *scratch;
+} Thread;
+
+#if defined(__x86_64__) || defined(__i386__)
+#define RELAX() __builtin_ia32_pause()
+#else
+#define RELAX() ((void)0)
+#endif
+#define PATIENCE 20000  // turns before a waiting thread offers its core to others
+
+static void wait_for_all(Thread *t) {
+    Barrier *b = t->barrier;
+    if (t->threads == 1) return;
+    int phase = __atomic_load_n(&b->phase, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&b->waiting, 1, __ATOMIC_ACQ_REL) == t->threads) {
+        __atomic_store_n(&b->waiting, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&b->phase, phase + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (i64 turn = 0; __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) == phase; turn++) {
+        if (turn < PATIENCE) RELAX();
+        else sched_yield();
+    }
+}
+
+static inline i64 share(i64 count, int number, int threads) { return count * number / threads; }
+
+#define MY_SHARE(INDEX, COUNT) \
+    for (i64 INDEX = share(COUNT, t->number, t->threads); INDEX < share(COUNT, t->number + 1, t->threads); INDEX++)
+
+static float *take(char **at, i64 count) {
+    float *here = (float *)*at;
+    *at += (count * (i64)sizeof(float) + 127) / 64 * 64;  // no two arrays share a cache line
+    return here;
+}
+
+static Rows take_rows(char **at, i64 rows, i64 inputs) {
+    i64 groups = groups_of(inputs);
+    float *values = take(at, rows * inputs), *terms = take(at, rows * groups * TERMS);
+    return (Rows){values, (int8_t *)take(at, rows * groups * GROUP / 4), terms, inputs, groups};
+}
+
+static i64 first_split(const Layer *l, i64 length) { return l->window ? max_(0, length - l->window) / SPLIT : 0; }
+static i64 num_splits(const Layer *l, i64 length) { return (length - 1) / SPLIT + 1 - first_split(l, length); }
+
+static i64 num_tasks(const Layer *l, const Batch *b, i64 rows) {
+    i64 tasks = 0;
+    for (i64 s = 0; s < rows; s++) tasks += l->kv_heads * num_splits(l, b->key_lengths[s]);
+    return tasks;
+}
+
+// lays out the arrays from `at` on; returns the end
+static char *lay_out(const Model *m, const Batch *b, char *at, int threads, Shared *shared, Thread *own) {
+    i64 width = 0, kv_width = 0, inner = 0, parts = 0, state = 0, scratch = 0, rows = b->rows, D = m->hidden;
+    for (i64 n = 0; n < m->num_layers; n++) {
+        const Layer *l = m->layers + n;
+        i64 groups = l->heads / l->kv_heads, part = groups * part_size(l->dim);
+        width = max_(width, l->heads * l->dim), kv_width = max_(kv_width, l->kv_heads * l->dim);
+        inner = max_(inner, l->down.inputs), parts = max_(parts, num_tasks(l, b, rows) * part);
+        state = max_(state, part), scratch = max_(scratch, split_scratch(groups, l->dim));
+    }
+    shared->x = take(&at, rows * D), shared->delta = take(&at, rows * D);
+    shared->q = take(&at, rows * width);
+    shared->k = take(&at, rows * kv_width), shared->v = take(&at, rows * kv_width);
+    shared->gate = take(&at, rows * inner), shared->up = take(&at, rows * inner);
+    shared->parts = take(&at, parts);
+    shared->normed = take_rows(&at, rows, D);
+    shared->mixed = take_rows(&at, rows, width), shared->fed = take_rows(&at, rows, inner);
+    for (int i = 0; i < threads; i++) {
+        own[i].normed = take_rows(&at, 1, D), own[i].mixed = take_rows(&at, 1, width);
+        own[i].row = take(&at, max_(D, width));
+        own[i].state = take(&at, state), own[i].scratch = take(&at, scratch);
+    }
+    return at;
+}
+
+static void rms_norm(const float *x, const float *w, i64 width, float eps, float *y) {
+    lane8 squares = {0};
+    float sum = 0;
+    i64 i = 0;
+    for (; i + 8 <= width; i += 8) squares += *(const lane8 *)(x + i) * *(const lane8 *)(x + i);
+    for (int j = 0; j < 8; j++) sum += squares[j];
+    for (; i < width; i++) sum += x[i] * x[i];
+    float inverse = 1.0f / sqrtf(sum / width + eps);
+#pragma omp simd
+    for (i64 j = 0; j < width; j++) y[j] = x[j] * inverse * w[j];
+}
+
+static void norm_row(const float *x, const float *w, float eps, const Matrix *next, const Rows *rows, i64 row) {
+    float *y = rows->values + row * rows->inputs;
+    rms_norm(x, w, rows->inputs, eps, y);
+    if (is_quantized(next)) quantize_row(rows, row, y);
+}
+
+// Every row normalised, ready for `next`: one row by each thread for itself, several by the threads in turn.
+static const Rows *normed(const Model *m, const Batch *b, const Shared *sh, Thread *t, const float *w, float eps,
+                          const Matrix *next) {
+    if (b->rows == 1) {
+        norm_row(sh->x, w, eps, next, &t->normed, 0);
+        return &t->normed;
+    }
+    MY_SHARE(s, b->rows) norm_row(sh->x + s * m->hidden, w, eps, next, &sh->normed, s);
+    wait_for_all(t);
+    return &sh->normed;
+}
+
+static void project_heads(const Layer *l, const Batch *b, const Shared *sh, Thread *t, const Rows *x) {
+    i64 q_blocks = blocks_of(&l->q), k_blocks = blocks_of(&l->k), all = q_blocks + k_blocks + blocks_of(&l->v);
+    MY_SHARE(i, all) {
+        if (i < q_blocks) linear_block(&l->q, i, x, 0, b->rows, sh->q, l->q.outputs);
+        else if (i < q_blocks + k_blocks) linear_block(&l->k, i - q_blocks, x, 0, b->rows, sh->k, l->k.outputs);
+        else linear_block(&l->v, i - q_blocks - k_blocks, x, 0, b->rows, sh->v, l->v.outputs);
+    }
+}
+
+// norm (where there is one) and rotation of one head of one row, in place
+static void turn_head(const Layer *l, i64 position, const float *norm, float scale, float *x, float *scratch) {
+    if (norm) {
+        rms_norm(x, norm, l->dim, l->head_eps, scratch);
+        memcpy(x, scratch, l->dim * sizeof(float));
+    }
+    if (l->cosine) {
+        const float *c = l->cosine + position * l->pairs, *s = l->sine + position * l->pairs;
+#pragma omp simd
+        for (i64 i = 0; i < l->pairs; i++) {
+            float first = x[i], second = x[l->pairs + i];
+            x[i] = first * c[i] - second * s[i];
+            x[l->pairs + i] = second * c[i] + first * s[i];
+        }
+    }
+    for (i64 i = 0; i < l->dim; i++) x[i] *= scale;
+}
+
+static void turn_and_store(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
+    i64 groups = l->heads / l->kv_heads;
+    MY_SHARE(i, b->rows * l->kv_heads) {
+        i64 s = i / l->kv_heads, kv = i % l->kv_heads, position = b->positions[s];
+        float *k = sh->k + i * l->dim, *v = sh->v + i * l->dim, *q = sh->q + i * groups * l->dim;
+        for (i64 g = 0; g < groups; g++) turn_head(l, position, l->q_norm, l->scale, q + g * l->dim, t->row);
+        turn_head(l, position, l->k_norm, 1.0f, k, t->row);
+        i64 row = page_row(p, b->table + s * b->table_width, kv, b->key_lengths[s] - 1);
+        store_head(p, (void *)p->keys, (float *)p->key_scales, row, k);
+        store_head(p, (void *)p->values, (float *)p->value_scales, row, v);
+    }
+}
+
+static void attend(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
+    i64 groups = l->heads / l->kv_heads, size = groups * part_size(l->dim), all = num_tasks(l, b, b->rows);
+    i64 begin = share(all, t->number, t->threads), end = share(all, t->number + 1, t->threads), task = 0;
+    for (i64 s = 0; s < b->rows; s++) {
+        i64 length = b->key_lengths[s], splits = num_splits(l, length), first = first_split(l, length);
+        Sight sight[groups];
+        for (i64 g = 0; g < groups; g++)
+            sight[g] = (Sight){l->window ? max_(0, length - l->window) : 0, length - 1};
+        for (i64 kv = 0; kv < l->kv_heads; kv++, task += splits)
+            for (i64 j = max_(0, begin - task); j < min_(splits, end - task); j++)
+                attend_split(p, b->table + s * b->table_width, kv, first + j, groups,
+                             sh->q + (s * l->heads + kv * groups) * l->dim, sight, sh->parts + (task + j) * size,
+                             t->scratch);
+    }
+}
+
+static void merge_row(const Layer *l, const Batch *b, const Shared *sh, Thread *t, i64 s, const Rows *to, i64 row) {
+    i64 groups = l->heads / l->kv_heads, size = groups * part_size(l->dim), splits = num_splits(l, b->key_lengths[s]);
+    const float *part = sh->parts + num_tasks(l, b, s) * size;
+    float *out = to->values + row * to->inputs;
+    for (i64 kv = 0; kv < l->kv_heads; kv++) {
+        clear_parts(t->state, groups, l->dim);
+        for (i64 j = 0; j < splits; j++, part += size) merge_split(t->state, part, groups, l->dim);
+        for (i64 g = 0; g < groups; g++, out += l->dim) finish_row(t->state + g * part_size(l->dim), l->dim, out);
+    }
+    if (is_quantized(&l->o)) quantize_row(to, row, to->values + row * to->inputs);
+}
+
+static const Rows *merged(const Layer *l, const Batch *b, const Shared *sh, Thread *t) {
+    i64 width = l->heads * l->dim, groups = groups_of(width);
+    if (b->rows == 1) {
+        t->mixed.inputs = width, t->mixed.groups = groups;
+        merge_row(l, b, sh, t, 0, &t->mixed, 0);
+        return &t->mixed;
+    }
+    Rows mixed = sh->mixed;
+    mixed.inputs = width, mixed.groups = groups;
+    MY_SHARE(s, b->rows) merge_row(l, b, sh, t, s, &mixed, s);
+    wait_for_all(t);
+    t->mixed = mixed;
+    return &t->mixed;
+}
+
+// x += W rows
+static void add_product(const Matrix *w, const Batch *b, const Shared *sh, Thread *t, const Rows *rows) {
+    i64 D = w->outputs;
+    MY_SHARE(i, blocks_of(w)) {
+        linear_block(w, i, rows, 0, b->rows, sh->delta, D);
+        for (i64 s = 0; s < b->rows; s++)
+            for (i64 c = i * OUTPUTS; c < min_(D, (i + 1) * OUTPUTS); c++) sh->x[s * D + c] += sh->delta[s * D + c];
+    }
+}
+
+// fed = silu(gate x) up x, by whole groups of 32, so that a thread can quantize what it has made
+static void gated(const Layer *l, const Batch *b, const Shared *sh, Thread *t, const Rows *x, const Rows *fed) {
+    i64 width = fed->inputs;
+    MY_SHARE(g, fed->groups) {
+        i64 from = g * GROUP, count = min_(GROUP, width - from);
+        for (i64 i = from / OUTPUTS; i * OUTPUTS < from + count; i++) {
+            linear_block(&l->gate, i, x, 0, b->rows, sh->gate, width);
+            linear_block(&l->up, i, x, 0, b->rows, sh->up, width);
+        }
+        for (i64 s = 0; s < b->rows; s++) {
+            const float *gate = sh->gate + s * width + from, *up = sh->up + s * width + from;
+            float out[GROUP] = {0};
+#pragma omp simd
+            for (i64 i = 0; i < count; i++) out[i] = gate[i] * sigmoid_(gate[i]) * up[i];
+            memcpy(fed->values + s * width + from, out, count * sizeof(float));
+            if (!is_quantized(&l->down)) continue;
+            i64 at = s * fed->groups + g;
+            quantize_group(out, fed->codes + at * GROUP, fed->terms + at * TERMS);
+        }
+    }
+}
+
+static void run_layer(const Model *m, const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
+    project_heads(l, b, sh, t, normed(m, b, sh, t, l->mixer_norm, l->eps, &l->q));
+    wait_for_all(t);
+    turn_and_store(l, b, p, sh, t);
+    wait_for_all(t);
+    attend(l, b, p, sh, t);
+    wait_for_all(t);
+    add_product(&l->o, b, sh, t, merged(l, b, sh, t));
+    wait_for_all(t);
+    Rows fed = sh->fed;
+    fed.inputs = l->down.inputs, fed.groups = groups_of(fed.inputs);
+    gated(l, b, sh, t, normed(m, b, sh, t, l->feed_forward_norm, l->eps, &l->gate), &fed);
+    wait_for_all(t);
+    add_product(&l->down, b, sh, t, &fed);
+    wait_for_all(t);
+}
+
+static void embed(const Model *m, const Batch *b, const Shared *sh, Thread *t) {
+    MY_SHARE(s, b->rows) {
+        float *x = sh->x + s * m->hidden;
+        matrix_row(&m->embedding, b->token_ids[s], x);
+        for (i64 i = 0; i < m->hidden; i++) x[i] *= m->embedding_scale;
+    }
+    wait_for_all(t);
+}
+
+i64 decode_step_bytes(const Model *m, const Batch *b) {
+    int threads = omp_get_max_threads();
+    Shared shared;
+    Thread *own = malloc(threads * sizeof(Thread));
+    char *end = lay_out(m, b, (char *)0 + 64, threads, &shared, own);
+    free(own);
+    return end - (char *)0;
+}
+
+// `memory`: decode_step_bytes of room, aligned to a cache line
+void decode_step(const Model *m, const Batch *b, char *memory) {
+    int threads = omp_get_max_threads();
+    Thread *own = malloc(threads * sizeof(Thread));
+    Barrier barrier = {0, 0};
+    Shared shared;
+    lay_out(m, b, memory, threads, &shared, own);
+#pragma omp parallel num_threads(threads)
+    {
+        Thread *t = own + omp_get_thread_num();
+        t->number = omp_get_thread_num(), t->threads = omp_get_num_threads(), t->barrier = &barrier;
+        embed(m, b, &shared, t);
+        for (i64 n = 0; n < m->num_layers; n++) run_layer(m, m->layers + n, b, b->pages + n, &shared, t);
+        const Rows *x = normed(m, b, &shared, t, m->final_norm, m->eps, &m->head);
+        MY_SHARE(i, blocks_of(&m->head)) linear_block(&m->head, i, x, 0, b->rows, b->logits, m->head.outputs);
+    }
+    free(own);
+}

@@ -1,0 +1,268 @@
+// Products with weight matrices; matrix.h has the layouts and the equation.
+#include "matrix.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+#define HAS_VNNI
+#endif
+
+typedef uint8_t chunk __attribute__((vector_size(32), aligned(1)));
+
+// ---- products of codes: the one place with instructions of a processor's own
+
+#if defined(HAS_VNNI)
+static inline __m256i four_products(__m256i sum, __m256i unsigned_codes, __m256i signed_codes) {
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(sum, unsigned_codes, signed_codes);
+#else
+    return _mm256_dpbusd_epi32(sum, unsigned_codes, signed_codes);
+#endif
+}
+#elif defined(__AVX2__)
+static inline __m256i four_products(__m256i sum, __m256i unsigned_codes, __m256i signed_codes) {
+    __m256i pairs = _mm256_maddubs_epi16(unsigned_codes, signed_codes);  // at most 2 * 127 * 127: fits int16
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#endif
+
+#ifdef __AVX2__
+static inline __m256i four_codes(const int8_t *x) {  // the same four in every lane
+    int32_t four;
+    memcpy(&four, x, 4);
+    return _mm256_set1_epi32(four);
+}
+#endif
+
+// lane r: sum over the group of w[chunk][4 r + i] x[4 chunk + i], w in 0..15
+static inline index8 products_int4(const chunk w[8], const int8_t *x) {
+#if defined(__AVX2__) && !defined(HAS_VNNI)
+    // sums of pairs stay below 8 * 2 * 15 * 127 = 30480, so that int16 holds all eight
+    __m256i even = _mm256_maddubs_epi16((__m256i)w[0], four_codes(x));
+    __m256i odd = _mm256_maddubs_epi16((__m256i)w[1], four_codes(x + 4));
+    for (int c = 2; c < 8; c += 2) {
+        even = _mm256_add_epi16(even, _mm256_maddubs_epi16((__m256i)w[c], four_codes(x + 4 * c)));
+        odd = _mm256_add_epi16(odd, _mm256_maddubs_epi16((__m256i)w[c + 1], four_codes(x + 4 * c + 4)));
+    }
+    return (index8)_mm256_madd_epi16(_mm256_add_epi16(even, odd), _mm256_set1_epi16(1));
+#elif defined(HAS_VNNI)
+    __m256i even = _mm256_setzero_si256(), odd = even;
+    for (int c = 0; c < 8; c += 2) {
+        even = four_products(even, (__m256i)w[c], four_codes(x + 4 * c));
+        odd = four_products(odd, (__m256i)w[c + 1], four_codes(x + 4 * c + 4));
+    }
+    return (index8)_mm256_add_epi32(even, odd);
+#else
+    index8 sum = {0};
+    for (int c = 0; c < 8; c++)
+        for (int r = 0; r < OUTPUTS; r++)
+            for (int i = 0; i < 4; i++) sum[r] += (int)w[c][4 * r + i] * x[4 * c + i];
+    return sum;
+#endif
+}
+
+// the same for w in -127..127
+static inline index8 products_int8(const int8_t *w, const int8_t *x) {
+#ifdef __AVX2__
+    __m256i even = _mm256_setzero_si256(), odd = even;
+    for (int c = 0; c < 8; c += 2) {
+        __m256i a = _mm256_loadu_si256((const __m256i *)(w + 32 * c));
+        __m256i b = _mm256_loadu_si256((const __m256i *)(w + 32 * c + 32));
+        even = four_products(even, _mm256_abs_epi8(a), _mm256_sign_epi8(four_codes(x + 4 * c), a));
+        odd = four_products(odd, _mm256_abs_epi8(b), _mm256_sign_epi8(four_codes(x + 4 * c + 4), b));
+    }
+    return (index8)_mm256_add_epi32(even, odd);
+#else
+    index8 sum = {0};
+    for (int c = 0; c < 8; c++)
+        for (int r = 0; r < OUTPUTS; r++)
+            for (int i = 0; i < 4; i++) sum[r] += (int)w[32 * c + 4 * r + i] * x[4 * c + i];
+    return sum;
+#endif
+}
+
+static inline lane8 halves_to_floats(const uint8_t *p) {
+#ifdef __F16C__
+    return (lane8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    lane8 out;
+    for (int i = 0; i < 8; i++) {  // exponent and fraction as they are, then 2^(127 - 15): right for subnormals too
+        uint16_t half;
+        memcpy(&half, p + 2 * i, 2);
+        uint32_t bits = (uint32_t)(half & 0x7fff) << 13, sign = (uint32_t)(half & 0x8000) << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        value *= 0x1p112f;
+        memcpy(&bits, &value, 4);
+        bits |= sign;
+        memcpy(&value, &bits, 4);
+        out[i] = value;
+    }
+    return out;
+#endif
+}
+
+// ---- blocks; `rows` is a constant where these are called, so that the sums live in registers
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+ALWAYS_INLINE void int4_block(const uint8_t *w, i64 groups, const int8_t *codes, const float *terms, int rows,
+                              lane8 *sum) {
+    for (i64 g = 0; g < groups; g++, w += 160) {
+        chunk unpacked[8];
+        for (int v = 0; v < 4; v++) {
+            chunk both = *(const chunk *)(w + 32 * v);
+            unpacked[v] = both & 15;
+            unpacked[v + 4] = both >> 4;
+        }
+        lane8 step = halves_to_floats(w + 128), middle = halves_to_floats(w + 144);
+        for (int m = 0; m < rows; m++) {
+            const float *t = terms + (m * groups + g) * TERMS;
+            index8 products = products_int4(unpacked, codes + (m * groups + g) * GROUP);
+            sum[m] += step * (__builtin_convertvector(products, lane8) * t[0] + t[1]);
+            sum[m] += middle * t[2];
+        }
+    }
+}
+
+ALWAYS_INLINE void int8_block(const int8_t *w, i64 groups, const int8_t *codes, const float *terms, int rows,
+                              lane8 *sum) {
+    for (i64 g = 0; g < groups; g++, w += 256)
+        for (int m = 0; m < rows; m++) {
+            index8 products = products_int8(w, codes + (m * groups + g) * GROUP);
+            sum[m] += __builtin_convertvector(products, lane8) * terms[(m * groups + g) * TERMS];
+        }
+}
+
+static inline lane8 load_8(const void *row, int format, i64 at) {
+    if (format == FP32) return *(const lane8 *)((const float *)row + at);
+    typedef uint16_t short8 __attribute__((vector_size(16), aligned(2)));
+    typedef uint32_t word8 __attribute__((vector_size(32)));
+    return (lane8)(__builtin_convertvector(*(const short8 *)((const uint16_t *)row + at), word8) << 16);
+}
+
+static inline float load_1(const void *row, int format, i64 at) {
+    return format == FP32 ? ((const float *)row)[at] : bf16_to_float(((const uint16_t *)row)[at]);
+}
+
+ALWAYS_INLINE lane8 dense_block(const Matrix *w, int format, i64 block, const float *x) {
+    lane8 acc[OUTPUTS] = {{0}}, rest = {0};
+    const char *row[OUTPUTS];
+    i64 k = 0, size = format == FP32 ? 4 : 2;
+    for (int j = 0; j < OUTPUTS; j++)  // beyond the last output: it again
+        row[j] = (const char *)w->data + min_(block * OUTPUTS + j, w->outputs - 1) * w->inputs * size;
+    for (; k + 8 <= w->inputs; k += 8) {
+        lane8 values = *(const lane8 *)(x + k);
+        for (int j = 0; j < OUTPUTS; j++) acc[j] += values * load_8(row[j], format, k);
+    }
+    for (; k < w->inputs; k++)
+        for (int j = 0; j < OUTPUTS; j++) rest[j] += x[k] * load_1(row[j], format, k);
+    return sums_of(acc) + rest;
+}
+
+// ---- what others call
+
+void quantize_group(const float *x, int8_t *codes, float *terms) {
+    float top = 0, sum = 0;
+    int32_t total = 0;
+#pragma omp simd reduction(max : top)
+    for (int i = 0; i < GROUP; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+    float inverse = top > 0 ? 127.0f / top : 0.0f;
+#pragma omp simd reduction(+ : sum, total)
+    for (int i = 0; i < GROUP; i++) {
+        int32_t code = (int32_t)rintf(x[i] * inverse);
+        codes[i] = (int8_t)code;
+        total += code;
+        sum += x[i];
+    }
+    terms[0] = top / 127.0f;
+    terms[1] = -8.0f * total * terms[0];
+    terms[2] = sum;
+}
+
+void quantize_row(const Rows *rows, i64 row, const float *x) {
+    int8_t *codes = rows->codes + row * rows->groups * GROUP;
+    float *terms = rows->terms + row * rows->groups * TERMS;
+    i64 whole = rows->inputs / GROUP;
+    for (i64 g = 0; g < whole; g++) quantize_group(x + g * GROUP, codes + g * GROUP, terms + g * TERMS);
+    if (whole == rows->groups) return;
+    float filled[GROUP] = {0};
+    memcpy(filled, x + whole * GROUP, (rows->inputs - whole * GROUP) * sizeof(float));
+    quantize_group(filled, codes + whole * GROUP, terms + whole * TERMS);
+}
+
+void matrix_row(const Matrix *w, i64 row, float *x) {
+    if (w->format != INT8) {
+        load_row((const char *)w->data + row * w->inputs * element_size(w->format), w->format, w->inputs, x);
+        return;
+    }
+    const int8_t *codes = (const int8_t *)w->data + row / OUTPUTS * groups_of(w->inputs) * 256 + row % OUTPUTS * 4;
+    for (i64 i = 0; i < w->inputs; i++) x[i] = codes[i / 4 * 32 + i % 4] * w->scales[row];
+}
+
+#define ROW_TILE 4
+
+void linear_block(const Matrix *w, i64 block, const Rows *x, i64 first_row, i64 num_rows, float *out,
+                  i64 out_stride) {
+    i64 groups = x->groups, width = min_(OUTPUTS, w->outputs - block * OUTPUTS), m = 0;
+    const int8_t *codes = x->codes + first_row * groups * GROUP;
+    const float *terms = x->terms + first_row * groups * TERMS;
+    while (m < num_rows) {
+        lane8 sum[ROW_TILE] = {{0}};
+        int tile = num_rows - m >= ROW_TILE ? ROW_TILE : 1;
+        if (w->format == INT4) {
+            const uint8_t *data = (const uint8_t *)w->data + block * groups * 160;
+            if (tile == 1) int4_block(data, groups, codes, terms, 1, sum);
+            else int4_block(data, groups, codes, terms, ROW_TILE, sum);
+        } else if (w->format == INT8) {
+            const int8_t *data = (const int8_t *)w->data + block * groups * 256;
+            if (tile == 1) int8_block(data, groups, codes, terms, 1, sum);
+            else int8_block(data, groups, codes, terms, ROW_TILE, sum);
+            for (int i = 0; i < tile; i++) sum[i] *= *(const lane8 *)(w->scales + block * OUTPUTS);
+        } else {
+            const float *values = x->values + (first_row + m) * x->inputs;
+            for (int i = 0; i < tile; i++, values += x->inputs)
+                sum[i] = w->format == FP32 ? dense_block(w, FP32, block, values) : dense_block(w, BF16, block, values);
+        }
+        for (int i = 0; i < tile; i++) {
+            float *to = out + (m + i) * out_stride + block * OUTPUTS;
+            for (i64 j = 0; w->bias && j < width; j++) sum[i][j] += w->bias[block * OUTPUTS + j];
+            if (width == OUTPUTS) *(lane8 *)to = sum[i];
+            else memcpy(to, &sum[i], width * sizeof(float));
+        }
+        m += tile, codes += tile * groups * GROUP, terms += tile * groups * TERMS;
+    }
+}
+
+#define ROW_CHUNK 128
+
+// y[rows][outputs] = x[rows][inputs] W^T + bias, x and y of `dtype`
+void quantized_linear(const void *x, void *y, int dtype, i64 rows, const Matrix *w) {
+    i64 groups = groups_of(w->inputs), chunk_rows = min_(rows, ROW_CHUNK), size = element_size(dtype);
+    Rows q = {NULL, malloc(max_(1, chunk_rows * groups * GROUP)), NULL, w->inputs, groups};
+    q.terms = malloc(max_(1, chunk_rows * groups * TERMS) * sizeof(float));
+    float *out = dtype == FP32 ? NULL : malloc(chunk_rows * w->outputs * sizeof(float));
+    for (i64 begin = 0; begin < rows; begin += ROW_CHUNK) {
+        i64 count = min_(ROW_CHUNK, rows - begin);
+        float *to = dtype == FP32 ? (float *)y + begin * w->outputs : out;
+#pragma omp parallel
+        {
+            float *row = floats(w->inputs);
+#pragma omp for schedule(static)
+            for (i64 m = 0; m < count; m++) {
+                load_row((const char *)x + (begin + m) * w->inputs * size, dtype, w->inputs, row);
+                quantize_row(&q, m, row);
+            }
+            free(row);
+#pragma omp for schedule(static)
+            for (i64 block = 0; block < blocks_of(w); block++) linear_block(w, block, &q, 0, count, to, w->outputs);
+            if (dtype != FP32) {
+#pragma omp for schedule(static)
+                for (i64 m = 0; m < count; m++)
+                    store_row((char *)y + (begin + m) * w->outputs * size, dtype, w->outputs, out + m * w->outputs);
+            }
+        }
+    }
+    free(q.codes), free(q.terms), free(out);
+}

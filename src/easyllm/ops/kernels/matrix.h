@@ -1,0 +1,53 @@
+// Products of a few rows with a weight matrix that is fp32, bf16, int8 or int4.
+//
+// Quantized weights lie in blocks of 8 outputs x 32 inputs, chunks of 4 inputs at a time, so that lane r of a vector
+// serves output r: byte 4 r + i of chunk c is the code of output r and input 4 c + i. Inputs are filled up to a
+// multiple of 32 with zeros, outputs to a multiple of 8.
+//
+//   int8   [N/8][K/32][256]    8 chunks;  w = scales[n] code
+//   int4   [N/8][K/32][160]    4 vectors, vector v has chunk v in its low and v + 4 in its high nibbles, then 8 steps s and
+//                              8 middles c in fp16;  w = s (code - 8) + c
+//
+// The row they meet is quantized to int8 a group of 32 at a time, x = u q with u = max|x| / 127, so that products are
+// whole numbers and exact:
+//
+//   sum_k w x  =  sum_groups  s u (sum_k code q - 8 sum_k q)  +  c sum_k x        (the last sum is of x itself)
+#pragma once
+#include "cpu.h"
+
+#define GROUP 32
+#define OUTPUTS 8
+#define TERMS 3  // of a row's group: u, -8 u sum q, sum x
+
+typedef struct {
+    const void *data;
+    const float *scales;  // int8: [N], filled up like the outputs
+    const float *bias;    // [N] or NULL
+    i64 outputs, inputs;
+    int format;  // FP32, BF16, INT8, INT4
+} Matrix;
+
+// Rows as linear_block takes them: values for fp32 and bf16 weights, codes and terms for int8 and int4.
+typedef struct {
+    float *values;   // [rows][inputs]
+    int8_t *codes;   // [rows][groups * 32]
+    float *terms;    // [rows][groups][3]
+    i64 inputs, groups;
+} Rows;
+
+static inline i64 groups_of(i64 inputs) { return (inputs + GROUP - 1) / GROUP; }
+static inline i64 blocks_of(const Matrix *w) { return (w->outputs + OUTPUTS - 1) / OUTPUTS; }
+static inline int is_quantized(const Matrix *w) { return w->format >= INT8; }
+
+// x[inputs] = row `row` of an fp32, bf16 or int8 matrix: a token's vector
+void matrix_row(const Matrix *w, i64 row, float *x);
+
+// codes and terms of one group of a row's values
+void quantize_group(const float *x, int8_t *codes, float *terms);
+
+// codes and terms of row `row`, from x[inputs]
+void quantize_row(const Rows *rows, i64 row, const float *x);
+
+// out[m][8 block .. 8 block + 8) = the rows' products with a block's outputs, bias added, for m < num_rows
+void linear_block(const Matrix *w, i64 block, const Rows *rows, i64 first_row, i64 num_rows, float *out,
+                  i64 out_stride);

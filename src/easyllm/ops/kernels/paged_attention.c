@@ -1,0 +1,258 @@
+// Attention over keys and values in pages, for a whole batch of sequences in one call (paged.h says what pages are).
+//
+// Work is cut by sequence, key-value head and block of queries; where that gives too few pieces for the threads, by
+// split of the keys as well (Flash-Decoding: Dao et al. 2023).
+#include <omp.h>
+
+#include "paged.h"
+
+#define BLOCK_ROWS 32  // (token, head) pairs of a block of queries
+
+// the eight keys (or values) from `key` on, [8][dim] in fp32; they lie in one page
+static const float *load_octet(const Pages *p, const void *base, const float *scales, const int32_t *table, i64 kv,
+                               i64 key, float *restrict to) {
+    i64 dim = p->dim, row = page_row(p, table, kv, key);
+    if (p->format == FP32) return (const float *)base + row * dim;
+    if (p->format == BF16) {
+        load_row((const uint16_t *)base + row * dim, BF16, OCTET * dim, to);
+    } else if (p->format == INT8) {
+        for (i64 t = 0; t < OCTET; t++) {
+            const int8_t *codes = (const int8_t *)base + (row + t) * dim;
+            float scale = scales[row + t];
+            for (i64 i = 0; i < dim; i++) to[t * dim + i] = codes[i] * scale;
+        }
+    } else {
+        i64 half = dim / 2;
+        for (i64 t = 0; t < OCTET; t++) {
+            const uint8_t *codes = (const uint8_t *)base + (row + t) * half;
+            float scale = scales[2 * (row + t)], least = scales[2 * (row + t) + 1];
+            for (i64 i = 0; i < half; i++) {
+                to[t * dim + i] = (codes[i] & 15) * scale + least;
+                to[t * dim + half + i] = (codes[i] >> 4) * scale + least;
+            }
+        }
+    }
+    return to;
+}
+
+void store_head(const Pages *p, void *base, float *scales, i64 row, const float *x) {
+    i64 dim = p->dim, half = dim / 2;
+    if (p->format == FP32 || p->format == BF16) {
+        store_row((char *)base + row * dim * element_size(p->format), p->format, dim, x);
+        return;
+    }
+    float least = x[0], most = x[0];
+    for (i64 i = 1; i < dim; i++) least = x[i] < least ? x[i] : least, most = x[i] > most ? x[i] : most;
+    if (p->format == INT8) {
+        float step = fmaxf(fmaxf(most, -least) / 127.0f, 1e-30f);
+        int8_t *codes = (int8_t *)base + row * dim;
+        for (i64 i = 0; i < dim; i++) codes[i] = (int8_t)(int)rintf(x[i] / step);
+        scales[row] = step;
+        return;
+    }
+    float step = fmaxf((most - least) / 15.0f, 1e-30f);
+    uint8_t *codes = (uint8_t *)base + row * half;
+    for (i64 i = 0; i < half; i++) {
+        int low = (int)rintf((x[i] - least) / step), high = (int)rintf((x[i + half] - least) / step);
+        codes[i] = (uint8_t)(min_(low, 15) | min_(high, 15) << 4);
+    }
+    scales[2 * row] = step, scales[2 * row + 1] = least;
+}
+
+// out[8] = products of a query with eight keys
+static inline void score_octet(const float *q, const float *keys, i64 dim, float *out) {
+    lane8 acc[OCTET] = {{0}};
+    for (i64 c = 0; c < dim; c += 8) {
+        lane8 x = *(const lane8 *)(q + c);
+        for (int j = 0; j < OCTET; j++) acc[j] += x * *(const lane8 *)(keys + j * dim + c);
+    }
+    *(lane8 *)out = sums_of(acc);
+}
+
+// acc[VECS * 8] += sum over j in [from, to) of weights[j] values[j]
+#define ADD_VALUES(NAME, VECS)                                                                                      \
+    static inline void NAME(const float *weights, const float *const *octets, i64 from, i64 to, i64 dim, i64 column, \
+                            float *out) {                                                                           \
+        lane8 acc[VECS];                                                                                            \
+        for (int c = 0; c < VECS; c++) acc[c] = *(const lane8 *)(out + c * 8);                                      \
+        for (i64 j = from; j < to; j++) {                                                                           \
+            const float *row = octets[j / OCTET] + (j % OCTET) * dim + column;                                      \
+            for (int c = 0; c < VECS; c++) acc[c] += weights[j] * *(const lane8 *)(row + c * 8);                    \
+        }                                                                                                           \
+        for (int c = 0; c < VECS; c++) *(lane8 *)(out + c * 8) = acc[c];                                            \
+    }
+ADD_VALUES(add_values_8, 8)
+ADD_VALUES(add_values_2, 2)
+ADD_VALUES(add_values_1, 1)
+
+// scores[from..to) of one row become weights; the row's largest score and sum go to part[0] and part[1]
+static inline void softmax_row(float *scores, i64 from, i64 to, float *part) {
+    float top = -INFINITY, sum = 0;
+    i64 start = from / OCTET * OCTET, end = (to + OCTET - 1) / OCTET * OCTET;
+    for (i64 j = start; j < from; j++) scores[j] = -INFINITY;
+    for (i64 j = to; j < end; j++) scores[j] = -INFINITY;
+    for (i64 j = from; j < to; j++) top = scores[j] > top ? scores[j] : top;
+    lane8 total = {0};
+    for (i64 j = start; j < end; j += OCTET) {
+        float *x = scores + j;
+#pragma omp simd
+        for (int i = 0; i < OCTET; i++) x[i] = x[i] == -INFINITY ? 0.0f : exp_(x[i] - top);
+        total += *(const lane8 *)x;
+    }
+    for (int i = 0; i < OCTET; i++) sum += total[i];
+    part[0] = top, part[1] = sum;
+}
+
+void attend_split(const Pages *p, const int32_t *table, i64 kv, i64 split, i64 rows, const float *q,
+                  const Sight *sight, float *part, float *scratch) {
+    i64 dim = p->dim, begin = split * SPLIT, first = SPLIT, last = -1;
+    const float *octets[SPLIT / OCTET];
+    float *values = scratch, *keys = values + SPLIT * dim, *scores = keys + OCTET * dim;
+    for (i64 r = 0; r < rows; r++) {
+        first = min_(first, max_(0, sight[r].first - begin));
+        last = max_(last, min_(SPLIT - 1, sight[r].last - begin));
+    }
+    for (i64 o = first / OCTET; o * OCTET <= last; o++) {
+        i64 key = begin + o * OCTET;
+        const float *k = load_octet(p, p->keys, p->key_scales, table, kv, key, keys);
+        octets[o] = load_octet(p, p->values, p->value_scales, table, kv, key, values + o * OCTET * dim);
+        for (i64 r = 0; r < rows; r++)
+            if (sight[r].last >= key && sight[r].first < key + OCTET)
+                score_octet(q + r * dim, k, dim, scores + r * SPLIT + o * OCTET);
+    }
+    clear_parts(part, rows, dim);
+    for (i64 r = 0; r < rows; r++) {
+        i64 from = max_(0, sight[r].first - begin), to = min_(SPLIT, sight[r].last + 1 - begin), c = 0;
+        float *weights = scores + r * SPLIT, *out = part + r * part_size(dim);
+        if (from >= to) continue;
+        softmax_row(weights, from, to, out);
+        for (out += 2; c + 64 <= dim; c += 64) add_values_8(weights, octets, from, to, dim, c, out + c);
+        for (; c + 16 <= dim; c += 16) add_values_2(weights, octets, from, to, dim, c, out + c);
+        for (; c < dim; c += 8) add_values_1(weights, octets, from, to, dim, c, out + c);
+    }
+}
+
+void clear_parts(float *part, i64 rows, i64 dim) {
+    memset(part, 0, rows * part_size(dim) * sizeof(float));
+    for (i64 r = 0; r < rows; r++) part[r * part_size(dim)] = -INFINITY;
+}
+
+void merge_split(float *state, const float *part, i64 rows, i64 dim) {
+    for (i64 r = 0; r < rows; r++, state += part_size(dim), part += part_size(dim)) {
+        if (part[0] == -INFINITY) continue;
+        float top = state[0] > part[0] ? state[0] : part[0];
+        float old = state[0] == -INFINITY ? 0.0f : exp_(state[0] - top), new = exp_(part[0] - top);
+        state[0] = top;
+        state[1] = state[1] * old + part[1] * new;
+        for (i64 c = 2; c < dim + 2; c += 8)
+            *(lane8 *)(state + c) = *(lane8 *)(state + c) * old + *(const lane8 *)(part + c) * new;
+    }
+}
+
+void finish_row(const float *state, i64 dim, float *out) {
+    float inverse = 1.0f / state[1];
+    for (i64 c = 0; c < dim; c += 8) *(lane8 *)(out + c) = *(const lane8 *)(state + 2 + c) * inverse;
+}
+
+typedef struct {
+    i64 heads, q_stride;  // elements from token to token
+    int dtype;            // of queries and outputs
+    float scale;
+    i64 window;  // 0: none
+} Queries;
+
+typedef struct {
+    i64 sequence, kv_head, token, tokens, position;  // token: the block's first row of q; position: its own
+    i64 first_split, num_splits;
+    float *parts;  // its splits' results, where they are computed apart
+} Block;
+
+typedef struct {
+    i64 block, split;
+} Task;
+
+static void load_block(const Block *b, const Queries *s, const Pages *p, const void *q, float *rows, Sight *sight) {
+    i64 groups = s->heads / p->kv_heads, dim = p->dim;
+    for (i64 t = 0; t < b->tokens; t++) {
+        i64 at = (b->token + t) * s->q_stride + b->kv_head * groups * dim;
+        load_row((const char *)q + at * element_size(s->dtype), s->dtype, groups * dim, rows + t * groups * dim);
+        i64 position = b->position + t, first = s->window ? max_(0, position - s->window + 1) : 0;
+        for (i64 g = 0; g < groups; g++) sight[t * groups + g] = (Sight){first, position};
+    }
+    for (i64 i = 0; i < b->tokens * groups * dim; i++) rows[i] *= s->scale;
+}
+
+static void store_block(const Block *b, const Queries *s, const Pages *p, const float *state, void *out, float *row) {
+    i64 groups = s->heads / p->kv_heads, dim = p->dim;
+    for (i64 r = 0; r < b->tokens * groups; r++) {
+        i64 at = ((b->token + r / groups) * s->heads + b->kv_head * groups + r % groups) * dim;
+        finish_row(state + r * part_size(dim), dim, row);
+        store_row((char *)out + at * element_size(s->dtype), s->dtype, dim, row);
+    }
+}
+
+// the blocks of all sequences; returns their number (counts alone where blocks is NULL)
+static i64 cut(const Queries *s, const Pages *p, const i64 *lengths, const i64 *key_lengths, i64 num_sequences,
+               Block *blocks) {
+    i64 each = max_(1, BLOCK_ROWS / (s->heads / p->kv_heads)), count = 0, token = 0;
+    for (i64 n = 0; n < num_sequences; token += lengths[n++])
+        for (i64 t = 0; t < lengths[n]; t += each)
+            for (i64 kv = 0; kv < p->kv_heads; kv++, count++) {
+                if (!blocks) continue;
+                i64 tokens = min_(each, lengths[n] - t), position = key_lengths[n] - lengths[n] + t;
+                i64 first = s->window ? max_(0, position - s->window + 1) / SPLIT : 0;
+                i64 splits = (position + tokens - 1) / SPLIT - first + 1;
+                blocks[count] = (Block){n, kv, token + t, tokens, position, first, splits, NULL};
+            }
+    return count;
+}
+
+void paged_attention(const void *q, void *out, const Pages *p, const int32_t *table, i64 table_width,
+                     const i64 *lengths, const i64 *key_lengths, i64 num_sequences, const Queries *s) {
+    i64 dim = p->dim, groups = s->heads / p->kv_heads, most = max_(1, BLOCK_ROWS / groups) * groups;
+    i64 count = cut(s, p, lengths, key_lengths, num_sequences, NULL), num_tasks = 0, room = 0;
+    Block *blocks = malloc(max_(1, count) * sizeof(Block));
+    cut(s, p, lengths, key_lengths, num_sequences, blocks);
+    int apart = count < 4 * omp_get_max_threads();
+    for (i64 b = 0; apart && b < count; b++) {
+        num_tasks += blocks[b].num_splits;
+        room += blocks[b].num_splits * blocks[b].tokens * groups * part_size(dim);
+    }
+    Task *tasks = malloc(max_(1, num_tasks) * sizeof(Task)), *task = tasks;
+    float *parts = malloc(max_(1, room) * sizeof(float)), *next = parts;
+    for (i64 b = 0; apart && b < count; b++) {
+        blocks[b].parts = next;
+        next += blocks[b].num_splits * blocks[b].tokens * groups * part_size(dim);
+        for (i64 j = 0; j < blocks[b].num_splits; j++) *task++ = (Task){b, j};
+    }
+#pragma omp parallel
+    {
+        float *rows = floats(most * dim), *state = floats(most * part_size(dim)), *own = floats(most * part_size(dim));
+        float *scratch = floats(split_scratch(most, dim));
+        Sight *sight = malloc(most * sizeof(Sight));
+#pragma omp for schedule(dynamic, 1)
+        for (i64 i = 0; i < num_tasks; i++) {
+            const Block *b = blocks + tasks[i].block;
+            i64 n = b->tokens * groups, j = tasks[i].split;
+            load_block(b, s, p, q, rows, sight);
+            attend_split(p, table + b->sequence * table_width, b->kv_head, b->first_split + j, n, rows, sight,
+                         b->parts + j * n * part_size(dim), scratch);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (i64 i = 0; i < count; i++) {
+            const Block *b = blocks + i;
+            i64 n = b->tokens * groups;
+            clear_parts(state, n, dim);
+            if (!apart) load_block(b, s, p, q, rows, sight);
+            for (i64 j = 0; j < b->num_splits; j++) {
+                if (!apart)
+                    attend_split(p, table + b->sequence * table_width, b->kv_head, b->first_split + j, n, rows, sight,
+                                 own, scratch);
+                merge_split(state, apart ? b->parts + j * n * part_size(dim) : own, n, dim);
+            }
+            store_block(b, s, p, state, out, rows);
+        }
+        free(rows), free(state), free(own), free(scratch), free(sight);
+    }
+    free(blocks), free(tasks), free(parts);
+}

@@ -1,0 +1,240 @@
+"""Attention over keys and values that lie in pages, for a whole batch of sequences in one call.
+
+Shapes: T packed new tokens, S sequences, H query heads, K key-value heads, d head_dim, P pages.
+
+The newest tokens of each sequence ask; their keys are already in the pages. Pages hold fp32 or bf16, or for a smaller
+cache int8 (symmetric) or int4 (minimum and step), with a scale for every token and head:
+
+    int8   s = max|x| / 127               x̂ = s q,       |x - x̂| ≤ s / 2
+    int4   s = (max x - min x) / 15       x̂ = s q + m,   |x - x̂| ≤ s / 2
+
+The C kernel serves causal rules with plain scores (with a window, too); everything else, and a machine without a
+compiler, the reference. Both give a query the same result whatever else is in the call and wherever its pages lie; the
+kernel to the bit, which deterministic serving rests on: its softmax is merged over splits of 64 keys cut by position.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from easyllm.ops.attention import AttentionRule, attend_segment
+from easyllm.ops.kernels import build, kernels_for
+from easyllm.ops.kernels.build import BIT_CODES, DTYPE_CODES
+
+OCTET = 8
+"""Keys the kernel takes at once; they must lie in one page."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedPages:
+    """Pages of int8 or int4.
+
+    Attributes:
+        codes: [P, K, page_size, d] int8, or [P, K, page_size, d/2] uint8 with dim i in the low and dim i + d/2 in the
+            high nibble of byte i.
+        scales: fp32, [P, K, page_size, 1] the step, or [P, K, page_size, 2] step and minimum.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.codes.dtype == torch.int8 else 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[P, K, page_size, d]"""
+        pages, kv_heads, size, width = self.codes.shape
+        return pages, kv_heads, size, width * 8 // self.bits
+
+
+Pages = Tensor | QuantizedPages
+
+
+def new_pages(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype | str,
+    device: torch.device | str = "cpu",
+) -> Pages:
+    """Unwritten pages of shape [P, K, page_size, d]; `dtype` is a torch dtype, `"int8"` or `"int4"`.
+
+    Raises:
+        ValueError: another format; int4 pages of an odd head_dim.
+    """
+    if isinstance(dtype, torch.dtype):
+        return torch.empty(shape, dtype=dtype, device=device)
+    rows, dim = shape[:3], shape[3]
+    if dtype == "int8":
+        codes = torch.empty(shape, dtype=torch.int8, device=device)
+        return QuantizedPages(codes, torch.empty((*rows, 1), device=device))
+    if dtype != "int4":
+        raise ValueError(f"pages of {dtype!r} are not known; use a torch dtype, 'int8' or 'int4'")
+    if dim % 2:
+        raise ValueError(f"int4 pages need an even head_dim, got {dim}; use int8")
+    codes = torch.empty((*rows, dim // 2), dtype=torch.uint8, device=device)
+    return QuantizedPages(codes, torch.empty((*rows, 2), device=device))
+
+
+def write_pages(pages: Pages, x: Tensor, page_ids: Tensor, slots: Tensor) -> None:
+    """Stores `x: [T, K, d]`, token t in slot `slots[t]` of page `page_ids[t]` (both [T] integers)."""
+    if isinstance(pages, Tensor):
+        pages[page_ids, :, slots] = x.to(pages.dtype)
+        return
+    codes, scales = quantize_heads(x, pages.bits)
+    pages.codes[page_ids, :, slots] = codes
+    pages.scales[page_ids, :, slots] = scales
+
+
+def quantize_heads(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of `x: [..., d]`, a scale for each row, as `QuantizedPages` keeps them."""
+    wide = x.float()
+    if bits == 8:
+        step = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+        return (wide / step).round().to(torch.int8), step
+    least = wide.amin(-1, keepdim=True)
+    step = ((wide.amax(-1, keepdim=True) - least) / 15).clamp(min=1e-30)
+    codes = ((wide - least) / step).round().clamp(0, 15).to(torch.uint8)
+    low, high = codes.chunk(2, dim=-1)
+    return low | (high << 4), torch.cat([step, least], dim=-1)
+
+
+def dequantize_heads(codes: Tensor, scales: Tensor) -> Tensor:
+    """The fp32 values [..., d] that codes and scales stand for."""
+    if codes.dtype == torch.int8:
+        return codes.float() * scales
+    values = torch.cat([codes & 15, codes >> 4], dim=-1).float()
+    return values * scales[..., :1] + scales[..., 1:]
+
+
+def paged_attention(
+    q: Tensor,
+    key_pages: Pages,
+    value_pages: Pages,
+    page_table: Tensor,
+    lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    rule: AttentionRule,
+    prefix_lengths: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Attention of each sequence's new tokens over all its keys.
+
+    Args:
+        q: [T, H, d] queries, fp32 or bf16, sequences end to end.
+        key_pages, value_pages: [P, K, page_size, d]; H % K == 0.
+        page_table: [S, max_pages] int32; entry i holds the sequence's tokens i · page_size and on. Entries beyond its
+            length, and those wholly before what a window shows, are not read.
+        lengths: new tokens of each sequence; they sum to T.
+        key_lengths: all tokens of each, the new ones last.
+        rule: scale, mask, positions.
+        prefix_lengths: first tokens of each that see each other both ways.
+
+    Returns:
+        [T, H, d], dtype of `q`.
+    """
+    if prefix_lengths is None and _kernel_fits(q, key_pages, value_pages, page_table, rule):
+        return _run_kernel(q, key_pages, value_pages, page_table, lengths, key_lengths, rule)
+    return reference_paged_attention(
+        q, key_pages, value_pages, page_table, lengths, key_lengths, rule, prefix_lengths
+    )
+
+
+def reference_paged_attention(
+    q: Tensor,
+    key_pages: Pages,
+    value_pages: Pages,
+    page_table: Tensor,
+    lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    rule: AttentionRule,
+    prefix_lengths: tuple[int, ...] | None = None,
+) -> Tensor:
+    """The same in plain PyTorch, a sequence at a time, for any rule."""
+    out = []
+    for n, query in enumerate(q.split(lengths)):
+        prefix = prefix_lengths[n] if prefix_lengths else 0
+        if not len(query):
+            continue
+        seen = _seen_positions(lengths[n], key_lengths[n], rule, prefix).to(q.device)
+        k = gather_pages(key_pages, page_table[n], seen).to(q.dtype)
+        v = gather_pages(value_pages, page_table[n], seen).to(q.dtype)
+        out.append(attend_segment(query, k, v, rule, prefix=prefix, key_positions=seen))
+    return torch.cat(out) if out else torch.empty_like(q)
+
+
+def gather_pages(pages: Pages, table: Tensor, positions: Tensor) -> Tensor:
+    """[N, K, d]: what lies at `positions: [N]` of the sequence whose pages are `table: [max_pages]`."""
+    size = pages.shape[2]
+    page_ids, slots = table[positions // size].long(), positions % size
+    if isinstance(pages, Tensor):
+        return pages[page_ids, :, slots]
+    return dequantize_heads(pages.codes[page_ids, :, slots], pages.scales[page_ids, :, slots])
+
+
+def _seen_positions(length: int, key_length: int, rule: AttentionRule, prefix: int) -> Tensor:
+    """Positions of the keys that any of the last `length` tokens may see."""
+    positions = torch.arange(key_length)
+    if rule.window is None or not rule.causal or prefix:
+        return positions
+    first = key_length - length - rule.window + 1
+    return positions[(positions >= first) | (positions < rule.num_sinks)]
+
+
+def _kernel_fits(q: Tensor, keys: Pages, values: Pages, table: Tensor, rule: AttentionRule) -> bool:
+    if not (rule.plain and rule.causal and not rule.num_sinks):
+        return False
+    tensors = [x if isinstance(x, Tensor) else x.codes for x in (keys, values)]
+    aligned = keys.shape[2] % OCTET == 0 and keys.shape[3] % OCTET == 0
+    alike = keys.shape == values.shape and tensors[0].dtype == tensors[1].dtype
+    contiguous = all(x.is_contiguous() for x in (*tensors, table))
+    plain = [q, *(x for x in (keys, values) if isinstance(x, Tensor))]
+    ready = table.device.type == "cpu" and table.dtype == torch.int32
+    return aligned and alike and contiguous and ready and kernels_for(*plain) is not None
+
+
+def pages_struct(keys: Pages, values: Pages) -> build.Pages:
+    """The pages of one layer as the kernels take them."""
+    _, kv_heads, page_size, dim = keys.shape
+    if isinstance(keys, Tensor) and isinstance(values, Tensor):
+        code = DTYPE_CODES[keys.dtype]
+        return build.Pages(
+            keys.data_ptr(), values.data_ptr(), None, None, kv_heads, page_size, dim, code
+        )
+    assert isinstance(keys, QuantizedPages), "keys and values are alike"
+    assert isinstance(values, QuantizedPages), "keys and values are alike"
+    tensors = keys.codes, values.codes, keys.scales, values.scales
+    addresses = [x.data_ptr() for x in tensors]
+    return build.Pages(*addresses, kv_heads, page_size, dim, BIT_CODES[keys.bits])
+
+
+def _run_kernel(
+    q: Tensor,
+    keys: Pages,
+    values: Pages,
+    table: Tensor,
+    lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    rule: AttentionRule,
+) -> Tensor:
+    kernels = kernels_for(q)
+    assert kernels is not None, "chosen by paged_attention()"
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        q = q.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype)
+    code = DTYPE_CODES[q.dtype]
+    queries = build.Queries(q.shape[1], q.stride(0), code, rule.scale, rule.window or 0)
+    numbers = ctypes.c_int64 * len(lengths)
+    kernels.paged_attention(
+        q.data_ptr(),
+        out.data_ptr(),
+        ctypes.byref(pages_struct(keys, values)),
+        table.data_ptr(),
+        table.shape[1],
+        numbers(*lengths),
+        numbers(*key_lengths),
+        len(lengths),
+        ctypes.byref(queries),
+    )
+    return out

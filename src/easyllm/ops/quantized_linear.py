@@ -1,0 +1,179 @@
+"""Linear maps whose weights are int8 or int4.
+
+Shapes: N outputs, K inputs, T rows, G = ⌈K/32⌉ groups of inputs.
+
+    int8   w = s_n q             a scale for each output, symmetric                    q in -127 .. 127
+    int4   w = s (q - 8) + c     a step and a middle for each output and 32 inputs     q in 0 .. 15
+
+What runs: on a CPU the C kernel, which quantizes each row to int8 as well, a scale for every 32 inputs (as llama.cpp
+does), so that products are whole numbers; a row's result has the same bits whatever other rows there are. Without a
+compiler, on other devices, and where a gradient is wanted (an adapter on a quantized base): the weights are
+dequantized a block at a time and multiplied in the dtype of the rows.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from easyllm.ops.kernels import kernels_for
+from easyllm.ops.kernels.build import BIT_CODES, DTYPE_CODES, Matrix
+
+GROUP = 32
+OUTPUTS = 8
+"""Outputs whose codes lie together; see kernels/matrix.h for the layout."""
+BLOCK_OUTPUTS = 4096
+"""Outputs that are dequantized at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
+    """A weight [N, K] in the kernel's layout, the same on every machine.
+
+    Attributes:
+        data: int8 [⌈N/8⌉, G, 256], or for int4 uint8 [⌈N/8⌉, G, 160] with steps and middles in fp16 among the codes.
+        scales: int8 only, fp32 [⌈N/8⌉ · 8].
+        outputs, inputs: N and K.
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    outputs: int
+    inputs: int
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.scales is None else 8
+
+
+def pack_int8(codes: Tensor, scales: Tensor) -> QuantizedMatrix:
+    """`codes: [N, K]` int8 and `scales: [N]` as a matrix."""
+    outputs, inputs = codes.shape
+    chunks = _chunks(codes, 0)  # [N/8, G, 8 chunks, 8 outputs, 4]
+    filled = F.pad(scales.float(), (0, -outputs % OUTPUTS))
+    return QuantizedMatrix(chunks.flatten(2).contiguous(), filled, outputs, inputs)
+
+
+def pack_int4(codes: Tensor, steps: Tensor, middles: Tensor) -> QuantizedMatrix:
+    """`codes: [N, K]` uint8 of 0 .. 15, `steps, middles: [N, G]` fp16 as a matrix."""
+    outputs, inputs = codes.shape
+    chunks = _chunks(
+        codes, 8
+    )  # inputs that are not there weigh nothing: code 8, and zeros to meet it
+    low, high = chunks.chunk(2, dim=2)
+    parts = [(low | (high << 4)).flatten(2)]
+    for numbers in (steps, middles):
+        filled = F.pad(numbers.to(torch.float16), (0, 0, 0, -outputs % OUTPUTS))
+        lanes = filled.view(-1, OUTPUTS, filled.shape[1]).transpose(1, 2)  # [N/8, G, 8]
+        parts.append(lanes.contiguous().view(torch.uint8))
+    return QuantizedMatrix(torch.cat(parts, dim=2), None, outputs, inputs)
+
+
+def dequantize(matrix: QuantizedMatrix, first: int = 0, last: int | None = None) -> Tensor:
+    """[last - first, K] fp32: outputs `first` (a multiple of 8) to `last` of the weight, all by default."""
+    last = matrix.outputs if last is None else last
+    data = matrix.data[first // OUTPUTS : -(-last // OUTPUTS)]
+    blocks, groups = data.shape[:2]
+    if matrix.scales is not None:
+        values = data.view(blocks, groups, 8, OUTPUTS, 4).float()
+        values *= matrix.scales[first:].view(-1, 1, 1, OUTPUTS, 1)[:blocks]
+    else:
+        both = data[..., :128].reshape(blocks, groups, 4, OUTPUTS, 4)
+        values = torch.cat([both & 15, both >> 4], dim=2).float().sub_(8)
+        step, middle = data[..., 128:].contiguous().view(torch.float16).float().chunk(2, dim=2)
+        values = values.mul_(step[:, :, None, :, None]).add_(middle[:, :, None, :, None])
+    weight = values.permute(0, 3, 1, 2, 4).reshape(blocks * OUTPUTS, -1)
+    return weight[: last - first, : matrix.inputs]
+
+
+def dequantize_rows(matrix: QuantizedMatrix, rows: Tensor) -> Tensor:
+    """[T, K] fp32: the weight's rows `rows: [T]` (int8 only: an embedding's vectors)."""
+    assert matrix.scales is not None, "embeddings are int8"
+    shape = (matrix.data.shape[0], -1, 8, OUTPUTS, 4)
+    codes = matrix.data.view(shape)[rows // OUTPUTS, :, :, rows % OUTPUTS]  # [T, G, 8 chunks, 4]
+    return codes.flatten(1)[:, : matrix.inputs].float() * matrix.scales[rows, None]
+
+
+def quantized_linear(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b.
+
+    Args:
+        x: [..., K]; bias: [N] or None.
+
+    Returns:
+        [..., N], dtype of `x`.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _Differentiable.apply(x, matrix, bias)
+        return out
+    kernels = kernels_for(x, matrix.scales if matrix.scales is not None else x)
+    if kernels is None or matrix.data.device.type != "cpu":
+        return reference_quantized_linear(x, matrix, bias)
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], matrix.outputs), dtype=x.dtype)
+    bias = None if bias is None else bias.float()
+    rows = x.numel() // matrix.inputs
+    described = matrix_struct(matrix, bias)
+    code = DTYPE_CODES[x.dtype]
+    kernels.quantized_linear(x.data_ptr(), y.data_ptr(), code, rows, ctypes.byref(described))
+    return y
+
+
+def reference_quantized_linear(
+    x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None = None
+) -> Tensor:
+    """The same with dequantized weights, and rows as they are."""
+    parts = [
+        F.linear(x, dequantize(matrix, first, min(first + BLOCK_OUTPUTS, matrix.outputs)).to(x))
+        for first in range(0, matrix.outputs, BLOCK_OUTPUTS)
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return y if bias is None else y + bias
+
+
+def quantize_rows(x: Tensor) -> Tensor:
+    """[..., K]: the values that the kernel's int8 codes of `x` stand for; what its result is exact for."""
+    groups = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    unit = groups.abs().amax(-1, keepdim=True) / 127
+    codes = (groups / unit.clamp(min=1e-38)).round()
+    return (codes * unit).flatten(-2)[..., : x.shape[-1]]
+
+
+def matrix_struct(matrix: QuantizedMatrix, bias: Tensor | None) -> Matrix:
+    """The matrix as the kernels take it; `bias` is fp32, and both must outlive it."""
+    return Matrix(
+        matrix.data.data_ptr(),
+        None if matrix.scales is None else matrix.scales.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        matrix.outputs,
+        matrix.inputs,
+        BIT_CODES[matrix.bits],
+    )
+
+
+def _chunks(codes: Tensor, fill: int) -> Tensor:
+    """[N, K] → [⌈N/8⌉, G, 8 chunks, 8 outputs, 4 inputs]."""
+    outputs, inputs = codes.shape
+    codes = F.pad(codes, (0, -inputs % GROUP, 0, -outputs % OUTPUTS), value=fill)
+    return codes.view(-1, OUTPUTS, codes.shape[1] // GROUP, 8, 4).permute(0, 2, 3, 1, 4)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The reference, keeping the quantized weight alone for the backward pass, in which it is dequantized again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
+        ctx.matrix = matrix
+        return reference_quantized_linear(x, matrix, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        total = grad.new_zeros((*grad.shape[:-1], ctx.matrix.inputs))
+        for first in range(0, ctx.matrix.outputs, BLOCK_OUTPUTS):
+            last = min(first + BLOCK_OUTPUTS, ctx.matrix.outputs)
+            total += grad[..., first:last] @ dequantize(ctx.matrix, first, last).to(grad)
+        return total, None, None

@@ -1,0 +1,90 @@
+"""Weight-only quantization: the linears of a loaded model become int8 or int4, its activations stay.
+
+int8 is symmetric with a scale for each output; int4 spans each 32 inputs from minimum to maximum, which finds the grid
+again of a checkpoint that was stored so (GGUF's Q4_1). Embedding and head are int8 in both.
+"""
+
+import torch
+from torch import Tensor
+
+from easyllm.core.errors import ConfigError, suggest
+from easyllm.nn.decoder import Decoder
+from easyllm.nn.linear import Linear
+from easyllm.nn.quantized import QuantizedWeight
+from easyllm.ops.quantized_linear import QuantizedMatrix, pack_int4, pack_int8
+from easyllm.quant.spec import QuantSpec
+
+SCHEMES = {
+    "int8": QuantSpec(bits=8),
+    "int4": QuantSpec(bits=4, group_size=32, symmetric=False),
+}
+FULL = ("router", "shared_gate")
+"""Linears that stay as they are: small, and a token's experts hang on them."""
+
+
+@torch.no_grad()
+def quantize_weights(model: Decoder, scheme: str) -> Decoder:
+    """Quantizes every linear inside the layers, the embedding and the head, in place.
+
+    A layer's full weights are freed one by one, so that the two never exist at once. Adapters go on working.
+
+    Args:
+        scheme: `"int8"` or `"int4"`.
+
+    Raises:
+        ConfigError: another scheme; a model that is quantized already, or holds a weight that is not finite.
+
+    Example:
+        >>> from easyllm.models import load_model
+        >>> quantize_weights(load_model("smollm2"), "int4")  # doctest: +SKIP
+    """
+    if scheme not in SCHEMES:
+        raise ConfigError(
+            f"quantization {scheme!r} is not known{suggest(scheme, SCHEMES)}; use {' or '.join(SCHEMES)}"
+        )
+    if model.is_quantized:
+        raise ConfigError("the model is quantized already; load it again to quantize it otherwise")
+    for name, module in model.layers.named_modules(prefix="layers"):
+        if isinstance(module, Linear) and not name.endswith(FULL):
+            module.quantize(_quantized(module.weight, SCHEMES[scheme], name))
+    model.embed_tokens.quantize(
+        _quantized(model.embed_tokens.weight, SCHEMES["int8"], "embed_tokens")
+    )
+    if model.lm_head is not None:
+        model.lm_head.quantize(_quantized(model.lm_head.weight, SCHEMES["int8"], "lm_head"))
+    return model
+
+
+def quantize_matrix(weight: Tensor, spec: QuantSpec) -> QuantizedMatrix:
+    """`weight: [N, K]` rounded to the nearest codes of `spec`.
+
+    |w - ŵ| is at most half a step, s/2, where s = max|w| / 127 of the output (int8) or (max - min) / 15 of the group
+    (int4); for int4 add the rounding of s and c to fp16, at most (8 s + |c|) 2^-11.
+    """
+    weight = weight.float()
+    if spec.bits == 8:
+        scales = (weight.abs().amax(1) / 127).clamp(min=1e-30)
+        return pack_int8((weight / scales[:, None]).round().to(torch.int8), scales)
+    return _int4(weight)
+
+
+def _int4(weight: Tensor) -> QuantizedMatrix:
+    outputs, inputs = weight.shape
+    missing = -inputs % 32
+    last = weight[:, -1:].expand(
+        -1, missing
+    )  # a partial group is filled with what does not widen it
+    groups = torch.cat([weight, last], dim=1).view(outputs, -1, 32)
+    least, most = groups.aminmax(dim=2)
+    # 2^-24 is fp16's smallest number: a group of one value has that step, and the value as its middle
+    steps = ((most - least) / 15).to(torch.float16).clamp(min=2**-24)
+    middles = (least + 8 * steps.float()).to(torch.float16)
+    codes = (groups - middles[..., None].float()) / steps[..., None].float() + 8
+    codes = codes.round_().clamp_(0, 15).to(torch.uint8).flatten(1)[:, :inputs]
+    return pack_int4(codes, steps, middles)
+
+
+def _quantized(weight: Tensor, spec: QuantSpec, name: str) -> QuantizedWeight:
+    if not weight.isfinite().all():
+        raise ConfigError(f"{name}.weight holds numbers that are not finite; check the checkpoint")
+    return QuantizedWeight(quantize_matrix(weight, spec))

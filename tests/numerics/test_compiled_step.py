@@ -1,0 +1,351 @@
+"""The compiled step against the decoder it stands for: fp32 by distance to fp64, quantized weights, pages, company."""
+
+import copy
+
+import pytest
+import torch
+
+from conftest import build_tiny
+from easyllm.core.errors import ConfigError
+from easyllm.engine.compiled_step import CompiledStep
+from easyllm.nn import AttentionConfig, Decoder, GLUConfig, LayerConfig, ModelConfig
+from easyllm.nn.config import (
+    Alibi,
+    DynamicNTKScaling,
+    LayerNormConfig,
+    LinearScaling,
+    MLPConfig,
+    NoPosition,
+    RMSNormConfig,
+    Rope,
+    YarnScaling,
+)
+from easyllm.ops.attention import AttentionContext
+from easyllm.ops.kernels import build
+from easyllm.ops.paged_attention import QuantizedPages, new_pages, paged_attention, write_pages
+from easyllm.quant import quantize_weights
+
+PAGE_SIZE = 8
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    if build._library() is None:
+        pytest.skip("no C compiler on this machine")
+
+
+def model_of(
+    *,
+    hidden=48,
+    inner=80,
+    norm=None,
+    dtype=torch.float32,
+    num_layers=2,
+    feed_forward=None,
+    **attention,
+):
+    """A random model; what a test does not name is Llama's."""
+    plain = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    outer = {
+        key: attention.pop(key)
+        for key in ("tie_embeddings", "embedding_scale", "logit_softcap")
+        if key in attention
+    }
+    layer = LayerConfig(
+        mixer=AttentionConfig(**(plain | attention)),
+        feed_forward=feed_forward or GLUConfig(intermediate_size=inner),
+    )
+    config = ModelConfig(
+        family="easyllm",
+        vocab_size=203,
+        hidden_size=hidden,
+        max_seq_len=512,
+        layers=(layer,) * num_layers,
+        norm=norm or RMSNormConfig(),
+        **outer,
+    )
+    model = Decoder(config)
+    generator = torch.Generator().manual_seed(3)
+    model.reset_parameters(std=0.25, generator=generator)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
+    return model.requires_grad_(False).eval().to(dtype)
+
+
+class Cache:
+    """Pages of every layer, full of NaN, a store for the decoder, and a shuffled table for each sequence."""
+
+    def __init__(self, model, num_sequences, *, dtype=torch.float32, pages_each=20):
+        mixer = model.config.layers[0].mixer
+        total = num_sequences * pages_each + 2
+        shape = (total, mixer.num_kv_heads, PAGE_SIZE, mixer.head_dim)
+        self.keys, self.values = (
+            [self._poisoned(shape, dtype) for _ in model.layers] for _ in range(2)
+        )
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+        self.table = order[: num_sequences * pages_each].view(num_sequences, -1).int()
+        self.seen = [0] * num_sequences
+
+    @staticmethod
+    def _poisoned(shape, dtype):
+        pages = new_pages(shape, dtype)
+        if isinstance(pages, QuantizedPages):
+            pages.scales.fill_(float("nan"))
+            pages.codes.fill_(99)
+        else:
+            pages.fill_(float("nan"))
+        return pages
+
+    def attend(self, layer, q, k, v, rule, prefix_lengths=None):
+        for pages, x in ((self.keys[layer], k), (self.values[layer], v)):
+            write_pages(pages, x, self._page_ids, self._slots)
+        return paged_attention(
+            q,
+            self.keys[layer],
+            self.values[layer],
+            self._table,
+            self._lengths,
+            self._key_lengths,
+            rule,
+        )
+
+    def forward(self, model, pieces):
+        """Logits of every token of `pieces`, {sequence: its new ids}, by the decoder."""
+        self._lengths = tuple(len(ids) for ids in pieces.values())
+        starts = [self.seen[n] for n in pieces]
+        positions = [
+            torch.arange(start, start + length)
+            for start, length in zip(starts, self._lengths, strict=True)
+        ]
+        self._key_lengths = tuple(map(sum, zip(starts, self._lengths, strict=True)))
+        self._table = self.table[list(pieces)].contiguous()
+        self._page_ids = torch.cat(
+            [row[p // PAGE_SIZE] for row, p in zip(self._table, positions, strict=True)]
+        ).long()
+        self._slots = torch.cat(positions) % PAGE_SIZE
+        context = AttentionContext.packed(self._lengths, store=self, offsets=starts)
+        hidden = model(torch.tensor([i for ids in pieces.values() for i in ids]), context)
+        for n, end in zip(pieces, self._key_lengths, strict=True):
+            self.seen[n] = end
+        return model.head(hidden)
+
+    def copy(self):
+        return copy.deepcopy(self)
+
+
+def ids_of(count, seed=0):
+    return torch.randint(0, 203, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def step_of(model, cache):
+    return CompiledStep(model, cache.keys, cache.values)
+
+
+def run(step, cache, sequences, ids, positions=None):
+    """One token of each sequence by the compiled step."""
+    lengths = [cache.seen[n] + 1 for n in sequences]
+    return step.run(
+        ids,
+        [n - 1 for n in lengths] if positions is None else positions,
+        cache.table[list(sequences)].contiguous(),
+        lengths,
+    )
+
+
+MODELS = {
+    "llama": {},
+    "tied": {"tie_embeddings": True},
+    "mha, odd widths": {"num_kv_heads": 4, "hidden": 37, "inner": 53, "head_dim": 24},
+    "mqa, wide heads": {"num_kv_heads": 1, "head_dim": 64},
+    "qkv bias": {"qkv_bias": True, "out_bias": True},
+    "biased feed-forward": {"feed_forward": GLUConfig(intermediate_size=40, bias=True)},
+    "qk norm": {"qk_norm": RMSNormConfig(eps=1e-4)},
+    "offset norms": {"norm": RMSNormConfig(unit_offset=True), "embedding_scale": 6.0},
+    "window": {"window": 11},
+    "scale": {"scale": 0.7},
+    "no positions": {"position": NoPosition()},
+    "part of a head turns": {"position": Rope(rotary_dim=8)},
+    "linear scaling": {"position": Rope(scaling=LinearScaling(factor=4.0))},
+    "yarn": {"position": Rope(scaling=YarnScaling(factor=4.0, original_max_seq_len=64))},
+}
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+def test_fp32_is_as_near_to_fp64_as_the_decoder(changes):
+    model = model_of(**changes)
+    wide = copy.deepcopy(model).double()
+    ids = ids_of(90)
+    exact = wide.logits(ids)
+    for length in (1, 8, 65, 89):
+        cache = Cache(model, 1)
+        cache.forward(model, {0: ids[:length]})
+        other = cache.copy()
+        ours = run(step_of(model, cache), cache, [0], [ids[length]])
+        theirs = other.forward(model, {0: [ids[length]]})
+        distance = (ours[0].double() - exact[length]).abs().max()
+        own = (theirs[0].double() - exact[length]).abs().max()
+        # where PyTorch's is nearly nothing by luck, a few last digits are left to ours
+        assert distance <= 2 * own + 2e-6 * exact[length].abs().max()
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantized_weights_give_the_quantized_decoder(scheme, changes):
+    """Rows are rounded to int8 in both; a last digit may tip a rounding, so one layer is compared."""
+    model = quantize_weights(model_of(num_layers=1, **changes), scheme)
+    cache = Cache(model, 1)
+    cache.forward(model, {0: ids_of(30)})
+    other = cache.copy()
+    ours = run(step_of(model, cache), cache, [0], [7])
+    theirs = other.forward(model, {0: [7]})
+    assert (ours - theirs).abs().max() <= 0.01 * theirs.abs().max()
+    assert (ours - theirs).square().mean().sqrt() <= 2e-3 * theirs.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("scheme", [None, "int4"])
+def test_bf16_weights_give_the_same_within_bf16(scheme):
+    model = model_of(dtype=torch.bfloat16)
+    if scheme:
+        quantize_weights(model, scheme)
+    cache = Cache(model, 1, dtype=torch.bfloat16)
+    cache.forward(model, {0: ids_of(30)})
+    other = cache.copy()
+    ours = run(step_of(model, cache), cache, [0], [7])
+    theirs = other.forward(model, {0: [7]})
+    assert (ours - theirs).abs().max() <= 0.05 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "int8", "int4"])
+def test_many_steps_fill_the_pages_as_the_decoder_does(dtype):
+    """Twenty tokens one by one: logits of every step, then what lies in the pages."""
+    model = model_of()
+    ours, theirs = Cache(model, 2, dtype=dtype), Cache(model, 2, dtype=dtype)
+    for cache in (ours, theirs):
+        cache.forward(model, {0: ids_of(5), 1: ids_of(13)})
+    step = step_of(model, ours)
+    # a key that lies between two codes may fall to either
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, "int8": 2e-2, "int4": 0.2}[dtype]
+    for token in range(20):
+        a = run(step, ours, [0, 1], [token, 2 * token])
+        ours.seen = [n + 1 for n in ours.seen]
+        b = theirs.forward(model, {0: [token], 1: [2 * token]})
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+    for mine, other in zip(ours.keys + ours.values, theirs.keys + theirs.values, strict=True):
+        if isinstance(mine, QuantizedPages):
+            wrong = (mine.codes.int() - other.codes.int()).ne(0).float().mean()
+            assert wrong <= 0.02
+            mine, other = mine.scales, other.scales
+        assert torch.equal(mine.isnan(), other.isnan())
+        written = ~other.isnan()
+        torch.testing.assert_close(mine[written], other[written], atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_any_company(scheme, dtype):
+    model = model_of()
+    if scheme:
+        quantize_weights(model, scheme)
+    lengths = [3, 150, 64, 9, 31, 1]
+    cache = Cache(model, 6, dtype=dtype)
+    cache.forward(model, {n: ids_of(length, seed=n) for n, length in enumerate(lengths)})
+    step = step_of(model, cache)
+    together = run(step, cache, range(6), [1, 2, 3, 4, 5, 6])
+    for n in range(6):
+        assert torch.equal(run(step, cache, [n], [n + 1])[0], together[n])
+    assert torch.equal(run(step, cache, [5, 1], [6, 2]), together[[5, 1]])
+
+
+def test_tokens_of_one_sequence_may_follow_one_another():
+    """What checking a guess of several tokens needs: each sees the ones before it."""
+    model = model_of()
+    cache = Cache(model, 1)
+    cache.forward(model, {0: ids_of(20)})
+    other, step = cache.copy(), step_of(model, cache)
+    table = cache.table.expand(3, -1).contiguous()
+    ours = step.run([4, 5, 6], [20, 21, 22], table, [21, 22, 23])
+    theirs = other.forward(model, {0: [4, 5, 6]})
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_positions_may_differ_from_places_in_the_cache():
+    """Tokens that were evicted leave positions behind (or do not, where positions are those inside the cache)."""
+    model = model_of()
+    cache = Cache(model, 1)
+    cache.forward(model, {0: ids_of(20)})
+    step = step_of(model, cache)
+    near, far = (run(step, cache, [0], [9], positions=[p]) for p in (20, 5000))
+    assert far.isfinite().all()
+    assert not torch.allclose(near, far)
+    assert torch.equal(run(step, cache, [0], [9], positions=[20]), near)
+
+
+def test_threads_do_not_change_the_bits():
+    model = quantize_weights(model_of(), "int4")
+    cache = Cache(model, 3)
+    cache.forward(model, {n: ids_of(70, seed=n) for n in range(3)})
+    step, threads = step_of(model, cache), torch.get_num_threads()
+    wanted = run(step, cache, range(3), [1, 2, 3])
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(run(step, cache, range(3), [1, 2, 3]), wanted)
+    finally:
+        torch.set_num_threads(threads)
+
+
+REFUSED = {
+    "alibi": {"position": Alibi()},
+    "half-split RoPE": {"position": Rope(interleaved=True)},
+    "fixed frequencies": {
+        "position": Rope(scaling=DynamicNTKScaling(factor=2.0, original_max_seq_len=64))
+    },
+    "SiLU": {"feed_forward": MLPConfig(intermediate_size=64)},
+    "GLU with": {"feed_forward": GLUConfig(intermediate_size=64, activation="gelu")},
+    "RMS norms": {"norm": LayerNormConfig()},
+    "soft cap": {"softcap": 30.0},
+    "capped": {"logit_softcap": 30.0},
+    "sinks": {"window": 8, "num_sinks": 2},
+    "head_dim 10": {"head_dim": 10},
+    "fp32 or bf16": {"dtype": torch.float64},
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_what_is_not_served_is_named(word):
+    model = model_of(**REFUSED[word])
+    assert not CompiledStep.supports(model)
+    assert word in CompiledStep.refusal(model)
+    with pytest.raises(ConfigError, match="does not serve"):
+        CompiledStep(model, [], [])
+
+
+def test_adapters_and_missing_compilers_are_refused(monkeypatch):
+    model = build_tiny()
+    assert CompiledStep.supports(model)
+    model.layers[0].mixer.q_proj.adapter = torch.nn.Identity()
+    assert "adapters" in CompiledStep.refusal(model)
+    monkeypatch.setattr(build, "_library", lambda: None)
+    assert not CompiledStep.supports(build_tiny())
+
+
+def test_what_would_leave_memory_is_refused():
+    model = model_of()
+    cache = Cache(model, 1)
+    step = step_of(model, cache)
+    table = cache.table
+    assert step.run([], [], table[:0], []).shape == (0, 203)
+    for arguments, word in [
+        (([203], [0], table, [1]), "0 to 202"),
+        (([-1], [0], table, [1]), "0 to 202"),
+        (([1], [0], table, [161]), "table of 160 tokens"),
+        (([1], [0], table, [0]), "table of 160 tokens"),
+        (([1], [-1], table, [1]), "table of 160 tokens"),
+        (([1], [0, 1], table, [1]), "as many positions"),
+        (([1], [0], table.long(), [1]), "int32"),
+    ]:
+        with pytest.raises(ConfigError, match=word):
+            step.run(*arguments)
+    with pytest.raises(ConfigError, match="1 layers of pages"):
+        CompiledStep(model, cache.keys[:1], cache.values[:1])

@@ -1,0 +1,192 @@
+"""int8 and int4 linears: codes within their bounds, the kernel against its equation in fp64, rows that do not see each other."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from easyllm.ops.kernels import build
+from easyllm.ops.quantized_linear import (
+    dequantize,
+    dequantize_rows,
+    pack_int4,
+    quantize_rows,
+    quantized_linear,
+    reference_quantized_linear,
+)
+from easyllm.quant.weight_only import SCHEMES, quantize_matrix
+
+SHAPES = [(8, 32), (576, 576), (13, 70), (1, 1), (200, 1536), (9, 33)]
+
+
+@pytest.fixture
+def kernels():
+    if build._library() is None:
+        pytest.skip("no C compiler on this machine")
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(build, "_library", lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Fresh memory is full of NaN, so that an element left unwritten shows."""
+    real = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = real(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(a, b):
+    assert not a.isnan().any()
+    return ((a.double() - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [1e-5, 1.0, 300.0])
+def test_weights_are_within_half_a_step(shape, size):
+    weight = random(*shape) * size
+    error = (dequantize(quantize_matrix(weight, SCHEMES["int8"])) - weight).abs()
+    assert (error <= weight.abs().amax(1, keepdim=True) / 127 * 0.5001).all()
+
+    error = (dequantize(quantize_matrix(weight, SCHEMES["int4"])) - weight).abs()
+    for first in range(0, shape[1], 32):
+        group, off = weight[:, first : first + 32], error[:, first : first + 32]
+        step = (group.amax(1) - group.amin(1)) / 15
+        middle = group.amin(1) + 8 * step
+        # fp16 has 11 bits, and steps of 2^-24 near zero
+        bound = step / 2 + (8 * step + middle.abs()) * 2**-11 + 9 * 2**-24
+        assert (off <= 1.001 * bound[:, None]).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_constant_rows_and_zeros_are_kept(scheme):
+    weight = torch.zeros(16, 64)
+    weight[3], weight[4, :32] = 0.5, -2.0
+    torch.testing.assert_close(
+        dequantize(quantize_matrix(weight, SCHEMES[scheme])), weight, atol=5e-7, rtol=1e-5
+    )
+
+
+def test_a_grid_of_16_values_is_found_again():
+    """A weight that lies on a Q4_1 grid (fp16 step and minimum) comes back as it was."""
+    generator = torch.Generator().manual_seed(1)
+    step = (torch.rand(24, 6, 1, generator=generator) * 0.02 + 0.01).half().float()
+    least = (-torch.rand(24, 6, 1, generator=generator) * 0.3).half().float()
+    codes = torch.randint(0, 16, (24, 6, 32), generator=generator)
+    codes[..., 0], codes[..., 1] = 0, 15
+    weight = (codes * step + least).flatten(1)
+    found = dequantize(quantize_matrix(weight, SCHEMES["int4"]))
+    assert ((found - weight).abs() <= 2**-10 * weight.abs().amax()).all()
+
+
+def test_packing_keeps_every_code():
+    codes = torch.randint(0, 16, (21, 75)).to(torch.uint8)
+    steps, middles = torch.ones(21, 3).half(), torch.zeros(21, 3).half()
+    matrix = pack_int4(codes, steps, middles)
+    assert matrix.data.shape == (3, 3, 160)
+    assert torch.equal(dequantize(matrix), codes.float() - 8)
+    assert torch.equal(dequantize(matrix, 8, 19), codes[8:19].float() - 8)
+
+
+def test_rows_of_an_embedding():
+    matrix = quantize_matrix(random(50, 40), SCHEMES["int8"])
+    ids = torch.tensor([0, 49, 7, 7, 16])
+    assert torch.equal(dequantize_rows(matrix, ids), dequantize(matrix)[ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 131])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_kernel_is_exact_for_its_codes(kernels, scheme, shape, rows, dtype):
+    """Σ s u q q' + c Σ x, in fp64."""
+    matrix = quantize_matrix(random(*shape), SCHEMES[scheme])
+    x = random(rows, shape[1], seed=1).to(dtype)
+    x[0, 0] *= 50
+    weight = dequantize(matrix).double()
+    middle = dequantize(matrix.__class__(_middle_codes(matrix), None, *shape)).double() * (
+        matrix.bits == 4
+    )
+    codes = quantize_rows(x.float()).double()
+    exact = codes @ (weight - middle).T + x.double() @ middle.T
+    bias = random(shape[0], seed=2)
+    for b in (None, bias):
+        out = quantized_linear(x, matrix, b)
+        assert out.dtype == dtype
+        assert out.shape == (rows, shape[0])
+        wanted = exact if b is None else exact + b.double()
+        assert relative_error(out, wanted) <= (4e-6 if dtype == torch.float32 else 4e-3)
+
+
+def _middle_codes(matrix):
+    """The same matrix with every code at its middle, 8."""
+    data = (
+        matrix.data.clone()
+        if matrix.bits == 4
+        else torch.zeros(*matrix.data.shape[:2], 160, dtype=torch.uint8)
+    )
+    data[..., :128] = 0x88
+    return data
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_kernel_stays_near_the_weights(kernels, scheme):
+    """Rounding rows to int8 adds under one percent of the output, root mean square."""
+    matrix = quantize_matrix(random(300, 576), SCHEMES[scheme])
+    x = random(20, 576, seed=1)
+    exact = x.double() @ dequantize(matrix).double().T
+    error = quantized_linear(x, matrix).double() - exact
+    assert error.square().mean().sqrt() <= 0.01 * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_plain_pytorch_is_the_dequantized_product(no_kernels, shape, scheme):
+    matrix = quantize_matrix(random(*shape), SCHEMES[scheme])
+    x, bias = random(3, 5, shape[1], seed=1), random(shape[0], seed=2)
+    exact = F.linear(x.double(), dequantize(matrix).double(), bias.double())
+    assert relative_error(quantized_linear(x, matrix, bias), exact) <= 2e-6
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_any_company(kernels, scheme, dtype):
+    matrix = quantize_matrix(random(100, 96), SCHEMES[scheme])
+    x = random(150, 96, seed=1).to(dtype)
+    whole = quantized_linear(x, matrix)
+    for first, last in [(0, 1), (1, 3), (5, 9), (127, 130), (3, 150)]:
+        assert torch.equal(quantized_linear(x[first:last], matrix), whole[first:last])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_zero_and_huge_rows(kernels, scheme):
+    matrix = quantize_matrix(random(16, 64), SCHEMES[scheme])
+    x = torch.zeros(2, 64)
+    x[1] = 1e30
+    out = quantized_linear(x, matrix)
+    assert not out[0].any()
+    assert out[1].isfinite().all()
+    assert quantized_linear(x[:0], matrix).shape == (0, 16)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_reach_the_rows(scheme):
+    """What an adapter below a quantized weight needs."""
+    matrix = quantize_matrix(random(20, 40), SCHEMES[scheme])
+    x = random(6, 40, seed=1).requires_grad_()
+    grad = random(6, 20, seed=2)
+    bias = random(20, seed=3)
+    (ours,) = torch.autograd.grad(quantized_linear(x, matrix, bias), x, grad)
+    torch.testing.assert_close(ours, grad @ dequantize(matrix), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        quantized_linear(x, matrix, bias), reference_quantized_linear(x, matrix, bias)
+    )
