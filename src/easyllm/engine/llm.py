@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 
+from easyllm.core.config import validate
+from easyllm.core.device import memory_free_bytes, parse_dtype, pick_device
 from easyllm.engine.engine import Engine
-from easyllm.engine.request import FinishReason, Request, SamplingParams, TokenEvent
-from easyllm.models import ContextConfig, load_model, load_tokenizer
+from easyllm.engine.memory_plan import check_weights_fit
+from easyllm.engine.options import EngineConfig
+from easyllm.engine.request import FinishReason, Logprobs, Request, SamplingParams, TokenEvent
+from easyllm.models import ContextConfig, load_model, load_tokenizer, open_source
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -18,19 +22,40 @@ Prompt = str | Sequence[int]
 
 @dataclass(slots=True)
 class Completion:
-    """What a prompt became: `logprobs[i]` is of `token_ids[i]`, in nats."""
+    """What a prompt became: `logprobs[i]` is of `token_ids[i]`, in nats, under the model's own (raw) distribution.
+
+    Attributes:
+        details: for each token, where `SamplingParams.logprobs` asked for them.
+        prompt_logprobs: of each prompt token after the first, where they were asked for.
+        others: with `n` the other completions.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    details: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[Logprobs, ...] | None = None
+    others: list["Completion"] = field(default_factory=list)
 
     def take(self, event: TokenEvent) -> None:
-        """Adds one event."""
+        """Adds one event; that of another completion goes where it belongs."""
+        if event.index:
+            while len(self.others) < event.index:
+                self.others.append(Completion())
+            self.others[event.index - 1]._add(event)
+        else:
+            self._add(event)
+
+    def _add(self, event: TokenEvent) -> None:
         self.text += event.text
         if event.token_id is not None:
             self.token_ids.append(event.token_id)
             self.logprobs.append(event.logprob)
+        if event.logprobs is not None:
+            self.details.append(event.logprobs)
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
         self.finish_reason = event.finish_reason
 
 
@@ -42,12 +67,16 @@ class LLM:
         dtype: of the weights; by default fp32 on a CPU, bf16 on an accelerator.
         device: `"cpu"`, `"cuda"`, `"auto"`.
         context: positions that reach further than the model was trained.
+        model, tokenizer: ones that are loaded already.
+        options: of the engine, as in `EngineConfig`: page_size, num_pages or cache_gb, cache_dtype, max_running,
+            max_step_tokens, prefix_caching.
 
     Raises:
         SourceError, CheckpointError: as `load_model`.
+        ConfigError: an option is wrong, or model and cache do not fit into memory.
 
     Example:
-        >>> llm = LLM("smollm2")                                                  # doctest: +SKIP
+        >>> llm = LLM("smollm2", max_running=8)                                   # doctest: +SKIP
         >>> llm.chat([{"role": "user", "content": "Hi"}]).text                    # doctest: +SKIP
     """
 
@@ -60,15 +89,18 @@ class LLM:
         context: ContextConfig | None = None,
         model: Decoder | None = None,
         tokenizer: Tokenizer | None = None,
+        **options: Any,
     ) -> None:
+        checked = validate(EngineConfig, options, source="engine options")
         if model is None:
-            from easyllm.core.device import pick_device
-
-            wanted = dtype or ("float32" if pick_device(device).type == "cpu" else "bfloat16")
+            on = pick_device(device)
+            wanted = dtype or ("float32" if on.type == "cpu" else "bfloat16")
+            config = open_source(source).config
+            check_weights_fit(config, parse_dtype(wanted), memory_free_bytes(on))
             model = load_model(source, dtype=wanted, device=device, context=context)
         self.model = model
         self.tokenizer = tokenizer or load_tokenizer(source)
-        self.engine = Engine(self.model, self.tokenizer)
+        self.engine = Engine(self.model, self.tokenizer, checked)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None
@@ -111,5 +143,6 @@ class LLM:
         requests = [Request(prompt_ids=tuple(ids), params=params) for ids in prompts]
         results = {request.id: Completion() for request in requests}
         for event in self.engine.run(requests):
-            results[event.request_id].take(event)
+            if event.request_id in results:
+                results[event.request_id].take(event)
         return [results[request.id] for request in requests]
