@@ -134,9 +134,10 @@ class Engine:
             ConfigError: the prompt is empty, holds an id the model does not have, or is too long for the context or the
                 cache; or the request asks for ids or completions there are none of.
         """
-        self._check(request)
-        limit = self._limit(request)
         params = request.params
+        limit = self.check_prompt(request.prompt_ids, params.max_tokens)
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
         copies = params.num_sequences
         if copies > self.scheduler.max_running:
             raise ConfigError(
@@ -145,7 +146,7 @@ class Engine:
             )
         tokens = list(request.prompt_ids)
         sequence = Sequence(
-            id=next(self._numbers),
+            id=self.next_sequence_id(),
             tokens=tokens,
             prompt_length=len(tokens),
             namespace=Namespace(adapter=request.adapter, salt=request.salt),
@@ -199,8 +200,12 @@ class Engine:
         """Forgets all cached prefixes; to be called when the model's weights have changed."""
         self.pool.forget_prefixes()
 
-    def _check(self, request: Request) -> None:
-        """Refuses what the model has no rows for: neighbours in a batch would suffer."""
+    def check_prompt(self, prompt_ids: tuple[int, ...], max_tokens: int | None) -> int:
+        """Most tokens that may be generated behind a prompt, by `max_tokens`, the context and the cache.
+
+        Raises:
+            ConfigError: the model does not generate; the prompt is empty or holds an unknown id; it is too long.
+        """
         config = self.model.config
         if config.num_labels is not None:
             raise ConfigError(
@@ -210,43 +215,40 @@ class Engine:
             raise ConfigError(
                 "a layer of this model sees later tokens, so it cannot generate; set causal to true"
             )
-        if not request.prompt_ids:
+        if not prompt_ids:
             raise ConfigError("the prompt is empty; give at least one token")
-        params, vocab_size = request.params, config.vocab_size
-        for what, ids in (
-            ("the prompt holds", request.prompt_ids),
-            ("logit_bias holds", params.logit_bias),
-            ("stop_token_ids holds", params.stop_token_ids),
-        ):
-            worst = max(ids, default=0)
-            if worst >= vocab_size or min(ids, default=0) < 0:
-                worst = worst if worst >= vocab_size else min(ids)
-                raise ConfigError(
-                    f"{what} token id {worst}, the model has ids 0 to {vocab_size - 1}; check the tokenizer"
-                )
-
-    def _limit(self, request: Request) -> int:
-        """Most tokens the request may generate, by its own limit, the context and the cache."""
-        length, limit = len(request.prompt_ids), request.params.max_tokens
+        self._check_ids("the prompt", prompt_ids)
+        length = len(prompt_ids)
         room = self.max_seq_len - length
         if room <= 0:
             raise ConfigError(
                 f"the prompt has {length} tokens, the model's context holds {self.max_seq_len} with "
                 "at least one new token; shorten the prompt, or lengthen the context (--rope) where positions allow it"
             )
-        most = min(limit or room, room)
-        pages = self.scheduler.pages_needed(
-            length + most - 1
-        )  # the last token's keys are never kept
-        if pages <= self.pool.num_pages:
+        most = min(max_tokens or room, room)
+        needed = length + most - 1  # the last token's keys are never kept
+        if self.scheduler.pages_needed(needed) <= self.pool.num_pages:
             return most
         held = self.pool.num_pages * self.pool.page_size
-        if limit is None and length <= held:
+        if max_tokens is None and length <= held:
             return held - length + 1
         raise ConfigError(
-            f"the request needs {length + most - 1} tokens of cache ({length} of prompt, {most} to generate), all pages "
+            f"the request needs {needed} tokens of cache ({length} of prompt, {most} to generate), all pages "
             f"together hold {held}; shorten the prompt, lower max_tokens, or raise num_pages or cache_gb"
         )
+
+    def next_sequence_id(self) -> int:
+        """An id no other sequence has."""
+        return next(self._numbers)
+
+    def _check_ids(self, what: str, ids: Iterable[int]) -> None:
+        """Refuses ids the model has no rows for: neighbours in a batch would suffer."""
+        vocab_size = self.model.config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"{what} holds token id {token}, the model has ids 0 to {vocab_size - 1}; check the tokenizer"
+                )
 
     def _generation(
         self, request: Request, index: int, sequence: Sequence, limit: int
@@ -306,7 +308,7 @@ class Engine:
         turns = [_Turn(generation, end - 1 - len(drafts), guesses)]
         if sequence.copies > 1:
             self.scheduler.advance(sequence, computed)
-            ids = [next(self._numbers) for _ in range(sequence.copies - 1)]
+            ids = [self.next_sequence_id() for _ in range(sequence.copies - 1)]
             state = self._requests[generation.request.id]
             for index, child in enumerate(self.scheduler.fork(sequence, ids), start=1):
                 other = self._generation(generation.request, index, child, generation.limit)

@@ -164,7 +164,7 @@ def choose(
         processed = narrowed if whole else processed.index_copy(0, rows, narrowed)
         guesses = [drafts[row] if drafts is not None else None for row in drawn]
         sources = [choosers[row].source for row in drawn]
-        ids = ids.index_copy(0, rows, _draw(narrowed, sources, guesses))
+        ids = ids.index_copy(0, rows, draw(narrowed, sources, guesses))
     raw = (logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)).tolist()
     return [
         Choice(
@@ -202,6 +202,39 @@ def logprobs_of(token: int, raw: Tensor, count: int, processed: Tensor | None = 
     )
 
 
+def draw(
+    logits: Tensor,
+    sources: Sequence[random.Random],
+    drafts: Sequence[Draft | None] | None = None,
+) -> Tensor:
+    """[N] ids drawn from softmax(logits), each by one number of its own source: the first token at which the cumulated
+    probability, in fp64, exceeds it. A draft with a distribution is taken or replaced."""
+    probabilities = logits.softmax(-1)
+    forced: dict[int, int] = {}
+    for row, draft in enumerate(drafts or ()):
+        if draft is None or draft.probabilities is None:
+            continue
+        p, q = probabilities[row], draft.probabilities.to(probabilities.device)
+        if sources[row].random() * float(q[draft.token_id]) < float(p[draft.token_id]):
+            forced[row] = draft.token_id
+            continue
+        rest = (p - q).clamp(min=0)
+        if bool(rest.any()):  # p = q up to rounding leaves nothing, and p itself is right
+            probabilities[row] = rest
+    cumulated = probabilities.cumsum(-1, dtype=torch.float64)
+    numbers = [0.0 if row in forced else source.random() for row, source in enumerate(sources)]
+    total = cumulated[:, -1:]
+    at = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * total
+    at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))
+    ids = torch.searchsorted(cumulated, at, right=True).squeeze(1)
+    ids = ids.clamp(
+        max=logits.shape[1] - 1
+    )  # a row of NaN finds nothing, and must not hurt the others
+    for row, token in forced.items():
+        ids[row] = token
+    return ids
+
+
 def _top(logits: Tensor, count: int) -> tuple[Tensor, tuple[tuple[int, float], ...]]:
     """Log-probabilities [V], and the `count` largest with their ids; barred tokens are left out."""
     logprobs = logits.log_softmax(-1)
@@ -227,34 +260,3 @@ def _on_rows(
         return function(logits, each)
     rows = torch.tensor(asked, device=logits.device)
     return logits.index_copy(0, rows, function(logits[rows], each))
-
-
-def _draw(
-    logits: Tensor, sources: Sequence[random.Random], drafts: Sequence[Draft | None]
-) -> Tensor:
-    """[N] ids drawn from softmax(logits), each by one number of its own source: the first token at which the cumulated
-    probability, in fp64, exceeds it. A draft with a distribution is taken or replaced."""
-    probabilities = logits.softmax(-1)
-    forced: dict[int, int] = {}
-    for row, draft in enumerate(drafts):
-        if draft is None or draft.probabilities is None:
-            continue
-        p, q = probabilities[row], draft.probabilities.to(probabilities.device)
-        if sources[row].random() * float(q[draft.token_id]) < float(p[draft.token_id]):
-            forced[row] = draft.token_id
-            continue
-        rest = (p - q).clamp(min=0)
-        if bool(rest.any()):  # p = q up to rounding leaves nothing, and p itself is right
-            probabilities[row] = rest
-    cumulated = probabilities.cumsum(-1, dtype=torch.float64)
-    numbers = [0.0 if row in forced else source.random() for row, source in enumerate(sources)]
-    total = cumulated[:, -1:]
-    at = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * total
-    at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))
-    ids = torch.searchsorted(cumulated, at, right=True).squeeze(1)
-    ids = ids.clamp(
-        max=logits.shape[1] - 1
-    )  # a row of NaN finds nothing, and must not hurt the others
-    for row, token in forced.items():
-        ids[row] = token
-    return ids
