@@ -81,7 +81,7 @@ def test_topic_63_beam_search_equals_that_of_transformers(
         scores = [each.score for each in ours]
         assert scores == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-4)
         ended += sum(each.finish_reason == "stop" for each in ours)
-    assert ended
+    assert ended or length_penalty > 1  # which prefers long ones here
 
 
 def test_topic_63_one_beam_is_greedy(llm):

@@ -92,7 +92,8 @@ class ModelDrafter:
         follower = self._followers.setdefault(
             sequence.id, _Follower(PageTable(self.pool, Namespace()))
         )
-        known, end = follower.sure, min(len(follower.fed), len(sequence.tokens) - 1)
+        end = min(len(follower.fed), len(sequence.tokens) - 1)  # the last token is asked again
+        known = min(follower.sure, end)
         while known < end and follower.fed[known] == sequence.tokens[known]:
             known += 1
         del follower.fed[known:]
