@@ -4,13 +4,12 @@ The models are tiny, random and in fp64, so that what differs by more than round
 """
 
 from functools import cache
-from itertools import zip_longest
 
 import pytest
 import torch
 
 from easyllm.data.packing import Sample, pack
-from easyllm.engine.kv_cache import BatchCache, SequenceCache
+from easyllm.engine.runner import logits_in_passes
 from easyllm.nn.config import (
     Alibi,
     AttentionConfig,
@@ -244,25 +243,6 @@ def packed_logits(model, parts):
     return model.head(model(batch.token_ids, batch.context())).split(batch.lengths)
 
 
-def logits_through_cache(model, parts, pieces):
-    """Each sequence cut into its own pieces; pass i of the model takes the i-th piece of all that have one."""
-    caches = [SequenceCache(model.config, torch.float64, torch.device("cpu")) for _ in parts]
-    rows = [[] for _ in parts]
-    for sizes in zip_longest(*pieces, fillvalue=0):
-        at = [i for i, size in enumerate(sizes) if size]
-        lengths = [sizes[i] for i in at]
-        starts = [caches[i].length for i in at]
-        store = BatchCache([caches[i] for i in at], lengths)
-        new = [parts[i][start : start + sizes[i]] for i, start in zip(at, starts, strict=True)]
-        ids = torch.tensor([token for piece in new for token in piece])
-        context = AttentionContext.packed(lengths, store=store, offsets=starts)
-        logits = model.head(model(ids, context)).split(lengths)
-        store.commit()
-        for i, piece in zip(at, logits, strict=True):
-            rows[i].append(piece)
-    return [torch.cat(pieces) for pieces in rows]
-
-
 def assert_equal(ours, expected, tolerance=EXACT):
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
@@ -296,14 +276,14 @@ PIECES = {
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
 def test_the_cache_equals_one_forward(name, pieces):
-    assert_equal(logits_through_cache(model_of(name), sequences(), pieces), alone(name))
+    assert_equal(logits_in_passes(model_of(name), sequences(), pieces), alone(name))
 
 
 @pytest.mark.parametrize("name", RECTIFIED)
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
 def test_the_cache_equals_one_forward_for_rectified_rope(name, pieces):
     """A single query is turned by another formula than many, and angles are fp32 (1e-5 was seen)."""
-    ours = logits_through_cache(model_of(name), sequences(), pieces)
+    ours = logits_in_passes(model_of(name), sequences(), pieces)
     assert_equal(ours, alone(name), {"atol": 5e-5, "rtol": 0})
 
 
@@ -311,11 +291,11 @@ LONG = ["gqa; rope", "window; alibi", "window and sinks; yarn", "mqa; shaw", "li
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_the_cache_equals_one_forward_beyond_its_first_room(name):
-    """Keys grow twice, the window rolls round many times, linear attention takes several chunks."""
+def test_the_cache_equals_one_forward_over_many_pages(name):
+    """Passes begin and end inside pages, windows pass over many, linear attention takes several chunks."""
     model, parts = model_of(name), sequences((150, 131))
     pieces = [(63, 1, 1, 1, 70, 14), (1, 129, 1)]
-    ours = logits_through_cache(model, parts, pieces)
+    ours = logits_in_passes(model, parts, pieces)
     assert_equal(ours, [model.logits(ids) for ids in parts])
 
 
@@ -323,7 +303,7 @@ def test_the_cache_equals_one_forward_where_experts_have_a_capacity():
     """A capacity is a share of the tokens of a pass: of one token's choices it must not leave none."""
     experts = MoEConfig(**MOE, capacity_factor=1.25)
     model, parts = build(model_config(ATTENTION, feed_forward=experts)), sequences((20,))
-    ours = logits_through_cache(model, parts, [(16, 1, 1, 1, 1)])
+    ours = logits_in_passes(model, parts, [(16, 1, 1, 1, 1)])
     assert_equal(ours, [model.logits(ids) for ids in parts], {"atol": 1e-5, "rtol": 0})
 
 

@@ -6,8 +6,7 @@ import torch
 from conftest import build_tiny
 from easyllm.data.packing import Sample, pack
 from easyllm.engine import Engine, Request, SamplingParams
-from easyllm.engine.kv_cache import BatchCache, SequenceCache
-from easyllm.ops.attention import AttentionContext
+from easyllm.engine.runner import logits_in_passes
 
 VARIANTS = {"gqa": {}, "mqa": {"num_key_value_heads": 1}, "untied": {"tie_word_embeddings": False}}
 
@@ -45,15 +44,8 @@ def test_prefill_and_decode_through_the_cache_equal_one_forward(model, pieces):
     # fp64: in fp32 a row's rounding depends on how many rows there are, by the machine
     model = model.double()
     (ids,) = sequences([30], seed=5)
-    cache = SequenceCache(model.config, torch.float64, torch.device("cpu"))
-    rows, at = [], 0
-    for size in pieces:
-        store = BatchCache([cache], [size])
-        context = AttentionContext.packed([size], store=store, offsets=[at])
-        rows.append(model.head(model(torch.tensor(ids[at : at + size]), context)))
-        store.commit()
-        at += size
-    torch.testing.assert_close(torch.cat(rows), model.logits(ids), atol=1e-12, rtol=0)
+    (logits,) = logits_in_passes(model, [ids], [pieces])
+    torch.testing.assert_close(logits, model.logits(ids), atol=1e-12, rtol=0)
 
 
 def test_requests_in_a_batch_equal_each_alone(model, tiny_tokenizer):

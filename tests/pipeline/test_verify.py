@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from conftest import build_tiny
 from easyllm.cli.main import app
 from easyllm.core.errors import ConfigError
-from easyllm.engine import kv_cache
 from easyllm.models import save_model, to_classifier
+from easyllm.ops import paged_attention
 from easyllm.verify import verify
 
 
@@ -25,13 +25,13 @@ def test_every_law_holds_on_a_checkpoint_with_a_tokenizer(tiny_folder):
 
 
 def test_a_broken_cache_is_found_and_the_exit_code_is_1(tiny_folder, monkeypatch):
-    whole = kv_cache.attend_segment
+    whole = paged_attention.attend_segment
 
     def forgetful(q, k, v, rule, *, key_positions=None, **rest):
         """Attends to the new tokens alone."""
         return whole(q, k[-len(q) :], v[-len(q) :], rule, **rest)
 
-    monkeypatch.setattr(kv_cache, "attend_segment", forgetful)
+    monkeypatch.setattr(paged_attention, "attend_segment", forgetful)
     result = CliRunner().invoke(app, ["verify", str(tiny_folder), "--json"])
     assert result.exit_code == 1
     assert [f["law"] for f in json.loads(result.stdout) if not f["holds"]] == [3, 3]

@@ -103,6 +103,44 @@ def test_a_seed_repeats_the_answer(client):
     assert first.choices[0].message.content != other.choices[0].message.content
 
 
+def test_several_choices_with_their_logprobs_come_whole_and_streamed(client, tiny_tokenizer):
+    settings = {
+        "model": "base",
+        "messages": QUESTION,
+        "max_completion_tokens": 6,
+        "seed": 4,
+        "n": 3,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "presence_penalty": 0.5,
+        "logit_bias": {"40": 2},
+    }
+    answer = client.chat.completions.create(**settings)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in answer.choices}) > 1
+    counted = sum(len(choice.logprobs.content) for choice in answer.choices)
+    assert counted == answer.usage.completion_tokens
+    for choice in answer.choices:
+        for place in choice.logprobs.content:
+            assert place.logprob <= 0
+            assert len(place.top_logprobs) == 2
+            assert place.top_logprobs[0].logprob >= max(
+                place.logprob, place.top_logprobs[1].logprob
+            )
+    text, tokens, roles = {}, {}, []
+    for chunk in client.chat.completions.create(**settings, stream=True):
+        for choice in chunk.choices:
+            roles += [choice.delta.role] if choice.delta.role else []
+            text[choice.index] = text.get(choice.index, "") + (choice.delta.content or "")
+            if choice.logprobs:
+                found = [place.token for place in choice.logprobs.content]
+                tokens[choice.index] = tokens.get(choice.index, []) + found
+    assert len(roles) == 3
+    for choice in answer.choices:
+        assert text[choice.index] == choice.message.content
+        assert tokens[choice.index] == [place.token for place in choice.logprobs.content]
+
+
 def test_content_may_be_a_list_of_text_parts(client):
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     a, b = (
@@ -124,9 +162,17 @@ def test_content_may_be_a_list_of_text_parts(client):
         ({"temperature": -1}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),
         ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"n": 2}, 400, "n:"),
-        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
-        ({"logprobs": True}, 400, "logprobs"),
+        ({"n": 17}, 400, "n:"),
+        ({"n": 0}, 400, "n:"),
+        ({"best_of": 2}, 400, "best_of: this field is not supported"),
+        ({"echo": True}, 400, "echo: this field is not supported"),
+        ({"response_format": {"type": "text"}}, 400, "response_format: this field is not"),
+        ({"frequency_penalty": 2.5}, 400, "frequency_penalty"),
+        ({"presence_penalty": -2.5}, 400, "presence_penalty"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, 400, "logit_bias holds token id 99999"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+        ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs=true"),
         ({"tools": []}, 400, "tools: this field is not supported"),
         ({"colour": "red"}, 400, "colour: this field is not supported"),
         ({"messages": []}, 400, "messages"),

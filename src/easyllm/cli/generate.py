@@ -6,20 +6,28 @@ from typing import Annotated, Any
 
 import typer
 
-from easyllm.cli.models import LogN, Rope, RopeFactor, context_of
+from easyllm.cli.models import LogN, Model, Rope, RopeFactor, context_of
 from easyllm.cli.output import JsonFlag, print_json
-
-Model = Annotated[
-    str, typer.Argument(help="smollm2, a checkpoint folder, a .gguf file, or hf:org/name.")
-]
-Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")]
-TopK = Annotated[int, typer.Option(min=0, help="Only the k most likely tokens; 0 takes all.")]
-TopP = Annotated[float, typer.Option(help="Only the most likely tokens that reach p together.")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same tokens.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="Text that ends the generation; may be given again.")
-]
+from easyllm.cli.sampling import (
+    CacheGb,
+    Draft,
+    Dtype,
+    FrequencyPenalty,
+    MaxTokens,
+    MinP,
+    MinTokens,
+    NoRepeatNgram,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    TypicalP,
+    load_llm,
+    sampling_params,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -34,12 +42,35 @@ def generate(
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    typical_p: TypicalP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    no_repeat_ngram: NoRepeatNgram = 0,
     seed: Seed = None,
     max_tokens: MaxTokens = 64,
+    min_tokens: MinTokens = 0,
     stop: Stop = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Completions of the prompt.")] = 1,
+    best_of: Annotated[
+        int | None, typer.Option(min=1, help="Generate so many and give the n likeliest.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, help="With --json: so many likeliest tokens beside each.")
+    ] = None,
+    beams: Annotated[
+        int, typer.Option(min=0, help="Beam search with so many hypotheses; 0: none.")
+    ] = 0,
+    length_penalty: Annotated[
+        float, typer.Option(help="With --beams: the exponent of the length in a hypothesis' score.")
+    ] = 1.0,
     rope: Rope = None,
     rope_factor: RopeFactor = 4.0,
     logn: LogN = False,
+    draft: Draft = None,
+    dtype: Dtype = None,
+    cache_gb: CacheGb = None,
     as_chat: Annotated[
         bool, typer.Option("--chat", help="Take the prompt as a user's message.")
     ] = False,
@@ -53,33 +84,56 @@ def generate(
 
         easyllm generate smollm2 "Name three colours." --chat --temperature 0.7 --seed 1
 
+        easyllm generate smollm2 "Once upon a time" --temperature 1 --min-p 0.1 --n 3
+
+        easyllm generate smollm2 "The capital of France is" --beams 4 --json
+
         easyllm generate smollm2 "$(cat long.txt)" --rope yarn --rope-factor 2
     """
-    from easyllm.engine import Completion
-
-    params = _params(temperature, top_k, top_p, seed, max_tokens, stop)
-    llm = _load(model, context_of(rope, rope_factor, logn))
-    ids = llm.encode_chat([{"role": "user", "content": prompt}]) if as_chat else llm.encode(prompt)
-    done, start = Completion(), time.perf_counter()
-    for event in llm.stream(ids, params):
-        done.take(event)
-        if not json_output:
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-    seconds = time.perf_counter() - start
-    if not json_output:
-        sys.stdout.write("\n")
-        return
-    print_json(
-        {
-            "text": done.text,
-            "token_ids": done.token_ids,
-            "logprobs": done.logprobs,
-            "finish_reason": done.finish_reason,
-            "prompt_tokens": len(ids),
-            "tokens_per_s": round(len(done.token_ids) / seconds, 1),
-        }
+    params = sampling_params(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        no_repeat_ngram_size=no_repeat_ngram,
+        seed=seed,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=stop,
+        n=n,
+        best_of=best_of,
+        logprobs=logprobs,
     )
+    beam_params = _beam_params(beams, length_penalty, params)
+    llm = load_llm(
+        model,
+        quiet=json_output,
+        context=context_of(rope, rope_factor, logn),
+        draft=draft,
+        dtype=dtype,
+        cache_gb=cache_gb,
+    )
+    ids = llm.encode_chat([{"role": "user", "content": prompt}]) if as_chat else llm.encode(prompt)
+    start = time.perf_counter()
+    if beam_params is not None:
+        (done,) = llm.beam_search([ids], beam_params)
+    else:
+        done = _stream(llm, ids, params, shown=not json_output and n == 1)
+    seconds = time.perf_counter() - start
+    every = [done, *done.others]
+    if json_output:
+        tokens = sum(len(each.token_ids) for each in every)
+        figures = {"prompt_tokens": len(ids), "tokens_per_s": round(tokens / seconds, 1)}
+        others = {"others": [_as_dict(each) for each in done.others]} if done.others else {}
+        print_json(_as_dict(done) | figures | others)
+    elif beam_params is not None or n > 1:
+        sys.stdout.write("\n---\n".join(each.text for each in every) + "\n")
+    else:
+        sys.stdout.write("\n")
 
 
 def chat(
@@ -88,8 +142,17 @@ def chat(
     temperature: Temperature = 0.7,
     top_k: TopK = 0,
     top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    typical_p: TypicalP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     seed: Seed = None,
     max_tokens: MaxTokens = 512,
+    stop: Stop = None,
+    draft: Draft = None,
+    dtype: Dtype = None,
+    cache_gb: CacheGb = None,
 ) -> None:
     """Talk with a model in the terminal; an empty line or Ctrl-D ends.
 
@@ -99,8 +162,20 @@ def chat(
 
         easyllm chat runs/quickstart/merged --temperature 0
     """
-    params = _params(temperature, top_k, top_p, seed, max_tokens, None)
-    llm = _load(model)
+    params = sampling_params(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=stop,
+    )
+    llm = load_llm(model, draft=draft, dtype=dtype, cache_gb=cache_gb)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -119,29 +194,52 @@ def chat(
         messages.append({"role": "assistant", "content": answer})
 
 
-def _params(
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int | None,
-    max_tokens: int,
-    stop: list[str] | None,
-) -> Any:
+def _stream(llm: Any, ids: list[int], params: Any, *, shown: bool) -> Any:
+    """The completion, its text printed as it comes."""
+    from easyllm.engine import Completion
+
+    done = Completion()
+    for event in llm.stream(ids, params):
+        done.take(event)
+        if shown:
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+    return done
+
+
+def _beam_params(beams: int, length_penalty: float, params: Any) -> Any:
+    """`BeamParams` of the options; None without `--beams`. What beam search does not honour is refused."""
     from easyllm.core.config import validate
-    from easyllm.engine import SamplingParams
+    from easyllm.core.errors import ConfigError
+    from easyllm.engine import BeamParams, SamplingParams
+
+    if not beams:
+        if length_penalty != 1:
+            raise ConfigError("--length-penalty ranks hypotheses of beam search; give --beams, too")
+        return None
+    honoured = {"max_tokens": params.max_tokens, "n": params.n}
+    plain = SamplingParams(temperature=0, **honoured)
+    if params != plain:
+        other = [f for f in SamplingParams.model_fields if getattr(params, f) != getattr(plain, f)]
+        raise ConfigError(
+            f"beam search takes the likeliest hypotheses and does not honour {', '.join(other)}; leave them out"
+        )
+    values = honoured | {"num_beams": beams, "length_penalty": length_penalty}
+    return validate(BeamParams, values, source="--beams")
+
+
+def _as_dict(done: Any) -> dict[str, Any]:
+    """A completion for scripts."""
+    from dataclasses import asdict
 
     values = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "stop": tuple(stop or ()),
+        "text": done.text,
+        "token_ids": done.token_ids,
+        "logprobs": done.logprobs,
+        "finish_reason": done.finish_reason,
     }
-    return validate(SamplingParams, values, source="sampling options")
-
-
-def _load(model: str, context: Any = None) -> Any:
-    from easyllm.engine import LLM
-
-    return LLM(model, context=context)
+    if done.details:
+        values["details"] = [asdict(each) for each in done.details]
+    if done.score is not None:
+        values["score"] = done.score
+    return values

@@ -1,9 +1,11 @@
 """`easyllm serve`."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from easyllm.cli.sampling import CacheGb, Draft, Dtype, load_llm
 
 
 def register(app: typer.Typer) -> None:
@@ -22,6 +24,12 @@ def serve(
         str | None,
         typer.Option(envvar="EASYLLM_API_KEY", help="Ask this key of every request."),
     ] = None,
+    max_running: Annotated[
+        int, typer.Option(min=1, help="Requests that run at once, on each model.")
+    ] = 64,
+    draft: Draft = None,
+    dtype: Dtype = None,
+    cache_gb: CacheGb = None,
 ) -> None:
     """Serve models with OpenAI's API and a chat page.
 
@@ -43,16 +51,18 @@ def serve(
         if name in named:
             raise ConfigError(f"two models are called {name!r}; name them apart with NAME=MODEL")
         named[name] = source
-    start(named, host=host, port=port, api_key=api_key)
+    options = {"max_running": max_running, "draft": draft, "dtype": dtype, "cache_gb": cache_gb}
+    start(named, host=host, port=port, api_key=api_key, **options)
 
 
-def start(named: dict[str, str], *, host: str, port: int, api_key: str | None = None) -> None:
-    """Loads models and serves them until interrupted."""
-    from easyllm.engine import LLM
+def start(
+    named: dict[str, str], *, host: str, port: int, api_key: str | None = None, **options: Any
+) -> None:
+    """Loads models and serves them until interrupted; `options` are each engine's."""
     from easyllm.serve.app import bind
     from easyllm.serve.app import serve as run_server
 
     bind(host, port).close()  # before the models are loaded
-    loaded = {name: LLM(source) for name, source in named.items()}
+    loaded = {name: load_llm(source, **options) for name, source in named.items()}
     sys.stderr.write(f"serving {', '.join(loaded)} at http://{host}:{port}/  (Ctrl-C ends)\n")
     run_server(loaded, host=host, port=port, api_key=api_key)

@@ -115,6 +115,21 @@ def memory_total_bytes() -> int:
         return 0
 
 
+def memory_free_bytes(device: "torch.device") -> int:
+    """Memory a process could take now without swapping: of the accelerator, or of the machine, in bytes."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return memory_total_bytes() // 2  # no kernel to ask: half of what there is
+
+
 def peak_rss_bytes() -> int:
     """Largest resident memory this process has had, in bytes."""
     import resource

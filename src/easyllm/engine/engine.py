@@ -1,38 +1,46 @@
 """The engine: requests join and leave a running batch step by step."""
 
-from collections import deque
+import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from easyllm.core.device import memory_free_bytes, parse_dtype
 from easyllm.core.errors import ConfigError
-from easyllm.engine.kv_cache import BatchCache, SequenceCache
-from easyllm.engine.request import FinishReason, Request, TokenEvent
-from easyllm.engine.sampling import choose
+from easyllm.engine.generation import Generation, RequestState
+from easyllm.engine.kv_cache import KVCache
+from easyllm.engine.memory_plan import plan_memory, tensor_bytes
+from easyllm.engine.options import EngineConfig
+from easyllm.engine.pages import Namespace, PagePool
+from easyllm.engine.request import Logprobs, Request, TokenEvent
+from easyllm.engine.runner import DecoderRunner, Runner
+from easyllm.engine.sampling import Chooser, Draft, choose, logprobs_of, random_source
+from easyllm.engine.scheduler import Scheduler, Sequence
+from easyllm.engine.speculative import Drafter
+from easyllm.engine.step import Piece
 from easyllm.engine.stopping import StopStrings
+from easyllm.nn.config import (
+    AttentionConfig,
+    DynamicNTKScaling,
+    LinearAttentionConfig,
+    ModelConfig,
+    Rope,
+)
 from easyllm.nn.decoder import Decoder
-from easyllm.ops.attention import AttentionContext
+from easyllm.plan.kv_cache import rolling_window
 from easyllm.tokenizer.stream import StreamDecoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 
-MAX_RUNNING = 32
-MAX_PREFILL_TOKENS = 2048
-"""Most prompt tokens that join in one step, so that running requests never wait long."""
-
 
 @dataclass(slots=True)
-class _Running:
-    request: Request
-    cache: SequenceCache
-    decoder: StreamDecoder
-    stops: StopStrings
-    generator: torch.Generator | None
-    pending: list[int]
-    """Ids the model has not seen yet: the prompt at first, then the last token."""
-    limit: int
-    generated: int = 0
-    end_ids: frozenset[int] = field(default_factory=frozenset)
+class _Turn:
+    """A completion whose next tokens are to be chosen from rows of a step's logits: `row`, and one for each draft."""
+
+    generation: Generation
+    row: int
+    drafts: tuple[Draft, ...] = ()
 
 
 class Engine:
@@ -41,6 +49,12 @@ class Engine:
     Args:
         model: in inference mode.
         tokenizer: for text and end tokens.
+        options: sizes of cache and batches.
+        runner: computes the steps; by default the model itself over a paged cache.
+        drafter: guesses tokens ahead (speculative decoding).
+
+    Raises:
+        ConfigError: the cache does not fit, or the drafter does not fit the model.
 
     Example:
         engine = Engine(model, tokenizer)
@@ -49,138 +63,330 @@ class Engine:
             for event in engine.step(): ...
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.max_seq_len = model.config.max_seq_len
-        self._waiting: deque[Request] = deque()
-        self._running: list[_Running] = []
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        options: EngineConfig | None = None,
+        *,
+        runner: Runner | None = None,
+        drafter: Drafter | None = None,
+    ) -> None:
+        options = options or EngineConfig()
+        config = model.config
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.max_seq_len = config.max_seq_len
+        self._dtype = model.embed_tokens.weight.dtype
+        if options.cache_dtype is not None:
+            self._dtype = parse_dtype(options.cache_dtype)
+        self.memory = plan_memory(
+            config,
+            options,
+            weight_bytes=tensor_bytes(model.parameters()),
+            itemsize=self._dtype.itemsize,
+            free_bytes=memory_free_bytes(model.device),
+        )
+        if drafter is not None:
+            drafter.check(config)
+        self.drafter, self._runner = drafter, runner
+        whole = config.prompt_mask == "prefix" or _turns_keys_by_length(config)
+        self.pool = PagePool(
+            self.memory.num_pages,
+            options.page_size,
+            prefix_caching=options.prefix_caching and not whole and not _has_states(config),
+        )
+        self.scheduler = Scheduler(
+            self.pool,
+            max_running=options.max_running,
+            max_step_tokens=options.max_step_tokens,
+            window=rolling_window(config),
+            whole_prompts=whole,
+            prefix=config.prompt_mask == "prefix",
+        )
+        self._requests: dict[int, RequestState] = {}
+        self._generations: dict[int, Generation] = {}  # by the id of their sequence
+        self._drafts: dict[int, tuple[Draft, ...]] = {}
+        self._numbers = itertools.count()
 
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._waiting or self._running)
+        return self.scheduler.busy
+
+    @property
+    def runner(self) -> Runner:
+        """What computes the steps; the cache is allocated when it is first asked for."""
+        if self._runner is None:
+            cache = KVCache(
+                self.model.config,
+                self.pool.num_pages,
+                self.pool.page_size,
+                self._dtype,
+                self.model.device,
+            )
+            self._runner = DecoderRunner(self.model, cache)
+        return self._runner
 
     def add(self, request: Request) -> None:
         """Queues a request.
 
         Raises:
-            ConfigError: the prompt is empty, too long, or holds an id the model does not have.
+            ConfigError: the prompt is empty, holds an id the model does not have, or is too long for the context or the
+                cache; or the request asks for ids or completions there are none of.
         """
-        length = len(request.prompt_ids)
-        if length == 0:
-            raise ConfigError("the prompt is empty; give at least one token")
-        if length >= self.max_seq_len:
+        params = request.params
+        limit = self.check_prompt(request.prompt_ids, params.max_tokens)
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        copies = params.num_sequences
+        if copies > self.scheduler.max_running:
             raise ConfigError(
-                f"the prompt has {length} tokens, the model's context holds {self.max_seq_len} with "
-                "at least one new token; shorten the prompt"
+                f"the request asks for {copies} completions, and {self.scheduler.max_running} sequences run at once; "
+                "lower n or best_of, or raise max_running"
             )
-        worst = max(request.prompt_ids)
-        if min(request.prompt_ids) < 0 or worst >= self.model.config.vocab_size:
-            raise ConfigError(
-                f"the prompt holds token id {worst}, the model has ids 0 to {self.model.config.vocab_size - 1}"
-            )
-        self._waiting.append(request)
+        tokens = list(request.prompt_ids)
+        sequence = Sequence(
+            id=self.next_sequence_id(),
+            tokens=tokens,
+            prompt_length=len(tokens),
+            namespace=Namespace(adapter=request.adapter, salt=request.salt),
+            copies=copies,
+            prompt_rows=params.prompt_logprobs is not None,
+        )
+        first = self._generation(request, 0, sequence, limit)
+        self._requests[request.id] = RequestState(request, [first])
+        self.scheduler.add(sequence)
 
     def cancel(self, request_id: int) -> None:
-        """Forgets a request at once, wherever it stands."""
-        self._waiting = deque(r for r in self._waiting if r.id != request_id)
-        self._running = [r for r in self._running if r.request.id != request_id]
+        """Forgets a request at once, wherever it stands; its pages are free for others."""
+        state = self._requests.pop(request_id, None)
+        for generation in state.generations if state else ():
+            if generation.sequence.id in self._generations:
+                self._retire(generation)
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """One forward pass: prompts of new requests and the next token of running ones."""
-        self._admit()
-        batch = self._running
-        if not batch:
+        """One forward pass: the next token, or several with a drafter, of running requests, and chunks of prompts."""
+        self._draft()
+        step = self.scheduler.plan()
+        if step is None:
             return []
-        lengths = [len(r.pending) for r in batch]
-        store = BatchCache([r.cache for r in batch], lengths)
-        context = AttentionContext.packed(
-            lengths,
-            device=self.model.device,
-            store=store,
-            offsets=[r.cache.length for r in batch],
-            prefix_lengths=self._prefixes(batch),
-        )
-        ids = torch.tensor([i for r in batch for i in r.pending], device=self.model.device)
-        hidden = self.model(ids, context)
-        store.commit()
-        last = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
-        logits = self.model.head(hidden.index_select(0, last))
-        tokens, logprobs = choose(
-            logits, [r.request.params for r in batch], [r.generator for r in batch]
-        )
-        events = [
-            self._advance(running, token, logprob)
-            for running, token, logprob in zip(batch, tokens, logprobs, strict=True)
-        ]
-        done = {event.request_id for event in events if event.finish_reason}
-        self._running = [r for r in batch if r.request.id not in done]
-        return events
+        try:
+            logits = self.runner.run(step)
+        except BaseException:
+            # what the pass has written is unknown: everybody in it is computed again, if not cancelled first
+            for sequence in reversed(self.scheduler.running.copy()):
+                self.scheduler.preempt(sequence)
+            raise
+        turns, end = [], 0
+        for piece in step.pieces:
+            end += piece.num_rows
+            turns += self._turns(piece, logits, end)
+        return self._decide(turns, logits)
 
     def run(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
-        """Adds requests and yields events until all of them are finished."""
-        for request in requests:
-            self.add(request)
-        while self.busy:
-            yield from self.step()
+        """Adds requests and yields events until all of them are finished; leaving early cancels them."""
+        added = list(requests)
+        try:
+            for request in added:
+                self.add(request)
+            while self.busy:
+                yield from self.step()
+        finally:
+            for request in added:
+                self.cancel(request.id)
 
-    def _prefixes(self, batch: list[_Running]) -> tuple[int, ...] | None:
-        """The prompts of a prefix language model, whose tokens see each other both ways."""
-        if self.model.config.prompt_mask == "causal":
-            return None
-        return tuple(len(r.request.prompt_ids) for r in batch)
+    def forget_prefixes(self) -> None:
+        """Forgets all cached prefixes; to be called when the model's weights have changed."""
+        self.pool.forget_prefixes()
 
-    def _admit(self) -> None:
-        room = MAX_PREFILL_TOKENS
-        while self._waiting and len(self._running) < MAX_RUNNING:
-            request = self._waiting[0]
-            if len(request.prompt_ids) > room and room < MAX_PREFILL_TOKENS:
-                break
-            room -= len(request.prompt_ids)
-            self._running.append(self._start(self._waiting.popleft()))
+    def check_prompt(self, prompt_ids: tuple[int, ...], max_tokens: int | None) -> int:
+        """Most tokens that may be generated behind a prompt, by `max_tokens`, the context and the cache.
 
-    def _start(self, request: Request) -> _Running:
-        params, config = request.params, self.model.config
-        generator = None
-        if params.temperature > 0:
-            generator = torch.Generator()
-            if params.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(params.seed)
-        room = self.max_seq_len - len(request.prompt_ids)
-        ends = () if params.ignore_eos else config.eos_token_ids
-        return _Running(
+        Raises:
+            ConfigError: the model does not generate; the prompt is empty or holds an unknown id; it is too long.
+        """
+        config = self.model.config
+        if config.num_labels is not None:
+            raise ConfigError(
+                "a model with a head of labels generates no tokens; use a language model"
+            )
+        if any(not layer.mixer.causal for layer in config.layers):
+            raise ConfigError(
+                "a layer of this model sees later tokens, so it cannot generate; set causal to true"
+            )
+        if not prompt_ids:
+            raise ConfigError("the prompt is empty; give at least one token")
+        self._check_ids("the prompt", prompt_ids)
+        length = len(prompt_ids)
+        room = self.max_seq_len - length
+        if room <= 0:
+            raise ConfigError(
+                f"the prompt has {length} tokens, the model's context holds {self.max_seq_len} with "
+                "at least one new token; shorten the prompt, or lengthen the context (--rope) where positions allow it"
+            )
+        most = min(max_tokens or room, room)
+        needed = length + most - 1  # the last token's keys are never kept
+        if self.scheduler.pages_needed(needed) <= self.pool.num_pages:
+            return most
+        held = self.pool.num_pages * self.pool.page_size
+        if max_tokens is None and length <= held:
+            return held - length + 1
+        raise ConfigError(
+            f"the request needs {needed} tokens of cache ({length} of prompt, {most} to generate), all pages "
+            f"together hold {held}; shorten the prompt, lower max_tokens, or raise num_pages or cache_gb"
+        )
+
+    def next_sequence_id(self) -> int:
+        """An id no other sequence has."""
+        return next(self._numbers)
+
+    def _check_ids(self, what: str, ids: Iterable[int]) -> None:
+        """Refuses ids the model has no rows for: neighbours in a batch would suffer."""
+        vocab_size = self.model.config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"{what} holds token id {token}, the model has ids 0 to {vocab_size - 1}; check the tokenizer"
+                )
+
+    def _generation(
+        self, request: Request, index: int, sequence: Sequence, limit: int
+    ) -> Generation:
+        """A completion at its start."""
+        params = request.params
+        ends = () if params.ignore_eos else self.model.config.eos_token_ids
+        chooser = Chooser(
+            params=params,
+            source=random_source(params.seed, index),
+            token_ids=sequence.tokens,
+            output_start=len(request.prompt_ids),
+            end_ids=frozenset((*ends, *params.stop_token_ids)),
+            mask=request.mask,
+        )
+        generation = Generation(
             request=request,
-            cache=SequenceCache(config, self.model.embed_tokens.weight.dtype, self.model.device),
+            index=index,
+            sequence=sequence,
+            chooser=chooser,
             decoder=StreamDecoder(self.tokenizer),
             stops=StopStrings(params.stop),
-            generator=generator,
-            pending=list(request.prompt_ids),
-            limit=min(params.max_tokens or room, room),
-            end_ids=frozenset((*ends, *params.stop_token_ids)),
+            limit=limit,
+            prompt_logprobs={} if sequence.prompt_rows else None,
         )
+        self._generations[sequence.id] = generation
+        return generation
 
-    def _advance(self, running: _Running, token: int, logprob: float) -> TokenEvent:
-        """Takes a new token into a request; the event says what it gave and whether it was the last."""
-        running.pending = [token]
-        running.generated += 1
-        reason: FinishReason | None = None
-        if token in running.end_ids:
-            text, reason = running.stops.push(running.decoder.flush()), "stop"
-        else:
-            text = running.stops.push(running.decoder.push(token))
-            if running.generated >= running.limit:
-                text, reason = text + running.stops.push(running.decoder.flush()), "length"
-        if running.stops.stopped:
-            reason = "stop"
-        elif reason is not None:
-            text += running.stops.flush()
-        return TokenEvent(
-            request_id=running.request.id,
-            token_id=token,
-            text=text,
-            logprob=logprob,
-            finish_reason=reason,
-        )
+    def _draft(self) -> None:
+        """Lets the drafter guess for every sequence that is about to decode."""
+        if self.drafter is None:
+            return
+        ready = [
+            generation
+            for sequence in self.scheduler.running
+            if sequence.pending == 1
+            and (generation := self._generations[sequence.id]).chooser.num_output
+        ]
+        self._drafts = self.drafter.propose(ready)
+        for generation in ready:
+            sequence = generation.sequence
+            room = generation.limit - generation.chooser.num_output - 1
+            guesses = self._drafts.get(sequence.id, ())[:room]
+            sequence.drafts = tuple(draft.token_id for draft in guesses)
+
+    def _turns(self, piece: Piece, logits: Tensor, end: int) -> list[_Turn]:
+        """The completions that choose a token now from a piece's rows, which end before row `end`."""
+        generation = self._generations[piece.sequence_id]
+        sequence, drafts = generation.sequence, generation.sequence.drafts
+        computed = piece.start + len(piece.token_ids) - len(drafts)
+        if sequence.prompt_rows:
+            self._note_prompt(generation, piece, logits[end - piece.num_rows : end])
+        if computed < len(sequence.tokens):
+            self.scheduler.advance(sequence, computed)
+            return []
+        guesses = self._drafts.get(sequence.id, ())[: len(drafts)] if drafts else ()
+        turns = [_Turn(generation, end - 1 - len(drafts), guesses)]
+        if sequence.copies > 1:
+            self.scheduler.advance(sequence, computed)
+            ids = [self.next_sequence_id() for _ in range(sequence.copies - 1)]
+            state = self._requests[generation.request.id]
+            for index, child in enumerate(self.scheduler.fork(sequence, ids), start=1):
+                other = self._generation(generation.request, index, child, generation.limit)
+                state.generations.append(other)
+                turns.append(_Turn(other, end - 1))
+        return turns
+
+    def _note_prompt(self, generation: Generation, piece: Piece, rows: Tensor) -> None:
+        """Log-probabilities of the prompt tokens that follow each computed one."""
+        sequence, count = generation.sequence, generation.request.params.prompt_logprobs
+        assert count is not None, "rows were asked for"
+        assert generation.prompt_logprobs is not None, "and are kept"
+        for row, logits in enumerate(rows):
+            place = piece.start + row + 1
+            if place < sequence.prompt_length:
+                found: Logprobs = logprobs_of(sequence.tokens[place], logits, count)
+                generation.prompt_logprobs[place] = found
+        if piece.start + len(rows) >= sequence.prompt_length:
+            sequence.prompt_rows = False
+
+    def _decide(self, turns: list[_Turn], logits: Tensor) -> list[TokenEvent]:
+        """Chooses tokens: of all completions at once, and again for those whose guess was right."""
+        events: dict[int, list[TokenEvent]] = {}
+        turn, alive = 0, turns
+        while alive:
+            rows = [t.row + turn for t in alive]
+            whole = rows == list(range(len(logits)))
+            drafts = [t.drafts[turn] if turn < len(t.drafts) else None for t in alive]
+            choices = choose(
+                logits if whole else logits[torch.tensor(rows, device=logits.device)],
+                [t.generation.chooser for t in alive],
+                drafts,
+            )
+            going_on = []
+            for t, choice, draft in zip(alive, choices, drafts, strict=True):
+                event = t.generation.take(choice)
+                events.setdefault(event.request_id, []).append(event)
+                right = draft is not None and draft.token_id == choice.token_id
+                if right and t.generation.finish_reason is None:
+                    going_on.append(t)
+            alive, turn = going_on, turn + 1
+        for t in turns:
+            sequence = t.generation.sequence
+            self.scheduler.advance(sequence, self._computed(t.generation))
+            if t.generation.finish_reason is not None:
+                self._retire(t.generation)
+        return [e for request_id, found in events.items() for e in self._pass_on(request_id, found)]
+
+    def _computed(self, generation: Generation) -> int:
+        """Tokens of a completion that are in the cache: all but the last chosen one."""
+        sequence = generation.sequence
+        return max(sequence.computed, len(sequence.tokens) - 1)
+
+    def _pass_on(self, request_id: int, events: list[TokenEvent]) -> list[TokenEvent]:
+        state = self._requests[request_id]
+        seen = list(state.pass_on(events))
+        if state.finished:
+            del self._requests[request_id]
+        return seen
+
+    def _retire(self, generation: Generation) -> None:
+        """Takes a completion out of everything; its pages are free."""
+        sequence = generation.sequence
+        self.scheduler.remove(sequence)
+        del self._generations[sequence.id]
+        self._drafts.pop(sequence.id, None)
+        if self.drafter is not None:
+            self.drafter.forget(sequence.id)
+
+
+def _has_states(config: ModelConfig) -> bool:
+    """Whether a layer keeps a state instead of keys: what is shared by pages would lack it."""
+    return any(isinstance(layer.mixer, LinearAttentionConfig) for layer in config.layers)
+
+
+def _turns_keys_by_length(config: ModelConfig) -> bool:
+    """Whether keys depend on the length of the pass that made them (dynamic NTK): no other pass may use them."""
+    ropes = [
+        layer.mixer.position for layer in config.layers if isinstance(layer.mixer, AttentionConfig)
+    ]
+    return any(isinstance(r, Rope) and isinstance(r.scaling, DynamicNTKScaling) for r in ropes)

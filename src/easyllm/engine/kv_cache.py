@@ -1,102 +1,116 @@
-"""The only owner of cached keys, values and recurrent states."""
+"""The only owner of cached keys, values and recurrent states.
 
-from collections.abc import Sequence
+Shapes: P pages, K key-value heads, d head_dim; T new tokens of S sequences in one pass.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from easyllm.nn.config import AttentionConfig, LinearAttentionConfig, ModelConfig
-from easyllm.ops.attention import AttentionRule, RecurrentStep, attend_segment
-
-FIRST_CAPACITY = 64
-
-
-class GrowingKeys:
-    """Keys and values of one sequence in one layer; room grows by doubling."""
-
-    def __init__(self, config: AttentionConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.length = 0
-        shape = (FIRST_CAPACITY, config.num_kv_heads, config.head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty_like(self._keys)
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Appends `k, v: [T, K, d]`; returns all keys and values (their positions are 0, 1, 2 ...)."""
-        end = self.length + len(k)
-        if end > len(self._keys):
-            self._keys, self._values = (self._grown(t, end) for t in (self._keys, self._values))
-        self._keys[self.length : end] = k
-        self._values[self.length : end] = v
-        self.length = end
-        return self._keys[:end], self._values[:end], None
-
-    def _grown(self, old: Tensor, least: int) -> Tensor:
-        new = old.new_empty(max(least, 2 * len(old)), *old.shape[1:])
-        new[: self.length] = old[: self.length]
-        return new
+from easyllm.engine.page_table import Copies
+from easyllm.nn.config import AttentionConfig, ModelConfig
+from easyllm.ops.attention import AttentionRule, RecurrentStep
+from easyllm.ops.paged_attention import paged_attention
 
 
-class RollingKeys:
-    """The same for a layer with a window of W: the key of position i lies in slot i mod W, over that of i - W
-    (Jiang et al. 2023, arXiv 2310.06825, section 2)."""
+class KVCache:
+    """Keys and values of every attention layer in pages, and the states of every layer of linear attention.
+
+    Args:
+        config: gives layers, heads and widths.
+        num_pages, page_size: P, and the tokens of a page.
+        dtype: of keys and values; attention computes in the dtype of its queries.
+        device: of the model.
+
+    Attributes:
+        keys, values: a tensor [P, K, page_size, d] for each layer; None where it keeps a state instead.
+    """
 
     def __init__(
-        self, config: AttentionConfig, window: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.length, self.window = 0, window
-        shape = (window, config.num_kv_heads, config.head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty_like(self._keys)
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Takes in `k, v: [T, K, d]`; returns what the new tokens may see: the window before them and
-        themselves, in order, with their positions."""
-        first = max(0, self.length - self.window)
-        end = self.length + len(k)
-        old = torch.arange(first, self.length, device=k.device)
-        slots = old % self.window
-        keys = torch.cat([self._keys[slots], k])
-        values = torch.cat([self._values[slots], v])
-        kept = torch.arange(max(self.length, end - self.window), end, device=k.device)
-        self._keys[kept % self.window] = k[-len(kept) :]
-        self._values[kept % self.window] = v[-len(kept) :]
-        self.length = end
-        return keys, values, torch.arange(first, end, device=k.device)
-
-
-class SequenceCache:
-    """What the layers remember of one sequence.
-
-    Args:
-        config: gives layers, heads, widths and windows.
-        dtype, device: of the model.
-    """
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.length = 0
-        self.keys: list[GrowingKeys | RollingKeys | None] = []
-        self.states: list[Any] = [None] * config.num_layers
+        self.num_pages, self.page_size = num_pages, page_size
+        self.keys: list[Tensor | None] = []
+        self.values: list[Tensor | None] = []
         for layer in config.layers:
             mixer = layer.mixer
-            if isinstance(mixer, LinearAttentionConfig):
+            if not isinstance(mixer, AttentionConfig):
                 self.keys.append(None)
-            elif mixer.window is not None and mixer.causal and not mixer.num_sinks:
-                self.keys.append(RollingKeys(mixer, mixer.window, dtype, device))
-            else:
-                self.keys.append(GrowingKeys(mixer, dtype, device))
+                self.values.append(None)
+                continue
+            shape = (num_pages, mixer.num_kv_heads, page_size, mixer.head_dim)
+            self.keys.append(torch.empty(shape, dtype=dtype, device=device))
+            self.values.append(torch.empty(shape, dtype=dtype, device=device))
+        self._num_layers = config.num_layers
+        self._states: dict[int, list[Any]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all pages, used or not."""
+        return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
+
+    def states(self, sequence_id: int) -> list[Any]:
+        """A sequence's state in each layer; None before its first token and in layers that keep keys."""
+        return self._states.setdefault(sequence_id, [None] * self._num_layers)
+
+    def copy_pages(self, copies: Copies) -> None:
+        """Copies pages, destination → source, in every layer; all sources are read before any is overwritten."""
+        if not copies:
+            return
+        for tensor in (*self.keys, *self.values):
+            if tensor is not None:
+                to, of = (
+                    torch.tensor(list(x), device=tensor.device)
+                    for x in zip(*copies.items(), strict=True)
+                )
+                tensor[to] = tensor[of]
+
+    def move_states(self, forks: Iterable[tuple[int, int]], dropped: Iterable[int]) -> None:
+        """Gives children their parents' states (a step makes new ones, it changes none), and forgets the dropped."""
+        for parent, child in forks:
+            if parent in self._states:
+                self._states[child] = list(self._states[parent])
+        for sequence_id in dropped:
+            self._states.pop(sequence_id, None)
 
 
-class BatchCache:
-    """The caches of the sequences in one forward pass; what attention talks to.
+class PagedStore:
+    """The cache as the layers see it in one pass (the `KeyValueStore` of its context).
 
     Args:
-        caches: one for each sequence, in the order of the packed tokens.
-        lengths: new tokens of each.
+        tables: the pages of each sequence, in the order of the packed tokens.
+        offsets, lengths: position of the first new token of each, and how many there are.
+        sequence_ids: under which states are kept.
     """
 
-    def __init__(self, caches: Sequence[SequenceCache], lengths: Sequence[int]) -> None:
-        self.caches, self.lengths = caches, list(lengths)
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        tables: Sequence[Sequence[int]],
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+        sequence_ids: Sequence[int],
+    ) -> None:
+        self.cache, self.lengths, self.sequence_ids = cache, tuple(lengths), sequence_ids
+        self.key_lengths = tuple(o + n for o, n in zip(offsets, lengths, strict=True))
+        size = cache.page_size
+        pages: list[int] = []
+        slots: list[int] = []
+        for table, start, end in zip(tables, offsets, self.key_lengths, strict=True):
+            pages.extend(table[position // size] for position in range(start, end))
+            slots.extend(position % size for position in range(start, end))
+        widest = max(len(table) for table in tables)
+        self._table = [[*table, *[0] * (widest - len(table))] for table in tables]
+        self._slots, self._pages = slots, pages
+        self._placed: tuple[Tensor, Tensor, Tensor] | None = None
 
     def attend(
         self,
@@ -107,37 +121,34 @@ class BatchCache:
         rule: AttentionRule,
         prefix_lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Stores `k, v: [T, K, d]` behind what each sequence has, and attends over all of it."""
-        parts = zip(
-            self.caches,
-            q.split(self.lengths),
-            k.split(self.lengths),
-            v.split(self.lengths),
-            prefix_lengths or (0,) * len(self.lengths),
-            strict=True,
+        """Writes `k, v: [T, K, d]` into their pages, and attends over all of each sequence's pages."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        assert keys is not None, "a layer of softmax attention keeps keys"
+        assert values is not None, "and values"
+        table, pages, slots = self._on(q.device)
+        keys[pages, :, slots] = k.to(keys.dtype)
+        values[pages, :, slots] = v.to(values.dtype)
+        return paged_attention(
+            q, keys, values, table, self.lengths, self.key_lengths, rule, prefix_lengths
         )
-        out = []
-        for cache, query, key, value, prefix in parts:
-            store = cache.keys[layer]
-            assert store is not None, "a layer of softmax attention keeps keys"
-            assert not 0 < store.length < prefix, "a prefix lies whole in its sequence's first pass"
-            keys, values, positions = store.extend(key, value)
-            out.append(
-                attend_segment(query, keys, values, rule, key_positions=positions, prefix=prefix)
-            )
-        return torch.cat(out)
 
     def recur(self, layer: int, step: RecurrentStep, *inputs: Tensor) -> Tensor:
         """Runs `step` on each sequence's new tokens from the state it left, and keeps the new one."""
         out = []
-        for cache, *piece in zip(
-            self.caches, *(tensor.split(self.lengths) for tensor in inputs), strict=True
+        for sequence_id, *piece in zip(
+            self.sequence_ids, *(tensor.split(self.lengths) for tensor in inputs), strict=True
         ):
-            result, cache.states[layer] = step(*piece, state=cache.states[layer])
+            states = self.cache.states(sequence_id)
+            result, states[layer] = step(*piece, state=states[layer])
             out.append(result)
         return torch.cat(out)
 
-    def commit(self) -> None:
-        """Counts the new tokens in, after the last layer."""
-        for cache, length in zip(self.caches, self.lengths, strict=True):
-            cache.length += length
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The page table [S, max_pages] int32, and page and slot of each new token, made by the first layer."""
+        if self._placed is None:
+            self._placed = (
+                torch.tensor(self._table, dtype=torch.int32, device=device),
+                torch.tensor(self._pages, device=device),
+                torch.tensor(self._slots, device=device),
+            )
+        return self._placed

@@ -7,30 +7,69 @@ from typing import Any
 
 import torch
 
+from easyllm.core.config import validate
+from easyllm.core.device import memory_free_bytes, parse_dtype, pick_device
+from easyllm.core.errors import ConfigError
+from easyllm.engine.beam import Hypothesis, beam_search
+from easyllm.engine.draft_model import ModelDrafter
 from easyllm.engine.engine import Engine
-from easyllm.engine.request import FinishReason, Request, SamplingParams, TokenEvent
-from easyllm.models import ContextConfig, load_model, load_tokenizer
+from easyllm.engine.memory_plan import check_weights_fit, plan_memory
+from easyllm.engine.options import EngineConfig
+from easyllm.engine.request import (
+    BeamParams,
+    FinishReason,
+    Logprobs,
+    Request,
+    SamplingParams,
+    TokenEvent,
+)
+from easyllm.engine.speculative import Drafter, NgramDrafter
+from easyllm.models import ContextConfig, load_model, load_tokenizer, open_source
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+MAX_DRAFT_TOKENS = 16
 
 
 @dataclass(slots=True)
 class Completion:
-    """What a prompt became: `logprobs[i]` is of `token_ids[i]`, in nats."""
+    """What a prompt became: `logprobs[i]` is of `token_ids[i]`, in nats, under the model's own (raw) distribution.
+
+    Attributes:
+        details: for each token, where `SamplingParams.logprobs` asked for them.
+        prompt_logprobs: of each prompt token after the first, where they were asked for.
+        others: with `n` the other completions.
+        score: of a hypothesis of beam search; what its alternatives are ranked by.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    details: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[Logprobs, ...] | None = None
+    others: list["Completion"] = field(default_factory=list)
+    score: float | None = None
 
     def take(self, event: TokenEvent) -> None:
-        """Adds one event."""
+        """Adds one event; that of another completion goes where it belongs."""
+        if event.index:
+            while len(self.others) < event.index:
+                self.others.append(Completion())
+            self.others[event.index - 1]._add(event)
+        else:
+            self._add(event)
+
+    def _add(self, event: TokenEvent) -> None:
         self.text += event.text
         if event.token_id is not None:
             self.token_ids.append(event.token_id)
             self.logprobs.append(event.logprob)
+        if event.logprobs is not None:
+            self.details.append(event.logprobs)
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
         self.finish_reason = event.finish_reason
 
 
@@ -42,12 +81,19 @@ class LLM:
         dtype: of the weights; by default fp32 on a CPU, bf16 on an accelerator.
         device: `"cpu"`, `"cuda"`, `"auto"`.
         context: positions that reach further than the model was trained.
+        model, tokenizer: ones that are loaded already.
+        draft: guesses tokens ahead, with the same output (speculative decoding): `"ngram"` looks in the text itself,
+            anything else is a smaller model of the same tokenizer (a source, or one that is loaded).
+        draft_tokens: guesses at most.
+        options: of the engine, as in `EngineConfig`: page_size, num_pages or cache_gb, cache_dtype, max_running,
+            max_step_tokens, prefix_caching.
 
     Raises:
         SourceError, CheckpointError: as `load_model`.
+        ConfigError: an option is wrong, or model and cache do not fit into memory.
 
     Example:
-        >>> llm = LLM("smollm2")                                                  # doctest: +SKIP
+        >>> llm = LLM("smollm2", max_running=8)                                   # doctest: +SKIP
         >>> llm.chat([{"role": "user", "content": "Hi"}]).text                    # doctest: +SKIP
     """
 
@@ -60,15 +106,21 @@ class LLM:
         context: ContextConfig | None = None,
         model: Decoder | None = None,
         tokenizer: Tokenizer | None = None,
+        draft: str | Path | Decoder | None = None,
+        draft_tokens: int = 4,
+        **options: Any,
     ) -> None:
+        checked = validate(EngineConfig, options, source="engine options")
         if model is None:
-            from easyllm.core.device import pick_device
-
-            wanted = dtype or ("float32" if pick_device(device).type == "cpu" else "bfloat16")
+            on = pick_device(device)
+            wanted = dtype or ("float32" if on.type == "cpu" else "bfloat16")
+            config = open_source(source).config
+            check_weights_fit(config, parse_dtype(wanted), memory_free_bytes(on))
             model = load_model(source, dtype=wanted, device=device, context=context)
         self.model = model
         self.tokenizer = tokenizer or load_tokenizer(source)
-        self.engine = Engine(self.model, self.tokenizer)
+        drafter = self._drafter(draft, draft_tokens, checked)
+        self.engine = Engine(self.model, self.tokenizer, checked, drafter=drafter)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None
@@ -91,6 +143,25 @@ class LLM:
         """Events of one request as they come."""
         return self.engine.run([Request(prompt_ids=tuple(prompt_ids), params=params)])
 
+    def beam_search(
+        self, prompts: Sequence[Prompt], params: BeamParams | None = None
+    ) -> list[Completion]:
+        """The best hypotheses of each prompt: the best one, with the next `params.n` - 1 as its `others`.
+
+        Raises:
+            ConfigError: a prompt or its beams are too long for context or cache.
+        """
+        params = params or BeamParams()
+        results = []
+        for prompt in prompts:
+            best, *others = (
+                self._completion(hypothesis)
+                for hypothesis in beam_search(self.engine, tuple(self.encode(prompt)), params)
+            )
+            best.others = others
+            results.append(best)
+        return results
+
     @torch.inference_mode()
     def score(self, text: Prompt) -> list[float]:
         """Log-probability in nats of each token after the first, given those before it."""
@@ -107,9 +178,51 @@ class LLM:
         """Ids of a conversation up to where the assistant begins."""
         return self.tokenizer.encode_chat(messages, add_generation_prompt=True).token_ids
 
+    def _completion(self, hypothesis: Hypothesis) -> Completion:
+        ids = list(hypothesis.token_ids)
+        return Completion(
+            text=self.tokenizer.decode(ids[:-1] if hypothesis.ended else ids),
+            token_ids=ids,
+            logprobs=list(hypothesis.logprobs),
+            finish_reason="stop" if hypothesis.ended else "length",
+            score=hypothesis.score,
+        )
+
+    def _drafter(
+        self, draft: str | Path | Decoder | None, count: int, options: EngineConfig
+    ) -> Drafter | None:
+        """Who guesses, if anybody does."""
+        if draft is None:
+            return None
+        if not 1 <= count <= MAX_DRAFT_TOKENS:
+            raise ConfigError(f"draft_tokens={count} must be from 1 to {MAX_DRAFT_TOKENS}")
+        if draft == "ngram":
+            return NgramDrafter(count)
+        if not isinstance(draft, Decoder):
+            theirs = load_tokenizer(draft)
+            if theirs.fingerprint != self.tokenizer.fingerprint:
+                raise ConfigError(
+                    f"the draft model {str(draft)!r} has another vocabulary ({theirs.vocab_size} tokens, the model's "
+                    f"tokenizer has {self.tokenizer.vocab_size}); take a draft with the same tokenizer"
+                )
+            weights = self.model.embed_tokens.weight
+            draft = load_model(draft, dtype=weights.dtype, device=str(weights.device))
+        pages = -(-self.model.config.max_seq_len // options.page_size)
+        itemsize = draft.embed_tokens.weight.dtype.itemsize
+        cache = plan_memory(
+            draft.config,
+            options.model_copy(update={"num_pages": None, "cache_gb": None}),
+            weight_bytes=0,
+            itemsize=itemsize,
+            free_bytes=memory_free_bytes(draft.device),
+        )
+        num_pages = min(cache.num_pages, pages * options.max_running)
+        return ModelDrafter(draft, count, num_pages=num_pages, page_size=options.page_size)
+
     def _run(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         requests = [Request(prompt_ids=tuple(ids), params=params) for ids in prompts]
         results = {request.id: Completion() for request in requests}
         for event in self.engine.run(requests):
-            results[event.request_id].take(event)
+            if event.request_id in results:
+                results[event.request_id].take(event)
         return [results[request.id] for request in requests]

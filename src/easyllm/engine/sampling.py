@@ -1,52 +1,262 @@
 """From logits to token ids."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from easyllm.engine.request import SamplingParams
+from easyllm.engine.processors import (
+    add_bias,
+    allow_only,
+    bar,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical,
+    penalise_output,
+    penalise_repetition,
+    repeated_ngrams,
+    scale,
+)
+from easyllm.engine.request import LogitsMask, Logprobs, SamplingParams
+
+COLDEST = 1e-6
+"""Temperatures below it count as this one: all probability lies on one token, and nothing overflows."""
+
+
+def random_source(seed: int | None, index: int) -> random.Random:
+    """The source of randomness of one completion: its own, so that its company does not matter."""
+    return random.Random() if seed is None else random.Random(f"{seed}/{index}")
+
+
+@dataclass(slots=True, eq=False)
+class Chooser:
+    """How one completion's tokens are chosen, and what it remembers for that.
+
+    Attributes:
+        params: as asked.
+        source: of randomness; one number is drawn for a token.
+        token_ids: prompt and output; output_start: where the output begins.
+        end_ids: tokens that end it.
+        mask: bars tokens step by step.
+    """
+
+    params: SamplingParams
+    source: random.Random
+    token_ids: list[int]
+    output_start: int
+    end_ids: frozenset[int] = frozenset()
+    mask: LogitsMask | None = None
+    _seen: Tensor | None = field(default=None, repr=False)
+    _counts: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.output_start
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but temperature and the like is applied to the next token's logits."""
+        p = self.params
+        return bool(
+            p.logit_bias
+            or p.repetition_penalty != 1
+            or p.presence_penalty
+            or p.frequency_penalty
+            or p.no_repeat_ngram_size
+            or self.num_output < p.min_tokens
+            or self.mask is not None
+        )
+
+    def push(self, token_id: int) -> None:
+        """Remembers a new token."""
+        self.token_ids.append(token_id)
+        if self._seen is not None and self._counts is not None:
+            self._seen[token_id] = True
+            self._counts[token_id] += 1
+
+    def process(self, logits: Tensor) -> Tensor:
+        """[V] logits with bias, penalties, barred n-grams, least length and mask applied, in this order (HF's)."""
+        p = self.params
+        if p.logit_bias:
+            logits = add_bias(logits, p.logit_bias)
+        if p.repetition_penalty != 1:
+            logits = penalise_repetition(logits, self._history(logits)[0], p.repetition_penalty)
+        if p.presence_penalty or p.frequency_penalty:
+            counts = self._history(logits)[1]
+            logits = penalise_output(
+                logits, counts, presence=p.presence_penalty, frequency=p.frequency_penalty
+            )
+        if p.no_repeat_ngram_size:
+            logits = bar(logits, repeated_ngrams(self.token_ids, p.no_repeat_ngram_size))
+        if self.num_output < p.min_tokens:
+            logits = bar(logits, self.end_ids)
+        if self.mask is not None:
+            allowed = self.mask.allowed(self.token_ids[self.output_start :])
+            logits = logits if allowed is None else allow_only(logits, allowed)
+        return logits
+
+    def _history(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """[V] bool: tokens of prompt and output; [V] int64: how often each occurs in the output."""
+        if self._seen is None or self._counts is None:
+            ids = torch.tensor(self.token_ids, device=logits.device)
+            self._seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+            self._seen[ids] = True
+            output = ids[self.output_start :]
+            self._counts = torch.bincount(output, minlength=len(logits))
+        return self._seen, self._counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A token guessed for a row, and the distribution it was drawn from: [V] probabilities, None where it was not drawn."""
+
+    token_id: int
+    probabilities: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The token of one row; None where nothing may follow.
+
+    Attributes:
+        logprob: in nats under the raw distribution.
+        logprobs: where they were asked for.
+    """
+
+    token_id: int | None
+    logprob: float
+    logprobs: Logprobs | None = None
 
 
 def choose(
-    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator | None]
-) -> tuple[list[int], list[float]]:
+    logits: Tensor, choosers: Sequence[Chooser], drafts: Sequence[Draft | None] | None = None
+) -> list[Choice]:
     """The next token of each row.
 
     Args:
-        logits: [N, V] fp32.
-        params: how each row is sampled.
-        generators: each row's own source of randomness (None for greedy rows).
-
-    Returns:
-        N ids, and their log-probabilities in nats before any change by `params`.
+        logits: [N, V] raw.
+        choosers: how each row's token is chosen.
+        drafts: a guess for each row, from a distribution of its own; it is taken with probability min(1, p / q), else
+            a token from the rest max(0, p - q), so that tokens are distributed as without it (Leviathan et al. 2022,
+            arXiv 2211.17192, section 2.3).
     """
-    greedy = logits.argmax(-1).tolist()
-    ids = [
-        greedy[row] if p.temperature == 0 else sample_row(narrow(logits[row], p), generators[row])
-        for row, p in enumerate(params)
+    changed = [row for row, chooser in enumerate(choosers) if chooser.changes_logits]
+    processed, ended = logits, set[int]()
+    if changed:
+        processed = logits.clone()
+        for row in changed:
+            processed[row] = choosers[row].process(logits[row])
+        ended = {row for row in changed if bool((processed[row] == float("-inf")).all())}
+        for row in ended:
+            processed[row] = logits[row]
+    ids = processed.argmax(-1)
+    drawn = [row for row, chooser in enumerate(choosers) if chooser.params.temperature > 0]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits.device)
+        whole = len(drawn) == len(choosers)
+        narrowed = narrow(
+            processed if whole else processed[rows], [choosers[row].params for row in drawn]
+        )
+        processed = narrowed if whole else processed.index_copy(0, rows, narrowed)
+        guesses = [drafts[row] if drafts is not None else None for row in drawn]
+        sources = [choosers[row].source for row in drawn]
+        ids = ids.index_copy(0, rows, draw(narrowed, sources, guesses))
+    raw = (logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)).tolist()
+    return [
+        Choice(
+            token_id=None if row in ended else token,
+            logprob=raw[row],
+            logprobs=None
+            if chooser.params.logprobs is None
+            else logprobs_of(token, logits[row], chooser.params.logprobs, processed[row]),
+        )
+        for row, (chooser, token) in enumerate(zip(choosers, ids.tolist(), strict=True))
     ]
-    chosen = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None]).squeeze(1)
-    logprobs: list[float] = (chosen - logits.logsumexp(-1)).tolist()
-    return ids, logprobs
 
 
-def narrow(logits: Tensor, params: SamplingParams) -> Tensor:
-    """[V] logits after temperature, top-k and top-p, in that order (as in HF); barred tokens are -inf."""
-    logits = logits / params.temperature
-    if 0 < params.top_k < logits.numel():
-        threshold = logits.topk(params.top_k).values[-1]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    if params.top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        # a token stays as long as those more likely than it do not reach p; the first always stays
-        logits = logits.index_fill(0, order[before >= params.top_p], float("-inf"))
-    return logits
+def narrow(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[N, V] logits after temperature, top-k, top-p, min-p and typical-p, in HF's order; barred tokens are -inf."""
+    logits = _on_rows(logits, [max(p.temperature, COLDEST) for p in params], 1.0, scale)
+    logits = _on_rows(logits, [p.top_k for p in params], 0, keep_top_k)
+    logits = _on_rows(logits, [p.top_p for p in params], 1.0, keep_top_p)
+    logits = _on_rows(logits, [p.min_p for p in params], 0.0, keep_min_p)
+    return _on_rows(logits, [p.typical_p for p in params], 1.0, keep_typical)
 
 
-def sample_row(logits: Tensor, generator: torch.Generator | None) -> int:
-    """One draw from softmax(logits) by the Gumbel-max rule, in fp64, from a generator of the row's own."""
-    noise = torch.rand(logits.shape, dtype=torch.float64, generator=generator)
-    gumbel = -torch.log(-torch.log(noise.clamp_(min=1e-300)))
-    return int((logits.double().cpu() + gumbel).argmax())
+def logprobs_of(token: int, raw: Tensor, count: int, processed: Tensor | None = None) -> Logprobs:
+    """The log-probabilities of one place, from its raw (and processed) logits [V]."""
+    values, top = _top(raw, count)
+    if processed is None:
+        return Logprobs(token_id=token, raw=float(values[token]), top_raw=top)
+    others, top_processed = _top(processed, count)
+    return Logprobs(
+        token_id=token,
+        raw=float(values[token]),
+        top_raw=top,
+        processed=float(others[token]),
+        top_processed=top_processed,
+    )
+
+
+def draw(
+    logits: Tensor,
+    sources: Sequence[random.Random],
+    drafts: Sequence[Draft | None] | None = None,
+) -> Tensor:
+    """[N] ids drawn from softmax(logits), each by one number of its own source: the first token at which the cumulated
+    probability, in fp64, exceeds it. A draft with a distribution is taken or replaced."""
+    probabilities = logits.softmax(-1)
+    forced: dict[int, int] = {}
+    for row, draft in enumerate(drafts or ()):
+        if draft is None or draft.probabilities is None:
+            continue
+        p, q = probabilities[row], draft.probabilities.to(probabilities.device)
+        if sources[row].random() * float(q[draft.token_id]) < float(p[draft.token_id]):
+            forced[row] = draft.token_id
+            continue
+        rest = (p - q).clamp(min=0)
+        if bool(rest.any()):  # p = q up to rounding leaves nothing, and p itself is right
+            probabilities[row] = rest
+    cumulated = probabilities.cumsum(-1, dtype=torch.float64)
+    numbers = [0.0 if row in forced else source.random() for row, source in enumerate(sources)]
+    total = cumulated[:, -1:]
+    at = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * total
+    at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))
+    ids = torch.searchsorted(cumulated, at, right=True).squeeze(1)
+    ids = ids.clamp(
+        max=logits.shape[1] - 1
+    )  # a row of NaN finds nothing, and must not hurt the others
+    for row, token in forced.items():
+        ids[row] = token
+    return ids
+
+
+def _top(logits: Tensor, count: int) -> tuple[Tensor, tuple[tuple[int, float], ...]]:
+    """Log-probabilities [V], and the `count` largest with their ids; barred tokens are left out."""
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(min(count, len(logits)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return logprobs, tuple((i, value) for i, value in pairs if value > float("-inf"))
+
+
+def _on_rows(
+    logits: Tensor,
+    settings: Sequence[float],
+    neutral: float,
+    function: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`function` on the rows whose setting asks for something."""
+    asked = [row for row, setting in enumerate(settings) if setting != neutral]
+    if not asked:
+        return logits
+    values = [settings[row] for row in asked]
+    kind = torch.int64 if isinstance(neutral, int) else torch.float64
+    each = torch.tensor(values, dtype=kind, device=logits.device)
+    if len(asked) == len(settings):
+        return function(logits, each)
+    rows = torch.tensor(asked, device=logits.device)
+    return logits.index_copy(0, rows, function(logits[rows], each))

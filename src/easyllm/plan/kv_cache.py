@@ -28,22 +28,21 @@ def cache_size(
 ) -> CacheSize:
     """The cache of `sequences` sequences of `context` tokens each.
 
-    A layer keeps a key and a value of [K, d] a token: 2·K·d elements. A causal window W without sinks keeps the last W
-    tokens; a window with sinks keeps all, as attention there reads old ones again.
+    A layer keeps a key and a value of [K, d] a token: 2·K·d elements. Where every attention layer has a causal window
+    without sinks, the last W tokens of the widest are kept; otherwise all, as pages hold a token in every layer.
 
     Args:
         itemsize: bytes of an element: 2 for bf16 and fp16, 1 for int8, 0.5 for int4.
     """
-    per_token, held, state = 0, 0, 0
+    per_token, state = 0, 0
     for layer in config.layers:
         mixer = layer.mixer
         if isinstance(mixer, LinearAttentionConfig):
             features = mixer.head_dim + (mixer.features == "cosine")
             state += mixer.num_heads * features * (mixer.head_dim + 1) * STATE_BYTES
             continue
-        elements = 2 * mixer.num_kv_heads * mixer.head_dim
-        per_token += elements
-        held += elements * _tokens_kept(mixer, context)
+        per_token += 2 * mixer.num_kv_heads * mixer.head_dim
+    held = per_token * _tokens_kept(config, context)
     return CacheSize(
         bytes_per_token=int(per_token * itemsize),
         state_bytes=state,
@@ -51,7 +50,14 @@ def cache_size(
     )
 
 
-def _tokens_kept(mixer: AttentionConfig, context: int) -> int:
-    if mixer.window is None or not mixer.causal or mixer.num_sinks:
-        return context
-    return min(context, mixer.window)
+def rolling_window(config: ModelConfig) -> int | None:
+    """The widest window of a model whose attention layers all have one (causal, no sinks): what lies before it is never
+    read again. None for other models."""
+    mixers = [x.mixer for x in config.layers if isinstance(x.mixer, AttentionConfig)]
+    windows = [m.window for m in mixers if m.window and m.causal and not m.num_sinks]
+    return max(windows) if windows and len(windows) == len(mixers) else None
+
+
+def _tokens_kept(config: ModelConfig, context: int) -> int:
+    window = rolling_window(config)
+    return context if window is None else min(context, window)

@@ -5,7 +5,7 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from easyllm.core.errors import ConfigError, EasyllmError
 from easyllm.engine.llm import LLM, Completion
+from easyllm.engine.request import Logprobs, TokenEvent
 from easyllm.engine.request import Request as EngineRequest
-from easyllm.engine.request import TokenEvent
 from easyllm.serve.schema import ChatRequest
 from easyllm.serve.service import EngineFailure, EngineService
+from easyllm.tokenizer.stream import REPLACEMENT
+from easyllm.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8420
@@ -100,7 +102,8 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
         }
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            stream = _stream(head, first, events, len(prompt), usage)
+            counted = len(prompt) if usage else None
+            stream = _stream(head, first, events, counted, service.llm.tokenizer)
             return StreamingResponse(stream, media_type="text/event-stream")
         completion = Completion()
         completion.take(first)
@@ -109,13 +112,22 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
                 completion.take(event)
         except EngineFailure as error:
             raise APIError(500, str(error)) from None
-        message = {"role": "assistant", "content": completion.text}
-        choice = {"index": 0, "message": message, "finish_reason": completion.finish_reason}
+        completions = [completion, *completion.others]
+        tokenizer = service.llm.tokenizer
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": each.text},
+                "logprobs": _logprobs(each.details, tokenizer) if body.logprobs else None,
+                "finish_reason": each.finish_reason,
+            }
+            for index, each in enumerate(completions)
+        ]
         answer = {
             **head,
             "object": "chat.completion",
-            "choices": [choice],
-            "usage": _usage(len(prompt), len(completion.token_ids)),
+            "choices": choices,
+            "usage": _usage(len(prompt), sum(len(each.token_ids) for each in completions)),
         }
         return JSONResponse(answer)
 
@@ -164,31 +176,57 @@ async def _stream(
     head: dict[str, Any],
     first: TokenEvent,
     rest: AsyncIterator[TokenEvent],
-    prompt_tokens: int,
-    include_usage: bool,
+    prompt_tokens: int | None,
+    tokenizer: Tokenizer,
 ) -> AsyncIterator[str]:
-    def chunk(delta: dict[str, str], reason: str | None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+    """Server-sent events; usage at the end where the prompt's tokens are given."""
+
+    def chunk(index: int, delta: dict[str, str], **rest: Any) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": None} | rest
         return _event({**head, "object": "chat.completion.chunk", "choices": [choice]})
 
-    yield chunk({"role": "assistant", "content": ""}, None)
-    count = 0
+    count, begun = 0, set[int]()
     event: TokenEvent | None = first
     while event is not None:
+        if event.index not in begun:
+            begun.add(event.index)
+            yield chunk(event.index, {"role": "assistant", "content": ""})
         count += event.token_id is not None
-        if event.text:
-            yield chunk({"content": event.text}, None)
+        details = {}
+        if event.logprobs is not None:
+            details = {"logprobs": _logprobs([event.logprobs], tokenizer)}
+        if event.text or details:
+            yield chunk(event.index, {"content": event.text}, **details)
         if event.finish_reason is not None:
-            yield chunk({}, event.finish_reason)
+            yield chunk(event.index, {}, finish_reason=event.finish_reason)
         try:
             event = await anext(rest, None)
         except EngineFailure as error:
             yield _event(_error_body(500, str(error)))
             return
-    if include_usage:
+    if prompt_tokens is not None:
         usage = _usage(prompt_tokens, count)
         yield _event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
     yield "data: [DONE]\n\n"
+
+
+def _logprobs(details: Sequence[Logprobs], tokenizer: Tokenizer) -> dict[str, Any]:
+    """OpenAI's form: raw log-probabilities of the tokens, and of the most likely ones beside each."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.token_text(token_id)
+        whole = REPLACEMENT not in text  # a piece of a character has no bytes of its own here
+        # -inf is no JSON; the number is OpenAI's for "very unlikely"
+        logprob = max(logprob, -9999.0)
+        return {"token": text, "bytes": list(text.encode()) if whole else None, "logprob": logprob}
+
+    return {
+        "content": [
+            entry(place.token_id, place.raw)
+            | {"top_logprobs": [entry(*other) for other in place.top_raw]}
+            for place in details
+        ]
+    }
 
 
 def _event(value: dict[str, Any]) -> str:

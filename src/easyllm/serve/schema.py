@@ -8,6 +8,8 @@ from easyllm.engine.request import SamplingParams
 
 MAX_NEW_TOKENS = 32_768
 MAX_MESSAGES = 2_000
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20  # OpenAI's
 
 
 class Strict(BaseModel):
@@ -42,7 +44,7 @@ class StreamOptions(Strict):
 
 
 class ChatRequest(Strict):
-    """`POST /v1/chat/completions`. Fields fixed to one value are taken when they ask for nothing."""
+    """`POST /v1/chat/completions`; `top_k` is an addition to OpenAI's fields."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -57,10 +59,14 @@ class ChatRequest(Strict):
     stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = (
         Field(default=None, max_length=16)
     )
-    n: Literal[1] = 1
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
-    logprobs: Literal[False] | None = False
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default={}, max_length=1024
+    )
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     user: str | None = None
 
     @model_validator(mode="after")
@@ -69,6 +75,8 @@ class ChatRequest(Strict):
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream=true")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
         return self
 
     def sampling(self) -> SamplingParams:
@@ -81,4 +89,9 @@ class ChatRequest(Strict):
             seed=self.seed,
             max_tokens=self.max_completion_tokens or self.max_tokens,
             stop=stop,
+            n=self.n,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=self.logit_bias,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )

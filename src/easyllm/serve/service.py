@@ -48,14 +48,14 @@ class EngineService:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         self._inbox.put(lambda: self._start(request, deliver))
+        unfinished = request.params.n
         try:
-            while True:
+            while unfinished:
                 event = await events.get()
                 if isinstance(event, Exception):
                     raise event
+                unfinished -= event.finish_reason is not None
                 yield event
-                if event.finish_reason is not None:
-                    return
         finally:
             self._inbox.put(lambda: self._forget(request.id))
 

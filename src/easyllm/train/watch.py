@@ -174,7 +174,15 @@ def samples_of(
         return None
     from easyllm.engine import LLM, SamplingParams
 
-    llm = LLM(model=model, tokenizer=tokenizer)
+    longest = max(len(tokenizer.encode(prompt)) for prompt in config.prompts) + config.max_tokens
+    llm = LLM(
+        model=model,
+        tokenizer=tokenizer,
+        # memory belongs to training, and weights change between samples: nothing cached stays true
+        num_pages=len(config.prompts) * -(-longest // 16),
+        page_size=16,
+        prefix_caching=False,
+    )
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, seed=0)
 
     def show() -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.progress import Progress
-from easyllm.engine.kv_cache import BatchCache, SequenceCache
+from easyllm.engine.runner import logits_in_passes
 from easyllm.models import load_model, open_source, save_model
 from easyllm.models.load import OpenSource
 from easyllm.nn.decoder import Decoder
@@ -142,15 +142,8 @@ def packed_difference(model: Decoder, ids: Tensor) -> float:
 
 
 def through_cache(model: Decoder, ids: Tensor, pieces: Sequence[int]) -> Tensor:
-    """[T, V] logits of one sequence that goes through the cache in pieces."""
-    cache = SequenceCache(model.config, model.embed_tokens.weight.dtype, model.device)
-    rows = []
-    for part in ids.split(list(pieces)):
-        store = BatchCache([cache], [len(part)])
-        context = AttentionContext.packed([len(part)], store=store, offsets=[cache.length])
-        rows.append(model.head(model(part, context)))
-        store.commit()
-    return torch.cat(rows)
+    """[T, V] logits of one sequence that goes through the engine's paged cache in pieces."""
+    return logits_in_passes(model, [ids.tolist()], [list(pieces)])[0]
 
 
 def _pieces(length: int) -> list[int]:

@@ -1,0 +1,239 @@
+"""Beam search over pages: hypotheses share what they have in common, and copy a page when they part inside it.
+
+Each step every running hypothesis is continued by every token; the best (1 + number of end tokens) · B continuations are
+looked at, those among the first B that end are finished, and the best B that do not end go on. A finished hypothesis of n
+tokens with Σ log p has the score
+
+    Σ log p / n^α    (power)        Σ log p / ((5 + n) / 6)^α    (gnmt: Wu et al. 2016, arXiv 1609.08144, eq. 14)
+
+What is kept and when it stops is as in Hugging Face's `generate`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from easyllm.core.errors import ConfigError
+from easyllm.engine.engine import Engine
+from easyllm.engine.page_table import Copies, PageTable
+from easyllm.engine.pages import Namespace
+from easyllm.engine.request import BeamParams
+from easyllm.engine.step import Piece, Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hypothesis:
+    """A finished continuation.
+
+    Attributes:
+        token_ids: without the prompt; the end token included where there is one.
+        logprobs: of each in nats.
+        score: what hypotheses are ranked by.
+        ended: whether by an end token, not by the limit.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    score: float
+    ended: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Beam:
+    """A running hypothesis; the keys of its last token are not in the cache yet."""
+
+    sequence_id: int
+    table: PageTable
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    parent: _Beam
+    token: int
+    logprob: float
+    total: float
+
+
+def beam_search(
+    engine: Engine, prompt_ids: tuple[int, ...], params: BeamParams
+) -> list[Hypothesis]:
+    """The `params.n` best finished hypotheses, the best first.
+
+    Args:
+        engine: idle; its pages are used, and free again afterwards.
+
+    Raises:
+        ConfigError: the engine is busy, or prompt and hypotheses are too long for context or cache.
+    """
+    return _Search(engine, prompt_ids, params).run()
+
+
+class _Search:
+    """One search: its limits, its running beams and what has finished."""
+
+    def __init__(self, engine: Engine, prompt_ids: tuple[int, ...], params: BeamParams) -> None:
+        if engine.busy:
+            raise ConfigError("beam search needs an engine without running requests; wait for them")
+        self.engine, self.params, self.prompt = engine, params, prompt_ids
+        self.limit = engine.check_prompt(prompt_ids, params.max_tokens)
+        self.ends = frozenset(engine.model.config.eos_token_ids)
+        self.finished: list[Hypothesis] = []
+        self.dropped: list[int] = []
+        self._refuse_short_cache()
+
+    @torch.inference_mode()
+    def run(self) -> list[Hypothesis]:
+        beams: list[_Beam] = []
+        try:
+            first, logits = self._prefill()
+            beams = [first]
+            for length in range(1, self.limit + 1):
+                candidates = self._candidates(beams, logits)
+                going_on = self._finish(candidates, length)
+                if not going_on or self._settled(going_on, length):
+                    break
+                beams = self._continue(beams, going_on)
+                logits = self._step(beams, length)
+        finally:
+            for beam in beams:
+                beam.table.release()
+        return self.finished[: self.params.n]
+
+    def score(self, total: float, length: int) -> float:
+        """Of a hypothesis of `length` tokens with log-probability `total`."""
+        alpha = self.params.length_penalty
+        base = (5 + length) / 6 if self.params.normalization == "gnmt" else length
+        return float(total / base**alpha)
+
+    def _refuse_short_cache(self) -> None:
+        pool = self.engine.pool
+        shared, rest = divmod(len(self.prompt), pool.page_size)
+        own = -(-(rest + self.limit) // pool.page_size)
+        needed = (
+            shared + self.params.num_beams * own + 1
+        )  # a page is copied before it is given back
+        if needed > pool.num_pages:
+            raise ConfigError(
+                f"{self.params.num_beams} beams of {self.limit} tokens behind a prompt of {len(self.prompt)} need up to "
+                f"{needed} pages, the cache has {pool.num_pages}; lower num_beams or max_tokens, or raise cache_gb"
+            )
+
+    def _prefill(self) -> tuple[_Beam, Tensor]:
+        """The prompt in the cache, and the logits [1, V] after it."""
+        table = PageTable(self.engine.pool, Namespace())
+        beam = _Beam(self.engine.next_sequence_id(), table)
+        try:
+            start = table.adopt(self.prompt) if self.engine.pool.prefix_caching else 0
+            whole = self.engine.scheduler.whole_prompts
+            chunk = len(self.prompt) if whole else self.engine.scheduler.max_step_tokens
+            while start < len(self.prompt):
+                tokens = self.prompt[start : start + chunk]
+                last = start + len(tokens) == len(self.prompt)
+                logits = self._run([(beam, tokens, start)], rows=int(last))
+                start += len(tokens)
+                table.commit(self.prompt, start)
+        except BaseException:
+            table.release()
+            raise
+        return beam, logits
+
+    def _candidates(self, beams: list[_Beam], logits: Tensor) -> list[_Candidate]:
+        """The best continuations of all beams, the best first."""
+        logprobs = logits.log_softmax(-1)  # [N, V]
+        before = torch.tensor([b.total for b in beams], dtype=logprobs.dtype, device=logits.device)
+        totals = (logprobs + before[:, None]).flatten()
+        count = max(2, 1 + len(self.ends)) * self.params.num_beams
+        best = totals.topk(min(count, len(totals)))
+        vocab_size = logits.shape[1]
+        each = logprobs.flatten()[best.indices].tolist()
+        return [
+            _Candidate(beams[place // vocab_size], place % vocab_size, logprob, total)
+            for place, logprob, total in zip(
+                best.indices.tolist(), each, best.values.tolist(), strict=True
+            )
+        ]
+
+    def _finish(self, candidates: list[_Candidate], length: int) -> list[_Candidate]:
+        """Keeps the finished hypotheses among the first B; returns the best B that go on."""
+        size = self.params.num_beams
+        for candidate in candidates[:size]:
+            ended = candidate.token in self.ends
+            if ended or length == self.limit:
+                parent = candidate.parent
+                self.finished.append(
+                    Hypothesis(
+                        token_ids=(*parent.tokens, candidate.token),
+                        logprobs=(*parent.logprobs, candidate.logprob),
+                        score=self.score(candidate.total, length),
+                        ended=ended,
+                    )
+                )
+        self.finished = sorted(self.finished, key=lambda h: h.score, reverse=True)[:size]
+        if length == self.limit:
+            return []
+        return [c for c in candidates if c.token not in self.ends][:size]
+
+    def _settled(self, going_on: list[_Candidate], length: int) -> bool:
+        """Whether B hypotheses have finished and none that runs is expected to beat the worst of them."""
+        if len(self.finished) < self.params.num_beams:
+            return False
+        stopping = self.params.early_stopping
+        if stopping is True:
+            return True
+        longest = stopping == "never" and self.params.length_penalty > 0
+        hoped = self.score(going_on[0].total, self.limit if longest else length)
+        return hoped <= self.finished[-1].score
+
+    def _continue(self, beams: list[_Beam], going_on: list[_Candidate]) -> list[_Beam]:
+        """New beams on their parents' pages; parents' own references are given back."""
+        new = [
+            _Beam(
+                sequence_id=self.engine.next_sequence_id(),
+                table=c.parent.table.fork(),
+                tokens=(*c.parent.tokens, c.token),
+                logprobs=(*c.parent.logprobs, c.logprob),
+                total=c.total,
+            )
+            for c in going_on
+        ]
+        self.forks = tuple(
+            (c.parent.sequence_id, beam.sequence_id) for c, beam in zip(going_on, new, strict=True)
+        )
+        for beam in beams:
+            beam.table.release()
+            self.dropped.append(beam.sequence_id)
+        return new
+
+    def _step(self, beams: list[_Beam], length: int) -> Tensor:
+        """Logits [N, V] after the last token of each beam."""
+        start = len(self.prompt) + length - 1
+        return self._run([(beam, beam.tokens[-1:], start) for beam in beams], rows=1)
+
+    def _run(self, parts: list[tuple[_Beam, tuple[int, ...], int]], rows: int) -> Tensor:
+        copies: Copies = {}
+        pieces = []
+        prefix = len(self.prompt) if self.engine.scheduler.prefix else 0
+        for beam, tokens, start in parts:
+            found = beam.table.reserve(start, start + len(tokens), copies)
+            assert found, "the pages were counted before"
+        for beam, tokens, start in parts:
+            pieces.append(
+                Piece(
+                    sequence_id=beam.sequence_id,
+                    token_ids=tokens,
+                    start=start,
+                    pages=tuple(beam.table.pages),
+                    num_rows=rows,
+                    prefix=prefix,
+                )
+            )
+        forks, self.forks = self.forks, ()
+        dropped, self.dropped = tuple(self.dropped), []
+        step = Step(pieces=tuple(pieces), copies=copies, forks=forks, dropped=dropped)
+        return self.engine.runner.run(step)
+
+    forks: tuple[tuple[int, int], ...] = ()

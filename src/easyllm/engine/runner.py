@@ -1,0 +1,102 @@
+"""One forward pass over pages: what the scheduler has planned goes in, rows of logits come out."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from easyllm.engine.kv_cache import KVCache, PagedStore
+from easyllm.engine.step import Piece, Step
+from easyllm.nn.decoder import Decoder
+from easyllm.ops.attention import AttentionContext
+
+
+class Runner(Protocol):
+    """Computes steps; the tests have one whose tokens are hashes of the pages it reads."""
+
+    def run(self, step: Step) -> Tensor:
+        """Logits [N, V] of the rows the pieces ask for, in their order."""
+
+
+class DecoderRunner:
+    """Runs the training decoder over a paged cache.
+
+    Args:
+        model: in inference mode.
+        cache: its keys, values and states.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Tensor:
+        """Logits [N, V], fp32 (fp64 for an fp64 model), of the rows asked for."""
+        self.cache.copy_pages(step.copies)
+        self.cache.move_states(step.forks, step.dropped)
+        pieces, device = step.pieces, self.model.device
+        lengths = [len(piece.token_ids) for piece in pieces]
+        offsets = [piece.start for piece in pieces]
+        store = PagedStore(
+            self.cache,
+            tables=[piece.pages for piece in pieces],
+            offsets=offsets,
+            lengths=lengths,
+            sequence_ids=[piece.sequence_id for piece in pieces],
+        )
+        prefixes = tuple(piece.prefix for piece in pieces)
+        context = AttentionContext.packed(
+            lengths,
+            device=device,
+            store=store,
+            offsets=offsets,
+            prefix_lengths=prefixes if any(prefixes) else None,
+        )
+        ids = torch.tensor([i for piece in pieces for i in piece.token_ids], device=device)
+        hidden = self.model(ids, context)
+        rows: list[int] = []
+        end = 0
+        for piece, length in zip(pieces, lengths, strict=True):
+            end += length
+            rows.extend(range(end - piece.num_rows, end))
+        if len(rows) < len(ids):
+            hidden = hidden.index_select(0, torch.tensor(rows, dtype=torch.int64, device=device))
+        logits: Tensor = self.model.head(hidden)
+        return logits
+
+
+def logits_in_passes(
+    model: Decoder,
+    sequences: Sequence[Sequence[int]],
+    passes: Sequence[Sequence[int]],
+    *,
+    page_size: int = 16,
+) -> list[Tensor]:
+    """[T, V] logits of each sequence that goes through a paged cache in passes: what law 3 holds against one forward.
+
+    Args:
+        passes: for each sequence the tokens of each of its passes; pass i of all sequences is computed at once.
+    """
+    sizes = [-(-len(ids) // page_size) for ids in sequences]
+    dtype = model.embed_tokens.weight.dtype
+    cache = KVCache(model.config, max(1, sum(sizes)), page_size, dtype, model.device)
+    runner = DecoderRunner(model, cache)
+    tables = [tuple(range(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(len(sizes))]
+    rows: list[list[Tensor]] = [[] for _ in sequences]
+    done = [0] * len(sequences)
+    for turn in range(max(len(lengths) for lengths in passes)):
+        pieces = []
+        for i, lengths in enumerate(passes):
+            if turn < len(lengths):
+                ids = tuple(int(t) for t in sequences[i][done[i] : done[i] + lengths[turn]])
+                piece = Piece(
+                    sequence_id=i, token_ids=ids, start=done[i], pages=tables[i], num_rows=len(ids)
+                )
+                pieces.append(piece)
+                done[i] += len(ids)
+        counts = [len(piece.token_ids) for piece in pieces]
+        logits = runner.run(Step(pieces=tuple(pieces))).split(counts)
+        for piece, part in zip(pieces, logits, strict=True):
+            rows[piece.sequence_id].append(part)
+    return [torch.cat(parts) for parts in rows]

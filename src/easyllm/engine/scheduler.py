@@ -1,0 +1,274 @@
+"""Who is computed next: continuous batching, chunked prefill, preemption by recomputation.
+
+First come, first served. Every step decodes all running sequences first; what is left of the token budget goes to prompts,
+in chunks where they are long (Agrawal et al. 2023, arXiv 2308.16369). Where pages run out the youngest sequence gives
+all of its own back and is computed again later, its generated tokens as part of its prompt (Kwon et al. 2023, arXiv
+2309.06180, section 4.5). No torch here: sequences, tokens and page numbers only.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from easyllm.engine.page_table import Copies, PageTable
+from easyllm.engine.pages import Namespace, PagePool
+from easyllm.engine.step import Piece, Step
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sequence of tokens on its way.
+
+    Attributes:
+        id: of this sequence; recurrent states are kept under it.
+        tokens: prompt and what has been generated.
+        prompt_length: of the prompt alone.
+        copies: sequences that will share the prompt once it is computed (they fork from this one).
+        prompt_rows: whether the logits of all prompt tokens are wanted; no prefix is taken from others then.
+        drafts: tokens somebody guesses to come next, computed along with the last one.
+        computed: tokens whose keys are in the cache.
+    """
+
+    id: int
+    tokens: list[int]
+    prompt_length: int
+    namespace: Namespace = field(default_factory=Namespace)
+    copies: int = 1
+    prompt_rows: bool = False
+    drafts: tuple[int, ...] = ()
+    computed: int = 0
+    table: PageTable | None = None
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are known and not yet computed."""
+        return len(self.tokens) - self.computed
+
+
+class Scheduler:
+    """Plans steps.
+
+    Args:
+        pool: all pages there are.
+        max_running: sequences that run at once.
+        max_step_tokens: the token budget of a step.
+        window: the widest window of a model that has one in every layer: pages before it are given back.
+        whole_prompts: a prompt is computed in one pass, whatever the budget.
+        prefix: whether a prompt's tokens see each other both ways.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        max_running: int = 64,
+        max_step_tokens: int = 2048,
+        window: int | None = None,
+        whole_prompts: bool = False,
+        prefix: bool = False,
+    ) -> None:
+        assert max_running <= max_step_tokens, "every running sequence decodes in every step"
+        self.pool, self.window = pool, window
+        self.max_running, self.max_step_tokens = max_running, max_step_tokens
+        self.whole_prompts, self.prefix = whole_prompts, prefix
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.num_preemptions = 0
+        self._copies: Copies = {}
+        self._forks: list[tuple[int, int]] = []
+        self._dropped: list[int] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self.waiting or self.running)
+
+    def pages_needed(self, length: int) -> int:
+        """Pages a sequence of `length` tokens takes at most at one time."""
+        size = self.pool.page_size
+        pages = -(-length // size)
+        if self.window is None or self.whole_prompts:
+            return pages
+        # a chunk is written before the window moves on; both may begin inside a page
+        return min(pages, -(-(self.window - 1 + self.max_step_tokens) // size) + 1)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence, behind all others."""
+        self.waiting.append(sequence)
+
+    def plan(self) -> Step | None:
+        """The next step; None where there is nothing to compute."""
+        self._copies = {}
+        pieces = self._decodes()
+        budget = self.max_step_tokens - sum(len(piece.token_ids) for piece in pieces)
+        pieces += self._prefills(budget, bool(pieces))
+        if not pieces:
+            assert not self.running, "somebody can always go on"
+            return None
+        step = Step(
+            pieces=tuple(pieces),
+            copies=self._copies,
+            forks=tuple(self._forks),
+            dropped=tuple(self._dropped),
+        )
+        self._forks, self._dropped = [], []
+        return step
+
+    def advance(self, sequence: Sequence, computed: int) -> None:
+        """Takes note that the first `computed` tokens of a sequence are in the cache and right."""
+        assert sequence.table is not None, "only a running sequence advances"
+        sequence.computed, sequence.drafts = computed, ()
+        sequence.table.commit(sequence.tokens, computed)
+        if self.window is not None:
+            sequence.table.roll(max(0, computed - self.window + 1))
+
+    def fork(self, parent: Sequence, child_ids: Iterable[int]) -> list[Sequence]:
+        """Sequences with the parent's tokens and pages; they run right behind it, in their order."""
+        assert parent.table is not None, "only a running sequence forks"
+        children = [
+            Sequence(
+                id=child_id,
+                tokens=list(parent.tokens),
+                prompt_length=parent.prompt_length,
+                namespace=parent.namespace,
+                computed=parent.computed,
+                table=parent.table.fork(),
+            )
+            for child_id in child_ids
+        ]
+        parent.copies -= len(children)
+        assert parent.copies == 1, "room was kept for as many"
+        place = self.running.index(parent) + 1
+        self.running[place:place] = children
+        self._forks.extend((parent.id, child.id) for child in children)
+        return children
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets a sequence, finished or not; its pages are free at once."""
+        if sequence.table is not None:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Sends a running sequence back to the head of the queue; it will be computed again."""
+        self.num_preemptions += 1
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        self.waiting.appendleft(sequence)
+
+    def check(self) -> None:
+        """Asserts that every page is accounted for."""
+        self.pool.check([s.table.held for s in self.running if s.table is not None])
+
+    def _decodes(self) -> list[Piece]:
+        """One token, and the guessed ones behind it, for each sequence that has come so far; pages are found for
+        the oldest first, at the cost of the youngest."""
+        pieces: list[Piece] = []
+        left = self.max_step_tokens - sum(s.pending == 1 for s in self.running)
+        place = 0
+        while place < len(self.running):
+            sequence = self.running[place]
+            place += 1
+            if sequence.pending != 1:
+                continue
+            sequence.drafts = sequence.drafts[: max(0, left)]
+            if sequence.drafts and not self._reserve(sequence, 1 + len(sequence.drafts)):
+                sequence.drafts = ()  # a guess is not worth a preemption
+            while not self._reserve(sequence, 1 + len(sequence.drafts)):
+                youngest = self.running[-1]
+                self.preempt(youngest)
+                if youngest is sequence:
+                    break
+            else:
+                left -= len(sequence.drafts)
+                pieces.append(self._piece(sequence, 1 + len(sequence.drafts)))
+        return pieces
+
+    def _prefills(self, budget: int, decoding: bool) -> list[Piece]:
+        """What the budget leaves for prompts: the running one first, then new ones while there is room."""
+        pieces: list[Piece] = []
+        for sequence in tuple(self.running):
+            if sequence.pending > 1:
+                pieces += (piece := self._chunk(sequence, budget, not pieces))
+                budget -= sum(len(p.token_ids) for p in piece)
+                if not piece or sequence.pending > len(piece[0].token_ids):
+                    return pieces  # nobody may overtake it
+        while self.waiting and budget > 0:
+            sequence = self.waiting[0]
+            taken = sum(s.copies for s in self.running)
+            if taken + sequence.copies > self.max_running:
+                break
+            self._open(sequence)
+            idle = not (self.running or pieces or decoding)
+            found = (
+                []
+                if not (idle or self._fits(sequence))
+                else self._chunk(sequence, budget, not pieces)
+            )
+            if not found:
+                self._give_back(sequence)
+                break
+            self.running.append(self.waiting.popleft())
+            pieces += found
+            budget -= len(found[0].token_ids)
+            if sequence.pending > len(found[0].token_ids):
+                break
+        return pieces
+
+    def _open(self, sequence: Sequence) -> None:
+        """Gives a waiting sequence a table, with what others have left in the cache of its beginning."""
+        sequence.table = PageTable(self.pool, sequence.namespace)
+        if self.pool.prefix_caching and not sequence.prompt_rows:
+            sequence.computed = sequence.table.adopt(sequence.tokens)
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether there are pages for all of a waiting sequence and a token more, so that it does not push others
+        out as soon as it runs."""
+        assert sequence.table is not None, "it has been opened"
+        needed = self.pages_needed(len(sequence.tokens) + 1) - len(sequence.table.pages)
+        return needed <= self.pool.available
+
+    def _chunk(self, sequence: Sequence, budget: int, first: bool) -> list[Piece]:
+        """As much of a prompt as budget and pages allow: one piece, or none."""
+        assert sequence.table is not None, "only a running sequence is computed"
+        size, count = self.pool.page_size, sequence.pending
+        if self.whole_prompts:
+            if count > budget and not first:
+                return []
+        else:
+            count = min(count, budget)
+            room = len(sequence.table.pages) + self.pool.available
+            count = min(count, room * size - sequence.computed)
+        if count <= 0 or not self._reserve(sequence, count):
+            return []
+        return [self._piece(sequence, count)]
+
+    def _reserve(self, sequence: Sequence, count: int) -> bool:
+        assert sequence.table is not None, "only a running sequence is computed"
+        start = sequence.computed
+        return sequence.table.reserve(start, start + count, self._copies)
+
+    def _piece(self, sequence: Sequence, count: int) -> Piece:
+        assert sequence.table is not None, "only a running sequence is computed"
+        start = sequence.computed
+        known = sequence.tokens[start : start + count]
+        ends = start + count >= len(sequence.tokens)
+        rows = 1 + len(sequence.drafts) if ends else 0
+        if sequence.prompt_rows and start < sequence.prompt_length:
+            rows = count
+        return Piece(
+            sequence_id=sequence.id,
+            token_ids=(*known, *(sequence.drafts if ends else ())),
+            start=start,
+            pages=tuple(sequence.table.pages),
+            num_rows=rows,
+            prefix=sequence.prompt_length if self.prefix else 0,
+        )
+
+    def _give_back(self, sequence: Sequence) -> None:
+        assert sequence.table is not None, "only a table's pages can be given back"
+        sequence.table.release()
+        sequence.table, sequence.computed, sequence.drafts = None, 0, ()
+        self._dropped.append(sequence.id)

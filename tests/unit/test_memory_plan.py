@@ -1,0 +1,114 @@
+"""Where memory goes, decided before anything is allocated, and said in one sentence where it does not fit."""
+
+import pytest
+import torch
+
+from conftest import build_tiny
+from easyllm.core.errors import ConfigError
+from easyllm.engine import LLM, Engine, EngineConfig, SamplingParams
+from easyllm.engine import engine as engine_module
+from easyllm.engine import llm as llm_module
+from easyllm.engine.kv_cache import KVCache
+from easyllm.engine.memory_plan import check_weights_fit, plan_memory
+from easyllm.models.families import family_of
+from easyllm.models.families.llama import SIZES
+from easyllm.nn.config import LinearAttentionConfig
+
+SMOLLM2 = family_of("llama").read_config(SIZES["smollm2-135m"])
+WEIGHTS = 538_060_032  # fp32
+
+
+def plan(free_gb, config=SMOLLM2, **options):
+    return plan_memory(
+        config,
+        EngineConfig(**options),
+        weight_bytes=WEIGHTS,
+        itemsize=4,
+        free_bytes=int(free_gb * 1e9),
+    )
+
+
+def test_by_default_a_small_model_takes_a_quarter_of_what_is_free_and_no_more_than_it_can_use():
+    laptop, server = plan(6), plan(500)
+    assert laptop.page_bytes == 16 * 46_080
+    assert 0.249 * 6e9 < laptop.cache_bytes <= 0.25 * 6e9
+    assert server.num_tokens == 64 * SMOLLM2.max_seq_len
+    assert plan(500, max_running=2).num_tokens == 2 * SMOLLM2.max_seq_len
+
+
+def test_a_size_that_is_asked_for_is_taken():
+    assert plan(6, num_pages=100).num_tokens == 1600
+    assert plan(6, num_pages=100, page_size=4).num_tokens == 400
+    assert 0.999e9 < plan(6, cache_gb=1.0).cache_bytes <= 1e9
+
+
+def test_the_plan_is_what_is_allocated():
+    made = plan(6, num_pages=50)
+    cache = KVCache(SMOLLM2, made.num_pages, 16, torch.float32, torch.device("meta"))
+    assert cache.num_bytes == made.cache_bytes
+
+
+def test_a_model_of_states_alone_counts_tokens_and_takes_little():
+    config = build_tiny().config
+    linear = LinearAttentionConfig(num_heads=2, head_dim=16)
+    layers = tuple(x.model_copy(update={"mixer": linear}) for x in config.layers)
+    made = plan(1, config.changed(layers=layers))
+    assert made.page_bytes == 0
+    assert made.num_tokens == 64 * 256
+    assert made.cache_bytes == 64 * 2 * 2 * (16 * 16 + 16) * 4
+
+
+def test_the_line_names_weights_cache_and_tokens():
+    assert plan(6, cache_gb=1.0).line() == (
+        "memory: weights 0.54 GB, cache 1.00 GB = 1,356 pages of 16 tokens (21,696 tokens), 6.0 GB were free"
+    )
+
+
+def test_a_cache_that_does_not_fit_says_how_much_is_missing_and_what_helps():
+    with pytest.raises(
+        ConfigError, match=r"needs 8.00 GB and 6.00 GB are free.*2.00 GB short.*cache_gb"
+    ):
+        plan(6, cache_gb=8.0)
+    with pytest.raises(
+        ConfigError, match=r"less than one page of 16 tokens \(0.0007 GB\); raise it"
+    ):
+        plan(6, cache_gb=0.0001)
+    with pytest.raises(ConfigError, match="GB short"):
+        plan(0.0001)
+
+
+def test_weights_that_do_not_fit_say_how_much_is_missing_and_what_helps():
+    check_weights_fit(SMOLLM2, torch.float32, WEIGHTS)
+    with pytest.raises(ConfigError, match=r"0.54 GB as float32 .*.0.14 GB short.; set dtype to bf"):
+        check_weights_fit(SMOLLM2, torch.float32, 400_000_000)
+    with pytest.raises(ConfigError, match=r"short.; take a smaller model"):
+        check_weights_fit(SMOLLM2, torch.float32, 100_000_000)
+
+
+def test_an_llm_that_does_not_fit_is_refused_before_anything_is_loaded(tiny_folder, monkeypatch):
+    with pytest.raises(ConfigError, match="did you mean 'num_pages'"):
+        LLM(tiny_folder, num_page=3)
+    monkeypatch.setattr(llm_module, "memory_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(llm_module, "load_model", lambda *a, **k: pytest.fail("was loaded"))
+    with pytest.raises(ConfigError, match="GB short"):
+        LLM(tiny_folder)
+
+
+def test_nothing_is_allocated_before_the_first_request(tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(engine_module, "KVCache", lambda *a: pytest.fail("was allocated"))
+    Engine(tiny_model, tiny_tokenizer, EngineConfig(num_pages=10))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_may_be_kept_in_another_dtype(tiny_tokenizer, dtype):
+    model = build_tiny(seed=3).double()
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
+    exact = LLM(model=model, tokenizer=tiny_tokenizer)
+    rounded = LLM(model=model, tokenizer=tiny_tokenizer, cache_dtype=dtype)
+    (a,), (b,) = (llm.generate([list(range(3, 60))], params) for llm in (exact, rounded))
+    size = getattr(torch, dtype).itemsize
+    assert rounded.engine.memory.page_bytes * 8 == exact.engine.memory.page_bytes * size
+    worst = max(
+        abs(x.raw - y.raw) for x, y in zip(a.prompt_logprobs, b.prompt_logprobs, strict=True)
+    )
+    assert 0 < worst < {"float32": 1e-4, "bfloat16": 1.0}[dtype]
