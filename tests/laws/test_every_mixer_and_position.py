@@ -31,6 +31,7 @@ from easyllm.nn.config import (
     Rope,
     Shaw,
     Sinusoidal,
+    StreamingRope,
     T5Bias,
     YarnScaling,
 )
@@ -203,7 +204,13 @@ CAUSAL = {
     **linear_variants(),
     **layer_variants(),
 }
-RECTIFIED = softmax_variants(REROPES)
+STREAMING = {
+    f"streaming, {sinks} sinks": model_config(
+        AttentionConfig(**attention(window=9, num_sinks=sinks, position=StreamingRope()))
+    )
+    for sinks in (0, 3)
+}
+RECTIFIED = softmax_variants(REROPES) | STREAMING
 BIDIRECTIONAL = bidirectional_variants()
 VARIANTS = CAUSAL | RECTIFIED | BIDIRECTIONAL
 

@@ -11,12 +11,13 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from easyllm.core.errors import ConfigError
 from easyllm.models.families.rope_config import read_rope, write_rope
-from easyllm.nn.config import Learned, ReRope, Rope, Shaw, Sinusoidal, T5Bias
+from easyllm.nn.config import Learned, ReRope, Rope, Shaw, Sinusoidal, StreamingRope, T5Bias
 from easyllm.nn.position import (
     AlibiPosition,
     ReRopePosition,
     RotaryPosition,
     ShawPosition,
+    StreamingPosition,
     T5Position,
     alibi_slopes,
     build_embedding_position,
@@ -268,3 +269,50 @@ def test_frequencies_fall_from_one():
     values = frequencies(10000.0, 64)
     assert values[0] == 1.0
     assert math.isclose(values[-1], 10000 ** (-62 / 64), rel_tol=1e-6)
+
+
+# ---- row 21: positions inside the cache
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 3])
+@pytest.mark.parametrize("chunk", [1, 5, 40])
+def test_row_21_streaming_positions_equal_a_cache_kept_by_hand(sinks, chunk):
+    """A token at a time: sinks and the last tokens in a list, turned by their places in it."""
+    window, length, dim = 6, 40, 8
+    position = StreamingPosition(StreamingRope(), dim, window=window, num_sinks=sinks)
+    rule = AttentionRule(
+        scale=dim**-0.5, causal=True, window=window, num_sinks=sinks, terms=position.terms
+    )
+    q, k, v = randn(length, 2, dim), randn(length, 2, dim, seed=1), randn(length, 2, dim, seed=2)
+    frequency = frequencies(10000.0, dim).double()
+
+    def turned(x, place):
+        angle = place * frequency
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    expected, cache = [], []
+    for i in range(length):
+        cache.append(i)
+        if len(cache) > sinks + window:
+            del cache[sinks]
+        keys = torch.stack([turned(k[j], place) for place, j in enumerate(cache)])  # [n, 2, d]
+        scores = torch.einsum("hd,nhd->hn", turned(q[i], len(cache) - 1), keys) * dim**-0.5
+        expected.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), v[cache]))
+    at = torch.arange(length)
+    out = [
+        explicit_attention(q[i : i + chunk], k, v, rule, at[i : i + chunk], at)
+        for i in range(0, length, chunk)
+    ]
+    torch.testing.assert_close(torch.cat(out), torch.stack(expected), atol=1e-6, rtol=0)
+
+
+def test_row_21_streaming_positions_are_ropes_until_the_cache_is_full():
+    position = StreamingPosition(StreamingRope(), 8, window=6, num_sinks=2)
+    q, k, at = randn(2, 8, 8), randn(2, 8, 8, seed=1), torch.arange(8)
+    plain = RotaryPosition(Rope(), 8)
+    context = AttentionContext.packed([8])
+    turned = [plain.rotate(x.transpose(0, 1), context).transpose(0, 1) for x in (q, k)]
+    torch.testing.assert_close(
+        position.scores(q, k, at, at), turned[0] @ turned[1].mT, atol=1e-5, rtol=0
+    )

@@ -11,10 +11,20 @@ Model = Annotated[
 ]
 Rope = Annotated[
     str | None,
-    typer.Option(help="Longer context: pi, ntk, dynamic, yarn, rerope or leaky.", metavar="METHOD"),
+    typer.Option(
+        help="Longer context: pi, ntk, dynamic, yarn, rerope, leaky, or streaming (without end).",
+        metavar="METHOD",
+    ),
 ]
 RopeFactor = Annotated[float, typer.Option(help="How many times the trained length.")]
 LogN = Annotated[bool, typer.Option("--logn", help="With --rope: scale queries by log n.")]
+Window = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --rope rerope, leaky or streaming: tokens seen near."),
+]
+Sinks = Annotated[
+    int, typer.Option(min=0, help="With --rope streaming: first tokens that stay visible.")
+]
 Target = Annotated[Path, typer.Argument(help="A new folder for the result.")]
 
 
@@ -78,7 +88,13 @@ def convert(
     sys.stdout.write(f"{folder}\n")
 
 
-def context_of(method: str | None, factor: float, logn: bool = False) -> Any:
+def context_of(
+    method: str | None,
+    factor: float,
+    logn: bool = False,
+    window: int | None = None,
+    sinks: int = 4,
+) -> Any:
     """The `ContextConfig` of the `--rope` options; None without."""
     from easyllm.core.config import validate
     from easyllm.core.errors import ConfigError
@@ -87,8 +103,10 @@ def context_of(method: str | None, factor: float, logn: bool = False) -> Any:
     if method is None:
         if logn:
             raise ConfigError("--logn scales queries beyond the trained length; give --rope, too")
+        if window is not None:
+            raise ConfigError("--window is of longer contexts; give --rope, too")
         return None
-    values = {"method": method, "factor": factor, "logn": logn}
+    values = {"method": method, "factor": factor, "logn": logn, "window": window, "sinks": sinks}
     return validate(ContextConfig, values, source="--rope")
 
 

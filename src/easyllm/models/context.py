@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError
@@ -14,10 +14,13 @@ from easyllm.nn.config import (
     NTKScaling,
     ReRope,
     Rope,
+    StreamingRope,
     YarnScaling,
 )
 
-Method = Literal["pi", "ntk", "dynamic", "yarn", "rerope", "leaky"]
+Method = Literal["pi", "ntk", "dynamic", "yarn", "rerope", "leaky", "streaming"]
+ENDLESS = 2**24
+"""Tokens of context that stand for no end: a text of that length is a hundred novels."""
 
 
 class ContextConfig(Config):
@@ -25,15 +28,19 @@ class ContextConfig(Config):
 
     Attributes:
         method: `pi` position interpolation · `ntk` a larger base · `dynamic` a base that follows the length ·
-            `yarn` · `rerope`, `leaky` rectified positions (docs of each in nn/config).
+            `yarn` · `rerope`, `leaky` rectified positions · `streaming` first and last tokens only, without end (docs of
+            each in nn/config).
         factor: how many times the trained length.
-        window: of `rerope` and `leaky`; by default half the trained length (best between a quarter and a half).
+        window: of `rerope` and `leaky`, by default half the trained length (best between a quarter and a half); of
+            `streaming` the last tokens that are seen, by default what the sinks leave of the trained length.
+        sinks: of `streaming`: the first tokens, which stay.
         logn: queries scaled by max(1, log n / log trained length).
     """
 
     method: Method
     factor: Annotated[float, Field(ge=1)] = 4.0
     window: PositiveInt | None = None
+    sinks: NonNegativeInt = 4
     logn: bool = False
 
 
@@ -54,13 +61,32 @@ def extend_context(config: ModelConfig, context: ContextConfig) -> ModelConfig:
                 f"{' with scaling' if isinstance(rope, Rope) else ''}; use the model as it is"
             )
         changes: dict[str, Any] = {"position": _position(rope, trained, context)}
+        if context.method == "streaming":
+            changes |= _streaming_window(mixer, trained, context)
         if context.logn:
             changes["logn_length"] = trained
         layers.append(layer.model_copy(update={"mixer": mixer.model_copy(update=changes)}))
-    return config.changed(layers=tuple(layers), max_seq_len=int(trained * context.factor))
+    endless = context.method == "streaming"
+    return config.changed(
+        layers=tuple(layers), max_seq_len=ENDLESS if endless else int(trained * context.factor)
+    )
 
 
-def _position(rope: Rope, trained: int, context: ContextConfig) -> Rope | ReRope:
+def _streaming_window(
+    mixer: AttentionConfig, trained: int, context: ContextConfig
+) -> dict[str, Any]:
+    window = context.window or trained - context.sinks
+    if mixer.window is not None:
+        window = min(window, mixer.window)
+    if not 0 < window <= trained - context.sinks:
+        raise ConfigError(
+            f"a window of {window} tokens and {context.sinks} sinks do not fit the trained length of {trained}; "
+            "lower --window or --sinks"
+        )
+    return {"window": window, "num_sinks": context.sinks}
+
+
+def _position(rope: Rope, trained: int, context: ContextConfig) -> Rope | ReRope | StreamingRope:
     factor = context.factor
     match context.method:
         case "pi":
@@ -75,7 +101,9 @@ def _position(rope: Rope, trained: int, context: ContextConfig) -> Rope | ReRope
             return rope.model_copy(update={"scaling": yarn})
     if rope.rotary_dim is not None or rope.interleaved:
         raise ConfigError(
-            "ReRoPE turns whole heads in halves; this model's RoPE is partial or interleaved"
+            f"--rope {context.method} turns whole heads in halves; this model's RoPE is partial or interleaved"
         )
+    if context.method == "streaming":
+        return StreamingRope(theta=rope.theta)
     leak = factor if context.method == "leaky" else None
     return ReRope(theta=rope.theta, window=context.window or max(1, trained // 2), leak=leak)

@@ -32,7 +32,12 @@ class Attention(nn.Module):
         self.q_norm = build_norm(config.qk_norm, dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config.qk_norm, dim) if config.qk_norm else nn.Identity()
         self.position = build_position(
-            config.position, num_heads=heads, head_dim=dim, causal=config.causal
+            config.position,
+            num_heads=heads,
+            head_dim=dim,
+            causal=config.causal,
+            window=config.window,
+            num_sinks=config.num_sinks,
         )
         self.rule = AttentionRule(
             scale=config.scale or dim**-0.5,

@@ -121,6 +121,15 @@ class ReRope(Config):
     leak: PositiveFloat | None = None
 
 
+class StreamingRope(Config):
+    """RoPE whose positions are those inside a cache of sinks and recent tokens (Xiao et al. 2023, arXiv 2309.17453, section
+    3.2): a text may go on for ever, and no distance is longer than the cache. For inference on a model trained with RoPE; goes
+    with a window and its sinks; keys are kept unrotated."""
+
+    kind: Literal["streaming_rope"] = "streaming_rope"
+    theta: PositiveFloat = 10000.0
+
+
 class Alibi(Config):
     """A penalty linear in the distance, a slope a head (Press et al. 2021, arXiv 2108.12409)."""
 
@@ -163,7 +172,7 @@ class Sinusoidal(Config):
 
 
 Position = Annotated[
-    Rope | ReRope | Alibi | T5Bias | Shaw | NoPosition, Field(discriminator="kind")
+    Rope | ReRope | StreamingRope | Alibi | T5Bias | Shaw | NoPosition, Field(discriminator="kind")
 ]
 EmbeddingPosition = Annotated[Learned | Sinusoidal | NoPosition, Field(discriminator="kind")]
 
@@ -217,6 +226,10 @@ class AttentionConfig(Config):
             )
         if not self.causal and isinstance(self.position, ReRope):
             raise ValueError("ReRoPE is defined for causal attention only; set causal to true")
+        if isinstance(self.position, StreamingRope) and not (self.causal and self.window):
+            raise ValueError(
+                "streaming_rope counts positions inside a window; set window, and causal to true"
+            )
         return self
 
 
@@ -252,8 +265,8 @@ def check_rotary(position: Config, head_dim: int) -> None:
         width = position.rotary_dim or head_dim
         if width > head_dim or width % 2:
             raise ValueError(f"rotary_dim={width} must be even and at most head_dim={head_dim}")
-    if isinstance(position, ReRope) and head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} must be even for ReRoPE")
+    if isinstance(position, ReRope | StreamingRope) and head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even for {position.kind}")
 
 
 Mixer = Annotated[AttentionConfig | LinearAttentionConfig, Field(discriminator="kind")]

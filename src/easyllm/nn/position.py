@@ -20,6 +20,7 @@ from easyllm.nn.config import (
     Rope,
     Shaw,
     Sinusoidal,
+    StreamingRope,
     T5Bias,
 )
 from easyllm.nn.rope_scaling import rope_frequencies
@@ -231,18 +232,54 @@ class ReRopePosition(NoRotation):
         return rotate_pairs(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
+class StreamingPosition(NoRotation):
+    """RoPE by the places of a cache that holds `num_sinks` first tokens and the last `window` (arXiv 2309.17453).
+
+    Once the cache is full its newest token has place s + w - 1, whatever its position in the text. Between recent tokens
+    places differ as positions do; from a sink at place j the newest token is s + w - 1 - j away, and stays so.
+    """
+
+    def __init__(
+        self, config: StreamingRope, head_dim: int, *, window: int, num_sinks: int
+    ) -> None:
+        super().__init__()
+        self.rope, self.head_dim = Rope(theta=config.theta), head_dim
+        self.window, self.num_sinks = window, num_sinks
+        self.terms = ScoreTerms(scores=self.scores)
+
+    def scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """[H, Tq, Tk] unscaled scores of unrotated `q: [H, Tq, d]`, `k: [H, Tk, d]` at positions [Tq], [Tk]."""
+        base = query.min() - self.window  # differences alone count; small angles are exact ones
+        near = self._turn(q, query - base) @ self._turn(k, (key - base).clamp(min=0)).mT
+        if not self.num_sinks:
+            return near
+        place = query.clamp(max=self.num_sinks + self.window - 1)
+        sinks = self._turn(q, place) @ self._turn(k, key.clamp(max=self.num_sinks)).mT
+        return torch.where(key < self.num_sinks, sinks, near)
+
+    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        frequencies, _ = rope_frequencies(self.rope, self.head_dim, 1)
+        angles = positions[:, None] * frequencies.to(x.device)
+        return rotate_pairs(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+
+
 PositionModule = RotaryPosition | NoRotation
 
 
 def build_position(
-    config: Rope | ReRope | Alibi | T5Bias | Shaw | NoPosition,
+    config: Rope | ReRope | StreamingRope | Alibi | T5Bias | Shaw | NoPosition,
     *,
     num_heads: int,
     head_dim: int,
     causal: bool,
+    window: int | None = None,
+    num_sinks: int = 0,
 ) -> PositionModule:
     """The position module an attention layer's configuration names."""
     match config:
+        case StreamingRope():
+            assert window is not None, "checked by the configuration"
+            return StreamingPosition(config, head_dim, window=window, num_sinks=num_sinks)
         case Rope():
             return RotaryPosition(config, head_dim)
         case ReRope():

@@ -7,6 +7,7 @@ from easyllm.nn.config import (
     ReRope,
     Rope,
     Shaw,
+    StreamingRope,
     T5Bias,
 )
 from easyllm.plan.linears import mixer_linears
@@ -42,7 +43,9 @@ def _softmax_attention(
         tape.keep("logn", tokens * tape.work.itemsize)
         q = Activation("q.scaled", q.nbytes, grad=True)
     out = tape.made("mixed", width, grad=q.grad or k.grad or v.grad)
-    explicit = mixer.softcap is not None or isinstance(mixer.position, Shaw | ReRope)
+    explicit = mixer.softcap is not None or isinstance(
+        mixer.position, Shaw | ReRope | StreamingRope
+    )
     trained_bias = isinstance(mixer.position, T5Bias) and tape.work.trains_all
     if out.grad and (explicit or trained_bias):
         _keep_products_written_out(tape, mixer, q, k, v)
@@ -107,7 +110,7 @@ def _keep_products_written_out(
         tables = q.grad + (position.values and (q.grad or k.grad))
         tape.keep("vectors", tables * pairs * dim * FP32)
         tape.keep("rows of vectors", trained * (1 + position.values) * pairs * INT64)
-    if isinstance(position, ReRope):
+    if isinstance(position, ReRope | StreamingRope):
         tape.keep("rectified", 4 * wide)
 
 
@@ -121,7 +124,7 @@ def _score_products(
     scores = q.grad or k.grad
     tape.product("scores", unit, unit * (q.grad + k.grad))
     tape.product("scores", unit, unit * (scores + v.grad))
-    if isinstance(position, ReRope):
+    if isinstance(position, ReRope | StreamingRope):
         tape.product("scores", unit, unit * (q.grad + k.grad))
     if isinstance(position, Shaw):
         tape.product("scores", unit, unit * (q.grad + trained))
