@@ -8,7 +8,18 @@ import sys
 
 import typer
 
-from easyllm.cli import data, generate, machine, models, run, serve, tokenizer, train, verify
+from easyllm.cli import (
+    compare,
+    data,
+    generate,
+    machine,
+    models,
+    run,
+    serve,
+    tokenizer,
+    train,
+    verify,
+)
 
 app = typer.Typer(
     name="easyllm",
@@ -19,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (run, data, tokenizer, models, verify, train, generate, serve, machine):
+for group in (run, data, tokenizer, models, verify, compare, train, generate, serve, machine):
     group.register(app)
 
 

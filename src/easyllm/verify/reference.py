@@ -23,7 +23,7 @@ class Reference:
         except (ValueError, KeyError, OSError) as error:
             raise ConfigError(
                 f"transformers cannot load this model ({str(error).partition(chr(10))[0]}); "
-                "leave --against out"
+                "compare without it"
             ) from None
         self._model.eval().requires_grad_(False)
 
@@ -31,6 +31,20 @@ class Reference:
         """[T] ids → [T, V] in the model's dtype."""
         logits: Tensor = self._model(token_ids[None]).logits[0]
         return logits
+
+    def greedy(self, ids: list[int], count: int, *, repetition_penalty: float = 1.0) -> list[int]:
+        """`count` tokens that `generate` continues `ids` with, whatever ends they hold."""
+        done = self._model.generate(
+            torch.tensor([ids]),
+            do_sample=False,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            repetition_penalty=repetition_penalty,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        found: list[int] = done[0, len(ids) :].tolist()
+        return found
 
     def widen(self) -> None:
         """Goes on in fp64."""
@@ -51,7 +65,7 @@ def _library() -> Any:
         import transformers
     except ImportError:
         raise ConfigError(
-            "--against transformers needs the package transformers; pip install 'easyllm-stack[reference]'"
+            "a comparison with transformers needs that package; pip install 'easyllm-stack[reference]'"
         ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,76 @@
+"""`easyllm compare`."""
+
+from typing import Annotated
+
+import typer
+
+from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
+
+SideOf = "SOURCE[@VARIANT]: a model, and float32, bfloat16, float16, float64, int8, int4 or transformers."
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command("compare")(compare)
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help=SideOf)],
+    b: Annotated[str, typer.Argument(help=SideOf)],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text to continue; may be given again.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="For both sides, over prompt and output.")
+    ] = 1.0,
+    json_output: JsonFlag = False,
+) -> None:
+    """Find the first token at which two models, number formats or engines part ways, and by how much.
+
+    [bold]Examples[/bold]
+
+        easyllm compare smollm2 smollm2@bfloat16
+
+        easyllm compare smollm2 smollm2@transformers --max-tokens 128
+
+        easyllm compare smollm2 smollm2@int4 --prompt "The capital of France is" --json
+
+        easyllm compare smollm2 runs/quickstart/merged
+    """
+    from easyllm.verify.compare import PROMPTS, compare
+
+    found = compare(
+        a,
+        b,
+        tuple(prompt) if prompt else PROMPTS,
+        max_tokens=max_tokens,
+        repetition_penalty=repetition_penalty,
+    )
+    if json_output:
+        print_json([comparison.as_dict() for comparison in found])
+        return
+    rows = []
+    for each in found:
+        parted = "never" if each.parts_at is None else str(each.parts_at)
+        choices = ""
+        if each.chosen_a and each.chosen_b:
+            near = "near tie" if each.is_near_tie else "differ"
+            gap = each.chosen_a.logprob_a - each.chosen_b.logprob_a
+            choices = (
+                f"{each.chosen_a.text!r} | {each.chosen_b.text!r} ({near}, {gap:.3f} nats apart)"
+            )
+        rows.append(
+            (
+                each.prompt if len(each.prompt) <= 32 else each.prompt[:31] + "…",
+                parted,
+                choices,
+                f"{each.mean_kl_nats:.2e}",
+                f"{each.max_logprob_difference:.2e}",
+                f"{each.agreement:.1%}",
+            )
+        )
+    titles = ("prompt", "parts at", "a | b", "KL a token", "max |Δ logprob|", "same best")
+    print_table(f"{a} (a) against {b} (b), greedy", titles, rows)
+    same = sum(each.parts_at is None for each in found)
+    print_pairs({"equal to the end": f"{same} of {len(found)} prompts, {max_tokens} tokens each"})
