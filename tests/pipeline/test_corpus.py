@@ -205,6 +205,23 @@ def test_data_of_another_tokenizer_is_refused(built, smollm2_tokenizer):
         TokenShards(built[0] / "shards", tokenizer=smollm2_tokenizer)
 
 
+def test_a_tokenizer_in_a_folder_of_its_own_packs_a_corpus(recipe, raw, tmp_path):
+    runner, folder = CliRunner(), tmp_path / "tok"
+    words = ["--lines", "-o", str(folder), "--vocab-size", "400", "--chat-template", "chatml"]
+    trained = runner.invoke(app, ["tokenizer", "train", str(raw / "articles.txt"), *words])
+    assert trained.exit_code == 0, trained.output
+    output = tmp_path / "out"
+    words = [f"tokenizer={folder}", f"output={output}"]
+    done = runner.invoke(app, ["data", "build", str(recipe), *words])
+    assert done.exit_code == 0, done.output
+    TokenShards(output / "shards", tokenizer=Tokenizer.from_folder(folder)).verify()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Which?", "completion": "This one."}) + "\n")
+    shown = runner.invoke(app, ["data", "inspect", str(rows), "--model", str(folder)])
+    assert shown.exit_code == 0, shown.output
+    assert "⟦" in shown.stdout
+
+
 def test_a_changed_shard_is_found(recipe, tiny_folder, tmp_path):
     build(recipe, tmp_path / "out", tiny_folder)
     file = tmp_path / "out" / "shards" / "tokens-00000.bin"

@@ -141,6 +141,7 @@ def report(
         easyllm tokenizer report smollm2 out/tok --text en=english.txt --text zh=chinese.jsonl --json
     """
     from easyllm.core.errors import ConfigError
+    from easyllm.models import load_tokenizer
     from easyllm.tokenizer.report import report as measure
 
     sources = {}
@@ -149,7 +150,7 @@ def report(
         if not equals or not name or not path:
             raise ConfigError(f"--text {entry!r} is not name=PATH; write --text en=english.txt")
         sources[name] = _source([path], text_key, lines, format)
-    loaded = {name: _load(name) for name in tokenizers}
+    loaded = {name: load_tokenizer(name) for name in tokenizers}
     result = measure(loaded, {name: _texts(source) for name, source in sources.items()})
     if json_output:
         print_json(result.as_dict())
@@ -256,7 +257,9 @@ def encode(
 
         echo hello | easyllm tokenizer encode out/tok --json
     """
-    loaded = _load(tokenizer)
+    from easyllm.models import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
     ids = loaded.encode(sys.stdin.read() if text is None else text, special_tokens=not plain)
     pieces = [loaded.token_text(i) for i in ids]
     if json_output:
@@ -267,15 +270,6 @@ def encode(
 
 
 # ---- reading
-
-
-def _load(source: str) -> "Tokenizer":
-    """A tokenizer from a folder of its own, or the one of a model."""
-    from easyllm.models import load_tokenizer
-    from easyllm.tokenizer import Tokenizer
-
-    alone = Path(source) / "tokenizer.json"
-    return Tokenizer.from_folder(alone.parent) if alone.is_file() else load_tokenizer(source)
 
 
 def _source(paths: list[str], text_key: str, lines: bool, format: str) -> "SourceConfig":

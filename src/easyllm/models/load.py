@@ -30,7 +30,7 @@ from easyllm.models.hf_config import (
 from easyllm.models.sources import locate
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
-from easyllm.tokenizer.tokenizer import Tokenizer
+from easyllm.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
 class TensorSource(Protocol):
@@ -124,11 +124,14 @@ def load_model(
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of a source, chat template included.
+    """The tokenizer of a source, chat template included; a folder may hold a tokenizer and nothing else.
 
     Raises:
         SourceError, CheckpointError: no such model, or no tokenizer in it.
     """
+    folder = Path(source).expanduser()
+    if (folder / TOKENIZER_FILE).is_file():
+        return Tokenizer.from_folder(folder)
     path = locate(source)
     if path.suffix == ".gguf":
         return Tokenizer.from_gguf(GGUFFile(path).metadata)
