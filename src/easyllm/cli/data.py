@@ -11,11 +11,11 @@ from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
 
 data_app = typer.Typer(
     no_args_is_help=True,
-    help="""Build a corpus from raw files; look at what is trained.
+    help=r"""Build a corpus from raw files; look at what is trained.
 
     [bold]Examples[/bold]
 
-        easyllm data build data-web 'sources.web.paths=[crawl/*.jsonl.zst]'
+        easyllm data build data-web 'sources.web.paths=\[crawl/*.jsonl.zst]'
 
         easyllm data inspect questions.jsonl --model smollm2
     """,
@@ -37,15 +37,15 @@ def build(
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Raw files to packed tokens: clean, hide private data, decontaminate, deduplicate, mix, pack.
+    r"""Raw files to packed tokens: clean, hide private data, decontaminate, deduplicate, mix, pack.
 
     A killed build goes on; what is finished is not redone.
 
     [bold]Examples[/bold]
 
-        easyllm data build data-web 'sources.web.paths=[crawl/*.jsonl.zst]' --dry-run
+        easyllm data build data-web 'sources.web.paths=\[crawl/*.jsonl.zst]' --dry-run
 
-        easyllm data build data-zh 'sources.web.paths=[zh/]' tokenizer=runs/tok engine=ray
+        easyllm data build data-zh 'sources.web.paths=\[zh/]' tokenizer=runs/tok engine=ray
     """
     from easyllm.core.progress import format_count
     from easyllm.data.build import CorpusBuild
