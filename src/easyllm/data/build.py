@@ -104,7 +104,10 @@ class CorpusBuild:
         if (self.output / MANIFEST_FILE).is_file():
             console().print(f"{self.output} holds this corpus, built before", soft_wrap=True)
             return Manifest.read(self.output / MANIFEST_FILE).results
-        executor = build_executor(self.config.engine, self.config.workers)
+        with build_executor(self.config.engine, self.config.workers) as executor:
+            return self._build(executor)
+
+    def _build(self, executor: Executor) -> dict[str, Any]:
         runs = self._evaluation_runs()
         claim(self.output, self.config)  # only now: a mistake in the inputs leaves no folder behind
         evaluation = None if runs is None else self.work / "evaluation"
