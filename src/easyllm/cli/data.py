@@ -75,20 +75,19 @@ def build(
 
 
 def _show(summary: dict[str, Any], output: Path) -> None:
-    from easyllm.core.progress import format_count
-
-    rows = [
-        (row["stage"], row["rule"], f"{row['documents']:,}", f"{row['share']:.1%}")
-        for row in summary["removed"]
-    ]
-    print_table("Removed", ("stage", "rule", "documents", "of read"), rows)
-    rows = [
-        (name, f"{int(c['documents']):,}", format_count(c["tokens"]), f"{c['epochs']:.2f}")
-        for name, c in summary["composition"].items()
-    ]
-    print_table("Composition", ("source", "documents", "tokens", "epochs"), rows)
-    sys.stdout.write(
-        f"{summary['documents_read']:,} documents read, {summary['documents']:,} packed, "
-        f"{summary['tokens']:,} tokens, {summary['bytes_per_token']:.2f} bytes a token\n"
-        f"  shards   {output / 'shards'}\n  excluded {output / 'excluded'}\n  report   {output / 'report.md'}\n"
+    from easyllm.data.corpus_report import (
+        REMOVAL_COLUMNS,
+        SOURCE_COLUMNS,
+        headline,
+        notes,
+        removal_rows,
+        source_rows,
     )
+
+    if removed := removal_rows(summary):
+        print_table("Removed", REMOVAL_COLUMNS, removed)
+    print_table("Sources", SOURCE_COLUMNS, source_rows(summary))
+    lines = [headline(summary), *(f"note: {note}" for note in notes(summary))]
+    places = {"shards": "shards", "excluded": "excluded", "report": "report.md"}
+    lines += [f"  {name:<9}{output / file}" for name, file in places.items()]
+    sys.stdout.write("\n".join(lines) + "\n")
