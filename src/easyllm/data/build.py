@@ -35,9 +35,9 @@ from easyllm.data.document_files import SUFFIX, concatenate, line_writer
 from easyllm.data.documents import Document
 from easyllm.data.executor import Executor, build_executor
 from easyllm.data.mixture import Composition, choose_documents, plan_tokens
-from easyllm.data.shards import ShardWriter, token_dtype
+from easyllm.data.shards import ShardWriter
 from easyllm.data.sources import Split, list_splits, read_split
-from easyllm.data.token_bytes import token_bytes
+from easyllm.data.token_pool import TokenPool
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -273,7 +273,9 @@ class CorpusBuild:
         Returns:
             What the mixture took of each source, and how many documents of it are kept apart.
         """
-        pools = {name: _Pool(self, name) for name in self.config.sources}
+        pools = {
+            name: TokenPool(self._tokens_of(name), self.tokenizer) for name in self.config.sources
+        }
         generator = np.random.default_rng([self.config.seed, self.config.mixture.seed])
         share, tail = self.config.pack.holdout, self.config.pack.holdout_tail
         held = {
@@ -300,10 +302,15 @@ class CorpusBuild:
                 self._write_shards(work / "validation", pools, held, {}, generator)
         return composition, {n: len(numbers) for n, numbers in held.items()}
 
+    def _tokens_of(self, source: str) -> list[Path]:
+        """Where the ids of a source's splits lie."""
+        numbers = [i for i, split in enumerate(self.splits) if split.source == source]
+        return [self.work / "tokens" / f"{i:05d}" for i in numbers]
+
     def _write_shards(
         self,
         folder: Path,
-        pools: dict[str, "_Pool"],
+        pools: dict[str, TokenPool],
         chosen: dict[str, NDArray[np.int64]],
         composition: dict[str, dict[str, float]],
         generator: np.random.Generator,
@@ -434,75 +441,6 @@ class CorpusBuild:
                     f"{f' ({why})' if why else ''}; drop the weight, or give the source other rules "
                     f"(sources.{name}.clean)"
                 )
-
-
-class _Pool:
-    """The tokenized documents of one source, over all its splits."""
-
-    def __init__(self, build: CorpusBuild, source: str) -> None:
-        dtype = token_dtype(build.tokenizer.vocab_size)
-        stems = [
-            build.work / "tokens" / f"{i:05d}"
-            for i, split in enumerate(build.splits)
-            if split.source == source
-        ]
-        tables = [np.load(f"{stem}.npz", allow_pickle=False) for stem in stems]
-        self.lengths = np.concatenate([table["lengths"] for table in tables])
-        self.bytes = np.concatenate([table["bytes"] for table in tables])
-        self.numbers = np.arange(len(self.lengths))
-        self._first = np.cumsum([0, *(len(table["lengths"]) for table in tables)])
-        self._starts = [np.cumsum([0, *table["lengths"]]) for table in tables]
-        self._tokenizer = build.tokenizer
-        self._tokens = [
-            np.memmap(f"{stem}.bin", dtype=dtype, mode="r") if starts[-1] else np.empty(0, dtype)
-            for stem, starts in zip(stems, self._starts, strict=True)
-        ]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the documents that may be chosen."""
-        return int(self.lengths[self.numbers].sum())
-
-    def hold_out(self, share: float, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Takes documents out of those that may be chosen: at least one where a share is asked for, and never all."""
-        order = generator.permutation(len(self.lengths))
-        count = max(0, min(len(order) - 1, int(np.ceil(share * len(order)))))
-        self.numbers = np.sort(order[count:])
-        return np.sort(order[:count])
-
-    def hold_out_tail(self, share: float) -> NDArray[np.int64]:
-        """Takes the last tokens out of those that may be chosen; where they begin, the document is cut in two."""
-        ends = np.cumsum(self.lengths)
-        if not len(ends) or not ends[-1]:
-            return np.empty(0, dtype=np.int64)
-        begin = int(ends[-1] * (1 - share))
-        number = int(np.searchsorted(ends, begin, side="right"))
-        inside = begin - int(ends[number] - self.lengths[number])
-        if inside:
-            self._cut(number, inside)
-            number += 1
-        self.numbers = np.arange(number)
-        return np.arange(number, len(self.lengths))
-
-    def _cut(self, number: int, inside: int) -> None:
-        """Makes two documents of one: its first `inside` ids, and the rest."""
-        sizes = token_bytes(self._tokenizer)
-        head_bytes = int(sizes[self.document(number)[:inside]].sum())
-        for values, head in ((self.lengths, inside), (self.bytes, head_bytes)):
-            values[number] -= head
-        self.lengths = np.insert(self.lengths, number, inside)
-        self.bytes = np.insert(self.bytes, number, head_bytes)
-        split = int(np.searchsorted(self._first, number, side="right")) - 1
-        place = number - int(self._first[split])
-        starts = self._starts[split]
-        self._starts[split] = np.insert(starts, place + 1, starts[place] + inside)
-        self._first[split + 1 :] += 1
-
-    def document(self, number: int) -> Any:
-        """Its ids."""
-        split = int(np.searchsorted(self._first, number, side="right")) - 1
-        begin, end = self._starts[split][number - self._first[split] :][:2]
-        return self._tokens[split][begin:end]
 
 
 def _end_id(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
