@@ -232,6 +232,18 @@ def test_a_tokenizer_in_a_folder_of_its_own_packs_a_corpus(recipe, raw, tmp_path
     assert "⟦" in shown.stdout
 
 
+def test_a_folder_that_is_none_of_shards_is_refused_in_one_sentence(built, tmp_path):
+    with pytest.raises(DataError, match=r"holds a corpus.*; name '.*/out/shards'"):
+        TokenShards(built[0])
+    with pytest.raises(DataError, match=r"holds no manifest\.json of token shards"):
+        TokenShards(built[0] / "tokenizer")
+    for content, why in [("{", "property name"), ('{"format": 3}', "format: "), ("[]", "dict")]:
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(DataError, match=f"no manifest of shards .*{why}") as caught:
+            TokenShards(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_changed_shard_is_found(recipe, tiny_folder, tmp_path):
     build(recipe, tmp_path / "out", tiny_folder)
     file = tmp_path / "out" / "shards" / "tokens-00000.bin"
