@@ -191,14 +191,17 @@ def test_a_killed_build_goes_on_to_the_same_bits(built, recipe, tmp_path):
     assert hash_path(output / "excluded") == hash_path(built[0] / "excluded")
 
 
-def test_finished_items_are_not_done_again(recipe, tiny_folder, tmp_path, monkeypatch):
+def test_finished_items_are_not_done_again_whatever_the_workers(
+    built, recipe, tiny_folder, tmp_path, monkeypatch
+):
     build(recipe, tmp_path / "out", tiny_folder, "keep_work=true")
     (tmp_path / "out" / "manifest.json").unlink()
     from easyllm.data import corpus_work
 
     for name in corpus_work.WORK:
         monkeypatch.setitem(corpus_work.WORK, name, None)  # calling any would fail
-    build(recipe, tmp_path / "out", tiny_folder, "keep_work=true")
+    assert build(recipe, tmp_path / "out", tiny_folder, "workers=3") == built[1]
+    assert "workers: 3" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
 def test_a_finished_corpus_is_left_alone_and_another_is_refused(built, recipe, tiny_folder):

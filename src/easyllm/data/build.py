@@ -41,6 +41,8 @@ from easyllm.data.token_pool import TokenPool
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+HOW = ("engine", "workers", "keep_work")
+"""Keys that say how a corpus is built and not what it is: a build may go on with others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +112,14 @@ class CorpusBuild:
             DataError: a row is bad and its source stops there, or no document is left.
             ConfigError: a source that the mixture weighs has no document left.
         """
-        check_free(self.output, self.config)
+        check_free(self.output, self.config, ignore=HOW)
         if (self.output / MANIFEST_FILE).is_file():
             self._sweep()
             console().print(f"{self.output} holds this corpus, built before", soft_wrap=True)
             return Manifest.read(self.output / MANIFEST_FILE).results
         runs = self._evaluation_runs()
         with build_executor(self.config.engine, self.config.workers) as executor:
-            claim(self.output, self.config)  # only now: a mistake in the inputs leaves no folder
+            claim(self.output, self.config, ignore=HOW)  # only now: a mistake leaves no folder
             try:
                 return self._build(executor, runs)
             except EasyllmError:
