@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from conftest import build_tiny
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.models import load_model, load_tokenizer, save_model
-from easyllm.models.resize import loss_of_new_ids, resize_embeddings
+from easyllm.models.resize import loss_of_text, resize_embeddings
 from easyllm.nn import Decoder
 from easyllm.ops.attention import AttentionContext
 from easyllm.ops.cross_entropy import linear_cross_entropy
@@ -335,16 +335,15 @@ def test_no_added_id_is_ever_the_most_likely(softcap):
         assert bool((logits[:, index] <= logits[:, list(old)].max(-1).values + 1e-4).all())
 
 
-def test_the_loss_of_the_new_ids_is_what_the_whole_softmax_adds():
-    ids = list(range(3, 290, 7))
-    model = resize_embeddings(tiny(), OLD_PIECES)
+def test_the_loss_is_reported_over_the_old_ids_and_over_all():
+    ids = list(range(3, 290, 2))
+    before, model = tiny(), resize_embeddings(tiny(), OLD_PIECES)
     hidden = model(torch.tensor(ids), AttentionContext.packed([len(ids)]))
     labels = torch.tensor([*ids[1:], -100])
     whole = linear_cross_entropy(hidden, model.head_weight, labels)
-    old = linear_cross_entropy(hidden, model.head_weight[:300], labels)
-    added = loss_of_new_ids(model, ids[:-1], first_new=300)
-    assert added > 0
-    assert math.isclose(added, float(whole.sum - old.sum) / whole.num_tokens, rel_tol=1e-4)
+    assert math.isclose(loss_of_text(model, ids), float(whole.sum) / whole.num_tokens, rel_tol=1e-5)
+    assert abs(loss_of_text(model, ids, num_ids=300) - loss_of_text(before, ids)) <= 1e-6
+    assert loss_of_text(model, ids) > loss_of_text(before, ids)
 
 
 def test_rows_that_no_token_uses_are_taken_first():
@@ -404,7 +403,8 @@ def test_an_extended_smollm2_reads_english_as_before_and_saves_whole(
         for m in (before, model)
     ]
     assert abs(float(losses[0] - losses[1])) <= 1e-6
-    assert 0 <= loss_of_new_ids(model, ids, first_new=num_old) < 0.01
+    assert abs(loss_of_text(model, ids, num_ids=num_old) - float(losses[0])) <= 1e-6
+    assert 0 <= loss_of_text(model, ids) - float(losses[0]) < 0.01
     folder = save_model(model, tmp_path / "out", tokenizer=chinese.tokenizer)
     again = load_model(folder)
     assert again.config.vocab_size % 64 == 0

@@ -10,8 +10,9 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import typer
 
-from easyllm.cli.main import main
+from easyllm.cli.main import app, main
 from easyllm.core.errors import SourceError
 from easyllm.models import load_model
 
@@ -214,6 +215,21 @@ def test_a_port_in_use_is_refused_before_the_model_is_loaded(tiny_folder):
         done = easyllm("serve", tiny_folder, "--port", taken.getsockname()[1])
     assert done.returncode == 2
     assert "choose another port" in done.stderr
+
+
+def _commands(command, words):
+    """Every verb below `command`, with the words that call it."""
+    yield command, words
+    for name, sub in getattr(command, "commands", {}).items():
+        yield from _commands(sub, [*words, name])
+
+
+def test_help_shows_every_example_as_it_is_typed():
+    for command, words in _commands(typer.main.get_command(app), []):
+        shown = "".join(easyllm(*words, "--help").stdout.split())
+        for line in (command.help or "").splitlines():
+            if line.strip().startswith("easyllm "):
+                assert "".join(line.replace("\\[", "[").split()) in shown, line
 
 
 def test_no_colour_codes_reach_a_pipe(tiny_folder):

@@ -104,7 +104,7 @@ def test_every_stage_removes_what_was_planted_and_says_so(built):
     assert rules["decontamination:exam"] == 1
     assert rules["c4_quality.lorem_ipsum"] == 1
     assert rules["language.code"] == 1
-    assert summary["bad_rows"] == {"not JSON": 1} or sum(summary["bad_rows"].values()) == 1
+    assert summary["bad_rows"] == {"not JSON": 1}
     assert "pages.jsonl:81" in summary["bad_rows_shown"][0]
     assert summary["private"] == {"email": 1}
     assert summary["documents_read"] == 100
@@ -116,7 +116,16 @@ def test_every_stage_removes_what_was_planted_and_says_so(built):
     ]
     assert (cluster["removed"], cluster["kept"]) == ("web/p11", "web/p4")
     assert cluster["jaccard"] >= 0.8
-    assert "| dedup-1-minhash | minhash | 1 |" in (output / "report.md").read_text()
+    fates = summary["sources"]
+    assert {name: fate["read"] for name, fate in fates.items()} == {"web": 80, "articles": 20}
+    for fate in fates.values():
+        assert fate["kept"] == fate["read"] - sum(fate["removed"].values())
+    assert sum(fate["kept"] for fate in fates.values()) == summary["documents_kept"]
+    assert sum(fate["held_out"] for fate in fates.values()) == summary["held_out"]
+    report = (output / "report.md").read_text()
+    assert "| dedup-1-minhash | minhash | 1 |" in report
+    assert "rows no document could be made of: 1 (not JSON: 1)" in report
+    assert "private data found, email: 1" in report
     assert not (output / "work").exists()
 
 
@@ -139,6 +148,7 @@ def test_the_shards_hold_whole_documents_by_the_asked_weights(built, tiny_folder
     assert ratio == pytest.approx(2, rel=0.1)
     held = [tokenizer.decode(d[:-1].tolist()) for d in TokenShards(output / "shards/validation")]
     assert 0.1 <= len(held) / summary["documents_kept"] < 0.13
+    assert len(held) == summary["held_out"]
     assert not set(held) & set(texts)
 
 
@@ -181,14 +191,17 @@ def test_a_killed_build_goes_on_to_the_same_bits(built, recipe, tmp_path):
     assert hash_path(output / "excluded") == hash_path(built[0] / "excluded")
 
 
-def test_finished_items_are_not_done_again(recipe, tiny_folder, tmp_path, monkeypatch):
+def test_finished_items_are_not_done_again_whatever_the_workers(
+    built, recipe, tiny_folder, tmp_path, monkeypatch
+):
     build(recipe, tmp_path / "out", tiny_folder, "keep_work=true")
     (tmp_path / "out" / "manifest.json").unlink()
     from easyllm.data import corpus_work
 
     for name in corpus_work.WORK:
         monkeypatch.setitem(corpus_work.WORK, name, None)  # calling any would fail
-    build(recipe, tmp_path / "out", tiny_folder, "keep_work=true")
+    assert build(recipe, tmp_path / "out", tiny_folder, "workers=3") == built[1]
+    assert "workers: 3" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
 def test_a_finished_corpus_is_left_alone_and_another_is_refused(built, recipe, tiny_folder):
@@ -203,6 +216,35 @@ def test_a_finished_corpus_is_left_alone_and_another_is_refused(built, recipe, t
 def test_data_of_another_tokenizer_is_refused(built, smollm2_tokenizer):
     with pytest.raises(DataError, match="packed with another tokenizer"):
         TokenShards(built[0] / "shards", tokenizer=smollm2_tokenizer)
+
+
+def test_a_tokenizer_in_a_folder_of_its_own_packs_a_corpus(recipe, raw, tmp_path):
+    runner, folder = CliRunner(), tmp_path / "tok"
+    words = ["--lines", "-o", str(folder), "--vocab-size", "400", "--chat-template", "chatml"]
+    trained = runner.invoke(app, ["tokenizer", "train", str(raw / "articles.txt"), *words])
+    assert trained.exit_code == 0, trained.output
+    output = tmp_path / "out"
+    words = [f"tokenizer={folder}", f"output={output}"]
+    done = runner.invoke(app, ["data", "build", str(recipe), *words])
+    assert done.exit_code == 0, done.output
+    TokenShards(output / "shards", tokenizer=Tokenizer.from_folder(folder)).verify()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Which?", "completion": "This one."}) + "\n")
+    shown = runner.invoke(app, ["data", "inspect", str(rows), "--model", str(folder)])
+    assert shown.exit_code == 0, shown.output
+    assert "⟦" in shown.stdout
+
+
+def test_a_folder_that_is_none_of_shards_is_refused_in_one_sentence(built, tmp_path):
+    with pytest.raises(DataError, match=r"holds a corpus.*; name '.*/out/shards'"):
+        TokenShards(built[0])
+    with pytest.raises(DataError, match=r"holds no manifest\.json of token shards"):
+        TokenShards(built[0] / "tokenizer")
+    for content, why in [("{", "property name"), ('{"format": 3}', "format: "), ("[]", "dict")]:
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(DataError, match=f"no manifest of shards .*{why}") as caught:
+            TokenShards(tmp_path)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_changed_shard_is_found(recipe, tiny_folder, tmp_path):
@@ -229,12 +271,59 @@ def test_names_of_control_tokens_in_documents_have_no_power(tiny_folder, raw, re
     assert tokenizer.decode(document[:-1].tolist()) == "Ignore <|im_end|> and go on."
 
 
-def test_nothing_left_is_an_error_and_leaves_no_shards(recipe, tiny_folder, tmp_path):
+def test_nothing_left_is_an_error_and_leaves_no_folder(recipe, tiny_folder, tmp_path):
     words = ["clean.preset=null", "clean.rules=[{kind: length, min_words: 100000}]"]
     words += ["sources.articles.clean=null"]
-    with pytest.raises(DataError, match=r"no document is left after cleaning \(length"):
+    with pytest.raises(DataError, match=r"no document is left \(length\.words 100\)"):
         build(recipe, tmp_path / "out", tiny_folder, *words)
-    assert not (tmp_path / "out" / "shards").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_text_is_named_where_nothing_else_is_there(recipe, tiny_folder, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    words = [f"sources={{web: {{paths: [{tmp_path / 'latin.txt'}]}}}}", "mixture={}"]
+    with pytest.raises(DataError, match=r"no document is left \(latin\.txt: not UTF-8 text"):
+        build(recipe, tmp_path / "out", tiny_folder, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_that_stops_leaves_nothing_but_finished_work(recipe, tiny_folder, tmp_path):
+    output, words = tmp_path / "out", ["sources.web.on_error=stop"]
+    with pytest.raises(DataError, match=r"pages\.jsonl:81"):
+        build(recipe, output, tiny_folder, *words, "split_bytes=10000000")
+    assert not output.exists()
+    with pytest.raises(DataError, match=r"pages\.jsonl:81"):
+        build(recipe, output, tiny_folder, *words, "split_bytes=20000")
+    assert list(output.glob("work/clean/*.json"))
+    assert not (output / "shards").exists()
+
+
+def test_a_source_is_never_held_out_whole(recipe, tiny_folder, tmp_path):
+    (tmp_path / "book.txt").write_text("One book, one document.")
+    words = [f"sources={{book: {{paths: [{tmp_path / 'book.txt'}]}}}}", "mixture={}", "clean=null"]
+    summary = build(recipe, tmp_path / "out", tiny_folder, *words, "pack.holdout=0.01")
+    assert (summary["documents"], summary["held_out"]) == (1, 0)
+
+
+def test_a_source_of_which_nothing_is_left_is_pointed_out(recipe, tmp_path):
+    words = [f"output={tmp_path / 'out'}", "mixture={}"]
+    words += ["sources.articles.clean={preset: null, rules: [{kind: length, min_words: 9999}]}"]
+    done = CliRunner().invoke(app, ["data", "build", str(recipe), *words])
+    assert done.exit_code == 0, done.output
+    note = "nothing is left of source 'articles' (length.words 20): give it rules of its own"
+    assert f"note: {note}" in done.stdout
+    assert note in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_what_a_kill_left_behind_is_swept(recipe, tiny_folder, tmp_path):
+    output = tmp_path / "out"
+    build(recipe, output, tiny_folder)
+    (output / "work" / "clean").mkdir(parents=True)
+    (output / ".shards.12345678.partial").mkdir()
+    (output / ".report.md.12345678.partial").write_text("half")
+    build(recipe, output, tiny_folder)
+    assert {path.name for path in output.iterdir() if path.name.startswith(".")} == set()
+    assert not (output / "work").exists()
 
 
 def test_mistakes_are_one_sentence_before_any_work(recipe, tiny_folder, tmp_path):
@@ -251,8 +340,11 @@ def test_mistakes_are_one_sentence_before_any_work(recipe, tiny_folder, tmp_path
 
 def test_a_weight_for_a_source_of_which_nothing_is_left_is_refused(recipe, tiny_folder, tmp_path):
     words = ["sources.articles.clean={preset: null, rules: [{kind: length, min_words: 9999}]}"]
-    with pytest.raises(ConfigError, match="gives weight 1 to source 'articles'"):
+    with pytest.raises(
+        ConfigError, match=r"weight 1 to source 'articles'.*\(length\.words 20\); drop"
+    ):
         build(recipe, tmp_path / "out", tiny_folder, *words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line_plans_builds_and_reports(recipe, tmp_path):
@@ -260,11 +352,13 @@ def test_the_command_line_plans_builds_and_reports(recipe, tmp_path):
     runner = CliRunner()
     plan = runner.invoke(app, ["data", "build", str(recipe), f"output={output}", "--dry-run"])
     assert plan.exit_code == 0, plan.output
-    assert "clean → dedup exact → dedup minhash → tokenize → mix and pack" in plan.stdout
+    stages = "clean → hide private data → decontaminate → dedup exact → dedup minhash → tokenize"
+    assert f"stages: {stages} → mix and pack\n" in plan.stdout
     assert not output.exists()
     done = runner.invoke(app, ["data", "build", str(recipe), f"output={output}", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["tokens"] == TokenShards(output / "shards").manifest.tokens
     shown = runner.invoke(app, ["data", "build", str(recipe), f"output={output}"])
-    assert "Composition" in shown.stdout
+    assert "100 documents read" in shown.stdout
+    assert "note: rows no document could be made of: 1 (not JSON: 1)" in shown.stdout
     assert Path(output / "report.md").is_file()

@@ -108,7 +108,10 @@ def test_extend_shows_first_and_then_writes_a_model(texts, tmp_path, tiny_folder
     assert not (tmp_path / "out").exists()
     done = json.loads(run(*words, "--output", tmp_path / "out"))
     assert done.items() >= plan.items()
-    assert done["loss_of_new_ids_nats"] > 0
+    assert abs(done["loss_over_old_ids_nats"] - done["loss_before_nats"]) <= 1e-6
+    assert done["loss_over_all_ids_nats"] > done["loss_before_nats"]
+    assert done["nats_per_byte_before"] < done["loss_before_nats"]
+    assert done["nats_per_byte_after"] > 0
     model, tokenizer = load_model(tmp_path / "out"), load_tokenizer(tmp_path / "out")
     assert model.config.vocab_size == 384
     assert max(tokenizer.encode("词元")) >= 320
@@ -165,6 +168,7 @@ def test_mistakes_are_one_sentence_each_and_leave_nothing_behind(texts, tmp_path
         (("report", "smollm2", "--text", english), ConfigError, "is not name=PATH"),
         (("extend", tiny_folder, english), ConfigError, "add --output out/NAME or --dry-run"),
         (("extend", tiny_folder, chinese, "--script", "hun", "--dry-run"), ConfigError, "hun"),
+        (("extend", tiny_folder, chinese, "--dtype", "fp8", "--dry-run"), ConfigError, "fp8"),
         (("import", english, out), CheckpointError, r"en\.txt: "),
         (("encode", "smollm3", "x"), SourceError, "did you mean 'smollm2'"),
     ]

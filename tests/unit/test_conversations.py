@@ -357,6 +357,13 @@ def test_a_broken_file_is_refused_with_the_place(tmp_path, name, content, messag
         list(read_rows(path))
 
 
+@pytest.mark.parametrize("name", ["data.parquet", "data.csv", "data.jsonl.gz", "data.jsonl.zst"])
+def test_a_file_of_another_kind_is_refused_by_its_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=rf"{name}' is a \.\w+ file, expected \.json .*convert it"):
+        list(read_rows(tmp_path / name))
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         list(read_rows(tmp_path / "data.jsonl"))

@@ -379,6 +379,7 @@ def test_a_vocabulary_is_no_larger_than_asked(trained, kind):
         ),
         (WordPieceConfig(), 20, r"vocab_size=20 has no room for \d+ letters"),
         (WordLevelConfig(), 1, r"vocab_size=1 has no room for 1 word and 2 special"),
+        (CharactersConfig(), 9, r"has no room for \d+ different .* or raise model\.min_frequency"),
     ],
 )
 def test_a_vocabulary_smaller_than_the_alphabet_is_refused_with_the_numbers(model, size, message):
@@ -392,6 +393,13 @@ def test_a_vocabulary_smaller_than_the_alphabet_is_refused_with_the_numbers(mode
         except ConfigError as error:
             assert isinstance(model, UnigramConfig)
             enough = int(re.search(r"set it to (\d+) or more", str(error))[1])
+
+
+def test_rare_characters_need_no_room():
+    model = CharactersConfig(min_frequency=2)
+    tokenizer = train_tokenizer(["aab", "aac\u0301"], TokenizerConfig(model=model, vocab_size=3))
+    assert tokenizer.vocab_size == 3
+    assert tokenizer.decode(tokenizer.encode("aa")) == "aa"
 
 
 @pytest.mark.parametrize("kind", KINDS)

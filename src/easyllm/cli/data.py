@@ -11,11 +11,11 @@ from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
 
 data_app = typer.Typer(
     no_args_is_help=True,
-    help="""Build a corpus from raw files; look at what is trained.
+    help=r"""Build a corpus from raw files; look at what is trained.
 
     [bold]Examples[/bold]
 
-        easyllm data build data-web 'sources.web.paths=[crawl/*.jsonl.zst]'
+        easyllm data build data-web 'sources.web.paths=\[crawl/*.jsonl.zst]'
 
         easyllm data inspect questions.jsonl --model smollm2
     """,
@@ -37,15 +37,15 @@ def build(
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Raw files to packed tokens: clean, hide private data, decontaminate, deduplicate, mix, pack.
+    r"""Raw files to packed tokens: clean, hide private data, decontaminate, deduplicate, mix, pack.
 
     A killed build goes on; what is finished is not redone.
 
     [bold]Examples[/bold]
 
-        easyllm data build data-web 'sources.web.paths=[crawl/*.jsonl.zst]' --dry-run
+        easyllm data build data-web 'sources.web.paths=\[crawl/*.jsonl.zst]' --dry-run
 
-        easyllm data build data-zh 'sources.web.paths=[zh/]' tokenizer=runs/tok engine=ray
+        easyllm data build data-zh 'sources.web.paths=\[zh/]' tokenizer=runs/tok engine=ray
     """
     from easyllm.core.progress import format_count
     from easyllm.data.build import CorpusBuild
@@ -75,20 +75,19 @@ def build(
 
 
 def _show(summary: dict[str, Any], output: Path) -> None:
-    from easyllm.core.progress import format_count
-
-    rows = [
-        (row["stage"], row["rule"], f"{row['documents']:,}", f"{row['share']:.1%}")
-        for row in summary["removed"]
-    ]
-    print_table("Removed", ("stage", "rule", "documents", "of read"), rows)
-    rows = [
-        (name, f"{int(c['documents']):,}", format_count(c["tokens"]), f"{c['epochs']:.2f}")
-        for name, c in summary["composition"].items()
-    ]
-    print_table("Composition", ("source", "documents", "tokens", "epochs"), rows)
-    sys.stdout.write(
-        f"{summary['documents_read']:,} documents read, {summary['documents']:,} packed, "
-        f"{summary['tokens']:,} tokens, {summary['bytes_per_token']:.2f} bytes a token\n"
-        f"  shards   {output / 'shards'}\n  excluded {output / 'excluded'}\n  report   {output / 'report.md'}\n"
+    from easyllm.data.corpus_report import (
+        REMOVAL_COLUMNS,
+        SOURCE_COLUMNS,
+        headline,
+        notes,
+        removal_rows,
+        source_rows,
     )
+
+    if removed := removal_rows(summary):
+        print_table("Removed", REMOVAL_COLUMNS, removed)
+    print_table("Sources", SOURCE_COLUMNS, source_rows(summary))
+    lines = [headline(summary), *(f"note: {note}" for note in notes(summary))]
+    places = {"shards": "shards", "excluded": "excluded", "report": "report.md"}
+    lines += [f"  {name:<9}{output / file}" for name, file in places.items()]
+    sys.stdout.write("\n".join(lines) + "\n")

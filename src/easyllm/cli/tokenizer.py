@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 COMPARED_TEXTS = 1000
 """Texts that `extend` measures fertility on, the first ones."""
-LOSS_CHARACTERS = 500
-"""Characters of the first text that the loss of the new ids is measured on."""
+LOSS_CHARACTERS = 1000
+"""Characters of the texts that losses are measured on, the first ones."""
 
 tokenizer_app = typer.Typer(
     no_args_is_help=True,
@@ -141,6 +141,7 @@ def report(
         easyllm tokenizer report smollm2 out/tok --text en=english.txt --text zh=chinese.jsonl --json
     """
     from easyllm.core.errors import ConfigError
+    from easyllm.models import load_tokenizer
     from easyllm.tokenizer.report import report as measure
 
     sources = {}
@@ -149,7 +150,7 @@ def report(
         if not equals or not name or not path:
             raise ConfigError(f"--text {entry!r} is not name=PATH; write --text en=english.txt")
         sources[name] = _source([path], text_key, lines, format)
-    loaded = {name: _load(name) for name in tokenizers}
+    loaded = {name: load_tokenizer(name) for name in tokenizers}
     result = measure(loaded, {name: _texts(source) for name, source in sources.items()})
     if json_output:
         print_json(result.as_dict())
@@ -179,7 +180,8 @@ def extend(
 ) -> None:
     """Teach a model's tokenizer a language, and grow its embeddings; text in ASCII keeps its ids.
 
-    New rows are the mean of their old pieces' rows: train on, or the new tokens mean little.
+    New rows are the mean of their old pieces' rows: train on, or the new tokens mean little. The loss is told before,
+    after over the old ids alone (the same) and over all, a token in the old pieces; and a byte, in old and in new pieces.
 
     [bold]Examples[/bold]
 
@@ -188,6 +190,7 @@ def extend(
         easyllm tokenizer extend smollm2 zh/*.jsonl --new 8000 --output out/smollm2-zh
     """
     from easyllm.core.atomic import refuse_existing
+    from easyllm.core.device import parse_dtype
     from easyllm.core.errors import ConfigError
     from easyllm.models import open_source
     from easyllm.tokenizer.extend import SCRIPTS, extend_tokenizer
@@ -198,6 +201,8 @@ def extend(
         raise ConfigError("there is no folder to write to; add --output out/NAME or --dry-run")
     if output is not None:
         refuse_existing(output)
+    if dtype is not None:
+        parse_dtype(dtype)
     source, opened = _source(files, text_key, lines, format), open_source(model)
     old = opened.tokenizer()
     extension = extend_tokenizer(old, _texts(source), num_new=new, script=script)
@@ -256,7 +261,9 @@ def encode(
 
         echo hello | easyllm tokenizer encode out/tok --json
     """
-    loaded = _load(tokenizer)
+    from easyllm.models import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
     ids = loaded.encode(sys.stdin.read() if text is None else text, special_tokens=not plain)
     pieces = [loaded.token_text(i) for i in ids]
     if json_output:
@@ -267,15 +274,6 @@ def encode(
 
 
 # ---- reading
-
-
-def _load(source: str) -> "Tokenizer":
-    """A tokenizer from a folder of its own, or the one of a model."""
-    from easyllm.models import load_tokenizer
-    from easyllm.tokenizer import Tokenizer
-
-    alone = Path(source) / "tokenizer.json"
-    return Tokenizer.from_folder(alone.parent) if alone.is_file() else load_tokenizer(source)
 
 
 def _source(paths: list[str], text_key: str, lines: bool, format: str) -> "SourceConfig":
@@ -344,22 +342,41 @@ def _save_extended(
     from easyllm.core.device import parse_dtype, pick_device
     from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path
     from easyllm.models import save_model
-    from easyllm.models.resize import loss_of_new_ids, resize_embeddings
+    from easyllm.models.resize import loss_of_text, resize_embeddings
 
     model = opened.model(parse_dtype(dtype) if dtype else None, pick_device("cpu"))
-    sample = opened.tokenizer().encode(next(_texts(source))[:LOSS_CHARACTERS])
+    text = _opening(source, LOSS_CHARACTERS)
+    old, new = (t.encode(text) for t in (opened.tokenizer(), extension.tokenizer))
+    before = loss_of_text(model, old)
     resize_embeddings(model, extension.old_pieces)
     first = min(extension.old_pieces, default=extension.tokenizer.vocab_size)
-    added = loss_of_new_ids(model, sample, first_new=first)
+    size = len(text.encode("utf-8", "replace"))
+    losses = {
+        "loss_before_nats": before,
+        "loss_over_old_ids_nats": loss_of_text(model, old, num_ids=first),
+        "loss_over_all_ids_nats": loss_of_text(model, old),
+        "nats_per_byte_before": before * (len(old) - 1) / size,
+        "nats_per_byte_after": loss_of_text(model, new) * (len(new) - 1) / size,
+    }
     manifest = Manifest.create(
         "extend",
         config={"model": name, "num_new": extension.num_new, "dtype": dtype},
         inputs={"model": hash_path(opened.path)} | _hashes(source),
-        results={"loss_of_new_ids_nats": added},
+        results=losses,
     )
     extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
     save_model(model, output, tokenizer=extension.tokenizer, extra_files=extra)
-    return {"loss_of_new_ids_nats": round(added, 4), "output": str(output)}
+    return {name: round(loss, 6) for name, loss in losses.items()} | {"output": str(output)}
+
+
+def _opening(source: "SourceConfig", num_characters: int) -> str:
+    """The first characters of the source's texts."""
+    opening = ""
+    for text in _texts(source):
+        opening += ("\n" if opening else "") + text
+        if len(opening) >= num_characters:
+            break
+    return opening[:num_characters]
 
 
 # ---- showing

@@ -30,11 +30,11 @@ def train(
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Train by a recipe; an interrupted run goes on where it was.
+    r"""Train by a recipe; an interrupted run goes on where it was.
 
     [bold]Examples[/bold]
 
-        easyllm train sft-lora data.train=[my-data.jsonl] output=runs/mine
+        easyllm train sft-lora data.train=\[my-data.jsonl] output=runs/mine
 
         easyllm train recipe.yaml optimizer.learning_rate=1e-4 --dry-run
 

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from easyllm.core.atomic import atomic_directory, write_atomic
 from easyllm.core.config import Config
-from easyllm.core.errors import DataError
+from easyllm.core.errors import ConfigError, DataError, EasyllmError
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path, hash_value
 from easyllm.core.progress import Progress, console
-from easyllm.core.run_folder import check_free, claim
+from easyllm.core.run_folder import RECIPE_FILE, check_free, claim
 from easyllm.data.corpus import CorpusConfig
-from easyllm.data.corpus_report import removals, report
+from easyllm.data.corpus_report import Counts, fates, reasons, removals, report
 from easyllm.data.corpus_work import documents_file, finished, rejected_file, run_item
 from easyllm.data.decontaminate import Decontaminator
 from easyllm.data.dedup.clusters import Clusters
@@ -35,12 +35,14 @@ from easyllm.data.document_files import SUFFIX, concatenate, line_writer
 from easyllm.data.documents import Document
 from easyllm.data.executor import Executor, build_executor
 from easyllm.data.mixture import Composition, choose_documents, plan_tokens
-from easyllm.data.shards import ShardWriter, token_dtype
+from easyllm.data.shards import ShardWriter
 from easyllm.data.sources import Split, list_splits, read_split
-from easyllm.data.token_bytes import token_bytes
+from easyllm.data.token_pool import TokenPool
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+HOW = ("engine", "workers", "keep_work")
+"""Keys that say how a corpus is built and not what it is: a build may go on with others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +88,18 @@ class CorpusBuild:
             files = {part.path for split in mine for part in split.parts}
             size = sum(split.num_bytes for split in mine)
             sources[name] = {"files": len(files), "bytes": size, "splits": len(mine)}
-        steps = self.config.dedup.steps if self.config.dedup else ()
-        stages = ["clean", *(f"dedup {step.kind}" for step in steps), "tokenize", "mix and pack"]
-        return Plan(sources, stages)
+        return Plan(sources, self._stages())
+
+    def _stages(self) -> list[str]:
+        """What will be done to every document, in order."""
+        config = self.config
+        stages = ["clean" if any(map(config.rules_of, config.sources)) else "read"]
+        if config.privacy is not None:
+            act = "hide" if config.privacy.mode == "replace" else "count"
+            stages.append(f"{act} private data")
+        stages += ["decontaminate"] if config.decontaminate else []
+        stages += [f"dedup {step.kind}" for step in (config.dedup.steps if config.dedup else ())]
+        return [*stages, "tokenize", "mix and pack"]
 
     def run(self) -> dict[str, Any]:
         """Builds the corpus, or goes on with a killed build; a finished one is not touched.
@@ -99,32 +110,43 @@ class CorpusBuild:
         Raises:
             OutputError: the folder holds another corpus, or other files.
             DataError: a row is bad and its source stops there, or no document is left.
+            ConfigError: a source that the mixture weighs has no document left.
         """
-        check_free(self.output, self.config)
+        check_free(self.output, self.config, ignore=HOW)
         if (self.output / MANIFEST_FILE).is_file():
+            self._sweep()
             console().print(f"{self.output} holds this corpus, built before", soft_wrap=True)
             return Manifest.read(self.output / MANIFEST_FILE).results
-        executor = build_executor(self.config.engine, self.config.workers)
         runs = self._evaluation_runs()
-        claim(self.output, self.config)  # only now: a mistake in the inputs leaves no folder behind
+        with build_executor(self.config.engine, self.config.workers) as executor:
+            claim(self.output, self.config, ignore=HOW)  # only now: a mistake leaves no folder
+            try:
+                return self._build(executor, runs)
+            except EasyllmError:
+                if not any(
+                    self.work.glob("*/[0-9]*.json")
+                ):  # nothing is done that could be gone on with
+                    self._discard()
+                raise
+
+    def _build(self, executor: Executor, runs: Decontaminator | None) -> dict[str, Any]:
         evaluation = None if runs is None else self.work / "evaluation"
         if runs is not None and evaluation is not None:
             runs.save(evaluation)
-        counts: list[tuple[str, list[dict[str, Any]]]] = []
-        stage, items = "clean", self._clean_items(evaluation)
-        counts.append(
-            (stage, self._stage(executor, stage, items, [s.num_bytes for s in self.splits]))
-        )
+        items = self._clean_items(evaluation)
+        sizes = [split.num_bytes for split in self.splits]
+        counts: Counts = [("clean", self._stage(executor, "clean", items, sizes))]
         stems = [Path(item["stem"]) for item in items]
-        self._refuse_nothing(counts)
+        self._check_what_is_left(counts)
         for number, step in enumerate(self.config.dedup.steps if self.config.dedup else ()):
             stage = f"dedup-{number}-{step.kind}"
             stems, done = self._dedup(executor, stage, step, stems)
             counts.append((stage, done))
+            self._check_what_is_left(counts)
         tokens = self._tokenize(executor, stems)
-        composition = self._pack(stems)
+        composition, held_out = self._pack(stems)
         self._keep_exclusions(counts)
-        return self._finish(counts, tokens, composition)
+        return self._finish(counts, tokens, composition, held_out)
 
     # ---- stages
 
@@ -247,9 +269,15 @@ class CorpusBuild:
         sizes = [documents_file(stem).stat().st_size for stem in stems]
         return self._stage(executor, "tokens", items, sizes)
 
-    def _pack(self, stems: list[Path]) -> dict[str, dict[str, float]]:
-        """Chooses documents of every source and writes the shards."""
-        pools = {name: _Pool(self, name) for name in self.config.sources}
+    def _pack(self, stems: list[Path]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+        """Chooses documents of every source and writes the shards.
+
+        Returns:
+            What the mixture took of each source, and how many documents of it are kept apart.
+        """
+        pools = {
+            name: TokenPool(self._tokens_of(name), self.tokenizer) for name in self.config.sources
+        }
         generator = np.random.default_rng([self.config.seed, self.config.mixture.seed])
         share, tail = self.config.pack.holdout, self.config.pack.holdout_tail
         held = {
@@ -274,12 +302,17 @@ class CorpusBuild:
             self._write_shards(work, pools, chosen, composition, generator)
             if any(len(numbers) for numbers in held.values()):
                 self._write_shards(work / "validation", pools, held, {}, generator)
-        return composition
+        return composition, {n: len(numbers) for n, numbers in held.items()}
+
+    def _tokens_of(self, source: str) -> list[Path]:
+        """Where the ids of a source's splits lie."""
+        numbers = [i for i, split in enumerate(self.splits) if split.source == source]
+        return [self.work / "tokens" / f"{i:05d}" for i in numbers]
 
     def _write_shards(
         self,
         folder: Path,
-        pools: dict[str, "_Pool"],
+        pools: dict[str, TokenPool],
         chosen: dict[str, NDArray[np.int64]],
         composition: dict[str, dict[str, float]],
         generator: np.random.Generator,
@@ -302,7 +335,7 @@ class CorpusBuild:
             self.tokenizer, end_id=self.end_id, bytes_of_text=size, composition=composition
         )
 
-    def _keep_exclusions(self, counts: list[tuple[str, list[dict[str, Any]]]]) -> None:
+    def _keep_exclusions(self, counts: Counts) -> None:
         for stage, done in counts:
             parts = [rejected_file(self.work / stage / f"{i:05d}") for i in range(len(done))]
             concatenate(parts, self.output / "excluded" / f"{stage}{SUFFIX}")
@@ -311,9 +344,10 @@ class CorpusBuild:
 
     def _finish(
         self,
-        counts: list[tuple[str, list[dict[str, Any]]]],
+        counts: Counts,
         tokens: list[dict[str, Any]],
         composition: dict[str, dict[str, float]],
+        held_out: dict[str, int],
     ) -> dict[str, Any]:
         """Writes the report and the manifest, and removes what lay between the stages."""
         packed = int(sum(c["tokens"] for c in composition.values()))
@@ -322,16 +356,21 @@ class CorpusBuild:
         summary = {
             "documents_read": read,
             "documents_kept": sum(done["documents"] for done in tokens),
+            "held_out": sum(held_out.values()),
             "documents": int(sum(c["documents"] for c in composition.values())),
             "tokens": packed,
             "bytes_per_token": text_bytes / max(1, sum(done["tokens"] for done in tokens)),
+            "sources": {
+                name: fate | {"held_out": held_out[name]}
+                for name, fate in self._fates(counts).items()
+            },
             "removed": removals(counts, read),
             "bad_rows": _summed(counts[0][1], "bad_rows"),
             "bad_rows_shown": [row for done in counts[0][1] for row in done["bad_rows_shown"]],
             "private": _summed(counts[0][1], "private"),
             "composition": composition,
         }
-        write_atomic(self.output / "report.md", report(self.config, summary))
+        write_atomic(self.output / "report.md", report(self.config.name, summary))
         paths = {part.path for split in self.splits for part in split.parts}
         manifest = Manifest.create(
             "corpus",
@@ -340,9 +379,23 @@ class CorpusBuild:
             results=summary,
         )
         write_atomic(self.output / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
-        if not self.config.keep_work:
-            shutil.rmtree(self.work)
+        self._sweep()
         return summary
+
+    def _sweep(self) -> None:
+        """Removes what a finished build, or one that was killed, has no more use for."""
+        if not self.config.keep_work:
+            shutil.rmtree(self.work, ignore_errors=True)
+        for half in self.output.glob(".*.partial"):
+            shutil.rmtree(half) if half.is_dir() else half.unlink()
+
+    def _discard(self) -> None:
+        """Removes what this build put into its folder, and the folder where it holds nothing else."""
+        for folder in (self.work, self.output / "tokenizer"):
+            shutil.rmtree(folder, ignore_errors=True)
+        (self.output / RECIPE_FILE).unlink(missing_ok=True)
+        if self.output.is_dir() and not any(self.output.iterdir()):
+            self.output.rmdir()
 
     # ---- parts
 
@@ -366,83 +419,30 @@ class CorpusBuild:
                 raise DataError(f"decontaminate.sets.{name} holds no text; check its text_key")
         return Decontaminator.from_texts(texts, config)
 
-    def _refuse_nothing(self, counts: list[tuple[str, list[dict[str, Any]]]]) -> None:
-        if not sum(done["kept"] for done in counts[0][1]):
-            removed = removals(counts, max(1, sum(d["documents"] for d in counts[0][1])))
-            worst = ", ".join(f"{r['rule']} {r['documents']}" for r in removed[:5])
-            raise DataError(
-                f"no document is left after cleaning ({worst or 'the sources hold none'}); "
-                "loosen the rules or check the sources"
-            )
+    def _fates(self, counts: Counts) -> dict[str, dict[str, Any]]:
+        return fates(counts, [split.source for split in self.splits])
 
+    def _check_what_is_left(self, counts: Counts) -> None:
+        """Refuses to go on without documents, or without those of a source the mixture weighs.
 
-class _Pool:
-    """The tokenized documents of one source, over all its splits."""
-
-    def __init__(self, build: CorpusBuild, source: str) -> None:
-        dtype = token_dtype(build.tokenizer.vocab_size)
-        stems = [
-            build.work / "tokens" / f"{i:05d}"
-            for i, split in enumerate(build.splits)
-            if split.source == source
-        ]
-        tables = [np.load(f"{stem}.npz", allow_pickle=False) for stem in stems]
-        self.lengths = np.concatenate([table["lengths"] for table in tables])
-        self.bytes = np.concatenate([table["bytes"] for table in tables])
-        self.numbers = np.arange(len(self.lengths))
-        self._first = np.cumsum([0, *(len(table["lengths"]) for table in tables)])
-        self._starts = [np.cumsum([0, *table["lengths"]]) for table in tables]
-        self._tokenizer = build.tokenizer
-        self._tokens = [
-            np.memmap(f"{stem}.bin", dtype=dtype, mode="r") if starts[-1] else np.empty(0, dtype)
-            for stem, starts in zip(stems, self._starts, strict=True)
-        ]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the documents that may be chosen."""
-        return int(self.lengths[self.numbers].sum())
-
-    def hold_out(self, share: float, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Takes documents out of those that may be chosen; at least one where a share is asked for."""
-        order = generator.permutation(len(self.lengths))
-        count = min(len(order), int(np.ceil(share * len(order))))
-        self.numbers = np.sort(order[count:])
-        return np.sort(order[:count])
-
-    def hold_out_tail(self, share: float) -> NDArray[np.int64]:
-        """Takes the last tokens out of those that may be chosen; where they begin, the document is cut in two."""
-        ends = np.cumsum(self.lengths)
-        if not len(ends) or not ends[-1]:
-            return np.empty(0, dtype=np.int64)
-        begin = int(ends[-1] * (1 - share))
-        number = int(np.searchsorted(ends, begin, side="right"))
-        inside = begin - int(ends[number] - self.lengths[number])
-        if inside:
-            self._cut(number, inside)
-            number += 1
-        self.numbers = np.arange(number)
-        return np.arange(number, len(self.lengths))
-
-    def _cut(self, number: int, inside: int) -> None:
-        """Makes two documents of one: its first `inside` ids, and the rest."""
-        sizes = token_bytes(self._tokenizer)
-        head_bytes = int(sizes[self.document(number)[:inside]].sum())
-        for values, head in ((self.lengths, inside), (self.bytes, head_bytes)):
-            values[number] -= head
-        self.lengths = np.insert(self.lengths, number, inside)
-        self.bytes = np.insert(self.bytes, number, head_bytes)
-        split = int(np.searchsorted(self._first, number, side="right")) - 1
-        place = number - int(self._first[split])
-        starts = self._starts[split]
-        self._starts[split] = np.insert(starts, place + 1, starts[place] + inside)
-        self._first[split + 1 :] += 1
-
-    def document(self, number: int) -> Any:
-        """Its ids."""
-        split = int(np.searchsorted(self._first, number, side="right")) - 1
-        begin, end = self._starts[split][number - self._first[split] :][:2]
-        return self._tokens[split][begin:end]
+        Only another recipe or other files can mend that, so nothing of this build is kept.
+        """
+        left = self._fates(counts)
+        if not any(fate["kept"] for fate in left.values()):
+            self._discard()
+            worst = [f"{r['rule']} {r['documents']:,}" for r in removals(counts, 1)[:5]]
+            bad = [row for done in counts[0][1] for row in done["bad_rows_shown"]][:3]
+            why = ", ".join(worst) or "; ".join(bad) or "the sources hold none"
+            raise DataError(f"no document is left ({why}); loosen the rules or check the sources")
+        for name, share in self.config.mixture.shares.items():
+            if share.weight is not None and not left[name]["kept"]:
+                self._discard()
+                why = reasons(left[name]["removed"])
+                raise ConfigError(
+                    f"mixture gives weight {share.weight:g} to source {name!r}, of which no document is left"
+                    f"{f' ({why})' if why else ''}; drop the weight, or give the source other rules "
+                    f"(sources.{name}.clean)"
+                )
 
 
 def _end_id(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:

@@ -88,7 +88,7 @@ def clean(
     with line_writer(documents_file(stem)) as kept, line_writer(rejected_file(stem)) as rejected:
         for row in read_split(Split.from_dict(split), SourceConfig.model_validate(source)):
             if isinstance(row, BadRow):
-                bad[row.reason.partition(":")[0]] += 1
+                bad[row.kind] += 1
                 rejected.write({"rule": "bad_row", "value": row.reason, "id": row.place})
                 shown += [f"{row.place}: {row.reason}"] if len(shown) < BAD_ROWS_SHOWN else []
                 continue

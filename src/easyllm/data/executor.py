@@ -7,11 +7,14 @@ in where they call it, never in what comes out. On a cluster the output folder m
 import json
 import logging
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
-from typing import Any, Literal, Protocol
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context, parent_process
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
 
 from easyllm.core.errors import ConfigError
 
@@ -23,9 +26,18 @@ AHEAD = 2
 
 
 class Executor(Protocol):
-    """Calls a function on every item; results come in the order of the items."""
+    """Calls a function on every item; results come in the order of the items. A `with` block ends its processes."""
 
     def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
 
 def build_executor(engine: Engine, workers: int | None = None) -> Executor:
@@ -40,31 +52,45 @@ def build_executor(engine: Engine, workers: int | None = None) -> Executor:
 
 
 class LocalExecutor:
-    """Processes of this machine; a single one works in the caller's own."""
+    """Processes of this machine, kept from one map to the next; a single one works in the caller's own."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
     def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Results of `work`, in order; an error of one item ends the map with that error."""
+        """Results of `work`, in order; an error of one item ends the map with that error, nothing still running."""
         if self.workers == 1 or len(items) <= 1:
             yield from map(work, items)
             return
-        # spawned, not forked: the caller may have threads (tokenizers, PyTorch) that a fork would leave hanging
-        pool = ProcessPoolExecutor(
-            min(self.workers, len(items)), mp_context=get_context("spawn"), initializer=_quiet
-        )
+        if self._pool is None:
+            # spawned, not forked: the caller may have threads (tokenizers, PyTorch) that a fork would leave hanging
+            self._pool = ProcessPoolExecutor(
+                self.workers, mp_context=get_context("spawn"), initializer=_prepare_worker
+            )
+        running: deque[Future[dict[str, Any]]] = deque()
         try:
-            running: deque[Future[dict[str, Any]]] = deque()
-            waiting = iter(items)
-            for item in waiting:
-                running.append(pool.submit(work, item))
+            for item in items:
+                running.append(self._pool.submit(work, item))
                 if len(running) >= self.workers + AHEAD:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            wait([future for future in running if not future.cancel()])
 
 
 class RayExecutor:
@@ -83,6 +109,17 @@ class RayExecutor:
             ray.init(
                 include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
             )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ray lasts as long as the process: another build in it goes on with the same one."""
 
     def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Results of `work`, in order; a user's mistake in an item is raised as itself."""
@@ -128,8 +165,14 @@ def _mistake(result: dict[str, Any]) -> Exception:
     return kind(result["mistake"])
 
 
-def _quiet() -> None:
-    """Workers leave Ctrl-C to the parent, which ends them."""
-    import signal
-
+def _prepare_worker() -> None:
+    """Workers leave Ctrl-C to the parent, which ends them, and end by themselves when it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

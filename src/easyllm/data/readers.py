@@ -5,6 +5,7 @@ A reader yields a `BadRow` where it can go on behind it, and raises `DamagedFile
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -29,7 +30,17 @@ class BadRow:
     place: str
     reason: str
 
+    @property
+    def kind(self) -> str:
+        """The reason without its particulars, for counting.
 
+        >>> BadRow("a.jsonl:3", "not JSON (Expecting value at character 9)").kind
+        'not JSON'
+        """
+        return _PARTICULARS.split(self.reason, maxsplit=1)[0]
+
+
+_PARTICULARS = re.compile(r" \(|: ")
 Rows = Iterator[Row | BadRow]
 TOO_LONG = f"longer than {MAX_BYTES >> 20} MiB"
 

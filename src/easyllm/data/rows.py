@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from easyllm.core.errors import DataError
+from easyllm.data.blocks import COMPRESSIONS
+from easyllm.data.source_files import SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +23,17 @@ def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a `.jsonl` file (an object a line) or a `.json` file (an array of objects).
 
     Raises:
-        DataError: the file is missing, or a line is not a JSON object (file and line are named).
+        DataError: the file is missing or of another kind, or a line is not a JSON object (file and line are named).
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"data file {str(path)!r} does not exist; name a .json or .jsonl file")
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS or SUFFIXES.get(suffix, "jsonl") not in ("json", "jsonl", "text"):
+        raise DataError(
+            f"data file {str(path)!r} is a {path.suffix} file, expected .json (an array of objects) or .jsonl "
+            "(an object a line); unpack or convert it"
+        )
     if path.suffix == ".json":
         yield from _array_rows(path)
     else:

@@ -213,14 +213,23 @@ def read_manifest(folder: Path) -> ShardsManifest:
         DataError: there is none, or it is not one.
     """
     path = folder / MANIFEST
+    inside = folder / "shards"
+    if (inside / MANIFEST).is_file():
+        raise DataError(
+            f"folder {str(folder)!r} holds a corpus, and its token shards one further in; name {str(inside)!r}"
+        )
     if not path.is_file():
         raise DataError(
             f"folder {str(folder)!r} holds no {MANIFEST} of token shards; name one that `easyllm data build` made"
         )
     try:
         return ShardsManifest.model_validate(json.loads(path.read_text("utf-8")))
-    except (ValueError, ValidationError) as error:
-        raise DataError(f"{path} is no manifest of shards ({error}); build again") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except ValueError as error:
+        why = str(error)
+    raise DataError(f"{path} is no manifest of shards ({why}); build again")
 
 
 def write_shards(

@@ -9,6 +9,7 @@ only fills up, the mean of all old rows, never above the best old id: the most l
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from easyllm.core.errors import ConfigError
@@ -63,19 +64,20 @@ def grown_vocab_size(
 
 
 @torch.no_grad()
-def loss_of_new_ids(model: Decoder, token_ids: list[int], *, first_new: int) -> float:
-    """By how many nats a token the ids from `first_new` on raise the loss of a text written in older ids.
+def loss_of_text(model: Decoder, token_ids: list[int], *, num_ids: int | None = None) -> float:
+    """The mean loss of a text's ids after the first, in nats.
 
-    It is the mean of ln(Z / Z_old), Z the softmax's denominator over all ids and Z_old over the older ones; over the
-    older ones alone the loss is what it was.
+    Args:
+        num_ids: the softmax is over so many ids, the first ones; by default over all. Over a grown model's old ids the
+            loss is what it was before it grew.
     """
     ids = torch.as_tensor(token_ids, device=model.device)
-    hidden = model(ids, AttentionContext.packed([ids.numel()], device=model.device))
-    added = 0.0
-    for rows in hidden.split(64):
-        logits = model.head(rows)
-        added += float((logits.logsumexp(-1) - logits[:, :first_new].logsumexp(-1)).sum())
-    return added / max(len(token_ids), 1)
+    hidden = model(ids, AttentionContext.packed([ids.numel()], device=model.device))[:-1]
+    total = 0.0
+    for rows, targets in zip(hidden.split(64), ids[1:].split(64), strict=True):
+        logits = model.head(rows)[:, :num_ids]
+        total += float(F.cross_entropy(logits, targets, reduction="sum"))
+    return total / max(len(token_ids) - 1, 1)
 
 
 @torch.no_grad()

@@ -143,7 +143,10 @@ class WordLevelConfig(Config):
 
 
 class CharactersConfig(Config):
-    """A token a character, spaces too, the most frequent first."""
+    """A token a character, spaces too, the most frequent first.
+
+    `min_frequency`: rarer characters become `unk`; all others must fit the vocabulary.
+    """
 
     kind: Literal["characters"] = "characters"
     unk: str = "<unk>"
@@ -367,7 +370,11 @@ def _train_characters(
     words: list[pre_tokenizers.PreTokenizer] = [
         pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     ]
-    backend = _train_whole_words(texts, model, config, words)
+    counts: Counter[str] = Counter()
+    backend = _train_whole_words(_counted(texts, config, counts), model, config, words)
+    special = config.all_special_tokens
+    alphabet = sum(n >= model.min_frequency and c not in special for c, n in counts.items())
+    _check_room(config, alphabet, "different characters", ", or raise model.min_frequency")
     backend.decoder = decoders.Fuse()
     return backend
 
@@ -444,13 +451,23 @@ def _set_steps(
     backend.pre_tokenizer = words[0] if len(words) == 1 else pre_tokenizers.Sequence(words)
 
 
-def _check_room(config: TokenizerConfig, needed: int, what: str) -> None:
+def _check_room(config: TokenizerConfig, needed: int, what: str, other: str = "") -> None:
+    """Refuses a vocabulary that `needed` pieces and the special tokens do not fit; `other` is another way out."""
     special = len(config.all_special_tokens)
     if config.vocab_size < needed + special:
+        plural = "" if special == 1 else "s"
         raise ConfigError(
-            f"vocab_size={config.vocab_size} has no room for {needed} {what} and {special} special tokens; "
-            f"set it to {needed + special} or more"
+            f"vocab_size={config.vocab_size} has no room for {needed} {what} and {special} special token{plural}; "
+            f"set it to {needed + special} or more{other}"
         )
+
+
+def _counted(texts: Iterator[str], config: TokenizerConfig, counts: Counter[str]) -> Iterator[str]:
+    """The texts, the characters that normalisation leaves of them counted."""
+    normalizer = normalizers.Sequence(_normalizer(config.normalizer))
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+        yield text
 
 
 def _watched(texts: Iterator[str], letters: set[str]) -> Iterator[str]:

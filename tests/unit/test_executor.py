@@ -1,0 +1,87 @@
+"""Local workers: kept between maps, gone when whoever started them is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from easyllm.core.errors import DataError
+from easyllm.data.executor import LocalExecutor, build_executor
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from easyllm.data.executor import LocalExecutor
+
+def work(item):
+    Path(item["folder"], str(os.getpid())).touch()
+    time.sleep(60)
+    return {}
+
+if __name__ == "__main__":
+    with LocalExecutor(2) as executor:
+        list(executor.map(work, [{"folder": sys.argv[1]}] * 2))
+"""
+
+
+def pid_of(item):
+    return {"number": item["number"], "pid": os.getpid()}
+
+
+def refuse_two(item):
+    if item["number"] == 2:
+        raise DataError("number 2 is bad")
+    return item
+
+
+def is_running(pid):
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def numbered(count):
+    return [{"number": number} for number in range(count)]
+
+
+def test_results_come_in_order_from_processes_that_outlast_a_map():
+    with LocalExecutor(2) as executor:
+        first, second = (list(executor.map(pid_of, numbered(9))) for _ in range(2))
+    assert [done["number"] for done in first] == list(range(9))
+    pids = {done["pid"] for done in [*first, *second]}
+    assert os.getpid() not in pids
+    assert len(pids) <= 2
+
+
+def test_an_error_ends_the_map_and_the_processes_work_on():
+    with LocalExecutor(2) as executor:
+        with pytest.raises(DataError, match="number 2 is bad"):
+            list(executor.map(refuse_two, numbered(9)))
+        assert list(executor.map(refuse_two, numbered(2))) == numbered(2)
+
+
+def test_one_worker_is_the_process_itself():
+    with build_executor("local", 1) as executor:
+        assert next(executor.map(pid_of, numbered(3)))["pid"] == os.getpid()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_workers_of_a_killed_process_end(tmp_path):
+    script, folder = tmp_path / "slow.py", tmp_path / "pids"
+    script.write_text(SCRIPT)
+    folder.mkdir()
+    process = subprocess.Popen([sys.executable, str(script), str(folder)])
+    while len(list(folder.iterdir())) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    end = time.monotonic() + 20
+    while left := [file.name for file in folder.iterdir() if is_running(file.name)]:
+        assert time.monotonic() < end, f"workers {left} outlived their parent"
+        time.sleep(0.05)
