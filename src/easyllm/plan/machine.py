@@ -29,6 +29,18 @@ def matmul_rate(
     return 2 * rows * width * width / best
 
 
+def read_rate(device: torch.device | str = "cpu", *, repeats: int = 5) -> float:
+    """Bytes a second at which memory is read: 256 MB (2 GB on a GPU) summed up, the best of a few, on all threads."""
+    device = torch.device(device)
+    values = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = _now(device)
+        values.sum()
+        best = min(best, _now(device) - start)
+    return values.nbytes / best
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

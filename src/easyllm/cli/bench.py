@@ -1,0 +1,82 @@
+"""`easyllm bench`."""
+
+from typing import Annotated
+
+import typer
+
+from easyllm.cli.models import Model
+from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
+
+bench = typer.Typer(
+    help="Measure what this machine does with a model.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _verbs() -> None:
+    """Measure what this machine does with a model."""
+
+
+@bench.command("engine")
+def engine(
+    model: Model = "smollm2",
+    quantize: Annotated[
+        str | None, typer.Option(help="Weights as int8 or int4, rounded on loading.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights, such as float32.")] = None,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="Of the cache: float32, bfloat16, int8, int4.")
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Times each shape runs; the best counts.")
+    ] = 3,
+    json_output: JsonFlag = False,
+) -> None:
+    """Rates of prefill and decoding, one stream and many, beside what memory and arithmetic allow.
+
+    [bold]Examples[/bold]
+
+        easyllm bench engine smollm2
+
+        easyllm bench engine smollm2 --quantize int4 --json
+    """
+    from easyllm.engine import LLM
+    from easyllm.engine.rates import measure_rates
+
+    llm = LLM(model, quantize=quantize, dtype=dtype, cache_dtype=cache_dtype)
+    rates, machine = measure_rates(llm, repeats=repeats)
+    if json_output:
+        print_json({"machine": machine, "rates": [each.as_dict() for each in rates]})
+        return
+    rows = [
+        (
+            each.sequences,
+            each.prompt,
+            each.new,
+            f"{each.prefill_tokens_per_s:.0f}",
+            f"{each.prefill_share:.0%}",
+            f"{each.decode_tokens_per_s:.1f}",
+            f"{each.read_share:.0%}",
+            f"{each.matmul_share:.0%}",
+            f"{each.first_token_s:.2f}",
+        )
+        for each in rates
+    ]
+    titles = (
+        *("sequences", "prompt", "new", "prefill tok/s", "of matmul"),
+        *("decode tok/s", "of reads", "of matmul", "first token s"),
+    )
+    print_table(f"Engine rates of {model}", titles, rows)
+    print_pairs(
+        {
+            "matmul": f"{machine['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s",
+            "reads": f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s",
+        }
+    )
