@@ -14,9 +14,9 @@ from easyllm.engine.kv_cache import KVCache
 from easyllm.engine.memory_plan import plan_memory, tensor_bytes
 from easyllm.engine.options import EngineConfig
 from easyllm.engine.pages import Namespace, PagePool
-from easyllm.engine.request import Logprobs, Request, TokenEvent
+from easyllm.engine.request import Request, TokenEvent
 from easyllm.engine.runner import DecoderRunner, Runner
-from easyllm.engine.sampling import Chooser, Draft, choose, logprobs_of, random_source
+from easyllm.engine.sampling import Chooser, Draft, choose, prompt_logprobs, random_source
 from easyllm.engine.scheduler import Scheduler, Sequence
 from easyllm.engine.speculative import Drafter
 from easyllm.engine.step import Piece
@@ -321,11 +321,11 @@ class Engine:
         sequence, count = generation.sequence, generation.request.params.prompt_logprobs
         assert count is not None, "rows were asked for"
         assert generation.prompt_logprobs is not None, "and are kept"
-        for row, logits in enumerate(rows):
-            place = piece.start + row + 1
-            if place < sequence.prompt_length:
-                found: Logprobs = logprobs_of(sequence.tokens[place], logits, count)
-                generation.prompt_logprobs[place] = found
+        places = range(piece.start + 1, min(piece.start + len(rows) + 1, sequence.prompt_length))
+        tokens = [sequence.tokens[place] for place in places]
+        if tokens:
+            found = prompt_logprobs(rows[: len(tokens)], tokens, count)
+            generation.prompt_logprobs.update(zip(places, found, strict=True))
         if piece.start + len(rows) >= sequence.prompt_length:
             sequence.prompt_rows = False
 
