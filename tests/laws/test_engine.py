@@ -371,6 +371,31 @@ def test_leaving_a_stream_early_frees_its_pages(model, tiny_tokenizer):
     assert llm.engine.pool.available == llm.engine.pool.num_pages
 
 
+def test_streams_that_take_turns_get_each_its_own(model, tiny_tokenizer):
+    llm = LLM(model=model, tokenizer=tiny_tokenizer)
+    prompts = prompts_of([5, 9])
+    params = SamplingParams(**GREEDY)
+    alone = [[e.token_id for e in llm.stream(p, params)] for p in prompts]
+    first, second = (llm.stream(p, params) for p in prompts)
+    pairs = list(zip(first, second, strict=True))
+    assert [[e.token_id for e in side] for side in zip(*pairs, strict=True)] == alone
+
+
+def test_a_prefix_as_long_as_the_cache_leaves_room_to_go_on(tiny_tokenizer):
+    """Windows let a prompt be longer than all pages; those it finds must not keep it from computing the rest."""
+    model = layered(*KINDS["windows"])
+    options = EngineConfig(page_size=4, num_pages=8, max_running=1, max_step_tokens=12)
+    engine = Engine(model, tiny_tokenizer, options)
+    (prompt,) = prompts_of([60])
+    params = SamplingParams(temperature=0, max_tokens=2)
+    results(engine, [Request(prompt_ids=prompt[:32], params=params)])
+    engine.pool.check([])
+    longer = Request(prompt_ids=prompt, params=params)
+    assert ids_of(results(engine, [longer])) == ids_of(
+        results(Engine(model, tiny_tokenizer), [longer])
+    )
+
+
 def test_after_a_failing_step_everything_is_computed_again(model, tiny_tokenizer, monkeypatch):
     requests = mixed_requests(6)
     engine = Engine(model, tiny_tokenizer)
@@ -456,6 +481,8 @@ RANGES = [
     ("best_of", 0),
     ("stop", ("",)),
     ("seed", 2**63),
+    *((name, float("nan")) for name in ("temperature", "top_p", "min_p", "presence_penalty")),
+    ("temperature", float("inf")),
 ]
 
 

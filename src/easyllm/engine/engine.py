@@ -1,6 +1,7 @@
 """The engine: requests join and leave a running batch step by step."""
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -106,6 +107,9 @@ class Engine:
         self._requests: dict[int, RequestState] = {}
         self._generations: dict[int, Generation] = {}  # by the id of their sequence
         self._drafts: dict[int, tuple[Draft, ...]] = {}
+        self._inboxes: dict[
+            int, deque[TokenEvent]
+        ] = {}  # of the runs that wait for a request's events
         self._numbers = itertools.count()
 
     @property
@@ -185,16 +189,24 @@ class Engine:
         return self._decide(turns, logits)
 
     def run(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
-        """Adds requests and yields events until all of them are finished; leaving early cancels them."""
-        added = list(requests)
+        """Adds requests and yields their events until all of them are finished; leaving early cancels them.
+
+        Several runs may take turns: each gets its own requests' events, whoever makes the steps.
+        """
+        added, inbox = list(requests), deque[TokenEvent]()
         try:
             for request in added:
                 self.add(request)
-            while self.busy:
-                yield from self.step()
+                self._inboxes[request.id] = inbox
+            while inbox or any(request.id in self._requests for request in added):
+                while inbox:
+                    yield inbox.popleft()
+                for event in self.step():
+                    self._inboxes.get(event.request_id, inbox).append(event)
         finally:
             for request in added:
                 self.cancel(request.id)
+                self._inboxes.pop(request.id, None)
 
     def forget_prefixes(self) -> None:
         """Forgets all cached prefixes; to be called when the model's weights have changed."""
