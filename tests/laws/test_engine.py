@@ -7,6 +7,7 @@ from conftest import build_tiny
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Completion, Engine, EngineConfig, Request, SamplingParams
 from easyllm.nn.config import AttentionConfig, LinearAttentionConfig, Rope
+from easyllm.ops.attention import AttentionContext
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
@@ -157,6 +158,25 @@ def test_a_window_in_every_layer_gives_pages_back_as_it_moves_on(tiny_tokenizer)
     assert most <= 6  # of 38 that all tokens would take
     (wide,) = results(Engine(model, tiny_tokenizer), [request])
     assert [e.token_id for e in events] == wide[0].token_ids
+
+
+def test_prompts_of_a_prefix_model_stay_whole_in_small_steps_and_after_preemption(tiny_tokenizer):
+    model = build_tiny(seed=4).double()
+    model.config = model.config.changed(prompt_mask="prefix")
+    tight = EngineConfig(page_size=4, num_pages=14, max_running=6, max_step_tokens=8)
+    engine = Engine(model, tiny_tokenizer, tight)
+    params = SamplingParams(temperature=0.7, seed=1, max_tokens=14, n=2, ignore_eos=True)
+    requests = [Request(prompt_ids=p, params=params) for p in prompts_of([20, 6, 15, 3])]
+    got = results(engine, requests)
+    assert engine.scheduler.num_preemptions > 0
+    for request, completions in zip(requests, got, strict=True):
+        start = len(request.prompt_ids)
+        for completion in completions:
+            ids = [*request.prompt_ids, *completion.token_ids]
+            context = AttentionContext.packed([len(ids)], prefix_lengths=(start,))
+            logprobs = model.head(model(torch.tensor(ids), context)).log_softmax(-1)
+            expected = [logprobs[i - 1, ids[i]].item() for i in range(start, len(ids))]
+            assert completion.logprobs == pytest.approx(expected, abs=1e-9)
 
 
 # ---- prefixes
