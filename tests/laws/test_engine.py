@@ -362,6 +362,32 @@ def test_a_mask_bars_tokens_and_may_end_the_output(model, tiny_tokenizer):
     assert free.token_ids == alone[0].token_ids
 
 
+class Broken:
+    """A mask that fails, or allows what there is not."""
+
+    def __init__(self, allows):
+        self.allows = allows
+
+    def allowed(self, output_ids):
+        return None if len(output_ids) < 3 else self.allows()
+
+
+@pytest.mark.parametrize("allows", [lambda: 1 / 0, lambda: [5, 320], lambda: [-1]])
+def test_a_mask_that_fails_ends_its_own_request_alone(model, tiny_tokenizer, allows, caplog):
+    prompts = prompts_of([4, 7])
+    params = SamplingParams(**GREEDY)
+    broken = Request(prompt_ids=prompts[0], params=params, mask=Broken(allows))
+    plain = Request(prompt_ids=prompts[1], params=params)
+    engine = Engine(model, tiny_tokenizer)
+    (ended,), (free,) = results(engine, [broken, plain])
+    assert ended.finish_reason == "cancelled"
+    assert len(ended.token_ids) == 3
+    assert "a logits mask failed" in caplog.text
+    (alone,) = results(Engine(model, tiny_tokenizer), [plain])
+    assert free.token_ids == alone[0].token_ids
+    assert engine.pool.available == engine.pool.num_pages
+
+
 def test_a_cancelled_request_frees_its_pages_at_once_wherever_it_stands(model, tiny_tokenizer):
     options = EngineConfig(page_size=4, num_pages=24, max_running=4, max_step_tokens=10)
     engine = Engine(model, tiny_tokenizer, options)
@@ -466,6 +492,16 @@ def test_what_can_never_be_served_is_refused_when_it_is_added(
         engine.add(Request(prompt_ids=prompt, params=SamplingParams(**params)))
     assert not engine.busy
     engine.add(Request(prompt_ids=(5, 6), params=SamplingParams(**GREEDY)))
+
+
+def test_a_request_is_served_once_at_a_time(model, tiny_tokenizer):
+    engine = Engine(model, tiny_tokenizer)
+    request = Request(prompt_ids=(5, 6), params=SamplingParams(**GREEDY))
+    engine.add(request)
+    with pytest.raises(ConfigError, match="is being served already"):
+        engine.add(request)
+    engine.cancel(request.id)
+    assert len(results(engine, [request])[0][0].token_ids) == 12
 
 
 def test_without_max_tokens_a_request_ends_where_the_cache_does(model, tiny_tokenizer):

@@ -138,6 +138,8 @@ class Engine:
             ConfigError: the prompt is empty, holds an id the model does not have, or is too long for the context or the
                 cache; or the request asks for ids or completions there are none of.
         """
+        if request.id in self._requests:
+            raise ConfigError(f"request {request.id} is being served already; make a new Request")
         params = request.params
         limit = self.check_prompt(request.prompt_ids, params.max_tokens)
         self._check_ids("logit_bias", params.logit_bias)

@@ -1,5 +1,6 @@
 """From logits to token ids."""
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from easyllm.engine.processors import (
 )
 from easyllm.engine.request import LogitsMask, Logprobs, SamplingParams
 
+logger = logging.getLogger(__name__)
+
 COLDEST = 1e-6
 """Temperatures below it count as this one: all probability lies on one token, and nothing overflows."""
 
@@ -42,6 +45,7 @@ class Chooser:
         token_ids: prompt and output; output_start: where the output begins.
         end_ids: tokens that end it.
         mask: bars tokens step by step.
+        failed: whether the mask has failed; nothing may follow then.
     """
 
     params: SamplingParams
@@ -50,6 +54,7 @@ class Chooser:
     output_start: int
     end_ids: frozenset[int] = frozenset()
     mask: LogitsMask | None = None
+    failed: bool = False
     _prompt: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -101,10 +106,18 @@ class Chooser:
             logits = bar(logits, repeated_ngrams(self.token_ids, p.no_repeat_ngram_size))
         if self.num_output < p.min_tokens:
             logits = bar(logits, self.end_ids)
-        if self.mask is not None:
-            allowed = self.mask.allowed(output)
-            logits = logits if allowed is None else allow_only(logits, allowed)
-        return logits
+        return logits if self.mask is None else self._masked(self.mask, logits, output)
+
+    def _masked(self, mask: LogitsMask, logits: Tensor, output: list[int]) -> Tensor:
+        """[V] logits of what the mask allows; one that fails ends its own completion and no other."""
+        try:
+            allowed = mask.allowed(output)
+            if allowed is not None and not all(0 <= token < len(logits) for token in allowed):
+                raise ValueError(f"a mask allows ids beyond the model's {len(logits)}")
+        except Exception:
+            logger.exception("a logits mask failed; its completion ends")
+            allowed, self.failed = (), True
+        return logits if allowed is None else allow_only(logits, allowed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +133,7 @@ class Choice:
     """The token of one row; None where nothing may follow.
 
     Attributes:
-        logprob: in nats under the raw distribution.
+        logprob: in nats under the raw distribution (0 where there is no token).
         logprobs: where they were asked for.
     """
 
