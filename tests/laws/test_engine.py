@@ -7,6 +7,7 @@ from conftest import build_tiny
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Completion, Engine, EngineConfig, Request, SamplingParams
 from easyllm.nn.config import AttentionConfig, LinearAttentionConfig, Rope
+from easyllm.ops.attention import AttentionContext
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
@@ -157,6 +158,25 @@ def test_a_window_in_every_layer_gives_pages_back_as_it_moves_on(tiny_tokenizer)
     assert most <= 6  # of 38 that all tokens would take
     (wide,) = results(Engine(model, tiny_tokenizer), [request])
     assert [e.token_id for e in events] == wide[0].token_ids
+
+
+def test_prompts_of_a_prefix_model_stay_whole_in_small_steps_and_after_preemption(tiny_tokenizer):
+    model = build_tiny(seed=4).double()
+    model.config = model.config.changed(prompt_mask="prefix")
+    tight = EngineConfig(page_size=4, num_pages=14, max_running=6, max_step_tokens=8)
+    engine = Engine(model, tiny_tokenizer, tight)
+    params = SamplingParams(temperature=0.7, seed=1, max_tokens=14, n=2, ignore_eos=True)
+    requests = [Request(prompt_ids=p, params=params) for p in prompts_of([20, 6, 15, 3])]
+    got = results(engine, requests)
+    assert engine.scheduler.num_preemptions > 0
+    for request, completions in zip(requests, got, strict=True):
+        start = len(request.prompt_ids)
+        for completion in completions:
+            ids = [*request.prompt_ids, *completion.token_ids]
+            context = AttentionContext.packed([len(ids)], prefix_lengths=(start,))
+            logprobs = model.head(model(torch.tensor(ids), context)).log_softmax(-1)
+            expected = [logprobs[i - 1, ids[i]].item() for i in range(start, len(ids))]
+            assert completion.logprobs == pytest.approx(expected, abs=1e-9)
 
 
 # ---- prefixes
@@ -342,6 +362,32 @@ def test_a_mask_bars_tokens_and_may_end_the_output(model, tiny_tokenizer):
     assert free.token_ids == alone[0].token_ids
 
 
+class Broken:
+    """A mask that fails, or allows what there is not."""
+
+    def __init__(self, allows):
+        self.allows = allows
+
+    def allowed(self, output_ids):
+        return None if len(output_ids) < 3 else self.allows()
+
+
+@pytest.mark.parametrize("allows", [lambda: 1 / 0, lambda: [5, 320], lambda: [-1]])
+def test_a_mask_that_fails_ends_its_own_request_alone(model, tiny_tokenizer, allows, caplog):
+    prompts = prompts_of([4, 7])
+    params = SamplingParams(**GREEDY)
+    broken = Request(prompt_ids=prompts[0], params=params, mask=Broken(allows))
+    plain = Request(prompt_ids=prompts[1], params=params)
+    engine = Engine(model, tiny_tokenizer)
+    (ended,), (free,) = results(engine, [broken, plain])
+    assert ended.finish_reason == "cancelled"
+    assert len(ended.token_ids) == 3
+    assert "a logits mask failed" in caplog.text
+    (alone,) = results(Engine(model, tiny_tokenizer), [plain])
+    assert free.token_ids == alone[0].token_ids
+    assert engine.pool.available == engine.pool.num_pages
+
+
 def test_a_cancelled_request_frees_its_pages_at_once_wherever_it_stands(model, tiny_tokenizer):
     options = EngineConfig(page_size=4, num_pages=24, max_running=4, max_step_tokens=10)
     engine = Engine(model, tiny_tokenizer, options)
@@ -369,6 +415,31 @@ def test_leaving_a_stream_early_frees_its_pages(model, tiny_tokenizer):
     stream.close()
     assert not llm.engine.busy
     assert llm.engine.pool.available == llm.engine.pool.num_pages
+
+
+def test_streams_that_take_turns_get_each_its_own(model, tiny_tokenizer):
+    llm = LLM(model=model, tokenizer=tiny_tokenizer)
+    prompts = prompts_of([5, 9])
+    params = SamplingParams(**GREEDY)
+    alone = [[e.token_id for e in llm.stream(p, params)] for p in prompts]
+    first, second = (llm.stream(p, params) for p in prompts)
+    pairs = list(zip(first, second, strict=True))
+    assert [[e.token_id for e in side] for side in zip(*pairs, strict=True)] == alone
+
+
+def test_a_prefix_as_long_as_the_cache_leaves_room_to_go_on(tiny_tokenizer):
+    """Windows let a prompt be longer than all pages; those it finds must not keep it from computing the rest."""
+    model = layered(*KINDS["windows"])
+    options = EngineConfig(page_size=4, num_pages=8, max_running=1, max_step_tokens=12)
+    engine = Engine(model, tiny_tokenizer, options)
+    (prompt,) = prompts_of([60])
+    params = SamplingParams(temperature=0, max_tokens=2)
+    results(engine, [Request(prompt_ids=prompt[:32], params=params)])
+    engine.pool.check([])
+    longer = Request(prompt_ids=prompt, params=params)
+    assert ids_of(results(engine, [longer])) == ids_of(
+        results(Engine(model, tiny_tokenizer), [longer])
+    )
 
 
 def test_after_a_failing_step_everything_is_computed_again(model, tiny_tokenizer, monkeypatch):
@@ -423,6 +494,16 @@ def test_what_can_never_be_served_is_refused_when_it_is_added(
     engine.add(Request(prompt_ids=(5, 6), params=SamplingParams(**GREEDY)))
 
 
+def test_a_request_is_served_once_at_a_time(model, tiny_tokenizer):
+    engine = Engine(model, tiny_tokenizer)
+    request = Request(prompt_ids=(5, 6), params=SamplingParams(**GREEDY))
+    engine.add(request)
+    with pytest.raises(ConfigError, match="is being served already"):
+        engine.add(request)
+    engine.cancel(request.id)
+    assert len(results(engine, [request])[0][0].token_ids) == 12
+
+
 def test_without_max_tokens_a_request_ends_where_the_cache_does(model, tiny_tokenizer):
     engine = Engine(model, tiny_tokenizer, EngineConfig(num_pages=3))
     params = SamplingParams(temperature=0, ignore_eos=True)
@@ -456,6 +537,8 @@ RANGES = [
     ("best_of", 0),
     ("stop", ("",)),
     ("seed", 2**63),
+    *((name, float("nan")) for name in ("temperature", "top_p", "min_p", "presence_penalty")),
+    ("temperature", float("inf")),
 ]
 
 

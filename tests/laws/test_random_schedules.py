@@ -57,9 +57,11 @@ def run_schedule(seed):
     """One schedule from arrival to the last token; returns how many preemptions and prefix hits it had."""
     rng = random.Random(seed)
     size, window = rng.randrange(1, 5), rng.choice((None, None, None, 1, 3, 6))
-    longest = rng.choice((4, 12))
-    pages = -(-(longest + 12) // size) + rng.choice((0, 0, 1, 2, 5))
-    budget = rng.choice((4, 7, 64))
+    longest, budget = rng.choice((4, 12)), rng.choice((4, 7, 64))
+    least = -(-(longest + 12) // size)  # of the longest sequence alone
+    if window is not None:
+        least = min(least, -(-(window - 1 + budget) // size) + 1)
+    pages = least + rng.choice((0, 0, 1, 2, 5))
     pool = CountingPool(pages, size, prefix_caching=rng.random() < 0.8)
     scheduler = Scheduler(
         pool, max_running=rng.choice((3, 4)), max_step_tokens=budget, window=window

@@ -12,7 +12,7 @@ from conftest import build_tiny
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Completion, Engine, EngineConfig, Request, SamplingParams
 from easyllm.engine.draft_model import ModelDrafter
-from easyllm.engine.sampling import Chooser, Draft, choose
+from easyllm.engine.sampling import Chooser, Draft, choose, draw
 from easyllm.engine.speculative import NgramDrafter
 from easyllm.models import save_model
 from easyllm.nn.config import LinearAttentionConfig
@@ -168,11 +168,11 @@ def narrow_vocab(seed):
     return model.double()
 
 
-def test_tokens_drawn_with_a_draft_model_have_the_models_own_distribution(tiny_tokenizer):
-    """4,000 continuations of three tokens by a model that agrees with its draft about half the time: the joint
-    distribution of the second and third, which are checked guesses, against the exact one."""
+def surprise(tokenizer, count=4_000):
+    """Chi-squared of continuations of three tokens, drawn by a model whose draft agrees with it about half the time: the
+    joint counts of the second and third, which are checked guesses, against the exact distribution; and its 99.9% bound."""
     target, draft = narrow_vocab(3), narrow_vocab(4)
-    prompt, count = (5, 7, 1), 4_000
+    prompt = (5, 7, 1)
     exact = torch.zeros(12, 12, dtype=torch.float64)
     first = (target.logits(list(prompt))[-1] / 1.5).softmax(-1)
     for a in range(12):
@@ -182,27 +182,40 @@ def test_tokens_drawn_with_a_draft_model_have_the_models_own_distribution(tiny_t
             exact[b] += first[a] * second[b] * third
     drafter = ModelDrafter(draft, 2, num_pages=2000, page_size=4)
     options = EngineConfig(page_size=4, num_pages=4000, max_running=256, max_step_tokens=1024)
-    engine = Engine(target, tiny_tokenizer, options, drafter=drafter)
+    engine = Engine(target, tokenizer, options, drafter=drafter)
     counts = torch.zeros(12, 12, dtype=torch.float64)
-    for batch in range(count // 250):
-        params = [
-            SamplingParams(
-                temperature=1.5, max_tokens=3, ignore_eos=True, n=125, seed=2 * batch + half
-            )
-            for half in range(2)
-        ]
-        requests = [Request(prompt_ids=prompt, params=p) for p in params]
-        for several in results(engine, requests):
-            for _, b, c in several:
-                counts[b, c] += 1
+    for batch in range(count // 125):
+        params = SamplingParams(temperature=1.5, max_tokens=3, ignore_eos=True, n=125, seed=batch)
+        ((*several,),) = results(engine, [Request(prompt_ids=prompt, params=params)])
+        for _, b, c in several:
+            counts[b, c] += 1
     assert counts.sum() == count
     likely = exact > 20 / count
     observed = torch.cat([counts[likely], counts[~likely].sum()[None]])
     expected = count * torch.cat([exact[likely], exact[~likely].sum()[None]])
     chi2 = float(((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum())
     freedom = len(observed) - 1
-    bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3  # 99.9%
-    assert chi2 < bound, f"{chi2:.1f} of {freedom} degrees of freedom"
+    return chi2, freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+def test_tokens_drawn_with_a_draft_model_have_the_models_own_distribution(tiny_tokenizer):
+    chi2, bound = surprise(tiny_tokenizer)
+    assert chi2 < bound
+
+
+def test_guesses_that_are_always_taken_have_another_distribution(tiny_tokenizer, monkeypatch):
+    """The negative control."""
+
+    def believing(logits, sources, drafts=None):
+        ids = draw(logits, sources)
+        for row, draft in enumerate(drafts or ()):
+            if draft is not None:
+                ids[row] = draft.token_id
+        return ids
+
+    monkeypatch.setattr("easyllm.engine.sampling.draw", believing)
+    chi2, bound = surprise(tiny_tokenizer, 1_000)
+    assert chi2 > 2 * bound
 
 
 def test_drafts_that_cannot_work_are_refused_in_one_sentence(

@@ -63,6 +63,19 @@ def test_a_warper_equals_that_of_transformers(name, value, spread):
     assert_close(ours(logits, each), expected, **EXACT)
 
 
+@pytest.mark.parametrize(("spread", "quick"), [(0.1, False), (3.0, False), (10.0, True)])
+@pytest.mark.parametrize("p", [0.3, 0.8, 0.9])
+def test_top_p_of_a_large_vocabulary_equals_that_of_transformers(p, spread, quick, monkeypatch):
+    """By way of the likeliest tokens where they reach p, by sorting all where they do not."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(8, 20_000, generator=generator, dtype=torch.float64) * spread
+    expected = hf.TopPLogitsWarper(p)(random_ids(3), logits.clone())
+    if quick:
+        monkeypatch.setattr(torch.Tensor, "sort", lambda *a, **k: pytest.fail("sorted"))
+    assert_close(keep_top_p(logits, p), expected, **EXACT)
+    assert_close(keep_top_p(logits, torch.full((8,), p)), expected, **EXACT)
+
+
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
 def test_the_repetition_penalty_covers_prompt_and_output_as_in_transformers(penalty, spread):
@@ -73,9 +86,7 @@ def test_the_repetition_penalty_covers_prompt_and_output_as_in_transformers(pena
             params = SamplingParams(repetition_penalty=penalty)
             chooser = Chooser(params, random.Random(0), ids[row].tolist(), output_start)
             assert_close(chooser.process(logits[row]), expected[row], **EXACT)
-        seen = torch.zeros(VOCAB, dtype=torch.bool)
-        seen[ids[row]] = True
-        assert_close(penalise_repetition(logits[row], seen, penalty), expected[row], **EXACT)
+        assert_close(penalise_repetition(logits[row], ids[row], penalty), expected[row], **EXACT)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -121,8 +132,10 @@ def test_presence_and_frequency_count_the_output_alone_as_openai_defines_them():
     chooser.push(6)
     expected[6] -= -0.3
     assert_close(chooser.process(logits), expected)
-    counts = torch.bincount(torch.tensor(ids[start:]), minlength=VOCAB)
-    assert_close(penalise_output(logits, counts, presence=0.7, frequency=-0.3), expected)
+    counted = penalise_output(
+        logits, torch.tensor([8, 6]), torch.tensor([3, 2]), presence=0.7, frequency=-0.3
+    )
+    assert_close(counted, expected)
 
 
 def test_the_scope_of_the_penalties_differs():

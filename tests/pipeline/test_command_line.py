@@ -56,6 +56,44 @@ def test_generate_prints_the_same_text_as_the_json_says(tiny_folder):
     assert result["finish_reason"] in ("stop", "length")
 
 
+def test_generate_takes_every_sampling_option_and_says_where_memory_goes(tiny_folder):
+    words = ("generate", tiny_folder, "hello", "--max-tokens", 6, "--temperature", 0.9, "--seed", 1)
+    words += (
+        "--top-k",
+        50,
+        "--top-p",
+        0.9,
+        "--min-p",
+        0.01,
+        "--typical-p",
+        0.95,
+        "--min-tokens",
+        2,
+    )
+    words += ("--repetition-penalty", 1.1, "--presence-penalty", 0.1, "--frequency-penalty", 0.1)
+    words += ("--no-repeat-ngram", 3, "--n", 2, "--best-of", 3, "--cache-gb", 0.01)
+    plain, as_json = easyllm(*words), easyllm(*words, "--logprobs", 2, "--json")
+    assert plain.returncode == as_json.returncode == 0, plain.stderr
+    assert plain.stderr.startswith("memory: weights 0.00 GB, cache 0.01 GB = ")
+    result = json.loads(as_json.stdout)
+    (other,) = result["others"]
+    assert plain.stdout == f"{result['text']}\n---\n{other['text']}\n"
+    for done in (result, other):
+        assert len(done["details"]) == len(done["token_ids"])
+        assert len(done["details"][0]["top_raw"]) == 2
+
+
+def test_drafts_change_nothing_and_one_beam_is_greedy(tiny_folder):
+    words = ("generate", tiny_folder, "hello hello hello", "--max-tokens", 12, "--json")
+    plain = json.loads(easyllm(*words).stdout)
+    for more in (("--draft", "ngram"), ("--draft", tiny_folder), ("--beams", 1)):
+        other = json.loads(easyllm(*words, *more).stdout)
+        assert other["token_ids"] == plain["token_ids"]
+        assert other["text"] == plain["text"]
+    many = json.loads(easyllm(*words, "--beams", 4, "--n", 2, "--length-penalty", 0.5).stdout)
+    assert many["score"] >= many["others"][0]["score"]
+
+
 def test_chat_answers_each_line(tiny_folder):
     done = easyllm("chat", tiny_folder, "--max-tokens", 4, "--seed", 1, stdin="hello\nagain\n")
     assert done.returncode == 0, done.stderr
@@ -175,6 +213,13 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(training, tmp_path, tiny
         (("generate", tmp_path / "none.gguf", "x"), "does not exist"),
         (("generate", broken, "x"), "damaged or truncated"),
         (("generate", tiny_folder, "x", "--top-p", "2"), "top_p=2.0"),
+        (("generate", tiny_folder, "x", "--min-p", "2"), "min_p=2.0"),
+        (("generate", tiny_folder, "x", "--n", 3, "--best-of", 2), "best_of=2 is less than n=3"),
+        (("generate", tiny_folder, "x", "--beams", 3, "--top-p", 0.5), "does not honour top_p"),
+        (("generate", tiny_folder, "x", "--length-penalty", 2), "give --beams, too"),
+        (("generate", tiny_folder, "x", "--cache-gb", 100_000), "GB short); lower cache_gb"),
+        (("generate", tiny_folder, "x", "--dtype", "float31"), "did you mean 'float32'"),
+        (("generate", tiny_folder, "x", "--draft", "smollm2"), "has another vocabulary"),
         (("pull", "smollm3"), "known names are smollm2"),
         (("merge", tiny_folder, tmp_path, tmp_path / "o"), "holds no adapter_config.json"),
     ]

@@ -210,6 +210,7 @@ def test_a_client_that_hangs_up_frees_its_request(address, llms):
     while llms["base"].engine.busy and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not llms["base"].engine.busy
+    assert llms["base"].engine.pool.available == llms["base"].engine.pool.num_pages
 
 
 def test_many_clients_at_once_get_what_each_gets_alone(client):

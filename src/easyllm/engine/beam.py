@@ -82,6 +82,7 @@ class _Search:
         self.limit = engine.check_prompt(prompt_ids, params.max_tokens)
         self.ends = frozenset(engine.model.config.eos_token_ids)
         self.finished: list[Hypothesis] = []
+        self.forks: tuple[tuple[int, int], ...] = ()  # what the next pass must do with states
         self.dropped: list[int] = []
         self._refuse_short_cache()
 
@@ -235,5 +236,3 @@ class _Search:
         dropped, self.dropped = tuple(self.dropped), []
         step = Step(pieces=tuple(pieces), copies=copies, forks=forks, dropped=dropped)
         return self.engine.runner.run(step)
-
-    forks: tuple[tuple[int, int], ...] = ()

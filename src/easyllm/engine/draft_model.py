@@ -70,7 +70,13 @@ class ModelDrafter:
         for turn in range(self.num_tokens):
             if not alive:
                 break
-            logits = self._run([self._piece(g, guesses[g.sequence.id]) for g in alive])
+            pieces = [self._piece(g, guesses[g.sequence.id]) for g in alive]
+            try:
+                logits = self._run(pieces)
+            except BaseException:
+                for generation in generations:  # what the pass has written is unknown
+                    self.forget(generation.sequence.id)
+                raise
             for generation, draft in zip(alive, self._guess(alive, logits), strict=True):
                 guesses[generation.sequence.id].append(draft)
             room = self.model.config.max_seq_len - turn - 1

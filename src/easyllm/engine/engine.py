@@ -1,6 +1,7 @@
 """The engine: requests join and leave a running batch step by step."""
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ from easyllm.engine.kv_cache import KVCache
 from easyllm.engine.memory_plan import plan_memory, tensor_bytes
 from easyllm.engine.options import EngineConfig
 from easyllm.engine.pages import Namespace, PagePool
-from easyllm.engine.request import Logprobs, Request, TokenEvent
+from easyllm.engine.request import Request, TokenEvent
 from easyllm.engine.runner import DecoderRunner, Runner
-from easyllm.engine.sampling import Chooser, Draft, choose, logprobs_of, random_source
+from easyllm.engine.sampling import Chooser, Draft, choose, prompt_logprobs, random_source
 from easyllm.engine.scheduler import Scheduler, Sequence
 from easyllm.engine.speculative import Drafter
 from easyllm.engine.step import Piece
@@ -106,6 +107,9 @@ class Engine:
         self._requests: dict[int, RequestState] = {}
         self._generations: dict[int, Generation] = {}  # by the id of their sequence
         self._drafts: dict[int, tuple[Draft, ...]] = {}
+        self._inboxes: dict[
+            int, deque[TokenEvent]
+        ] = {}  # of the runs that wait for a request's events
         self._numbers = itertools.count()
 
     @property
@@ -134,6 +138,8 @@ class Engine:
             ConfigError: the prompt is empty, holds an id the model does not have, or is too long for the context or the
                 cache; or the request asks for ids or completions there are none of.
         """
+        if request.id in self._requests:
+            raise ConfigError(f"request {request.id} is being served already; make a new Request")
         params = request.params
         limit = self.check_prompt(request.prompt_ids, params.max_tokens)
         self._check_ids("logit_bias", params.logit_bias)
@@ -185,16 +191,24 @@ class Engine:
         return self._decide(turns, logits)
 
     def run(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
-        """Adds requests and yields events until all of them are finished; leaving early cancels them."""
-        added = list(requests)
+        """Adds requests and yields their events until all of them are finished; leaving early cancels them.
+
+        Several runs may take turns: each gets its own requests' events, whoever makes the steps.
+        """
+        added, inbox = list(requests), deque[TokenEvent]()
         try:
             for request in added:
                 self.add(request)
-            while self.busy:
-                yield from self.step()
+                self._inboxes[request.id] = inbox
+            while inbox or any(request.id in self._requests for request in added):
+                while inbox:
+                    yield inbox.popleft()
+                for event in self.step():
+                    self._inboxes.get(event.request_id, inbox).append(event)
         finally:
             for request in added:
                 self.cancel(request.id)
+                self._inboxes.pop(request.id, None)
 
     def forget_prefixes(self) -> None:
         """Forgets all cached prefixes; to be called when the model's weights have changed."""
@@ -321,11 +335,11 @@ class Engine:
         sequence, count = generation.sequence, generation.request.params.prompt_logprobs
         assert count is not None, "rows were asked for"
         assert generation.prompt_logprobs is not None, "and are kept"
-        for row, logits in enumerate(rows):
-            place = piece.start + row + 1
-            if place < sequence.prompt_length:
-                found: Logprobs = logprobs_of(sequence.tokens[place], logits, count)
-                generation.prompt_logprobs[place] = found
+        places = range(piece.start + 1, min(piece.start + len(rows) + 1, sequence.prompt_length))
+        tokens = [sequence.tokens[place] for place in places]
+        if tokens:
+            found = prompt_logprobs(rows[: len(tokens)], tokens, count)
+            generation.prompt_logprobs.update(zip(places, found, strict=True))
         if piece.start + len(rows) >= sequence.prompt_length:
             sequence.prompt_rows = False
 

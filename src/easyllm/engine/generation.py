@@ -37,7 +37,8 @@ class Generation:
         """Takes the next token in; the event says what it gave and whether it was the last."""
         first = self.chooser.num_output == 0
         if choice.token_id is None:
-            text, self.finish_reason = self.decoder.flush(), "stop"
+            text = self.decoder.flush()
+            self.finish_reason = "cancelled" if self.chooser.failed else "stop"
         else:
             self.chooser.push(choice.token_id)
             text = self._text(choice.token_id)

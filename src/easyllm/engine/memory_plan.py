@@ -8,7 +8,7 @@ import torch
 from easyllm.core.errors import ConfigError
 from easyllm.engine.options import EngineConfig
 from easyllm.nn.config import ModelConfig
-from easyllm.plan.kv_cache import cache_size
+from easyllm.plan.kv_cache import cache_size, rolling_window
 from easyllm.plan.parameters import count_parameters
 
 DEFAULT_SHARE = 0.25
@@ -68,6 +68,8 @@ def plan_memory(
     one = cache_size(config, context=1, itemsize=itemsize)
     page_bytes, state_bytes = one.bytes_per_token * size, one.state_bytes * options.max_running
     pages_of_one = -(-config.max_seq_len // size)
+    if (window := rolling_window(config)) is not None:
+        pages_of_one = min(pages_of_one, -(-(window - 1 + options.max_step_tokens) // size) + 1)
     room = free_bytes - state_bytes
     if options.num_pages is not None:
         num_pages = options.num_pages

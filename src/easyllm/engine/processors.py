@@ -10,6 +10,8 @@ from torch import Tensor
 
 BARRED = float("-inf")
 Setting = float | Tensor
+SORTED_WHOLE, LIKELIEST = 4096, 256
+"""Vocabularies up to the first are sorted whole for top-p; of larger ones, so many tokens are tried first."""
 
 
 def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
@@ -19,22 +21,26 @@ def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
     return logits.index_add(0, ids, values)
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits of seen tokens made less likely by a factor (`RepetitionPenaltyLogitsProcessor`; arXiv 1909.05858, 4.1).
+def penalise_repetition(logits: Tensor, token_ids: Tensor, penalty: float) -> Tensor:
+    """Logits of tokens seen before made less likely by a factor (`RepetitionPenaltyLogitsProcessor`; arXiv 1909.05858, 4.1).
 
     Args:
-        logits: [V]; seen: [V] bool, tokens of prompt and output.
+        logits: [V]; token_ids: [T], tokens of prompt and output, in any order, as often as they like.
     """
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    seen = logits[token_ids]
+    changed = torch.where(seen < 0, seen * penalty, seen / penalty)
+    return logits.index_put((token_ids,), changed)
 
 
-def penalise_output(logits: Tensor, counts: Tensor, *, presence: float, frequency: float) -> Tensor:
+def penalise_output(
+    logits: Tensor, token_ids: Tensor, counts: Tensor, *, presence: float, frequency: float
+) -> Tensor:
     """logit - presence · [count > 0] - frequency · count, as OpenAI's API documents them.
 
     Args:
-        logits: [V]; counts: [V], how often each token occurs in the output.
+        logits: [V]; token_ids: [U], the different tokens of the output; counts: [U], how often each occurs in it.
     """
-    return logits - presence * (counts > 0) - frequency * counts.to(logits.dtype)
+    return logits.index_add(0, token_ids, -(presence + frequency * counts.to(logits.dtype)))
 
 
 def repeated_ngrams(token_ids: Sequence[int], size: int) -> set[int]:
@@ -72,7 +78,18 @@ def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: Setting) -> Tensor:
-    """[N, V] logits of the smallest set of tokens whose probability reaches p (`TopPLogitsWarper`; arXiv 1904.09751)."""
+    """[N, V] logits of the smallest set of tokens whose probability reaches p (`TopPLogitsWarper`; arXiv 1904.09751).
+
+    Sorting a large vocabulary costs as much as a small model's step, so the likeliest tokens are tried first.
+    """
+    if logits.shape[1] > SORTED_WHOLE:
+        best = logits.topk(LIKELIEST, dim=-1)
+        share = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
+        before = share.cumsum(-1) - share
+        reached = before >= _column(p, logits)
+        if bool(reached[:, -1].all()):
+            kept = best.values.masked_fill(reached, BARRED)
+            return torch.full_like(logits, BARRED).scatter(1, best.indices, kept)
     ordered, order = logits.sort(dim=-1)
     removed = ordered.softmax(-1).cumsum(-1) <= _column(1 - p, logits)
     removed[:, -1] = False

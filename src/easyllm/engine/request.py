@@ -118,7 +118,10 @@ class LogitsMask(Protocol):
     """Which tokens may come next; guided decoding is an implementation of this."""
 
     def allowed(self, output_ids: Sequence[int]) -> Sequence[int] | None:
-        """Ids that may follow `output_ids` (what has been generated); None where any may, empty where it ends."""
+        """Ids that may follow `output_ids` (what has been generated); None where any may, empty where it ends.
+
+        An error, or an id the model does not have, ends the completion as `cancelled`; the log has the traceback.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

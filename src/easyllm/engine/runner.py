@@ -82,7 +82,8 @@ def logits_in_passes(
     dtype = model.embed_tokens.weight.dtype
     cache = KVCache(model.config, max(1, sum(sizes)), page_size, dtype, model.device)
     runner = DecoderRunner(model, cache)
-    tables = [tuple(range(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(len(sizes))]
+    # the last page first: an order nothing may rely on
+    tables = [tuple(range(sum(sizes[:i]), sum(sizes[: i + 1])))[::-1] for i in range(len(sizes))]
     rows: list[list[Tensor]] = [[] for _ in sequences]
     done = [0] * len(sequences)
     for turn in range(max(len(lengths) for lengths in passes)):

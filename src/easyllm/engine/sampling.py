@@ -1,6 +1,8 @@
 """From logits to token ids."""
 
+import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +24,8 @@ from easyllm.engine.processors import (
 )
 from easyllm.engine.request import LogitsMask, Logprobs, SamplingParams
 
+logger = logging.getLogger(__name__)
+
 COLDEST = 1e-6
 """Temperatures below it count as this one: all probability lies on one token, and nothing overflows."""
 
@@ -41,6 +45,7 @@ class Chooser:
         token_ids: prompt and output; output_start: where the output begins.
         end_ids: tokens that end it.
         mask: bars tokens step by step.
+        failed: whether the mask has failed; nothing may follow then.
     """
 
     params: SamplingParams
@@ -49,8 +54,8 @@ class Chooser:
     output_start: int
     end_ids: frozenset[int] = frozenset()
     mask: LogitsMask | None = None
-    _seen: Tensor | None = field(default=None, repr=False)
-    _counts: Tensor | None = field(default=None, repr=False)
+    failed: bool = False
+    _prompt: Tensor | None = field(default=None, repr=False)
 
     @property
     def num_output(self) -> int:
@@ -74,40 +79,45 @@ class Chooser:
     def push(self, token_id: int) -> None:
         """Remembers a new token."""
         self.token_ids.append(token_id)
-        if self._seen is not None and self._counts is not None:
-            self._seen[token_id] = True
-            self._counts[token_id] += 1
 
     def process(self, logits: Tensor) -> Tensor:
         """[V] logits with bias, penalties, barred n-grams, least length and mask applied, in this order (HF's)."""
         p = self.params
         if p.logit_bias:
             logits = add_bias(logits, p.logit_bias)
+        output = self.token_ids[self.output_start :]
         if p.repetition_penalty != 1:
-            logits = penalise_repetition(logits, self._history(logits)[0], p.repetition_penalty)
-        if p.presence_penalty or p.frequency_penalty:
-            counts = self._history(logits)[1]
+            if self._prompt is None:
+                known = set(self.token_ids[: self.output_start])
+                self._prompt = torch.tensor(list(known), dtype=torch.int64, device=logits.device)
+            seen = torch.cat(
+                [self._prompt, torch.tensor(output, dtype=torch.int64).to(logits.device)]
+            )
+            logits = penalise_repetition(logits, seen, p.repetition_penalty)
+        if (p.presence_penalty or p.frequency_penalty) and output:
+            counts = Counter(output)
+            ids, times = (
+                torch.tensor(list(x)).to(logits.device) for x in (counts, counts.values())
+            )
             logits = penalise_output(
-                logits, counts, presence=p.presence_penalty, frequency=p.frequency_penalty
+                logits, ids, times, presence=p.presence_penalty, frequency=p.frequency_penalty
             )
         if p.no_repeat_ngram_size:
             logits = bar(logits, repeated_ngrams(self.token_ids, p.no_repeat_ngram_size))
         if self.num_output < p.min_tokens:
             logits = bar(logits, self.end_ids)
-        if self.mask is not None:
-            allowed = self.mask.allowed(self.token_ids[self.output_start :])
-            logits = logits if allowed is None else allow_only(logits, allowed)
-        return logits
+        return logits if self.mask is None else self._masked(self.mask, logits, output)
 
-    def _history(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """[V] bool: tokens of prompt and output; [V] int64: how often each occurs in the output."""
-        if self._seen is None or self._counts is None:
-            ids = torch.tensor(self.token_ids, device=logits.device)
-            self._seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            self._seen[ids] = True
-            output = ids[self.output_start :]
-            self._counts = torch.bincount(output, minlength=len(logits))
-        return self._seen, self._counts
+    def _masked(self, mask: LogitsMask, logits: Tensor, output: list[int]) -> Tensor:
+        """[V] logits of what the mask allows; one that fails ends its own completion and no other."""
+        try:
+            allowed = mask.allowed(output)
+            if allowed is not None and not all(0 <= token < len(logits) for token in allowed):
+                raise ValueError(f"a mask allows ids beyond the model's {len(logits)}")
+        except Exception:
+            logger.exception("a logits mask failed; its completion ends")
+            allowed, self.failed = (), True
+        return logits if allowed is None else allow_only(logits, allowed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +133,7 @@ class Choice:
     """The token of one row; None where nothing may follow.
 
     Attributes:
-        logprob: in nats under the raw distribution.
+        logprob: in nats under the raw distribution (0 where there is no token).
         logprobs: where they were asked for.
     """
 
@@ -166,15 +176,13 @@ def choose(
         sources = [choosers[row].source for row in drawn]
         ids = ids.index_copy(0, rows, draw(narrowed, sources, guesses))
     raw = (logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)).tolist()
+    tokens = ids.tolist()
+    details = _details(logits, processed, tokens, [c.params.logprobs for c in choosers])
     return [
         Choice(
-            token_id=None if row in ended else token,
-            logprob=raw[row],
-            logprobs=None
-            if chooser.params.logprobs is None
-            else logprobs_of(token, logits[row], chooser.params.logprobs, processed[row]),
+            token_id=None if row in ended else token, logprob=raw[row], logprobs=details.get(row)
         )
-        for row, (chooser, token) in enumerate(zip(choosers, ids.tolist(), strict=True))
+        for row, token in enumerate(tokens)
     ]
 
 
@@ -187,19 +195,11 @@ def narrow(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return _on_rows(logits, [p.typical_p for p in params], 1.0, keep_typical)
 
 
-def logprobs_of(token: int, raw: Tensor, count: int, processed: Tensor | None = None) -> Logprobs:
-    """The log-probabilities of one place, from its raw (and processed) logits [V]."""
-    values, top = _top(raw, count)
-    if processed is None:
-        return Logprobs(token_id=token, raw=float(values[token]), top_raw=top)
-    others, top_processed = _top(processed, count)
-    return Logprobs(
-        token_id=token,
-        raw=float(values[token]),
-        top_raw=top,
-        processed=float(others[token]),
-        top_processed=top_processed,
-    )
+def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], count: int) -> list[Logprobs]:
+    """Log-probabilities of known tokens and of the `count` likeliest, from the raw logits [N, V] before each."""
+    values, top = _top(logits, token_ids, count)
+    places = zip(token_ids, values, top, strict=True)
+    return [Logprobs(token_id=token, raw=value, top_raw=best) for token, value, best in places]
 
 
 def draw(
@@ -235,12 +235,45 @@ def draw(
     return ids
 
 
-def _top(logits: Tensor, count: int) -> tuple[Tensor, tuple[tuple[int, float], ...]]:
-    """Log-probabilities [V], and the `count` largest with their ids; barred tokens are left out."""
-    logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(count, len(logits)))
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return logprobs, tuple((i, value) for i, value in pairs if value > float("-inf"))
+def _details(
+    raw: Tensor, processed: Tensor, tokens: Sequence[int], counts: Sequence[int | None]
+) -> dict[int, Logprobs]:
+    """What was asked for beside the tokens, by row; `counts` is None where nothing was."""
+    rows = [row for row, count in enumerate(counts) if count is not None]
+    if not rows:
+        return {}
+    most = max(count for count in counts if count is not None)
+    chosen = [tokens[row] for row in rows]
+    values, top = _top(raw[rows], chosen, most)
+    changed = processed is not raw
+    others, top_others = _top(processed[rows], chosen, most) if changed else (values, top)
+    return {
+        row: Logprobs(
+            token_id=chosen[i],
+            raw=values[i],
+            top_raw=top[i][: counts[row]],
+            processed=others[i],
+            top_processed=top_others[i][: counts[row]],
+        )
+        for i, row in enumerate(rows)
+    }
+
+
+def _top(
+    logits: Tensor, tokens: Sequence[int], count: int
+) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
+    """Log-probabilities of a token of each row [N, V], and the `count` largest with their ids; barred tokens are left
+    out."""
+    total = logits.logsumexp(-1, keepdim=True)
+    ids = torch.tensor(tokens, device=logits.device)[:, None]
+    values: list[float] = (logits.gather(1, ids) - total).squeeze(1).tolist()
+    best = logits.topk(min(count, logits.shape[1]), dim=-1)
+    pairs = zip(best.indices.tolist(), (best.values - total).tolist(), strict=True)
+    top = [
+        tuple((i, value) for i, value in zip(*row, strict=True) if value > float("-inf"))
+        for row in pairs
+    ]
+    return values, top
 
 
 def _on_rows(

@@ -103,7 +103,7 @@ class Scheduler:
         budget = self.max_step_tokens - sum(len(piece.token_ids) for piece in pieces)
         pieces += self._prefills(budget, bool(pieces))
         if not pieces:
-            assert not self.running, "somebody can always go on"
+            assert not self.busy, "somebody can always go on"
             return None
         step = Step(
             pieces=tuple(pieces),
@@ -119,8 +119,7 @@ class Scheduler:
         assert sequence.table is not None, "only a running sequence advances"
         sequence.computed, sequence.drafts = computed, ()
         sequence.table.commit(sequence.tokens, computed)
-        if self.window is not None:
-            sequence.table.roll(max(0, computed - self.window + 1))
+        self._roll(sequence)
 
     def fork(self, parent: Sequence, child_ids: Iterable[int]) -> list[Sequence]:
         """Sequences with the parent's tokens and pages; they run right behind it, in their order."""
@@ -222,13 +221,19 @@ class Scheduler:
         sequence.table = PageTable(self.pool, sequence.namespace)
         if self.pool.prefix_caching and not sequence.prompt_rows:
             sequence.computed = sequence.table.adopt(sequence.tokens)
+            self._roll(sequence)
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether there are pages for all of a waiting sequence and a token more, so that it does not push others
         out as soon as it runs."""
         assert sequence.table is not None, "it has been opened"
-        needed = self.pages_needed(len(sequence.tokens) + 1) - len(sequence.table.pages)
+        needed = self.pages_needed(len(sequence.tokens) + 1) - len(sequence.table.held)
         return needed <= self.pool.available
+
+    def _roll(self, sequence: Sequence) -> None:
+        """Gives back the pages the window has passed."""
+        if self.window is not None and sequence.table is not None:
+            sequence.table.roll(max(0, sequence.computed - self.window + 1))
 
     def _chunk(self, sequence: Sequence, budget: int, first: bool) -> list[Piece]:
         """As much of a prompt as budget and pages allow: one piece, or none."""
