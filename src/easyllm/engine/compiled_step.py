@@ -32,6 +32,7 @@ from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
 from easyllm.nn.position import RotaryPosition
 from easyllm.ops.attention import AttentionContext
+from easyllm.ops.huge_memory import rooms_for
 from easyllm.ops.kernels import build, kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
 from easyllm.ops.paged_attention import OCTET, Pages, pages_struct
@@ -47,7 +48,7 @@ class CompiledStep:
     """Runs decoding steps of one model over one cache.
 
     Args:
-        model: in inference mode; its weights must stay where they are.
+        model: in inference mode. Its weights are moved together into large pages, and must stay there.
         key_pages, value_pages: a layer each, [P, K, page_size, d]; they must stay where they are.
 
     Raises:
@@ -63,6 +64,7 @@ class CompiledStep:
         self.vocab_size = model.config.vocab_size
         self.page_size = key_pages[0].shape[2]
         self._kept: list[object] = [model, list(key_pages), list(value_pages)]
+        gather_weights(model)
         self._layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
         structs = [self._layer_struct(layer) for layer in self._layers]
         self._layer_structs = (build.StepLayer * len(structs))(*structs)
@@ -235,8 +237,7 @@ class CompiledStep:
             matrix = owner.quantized.matrix
             self._kept.append(matrix)
             return matrix_struct(matrix, bias)
-        weight = owner.weight.detach().contiguous()
-        self._kept.append(weight)
+        weight = owner.weight
         address = None if bias is None else bias.data_ptr()
         return build.Matrix(
             weight.data_ptr(), None, address, *weight.shape, DTYPE_CODES[weight.dtype]
@@ -251,6 +252,19 @@ class CompiledStep:
             weight = 1 + weight
         self._kept.append(weight)
         return weight.data_ptr()
+
+
+@torch.no_grad()
+def gather_weights(model: Decoder) -> None:
+    """Moves the weights of linears and embedding together, in the order a step reads them."""
+    owners = [m for m in model.modules() if isinstance(m, Linear | Embedding)]
+    weights = [o.weight.data if o.quantized is None else o.quantized.data for o in owners]
+    for owner, old, new in zip(owners, weights, rooms_for(weights), strict=True):
+        new.copy_(old)
+        if owner.quantized is None:
+            owner.weight.data = new
+        else:
+            owner.quantized.data = new
 
 
 def _attention(layer: DecoderLayer) -> Attention:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from easyllm.ops.attention import AttentionRule, attend_segment
+from easyllm.ops.huge_memory import huge_empty
 from easyllm.ops.kernels import build, kernels_for
 from easyllm.ops.kernels.build import BIT_CODES, DTYPE_CODES
 
@@ -65,17 +66,23 @@ def new_pages(
         ValueError: another format; int4 pages of an odd head_dim.
     """
     if isinstance(dtype, torch.dtype):
-        return torch.empty(shape, dtype=dtype, device=device)
+        return _empty(shape, dtype, device)
     rows, dim = shape[:3], shape[3]
     if dtype == "int8":
-        codes = torch.empty(shape, dtype=torch.int8, device=device)
-        return QuantizedPages(codes, torch.empty((*rows, 1), device=device))
+        codes = _empty(shape, torch.int8, device)
+        return QuantizedPages(codes, _empty((*rows, 1), torch.float32, device))
     if dtype != "int4":
         raise ValueError(f"pages of {dtype!r} are not known; use a torch dtype, 'int8' or 'int4'")
     if dim % 2:
         raise ValueError(f"int4 pages need an even head_dim, got {dim}; use int8")
-    codes = torch.empty((*rows, dim // 2), dtype=torch.uint8, device=device)
-    return QuantizedPages(codes, torch.empty((*rows, 2), device=device))
+    codes = _empty((*rows, dim // 2), torch.uint8, device)
+    return QuantizedPages(codes, _empty((*rows, 2), torch.float32, device))
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    if torch.device(device).type == "cpu":
+        return huge_empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def write_pages(pages: Pages, x: Tensor, page_ids: Tensor, slots: Tensor) -> None:

@@ -1,9 +1,10 @@
 // One decoding step of a pre-norm decoder with RMS norms, rotary grouped-query attention over pages and SiLU-gated
 // feed-forwards: from token ids to logits in one parallel region.
 //
-// Threads pass from phase to phase through a barrier of their own; a phase is cut into equal shares, the same every
-// time, so that a thread reads its weights as one stream. Rows are few: with one row every thread normalises it for
-// itself, which is cheaper than to wait for another.
+// A phase is cut into pieces that threads take as they come, and ends when all its pieces are done; a thread that the
+// system has put aside holds up the others by the one piece it has in hand, not at every phase. Who does a piece does
+// not change its bits. Rows are few: with one row every thread normalises it for itself, which is cheaper than to wait
+// for another.
 #include <omp.h>
 #include <sched.h>
 
@@ -39,17 +40,19 @@ typedef struct {
 } Batch;
 
 typedef struct {
-    int waiting, phase;
-} Barrier;
+    i64 next, done;
+    char alone[48];  // in a cache line of its own
+} Phase;
 
 typedef struct {
     float *x, *q, *k, *v, *parts, *delta, *gate, *up;
     Rows normed, mixed, fed;
+    Phase *phases;
 } Shared;
 
 typedef struct {
-    int number, threads;
-    Barrier *barrier;
+    int threads;
+    Phase *phase;        // the one it is in
     Rows normed, mixed;  // where one row is everyone's own
     float *row, *state, *scratch;
 } Thread;
@@ -59,27 +62,31 @@ typedef struct {
 #else
 #define RELAX() ((void)0)
 #endif
-#define PATIENCE 20000  // turns before a waiting thread offers its core to others
+#define PATIENCE 2000  // turns before a waiting thread offers its core to others
+#define PIECES 4       // of a phase, for each thread
+#define PHASES_PER_LAYER 9
 
-static void wait_for_all(Thread *t) {
-    Barrier *b = t->barrier;
-    if (t->threads == 1) return;
-    int phase = __atomic_load_n(&b->phase, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&b->waiting, 1, __ATOMIC_ACQ_REL) == t->threads) {
-        __atomic_store_n(&b->waiting, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&b->phase, phase + 1, __ATOMIC_RELEASE);
-        return;
-    }
-    for (i64 turn = 0; __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) == phase; turn++) {
+static int take_piece(Thread *t, i64 total, i64 *from, i64 *to) {
+    i64 size = max_(1, total / (PIECES * t->threads));
+    *from = __atomic_fetch_add(&t->phase->next, size, __ATOMIC_RELAXED);
+    *to = min_(total, *from + size);
+    return *from < total;
+}
+
+static void piece_done(Thread *t, i64 count) { __atomic_fetch_add(&t->phase->done, count, __ATOMIC_RELEASE); }
+
+static void end_phase(Thread *t, i64 total) {
+    for (i64 turn = 0; __atomic_load_n(&t->phase->done, __ATOMIC_ACQUIRE) < total; turn++) {
         if (turn < PATIENCE) RELAX();
         else sched_yield();
     }
+    t->phase++;
 }
 
-static inline i64 share(i64 count, int number, int threads) { return count * number / threads; }
-
-#define MY_SHARE(INDEX, COUNT) \
-    for (i64 INDEX = share(COUNT, t->number, t->threads); INDEX < share(COUNT, t->number + 1, t->threads); INDEX++)
+// for each index of the pieces that fall to this thread; end_phase comes after
+#define EACH(INDEX, TOTAL)                                                            \
+    for (i64 from_, to_; take_piece(t, TOTAL, &from_, &to_); piece_done(t, to_ - from_)) \
+        for (i64 INDEX = from_; INDEX < to_; INDEX++)
 
 static float *take(char **at, i64 count) {
     float *here = (float *)*at;
@@ -105,6 +112,8 @@ static i64 num_tasks(const Layer *l, const Batch *b, i64 rows) {
 // lays out the arrays from `at` on; returns the end
 static char *lay_out(const Model *m, const Batch *b, char *at, int threads, Shared *shared, Thread *own) {
     i64 width = 0, kv_width = 0, inner = 0, parts = 0, state = 0, scratch = 0, rows = b->rows, D = m->hidden;
+    shared->phases = (Phase *)at;
+    at += (m->num_layers * PHASES_PER_LAYER + 3) * sizeof(Phase);
     for (i64 n = 0; n < m->num_layers; n++) {
         const Layer *l = m->layers + n;
         i64 groups = l->heads / l->kv_heads, part = groups * part_size(l->dim);
@@ -152,18 +161,19 @@ static const Rows *normed(const Model *m, const Batch *b, const Shared *sh, Thre
         norm_row(sh->x, w, eps, next, &t->normed, 0);
         return &t->normed;
     }
-    MY_SHARE(s, b->rows) norm_row(sh->x + s * m->hidden, w, eps, next, &sh->normed, s);
-    wait_for_all(t);
+    EACH(s, b->rows) norm_row(sh->x + s * m->hidden, w, eps, next, &sh->normed, s);
+    end_phase(t, b->rows);
     return &sh->normed;
 }
 
 static void project_heads(const Layer *l, const Batch *b, const Shared *sh, Thread *t, const Rows *x) {
     i64 q_blocks = blocks_of(&l->q), k_blocks = blocks_of(&l->k), all = q_blocks + k_blocks + blocks_of(&l->v);
-    MY_SHARE(i, all) {
+    EACH(i, all) {
         if (i < q_blocks) linear_block(&l->q, i, x, 0, b->rows, sh->q, l->q.outputs);
         else if (i < q_blocks + k_blocks) linear_block(&l->k, i - q_blocks, x, 0, b->rows, sh->k, l->k.outputs);
         else linear_block(&l->v, i - q_blocks - k_blocks, x, 0, b->rows, sh->v, l->v.outputs);
     }
+    end_phase(t, all);
 }
 
 // norm (where there is one) and rotation of one head of one row, in place
@@ -186,7 +196,7 @@ static void turn_head(const Layer *l, i64 position, const float *norm, float sca
 
 static void turn_and_store(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
     i64 groups = l->heads / l->kv_heads;
-    MY_SHARE(i, b->rows * l->kv_heads) {
+    EACH(i, b->rows * l->kv_heads) {
         i64 s = i / l->kv_heads, kv = i % l->kv_heads, position = b->positions[s];
         float *k = sh->k + i * l->dim, *v = sh->v + i * l->dim, *q = sh->q + i * groups * l->dim;
         for (i64 g = 0; g < groups; g++) turn_head(l, position, l->q_norm, l->scale, q + g * l->dim, t->row);
@@ -195,22 +205,29 @@ static void turn_and_store(const Layer *l, const Batch *b, const Pages *p, const
         store_head(p, (void *)p->keys, (float *)p->key_scales, row, k);
         store_head(p, (void *)p->values, (float *)p->value_scales, row, v);
     }
+    end_phase(t, b->rows * l->kv_heads);
 }
 
-static void attend(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
-    i64 groups = l->heads / l->kv_heads, size = groups * part_size(l->dim), all = num_tasks(l, b, b->rows);
-    i64 begin = share(all, t->number, t->threads), end = share(all, t->number + 1, t->threads), task = 0;
-    for (i64 s = 0; s < b->rows; s++) {
+// the tasks [begin, end) of all (row, key-value head, split) in this order
+static void attend_tasks(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t, i64 begin,
+                         i64 end) {
+    i64 groups = l->heads / l->kv_heads, size = groups * part_size(l->dim), task = 0;
+    for (i64 s = 0; s < b->rows && task < end; s++) {
         i64 length = b->key_lengths[s], splits = num_splits(l, length), first = first_split(l, length);
         Sight sight[groups];
-        for (i64 g = 0; g < groups; g++)
-            sight[g] = (Sight){l->window ? max_(0, length - l->window) : 0, length - 1};
+        for (i64 g = 0; g < groups; g++) sight[g] = (Sight){l->window ? max_(0, length - l->window) : 0, length - 1};
         for (i64 kv = 0; kv < l->kv_heads; kv++, task += splits)
             for (i64 j = max_(0, begin - task); j < min_(splits, end - task); j++)
                 attend_split(p, b->table + s * b->table_width, kv, first + j, groups,
                              sh->q + (s * l->heads + kv * groups) * l->dim, sight, sh->parts + (task + j) * size,
                              t->scratch);
     }
+}
+
+static void attend(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
+    i64 all = num_tasks(l, b, b->rows), from, to;
+    for (; take_piece(t, all, &from, &to); piece_done(t, to - from)) attend_tasks(l, b, p, sh, t, from, to);
+    end_phase(t, all);
 }
 
 static void merge_row(const Layer *l, const Batch *b, const Shared *sh, Thread *t, i64 s, const Rows *to, i64 row) {
@@ -234,8 +251,8 @@ static const Rows *merged(const Layer *l, const Batch *b, const Shared *sh, Thre
     }
     Rows mixed = sh->mixed;
     mixed.inputs = width, mixed.groups = groups;
-    MY_SHARE(s, b->rows) merge_row(l, b, sh, t, s, &mixed, s);
-    wait_for_all(t);
+    EACH(s, b->rows) merge_row(l, b, sh, t, s, &mixed, s);
+    end_phase(t, b->rows);
     t->mixed = mixed;
     return &t->mixed;
 }
@@ -243,17 +260,18 @@ static const Rows *merged(const Layer *l, const Batch *b, const Shared *sh, Thre
 // x += W rows
 static void add_product(const Matrix *w, const Batch *b, const Shared *sh, Thread *t, const Rows *rows) {
     i64 D = w->outputs;
-    MY_SHARE(i, blocks_of(w)) {
+    EACH(i, blocks_of(w)) {
         linear_block(w, i, rows, 0, b->rows, sh->delta, D);
         for (i64 s = 0; s < b->rows; s++)
             for (i64 c = i * OUTPUTS; c < min_(D, (i + 1) * OUTPUTS); c++) sh->x[s * D + c] += sh->delta[s * D + c];
     }
+    end_phase(t, blocks_of(w));
 }
 
 // fed = silu(gate x) up x, by whole groups of 32, so that a thread can quantize what it has made
 static void gated(const Layer *l, const Batch *b, const Shared *sh, Thread *t, const Rows *x, const Rows *fed) {
     i64 width = fed->inputs;
-    MY_SHARE(g, fed->groups) {
+    EACH(g, fed->groups) {
         i64 from = g * GROUP, count = min_(GROUP, width - from);
         for (i64 i = from / OUTPUTS; i * OUTPUTS < from + count; i++) {
             linear_block(&l->gate, i, x, 0, b->rows, sh->gate, width);
@@ -270,32 +288,27 @@ static void gated(const Layer *l, const Batch *b, const Shared *sh, Thread *t, c
             quantize_group(out, fed->codes + at * GROUP, fed->terms + at * TERMS);
         }
     }
+    end_phase(t, fed->groups);
 }
 
 static void run_layer(const Model *m, const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
     project_heads(l, b, sh, t, normed(m, b, sh, t, l->mixer_norm, l->eps, &l->q));
-    wait_for_all(t);
     turn_and_store(l, b, p, sh, t);
-    wait_for_all(t);
     attend(l, b, p, sh, t);
-    wait_for_all(t);
     add_product(&l->o, b, sh, t, merged(l, b, sh, t));
-    wait_for_all(t);
     Rows fed = sh->fed;
     fed.inputs = l->down.inputs, fed.groups = groups_of(fed.inputs);
     gated(l, b, sh, t, normed(m, b, sh, t, l->feed_forward_norm, l->eps, &l->gate), &fed);
-    wait_for_all(t);
     add_product(&l->down, b, sh, t, &fed);
-    wait_for_all(t);
 }
 
 static void embed(const Model *m, const Batch *b, const Shared *sh, Thread *t) {
-    MY_SHARE(s, b->rows) {
+    EACH(s, b->rows) {
         float *x = sh->x + s * m->hidden;
         matrix_row(&m->embedding, b->token_ids[s], x);
         for (i64 i = 0; i < m->hidden; i++) x[i] *= m->embedding_scale;
     }
-    wait_for_all(t);
+    end_phase(t, b->rows);
 }
 
 i64 decode_step_bytes(const Model *m, const Batch *b) {
@@ -311,17 +324,17 @@ i64 decode_step_bytes(const Model *m, const Batch *b) {
 void decode_step(const Model *m, const Batch *b, char *memory) {
     int threads = omp_get_max_threads();
     Thread *own = malloc(threads * sizeof(Thread));
-    Barrier barrier = {0, 0};
     Shared shared;
     lay_out(m, b, memory, threads, &shared, own);
+    memset(shared.phases, 0, (m->num_layers * PHASES_PER_LAYER + 3) * sizeof(Phase));
 #pragma omp parallel num_threads(threads)
     {
         Thread *t = own + omp_get_thread_num();
-        t->number = omp_get_thread_num(), t->threads = omp_get_num_threads(), t->barrier = &barrier;
+        t->threads = omp_get_num_threads(), t->phase = shared.phases;
         embed(m, b, &shared, t);
         for (i64 n = 0; n < m->num_layers; n++) run_layer(m, m->layers + n, b, b->pages + n, &shared, t);
         const Rows *x = normed(m, b, &shared, t, m->final_norm, m->eps, &m->head);
-        MY_SHARE(i, blocks_of(&m->head)) linear_block(&m->head, i, x, 0, b->rows, b->logits, m->head.outputs);
+        EACH(i, blocks_of(&m->head)) linear_block(&m->head, i, x, 0, b->rows, b->logits, m->head.outputs);
     }
     free(own);
 }

@@ -35,6 +35,10 @@ static const float *load_octet(const Pages *p, const void *base, const float *sc
     return to;
 }
 
+// e^x for a score's distance from the largest. Below e^-60 it is nothing: no sum of fp32 that holds a 1 can show it, and
+// its products would be subnormal numbers, which processors are slow at.
+static inline float weight_of(float x) { return x < -60.0f ? 0.0f : exp_(x); }
+
 void store_head(const Pages *p, void *base, float *scales, i64 row, const float *x) {
     i64 dim = p->dim, half = dim / 2;
     if (p->format == FP32 || p->format == BF16) {
@@ -91,12 +95,13 @@ static inline void softmax_row(float *scores, i64 from, i64 to, float *part) {
     i64 start = from / OCTET * OCTET, end = (to + OCTET - 1) / OCTET * OCTET;
     for (i64 j = start; j < from; j++) scores[j] = -INFINITY;
     for (i64 j = to; j < end; j++) scores[j] = -INFINITY;
-    for (i64 j = from; j < to; j++) top = scores[j] > top ? scores[j] : top;
+#pragma omp simd reduction(max : top)
+    for (i64 j = start; j < end; j++) top = scores[j] > top ? scores[j] : top;
     lane8 total = {0};
     for (i64 j = start; j < end; j += OCTET) {
         float *x = scores + j;
 #pragma omp simd
-        for (int i = 0; i < OCTET; i++) x[i] = x[i] == -INFINITY ? 0.0f : exp_(x[i] - top);
+        for (int i = 0; i < OCTET; i++) x[i] = weight_of(x[i] - top);
         total += *(const lane8 *)x;
     }
     for (int i = 0; i < OCTET; i++) sum += total[i];
@@ -141,7 +146,7 @@ void merge_split(float *state, const float *part, i64 rows, i64 dim) {
     for (i64 r = 0; r < rows; r++, state += part_size(dim), part += part_size(dim)) {
         if (part[0] == -INFINITY) continue;
         float top = state[0] > part[0] ? state[0] : part[0];
-        float old = state[0] == -INFINITY ? 0.0f : exp_(state[0] - top), new = exp_(part[0] - top);
+        float old = weight_of(state[0] - top), new = weight_of(part[0] - top);
         state[0] = top;
         state[1] = state[1] * old + part[1] * new;
         for (i64 c = 2; c < dim + 2; c += 8)
