@@ -26,7 +26,7 @@ from easyllm.nn.decoder import Decoder
 from easyllm.ops.attention import AttentionRule
 from easyllm.ops.linear_attention import LinearState
 from easyllm.ops.paged_attention import paged_attention
-from easyllm.plan.kv_cache import cache_size, rolling_window
+from easyllm.plan.kv_cache import Rolling, cache_size, rolling_window
 
 SIZES = {name: size for family in FAMILIES.values() for name, size in family.sizes.items()}
 META = torch.device("meta")
@@ -150,8 +150,13 @@ def test_topic_30_a_token_reaches_the_last_through_a_window_a_layer_and_no_furth
 def bytes_after(config, num_tokens):
     """What one sequence holds after so many tokens, computed in chunks of 4096."""
     pool = PagePool(num_tokens // 16, 16)
-    window = rolling_window(config)
-    scheduler = Scheduler(pool, max_step_tokens=4096, window=window)
+    rolling = rolling_window(config)
+    scheduler = Scheduler(
+        pool,
+        max_step_tokens=4096,
+        window=rolling.window if rolling else None,
+        num_sinks=rolling.num_sinks if rolling else 0,
+    )
     scheduler.add(Sequence(id=0, tokens=[1] * num_tokens, prompt_length=num_tokens))
     most = 0
     while scheduler.waiting or scheduler.running[0].pending:
@@ -177,7 +182,7 @@ def test_a_model_with_one_layer_that_sees_all_keeps_all():
     first = config.layers[0]
     seeing = first.model_copy(update={"mixer": first.mixer.model_copy(update={"window": None})})
     mixed = config.changed(layers=(seeing, *config.layers[1:]))
-    assert rolling_window(config) == 4096
+    assert rolling_window(config) == Rolling(window=4096, num_sinks=0)
     assert rolling_window(mixed) is None
     assert cache_size(mixed, context=32_768).total == 4 * GIB
 
@@ -300,3 +305,18 @@ def build(mixer, num_layers):
     model = Decoder(config)
     model.reset_parameters(std=0.5, generator=torch.Generator().manual_seed(0))
     return model.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("num_sinks", [0, 4, 16, 20])
+def test_sinks_stay_when_the_window_moves_on(num_sinks):
+    pool = PagePool(40, 16)
+    table = PageTable(pool, Namespace(), num_sinks=num_sinks)
+    for length in range(1, 500):
+        assert table.reserve(length - 1, length, {})
+        table.roll(max(0, length - 64))
+        stay = -(-num_sinks // 16)
+        assert len(table.held) <= 64 // 16 + 1 + stay
+        assert table.held[:stay] == table.pages[:stay]
+        pool.check([table.held])
+    table.release()
+    assert pool.available == 40

@@ -6,10 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from easyllm.cli.models import LogN, Model, Rope, RopeFactor, context_of
+from easyllm.cli.models import LogN, Model, Rope, RopeFactor, Sinks, Window, context_of
 from easyllm.cli.output import JsonFlag, print_json
 from easyllm.cli.sampling import (
+    CacheDtype,
     CacheGb,
+    Deterministic,
     Draft,
     Dtype,
     FrequencyPenalty,
@@ -18,6 +20,7 @@ from easyllm.cli.sampling import (
     MinTokens,
     NoRepeatNgram,
     PresencePenalty,
+    Quantize,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -68,9 +71,14 @@ def generate(
     rope: Rope = None,
     rope_factor: RopeFactor = 4.0,
     logn: LogN = False,
+    window: Window = None,
+    sinks: Sinks = 4,
     draft: Draft = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     cache_gb: CacheGb = None,
+    cache_dtype: CacheDtype = None,
+    deterministic: Deterministic = False,
     as_chat: Annotated[
         bool, typer.Option("--chat", help="Take the prompt as a user's message.")
     ] = False,
@@ -88,7 +96,11 @@ def generate(
 
         easyllm generate smollm2 "The capital of France is" --beams 4 --json
 
+        easyllm generate smollm2 "Once upon a time" --quantize int4
+
         easyllm generate smollm2 "$(cat long.txt)" --rope yarn --rope-factor 2
+
+        easyllm generate smollm2 "Once upon a time" --rope streaming --window 1020 --max-tokens 20000
     """
     params = sampling_params(
         temperature=temperature,
@@ -112,10 +124,13 @@ def generate(
     llm = load_llm(
         model,
         quiet=json_output,
-        context=context_of(rope, rope_factor, logn),
+        context=context_of(rope, rope_factor, logn, window, sinks),
         draft=draft,
         dtype=dtype,
+        quantize=quantize,
         cache_gb=cache_gb,
+        cache_dtype=cache_dtype,
+        deterministic=deterministic,
     )
     ids = llm.encode_chat([{"role": "user", "content": prompt}]) if as_chat else llm.encode(prompt)
     start = time.perf_counter()
@@ -152,7 +167,10 @@ def chat(
     stop: Stop = None,
     draft: Draft = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     cache_gb: CacheGb = None,
+    cache_dtype: CacheDtype = None,
+    deterministic: Deterministic = False,
 ) -> None:
     """Talk with a model in the terminal; an empty line or Ctrl-D ends.
 

@@ -9,6 +9,7 @@ import sys
 import typer
 
 from easyllm.cli import (
+    bench,
     compare,
     data,
     generate,
@@ -30,7 +31,19 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (run, data, tokenizer, models, verify, compare, train, generate, serve, machine):
+for group in (
+    run,
+    data,
+    tokenizer,
+    models,
+    verify,
+    compare,
+    train,
+    generate,
+    serve,
+    bench,
+    machine,
+):
     group.register(app)
 
 

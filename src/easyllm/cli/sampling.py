@@ -39,6 +39,20 @@ CacheGb = Annotated[
     float | None,
     typer.Option(help="Memory for the cache; by default at most a quarter of what is free."),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="Round the weights on loading: int8 or int4.", metavar="int8|int4"),
+]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(help="Of the cache: float32, bfloat16, int8, int4; by default the weights'."),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic", help="The same request gives the same bits whatever shares its batch."
+    ),
+]
 Draft = Annotated[
     str | None,
     typer.Option(

@@ -5,7 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from easyllm.cli.sampling import CacheGb, Draft, Dtype, load_llm
+from easyllm.cli.sampling import (
+    CacheDtype,
+    CacheGb,
+    Deterministic,
+    Draft,
+    Dtype,
+    Quantize,
+    load_llm,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +37,10 @@ def serve(
     ] = 64,
     draft: Draft = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     cache_gb: CacheGb = None,
+    cache_dtype: CacheDtype = None,
+    deterministic: Deterministic = False,
 ) -> None:
     """Serve models with OpenAI's API and a chat page.
 
@@ -38,6 +49,8 @@ def serve(
         easyllm serve smollm2
 
         easyllm serve base=smollm2 tuned=runs/quickstart/merged --port 9000
+
+        easyllm serve smollm2 --quantize int4
     """
     from easyllm.core.errors import ConfigError
 
@@ -51,7 +64,15 @@ def serve(
         if name in named:
             raise ConfigError(f"two models are called {name!r}; name them apart with NAME=MODEL")
         named[name] = source
-    options = {"max_running": max_running, "draft": draft, "dtype": dtype, "cache_gb": cache_gb}
+    options = {
+        "max_running": max_running,
+        "draft": draft,
+        "dtype": dtype,
+        "quantize": quantize,
+        "cache_gb": cache_gb,
+        "cache_dtype": cache_dtype,
+        "deterministic": deterministic,
+    }
     start(named, host=host, port=port, api_key=api_key, **options)
 
 

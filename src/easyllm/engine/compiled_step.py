@@ -90,6 +90,11 @@ class CompiledStep:
         """Whether the model is served."""
         return cls.refusal(model) is None
 
+    @staticmethod
+    def pages_fit(model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]) -> bool:
+        """Whether a cache's pages are served."""
+        return _pages_refusal(model, key_pages, value_pages) is None
+
     def run(
         self,
         token_ids: Sequence[int],

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from easyllm.core.device import memory_free_bytes, parse_dtype
+from easyllm.core.device import memory_free_bytes
 from easyllm.core.errors import ConfigError
 from easyllm.engine.generation import Generation, RequestState
-from easyllm.engine.kv_cache import KVCache
+from easyllm.engine.kv_cache import KVCache, cache_format, cache_itemsize
 from easyllm.engine.memory_plan import plan_memory, tensor_bytes
 from easyllm.engine.options import EngineConfig
 from easyllm.engine.pages import Namespace, PagePool
@@ -77,14 +77,13 @@ class Engine:
         config = model.config
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.max_seq_len = config.max_seq_len
-        self._dtype = model.embed_tokens.weight.dtype
-        if options.cache_dtype is not None:
-            self._dtype = parse_dtype(options.cache_dtype)
+        self._dtype = cache_format(options.cache_dtype, model.embed_tokens.weight.dtype)
+        self.cache_itemsize = cache_itemsize(config, self._dtype)
         self.memory = plan_memory(
             config,
             options,
-            weight_bytes=tensor_bytes(model.parameters()),
-            itemsize=self._dtype.itemsize,
+            weight_bytes=tensor_bytes((*model.parameters(), *model.buffers())),
+            itemsize=self.cache_itemsize,
             free_bytes=memory_free_bytes(model.device),
         )
         if drafter is not None:
@@ -96,11 +95,13 @@ class Engine:
             options.page_size,
             prefix_caching=options.prefix_caching and not whole and not _has_states(config),
         )
+        rolling = rolling_window(config)
         self.scheduler = Scheduler(
             self.pool,
             max_running=options.max_running,
             max_step_tokens=options.max_step_tokens,
-            window=rolling_window(config),
+            window=rolling.window if rolling else None,
+            num_sinks=rolling.num_sinks if rolling else 0,
             whole_prompts=whole,
             prefix=config.prompt_mask == "prefix",
         )
@@ -128,7 +129,7 @@ class Engine:
                 self._dtype,
                 self.model.device,
             )
-            self._runner = DecoderRunner(self.model, cache)
+            self._runner = DecoderRunner(self.model, cache, compiled=self.options.compiled_step)
         return self._runner
 
     def add(self, request: Request) -> None:

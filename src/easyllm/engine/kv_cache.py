@@ -3,16 +3,26 @@
 Shapes: P pages, K key-value heads, d head_dim; T new tokens of S sequences in one pass.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from easyllm.core.device import parse_dtype
+from easyllm.core.errors import ConfigError
 from easyllm.engine.page_table import Copies
 from easyllm.nn.config import AttentionConfig, ModelConfig
 from easyllm.ops.attention import AttentionRule, RecurrentStep
-from easyllm.ops.paged_attention import paged_attention
+from easyllm.ops.paged_attention import (
+    QUANTIZED_PAGES,
+    Pages,
+    QuantizedPages,
+    element_bytes,
+    new_pages,
+    paged_attention,
+    write_pages,
+)
 
 
 class KVCache:
@@ -21,7 +31,7 @@ class KVCache:
     Args:
         config: gives layers, heads and widths.
         num_pages, page_size: P, and the tokens of a page.
-        dtype: of keys and values; attention computes in the dtype of its queries.
+        dtype: of keys and values, or `"int8"`, `"int4"`; attention computes in the dtype of its queries.
         device: of the model.
 
     Attributes:
@@ -33,12 +43,12 @@ class KVCache:
         config: ModelConfig,
         num_pages: int,
         page_size: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype | str,
         device: torch.device,
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
-        self.keys: list[Tensor | None] = []
-        self.values: list[Tensor | None] = []
+        self.keys: list[Pages | None] = []
+        self.values: list[Pages | None] = []
         for layer in config.layers:
             mixer = layer.mixer
             if not isinstance(mixer, AttentionConfig):
@@ -46,15 +56,15 @@ class KVCache:
                 self.values.append(None)
                 continue
             shape = (num_pages, mixer.num_kv_heads, page_size, mixer.head_dim)
-            self.keys.append(torch.empty(shape, dtype=dtype, device=device))
-            self.values.append(torch.empty(shape, dtype=dtype, device=device))
+            self.keys.append(new_pages(shape, dtype, device))
+            self.values.append(new_pages(shape, dtype, device))
         self._num_layers = config.num_layers
         self._states: dict[int, list[Any]] = {}
 
     @property
     def num_bytes(self) -> int:
         """Of all pages, used or not."""
-        return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
+        return sum(tensor.nbytes for tensor in self._tensors())
 
     def states(self, sequence_id: int) -> list[Any]:
         """A sequence's state in each layer; None before its first token and in layers that keep keys."""
@@ -64,13 +74,20 @@ class KVCache:
         """Copies pages, destination → source, in every layer; all sources are read before any is overwritten."""
         if not copies:
             return
-        for tensor in (*self.keys, *self.values):
-            if tensor is not None:
-                to, of = (
-                    torch.tensor(list(x), device=tensor.device)
-                    for x in zip(*copies.items(), strict=True)
-                )
-                tensor[to] = tensor[of]
+        for tensor in self._tensors():
+            to, of = (
+                torch.tensor(list(x), device=tensor.device)
+                for x in zip(*copies.items(), strict=True)
+            )
+            tensor[to] = tensor[of]
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """Everything that lies in pages, page by page along the first axis."""
+        for pages in (*self.keys, *self.values):
+            if isinstance(pages, QuantizedPages):
+                yield from (pages.codes, pages.scales)
+            elif pages is not None:
+                yield pages
 
     def move_states(self, forks: Iterable[tuple[int, int]], dropped: Iterable[int]) -> None:
         """Gives children their parents' states (a step makes new ones, it changes none), and forgets the dropped."""
@@ -79,6 +96,26 @@ class KVCache:
                 self._states[child] = list(self._states[parent])
         for sequence_id in dropped:
             self._states.pop(sequence_id, None)
+
+
+def cache_format(wanted: str | None, model_dtype: torch.dtype) -> torch.dtype | str:
+    """What keys and values are kept as: a dtype, `int8` or `int4`; the model's dtype where nothing else is wanted.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    if wanted is None or wanted in QUANTIZED_PAGES:
+        return wanted or model_dtype
+    try:
+        return parse_dtype(wanted)
+    except ConfigError as error:
+        raise ConfigError(f"cache_{error}, or {', '.join(QUANTIZED_PAGES)}") from None
+
+
+def cache_itemsize(config: ModelConfig, kept_as: torch.dtype | str) -> float:
+    """Bytes of an element of the cache, scales included (of the narrowest head there is)."""
+    dims = [x.mixer.head_dim for x in config.layers if isinstance(x.mixer, AttentionConfig)]
+    return element_bytes(kept_as, min(dims, default=1))
 
 
 class PagedStore:
@@ -126,8 +163,8 @@ class PagedStore:
         assert keys is not None, "a layer of softmax attention keeps keys"
         assert values is not None, "and values"
         table, pages, slots = self._on(q.device)
-        keys[pages, :, slots] = k.to(keys.dtype)
-        values[pages, :, slots] = v.to(values.dtype)
+        write_pages(keys, k, pages, slots)
+        write_pages(values, v, pages, slots)
         return paged_attention(
             q, keys, values, table, self.lengths, self.key_lengths, rule, prefix_lengths
         )

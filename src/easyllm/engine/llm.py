@@ -26,6 +26,7 @@ from easyllm.engine.request import (
 from easyllm.engine.speculative import Drafter, NgramDrafter
 from easyllm.models import ContextConfig, load_model, load_tokenizer, open_source
 from easyllm.nn.decoder import Decoder
+from easyllm.quant import quantize_weights
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -81,6 +82,7 @@ class LLM:
         dtype: of the weights; by default fp32 on a CPU, bf16 on an accelerator.
         device: `"cpu"`, `"cuda"`, `"auto"`.
         context: positions that reach further than the model was trained.
+        quantize: weights rounded on loading, `"int8"` or `"int4"`; embedding and head are int8 in both.
         model, tokenizer: ones that are loaded already.
         draft: guesses tokens ahead, with the same output (speculative decoding): `"ngram"` looks in the text itself,
             anything else is a smaller model of the same tokenizer (a source, or one that is loaded).
@@ -104,6 +106,7 @@ class LLM:
         dtype: str | None = None,
         device: str = "auto",
         context: ContextConfig | None = None,
+        quantize: str | None = None,
         model: Decoder | None = None,
         tokenizer: Tokenizer | None = None,
         draft: str | Path | Decoder | None = None,
@@ -117,6 +120,8 @@ class LLM:
             config = open_source(source).config
             check_weights_fit(config, parse_dtype(wanted), memory_free_bytes(on))
             model = load_model(source, dtype=wanted, device=device, context=context)
+        if quantize is not None:
+            quantize_weights(model, quantize)
         self.model = model
         self.tokenizer = tokenizer or load_tokenizer(source)
         drafter = self._drafter(draft, draft_tokens, checked)

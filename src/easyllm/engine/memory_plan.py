@@ -53,7 +53,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: ModelConfig, options: EngineConfig, *, weight_bytes: int, itemsize: int, free_bytes: int
+    config: ModelConfig,
+    options: EngineConfig,
+    *,
+    weight_bytes: int,
+    itemsize: float,
+    free_bytes: int,
 ) -> MemoryPlan:
     """The cache's size, by what is asked for and what is free.
 
@@ -68,8 +73,9 @@ def plan_memory(
     one = cache_size(config, context=1, itemsize=itemsize)
     page_bytes, state_bytes = one.bytes_per_token * size, one.state_bytes * options.max_running
     pages_of_one = -(-config.max_seq_len // size)
-    if (window := rolling_window(config)) is not None:
-        pages_of_one = min(pages_of_one, -(-(window - 1 + options.max_step_tokens) // size) + 1)
+    if (rolling := rolling_window(config)) is not None:
+        rolls = -(-(rolling.window - 1 + options.max_step_tokens) // size) + 1
+        pages_of_one = min(pages_of_one, rolls + -(-rolling.num_sinks // size))
     room = free_bytes - state_bytes
     if options.num_pages is not None:
         num_pages = options.num_pages

@@ -15,7 +15,9 @@ class EngineConfig(Config):
         num_pages: all pages; or
         cache_gb: memory for them; by default what `max_running` sequences of the model's context need, at most a
             quarter of the memory that is free.
-        cache_dtype: of keys and values; by default the model's.
+        cache_dtype: of keys and values; by default the model's. `int8` and `int4` keep a scale for each token and head.
+        compiled_step: whether steps that only decode may go through one call into C.
+        deterministic: the same request gives the same bits whatever shares its batch, at the cost of speed.
         max_running: sequences that run at once.
         max_step_tokens: most tokens computed in a step; longer prompts are cut into chunks.
         prefix_caching: whether the keys of a beginning that was seen before are used again.
@@ -25,6 +27,8 @@ class EngineConfig(Config):
     num_pages: PositiveInt | None = None
     cache_gb: Annotated[float, Field(gt=0)] | None = None
     cache_dtype: str | None = None
+    compiled_step: bool = True
+    deterministic: bool = False
     max_running: PositiveInt = 64
     max_step_tokens: PositiveInt = 2048
     prefix_caching: bool = True

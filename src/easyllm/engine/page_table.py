@@ -14,13 +14,16 @@ class PageTable:
     Args:
         pool: where pages come from and go to.
         namespace: with whom full pages are shared.
+        num_sinks: first tokens whose pages stay when a window moves on.
 
     Attributes:
-        first: pages before this one have been given back (a window has passed them); their numbers mean nothing.
+        first: pages before this one, but for those of the sinks, have been given back (a window has passed them); their
+            numbers mean nothing.
     """
 
-    def __init__(self, pool: PagePool, namespace: Namespace) -> None:
-        self.pool, self.namespace = pool, namespace
+    def __init__(self, pool: PagePool, namespace: Namespace, *, num_sinks: int = 0) -> None:
+        self.pool, self.namespace, self.num_sinks = pool, namespace, num_sinks
+        self._stay = -(-num_sinks // pool.page_size)
         self.pages: list[int] = []
         self.first = 0
         self._digests: list[bytes] = []  # of the full pages registered so far
@@ -28,7 +31,7 @@ class PageTable:
     @property
     def held(self) -> list[int]:
         """The pages this table has a reference to."""
-        return self.pages[self.first :]
+        return [*self.pages[: min(self._stay, self.first)], *self.pages[self.first :]]
 
     def adopt(self, tokens: Sequence[int]) -> int:
         """Takes the full pages that hold a beginning of `tokens`, and says how many tokens they hold.
@@ -82,15 +85,15 @@ class PageTable:
             self._digests.append(self.pool.register(self.pages[index], key))
 
     def roll(self, position: int) -> None:
-        """Gives back the pages that hold only tokens before `position`."""
+        """Gives back the pages that hold only tokens before `position`, but for the sinks'."""
         last = min(position // self.pool.page_size, len(self.pages))
-        for page in self.pages[self.first : last]:
+        for page in self.pages[max(self.first, self._stay) : last]:
             self.pool.release(page)
         self.first = max(self.first, last)
 
     def fork(self) -> "PageTable":
         """A table of the same tokens, all pages shared."""
-        twin = PageTable(self.pool, self.namespace)
+        twin = PageTable(self.pool, self.namespace, num_sinks=self.num_sinks)
         twin.pages, twin.first, twin._digests = list(self.pages), self.first, list(self._digests)
         for page in self.held:
             self.pool.share(page)

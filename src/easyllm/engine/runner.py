@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from easyllm.engine.compiled_step import MOST_ROWS, CompiledStep
 from easyllm.engine.kv_cache import KVCache, PagedStore
 from easyllm.engine.step import Piece, Step
 from easyllm.nn.decoder import Decoder
@@ -20,15 +21,23 @@ class Runner(Protocol):
 
 
 class DecoderRunner:
-    """Runs the training decoder over a paged cache.
+    """Runs the training decoder over a paged cache; steps that only decode go through one call into C where the model
+    has the usual make (`CompiledStep`).
 
     Args:
         model: in inference mode.
         cache: its keys, values and states.
+        compiled: whether the compiled step may be used.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, *, compiled: bool = True) -> None:
         self.model, self.cache = model, cache
+        self._compiled: CompiledStep | None = None
+        if compiled and CompiledStep.supports(model):
+            keys = [pages for pages in cache.keys if pages is not None]
+            values = [pages for pages in cache.values if pages is not None]
+            if CompiledStep.pages_fit(model, keys, values):
+                self._compiled = CompiledStep(model, keys, values)
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
@@ -36,6 +45,8 @@ class DecoderRunner:
         self.cache.copy_pages(step.copies)
         self.cache.move_states(step.forks, step.dropped)
         pieces, device = step.pieces, self.model.device
+        if self._compiled is not None and _only_decodes(pieces):
+            return self._decode(self._compiled, pieces)
         lengths = [len(piece.token_ids) for piece in pieces]
         offsets = [piece.start for piece in pieces]
         store = PagedStore(
@@ -65,6 +76,27 @@ class DecoderRunner:
         logits: Tensor = self.model.head(hidden)
         return logits
 
+    def _decode(self, compiled: CompiledStep, pieces: Sequence[Piece]) -> Tensor:
+        """Every token of the pieces is a row with a table and a length of its own."""
+        rows = [(piece, i) for piece in pieces for i in range(len(piece.token_ids))]
+        widest = max(len(piece.pages) for piece in pieces)
+        table = [[*piece.pages, *[0] * (widest - len(piece.pages))] for piece, _ in rows]
+        positions = [piece.start + i for piece, i in rows]
+        return compiled.run(
+            [piece.token_ids[i] for piece, i in rows],
+            positions,
+            torch.tensor(table, dtype=torch.int32),
+            [position + 1 for position in positions],
+        )
+
+
+def _only_decodes(pieces: Sequence[Piece]) -> bool:
+    """Whether every row's logits are asked for, and they are few enough for the compiled step."""
+    num_rows = sum(len(piece.token_ids) for piece in pieces)
+    return num_rows <= MOST_ROWS and all(
+        piece.num_rows == len(piece.token_ids) and not piece.prefix for piece in pieces
+    )
+
 
 def logits_in_passes(
     model: Decoder,
@@ -72,16 +104,18 @@ def logits_in_passes(
     passes: Sequence[Sequence[int]],
     *,
     page_size: int = 16,
+    compiled: bool = False,
 ) -> list[Tensor]:
     """[T, V] logits of each sequence that goes through a paged cache in passes: what law 3 holds against one forward.
 
     Args:
         passes: for each sequence the tokens of each of its passes; pass i of all sequences is computed at once.
+        compiled: whether the compiled step may be used.
     """
     sizes = [-(-len(ids) // page_size) for ids in sequences]
     dtype = model.embed_tokens.weight.dtype
     cache = KVCache(model.config, max(1, sum(sizes)), page_size, dtype, model.device)
-    runner = DecoderRunner(model, cache)
+    runner = DecoderRunner(model, cache, compiled=compiled)
     # the last page first: an order nothing may rely on
     tables = [tuple(range(sum(sizes[:i]), sum(sizes[: i + 1])))[::-1] for i in range(len(sizes))]
     rows: list[list[Tensor]] = [[] for _ in sequences]

@@ -52,7 +52,8 @@ class Scheduler:
         pool: all pages there are.
         max_running: sequences that run at once.
         max_step_tokens: the token budget of a step.
-        window: the widest window of a model that has one in every layer: pages before it are given back.
+        window: the widest window of a model that has one in every layer: pages before it are given back,
+        num_sinks: but for those of so many first tokens.
         whole_prompts: a prompt is computed in one pass, whatever the budget.
         prefix: whether a prompt's tokens see each other both ways.
     """
@@ -64,11 +65,12 @@ class Scheduler:
         max_running: int = 64,
         max_step_tokens: int = 2048,
         window: int | None = None,
+        num_sinks: int = 0,
         whole_prompts: bool = False,
         prefix: bool = False,
     ) -> None:
         assert max_running <= max_step_tokens, "every running sequence decodes in every step"
-        self.pool, self.window = pool, window
+        self.pool, self.window, self.num_sinks = pool, window, num_sinks
         self.max_running, self.max_step_tokens = max_running, max_step_tokens
         self.whole_prompts, self.prefix = whole_prompts, prefix
         self.waiting: deque[Sequence] = deque()
@@ -90,7 +92,8 @@ class Scheduler:
         if self.window is None or self.whole_prompts:
             return pages
         # a chunk is written before the window moves on; both may begin inside a page
-        return min(pages, -(-(self.window - 1 + self.max_step_tokens) // size) + 1)
+        rolling = -(-(self.window - 1 + self.max_step_tokens) // size) + 1
+        return min(pages, rolling + -(-self.num_sinks // size))
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence, behind all others."""
@@ -218,7 +221,7 @@ class Scheduler:
 
     def _open(self, sequence: Sequence) -> None:
         """Gives a waiting sequence a table, with what others have left in the cache of its beginning."""
-        sequence.table = PageTable(self.pool, sequence.namespace)
+        sequence.table = PageTable(self.pool, sequence.namespace, num_sinks=self.num_sinks)
         if self.pool.prefix_caching and not sequence.prompt_rows:
             sequence.computed = sequence.table.adopt(sequence.tokens)
             self._roll(sequence)

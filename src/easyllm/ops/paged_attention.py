@@ -53,6 +53,7 @@ class QuantizedPages:
 
 
 Pages = Tensor | QuantizedPages
+QUANTIZED_PAGES = ("int8", "int4")
 
 
 def new_pages(
@@ -83,6 +84,21 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     if torch.device(device).type == "cpu":
         return huge_empty(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def element_bytes(dtype: torch.dtype | str, head_dim: int) -> float:
+    """Bytes of an element of pages, scales included.
+
+    >>> element_bytes("int4", 64), element_bytes(torch.bfloat16, 64)
+    (0.625, 2)
+    """
+    match dtype:
+        case "int8":
+            return 1 + 4 / head_dim
+        case "int4":
+            return 0.5 + 8 / head_dim
+    assert isinstance(dtype, torch.dtype), "checked where pages are made"
+    return dtype.itemsize
 
 
 def write_pages(pages: Pages, x: Tensor, page_ids: Tensor, slots: Tensor) -> None:

@@ -50,14 +50,24 @@ def cache_size(
     )
 
 
-def rolling_window(config: ModelConfig) -> int | None:
-    """The widest window of a model whose attention layers all have one (causal, no sinks): what lies before it is never
-    read again. None for other models."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rolling:
+    """What a model with a window in every layer goes on reading: the first `num_sinks` tokens and the last `window`."""
+
+    window: int
+    num_sinks: int
+
+
+def rolling_window(config: ModelConfig) -> Rolling | None:
+    """The widest window, and most sinks, of a model whose attention layers all have a causal window: what lies between the
+    two is never read again. None for other models."""
     mixers = [x.mixer for x in config.layers if isinstance(x.mixer, AttentionConfig)]
-    windows = [m.window for m in mixers if m.window and m.causal and not m.num_sinks]
-    return max(windows) if windows and len(windows) == len(mixers) else None
+    windows = [m.window for m in mixers if m.window and m.causal]
+    if not windows or len(windows) < len(mixers):
+        return None
+    return Rolling(window=max(windows), num_sinks=max(m.num_sinks for m in mixers))
 
 
 def _tokens_kept(config: ModelConfig, context: int) -> int:
-    window = rolling_window(config)
-    return context if window is None else min(context, window)
+    rolling = rolling_window(config)
+    return context if rolling is None else min(context, rolling.window + rolling.num_sinks)
