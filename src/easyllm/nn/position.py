@@ -259,7 +259,7 @@ class StreamingPosition(NoRotation):
 
     def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
         frequencies, _ = rope_frequencies(self.rope, self.head_dim, 1)
-        angles = positions[:, None] * frequencies.to(x.device)
+        angles = positions[:, None] * frequencies.to(x.device).double()
         return rotate_pairs(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
