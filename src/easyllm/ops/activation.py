@@ -22,26 +22,33 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) ⊙ up, for `gate` and `up` of one shape and dtype.
 
-    SiLU has a backward pass of its own that keeps the two inputs only and recomputes the rest.
+    SiLU has a backward pass of its own that keeps the two inputs only and recomputes the rest; its forward pass is the
+    same, to the bit, with a gradient and without.
     """
-    if activation == "silu" and torch.is_grad_enabled() and gate.requires_grad:
+    trained = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    if activation != "silu":
+        activated = ACTIVATIONS[activation](gate)
+        return activated * up if trained else activated.mul_(up)
+    if trained:
         out: Tensor = _SiLUGate.apply(gate, up)
         return out
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return ACTIVATIONS[activation](gate) * up
-    return ACTIVATIONS[activation](gate).mul_(up)
+    return _silu_gate(gate, up)
+
+
+def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    kernels = kernels_for(gate, up)
+    if kernels is None or not (gate.is_contiguous() and up.is_contiguous()):
+        return F.silu(gate).mul_(up)
+    out = torch.empty_like(gate)
+    kernels.silu_gate_forward(gate.data_ptr(), up.data_ptr(), out.data_ptr(), *_rows(gate))
+    return out
 
 
 class _SiLUGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        kernels = kernels_for(gate, up)
-        if kernels is None or not (gate.is_contiguous() and up.is_contiguous()):
-            return F.silu(gate).mul_(up)
-        out = torch.empty_like(gate)
-        kernels.silu_gate_forward(gate.data_ptr(), up.data_ptr(), out.data_ptr(), *_rows(gate))
-        return out
+        return _silu_gate(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,124 @@
+"""What works row by row, to the bit: any number of rows, any place among them, alone or in company."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from easyllm.ops.activation import gated
+from easyllm.ops.attention import AttentionRule, attention
+from easyllm.ops.deterministic import packed_attention, tiled_linear
+from easyllm.ops.kernels import build
+from easyllm.ops.norm import rms_norm
+from easyllm.ops.paged_attention import paged_attention, write_pages
+from easyllm.ops.rotary import apply_rotary
+
+DTYPES = [torch.float32, torch.bfloat16]
+COUNTS = [1, 2, 3, 5, 7, 9, 16, 31, 32, 33, 63, 100, 200]
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def holds_for_rows(run, x):
+    """`run` of the first rows, of rows in the middle, and of rows in another order, against all of them."""
+    whole = run(x)
+    for count in COUNTS:
+        assert torch.equal(run(x[:count]), whole[:count]), f"first {count}"
+        start = (7 * count) % (len(x) - count) if count < len(x) else 0
+        middle = slice(start, start + count)
+        assert torch.equal(run(x[middle]), whole[middle]), f"{count} from {start}"
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(run(x[order]), whole[order])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(576, 576), (192, 576), (576, 1536), (83, 41)])
+def test_tiled_linear(dtype, outputs, inputs):
+    weight = random(outputs, inputs, dtype=dtype, seed=2)
+    bias = random(outputs, dtype=dtype, seed=3)
+    x = random(200, inputs, dtype=dtype)
+    holds_for_rows(lambda rows: tiled_linear(rows, weight, bias), x)
+    close = {"atol": 2e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.5, "rtol": 0.02}
+    torch.testing.assert_close(tiled_linear(x, weight, bias), F.linear(x, weight, bias), **close)
+    assert tiled_linear(x[None, :3], weight).shape == (1, 3, outputs)
+    assert tiled_linear(x[:0], weight).shape == (0, outputs)
+
+
+def test_plain_linear_does_not_hold():
+    """The control: without tiles, some number of rows gives other bits (or the machine has no need of tiles)."""
+    weight, x = random(576, 576, seed=2), random(200, 576)
+    whole = F.linear(x, weight)
+    same = [torch.equal(F.linear(x[:count], weight), whole[:count]) for count in COUNTS]
+    if all(same):
+        pytest.skip("this machine's F.linear gives the same bits for every number of rows tried")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [576, 41])
+def test_rms_norm(dtype, width):
+    weight = random(width, dtype=dtype, seed=2)
+    holds_for_rows(lambda rows: rms_norm(rows, weight, 1e-5), random(200, width))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("activation", "width"),
+    # PyTorch's GELU computes the last few numbers of a tensor otherwise, so an odd width is not promised
+    [("silu", 1536), ("silu", 41), ("gelu", 1536), ("gelu_tanh", 1536), ("gelu_tanh", 48)],
+)
+def test_gates(dtype, activation, width):
+    if build._library() is None and width % 16:
+        pytest.skip("no C compiler on this machine")
+    both = random(200, 2, width, dtype=dtype)
+    holds_for_rows(
+        lambda rows: gated(rows[:, 0].contiguous(), rows[:, 1].contiguous(), activation), both
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation(dtype):
+    angles = random(200, 32, seed=2)
+    x = torch.cat([random(200, 9 * 64), angles.cos(), angles.sin()], dim=1)
+
+    def run(rows):
+        heads = rows[:, : 9 * 64].to(dtype).view(-1, 9, 64)
+        cos, sin = (part.contiguous() for part in rows[:, 9 * 64 :].chunk(2, dim=1))
+        return apply_rotary(heads, cos, sin)
+
+    holds_for_rows(run, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_gate_is_the_same_with_a_gradient(dtype):
+    gate, up = random(50, 300, dtype=dtype), random(50, 300, dtype=dtype, seed=1)
+    plain = gated(gate, up, "silu")
+    assert torch.equal(gated(gate.clone().requires_grad_(), up, "silu").detach(), plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 37])
+def test_packed_attention_has_the_bits_of_decoding_from_pages(dtype, window):
+    if build._library() is None:
+        pytest.skip("no C compiler on this machine")
+    rule, lengths = AttentionRule(scale=0.125, window=window), (150, 1, 64, 70)
+    q, k, v = (random(285, heads, 64, dtype=dtype, seed=heads + 1) for heads in (6, 2, 2))
+    out = packed_attention(q, k, v, rule, lengths)
+    torch.testing.assert_close(
+        out,
+        attention(q, k, v, rule, lengths),
+        atol=2e-2 if dtype == torch.bfloat16 else 1e-5,
+        rtol=1e-2,
+    )
+    parts = zip(*(x.split(lengths) for x in (q, k, v, out)), strict=True)
+    for page_size, (q_s, k_s, v_s, out_s) in zip((8, 16, 24, 128), parts, strict=True):
+        count = -(-len(q_s) // page_size)
+        pages = [torch.zeros(count, 2, page_size, 64, dtype=dtype) for _ in range(2)]
+        token = torch.arange(len(q_s))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        for store, x in zip(pages, (k_s, v_s), strict=True):
+            write_pages(store, x, order[token // page_size], token % page_size)
+        table = order.int()[None]
+        for row in {0, len(q_s) // 2, len(q_s) - 1}:
+            one = paged_attention(q_s[row : row + 1], *pages, table, (1,), (row + 1,), rule)
+            assert torch.equal(one[0], out_s[row])
