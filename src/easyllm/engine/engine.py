@@ -30,6 +30,7 @@ from easyllm.nn.config import (
     Rope,
 )
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.deterministic import set_deterministic
 from easyllm.plan.kv_cache import rolling_window
 from easyllm.tokenizer.stream import StreamDecoder
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -77,6 +78,8 @@ class Engine:
         config = model.config
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.max_seq_len = config.max_seq_len
+        if options.deterministic:
+            set_deterministic(model)
         self._dtype = cache_format(options.cache_dtype, model.embed_tokens.weight.dtype)
         self.cache_itemsize = cache_itemsize(config, self._dtype)
         self.memory = plan_memory(
@@ -129,7 +132,11 @@ class Engine:
                 self._dtype,
                 self.model.device,
             )
-            self._runner = DecoderRunner(self.model, cache, compiled=self.options.compiled_step)
+            self._runner = DecoderRunner(
+                self.model,
+                cache,
+                compiled=self.options.compiled_step and not self.options.deterministic,
+            )
         return self._runner
 
     def add(self, request: Request) -> None:
@@ -339,7 +346,12 @@ class Engine:
         places = range(piece.start + 1, min(piece.start + len(rows) + 1, sequence.prompt_length))
         tokens = [sequence.tokens[place] for place in places]
         if tokens:
-            found = prompt_logprobs(rows[: len(tokens)], tokens, count)
+            asked = rows[: len(tokens)]
+            if self.options.deterministic:
+                each = zip(asked.split(1), tokens, strict=True)
+                found = [prompt_logprobs(row, [token], count)[0] for row, token in each]
+            else:
+                found = prompt_logprobs(asked, tokens, count)
             generation.prompt_logprobs.update(zip(places, found, strict=True))
         if piece.start + len(rows) >= sequence.prompt_length:
             sequence.prompt_rows = False
@@ -352,11 +364,17 @@ class Engine:
             rows = [t.row + turn for t in alive]
             whole = rows == list(range(len(logits)))
             drafts = [t.drafts[turn] if turn < len(t.drafts) else None for t in alive]
-            choices = choose(
-                logits if whole else logits[torch.tensor(rows, device=logits.device)],
-                [t.generation.chooser for t in alive],
-                drafts,
-            )
+            choosers = [t.generation.chooser for t in alive]
+            if (
+                self.options.deterministic
+            ):  # row by row: sums over the vocabulary depend on how many there are
+                choices = [
+                    choose(logits[row : row + 1], [chooser], [draft])[0]
+                    for row, chooser, draft in zip(rows, choosers, drafts, strict=True)
+                ]
+            else:
+                chosen = logits if whole else logits[torch.tensor(rows, device=logits.device)]
+                choices = choose(chosen, choosers, drafts)
             going_on = []
             for t, choice, draft in zip(alive, choices, drafts, strict=True):
                 event = t.generation.take(choice)

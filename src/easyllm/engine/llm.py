@@ -26,6 +26,7 @@ from easyllm.engine.request import (
 from easyllm.engine.speculative import Drafter, NgramDrafter
 from easyllm.models import ContextConfig, load_model, load_tokenizer, open_source
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.deterministic import one_row_logprobs
 from easyllm.quant import quantize_weights
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -171,8 +172,12 @@ class LLM:
     def score(self, text: Prompt) -> list[float]:
         """Log-probability in nats of each token after the first, given those before it."""
         ids = torch.tensor(self.encode(text), device=self.model.device)
-        logprobs = self.model.logits(ids)[:-1].log_softmax(-1)
-        scores: list[float] = logprobs.gather(1, ids[1:, None]).squeeze(1).tolist()
+        logits = self.model.logits(ids)[:-1]
+        if self.engine.options.deterministic:
+            found = one_row_logprobs(logits, ids[1:])
+        else:
+            found = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+        scores: list[float] = found.tolist()
         return scores
 
     def encode(self, prompt: Prompt) -> list[int]:

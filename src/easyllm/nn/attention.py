@@ -10,6 +10,7 @@ from easyllm.nn.linear import Linear
 from easyllm.nn.norm import build_norm
 from easyllm.nn.position import build_position
 from easyllm.ops.attention import AttentionContext, AttentionRule, attention
+from easyllm.ops.deterministic import deterministic_attention
 
 
 class Attention(nn.Module):
@@ -24,6 +25,7 @@ class Attention(nn.Module):
     def __init__(self, config: AttentionConfig, hidden_size: int, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        self.deterministic = False  # set by nn/deterministic
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.q_proj = Linear(hidden_size, heads * dim, bias=config.qkv_bias)
         self.k_proj = Linear(hidden_size, kv_heads * dim, bias=config.qkv_bias)
@@ -56,7 +58,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads)
         if self.config.logn_length is not None:
             q = q * logn_factors(context.positions, self.config.logn_length).to(q.dtype)
-        if context.store is None:
+        if context.store is None and self.deterministic and context.prefix_lengths is None:
+            out = deterministic_attention(q, k, v, self.rule, context.lengths)
+        elif context.store is None:
             out = attention(q, k, v, self.rule, context.lengths, context.prefix_lengths)
         else:
             out = context.store.attend(self.layer, q, k, v, self.rule, context.prefix_lengths)

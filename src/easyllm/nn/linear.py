@@ -1,7 +1,8 @@
 """Linear layers with one adapter slot, and the embedding.
 
 Every linear is `y = matmul(x)` followed by an optional adapter. Quantization swaps the storage and the
-matmul, an adapter fills the slot: the two never meet (a LoRA on a 4-bit base is no class of its own).
+matmul, an adapter fills the slot: the two never meet (a LoRA on a 4-bit base is no class of its own). `deterministic` is set
+by `nn/deterministic`.
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from easyllm.nn.quantized import QuantizedWeight
+from easyllm.ops.deterministic import tiled_linear
 
 
 class Linear(nn.Module):
@@ -26,11 +28,14 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.quantized: QuantizedWeight | None = None
         self.adapter: nn.Module | None = None
+        self.deterministic = False
 
     def matmul(self, x: Tensor) -> Tensor:
         """The base layer's output alone."""
         if self.quantized is not None:
             return self.quantized.linear(x, self.bias)
+        if self.deterministic:
+            return tiled_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,6 +62,7 @@ class Embedding(nn.Embedding):
     def __init__(self, num_tokens: int, width: int) -> None:
         super().__init__(num_tokens, width, _weight=torch.empty(num_tokens, width))
         self.quantized: QuantizedWeight | None = None
+        self.deterministic = False
 
     def forward(self, token_ids: Tensor) -> Tensor:
         if self.quantized is not None:
@@ -67,6 +73,8 @@ class Embedding(nn.Embedding):
         """`hidden: [N, D]` → [N, V]: products with every token's vector."""
         if self.quantized is not None:
             return self.quantized.linear(hidden)
+        if self.deterministic:
+            return tiled_linear(hidden, self.weight)
         return F.linear(hidden, self.weight)
 
     def quantize(self, weight: QuantizedWeight) -> None:

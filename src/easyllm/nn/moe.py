@@ -9,6 +9,7 @@ from easyllm.nn.config import MoEConfig
 from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Linear
 from easyllm.ops.attention import AttentionContext
+from easyllm.ops.deterministic import tiled_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = nn.functional.linear(x.to(wide), self.router.weight.to(wide))  # [T, E]
+        linear = tiled_linear if self.router.deterministic else nn.functional.linear
+        logits = linear(x.to(wide), self.router.weight.to(wide))  # [T, E]
         weights, chosen = self.route(logits)
         dropped = self._overflow(chosen)
         if context.routing is not None:

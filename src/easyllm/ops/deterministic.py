@@ -6,11 +6,13 @@ log-probability of the engine would differ from that of the training forward. He
 attention one order of keys. What works row by row anyway (norms, rotations, gates, quantized linears) needs nothing.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from easyllm.ops.attention import AttentionRule
+from easyllm.ops.attention import AttentionRule, attention
 from easyllm.ops.paged_attention import new_pages, paged_attention
 
 TILE_ROWS = 32
@@ -29,10 +31,21 @@ def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     rows = x.reshape(-1, x.shape[-1])
     missing = -len(rows) % TILE_ROWS
     tiles = F.pad(rows, (0, 0, 0, missing)).split(TILE_ROWS)
-    out = x.new_empty(len(rows) + missing, weight.shape[0])
-    for tile, place in zip(tiles, out.split(TILE_ROWS), strict=True):
-        place.copy_(F.linear(tile, weight, bias))
+    parts = [F.linear(tile, weight, bias) for tile in tiles]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out[: len(rows)].view(*x.shape[:-1], weight.shape[0])
+
+
+def deterministic_attention(
+    q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, lengths: tuple[int, ...]
+) -> Tensor:
+    """`packed_attention`, with the gradient of `ops.attention.attention` (of the same function, within rounding)."""
+    with torch.no_grad():
+        exact = packed_attention(q, k, v, rule, lengths)
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return exact
+    out: Tensor = _WithValue.apply(attention(q, k, v, rule, lengths), exact)
+    return out
 
 
 def packed_attention(
@@ -63,3 +76,15 @@ def packed_attention(
             store[start : start + count] = by_page.transpose(1, 2)
         pages.append(store)
     return paged_attention(q, pages[0], pages[1], table, lengths, lengths, rule)
+
+
+class _WithValue(torch.autograd.Function):
+    """The second tensor's value with the first one's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

@@ -1,0 +1,160 @@
+"""Law 6 to the bit: in deterministic mode a request's tokens and log-probabilities do not depend on its company, and are those
+of the training forward."""
+
+import random
+
+import pytest
+import torch
+
+from conftest import build_tiny
+from easyllm.core.errors import ConfigError
+from easyllm.data.packing import Sample, pack
+from easyllm.engine import LLM, Engine, Request, SamplingParams
+from easyllm.engine.options import EngineConfig
+from easyllm.nn.deterministic import one_row_logprobs, set_deterministic
+from easyllm.ops.kernels.build import _library
+from easyllm.quant import quantize_weights
+from easyllm.train.objectives import LanguageModel
+
+pytestmark = pytest.mark.skipif(_library() is None, reason="there is no C compiler")
+WIDE = {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 6}
+KINDS, TIMES = 100, 10
+
+
+def model_of(**changes):
+    return build_tiny(seed=6, **WIDE | changes)
+
+
+def request_kinds():
+    """A hundred different requests: prompts of any length, greedy and sampled, penalties, copies."""
+    draws = random.Random(0)
+    kinds = []
+    for number in range(KINDS):
+        prompt = tuple(draws.randrange(3, 320) for _ in range(draws.choice([1, 3, 17, 40, 90])))
+        params = SamplingParams(
+            temperature=draws.choice([0.0, 0.8]),
+            top_p=draws.choice([1.0, 0.9]),
+            repetition_penalty=draws.choice([1.0, 1.2]),
+            max_tokens=draws.randrange(1, 7),
+            seed=number,
+            ignore_eos=True,
+        )
+        kinds.append((prompt, params))
+    return kinds
+
+
+def engine_of(model, tokenizer, *, on=True, **options):
+    values = {"deterministic": on, "compiled_step": on, "page_size": 8, "num_pages": 200}
+    return Engine(model, tokenizer, EngineConfig(**values | options))
+
+
+def outcome(engine, requests):
+    """Tokens and log-probabilities of each request, in their order."""
+    found = {request.id: [] for request in requests}
+    for event in engine.run(requests):
+        found[event.request_id].append((event.token_id, event.logprob))
+    return [found[request.id] for request in requests]
+
+
+def alone_and_together(model, tokenizer, on):
+    kinds = request_kinds()
+    alone = [
+        outcome(
+            engine_of(model, tokenizer, on=on, prefix_caching=False),
+            [Request(prompt_ids=prompt, params=params)],
+        )[0]
+        for prompt, params in kinds
+    ]
+    order = [number for number in range(KINDS) for _ in range(TIMES)]
+    random.Random(1).shuffle(order)
+    requests = [Request(prompt_ids=kinds[n][0], params=kinds[n][1]) for n in order]
+    engine = engine_of(model, tokenizer, on=on, max_running=24, max_step_tokens=64)
+    together = outcome(engine, requests)
+    return [(alone[n], got) for n, got in zip(order, together, strict=True)]
+
+
+def test_a_thousand_requests_in_random_company_have_the_bits_of_each_alone(tiny_tokenizer):
+    pairs = alone_and_together(model_of(), tiny_tokenizer, on=True)
+    assert len(pairs) == 1000
+    assert all(alone == together for alone, together in pairs)
+
+
+def test_with_the_mode_off_they_have_not(tiny_tokenizer):
+    pairs = alone_and_together(model_of(), tiny_tokenizer, on=False)
+    assert sum(alone != together for alone, together in pairs) > 100
+
+
+@pytest.mark.parametrize("cache", [None, "bfloat16"])
+def test_the_engines_log_probabilities_are_the_training_forwards(tiny_tokenizer, cache):
+    model = model_of()
+    llm = LLM(model=model, tokenizer=tiny_tokenizer, deterministic=True, cache_dtype=cache)
+    prompts = [list(prompt) for prompt, _ in request_kinds()[:30]]
+    done = llm.generate(prompts, SamplingParams(temperature=0.9, max_tokens=9, ignore_eos=True))
+    equal = []
+    for prompt, each in zip(prompts, done, strict=True):
+        scores = llm.score([*prompt, *each.token_ids])[len(prompt) - 1 :]
+        equal.append(scores == each.logprobs)
+    # a rounded cache holds other keys than the forward pass has: the control of this test
+    assert all(equal) if cache is None else not all(equal)
+
+
+def test_the_forward_pass_with_a_gradient_has_the_same_bits(tiny_tokenizer):
+    model = set_deterministic(model_of())
+    ids = [list(prompt) for prompt, _ in request_kinds()[:12] if len(prompt) > 1]
+    batch = pack([Sample.from_mask(each) for each in ids])
+    model.requires_grad_(True).train()
+    hidden = model(batch.token_ids, batch.context())
+    logits = model.head(hidden)
+    rows = one_row_logprobs(logits, batch.labels)
+    model.eval()
+    at = 0
+    for each in ids:
+        alone = model.logits(each[:-1])
+        assert torch.equal(
+            one_row_logprobs(alone, torch.tensor(each[1:])), rows[at : at + len(each) - 1]
+        )
+        at += len(each) - 1
+
+
+def test_gradients_are_those_of_the_plain_mode_within_rounding(tiny_tokenizer):
+    ids = [list(prompt) for prompt, _ in request_kinds()[:12] if len(prompt) > 1]
+    batch = pack([Sample.from_mask(each) for each in ids])
+    grads = []
+    for on in (False, True):
+        model = set_deterministic(model_of().requires_grad_(True), on)
+        LanguageModel().loss(model, batch).sum.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for plain, exact in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, exact, atol=1e-4 * float(plain.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantized_weights_keep_the_promise(tiny_tokenizer, scheme):
+    model = quantize_weights(model_of(), scheme)
+    pairs = alone_and_together(model, tiny_tokenizer, on=True)
+    assert all(alone == together for alone, together in pairs)
+
+
+@pytest.mark.parametrize("position", ["window"])
+def test_windows_keep_the_promise(tiny_tokenizer, position):
+    model = model_of()
+    layers = tuple(
+        layer.model_copy(update={"mixer": layer.mixer.model_copy(update={"window": 24})})
+        for layer in model.config.layers
+    )
+    twin = type(model)(model.config.changed(layers=layers))
+    twin.load_state_dict(model.state_dict())
+    pairs = alone_and_together(twin.eval().requires_grad_(False), tiny_tokenizer, on=True)
+    assert all(alone == together for alone, together in pairs)
+
+
+def test_what_cannot_promise_it_is_refused(tiny_tokenizer):
+    with pytest.raises(ConfigError, match="no deterministic mode: it needs a CPU, weights of fp32"):
+        set_deterministic(model_of().double())
+    layers = tuple(
+        layer.model_copy(update={"mixer": layer.mixer.model_copy(update={"softcap": 5.0})})
+        for layer in model_of().config.layers
+    )
+    capped = type(model_of())(model_of().config.changed(layers=layers))
+    with pytest.raises(ConfigError, match="layer 0 has attention with a soft cap"):
+        set_deterministic(capped.eval().requires_grad_(False))
