@@ -462,6 +462,26 @@ def test_after_a_failing_step_everything_is_computed_again(model, tiny_tokenizer
             assert [e.token_id for e in mine] == completion.token_ids
 
 
+def test_weights_that_change_under_running_requests_leave_nothing_stale(tiny_tokenizer):
+    model = build_tiny(seed=3).double()
+    engine = Engine(model, tiny_tokenizer)
+    (prompt,) = prompts_of([40])
+    request = Request(prompt_ids=prompt, params=SamplingParams(**GREEDY))
+    engine.add(request)
+    events = [event for _ in range(4) for event in engine.step()]
+    for parameter in model.parameters():
+        parameter.mul_(0.9)
+    engine.forget_prefixes()
+    while engine.busy:
+        events += engine.step()
+    ids = [*prompt, *(e.token_id for e in events)]
+    expected = model.logits(ids).argmax(-1).tolist()
+    assert ids[44:] == expected[43:-1]  # from the fifth token on by the new weights
+    (again,) = results(engine, [request])
+    (fresh,) = results(Engine(model, tiny_tokenizer), [request])
+    assert again[0].logprobs == pytest.approx(fresh[0].logprobs, abs=1e-9)
+
+
 # ---- refusals
 
 REFUSED = [

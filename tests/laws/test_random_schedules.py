@@ -95,6 +95,11 @@ def run_schedule(seed):
                 break
             continue
         assert sum(len(p.token_ids) for p in step.pieces) <= budget
+        if rng.random() < 0.02:  # the pass fails, or the weights change
+            scheduler.preempt_all()
+            if rng.random() < 0.5:
+                pool.forget_prefixes()
+            continue
         rows = iter(runner.read(step))
         for piece in step.pieces:
             numbers = take(
@@ -147,7 +152,8 @@ def take(scheduler, owners, piece, rows, numbers):
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_20000_random_schedules_leak_nothing_and_give_each_what_it_gets_alone(part):
-    """Arrivals, cancels, preemptions, shared prefixes, forks, windows and wrong guesses, in tiny pools."""
+    """Arrivals, cancels, preemptions, shared prefixes, forks, windows, wrong guesses and failing passes, in tiny
+    pools."""
     share = SCHEDULES // PARTS
     counts = [run_schedule(seed) for seed in range(part * share, (part + 1) * share)]
     preempted, hit = (sum(count > 0 for count in column) for column in zip(*counts, strict=True))

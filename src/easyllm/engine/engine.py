@@ -189,8 +189,7 @@ class Engine:
             logits = self.runner.run(step)
         except BaseException:
             # what the pass has written is unknown: everybody in it is computed again, if not cancelled first
-            for sequence in reversed(self.scheduler.running.copy()):
-                self.scheduler.preempt(sequence)
+            self.scheduler.preempt_all()
             raise
         turns, end = [], 0
         for piece in step.pieces:
@@ -219,7 +218,9 @@ class Engine:
                 self._inboxes.pop(request.id, None)
 
     def forget_prefixes(self) -> None:
-        """Forgets all cached prefixes; to be called when the model's weights have changed."""
+        """Forgets all that is cached; to be called when the model's weights have changed. Running requests are computed
+        again with the new ones, and go on from the tokens they have."""
+        self.scheduler.preempt_all()
         self.pool.forget_prefixes()
 
     def check_prompt(self, prompt_ids: tuple[int, ...], max_tokens: int | None) -> int:

@@ -160,6 +160,11 @@ class Scheduler:
         self._give_back(sequence)
         self.waiting.appendleft(sequence)
 
+    def preempt_all(self) -> None:
+        """Sends everybody back, to be computed again in the same order."""
+        for sequence in reversed(self.running.copy()):
+            self.preempt(sequence)
+
     def check(self) -> None:
         """Asserts that every page is accounted for."""
         self.pool.check([s.table.held for s in self.running if s.table is not None])
