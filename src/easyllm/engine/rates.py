@@ -29,10 +29,10 @@ class Shape:
 
 
 SHAPES = (
-    Shape(sequences=1, prompt=128, new=64),
+    Shape(sequences=1, prompt=128, new=128),
     Shape(sequences=1, prompt=1024, new=32),
-    Shape(sequences=8, prompt=128, new=32),
-    Shape(sequences=32, prompt=128, new=16),
+    Shape(sequences=8, prompt=128, new=64),
+    Shape(sequences=32, prompt=128, new=32),
 )
 
 

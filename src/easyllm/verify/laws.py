@@ -15,10 +15,16 @@ from torch import Tensor
 
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.progress import Progress
+from easyllm.engine.compiled_step import CompiledStep
 from easyllm.engine.runner import logits_in_passes
 from easyllm.models import load_model, open_source, save_model
 from easyllm.models.load import OpenSource
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.deterministic import (
+    deterministic_refusal,
+    one_row_logprobs,
+    set_deterministic,
+)
 from easyllm.ops.attention import AttentionContext
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -111,6 +117,14 @@ def _measure(
         logits = through_cache(model, ids, [*pieces, *[1] * DECODED])
         claim = f"prefill in {name} + {DECODED} tokens through the cache = one forward"
         yield Finding(3, claim, _distance(logits, alone), bound)
+    if CompiledStep.supports(model):
+        stepped = logits_in_passes(model, [ids.tolist()], [[1] * len(ids)], compiled=True)[0]
+        yield Finding(
+            3, "every token by the compiled step = one forward", _distance(stepped, alone), bound
+        )
+    if deterministic_refusal(model) is None:
+        claim = "deterministic: log-probabilities in company, from the cache = the forward's, to the bit"
+        yield Finding(6, claim, deterministic_difference(model, ids), 0)
 
 
 def _against_reference(
@@ -144,6 +158,18 @@ def packed_difference(model: Decoder, ids: Tensor) -> float:
 def through_cache(model: Decoder, ids: Tensor, pieces: Sequence[int]) -> Tensor:
     """[T, V] logits of one sequence that goes through the engine's paged cache in pieces."""
     return logits_in_passes(model, [ids.tolist()], [list(pieces)])[0]
+
+
+def deterministic_difference(model: Decoder, ids: Tensor) -> int:
+    """Log-probabilities of `ids` whose bits are others when they are served in pieces among other sequences than in one
+    forward pass of their own, both in deterministic mode."""
+    set_deterministic(model)
+    expected = one_row_logprobs(model.logits(ids)[:-1], ids[1:])
+    company = [ids.tolist(), ids.flip(0)[: len(ids) // 2].tolist(), ids[1:6].tolist()]
+    passes = [[*_pieces(len(ids)), *[1] * DECODED], [7, len(ids) // 2 - 7], [1] * 5]
+    logits = logits_in_passes(model, company, passes)[0]
+    set_deterministic(model, on=False)
+    return int((one_row_logprobs(logits[:-1], ids[1:]) != expected).sum())
 
 
 def _pieces(length: int) -> list[int]:

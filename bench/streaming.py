@@ -1,0 +1,110 @@
+"""A text without end through a small cache: with sinks, without, and with the window computed afresh, as one JSON row and a plot.
+
+    python bench/streaming.py [--tokens 20000] [--window 512] [--sampled 500] [--record]
+
+SmolLM2 reads WikiText-2's validation text through a cache of `window` tokens, in the engine, in chunks: with 4 sinks (the first
+tokens and the last 508), and without. At sampled places the last 512 tokens are also computed afresh by the plain model,
+which is what one would do without streaming. Losses are nats a token; differences are paired, with their standard error.
+"""
+
+import argparse
+import math
+import statistics
+import time
+
+import machine
+import plot
+import torch
+
+from easyllm.engine import LLM, Request, SamplingParams
+from easyllm.models import ContextConfig, load_model, load_tokenizer
+
+FIGURE = machine.HERE.parent / "docs" / "figures" / "streaming.svg"
+TEXT = machine.SHARED / "data" / "wikitext2_valid.txt"
+BIN = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=20000)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--sampled", type=int, default=500)
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    ids = load_tokenizer("smollm2").encode(TEXT.read_text(encoding="utf-8"))[: options.tokens]
+    losses, seconds = {}, {}
+    for name, sinks in ((f"{options.sinks} sinks", options.sinks), ("no sinks", 0)):
+        start = time.perf_counter()
+        losses[name] = streamed(ids, window=options.window - sinks, sinks=sinks)
+        seconds[name] = round(time.perf_counter() - start, 1)
+    first = 2 * options.window  # from there on the cache has been full for a while
+    places = [first + i * (len(ids) - first - 1) // options.sampled for i in range(options.sampled)]
+    start = time.perf_counter()
+    afresh = recomputed(ids, places, options.window)
+    seconds["afresh, sampled"] = round(time.perf_counter() - start, 1)
+    results = {}
+    for name, values in losses.items():
+        gaps = [values[place] - loss for place, loss in zip(places, afresh, strict=True)]
+        behind = values[first:]
+        results[name] = {
+            "loss_nats": round(statistics.fmean(behind), 4),
+            "perplexity": round(math.exp(statistics.fmean(behind)), 2),
+            "minus_afresh_nats": round(statistics.fmean(gaps), 4),
+            "standard_error": round(statistics.stdev(gaps) / math.sqrt(len(gaps)), 4),
+        }
+    names = list(results)
+    ratio = results[names[1]]["perplexity"] / results[names[0]]["perplexity"]
+    lines = {name: bins(list(enumerate(values))) for name, values in losses.items()}
+    lines["window computed afresh (sampled)"] = bins(list(zip(places, afresh, strict=True)))
+    plot.write_lines(
+        FIGURE,
+        f"SmolLM2 on WikiText-2 through a cache of {options.window} tokens",
+        lines,
+        x_title="token",
+        y_title=f"loss, nats a token (means of {BIN})",
+    )
+    row = machine.row(
+        "streaming",
+        shape={"tokens": len(ids), "window": options.window, "sampled": len(places)},
+        results=results,
+        afresh_loss_nats=round(statistics.fmean(afresh), 4),
+        perplexity_ratio_without_sinks=round(ratio, 2),
+        seconds=seconds,
+    )
+    machine.finish(row, "streaming", record=options.record)
+
+
+def streamed(ids: list[int], *, window: int, sinks: int) -> list[float]:
+    """The loss of each token after the first, at the place of the token before it."""
+    context = ContextConfig(method="streaming", window=window, sinks=sinks)
+    llm = LLM("smollm2", context=context, num_pages=96, max_step_tokens=512, max_running=1)
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    found: list[float] = []
+    for event in llm.engine.run([Request(prompt_ids=tuple(ids), params=params)]):
+        if event.prompt_logprobs is not None:
+            found = [-each.raw for each in event.prompt_logprobs]
+    return found
+
+
+@torch.inference_mode()
+def recomputed(ids: list[int], places: list[int], window: int) -> list[float]:
+    """The loss of the token behind each place, from a forward pass over the last `window` tokens alone."""
+    model = load_model("smollm2", dtype="float32")
+    losses = []
+    for place in places:
+        hidden = model.logits(ids[place + 1 - window : place + 1])[-1]
+        losses.append(-float(hidden.log_softmax(-1)[ids[place + 1]]))
+    return losses
+
+
+def bins(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Means of neighbouring places."""
+    groups: dict[int, list[float]] = {}
+    for place, value in points:
+        groups.setdefault(place // BIN, []).append(value)
+    return [(BIN * (k + 0.5), statistics.fmean(v)) for k, v in sorted(groups.items())]
+
+
+if __name__ == "__main__":
+    main()
