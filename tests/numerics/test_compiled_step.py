@@ -349,3 +349,24 @@ def test_what_would_leave_memory_is_refused():
             step.run(*arguments)
     with pytest.raises(ConfigError, match="1 layers of pages"):
         CompiledStep(model, cache.keys[:1], cache.values[:1])
+
+
+def test_a_step_follows_weights_that_are_moved_or_replaced(tiny_tokenizer):
+    """Two engines on one model, and weights put in its place behind their backs."""
+    from easyllm.engine import LLM, SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    model = build_tiny(seed=1)
+    first, second = (LLM(model=model, tokenizer=tiny_tokenizer) for _ in range(2))
+    prompt = [[5, 6, 7, 8]]
+    before = first.generate(prompt, params)[0].token_ids
+    assert second.generate(prompt, params)[0].token_ids == before
+    assert first.generate(prompt, params)[0].token_ids == before
+    other = build_tiny(seed=2)
+    expected = LLM(model=other, tokenizer=tiny_tokenizer).generate(prompt, params)[0].token_ids
+    for mine, theirs in zip(model.modules(), other.modules(), strict=True):
+        for name, value in theirs.named_parameters(recurse=False):
+            setattr(mine, name, torch.nn.Parameter(value.clone(), requires_grad=False))
+    for llm in (first, second):
+        llm.engine.forget_prefixes()
+        assert llm.generate(prompt, params)[0].token_ids == expected

@@ -238,10 +238,10 @@ def test_many_clients_at_once_get_what_each_gets_alone(client):
 
 
 def test_a_failing_step_is_reported_and_the_engine_lives(address, llms, monkeypatch):
-    model = llms["tuned"].model
+    runner = llms["tuned"].engine.runner
     body = {"model": "tuned", "messages": QUESTION, "max_tokens": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(model, "head", lambda hidden: 1 / 0)
+        patch.setattr(runner, "run", lambda step: 1 / 0)
         answer = httpx.post(f"{address}/v1/chat/completions", json=body)
         assert answer.status_code == 500
         assert answer.json()["error"]["type"] == "server_error"

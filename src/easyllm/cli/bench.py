@@ -7,11 +7,7 @@ import typer
 from easyllm.cli.models import Model
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
 
-bench = typer.Typer(
-    help="Measure what this machine does with a model.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-)
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +17,12 @@ def register(app: typer.Typer) -> None:
 
 @bench.callback()
 def _verbs() -> None:
-    """Measure what this machine does with a model."""
+    """Measure what this machine does with a model.
+
+    [bold]Example[/bold]
+
+        easyllm bench engine smollm2
+    """
 
 
 @bench.command("engine")

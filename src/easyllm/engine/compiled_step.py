@@ -48,7 +48,8 @@ class CompiledStep:
     """Runs decoding steps of one model over one cache.
 
     Args:
-        model: in inference mode. Its weights are moved together into large pages, and must stay there.
+        model: in inference mode. Its weights are moved together into large pages; where somebody moves or replaces them
+            later, the step follows.
         key_pages, value_pages: a layer each, [P, K, page_size, d]; they must stay where they are.
 
     Raises:
@@ -63,18 +64,26 @@ class CompiledStep:
             raise ConfigError(f"the compiled step does not serve this model: {refusal}")
         self.vocab_size = model.config.vocab_size
         self.page_size = key_pages[0].shape[2]
-        self._kept: list[object] = [model, list(key_pages), list(value_pages)]
-        gather_weights(model)
+        self._model_itself, self._cache = model, (list(key_pages), list(value_pages))
         self._layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-        structs = [self._layer_struct(layer) for layer in self._layers]
-        self._layer_structs = (build.StepLayer * len(structs))(*structs)
-        self._model = self._model_struct(model)
+        self._owners = [m for m in model.modules() if isinstance(m, Linear | Embedding)]
+        gather_weights(model)
+        self.bind()
         pages = [pages_struct(k, v) for k, v in zip(key_pages, value_pages, strict=True)]
         self._pages = (build.Pages * len(pages))(*pages)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._tables: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = {}
         self._num_positions = 0
         self._reach(min(FIRST_POSITIONS, model.config.max_seq_len))
+
+    def bind(self) -> None:
+        """Takes down where the weights lie, and copies of those it needs in fp32."""
+        self._kept: list[object] = [_weight_of(owner) for owner in self._owners]
+        self._addresses = [_weight_of(owner).data_ptr() for owner in self._owners]
+        structs = [self._layer_struct(layer) for layer in self._layers]
+        self._layer_structs = (build.StepLayer * len(structs))(*structs)
+        self._model = self._model_struct(self._model_itself)
+        self._num_positions = 0
 
     @staticmethod
     def refusal(model: Decoder) -> str | None:
@@ -122,6 +131,8 @@ class CompiledStep:
         if rows == 0:
             return logits
         self._check(token_ids, positions, page_table, key_lengths)
+        if [_weight_of(owner).data_ptr() for owner in self._owners] != self._addresses:
+            self.bind()
         self._reach(max(positions) + 1)
         numbers = ctypes.c_int64 * rows
         held = numbers(*token_ids), numbers(*positions), numbers(*key_lengths)
@@ -259,17 +270,25 @@ class CompiledStep:
         return weight.data_ptr()
 
 
-@torch.no_grad()
 def gather_weights(model: Decoder) -> None:
     """Moves the weights of linears and embedding together, in the order a step reads them."""
     owners = [m for m in model.modules() if isinstance(m, Linear | Embedding)]
-    weights = [o.weight.data if o.quantized is None else o.quantized.data for o in owners]
-    for owner, old, new in zip(owners, weights, rooms_for(weights), strict=True):
-        new.copy_(old)
-        if owner.quantized is None:
-            owner.weight.data = new
-        else:
-            owner.quantized.data = new
+    weights = [_weight_of(owner) for owner in owners]
+    if len({weight.untyped_storage().data_ptr() for weight in weights}) == 1:
+        return  # another engine has done it
+    # made in inference mode only where the old ones were: they could never be trained again
+    with torch.inference_mode(weights[0].is_inference()), torch.no_grad():
+        for owner, old, new in zip(owners, weights, rooms_for(weights), strict=True):
+            new.copy_(old)
+            if owner.quantized is None:
+                owner.weight.data = new
+            else:
+                owner.quantized.data = new
+
+
+def _weight_of(owner: Linear | Embedding) -> Tensor:
+    """The tensor that holds a linear's or embedding's weight, codes where it is quantized."""
+    return owner.weight.data if owner.quantized is None else owner.quantized.data
 
 
 def _attention(layer: DecoderLayer) -> Attention:

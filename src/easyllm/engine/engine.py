@@ -222,6 +222,8 @@ class Engine:
         again with the new ones, and go on from the tokens they have."""
         self.scheduler.preempt_all()
         self.pool.forget_prefixes()
+        if isinstance(self._runner, DecoderRunner):
+            self._runner.weights_changed()
 
     def check_prompt(self, prompt_ids: tuple[int, ...], max_tokens: int | None) -> int:
         """Most tokens that may be generated behind a prompt, by `max_tokens`, the context and the cache.

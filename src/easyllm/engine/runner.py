@@ -39,6 +39,11 @@ class DecoderRunner:
             if CompiledStep.pages_fit(model, keys, values):
                 self._compiled = CompiledStep(model, keys, values)
 
+    def weights_changed(self) -> None:
+        """Forgets what has been made of the weights."""
+        if self._compiled is not None:
+            self._compiled.bind()
+
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
         """Logits [N, V], fp32 (fp64 for an fp64 model), of the rows asked for."""

@@ -180,6 +180,8 @@ def reference_paged_attention(
         prefix = prefix_lengths[n] if prefix_lengths else 0
         if not len(query):
             continue
+        before = key_lengths[n] - lengths[n]
+        assert not 0 < before < prefix, "a prefix lies whole in its sequence's first pass"
         seen = _seen_positions(lengths[n], key_lengths[n], rule, prefix).to(q.device)
         k = gather_pages(key_pages, page_table[n], seen).to(q.dtype)
         v = gather_pages(value_pages, page_table[n], seen).to(q.dtype)

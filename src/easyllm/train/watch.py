@@ -182,6 +182,7 @@ def samples_of(
         num_pages=len(config.prompts) * -(-longest // 16),
         page_size=16,
         prefix_caching=False,
+        compiled_step=False,  # it would move the weights the optimizer holds
     )
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, seed=0)
 

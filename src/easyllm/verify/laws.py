@@ -122,7 +122,7 @@ def _measure(
         yield Finding(
             3, "every token by the compiled step = one forward", _distance(stepped, alone), bound
         )
-    if deterministic_refusal(model) is None:
+    if model.config.num_labels is None and deterministic_refusal(model) is None:
         claim = "deterministic: log-probabilities in company, from the cache = the forward's, to the bit"
         yield Finding(6, claim, deterministic_difference(model, ids), 0)
 
