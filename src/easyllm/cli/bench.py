@@ -51,7 +51,13 @@ def engine(
     from easyllm.engine import LLM
     from easyllm.engine.rates import measure_rates
 
-    llm = LLM(model, quantize=quantize, dtype=dtype, cache_dtype=cache_dtype)
+    llm = LLM(
+        model,
+        quantize=quantize,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        prefix_caching=False,  # the prompts of one shape begin as those of another
+    )
     rates, machine = measure_rates(llm, repeats=repeats)
     if json_output:
         print_json({"machine": machine, "rates": [each.as_dict() for each in rates]})

@@ -168,10 +168,12 @@ def _run(
             watch.event(totals.step, "stopped", reason)
         figures = _figures(totals, material, time.monotonic() - start)
         watch.look(totals.step)
+        evaluated = watch.evaluated
         if config.keep_best and (output / FOLDER / BEST).is_dir():
             figures["best_step"] = _take_best(output, state)
-        if watch.evaluate is not None:
-            figures |= {k.replace("eval/", "eval_"): v for k, v in watch.evaluate().items()}
+            if watch.evaluate is not None:
+                evaluated = watch.evaluate()
+        figures |= {k.replace("eval/", "eval_"): v for k, v in evaluated.items()}
     finally:
         watch.close()
     _save_result(config, output, model, optimizer, origin)

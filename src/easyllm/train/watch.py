@@ -63,6 +63,7 @@ class RunWatch:
         )
         self.report = RunReport(run, total_steps=total_steps)
         self._reported = time.monotonic()
+        self.evaluated: dict[str, float] = {}  # figures of the last evaluation
         self._seconds: list[float] | None = [] if config.compile else None
 
     def after_step(self, report: StepReport) -> str | None:
@@ -98,7 +99,7 @@ class RunWatch:
             self.log.write(step=step, samples=self.samples())
         if self.evaluate is None:
             return None
-        figures = self.evaluate()
+        figures = self.evaluated = self.evaluate()
         self._write({"step": step, **figures})
         shown = ", ".join(f"{name.removeprefix('eval/')} {v:.4f}" for name, v in figures.items())
         console().print(f"step {step}: {shown}", soft_wrap=True)

@@ -11,8 +11,13 @@
 typedef int64_t i64;
 enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
+// A vec is one register; where the processor has narrower ones than the compiler is told of, sums would lie in memory.
+#ifdef __AVX512F__
 #define LANES 16
-typedef float vec __attribute__((vector_size(64), aligned(4)));
+#else
+#define LANES 8
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 // Eight floats, for kernels whose result for a row must have the same bits whatever else is computed beside it:
 // their sums are written out, so that no compiler chooses another order for another number of rows.
@@ -98,10 +103,15 @@ static inline float exp_(float x) {
 
 static inline float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
 
+// Sums of a tile stay in registers: 24 of AVX-512's 32, 12 of AVX2's 16, 24 of NEON's 32 (where a vec is two of them).
 #define TILE_ROWS 6
+#ifdef __AVX512F__
 #define TILE_VECS 4
+#else
+#define TILE_VECS 2
+#endif
 
-// c[ROWS][VECS*16] += a[ROWS][depth] b[depth][VECS*16]; element (i, k) of a lies at a[i*ai + k*ak]
+// c[ROWS][VECS*LANES] += a[ROWS][depth] b[depth][VECS*LANES]; element (i, k) of a lies at a[i*ai + k*ak]
 #define TILE(NAME, ROWS, VECS)                                                                      \
     static inline void NAME(i64 depth, const float *a, i64 ai, i64 ak, const float *b, i64 ldb,     \
                             float *c, i64 ldc) {                                                    \
@@ -119,28 +129,28 @@ static inline float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
         for (int i = 0; i < ROWS; i++)                                                              \
             for (int j = 0; j < VECS; j++) *(vec *)(c + i * ldc + j * LANES) = acc[i][j];           \
     }
-TILE(tile_6x4, 6, 4)
-TILE(tile_6x1, 6, 1)
-TILE(tile_1x4, 1, 4)
-TILE(tile_1x1, 1, 1)
+TILE(tile_wide, TILE_ROWS, TILE_VECS)
+TILE(tile_narrow, TILE_ROWS, 1)
+TILE(row_wide, 1, TILE_VECS)
+TILE(row_narrow, 1, 1)
 
-// c[rows][cols] += a b, cols a multiple of 16
+// c[rows][cols] += a b, cols a multiple of LANES
 static inline void matmul_add(i64 rows, i64 cols, i64 depth, const float *a, i64 ai, i64 ak,
                               const float *b, i64 ldb, float *c, i64 ldc) {
     i64 i = 0;
     for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
         i64 j = 0;
         for (; j + TILE_VECS * LANES <= cols; j += TILE_VECS * LANES)
-            tile_6x4(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            tile_wide(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
         for (; j < cols; j += LANES)
-            tile_6x1(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            tile_narrow(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
     }
     for (; i < rows; i++) {
         i64 j = 0;
         for (; j + TILE_VECS * LANES <= cols; j += TILE_VECS * LANES)
-            tile_1x4(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            row_wide(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
         for (; j < cols; j += LANES)
-            tile_1x1(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            row_narrow(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
     }
 }
 
