@@ -1,0 +1,94 @@
+"""The recipes that begin with nothing, run whole: time, evaluations on the way, and what comes out, as a JSON row each.
+
+    python bench/from_scratch.py [--runs shakespeare-char from-scratch:tinyshakespeare.txt from-scratch] [--record]
+
+A run is a recipe, with a file beside this checkout as its text where one is named. The exported folder is loaded in
+`transformers` and must give the same next token.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+from machine import SHARED
+
+RUNS = (
+    "shakespeare-char:tinyshakespeare.txt",
+    "from-scratch:tinyshakespeare.txt",
+    "from-scratch:wikitext2_valid.txt",
+    "from-scratch",
+)
+LAST = {"shakespeare-char": "train", "from-scratch": "chat"}
+PRETRAINED = {"shakespeare-char": "train", "from-scratch": "pretrain"}
+QUESTION = "What is Easyllm?"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", nargs="+", default=RUNS)
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    for run in options.runs:
+        with tempfile.TemporaryDirectory() as work:
+            machine.finish(measure(run, Path(work) / "run"), "from_scratch", record=options.record)
+
+
+def measure(run: str, output: Path) -> dict[str, Any]:
+    """One recipe's row."""
+    recipe, _, text = run.partition(":")
+    words = [f"output={output}"]
+    if text:
+        words.append(f"stages.corpus.sources.text.paths=[{SHARED / 'data' / text}]")
+    start = time.perf_counter()
+    easyllm("run", recipe, *words)
+    seconds = time.perf_counter() - start
+    log = (output / PRETRAINED[recipe] / "metrics.jsonl").read_text().splitlines()
+    seen = [x for x in map(json.loads, log) if "eval/bits_per_byte" in x]
+    model = output / LAST[recipe] / "model"
+    said = (
+        easyllm("generate", str(model), QUESTION, "--chat", "--max-tokens", "40")
+        if (recipe == "from-scratch")
+        else easyllm("generate", str(model), "ROMEO:", "--max-tokens", "120")
+    )
+    bits = [round(x["eval/bits_per_byte"], 4) for x in seen]
+    return machine.row(
+        "from-scratch",
+        recipe=recipe,
+        text=text or "the recipe's own",
+        seconds=round(seconds, 1),
+        evaluated_at=[x["step"] for x in seen],
+        eval_loss_nats=[round(x["eval/loss_nats"], 4) for x in seen],
+        bits_per_byte=bits,
+        falls_throughout=bits == sorted(bits, reverse=True),
+        transformers_agrees=same_in_transformers(model),
+        says=said.strip(),
+    )
+
+
+def same_in_transformers(folder: Path) -> bool:
+    """Whether the exported model, loaded there, has the same most likely tokens after a text."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from easyllm.models import load_model
+
+    ids = AutoTokenizer.from_pretrained(folder)("The answer is in the house.").input_ids
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0].argmax(-1)
+    return bool(torch.equal(load_model(folder, dtype="float32").logits(ids).argmax(-1), expected))
+
+
+def easyllm(*words: str) -> str:
+    command = [sys.executable, "-m", "easyllm", *words]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    main()
