@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 380, 64, 24, 44, 46
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 64, 24, 66, 46
 COLOURS = ("#1f6f6b", "#b4500f", "#5a4fa0", "#8a8f98", "#a02c4a")
 
 
@@ -39,17 +39,17 @@ def write_lines(
             f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
         )
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{x_title}</text>')
-    parts.append(f'<text x="{LEFT}" y="{TOP - 6}" fill="#666">{y_title}</text>')
+    parts.append(f'<text x="{LEFT}" y="40" fill="#666">{y_title}</text>')
+    along = LEFT
     for number, (name, line) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
         )
-        y = TOP + 14 + 18 * number
-        parts.append(
-            f'<text x="{WIDTH - RIGHT - 6}" y="{y}" text-anchor="end" fill="{colour}">{name}</text>'
-        )
+        parts.append(f'<path d="M{along} {TOP - 12}h18" stroke="{colour}" stroke-width="3"/>')
+        parts.append(f'<text x="{along + 24}" y="{TOP - 8}" fill="{colour}">{name}</text>')
+        along += 48 + 7 * len(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
 
