@@ -298,11 +298,15 @@ def test_a_bad_row_that_stops_leaves_nothing_but_finished_work(recipe, tiny_fold
     assert not (output / "shards").exists()
 
 
-def test_a_source_is_never_held_out_whole(recipe, tiny_folder, tmp_path):
-    (tmp_path / "book.txt").write_text("One book, one document.")
+def test_of_a_single_document_the_tail_is_held_out(recipe, tiny_folder, tmp_path):
+    (tmp_path / "book.txt").write_text("One book, one document. " * 100)
     words = [f"sources={{book: {{paths: [{tmp_path / 'book.txt'}]}}}}", "mixture={}", "clean=null"]
     summary = build(recipe, tmp_path / "out", tiny_folder, *words, "pack.holdout=0.01")
-    assert (summary["documents"], summary["held_out"]) == (1, 0)
+    assert (summary["documents"], summary["held_out"]) == (1, 1)
+    (trained,), (kept,) = (
+        TokenShards(tmp_path / "out" / folder) for folder in ("shards", "shards/validation")
+    )
+    assert 0 < len(kept) <= 0.02 * len(trained)
 
 
 def test_a_source_of_which_nothing_is_left_is_pointed_out(recipe, tmp_path):

@@ -47,7 +47,7 @@ class PackConfig(Config):
     Attributes:
         end_token: put behind every document; by default `<|endoftext|>` where the tokenizer has it, else its end token.
         shard_tokens: about so many ids a file.
-        holdout: share of the documents kept apart in `shards/validation`.
+        holdout: share of the documents kept apart in `shards/validation`; where a source is one document, its last tokens.
         holdout_tail: keep the last tokens of each source apart, instead of documents at random; the document they begin in
             is cut in two.
     """

@@ -45,7 +45,10 @@ class TokenPool:
         return int(self.lengths[self.numbers].sum())
 
     def hold_out(self, share: float, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Takes documents out of those that may be chosen: at least one where a share is asked for, and never all."""
+        """Takes documents out of those that may be chosen: at least one where a share is asked for, and never all. Of a single
+        document, its tail."""
+        if share and len(self.lengths) == 1:
+            return self.hold_out_tail(share)
         order = generator.permutation(len(self.lengths))
         count = max(0, min(len(order) - 1, int(np.ceil(share * len(order)))))
         self.numbers = np.sort(order[count:])
