@@ -12,7 +12,9 @@ from easyllm.engine.kv_cache import KVCache
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
 from easyllm.models.families import family_of
 from easyllm.models.families.llama import SIZES
+from easyllm.models.load import OpenSource
 from easyllm.nn.config import LinearAttentionConfig
+from easyllm.nn.decoder import Decoder
 
 SMOLLM2 = family_of("llama").read_config(SIZES["smollm2-135m"])
 WEIGHTS = 538_060_032  # fp32
@@ -78,18 +80,24 @@ def test_a_cache_that_does_not_fit_says_how_much_is_missing_and_what_helps():
 
 
 def test_weights_that_do_not_fit_say_how_much_is_missing_and_what_helps():
-    check_weights_fit(SMOLLM2, torch.float32, WEIGHTS)
+    with torch.device("meta"):
+        model = Decoder(SMOLLM2)
+    check_weights_fit(model, torch.float32, WEIGHTS)
     with pytest.raises(ConfigError, match=r"0.54 GB as float32 .*.0.14 GB short.; set dtype to bf"):
-        check_weights_fit(SMOLLM2, torch.float32, 400_000_000)
+        check_weights_fit(model, torch.float32, 400_000_000)
+    with pytest.raises(ConfigError, match=r"short.; set quantize to int8"):
+        check_weights_fit(model, torch.float32, 150_000_000)
+    with pytest.raises(ConfigError, match=r"0.14 GB as int8 .*short.; set quantize to int4"):
+        check_weights_fit(model, torch.float32, 100_000_000, quantize="int8")
     with pytest.raises(ConfigError, match=r"short.; take a smaller model"):
-        check_weights_fit(SMOLLM2, torch.float32, 100_000_000)
+        check_weights_fit(model, torch.float32, 80_000_000)
 
 
 def test_an_llm_that_does_not_fit_is_refused_before_anything_is_loaded(tiny_folder, monkeypatch):
     with pytest.raises(ConfigError, match="did you mean 'num_pages'"):
         LLM(tiny_folder, num_page=3)
     monkeypatch.setattr(llm_module, "memory_free_bytes", lambda device: 1000)
-    monkeypatch.setattr(llm_module, "load_model", lambda *a, **k: pytest.fail("was loaded"))
+    monkeypatch.setattr(OpenSource, "model", lambda *a, **k: pytest.fail("was loaded"))
     with pytest.raises(ConfigError, match="GB short"):
         LLM(tiny_folder)
 

@@ -10,11 +10,12 @@ from conftest import build_tiny
 from easyllm.adapters.attach import attach, merge
 from easyllm.adapters.lora import LoRAConfig
 from easyllm.core.errors import CheckpointError, ConfigError
-from easyllm.models import save_model
+from easyllm.models import load_model, save_model
+from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 from easyllm.ops.attention import AttentionContext
 from easyllm.ops.kernels import build
-from easyllm.quant import SCHEMES, QuantSpec, quantize_weights
+from easyllm.quant import SCHEMES, QuantSpec, quantize_weights, quantized_bytes
 
 IDS = torch.tensor([5, 9, 300, 17, 2, 2, 41])
 
@@ -118,3 +119,17 @@ def test_smollm2_stays_within_a_hundredth_of_a_nat(smollm2, smollm2_tokenizer, s
     ids = smollm2_tokenizer.encode(text)
     model = quantize_weights(copy.deepcopy(smollm2), scheme)
     assert kl(smollm2.logits(ids), model.logits(ids)) <= 0.01
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_rounded_while_read_is_rounded_afterwards(tiny_folder, scheme):
+    read = load_model(tiny_folder, dtype="float32", quantize=scheme)
+    after = quantize_weights(load_model(tiny_folder, dtype="float32"), scheme)
+    state = after.state_dict()
+    assert read.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in read.state_dict().items())
+    assert torch.equal(read.logits(IDS), after.logits(IDS))
+    with torch.device("meta"):
+        skeleton = Decoder(read.config)
+    held = sum(tensor.nbytes for tensor in state.values())
+    assert quantized_bytes(skeleton, scheme, torch.float32) == held

@@ -118,10 +118,12 @@ class LLM:
         if model is None:
             on = pick_device(device)
             wanted = dtype or ("float32" if on.type == "cpu" else "bfloat16")
-            config = open_source(source).config
-            check_weights_fit(config, parse_dtype(wanted), memory_free_bytes(on))
-            model = load_model(source, dtype=wanted, device=device, context=context)
-        if quantize is not None:
+            opened = open_source(source, context=context)
+            weights, free = parse_dtype(wanted), memory_free_bytes(on)
+            check_weights_fit(opened.skeleton(), weights, free, quantize=quantize)
+            model = opened.model(weights, on, quantize=quantize)
+            tokenizer = tokenizer or opened.tokenizer()
+        elif quantize is not None:
             quantize_weights(model, quantize)
         self.model = model
         self.tokenizer = tokenizer or load_tokenizer(source)

@@ -8,8 +8,9 @@ import torch
 from easyllm.core.errors import ConfigError
 from easyllm.engine.options import EngineConfig
 from easyllm.nn.config import ModelConfig
+from easyllm.nn.decoder import Decoder
 from easyllm.plan.kv_cache import cache_size, rolling_window
-from easyllm.plan.parameters import count_parameters
+from easyllm.quant import quantized_bytes
 
 DEFAULT_SHARE = 0.25
 """Of the free memory, for a cache nobody has given a size."""
@@ -106,24 +107,43 @@ def plan_memory(
     )
 
 
-def check_weights_fit(config: ModelConfig, dtype: torch.dtype, free_bytes: int) -> None:
+def check_weights_fit(
+    model: Decoder, dtype: torch.dtype, free_bytes: int, *, quantize: str | None = None
+) -> None:
     """Refuses a model whose weights alone are more than what is free.
 
+    Args:
+        model: without weights (on the meta device).
+
     Raises:
-        ConfigError: with how much is missing, and the dtype that would fit, if one would.
+        ConfigError: with how much is missing, and the format that would fit, if one would.
     """
-    parameters = count_parameters(config).total
-    needed = parameters * dtype.itemsize
+    needed = _weight_bytes(model, dtype, quantize)
     if needed <= free_bytes:
         return
-    fits = dtype.itemsize > 2 and 2 * parameters <= free_bytes
-    remedy = (
-        "set dtype to bfloat16" if fits else "take a smaller model or a machine with more memory"
-    )
+    asked = str(dtype).removeprefix("torch.") if quantize is None else quantize
+    narrower: list[tuple[str, torch.dtype, str | None]] = []
+    if quantize is None and dtype.itemsize > 2:
+        narrower.append(("bfloat16", torch.bfloat16, None))
+    if quantize is None:
+        narrower.append(("int8", dtype, "int8"))
+    if quantize != "int4":
+        narrower.append(("int4", dtype, "int4"))
+    remedy = "take a smaller model or a machine with more memory"
+    for name, kind, scheme in narrower:
+        if _weight_bytes(model, kind, scheme) <= free_bytes:
+            remedy = f"set {'dtype' if scheme is None else 'quantize'} to {name}"
+            break
     raise ConfigError(
-        f"the weights need {needed / GB:.2f} GB as {str(dtype).removeprefix('torch.')} and {free_bytes / GB:.2f} GB are "
+        f"the weights need {needed / GB:.2f} GB as {asked} and {free_bytes / GB:.2f} GB are "
         f"free ({(needed - free_bytes) / GB:.2f} GB short); {remedy}"
     )
+
+
+def _weight_bytes(model: Decoder, dtype: torch.dtype, quantize: str | None) -> int:
+    if quantize is not None:
+        return quantized_bytes(model, quantize, dtype)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -30,6 +30,7 @@ from easyllm.models.hf_config import (
 from easyllm.models.sources import locate
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
+from easyllm.quant import quantizable, quantize_weight
 from easyllm.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
@@ -56,30 +57,52 @@ class OpenSource:
             return Tokenizer.from_gguf(self.gguf.metadata)
         return Tokenizer.from_folder(self.path)
 
-    def model(self, dtype: torch.dtype | None, device: torch.device) -> Decoder:
-        """The model with its weights."""
-        with torch.device("meta"):
-            model = Decoder(self.config)
+    @torch.no_grad()
+    def model(
+        self, dtype: torch.dtype | None, device: torch.device, *, quantize: str | None = None
+    ) -> Decoder:
+        """The model with its weights; with `quantize` each is rounded as soon as it is read."""
+        model = self.skeleton()
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        rounded = {} if quantize is None else quantizable(model, quantize)
         state = {}
         for binding in keymap_of(self.config).check(
             expected, self.tensors.shapes, source=str(self.path)
         ):
             parts = binding.rule.split(self.tensors.load(binding.theirs))
             for name, part in zip(binding.ours, parts, strict=True):
-                state[name] = part.to(device=device, dtype=dtype or part.dtype).contiguous()
-        model.load_state_dict(state, assign=True)
+                weight = part.to(device=device, dtype=dtype or part.dtype)
+                if name in rounded:
+                    module, spec = rounded[name]
+                    module.quantize(quantize_weight(weight, spec, name))
+                    state[name] = weight[:0].clone()
+                else:
+                    state[name] = weight.contiguous()
+        # the check has seen that nothing is missing but the codes, which are there already
+        model.load_state_dict(state, assign=True, strict=not rounded)
         return model.requires_grad_(False).eval()
 
+    def skeleton(self) -> Decoder:
+        """The model without its weights."""
+        with torch.device("meta"):
+            return Decoder(self.config)
 
-def open_source(source: str | Path) -> OpenSource:
+
+def open_source(source: str | Path, *, context: ContextConfig | None = None) -> OpenSource:
     """Locates a model and reads its configuration, not yet its weights.
 
     Raises:
         SourceError: there is no such model.
         CheckpointError: a file is damaged, or of an unknown kind.
+        ConfigError: its positions cannot be changed as `context` says.
     """
-    path = locate(source)
+    opened = _open(locate(source))
+    if context is None:
+        return opened
+    return replace(opened, config=extend_context(opened.config, context))
+
+
+def _open(path: Path) -> OpenSource:
     if path.suffix == ".gguf":
         file = GGUFFile(path)
         with _impossible_values(path):
@@ -98,6 +121,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str = "cpu",
     context: ContextConfig | None = None,
+    quantize: str | None = None,
 ) -> Decoder:
     """The model a source holds, ready for inference (no parameter requires a gradient).
 
@@ -106,10 +130,11 @@ def load_model(
         dtype: `"float32"`, `"bfloat16"` ...; by default the one the file keeps (fp32 for quantized files).
         device: `"cpu"`, `"cuda"`, `"auto"`.
         context: positions that reach further than the model was trained.
+        quantize: `"int8"` or `"int4"`: weights are rounded as they are read (`quant.quantize_weights`).
 
     Raises:
         SourceError, CheckpointError: no such model, or its files do not fit.
-        ConfigError: its positions cannot be changed.
+        ConfigError: its positions cannot be changed; no such quantization.
 
     Example:
         >>> model = load_model("smollm2", dtype="float32")      # doctest: +SKIP
@@ -117,10 +142,8 @@ def load_model(
         torch.Size([3, 49152])
     """
     wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
-    opened = open_source(source)
-    if context is not None:
-        opened = replace(opened, config=extend_context(opened.config, context))
-    return opened.model(wanted, pick_device(device))
+    opened = open_source(source, context=context)
+    return opened.model(wanted, pick_device(device), quantize=quantize)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

@@ -1,6 +1,19 @@
 """Quantization: schemes, and weights replaced by codes."""
 
 from easyllm.quant.spec import QuantSpec
-from easyllm.quant.weight_only import SCHEMES, quantize_weights
+from easyllm.quant.weight_only import (
+    SCHEMES,
+    quantizable,
+    quantize_weight,
+    quantize_weights,
+    quantized_bytes,
+)
 
-__all__ = ["SCHEMES", "QuantSpec", "quantize_weights"]
+__all__ = [
+    "SCHEMES",
+    "QuantSpec",
+    "quantizable",
+    "quantize_weight",
+    "quantize_weights",
+    "quantized_bytes",
+]

@@ -9,9 +9,15 @@ from torch import Tensor
 
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.linear import Linear
+from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.quantized import QuantizedWeight
-from easyllm.ops.quantized_linear import QuantizedMatrix, pack_int4, pack_int8
+from easyllm.ops.quantized_linear import (
+    GROUP,
+    OUTPUTS,
+    QuantizedMatrix,
+    pack_int4,
+    pack_int8,
+)
 from easyllm.quant.spec import QuantSpec
 
 SCHEMES = {
@@ -28,7 +34,8 @@ ROWS = 1024
 def quantize_weights(model: Decoder, scheme: str) -> Decoder:
     """Quantizes every linear inside the layers, the embedding and the head, in place.
 
-    A layer's full weights are freed one by one, so that the two never exist at once. Adapters go on working.
+    A layer's full weights are freed one by one, so that the two never exist at once; `load_model(..., quantize=)` does so while
+    it reads, and never holds more than one full weight. Adapters go on working.
 
     Args:
         scheme: `"int8"` or `"int4"`.
@@ -40,21 +47,49 @@ def quantize_weights(model: Decoder, scheme: str) -> Decoder:
         >>> from easyllm.models import load_model
         >>> quantize_weights(load_model("smollm2"), "int4")  # doctest: +SKIP
     """
+    for name, (module, spec) in quantizable(model, scheme).items():
+        module.quantize(quantize_weight(module.weight, spec, name))
+    return model
+
+
+def quantizable(model: Decoder, scheme: str) -> dict[str, tuple[Linear | Embedding, QuantSpec]]:
+    """What `scheme` rounds, by the names of the weights.
+
+    Raises:
+        ConfigError: the scheme is not known, or the model is quantized already.
+    """
     if scheme not in SCHEMES:
         raise ConfigError(
             f"quantization {scheme!r} is not known{suggest(scheme, SCHEMES)}; use {' or '.join(SCHEMES)}"
         )
     if model.is_quantized:
         raise ConfigError("the model is quantized already; load it again to quantize it otherwise")
-    for name, module in model.layers.named_modules(prefix="layers"):
-        if isinstance(module, Linear) and not name.endswith(FULL):
-            module.quantize(_quantized(module.weight, SCHEMES[scheme], name))
-    model.embed_tokens.quantize(
-        _quantized(model.embed_tokens.weight, SCHEMES["int8"], "embed_tokens")
-    )
+    found: dict[str, tuple[Linear | Embedding, QuantSpec]] = {
+        f"{name}.weight": (module, SCHEMES[scheme])
+        for name, module in model.layers.named_modules(prefix="layers")
+        if isinstance(module, Linear) and not name.endswith(FULL)
+    }
+    found["embed_tokens.weight"] = (model.embed_tokens, SCHEMES["int8"])
     if model.lm_head is not None:
-        model.lm_head.quantize(_quantized(model.lm_head.weight, SCHEMES["int8"], "lm_head"))
-    return model
+        found["lm_head.weight"] = (model.lm_head, SCHEMES["int8"])
+    return found
+
+
+def quantized_bytes(model: Decoder, scheme: str, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights under a scheme, the rest in `dtype`; `model` may be on the meta device."""
+    rounded = quantizable(model, scheme)
+    total = 0
+    for name, parameter in model.named_parameters():
+        if name not in rounded:
+            total += parameter.numel() * dtype.itemsize
+            continue
+        outputs, inputs = parameter.shape
+        blocks, groups = -(-outputs // OUTPUTS), -(-inputs // GROUP)
+        if rounded[name][1].bits == 4:
+            total += blocks * groups * 160
+        else:
+            total += blocks * (groups * 256 + OUTPUTS * 4)
+    return total
 
 
 def quantize_matrix(weight: Tensor, spec: QuantSpec) -> QuantizedMatrix:
@@ -94,7 +129,12 @@ def _int4(weight: Tensor) -> QuantizedMatrix:
     return pack_int4(codes, steps, middles)
 
 
-def _quantized(weight: Tensor, spec: QuantSpec, name: str) -> QuantizedWeight:
-    if not weight.isfinite().all():
-        raise ConfigError(f"{name}.weight holds numbers that are not finite; check the checkpoint")
+def quantize_weight(weight: Tensor, spec: QuantSpec, name: str) -> QuantizedWeight:
+    """`weight: [N, K]`, called `name`, as what fills a linear's or embedding's slot.
+
+    Raises:
+        ConfigError: it holds a number that is not finite.
+    """
+    if not torch.stack(weight.aminmax()).isfinite().all():
+        raise ConfigError(f"{name} holds numbers that are not finite; check the checkpoint")
     return QuantizedWeight(quantize_matrix(weight, spec))
