@@ -19,16 +19,10 @@ from easyllm.engine.request import Request, TokenEvent
 from easyllm.engine.runner import DecoderRunner, Runner
 from easyllm.engine.sampling import Chooser, Draft, choose, prompt_logprobs, random_source
 from easyllm.engine.scheduler import Scheduler, Sequence
-from easyllm.engine.speculative import Drafter
+from easyllm.engine.speculative import Drafter, turns_keys_by_length
 from easyllm.engine.step import Piece
 from easyllm.engine.stopping import StopStrings
-from easyllm.nn.config import (
-    AttentionConfig,
-    DynamicNTKScaling,
-    LinearAttentionConfig,
-    ModelConfig,
-    Rope,
-)
+from easyllm.nn.config import LinearAttentionConfig, ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import set_deterministic
 from easyllm.plan.kv_cache import rolling_window
@@ -92,7 +86,7 @@ class Engine:
         if drafter is not None:
             drafter.check(config)
         self.drafter, self._runner = drafter, runner
-        whole = config.prompt_mask == "prefix" or _turns_keys_by_length(config)
+        whole = config.prompt_mask == "prefix" or turns_keys_by_length(config)
         self.pool = PagePool(
             self.memory.num_pages,
             options.page_size,
@@ -418,11 +412,3 @@ class Engine:
 def _has_states(config: ModelConfig) -> bool:
     """Whether a layer keeps a state instead of keys: what is shared by pages would lack it."""
     return any(isinstance(layer.mixer, LinearAttentionConfig) for layer in config.layers)
-
-
-def _turns_keys_by_length(config: ModelConfig) -> bool:
-    """Whether keys depend on the length of the pass that made them (dynamic NTK): no other pass may use them."""
-    ropes = [
-        layer.mixer.position for layer in config.layers if isinstance(layer.mixer, AttentionConfig)
-    ]
-    return any(isinstance(r, Rope) and isinstance(r.scaling, DynamicNTKScaling) for r in ropes)
