@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -181,25 +181,28 @@ class Engine:
             return []
         try:
             logits = self.runner.run(step)
+            turns, end = [], 0
+            for piece in step.pieces:
+                end += piece.num_rows
+                turns += self._turns(piece, logits, end)
+            return self._decide(turns, logits)
         except BaseException:
-            # what the pass has written is unknown: everybody in it is computed again, if not cancelled first
+            # what the pass has written is unknown, and recurrent states may be ahead of what is noted as computed:
+            # everybody in it is computed again, if not cancelled first
             self.scheduler.preempt_all()
             raise
-        turns, end = [], 0
-        for piece in step.pieces:
-            end += piece.num_rows
-            turns += self._turns(piece, logits, end)
-        return self._decide(turns, logits)
 
     def run(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
         """Adds requests and yields their events until all of them are finished; leaving early cancels them.
 
         Several runs may take turns: each gets its own requests' events, whoever makes the steps.
         """
-        added, inbox = list(requests), deque[TokenEvent]()
+        # a request that is refused may be served by another run, and goes on there
+        added, inbox = list[Request](), deque[TokenEvent]()
         try:
-            for request in added:
+            for request in requests:
                 self.add(request)
+                added.append(request)
                 self._inboxes[request.id] = inbox
             while inbox or any(request.id in self._requests for request in added):
                 while inbox:
@@ -234,9 +237,7 @@ class Engine:
             raise ConfigError(
                 "a layer of this model sees later tokens, so it cannot generate; set causal to true"
             )
-        if not prompt_ids:
-            raise ConfigError("the prompt is empty; give at least one token")
-        self._check_ids("the prompt", prompt_ids)
+        self.check_tokens(prompt_ids)
         length = len(prompt_ids)
         room = self.max_seq_len - length
         if room <= 0:
@@ -255,6 +256,16 @@ class Engine:
             f"the request needs {needed} tokens of cache ({length} of prompt, {most} to generate), all pages "
             f"together hold {held}; shorten the prompt, lower max_tokens, or raise num_pages or cache_gb"
         )
+
+    def check_tokens(self, prompt_ids: Collection[int]) -> None:
+        """Refuses what the model cannot even read.
+
+        Raises:
+            ConfigError: there is no token, or one the model has no row for.
+        """
+        if not prompt_ids:
+            raise ConfigError("the prompt is empty; give at least one token")
+        self._check_ids("the prompt", prompt_ids)
 
     def next_sequence_id(self) -> int:
         """An id no other sequence has."""

@@ -172,8 +172,14 @@ class LLM:
 
     @torch.inference_mode()
     def score(self, text: Prompt) -> list[float]:
-        """Log-probability in nats of each token after the first, given those before it."""
-        ids = torch.tensor(self.encode(text), device=self.model.device)
+        """Log-probability in nats of each token after the first, given those before it.
+
+        Raises:
+            ConfigError: there is no token, or one the model does not have.
+        """
+        tokens = self.encode(text)
+        self.engine.check_tokens(tokens)
+        ids = torch.tensor(tokens, device=self.model.device)
         logits = self.model.logits(ids)[:-1]
         if self.engine.options.deterministic:
             found = one_row_logprobs(logits, ids[1:])
