@@ -193,8 +193,14 @@ class LLM:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Ids of a conversation up to where the assistant begins."""
-        return self.tokenizer.encode_chat(messages, add_generation_prompt=True).token_ids
+        """Ids of a conversation up to where the assistant begins.
+
+        Raises:
+            DataError: the model has no chat template, it refuses the messages, or the context cannot hold them.
+        """
+        return self.tokenizer.encode_chat(
+            messages, add_generation_prompt=True, max_tokens=self.engine.max_seq_len
+        ).token_ids
 
     def _completion(self, hypothesis: Hypothesis) -> Completion:
         ids = list(hypothesis.token_ids)
