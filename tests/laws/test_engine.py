@@ -462,6 +462,48 @@ def test_after_a_failing_step_everything_is_computed_again(model, tiny_tokenizer
             assert [e.token_id for e in mine] == completion.token_ids
 
 
+@pytest.mark.parametrize("kind", ["windows", "linear", "linear and softmax"])
+def test_a_step_that_fails_after_its_pass_leaves_no_state_ahead(kind, tiny_tokenizer, monkeypatch):
+    """The pass has moved recurrent states on, and nothing has been chosen: what was not noted is computed again."""
+    model = layered(*KINDS[kind])
+    requests = [Request(prompt_ids=p, params=SamplingParams(**GREEDY)) for p in prompts_of([5, 9])]
+    engine = Engine(model, tiny_tokenizer)
+    for request in requests:
+        engine.add(request)
+    events = [event for _ in range(3) for event in engine.step()]
+    with monkeypatch.context() as patch:
+        patch.setattr("easyllm.engine.engine.choose", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.scheduler.check()
+    while engine.busy:
+        events += engine.step()
+    alone = results(Engine(model, tiny_tokenizer), requests)
+    for request, (completion,) in zip(requests, alone, strict=True):
+        mine = [e for e in events if e.request_id == request.id]
+        assert [e.token_id for e in mine] == completion.token_ids
+        assert [e.logprob for e in mine] == pytest.approx(completion.logprobs, abs=1e-9)
+
+
+def test_what_fails_on_one_completions_logits_ends_that_request_alone(
+    model, tiny_tokenizer, monkeypatch, caplog
+):
+    prompts = prompts_of([4, 7])
+    odd = SamplingParams(**GREEDY, no_repeat_ngram_size=2)
+    broken = Request(prompt_ids=prompts[0], params=odd)
+    plain = Request(prompt_ids=prompts[1], params=SamplingParams(**GREEDY))
+    engine = Engine(model, tiny_tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr("easyllm.engine.sampling.repeated_ngrams", lambda *_: 1 / 0)
+        (ended,), (free,) = results(engine, [broken, plain])
+    assert ended.finish_reason == "cancelled"
+    assert not ended.token_ids
+    assert "processing the logits of a completion failed" in caplog.text
+    (alone,) = results(engine, [plain])
+    assert free.token_ids == alone[0].token_ids
+    assert engine.pool.available == engine.pool.num_pages
+
+
 def test_weights_that_change_under_running_requests_leave_nothing_stale(tiny_tokenizer):
     model = build_tiny(seed=3).double()
     engine = Engine(model, tiny_tokenizer)
@@ -524,6 +566,30 @@ def test_a_request_is_served_once_at_a_time(model, tiny_tokenizer):
     assert len(results(engine, [request])[0][0].token_ids) == 12
 
 
+def test_a_run_that_is_refused_leaves_the_one_that_serves_its_request_alone(model, tiny_tokenizer):
+    engine = Engine(model, tiny_tokenizer)
+    request, other = (
+        Request(prompt_ids=(5, number), params=SamplingParams(**GREEDY)) for number in (6, 7)
+    )
+    first = engine.run([request])
+    events = [next(first)]
+    with pytest.raises(ConfigError, match="is being served already"):
+        next(engine.run([other, request]))
+    assert list(engine._requests) == [request.id]  # what the refused run had added is gone
+    events += first
+    assert len(events) == 12
+    assert events[-1].finish_reason == "length"
+
+
+def test_a_score_of_no_token_or_an_unknown_one_is_refused(model, tiny_tokenizer):
+    llm = LLM(model=model, tokenizer=tiny_tokenizer)
+    with pytest.raises(ConfigError, match="the prompt is empty; give at least one token"):
+        llm.score("")
+    with pytest.raises(ConfigError, match="token id 320, the model has ids 0 to 319"):
+        llm.score([5, 320])
+    assert llm.score([5]) == []
+
+
 def test_without_max_tokens_a_request_ends_where_the_cache_does(model, tiny_tokenizer):
     engine = Engine(model, tiny_tokenizer, EngineConfig(num_pages=3))
     params = SamplingParams(temperature=0, ignore_eos=True)
@@ -536,6 +602,9 @@ RANGES = [
     ("temperature", -0.1),
     ("temperature", 101),
     ("top_k", -1),
+    *((name, 2**63) for name in ("top_k", "no_repeat_ngram_size", "min_tokens", "max_tokens")),
+    ("logit_bias", {2**63: 1}),
+    ("stop_token_ids", (2**63,)),
     ("top_p", 0),
     ("top_p", 1.1),
     ("min_p", -0.1),
@@ -556,6 +625,7 @@ RANGES = [
     ("n", 129),
     ("best_of", 0),
     ("stop", ("",)),
+    ("stop", ("x" * 1001,)),
     ("seed", 2**63),
     *((name, float("nan")) for name in ("temperature", "top_p", "min_p", "presence_penalty")),
     ("temperature", float("inf")),

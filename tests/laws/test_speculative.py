@@ -233,6 +233,11 @@ def test_drafts_that_cannot_work_are_refused_in_one_sentence(
             ConfigError, match="a layer of linear attention cannot; leave the draft"
         ):
             LLM(model=target, tokenizer=tiny_tokenizer, draft=draft)
+    turning = build_tiny(rope_scaling={"rope_type": "dynamic", "factor": 4.0})
+    for draft in ("ngram", model):
+        with pytest.raises(ConfigError, match="dynamic NTK turns keys by the length of a pass"):
+            LLM(model=turning, tokenizer=tiny_tokenizer, draft=draft)
+    LLM(model=model, tokenizer=tiny_tokenizer, draft=turning)  # its guesses are only guesses
     with pytest.raises(ConfigError, match="draft_tokens=0 must be from 1 to 16"):
         LLM(model=model, tokenizer=tiny_tokenizer, draft="ngram", draft_tokens=0)
     strange = _with_another_word(tiny_tokenizer)

@@ -1,6 +1,9 @@
 """The compiled step against the decoder it stands for: fp32 by distance to fp64, quantized weights, pages, company."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -370,3 +373,30 @@ def test_a_step_follows_weights_that_are_moved_or_replaced(tiny_tokenizer):
     for llm in (first, second):
         llm.engine.forget_prefixes()
         assert llm.generate(prompt, params)[0].token_ids == expected
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc"
+)
+def test_gathered_weights_are_never_there_twice():
+    script = """
+import ctypes
+from torch import nn
+from easyllm.engine.compiled_step import gather_weights
+from easyllm.nn.linear import Linear
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+model = nn.ModuleList(Linear(1024, 1024) for _ in range(96))
+for linear in model:
+    linear.weight.data.fill_(1.0)
+before = peak()
+gather_weights(model)
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 0.5 * 96 * 2**22

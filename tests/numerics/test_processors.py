@@ -76,6 +76,17 @@ def test_top_p_of_a_large_vocabulary_equals_that_of_transformers(p, spread, quic
     assert_close(keep_top_p(logits, torch.full((8,), p)), expected, **EXACT)
 
 
+@pytest.mark.parametrize("p", [1e-50, 1e-9, 1e-4])
+def test_a_tiny_top_p_keeps_the_likeliest_token_in_any_vocabulary(p, monkeypatch):
+    """1e-50 is 0 in fp32, and so many tokens reach it before the first."""
+    logits = torch.randn(4, 20_000, generator=torch.Generator().manual_seed(1)) * 3
+    quick = keep_top_p(logits, torch.full((4,), p, dtype=torch.float64))
+    assert (quick > float("-inf")).sum(-1).tolist() == [1] * 4
+    assert_close(quick.argmax(-1), logits.argmax(-1))
+    monkeypatch.setattr("easyllm.engine.processors.SORTED_WHOLE", 20_000)
+    assert_close(keep_top_p(logits, torch.full((4,), p, dtype=torch.float64)), quick, **EXACT)
+
+
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
 def test_the_repetition_penalty_covers_prompt_and_output_as_in_transformers(penalty, spread):

@@ -105,6 +105,14 @@ def test_a_changed_input_redoes_what_depends_on_it(recipe, whole, tmp_path):
     ]
     assert skipped == ["tune", "merged"]
     assert values["stages"]
+    trained = (output / "tune" / "manifest.json").read_text()
+    (folder / "train.jsonl").write_text((recipe.parent / "train.jsonl").read_text() * 2)
+    done = run(folder / recipe.name, output)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert f"what was trained before is now in {output / 'tune.1'}" in said
+    assert (output / "tune.1" / "manifest.json").read_text() == trained
+    assert (output / "tune" / "manifest.json").read_text() != trained
 
 
 def test_a_run_killed_in_training_goes_on_to_the_same_weights(recipe, whole, tmp_path):

@@ -14,7 +14,10 @@ from easyllm.data.shards import TokenShards, write_shards
 from easyllm.data.token_bytes import token_bytes
 from easyllm.models import load_model
 from easyllm.train import TrainConfig, train
-from easyllm.train.metrics import read_metrics
+from easyllm.train import loop as loop_module
+from easyllm.train import run as run_module
+from easyllm.train.loop import Diverged
+from easyllm.train.metrics import MetricsLog, read_metrics
 from easyllm.train.preflight import memory_advice
 from easyllm.train.state import BEST, FOLDER, checkpoints
 
@@ -53,6 +56,10 @@ def config_of(files, tiny_folder, **changes):
         "precision": "fp32",
     }
     return TrainConfig.model_validate(values | changes)
+
+
+def weights(output):
+    return (output / "model" / "model.safetensors").read_bytes()
 
 
 def losses(output, name="train/loss_nats"):
@@ -100,6 +107,83 @@ def test_early_stopping_ends_a_run_that_no_longer_learns(files, tiny_folder, tmp
     assert result.figures["steps"] < 150
     (event,) = [line for line in read_metrics(result.output) if line.get("event") == "stopped"]
     assert "has not fallen for 3 evaluations" in event["detail"]
+
+
+def test_a_run_that_was_stopped_early_and_killed_does_not_train_on(
+    files, tiny_folder, tmp_path, monkeypatch
+):
+    changes = {
+        "optimizer": {"learning_rate": 0.05},
+        "epochs": 50,
+        "eval_every": 1,
+        "early_stopping": {"patience": 3},
+        "save_every": 100,
+    }
+    whole = train(config_of(files, tiny_folder, **changes), tmp_path / "whole")
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            run_module, "_save_result", lambda *a: (_ for _ in ()).throw(KeyError("gone"))
+        )
+        with pytest.raises(KeyError, match="gone"):
+            train(config_of(files, tiny_folder, **changes), tmp_path / "run")
+    again = train(config_of(files, tiny_folder, **changes), tmp_path / "run")
+    assert again.figures["steps"] == whole.figures["steps"]
+    assert again.figures["eval_loss_nats"] == whole.figures["eval_loss_nats"]
+    assert weights(again.output) == weights(whole.output)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(files, tiny_folder, tmp_path, monkeypatch):
+    real = loop_module.take_step
+    calls = []
+
+    def take_step(optimizer, *rest):
+        norm = real(optimizer, *rest)
+        calls.append(norm)
+        if len(calls) == 6:
+            next(iter(optimizer.masters.values())).data[0] = math.nan
+        return norm
+
+    monkeypatch.setattr(loop_module, "take_step", take_step)
+    with pytest.raises(Diverged, match="no number"):
+        train(config_of(files, tiny_folder, save_every=2), tmp_path / "run")
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000004"]
+    calls.clear()
+    with pytest.raises(Diverged, match="a weight is no number after step 6"):
+        train(config_of(files, tiny_folder, save_every=2, max_steps=6), tmp_path / "short")
+    assert not (tmp_path / "short" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_best": True}, "keep_best goes by evaluations"),
+        ({"early_stopping": {"patience": 1}}, "early_stopping goes by evaluations"),
+        ({"samples": {"prompts": [""]}}, r"samples.prompts\[0\] has 0 tokens"),
+        ({"samples": {"prompts": ["word " * 600]}}, r"expected 1 to"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_at_once(
+    files, tiny_folder, tmp_path, changes, message
+):
+    data = {"train": [str(files / "train.jsonl")], "max_seq_len": 128}
+    with pytest.raises(ConfigError, match=message):
+        train(config_of(files, tiny_folder, data=data, eval_every=2, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluations_of_nothing_are_warned_of(files, tiny_folder, tmp_path, capsys):
+    data = {"train": [str(files / "train.jsonl")], "max_seq_len": 128}
+    train(config_of(files, tiny_folder, data=data, eval_every=2, max_steps=1), tmp_path / "run")
+    assert "nothing to evaluate on every 2 steps; set data.eval" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_of_in_one_sentence(tmp_path):
+    log = MetricsLog(tmp_path, after_step=0)
+    log.close()
+    log._file = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(OutputError, match=r"metrics\.jsonl"):
+        log.write(step=1)
+    log.close()
 
 
 def test_only_the_newest_checkpoints_stay(files, tiny_folder, tmp_path):
@@ -191,6 +275,16 @@ def test_evaluating_on_training_rows_is_warned_of(files, tiny_folder, tmp_path, 
         ({"keep_best": True}, "keep_best needs evaluations"),
         ({"batch_tokens": 100}, "give batch_size or batch_tokens"),
         ({"optimizer": {"kind": "adamm"}}, "did you mean 'adamw'"),
+        ({"optimizer": {"learning_rate": math.inf}}, "learning_rate=inf"),
+        ({"epochs": math.inf, "max_steps": 3}, "epochs=inf"),
+        (
+            {
+                "objective": {"kind": "classifier"},
+                "data": {"kind": "labels", "train": ["-"]},
+                "samples": {"prompts": ["a"]},
+            },
+            "a classifier writes no samples",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(files, tiny_folder, tmp_path, changes, message):

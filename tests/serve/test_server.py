@@ -16,7 +16,8 @@ import uvicorn
 
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM
-from easyllm.serve.app import MAX_BODY_BYTES, bind, create_app
+from easyllm.serve.app import bind, create_app
+from easyllm.serve.guard import MAX_BODY_BYTES
 
 QUESTION = [{"role": "user", "content": "hello"}]
 

@@ -8,7 +8,7 @@ from conftest import build_tiny
 from easyllm.data.loader import Loader
 from easyllm.data.packing import Sample
 from easyllm.train.config import AdamWConfig, TrainConfig
-from easyllm.train.loop import Arithmetic, Diverged, RunningMean, run_steps
+from easyllm.train.loop import Arithmetic, Diverged, is_spike, note_loss, run_steps
 from easyllm.train.loss_scaler import LossScaler
 from easyllm.train.objectives import LanguageModel, LossOutput
 from easyllm.train.optim import MasterOptimizer
@@ -115,13 +115,13 @@ def test_a_spike_is_marked_with_the_samples_of_its_batch():
 
 
 def test_the_usual_loss_is_known_after_twenty_steps():
-    usual = RunningMean()
+    totals = Totals()
     for _ in range(19):
-        usual.add(1.0)
-    assert not usual.exceeded(100.0, 2.0)
-    usual.add(1.0)
-    assert usual.exceeded(2.01, 2.0)
-    assert not usual.exceeded(1.99, 2.0)
+        note_loss(totals, 1.0)
+    assert not is_spike(totals, 100.0, 2.0)
+    note_loss(totals, 1.0)
+    assert is_spike(totals, 2.01, 2.0)
+    assert not is_spike(totals, 1.99, 2.0)
 
 
 def test_a_watch_can_end_the_run():

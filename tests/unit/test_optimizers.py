@@ -468,9 +468,10 @@ def test_a_block_of_zeros_stays_zero():
         assert not dequantize(*quantize(torch.zeros(300), offset)).any()
 
 
-def test_codes_are_right_on_average_over_the_steps():
+@pytest.mark.parametrize("first", [0, 10_000_000])
+def test_codes_are_right_on_average_over_the_steps(first):
     values = torch.rand(256, generator=torch.Generator().manual_seed(0)) + 0.01
-    steps = [dither(torch.tensor(float(t))) for t in range(400)]
+    steps = [dither(torch.tensor(float(first + t))) for t in range(400)]
     for quantize, dequantize in (
         (quantize_signed, dequantize_signed),
         (quantize_positive, dequantize_positive),

@@ -26,7 +26,7 @@ RESERVED_VARIABLES = frozenset(
 class Config(BaseModel):
     """Base of every configuration value: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=BaseModel)

@@ -54,7 +54,7 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of the first epoch; with `batch_tokens` others may differ by one."""
+        """Steps of the first epoch; with `batch_tokens` those of others differ a little, as samples fall together otherwise."""
         steps, cursor, order = 0, 0, self._epoch_order(0)
         while cursor < len(order):
             cursor += len(self._take(order, cursor))
@@ -90,7 +90,7 @@ class Loader:
         if self._order is None or self._order[0] != epoch:
             order = list(range(len(self.samples)))
             if self.seed is not None:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
                 order = torch.randperm(len(order), generator=generator).tolist()
             self._order = (epoch, order)
         return self._order[1]

@@ -32,7 +32,7 @@ from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
 from easyllm.nn.position import RotaryPosition
 from easyllm.ops.attention import AttentionContext
-from easyllm.ops.huge_memory import rooms_for
+from easyllm.ops.huge_memory import return_freed_memory, rooms_for
 from easyllm.ops.kernels import build, kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
 from easyllm.ops.paged_attention import OCTET, Pages, pages_struct
@@ -40,6 +40,8 @@ from easyllm.ops.quantized_linear import matrix_struct
 
 MOST_ROWS = 32
 """Rows up to which a step is faster than the decoder in PyTorch (docs/kernels.md has the measurement)."""
+FREED_BYTES = 1 << 26
+"""Of weights moved, after which the old ones' memory goes back to the system."""
 FIRST_POSITIONS = 4096
 ALIGNMENT = 64
 
@@ -271,19 +273,24 @@ class CompiledStep:
 
 
 def gather_weights(model: Decoder) -> None:
-    """Moves the weights of linears and embedding together, in the order a step reads them."""
+    """Moves the weights of linears and embedding together, in the order a step reads them. Each old one is let go before
+    the next is moved, so that there is never memory for all of them twice."""
     owners = [m for m in model.modules() if isinstance(m, Linear | Embedding)]
-    weights = [_weight_of(owner) for owner in owners]
-    if len({weight.untyped_storage().data_ptr() for weight in weights}) == 1:
+    if len({_weight_of(owner).untyped_storage().data_ptr() for owner in owners}) == 1:
         return  # another engine has done it
     # made in inference mode only where the old ones were: they could never be trained again
-    with torch.inference_mode(weights[0].is_inference()), torch.no_grad():
-        for owner, old, new in zip(owners, weights, rooms_for(weights), strict=True):
-            new.copy_(old)
+    with torch.inference_mode(_weight_of(owners[0]).is_inference()), torch.no_grad():
+        rooms, freed = rooms_for([_weight_of(owner) for owner in owners]), 0
+        for owner, room in zip(owners, rooms, strict=True):
+            room.copy_(_weight_of(owner))
+            freed += room.nbytes
+            if freed >= FREED_BYTES:
+                return_freed_memory()
+                freed = 0
             if owner.quantized is None:
-                owner.weight.data = new
+                owner.weight.data = room
             else:
-                owner.quantized.data = new
+                owner.quantized.data = room
 
 
 def _weight_of(owner: Linear | Embedding) -> Tensor:

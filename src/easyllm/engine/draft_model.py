@@ -13,7 +13,7 @@ from easyllm.engine.page_table import PageTable
 from easyllm.engine.pages import Namespace, PagePool
 from easyllm.engine.runner import DecoderRunner
 from easyllm.engine.sampling import Chooser, Draft, draw, narrow
-from easyllm.engine.speculative import refuse_states
+from easyllm.engine.speculative import refuse_states, refuse_turning_keys
 from easyllm.engine.step import Piece, Step
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
@@ -53,7 +53,7 @@ class ModelDrafter:
         self._runner: DecoderRunner | None = None
 
     def check(self, target: ModelConfig) -> None:
-        """Refuses a model of another vocabulary, and states that cannot go back."""
+        """Refuses a model of another vocabulary, states that cannot go back, and keys that depend on the length of a pass."""
         draft = self.model.config
         if draft.vocab_size != target.vocab_size:
             raise ConfigError(
@@ -62,6 +62,7 @@ class ModelDrafter:
             )
         refuse_states(target)
         refuse_states(draft)
+        refuse_turning_keys(target)
 
     def propose(self, generations: Sequence[Generation]) -> dict[int, tuple[Draft, ...]]:
         """Guesses for each completion that there is room for."""

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +19,10 @@ from easyllm.engine.request import Request, TokenEvent
 from easyllm.engine.runner import DecoderRunner, Runner
 from easyllm.engine.sampling import Chooser, Draft, choose, prompt_logprobs, random_source
 from easyllm.engine.scheduler import Scheduler, Sequence
-from easyllm.engine.speculative import Drafter
+from easyllm.engine.speculative import Drafter, turns_keys_by_length
 from easyllm.engine.step import Piece
 from easyllm.engine.stopping import StopStrings
-from easyllm.nn.config import (
-    AttentionConfig,
-    DynamicNTKScaling,
-    LinearAttentionConfig,
-    ModelConfig,
-    Rope,
-)
+from easyllm.nn.config import LinearAttentionConfig, ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import set_deterministic
 from easyllm.plan.kv_cache import rolling_window
@@ -92,7 +86,7 @@ class Engine:
         if drafter is not None:
             drafter.check(config)
         self.drafter, self._runner = drafter, runner
-        whole = config.prompt_mask == "prefix" or _turns_keys_by_length(config)
+        whole = config.prompt_mask == "prefix" or turns_keys_by_length(config)
         self.pool = PagePool(
             self.memory.num_pages,
             options.page_size,
@@ -187,25 +181,28 @@ class Engine:
             return []
         try:
             logits = self.runner.run(step)
+            turns, end = [], 0
+            for piece in step.pieces:
+                end += piece.num_rows
+                turns += self._turns(piece, logits, end)
+            return self._decide(turns, logits)
         except BaseException:
-            # what the pass has written is unknown: everybody in it is computed again, if not cancelled first
+            # what the pass has written is unknown, and recurrent states may be ahead of what is noted as computed:
+            # everybody in it is computed again, if not cancelled first
             self.scheduler.preempt_all()
             raise
-        turns, end = [], 0
-        for piece in step.pieces:
-            end += piece.num_rows
-            turns += self._turns(piece, logits, end)
-        return self._decide(turns, logits)
 
     def run(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
         """Adds requests and yields their events until all of them are finished; leaving early cancels them.
 
         Several runs may take turns: each gets its own requests' events, whoever makes the steps.
         """
-        added, inbox = list(requests), deque[TokenEvent]()
+        # a request that is refused may be served by another run, and goes on there
+        added, inbox = list[Request](), deque[TokenEvent]()
         try:
-            for request in added:
+            for request in requests:
                 self.add(request)
+                added.append(request)
                 self._inboxes[request.id] = inbox
             while inbox or any(request.id in self._requests for request in added):
                 while inbox:
@@ -240,9 +237,7 @@ class Engine:
             raise ConfigError(
                 "a layer of this model sees later tokens, so it cannot generate; set causal to true"
             )
-        if not prompt_ids:
-            raise ConfigError("the prompt is empty; give at least one token")
-        self._check_ids("the prompt", prompt_ids)
+        self.check_tokens(prompt_ids)
         length = len(prompt_ids)
         room = self.max_seq_len - length
         if room <= 0:
@@ -261,6 +256,16 @@ class Engine:
             f"the request needs {needed} tokens of cache ({length} of prompt, {most} to generate), all pages "
             f"together hold {held}; shorten the prompt, lower max_tokens, or raise num_pages or cache_gb"
         )
+
+    def check_tokens(self, prompt_ids: Collection[int]) -> None:
+        """Refuses what the model cannot even read.
+
+        Raises:
+            ConfigError: there is no token, or one the model has no row for.
+        """
+        if not prompt_ids:
+            raise ConfigError("the prompt is empty; give at least one token")
+        self._check_ids("the prompt", prompt_ids)
 
     def next_sequence_id(self) -> int:
         """An id no other sequence has."""
@@ -418,11 +423,3 @@ class Engine:
 def _has_states(config: ModelConfig) -> bool:
     """Whether a layer keeps a state instead of keys: what is shared by pages would lack it."""
     return any(isinstance(layer.mixer, LinearAttentionConfig) for layer in config.layers)
-
-
-def _turns_keys_by_length(config: ModelConfig) -> bool:
-    """Whether keys depend on the length of the pass that made them (dynamic NTK): no other pass may use them."""
-    ropes = [
-        layer.mixer.position for layer in config.layers if isinstance(layer.mixer, AttentionConfig)
-    ]
-    return any(isinstance(r, Rope) and isinstance(r.scaling, DynamicNTKScaling) for r in ropes)

@@ -172,8 +172,14 @@ class LLM:
 
     @torch.inference_mode()
     def score(self, text: Prompt) -> list[float]:
-        """Log-probability in nats of each token after the first, given those before it."""
-        ids = torch.tensor(self.encode(text), device=self.model.device)
+        """Log-probability in nats of each token after the first, given those before it.
+
+        Raises:
+            ConfigError: there is no token, or one the model does not have.
+        """
+        tokens = self.encode(text)
+        self.engine.check_tokens(tokens)
+        ids = torch.tensor(tokens, device=self.model.device)
         logits = self.model.logits(ids)[:-1]
         if self.engine.options.deterministic:
             found = one_row_logprobs(logits, ids[1:])
@@ -187,8 +193,14 @@ class LLM:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Ids of a conversation up to where the assistant begins."""
-        return self.tokenizer.encode_chat(messages, add_generation_prompt=True).token_ids
+        """Ids of a conversation up to where the assistant begins.
+
+        Raises:
+            DataError: the model has no chat template, it refuses the messages, or the context cannot hold them.
+        """
+        return self.tokenizer.encode_chat(
+            messages, add_generation_prompt=True, max_tokens=self.engine.max_seq_len
+        ).token_ids
 
     def _completion(self, hypothesis: Hypothesis) -> Completion:
         ids = list(hypothesis.token_ids)

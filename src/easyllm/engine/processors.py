@@ -87,6 +87,7 @@ def keep_top_p(logits: Tensor, p: Setting) -> Tensor:
         share = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
         before = share.cumsum(-1) - share
         reached = before >= _column(p, logits)
+        reached[:, 0] = False  # the likeliest stays, even where p is 0 in the dtype of the logits
         if bool(reached[:, -1].all()):
             kept = best.values.masked_fill(reached, BARRED)
             return torch.full_like(logits, BARRED).scatter(1, best.indices, kept)

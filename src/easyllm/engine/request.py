@@ -5,13 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from easyllm.core.config import Config
 
 FinishReason = Literal["stop", "length", "cancelled"]
 MAX_COPIES = 128
 MAX_LOGPROBS = 128
+MAX_COUNT = 2**31 - 1
+"""Largest whole number a request may hold, its seed apart: what lies beyond 64 bits would fail a whole batch's tensors."""
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1000
+"""Longest stop string: so much text may be held back for each completion."""
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 _numbers = itertools.count()
 
 
@@ -34,7 +42,7 @@ class SamplingParams(Config):
         min_tokens: no end token, and no stop string, before so many.
         seed: of this request alone; the same seed gives the same tokens whatever else is served.
         max_tokens: most tokens to generate; None goes on to the end of the context.
-        stop: texts that end the generation; they are not part of the result.
+        stop: texts that end the generation; they are not part of the result. At most 16, of at most 1,000 characters.
         stop_token_ids: ids that end it, besides the model's own.
         ignore_eos: goes on past the model's end tokens (for measurements).
         logprobs: this many most likely tokens are reported for each token, raw and processed (None: none).
@@ -45,22 +53,22 @@ class SamplingParams(Config):
     """
 
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
-    top_k: NonNegativeInt = 0
+    top_k: Count = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     typical_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
-    no_repeat_ngram_size: NonNegativeInt = 0
-    logit_bias: dict[NonNegativeInt, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
+    no_repeat_ngram_size: Count = 0
+    logit_bias: dict[Count, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
         default={}, max_length=1024
     )
-    min_tokens: NonNegativeInt = 0
+    min_tokens: Count = 0
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    max_tokens: PositiveInt | None = None
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), max_length=16)
-    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    max_tokens: PositiveCount | None = None
+    stop: tuple[StopString, ...] = Field(default=(), max_length=MAX_STOPS)
+    stop_token_ids: tuple[Count, ...] = ()
     ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -99,11 +107,11 @@ class BeamParams(Config):
     """
 
     num_beams: Annotated[int, Field(ge=1, le=MAX_COPIES)] = 4
-    max_tokens: PositiveInt | None = None
+    max_tokens: PositiveCount | None = None
     length_penalty: Annotated[float, Field(ge=-10.0, le=10.0)] = 1.0
     normalization: Literal["power", "gnmt"] = "power"
     early_stopping: bool | Literal["never"] = False
-    n: PositiveInt = 1
+    n: PositiveCount = 1
 
     @model_validator(mode="after")
     def _fits_together(self) -> "BeamParams":

@@ -45,7 +45,7 @@ class Chooser:
         token_ids: prompt and output; output_start: where the output begins.
         end_ids: tokens that end it.
         mask: bars tokens step by step.
-        failed: whether the mask has failed; nothing may follow then.
+        failed: whether its own processing (a mask, say) has failed; nothing may follow then.
     """
 
     params: SamplingParams
@@ -81,7 +81,18 @@ class Chooser:
         self.token_ids.append(token_id)
 
     def process(self, logits: Tensor) -> Tensor:
-        """[V] logits with bias, penalties, barred n-grams, least length and mask applied, in this order (HF's)."""
+        """[V] logits with bias, penalties, barred n-grams, least length and mask applied, in this order (HF's).
+
+        Where that fails the completion ends, and no other does: all logits are -inf.
+        """
+        try:
+            return self._processed(logits)
+        except Exception:
+            logger.exception("processing the logits of a completion failed; it ends")
+            self.failed = True
+            return torch.full_like(logits, float("-inf"))
+
+    def _processed(self, logits: Tensor) -> Tensor:
         p = self.params
         if p.logit_bias:
             logits = add_bias(logits, p.logit_bias)

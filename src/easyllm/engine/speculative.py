@@ -12,7 +12,13 @@ from typing import Protocol
 from easyllm.core.errors import ConfigError
 from easyllm.engine.generation import Generation
 from easyllm.engine.sampling import Draft
-from easyllm.nn.config import LinearAttentionConfig, ModelConfig
+from easyllm.nn.config import (
+    AttentionConfig,
+    DynamicNTKScaling,
+    LinearAttentionConfig,
+    ModelConfig,
+    Rope,
+)
 
 
 class Drafter(Protocol):
@@ -40,8 +46,9 @@ class NgramDrafter:
         self.num_tokens, self.longest, self.shortest = num_tokens, longest, shortest
 
     def check(self, target: ModelConfig) -> None:
-        """Refuses models with recurrent states."""
+        """Refuses models with recurrent states, and those whose keys depend on the length of a pass."""
         refuse_states(target)
+        refuse_turning_keys(target)
 
     def propose(self, generations: Sequence[Generation]) -> dict[int, tuple[Draft, ...]]:
         """Guesses for each completion in whose text the ending stands earlier."""
@@ -79,3 +86,25 @@ def refuse_states(target: ModelConfig) -> None:
         raise ConfigError(
             "speculative decoding takes back wrong guesses, and a layer of linear attention cannot; leave the draft out"
         )
+
+
+def refuse_turning_keys(target: ModelConfig) -> None:
+    """Refuses a model whose keys depend on the length of the pass that made them: a pass over guesses is longer than those it
+    stands for, so the output would be another.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if turns_keys_by_length(target):
+        raise ConfigError(
+            "speculative decoding checks several tokens in one pass, and dynamic NTK turns keys by the length of a pass, so the "
+            "output would change; leave the draft out, or take another --rope method"
+        )
+
+
+def turns_keys_by_length(config: ModelConfig) -> bool:
+    """Whether keys depend on the length of the pass that made them (dynamic NTK): no other pass may use them."""
+    ropes = [
+        layer.mixer.position for layer in config.layers if isinstance(layer.mixer, AttentionConfig)
+    ]
+    return any(isinstance(r, Rope) and isinstance(r.scaling, DynamicNTKScaling) for r in ropes)

@@ -4,8 +4,10 @@ A decoding step reads every weight once. In pages of 4 kB the processor looks up
 on the machine of docs/kernels.md costs a third of the rate at which one core can read.
 """
 
+import ctypes
 import math
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -26,6 +28,12 @@ def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     except OSError:  # a kernel without them: ordinary pages do as well
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def return_freed_memory() -> None:
+    """Has the C library give freed memory back to the system at once, where it can be asked to (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def rooms_for(tensors: list[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ runs/NAME/STAGE/             the stage's files
 runs/NAME/stages/STAGE.json  its key and figures, written when it is done
 """
 
+import itertools
 import json
 import shutil
 import time
@@ -16,7 +17,7 @@ from typing import Any
 from easyllm.core.atomic import write_json
 from easyllm.core.config import Config
 from easyllm.core.errors import DataError
-from easyllm.core.manifest import hash_path, hash_value
+from easyllm.core.manifest import hash_file, hash_path, hash_value
 from easyllm.core.progress import console, format_duration
 from easyllm.core.run_folder import check_free, claim
 from easyllm.data.shards import MANIFEST as SHARDS_MANIFEST
@@ -40,6 +41,8 @@ from easyllm.tokenizer.tokenizer import TOKENIZER_FILE
 from easyllm.train.config import CorpusDataConfig, Data
 
 PENDING = "pending.json"
+READ_BYTES = 2**26
+"""Of a source's file at most, for it to be known by its contents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
             results[name] = StageResult(folder, use, done["figures"], done["seconds"], True)
             continue
         console().print(f"{label}: {stage.kind}", markup=False)
-        _prepare(folder, record, keys[name], done)
+        _prepare(stage, folder, record, keys[name], done)
         start = time.monotonic()
         resolved = resolve(stage, {n: r.product for n, r in results.items()})
         figures = run_stage(resolved, folder)
@@ -154,22 +157,45 @@ def _hashes(*paths: str) -> dict[str, str]:
 
 
 def _stamps(sources: Mapping[str, SourceConfig]) -> dict[str, str]:
-    """Hashes of the names, sizes and times of sources' files, which may be too large to read for this."""
+    """Hashes of sources' files: of their contents, or of size and time where they are too large to read for this."""
     found = {}
     for name, source in sources.items():
-        stats = [(str(file), file.stat()) for file in source_files(source)]
-        found[name] = hash_value([[file, s.st_size, s.st_mtime_ns] for file, s in stats])
+        files = [(file, file.stat()) for file in source_files(source)]
+        found[name] = hash_value(
+            [
+                [str(f), hash_file(f) if s.st_size <= READ_BYTES else [s.st_size, s.st_mtime_ns]]
+                for f, s in files
+            ]
+        )
     return found
 
 
-def _prepare(folder: Path, record: Path, key: str, done: dict[str, Any] | None) -> None:
-    """Keeps a half-done folder of the same key (the stage goes on in it), removes one of another key."""
+def _prepare(
+    stage: Config, folder: Path, record: Path, key: str, done: dict[str, Any] | None
+) -> None:
+    """Keeps a half-done folder of the same key (the stage goes on in it); removes one of another key, but for a finished
+    training, which is put aside."""
     pending = record.parent / PENDING
     same = _read_record(pending) == {"stage": record.stem, "key": key}
     if folder.exists() and not (same and done is None):
-        shutil.rmtree(folder)
+        if done is not None and isinstance(stage, TrainStage):
+            aside = _free_name(folder)
+            folder.rename(aside)
+            console().print(
+                f"its inputs or settings have changed: what was trained before is now in {aside}",
+                markup=False,
+                soft_wrap=True,
+            )
+        else:
+            shutil.rmtree(folder)
     record.unlink(missing_ok=True)
     write_json(pending, {"stage": record.stem, "key": key})
+
+
+def _free_name(folder: Path) -> Path:
+    """NAME.1, or the first number that is free."""
+    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

@@ -1,23 +1,27 @@
 """The HTTP server: OpenAI's chat endpoint, a health check, and the chat page."""
 
-import hmac
+import asyncio
 import json
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
+from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from easyllm.core.errors import ConfigError, EasyllmError
 from easyllm.engine.llm import LLM, Completion
-from easyllm.engine.request import Logprobs, TokenEvent
-from easyllm.engine.request import Request as EngineRequest
+from easyllm.engine.request import Logprobs, Request, TokenEvent
+from easyllm.serve.errors import APIError, error_body, error_response
+from easyllm.serve.guard import Guard
+from easyllm.serve.hang_up import unless_gone
 from easyllm.serve.schema import ChatRequest
 from easyllm.serve.service import EngineFailure, EngineService
 from easyllm.tokenizer.stream import REPLACEMENT
@@ -25,20 +29,11 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8420
-MAX_BODY_BYTES = 8 * 2**20
 PAGE = Path(__file__).parent / "web" / "index.html"
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline'",
     "X-Content-Type-Options": "nosniff",
 }
-
-
-class APIError(Exception):
-    """An answer in OpenAI's error form."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param = status, param
 
 
 def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> FastAPI:
@@ -60,7 +55,7 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
     app = FastAPI(title="Easyllm", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(APIError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.middleware("http")(_guard(api_key))
+    app.add_middleware(Guard, api_key=api_key)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -79,57 +74,20 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
         return {"object": "list", "data": entries}
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest) -> Response:
+    async def chat(body: ChatRequest, http: HTTPRequest) -> Response:
         if body.model not in services:
             known = ", ".join(services)
             raise APIError(
                 404, f"model {body.model!r} is not served; served are {known}", param="model"
             )
-        service = services[body.model]
         try:
-            prompt = service.llm.encode_chat([message.as_dict() for message in body.messages])
-            request = EngineRequest(prompt_ids=tuple(prompt), params=body.sampling())
-            events = service.generate(request)
-            first = await anext(events)  # a refusal shows before the answer begins
+            return await unless_gone(http, _chat(body, services[body.model]))
         except EasyllmError as error:
             raise APIError(400, str(error)) from None
         except EngineFailure as error:
             raise APIError(500, str(error)) from None
-        head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": body.model,
-        }
-        if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            counted = len(prompt) if usage else None
-            stream = _stream(head, first, events, counted, service.llm.tokenizer)
-            return StreamingResponse(stream, media_type="text/event-stream")
-        completion = Completion()
-        completion.take(first)
-        try:
-            async for event in events:
-                completion.take(event)
-        except EngineFailure as error:
-            raise APIError(500, str(error)) from None
-        completions = [completion, *completion.others]
-        tokenizer = service.llm.tokenizer
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": each.text},
-                "logprobs": _logprobs(each.details, tokenizer) if body.logprobs else None,
-                "finish_reason": each.finish_reason,
-            }
-            for index, each in enumerate(completions)
-        ]
-        answer = {
-            **head,
-            "object": "chat.completion",
-            "choices": choices,
-            "usage": _usage(len(prompt), sum(len(each.token_ids) for each in completions)),
-        }
-        return JSONResponse(answer)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
 
     return app
 
@@ -172,6 +130,58 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+async def _chat(body: ChatRequest, service: EngineService) -> Response:
+    """The answer to a request: whole, or a stream whose first event is there, so that a refusal shows before it begins."""
+    messages = [message.as_dict() for message in body.messages]
+    # in a thread: a long conversation takes seconds, in which other clients want their tokens
+    prompt = await asyncio.to_thread(service.llm.encode_chat, messages)
+    events = service.generate(Request(prompt_ids=tuple(prompt), params=body.sampling()))
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": body.model,
+    }
+    if body.stream:
+        first = await anext(events)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        counted = len(prompt) if usage else None
+        stream = _stream(head, first, events, counted, service.llm.tokenizer)
+        return StreamingResponse(stream, media_type="text/event-stream")
+    completion = Completion()
+    async for event in events:
+        completion.take(event)
+    return _whole(body, head, completion, len(prompt), service.llm.tokenizer)
+
+
+def _whole(
+    body: ChatRequest,
+    head: dict[str, Any],
+    completion: Completion,
+    prompt_tokens: int,
+    tokenizer: Tokenizer,
+) -> Response:
+    """All choices at once, with their usage."""
+    completions = [completion, *completion.others]
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": each.text},
+            "logprobs": _logprobs(each.details, tokenizer) if body.logprobs else None,
+            "finish_reason": each.finish_reason,
+        }
+        for index, each in enumerate(completions)
+    ]
+    generated = sum(len(each.token_ids) for each in completions)
+    return JSONResponse(
+        {
+            **head,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": _usage(prompt_tokens, generated),
+        }
+    )
+
+
 async def _stream(
     head: dict[str, Any],
     first: TokenEvent,
@@ -202,7 +212,7 @@ async def _stream(
         try:
             event = await anext(rest, None)
         except EngineFailure as error:
-            yield _event(_error_body(500, str(error)))
+            yield _event(error_body(500, str(error)))
             return
     if prompt_tokens is not None:
         usage = _usage(prompt_tokens, count)
@@ -241,53 +251,16 @@ def _usage(prompt: int, completion: int) -> dict[str, int]:
     }
 
 
-def _guard(
-    api_key: str | None,
-) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    """Checks the key and the size of the body before anything is read."""
-
-    async def guard(
-        request: Request, call_next: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
-        public = request.url.path in (
-            "/health",
-            "/",
-        )  # the page holds no secret and asks for the key
-        if api_key is not None and not public:
-            given = request.headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
-                return _error(
-                    401, "the API key is missing or wrong; send Authorization: Bearer KEY"
-                )
-        size = request.headers.get("content-length", "0")
-        if not size.isdigit() or int(size) > MAX_BODY_BYTES:
-            return _error(413, f"the request is larger than {MAX_BODY_BYTES} bytes; send less")
-        if request.method == "POST" and "content-length" not in request.headers:
-            return _error(411, "the request has no Content-Length; send one")
-        return await call_next(request)
-
-    return guard
-
-
-async def _on_api_error(_: Request, error: Exception) -> Response:
+async def _on_api_error(_: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, APIError)
-    return _error(error.status, str(error), param=error.param)
+    return error_response(error.status_code, error.detail, param=error.param)
 
 
-async def _on_invalid(_: Request, error: Exception) -> Response:
+async def _on_invalid(_: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"] if part != "body")
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         message = "this field is not supported"
-    return _error(400, f"{place}: {message}" if place else message, param=place or None)
-
-
-def _error(status: int, message: str, *, param: str | None = None) -> JSONResponse:
-    return JSONResponse(_error_body(status, message, param), status_code=status)
-
-
-def _error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+    return error_response(400, f"{place}: {message}" if place else message, param=place or None)

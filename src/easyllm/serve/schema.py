@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from easyllm.engine.request import SamplingParams
+from easyllm.engine.request import MAX_STOPS, Count, SamplingParams, StopString
 
 MAX_NEW_TOKENS = 32_768
 MAX_MESSAGES = 2_000
@@ -24,7 +24,11 @@ class TextPart(Strict):
 
 
 class ChatMessage(Strict):
-    """A message; content is text, or OpenAI's list of text parts."""
+    """A message; content is text, or OpenAI's list of text parts.
+
+    `name` is given to the chat template with the rest of the message, as `transformers` gives it. Clients send it as a
+    matter of course; whether the model sees it is the template's choice.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
@@ -36,7 +40,8 @@ class ChatMessage(Strict):
         if not isinstance(text, str):
             text = "".join(part.text for part in text)
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text}
+        message = {"role": role, "content": text}
+        return message if self.name is None else message | {"name": self.name}
 
 
 class StreamOptions(Strict):
@@ -52,22 +57,26 @@ class ChatRequest(Strict):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Count = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = (
-        Field(default=None, max_length=16)
-    )
+    stop: list[StopString] | None = Field(default=None, max_length=MAX_STOPS)
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
-    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field(
+    logit_bias: dict[Count, Annotated[float, Field(ge=-100, le=100)]] = Field(
         default={}, max_length=1024
     )
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     user: str | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, stop: Any) -> Any:
+        """A text is a list of one: as a union its errors would be those of the wrong kind."""
+        return [stop] if isinstance(stop, str) else stop
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
@@ -81,14 +90,13 @@ class ChatRequest(Strict):
 
     def sampling(self) -> SamplingParams:
         """As the engine takes it."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             seed=self.seed,
             max_tokens=self.max_completion_tokens or self.max_tokens,
-            stop=stop,
+            stop=tuple(self.stop or ()),
             n=self.n,
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,

@@ -57,7 +57,7 @@ class EngineService:
                 unfinished -= event.finish_reason is not None
                 yield event
         finally:
-            self._inbox.put(lambda: self._forget(request.id))
+            self._inbox.put(lambda: self._forget(request.id, deliver))
 
     def close(self) -> None:
         """Stops the thread after the step it is in."""
@@ -93,9 +93,11 @@ class EngineService:
             return
         self._listeners[request.id] = deliver
 
-    def _forget(self, request_id: int) -> None:
-        self._listeners.pop(request_id, None)
-        self.llm.engine.cancel(request_id)
+    def _forget(self, request_id: int, deliver: Deliver) -> None:
+        """Ends a request for the listener it is served to; one that was refused may be served to another."""
+        if self._listeners.get(request_id) is deliver:
+            del self._listeners[request_id]
+            self.llm.engine.cancel(request_id)
 
     def _fail_all(self, error: Exception) -> None:
         """A failed step leaves no request running; each listener hears of it."""

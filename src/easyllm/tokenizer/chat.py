@@ -63,11 +63,13 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         with_mask: bool = False,
+        max_chars: int | None = None,
     ) -> EncodedChat:
         """The conversation as ids, with the loss mask if asked for.
 
         Raises:
-            DataError: the template refuses the messages, or an assistant turn cannot be found in its text.
+            DataError: the template refuses the messages, an assistant turn cannot be found in its text, or the text has
+                more than `max_chars` characters.
         """
         special = {
             f"{kind}_token": text
@@ -76,12 +78,15 @@ class ChatTemplate:
         }
         if not with_mask:
             text = self._call(messages, tools, add_generation_prompt, special, ("", ""))
+            _refuse_long(text, max_chars)
             return EncodedChat(tokenizer.encode(text, special_tokens=False), None, text)
         if self.has_marks:
             text, spans = self._marked(messages, tools, special)
+            _refuse_long(text, max_chars)
             ids, offsets = tokenizer.encode_with_offsets(text)
             return EncodedChat(ids, _mask(offsets, spans), text)
         text = self._call(messages, tools, False, special, ("", ""))
+        _refuse_long(text, max_chars)
         spans = [
             self._find_turn(text, messages, turn, tools, special)
             for turn, message in enumerate(messages)
@@ -192,6 +197,13 @@ class ChatTemplate:
             if a != b
         )
         return (start, len(text) - tail) if start <= len(text) - tail else None
+
+
+def _refuse_long(text: str, max_chars: int | None) -> None:
+    if max_chars is not None and len(text) > max_chars:
+        raise DataError(
+            f"the conversation has {len(text)} characters, the model's context holds at most {max_chars}; shorten it"
+        )
 
 
 def _mask(offsets: list[Span], spans: Iterable[Span]) -> list[bool]:

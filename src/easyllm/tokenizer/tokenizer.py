@@ -115,6 +115,11 @@ class Tokenizer:
         """SHA-256 of the tokenizer's own serialisation: equal for equal tokenizers."""
         return hashlib.sha256(self.backend.to_str().encode("utf-8")).hexdigest()
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, as the vocabulary writes it."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=0)
+
     @property
     def eos_id(self) -> int | None:
         return self.id_of(self.special.eos)
@@ -180,11 +185,16 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         with_mask: bool = False,
+        max_tokens: int | None = None,
     ) -> EncodedChat:
         """Ids of a conversation under the model's chat template, and with `with_mask` which tokens are trained.
 
+        Args:
+            max_tokens: a text that is longer than so many of the longest tokens is refused before it is encoded (text that
+                encoding would drop counts, too). What passes may still have more tokens.
+
         Raises:
-            DataError: the model has no chat template, or the template refuses the messages.
+            DataError: the model has no chat template, the template refuses the messages, or the text is too long.
         """
         if self.chat_template is None:
             raise DataError(
@@ -196,6 +206,7 @@ class Tokenizer:
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             with_mask=with_mask,
+            max_chars=None if max_tokens is None else max_tokens * self.longest_token,
         )
 
     def save(self, folder: Path) -> None:

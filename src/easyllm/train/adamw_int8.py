@@ -20,6 +20,8 @@ from easyllm.train.update_rules import AdamW, State, WeightUpdate
 BLOCK = 256
 SMALLEST = 4096
 """A tensor of fewer elements keeps fp32 moments: there is nothing to save, and norms and biases are sensitive."""
+BELOW_ONE = 1 - 2**-24
+"""The largest fp32 number below 1, to which fp64 fractions may round up."""
 PER_ELEMENT, PER_STEP = 0.5698402909980532, 0.7548776662466927
 """φ₁ and φ₂: 1/ρ² and 1/ρ for ρ³ = ρ + 1, whose multiples fill the unit square evenly (Roberts 2018, sequence R2)."""
 
@@ -71,8 +73,9 @@ class AdamWInt8:
 
 def dither(step: Tensor) -> Tensor:
     """[256] in [0, 1): what is added to the elements of a block before their codes are cut to whole numbers."""
-    elements = torch.arange(BLOCK, device=step.device, dtype=torch.float32)
-    return (elements * PER_ELEMENT + step * PER_STEP).frac_()
+    # fp32 would leave no fraction of a large step
+    elements = torch.arange(BLOCK, device=step.device, dtype=torch.float64)
+    return (elements * PER_ELEMENT + step.double() * PER_STEP).frac_().float().clamp_(max=BELOW_ONE)
 
 
 def quantize_signed(values: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:

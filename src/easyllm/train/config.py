@@ -154,8 +154,8 @@ class TrainConfig(Config):
         batch_size: sequences (rows of a corpus) in an optimizer step; null where `batch_tokens` says how large a step is.
         batch_tokens: tokens in a step, at least.
         micro_batch_tokens: most packed tokens in one forward pass; a step takes as many passes as it needs.
-        precision: `bf16` keeps fp32 masters and computes in bf16 · `bf16_autocast`, `fp16_autocast` keep fp32 weights and
-            let PyTorch choose · `fp16` scales the loss · `auto` is bf16 where the machine is fast at it.
+        precision: `bf16` keeps fp32 masters and computes in bf16 · `bf16_autocast` keeps fp32 weights and lets
+            PyTorch choose · `fp16` scales the loss · `auto` is bf16 where the machine is fast at it.
         dropout: of the outputs of mixers and feed-forwards, in training.
         checkpoint_activations: `full` keeps one activation a layer and computes the rest again; `selective` does so for
             the feed-forwards alone.
@@ -210,6 +210,8 @@ class TrainConfig(Config):
                 f"objective {self.objective.kind} does not go with data of kind {self.data.kind}; "
                 "a classifier needs data of kind labels, a language_model conversations or a corpus"
             )
+        if classifies and self.samples is not None:
+            raise ValueError("a classifier writes no samples; remove samples")
         if self.keep_best and not self.eval_every:
             raise ValueError("keep_best needs evaluations on the way; set eval_every")
         if self.early_stopping is not None and not self.eval_every:

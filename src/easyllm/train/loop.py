@@ -122,7 +122,6 @@ def run_steps(
         Diverged: three steps in a row were skipped because their loss or gradient is no number.
     """
     model.train()
-    skipped_in_a_row, usual = 0, RunningMean()
     reason = "finished"
     with Progress("training", total=total_steps, unit="step") as progress:
         progress.skip(totals.step)
@@ -138,18 +137,17 @@ def run_steps(
             if norm is None:
                 watch.event(totals.step, "skipped", f"loss {loss}; samples {loader.last[:64]}")
                 totals.skipped += 1
-                skipped_in_a_row += 1
+                totals.skipped_in_a_row += 1
                 overflow = arithmetic.scaler is not None and math.isfinite(loss)
-                if skipped_in_a_row >= MOST_SKIPPED and not overflow:
+                if totals.skipped_in_a_row >= MOST_SKIPPED and not overflow:
                     raise Diverged(_diverged(totals.step))
             else:
-                skipped_in_a_row = 0
-                if usual.exceeded(loss, config.spike_factor):
-                    detail = (
-                        f"loss {loss:.4f}, usually {usual.mean:.4f}; samples {loader.last[:64]}"
-                    )
+                totals.skipped_in_a_row = 0
+                if is_spike(totals, loss, config.spike_factor):
+                    usual = f"usually {totals.usual_loss_nats:.4f}"
+                    detail = f"loss {loss:.4f}, {usual}; samples {loader.last[:64]}"
                     watch.event(totals.step, "spike", detail)
-                usual.add(loss)
+                note_loss(totals, loss)
             report = StepReport(
                 step=totals.step,
                 loss_nats=loss,
@@ -235,21 +233,16 @@ def mean_loss(model: Decoder, objective: Objective, batches: Iterable[Batch]) ->
     return total / max(1, num_tokens)
 
 
-class RunningMean:
-    """The usual loss: an exponential mean, once there are enough steps."""
+def is_spike(totals: Totals, loss: float, factor: float) -> bool:
+    """Whether `loss` is above `factor` times the usual, once there are enough steps to know that."""
+    return totals.usual_steps >= SPIKE_AFTER and loss > factor * totals.usual_loss_nats
 
-    def __init__(self) -> None:
-        self.mean, self.steps = 0.0, 0
 
-    def exceeded(self, loss: float, factor: float) -> bool:
-        """Whether `loss` is above `factor` times the usual."""
-        return self.steps >= SPIKE_AFTER and loss > factor * self.mean
-
-    def add(self, loss: float) -> None:
-        """Takes in a step's loss."""
-        self.steps += 1
-        memory = min(SPIKE_MEMORY, 1 - 1 / self.steps)
-        self.mean = memory * self.mean + (1 - memory) * loss
+def note_loss(totals: Totals, loss: float) -> None:
+    """Takes a step's loss into the exponential mean."""
+    totals.usual_steps += 1
+    memory = min(SPIKE_MEMORY, 1 - 1 / totals.usual_steps)
+    totals.usual_loss_nats = memory * totals.usual_loss_nats + (1 - memory) * loss
 
 
 def _diverged(step: int) -> str:

@@ -67,9 +67,32 @@ def gather(config: TrainConfig, tokenizer: Tokenizer, *, context: int) -> Materi
             f"data.max_seq_len={config.data.max_seq_len} is longer than the model's context of {context}; lower it"
         )
     if isinstance(config.data, CorpusDataConfig):
-        return _corpus(config, config.data, tokenizer)
-    train, account = _samples(config, config.data.train, tokenizer)
-    held = _samples(config, config.data.eval, tokenizer)[0] if config.data.eval else []
+        material = _corpus(config, config.data, tokenizer)
+    else:
+        material = _rows(config, config.data, tokenizer)
+    if material.evaluate is None:
+        _nothing_to_evaluate(config, material.warnings)
+    return material
+
+
+def _nothing_to_evaluate(config: TrainConfig, warnings: list[str]) -> None:
+    where = "data.validation" if isinstance(config.data, CorpusDataConfig) else "data.eval"
+    for key in ("keep_best", "early_stopping"):
+        if getattr(config, key):
+            raise ConfigError(
+                f"{key} goes by evaluations, and there is nothing to evaluate on; set {where}, or remove {key}"
+            )
+    if config.eval_every and config.samples is None:
+        warnings.append(
+            f"there is nothing to evaluate on every {config.eval_every} steps; set {where}"
+        )
+
+
+def _rows(
+    config: TrainConfig, data: DataConfig | LabelledDataConfig, tokenizer: Tokenizer
+) -> Material:
+    train, account = _samples(config, data.train, tokenizer)
+    held = _samples(config, data.eval, tokenizer)[0] if data.eval else []
     loader = Loader(
         train,
         batch_size=config.batch_size,
@@ -84,7 +107,7 @@ def gather(config: TrainConfig, tokenizer: Tokenizer, *, context: int) -> Materi
         summary=account.summary(),
         warnings=_overlap(train, held),
         figures=account.as_dict(),
-        inputs={file: hash_file(Path(file)) for file in (*config.data.train, *config.data.eval)},
+        inputs={file: hash_file(Path(file)) for file in (*data.train, *data.eval)},
     )
 
 

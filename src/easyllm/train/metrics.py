@@ -1,6 +1,7 @@
 """`metrics.jsonl`: a JSON object a line, names with units."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class MetricsLog:
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk was told of when the line was written
+            self._file.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -76,6 +76,16 @@ class MasterOptimizer:
                     self._copies[name] = parameter
                     parameter.register_post_accumulate_grad_hook(partial(self._take, name))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return next(iter(self.masters.values())).device
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether every master is a number."""
+        return all(bool(torch.stack(m.aminmax()).isfinite().all()) for m in self.masters.values())
+
     def _take(self, name: str, parameter: Tensor) -> None:
         """Adds a micro-batch's gradient to the sum and frees it."""
         gradient, parameter.grad = parameter.grad, None

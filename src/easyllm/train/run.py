@@ -26,7 +26,7 @@ from easyllm.core.run_folder import check_free, claim
 from easyllm.models import hf_module_name, save_model
 from easyllm.nn.decoder import Decoder
 from easyllm.train.config import TrainConfig
-from easyllm.train.loop import run_steps
+from easyllm.train.loop import Diverged, run_steps
 from easyllm.train.material import Material, gather
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.preflight import memory_advice, preflight
@@ -42,7 +42,7 @@ from easyllm.train.setup import (
 )
 from easyllm.train.signals import Interrupted, stop_on_signals
 from easyllm.train.state import BEST, FOLDER, RunState, Totals, load_newest, load_state
-from easyllm.train.watch import RunWatch, evaluation_of, samples_of, step_flops
+from easyllm.train.watch import RunWatch, check_samples, evaluation_of, samples_of, step_flops
 
 ADAPTER, MODEL = "adapter", "model"
 HARMLESS = frozenset(
@@ -72,9 +72,9 @@ def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> T
         OutputError: `output` holds another run, or a finished one.
         ConfigError, DataError, SourceError, CheckpointError: the inputs are wrong.
         Interrupted: a signal asked for the end; the same call goes on.
-        Diverged: the loss was no number three steps in a row.
+        Diverged: the loss was no number three steps in a row, or a weight is none at the end.
     """
-    ignore = HARMLESS if allow_change else frozenset[str]()
+    ignore = _harmless(config) if allow_change else frozenset[str]()
     check_free(output, config, ignore=ignore)
     if (output / MANIFEST_FILE).is_file():
         raise OutputError(
@@ -83,6 +83,7 @@ def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> T
     device = pick_device(config.device)
     origin = find_origin(config)
     material = gather(config, origin.tokenizer, context=origin.config.max_seq_len)
+    check_samples(config.samples, origin.tokenizer, context=origin.config.max_seq_len)
     total_steps = count_steps(config, material)
     peak = preflight(config, origin.config, material, total_steps, device)
     with memory_advice(config):
@@ -144,48 +145,63 @@ def _run(
     if resumed:
         watch.event(totals.step, "resumed", f"resumed at step {totals.step} of {total_steps}")
     start = time.monotonic()
-    try:
-        with stop_on_signals() as stop:
-            reason = run_steps(
-                model,
-                objective,
-                optimizer,
-                material.loader,
-                config,
-                arithmetic=arithmetic,
-                totals=totals,
-                total_steps=total_steps,
-                watch=watch,
-                stop=stop,
-            )
-        if stop.signal is not None and totals.step < total_steps:
-            watch.save()
-            raise Interrupted(
-                f"stopped after step {totals.step} of {total_steps}; the same command goes on from there",
-                stop.signal,
-            )
-        if reason not in ("finished", "interrupted"):
-            watch.event(totals.step, "stopped", reason)
-        figures = _figures(totals, material, time.monotonic() - start)
-        watch.look(totals.step)
-        evaluated = watch.evaluated
-        if config.keep_best and (output / FOLDER / BEST).is_dir():
-            figures["best_step"] = _take_best(output, state)
-            if watch.evaluate is not None:
-                evaluated = watch.evaluate()
-        figures |= {k.replace("eval/", "eval_"): v for k, v in evaluated.items()}
-    finally:
-        watch.close()
-    _save_result(config, output, model, optimizer, origin)
-    manifest = Manifest.create(
-        "train",
-        config=config.model_dump(mode="json"),
-        inputs=identity | material.inputs,
-        results=figures,
-    )
-    write_atomic(output / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
-    write_report(output)
+    # to the end: a signal that comes behind the last step lets the result be written
+    with stop_on_signals() as stop:
+        try:
+            if (
+                "stopped" not in state.extra
+            ):  # else a run that was stopped early died before its result was there
+                run_steps(
+                    model,
+                    objective,
+                    optimizer,
+                    material.loader,
+                    config,
+                    arithmetic=arithmetic,
+                    totals=totals,
+                    total_steps=total_steps,
+                    watch=watch,
+                    stop=stop,
+                )
+            if "stopped" in state.extra:
+                watch.event(totals.step, "stopped", state.extra["stopped"])
+            elif stop.signal is not None and totals.step < total_steps:
+                watch.save()
+                raise Interrupted(
+                    f"stopped after step {totals.step} of {total_steps}; the same command goes on from there",
+                    stop.signal,
+                )
+            if not optimizer.is_finite():
+                raise Diverged(
+                    f"a weight is no number after step {totals.step}; lower the learning rate (the last good "
+                    "checkpoint is kept)"
+                )
+            figures = _figures(totals, material, time.monotonic() - start)
+            watch.look(totals.step)
+            evaluated = watch.evaluated
+            if config.keep_best and (output / FOLDER / BEST).is_dir():
+                figures["best_step"] = _take_best(output, state)
+                if watch.evaluate is not None:
+                    evaluated = watch.evaluate()
+            figures |= {k.replace("eval/", "eval_"): v for k, v in evaluated.items()}
+        finally:
+            watch.close()
+        _save_result(config, output, model, optimizer, origin)
+        manifest = Manifest.create(
+            "train",
+            config=config.model_dump(mode="json"),
+            inputs=identity | material.inputs,
+            results=figures,
+        )
+        write_atomic(output / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
+        write_report(output)
     return TrainResult(output, figures)
+
+
+def _harmless(config: TrainConfig) -> frozenset[str]:
+    """The `HARMLESS` keys, but for the rhythm of evaluations where it decides when a run ends or which weights stay."""
+    decides = config.early_stopping is not None or config.keep_best
+    return HARMLESS - {"eval_every"} if decides else HARMLESS
 
 
 def _figures(totals: Totals, material: Material, seconds: float) -> dict[str, Any]:

@@ -32,6 +32,10 @@ class Totals:
     tokens: int = 0
     trained_tokens: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
+    usual_loss_nats: float = 0.0
+    """Running mean of the losses of `usual_steps` steps, which spikes are measured against."""
+    usual_steps: int = 0
 
     def count(self, batches: Sequence[Batch]) -> None:
         """Counts one step in."""
@@ -46,7 +50,7 @@ class RunState:
 
     Attributes:
         identity: hashes of the model, tokenizer and data a run is made from; a checkpoint of others is refused.
-        extra: what else must go on (the loss scaler, the best evaluation).
+        extra: what else must go on (the loss scaler, the best evaluation), and why the run was stopped early.
     """
 
     optimizer: MasterOptimizer
@@ -60,8 +64,8 @@ def save_state(folder: Path, state: RunState) -> None:
     """Writes a checkpoint atomically."""
     tensors = {f"optimizer.{name}": t for name, t in state.optimizer.tensors().items()}
     tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    if state.optimizer.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(state.optimizer.device)
     with atomic_directory(folder, replace=True) as work:
         write_tensors(work / TENSORS, tensors)
         write_json(
@@ -76,9 +80,13 @@ def save_state(folder: Path, state: RunState) -> None:
 
 
 def save_step(run: Path, state: RunState, *, keep_last: int) -> None:
-    """Writes the checkpoint of this step and removes the oldest beyond `keep_last`."""
-    save_state(run / FOLDER / f"step-{state.totals.step:06d}", state)
-    for old in checkpoints(run)[:-keep_last]:
+    """Writes the checkpoint of this step; removes the oldest beyond `keep_last`, and damaged ones of later steps, which the
+    run has passed over."""
+    here = run / FOLDER / f"step-{state.totals.step:06d}"
+    save_state(here, state)
+    found = checkpoints(run)
+    place = found.index(here) + 1
+    for old in [*found[: max(0, place - keep_last)], *found[place:]]:
         shutil.rmtree(old)
 
 
@@ -133,11 +141,11 @@ def load_state(folder: Path, state: RunState) -> None:
         {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     )
     state.loader.state, state.extra = position, extra
-    for name in ("step", "tokens", "trained_tokens", "skipped"):
-        setattr(state.totals, name, getattr(totals, name))
+    for name, value in asdict(totals).items():
+        setattr(state.totals, name, value)
     torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    if "random.cuda" in tensors and state.optimizer.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], state.optimizer.device)
 
 
 class _Damaged(CheckpointError):

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from easyllm.core.device import peak_rss_bytes
+from easyllm.core.errors import ConfigError
 from easyllm.core.progress import console
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
@@ -63,6 +64,7 @@ class RunWatch:
         )
         self.report = RunReport(run, total_steps=total_steps)
         self._reported = time.monotonic()
+        self._saved = self._looked = -1  # the steps of the last checkpoint and the last evaluation
         self.evaluated: dict[str, float] = {}  # figures of the last evaluation
         self._seconds: list[float] | None = [] if config.compile else None
 
@@ -81,7 +83,9 @@ class RunWatch:
         reason = None
         if config.eval_every and step % config.eval_every == 0 and not last:
             reason = self.look(step)
-        if config.save_every and step % config.save_every == 0:
+        if reason is not None:
+            self.state.extra["stopped"] = reason
+        if config.save_every and (step % config.save_every == 0 or last or reason is not None):
             self.save()
         if time.monotonic() - self._reported > REPORT_EVERY_S:
             self.report.write()
@@ -89,12 +93,23 @@ class RunWatch:
         return reason
 
     def save(self) -> None:
-        """Writes a checkpoint of this step."""
+        """Writes a checkpoint of this step, unless there is one, or a weight has become no number: then the last good one
+        stays."""
+        step = self.state.totals.step
+        if self._saved == step:
+            return
+        if not self.state.optimizer.is_finite():
+            self.event(step, "not saved", "a weight is no number; the last good checkpoint stays")
+            return
         self._note_scale()
         save_step(self.run, self.state, keep_last=self.config.keep_last)
+        self._saved = step
 
     def look(self, step: int) -> str | None:
-        """Evaluates and samples; a text where the loss has stopped falling."""
+        """Evaluates and samples; a text where the loss has stopped falling. Of the step looked at last it is nothing new."""
+        if step == self._looked:
+            return None
+        self._looked = step
         if self.samples is not None:
             self.log.write(step=step, samples=self.samples())
         if self.evaluate is None:
@@ -165,6 +180,21 @@ def evaluation_of(
 ) -> Callable[[], dict[str, float]] | None:
     """The evaluation of this model; None where there is no data for one."""
     return None if evaluate is None else lambda: evaluate(model, objective)
+
+
+def check_samples(config: SamplesConfig | None, tokenizer: Tokenizer, *, context: int) -> None:
+    """Refuses a prompt that the model cannot go on from, before a step is run.
+
+    Raises:
+        ConfigError: it has no token, or leaves no room in the context.
+    """
+    for number, prompt in enumerate(config.prompts if config is not None else ()):
+        length = len(tokenizer.encode(prompt))
+        if not 0 < length < context:
+            raise ConfigError(
+                f"samples.prompts[{number}] has {length} tokens, expected 1 to {context - 1} (the model's context less "
+                "one); change it"
+            )
 
 
 def samples_of(

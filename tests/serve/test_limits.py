@@ -1,0 +1,191 @@
+"""The server under clients that hang up, send too much, or ask for what takes long."""
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from test_server import QUESTION, running
+
+from easyllm.core.errors import ConfigError
+from easyllm.engine import LLM, Request, SamplingParams
+from easyllm.serve.guard import MAX_BODY_BYTES
+from easyllm.serve.service import EngineService
+
+
+@pytest.fixture
+def llm(tiny_model, tiny_tokenizer):
+    """One that serves a request at a time, so that others wait for their first token."""
+    return LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="", max_running=1)
+
+
+@contextmanager
+def connected(address):
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as raw:
+        yield raw
+
+
+def head_of(*lines):
+    first = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+    return ("\r\n".join((*first, *lines)) + "\r\n\r\n").encode()
+
+
+def ask(raw, **changes):
+    """Sends a request for an answer of 200 tokens, and reads nothing."""
+    fields = {"model": "m", "messages": QUESTION, "max_tokens": 200, "logit_bias": {"2": -100}}
+    body = json.dumps(fields | changes).encode()
+    raw.sendall(head_of(f"Content-Length: {len(body)}") + body)
+
+
+def answer_on(raw):
+    """Status line, headers and body."""
+    answer = http.client.HTTPResponse(raw)
+    answer.begin()
+    return answer.status, answer.read().decode()
+
+
+def slow_down(llm, monkeypatch, seconds=0.03):
+    """Steps of `seconds` and more; the list grows by one with each."""
+    runner, steps = llm.engine.runner, []
+    run = runner.run
+
+    def slowly(step):
+        steps.append(step)
+        time.sleep(seconds)
+        return run(step)
+
+    monkeypatch.setattr(runner, "run", slowly)
+    return steps
+
+
+def wait_for(condition, timeout_s=10):
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_client_that_hangs_up_without_a_stream_frees_its_request(llm, monkeypatch):
+    steps = slow_down(llm, monkeypatch)
+    with running({"m": llm}) as address:
+        with connected(address) as raw:
+            ask(raw)
+            assert wait_for(lambda: len(steps) > 2)
+        assert wait_for(lambda: not llm.engine.busy)
+        assert len(steps) < 100  # of 200
+        assert llm.engine.pool.available == llm.engine.pool.num_pages
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_while_it_waits_for_its_turn_leaves_the_queue(
+    llm, monkeypatch, stream
+):
+    steps, scheduler = slow_down(llm, monkeypatch), llm.engine.scheduler
+    with running({"m": llm}) as address, connected(address) as first:
+        ask(first)
+        assert wait_for(lambda: steps)
+        with connected(address) as second:
+            ask(second, stream=stream)
+            assert wait_for(lambda: len(scheduler.waiting) == 1)
+        assert wait_for(lambda: not scheduler.waiting)
+        assert len(scheduler.running) == 1  # the first goes on
+        assert len(steps) < 100
+
+
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+def test_a_body_in_chunks_is_counted_and_refused_where_it_is_too_large(llm):
+    with running({"m": llm}) as address:
+        chunk = b"10000\r\n" + b"y" * 65536 + b"\r\n"
+        with connected(address) as raw:
+            raw.sendall(head_of(CHUNKED))
+            for _ in range(MAX_BODY_BYTES // 65536 + 1):
+                raw.sendall(chunk)
+            status, text = answer_on(raw)
+        assert status == 413
+        assert "invalid_request_error" in text
+        with connected(address) as raw:
+            raw.sendall(head_of("Content-Length: 5", CHUNKED))
+            status, text = answer_on(raw)
+        assert status == 400
+        assert "send one of them" in text
+
+
+def test_a_small_body_in_chunks_is_answered(llm):
+    body = json.dumps({"model": "m", "messages": QUESTION, "max_tokens": 2}).encode()
+    with running({"m": llm}) as address:
+        answer = httpx.post(
+            f"{address}/v1/chat/completions",
+            content=iter([body[:20], body[20:]]),
+            headers={"content-type": "application/json"},
+        )
+    assert "content-length" not in answer.request.headers
+    assert answer.status_code == 200
+
+
+def test_others_are_answered_while_a_long_conversation_is_encoded(llm, monkeypatch):
+    begun, go_on, encode = threading.Event(), threading.Event(), llm.encode_chat
+
+    def slowly(messages):
+        begun.set()
+        assert go_on.wait(20)
+        return encode(messages)
+
+    monkeypatch.setattr(llm, "encode_chat", slowly)
+    with running({"m": llm}) as address, connected(address) as raw:
+        ask(raw, max_tokens=1)
+        assert begun.wait(10)
+        try:
+            assert httpx.get(f"{address}/health", timeout=5).status_code == 200
+        finally:
+            go_on.set()
+        assert answer_on(raw)[0] == 200
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(llm, monkeypatch):
+    most = 256 * llm.tokenizer.longest_token
+    monkeypatch.setattr(type(llm.tokenizer), "encode", lambda *_, **__: pytest.fail("encoded"))
+    body = {"model": "m", "messages": [{"role": "user", "content": "y" * most}]}
+    with running({"m": llm}) as address:
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert f"the model's context holds at most {most}; shorten it" in answer.text
+
+
+def test_a_text_of_the_longest_tokens_fits(tiny_tokenizer):
+    longest = max(tiny_tokenizer.backend.get_vocab(), key=len)
+    text = longest * 50
+    ids = tiny_tokenizer.encode_chat(
+        [{"role": "user", "content": text}], add_generation_prompt=True, max_tokens=256
+    ).token_ids
+    assert len(ids) < 70
+
+
+def test_a_request_that_is_refused_as_served_already_does_not_end_the_one_served(llm, monkeypatch):
+    slow_down(llm, monkeypatch, 0.01)
+    service = EngineService("m", llm)
+    request = Request(
+        prompt_ids=(5, 6),
+        params=SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
+    )
+
+    async def both():
+        first = service.generate(request)
+        events = [await anext(first)]
+        with pytest.raises(ConfigError, match="is being served already"):
+            await anext(service.generate(request))
+        events += [event async for event in first]
+        return events
+
+    try:
+        events = asyncio.run(asyncio.wait_for(both(), 20))
+    finally:
+        service.close()
+    assert len(events) == 20
