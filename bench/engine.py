@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--transformers-dtypes", nargs="+", default=["f32", "bf16"])
     parser.add_argument("--vllm", help="interpreter with vllm")
     parser.add_argument("--record", action="store_true")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="0: only what follows the rates")
     options = parser.parse_args()
     runs: dict[str, list[list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as work:
@@ -49,7 +49,7 @@ def main() -> None:
     row = machine.row(
         "engine",
         rounds=options.rounds,
-        ours={v: results.pop(v) for v in options.variants},
+        ours={v: results.pop(v) for v in options.variants if v in results},
         peers=results,
         first_token_s={v: first_token(v) for v in options.variants},
         kl_nats={v: divergence(v) for v in options.variants if v.startswith("int")},
