@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 
 import machine
 import torch
-from machine import SHARED
+from machine import SHARED, easyllm
 
 from easyllm.models import load_model, load_tokenizer
 from easyllm.quant import quantize_weights
@@ -114,11 +113,6 @@ def divergence(scheme: str, *, tokens: int = 8192, window: int = 512) -> float:
         p, q = (m.logits(ids[start : start + window]).log_softmax(-1) for m in (full, rounded))
         total += float((p.exp() * (p - q)).sum())
     return round(total / len(ids), 5)
-
-
-def easyllm(*words: str) -> str:
-    command = [sys.executable, "-m", "easyllm", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def script(python: str, name: str, *words: str) -> list[dict[str, Any]]:

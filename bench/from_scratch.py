@@ -8,15 +8,13 @@ A run is a recipe, with a file beside this checkout as its text where one is nam
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import machine
-from machine import SHARED
+from machine import SHARED, easyllm
 
 RUNS = (
     "shakespeare-char:tinyshakespeare.txt",
@@ -53,7 +51,7 @@ def measure(run: str, output: Path) -> dict[str, Any]:
     model = output / LAST[recipe] / "model"
     said = (
         easyllm("generate", str(model), QUESTION, "--chat", "--max-tokens", "40")
-        if (recipe == "from-scratch")
+        if recipe == "from-scratch"
         else easyllm("generate", str(model), "ROMEO:", "--max-tokens", "120")
     )
     bits = [round(x["eval/bits_per_byte"], 4) for x in seen]
@@ -83,11 +81,6 @@ def same_in_transformers(folder: Path) -> bool:
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0].argmax(-1)
     return bool(torch.equal(load_model(folder, dtype="float32").logits(ids).argmax(-1), expected))
-
-
-def easyllm(*words: str) -> str:
-    command = [sys.executable, "-m", "easyllm", *words]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

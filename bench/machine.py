@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +55,12 @@ def machine() -> dict[str, object]:
         "cpu_features": sorted(cpu_features()),
         **rates,
     }
+
+
+def easyllm(*words: str) -> str:
+    """Standard output of a command of ours, in a process of its own; what it says on the way is shown."""
+    command = [sys.executable, "-m", "easyllm", *words]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def commit() -> str:

@@ -6,8 +6,6 @@ python bench/quickstart.py [--seeds 0 1 2] [--record]
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -44,10 +42,7 @@ def one(seed: int) -> dict[str, float]:
             f"seed={seed}",
             f"output={Path(work) / 'run'}",
         ]
-        done = subprocess.run(
-            [sys.executable, "-m", "easyllm", *words], stdout=subprocess.PIPE, text=True, check=True
-        )
-    summary = json.loads(done.stdout)
+        summary = json.loads(machine.easyllm(*words))
     figures = {name: round(summary[a][b], 4) for name, (a, b) in FIGURES.items()}
     figures["seed"] = seed
     figures |= {k: summary[k] for k in ("train_tokens_per_s", "total_seconds", "peak_rss_gb")}

@@ -11,7 +11,6 @@ for each of its settings, and the ratio to the best of them is printed. `--recor
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -85,24 +84,19 @@ def run(options: argparse.Namespace, words: list[str]) -> tuple[dict, list[dict]
     with tempfile.TemporaryDirectory() as work:
         file, out = Path(work) / "rows.json", Path(work) / "run"
         file.write_text(json.dumps(json.loads(options.data.read_text())[: options.rows]))
-        command = [
-            *(sys.executable, "-m", "easyllm", "train", "sft-lora", f"data.train=[{file}]"),
-            *(f"output={out}", "data.max_seq_len=512", "data.train_on=all", "save_every=0"),
+        said = machine.easyllm(
+            *("train", "sft-lora", f"data.train=[{file}]", f"output={out}"),
+            *("data.max_seq_len=512", "data.train_on=all", "save_every=0"),
             *(*adapter, *words, "--json"),
-        ]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        )
         lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    return json.loads(done.stdout), lines
+    return json.loads(said), lines
 
 
 def peer(options: argparse.Namespace, work: Path) -> list[dict[str, float]]:
     """TRL on the same rows, a process a setting."""
     model = work / "smollm2"
-    subprocess.run(
-        [sys.executable, "-m", "easyllm", "convert", "smollm2", str(model)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    machine.easyllm("convert", "smollm2", str(model))
     found = []
     settings = sorted(SETTINGS, key=lambda s: (s[0] == "bf16") != bf16_is_fast(torch.device("cpu")))
     for dtype, packing in settings[: options.peer_settings]:

@@ -442,19 +442,26 @@ def test_a_prefix_as_long_as_the_cache_leaves_room_to_go_on(tiny_tokenizer):
     )
 
 
+def events_after_a_failing_step(engine, monkeypatch, *broken):
+    """Lets one step fail in `broken`, named as `setattr` has it, and runs the engine to its end."""
+    with monkeypatch.context() as patch:
+        patch.setattr(*broken, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.scheduler.check()
+    events = []
+    while engine.busy:
+        events += engine.step()
+    return events
+
+
 def test_after_a_failing_step_everything_is_computed_again(model, tiny_tokenizer, monkeypatch):
     requests = mixed_requests(6)
     engine = Engine(model, tiny_tokenizer)
     for request in requests:
         engine.add(request)
     events = engine.step()
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.runner.model, "head", lambda hidden: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            engine.step()
-    engine.scheduler.check()
-    while engine.busy:
-        events += engine.step()
+    events += events_after_a_failing_step(engine, monkeypatch, engine.runner.model, "head")
     alone = results(Engine(model, tiny_tokenizer), requests)
     for request, completions in zip(requests, alone, strict=True):
         for index, completion in enumerate(completions):
@@ -471,13 +478,7 @@ def test_a_step_that_fails_after_its_pass_leaves_no_state_ahead(kind, tiny_token
     for request in requests:
         engine.add(request)
     events = [event for _ in range(3) for event in engine.step()]
-    with monkeypatch.context() as patch:
-        patch.setattr("easyllm.engine.engine.choose", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            engine.step()
-    engine.scheduler.check()
-    while engine.busy:
-        events += engine.step()
+    events += events_after_a_failing_step(engine, monkeypatch, "easyllm.engine.engine.choose")
     alone = results(Engine(model, tiny_tokenizer), requests)
     for request, (completion,) in zip(requests, alone, strict=True):
         mine = [e for e in events if e.request_id == request.id]

@@ -15,7 +15,7 @@ from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 from easyllm.ops.attention import AttentionContext
 from easyllm.ops.kernels import build
-from easyllm.quant import SCHEMES, QuantSpec, quantize_weights, quantized_bytes
+from easyllm.quant import SCHEMES, QuantSpec, quantize_weights, weight_bytes
 
 IDS = torch.tensor([5, 9, 300, 17, 2, 2, 41])
 
@@ -132,4 +132,4 @@ def test_rounded_while_read_is_rounded_afterwards(tiny_folder, scheme):
     with torch.device("meta"):
         skeleton = Decoder(read.config)
     held = sum(tensor.nbytes for tensor in state.values())
-    assert quantized_bytes(skeleton, scheme, torch.float32) == held
+    assert weight_bytes(skeleton, torch.float32, scheme) == held

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 
@@ -52,7 +53,7 @@ class Loader:
         self.last: list[int] = []
         self._order: tuple[int, list[int]] | None = None
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Steps of the first epoch; with `batch_tokens` those of others differ a little, as samples fall together otherwise."""
         steps, cursor, order = 0, 0, self._epoch_order(0)

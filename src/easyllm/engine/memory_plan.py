@@ -10,7 +10,7 @@ from easyllm.engine.options import EngineConfig
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.plan.kv_cache import cache_size, rolling_window
-from easyllm.quant import quantized_bytes
+from easyllm.quant import weight_bytes
 
 DEFAULT_SHARE = 0.25
 """Of the free memory, for a cache nobody has given a size."""
@@ -118,32 +118,21 @@ def check_weights_fit(
     Raises:
         ConfigError: with how much is missing, and the format that would fit, if one would.
     """
-    needed = _weight_bytes(model, dtype, quantize)
+    needed = weight_bytes(model, dtype, quantize)
     if needed <= free_bytes:
         return
     asked = str(dtype).removeprefix("torch.") if quantize is None else quantize
-    narrower: list[tuple[str, torch.dtype, str | None]] = []
-    if quantize is None and dtype.itemsize > 2:
-        narrower.append(("bfloat16", torch.bfloat16, None))
-    if quantize is None:
-        narrower.append(("int8", dtype, "int8"))
-    if quantize != "int4":
-        narrower.append(("int4", dtype, "int4"))
-    remedy = "take a smaller model or a machine with more memory"
-    for name, kind, scheme in narrower:
-        if _weight_bytes(model, kind, scheme) <= free_bytes:
-            remedy = f"set {'dtype' if scheme is None else 'quantize'} to {name}"
-            break
+    formats: dict[str, tuple[torch.dtype, str | None]] = {
+        "set dtype to bfloat16": (torch.bfloat16, None),
+        "set quantize to int8": (dtype, "int8"),
+        "set quantize to int4": (dtype, "int4"),
+    }
+    fitting = (what for what, how in formats.items() if weight_bytes(model, *how) <= free_bytes)
+    remedy = next(fitting, "take a smaller model or a machine with more memory")
     raise ConfigError(
         f"the weights need {needed / GB:.2f} GB as {asked} and {free_bytes / GB:.2f} GB are "
         f"free ({(needed - free_bytes) / GB:.2f} GB short); {remedy}"
     )
-
-
-def _weight_bytes(model: Decoder, dtype: torch.dtype, quantize: str | None) -> int:
-    if quantize is not None:
-        return quantized_bytes(model, quantize, dtype)
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -120,14 +120,13 @@ class Chooser:
         return logits if self.mask is None else self._masked(self.mask, logits, output)
 
     def _masked(self, mask: LogitsMask, logits: Tensor, output: list[int]) -> Tensor:
-        """[V] logits of what the mask allows; one that fails ends its own completion and no other."""
+        """[V] logits of what the mask allows."""
         try:
             allowed = mask.allowed(output)
             if allowed is not None and not all(0 <= token < len(logits) for token in allowed):
                 raise ValueError(f"a mask allows ids beyond the model's {len(logits)}")
-        except Exception:
-            logger.exception("a logits mask failed; its completion ends")
-            allowed, self.failed = (), True
+        except Exception as error:
+            raise RuntimeError("a logits mask failed") from error
         return logits if allowed is None else allow_only(logits, allowed)
 
 

@@ -72,6 +72,12 @@ def pack_int4(codes: Tensor, steps: Tensor, middles: Tensor) -> QuantizedMatrix:
     return QuantizedMatrix(torch.cat(parts, dim=2), None, outputs, inputs)
 
 
+def packed_bytes(outputs: int, inputs: int, bits: int) -> int:
+    """Bytes of a [N, K] weight as a matrix of 4 or 8 bits."""
+    blocks, groups = -(-outputs // OUTPUTS), -(-inputs // GROUP)
+    return blocks * groups * 160 if bits == 4 else blocks * (groups * 256 + OUTPUTS * 4)
+
+
 def dequantize(matrix: QuantizedMatrix, first: int = 0, last: int | None = None) -> Tensor:
     """[last - first, K] fp32: outputs `first` (a multiple of 8) to `last` of the weight, all by default."""
     last = matrix.outputs if last is None else last

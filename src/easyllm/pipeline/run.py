@@ -42,7 +42,7 @@ from easyllm.train.config import CorpusDataConfig, Data
 
 PENDING = "pending.json"
 READ_BYTES = 2**26
-"""Of a source's file at most, for it to be known by its contents."""
+"""Of a source's files together at most, for them to be known by their contents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,15 +157,13 @@ def _hashes(*paths: str) -> dict[str, str]:
 
 
 def _stamps(sources: Mapping[str, SourceConfig]) -> dict[str, str]:
-    """Hashes of sources' files: of their contents, or of size and time where they are too large to read for this."""
+    """Hashes of sources' files: of their contents, or of sizes and times where a source is too large to read for this."""
     found = {}
     for name, source in sources.items():
-        files = [(file, file.stat()) for file in source_files(source)]
+        stats = [(file, file.stat()) for file in source_files(source)]
+        small = sum(s.st_size for _, s in stats) <= READ_BYTES
         found[name] = hash_value(
-            [
-                [str(f), hash_file(f) if s.st_size <= READ_BYTES else [s.st_size, s.st_mtime_ns]]
-                for f, s in files
-            ]
+            [[str(f), hash_file(f) if small else [s.st_size, s.st_mtime_ns]] for f, s in stats]
         )
     return found
 

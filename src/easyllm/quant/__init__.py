@@ -6,7 +6,7 @@ from easyllm.quant.weight_only import (
     quantizable,
     quantize_weight,
     quantize_weights,
-    quantized_bytes,
+    weight_bytes,
 )
 
 __all__ = [
@@ -15,5 +15,5 @@ __all__ = [
     "quantizable",
     "quantize_weight",
     "quantize_weights",
-    "quantized_bytes",
+    "weight_bytes",
 ]

@@ -11,13 +11,7 @@ from easyllm.core.errors import ConfigError, suggest
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.quantized import QuantizedWeight
-from easyllm.ops.quantized_linear import (
-    GROUP,
-    OUTPUTS,
-    QuantizedMatrix,
-    pack_int4,
-    pack_int8,
-)
+from easyllm.ops.quantized_linear import QuantizedMatrix, pack_int4, pack_int8, packed_bytes
 from easyllm.quant.spec import QuantSpec
 
 SCHEMES = {
@@ -75,21 +69,15 @@ def quantizable(model: Decoder, scheme: str) -> dict[str, tuple[Linear | Embeddi
     return found
 
 
-def quantized_bytes(model: Decoder, scheme: str, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights under a scheme, the rest in `dtype`; `model` may be on the meta device."""
-    rounded = quantizable(model, scheme)
-    total = 0
-    for name, parameter in model.named_parameters():
-        if name not in rounded:
-            total += parameter.numel() * dtype.itemsize
-            continue
-        outputs, inputs = parameter.shape
-        blocks, groups = -(-outputs // OUTPUTS), -(-inputs // GROUP)
-        if rounded[name][1].bits == 4:
-            total += blocks * groups * 160
-        else:
-            total += blocks * (groups * 256 + OUTPUTS * 4)
-    return total
+def weight_bytes(model: Decoder, dtype: torch.dtype, scheme: str | None = None) -> int:
+    """Bytes of a model's weights in `dtype`, or under a scheme and the rest in `dtype`; `model` may be on the meta device."""
+    rounded = {} if scheme is None else quantizable(model, scheme)
+    return sum(
+        packed_bytes(parameter.shape[0], parameter.shape[1], rounded[name][1].bits)
+        if name in rounded
+        else parameter.numel() * dtype.itemsize
+        for name, parameter in model.named_parameters()
+    )
 
 
 def quantize_matrix(weight: Tensor, spec: QuantSpec) -> QuantizedMatrix:
