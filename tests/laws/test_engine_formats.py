@@ -31,7 +31,7 @@ def logprobs(llm, several=4):
 def test_the_compiled_step_generates_what_the_decoder_does(tiny_tokenizer):
     plain = llm_of(tiny_tokenizer, compiled_step=False)
     fast = llm_of(tiny_tokenizer)
-    assert fast.engine.runner._compiled is not None
+    assert fast.engine.runner.fast_step is not None
     for a, b in zip(*(x.generate(prompts(6), GREEDY) for x in (plain, fast)), strict=True):
         assert a.token_ids == b.token_ids
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
@@ -39,7 +39,7 @@ def test_the_compiled_step_generates_what_the_decoder_does(tiny_tokenizer):
 
 def test_a_model_it_does_not_serve_goes_through_the_decoder(tiny_tokenizer):
     llm = llm_of(tiny_tokenizer, build_tiny(seed=4).double())
-    assert llm.engine.runner._compiled is None
+    assert llm.engine.runner.fast_step is None
     assert len(llm.generate(prompts(2), GREEDY)) == 2
 
 

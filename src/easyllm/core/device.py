@@ -139,6 +139,15 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_memory_bytes(device: "torch.device") -> int:
+    """Most memory this process has taken on the device: of tensors on an accelerator, resident on a CPU; in bytes."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    return peak_rss_bytes()
+
+
 def describe_machine() -> dict[str, Any]:
     """What `easyllm doctor` prints: processor, memory, devices, compiler, torch."""
     import torch

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from easyllm.ops.attention import AttentionContext
 from easyllm.ops.cross_entropy import IGNORE_INDEX
@@ -82,6 +83,21 @@ class Batch:
             trained = (labels != IGNORE_INDEX).nonzero()
             lengths.append(int(trained[0]) + 1 if len(trained) else len(labels))
         return tuple(lengths)
+
+    def filled(self, multiple: int) -> "Batch":
+        """The batch with its tokens filled up to a multiple: by a sequence of id 0 behind the others, without labels."""
+        missing = -len(self.token_ids) % multiple
+        if not missing:
+            return self
+        end = self.cu_seqlens[-1:] + missing
+        return Batch(
+            F.pad(self.token_ids, (0, missing)),
+            F.pad(self.labels, (0, missing), value=IGNORE_INDEX),
+            torch.cat([self.positions, torch.arange(missing, device=self.positions.device)]),
+            torch.cat([self.cu_seqlens, end]),
+            (*self.lengths, missing),
+            self.num_trained,
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""

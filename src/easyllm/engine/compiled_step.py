@@ -58,6 +58,8 @@ class CompiledStep:
         ConfigError: the model or the pages are not served.
     """
 
+    most_rows = MOST_ROWS
+
     def __init__(
         self, model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]
     ) -> None:

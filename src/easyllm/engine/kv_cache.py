@@ -36,6 +36,7 @@ class KVCache:
 
     Attributes:
         keys, values: a tensor [P, K, page_size, d] for each layer; None where it keeps a state instead.
+        spare_page: on a GPU the number of one page more, which no sequence has: rows that fill up a batch write there.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
+        self.spare_page = num_pages if device.type == "cuda" else None
         self.keys: list[Pages | None] = []
         self.values: list[Pages | None] = []
         for layer in config.layers:
@@ -55,7 +57,8 @@ class KVCache:
                 self.keys.append(None)
                 self.values.append(None)
                 continue
-            shape = (num_pages, mixer.num_kv_heads, page_size, mixer.head_dim)
+            pages = num_pages + (self.spare_page is not None)
+            shape = (pages, mixer.num_kv_heads, page_size, mixer.head_dim)
             self.keys.append(new_pages(shape, dtype, device))
             self.values.append(new_pages(shape, dtype, device))
         self._num_layers = config.num_layers

@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from easyllm.engine.compiled_step import MOST_ROWS, CompiledStep
+from easyllm.engine.compiled_step import CompiledStep
+from easyllm.engine.graph_step import GraphStep
 from easyllm.engine.kv_cache import KVCache, PagedStore
 from easyllm.engine.step import Piece, Step
 from easyllm.nn.decoder import Decoder
@@ -20,29 +21,49 @@ class Runner(Protocol):
         """Logits [N, V] of the rows the pieces ask for, in their order."""
 
 
+class FastStep(Protocol):
+    """A decoding step in one call: `CompiledStep` on a CPU, `GraphStep` on a GPU."""
+
+    most_rows: int
+
+    def bind(self) -> None:
+        """Forgets what has been made of the weights."""
+
+    def run(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        page_table: Tensor,
+        key_lengths: Sequence[int],
+    ) -> Tensor:
+        """Logits [S, V] after one token each of S rows."""
+
+
 class DecoderRunner:
-    """Runs the training decoder over a paged cache; steps that only decode go through one call into C where the model
-    has the usual make (`CompiledStep`).
+    """Runs the training decoder over a paged cache; steps that only decode go through one call where the model has the
+    usual make: into C on a CPU (`CompiledStep`), the replay of a graph on a GPU (`GraphStep`).
 
     Args:
         model: in inference mode.
         cache: its keys, values and states.
-        compiled: whether the compiled step may be used.
+        compiled: whether such steps may be used.
     """
 
     def __init__(self, model: Decoder, cache: KVCache, *, compiled: bool = True) -> None:
         self.model, self.cache = model, cache
-        self._compiled: CompiledStep | None = None
-        if compiled and CompiledStep.supports(model):
+        self.fast_step: FastStep | None = None
+        if compiled and GraphStep.supports(model, cache):
+            self.fast_step = GraphStep(model, cache)
+        elif compiled and CompiledStep.supports(model):
             keys = [pages for pages in cache.keys if pages is not None]
             values = [pages for pages in cache.values if pages is not None]
             if CompiledStep.pages_fit(model, keys, values):
-                self._compiled = CompiledStep(model, keys, values)
+                self.fast_step = CompiledStep(model, keys, values)
 
     def weights_changed(self) -> None:
         """Forgets what has been made of the weights."""
-        if self._compiled is not None:
-            self._compiled.bind()
+        if self.fast_step is not None:
+            self.fast_step.bind()
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
@@ -50,8 +71,8 @@ class DecoderRunner:
         self.cache.copy_pages(step.copies)
         self.cache.move_states(step.forks, step.dropped)
         pieces, device = step.pieces, self.model.device
-        if self._compiled is not None and _only_decodes(pieces):
-            return self._decode(self._compiled, pieces)
+        if self.fast_step is not None and _only_decodes(pieces, self.fast_step.most_rows):
+            return self._decode(self.fast_step, pieces)
         lengths = [len(piece.token_ids) for piece in pieces]
         offsets = [piece.start for piece in pieces]
         store = PagedStore(
@@ -81,13 +102,13 @@ class DecoderRunner:
         logits: Tensor = self.model.head(hidden)
         return logits
 
-    def _decode(self, compiled: CompiledStep, pieces: Sequence[Piece]) -> Tensor:
+    def _decode(self, step: FastStep, pieces: Sequence[Piece]) -> Tensor:
         """Every token of the pieces is a row with a table and a length of its own."""
         rows = [(piece, i) for piece in pieces for i in range(len(piece.token_ids))]
         widest = max(len(piece.pages) for piece in pieces)
         table = [[*piece.pages, *[0] * (widest - len(piece.pages))] for piece, _ in rows]
         positions = [piece.start + i for piece, i in rows]
-        return compiled.run(
+        return step.run(
             [piece.token_ids[i] for piece, i in rows],
             positions,
             torch.tensor(table, dtype=torch.int32),
@@ -95,10 +116,10 @@ class DecoderRunner:
         )
 
 
-def _only_decodes(pieces: Sequence[Piece]) -> bool:
-    """Whether every row's logits are asked for, and they are few enough for the compiled step."""
+def _only_decodes(pieces: Sequence[Piece], most_rows: int) -> bool:
+    """Whether every row's logits are asked for, and they are no more than a step in one call takes."""
     num_rows = sum(len(piece.token_ids) for piece in pieces)
-    return num_rows <= MOST_ROWS and all(
+    return num_rows <= most_rows and all(
         piece.num_rows == len(piece.token_ids) and not piece.prefix for piece in pieces
     )
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
 
@@ -36,6 +37,10 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    if gpu_ready(gate, up):
+        from easyllm.ops.gpu import activation
+
+        return activation.silu_gate_forward(gate, up)
     kernels = kernels_for(gate, up)
     if kernels is None or not (gate.is_contiguous() and up.is_contiguous()):
         return F.silu(gate).mul_(up)
@@ -54,6 +59,10 @@ class _SiLUGate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         (grad,) = grads
+        if gpu_ready(grad, gate, up):
+            from easyllm.ops.gpu import activation
+
+            return activation.silu_gate_backward(grad, gate, up)
         kernels = kernels_for(grad, gate, up)
         if kernels is None or not (gate.is_contiguous() and up.is_contiguous()):
             return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)

@@ -7,8 +7,9 @@ Shapes: T packed tokens, S sequences, H query heads, K key-value heads, d head_d
 (Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 2305.13245.)
 Sequences lie end to end in T; a query never sees a key of another sequence.
 
-What runs: the C kernels when training on a CPU; PyTorch's SDPA where scores are plain products, perhaps with an added
-bias; `explicit_attention`, products written out, for soft caps and positions that change the scores in other ways.
+What runs: the C kernels when training on a CPU, FlashAttention on a GPU in bf16 or fp16, both for all sequences at once;
+PyTorch's SDPA where scores are plain products, perhaps with an added bias; `explicit_attention`, products written out, for
+soft caps and positions that change the scores in other ways.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.ops.flash import flash_attention, flash_fits
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES, AttentionShape
 
@@ -170,6 +172,10 @@ def attention(
     if trained and _kernel_fits(q, k, v, rule) and prefix_lengths is None:
         packed: Tensor = _KernelAttention.apply(q, k, v, rule, lengths)
         return packed
+    if prefix_lengths is None and _packs(rule) and flash_fits(q, k, v):
+        return flash_attention(
+            q, k, v, lengths, lengths, scale=rule.scale, causal=rule.causal, window=rule.window
+        )
     prefixes = prefix_lengths or (0,) * len(lengths)
     segments = zip(q.split(lengths), k.split(lengths), v.split(lengths), prefixes, strict=True)
     out = [attend_segment(qs, ks, vs, rule, prefix=prefix) for qs, ks, vs, prefix in segments]
@@ -287,8 +293,12 @@ def _window_bites(rule: AttentionRule, key: Tensor) -> bool:
 
 
 def _kernel_fits(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> bool:
-    simple = rule.plain and not rule.num_sinks and (rule.causal or rule.window is None)
-    return simple and q.shape[-1] % 16 == 0 and kernels_for(q, k, v) is not None
+    return _packs(rule) and q.shape[-1] % 16 == 0 and kernels_for(q, k, v) is not None
+
+
+def _packs(rule: AttentionRule) -> bool:
+    """Whether the kernels that take all sequences at once know the rule."""
+    return rule.plain and not rule.num_sinks and (rule.causal or rule.window is None)
 
 
 class _KernelAttention(torch.autograd.Function):

@@ -11,13 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
 
 IGNORE_INDEX = -100
 """Label of a token that carries no loss."""
 CHUNK_BYTES = 96 * 2**20
-"""Most memory one chunk of fp32 logits takes."""
+"""Most memory one chunk of logits takes on a CPU."""
+GPU_CHUNK_BYTES = 2**29
+"""The same on a GPU."""
+STEADY_ROWS = 32
+"""bf16 products of a CPU are compiled for each number of rows, for several milliseconds each: multiples of this are few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +53,42 @@ def linear_cross_entropy(
         label_smoothing: ε, the share of the target spread evenly over the vocabulary: the loss is
             (1 - ε) · -log p_y + ε · mean_v(-log p_v) (arXiv 1512.00567, section 7).
         z_loss: coefficient of logsumexp², added to the loss (arXiv 2204.02311, section 5).
-        chunk_rows: rows a chunk; by default as many as 96 MiB of fp32 logits hold.
+        chunk_rows: rows a chunk at most; by default as many as 96 MiB of logits hold, 512 MiB on a GPU.
 
     Returns:
         The sum over labelled tokens and their number; with no labelled token the sum is 0.
     """
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    if rows.numel() < labels.numel():
+    num_tokens = rows.numel()
+    compiled = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16
+    filled = -num_tokens % STEADY_ROWS if compiled else 0
+    if filled or num_tokens < labels.numel():
+        rows = torch.cat([rows, rows[:1].expand(filled)])  # their errors are dropped again
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
-    chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    chunk_rows = chunk_rows or rows_of_chunk(
+        vocab_size=weight.shape[0], itemsize=hidden.dtype.itemsize, device_type=weight.device.type
+    )
     shape = _Shape(softcap, label_smoothing, z_loss)
-    total = _LinearCrossEntropy.apply(hidden, weight, labels, shape, chunk_rows)
-    return CrossEntropy(total, labels.numel())
+    total = _LinearCrossEntropy.apply(hidden, weight, labels, num_tokens, shape, chunk_rows)
+    return CrossEntropy(total, num_tokens)
+
+
+def rows_of_chunk(*, vocab_size: int, itemsize: int, device_type: str) -> int:
+    """Rows of logits [rows, V] that are computed at once at most on a kind of device (`cpu`, `cuda`)."""
+    room = GPU_CHUNK_BYTES if device_type == "cuda" else CHUNK_BYTES
+    return max(1, room // (itemsize * vocab_size))
+
+
+def even_chunks(count: int, most: int) -> int:
+    """Rows a chunk when `count` rows are cut into as few even chunks as may be, in multiples of `STEADY_ROWS`.
+
+    >>> even_chunks(1300, 1024), even_chunks(850, 1024)
+    (672, 864)
+    """
+    if not count:
+        return 1
+    size = -(-count // -(-count // most))
+    return min(-(-size // STEADY_ROWS) * STEADY_ROWS, most) if most >= STEADY_ROWS else size
 
 
 def softmax_error(
@@ -73,6 +102,8 @@ def softmax_error(
     Returns:
         [N] fp32 losses in nats, and [N, V] errors if `with_grad`.
     """
+    if gpu_ready(logits) and logits.is_contiguous():
+        return _on_gpu(logits, labels, _Shape(None, 0.0, 0.0), with_grad=with_grad)
     kernels = kernels_for(logits) if logits.is_contiguous() else None
     if kernels is not None:
         loss = torch.empty(len(labels))
@@ -107,6 +138,8 @@ def _error(
     products: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Each row's loss, and its gradient with respect to the products."""
+    if gpu_ready(products):
+        return _on_gpu(products, labels, shape, with_grad=with_grad)
     if shape == (None, 0.0, 0.0):
         return softmax_error(products, labels, with_grad=with_grad)
     logits = products if products.dtype == torch.float64 else products.float()
@@ -130,6 +163,15 @@ def _error(
     return loss.squeeze(1), error.to(products.dtype)
 
 
+def _on_gpu(
+    products: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    from easyllm.ops.gpu.cross_entropy import cross_entropy
+
+    loss = cross_entropy(products, labels, **shape._asdict(), with_grad=with_grad)
+    return loss, products if with_grad else None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,16 +179,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
+        num_tokens: int,
         shape: "_Shape",
         chunk_rows: int,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        chunk_rows = even_chunks(hidden.shape[0], chunk_rows)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            if needs_weight
-            else None
-        )
+        grad_weight: Tensor | None = None
         compute_weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         with_grad = needs_hidden or needs_weight
@@ -155,23 +195,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             logits = torch.mm(hidden[rows], compute_weight.T, out=buffer[: len(hidden[rows])])
             loss, error = _error(logits, labels[rows], shape, with_grad=with_grad)
+            dead = slice(max(0, num_tokens - start), None)
+            loss[dead] = 0
             total += loss.sum(dtype=torch.float64)
             if error is None:
                 continue
+            error[dead] = 0
             if grad_hidden is not None:
                 torch.mm(error, compute_weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight += error.T @ hidden[rows]
+            if needs_weight:
+                part = error.T @ hidden[rows]
+                # a single chunk's is summed inside the product; several are summed in fp32
+                grad_weight = part if grad_weight is None else _wide(grad_weight).add_(part)
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (grad,) = grads
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+            grad_hidden = grad_hidden * grad
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
 
@@ -30,6 +31,10 @@ def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The output, and 1/r of each row."""
+    if gpu_ready(x, weight):
+        from easyllm.ops.gpu import norm
+
+        return norm.rms_norm_forward(x, weight, eps)
     kernels = kernels_for(x, weight) if x.dtype == torch.float32 and x.is_contiguous() else None
     if kernels is None:
         wide = x if x.dtype == torch.float64 else x.float()
@@ -62,6 +67,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         (grad,) = grads
+        if gpu_ready(grad, x, weight):
+            from easyllm.ops.gpu import norm
+
+            wanted = ctx.needs_input_grad[1]
+            return *norm.rms_norm_backward(grad, x, weight, inverse, with_weight=wanted), None
         kernels = kernels_for(x, weight, grad) if x.dtype == torch.float32 else None
         if kernels is None:
             return *_backward(grad, x, weight, inverse), None

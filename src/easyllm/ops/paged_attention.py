@@ -8,9 +8,10 @@ cache int8 (symmetric) or int4 (minimum and step), with a scale for every token 
     int8   s = max|x| / 127               x̂ = s q,       |x - x̂| ≤ s / 2
     int4   s = (max x - min x) / 15       x̂ = s q + m,   |x - x̂| ≤ s / 2
 
-The C kernel serves causal rules with plain scores (with a window, too); everything else, and a machine without a
-compiler, the reference. Both give a query the same result whatever else is in the call and wherever its pages lie; the
-kernel to the bit, which deterministic serving rests on: its softmax is merged over splits of 64 keys cut by position.
+The C kernel serves causal rules with plain scores (with a window, too), and on a GPU FlashAttention over gathered keys
+does, where pages have the dtype of the queries; everything else, and a machine without a compiler, gets the reference.
+All give a query the same result whatever else is in the call and wherever its pages lie; the C kernel to the bit, which
+deterministic serving rests on: its softmax is merged over splits of 64 keys cut by position.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from easyllm.ops.attention import AttentionRule, attend_segment
+from easyllm.ops.flash import flash_attention, flash_fits
 from easyllm.ops.huge_memory import huge_empty
 from easyllm.ops.kernels import build, kernels_for
 from easyllm.ops.kernels.build import BIT_CODES, DTYPE_CODES
@@ -159,6 +161,10 @@ def paged_attention(
     """
     if prefix_lengths is None and _kernel_fits(q, key_pages, value_pages, page_table, rule):
         return _run_kernel(q, key_pages, value_pages, page_table, lengths, key_lengths, rule)
+    if prefix_lengths is None and _flash_fits(q, key_pages, value_pages, rule):
+        at = _all_positions(page_table, key_lengths, key_pages.shape[2])
+        k, v = (pages[at[0], :, at[1]] for pages in (key_pages, value_pages))  # type: ignore[index]
+        return flash_attention(q, k, v, lengths, key_lengths, scale=rule.scale, window=rule.window)
     return reference_paged_attention(
         q, key_pages, value_pages, page_table, lengths, key_lengths, rule, prefix_lengths
     )
@@ -198,6 +204,18 @@ def gather_pages(pages: Pages, table: Tensor, positions: Tensor) -> Tensor:
     return dequantize_heads(pages.codes[page_ids, :, slots], pages.scales[page_ids, :, slots])
 
 
+def _all_positions(
+    table: Tensor, key_lengths: tuple[int, ...], page_size: int
+) -> tuple[Tensor, Tensor]:
+    """Page and slot of every token of every sequence, two [U] int64, sequences end to end."""
+    counts = torch.tensor(key_lengths, device=table.device)
+    total = sum(key_lengths)
+    row = torch.repeat_interleave(counts, output_size=total)
+    begin = (counts.cumsum(0) - counts)[row]
+    position = torch.arange(total, device=table.device) - begin
+    return table[row, position // page_size].long(), position % page_size
+
+
 def _seen_positions(length: int, key_length: int, rule: AttentionRule, prefix: int) -> Tensor:
     """Positions of the keys that any of the last `length` tokens may see."""
     positions = torch.arange(key_length)
@@ -205,6 +223,12 @@ def _seen_positions(length: int, key_length: int, rule: AttentionRule, prefix: i
         return positions
     first = key_length - length - rule.window + 1
     return positions[(positions >= first) | (positions < rule.num_sinks)]
+
+
+def _flash_fits(q: Tensor, keys: Pages, values: Pages, rule: AttentionRule) -> bool:
+    plain = rule.plain and rule.causal and not rule.num_sinks
+    alike = all(isinstance(x, Tensor) and x.dtype == q.dtype for x in (keys, values))
+    return plain and alike and flash_fits(q)
 
 
 def _kernel_fits(q: Tensor, keys: Pages, values: Pages, table: Tensor, rule: AttentionRule) -> bool:

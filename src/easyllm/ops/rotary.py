@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
 
@@ -46,6 +47,10 @@ def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    if gpu_ready(x, cos):
+        from easyllm.ops.gpu import rotary
+
+        return rotary.rotate(x, cos, sin, sign)
     kernels = kernels_for(x, cos) if x.dtype == torch.bfloat16 else None
     if kernels is None or x.stride(2) != 1 or x.stride(1) != x.shape[2]:
         return reference_rotary(x, cos, sin if sign > 0 else -sin)

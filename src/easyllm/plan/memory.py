@@ -19,7 +19,7 @@ from easyllm.adapters.lora import LoRAConfig
 from easyllm.core.errors import ConfigError
 from easyllm.nn.config import LayerConfig, MLPConfig, ModelConfig, MoEConfig
 from easyllm.nn.recompute import Recompute
-from easyllm.ops.cross_entropy import CHUNK_BYTES
+from easyllm.ops.cross_entropy import even_chunks, rows_of_chunk
 from easyllm.plan.linears import (
     count_adapter_parameters,
     is_adapted,
@@ -99,8 +99,9 @@ def estimate_training(
     lora: LoRAConfig | None = None,
     recompute: Recompute = "none",
     dropout: bool = False,
+    device_type: str = "cpu",
 ) -> MemoryEstimate:
-    """Memory of a step as `train` runs it (its C kernels on a CPU; on a GPU fused attention keeps the same).
+    """Memory of a step as `train` runs it, with the kernels of a CPU or a GPU, which keep the same activations.
 
     Args:
         micro_batch_tokens: packed tokens in one forward pass.
@@ -112,6 +113,7 @@ def estimate_training(
         momentum: whether SGD has it.
         lora: adapters, trained instead of the model.
         recompute: activations computed again in the backward pass.
+        device_type: `cpu` or `cuda`, whose loss works on larger chunks.
 
     Raises:
         ConfigError: an adapter's target names no linear of the model, or a row is longer than the model's context.
@@ -129,7 +131,7 @@ def estimate_training(
     earlier, gradients = _gradients(work, trained, micro_batches)
     state = _optimizer_state(config, work, trained, optimizer, int8=int8_state, momentum=momentum)
     activations = _activations(trace_model(config, work), recompute)
-    in_loss, in_backward, left = _loss(config, work)
+    in_loss, in_backward, left = _loss(config, work, device_type)
     layer = max(_layer_workspace(layer, config, work) for layer in config.layers)
     update = _update_workspace(config, work, optimizer)
     steady = weights + state
@@ -270,22 +272,28 @@ def _layer_kept(layer: LayerTrace, recompute: Recompute) -> int:
     return kept_bytes(layer.events)
 
 
-def _loss(config: ModelConfig, work: Work) -> tuple[int, int, int]:
+def _loss(config: ModelConfig, work: Work, device_type: str) -> tuple[int, int, int]:
     """Bytes of the chunked cross-entropy: while it runs, while its gradients are scaled, and what is left behind that
     until the embedding's own gradient arrives (`ops.cross_entropy`)."""
     if config.num_labels is not None:
         return 0, 0, 0
     rows, vocab, item = work.labelled, config.vocab_size, work.itemsize
-    chunk = min(rows, max(1, CHUNK_BYTES // (FP32 * vocab)))
-    capped = 4 * FP32 if config.logit_softcap is not None else 0
+    most = rows_of_chunk(vocab_size=vocab, itemsize=item, device_type=device_type)
+    chunk = min(rows, even_chunks(rows, most))
+    capped = 4 * FP32 if config.logit_softcap is not None and device_type == "cpu" else 0
     logits = chunk * vocab * (item + capped)
     hidden = rows * config.hidden_size * item
     selected = hidden * (rows < work.tokens)
     table = vocab * config.hidden_size * work.trains_all
-    narrowed = table * item if item < FP32 else 0
+    if rows <= most:  # one chunk, whose gradient of the head is there at once
+        adding = scaling = table * item
+        scaling += table * item
+    else:
+        adding = table * (FP32 + item)
+        scaling = 2 * table * FP32 + (table * item if item < FP32 else 0)
     return (
-        selected + hidden + logits + table * (FP32 + item),
-        selected + 2 * hidden + 2 * table * FP32 + narrowed,
+        selected + hidden + logits + adding,
+        selected + 2 * hidden + scaling,
         selected + hidden + table * item,
     )
 

@@ -93,10 +93,17 @@ class Watch(Protocol):
 
 @dataclass(slots=True)
 class Arithmetic:
-    """How a step computes: autocast around the forward pass, and a scale on the loss for fp16."""
+    """How a step computes.
+
+    Attributes:
+        autocast: around the forward pass.
+        scaler: of the loss, for fp16.
+        token_multiple: micro-batches are filled up to a multiple of so many tokens, which take part in no loss.
+    """
 
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     scaler: LossScaler | None = None
+    token_multiple: int = 1
 
     @property
     def scale(self) -> float:
@@ -184,7 +191,7 @@ def accumulate(
     total, metrics = 0.0, dict[str, float]()
     for batch in batches:
         with how.autocast():
-            output = objective.loss(model, batch.to(model.device))
+            output = objective.loss(model, batch.filled(how.token_multiple).to(model.device))
         whole = output.sum if output.auxiliary is None else output.sum + output.auxiliary
         (whole * (how.scale / num_tokens)).backward()
         total += output.sum.item()

@@ -1,5 +1,6 @@
 """The optimizer of a run: fp32 masters for parameters that compute in a narrower type, one rule a group."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from easyllm.core.errors import CheckpointError
+from easyllm.ops.kernels import kernels_for
+from easyllm.ops.kernels.build import DTYPE_CODES
 from easyllm.train.adamw_int8 import AdamWInt8
 from easyllm.train.muon import Muon
 from easyllm.train.optim_config import (
@@ -105,7 +108,17 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def grad_norm(self) -> float:
-        """The L2 norm of all gradients together, summed in fp32; 0 where there are none."""
+        """The L2 norm of all gradients together, summed in fp32 or wider; 0 where there are none."""
+        held = [gradient for _, gradient in self._held()]
+        kernels = kernels_for(*held)
+        if kernels is not None:
+            squares = 0.0
+            for gradient in held:
+                flat = gradient.contiguous()
+                squares += kernels.sum_of_squares(
+                    flat.data_ptr(), DTYPE_CODES[flat.dtype], flat.numel()
+                )
+            return math.sqrt(squares) * self._scale
         norms = [
             torch.linalg.vector_norm(flat[part].to(self.masters[name].dtype))
             for name, gradient in self._held()

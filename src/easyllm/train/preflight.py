@@ -54,6 +54,7 @@ def preflight(
         "lora": config.adapter,
         "recompute": config.checkpoint_activations,
         "dropout": config.dropout > 0,
+        "device_type": device.type,
     }
     memory = estimate_training(model, **setup)
     name = str(dtype).removeprefix("torch.")

@@ -18,7 +18,7 @@ from torch import nn
 
 from easyllm.adapters import save_adapter
 from easyllm.core.atomic import write_atomic
-from easyllm.core.device import peak_rss_bytes, pick_device
+from easyllm.core.device import peak_memory_bytes, peak_rss_bytes, pick_device
 from easyllm.core.errors import ConfigError, OutputError
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_value
 from easyllm.core.progress import console
@@ -124,7 +124,7 @@ def _run(
     torch.manual_seed(config.seed)
     totals, identity = Totals(), input_hashes(config, origin)
     state = RunState(optimizer, material.loader, totals, identity | {"data": _joined(material)})
-    arithmetic = build_arithmetic(config, model.device)
+    arithmetic = build_arithmetic(config, model.config, model.device)
     resumed, messages = load_newest(output, state)
     for message in messages:
         console().print(message, soft_wrap=True)
@@ -177,6 +177,8 @@ def _run(
                     "checkpoint is kept)"
                 )
             figures = _figures(totals, material, time.monotonic() - start)
+            if model.device.type != "cpu":
+                figures["peak_device_bytes"] = peak_memory_bytes(model.device)
             watch.look(totals.step)
             evaluated = watch.evaluated
             if config.keep_best and (output / FOLDER / BEST).is_dir():

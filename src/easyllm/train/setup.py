@@ -20,6 +20,7 @@ from easyllm.models.scratch import ScratchConfig, build_scratch, scratch_model_c
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
+from easyllm.ops.cross_entropy import STEADY_ROWS
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import ClassifierConfig, TrainConfig
 from easyllm.train.loop import Arithmetic
@@ -86,12 +87,16 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def build_arithmetic(config: TrainConfig, device: torch.device) -> Arithmetic:
-    """Autocast and loss scaling as the precision asks."""
+def build_arithmetic(config: TrainConfig, model: ModelConfig, device: torch.device) -> Arithmetic:
+    """Autocast and loss scaling as the precision asks; numbers of tokens that suit the machine, where no router counts
+    them."""
+    bf16 = config.precision == "bf16_autocast" or compute_dtype(config, device) == torch.bfloat16
+    steady = device.type == "cpu" and bf16 and not model.has_experts
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     if config.precision == "bf16_autocast":
         autocast = partial(torch.autocast, device.type, torch.bfloat16)
-    return Arithmetic(autocast, LossScaler() if config.precision == "fp16" else None)
+    scaler = LossScaler() if config.precision == "fp16" else None
+    return Arithmetic(autocast, scaler, STEADY_ROWS if steady else 1)
 
 
 def build_objective(config: TrainConfig) -> Objective:

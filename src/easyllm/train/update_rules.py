@@ -1,9 +1,11 @@
 """How an optimizer moves one weight: AdamW and SGD here, the others in `muon` and `adamw_int8`.
 
-On a CPU a weight is moved in pieces that stay in the cache from the widening of their gradient to the rounding of the
-result, so that no pass over all parameters is spent on either.
+On a CPU AdamW is one pass in C; other rules move a weight in pieces that stay in the cache from the widening of their gradient
+to the rounding of the result, so that no pass over all parameters is spent on either.
 """
 
+import ctypes
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from easyllm.ops.kernels import kernels_for
+from easyllm.ops.kernels.build import DTYPE_CODES, AdamWNumbers
 from easyllm.train.optim_config import AdamWConfig, SGDConfig
 
 State = dict[str, Tensor]
@@ -102,10 +106,40 @@ class AdamW:
 
     def update(self, weight: WeightUpdate, state: State) -> None:
         state["step"] += 1
+        copies = () if weight.copy is None else (weight.copy,)
+        kernels = kernels_for(weight.master, weight.gradient, *copies)
+        if kernels is not None:
+            self._in_one_pass(kernels, weight, state)
+            return
         exp_avg, exp_avg_sq = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         for part, master, gradient in weight.pieces():
             moments = exp_avg[part], exp_avg_sq[part]
             self.move(master, gradient, *moments, step=state["step"], weight=weight)
+
+    def _in_one_pass(self, kernels: ctypes.CDLL, weight: WeightUpdate, state: State) -> None:
+        """Everything from the gradient as it came to the copy, each number read and written once."""
+        (beta1, beta2), step = self.config.betas, float(state["step"])
+        gradient = weight.gradient.contiguous()
+        numbers = AdamWNumbers(
+            weight.scale,
+            1 - weight.learning_rate * weight.weight_decay,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            math.sqrt(1 - beta2**step),
+            self.config.eps,
+            weight.learning_rate / (1 - beta1**step),
+        )
+        kernels.adamw(
+            weight.master.data_ptr(),
+            state["exp_avg"].data_ptr(),
+            state["exp_avg_sq"].data_ptr(),
+            gradient.data_ptr(),
+            DTYPE_CODES[gradient.dtype],
+            None if weight.copy is None else weight.copy.data_ptr(),
+            weight.master.numel(),
+            ctypes.byref(numbers),
+        )
 
     def move(
         self,

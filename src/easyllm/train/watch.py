@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from easyllm.core.device import peak_rss_bytes
+from easyllm.core.device import peak_memory_bytes
 from easyllm.core.errors import ConfigError
 from easyllm.core.progress import console
 from easyllm.nn.config import ModelConfig
@@ -78,7 +78,7 @@ class RunWatch:
             figures = report.figures()
             if self.peak:
                 figures["speed/mfu"] = self.flops(report.lengths) / report.seconds / self.peak
-            figures["memory/peak_bytes"] = peak_rss_bytes()
+            figures["memory/peak_bytes"] = peak_memory_bytes(self.state.optimizer.device)
             self._write(figures)
         reason = None
         if config.eval_every and step % config.eval_every == 0 and not last:

@@ -22,7 +22,14 @@ from easyllm.core.device import cache_folder, cpu_features
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("training.c", "attention.c", "paged_attention.c", "matrix.c", "decode_step.c")
+SOURCES = (
+    "training.c",
+    "update.c",
+    "attention.c",
+    "paged_attention.c",
+    "matrix.c",
+    "decode_step.c",
+)
 HEADERS = ("cpu.h", "paged.h", "matrix.h")
 FLAGS = (
     "-O3",
@@ -33,6 +40,8 @@ FLAGS = (
     "-fPIC",
     "-std=gnu11",
 )
+FLAGS_OF = {"update.c": ("-ffp-contract=off",)}
+"""Further flags of single sources."""
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 BIT_CODES = {8: 2, 4: 3}
 """INT8 and INT4 of cpu.h."""
@@ -45,6 +54,8 @@ _SIGNATURES = {
     "silu_gate_backward": (_POINTER,) * 5 + (_INT, _LONG, _LONG),
     "rotary": (_POINTER, _LONG, _POINTER, _INT, _POINTER, _POINTER, _FLOAT) + (_LONG,) * 3,
     "cross_entropy": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
+    "adamw": (_POINTER,) * 4 + (_INT, _POINTER, _LONG, _POINTER),
+    "sum_of_squares": (_POINTER, _INT, _LONG),
     "attention_forward": (_POINTER,) * 6 + (_LONG, _POINTER),
     "attention_backward": (_POINTER,) * 10 + (_LONG, _POINTER),
     "quantized_linear": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
@@ -52,7 +63,16 @@ _SIGNATURES = {
     "decode_step": (_POINTER,) * 3,
     "paged_attention": (_POINTER,) * 4 + (_LONG, _POINTER, _POINTER, _LONG, _POINTER),
 }
-_RESULTS = {"decode_step_bytes": _LONG}
+_RESULTS = {"decode_step_bytes": _LONG, "sum_of_squares": ctypes.c_double}
+
+
+class AdamWNumbers(ctypes.Structure):
+    """`AdamW` of update.c."""
+
+    _fields_ = [
+        *((name, _FLOAT) for name in ("scale", "shrink", "beta1_rest", "beta2", "beta2_rest")),
+        *((name, _FLOAT) for name in ("correction", "eps", "step_size")),
+    ]
 
 
 class AttentionShape(ctypes.Structure):
@@ -183,7 +203,7 @@ def _built(compiler: str) -> Path:
     here = Path(__file__).parent
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(
-        version + repr((FLAGS, sorted(cpu_features()), torch.__version__)).encode()
+        version + repr((FLAGS, FLAGS_OF, sorted(cpu_features()), torch.__version__)).encode()
     )
     for name in (*SOURCES, *HEADERS):
         digest.update((here / name).read_bytes())
@@ -196,7 +216,8 @@ def _built(compiler: str) -> Path:
         objects = []
         for name in SOURCES:
             objects.append(str(Path(work) / f"{name}.o"))
-            command = [compiler, *FLAGS, "-c", str(here / name), "-o", objects[-1]]
+            flags = (*FLAGS, *FLAGS_OF.get(name, ()))
+            command = [compiler, *flags, "-c", str(here / name), "-o", objects[-1]]
             subprocess.run(command, capture_output=True, check=True, timeout=300)
         made = Path(work) / "library.so"
         link = [compiler, "-shared", *objects, "-o", str(made), *_openmp(), "-lm"]

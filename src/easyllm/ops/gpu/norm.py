@@ -1,0 +1,111 @@
+"""RMS normalisation in Triton; the equations are those of `ops/norm`.
+
+A program takes a tile of whole rows: one of a wide norm, many of a norm over a head. The gradient of the weight is
+summed over a fixed number of programs, each over its rows in order, so that its bits do not depend on the schedule.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 4096
+"""Elements of a tile, where rows are shorter."""
+PROGRAMS = 512
+"""Programs that share the rows of a backward pass: a few for each processor of a large GPU."""
+
+
+@triton.jit
+def _forward_kernel(
+    x, weight, y, inverse, num_rows, width, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    row_ok, column_ok = rows < num_rows, columns < width
+    ok = row_ok[:, None] & column_ok[None, :]
+    at = rows.to(tl.int64)[:, None] * width + columns[None, :]
+    values = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / width + eps)
+    w = tl.load(weight + columns, mask=column_ok, other=0.0).to(tl.float32)
+    out = values * scale[:, None] * w[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=ok)
+    tl.store(inverse + rows, scale, mask=row_ok)
+
+
+@triton.jit
+def _backward_kernel(
+    grad,
+    x,
+    weight,
+    inverse,
+    grad_x,
+    partial,
+    num_rows,
+    width,
+    num_programs,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WITH_WEIGHT: tl.constexpr,
+):
+    columns = tl.arange(0, WIDTH)
+    column_ok = columns < width
+    w = tl.load(weight + columns, mask=column_ok, other=0.0).to(tl.float32)
+    total = tl.zeros([WIDTH], dtype=tl.float32)
+    for first in range(tl.program_id(0) * ROWS, num_rows, num_programs * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        row_ok = rows < num_rows
+        ok = row_ok[:, None] & column_ok[None, :]
+        at = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        scale = tl.load(inverse + rows, mask=row_ok, other=0.0)[:, None]
+        normal = tl.load(x + at, mask=ok, other=0.0).to(tl.float32) * scale
+        out = tl.load(grad + at, mask=ok, other=0.0).to(tl.float32)
+        if WITH_WEIGHT:
+            total += tl.sum(out * normal, axis=0)
+        out = out * w[None, :]
+        mean = tl.sum(out * normal, axis=1) / width
+        out = (out - normal * mean[:, None]) * scale
+        tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=ok)
+    if WITH_WEIGHT:
+        tl.store(partial + tl.program_id(0) * width + columns, total, mask=column_ok)
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x: [..., D]`, `weight: [D]` → the output in the weight's dtype, and 1/r of each row, [..., 1] fp32."""
+    x, weight = x.contiguous(), weight.contiguous()
+    width = x.shape[-1]
+    num_rows = x.numel() // width
+    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    inverse = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    tile = _tile(width)
+    _forward_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
+        x, weight, y, inverse, num_rows, width, eps, **tile
+    )
+    return y, inverse
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, *, with_weight: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `x` and, if asked for, `weight`, each in its dtype."""
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    width = x.shape[-1]
+    num_rows = x.numel() // width
+    tile = _tile(width)
+    programs = min(PROGRAMS, triton.cdiv(num_rows, tile["ROWS"]))
+    grad_x = torch.empty_like(x)
+    partial = torch.empty(programs if with_weight else 0, width, device=x.device)
+    _backward_kernel[(programs,)](
+        *(grad, x, weight, inverse, grad_x, partial, num_rows, width, programs),
+        **tile,
+        WITH_WEIGHT=with_weight,
+    )
+    return grad_x, partial.sum(0).to(weight.dtype) if with_weight else None
+
+
+def _tile(width: int) -> dict[str, int]:
+    columns = triton.next_power_of_2(width)
+    return {
+        "WIDTH": columns,
+        "ROWS": max(1, TILE // columns),
+        "num_warps": 4 if columns <= TILE else 8 if columns <= 2 * TILE else 16,
+    }
