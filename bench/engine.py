@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, measure in contenders(options, folder).items():
                 runs.setdefault(name, []).append(measure())
+                print(name, json.dumps(runs[name][-1]), file=sys.stderr, flush=True)
     results = {name: highest(found) for name, found in runs.items()}
     row = machine.row(
         "engine",
@@ -75,10 +77,12 @@ def contenders(
 
 
 def ours_of(variant: str) -> list[dict[str, float]]:
-    words = (
-        ["--dtype", variant] if variant.startswith(("float", "bfloat")) else ["--quantize", variant]
-    )
-    return json.loads(easyllm("bench", "engine", "smollm2", *words, "--json"))["rates"]
+    return json.loads(easyllm("bench", "engine", "smollm2", *words_of(variant), "--json"))["rates"]
+
+
+def words_of(variant: str) -> list[str]:
+    """The option that asks for a number format."""
+    return ["--dtype" if "float" in variant else "--quantize", variant]
 
 
 def highest(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -92,11 +96,17 @@ def highest(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def first_token(variant: str) -> float:
     """Seconds from the command to the end of one token, the least of three."""
-    words = [] if variant == "float32" else ["--quantize", variant]
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        easyllm("generate", "smollm2", "The capital of France is", "--max-tokens", "1", *words)
+        easyllm(
+            "generate",
+            "smollm2",
+            "The capital of France is",
+            "--max-tokens",
+            "1",
+            *words_of(variant),
+        )
         times.append(time.perf_counter() - start)
     return round(min(times), 2)
 

@@ -1,15 +1,16 @@
 """Pretraining and the engine on one GPU, as one JSON row.
 
-    python bench/gpu.py --shards DIR [--tokenizer DIR] [--steps 12] [--parts train peer engine] [--record]
+    python bench/gpu.py --shards DIR [--tokenizer DIR] [--steps 16] [--parts train peer engine] [--record]
 
-`train`: steps of `recipes/pretrain-gpu.yaml` (358 million parameters, 524,288 tokens a step) on token shards of the
-`smollm2` tokenizer: the median rate, the share of the matmul rate measured in the same process, and memory; as it stands, with
-`compile` switched over, and with `EASYLLM_KERNELS=0`, which is plain PyTorch. `peer`: forward and backward pass of the same model in
+`train`: steps of `recipes/pretrain-gpu.yaml` (359 million parameters, 524,288 tokens a step) on token shards of the
+`smollm2` tokenizer, with a warm-up of 4: the median rate, the share of the matmul rate measured in the same process, and memory; and half
+as many steps with compiled feed-forwards, and with `EASYLLM_KERNELS=0`, which is plain PyTorch. `peer`: forward and backward pass of the same model in
 `transformers`, bf16, 16 rows of 2,048, without an optimizer. `engine`: the same model, fresh, on the engine's shapes; and
 `transformers`' `generate` on 1 and 32 of them.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import statistics
@@ -41,16 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", required=True)
     parser.add_argument("--tokenizer", default="smollm2")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--parts", nargs="+", default=["train", "peer", "engine"])
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     row = machine.row("gpu", gpu=gpu())
     if "train" in options.parts:
+        half = f"max_steps={options.steps // 2}"
         row["train"] = {
-            "recipe": train(options),
-            "compile_switched": train(options, f"compile={str(not recipe()['compile']).lower()}"),
-            "plain_pytorch": train(options, kernels=False),
+            "kernels": train(options, "compile=false"),
+            "kernels, feed-forwards compiled": train(options, "compile=true", half),
+            "plain PyTorch": train(options, "compile=false", half, kernels=False),
         }
     with tempfile.TemporaryDirectory() as work:
         llm = engine(options, Path(work))
@@ -70,6 +72,7 @@ def recipe() -> dict[str, Any]:
 def gpu() -> dict[str, object]:
     return {
         "name": torch.cuda.get_device_name(),
+        "triton": importlib.metadata.version("triton"),
         "cuda": torch.version.cuda,
         "bfloat16_matmul_tflops": round(matmul_rate(torch.bfloat16, "cuda") / 1e12),
         "reads_gb_s": round(read_rate("cuda") / 1e9),
@@ -82,7 +85,8 @@ def train(options: argparse.Namespace, *words: str, kernels: bool = True) -> dic
         command = [sys.executable, "-m", "easyllm", "train", "pretrain-gpu"]
         command += [f"data.shards={options.shards}", f"model.tokenizer={options.tokenizer}"]
         command += [f"max_steps={options.steps}", "epochs=1000", "log_every=1", "eval_every=0"]
-        command += ["save_every=0", "samples=null", f"output={out}", *words, "--json"]
+        command += ["save_every=0", "samples=null", "schedule.warmup_steps=4"]
+        command += [f"output={out}", *words, "--json"]
         environment = os.environ | ({} if kernels else {"EASYLLM_KERNELS": "0"})
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]

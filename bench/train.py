@@ -3,13 +3,14 @@
     python bench/train.py [--mode lora|full] [--data FILE] [--rows 128] [--peer PYTHON] [--record]
 
 The work is that of TRL's usual script: rank 8 on all linears (or every weight), loss on every token, cut at 512, batch 4, one
-epoch. `full` also times steps of 2,048 packed tokens, as a share of the machine's matmul rate in the same process.
+epoch. `full` also trains with int8 moments, and times steps of 2,048 packed tokens, as a share of the machine's matmul rate in the same process.
 With `--peer`, the same is run by TRL (an interpreter that has `trl`, `peft` and `datasets`) in the same sitting, once
 for each of its settings, and the ratio to the best of them is printed. `--record` appends the row to `bench/results/`.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import tempfile
 import time
@@ -20,6 +21,13 @@ import torch
 from machine import SHARED
 
 from easyllm.core.device import bf16_is_fast
+from easyllm.plan.machine import matmul_rate
+from easyllm.train import TrainConfig
+from easyllm.train.loop import accumulate, take_step
+from easyllm.train.material import gather
+from easyllm.train.objectives import LanguageModel
+from easyllm.train.setup import build_arithmetic, build_model, compute_dtype, find_origin
+from easyllm.train.watch import step_flops
 
 SETTINGS = (("bf16", "1"), ("bf16", "0"), ("f32", "1"), ("f32", "0"))
 
@@ -35,6 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     row = machine.row(f"train-{options.mode}", ours=ours(options))
     if options.mode == "full":
+        row["ours_int8_moments"] = ours(options, "optimizer.state=int8")
         row["packed_2048"] = packed_steps(options)
     if options.peer:
         with tempfile.TemporaryDirectory() as work:
@@ -47,9 +56,9 @@ def main() -> None:
     machine.finish(row, "train", record=options.record)
 
 
-def ours(options: argparse.Namespace) -> dict[str, float]:
+def ours(options: argparse.Namespace, *more: str) -> dict[str, float]:
     """One epoch in a process of its own; wall time from the first step to the last, as TRL's `train()`."""
-    words = ["batch_size=4", "epochs=1", "optimizer.learning_rate=2e-4"]
+    words = ["batch_size=4", "epochs=1", "optimizer.learning_rate=2e-4", *more]
     start = time.perf_counter()
     figures, lines = run(options, words)
     wall = time.perf_counter() - start
@@ -66,24 +75,65 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def packed_steps(options: argparse.Namespace) -> dict[str, float]:
-    """Steps of 2,048 packed tokens: the median rate, and the model's FLOPs as a share of the matmul rate."""
-    words = ["batch_size=null", "batch_tokens=2048", "max_steps=8"]
-    _, lines = run(options, words)
-    steps = sorted((x for x in lines if "speed/mfu" in x), key=lambda x: x["speed/mfu"])
-    middle = steps[len(steps) // 2]
+def packed_steps(options: argparse.Namespace, *, steps: int = 12) -> dict[str, float]:
+    """Steps of 2,048 packed tokens: medians of their rate, of the matmul rate measured before and behind each, and of the
+    model's FLOPs as a share of it."""
+    with tempfile.TemporaryDirectory() as work:
+        config = TrainConfig.model_validate(
+            {
+                "data": {
+                    "train": [str(rows(options, Path(work)))],
+                    "max_seq_len": 512,
+                    "train_on": "all",
+                },
+                "batch_size": None,
+                "batch_tokens": 2048,
+                "micro_batch_tokens": 2560,  # a step is one forward pass
+            }
+        )
+        origin = find_origin(config)
+        loader = gather(config, origin.tokenizer, context=origin.config.max_seq_len).loader
+    cpu = torch.device("cpu")
+    model, optimizer = build_model(config, origin, cpu)
+    dtype = compute_dtype(config, cpu)
+    arithmetic, flops = (
+        build_arithmetic(config, model.config, cpu),
+        step_flops(model.config, config),
+    )
+    model.train()
+    rates, speeds, shares = [], [], []
+    for number in range(steps + 2):  # two warm up
+        batches = loader.next_step()
+        before = matmul_rate(dtype, repeats=40)  # half a second: its speed swings
+        start = time.perf_counter()
+        loss, _ = accumulate(model, LanguageModel(), batches, arithmetic)
+        take_step(optimizer, arithmetic, 1.0, 1.0, loss)
+        seconds = time.perf_counter() - start
+        rate = (before + matmul_rate(dtype, repeats=40)) / 2
+        lengths = tuple(n for batch in batches for n in batch.lengths)
+        if number > 1:
+            rates.append(rate)
+            speeds.append(sum(lengths) / seconds)
+            shares.append(flops(lengths) / seconds / rate)
     return {
-        "tokens_per_s": round(middle["speed/tokens_per_s"], 1),
-        "mfu": round(middle["speed/mfu"], 3),
+        "tokens_per_s": round(statistics.median(speeds), 1),
+        "matmul_gflops": round(statistics.median(rates) / 1e9),
+        "mfu": round(statistics.median(shares), 3),
     }
+
+
+def rows(options: argparse.Namespace, work: Path) -> Path:
+    """The first rows of the data, in a file."""
+    file = work / "rows.json"
+    file.write_text(json.dumps(json.loads(options.data.read_text())[: options.rows]))
+    return file
 
 
 def run(options: argparse.Namespace, words: list[str]) -> tuple[dict, list[dict]]:
     """A training run's figures, and the lines of its `metrics.jsonl`."""
     adapter = ["adapter.rank=8", "adapter.alpha=16"] if options.mode == "lora" else ["adapter=null"]
     with tempfile.TemporaryDirectory() as work:
-        file, out = Path(work) / "rows.json", Path(work) / "run"
-        file.write_text(json.dumps(json.loads(options.data.read_text())[: options.rows]))
+        file, out = rows(options, Path(work)), Path(work) / "run"
         said = machine.easyllm(
             *("train", "sft-lora", f"data.train=[{file}]", f"output={out}"),
             *("data.max_seq_len=512", "data.train_on=all", "save_every=0"),

@@ -6,7 +6,7 @@ import torch
 from conftest import build_tiny
 from easyllm.data.packing import Sample, pack
 from easyllm.train.config import AdamWConfig
-from easyllm.train.loop import accumulate
+from easyllm.train.loop import Arithmetic, accumulate
 from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
 
@@ -116,3 +116,13 @@ def test_adamw_step_equals_torch_on_fp32():
         ours.step(1.0)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_tokens_that_fill_up_a_micro_batch_change_nothing():
+    samples = random_samples([3, 50, 8, 21])
+    whole_loss, whole = gradients([samples])
+    model = build_tiny(seed=1).requires_grad_(True)
+    loss, _ = accumulate(model, LanguageModel(), [pack(samples)], Arithmetic(token_multiple=64))
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4, msg=name)

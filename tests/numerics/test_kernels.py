@@ -111,6 +111,20 @@ def test_linear_cross_entropy(path, dtype, chunk_rows):
     compare(out.sum, exact, (hidden, weight), dtype)
 
 
+@pytest.mark.parametrize("labelled", [1, 31, 33, 64])
+def test_rows_that_fill_up_the_loss_add_nothing(path, labelled):
+    """In bf16 on a CPU rows are filled up to a multiple of 32; the sums are those of the labelled rows alone."""
+    hidden, weight = leaves((70, 24), (103, 24), dtype=torch.bfloat16)
+    labels = torch.full((70,), -100)
+    labels[70 - labelled :] = torch.randint(0, 103, (labelled,))
+    out = cross_entropy.linear_cross_entropy(hidden, weight, labels, chunk_rows=48, z_loss=0.01)
+    assert out.num_tokens == labelled
+    logits = hidden.double() @ weight.double().T
+    exact = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    exact = exact + 0.01 * logits[70 - labelled :].logsumexp(-1).square().sum()
+    compare(out.sum, exact, (hidden, weight), torch.bfloat16)
+
+
 def test_linear_cross_entropy_without_labels_is_zero(path):
     hidden, weight = leaves((4, 8), (16, 8), dtype=torch.float32)
     out = cross_entropy.linear_cross_entropy(hidden, weight, torch.full((4,), -100))

@@ -255,3 +255,28 @@ def test_unknown_formats_are_refused():
         new_pages((1, 1, 8, 8), "int3")
     with pytest.raises(ValueError, match="even head_dim"):
         new_pages((1, 1, 8, 7), "int4")
+
+
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_that_are_whole_may_attend_over_their_new_keys(path, dtype, window):
+    lengths = (80, 1, 100, 3, 64)
+    case = Case(6, 2, 32, lengths, (80, 70, 100, 3, 200), dtype=dtype)
+    rule = AttentionRule(scale=0.2, window=window)
+    new = [
+        torch.cat([x[-n:] for x, n in zip(xs, lengths, strict=True)]).to(dtype)
+        for xs in (case.keys, case.values)
+    ]
+    q = case.q.to(dtype)
+    out = paged_attention(
+        q, *case.pages, case.table, lengths, case.key_lengths, rule, new=(new[0], new[1])
+    )
+    case.q = q
+    exact = case.exact(rule)
+    assert (out.double() - exact).norm() < TOLERANCE[dtype] * exact.norm()
+    for pages in case.pages:  # the first sequence is read from what is new
+        pages[case.table[0, :5].long()] = torch.nan
+    again = paged_attention(
+        q, *case.pages, case.table, lengths, case.key_lengths, rule, new=(new[0], new[1])
+    )
+    assert torch.equal(again, out) or path == "plain"

@@ -530,6 +530,38 @@ def test_an_int8_second_moment_follows_shrinking_gradients_where_rounding_to_nea
     assert not 0.8 < (nearest / second).median() < 1.25
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_over_int8_states_gives_the_bits_of_the_operations_one_by_one(dtype, monkeypatch):
+    shapes = {"layers.0.w.weight": (72, 144), "layers.1.w.weight": (64, 100)}  # 40.5 and 25 blocks
+
+    def after_some_steps():
+        parameters = make_parameters(dtype, shapes)
+        optimizer = MasterOptimizer(parameters, INT8)
+        for step in range(5):
+            gradients = make_gradients(parameters, step)
+            gradients["layers.1.w.weight"][:40] = 0  # blocks that stay at zero, at first
+            backward(parameters, gradients)
+            optimizer.scale_gradients(0.37)
+            optimizer.step(1 - step / 8)
+        return optimizer.tensors() | parameters
+
+    one_pass = after_some_steps()
+    for module in (adamw_int8, update_rules):
+        monkeypatch.setattr(module, "kernels_for", lambda *tensors: None)
+    assert_same_bits(one_pass, after_some_steps())
+
+
+def test_the_gradient_norm_is_that_of_wide_sums(monkeypatch):
+    parameters = make_parameters(torch.bfloat16)
+    optimizer = MasterOptimizer(parameters, ADAMW)
+    backward(parameters, make_gradients(parameters, 0))
+    exact = math.sqrt(sum(float(g.double().square().sum()) for g in optimizer.gradients().values()))
+    norms = [optimizer.grad_norm()]
+    monkeypatch.setattr("easyllm.train.optim.kernels_for", lambda *tensors: None)
+    norms.append(optimizer.grad_norm())
+    assert norms == [pytest.approx(exact, rel=1e-6)] * 2
+
+
 def test_int8_states_take_a_byte_a_moment_and_small_tensors_keep_fp32():
     optimizer = MasterOptimizer(make_parameters(), INT8)
     tensors = optimizer.tensors()

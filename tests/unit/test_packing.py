@@ -208,3 +208,19 @@ def test_iterating_is_taking_steps_for_ever():
 def test_a_loader_without_samples_is_refused():
     with pytest.raises(ConfigError, match="no samples"):
         Loader([], batch_size=1, micro_batch_tokens=8, seed=0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(lengths=LENGTHS, multiple=st.integers(1, 40))
+def test_a_filled_batch_has_one_more_sequence_without_labels(lengths, multiple):
+    batch = pack(samples_of(lengths))
+    filled = batch.filled(multiple)
+    count, missing = sum(lengths), -sum(lengths) % multiple
+    assert len(filled.token_ids) == len(filled.labels) == count + missing
+    assert filled.token_ids[:count].equal(batch.token_ids)
+    assert filled.labels[:count].equal(batch.labels)
+    assert (filled.labels[count:] == IGNORE_INDEX).all()
+    assert filled.positions.tolist() == [*batch.positions.tolist(), *range(missing)]
+    assert filled.lengths == (*batch.lengths, *([missing] if missing else []))
+    assert filled.cu_seqlens.tolist() == [0, *torch.tensor(filled.lengths).cumsum(0).tolist()]
+    assert filled.num_trained == batch.num_trained

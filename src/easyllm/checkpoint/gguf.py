@@ -7,6 +7,7 @@ u64 sizes, fastest dim first, u32 type, u64 offset); padding to the alignment; t
 Every length is checked against the file before it is believed: a damaged file ends in one sentence.
 """
 
+import contextlib
 import mmap
 import struct
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_ARRAY_DEPTH = 4
 MAX_DIMS = 4
+PAGE_OUT = 21
+"""MADV_PAGEOUT of Linux, which Python's `mmap` has no name for."""
 
 _SCALARS = {
     0: "B",
@@ -87,6 +90,11 @@ class GGUFFile:
                 f"{self.path}: tensor {name!r} has the type {place.type_name}, which is not read; "
                 "convert the model to another type"
             ) from None
+
+    def let_go(self) -> None:
+        """Offers the system the memory of what has been read: it can be read again, and what was written to is kept."""
+        with contextlib.suppress(OSError, AttributeError):
+            self._map.madvise(PAGE_OUT)
 
 
 class _HeaderReader:

@@ -20,7 +20,7 @@ from easyllm.engine.kv_cache import KVCache
 from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, DynamicNTKScaling, LayerConfig, MoEConfig, Rope
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.linear import Embedding, Linear
+from easyllm.nn.linear import Linear
 from easyllm.nn.position import RotaryPosition
 from easyllm.ops.attention import AttentionContext, AttentionRule, RecurrentStep
 from easyllm.ops.gpu import gpu_ready
@@ -61,7 +61,7 @@ class GraphStep:
         if refusal is not None:
             raise ConfigError(f"decoding steps of this model are not recorded: {refusal}")
         self.model, self.cache = model, cache
-        self._owners = [m for m in model.modules() if isinstance(m, Linear | Embedding)]
+        self._weights = [(m._parameters, name) for m in model.modules() for name in m._parameters]
         self._recordings: dict[tuple[int, int], _Recording] = {}
         self._pool: Any = None
         self._num_positions = 0
@@ -137,7 +137,8 @@ class GraphStep:
 
     def _where(self) -> list[int]:
         """Addresses of the weights."""
-        return [owner.weight.data_ptr() for owner in self._owners]
+        held = (parameters[name] for parameters, name in self._weights)
+        return [0 if weight is None else weight.data_ptr() for weight in held]
 
     def _record(self, inputs: Tensor) -> _Recording:
         held = torch.empty_like(inputs, device=self.model.device)

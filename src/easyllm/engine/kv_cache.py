@@ -128,6 +128,8 @@ class PagedStore:
         tables: the pages of each sequence, in the order of the packed tokens.
         offsets, lengths: position of the first new token of each, and how many there are.
         sequence_ids: under which states are kept.
+        paged_only: whether prompts, too, attend over pages, where it would be faster over the pass's own keys: the kernel
+            for pages gives a query the same bits in any pass.
     """
 
     def __init__(
@@ -138,7 +140,9 @@ class PagedStore:
         offsets: Sequence[int],
         lengths: Sequence[int],
         sequence_ids: Sequence[int],
+        paged_only: bool = False,
     ) -> None:
+        self.paged_only = paged_only
         self.cache, self.lengths, self.sequence_ids = cache, tuple(lengths), sequence_ids
         self.key_lengths = tuple(o + n for o, n in zip(offsets, lengths, strict=True))
         size = cache.page_size
@@ -168,8 +172,17 @@ class PagedStore:
         table, pages, slots = self._on(q.device)
         write_pages(keys, k, pages, slots)
         write_pages(values, v, pages, slots)
+        pages_only = self.paged_only or not isinstance(keys, Tensor) or keys.dtype != k.dtype
         return paged_attention(
-            q, keys, values, table, self.lengths, self.key_lengths, rule, prefix_lengths
+            q,
+            keys,
+            values,
+            table,
+            self.lengths,
+            self.key_lengths,
+            rule,
+            prefix_lengths,
+            new=None if pages_only else (k, v),
         )
 
     def recur(self, layer: int, step: RecurrentStep, *inputs: Tensor) -> Tensor:

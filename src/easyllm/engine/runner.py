@@ -11,6 +11,7 @@ from easyllm.engine.graph_step import GraphStep
 from easyllm.engine.kv_cache import KVCache, PagedStore
 from easyllm.engine.step import Piece, Step
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.deterministic import is_deterministic
 from easyllm.ops.attention import AttentionContext
 
 
@@ -81,6 +82,7 @@ class DecoderRunner:
             offsets=offsets,
             lengths=lengths,
             sequence_ids=[piece.sequence_id for piece in pieces],
+            paged_only=is_deterministic(self.model),
         )
         prefixes = tuple(piece.prefix for piece in pieces)
         context = AttentionContext.packed(

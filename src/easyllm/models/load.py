@@ -78,6 +78,8 @@ class OpenSource:
                     state[name] = weight[:0].clone()
                 else:
                     state[name] = weight.contiguous()
+        if self.gguf is not None:
+            self.gguf.let_go()
         # the check has seen that nothing is missing but the codes, which are there already
         model.load_state_dict(state, assign=True, strict=not rounded)
         return model.requires_grad_(False).eval()

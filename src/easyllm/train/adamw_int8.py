@@ -10,10 +10,14 @@ first was (on a quadratic whose noise falls midway its median was 0.58 of the ri
 [0, 1), the code is right on average, and there is no random state to keep.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.ops.kernels import kernels_for
+from easyllm.ops.kernels.build import DTYPE_CODES
 from easyllm.train.optim_config import AdamWConfig
 from easyllm.train.update_rules import AdamW, State, WeightUpdate
 
@@ -51,6 +55,11 @@ class AdamWInt8:
             return
         state["step"] += 1
         offset = dither(state["step"])
+        copies = () if weight.copy is None else (weight.copy,)
+        kernels = kernels_for(weight.master, weight.gradient, *copies)
+        if kernels is not None:
+            self._in_one_pass(kernels, weight, state, offset)
+            return
         for part, master, gradient in weight.pieces():
             blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
             m_codes, m_scales = state["exp_avg_codes"][part], state["exp_avg_scales"][blocks]
@@ -69,6 +78,23 @@ class AdamWInt8:
                 strict=True,
             ):
                 kept.copy_(new)
+
+    def _in_one_pass(
+        self, kernels: ctypes.CDLL, weight: WeightUpdate, state: State, offset: Tensor
+    ) -> None:
+        """The same block by block in C, with the same bits."""
+        gradient = weight.gradient.contiguous()
+        moments = ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales")
+        kernels.adamw_int8(
+            weight.master.data_ptr(),
+            *(state[name].data_ptr() for name in moments),
+            offset.data_ptr(),
+            gradient.data_ptr(),
+            DTYPE_CODES[gradient.dtype],
+            None if weight.copy is None else weight.copy.data_ptr(),
+            weight.master.numel(),
+            ctypes.byref(self.adamw.numbers(weight, float(state["step"]))),
+        )
 
 
 def dither(step: Tensor) -> Tensor:

@@ -118,18 +118,8 @@ class AdamW:
 
     def _in_one_pass(self, kernels: ctypes.CDLL, weight: WeightUpdate, state: State) -> None:
         """Everything from the gradient as it came to the copy, each number read and written once."""
-        (beta1, beta2), step = self.config.betas, float(state["step"])
         gradient = weight.gradient.contiguous()
-        numbers = AdamWNumbers(
-            weight.scale,
-            1 - weight.learning_rate * weight.weight_decay,
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            math.sqrt(1 - beta2**step),
-            self.config.eps,
-            weight.learning_rate / (1 - beta1**step),
-        )
+        numbers = self.numbers(weight, float(state["step"]))
         kernels.adamw(
             weight.master.data_ptr(),
             state["exp_avg"].data_ptr(),
@@ -139,6 +129,20 @@ class AdamW:
             None if weight.copy is None else weight.copy.data_ptr(),
             weight.master.numel(),
             ctypes.byref(numbers),
+        )
+
+    def numbers(self, weight: WeightUpdate, step: float) -> AdamWNumbers:
+        """What the C kernels need to know of a step; it counts from 1."""
+        beta1, beta2 = self.config.betas
+        return AdamWNumbers(
+            weight.scale,
+            1 - weight.learning_rate * weight.weight_decay,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            math.sqrt(1 - beta2**step),
+            self.config.eps,
+            weight.learning_rate / (1 - beta1**step),
         )
 
     def move(

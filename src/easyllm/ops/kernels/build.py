@@ -55,6 +55,7 @@ _SIGNATURES = {
     "rotary": (_POINTER, _LONG, _POINTER, _INT, _POINTER, _POINTER, _FLOAT) + (_LONG,) * 3,
     "cross_entropy": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
     "adamw": (_POINTER,) * 4 + (_INT, _POINTER, _LONG, _POINTER),
+    "adamw_int8": (_POINTER,) * 7 + (_INT, _POINTER, _LONG, _POINTER),
     "sum_of_squares": (_POINTER, _INT, _LONG),
     "attention_forward": (_POINTER,) * 6 + (_LONG, _POINTER),
     "attention_backward": (_POINTER,) * 10 + (_LONG, _POINTER),

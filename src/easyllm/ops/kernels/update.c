@@ -13,8 +13,21 @@ typedef struct {
     float eps, step_size;  // rate / (1 - beta1^t)
 } AdamW;
 
-// theta <- shrink theta;  m <- m + (1 - beta1)(g - m);  v <- beta2 v + (1 - beta2) g^2;
-// theta <- theta - step_size m / (sqrt(v) / correction + eps), then copied, if there is a copy
+// one block: theta <- shrink theta;  m <- m + (1 - beta1)(g - m);  v <- beta2 v + (1 - beta2) g^2;
+// theta <- theta - step_size m / (sqrt(v) / correction + eps), rounded as PyTorch's kernel rounds
+static inline void move_weights(float *restrict w, float *restrict m, float *restrict v, const float *restrict g,
+                                i64 n, const AdamW *s) {
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) {
+        float x = g[i] * s->scale;
+        m[i] = __builtin_fmaf(s->beta1_rest, x - m[i], m[i]);
+        v[i] = __builtin_fmaf(s->beta2_rest * x, x, v[i] * s->beta2);
+        float below = sqrtf(v[i]) / s->correction + s->eps;
+        w[i] = w[i] * s->shrink + -s->step_size * m[i] / below;
+    }
+}
+
+// The copy, if there is one, follows the master.
 void adamw(float *restrict master, float *restrict mean, float *restrict square, const void *gradient, int dtype,
            uint16_t *copy, i64 count, const AdamW *s) {
 #pragma omp parallel
@@ -23,19 +36,66 @@ void adamw(float *restrict master, float *restrict mean, float *restrict square,
 #pragma omp for schedule(static)
         for (i64 first = 0; first < count; first += BLOCK) {
             i64 n = min_(BLOCK, count - first);
-            float *w = master + first, *m = mean + first, *v = square + first;
             load_row((const char *)gradient + first * element_size(dtype), dtype, n, g);
-#pragma omp simd
-            for (i64 i = 0; i < n; i++) {
-                float x = g[i] * s->scale;
-                m[i] = __builtin_fmaf(s->beta1_rest, x - m[i], m[i]);
-                v[i] = __builtin_fmaf(s->beta2_rest * x, x, v[i] * s->beta2);
-                float below = sqrtf(v[i]) / s->correction + s->eps;
-                w[i] = w[i] * s->shrink + -s->step_size * m[i] / below;  // rounded as PyTorch's kernel rounds
-            }
-            if (copy) store_row(copy + first, BF16, n, w);
+            move_weights(master + first, mean + first, square + first, g, n, s);
+            if (copy) store_row(copy + first, BF16, n, master + first);
         }
         free(g);
+    }
+}
+
+#define CODES 256  // that share a scale
+
+// m = scale share |share|, share = q / 127;  v = scale share^4, share = q / 255
+static inline void widen(const int8_t *mean, float mean_scale, const uint8_t *square, float square_scale, i64 n,
+                         float *restrict m, float *restrict v) {
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) {
+        float share = (float)mean[i] / 127.0f;
+        m[i] = share * fabsf(share) * mean_scale;
+        share = (float)square[i] / 255.0f;
+        share = share * share;
+        v[i] = share * share * square_scale;
+    }
+}
+
+// the largest as the scale, and of each share's root the whole part after the offset
+static inline void narrow(const float *restrict m, const float *restrict v, const float *restrict offset, i64 n,
+                          int8_t *mean, float *mean_scale, uint8_t *square, float *square_scale) {
+    float most = 0, most_square = 0;
+#pragma omp simd reduction(max : most, most_square)
+    for (i64 i = 0; i < n; i++) {
+        most = fabsf(m[i]) > most ? fabsf(m[i]) : most;
+        most_square = v[i] > most_square ? v[i] : most_square;
+    }
+    float below = most > 1.17549435e-38f ? most : 1.17549435e-38f;
+    float below_square = most_square > 1.17549435e-38f ? most_square : 1.17549435e-38f;
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) {
+        float code = floorf(sqrtf(fabsf(m[i]) / below) * 127.0f + offset[i]);
+        mean[i] = (int8_t)(m[i] < 0 ? -code : code);
+        code = floorf(sqrtf(sqrtf(v[i] / below_square)) * 255.0f + offset[i]);
+        square[i] = (uint8_t)(code < 1.0f ? 1.0f : code);
+    }
+    *mean_scale = most, *square_scale = most_square;
+}
+
+// adamw on moments of a byte each, in blocks of CODES with a scale; offset[CODES] in [0, 1) dithers the codes
+void adamw_int8(float *restrict master, int8_t *mean, float *mean_scales, uint8_t *square, float *square_scales,
+                const float *offset, const void *gradient, int dtype, uint16_t *copy, i64 count, const AdamW *s) {
+#pragma omp parallel
+    {
+        float *g = floats(CODES), *m = floats(CODES), *v = floats(CODES);
+#pragma omp for schedule(static)
+        for (i64 b = 0; b < (count + CODES - 1) / CODES; b++) {
+            i64 first = b * CODES, n = min_(CODES, count - first);
+            load_row((const char *)gradient + first * element_size(dtype), dtype, n, g);
+            widen(mean + first, mean_scales[b], square + first, square_scales[b], n, m, v);
+            move_weights(master + first, m, v, g, n, s);
+            narrow(m, v, offset, n, mean + first, mean_scales + b, square + first, square_scales + b);
+            if (copy) store_row(copy + first, BF16, n, master + first);
+        }
+        free(g), free(m), free(v);
     }
 }
 
