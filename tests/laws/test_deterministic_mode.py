@@ -158,3 +158,18 @@ def test_what_cannot_promise_it_is_refused(tiny_tokenizer):
     capped = type(model_of())(model_of().config.changed(layers=layers))
     with pytest.raises(ConfigError, match="layer 0 has attention with a soft cap"):
         set_deterministic(capped.eval().requires_grad_(False))
+
+
+def test_an_activation_whose_last_numbers_are_computed_otherwise_is_refused():
+    config = model_of().config
+    layers = tuple(
+        layer.model_copy(
+            update={"feed_forward": layer.feed_forward.model_copy(update={"activation": "gelu"})}
+        )
+        for layer in config.layers
+    )
+    model = type(model_of())(config.changed(layers=layers)).eval().requires_grad_(False)
+    width = config.layers[0].feed_forward.intermediate_size
+    assert width % 64
+    with pytest.raises(ConfigError, match=f"layer 0 has gelu over a width of {width}"):
+        set_deterministic(model)

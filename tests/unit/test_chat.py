@@ -607,7 +607,7 @@ ATTACKS = {
     "a long sum": "{{ 1" + "+1" * 10_000 + " }}",
     "a long chain of filters": "{{ 'a'" + "|upper" * 5_000 + " }}",
     "a long chain of attributes": "{{ a" + ".a" * 10_000 + " }}",
-    "a long chain of elifs": "{% if a %}" + "{% elif a %}" * 3000 + "{% endif %}",
+    "a long chain of elifs": "{% if a %}" + "{% elif a %}" * 9000 + "{% endif %}",
     "a long chain of nots": "{{ " + "not " * 20_000 + "a }}",
 }
 

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from easyllm.core.device import bf16_is_fast
 from easyllm.core.errors import ConfigError
 from easyllm.nn.attention import Attention
 from easyllm.nn.config import (
@@ -40,6 +41,8 @@ from easyllm.ops.quantized_linear import matrix_struct
 
 MOST_ROWS = 32
 """Rows up to which a step is faster than the decoder in PyTorch (docs/kernels.md has the measurement)."""
+MOST_BF16_ROWS = 2
+"""The same with bf16 weights on a processor that multiplies bf16: PyTorch uses that, the step widens them to fp32."""
 FREED_BYTES = 1 << 26
 """Of weights moved, after which the old ones' memory goes back to the system."""
 FIRST_POSITIONS = 4096
@@ -58,14 +61,15 @@ class CompiledStep:
         ConfigError: the model or the pages are not served.
     """
 
-    most_rows = MOST_ROWS
-
     def __init__(
         self, model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]
     ) -> None:
         refusal = self.refusal(model) or _pages_refusal(model, key_pages, value_pages)
         if refusal is not None:
             raise ConfigError(f"the compiled step does not serve this model: {refusal}")
+        weight = model.embed_tokens.weight
+        narrow = weight.dtype == torch.bfloat16 and not model.is_quantized
+        self.most_rows = MOST_BF16_ROWS if narrow and bf16_is_fast(weight.device) else MOST_ROWS
         self.vocab_size = model.config.vocab_size
         self.page_size = key_pages[0].shape[2]
         self._model_itself, self._cache = model, (list(key_pages), list(value_pages))

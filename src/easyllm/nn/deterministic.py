@@ -9,10 +9,15 @@ from torch import nn
 
 from easyllm.core.errors import ConfigError
 from easyllm.nn.attention import Attention
-from easyllm.nn.config import AttentionConfig
+from easyllm.nn.config import AttentionConfig, MoEConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.ops.kernels import kernels_for
+
+ROW_BY_ROW = frozenset({"silu", "relu"})
+"""Activations that are the same whatever the number of rows: by a kernel of ours, and exactly."""
+WHOLE_VECTORS = 64
+"""Numbers PyTorch takes at once at most (bf16 with AVX-512, two vectors)."""
 
 
 def set_deterministic(model: Decoder, on: bool = True) -> Decoder:
@@ -37,6 +42,13 @@ def deterministic_refusal(model: Decoder) -> str | None:
         return "it needs a CPU, weights of fp32 or bf16, and a C compiler"
     for number, layer in enumerate(model.config.layers):
         mixer = layer.mixer
+        forward = layer.feed_forward
+        inner = forward.expert if isinstance(forward, MoEConfig) else forward
+        if inner.activation not in ROW_BY_ROW and inner.intermediate_size % WHOLE_VECTORS:
+            return (
+                f"layer {number} has {inner.activation} over a width of {inner.intermediate_size}, no multiple of "
+                f"{WHOLE_VECTORS}: PyTorch computes the last numbers of a tensor otherwise"
+            )
         if not isinstance(mixer, AttentionConfig):
             return f"layer {number} has linear attention, whose sums follow the length of a pass"
         attention = model.layers[number].mixer
