@@ -20,7 +20,7 @@ from torch import Tensor
 from easyllm.core.errors import DataError
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.attention import AttentionContext
-from easyllm.ops.cross_entropy import CHUNK_BYTES, softmax_error
+from easyllm.ops.cross_entropy import rows_of_chunk, softmax_error
 
 Side = Literal["left", "right"]
 
@@ -127,7 +127,9 @@ def score_padded(model: Decoder, token_ids: Tensor, mask: Tensor) -> Tensor:
     follows = torch.ones_like(ids, dtype=torch.bool)
     follows[starts] = False
     targets = follows.nonzero().squeeze(1)
-    rows = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))
+    rows = rows_of_chunk(
+        vocab_size=model.config.vocab_size, itemsize=4, device_type=model.device.type
+    )
     losses = [
         softmax_error(model.head(hidden[chunk - 1]), ids[chunk], with_grad=False)[0]
         for chunk in targets.split(rows)

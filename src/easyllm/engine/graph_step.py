@@ -24,6 +24,7 @@ from easyllm.nn.linear import Linear
 from easyllm.nn.position import RotaryPosition
 from easyllm.ops.attention import AttentionContext, AttentionRule, RecurrentStep
 from easyllm.ops.gpu import gpu_ready
+from easyllm.ops.paged_attention import write_pages
 
 MOST_ROWS = 256
 """Rows up to which steps are recorded; above, launches cost little beside the work."""
@@ -121,15 +122,12 @@ class GraphStep:
             self.bind()
         self._reach(max(positions) + 1)
         shape = _rounded(rows, 1), _rounded(page_table.shape[1], LEAST_WIDTH)
-        inputs = torch.zeros(shape[0], HEADER + shape[1], dtype=torch.int32)
-        inputs[:, 2] = 1
-        assert self.cache.spare_page is not None, "refused otherwise"
-        inputs[:, HEADER:] = self.cache.spare_page
+        if shape not in self._recordings:
+            self._recordings[shape] = self._record(shape)
+        inputs = self._idle_rows(shape)
         head = torch.tensor([token_ids, positions, key_lengths], dtype=torch.int32)
         inputs[:rows, :HEADER] = head.T
         inputs[:rows, HEADER : HEADER + page_table.shape[1]] = page_table
-        if shape not in self._recordings:
-            self._recordings[shape] = self._record(inputs)
         recording = self._recordings[shape]
         recording.inputs.copy_(inputs)
         recording.graph.replay()
@@ -140,12 +138,15 @@ class GraphStep:
         held = (parameters[name] for parameters, name in self._weights)
         return [0 if weight is None else weight.data_ptr() for weight in held]
 
-    def _record(self, inputs: Tensor) -> _Recording:
-        held = torch.empty_like(inputs, device=self.model.device)
+    def _idle_rows(self, shape: tuple[int, int]) -> Tensor:
+        """[rows, HEADER + width] int32 on the CPU: rows that write into the spare page."""
         assert self.cache.spare_page is not None, "refused otherwise"
-        spare = torch.full_like(inputs, self.cache.spare_page)
-        spare[:, :HEADER] = torch.tensor([0, 0, 1], dtype=torch.int32)
-        held.copy_(spare)  # the runs below must write nowhere else
+        rows = torch.full((shape[0], HEADER + shape[1]), self.cache.spare_page, dtype=torch.int32)
+        rows[:, :HEADER] = torch.tensor([0, 0, 1], dtype=torch.int32)
+        return rows
+
+    def _record(self, shape: tuple[int, int]) -> _Recording:
+        held = self._idle_rows(shape).to(self.model.device)  # the runs below write nowhere else
         stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream(self.model.device))
         with torch.cuda.stream(stream):
@@ -209,8 +210,8 @@ class _DecodeStore:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         assert isinstance(keys, Tensor), "refused otherwise"
         assert isinstance(values, Tensor), "refused otherwise"
-        keys[self.pages, :, self.slots] = k.to(keys.dtype)
-        values[self.pages, :, self.slots] = v.to(values.dtype)
+        write_pages(keys, k, self.pages, self.slots)
+        write_pages(values, v, self.pages, self.slots)
         return decode_attention(
             *(q, keys, values, self.table, self.key_lengths), scale=rule.scale, window=rule.window
         )
