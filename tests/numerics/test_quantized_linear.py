@@ -159,12 +159,15 @@ def test_plain_pytorch_is_the_dequantized_product(no_kernels, shape, scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_in_any_company(kernels, scheme, dtype):
-    matrix = quantize_matrix(random(100, 96), SCHEMES[scheme])
-    x = random(150, 96, seed=1).to(dtype)
-    whole = quantized_linear(x, matrix)
-    for first, last in [(0, 1), (1, 3), (5, 9), (127, 130), (3, 150)]:
-        assert torch.equal(quantized_linear(x[first:last], matrix), whole[first:last])
+@pytest.mark.parametrize("shape", [(100, 96), (8, 32), (27, 33), (48, 576), (16, 640)])
+def test_a_row_has_the_same_bits_in_any_company(kernels, scheme, dtype, shape):
+    """Few rows go one after the other, many by the processor's matrix unit where it has one, with the same result."""
+    matrix = quantize_matrix(random(*shape), SCHEMES[scheme])
+    x = random(150, shape[1], seed=1).to(dtype)
+    bias = random(shape[0], seed=2)
+    alone = torch.cat([quantized_linear(x[m : m + 1], matrix, bias) for m in range(len(x))])
+    for first, last in [(1, 3), (0, 5), (5, 11), (0, 16), (2, 19), (30, 62), (3, 132), (0, 150)]:
+        assert torch.equal(quantized_linear(x[first:last], matrix, bias), alone[first:last])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

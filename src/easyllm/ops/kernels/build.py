@@ -28,6 +28,7 @@ SOURCES = (
     "attention.c",
     "paged_attention.c",
     "matrix.c",
+    "tiles.c",
     "decode_step.c",
 )
 HEADERS = ("cpu.h", "paged.h", "matrix.h")

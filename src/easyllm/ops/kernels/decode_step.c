@@ -95,9 +95,9 @@ static float *take(char **at, i64 count) {
 }
 
 static Rows take_rows(char **at, i64 rows, i64 inputs) {
-    i64 groups = groups_of(inputs);
-    float *values = take(at, rows * inputs), *terms = take(at, rows * groups * TERMS);
-    return (Rows){values, (int8_t *)take(at, rows * groups * GROUP / 4), terms, inputs, groups};
+    i64 groups = groups_of(inputs), room = whole_tiles(rows) * groups;
+    float *values = take(at, rows * inputs), *terms = take(at, room * TERMS);
+    return (Rows){values, (int8_t *)take(at, room * GROUP / 4), terms, inputs, groups};
 }
 
 static i64 first_split(const Layer *l, i64 length) { return l->window ? max_(0, length - l->window) / SPLIT : 0; }
@@ -167,11 +167,11 @@ static const Rows *normed(const Model *m, const Batch *b, const Shared *sh, Thre
 }
 
 static void project_heads(const Layer *l, const Batch *b, const Shared *sh, Thread *t, const Rows *x) {
-    i64 q_blocks = blocks_of(&l->q), k_blocks = blocks_of(&l->k), all = q_blocks + k_blocks + blocks_of(&l->v);
+    i64 q_strips = strips_of(&l->q), k_strips = strips_of(&l->k), all = q_strips + k_strips + strips_of(&l->v);
     EACH(i, all) {
-        if (i < q_blocks) linear_block(&l->q, i, x, 0, b->rows, sh->q, l->q.outputs);
-        else if (i < q_blocks + k_blocks) linear_block(&l->k, i - q_blocks, x, 0, b->rows, sh->k, l->k.outputs);
-        else linear_block(&l->v, i - q_blocks - k_blocks, x, 0, b->rows, sh->v, l->v.outputs);
+        if (i < q_strips) linear_strip(&l->q, i, x, 0, b->rows, sh->q, l->q.outputs);
+        else if (i < q_strips + k_strips) linear_strip(&l->k, i - q_strips, x, 0, b->rows, sh->k, l->k.outputs);
+        else linear_strip(&l->v, i - q_strips - k_strips, x, 0, b->rows, sh->v, l->v.outputs);
     }
     end_phase(t, all);
 }
@@ -260,12 +260,13 @@ static const Rows *merged(const Layer *l, const Batch *b, const Shared *sh, Thre
 // x += W rows
 static void add_product(const Matrix *w, const Batch *b, const Shared *sh, Thread *t, const Rows *rows) {
     i64 D = w->outputs;
-    EACH(i, blocks_of(w)) {
-        linear_block(w, i, rows, 0, b->rows, sh->delta, D);
+    EACH(i, strips_of(w)) {
+        linear_strip(w, i, rows, 0, b->rows, sh->delta, D);
+        i64 from = i * STRIP * OUTPUTS, to = min_(D, from + STRIP * OUTPUTS);
         for (i64 s = 0; s < b->rows; s++)
-            for (i64 c = i * OUTPUTS; c < min_(D, (i + 1) * OUTPUTS); c++) sh->x[s * D + c] += sh->delta[s * D + c];
+            for (i64 c = from; c < to; c++) sh->x[s * D + c] += sh->delta[s * D + c];
     }
-    end_phase(t, blocks_of(w));
+    end_phase(t, strips_of(w));
 }
 
 // fed = silu(gate x) up x, by whole groups of 32, so that a thread can quantize what it has made
@@ -273,9 +274,9 @@ static void gated(const Layer *l, const Batch *b, const Shared *sh, Thread *t, c
     i64 width = fed->inputs;
     EACH(g, fed->groups) {
         i64 from = g * GROUP, count = min_(GROUP, width - from);
-        for (i64 i = from / OUTPUTS; i * OUTPUTS < from + count; i++) {
-            linear_block(&l->gate, i, x, 0, b->rows, sh->gate, width);
-            linear_block(&l->up, i, x, 0, b->rows, sh->up, width);
+        for (i64 i = from / (STRIP * OUTPUTS); i * STRIP * OUTPUTS < from + count; i++) {
+            linear_strip(&l->gate, i, x, 0, b->rows, sh->gate, width);
+            linear_strip(&l->up, i, x, 0, b->rows, sh->up, width);
         }
         for (i64 s = 0; s < b->rows; s++) {
             const float *gate = sh->gate + s * width + from, *up = sh->up + s * width + from;
@@ -331,10 +332,12 @@ void decode_step(const Model *m, const Batch *b, char *memory) {
     {
         Thread *t = own + omp_get_thread_num();
         t->threads = omp_get_num_threads(), t->phase = shared.phases;
+        begin_strips(b->rows);
         embed(m, b, &shared, t);
         for (i64 n = 0; n < m->num_layers; n++) run_layer(m, m->layers + n, b, b->pages + n, &shared, t);
         const Rows *x = normed(m, b, &shared, t, m->final_norm, m->eps, &m->head);
-        EACH(i, blocks_of(&m->head)) linear_block(&m->head, i, x, 0, b->rows, b->logits, m->head.outputs);
+        EACH(i, strips_of(&m->head)) linear_strip(&m->head, i, x, 0, b->rows, b->logits, m->head.outputs);
+        end_strips(b->rows);
     }
     free(own);
 }

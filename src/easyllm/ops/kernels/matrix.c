@@ -203,8 +203,8 @@ void matrix_row(const Matrix *w, i64 row, float *x) {
 
 #define ROW_TILE 4
 
-void linear_block(const Matrix *w, i64 block, const Rows *x, i64 first_row, i64 num_rows, float *out,
-                  i64 out_stride) {
+static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 first_row, i64 num_rows, float *out,
+                         i64 out_stride) {
     i64 groups = x->groups, width = min_(OUTPUTS, w->outputs - block * OUTPUTS), m = 0;
     const int8_t *codes = x->codes + first_row * groups * GROUP;
     const float *terms = x->terms + first_row * groups * TERMS;
@@ -235,13 +235,33 @@ void linear_block(const Matrix *w, i64 block, const Rows *x, i64 first_row, i64 
     }
 }
 
+static int takes_tiles(i64 num_rows) { return num_rows >= UNIT_LEAST_ROWS && tiles_ready(); }
+
+void begin_strips(i64 num_rows) {
+    if (takes_tiles(num_rows)) begin_tiles();
+}
+
+void end_strips(i64 num_rows) {
+    if (takes_tiles(num_rows)) end_tiles();
+}
+
+void linear_strip(const Matrix *w, i64 strip, const Rows *x, i64 first_row, i64 num_rows, float *out,
+                  i64 out_stride) {
+    if (is_quantized(w) && takes_tiles(num_rows)) {
+        tile_strip(w, strip, x, first_row, num_rows, out, out_stride);
+        return;
+    }
+    for (i64 block = strip * STRIP; block < min_(blocks_of(w), (strip + 1) * STRIP); block++)
+        linear_block(w, block, x, first_row, num_rows, out, out_stride);
+}
+
 #define ROW_CHUNK 128
 
 // y[rows][outputs] = x[rows][inputs] W^T + bias, x and y of `dtype`
 void quantized_linear(const void *x, void *y, int dtype, i64 rows, const Matrix *w) {
     i64 groups = groups_of(w->inputs), chunk_rows = min_(rows, ROW_CHUNK), size = element_size(dtype);
-    Rows q = {NULL, malloc(max_(1, chunk_rows * groups * GROUP)), NULL, w->inputs, groups};
-    q.terms = malloc(max_(1, chunk_rows * groups * TERMS) * sizeof(float));
+    i64 room = whole_tiles(max_(1, chunk_rows)) * groups;
+    Rows q = {NULL, malloc(room * GROUP), malloc(room * TERMS * sizeof(float)), w->inputs, groups};
     float *out = dtype == FP32 ? NULL : malloc(chunk_rows * w->outputs * sizeof(float));
     for (i64 begin = 0; begin < rows; begin += ROW_CHUNK) {
         i64 count = min_(ROW_CHUNK, rows - begin);
@@ -255,8 +275,10 @@ void quantized_linear(const void *x, void *y, int dtype, i64 rows, const Matrix 
                 quantize_row(&q, m, row);
             }
             free(row);
+            begin_strips(count);
 #pragma omp for schedule(static)
-            for (i64 block = 0; block < blocks_of(w); block++) linear_block(w, block, &q, 0, count, to, w->outputs);
+            for (i64 strip = 0; strip < strips_of(w); strip++) linear_strip(w, strip, &q, 0, count, to, w->outputs);
+            end_strips(count);
             if (dtype != FP32) {
 #pragma omp for schedule(static)
                 for (i64 m = 0; m < count; m++)

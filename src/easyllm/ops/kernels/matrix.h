@@ -17,6 +17,9 @@
 
 #define GROUP 32
 #define OUTPUTS 8
+#define STRIP 2  // blocks of outputs that are computed together
+#define UNIT_ROWS 16  // rows that the processor's matrix unit takes at once, where it has one
+#define UNIT_LEAST_ROWS 6  // rows from which that is faster than one after the other
 #define TERMS 3  // of a row's group: u, -8 u sum q, sum x
 
 typedef struct {
@@ -27,16 +30,19 @@ typedef struct {
     int format;  // FP32, BF16, INT8, INT4
 } Matrix;
 
-// Rows as linear_block takes them: values for fp32 and bf16 weights, codes and terms for int8 and int4.
+// Rows as linear_strip takes them: values for fp32 and bf16 weights, codes and terms for int8 and int4. A tile of rows is
+// read whole, so there is room for a multiple of 16 of codes and terms; what lies in the rest does not matter.
 typedef struct {
     float *values;   // [rows][inputs]
-    int8_t *codes;   // [rows][groups * 32]
-    float *terms;    // [rows][groups][3]
+    int8_t *codes;   // [whole_tiles(rows)][groups * 32]
+    float *terms;    // [whole_tiles(rows)][groups][3]
     i64 inputs, groups;
 } Rows;
 
 static inline i64 groups_of(i64 inputs) { return (inputs + GROUP - 1) / GROUP; }
 static inline i64 blocks_of(const Matrix *w) { return (w->outputs + OUTPUTS - 1) / OUTPUTS; }
+static inline i64 strips_of(const Matrix *w) { return (blocks_of(w) + STRIP - 1) / STRIP; }
+static inline i64 whole_tiles(i64 rows) { return (rows + UNIT_ROWS - 1) / UNIT_ROWS * UNIT_ROWS; }
 static inline int is_quantized(const Matrix *w) { return w->format >= INT8; }
 
 // x[inputs] = row `row` of an fp32, bf16 or int8 matrix: a token's vector
@@ -48,6 +54,16 @@ void quantize_group(const float *x, int8_t *codes, float *terms);
 // codes and terms of row `row`, from x[inputs]
 void quantize_row(const Rows *rows, i64 row, const float *x);
 
-// out[m][8 block .. 8 block + 8) = the rows' products with a block's outputs, bias added, for m < num_rows
-void linear_block(const Matrix *w, i64 block, const Rows *rows, i64 first_row, i64 num_rows, float *out,
+// out[m][16 strip .. 16 strip + 16) = the rows' products with a strip of outputs, bias added, for m < num_rows
+void linear_strip(const Matrix *w, i64 strip, const Rows *rows, i64 first_row, i64 num_rows, float *out,
                   i64 out_stride);
+
+// Around a thread's calls of linear_strip, which may use the matrix unit between them.
+void begin_strips(i64 num_rows);
+void end_strips(i64 num_rows);
+
+// tiles.c: whether there is such a unit and it may be used; a thread's way in and out; linear_strip by it
+int tiles_ready(void);
+void begin_tiles(void);
+void end_tiles(void);
+void tile_strip(const Matrix *w, i64 strip, const Rows *rows, i64 first_row, i64 num_rows, float *out, i64 out_stride);

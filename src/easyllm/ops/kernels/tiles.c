@@ -1,0 +1,178 @@
+// Products of int8 and int4 weights with many rows at a time, on the matrix unit of processors that have AMX.
+//
+// A tile of 16 rows x 32 inputs meets one of 32 inputs x 16 outputs; products of codes are whole numbers there as in
+// matrix.c, and what follows is the same arithmetic in the same order. So a row's result has the same bits here as
+// there, whatever rows are beside it.
+#include "matrix.h"
+
+#if defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__linux__)
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define EVEN 0  // the tiles: products of every other group, rows, weights
+#define ODD 1
+#define ROWS 2
+#define WEIGHTS 3
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define WIDTH (STRIP * OUTPUTS)
+#define TILE_BYTES (GROUP * WIDTH)
+// What memory these instructions read, compilers are not told.
+#define MEMORY_IS_READ() __asm__ volatile("" ::: "memory")
+#define GROUPS_AT_ONCE 8  // 20 KB of weights spread out: they stay in the first cache for all the rows
+#define ROWS_AT_ONCE 128
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} TileShapes;
+
+// Codes of a strip as the unit wants them, and for int4 its steps and middles.
+typedef struct {
+    int8_t codes[GROUPS_AT_ONCE][TILE_BYTES];
+    float steps[GROUPS_AT_ONCE][WIDTH], middles[GROUPS_AT_ONCE][WIDTH];
+} __attribute__((aligned(64))) Spread;
+
+int tiles_ready(void) {
+    static int ready = -1;
+    int known = __atomic_load_n(&ready, __ATOMIC_RELAXED);
+    if (known < 0) {  // the system keeps a thread's tiles only for processes that have asked for it
+        const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        known = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+        __atomic_store_n(&ready, known, __ATOMIC_RELAXED);
+    }
+    return known;
+}
+
+void begin_tiles(void) {
+    TileShapes shapes = {.palette = 1};
+    shapes.rows[EVEN] = shapes.rows[ODD] = UNIT_ROWS, shapes.row_bytes[EVEN] = shapes.row_bytes[ODD] = WIDTH * 4;
+    shapes.rows[ROWS] = UNIT_ROWS, shapes.row_bytes[ROWS] = GROUP;
+    shapes.rows[WEIGHTS] = GROUP / 4, shapes.row_bytes[WEIGHTS] = WIDTH * 4;
+    MEMORY_IS_READ();
+    _tile_loadconfig(&shapes);
+}
+
+void end_tiles(void) { _tile_release(); }
+
+// One group: row c of its tile holds the chunks c of the strip's two blocks, side by side.
+static void spread_group(const uint8_t *first, const uint8_t *second, int is_int4, Spread *to, i64 g) {
+    __m512i *rows = (__m512i *)to->codes[g];
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int c = 0; c < (is_int4 ? 4 : 8); c++) {
+        __m512i codes = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)first + c));
+        codes = _mm512_inserti64x4(codes, _mm256_loadu_si256((const __m256i *)second + c), 1);
+        if (is_int4) {
+            _mm512_store_si512(rows + c + 4, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low));
+            codes = _mm512_and_si512(codes, low);
+        }
+        _mm512_store_si512(rows + c, codes);
+    }
+    if (!is_int4) return;
+    const __m128i *halves[2] = {(const __m128i *)first + 8, (const __m128i *)second + 8};
+    for (int i = 0; i < 2; i++) {
+        __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(halves[0] + i)),
+                                               _mm_loadu_si128(halves[1] + i), 1);
+        _mm512_store_ps(i == 0 ? to->steps[g] : to->middles[g], _mm512_cvtph_ps(both));
+    }
+}
+
+// products of the rows' codes and the weights' of one group, into the sums' tile NUMBER
+#define START(NUMBER, CODES, ROW_BYTES, GROUP_CODES)  \
+    do {                                              \
+        MEMORY_IS_READ();                             \
+        _tile_loadd(ROWS, CODES, ROW_BYTES);          \
+        _tile_loadd(WEIGHTS, GROUP_CODES, WIDTH * 4); \
+        _tile_zero(NUMBER);                           \
+        _tile_dpbssd(NUMBER, ROWS, WEIGHTS);          \
+    } while (0)
+
+typedef int32_t Products[UNIT_ROWS][WIDTH] __attribute__((aligned(64)));
+
+ALWAYS_INLINE void add_scaled(const Spread *w, i64 g, int is_int4, const Products products, const float *t, i64 stride,
+                              __m512 *sum) {
+    __m512 step = _mm512_load_ps(w->steps[g]), middle = _mm512_load_ps(w->middles[g]);
+#pragma GCC unroll 16
+    for (int m = 0; m < UNIT_ROWS; m++, t += stride) {
+        __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(products[m]));
+        if (is_int4) {
+            whole = _mm512_fmadd_ps(whole, _mm512_set1_ps(t[0]), _mm512_set1_ps(t[1]));
+            sum[m] = _mm512_fmadd_ps(step, whole, sum[m]);
+            sum[m] = _mm512_fmadd_ps(middle, _mm512_set1_ps(t[2]), sum[m]);
+        } else {
+            sum[m] = _mm512_fmadd_ps(whole, _mm512_set1_ps(t[0]), sum[m]);
+        }
+    }
+}
+
+// sums[m] += the products of 16 rows with `count` groups of a strip. The unit is two groups ahead of the scaling.
+ALWAYS_INLINE void tile_sums(const Spread *w, i64 count, int is_int4, const int8_t *codes, const float *terms,
+                             i64 groups, float (*sums)[WIDTH]) {
+    Products even, odd;
+    __m512 sum[UNIT_ROWS];
+    i64 codes_stride = groups * GROUP, stride = groups * TERMS, g = 0;
+#pragma GCC unroll 16
+    for (int m = 0; m < UNIT_ROWS; m++) sum[m] = _mm512_load_ps(sums[m]);
+    START(EVEN, codes, codes_stride, w->codes[0]);
+    if (count > 1) START(ODD, codes + GROUP, codes_stride, w->codes[1]);
+    _tile_stored(EVEN, even, WIDTH * 4);
+    for (; g + 1 < count; g += 2) {
+        if (g + 2 < count) START(EVEN, codes + (g + 2) * GROUP, codes_stride, w->codes[g + 2]);
+        _tile_stored(ODD, odd, WIDTH * 4);
+        add_scaled(w, g, is_int4, even, terms + g * TERMS, stride, sum);
+        if (g + 3 < count) START(ODD, codes + (g + 3) * GROUP, codes_stride, w->codes[g + 3]);
+        if (g + 2 < count) _tile_stored(EVEN, even, WIDTH * 4);
+        add_scaled(w, g + 1, is_int4, odd, terms + (g + 1) * TERMS, stride, sum);
+    }
+    if (g < count) add_scaled(w, g, is_int4, even, terms + g * TERMS, stride, sum);
+#pragma GCC unroll 16
+    for (int m = 0; m < UNIT_ROWS; m++) _mm512_store_ps(sums[m], sum[m]);
+}
+
+static void some_rows(const Matrix *w, i64 strip, const Rows *x, i64 first, i64 num_rows, float *out, i64 stride) {
+    float sums[ROWS_AT_ONCE][WIDTH] __attribute__((aligned(64)));
+    Spread spread;
+    i64 groups = x->groups, last_block = strip * STRIP + 1 == blocks_of(w);
+    i64 is_int4 = w->format == INT4, group_bytes = is_int4 ? 160 : 256;
+    i64 second = last_block ? 0 : groups * group_bytes;  // beyond the last block: it again
+    const uint8_t *data = (const uint8_t *)w->data + strip * STRIP * groups * group_bytes;
+    memset(sums, 0, whole_tiles(num_rows) * sizeof(*sums));
+    for (i64 g = 0; g < groups; g += GROUPS_AT_ONCE) {
+        i64 count = min_(GROUPS_AT_ONCE, groups - g);
+        for (i64 i = 0; i < count; i++, data += group_bytes) spread_group(data, data + second, is_int4, &spread, i);
+        for (i64 m = 0; m < num_rows; m += UNIT_ROWS) {
+            const int8_t *codes = x->codes + ((first + m) * groups + g) * GROUP;
+            const float *terms = x->terms + ((first + m) * groups + g) * TERMS;
+            if (is_int4) tile_sums(&spread, count, 1, codes, terms, groups, sums + m);
+            else tile_sums(&spread, count, 0, codes, terms, groups, sums + m);
+        }
+    }
+    i64 from = strip * WIDTH, width = min_(WIDTH, w->outputs - from);
+    __mmask16 there = (__mmask16)((1u << width) - 1);
+    __m512 scale = is_int4 ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(there, w->scales + from);
+    __m512 bias = w->bias ? _mm512_maskz_loadu_ps(there, w->bias + from) : _mm512_setzero_ps();
+    for (i64 m = 0; m < num_rows; m++) {
+        __m512 sum = _mm512_load_ps(sums[m]);
+        if (!is_int4) sum = _mm512_mul_ps(sum, scale);
+        if (w->bias) sum = _mm512_add_ps(sum, bias);
+        _mm512_mask_storeu_ps(out + m * stride + from, there, sum);
+    }
+}
+
+void tile_strip(const Matrix *w, i64 strip, const Rows *x, i64 first_row, i64 num_rows, float *out, i64 stride) {
+    for (i64 m = 0; m < num_rows; m += ROWS_AT_ONCE)
+        some_rows(w, strip, x, first_row + m, min_(ROWS_AT_ONCE, num_rows - m), out + m * stride, stride);
+}
+
+#else
+
+int tiles_ready(void) { return 0; }
+void begin_tiles(void) {}
+void end_tiles(void) {}
+void tile_strip(const Matrix *w, i64 strip, const Rows *x, i64 first_row, i64 num_rows, float *out, i64 stride) {
+    (void)w, (void)strip, (void)x, (void)first_row, (void)num_rows, (void)out, (void)stride;
+}
+
+#endif
