@@ -45,7 +45,9 @@ Quantize = Annotated[
 ]
 CacheDtype = Annotated[
     str | None,
-    typer.Option(help="Of the cache: float32, bfloat16, int8, int4; by default the weights'."),
+    typer.Option(
+        help="Of the cache: float32, bfloat16, int8, int4; by default the weights', bfloat16 beside rounded ones."
+    ),
 ]
 Deterministic = Annotated[
     bool,

@@ -43,6 +43,8 @@ MOST_ROWS = 32
 """Rows up to which a step is faster than the decoder in PyTorch (docs/kernels.md has the measurement)."""
 MOST_BF16_ROWS = 2
 """The same with bf16 weights on a processor that multiplies bf16: PyTorch uses that, the step widens them to fp32."""
+MOST_TILED_ROWS = 128
+"""The same with quantized weights on a processor with a matrix unit, which the step uses."""
 FREED_BYTES = 1 << 26
 """Of weights moved, after which the old ones' memory goes back to the system."""
 FIRST_POSITIONS = 4096
@@ -67,9 +69,7 @@ class CompiledStep:
         refusal = self.refusal(model) or _pages_refusal(model, key_pages, value_pages)
         if refusal is not None:
             raise ConfigError(f"the compiled step does not serve this model: {refusal}")
-        weight = model.embed_tokens.weight
-        narrow = weight.dtype == torch.bfloat16 and not model.is_quantized
-        self.most_rows = MOST_BF16_ROWS if narrow and bf16_is_fast(weight.device) else MOST_ROWS
+        self.most_rows = _most_rows(model)
         self.vocab_size = model.config.vocab_size
         self.page_size = key_pages[0].shape[2]
         self._model_itself, self._cache = model, (list(key_pages), list(value_pages))
@@ -276,6 +276,15 @@ class CompiledStep:
             weight = 1 + weight
         self._kept.append(weight)
         return weight.data_ptr()
+
+
+def _most_rows(model: Decoder) -> int:
+    weight = model.embed_tokens.weight
+    kernels = kernels_for(weight)
+    if model.is_quantized:
+        return MOST_TILED_ROWS if kernels is not None and kernels.tiles_ready() else MOST_ROWS
+    narrow = weight.dtype == torch.bfloat16 and bf16_is_fast(weight.device)
+    return MOST_BF16_ROWS if narrow else MOST_ROWS
 
 
 def gather_weights(model: Decoder) -> None:

@@ -74,7 +74,7 @@ class Engine:
         self.max_seq_len = config.max_seq_len
         if options.deterministic:
             set_deterministic(model)
-        self._dtype = cache_format(options.cache_dtype, model.embed_tokens.weight.dtype)
+        self._dtype = cache_format(options.cache_dtype, _usual_cache_dtype(model, options))
         self.cache_itemsize = cache_itemsize(config, self._dtype)
         self.memory = plan_memory(
             config,
@@ -418,6 +418,15 @@ class Engine:
         self._drafts.pop(sequence.id, None)
         if self.drafter is not None:
             self.drafter.forget(sequence.id)
+
+
+def _usual_cache_dtype(model: Decoder, options: EngineConfig) -> torch.dtype:
+    """The model's; bf16 beside rounded weights, whose error is far above that of rounded keys and values (nats of KL
+    divergence, docs/engine.md). In deterministic mode the model's, so that scores and completions agree."""
+    dtype = model.embed_tokens.weight.dtype
+    if model.is_quantized and dtype == torch.float32 and not options.deterministic:
+        return torch.bfloat16
+    return dtype
 
 
 def _has_states(config: ModelConfig) -> bool:

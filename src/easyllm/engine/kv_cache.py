@@ -101,14 +101,14 @@ class KVCache:
             self._states.pop(sequence_id, None)
 
 
-def cache_format(wanted: str | None, model_dtype: torch.dtype) -> torch.dtype | str:
-    """What keys and values are kept as: a dtype, `int8` or `int4`; the model's dtype where nothing else is wanted.
+def cache_format(wanted: str | None, usual: torch.dtype) -> torch.dtype | str:
+    """What keys and values are kept as: a dtype, `int8` or `int4`; `usual` where nothing is wanted.
 
     Raises:
         ConfigError: there is no such format.
     """
     if wanted is None or wanted in QUANTIZED_PAGES:
-        return wanted or model_dtype
+        return wanted or usual
     try:
         return parse_dtype(wanted)
     except ConfigError as error:

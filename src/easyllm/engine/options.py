@@ -15,7 +15,8 @@ class EngineConfig(Config):
         num_pages: all pages; or
         cache_gb: memory for them; by default what `max_running` sequences of the model's context need, at most a
             quarter of the memory that is free.
-        cache_dtype: of keys and values; by default the model's. `int8` and `int4` keep a scale for each token and head.
+        cache_dtype: of keys and values; by default the model's, and bfloat16 beside quantized weights (the model's in
+            deterministic mode). `int8` and `int4` keep a scale for each token and head.
         compiled_step: whether steps that only decode may go through one call into C.
         deterministic: the same request gives the same bits whatever shares its batch, at the cost of speed.
         max_running: sequences that run at once.

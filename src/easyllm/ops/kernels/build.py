@@ -61,11 +61,12 @@ _SIGNATURES = {
     "attention_forward": (_POINTER,) * 6 + (_LONG, _POINTER),
     "attention_backward": (_POINTER,) * 10 + (_LONG, _POINTER),
     "quantized_linear": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
+    "tiles_ready": (),
     "decode_step_bytes": (_POINTER, _POINTER),
     "decode_step": (_POINTER,) * 3,
     "paged_attention": (_POINTER,) * 4 + (_LONG, _POINTER, _POINTER, _LONG, _POINTER),
 }
-_RESULTS = {"decode_step_bytes": _LONG, "sum_of_squares": ctypes.c_double}
+_RESULTS = {"decode_step_bytes": _LONG, "sum_of_squares": ctypes.c_double, "tiles_ready": _INT}
 
 
 class AdamWNumbers(ctypes.Structure):

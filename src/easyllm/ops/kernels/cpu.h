@@ -42,6 +42,25 @@ static inline lane8 sums_of(const lane8 a[8]) {
     return SHUFFLE(low, high, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
+// a register's halves added, where it has two
+static inline lane8 folded(vec a) {
+#if LANES == 8
+    return a;
+#elif defined(__clang__) || __GNUC__ >= 12
+    return SHUFFLE(a, a, 0, 1, 2, 3, 4, 5, 6, 7) + SHUFFLE(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    lane8 halves[2];
+    memcpy(halves, &a, sizeof(a));
+    return halves[0] + halves[1];
+#endif
+}
+
+static inline float lane_sum(lane8 a) {
+    a += SHUFFLE(a, a, 4, 5, 6, 7, 0, 1, 2, 3);
+    a += SHUFFLE(a, a, 2, 3, 0, 1, 6, 7, 4, 5);
+    return a[0] + a[1];
+}
+
 static inline i64 min_(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 max_(i64 a, i64 b) { return a > b ? a : b; }
 

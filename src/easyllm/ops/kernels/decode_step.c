@@ -45,7 +45,7 @@ typedef struct {
 } Phase;
 
 typedef struct {
-    float *x, *q, *k, *v, *parts, *delta, *gate, *up;
+    float *x, *q, *k, *v, *parts;
     Rows normed, mixed, fed;
     Phase *phases;
 } Shared;
@@ -55,6 +55,7 @@ typedef struct {
     Phase *phase;        // the one it is in
     Rows normed, mixed;  // where one row is everyone's own
     float *row, *state, *scratch;
+    float *gate, *up;  // [rows][GROUP]: what becomes of a piece is its thread's own, in its own cache
 } Thread;
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -121,16 +122,16 @@ static char *lay_out(const Model *m, const Batch *b, char *at, int threads, Shar
         inner = max_(inner, l->down.inputs), parts = max_(parts, num_tasks(l, b, rows) * part);
         state = max_(state, part), scratch = max_(scratch, split_scratch(groups, l->dim));
     }
-    shared->x = take(&at, rows * D), shared->delta = take(&at, rows * D);
+    shared->x = take(&at, rows * D);
     shared->q = take(&at, rows * width);
     shared->k = take(&at, rows * kv_width), shared->v = take(&at, rows * kv_width);
-    shared->gate = take(&at, rows * inner), shared->up = take(&at, rows * inner);
     shared->parts = take(&at, parts);
     shared->normed = take_rows(&at, rows, D);
     shared->mixed = take_rows(&at, rows, width), shared->fed = take_rows(&at, rows, inner);
     for (int i = 0; i < threads; i++) {
         own[i].normed = take_rows(&at, 1, D), own[i].mixed = take_rows(&at, 1, width);
         own[i].row = take(&at, max_(D, width));
+        own[i].gate = take(&at, rows * GROUP), own[i].up = take(&at, rows * GROUP);
         own[i].state = take(&at, state), own[i].scratch = take(&at, scratch);
     }
     return at;
@@ -166,12 +167,18 @@ static const Rows *normed(const Model *m, const Batch *b, const Shared *sh, Thre
     return &sh->normed;
 }
 
+// out[m][its outputs] of a strip of one of the matrices
+static void project_strip(const Matrix *w, i64 strip, const Batch *b, const Rows *x, float *out) {
+    linear_strip(w, strip, x, 0, b->rows, out + strip * strip_outputs(b->rows), w->outputs);
+}
+
 static void project_heads(const Layer *l, const Batch *b, const Shared *sh, Thread *t, const Rows *x) {
-    i64 q_strips = strips_of(&l->q), k_strips = strips_of(&l->k), all = q_strips + k_strips + strips_of(&l->v);
+    i64 q_strips = strips_of(&l->q, b->rows), k_strips = strips_of(&l->k, b->rows);
+    i64 all = q_strips + k_strips + strips_of(&l->v, b->rows);
     EACH(i, all) {
-        if (i < q_strips) linear_strip(&l->q, i, x, 0, b->rows, sh->q, l->q.outputs);
-        else if (i < q_strips + k_strips) linear_strip(&l->k, i - q_strips, x, 0, b->rows, sh->k, l->k.outputs);
-        else linear_strip(&l->v, i - q_strips - k_strips, x, 0, b->rows, sh->v, l->v.outputs);
+        if (i < q_strips) project_strip(&l->q, i, b, x, sh->q);
+        else if (i < q_strips + k_strips) project_strip(&l->k, i - q_strips, b, x, sh->k);
+        else project_strip(&l->v, i - q_strips - k_strips, b, x, sh->v);
     }
     end_phase(t, all);
 }
@@ -259,31 +266,34 @@ static const Rows *merged(const Layer *l, const Batch *b, const Shared *sh, Thre
 
 // x += W rows
 static void add_product(const Matrix *w, const Batch *b, const Shared *sh, Thread *t, const Rows *rows) {
-    i64 D = w->outputs;
-    EACH(i, strips_of(w)) {
-        linear_strip(w, i, rows, 0, b->rows, sh->delta, D);
-        i64 from = i * STRIP * OUTPUTS, to = min_(D, from + STRIP * OUTPUTS);
-        for (i64 s = 0; s < b->rows; s++)
-            for (i64 c = from; c < to; c++) sh->x[s * D + c] += sh->delta[s * D + c];
+    i64 D = w->outputs, strips = strips_of(w, b->rows), width = strip_outputs(b->rows);
+    EACH(i, strips) {
+        linear_strip(w, i, rows, 0, b->rows, t->gate, GROUP);
+        i64 count = min_(width, D - i * width);
+        for (i64 s = 0; s < b->rows; s++) {
+            float *x = sh->x + s * D + i * width, *delta = t->gate + s * GROUP;
+#pragma omp simd
+            for (i64 c = 0; c < count; c++) x[c] += delta[c];
+        }
     }
-    end_phase(t, strips_of(w));
+    end_phase(t, strips);
 }
 
 // fed = silu(gate x) up x, by whole groups of 32, so that a thread can quantize what it has made
-static void gated(const Layer *l, const Batch *b, const Shared *sh, Thread *t, const Rows *x, const Rows *fed) {
-    i64 width = fed->inputs;
+static void gated(const Layer *l, const Batch *b, Thread *t, const Rows *x, const Rows *fed) {
+    i64 width = strip_outputs(b->rows), strips = strips_of(&l->gate, b->rows);
     EACH(g, fed->groups) {
-        i64 from = g * GROUP, count = min_(GROUP, width - from);
-        for (i64 i = from / (STRIP * OUTPUTS); i * STRIP * OUTPUTS < from + count; i++) {
-            linear_strip(&l->gate, i, x, 0, b->rows, sh->gate, width);
-            linear_strip(&l->up, i, x, 0, b->rows, sh->up, width);
+        i64 from = g * GROUP, count = min_(GROUP, fed->inputs - from);
+        for (i64 at = 0, i = from / width; at < GROUP && i < strips; at += width, i++) {
+            linear_strip(&l->gate, i, x, 0, b->rows, t->gate + at, GROUP);
+            linear_strip(&l->up, i, x, 0, b->rows, t->up + at, GROUP);
         }
         for (i64 s = 0; s < b->rows; s++) {
-            const float *gate = sh->gate + s * width + from, *up = sh->up + s * width + from;
+            const float *gate = t->gate + s * GROUP, *up = t->up + s * GROUP;
             float out[GROUP] = {0};
 #pragma omp simd
             for (i64 i = 0; i < count; i++) out[i] = gate[i] * sigmoid_(gate[i]) * up[i];
-            memcpy(fed->values + s * width + from, out, count * sizeof(float));
+            memcpy(fed->values + s * fed->inputs + from, out, count * sizeof(float));
             if (!is_quantized(&l->down)) continue;
             i64 at = s * fed->groups + g;
             quantize_group(out, fed->codes + at * GROUP, fed->terms + at * TERMS);
@@ -299,7 +309,7 @@ static void run_layer(const Model *m, const Layer *l, const Batch *b, const Page
     add_product(&l->o, b, sh, t, merged(l, b, sh, t));
     Rows fed = sh->fed;
     fed.inputs = l->down.inputs, fed.groups = groups_of(fed.inputs);
-    gated(l, b, sh, t, normed(m, b, sh, t, l->feed_forward_norm, l->eps, &l->gate), &fed);
+    gated(l, b, t, normed(m, b, sh, t, l->feed_forward_norm, l->eps, &l->gate), &fed);
     add_product(&l->down, b, sh, t, &fed);
 }
 
@@ -336,7 +346,7 @@ void decode_step(const Model *m, const Batch *b, char *memory) {
         embed(m, b, &shared, t);
         for (i64 n = 0; n < m->num_layers; n++) run_layer(m, m->layers + n, b, b->pages + n, &shared, t);
         const Rows *x = normed(m, b, &shared, t, m->final_norm, m->eps, &m->head);
-        EACH(i, strips_of(&m->head)) linear_strip(&m->head, i, x, 0, b->rows, b->logits, m->head.outputs);
+        EACH(i, strips_of(&m->head, b->rows)) project_strip(&m->head, i, b, x, b->logits);
         end_strips(b->rows);
     }
     free(own);

@@ -17,9 +17,8 @@
 
 #define GROUP 32
 #define OUTPUTS 8
-#define STRIP 2  // blocks of outputs that are computed together
 #define UNIT_ROWS 16  // rows that the processor's matrix unit takes at once, where it has one
-#define UNIT_LEAST_ROWS 6  // rows from which that is faster than one after the other
+#define UNIT_STRIP 2  // blocks of outputs that it takes at once
 #define TERMS 3  // of a row's group: u, -8 u sum q, sum x
 
 typedef struct {
@@ -41,7 +40,6 @@ typedef struct {
 
 static inline i64 groups_of(i64 inputs) { return (inputs + GROUP - 1) / GROUP; }
 static inline i64 blocks_of(const Matrix *w) { return (w->outputs + OUTPUTS - 1) / OUTPUTS; }
-static inline i64 strips_of(const Matrix *w) { return (blocks_of(w) + STRIP - 1) / STRIP; }
 static inline i64 whole_tiles(i64 rows) { return (rows + UNIT_ROWS - 1) / UNIT_ROWS * UNIT_ROWS; }
 static inline int is_quantized(const Matrix *w) { return w->format >= INT8; }
 
@@ -54,7 +52,14 @@ void quantize_group(const float *x, int8_t *codes, float *terms);
 // codes and terms of row `row`, from x[inputs]
 void quantize_row(const Rows *rows, i64 row, const float *x);
 
-// out[m][16 strip .. 16 strip + 16) = the rows' products with a strip of outputs, bias added, for m < num_rows
+// Outputs are computed by strips: one block for few rows, several for many.
+i64 strip_outputs(i64 num_rows);
+static inline i64 strips_of(const Matrix *w, i64 num_rows) {
+    return (w->outputs + strip_outputs(num_rows) - 1) / strip_outputs(num_rows);
+}
+
+// out[m][0 .. outputs of a strip) = the rows' products with it, bias added, for m < num_rows; rows of out are out_stride
+// apart
 void linear_strip(const Matrix *w, i64 strip, const Rows *rows, i64 first_row, i64 num_rows, float *out,
                   i64 out_stride);
 
@@ -62,7 +67,7 @@ void linear_strip(const Matrix *w, i64 strip, const Rows *rows, i64 first_row, i
 void begin_strips(i64 num_rows);
 void end_strips(i64 num_rows);
 
-// tiles.c: whether there is such a unit and it may be used; a thread's way in and out; linear_strip by it
+// tiles.c: whether there is such a unit and it may be used; a thread's way in and out; a strip of UNIT_STRIP blocks
 int tiles_ready(void);
 void begin_tiles(void);
 void end_tiles(void);

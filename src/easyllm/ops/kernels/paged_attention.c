@@ -64,48 +64,81 @@ void store_head(const Pages *p, void *base, float *scales, i64 row, const float 
 }
 
 // out[8] = products of a query with eight keys
+// (The loops over registers are unrolled by name, or some compilers keep the sums in memory.)
 static inline void score_octet(const float *q, const float *keys, i64 dim, float *out) {
-    lane8 acc[OCTET] = {{0}};
-    for (i64 c = 0; c < dim; c += 8) {
-        lane8 x = *(const lane8 *)(q + c);
-        for (int j = 0; j < OCTET; j++) acc[j] += x * *(const lane8 *)(keys + j * dim + c);
+    vec acc[OCTET];
+    lane8 sums[OCTET];
+    i64 c = 0;
+#pragma GCC unroll 8
+    for (int j = 0; j < OCTET; j++) acc[j] = (vec){0};
+    for (; c + LANES <= dim; c += LANES) {
+        vec x = *(const vec *)(q + c);
+#pragma GCC unroll 8
+        for (int j = 0; j < OCTET; j++) acc[j] += x * *(const vec *)(keys + j * dim + c);
     }
-    *(lane8 *)out = sums_of(acc);
+#pragma GCC unroll 8
+    for (int j = 0; j < OCTET; j++) sums[j] = folded(acc[j]);
+    if (c < dim)
+#pragma GCC unroll 8
+        for (int j = 0; j < OCTET; j++) sums[j] += *(const lane8 *)(q + c) * *(const lane8 *)(keys + j * dim + c);
+    *(lane8 *)out = sums_of(sums);
 }
 
-// acc[VECS * 8] += sum over j in [from, to) of weights[j] values[j]
-#define ADD_VALUES(NAME, VECS)                                                                                      \
-    static inline void NAME(const float *weights, const float *const *octets, i64 from, i64 to, i64 dim, i64 column, \
-                            float *out) {                                                                           \
-        lane8 acc[VECS];                                                                                            \
-        for (int c = 0; c < VECS; c++) acc[c] = *(const lane8 *)(out + c * 8);                                      \
-        for (i64 j = from; j < to; j++) {                                                                           \
-            const float *row = octets[j / OCTET] + (j % OCTET) * dim + column;                                      \
-            for (int c = 0; c < VECS; c++) acc[c] += weights[j] * *(const lane8 *)(row + c * 8);                    \
-        }                                                                                                           \
-        for (int c = 0; c < VECS; c++) *(lane8 *)(out + c * 8) = acc[c];                                            \
+// For ROWS rows, [SPLIT] of weights and `stride` of output each: out[..VECS * LANES] = sum over j in [from, to) of
+// weights[j] values[j]. A number's own sum is the same however many lanes and rows are beside it.
+#define SUM_VALUES(NAME, VEC, VECS, ROWS)                                                                          \
+    static inline void NAME(const float *weights, const float *const *octets, i64 from, i64 to, i64 dim, float *out, \
+                            i64 stride, i64 column) {                                                              \
+        VEC acc[ROWS][VECS];                                                                                       \
+        for (int r = 0; r < ROWS; r++)                                                                             \
+            for (int c = 0; c < VECS; c++) acc[r][c] = (VEC){0};                                                   \
+        for (i64 j = from; j < to; j++) {                                                                          \
+            const VEC *value = (const VEC *)(octets[j / OCTET] + (j % OCTET) * dim + column);                      \
+            for (int r = 0; r < ROWS; r++)                                                                         \
+                for (int c = 0; c < VECS; c++) acc[r][c] += weights[r * SPLIT + j] * value[c];                     \
+        }                                                                                                          \
+        for (int r = 0; r < ROWS; r++)                                                                             \
+            for (int c = 0; c < VECS; c++) ((VEC *)(out + r * stride + column))[c] = acc[r][c];                    \
     }
-ADD_VALUES(add_values_8, 8)
-ADD_VALUES(add_values_2, 2)
-ADD_VALUES(add_values_1, 1)
+SUM_VALUES(sum_4_of_1, vec, 4, 1)
+SUM_VALUES(sum_4_of_2, vec, 4, 2)
+SUM_VALUES(sum_4_of_3, vec, 4, 3)
+SUM_VALUES(sum_1_of_1, vec, 1, 1)
+SUM_VALUES(sum_octet, lane8, 1, 1)
+
+#define MOST_TOGETHER 3  // rows whose sums the registers hold
+
+static inline void sum_values(const float *weights, const float *const *octets, i64 from, i64 to, i64 dim, float *out,
+                              i64 stride, i64 rows) {
+    i64 c = 0;
+    for (; c + 4 * LANES <= dim; c += 4 * LANES) {
+        if (rows == 3) sum_4_of_3(weights, octets, from, to, dim, out, stride, c);
+        else if (rows == 2) sum_4_of_2(weights, octets, from, to, dim, out, stride, c);
+        else sum_4_of_1(weights, octets, from, to, dim, out, stride, c);
+    }
+    for (i64 r = 0; r < rows; r++, weights += SPLIT, out += stride) {
+        i64 rest = c;
+        for (; rest + LANES <= dim; rest += LANES) sum_1_of_1(weights, octets, from, to, dim, out, stride, rest);
+        if (rest < dim) sum_octet(weights, octets, from, to, dim, out, stride, rest);
+    }
+}
 
 // scores[from..to) of one row become weights; the row's largest score and sum go to part[0] and part[1]
 static inline void softmax_row(float *scores, i64 from, i64 to, float *part) {
-    float top = -INFINITY, sum = 0;
-    i64 start = from / OCTET * OCTET, end = (to + OCTET - 1) / OCTET * OCTET;
+    float top = -INFINITY;
+    i64 start = from / LANES * LANES, end = (to + LANES - 1) / LANES * LANES;
     for (i64 j = start; j < from; j++) scores[j] = -INFINITY;
     for (i64 j = to; j < end; j++) scores[j] = -INFINITY;
 #pragma omp simd reduction(max : top)
     for (i64 j = start; j < end; j++) top = scores[j] > top ? scores[j] : top;
     lane8 total = {0};
-    for (i64 j = start; j < end; j += OCTET) {
+    for (i64 j = start; j < end; j += LANES) {
         float *x = scores + j;
 #pragma omp simd
-        for (int i = 0; i < OCTET; i++) x[i] = weight_of(x[i] - top);
-        total += *(const lane8 *)x;
+        for (int i = 0; i < LANES; i++) x[i] = weight_of(x[i] - top);
+        for (int i = 0; i < LANES; i += 8) total += *(const lane8 *)(x + i);
     }
-    for (int i = 0; i < OCTET; i++) sum += total[i];
-    part[0] = top, part[1] = sum;
+    part[0] = top, part[1] = lane_sum(total);
 }
 
 void attend_split(const Pages *p, const int32_t *table, i64 kv, i64 split, i64 rows, const float *q,
@@ -126,14 +159,14 @@ void attend_split(const Pages *p, const int32_t *table, i64 kv, i64 split, i64 r
                 score_octet(q + r * dim, k, dim, scores + r * SPLIT + o * OCTET);
     }
     clear_parts(part, rows, dim);
-    for (i64 r = 0; r < rows; r++) {
-        i64 from = max_(0, sight[r].first - begin), to = min_(SPLIT, sight[r].last + 1 - begin), c = 0;
+    for (i64 r = 0, together; r < rows; r += together) {  // heads of one token see the same keys
+        i64 from = max_(0, sight[r].first - begin), to = min_(SPLIT, sight[r].last + 1 - begin);
         float *weights = scores + r * SPLIT, *out = part + r * part_size(dim);
+        for (together = 1; together < MOST_TOGETHER && r + together < rows; together++)
+            if (sight[r + together].first != sight[r].first || sight[r + together].last != sight[r].last) break;
         if (from >= to) continue;
-        softmax_row(weights, from, to, out);
-        for (out += 2; c + 64 <= dim; c += 64) add_values_8(weights, octets, from, to, dim, c, out + c);
-        for (; c + 16 <= dim; c += 16) add_values_2(weights, octets, from, to, dim, c, out + c);
-        for (; c < dim; c += 8) add_values_1(weights, octets, from, to, dim, c, out + c);
+        for (i64 i = 0; i < together; i++) softmax_row(weights + i * SPLIT, from, to, out + i * part_size(dim));
+        sum_values(weights, octets, from, to, dim, out + 2, part_size(dim), together);
     }
 }
 

@@ -16,7 +16,7 @@
 #define ROWS 2
 #define WEIGHTS 3
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
-#define WIDTH (STRIP * OUTPUTS)
+#define WIDTH (UNIT_STRIP * OUTPUTS)
 #define TILE_BYTES (GROUP * WIDTH)
 // What memory these instructions read, compilers are not told.
 #define MEMORY_IS_READ() __asm__ volatile("" ::: "memory")
@@ -134,14 +134,18 @@ ALWAYS_INLINE void tile_sums(const Spread *w, i64 count, int is_int4, const int8
 static void some_rows(const Matrix *w, i64 strip, const Rows *x, i64 first, i64 num_rows, float *out, i64 stride) {
     float sums[ROWS_AT_ONCE][WIDTH] __attribute__((aligned(64)));
     Spread spread;
-    i64 groups = x->groups, last_block = strip * STRIP + 1 == blocks_of(w);
+    i64 groups = x->groups, last_block = strip * UNIT_STRIP + 1 == blocks_of(w);
     i64 is_int4 = w->format == INT4, group_bytes = is_int4 ? 160 : 256;
-    i64 second = last_block ? 0 : groups * group_bytes;  // beyond the last block: it again
-    const uint8_t *data = (const uint8_t *)w->data + strip * STRIP * groups * group_bytes;
+    i64 strip_bytes = UNIT_STRIP * groups * group_bytes, second = last_block ? 0 : groups * group_bytes;  // beyond the last block: it again
+    const uint8_t *data = (const uint8_t *)w->data + strip * UNIT_STRIP * groups * group_bytes;
     memset(sums, 0, whole_tiles(num_rows) * sizeof(*sums));
     for (i64 g = 0; g < groups; g += GROUPS_AT_ONCE) {
         i64 count = min_(GROUPS_AT_ONCE, groups - g);
-        for (i64 i = 0; i < count; i++, data += group_bytes) spread_group(data, data + second, is_int4, &spread, i);
+        for (i64 i = 0; i < count; i++, data += group_bytes) {
+            spread_group(data, data + second, is_int4, &spread, i);
+            for (i64 at = strip_bytes; at < strip_bytes + group_bytes; at += 64)  // the next strip's
+                __builtin_prefetch(data + at), __builtin_prefetch(data + second + at);
+        }
         for (i64 m = 0; m < num_rows; m += UNIT_ROWS) {
             const int8_t *codes = x->codes + ((first + m) * groups + g) * GROUP;
             const float *terms = x->terms + ((first + m) * groups + g) * TERMS;
@@ -157,7 +161,7 @@ static void some_rows(const Matrix *w, i64 strip, const Rows *x, i64 first, i64 
         __m512 sum = _mm512_load_ps(sums[m]);
         if (!is_int4) sum = _mm512_mul_ps(sum, scale);
         if (w->bias) sum = _mm512_add_ps(sum, bias);
-        _mm512_mask_storeu_ps(out + m * stride + from, there, sum);
+        _mm512_mask_storeu_ps(out + m * stride, there, sum);
     }
 }
 
