@@ -109,30 +109,33 @@ def quantize_signed(values: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     blocks = _blocks(values)
     sizes = blocks.abs()
     scales = sizes.amax(1)
-    share = sizes.div_(_divisor(scales)).sqrt_()
-    codes = share.mul_(127).add_(offset).floor_().copysign_(blocks)
-    return codes.to(torch.int8).view(-1)[: len(values)], scales
+    codes = _codes(sizes.sqrt_(), 127 / _divisor(scales).sqrt(), offset).clamp_(max=127)
+    return codes.copysign_(blocks).to(torch.int8).view(-1)[: len(values)], scales
 
 
 def dequantize_signed(codes: Tensor, scales: Tensor) -> Tensor:
     """[n] fp32 from int8 codes [n] and scales [⌈n/256⌉]."""
-    share = _blocks(codes.float()).div_(127)
-    return share.mul_(share.abs()).mul_(scales[:, None]).view(-1)[: len(codes)]
+    whole = _blocks(codes.float())
+    return whole.mul_(whole.abs()).mul_((scales * 127**-2)[:, None]).view(-1)[: len(codes)]
 
 
 def quantize_positive(values: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """`values: [n]` fp32, none negative, as uint8 codes [n] and scales [⌈n/256⌉]."""
     blocks = _blocks(values)
     scales = blocks.amax(1)
-    share = blocks.div(_divisor(scales)).sqrt_().sqrt_()
-    codes = share.mul_(255).add_(offset).floor_().clamp_(min=1)
-    return codes.to(torch.uint8).view(-1)[: len(values)], scales
+    codes = _codes(blocks.sqrt().sqrt_(), 255 / _divisor(scales).sqrt().sqrt_(), offset)
+    return codes.clamp_(1, 255).to(torch.uint8).view(-1)[: len(values)], scales
 
 
 def dequantize_positive(codes: Tensor, scales: Tensor) -> Tensor:
     """[n] fp32 from uint8 codes [n] and scales [⌈n/256⌉]."""
-    share = _blocks(codes.float()).div_(255).square_().square_()
-    return share.mul_(scales[:, None]).view(-1)[: len(codes)]
+    whole = _blocks(codes.float())
+    return whole.square_().square_().mul_((scales * 255**-4)[:, None]).view(-1)[: len(codes)]
+
+
+def _codes(roots: Tensor, per_root: Tensor, offset: Tensor) -> Tensor:
+    """⌊share of the largest root, in codes, + offset⌋."""
+    return roots.mul_(per_root).add_(offset).floor_()
 
 
 def _blocks(values: Tensor) -> Tensor:

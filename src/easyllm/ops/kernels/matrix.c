@@ -107,9 +107,18 @@ static inline lane8 halves_to_floats(const uint8_t *p) {
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
+// Weights lie in the order in which they are read, across blocks and matrices, but the processor fetches ahead by too
+// little, and not across pages of memory.
+#define AHEAD 4096  // bytes
+
+ALWAYS_INLINE void fetch(const void *from, i64 bytes) {
+    for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)from + at);
+}
+
 ALWAYS_INLINE void int4_block(const uint8_t *w, i64 groups, const int8_t *codes, const float *terms, int rows,
                               lane8 *sum) {
     for (i64 g = 0; g < groups; g++, w += 160) {
+        fetch(w + AHEAD, 160);
         chunk unpacked[8];
         for (int v = 0; v < 4; v++) {
             chunk both = *(const chunk *)(w + 32 * v);
@@ -128,11 +137,13 @@ ALWAYS_INLINE void int4_block(const uint8_t *w, i64 groups, const int8_t *codes,
 
 ALWAYS_INLINE void int8_block(const int8_t *w, i64 groups, const int8_t *codes, const float *terms, int rows,
                               lane8 *sum) {
-    for (i64 g = 0; g < groups; g++, w += 256)
+    for (i64 g = 0; g < groups; g++, w += 256) {
+        fetch(w + AHEAD, 256);
         for (int m = 0; m < rows; m++) {
             index8 products = products_int8(w, codes + (m * groups + g) * GROUP);
             sum[m] += __builtin_convertvector(products, lane8) * terms[(m * groups + g) * TERMS];
         }
+    }
 }
 
 static inline lane8 load_8(const void *row, int format, i64 at) {
@@ -146,19 +157,27 @@ static inline float load_1(const void *row, int format, i64 at) {
     return format == FP32 ? ((const float *)row)[at] : bf16_to_float(((const uint16_t *)row)[at]);
 }
 
-ALWAYS_INLINE lane8 dense_block(const Matrix *w, int format, i64 block, const float *x) {
+ALWAYS_INLINE lane8 dense_block(const Matrix *w, int format, i64 block, const float *x, int fetches) {
     lane8 acc[OUTPUTS] = {{0}}, rest = {0};
     const char *row[OUTPUTS];
-    i64 k = 0, size = format == FP32 ? 4 : 2;
+    i64 k = 0, size = format == FP32 ? 4 : 2, ahead = OUTPUTS * w->inputs * size;
     for (int j = 0; j < OUTPUTS; j++)  // beyond the last output: it again
         row[j] = (const char *)w->data + min_(block * OUTPUTS + j, w->outputs - 1) * w->inputs * size;
     for (; k + 8 <= w->inputs; k += 8) {
         lane8 values = *(const lane8 *)(x + k);
+        if (fetches && k * size % 64 == 0)  // the next block's rows
+            for (int j = 0; j < OUTPUTS; j++) __builtin_prefetch(row[j] + ahead + k * size);
         for (int j = 0; j < OUTPUTS; j++) acc[j] += values * load_8(row[j], format, k);
     }
     for (; k < w->inputs; k++)
         for (int j = 0; j < OUTPUTS; j++) rest[j] += x[k] * load_1(row[j], format, k);
     return sums_of(acc) + rest;
+}
+
+// `fetches`: for the first of some rows, whose successors find the weights in the cache
+static inline lane8 dense_sums(const Matrix *w, i64 block, const float *x, int fetches) {
+    if (w->format == FP32) return fetches ? dense_block(w, FP32, block, x, 1) : dense_block(w, FP32, block, x, 0);
+    return fetches ? dense_block(w, BF16, block, x, 1) : dense_block(w, BF16, block, x, 0);
 }
 
 // ---- what others call
@@ -229,7 +248,7 @@ static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 first_ro
         } else {
             const float *values = x->values + (first_row + m) * x->inputs;
             for (int i = 0; i < tile; i++, values += x->inputs)
-                sum[i] = w->format == FP32 ? dense_block(w, FP32, block, values) : dense_block(w, BF16, block, values);
+                sum[i] = dense_sums(w, block, values, m + i == 0);
         }
         for (int i = 0; i < tile; i++) {
             float *to = out + (m + i) * out_stride;

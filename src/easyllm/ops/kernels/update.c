@@ -13,18 +13,15 @@ typedef struct {
     float eps, step_size;  // rate / (1 - beta1^t)
 } AdamW;
 
-// one block: theta <- shrink theta;  m <- m + (1 - beta1)(g - m);  v <- beta2 v + (1 - beta2) g^2;
-// theta <- theta - step_size m / (sqrt(v) / correction + eps), rounded as PyTorch's kernel rounds
-static inline void move_weights(float *restrict w, float *restrict m, float *restrict v, const float *restrict g,
-                                i64 n, const AdamW *s) {
-#pragma omp simd
-    for (i64 i = 0; i < n; i++) {
-        float x = g[i] * s->scale;
-        m[i] = __builtin_fmaf(s->beta1_rest, x - m[i], m[i]);
-        v[i] = __builtin_fmaf(s->beta2_rest * x, x, v[i] * s->beta2);
-        float below = sqrtf(v[i]) / s->correction + s->eps;
-        w[i] = w[i] * s->shrink + -s->step_size * m[i] / below;
-    }
+// theta <- shrink theta;  m <- m + (1 - beta1)(g - m);  v <- beta2 v + (1 - beta2) g^2;
+// theta <- theta - step_size m / (sqrt(v) / correction + eps), rounded as PyTorch's kernel rounds; the result is sqrt(v)
+static inline float move_weight(float *w, float *m, float *v, float g, const AdamW *s) {
+    float x = g * s->scale;
+    *m = __builtin_fmaf(s->beta1_rest, x - *m, *m);
+    *v = __builtin_fmaf(s->beta2_rest * x, x, *v * s->beta2);
+    float root = sqrtf(*v), below = root / s->correction + s->eps;
+    *w = *w * s->shrink + -s->step_size * *m / below;
+    return root;
 }
 
 // The copy, if there is one, follows the master.
@@ -37,8 +34,10 @@ void adamw(float *restrict master, float *restrict mean, float *restrict square,
         for (i64 first = 0; first < count; first += BLOCK) {
             i64 n = min_(BLOCK, count - first);
             load_row((const char *)gradient + first * element_size(dtype), dtype, n, g);
-            move_weights(master + first, mean + first, square + first, g, n, s);
-            if (copy) store_row(copy + first, BF16, n, master + first);
+            float *restrict w = master + first, *restrict m = mean + first, *restrict v = square + first;
+#pragma omp simd
+            for (i64 i = 0; i < n; i++) move_weight(w + i, m + i, v + i, g[i], s);
+            if (copy) store_row(copy + first, BF16, n, w);
         }
         free(g);
     }
@@ -46,36 +45,36 @@ void adamw(float *restrict master, float *restrict mean, float *restrict square,
 
 #define CODES 256  // that share a scale
 
-// m = scale share |share|, share = q / 127;  v = scale share^4, share = q / 255
-static inline void widen(const int8_t *mean, float mean_scale, const uint8_t *square, float square_scale, i64 n,
-                         float *restrict m, float *restrict v) {
-#pragma omp simd
-    for (i64 i = 0; i < n; i++) {
-        float share = (float)mean[i] / 127.0f;
-        m[i] = share * fabsf(share) * mean_scale;
-        share = (float)square[i] / 255.0f;
-        share = share * share;
-        v[i] = share * share * square_scale;
-    }
-}
+#define MOST_MEAN 127.0f
+#define MOST_SQUARE 255.0f
+#define SMALLEST 1.17549435e-38f
 
-// the largest as the scale, and of each share's root the whole part after the offset
-static inline void narrow(const float *restrict m, const float *restrict v, const float *restrict offset, i64 n,
-                          int8_t *mean, float *mean_scale, uint8_t *square, float *square_scale) {
+// One block. m = scale (q / 127) |q / 127| and v = scale (q / 255)^4 are widened and moved with the weights; their roots,
+// as shares of the largest one's, are the new codes: the whole part after the offset. roots[CODES] and moved[CODES] are room to work in.
+static inline void move_block(float *restrict w, int8_t *restrict mean, float *mean_scale, uint8_t *restrict square,
+                              float *square_scale, const float *restrict offset, const float *restrict g, i64 n,
+                              const AdamW *s, float *restrict roots, float *restrict moved) {
+    const float mean_unit = *mean_scale * (float)(1.0 / (127.0 * 127.0));
+    const float square_unit = *square_scale * (float)(1.0 / (255.0 * 255.0 * 255.0 * 255.0));
     float most = 0, most_square = 0;
 #pragma omp simd reduction(max : most, most_square)
     for (i64 i = 0; i < n; i++) {
-        most = fabsf(m[i]) > most ? fabsf(m[i]) : most;
-        most_square = v[i] > most_square ? v[i] : most_square;
+        float q = mean[i], p = (float)square[i] * (float)square[i];
+        float m = q * fabsf(q) * mean_unit, v = p * p * square_unit;
+        roots[i] = move_weight(w + i, &m, &v, g[i], s);
+        moved[i] = m;
+        most = fabsf(m) > most ? fabsf(m) : most;
+        most_square = v > most_square ? v : most_square;
     }
-    float below = most > 1.17549435e-38f ? most : 1.17549435e-38f;
-    float below_square = most_square > 1.17549435e-38f ? most_square : 1.17549435e-38f;
+    const float per_root = MOST_MEAN / sqrtf(most > SMALLEST ? most : SMALLEST);
+    const float per_square_root = MOST_SQUARE / sqrtf(sqrtf(most_square > SMALLEST ? most_square : SMALLEST));
 #pragma omp simd
     for (i64 i = 0; i < n; i++) {
-        float code = floorf(sqrtf(fabsf(m[i]) / below) * 127.0f + offset[i]);
-        mean[i] = (int8_t)(m[i] < 0 ? -code : code);
-        code = floorf(sqrtf(sqrtf(v[i] / below_square)) * 255.0f + offset[i]);
-        square[i] = (uint8_t)(code < 1.0f ? 1.0f : code);
+        float code = floorf(sqrtf(fabsf(moved[i])) * per_root + offset[i]);
+        code = code > MOST_MEAN ? MOST_MEAN : code;
+        mean[i] = (int8_t)(moved[i] < 0 ? -code : code);
+        code = floorf(sqrtf(roots[i]) * per_square_root + offset[i]);
+        square[i] = (uint8_t)(code < 1.0f ? 1.0f : code > MOST_SQUARE ? MOST_SQUARE : code);
     }
     *mean_scale = most, *square_scale = most_square;
 }
@@ -85,17 +84,16 @@ void adamw_int8(float *restrict master, int8_t *mean, float *mean_scales, uint8_
                 const float *offset, const void *gradient, int dtype, uint16_t *copy, i64 count, const AdamW *s) {
 #pragma omp parallel
     {
-        float *g = floats(CODES), *m = floats(CODES), *v = floats(CODES);
+        float *g = floats(CODES), *roots = floats(CODES), *moved = floats(CODES);
 #pragma omp for schedule(static)
         for (i64 b = 0; b < (count + CODES - 1) / CODES; b++) {
             i64 first = b * CODES, n = min_(CODES, count - first);
             load_row((const char *)gradient + first * element_size(dtype), dtype, n, g);
-            widen(mean + first, mean_scales[b], square + first, square_scales[b], n, m, v);
-            move_weights(master + first, m, v, g, n, s);
-            narrow(m, v, offset, n, mean + first, mean_scales + b, square + first, square_scales + b);
+            move_block(master + first, mean + first, mean_scales + b, square + first, square_scales + b, offset, g, n, s,
+                       roots, moved);
             if (copy) store_row(copy + first, BF16, n, master + first);
         }
-        free(g), free(m), free(v);
+        free(g), free(roots), free(moved);
     }
 }
 
