@@ -9,6 +9,7 @@
 #include <string.h>
 
 typedef int64_t i64;
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
 enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 // A vec is one register; where the processor has narrower ones than the compiler is told of, sums would lie in memory.

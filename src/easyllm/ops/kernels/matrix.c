@@ -105,8 +105,6 @@ static inline lane8 halves_to_floats(const uint8_t *p) {
 
 // ---- blocks; `rows` is a constant where these are called, so that the sums live in registers
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-
 // Weights lie in the order in which they are read, across blocks and matrices, but the processor fetches ahead by too
 // little, and not across pages of memory.
 #define AHEAD 4096  // bytes

@@ -15,12 +15,11 @@
 #define ODD 1
 #define ROWS 2
 #define WEIGHTS 3
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define WIDTH (UNIT_STRIP * OUTPUTS)
 #define TILE_BYTES (GROUP * WIDTH)
 // What memory these instructions read, compilers are not told.
 #define MEMORY_IS_READ() __asm__ volatile("" ::: "memory")
-#define GROUPS_AT_ONCE 8  // 20 KB of weights spread out: they stay in the first cache for all the rows
+#define GROUPS_AT_ONCE 8  // 5 KB of weights spread out: they stay in the first cache for all the rows
 #define ROWS_AT_ONCE 128
 
 typedef struct {
@@ -134,10 +133,10 @@ ALWAYS_INLINE void tile_sums(const Spread *w, i64 count, int is_int4, const int8
 static void some_rows(const Matrix *w, i64 strip, const Rows *x, i64 first, i64 num_rows, float *out, i64 stride) {
     float sums[ROWS_AT_ONCE][WIDTH] __attribute__((aligned(64)));
     Spread spread;
-    i64 groups = x->groups, last_block = strip * UNIT_STRIP + 1 == blocks_of(w);
-    i64 is_int4 = w->format == INT4, group_bytes = is_int4 ? 160 : 256;
-    i64 strip_bytes = UNIT_STRIP * groups * group_bytes, second = last_block ? 0 : groups * group_bytes;  // beyond the last block: it again
-    const uint8_t *data = (const uint8_t *)w->data + strip * UNIT_STRIP * groups * group_bytes;
+    i64 groups = x->groups, is_int4 = w->format == INT4, group_bytes = is_int4 ? 160 : 256;
+    i64 block_bytes = groups * group_bytes, strip_bytes = UNIT_STRIP * block_bytes;
+    i64 second = strip * UNIT_STRIP + 1 < blocks_of(w) ? block_bytes : 0;  // beyond the last block: it again
+    const uint8_t *data = (const uint8_t *)w->data + strip * strip_bytes;
     memset(sums, 0, whole_tiles(num_rows) * sizeof(*sums));
     for (i64 g = 0; g < groups; g += GROUPS_AT_ONCE) {
         i64 count = min_(GROUPS_AT_ONCE, groups - g);
