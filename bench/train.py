@@ -1,15 +1,17 @@
 """Fine-tuning of SmolLM2 on 128 Alpaca rows, LoRA or every weight: tokens a second and peak memory, as one JSON row.
 
-    python bench/train.py [--mode lora|full] [--data FILE] [--rows 128] [--peer PYTHON] [--record]
+    python bench/train.py [--mode lora|full|packed] [--data FILE] [--rows 128] [--peer PYTHON] [--record]
 
 The work is that of TRL's usual script: rank 8 on all linears (or every weight), loss on every token, cut at 512, batch 4, one
-epoch. `full` also trains with int8 moments, and times steps of 2,048 packed tokens, as a share of the machine's matmul rate in the same process.
+epoch. `full` also trains with int8 moments, and times steps of 2,048 packed tokens, as a share of the machine's matmul rate in the same process;
+`packed` does that alone. ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 has a processor with AMX do without, in products and in the rate they are held to.
 With `--peer`, the same is run by TRL (an interpreter that has `trl`, `peft` and `datasets`) in the same sitting, once
 for each of its settings, and the ratio to the best of them is printed. `--record` appends the row to `bench/results/`.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -34,18 +36,21 @@ SETTINGS = (("bf16", "1"), ("bf16", "0"), ("f32", "1"), ("f32", "0"))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mode", choices=["lora", "full"], default="lora")
+    parser.add_argument("--mode", choices=["lora", "full", "packed"], default="lora")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "alpaca_en_demo.json")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--peer", help="Python interpreter with trl, peft and datasets")
     parser.add_argument("--peer-settings", type=int, default=2, help="how many of TRL's settings")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    row = machine.row(f"train-{options.mode}", ours=ours(options))
+    row = machine.row(f"train-{options.mode}", onednn_most=os.environ.get("ONEDNN_MAX_CPU_ISA"))
+    if options.mode != "packed":
+        row["ours"] = ours(options)
     if options.mode == "full":
         row["ours_int8_moments"] = ours(options, "optimizer.state=int8")
+    if options.mode != "lora":
         row["packed_2048"] = packed_steps(options)
-    if options.peer:
+    if options.peer and options.mode != "packed":
         with tempfile.TemporaryDirectory() as work:
             row["trl"] = peer(options, Path(work))
         # once more, so that a machine that changed its speed meanwhile shows
@@ -75,7 +80,7 @@ def ours(options: argparse.Namespace, *more: str) -> dict[str, float]:
     }
 
 
-def packed_steps(options: argparse.Namespace, *, steps: int = 12) -> dict[str, float]:
+def packed_steps(options: argparse.Namespace, *, steps: int = 8) -> dict[str, float]:
     """Steps of 2,048 packed tokens: medians of their rate, of the matmul rate measured before and behind each, and of the
     model's FLOPs as a share of it."""
     with tempfile.TemporaryDirectory() as work:
