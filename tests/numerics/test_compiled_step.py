@@ -260,6 +260,18 @@ def test_a_row_has_the_same_bits_in_any_company(scheme, dtype):
     assert torch.equal(run(step, cache, [5, 1], [6, 2]), together[[5, 1]])
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_row_has_the_same_bits_among_many(scheme):
+    """More rows than a tile of the processor's matrix unit, widths that fill neither strips nor groups."""
+    model = quantize_weights(model_of(**MODELS["mha, odd widths"]), scheme)
+    cache = Cache(model, 37, pages_each=2)
+    cache.forward(model, {n: ids_of(1 + n % 9, seed=n) for n in range(37)})
+    step = step_of(model, cache)
+    together = run(step, cache, range(37), range(1, 38))
+    for n in range(37):
+        assert torch.equal(run(step, cache, [n], [n + 1])[0], together[n])
+
+
 def test_tokens_of_one_sequence_may_follow_one_another():
     """What checking a guess of several tokens needs: each sees the ones before it."""
     model = model_of()

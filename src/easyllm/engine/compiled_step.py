@@ -280,9 +280,10 @@ class CompiledStep:
 
 def _most_rows(model: Decoder) -> int:
     weight = model.embed_tokens.weight
-    kernels = kernels_for(weight)
     if model.is_quantized:
-        return MOST_TILED_ROWS if kernels is not None and kernels.tiles_ready() else MOST_ROWS
+        kernels = kernels_for(weight)
+        assert kernels is not None, "refused where there are none"
+        return MOST_TILED_ROWS if kernels.tiles_ready() else MOST_ROWS
     narrow = weight.dtype == torch.bfloat16 and bf16_is_fast(weight.device)
     return MOST_BF16_ROWS if narrow else MOST_ROWS
 

@@ -168,9 +168,8 @@ def paged_attention(
     """
     if prefix_lengths is None and _kernel_fits(q, key_pages, value_pages, page_table, rule):
         if new is not None:
-            most = rule.window or max(
-                lengths, default=0
-            )  # a window that hides keys needs a mask, which is slow
+            # a window that hides keys needs a mask, which is slow
+            most = rule.window or max(lengths, default=0)
             pairs = zip(lengths, key_lengths, strict=True)
             whole = [n == m and WHOLE_PROMPT <= n <= most for n, m in pairs]
             if any(whole):

@@ -62,6 +62,11 @@ static inline float lane_sum(lane8 a) {
     return a[0] + a[1];
 }
 
+// asks for memory that is read soon; any address may be named
+ALWAYS_INLINE void fetch(const void *from, i64 bytes) {
+    for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)from + at);
+}
+
 static inline i64 min_(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 max_(i64 a, i64 b) { return a > b ? a : b; }
 

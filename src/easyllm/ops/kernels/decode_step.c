@@ -169,7 +169,7 @@ static const Rows *normed(const Model *m, const Batch *b, const Shared *sh, Thre
 
 // out[m][its outputs] of a strip of one of the matrices
 static void project_strip(const Matrix *w, i64 strip, const Batch *b, const Rows *x, float *out) {
-    linear_strip(w, strip, x, 0, b->rows, out + strip * strip_outputs(b->rows), w->outputs);
+    linear_strip(w, strip, x, b->rows, out + strip * strip_outputs(b->rows), w->outputs);
 }
 
 static void project_heads(const Layer *l, const Batch *b, const Shared *sh, Thread *t, const Rows *x) {
@@ -268,7 +268,7 @@ static const Rows *merged(const Layer *l, const Batch *b, const Shared *sh, Thre
 static void add_product(const Matrix *w, const Batch *b, const Shared *sh, Thread *t, const Rows *rows) {
     i64 D = w->outputs, strips = strips_of(w, b->rows), width = strip_outputs(b->rows);
     EACH(i, strips) {
-        linear_strip(w, i, rows, 0, b->rows, t->gate, GROUP);
+        linear_strip(w, i, rows, b->rows, t->gate, GROUP);
         i64 count = min_(width, D - i * width);
         for (i64 s = 0; s < b->rows; s++) {
             float *x = sh->x + s * D + i * width, *delta = t->gate + s * GROUP;
@@ -285,8 +285,8 @@ static void gated(const Layer *l, const Batch *b, Thread *t, const Rows *x, cons
     EACH(g, fed->groups) {
         i64 from = g * GROUP, count = min_(GROUP, fed->inputs - from);
         for (i64 at = 0, i = from / width; at < GROUP && i < strips; at += width, i++) {
-            linear_strip(&l->gate, i, x, 0, b->rows, t->gate + at, GROUP);
-            linear_strip(&l->up, i, x, 0, b->rows, t->up + at, GROUP);
+            linear_strip(&l->gate, i, x, b->rows, t->gate + at, GROUP);
+            linear_strip(&l->up, i, x, b->rows, t->up + at, GROUP);
         }
         for (i64 s = 0; s < b->rows; s++) {
             const float *gate = t->gate + s * GROUP, *up = t->up + s * GROUP;

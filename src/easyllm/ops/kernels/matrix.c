@@ -109,10 +109,6 @@ static inline lane8 halves_to_floats(const uint8_t *p) {
 // little, and not across pages of memory.
 #define AHEAD 4096  // bytes
 
-ALWAYS_INLINE void fetch(const void *from, i64 bytes) {
-    for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)from + at);
-}
-
 ALWAYS_INLINE void int4_block(const uint8_t *w, i64 groups, const int8_t *codes, const float *terms, int rows,
                               lane8 *sum) {
     for (i64 g = 0; g < groups; g++, w += 160) {
@@ -226,11 +222,10 @@ void matrix_row(const Matrix *w, i64 row, float *x) {
 
 #define ROW_TILE 4
 
-static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 first_row, i64 num_rows, float *out,
-                         i64 out_stride) {
+static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows, float *out, i64 out_stride) {
     i64 groups = x->groups, width = min_(OUTPUTS, w->outputs - block * OUTPUTS), m = 0;
-    const int8_t *codes = x->codes + first_row * groups * GROUP;
-    const float *terms = x->terms + first_row * groups * TERMS;
+    const int8_t *codes = x->codes;
+    const float *terms = x->terms;
     while (m < num_rows) {
         lane8 sum[ROW_TILE] = {{0}};
         int tile = num_rows - m >= ROW_TILE ? ROW_TILE : 1;
@@ -244,7 +239,7 @@ static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 first_ro
             else int8_block(data, groups, codes, terms, ROW_TILE, sum);
             for (int i = 0; i < tile; i++) sum[i] *= *(const lane8 *)(w->scales + block * OUTPUTS);
         } else {
-            const float *values = x->values + (first_row + m) * x->inputs;
+            const float *values = x->values + m * x->inputs;
             for (int i = 0; i < tile; i++, values += x->inputs)
                 sum[i] = dense_sums(w, block, values, m + i == 0);
         }
@@ -270,15 +265,14 @@ void end_strips(i64 num_rows) {
     if (takes_tiles(num_rows)) end_tiles();
 }
 
-void linear_strip(const Matrix *w, i64 strip, const Rows *x, i64 first_row, i64 num_rows, float *out,
-                  i64 out_stride) {
+void linear_strip(const Matrix *w, i64 strip, const Rows *x, i64 num_rows, float *out, i64 out_stride) {
     if (is_quantized(w) && takes_tiles(num_rows)) {
-        tile_strip(w, strip, x, first_row, num_rows, out, out_stride);
+        tile_strip(w, strip, x, num_rows, out, out_stride);
         return;
     }
     i64 blocks = strip_outputs(num_rows) / OUTPUTS, first = strip * blocks;
     for (i64 block = first; block < min_(blocks_of(w), first + blocks); block++, out += OUTPUTS)
-        linear_block(w, block, x, first_row, num_rows, out, out_stride);
+        linear_block(w, block, x, num_rows, out, out_stride);
 }
 
 #define ROW_CHUNK 128
@@ -303,8 +297,8 @@ void quantized_linear(const void *x, void *y, int dtype, i64 rows, const Matrix 
             free(row);
             begin_strips(count);
 #pragma omp for schedule(static)
-            for (i64 strip = 0; strip < strips_of(w, count); strip++) 
-                linear_strip(w, strip, &q, 0, count, to + strip * strip_outputs(count), w->outputs);
+            for (i64 strip = 0; strip < strips_of(w, count); strip++)
+                linear_strip(w, strip, &q, count, to + strip * strip_outputs(count), w->outputs);
             end_strips(count);
             if (dtype != FP32) {
 #pragma omp for schedule(static)

@@ -19,7 +19,7 @@
 #define OUTPUTS 8
 #define UNIT_ROWS 16  // rows that the processor's matrix unit takes at once, where it has one
 #define UNIT_STRIP 2  // blocks of outputs that it takes at once
-#define TERMS 3  // of a row's group: u, -8 u sum q, sum x
+#define TERMS 3       // of a row's group: u, -8 u sum q, sum x
 
 typedef struct {
     const void *data;
@@ -60,8 +60,7 @@ static inline i64 strips_of(const Matrix *w, i64 num_rows) {
 
 // out[m][0 .. outputs of a strip) = the rows' products with it, bias added, for m < num_rows; rows of out are out_stride
 // apart
-void linear_strip(const Matrix *w, i64 strip, const Rows *rows, i64 first_row, i64 num_rows, float *out,
-                  i64 out_stride);
+void linear_strip(const Matrix *w, i64 strip, const Rows *rows, i64 num_rows, float *out, i64 out_stride);
 
 // Around a thread's calls of linear_strip, which may use the matrix unit between them.
 void begin_strips(i64 num_rows);
@@ -71,4 +70,4 @@ void end_strips(i64 num_rows);
 int tiles_ready(void);
 void begin_tiles(void);
 void end_tiles(void);
-void tile_strip(const Matrix *w, i64 strip, const Rows *rows, i64 first_row, i64 num_rows, float *out, i64 out_stride);
+void tile_strip(const Matrix *w, i64 strip, const Rows *rows, i64 num_rows, float *out, i64 out_stride);

@@ -142,8 +142,7 @@ static void some_rows(const Matrix *w, i64 strip, const Rows *x, i64 first, i64 
         i64 count = min_(GROUPS_AT_ONCE, groups - g);
         for (i64 i = 0; i < count; i++, data += group_bytes) {
             spread_group(data, data + second, is_int4, &spread, i);
-            for (i64 at = strip_bytes; at < strip_bytes + group_bytes; at += 64)  // the next strip's
-                __builtin_prefetch(data + at), __builtin_prefetch(data + second + at);
+            fetch(data + strip_bytes, group_bytes), fetch(data + second + strip_bytes, group_bytes);  // the next strip's
         }
         for (i64 m = 0; m < num_rows; m += UNIT_ROWS) {
             const int8_t *codes = x->codes + ((first + m) * groups + g) * GROUP;
@@ -164,9 +163,9 @@ static void some_rows(const Matrix *w, i64 strip, const Rows *x, i64 first, i64 
     }
 }
 
-void tile_strip(const Matrix *w, i64 strip, const Rows *x, i64 first_row, i64 num_rows, float *out, i64 stride) {
+void tile_strip(const Matrix *w, i64 strip, const Rows *x, i64 num_rows, float *out, i64 stride) {
     for (i64 m = 0; m < num_rows; m += ROWS_AT_ONCE)
-        some_rows(w, strip, x, first_row + m, min_(ROWS_AT_ONCE, num_rows - m), out + m * stride, stride);
+        some_rows(w, strip, x, m, min_(ROWS_AT_ONCE, num_rows - m), out + m * stride, stride);
 }
 
 #else
@@ -174,8 +173,8 @@ void tile_strip(const Matrix *w, i64 strip, const Rows *x, i64 first_row, i64 nu
 int tiles_ready(void) { return 0; }
 void begin_tiles(void) {}
 void end_tiles(void) {}
-void tile_strip(const Matrix *w, i64 strip, const Rows *x, i64 first_row, i64 num_rows, float *out, i64 stride) {
-    (void)w, (void)strip, (void)x, (void)first_row, (void)num_rows, (void)out, (void)stride;
+void tile_strip(const Matrix *w, i64 strip, const Rows *x, i64 num_rows, float *out, i64 stride) {
+    (void)w, (void)strip, (void)x, (void)num_rows, (void)out, (void)stride;
 }
 
 #endif

@@ -50,7 +50,8 @@ void adamw(float *restrict master, float *restrict mean, float *restrict square,
 #define SMALLEST 1.17549435e-38f
 
 // One block. m = scale (q / 127) |q / 127| and v = scale (q / 255)^4 are widened and moved with the weights; their roots,
-// as shares of the largest one's, are the new codes: the whole part after the offset. roots[CODES] and moved[CODES] are room to work in.
+// as shares of the largest one's, are the new codes: the whole part after the offset. roots[CODES] and moved[CODES] are
+// room to work in.
 static inline void move_block(float *restrict w, int8_t *restrict mean, float *mean_scale, uint8_t *restrict square,
                               float *square_scale, const float *restrict offset, const float *restrict g, i64 n,
                               const AdamW *s, float *restrict roots, float *restrict moved) {
