@@ -7,10 +7,10 @@ by `nn/deterministic`.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from easyllm.nn.quantized import QuantizedWeight
 from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.product import linear
 
 
 class Linear(nn.Module):
@@ -36,7 +36,7 @@ class Linear(nn.Module):
             return self.quantized.linear(x, self.bias)
         if self.deterministic:
             return tiled_linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.matmul(x)
@@ -75,7 +75,7 @@ class Embedding(nn.Embedding):
             return self.quantized.linear(hidden)
         if self.deterministic:
             return tiled_linear(hidden, self.weight)
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
     def quantize(self, weight: QuantizedWeight) -> None:
         """Puts a quantized weight in the place of the full one."""

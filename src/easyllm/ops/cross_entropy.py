@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from easyllm.ops.gpu import gpu_ready
+from easyllm.ops.huge_memory import huge_empty
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
+from easyllm.ops.product import product
 
 IGNORE_INDEX = -100
 """Label of a token that carries no loss."""
@@ -187,13 +189,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_rows = even_chunks(hidden.shape[0], chunk_rows)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
+        if needs_weight:
+            alone = hidden.shape[0] <= chunk_rows
+            dtype = hidden.dtype if alone else torch.promote_types(hidden.dtype, torch.float32)
+            grad_weight = _empty(tuple(weight.shape), dtype, hidden.device)
         compute_weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         with_grad = needs_hidden or needs_weight
-        buffer = hidden.new_empty(min(chunk_rows, hidden.shape[0]), weight.shape[0])
+        size = (min(chunk_rows, hidden.shape[0]), weight.shape[0])
+        buffer = _empty(size, hidden.dtype, hidden.device)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = torch.mm(hidden[rows], compute_weight.T, out=buffer[: len(hidden[rows])])
+            logits = product(hidden[rows], compute_weight.T, out=buffer[: len(hidden[rows])])
             loss, error = _error(logits, labels[rows], shape, with_grad=with_grad)
             dead = slice(max(0, num_tokens - start), None)
             loss[dead] = 0
@@ -202,13 +209,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             error[dead] = 0
             if grad_hidden is not None:
-                torch.mm(error, compute_weight, out=grad_hidden[rows])
-            if needs_weight:
-                part = error.T @ hidden[rows]
-                # a single chunk's is summed inside the product; several are summed in fp32
-                grad_weight = part if grad_weight is None else _wide(grad_weight).add_(part)
-        if needs_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight)
+                product(error, compute_weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                # a single chunk's sum is inside the product; several are summed in fp32
+                product(error.T, hidden[rows], out=grad_weight, add=start > 0)
+        if grad_weight is not None and not len(hidden):
+            grad_weight.zero_()
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -226,5 +232,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Values that are not set; much of it at once in large pages, where fresh ones cost as much as a product's half."""
+    if device.type == "cpu":
+        return huge_empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)

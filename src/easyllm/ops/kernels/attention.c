@@ -1,20 +1,11 @@
 // Exact attention over packed sequences, a tile at a time with an online softmax, and its backward pass
 // (Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4). Products in fp32, inputs fp32 or bf16, grouped heads.
-//
-// Shapes: q, out [T][H][d], k, v [T][K][d]; sequence s is rows starts[s] to starts[s+1]. d is a multiple of 16.
-#include "cpu.h"
+#include "attention.h"
+
+#include "matrix.h"
 
 #define QUERY_BLOCK 48
 #define KEY_BLOCK 128
-
-typedef struct {
-    i64 heads, kv_heads, dim;
-    i64 q_stride, k_stride, v_stride;  // elements from row to row
-    int dtype;
-    float scale;
-    int causal;
-    i64 window;  // 0: none
-} Shape;
 
 static inline i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
@@ -43,8 +34,33 @@ static inline void mask_row(const Shape *s, float *row, i64 query, i64 k0, i64 n
     for (i64 j = nk; j < padded; j++) row[j] = -INFINITY;
 }
 
+typedef struct {
+    i64 length, number;
+} Sequence;
+
+static int by_length(const void *a, const void *b) {
+    const Sequence *x = a, *y = b;
+    if (x->length != y->length) return x->length < y->length ? 1 : -1;
+    return x->number < y->number ? -1 : 1;
+}
+
+i64 *longest_first(const i64 *starts, i64 num_sequences) {
+    Sequence *sequences = malloc((size_t)(num_sequences + 1) * sizeof(*sequences));
+    i64 *order = malloc((size_t)(num_sequences + 1) * sizeof(*order));
+    if (!sequences || !order) abort();
+    for (i64 n = 0; n < num_sequences; n++) sequences[n] = (Sequence){starts[n + 1] - starts[n], n};
+    qsort(sequences, (size_t)num_sequences, sizeof(*sequences), by_length);
+    for (i64 n = 0; n < num_sequences; n++) order[n] = sequences[n].number;
+    free(sequences);
+    return order;
+}
+
 void attention_forward(const void *q, const void *k, const void *v, void *out, float *lse, const i64 *starts,
                        i64 num_sequences, const Shape *s) {
+    if (s->dtype == BF16 && tiles_ready()) {
+        tiled_attention_forward(q, k, v, out, lse, starts, num_sequences, s);
+        return;
+    }
     i64 groups = s->heads / s->kv_heads, dim = s->dim, esize = element_size(s->dtype);
 #pragma omp parallel for schedule(dynamic, 1) collapse(2)
     for (i64 n = 0; n < num_sequences; n++)
@@ -107,6 +123,10 @@ void attention_forward(const void *q, const void *k, const void *v, void *out, f
 void attention_backward(const void *grad, const void *q, const void *k, const void *v, const void *out,
                         const float *lse, void *grad_q, void *grad_k, void *grad_v, const i64 *starts,
                         i64 num_sequences, const Shape *s) {
+    if (s->dtype == BF16 && tiles_ready()) {
+        tiled_attention_backward(grad, q, k, v, out, lse, grad_q, grad_k, grad_v, starts, num_sequences, s);
+        return;
+    }
     i64 groups = s->heads / s->kv_heads, dim = s->dim, esize = element_size(s->dtype);
     i64 width = s->heads * dim, kv_width = s->kv_heads * dim;
 #pragma omp parallel for schedule(dynamic, 1) collapse(2)

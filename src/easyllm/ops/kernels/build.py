@@ -26,12 +26,14 @@ SOURCES = (
     "training.c",
     "update.c",
     "attention.c",
+    "attention_tiles.c",
     "paged_attention.c",
     "matrix.c",
     "tiles.c",
+    "products.c",
     "decode_step.c",
 )
-HEADERS = ("cpu.h", "paged.h", "matrix.h")
+HEADERS = ("cpu.h", "paged.h", "matrix.h", "tiles.h", "attention.h")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -62,11 +64,24 @@ _SIGNATURES = {
     "attention_backward": (_POINTER,) * 10 + (_LONG, _POINTER),
     "quantized_linear": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
     "tiles_ready": (),
+    "product_ready": (),
+    "product_bytes": (_LONG,) * 3,
+    "product": (
+        *(_POINTER, _LONG, _INT) * 2,
+        *(_POINTER, _POINTER, _LONG, _INT, _INT),
+        *(_LONG, _LONG, _LONG, _POINTER),
+    ),
     "decode_step_bytes": (_POINTER, _POINTER),
     "decode_step": (_POINTER,) * 3,
     "paged_attention": (_POINTER,) * 4 + (_LONG, _POINTER, _POINTER, _LONG, _POINTER),
 }
-_RESULTS = {"decode_step_bytes": _LONG, "sum_of_squares": ctypes.c_double, "tiles_ready": _INT}
+_RESULTS = {
+    "decode_step_bytes": _LONG,
+    "sum_of_squares": ctypes.c_double,
+    "tiles_ready": _INT,
+    "product_ready": _INT,
+    "product_bytes": _LONG,
+}
 
 
 class AdamWNumbers(ctypes.Structure):

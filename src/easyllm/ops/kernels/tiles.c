@@ -3,11 +3,10 @@
 // A tile of 16 rows x 32 inputs meets one of 32 inputs x 16 outputs; products of codes are whole numbers there as in
 // matrix.c, and what follows is the same arithmetic in the same order. So a row's result has the same bits here as
 // there, whatever rows are beside it.
-#include "matrix.h"
+#include "tiles.h"
 
-#if defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__linux__)
+#ifdef HAS_TILES
 
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -16,30 +15,28 @@
 #define ROWS 2
 #define WEIGHTS 3
 #define WIDTH (UNIT_STRIP * OUTPUTS)
-#define TILE_BYTES (GROUP * WIDTH)
-// What memory these instructions read, compilers are not told.
-#define MEMORY_IS_READ() __asm__ volatile("" ::: "memory")
+#define GROUP_BYTES (GROUP * WIDTH)
 #define GROUPS_AT_ONCE 8  // 5 KB of weights spread out: they stay in the first cache for all the rows
 #define ROWS_AT_ONCE 128
 
-typedef struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} TileShapes;
-
 // Codes of a strip as the unit wants them, and for int4 its steps and middles.
 typedef struct {
-    int8_t codes[GROUPS_AT_ONCE][TILE_BYTES];
+    int8_t codes[GROUPS_AT_ONCE][GROUP_BYTES];
     float steps[GROUPS_AT_ONCE][WIDTH], middles[GROUPS_AT_ONCE][WIDTH];
 } __attribute__((aligned(64))) Spread;
+
+// PyTorch's products are told by this variable which instructions to do with; whoever keeps them from the unit means ours too.
+static int is_left_unused(void) {
+    const char *most = getenv("ONEDNN_MAX_CPU_ISA");
+    return most && !strstr(most, "AMX") && strcmp(most, "ALL") != 0 && strcmp(most, "DEFAULT") != 0;
+}
 
 int tiles_ready(void) {
     static int ready = -1;
     int known = __atomic_load_n(&ready, __ATOMIC_RELAXED);
     if (known < 0) {  // the system keeps a thread's tiles only for processes that have asked for it
         const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-        known = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+        known = !is_left_unused() && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
         __atomic_store_n(&ready, known, __ATOMIC_RELAXED);
     }
     return known;

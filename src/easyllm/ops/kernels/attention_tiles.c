@@ -1,0 +1,358 @@
+// attention.c's function for bf16 on the matrix unit of processors that have AMX. Scores and sums are fp32; probabilities
+// and the gradient of scores are rounded to bf16 where they enter a product, as FlashAttention's kernels do.
+//
+// Sequences are cut into blocks of 32 tokens. Forward: a block of queries meets a few blocks of keys at a time. Backward: a
+// block of keys meets each block of queries, scores with keys as rows: they are then an operand for the gradients of
+// keys and values as they are, and for that of queries turned.
+#include "attention.h"
+
+#include "tiles.h"
+
+#ifdef HAS_TILES
+
+#define BLOCK (2 * SIDE)  // tokens
+#define KEY_BLOCKS 8      // whose scores a block of queries has at a time
+#define KEY_GROUP 4       // blocks of keys after which the gradient of queries is added to
+
+// Of a head: widths in tiles of inputs and pairs of strips. Of a sequence: blocks.
+typedef struct {
+    i64 inputs, pairs, blocks;
+} Parts;
+
+static Parts parts_of(const Shape *s, i64 length) {
+    return (Parts){(s->dim + DEPTH - 1) / DEPTH, even_strips(s->dim) / 2, even_strips(length) / 2};
+}
+
+// A thread's memory, handed out piece by piece.
+typedef struct {
+    char *memory, *next;
+} Room;
+
+static void *take(Room *room, i64 pairs_of_tiles) {
+    void *piece = room->next;
+    room->next += pairs_of_tiles * 2 * TILE_BYTES;
+    return piece;
+}
+
+static Room new_room(i64 pairs_of_tiles) {
+    void *memory = NULL;
+    if (posix_memalign(&memory, 4096, (size_t)(pairs_of_tiles * 2 * TILE_BYTES))) abort();
+    return (Room){memory, memory};
+}
+
+// Operands of a sequence's products. Along the head: [blocks][inputs][2][tile], tokens are rows of A or columns of B; along
+// the tokens: [pairs][blocks][2][tile], the head's numbers are columns of B.
+static void pack_along_head(const uint16_t *x, i64 stride, i64 length, const Shape *s, int columns, uint16_t *out) {
+    Operand tokens = {x, stride, columns};
+    Parts p = parts_of(s, length);
+    pack_strips(&tokens, length, s->dim, 0, 2 * p.blocks, 0, p.inputs, 0, out);
+}
+
+static void pack_along_tokens(const uint16_t *x, i64 stride, i64 length, const Shape *s, uint16_t *out) {
+    Operand tokens = {x, stride, 0};
+    Parts p = parts_of(s, length);
+    pack_strips(&tokens, s->dim, length, 0, 2 * p.pairs, 0, p.blocks, 1, out);
+}
+
+// lanes of 16 tokens from `start` on that are in [first, last]
+static inline __mmask16 lanes_in(i64 start, i64 first, i64 last) {
+    i64 from = min_(16, max_(0, first - start)), to = min_(16, max_(0, last + 1 - start));
+    return (__mmask16)(((1u << to) - 1) & ~((1u << from) - 1));
+}
+
+static inline __m512 exp_lanes(__m512 x) {  // exp_ of cpu.h
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // in this order what is no number stays none
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+// A row's 16 sums in the left or right half of 32 x 32 sums, and its 32 values as a row of an operand's two tiles.
+static inline float *sums_row(float *sums, i64 row, i64 half) { return sums + row / SIDE * 512 + half * 256 + row % SIDE * 16; }
+
+static inline uint16_t *operand_row(uint16_t *pair, i64 row) { return pair + row * DEPTH; }
+
+static inline void store_operand(uint16_t *pair, i64 row, __m512 left, __m512 right) {
+    _mm512_store_si512(operand_row(pair, row), (__m512i)_mm512_cvtne2ps_pbh(right, left));
+}
+
+// a row of 32 x 32 sums times a factor, as bf16
+static inline void store_row_of(float *sums, i64 row, float factor, i64 width, uint16_t *out) {
+    __m512 by = _mm512_set1_ps(factor);
+    __m512 left = _mm512_mul_ps(_mm512_load_ps(sums_row(sums, row, 0)), by);
+    __m512 right = _mm512_mul_ps(_mm512_load_ps(sums_row(sums, row, 1)), by);
+    _mm512_mask_storeu_epi16(out, first_of(width), (__m512i)_mm512_cvtne2ps_pbh(right, left));
+}
+
+// The keys a query may see, of a sequence.
+static inline void keys_of(const Shape *s, i64 query, i64 length, i64 *first, i64 *last) {
+    *first = s->window ? max_(0, query - s->window + 1) : 0;
+    *last = s->causal ? query : length - 1;
+}
+
+// Online softmax of a row over `count` blocks of scores from key `start` on; probabilities become the row of an operand.
+// Returns what earlier sums of the row are to be multiplied by.
+static float softmax_row(float *scores, i64 row, i64 start, i64 count, i64 first, i64 last, float scale, float *top,
+                         float *sum, uint16_t *probabilities) {
+    __m512 best = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (i64 j = 0; j < 2 * count; j++)
+        best = _mm512_mask_max_ps(best, lanes_in(start + 16 * j, first, last), best,
+                                  _mm512_load_ps(sums_row(scores + j / 2 * SUMS, row, j % 2)));
+    float highest = fmaxf(*top, _mm512_reduce_max_ps(best) * scale);
+    if (highest == -INFINITY) {  // nothing to see here
+        for (i64 b = 0; b < count; b++) store_operand(probabilities + b * PAIR, row, total, total);
+        return 1.0f;
+    }
+    __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(-highest);
+    for (i64 b = 0; b < count; b++) {
+        __m512 halves[2];
+        for (i64 h = 0; h < 2; h++) {
+            __m512 x = _mm512_fmadd_ps(_mm512_load_ps(sums_row(scores + b * SUMS, row, h)), by, less);
+            halves[h] = _mm512_maskz_mov_ps(lanes_in(start + (2 * b + h) * 16, first, last), exp_lanes(x));
+            total = _mm512_add_ps(total, halves[h]);
+        }
+        store_operand(probabilities + b * PAIR, row, halves[0], halves[1]);
+    }
+    float shrink = *top == -INFINITY ? 0.0f : exp_(*top - highest);
+    *sum = *sum * shrink + _mm512_reduce_add_ps(total);
+    *top = highest;
+    return shrink;
+}
+
+static void forward_of_head(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out, float *lse, i64 length,
+                            const Shape *s, Room room) {
+    Parts p = parts_of(s, length);
+    uint16_t *queries = take(&room, p.blocks * p.inputs), *keys = take(&room, p.blocks * p.inputs);
+    uint16_t *values = take(&room, p.pairs * p.blocks), *probabilities = take(&room, KEY_BLOCKS);
+    float *scores = take(&room, 2 * KEY_BLOCKS), *sums = take(&room, 2 * p.pairs);
+    pack_along_head(q, s->q_stride, length, s, 0, queries);
+    pack_along_head(k, s->k_stride, length, s, 1, keys);
+    pack_along_tokens(v, s->v_stride, length, s, values);
+    for (i64 i = 0; i < p.blocks; i++) {
+        i64 rows = min_(BLOCK, length - i * BLOCK), from, to, ignored;
+        float top[BLOCK], sum[BLOCK];
+        for (i64 r = 0; r < BLOCK; r++) top[r] = -INFINITY, sum[r] = 0;
+        keys_of(s, i * BLOCK, length, &from, &ignored);
+        keys_of(s, i * BLOCK + rows - 1, length, &ignored, &to);
+        for (i64 b = from / BLOCK; b <= to / BLOCK; b += KEY_BLOCKS) {
+            i64 count = min_(KEY_BLOCKS, to / BLOCK + 1 - b);
+            int starts = b == from / BLOCK;
+            for (i64 j = 0; j < count; j++)
+                four_tiles(p.inputs, packed_strips(queries + i * p.inputs * PAIR),
+                           packed_strips(keys + (b + j) * p.inputs * PAIR), 1, scores + j * SUMS);
+            MEMORY_IS_READ();
+            for (i64 r = 0; r < BLOCK; r++) {
+                i64 first = 1, last = 0;  // rows that are filled up see nothing
+                if (r < rows) keys_of(s, i * BLOCK + r, length, &first, &last);
+                float shrink = softmax_row(scores, r, b * BLOCK, count, first, last, s->scale, top + r, sum + r, probabilities);
+                if (starts || shrink == 1.0f) continue;
+                for (i64 c = 0; c < 2 * p.pairs; c++) {
+                    float *row = sums_row(sums + c / 2 * SUMS, r, c % 2);
+                    _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), _mm512_set1_ps(shrink)));
+                }
+            }
+            for (i64 c = 0; c < p.pairs; c++)
+                four_tiles(count, packed_strips(probabilities), packed_strips(values + (c * p.blocks + b) * PAIR), starts,
+                           sums + c * SUMS);
+        }
+        MEMORY_IS_READ();
+        for (i64 r = 0; r < rows; r++) {
+            i64 t = i * BLOCK + r;
+            for (i64 c = 0; c < p.pairs; c++)
+                store_row_of(sums + c * SUMS, r, 1.0f / sum[r], s->dim - c * BLOCK, out + t * s->heads * s->dim + c * BLOCK);
+            lse[t * s->heads] = top[r] + logf(sum[r]);
+        }
+    }
+}
+
+// Probabilities of 32 keys (rows) and 32 queries, and the gradient of their scores, as operands.
+static void gradient_of_scores(float *scores, float *products, i64 key, i64 query, i64 length, const Shape *s,
+                               const float *lse, const float *delta, uint16_t *probabilities, uint16_t *gradient) {
+    __m512 by = _mm512_set1_ps(s->scale);
+    for (i64 r = 0; r < BLOCK; r++) {
+        i64 j = key + r, first = s->causal ? j : 0, last = s->window ? min_(length, j + s->window) - 1 : length - 1;
+        __m512 p[2], g[2];
+        for (i64 h = 0; h < 2; h++) {
+            i64 at = query + 16 * h;
+            __m512 x = _mm512_fmsub_ps(_mm512_load_ps(sums_row(scores, r, h)), by, _mm512_load_ps(lse + at));
+            p[h] = _mm512_maskz_mov_ps(j < length ? lanes_in(at, first, last) : 0, exp_lanes(x));
+            g[h] = _mm512_sub_ps(_mm512_load_ps(sums_row(products, r, h)), _mm512_load_ps(delta + at));
+            g[h] = _mm512_mul_ps(_mm512_mul_ps(p[h], g[h]), by);
+        }
+        store_operand(probabilities, r, p[0], p[1]);
+        store_operand(gradient, r, g[0], g[1]);
+    }
+}
+
+// Sums [blocks][pairs][32 x 32] as rows of bf16.
+static void store_sums(float *sums, i64 length, const Shape *s, i64 stride, uint16_t *out) {
+    Parts p = parts_of(s, length);
+    MEMORY_IS_READ();
+    for (i64 t = 0; t < length; t++)
+        for (i64 c = 0; c < p.pairs; c++)
+            store_row_of(sums + (t / BLOCK * p.pairs + c) * SUMS, t % BLOCK, 1.0f, s->dim - c * BLOCK,
+                         out + t * stride + c * BLOCK);
+}
+
+// lse and the rows' sums of grad x out, filled up to whole blocks
+static void terms_of_queries(const uint16_t *grad, const uint16_t *out, const float *from, i64 length, const Shape *s,
+                             float *lse, float *delta) {
+    i64 width = s->heads * s->dim;
+    for (i64 t = 0; t < even_strips(length) * SIDE; t++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (i64 c = 0; t < length && c < s->dim; c += 32) {
+            __mmask32 there = first_of(s->dim - c);
+            __m512i x = _mm512_maskz_loadu_epi16(there, grad + t * width + c);
+            __m512i y = _mm512_maskz_loadu_epi16(there, out + t * width + c);
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
+        }
+        lse[t] = t < length ? from[t * s->heads] : 0.0f, delta[t] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+// Tensors of one sequence, at their first head of the group.
+typedef struct {
+    const uint16_t *grad, *q, *k, *v, *out;
+    const float *lse;
+    uint16_t *grad_q, *grad_k, *grad_v;
+} Tensors;
+
+static void backward_of_group(Tensors x, i64 length, const Shape *s, Room room) {
+    Parts p = parts_of(s, length);
+    i64 along_head = p.blocks * p.inputs, along_tokens = p.pairs * p.blocks, width = s->heads * s->dim;
+    uint16_t *keys = take(&room, along_head), *values = take(&room, along_head), *keys_along = take(&room, along_tokens);
+    uint16_t *queries = take(&room, along_head), *queries_along = take(&room, along_tokens);
+    uint16_t *grads = take(&room, along_head), *grads_along = take(&room, along_tokens);
+    uint16_t *probabilities = take(&room, p.blocks), *gradient = take(&room, p.blocks);
+    uint16_t *turned = take(&room, p.blocks * KEY_GROUP);  // [blocks of queries][KEY_GROUP][2][tile]
+    float *scores = take(&room, 2), *products = take(&room, 2);
+    float *dq = take(&room, 2 * along_tokens), *dk = take(&room, 2 * along_tokens), *dv = take(&room, 2 * along_tokens);
+    float *lse = take(&room, p.blocks), *delta = take(&room, p.blocks);
+    pack_along_head(x.k, s->k_stride, length, s, 0, keys);
+    pack_along_head(x.v, s->v_stride, length, s, 0, values);
+    pack_along_tokens(x.k, s->k_stride, length, s, keys_along);
+    for (i64 h = 0; h < s->heads / s->kv_heads; h++) {
+        const uint16_t *q = x.q + h * s->dim, *grad = x.grad + h * s->dim;
+        pack_along_head(q, s->q_stride, length, s, 1, queries);
+        pack_along_tokens(q, s->q_stride, length, s, queries_along);
+        pack_along_head(grad, width, length, s, 1, grads);
+        pack_along_tokens(grad, width, length, s, grads_along);
+        terms_of_queries(grad, x.out + h * s->dim, x.lse + h, length, s, lse, delta);
+        for (i64 group = 0; group < p.blocks; group += KEY_GROUP) {
+            i64 size = min_(KEY_GROUP, p.blocks - group), from = s->causal ? group : 0;
+            for (i64 b = group; b < group + size; b++) {
+                i64 first = s->causal ? b : 0;
+                for (i64 i = from; i < p.blocks; i++) {
+                    uint16_t *to = turned + (i * KEY_GROUP + b - group) * PAIR;
+                    if (i < first) {
+                        memset(to, 0, PAIR * sizeof(*to));
+                        continue;
+                    }
+                    four_tiles(p.inputs, packed_strips(keys + b * p.inputs * PAIR), packed_strips(queries + i * p.inputs * PAIR),
+                               1, scores);
+                    four_tiles(p.inputs, packed_strips(values + b * p.inputs * PAIR), packed_strips(grads + i * p.inputs * PAIR),
+                               1, products);
+                    MEMORY_IS_READ();
+                    gradient_of_scores(scores, products, b * BLOCK, i * BLOCK, length, s, lse, delta, probabilities + i * PAIR,
+                                       gradient + i * PAIR);
+                    pack_pairs(gradient + i * PAIR, DEPTH, BLOCK, BLOCK, 1, to);
+                }
+                for (i64 c = 0; c < p.pairs; c++) {
+                    i64 at = (c * p.blocks + first) * PAIR, sums = (b * p.pairs + c) * SUMS;
+                    four_tiles(p.blocks - first, packed_strips(probabilities + first * PAIR), packed_strips(grads_along + at),
+                               h == 0, dv + sums);
+                    four_tiles(p.blocks - first, packed_strips(gradient + first * PAIR), packed_strips(queries_along + at),
+                               h == 0, dk + sums);
+                }
+            }
+            for (i64 i = from; i < p.blocks; i++)
+                for (i64 c = 0; c < p.pairs; c++)
+                    four_tiles(size, packed_strips(turned + i * KEY_GROUP * PAIR),
+                               packed_strips(keys_along + (c * p.blocks + group) * PAIR), group == 0,
+                               dq + (i * p.pairs + c) * SUMS);
+        }
+        store_sums(dq, length, s, width, x.grad_q + h * s->dim);
+    }
+    store_sums(dk, length, s, s->kv_heads * s->dim, x.grad_k);
+    store_sums(dv, length, s, s->kv_heads * s->dim, x.grad_v);
+}
+
+void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out, float *lse,
+                             const i64 *starts, i64 num_sequences, const Shape *s) {
+    i64 *order = longest_first(starts, num_sequences), dim = s->dim;
+    if (num_sequences == 0) return free(order);
+    Parts most = parts_of(s, starts[order[0] + 1] - starts[order[0]]);
+    i64 needed = most.blocks * (2 * most.inputs + most.pairs) + 3 * KEY_BLOCKS + 2 * most.pairs;
+#pragma omp parallel
+    {
+        Room room = new_room(needed);
+        begin_whole_tiles();
+#pragma omp for schedule(dynamic, 1) collapse(2)
+        for (i64 n = 0; n < num_sequences; n++)
+            for (i64 h = 0; h < s->heads; h++) {
+                i64 start = starts[order[n]], kv = h / (s->heads / s->kv_heads);
+                forward_of_head(q + start * s->q_stride + h * dim, k + start * s->k_stride + kv * dim,
+                                v + start * s->v_stride + kv * dim, out + (start * s->heads + h) * dim,
+                                lse + start * s->heads + h, starts[order[n] + 1] - start, s, room);
+            }
+        _tile_release();
+        free(room.memory);
+    }
+    free(order);
+}
+
+void tiled_attention_backward(const uint16_t *grad, const uint16_t *q, const uint16_t *k, const uint16_t *v,
+                              const uint16_t *out, const float *lse, uint16_t *grad_q, uint16_t *grad_k, uint16_t *grad_v,
+                              const i64 *starts, i64 num_sequences, const Shape *s) {
+    i64 *order = longest_first(starts, num_sequences), dim = s->dim, groups = s->heads / s->kv_heads;
+    if (num_sequences == 0) return free(order);
+    Parts most = parts_of(s, starts[order[0] + 1] - starts[order[0]]);
+    i64 needed = most.blocks * (4 * most.inputs + 9 * most.pairs + 2 + KEY_GROUP + 2) + 4;
+#pragma omp parallel
+    {
+        Room room = new_room(needed);
+        begin_whole_tiles();
+#pragma omp for schedule(dynamic, 1) collapse(2)
+        for (i64 n = 0; n < num_sequences; n++)
+            for (i64 kv = 0; kv < s->kv_heads; kv++) {
+                i64 start = starts[order[n]], row = (start * s->heads + kv * groups) * dim;
+                i64 kv_row = (start * s->kv_heads + kv) * dim;
+                Tensors x = {grad + row,
+                             q + start * s->q_stride + kv * groups * dim,
+                             k + start * s->k_stride + kv * dim,
+                             v + start * s->v_stride + kv * dim,
+                             out + row,
+                             lse + start * s->heads + kv * groups,
+                             grad_q + row,
+                             grad_k + kv_row,
+                             grad_v + kv_row};
+                backward_of_group(x, starts[order[n] + 1] - start, s, room);
+            }
+        _tile_release();
+        free(room.memory);
+    }
+    free(order);
+}
+
+#else
+
+void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out, float *lse,
+                             const i64 *starts, i64 num_sequences, const Shape *s) {
+    (void)q, (void)k, (void)v, (void)out, (void)lse, (void)starts, (void)num_sequences, (void)s;
+}
+void tiled_attention_backward(const uint16_t *grad, const uint16_t *q, const uint16_t *k, const uint16_t *v,
+                              const uint16_t *out, const float *lse, uint16_t *grad_q, uint16_t *grad_k, uint16_t *grad_v,
+                              const i64 *starts, i64 num_sequences, const Shape *s) {
+    (void)grad, (void)q, (void)k, (void)v, (void)out, (void)lse, (void)grad_q, (void)grad_k, (void)grad_v;
+    (void)starts, (void)num_sequences, (void)s;
+}
+
+#endif

@@ -1,0 +1,208 @@
+"""Products of bf16 matrices, by the kernel for processors with a matrix unit and by PyTorch, against fp64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from easyllm.ops import product as product_module
+from easyllm.ops.attention import AttentionRule, attention, reference_attention
+from easyllm.ops.kernels import build
+from easyllm.ops.product import linear, product
+
+HALF_STEP = 2.0**-8
+"""Largest relative error of a sum that is rounded to bf16 once, with a little room for the sum's own."""
+
+
+@pytest.fixture(params=["kernel", "pytorch"])
+def path(request, monkeypatch):
+    if request.param == "pytorch":
+        monkeypatch.setattr(product_module, "_kernels", lambda *args: None)
+    else:
+        need_unit()
+    return request.param
+
+
+def need_unit():
+    library = build._library()
+    if library is None or not library.product_ready():
+        pytest.skip("no matrix unit on this machine")
+
+
+def bf16(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).bfloat16()
+
+
+def close(found, exact):
+    error = (found.double() - exact).abs()
+    bound = HALF_STEP * exact.abs() + 2e-5 * exact.square().mean().sqrt()
+    assert (error <= bound).all(), f"{(error / bound).max():.2f} of what rounding once allows"
+
+
+SIZES = [
+    (33, 40, 1000),
+    (64, 64, 4096),  # several parts of a sum, rows straight from memory
+    (100, 201, 333),  # nothing fits a tile
+    (2080, 48, 130),  # more rows than are packed at a time
+    (50, 2100, 70),  # more columns
+    (40, 300, 5000),  # sums are put down and taken up again
+]
+
+
+@pytest.mark.parametrize("turned_b", [False, True])
+@pytest.mark.parametrize("turned_a", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_products_of_any_size_and_layout(path, sizes, turned_a, turned_b):
+    rows, columns, depth = sizes
+    a = bf16(depth, rows).T if turned_a else bf16(rows, depth)
+    b = bf16(columns, depth, seed=1).T if turned_b else bf16(depth, columns, seed=1)
+    exact = a.double() @ b.double()
+    found = product(a, b)
+    assert found.dtype == torch.bfloat16
+    close(found, exact)
+    bias = bf16(columns, seed=2)
+    if path == "kernel":  # which rounds once, behind the bias
+        close(product(a, b, bias=bias), exact + bias.double())
+    wide = torch.full((rows, columns), 3.0)
+    product(a, b, out=wide, add=True)
+    tolerance = 1e-5 if path == "kernel" else 0.02
+    torch.testing.assert_close(
+        wide.double(), exact + 3, atol=tolerance * float(exact.abs().max()), rtol=0
+    )
+
+
+def test_results_go_where_they_are_sent_and_nowhere_else(path):
+    a, b = bf16(70, 96), bf16(96, 100)
+    around = torch.full((74, 128), 7.0, dtype=torch.bfloat16)
+    inside = around[2:72, 10:110]
+    product(a, b, out=inside)
+    close(inside, a.double() @ b.double())
+    inside.fill_(7.0)
+    assert (around == 7).all()
+
+
+def test_operands_with_gaps_and_repeats(path):
+    a, b = bf16(64, 200)[:, ::2], bf16(100, 1).expand(100, 64)
+    close(product(a, b), a.double() @ b.double())
+
+
+def test_a_row_has_the_same_bits_whatever_is_beside_it():
+    need_unit()
+    x, weight = bf16(300, 320), bf16(96, 320, seed=1)
+    whole = product(x, weight.T)
+    for rows in (slice(0, 32), slice(37, 100), slice(200, 300)):
+        assert torch.equal(product(x[rows], weight.T), whole[rows])
+    assert torch.equal(product(x, weight[:33].T), whole[:, :33])
+
+
+def test_threads_do_not_change_the_bits():
+    need_unit()
+    a, b = bf16(500, 4500), bf16(4500, 200)
+    before, threads = product(a, b), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(product(a, b), before)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_no_number_stays_none(path):
+    a, b = bf16(64, 128), bf16(128, 64)
+    a[3, 5] = float("nan")
+    found = product(a, b)
+    assert found[3].isnan().all()
+    assert not found[:3].isnan().any()
+    assert not found[4:].isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(70,), (2, 35), (1, 64)], ids=str)
+def test_gradients_of_a_linear_layer(path, shape):
+    leaves = [bf16(*shape, 200), bf16(130, 200, seed=1), bf16(130, seed=2)]
+    ours = [leaf.clone().requires_grad_() for leaf in leaves]
+    theirs = [leaf.double().requires_grad_() for leaf in leaves]
+    out, exact = linear(*ours), F.linear(*theirs)
+    weights = bf16(*exact.shape, seed=3)
+    close(out, exact)
+    out.backward(weights)
+    exact.backward(weights.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad.dtype == torch.bfloat16
+        close(a.grad, b.grad)
+
+
+def test_frozen_weights_have_no_gradient(path):
+    x, weight = bf16(64, 128).requires_grad_(), bf16(96, 128, seed=1)
+    linear(x, weight).float().sum().backward()  # whose gradient is one number, repeated
+    close(x.grad, torch.ones(64, 96).double() @ weight.double())
+    assert weight.grad is None
+    assert not linear(x.detach(), weight).requires_grad
+
+
+def test_what_the_kernel_does_not_serve_is_pytorchs():
+    need_unit()
+    weight = bf16(64, 64)
+    serves = product_module._kernels
+    assert serves(weight, weight, 1024, 64, 64) is not None
+    assert serves(weight, weight, 31, 4096, 4096) is None  # too few rows
+    assert serves(weight.float(), weight, 1024, 64, 64) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(1024, 64, requires_grad=True)
+        assert serves(weight, weight, 1024, 64, 64) is None
+        assert linear(x, torch.randn(64, 64)).dtype == torch.bfloat16
+    assert linear(torch.randn(1024, 64), torch.randn(64, 64)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("lengths", [(700,), (32, 1, 0, 300, 33)], ids=str)
+def test_attention_rounds_as_little_as_bf16_allows(lengths):
+    """Probabilities are rounded once more where they meet the values: a part of the rounding that the result has anyway."""
+    need_unit()
+    total, rule = sum(lengths), AttentionRule(scale=80**-0.5)
+    q, k, v, grad = (bf16(total, n, 80, seed=n) for n in (4, 2, 2, 4))
+    ours = [x.clone().requires_grad_() for x in (q, k, v)]
+    theirs = [x.double().requires_grad_() for x in (q, k, v)]
+    out = attention(*ours, rule, lengths)
+    parts = zip(*(x.split(lengths) for x in theirs), strict=True)
+    exact = torch.cat([reference_attention(*part, rule) for part in parts])
+    out.backward(grad)
+    exact.backward(grad.double())
+    assert (out.double() - exact).norm() < 0.003 * exact.norm()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.grad.double() - b.grad).norm() < 0.004 * b.grad.norm()
+
+
+def test_scores_that_are_no_number_reach_only_their_sequence():
+    need_unit()
+    q, k, v = (bf16(100, 2, 64, seed=n).requires_grad_() for n in range(3))
+    with torch.no_grad():
+        q[10, 0, 0] = float("nan")
+    out = attention(q, k, v, AttentionRule(scale=0.125), (50, 50))
+    assert out[10, 0].isnan().all()
+    assert out.isnan().sum() == 64
+
+
+def test_the_unit_can_be_left_unused():
+    """Kernels for processors without it give the same function on one that has it."""
+    need_unit()
+    left = "import torch; from easyllm.ops.kernels.build import _library; assert not _library().product_ready()"
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "attention",
+        "tests/numerics/test_kernels.py",
+    ]
+    for command in ([sys.executable, "-c", left], tests):
+        done = subprocess.run(
+            command,
+            env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
