@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from easyllm.nn.quantized import QuantizedWeight
 from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.embedding import embedding
 from easyllm.ops.product import linear
 
 
@@ -67,7 +68,7 @@ class Embedding(nn.Embedding):
     def forward(self, token_ids: Tensor) -> Tensor:
         if self.quantized is not None:
             return self.quantized.rows(token_ids).to(self.weight.dtype)
-        return super().forward(token_ids)
+        return embedding(token_ids, self.weight)
 
     def project(self, hidden: Tensor) -> Tensor:
         """`hidden: [N, D]` → [N, V]: products with every token's vector."""

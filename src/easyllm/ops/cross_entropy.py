@@ -106,11 +106,12 @@ def softmax_error(
     """
     if gpu_ready(logits) and logits.is_contiguous():
         return _on_gpu(logits, labels, _Shape(None, 0.0, 0.0), with_grad=with_grad)
-    kernels = kernels_for(logits) if logits.is_contiguous() else None
+    kernels = kernels_for(logits) if logits.stride(1) == 1 else None
     if kernels is not None:
         loss = torch.empty(len(labels))
         kernels.cross_entropy(
             logits.data_ptr(),
+            logits.stride(0),
             DTYPE_CODES[logits.dtype],
             labels.contiguous().data_ptr(),
             loss.data_ptr(),
@@ -196,8 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compute_weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         with_grad = needs_hidden or needs_weight
-        size = (min(chunk_rows, hidden.shape[0]), weight.shape[0])
-        buffer = _empty(size, hidden.dtype, hidden.device)
+        buffer = _logits(min(chunk_rows, hidden.shape[0]), weight.shape[0], hidden)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = product(hidden[rows], compute_weight.T, out=buffer[: len(hidden[rows])])
@@ -228,8 +228,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+            grad_weight = _scaled(grad_weight, grad, ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor x in a dtype, in one pass over a gradient as large as the model's vocabulary."""
+    kernels = kernels_for(x) if x.dtype == torch.float32 and dtype in DTYPE_CODES else None
+    if kernels is None:
+        return (x * factor).to(dtype)
+    out = _empty(tuple(x.shape), dtype, x.device)
+    kernels.scaled(x.data_ptr(), factor.item(), out.data_ptr(), DTYPE_CODES[dtype], x.numel())
+    return out
+
+
+def _logits(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Room for logits. On a CPU their rows lie a cache line further apart: at a multiple of 2 kB from each other, which many
+    vocabularies are, rows fall upon the same few places of the cache."""
+    if like.device.type != "cpu":
+        return like.new_empty(rows, columns)
+    return _empty((rows, columns + 64 // like.element_size()), like.dtype, like.device)[:, :columns]
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

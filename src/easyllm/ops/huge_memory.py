@@ -19,15 +19,29 @@ ALIGNMENT = 64
 
 def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor on the CPU whose values are not set, in large pages if it is not small."""
+    mapped = _mapped(shape, dtype)
+    return torch.empty(shape, dtype=dtype) if mapped is None else mapped
+
+
+def huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The same with zeros; pages of a large one that nothing is written to take no memory and no time."""
+    mapped = _mapped(shape, dtype)
+    return torch.zeros(shape, dtype=dtype) if mapped is None else mapped
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """Zeros in large pages; None where they would be small, or the system has no such pages."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
+        return None
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them: ordinary pages do as well
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+        return None
+    storage = torch.frombuffer(memory, dtype=dtype).untyped_storage()
+    # not a view of it: autograd adds to a gradient in place only where no other tensor has its memory
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
 
 
 def return_freed_memory() -> None:

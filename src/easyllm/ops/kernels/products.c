@@ -11,7 +11,9 @@
 #ifdef HAS_TILES
 
 #define LINE 32             // elements of a cache line
-#define BLOCK_STRIPS 16     // of rows and of columns of a block of C
+#define BLOCK_BYTES (3 << 19)  // of both operands of a block of C, which stay in the second cache
+#define BLOCKS_A_THREAD 4   // at least: threads are not equally fast
+#define TILES_AHEAD 2       // of a strip, between the one in use and the one being fetched
 #define MOST_STRIPS 128     // packed at a time
 #define MOST_TILES 64       // of a strip, packed at a time
 #define PACKED_TOGETHER 16  // strips: whole rows of pages are read
@@ -35,10 +37,20 @@ i64 product_bytes(i64 rows, i64 columns, i64 depth) {
     return s.row_bytes + s.column_bytes + max_(open_tiles, 4 * omp_get_max_threads()) * TILE_BYTES;
 }
 
-// strips of a block when so many are cut into even ones
-static i64 even_block(i64 strips) {
-    i64 blocks = (strips + BLOCK_STRIPS - 1) / BLOCK_STRIPS;
+// Strips of a block when so many are cut into even ones of `most` at most.
+static i64 even_block(i64 strips, i64 most) {
+    i64 blocks = (strips + most - 1) / most;
     return (strips / 2 + blocks - 1) / blocks * 2;
+}
+
+// Strips of rows and of columns of a block of C: as many as the cache keeps, with several blocks for each thread.
+static void choose_blocks(i64 row_strips, i64 column_strips, i64 tiles, i64 *rows, i64 *columns) {
+    i64 most = max_(4, BLOCK_BYTES / (2 * tiles * TILE_BYTES) / 2 * 2), wanted = BLOCKS_A_THREAD * omp_get_num_threads();
+    *rows = even_block(row_strips, most), *columns = even_block(column_strips, most);
+    while ((row_strips / *rows) * (column_strips / *columns) < wanted && max_(*rows, *columns) > 2) {
+        i64 *longer = *rows >= *columns ? rows : columns;
+        *longer = even_block(*longer, max_(2, *longer / 4 * 2));
+    }
 }
 
 // Where a product goes: values of bf16 or fp32, or added to those of fp32.
@@ -56,7 +68,11 @@ ALWAYS_INLINE void put_down_row(const Result *c, i64 at, const float *bias, __mm
         high = _mm512_add_ps(high, _mm512_maskz_loadu_ps(right, bias + SIDE));
     }
     if (c->dtype == BF16) {
-        _mm512_mask_storeu_epi16((uint16_t *)c->data + at, there, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        uint16_t *out = (uint16_t *)c->data + at;
+        __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        // a whole line goes to memory without being read first; nothing of it is used here again
+        if (there == ~0u && (uintptr_t)out % 64 == 0) _mm512_stream_si512((__m512i *)out, values);
+        else _mm512_mask_storeu_epi16(out, there, values);
         return;
     }
     float *out = (float *)c->data + at;
@@ -100,8 +116,9 @@ void product(const uint16_t *a, i64 a_stride, int a_turned, const uint16_t *b, i
             for (i64 n0 = 0; n0 < even_strips(columns); n0 += s.column_strips)
                 for (i64 k0 = 0; k0 < depth; k0 += MOST_TILES * DEPTH) {
                     i64 tiles = min_(MOST_TILES, (depth - k0 + DEPTH - 1) / DEPTH), strip_bytes = tiles * TILE_BYTES;
-                    i64 m_count = min_(s.row_strips, even_strips(rows) - m0), m_block = even_block(m_count);
-                    i64 n_count = min_(s.column_strips, even_strips(columns) - n0), n_block = even_block(n_count);
+                    i64 m_count = min_(s.row_strips, even_strips(rows) - m0);
+                    i64 n_count = min_(s.column_strips, even_strips(columns) - n0), m_block, n_block;
+                    choose_blocks(m_count, n_count, tiles, &m_block, &n_block);
                     int starts = k0 == 0, ends = k0 + MOST_TILES * DEPTH >= depth;
                     if (!direct && (n0 == 0 || open)) {
 #pragma omp for schedule(dynamic) nowait
@@ -121,16 +138,21 @@ void product(const uint16_t *a, i64 a_stride, int a_turned, const uint16_t *b, i
                                     i64 place = open ? m / 2 * (s.column_strips / 2) + n / 2 : omp_get_thread_num();
                                     float *sums = all_sums + place * SUMS;
                                     const char *y = packed_b + n * strip_bytes, *x = packed_a + m * strip_bytes;
+                                    i64 turn = (n - n1) / 2;  // each fetches another part of the next strips
                                     if (direct) {
+                                        i64 row = a_stride * 2;
                                         x = (const char *)(a + (m0 + m) * SIDE * a_stride + k0);
-                                        Strips rows_of = {x, x + SIDE * a_stride * 2, a_stride * 2, 64};
-                                        four_tiles(tiles, rows_of, packed_strips(y), starts, sums);
+                                        Strips rows_of = {x, x + SIDE * row, row, 64};
+                                        Next next = {x + (2 * SIDE + 4 * turn) * row, row, 64};
+                                        four_tiles_ahead(tiles, rows_of, packed_strips(y), starts, sums, TILES_AHEAD, next);
                                     } else {
-                                        four_tiles(tiles, packed_strips(x), packed_strips(y), starts, sums);
+                                        Next next = {x + 2 * strip_bytes + turn * tiles * 256, 64, 256};
+                                        four_tiles_ahead(tiles, packed_strips(x), packed_strips(y), starts, sums, TILES_AHEAD, next);
                                     }
                                     if (ends) put_down(sums, &s, (m0 + m) * SIDE, (n0 + n) * SIDE, &result);
                                 }
                 }
+        _mm_sfence();  // what was streamed is there for whoever reads it next
         _tile_release();
     }
 }

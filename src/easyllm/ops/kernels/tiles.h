@@ -16,7 +16,6 @@
 #define TILE_BYTES 1024       // of operands and of sums
 #define PAIR (2 * TILE_SIZE)  // tiles of two strips that lie beside each other
 #define SUMS (4 * SIDE * SIDE)  // 32 x 32 sums: tiles (0, 0), (0, 1), (1, 0), (1, 1)
-#define TILES_AHEAD 2  // of a strip, between the one in use and the one being fetched
 // What memory these instructions read, compilers are not told.
 #define MEMORY_IS_READ() __asm__ volatile("" ::: "memory")
 
@@ -121,8 +120,12 @@ static inline void pack_strips(const Operand *x, i64 size, i64 depth, i64 s, i64
             uint16_t *tile = out + (i / 2 * tiles + t) * PAIR + i % 2 * TILE_SIZE;
             if (!laced)
                 pack_rows(x->data + at * x->stride + k, x->stride, size - at, depth - k, x->turned, tile);
-            else if (i % 2 == 0)
+            else if (i % 2 == 0) {
+                // the processor sees no pattern in lines of 32 rows far from each other
+                for (i64 r = 0; r < min_(DEPTH, depth - k - DEPTH); r++)
+                    _mm_prefetch((const char *)(x->data + (k + DEPTH + r) * x->stride + at), _MM_HINT_T0);
                 pack_pairs(x->data + k * x->stride + at, x->stride, depth - k, size - at, x->turned, tile);
+            }
         }
 }
 
@@ -131,8 +134,21 @@ ALWAYS_INLINE void fetch_tile(const char *tile, i64 row) {
     for (int i = 0; i < 16; i++) _mm_prefetch(tile + i * row, _MM_HINT_T0);
 }
 
-// sums[2][2][tile of C] (+)= A's two strips times B's, over `count` tiles
-ALWAYS_INLINE void four_tiles(i64 count, Strips a, Strips b, int starts, float *sums) {
+// What is used after the strips at hand: four lines a tile of theirs are fetched into the second cache meanwhile.
+typedef struct {
+    const char *at;
+    i64 row, step;
+} Next;
+
+ALWAYS_INLINE void fetch_next(Next *next) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) _mm_prefetch(next->at + i * next->row, _MM_HINT_T1);
+    next->at += next->step;
+}
+
+// sums[2][2][tile of C] (+)= A's two strips times B's, over `count` tiles; `ahead`: of these so many are fetched before their
+// turn, 0 for what is in the first cache
+ALWAYS_INLINE void four_tiles_ahead(i64 count, Strips a, Strips b, int starts, float *sums, int ahead, Next next) {
     MEMORY_IS_READ();
     if (starts) {
         _tile_zero(0);
@@ -148,22 +164,27 @@ ALWAYS_INLINE void four_tiles(i64 count, Strips a, Strips b, int starts, float *
     for (i64 k = 0; k < count; k++) {
         _tile_loadd(4, a.first, a.row);
         _tile_loadd(6, b.first, b.row);
-        fetch_tile(a.first + TILES_AHEAD * a.step, a.row);
+        if (ahead) fetch_tile(a.first + ahead * a.step, a.row);
         _tile_loadd(7, b.second, b.row);
-        fetch_tile(b.first + TILES_AHEAD * b.step, b.row);
+        if (ahead) fetch_tile(b.first + ahead * b.step, b.row);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(5, a.second, a.row);
-        fetch_tile(a.second + TILES_AHEAD * a.step, a.row);
+        if (ahead) fetch_tile(a.second + ahead * a.step, a.row);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
-        fetch_tile(b.second + TILES_AHEAD * b.step, b.row);
+        if (ahead) fetch_tile(b.second + ahead * b.step, b.row);
         _tile_dpbf16ps(3, 5, 7);
+        if (ahead) fetch_next(&next);
         a.first += a.step, a.second += a.step, b.first += b.step, b.second += b.step;
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
     _tile_stored(2, sums + 512, 64);
     _tile_stored(3, sums + 768, 64);
+}
+
+ALWAYS_INLINE void four_tiles(i64 count, Strips a, Strips b, int starts, float *sums) {
+    four_tiles_ahead(count, a, b, starts, sums, 0, (Next){NULL, 0, 0});
 }
 
 #endif

@@ -58,49 +58,54 @@ void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const f
     free(parts);
 }
 
+// Values of a row from `at` on, as many as a register holds several times: what lies between loads and stores stays there.
+#define PIECE 64
+
+static inline void silu_gate_piece(const void *gate, const void *up, void *out, int dtype, i64 at, i64 n) {
+    float a[PIECE], b[PIECE];
+    load_row((const char *)gate + at * element_size(dtype), dtype, n, a);
+    load_row((const char *)up + at * element_size(dtype), dtype, n, b);
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) a[i] = a[i] * sigmoid_(a[i]) * b[i];
+    store_row((char *)out + at * element_size(dtype), dtype, n, a);
+}
+
 // out = silu(gate) * up
 void silu_gate_forward(const void *gate, const void *up, void *out, int dtype, i64 rows, i64 width) {
-#pragma omp parallel
-    {
-        float *a = floats(width), *b = floats(width);
-#pragma omp for schedule(static)
-        for (i64 t = 0; t < rows; t++) {
-            i64 at = t * width * element_size(dtype);
-            load_row((const char *)gate + at, dtype, width, a);
-            load_row((const char *)up + at, dtype, width, b);
-#pragma omp simd
-            for (i64 i = 0; i < width; i++) a[i] = a[i] * sigmoid_(a[i]) * b[i];
-            store_row((char *)out + at, dtype, width, a);
-        }
-        free(a);
-        free(b);
+    i64 size = rows * width;
+#pragma omp parallel for schedule(static)
+    for (i64 at = 0; at < size / PIECE * PIECE; at += PIECE) {
+        if (dtype == BF16) silu_gate_piece(gate, up, out, BF16, at, PIECE);
+        else silu_gate_piece(gate, up, out, FP32, at, PIECE);
     }
+    silu_gate_piece(gate, up, out, dtype, size / PIECE * PIECE, size % PIECE);
+}
+
+static inline void silu_gate_backward_piece(const void *grad, const void *gate, const void *up, void *grad_gate,
+                                            void *grad_up, int dtype, i64 at, i64 n) {
+    float g[PIECE], a[PIECE], b[PIECE];
+    load_row((const char *)grad + at * element_size(dtype), dtype, n, g);
+    load_row((const char *)gate + at * element_size(dtype), dtype, n, a);
+    load_row((const char *)up + at * element_size(dtype), dtype, n, b);
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) {
+        float s = sigmoid_(a[i]), silu = a[i] * s;
+        b[i] = g[i] * b[i] * (s + silu * (1.0f - s));
+        a[i] = g[i] * silu;
+    }
+    store_row((char *)grad_gate + at * element_size(dtype), dtype, n, b);
+    store_row((char *)grad_up + at * element_size(dtype), dtype, n, a);
 }
 
 void silu_gate_backward(const void *grad, const void *gate, const void *up, void *grad_gate,
                         void *grad_up, int dtype, i64 rows, i64 width) {
-#pragma omp parallel
-    {
-        float *g = floats(width), *a = floats(width), *b = floats(width);
-#pragma omp for schedule(static)
-        for (i64 t = 0; t < rows; t++) {
-            i64 at = t * width * element_size(dtype);
-            load_row((const char *)grad + at, dtype, width, g);
-            load_row((const char *)gate + at, dtype, width, a);
-            load_row((const char *)up + at, dtype, width, b);
-#pragma omp simd
-            for (i64 i = 0; i < width; i++) {
-                float s = sigmoid_(a[i]), silu = a[i] * s;
-                b[i] = g[i] * b[i] * (s + silu * (1.0f - s));
-                a[i] = g[i] * silu;
-            }
-            store_row((char *)grad_gate + at, dtype, width, b);
-            store_row((char *)grad_up + at, dtype, width, a);
-        }
-        free(g);
-        free(a);
-        free(b);
+    i64 size = rows * width;
+#pragma omp parallel for schedule(static)
+    for (i64 at = 0; at < size / PIECE * PIECE; at += PIECE) {
+        if (dtype == BF16) silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, BF16, at, PIECE);
+        else silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, FP32, at, PIECE);
     }
+    silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, dtype, size / PIECE * PIECE, size % PIECE);
 }
 
 // Rotates each pair (x_i, x_{i+half}) of each head; sign -1 turns back. cos, sin: [rows][half]
@@ -131,14 +136,14 @@ void rotary(const void *x, i64 x_stride, void *y, int dtype, const float *cosine
 }
 
 // loss[t] = logsumexp(logits[t]) - logits[t][label[t]]; with_grad turns the logits into softmax - onehot in place
-void cross_entropy(void *logits, int dtype, const i64 *labels, float *loss, i64 rows, i64 width,
+void cross_entropy(void *logits, i64 stride, int dtype, const i64 *labels, float *loss, i64 rows, i64 width,
                    int with_grad) {
 #pragma omp parallel
     {
         float *x = floats(width);
 #pragma omp for schedule(static)
         for (i64 t = 0; t < rows; t++) {
-            char *at = (char *)logits + t * width * element_size(dtype);
+            char *at = (char *)logits + t * stride * element_size(dtype);
             load_row(at, dtype, width, x);
             float top = -INFINITY, target = x[labels[t]], sum = 0;
 #pragma omp simd reduction(max : top)
@@ -154,5 +159,17 @@ void cross_entropy(void *logits, int dtype, const i64 *labels, float *loss, i64 
             store_row(at, dtype, width, x);
         }
         free(x);
+    }
+}
+
+// y = factor x
+void scaled(const float *x, float factor, void *y, int dtype, i64 size) {
+#pragma omp parallel for schedule(static)
+    for (i64 at = 0; at < size; at += PIECE) {
+        float piece[PIECE];
+        i64 n = min_(PIECE, size - at);
+#pragma omp simd
+        for (i64 i = 0; i < n; i++) piece[i] = x[at + i] * factor;
+        store_row((char *)y + at * element_size(dtype), dtype, n, piece);
     }
 }

@@ -1,0 +1,44 @@
+"""Rows of a table, and the gradient of the table: as dense as the table, with few rows that are not zero."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from easyllm.ops.huge_memory import huge_zeros
+
+
+def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
+    """`weight[token_ids]`, differentiable.
+
+    Args:
+        token_ids: [...] int; weight: [V, D].
+
+    Returns:
+        [..., D].
+    """
+    trained = torch.is_grad_enabled() and weight.requires_grad
+    if weight.device.type != "cpu" or torch.compiler.is_compiling() or not trained:
+        return F.embedding(token_ids, weight)
+    out: Tensor = _Embedding.apply(token_ids, weight)
+    return out
+
+
+class _Embedding(torch.autograd.Function):
+    """On a CPU most of PyTorch's backward pass writes the zeros of a large vocabulary; here fresh memory has them."""
+
+    @staticmethod
+    def forward(ctx: Any, token_ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(token_ids)
+        ctx.shape = weight.shape
+        return F.embedding(token_ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (token_ids,), (grad,) = ctx.saved_tensors, grads
+        used, number = token_ids.unique(return_inverse=True)
+        rows = torch.ops.aten.embedding_dense_backward(grad, number, len(used), -1, False)
+        table = huge_zeros(tuple(ctx.shape), grad.dtype)
+        table[used] = rows
+        return None, table
