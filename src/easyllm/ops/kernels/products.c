@@ -20,20 +20,21 @@
 
 typedef struct {
     i64 rows, columns, depth;
-    i64 row_strips, column_strips;  // packed at a time
+    i64 row_strips, column_strips, tiles;  // packed at a time
     i64 row_bytes, column_bytes;    // of them
 } Sizes;
 
 static Sizes sizes_of(i64 rows, i64 columns, i64 depth) {
     i64 row_strips = min_(MOST_STRIPS, even_strips(rows)), column_strips = min_(MOST_STRIPS, even_strips(columns));
-    i64 tiles = min_(MOST_TILES, (depth + DEPTH - 1) / DEPTH), strip_bytes = tiles * TILE_BYTES;
-    return (Sizes){rows, columns, depth, row_strips, column_strips, row_strips * strip_bytes, column_strips * strip_bytes};
+    i64 all_tiles = max_(1, (depth + DEPTH - 1) / DEPTH), parts = (all_tiles + MOST_TILES - 1) / MOST_TILES;
+    i64 tiles = (all_tiles + parts - 1) / parts, strip_bytes = tiles * TILE_BYTES;
+    return (Sizes){rows, columns, depth, row_strips, column_strips, tiles, row_strips * strip_bytes, column_strips * strip_bytes};
 }
 
 // Room that a product needs: packed operands, and sums, of four tiles a thread or of all that are not done.
 i64 product_bytes(i64 rows, i64 columns, i64 depth) {
     Sizes s = sizes_of(rows, columns, depth);
-    i64 open_tiles = depth > MOST_TILES * DEPTH ? s.row_strips * s.column_strips : 0;
+    i64 open_tiles = depth > s.tiles * DEPTH ? s.row_strips * s.column_strips : 0;
     return s.row_bytes + s.column_bytes + max_(open_tiles, 4 * omp_get_max_threads()) * TILE_BYTES;
 }
 
@@ -105,7 +106,7 @@ void product(const uint16_t *a, i64 a_stride, int a_turned, const uint16_t *b, i
     const Result result = {c, c_stride, c_dtype, add, bias};
     char *packed_a = room, *packed_b = packed_a + s.row_bytes;
     float *all_sums = (float *)(packed_b + s.column_bytes);
-    const int open = depth > MOST_TILES * DEPTH;
+    const int open = depth > s.tiles * DEPTH;
     // whole tiles of a matrix with its rows along C's are loaded from where they are
     const int direct = !a_turned && rows % (2 * SIDE) == 0 && depth % DEPTH == 0 && (uintptr_t)a % 64 == 0 &&
                        a_stride % LINE == 0 && a_stride % (32 * LINE) != 0;  // else rows fall upon the same sets of the cache
@@ -114,12 +115,12 @@ void product(const uint16_t *a, i64 a_stride, int a_turned, const uint16_t *b, i
         begin_whole_tiles();
         for (i64 m0 = 0; m0 < even_strips(rows); m0 += s.row_strips)
             for (i64 n0 = 0; n0 < even_strips(columns); n0 += s.column_strips)
-                for (i64 k0 = 0; k0 < depth; k0 += MOST_TILES * DEPTH) {
-                    i64 tiles = min_(MOST_TILES, (depth - k0 + DEPTH - 1) / DEPTH), strip_bytes = tiles * TILE_BYTES;
+                for (i64 k0 = 0; k0 < depth; k0 += s.tiles * DEPTH) {
+                    i64 tiles = min_(s.tiles, (depth - k0 + DEPTH - 1) / DEPTH), strip_bytes = tiles * TILE_BYTES;
                     i64 m_count = min_(s.row_strips, even_strips(rows) - m0);
                     i64 n_count = min_(s.column_strips, even_strips(columns) - n0), m_block, n_block;
                     choose_blocks(m_count, n_count, tiles, &m_block, &n_block);
-                    int starts = k0 == 0, ends = k0 + MOST_TILES * DEPTH >= depth;
+                    int starts = k0 == 0, ends = k0 + s.tiles * DEPTH >= depth;
                     if (!direct && (n0 == 0 || open)) {
 #pragma omp for schedule(dynamic) nowait
                         for (i64 m = 0; m < m_count; m += PACKED_TOGETHER)
