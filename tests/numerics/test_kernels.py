@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from easyllm.ops import activation, attention, cross_entropy, norm, rotary
+from easyllm.ops import activation, attention, cross_entropy, embedding, norm, rotary
 from easyllm.ops.attention import AttentionRule, reference_attention
 from easyllm.ops.kernels import build
 
@@ -132,6 +132,18 @@ def test_linear_cross_entropy_without_labels_is_zero(path):
     assert out.num_tokens == 0
     assert out.sum == 0
     assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(50, 8), (9000, 300)], ids=["small", "in large pages"])
+def test_the_gradient_of_an_embedding_has_pytorchs_bits(dtype, shape):
+    (weight,) = leaves(shape, dtype=dtype)
+    token_ids = torch.randint(0, 40, (3, 70), generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(3, 70, shape[1], generator=torch.Generator().manual_seed(2)).to(dtype)
+    ours, theirs = embedding.embedding(token_ids, weight), F.embedding(token_ids, weight)
+    assert torch.equal(ours, theirs)
+    (a,), (b,) = (torch.autograd.grad(out, weight, grad) for out in (ours, theirs))
+    assert torch.equal(a, b)
 
 
 SHAPES = {

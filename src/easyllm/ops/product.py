@@ -123,7 +123,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _kernels(a: Tensor, b: Tensor, rows: int, columns: int, depth: int) -> ctypes.CDLL | None:
     """The kernels, if they serve a product of these sizes and it is worth it."""
-    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16:
+    if torch.compiler.is_compiling() or a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16:
         return None
     if min(rows, columns, depth) < FEWEST or rows * columns * depth < SMALL:
         return None

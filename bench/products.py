@@ -1,0 +1,111 @@
+"""The three products of a linear layer in bf16, ours and PyTorch's in turn, as one JSON row.
+
+    python bench/products.py [--model smollm2] [--rows 2048] [--record]
+
+Forward, gradient of the input and gradient of the weight, for every shape of the model's layers and for its head (768 rows), in GFLOP/s:
+medians, over memory that was not in use just before. A square product between them says how fast the machine was. `relation` is
+PyTorch's time for a whole layer and the head over ours.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import machine
+import torch
+from torch import Tensor
+
+from easyllm.models import open_source
+from easyllm.ops import product as products
+
+COPIES = 8  # of each operand, used in turn
+HEAD_ROWS = 768
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=24)
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    row = machine.row("products", model=options.model, rows=options.rows)
+    counts = shapes(options.model)
+    square = [torch.randn(2048, 1536).bfloat16(), torch.randn(1536, 1536).bfloat16()]
+    squares, totals = [], {"ours": 0.0, "pytorch": 0.0}
+    row["gflops"] = {}
+    for (outputs, inputs), count in counts.items():
+        is_head = count == 0
+        rows = HEAD_ROWS if is_head else options.rows
+        flops = 2 * rows * outputs * inputs
+        times: dict[tuple[str, str], list[float]] = {}
+        copies = 1 if is_head else COPIES
+        sets = [operands(rows, outputs, inputs) for _ in range(copies)]
+        for turn in range(options.repeats // (4 if is_head else 1)):
+            squares.append(2 * 2048 * 1536**2 / seconds(lambda: square[0] @ square[1].T) / 1e9)
+            for kind, call in calls(*sets[turn % copies]).items():
+                for who in totals:
+                    times.setdefault((kind, who), []).append(seconds(served(who, call)))
+        for (kind, who), measured in times.items():
+            median = statistics.median(measured)
+            totals[who] += median * (count or options.rows / HEAD_ROWS)
+            name = f"{outputs} x {inputs}"
+            row["gflops"].setdefault(name, {}).setdefault(kind, {})[who] = round(flops / median / 1e9)
+    row["square_gflops"] = [round(x) for x in statistics.quantiles(squares, n=4)]
+    row["relation"] = round(totals["pytorch"] / totals["ours"], 2)
+    machine.finish(row, "products", record=options.record)
+
+
+def shapes(model: str) -> dict[tuple[int, int], int]:
+    """[outputs, inputs] of a model's linears and how many there are, the head's last, with a count of 0."""
+    decoder = open_source(model).model(torch.float32, torch.device("cpu"))
+    counts: dict[tuple[int, int], int] = {}
+    for name, weight in decoder.named_parameters():
+        if weight.ndim == 2 and name.startswith("layers."):
+            counts[tuple(weight.shape)] = counts.get(tuple(weight.shape), 0) + 1
+    counts[(decoder.config.vocab_size, decoder.config.hidden_size)] = 0
+    return counts
+
+
+def operands(rows: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight, gradient of the output."""
+    return (
+        torch.randn(rows, inputs).bfloat16(),
+        torch.randn(outputs, inputs).bfloat16(),
+        torch.randn(rows, outputs).bfloat16(),
+    )
+
+
+def calls(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The three products."""
+    return {
+        "forward": lambda: products.product(x, weight.T),
+        "of_input": lambda: products.product(grad, weight),
+        "of_weight": lambda: products.product(grad.T, x),
+    }
+
+
+def served(who: str, call: Callable[[], Tensor]) -> Callable[[], None]:
+    """The call with or without the kernel."""
+
+    def inner() -> None:
+        serves = products._kernels
+        if who == "pytorch":
+            products._kernels = lambda *sizes: None
+        try:
+            call()
+        finally:
+            products._kernels = serves
+
+    return inner
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
