@@ -51,7 +51,9 @@ def main() -> None:
             median = statistics.median(measured)
             totals[who] += median * (count or options.rows / HEAD_ROWS)
             name = f"{outputs} x {inputs}"
-            row["gflops"].setdefault(name, {}).setdefault(kind, {})[who] = round(flops / median / 1e9)
+            row["gflops"].setdefault(name, {}).setdefault(kind, {})[who] = round(
+                flops / median / 1e9
+            )
     row["square_gflops"] = [round(x) for x in statistics.quantiles(squares, n=4)]
     row["relation"] = round(totals["pytorch"] / totals["ours"], 2)
     machine.finish(row, "products", record=options.record)

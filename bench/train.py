@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import machine
 import torch
@@ -80,9 +81,9 @@ def ours(options: argparse.Namespace, *more: str) -> dict[str, float]:
     }
 
 
-def packed_steps(options: argparse.Namespace, *, steps: int = 8) -> dict[str, float]:
-    """Steps of 2,048 packed tokens: medians of their rate, of the matmul rate measured before and behind each, and of the
-    model's FLOPs as a share of it."""
+def packed_steps(options: argparse.Namespace, *, steps: int = 12) -> dict[str, Any]:
+    """Steps of 2,048 packed tokens: their rate, the matmul rate measured before and behind each, and the model's FLOPs as a
+    share of it; medians, each step's (shared machines swing between states), and the share of all steps together."""
     with tempfile.TemporaryDirectory() as work:
         config = TrainConfig.model_validate(
             {
@@ -106,7 +107,7 @@ def packed_steps(options: argparse.Namespace, *, steps: int = 8) -> dict[str, fl
         step_flops(model.config, config),
     )
     model.train()
-    rates, speeds, shares = [], [], []
+    rates, speeds, shares, done, times = [], [], [], [], []
     for number in range(steps + 2):  # two warm up
         batches = loader.next_step()
         before = matmul_rate(dtype, repeats=40)  # half a second: its speed swings
@@ -119,11 +120,15 @@ def packed_steps(options: argparse.Namespace, *, steps: int = 8) -> dict[str, fl
         if number > 1:
             rates.append(rate)
             speeds.append(sum(lengths) / seconds)
+            done.append(flops(lengths))
+            times.append(seconds)
             shares.append(flops(lengths) / seconds / rate)
     return {
         "tokens_per_s": round(statistics.median(speeds), 1),
         "matmul_gflops": round(statistics.median(rates) / 1e9),
         "mfu": round(statistics.median(shares), 3),
+        "steps": [[round(r / 1e9), round(s, 2)] for r, s in zip(rates, shares, strict=True)],
+        "mfu_overall": round(sum(done) / sum(s * r for s, r in zip(times, rates, strict=True)), 3),
     }
 
 

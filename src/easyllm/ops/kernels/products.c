@@ -13,6 +13,7 @@
 #define LINE 32             // elements of a cache line
 #define BLOCK_BYTES (3 << 19)  // of both operands of a block of C, which stay in the second cache
 #define BLOCKS_A_THREAD 4   // at least: threads are not equally fast
+#define STREAMED_BYTES (16 << 20)  // of a result that is too large to be in any cache when it is read
 #define TILES_AHEAD 2       // of a strip, between the one in use and the one being fetched
 #define MOST_STRIPS 128     // packed at a time
 #define MOST_TILES 64       // of a strip, packed at a time
@@ -58,7 +59,7 @@ static void choose_blocks(i64 row_strips, i64 column_strips, i64 tiles, i64 *row
 typedef struct {
     void *data;
     i64 stride;
-    int dtype, add;
+    int dtype, add, streams;
     const float *bias;
 } Result;
 
@@ -71,8 +72,8 @@ ALWAYS_INLINE void put_down_row(const Result *c, i64 at, const float *bias, __mm
     if (c->dtype == BF16) {
         uint16_t *out = (uint16_t *)c->data + at;
         __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-        // a whole line goes to memory without being read first; nothing of it is used here again
-        if (there == ~0u && (uintptr_t)out % 64 == 0) _mm512_stream_si512((__m512i *)out, values);
+        // a whole line goes to memory without being read first
+        if (c->streams && there == ~0u && (uintptr_t)out % 64 == 0) _mm512_stream_si512((__m512i *)out, values);
         else _mm512_mask_storeu_epi16(out, there, values);
         return;
     }
@@ -103,7 +104,7 @@ void product(const uint16_t *a, i64 a_stride, int a_turned, const uint16_t *b, i
              const float *bias, void *c, i64 c_stride, int c_dtype, int add, i64 rows, i64 columns, i64 depth, char *room) {
     const Sizes s = sizes_of(rows, columns, depth);
     const Operand left = {a, a_stride, a_turned}, right = {b, b_stride, b_turned};
-    const Result result = {c, c_stride, c_dtype, add, bias};
+    const Result result = {c, c_stride, c_dtype, add, rows * columns * 2 >= STREAMED_BYTES, bias};
     char *packed_a = room, *packed_b = packed_a + s.row_bytes;
     float *all_sums = (float *)(packed_b + s.column_bytes);
     const int open = depth > s.tiles * DEPTH;
