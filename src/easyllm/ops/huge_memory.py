@@ -41,7 +41,7 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         return None
     storage = torch.frombuffer(memory, dtype=dtype).untyped_storage()
     # not a view of it: autograd adds to a gradient in place only where no other tensor has its memory
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def return_freed_memory() -> None:
