@@ -10,19 +10,19 @@
 
 #ifdef HAS_TILES
 
-#define LINE 32             // elements of a cache line
-#define BLOCK_BYTES (3 << 19)  // of both operands of a block of C, which stay in the second cache
-#define BLOCKS_A_THREAD 4   // at least: threads are not equally fast
+#define LINE 32                    // elements of a cache line
+#define MOST_STRIPS 128            // packed at a time
+#define MOST_TILES 64              // of a strip, packed at a time
+#define PACKED_TOGETHER 16         // strips, whose rows lie in one piece
+#define BLOCK_BYTES (3 << 19)      // of both operands of a block of C, which stay in the second cache
+#define BLOCKS_A_THREAD 4          // at least: threads are not equally fast
+#define TILES_AHEAD 2              // of a strip, between the one in use and the one being fetched
 #define STREAMED_BYTES (16 << 20)  // of a result that is too large to be in any cache when it is read
-#define TILES_AHEAD 2       // of a strip, between the one in use and the one being fetched
-#define MOST_STRIPS 128     // packed at a time
-#define MOST_TILES 64       // of a strip, packed at a time
-#define PACKED_TOGETHER 16  // strips: whole rows of pages are read
 
 typedef struct {
     i64 rows, columns, depth;
     i64 row_strips, column_strips, tiles;  // packed at a time
-    i64 row_bytes, column_bytes;    // of them
+    i64 row_bytes, column_bytes;           // of them
 } Sizes;
 
 static Sizes sizes_of(i64 rows, i64 columns, i64 depth) {
