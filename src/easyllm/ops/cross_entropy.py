@@ -141,7 +141,7 @@ def _error(
     products: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Each row's loss, and its gradient with respect to the products."""
-    if gpu_ready(products):
+    if gpu_ready(products) and products.is_contiguous():
         return _on_gpu(products, labels, shape, with_grad=with_grad)
     if shape == (None, 0.0, 0.0):
         return softmax_error(products, labels, with_grad=with_grad)
@@ -245,7 +245,7 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _logits(rows: int, columns: int, like: Tensor) -> Tensor:
     """Room for logits. On a CPU their rows lie a cache line further apart: at a multiple of 2 kB from each other, which many
     vocabularies are, rows fall upon the same few places of the cache."""
-    if like.device.type != "cpu":
+    if like.device.type != "cpu" or gpu_ready(like):  # in Triton's interpreter
         return like.new_empty(rows, columns)
     return _empty((rows, columns + 64 // like.element_size()), like.dtype, like.device)[:, :columns]
 
