@@ -142,6 +142,17 @@ def test_frozen_weights_have_no_gradient(path):
     assert not linear(x.detach(), weight).requires_grad
 
 
+def test_a_gradient_can_be_differentiated_again(path):
+    x, weight = bf16(64, 128).requires_grad_(), bf16(96, 128, seed=1).requires_grad_()
+    (grad,) = torch.autograd.grad(linear(x, weight).float().sum(), x, create_graph=True)
+    grad.float().square().sum().backward()
+    sums = weight.detach().double().sum(0)  # of each input's weights: its gradient in every row
+    expected = (2 * 64 * sums).expand(96, 128)
+    torch.testing.assert_close(
+        weight.grad.double(), expected, atol=0.02 * float(expected.abs().max()), rtol=0.02
+    )
+
+
 def test_what_the_kernel_does_not_serve_is_pytorchs():
     need_unit()
     weight = bf16(64, 64)

@@ -106,12 +106,15 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        of_rows = product(grad, weight) if of_x else None
+        times = (
+            torch.mm if torch.is_grad_enabled() else product
+        )  # a gradient that is differentiated again
+        of_rows = times(grad, weight) if of_x else None
         if of_rows is not None and x.ndim != 2:  # of a view, autograd would make copies to add to
             of_rows = of_rows.view(x.shape)
         return (
             of_rows,
-            product(grad.T, x.reshape(len(grad), -1)) if of_weight else None,
+            times(grad.T, x.reshape(len(grad), -1)) if of_weight else None,
             grad.sum(0) if of_bias else None,
         )
 
