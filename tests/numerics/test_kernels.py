@@ -150,6 +150,7 @@ SHAPES = {
     "gqa": (9, 3, 64, (1, 17, 200, 333), AttentionRule(scale=0.125)),
     "mha, window": (4, 4, 16, (50, 129), AttentionRule(scale=0.3, window=20)),
     "mqa, bidirectional": (4, 1, 32, (77, 3), AttentionRule(scale=0.2, causal=False)),
+    "short window": (4, 2, 64, (500, 3), AttentionRule(scale=0.1, window=40)),
     "window over blocks": (2, 1, 48, (300,), AttentionRule(scale=0.1, window=130)),
     "odd head_dim": (2, 2, 10, (31, 8), AttentionRule(scale=0.3)),
     "two-sided window": (2, 2, 16, (40,), AttentionRule(scale=0.3, causal=False, window=7)),

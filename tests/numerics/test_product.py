@@ -23,6 +23,7 @@ def path(request, monkeypatch):
         monkeypatch.setattr(product_module, "_kernels", lambda *args: None)
     else:
         need_unit()
+        monkeypatch.setattr(product_module, "SMALL", 1)
     return request.param
 
 
@@ -90,8 +91,9 @@ def test_operands_with_gaps_and_repeats(path):
     close(product(a, b), a.double() @ b.double())
 
 
-def test_a_row_has_the_same_bits_whatever_is_beside_it():
+def test_a_row_has_the_same_bits_whatever_is_beside_it(monkeypatch):
     need_unit()
+    monkeypatch.setattr(product_module, "SMALL", 1)
     x, weight = bf16(300, 320), bf16(96, 320, seed=1)
     whole = product(x, weight.T)
     for rows in (slice(0, 32), slice(37, 100), slice(200, 300)):
@@ -153,6 +155,29 @@ def test_a_gradient_can_be_differentiated_again(path):
     )
 
 
+def test_what_does_not_fit_is_refused(path):
+    x, weight = bf16(256, 256), bf16(96, 256)
+    with pytest.raises(RuntimeError):
+        linear(x, bf16(96, 64))
+    with pytest.raises(RuntimeError):
+        product(x, weight)
+    with pytest.raises(ValueError, match="out is"):
+        product(x, weight.T, out=torch.empty(256, 90, dtype=torch.bfloat16))
+    one = bf16(1)
+    close(linear(x, weight, one), x.double() @ weight.double().T + one.double())
+    turned = torch.empty(96, 256, dtype=torch.bfloat16).T
+    close(product(x, weight.T, out=turned), x.double() @ weight.double().T)
+
+
+def test_only_what_gradients_need_is_kept(path):
+    x, frozen = bf16(256, 128).requires_grad_(), bf16(96, 128)
+    middle = x * 1
+    out = linear(middle, frozen)
+    middle.add_(1)  # the gradient of the input does not need it
+    out.float().sum().backward()
+    close(x.grad, torch.ones(256, 96).double() @ frozen.double())
+
+
 def test_what_the_kernel_does_not_serve_is_pytorchs():
     need_unit()
     weight = bf16(64, 64)
@@ -193,6 +218,18 @@ def test_scores_that_are_no_number_reach_only_their_sequence():
     out = attention(q, k, v, AttentionRule(scale=0.125), (50, 50))
     assert out[10, 0].isnan().all()
     assert out.isnan().sum() == 64
+
+
+def test_a_key_that_is_no_number_is_not_taken_for_unseen():
+    """Sequences of several chunks of keys: whoever sees the key has no number, wherever in its chunk it lies."""
+    need_unit()
+    for place in (0, 100, 243, 255, 256, 500):
+        q, k, v = (bf16(600, 1, 64, seed=n).requires_grad_() for n in range(3))
+        with torch.no_grad():
+            k[place] = float("nan")
+        out = attention(q, k, v, AttentionRule(scale=0.125), (600,))
+        assert out[place:].isnan().all(), place
+        assert not out[:place].isnan().any(), place
 
 
 def test_the_unit_can_be_left_unused():

@@ -293,7 +293,8 @@ def _window_bites(rule: AttentionRule, key: Tensor) -> bool:
 
 
 def _kernel_fits(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> bool:
-    return _packs(rule) and q.shape[-1] % 16 == 0 and kernels_for(q, k, v) is not None
+    alike = q.dtype == k.dtype == v.dtype and q.shape[-1] % 16 == 0
+    return _packs(rule) and alike and kernels_for(q, k, v) is not None
 
 
 def _packs(rule: AttentionRule) -> bool:

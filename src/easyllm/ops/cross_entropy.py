@@ -106,7 +106,7 @@ def softmax_error(
     """
     if gpu_ready(logits) and logits.is_contiguous():
         return _on_gpu(logits, labels, _Shape(None, 0.0, 0.0), with_grad=with_grad)
-    kernels = kernels_for(logits) if logits.stride(1) == 1 else None
+    kernels = kernels_for(logits) if _rows_apart(logits) else None
     if kernels is not None:
         loss = torch.empty(len(labels))
         kernels.cross_entropy(
@@ -188,7 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         chunk_rows = even_chunks(hidden.shape[0], chunk_rows)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_hidden = hidden.new_empty(hidden.shape) if needs_hidden else None
         grad_weight: Tensor | None = None
         if needs_weight:
             alone = hidden.shape[0] <= chunk_rows
@@ -230,6 +230,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = _scaled(grad_weight, grad, ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _rows_apart(x: Tensor) -> bool:
+    """Whether each row is in one piece that is no other row's."""
+    return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

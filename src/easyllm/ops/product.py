@@ -36,7 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [..., N]; products are summed in fp32, or in fp64 for fp64.
     """
     num_rows = x.numel() // max(1, x.shape[-1])
-    if _kernels(x, weight, num_rows, *weight.shape) is None:
+    fits = x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+    if not fits or _kernels(x, weight, num_rows, *weight.shape) is None:
         return F.linear(x, weight, bias)
     trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and trained:
@@ -63,10 +64,19 @@ def product(
     Returns:
         [M, N], dtype of `a` or `out`. Where the kernel serves, an element has the same bits whatever rows and columns are
         beside it.
+
+    Raises:
+        ValueError: `out` has another shape.
     """
     (rows, depth), columns = a.shape, b.shape[1]
-    kernels = _kernels(a, b, rows, columns, depth)
-    if kernels is None:
+    if out is not None and out.shape != (rows, columns):
+        raise ValueError(f"out is {tuple(out.shape)}, the product {(rows, columns)}")
+    fits = b.shape[0] == depth and (bias is None or bias.shape == (columns,))
+    if out is not None:
+        fits = fits and out.stride(1) == 1 and out.dtype in DTYPE_CODES
+        fits = fits and (not add or out.dtype == torch.float32)
+    kernels = _kernels(a, b, rows, columns, depth) if fits else None
+    if kernels is None:  # what fits nowhere is refused there
         found = torch.mm(
             a, b, out=out if out is not None and out.dtype == a.dtype and not add else None
         )
@@ -98,20 +108,24 @@ def product(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.shape = x.shape
         return _linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad = grads[0].reshape(-1, weight.shape[0])
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
         of_x, of_weight, of_bias = ctx.needs_input_grad
         times = (
             torch.mm if torch.is_grad_enabled() else product
         )  # a gradient that is differentiated again
         of_rows = times(grad, weight) if of_x else None
-        if of_rows is not None and x.ndim != 2:  # of a view, autograd would make copies to add to
-            of_rows = of_rows.view(x.shape)
+        if (
+            of_rows is not None and len(ctx.shape) != 2
+        ):  # of a view, autograd would make copies to add to
+            of_rows = of_rows.view(ctx.shape)
         return (
             of_rows,
             times(grad.T, x.reshape(len(grad), -1)) if of_weight else None,

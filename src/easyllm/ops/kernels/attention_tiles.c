@@ -103,14 +103,14 @@ static inline void keys_of(const Shape *s, i64 query, i64 length, i64 *first, i6
 static float softmax_row(float *scores, i64 row, i64 start, i64 count, i64 first, i64 last, float scale, float *top,
                          float *sum, uint16_t *probabilities) {
     __m512 best = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    if (max_(first, start) > min_(last, start + count * BLOCK - 1)) {  // nothing to see here
+        for (i64 b = 0; b < count; b++) store_operand(probabilities + b * PAIR, row, total, total);
+        return 1.0f;
+    }
     for (i64 j = 0; j < 2 * count; j++)
         best = _mm512_mask_max_ps(best, lanes_in(start + 16 * j, first, last), best,
                                   _mm512_load_ps(sums_row(scores + j / 2 * SUMS, row, j % 2)));
     float highest = fmaxf(*top, _mm512_reduce_max_ps(best) * scale);
-    if (highest == -INFINITY) {  // nothing to see here
-        for (i64 b = 0; b < count; b++) store_operand(probabilities + b * PAIR, row, total, total);
-        return 1.0f;
-    }
     __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(-highest);
     for (i64 b = 0; b < count; b++) {
         __m512 halves[2];
@@ -225,6 +225,11 @@ typedef struct {
     uint16_t *grad_q, *grad_k, *grad_v;
 } Tensors;
 
+// the first block of queries that none of a block's keys is seen from any more
+static i64 end_of_queries(const Shape *s, i64 block, i64 blocks) {
+    return s->window ? min_(blocks, (block * BLOCK + BLOCK - 1 + s->window - 1) / BLOCK + 1) : blocks;
+}
+
 static void backward_of_group(Tensors x, i64 length, const Shape *s, Room room) {
     Parts p = parts_of(s, length);
     i64 along_head = p.blocks * p.inputs, along_tokens = p.pairs * p.blocks, width = s->heads * s->dim;
@@ -245,14 +250,16 @@ static void backward_of_group(Tensors x, i64 length, const Shape *s, Room room) 
         pack_along_tokens(q, s->q_stride, length, s, queries_along);
         pack_along_head(grad, width, length, s, 1, grads);
         pack_along_tokens(grad, width, length, s, grads_along);
+        if (s->window) memset(dq, 0, (size_t)along_tokens * SUMS * sizeof(*dq));  // later groups are the first to reach some
         terms_of_queries(grad, x.out + h * s->dim, x.lse + h, length, s, lse, delta);
         for (i64 group = 0; group < p.blocks; group += KEY_GROUP) {
             i64 size = min_(KEY_GROUP, p.blocks - group), from = s->causal ? group : 0;
+            i64 to_last = end_of_queries(s, group + size - 1, p.blocks);
             for (i64 b = group; b < group + size; b++) {
-                i64 first = s->causal ? b : 0;
-                for (i64 i = from; i < p.blocks; i++) {
+                i64 first = s->causal ? b : 0, end = end_of_queries(s, b, p.blocks);
+                for (i64 i = from; i < to_last; i++) {
                     uint16_t *to = turned + (i * KEY_GROUP + b - group) * PAIR;
-                    if (i < first) {
+                    if (i < first || i >= end) {
                         memset(to, 0, PAIR * sizeof(*to));
                         continue;
                     }
@@ -267,16 +274,16 @@ static void backward_of_group(Tensors x, i64 length, const Shape *s, Room room) 
                 }
                 for (i64 c = 0; c < p.pairs; c++) {
                     i64 at = (c * p.blocks + first) * PAIR, sums = (b * p.pairs + c) * SUMS;
-                    four_tiles(p.blocks - first, packed_strips(probabilities + first * PAIR), packed_strips(grads_along + at),
+                    four_tiles(end - first, packed_strips(probabilities + first * PAIR), packed_strips(grads_along + at),
                                h == 0, dv + sums);
-                    four_tiles(p.blocks - first, packed_strips(gradient + first * PAIR), packed_strips(queries_along + at),
+                    four_tiles(end - first, packed_strips(gradient + first * PAIR), packed_strips(queries_along + at),
                                h == 0, dk + sums);
                 }
             }
-            for (i64 i = from; i < p.blocks; i++)
+            for (i64 i = from; i < to_last; i++)
                 for (i64 c = 0; c < p.pairs; c++)
                     four_tiles(size, packed_strips(turned + i * KEY_GROUP * PAIR),
-                               packed_strips(keys_along + (c * p.blocks + group) * PAIR), group == 0,
+                               packed_strips(keys_along + (c * p.blocks + group) * PAIR), group == 0 && !s->window,
                                dq + (i * p.pairs + c) * SUMS);
         }
         store_sums(dq, length, s, width, x.grad_q + h * s->dim);

@@ -95,7 +95,7 @@ class AdamWNumbers(ctypes.Structure):
 
 
 class AttentionShape(ctypes.Structure):
-    """`Shape` of attention.c."""
+    """`Shape` of attention.h."""
 
     _fields_ = [
         ("heads", _LONG),

@@ -58,7 +58,7 @@ void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const f
     free(parts);
 }
 
-// Values of a row from `at` on, as many as a register holds several times: what lies between loads and stores stays there.
+// Values from `at` on, whatever rows they are of; few enough for what lies between loads and stores to stay in registers.
 #define PIECE 64
 
 static inline void silu_gate_piece(const void *gate, const void *up, void *out, int dtype, i64 at, i64 n) {
