@@ -2,8 +2,8 @@
 
     Y = X Wᵀ + b        ∂X = ∂Y W        ∂W = ∂Yᵀ X        ∂b = Σ ∂Y
 
-On a CPU with a matrix unit (AMX), bf16 products run in a kernel of ours: PyTorch's reach half of what the unit gives to
-large square matrices when a model is as narrow as the default one, and ∂W, whose operands lie the other way, less than that
+On a CPU with a matrix unit (AMX), bf16 products run in a kernel of ours: PyTorch's reach a part of what the unit gives to
+large square matrices when a model is as narrow as the default one, and for ∂W, whose operands lie the other way, half of that
 (figures in docs/kernels.md). Everything else is PyTorch's.
 """
 
@@ -23,7 +23,8 @@ FEWEST = 32
 """Rows, columns and inputs below which tiles are mostly empty."""
 SMALL = 1 << 20
 """Products (rows x columns x inputs) below which packing costs more than the unit saves."""
-ALIGNMENT = 64
+PLAIN = (Tensor, nn.Parameter)
+"""Not the sharded and traced kinds, whose memory is not what it seems."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -118,13 +119,11 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        times = (
-            torch.mm if torch.is_grad_enabled() else product
-        )  # a gradient that is differentiated again
+        # PyTorch's for a gradient that is differentiated again
+        times = torch.mm if torch.is_grad_enabled() else product
         of_rows = times(grad, weight) if of_x else None
-        if (
-            of_rows is not None and len(ctx.shape) != 2
-        ):  # of a view, autograd would make copies to add to
+        # no view where none is needed: autograd would make copies to add to
+        if of_rows is not None and len(ctx.shape) != 2:
             of_rows = of_rows.view(ctx.shape)
         return (
             of_rows,
@@ -150,10 +149,6 @@ def _kernels(a: Tensor, b: Tensor, rows: int, columns: int, depth: int) -> ctype
     return kernels if kernels is not None and kernels.product_ready() else None
 
 
-PLAIN = (Tensor, nn.Parameter)
-"""Not the sharded and traced kinds, whose memory is not what it seems."""
-
-
 def _in_rows(x: Tensor) -> Tensor:
     """x, or a copy where neither its rows nor its columns lie in one piece."""
     rows, columns = x.stride()
@@ -174,10 +169,9 @@ class _Room(threading.local):
         self.memory = torch.empty(0, dtype=torch.uint8)
 
     def address(self, num_bytes: int) -> int:
-        if len(self.memory) < num_bytes + ALIGNMENT:
-            self.memory = huge_empty((num_bytes + ALIGNMENT,), torch.uint8)
-        start = self.memory.data_ptr()
-        return start + -start % ALIGNMENT
+        if len(self.memory) < num_bytes:
+            self.memory = huge_empty((num_bytes,), torch.uint8)
+        return self.memory.data_ptr()  # PyTorch and the system hand out whole cache lines
 
 
 _room = _Room()

@@ -34,27 +34,6 @@ static inline void mask_row(const Shape *s, float *row, i64 query, i64 k0, i64 n
     for (i64 j = nk; j < padded; j++) row[j] = -INFINITY;
 }
 
-typedef struct {
-    i64 length, number;
-} Sequence;
-
-static int by_length(const void *a, const void *b) {
-    const Sequence *x = a, *y = b;
-    if (x->length != y->length) return x->length < y->length ? 1 : -1;
-    return x->number < y->number ? -1 : 1;
-}
-
-i64 *longest_first(const i64 *starts, i64 num_sequences) {
-    Sequence *sequences = malloc((size_t)(num_sequences + 1) * sizeof(*sequences));
-    i64 *order = malloc((size_t)(num_sequences + 1) * sizeof(*order));
-    if (!sequences || !order) abort();
-    for (i64 n = 0; n < num_sequences; n++) sequences[n] = (Sequence){starts[n + 1] - starts[n], n};
-    qsort(sequences, (size_t)num_sequences, sizeof(*sequences), by_length);
-    for (i64 n = 0; n < num_sequences; n++) order[n] = sequences[n].number;
-    free(sequences);
-    return order;
-}
-
 void attention_forward(const void *q, const void *k, const void *v, void *out, float *lse, const i64 *starts,
                        i64 num_sequences, const Shape *s) {
     if (s->dtype == BF16 && tiles_ready()) {

@@ -13,9 +13,6 @@ typedef struct {
     i64 window;  // 0: none
 } Shape;
 
-// Sequences, the longest first: what is left for the end is small.
-i64 *longest_first(const i64 *starts, i64 num_sequences);
-
 // attention_tiles.c: the same for bf16, where the processor has a matrix unit
 void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out, float *lse,
                              const i64 *starts, i64 num_sequences, const Shape *s);

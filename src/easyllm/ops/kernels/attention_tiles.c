@@ -78,10 +78,8 @@ static inline __m512 exp_lanes(__m512 x) {  // exp_ of cpu.h
 // A row's 16 sums in the left or right half of 32 x 32 sums, and its 32 values as a row of an operand's two tiles.
 static inline float *sums_row(float *sums, i64 row, i64 half) { return sums + row / SIDE * 512 + half * 256 + row % SIDE * 16; }
 
-static inline uint16_t *operand_row(uint16_t *pair, i64 row) { return pair + row * DEPTH; }
-
 static inline void store_operand(uint16_t *pair, i64 row, __m512 left, __m512 right) {
-    _mm512_store_si512(operand_row(pair, row), (__m512i)_mm512_cvtne2ps_pbh(right, left));
+    _mm512_store_si512(pair + row * DEPTH, (__m512i)_mm512_cvtne2ps_pbh(right, left));
 }
 
 // a row of 32 x 32 sums times a factor, as bf16
@@ -290,6 +288,28 @@ static void backward_of_group(Tensors x, i64 length, const Shape *s, Room room) 
     }
     store_sums(dk, length, s, s->kv_heads * s->dim, x.grad_k);
     store_sums(dv, length, s, s->kv_heads * s->dim, x.grad_v);
+}
+
+typedef struct {
+    i64 length, number;
+} Sequence;
+
+static int by_length(const void *a, const void *b) {
+    const Sequence *x = a, *y = b;
+    if (x->length != y->length) return x->length < y->length ? 1 : -1;
+    return x->number < y->number ? -1 : 1;
+}
+
+// Sequences, the longest first: what is left for the end is small.
+static i64 *longest_first(const i64 *starts, i64 num_sequences) {
+    Sequence *sequences = malloc((size_t)(num_sequences + 1) * sizeof(*sequences));
+    i64 *order = malloc((size_t)(num_sequences + 1) * sizeof(*order));
+    if (!sequences || !order) abort();
+    for (i64 n = 0; n < num_sequences; n++) sequences[n] = (Sequence){starts[n + 1] - starts[n], n};
+    qsort(sequences, (size_t)num_sequences, sizeof(*sequences), by_length);
+    for (i64 n = 0; n < num_sequences; n++) order[n] = sequences[n].number;
+    free(sequences);
+    return order;
 }
 
 void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out, float *lse,
