@@ -107,7 +107,7 @@ def packed_steps(options: argparse.Namespace, *, steps: int = 12) -> dict[str, A
         step_flops(model.config, config),
     )
     model.train()
-    rates, speeds, shares, done, times = [], [], [], [], []
+    measured = []  # tokens, FLOPs, seconds, matmul rate of each step
     for number in range(steps + 2):  # two warm up
         batches = loader.next_step()
         before = matmul_rate(dtype, repeats=40)  # half a second: its speed swings
@@ -118,17 +118,16 @@ def packed_steps(options: argparse.Namespace, *, steps: int = 12) -> dict[str, A
         rate = (before + matmul_rate(dtype, repeats=40)) / 2
         lengths = tuple(n for batch in batches for n in batch.lengths)
         if number > 1:
-            rates.append(rate)
-            speeds.append(sum(lengths) / seconds)
-            done.append(flops(lengths))
-            times.append(seconds)
-            shares.append(flops(lengths) / seconds / rate)
+            measured.append((sum(lengths), flops(lengths), seconds, rate))
+    shares = [done / seconds / rate for _, done, seconds, rate in measured]
+    rates = [rate for *_, rate in measured]
+    possible = sum(seconds * rate for *_, seconds, rate in measured)
     return {
-        "tokens_per_s": round(statistics.median(speeds), 1),
+        "tokens_per_s": round(statistics.median(n / seconds for n, _, seconds, _ in measured), 1),
         "matmul_gflops": round(statistics.median(rates) / 1e9),
         "mfu": round(statistics.median(shares), 3),
         "steps": [[round(r / 1e9), round(s, 2)] for r, s in zip(rates, shares, strict=True)],
-        "mfu_overall": round(sum(done) / sum(s * r for s, r in zip(times, rates, strict=True)), 3),
+        "mfu_overall": round(sum(done for _, done, *_ in measured) / possible, 3),
     }
 
 
