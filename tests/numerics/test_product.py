@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from easyllm.ops import product as product_module
 from easyllm.ops.attention import AttentionRule, attention, reference_attention
 from easyllm.ops.kernels import build
-from easyllm.ops.product import linear, product
+from easyllm.ops.product import linear, linears, product, products, sum_of_products
 
 HALF_STEP = 2.0**-8
 """Largest relative error of a sum that is rounded to bf16 once, with a little room for the sum's own."""
@@ -136,6 +136,66 @@ def test_gradients_of_a_linear_layer(path, shape):
         close(a.grad, b.grad)
 
 
+WIDTHS = [
+    (64, 32, 96),
+    (96, 64),
+    (1100, 992),  # more inputs of the sum, and rows, than are packed at a time
+    (40, 64),  # which cannot be joined
+]
+
+
+@pytest.mark.parametrize("rows", [2080, 50, 64])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_matrices_joined_are_their_own_products(path, widths, rows):
+    if rows > 2000:
+        widths = widths[:2]
+    x, weights = bf16(rows, 160), [bf16(n, 160, seed=n) for n in widths]
+    errors = [bf16(rows, n, seed=n + 1) for n in widths]
+    for out, weight in zip(linears(x, weights, [None] * len(widths)), weights, strict=True):
+        close(out, x.double() @ weight.double().T)
+        if path == "kernel":
+            assert torch.equal(out, product(x, weight.T))
+    for out, error in zip(products([e.T for e in errors], x), errors, strict=True):
+        close(out, error.double().T @ x.double())
+        if path == "kernel":
+            assert torch.equal(out, product(error.T, x))
+    exact = sum(e.double() @ w.double() for e, w in zip(errors, weights, strict=True))
+    found = sum_of_products(errors, weights)
+    if path == "kernel" and widths[0] % 32 == 0:
+        close(found, exact)
+    else:
+        assert (found.double() - exact).norm() < 0.01 * exact.norm()
+
+
+def test_joined_operands_lie_as_they_like(path):
+    rows = 128
+    errors = [bf16(rows, 64), bf16(32, rows).T, bf16(rows, 64)[:, ::2]]
+    weights = [bf16(96, 64, seed=3).T, bf16(32, 96, seed=4), bf16(1, 96, seed=5).expand(32, 96)]
+    exact = sum(e.double() @ w.double() for e, w in zip(errors, weights, strict=True))
+    assert (sum_of_products(errors, weights).double() - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("trained", [(0, 1, 2, 3, 4, 5, 6), (0,), (2, 3), (0, 2, 6)], ids=str)
+def test_gradients_of_layers_of_one_input(path, trained):
+    """x, three weights and their biases, of which some are trained."""
+    leaves = [bf16(4, 70, 96), *(bf16(n, 96, seed=n) for n in (64, 32, 128))]
+    leaves += [bf16(n, seed=n) for n in (64, 32, 128)]
+    ours = [leaf.clone().requires_grad_(i in trained) for i, leaf in enumerate(leaves)]
+    theirs = [leaf.double().requires_grad_(i in trained) for i, leaf in enumerate(leaves)]
+    found = linears(ours[0], ours[1:4], ours[4:])
+    exact = [F.linear(theirs[0], w, b) for w, b in zip(theirs[1:4], theirs[4:], strict=True)]
+    weights = [bf16(*y.shape, seed=9) for y in exact]
+    for a, b in zip(found, exact, strict=True):
+        assert (a.double() - b).norm() < 0.004 * b.norm()
+    for outputs in (found, exact):
+        pairs = zip(outputs, weights, strict=True)
+        sum((y.double() * w.double()).sum() for y, w in pairs).backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if b.grad is not None:
+            assert (a.grad.double() - b.grad).norm() < 0.006 * b.grad.norm()
+
+
 def test_frozen_weights_have_no_gradient(path):
     x, weight = bf16(64, 128).requires_grad_(), bf16(96, 128, seed=1)
     linear(x, weight).float().sum().backward()  # whose gradient is one number, repeated
@@ -182,12 +242,12 @@ def test_what_the_kernel_does_not_serve_is_pytorchs():
     need_unit()
     weight = bf16(64, 64)
     serves = product_module._kernels
-    assert serves(weight, weight, 1024, 64, 64) is not None
-    assert serves(weight, weight, 31, 4096, 4096) is None  # too few rows
-    assert serves(weight.float(), weight, 1024, 64, 64) is None
+    assert serves((weight, weight), 1024, 64, 64) is not None
+    assert serves((weight, weight), 31, 4096, 4096) is None  # too few rows
+    assert serves((weight.float(), weight), 1024, 64, 64) is None
     with torch.autocast("cpu", torch.bfloat16):
         x = torch.randn(1024, 64, requires_grad=True)
-        assert serves(weight, weight, 1024, 64, 64) is None
+        assert serves((weight, weight), 1024, 64, 64) is None
         assert linear(x, torch.randn(64, 64)).dtype == torch.bfloat16
     assert linear(torch.randn(1024, 64), torch.randn(64, 64)).dtype == torch.float32
 

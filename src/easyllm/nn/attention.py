@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from easyllm.nn.config import AttentionConfig
-from easyllm.nn.linear import Linear
+from easyllm.nn.linear import Linear, outputs_of
 from easyllm.nn.norm import build_norm
 from easyllm.nn.position import build_position
 from easyllm.ops.attention import AttentionContext, AttentionRule, attention
@@ -53,9 +53,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
         heads = (x.shape[0], -1, self.config.head_dim)
-        q = self.position.rotate(self.q_norm(self.q_proj(x).view(heads)), context)  # [T, H, d]
-        k = self.position.rotate(self.k_norm(self.k_proj(x).view(heads)), context)  # [T, K, d]
-        v = self.v_proj(x).view(heads)
+        q, k, v = (y.view(heads) for y in outputs_of((self.q_proj, self.k_proj, self.v_proj), x))
+        q = self.position.rotate(self.q_norm(q), context)  # [T, H, d]
+        k = self.position.rotate(self.k_norm(k), context)  # [T, K, d]
         if self.config.logn_length is not None:
             q = q * logn_factors(context.positions, self.config.logn_length).to(q.dtype)
         if context.store is None and self.deterministic and context.prefix_lengths is None:

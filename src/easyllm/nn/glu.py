@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from easyllm.nn.config import GLUConfig
-from easyllm.nn.linear import Linear
+from easyllm.nn.linear import Linear, outputs_of
 from easyllm.ops.activation import gated
 from easyllm.ops.attention import AttentionContext
 
@@ -25,4 +25,5 @@ class GLU(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         """The same for any rows, as an expert is given them."""
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
+        gate, up = outputs_of((self.gate_proj, self.up_proj), x)
+        return self.down_proj(gated(gate, up, self.activation))

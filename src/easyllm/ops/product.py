@@ -1,14 +1,16 @@
-"""Matrix products of many rows, and the linear layer made of them with its gradients.
+"""Matrix products of many rows, and linear layers made of them with their gradients.
 
     Y = X Wᵀ + b        ∂X = ∂Y W        ∂W = ∂Yᵀ X        ∂b = Σ ∂Y
 
 On a CPU with a matrix unit (AMX), bf16 products run in a kernel of ours: PyTorch's reach a part of what the unit gives to
 large square matrices when a model is as narrow as the default one, and for ∂W, whose operands lie the other way, half of that
-(figures in docs/kernels.md). Everything else is PyTorch's.
+(figures in docs/kernels.md). Layers of one input are one product there: X is read once, and ∂X summed over all of them
+before it is rounded. Everything else is PyTorch's.
 """
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,12 +19,14 @@ from torch.nn import functional as F
 
 from easyllm.ops.huge_memory import huge_empty
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES
+from easyllm.ops.kernels.build import DTYPE_CODES, Part
 
 FEWEST = 32
 """Rows, columns and inputs below which tiles are mostly empty."""
 SMALL = 1 << 20
 """Products (rows x columns x inputs) below which packing costs more than the unit saves."""
+JOINED = 32
+"""Rows, columns and inputs of matrices that are joined come in multiples of this."""
 PLAIN = (Tensor, nn.Parameter)
 """Not the sharded and traced kinds, whose memory is not what it seems."""
 
@@ -36,15 +40,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N]; products are summed in fp32, or in fp64 for fp64.
     """
-    num_rows = x.numel() // max(1, x.shape[-1])
-    fits = x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
-    if not fits or _kernels(x, weight, num_rows, *weight.shape) is None:
-        return F.linear(x, weight, bias)
-    trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return linears(x, [weight], [bias])[0]
+
+
+def linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """`linear` of one input with each of several weights, where it can in one product."""
+    if len(weights) > 1 and any(len(weight) % JOINED for weight in weights):
+        return tuple(linear(x, *each) for each in zip(weights, biases, strict=True))
+    num_rows, columns = x.numel() // max(1, x.shape[-1]), sum(len(weight) for weight in weights)
+    fits = all(
+        x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+        for weight, bias in zip(weights, biases, strict=True)
+    )
+    if not fits or _kernels((x, *weights), num_rows, columns, x.shape[-1]) is None:
+        return tuple(F.linear(x, *each) for each in zip(weights, biases, strict=True))
+    trained = any(t is not None and t.requires_grad for t in (x, *weights, *biases))
     if torch.is_grad_enabled() and trained:
-        out: Tensor = _Linear.apply(x, weight, bias)
-        return out
-    return _linear(x, weight, bias)
+        found: tuple[Tensor, ...] = _Linears.apply(x, len(weights), *weights, *biases)
+        return found
+    return _linears(x, weights, biases)
 
 
 def product(
@@ -76,7 +92,7 @@ def product(
     if out is not None:
         fits = fits and out.stride(1) == 1 and out.dtype in DTYPE_CODES
         fits = fits and (not add or out.dtype == torch.float32)
-    kernels = _kernels(a, b, rows, columns, depth) if fits else None
+    kernels = _kernels((a, b), rows, columns, depth) if fits else None
     if kernels is None:  # what fits nowhere is refused there
         found = torch.mm(
             a, b, out=out if out is not None and out.dtype == a.dtype and not add else None
@@ -88,78 +104,154 @@ def product(
         return out.add_(found) if add else out.copy_(found)
     if out is None:
         out = a.new_empty(rows, columns)
+    _call(kernels, [a], [b], [out], bias=bias, add=add)
+    return out
+
+
+def products(a: Sequence[Tensor], b: Tensor) -> list[Tensor]:
+    """`product` of each of `a: [M, K]` with `b: [K, N]`, where it can in one."""
+    rows, (depth, columns) = sum(len(each) for each in a), b.shape
+    joined = len(a) > 1 and all(len(each) % JOINED == 0 for each in a)
+    kernels = _kernels((*a, b), rows, columns, depth) if joined else None
+    if kernels is None:
+        return [product(each, b) for each in a]
+    out = [b.new_empty(len(each), columns) for each in a]
+    _call(kernels, a, [b], out)
+    return out
+
+
+def sum_of_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Σ aᵢ bᵢ, for `a: [M, Kᵢ]` and `b: [Kᵢ, N]`; rounded once where the kernel serves."""
+    rows, columns, depth = len(a[0]), b[0].shape[1], sum(len(each) for each in b)
+    joined = len(a) > 1 and all(len(each) % JOINED == 0 for each in b)
+    kernels = _kernels((*a, *b), rows, columns, depth) if joined else None
+    out = a[0].new_empty(rows, columns) if kernels is not None else product(a[0], b[0])
+    if kernels is not None:
+        _call(kernels, a, b, [out])
+        return out
+    for x, y in zip(a[1:], b[1:], strict=True):
+        out += product(x, y)
+    return out
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, *layers: Any) -> tuple[Tensor, ...]:
+        weights, biases = layers[:count], layers[count:]
+        of_x, _, *of_layers = ctx.needs_input_grad
+        of_weights = any(of_layers[:count])
+        ctx.save_for_backward(x if of_weights else None, *(weights if of_x else ()))
+        ctx.shape = x.shape
+        return _linears(x, weights, biases)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        of_x, _, *of_layers = ctx.needs_input_grad
+        of_weights, of_biases = of_layers[: len(grads)], of_layers[len(grads) :]
+        errors = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        again = torch.is_grad_enabled()  # PyTorch's for a gradient that is differentiated again
+        of_rows = None
+        if of_x:
+            of_rows = (
+                torch.cat(errors, 1) @ torch.cat(weights)
+                if again
+                else sum_of_products(errors, weights)
+            )
+            # no view where none is needed: autograd would make copies to add to
+            if len(ctx.shape) != 2:
+                of_rows = of_rows.view(ctx.shape)
+        turned = [e.T for e, is_wanted in zip(errors, of_weights, strict=True) if is_wanted]
+        made: Sequence[Tensor] = ()
+        if turned:
+            rows = x.reshape(len(errors[0]), -1)
+            made = [e @ rows for e in turned] if again else products(turned, rows)
+        of_each = iter(made)
+        return (
+            of_rows,
+            None,
+            *(next(of_each) if is_wanted else None for is_wanted in of_weights),
+            *(
+                e.sum(0) if is_wanted else None
+                for e, is_wanted in zip(errors, of_biases, strict=True)
+            ),
+        )
+
+
+def _linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    rows = x.reshape(-1, x.shape[-1])
+    out = [rows.new_empty(len(rows), len(weight)) for weight in weights]
+    kernels = kernels_for(*weights)
+    assert kernels is not None, "asked before"
+    bias = None
+    if any(each is not None for each in biases):
+        pairs = zip(weights, biases, strict=True)
+        bias = torch.cat([w.new_zeros(len(w)) if each is None else each for w, each in pairs])
+    _call(kernels, [rows], [weight.T for weight in weights], out, bias=bias)
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in out)
+
+
+def _kernels(operands: Sequence[Tensor], rows: int, columns: int, depth: int) -> ctypes.CDLL | None:
+    """The kernels, if they serve a product of these sizes and it is worth it."""
+    if torch.compiler.is_compiling() or any(x.dtype != torch.bfloat16 for x in operands):
+        return None
+    if min(rows, columns, depth) < FEWEST or rows * columns * depth < SMALL:
+        return None
+    if any(type(x) not in PLAIN for x in operands) or torch.is_autocast_enabled("cpu"):
+        return None
+    kernels = kernels_for(*operands)
+    return kernels if kernels is not None and kernels.product_ready() else None
+
+
+def _call(
+    kernels: ctypes.CDLL,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    out: Sequence[Tensor],
+    *,
+    bias: Tensor | None = None,
+    add: bool = False,
+) -> None:
+    """Fills `out`. Several of `a` above each other give several results, several of `b` beside each other do; of both, the sum."""
+    summed = len(a) > 1 and len(b) > 1
     a, b = _in_rows(a), _in_rows(b)  # keeps them alive, should they be copies
+    rows = sum(len(y) for y in out) if len(a) > 1 else len(out[0])
+    columns = sum(y.shape[1] for y in out) if len(b) > 1 else out[0].shape[1]
     wide = None if bias is None else bias.float().contiguous()
+    depth = sum(len(y) for y in b) if summed else len(b[0])
     kernels.product(
-        *_layout(a),
-        *_layout(b),
+        *_parts(a, 1 if summed else 0),
+        *_parts(b, 0 if summed else 1),
         None if wide is None else wide.data_ptr(),
-        out.data_ptr(),
-        out.stride(0),
-        DTYPE_CODES[out.dtype],
+        _parts(out, 0 if len(a) > 1 else 1)[0],
+        DTYPE_CODES[out[0].dtype],
         add,
         rows,
         columns,
         depth,
         _room.address(kernels.product_bytes(rows, columns, depth)),
     )
-    return out
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        of_x, of_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
-        ctx.shape = x.shape
-        return _linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        # PyTorch's for a gradient that is differentiated again
-        times = torch.mm if torch.is_grad_enabled() else product
-        of_rows = times(grad, weight) if of_x else None
-        # no view where none is needed: autograd would make copies to add to
-        if of_rows is not None and len(ctx.shape) != 2:
-            of_rows = of_rows.view(ctx.shape)
-        return (
-            of_rows,
-            times(grad.T, x.reshape(len(grad), -1)) if of_weight else None,
-            grad.sum(0) if of_bias else None,
-        )
+def _in_rows(operands: Sequence[Tensor]) -> list[Tensor]:
+    """Operands whose rows, or all of whose columns, lie in one piece: themselves or copies."""
+    for lies in (_lies_in_rows, lambda x: _lies_in_rows(x.T)):
+        if all(map(lies, operands)):
+            return list(operands)
+    return [x.contiguous() for x in operands]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return product(rows, weight.T, bias=bias).view(*x.shape[:-1], weight.shape[0])
+def _lies_in_rows(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
-def _kernels(a: Tensor, b: Tensor, rows: int, columns: int, depth: int) -> ctypes.CDLL | None:
-    """The kernels, if they serve a product of these sizes and it is worth it."""
-    if torch.compiler.is_compiling() or a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16:
-        return None
-    if min(rows, columns, depth) < FEWEST or rows * columns * depth < SMALL:
-        return None
-    if not (type(a) in PLAIN and type(b) in PLAIN) or torch.is_autocast_enabled("cpu"):
-        return None
-    kernels = kernels_for(a, b)
-    return kernels if kernels is not None and kernels.product_ready() else None
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """x, or a copy where neither its rows nor its columns lie in one piece."""
-    rows, columns = x.stride()
-    lies = (columns == 1 and rows >= x.shape[1]) or (rows == 1 and columns >= x.shape[0])
-    return x if lies else x.contiguous()
-
-
-def _layout(x: Tensor) -> tuple[int, int, bool]:
-    """Address, stride, and whether columns lie in one piece in the place of rows."""
-    rows, columns = x.stride()
-    return (x.data_ptr(), rows, False) if columns == 1 else (x.data_ptr(), columns, True)
+def _parts(matrices: Sequence[Tensor], dim: int) -> tuple[ctypes.Array[Part], int, bool]:
+    """Matrices joined along a dimension, their number, and whether columns lie in one piece in the place of rows."""
+    turned = not all(map(_lies_in_rows, matrices))
+    parts = [Part(x.data_ptr(), x.stride(1 if turned else 0), x.shape[dim]) for x in matrices]
+    return (Part * len(parts))(*parts), len(parts), turned
 
 
 class _Room(threading.local):

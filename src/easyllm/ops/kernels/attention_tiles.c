@@ -45,13 +45,13 @@ static Room new_room(i64 pairs_of_tiles) {
 static void pack_along_head(const uint16_t *x, i64 stride, i64 length, const Shape *s, int columns, uint16_t *out) {
     Operand tokens = {x, stride, columns};
     Parts p = parts_of(s, length);
-    pack_strips(&tokens, length, s->dim, 0, 2 * p.blocks, 0, p.inputs, 0, out);
+    pack_strips(&tokens, length, s->dim, 0, 2 * p.blocks, 0, p.inputs, p.inputs, 0, out);
 }
 
 static void pack_along_tokens(const uint16_t *x, i64 stride, i64 length, const Shape *s, uint16_t *out) {
     Operand tokens = {x, stride, 0};
     Parts p = parts_of(s, length);
-    pack_strips(&tokens, s->dim, length, 0, 2 * p.pairs, 0, p.blocks, 1, out);
+    pack_strips(&tokens, s->dim, length, 0, 2 * p.pairs, 0, p.blocks, p.blocks, 1, out);
 }
 
 // lanes of 16 tokens from `start` on that are in [first, last]

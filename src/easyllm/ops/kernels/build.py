@@ -69,7 +69,7 @@ _SIGNATURES = {
     "product_bytes": (_LONG,) * 3,
     "product": (
         *(_POINTER, _LONG, _INT) * 2,
-        *(_POINTER, _POINTER, _LONG, _INT, _INT),
+        *(_POINTER, _POINTER, _INT, _INT),
         *(_LONG, _LONG, _LONG, _POINTER),
     ),
     "decode_step_bytes": (_POINTER, _POINTER),
@@ -109,6 +109,12 @@ class AttentionShape(ctypes.Structure):
         ("causal", _INT),
         ("window", _LONG),
     ]
+
+
+class Part(ctypes.Structure):
+    """`Part` of products.c."""
+
+    _fields_ = [("data", _POINTER), ("stride", _LONG), ("size", _LONG)]
 
 
 class Pages(ctypes.Structure):

@@ -110,14 +110,14 @@ static inline void pack_pairs(const uint16_t *x, i64 stride, i64 rows, i64 colum
     put(right, turned, tiles + TILE_SIZE);
 }
 
-// Strips s to s + count of an operand, inputs from k0 on, into [count / 2][tiles][2][tile]. `laced`: its rows run along the
-// inputs, so every two of them are laced.
-static inline void pack_strips(const Operand *x, i64 size, i64 depth, i64 s, i64 count, i64 k0, i64 tiles, int laced,
+// Strips s to s + count of a matrix, `tiles` of each from input k0 on, into [count / 2][pitch][2][tile], whose first they
+// are. `laced`: its rows run along the inputs, so every two of them are laced.
+static inline void pack_strips(const Operand *x, i64 size, i64 depth, i64 s, i64 count, i64 k0, i64 tiles, i64 pitch, int laced,
                                uint16_t *out) {
     for (i64 t = 0; t < tiles; t++)
         for (i64 i = 0; i < count; i++) {
             i64 k = k0 + t * DEPTH, at = (s + i) * SIDE;
-            uint16_t *tile = out + (i / 2 * tiles + t) * PAIR + i % 2 * TILE_SIZE;
+            uint16_t *tile = out + (i / 2 * pitch + t) * PAIR + i % 2 * TILE_SIZE;
             if (!laced)
                 pack_rows(x->data + at * x->stride + k, x->stride, size - at, depth - k, x->turned, tile);
             else if (i % 2 == 0) {
@@ -129,26 +129,7 @@ static inline void pack_strips(const Operand *x, i64 size, i64 depth, i64 s, i64
         }
 }
 
-ALWAYS_INLINE void fetch_tile(const char *tile, i64 row) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) _mm_prefetch(tile + i * row, _MM_HINT_T0);
-}
-
-// What is used after the strips at hand: four lines a tile of theirs are fetched into the second cache meanwhile.
-typedef struct {
-    const char *at;
-    i64 row, step;
-} Next;
-
-ALWAYS_INLINE void fetch_next(Next *next) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) _mm_prefetch(next->at + i * next->row, _MM_HINT_T1);
-    next->at += next->step;
-}
-
-// sums[2][2][tile of C] (+)= A's two strips times B's, over `count` tiles; `ahead`: of these so many are fetched before their
-// turn, 0 for what is in the first cache
-ALWAYS_INLINE void four_tiles_ahead(i64 count, Strips a, Strips b, int starts, float *sums, int ahead, Next next) {
+ALWAYS_INLINE void begin_sums(int starts, const float *sums) {
     MEMORY_IS_READ();
     if (starts) {
         _tile_zero(0);
@@ -161,30 +142,31 @@ ALWAYS_INLINE void four_tiles_ahead(i64 count, Strips a, Strips b, int starts, f
         _tile_loadd(2, sums + 512, 64);
         _tile_loadd(3, sums + 768, 64);
     }
-    for (i64 k = 0; k < count; k++) {
-        _tile_loadd(4, a.first, a.row);
-        _tile_loadd(6, b.first, b.row);
-        if (ahead) fetch_tile(a.first + ahead * a.step, a.row);
-        _tile_loadd(7, b.second, b.row);
-        if (ahead) fetch_tile(b.first + ahead * b.step, b.row);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, a.second, a.row);
-        if (ahead) fetch_tile(a.second + ahead * a.step, a.row);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        if (ahead) fetch_tile(b.second + ahead * b.step, b.row);
-        _tile_dpbf16ps(3, 5, 7);
-        if (ahead) fetch_next(&next);
-        a.first += a.step, a.second += a.step, b.first += b.step, b.second += b.step;
-    }
+}
+
+ALWAYS_INLINE void end_sums(float *sums) {
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
     _tile_stored(2, sums + 512, 64);
     _tile_stored(3, sums + 768, 64);
+    MEMORY_IS_READ();
 }
 
+// sums[2][2][tile of C] (+)= A's two strips times B's, over `count` tiles that are in the first cache
 ALWAYS_INLINE void four_tiles(i64 count, Strips a, Strips b, int starts, float *sums) {
-    four_tiles_ahead(count, a, b, starts, sums, 0, (Next){NULL, 0, 0});
+    begin_sums(starts, sums);
+    for (i64 k = 0; k < count; k++) {
+        _tile_loadd(4, a.first, a.row);
+        _tile_loadd(6, b.first, b.row);
+        _tile_loadd(7, b.second, b.row);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, a.second, a.row);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        a.first += a.step, a.second += a.step, b.first += b.step, b.second += b.step;
+    }
+    end_sums(sums);
 }
 
 #endif
