@@ -64,6 +64,30 @@ def test_rms_norm(through_triton, device, shape, x_dtype, w_dtype):
         assert torch.equal(norm.rms_norm(x, w, 1e-5), y)
 
 
+@pytest.mark.parametrize("shape", [(7, 576), (300, 40), (1, 5000)])
+@pytest.mark.parametrize("added_dtype", [FP32, BF16, None])
+def test_sum_and_rms_norm(through_triton, device, shape, added_dtype):
+    x = random(*shape, dtype=FP32, device=device).requires_grad_()
+    w = random(shape[-1], dtype=BF16, device=device, seed=1).requires_grad_()
+    leaves, added = [x, w], None
+    if added_dtype is not None:
+        added = random(*shape, dtype=added_dtype, device=device, seed=3).requires_grad_()
+        leaves.append(added)
+    total, y = norm.sum_and_rms_norm(x, added, w, 1e-5)
+    assert torch.equal(total, x if added is None else x + added)
+    with torch.no_grad():
+        assert torch.equal(y, norm.rms_norm(total, w, 1e-5))
+    grad = random(*shape, dtype=BF16, device=device, seed=2)
+    torch.autograd.backward([total, y], [grad.float().cos(), grad])
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact_sum = wide[0] + (wide[2] if added is not None else 0)
+    exact = norm.reference_rms_norm(exact_sum, wide[1], 1e-5)
+    torch.autograd.backward([exact_sum, exact], [grad.double().cos(), grad.double()])
+    for ours, theirs in zip(leaves, wide, strict=True):
+        assert ours.grad.dtype == ours.dtype
+        assert distance(ours.grad, theirs.grad) < ROUNDING[ours.dtype]
+
+
 def test_the_weights_gradient_is_left_out_where_nobody_wants_it(through_triton, device):
     x = random(4, 64, dtype=FP32, device=device).requires_grad_()
     w = random(64, dtype=FP32, device=device)

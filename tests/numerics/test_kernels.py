@@ -70,6 +70,50 @@ def test_rms_norm(path, dtype, width):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 17, 576])
+def test_sum_and_rms_norm(path, dtype, width):
+    """Both results are used, as in a residual block."""
+    x, added = (
+        leaves((13, width), (1,), dtype=torch.float32)[0],
+        leaves((13, width), dtype=dtype)[0],
+    )
+    (w,) = leaves((width,), dtype=dtype)
+    exact_sum = x.double() + added.double()
+    exact = norm.reference_rms_norm(exact_sum, w.double(), 1e-5)
+    total, out = norm.sum_and_rms_norm(x, added, w, 1e-5)
+    assert torch.equal(total, x + added)
+    assert torch.equal(out, norm.rms_norm(total.detach(), w, 1e-5))
+    compare(torch.cat([total, out.float()]), torch.cat([exact_sum, exact]), (x, added, w), dtype)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_norm_and_its_sum_are_those_of_two_steps(path, adds):
+    """Values to the bit, gradients but for the rounding of a sum: fusing saves memory traffic and changes nothing."""
+
+    def steps(x, added, w):
+        total = x + added if adds else x
+        return total, norm.rms_norm(total, w, 1e-5)
+
+    found = []
+    for forward in (
+        steps,
+        lambda x, added, w: norm.sum_and_rms_norm(x, added if adds else None, w, 1e-5),
+    ):
+        (x,), (added, w) = (
+            leaves((13, 96), dtype=torch.float32),
+            leaves((13, 96), (96,), dtype=torch.bfloat16),
+        )
+        total, out = forward(x, added, w)
+        (total.sin().sum() + (out * 2).sum()).backward()
+        found.append((total, out, x.grad, w.grad) + ((added.grad,) if adds else ()))
+    (total, out, *ours), (exact_total, exact, *theirs) = found
+    assert torch.equal(total, exact_total)
+    assert torch.equal(out, exact)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [3, 64, 1536])
 def test_silu_gate(path, dtype, width):
     gate, up = leaves((11, width), (11, width), dtype=dtype)

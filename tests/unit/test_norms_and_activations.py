@@ -240,7 +240,10 @@ def test_topic_23_a_layer_is_the_formula_of_its_placement(formula, norm):
     context = AttentionContext.packed([9])
     middle = formula(x, lambda x: layer.mixer(x, context), layer, "mixer")
     expected = formula(middle, lambda x: layer.feed_forward(x, context), layer, "feed_forward")
-    torch.testing.assert_close(layer(x, context), expected)
+    stream, added = layer(x, context)
+    torch.testing.assert_close(stream if added is None else stream + added, expected)
+    in_two_terms = layer(x - 1, context, torch.ones_like(x))
+    torch.testing.assert_close(sum(term for term in in_two_terms if term is not None), expected)
     norms = {"pre": 2, "post": 2, "sandwich": 4}[formula.__name__]
     assert sum("norm" in name and "mixer." not in name for name, _ in layer.named_parameters()) == (
         norms * (2 if isinstance(norm, LayerNormConfig) else 1)

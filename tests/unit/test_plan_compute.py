@@ -32,10 +32,11 @@ def linears_counted(model, ids, *, input_grad):
     """FLOPs of the matrix products with a weight, forward and backward, as PyTorch counts them."""
     context = pack([Sample(tuple(ids), tuple(ids))]).context()
     hidden = model.embed_tokens(torch.tensor(ids)).detach().requires_grad_(input_grad)
+    added = None
     with FlopCounterMode(display=False) as forward:
         for layer in model.layers:
-            hidden = layer(hidden, context)
-        out = model.head(model.norm(hidden))
+            hidden, added = layer(hidden, context, added)
+        out = model.head(model.norm(hidden + added))
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     return [sum(mode.get_flop_counts()["Global"].values()) for mode in (forward, backward)]

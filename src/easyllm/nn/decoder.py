@@ -17,7 +17,7 @@ from easyllm.nn.config import AttentionConfig, LayerConfig, LinearAttentionConfi
 from easyllm.nn.feed_forward import build_feed_forward
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.linear_attention import LinearAttention
-from easyllm.nn.norm import build_norm
+from easyllm.nn.norm import build_norm, sum_and_norm
 from easyllm.nn.position import build_embedding_position
 from easyllm.ops.attention import AttentionContext
 
@@ -43,6 +43,9 @@ class DecoderLayer(nn.Module):
     formula serves all:
 
         x ← after(x + post(f(norm(x))))      norm: pre and sandwich · post: sandwich · after: post
+
+    The stream comes and goes as two terms, of which the second may be missing: whichever norm reads the stream next forms
+    their sum, in the same pass over memory.
     """
 
     def __init__(self, config: LayerConfig, model: ModelConfig, number: int) -> None:
@@ -62,12 +65,20 @@ class DecoderLayer(nn.Module):
         self.feed_forward_after_norm = norm("post")
         self.dropout = nn.Dropout(0.0)  # of both blocks' outputs; a training run may raise it
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """`x: [T, D]` → [T, D]."""
-        mixed = self.dropout(self.mixer(self.mixer_norm(x), context))
-        x = self.mixer_after_norm(x + self.mixer_post_norm(mixed))
-        fed = self.dropout(self.feed_forward(self.feed_forward_norm(x), context))
-        return self.feed_forward_after_norm(x + self.feed_forward_post_norm(fed))
+    def forward(
+        self, x: Tensor, context: AttentionContext, added: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x + added`, [T, D] each → the same for the next layer."""
+        x, start = sum_and_norm(self.mixer_norm, x, added)
+        mixed = self.mixer_post_norm(self.dropout(self.mixer(start, context)))
+        x, start = sum_and_norm(self.feed_forward_norm, *terms(self.mixer_after_norm, x, mixed))
+        fed = self.feed_forward_post_norm(self.dropout(self.feed_forward(start, context)))
+        return terms(self.feed_forward_after_norm, x, fed)
+
+
+def terms(after: nn.Module, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The two terms of after(x + added)."""
+    return (x, added) if isinstance(after, nn.Identity) else (after(x + added), None)
 
 
 class Decoder(nn.Module):
@@ -122,10 +133,11 @@ class Decoder(nn.Module):
             [T, D] in the dtype of the weights.
         """
         x = widen(self.embed_tokens(token_ids)) * self.config.embedding_scale
-        x = self.embedding_position(x, context.positions)
+        x, added = self.embedding_position(x, context.positions), None
         for layer in self.layers:
-            x = layer(x, context)
-        return self.norm(x).to(self.embed_tokens.weight.dtype)
+            x, added = layer(x, context, added)
+        _, out = sum_and_norm(self.norm, x, added)
+        return out.to(self.embed_tokens.weight.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of chosen rows: `hidden: [N, D]` → [N, V] in fp32 (fp64 for an fp64 model); with a head of labels

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from easyllm.nn.hooks import has_hooks
 from easyllm.nn.quantized import QuantizedWeight
 from easyllm.ops.deterministic import tiled_linear
 from easyllm.ops.embedding import embedding
@@ -62,22 +63,12 @@ class Linear(nn.Module):
 def outputs_of(layers: Sequence[Linear], x: Tensor) -> tuple[Tensor, ...]:
     """Every layer's output for the same `x: [..., in]`: in one product, where nothing keeps them apart."""
     if any(
-        layer.quantized is not None or layer.deterministic or _watched(layer) for layer in layers
+        layer.quantized is not None or layer.deterministic or has_hooks(layer) for layer in layers
     ):
         return tuple(layer(x) for layer in layers)
     found = linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
     pairs = zip(layers, found, strict=True)
     return tuple(y if layer.adapter is None else layer.adapter(x, y) for layer, y in pairs)
-
-
-def _watched(layer: nn.Module) -> bool:
-    """Whether hooks expect the layer to be called."""
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    )
 
 
 class Embedding(nn.Embedding):

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from easyllm.nn.config import LayerNormConfig, RMSNormConfig
-from easyllm.ops.norm import rms_norm
+from easyllm.nn.hooks import has_hooks
+from easyllm.ops.norm import rms_norm, sum_and_rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -66,3 +67,16 @@ def build_norm(config: RMSNormConfig | LayerNormConfig, width: int) -> nn.Module
     if isinstance(config, LayerNormConfig):
         return LayerNorm(config, width)
     return OffsetRMSNorm(config, width) if config.unit_offset else RMSNorm(config, width)
+
+
+def sum_and_norm(norm: nn.Module, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x + added (x itself where nothing is added), and its norm: as they stand in a residual block.
+
+    Args:
+        norm: what `build_norm` builds, or the identity.
+        x: [T, D], the residual stream; added: [T, D] or None.
+    """
+    if type(norm) is RMSNorm and not has_hooks(norm):
+        return sum_and_rms_norm(x, added, norm.weight, norm.eps)
+    total = x if added is None else x + added
+    return total, norm(total)

@@ -1,13 +1,15 @@
 """Activation checkpointing: keep a block's input, compute the rest again in the backward pass
 (Chen et al. 2016, arXiv 1604.06174)."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from easyllm.nn.decoder import Decoder
+from easyllm.nn.decoder import Decoder, DecoderLayer
+from easyllm.ops.attention import AttentionContext
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -18,21 +20,28 @@ def recompute_activations(model: Decoder, mode: Recompute) -> Decoder:
     The results are the same, random states included; nothing changes where no gradient is asked for.
     """
     for layer in model.layers:
+        assert isinstance(layer, DecoderLayer), "a decoder has no others"
         if mode == "full":
-            _recompute(layer)
+            _recompute_layer(layer)
         elif mode == "selective":
-            feed_forward = layer.feed_forward
-            assert isinstance(feed_forward, nn.Module), "every layer has one"
-            _recompute(feed_forward)
+            layer.feed_forward.forward = _recomputed(layer.feed_forward.forward)
     return model
 
 
-def _recompute(module: nn.Module) -> None:
-    plain = module.forward
+def _recompute_layer(layer: DecoderLayer) -> None:
+    recomputed = _recomputed(layer.forward)
 
+    def forward(x: Tensor, context: AttentionContext, added: Tensor | None = None) -> Any:
+        # one tensor is kept, not two
+        return recomputed(x if added is None else x + added, context)
+
+    layer.forward = forward  # type: ignore[method-assign]
+
+
+def _recomputed(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*inputs)
         return checkpoint(plain, *inputs, use_reentrant=False)
 
-    module.forward = forward
+    return forward

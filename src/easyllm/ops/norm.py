@@ -1,4 +1,5 @@
-"""RMS normalisation with a backward pass that keeps one number a row beside its input.
+"""RMS normalisation with a backward pass that keeps one number a row beside its input, alone and as it stands in a residual
+block: behind a sum, whose value goes on beside the norm's.
 
 y = x / r ⊙ w,   r = √(mean(x²) + eps)                                  (arXiv 1910.07467, eq. 4)
 ∂x = (g - x̂ · mean(g ⊙ x̂)) / r,   g = ∂y ⊙ w,   x̂ = x / r;   ∂w = Σ_rows ∂y ⊙ x̂
@@ -19,7 +20,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: Tensor = _RMSNorm.apply(x, weight, eps)
         return out
-    return _forward(x, weight, eps)[0]
+    return _forward(x, None, weight, eps)[1]
+
+
+def sum_and_rms_norm(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + added (x itself where nothing is added), and its `rms_norm`, in one pass over memory; the gradients of the two
+    are summed in one as well.
+
+    Args:
+        x: [..., D], at least fp32; added: the same shape, of any dtype, or None.
+        weight: [D]; eps: added to the mean square.
+
+    Returns:
+        [..., D] in the dtype of `x`, and in that of `weight`.
+    """
+    tensors = (x, weight) if added is None else (x, weight, added)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        found: tuple[Tensor, Tensor] = _SumAndRMSNorm.apply(x, added, weight, eps)
+        return found
+    total, out, _ = _forward(x, added, weight, eps)
+    return total, out
 
 
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -29,22 +51,67 @@ def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normal * weight).to(weight.dtype)
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The output, and 1/r of each row."""
-    if gpu_ready(x, weight):
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        _, y, inverse = _forward(x, None, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        grad_x, _, grad_weight = _backward(
+            grads[0], None, x, weight, inverse, None, with_weight=ctx.needs_input_grad[1]
+        )
+        return grad_x, grad_weight, None
+
+
+class _SumAndRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, y, inverse = _forward(x, added, weight, eps)
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.added_dtype = added.dtype if added is not None and ctx.needs_input_grad[1] else None
+        return total, y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        (grad_sum, grad), (x, weight, inverse) = grads, ctx.saved_tensors
+        grad_x, grad_added, grad_weight = _backward(
+            *(grad, grad_sum, x, weight, inverse, ctx.added_dtype),
+            with_weight=ctx.needs_input_grad[2],
+        )
+        return grad_x, grad_added, grad_weight, None
+
+
+def _forward(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, its norm, and 1/r of each row."""
+    tensors = (x, weight) if added is None else (x, weight, added)
+    if gpu_ready(*tensors):
         from easyllm.ops.gpu import norm
 
-        return norm.rms_norm_forward(x, weight, eps)
-    kernels = kernels_for(x, weight) if x.dtype == torch.float32 and x.is_contiguous() else None
+        return norm.rms_norm_forward(x, added, weight, eps)
+    fits = x.dtype == torch.float32 and all(t.is_contiguous() for t in tensors)
+    kernels = kernels_for(*tensors) if fits else None
     if kernels is None:
-        wide = x if x.dtype == torch.float64 else x.float()
+        total = x if added is None else x + added
+        wide = total if total.dtype == torch.float64 else total.float()
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (wide * inverse).mul_(weight).to(weight.dtype), inverse
+        return total, (wide * inverse).mul_(weight).to(weight.dtype), inverse
+    total = x if added is None else torch.empty_like(x)
     y = torch.empty_like(x, dtype=weight.dtype)
     inverse = torch.empty(*x.shape[:-1], 1)
     w = weight.detach().float().contiguous()
     kernels.rms_norm_forward(
         x.data_ptr(),
+        None if added is None else added.data_ptr(),
+        0 if added is None else DTYPE_CODES[added.dtype],
+        total.data_ptr(),
         w.data_ptr(),
         y.data_ptr(),
         DTYPE_CODES[y.dtype],
@@ -53,49 +120,71 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x.shape[-1],
         eps,
     )
-    return y, inverse
+    return total, y, inverse
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, inverse = _forward(x, weight, eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return y
+def _backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    added_dtype: torch.dtype | None,
+    *,
+    with_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, which is the sum, of what was added to it, and of the weight."""
+    tensors = (grad, x, weight) if grad_sum is None else (grad, x, weight, grad_sum)
+    if gpu_ready(*tensors):
+        from easyllm.ops.gpu import norm
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, inverse = ctx.saved_tensors
-        (grad,) = grads
-        if gpu_ready(grad, x, weight):
-            from easyllm.ops.gpu import norm
-
-            wanted = ctx.needs_input_grad[1]
-            return *norm.rms_norm_backward(grad, x, weight, inverse, with_weight=wanted), None
-        kernels = kernels_for(x, weight, grad) if x.dtype == torch.float32 else None
-        if kernels is None:
-            return *_backward(grad, x, weight, inverse), None
-        grad, x, w = grad.contiguous(), x.contiguous(), weight.float().contiguous()
-        grad_x = torch.empty_like(x)
-        grad_w = torch.empty_like(w) if ctx.needs_input_grad[1] else None
-        kernels.rms_norm_backward(
-            grad.data_ptr(),
-            DTYPE_CODES[grad.dtype],
-            x.data_ptr(),
-            w.data_ptr(),
-            inverse.data_ptr(),
-            grad_x.data_ptr(),
-            None if grad_w is None else grad_w.data_ptr(),
-            inverse.numel(),
-            x.shape[-1],
+        return norm.rms_norm_backward(
+            grad, grad_sum, x, weight, inverse, added_dtype, with_weight=with_weight
         )
-        return grad_x, None if grad_w is None else grad_w.to(weight.dtype), None
+    wide_sum = grad_sum is None or grad_sum.dtype == torch.float32
+    fits = x.dtype == torch.float32 and wide_sum and added_dtype in (None, *DTYPE_CODES)
+    kernels = kernels_for(*tensors) if fits else None
+    if kernels is None:
+        return _plain_backward(grad, grad_sum, x, weight, inverse, added_dtype)
+    grad, x, w = grad.contiguous(), x.contiguous(), weight.float().contiguous()
+    grad_sum = None if grad_sum is None else grad_sum.contiguous()
+    grad_x = torch.empty_like(x)
+    rounds = added_dtype not in (None, torch.float32)
+    grad_added = torch.empty_like(x, dtype=added_dtype) if rounds else None
+    grad_w = torch.empty_like(w) if with_weight else None
+    kernels.rms_norm_backward(
+        grad.data_ptr(),
+        DTYPE_CODES[grad.dtype],
+        x.data_ptr(),
+        w.data_ptr(),
+        inverse.data_ptr(),
+        None if grad_sum is None else grad_sum.data_ptr(),
+        grad_x.data_ptr(),
+        None if grad_added is None else grad_added.data_ptr(),
+        0 if grad_added is None else DTYPE_CODES[grad_added.dtype],
+        None if grad_w is None else grad_w.data_ptr(),
+        inverse.numel(),
+        x.shape[-1],
+    )
+    if added_dtype == torch.float32:
+        grad_added = grad_x
+    return grad_x, grad_added, None if grad_w is None else grad_w.to(weight.dtype)
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+def _plain_backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    added_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     grad = grad.to(inverse.dtype)
     normal = x.to(inverse.dtype) * inverse
     grad_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
     grad = grad * weight
     scale = (grad * normal).mean(-1, keepdim=True)
-    return grad.sub_(normal.mul_(scale)).mul_(inverse).to(x.dtype), grad_weight
+    grad_x = grad.sub_(normal.mul_(scale)).mul_(inverse).to(x.dtype)
+    if grad_sum is not None:
+        grad_x += grad_sum
+    return grad_x, None if added_dtype is None else grad_x.to(added_dtype), grad_weight

@@ -17,7 +17,18 @@ PROGRAMS = 512
 
 @triton.jit
 def _forward_kernel(
-    x, weight, y, inverse, num_rows, width, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    x,
+    added,
+    total,
+    weight,
+    y,
+    inverse,
+    num_rows,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
@@ -25,6 +36,11 @@ def _forward_kernel(
     ok = row_ok[:, None] & column_ok[None, :]
     at = rows.to(tl.int64)[:, None] * width + columns[None, :]
     values = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    if ADDS:
+        values += tl.load(added + at, mask=ok, other=0.0).to(tl.float32)
+        rounded = values.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=ok)
+        values = rounded.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / width + eps)
     w = tl.load(weight + columns, mask=column_ok, other=0.0).to(tl.float32)
     out = values * scale[:, None] * w[None, :]
@@ -35,10 +51,12 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad,
+    grad_sum,
     x,
     weight,
     inverse,
     grad_x,
+    grad_added,
     partial,
     num_rows,
     width,
@@ -46,6 +64,8 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     WITH_WEIGHT: tl.constexpr,
+    WITH_SUM: tl.constexpr,
+    WITH_ADDED: tl.constexpr,
 ):
     columns = tl.arange(0, WIDTH)
     column_ok = columns < width
@@ -64,42 +84,72 @@ def _backward_kernel(
         out = out * w[None, :]
         mean = tl.sum(out * normal, axis=1) / width
         out = (out - normal * mean[:, None]) * scale
+        if WITH_SUM:
+            out += tl.load(grad_sum + at, mask=ok, other=0.0).to(tl.float32)
         tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=ok)
+        if WITH_ADDED:
+            tl.store(grad_added + at, out.to(grad_added.dtype.element_ty), mask=ok)
     if WITH_WEIGHT:
         tl.store(partial + tl.program_id(0) * width + columns, total, mask=column_ok)
 
 
-def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`x: [..., D]`, `weight: [D]` → the output in the weight's dtype, and 1/r of each row, [..., 1] fp32."""
+def rms_norm_forward(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`x: [..., D]`, what is added to it, `weight: [D]` → the sum (`x` where nothing is added), its norm in the weight's
+    dtype, and 1/r of each row, [..., 1] fp32."""
     x, weight = x.contiguous(), weight.contiguous()
+    total = x
+    if added is not None:
+        added, total = added.contiguous(), torch.empty_like(x)
     width = x.shape[-1]
     num_rows = x.numel() // width
     y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     inverse = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     tile = _tile(width)
     _forward_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-        x, weight, y, inverse, num_rows, width, eps, **tile
+        *(x, x if added is None else added, total, weight, y, inverse, num_rows, width, eps),
+        **tile,
+        ADDS=added is not None,
     )
-    return y, inverse
+    return total, y, inverse
 
 
 def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, *, with_weight: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `x` and, if asked for, `weight`, each in its dtype."""
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    added_dtype: torch.dtype | None = None,
+    *,
+    with_weight: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `x`, which is the sum, of what was added to it (in its dtype) and of `weight`, where they are asked for.
+    `grad_sum`: the sum's own gradient."""
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     width = x.shape[-1]
     num_rows = x.numel() // width
     tile = _tile(width)
     programs = min(PROGRAMS, triton.cdiv(num_rows, tile["ROWS"]))
     grad_x = torch.empty_like(x)
+    rounds = added_dtype not in (None, x.dtype)
+    grad_added = torch.empty_like(x, dtype=added_dtype) if rounds else None
     partial = torch.empty(programs if with_weight else 0, width, device=x.device)
     _backward_kernel[(programs,)](
-        *(grad, x, weight, inverse, grad_x, partial, num_rows, width, programs),
+        grad,
+        grad if grad_sum is None else grad_sum.contiguous(),
+        *(x, weight, inverse, grad_x),
+        grad_x if grad_added is None else grad_added,
+        *(partial, num_rows, width, programs),
         **tile,
         WITH_WEIGHT=with_weight,
+        WITH_SUM=grad_sum is not None,
+        WITH_ADDED=rounds,
     )
-    return grad_x, partial.sum(0).to(weight.dtype) if with_weight else None
+    if added_dtype == x.dtype:
+        grad_added = grad_x
+    return grad_x, grad_added, partial.sum(0).to(weight.dtype) if with_weight else None
 
 
 def _tile(width: int) -> dict[str, int]:

@@ -51,8 +51,14 @@ BIT_CODES = {8: 2, 4: 3}
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
-    "rms_norm_forward": (_POINTER,) * 3 + (_INT, _POINTER, _LONG, _LONG, _FLOAT),
-    "rms_norm_backward": (_POINTER, _INT) + (_POINTER,) * 5 + (_LONG, _LONG),
+    "rms_norm_forward": (
+        *(_POINTER, _POINTER, _INT),
+        *(_POINTER, _POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _FLOAT),
+    ),
+    "rms_norm_backward": (
+        *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+        *(_POINTER, _INT, _POINTER, _LONG, _LONG),
+    ),
     "silu_gate_forward": (_POINTER,) * 3 + (_INT, _LONG, _LONG),
     "silu_gate_backward": (_POINTER,) * 5 + (_INT, _LONG, _LONG),
     "rotary": (_POINTER, _LONG, _POINTER, _INT, _POINTER, _POINTER, _FLOAT) + (_LONG,) * 3,

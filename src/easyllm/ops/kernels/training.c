@@ -4,31 +4,42 @@
 
 #include "cpu.h"
 
-// y = x / r * w with r = sqrt(mean(x^2) + eps); inverse[t] = 1 / r
-void rms_norm_forward(const float *x, const float *w, void *y, int y_dtype, float *inverse, i64 rows,
-                      i64 width, float eps) {
+// y = s / r * w with r = sqrt(mean(s^2) + eps) and s = x + added, which is put down as well, or x where `added` is NULL;
+// inverse[t] = 1 / r
+void rms_norm_forward(const float *x, const void *added, int added_dtype, float *sum, const float *w, void *y, int y_dtype,
+                      float *inverse, i64 rows, i64 width, float eps) {
 #pragma omp parallel
     {
-        float *row = floats(width);
+        float *row = floats(width), *more = floats(width);
 #pragma omp for schedule(static)
         for (i64 t = 0; t < rows; t++) {
-            const float *xt = x + t * width;
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (i64 i = 0; i < width; i++) sum += xt[i] * xt[i];
-            float inv = 1.0f / sqrtf(sum / width + eps);
+            const float *s = x + t * width;
+            if (added) {
+                load_row((const char *)added + t * width * element_size(added_dtype), added_dtype, width, more);
+                float *to = sum + t * width;
+#pragma omp simd
+                for (i64 i = 0; i < width; i++) to[i] = s[i] + more[i];
+                s = to;
+            }
+            float squares = 0;
+#pragma omp simd reduction(+ : squares)
+            for (i64 i = 0; i < width; i++) squares += s[i] * s[i];
+            float inv = 1.0f / sqrtf(squares / width + eps);
             inverse[t] = inv;
 #pragma omp simd
-            for (i64 i = 0; i < width; i++) row[i] = xt[i] * inv * w[i];
+            for (i64 i = 0; i < width; i++) row[i] = s[i] * inv * w[i];
             store_row((char *)y + t * width * element_size(y_dtype), y_dtype, width, row);
         }
         free(row);
+        free(more);
     }
 }
 
-// grad_x = (g - x̂ mean(g x̂)) / r with g = grad w, x̂ = x / r; grad_w = sum over rows of grad x̂ (skipped when NULL)
-void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const float *w,
-                       const float *inverse, float *grad_x, float *grad_w, i64 rows, i64 width) {
+// grad_x = (g - x̂ mean(g x̂)) / r with g = grad w, x̂ = x / r, and grad_sum with it unless it is NULL; grad_added, unless NULL, is
+// the same in its dtype; grad_w = sum over rows of grad x̂ (skipped when NULL)
+void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const float *w, const float *inverse,
+                       const float *grad_sum, float *grad_x, void *grad_added, int added_dtype, float *grad_w, i64 rows,
+                       i64 width) {
     int threads = omp_get_max_threads();
     float *parts = grad_w ? floats(threads * width) : NULL;
 #pragma omp parallel
@@ -46,8 +57,16 @@ void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const f
 #pragma omp simd reduction(+ : dot)
             for (i64 i = 0; i < width; i++) dot += g[i] * w[i] * xt[i];
             float mean = dot * inv * inv / width;  // x̂ mean(g x̂) = x inv (inv dot / width)
+            if (grad_sum) {
+                const float *also = grad_sum + t * width;
 #pragma omp simd
-            for (i64 i = 0; i < width; i++) out[i] = (g[i] * w[i] - xt[i] * mean) * inv;
+                for (i64 i = 0; i < width; i++) out[i] = (g[i] * w[i] - xt[i] * mean) * inv + also[i];
+            } else {
+#pragma omp simd
+                for (i64 i = 0; i < width; i++) out[i] = (g[i] * w[i] - xt[i] * mean) * inv;
+            }
+            if (grad_added)
+                store_row((char *)grad_added + t * width * element_size(added_dtype), added_dtype, width, out);
         }
         free(g);
     }
