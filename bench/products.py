@@ -1,10 +1,10 @@
-"""The three products of a linear layer in bf16, ours and PyTorch's in turn, as one JSON row.
+"""The three products of linear layers in bf16, ours and PyTorch's in turn, as one JSON row.
 
     python bench/products.py [--model smollm2] [--rows 2048] [--record]
 
-Forward, gradient of the input and gradient of the weight, for every shape of the model's layers and for its head (768 rows), in GFLOP/s:
-medians, over memory that was not in use just before. A square product between them says how fast the machine was. `relation` is
-PyTorch's time for a whole layer and the head over ours.
+Forward, gradient of the input and gradients of the weights, for the linears of a layer (those of one input together, as the model has
+them) and for the head (768 rows), in GFLOP/s: medians, over memory that was not in use just before. A square product between
+them says how fast the machine was. `relation` is PyTorch's time for a whole layer and the head over ours.
 """
 
 import argparse
@@ -21,6 +21,12 @@ from easyllm.ops import product as products
 
 COPIES = 8  # of each operand, used in turn
 HEAD_ROWS = 768
+TOGETHER = (
+    ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
+    ("mixer.o_proj",),
+    ("feed_forward.gate_proj", "feed_forward.up_proj"),
+    ("feed_forward.down_proj",),
+)
 
 
 def main() -> None:
@@ -38,7 +44,7 @@ def main() -> None:
     for (outputs, inputs), count in counts.items():
         is_head = count == 0
         rows = HEAD_ROWS if is_head else options.rows
-        flops = 2 * rows * outputs * inputs
+        flops = 2 * rows * sum(outputs) * inputs
         times: dict[tuple[str, str], list[float]] = {}
         copies = 1 if is_head else COPIES
         sets = [operands(rows, outputs, inputs) for _ in range(copies)]
@@ -50,7 +56,7 @@ def main() -> None:
         for (kind, who), measured in times.items():
             median = statistics.median(measured)
             totals[who] += median * (count or options.rows / HEAD_ROWS)
-            name = f"{outputs} x {inputs}"
+            name = f"{' + '.join(map(str, outputs))} x {inputs}"
             row["gflops"].setdefault(name, {}).setdefault(kind, {})[who] = round(
                 flops / median / 1e9
             )
@@ -59,36 +65,40 @@ def main() -> None:
     machine.finish(row, "products", record=options.record)
 
 
-def shapes(model: str) -> dict[tuple[int, int], int]:
-    """[outputs, inputs] of a model's linears and how many there are, the head's last, with a count of 0."""
+def shapes(model: str) -> dict[tuple[tuple[int, ...], int], int]:
+    """Outputs of linears of one input, inputs, and how often the model has them; the head's last, with a count of 0."""
     decoder = open_source(model).model(torch.float32, torch.device("cpu"))
-    counts: dict[tuple[int, int], int] = {}
-    for name, weight in decoder.named_parameters():
-        if weight.ndim == 2 and name.startswith("layers."):
-            counts[tuple(weight.shape)] = counts.get(tuple(weight.shape), 0) + 1
-    counts[(decoder.config.vocab_size, decoder.config.hidden_size)] = 0
+    counts: dict[tuple[tuple[int, ...], int], int] = {}
+    for layer in decoder.layers:
+        for names in TOGETHER:
+            weights = [layer.get_submodule(name).weight for name in names]
+            key = tuple(len(weight) for weight in weights), weights[0].shape[1]
+            counts[key] = counts.get(key, 0) + 1
+    counts[(decoder.config.vocab_size,), decoder.config.hidden_size] = 0
     return counts
 
 
-def operands(rows: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight, gradient of the output."""
+def operands(
+    rows: int, outputs: tuple[int, ...], inputs: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """x, weights, gradients of the outputs."""
     return (
         torch.randn(rows, inputs).bfloat16(),
-        torch.randn(outputs, inputs).bfloat16(),
-        torch.randn(rows, outputs).bfloat16(),
+        [torch.randn(n, inputs).bfloat16() for n in outputs],
+        [torch.randn(rows, n).bfloat16() for n in outputs],
     )
 
 
-def calls(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Callable[[], Tensor]]:
+def calls(x: Tensor, weights: list[Tensor], grads: list[Tensor]) -> dict[str, Callable[[], object]]:
     """The three products."""
     return {
-        "forward": lambda: products.product(x, weight.T),
-        "of_input": lambda: products.product(grad, weight),
-        "of_weight": lambda: products.product(grad.T, x),
+        "forward": lambda: products.linears(x, weights, [None] * len(weights)),
+        "of_input": lambda: products.sum_of_products(grads, weights),
+        "of_weight": lambda: products.products([grad.T for grad in grads], x),
     }
 
 
-def served(who: str, call: Callable[[], Tensor]) -> Callable[[], None]:
+def served(who: str, call: Callable[[], object]) -> Callable[[], None]:
     """The call with or without the kernel."""
 
     def inner() -> None:
