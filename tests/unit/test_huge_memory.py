@@ -1,17 +1,28 @@
-"""Memory in large pages: shapes, dtypes, places that do not overlap, machines without it."""
+"""Memory in large pages: shapes, dtypes, places that do not overlap, what is kept and when, machines without it."""
 
 import mmap
+import threading
 
 import pytest
 import torch
 
-from easyllm.ops.huge_memory import ALIGNMENT, SMALL, huge_empty, rooms_for
+from easyllm.ops import huge_memory
+from easyllm.ops.huge_memory import ALIGNMENT, MOST_LEFT, SMALL, huge_empty, kept_empty, rooms_for
 
 
+@pytest.fixture
+def left(monkeypatch):
+    """What is kept, nothing at first."""
+    pieces: list[mmap.mmap] = []
+    monkeypatch.setattr(huge_memory, "_left", pieces)
+    return pieces
+
+
+@pytest.mark.parametrize("make", [huge_empty, kept_empty])
 @pytest.mark.parametrize("rows", [3, SMALL // 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_a_tensor_like_any_other(rows, dtype):
-    x = huge_empty((rows, 64), dtype)
+def test_a_tensor_like_any_other(left, make, rows, dtype):
+    x = make((rows, 64), dtype)
     assert x.shape == (rows, 64)
     assert x.dtype == dtype
     assert x.is_contiguous()
@@ -31,6 +42,68 @@ def test_rooms_do_not_overlap():
     assert all(torch.equal(a, b) for a, b in zip(rooms, tensors, strict=True))
 
 
-def test_systems_without_large_pages(monkeypatch):
+def test_memory_is_taken_again_when_nobody_has_it_any_more(left):
+    first = kept_empty((SMALL,), torch.uint8)
+    place, row = first.data_ptr(), first.view(torch.float32)[7:]
+    del first
+    other = kept_empty((SMALL,), torch.uint8)  # while a view is alive
+    row.fill_(1.0)
+    other.fill_(0)
+    assert (row == 1).all()
+    assert not left
+    del row
+    assert len(left) == 1
+    again = kept_empty((SMALL // 128, 64), torch.bfloat16)
+    assert again.data_ptr() == place
+    assert kept_empty((SMALL,), torch.uint8).data_ptr() not in (place, other.data_ptr())
+
+
+def test_a_gradient_that_waits_for_its_backward_pass_is_left_alone(left):
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, value):
+            saved = kept_empty((SMALL,), torch.float32).fill_(value)
+            ctx.save_for_backward(saved)
+            return x * value
+
+        @staticmethod
+        def backward(ctx, grad):
+            return ctx.saved_tensors[0].mean() * grad, None
+
+    x = torch.ones((), requires_grad=True)
+    outs = [Kept.apply(x, value) for value in (2.0, 3.0, 4.0)]
+    for out, value in zip(outs, (2.0, 3.0, 4.0), strict=True):
+        assert torch.autograd.grad(out, x)[0] == value
+
+
+def test_what_is_of_no_use_is_not_kept(left):
+    for size in (1, 3, 7, 15):
+        kept_empty((SMALL * size,), torch.uint8)
+        assert [len(piece) for piece in left] == [SMALL * size]
+    tensors = [kept_empty((SMALL,), torch.uint8) for _ in range(MOST_LEFT + 3)]
+    del tensors
+    assert len(left) <= MOST_LEFT
+
+
+def test_threads_do_not_share_memory(left):
+    wrong = []
+
+    def work(value):
+        for _ in range(300):
+            x = kept_empty((SMALL,), torch.uint8)
+            x[::4096] = value
+            if not (x[::4096] == value).all():
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("make", [huge_empty, kept_empty])
+def test_systems_without_large_pages(left, monkeypatch, make):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    assert huge_empty((SMALL,), torch.uint8).numel() == SMALL
+    assert make((SMALL,), torch.uint8).numel() == SMALL
