@@ -139,7 +139,7 @@ def test_gradients_of_a_linear_layer(path, shape):
 WIDTHS = [
     (64, 32, 96),
     (96, 64),
-    (1100, 992),  # more inputs of the sum, and rows, than are packed at a time
+    (1120, 992),  # more inputs of the sum, and rows, than are packed at a time
     (40, 64),  # which cannot be joined
 ]
 

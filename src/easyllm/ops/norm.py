@@ -109,12 +109,10 @@ def _forward(
     w = weight.detach().float().contiguous()
     kernels.rms_norm_forward(
         x.data_ptr(),
-        None if added is None else added.data_ptr(),
-        0 if added is None else DTYPE_CODES[added.dtype],
+        *_place(added),
         total.data_ptr(),
         w.data_ptr(),
-        y.data_ptr(),
-        DTYPE_CODES[y.dtype],
+        *_place(y),
         inverse.data_ptr(),
         inverse.numel(),
         x.shape[-1],
@@ -153,22 +151,25 @@ def _backward(
     grad_added = torch.empty_like(x, dtype=added_dtype) if rounds else None
     grad_w = torch.empty_like(w) if with_weight else None
     kernels.rms_norm_backward(
-        grad.data_ptr(),
-        DTYPE_CODES[grad.dtype],
+        *_place(grad),
         x.data_ptr(),
         w.data_ptr(),
         inverse.data_ptr(),
-        None if grad_sum is None else grad_sum.data_ptr(),
+        _place(grad_sum)[0],
         grad_x.data_ptr(),
-        None if grad_added is None else grad_added.data_ptr(),
-        0 if grad_added is None else DTYPE_CODES[grad_added.dtype],
-        None if grad_w is None else grad_w.data_ptr(),
+        *_place(grad_added),
+        _place(grad_w)[0],
         inverse.numel(),
         x.shape[-1],
     )
     if added_dtype == torch.float32:
         grad_added = grad_x
     return grad_x, grad_added, None if grad_w is None else grad_w.to(weight.dtype)
+
+
+def _place(x: Tensor | None) -> tuple[int | None, int]:
+    """Address and dtype as the kernels take them; no address says that there is no such tensor."""
+    return (None, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype])
 
 
 def _plain_backward(

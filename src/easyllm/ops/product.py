@@ -125,10 +125,11 @@ def sum_of_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     rows, columns, depth = len(a[0]), b[0].shape[1], sum(len(each) for each in b)
     joined = len(a) > 1 and all(len(each) % JOINED == 0 for each in b)
     kernels = _kernels((*a, *b), rows, columns, depth) if joined else None
-    out = a[0].new_empty(rows, columns) if kernels is not None else product(a[0], b[0])
     if kernels is not None:
+        out = a[0].new_empty(rows, columns)
         _call(kernels, a, b, [out])
         return out
+    out = product(a[0], b[0])
     for x, y in zip(a[1:], b[1:], strict=True):
         out += product(x, y)
     return out
