@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.core.kinds import Kinds
 
 ENVIRONMENT_PREFIX = "EASYLLM_"
 """`EASYLLM_OPTIMIZER__LEARNING_RATE=1e-4` sets `optimizer.learning_rate`; two underscores are a dot."""
@@ -223,6 +224,7 @@ def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str
             field = candidate.model_fields.get(str(part))
             if field is not None:
                 following += _models_in(field.annotation)
+                following += [m for k in field.metadata if isinstance(k, Kinds) for m in k.variants]
                 is_key = is_key or typing.get_origin(field.annotation) is dict
             elif _tag_matches(candidate, part):
                 following.append(candidate)
@@ -240,6 +242,12 @@ def _tag_matches(model: type[BaseModel], part: int | str) -> bool:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
+    if typing.get_origin(annotation) is typing.Annotated:
+        registered = [
+            m for k in annotation.__metadata__ if isinstance(k, Kinds) for m in k.variants
+        ]
+        if registered:
+            return registered
     if typing.get_origin(annotation) in (typing.Union, types.UnionType) or typing.get_args(
         annotation
     ):
