@@ -19,10 +19,11 @@ import torch
 
 from easyllm.engine.compiled_step import CompiledStep
 from easyllm.models import load_model
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
-from easyllm.ops.attention import AttentionContext, AttentionRule
+from easyllm.ops.attention import AttentionRule
 from easyllm.ops.paged_attention import Pages, new_pages, paged_attention, write_pages
-from easyllm.quant import SCHEMES, quantize_weights
+from easyllm.quant import quantize_weights, schemes
 
 PAGE_SIZE, TURNS, WARMUP = 64, 40, 4
 PAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,7 +42,7 @@ def main() -> None:
     results = []
     for weights in options.weights:
         model = load_model("smollm2", dtype="float32")
-        if weights in SCHEMES:
+        if weights in schemes():
             quantize_weights(model, weights)
         for context in options.contexts:
             for rows in options.rows:
@@ -107,7 +108,7 @@ class Step:
     def decoder(self) -> None:
         ones = (1,) * self.rows
         offsets = [self.context] * self.rows
-        context = AttentionContext.packed(ones, store=self, offsets=offsets)
+        context = ForwardContext.packed(ones, store=self, offsets=offsets)
         self.model.head(self.model(torch.tensor(self.ids), context))
 
     def attend(

@@ -10,7 +10,6 @@ import machine
 
 from easyllm.engine import LLM
 from easyllm.engine.rates import Shape, measure_rates
-from easyllm.nn.deterministic import set_deterministic
 
 SHAPES = (Shape(sequences=1, prompt=128, new=32), Shape(sequences=16, prompt=128, new=16))
 
@@ -23,7 +22,6 @@ def main() -> None:
     options = parser.parse_args()
     plain = LLM(options.model, prefix_caching=False, num_pages=400)
     exact = LLM(options.model, prefix_caching=False, num_pages=400, deterministic=True)
-    set_deterministic(plain.model, on=False)
     found: dict[str, list[list[float]]] = {"off": [], "on": []}
     for _ in range(options.rounds):
         for name, llm in (("off", plain), ("on", exact)):

@@ -15,8 +15,8 @@ import machine
 import torch
 
 from easyllm.nn.config import GLUConfig, MoEConfig
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.feed_forward import build_feed_forward
-from easyllm.ops.attention import AttentionContext
 
 HIDDEN, EXPERTS, CHOSEN, WIDTH = 512, 8, 2, 1024
 TURNS, WARMUP = 30, 5
@@ -50,7 +50,7 @@ def measure(tokens: int) -> dict[str, float]:
     for parameter in [*moe.parameters(), *dense.parameters()]:
         torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     x = torch.randn(tokens, HIDDEN, generator=generator)
-    context = AttentionContext.packed([tokens])
+    context = ForwardContext.packed([tokens])
     times = in_turns(lambda: dense(x, context), lambda: moe(x, context))
     a, b = (1e3 * statistics.median(t) for t in times)
     flops = 3 * 2 * tokens * HIDDEN * CHOSEN * WIDTH

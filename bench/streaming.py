@@ -18,7 +18,7 @@ import torch
 
 from easyllm.engine import LLM, Request, SamplingParams
 from easyllm.models import ContextConfig, load_model, load_tokenizer
-from easyllm.ops.attention import AttentionContext
+from easyllm.nn.context import ForwardContext
 
 FIGURE = machine.HERE.parent / "docs" / "figures" / "streaming.svg"
 TEXT = machine.SHARED / "data" / "wikitext2_valid.txt"
@@ -95,7 +95,7 @@ def recomputed(ids: list[int], places: list[int], window: int) -> list[float]:
     losses = []
     for place in places:
         seen = torch.tensor(ids[place + 1 - window : place + 1])
-        hidden = model(seen, AttentionContext.packed([window]))[-1:]
+        hidden = model(seen, ForwardContext.packed([window]))[-1:]
         losses.append(-float(model.head(hidden)[0].log_softmax(-1)[ids[place + 1]]))
     return losses
 

@@ -11,8 +11,9 @@ from easyllm.data.packing import Sample, pack
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.graph_step import GraphStep
 from easyllm.engine.runner import logits_in_passes
-from easyllm.nn.deterministic import set_deterministic
-from easyllm.ops.attention import AttentionContext, AttentionRule, attention, explicit_attention
+from easyllm.nn.context import ForwardContext
+from easyllm.nn.deterministic import check_deterministic
+from easyllm.ops.attention import AttentionRule, attention, explicit_attention
 from easyllm.train import TrainConfig, loop, train
 from easyllm.train.loop import accumulate
 from easyllm.train.objectives import LanguageModel
@@ -96,7 +97,7 @@ def test_packed_is_alone(dtype):
     sequences = [torch.tensor(s.token_ids, device=CUDA) for s in samples([9, 40, 1, 17])]
     with torch.no_grad():
         lengths = [len(s) for s in sequences]
-        context = AttentionContext.packed(lengths, device=CUDA)
+        context = ForwardContext.packed(lengths, device=CUDA)
         packed = model.head(model(torch.cat(sequences), context)).split(lengths)
         for ids, rows in zip(sequences, packed, strict=True):
             assert distance(rows, model.logits(ids).double().cpu()) < 1e-5 * (
@@ -171,7 +172,7 @@ def test_deterministic_mode_says_that_it_is_for_a_cpu():
     from easyllm.core.errors import ConfigError
 
     with pytest.raises(ConfigError, match="CPU"):
-        set_deterministic(build_tiny().to(CUDA))
+        check_deterministic(build_tiny().to(CUDA))
 
 
 def test_a_run_on_the_gpu_learns_and_resumes_to_the_same_bits(tmp_path, tiny_folder, monkeypatch):

@@ -5,16 +5,16 @@ import random
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from conftest import build_tiny
 from easyllm.core.errors import ConfigError
 from easyllm.data.packing import Sample, pack
 from easyllm.engine import LLM, Engine, Request, SamplingParams
 from easyllm.engine.options import EngineConfig
-from easyllm.nn.deterministic import one_row_logprobs, set_deterministic
+from easyllm.nn.deterministic import check_deterministic, one_row_logprobs
 from easyllm.ops.kernels.build import _library
 from easyllm.quant import quantize_weights
-from easyllm.train.objectives import LanguageModel
 
 pytestmark = pytest.mark.skipif(_library() is None, reason="there is no C compiler")
 WIDE = {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 6}
@@ -99,17 +99,17 @@ def test_the_engines_log_probabilities_are_the_training_forwards(tiny_tokenizer,
 
 
 def test_the_forward_pass_with_a_gradient_has_the_same_bits(tiny_tokenizer):
-    model = set_deterministic(model_of())
+    model = model_of()
     ids = [list(prompt) for prompt, _ in request_kinds()[:12] if len(prompt) > 1]
     batch = pack([Sample.from_mask(each) for each in ids])
     model.requires_grad_(True).train()
-    hidden = model(batch.token_ids, batch.context())
-    logits = model.head(hidden)
+    context = batch.context(deterministic=True)
+    logits = model.head(model(batch.token_ids, context), context)
     rows = one_row_logprobs(logits, batch.labels)
     model.eval()
     at = 0
     for each in ids:
-        alone = model.logits(each[:-1])
+        alone = model.logits(each[:-1], deterministic=True)
         assert torch.equal(
             one_row_logprobs(alone, torch.tensor(each[1:])), rows[at : at + len(each) - 1]
         )
@@ -121,8 +121,10 @@ def test_gradients_are_those_of_the_plain_mode_within_rounding(tiny_tokenizer):
     batch = pack([Sample.from_mask(each) for each in ids])
     grads = []
     for on in (False, True):
-        model = set_deterministic(model_of().requires_grad_(True), on)
-        LanguageModel().loss(model, batch).sum.backward()
+        model = model_of().requires_grad_(True)
+        context = batch.context(deterministic=on)
+        logits = model.head(model(batch.token_ids, context), context)
+        cross_entropy(logits, batch.labels, reduction="sum").backward()
         grads.append([p.grad for p in model.parameters()])
     for plain, exact in zip(*grads, strict=True):
         torch.testing.assert_close(plain, exact, atol=1e-4 * float(plain.abs().max()), rtol=1e-3)
@@ -150,14 +152,14 @@ def test_windows_keep_the_promise(tiny_tokenizer, position):
 
 def test_what_cannot_promise_it_is_refused(tiny_tokenizer):
     with pytest.raises(ConfigError, match="no deterministic mode: it needs a CPU, weights of fp32"):
-        set_deterministic(model_of().double())
+        check_deterministic(model_of().double())
     layers = tuple(
         layer.model_copy(update={"mixer": layer.mixer.model_copy(update={"softcap": 5.0})})
         for layer in model_of().config.layers
     )
     capped = type(model_of())(model_of().config.changed(layers=layers))
     with pytest.raises(ConfigError, match="layer 0 has attention with a soft cap"):
-        set_deterministic(capped.eval().requires_grad_(False))
+        check_deterministic(capped.eval().requires_grad_(False))
 
 
 def test_an_activation_whose_last_numbers_are_computed_otherwise_is_refused():
@@ -172,4 +174,4 @@ def test_an_activation_whose_last_numbers_are_computed_otherwise_is_refused():
     width = config.layers[0].feed_forward.intermediate_size
     assert width % 64
     with pytest.raises(ConfigError, match=f"layer 0 has gelu over a width of {width}"):
-        set_deterministic(model)
+        check_deterministic(model)

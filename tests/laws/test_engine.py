@@ -1,13 +1,18 @@
 """The engine: whatever shares a request's batch, pages and prefix, its output is as alone."""
 
+import copy
+
 import pytest
 import torch
 
 from conftest import build_tiny
+from easyllm.adapters import LoRAConfig
+from easyllm.adapters.attach import place
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Completion, Engine, EngineConfig, Request, SamplingParams
 from easyllm.nn.config import AttentionConfig, LinearAttentionConfig, Rope
-from easyllm.ops.attention import AttentionContext
+from easyllm.nn.context import ForwardContext
+from masks import RuleMask, packed
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
@@ -173,7 +178,7 @@ def test_prompts_of_a_prefix_model_stay_whole_in_small_steps_and_after_preemptio
         start = len(request.prompt_ids)
         for completion in completions:
             ids = [*request.prompt_ids, *completion.token_ids]
-            context = AttentionContext.packed([len(ids)], prefix_lengths=(start,))
+            context = ForwardContext.packed([len(ids)], prefix_lengths=(start,))
             logprobs = model.head(model(torch.tensor(ids), context)).log_softmax(-1)
             expected = [logprobs[i - 1, ids[i]].item() for i in range(start, len(ids))]
             assert completion.logprobs == pytest.approx(expected, abs=1e-9)
@@ -225,7 +230,10 @@ def test_a_found_prefix_is_not_computed_again_unless_salt_adapter_or_prompt_logp
     model, tiny_tokenizer
 ):
     (prompt,) = prompts_of([67])
-    engine = Engine(model, tiny_tokenizer)
+    adapted = copy.deepcopy(model)
+    for _, adapter in place(adapted, LoRAConfig(rank=2), name="lora").linears.values():
+        adapter.reset_parameters()
+    engine = Engine(adapted, tiny_tokenizer)
     one = SamplingParams(temperature=0, max_tokens=1)
 
     def request(params=one, **options):
@@ -329,30 +337,28 @@ def test_logprobs_are_raw_and_processed_and_labelled(model, tiny_tokenizer):
     (done,) = results(Engine(model, tiny_tokenizer), [Request(prompt_ids=prompt, params=params)])
     ids = [*prompt, *done[0].token_ids]
     logits = model.logits(ids)
-    for place, entry in enumerate(done[0].details, start=len(prompt)):
-        raw = logits[place - 1].log_softmax(-1)
-        assert entry.token_id == ids[place]
-        assert entry.raw == pytest.approx(raw[ids[place]].item(), abs=1e-9)
-        assert entry.raw == pytest.approx(done[0].logprobs[place - len(prompt)], abs=1e-12)
+    for at, entry in enumerate(done[0].details, start=len(prompt)):
+        raw = logits[at - 1].log_softmax(-1)
+        assert entry.token_id == ids[at]
+        assert entry.raw == pytest.approx(raw[ids[at]].item(), abs=1e-9)
+        assert entry.raw == pytest.approx(done[0].logprobs[at - len(prompt)], abs=1e-12)
         best = raw.topk(4)
         assert [i for i, _ in entry.top_raw] == best.indices.tolist()
-        three = (logits[place - 1].topk(3).values / 0.5).log_softmax(-1)
+        three = (logits[at - 1].topk(3).values / 0.5).log_softmax(-1)
         assert len(entry.top_processed) == 3  # top-k has left no more
         assert [v for _, v in entry.top_processed] == pytest.approx(three.tolist(), abs=1e-9)
         assert entry.processed in [v for _, v in entry.top_processed]
 
 
-class OnlyEven:
-    """A mask: even ids, and an end after five."""
-
-    def allowed(self, output_ids):
-        return range(4, 320, 2) if len(output_ids) < 5 else []
+def only_even(output):
+    """Even ids, and an end after five."""
+    return range(4, 320, 2) if len(output) < 5 else []
 
 
 def test_a_mask_bars_tokens_and_may_end_the_output(model, tiny_tokenizer):
     prompts = prompts_of([4, 7])
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
-    masked = Request(prompt_ids=prompts[0], params=params, mask=OnlyEven())
+    masked = Request(prompt_ids=prompts[0], params=params, mask=RuleMask(only_even))
     plain = Request(prompt_ids=prompts[1], params=params)
     (even,), (free,) = results(Engine(model, tiny_tokenizer), [masked, plain])
     assert len(even.token_ids) == 5
@@ -362,27 +368,38 @@ def test_a_mask_bars_tokens_and_may_end_the_output(model, tiny_tokenizer):
     assert free.token_ids == alone[0].token_ids
 
 
-class Broken:
-    """A mask that fails, or allows what there is not."""
-
-    def __init__(self, allows):
-        self.allows = allows
-
-    def allowed(self, output_ids):
-        return None if len(output_ids) < 3 else self.allows()
+def test_each_completion_of_a_request_has_a_mask_of_its_own(model, tiny_tokenizer):
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=9, n=3, ignore_eos=True)
+    request = Request(prompt_ids=(5, 6, 7), params=params, mask=RuleMask(only_even))
+    (completions,) = results(Engine(model, tiny_tokenizer), [request])
+    assert [len(each.token_ids) for each in completions] == [5, 5, 5]
+    assert all(token % 2 == 0 for each in completions for token in each.token_ids)
 
 
-@pytest.mark.parametrize("allows", [lambda: 1 / 0, lambda: [5, 320], lambda: [-1]])
+@pytest.mark.parametrize(
+    "allows",
+    [
+        lambda: 1 / 0,
+        lambda: packed([5, 325], size=330),
+        lambda: packed([5]).float(),
+        lambda: packed([5])[None],
+    ],
+    ids=["raises", "an id there is not", "no whole numbers", "two axes"],
+)
 def test_a_mask_that_fails_ends_its_own_request_alone(model, tiny_tokenizer, allows, caplog):
     prompts = prompts_of([4, 7])
     params = SamplingParams(**GREEDY)
-    broken = Request(prompt_ids=prompts[0], params=params, mask=Broken(allows))
+    broken = Request(
+        prompt_ids=prompts[0],
+        params=params,
+        mask=RuleMask(lambda output: None if len(output) < 3 else allows()),
+    )
     plain = Request(prompt_ids=prompts[1], params=params)
     engine = Engine(model, tiny_tokenizer)
     (ended,), (free,) = results(engine, [broken, plain])
     assert ended.finish_reason == "cancelled"
     assert len(ended.token_ids) == 3
-    assert "a logits mask failed" in caplog.text
+    assert "a mask failed" in caplog.text
     (alone,) = results(Engine(model, tiny_tokenizer), [plain])
     assert free.token_ids == alone[0].token_ids
     assert engine.pool.available == engine.pool.num_pages

@@ -74,7 +74,7 @@ def test_copies_of_quantized_pages_are_whole(tiny_tokenizer):
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_weights_are_rounded_on_loading(tiny_folder, scheme):
     llm = LLM(tiny_folder, quantize=scheme)
-    assert llm.model.is_quantized
+    assert llm.model.packed_formats()
     assert llm.engine.memory.weight_bytes < 0.6 * LLM(tiny_folder).engine.memory.weight_bytes
     assert len(llm.generate(["hello"], GREEDY)[0].token_ids) == 24
 

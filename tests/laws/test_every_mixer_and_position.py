@@ -35,8 +35,8 @@ from easyllm.nn.config import (
     T5Bias,
     YarnScaling,
 )
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
-from easyllm.ops.attention import AttentionContext
 
 VOCAB = 50
 LENGTHS = (21, 1, 34, 6)
@@ -267,7 +267,7 @@ def test_packed_sequences_equal_each_alone(name):
 def test_a_leak_across_the_boundary_would_be_seen(name):
     """The negative control: the same tokens and positions as one sequence, so that later ones see the first."""
     model, batch = model_of(name), pack_ids(sequences())
-    leaky = AttentionContext(positions=batch.positions, lengths=(len(batch.token_ids),))
+    leaky = ForwardContext(positions=batch.positions, lengths=(len(batch.token_ids),))
     logits = model.head(model(batch.token_ids, leaky)).split(batch.lengths)
     assert (logits[1] - alone(name)[1]).abs().max() > 1e-4
 

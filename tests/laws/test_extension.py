@@ -16,7 +16,7 @@ from easyllm.core.errors import ConfigError, DataError
 from easyllm.models import load_model, load_tokenizer, save_model
 from easyllm.models.resize import loss_of_text, resize_embeddings
 from easyllm.nn import Decoder
-from easyllm.ops.attention import AttentionContext
+from easyllm.nn.context import ForwardContext
 from easyllm.ops.cross_entropy import linear_cross_entropy
 from easyllm.tokenizer import SpecialTokens, Tokenizer
 from easyllm.tokenizer.extend import extend_tokenizer
@@ -338,7 +338,7 @@ def test_no_added_id_is_ever_the_most_likely(softcap):
 def test_the_loss_is_reported_over_the_old_ids_and_over_all():
     ids = list(range(3, 290, 2))
     before, model = tiny(), resize_embeddings(tiny(), OLD_PIECES)
-    hidden = model(torch.tensor(ids), AttentionContext.packed([len(ids)]))
+    hidden = model(torch.tensor(ids), ForwardContext.packed([len(ids)]))
     labels = torch.tensor([*ids[1:], -100])
     whole = linear_cross_entropy(hidden, model.head_weight, labels)
     assert math.isclose(loss_of_text(model, ids), float(whole.sum) / whole.num_tokens, rel_tol=1e-5)

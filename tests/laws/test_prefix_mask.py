@@ -10,7 +10,7 @@ from easyllm.engine import Engine, Request, SamplingParams
 from easyllm.models import load_model, save_model
 from easyllm.models.hf_config import read_config, write_config
 from easyllm.nn.config import LinearAttentionConfig
-from easyllm.ops.attention import AttentionContext
+from easyllm.nn.context import ForwardContext
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_prompt_token_sees_later_prompt_tokens_and_no_answer_token(prefix_mode
     prompt, answer = ids_of(9), ids_of(6, seed=1)
 
     def hidden(prompt, answer):
-        context = AttentionContext.packed([15], prefix_lengths=(9,))
+        context = ForwardContext.packed([15], prefix_lengths=(9,))
         return prefix_model(torch.tensor(prompt + answer), context)
 
     base = hidden(prompt, answer)
@@ -56,7 +56,7 @@ def test_engine_logprobs_equal_those_of_the_training_forward_under_the_prefix_ma
     for prompt, request in zip(prompts, requests, strict=True):
         mine = [e for e in events if e.request_id == request.id]
         ids = prompt + [e.token_id for e in mine]
-        context = AttentionContext.packed([len(ids)], prefix_lengths=(len(prompt),))
+        context = ForwardContext.packed([len(ids)], prefix_lengths=(len(prompt),))
         logprobs = prefix_model.head(prefix_model(torch.tensor(ids), context)).log_softmax(-1)
         causal = prefix_model.logits(ids).log_softmax(-1)
         for offset, event in enumerate(mine):

@@ -16,6 +16,7 @@ from easyllm.engine.sampling import Chooser, Draft, choose, draw
 from easyllm.engine.speculative import NgramDrafter
 from easyllm.models import save_model
 from easyllm.nn.config import LinearAttentionConfig
+from masks import RuleMask
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +110,11 @@ def test_a_perfect_draft_saves_four_passes_of_five(model, tiny_tokenizer):
 def test_ngrams_save_passes_where_the_text_repeats_itself(model, tiny_tokenizer):
     """A mask makes the model repeat a phrase, as it would copy from its prompt."""
 
-    class Phrase:
-        def allowed(self, output_ids):
-            return [10 + len(output_ids) % 5]
-
     request = [
         Request(
             prompt_ids=(5, 6),
             params=SamplingParams(temperature=0, max_tokens=40, ignore_eos=True),
-            mask=Phrase(),
+            mask=RuleMask(lambda output: [10 + len(output) % 5]),
         )
     ]
     engine = Engine(model, tiny_tokenizer, drafter=NgramDrafter(4))

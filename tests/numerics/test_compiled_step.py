@@ -23,7 +23,7 @@ from easyllm.nn.config import (
     Rope,
     YarnScaling,
 )
-from easyllm.ops.attention import AttentionContext
+from easyllm.nn.context import ForwardContext
 from easyllm.ops.kernels import build
 from easyllm.ops.paged_attention import QuantizedPages, new_pages, paged_attention, write_pages
 from easyllm.quant import quantize_weights
@@ -127,7 +127,7 @@ class Cache:
             [row[p // PAGE_SIZE] for row, p in zip(self._table, positions, strict=True)]
         ).long()
         self._slots = torch.cat(positions) % PAGE_SIZE
-        context = AttentionContext.packed(self._lengths, store=self, offsets=starts)
+        context = ForwardContext.packed(self._lengths, store=self, offsets=starts)
         hidden = model(torch.tensor([i for ids in pieces.values() for i in ids]), context)
         for n, end in zip(pieces, self._key_lengths, strict=True):
             self.seen[n] = end

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from easyllm.nn.config import LinearAttentionConfig, Rope
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.linear_attention import LinearAttention
-from easyllm.ops.attention import AttentionContext
 from easyllm.ops.linear_attention import (
     FEATURE_MAPS,
     Features,
@@ -92,6 +92,6 @@ def test_packed_sequences_are_isolated(kind):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(25, 16)
-    packed = layer(x, AttentionContext.packed([10, 15]))
-    alone = torch.cat([layer(p, AttentionContext.packed([len(p)])) for p in x.split([10, 15])])
+    packed = layer(x, ForwardContext.packed([10, 15]))
+    alone = torch.cat([layer(p, ForwardContext.packed([len(p)])) for p in x.split([10, 15])])
     torch.testing.assert_close(packed, alone)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from easyllm.nn.config import GLUConfig, MoEConfig
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.moe import MoE, Routing, load_balancing_loss, router_z_loss
-from easyllm.ops.attention import AttentionContext
 
 
 def build(**options):
@@ -24,11 +24,11 @@ def one_by_one(layer, x):
         logits = layer.router.weight @ token
         weights, chosen = layer.route(logits[None])
         total = sum(
-            w * layer.experts[e].run(token[None])[0]
+            w * layer.experts[e](token[None], ForwardContext.packed([1]))[0]
             for w, e in zip(weights[0], chosen[0], strict=True)
         )
         if layer.shared is not None:
-            shared = layer.shared.run(token[None])[0]
+            shared = layer.shared(token[None], ForwardContext.packed([1]))[0]
             gate = layer.shared_gate(token[None]).sigmoid()[0] if layer.shared_gate else 1
             total = total + gate * shared
         out.append(total)
@@ -48,7 +48,7 @@ def one_by_one(layer, x):
 )
 def test_grouped_execution_equals_a_loop_over_tokens(options):
     layer, x = build(**options), torch.randn(33, 16)
-    out = layer(x, AttentionContext.packed([33]))
+    out = layer(x, ForwardContext.packed([33]))
     torch.testing.assert_close(out, one_by_one(layer, x), atol=1e-5, rtol=1e-5)
 
 
@@ -56,13 +56,15 @@ def test_row_27_identical_experts_with_normalised_gates_equal_the_dense_layer():
     layer, x = build(), torch.randn(20, 16)
     for expert in layer.experts[1:]:
         expert.load_state_dict(layer.experts[0].state_dict())
-    out = layer(x, AttentionContext.packed([20]))
-    torch.testing.assert_close(out, layer.experts[0].run(x), atol=1e-5, rtol=0)
+    out = layer(x, ForwardContext.packed([20]))
+    torch.testing.assert_close(
+        out, layer.experts[0](x, ForwardContext.packed([20])), atol=1e-5, rtol=0
+    )
 
 
 def routing_of(layer, x):
     seen = []
-    layer(x, AttentionContext.packed([len(x)], routing=seen))
+    layer(x, ForwardContext.packed([len(x)], routing=seen))
     return seen[0]
 
 
@@ -110,12 +112,14 @@ def test_row_27_tokens_beyond_an_experts_capacity_pass_it_by():
     layer.router.weight[2] = 1.0  # every token of positive sum goes to expert 2
     x = torch.rand(12, 16) + 0.1
     seen = []
-    out = layer(x, AttentionContext.packed([12], routing=seen))
+    out = layer(x, ForwardContext.packed([12], routing=seen))
     capacity = 12 // 4
     assert seen[0].dropped.squeeze(1).tolist() == [False] * capacity + [True] * (12 - capacity)
     assert not out[capacity:].any()  # the residual alone goes on
     weight = (layer.router.weight @ x[0]).softmax(0)[2] if not layer.config.normalise else 1.0
-    torch.testing.assert_close(out[:capacity], weight * layer.experts[2].run(x[:capacity]))
+    torch.testing.assert_close(
+        out[:capacity], weight * layer.experts[2](x[:capacity], ForwardContext.packed([capacity]))
+    )
 
 
 def test_first_choices_are_kept_before_second_ones():
@@ -132,6 +136,6 @@ def test_first_choices_are_kept_before_second_ones():
 
 def test_gradients_reach_chosen_experts_and_the_router():
     layer = build().requires_grad_(True)
-    layer(torch.randn(40, 16), AttentionContext.packed([40])).square().sum().backward()
+    layer(torch.randn(40, 16), ForwardContext.packed([40])).square().sum().backward()
     assert layer.router.weight.grad.abs().sum() > 0
     assert all(expert.down_proj.weight.grad.abs().sum() > 0 for expert in layer.experts)

@@ -12,6 +12,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from easyllm.core.errors import ConfigError
 from easyllm.models.families.rope_config import read_rope, write_rope
 from easyllm.nn.config import Learned, ReRope, Rope, Shaw, Sinusoidal, StreamingRope, T5Bias
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.position import (
     AlibiPosition,
     ReRopePosition,
@@ -30,7 +31,7 @@ from easyllm.nn.rope_scaling import (
     rope_frequencies,
     yarn_attention_factor,
 )
-from easyllm.ops.attention import AttentionContext, AttentionRule, explicit_attention
+from easyllm.ops.attention import AttentionRule, explicit_attention
 from easyllm.ops.rotary import apply_rotary
 
 
@@ -121,7 +122,7 @@ def test_row_11_shaw_equals_its_sums_written_out():
 
 
 def turned(x, position, positions):
-    context = AttentionContext(positions=positions, lengths=(len(positions),))
+    context = ForwardContext(positions=positions, lengths=(len(positions),))
     return position.rotate(x, context)
 
 
@@ -151,7 +152,7 @@ def test_row_12_the_two_layouts_are_equal_up_to_a_permutation():
 def test_row_13_rotation_equals_transformers():
     q, k = randn(12, 4, 16).float(), randn(12, 2, 16, seed=1).float()
     position = RotaryPosition(Rope(theta=5000.0), 16)
-    cos, sin = position.tables(AttentionContext.packed([12]))
+    cos, sin = position.tables(ForwardContext.packed([12]))
     theirs = apply_rotary_pos_emb(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
@@ -311,7 +312,7 @@ def test_row_21_streaming_positions_are_ropes_until_the_cache_is_full():
     position = StreamingPosition(StreamingRope(), 8, window=6, num_sinks=2)
     q, k, at = randn(2, 8, 8), randn(2, 8, 8, seed=1), torch.arange(8)
     plain = RotaryPosition(Rope(), 8)
-    context = AttentionContext.packed([8])
+    context = ForwardContext.packed([8])
     turned = [plain.rotate(x.transpose(0, 1), context).transpose(0, 1) for x in (q, k)]
     torch.testing.assert_close(
         position.scores(q, k, at, at), turned[0] @ turned[1].mT, atol=1e-5, rtol=0

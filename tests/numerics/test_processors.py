@@ -13,7 +13,7 @@ from conftest import build_tiny
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.processors import (
     add_bias,
-    allow_only,
+    allow_packed,
     bar,
     keep_min_p,
     keep_top_k,
@@ -26,6 +26,7 @@ from easyllm.engine.processors import (
 )
 from easyllm.engine.sampling import Chooser, choose, narrow
 from easyllm.models import save_model
+from masks import packed
 
 EXACT = {"atol": 0, "rtol": 0}
 ROWS, VOCAB = 12, 300
@@ -121,7 +122,9 @@ def test_bias_least_length_and_allowed_ids_equal_those_of_transformers():
     only = hf.PrefixConstrainedLogitsProcessor(lambda *_: [1, 2, 80], 1)(ids, logits.clone())
     for row in range(ROWS):
         assert_close(add_bias(logits[row], bias), expected[row], **EXACT)
-        assert_close(allow_only(logits[row], [1, 2, 80]), only[row], **EXACT)
+        assert_close(
+            allow_packed(logits[row], packed([1, 2, 80], logits.shape[1])), only[row], **EXACT
+        )
         chooser = Chooser(
             SamplingParams(min_tokens=10), random.Random(0), ids[row].tolist(), 5, frozenset((2, 9))
         )

@@ -65,12 +65,12 @@ def class_name(module, name):
 
 def residual_dtype():
     from conftest import build_tiny
-    from easyllm.ops.attention import AttentionContext
+    from easyllm.nn.context import ForwardContext
 
     model = build_tiny().to(torch.bfloat16)
     seen = []
     model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
-    model(torch.arange(4), AttentionContext.packed([4]))
+    model(torch.arange(4), ForwardContext.packed([4]))
     return {torch.float32: "fp32"}[seen[0]]
 
 

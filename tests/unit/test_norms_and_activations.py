@@ -16,12 +16,12 @@ from easyllm.nn.config import (
     ModelConfig,
     RMSNormConfig,
 )
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.feed_forward import MLP
 from easyllm.nn.glu import GLU
 from easyllm.nn.norm import build_norm
 from easyllm.ops.activation import ACTIVATIONS, gated
-from easyllm.ops.attention import AttentionContext
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -100,7 +100,7 @@ def test_topic_16_each_gated_unit_is_its_formula(activation, bias, grad):
 
     gate = GATES[activation](project(glu.gate_proj, x))
     expected = project(glu.down_proj, gate * project(glu.up_proj, x))
-    torch.testing.assert_close(glu(x, AttentionContext.packed([7])), expected)
+    torch.testing.assert_close(glu(x, ForwardContext.packed([7])), expected)
 
 
 @pytest.mark.parametrize("activation", GATES)
@@ -119,7 +119,7 @@ def test_an_ungated_feed_forward_is_its_formula(activation, bias):
     up = x @ mlp.up_proj.weight.T + (mlp.up_proj.bias if bias else 0)
     down = GATES[activation](up) @ mlp.down_proj.weight.T
     expected = down + (mlp.down_proj.bias if bias else 0)
-    torch.testing.assert_close(mlp(x, AttentionContext.packed([7])), expected)
+    torch.testing.assert_close(mlp(x, ForwardContext.packed([7])), expected)
 
 
 # ---- topic 24: RMSNorm
@@ -237,7 +237,7 @@ def sandwich(x, f, layer, name):
 def test_topic_23_a_layer_is_the_formula_of_its_placement(formula, norm):
     model = randomised(Decoder(small_model(layer_of(formula.__name__), norm=norm)))
     layer, x = model.layers[0], randn(9, 16)
-    context = AttentionContext.packed([9])
+    context = ForwardContext.packed([9])
     middle = formula(x, lambda x: layer.mixer(x, context), layer, "mixer")
     expected = formula(middle, lambda x: layer.feed_forward(x, context), layer, "feed_forward")
     stream, added = layer(x, context)
@@ -261,7 +261,7 @@ def last_gradient(placement, depth, seed):
             torch.nn.init.xavier_normal_(parameter, generator=generator)
     ids, labels = torch.randint(11, (2, 24), generator=generator)
     head = torch.randn(11, 32, generator=generator) / 32**0.5
-    hidden = model(ids, AttentionContext.packed([24]))
+    hidden = model(ids, ForwardContext.packed([24]))
     F.cross_entropy(F.linear(hidden, head), labels).backward()
     return model.layers[-1].feed_forward.down_proj.weight.grad.norm().item()
 

@@ -11,11 +11,11 @@ from easyllm.adapters.attach import attach, merge
 from easyllm.adapters.lora import LoRAConfig
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.models import load_model, save_model
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
-from easyllm.ops.attention import AttentionContext
 from easyllm.ops.kernels import build
-from easyllm.quant import SCHEMES, QuantSpec, quantize_weights, weight_bytes
+from easyllm.quant import QuantSpec, quantize_weights, schemes, weight_bytes
 
 IDS = torch.tensor([5, 9, 300, 17, 2, 2, 41])
 
@@ -29,15 +29,14 @@ def full_weights(model):
     """The model with every quantized weight dequantized again."""
     full = build_tiny(tie_word_embeddings=model.lm_head is None)
     state = full.state_dict()
-    for name, module in model.named_modules():
-        if getattr(module, "quantized", None) is not None:
-            state[f"{name}.weight"] = module.quantized.dequantize()
+    for name, holder in model.holders():
+        state[f"{name}.weight"] = holder.storage.dense()
     full.load_state_dict(state)
     return full
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", schemes())
 def test_logits_are_those_of_the_dequantized_weights(monkeypatch, scheme, tied):
     model = quantize_weights(build_tiny(tie_word_embeddings=tied), scheme)
     full = full_weights(model)
@@ -51,15 +50,15 @@ def test_full_weights_are_gone_and_their_dtype_is_not():
     model = quantize_weights(build_tiny(), "int4")
     linears = [m for m in model.layers.modules() if isinstance(m, Linear)]
     assert len(linears) == 14
-    assert all(m.weight.shape[0] == 0 and m.quantized is not None for m in linears)
-    assert model.embed_tokens.weight.dtype == torch.float32
+    assert all(m.weight is None and m.storage.format == "int4" for m in linears)
+    assert model.dtype == torch.float32
     assert model.head_weight.shape == (320, 32)
     sizes = [t.numel() * t.element_size() for t in model.state_dict().values()]
     before = sum(p.numel() * 4 for p in build_tiny().parameters())
     assert sum(sizes) < before / 4
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", schemes())
 def test_quantized_models_move_between_dtypes_and_copies(scheme):
     model = quantize_weights(build_tiny(), scheme)
     before = model.logits(IDS)
@@ -81,7 +80,7 @@ def test_an_adapter_learns_on_a_quantized_base():
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     losses = []
     for _ in range(12):
-        hidden = model(IDS[:-1], AttentionContext.packed([len(IDS) - 1]))
+        hidden = model(IDS[:-1], ForwardContext.packed([len(IDS) - 1]))
         loss = torch.nn.functional.cross_entropy(model.head(hidden), IDS[1:])
         optimizer.zero_grad()
         loss.backward()
@@ -109,7 +108,7 @@ def test_refusals(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", schemes())
 def test_smollm2_stays_within_a_hundredth_of_a_nat(smollm2, smollm2_tokenizer, scheme):
     text = (
         "The first steam engines were built to pump water out of mines. In 1769 James Watt added a separate "

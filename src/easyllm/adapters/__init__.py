@@ -1,16 +1,38 @@
-"""Small trained additions to a frozen model."""
+"""Parameter-efficient methods: small trained additions to a frozen model."""
 
-from easyllm.adapters.attach import adapter_parameters, attach, detach, merge
+from easyllm.adapters.adapter import (
+    ADAPTERS,
+    Adapter,
+    AdapterConfig,
+    FileModule,
+    register_adapter,
+    unregister_adapter,
+)
+from easyllm.adapters.adapter_set import AdapterSet, TrainProgress
+from easyllm.adapters.attach import adapter_of, adapter_parameters, attach, detach, merge
+from easyllm.adapters.bank import AdapterBank
 from easyllm.adapters.lora import LoRA, LoRAConfig
-from easyllm.adapters.peft_format import load_adapter, save_adapter
+from easyllm.adapters.peft_format import AdapterFile, load_adapter, read_adapter, save_adapter
 
 __all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "AdapterBank",
+    "AdapterConfig",
+    "AdapterFile",
+    "AdapterSet",
+    "FileModule",
     "LoRA",
     "LoRAConfig",
+    "TrainProgress",
+    "adapter_of",
     "adapter_parameters",
     "attach",
     "detach",
     "load_adapter",
     "merge",
+    "read_adapter",
+    "register_adapter",
     "save_adapter",
+    "unregister_adapter",
 ]

@@ -1,85 +1,197 @@
-"""Putting adapters into a model's linears, and merging them."""
+"""Putting adapters into a model, taking them out, and merging them."""
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from easyllm.adapters.lora import LoRA, LoRAConfig
+from easyllm.adapters.adapter import ALL_LINEAR, Adapter, AdapterConfig, kind_of
+from easyllm.adapters.adapter_set import AdapterSet, find_whole, restore_whole
+from easyllm.adapters.bank import AdapterBank
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 
-ALL_LINEAR = "all-linear"
 
+def attach(
+    model: Decoder,
+    config: AdapterConfig,
+    *,
+    seed: int = 0,
+    also_trained: Iterable[str] = (),
+) -> AdapterSet:
+    """Freezes the model and gives it a fresh adapter for every row.
 
-def attach(model: Decoder, config: LoRAConfig, *, seed: int = 0) -> Decoder:
-    """Freezes the model and gives each target linear a fresh adapter.
+    Args:
+        seed: of the adapter's first values.
+        also_trained: modules of the base to train whole, besides those `config` names.
 
     Raises:
-        ConfigError: a target names no linear of the model.
+        ConfigError: a target names no linear of the model, the method does not work on the weights' format, a module to
+            train whole does not exist, or the model has an adapter already.
     """
     model.requires_grad_(False)
+    names = tuple(dict.fromkeys((*config.also_trained, *also_trained)))
+    adapters = place(model, config, whole=names)
     generator = torch.Generator().manual_seed(seed)
-    for _, linear in target_linears(model, config.targets):
-        adapter = LoRA(config, linear.in_features, linear.out_features)
+    for _, adapter in adapters.linears.values():
         adapter.reset_parameters(generator)
-        linear.adapter = adapter.to(linear.weight.device)
-    return model
+    if adapters.model_adapter is not None:
+        _reset(adapters.model_adapter, generator)
+    for parameter in adapters.trained_parameters(model).values():
+        parameter.requires_grad_(True)
+    return adapters
 
 
-def target_linears(model: Decoder, targets: tuple[str, ...]) -> list[tuple[str, Linear]]:
-    """The linears inside the layers that `targets` names, with their names."""
-    linears = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) and name.startswith("layers.")
-    ]
-    if ALL_LINEAR in targets:
-        return linears
-    leaves = {name.rsplit(".", 1)[1] for name, _ in linears}
-    for target in targets:
-        if target not in leaves:
+def place(
+    model: Decoder, config: AdapterConfig, *, whole: tuple[str, ...] = (), name: str = ""
+) -> AdapterSet:
+    """Puts a method's modules, their values not set, into a model.
+
+    Args:
+        name: under which the adapter is held besides others, for rows that name it; without one it is of every row.
+
+    Raises:
+        ConfigError: as `attach`.
+    """
+    _check_free(model, name)
+    modules = find_whole(model, whole)
+    linears: dict[str, tuple[Linear, Adapter]] = {}
+    model_adapter: nn.Module | None = None
+    if config.level == "model":
+        if name:
             raise ConfigError(
-                f"adapter target {target!r} names no linear of this model{suggest(target, leaves)}; "
-                f"use {ALL_LINEAR} or some of {', '.join(sorted(leaves))}"
+                f"an adapter of kind {config.kind} puts virtual tokens in front of every sequence and cannot be held by "
+                "name besides others; load it alone"
             )
-    return [(name, module) for name, module in linears if name.rsplit(".", 1)[1] in targets]
+        built: Any = config.build_model_adapter(model.config)
+        model_adapter = built.to(model.device)
+    else:
+        for full_name, linear in target_linears(model, config):
+            reason = config.unsupported_reason(linear.storage.format)
+            if reason is not None:
+                raise ConfigError(
+                    f"an adapter of kind {config.kind} does not work on {full_name}, which is kept as "
+                    f"{linear.storage.format}: {reason}"
+                )
+            adapter = config.build(full_name, linear.in_features, linear.out_features)
+            linears[full_name] = linear, adapter.to(linear.storage.device)
+    adapters = kind_of(config).adapter_set(
+        config, linears=linears, model_adapter=model_adapter, whole=modules, name=name
+    )
+    for linear, adapter in linears.values():
+        if name:
+            held: Any = linear.adapter or AdapterBank()
+            held.add(name, adapter)
+            linear.adapter = held
+        else:
+            linear.adapter = adapter
+    if model_adapter is not None:
+        model.model_adapter = built
+    model.adapter_sets[name] = adapters
+    return adapters
 
 
-def adapted(model: Decoder) -> Iterator[tuple[str, Linear, LoRA]]:
-    """Every linear that carries an adapter: its name, itself, the adapter."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and isinstance(module.adapter, LoRA):
-            yield name, module, module.adapter
+def target_linears(model: Decoder, config: AdapterConfig) -> list[tuple[str, Linear]]:
+    """The linears that a configuration adapts, with their full names.
+
+    Raises:
+        ConfigError: a target names none.
+    """
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    for target in config.targets:
+        if target == ALL_LINEAR or any(n == target or n.endswith(f".{target}") for n in linears):
+            continue
+        leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        raise ConfigError(
+            f"adapter target {target!r} names no linear of this model{suggest(target, leaves)}; "
+            f"use {ALL_LINEAR} or some of {', '.join(leaves)}"
+        )
+    return [(name, linear) for name, linear in linears.items() if config.adapts(name)]
+
+
+def adapter_of(model: Decoder, name: str = "") -> AdapterSet:
+    """The adapter of every row, or the one held under a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in model.adapter_sets:
+        held = ", ".join(repr(n) for n in model.adapter_sets if n) or "none"
+        what = f"no adapter {name!r}" if name else "no adapter of every row"
+        raise ConfigError(f"the model has {what} (held by name: {held})")
+    found: AdapterSet = model.adapter_sets[name]
+    return found
 
 
 def adapter_parameters(model: Decoder) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by name."""
-    return {n: p for n, p in model.named_parameters() if re.search(r"\.adapter\.", n)}
+    """The trained parameters of every adapter by their names in the model."""
+    found: dict[str, nn.Parameter] = {}
+    for adapters in model.adapter_sets.values():
+        found |= adapters.trained_parameters(model)
+    return found
 
 
 @torch.no_grad()
-def merge(model: Decoder) -> Decoder:
-    """Adds each adapter to its weight (in fp32, rounded once) and removes it.
+def merge(model: Decoder, name: str = "") -> Decoder:
+    """Folds an adapter into the weights (in fp32, rounded once) and removes it.
 
     Raises:
-        ConfigError: the weights are quantized.
+        ConfigError: there is none, the method cannot be merged, or the weights are quantized.
     """
-    if model.is_quantized:
+    adapters = adapter_of(model, name)
+    reason = adapters.config.merge_unsupported_reason()
+    if reason is not None:
+        raise ConfigError(f"an adapter of kind {adapters.config.kind} cannot be merged: {reason}")
+    for full_name, (linear, _) in adapters.linears.items():
+        if linear.storage.format != "dense":
+            raise ConfigError(
+                f"an adapter cannot be merged into quantized weights ({full_name} is kept as {linear.storage.format}); "
+                "merge it into the full model, then quantize"
+            )
+    for linear, adapter in adapters.linears.values():
+        bias = None if linear.bias is None else linear.bias.float()
+        weight, merged_bias = adapter.merged(linear.weight.float(), bias)
+        linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+        if merged_bias is not None and linear.bias is not None:
+            linear.bias = nn.Parameter(merged_bias.to(linear.bias.dtype), requires_grad=False)
+    adapters.replaced.clear()  # what was trained whole stays
+    _remove(model, adapters)
+    return model
+
+
+def detach(model: Decoder, name: str | None = None) -> Decoder:
+    """Removes an adapter, or all of them; the base is as it was before they were attached or loaded."""
+    chosen = list(model.adapter_sets.values()) if name is None else [adapter_of(model, name)]
+    for adapters in chosen:
+        restore_whole(adapters)
+        _remove(model, adapters)
+    return model
+
+
+def _remove(model: Decoder, adapters: AdapterSet) -> None:
+    for linear, _ in adapters.linears.values():
+        if isinstance(linear.adapter, AdapterBank):
+            linear.adapter.remove(adapters.name)
+            if linear.adapter.names:
+                continue
+        linear.adapter = None
+    if adapters.model_adapter is not None:
+        model.model_adapter = None
+    del model.adapter_sets[adapters.name]
+
+
+def _check_free(model: Decoder, name: str) -> None:
+    held: Mapping[str, Any] = model.adapter_sets
+    if name in held:
+        what = f"an adapter {name!r}" if name else "an adapter of every row"
+        raise ConfigError(f"the model has {what} already; detach or merge it first")
+    if held and (not name or "" in held):
         raise ConfigError(
-            "an adapter cannot be merged into quantized weights; merge it into the full model, then quantize"
+            "an adapter of every row and adapters held by name do not go together; give each a name, or detach the others"
         )
-    for _, linear, adapter in list(adapted(model)):
-        merged = linear.weight.float() + adapter.delta().to(linear.weight.device)
-        linear.weight = nn.Parameter(merged.to(linear.weight.dtype), requires_grad=False)
-        linear.adapter = None
-    return model
 
 
-def detach(model: Decoder) -> Decoder:
-    """Removes the adapters; the base is as it was."""
-    for _, linear, _ in list(adapted(model)):
-        linear.adapter = None
-    return model
+def _reset(module: Any, generator: torch.Generator) -> None:
+    module.reset_parameters(generator)

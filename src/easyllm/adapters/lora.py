@@ -1,40 +1,184 @@
 """LoRA: a frozen weight plus a trained product of two thin matrices.
 
-    y = W x + (α / r) B A x,   A: [r, in] Gaussian,  B: [out, r] zero      (Hu et al. 2021, arXiv 2106.09685, eq. 3)
+    y = W x + s B A x,   A: [r, in] uniform,  B: [out, r] zero      (Hu et al. 2021, arXiv 2106.09685, eq. 3)
 
-B starts at zero, so the first step sees the base model exactly.
+s is α / r, or α / √r where rank-stabilised (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so the first step sees
+the base model exactly.
 """
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from easyllm.core.config import Config
+from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule, register_adapter
+from easyllm.adapters.peft_keys import check_keys, first_match
+from easyllm.core.errors import CheckpointError
+from easyllm.nn.linear import BaseProduct
+from easyllm.ops.deterministic import tiled_linear
+
+if TYPE_CHECKING:
+    from easyllm.nn.cost import Activation, LinearShape, Tape
 
 
-class LoRAConfig(Config):
-    """Rank, scale and where the adapters go."""
+class LoRAConfig(AdapterConfig):
+    """Rank, scale and where the adapters go.
+
+    Attributes:
+        rank, alpha: r and α of every linear that no pattern names.
+        rslora: whether s = α / √r instead of α / r.
+        rank_pattern, alpha_pattern: other values by the name of a linear, whole or its end; the first that fits counts.
+    """
 
     kind: Literal["lora"] = "lora"
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    targets: tuple[str, ...] = ("all-linear",)
-    """Names of linears (`q_proj`, `down_proj` ...), or `all-linear` for every one inside the layers."""
+    rslora: bool = False
+    rank_pattern: dict[str, PositiveInt] = Field(default={})
+    alpha_pattern: dict[str, PositiveFloat] = Field(default={})
+
+    def rank_of(self, name: str) -> int:
+        """r of the linear of this name."""
+        return next((r for end, r in self.rank_pattern.items() if _ends(name, end)), self.rank)
+
+    def scale_of(self, name: str) -> float:
+        """s of the linear of this name."""
+        alphas = (a for end, a in self.alpha_pattern.items() if _ends(name, end))
+        alpha, rank = next(alphas, self.alpha), self.rank_of(name)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def build(self, name: str, in_features: int, out_features: int) -> "LoRA":
+        return LoRA(
+            self.rank_of(name),
+            self.scale_of(name),
+            in_features,
+            out_features,
+            dropout=self.dropout,
+        )
+
+    def num_parameters(self, name: str, in_features: int, out_features: int) -> int:
+        return self.rank_of(name) * (in_features + out_features)
+
+    def record(
+        self, tape: "Tape", linear: "LinearShape", x: "Activation", rows: int, name: str
+    ) -> None:
+        rank = self.rank_of(linear.full_name)
+        if self.dropout:
+            if x.grad:
+                tape.keep(f"{name}.noise", x.nbytes)
+            x = type(x)(f"{name}.dropped", x.nbytes, x.grad)
+        down, up = 2 * rows * linear.in_features * rank, 2 * rows * rank * linear.out_features
+        cast = tape.cast_bytes(rank * linear.copies)
+        tape.keep_all(x)
+        if x.grad:
+            tape.keep(f"{name}.lora_A", cast * linear.in_features)
+        tape.product("adapters", down, down * (1 + x.grad))
+        tape.keep(f"{name}.inner", tape.made_bytes(rows, rank))
+        tape.keep(f"{name}.lora_B", cast * linear.out_features)
+        tape.product("adapters", up, 2 * up)
+
+    def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:
+        ranks = {theirs: self.rank_of(ours) for ours, theirs in modules.items()}
+        given = [end for end in self.alpha_pattern if any(_ends(ours, end) for ours in modules)]
+        alphas = {
+            theirs: alpha
+            for ours, theirs in modules.items()
+            for alpha in [
+                next((self.alpha_pattern[e] for e in given if _ends(ours, e)), self.alpha)
+            ]
+            if alpha != self.alpha
+        }
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != self.rank},
+            "alpha_pattern": alphas,
+            "fan_in_fan_out": False,
+        }
+
+    @classmethod
+    def from_peft(cls, description: Mapping[str, Any], modules: Mapping[str, FileModule]) -> Self:
+        check_keys(description, honoured=_HONOURED, neutral=_NEUTRAL)
+        rank, alpha = description["r"], description["lora_alpha"]
+        ranks, alphas = dict[str, int](), dict[str, float]()
+        for ours, module in modules.items():
+            if set(module.tensors) != {"lora_A.weight", "lora_B.weight"}:
+                raise CheckpointError(
+                    f"{module.name} has {', '.join(sorted(module.tensors))} in the adapter's file, expected lora_A.weight "
+                    "and lora_B.weight; copy the adapter again"
+                )
+            of_file = len(module.tensors["lora_A.weight"])
+            said = first_match(description.get("rank_pattern"), module.name, rank)
+            if of_file != said:
+                raise CheckpointError(
+                    f"{module.name} has rank {of_file} in the adapter's file and {said} in its configuration; copy the "
+                    "adapter again"
+                )
+            if of_file != rank:
+                ranks[ours] = of_file
+            its_alpha = first_match(description.get("alpha_pattern"), module.name, alpha)
+            if its_alpha != alpha:
+                alphas[ours] = its_alpha
+        return cls(
+            rank=rank,
+            alpha=alpha,
+            dropout=description.get("lora_dropout") or 0.0,
+            rslora=bool(description.get("use_rslora")),
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            targets=tuple(modules),
+        )
 
 
-class LoRA(nn.Module):
-    """The adapter of one linear; A and B are fp32, their products run in the dtype of the input."""
+_HONOURED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+_NEUTRAL: dict[str, Any] = {
+    # how values started, which the file's values replace; those that change the base as well are refused
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
+    "bias": "none",
+    "use_dora": False,
+    "use_qalora": False,
+    "lora_bias": False,
+    "fan_in_fan_out": (True, False),  # of the base's layout; the file's matrices are the same
+    "qalora_group_size": None,  # unused without use_qalora
+    "megatron_core": None,
+    "runtime_config": None,  # where values are kept while computing
+    "loftq_config": ({},),
+    "ensure_weight_tying": False,
+}
+"""Keys of peft's LoRA that are read past: at these values; None stands for any."""
 
-    def __init__(self, config: LoRAConfig, in_features: int, out_features: int) -> None:
+
+class LoRA(Adapter):
+    """The adapter of one linear; A and B are fp32, their products run in the dtype of the input.
+
+    Args:
+        rank, scale: r and s.
+        dropout: share of the input's numbers that are dropped in training.
+    """
+
+    keeps_input = True
+    batch_invariant = True
+
+    def __init__(
+        self,
+        rank: int,
+        scale: float,
+        in_features: int,
+        out_features: int,
+        *,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.scale = config.alpha / config.rank
-        self.lora_A = nn.Parameter(torch.empty(config.rank, in_features))
-        self.lora_B = nn.Parameter(torch.empty(out_features, config.rank))
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else None
+        self.scale = scale
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features))
+        self.lora_B = nn.Parameter(torch.empty(out_features, rank))
+        self.dropout = nn.Dropout(dropout) if dropout else None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """A uniform in ±1/√in (PyTorch's linear, as `peft` has it), B zero."""
@@ -42,13 +186,32 @@ class LoRA(nn.Module):
         nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
         nn.init.zeros_(self.lora_B)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y + scale · B A x` for `x: [T, in]` and the base's `y: [T, out]`."""
+    def forward(self, x: Tensor, base: BaseProduct) -> Tensor:
+        """`base(x) + s · B A x` for `x: [..., in]`."""
+        y = base(x)
         if self.dropout is not None:
             x = self.dropout(x)
-        inner = x @ self.lora_A.to(x.dtype).T  # [T, r]
-        return torch.addmm(y, inner, self.lora_B.to(x.dtype).T, alpha=self.scale)
+        down, up = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        if base.context is not None and base.context.deterministic:
+            return y + self.scale * tiled_linear(tiled_linear(x, down), up)
+        inner = x @ down.T  # [T, r]
+        return torch.addmm(y, inner, up.T, alpha=self.scale)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.delta().to(weight.device), bias
 
     def delta(self) -> Tensor:
         """[out, in] fp32: what merging adds to the weight."""
         return (self.lora_B.float() @ self.lora_A.float()) * self.scale
+
+    def file_tensors(self) -> Mapping[str, nn.Parameter]:
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+register_adapter(LoRAConfig, peft_type="LORA")
+
+__all__ = ["LoRA", "LoRAConfig"]

@@ -1,106 +1,281 @@
 """Adapters on disk, in the layout of `peft`: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
 
-from easyllm.adapters.attach import adapted, attach
-from easyllm.adapters.lora import LoRAConfig
+from easyllm.adapters.adapter import AdapterConfig, AdapterKind, FileModule, kind_of, kind_of_file
+from easyllm.adapters.adapter_set import AdapterSet
+from easyllm.adapters.attach import adapter_of, detach, place
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
-from easyllm.core.errors import CheckpointError
+from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.linear import Linear
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 ModuleName = Callable[[str], str]
+"""What the file's layout calls one of our modules."""
 
 
 def save_adapter(
     model: Decoder,
     folder: Path,
-    config: LoRAConfig,
     *,
     module_name: ModuleName,
     base: str,
+    name: str = "",
     replace: bool = False,
 ) -> Path:
-    """Writes the model's adapters; `peft` and `load_adapter` read them.
+    """Writes an adapter of the model; `load_adapter` reads it, and `peft` where it has the method.
 
     Args:
-        module_name: what HF calls one of our linears (`models.hf_module_name(model)`).
+        module_name: what HF calls one of our modules (`models.hf_module_name(model)`).
         base: the base model's source, for the record.
+        name: of the adapter, where it is held by name.
 
     Raises:
+        ConfigError: the model has no such adapter.
         OutputError: the folder holds something, or cannot be written.
     """
-    names = {name: module_name(name) for name, _, _ in adapted(model)}
-    tensors = {}
-    for name, _, adapter in adapted(model):
-        tensors[f"{_PREFIX}{names[name]}.lora_A.weight"] = adapter.lora_A
-        tensors[f"{_PREFIX}{names[name]}.lora_B.weight"] = adapter.lora_B
+    adapters = adapter_of(model, name)
+    modules = {ours: module_name(ours) for ours in adapters.linears}
     description: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "peft_type": kind_of(adapters.config).peft_type,
+        "task_type": "CAUSAL_LM" if model.config.num_labels is None else "SEQ_CLS",
         "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": sorted({name.rsplit(".", 1)[1] for name in names.values()}),
-        "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
+        "bias": "none",
+        **adapters.config.to_peft(modules),
     }
+    if adapters.linears:
+        description["target_modules"] = _targets(model, modules, module_name)
+    if adapters.whole:
+        description["modules_to_save"] = sorted(module_name(ours) for ours in adapters.whole)
     with atomic_directory(folder, replace=replace) as work:
-        write_tensors(work / WEIGHTS, tensors, {"format": "pt"})
+        write_tensors(work / WEIGHTS, _file_tensors(adapters, module_name), {"format": "pt"})
         write_json(work / CONFIG, description)
     return folder
 
 
-def load_adapter(model: Decoder, folder: Path, *, module_name: ModuleName) -> Decoder:
-    """Attaches the adapters a folder holds.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFile:
+    """An adapter's folder, read and not yet attached.
+
+    Attributes:
+        description: its `adapter_config.json`.
+        tensors: by their names without peft's prefix.
+        whole: the file's names of the modules that were trained whole.
+    """
+
+    folder: Path
+    kind: AdapterKind
+    description: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        return tuple(self.description.get("modules_to_save") or ())
+
+    def num_labels(self) -> int | None:
+        """Labels of a head that was trained whole; None where there is none."""
+        score = self.tensors.get("score.weight") if "score" in self.whole else None
+        return None if score is None else len(score)
+
+
+def read_adapter(folder: Path) -> AdapterFile:
+    """The adapter a folder holds.
 
     Raises:
-        CheckpointError: the folder holds no LoRA adapter, or one for another model.
+        CheckpointError: it holds none, one of a method that is not known, or damaged files.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
+    path = folder / CONFIG
+    if not path.is_file():
         raise CheckpointError(
             f"folder {str(folder)!r} holds no {CONFIG}; name the folder an adapter was saved to"
         )
     try:
-        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config = LoRAConfig(
-            rank=description["r"],
-            alpha=description["lora_alpha"],
-            targets=tuple(description["target_modules"]),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is no LoRA configuration ({error})") from None
-    if description.get("peft_type") != "LORA" or description.get("use_dora"):
-        raise CheckpointError(
-            f"{folder / CONFIG} is no plain LoRA adapter, which is all that is read"
-        )
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); copy the adapter again") from None
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{path} holds no JSON object; copy the adapter again")
+    kind = kind_of_file(description.get("peft_type"))
     tensors, _ = read_tensors(folder / WEIGHTS)
-    attach(model, config)
-    expected = {}
-    for name, _, adapter in adapted(model):
-        stem = f"{_PREFIX}{module_name(name)}"
-        expected[f"{stem}.lora_A.weight"] = adapter.lora_A
-        expected[f"{stem}.lora_B.weight"] = adapter.lora_B
-    wrong = set(expected) ^ set(tensors)
-    wrong |= {n for n in set(expected) & set(tensors) if expected[n].shape != tensors[n].shape}
-    if wrong:
-        raise CheckpointError(
-            f"the adapter in {str(folder)!r} does not fit the model ({len(wrong)} tensors differ, "
-            f"such as {sorted(wrong)[0]}); use the model it was trained on"
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{name} in {folder / WEIGHTS} holds NaN, infinite or whole numbers; copy the adapter again, or train it anew"
+            )
+    short = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    return AdapterFile(folder=folder, kind=kind, description=description, tensors=short)
+
+
+def load_adapter(
+    model: Decoder, folder: Path | AdapterFile, *, module_name: ModuleName, name: str = ""
+) -> AdapterSet:
+    """Attaches the adapter a folder holds, frozen.
+
+    Args:
+        folder: where it was saved, by us or by `peft`.
+        name: under which it is held besides others; without one it is of every row.
+
+    Raises:
+        CheckpointError: the folder holds no adapter, one for another model, or a key that would change the result and is
+            not honoured.
+        ConfigError: the model has an adapter already, or its weights are in a format the method does not work on.
+    """
+    file = folder if isinstance(folder, AdapterFile) else read_adapter(folder)
+    whole = _whole_modules(model, file, module_name)
+    if whole and name:
+        raise ConfigError(
+            f"the adapter in {str(file.folder)!r} was trained with {', '.join(whole)} of the base, which cannot be held by "
+            "name besides others; load it alone"
         )
+    config = _config(model, file, module_name)
+    adapters = place(model, config, whole=tuple(whole), name=name)
+    try:
+        _check_fit(file, adapters, module_name)
+    except CheckpointError:
+        detach(model, name)
+        raise
     with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(tensors[name])
-    return model.requires_grad_(False)
+        for key, module in adapters.whole.items():
+            adapters.replaced[key] = {n: p.clone() for n, p in module.named_parameters()}
+        for tensor_name, parameter in _expected(adapters, module_name).items():
+            parameter.copy_(file.tensors[tensor_name])
+    model.requires_grad_(False)
+    return adapters
+
+
+def _whole_modules(model: Decoder, file: AdapterFile, module_name: ModuleName) -> list[str]:
+    """Our names of the modules that were trained whole."""
+    if not file.whole:
+        return []
+    found = []
+    for theirs in file.whole:
+        ours = [
+            name
+            for name, module in model.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+            and (_file_name(module_name, name) or "").split(".")[-len(theirs.split(".")) :]
+            == theirs.split(".")
+        ]
+        if not ours:
+            raise CheckpointError(
+                f"the adapter in {str(file.folder)!r} holds {theirs!r} of its base, which this model does not have; use the "
+                "model it was trained on"
+            )
+        found += ours
+    return list(dict.fromkeys(found))
+
+
+def _config(model: Decoder, file: AdapterFile, module_name: ModuleName) -> AdapterConfig:
+    """The configuration of the adapters in a file."""
+    linears = {
+        _file_name(module_name, ours): ours
+        for ours, module in model.named_modules()
+        if isinstance(module, Linear)
+    }
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for tensor_name, tensor in file.tensors.items():
+        parts = tensor_name.split(".")
+        stems = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
+        stem = next((stem for stem in stems if stem in linears), None)
+        whole_ends = tuple(f"{w}.weight" for w in file.whole) + tuple(
+            f"{w}.bias" for w in file.whole
+        )
+        if stem is not None and not tensor_name.endswith(whole_ends):
+            grouped.setdefault(stem, {})[tensor_name.removeprefix(f"{stem}.")] = tensor
+    modules = {
+        linears[stem]: FileModule(name=stem, tensors=tensors) for stem, tensors in grouped.items()
+    }
+    try:
+        return file.kind.config.from_peft(file.description, modules)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.folder / CONFIG}: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"{file.folder / CONFIG} describes no adapter ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        ) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file.folder / CONFIG} describes no adapter of kind {file.kind.peft_type} ({error})"
+        ) from None
+
+
+def _check_fit(file: AdapterFile, adapters: AdapterSet, module_name: ModuleName) -> None:
+    expected = _expected(adapters, module_name)
+    missing = sorted(set(expected) - set(file.tensors))
+    left = sorted(set(file.tensors) - set(expected))
+    wrong = [
+        f"{name}: got {list(file.tensors[name].shape)}, expected {list(parameter.shape)}"
+        for name, parameter in expected.items()
+        if name in file.tensors and file.tensors[name].shape != parameter.shape
+    ]
+    if not expected:
+        left = left or ["nothing"]
+    complaints = [
+        f"{len(names)} {what}, such as {names[0]}"
+        for what, names in (("missing", missing), ("left over", left), ("of wrong shape", wrong))
+        if names
+    ]
+    if complaints:
+        raise CheckpointError(
+            f"the adapter in {str(file.folder)!r} does not fit the model (tensors {'; '.join(complaints)}); use the model it "
+            "was trained on"
+        )
+
+
+def _expected(adapters: AdapterSet, module_name: ModuleName) -> dict[str, nn.Parameter]:
+    """The file's tensors by their names without peft's prefix, as the parameters they are."""
+    found: dict[str, nn.Parameter] = {}
+    for ours, (_, adapter) in adapters.linears.items():
+        stem = module_name(ours)
+        found |= {f"{stem}.{ending}": p for ending, p in adapter.file_tensors().items()}
+    for ours, module in adapters.whole.items():
+        found |= {f"{module_name(ours)}.{n}": p for n, p in module.named_parameters()}
+    return found | adapters.own_tensors()
+
+
+def _file_tensors(adapters: AdapterSet, module_name: ModuleName) -> dict[str, Tensor]:
+    own = set(adapters.own_tensors())
+    return {
+        name if name in own else f"{_PREFIX}{name}": parameter.detach()
+        for name, parameter in _expected(adapters, module_name).items()
+    }
+
+
+def _targets(model: Decoder, modules: Mapping[str, str], module_name: ModuleName) -> list[str]:
+    """The ends of the adapted modules' names where they name no other module, else whole names: peft adapts every module
+    whose name ends so."""
+    every = [
+        _file_name(module_name, ours) or ours
+        for ours, module in model.named_modules()
+        if isinstance(module, Linear)
+    ]
+    leaves = {theirs.rsplit(".", 1)[-1] for theirs in modules.values()}
+    reached = {name for name in every if name.rsplit(".", 1)[-1] in leaves}
+    return sorted(leaves) if reached == set(modules.values()) else sorted(modules.values())
+
+
+def _file_name(module_name: ModuleName, ours: str) -> str | None:
+    """The file's name of a module; None where its layout has none."""
+    try:
+        return module_name(ours)
+    except (AssertionError, CheckpointError, ValueError):
+        return None
+
+
+__all__ = ["CONFIG", "WEIGHTS", "AdapterFile", "load_adapter", "read_adapter", "save_adapter"]

@@ -10,7 +10,7 @@ Every rule works both ways, so that what is saved is what would be loaded.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -75,11 +75,17 @@ Rule = Rename | Fused
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """A rule with its numbers filled in: our names, the file's name."""
+    """A rule with its numbers filled in: our names, the file's name.
+
+    Attributes:
+        packed: where the file keeps this weight in another storage: the names of that storage's tensors, by the last part
+            of the name (`{"qweight": "model.layers.0.mlp.up_proj.qweight", ...}`).
+    """
 
     ours: tuple[str, ...]
     theirs: str
     rule: Rule
+    packed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,26 +122,46 @@ class KeyMap:
                     return Binding(ours, _fill(rule.theirs, numbers), rule)
         raise AssertionError(f"the key map has no rule for {name!r}")
 
+    def packed_tensors(self, name: str, endings: Iterable[str]) -> dict[str, str]:
+        """The file's names for the tensors of a storage that holds our weight `name`, by their last parts.
+
+        Raises:
+            CheckpointError: the file has no name for such a weight alone (it is fused with others, or transposed).
+        """
+        binding = self._bind(name)
+        stem, dot, last = binding.theirs.rpartition(".")
+        plain = isinstance(binding.rule, Rename) and not binding.rule.transposed
+        if not plain or last != "weight":
+            raise CheckpointError(
+                f"{binding.theirs} is transposed or holds several weights in this family's layout, which has no place "
+                "for a quantized one; save the full weights"
+            )
+        return {ending: f"{stem}{dot}{ending}" for ending in endings}
+
     def check(
         self,
         expected: Mapping[str, Sequence[int]],
         present: Mapping[str, Sequence[int]],
         *,
         source: str,
+        file_tensors: Sequence[str] = (),
     ) -> list[Binding]:
         """The bindings, once every tensor is known to be there and of the right shape.
 
         Args:
             expected: our names and shapes; present: the file's.
+            file_tensors: the last parts of the names under which the file keeps a weight in another storage; a weight of
+                which it has any is taken to be kept so.
 
         Raises:
             CheckpointError: a tensor is missing, left over or of another shape.
         """
-        bindings = self.bindings(expected)
-        missing = [b.theirs for b in bindings if b.theirs not in present]
+        bindings = [self._packed(b, present, file_tensors) for b in self.bindings(expected)]
+        files = [name for b in bindings for name in (b.packed.values() or (b.theirs,))]
+        missing = [name for name in files if name not in present]
         wrong = []
         for binding in bindings:
-            if binding.theirs not in present:
+            if binding.packed or binding.theirs not in present:
                 continue
             wanted = binding.rule.join(
                 [torch.empty(tuple(expected[n]), device="meta") for n in binding.ours]
@@ -143,7 +169,7 @@ class KeyMap:
             got = tuple(present[binding.theirs])
             if got != tuple(wanted.shape):
                 wrong.append(f"{binding.theirs}: got {got}, expected {tuple(wanted.shape)}")
-        used = {binding.theirs for binding in bindings}
+        used = set(files)
         left = [
             name
             for name in present
@@ -165,11 +191,37 @@ class KeyMap:
             )
         return bindings
 
-    def to_file(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our parameters under the file's names."""
-        return {
+    def _packed(
+        self, binding: Binding, present: Mapping[str, Sequence[int]], file_tensors: Sequence[str]
+    ) -> Binding:
+        """The binding of a weight that the file keeps in another storage, if it does."""
+        stem, _, last = binding.theirs.rpartition(".")
+        signs = {ending for ending in file_tensors if ending != "weight"}
+        if last != "weight" or not any(f"{stem}.{ending}" in present for ending in signs):
+            return binding
+        return replace(binding, packed=self.packed_tensors(binding.ours[0], file_tensors))
+
+    def to_file(
+        self,
+        state: Mapping[str, Tensor],
+        packed: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Our parameters under the file's names.
+
+        Args:
+            state: full parameters by our names.
+            packed: the tensors of other storages, by the names their full weights would have.
+
+        Raises:
+            CheckpointError: the file has no name for such a weight.
+        """
+        found = {
             b.theirs: b.rule.join([state[name] for name in b.ours]) for b in self.bindings(state)
         }
+        for name, tensors in (packed or {}).items():
+            for ending, theirs in self.packed_tensors(name, tensors).items():
+                found[theirs] = tensors[ending]
+        return found
 
 
 @dataclass(frozen=True)

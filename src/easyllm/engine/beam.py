@@ -78,7 +78,8 @@ class _Search:
     def __init__(self, engine: Engine, prompt_ids: tuple[int, ...], params: BeamParams) -> None:
         if engine.busy:
             raise ConfigError("beam search needs an engine without running requests; wait for them")
-        self.engine, self.params, self.prompt = engine, params, prompt_ids
+        self.engine, self.params = engine, params
+        self.prompt = engine.with_virtual(prompt_ids)
         self.limit = engine.check_prompt(prompt_ids, params.max_tokens)
         self.ends = frozenset(engine.model.config.eos_token_ids)
         self.finished: list[Hypothesis] = []

@@ -27,17 +27,15 @@ from easyllm.nn.config import (
     NoPosition,
     Rope,
 )
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
 from easyllm.nn.position import RotaryPosition
-from easyllm.ops.attention import AttentionContext
 from easyllm.ops.huge_memory import return_freed_memory, rooms_for
 from easyllm.ops.kernels import build, kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES
 from easyllm.ops.paged_attention import OCTET, Pages, pages_struct
-from easyllm.ops.quantized_linear import matrix_struct
 
 MOST_ROWS = 32
 """Rows up to which a step is faster than the decoder in PyTorch (docs/kernels.md has the measurement)."""
@@ -98,8 +96,11 @@ class CompiledStep:
         """Why the model is not served; None if it is."""
         if model.training or kernels_for(*model.parameters()) is None:
             return "it needs inference mode, a CPU, weights of fp32 or bf16 (or quantized) and a C compiler"
-        if any(isinstance(m, Linear) and m.adapter is not None for m in model.modules()):
+        if model.is_adapted:
             return "it has adapters; merge them"
+        for name, holder in model.holders():
+            if holder.storage.kernel_matrix(None) is None:
+                return f"{name} keeps its weight as {holder.storage.format}, which the kernels do not read"
         return _config_refusal(model.config)
 
     @classmethod
@@ -194,7 +195,7 @@ class CompiledStep:
         if num_positions <= self._num_positions:
             return
         self._num_positions = max(num_positions, 2 * self._num_positions)
-        context = AttentionContext.packed([self._num_positions])
+        context = ForwardContext.packed([self._num_positions])
         for layer, struct in zip(self._layers, self._layer_structs, strict=True):
             position = _attention(layer).position
             if not isinstance(position, RotaryPosition):
@@ -257,15 +258,10 @@ class CompiledStep:
             else None
         )
         self._kept.append(bias)
-        if owner.quantized is not None:
-            matrix = owner.quantized.matrix
-            self._kept.append(matrix)
-            return matrix_struct(matrix, bias)
-        weight = owner.weight
-        address = None if bias is None else bias.data_ptr()
-        return build.Matrix(
-            weight.data_ptr(), None, address, *weight.shape, DTYPE_CODES[weight.dtype]
-        )
+        matrix = owner.storage.kernel_matrix(bias)
+        assert matrix is not None, "refused otherwise"
+        self._kept.append(owner.storage)
+        return matrix
 
     def _norm(self, norm: nn.Module) -> int | None:
         """The address of a norm's weight in fp32; None where there is no norm."""
@@ -279,12 +275,11 @@ class CompiledStep:
 
 
 def _most_rows(model: Decoder) -> int:
-    weight = model.embed_tokens.weight
-    if model.is_quantized:
-        kernels = kernels_for(weight)
+    if model.packed_formats():
+        kernels = kernels_for(next(model.parameters()))
         assert kernels is not None, "refused where there are none"
         return MOST_TILED_ROWS if kernels.tiles_ready() else MOST_ROWS
-    narrow = weight.dtype == torch.bfloat16 and bf16_is_fast(weight.device)
+    narrow = model.dtype == torch.bfloat16 and bf16_is_fast(model.device)
     return MOST_BF16_ROWS if narrow else MOST_ROWS
 
 
@@ -303,15 +298,12 @@ def gather_weights(model: Decoder) -> None:
             if freed >= FREED_BYTES:
                 return_freed_memory()
                 freed = 0
-            if owner.quantized is None:
-                owner.weight.data = room
-            else:
-                owner.quantized.data = room
+            owner.storage.payload = room
 
 
 def _weight_of(owner: Linear | Embedding) -> Tensor:
     """The tensor that holds a linear's or embedding's weight, codes where it is quantized."""
-    return owner.weight.data if owner.quantized is None else owner.quantized.data
+    return owner.storage.payload
 
 
 def _attention(layer: DecoderLayer) -> Attention:

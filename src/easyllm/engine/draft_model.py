@@ -146,7 +146,7 @@ class ModelDrafter:
                 model.config,
                 self.pool.num_pages,
                 self.pool.page_size,
-                model.embed_tokens.weight.dtype,
+                model.dtype,
                 model.device,
             )
             self._runner = DecoderRunner(model, cache)

@@ -1,6 +1,7 @@
 """The engine: requests join and leave a running batch step by step."""
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from easyllm.engine.kv_cache import KVCache, cache_format, cache_itemsize
 from easyllm.engine.memory_plan import plan_memory, tensor_bytes
 from easyllm.engine.options import EngineConfig
 from easyllm.engine.pages import Namespace, PagePool
-from easyllm.engine.request import Request, TokenEvent
+from easyllm.engine.request import Request, TokenEvent, TokenMask
 from easyllm.engine.runner import DecoderRunner, Runner
 from easyllm.engine.sampling import Chooser, Draft, choose, prompt_logprobs, random_source
 from easyllm.engine.scheduler import Scheduler, Sequence
@@ -24,10 +25,12 @@ from easyllm.engine.step import Piece
 from easyllm.engine.stopping import StopStrings
 from easyllm.nn.config import LinearAttentionConfig, ModelConfig
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.deterministic import set_deterministic
+from easyllm.nn.deterministic import check_deterministic
 from easyllm.plan.kv_cache import rolling_window
 from easyllm.tokenizer.stream import StreamDecoder
 from easyllm.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -73,7 +76,7 @@ class Engine:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.max_seq_len = config.max_seq_len
         if options.deterministic:
-            set_deterministic(model)
+            check_deterministic(model)
         self._dtype = cache_format(options.cache_dtype, _usual_cache_dtype(model, options))
         self.cache_itemsize = cache_itemsize(config, self._dtype)
         self.memory = plan_memory(
@@ -85,6 +88,13 @@ class Engine:
         )
         if drafter is not None:
             drafter.check(config)
+            if model.num_virtual_tokens or any(model.adapter_sets):
+                raise ConfigError(
+                    "a drafter does not guess for a model with virtual tokens or adapters held by name; leave the draft out, "
+                    "or merge the adapter"
+                )
+        first = config.vocab_size  # the ids of virtual tokens follow the model's own
+        self._virtual = tuple(range(first, first + model.num_virtual_tokens))
         self.drafter, self._runner = drafter, runner
         whole = config.prompt_mask == "prefix" or turns_keys_by_length(config)
         self.pool = PagePool(
@@ -129,7 +139,8 @@ class Engine:
             self._runner = DecoderRunner(
                 self.model,
                 cache,
-                compiled=self.options.compiled_step and not self.options.deterministic,
+                compiled=self.options.compiled_step,
+                deterministic=self.options.deterministic,
             )
         return self._runner
 
@@ -152,7 +163,12 @@ class Engine:
                 f"the request asks for {copies} completions, and {self.scheduler.max_running} sequences run at once; "
                 "lower n or best_of, or raise max_running"
             )
-        tokens = list(request.prompt_ids)
+        if request.adapter and request.adapter not in self.adapter_names:
+            held = ", ".join(self.adapter_names) or "none"
+            raise ConfigError(
+                f"the request asks for the adapter {request.adapter!r}, which is not served (served are: {held})"
+            )
+        tokens = list(self.with_virtual(request.prompt_ids))
         sequence = Sequence(
             id=self.next_sequence_id(),
             tokens=tokens,
@@ -164,6 +180,15 @@ class Engine:
         first = self._generation(request, 0, sequence, limit)
         self._requests[request.id] = RequestState(request, [first])
         self.scheduler.add(sequence)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Adapters that a request may name."""
+        return tuple(name for name in self.model.adapter_sets if name)
+
+    def with_virtual(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """A prompt's ids with those of the virtual tokens of the model's adapter in front."""
+        return (*self._virtual, *prompt_ids)
 
     def cancel(self, request_id: int) -> None:
         """Forgets a request at once, wherever it stands; its pages are free for others."""
@@ -238,7 +263,7 @@ class Engine:
                 "a layer of this model sees later tokens, so it cannot generate; set causal to true"
             )
         self.check_tokens(prompt_ids)
-        length = len(prompt_ids)
+        length = len(prompt_ids) + len(self._virtual)
         room = self.max_seq_len - length
         if room <= 0:
             raise ConfigError(
@@ -285,14 +310,17 @@ class Engine:
     ) -> Generation:
         """A completion at its start."""
         params = request.params
+        mask, failed = _start_mask(request)
         ends = () if params.ignore_eos else self.model.config.eos_token_ids
         chooser = Chooser(
             params=params,
             source=random_source(params.seed, index),
             token_ids=sequence.tokens,
-            output_start=len(request.prompt_ids),
+            prompt_start=len(self._virtual),
+            output_start=sequence.prompt_length,
             end_ids=frozenset((*ends, *params.stop_token_ids)),
-            mask=request.mask,
+            mask=mask,
+            failed=failed,
         )
         generation = Generation(
             request=request,
@@ -351,10 +379,12 @@ class Engine:
         sequence, count = generation.sequence, generation.request.params.prompt_logprobs
         assert count is not None, "rows were asked for"
         assert generation.prompt_logprobs is not None, "and are kept"
-        places = range(piece.start + 1, min(piece.start + len(rows) + 1, sequence.prompt_length))
+        first = max(0, len(self._virtual) - piece.start)  # of the rows after virtual tokens
+        end = min(piece.start + len(rows) + 1, sequence.prompt_length)
+        places = range(piece.start + 1 + first, end)
         tokens = [sequence.tokens[place] for place in places]
         if tokens:
-            asked = rows[: len(tokens)]
+            asked = rows[first : first + len(tokens)]
             if self.options.deterministic:
                 each = zip(asked.split(1), tokens, strict=True)
                 found = [prompt_logprobs(row, [token], count)[0] for row, token in each]
@@ -420,13 +450,21 @@ class Engine:
             self.drafter.forget(sequence.id)
 
 
+def _start_mask(request: Request) -> tuple[TokenMask | None, bool]:
+    """The mask of one completion, and whether it could not be made: then that completion alone ends."""
+    try:
+        return None if request.mask is None else request.mask.start(), False
+    except Exception:
+        logger.exception("a mask could not be started; its completion ends")
+        return None, True
+
+
 def _usual_cache_dtype(model: Decoder, options: EngineConfig) -> torch.dtype:
     """The model's; bf16 beside rounded weights, whose error is far above that of rounded keys and values (nats of KL
     divergence, docs/engine.md). In deterministic mode the model's, so that scores and completions agree."""
-    dtype = model.embed_tokens.weight.dtype
-    if model.is_quantized and dtype == torch.float32 and not options.deterministic:
+    if model.packed_formats() and model.dtype == torch.float32 and not options.deterministic:
         return torch.bfloat16
-    return dtype
+    return model.dtype
 
 
 def _has_states(config: ModelConfig) -> bool:

@@ -19,10 +19,10 @@ from easyllm.core.errors import ConfigError
 from easyllm.engine.kv_cache import KVCache
 from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, DynamicNTKScaling, LayerConfig, MoEConfig, Rope
+from easyllm.nn.context import ForwardContext, RecurrentStep
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.linear import Linear
 from easyllm.nn.position import RotaryPosition
-from easyllm.ops.attention import AttentionContext, AttentionRule, RecurrentStep
+from easyllm.ops.attention import AttentionRule
 from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.paged_attention import write_pages
 
@@ -74,9 +74,9 @@ class GraphStep:
         """Why the model is not served; None if it is."""
         if model.training or not gpu_ready(*model.parameters()):
             return "it needs inference mode, a GPU, weights of fp32, bf16 or fp16, and Triton"
-        if model.is_quantized:
-            return "its weights are quantized"
-        if any(isinstance(m, Linear) and m.adapter is not None for m in model.modules()):
+        if packed := model.packed_formats():
+            return f"its weights are quantized ({', '.join(sorted(packed))})"
+        if model.is_adapted:
             return "it has adapters; merge them"
         if cache.spare_page is None or not all(
             isinstance(x, Tensor) for x in (*cache.keys, *cache.values)
@@ -165,7 +165,7 @@ class GraphStep:
         table = inputs[:, HEADER:].contiguous()
         positions = positions.long()
         store = _DecodeStore(self.cache, table, lengths)
-        context = AttentionContext(positions=positions, lengths=(1,) * len(ids), store=store)
+        context = ForwardContext(positions=positions, lengths=(1,) * len(ids), store=store)
         for key, (cos, sin) in self._tables.items():
             context.memo[key] = cos[positions], sin[positions]
         logits: Tensor = self.model.head(self.model(ids.long(), context))
@@ -177,7 +177,7 @@ class GraphStep:
             return
         longest = max(num_positions, 2 * self._num_positions, FIRST_POSITIONS)
         self._num_positions = longest
-        context = AttentionContext.packed([longest], device=self.model.device)
+        context = ForwardContext.packed([longest], device=self.model.device)
         self._tables = {
             (module.config, module.width): module.tables(context)
             for module in self.model.modules()

@@ -13,7 +13,8 @@ from easyllm.core.device import parse_dtype
 from easyllm.core.errors import ConfigError
 from easyllm.engine.page_table import Copies
 from easyllm.nn.config import AttentionConfig, ModelConfig
-from easyllm.ops.attention import AttentionRule, RecurrentStep
+from easyllm.nn.context import RecurrentStep
+from easyllm.ops.attention import AttentionRule
 from easyllm.ops.paged_attention import (
     QUANTIZED_PAGES,
     Pages,

@@ -1,6 +1,6 @@
 """The engine in process: prompts in, completions out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from easyllm.engine.request import (
     TokenEvent,
 )
 from easyllm.engine.speculative import Drafter, NgramDrafter
-from easyllm.models import ContextConfig, load_model, load_tokenizer, open_source
+from easyllm.models import ContextConfig, add_adapter, load_model, load_tokenizer, open_source
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import one_row_logprobs
 from easyllm.quant import quantize_weights
@@ -85,6 +85,7 @@ class LLM:
         context: positions that reach further than the model was trained.
         quantize: weights rounded on loading, `"int8"` or `"int4"`; embedding and head are int8 in both.
         model, tokenizer: ones that are loaded already.
+        adapters: folders of adapters (peft's layout) by the names that requests use for them.
         draft: guesses tokens ahead, with the same output (speculative decoding): `"ngram"` looks in the text itself,
             anything else is a smaller model of the same tokenizer (a source, or one that is loaded).
         draft_tokens: guesses at most.
@@ -110,6 +111,7 @@ class LLM:
         quantize: str | None = None,
         model: Decoder | None = None,
         tokenizer: Tokenizer | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         draft: str | Path | Decoder | None = None,
         draft_tokens: int = 4,
         **options: Any,
@@ -125,26 +127,42 @@ class LLM:
             tokenizer = tokenizer or opened.tokenizer()
         elif quantize is not None:
             quantize_weights(model, quantize)
+        for name, folder in (adapters or {}).items():
+            if not name:
+                raise ConfigError("an adapter needs a name, by which requests ask for it")
+            add_adapter(model, folder, name=name)
         self.model = model
         self.tokenizer = tokenizer or load_tokenizer(source)
         drafter = self._drafter(draft, draft_tokens, checked)
         self.engine = Engine(self.model, self.tokenizer, checked, drafter=drafter)
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | Sequence[str] = "",
     ) -> list[Completion]:
-        """Completions of plain prompts (text or ids), in their order."""
-        return self._run([self.encode(p) for p in prompts], params or SamplingParams())
+        """Completions of plain prompts (text or ids), in their order.
+
+        Args:
+            adapter: the name of the adapter to use, or one name for each prompt; empty for the base.
+        """
+        return self._run([self.encode(p) for p in prompts], params or SamplingParams(), adapter)
 
     def chat(
         self,
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
         params: SamplingParams | None = None,
+        *,
+        adapter: str | Sequence[str] = "",
     ) -> Any:
-        """The assistant's next turn: a `Completion` for one conversation, a list for a list of them."""
+        """The assistant's next turn: a `Completion` for one conversation, a list for a list of them; `adapter` as in
+        `generate`."""
         many = bool(messages) and isinstance(messages[0], list)
         chats: Any = messages if many else [messages]
-        done = self._run([self.encode_chat(c) for c in chats], params or SamplingParams())
+        ids = [self.encode_chat(c) for c in chats]
+        done = self._run(ids, params or SamplingParams(), adapter)
         return done if many else done[0]
 
     def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[TokenEvent]:
@@ -171,8 +189,8 @@ class LLM:
         return results
 
     @torch.inference_mode()
-    def score(self, text: Prompt) -> list[float]:
-        """Log-probability in nats of each token after the first, given those before it.
+    def score(self, text: Prompt, *, adapter: str = "") -> list[float]:
+        """Log-probability in nats of each token after the first, given those before it; `adapter` as in `generate`.
 
         Raises:
             ConfigError: there is no token, or one the model does not have.
@@ -180,8 +198,10 @@ class LLM:
         tokens = self.encode(text)
         self.engine.check_tokens(tokens)
         ids = torch.tensor(tokens, device=self.model.device)
-        logits = self.model.logits(ids)[:-1]
-        if self.engine.options.deterministic:
+        deterministic = self.engine.options.deterministic
+        name = adapter if self.engine.adapter_names else None
+        logits = self.model.logits(ids, deterministic=deterministic, adapter=name)[:-1]
+        if deterministic:
             found = one_row_logprobs(logits, ids[1:])
         else:
             found = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
@@ -229,10 +249,9 @@ class LLM:
                     f"the draft model {str(draft)!r} has another vocabulary ({theirs.vocab_size} tokens, the model's "
                     f"tokenizer has {self.tokenizer.vocab_size}); take a draft with the same tokenizer"
                 )
-            weights = self.model.embed_tokens.weight
-            draft = load_model(draft, dtype=weights.dtype, device=str(weights.device))
+            draft = load_model(draft, dtype=self.model.dtype, device=str(self.model.device))
         pages = -(-self.model.config.max_seq_len // options.page_size)
-        itemsize = draft.embed_tokens.weight.dtype.itemsize
+        itemsize = draft.dtype.itemsize
         cache = plan_memory(
             draft.config,
             options.model_copy(update={"num_pages": None, "cache_gb": None}),
@@ -243,8 +262,18 @@ class LLM:
         num_pages = min(cache.num_pages, pages * options.max_running)
         return ModelDrafter(draft, count, num_pages=num_pages, page_size=options.page_size)
 
-    def _run(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
-        requests = [Request(prompt_ids=tuple(ids), params=params) for ids in prompts]
+    def _run(
+        self, prompts: list[list[int]], params: SamplingParams, adapter: str | Sequence[str]
+    ) -> list[Completion]:
+        names = [adapter] * len(prompts) if isinstance(adapter, str) else list(adapter)
+        if len(names) != len(prompts):
+            raise ConfigError(
+                f"{len(names)} adapters are named for {len(prompts)} prompts; name one for each"
+            )
+        requests = [
+            Request(prompt_ids=tuple(ids), params=params, adapter=name)
+            for ids, name in zip(prompts, names, strict=True)
+        ]
         results = {request.id: Completion() for request in requests}
         for event in self.engine.run(requests):
             if event.request_id in results:

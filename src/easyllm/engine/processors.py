@@ -58,10 +58,25 @@ def bar(logits: Tensor, token_ids: Iterable[int]) -> Tensor:
     return logits.index_fill(0, barred, BARRED)
 
 
-def allow_only(logits: Tensor, token_ids: Iterable[int]) -> Tensor:
-    """[V] logits with all but those of `token_ids` at -inf (`PrefixConstrainedLogitsProcessor`)."""
-    allowed = torch.tensor(list(token_ids), dtype=torch.int64, device=logits.device)
-    return torch.full_like(logits, BARRED).index_copy(0, allowed, logits[allowed])
+def allow_packed(logits: Tensor, words: Tensor) -> Tensor:
+    """[V] logits with all but those of a packed mask at -inf (`PrefixConstrainedLogitsProcessor`).
+
+    Args:
+        words: [⌈V/32⌉] int32, or fewer: bit t mod 32 of word t / 32 is set where token t is allowed.
+
+    Raises:
+        ValueError: the mask is of another form, or allows ids the model does not have.
+    """
+    if words.dtype != torch.int32 or words.ndim != 1:
+        raise ValueError(f"a mask is {list(words.shape)} {words.dtype}, expected [words] int32")
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    bits = ((words[:, None] >> shifts) & 1).flatten().to(logits.device, torch.bool)
+    if bool(bits[len(logits) :].any()):
+        raise ValueError(f"a mask allows ids beyond the model's {len(logits)}")
+    allowed = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    known = min(len(bits), len(logits))
+    allowed[:known] = bits[:known]
+    return logits.masked_fill(~allowed, BARRED)
 
 
 def scale(logits: Tensor, temperature: Setting) -> Tensor:

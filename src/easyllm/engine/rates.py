@@ -68,7 +68,7 @@ def measure_rates(
 ) -> tuple[list[Rates], dict[str, float]]:
     """Rates of each shape (the best of `repeats`), and the machine's `matmul_flops_per_s` and `read_bytes_per_s`."""
     device = llm.model.device
-    dtype = llm.model.embed_tokens.weight.dtype
+    dtype = llm.model.dtype
     machine = {
         "matmul_flops_per_s": matmul_rate(dtype, device),
         "read_bytes_per_s": read_rate(device),

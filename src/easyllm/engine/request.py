@@ -1,11 +1,11 @@
 """What a caller asks for and what comes back."""
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from easyllm.core.config import Config
 
@@ -122,14 +122,25 @@ class BeamParams(Config):
         return self
 
 
-class LogitsMask(Protocol):
-    """Which tokens may come next; guided decoding is an implementation of this."""
+class TokenMask(Protocol):
+    """Which tokens may come next in one completion; guided decoding is an implementation of this.
 
-    def allowed(self, output_ids: Sequence[int]) -> Sequence[int] | None:
-        """Ids that may follow `output_ids` (what has been generated); None where any may, empty where it ends.
+    An error of either method, or a mask of another form, ends the completion as `cancelled`; the log has the traceback.
+    """
 
-        An error, or an id the model does not have, ends the completion as `cancelled`; the log has the traceback.
-        """
+    def mask(self) -> Tensor | None:
+        """[⌈V/32⌉] int32: bit t mod 32 of word t / 32 is set where token t may come next. None where any may; with no bit
+        set the completion ends. Words that are missing at the end count as zero."""
+
+    def advance(self, token_id: int) -> None:
+        """Takes note of a token that the completion has taken, its end token included."""
+
+
+class MaskSource(Protocol):
+    """Makes the masks of a request: one for each completion, as each has a state of its own."""
+
+    def start(self) -> TokenMask:
+        """The mask of a completion that has no token yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,15 +148,16 @@ class Request:
     """One prompt, as ids, with its sampling; `id` is unique in this process.
 
     Attributes:
-        adapter, salt: prefixes in the cache are shared among requests of the same adapter and salt only.
-        mask: bars tokens step by step; asked with each completion's own output.
+        adapter: the name of the adapter to use; empty for the base alone, or for a model's adapter of every row.
+        salt: prefixes in the cache are shared among requests of the same adapter and salt only.
+        mask: bars tokens step by step.
     """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     adapter: str = ""
     salt: str = ""
-    mask: LogitsMask | None = None
+    mask: MaskSource | None = None
     id: int = field(default_factory=lambda: next(_numbers))
 
 

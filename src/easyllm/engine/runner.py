@@ -10,9 +10,8 @@ from easyllm.engine.compiled_step import CompiledStep
 from easyllm.engine.graph_step import GraphStep
 from easyllm.engine.kv_cache import KVCache, PagedStore
 from easyllm.engine.step import Piece, Step
+from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.deterministic import is_deterministic
-from easyllm.ops.attention import AttentionContext
 
 
 class Runner(Protocol):
@@ -48,11 +47,20 @@ class DecoderRunner:
         model: in inference mode.
         cache: its keys, values and states.
         compiled: whether such steps may be used.
+        deterministic: whether results are batch-invariant; such steps are not, and are not used then.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, *, compiled: bool = True) -> None:
-        self.model, self.cache = model, cache
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        *,
+        compiled: bool = True,
+        deterministic: bool = False,
+    ) -> None:
+        self.model, self.cache, self.deterministic = model, cache, deterministic
         self.fast_step: FastStep | None = None
+        compiled = compiled and not deterministic
         if compiled and GraphStep.supports(model, cache):
             self.fast_step = GraphStep(model, cache)
         elif compiled and CompiledStep.supports(model):
@@ -82,15 +90,17 @@ class DecoderRunner:
             offsets=offsets,
             lengths=lengths,
             sequence_ids=[piece.sequence_id for piece in pieces],
-            paged_only=is_deterministic(self.model),
+            paged_only=self.deterministic,
         )
         prefixes = tuple(piece.prefix for piece in pieces)
-        context = AttentionContext.packed(
+        context = ForwardContext.packed(
             lengths,
             device=device,
             store=store,
             offsets=offsets,
             prefix_lengths=prefixes if any(prefixes) else None,
+            deterministic=self.deterministic,
+            adapters=self._adapter_rows(pieces, lengths),
         )
         ids = torch.tensor([i for piece in pieces for i in piece.token_ids], device=device)
         hidden = self.model(ids, context)
@@ -100,9 +110,17 @@ class DecoderRunner:
             end += length
             rows.extend(range(end - piece.num_rows, end))
         if len(rows) < len(ids):
-            hidden = hidden.index_select(0, torch.tensor(rows, dtype=torch.int64, device=device))
-        logits: Tensor = self.model.head(hidden)
+            chosen = torch.tensor(rows, dtype=torch.int64, device=device)
+            hidden, context = hidden.index_select(0, chosen), context.of_rows(chosen)
+        logits: Tensor = self.model.head(hidden, context)
         return logits
+
+    def _adapter_rows(self, pieces: Sequence[Piece], lengths: Sequence[int]) -> AdapterRows | None:
+        """The adapter of each row, where the model holds some by name."""
+        if not any(self.model.adapter_sets):
+            return None
+        names = [piece.adapter for piece in pieces]
+        return AdapterRows.of_sequences(names, lengths, device=self.model.device)
 
     def _decode(self, step: FastStep, pieces: Sequence[Piece]) -> Tensor:
         """Every token of the pieces is a row with a table and a length of its own."""
@@ -133,6 +151,7 @@ def logits_in_passes(
     *,
     page_size: int = 16,
     compiled: bool = False,
+    deterministic: bool = False,
 ) -> list[Tensor]:
     """[T, V] logits of each sequence that goes through a paged cache in passes: what law 3 holds against one forward.
 
@@ -141,9 +160,8 @@ def logits_in_passes(
         compiled: whether the compiled step may be used.
     """
     sizes = [-(-len(ids) // page_size) for ids in sequences]
-    dtype = model.embed_tokens.weight.dtype
-    cache = KVCache(model.config, max(1, sum(sizes)), page_size, dtype, model.device)
-    runner = DecoderRunner(model, cache, compiled=compiled)
+    cache = KVCache(model.config, max(1, sum(sizes)), page_size, model.dtype, model.device)
+    runner = DecoderRunner(model, cache, compiled=compiled, deterministic=deterministic)
     # the last page first: an order nothing may rely on
     tables = [tuple(range(sum(sizes[:i]), sum(sizes[: i + 1])))[::-1] for i in range(len(sizes))]
     rows: list[list[Tensor]] = [[] for _ in sequences]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from easyllm.engine.processors import (
     add_bias,
-    allow_only,
+    allow_packed,
     bar,
     keep_min_p,
     keep_top_k,
@@ -22,7 +22,7 @@ from easyllm.engine.processors import (
     repeated_ngrams,
     scale,
 )
-from easyllm.engine.request import LogitsMask, Logprobs, SamplingParams
+from easyllm.engine.request import Logprobs, SamplingParams, TokenMask
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class Chooser:
     Attributes:
         params: as asked.
         source: of randomness; one number is drawn for a token.
-        token_ids: prompt and output; output_start: where the output begins.
+        token_ids: prompt and output; prompt_start: where the prompt's own tokens begin, after virtual ones;
+            output_start: where the output begins.
         end_ids: tokens that end it.
         mask: bars tokens step by step.
         failed: whether its own processing (a mask, say) has failed; nothing may follow then.
@@ -53,8 +54,9 @@ class Chooser:
     token_ids: list[int]
     output_start: int
     end_ids: frozenset[int] = frozenset()
-    mask: LogitsMask | None = None
+    mask: TokenMask | None = None
     failed: bool = False
+    prompt_start: int = 0
     _prompt: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -74,17 +76,26 @@ class Chooser:
             or p.no_repeat_ngram_size
             or self.num_output < p.min_tokens
             or self.mask is not None
+            or self.failed
         )
 
     def push(self, token_id: int) -> None:
         """Remembers a new token."""
         self.token_ids.append(token_id)
+        if self.mask is not None and not self.failed:
+            try:
+                self.mask.advance(token_id)
+            except Exception:
+                logger.exception("a mask failed to take a token; its completion ends")
+                self.failed = True
 
     def process(self, logits: Tensor) -> Tensor:
         """[V] logits with bias, penalties, barred n-grams, least length and mask applied, in this order (HF's).
 
         Where that fails the completion ends, and no other does: all logits are -inf.
         """
+        if self.failed:
+            return torch.full_like(logits, float("-inf"))
         try:
             return self._processed(logits)
         except Exception:
@@ -99,7 +110,7 @@ class Chooser:
         output = self.token_ids[self.output_start :]
         if p.repetition_penalty != 1:
             if self._prompt is None:
-                known = set(self.token_ids[: self.output_start])
+                known = set(self.token_ids[self.prompt_start : self.output_start])
                 self._prompt = torch.tensor(list(known), dtype=torch.int64, device=logits.device)
             seen = torch.cat(
                 [self._prompt, torch.tensor(output, dtype=torch.int64).to(logits.device)]
@@ -114,20 +125,20 @@ class Chooser:
                 logits, ids, times, presence=p.presence_penalty, frequency=p.frequency_penalty
             )
         if p.no_repeat_ngram_size:
-            logits = bar(logits, repeated_ngrams(self.token_ids, p.no_repeat_ngram_size))
+            own = self.token_ids[self.prompt_start :]
+            logits = bar(logits, repeated_ngrams(own, p.no_repeat_ngram_size))
         if self.num_output < p.min_tokens:
             logits = bar(logits, self.end_ids)
-        return logits if self.mask is None else self._masked(self.mask, logits, output)
+        return logits if self.mask is None else _masked(self.mask, logits)
 
-    def _masked(self, mask: LogitsMask, logits: Tensor, output: list[int]) -> Tensor:
-        """[V] logits of what the mask allows."""
-        try:
-            allowed = mask.allowed(output)
-            if allowed is not None and not all(0 <= token < len(logits) for token in allowed):
-                raise ValueError(f"a mask allows ids beyond the model's {len(logits)}")
-        except Exception as error:
-            raise RuntimeError("a logits mask failed") from error
-        return logits if allowed is None else allow_only(logits, allowed)
+
+def _masked(mask: TokenMask, logits: Tensor) -> Tensor:
+    """[V] logits of what the mask allows."""
+    try:
+        words = mask.mask()
+        return logits if words is None else allow_packed(logits, words)
+    except Exception as error:
+        raise RuntimeError("a mask failed") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

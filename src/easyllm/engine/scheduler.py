@@ -278,6 +278,7 @@ class Scheduler:
             pages=tuple(sequence.table.pages),
             num_rows=rows,
             prefix=sequence.prompt_length if self.prefix else 0,
+            adapter=sequence.namespace.adapter,
         )
 
     def _give_back(self, sequence: Sequence) -> None:

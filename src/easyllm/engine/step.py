@@ -15,6 +15,7 @@ class Piece:
         pages: of the whole sequence, with room for these tokens.
         num_rows: logits are wanted of so many last tokens (0 while a prompt goes on).
         prefix: first tokens that see each other both ways.
+        adapter: the name of the adapter its rows use; empty for the base.
     """
 
     sequence_id: int
@@ -23,6 +24,7 @@ class Piece:
     pages: tuple[int, ...]
     num_rows: int = 1
     prefix: int = 0
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from easyllm.models.context import ContextConfig
 from easyllm.models.grouped_heads import pool_kv_heads
 from easyllm.models.heads import to_classifier
 from easyllm.models.load import (
+    add_adapter,
     hf_module_name,
     load_model,
     load_tokenizer,
@@ -15,6 +16,7 @@ from easyllm.models.sources import KNOWN_MODELS, locate, pull
 __all__ = [
     "KNOWN_MODELS",
     "ContextConfig",
+    "add_adapter",
     "hf_module_name",
     "load_model",
     "load_tokenizer",

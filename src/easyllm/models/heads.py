@@ -28,5 +28,5 @@ def to_classifier(model: Decoder, num_labels: int, *, seed: int = 0) -> Decoder:
     generator = torch.Generator().manual_seed(seed)
     head.reset_parameters((config.hidden_size + 1) ** -0.5, generator)
     model.config, model.lm_head = config, None
-    model.score = head.to(model.device, model.embed_tokens.weight.dtype).requires_grad_(False)
+    model.score = head.to(model.device, model.dtype).requires_grad_(False)
     return model

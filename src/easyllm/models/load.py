@@ -1,6 +1,6 @@
 """Models and tokenizers from any source, and back to a Hugging Face folder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +10,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from easyllm.adapters import load_adapter, read_adapter
 from easyllm.checkpoint.gguf import GGUFFile
-from easyllm.checkpoint.keymap import KeyMap
+from easyllm.checkpoint.keymap import Binding, KeyMap
 from easyllm.checkpoint.store import TensorFolder, write_model_weights
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.device import parse_dtype, pick_device
-from easyllm.core.errors import CheckpointError, EasyllmError
+from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.families import FAMILIES
 from easyllm.models.gguf_import import GGUFTensors, hf_config
-from easyllm.models.heads import with_score
+from easyllm.models.heads import to_classifier, with_score
 from easyllm.models.hf_config import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -30,7 +31,14 @@ from easyllm.models.hf_config import (
 from easyllm.models.sources import locate
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
-from easyllm.quant import quantizable, quantize_weight
+from easyllm.nn.storage import PackedStorage, WeightStorage
+from easyllm.quant import (
+    FORMATS,
+    StorageFormat,
+    format_of_checkpoint,
+    quantizable,
+    quantize_weight,
+)
 from easyllm.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
@@ -50,6 +58,7 @@ class OpenSource:
     config: ModelConfig
     tensors: TensorSource
     gguf: GGUFFile | None
+    packed: StorageFormat | None = None
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model."""
@@ -63,26 +72,55 @@ class OpenSource:
     ) -> Decoder:
         """The model with its weights; with `quantize` each is rounded as soon as it is read."""
         model = self.skeleton()
+        if quantize is not None and self.packed is not None:
+            raise ConfigError(
+                f"the weights of {self.path} are kept as {self.packed.name} already; leave out quantize={quantize}"
+            )
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         rounded = {} if quantize is None else quantizable(model, quantize)
-        state = {}
+        layers = {f"{name}.weight": layer for name, layer in model.holders()}
+        state, packed = dict[str, Tensor](), list[Binding]()
         for binding in keymap_of(self.config).check(
-            expected, self.tensors.shapes, source=str(self.path)
+            expected,
+            self.tensors.shapes,
+            source=str(self.path),
+            file_tensors=self.packed.file_tensors if self.packed is not None else (),
         ):
+            if binding.packed:
+                packed.append(binding)  # when the dtype of the full weights is known
+                continue
             parts = binding.rule.split(self.tensors.load(binding.theirs))
             for name, part in zip(binding.ours, parts, strict=True):
                 weight = part.to(device=device, dtype=dtype or part.dtype)
                 if name in rounded:
-                    module, spec = rounded[name]
-                    module.quantize(quantize_weight(weight, spec, name))
-                    state[name] = weight[:0].clone()
+                    layer, format = rounded[name]
+                    layer.store(quantize_weight(weight, format, name))
                 else:
                     state[name] = weight.contiguous()
         if self.gguf is not None:
             self.gguf.let_go()
-        # the check has seen that nothing is missing but the codes, which are there already
-        model.load_state_dict(state, assign=True, strict=not rounded)
+        # the check has seen that nothing is missing but what is packed, and that is there already
+        activations = dtype or state["norm.weight"].dtype if packed else torch.float32
+        for binding in packed:
+            layer = layers[binding.ours[0]]
+            layer.store(self._packed_storage(binding, layer.storage.shape, activations, device))
+        model.load_state_dict(state, assign=True, strict=not (rounded or packed))
         return model.requires_grad_(False).eval()
+
+    def _packed_storage(
+        self, binding: Binding, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> WeightStorage:
+        """A weight as the checkpoint keeps it."""
+        assert self.packed is not None, "bound as packed"
+        assert self.packed.from_file is not None, "registered with tensors of a file"
+        found = {ending: self.tensors.load(name) for ending, name in binding.packed.items()}
+        storage = self.packed.from_file(found, shape, dtype)
+        if tuple(storage.shape) != tuple(shape):
+            raise CheckpointError(
+                f"{binding.theirs} of {self.path} is {list(storage.shape)} as {self.packed.name}, expected {list(shape)}; "
+                "use the config.json that belongs to these weights"
+            )
+        return storage.to(device) if isinstance(storage, PackedStorage) else storage
 
     def skeleton(self) -> Decoder:
         """The model without its weights."""
@@ -114,7 +152,8 @@ def _open(path: Path) -> OpenSource:
     hf = read_files(path)
     with _impossible_values(path):
         config = read_config(hf)
-    return OpenSource(path, config, TensorFolder(path), None)
+    packed = format_of_checkpoint(hf.get("quantization_config"))
+    return OpenSource(path, config, TensorFolder(path), None, packed)
 
 
 def load_model(
@@ -124,6 +163,7 @@ def load_model(
     device: str = "cpu",
     context: ContextConfig | None = None,
     quantize: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Decoder:
     """The model a source holds, ready for inference (no parameter requires a gradient).
 
@@ -133,6 +173,7 @@ def load_model(
         device: `"cpu"`, `"cuda"`, `"auto"`.
         context: positions that reach further than the model was trained.
         quantize: `"int8"` or `"int4"`: weights are rounded as they are read (`quant.quantize_weights`).
+        adapter: the folder of an adapter, in peft's layout, that every row goes through.
 
     Raises:
         SourceError, CheckpointError: no such model, or its files do not fit.
@@ -145,7 +186,26 @@ def load_model(
     """
     wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     opened = open_source(source, context=context)
-    return opened.model(wanted, pick_device(device), quantize=quantize)
+    model = opened.model(wanted, pick_device(device), quantize=quantize)
+    return model if adapter is None else add_adapter(model, adapter)
+
+
+def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decoder:
+    """Attaches the adapter that a folder holds; a head of labels that was trained with it comes along.
+
+    Args:
+        name: under which the adapter is held besides others (`ForwardContext.adapters`); without one it is of every row.
+
+    Raises:
+        CheckpointError: the folder holds no adapter, or one for another model.
+        ConfigError: the model has an adapter already.
+    """
+    file = read_adapter(Path(folder))
+    labels = file.num_labels()
+    if labels is not None and model.config.num_labels != labels:
+        to_classifier(model, labels)
+    load_adapter(model, file, module_name=hf_module_name(model), name=name)
+    return model
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -180,15 +240,20 @@ def save_model(
 
     Raises:
         OutputError: the folder holds something, or cannot be written.
-        CheckpointError: the family's layout cannot express the model; its weights are quantized.
+        CheckpointError: the family's layout cannot express the model, or its weights are quantized in a format that is
+            not written.
     """
-    if model.is_quantized:
+    if model.is_adapted:
         raise CheckpointError(
-            "quantized weights are made when a model is loaded and are not written in this layout; save the full model"
+            "the model has an adapter, for which this layout has no place; merge it first, or save it with save_adapter"
         )
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     config = write_config(model.config) | {"torch_dtype": dtype}
-    tensors = keymap_of(model.config).to_file(model.state_dict())
+    packed, quantization = _packed_tensors(model)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    full = {name: t for name, t in model.state_dict().items() if ".storage." not in f".{name}"}
+    tensors = keymap_of(model.config).to_file(full, packed)
     generation = {
         key: config[key]
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -205,19 +270,41 @@ def save_model(
     return Path(folder)
 
 
+def _packed_tensors(
+    model: Decoder,
+) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any] | None]:
+    """The tensors of quantized weights, and the `quantization_config` that says how to read them."""
+    formats = model.packed_formats()
+    if not formats:
+        return {}, None
+    (name, *others) = sorted(formats)
+    format = FORMATS.get(name)
+    if others or format is None or not format.file_tensors:
+        raise CheckpointError(
+            f"weights quantized as {' and '.join([name, *others])} are made when a model is loaded and are not written in "
+            "this layout; save the full model"
+        )
+    tensors = {
+        f"{holder}.weight": layer.storage.tensors()
+        for holder, layer in model.holders()
+        if layer.storage.format == name
+    }
+    return tensors, {"quant_method": name, **format.file_config}
+
+
 def keymap_of(config: ModelConfig) -> KeyMap:
     """Names of a model's parameters on disk."""
     return with_score(FAMILIES[config.family].keymap(config))
 
 
 def hf_module_name(model: Decoder) -> Callable[[str], str]:
-    """A function from the name of one of our linears to HF's, under which its adapter is saved; where HF has several
-    of ours in one (GPT-2's `c_attn`), ours stays, and `peft` cannot read that adapter."""
+    """A function from the name of one of our modules with a weight to HF's, under which its adapter is saved; where HF has
+    several of ours in one (GPT-2's `c_attn`), ours stays, and `peft` cannot read that adapter."""
     keymap = keymap_of(model.config)
 
-    def name_of(linear: str) -> str:
-        (binding,) = keymap.bindings([f"{linear}.weight"])
-        return linear if len(binding.ours) > 1 else binding.theirs.removesuffix(".weight")
+    def name_of(module: str) -> str:
+        (binding,) = keymap.bindings([f"{module}.weight"])
+        return module if len(binding.ours) > 1 else binding.theirs.removesuffix(".weight")
 
     return name_of
 

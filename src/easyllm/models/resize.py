@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from easyllm.core.errors import ConfigError
 from easyllm.nn.config import ModelConfig
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
-from easyllm.ops.attention import AttentionContext
 
 MULTIPLE = 64
 """The vocabulary is filled up to a multiple of this: matrix products like round numbers."""
@@ -72,7 +72,7 @@ def loss_of_text(model: Decoder, token_ids: list[int], *, num_ids: int | None = 
             loss is what it was before it grew.
     """
     ids = torch.as_tensor(token_ids, device=model.device)
-    hidden = model(ids, AttentionContext.packed([ids.numel()], device=model.device))[:-1]
+    hidden = model(ids, ForwardContext.packed([ids.numel()], device=model.device))[:-1]
     total = 0.0
     for rows, targets in zip(hidden.split(64), ids[1:].split(64), strict=True):
         logits = model.head(rows)[:, :num_ids]

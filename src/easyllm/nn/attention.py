@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from easyllm.nn.config import AttentionConfig
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.linear import Linear, outputs_of
 from easyllm.nn.norm import build_norm
 from easyllm.nn.position import build_position
-from easyllm.ops.attention import AttentionContext, AttentionRule, attention
+from easyllm.ops.attention import AttentionRule, attention
 from easyllm.ops.deterministic import deterministic_attention
 
 
@@ -25,7 +26,6 @@ class Attention(nn.Module):
     def __init__(self, config: AttentionConfig, hidden_size: int, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.deterministic = False  # set by nn/deterministic
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.q_proj = Linear(hidden_size, heads * dim, bias=config.qkv_bias)
         self.k_proj = Linear(hidden_size, kv_heads * dim, bias=config.qkv_bias)
@@ -50,21 +50,24 @@ class Attention(nn.Module):
             terms=self.position.terms,
         )
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
         heads = (x.shape[0], -1, self.config.head_dim)
-        q, k, v = (y.view(heads) for y in outputs_of((self.q_proj, self.k_proj, self.v_proj), x))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.view(heads) for y in outputs_of(projections, x, context))
         q = self.position.rotate(self.q_norm(q), context)  # [T, H, d]
         k = self.position.rotate(self.k_norm(k), context)  # [T, K, d]
+        if context.virtual is not None:
+            k, v = context.virtual.keys_values(self.layer, k, v)
         if self.config.logn_length is not None:
             q = q * logn_factors(context.positions, self.config.logn_length).to(q.dtype)
-        if context.store is None and self.deterministic and context.prefix_lengths is None:
+        if context.store is None and context.deterministic and context.prefix_lengths is None:
             out = deterministic_attention(q, k, v, self.rule, context.lengths)
         elif context.store is None:
             out = attention(q, k, v, self.rule, context.lengths, context.prefix_lengths)
         else:
             out = context.store.attend(self.layer, q, k, v, self.rule, context.prefix_lengths)
-        return self.o_proj(out.reshape(x.shape[0], -1))
+        return self.o_proj(out.reshape(x.shape[0], -1), context)
 
 
 def logn_factors(positions: Tensor, length: int) -> Tensor:

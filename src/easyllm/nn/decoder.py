@@ -8,18 +8,22 @@ the weights, products run in that dtype, and their results are added in fp32.
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, LayerConfig, LinearAttentionConfig, ModelConfig
+from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.feed_forward import build_feed_forward
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.linear_attention import LinearAttention
 from easyllm.nn.norm import build_norm, sum_and_norm
 from easyllm.nn.position import build_embedding_position
-from easyllm.ops.attention import AttentionContext
+from easyllm.nn.storage import DenseWeight
+from easyllm.nn.virtual_tokens import ModelAdapter, VirtualTokens, in_front
 
 
 def widen(x: Tensor) -> Tensor:
@@ -66,7 +70,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(0.0)  # of both blocks' outputs; a training run may raise it
 
     def forward(
-        self, x: Tensor, context: AttentionContext, added: Tensor | None = None
+        self, x: Tensor, context: ForwardContext, added: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`x + added`, [T, D] each → the same for the next layer."""
         x, start = sum_and_norm(self.mixer_norm, x, added)
@@ -103,26 +107,52 @@ class Decoder(nn.Module):
         projects = config.num_labels is None and not config.tie_embeddings
         self.lm_head = Linear(config.hidden_size, config.vocab_size) if projects else None
         self.score = Linear(config.hidden_size, config.num_labels) if config.num_labels else None
+        self.model_adapter: ModelAdapter | None = None
+        self.adapter_sets: dict[str, Any] = {}  # what is attached, by name (`adapters.AdapterSet`)
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding lives, and so where token ids go."""
-        return self.embed_tokens.weight.device
+        """Where the embedding is, and so where token ids go."""
+        return self.embed_tokens.storage.device
 
     @property
-    def is_quantized(self) -> bool:
-        """Whether `quant.quantize_weights` has been here: what needs full weights refuses such a model."""
-        return self.embed_tokens.quantized is not None
+    def dtype(self) -> torch.dtype:
+        """Of hidden states and products; quantized weights are meant for it."""
+        return self.embed_tokens.storage.dtype
+
+    def holders(self) -> Iterator[tuple[str, Linear | Embedding]]:
+        """Every layer that keeps a weight in a storage, with its name."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear | Embedding):
+                yield name, module
+
+    def packed_formats(self) -> frozenset[str]:
+        """Formats of the weights that are not full ones: what needs full weights refuses a model that has any."""
+        formats = {holder.storage.format for _, holder in self.holders()}
+        return frozenset(formats - {DenseWeight.format})
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether a layer, or the model itself, has an adapter."""
+        linears = (m for m in self.modules() if isinstance(m, Linear))
+        return self.model_adapter is not None or any(m.adapter is not None for m in linears)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Virtual tokens that a model-level adapter puts in front of every sequence."""
+        return 0 if self.model_adapter is None else self.model_adapter.num_virtual
 
     @property
     def head_weight(self) -> Tensor:
         """[V, D]: the output projection (the embedding itself when tied); dequantized, where it is quantized."""
-        owner = self.embed_tokens if self.lm_head is None else self.lm_head
-        if owner.quantized is not None:
-            return owner.quantized.dequantize().to(owner.weight.dtype)
-        return owner.weight
+        if self.lm_head is None:
+            return self.embed_tokens.storage.dense()
+        weight, adapter = self.lm_head.storage.dense(), self.lm_head.adapter
+        if adapter is None:
+            return weight
+        return adapter.merged(weight.float(), None)[0].to(weight.dtype)
 
-    def forward(self, token_ids: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
         """Final hidden states, normalised and ready for the head.
 
         Args:
@@ -132,30 +162,58 @@ class Decoder(nn.Module):
         Returns:
             [T, D] in the dtype of the weights.
         """
-        x = widen(self.embed_tokens(token_ids)) * self.config.embedding_scale
+        real = None
+        if self.model_adapter is not None and not context.base_only:
+            token_ids, context, real = in_front(
+                token_ids, context, self.model_adapter, self.config.vocab_size
+            )
+        x = widen(self.embed_tokens(token_ids))
+        if isinstance(context.virtual, VirtualTokens):
+            x = context.virtual.embed(x)
+        x = x * self.config.embedding_scale
         x, added = self.embedding_position(x, context.positions), None
         for layer in self.layers:
             x, added = layer(x, context, added)
         _, out = sum_and_norm(self.norm, x, added)
-        return out.to(self.embed_tokens.weight.dtype)
+        out = out.to(self.dtype)
+        return out if real is None else out.index_select(0, real)
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Logits of chosen rows: `hidden: [N, D]` → [N, V] in fp32 (fp64 for an fp64 model); with a head of labels
-        their scores, [N, num_labels]."""
+        their scores, [N, num_labels]. `context` is that of these rows."""
         if self.score is not None:
-            return widen(self.score(hidden))
+            return widen(self.score(hidden, context))
         if self.lm_head is None:
-            logits = widen(self.embed_tokens.project(hidden))
+            logits = widen(self.embed_tokens.project(hidden, context))
         else:
-            logits = widen(self.lm_head(hidden))
+            logits = widen(self.lm_head(hidden, context))
         return soft_cap(logits, self.config.logit_softcap)
 
     @torch.no_grad()
-    def logits(self, token_ids: Tensor | list[int]) -> Tensor:
-        """Logits after each token of one sequence: [T] ids → [T, V] fp32."""
+    def logits(
+        self,
+        token_ids: Tensor | list[int],
+        *,
+        deterministic: bool = False,
+        adapter: str | None = None,
+    ) -> Tensor:
+        """Logits after each token of one sequence: [T] ids → [T, V] fp32.
+
+        Args:
+            deterministic: as in `ForwardContext`.
+            adapter: of a model that holds several, the one to use by name; empty for the base alone.
+        """
         ids = torch.as_tensor(token_ids, device=self.device)
-        context = AttentionContext.packed([ids.numel()], device=self.device)
-        return self.head(self(ids, context))
+        rows = None
+        if adapter is not None:
+            rows = AdapterRows.of_sequences([adapter], [ids.numel()], device=self.device)
+        context = ForwardContext.packed(
+            [ids.numel()],
+            device=self.device,
+            deterministic=deterministic,
+            adapters=rows,
+        )
+        return self.head(self(ids, context), context)
 
     def reset_parameters(
         self, *, std: float = 0.02, generator: torch.Generator | None = None

@@ -3,11 +3,11 @@
 from torch import Tensor, nn
 
 from easyllm.nn.config import FeedForward, GLUConfig, MLPConfig, MoEConfig
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Linear
 from easyllm.nn.moe import MoE
 from easyllm.ops.activation import ACTIVATIONS
-from easyllm.ops.attention import AttentionContext
 
 
 class MLP(nn.Module):
@@ -19,9 +19,9 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, config.intermediate_size, bias=config.bias)
         self.down_proj = Linear(config.intermediate_size, hidden_size, bias=config.bias)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
-        return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.up_proj(x, context)), context)
 
 
 def build_feed_forward(config: FeedForward, hidden_size: int, layer: int) -> nn.Module:

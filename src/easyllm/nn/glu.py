@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from easyllm.nn.config import GLUConfig
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.linear import Linear, outputs_of
 from easyllm.ops.activation import gated
-from easyllm.ops.attention import AttentionContext
 
 
 class GLU(nn.Module):
@@ -19,11 +19,7 @@ class GLU(nn.Module):
         self.up_proj = Linear(hidden_size, width, bias=config.bias)
         self.down_proj = Linear(width, hidden_size, bias=config.bias)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """`x: [T, D]` → [T, D]; a token's result does not depend on `context`."""
-        return self.run(x)
-
-    def run(self, x: Tensor) -> Tensor:
-        """The same for any rows, as an expert is given them."""
-        gate, up = outputs_of((self.gate_proj, self.up_proj), x)
-        return self.down_proj(gated(gate, up, self.activation))
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """`x: [T, D]` → [T, D], any rows: an expert is given those that were routed to it."""
+        gate, up = outputs_of((self.gate_proj, self.up_proj), x, context)
+        return self.down_proj(gated(gate, up, self.activation), context)

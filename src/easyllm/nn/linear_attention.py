@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from easyllm.nn.config import LinearAttentionConfig
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.linear import Linear
 from easyllm.nn.position import build_position
-from easyllm.ops.attention import AttentionContext
 from easyllm.ops.linear_attention import (
     FEATURE_MAPS,
     Features,
@@ -41,21 +41,21 @@ class LinearAttention(nn.Module):
         )
         self.features = FEATURE_MAPS[config.features]
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
         assert context.prefix_lengths is None, "linear attention has no prefix mask"
         heads = (x.shape[0], self.config.num_heads, self.config.head_dim)
         wide = torch.promote_types(x.dtype, torch.float32)
-        q = self.features.query(self.q_proj(x).view(heads).to(wide))
-        k = self.features.key(self.k_proj(x).view(heads).to(wide))
-        v = self.v_proj(x).view(heads).to(wide)
+        q = self.features.query(self.q_proj(x, context).view(heads).to(wide))
+        k = self.features.key(self.k_proj(x, context).view(heads).to(wide))
+        v = self.v_proj(x, context).view(heads).to(wide)
         inputs = (q, k, v, self.position.rotate(q, context), self.position.rotate(k, context))
         if context.store is not None:
             out = context.store.recur(self.layer, self._run, *inputs)
         else:
             pieces = zip(*(tensor.split(context.lengths) for tensor in inputs), strict=True)
             out = torch.cat([self._run(*piece, state=None)[0] for piece in pieces])
-        return self.o_proj(out.to(x.dtype).reshape(x.shape[0], -1))
+        return self.o_proj(out.to(x.dtype).reshape(x.shape[0], -1), context)
 
     def _run(self, *inputs: Tensor, state: LinearState | None) -> tuple[Tensor, LinearState | None]:
         """One sequence's tokens from the state before them."""

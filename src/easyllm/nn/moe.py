@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from easyllm.nn.config import MoEConfig
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Linear
-from easyllm.ops.attention import AttentionContext
-from easyllm.ops.deterministic import tiled_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +64,19 @@ class MoE(nn.Module):
         self.shared = GLU(config.shared, hidden_size) if config.shared else None
         self.shared_gate = Linear(hidden_size, 1) if config.shared_gate else None
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """`x: [T, D]` → [T, D]."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        linear = tiled_linear if self.router.deterministic else nn.functional.linear
-        logits = linear(x.to(wide), self.router.weight.to(wide))  # [T, E]
+        logits = self.router.wide(x.to(wide), context)  # [T, E]
         weights, chosen = self.route(logits)
         dropped = self._overflow(chosen)
         if context.routing is not None:
             context.routing.append(Routing(self.layer, self.config, logits, chosen, dropped))
-        out = self._run_experts(x, weights.masked_fill(dropped, 0.0), chosen, dropped)
+        out = self._run_experts(x, weights.masked_fill(dropped, 0.0), chosen, dropped, context)
         if self.shared is not None:
             shared = self.shared(x, context)
             if self.shared_gate is not None:
-                shared = shared * self.shared_gate(x).sigmoid()
+                shared = shared * self.shared_gate(x, context).sigmoid()
             out = out + shared
         return out
 
@@ -105,16 +103,25 @@ class MoE(nn.Module):
         place = (by_rank.cumsum(0) * by_rank).sum(-1)  # 1 for an expert's first token
         return (place > capacity).view(k, num_tokens).T
 
-    def _run_experts(self, x: Tensor, weights: Tensor, chosen: Tensor, dropped: Tensor) -> Tensor:
+    def _run_experts(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        chosen: Tensor,
+        dropped: Tensor,
+        context: ForwardContext,
+    ) -> Tensor:
         """Σ_j weight_tj · expert_tj(x_t): rows go to their experts in one gather and come back in another."""
         num_experts, k = self.config.num_experts, self.config.experts_per_token
         flat = chosen.masked_fill(dropped, num_experts).flatten()  # dropped ones sort to the end
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
         lost = counts.pop()
-        parts = x.index_select(0, order[: len(order) - lost] // k).split(counts)
-        runs = [expert.run for expert in self.experts if isinstance(expert, GLU)]
-        outs = [run(part) for run, part in zip(runs, parts, strict=True) if len(part)]
+        sources = order[: len(order) - lost] // k  # the tokens of the sorted rows
+        parts = x.index_select(0, sources).split(counts)
+        contexts = [context.of_rows(rows) for rows in sources.split(counts)]
+        each = zip(self.experts, parts, contexts, strict=True)
+        outs = [expert(part, its) for expert, part, its in each if len(part)]
         if lost:
             outs.append(x.new_zeros(lost, x.shape[1]))
         place = torch.empty_like(order)  # of each choice among the sorted rows

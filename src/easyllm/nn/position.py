@@ -23,8 +23,9 @@ from easyllm.nn.config import (
     StreamingRope,
     T5Bias,
 )
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.rope_scaling import rope_frequencies
-from easyllm.ops.attention import AttentionContext, ScoreTerms
+from easyllm.ops.attention import ScoreTerms
 from easyllm.ops.rotary import apply_rotary, rotate_pairs
 
 
@@ -41,7 +42,7 @@ class RotaryPosition(nn.Module):
         self.config, self.width = config, config.rotary_dim or head_dim
         self.head_dim = head_dim
 
-    def rotate(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def rotate(self, x: Tensor, context: ForwardContext) -> Tensor:
         """`x: [T, heads, d]` turned by `context.positions`."""
         cos, sin = context.once((self.config, self.width), lambda: self.tables(context))
         if self.width == self.head_dim:
@@ -50,7 +51,7 @@ class RotaryPosition(nn.Module):
         turned = apply_rotary(turned.contiguous(), cos, sin, interleaved=self.config.interleaved)
         return torch.cat([turned, rest], dim=-1)
 
-    def tables(self, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    def tables(self, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """cos and sin of every angle: two [T, d/2] in fp32, attention scaling (YaRN) included."""
         positions = context.positions
         if isinstance(self.config.scaling, DynamicNTKScaling):
@@ -72,7 +73,7 @@ class NoRotation(nn.Module):
 
     terms: ScoreTerms | None = None
 
-    def rotate(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def rotate(self, x: Tensor, context: ForwardContext) -> Tensor:
         return x
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder, DecoderLayer
-from easyllm.ops.attention import AttentionContext
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -31,7 +31,7 @@ def recompute_activations(model: Decoder, mode: Recompute) -> Decoder:
 def _recompute_layer(layer: DecoderLayer) -> None:
     recomputed = _recomputed(layer.forward)
 
-    def forward(x: Tensor, context: AttentionContext, added: Tensor | None = None) -> Any:
+    def forward(x: Tensor, context: ForwardContext, added: Tensor | None = None) -> Any:
         # one tensor is kept, not two
         return recomputed(x if added is None else x + added, context)
 

@@ -14,8 +14,8 @@ soft caps and positions that change the scores in other ways.
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,84 +69,6 @@ class AttentionRule:
         """Whether the products must be written out."""
         changed = self.terms is not None and self.terms.bias is None
         return self.softcap is not None or changed
-
-
-class KeyValueStore(Protocol):
-    """Where keys, values and states live between forward passes; the engine's cache implements it."""
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rule: AttentionRule,
-        prefix_lengths: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        """Stores `k`, `v: [T, K, d]` for `layer`; returns the outputs of `q: [T, H, d]`."""
-
-    def recur(self, layer: int, step: "RecurrentStep", *inputs: Tensor) -> Tensor:
-        """Runs `step` on each sequence's inputs from the state it left before."""
-
-
-class RecurrentStep(Protocol):
-    """One sequence's tokens and its state (None at first) → output and new state."""
-
-    def __call__(self, *inputs: Tensor, state: Any) -> tuple[Tensor, Any]: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionContext:
-    """Everything attention needs to know of a batch; an argument, never a global.
-
-    Attributes:
-        positions: [T] int64, the position of each token in its own sequence.
-        lengths: tokens of each sequence in this forward pass; they sum to T.
-        prefix_lengths: first tokens of each sequence that see each other both ways (UniLM's mask); with a store,
-            a prefix lies whole in the pass that begins its sequence.
-        store: where earlier keys and values live; None when every key is in this forward pass.
-        routing: when a list, each layer with experts appends its `Routing` to it.
-        memo: values computed once a forward pass and shared by the layers.
-    """
-
-    positions: Tensor
-    lengths: tuple[int, ...]
-    prefix_lengths: tuple[int, ...] | None = None
-    store: KeyValueStore | None = None
-    routing: list[Any] | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
-
-    @classmethod
-    def packed(
-        cls,
-        lengths: list[int] | tuple[int, ...],
-        *,
-        device: torch.device | str = "cpu",
-        store: KeyValueStore | None = None,
-        offsets: list[int] | None = None,
-        prefix_lengths: tuple[int, ...] | None = None,
-        routing: list[Any] | None = None,
-    ) -> "AttentionContext":
-        """The context of sequences laid end to end; `offsets` are their first positions."""
-        offsets = offsets or [0] * len(lengths)
-        parts = [
-            torch.arange(start, start + n, device=device)
-            for n, start in zip(lengths, offsets, strict=True)
-        ]
-        positions = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
-        return cls(
-            positions=positions,
-            lengths=tuple(lengths),
-            store=store,
-            prefix_lengths=prefix_lengths,
-            routing=routing,
-        )
-
-    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """The value of `compute()`, computed by the first layer that asks for `key`."""
-        if key not in self.memo:
-            self.memo[key] = compute()
-        return self.memo[key]
 
 
 def attention(

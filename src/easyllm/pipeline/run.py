@@ -38,7 +38,8 @@ from easyllm.pipeline.recipe import (
 )
 from easyllm.pipeline.stages import product, run_stage, source_files
 from easyllm.tokenizer.tokenizer import TOKENIZER_FILE
-from easyllm.train.config import CorpusDataConfig, Data
+from easyllm.train.config import Data
+from easyllm.train.data_config import CorpusDataConfig, RowsConfig
 
 PENDING = "pending.json"
 READ_BYTES = 2**26
@@ -124,8 +125,9 @@ def _inputs(stage: Config) -> dict[str, str]:
 
 def _data_files(data: Data) -> list[str]:
     """Files of rows; of token shards the manifest, which holds the hashes of all of them."""
-    if not isinstance(data, CorpusDataConfig):
+    if isinstance(data, RowsConfig):
         return [*data.train, *data.eval]
+    assert isinstance(data, CorpusDataConfig), "data are rows or a corpus"
     folders = [data.shards, *([data.validation] if data.validation else [])]
     return [f if is_reference(f) else str(Path(f) / SHARDS_MANIFEST) for f in folders]
 

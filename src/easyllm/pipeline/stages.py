@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from easyllm.adapters import load_adapter, merge
+from easyllm.adapters import merge
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.config import Config
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path
@@ -20,7 +20,6 @@ from easyllm.engine import LLM
 from easyllm.evaluate import evaluate_answers
 from easyllm.models import (
     ContextConfig,
-    hf_module_name,
     load_model,
     load_tokenizer,
     locate,
@@ -91,8 +90,8 @@ def convert_model(
 
 def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
     """Folds an adapter into its base in fp32 and saves the whole as a Hugging Face folder."""
-    model = load_model(source, dtype="float32")
-    merge(load_adapter(model, adapter, module_name=hf_module_name(model)))
+    model = load_model(source, dtype="float32", adapter=adapter)
+    merge(model)
     manifest = Manifest.create(
         "merge",
         config={"model": source, "adapter": str(adapter)},

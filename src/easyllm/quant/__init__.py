@@ -1,19 +1,26 @@
-"""Quantization: schemes, and weights replaced by codes."""
+"""Quantization: formats of weights, and weights replaced by codes."""
 
-from easyllm.quant.spec import QuantSpec
-from easyllm.quant.weight_only import (
-    SCHEMES,
-    quantizable,
-    quantize_weight,
-    quantize_weights,
-    weight_bytes,
+from easyllm.quant.registry import (
+    FORMATS,
+    StorageFormat,
+    find_scheme,
+    format_of_checkpoint,
+    register_storage,
+    schemes,
 )
+from easyllm.quant.spec import QuantSpec
+from easyllm.quant.weight_only import quantizable, quantize_weight, quantize_weights, weight_bytes
 
 __all__ = [
-    "SCHEMES",
+    "FORMATS",
     "QuantSpec",
+    "StorageFormat",
+    "find_scheme",
+    "format_of_checkpoint",
     "quantizable",
     "quantize_weight",
     "quantize_weights",
+    "register_storage",
+    "schemes",
     "weight_bytes",
 ]

@@ -7,11 +7,13 @@ again of a checkpoint that was stored so (GGUF's Q4_1). Embedding and head are i
 import torch
 from torch import Tensor
 
-from easyllm.core.errors import ConfigError, suggest
+from easyllm.core.errors import ConfigError
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.quantized import QuantizedWeight
+from easyllm.nn.storage import WeightStorage
 from easyllm.ops.quantized_linear import QuantizedMatrix, pack_int4, pack_int8, packed_bytes
+from easyllm.quant.registry import StorageFormat, find_scheme, register_storage
 from easyllm.quant.spec import QuantSpec
 
 SCHEMES = {
@@ -26,57 +28,65 @@ ROWS = 1024
 
 @torch.no_grad()
 def quantize_weights(model: Decoder, scheme: str) -> Decoder:
-    """Quantizes every linear inside the layers, the embedding and the head, in place.
+    """Quantizes every linear inside the layers, and embedding and head as the format wants them, in place.
 
     A layer's full weights are freed one by one, so that the two never exist at once; `load_model(..., quantize=)` does so while
-    it reads, and never holds more than one full weight. Adapters go on working.
+    it reads, and never holds more than one full weight. Adapters continue to work.
 
     Args:
-        scheme: `"int8"` or `"int4"`.
+        scheme: the name of a registered format: `"int8"`, `"int4"` ...
 
     Raises:
-        ConfigError: another scheme; a model that is quantized already, or holds a weight that is not finite.
+        ConfigError: another scheme; a model that is quantized already, or holds a weight that is NaN or infinite.
 
     Example:
         >>> from easyllm.models import load_model
         >>> quantize_weights(load_model("smollm2"), "int4")  # doctest: +SKIP
     """
-    for name, (module, spec) in quantizable(model, scheme).items():
-        module.quantize(quantize_weight(module.weight, spec, name))
+    for name, (layer, format) in quantizable(model, scheme).items():
+        layer.store(quantize_weight(layer.storage.dense(), format, name))
     return model
 
 
-def quantizable(model: Decoder, scheme: str) -> dict[str, tuple[Linear | Embedding, QuantSpec]]:
-    """What `scheme` rounds, by the names of the weights.
+def quantizable(model: Decoder, scheme: str) -> dict[str, tuple[Linear | Embedding, StorageFormat]]:
+    """What `scheme` quantizes, by the names of the weights, and to which format.
 
     Raises:
-        ConfigError: the scheme is not known, or the model is quantized already.
+        ConfigError: the scheme is not known or cannot keep a weight of the model, or the model is quantized already.
     """
-    if scheme not in SCHEMES:
+    format = find_scheme(scheme)
+    if packed := model.packed_formats():
         raise ConfigError(
-            f"quantization {scheme!r} is not known{suggest(scheme, SCHEMES)}; use {' or '.join(SCHEMES)}"
+            f"the model is quantized already ({', '.join(sorted(packed))}); load it again to quantize it as {scheme}"
         )
-    if model.is_quantized:
-        raise ConfigError("the model is quantized already; load it again to quantize it otherwise")
-    found: dict[str, tuple[Linear | Embedding, QuantSpec]] = {
-        f"{name}.weight": (module, SCHEMES[scheme])
+    found: dict[str, tuple[Linear | Embedding, StorageFormat]] = {
+        f"{name}.weight": (module, format)
         for name, module in model.layers.named_modules(prefix="layers")
         if isinstance(module, Linear) and not name.endswith(FULL)
     }
-    found["embed_tokens.weight"] = (model.embed_tokens, SCHEMES["int8"])
-    if model.lm_head is not None:
-        found["lm_head.weight"] = (model.lm_head, SCHEMES["int8"])
+    if format.table is not None:
+        table = find_scheme(format.table)
+        found["embed_tokens.weight"] = (model.embed_tokens, table)
+        if model.lm_head is not None:
+            found["lm_head.weight"] = (model.lm_head, table)
+    for name, (layer, its) in found.items():
+        reason = its.unsupported_reason(layer.storage.shape)
+        if reason is not None:
+            raise ConfigError(f"{name} cannot be kept as {its.name}: {reason}")
     return found
 
 
 def weight_bytes(model: Decoder, dtype: torch.dtype, scheme: str | None = None) -> int:
     """Bytes of a model's weights in `dtype`, or under a scheme and the rest in `dtype`; `model` may be on the meta device."""
-    rounded = {} if scheme is None else quantizable(model, scheme)
-    return sum(
-        packed_bytes(parameter.shape[0], parameter.shape[1], rounded[name][1].bits)
-        if name in rounded
+    packed = {} if scheme is None else quantizable(model, scheme)
+    held = sum(
+        packed[name][1].num_bytes((parameter.shape[0], parameter.shape[1]))
+        if name in packed
         else parameter.numel() * dtype.itemsize
         for name, parameter in model.named_parameters()
+    )
+    return held + sum(
+        layer.storage.num_bytes for _, layer in model.holders() if layer.storage.format != "dense"
     )
 
 
@@ -117,12 +127,28 @@ def _int4(weight: Tensor) -> QuantizedMatrix:
     return pack_int4(codes, steps, middles)
 
 
-def quantize_weight(weight: Tensor, spec: QuantSpec, name: str) -> QuantizedWeight:
-    """`weight: [N, K]`, called `name`, as what fills a linear's or embedding's slot.
+def quantize_weight(weight: Tensor, format: StorageFormat, name: str) -> WeightStorage:
+    """`weight: [N, K]`, called `name`, in another format.
 
     Raises:
-        ConfigError: it holds a number that is not finite.
+        ConfigError: it holds a number that is NaN or infinite.
     """
+    assert format.quantize is not None, "found by find_scheme"
     if not torch.stack(weight.aminmax()).isfinite().all():
-        raise ConfigError(f"{name} holds numbers that are not finite; check the checkpoint")
-    return QuantizedWeight(quantize_matrix(weight, spec))
+        raise ConfigError(f"{name} holds NaN or infinite numbers; check the checkpoint")
+    return format.quantize(weight, name)
+
+
+def _register(name: str, spec: QuantSpec) -> None:
+    register_storage(
+        StorageFormat(
+            name=name,
+            num_bytes=lambda shape: packed_bytes(*shape, spec.bits),
+            quantize=lambda weight, _: QuantizedWeight(quantize_matrix(weight, spec), weight.dtype),
+            table="int8",
+        )
+    )
+
+
+for _name, _spec in SCHEMES.items():
+    _register(_name, _spec)

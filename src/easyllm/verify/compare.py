@@ -17,13 +17,12 @@ from torch import Tensor
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.engine import LLM, SamplingParams
 from easyllm.models import load_model, load_tokenizer, save_model
-from easyllm.quant import SCHEMES, quantize_weights
+from easyllm.quant import quantize_weights, schemes
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.verify.reference import Reference
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TRANSFORMERS = "transformers"
-VARIANTS = (*DTYPES, *SCHEMES, TRANSFORMERS)
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):",
@@ -131,14 +130,15 @@ def open_side(spec: str) -> Side:
         ConfigError: there is no such variant.
     """
     source, _, variant = spec.partition("@")
-    if variant and variant not in VARIANTS:
+    variants = (*DTYPES, *schemes(), TRANSFORMERS)
+    if variant and variant not in variants:
         raise ConfigError(
-            f"variant {variant!r} of {spec!r} is not known{suggest(variant, VARIANTS)}; use one of {', '.join(VARIANTS)}"
+            f"variant {variant!r} of {spec!r} is not known{suggest(variant, variants)}; use one of {', '.join(variants)}"
         )
     if variant == TRANSFORMERS:
         return _TransformersSide(source)
     dtype = variant if variant in DTYPES else "float32"
-    return _EngineSide(source, dtype, variant if variant in SCHEMES else None)
+    return _EngineSide(source, dtype, variant if variant in schemes() else None)
 
 
 class _EngineSide:

@@ -19,13 +19,12 @@ from easyllm.engine.compiled_step import CompiledStep
 from easyllm.engine.runner import logits_in_passes
 from easyllm.models import load_model, open_source, save_model
 from easyllm.models.load import OpenSource
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import (
-    deterministic_refusal,
+    deterministic_unsupported_reason,
     one_row_logprobs,
-    set_deterministic,
 )
-from easyllm.ops.attention import AttentionContext
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 ROUNDING = 2e-5
@@ -122,7 +121,7 @@ def _measure(
         yield Finding(
             3, "every token by the compiled step = one forward", _distance(stepped, alone), bound
         )
-    if model.config.num_labels is None and deterministic_refusal(model) is None:
+    if model.config.num_labels is None and deterministic_unsupported_reason(model) is None:
         claim = "deterministic: log-probabilities in company, from the cache = the forward's, to the bit"
         yield Finding(6, claim, deterministic_difference(model, ids), 0)
 
@@ -148,7 +147,7 @@ def packed_difference(model: Decoder, ids: Tensor) -> float:
     """The largest difference between sequences packed together and each alone."""
     lengths = [len(ids) // 2, 1, len(ids) // 8]
     lengths.append(len(ids) - sum(lengths))
-    packed = model.head(model(ids, AttentionContext.packed(lengths)))
+    packed = model.head(model(ids, ForwardContext.packed(lengths)))
     return max(
         _distance(rows, model.logits(part))
         for rows, part in zip(packed.split(lengths), ids.split(lengths), strict=True)
@@ -163,12 +162,10 @@ def through_cache(model: Decoder, ids: Tensor, pieces: Sequence[int]) -> Tensor:
 def deterministic_difference(model: Decoder, ids: Tensor) -> int:
     """Log-probabilities of `ids` whose bits are others when they are served in pieces among other sequences than in one
     forward pass of their own, both in deterministic mode."""
-    set_deterministic(model)
-    expected = one_row_logprobs(model.logits(ids)[:-1], ids[1:])
+    expected = one_row_logprobs(model.logits(ids, deterministic=True)[:-1], ids[1:])
     company = [ids.tolist(), ids.flip(0)[: len(ids) // 2].tolist(), ids[1:6].tolist()]
     passes = [[*_pieces(len(ids)), *[1] * DECODED], [7, len(ids) // 2 - 7], [1] * 5]
-    logits = logits_in_passes(model, company, passes)[0]
-    set_deterministic(model, on=False)
+    logits = logits_in_passes(model, company, passes, deterministic=True)[0]
     return int((one_row_logprobs(logits[:-1], ids[1:]) != expected).sum())
 
 
