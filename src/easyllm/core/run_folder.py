@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from easyllm.core.atomic import write_atomic
 from easyllm.core.config import dump_yaml, first_difference
@@ -39,7 +39,7 @@ def check_free(folder: Path, config: BaseModel, *, ignore: Collection[str] = ())
     recipe = folder / RECIPE_FILE
     if recipe.is_file():
         difference = first_difference(
-            _comparable(recipe.read_text(encoding="utf-8"), ignore),
+            _comparable(_completed(recipe.read_text(encoding="utf-8"), config), ignore),
             _comparable(dump_yaml(config), ignore),
         )
         if difference:
@@ -52,6 +52,14 @@ def check_free(folder: Path, config: BaseModel, *, ignore: Collection[str] = ())
         raise OutputError(
             f"{str(folder)!r} holds other files; choose another folder with output=..."
         )
+
+
+def _completed(text: str, config: BaseModel) -> str:
+    """A recipe's text with the defaults of keys that it does not have: an older version wrote it."""
+    try:
+        return dump_yaml(type(config).model_validate(yaml.safe_load(text)))
+    except (ValidationError, yaml.YAMLError):
+        return text
 
 
 def _comparable(text: str, ignore: Collection[str]) -> Any:

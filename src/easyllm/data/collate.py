@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from easyllm.core.errors import DataError
+from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
-from easyllm.ops.attention import AttentionContext
 from easyllm.ops.cross_entropy import rows_of_chunk, softmax_error
 
 Side = Literal["left", "right"]
@@ -152,7 +152,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Hidden states [T, D] of the packed tokens, their ids [T], and the rows' lengths."""
     ids, lengths = unpad(token_ids.to(model.device), mask.to(model.device))
-    return model(ids, AttentionContext.packed(lengths, device=model.device)), ids, lengths
+    return model(ids, ForwardContext.packed(lengths, device=model.device)), ids, lengths
 
 
 def _pad(sequences: Sequence[Sequence[int]], pad_id: int, length: int | None, side: Side) -> Padded:

@@ -1,7 +1,6 @@
 """Rows of a text and a label, for a head of labels: the label stands at the text's last token."""
 
 import math
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,9 @@ from easyllm.data.prepare import Account
 from easyllm.data.rows import Row, read_rows
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer.tokenizer import Tokenizer
+
+TARGET = "target"
+"""The extra of a sample that holds the number to regress on."""
 
 
 def prepare_labelled_texts(
@@ -39,19 +41,15 @@ def prepare_labelled_texts(
                 continue
             account.cut += len(ids) > max_seq_len
             ids = ids[-max_seq_len:]
-            samples.append(Sample(tuple(ids), (IGNORE_INDEX,) * (len(ids) - 1) + (label,)))
+            extras = {TARGET: float(label)} if num_labels == 1 else {}
+            place = 0 if num_labels == 1 else int(label)
+            samples.append(Sample(tuple(ids), (IGNORE_INDEX,) * (len(ids) - 1) + (place,), extras))
             account.samples += 1
             account.tokens += len(ids)
             account.trained_tokens += 1
     if not samples:
         raise DataError(f"no row is left to train on ({account.summary()}); check the data files")
     return samples, account
-
-
-def encode_number(value: float) -> int:
-    """The bits of an fp32 number as an integer, so that it fits among labels (never -100, a NaN's)."""
-    (bits,) = struct.unpack("<i", struct.pack("<f", value))
-    return int(bits)
 
 
 def _text(row: Row, key: str) -> str:
@@ -63,7 +61,7 @@ def _text(row: Row, key: str) -> str:
     return value
 
 
-def _label(row: Row, key: str, num_labels: int) -> int:
+def _label(row: Row, key: str, num_labels: int) -> int | float:
     value: Any = row.values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(
@@ -72,7 +70,7 @@ def _label(row: Row, key: str, num_labels: int) -> int:
     if num_labels == 1:
         if not math.isfinite(value):
             raise DataError(f"{row.place} has label {value}, expected a finite number")
-        return encode_number(float(value))
+        return float(value)
     if not isinstance(value, int) or not 0 <= value < num_labels:
         raise DataError(
             f"{row.place} has label {value!r}, expected a class 0 to {num_labels - 1}; set objective.num_labels"

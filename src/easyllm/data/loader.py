@@ -1,13 +1,13 @@
 """Steps of micro-batches in a seeded order; the whole position is two integers, so resuming is exact."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
 
 from easyllm.core.errors import ConfigError
-from easyllm.data.packing import Batch, Sample, pack, split_by_tokens
+from easyllm.data.packing import AnySample, Batch, pack, split_by_tokens
 
 
 @dataclass(slots=True)
@@ -30,6 +30,7 @@ class Loader:
         batch_tokens: tokens in a step, at least.
         micro_batch_tokens: most tokens in one packed micro-batch.
         seed: of the order, which differs from epoch to epoch; None keeps the order of the data.
+        collate: makes a batch of samples.
 
     Raises:
         ConfigError: there are no samples.
@@ -37,18 +38,19 @@ class Loader:
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[AnySample],
         *,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
         micro_batch_tokens: int,
         seed: int | None,
+        collate: Callable[[Sequence[AnySample]], Batch] = pack,
     ) -> None:
         assert (batch_size is None) != (batch_tokens is None), "a step has one measure"
         if not samples:
             raise ConfigError("there are no samples to train on; check the data files")
         self.samples, self.batch_size, self.batch_tokens = samples, batch_size, batch_tokens
-        self.micro_batch_tokens, self.seed = micro_batch_tokens, seed
+        self.micro_batch_tokens, self.seed, self.collate = micro_batch_tokens, seed, collate
         self.state = LoaderState()
         self.last: list[int] = []
         self._order: tuple[int, list[int]] | None = None
@@ -74,7 +76,7 @@ class Loader:
         if self.state.cursor >= len(order):
             self.state = LoaderState(self.state.epoch + 1, 0)
         groups = split_by_tokens([self.samples[i] for i in chosen], self.micro_batch_tokens)
-        return [pack(group) for group in groups]
+        return [self.collate(group) for group in groups]
 
     def _take(self, order: list[int], cursor: int) -> list[int]:
         """The samples of the step that begins at `cursor`."""
@@ -83,7 +85,7 @@ class Loader:
         assert self.batch_tokens is not None, "checked when the loader was made"
         end, tokens = cursor, 0
         while end < len(order) and tokens < self.batch_tokens:
-            tokens += len(self.samples[order[end]].token_ids)
+            tokens += self.samples[order[end]].num_tokens
             end += 1
         return order[cursor:end]
 

@@ -14,9 +14,24 @@ from pydantic import (
     model_validator,
 )
 
-from easyllm.adapters.lora import LoRAConfig
-from easyllm.core.config import Config, kind_or
+from easyllm.adapters import ADAPTERS, AdapterConfig
+from easyllm.core.config import Config
 from easyllm.models.scratch import ScratchConfig
+from easyllm.train.data_config import (
+    DATA,
+    CorpusDataConfig,
+    DataBase,
+    DataConfig,
+    LabelledDataConfig,
+    Paths,
+)
+from easyllm.train.objectives import (
+    OBJECTIVES,
+    ClassifierConfig,
+    LanguageModelConfig,
+    ObjectiveConfig,
+    objective_kind,
+)
 from easyllm.train.optim_config import (
     AdamWConfig,
     CosineConfig,
@@ -26,89 +41,9 @@ from easyllm.train.optim_config import (
     Schedule,
 )
 
-Paths = Annotated[tuple[str, ...], Field(min_length=1)]
-
-# ---- data
-
-
-class DataConfig(Config):
-    """Files of conversations, and how they become samples."""
-
-    kind: Literal["conversations"] = "conversations"
-    train: Paths
-    eval: tuple[str, ...] = ()
-    max_seq_len: int = Field(default=1024, ge=2)
-    overlong: Literal["cut", "drop"] = "cut"
-    train_on: Literal["assistant", "all"] = "assistant"
-    split_turns: bool = False
-    """Whether every turn of the assistant becomes a sample of its own, with the turns before it as its prompt."""
-
-
-class CorpusDataConfig(Config):
-    """Token shards that `easyllm data build` made, cut into rows.
-
-    Attributes:
-        shards: their folder.
-        validation: a folder of shards to evaluate on; by default the `validation` folder inside, where there is one.
-        max_seq_len: tokens of a row; documents in a row are isolated from each other.
-        eval_tokens: most tokens of an evaluation.
-    """
-
-    kind: Literal["corpus"] = "corpus"
-    shards: str
-    validation: str | None = None
-    max_seq_len: int = Field(default=1024, ge=2)
-    eval_tokens: PositiveInt = 2**16
-
-
-class LabelledDataConfig(Config):
-    """Rows of a text and a label (a class by name or number, or a number to regress on), for a head of labels."""
-
-    kind: Literal["labels"] = "labels"
-    train: Paths
-    eval: tuple[str, ...] = ()
-    text_key: str = "text"
-    label_key: str = "label"
-    max_seq_len: int = Field(default=1024, ge=2)
-
-
-Data = Annotated[
-    Annotated[DataConfig, Tag("conversations")]
-    | Annotated[CorpusDataConfig, Tag("corpus")]
-    | Annotated[LabelledDataConfig, Tag("labels")],
-    kind_or("conversations"),
-]
-
-# ---- objectives
-
-
-class LanguageModelConfig(Config):
-    """Next-token prediction.
-
-    Attributes:
-        label_smoothing: share of the target's probability spread over the vocabulary (Szegedy et al. 2015, arXiv 1512.00567).
-        z_loss: coefficient of log²Z, which keeps the softmax's normaliser near 1 (Chowdhery et al. 2022, arXiv 2204.02311).
-    """
-
-    kind: Literal["language_model"] = "language_model"
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    z_loss: NonNegativeFloat = 0.0
-
-
-class ClassifierConfig(Config):
-    """Cross-entropy of a head of labels on each text's last token; squared error where `num_labels` is 1."""
-
-    kind: Literal["classifier"] = "classifier"
-    num_labels: PositiveInt = 2
-
-
-Objective = Annotated[
-    Annotated[LanguageModelConfig, Tag("language_model")]
-    | Annotated[ClassifierConfig, Tag("classifier")],
-    kind_or("language_model"),
-]
-
-# ---- the run
+Data = Annotated[DataBase, DATA]
+Objective = Annotated[ObjectiveConfig, OBJECTIVES]
+AnyAdapter = Annotated[AdapterConfig, ADAPTERS]
 
 
 def _whole(number: float) -> int | float:
@@ -169,7 +104,7 @@ class TrainConfig(Config):
     model: Model = "smollm2"
     data: Data
     objective: Objective = LanguageModelConfig()
-    adapter: LoRAConfig | None = None
+    adapter: AnyAdapter | None = None
     prompt_mask: Literal["causal", "prefix"] | None = None
     optimizer: Optimizer = AdamWConfig()
     parameter_groups: tuple[ParameterGroup, ...] = ()
@@ -204,14 +139,14 @@ class TrainConfig(Config):
             raise ValueError(
                 "a step is measured in sequences or in tokens; give batch_size or batch_tokens, and set the other to null"
             )
-        classifies = isinstance(self.objective, ClassifierConfig)
-        if classifies != isinstance(self.data, LabelledDataConfig):
+        kind = objective_kind(self.objective)
+        if self.data.kind not in kind.data_kinds:
             raise ValueError(
                 f"objective {self.objective.kind} does not go with data of kind {self.data.kind}; "
-                "a classifier needs data of kind labels, a language_model conversations or a corpus"
+                f"it needs data of kind {' or '.join(kind.data_kinds)}"
             )
-        if classifies and self.samples is not None:
-            raise ValueError("a classifier writes no samples; remove samples")
+        if not kind.generates and self.samples is not None:
+            raise ValueError(f"a {self.objective.kind} writes no samples; remove samples")
         if self.keep_best and not self.eval_every:
             raise ValueError("keep_best needs evaluations on the way; set eval_every")
         if self.early_stopping is not None and not self.eval_every:

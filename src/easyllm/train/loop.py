@@ -7,11 +7,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import torch
-
+from easyllm.adapters import AdapterSet, TrainProgress
 from easyllm.core.errors import EasyllmError
 from easyllm.core.progress import Progress
 from easyllm.data.packing import Batch
@@ -122,8 +121,9 @@ def run_steps(
     total_steps: int,
     watch: Watch,
     stop: StopRequest,
+    adapters: AdapterSet | None = None,
 ) -> str:
-    """Runs the steps that are left; returns why it ended.
+    """Runs the steps that are left; returns why it ended. `adapters` is told after each backward pass and each step.
 
     Raises:
         Diverged: three steps in a row were skipped because their loss or gradient is no number.
@@ -136,9 +136,14 @@ def run_steps(
             start = time.perf_counter()
             batches = loader.next_step()
             factor = rate_factor(config.schedule, totals.step, total_steps)
-            loss, metrics = accumulate(model, objective, batches, arithmetic)
+            loss, metrics = accumulate(model, objective, batches, arithmetic, adapters)
+            here = TrainProgress(step=totals.step, total_steps=total_steps)
+            if adapters is not None:
+                adapters.after_backward(here)
             norm = take_step(optimizer, arithmetic, factor, config.clip_norm, loss)
             totals.count(batches)
+            if adapters is not None and norm is not None:
+                adapters.after_step(replace(here, step=totals.step))
             if arithmetic.scaler is not None:
                 metrics["loss_scale"] = arithmetic.scaler.scale
             if norm is None:
@@ -180,8 +185,10 @@ def accumulate(
     objective: Objective,
     batches: Sequence[Batch],
     arithmetic: Arithmetic | None = None,
+    adapters: AdapterSet | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Adds the gradients of a step's micro-batches (times the loss scale, where there is one).
+    """Adds the gradients of a step's micro-batches (times the loss scale, where there is one), and of the term that an
+    adapter adds to a step's loss.
 
     Returns:
         The mean loss a labelled token, in nats (auxiliary terms apart), and the objective's figures, averaged by tokens.
@@ -197,6 +204,10 @@ def accumulate(
         total += output.sum.item()
         for name, value in output.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value * output.num_tokens / num_tokens
+    term = None if adapters is None else adapters.loss()
+    if term is not None:
+        (term * how.scale).backward()
+        metrics["adapter_loss_nats"] = float(term.detach())
     return total / num_tokens, metrics
 
 
@@ -226,18 +237,9 @@ def take_step(
     return norm
 
 
-@torch.no_grad()
 def mean_loss(model: Decoder, objective: Objective, batches: Iterable[Batch]) -> float:
     """Mean loss a labelled token over `batches`, in nats."""
-    training = model.training
-    model.eval()
-    total, num_tokens = 0.0, 0
-    for batch in batches:
-        output = objective.loss(model, batch.to(model.device))
-        total += output.sum.item()
-        num_tokens += output.num_tokens
-    model.train(training)
-    return total / max(1, num_tokens)
+    return objective.evaluate(model, batches)["loss_nats"]
 
 
 def is_spike(totals: Totals, loss: float, factor: float) -> bool:

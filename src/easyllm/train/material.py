@@ -3,29 +3,20 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from easyllm.core.errors import ConfigError
 from easyllm.core.manifest import hash_file
-from easyllm.data.conversations import read_conversations
-from easyllm.data.labelled import prepare_labelled_texts
 from easyllm.data.loader import Loader
-from easyllm.data.packing import Batch, Sample, pack, split_by_tokens
-from easyllm.data.prepare import Account, prepare_conversations
+from easyllm.data.packing import AnySample, Batch, split_by_tokens
 from easyllm.data.rows_of_shards import ShardLoader, validation_batches
 from easyllm.data.shards import MANIFEST, TokenShards
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
-from easyllm.train.config import (
-    ClassifierConfig,
-    CorpusDataConfig,
-    DataConfig,
-    LabelledDataConfig,
-    TrainConfig,
-)
-from easyllm.train.loop import StepLoader, mean_loss
+from easyllm.train.config import TrainConfig
+from easyllm.train.data_config import CorpusDataConfig, RowsConfig
+from easyllm.train.loop import StepLoader
 from easyllm.train.objectives import Objective
 
 Evaluation = Callable[[Decoder, Objective], dict[str, float]]
@@ -53,10 +44,13 @@ class Material:
     inputs: dict[str, str]
 
 
-def gather(config: TrainConfig, tokenizer: Tokenizer, *, context: int) -> Material:
+def gather(
+    config: TrainConfig, tokenizer: Tokenizer, objective: Objective, *, context: int
+) -> Material:
     """Reads the data a recipe names.
 
     Args:
+        objective: makes samples of rows.
         context: the longest sequence the model takes.
 
     Raises:
@@ -69,7 +63,8 @@ def gather(config: TrainConfig, tokenizer: Tokenizer, *, context: int) -> Materi
     if isinstance(config.data, CorpusDataConfig):
         material = _corpus(config, config.data, tokenizer)
     else:
-        material = _rows(config, config.data, tokenizer)
+        assert isinstance(config.data, RowsConfig), "data are rows or a corpus"
+        material = _rows(config, config.data, tokenizer, objective)
     if material.evaluate is None:
         _nothing_to_evaluate(config, material.warnings)
     return material
@@ -89,20 +84,23 @@ def _nothing_to_evaluate(config: TrainConfig, warnings: list[str]) -> None:
 
 
 def _rows(
-    config: TrainConfig, data: DataConfig | LabelledDataConfig, tokenizer: Tokenizer
+    config: TrainConfig, data: RowsConfig, tokenizer: Tokenizer, objective: Objective
 ) -> Material:
-    train, account = _samples(config, data.train, tokenizer)
-    held = _samples(config, data.eval, tokenizer)[0] if data.eval else []
+    train, account = objective.prepare(data, [Path(file) for file in data.train], tokenizer)
+    held: Sequence[AnySample] = ()
+    if data.eval:
+        held, _ = objective.prepare(data, [Path(file) for file in data.eval], tokenizer)
     loader = Loader(
         train,
         batch_size=config.batch_size,
         batch_tokens=config.batch_tokens,
         micro_batch_tokens=config.micro_batch_tokens,
         seed=config.seed,
+        collate=objective.collate,
     )
     return Material(
         loader=loader,
-        evaluate=_mean_loss_on(held, config.micro_batch_tokens) if held else None,
+        evaluate=_figures_on(held, config.micro_batch_tokens) if held else None,
         tokens_per_epoch=account.tokens,
         summary=account.summary(),
         warnings=_overlap(train, held),
@@ -111,43 +109,21 @@ def _rows(
     )
 
 
-def _samples(
-    config: TrainConfig, files: Sequence[str], tokenizer: Tokenizer
-) -> tuple[list[Sample], Account]:
-    data = config.data
-    if isinstance(data, LabelledDataConfig):
-        assert isinstance(config.objective, ClassifierConfig), "checked by the configuration"
-        return prepare_labelled_texts(
-            [Path(file) for file in files],
-            tokenizer,
-            text_key=data.text_key,
-            label_key=data.label_key,
-            num_labels=config.objective.num_labels,
-            max_seq_len=data.max_seq_len,
-        )
-    assert isinstance(data, DataConfig), "a corpus has no rows"
-    return prepare_conversations(
-        chain.from_iterable(read_conversations(Path(file)) for file in files),
-        tokenizer,
-        max_seq_len=data.max_seq_len,
-        overlong=data.overlong,
-        train_on=data.train_on,
-        split_turns=data.split_turns,
-    )
-
-
-def _mean_loss_on(samples: list[Sample], micro_batch_tokens: int) -> Evaluation:
+def _figures_on(samples: Sequence[AnySample], micro_batch_tokens: int) -> Evaluation:
     def evaluate(model: Decoder, objective: Objective) -> dict[str, float]:
         groups = split_by_tokens(samples, micro_batch_tokens)
-        return {"eval/loss_nats": mean_loss(model, objective, (pack(g) for g in groups))}
+        figures = objective.evaluate(model, (objective.collate(group) for group in groups))
+        return {f"eval/{name}": value for name, value in figures.items()}
 
     return evaluate
 
 
-def _overlap(train: list[Sample], held: list[Sample]) -> list[str]:
+def _overlap(train: Sequence[AnySample], held: Sequence[AnySample]) -> list[str]:
     """Evaluation on what was trained measures memory."""
-    seen = {sample.token_ids for sample in train}
-    shared = sum(sample.token_ids in seen for sample in held)
+    if not held:
+        return []
+    seen = {tuple(part.token_ids for part in sample.parts) for sample in train}
+    shared = sum(tuple(part.token_ids for part in sample.parts) in seen for sample in held)
     if not shared:
         return []
     return [
@@ -200,9 +176,10 @@ def _bits_per_byte_on(
 
     def evaluate(model: Decoder, objective: Objective) -> dict[str, float]:
         batches: list[Batch] = validation.batches
-        loss = mean_loss(model, objective, batches)
+        figures = objective.evaluate(model, batches)
         trained = sum(batch.num_trained for batch in batches)
-        bits = loss * trained / math.log(2) / max(1, validation.num_bytes)
-        return {"eval/loss_nats": loss, "eval/bits_per_byte": bits}
+        bits = figures["loss_nats"] * trained / math.log(2) / max(1, validation.num_bytes)
+        named = {f"eval/{name}": value for name, value in figures.items()}
+        return named | {"eval/bits_per_byte": bits}
 
     return evaluate

@@ -24,18 +24,18 @@ from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_value
 from easyllm.core.progress import console
 from easyllm.core.run_folder import check_free, claim
 from easyllm.models import hf_module_name, save_model
-from easyllm.nn.decoder import Decoder
 from easyllm.train.config import TrainConfig
 from easyllm.train.loop import Diverged, run_steps
 from easyllm.train.material import Material, gather
-from easyllm.train.optim import MasterOptimizer
+from easyllm.train.objectives import Objective, build_objective
 from easyllm.train.preflight import memory_advice, preflight
 from easyllm.train.report import write_report
 from easyllm.train.setup import (
     Origin,
+    Trained,
     build_arithmetic,
     build_model,
-    build_objective,
+    build_reference,
     find_origin,
     input_hashes,
     source_name,
@@ -82,14 +82,17 @@ def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> T
         )
     device = pick_device(config.device)
     origin = find_origin(config)
-    material = gather(config, origin.tokenizer, context=origin.config.max_seq_len)
+    objective = build_objective(config.objective)
+    material = gather(config, origin.tokenizer, objective, context=origin.config.max_seq_len)
     check_samples(config.samples, origin.tokenizer, context=origin.config.max_seq_len)
     total_steps = count_steps(config, material)
     peak = preflight(config, origin.config, material, total_steps, device)
     with memory_advice(config):
-        model, optimizer = build_model(config, origin, device)
+        trained = build_model(config, origin, objective, device)
+        if objective.needs_reference:
+            objective.reference = build_reference(config, origin, objective, trained)
         claim(output, config, ignore=ignore)  # only now: a mistake leaves no folder behind
-        return _run(config, output, origin, material, model, optimizer, total_steps, peak)
+        return _run(config, output, origin, material, objective, trained, total_steps, peak)
 
 
 def count_steps(config: TrainConfig, material: Material) -> int:
@@ -116,21 +119,27 @@ def _run(
     output: Path,
     origin: Origin,
     material: Material,
-    model: Decoder,
-    optimizer: MasterOptimizer,
+    objective: Objective,
+    trained: Trained,
     total_steps: int,
     peak: float | None,
 ) -> TrainResult:
     torch.manual_seed(config.seed)
+    model, optimizer, adapters = trained.model, trained.optimizer, trained.adapters
     totals, identity = Totals(), input_hashes(config, origin)
-    state = RunState(optimizer, material.loader, totals, identity | {"data": _joined(material)})
+    state = RunState(
+        optimizer,
+        material.loader,
+        totals,
+        identity | {"data": _joined(material)},
+        adapters=adapters,
+    )
     arithmetic = build_arithmetic(config, model.config, model.device)
     resumed, messages = load_newest(output, state)
     for message in messages:
         console().print(message, soft_wrap=True)
     if arithmetic.scaler is not None:
         arithmetic.scaler.load_state(state.extra.get("loss_scaler"))
-    objective = build_objective(config)
     watch = RunWatch(
         output,
         config,
@@ -162,6 +171,7 @@ def _run(
                     total_steps=total_steps,
                     watch=watch,
                     stop=stop,
+                    adapters=adapters,
                 )
             if "stopped" in state.extra:
                 watch.event(totals.step, "stopped", state.extra["stopped"])
@@ -188,7 +198,7 @@ def _run(
             figures |= {k.replace("eval/", "eval_"): v for k, v in evaluated.items()}
         finally:
             watch.close()
-        _save_result(config, output, model, optimizer, origin)
+        _save_result(config, output, trained, origin)
         manifest = Manifest.create(
             "train",
             config=config.model_dump(mode="json"),
@@ -231,19 +241,17 @@ def _joined(material: Material) -> str:
 def _save_result(
     config: TrainConfig,
     output: Path,
-    model: Decoder,
-    optimizer: MasterOptimizer,
+    trained: Trained,
     origin: Origin,
 ) -> None:
-    for name, value in optimizer.final_state().items():
+    model = trained.model
+    for name, value in trained.optimizer.final_state().items():  # fp32, not the copies that compute
         owner, _, leaf = name.rpartition(".")
-        if config.adapter is None or name.startswith("score."):
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    if config.adapter is not None:
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    if trained.adapters is not None:
         save_adapter(
             model,
             output / ADAPTER,
-            config.adapter,
             module_name=hf_module_name(model),
             base=source_name(config),
             replace=True,

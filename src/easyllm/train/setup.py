@@ -10,11 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from easyllm.adapters import adapter_parameters, attach
+from easyllm.adapters import AdapterSet, attach
 from easyllm.core.device import bf16_is_fast
 from easyllm.core.errors import ConfigError
 from easyllm.core.manifest import hash_path, hash_value
-from easyllm.models import load_tokenizer, open_source, to_classifier
+from easyllm.models import load_tokenizer, open_source
 from easyllm.models.load import OpenSource
 from easyllm.models.scratch import ScratchConfig, build_scratch, scratch_model_config
 from easyllm.nn.config import ModelConfig
@@ -22,13 +22,11 @@ from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
 from easyllm.ops.cross_entropy import STEADY_ROWS
 from easyllm.tokenizer.tokenizer import Tokenizer
-from easyllm.train.config import ClassifierConfig, TrainConfig
+from easyllm.train.config import TrainConfig
 from easyllm.train.loop import Arithmetic
 from easyllm.train.loss_scaler import LossScaler
-from easyllm.train.objectives import Classifier, LanguageModel, Objective
+from easyllm.train.objectives import Objective, Reference
 from easyllm.train.optim import MasterOptimizer
-
-HEAD = "score."
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,32 +97,43 @@ def build_arithmetic(config: TrainConfig, model: ModelConfig, device: torch.devi
     return Arithmetic(autocast, scaler, STEADY_ROWS if steady else 1)
 
 
-def build_objective(config: TrainConfig) -> Objective:
-    """What is minimised."""
-    if isinstance(config.objective, ClassifierConfig):
-        return Classifier()
-    wanted = config.objective
-    return LanguageModel(label_smoothing=wanted.label_smoothing, z_loss=wanted.z_loss)
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A model, what is trained in it, and the optimizer of that.
+
+    Attributes:
+        adapters: the adapter that is trained; None where every weight is.
+    """
+
+    model: Decoder
+    optimizer: MasterOptimizer
+    adapters: AdapterSet | None
 
 
 def build_model(
-    config: TrainConfig, origin: Origin, device: torch.device
-) -> tuple[Decoder, MasterOptimizer]:
-    """The model with what is trained in it marked, and the optimizer of that."""
+    config: TrainConfig, origin: Origin, objective: Objective, device: torch.device
+) -> Trained:
+    """The model with what is trained in it marked, and the optimizer of that.
+
+    Raises:
+        ConfigError: every weight is to be trained and some are quantized, or the adapter does not fit the model.
+    """
     compute = compute_dtype(config, device)
     masters: dict[str, Tensor] | None = None
+    adapters: AdapterSet | None = None
     if config.adapter is not None:
-        model = attach(
-            _headed(origin.build(compute, device), config), config.adapter, seed=config.seed
+        model = objective.prepare_model(origin.build(compute, device), seed=config.seed)
+        adapters = attach(
+            model, config.adapter, seed=config.seed, also_trained=objective.also_trained
         )
-        trained = adapter_parameters(model)
-        if isinstance(config.objective, ClassifierConfig):  # the fresh head is trained whole
-            for name, parameter in model.named_parameters():
-                if name.startswith(HEAD):
-                    parameter.requires_grad_(True)
-                    trained[name] = parameter
+        trained = adapters.trained_parameters(model)
     else:
-        model = _headed(origin.build(torch.float32, device), config)
+        model = objective.prepare_model(origin.build(torch.float32, device), seed=config.seed)
+        if packed := model.packed_formats():
+            raise ConfigError(
+                f"the weights of {source_name(config)} are quantized ({', '.join(sorted(packed))}) and cannot all be trained; "
+                "train an adapter on them (adapter.kind=lora)"
+            )
         if compute != torch.float32:
             masters = {name: p.detach() for name, p in model.named_parameters()}
         model = model.to(compute).requires_grad_(True)
@@ -136,15 +145,21 @@ def build_model(
         for layer in model.layers:
             layer.feed_forward.compile(dynamic=True)  # type: ignore[union-attr]
     optimizer = MasterOptimizer(trained, config.optimizer, config.parameter_groups, masters)
-    return model, optimizer
+    return Trained(model, optimizer, adapters)
 
 
-def _headed(model: Decoder, config: TrainConfig) -> Decoder:
-    """The model with a head of labels where one is trained and it has none."""
-    wanted = config.objective
-    if not isinstance(wanted, ClassifierConfig) or model.config.num_labels == wanted.num_labels:
-        return model
-    return to_classifier(model, wanted.num_labels, seed=config.seed)
+def build_reference(
+    config: TrainConfig, origin: Origin, objective: Objective, trained: Trained
+) -> Reference:
+    """The model the run starts from, frozen: the same one with its adapter passed over, where the adapter alone is trained and
+    starts from the base; else a second one."""
+    if trained.adapters is not None and not trained.adapters.whole:
+        return Reference(trained.model, without_adapter=True)
+    device = trained.model.device
+    model = objective.prepare_model(
+        origin.build(compute_dtype(config, device), device), seed=config.seed
+    )
+    return Reference(model.requires_grad_(False).eval(), without_adapter=False)
 
 
 def _with_mask(config: ModelConfig, train: TrainConfig) -> ModelConfig:
@@ -168,9 +183,10 @@ def input_hashes(config: TrainConfig, origin: Origin) -> dict[str, str]:
 
 __all__ = [
     "Origin",
+    "Trained",
     "build_arithmetic",
     "build_model",
-    "build_objective",
+    "build_reference",
     "compute_dtype",
     "find_origin",
     "input_hashes",

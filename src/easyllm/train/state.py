@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from easyllm.adapters import AdapterSet
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
@@ -50,7 +51,9 @@ class RunState:
 
     Attributes:
         identity: hashes of the model, tokenizer and data a run is made from; a checkpoint of others is refused.
-        extra: what else must go on (the loss scaler, the best evaluation), and why the run was stopped early.
+        extra: what else is needed for a bitwise-exact resume (the loss scaler, the best evaluation), and why the run was
+            stopped early.
+        adapters: the adapter that is trained, whose own state is kept too.
     """
 
     optimizer: MasterOptimizer
@@ -58,11 +61,14 @@ class RunState:
     totals: Totals
     identity: dict[str, str]
     extra: dict[str, Any] = field(default_factory=dict)
+    adapters: AdapterSet | None = None
 
 
 def save_state(folder: Path, state: RunState) -> None:
     """Writes a checkpoint atomically."""
     tensors = {f"optimizer.{name}": t for name, t in state.optimizer.tensors().items()}
+    if state.adapters is not None:
+        tensors |= {f"adapter.{name}": t for name, t in state.adapters.state().items()}
     tensors["random.cpu"] = torch.get_rng_state()
     if state.optimizer.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(state.optimizer.device)
@@ -140,6 +146,11 @@ def load_state(folder: Path, state: RunState) -> None:
     state.optimizer.load_tensors(
         {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     )
+    if state.adapters is not None:
+        own = {
+            n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")
+        }
+        state.adapters.load_state(own)
     state.loader.state, state.extra = position, extra
     for name, value in asdict(totals).items():
         setattr(state.totals, name, value)

@@ -1,6 +1,31 @@
-"""What is minimised: `objective.loss(model, batch) -> LossOutput`."""
+"""What is minimised: `objective.loss(model, batch) -> LossOutput`. The built-in ones register themselves here."""
 
-from easyllm.train.objectives.classifier import Classifier
-from easyllm.train.objectives.language_model import LanguageModel, LossOutput, Objective
+from easyllm.train.objectives.classifier import Classifier, ClassifierConfig
+from easyllm.train.objectives.language_model import LanguageModel, LanguageModelConfig
+from easyllm.train.objectives.objective import (
+    OBJECTIVES,
+    LossOutput,
+    Objective,
+    ObjectiveConfig,
+    Reference,
+    build_objective,
+    objective_kind,
+    register_objective,
+    unregister_objective,
+)
 
-__all__ = ["Classifier", "LanguageModel", "LossOutput", "Objective"]
+__all__ = [
+    "OBJECTIVES",
+    "Classifier",
+    "ClassifierConfig",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "LossOutput",
+    "Objective",
+    "ObjectiveConfig",
+    "Reference",
+    "build_objective",
+    "objective_kind",
+    "register_objective",
+    "unregister_objective",
+]

@@ -1,30 +1,80 @@
 """A head of labels on each text's last token: classes, or one number."""
 
-import torch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import PositiveInt
 from torch.nn import functional as F
 
-from easyllm.data.packing import Batch
+from easyllm.data.labelled import TARGET, prepare_labelled_texts
+from easyllm.data.packing import AnySample, Batch
+from easyllm.data.prepare import Account
+from easyllm.models import to_classifier
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX
-from easyllm.train.objectives.language_model import LossOutput
+from easyllm.tokenizer.tokenizer import Tokenizer
+from easyllm.train.data_config import LabelledDataConfig, RowsConfig
+from easyllm.train.objectives.objective import (
+    LossOutput,
+    Objective,
+    ObjectiveConfig,
+    register_objective,
+)
 
 
-class Classifier:
-    """Σ -log p(label | text) over texts, or Σ (score - label)² with a single score.
+class ClassifierConfig(ObjectiveConfig):
+    """Cross-entropy of a head of labels on each text's last token; squared error where `num_labels` is 1."""
 
-    The batch's labels stand at each text's last token: a class, or where there is one score the bits of an fp32 number
-    (`data.labelled.encode_number`).
+    kind: Literal["classifier"] = "classifier"
+    num_labels: PositiveInt = 2
+
+
+class Classifier(Objective):
+    """Σ -log p(label | text) over texts, or Σ (score - target)² with a single score.
+
+    The batch's labels are at each text's last token; the numbers to regress on are its extra `target`.
     """
+
+    generates = False
+    also_trained = ("score",)
+
+    def __init__(self, config: ClassifierConfig | None = None) -> None:
+        self.config = config or ClassifierConfig()
+
+    def prepare(
+        self, data: RowsConfig, files: Sequence[Path], tokenizer: Tokenizer
+    ) -> tuple[Sequence[AnySample], Account]:
+        assert isinstance(data, LabelledDataConfig), "checked by the configuration"
+        return prepare_labelled_texts(
+            files,
+            tokenizer,
+            text_key=data.text_key,
+            label_key=data.label_key,
+            num_labels=self.config.num_labels,
+            max_seq_len=data.max_seq_len,
+        )
+
+    def prepare_model(self, model: Decoder, *, seed: int) -> Decoder:
+        """The model with a head of labels, a fresh one where it has none of this size."""
+        if model.config.num_labels == self.config.num_labels:
+            return model
+        return to_classifier(model, self.config.num_labels, seed=seed)
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         hidden = model(batch.token_ids, batch.context())
         rows = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
         scores = model.head(hidden.index_select(0, rows))  # [texts, labels]
-        labels = batch.labels[rows]
         if scores.shape[1] == 1:
-            wanted = labels.to(torch.int32).view(torch.float32)
+            wanted = batch.extras[TARGET][: len(rows)]  # a filling sequence comes last
             total = F.mse_loss(scores.squeeze(1), wanted.to(scores.dtype), reduction="sum")
             return LossOutput(total, len(rows))
+        labels = batch.labels[rows]
         total = F.cross_entropy(scores, labels, reduction="sum")
         right = (scores.argmax(-1) == labels).float().mean()
         return LossOutput(total, len(rows), metrics={"accuracy": float(right)})
+
+
+register_objective(
+    ClassifierConfig, build=Classifier, data=(LabelledDataConfig,), generates=Classifier.generates
+)

@@ -1,52 +1,65 @@
 """Next-token prediction: pretraining when every token is labelled, supervised fine-tuning when the answers are."""
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
-from easyllm.data.packing import Batch
+from easyllm.data.conversations import read_conversations
+from easyllm.data.packing import AnySample, Batch
+from easyllm.data.prepare import Account, prepare_conversations
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.moe import Routing, load_balancing_loss, router_z_loss
 from easyllm.ops.cross_entropy import linear_cross_entropy
+from easyllm.tokenizer.tokenizer import Tokenizer
+from easyllm.train.data_config import CorpusDataConfig, DataConfig, RowsConfig
+from easyllm.train.objectives.objective import (
+    LossOutput,
+    Objective,
+    ObjectiveConfig,
+    register_objective,
+)
 
 
-@dataclass(frozen=True, slots=True)
-class LossOutput:
-    """Summed loss in nats with gradient, the tokens in the sum, and figures to log.
-
-    The loop divides by the number of tokens of the whole step (all micro-batches, all ranks), never by a
-    micro-batch's own: a mean of means weighs tokens unequally.
+class LanguageModelConfig(ObjectiveConfig):
+    """Next-token prediction.
 
     Attributes:
-        sum: summed over tokens.
-        num_tokens: tokens in the sum.
-        auxiliary: further terms to minimise, on the scale of `sum`, reported apart.
-        metrics: means over the batch's tokens, by name.
+        label_smoothing: share of the target's probability spread over the vocabulary (Szegedy et al. 2015, arXiv 1512.00567).
+        z_loss: coefficient of log²Z, which keeps the softmax's normaliser near 1 (Chowdhery et al. 2022, arXiv 2204.02311).
     """
 
-    sum: Tensor
-    num_tokens: int
-    auxiliary: Tensor | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    kind: Literal["language_model"] = "language_model"
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    z_loss: NonNegativeFloat = 0.0
 
 
-class Objective(Protocol):
-    """A loss over packed batches."""
-
-    def loss(self, model: Decoder, batch: Batch) -> LossOutput: ...
-
-
-class LanguageModel:
+class LanguageModel(Objective):
     """Σ -log p(label | tokens before it) over labelled tokens, and the losses of routers where there are any.
 
     Args:
-        label_smoothing, z_loss: as `linear_cross_entropy` takes them.
+        config: `label_smoothing` and `z_loss` as `linear_cross_entropy` takes them.
     """
 
-    def __init__(self, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
-        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+    def __init__(self, config: LanguageModelConfig | None = None) -> None:
+        self.config = config or LanguageModelConfig()
+
+    def prepare(
+        self, data: RowsConfig, files: Sequence[Path], tokenizer: Tokenizer
+    ) -> tuple[Sequence[AnySample], Account]:
+        assert isinstance(data, DataConfig), "checked by the configuration; a corpus has no rows"
+        return prepare_conversations(
+            chain.from_iterable(read_conversations(file) for file in files),
+            tokenizer,
+            max_seq_len=data.max_seq_len,
+            overlong=data.overlong,
+            train_on=data.train_on,
+            split_turns=data.split_turns,
+        )
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         config = model.config
@@ -58,8 +71,8 @@ class LanguageModel:
             model.head_weight,
             batch.labels,
             softcap=config.logit_softcap,
-            label_smoothing=self.label_smoothing if model.training else 0.0,
-            z_loss=self.z_loss if model.training else 0.0,
+            label_smoothing=self.config.label_smoothing if model.training else 0.0,
+            z_loss=self.config.z_loss if model.training else 0.0,
         )
         if not routing:
             return LossOutput(out.sum, out.num_tokens)
@@ -87,3 +100,6 @@ def router_losses(routing: list[Routing]) -> tuple[Tensor, dict[str, float]]:
         "router/load_variation": float(spread.mean()),
         "router/dropped": float(dropped.mean()),
     }
+
+
+register_objective(LanguageModelConfig, build=LanguageModel, data=(DataConfig, CorpusDataConfig))

@@ -1,0 +1,655 @@
+"""A method that nobody has heard of, registered here by one call each, goes the whole way: trained, resumed, saved, loaded,
+merged or refused with its reason, planned, served, and compiled or refused with its reason."""
+
+import json
+from typing import Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from conftest import CORPUS
+from easyllm.adapters import (
+    Adapter,
+    AdapterConfig,
+    AdapterSet,
+    adapter_of,
+    attach,
+    detach,
+    merge,
+    register_adapter,
+    unregister_adapter,
+)
+from easyllm.adapters.peft_keys import check_keys
+from easyllm.core.config import json_schema
+from easyllm.core.errors import CheckpointError, ConfigError
+from easyllm.data.packing import Sample, SampleGroup, pack
+from easyllm.data.prepare import Account
+from easyllm.data.rows import read_rows
+from easyllm.engine import LLM, SamplingParams
+from easyllm.engine.compiled_step import CompiledStep
+from easyllm.models import add_adapter, hf_module_name, load_model, save_model
+from easyllm.nn.context import ForwardContext
+from easyllm.nn.linear import BaseProduct
+from easyllm.nn.storage import PackedStorage
+from easyllm.plan.memory import estimate_training
+from easyllm.quant import FORMATS, StorageFormat, quantize_weights, register_storage, weight_bytes
+from easyllm.train import TrainConfig, train
+from easyllm.train.data_config import RowsConfig
+from easyllm.train.metrics import read_metrics
+from easyllm.train.objectives import (
+    LossOutput,
+    Objective,
+    ObjectiveConfig,
+    register_objective,
+    unregister_objective,
+)
+from easyllm.train.watch import RunWatch
+
+IDS = torch.arange(5, 45)
+PROMPTS = [[5, 6, 7, 8], [40, 41, 42, 43, 44, 45, 46]]
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+# ---- 1. an adapter whose forward needs the weight, with a trained extra that spans its modules
+
+
+class WeightNormConfig(AdapterConfig):
+    """Rows of the weight keep their direction, moved a little; their lengths are trained (as in DoRA), times a number that all
+    linears share."""
+
+    kind: Literal["test_weight_norm"] = "test_weight_norm"
+    rank: int = 2
+
+    def build(self, name, in_features, out_features):
+        return WeightNorm(self.rank, in_features, out_features)
+
+    def to_peft(self, modules):
+        return {"test_rank": self.rank}
+
+    @classmethod
+    def from_peft(cls, description, modules):
+        check_keys(description, honoured=("test_rank",), neutral={"bias": "none"})
+        return cls(rank=description["test_rank"], targets=tuple(modules))
+
+
+class WeightNorm(Adapter):
+    keeps_input = True
+
+    def __init__(self, rank, in_features, out_features):
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, in_features))
+        self.up = nn.Parameter(torch.empty(out_features, rank))
+        self.length = nn.Parameter(torch.empty(out_features))  # the trained extra
+
+    def reset_parameters(self, generator):
+        nn.init.normal_(self.down, std=0.1, generator=generator)
+        nn.init.zeros_(self.up)
+        nn.init.zeros_(self.length)
+
+    def _scale(self, weight):
+        moved = weight.float() + self.up @ self.down
+        # without gradient through the norm, as DoRA has it
+        ratio = weight.float().norm(dim=1) / moved.norm(dim=1)
+        return ratio.detach() * self.length.exp()
+
+    def forward(self, x, base):
+        y = base(x)
+        bias = 0 if base.layer.bias is None else base.layer.bias
+        return (y - bias + x @ self.down.T @ self.up.T) * self._scale(base.weight) + bias
+
+    def merged(self, weight, bias):
+        moved = weight + self.up @ self.down
+        return moved * self._scale(weight)[:, None], bias
+
+    def file_tensors(self):
+        return {
+            "test_down.weight": self.down,
+            "test_up.weight": self.up,
+            "test_length": self.length,
+        }
+
+
+# ---- 2. an adapter on the input side: the base product is made once, on the scaled input
+
+
+class InputScaleConfig(AdapterConfig):
+    kind: Literal["test_input_scale"] = "test_input_scale"
+
+    def build(self, name, in_features, out_features):
+        return InputScale(in_features)
+
+    @classmethod
+    def from_peft(cls, description, modules):
+        check_keys(description, honoured=(), neutral={"bias": "none"})
+        return cls(targets=tuple(modules))
+
+
+class InputScale(Adapter):
+    def __init__(self, in_features):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(in_features))
+
+    def reset_parameters(self, generator):
+        nn.init.ones_(self.scale)
+
+    def forward(self, x, base):
+        return base(x * self.scale.to(x.dtype))
+
+    def merged(self, weight, bias):
+        return weight * self.scale, bias
+
+    def file_tensors(self):
+        return {"test_scale": self.scale}
+
+
+# ---- 3. virtual tokens, and keys and values of their own: a method of the model as a whole
+
+
+class PromptConfig(AdapterConfig):
+    kind: Literal["test_prompt"] = "test_prompt"
+    level = "model"
+    tokens: int = 3
+
+    def build_model_adapter(self, model):
+        return Prompt(self.tokens, model)
+
+    def merge_unsupported_reason(self):
+        return "virtual tokens are no weights"
+
+    def to_peft(self, modules):
+        return {"num_virtual_tokens": self.tokens}
+
+    @classmethod
+    def from_peft(cls, description, modules):
+        check_keys(description, honoured=("num_virtual_tokens",), neutral={"bias": "none"})
+        return cls(tokens=description["num_virtual_tokens"])
+
+    def num_parameters_of_model(self, model):
+        with torch.device("meta"):
+            return sum(p.numel() for p in Prompt(self.tokens, model).parameters())
+
+
+class Prompt(nn.Module):
+    def __init__(self, tokens, model):
+        super().__init__()
+        mixer = model.layers[-1].mixer
+        self.num_virtual, self.last = tokens, model.num_layers - 1
+        self.prompt_embeddings = nn.Parameter(torch.empty(tokens, model.hidden_size))
+        self.last_keys = nn.Parameter(torch.empty(tokens, mixer.num_kv_heads, mixer.head_dim))
+
+    def reset_parameters(self, generator):
+        nn.init.normal_(self.prompt_embeddings, std=0.5, generator=generator)
+        nn.init.normal_(self.last_keys, std=0.5, generator=generator)
+
+    def vectors(self):
+        return self.prompt_embeddings
+
+    def keys_values(self, layer):
+        return (self.last_keys, self.last_keys.flip(0)) if layer == self.last else None
+
+
+# ---- 4. weights of 8-bit floats, three tensors of a file each
+
+
+class Float8(PackedStorage):
+    format = "test_float8"
+
+    def __init__(self, codes, scale, dtype):
+        super().__init__(tuple(codes.shape), dtype)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    def linear(self, x, bias=None, *, deterministic=False):
+        return super().linear(x, bias, deterministic=deterministic)
+
+    def dense(self):
+        return (self.codes.float() * self.scale[:, None]).to(self.dtype)
+
+    def tensors(self):
+        return {
+            "weight": self.codes,
+            "weight_scale": self.scale,
+            "weight_shape": torch.tensor(self.shape),
+        }
+
+
+def to_float8(weight, name):
+    scale = weight.float().abs().amax(1).clamp(min=1e-12) / 448
+    return Float8((weight.float() / scale[:, None]).to(torch.float8_e4m3fn), scale, weight.dtype)
+
+
+def from_float8_file(tensors, shape, dtype):
+    if tuple(tensors["weight_shape"].tolist()) != tuple(shape):
+        raise CheckpointError(f"weight_shape is {tensors['weight_shape'].tolist()}, not {shape}")
+    return Float8(tensors["weight"], tensors["weight_scale"], dtype)
+
+
+# ---- 5. an objective of pairs, with extras and a reference model
+
+
+class PairsData(RowsConfig):
+    kind: Literal["test_pairs"] = "test_pairs"
+    train: tuple[str, ...]
+
+
+class PairLossConfig(ObjectiveConfig):
+    kind: Literal["test_pair_loss"] = "test_pair_loss"
+    beta: float = 0.5
+
+
+class PairLoss(Objective):
+    """-log σ(β (Δ_better - Δ_worse)), Δ the summed log-ratio of an answer to the reference's (arXiv 2305.18290, eq. 7)."""
+
+    needs_reference = True
+
+    def __init__(self, config):
+        self.config = config
+
+    def prepare(self, data, files, tokenizer):
+        samples, account = [], Account()
+        for file in files:
+            for row in read_rows(file):
+                pair = []
+                for side, sign in (("chosen", 1.0), ("rejected", -1.0)):
+                    prompt, answer = (tokenizer.encode(row.values[k]) for k in ("prompt", side))
+                    ids = prompt + answer
+                    mask = [False] * len(prompt) + [True] * len(answer)
+                    plain = Sample.from_mask(ids, mask)
+                    places = torch.arange(plain.num_tokens)
+                    extras = {"sign": sign, "weight": row.values["weight"], "place": places}
+                    pair.append(Sample(plain.token_ids, plain.labels, extras))
+                samples.append(SampleGroup(tuple(pair)))
+                account.samples += 1
+                account.tokens += samples[-1].num_tokens
+        return samples, account
+
+    def loss(self, model, batch):
+        assert torch.equal(batch.extras["place"], batch.positions)  # they travel with their tokens
+        pairs = len(batch.extras["sign"]) // 2  # a filling sequence has no partner
+        hidden = model(batch.token_ids, batch.context())
+        ours = summed(model, hidden, batch)[: 2 * pairs].view(pairs, 2)
+        theirs = self.reference.hidden(batch)
+        base = summed(self.reference.model, theirs, batch)[: 2 * pairs].view(pairs, 2)
+        margin = self.config.beta * ((ours - base) @ torch.tensor([1.0, -1.0]))
+        weight = batch.extras["weight"].view(-1)[: 2 * pairs : 2]
+        total = -(F.logsigmoid(margin) * weight).sum()
+        return LossOutput(total, pairs, metrics={"margin": float(margin.detach().mean())})
+
+
+def summed(model, hidden, batch):
+    """[S] summed log-probability of each sequence's labels."""
+    rows = F.cross_entropy(model.head(hidden), batch.labels, reduction="none", ignore_index=-100)
+    return -torch.stack([part.sum() for part in rows.split(batch.lengths)])
+
+
+# ---- registering
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    register_adapter(WeightNormConfig, peft_type="TEST_WEIGHT_NORM")
+    register_adapter(InputScaleConfig, peft_type="TEST_INPUT_SCALE", adapter_set=CountingSet)
+    register_adapter(PromptConfig, peft_type="TEST_PROMPT")
+    register_objective(PairLossConfig, build=PairLoss, data=(PairsData,))
+    register_storage(
+        StorageFormat(
+            name="test_float8",
+            num_bytes=lambda shape: shape[0] * shape[1] + 4 * shape[0],
+            quantize=to_float8,
+            table="test_float8",
+            file_tensors=("weight", "weight_scale", "weight_shape"),
+            from_file=from_float8_file,
+            file_config={"fmt": "e4m3"},
+        )
+    )
+    yield
+    for kind in ("test_weight_norm", "test_input_scale", "test_prompt"):
+        unregister_adapter(kind)
+    unregister_objective("test_pair_loss")
+    del FORMATS["test_float8"]
+
+
+class CountingSet(AdapterSet):
+    """A set with state of its own: sums of gradients after each backward pass, and a term in the loss."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.seen, self.steps = torch.zeros(2), 0
+
+    def after_backward(self, progress):
+        total = sum(float(a.scale.grad.abs().sum()) for _, a in self.linears.values())
+        self.seen = self.seen + torch.tensor([total, progress.step])
+
+    def after_step(self, progress):
+        self.steps += 1
+
+    def loss(self):
+        return 0.01 * sum((a.scale - 1).square().sum() for _, a in self.linears.values())
+
+    def state(self):
+        return {"seen": self.seen, "steps": torch.tensor(self.steps)}
+
+    def load_state(self, tensors):
+        self.seen, self.steps = tensors["seen"], int(tensors["steps"])
+
+
+ADAPTERS = {
+    "test_weight_norm": {"kind": "test_weight_norm", "rank": 3},
+    "test_input_scale": {"kind": "test_input_scale"},
+    "test_prompt": {"kind": "test_prompt", "tokens": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seams")
+    lines = list(dict.fromkeys(CORPUS))
+    tune = [{"prompt": line[:12], "completion": line[12:30]} for line in lines for _ in range(2)]
+    pairs = [
+        {"prompt": line[:10], "chosen": line[10:24], "rejected": line[24:40], "weight": 1.0 + i}
+        for i, line in enumerate(lines)
+    ]
+    for name, values in (("tune", tune), ("pairs", pairs)):
+        text = "".join(json.dumps(row) + "\n" for row in values)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def run_config(rows, base, **changes):
+    values = {
+        "model": str(base),
+        "data": {"train": [str(rows / "tune.jsonl")], "max_seq_len": 64},
+        "optimizer": {"learning_rate": 3e-2},
+        "batch_size": 2,
+        "micro_batch_tokens": 64,
+        "max_steps": 5,
+        "epochs": 9,
+        "precision": "fp32",
+        "save_every": 1,
+    }
+    return TrainConfig.model_validate(values | changes)
+
+
+def losses(output):
+    return [line["train/loss_nats"] for line in read_metrics(output) if "train/loss_nats" in line]
+
+
+class Killed(Exception):
+    pass
+
+
+def train_twice(config, tmp_path, monkeypatch):
+    """An undisturbed run, and one that dies after its second step and is resumed: equal to the bit."""
+    train(config, tmp_path / "whole")
+    after_step = RunWatch.after_step
+
+    def dies(self, report):
+        after_step(self, report)
+        if report.step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunWatch, "after_step", dies)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "broken")
+    train(config, tmp_path / "broken")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    part = "adapter" if config.adapter is not None else "model"
+    files = [next((tmp_path / run / part).glob("*.safetensors")) for run in ("whole", "broken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    found = losses(tmp_path / "whole")
+    assert found[-1] < found[0]
+    return tmp_path / "whole" / part
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("base", ["full", "packed"])
+def test_an_adapter_goes_the_whole_way(
+    kind, base, rows, tiny_folder, tmp_path, tiny_tokenizer, monkeypatch
+):
+    folder = tiny_folder
+    if base == "packed":
+        model = quantize_weights(load_model(tiny_folder, dtype="float32"), "test_float8")
+        folder = save_model(model, tmp_path / "packed", tokenizer=tiny_tokenizer)
+    config = run_config(rows, folder, adapter=ADAPTERS[kind])
+    saved = train_twice(config, tmp_path, monkeypatch)
+
+    # loaded: another logit than the base, and the same again after a second saving
+    plain = load_model(folder, dtype="float32").logits(IDS)
+    model = load_model(folder, dtype="float32", adapter=saved)
+    adapted = model.logits(IDS)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    batch = pack([Sample.from_mask(list(range(3, 20))), Sample.from_mask(IDS.tolist())])
+    packed = model.head(model(batch.token_ids, batch.context()))
+    torch.testing.assert_close(packed[16:], adapted[:-1], atol=1e-5, rtol=1e-5)
+
+    # served: the engine's log-probabilities are those of the forward pass
+    llm = LLM(model=model, tokenizer=tiny_tokenizer, max_running=4)
+    for prompt, done in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):
+        scores = llm.score([*prompt, *done.token_ids])[len(prompt) - 1 :]
+        assert done.logprobs == pytest.approx(scores, abs=2e-4)
+        logits = model.logits([*prompt, *done.token_ids])[len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == done.token_ids
+
+    # by name besides the base: each row goes its own way, or the reason is told
+    held = load_model(folder, dtype="float32")
+    if kind == "test_prompt":
+        with pytest.raises(ConfigError, match="virtual tokens in front of every sequence"):
+            add_adapter(held, saved, name="mine")
+    else:
+        add_adapter(held, saved, name="mine")
+        two = LLM(model=held, tokenizer=tiny_tokenizer, max_running=4)
+        mixed = two.generate([PROMPTS[0]] * 2, GREEDY, adapter=["mine", ""])
+        base_llm = LLM(
+            model=load_model(folder, dtype="float32"), tokenizer=tiny_tokenizer, max_running=4
+        )
+        expected = [llm.generate([PROMPTS[0]], GREEDY)[0], base_llm.generate([PROMPTS[0]], GREEDY)[0]]
+        assert [m.token_ids for m in mixed] == [e.token_ids for e in expected]
+        with pytest.raises(ConfigError, match="'other', which is not served"):
+            two.generate([PROMPTS[0]], GREEDY, adapter="other")
+
+    # compiled: the reason
+    assert CompiledStep.refusal(model) == "it has adapters; merge them"
+
+    # merged, or the reason
+    if kind == "test_prompt":
+        with pytest.raises(ConfigError, match="cannot be merged: virtual tokens are no weights"):
+            merge(model)
+    elif base == "packed":
+        with pytest.raises(ConfigError, match="kept as test_float8"):
+            merge(model)
+    else:
+        torch.testing.assert_close(merge(model).logits(IDS), adapted, atol=2e-5, rtol=1e-4)
+        assert not model.is_adapted
+        save_model(model, tmp_path / "merged")
+    # detached: the base
+    again = load_model(folder, dtype="float32", adapter=saved)
+    assert torch.equal(detach(again).logits(IDS), plain)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_starts_at_the_base_and_is_planned(kind, tiny_folder):
+    model = load_model(tiny_folder, dtype="float32")
+    before = model.logits(IDS)
+    config = run_config(tiny_folder, tiny_folder, adapter=ADAPTERS[kind]).adapter
+    adapters = attach(model, config)
+    if kind != "test_prompt":  # virtual tokens change the sequence by being there
+        assert torch.equal(model.logits(IDS), before)
+    trained = sum(p.numel() for p in adapters.trained_parameters(model).values())
+    options = {"micro_batch_tokens": 64, "dtype": torch.float32}
+    plan = estimate_training(model.config, adapter=config, **options)
+    assert plan.gradients == trained * 4
+    assert plan.optimizer == trained * 8
+    full = sum(p.numel() for p in load_model(tiny_folder).parameters())
+    assert plan.weights == (full + trained) * 4
+
+
+def test_an_input_side_adapter_leaves_one_product_a_layer(tiny_folder, monkeypatch):
+    """Its base is called once, also where layers of one input would share a product."""
+    model = load_model(tiny_folder, dtype="float32")
+    attach(model, InputScaleConfig())
+    calls, plain = [], BaseProduct.__call__
+
+    def counted(self, x):
+        calls.append(self.layer)
+        return plain(self, x)
+
+    monkeypatch.setattr(BaseProduct, "__call__", counted)
+    model(IDS, ForwardContext.packed([len(IDS)]))
+    adapted = {linear for linear, _ in adapter_of(model).linears.values()}
+    assert [calls.count(linear) for linear in adapted] == [1] * len(adapted)
+
+
+def test_the_hooks_are_called_and_their_state_is_kept(rows, tiny_folder, tmp_path):
+    config = run_config(rows, tiny_folder, adapter=ADAPTERS["test_input_scale"])
+    train(config, tmp_path / "run")
+    (newest,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    kept = load_file(newest / "state.safetensors")
+    assert kept["adapter.steps"] == 5
+    total, steps = kept["adapter.seen"].tolist()
+    assert total > 0
+    assert steps == 0 + 1 + 2 + 3 + 4
+    terms = [line.get("train/adapter_loss_nats") for line in read_metrics(tmp_path / "run")]
+    assert terms[0] == 0
+    assert all(term > 0 for term in terms[1:5])
+
+
+def test_a_storage_goes_the_whole_way(tiny_folder, tmp_path, tiny_tokenizer):
+    full = load_model(tiny_folder, dtype="float32")
+    read = load_model(tiny_folder, dtype="float32", quantize="test_float8")
+    after = quantize_weights(load_model(tiny_folder, dtype="float32"), "test_float8")
+    logits = read.logits(IDS)
+    assert torch.equal(after.logits(IDS), logits)
+    assert read.packed_formats() == {"test_float8"}
+    error = (logits - full.logits(IDS)).abs().max() / full.logits(IDS).abs().max()
+    assert 0 < error < 0.1
+
+    # planned: what is held is what was counted
+    held = sum(t.nbytes for t in (*read.parameters(), *read.buffers()))
+    assert weight_bytes(full, torch.float32, "test_float8") == held
+    assert weight_bytes(read, torch.float32) == held
+
+    # moved to another dtype, codes and scales stay
+    half = load_model(tiny_folder, dtype="float32", quantize="test_float8").to(torch.bfloat16)
+    storage = half.layers[0].mixer.q_proj.storage
+    assert storage.codes.dtype == torch.float8_e4m3fn
+    assert storage.scale.dtype == torch.float32
+    assert half.dtype == torch.bfloat16
+
+    # saved and loaded: three tensors a weight
+    save_model(read, tmp_path / "out", tokenizer=tiny_tokenizer)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    stem = "model.layers.0.self_attn.q_proj."
+    names = {n.removeprefix(stem) for n in tensors if n.startswith(stem)}
+    assert names == {"weight", "weight_scale", "weight_shape"}
+    described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert described == {"quant_method": "test_float8", "fmt": "e4m3"}
+    again = load_model(tmp_path / "out")
+    assert again.packed_formats() == {"test_float8"}
+    assert torch.equal(again.logits(IDS), logits)
+    with pytest.raises(ConfigError, match="kept as test_float8 already"):
+        load_model(tmp_path / "out", quantize="int8")
+
+    # served, not by the compiled step
+    assert "test_float8, which the kernels do not read" in CompiledStep.refusal(again)
+    llm = LLM(model=again, tokenizer=tiny_tokenizer, max_running=4)
+    for prompt, done in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):
+        chosen = again.logits([*prompt, *done.token_ids])[len(prompt) - 1 : -1].argmax(-1)
+        assert chosen.tolist() == done.token_ids
+
+    # every weight cannot be trained
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a b", "completion": "c d"}\n', encoding="utf-8")
+    config = run_config(tmp_path, tmp_path / "out", data={"train": [str(rows)], "max_seq_len": 64})
+    with pytest.raises(ConfigError, match="cannot all be trained; train an adapter"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_an_unknown_format_or_setting_is_refused(tiny_folder, tmp_path):
+    model = load_model(tiny_folder, dtype="float32", quantize="test_float8")
+    save_model(model, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    values = json.loads(path.read_text())
+    for changed, words in (
+        ({"quant_method": "test_float9"}, "'test_float9', which is not read"),
+        ({"quant_method": "test_float8", "fmt": "e5m2"}, r"quantization_config.fmt='e5m2'"),
+        ({"quant_method": "test_float8", "fmt": "e4m3", "new": 1}, r"quantization_config.new=1"),
+    ):
+        path.write_text(json.dumps(values | {"quantization_config": changed}))
+        with pytest.raises(CheckpointError, match=words):
+            load_model(tmp_path / "out")
+    # a lost tensor is named
+    path.write_text(json.dumps(values))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight_scale"
+    from safetensors.torch import save_file
+
+    save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=lost):
+        load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("adapter", [None, {"kind": "lora", "rank": 2}, ADAPTERS["test_weight_norm"]])
+def test_an_objective_goes_the_whole_way(adapter, rows, tiny_folder, tmp_path, monkeypatch):
+    config = run_config(
+        rows,
+        tiny_folder,
+        objective={"kind": "test_pair_loss", "beta": 0.3},
+        data={
+            "kind": "test_pairs",
+            "train": [str(rows / "pairs.jsonl")],
+            "eval": [str(rows / "pairs.jsonl")],
+            "max_seq_len": 64,
+        },
+        adapter=adapter,
+        optimizer={"learning_rate": 3e-3 if adapter is None else 3e-2},
+        schedule={"kind": "constant"},
+        max_steps=6,
+    )
+    train_twice(config, tmp_path, monkeypatch)
+    lines = read_metrics(tmp_path / "whole")
+    steps = [line for line in lines if "train/margin" in line]
+    # the reference is the model at its start: no margin, ln 2 (times the weights)
+    assert steps[0]["train/margin"] == pytest.approx(0, abs=1e-5)
+    assert steps[-1]["train/margin"] > 0
+    evaluated = next(line for line in lines if "eval/loss_nats" in line)
+    assert evaluated["eval/margin"] > 0
+
+
+def test_an_objective_refuses_other_data_and_samples(rows, tiny_folder):
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError, match="needs data of kind test_pairs"):
+        run_config(rows, tiny_folder, objective={"kind": "test_pair_loss"})
+
+
+def test_registered_kinds_are_in_messages_and_schema(rows, tiny_folder):
+    from easyllm.core.config import validate
+
+    values = {"data": {"train": ["x"]}, "adapter": {"kind": "test_input_scal"}}
+    with pytest.raises(ConfigError, match="did you mean 'test_input_scale'"):
+        validate(TrainConfig, values, source="recipe")
+    text = json.dumps(json_schema(TrainConfig))
+    for kind in (*ADAPTERS, "test_pair_loss", "test_pairs", "lora", "classifier", "corpus"):
+        assert f'"{kind}"' in text
+    with pytest.raises(ValueError, match="registered already"):
+        register_adapter(InputScaleConfig, peft_type="OTHER")
+    with pytest.raises(ValueError, match="registered already"):
+        register_storage(StorageFormat(name="int8", num_bytes=lambda shape: 0))
+
+
+def test_a_saved_adapter_with_an_unknown_key_is_refused(rows, tiny_folder, tmp_path):
+    config = run_config(rows, tiny_folder, adapter=ADAPTERS["test_input_scale"], max_steps=1)
+    train(config, tmp_path / "run")
+    path = tmp_path / "run" / "adapter" / "adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"scale_squared": True}))
+    with pytest.raises(CheckpointError, match="scale_squared=True, which is not known"):
+        load_model(tiny_folder, adapter=tmp_path / "run" / "adapter")
+    path.write_text(json.dumps(values | {"scale_squared": False}))
+    model = load_model(tiny_folder, adapter=tmp_path / "run" / "adapter")
+    assert hf_module_name(model)("layers.0.mixer.q_proj") == "model.layers.0.self_attn.q_proj"
