@@ -1,7 +1,7 @@
 """`easyllm serve`."""
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from easyllm.cli.sampling import (
     Quantize,
     load_llm,
 )
+
+if TYPE_CHECKING:
+    from easyllm.serve.limits import ServeLimits
 
 
 def register(app: typer.Typer) -> None:
@@ -35,6 +38,15 @@ def serve(
     max_running: Annotated[
         int, typer.Option(min=1, help="Requests that run at once, on each model.")
     ] = 64,
+    read_timeout: Annotated[
+        float, typer.Option(help="Seconds a request, headers and body, may take to arrive.")
+    ] = 60.0,
+    write_timeout: Annotated[
+        float, typer.Option(help="Seconds after which a client that reads nothing is dropped.")
+    ] = 60.0,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that running requests get to finish when it ends.")
+    ] = 30.0,
     draft: Draft = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -52,8 +64,16 @@ def serve(
 
         easyllm serve smollm2 --quantize int4
     """
+    from easyllm.core.config import validate
     from easyllm.core.errors import ConfigError
+    from easyllm.serve.limits import ServeLimits
 
+    timeouts = {
+        "read_timeout_s": read_timeout,
+        "write_timeout_s": write_timeout,
+        "drain_timeout_s": drain_timeout,
+    }
+    limits = validate(ServeLimits, timeouts, source="serving options")
     named: dict[str, str] = {}
     for word in models:
         name, equals, source = word.partition("=")
@@ -73,17 +93,26 @@ def serve(
         "cache_dtype": cache_dtype,
         "deterministic": deterministic,
     }
-    start(named, host=host, port=port, api_key=api_key, **options)
+    start(named, host=host, port=port, api_key=api_key, limits=limits, **options)
 
 
 def start(
-    named: dict[str, str], *, host: str, port: int, api_key: str | None = None, **options: Any
+    named: dict[str, str],
+    *,
+    host: str,
+    port: int,
+    api_key: str | None = None,
+    limits: "ServeLimits | None" = None,
+    **options: Any,
 ) -> None:
     """Loads models and serves them until interrupted; `options` are each engine's."""
     from easyllm.serve.app import bind
     from easyllm.serve.app import serve as run_server
+    from easyllm.serve.guard import check_key
 
-    bind(host, port).close()  # before the models are loaded
+    check_key(api_key)  # this and the port before the models are loaded
+    bind(host, port).close()
     loaded = {name: load_llm(source, **options) for name, source in named.items()}
-    sys.stderr.write(f"serving {', '.join(loaded)} at http://{host}:{port}/  (Ctrl-C ends)\n")
-    run_server(loaded, host=host, port=port, api_key=api_key)
+    shown = f"[{host}]" if ":" in host else host
+    sys.stderr.write(f"serving {', '.join(loaded)} at http://{shown}:{port}/  (Ctrl-C ends)\n")
+    run_server(loaded, host=host, port=port, api_key=api_key, limits=limits)

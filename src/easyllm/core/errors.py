@@ -5,6 +5,7 @@ EasyllmError
 ├── SourceError       a model, file or recipe cannot be found
 ├── CheckpointError   a weight file is damaged or does not fit
 ├── DataError         a data file or row is wrong
+├── ContextLengthError  a prompt is too long (a ConfigError and a DataError: either can be changed)
 └── OutputError       a result cannot be written
 
 Each message says in one sentence: what, got, expected, what to do. The command line prints it and exits with 2.
@@ -35,6 +36,10 @@ class CheckpointError(EasyllmError):
 
 class DataError(EasyllmError):
     """A data file or one of its rows cannot be used."""
+
+
+class ContextLengthError(ConfigError, DataError):
+    """A prompt, or a prompt with what is to be generated, is longer than context or cache."""
 
 
 class OutputError(EasyllmError):

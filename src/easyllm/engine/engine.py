@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from easyllm.core.device import memory_free_bytes
-from easyllm.core.errors import ConfigError
+from easyllm.core.errors import ConfigError, ContextLengthError
 from easyllm.engine.generation import Generation, RequestState
 from easyllm.engine.kv_cache import KVCache, cache_format, cache_itemsize
 from easyllm.engine.memory_plan import plan_memory, tensor_bytes
@@ -251,7 +251,8 @@ class Engine:
         """Most tokens that may be generated behind a prompt, by `max_tokens`, the context and the cache.
 
         Raises:
-            ConfigError: the model does not generate; the prompt is empty or holds an unknown id; it is too long.
+            ConfigError: the model does not generate; the prompt is empty or holds an unknown id.
+            ContextLengthError: the prompt, or with `max_tokens` the answer, is too long for context or cache.
         """
         config = self.model.config
         if config.num_labels is not None:
@@ -266,7 +267,7 @@ class Engine:
         length = len(prompt_ids) + len(self._virtual)
         room = self.max_seq_len - length
         if room <= 0:
-            raise ConfigError(
+            raise ContextLengthError(
                 f"the prompt has {length} tokens, the model's context holds {self.max_seq_len} with "
                 "at least one new token; shorten the prompt, or lengthen the context (--rope) where positions allow it"
             )
@@ -277,7 +278,7 @@ class Engine:
         held = self.pool.num_pages * self.pool.page_size
         if max_tokens is None and length <= held:
             return held - length + 1
-        raise ConfigError(
+        raise ContextLengthError(
             f"the request needs {needed} tokens of cache ({length} of prompt, {most} to generate), all pages "
             f"together hold {held}; shorten the prompt, lower max_tokens, or raise num_pages or cache_gb"
         )

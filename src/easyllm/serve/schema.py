@@ -1,76 +1,152 @@
-"""The requests the server takes, checked at the edge: a field that is not honoured is an error."""
+"""The fields of `POST /v1/chat/completions`, one by one: every field of OpenAI's published schema is here, and is
+honoured, accepted where it changes nothing (`Neutral`), or refused by name (`Refused`)."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic.config import JsonDict
 
-from easyllm.engine.request import MAX_STOPS, Count, SamplingParams, StopString
+from easyllm.engine.request import (
+    MAX_COUNT,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    Count,
+    SamplingParams,
+    StopString,
+)
+from easyllm.serve.errors import APIError
+from easyllm.serve.messages import ChatMessage
+from easyllm.serve.treatment import Neutral, Refused, Strict, as_api_error
 
 MAX_NEW_TOKENS = 32_768
 MAX_MESSAGES = 2_000
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20  # OpenAI's
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_STOP_SCHEMA: JsonDict = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_NO_TOOLS = "tools are not supported"
 
 
-class Strict(BaseModel):
-    """Unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
+def _whole(value: Any) -> Any:
+    """JSON knows no integers apart from other numbers: 2.0 is 2."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class ChatMessage(Strict):
-    """A message; content is text, or OpenAI's list of text parts.
-
-    `name` is given to the chat template with the rest of the message, as `transformers` gives it. Clients send it as a
-    matter of course; whether the model sees it is the template's choice.
-    """
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """As chat templates take it."""
-        text = self.content
-        if not isinstance(text, str):
-            text = "".join(part.text for part in text)
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": text}
-        return message if self.name is None else message | {"name": self.name}
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+NewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), BeforeValidator(_whole)]
+TopK = Annotated[int, Field(ge=-1, le=MAX_COUNT), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)]
+Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), BeforeValidator(_whole)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), BeforeValidator(_whole)]
+Empty = Annotated[list[Any], Field(max_length=0)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[
+        Literal[False] | None, Neutral("false", "chunks are not padded")
+    ] = None
+
+
+class TextFormat(Strict):
+    """`response_format` where the answer is free text."""
+
+    type: Literal["text"]
+
+
+class CacheOptions(Strict):
+    """`prompt_cache_options` as the prefix cache works without being told."""
+
+    mode: Literal["implicit"] | None = None
 
 
 class ChatRequest(Strict):
-    """`POST /v1/chat/completions`; `top_k` is an addition to OpenAI's fields."""
+    """A chat request; `top_k` is an addition to OpenAI's fields, -1 and 0 take all tokens."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Count = 0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
-    stop: list[StopString] | None = Field(default=None, max_length=MAX_STOPS)
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0
-    logit_bias: dict[Count, Annotated[float, Field(ge=-100, le=100)]] = Field(
-        default={}, max_length=1024
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: TopK | None = None
+    seed: Seed | None = None
+    max_tokens: NewTokens | None = None
+    max_completion_tokens: NewTokens | None = None
+    stop: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
+        default=None,
+        json_schema_extra={
+            "anyOf": [
+                _STOP_SCHEMA,
+                {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS},
+                {"type": "null"},
+            ]
+        },
     )
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    user: str | None = None
+    n: Choices | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[dict[Count, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+        | None
+    ) = Field(default=None, json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}})
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    # what says nothing about the answer
+    user: Annotated[str | None, Neutral("text", "it names the end user")] = None
+    safety_identifier: Annotated[str | None, Neutral("text", "it names the end user")] = None
+    prompt_cache_key: Annotated[
+        str | None, Neutral("text", "prefixes are cached whatever it is")
+    ] = None
+    metadata: Annotated[
+        Metadata | None,
+        Neutral("at most 16 texts of at most 512 characters", "it labels the request"),
+    ] = None
+
+    # what could change the answer, at the values that do not
+    tools: Annotated[Empty | None, Neutral("[]", _NO_TOOLS)] = None
+    functions: Annotated[Empty | None, Neutral("[]", _NO_TOOLS)] = None
+    tool_choice: Annotated[
+        Literal["none", "auto"] | None, Neutral('"none" or "auto"', _NO_TOOLS)
+    ] = None
+    function_call: Annotated[
+        Literal["none", "auto"] | None, Neutral('"none" or "auto"', _NO_TOOLS)
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Neutral("true or false", _NO_TOOLS)] = None
+    response_format: Annotated[
+        TextFormat | None, Neutral('{"type": "text"}', "other formats are not supported")
+    ] = None
+    modalities: Annotated[
+        Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None,
+        Neutral('["text"]', "audio is not supported"),
+    ] = None
+    store: Annotated[Literal[False] | None, Neutral("false", "answers are not stored")] = None
+    verbosity: Annotated[
+        Literal["medium"] | None, Neutral('"medium"', "models here have no such setting")
+    ] = None
+    prompt_cache_retention: Annotated[
+        Literal["in_memory"] | None,
+        Neutral('"in_memory"', "prefixes are kept while memory allows"),
+    ] = None
+    prompt_cache_options: Annotated[
+        CacheOptions | None,
+        Neutral('{} or {"mode": "implicit"}', "prefixes are kept while memory allows"),
+    ] = None
+
+    audio: Annotated[None, Refused("audio is not supported")] = None
+    moderation: Annotated[None, Refused("there is no moderation")] = None
+    prediction: Annotated[None, Refused("predicted output is not supported")] = None
+    reasoning_effort: Annotated[None, Refused("models here have no such setting")] = None
+    web_search_options: Annotated[None, Refused("there is no web search")] = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -78,28 +154,65 @@ class ChatRequest(Strict):
         """A text is a list of one: as a union its errors would be those of the wrong kind."""
         return [stop] if isinstance(stop, str) else stop
 
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _by_id(cls, bias: Any) -> Any:
+        """JSON's keys are texts; "5" and "05" would be the same id twice."""
+        if not isinstance(bias, dict):
+            return bias
+        for key in bias:
+            if not _TOKEN_ID.fullmatch(key):
+                raise ValueError(f"the key {key!r} is not a token id, such as 42")
+        return {int(key): value for key, value in bias.items()}
+
     @model_validator(mode="after")
-    def _one_limit(self) -> "ChatRequest":
+    def _fits_together(self) -> "ChatRequest":
         if self.max_tokens and self.max_completion_tokens:
-            raise ValueError("give max_tokens or max_completion_tokens, not both")
+            raise _conflict("max_tokens", "give max_tokens or max_completion_tokens, not both")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+            raise _conflict("stream_options", "stream_options needs stream=true")
+        if self.top_logprobs and not self.logprobs:
+            raise _conflict("top_logprobs", "top_logprobs needs logprobs=true")
         return self
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
     def sampling(self) -> SamplingParams:
-        """As the engine takes it."""
+        """As the engine takes it; what is absent has OpenAI's default."""
         return SamplingParams(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
+            temperature=_or(self.temperature, 1.0),
+            top_p=_or(self.top_p, 1.0),
+            top_k=max(self.top_k or 0, 0),
             seed=self.seed,
             max_tokens=self.max_completion_tokens or self.max_tokens,
             stop=tuple(self.stop or ()),
-            n=self.n,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            logit_bias=self.logit_bias,
+            n=self.n or 1,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
+
+
+def read_chat(body: dict[str, Any]) -> ChatRequest:
+    """The request that a body holds.
+
+    Raises:
+        APIError: a field is wrong, unknown or not honoured; the answer names it.
+    """
+    try:
+        return ChatRequest.model_validate(body)
+    except ValidationError as error:
+        raise as_api_error(error, ChatRequest) from None
+
+
+def _conflict(param: str, message: str) -> APIError:
+    """A mistake of two fields, told as one's."""
+    return APIError(400, message, param=param, code="invalid_value")
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

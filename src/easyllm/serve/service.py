@@ -14,7 +14,15 @@ logger = logging.getLogger(__name__)
 
 
 class EngineFailure(RuntimeError):
-    """A step failed for a reason that is no caller's mistake; the log has the traceback."""
+    """A step failed for a reason that is not the caller's mistake; the log has the traceback."""
+
+    status = 500
+
+
+class ServerEnding(EngineFailure):
+    """The server is told to end, and the time for running requests is over."""
+
+    status = 503
 
 
 Deliver = Callable[[TokenEvent | Exception], None]
@@ -31,6 +39,7 @@ class EngineService:
         self.name, self.llm = name, llm
         self._inbox: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._listeners: dict[int, Deliver] = {}
+        self._ended: EngineFailure | None = None
         self._thread = threading.Thread(target=self._work, name=f"engine-{name}", daemon=True)
         self._thread.start()
 
@@ -39,7 +48,7 @@ class EngineService:
 
         Raises:
             ConfigError: the engine refuses the request.
-            EngineFailure: a step failed.
+            EngineFailure: a step failed, or `end` was called.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
@@ -59,10 +68,19 @@ class EngineService:
         finally:
             self._inbox.put(lambda: self._forget(request.id, deliver))
 
+    def end(self, error: EngineFailure) -> None:
+        """Ends running requests with `error` after the step they are in, and refuses new ones with it."""
+
+        def fail() -> None:
+            self._ended = error
+            self._fail_all(error)
+
+        self._inbox.put(fail)
+
     def close(self) -> None:
-        """Stops the thread after the step it is in."""
+        """Stops the thread after the step it is in, waiting for it for at most 10 seconds."""
         self._inbox.put(None)
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=10)
 
     def _work(self) -> None:
         engine = self.llm.engine
@@ -86,6 +104,9 @@ class EngineService:
                     _safely(listener, event)
 
     def _start(self, request: Request, deliver: Deliver) -> None:
+        if self._ended is not None:
+            _safely(deliver, self._ended)
+            return
         try:
             self.llm.engine.add(request)
         except EasyllmError as error:
@@ -100,7 +121,7 @@ class EngineService:
             self.llm.engine.cancel(request_id)
 
     def _fail_all(self, error: Exception) -> None:
-        """A failed step leaves no request running; each listener hears of it."""
+        """Leaves no request running; each listener hears why."""
         listeners, self._listeners = self._listeners, {}
         for request_id, listener in listeners.items():
             self.llm.engine.cancel(request_id)

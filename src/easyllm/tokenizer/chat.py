@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from easyllm.core.errors import DataError
+from easyllm.core.errors import ContextLengthError, DataError
 from easyllm.tokenizer.template import compile_template
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class ChatTemplate:
 
 def _refuse_long(text: str, max_chars: int | None) -> None:
     if max_chars is not None and len(text) > max_chars:
-        raise DataError(
+        raise ContextLengthError(
             f"the conversation has {len(text)} characters, the model's context holds at most {max_chars}; shorten it"
         )
 

@@ -23,8 +23,9 @@ from tokenizers import models, trainers
 
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.tokenizer.report import HAN
+from easyllm.tokenizer.token_bytes import byte_values
 from easyllm.tokenizer.tokenizer import Tokenizer
-from easyllm.tokenizer.train import byte_values, sound
+from easyllm.tokenizer.train import sound
 
 Script = Literal["non_ascii", "han"]
 SCRIPTS: tuple[Script, ...] = ("non_ascii", "han")

@@ -13,6 +13,7 @@ from easyllm.core.atomic import write_atomic, write_json
 from easyllm.core.errors import CheckpointError, DataError
 from easyllm.tokenizer.chat import ChatTemplate, EncodedChat
 from easyllm.tokenizer.from_gguf import backend_from_gguf, special_tokens_from_gguf
+from easyllm.tokenizer.token_bytes import TokenBytes
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -177,6 +178,11 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """The text of a single token, special ones included."""
         return self.backend.decode([token_id], skip_special_tokens=False)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """Called with an id: the bytes the token adds to a text, a piece of a character included; None without one."""
+        return TokenBytes(self.backend)
 
     def encode_chat(
         self,

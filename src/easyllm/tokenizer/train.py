@@ -26,6 +26,7 @@ from easyllm.tokenizer.sentencepiece import (
     space_decoder,
     surround,
 )
+from easyllm.tokenizer.token_bytes import byte_values as byte_values
 from easyllm.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 CHATML = (
@@ -260,14 +261,6 @@ def sound(texts: Iterable[str]) -> Iterator[str]:
         yield text.encode("utf-8", "replace").decode("utf-8")
     if empty:
         raise DataError("there is no text to train a tokenizer on; name files that hold some")
-
-
-def byte_values() -> dict[str, int]:
-    """The byte that each character of byte-level vocabularies stands for: printable Latin-1 for itself, the rest for
-    the others in order (Radford et al. 2019, `bytes_to_unicode`)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    return {chr(v): v for v in printable} | {chr(256 + n): v for n, v in enumerate(others)}
 
 
 def _train_bpe(texts: Iterator[str], model: BPEConfig, config: TokenizerConfig) -> Backend:

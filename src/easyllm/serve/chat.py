@@ -1,0 +1,152 @@
+"""`POST /v1/chat/completions`: a request to the engine's events, and those to one answer or a stream."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.responses import Response
+
+from easyllm.engine.llm import LLM, Completion
+from easyllm.engine.request import Logprobs, Request, TokenEvent
+from easyllm.serve.answers import (
+    AssistantMessage,
+    ChatCompletion,
+    Choice,
+    ChoiceLogprobs,
+    Usage,
+    usage,
+)
+from easyllm.serve.errors import error_body
+from easyllm.serve.logprobs import ContentTokens, choice_logprobs
+from easyllm.serve.messages import template_messages
+from easyllm.serve.schema import ChatRequest
+from easyllm.serve.service import EngineFailure, EngineService
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What is known of a request's answers while their events come.
+
+    Attributes:
+        head: fields that every chunk and the whole answer share.
+        prompt_tokens: of the rendered conversation.
+        content: of each choice, which of its tokens are in its text; only where log-probabilities are asked for.
+    """
+
+    request: ChatRequest
+    llm: LLM
+    head: dict[str, Any]
+    prompt_tokens: int
+    content: dict[int, ContentTokens] = field(default_factory=dict)
+
+    def tokens(self, event: TokenEvent) -> list[Logprobs]:
+        """Tokens that an event adds to its choice's content, where log-probabilities are asked for."""
+        if not self.request.logprobs:
+            return []
+        if event.index not in self.content:
+            ends = self.llm.model.config.eos_token_ids
+            self.content[event.index] = ContentTokens(self.llm.tokenizer, ends)
+        return self.content[event.index].push(event)
+
+    def logprobs(self, tokens: Sequence[Logprobs]) -> ChoiceLogprobs | None:
+        """Those tokens in OpenAI's form."""
+        return choice_logprobs(tokens, self.llm.tokenizer) if self.request.logprobs else None
+
+
+async def answer_chat(request: ChatRequest, service: EngineService) -> Response:
+    """The answer: whole, or a stream whose first event is there, so that a refusal shows before it begins.
+
+    Raises:
+        EasyllmError: template or engine refuse the request.
+        EngineFailure: a step failed, or the server is ending.
+    """
+    llm = service.llm
+    # in a thread: a long conversation takes seconds, in which other clients want their tokens
+    prompt = await asyncio.to_thread(llm.encode_chat, template_messages(request.messages))
+    events = service.generate(Request(prompt_ids=tuple(prompt), params=request.sampling()))
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": request.model,
+    }
+    if request.service_tier is not None:
+        head["service_tier"] = "default"
+    answer = _Answer(request, llm, head, len(prompt))
+    if request.stream:
+        first = await anext(events)
+        return StreamingResponse(_stream(answer, first, events), media_type="text/event-stream")
+    return await _whole(answer, events)
+
+
+async def _whole(answer: _Answer, events: AsyncIterator[TokenEvent]) -> Response:
+    """All choices at once, with their usage."""
+    completion, tokens = Completion(), dict[int, list[Logprobs]]()
+    async for event in events:
+        completion.take(event)
+        tokens.setdefault(event.index, []).extend(answer.tokens(event))
+    completions = [completion, *completion.others]
+    choices = [
+        Choice(
+            index=index,
+            message=AssistantMessage(content=each.text),
+            logprobs=answer.logprobs(tokens.get(index, [])),
+            finish_reason=each.finish_reason,
+        )
+        for index, each in enumerate(completions)
+    ]
+    generated = sum(len(each.token_ids) for each in completions)
+    whole = ChatCompletion(
+        **answer.head, choices=choices, usage=usage(answer.prompt_tokens, generated)
+    )
+    body = whole.model_dump()
+    if "service_tier" not in answer.head:
+        del body["service_tier"]
+    return JSONResponse(body)
+
+
+async def _stream(
+    answer: _Answer, first: TokenEvent, rest: AsyncIterator[TokenEvent]
+) -> AsyncIterator[str]:
+    """Server-sent events; usage at the end, and null before, where it is asked for."""
+    wants_usage = answer.request.wants_usage
+
+    def chunk(choices: list[dict[str, Any]], total: Usage | None = None) -> str:
+        value = {**answer.head, "object": "chat.completion.chunk", "choices": choices}
+        if wants_usage:
+            value["usage"] = None if total is None else total.model_dump()
+        return _event(value)
+
+    def choice(index: int, delta: dict[str, str], **others: Any) -> str:
+        return chunk([{"index": index, "delta": delta, "finish_reason": None} | others])
+
+    count, begun = 0, set[int]()
+    event: TokenEvent | None = first
+    while event is not None:
+        if event.index not in begun:
+            begun.add(event.index)
+            yield choice(event.index, {"role": "assistant", "content": ""})
+        count += event.token_id is not None
+        tokens = answer.tokens(event)
+        if event.text:
+            details = answer.logprobs(tokens)
+            logprobs = {} if details is None else {"logprobs": details.model_dump()}
+            yield choice(event.index, {"content": event.text}, **logprobs)
+        if event.finish_reason is not None:
+            yield choice(event.index, {}, finish_reason=event.finish_reason)
+        try:
+            event = await anext(rest, None)
+        except EngineFailure as error:
+            yield _event(error_body(error.status, str(error)))
+            return
+    if wants_usage:
+        yield chunk([], usage(answer.prompt_tokens, count))
+    yield "data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

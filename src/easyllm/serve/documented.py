@@ -1,0 +1,83 @@
+"""`/openapi.json`: the routes with the requests they take and every status they answer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+
+from easyllm.serve.answers import ChatCompletion
+from easyllm.serve.errors import ErrorBody
+from easyllm.serve.schema import ChatRequest
+
+_REFERENCE = "#/components/schemas/{model}"
+_REASONS = {
+    400: "a field, or the request's form, is wrong; `param` names the field",
+    401: "the API key is missing or wrong",
+    404: "the model is not served",
+    408: "the request did not arrive in time",
+    413: "the request is too large",
+    415: "the body is not declared as JSON",
+    500: "the server failed; its log says how",
+    503: "the server is ending",
+}
+_ALWAYS = (400, 408, 413, 500, 503)
+
+
+def errors(*statuses: int, with_key: bool) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route, as FastAPI takes them: `statuses`, those any route may answer, and 401 with a key."""
+    wanted = {*statuses, *_ALWAYS, *([401] if with_key else [])}
+    return {
+        status: {"model": ErrorBody, "description": _REASONS[status]} for status in sorted(wanted)
+    }
+
+
+def chat_answers(*, with_key: bool) -> dict[int | str, dict[str, Any]]:
+    """What the chat route answers: an object, a stream of events, or an error."""
+    events = {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}
+    answer = {
+        "model": ChatCompletion,
+        "description": "the answer, or with `stream` its pieces",
+        "content": {"text/event-stream": events},
+    }
+    return {200: answer, **errors(404, 415, with_key=with_key)}
+
+
+CHAT_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": _REFERENCE.format(model="ChatRequest")}}
+        },
+    }
+}
+
+
+def document(app: FastAPI, models: Sequence[str], *, with_key: bool) -> None:
+    """Makes `app.openapi()` describe what this server takes and answers, its models' names and its key included."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
+        schema = generate()
+        components = schema.setdefault("components", {})
+        schemas = components.setdefault("schemas", {})
+        chat = ChatRequest.model_json_schema(ref_template=_REFERENCE)
+        chat["properties"]["model"]["enum"] = list(models)
+        schemas.update(chat.pop("$defs", {}))
+        schemas["ChatRequest"] = chat
+        for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form, never sent
+            schemas.pop(name, None)
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+                if with_key and path != "/health":
+                    operation["security"] = [{"bearer": []}, {"header": []}]
+        if with_key:
+            components["securitySchemes"] = {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            }
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way

@@ -1,0 +1,90 @@
+"""The bytes of single tokens, whatever stands before them.
+
+Decoding one token alone loses two things: a token that holds a piece of a character becomes U+FFFD, and sentencepiece's
+decoder drops the first space of a text, so that `▁Paris` and `Paris` read alike.
+"""
+
+import json
+import re
+from functools import lru_cache
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def byte_values() -> dict[str, int]:
+    """The byte that each character of byte-level vocabularies stands for: printable Latin-1 for itself, the rest for
+    the others in order (Radford et al. 2019, `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printable]
+    return {chr(v): v for v in printable} | {chr(256 + n): v for n, v in enumerate(others)}
+
+
+class TokenBytes:
+    """Looks up the bytes a token adds to a text it does not begin.
+
+    Args:
+        backend: its vocabulary and decoder are read; the decoders of byte-level BPE and of sentencepiece with byte
+            fallback are known, with any other the token is decoded after a letter.
+
+    Example:
+        TokenBytes(backend)(token_id)     # b" Paris", b"\\xe4\\xbd"
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        kinds = _kinds(json.loads(backend.decoder.__getstate__())) if backend.decoder else set()
+        self._letters = byte_values() if "ByteLevel" in kinds else None
+        self._has_byte_pieces = "ByteFallback" in kinds
+        self._anchor, self._anchor_text = _anchor(backend)
+        self._cached = lru_cache(maxsize=65_536)(self._look_up)
+
+    def __call__(self, token_id: int) -> bytes | None:
+        """The token's bytes, control tokens' names included; None for an id without a token."""
+        return self._cached(token_id)
+
+    def _look_up(self, token_id: int) -> bytes | None:
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return None
+        if self._letters is not None:
+            if all(letter in self._letters for letter in token):
+                return bytes(self._letters[letter] for letter in token)
+            return token.encode()  # an added token outside the alphabet stands for itself
+        piece = _BYTE_PIECE.fullmatch(token) if self._has_byte_pieces else None
+        if piece is not None:
+            return bytes([int(piece[1], 16)])
+        return self._decode(token_id).encode()
+
+    def _decode(self, token_id: int) -> str:
+        if self._anchor is not None:
+            both: str = self._backend.decode([self._anchor, token_id], skip_special_tokens=False)
+            if both.startswith(self._anchor_text):
+                return both[len(self._anchor_text) :]
+        text: str = self._backend.decode([token_id], skip_special_tokens=False)
+        return text
+
+
+def shown(token: bytes) -> str:
+    """A token's bytes as text, those that are not UTF-8 escaped as OpenAI does: `\\xe4\\xbd`."""
+    return token.decode("utf-8", "backslashreplace")
+
+
+def _kinds(decoder: Any) -> set[str]:
+    """The types of a decoder and of those it is made of."""
+    if not isinstance(decoder, dict):
+        return set()
+    inner = decoder.get("decoders") or []
+    return {str(decoder.get("type"))}.union(*map(_kinds, inner))
+
+
+def _anchor(backend: Backend) -> tuple[int | None, str]:
+    """A token whose text is one plain letter, and that text."""
+    for letter in "aeinorstAEINORST":
+        for token in (letter, f"▁{letter}", f"##{letter}"):
+            found = backend.token_to_id(token)
+            if found is not None and backend.decode([found]).strip() == letter:
+                return found, backend.decode([found])
+    return None, ""
