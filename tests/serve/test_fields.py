@@ -1,11 +1,391 @@
-"""The fields of a request: honoured up to their limits, refused beyond them, none dropped."""
+"""The fields of a request: honoured up to their limits, accepted where they change nothing, refused by name."""
+
+import typing
 
 import httpx
+import openai
 import pytest
 from test_server import QUESTION, running
 
 from conftest import build_tiny
-from easyllm.engine import LLM
+from easyllm.engine import LLM, SamplingParams
+from easyllm.serve.messages import ChatMessage
+from easyllm.serve.schema import ChatRequest, StreamOptions
+from easyllm.serve.treatment import Neutral, Refused, treatment_of
+
+FIELDS = {name: treatment_of(ChatRequest, name) for name in ChatRequest.model_fields}
+REQUIRED = {"model", "messages"}
+EXTENSIONS = {"top_k"}
+FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": FUNCTION}
+USER = {"role": "user", "content": "x"}
+
+# values that change nothing, and values that would or are wrong
+NEUTRAL = {
+    "user": (["ada", ""], [5]),
+    "safety_identifier": (["a1"], [True]),
+    "prompt_cache_key": (["k"], [["k"]]),
+    "metadata": ([{}, {"topic": "x"}], [{"topic": 5}, {"k" * 65: "x"}, [1]]),
+    "tools": ([[]], [[TOOL], {}]),
+    "functions": ([[]], [[FUNCTION]]),
+    "tool_choice": (["none", "auto"], ["required", {"type": "function", "function": FUNCTION}]),
+    "function_call": (["none", "auto"], [{"name": "f"}]),
+    "parallel_tool_calls": ([True, False], ["false", 0]),
+    "response_format": (
+        [{"type": "text"}],
+        [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "text"],
+    ),
+    "modalities": ([["text"]], [["text", "audio"], ["audio"], []]),
+    "store": ([False], [True, "false", 0]),
+    "verbosity": (["medium"], ["low", "high"]),
+    "prompt_cache_retention": (["in_memory"], ["24h"]),
+    "prompt_cache_options": ([{}, {"mode": "implicit"}], [{"mode": "explicit"}, {"ttl": "30m"}]),
+}
+REFUSED = {
+    "audio": {"format": "wav", "voice": "alloy"},
+    "moderation": {"model": "m"},
+    "prediction": {"type": "content", "content": "x"},
+    "reasoning_effort": "low",
+    "web_search_options": {},
+}
+ANSWER = {"model": "m", "messages": QUESTION, "max_tokens": 6, "temperature": 0}
+
+
+def text_of(answer):
+    return answer["choices"][0]["message"]["content"]
+
+
+def tokens_of(answer):
+    return answer["usage"]["completion_tokens"]
+
+
+# changes to `ANSWER`, and what they must do to what comes
+HONOURED = {
+    "model": ({"model": "n"}, lambda new, old: new["model"] == "n"),
+    "messages": ({"messages": [USER]}, lambda new, old: new["usage"] != old["usage"]),
+    "temperature": ({"temperature": 1.9, "seed": 1}, lambda new, old: text_of(new) != text_of(old)),
+    "top_p": (
+        {"temperature": 2, "top_p": 1e-9},
+        lambda new, old: text_of(new) == text_of(old),  # of one token: greedy
+    ),
+    "top_k": (
+        {"temperature": 2, "top_k": 1},
+        lambda new, old: text_of(new) == text_of(old),
+    ),
+    "seed": ({"temperature": 2, "seed": 3}, lambda new, old: text_of(new) != text_of(old)),
+    "max_tokens": ({"max_tokens": 2}, lambda new, old: tokens_of(new) == 2),
+    "max_completion_tokens": (
+        {"max_tokens": None, "max_completion_tokens": 3},
+        lambda new, old: tokens_of(new) == 3,
+    ),
+    "n": ({"n": 2}, lambda new, old: [c["index"] for c in new["choices"]] == [0, 1]),
+    "logit_bias": (
+        {"logit_bias": {"40": 100}},
+        lambda new, old: text_of(new) != text_of(old),
+    ),
+    "logprobs": (
+        {"logprobs": True},
+        lambda new, old: (
+            old["choices"][0]["logprobs"] is None
+            and new["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+        ),
+    ),
+    "top_logprobs": (
+        {"logprobs": True, "top_logprobs": 3},
+        lambda new, old: len(new["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 3,
+    ),
+    "service_tier": (
+        {"service_tier": "auto"},
+        lambda new, old: new["service_tier"] == "default" and "service_tier" not in old,
+    ),
+}
+ELSEWHERE = {"stream", "stream_options", "stop", "frequency_penalty", "presence_penalty"}
+"""With tests of their own below."""
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, tiny_tokenizer):
+    return {name: LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="") for name in ("m", "n")}
+
+
+@pytest.fixture(scope="module")
+def address(models):
+    with running(models) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def ask(address):
+    def ask(**changes):
+        return httpx.post(f"{address}/v1/chat/completions", json=ANSWER | changes)
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def plain(ask):
+    """The answer that neutral fields must leave as it is."""
+    answer = ask()
+    assert answer.status_code == 200
+    return text_of(answer.json())
+
+
+def error_of(answer):
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def published(owner):
+    """Fields of one of the client's types."""
+    return set(typing.get_type_hints(owner))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_null_is_the_same_as_leaving_a_field_out(ask, plain, name):
+    changes = {name: None} | ({"max_completion_tokens": 6} if name == "max_tokens" else {})
+    if name == "temperature":  # absent it is 1
+        changes["top_k"] = 1
+    answer = ask(**changes)
+    if name in REQUIRED:
+        assert error_of(answer)["param"] == name
+    else:
+        assert answer.status_code == 200, answer.text
+        assert text_of(answer.json()) == plain
+
+
+@pytest.mark.parametrize("name", [n for n, mark in FIELDS.items() if isinstance(mark, Neutral)])
+def test_a_neutral_value_changes_nothing_and_any_other_is_refused_by_name(ask, plain, name):
+    accepted, others = NEUTRAL[name]
+    for value in accepted:
+        answer = ask(**{name: value})
+        assert answer.status_code == 200, answer.text
+        assert text_of(answer.json()) == plain
+    for value in others:
+        error = error_of(ask(**{name: value}))
+        assert error["param"].split(".")[0] == name
+        assert error["code"] == "unsupported_value"
+        assert FIELDS[name].accepts in error["message"]
+
+
+@pytest.mark.parametrize("name", [n for n, mark in FIELDS.items() if isinstance(mark, Refused)])
+def test_a_field_that_cannot_be_honoured_is_refused_by_name(ask, name):
+    error = error_of(ask(**{name: REFUSED[name]}))
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("name", [n for n, mark in FIELDS.items() if mark is None])
+def test_an_honoured_field_has_its_effect(ask, name):
+    if name in ELSEWHERE:
+        return
+    changes, has_effect = HONOURED[name]
+    new, old = ask(**changes), ask()
+    assert new.status_code == 200, new.text
+    assert has_effect(new.json(), old.json())
+
+
+@pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty"])
+def test_a_penalty_is_the_engines(ask, tiny_model, tiny_tokenizer, name):
+    alone = LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="")
+    texts = {
+        value: alone.chat(
+            QUESTION, SamplingParams(temperature=0, max_tokens=60, **{name: value})
+        ).text
+        for value in (-2.0, 0.0, 2.0)
+    }
+    assert len(set(texts.values())) == 3
+    for value, text in texts.items():
+        assert text_of(ask(max_tokens=60, **{name: value}).json()) == text
+
+
+def test_streams_and_their_usage_are_honoured(address, ask):
+    def events(**changes):
+        lines = ask(stream=True, **changes).text.split("\n\n")
+        return [line.removeprefix("data: ") for line in lines if line]
+
+    plain_events = events()
+    assert plain_events[-1] == "[DONE]"
+    assert not [e for e in plain_events if '"usage"' in e]
+    counted = [
+        httpx.Response(200, content=e).json()
+        for e in events(stream_options={"include_usage": True, "include_obfuscation": False})[:-1]
+    ]
+    assert [c["usage"] for c in counted[:-1]] == [None] * (len(counted) - 1)
+    assert counted[-1]["choices"] == []
+    assert counted[-1]["usage"]["completion_tokens"] == 6
+    assert ask(stream=False).headers["content-type"] == "application/json"
+    assert error_of(ask(stream_options={}))["param"] == "stream_options"
+    for wrong in (True, 0):
+        error = error_of(ask(stream=True, stream_options={"include_obfuscation": wrong}))
+        assert error["param"] == "stream_options.include_obfuscation"
+
+
+def test_stop_is_honoured(ask, plain):
+    stop = plain[2:4]
+    assert text_of(ask(stop=stop).json()) == plain[: plain.index(stop)]
+    assert text_of(ask(stop=["zzz", stop]).json()) == plain[: plain.index(stop)]
+    assert text_of(ask(stop=[]).json()) == plain
+
+
+def test_every_field_of_the_published_schema_is_here():
+    base = openai.types.chat.completion_create_params.CompletionCreateParamsBase
+    stream = openai.types.chat.completion_create_params.CompletionCreateParamsStreaming
+    assert set(FIELDS) - EXTENSIONS >= published(base) | published(stream)
+    options = openai.types.chat.ChatCompletionStreamOptionsParam
+    assert set(StreamOptions.model_fields) >= published(options)
+    for role in ("System", "Developer", "User", "Assistant", "Tool"):
+        message = getattr(openai.types.chat, f"ChatCompletion{role}MessageParam")
+        assert set(ChatMessage.model_fields) >= published(message)
+    answer = openai.types.chat.ChatCompletionMessage
+    assert set(ChatMessage.model_fields) >= set(answer.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stream", "true"),
+        ("stream", 1),
+        ("n", "2"),
+        ("n", True),
+        ("n", 1.5),
+        ("temperature", "0.5"),
+        ("temperature", True),
+        ("logprobs", 1),
+        ("logprobs", "yes"),
+        ("seed", "7"),
+        ("max_tokens", "8"),
+        ("model", 5),
+        ("stop", 5),
+        ("messages", "hello"),
+        ("messages", ["hello"]),
+        ("logit_bias", [1]),
+        ("stream_options", True),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_not_converted(ask, field, value):
+    error = error_of(ask(**{field: value}))
+    assert error["param"].split(".")[0] == field
+    assert error["code"] in ("invalid_type", "invalid_value")
+
+
+def test_a_number_without_a_fraction_is_whole(ask):
+    """JSON knows no integers apart from other numbers."""
+    answer = httpx.post(
+        str(ask(n=2.0).request.url), json=ANSWER | {"n": 2.0, "max_tokens": 3.0, "seed": 1.0}
+    )
+    assert len(answer.json()["choices"]) == 2
+
+
+@pytest.mark.parametrize("key", ["05", "+5", " 5", "1_0", "５", "-1", "x", "", "99999999999"])
+def test_a_key_of_logit_bias_is_a_token_id(ask, key):
+    assert error_of(ask(logit_bias={key: 1}))["param"] == "logit_bias"
+
+
+def test_an_unknown_field_is_refused_with_the_nearest_known_one(ask):
+    error = error_of(ask(temprature=1))
+    assert error["message"].endswith("(did you mean 'temperature'?)")
+    assert error["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize("field", ["adapter", "lora", "min_p", "echo"])
+def test_what_the_server_does_not_know_is_refused(ask, field):
+    assert error_of(ask(**{field: "x"}))["param"] == field
+    for name in ("m:x", "m/x", "../m", "M", ""):
+        answer = ask(model=name)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "model_not_found"
+
+
+def test_top_logprobs_of_none_needs_no_logprobs(ask, plain):
+    assert text_of(ask(top_logprobs=0).json()) == plain
+    assert error_of(ask(top_logprobs=1))["param"] == "top_logprobs"
+
+
+# ---- messages
+
+
+def test_an_answer_can_be_sent_back_as_the_client_dumps_it(address, ask):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client:
+        first = client.chat.completions.create(**ANSWER).choices[0].message
+        for replayed in (
+            first.model_dump(),
+            first.model_dump() | {"annotations": [], "tool_calls": []},
+            first,
+        ):
+            history = [*QUESTION, replayed, USER]
+            again = client.chat.completions.create(**ANSWER | {"messages": history})
+            plain = [*QUESTION, {"role": "assistant", "content": first.content}, USER]
+            alone = client.chat.completions.create(**ANSWER | {"messages": plain})
+            assert again.choices[0].message.content == alone.choices[0].message.content
+            assert again.usage == alone.usage
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("refusal", "no"),
+        ("annotations", [{"type": "url_citation"}]),
+        ("audio", {"id": "a"}),
+        ("function_call", {"name": "f", "arguments": "{}"}),
+        ("tool_calls", [{"id": "c", "type": "function", "function": {"name": "f"}}]),
+        ("tool_call_id", "c"),
+        ("weight", 0),
+    ],
+    ids=str,
+)
+def test_what_a_message_may_not_hold_is_refused_by_name(ask, field, value):
+    message = {"role": "assistant", "content": "x", field: value}
+    assert error_of(ask(messages=[USER, message, USER]))["param"] == f"messages.1.{field}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "images are not supported"),
+        (
+            [{"type": "text", "text": "x"}, {"type": "input_audio", "input_audio": {}}],
+            "part 1 of the content is of type 'input_audio': audio is not supported",
+        ),
+        ([{"type": "file", "file": {}}], "files are not supported"),
+        ([{"type": "text"}], "part 0 of the content is not text"),
+        ([{"type": "text", "text": None}], "part 0 of the content is not text"),
+        (["x"], "part 0 of the content is not text"),
+        ([{"type": ["text"], "text": "x"}], "part 0 of the content is not text"),
+        ([{"type": "text", "text": "x", "colour": 1}], "has the field 'colour'"),
+        (None, "the content is null or missing"),
+        (5, "the content is of another type"),
+        ({"type": "text", "text": "x"}, "the content is of another type"),
+    ],
+    ids=str,
+)
+def test_content_that_is_not_text_is_refused_by_what_it_is(ask, content, message):
+    error = error_of(ask(messages=[USER, {"role": "user", "content": content}]))
+    assert error["param"] == "messages.1.content"
+    assert message in error["message"]
+
+
+def test_content_takes_its_other_forms(ask):
+    def prompt(*messages):
+        answer = ask(messages=[*messages, USER], max_tokens=1)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["usage"]["prompt_tokens"]
+
+    parts = [
+        {"type": "text", "text": "hel"},
+        {"type": "text", "text": "lo", "prompt_cache_breakpoint": None},
+    ]
+    hello = prompt({"role": "user", "content": "hello"})
+    assert prompt({"role": "user", "content": parts}) == hello
+    empty = prompt({"role": "assistant", "content": ""})
+    assert prompt({"role": "assistant", "content": None}) == empty
+    assert prompt({"role": "assistant"}) == empty
+    system = prompt({"role": "system", "content": "hello"})
+    assert prompt({"role": "developer", "content": parts}) == system
+
+
+# ---- limits
 
 
 @pytest.fixture(scope="module")
@@ -14,11 +394,19 @@ def large(tiny_tokenizer):
     return LLM(model=build_tiny(vocab_size=5000), tokenizer=tiny_tokenizer, source="")
 
 
+@pytest.fixture(scope="module")
+def large_address(large):
+    with running({"m": large}) as address:
+        yield address
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "message"),
     [
         ({"top_k": 2**63}, 400, "top_k: Input should be less than or equal to 2147483647"),
         ({"top_k": 2**31 - 1}, 200, ""),
+        ({"top_k": -1}, 200, ""),
+        ({"top_k": -2}, 400, "top_k"),
         ({"logit_bias": {str(2**63): 1}}, 400, "logit_bias"),
         ({"top_p": 1e-50}, 200, ""),
         ({"stop": "0123456789abcdefg"}, 200, ""),
@@ -28,15 +416,16 @@ def large(tiny_tokenizer):
         ({"stop": "x" * 1001}, 400, "stop.0: String should have at most 1000 characters"),
         ({"stop": ["a", ""]}, 400, "stop.1: String should have at least 1 character"),
         ({"stop": 5}, 400, "stop: Input should be a valid list"),
+        ({"seed": 2**63}, 400, "seed"),
+        ({"seed": -(2**63)}, 200, ""),
     ],
     ids=str,
 )
 def test_values_at_their_limits_are_honoured_and_beyond_them_refused(
-    large, changes, status, message
+    large_address, changes, status, message
 ):
     body = {"model": "m", "messages": QUESTION, "max_tokens": 2} | changes
-    with running({"m": large}) as address:
-        answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+    answer = httpx.post(f"{large_address}/v1/chat/completions", json=body)
     assert answer.status_code == status
     assert message in answer.text
 

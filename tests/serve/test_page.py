@@ -97,8 +97,21 @@ def address(tiny_model, tiny_tokenizer):
         yield address
 
 
-def test_a_question_in_the_address_is_answered_by_both_models(address, tmp_path):
+PRESS_ENTER = (
+    "document.querySelector('#question').dispatchEvent("
+    "new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, cancelable: true}))"
+)
+
+
+def test_a_question_in_the_address_fills_the_box_and_is_sent_by_the_user_alone(address, tmp_path):
     with opened(f"{address}/?q=hello&models=base,tuned&lang=en", tmp_path) as page:
+        page.wait_for("document.querySelector('#model-0')?.value === 'base'")
+        assert page.evaluate("document.querySelector('#question').value") == "hello"
+        time.sleep(0.5)
+        assert page.evaluate("document.querySelectorAll('.question, .reply').length") == 0
+        asked = "performance.getEntriesByType('resource').map(e => new URL(e.name).pathname)"
+        assert "/v1/chat/completions" not in page.evaluate(asked)
+        page.evaluate(PRESS_ENTER)
         page.wait_for("document.querySelectorAll('.reply[data-state=done]').length === 2")
         texts = page.evaluate("[...document.querySelectorAll('.reply')].map(r => r.dataset.model)")
         assert texts == ["base", "tuned"]
@@ -116,9 +129,9 @@ def test_a_typed_question_is_sent_by_enter_and_markup_stays_text(address, tmp_pa
         assert page.evaluate("document.documentElement.lang").startswith("zh")
         page.evaluate(
             "(() => { const q = document.querySelector('#question'); q.value = '<b>hi</b>';"
-            "q.dispatchEvent(new Event('input', {bubbles: true}));"
-            "q.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, cancelable: true})) })()"
+            "q.dispatchEvent(new Event('input', {bubbles: true})) })()"
         )
+        page.evaluate(PRESS_ENTER)
         page.wait_for("document.querySelectorAll('.reply[data-state=done]').length === 1")
         assert page.evaluate("document.querySelector('.question').textContent") == "<b>hi</b>"
         assert page.evaluate("document.querySelector('.question b')") is None

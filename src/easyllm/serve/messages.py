@@ -9,7 +9,12 @@ from pydantic_core import PydanticCustomError
 
 from easyllm.serve.treatment import Neutral, Refused, Strict
 
-_PARTS = {"image_url": "images", "input_audio": "audio", "file": "files", "refusal": "refusals"}
+_PARTS = {
+    "image_url": "images are",
+    "input_audio": "audio is",
+    "file": "files are",
+    "refusal": "refusals are",
+}
 """What the published schema knows besides text."""
 _CONTENT_SCHEMA = {
     "anyOf": [
@@ -94,7 +99,7 @@ def _check_part(number: int, part: Any) -> None:
     here = f"part {number} of the content"
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(kind, str) and kind in _PARTS:
-        raise _mistake(f"{here} is of type {kind!r}: {_PARTS[kind]} are not supported; send text")
+        raise _mistake(f"{here} is of type {kind!r}: {_PARTS[kind]} not supported; send text")
     if kind != "text" or not isinstance(part.get("text"), str):
         raise _mistake(f'{here} is not text; send {{"type": "text", "text": "..."}}')
     extra = [name for name in part if name not in ("type", "text") and part[name] is not None]

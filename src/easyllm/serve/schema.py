@@ -4,7 +4,15 @@ honoured, accepted where it changes nothing (`Neutral`), or refused by name (`Re
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
 from easyllm.engine.request import (
@@ -33,6 +41,14 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _off(value: bool) -> bool:
+    """False; a Literal would take 0 for it."""
+    if value:
+        raise ValueError("must be false")
+    return value
+
+
+Off = Annotated[bool, AfterValidator(_off), WithJsonSchema({"const": False})]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 NewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), BeforeValidator(_whole)]
 TopK = Annotated[int, Field(ge=-1, le=MAX_COUNT), BeforeValidator(_whole)]
@@ -50,9 +66,7 @@ class StreamOptions(Strict):
     """`stream_options`."""
 
     include_usage: bool | None = None
-    include_obfuscation: Annotated[
-        Literal[False] | None, Neutral("false", "chunks are not padded")
-    ] = None
+    include_obfuscation: Annotated[Off | None, Neutral("false", "chunks are not padded")] = None
 
 
 class TextFormat(Strict):
@@ -129,7 +143,7 @@ class ChatRequest(Strict):
         Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None,
         Neutral('["text"]', "audio is not supported"),
     ] = None
-    store: Annotated[Literal[False] | None, Neutral("false", "answers are not stored")] = None
+    store: Annotated[Off | None, Neutral("false", "answers are not stored")] = None
     verbosity: Annotated[
         Literal["medium"] | None, Neutral('"medium"', "models here have no such setting")
     ] = None
