@@ -22,9 +22,11 @@ QUESTION = [{"role": "user", "content": "hello"}]
 
 
 @contextmanager
-def running(models, **options):
-    """A server on a free loopback port; yields its address."""
+def running(models, *, send_buffer=None, **options):
+    """A server on a free loopback port; yields its address. `send_buffer`: bytes the kernel takes for a slow client."""
     listener = bind("127.0.0.1", 0)
+    if send_buffer is not None:  # what is accepted takes it over
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = build_server(models, **options)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -49,7 +49,9 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
     """
     check_key(api_key)
     with_key = api_key is not None
-    services = {name: EngineService(name, llm) for name, llm in models.items()}
+    # an engine runs in one thread, whatever number of names it is served by
+    engines = {id(llm): EngineService(name, llm) for name, llm in models.items()}
+    services = {name: engines[id(llm)] for name, llm in models.items()}
     created = int(time.time())
     entries = {
         name: ModelEntry(id=name, created=created, max_model_len=_most_tokens(llm))
@@ -59,13 +61,13 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        for service in services.values():
+        for service in engines.values():
             service.close()
 
     app = FastAPI(
         title="Easyllm", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    app.state.services = services
+    app.state.services = list(engines.values())
     app.add_exception_handler(APIError, on_api_error)
     app.add_exception_handler(RoutingError, on_routing_error)
     app.add_exception_handler(Exception, on_exception)
@@ -155,7 +157,7 @@ def build_server(
     )
 
     def end_requests() -> None:
-        for service in app.state.services.values():
+        for service in app.state.services:
             service.end(ServerEnding("the server is ending; try again later"))
 
     return BoundedServer(config, limits=limits, end_requests=end_requests)
