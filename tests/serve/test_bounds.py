@@ -222,8 +222,7 @@ def test_what_is_still_being_prepared_is_ended_too(llm, monkeypatch):
     ids=["nothing", "line", "body", "chunk"],
 )
 def test_a_request_that_does_not_arrive_does_not_keep_the_server(llm, sent):
-    long = ServeLimits(read_timeout_s=60, drain_timeout_s=0.6)
-    with ended(llm, long) as (address, end), connected(address) as raw:
+    with ended(llm, ServeLimits(drain_timeout_s=60)) as (address, end), connected(address) as raw:
         raw.sendall(sent)
         time.sleep(0.2)
         assert end() < MARGIN_S
@@ -244,7 +243,8 @@ def test_the_command_ends_at_sigterm_whatever_a_client_does(tiny_folder):
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     listener.close()
-    words = ["serve", f"m={tiny_folder}", "--port", str(port), "--drain-timeout", "0.5"]
+    words = ["serve", f"m={tiny_folder}", "--port", str(port)]
+    words += ["--read-timeout", "60", "--write-timeout", "60", "--drain-timeout", "60"]
     process = subprocess.Popen(
         [sys.executable, "-m", "easyllm", *words],
         stderr=subprocess.PIPE,
@@ -259,7 +259,7 @@ def test_the_command_ends_at_sigterm_whatever_a_client_does(tiny_folder):
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=20)
-            assert time.monotonic() - began < 0.5 + MARGIN_S
+            assert time.monotonic() - began < MARGIN_S
             assert answer_on(raw)[0] == 503
         assert b"Traceback" not in process.stderr.read()
     finally:

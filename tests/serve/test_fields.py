@@ -1,6 +1,7 @@
 """The fields of a request: honoured up to their limits, accepted where they change nothing, refused by name."""
 
 import typing
+from pathlib import Path
 
 import httpx
 import openai
@@ -241,6 +242,13 @@ def test_every_field_of_the_published_schema_is_here():
     assert set(ChatMessage.model_fields) >= set(answer.model_fields)
 
 
+def test_every_field_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    listed = {word.strip(" `") for row in rows for word in row.split(",")}
+    assert set(FIELDS) <= listed
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -284,8 +292,8 @@ def test_a_key_of_logit_bias_is_a_token_id(ask, key):
 
 
 def test_an_unknown_field_is_refused_with_the_nearest_known_one(ask):
-    error = error_of(ask(temprature=1))
-    assert error["message"].endswith("(did you mean 'temperature'?)")
+    error = error_of(ask(top_pp=1))
+    assert error["message"].endswith("(did you mean 'top_p'?)")
     assert error["code"] == "unknown_parameter"
 
 

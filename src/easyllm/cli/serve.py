@@ -46,7 +46,7 @@ def serve(
     ] = 60.0,
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests get to finish when it ends.")
-    ] = 30.0,
+    ] = 10.0,
     draft: Draft = None,
     dtype: Dtype = None,
     quantize: Quantize = None,

@@ -67,12 +67,17 @@ class BoundedProtocol(H11Protocol):
         """Answers what is not HTTP."""
         self._refuse(400, "the request is not valid HTTP/1.1; check its headers")
 
+    def shutdown(self) -> None:
+        """The server is told to end: a request that has not arrived is not waited for."""
+        if self._begun:
+            self._refuse(503, "the server is ending; try again later")
+        else:
+            super().shutdown()
+
     def end(self) -> None:
-        """Closes a connection whose client keeps the server from ending; a running answer is the engine's to end."""
+        """Drops a client that does not read, and so keeps the server from ending; the engine ends a running answer."""
         if self.transport.is_closing() or self._writing is not None:
             self.transport.abort()
-        elif self._reading is not None:
-            self._refuse(503, "the server is ending; try again later")
 
     def _await_request(self) -> None:
         self._stop_reading()

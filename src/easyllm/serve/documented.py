@@ -33,7 +33,7 @@ def errors(*statuses: int, with_key: bool) -> dict[int | str, dict[str, Any]]:
 
 def chat_answers(*, with_key: bool) -> dict[int | str, dict[str, Any]]:
     """What the chat route answers: an object, a stream of events, or an error."""
-    events = {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}
+    events = {"example": "data: {...}\n\ndata: [DONE]\n\n"}
     answer = {
         "model": ChatCompletion,
         "description": "the answer, or with `stream` its pieces",

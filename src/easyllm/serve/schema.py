@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Field,
     ValidationError,
     WithJsonSchema,
@@ -33,6 +34,29 @@ MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20  # OpenAI's
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _STOP_SCHEMA: JsonDict = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_TOGETHER: JsonDict = {
+    "allOf": [
+        {
+            "anyOf": [
+                {"properties": {"max_tokens": {"type": "null"}}},
+                {"properties": {"max_completion_tokens": {"type": "null"}}},
+            ]
+        },
+        {
+            "anyOf": [
+                {"properties": {"stream_options": {"type": "null"}}},
+                {"properties": {"stream": {"const": True}}, "required": ["stream"]},
+            ]
+        },
+        {
+            "anyOf": [
+                {"properties": {"top_logprobs": {"enum": [None, 0]}}},
+                {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+            ]
+        },
+    ]
+}
+"""What `_fits_together` checks, for `/openapi.json`."""
 _NO_TOOLS = "tools are not supported"
 
 
@@ -83,6 +107,8 @@ class CacheOptions(Strict):
 
 class ChatRequest(Strict):
     """A chat request; `top_k` is an addition to OpenAI's fields, -1 and 0 take all tokens."""
+
+    model_config = ConfigDict(json_schema_extra=_TOGETHER)
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
