@@ -193,7 +193,15 @@ def chat(
         max_tokens=max_tokens,
         stop=stop,
     )
-    llm = load_llm(model, draft=draft, dtype=dtype, cache_gb=cache_gb)
+    llm = load_llm(
+        model,
+        draft=draft,
+        dtype=dtype,
+        quantize=quantize,
+        cache_gb=cache_gb,
+        cache_dtype=cache_dtype,
+        deterministic=deterministic,
+    )
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while True:
         try:

@@ -19,7 +19,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, config.intermediate_size, bias=config.bias)
         self.down_proj = Linear(config.intermediate_size, hidden_size, bias=config.bias)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:  # noqa: ARG002 - for mixtures
         """`x: [T, D]` → [T, D]."""
         return self.down_proj(self.activation(self.up_proj(x)))
 

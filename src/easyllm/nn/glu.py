@@ -19,7 +19,7 @@ class GLU(nn.Module):
         self.up_proj = Linear(hidden_size, width, bias=config.bias)
         self.down_proj = Linear(width, hidden_size, bias=config.bias)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:  # noqa: ARG002 - for mixtures
         """`x: [T, D]` → [T, D]; a token's result does not depend on `context`."""
         return self.run(x)
 

@@ -72,7 +72,7 @@ class NoRotation(nn.Module):
 
     terms: ScoreTerms | None = None
 
-    def rotate(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def rotate(self, x: Tensor, context: AttentionContext) -> Tensor:  # noqa: ARG002 - for rotations
         return x
 
 
@@ -340,7 +340,7 @@ class SinusoidalEmbedding(nn.Module):
 class NoEmbeddingPosition(nn.Module):
     """Adds nothing."""
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002 - for the others
         return x
 
 

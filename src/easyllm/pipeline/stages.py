@@ -159,7 +159,7 @@ def _convert(stage: ConvertStage, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _evaluate(stage: EvaluateStage, folder: Path) -> dict[str, Any]:
+def _evaluate(stage: EvaluateStage, _folder: Path) -> dict[str, Any]:
     llm = LLM(stage.model)
     return {
         name: evaluate_answers(llm, Path(path), max_tokens=stage.max_tokens).as_dict()

@@ -155,14 +155,14 @@ def ways_to_fit(config: ModelConfig, device_bytes: int, **setup: Any) -> list[Ch
     with each the memory it leaves; only changes that help."""
     before = estimate_training(config, **setup).total
     found = []
-    for what, changed in _changes(config, setup):
+    for what, changed in _changes(setup):
         total = estimate_training(config, **changed).total
         if total < before:
             found.append(Change(what, total, total <= device_bytes))
     return found
 
 
-def _changes(config: ModelConfig, setup: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _changes(setup: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     row = setup.get("row_tokens") or setup["micro_batch_tokens"]
     if setup["micro_batch_tokens"] > row:
         yield f"micro_batch_tokens={row}", setup | {"micro_batch_tokens": row}

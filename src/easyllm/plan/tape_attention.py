@@ -48,7 +48,7 @@ def _softmax_attention(
     )
     trained_bias = isinstance(mixer.position, T5Bias) and tape.work.trains_all
     if out.grad and (explicit or trained_bias):
-        _keep_products_written_out(tape, mixer, q, k, v)
+        _keep_products_written_out(tape, mixer, q, k)
     elif out.grad:
         tape.keep_all(q, k, v, out)
         tape.keep("log_normaliser", tokens * mixer.num_heads * FP32)
@@ -87,7 +87,7 @@ def _keep_masks(tape: Tape, mixer: AttentionConfig, out: Activation) -> Activati
 
 
 def _keep_products_written_out(
-    tape: Tape, mixer: AttentionConfig, q: Activation, k: Activation, v: Activation
+    tape: Tape, mixer: AttentionConfig, q: Activation, k: Activation
 ) -> None:
     """Queries, keys, values and weights in fp32, and what the kind of positions adds."""
     tokens, heads, dim = tape.work.tokens, mixer.num_heads, mixer.head_dim

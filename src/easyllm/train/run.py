@@ -122,7 +122,7 @@ def _run(
     peak: float | None,
 ) -> TrainResult:
     torch.manual_seed(config.seed)
-    totals, identity = Totals(), input_hashes(config, origin)
+    totals, identity = Totals(), input_hashes(origin)
     state = RunState(optimizer, material.loader, totals, identity | {"data": _joined(material)})
     arithmetic = build_arithmetic(config, model.config, model.device)
     resumed, messages = load_newest(output, state)

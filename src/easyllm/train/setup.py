@@ -161,7 +161,7 @@ def source_name(config: TrainConfig) -> str:
     return config.model if isinstance(config.model, str) else "scratch"
 
 
-def input_hashes(config: TrainConfig, origin: Origin) -> dict[str, str]:
+def input_hashes(origin: Origin) -> dict[str, str]:
     """What identifies the model and tokenizer of a run."""
     return {"model": origin.identity, "tokenizer": origin.tokenizer.fingerprint}
 
