@@ -159,7 +159,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
                 place_paths(stage, path.parent)
                 if stage.get("kind") in SEEDED:
                     stage.setdefault("seed", values.get("seed", 0))
-    return validate(Recipe, values, source=str(path))
+    return validate(Recipe, values, source=str(path), overrides=overrides)
 
 
 def load_train_recipe(path: Path, overrides: list[str]) -> TrainConfig:
@@ -168,7 +168,7 @@ def load_train_recipe(path: Path, overrides: list[str]) -> TrainConfig:
     if "stages" in values:
         raise ConfigError(f"{path} is a pipeline, not a training recipe; use: easyllm run {path}")
     place_paths(values, path.parent)
-    return validate(TrainConfig, values, source=str(path))
+    return validate(TrainConfig, values, source=str(path), overrides=overrides)
 
 
 def place_paths(values: dict[str, Any], folder: Path) -> None:
