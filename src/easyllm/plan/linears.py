@@ -124,7 +124,7 @@ def count_adapter_parameters(config: ModelConfig, lora: LoRAConfig) -> int:
     """Trained parameters: rank · (in + out) for every linear that carries an adapter (arXiv 2106.09685, section 4.2).
 
     Raises:
-        ConfigError: a target names no linear of the model.
+        ConfigError: a target names no linear of the model, or the rank is more than a matrix has.
     """
     linears = [x for layer in config.layers for x in layer_linears(layer, config.hidden_size)]
     known = {linear.name for linear in linears} - {ROUTER}
@@ -134,8 +134,22 @@ def count_adapter_parameters(config: ModelConfig, lora: LoRAConfig) -> int:
                 f"adapter target {target!r} names no linear of this model{suggest(target, known)}; "
                 f"use {ALL_LINEAR} or some of {', '.join(sorted(known))}"
             )
+    found = [linear for linear in linears if is_adapted(linear, lora)]
+    _check_rank(found, lora)
     return sum(
-        linear.copies * lora.rank * (linear.in_features + linear.out_features)
-        for linear in linears
-        if is_adapted(linear, lora)
+        linear.copies * lora.rank * (linear.in_features + linear.out_features) for linear in found
+    )
+
+
+def _check_rank(linears: list[LinearShape], lora: LoRAConfig) -> None:
+    """Refuses a rank that a matrix cannot have; only a gate of one output, which `all-linear` brings with it, may be given
+    more."""
+    most = {x.name: min(x.in_features, x.out_features) for x in linears if x.part != "router"}
+    least = min(most, key=most.__getitem__, default=None)
+    if least is None or lora.rank <= most[least]:
+        return
+    shape = next(f"{x.out_features} x {x.in_features}" for x in linears if x.name == least)
+    raise ConfigError(
+        f"adapter.rank={lora.rank} is more than the rank of {least}, {shape}, which is at most {most[least]}; "
+        f"lower adapter.rank, or leave {least} out of adapter.targets"
     )
