@@ -19,7 +19,7 @@ def quickstart(
     no_serve: Annotated[
         bool, typer.Option("--no-serve", help="End after the summary, without a server.")
     ] = False,
-    port: Annotated[int, typer.Option(help="Port of the chat page.")] = 8420,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the chat page.")] = 8420,
     json_output: JsonFlag = False,
 ) -> None:
     """Teach SmolLM2 facts it cannot know, see what changed, and chat with both models.
