@@ -63,10 +63,12 @@ def refuse_unwritable(target: Path) -> None:
         OutputError: the operating system refuses; what it says becomes the reason.
     """
     with output_errors(target):
+        if "\0" in str(target):
+            raise ValueError("embedded null byte")
         if len(os.fsencode(target.name)) > MAX_NAME_BYTES:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         folder = target.absolute()
-        while not folder.exists():
+        while not os.path.lexists(folder):  # which finds a link that leads nowhere, too
             folder = folder.parent
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
