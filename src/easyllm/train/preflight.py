@@ -14,6 +14,7 @@ from easyllm.core.progress import console, format_count, format_duration
 from easyllm.models import open_source
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
+from easyllm.ops.huge_memory import STEP_BUFFERS
 from easyllm.plan.compute import estimate_time, training_flops
 from easyllm.plan.linears import count_adapter_parameters
 from easyllm.plan.machine import matmul_rate
@@ -185,7 +186,7 @@ def _micro_batches(config: TrainConfig, material: Material) -> int:
 
 @contextmanager
 def memory_advice(config: TrainConfig) -> Iterator[None]:
-    """Answers running out of memory with what to lower."""
+    """Answers running out of memory with what to lower; frees the buffers that steps have cached at the end."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -200,3 +201,5 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
         if config.adapter is None:
             advice.append("train an adapter instead of every weight")
         raise ConfigError(f"out of memory; {', or '.join(advice)}") from None
+    finally:
+        STEP_BUFFERS.clear()
