@@ -103,6 +103,7 @@ def calls(tiny_folder, tmp_path_factory):
     out = folder / "out"
     return {
         "pull": ("smollm2",),
+        "plan": ("llama2-7b",),
         "convert": (tiny_folder, out),
         "merge": (tiny_folder, folder, out),
         "generate": (tiny_folder, "x"),

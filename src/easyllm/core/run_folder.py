@@ -1,4 +1,4 @@
-"""A run's folder belongs to one configuration, kept in `recipe.yaml`."""
+"""A run's folder belongs to one configuration, kept in `recipe.yaml`; the folder of the shipped recipes."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -12,6 +12,13 @@ from easyllm.core.config import dump_yaml, first_difference
 from easyllm.core.errors import OutputError
 
 RECIPE_FILE = "recipe.yaml"
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: inside a wheel, or next to `src` in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parents[1] / "recipes"
 
 
 def claim(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urljoin
@@ -139,12 +140,27 @@ def _cached_file(name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise SourceError(f"hub name {name!r} is not of the form org/name; write hf:org/name")
     from huggingface_hub import snapshot_download
 
+    return _fetched(name, lambda: snapshot_download(name, allow_patterns=HUB_PATTERNS))
+
+
+def hub_file(name: str, file: str) -> Path:
+    """One file of a hub model.
+
+    Raises:
+        SourceError: it cannot be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return _fetched(name, lambda: hf_hub_download(name, file))
+
+
+def _fetched(name: str, fetch: Callable[[], str]) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise SourceError(f"hub name {name!r} is not of the form org/name; write hf:org/name")
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(fetch())
     except Exception as error:  # the hub's client raises many kinds; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise SourceError(

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-import easyllm
 from easyllm.core.config import Config, apply_overrides, environment_overrides, read_yaml, validate
 from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.core.run_folder import recipes_folder
 from easyllm.data.corpus import CorpusParts, CorpusSource, place_sources
 from easyllm.tokenizer.train import TokenizerConfig
 from easyllm.train.config import TrainConfig
@@ -116,13 +116,6 @@ def resolve(stage: Config, products: Mapping[str, Path]) -> Config:
         return str(product / match[2] if match[2] else product)
 
     return type(stage).model_validate(_replaced(stage.model_dump(), REFERENCE, path_of))
-
-
-def recipes_folder() -> Path:
-    """Where the recipes that ship with the toolkit lie (inside a wheel, or beside `src` in a checkout)."""
-    package = Path(easyllm.__file__).parent
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parents[1] / "recipes"
 
 
 def find_recipe(name: str) -> Path:

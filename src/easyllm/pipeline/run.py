@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from easyllm.core.atomic import write_json
-from easyllm.core.config import Config
-from easyllm.core.errors import DataError
+from easyllm.core.config import Config, read_yaml
+from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.manifest import hash_file, hash_path, hash_value
 from easyllm.core.progress import console, format_duration
 from easyllm.core.run_folder import check_free, claim
@@ -32,7 +32,10 @@ from easyllm.pipeline.recipe import (
     Recipe,
     TokenizerStage,
     TrainStage,
+    find_recipe,
     is_reference,
+    load_recipe,
+    load_train_recipe,
     references,
     resolve,
 )
@@ -103,6 +106,32 @@ def check_recipe(recipe: Recipe) -> dict[str, RunPlan]:
         for name, stage in recipe.stages.items()
         if isinstance(stage, TrainStage) and not references(stage)
     }
+
+
+def plan_recipe(name: str, overrides: list[str]) -> dict[str, RunPlan]:
+    """The plan of a training recipe (as `train`), or of every training of a pipeline whose inputs are there, by stage.
+
+    Args:
+        name: a recipe's file, or one that is shipped.
+
+    Raises:
+        ConfigError: there is no training in it, or none that can be planned yet; otherwise as `train.dry_run`.
+    """
+    path = find_recipe(name)
+    values = read_yaml(path)
+    if "stages" not in values:
+        if "data" not in values and "sources" in values:
+            raise ConfigError(
+                f"{path} builds a corpus, which costs no training; use: easyllm data build {name} --dry-run"
+            )
+        return {"train": dry_run(load_train_recipe(path, overrides), None)}
+    stages = load_recipe(path, overrides).stages
+    trainings = {name: stage for name, stage in stages.items() if isinstance(stage, TrainStage)}
+    ready = {name: stage for name, stage in trainings.items() if not references(stage)}
+    if not ready:
+        later = f"; {', '.join(trainings)} needs what earlier stages make" if trainings else ""
+        raise ConfigError(f"{path} holds no training that can be planned now{later}")
+    return {name: dry_run(train_config(stage), None) for name, stage in ready.items()}
 
 
 def _keys(recipe: Recipe) -> dict[str, str]:

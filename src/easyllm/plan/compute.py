@@ -15,6 +15,9 @@ from easyllm.plan.pairs import Counting, visible_keys
 from easyllm.plan.tape import Product, Work, computed_again
 from easyllm.plan.trace import LayerTrace, trace_model
 
+USUAL_MFU = 0.45
+"""Share of the machine's rate a training run of ours reaches, for estimates of its time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flops:

@@ -40,6 +40,11 @@ class LinearShape:
         """Elements of all copies' matrices."""
         return self.copies * self.in_features * self.out_features
 
+    @property
+    def rank(self) -> int:
+        """The largest the matrix can have."""
+        return min(self.in_features, self.out_features)
+
 
 def mixer_linears(
     mixer: AttentionConfig | LinearAttentionConfig, width: int
@@ -144,12 +149,18 @@ def count_adapter_parameters(config: ModelConfig, lora: LoRAConfig) -> int:
 def _check_rank(linears: list[LinearShape], lora: LoRAConfig) -> None:
     """Refuses a rank that a matrix cannot have; only a gate of one output, which `all-linear` brings with it, may be given
     more."""
-    most = {x.name: min(x.in_features, x.out_features) for x in linears if x.part != "router"}
-    least = min(most, key=most.__getitem__, default=None)
-    if least is None or lora.rank <= most[least]:
-        return
-    shape = next(f"{x.out_features} x {x.in_features}" for x in linears if x.name == least)
-    raise ConfigError(
-        f"adapter.rank={lora.rank} is more than the rank of {least}, {shape}, which is at most {most[least]}; "
-        f"lower adapter.rank, or leave {least} out of adapter.targets"
-    )
+    full = [linear for linear in linears if linear.part != "router"]
+    least = min(full, key=lambda linear: linear.rank, default=None)
+    if least is not None and lora.rank > least.rank:
+        raise ConfigError(
+            f"adapter.rank={lora.rank} is more than the rank of {least.name}, {least.out_features} x "
+            f"{least.in_features}, which is at most {least.rank}; lower adapter.rank, or leave {least.name} out of "
+            "adapter.targets"
+        )
+
+
+def largest_rank(config: ModelConfig) -> int:
+    """The largest rank that adapters of all linears may have."""
+    width = config.hidden_size
+    linears = [x for layer in config.layers for x in layer_linears(layer, width)]
+    return min(linear.rank for linear in linears if linear.part != "router")

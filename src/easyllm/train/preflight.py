@@ -15,7 +15,7 @@ from easyllm.models import open_source
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.huge_memory import STEP_BUFFERS
-from easyllm.plan.compute import estimate_time, training_flops
+from easyllm.plan.compute import USUAL_MFU, estimate_time, training_flops
 from easyllm.plan.linears import count_adapter_parameters
 from easyllm.plan.machine import matmul_rate
 from easyllm.plan.memory import MemoryEstimate, estimate_training, ways_to_fit
@@ -24,9 +24,6 @@ from easyllm.train.config import TrainConfig
 from easyllm.train.material import Material
 from easyllm.train.optim_config import SGDConfig
 from easyllm.train.setup import Origin, build_model, compute_dtype
-
-USUAL_MFU = 0.45
-"""Share of the machine's rate a run of ours reaches, for the estimate of its time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
