@@ -1,11 +1,17 @@
 """Gated feed-forward: the block of a layer, and the expert of a mixture."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from easyllm.nn.config import GLUConfig
+from easyllm.nn.cost import Activation, CostTrace
 from easyllm.nn.linear import Linear, outputs_of
 from easyllm.ops.activation import gated
 from easyllm.ops.attention import AttentionContext
+
+KEEP_RESULT = ("relu", "sigmoid")
+"""Activations whose derivative is a function of their result, which is therefore what autograd keeps."""
 
 
 class GLU(nn.Module):
@@ -22,6 +28,36 @@ class GLU(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:  # noqa: ARG002 - for mixtures
         """`x: [T, D]` → [T, D]; a token's result does not depend on `context`."""
         return self.run(x)
+
+    def cost(
+        self,
+        trace: CostTrace,
+        x: Activation,
+        *,
+        rows: int | None = None,
+        copies: int = 1,
+        prefix: str = "",
+    ) -> Activation:
+        """Three products; of SiLU autograd keeps gate and up alone and computes the rest again.
+
+        Args:
+            rows: of `copies` experts together; by default a row a token.
+        """
+        run = partial(trace.linear, part="feed_forward", rows=rows, copies=copies, prefix=prefix)
+        gate = run(self.gate_proj, "gate_proj", x)
+        up = run(self.up_proj, "up_proj", x)
+        act = Activation(f"{prefix}act", gate.nbytes, gate.grad or up.grad)
+        if act.grad and self.activation == "silu":
+            trace.keep_all(gate, up)
+        elif act.grad:
+            if self.activation not in KEEP_RESULT:
+                trace.keep_all(gate)
+            trace.keep_all(Activation(f"{prefix}gate.act", act.nbytes, grad=True), up)
+        return run(self.down_proj, "down_proj", act)
+
+    def inner_elements(self, rows: int) -> int:
+        """Of the widest tensors that are there at once: gate, up and their product."""
+        return 3 * rows * self.gate_proj.out_features
 
     def run(self, x: Tensor) -> Tensor:
         """The same for any rows, as an expert is given them."""

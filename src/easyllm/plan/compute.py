@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, fields
 
 from easyllm.adapters.lora import LoRAConfig
 from easyllm.core.errors import ConfigError
-from easyllm.nn.config import AttentionConfig, ModelConfig
+from easyllm.nn.config import ModelConfig
+from easyllm.nn.cost import LayerTrace, Product, computed_again
+from easyllm.nn.pairs import Counting
 from easyllm.nn.recompute import Recompute
 from easyllm.plan.linears import count_adapter_parameters
-from easyllm.plan.pairs import Counting, visible_keys
-from easyllm.plan.tape import Product, Work, computed_again
-from easyllm.plan.trace import LayerTrace, trace_model
+from easyllm.plan.parts import layers_of, mixer_of
+from easyllm.plan.tape import Work
+from easyllm.plan.trace import trace_model
 
 USUAL_MFU = 0.45
 """Share of the machine's rate a training run of ours reaches, for estimates of its time."""
@@ -117,11 +119,7 @@ def forward_flops(
 def decode_flops(config: ModelConfig, context: int) -> Flops:
     """FLOPs of one more token of a sequence, the last of `context` tokens, with earlier keys and values in a cache."""
     alone = forward_flops(config, [1], counting="full")
-    extra = 0
-    for layer in config.layers:
-        mixer = layer.mixer
-        if isinstance(mixer, AttentionConfig):
-            extra += 4 * (visible_keys(mixer, context) - 1) * mixer.num_heads * mixer.head_dim
+    extra = sum(mixer_of(layer).cached_flops(context) for layer in layers_of(config))
     return alone + Flops(scores=extra)
 
 

@@ -3,11 +3,13 @@
 from dataclasses import asdict, dataclass
 
 from easyllm.core.errors import ConfigError
-from easyllm.nn.config import ModelConfig, MoEConfig
+from easyllm.nn.config import ModelConfig
+from easyllm.nn.cost import LinearShape
 from easyllm.ops.quantized_linear import packed_bytes
 from easyllm.plan.kv_cache import cache_size
-from easyllm.plan.linears import LinearShape, layer_linears, linear_weights
+from easyllm.plan.linears import layer_linears, linear_weights, model_linears
 from easyllm.plan.parameters import count_parameters
+from easyllm.plan.parts import feed_forward_of, inactive_experts, layers_of
 
 FP32, HALF = 4, 2
 QUANTIZED_BITS = {"int8": 8, "int4": 4}
@@ -72,21 +74,16 @@ def loaded_weight_bytes(
         scheme: `int8` or `int4`.
         read: count what decoding one token reads: the experts it passes, of an untied embedding nothing.
     """
-    width, idle = config.hidden_size, 0
-    linears: list[LinearShape] = []
-    for layer in config.layers:
-        found = layer_linears(layer, width)
-        linears += found
-        if read and isinstance(layer.feed_forward, MoEConfig):
-            experts = layer.feed_forward
-            share = experts.num_experts - experts.experts_per_token
-            idle += sum(
-                share * _one(linear, itemsize, scheme)
-                for linear in found
-                if linear.copies == experts.num_experts
+    linears, idle = model_linears(config), 0
+    if read:
+        for layer in layers_of(config):
+            idle += inactive_experts(layer) * sum(
+                _one(linear, itemsize, scheme)
+                for linear in layer_linears(layer)
+                if linear.copies > 1
             )
     count = count_parameters(config)
-    table = config.vocab_size * width
+    table = config.vocab_size * config.hidden_size
     rest = count.total - sum(linear.weights for linear in linears) - table
     total = sum(linear.copies * _one(linear, itemsize, scheme) for linear in linears)
     tied = config.tie_embeddings and config.num_labels is None
@@ -130,13 +127,8 @@ def estimate_inference(
         cache_itemsize: bytes of an element of the cache, scales included.
     """
     tokens = min(context, PREFILL_TOKENS) if prompt is None else prompt
-    widest = max(
-        (f.experts_per_token * f.expert.intermediate_size)
-        if isinstance(f := layer.feed_forward, MoEConfig)
-        else f.intermediate_size
-        for layer in config.layers
-    )
-    workspace = tokens * (2 * config.hidden_size * FP32 + 3 * widest * itemsize)
+    widest = max(feed_forward_of(layer).inner_elements(tokens) for layer in layers_of(config))
+    workspace = 2 * tokens * config.hidden_size * FP32 + widest * itemsize
     cache = cache_size(config, context=context, sequences=sequences, itemsize=cache_itemsize)
     return InferenceEstimate(
         weights=loaded_weight_bytes(config, itemsize, scheme),

@@ -17,17 +17,20 @@ import torch
 
 from easyllm.adapters.lora import LoRAConfig
 from easyllm.core.errors import ConfigError
-from easyllm.nn.config import LayerConfig, MLPConfig, ModelConfig, MoEConfig
+from easyllm.nn.config import ModelConfig
+from easyllm.nn.cost import FP32, Kept, LayerTrace, kept_bytes
+from easyllm.nn.decoder import DecoderLayer
 from easyllm.nn.recompute import Recompute
 from easyllm.ops.cross_entropy import even_chunks, rows_of_chunk
 from easyllm.plan.linears import (
     count_adapter_parameters,
     is_adapted,
-    layer_linears,
+    model_linears,
 )
 from easyllm.plan.parameters import count_parameters
-from easyllm.plan.tape import FP32, Kept, Work, kept_bytes
-from easyllm.plan.trace import LayerTrace, ModelTrace, trace_model
+from easyllm.plan.parts import feed_forward_of, layers_of
+from easyllm.plan.tape import Work
+from easyllm.plan.trace import ModelTrace, trace_model
 
 OptimizerKind = Literal["adamw", "muon", "sgd"]
 INT8_BLOCK, INT8_SMALLEST = 256, 4096
@@ -132,7 +135,7 @@ def estimate_training(
     state = _optimizer_state(config, work, trained, optimizer, int8=int8_state, momentum=momentum)
     activations = _activations(trace_model(config, work), recompute)
     in_loss, in_backward, left = _loss(config, work, device_type)
-    layer = max(_layer_workspace(layer, config, work) for layer in config.layers)
+    layer = max(_layer_workspace(layer, config, work) for layer in layers_of(config))
     update = _update_workspace(config, work, optimizer)
     steady = weights + state
     return MemoryEstimate(
@@ -243,7 +246,7 @@ def _head_shares_weight(config: ModelConfig) -> bool:
 
 def _trained_matrices(config: ModelConfig, work: Work) -> list[tuple[int, int]]:
     """Elements and copies of the matrices that are trained inside the layers."""
-    linears = [x for layer in config.layers for x in layer_linears(layer, config.hidden_size)]
+    linears = model_linears(config)
     if work.lora is None:
         return [(x.in_features * x.out_features, x.copies) for x in linears]
     rank = work.lora.rank
@@ -298,17 +301,11 @@ def _loss(config: ModelConfig, work: Work, device_type: str) -> tuple[int, int, 
     )
 
 
-def _layer_workspace(layer: LayerConfig, config: ModelConfig, work: Work) -> int:
+def _layer_workspace(layer: DecoderLayer, config: ModelConfig, work: Work) -> int:
     """Of a layer's backward pass: the residual stream's gradient twice in fp32, and the gradients of the feed-forward's
     inner widths, its widest tensors."""
-    forward, tokens = layer.feed_forward, work.tokens
-    rows, inner = tokens, forward
-    if isinstance(forward, MoEConfig):
-        rows, inner = tokens * forward.experts_per_token, forward.expert
-    assert not isinstance(inner, MoEConfig), "an expert is dense"
-    tensors = 2 if isinstance(inner, MLPConfig) else 3
-    widest = tensors * rows * inner.intermediate_size * work.itemsize
-    return 2 * tokens * config.hidden_size * FP32 + widest
+    widest = feed_forward_of(layer).inner_elements(work.tokens) * work.itemsize
+    return 2 * work.tokens * config.hidden_size * FP32 + widest
 
 
 def _update_workspace(config: ModelConfig, work: Work, optimizer: OptimizerKind) -> int:
