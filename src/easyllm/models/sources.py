@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin
 
 from easyllm.core.atomic import write_atomic
@@ -140,9 +141,7 @@ def _cached_file(name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return _fetched(name, lambda: snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    return _fetched(name, lambda hub: hub.snapshot_download(name, allow_patterns=HUB_PATTERNS))
 
 
 def hub_file(name: str, file: str) -> Path:
@@ -151,16 +150,17 @@ def hub_file(name: str, file: str) -> Path:
     Raises:
         SourceError: it cannot be fetched.
     """
-    from huggingface_hub import hf_hub_download
-
-    return _fetched(name, lambda: hf_hub_download(name, file))
+    return _fetched(name, lambda hub: hub.hf_hub_download(name, file))
 
 
-def _fetched(name: str, fetch: Callable[[], str]) -> Path:
+def _fetched(name: str, fetch: Callable[[Any], str]) -> Path:
+    """What the hub's client, which is only imported for a name that can be, has fetched."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise SourceError(f"hub name {name!r} is not of the form org/name; write hf:org/name")
+    import huggingface_hub
+
     try:
-        return Path(fetch())
+        return Path(fetch(huggingface_hub))
     except Exception as error:  # the hub's client raises many kinds; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise SourceError(

@@ -1,6 +1,6 @@
 """What a part's forward pass costs, stated next to it: the products it runs, and what autograd keeps of it.
 
-Every part has a method `cost(trace, x)` beside its `forward(x)`: it takes and gives an `Activation`, a tensor of which only
+Every part has a method `cost(trace, x)` next to its `forward(x)`: it takes and gives an `Activation`, a tensor of which only
 name, size and whether it has a gradient are known, and notes in the trace what `forward` would do. One trace gives both
 FLOPs and activations, so that the two cannot disagree on what runs. `plan/` sums traces; tests hold them against real models.
 

@@ -127,7 +127,7 @@ def return_freed_memory() -> None:
 
 
 def rooms_for(tensors: list[Tensor]) -> list[Tensor]:
-    """A place for each tensor, of its shape and dtype, one behind the other in large pages; their values are not set."""
+    """An empty tensor for each, of its shape and dtype, one after the other in large pages; values are not set."""
     sizes = [t.numel() * t.element_size() for t in tensors]
     strides = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
     parts = huge_empty((sum(strides),), torch.uint8).split(strides)

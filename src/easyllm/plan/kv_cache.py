@@ -54,7 +54,7 @@ class Rolling:
 
 
 def rolling_window(config: ModelConfig) -> Rolling | None:
-    """The widest window, and most sinks, of a model whose attention layers all have a causal window: what lies between the
+    """The widest window, and most sinks, of a model whose attention layers all have a causal window: what is between the
     two is never read again. None for other models."""
     mixers = [x.mixer for x in config.layers if isinstance(x.mixer, AttentionConfig)]
     windows = [m.window for m in mixers if m.window and m.causal]

@@ -51,7 +51,7 @@ def model_linears(config: ModelConfig) -> list[LinearShape]:
 
 
 def is_adapted(linear: LinearShape, lora: LoRAConfig | None) -> bool:
-    """Whether an adapter runs beside this linear; a router's product runs without one."""
+    """Whether this linear has an adapter; a router has none."""
     if lora is None or linear.name == ROUTER:
         return False
     return ALL_LINEAR in lora.targets or linear.name in lora.targets

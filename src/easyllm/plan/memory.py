@@ -109,7 +109,7 @@ def estimate_training(
     Args:
         micro_batch_tokens: packed tokens in one forward pass.
         row_tokens: of each sequence in it; by default it is one sequence.
-        micro_batches: forward passes a step; from the second on, gradients lie beside activations.
+        micro_batches: forward passes a step; from the second on, gradients are held next to activations.
         labelled: tokens with a loss; by default all.
         dtype: that products run in; weights of a narrower one than fp32 have fp32 masters.
         int8_state: whether AdamW keeps its moments in a byte each.
@@ -255,7 +255,7 @@ def _trained_matrices(config: ModelConfig, work: Work) -> list[tuple[int, int]]:
 
 
 def _activations(trace: ModelTrace, recompute: Recompute) -> int:
-    """Bytes kept at the end of the forward pass, and beside them one block's that is computed again."""
+    """Bytes kept at the end of the forward pass, and those of one block that is computed again."""
     kept = trace.shared_bytes + sum(_layer_kept(layer, recompute) for layer in trace.layers)
     match recompute:
         case "none":
@@ -276,7 +276,7 @@ def _layer_kept(layer: LayerTrace, recompute: Recompute) -> int:
 
 
 def _loss(config: ModelConfig, work: Work, device_type: str) -> tuple[int, int, int]:
-    """Bytes of the chunked cross-entropy: while it runs, while its gradients are scaled, and what is left behind that
+    """Bytes of the chunked cross-entropy: while it runs, while its gradients are scaled, and what is left after that
     until the embedding's own gradient arrives (`ops.cross_entropy`)."""
     if config.num_labels is not None:
         return 0, 0, 0
