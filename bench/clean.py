@@ -177,7 +177,7 @@ def our_side(name: str) -> Side:
     return keeps, verdict, {}
 
 
-def their_side(name: str) -> Side:
+def their_side(_name: str) -> Side:
     from importlib.metadata import version
 
     from datatrove.data import Document
@@ -228,7 +228,7 @@ def give_our_words(patterns: dict[str, str]) -> None:
             ends = [m.end() for m in sentence_break.finditer(text)]
             return list(zip([0, *ends], [*ends, len(text)], strict=True))
 
-    word_tokenizers.load_word_tokenizer = lambda language: Tokenizer
+    word_tokenizers.load_word_tokenizer = lambda _language: Tokenizer
 
 
 def read_texts(data: Path) -> list[str]:

@@ -118,7 +118,7 @@ class Step:
         k: torch.Tensor,
         v: torch.Tensor,
         rule: AttentionRule,
-        prefix_lengths: tuple[int, ...] | None = None,
+        prefix_lengths: tuple[int, ...] | None = None,  # noqa: ARG002 - a decoding step holds no prefix
     ) -> torch.Tensor:
         """What the decoder's attention asks of a store."""
         pages: list[Pages] = [self.keys[layer], self.values[layer]]

@@ -589,7 +589,7 @@ def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch, package
     for cached in (normalisation._fixer, normalisation._converter, language._detector):
         cached.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(EasyllmError, match=re.escape("pip install 'easyllm-stack[data]'")):
+    with pytest.raises(EasyllmError, match=re.escape("pip install '.[data]'")):
         use()
 
 

@@ -199,6 +199,60 @@ def test_precedence_is_defaults_file_environment_command_line(tmp_path, monkeypa
     assert rate("optimizer.learning_rate=5e-4") == 5e-4
 
 
+def mistake(tmp_path, monkeypatch, text, *words, **environment):
+    """What is said of a training recipe with these words and variables."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    path = write(tmp_path / "recipe.yaml", text)
+    with pytest.raises(ConfigError) as caught:
+        load_train_recipe(path, list(words))
+    return str(caught.value).replace(str(path), "FILE")
+
+
+MINE = "data: {train: [a]}\n"
+BLAME = {
+    "a key of the file": (MINE + "optimizer: {lr: 1}\n", (), {}, "FILE: unknown key"),
+    "a value of the file": (MINE + "epochs: none\n", ("seed=3",), {}, "FILE: epochs='none'"),
+    "a key of the command line": (MINE, ("optimizer.lr=1",), {}, "command line: unknown key"),
+    "a value of the command line": (MINE, ("epochs=none",), {}, "command line: epochs='none'"),
+    "a part of a value of the command line": (
+        *(MINE, ("adapter={rank: 0}",), {}, "command line: adapter.rank=0"),
+    ),
+    "a kind of the command line": (
+        *(MINE, ("optimizer.kind=adam",), {}, "command line: optimizer: kind 'adam' is unknown"),
+    ),
+    "what the command line leaves out": (
+        *(MINE, ("data.max_seq_len=4", "data.train=[]"), {}, "command line: data.train=[]"),
+    ),
+    "what the file leaves out": ("seed: 1\n", ("epochs=2",), {}, "FILE: missing key 'data'"),
+    "the environment": (
+        *(MINE, (), {"EASYLLM_SEED": "x"}, "environment variable EASYLLM_SEED: seed='x'"),
+    ),
+    "the environment, deeper": (
+        *(MINE, (), {"EASYLLM_OPTIMIZER__EPS": "x"}),
+        "environment variable EASYLLM_OPTIMIZER__EPS: optimizer.eps='x'",
+    ),
+    "values that do not go together": (
+        *(MINE, ("batch_tokens=4",), {}),
+        "FILE with batch_tokens changed: a step is measured in sequences or in tokens",
+    ),
+    "values inside that do not": (
+        *(MINE + "optimizer: {kind: sgd}\n", ("optimizer.nesterov=true",), {}),
+        "FILE with optimizer.nesterov changed: optimizer",
+    ),
+    "both": (
+        *(MINE + "epochs: none\n", ("sed=3",), {}),
+        "2 mistakes\n  - FILE: epochs='none'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BLAME.values(), ids=BLAME.keys())
+def test_a_mistake_is_blamed_on_who_made_it(tmp_path, monkeypatch, case):
+    text, words, environment, said = case
+    assert mistake(tmp_path, monkeypatch, text, *words, **environment).startswith(said)
+
+
 def test_the_environment_reaches_recipes(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").touch()
     monkeypatch.setenv("EASYLLM_OPTIMIZER__LEARNING_RATE", "1e-4")

@@ -1,24 +1,34 @@
 """Memory in large pages: shapes, dtypes, places that do not overlap, what is kept and when, machines without it."""
 
+import contextlib
 import mmap
 import threading
 
 import pytest
 import torch
 
-from easyllm.ops import huge_memory
-from easyllm.ops.huge_memory import ALIGNMENT, MOST_LEFT, SMALL, huge_empty, kept_empty, rooms_for
+from easyllm.ops.huge_memory import (
+    ALIGNMENT,
+    SMALL,
+    STEP_BUFFERS,
+    BufferCache,
+    cached_empty,
+    huge_empty,
+    rooms_for,
+)
+from easyllm.train import TrainConfig
+from easyllm.train.preflight import memory_advice
 
 
 @pytest.fixture
-def left(monkeypatch):
-    """What is kept, nothing at first."""
-    pieces: list[mmap.mmap] = []
-    monkeypatch.setattr(huge_memory, "_left", pieces)
-    return pieces
+def left():
+    """What is cached, nothing at first."""
+    STEP_BUFFERS.clear()
+    yield STEP_BUFFERS._free
+    STEP_BUFFERS.clear()
 
 
-@pytest.mark.parametrize("make", [huge_empty, kept_empty])
+@pytest.mark.parametrize("make", [huge_empty, cached_empty])
 @pytest.mark.parametrize("rows", [3, SMALL // 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_a_tensor_like_any_other(left, make, rows, dtype):
@@ -43,26 +53,26 @@ def test_rooms_do_not_overlap():
 
 
 def test_memory_is_taken_again_when_nobody_has_it_any_more(left):
-    first = kept_empty((SMALL,), torch.uint8)
+    first = cached_empty((SMALL,), torch.uint8)
     place, row = first.data_ptr(), first.view(torch.float32)[7:]
     del first
-    other = kept_empty((SMALL,), torch.uint8)  # while a view is alive
+    other = cached_empty((SMALL,), torch.uint8)  # while a view is alive
     row.fill_(1.0)
     other.fill_(0)
     assert (row == 1).all()
     assert not left
     del row
     assert len(left) == 1
-    again = kept_empty((SMALL // 128, 64), torch.bfloat16)
+    again = cached_empty((SMALL // 128, 64), torch.bfloat16)
     assert again.data_ptr() == place
-    assert kept_empty((SMALL,), torch.uint8).data_ptr() not in (place, other.data_ptr())
+    assert cached_empty((SMALL,), torch.uint8).data_ptr() not in (place, other.data_ptr())
 
 
 def test_a_gradient_that_waits_for_its_backward_pass_is_left_alone(left):
     class Kept(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, value):
-            saved = kept_empty((SMALL,), torch.float32).fill_(value)
+            saved = cached_empty((SMALL,), torch.float32).fill_(value)
             ctx.save_for_backward(saved)
             return x * value
 
@@ -78,11 +88,49 @@ def test_a_gradient_that_waits_for_its_backward_pass_is_left_alone(left):
 
 def test_what_is_of_no_use_is_not_kept(left):
     for size in (1, 3, 7, 15):
-        kept_empty((SMALL * size,), torch.uint8)
+        cached_empty((SMALL * size,), torch.uint8)
         assert [len(piece) for piece in left] == [SMALL * size]
-    tensors = [kept_empty((SMALL,), torch.uint8) for _ in range(MOST_LEFT + 3)]
+    tensors = [cached_empty((SMALL,), torch.uint8) for _ in range(STEP_BUFFERS.max_buffers + 3)]
     del tensors
-    assert len(left) <= MOST_LEFT
+    assert len(left) == STEP_BUFFERS.max_buffers
+
+
+def test_a_cache_holds_no_more_bytes_than_it_may():
+    cache = BufferCache(max_buffers=9, max_bytes=3 * SMALL)
+    tensors = [cached_empty((SMALL,), torch.uint8, cache) for _ in range(5)]
+    places = [tensor.data_ptr() for tensor in tensors]
+    assert cache.held_bytes == 0  # what is in use is not counted
+    while tensors:
+        del tensors[0]
+        assert cache.held_bytes <= 3 * SMALL
+    assert cache.held_bytes == 3 * SMALL
+    again = [cached_empty((SMALL,), torch.uint8, cache) for _ in range(3)]
+    assert {tensor.data_ptr() for tensor in again} == set(places[2:])  # the oldest were freed
+    larger = cached_empty((4 * SMALL,), torch.uint8, cache)
+    del larger
+    assert cache.held_bytes == 0
+
+
+def test_the_bound_is_a_part_of_the_machines_memory(monkeypatch):
+    monkeypatch.setattr("easyllm.ops.huge_memory.memory_total_bytes", lambda: 16 * SMALL)
+    cache = BufferCache(max_buffers=9)
+    tensors = [cached_empty((SMALL,), torch.uint8, cache) for _ in range(5)]
+    del tensors
+    assert cache.held_bytes == cache.max_bytes == 2 * SMALL
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_frees_what_its_steps_have_cached(left, fails):
+    def run():
+        with memory_advice(TrainConfig(data={"train": ["a"]})):
+            cached_empty((SMALL,), torch.uint8)
+            assert left
+            if fails:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        run()
+    assert not left
 
 
 def test_threads_do_not_share_memory(left):
@@ -90,7 +138,7 @@ def test_threads_do_not_share_memory(left):
 
     def work(value):
         for _ in range(300):
-            x = kept_empty((SMALL,), torch.uint8)
+            x = cached_empty((SMALL,), torch.uint8)
             x[::4096] = value
             if not (x[::4096] == value).all():
                 wrong.append(value)
@@ -103,7 +151,7 @@ def test_threads_do_not_share_memory(left):
     assert not wrong
 
 
-@pytest.mark.parametrize("make", [huge_empty, kept_empty])
+@pytest.mark.parametrize("make", [huge_empty, cached_empty])
 def test_systems_without_large_pages(left, monkeypatch, make):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     assert make((SMALL,), torch.uint8).numel() == SMALL

@@ -10,6 +10,7 @@ from easyllm.engine import engine as engine_module
 from easyllm.engine import llm as llm_module
 from easyllm.engine.kv_cache import KVCache
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
+from easyllm.models import ContextConfig
 from easyllm.models.families import family_of
 from easyllm.models.families.llama import SIZES
 from easyllm.models.load import OpenSource
@@ -120,3 +121,26 @@ def test_keys_may_be_kept_in_another_dtype(tiny_tokenizer, dtype):
         abs(x.raw - y.raw) for x, y in zip(a.prompt_logprobs, b.prompt_logprobs, strict=True)
     )
     assert 0 < worst < {"float32": 1e-4, "bfloat16": 1.0}[dtype]
+
+
+GIVEN = {
+    "dtype": "bfloat16",
+    "device": "cpu",
+    "context": ContextConfig(method="yarn"),
+    "quantize": "int4",
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_model_that_is_given_is_not_loaded_otherwise(tiny_tokenizer, name):
+    """It is the caller's: quantizing it would change it everywhere it is used."""
+    model = build_tiny()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=f"{name} would change the model that was given"):
+        LLM(model=model, tokenizer=tiny_tokenizer, **{name: GIVEN[name]})
+    assert not model.is_quantized
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(
+        ConfigError, match=r'quantize_weights\(model, "int8"\), which changes it in place'
+    ):
+        LLM(model=model, tokenizer=tiny_tokenizer, quantize="int8")

@@ -61,7 +61,7 @@ def test_the_backward_pass_of_linears_is_twice_the_forward(input_grad):
 
 def test_a_frozen_product_has_half_a_backward_pass():
     config, lora = config_of(), LoRAConfig(rank=4)
-    whole, thin = training_flops(config, (64,)), training_flops(config, (64,), lora=lora)
+    whole, thin = training_flops(config, (64,)), training_flops(config, (64,), adapter=lora)
     frozen = thin.backward.linears - thin.backward.adapters
     first = 2 * 64 * 32 * (64 + 32 + 32)
     assert frozen == whole.forward.linears - first

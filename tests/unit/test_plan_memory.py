@@ -9,10 +9,10 @@ from easyllm.adapters.lora import LoRAConfig
 from easyllm.core.errors import ConfigError
 from easyllm.data.packing import Sample, pack
 from easyllm.models.families import family_of
+from easyllm.nn.cost import Work, kept_bytes
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
 from easyllm.plan.memory import estimate_training, ways_to_fit
-from easyllm.plan.tape import Work, kept_bytes
 from easyllm.plan.trace import trace_model
 from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
@@ -67,15 +67,15 @@ def kept_by_autograd(model, batch):
     return sum(size for size, _ in storages.values())
 
 
-def kept_by_plan(config, dtype, lora=None):
+def kept_by_plan(config, dtype, adapter=None):
     work = Work(
         lengths=LENGTHS,
         labelled=sum(LENGTHS),
         itemsize=dtype.itemsize,
-        lora=lora,
-        input_grad=lora is None,
+        trains_all=adapter is None,
+        input_grad=adapter is None,
     )
-    trace = trace_model(config, work)
+    trace = trace_model(config, work, adapter)
     return trace.shared_bytes + sum(kept_bytes(layer.events) for layer in trace.layers)
 
 

@@ -446,7 +446,10 @@ def test_an_adapter_goes_the_whole_way(
         base_llm = LLM(
             model=load_model(folder, dtype="float32"), tokenizer=tiny_tokenizer, max_running=4
         )
-        expected = [llm.generate([PROMPTS[0]], GREEDY)[0], base_llm.generate([PROMPTS[0]], GREEDY)[0]]
+        expected = [
+            llm.generate([PROMPTS[0]], GREEDY)[0],
+            base_llm.generate([PROMPTS[0]], GREEDY)[0],
+        ]
         assert [m.token_ids for m in mixed] == [e.token_ids for e in expected]
         with pytest.raises(ConfigError, match="'other', which is not served"):
             two.generate([PROMPTS[0]], GREEDY, adapter="other")
@@ -588,12 +591,16 @@ def test_a_checkpoint_of_an_unknown_format_or_setting_is_refused(tiny_folder, tm
     lost = "model.layers.1.mlp.up_proj.weight_scale"
     from safetensors.torch import save_file
 
-    save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "out" / "model.safetensors")
+    save_file(
+        {n: t for n, t in tensors.items() if n != lost}, tmp_path / "out" / "model.safetensors"
+    )
     with pytest.raises(CheckpointError, match=lost):
         load_model(tmp_path / "out")
 
 
-@pytest.mark.parametrize("adapter", [None, {"kind": "lora", "rank": 2}, ADAPTERS["test_weight_norm"]])
+@pytest.mark.parametrize(
+    "adapter", [None, {"kind": "lora", "rank": 2}, ADAPTERS["test_weight_norm"]]
+)
 def test_an_objective_goes_the_whole_way(adapter, rows, tiny_folder, tmp_path, monkeypatch):
     config = run_config(
         rows,

@@ -15,6 +15,7 @@ import pytest
 
 from easyllm.core.errors import CheckpointError, SourceError
 from easyllm.models import load_model, sources
+from easyllm.models.describe import describe
 from easyllm.models.sources import KNOWN_MODELS, PackagedModel, locate, pull
 
 MEMBER = "fake_model/fake.gguf"
@@ -176,6 +177,18 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
         SourceError, match=r"cannot fetch 'org/name' from the hub \(no route to host\)"
     ):
         locate("hf:org/name")
+
+
+def test_of_a_hub_model_to_describe_only_its_configuration_is_fetched(monkeypatch, tiny_folder):
+    asked = []
+
+    def fetch(name, file):
+        asked.append((name, file))
+        return str(tiny_folder / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    assert describe("hf:org/name").num_layers == 2
+    assert asked == [("org/name", "config.json")]
 
 
 def test_a_model_not_pulled_yet_says_how_to_pull_it(cache):

@@ -446,7 +446,7 @@ def test_a_missing_package_is_named_with_its_extra_before_any_work(
         if module.split(".")[0] == package:
             monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / name).write_bytes(b"<p>x")
-    with pytest.raises(ConfigError, match=rf"{package}; pip install 'easyllm-stack\[data\]'"):
+    with pytest.raises(ConfigError, match=rf"{package}; .*pip install '\.\[data\]'"):
         list_splits("s", SourceConfig(paths=str(tmp_path)))
 
 

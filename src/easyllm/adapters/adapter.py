@@ -14,20 +14,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from easyllm.core.config import Config
 from easyllm.core.errors import CheckpointError
 from easyllm.core.kinds import Kinds
 from easyllm.nn.config import ModelConfig
+from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseProduct
 from easyllm.nn.virtual_tokens import ModelAdapter
 
 if TYPE_CHECKING:
     from easyllm.adapters.adapter_set import AdapterSet
-    from easyllm.nn.cost import Activation, LinearShape, Tape
 
 ALL_LINEAR = "all-linear"
 
@@ -49,13 +48,33 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, base: BaseProduct) -> Tensor:
         raise NotImplementedError
 
-    def reset_parameters(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: Generator) -> None:
         """Values to start from: the adapted layer gives what the base gives."""
         raise NotImplementedError
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias [out] of a plain linear that gives the same, in fp32 like these."""
         raise NotImplementedError
+
+    def cost(
+        self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str
+    ) -> None:
+        """Notes in the trace what `forward` runs and keeps besides the base's product. This one takes every matrix for a
+        product with all rows; a method that does something else states it.
+
+        Args:
+            linear: the adapted layer, or one of several alike that share the rows.
+            x: its input; name: prefix of the names of what is kept.
+        """
+        trace.keep_all(x)
+        for own, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            flops = 2 * rows * parameter.numel()
+            trace.product("adapters", flops, flops * (1 + x.grad))
+            inner = min(parameter.shape[0], parameter.shape[1])
+            trace.keep(f"{name}.{own}.inner", rows * inner * trace.work.itemsize)
+            trace.keep(f"{name}.{own}", trace.cast_bytes(parameter.numel() * linear.copies))
 
     def file_tensors(self) -> Mapping[str, nn.Parameter]:
         """Its parameters by what follows the linear's name in peft's file (`lora_A.weight`)."""
@@ -90,7 +109,7 @@ class AdapterConfig(Config):
         """The adapter of a whole model, its values not set."""
         raise NotImplementedError
 
-    def unsupported_reason(self, format: str) -> str | None:
+    def unsupported_reason(self, format: str) -> str | None:  # noqa: ARG002 - for methods
         """Why the method does not work on weights of a storage format; None if it does."""
         return None
 
@@ -98,23 +117,27 @@ class AdapterConfig(Config):
         """Why the result cannot be merged into the weights; None if it can."""
         return None
 
-    def num_parameters(self, name: str, in_features: int, out_features: int) -> int:
-        """Trained parameters of one linear's adapter."""
-        with torch.device("meta"):
-            adapter = self.build(name, in_features, out_features)
-        return sum(parameter.numel() for parameter in adapter.parameters())
+    def check(self, name: str, in_features: int, out_features: int) -> None:
+        """Refuses a linear that a fresh adapter makes no sense for.
 
-    def record(
-        self, tape: "Tape", linear: "LinearShape", x: "Activation", rows: int, name: str
-    ) -> None:
-        """Notes the products that run besides the base's and the tensors kept for the backward pass."""
+        Raises:
+            ConfigError: with the linear's name.
+        """
 
-    def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:
+    def differs_by_layer(self) -> bool:
+        """Whether layers of the same shape may have different adapters."""
+        return any(target.startswith("layers.") for target in self.targets)
+
+    def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:  # noqa: ARG002 - for methods
         """The method's own keys of `adapter_config.json`; `modules` are the adapted linears: our names → the file's."""
         return {}
 
     @classmethod
-    def from_peft(cls, description: Mapping[str, Any], modules: Mapping[str, "FileModule"]) -> Self:
+    def from_peft(
+        cls,
+        description: Mapping[str, Any],  # noqa: ARG003 - for methods with keys of their own
+        modules: Mapping[str, "FileModule"],
+    ) -> Self:
         """The configuration that describes a file's adapters, with `targets` naming exactly `modules`.
 
         Raises:

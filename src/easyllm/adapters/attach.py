@@ -33,6 +33,9 @@ def attach(
     """
     model.requires_grad_(False)
     names = tuple(dict.fromkeys((*config.also_trained, *also_trained)))
+    if config.level == "linear":
+        for full_name, linear in target_linears(model, config):
+            config.check(full_name, linear.in_features, linear.out_features)
     adapters = place(model, config, whole=names)
     generator = torch.Generator().manual_seed(seed)
     for _, adapter in adapters.linears.values():

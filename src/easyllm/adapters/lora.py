@@ -8,7 +8,7 @@ the base model exactly.
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule, register_adapter
 from easyllm.adapters.peft_keys import check_keys, first_match
-from easyllm.core.errors import CheckpointError
+from easyllm.core.errors import CheckpointError, ConfigError
+from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseProduct
+from easyllm.nn.moe import ROUTERS
 from easyllm.ops.deterministic import tiled_linear
-
-if TYPE_CHECKING:
-    from easyllm.nn.cost import Activation, LinearShape, Tape
 
 
 class LoRAConfig(AdapterConfig):
@@ -60,26 +59,18 @@ class LoRAConfig(AdapterConfig):
             dropout=self.dropout,
         )
 
-    def num_parameters(self, name: str, in_features: int, out_features: int) -> int:
-        return self.rank_of(name) * (in_features + out_features)
+    def check(self, name: str, in_features: int, out_features: int) -> None:
+        rank, most = self.rank_of(name), min(in_features, out_features)
+        # the few outputs of a router come along with all-linear
+        if rank > most and not name.endswith(ROUTERS):
+            raise ConfigError(
+                f"adapter.rank={rank} is more than the rank of {name}, {out_features} x {in_features}, which is at most "
+                f"{most}; lower adapter.rank, or leave {name.rsplit('.', 1)[-1]} out of adapter.targets"
+            )
 
-    def record(
-        self, tape: "Tape", linear: "LinearShape", x: "Activation", rows: int, name: str
-    ) -> None:
-        rank = self.rank_of(linear.full_name)
-        if self.dropout:
-            if x.grad:
-                tape.keep(f"{name}.noise", x.nbytes)
-            x = type(x)(f"{name}.dropped", x.nbytes, x.grad)
-        down, up = 2 * rows * linear.in_features * rank, 2 * rows * rank * linear.out_features
-        cast = tape.cast_bytes(rank * linear.copies)
-        tape.keep_all(x)
-        if x.grad:
-            tape.keep(f"{name}.lora_A", cast * linear.in_features)
-        tape.product("adapters", down, down * (1 + x.grad))
-        tape.keep(f"{name}.inner", tape.made_bytes(rows, rank))
-        tape.keep(f"{name}.lora_B", cast * linear.out_features)
-        tape.product("adapters", up, 2 * up)
+    def differs_by_layer(self) -> bool:
+        names = (*self.targets, *self.rank_pattern, *self.alpha_pattern)
+        return any(name.startswith("layers.") for name in names)
 
     def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:
         ranks = {theirs: self.rank_of(ours) for ours, theirs in modules.items()}
@@ -203,6 +194,25 @@ class LoRA(Adapter):
     def delta(self) -> Tensor:
         """[out, in] fp32: what merging adds to the weight."""
         return (self.lora_B.float() @ self.lora_A.float()) * self.scale
+
+    def cost(
+        self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str
+    ) -> None:
+        """x Aᵀ, then Bᵀ added to the base's output; A and B are cast to the dtype of x."""
+        rank = len(self.lora_A)
+        if self.dropout is not None:
+            if x.grad:
+                trace.keep(f"{name}.noise", x.nbytes)
+            x = Activation(f"{name}.dropped", x.nbytes, x.grad)
+        down, up = 2 * rows * linear.in_features * rank, 2 * rows * rank * linear.out_features
+        cast = trace.cast_bytes(rank * linear.copies)
+        trace.keep_all(x)
+        if x.grad:
+            trace.keep(f"{name}.lora_A", cast * linear.in_features)
+        trace.product("adapters", down, down * (1 + x.grad))
+        trace.keep(f"{name}.inner", rows * rank * trace.work.itemsize)
+        trace.keep(f"{name}.lora_B", cast * linear.out_features)
+        trace.product("adapters", up, 2 * up)
 
     def file_tensors(self) -> Mapping[str, nn.Parameter]:
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}

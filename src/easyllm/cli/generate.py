@@ -69,10 +69,10 @@ def generate(
         float, typer.Option(help="With --beams: the exponent of the length in a hypothesis' score.")
     ] = 1.0,
     rope: Rope = None,
-    rope_factor: RopeFactor = 4.0,
+    rope_factor: RopeFactor = None,
     logn: LogN = False,
     window: Window = None,
-    sinks: Sinks = 4,
+    sinks: Sinks = None,
     draft: Draft = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -102,6 +102,8 @@ def generate(
 
         easyllm generate smollm2 "Once upon a time" --rope streaming --window 1020 --max-tokens 20000
     """
+    from easyllm.core.errors import ConfigError
+
     params = sampling_params(
         temperature=temperature,
         top_k=top_k,
@@ -120,6 +122,8 @@ def generate(
         best_of=best_of,
         logprobs=logprobs,
     )
+    if logprobs is not None and not json_output:
+        raise ConfigError("--logprobs is part of the JSON; give --json, too")
     beam_params = _beam_params(beams, length_penalty, params)
     llm = load_llm(
         model,
@@ -193,7 +197,15 @@ def chat(
         max_tokens=max_tokens,
         stop=stop,
     )
-    llm = load_llm(model, draft=draft, dtype=dtype, cache_gb=cache_gb)
+    llm = load_llm(
+        model,
+        draft=draft,
+        dtype=dtype,
+        quantize=quantize,
+        cache_gb=cache_gb,
+        cache_dtype=cache_dtype,
+        deterministic=deterministic,
+    )
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while True:
         try:

@@ -5,6 +5,7 @@ A user's mistake is one sentence on standard error and exit code 2; `--debug` sh
 
 import os
 import sys
+from contextlib import suppress
 
 import typer
 
@@ -15,6 +16,7 @@ from easyllm.cli import (
     generate,
     machine,
     models,
+    plan,
     run,
     serve,
     tokenizer,
@@ -36,6 +38,7 @@ for group in (
     data,
     tokenizer,
     models,
+    plan,
     verify,
     compare,
     train,
@@ -54,7 +57,10 @@ def main() -> None:
     from easyllm.core.errors import EasyllmError
 
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a full disk is reported now, not while Python ends
     except EasyllmError as error:
         if debug:
             raise
@@ -64,12 +70,25 @@ def main() -> None:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(141)
     except Exception as error:
         if debug:
             raise
+        from easyllm.core.atomic import os_error_sentence
+
+        sentence = os_error_sentence(error) if isinstance(error, OSError) else None
+        if sentence is not None:
+            sys.stderr.write(f"error: {sentence}\n")
+            _discard_output()
+            sys.exit(EasyllmError.exit_code)
         sys.stderr.write(
             f"internal error: {type(error).__name__}: {error}\n(run again with --debug for the traceback)\n"
         )
         sys.exit(1)
+
+
+def _discard_output() -> None:
+    """What is left in standard output's buffer goes nowhere: Python would try to write it once more at its end."""
+    with suppress(OSError, ValueError):  # not a file (captured output), or closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

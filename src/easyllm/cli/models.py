@@ -16,14 +16,20 @@ Rope = Annotated[
         metavar="METHOD",
     ),
 ]
-RopeFactor = Annotated[float, typer.Option(help="How many times the trained length.")]
+RopeFactor = Annotated[
+    float | None,
+    typer.Option(help="With --rope: how many times the trained length; by default 4."),
+]
 LogN = Annotated[bool, typer.Option("--logn", help="With --rope: scale queries by log n.")]
 Window = Annotated[
     int | None,
     typer.Option(min=1, help="With --rope rerope, leaky or streaming: tokens seen near."),
 ]
 Sinks = Annotated[
-    int, typer.Option(min=0, help="With --rope streaming: first tokens that stay visible.")
+    int | None,
+    typer.Option(
+        min=0, help="With --rope streaming: first tokens that stay visible; by default 4."
+    ),
 ]
 Target = Annotated[Path, typer.Argument(help="A new folder for the result.")]
 
@@ -65,7 +71,7 @@ def convert(
         typer.Option(help="Pool the key-value heads to so many (MHA to GQA; 1 is MQA)."),
     ] = None,
     rope: Rope = None,
-    rope_factor: RopeFactor = 4.0,
+    rope_factor: RopeFactor = None,
 ) -> None:
     """Rewrite a model as a Hugging Face folder that transformers, vLLM and others load.
 
@@ -90,24 +96,28 @@ def convert(
 
 def context_of(
     method: str | None,
-    factor: float,
+    factor: float | None,
     logn: bool = False,
     window: int | None = None,
-    sinks: int = 4,
+    sinks: int | None = None,
 ) -> Any:
-    """The `ContextConfig` of the `--rope` options; None without."""
+    """The `ContextConfig` of the `--rope` options; None without.
+
+    Raises:
+        ConfigError: one of them is given without `--rope`, or with a method that does not use it.
+    """
     from easyllm.core.config import validate
     from easyllm.core.errors import ConfigError
     from easyllm.models import ContextConfig
 
+    values = {"factor": factor, "logn": logn or None, "window": window, "sinks": sinks}
+    given = {name: value for name, value in values.items() if value is not None}
     if method is None:
-        if logn:
-            raise ConfigError("--logn scales queries beyond the trained length; give --rope, too")
-        if window is not None:
-            raise ConfigError("--window is of longer contexts; give --rope, too")
+        if given:
+            option = next(iter(given)).replace("factor", "rope-factor")
+            raise ConfigError(f"--{option} belongs to a longer context; give --rope, too")
         return None
-    values = {"method": method, "factor": factor, "logn": logn, "window": window, "sinks": sinks}
-    return validate(ContextConfig, values, source="--rope")
+    return validate(ContextConfig, {"method": method, **given}, source="--rope")
 
 
 def merge(

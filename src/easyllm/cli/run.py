@@ -19,7 +19,7 @@ def quickstart(
     no_serve: Annotated[
         bool, typer.Option("--no-serve", help="End after the summary, without a server.")
     ] = False,
-    port: Annotated[int, typer.Option(help="Port of the chat page.")] = 8420,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the chat page.")] = 8420,
     json_output: JsonFlag = False,
 ) -> None:
     """Teach SmolLM2 facts it cannot know, see what changed, and chat with both models.
@@ -58,7 +58,8 @@ def run(
     overrides: Overrides = None,
     json_output: JsonFlag = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe and do nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check everything, print the resolved recipe, run nothing."),
     ] = False,
 ) -> None:
     """Run a pipeline recipe; finished stages are skipped, a killed run goes on.
@@ -70,11 +71,16 @@ def run(
         easyllm run recipes/quickstart.yaml stages.tune.epochs=2 output=runs/two
     """
     from easyllm.core.config import dump_yaml
-    from easyllm.pipeline import find_recipe, load_recipe, run_recipe
+    from easyllm.pipeline import check_recipe, find_recipe, load_recipe, run_recipe
 
     loaded = load_recipe(find_recipe(recipe), overrides or [])
     if dry_run:
-        sys.stdout.write(dump_yaml(loaded))
+        plans = check_recipe(loaded)
+        if json_output:
+            figures = {name: plan.as_dict() for name, plan in plans.items()}
+            print_json({"recipe": loaded.model_dump(mode="json"), "plans": figures})
+        else:
+            sys.stdout.write(dump_yaml(loaded))
         return
     results = run_recipe(loaded)
     if json_output:

@@ -19,7 +19,11 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe and do nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything, print the plan and the resolved recipe, train nothing.",
+        ),
     ] = False,
     allow_change: Annotated[
         bool,
@@ -43,16 +47,21 @@ def train(
     from easyllm.core.config import dump_yaml
     from easyllm.core.errors import ConfigError
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe
+    from easyllm.train import dry_run as plan_training
     from easyllm.train import train as run_training
     from easyllm.train.report import REPORT_FILE
 
     path = find_recipe(recipe)
     config = load_train_recipe(path, overrides or [])
-    if dry_run:
-        sys.stdout.write(dump_yaml(config))
-        return
     if config.output is None:
         raise ConfigError(f"{path} names no output folder; add output=runs/NAME")
+    if dry_run:
+        plan = plan_training(config, Path(config.output), allow_change=allow_change)
+        if json_output:
+            print_json({"recipe": config.model_dump(mode="json"), "plan": plan.as_dict()})
+        else:
+            sys.stdout.write(dump_yaml(config))
+        return
     result = run_training(config, Path(config.output), allow_change=allow_change)
     if json_output:
         print_json(result.figures | {"output": str(result.output)})

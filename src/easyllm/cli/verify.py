@@ -25,7 +25,7 @@ def verify(
     against: Annotated[
         Against | None, typer.Option(help="Compare with this library, too (extra `reference`).")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Random tokens to compare on.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Random tokens to compare on.")] = 256,
     json_output: JsonFlag = False,
 ) -> None:
     """Measure on a checkpoint the equalities that must hold; exit code 1 where one does not.

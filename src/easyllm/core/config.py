@@ -9,13 +9,16 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.kinds import Kinds
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 ENVIRONMENT_PREFIX = "EASYLLM_"
 """`EASYLLM_OPTIMIZER__LEARNING_RATE=1e-4` sets `optimizer.learning_rate`; two underscores are a dot."""
@@ -108,8 +111,15 @@ def environment_overrides(
     return words
 
 
-def validate(model: type[C], values: Mapping[str, Any], *, source: str) -> C:
+def validate(
+    model: type[C], values: Mapping[str, Any], *, source: str, overrides: Iterable[str] = ()
+) -> C:
     """`values` as a `model`.
+
+    Args:
+        source: where the values come from, for messages.
+        overrides: the command line's words that are in `values` already: their mistakes are reported as the command
+            line's (and those of `EASYLLM_*` variables as the environment's).
 
     Raises:
         ConfigError: lists every mistake at once, each with the key, what was got, what was
@@ -118,13 +128,14 @@ def validate(model: type[C], values: Mapping[str, Any], *, source: str) -> C:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_describe(error, model, values, source)) from None
+        raise ConfigError(_describe(error, model, values, source, list(overrides))) from None
 
 
 def load_config(model: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
     """A `model` from a YAML file, then the environment, then `key.sub=value` words."""
-    values = apply_overrides(read_yaml(path), [*environment_overrides(model), *overrides])
-    return validate(model, values, source=str(path))
+    words = list(overrides)
+    values = apply_overrides(read_yaml(path), [*environment_overrides(model), *words])
+    return validate(model, values, source=str(path), overrides=words)
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -169,8 +180,70 @@ def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe(
-    error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], source: str
+    error: ValidationError,
+    model: type[BaseModel],
+    values: Mapping[str, Any],
+    source: str,
+    overrides: list[str],
 ) -> str:
+    """Every mistake with where it was made; the place is named once where all were made in the same one."""
+    lines = _lines(error, model, values)
+    givers = _Givers(model, source, overrides)
+    places = [givers.of(problem, values) for problem in error.errors()]
+    if len(lines) == 1:
+        return f"{places[0]}: {lines[0]}"
+    if len(set(places)) == 1:
+        return f"{places[0]}: {len(lines)} mistakes\n  - " + "\n  - ".join(lines)
+    told = [f"{place}: {line}" for place, line in zip(places, lines, strict=True)]
+    return f"{len(lines)} mistakes\n  - " + "\n  - ".join(told)
+
+
+class _Givers:
+    """Who gave a value: the command line, a variable of the environment, or else the source.
+
+    Args:
+        overrides: the command line's words.
+    """
+
+    def __init__(self, model: type[BaseModel], source: str, overrides: list[str]) -> None:
+        self.source = source
+        self.words = {tuple(_key(word).split(".")): "command line" for word in overrides}
+        for word in environment_overrides(model):
+            key = _key(word)
+            variable = ENVIRONMENT_PREFIX + key.upper().replace(".", "__")
+            self.words.setdefault(tuple(key.split(".")), f"environment variable {variable}")
+
+    def of(self, problem: "ErrorDetails", values: Any) -> str:
+        """The giver of the value a problem is about. Where values do not go together, of which some were given, the
+        source with those."""
+        place = tuple(_written_place(problem["loc"], values))
+        there = place[: _depth(place, values)]
+        if problem["type"].startswith("union_tag"):
+            there = (*there, "kind")
+        for key, giver in self.words.items():
+            if there[: len(key)] == key:
+                return giver
+        if problem["type"] != "value_error":
+            return self.source
+        within = [".".join(key) for key in self.words if key[: len(there)] == there]
+        return f"{self.source} with {', '.join(within)} changed" if within else self.source
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].strip()
+
+
+def _depth(place: tuple[str, ...], values: Any) -> int:
+    """How many keys of `place` there are, one inside the other."""
+    for depth, part in enumerate(place):
+        if not isinstance(values, Mapping) or part not in values:
+            return depth
+        values = values[part]
+    return len(place)
+
+
+def _lines(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
+    """A line for each mistake: the key, what was got, what was expected."""
     lines = []
     for problem in error.errors():
         key = ".".join(_written_place(problem["loc"], values))
@@ -191,9 +264,7 @@ def _describe(
             message = problem["msg"].removeprefix("Value error, ")
             prefix = f"{key}={got}: " if key else ""
             lines.append(f"{prefix}{message[0].lower()}{message[1:]}")
-    if len(lines) == 1:
-        return f"{source}: {lines[0]}"
-    return f"{source}: {len(lines)} mistakes\n  - " + "\n  - ".join(lines)
+    return lines
 
 
 def _written_place(place: tuple[int | str, ...], values: Any) -> list[str]:

@@ -46,6 +46,15 @@ class OutputError(EasyllmError):
     """A result cannot be written where it was asked for."""
 
 
+def install(extra: str) -> str:
+    """What to run for the packages of an extra: an installation comes from a clone, as no package index has it yet.
+
+    >>> install("data")
+    "in your clone of Easyllm run: pip install '.[data]'"
+    """
+    return f"in your clone of Easyllm run: pip install '.[{extra}]'"
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -20,7 +20,7 @@ RECORDED_PACKAGES = ("easyllm-stack", "torch", "numpy", "safetensors", "tokenize
 
 
 class Manifest(Config):
-    """Config, hashes of inputs and versions behind a result; written as `manifest.json`."""
+    """Config, hashes of inputs and versions that a result comes from; written as `manifest.json`."""
 
     kind: str
     created: str

@@ -82,7 +82,7 @@ class Progress:
         self._skipped += amount
 
     def advance(self, amount: float = 1, **fields: float | str) -> None:
-        """Counts `amount` more; `fields` are shown behind the rate."""
+        """Counts `amount` more; `fields` are shown after the rate."""
         self.done += amount
         self._fields.update(
             {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in fields.items()},

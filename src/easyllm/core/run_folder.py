@@ -1,4 +1,4 @@
-"""A run's folder belongs to one configuration, kept in `recipe.yaml`."""
+"""A run's folder belongs to one configuration, kept in `recipe.yaml`; the folder of the shipped recipes."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -7,11 +7,18 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from easyllm.core.atomic import write_atomic
+from easyllm.core.atomic import output_errors, refuse_unwritable, write_atomic
 from easyllm.core.config import dump_yaml, first_difference
 from easyllm.core.errors import OutputError
 
 RECIPE_FILE = "recipe.yaml"
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: inside a wheel, or next to `src` in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parents[1] / "recipes"
 
 
 def claim(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
@@ -29,15 +36,17 @@ def claim(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> N
 
 
 def check_free(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
-    """Checks that a run of `config` may be begun, or gone on with, in `folder`; writes nothing.
+    """Checks that a run of `config` may be begun, or gone on with, in `folder`; leaves nothing there.
 
-    Where the folder lies (`output`) is no part of what is compared: a run may be moved.
+    Where the folder is (`output`) is not compared: a run may be moved.
 
     Raises:
-        OutputError: it holds another run (the message says what differs), or other files.
+        OutputError: it holds another run (the message says what differs), or other files, or cannot be written.
     """
     recipe = folder / RECIPE_FILE
-    if recipe.is_file():
+    with output_errors(folder):
+        exists = recipe.is_file()
+    if exists:
         difference = first_difference(
             _comparable(_completed(recipe.read_text(encoding="utf-8"), config), ignore),
             _comparable(dump_yaml(config), ignore),
@@ -52,6 +61,7 @@ def check_free(folder: Path, config: BaseModel, *, ignore: Collection[str] = ())
         raise OutputError(
             f"{str(folder)!r} holds other files; choose another folder with output=..."
         )
+    refuse_unwritable(folder)
 
 
 def _completed(text: str, config: BaseModel) -> str:

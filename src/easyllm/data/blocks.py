@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from easyllm.core.errors import ConfigError, DataError, SourceError
+from easyllm.core.errors import ConfigError, DataError, SourceError, install
 
 BLOCK_BYTES = 1 << 18
 MAX_BYTES = 1 << 26
@@ -162,9 +162,7 @@ def optional(module: str, need: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise ConfigError(
-            f"{need} need the package {package}; pip install 'easyllm-stack[data]'"
-        ) from None
+        raise ConfigError(f"{need} need the package {package}; {install('data')}") from None
 
 
 def _raw_blocks(path: str, start: int, stop: int | None, block_bytes: int) -> Iterator[bytes]:

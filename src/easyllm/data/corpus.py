@@ -125,7 +125,7 @@ def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:
     """
     values = apply_overrides(read_yaml(path), [*environment_overrides(CorpusConfig), *overrides])
     place_sources(values, path.parent)
-    return validate(CorpusConfig, values, source=str(path))
+    return validate(CorpusConfig, values, source=str(path), overrides=overrides)
 
 
 def place_sources(values: dict[str, Any], folder: Path) -> None:

@@ -16,7 +16,7 @@ from multiprocessing import get_context, parent_process
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from easyllm.core.errors import ConfigError
+from easyllm.core.errors import ConfigError, install
 
 Engine = Literal["local", "ray"]
 Work = Callable[[dict[str, Any]], dict[str, Any]]
@@ -101,7 +101,7 @@ class RayExecutor:
             import ray
         except ImportError:
             raise ConfigError(
-                "engine: ray needs Ray; pip install 'easyllm-stack[ray]', or use engine: local"
+                f"engine: ray needs Ray; use engine: local, or {install('ray')}"
             ) from None
         self.workers = workers
         if not ray.is_initialized():

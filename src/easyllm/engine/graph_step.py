@@ -203,7 +203,7 @@ class _DecodeStore:
         k: Tensor,
         v: Tensor,
         rule: AttentionRule,
-        prefix_lengths: tuple[int, ...] | None = None,
+        prefix_lengths: tuple[int, ...] | None = None,  # noqa: ARG002 - a decoding step holds no prefix
     ) -> Tensor:
         from easyllm.ops.gpu.paged_attention import decode_attention
 
@@ -216,7 +216,7 @@ class _DecodeStore:
             *(q, keys, values, self.table, self.key_lengths), scale=rule.scale, window=rule.window
         )
 
-    def recur(self, layer: int, step: RecurrentStep, *inputs: Tensor) -> Tensor:
+    def recur(self, layer: int, step: RecurrentStep, *inputs: Tensor) -> Tensor:  # noqa: ARG002 - the protocol's
         raise AssertionError("refused: linear attention")
 
 

@@ -27,7 +27,6 @@ from easyllm.engine.speculative import Drafter, NgramDrafter
 from easyllm.models import ContextConfig, add_adapter, load_model, load_tokenizer, open_source
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import one_row_logprobs
-from easyllm.quant import quantize_weights
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -75,6 +74,22 @@ class Completion:
         self.finish_reason = event.finish_reason
 
 
+def _refuse_loading_options(**options: Any) -> None:
+    """Refuses what would have to change a model that is the caller's.
+
+    Raises:
+        ConfigError: an option is given.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        remedy = "load it so: load_model(source, ...)"
+        if given == ["quantize"]:
+            remedy += f', or call quantize_weights(model, "{options["quantize"]}"), which changes it in place'
+        raise ConfigError(
+            f"{', '.join(given)} would change the model that was given, which is loaded already; {remedy}"
+        )
+
+
 class LLM:
     """A model ready to generate.
 
@@ -83,8 +98,11 @@ class LLM:
         dtype: of the weights; by default fp32 on a CPU, bf16 on an accelerator.
         device: `"cpu"`, `"cuda"`, `"auto"`.
         context: positions that reach further than the model was trained.
-        quantize: weights rounded on loading, `"int8"` or `"int4"`; embedding and head are int8 in both.
-        model, tokenizer: ones that are loaded already.
+        quantize: weights quantized while they are read, `"int8"` or `"int4"`; embedding and head are int8 in both.
+        model: one that is loaded already. It stays the caller's: it is computed with as it is, so `dtype`, `device`,
+            `context` and `quantize`, which say how to load, are refused (`quant.quantize_weights` quantizes a loaded
+            model, in place).
+        tokenizer: one that is loaded already, instead of the source's.
         adapters: folders of adapters (peft's layout) by the names that requests use for them.
         draft: guesses tokens ahead, with the same output (speculative decoding): `"ngram"` looks in the text itself,
             anything else is a smaller model of the same tokenizer (a source, or one that is loaded).
@@ -94,7 +112,8 @@ class LLM:
 
     Raises:
         SourceError, CheckpointError: as `load_model`.
-        ConfigError: an option is wrong, or model and cache do not fit into memory.
+        ConfigError: an option is wrong, or says how to load a model that is loaded already; model and cache do not fit
+            into memory.
 
     Example:
         >>> llm = LLM("smollm2", max_running=8)                                   # doctest: +SKIP
@@ -106,7 +125,7 @@ class LLM:
         source: str | Path = "smollm2",
         *,
         dtype: str | None = None,
-        device: str = "auto",
+        device: str | None = None,
         context: ContextConfig | None = None,
         quantize: str | None = None,
         model: Decoder | None = None,
@@ -118,15 +137,15 @@ class LLM:
     ) -> None:
         checked = validate(EngineConfig, options, source="engine options")
         if model is None:
-            on = pick_device(device)
+            on = pick_device(device or "auto")
             wanted = dtype or ("float32" if on.type == "cpu" else "bfloat16")
             opened = open_source(source, context=context)
             weights, free = parse_dtype(wanted), memory_free_bytes(on)
             check_weights_fit(opened.skeleton(), weights, free, quantize=quantize)
             model = opened.model(weights, on, quantize=quantize)
             tokenizer = tokenizer or opened.tokenizer()
-        elif quantize is not None:
-            quantize_weights(model, quantize)
+        else:
+            _refuse_loading_options(dtype=dtype, device=device, context=context, quantize=quantize)
         for name, folder in (adapters or {}).items():
             if not name:
                 raise ConfigError("an adapter needs a name, by which requests ask for it")

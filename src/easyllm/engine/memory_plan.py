@@ -10,7 +10,7 @@ from easyllm.engine.options import EngineConfig
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.plan.kv_cache import cache_size, rolling_window
-from easyllm.quant import weight_bytes
+from easyllm.quant import schemes, weight_bytes
 
 DEFAULT_SHARE = 0.25
 """Of the free memory, for a cache nobody has given a size."""
@@ -124,8 +124,7 @@ def check_weights_fit(
     asked = str(dtype).removeprefix("torch.") if quantize is None else quantize
     formats: dict[str, tuple[torch.dtype, str | None]] = {
         "set dtype to bfloat16": (torch.bfloat16, None),
-        "set quantize to int8": (dtype, "int8"),
-        "set quantize to int4": (dtype, "int4"),
+        **{f"set quantize to {name}": (dtype, name) for name in schemes()},
     }
     fitting = (what for what, how in formats.items() if weight_bytes(model, *how) <= free_bytes)
     remedy = next(fitting, "take a smaller model or a machine with more memory")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError
@@ -18,6 +18,12 @@ from easyllm.nn.config import (
     YarnScaling,
 )
 
+USED_BY = {
+    "window": ("rerope", "leaky", "streaming"),
+    "sinks": ("streaming",),
+    "factor": ("pi", "ntk", "dynamic", "yarn", "rerope", "leaky"),
+}
+"""Methods that a value belongs to; `logn` belongs to all."""
 Method = Literal["pi", "ntk", "dynamic", "yarn", "rerope", "leaky", "streaming"]
 ENDLESS = 2**24
 """Tokens of context that stand for no end: a text of that length is a hundred novels."""
@@ -42,6 +48,16 @@ class ContextConfig(Config):
     window: PositiveInt | None = None
     sinks: NonNegativeInt = 4
     logn: bool = False
+
+    @model_validator(mode="after")
+    def _every_value_is_used(self) -> "ContextConfig":
+        for name, methods in USED_BY.items():
+            usual = type(self).model_fields[name].default
+            if self.method not in methods and getattr(self, name) != usual:
+                raise ValueError(
+                    f"{name} does nothing with method {self.method}; it belongs to {', '.join(methods)}: leave it out"
+                )
+        return self
 
 
 def extend_context(config: ModelConfig, context: ContextConfig) -> ModelConfig:

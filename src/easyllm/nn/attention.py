@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from easyllm.nn.config import AttentionConfig
 from easyllm.nn.context import ForwardContext
+from easyllm.nn.cost import FP32, INT64, Activation, CostTrace, Scores
 from easyllm.nn.linear import Linear, outputs_of
 from easyllm.nn.norm import build_norm
+from easyllm.nn.pairs import visible_keys, visible_pairs
 from easyllm.nn.position import build_position
 from easyllm.ops.attention import AttentionRule, attention
 from easyllm.ops.deterministic import deterministic_attention
@@ -68,6 +70,88 @@ class Attention(nn.Module):
         else:
             out = context.store.attend(self.layer, q, k, v, self.rule, context.prefix_lengths)
         return self.o_proj(out.reshape(x.shape[0], -1), context)
+
+    def cost(self, trace: CostTrace, x: Activation) -> Activation:
+        """Projections, what attention keeps (a tiled kernel, a mask of numbers, or scores written out), its products."""
+        config, work = self.config, trace.work
+        q = trace.linear(self.q_proj, "q_proj", x, part="attention")
+        k = trace.linear(self.k_proj, "k_proj", x, part="attention")
+        v = trace.linear(self.v_proj, "v_proj", x, part="attention")
+        q = self._turned_cost(trace, self.q_norm, q, config.num_heads)
+        k = self._turned_cost(trace, self.k_norm, k, config.num_kv_heads)
+        if config.logn_length is not None and q.grad:
+            trace.keep("logn", work.tokens * work.itemsize)
+            q = Activation("q.scaled", q.nbytes, grad=True)
+        width = config.num_heads * config.head_dim
+        out = trace.made("mixed", width, grad=q.grad or k.grad or v.grad)
+        position = self.position
+        written = config.softcap is not None or position.writes_scores_out
+        written = written or (position.trained_mask and work.trains_all)
+        pairs = sum(visible_pairs(config, n, work.counting) for n in work.lengths)
+        scores = Scores(q, k, v, config.num_heads, config.head_dim, flops=2 * pairs * width)
+        if out.grad and written:
+            self._keep_scores(trace, scores)
+        elif out.grad:
+            out = self._keep_tiles(trace, q, k, v, out)
+        trace.product("scores", scores.flops, scores.flops * (q.grad + k.grad))
+        trace.product("scores", scores.flops, scores.flops * ((q.grad or k.grad) + v.grad))
+        position.score_products(trace, scores)
+        return trace.linear(self.o_proj, "o_proj", out, part="attention")
+
+    def _turned_cost(
+        self, trace: CostTrace, norm: nn.Module, x: Activation, heads: int
+    ) -> Activation:
+        """Queries or keys, normalised and turned."""
+        if not isinstance(norm, nn.Identity):
+            x = trace.of(norm, x, f"{x.name}.normed", rows=trace.work.tokens * heads)
+        return self.position.cost(trace, x)
+
+    def _keep_tiles(
+        self, trace: CostTrace, q: Activation, k: Activation, v: Activation, out: Activation
+    ) -> Activation:
+        """The C kernel (or on a GPU SDPA's, which keeps the same); else SDPA with a mask of numbers, a sequence at a time,
+        whose outputs are then joined."""
+        config, lengths = self.config, trace.work.lengths
+        trace.keep_all(q, k, v, out)
+        trace.keep("log_normaliser", trace.work.tokens * config.num_heads * FP32)
+        masked = self.position.mask_per_head or config.num_sinks
+        if not masked and (config.causal or config.window is None):
+            trace.keep("starts", (len(lengths) + 1) * INT64)
+            return out
+        masks = config.num_heads if self.position.mask_per_head else 1
+        trace.keep("mask", masks * trace.work.pairs * trace.work.itemsize)
+        if len(lengths) == 1:
+            return out
+        return Activation("mixed.joined", out.nbytes, out.grad)
+
+    def _keep_scores(self, trace: CostTrace, scores: Scores) -> None:
+        """Queries, keys, values and weights in fp32, and what the kind of positions adds."""
+        work, q, k, heads = trace.work, scores.q, scores.k, scores.heads
+        wide = work.tokens * heads * scores.dim * FP32
+        trace.keep("weights", heads * work.pairs * FP32)
+        if k.grad or (work.trains_all and self.position.learns_from_queries):
+            trace.keep(q.name if work.itemsize == FP32 else "q.wide", wide)
+        if q.grad:
+            trace.keep("k.repeated", wide)
+        if q.grad or k.grad:
+            trace.keep("v.repeated", wide)
+            trace.keep("visible", work.pairs)
+            if self.config.softcap is not None:
+                trace.keep("capped", heads * work.pairs * FP32)
+        self.position.keep_scores(trace, scores)
+
+    def cached_flops(self, context: int) -> int:
+        """FLOPs of one more token's scores and sums over the earlier keys and values of `context` tokens."""
+        earlier = visible_keys(self.config, context) - 1
+        return 4 * earlier * self.config.num_heads * self.config.head_dim
+
+    def cache_elements(self) -> int:
+        """Of a token's key and value."""
+        return 2 * self.config.num_kv_heads * self.config.head_dim
+
+    def state_bytes(self) -> int:
+        """Of a sequence's state whatever its length: there is none."""
+        return 0
 
 
 def logn_factors(positions: Tensor, length: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, LayerConfig, LinearAttentionConfig, ModelConfig
 from easyllm.nn.context import AdapterRows, ForwardContext
+from easyllm.nn.cost import Activation, CostTrace, LayerTrace
 from easyllm.nn.feed_forward import build_feed_forward
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.linear_attention import LinearAttention
@@ -78,6 +79,48 @@ class DecoderLayer(nn.Module):
         x, start = sum_and_norm(self.feed_forward_norm, *terms(self.mixer_after_norm, x, mixed))
         fed = self.feed_forward_post_norm(self.dropout(self.feed_forward(start, context)))
         return terms(self.feed_forward_after_norm, x, fed)
+
+    def cost(self, trace: CostTrace, x: Activation) -> tuple[LayerTrace, Activation]:
+        """The layer's events, which leave the trace, and the residual stream after it."""
+        entered = x
+        start = _norm_cost(trace, self.mixer_norm, x, "mixer_norm")
+        mixed = trace.of(self.mixer, start)
+        x = self._add_cost(trace, x, mixed, "mixed", self.mixer_post_norm, self.mixer_after_norm)
+        start = _norm_cost(trace, self.feed_forward_norm, x, "feed_forward_norm")
+        before, trace.events = trace.events, []
+        out = trace.of(self.feed_forward, start)
+        fed, trace.events = trace.events, []
+        x = self._add_cost(
+            trace, x, out, "fed", self.feed_forward_post_norm, self.feed_forward_after_norm
+        )
+        after, trace.events = trace.events, []
+        found = LayerTrace(
+            before=before, fed=fed, after=after, input=entered, feed_forward_input=start
+        )
+        return found, Activation("x", x.nbytes, x.grad)
+
+    def _add_cost(
+        self,
+        trace: CostTrace,
+        x: Activation,
+        block: Activation,
+        name: str,
+        post: nn.Module,
+        after: nn.Module,
+    ) -> Activation:
+        """The residual stream with a block's output added: fp32, or after a post-norm the dtype of the weights."""
+        if trace.work.dropout and block.grad:
+            trace.keep(f"{name}.noise", block.nbytes)
+        if not isinstance(post, nn.Identity):
+            block = Activation(f"{name}.out", block.nbytes, block.grad)
+        block = _norm_cost(trace, post, block, f"{name}.post")
+        total = Activation(f"x+{name}", x.nbytes, x.grad or block.grad)
+        return _norm_cost(trace, after, total, f"{name}.after")
+
+
+def _norm_cost(trace: CostTrace, norm: nn.Module, x: Activation, name: str) -> Activation:
+    """A norm's output; the input itself where there is none."""
+    return x if isinstance(norm, nn.Identity) else trace.of(norm, x, name)
 
 
 def terms(after: nn.Module, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor | None]:

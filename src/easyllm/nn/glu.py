@@ -1,11 +1,17 @@
 """Gated feed-forward: the block of a layer, and the expert of a mixture."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from easyllm.nn.config import GLUConfig
 from easyllm.nn.context import ForwardContext
+from easyllm.nn.cost import Activation, CostTrace
 from easyllm.nn.linear import Linear, outputs_of
 from easyllm.ops.activation import gated
+
+KEEP_RESULT = ("relu", "sigmoid")
+"""Activations whose derivative is a function of their result, which is therefore what autograd keeps."""
 
 
 class GLU(nn.Module):
@@ -23,3 +29,33 @@ class GLU(nn.Module):
         """`x: [T, D]` → [T, D], any rows: an expert is given those that were routed to it."""
         gate, up = outputs_of((self.gate_proj, self.up_proj), x, context)
         return self.down_proj(gated(gate, up, self.activation), context)
+
+    def cost(
+        self,
+        trace: CostTrace,
+        x: Activation,
+        *,
+        rows: int | None = None,
+        copies: int = 1,
+        prefix: str = "",
+    ) -> Activation:
+        """Three products; of SiLU autograd keeps gate and up alone and computes the rest again.
+
+        Args:
+            rows: of `copies` experts together; by default a row a token.
+        """
+        run = partial(trace.linear, part="feed_forward", rows=rows, copies=copies, prefix=prefix)
+        gate = run(self.gate_proj, "gate_proj", x)
+        up = run(self.up_proj, "up_proj", x)
+        act = Activation(f"{prefix}act", gate.nbytes, gate.grad or up.grad)
+        if act.grad and self.activation == "silu":
+            trace.keep_all(gate, up)
+        elif act.grad:
+            if self.activation not in KEEP_RESULT:
+                trace.keep_all(gate)
+            trace.keep_all(Activation(f"{prefix}gate.act", act.nbytes, grad=True), up)
+        return run(self.down_proj, "down_proj", act)
+
+    def inner_elements(self, rows: int) -> int:
+        """Of the widest tensors that are there at once: gate, up and their product."""
+        return 3 * rows * self.gate_proj.out_features

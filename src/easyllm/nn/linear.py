@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from easyllm.nn.context import ForwardContext
+from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.hooks import has_hooks
 from easyllm.nn.storage import DenseWeight, WeightStorage
 from easyllm.ops.deterministic import tiled_linear
@@ -35,6 +36,11 @@ class LinearAdapter(Protocol):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a plain linear that gives the same."""
+
+    def cost(
+        self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str
+    ) -> None:
+        """Notes what runs and is kept besides the layer's own product."""
 
 
 class Linear(nn.Module):

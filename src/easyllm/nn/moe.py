@@ -7,8 +7,12 @@ from torch import Tensor, nn
 
 from easyllm.nn.config import MoEConfig
 from easyllm.nn.context import ForwardContext
+from easyllm.nn.cost import FP32, INT64, Activation, CostTrace
 from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Linear
+
+ROUTERS = ("router", "shared_gate")
+"""Names of the linears that decide: small, and a token's experts depend on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,75 @@ class MoE(nn.Module):
                 shared = shared * self.shared_gate(x, context).sigmoid()
             out = out + shared
         return out
+
+    def cost(self, trace: CostTrace, x: Activation) -> Activation:
+        """The router in fp32, rows sorted by expert through their experts, brought back, weighed and added up."""
+        work, config, width = trace.work, self.config, self.router.in_features
+        tokens, choices = work.tokens, work.tokens * config.experts_per_token
+        wide = Activation(
+            x.name if work.itemsize == FP32 else "x.wide", tokens * width * FP32, x.grad
+        )
+        logits = trace.linear(self.router, "router", wide, part="router")
+        rows = self._routed_rows(tokens)
+        if logits.grad:
+            self._routing_cost(trace, width, rows)
+        parts = trace.made("parts", width, grad=x.grad, rows=rows)
+        out = trace.of(
+            self.experts[0], parts, rows=rows, copies=config.num_experts, prefix="expert."
+        )
+        if out.grad:
+            trace.keep("scale", choices * work.itemsize)
+            trace.keep("place", choices * INT64)
+            if logits.grad:
+                trace.keep_all(trace.made("returned", width, grad=True, rows=choices))
+        if self.shared is not None:
+            self._shared_cost(trace, self.shared, x)
+        return trace.made("fed", width, grad=out.grad)
+
+    def _routed_rows(self, tokens: int) -> int:
+        """Rows all experts take together; with a capacity at most so many."""
+        config, rows = self.config, tokens * self.config.experts_per_token
+        if config.capacity_factor is None:
+            return rows
+        capacity = max(1, int(rows / config.num_experts * config.capacity_factor))
+        return min(rows, config.num_experts * capacity)
+
+    def _routing_cost(self, trace: CostTrace, width: int, rows: int) -> None:
+        """Probabilities, chosen experts, the order of rows."""
+        work, config, k = trace.work, self.config, self.config.experts_per_token
+        tokens = work.tokens
+        if work.itemsize != FP32:
+            trace.keep("router.weight.wide", config.num_experts * width * FP32)
+        if config.routing == "softmax_topk":
+            trace.keep("probabilities", tokens * config.num_experts * FP32)
+            if config.normalise:
+                trace.keep("chosen weights", tokens * (k + 1) * FP32)
+        else:
+            trace.keep("chosen weights", tokens * k * FP32)
+        trace.keep("chosen", tokens * k * INT64)
+        trace.keep("dropped", tokens * k)
+        trace.keep("order", rows * INT64)
+
+    def _shared_cost(self, trace: CostTrace, shared: GLU, x: Activation) -> None:
+        out = shared.cost(trace, x, prefix="shared.")
+        if self.shared_gate is None:
+            return
+        gate = trace.linear(self.shared_gate, "shared_gate", x, part="router")
+        if gate.grad:
+            trace.keep_all(out)
+        if out.grad:
+            trace.keep_all(Activation("shared.sigmoid", gate.nbytes, gate.grad))
+
+    def inner_elements(self, rows: int) -> int:
+        """Of the widest tensors that are there at once, those of the chosen experts."""
+        expert = self.experts[0]
+        assert isinstance(expert, GLU)
+        return expert.inner_elements(rows * self.config.experts_per_token)
+
+    @property
+    def inactive_experts(self) -> int:
+        """Experts that a token does not pass."""
+        return self.config.num_experts - self.config.experts_per_token
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and numbers of each token's experts: two [T, k]."""

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from easyllm.nn.config import LayerNormConfig, RMSNormConfig
+from easyllm.nn.cost import FP32, Activation, CostTrace
 from easyllm.nn.hooks import has_hooks
 from easyllm.ops.norm import rms_norm, sum_and_rms_norm
 
@@ -21,6 +22,16 @@ class RMSNorm(nn.Module):
         """`x: [..., width]` → the same shape, in the dtype of the weights."""
         return rms_norm(x, self.weight, self.eps)
 
+    def cost(
+        self, trace: CostTrace, x: Activation, name: str, *, rows: int | None = None
+    ) -> Activation:
+        """Reads `x` in fp32 and keeps it, and the inverse root of each row's mean square."""
+        rows = trace.work.tokens if rows is None else rows
+        if x.grad:
+            trace.keep_all(x)
+            trace.keep(f"{name}.inverse", rows * FP32)
+        return trace.made(name, len(self.weight), grad=x.grad, rows=rows)
+
     def reset_parameters(self) -> None:
         """Weight one."""
         nn.init.ones_(self.weight)
@@ -33,6 +44,15 @@ class OffsetRMSNorm(RMSNorm):
         """`x: [..., width]` → the same shape, in the dtype of the weights."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         return rms_norm(x, 1 + self.weight.to(wide), self.eps).to(self.weight.dtype)
+
+    def cost(
+        self, trace: CostTrace, x: Activation, name: str, *, rows: int | None = None
+    ) -> Activation:
+        """The same, with 1 + w in fp32."""
+        made = super().cost(trace, x, name, rows=rows)
+        if x.grad:
+            trace.keep(f"{name}.weight", len(self.weight) * FP32)
+        return made
 
     def reset_parameters(self) -> None:
         """Difference zero."""
@@ -54,6 +74,19 @@ class LayerNorm(nn.Module):
         bias = None if self.bias is None else self.bias.to(wide)
         out = F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), bias, self.eps)
         return out.to(self.weight.dtype)
+
+    def cost(
+        self, trace: CostTrace, x: Activation, name: str, *, rows: int | None = None
+    ) -> Activation:
+        """Keeps `x` in fp32, each row's mean and deviation, and weight and bias in fp32 where they are narrower."""
+        rows, width = trace.work.tokens if rows is None else rows, len(self.weight)
+        if x.grad:
+            wide = rows * width * FP32
+            trace.keep(x.name if x.nbytes == wide else f"{name}.wide", wide)
+            trace.keep(f"{name}.statistics", 2 * rows * FP32)
+            if trace.work.itemsize != FP32:
+                trace.keep(f"{name}.weights", (1 + (self.bias is not None)) * width * FP32)
+        return trace.made(name, width, grad=x.grad, rows=rows)
 
     def reset_parameters(self) -> None:
         """Weight one, bias zero."""

@@ -24,12 +24,45 @@ from easyllm.nn.config import (
     T5Bias,
 )
 from easyllm.nn.context import ForwardContext
+from easyllm.nn.cost import FP32, INT64, Activation, CostTrace, Scores
 from easyllm.nn.rope_scaling import rope_frequencies
 from easyllm.ops.attention import ScoreTerms
 from easyllm.ops.rotary import apply_rotary, rotate_pairs
 
 
-class RotaryPosition(nn.Module):
+class PositionCost:
+    """What a kind of positions costs; each kind says where it differs from none at all.
+
+    Attributes:
+        mask_per_head: whether it adds a mask of numbers for each head to the scores; with `trained_mask` that has a gradient.
+        writes_scores_out: whether scores and weights are tensors of their own, and no tiled kernel runs.
+        rotates_in_scores: whether queries and keys are rotated inside the scores, for near and far pairs each.
+        learns_from_queries: whether it has vectors whose gradients need the queries.
+    """
+
+    mask_per_head = trained_mask = writes_scores_out = False
+    rotates_in_scores = learns_from_queries = False
+
+    def cost(self, trace: CostTrace, x: Activation) -> Activation:  # noqa: ARG002 - for rotations
+        """Of `rotate`."""
+        return x
+
+    def table_elements(self) -> dict[object, int]:
+        """fp32 elements a token of tables that layers share, computed once a forward pass, by what tells them apart."""
+        return {}
+
+    def keep_scores(self, trace: CostTrace, scores: Scores) -> None:
+        """What autograd keeps of scores written out, beyond queries, keys, values and weights."""
+        if self.rotates_in_scores:
+            trace.keep("rectified", 4 * trace.work.tokens * scores.heads * scores.dim * FP32)
+
+    def score_products(self, trace: CostTrace, scores: Scores) -> None:
+        """Products beyond q kᵀ and weights · v."""
+        if self.rotates_in_scores:
+            trace.product("scores", scores.flops, scores.flops * (scores.q.grad + scores.k.grad))
+
+
+class RotaryPosition(PositionCost, nn.Module):
     """Rotates each pair by position · θ^(-2i/d) (arXiv 2104.09864, eq. 34).
 
     The products of rotated queries and keys depend on the difference of their positions only.
@@ -51,6 +84,14 @@ class RotaryPosition(nn.Module):
         turned = apply_rotary(turned.contiguous(), cos, sin, interleaved=self.config.interleaved)
         return torch.cat([turned, rest], dim=-1)
 
+    def cost(self, trace: CostTrace, x: Activation) -> Activation:  # noqa: ARG002 - the others need it
+        """A tensor of its own; the tables are the model's, not a layer's."""
+        return Activation(f"{x.name}.turned", x.nbytes, x.grad)
+
+    def table_elements(self) -> dict[object, int]:
+        """cos and sin of half the width each."""
+        return {(self.config, self.width): self.width}
+
     def tables(self, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """cos and sin of every angle: two [T, d/2] in fp32, attention scaling (YaRN) included."""
         positions = context.positions
@@ -68,17 +109,19 @@ class RotaryPosition(nn.Module):
         return positions.float()[:, None] * frequencies.to(positions.device), factor
 
 
-class NoRotation(nn.Module):
+class NoRotation(PositionCost, nn.Module):
     """Leaves queries and keys as they are."""
 
     terms: ScoreTerms | None = None
 
-    def rotate(self, x: Tensor, context: ForwardContext) -> Tensor:
+    def rotate(self, x: Tensor, context: ForwardContext) -> Tensor:  # noqa: ARG002 - for rotations
         return x
 
 
 class AlibiPosition(NoRotation):
     """Adds -slope_h · distance to the scores (arXiv 2108.12409, section 3)."""
+
+    mask_per_head = True
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
@@ -108,6 +151,8 @@ def alibi_slopes(num_heads: int) -> Tensor:
 class T5Position(NoRotation):
     """Adds a learned bias for the bucket of each distance (arXiv 1910.10683, section 2.1)."""
 
+    mask_per_head = trained_mask = True
+
     def __init__(self, config: T5Bias, num_heads: int, *, causal: bool) -> None:
         super().__init__()
         self.config, self.bidirectional = config, not causal
@@ -124,6 +169,10 @@ class T5Position(NoRotation):
             max_distance=self.config.max_distance,
         )
         return F.embedding(buckets, self.bias_table).permute(2, 0, 1)
+
+    def keep_scores(self, trace: CostTrace, scores: Scores) -> None:  # noqa: ARG002 - the others need it
+        """The bucket of each pair."""
+        trace.keep("buckets", trace.work.pairs * INT64)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.bias_table, std=0.02)
@@ -155,6 +204,8 @@ class ShawPosition(NoRotation):
     e_ij = q_i·(k_j + a^K_{clip(j-i)}) · scale      out_i = Σ_j α_ij (v_j + a^V_{clip(j-i)})
     """
 
+    writes_scores_out = learns_from_queries = True
+
     def __init__(self, config: Shaw, head_dim: int) -> None:
         super().__init__()
         self.config = config
@@ -174,6 +225,20 @@ class ShawPosition(NoRotation):
         vectors = self.value_vectors[self._rows(query, key)].to(weights.dtype)
         return torch.einsum("hqk,qkd->hqd", weights, vectors)
 
+    def keep_scores(self, trace: CostTrace, scores: Scores) -> None:
+        """Vectors of all pairs, once for each product that has a gradient, and their rows where they are trained."""
+        q, k, values, pairs = scores.q, scores.k, self.config.values, trace.work.pairs
+        tables = q.grad + (values and (q.grad or k.grad))
+        trace.keep("vectors", tables * pairs * scores.dim * FP32)
+        trace.keep("rows of vectors", trace.work.trains_all * (1 + values) * pairs * INT64)
+
+    def score_products(self, trace: CostTrace, scores: Scores) -> None:
+        """Queries with vectors, and weights with vectors where values have some."""
+        trained, flops, q = trace.work.trains_all, scores.flops, scores.q
+        trace.product("scores", flops, flops * (q.grad + trained))
+        if self.config.values:
+            trace.product("scores", flops, flops * ((q.grad or scores.k.grad) + trained))
+
     def _rows(self, query: Tensor, key: Tensor) -> Tensor:
         limit = self.config.max_distance
         return (key[None, :] - query[:, None]).clamp(-limit, limit) + limit
@@ -188,6 +253,8 @@ class ReRopePosition(NoRotation):
     """RoPE whose relative positions are rectified (Su 2023, "ReRoPE"): i - j within the window, beyond it the window
     itself, or with `leak` k: w + (i - j - w) / k. Keys are stored unrotated.
     """
+
+    writes_scores_out = rotates_in_scores = True
 
     def __init__(self, config: ReRope, head_dim: int) -> None:
         super().__init__()
@@ -239,6 +306,8 @@ class StreamingPosition(NoRotation):
     Once the cache is full its newest token has place s + w - 1, whatever its position in the text. Between recent tokens
     places differ as positions do; from a sink at place j the newest token is s + w - 1 - j away, and stays so.
     """
+
+    writes_scores_out = rotates_in_scores = True
 
     def __init__(
         self, config: StreamingRope, head_dim: int, *, window: int, num_sinks: int
@@ -341,7 +410,7 @@ class SinusoidalEmbedding(nn.Module):
 class NoEmbeddingPosition(nn.Module):
     """Adds nothing."""
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002 - for the others
         return x
 
 

@@ -38,7 +38,11 @@ class QuantizedWeight(PackedStorage):
         return QuantizedMatrix(self.data, self.scales, *self.shape)
 
     def linear(
-        self, x: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        deterministic: bool = False,  # noqa: ARG002 - its products always are
     ) -> Tensor:
         """`x: [..., K]` → [..., N] in the dtype of `x`; a row's bits never depend on the other rows."""
         return quantized_linear(x, self.matrix, bias)

@@ -187,7 +187,7 @@ class PackedStorage(nn.Module):
     def tensors(self) -> Mapping[str, Tensor]:
         raise NotImplementedError
 
-    def kernel_matrix(self, bias: Tensor | None) -> Matrix | None:
+    def kernel_matrix(self, bias: Tensor | None) -> Matrix | None:  # noqa: ARG002 - for known formats
         return None
 
     @property
@@ -201,7 +201,7 @@ class PackedStorage(nn.Module):
     def _largest(self) -> str:
         return max(self._buffers, key=lambda name: self._buffers[name].nbytes)  # type: ignore[union-attr]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedStorage":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedStorage":  # noqa: ARG002 - torch's signature
         """Moves everything to another device, and only `like` to another dtype: codes and scales are not rounded."""
         for name, buffer in self._buffers.items():
             if buffer is None or name == "like":

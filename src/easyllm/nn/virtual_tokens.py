@@ -77,15 +77,15 @@ def in_front(
         return ids, replace(context, virtual=VirtualTokens(numbers, source)), None
     n, device = source.num_virtual, token_ids.device
     virtual = torch.arange(n, device=device)
-    of_rows, ids, positions = list[Tensor](), list[Tensor](), list[Tensor]()
+    which, tokens, positions = list[Tensor](), list[Tensor](), list[Tensor]()
     sequences = zip(
         token_ids.split(context.lengths), context.positions.split(context.lengths), strict=True
     )
     for real, places in sequences:
-        of_rows += [virtual, real.new_full((len(real),), -1)]
-        ids += [torch.zeros_like(virtual), real]
+        which += [virtual, real.new_full((len(real),), -1)]
+        tokens += [torch.zeros_like(virtual), real]
         positions += [virtual, places + n]
-    of_row = torch.cat(of_rows)
+    of_row = torch.cat(which)
     prefixes = context.prefix_lengths
     longer = ForwardContext(
         positions=torch.cat(positions),
@@ -95,7 +95,7 @@ def in_front(
         virtual=VirtualTokens(of_row, source),
         routing=context.routing,
     )
-    return torch.cat(ids), longer, (of_row < 0).nonzero().squeeze(1)
+    return torch.cat(tokens), longer, (of_row < 0).nonzero().squeeze(1)
 
 
 __all__ = ["ModelAdapter", "VirtualTokens", "in_front"]

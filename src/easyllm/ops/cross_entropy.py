@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from easyllm.ops.gpu import gpu_ready
-from easyllm.ops.huge_memory import kept_empty
+from easyllm.ops.huge_memory import cached_empty
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
 from easyllm.ops.product import product
@@ -258,5 +258,5 @@ def _logits(rows: int, columns: int, like: Tensor) -> Tensor:
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Values that are not set. On a CPU much of it lies in large pages, where the step before had it."""
     if device.type == "cpu":
-        return kept_empty(shape, dtype)
+        return cached_empty(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)

@@ -82,9 +82,9 @@ class _WithValue(torch.autograd.Function):
     """The second tensor's value with the first one's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
+    def forward(_ctx: Any, _differentiable: Tensor, value: Tensor) -> Tensor:
         return value
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from easyllm.ops.huge_memory import kept_empty
+from easyllm.ops.huge_memory import cached_empty
 
 
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -39,6 +39,6 @@ class _Embedding(torch.autograd.Function):
         (token_ids,), (grad,) = ctx.saved_tensors, grads
         used, number = token_ids.unique(return_inverse=True)
         rows = torch.ops.aten.embedding_dense_backward(grad, number, len(used), -1, False)
-        table = kept_empty(tuple(ctx.shape), grad.dtype).zero_()
+        table = cached_empty(tuple(ctx.shape), grad.dtype).zero_()
         table[used] = rows
         return None, table

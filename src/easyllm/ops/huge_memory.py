@@ -4,8 +4,8 @@ A decoding step reads every weight once. In pages of 4 kB the processor looks up
 on the machine of docs/kernels.md costs a third of the rate at which one core can read.
 
 A training step needs a few large tensors every time, for the logits and for gradients as large as the vocabulary. Fresh pages are
-filled with zeros by the system when they are first touched, which takes as long as the product that fills them; so what
-such a tensor leaves is kept for the next.
+filled with zeros by the system when they are first touched, which takes as long as the product that fills them; so the
+memory of such a tensor is cached for the next one, up to a bound, until `STEP_BUFFERS.clear()`.
 """
 
 import ctypes
@@ -17,14 +17,67 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from easyllm.core.device import memory_total_bytes
+
 SMALL = 1 << 22
 """Bytes below which large pages gain nothing."""
 ALIGNMENT = 64
 
 
-MOST_LEFT = 4
-"""Pieces that are kept for the next tensors."""
-_left: list[mmap.mmap] = []
+class BufferCache:
+    """Memory of tensors that nobody has any more, for the next ones of their size.
+
+    Safe for threads: a buffer is given to one taker; it comes back when the last view of its tensor is gone, whichever
+    thread that happens in.
+
+    Args:
+        max_buffers: cached at once.
+        max_bytes: of all that are cached together; the oldest are freed first. None is an eighth of the machine's
+            memory, read when first needed. What is in use is not counted.
+    """
+
+    def __init__(self, *, max_buffers: int, max_bytes: int | None = None) -> None:
+        self.max_buffers = max_buffers
+        self._max_bytes = max_bytes
+        self._free: list[mmap.mmap] = []
+
+    @property
+    def max_bytes(self) -> int:
+        if self._max_bytes is None:
+            self._max_bytes = memory_total_bytes() // 8
+        return self._max_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are cached and in no use."""
+        return sum(len(memory) for memory in tuple(self._free))
+
+    def take(self, num_bytes: int) -> mmap.mmap | None:
+        """A buffer of at least `num_bytes` and at most twice as many, else a fresh one; None where there are no large
+        pages."""
+        for memory in tuple(self._free):
+            if num_bytes <= len(memory) <= 2 * num_bytes:
+                with suppress(ValueError):  # another thread has taken it
+                    self._free.remove(memory)
+                    return memory
+        self.clear()  # sizes have changed: nothing is cached that is of no use
+        return _map(num_bytes)
+
+    def give_back(self, memory: mmap.mmap) -> None:
+        """Caches a buffer for the next taker, within the bounds."""
+        self._free.append(memory)
+        del self._free[: -self.max_buffers]
+        while self._free and self.held_bytes > self.max_bytes:
+            with suppress(IndexError):  # another thread has emptied it
+                self._free.pop(0)
+
+    def clear(self) -> None:
+        """Frees what is cached; buffers in use are freed or cached when their tensors go."""
+        self._free.clear()
+
+
+STEP_BUFFERS = BufferCache(max_buffers=4)
+"""What `cached_empty` takes from; a training run clears it at its end (`train.preflight.memory_advice`)."""
 
 
 def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -34,31 +87,17 @@ def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype) if memory is None else _tensor_on(memory, shape, dtype)
 
 
-def kept_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The same, in memory that an earlier tensor of this function has left, if some fits, and that is kept when
-    nobody has the tensor any more."""
+def cached_empty(
+    shape: tuple[int, ...], dtype: torch.dtype, cache: BufferCache = STEP_BUFFERS
+) -> Tensor:
+    """The same, in memory from `cache`, which gets it back when nobody has the tensor any more."""
     num_bytes = math.prod(shape) * dtype.itemsize
-    memory = _take(num_bytes) if num_bytes >= SMALL else None
+    memory = cache.take(num_bytes) if num_bytes >= SMALL else None
     if memory is None:
         return torch.empty(shape, dtype=dtype)
     view = memoryview(memory)  # which lives as long as the tensor's storage
-    weakref.finalize(view, _leave, memory).atexit = False
+    weakref.finalize(view, cache.give_back, memory).atexit = False
     return _tensor_on(view, shape, dtype)
-
-
-def _take(num_bytes: int) -> mmap.mmap | None:
-    for memory in list(_left):
-        if num_bytes <= len(memory) <= 2 * num_bytes:
-            with suppress(ValueError):  # another thread has taken it
-                _left.remove(memory)
-                return memory
-    _left.clear()  # sizes have changed: nothing is kept that is of no use
-    return _map(num_bytes)
-
-
-def _leave(memory: mmap.mmap) -> None:
-    _left.append(memory)
-    del _left[:-MOST_LEFT]
 
 
 def _map(num_bytes: int) -> mmap.mmap | None:
@@ -88,7 +127,7 @@ def return_freed_memory() -> None:
 
 
 def rooms_for(tensors: list[Tensor]) -> list[Tensor]:
-    """A place for each tensor, of its shape and dtype, one behind the other in large pages; their values are not set."""
+    """An empty tensor for each, of its shape and dtype, one after the other in large pages; values are not set."""
     sizes = [t.numel() * t.element_size() for t in tensors]
     strides = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
     parts = huge_empty((sum(strides),), torch.uint8).split(strides)

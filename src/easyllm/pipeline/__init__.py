@@ -1,6 +1,14 @@
 """Whole pipelines: stages that know what they depend on, run once, and go on after an interruption."""
 
 from easyllm.pipeline.recipe import Recipe, find_recipe, load_recipe
-from easyllm.pipeline.run import StageResult, run_recipe
+from easyllm.pipeline.run import StageResult, check_recipe, plan_recipe, run_recipe
 
-__all__ = ["Recipe", "StageResult", "find_recipe", "load_recipe", "run_recipe"]
+__all__ = [
+    "Recipe",
+    "StageResult",
+    "check_recipe",
+    "find_recipe",
+    "load_recipe",
+    "plan_recipe",
+    "run_recipe",
+]

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-import easyllm
 from easyllm.core.config import Config, apply_overrides, environment_overrides, read_yaml, validate
 from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.core.run_folder import recipes_folder
 from easyllm.data.corpus import CorpusParts, CorpusSource, place_sources
 from easyllm.tokenizer.train import TokenizerConfig
 from easyllm.train.config import TrainConfig
@@ -118,13 +118,6 @@ def resolve(stage: Config, products: Mapping[str, Path]) -> Config:
     return type(stage).model_validate(_replaced(stage.model_dump(), REFERENCE, path_of))
 
 
-def recipes_folder() -> Path:
-    """Where the recipes that ship with the toolkit lie (inside a wheel, or beside `src` in a checkout)."""
-    package = Path(easyllm.__file__).parent
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parents[1] / "recipes"
-
-
 def find_recipe(name: str) -> Path:
     """The file of a recipe given by path or by the name of a shipped one.
 
@@ -159,7 +152,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
                 place_paths(stage, path.parent)
                 if stage.get("kind") in SEEDED:
                     stage.setdefault("seed", values.get("seed", 0))
-    return validate(Recipe, values, source=str(path))
+    return validate(Recipe, values, source=str(path), overrides=overrides)
 
 
 def load_train_recipe(path: Path, overrides: list[str]) -> TrainConfig:
@@ -168,7 +161,7 @@ def load_train_recipe(path: Path, overrides: list[str]) -> TrainConfig:
     if "stages" in values:
         raise ConfigError(f"{path} is a pipeline, not a training recipe; use: easyllm run {path}")
     place_paths(values, path.parent)
-    return validate(TrainConfig, values, source=str(path))
+    return validate(TrainConfig, values, source=str(path), overrides=overrides)
 
 
 def place_paths(values: dict[str, Any], folder: Path) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from easyllm.core.atomic import write_json
-from easyllm.core.config import Config
-from easyllm.core.errors import DataError
+from easyllm.core.config import Config, read_yaml
+from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.manifest import hash_file, hash_path, hash_value
 from easyllm.core.progress import console, format_duration
 from easyllm.core.run_folder import check_free, claim
@@ -32,12 +32,16 @@ from easyllm.pipeline.recipe import (
     Recipe,
     TokenizerStage,
     TrainStage,
+    find_recipe,
     is_reference,
+    load_recipe,
+    load_train_recipe,
     references,
     resolve,
 )
-from easyllm.pipeline.stages import product, run_stage, source_files
+from easyllm.pipeline.stages import product, run_stage, source_files, train_config
 from easyllm.tokenizer.tokenizer import TOKENIZER_FILE
+from easyllm.train import RunPlan, dry_run
 from easyllm.train.config import Data
 from easyllm.train.data_config import CorpusDataConfig, RowsConfig
 
@@ -65,10 +69,7 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
         SourceError, DataError: a model or data file is not there.
     """
     output = Path(recipe.output)
-    check_free(output, recipe)
-    keys: dict[str, str] = {}
-    for name, stage in recipe.stages.items():
-        keys[name] = _key(stage, keys)
+    keys = _keys(recipe)
     claim(output, recipe)  # only now: a mistake in the inputs leaves no folder behind
     results: dict[str, StageResult] = {}
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
@@ -92,6 +93,55 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
         console().print(f"{label}: finished in {format_duration(seconds)}", markup=False)
         results[name] = StageResult(folder, use, figures, seconds, False)
     return results
+
+
+def check_recipe(recipe: Recipe) -> dict[str, RunPlan]:
+    """The plan of every training whose inputs are there before the first stage; runs nothing.
+
+    Raises:
+        OutputError, SourceError, DataError, ConfigError: as `run_recipe`, as far as it can be known by now.
+    """
+    _keys(recipe)
+    return {
+        name: dry_run(train_config(stage), None)
+        for name, stage in recipe.stages.items()
+        if isinstance(stage, TrainStage) and not references(stage)
+    }
+
+
+def plan_recipe(name: str, overrides: list[str]) -> dict[str, RunPlan]:
+    """The plan of a training recipe (as `train`), or of every training of a pipeline whose inputs are there, by stage.
+
+    Args:
+        name: a recipe's file, or one that is shipped.
+
+    Raises:
+        ConfigError: there is no training in it, or none that can be planned yet; otherwise as `train.dry_run`.
+    """
+    path = find_recipe(name)
+    values = read_yaml(path)
+    if "stages" not in values:
+        if "data" not in values and "sources" in values:
+            raise ConfigError(
+                f"{path} builds a corpus, which costs no training; use: easyllm data build {name} --dry-run"
+            )
+        return {"train": dry_run(load_train_recipe(path, overrides), None)}
+    stages = load_recipe(path, overrides).stages
+    trainings = {name: stage for name, stage in stages.items() if isinstance(stage, TrainStage)}
+    ready = {name: stage for name, stage in trainings.items() if not references(stage)}
+    if not ready:
+        later = f"; {', '.join(trainings)} needs what earlier stages make" if trainings else ""
+        raise ConfigError(f"{path} holds no training that can be planned now{later}")
+    return {name: dry_run(train_config(stage), None) for name, stage in ready.items()}
+
+
+def _keys(recipe: Recipe) -> dict[str, str]:
+    """The key of every stage, where the output is free and all inputs are there."""
+    check_free(Path(recipe.output), recipe)
+    keys: dict[str, str] = {}
+    for name, stage in recipe.stages.items():
+        keys[name] = _key(stage, keys)
+    return keys
 
 
 def _key(stage: Config, keys: dict[str, str]) -> str:

@@ -158,7 +158,7 @@ def _convert(stage: ConvertStage, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _evaluate(stage: EvaluateStage, folder: Path) -> dict[str, Any]:
+def _evaluate(stage: EvaluateStage, _folder: Path) -> dict[str, Any]:
     llm = LLM(stage.model)
     return {
         name: evaluate_answers(llm, Path(path), max_tokens=stage.max_tokens).as_dict()
@@ -169,8 +169,12 @@ def _evaluate(stage: EvaluateStage, folder: Path) -> dict[str, Any]:
 def _train(stage: TrainStage, folder: Path) -> dict[str, Any]:
     if (folder / MANIFEST_FILE).is_file():  # finished, and interrupted before that was noted
         return Manifest.read(folder / MANIFEST_FILE).results
-    config = TrainConfig.model_validate(stage.model_dump(exclude={"kind"}))
-    return train(config, folder).figures
+    return train(train_config(stage), folder).figures
+
+
+def train_config(stage: TrainStage) -> TrainConfig:
+    """A stage's configuration as that of a training alone."""
+    return TrainConfig.model_validate(stage.model_dump(exclude={"kind"}))
 
 
 def _merge(stage: MergeStage, folder: Path) -> dict[str, Any]:

@@ -6,14 +6,17 @@ Products are counted and nothing else: norms, activations, softmax and the optim
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from easyllm.adapters.lora import LoRAConfig
+from easyllm.adapters import AdapterConfig
 from easyllm.core.errors import ConfigError
-from easyllm.nn.config import AttentionConfig, ModelConfig
+from easyllm.nn.config import ModelConfig
+from easyllm.nn.cost import LayerTrace, Product, Work, computed_again
+from easyllm.nn.pairs import Counting
 from easyllm.nn.recompute import Recompute
-from easyllm.plan.linears import count_adapter_parameters
-from easyllm.plan.pairs import Counting, visible_keys
-from easyllm.plan.tape import Product, Work, computed_again
-from easyllm.plan.trace import LayerTrace, trace_model
+from easyllm.plan.parts import layers_of, mixer_of
+from easyllm.plan.trace import trace_model
+
+USUAL_MFU = 0.45
+"""Share of the machine's rate a training run of ours reaches, for estimates of its time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +117,7 @@ def forward_flops(
 def decode_flops(config: ModelConfig, context: int) -> Flops:
     """FLOPs of one more token of a sequence, the last of `context` tokens, with earlier keys and values in a cache."""
     alone = forward_flops(config, [1], counting="full")
-    extra = 0
-    for layer in config.layers:
-        mixer = layer.mixer
-        if isinstance(mixer, AttentionConfig):
-            extra += 4 * (visible_keys(mixer, context) - 1) * mixer.num_heads * mixer.head_dim
+    extra = sum(mixer_of(layer).cached_flops(context) for layer in layers_of(config))
     return alone + Flops(scores=extra)
 
 
@@ -128,7 +127,7 @@ def training_flops(
     *,
     counting: Counting = "causal",
     labelled: int | None = None,
-    lora: LoRAConfig | None = None,
+    adapter: AdapterConfig | None = None,
     recompute: Recompute = "none",
     input_grad: bool | None = None,
 ) -> TrainingFlops:
@@ -137,24 +136,22 @@ def training_flops(
     Args:
         counting: as in `forward_flops`.
         labelled: tokens that carry a loss; by default all.
-        lora: adapters that are trained instead of the model: a frozen product's backward pass is ∂x only.
+        adapter: trained instead of the model: a frozen product's backward pass is ∂x only.
         recompute: activations computed again in the backward pass.
         input_grad: whether what enters the first layer's products has a gradient; by default it has where the model is
             trained, its embedding and first norm with it, and has not for adapters.
 
     Raises:
-        ConfigError: an adapter's target names no linear of the model.
+        ConfigError: the adapter does not fit the model.
     """
-    if lora is not None:
-        count_adapter_parameters(config, lora)  # refuses targets there are not
     work = Work(
         lengths=tuple(lengths),
         labelled=sum(lengths) if labelled is None else labelled,
         counting=counting,
-        lora=lora,
-        input_grad=lora is None if input_grad is None else input_grad,
+        trains_all=adapter is None,
+        input_grad=adapter is None if input_grad is None else input_grad,
     )
-    trace = trace_model(config, work)
+    trace = trace_model(config, work, adapter)
     products = [p for layer in trace.layers for p in _products(layer)] + [trace.head]
     again = [p for layer in trace.layers for p in _computed_again(layer, recompute)]
     return TrainingFlops(

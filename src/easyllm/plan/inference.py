@@ -1,14 +1,19 @@
-"""Memory of inference: weights at a number of bits, the cache, and what a prompt's forward pass works in."""
+"""Memory of inference: weights as they are stored, the cache, and what a prompt's forward pass works in."""
 
 from dataclasses import asdict, dataclass
 
 from easyllm.core.errors import ConfigError
-from easyllm.nn.config import ModelConfig, MoEConfig
+from easyllm.nn.config import ModelConfig
+from easyllm.nn.cost import LinearShape
 from easyllm.plan.kv_cache import cache_size
-from easyllm.plan.linears import linear_weights
+from easyllm.plan.linears import layer_linears, linear_weights, model_linears
 from easyllm.plan.parameters import count_parameters
+from easyllm.plan.parts import feed_forward_of, inactive_experts, layers_of
+from easyllm.quant import find_scheme
 
 FP32, HALF = 4, 2
+PREFILL_TOKENS = 2048
+"""Prompt tokens that pass the model at once, unless the engine is told otherwise (`max_step_tokens`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +43,7 @@ class InferenceEstimate:
 def weight_bytes(
     config: ModelConfig, bits: float, *, group_size: int | None = None, scale_bits: int = 16
 ) -> int:
-    """Bytes of the weights at `bits` each.
+    """Bytes of the weights at `bits` each, in any layout.
 
     Args:
         group_size: with it, only the linears inside the layers have `bits`, and every group of so many weights a scale of
@@ -57,33 +62,75 @@ def weight_bytes(
     return round(packed * (bits + scale_bits / group_size) / 8) + (total - packed) * HALF
 
 
+def loaded_weight_bytes(
+    config: ModelConfig, itemsize: int = HALF, scheme: str | None = None, *, read: bool = False
+) -> int:
+    """Bytes of the weights as a model holds them once it is loaded.
+
+    Args:
+        itemsize: bytes of an element that is not quantized.
+        scheme: a format that weights can be quantized to.
+        read: count what decoding one token reads: the experts it passes, of an untied embedding nothing.
+    """
+    linears, idle = model_linears(config), 0
+    if read:
+        for layer in layers_of(config):
+            idle += inactive_experts(layer) * sum(
+                _one(linear, itemsize, scheme)
+                for linear in layer_linears(layer)
+                if linear.copies > 1
+            )
+    count = count_parameters(config)
+    table = config.vocab_size * config.hidden_size
+    rest = count.total - sum(linear.weights for linear in linears) - table
+    total = sum(linear.copies * _one(linear, itemsize, scheme) for linear in linears)
+    tied = config.tie_embeddings and config.num_labels is None
+    embedding = _table(config, itemsize, scheme)
+    if config.num_labels is None and not config.tie_embeddings:
+        rest -= table
+        total += embedding  # of the head
+    return total + rest * itemsize + (embedding if tied or not read else 0) - idle
+
+
+def _one(linear: LinearShape, itemsize: int, scheme: str | None) -> int:
+    """Bytes of one copy of a linear's weight; routers and gates are never quantized."""
+    if scheme is None or linear.part == "router":
+        return linear.in_features * linear.out_features * itemsize
+    return find_scheme(scheme).num_bytes((linear.out_features, linear.in_features))
+
+
+def _table(config: ModelConfig, itemsize: int, scheme: str | None) -> int:
+    """Bytes of a matrix of all tokens' vectors."""
+    table = None if scheme is None else find_scheme(scheme).table
+    if table is None:
+        return config.vocab_size * config.hidden_size * itemsize
+    return find_scheme(table).num_bytes((config.vocab_size, config.hidden_size))
+
+
 def estimate_inference(
     config: ModelConfig,
     *,
     context: int,
     sequences: int = 1,
     prompt: int | None = None,
-    bits: float = 16,
-    group_size: int | None = None,
+    itemsize: int = HALF,
+    scheme: str | None = None,
     cache_itemsize: float = HALF,
 ) -> InferenceEstimate:
     """Memory of generating with `sequences` sequences of up to `context` tokens.
 
     Args:
-        prompt: tokens that pass the model at once; by default all of a sequence.
+        prompt: tokens that pass the model at once; by default those of a sequence, at most `PREFILL_TOKENS`.
+        itemsize: bytes of an element of weights that are not quantized, and of activations.
+        scheme: a format that weights can be quantized to.
+        cache_itemsize: bytes of an element of the cache, scales included.
     """
-    tokens = context if prompt is None else prompt
-    item = HALF if bits <= 16 else FP32
-    widest = max(
-        (f.experts_per_token * f.expert.intermediate_size)
-        if isinstance(f := layer.feed_forward, MoEConfig)
-        else f.intermediate_size
-        for layer in config.layers
-    )
-    workspace = tokens * (2 * config.hidden_size * FP32 + 3 * widest * item)
+    tokens = min(context, PREFILL_TOKENS) if prompt is None else prompt
+    widest = max(feed_forward_of(layer).inner_elements(tokens) for layer in layers_of(config))
+    workspace = 2 * tokens * config.hidden_size * FP32 + widest * itemsize
     cache = cache_size(config, context=context, sequences=sequences, itemsize=cache_itemsize)
     return InferenceEstimate(
-        weights=weight_bytes(config, bits, group_size=group_size),
+        weights=loaded_weight_bytes(config, itemsize, scheme),
         kv_cache=cache.total,
         workspace=workspace + sequences * config.vocab_size * FP32,
     )

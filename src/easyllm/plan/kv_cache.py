@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from easyllm.nn.config import AttentionConfig, LinearAttentionConfig, ModelConfig
-
-STATE_BYTES = 4
-"""Of an element of linear attention's state, which is fp32 whatever the model's dtype."""
+from easyllm.nn.config import AttentionConfig, ModelConfig
+from easyllm.plan.parts import layers_of, mixer_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +33,10 @@ def cache_size(
         itemsize: bytes of an element: 2 for bf16 and fp16, 1 for int8, 0.5 for int4.
     """
     per_token, state = 0, 0
-    for layer in config.layers:
-        mixer = layer.mixer
-        if isinstance(mixer, LinearAttentionConfig):
-            features = mixer.head_dim + (mixer.features == "cosine")
-            state += mixer.num_heads * features * (mixer.head_dim + 1) * STATE_BYTES
-            continue
-        per_token += 2 * mixer.num_kv_heads * mixer.head_dim
+    for layer in layers_of(config):
+        mixer = mixer_of(layer)
+        per_token += mixer.cache_elements()
+        state += mixer.state_bytes()
     held = per_token * _tokens_kept(config, context)
     return CacheSize(
         bytes_per_token=int(per_token * itemsize),
@@ -59,7 +54,7 @@ class Rolling:
 
 
 def rolling_window(config: ModelConfig) -> Rolling | None:
-    """The widest window, and most sinks, of a model whose attention layers all have a causal window: what lies between the
+    """The widest window, and most sinks, of a model whose attention layers all have a causal window: what is between the
     two is never read again. None for other models."""
     mixers = [x.mixer for x in config.layers if isinstance(x.mixer, AttentionConfig)]
     windows = [m.window for m in mixers if m.window and m.causal]

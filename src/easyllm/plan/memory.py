@@ -15,19 +15,22 @@ from typing import Any, Literal
 
 import torch
 
-from easyllm.adapters.lora import LoRAConfig
+from easyllm.adapters import AdapterConfig, LoRAConfig
 from easyllm.core.errors import ConfigError
-from easyllm.nn.config import LayerConfig, MLPConfig, ModelConfig, MoEConfig
+from easyllm.nn.config import ModelConfig
+from easyllm.nn.cost import FP32, Kept, LayerTrace, Work, kept_bytes
+from easyllm.nn.decoder import DecoderLayer
 from easyllm.nn.recompute import Recompute
 from easyllm.ops.cross_entropy import even_chunks, rows_of_chunk
-from easyllm.plan.linears import (
-    count_adapter_parameters,
-    is_adapted,
-    layer_linears,
-)
+from easyllm.plan.linears import model_linears
 from easyllm.plan.parameters import count_parameters
-from easyllm.plan.tape import FP32, Kept, Work, kept_bytes
-from easyllm.plan.trace import LayerTrace, ModelTrace, trace_model
+from easyllm.plan.parts import (
+    adapter_parameters,
+    count_adapter_parameters,
+    feed_forward_of,
+    layers_of,
+)
+from easyllm.plan.trace import ModelTrace, trace_model
 
 OptimizerKind = Literal["adamw", "muon", "sgd"]
 INT8_BLOCK, INT8_SMALLEST = 256, 4096
@@ -96,7 +99,7 @@ def estimate_training(
     optimizer: OptimizerKind = "adamw",
     int8_state: bool = False,
     momentum: bool = False,
-    lora: LoRAConfig | None = None,
+    adapter: AdapterConfig | None = None,
     recompute: Recompute = "none",
     dropout: bool = False,
     device_type: str = "cpu",
@@ -106,12 +109,12 @@ def estimate_training(
     Args:
         micro_batch_tokens: packed tokens in one forward pass.
         row_tokens: of each sequence in it; by default it is one sequence.
-        micro_batches: forward passes a step; from the second on, gradients lie beside activations.
+        micro_batches: forward passes a step; from the second on, gradients are held next to activations.
         labelled: tokens with a loss; by default all.
         dtype: that products run in; weights of a narrower one than fp32 have fp32 masters.
         int8_state: whether AdamW keeps its moments in a byte each.
         momentum: whether SGD has it.
-        lora: adapters, trained instead of the model.
+        adapter: trained instead of the model.
         recompute: activations computed again in the backward pass.
         device_type: `cpu` or `cuda`, whose loss works on larger chunks.
 
@@ -123,17 +126,21 @@ def estimate_training(
         lengths=lengths,
         labelled=sum(lengths) if labelled is None else labelled,
         itemsize=dtype.itemsize,
-        lora=lora,
-        input_grad=lora is None,
+        trains_all=adapter is None,
+        input_grad=adapter is None,
         dropout=dropout,
     )
-    weights, trained = _weights(config, work)
+    weights, trained = _weights(config, work, adapter)
+    matrices = _trained_matrices(config, adapter)
     earlier, gradients = _gradients(work, trained, micro_batches)
-    state = _optimizer_state(config, work, trained, optimizer, int8=int8_state, momentum=momentum)
-    activations = _activations(trace_model(config, work), recompute)
+    if int8_state and adapter is None:
+        table = config.vocab_size * config.hidden_size
+        matrices += [table] * (1 if _head_shares_weight(config) else 2)
+    state = _optimizer_state(trained, matrices, optimizer, int8=int8_state, momentum=momentum)
+    activations = _activations(trace_model(config, work, adapter), recompute)
     in_loss, in_backward, left = _loss(config, work, device_type)
-    layer = max(_layer_workspace(layer, config, work) for layer in config.layers)
-    update = _update_workspace(config, work, optimizer)
+    layer = max(_layer_workspace(layer, config, work) for layer in layers_of(config))
+    update = _update_workspace(matrices, optimizer)
     steady = weights + state
     return MemoryEstimate(
         weights=weights,
@@ -155,14 +162,14 @@ def ways_to_fit(config: ModelConfig, device_bytes: int, **setup: Any) -> list[Ch
     with each the memory it leaves; only changes that help."""
     before = estimate_training(config, **setup).total
     found = []
-    for what, changed in _changes(config, setup):
+    for what, changed in _changes(setup):
         total = estimate_training(config, **changed).total
         if total < before:
             found.append(Change(what, total, total <= device_bytes))
     return found
 
 
-def _changes(config: ModelConfig, setup: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _changes(setup: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     row = setup.get("row_tokens") or setup["micro_batch_tokens"]
     if setup["micro_batch_tokens"] > row:
         yield f"micro_batch_tokens={row}", setup | {"micro_batch_tokens": row}
@@ -174,8 +181,8 @@ def _changes(config: ModelConfig, setup: dict[str, Any]) -> Iterator[tuple[str, 
         yield f"checkpoint_activations={mode}", setup | {"recompute": mode}
     if setup.get("optimizer", "adamw") == "adamw" and not setup.get("int8_state"):
         yield "optimizer.state=int8", setup | {"int8_state": True}
-    if setup.get("lora") is None:
-        yield "adapter.rank=16 (LoRA)", setup | {"lora": LoRAConfig()}
+    if setup.get("adapter") is None:
+        yield "adapter.rank=16 (LoRA)", setup | {"adapter": LoRAConfig()}
 
 
 def _rows(config: ModelConfig, micro_batch_tokens: int, row_tokens: int | None) -> tuple[int, ...]:
@@ -192,12 +199,12 @@ def _rows(config: ModelConfig, micro_batch_tokens: int, row_tokens: int | None) 
     return (row,) * (micro_batch_tokens // row) + ((rest,) if rest else ())
 
 
-def _weights(config: ModelConfig, work: Work) -> tuple[int, int]:
+def _weights(config: ModelConfig, work: Work, adapter: AdapterConfig | None) -> tuple[int, int]:
     """Bytes of all weights, and the number of those that are trained."""
     count = count_parameters(config).total
-    if work.lora is not None:
-        adapters = count_adapter_parameters(config, work.lora)
-        return count * work.itemsize + adapters * FP32, adapters
+    if adapter is not None:
+        trained = count_adapter_parameters(config, adapter)
+        return count * work.itemsize + trained * FP32, trained
     masters = FP32 if work.itemsize < FP32 else 0
     return count * (work.itemsize + masters), count
 
@@ -211,17 +218,15 @@ def _gradients(work: Work, trained: int, micro_batches: int) -> tuple[int, int]:
 
 
 def _optimizer_state(
-    config: ModelConfig,
-    work: Work,
     trained: int,
+    matrices: list[int],
     optimizer: OptimizerKind,
     *,
     int8: bool,
     momentum: bool,
 ) -> int:
     """Bytes an element: 8 for AdamW's two moments, 2 and two scales a block where they are int8, 4 for a momentum."""
-    matrices = _trained_matrices(config, work)
-    inside = sum(size * copies for size, copies in matrices)
+    inside = sum(matrices)
     match optimizer:
         case "sgd":
             return trained * FP32 * momentum
@@ -229,11 +234,8 @@ def _optimizer_state(
             return inside * FP32 + (trained - inside) * 2 * FP32
     if not int8:
         return trained * 2 * FP32
-    if work.trains_all:
-        table = config.vocab_size * config.hidden_size
-        matrices += [(table, 1)] * (1 if _head_shares_weight(config) else 2)
-    packed = [(size, copies) for size, copies in matrices if size >= INT8_SMALLEST]
-    saved = sum(copies * (6 * size - 8 * -(-size // INT8_BLOCK)) for size, copies in packed)
+    packed = [size for size in matrices if size >= INT8_SMALLEST]
+    saved = sum(6 * size - 8 * -(-size // INT8_BLOCK) for size in packed)
     return trained * 2 * FP32 - saved
 
 
@@ -241,18 +243,16 @@ def _head_shares_weight(config: ModelConfig) -> bool:
     return config.tie_embeddings or config.num_labels is not None
 
 
-def _trained_matrices(config: ModelConfig, work: Work) -> list[tuple[int, int]]:
-    """Elements and copies of the matrices that are trained inside the layers."""
-    linears = [x for layer in config.layers for x in layer_linears(layer, config.hidden_size)]
-    if work.lora is None:
-        return [(x.in_features * x.out_features, x.copies) for x in linears]
-    rank = work.lora.rank
-    adapted = [x for x in linears if is_adapted(x, work.lora)]
-    return [(rank * side, x.copies) for x in adapted for side in (x.in_features, x.out_features)]
+def _trained_matrices(config: ModelConfig, adapter: AdapterConfig | None) -> list[int]:
+    """Elements of each matrix that is trained inside the layers."""
+    if adapter is not None:
+        return [p.numel() for p in adapter_parameters(config, adapter) if p.ndim > 1]
+    every = model_linears(config)
+    return [x.in_features * x.out_features for x in every for _ in range(x.copies)]
 
 
 def _activations(trace: ModelTrace, recompute: Recompute) -> int:
-    """Bytes kept at the end of the forward pass, and beside them one block's that is computed again."""
+    """Bytes kept at the end of the forward pass, and those of one block that is computed again."""
     kept = trace.shared_bytes + sum(_layer_kept(layer, recompute) for layer in trace.layers)
     match recompute:
         case "none":
@@ -273,7 +273,7 @@ def _layer_kept(layer: LayerTrace, recompute: Recompute) -> int:
 
 
 def _loss(config: ModelConfig, work: Work, device_type: str) -> tuple[int, int, int]:
-    """Bytes of the chunked cross-entropy: while it runs, while its gradients are scaled, and what is left behind that
+    """Bytes of the chunked cross-entropy: while it runs, while its gradients are scaled, and what is left after that
     until the embedding's own gradient arrives (`ops.cross_entropy`)."""
     if config.num_labels is not None:
         return 0, 0, 0
@@ -298,24 +298,18 @@ def _loss(config: ModelConfig, work: Work, device_type: str) -> tuple[int, int, 
     )
 
 
-def _layer_workspace(layer: LayerConfig, config: ModelConfig, work: Work) -> int:
+def _layer_workspace(layer: DecoderLayer, config: ModelConfig, work: Work) -> int:
     """Of a layer's backward pass: the residual stream's gradient twice in fp32, and the gradients of the feed-forward's
     inner widths, its widest tensors."""
-    forward, tokens = layer.feed_forward, work.tokens
-    rows, inner = tokens, forward
-    if isinstance(forward, MoEConfig):
-        rows, inner = tokens * forward.experts_per_token, forward.expert
-    assert not isinstance(inner, MoEConfig), "an expert is dense"
-    tensors = 2 if isinstance(inner, MLPConfig) else 3
-    widest = tensors * rows * inner.intermediate_size * work.itemsize
-    return 2 * tokens * config.hidden_size * FP32 + widest
+    widest = feed_forward_of(layer).inner_elements(work.tokens) * work.itemsize
+    return 2 * work.tokens * config.hidden_size * FP32 + widest
 
 
-def _update_workspace(config: ModelConfig, work: Work, optimizer: OptimizerKind) -> int:
+def _update_workspace(matrices: list[int], optimizer: OptimizerKind) -> int:
     """AdamW and SGD move a weight in small pieces; Muon needs a matrix whole."""
     if optimizer != "muon":
         return 0
-    return max((size for size, _ in _trained_matrices(config, work)), default=0) * MUON_WORKSPACE
+    return max(matrices, default=0) * MUON_WORKSPACE
 
 
 __all__ = ["Change", "MemoryEstimate", "OptimizerKind", "estimate_training", "ways_to_fit"]

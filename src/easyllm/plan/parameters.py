@@ -3,23 +3,14 @@
 attention  D·(H + 2K)·d + H·d·D   (+ biases)      GLU  3·D·F      MLP  2·D·F      experts  E of them, k active
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
-from easyllm.nn.config import (
-    AttentionConfig,
-    FeedForward,
-    GLUConfig,
-    LayerConfig,
-    LayerNormConfig,
-    Learned,
-    LinearAttentionConfig,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-    Norm,
-    Shaw,
-    T5Bias,
-)
+from torch import nn
+
+from easyllm.nn.config import ModelConfig
+from easyllm.nn.moe import ROUTERS
+from easyllm.plan.parts import inactive_experts, layers_of, outside_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,81 +46,39 @@ class ParameterCount:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """The parameters of a model of this configuration."""
-    width = config.hidden_size
-    embedding = config.vocab_size * width
-    if isinstance(config.embedding_position, Learned):
-        embedding += config.max_seq_len * width
-    layers = config.layers
-    norms = sum(_norms_of(layer) for layer in layers) + config.final_norm
+    """The parameters of a model of this configuration, counted in its parts."""
+    positions, norm = outside_of(config)
+    layers = Counter[str]()
+    for layer, copies in Counter(layers_of(config)).items():
+        for name, parameter in layer.named_parameters():
+            layers[_component(name)] += copies * parameter.numel()
+            if name.startswith("feed_forward.experts.0."):
+                layers["inactive"] += copies * inactive_experts(layer) * parameter.numel()
     return ParameterCount(
-        embedding=embedding,
-        attention=sum(_mixer(layer, width) for layer in layers),
-        feed_forward=sum(_feed_forward(layer.feed_forward, width) for layer in layers),
-        router=sum(_router(layer.feed_forward, width) for layer in layers),
-        norm=norms * norm_parameters(config.norm, width),
+        embedding=config.vocab_size * config.hidden_size + _count(positions),
+        attention=layers["attention"],
+        feed_forward=layers["feed_forward"],
+        router=layers["router"],
+        norm=layers["norm"] + _count(norm),
         head=_head(config),
-        inactive=sum(_inactive(layer.feed_forward, width) for layer in layers),
+        inactive=layers["inactive"],
     )
+
+
+def _component(name: str) -> str:
+    """Of a layer's parameter."""
+    if name.startswith("mixer."):
+        return "attention"
+    if name.startswith("feed_forward."):
+        return "router" if name.split(".")[1] in ROUTERS else "feed_forward"
+    return "norm"
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _head(config: ModelConfig) -> int:
     if config.num_labels is not None:
         return config.num_labels * config.hidden_size
     return 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
-
-
-def norm_parameters(config: Norm, width: int) -> int:
-    """One weight a dim, and a bias where a LayerNorm has one."""
-    return width * (2 if isinstance(config, LayerNormConfig) and config.bias else 1)
-
-
-def _norms_of(layer: LayerConfig) -> int:
-    return 4 if layer.norm_placement == "sandwich" else 2
-
-
-def _mixer(layer: LayerConfig, width: int) -> int:
-    mixer = layer.mixer
-    kv_heads = mixer.num_heads if isinstance(mixer, LinearAttentionConfig) else mixer.num_kv_heads
-    rows = (mixer.num_heads + 2 * kv_heads) * mixer.head_dim
-    back = mixer.num_heads * mixer.head_dim
-    count = rows * width + back * width
-    count += rows * mixer.qkv_bias + width * mixer.out_bias
-    if isinstance(mixer, AttentionConfig):
-        count += 2 * mixer.head_dim * (mixer.qk_norm is not None) + _position(mixer)
-    return count
-
-
-def _position(mixer: AttentionConfig) -> int:
-    position = mixer.position
-    if isinstance(position, T5Bias):
-        return position.num_buckets * mixer.num_heads
-    if isinstance(position, Shaw):
-        return (2 * position.max_distance + 1) * mixer.head_dim * (1 + position.values)
-    return 0
-
-
-def _dense(config: GLUConfig | MLPConfig, width: int) -> int:
-    inner = config.intermediate_size
-    if isinstance(config, GLUConfig):
-        return 3 * width * inner + (2 * inner + width) * config.bias
-    return 2 * width * inner + (inner + width) * config.bias
-
-
-def _feed_forward(config: FeedForward, width: int) -> int:
-    if not isinstance(config, MoEConfig):
-        return _dense(config, width)
-    shared = _dense(config.shared, width) if config.shared else 0
-    return config.num_experts * _dense(config.expert, width) + shared
-
-
-def _router(config: FeedForward, width: int) -> int:
-    if not isinstance(config, MoEConfig):
-        return 0
-    return config.num_experts * width + width * config.shared_gate
-
-
-def _inactive(config: FeedForward, width: int) -> int:
-    if not isinstance(config, MoEConfig):
-        return 0
-    return (config.num_experts - config.experts_per_token) * _dense(config.expert, width)

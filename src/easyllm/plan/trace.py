@@ -1,26 +1,22 @@
-"""The whole decoder on tape, layer by layer."""
+"""The whole decoder's costs: what its layers state, and what is outside them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from easyllm.nn.config import LayerConfig, Learned, ModelConfig, Rope
-from easyllm.plan.tape import FP32, INT64, Activation, Event, Product, Tape, Work, kept_bytes
-from easyllm.plan.tape_attention import mix
-from easyllm.plan.tape_feed_forward import feed_forward
+from torch import nn
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerTrace:
-    """One layer's events; `fed` are those inside its feed-forward, which may be computed again alone."""
-
-    before: list[Event]
-    fed: list[Event]
-    after: list[Event]
-    input: Activation
-    feed_forward_input: Activation
-
-    @property
-    def events(self) -> list[Event]:
-        return [*self.before, *self.fed, *self.after]
+from easyllm.adapters import AdapterConfig
+from easyllm.nn.config import Learned, ModelConfig
+from easyllm.nn.cost import (
+    FP32,
+    INT64,
+    Activation,
+    CostTrace,
+    LayerTrace,
+    Product,
+    Work,
+    kept_bytes,
+)
+from easyllm.plan.parts import layers_of, mixer_of, outside_of, virtual_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,59 +28,30 @@ class ModelTrace:
     shared_bytes: int
 
 
-def trace_model(config: ModelConfig, work: Work) -> ModelTrace:
-    """Follows `Decoder.forward` and the loss."""
-    width = config.hidden_size
-    x = Activation("x", work.tokens * width * FP32, work.input_grad)
+def trace_model(
+    config: ModelConfig, work: Work, adapter: AdapterConfig | None = None
+) -> ModelTrace:
+    """Follows `Decoder.forward` and the loss, with the virtual tokens of an adapter that has some.
+
+    Raises:
+        ConfigError: the adapter does not fit the model.
+    """
+    if virtual := virtual_tokens(config, adapter):
+        work = replace(work, lengths=tuple(n + virtual for n in work.lengths), input_grad=True)
+    x = Activation("x", work.tokens * config.hidden_size * FP32, work.input_grad)
     layers = []
-    for layer in config.layers:
-        trace, x = _trace_layer(layer, config, Tape(work), x)
+    for layer in layers_of(config, adapter):
+        trace, x = layer.cost(CostTrace(work), x)
         layers.append(trace)
-    tape = Tape(work)
-    if config.final_norm:
-        x = tape.norm(config.norm, x, width, "hidden")
+    tape = CostTrace(work)
+    _, norm = outside_of(config)
+    if not isinstance(norm, nn.Identity):
+        x = tape.of(norm, x, "hidden")
     return ModelTrace(
         layers=layers,
         head=_head(config, work, x),
         shared_bytes=kept_bytes(tape.events) + _tables(config, work) + _indices(config, work),
     )
-
-
-def _trace_layer(
-    layer: LayerConfig, config: ModelConfig, tape: Tape, x: Activation
-) -> tuple[LayerTrace, Activation]:
-    """A layer's events, and the residual stream behind it."""
-    entered, width = x, config.hidden_size
-    placement = layer.norm_placement
-    pre = placement in ("pre", "sandwich")
-    start = tape.norm(config.norm, x, width, "mixer_norm") if pre else x
-    x = _add(tape, layer, config, x, mix(tape, layer.mixer, start, width), "mixed")
-    start = tape.norm(config.norm, x, width, "feed_forward_norm") if pre else x
-    before, tape.events = tape.events, []
-    out = feed_forward(tape, layer.feed_forward, start, width)
-    fed, tape.events = tape.events, []
-    x = _add(tape, layer, config, x, out, "fed")
-    trace = LayerTrace(
-        before=before, fed=fed, after=tape.events, input=entered, feed_forward_input=start
-    )
-    return trace, Activation("x", x.nbytes, x.grad)
-
-
-def _add(
-    tape: Tape, layer: LayerConfig, config: ModelConfig, x: Activation, block: Activation, name: str
-) -> Activation:
-    """The residual stream with a block's output added: fp32, or behind a post-norm the dtype of the weights."""
-    width = config.hidden_size
-    if tape.work.dropout and block.grad:
-        tape.keep(f"{name}.noise", block.nbytes)
-    if layer.norm_placement == "sandwich":
-        block = tape.norm(
-            config.norm, Activation(f"{name}.out", block.nbytes, block.grad), width, f"{name}.post"
-        )
-    total = Activation(f"x+{name}", x.nbytes, x.grad or block.grad)
-    if layer.norm_placement == "post":
-        return tape.norm(config.norm, total, width, f"{name}.after")
-    return total
 
 
 def _head(config: ModelConfig, work: Work, hidden: Activation) -> Product:
@@ -99,12 +66,10 @@ def _head(config: ModelConfig, work: Work, hidden: Activation) -> Product:
 
 def _tables(config: ModelConfig, work: Work) -> int:
     """cos and sin of every rotation the model has, computed once a forward pass."""
-    found = {
-        (layer.mixer.position, layer.mixer.position.rotary_dim or layer.mixer.head_dim)
-        for layer in config.layers
-        if isinstance(layer.mixer.position, Rope)
-    }
-    return sum(work.tokens * width * FP32 for _, width in found)
+    found: dict[object, int] = {}
+    for layer in layers_of(config):
+        found |= mixer_of(layer).position.table_elements()
+    return sum(work.tokens * width * FP32 for width in found.values())
 
 
 def _indices(config: ModelConfig, work: Work) -> int:
@@ -112,3 +77,6 @@ def _indices(config: ModelConfig, work: Work) -> int:
     if not work.trains_all:
         return 0
     return work.tokens * INT64 * (1 + isinstance(config.embedding_position, Learned))
+
+
+__all__ = ["LayerTrace", "ModelTrace", "trace_model"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from easyllm.core.errors import ConfigError
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Embedding, Linear
+from easyllm.nn.moe import ROUTERS
 from easyllm.nn.quantized import QuantizedWeight
 from easyllm.nn.storage import WeightStorage
 from easyllm.ops.quantized_linear import QuantizedMatrix, pack_int4, pack_int8, packed_bytes
@@ -20,8 +21,6 @@ SCHEMES = {
     "int8": QuantSpec(bits=8),
     "int4": QuantSpec(bits=4, group_size=32, symmetric=False),
 }
-FULL = ("router", "shared_gate")
-"""Linears that stay as they are: small, and a token's experts hang on them."""
 ROWS = 1024
 """Outputs quantized at once: what is in between stays in the processor's cache. A multiple of the kernel's 8."""
 
@@ -62,7 +61,7 @@ def quantizable(model: Decoder, scheme: str) -> dict[str, tuple[Linear | Embeddi
     found: dict[str, tuple[Linear | Embedding, StorageFormat]] = {
         f"{name}.weight": (module, format)
         for name, module in model.layers.named_modules(prefix="layers")
-        if isinstance(module, Linear) and not name.endswith(FULL)
+        if isinstance(module, Linear) and not name.endswith(ROUTERS)
     }
     if format.table is not None:
         table = find_scheme(format.table)

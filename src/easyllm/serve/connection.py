@@ -63,7 +63,7 @@ class BoundedProtocol(H11Protocol):
         self._stop_writing()
         super().resume_writing()
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
         """Answers what is not HTTP."""
         self._refuse(400, "the request is not valid HTTP/1.1; check its headers")
 

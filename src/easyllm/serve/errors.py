@@ -88,7 +88,7 @@ async def on_routing_error(request: Request, error: Exception) -> Response:
     return error_response(error.status_code, message, headers=headers)
 
 
-async def on_exception(_: Request, error: Exception) -> Response:
+async def on_exception(_: Request, _error: Exception) -> Response:
     """The answer to a mistake of the server's own; the log has the traceback."""
     return error_response(500, "the server failed on this request; see the server's log")
 

@@ -315,7 +315,7 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         "context": lambda context: (context,),
         "eval_context": lambda context: (context.eval_ctx,),
         "environment": lambda context: (context.environment,),
-    }.get(wanted.name if wanted else "", lambda context: ())
+    }.get(wanted.name if wanted else "", lambda _context: ())
 
     def counted(context: Context, value: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = BUDGET.get()
@@ -332,7 +332,7 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @jinja2.pass_context
-def _written(context: Context, value: Any) -> str:
+def _written(_context: Context, value: Any) -> str:
     """What `{{ value }}` writes."""
     budget = BUDGET.get()
     budget.step()

@@ -1,6 +1,7 @@
 """One loop, many objectives."""
 
 from easyllm.train.config import TrainConfig
-from easyllm.train.run import TrainResult, train
+from easyllm.train.preflight import RunPlan
+from easyllm.train.run import TrainResult, dry_run, train
 
-__all__ = ["TrainConfig", "TrainResult", "train"]
+__all__ = ["RunPlan", "TrainConfig", "TrainResult", "dry_run", "train"]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,18 +11,74 @@ import torch
 from easyllm.core.device import memory_free_bytes
 from easyllm.core.errors import ConfigError
 from easyllm.core.progress import console, format_count, format_duration
+from easyllm.models import open_source
 from easyllm.nn.config import ModelConfig
-from easyllm.plan.compute import estimate_time, training_flops
+from easyllm.nn.decoder import Decoder
+from easyllm.ops.huge_memory import STEP_BUFFERS
+from easyllm.plan.compute import USUAL_MFU, estimate_time, training_flops
 from easyllm.plan.machine import matmul_rate
-from easyllm.plan.memory import estimate_training, ways_to_fit
+from easyllm.plan.memory import MemoryEstimate, estimate_training, ways_to_fit
 from easyllm.plan.parameters import count_parameters
+from easyllm.plan.parts import count_adapter_parameters
 from easyllm.train.config import TrainConfig
 from easyllm.train.material import Material
+from easyllm.train.objectives import build_objective
 from easyllm.train.optim_config import SGDConfig
-from easyllm.train.setup import compute_dtype
+from easyllm.train.setup import Origin, build_model, compute_dtype
 
-USUAL_MFU = 0.45
-"""Share of the machine's rate a run of ours reaches, for the estimate of its time."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What a run will do, how long it takes and what memory it needs.
+
+    Attributes:
+        parameters: of the model; trained_parameters: those of the adapters, where there are some.
+        dtype: that products run in.
+        tokens: of all steps.
+        flops: of all steps' forward and backward passes.
+        flops_per_s: the machine's matmul rate, measured.
+        seconds: of the steps, at `USUAL_MFU` of that rate.
+        memory: at its peak.
+        free_bytes: of the device, now.
+        helps: changes of which each alone would make it fit; empty where it fits.
+    """
+
+    parameters: int
+    trained_parameters: int
+    dtype: str
+    steps: int
+    tokens: int
+    flops: int
+    flops_per_s: float
+    seconds: float
+    memory: MemoryEstimate
+    free_bytes: int
+    helps: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """The plan in one line, for people."""
+        return (
+            f"plan: {format_count(self.parameters)} parameters in {self.dtype}, {self.steps} steps, "
+            f"{format_count(self.tokens)} tokens; about {format_duration(self.seconds)} at "
+            f"{self.flops_per_s / 1e9:.0f} GFLOP/s and {self.memory.total / 1e9:.1f} GB"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For scripts; bytes and FLOPs are integers."""
+        return {
+            "parameters": self.parameters,
+            "trained_parameters": self.trained_parameters,
+            "dtype": self.dtype,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "flops_per_s": round(self.flops_per_s),
+            "seconds": round(self.seconds, 1),
+            "memory_bytes": self.memory.as_dict(),
+            "free_bytes": self.free_bytes,
+            "fits": self.memory.fits(self.free_bytes),
+            "helps": list(self.helps),
+        }
 
 
 def preflight(
@@ -30,19 +87,44 @@ def preflight(
     material: Material,
     total_steps: int,
     device: torch.device,
-) -> float:
-    """Prints what a run will do; returns the machine's matmul rate in FLOP/s."""
+) -> RunPlan:
+    """Prints what a run will do.
+
+    Raises:
+        ConfigError: an adapter does not fit the model.
+    """
     out = console()
     out.print(f"data: {material.summary}", soft_wrap=True)
     for warning in material.warnings:
         out.print(f"warning: {warning}", soft_wrap=True)
+    plan = plan_run(config, model, material, total_steps, device)
+    out.print(plan.line(), soft_wrap=True)
+    if not plan.memory.fits(plan.free_bytes):
+        out.print(
+            f"warning: {plan.free_bytes / 1e9:.1f} GB are free, fewer than the plan needs"
+            + (f"; each of these alone would do: {', '.join(plan.helps)}" if plan.helps else ""),
+            soft_wrap=True,
+        )
+    return plan
+
+
+def plan_run(
+    config: TrainConfig,
+    model: ModelConfig,
+    material: Material,
+    total_steps: int,
+    device: torch.device,
+) -> RunPlan:
+    """Time and memory of a run, from its configuration and this machine's matmul rate.
+
+    Raises:
+        ConfigError: an adapter does not fit the model.
+    """
     dtype = compute_dtype(config, device)
-    rate = matmul_rate(dtype, device)
     epochs = total_steps / material.loader.steps_per_epoch
     tokens = int(material.tokens_per_epoch * epochs)
     row = min(config.data.max_seq_len, config.micro_batch_tokens)
-    flops = training_flops(model, (row,), lora=config.adapter).total / row * tokens
-    seconds = estimate_time(flops, rate, utilisation=USUAL_MFU)
+    flops = training_flops(model, (row,), adapter=config.adapter).total / row * tokens
     setup: dict[str, Any] = {
         "micro_batch_tokens": config.micro_batch_tokens,
         "row_tokens": row,
@@ -51,28 +133,45 @@ def preflight(
         "optimizer": config.optimizer.kind,
         "int8_state": getattr(config.optimizer, "state", "fp32") == "int8",
         "momentum": isinstance(config.optimizer, SGDConfig) and config.optimizer.momentum > 0,
-        "lora": config.adapter,
+        "adapter": config.adapter,
         "recompute": config.checkpoint_activations,
         "dropout": config.dropout > 0,
         "device_type": device.type,
     }
     memory = estimate_training(model, **setup)
-    name = str(dtype).removeprefix("torch.")
-    out.print(
-        f"plan: {format_count(count_parameters(model).total)} parameters in {name}, {total_steps} steps, "
-        f"{format_count(tokens)} tokens; about {format_duration(seconds)} at {rate / 1e9:.0f} GFLOP/s and "
-        f"{memory.total / 1e9:.1f} GB",
-        soft_wrap=True,
+    rate, free = matmul_rate(dtype, device), memory_free_bytes(device)
+    helps = () if memory.fits(free) else ways_to_fit(model, free, **setup)
+    count = count_parameters(model).total
+    adapters = None if config.adapter is None else count_adapter_parameters(model, config.adapter)
+    return RunPlan(
+        parameters=count,
+        trained_parameters=count if adapters is None else adapters,
+        dtype=str(dtype).removeprefix("torch."),
+        steps=total_steps,
+        tokens=tokens,
+        flops=round(flops),
+        flops_per_s=rate,
+        seconds=estimate_time(flops, rate, utilisation=USUAL_MFU),
+        memory=memory,
+        free_bytes=free,
+        helps=tuple(change.what for change in helps if change.fits),
     )
-    free = memory_free_bytes(device)
-    if not memory.fits(free):
-        helps = [change.what for change in ways_to_fit(model, free, **setup) if change.fits]
-        out.print(
-            f"warning: {free / 1e9:.1f} GB are free, fewer than the plan needs"
-            + (f"; each of these alone would do: {', '.join(helps)}" if helps else ""),
-            soft_wrap=True,
-        )
-    return rate
+
+
+def check_model(config: TrainConfig, origin: Origin) -> None:
+    """Builds what a run trains, without its values: refuses what the run would refuse of weights, head, adapter and
+    parameter groups.
+
+    Raises:
+        ConfigError, CheckpointError: they do not fit.
+    """
+    with torch.device("meta"):
+        empty = Decoder(origin.config)
+    if isinstance(config.model, str):
+        open_source(config.model).check(empty)
+    bare = replace(origin, build=lambda dtype, _: empty.to(dtype))
+    objective = build_objective(config.objective)
+    build_model(config, bare, objective, torch.device("meta"))
 
 
 def _micro_batches(config: TrainConfig, material: Material) -> int:
@@ -86,7 +185,7 @@ def _micro_batches(config: TrainConfig, material: Material) -> int:
 
 @contextmanager
 def memory_advice(config: TrainConfig) -> Iterator[None]:
-    """Answers running out of memory with what to lower."""
+    """Answers running out of memory with what to lower; frees the buffers that steps have cached at the end."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -101,3 +200,5 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
         if config.adapter is None:
             advice.append("train an adapter instead of every weight")
         raise ConfigError(f"out of memory; {', or '.join(advice)}") from None
+    finally:
+        STEP_BUFFERS.clear()

@@ -9,6 +9,7 @@ run/manifest.json    inputs, versions, results: written last, so its presence me
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from easyllm.train.config import TrainConfig
 from easyllm.train.loop import Diverged, run_steps
 from easyllm.train.material import Material, gather
 from easyllm.train.objectives import Objective, build_objective
-from easyllm.train.preflight import memory_advice, preflight
+from easyllm.train.preflight import RunPlan, check_model, memory_advice, preflight
 from easyllm.train.report import write_report
 from easyllm.train.setup import (
     Origin,
@@ -75,24 +76,73 @@ def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> T
         Diverged: the loss was no number three steps in a row, or a weight is none at the end.
     """
     ignore = _harmless(config) if allow_change else frozenset[str]()
-    check_free(output, config, ignore=ignore)
-    if (output / MANIFEST_FILE).is_file():
-        raise OutputError(
-            f"{str(output)!r} holds this run, finished; choose another output folder, or remove that one"
-        )
+    check_output(output, config, ignore=ignore)
+    ready = prepare(config)
+    with memory_advice(config):
+        trained = build_model(config, ready.origin, ready.objective, ready.device)
+        if ready.objective.needs_reference:
+            ready.objective.reference = build_reference(
+                config, ready.origin, ready.objective, trained
+            )
+        claim(output, config, ignore=ignore)  # only now: a mistake leaves no folder behind
+        return _run(config, output, ready, trained)
+
+
+def dry_run(config: TrainConfig, output: Path | None, *, allow_change: bool = False) -> RunPlan:
+    """What `train` would do: all of its checks, without weights read or a file written; prints the plan.
+
+    Args:
+        output: None where the folder is checked elsewhere.
+
+    Raises:
+        What `train` raises before its first step.
+    """
+    if output is not None:
+        ignore = _harmless(config) if allow_change else frozenset[str]()
+        check_output(output, config, ignore=ignore)
+    ready = prepare(config)
+    check_model(config, ready.origin)
+    return ready.plan
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a run needs before its weights are read."""
+
+    device: torch.device
+    origin: Origin
+    objective: Objective
+    material: Material
+    plan: RunPlan
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Finds the model, reads the data and prints the plan.
+
+    Raises:
+        ConfigError, DataError, SourceError, CheckpointError: the inputs are wrong.
+    """
     device = pick_device(config.device)
     origin = find_origin(config)
     objective = build_objective(config.objective)
     material = gather(config, origin.tokenizer, objective, context=origin.config.max_seq_len)
     check_samples(config.samples, origin.tokenizer, context=origin.config.max_seq_len)
     total_steps = count_steps(config, material)
-    peak = preflight(config, origin.config, material, total_steps, device)
-    with memory_advice(config):
-        trained = build_model(config, origin, objective, device)
-        if objective.needs_reference:
-            objective.reference = build_reference(config, origin, objective, trained)
-        claim(output, config, ignore=ignore)  # only now: a mistake leaves no folder behind
-        return _run(config, output, origin, material, objective, trained, total_steps, peak)
+    plan = preflight(config, origin.config, material, total_steps, device)
+    return Prepared(device, origin, objective, material, plan)
+
+
+def check_output(output: Path, config: TrainConfig, *, ignore: Collection[str] = ()) -> None:
+    """Checks that the run may be begun, or resumed, in `output`.
+
+    Raises:
+        OutputError: it holds another run, or this one, finished; or it cannot be written.
+    """
+    check_free(output, config, ignore=ignore)
+    if (output / MANIFEST_FILE).is_file():
+        raise OutputError(
+            f"{str(output)!r} holds this run, finished; choose another output folder, or remove that one"
+        )
 
 
 def count_steps(config: TrainConfig, material: Material) -> int:
@@ -117,16 +167,14 @@ def count_steps(config: TrainConfig, material: Material) -> int:
 def _run(
     config: TrainConfig,
     output: Path,
-    origin: Origin,
-    material: Material,
-    objective: Objective,
+    ready: Prepared,
     trained: Trained,
-    total_steps: int,
-    peak: float | None,
 ) -> TrainResult:
     torch.manual_seed(config.seed)
+    origin, material, objective = ready.origin, ready.material, ready.objective
+    total_steps, peak = ready.plan.steps, ready.plan.flops_per_s
     model, optimizer, adapters = trained.model, trained.optimizer, trained.adapters
-    totals, identity = Totals(), input_hashes(config, origin)
+    totals, identity = Totals(), input_hashes(origin)
     state = RunState(
         optimizer,
         material.loader,

@@ -36,13 +36,13 @@ class Origin:
     Attributes:
         config: of the model.
         tokenizer: that belongs to it.
-        identity: a hash of what the weights are made from.
+        identity: computes a hash of what the weights are made from (which reads all of a model's files).
         build: the model in a dtype, on a device.
     """
 
     config: ModelConfig
     tokenizer: Tokenizer
-    identity: str
+    identity: Callable[[], str]
     build: Callable[[torch.dtype, torch.device], Decoder]
 
 
@@ -62,11 +62,12 @@ def find_origin(config: TrainConfig) -> Origin:
         def build(dtype: torch.dtype, device: torch.device) -> Decoder:
             return build_scratch(fresh, seed=seed).to(device, dtype)
 
-        identity = hash_value([fresh.model_dump(mode="json"), seed])
-        return Origin(fresh, tokenizer, identity, build)
+        described = [fresh.model_dump(mode="json"), seed]
+        return Origin(fresh, tokenizer, lambda: hash_value(described), build)
     opened = open_source(config.model)
     opened = replace(opened, config=_with_mask(opened.config, config))
-    return Origin(opened.config, opened.tokenizer(), hash_path(opened.path), _reader(opened))
+    identity = partial(hash_path, opened.path)
+    return Origin(opened.config, opened.tokenizer(), identity, _reader(opened))
 
 
 def _reader(opened: OpenSource) -> Callable[[torch.dtype, torch.device], Decoder]:
@@ -176,9 +177,9 @@ def source_name(config: TrainConfig) -> str:
     return config.model if isinstance(config.model, str) else "scratch"
 
 
-def input_hashes(config: TrainConfig, origin: Origin) -> dict[str, str]:
+def input_hashes(origin: Origin) -> dict[str, str]:
     """What identifies the model and tokenizer of a run."""
-    return {"model": origin.identity, "tokenizer": origin.tokenizer.fingerprint}
+    return {"model": origin.identity(), "tokenizer": origin.tokenizer.fingerprint}
 
 
 __all__ = [

@@ -35,7 +35,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     request = StopRequest()
     old: dict[int, object] = {}
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
         request.signal = number
         for each, handler in old.items():
             signal.signal(each, handler)  # type: ignore[arg-type]

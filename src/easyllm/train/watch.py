@@ -235,6 +235,6 @@ def step_flops(model: ModelConfig, config: TrainConfig) -> Callable[[tuple[int, 
 
     @cache
     def row(length: int) -> int:
-        return training_flops(model, (length,), lora=config.adapter).model
+        return training_flops(model, (length,), adapter=config.adapter).model
 
     return lambda lengths: sum(row(length) for length in lengths)

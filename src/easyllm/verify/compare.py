@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.engine import LLM, SamplingParams
 from easyllm.models import load_model, load_tokenizer, save_model
@@ -108,18 +109,19 @@ def compare(
     Raises:
         SourceError, CheckpointError: no such model. ConfigError: no such variant, or the vocabularies differ.
     """
+    values = {
+        "temperature": 0.0,
+        "max_tokens": max_tokens,
+        "repetition_penalty": repetition_penalty,
+        "ignore_eos": True,
+    }
+    params = validate(SamplingParams, values, source="sampling options")
     sides = [open_side(spec) for spec in (a, b)]
     if sides[0].tokenizer.fingerprint != sides[1].tokenizer.fingerprint:
         raise ConfigError(
             f"{a!r} and {b!r} have different tokenizers, so their tokens cannot be compared; "
             "name two models of the same vocabulary"
         )
-    params = SamplingParams(
-        temperature=0.0,
-        max_tokens=max_tokens,
-        repetition_penalty=repetition_penalty,
-        ignore_eos=True,
-    )
     return [_compare(sides[0], sides[1], prompt, params) for prompt in prompts]
 
 

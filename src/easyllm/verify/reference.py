@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from easyllm.core.errors import ConfigError
+from easyllm.core.errors import ConfigError, install
 
 
 class Reference:
@@ -65,7 +65,7 @@ def _library() -> Any:
         import transformers
     except ImportError:
         raise ConfigError(
-            "a comparison with transformers needs that package; pip install 'easyllm-stack[reference]'"
+            f"a comparison with transformers needs that package; {install('reference')}"
         ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

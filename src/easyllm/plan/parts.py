@@ -1,0 +1,147 @@
+"""The parts of a model without their weights, to be asked what they cost."""
+
+import json
+from functools import lru_cache
+from typing import Protocol, cast
+
+import torch
+from torch import nn
+
+from easyllm.adapters import ADAPTERS, Adapter, AdapterConfig
+from easyllm.adapters.adapter_set import find_whole
+from easyllm.adapters.attach import target_linears
+from easyllm.nn.config import LayerConfig, ModelConfig
+from easyllm.nn.decoder import Decoder, DecoderLayer
+from easyllm.nn.linear import Linear
+from easyllm.nn.norm import build_norm
+from easyllm.nn.position import PositionCost, build_embedding_position
+
+
+class Mixer(Protocol):
+    """What a mixer says of itself, next to its `forward`."""
+
+    position: PositionCost
+
+    def cached_flops(self, context: int, /) -> int:
+        """FLOPs of one more token's products with the earlier ones of `context` tokens."""
+
+    def cache_elements(self) -> int:
+        """Elements that the cache keeps of a token."""
+
+    def state_bytes(self) -> int:
+        """Bytes of a sequence's recurrent state."""
+
+
+class FeedForward(Protocol):
+    """What a feed-forward says of itself, next to its `forward`; one with experts has `inactive_experts`, too."""
+
+    def inner_elements(self, rows: int, /) -> int:
+        """Elements of the widest tensors that are there at once, for `rows` tokens."""
+
+
+def layers_of(
+    config: ModelConfig, adapter: AdapterConfig | None = None
+) -> tuple[DecoderLayer, ...]:
+    """The model's layers on the meta device, with the adapters of their linears; those of one configuration are one module.
+
+    Raises:
+        ConfigError: the adapter does not fit the model.
+    """
+    return _layers_of(config, None if adapter is None else adapter.model_dump_json())
+
+
+@lru_cache(maxsize=16)
+def _layers_of(config: ModelConfig, adapter_json: str | None) -> tuple[DecoderLayer, ...]:
+    adapter = None
+    if adapter_json is not None:
+        adapter = cast("AdapterConfig", ADAPTERS.validate(json.loads(adapter_json)))
+        _check_targets(config, adapter)
+    by_layer = adapter is not None and adapter.differs_by_layer()
+    found: dict[tuple[LayerConfig, int], DecoderLayer] = {}
+    keys = [(layer, number * by_layer) for number, layer in enumerate(config.layers)]
+    with torch.device("meta"):
+        for number, key in enumerate(keys):
+            if key not in found:
+                found[key] = _adapted(DecoderLayer(key[0], config, number), number, adapter)
+    return tuple(found[key] for key in keys)
+
+
+def _adapted(layer: DecoderLayer, number: int, adapter: AdapterConfig | None) -> DecoderLayer:
+    for name, module in list(layer.named_modules(prefix=f"layers.{number}")):
+        if adapter is not None and isinstance(module, Linear) and adapter.adapts(name):
+            adapter.check(name, module.in_features, module.out_features)
+            module.adapter = adapter.build(name, module.in_features, module.out_features)
+    return layer
+
+
+def _check_targets(config: ModelConfig, adapter: AdapterConfig) -> None:
+    """Refuses targets that name no linear, as attaching does."""
+    if adapter.level == "linear":
+        with torch.device("meta"):
+            target_linears(Decoder(config), adapter)
+
+
+def count_adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
+    """Trained parameters of an adapter: its modules', and those of the base that are trained whole with it.
+
+    Raises:
+        ConfigError: the adapter does not fit the model.
+    """
+    return sum(parameter.numel() for parameter in adapter_parameters(config, adapter))
+
+
+def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Parameter]:
+    """The parameters that are trained, on the meta device; those of layers alike are there once a layer."""
+    found = [
+        parameter
+        for layer in layers_of(config, adapter)
+        for module in layer.modules()
+        if isinstance(module, Adapter)
+        for parameter in module.parameters()
+    ]
+    with torch.device("meta"):
+        if adapter.level == "model":
+            found += cast("nn.Module", adapter.build_model_adapter(config)).parameters()
+        if adapter.also_trained or adapter.adapts("lm_head"):
+            model = Decoder(config)
+            for module in find_whole(model, adapter.also_trained).values():
+                found += module.parameters()
+            if model.lm_head is not None and adapter.adapts("lm_head"):
+                head = model.lm_head
+                built = adapter.build("lm_head", head.in_features, head.out_features)
+                found += built.parameters()
+    return found
+
+
+def virtual_tokens(config: ModelConfig, adapter: AdapterConfig | None) -> int:
+    """Virtual tokens that an adapter puts in front of every sequence."""
+    if adapter is None or adapter.level != "model":
+        return 0
+    with torch.device("meta"):
+        return adapter.build_model_adapter(config).num_virtual
+
+
+@lru_cache(maxsize=16)
+def outside_of(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """What adds positions to the embedding, and the norm before the head, on the meta device."""
+    with torch.device("meta"):
+        positions = build_embedding_position(
+            config.embedding_position, config.max_seq_len, config.hidden_size
+        )
+        norm = build_norm(config.norm, config.hidden_size) if config.final_norm else nn.Identity()
+    return positions, norm
+
+
+def mixer_of(layer: DecoderLayer) -> Mixer:
+    """A layer's mixer, to be asked."""
+    return cast("Mixer", layer.mixer)
+
+
+def feed_forward_of(layer: DecoderLayer) -> FeedForward:
+    """A layer's feed-forward, to be asked."""
+    return cast("FeedForward", layer.feed_forward)
+
+
+def inactive_experts(layer: DecoderLayer) -> int:
+    """Experts of a layer that a token does not pass."""
+    return cast("int", getattr(layer.feed_forward, "inactive_experts", 0))

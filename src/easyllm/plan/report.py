@@ -1,0 +1,242 @@
+"""What a model of a configuration costs: parameters, bytes, FLOPs, cache, and time where rates are known."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from easyllm.adapters.lora import LoRAConfig
+from easyllm.core.errors import ConfigError
+from easyllm.nn.config import ModelConfig
+from easyllm.plan.compute import (
+    USUAL_MFU,
+    TrainingFlops,
+    decode_flops,
+    estimate_time,
+    forward_flops,
+    training_flops,
+)
+from easyllm.plan.inference import (
+    InferenceEstimate,
+    estimate_inference,
+    loaded_weight_bytes,
+)
+from easyllm.plan.kv_cache import CacheSize, cache_size
+from easyllm.plan.linears import largest_rank
+from easyllm.plan.memory import MemoryEstimate, estimate_training
+from easyllm.plan.parameters import ParameterCount, count_parameters
+from easyllm.plan.parts import count_adapter_parameters
+
+ITEMSIZES = {"float32": 4, "bfloat16": 2}
+"""Formats whose weights are always listed, next to the quantized ones."""
+TRAINING_TOKENS = 2048
+"""Packed tokens of the planned training step, unless it is told otherwise."""
+from easyllm.quant import schemes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What a machine does: FLOP/s of matrix products, bytes a second read, bytes of memory that are free."""
+
+    flops_per_s: float
+    read_bytes_per_s: float
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """A training step of `tokens` packed tokens with AdamW in bf16.
+
+    Attributes:
+        trained_parameters: all, or those of the adapters.
+    """
+
+    name: str
+    tokens: int
+    row_tokens: int
+    trained_parameters: int
+    flops: TrainingFlops
+    memory: MemoryEstimate
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "row_tokens": self.row_tokens,
+            "trained_parameters": self.trained_parameters,
+            "flops": self.flops.total,
+            "memory_bytes": self.memory.as_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlan:
+    """What a model costs.
+
+    Attributes:
+        context: tokens of each sequence; sequences: held at once.
+        weights: bytes by format.
+        loaded: bytes as they are loaded here; read: those of them that decoding one token reads.
+        prefill_flops: of a forward pass over one sequence of `context` tokens, the head on its last row.
+        token_flops: of one more token, the last of `context`.
+        forward_flops_per_token: of a forward pass over `context` tokens with the head on every row, a token.
+        training: steps that were asked for.
+    """
+
+    parameters: ParameterCount
+    context: int
+    sequences: int
+    weights: dict[str, int]
+    loaded: int
+    read: int
+    cache: CacheSize
+    serving: InferenceEstimate
+    prefill_flops: int
+    token_flops: int
+    forward_flops_per_token: int
+    training_flops_per_token: int
+    training: tuple[TrainingPlan, ...] = ()
+
+    def prefill_seconds(self, rates: Rates) -> float:
+        """Of one sequence's prompt of `context` tokens, where arithmetic is all that takes time."""
+        return estimate_time(self.prefill_flops, rates.flops_per_s)
+
+    def token_seconds(self, rates: Rates) -> float:
+        """Of a step of every sequence's next token: reading weights and cache, or the arithmetic if that takes longer."""
+        reading = (self.read + self.cache.total) / rates.read_bytes_per_s
+        return max(reading, self.sequences * self.token_flops / rates.flops_per_s)
+
+    def as_dict(self, rates: Rates | None = None) -> dict[str, Any]:
+        """For scripts: bytes, FLOPs and parameters are integers."""
+        count = self.parameters
+        parts = {name: getattr(count, name) for name in count.__dataclass_fields__}
+        values: dict[str, Any] = {
+            "parameters_total": count.total,
+            "parameters_active": count.active,
+            "parameters": {"total": count.total, "active": count.active, **parts},
+            "context": self.context,
+            "sequences": self.sequences,
+            "weight_bytes": self.loaded,
+            "weight_bytes_by_format": self.weights,
+            "cache_bytes_per_token": self.cache.bytes_per_token,
+            "cache_state_bytes": self.cache.state_bytes,
+            "cache_bytes": self.cache.total,
+            "serving_bytes": self.serving.as_dict(),
+            "flops": {
+                "forward_per_token": self.forward_flops_per_token,
+                "training_per_token": self.training_flops_per_token,
+                "prefill": self.prefill_flops,
+                "decode_token": self.token_flops,
+            },
+        }
+        if self.training:
+            values["training"] = {plan.name: plan.as_dict() for plan in self.training}
+        if rates is not None:
+            values["machine"] = {
+                "flops_per_s": round(rates.flops_per_s),
+                "read_bytes_per_s": round(rates.read_bytes_per_s),
+                "free_bytes": rates.free_bytes,
+            }
+            values["seconds"] = self.seconds(rates)
+        return values
+
+    def seconds(self, rates: Rates) -> dict[str, float]:
+        """Estimates by what is done; of training only what fits into the memory that is free."""
+        found: dict[str, float] = {}
+        if self.serving.fits(rates.free_bytes):
+            found |= {
+                "prefill": self.prefill_seconds(rates),
+                "decode_token": self.token_seconds(rates),
+            }
+        for plan in self.training:
+            if plan.memory.fits(rates.free_bytes):
+                found[f"training_step_{plan.name}"] = estimate_time(
+                    plan.flops.total, rates.flops_per_s, utilisation=USUAL_MFU
+                )
+        return {name: float(f"{value:.3g}") for name, value in found.items()}
+
+
+def plan_model(
+    config: ModelConfig,
+    *,
+    context: int | None = None,
+    sequences: int = 1,
+    itemsize: int = 2,
+    scheme: str | None = None,
+    cache_itemsize: float = 2,
+    train: bool = False,
+) -> ModelPlan:
+    """What a model of this configuration costs to serve, and where asked for to train.
+
+    Args:
+        context: tokens of a sequence, by default as many as the model was trained for (of training's rows, at most
+            `TRAINING_TOKENS`).
+        itemsize: bytes of an element of weights that are not quantized; scheme: a format that weights can be quantized to.
+        cache_itemsize: bytes of an element of the cache, scales included.
+        train: plan training steps, too: of every weight, and of LoRA adapters of rank 16.
+
+    Raises:
+        ConfigError: `context` or `sequences` is below 1, or a training row longer than the model's context.
+    """
+    row = min(config.max_seq_len, TRAINING_TOKENS) if context is None else context
+    context = config.max_seq_len if context is None else context
+    if context < 1 or sequences < 1:
+        raise ConfigError(
+            f"context={context} and sequences={sequences} must be at least 1; raise them"
+        )
+    forward = forward_flops(config, [context])
+    return ModelPlan(
+        parameters=count_parameters(config),
+        context=context,
+        sequences=sequences,
+        weights={
+            **{name: loaded_weight_bytes(config, size) for name, size in ITEMSIZES.items()},
+            **{name: loaded_weight_bytes(config, itemsize, name) for name in schemes()},
+        },
+        loaded=loaded_weight_bytes(config, itemsize, scheme),
+        read=loaded_weight_bytes(config, itemsize, scheme, read=True),
+        cache=cache_size(config, context=context, sequences=sequences, itemsize=cache_itemsize),
+        serving=estimate_inference(
+            config,
+            context=context,
+            sequences=sequences,
+            itemsize=itemsize,
+            scheme=scheme,
+            cache_itemsize=cache_itemsize,
+        ),
+        prefill_flops=forward_flops(config, [context], head_rows=1).total,
+        token_flops=decode_flops(config, context).total,
+        forward_flops_per_token=forward.total // context,
+        training_flops_per_token=training_flops(config, (context,)).total // context,
+        training=_trainings(config, row) if train else (),
+    )
+
+
+def _trainings(config: ModelConfig, row: int) -> tuple[TrainingPlan, ...]:
+    """Steps of rows of `row` tokens, at least `TRAINING_TOKENS` together."""
+    rows = max(1, TRAINING_TOKENS // row)
+    lora = LoRAConfig(rank=min(LoRAConfig().rank, largest_rank(config)))
+    found = []
+    for name, adapter in (("full", None), (f"lora_r{lora.rank}", lora)):
+        trained = (
+            count_parameters(config).total
+            if adapter is None
+            else count_adapter_parameters(config, adapter)
+        )
+        memory = estimate_training(
+            config,
+            micro_batch_tokens=rows * row,
+            row_tokens=row,
+            dtype=torch.bfloat16,
+            adapter=adapter,
+        )
+        found.append(
+            TrainingPlan(
+                name=name,
+                tokens=rows * row,
+                row_tokens=row,
+                trained_parameters=trained,
+                flops=training_flops(config, (row,) * rows, adapter=adapter),
+                memory=memory,
+            )
+        )
+    return tuple(found)
