@@ -33,11 +33,11 @@ def inputs(tmp_path_factory, tiny_folder):
     (folder / "corpus.yaml").write_text(
         f"name: c\ntokenizer: {tiny_folder}\nsources: {{ a: {{ paths: [text.txt], documents: line }} }}\n"
     )
-    model = attach(load_model(tiny_folder), LoRAConfig(rank=2))
+    model = load_model(tiny_folder)
+    attach(model, LoRAConfig(rank=2))
     save_adapter(
         model,
         folder / "adapter",
-        LoRAConfig(rank=2),
         module_name=hf_module_name(model),
         base=str(tiny_folder),
     )

@@ -138,7 +138,7 @@ def test_a_model_that_is_given_is_not_loaded_otherwise(tiny_tokenizer, name):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ConfigError, match=f"{name} would change the model that was given"):
         LLM(model=model, tokenizer=tiny_tokenizer, **{name: GIVEN[name]})
-    assert not model.is_quantized
+    assert not model.packed_formats()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     with pytest.raises(
         ConfigError, match=r'quantize_weights\(model, "int8"\), which changes it in place'

@@ -12,7 +12,7 @@ from easyllm.nn.linear import Linear
 from easyllm.plan import count_parameters, plan_model
 from easyllm.plan.compute import forward_flops
 from easyllm.plan.linears import model_linears
-from easyllm.plan.parts import layers_of, outside_of
+from easyllm.plan.parts import _layers_of, layers_of, outside_of
 from easyllm.plan.trace import trace_model
 
 MODULES = (attention, feed_forward, glu, linear_attention, moe, norm, position)
@@ -62,10 +62,10 @@ def replaced(monkeypatch):
         monkeypatch.setattr(
             "easyllm.nn.decoder.build_feed_forward", lambda config, hidden_size, layer: make()
         )
-        layers_of.cache_clear()
+        _layers_of.cache_clear()
 
     yield replace
-    layers_of.cache_clear()
+    _layers_of.cache_clear()
 
 
 def test_a_new_part_is_planned_by_what_it_says_itself(replaced):

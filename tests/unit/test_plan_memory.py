@@ -89,7 +89,8 @@ def test_activations_are_what_autograd_keeps(name, dtype):
 @MODES
 def test_activations_under_adapters_are_what_autograd_keeps(dtype):
     config, lora = config_of("llama"), LoRAConfig(rank=4)
-    model = attach(model_of(config, dtype), lora, seed=0)
+    model = model_of(config, dtype)
+    attach(model, lora, seed=0)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in adapter_parameters(model).values():

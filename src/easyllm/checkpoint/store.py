@@ -55,6 +55,10 @@ class TensorFolder:
     ) -> None:
         self._files.close()
 
+    def reopened(self) -> "TensorFolder":
+        """The same tensors in memory of their own: what one open file gives twice is the same memory."""
+        return TensorFolder(self.path)
+
     def load(self, name: str) -> Tensor:
         """The tensor `name`."""
         return _read_tensor(self._place[name], name, self.path)

@@ -31,7 +31,7 @@ from easyllm.models.hf_config import (
 from easyllm.models.sources import locate
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.storage import PackedStorage, WeightStorage
+from easyllm.nn.storage import PackedStorage
 from easyllm.quant import (
     FORMATS,
     StorageFormat,
@@ -70,8 +70,9 @@ class OpenSource:
     def model(
         self, dtype: torch.dtype | None, device: torch.device, *, quantize: str | None = None
     ) -> Decoder:
-        """The model with its weights; with `quantize` each is rounded as soon as it is read."""
+        """The model with its weights, which are its own; with `quantize` each is rounded as soon as it is read."""
         model = self.skeleton()
+        source = self.tensors.reopened() if isinstance(self.tensors, TensorFolder) else self.tensors
         if quantize is not None and self.packed is not None:
             raise ConfigError(
                 f"the weights of {self.path} are kept as {self.packed.name} already; leave out quantize={quantize}"
@@ -89,7 +90,7 @@ class OpenSource:
             if binding.packed:
                 packed.append(binding)  # when the dtype of the full weights is known
                 continue
-            parts = binding.rule.split(self.tensors.load(binding.theirs))
+            parts = binding.rule.split(source.load(binding.theirs))
             for name, part in zip(binding.ours, parts, strict=True):
                 weight = part.to(device=device, dtype=dtype or part.dtype)
                 if name in rounded:
@@ -103,24 +104,28 @@ class OpenSource:
         activations = dtype or state["norm.weight"].dtype if packed else torch.float32
         for binding in packed:
             layer = layers[binding.ours[0]]
-            layer.store(self._packed_storage(binding, layer.storage.shape, activations, device))
+            found = {ending: source.load(name) for ending, name in binding.packed.items()}
+            layer.store(self._storage(binding, found, layer.storage.shape, activations).to(device))
         model.load_state_dict(state, assign=True, strict=not (rounded or packed))
         return model.requires_grad_(False).eval()
 
-    def _packed_storage(
-        self, binding: Binding, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-    ) -> WeightStorage:
+    def _storage(
+        self,
+        binding: Binding,
+        found: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> PackedStorage:
         """A weight as the checkpoint keeps it."""
         assert self.packed is not None, "bound as packed"
         assert self.packed.from_file is not None, "registered with tensors of a file"
-        found = {ending: self.tensors.load(name) for ending, name in binding.packed.items()}
         storage = self.packed.from_file(found, shape, dtype)
         if tuple(storage.shape) != tuple(shape):
             raise CheckpointError(
                 f"{binding.theirs} of {self.path} is {list(storage.shape)} as {self.packed.name}, expected {list(shape)}; "
                 "use the config.json that belongs to these weights"
             )
-        return storage.to(device) if isinstance(storage, PackedStorage) else storage
+        return storage
 
     def check(self, model: Decoder) -> None:
         """Compares names and shapes in the file with those of `model`; no values are read.

@@ -26,12 +26,12 @@ from easyllm.plan.linears import largest_rank
 from easyllm.plan.memory import MemoryEstimate, estimate_training
 from easyllm.plan.parameters import ParameterCount, count_parameters
 from easyllm.plan.parts import count_adapter_parameters
+from easyllm.quant import schemes
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 """Formats whose weights are always listed, next to the quantized ones."""
 TRAINING_TOKENS = 2048
 """Packed tokens of the planned training step, unless it is told otherwise."""
-from easyllm.quant import schemes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

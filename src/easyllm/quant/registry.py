@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from easyllm.core.errors import CheckpointError, ConfigError, suggest
-from easyllm.nn.storage import WeightStorage
+from easyllm.nn.storage import PackedStorage, WeightStorage
 
 Shape = tuple[int, int]
 
@@ -36,7 +36,7 @@ class StorageFormat:
     quantize: Callable[[Tensor, str], WeightStorage] | None = None
     table: str | None = None
     file_tensors: tuple[str, ...] = ()
-    from_file: Callable[[Mapping[str, Tensor], Shape, torch.dtype], WeightStorage] | None = None
+    from_file: Callable[[Mapping[str, Tensor], Shape, torch.dtype], PackedStorage] | None = None
     file_config: Mapping[str, Any] = field(default_factory=dict)
     unsupported_reason: Callable[[Shape], str | None] = lambda _shape: None
 

@@ -194,7 +194,7 @@ def accumulate(
         The mean loss a labelled token, in nats (auxiliary terms apart), and the objective's figures, averaged by tokens.
     """
     how = arithmetic or Arithmetic()
-    num_tokens = max(1, sum(batch.num_trained for batch in batches))
+    num_tokens = max(1, sum(objective.num_terms(batch) for batch in batches))
     total, metrics = 0.0, dict[str, float]()
     for batch in batches:
         with how.autocast():

@@ -30,12 +30,12 @@ from easyllm.train.data_config import DATA, DataBase, RowsConfig
 class LossOutput:
     """Summed loss in nats with gradient, the tokens in the sum, and figures to log.
 
-    The loop divides by the number of tokens of the whole step (all micro-batches, all ranks), never by a
+    The loop divides by the number of terms of the whole step (all micro-batches, all ranks), never by a
     micro-batch's own: a mean of means weighs tokens unequally.
 
     Attributes:
         sum: summed over tokens (for an objective of sequences or pairs, over those).
-        num_tokens: what is in the sum.
+        num_tokens: terms in the sum, `Objective.num_terms` of the batch.
         auxiliary: further terms to minimise, on the scale of `sum`, reported apart.
         metrics: means over the batch's tokens, by name.
     """
@@ -100,8 +100,12 @@ class Objective:
         """The model with what the objective needs of it: a head of labels, say."""
         return model
 
+    def num_terms(self, batch: Batch) -> int:
+        """What `loss` sums over: labelled tokens, unless an objective counts otherwise (pairs, texts)."""
+        return batch.num_trained
+
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
-        """The loss of a batch."""
+        """The loss of a batch, summed over `num_terms`."""
         raise NotImplementedError
 
     @torch.no_grad()
