@@ -16,6 +16,7 @@ from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.progress import track
 from easyllm.data.conversations import Conversation, Message
 from easyllm.data.packing import Sample
+from easyllm.tokenizer.messages import TRAIN_KEYS, trained_turns
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 Overlong = Literal["cut", "drop"]
@@ -180,9 +181,13 @@ def encode_conversations(
 
 
 def answers_of(conversation: Conversation) -> Iterator[Conversation]:
-    """The conversation up to each of its assistant turns."""
-    for turn, message in enumerate(conversation.messages):
-        if message.get("role") == "assistant":
+    """The conversation up to each of its assistant turns that is trained."""
+    try:
+        turns = trained_turns(conversation.messages)
+    except DataError as error:
+        raise DataError(f"{conversation.place}: {error}") from None
+    for turn, is_trained in enumerate(turns):
+        if is_trained:
             yield replace(conversation, messages=conversation.messages[: turn + 1])
 
 
@@ -204,17 +209,15 @@ def encode_messages(
     Raises:
         DataError: the template refuses the messages, or there is none.
     """
-    history = messages[:num_prompt]
     try:
-        encoded = tokenizer.encode_chat(messages, tools=tools, with_mask=train_on == "assistant")
-        ids, mask = encoded.token_ids, encoded.mask or [True] * len(encoded.token_ids)
-        if any(message.get("role") == "assistant" for message in history):
-            # the header of the next turn lies between the history and what is trained, so a token more or less,
-            # where the history alone ends otherwise, makes no difference
-            length = num_shared(ids, tokenizer.encode_chat(history, tools=tools).token_ids)
-            mask = [False] * length + mask[length:]
+        if train_on == "all":
+            _refuse_masked(messages)
+        encoded = tokenizer.encode_chat(
+            messages, tools=tools, with_mask=train_on == "assistant", num_prompt=num_prompt
+        )
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
+    ids, mask = encoded.token_ids, encoded.mask or [True] * len(encoded.token_ids)
     mask[:1] = [False] * len(mask[:1])  # nothing predicts the first token
     return Encoded(place, ids, mask, _writes_tools(messages, tools, encoded.text))
 
@@ -243,17 +246,36 @@ def fit(
 
 
 def check_samples(account: Account, max_seq_len: int) -> None:
-    """Refuses to go on without a sample."""
-    if not account.samples:
-        raise DataError(
-            f"no row is left to train on ({account.summary()}); raise max_seq_len={max_seq_len} or check the data"
-        )
+    """Refuses to go on without a sample, and says what would mend it."""
+    if account.samples:
+        return
+    if account.dropped_overlong or account.cut:
+        remedy = f"raise max_seq_len={max_seq_len}"
+    elif account.dropped_equal:
+        remedy = "chosen and rejected are the same in every row: check how the pairs were made"
+    elif account.dropped_untrained:
+        remedy = "no row has an answer that is trained: check for empty answers and for messages of weight 0"
+    elif account.rows:
+        remedy = "no answer in them is trained: check for messages of weight 0"
+    else:
+        remedy = "the data files hold no rows: name others"
+    raise DataError(f"no row is left to train on ({account.summary()}); {remedy}")
 
 
 def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     """How many items two sequences have in common at their beginning."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _refuse_masked(messages: list[Message]) -> None:
+    for number, message in enumerate(messages):
+        for key in TRAIN_KEYS:
+            if message.get(key) is not None and not message[key]:
+                raise DataError(
+                    f"message {number} has {key} {message[key]!r}, but train_on: all trains every token; "
+                    "set train_on: assistant, or remove the key"
+                )
 
 
 def _writes_tools(messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> bool:

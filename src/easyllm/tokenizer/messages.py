@@ -23,6 +23,8 @@ TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refu
 """Type of a content part -> the key its text is under (OpenAI's Chat Completions and Responses)."""
 TRAIN_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "mask")
 """Keys of a message that say whether it is trained, as OpenAI, Mistral, axolotl and ms-swift have them: 0 masks it."""
+MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio", "files")
+"""Keys under which some formats put what is not text next to the content."""
 CALL_EXAMPLE = '[{"function": {"name": "add", "arguments": {"a": 1}}}]'
 
 
@@ -61,6 +63,11 @@ def _normalised(message: Any, number: int) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise DataError(f"{name} has no role; give role and content")
+    for key in MEDIA_KEYS:
+        if message.get(key):
+            raise DataError(
+                f"{name} has {key}; only text is supported, not images, audio, video or files: remove them"
+            )
     kept = {
         key: value
         for key, value in message.items()
