@@ -770,6 +770,7 @@ def test_the_report_counts_every_document_once_and_merges():
             "gopher_repetition.duplicate_lines": 2,
             "gopher_quality.words": 1,
         },
+        "languages": {},
         "characters": sum(len(doc.text) for doc in docs),
         "characters_kept": 2 * len(ENGLISH),
     }
