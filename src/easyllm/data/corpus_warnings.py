@@ -47,7 +47,7 @@ def why_nothing_is_left(sources: Fates, shown: list[str]) -> str:
         more = f", and {bad - 1:,} more rows" if bad > 1 else ""
         return f"({shown[0]}{more}); {_remedy_of_row(next(iter(_summed(sources, 'bad_rows'))))}"
     listed = ", ".join(f"{rule} {number:,}" for rule, number in list(removed.items())[:5])
-    if bad:
+    if bad > sum(removed.values()):
         listed += f"; {bad:,} rows could not be read, such as {shown[0]}"
     return f"({listed}); {_remedy(next(iter(removed)), _summed(sources, 'languages'))}"
 
