@@ -142,6 +142,11 @@ SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "Chinese in broken lines": ("<p>" + ZH[0].replace("，", "，\n  ") + "</p>", (ZH[0],)),
     "Chinese with readings": ("<p><ruby>漢<rt>hàn</rt>字<rt>zì</rt></ruby>是一种很古老的文字，" + ZH[1] + "</p>", ("漢字是一种很古老的文字，" + ZH[1],)),
     "a form around a text": (f'<form action="/answer">{p(*LONG)}<fieldset><legend>Question</legend>{p(*STEPS)}</fieldset></form>', (*LONG, "Question", *STEPS)),
+    "sections named after their headings": (
+        f'<section id="cookies"><h2>Cookies</h2>{p(LONG[0])}</section><section id="related-work"><h2>Related work</h2>{p(LONG[1])}</section>'
+        f'<div class="social-history"><h3 class="code-header"><a href="x">Social history</a></h3>{p(LONG[2])}</div>',
+        ("Cookies", LONG[0], "Related work", LONG[1], "Social history", LONG[2]),
+    ),
     "words that name furniture": (
         f'<div class="menu"><h2>Menu of the day</h2>{p(*DISHES)}</div><div class="header-note">{p(LONG[0])}</div>'
         f'<p class="share">Every shareholder got a share of 3%.</p><ul class="tabs-example">{items(*STEPS)}</ul>',

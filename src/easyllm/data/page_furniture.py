@@ -8,6 +8,7 @@ Elements that hold a heading of the first level, `<main>` or `<article>`, or mos
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 UNSEEN = "script, style, noscript, template, dialog:not([open])"
@@ -31,19 +32,53 @@ MOST = 0.5
 LITTLE_PROSE = 0.2
 """Share of a page's characters outside lists of links, below which the lists are what the page is about."""
 
-_ALWAYS = re.compile(
-    r"(?:\w+[-_])*(?:breadcrumbs?|crumbs?|sidebar|sidenav|site-?footer|page-?footer|entry-?footer|footer|cookies?|gdpr"
-    r"|cookie-?(?:banner|bar|notice|consent|law)|consent|shar(?:e|ing)|addtoany|social|related|recommend(?:ed|ations?)?"
-    r"|pagination|pager|newsletter|subscribe|advert(?:isement|s)?|ads?|sponsored|promo|popup|modal|copyright|skip-?link"
-    r"|skip-to-content|sr-only|visually-hidden|screen-reader-text|bread|daohang|mianbaoxie|guanggao|fenxiang)"
-    r"(?:[-_]\w+)*",
-    re.IGNORECASE,
+_PLACES = (
+    "site page main left right top bottom global post entry article single content sticky floating side mobile desktop "
+    "header footer js wp block widget section inner outer the primary secondary button buttons btn btns link links icon "
+    "icons bar box list item items posts articles widgets container wrapper wrap tool tools media menu nav area banner "
+    "notice popup modal message overlay form cta panel news reading stories pages topics products videos unit slot label "
+    "trail fixed dark light col column row info text title l c m o u"
 )
-_IF_LINKS = re.compile(
-    r"(?:\w+[-_])*(?:top|main|sub|side|left|right|bottom|foot|global|site|page)?(?:nav|navbar|navigation|menu|menubar|topbar|toolbar|header|masthead|toc|tags?|widget|links?|tabs?|side"
-    r"|dropdown|categories|archives?|prev-?next|postnav|languages?)(?:[-_]\w+)*",
-    re.IGNORECASE,
+_ALWAYS = (
+    "breadcrumb breadcrumbs crumb crumbs sidebar sidenav footer foot cookie cookies gdpr consent cookieconsent cookielaw "
+    "share sharing sharethis addtoany social related recommend recommended recommendation recommendations pagination pager "
+    "newsletter subscribe advert adverts advertisement advertising ad ads sponsored promo popup modal copyright skiplink "
+    "daohang mianbaoxie guanggao fenxiang xiangguan"
 )
+_IF_LINKS = (
+    "nav navbar navigation topnav mainnav subnav sidenav footnav menu menubar mainmenu submenu topmenu topbar toolbar header "
+    "masthead toc tag tags widget widgets link links tab tabs side dropdown category categories archive archives prev next "
+    "prevnext postnav language languages"
+)
+"""Words of names of classes. One makes a name if no other word is in it but those of places: `share-buttons` holds buttons,
+`share-price` is about something else."""
+_KNOWN_PAIRS = frozenset(
+    ["sr only", "screen reader text", "visually hidden", "skip link", "skip to content"]
+)
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
+_MAX_NAME = 60
+_ALWAYS_WORDS = frozenset(_ALWAYS.split())
+_IF_LINKS_WORDS = frozenset(_IF_LINKS.split())
+_EVERY_WORD = _ALWAYS_WORDS | _IF_LINKS_WORDS | frozenset(_PLACES.split())
+_CONTAINERS = frozenset(
+    [
+        "div",
+        "section",
+        "aside",
+        "header",
+        "footer",
+        "ul",
+        "ol",
+        "dl",
+        "menu",
+        "form",
+        "table",
+        "span",
+        "a",
+        "center",
+    ]
+)
+"""Elements that are judged by their names."""
 _RELATED = re.compile(
     r"(?:related|similar|recommended|popular|recent|more|further|latest|trending|you (?:may|might) also).{0,40}"
     r"|(?:相关|相關|推荐|推薦|热门|熱門|最新|更多|猜你|延伸).{0,8}",
@@ -88,6 +123,24 @@ def main_part(body: Any) -> list[Any]:
     _remove_link_lists(body)
     _remove_link_groups(body)
     return _roots(body, total)
+
+
+@lru_cache(maxsize=4096)
+def furniture_kind(name: str) -> str | None:
+    """What a class or an id says: `always` furniture, furniture `if links` are most of it, or None: nothing.
+
+    >>> furniture_kind("share-buttons"), furniture_kind("mainMenu"), furniture_kind("share-price")
+    ('always', 'if links', None)
+    """
+    words = [word.lower() for word in _WORD.findall(name)] if len(name) <= _MAX_NAME else []
+    if " ".join(words) in _KNOWN_PAIRS:
+        return "always"
+    words = [word for word in words if not word.isdigit()]
+    if not words or not all(word in _EVERY_WORD for word in words):
+        return None
+    if any(word in _ALWAYS_WORDS for word in words):
+        return "always"
+    return "if links" if any(word in _IF_LINKS_WORDS for word in words) else None
 
 
 def size(node: Any) -> int:
@@ -150,12 +203,15 @@ def _remove_named(body: Any, total: int) -> None:
         words = f"{node.getattr('class') or ''} {node.getattr('id') or ''}".split()
         label = (node.getattr("aria-label") or "").split()
         names = [*words, *label[:1]]
-        if not names or node.tag in ("body", "html", "main", "article", "pre", "code", "p", "td"):
+        if node.tag not in _CONTAINERS or _is_named_by_heading(node):
             continue
-        if not any(map(_ALWAYS.fullmatch, names)):
-            if not any(map(_IF_LINKS.fullmatch, names)) or link_share(node) < SOME_LINKS:
+        kinds = {kind for name in names if (kind := furniture_kind(name))}
+        if not kinds:
+            continue
+        if "always" not in kinds:
+            if link_share(node) < SOME_LINKS:
                 continue
-            if _is_in_text(node) and node.tag in ("ul", "ol") and not _is_small(node):
+            if _is_in_text(node) and size(node) >= _SHORT_BLOCK:
                 continue
         if (
             not _holds(node, HEADS)
@@ -260,8 +316,11 @@ def _is_of_shares(node: Any) -> bool:
     )
 
 
-def _is_small(node: Any) -> bool:
-    return size(node) < _SHORT_BLOCK
+def _is_named_by_heading(node: Any) -> bool:
+    """Whether the id is made of the heading in it, as generators of pages make them: a section on cookies is text."""
+    name = "".join(filter(str.isalnum, node.getattr("id") or "")).lower()
+    heading = node.query_selector("h1, h2, h3, h4, h5, h6") if name else None
+    return heading is not None and name in "".join(filter(str.isalnum, heading.text)).lower()
 
 
 def _is_copyright(node: Any) -> bool:
