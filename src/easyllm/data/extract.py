@@ -5,7 +5,7 @@ import re
 from easyllm.core.errors import DataError
 from easyllm.data.blocks import optional
 from easyllm.data.page_furniture import main_part
-from easyllm.data.page_text import text_of
+from easyllm.data.page_text import depth, text_of
 
 MAX_PAGE_BYTES = 1 << 24
 MAX_NESTING = 512
@@ -20,7 +20,6 @@ _AS_IN_BROWSERS = {  # https://encoding.spec.whatwg.org: each name stands for it
     "utf-16-le": "utf-8",  # a page whose <meta> can be read byte by byte is not in UTF-16
     "utf-16-be": "utf-8",
 }
-_TOO_DEEP = " ".join([":is(div, article)"] * MAX_NESTING)
 
 
 def html_text(content: bytes) -> str:
@@ -41,10 +40,15 @@ def html_text(content: bytes) -> str:
         tree = html.HTMLTree.parse(page)
     except html.HTMLParserException as error:
         raise DataError(f"not HTML ({error})") from None
-    if page.count("<") > MAX_NESTING and tree.document.query_selector(_TOO_DEEP):
-        raise DataError(f"blocks nested deeper than {MAX_NESTING}")
     if tree.body is None or tree.body.tag != "body":  # a page of frames has none
         return ""
+    blocks, elements = depth(tree.body) if page.count("<") > MAX_NESTING else (0, 0)
+    if blocks > MAX_NESTING:
+        raise DataError(f"blocks nested deeper than {MAX_NESTING}")
+    if (
+        elements > MAX_NESTING
+    ):  # of tags like <b> that were never closed: too deep to tell what is in what
+        return text_of(tree.body)
     return "\n\n".join(text for part in main_part(tree.body) if (text := text_of(part)))
 
 

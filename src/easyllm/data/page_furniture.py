@@ -8,6 +8,7 @@ Elements that hold a heading of the first level, `<main>` or `<article>`, or mos
 
 import re
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -37,18 +38,18 @@ _PLACES = (
     "header footer js wp block widget section inner outer the primary secondary button buttons btn btns link links icon "
     "icons bar box list item items posts articles widgets container wrapper wrap tool tools media menu nav area banner "
     "notice popup modal message overlay form cta panel news reading stories pages topics products videos unit slot label "
-    "trail fixed dark light col column row info text title l c m o u"
+    "trail fixed dark light col column row info text title enabled clearfix"
 )
 _ALWAYS = (
     "breadcrumb breadcrumbs crumb crumbs sidebar sidenav footer foot cookie cookies gdpr consent cookieconsent cookielaw "
     "share sharing sharethis addtoany social related recommend recommended recommendation recommendations pagination pager "
-    "newsletter subscribe advert adverts advertisement advertising ad ads sponsored promo popup modal copyright skiplink "
+    "sharedaddy editsection newsletter subscribe advert adverts advertisement advertising ad ads sponsored promo popup modal copyright skiplink "
     "daohang mianbaoxie guanggao fenxiang xiangguan"
 )
 _IF_LINKS = (
     "nav navbar navigation topnav mainnav subnav sidenav footnav menu menubar mainmenu submenu topmenu topbar toolbar header "
     "masthead toc tag tags widget widgets link links tab tabs side dropdown category categories archive archives prev next "
-    "prevnext postnav language languages"
+    "prevnext postnav language languages catlinks path position location"
 )
 """Words of names of classes. One makes a name if no other word is in it but those of places: `share-buttons` holds buttons,
 `share-price` is about something else."""
@@ -57,6 +58,7 @@ _KNOWN_PAIRS = frozenset(
 )
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
 _MAX_NAME = 60
+_PREFIX = 2
 _ALWAYS_WORDS = frozenset(_ALWAYS.split())
 _IF_LINKS_WORDS = frozenset(_IF_LINKS.split())
 _EVERY_WORD = _ALWAYS_WORDS | _IF_LINKS_WORDS | frozenset(_PLACES.split())
@@ -90,10 +92,26 @@ _SHARES = re.compile(
     r"|wechat|rss|copy link|share|tweet|微博|新浪微博|微信|朋友圈|QQ空间|QQ好友|QQ|豆瓣|知乎|复制链接|分享|打印|收藏)?",
     re.IGNORECASE,
 )
+_SHARE_HEADING = re.compile(r"(?:share|follow|分享).{0,20}", re.IGNORECASE)
+_TRAIL = re.compile(
+    r"\s*(?:当前位置|目前位置|您的位置|你的位置|您现在的位置|首页|home\b|you are here).{0,100}[>»›→/／].{0,80}",
+    re.IGNORECASE | re.DOTALL,
+)
+_ANCHORS = frozenset(["#", "¶", "§", "🔗"])
 _COPYRIGHT = re.compile(
     r"\s*(?:©|\(c\)|copyright\b|版权所有|版權所有|all rights reserved)", re.IGNORECASE
 )
 _SHORT_BLOCK = 200
+MAX_MEASURED = 300
+"""How many times the text of a page may be measured, all its elements together; ordinary pages need about ten."""
+_COST = 100  # of measuring an element at all, in characters
+_LEFT: ContextVar[list[int]] = ContextVar("characters that may still be measured")
+
+
+class _TooMuch(Exception):
+    """Measuring costs more than a page is worth."""
+
+
 _MAX_NAMED = 20_000  # elements with a class or an id looked at
 
 
@@ -101,6 +119,9 @@ def remove_unseen(body: Any) -> None:
     """Removes scripts, styles and hidden elements, so that what is measured is what is read; formulas stay."""
     for node in _select(body, UNSEEN):
         if not (node.tag == "script" and (node.getattr("type") or "").startswith("math/tex")):
+            _remove(node)
+    for node in _select(body, ":is(h1, h2, h3, h4, h5, h6, dt) a"):
+        if node.text.strip() in _ANCHORS:
             _remove(node)
     total = size(body)
     for node in _select(body, HIDDEN):
@@ -111,7 +132,20 @@ def remove_unseen(body: Any) -> None:
 
 
 def main_part(body: Any) -> list[Any]:
-    """The elements whose text, one after the other, is the page's main text; furniture in them is removed."""
+    """The elements whose text, one after the other, is the page's main text; furniture in them is removed.
+
+    A page made to be measured for ever (elements of much text, nested by the hundred) is left as it is from some point on.
+    """
+    token = _LEFT.set([MAX_MEASURED * (len(body.text or "") + 10_000)])
+    try:
+        return _main_part(body)
+    except _TooMuch:
+        return [body]
+    finally:
+        _LEFT.reset(token)
+
+
+def _main_part(body: Any) -> list[Any]:
     remove_unseen(body)
     for node in _select(body, NAVIGATION):
         if not _holds(node, HEADS):
@@ -120,8 +154,8 @@ def main_part(body: Any) -> list[Any]:
     _remove_sections(body, total)
     _remove_named(body, total)
     _remove_small_forms(body)
-    _remove_link_lists(body)
     _remove_link_groups(body)
+    _remove_link_lists(body)
     return _roots(body, total)
 
 
@@ -136,6 +170,8 @@ def furniture_kind(name: str) -> str | None:
     if " ".join(words) in _KNOWN_PAIRS:
         return "always"
     words = [word for word in words if not word.isdigit()]
+    if len(words) > 1 and len(words[0]) <= _PREFIX and words[0] not in _EVERY_WORD:
+        del words[0]  # of a theme: bd-breadcrumbs, mw-editsection
     if not words or not all(word in _EVERY_WORD for word in words):
         return None
     if any(word in _ALWAYS_WORDS for word in words):
@@ -145,7 +181,12 @@ def furniture_kind(name: str) -> str | None:
 
 def size(node: Any) -> int:
     """Characters of an element's text, white space not counted."""
-    return sum(map(len, (node.text or "").split()))
+    text = node.text or ""
+    left = _LEFT.get()
+    left[0] -= len(text) + _COST
+    if left[0] < 0:
+        raise _TooMuch
+    return sum(map(len, text.split()))
 
 
 def link_share(node: Any) -> float:
@@ -239,16 +280,19 @@ def _remove_link_lists(body: Any) -> None:
     ]
     of_links = {node for node in lists if _is_of_links(node)}
     before_title = _before_title(body)
-    prose = size(body) - sum(size(node) for node in lists if node in of_links)
+    headings = _select(body, "h1, h2, h3, h4, h5, h6")
+    prose = size(body) - sum(map(size, of_links)) - sum(map(size, headings))
     is_about_lists = prose < LITTLE_PROSE * size(body)
     for node in lists:
         heading = _element_before(node)
         if _is_of_shares(node):
+            if heading is not None and _SHARE_HEADING.fullmatch(heading.text.strip()):
+                _remove(heading)
+            _remove(node)
+        elif node in before_title and link_share(node) >= SOME_LINKS:
             _remove(node)
         elif node not in of_links:
             continue
-        elif node in before_title:
-            _remove(node)
         elif (
             heading is not None
             and size(heading) < SHORT_ITEM
@@ -284,8 +328,11 @@ def _remove_link_groups(body: Any) -> None:
         is_menu = not _is_in_text(node) and prose >= LITTLE_PROSE * total
         if (is_menu or _is_of_shares(node)) and not _holds(node, HEADS):
             _remove(node)
-    for node in _select(body, "p, div, small, center, td"):
-        if size(node) < _SHORT_BLOCK and not _is_in_text(node) and _is_copyright(node):
+    for node in _select(body, "p, div, span, small, center, td"):
+        if size(node) >= _SHORT_BLOCK or _holds(node, HEADS):
+            continue
+        is_trail = _holds(node, "a") and _TRAIL.fullmatch(node.text)
+        if is_trail or (not _is_in_text(node) and _is_copyright(node)):
             _remove(node)
 
 

@@ -32,6 +32,7 @@ LINES = frozenset(
     ]
 )  # fmt: skip
 """Elements on lines of their own."""
+BLOCKS = (PARAGRAPHS | LINES | {"td", "th"}) - {"body", "html"}
 LISTS = frozenset(["ul", "ol", "menu", "dir"])
 CELLS = ("td", "th")
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6", "summary", "dt")
@@ -64,6 +65,27 @@ def text_of(root: Any) -> str:
                 break
             node = node.parent
             descend = True
+
+
+def depth(root: Any) -> tuple[int, int]:
+    """How deep an element's blocks are nested, and how deep all its elements."""
+    most_blocks = most = blocks = elements = 0
+    node = root
+    while True:
+        is_block = node.type == _ELEMENT and node.tag in BLOCKS
+        blocks += is_block
+        elements += 1
+        most_blocks, most = max(most_blocks, blocks), max(most, elements)
+        following = node.first_child
+        while following is None:
+            blocks -= node.type == _ELEMENT and node.tag in BLOCKS
+            elements -= 1
+            if node == root:
+                return most_blocks, most
+            following = node.next
+            if following is None:
+                node = node.parent
+        node = following
 
 
 class _Writer:
