@@ -267,3 +267,22 @@ def test_a_label_given_as_a_number_is_not_passed_over(key, value):
 def test_a_message_with_more_than_text_is_refused(key):
     with pytest.raises(DataError, match=f"message 0 has {key}; only text is supported"):
         read({"messages": [user("q") | {key: ["x"]}, assistant("a")]})
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_that_the_template_does_not_write_is_counted(tiny_tokenizer, key):
+    row = {"messages": [user("q"), assistant("a", **{key: "because of this"})]}
+    _, account = learned(tiny_tokenizer, row)
+    assert account.unwritten_reasoning == 1
+    assert "1 with reasoning the chat template does not write" in account.summary()
+    pair = {"prompt": "q", "chosen": row["messages"][1:], "rejected": "b"}
+    _, account = prepare_preferences(preferences([Row(pair, "x")]), tiny_tokenizer, max_seq_len=99)
+    assert account.unwritten_reasoning == 1
+
+
+def test_reasoning_that_is_written_or_left_out_on_purpose_is_not_counted(tiny_tokenizer):
+    tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=QWEN3)
+    said = [user("q"), assistant("a", reasoning_content="hm"), user("r"), assistant("b", reasoning_content="so")]  # fmt: skip
+    (text,), account = learned(tokenizer, {"messages": said})
+    assert text == "a<|im_end|><think>\nso\n</think>\n\nb<|im_end|>"
+    assert account.unwritten_reasoning == 0

@@ -229,6 +229,7 @@ def encode_preferences(
             for answer in (pair.chosen, pair.rejected)
         )
         account.unwritten_tools += not all(encoded.writes_tools for encoded in both)
+        account.unwritten_reasoning += not all(encoded.writes_reasoning for encoded in both)
         kept = fit(both, account, max_seq_len=max_seq_len, overlong=overlong)
         if kept is not None:
             yield EncodedPair(kept[0], kept[1], _num_prompt(*kept))
@@ -283,6 +284,7 @@ def encode_labelled(
             num_prompt=len(row.prompt),
         )
         account.unwritten_tools += not encoded.writes_tools
+        account.unwritten_reasoning += not encoded.writes_reasoning
         kept = fit((encoded,), account, max_seq_len=max_seq_len, overlong=overlong)
         if kept is not None:
             yield kept[0], row.label

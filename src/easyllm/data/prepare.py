@@ -21,6 +21,8 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 
 Overlong = Literal["cut", "drop"]
 TrainOn = Literal["assistant", "all"]
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that templates read its reasoning from, each its own one."""
 
 
 @dataclass(slots=True)
@@ -33,6 +35,7 @@ class Account:
         cut: samples cut at the length limit, and kept.
         dropped_equal: preference pairs whose answers are the same.
         unwritten_tools: rows with a tool or tool call whose name the chat template does not write.
+        unwritten_reasoning: rows whose last answer has a reasoning that the chat template does not write.
         formats: rows of each format.
     """
 
@@ -46,6 +49,7 @@ class Account:
     dropped_untrained: int = 0
     dropped_equal: int = 0
     unwritten_tools: int = 0
+    unwritten_reasoning: int = 0
     formats: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -65,6 +69,7 @@ class Account:
             "without a trained token dropped": self.dropped_untrained,
             "with equal answers dropped": self.dropped_equal,
             "with tools the chat template does not write": self.unwritten_tools,
+            "with reasoning the chat template does not write": self.unwritten_reasoning,
         }
         parts += [f"{count} {note}" for note, count in notes.items() if count]
         return ", ".join(parts) + (f" · format {self.format_text()}" if self.formats else "")
@@ -87,13 +92,15 @@ class Account:
 class Encoded:
     """A sequence under the chat template: its ids, and for each whether it is trained.
 
-    `writes_tools` is False where the template did not write a tool or tool call it was given.
+    `writes_tools` is False where the template did not write a tool or tool call it was given, `writes_reasoning` where it
+    did not write the reasoning of the last answer.
     """
 
     place: str
     token_ids: Sequence[int]
     mask: Sequence[bool]
     writes_tools: bool = True
+    writes_reasoning: bool = True
 
     def sample(self) -> Sample:
         """As training takes it."""
@@ -162,7 +169,7 @@ def encode_conversations(
     for conversation in conversations:
         account.rows += 1
         account.formats[conversation.format] += 1
-        writes_tools = True
+        writes_tools = writes_reasoning = True
         for part in answers_of(conversation) if split_turns else (conversation,):
             account.turns += split_turns
             encoded = encode_messages(
@@ -174,10 +181,12 @@ def encode_conversations(
                 train_on=train_on,
             )
             writes_tools &= encoded.writes_tools
+            writes_reasoning &= encoded.writes_reasoning
             kept = fit((encoded,), account, max_seq_len=max_seq_len, overlong=overlong)
             if kept is not None:
                 yield kept[0]
         account.unwritten_tools += not writes_tools
+        account.unwritten_reasoning += not writes_reasoning
 
 
 def answers_of(conversation: Conversation) -> Iterator[Conversation]:
@@ -219,7 +228,13 @@ def encode_messages(
         raise DataError(f"{place}: {error}") from None
     ids, mask = encoded.token_ids, encoded.mask or [True] * len(encoded.token_ids)
     mask[:1] = [False] * len(mask[:1])  # nothing predicts the first token
-    return Encoded(place, ids, mask, _writes_tools(messages, tools, encoded.text))
+    return Encoded(
+        place,
+        ids,
+        mask,
+        writes_tools=_writes_tools(messages, tools, encoded.text),
+        writes_reasoning=_writes_reasoning(messages, encoded.text),
+    )
 
 
 def fit(
@@ -283,3 +298,10 @@ def _writes_tools(messages: list[Message], tools: list[dict[str, Any]] | None, t
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     names = [tool.get("function", tool).get("name") for tool in [*(tools or ()), *calls]]
     return all(name in text for name in names if isinstance(name, str))
+
+
+def _writes_reasoning(messages: list[Message], text: str) -> bool:
+    """Whether the reasoning of the last answer is in the text; templates leave that of earlier ones out on purpose."""
+    answers = [message for message in messages if message.get("role") == "assistant"]
+    reasons = [answers[-1].get(key) for key in REASONING_KEYS] if answers else []
+    return all(reason.strip() in text for reason in reasons if isinstance(reason, str))
