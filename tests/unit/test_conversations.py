@@ -362,9 +362,13 @@ def test_blank_lines_are_passed_over_but_counted(tmp_path):
     [
         ("data.jsonl", b'{"a": 1}\n{"a": \n', r"data\.jsonl:2 is not JSON"),
         ("data.jsonl", b'{"a": 1}\n{"a": "\xff\xfe"}\n', r"data\.jsonl:2 is not UTF-8"),
-        ("data.jsonl", b'{"a": 1}\n\n[1]\n', r"data\.jsonl:3 is a JSON list, expected an object"),
+        (
+            "data.jsonl",
+            b'{"a": 1}\n\n[1]\n',
+            r"data\.jsonl:3 holds a JSON list, expected an object",
+        ),
         ("data.jsonl", b"[\n", r"data\.jsonl:1 is not JSON"),
-        ("data.json", b'[{"a": 1}, 2]', r"data\.json\[1\] is a JSON int, expected an object"),
+        ("data.json", b'[{"a": 1}, 2]', r"data\.json\[1\] holds a JSON int, expected an object"),
         ("data.json", b'[{"a": 1}', r"data\.json' cannot be read to its end: not JSON"),
         ("data.jsonl", b"", r"data\.jsonl' is empty; give"),
         ("data.jsonl", b"\n \n", r"data\.jsonl' holds no rows; give"),

@@ -40,7 +40,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     try:
         for row in read(read_blocks(str(path)), str(path)):
             if isinstance(row, BadRow):
-                raise DataError(f"{row.place} is {row.reason}; mend or remove it")
+                verb = "holds" if row.reason.startswith("a JSON") else "is"
+                raise DataError(f"{row.place} {verb} {row.reason}; mend or remove it")
             is_empty = False
             yield row
     except DamagedFile as error:
