@@ -145,7 +145,7 @@ class CorpusBuild:
             counts.append((stage, done))
             self._check_what_is_left(counts)
         tokens = self._tokenize(executor, stems)
-        composition, held_out = self._pack(stems)
+        composition, held_out = self._pack()
         self._keep_exclusions(counts)
         return self._finish(counts, tokens, composition, held_out)
 
@@ -270,7 +270,7 @@ class CorpusBuild:
         sizes = [documents_file(stem).stat().st_size for stem in stems]
         return self._stage(executor, "tokens", items, sizes)
 
-    def _pack(self, stems: list[Path]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    def _pack(self) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
         """Chooses documents of every source and writes the shards.
 
         Returns:

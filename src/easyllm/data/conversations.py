@@ -1,6 +1,5 @@
 """Rows of the usual formats as conversations in OpenAI's message form."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any, Literal
 from easyllm.core.errors import DataError
 from easyllm.data.row import Row
 from easyllm.data.row_keys import check_keys
+from easyllm.data.row_tools import read_function_call, read_tools
 from easyllm.data.rows import read_rows
-from easyllm.tokenizer.messages import TRAIN_KEYS, Message, normalise_messages, read_arguments
+from easyllm.tokenizer.messages import TRAIN_KEYS, Message, normalise_messages
 
 RowKind = Literal["conversation", "preference", "labelled"]
 
@@ -207,7 +207,7 @@ def read_turn(turn: Any, row: Row, name: str) -> Message:
         raise DataError(f"{row.place}: {name} has no text value; give from and value")
     rest = {k: v for k, v in turn.items() if k not in ("from", "value", "content", "role")}
     if speaker == "function_call":
-        return rest | _tool_call(value, row, name)
+        return rest | read_function_call(value, row, name)
     if speaker not in SHAREGPT_ROLES:
         raise DataError(
             f"{row.place}: {name} is from {speaker!r}; expected one of "
@@ -283,40 +283,6 @@ def read_text(row: Row, key: str) -> str:
     return value
 
 
-def read_tools(row: Row) -> list[dict[str, Any]] | None:
-    """The tools a row offers (`tools`, or `functions`), as a list or JSON text, also of each; None for none."""
-    key = "tools" if row.values.get("tools") else "functions"
-    tools = row.values.get(key)
-    try:
-        tools = _from_json(tools)
-        tools = [_read_tool(tool) for tool in tools] if isinstance(tools, list) else tools
-    except ValueError:
-        raise DataError(f"{row.place}: {key} is not JSON; give a list of functions") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(
-        isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools
-    ):
-        raise DataError(f"{row.place}: {key} is no list of functions; give each as an object")
-    return tools
-
-
-def _read_tool(tool: Any) -> Any:
-    """A tool as an object, its parameters too: both are often JSON text, where a table could not hold the object."""
-    tool = _from_json(tool) if isinstance(tool, str) and tool.lstrip()[:1] == "{" else tool
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("parameters"), str):
-        return tool
-    function = function | {"parameters": _from_json(function["parameters"])}
-    return tool | {"function": function} if "function" in tool else function
-
-
-def _from_json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    return json.loads(value) if value.strip() else None
-
-
 def _alpaca(row: Row) -> list[Message]:
     prompt = read_alpaca_prompt(row)
     return [*prompt, {"role": "assistant", "content": read_text(row, "output")}]
@@ -348,24 +314,6 @@ def _history(row: Row) -> list[list[str]]:
     ):
         raise DataError(f"{row.place}: history is no list of pairs like [question, answer]")
     return pairs
-
-
-def _tool_call(value: str, row: Row, name: str) -> Message:
-    try:
-        call = json.loads(value)
-        calls = call if isinstance(call, list) else [call]
-        functions = [
-            {"name": c["name"], "arguments": read_arguments(c.get("arguments"))} for c in calls
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(
-            f"{row.place}: {name} is a function_call without name and arguments as JSON"
-        ) from None
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": f} for f in functions],
-    }
 
 
 _READERS: dict[str, Callable[[Row], list[Message]]] = {

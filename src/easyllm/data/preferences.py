@@ -23,7 +23,6 @@ from easyllm.data.conversations import (
     read_messages,
     read_system,
     read_text,
-    read_tools,
     read_turns,
     row_kind,
     turn_list,
@@ -42,6 +41,7 @@ from easyllm.data.prepare import (
 )
 from easyllm.data.row import Row
 from easyllm.data.row_keys import check_keys
+from easyllm.data.row_tools import read_tools
 from easyllm.data.rows import read_rows
 from easyllm.tokenizer.tokenizer import Tokenizer
 

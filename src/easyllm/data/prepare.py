@@ -261,7 +261,7 @@ def fit(
 
 
 def check_samples(account: Account, max_seq_len: int) -> None:
-    """Refuses to go on without a sample, and says what would mend it."""
+    """Raises where no sample is left, and says what would fix it."""
     if account.samples:
         return
     if account.dropped_overlong or account.cut:

@@ -336,7 +336,7 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         "context": lambda context: (context,),
         "eval_context": lambda context: (context.eval_ctx,),
         "environment": lambda context: (context.environment,),
-    }.get(wanted.name if wanted else "", lambda context: ())
+    }.get(wanted.name if wanted else "", lambda _context: ())
 
     def counted(context: Context, value: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = BUDGET.get()

@@ -94,13 +94,13 @@ class TurnFinder:
         before = self._prefix(self._messages[:turn], prompt=True)
         if before is not None and begin <= before <= end:
             return before, end
-        return self._behind_header(turn, begin, end), end
+        return self._after_header(turn, begin, end), end
 
-    def _behind_header(self, turn: int, begin: int, end: int) -> int:
+    def _after_header(self, turn: int, begin: int, end: int) -> int:
         """Where the turn's header ends, if the generation prompt is not simply what comes first.
 
         A default system prompt may be written before the header, in the same step of the loop, and the generation prompt
-        may go on after the header (with `<think>`, say) as this turn does not.
+        may continue after the header (with `<think>`, say) as this turn does not.
         """
         changed = self._changed(turn)
         words = end if changed is None else min(max(changed[0], begin), end)

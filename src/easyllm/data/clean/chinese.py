@@ -63,7 +63,7 @@ class HanShare(Config):
 
 
 class ChineseQuality(Config):
-    """Rejects Chinese that is no prose: lists of keywords, gibberish, wrongly decoded text, advertisements.
+    """Rejects Chinese that is not prose: lists of keywords, gibberish, wrongly decoded text, advertisements.
 
     Shares are of the text's Han characters. A line of boilerplate is a short one with a phrase like 版权所有 or 上一篇; such
     lines are removed before the rest is judged. None switches a bound off.
