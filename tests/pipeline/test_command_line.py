@@ -157,7 +157,11 @@ BAD_ROWS = {
         '{"messages": [{"role": "user", "content": "x"}]}\n',
         "rows.jsonl:1 has no assistant turn",
     ),
-    "empty": ("", "no row is left to train on"),
+    "empty": ("", "rows.jsonl' is empty; give .json"),
+    "messages that are text": (
+        '{"messages": "hello"}\n',
+        "rows.jsonl:1 is in no known format (keys: messages): messages is text, expected a list",
+    ),
 }
 
 

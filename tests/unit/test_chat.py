@@ -140,9 +140,7 @@ def test_masks_are_those_of_transformers_with_and_without_marks(
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    turns=TURNS.filter(lambda turns: turns and (turns[0][0] != ASSISTANT or turns[0][1].strip()))
-)
+@given(turns=TURNS.filter(bool))
 def test_masks_of_any_conversation_are_those_of_transformers(
     smollm2_tokenizer, reference, marked, turns
 ):
@@ -315,9 +313,13 @@ def test_a_turn_the_template_never_writes_is_refused(make):
         tokenizer.encode_chat(chat("u", "one", "v"), with_mask=True)
 
 
-def test_an_empty_turn_that_moves_what_is_in_front_of_it_is_refused(smollm2_tokenizer):
-    with pytest.raises(DataError, match="assistant turn 0 cannot be found"):
-        smollm2_tokenizer.encode_chat(chat((ASSISTANT, "")), with_mask=True)
+@pytest.mark.parametrize("said", ["", "Welcome!"])
+def test_a_system_prompt_that_a_template_writes_in_the_same_step_is_not_trained(
+    smollm2_tokenizer, said
+):
+    messages = chat((ASSISTANT, said), (USER, "Hi"))
+    assert "You are a helpful AI assistant" in smollm2_tokenizer.encode_chat(messages).text
+    assert trained(smollm2_tokenizer, messages) == [f"{said}<|im_end|>"]
 
 
 def test_a_conversation_without_an_assistant_trains_nothing(tiny_tokenizer):

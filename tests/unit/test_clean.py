@@ -603,27 +603,38 @@ def test_presets_are_in_the_published_order():
     assert kinds["gopher"] == front + gopher
     assert kinds["fineweb"] == [*front, *gopher, "c4_quality", "fineweb_quality"]
     assert kinds["fineweb-zh"] == [
-        *(*front, "han_share"),
+        *(*front, "han_share", "chinese_quality"),
         *("gopher_repetition", "fineweb_quality", "gopher_quality"),
     ]
+    assert kinds["gopher-zh"] == [*front, "han_share", "chinese_quality", *gopher]
     (c4,) = [rule for rule in PRESETS["fineweb"] if rule.kind == "c4_quality"]
     assert not c4.terminal_punctuation
 
 
-def test_the_chinese_preset_has_fineweb_2s_bounds():
-    _, language, han, repetition, fineweb, quality = PRESETS["fineweb-zh"]
+def test_the_chinese_preset_has_fineweb_2s_bounds_where_they_are_of_characters_or_lines():
+    _, language, han, _, repetition, fineweb, quality = PRESETS["fineweb-zh"]
     assert (language.allowed, language.min_score, han.min_share) == (("zh",), 0.692, 0.3)
     assert repetition.max_duplicate_lines == 0.287
     assert repetition.max_duplicate_line_characters is None
     assert repetition.max_duplicate_paragraphs is None
-    assert repetition.max_top_ngram_characters == {2: 0.256, 3: 0.201, 4: 0.171}
-    limits = {5: 0.198, 6: 0.182, 7: 0.167, 8: 0.154, 9: 0.14, 10: 0.127}
-    assert repetition.max_duplicate_ngram_characters == limits
     assert (fineweb.min_punctuated_lines, fineweb.max_short_lines) == (0.106, None)
     assert (fineweb.max_duplicate_line_characters, fineweb.max_newlines_per_word) == (0.1, 0.178)
     assert (quality.min_mean_word_length, quality.max_mean_word_length) == (1, 5)
-    assert (quality.min_alphabetic_words, quality.min_stop_words) == (0.735, 2)
+    assert quality.min_stop_words == 2
     assert {"的", "是", "於", "于", "與", "与"} <= set(quality.stop_words)
+
+
+def test_shares_of_few_lines_are_not_judged_where_a_rule_says_so():
+    headings = "one line without a mark\nanother line without one…"
+    for rule, broken in (
+        (FineWebQuality(max_short_lines=None), "fineweb_quality.punctuated_lines"),
+        (FineWebQuality(min_punctuated_lines=None), "fineweb_quality.short_lines"),
+        (GopherQuality(min_words=1, min_stop_words=0), "gopher_quality.ellipsis_lines"),
+    ):
+        assert rule.apply(TextView(headings)).rule == broken
+        patient = rule.model_copy(update={"min_lines": 3})
+        assert isinstance(patient.apply(TextView(headings)), TextView)
+        assert patient.apply(TextView(headings + "\n" + headings.replace("a", "o"))).rule == broken
 
 
 def test_the_chinese_preset_folds_widths_but_not_punctuation():
@@ -759,6 +770,7 @@ def test_the_report_counts_every_document_once_and_merges():
             "gopher_repetition.duplicate_lines": 2,
             "gopher_quality.words": 1,
         },
+        "languages": {},
         "characters": sum(len(doc.text) for doc in docs),
         "characters_kept": 2 * len(ENGLISH),
     }

@@ -1,11 +1,15 @@
 """Rows to conversations to samples: every format, every way a row can be wrong, the length limit's account."""
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 from collections import Counter
 from fractions import Fraction
 
 import pytest
+import zstandard
 
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.data.conversations import (
@@ -173,7 +177,8 @@ def test_sharegpt_calls_of_functions_become_tool_calls():
 def test_messages_keep_their_tools_and_tool_calls():
     called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
     conversation = read({"messages": [user("q"), called], "tools": TOOLS})
-    assert conversation.messages[1] == called
+    function = {"name": "add", "arguments": {}}
+    assert conversation.messages[1] == assistant("") | {"tool_calls": [{"function": function}]}
     assert conversation.tools == TOOLS
 
 
@@ -198,7 +203,21 @@ def test_no_tools_are_none(tools):
 WRONG = {
     "no known format": ({"text": "x", "label": 1}, r"no known format \(keys: label, text\)"),
     "no keys": ({}, r"keys: none"),
-    "messages that are no list": ({"messages": "x"}, "no known format"),
+    "messages that are no list": (
+        {"messages": "hello"},
+        r"no known format \(keys: messages\): messages is text, expected a list like",
+    ),
+    "messages that are an object": (
+        {"messages": {"0": user("q")}},
+        "messages is a dict, expected a list",
+    ),
+    "conversations that are null": (
+        {"conversations": None},
+        "conversations is null, expected a list",
+    ),
+    "a question alone": ({"instruction": "q", "input": ""}, "it has 'instruction' but no 'output'"),
+    "an answer alone": ({"completion": "a"}, "it has 'completion' but no 'prompt'"),
+    "a plain text": ({"text": "x"}, "it is a plain text, which `easyllm data build` packs"),
     "no assistant": ({"messages": [user("q")]}, "no assistant turn"),
     "no messages": ({"messages": []}, "no assistant turn"),
     "no turns": ({"conversations": []}, "no assistant turn"),
@@ -207,9 +226,9 @@ WRONG = {
     "a message without a role": ({"messages": [{"content": "q"}]}, "message 0 has no role"),
     "a message that is text": ({"messages": [user("q"), "a"]}, "message 1 has no role"),
     "a message without content": ({"messages": [{"role": "user"}]}, "message 0 has no text"),
-    "content in parts": (
-        {"messages": [user([{"type": "text", "text": "q"}]), assistant("a")]},
-        "message 0 has no text",
+    "an image": (
+        {"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant("a")]},
+        "message 0 has a part of type 'image_url'; only text is supported",
     ),
     "a prompt of texts": ({"prompt": ["q"], "completion": ["a"]}, "message 0 has no role"),
     "a completion without content": (
@@ -234,7 +253,7 @@ WRONG = {
         "turn 0 is from 'narrator'; expected one of human, .*function_call",
     ),
     "a turn without a value": (
-        {"conversations": [{"role": "user", "content": "x"}]},
+        {"conversations": [{"from": "human"}]},
         "turn 0 has no text value",
     ),
     "a turn that is text": ({"conversations": ["x"]}, "turn 0 has no text value"),
@@ -343,11 +362,26 @@ def test_blank_lines_are_passed_over_but_counted(tmp_path):
     [
         ("data.jsonl", b'{"a": 1}\n{"a": \n', r"data\.jsonl:2 is not JSON"),
         ("data.jsonl", b'{"a": 1}\n{"a": "\xff\xfe"}\n', r"data\.jsonl:2 is not UTF-8"),
-        ("data.jsonl", b'{"a": 1}\n\n[1]\n', r"data\.jsonl:3 holds a JSON list"),
+        (
+            "data.jsonl",
+            b'{"a": 1}\n\n[1]\n',
+            r"data\.jsonl:3 holds a JSON list, expected an object",
+        ),
         ("data.jsonl", b"[\n", r"data\.jsonl:1 is not JSON"),
-        ("data.json", b'{"a": 1}\n{"a": 2}\n', r"data\.json is not JSON .*named \.jsonl"),
-        ("data.json", b'{"a": 1}', r"data\.json holds a JSON dict, expected an array"),
-        ("data.json", b'[{"a": 1}, 2]', r"data\.json\[1\] holds a JSON int"),
+        ("data.json", b'[{"a": 1}, 2]', r"data\.json\[1\] holds a JSON int, expected an object"),
+        ("data.json", b'[{"a": 1}', r"data\.json' cannot be read to its end: not JSON"),
+        ("data.jsonl", b"", r"data\.jsonl' is empty; give"),
+        ("data.jsonl", b"\n \n", r"data\.jsonl' holds no rows; give"),
+        ("data.json", b"[]", r"data\.json' holds no rows; give"),
+        ("data.jsonl.gz", gzip.compress(b""), r"data\.jsonl\.gz' holds no rows"),
+        (
+            "data.jsonl.xz",
+            lzma.compress(b'{"a": 1}')[:-9],
+            r"data\.jsonl\.xz' cannot be read to its end: damaged",
+        ),
+        ("data.jsonl", gzip.compress(b"{}"), r"holds gzip, not JSON; let its name end in \.gz"),
+        ("data.jsonl", bz2.compress(b"{}"), r"holds bzip2, not JSON; let its name end in \.bz2"),
+        ("data.json", b"PK\x03\x04....", "holds a zip archive, not JSON; convert it"),
     ],
 )
 def test_a_broken_file_is_refused_with_the_place(tmp_path, name, content, message):
@@ -357,7 +391,43 @@ def test_a_broken_file_is_refused_with_the_place(tmp_path, name, content, messag
         list(read_rows(path))
 
 
-@pytest.mark.parametrize("name", ["data.parquet", "data.csv", "data.jsonl.gz", "data.jsonl.zst"])
+COMPRESSED = {
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".XZ": lzma.compress,
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_a_compressed_file_holds_the_same_rows(tmp_path, name, suffix):
+    rows = [{"prompt": "问", "completion": "答" * n} for n in range(50)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    content = json.dumps(rows) if name == "data.json" else lines
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(COMPRESSED[suffix](content.encode()))
+    found = list(read_rows(path))
+    assert [row.values for row in found] == rows
+    assert found[1].place == f"{path}[1]" if name == "data.json" else f"{path}:2"
+
+
+def test_lines_under_the_name_of_an_array_are_read(tmp_path):
+    path = write_lines(tmp_path / "data.json", [{"a": 1}, {"a": 2}])
+    assert [row.values for row in read_rows(path)] == [{"a": 1}, {"a": 2}]
+
+
+def test_a_folder_is_refused_with_the_files_in_it(tmp_path):
+    with pytest.raises(DataError, match=r"is a folder; name the files in it, which must be .*none"):
+        list(read_rows(tmp_path))
+    for name in ("b.jsonl", "a.json.gz", "notes.md"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"is a folder; .* \(it holds a\.json\.gz, b\.jsonl\)"):
+        list(read_rows(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["data.parquet", "data.csv", "data.csv.gz"])
 def test_a_file_of_another_kind_is_refused_by_its_name(tmp_path, name):
     (tmp_path / name).write_bytes(b"PAR1")
     with pytest.raises(DataError, match=rf"{name}' is a \.\w+ file, expected \.json .*convert it"):
@@ -445,7 +515,12 @@ def test_no_rows_at_all_are_refused(tiny_tokenizer):
 
 
 def test_a_row_the_template_refuses_is_named(tiny_tokenizer):
-    broken = Conversation([{"role": "user", "content": None}, assistant("a")], None, "data.jsonl:9")
+    tiny_tokenizer = Tokenizer(
+        tiny_tokenizer.backend,
+        tiny_tokenizer.special,
+        chat_template="{{ raise_exception('no') }}",
+    )
+    broken = Conversation([user("q"), assistant("a")], None, "data.jsonl:9")
     with pytest.raises(DataError, match=r"^data\.jsonl:9: the chat template refuses"):
         prepare_conversations([broken], tiny_tokenizer, max_seq_len=10)
 

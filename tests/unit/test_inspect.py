@@ -162,7 +162,7 @@ def test_lengths_are_told_by_nearest_rank():
 
 
 def test_what_cannot_be_inspected_is_refused(tiny_tokenizer, tmp_path):
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="is empty"):
         inspect_file(write(tmp_path), tiny_tokenizer)
     with pytest.raises(DataError, match=r"rows\.jsonl:2 is a preference pair"):
         inspect_file(write(tmp_path, CHAT, PAIR), tiny_tokenizer)

@@ -1,10 +1,12 @@
 """Sources of documents: the same documents whatever the format, compression, encoding and cut; bad rows are named."""
 
+import bz2
 import csv
 import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import pickle
 import random
@@ -106,10 +108,11 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("compression", ["", ".gz", ".zst", ".GZ"])
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst", ".GZ", ".xz", ".bz2"])
 @pytest.mark.parametrize("name", CONTENTS)
 def test_every_format_holds_the_same_documents(tmp_path, name, compression):
-    pack = {"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress, ".zst": zst}[compression]
+    packs = {"": bytes, ".zst": zst, ".xz": lzma.compress, ".bz2": bz2.compress}
+    pack = packs.get(compression, gzip.compress)
     items = read_content(tmp_path, name + compression, pack(CONTENTS[name]), language_key="lang")
     assert items == DOCUMENTS
 
@@ -130,7 +133,8 @@ def test_a_byte_order_mark_may_come_in_pieces(tmp_path):
 
 def test_compressed_members_one_after_the_other_are_one_stream(tmp_path):
     lines = CONTENTS["rows.jsonl"].splitlines(keepends=True)
-    for suffix, pack in ((".gz", gzip.compress), (".zst", zst)):
+    packs = {".gz": gzip.compress, ".zst": zst, ".xz": lzma.compress, ".bz2": bz2.compress}
+    for suffix, pack in packs.items():
         content = b"".join(map(pack, lines))
         items = read_content(tmp_path, f"rows.jsonl{suffix}", content, language_key="lang")
         assert items == DOCUMENTS
@@ -607,7 +611,11 @@ def test_a_table_of_no_rows_is_no_mistake(tmp_path):
 
 @pytest.mark.parametrize(
     ("suffix", "pack", "damage"),
-    [(".gz", gzip.compress, "cut"), (".gz", gzip.compress, "flipped"), (".zst", zst, "cut")],
+    [
+        *[(".gz", gzip.compress, "cut"), (".gz", gzip.compress, "flipped"), (".zst", zst, "cut")],
+        *[(".xz", lzma.compress, "cut"), (".xz", lzma.compress, "flipped")],
+        *[(".bz2", bz2.compress, "cut"), (".bz2", bz2.compress, "flipped")],
+    ],
 )
 def test_a_damaged_stream_keeps_the_rows_before_the_damage(tmp_path, suffix, pack, damage):
     rows = [{"text": RANDOM.randbytes(40).hex()} for _ in range(20_000)]

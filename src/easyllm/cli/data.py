@@ -68,6 +68,8 @@ def build(
             print_json(plan.as_dict())
         return
     summary = work.run()
+    for warning in summary.get("warnings", ()):  # a corpus built by an older version has none
+        sys.stderr.write(f"warning: {warning}\n")
     if json_output:
         print_json(summary)
         return

@@ -83,6 +83,7 @@ def _figures(found: "Inspection") -> dict[str, str | int]:
         "dropped: nothing trained": account.dropped_untrained,
         "dropped: equal answers": account.dropped_equal,
         "tools not written by the template": account.unwritten_tools,
+        "reasoning not written by the template": account.unwritten_reasoning,
     }
     return {
         "format": account.format_text(),

@@ -3,9 +3,11 @@
 Nothing here holds more than one block and one record, so memory does not grow with the file.
 """
 
+import bz2
 import codecs
 import gzip
 import importlib
+import lzma
 import os
 import re
 import zlib
@@ -19,7 +21,7 @@ from easyllm.core.errors import ConfigError, DataError, SourceError, install
 BLOCK_BYTES = 1 << 18
 MAX_BYTES = 1 << 26
 """Most bytes of one line, row or file that is one document: a broken file may be one endless line."""
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 _MARKS = (  # UTF-32's byte order mark begins with UTF-16's, so it is looked for first
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -174,10 +176,17 @@ def _raw_blocks(path: str, start: int, stop: int | None, block_bytes: int) -> It
             while block := file.read1(min(block_bytes, left)):
                 left -= len(block) if stop is not None else 0
                 yield block
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DamagedFile(f"damaged gzip stream ({error})") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        kind = (
+            "xz"
+            if path.lower().endswith(".xz")
+            else "bz2"
+            if path.lower().endswith(".bz2")
+            else "gzip"
+        )
+        raise DamagedFile(f"damaged {kind} stream ({error})") from None
     except OSError as error:
-        if error.errno is None:  # how Arrow reports a stream it cannot decompress
+        if error.errno is None:  # how Arrow and bz2 report a stream they cannot decompress
             raise DamagedFile(f"damaged stream ({error})") from None
         raise SourceError(f"cannot read {path!r}: {os.strerror(error.errno)}") from None
 
@@ -186,6 +195,10 @@ def _open(path: str) -> Any:
     """The decompressed stream; reading any number of bytes takes memory for that many."""
     if path.lower().endswith(".gz"):
         return gzip.GzipFile(path, "rb")
+    if path.lower().endswith(".xz"):
+        return lzma.LZMAFile(path, "rb")
+    if path.lower().endswith(".bz2"):
+        return bz2.BZ2File(path, "rb")
     if path.lower().endswith(".zst"):
         # of the two packages that know Zstandard, this one notices a stream that is cut short
         arrow = optional("pyarrow", "compressed .zst files")

@@ -27,6 +27,7 @@ from easyllm.core.progress import Progress, console
 from easyllm.core.run_folder import RECIPE_FILE, check_free, claim
 from easyllm.data.corpus import CorpusConfig
 from easyllm.data.corpus_report import Counts, fates, reasons, removals, report
+from easyllm.data.corpus_warnings import warnings, why_nothing_is_left
 from easyllm.data.corpus_work import documents_file, finished, rejected_file, run_item
 from easyllm.data.decontaminate import Decontaminator
 from easyllm.data.dedup.clusters import Clusters
@@ -353,17 +354,16 @@ class CorpusBuild:
         packed = int(sum(c["tokens"] for c in composition.values()))
         text_bytes = sum(done["bytes"] for done in tokens)
         read = sum(done["documents"] for done in counts[0][1])
+        left = self._fates(counts)
         summary = {
             "documents_read": read,
             "documents_kept": sum(done["documents"] for done in tokens),
             "held_out": sum(held_out.values()),
+            "warnings": warnings(left),
             "documents": int(sum(c["documents"] for c in composition.values())),
             "tokens": packed,
             "bytes_per_token": text_bytes / max(1, sum(done["tokens"] for done in tokens)),
-            "sources": {
-                name: fate | {"held_out": held_out[name]}
-                for name, fate in self._fates(counts).items()
-            },
+            "sources": {name: fate | {"held_out": held_out[name]} for name, fate in left.items()},
             "removed": removals(counts, read),
             "bad_rows": _summed(counts[0][1], "bad_rows"),
             "bad_rows_shown": [row for done in counts[0][1] for row in done["bad_rows_shown"]],
@@ -430,10 +430,8 @@ class CorpusBuild:
         left = self._fates(counts)
         if not any(fate["kept"] for fate in left.values()):
             self._discard()
-            worst = [f"{r['rule']} {r['documents']:,}" for r in removals(counts, 1)[:5]]
-            bad = [row for done in counts[0][1] for row in done["bad_rows_shown"]][:3]
-            why = ", ".join(worst) or "; ".join(bad) or "the sources hold none"
-            raise DataError(f"no document is left ({why}); loosen the rules or check the sources")
+            shown = [row for done in counts[0][1] for row in done["bad_rows_shown"]]
+            raise DataError(f"no document is left {why_nothing_is_left(left, shown)}")
         for name, share in self.config.mixture.shares.items():
             if share.weight is not None and not left[name]["kept"]:
                 self._discard()

@@ -1,15 +1,17 @@
 """Rows of the usual formats as conversations in OpenAI's message form."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from easyllm.core.errors import DataError
-from easyllm.data.rows import Row, read_rows
+from easyllm.data.row import Row
+from easyllm.data.row_keys import check_keys
+from easyllm.data.row_tools import read_function_call, read_tools
+from easyllm.data.rows import read_rows
+from easyllm.tokenizer.messages import TRAIN_KEYS, Message, normalise_messages
 
-Message = dict[str, Any]
 RowKind = Literal["conversation", "preference", "labelled"]
 
 
@@ -36,6 +38,8 @@ SHAREGPT_ROLES = {
 }
 LABEL_KEYS = ("label", "kto_tag")
 """Keys whose true or false says whether an answer is good (TRL's name and LLaMA-Factory's)."""
+TURN_LISTS = ("messages", "conversations")
+"""Keys of a list of turns, in either form: role and content, or from and value."""
 BESIDE_A_QUESTION = frozenset(["choices", "options", "context", "passage"])
 """Keys that belong to the question: without them a question and its answer would be learnt blind."""
 KNOWN_FORMS = """
@@ -59,10 +63,8 @@ def detect_format(values: dict[str, Any]) -> str | None:
     """The name of the format a conversation is in, or None."""
     if row_kind(values) == "preference":
         return None
-    if isinstance(values.get("messages"), list):
-        return "messages"
-    if isinstance(values.get("conversations"), list):
-        return "sharegpt"
+    if (key := turn_list(values)) is not None:
+        return "sharegpt" if _are_sharegpt(values[key]) else "messages"
     if "instruction" in values and "output" in values:
         return "alpaca"
     if "prompt" in values and "completion" in values:
@@ -70,6 +72,11 @@ def detect_format(values: dict[str, Any]) -> str | None:
     if "question" in values and "answer" in values and not BESIDE_A_QUESTION & values.keys():
         return "question-answer"
     return None
+
+
+def turn_list(values: dict[str, Any]) -> str | None:
+    """The key under which a row holds a list of turns, if any."""
+    return next((key for key in TURN_LISTS if isinstance(values.get(key), list)), None)
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
@@ -95,7 +102,18 @@ def conversations(rows: Iterable[Row]) -> Iterator[Conversation]:
                 f"{row.place} labels its answer true or false, so it may be a bad one; "
                 "train on it with the KTO objective, or keep the good answers and remove the label"
             )
-        yield read_conversation(row)
+        conversation = read_conversation(row)
+        _refuse_numbers_as_labels(row)
+        yield conversation
+
+
+def _refuse_numbers_as_labels(row: Row) -> None:
+    for key in LABEL_KEYS:
+        if isinstance(value := row.values.get(key), int | float) and value in (0, 1):
+            raise DataError(
+                f"{row.place} has {key} {value}, which may say that its answer is a bad one; give true or false for "
+                "the KTO objective, or remove the key"
+            )
 
 
 def read_conversation(row: Row) -> Conversation:
@@ -107,6 +125,7 @@ def read_conversation(row: Row) -> Conversation:
     kind = detect_format(row.values)
     if kind is None:
         raise unknown_format(row, KNOWN_FORMS)
+    check_keys(row, kind)
     messages = _READERS[kind](row)
     if not any(m.get("role") == "assistant" for m in messages):
         raise DataError(
@@ -116,51 +135,119 @@ def read_conversation(row: Row) -> Conversation:
 
 
 def unknown_format(row: Row, forms: str) -> DataError:
-    """The error for a row that is in none of `forms`."""
+    """The error for a row that is in none of `forms`: what is wrong with it where that can be told, and the forms."""
     keys = ", ".join(sorted(row.values)) or "none"
-    return DataError(f"{row.place} is in no known format (keys: {keys}); expected one of:{forms}")
+    return DataError(
+        f"{row.place} is in no known format (keys: {keys}){_what_is_wrong(row.values)}; expected one of:{forms}"
+    )
 
 
-def read_messages(values: list[Any], row: Row) -> list[Message]:
-    """The messages, if each has a role and text or tool calls.
+def _what_is_wrong(values: dict[str, Any]) -> str:
+    for key in TURN_LISTS:
+        if key in values:
+            given = "text" if isinstance(values[key], str) else f"a {type(values[key]).__name__}"
+            given = "null" if values[key] is None else given
+            return f': {key} is {given}, expected a list like [{{"role": "user", "content": "..."}}, ...]'
+    for question, answer in (
+        ("instruction", "output"),
+        ("prompt", "completion"),
+        ("question", "answer"),
+    ):
+        for has, lacks in ((question, answer), (answer, question)):
+            if has in values and lacks not in values:
+                return f": it has {has!r} but no {lacks!r}"
+    if isinstance(values.get("text"), str):
+        return ": it is a plain text, which `easyllm data build` packs for pretraining"
+    return ""
 
-    Arguments of calls that are JSON text, as OpenAI's API has them, become objects, as templates expect them.
+
+def read_messages(
+    values: list[Any], row: Row, *, turns: bool = False, name: str = ""
+) -> list[Message]:
+    """The turns of a list as messages, whichever form each is in.
+
+    Args:
+        turns: whether one that is in no form is called a wrong turn, not a wrong message.
+        name: what errors call a turn, if not by its number.
+
+    Keys of a turn beyond its form's own are kept: the template may read them (`reasoning_content`), or the loss mask
+    (`weight`).
     """
-    messages: list[Message] = []
-    for number, message in enumerate(values):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{row.place}: message {number} has no role; give role and content")
-        calls = message.get("tool_calls")
-        if not isinstance(message.get("content"), str) and not calls:
-            raise DataError(
-                f"{row.place}: message {number} has no text content; give content as a string"
-            )
-        if calls:
-            message = message | {"tool_calls": _read_calls(calls, row, f"message {number}")}
-        messages.append(message)
-    return messages
+    messages = [
+        read_turn(turn, row, name or f"turn {number}") if _is_sharegpt(turn, turns) else turn
+        for number, turn in enumerate(values)
+    ]
+    for number, message in enumerate(messages):
+        if isinstance(message, dict) and isinstance(message.get("role"), str):
+            if not any(key in message for key in _SAYS):
+                raise DataError(
+                    f"{row.place}: message {number} has no text content; give content as a string"
+                )
+            role = message["role"]
+            messages[number] = message | {"role": SHAREGPT_ROLES.get(role, role)}
+    try:
+        checked = normalise_messages(messages)
+    except DataError as error:
+        raise DataError(f"{row.place}: {error}") from None
+    return [_with_training_keys(m, given) for m, given in zip(checked, messages, strict=True)]
+
+
+_SAYS = ("content", "tool_calls", "function_call", "refusal")
+
+
+def _with_training_keys(message: Message, given: Message) -> Message:
+    return message | {key: given[key] for key in TRAIN_KEYS if given.get(key) is not None}
 
 
 def read_turn(turn: Any, row: Row, name: str) -> Message:
     """A ShareGPT turn, `{"from": ..., "value": ...}`; `name` is what errors call it."""
-    speaker = turn.get("from") if isinstance(turn, dict) else None
-    value = turn.get("value") if isinstance(turn, dict) else None
+    turn = turn if isinstance(turn, dict) else {}
+    speaker, value = turn.get("from"), turn.get("value", turn.get("content"))
     if not isinstance(value, str):
         raise DataError(f"{row.place}: {name} has no text value; give from and value")
+    rest = {k: v for k, v in turn.items() if k not in ("from", "value", "content", "role")}
     if speaker == "function_call":
-        return _tool_call(value, row, name)
+        return rest | read_function_call(value, row, name)
     if speaker not in SHAREGPT_ROLES:
         raise DataError(
             f"{row.place}: {name} is from {speaker!r}; expected one of "
             f"{', '.join([*SHAREGPT_ROLES, 'function_call'])}"
         )
-    return {"role": SHAREGPT_ROLES[speaker], "content": value}
+    return rest | {"role": SHAREGPT_ROLES[speaker], "content": value}
 
 
-def read_sharegpt(row: Row) -> list[Message]:
-    """The system prompt and the turns of a ShareGPT row."""
-    turns = enumerate(row.values["conversations"])
-    return [*read_system(row), *(read_turn(turn, row, f"turn {number}") for number, turn in turns)]
+def _is_sharegpt(turn: Any, by_default: bool) -> bool:
+    if not isinstance(turn, dict):
+        return by_default
+    return "from" in turn or (by_default and "role" not in turn)
+
+
+def _are_sharegpt(turns: list[Any]) -> bool:
+    return bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
+
+
+def read_turns(row: Row) -> list[Message]:
+    """The system prompt and the turns of a row that holds a list of them."""
+    key = turn_list(row.values)
+    assert key is not None, "the format was detected by that list"
+    messages = read_messages(row.values[key], row, turns=key == "conversations")
+    return with_system(messages, row)
+
+
+def with_system(messages: list[Message], row: Row) -> list[Message]:
+    """The messages with the row's own system prompt before them.
+
+    Raises:
+        DataError: they begin with another one.
+    """
+    system = read_system(row)
+    if not system or messages[:1] == system:
+        return messages
+    if messages and messages[0]["role"] == "system":
+        raise DataError(
+            f"{row.place} has two system prompts, under 'system' and in its first message; keep one of them"
+        )
+    return [*system, *messages]
 
 
 def read_alpaca_prompt(row: Row) -> list[Message]:
@@ -178,9 +265,14 @@ def read_alpaca_prompt(row: Row) -> list[Message]:
 
 
 def read_system(row: Row) -> list[Message]:
-    """The row's `system` as a message, if there is one."""
-    system = row.values.get("system")
-    return [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    """The row's `system` (or `system_prompt`) as a message, if there is one."""
+    given = {key: row.values[key] for key in ("system", "system_prompt") if row.values.get(key)}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise DataError(f"{row.place}: {key} is a {type(value).__name__}, expected text")
+    if len(set(given.values())) > 1:
+        raise DataError(f"{row.place} has system and system_prompt, which differ; keep one of them")
+    return [{"role": "system", "content": text} for text in list(given.values())[:1]]
 
 
 def read_text(row: Row, key: str) -> str:
@@ -191,27 +283,6 @@ def read_text(row: Row, key: str) -> str:
     return value
 
 
-def read_tools(row: Row) -> list[dict[str, Any]] | None:
-    """The tools a row offers, given as a list or as JSON text; None for none."""
-    tools = row.values.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            raise DataError(f"{row.place}: tools is not JSON; give a list of functions") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(
-        isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools
-    ):
-        raise DataError(f"{row.place}: tools is no list of functions; give each as an object")
-    return tools
-
-
-def _messages(row: Row) -> list[Message]:
-    return read_messages(row.values["messages"], row)
-
-
 def _alpaca(row: Row) -> list[Message]:
     prompt = read_alpaca_prompt(row)
     return [*prompt, {"role": "assistant", "content": read_text(row, "output")}]
@@ -220,7 +291,7 @@ def _alpaca(row: Row) -> list[Message]:
 def _prompt_completion(row: Row) -> list[Message]:
     prompt, completion = row.values["prompt"], row.values["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return read_messages([*prompt, *completion], row)
+        return with_system(read_messages([*prompt, *completion], row), row)
     return _exchange(row, "prompt", "completion")
 
 
@@ -245,44 +316,9 @@ def _history(row: Row) -> list[list[str]]:
     return pairs
 
 
-def _read_calls(calls: Any, row: Row, name: str) -> list[dict[str, Any]]:
-    """OpenAI's tool calls, `{"function": {"name": ..., "arguments": ...}}`, with their arguments as objects."""
-    try:
-        read = []
-        for call in calls:
-            function = call.get("function", call)
-            if not isinstance(function["name"], str):
-                raise TypeError
-            if isinstance(arguments := function.get("arguments"), str):
-                function = function | {"arguments": json.loads(arguments or "{}")}
-            read.append(call | {"function": function} if "function" in call else function)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(
-            f"{row.place}: {name} has tool_calls without name and JSON arguments; "
-            'give a list like [{"function": {"name": "add", "arguments": {"a": 1}}}]'
-        ) from None
-    return read
-
-
-def _tool_call(value: str, row: Row, name: str) -> Message:
-    try:
-        call = json.loads(value)
-        calls = call if isinstance(call, list) else [call]
-        functions = [{"name": c["name"], "arguments": c.get("arguments", {})} for c in calls]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(
-            f"{row.place}: {name} is a function_call without name and arguments as JSON"
-        ) from None
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": f} for f in functions],
-    }
-
-
 _READERS: dict[str, Callable[[Row], list[Message]]] = {
-    "messages": _messages,
-    "sharegpt": read_sharegpt,
+    "messages": read_turns,
+    "sharegpt": read_turns,
     "alpaca": _alpaca,
     "prompt-completion": _prompt_completion,
     "question-answer": _question_answer,

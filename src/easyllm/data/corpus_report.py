@@ -25,6 +25,8 @@ def removals(counts: Counts, read: int) -> list[dict[str, Any]]:
 def fates(counts: Counts, sources: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Of each source how many documents were read, how many are left, and how many each rule removed, most first.
 
+    Also which rows could not be read, and in which languages the documents were that were refused for theirs.
+
     Args:
         sources: the source of each split.
     """
@@ -39,9 +41,21 @@ def fates(counts: Counts, sources: Sequence[str]) -> dict[str, dict[str, Any]]:
             "read": sum(i["documents"] for n, i in zip(sources, first, strict=True) if n == name),
             "kept": sum(i["kept"] for n, i in zip(sources, last, strict=True) if n == name),
             "removed": dict(_most_first(by_rule)),
+            "bad_rows": _of_source(first, sources, name, "bad_rows"),
+            "languages": _of_source(first, sources, name, "languages"),
         }
         for name, by_rule in removed.items()
     }
+
+
+def _of_source(
+    items: list[dict[str, Any]], sources: Sequence[str], name: str, key: str
+) -> dict[str, int]:
+    total = Counter[str]()
+    for source, item in zip(sources, items, strict=True):
+        if source == name:
+            total.update(item.get(key, {}))  # counts of an older version may lack it
+    return dict(_most_first(total))
 
 
 def reasons(by_rule: Mapping[str, int]) -> str:
@@ -117,6 +131,8 @@ def report(name: str, summary: dict[str, Any]) -> str:
     if summary["removed"]:
         lines += ["", "## Removed", ""]
         lines += _table(REMOVAL_COLUMNS, removal_rows(summary))
+    if summary["warnings"]:
+        lines += ["", "## Warnings", "", *(f"- {line}" for line in summary["warnings"])]
     if lines_of_notes := notes(summary):
         lines += ["", "## Notes", "", *(f"- {line}" for line in lines_of_notes)]
     if summary["bad_rows"]:

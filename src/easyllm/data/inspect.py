@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from easyllm.core.errors import ConfigError, DataError
+from easyllm.core.errors import ConfigError
 from easyllm.core.progress import track
 from easyllm.data.conversations import RowKind, conversations, row_kind
 from easyllm.data.preferences import (
@@ -112,9 +112,7 @@ def inspect_file(
         DataError: the file is empty, or one of its rows is wrong (its place is named).
     """
     rows = read_rows(path)
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{str(path)!r} holds no rows; give a file with at least one")
+    first = next(rows)  # an empty file is refused
     found = Inspection(row_kind(first.values))
     if found.kind != "conversation" and (split_turns or train_on == "all"):
         raise ConfigError(

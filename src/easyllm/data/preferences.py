@@ -21,13 +21,13 @@ from easyllm.data.conversations import (
     read_alpaca_prompt,
     read_conversation,
     read_messages,
-    read_sharegpt,
     read_system,
     read_text,
-    read_tools,
-    read_turn,
+    read_turns,
     row_kind,
+    turn_list,
     unknown_format,
+    with_system,
 )
 from easyllm.data.packing import Sample
 from easyllm.data.prepare import (
@@ -39,13 +39,17 @@ from easyllm.data.prepare import (
     fit,
     num_shared,
 )
-from easyllm.data.rows import Row, read_rows
+from easyllm.data.row import Row
+from easyllm.data.row_keys import check_keys
+from easyllm.data.row_tools import read_tools
+from easyllm.data.rows import read_rows
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 PAIR_FORMS = """
   preference           {"prompt": "...", "chosen": "...", "rejected": "..."}, each text or messages
   implicit-preference  {"chosen": [messages], "rejected": [messages]}, the prompt being what both begin with
   sharegpt-preference  {"conversations": [turns], "chosen": {"from": "gpt", "value": "..."}, "rejected": {...}}
+  messages-preference  {"messages": [messages], "chosen": {"role": "assistant", "content": "..."}, "rejected": {...}}
   alpaca-preference    {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}"""
 LABELLED_FORMS = """
   prompt-completion-label  {"prompt": "...", "completion": "...", "label": true}
@@ -128,8 +132,8 @@ def detect_pair_format(values: dict[str, Any]) -> str | None:
     """The name of the format a preference pair is in, or None."""
     if row_kind(values) != "preference":
         return None
-    if isinstance(values.get("conversations"), list):
-        return "sharegpt-preference"
+    if (key := turn_list(values)) is not None:
+        return "sharegpt-preference" if key == "conversations" else "messages-preference"
     if "instruction" in values:
         return "alpaca-preference"
     if "prompt" in values or "question" in values:
@@ -225,6 +229,7 @@ def encode_preferences(
             for answer in (pair.chosen, pair.rejected)
         )
         account.unwritten_tools += not all(encoded.writes_tools for encoded in both)
+        account.unwritten_reasoning += not all(encoded.writes_reasoning for encoded in both)
         kept = fit(both, account, max_seq_len=max_seq_len, overlong=overlong)
         if kept is not None:
             yield EncodedPair(kept[0], kept[1], _num_prompt(*kept))
@@ -279,19 +284,25 @@ def encode_labelled(
             num_prompt=len(row.prompt),
         )
         account.unwritten_tools += not encoded.writes_tools
+        account.unwritten_reasoning += not encoded.writes_reasoning
         kept = fit((encoded,), account, max_seq_len=max_seq_len, overlong=overlong)
         if kept is not None:
             yield kept[0], row.label
 
 
 def _pair(row: Row, kind: str) -> PreferencePair:
+    check_keys(row, kind, read=("chosen", "rejected"))
     prompt = _prompt(row, kind)
     chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
-    if not prompt or chosen[0]["role"] != "assistant":  # the answers bring the prompt along
+    if (
+        prompt == read_system(row) or chosen[0]["role"] != "assistant"
+    ):  # the answers bring the prompt along
         given, length = prompt, num_shared(chosen, rejected)
         length = min(length, len(chosen) - 1, len(rejected) - 1)
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-        if given and given[-1] not in prompt:
+        if given == read_system(row):  # a system prompt alone, or nothing
+            prompt = with_system(prompt, row)
+        elif given[-1] not in prompt:
             raise DataError(
                 f"{row.place}: chosen and rejected begin with another prompt than the row's; "
                 "give the prompt once, apart or at the beginning of both"
@@ -306,15 +317,15 @@ def _pair(row: Row, kind: str) -> PreferencePair:
 
 def _prompt(row: Row, kind: str) -> list[Message]:
     match kind:
-        case "sharegpt-preference":
-            return read_sharegpt(row)
+        case "sharegpt-preference" | "messages-preference":
+            return read_turns(row)
         case "alpaca-preference":
             return read_alpaca_prompt(row)
         case "implicit-preference":
-            return []
+            return read_system(row)
     key = "prompt" if "prompt" in row.values else "question"
     if isinstance(row.values[key], list):
-        return read_messages(row.values[key], row)
+        return with_system(read_messages(row.values[key], row), row)
     return [*read_system(row), {"role": "user", "content": read_text(row, key)}]
 
 
@@ -328,9 +339,7 @@ def _answer(row: Row, key: str) -> list[Message]:
         raise DataError(
             f"{row.place}: {key} is no answer; give text, a message, or a list of messages"
         )
-    if "from" in parts[0]:
-        return [read_turn(part, row, key) for part in parts]
-    return read_messages(parts, row)
+    return read_messages(parts, row, name=key)
 
 
 def _is_answer(prompt: list[Message], answer: list[Message]) -> bool:

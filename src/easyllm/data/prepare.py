@@ -16,10 +16,13 @@ from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.progress import track
 from easyllm.data.conversations import Conversation, Message
 from easyllm.data.packing import Sample
+from easyllm.tokenizer.messages import TRAIN_KEYS, trained_turns
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 Overlong = Literal["cut", "drop"]
 TrainOn = Literal["assistant", "all"]
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that templates read its reasoning from, each its own one."""
 
 
 @dataclass(slots=True)
@@ -32,6 +35,7 @@ class Account:
         cut: samples cut at the length limit, and kept.
         dropped_equal: preference pairs whose answers are the same.
         unwritten_tools: rows with a tool or tool call whose name the chat template does not write.
+        unwritten_reasoning: rows whose last answer has a reasoning that the chat template does not write.
         formats: rows of each format.
     """
 
@@ -45,6 +49,7 @@ class Account:
     dropped_untrained: int = 0
     dropped_equal: int = 0
     unwritten_tools: int = 0
+    unwritten_reasoning: int = 0
     formats: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -64,6 +69,7 @@ class Account:
             "without a trained token dropped": self.dropped_untrained,
             "with equal answers dropped": self.dropped_equal,
             "with tools the chat template does not write": self.unwritten_tools,
+            "with reasoning the chat template does not write": self.unwritten_reasoning,
         }
         parts += [f"{count} {note}" for note, count in notes.items() if count]
         return ", ".join(parts) + (f" · format {self.format_text()}" if self.formats else "")
@@ -86,13 +92,15 @@ class Account:
 class Encoded:
     """A sequence under the chat template: its ids, and for each whether it is trained.
 
-    `writes_tools` is False where the template did not write a tool or tool call it was given.
+    `writes_tools` is False where the template did not write a tool or tool call it was given, `writes_reasoning` where it
+    did not write the reasoning of the last answer.
     """
 
     place: str
     token_ids: Sequence[int]
     mask: Sequence[bool]
     writes_tools: bool = True
+    writes_reasoning: bool = True
 
     def sample(self) -> Sample:
         """As training takes it."""
@@ -161,7 +169,7 @@ def encode_conversations(
     for conversation in conversations:
         account.rows += 1
         account.formats[conversation.format] += 1
-        writes_tools = True
+        writes_tools = writes_reasoning = True
         for part in answers_of(conversation) if split_turns else (conversation,):
             account.turns += split_turns
             encoded = encode_messages(
@@ -173,16 +181,22 @@ def encode_conversations(
                 train_on=train_on,
             )
             writes_tools &= encoded.writes_tools
+            writes_reasoning &= encoded.writes_reasoning
             kept = fit((encoded,), account, max_seq_len=max_seq_len, overlong=overlong)
             if kept is not None:
                 yield kept[0]
         account.unwritten_tools += not writes_tools
+        account.unwritten_reasoning += not writes_reasoning
 
 
 def answers_of(conversation: Conversation) -> Iterator[Conversation]:
-    """The conversation up to each of its assistant turns."""
-    for turn, message in enumerate(conversation.messages):
-        if message.get("role") == "assistant":
+    """The conversation up to each of its assistant turns that is trained."""
+    try:
+        turns = trained_turns(conversation.messages)
+    except DataError as error:
+        raise DataError(f"{conversation.place}: {error}") from None
+    for turn, is_trained in enumerate(turns):
+        if is_trained:
             yield replace(conversation, messages=conversation.messages[: turn + 1])
 
 
@@ -204,19 +218,23 @@ def encode_messages(
     Raises:
         DataError: the template refuses the messages, or there is none.
     """
-    history = messages[:num_prompt]
     try:
-        encoded = tokenizer.encode_chat(messages, tools=tools, with_mask=train_on == "assistant")
-        ids, mask = encoded.token_ids, encoded.mask or [True] * len(encoded.token_ids)
-        if any(message.get("role") == "assistant" for message in history):
-            # the header of the next turn lies between the history and what is trained, so a token more or less,
-            # where the history alone ends otherwise, makes no difference
-            length = num_shared(ids, tokenizer.encode_chat(history, tools=tools).token_ids)
-            mask = [False] * length + mask[length:]
+        if train_on == "all":
+            _refuse_masked(messages)
+        encoded = tokenizer.encode_chat(
+            messages, tools=tools, with_mask=train_on == "assistant", num_prompt=num_prompt
+        )
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
+    ids, mask = encoded.token_ids, encoded.mask or [True] * len(encoded.token_ids)
     mask[:1] = [False] * len(mask[:1])  # nothing predicts the first token
-    return Encoded(place, ids, mask, _writes_tools(messages, tools, encoded.text))
+    return Encoded(
+        place,
+        ids,
+        mask,
+        writes_tools=_writes_tools(messages, tools, encoded.text),
+        writes_reasoning=_writes_reasoning(messages, encoded.text),
+    )
 
 
 def fit(
@@ -243,11 +261,20 @@ def fit(
 
 
 def check_samples(account: Account, max_seq_len: int) -> None:
-    """Refuses to go on without a sample."""
-    if not account.samples:
-        raise DataError(
-            f"no row is left to train on ({account.summary()}); raise max_seq_len={max_seq_len} or check the data"
-        )
+    """Raises where no sample is left, and says what would fix it."""
+    if account.samples:
+        return
+    if account.dropped_overlong or account.cut:
+        remedy = f"raise max_seq_len={max_seq_len}"
+    elif account.dropped_equal:
+        remedy = "chosen and rejected are the same in every row: check how the pairs were made"
+    elif account.dropped_untrained:
+        remedy = "no row has an answer that is trained: check for empty answers and for messages of weight 0"
+    elif account.rows:
+        remedy = "no answer in them is trained: check for messages of weight 0"
+    else:
+        remedy = "the data files hold no rows: name others"
+    raise DataError(f"no row is left to train on ({account.summary()}); {remedy}")
 
 
 def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
@@ -256,8 +283,25 @@ def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
+def _refuse_masked(messages: list[Message]) -> None:
+    for number, message in enumerate(messages):
+        for key in TRAIN_KEYS:
+            if message.get(key) is not None and not message[key]:
+                raise DataError(
+                    f"message {number} has {key} {message[key]!r}, but train_on: all trains every token; "
+                    "set train_on: assistant, or remove the key"
+                )
+
+
 def _writes_tools(messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> bool:
     """Whether the text names every tool offered and every function called."""
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     names = [tool.get("function", tool).get("name") for tool in [*(tools or ()), *calls]]
     return all(name in text for name in names if isinstance(name, str))
+
+
+def _writes_reasoning(messages: list[Message], text: str) -> bool:
+    """Whether the reasoning of the last answer is in the text; templates leave that of earlier ones out on purpose."""
+    answers = [message for message in messages if message.get("role") == "assistant"]
+    reasons = [answers[-1].get(key) for key in REASONING_KEYS] if answers else []
+    return all(reason.strip() in text for reason in reasons if isinstance(reason, str))

@@ -20,7 +20,7 @@ from easyllm.data.blocks import (
     split_records,
 )
 from easyllm.data.extract import html_text, markdown_text
-from easyllm.data.rows import Row
+from easyllm.data.row import Row
 
 
 @dataclass(frozen=True, slots=True)

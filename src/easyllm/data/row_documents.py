@@ -7,7 +7,7 @@ from typing import Any
 from easyllm.data.blocks import MAX_BYTES
 from easyllm.data.documents import Document
 from easyllm.data.readers import TOO_LONG, BadRow
-from easyllm.data.rows import Row
+from easyllm.data.row import Row
 
 EMPTY_TEXT = "empty text"
 """The reason of a `BadRow` that is no mistake: it is counted, and stops nothing."""

@@ -1,81 +1,87 @@
-"""Rows of data files: JSON arrays and JSON lines, each row with the place it came from."""
+"""The rows of a data file that is trained on: JSON lines or a JSON array, plain or compressed.
 
-import json
+The same readers as for a corpus (`readers`), but a bad row is an error here: what is trained on is looked after by hand.
+"""
+
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from easyllm.core.errors import DataError
-from easyllm.data.blocks import COMPRESSIONS
-from easyllm.data.source_files import SUFFIXES
+from easyllm.data.blocks import COMPRESSIONS, DamagedFile, read_blocks
+from easyllm.data.readers import BadRow, read_json, read_jsonl
+from easyllm.data.row import Row
+from easyllm.data.source_files import SUFFIXES, plain_suffix
 
+__all__ = ["Row", "read_rows"]
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One object of a data file and where it stands (`file:line`, or `file[index]` in an array)."""
-
-    values: dict[str, Any]
-    place: str
+EXPECTED = ".json (an array of objects) or .jsonl (an object a line)"
+_CONTENTS = (  # what a file begins with, and what it is
+    (b"\x1f\x8b", "gzip", ".gz"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard", ".zst"),
+    (b"\xfd7zXZ\x00", "xz", ".xz"),
+    (b"BZh", "bzip2", ".bz2"),
+    (b"PK\x03\x04", "a zip archive", None),
+    (b"PAR1", "Parquet", None),
+    (b"SQLite format 3\x00", "an SQLite database", None),
+)
+_NAMED = 3
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a `.jsonl` file (an object a line) or a `.json` file (an array of objects).
+    """The rows of a `.jsonl` file (an object a line) or a `.json` file (an array of objects), also compressed.
 
     Raises:
-        DataError: the file is missing or of another kind, or a line is not a JSON object (file and line are named).
+        DataError: the file is missing, empty or of another kind, or a line is not a JSON object (file and line are named).
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"data file {str(path)!r} does not exist; name a .json or .jsonl file")
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSIONS or SUFFIXES.get(suffix, "jsonl") not in ("json", "jsonl", "text"):
-        raise DataError(
-            f"data file {str(path)!r} is a {path.suffix} file, expected .json (an array of objects) or .jsonl "
-            "(an object a line); unpack or convert it"
-        )
-    if path.suffix == ".json":
-        yield from _array_rows(path)
-    else:
-        yield from _line_rows(path)
-
-
-def _line_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                values = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{place} is not UTF-8 text ({error.reason}); mend or remove the line"
-                ) from None
-            except ValueError as error:
-                raise DataError(f"{place} is not JSON ({error}); mend or remove the line") from None
-            yield _row(values, place)
-
-
-def _array_rows(path: Path) -> Iterator[Row]:
+    _check_file(path)
+    read = read_json if plain_suffix(str(path)) == ".json" else read_jsonl
+    is_empty = True
     try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
+        for row in read(read_blocks(str(path)), str(path)):
+            if isinstance(row, BadRow):
+                verb = "holds" if row.reason.startswith("a JSON") else "is"
+                raise DataError(f"{row.place} {verb} {row.reason}; mend or remove it")
+            is_empty = False
+            yield row
+    except DamagedFile as error:
+        raise DataError(f"data file {str(path)!r} cannot be read to its end: {error}") from None
+    if is_empty:
+        is_blank = path.stat().st_size == 0
         raise DataError(
-            f"{path} is not JSON ({error}); a file with an object a line is named .jsonl"
-        ) from None
-    if not isinstance(values, list):
-        raise DataError(
-            f"{path} holds a JSON {type(values).__name__}, expected an array of objects"
+            f"data file {str(path)!r} {'is empty' if is_blank else 'holds no rows'}; give {EXPECTED} with at least "
+            "one object"
         )
-    for index, entry in enumerate(values):
-        yield _row(entry, f"{path}[{index}]")
 
 
-def _row(values: Any, place: str) -> Row:
-    if not isinstance(values, dict):
-        raise DataError(
-            f"{place} holds a JSON {type(values).__name__}, expected an object like "
-            '{"prompt": "...", "completion": "..."}'
+def _check_file(path: Path) -> None:
+    """Refuses what cannot hold rows, with the reason."""
+    if path.is_dir():
+        files = sorted(
+            file.name for file in path.iterdir() if plain_suffix(file.name) in (".json", ".jsonl")
         )
-    return Row(values, place)
+        shown = ", ".join(files[:_NAMED]) + (", ..." if len(files) > _NAMED else "")
+        raise DataError(
+            f"data file {str(path)!r} is a folder; name the files in it"
+            + (f" (it holds {shown})" if files else f", which must be {EXPECTED}: it holds none")
+        )
+    if not path.exists():
+        raise DataError(f"data file {str(path)!r} does not exist; name a .json or .jsonl file")
+    if not path.is_file():
+        raise DataError(f"data file {str(path)!r} is not a regular file; give {EXPECTED}")
+    suffix = plain_suffix(str(path))
+    if SUFFIXES.get(suffix, "jsonl") not in ("json", "jsonl", "text"):
+        raise DataError(
+            f"data file {str(path)!r} is a {suffix} file, expected {EXPECTED}; convert it"
+        )
+    if path.suffix.lower() in COMPRESSIONS:
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise DataError(f"cannot read data file {str(path)!r}: {error.strerror}") from None
+    for beginning, kind, ending in _CONTENTS:
+        if head.startswith(beginning):
+            remedy = f"let its name end in {ending}" if ending else f"convert it to {EXPECTED}"
+            raise DataError(f"data file {str(path)!r} holds {kind}, not JSON; {remedy}")

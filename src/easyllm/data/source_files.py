@@ -73,7 +73,7 @@ def find_files(paths: Iterable[str], format: Format | None) -> list[SourceFile]:
 
 
 def plain_suffix(path: str) -> str:
-    """The suffix that tells the format: the last one, or the one before `.gz` and `.zst`."""
+    """The suffix that tells the format: the last one, or the one before that of a compression."""
     path = path.lower()
     for compression in COMPRESSIONS:
         path = path.removesuffix(compression)

@@ -37,8 +37,8 @@ from easyllm.data.readers import (
     read_separated,
     read_text,
 )
+from easyllm.data.row import Row
 from easyllm.data.row_documents import EMPTY_TEXT, RowKeys, to_document
-from easyllm.data.rows import Row
 from easyllm.data.source_files import Format, SourceFile, find_files, plain_suffix
 from easyllm.data.tables import (
     csv_columns,
@@ -60,7 +60,7 @@ class SourceConfig(Config):
 
     Attributes:
         paths: files, folders and patterns (`**` for any depth); one may stand alone.
-        format: what the files hold; `auto` tells it by suffix, `.gz` and `.zst` taken off.
+        format: what the files hold; `auto` tells it by suffix, those of compressions (`.gz`, `.zst`, `.xz`, `.bz2`) taken off.
         text_key: the key or column of the text, in rows of JSON, CSV and Parquet.
         id_key: the key or column of a document's id, unique in the source. None takes `id` where a JSON row
             has one that is text or a whole number, else the row's place, which is always unique.

@@ -9,7 +9,7 @@ from typing import Any
 from easyllm.core.errors import SourceError
 from easyllm.data.blocks import BLOCK_BYTES, MAX_BYTES, DamagedFile, optional, split_records
 from easyllm.data.readers import TOO_LONG, BadRow, Rows
-from easyllm.data.rows import Row
+from easyllm.data.row import Row
 
 BATCH_BYTES = 1 << 22
 """About how much of a Parquet file's columns is unpacked at a time (a page is the least)."""

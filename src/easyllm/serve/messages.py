@@ -8,6 +8,7 @@ from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from easyllm.serve.treatment import Neutral, Refused, Strict
+from easyllm.tokenizer import normalise_messages
 
 _PARTS = {
     "image_url": "images are",
@@ -80,18 +81,10 @@ class ChatMessage(Strict):
 
 
 def template_messages(messages: Iterable[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: `developer` is `system`, parts are joined, no content is empty text."""
-    return [
-        {"role": "system" if m.role == "developer" else m.role, "content": _text(m.content)}
-        | ({} if m.name is None else {"name": m.name})
-        for m in messages
-    ]
-
-
-def _text(content: str | list[dict[str, str]] | None) -> str:
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content)
-    return content or ""
+    """Messages as training and `encode_chat` give them to chat templates."""
+    return normalise_messages(
+        [{"role": m.role, "content": m.content, "name": m.name} for m in messages]
+    )
 
 
 def _check_part(number: int, part: Any) -> None:

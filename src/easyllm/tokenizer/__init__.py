@@ -1,7 +1,15 @@
 """Text to token ids and back, chat templates with loss masks, incremental decoding."""
 
 from easyllm.tokenizer.chat import ChatTemplate, EncodedChat
+from easyllm.tokenizer.messages import normalise_messages
 from easyllm.tokenizer.stream import StreamDecoder
 from easyllm.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
-__all__ = ["ChatTemplate", "EncodedChat", "SpecialTokens", "StreamDecoder", "Tokenizer"]
+__all__ = [
+    "ChatTemplate",
+    "EncodedChat",
+    "SpecialTokens",
+    "StreamDecoder",
+    "Tokenizer",
+    "normalise_messages",
+]

@@ -1,7 +1,8 @@
 """The chat template: a conversation to token ids, and which of them are trained.
 
 The text is rendered once and tokenized once; the loss mask is read off the offsets of those same tokens, so
-mask and ids cannot disagree. What is trained: everything an assistant turn says, with the token that ends the turn.
+mask and ids cannot disagree. What is trained: all that the template writes for an assistant turn, from the end of its
+header (`turns`) to the token that ends the turn.
 """
 
 import re
@@ -11,13 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from easyllm.core.errors import ContextLengthError, DataError
-from easyllm.tokenizer.template import compile_template
+from easyllm.tokenizer.messages import Message, normalise_messages, trained_turns
+from easyllm.tokenizer.template import compile_watched
+from easyllm.tokenizer.template_budget import Visit
+from easyllm.tokenizer.turns import Span, TurnFinder, written_by_message
 
 if TYPE_CHECKING:
     from easyllm.tokenizer.tokenizer import Tokenizer
 
-Messages = list[dict[str, Any]]
-Span = tuple[int, int]
+Messages = list[Message]
+Tools = list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,8 @@ class EncodedChat:
 class ChatTemplate:
     """A compiled chat template.
 
+    Messages may be in any form that `normalise_messages` reads; the template is given the one form it makes of them.
+
     Args:
         source: jinja, with or without `{% generation %}` marks.
 
@@ -41,162 +47,123 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self._render = compile_template(source)
+        self._render = compile_watched(source)
         self.has_marks = re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
     def render(
         self,
         messages: Messages,
         *,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Tools = None,
         add_generation_prompt: bool = False,
         special: dict[str, str] | None = None,
     ) -> str:
         """The conversation as text."""
-        return self._call(messages, tools, add_generation_prompt, special or {}, ("", ""))
+        call = _Call(self, tools, special or {})
+        return call(normalise_messages(messages), add_generation_prompt)[0]
 
     def encode(
         self,
         tokenizer: "Tokenizer",
         messages: Messages,
         *,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Tools = None,
         add_generation_prompt: bool = False,
         with_mask: bool = False,
+        num_prompt: int = 0,
         max_chars: int | None = None,
     ) -> EncodedChat:
         """The conversation as ids, with the loss mask if asked for.
 
+        Args:
+            num_prompt: messages at the beginning that are not trained, whoever speaks in them.
+
         Raises:
-            DataError: the template refuses the messages, an assistant turn cannot be found in its text, or the text has
-                more than `max_chars` characters.
+            DataError: the messages are malformed, the template refuses them, an assistant turn cannot be found in its
+                text, or the text has more than `max_chars` characters.
         """
+        is_trained = trained_turns(messages) if with_mask else []
+        is_trained[:num_prompt] = [False] * len(is_trained[:num_prompt])
+        messages = normalise_messages(messages)
         special = {
             f"{kind}_token": text
             for kind in ("bos", "eos", "pad", "unk")
             if (text := getattr(tokenizer.special, kind)) is not None
         }
+        call = _Call(self, tools, special)
         if not with_mask:
-            text = self._call(messages, tools, add_generation_prompt, special, ("", ""))
+            text, _ = call(messages, add_generation_prompt)
             _refuse_long(text, max_chars)
             return EncodedChat(tokenizer.encode(text, special_tokens=False), None, text)
         if self.has_marks:
-            text, spans = self._marked(messages, tools, special)
+            text, spans = _marked(call, messages, is_trained)
             _refuse_long(text, max_chars)
             ids, offsets = tokenizer.encode_with_offsets(text)
             return EncodedChat(ids, _mask(offsets, spans), text)
-        text = self._call(messages, tools, False, special, ("", ""))
+        text, visits = call(messages, False)
         _refuse_long(text, max_chars)
-        spans = [
-            self._find_turn(text, messages, turn, tools, special)
-            for turn, message in enumerate(messages)
-            if message.get("role") == "assistant"
-        ]
+        finder = TurnFinder(text, visits, messages, call)
+        spans = [finder.find(turn) for turn, is_on in enumerate(is_trained) if is_on]
         ids, offsets = tokenizer.encode_with_offsets(text)
         mask = _mask(offsets, spans)
         _end_turns(text, ids, mask, offsets, spans, tokenizer)
         return EncodedChat(ids, mask, text)
 
-    def _call(
-        self,
-        messages: Messages,
-        tools: list[dict[str, Any]] | None,
-        prompt: bool,
-        special: dict[str, str],
-        marks: tuple[str, str],
-    ) -> str:
-        return self._render(
+
+class _Call:
+    """A template with all that stays the same from one rendering to the next."""
+
+    def __init__(self, template: ChatTemplate, tools: Tools, special: dict[str, str]) -> None:
+        self._template, self._tools, self._special = template, tools, special
+
+    def __call__(
+        self, messages: Messages, prompt: bool, marks: tuple[str, str] = ("", "")
+    ) -> tuple[str, list[Visit]]:
+        return self._template._render(
             messages=messages,
-            tools=tools,
+            tools=self._tools,
             documents=None,
             add_generation_prompt=prompt,
             __marks=marks,
-            **special,
+            **self._special,
         )
 
-    def _marked(
-        self, messages: Messages, tools: list[dict[str, Any]] | None, special: dict[str, str]
-    ) -> tuple[str, list[Span]]:
-        """Text and the spans between the template's generation marks."""
-        nonce = secrets.token_hex(8)  # so that no message can forge a mark
-        begin, end = f"\ue000{nonce}<", f"\ue000{nonce}>"
-        raw = self._call(messages, tools, False, special, (begin, end))
-        text, spans, start = "", [], 0
-        for piece in re.split(f"({begin}|{end})", raw):
-            if piece == begin:
-                start = len(text)
-            elif piece == end:
-                spans.append((start, len(text)))
-            else:
-                text += piece
+
+def _marked(call: _Call, messages: Messages, is_trained: list[bool]) -> tuple[str, list[Span]]:
+    """Text and the spans between the template's generation marks, those of untrained turns left out."""
+    nonce = secrets.token_hex(8)  # so that no message can forge a mark
+    begin, end = f"\ue000{nonce}<", f"\ue000{nonce}>"
+    raw, visits = call(messages, False, (begin, end))
+    text, spans, start, position, positions = "", list[Span](), 0, 0, list[int]()
+    for piece in re.split(f"({begin}|{end})", raw):
+        if piece == begin:
+            start = len(text)
+            positions.append(position)
+        elif piece == end:
+            spans.append((start, len(text)))
+        else:
+            text += piece
+        position += len(piece)
+    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if all(is_trained[turn] for turn in answers):
         return text, spans
-
-    def _find_turn(
-        self,
-        text: str,
-        messages: Messages,
-        turn: int,
-        tools: list[dict[str, Any]] | None,
-        special: dict[str, str],
-    ) -> Span:
-        """Where assistant turn `turn` stands in `text`, without its header.
-
-        A template mostly renders the first messages of a conversation the same whatever follows; then two
-        shorter renderings give the turn's bounds. One that does not (it drops old reasoning, say) is
-        probed: the turn's content is exchanged, and the turn lies where the text changes.
-        """
-        before = self._prefix(text, messages[:turn], tools, special, prompt=True)
-        after = self._prefix(text, messages[: turn + 1], tools, special, prompt=False)
-        if before is not None and after is not None and before <= after:
-            return before, after
-        found = self._probe(text, messages, turn, tools, special)
-        if found is None:
+    turns = _turns_at(positions, visits)
+    if None in turns:
+        if len(spans) != len(answers):
             raise DataError(
-                f"assistant turn {turn} cannot be found in what the chat template renders; "
-                "put {% generation %} marks around the assistant's words in the template"
+                "some assistant turns are not trained, and which of the template's {% generation %} marks are theirs "
+                "cannot be told; write the marks inside the template's loop over the messages"
             )
-        return found
+        turns = list(answers)
+    return text, [
+        s for s, turn in zip(spans, turns, strict=True) if turn in answers and is_trained[turn]
+    ]
 
-    def _prefix(
-        self,
-        text: str,
-        messages: Messages,
-        tools: list[dict[str, Any]] | None,
-        special: dict[str, str],
-        *,
-        prompt: bool,
-    ) -> int | None:
-        try:
-            part = self._call(messages, tools, prompt, special, ("", ""))
-        except DataError:  # a template may refuse a conversation cut short
-            return None
-        return len(part) if text.startswith(part) else None
 
-    def _probe(
-        self,
-        text: str,
-        messages: Messages,
-        turn: int,
-        tools: list[dict[str, Any]] | None,
-        special: dict[str, str],
-    ) -> Span | None:
-        content = messages[turn].get("content")
-        if not isinstance(content, str) or not content.strip():
-            return None
-        core = content.strip()
-        # a character the content lacks, so that text and probe differ at the turn's first and last character
-        probe = next(c for c in map(chr, range(ord("A"), 0x110000)) if c not in core) * 3
-        changed = [*messages[:turn], {**messages[turn], "content": probe}, *messages[turn + 1 :]]
-        other = self._call(changed, tools, False, special, ("", ""))
-        start = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
-        if start is None:
-            return None
-        tail = next(
-            i
-            for i, (a, b) in enumerate(zip(reversed(text), reversed(other), strict=False))
-            if a != b
-        )
-        return (start, len(text) - tail) if start <= len(text) - tail else None
+def _turns_at(positions: list[int], visits: list[Visit]) -> list[int | None]:
+    """The message that was being written at each position; None where no loop was at one."""
+    written = written_by_message(visits)
+    return [next((t for t, (a, b) in written.items() if a <= p < b), None) for p in positions]
 
 
 def _refuse_long(text: str, max_chars: int | None) -> None:
@@ -208,11 +175,13 @@ def _refuse_long(text: str, max_chars: int | None) -> None:
 
 def _mask(offsets: list[Span], spans: Iterable[Span]) -> list[bool]:
     """Which tokens overlap one of the spans."""
-    mask = [False] * len(offsets)
-    for start, end in spans:
-        for index, (a, b) in enumerate(offsets):
-            if (a < end and b > start) or (a == b and start <= a < end):
-                mask[index] = True
+    ordered, mask = sorted(spans), list[bool]()
+    first = 0  # the spans before it end before the token
+    for a, b in offsets:
+        while first < len(ordered) and ordered[first][1] <= a:
+            first += 1
+        start, end = ordered[first] if first < len(ordered) else (b, b)
+        mask.append((a < end and b > start) or (a == b and start <= a < end))
     return mask
 
 

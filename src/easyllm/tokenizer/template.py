@@ -34,6 +34,7 @@ from easyllm.tokenizer.template_budget import (
     MAX_SOURCE,
     Budget,
     TemplateError,
+    Visit,
     check_replace,
     check_search,
     check_size,
@@ -155,10 +156,18 @@ class _LoopControl(Extension):
 class _Instrument(NodeTransformer):
     """Passes what jinja would run without asking the sandbox through filters that count it."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
+    def __init__(self) -> None:
+        self._num_loops = 0
+
+    def visit_For(self, node: nodes.For) -> list[nodes.Node]:
         self.generic_visit(node)
         node.iter = _filtered(cast("nodes.Expr", node.iter), "__steps")
-        return node
+        number = nodes.Const(self._num_loops, lineno=node.lineno)
+        self._num_loops += 1
+        if isinstance(node.target, nodes.Name):
+            item = nodes.Name(node.target.name, "load", lineno=node.lineno)
+            node.body.insert(0, _statement(_filtered(item, "__enter", number)))
+        return [node, _statement(_filtered(number, "__leave"))]
 
     def visit_Operand(self, node: nodes.Operand) -> nodes.Node:
         self.generic_visit(node)
@@ -184,8 +193,12 @@ class _Instrument(NodeTransformer):
     visit_Dict = visit_List
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+def _filtered(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
+
+
+def _statement(node: nodes.Expr) -> nodes.ExprStmt:
+    return nodes.ExprStmt(node, lineno=node.lineno)
 
 
 class _Notes(Namespace):
@@ -250,6 +263,12 @@ def compile_template(source: str) -> Callable[..., str]:
     Raises:
         TemplateError: on compiling, a syntax error; on rendering, whatever the template does wrong.
     """
+    render = compile_watched(source)
+    return lambda **variables: render(**variables)[0]
+
+
+def compile_watched(source: str) -> Callable[..., tuple[str, list[Visit]]]:
+    """As `compile_template`, but the function also returns where loops came to one of its `messages`."""
     if len(source) > MAX_SOURCE:
         raise TemplateError(f"the chat template is longer than {MAX_SOURCE} characters")
     environment = _environment()
@@ -260,13 +279,13 @@ def compile_template(source: str) -> Callable[..., str]:
         reason = str(error)[:MAX_REASON] or type(error).__name__
         raise TemplateError(f"the chat template is not valid jinja: {reason}") from None
 
-    def render(**variables: Any) -> str:
-        size, pieces = 0, []
-        token = BUDGET.set(Budget())
+    def render(**variables: Any) -> tuple[str, list[Visit]]:
+        budget, pieces = Budget(variables.get("messages") or ()), []
+        token = BUDGET.set(budget)
         try:
             for piece in template.generate(variables):
-                size += len(piece)
-                check_size(size)
+                budget.written += len(piece)
+                check_size(budget.written)
                 pieces.append(piece)
         except TemplateError:
             raise
@@ -275,7 +294,7 @@ def compile_template(source: str) -> Callable[..., str]:
             raise TemplateError(f"the chat template refuses these messages: {reason}") from None
         finally:
             BUDGET.reset(token)
-        return "".join(pieces)
+        return "".join(pieces), budget.visits
 
     return render
 
@@ -297,6 +316,8 @@ def _environment() -> _Sandbox:
         "__step": _step,
         "__made": _made,
         "__concat": _concat,
+        "__enter": _enter,
+        "__leave": _leave,
     }
     environment.globals = {
         "range": environment.globals["range"],
@@ -341,6 +362,16 @@ def _written(_context: Context, value: Any) -> str:
 
 def _steps(items: Iterable[Any]) -> Iterator[Any]:
     return BUDGET.get().steps_of(items)
+
+
+@jinja2.pass_context  # so that jinja does not call it when it compiles
+def _enter(_context: Context, item: Any, loop: int) -> None:
+    BUDGET.get().enter(loop, item)
+
+
+@jinja2.pass_context
+def _leave(_context: Context, loop: int) -> None:
+    BUDGET.get().leave(loop)
 
 
 def _step(value: Any) -> Any:

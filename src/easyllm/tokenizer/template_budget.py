@@ -1,9 +1,9 @@
 """How much one rendering of a chat template may do: the counting and the measuring behind `template`."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from easyllm.core.errors import DataError
 
@@ -29,13 +29,50 @@ class TemplateError(DataError):
     """A chat template is broken, refuses its input, or does too much."""
 
 
-class Budget:
-    """Counts the work of one rendering."""
+class Visit(NamedTuple):
+    """A loop of the template came to a message, or left the one it was at (`message` is None).
 
-    def __init__(self) -> None:
+    Attributes:
+        loop: which loop of the source.
+        message: the message's number.
+        position: characters written until then. What is held back (in a macro, say) is not yet written.
+    """
+
+    loop: int
+    message: int | None
+    position: int
+
+
+class Budget:
+    """Counts the work of one rendering, and notes where its loops came to a message.
+
+    Args:
+        messages: those that are rendered.
+    """
+
+    def __init__(self, messages: Sequence[Any] = ()) -> None:
         self.steps = 0
         self.total = 0
         self.deadline = time.thread_time() + MAX_SECONDS
+        self.written = 0
+        self.visits: list[Visit] = []
+        self._messages = {id(message): number for number, message in enumerate(messages)}
+        self._at: set[int] = set()
+
+    def enter(self, loop: int, item: Any) -> None:
+        """Notes that a loop came to the next item."""
+        number = self._messages.get(id(item))
+        if number is None:
+            self.leave(loop)
+        else:
+            self._at.add(loop)
+            self.visits.append(Visit(loop, number, self.written))
+
+    def leave(self, loop: int) -> None:
+        """Notes that a loop left the message it was at, if it was at one."""
+        if loop in self._at:
+            self._at.remove(loop)
+            self.visits.append(Visit(loop, None, self.written))
 
     def step(self) -> None:
         self.steps += 1

@@ -191,11 +191,13 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         with_mask: bool = False,
+        num_prompt: int = 0,
         max_tokens: int | None = None,
     ) -> EncodedChat:
         """Ids of a conversation under the model's chat template, and with `with_mask` which tokens are trained.
 
         Args:
+            num_prompt: messages at the beginning that are not trained, whoever speaks in them.
             max_tokens: a text that is longer than so many of the longest tokens is refused before it is encoded (text that
                 encoding would drop counts, too). What passes may still have more tokens.
 
@@ -212,6 +214,7 @@ class Tokenizer:
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             with_mask=with_mask,
+            num_prompt=num_prompt,
             max_chars=None if max_tokens is None else max_tokens * self.longest_token,
         )
 

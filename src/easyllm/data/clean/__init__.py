@@ -1,7 +1,7 @@
 """Cleaning: language, quality and repetition rules, normalisation, and the published chains of them."""
 
 from easyllm.data.clean.c4 import C4Quality
-from easyllm.data.clean.chinese import HanShare
+from easyllm.data.clean.chinese import ChineseQuality, HanShare
 from easyllm.data.clean.fineweb import FineWebQuality
 from easyllm.data.clean.gopher import GopherQuality, GopherRepetition
 from easyllm.data.clean.language import LanguageIdentification, identify_language
@@ -15,6 +15,7 @@ from easyllm.data.clean.violation import Violation
 __all__ = [
     "PRESETS",
     "C4Quality",
+    "ChineseQuality",
     "CleanConfig",
     "CleanReport",
     "Cleaner",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from easyllm.core.config import Config
 from easyllm.data.clean.text import TextView, repeated
@@ -45,6 +45,7 @@ class GopherQuality(Config):
     min_alphabetic_words: Fraction | None = 0.8
     min_stop_words: int | None = 2  # distinct ones
     stop_words: tuple[str, ...] = ENGLISH_STOP_WORDS
+    min_lines: PositiveInt = 1  # shares of fewer lines are not judged
 
     @model_validator(mode="after")
     def _check(self) -> "GopherQuality":
@@ -65,10 +66,11 @@ class GopherQuality(Config):
         yield Figure("hash_ratio", hashes, high=self.max_hash_ratio)
         ellipses = ratio(sum(map(text.count, ELLIPSES)), counts.total)
         yield Figure("ellipsis_ratio", ellipses, high=self.max_ellipsis_ratio)
-        bullets = ratio(sum(line.startswith(BULLETS) for line in lines), len(lines))
-        yield Figure("bullet_lines", bullets, high=self.max_bullet_lines)
-        cut_off = ratio(sum(line.endswith(ELLIPSES) for line in lines), len(lines))
-        yield Figure("ellipsis_lines", cut_off, high=self.max_ellipsis_lines)
+        if len(lines) >= self.min_lines:
+            bullets = ratio(sum(line.startswith(BULLETS) for line in lines), len(lines))
+            yield Figure("bullet_lines", bullets, high=self.max_bullet_lines)
+            cut_off = ratio(sum(line.endswith(ELLIPSES) for line in lines), len(lines))
+            yield Figure("ellipsis_lines", cut_off, high=self.max_ellipsis_lines)
         alphabetic = ratio(counts.alphabetic, counts.total)
         yield Figure("alphabetic_words", alphabetic, low=self.min_alphabetic_words)
         stop_words = len(set(self.stop_words).intersection(view.words))

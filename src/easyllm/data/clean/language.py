@@ -1,5 +1,6 @@
 """Language identification with fastText's compressed `lid.176` model, which its package carries: nothing is downloaded."""
 
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -7,7 +8,7 @@ from pydantic import PositiveInt, field_validator
 
 from easyllm.core.config import Config
 from easyllm.core.errors import EasyllmError, install, suggest
-from easyllm.data.clean.text import TextView
+from easyllm.data.clean.text import HAN, TextView
 from easyllm.data.clean.violation import Fraction, Violation
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ yi yo yue zh
 """
 LANGUAGES = frozenset(_CODES.split())
 """The codes the model knows."""
+CHINESE = frozenset({"zh", "yue", "wuu"})
+"""Codes the model gives to text in Chinese characters."""
 UNKNOWN = "und"
 """ISO 639's code for "undetermined": what a text without letters is in."""
 
@@ -73,7 +76,22 @@ def identify_language(text: str) -> tuple[str, float]:
     text = text.lower() if text.isupper() else text
     text = text.encode("utf-8", "replace").decode()  # lone surrogates
     best = _detector().detect(text)[0]
+    if best["lang"] == "ja" and _is_without_kana(text):
+        found = _detector().detect(text, k=len(CHINESE) + 1)
+        return "zh", min(1.0, sum(f["score"] for f in found if f["lang"] in CHINESE | {"ja"}))
     return best["lang"], best["score"]
+
+
+def _is_without_kana(text: str) -> bool:
+    """Whether a text of many Han characters has no kana, without which no Japanese sentence is written.
+
+    The model takes classical Chinese for Japanese.
+    """
+    return len(_HAN.findall(text)) >= _MANY and not _KANA.search(text)
+
+
+_HAN, _KANA = re.compile(f"[{HAN}]"), re.compile("[\u3040-\u30ff]")
+_MANY = 30
 
 
 @lru_cache(maxsize=1)

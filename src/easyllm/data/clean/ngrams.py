@@ -7,9 +7,12 @@ still in play shrink from one order to the next; after three or four words littl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+
+from easyllm.data.clean.text import is_unspaced
 
 Ints = NDArray[np.int64]
 
@@ -43,7 +46,7 @@ class NgramStatistics:
         self._found: list[RepeatedNgrams] = []
 
     def top_characters(self, order: int) -> int:
-        """Length of the most frequent n-gram, words joined by a space, times its occurrences.
+        """Length of the most frequent n-gram, its words joined as they are written, times its occurrences.
 
         Of equally frequent ones the earliest counts; 0 where there are fewer than n words.
         """
@@ -55,7 +58,7 @@ class NgramStatistics:
             occurrences = np.bincount(found.labels)[found.labels]
             first = int(occurrences.argmax())
             start, count = int(found.starts[first]), int(occurrences[first])
-        return len(" ".join(self._words[start : start + order])) * count
+        return written_length(self._words[start : start + order]) * count
 
     def duplicate_characters(self, order: int) -> int:
         """Characters in n-grams seen before, each character counted once.
@@ -102,6 +105,19 @@ class NgramStatistics:
                 pairs = labels[:-1][followed] * len(index) + ids[starts + order]
                 starts, labels = _occurring_twice(starts, *_dense_labels(pairs))
             order += 1
+
+
+def written_length(words: list[str]) -> int:
+    """Characters of words one after the other: with a space between them, but for the scripts written without.
+
+    >>> written_length(["to", "be"]), written_length(["不", "贵", "。"]), written_length(["用", "GPU", "s"])
+    (5, 3, 6)
+    """
+    text = " ".join(words)
+    if text.isascii():
+        return len(text)
+    unspaced = [is_unspaced(word) for word in words]
+    return len(text) - sum(a or b for a, b in pairwise(unspaced))
 
 
 def _dense_labels(keys: Ints) -> tuple[Ints, Ints]:

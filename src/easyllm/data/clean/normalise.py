@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Literal
 
 from easyllm.core.config import Config
 from easyllm.core.errors import EasyllmError, install
-from easyllm.data.clean.text import TextView
+from easyllm.data.clean.language import CHINESE, identify_language
+from easyllm.data.clean.text import HAN, TextView
 
 if TYPE_CHECKING:
     from ftfy import TextFixerConfig
 
 CHINESE_PUNCTUATION = "，！？：；（）～…"
 """What compatibility folding would turn into Latin punctuation, which Chinese is not written with."""
+
+Conversion = Literal["tw2s", "t2s", "hk2s"]
+DEFAULT_CONVERSION: Conversion = "tw2s"
+_HAN = re.compile(f"[{HAN}]")
+_NOUN_WITH_ZHU = re.compile("[原編编土合專专譯译論论巨遺遗新舊旧拙所共主自撰校]著(?![\u8005])")
+_ZHU = "\ue000"  # stands for 著 while OpenCC is at work
 
 _FULL_WIDTH = {
     full: chr(full - 0xFEE0)
@@ -47,6 +54,11 @@ class Normalise(Config):
 
     Repair undoes mojibake and HTML entities with ftfy, as FineWeb-2 sets it: quotes, ligatures and widths stay.
     `form="NFKC"` and `fold_width` leave Chinese punctuation full-width.
+
+    `simplify_chinese` turns traditional characters into simplified ones where the text is Chinese: the language is the
+    document's where that is known, else it is identified, for Japanese shares the characters (漢字 would become 汉字).
+    It names a conversion of OpenCC's: true is `tw2s`, since most traditional text is written as in Taiwan, where 看著 has
+    the character that `t2s` and `hk2s` leave as it is (the simplified form is 看着), and other text comes out as by `t2s`.
     """
 
     kind: Literal["normalise"] = "normalise"
@@ -55,22 +67,32 @@ class Normalise(Config):
     fold_width: bool = False  # ＡＢＣ１２３ -> ABC123
     remove_control_characters: bool = True
     tidy_white_space: bool = True  # odd spaces, spaces at line ends, more than one blank line
-    simplify_chinese: bool = False  # traditional -> simplified characters, OpenCC's t2s
+    simplify_chinese: bool | Conversion = False  # True: tw2s
+
+    @property
+    def conversion(self) -> Conversion | None:
+        """Which conversion `simplify_chinese` stands for."""
+        return (
+            DEFAULT_CONVERSION if self.simplify_chinese is True else self.simplify_chinese or None
+        )
 
     def apply(self, view: TextView) -> TextView:
         text = view.text
-        for step in self._steps():
+        for step in self._steps(view.language):
             text = step(text)
         return view.with_text(text)
 
-    def _steps(self) -> list[Callable[[str], str]]:
-        steps = {
+    def _steps(self, language: str | None) -> list[Callable[[str], str]]:
+        def simplify(text: str) -> str:
+            return simplify_if_chinese(text, language=language, conversion=self.conversion)
+
+        steps: dict[Callable[[str], str], bool] = {
             repair_unicode: self.repair,
             remove_control_characters: self.remove_control_characters,
             normalise_nfc: self.form == "NFC",
             normalise_nfkc: self.form == "NFKC",
             fold_width: self.fold_width,
-            simplify_chinese: self.simplify_chinese,
+            simplify: self.conversion is not None,
             tidy_white_space: self.tidy_white_space,
         }
         return [step for step, is_wanted in steps.items() if is_wanted]
@@ -120,13 +142,29 @@ def fold_width(text: str) -> str:
     return text if text.isascii() else _FULL_WIDTH_RUN.sub(_narrowed, text)
 
 
-def simplify_chinese(text: str) -> str:
+def simplify_chinese(text: str, conversion: Conversion = DEFAULT_CONVERSION) -> str:
     """`text` with traditional Chinese characters as simplified ones, phrase by phrase.
+
+    `tw2s` keeps the 著 of 著作 and 名著 and makes the others 着; where it takes a noun for a verb (原著, 土著), that is undone.
 
     Raises:
         EasyllmError: the package `opencc` is not installed.
     """
-    return text if text.isascii() else _converter()(text)
+    if text.isascii():
+        return text
+    if conversion == "tw2s" and "著" in text:
+        text = _NOUN_WITH_ZHU.sub(lambda match: match[0][0] + _ZHU, text)
+        return _converter(conversion)(text).replace(_ZHU, "著")
+    return _converter(conversion)(text)
+
+
+def simplify_if_chinese(text: str, *, language: str | None, conversion: Conversion | None) -> str:
+    """`simplify_chinese` where the text is in Chinese, which is identified where `language` is None."""
+    if conversion is None or text.isascii() or not _HAN.search(text):
+        return text
+    if (language or identify_language(text)[0]) not in CHINESE:
+        return text
+    return simplify_chinese(text, conversion)
 
 
 def tidy_white_space(text: str) -> str:
@@ -161,13 +199,13 @@ def _fixer(unescape: bool) -> "tuple[Callable[[str, TextFixerConfig], str], Text
     )
 
 
-@lru_cache(maxsize=1)
-def _converter() -> Callable[[str], str]:
+@lru_cache(maxsize=3)
+def _converter(conversion: Conversion) -> Callable[[str], str]:
     try:
         from opencc import OpenCC
     except ImportError:
         raise _missing("converting traditional Chinese", "opencc") from None
-    convert: Callable[[str], str] = OpenCC("t2s").convert
+    convert: Callable[[str], str] = OpenCC(conversion).convert
     return convert
 
 

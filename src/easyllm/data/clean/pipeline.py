@@ -97,6 +97,7 @@ class CleanReport:
         kept: documents that passed.
         rewritten: of these, how many came out with another text.
         rejected: rule -> documents it refused.
+        languages: language -> documents refused for being in it.
         characters: in all documents as they came.
         characters_kept: in the kept documents as they left.
     """
@@ -104,6 +105,7 @@ class CleanReport:
     kept: int = 0
     rewritten: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
     characters: int = 0
     characters_kept: int = 0
 
@@ -112,6 +114,8 @@ class CleanReport:
         self.characters += len(document.text)
         if isinstance(result, Rejection):
             self.rejected[result.rule] += 1
+            if result.rule == "language.code":
+                self.languages[str(result.value)] += 1
         else:
             self.kept += 1
             self.rewritten += result.text != document.text
@@ -125,6 +129,7 @@ class CleanReport:
             total.kept += report.kept
             total.rewritten += report.rewritten
             total.rejected.update(report.rejected)
+            total.languages.update(report.languages)
             total.characters += report.characters
             total.characters_kept += report.characters_kept
         return total
@@ -139,6 +144,7 @@ class CleanReport:
             "rewritten": self.rewritten,
             "rejected": num_rejected,
             "rejected_by_rule": dict(by_rule),
+            "languages": dict(self.languages),
             "characters": self.characters,
             "characters_kept": self.characters_kept,
         }

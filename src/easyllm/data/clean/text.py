@@ -115,6 +115,15 @@ class TextView:
         return self.word_counts.total - self.word_counts.symbols
 
 
+def is_unspaced(word: str) -> bool:
+    """Whether a word is of a script that is written without spaces.
+
+    >>> is_unspaced("茶"), is_unspaced("tea")
+    (True, False)
+    """
+    return _IS_UNSPACED.match(word) is not None
+
+
 def repeated(pieces: list[str]) -> tuple[int, int]:
     """How many of `pieces` were there before, and how many characters they hold.
 

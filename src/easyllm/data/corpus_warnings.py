@@ -1,0 +1,113 @@
+"""What went wrong with a build that came to an end: rules, rows or languages that cost most of a source."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from easyllm.data.clean.language import CHINESE
+
+MOST = 0.5
+"""Share of a source's documents that one rule may remove before it is called out."""
+NEXT_TO_NOTHING = 0.05
+"""Share of all documents below which so little is left that the build hardly did what was meant."""
+FEW = 10
+"""Documents too few to speak of shares."""
+
+Fates = Mapping[str, Mapping[str, Any]]
+
+
+def warnings(sources: Fates) -> list[str]:
+    """What a person has to know before using the corpus, most important first.
+
+    Args:
+        sources: of each source, what `fates` counts.
+    """
+    read = sum(fate["read"] + _num_bad(fate) for fate in sources.values())
+    kept = sum(fate["kept"] for fate in sources.values())
+    lines = []
+    if read >= FEW and kept < NEXT_TO_NOTHING * read:
+        lines.append(
+            f"only {kept:,} of {read:,} documents are left ({kept / read:.1%}): this is hardly the corpus that was meant"
+        )
+    for name, fate in sources.items():
+        lines += _of_source(name, fate)
+    return lines
+
+
+def why_nothing_is_left(sources: Fates, shown: list[str]) -> str:
+    """The reason and the remedy where no document is left, in one line.
+
+    Args:
+        shown: some bad rows, each with its place.
+    """
+    bad = sum(_num_bad(fate) for fate in sources.values())
+    removed = _summed(sources, "removed")
+    if not removed and not bad:
+        return "(the sources hold none); check their paths"
+    if not removed:
+        more = f", and {bad - 1:,} more rows" if bad > 1 else ""
+        return f"({shown[0]}{more}); {_remedy_of_row(next(iter(_summed(sources, 'bad_rows'))))}"
+    listed = ", ".join(f"{rule} {number:,}" for rule, number in list(removed.items())[:5])
+    if bad > sum(removed.values()):
+        listed += f"; {bad:,} rows could not be read, such as {shown[0]}"
+    return f"({listed}); {_remedy(next(iter(removed)), _summed(sources, 'languages'))}"
+
+
+def _of_source(name: str, fate: Mapping[str, Any]) -> list[str]:
+    lines = []
+    bad, read = _num_bad(fate), fate["read"]
+    if bad + read >= FEW and bad > MOST * (bad + read):
+        kind, number = _first(fate["bad_rows"])
+        lines.append(
+            f"{bad:,} of the {bad + read:,} rows of source {name!r} could not be read ({kind}: {number:,}); "
+            f"{_remedy_of_row(kind)}"
+        )
+    if read >= FEW and fate["removed"]:
+        rule, number = _first(fate["removed"])
+        if number > MOST * read:
+            lines.append(
+                f"rule {rule} removed {number:,} of the {read:,} documents of source {name!r} ({number / read:.0%}); "
+                f"{_remedy(rule, fate['languages'])}, or give the source rules of its own (sources.{name}.clean)"
+            )
+    return lines
+
+
+def _remedy(rule: str, languages: Mapping[str, int]) -> str:
+    kind, _, figure = rule.partition(".")
+    if kind == "language" and figure == "code" and languages:
+        language, number = _first(languages)
+        if language in CHINESE:
+            return f"{number:,} are in Chinese: use clean.preset=fineweb-zh or gopher-zh"
+        return (
+            f"{number:,} are in {language!r}: allow it (clean.override.language.allowed), "
+            "or name sources in the language that is meant"
+        )
+    if not figure:
+        return "they are duplicates of others: check the source, or the step of dedup"
+    return f"loosen the rules (clean.override.{kind}) or check the source"
+
+
+def _remedy_of_row(kind: str) -> str:
+    if kind.startswith("no key") or "of type" in kind or "is empty" in kind:
+        return "set text_key to the key that holds the text"
+    if kind.startswith("not UTF-8"):
+        return "convert the files to UTF-8"
+    if kind.startswith("not JSON"):
+        return "check the files, or set format"
+    return "check the files"
+
+
+def _num_bad(fate: Mapping[str, Any]) -> int:
+    return sum(fate["bad_rows"].values())
+
+
+def _first(counts: Mapping[str, int]) -> tuple[str, int]:
+    return max(counts.items(), key=lambda item: item[1])
+
+
+def _summed(sources: Fates, key: str) -> dict[str, int]:
+    """The counts of all sources, most first."""
+    total: dict[str, int] = {}
+    for fate in sources.values():
+        for name, number in fate[key].items():
+            total[name] = total.get(name, 0) + number
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,371 @@
+"""The main part of an HTML page: everything but navigation, sidebars, footers, banners and what no reader sees.
+
+What is removed is decided element by element, by what the page says of it (tags, roles, names of classes) and by what it
+holds: a menu is links and little else, and stands outside the text. In doubt text stays, since cleaning rules come after.
+Elements that hold a heading of the first level, `<main>` or `<article>`, or most of the page, are never removed: a class
+`has-sidebar` on the body says nothing of it.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from easyllm.data.page_names import furniture_kind
+
+UNSEEN = "script, style, noscript, template, dialog:not([open])"
+HIDDEN = (
+    '[hidden], [aria-hidden="true"], [style*="display:none"], [style*="display: none"], '
+    '[style*="visibility:hidden"], [style*="visibility: hidden"]'
+)
+NAVIGATION = (
+    "nav, [role=navigation], [role=menu], [role=menubar], [role=toolbar], [role=search], [role=contentinfo], "
+    "[role=dialog], [role=alertdialog], [role=banner]"
+)
+TEXT_PARTS = 'main, [role=main], article, [itemprop="articleBody"]'
+HEADS = f"{TEXT_PARTS}, h1"
+QUOTES = ("blockquote", "figure", "q")
+MENU_LINKS = 0.7
+"""Share of a list's characters that are links, from which it is one of links."""
+SOME_LINKS = 0.4
+SHORT_ITEM = 40
+"""Most characters of a menu's entries, on average."""
+MOST = 0.5
+LITTLE_PROSE = 0.2
+"""Share of a page's characters outside lists of links, below which the lists are what the page is about."""
+
+_CONTAINERS = frozenset(
+    [
+        "div",
+        "section",
+        "aside",
+        "header",
+        "footer",
+        "ul",
+        "ol",
+        "dl",
+        "menu",
+        "form",
+        "table",
+        "span",
+        "a",
+        "center",
+    ]
+)
+"""Elements that are judged by their names."""
+_RELATED = re.compile(
+    r"(?:related|similar|recommended|popular|recent|more|further|latest|trending|you (?:may|might) also).{0,40}"
+    r"|(?:相关|相關|推荐|推薦|热门|熱門|最新|更多|猜你|延伸).{0,8}",
+    re.IGNORECASE,
+)
+_SHARES = re.compile(
+    r"(?:(?:share|tweet|pin|post|send|email|print|copy link|like|follow us)(?: (?:this|on|to|via|it))*\W*)?"
+    r"(?:facebook|twitter|x|linkedin|whatsapp|reddit|pinterest|telegram|tumblr|e-?mail|print|instagram|youtube|line|weibo"
+    r"|wechat|rss|copy link|share|tweet|微博|新浪微博|微信|朋友圈|QQ空间|QQ好友|QQ|豆瓣|知乎|复制链接|分享|打印|收藏)?",
+    re.IGNORECASE,
+)
+_SHARE_HEADING = re.compile(r"(?:share|follow|分享).{0,20}", re.IGNORECASE)
+_TRAIL = re.compile(
+    r"\s*(?:当前位置|目前位置|您的位置|你的位置|您现在的位置|首页|home\b|you are here).{0,100}[>»›→/／].{0,80}",
+    re.IGNORECASE | re.DOTALL,
+)
+_ANCHORS = frozenset(["#", "¶", "§", "🔗"])
+_COPYRIGHT = re.compile(
+    r"\s*(?:©|\(c\)|copyright\b|版权所有|版權所有|all rights reserved)", re.IGNORECASE
+)
+_SHORT_BLOCK = 200
+MAX_MEASURED = 300
+"""How many times the text of a page may be measured, all its elements together; ordinary pages need about ten."""
+_COST = 100  # of measuring an element at all, in characters
+_LEFT: ContextVar[list[int]] = ContextVar("characters that may still be measured")
+
+
+class _TooMuch(Exception):
+    """Measuring costs more than a page is worth."""
+
+
+_MAX_NAMED = 20_000  # elements with a class or an id looked at
+
+
+def remove_unseen(body: Any) -> None:
+    """Removes scripts, styles and hidden elements, so that what is measured is what is read; formulas stay."""
+    for node in _select(body, UNSEEN):
+        if not (node.tag == "script" and (node.getattr("type") or "").startswith("math/tex")):
+            _remove(node)
+    for node in _select(body, ":is(h1, h2, h3, h4, h5, h6, dt) a"):
+        if node.text.strip() in _ANCHORS:
+            _remove(node)
+    total = size(body)
+    for node in _select(body, HIDDEN):
+        formula = node if node.tag == "math" else node.query_selector("math")
+        is_formula = formula is not None and size(formula) == size(node)
+        if not is_formula and size(node) <= MOST * total and not _holds(node, HEADS):
+            _remove(node)
+
+
+def main_part(body: Any) -> list[Any]:
+    """The elements whose text, one after the other, is the page's main text; furniture in them is removed.
+
+    The work is bounded: a page of much text in hundreds of nested elements is left as it is once the bound is reached.
+    """
+    token = _LEFT.set([MAX_MEASURED * (len(body.text or "") + 10_000)])
+    try:
+        return _main_part(body)
+    except _TooMuch:
+        return [body]
+    finally:
+        _LEFT.reset(token)
+
+
+def _main_part(body: Any) -> list[Any]:
+    remove_unseen(body)
+    for node in _select(body, NAVIGATION):
+        if not _holds(node, HEADS):
+            _remove(node)
+    total = size(body)
+    _remove_sections(body, total)
+    _remove_named(body, total)
+    _remove_small_forms(body)
+    _remove_link_groups(body)
+    _remove_link_lists(body)
+    return _roots(body, total)
+
+
+def size(node: Any) -> int:
+    """Characters of an element's text, white space not counted."""
+    text = node.text or ""
+    left = _LEFT.get()
+    left[0] -= len(text) + _COST
+    if left[0] < 0:
+        raise _TooMuch
+    return sum(map(len, text.split()))
+
+
+def link_share(node: Any) -> float:
+    """Which share of an element's characters is in links."""
+    whole = size(node)
+    return sum(size(link) for link in _select(node, "a")) / whole if whole else 0.0
+
+
+def _roots(body: Any, total: int) -> list[Any]:
+    """`<main>` where the page has one that is worth its name, with the title where that is outside; else the body."""
+    mains = [node for node in _select(body, "main, [role=main]") if not _is_in(node, ("main",))]
+    if len(mains) != 1 or size(mains[0]) < 0.3 * size(body) or not total:
+        return [body]
+    if _holds(mains[0], "h1"):
+        return mains
+    return [*_select(body, "h1")[:1], *mains]
+
+
+def _may_go(node: Any, body: Any, total: int) -> bool:
+    """Whether an element may be furniture at all: no title in it, and not most of the page, unless that is links."""
+    if _holds(node, HEADS):
+        return False
+    return size(node) <= MOST * total or (_holds(body, HEADS) and link_share(node) >= SOME_LINKS)
+
+
+def _around_title(body: Any) -> Any:
+    """The smallest element around the title that holds most of the page's text; None where that is all of it."""
+    title = body.query_selector("h1")
+    total = size(body)
+    for node in _parents(title) if title is not None else ():
+        if size(node) > MOST * total:
+            return None if node == body else node
+    return None
+
+
+def _remove_sections(body: Any, total: int) -> None:
+    """Headers and footers of the page, and what stands aside; those of an article are a part of it."""
+    around = _around_title(body)
+    for node in _select(body, "header, footer, aside, [role=complementary]"):
+        if not _may_go(node, body, total) or _is_in(node, QUOTES):
+            continue
+        is_inside = _is_in_text(node) or (around is not None and around.contains(node))
+        links = link_share(node)
+        if node.tag == "header":
+            is_furniture = not is_inside and (links > SOME_LINKS or size(node) < _SHORT_BLOCK)
+        else:
+            is_furniture = not is_inside or links > SOME_LINKS or _is_copyright(node)
+        if is_furniture:
+            _remove(node)
+
+
+def _remove_named(body: Any, total: int) -> None:
+    """Elements whose class or id says that they are furniture."""
+    for node in _select(body, "[class], [id], [aria-label]")[:_MAX_NAMED]:
+        words = f"{node.getattr('class') or ''} {node.getattr('id') or ''}".split()
+        label = (node.getattr("aria-label") or "").split()
+        names = [*words, *label[:1]]
+        if node.tag not in _CONTAINERS or _is_named_by_heading(node):
+            continue
+        kinds = {kind for name in names if (kind := furniture_kind(name))}
+        if not kinds:
+            continue
+        if "always" not in kinds:
+            if link_share(node) < SOME_LINKS:
+                continue
+            if _is_in_text(node) and size(node) >= _SHORT_BLOCK:
+                continue
+        if (
+            not _holds(node, HEADS)
+            and size(node) <= MOST * total
+            and not _is_in(node, ("pre", "code"))
+        ):
+            _remove(node)
+
+
+def _remove_small_forms(body: Any) -> None:
+    """Forms to search, subscribe or log in; a form around the whole page is none."""
+    for node in _select(body, "form"):
+        if (
+            _holds(node, "input, textarea, select")
+            and size(node) < _SHORT_BLOCK
+            and not _holds(node, HEADS)
+        ):
+            _remove(node)
+
+
+def _remove_link_lists(body: Any) -> None:
+    """Lists that are menus, by what is in them and where they stand."""
+    lists = [
+        node for node in _select(body, "ul, ol, menu") if not _is_in(node, ("ul", "ol", "menu"))
+    ]
+    of_links = {node for node in lists if _is_of_links(node)}
+    before_title = _before_title(body)
+    headings = _select(body, "h1, h2, h3, h4, h5, h6")
+    prose = size(body) - sum(map(size, of_links)) - sum(map(size, headings))
+    is_about_lists = prose < LITTLE_PROSE * size(body)
+    for node in lists:
+        heading = _element_before(node)
+        if _is_of_shares(node):
+            if heading is not None and _SHARE_HEADING.fullmatch(heading.text.strip()):
+                _remove(heading)
+            _remove(node)
+        elif node in before_title and link_share(node) >= SOME_LINKS:
+            _remove(node)
+        elif node not in of_links:
+            continue
+        elif (
+            heading is not None
+            and size(heading) < SHORT_ITEM
+            and _RELATED.fullmatch(heading.text.strip().rstrip(":："))
+        ):
+            _remove(heading)
+            _remove(node)
+        elif not _is_in_text(node) and not is_about_lists:
+            _remove(node)
+
+
+def _before_title(body: Any) -> set[Any]:
+    """Lists before the first heading of the first level."""
+    found: set[Any] = set()
+    for node in _select(body, "h1, ul, ol, menu"):
+        if node.tag == "h1":
+            return found
+        found.add(node)
+    return set()
+
+
+def _remove_link_groups(body: Any) -> None:
+    """Links side by side in a block of their own, and lines of copyright, both outside the text."""
+    total = size(body)
+    blocks: dict[Any, None] = {}
+    for link in _select(body, "a"):
+        parent = link.parent
+        if parent is not None and parent.tag in ("div", "p", "td", "center", "span", "section"):
+            blocks.setdefault(parent)
+    groups = [node for node in blocks if _is_link_group(node)]
+    prose = total - sum(map(size, groups))
+    for node in groups:
+        is_menu = not _is_in_text(node) and prose >= LITTLE_PROSE * total
+        if (is_menu or _is_of_shares(node)) and not _holds(node, HEADS):
+            _remove(node)
+    for node in _select(body, "p, div, span, small, center, td"):
+        if size(node) >= _SHORT_BLOCK or _holds(node, HEADS):
+            continue
+        is_trail = _holds(node, "a") and _TRAIL.fullmatch(node.text)
+        if is_trail or (not _is_in_text(node) and _is_copyright(node)):
+            _remove(node)
+
+
+def _is_link_group(node: Any) -> bool:
+    links = _select(node, "a")
+    is_links = len(links) >= 3 and link_share(node) >= MENU_LINKS
+    return is_links and size(node) <= SHORT_ITEM * len(links)
+
+
+def _is_of_links(node: Any) -> bool:
+    links = _select(node, "a")
+    if len(links) < 2 or link_share(node) < SOME_LINKS:
+        return False
+    items = max(1, len(_select(node, "li")))
+    # the last entry of a trail of links is often none
+    return (
+        link_share(node) >= (MENU_LINKS if items > 3 else SOME_LINKS)
+        and size(node) <= SHORT_ITEM * items
+    )
+
+
+def _is_of_shares(node: Any) -> bool:
+    links = _select(node, "a, button")
+    return (
+        len(links) >= 2
+        and all(_SHARES.fullmatch(" ".join(link.text.split())) for link in links)
+        and (size(node) - sum(map(size, links)) < SHORT_ITEM)
+    )
+
+
+def _is_named_by_heading(node: Any) -> bool:
+    """Whether the id is made of the heading in it, as generators of pages make them: a section on cookies is text."""
+    name = "".join(filter(str.isalnum, node.getattr("id") or "")).lower()
+    heading = node.query_selector("h1, h2, h3, h4, h5, h6") if name else None
+    return heading is not None and name in "".join(filter(str.isalnum, heading.text)).lower()
+
+
+def _is_copyright(node: Any) -> bool:
+    return _COPYRIGHT.match(node.text) is not None
+
+
+def _is_in_text(node: Any) -> bool:
+    return any(_is_text_part(parent) for parent in _parents(node))
+
+
+def _is_text_part(node: Any) -> bool:
+    return (
+        node.tag in ("main", "article")
+        or node.getattr("role") == "main"
+        or node.getattr("itemprop") == "articleBody"
+    )
+
+
+def _is_in(node: Any, tags: Iterable[str]) -> bool:
+    return any(parent.tag in tags for parent in _parents(node))
+
+
+def _parents(node: Any) -> Iterator[Any]:
+    node = node.parent
+    while node is not None and node.type == 1:
+        yield node
+        node = node.parent
+
+
+def _element_before(node: Any) -> Any:
+    before = node.prev
+    while before is not None and (before.type != 1 and not (before.value or "").strip()):
+        before = before.prev
+    return before if before is not None and before.type == 1 else None
+
+
+def _holds(node: Any, selector: str) -> bool:
+    return node.query_selector(selector) is not None
+
+
+def _select(node: Any, selector: str) -> list[Any]:
+    found: list[Any] = node.query_selector_all(selector).values()
+    return found
+
+
+def _remove(node: Any) -> None:
+    """Takes an element out of the page; what was taken out with it may be taken out once more."""
+    if node.parent is not None:
+        node.parent.remove_child(node)

@@ -1,0 +1,12 @@
+"""One row of a data file, wherever it was read from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One object of a data file and where it stands (`file:line`, or `file[index]` in an array)."""
+
+    values: dict[str, Any]
+    place: str

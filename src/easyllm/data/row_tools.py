@@ -1,0 +1,61 @@
+"""The tools a row offers and calls, as objects, however often they were encoded as JSON text."""
+
+import json
+from typing import Any
+
+from easyllm.core.errors import DataError
+from easyllm.data.row import Row
+from easyllm.tokenizer.messages import Message, read_arguments
+
+
+def read_tools(row: Row) -> list[dict[str, Any]] | None:
+    """The tools a row offers (`tools`, or `functions`), as a list or JSON text, also of each; None for none."""
+    key = "tools" if row.values.get("tools") else "functions"
+    tools = row.values.get(key)
+    try:
+        tools = _from_json(tools)
+        tools = [_read_tool(tool) for tool in tools] if isinstance(tools, list) else tools
+    except ValueError:
+        raise DataError(f"{row.place}: {key} is not JSON; give a list of functions") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(
+        isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools
+    ):
+        raise DataError(f"{row.place}: {key} is no list of functions; give each as an object")
+    return tools
+
+
+def _read_tool(tool: Any) -> Any:
+    """A tool as an object, its parameters too: both are often JSON text, where a table could not hold the object."""
+    tool = _from_json(tool) if isinstance(tool, str) and tool.lstrip()[:1] == "{" else tool
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("parameters"), str):
+        return tool
+    function = function | {"parameters": _from_json(function["parameters"])}
+    return tool | {"function": function} if "function" in tool else function
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.strip() else None
+
+
+def read_function_call(value: str, row: Row, name: str) -> Message:
+    """ShareGPT's `function_call`, one call or a list of them as JSON text, as a message; `name` is what errors call it."""
+    try:
+        call = json.loads(value)
+        calls = call if isinstance(call, list) else [call]
+        functions = [
+            {"name": c["name"], "arguments": read_arguments(c.get("arguments"))} for c in calls
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(
+            f"{row.place}: {name} is a function_call without name and arguments as JSON"
+        ) from None
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": f} for f in functions],
+    }

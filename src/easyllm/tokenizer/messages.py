@@ -1,0 +1,187 @@
+"""Messages as chat templates expect them: one form, whatever API, data set or client they come from.
+
+Templates differ in what they do with the rest: a list of text parts vanishes in one (Qwen3's), a null content is written
+as "None" by another (Llama 3's), arguments given as JSON text are encoded a second time by `arguments | tojson`. So every
+conversation passes through `normalise_messages` before it is rendered: rows of training data, `encode_chat`, the server.
+
+    {"role": "developer", ...}                            role "system"; "function" (a tool's answer) is "tool"
+    {"content": [{"type": "text", "text": "a"}, ...]}     the parts' texts, joined with "\\n"
+    {"content": null}, {"refusal": "I cannot."}           "", and the refusal as the content
+    {"tool_calls": [{"function": {"arguments": "{}"}}]}   the arguments as an object
+    {"function_call": {...}}                              a list of one tool call
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from easyllm.core.errors import DataError
+
+Message = dict[str, Any]
+ROLE_ALIASES = {"developer": "system", "function": "tool"}
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Type of a content part -> the key its text is under (OpenAI's Chat Completions and Responses)."""
+TRAIN_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "mask")
+"""Keys of a message that say whether it is trained, as OpenAI, Mistral, axolotl and ms-swift have them: 0 masks it."""
+MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio", "files")
+"""Keys under which some formats put what is not text next to the content."""
+CALL_EXAMPLE = '[{"function": {"name": "add", "arguments": {"a": 1}}}]'
+
+
+def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """New messages in the one form that chat templates are given; those passed in stay as they are.
+
+    Each has a role and a text as content. Keys that are null, and those that only training reads (`TRAIN_KEYS`), are left
+    out; all others (`name`, `tool_call_id`, `reasoning_content`, ...) are kept for the template. Idempotent.
+
+    Raises:
+        DataError: a message is not an object with a role; its content is not text (an image, say); a tool call has no
+            name, or arguments that are not JSON.
+
+    >>> normalise_messages([{"role": "developer", "content": [{"type": "text", "text": "Be terse."}], "name": None}])
+    [{'role': 'system', 'content': 'Be terse.'}]
+    """
+    return [_normalised(message, number) for number, message in enumerate(messages)]
+
+
+def trained_turns(messages: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Whether each message is trained: assistant messages are, but those with `weight: 0` (or another of `TRAIN_KEYS`).
+
+    Raises:
+        DataError: such a key holds anything but 0, 1, true, false or null; two of them contradict each other; or a message
+            of somebody else is marked as trained.
+    """
+    return [_is_trained(message, number) for number, message in enumerate(messages)]
+
+
+def _normalised(message: Any, number: int) -> Message:
+    name = f"message {number}"
+    if not isinstance(message, Mapping):
+        raise DataError(
+            f"{name} has no role: it is a {type(message).__name__}; give an object with role and content"
+        )
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise DataError(f"{name} has no role; give role and content")
+    for key in MEDIA_KEYS:
+        if message.get(key):
+            raise DataError(
+                f"{name} has {key}; only text is supported, not images, audio, video or files: remove them"
+            )
+    kept = {
+        key: value
+        for key, value in message.items()
+        if value is not None and key not in TRAIN_KEYS and key not in ("refusal", "function_call")
+    }
+    content = _text(message.get("content"), name)
+    refusal = message.get("refusal")
+    if refusal:
+        if not isinstance(refusal, str):
+            raise DataError(f"{name}: refusal is a {type(refusal).__name__}, expected text")
+        content = f"{content}\n{refusal}" if content else refusal
+    kept |= {"role": ROLE_ALIASES.get(role, role), "content": content}
+    calls = message.get("tool_calls")
+    if not calls and message.get("function_call"):
+        calls = [message["function_call"]]
+    kept.pop("tool_calls", None)
+    if calls:
+        kept["tool_calls"] = read_calls(calls, name)
+    return kept
+
+
+def _text(content: Any, name: str) -> str:
+    """A message's content as one text."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, list | tuple):
+        raise DataError(
+            f"{name} has content of type {type(content).__name__}, expected text or a list of text parts"
+        )
+    return "\n".join(_part_text(part, name) for part in content)
+
+
+def _part_text(part: Any, name: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    text = part.get(TEXT_PARTS[kind]) if isinstance(part, Mapping) and kind in TEXT_PARTS else None
+    if isinstance(text, str):
+        return text
+    if kind in TEXT_PARTS:
+        raise DataError(
+            f'{name} has a part of type {kind!r} without text; give {{"type": "text", "text": "..."}}'
+        )
+    raise DataError(
+        f"{name} has a part of type {kind!r}; only text is supported, not images, audio, video or files: "
+        "give text parts alone"
+    )
+
+
+def read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    """OpenAI's tool calls, `{"function": {"name": ..., "arguments": ...}}`, with their arguments as objects.
+
+    A call given without its `function` around it gets one. `name` is what errors call the message.
+
+    Raises:
+        DataError: a call has no name, or arguments that are not JSON.
+    """
+    try:
+        return [_read_call(call) for call in calls]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError(
+            f"{name} has tool_calls without name and JSON arguments; give a list like {CALL_EXAMPLE}"
+        ) from None
+
+
+def read_arguments(arguments: Any) -> Any:
+    """Arguments as a value: JSON text is read, also where it was encoded twice; nothing is `{}`.
+
+    Raises:
+        ValueError: it is text, but not JSON.
+
+    >>> read_arguments('"{\\\\"a\\\\": 1}"'), read_arguments(""), read_arguments({"a": 1})
+    ({'a': 1}, {}, {'a': 1})
+    """
+    while isinstance(arguments, str):
+        arguments = json.loads(arguments) if arguments.strip() else {}
+    return {} if arguments is None else arguments
+
+
+def _read_call(call: Any) -> dict[str, Any]:
+    function = call.get("function", call)
+    if not isinstance(function["name"], str):
+        raise TypeError
+    function = {**function, "arguments": read_arguments(function.get("arguments"))}
+    if "function" in call:
+        return {**call, "function": function}
+    kept = {key: function.pop(key) for key in ("id", "type") if key in function}
+    return {"type": "function", **kept, "function": function}
+
+
+def _is_trained(message: Mapping[str, Any], number: int) -> bool:
+    is_assistant = message.get("role") == "assistant"
+    given = {key: message[key] for key in TRAIN_KEYS if message.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise DataError(
+                f"message {number} has {key} {value!r}; a message is trained or it is not: give 1 or 0 "
+                "(true or false)"
+            )
+    if len({bool(value) for value in given.values()}) > 1:
+        raise DataError(
+            f"message {number} has {_listed(given)}, which contradict; keep one of them"
+        )
+    if given and any(given.values()) and not is_assistant:
+        raise DataError(
+            f"message {number} is from {message.get('role')!r} and has {_listed(given)}; only the assistant's "
+            "messages are trained: remove the key, or train on every token (train_on: all)"
+        )
+    return is_assistant and all(given.values())
+
+
+def _listed(given: dict[str, Any]) -> str:
+    return " and ".join(f"{key} {value!r}" for key, value in given.items())
