@@ -118,6 +118,11 @@ class _HeaderReader:
             )
         self.at = 4
         version = self._number("I")
+        if version & 0xFFFF == 0 and version:  # the version's own bytes in the other order
+            raise CheckpointError(
+                f"{self.path} is a big-endian GGUF file, and little-endian ones are read; convert it with "
+                f"gguf-convert-endian {self.path} little (of the gguf package)"
+            )
         if version not in VERSIONS:
             raise CheckpointError(
                 f"{self.path} is GGUF version {version}, expected 2 or 3; convert it again with a current tool"

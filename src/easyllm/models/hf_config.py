@@ -60,8 +60,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     try:
         hf = _write(config)
         lost = first_difference(read_config(hf).model_dump(), config.model_dump())
-    except AssertionError:  # a family's writer met a part its family does not have
-        lost = "a part the family does not have"
+    except CheckpointError as error:  # a part that the family does not have
+        lost = str(error)
     if lost:
         raise CheckpointError(
             f"the layout of {config.family!r} cannot express this model ({lost}); "

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from easyllm.checkpoint.gguf import GGUFFile
+from easyllm.checkpoint.gguf_parts import SplitGGUF, open_gguf
 from easyllm.checkpoint.keymap import KeyMap
 from easyllm.checkpoint.store import TensorFolder, write_model_weights
 from easyllm.core.atomic import atomic_directory, write_json
@@ -49,7 +50,7 @@ class OpenSource:
     path: Path
     config: ModelConfig
     tensors: TensorSource
-    gguf: GGUFFile | None
+    gguf: GGUFFile | SplitGGUF | None
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to the model."""
@@ -106,9 +107,9 @@ def open_source(source: str | Path, *, context: ContextConfig | None = None) -> 
 
 def _open(path: Path) -> OpenSource:
     if path.suffix == ".gguf":
-        file = GGUFFile(path)
+        file = open_gguf(path)
         with _impossible_values(path):
-            hf = hf_config(file.metadata, file.tensors)
+            hf = hf_config(file.metadata, file.tensors, file.load)
             config = read_config(hf)
         return OpenSource(path, config, GGUFTensors(file, hf), file)
     hf = read_files(path)
@@ -159,7 +160,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return Tokenizer.from_folder(folder)
     path = locate(source)
     if path.suffix == ".gguf":
-        return Tokenizer.from_gguf(GGUFFile(path).metadata)
+        return Tokenizer.from_gguf(open_gguf(path).metadata)
     return Tokenizer.from_folder(path)
 
 
@@ -229,7 +230,7 @@ def _impossible_values(path: Path) -> Iterator[None]:
         yield
     except EasyllmError:
         raise
-    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
+    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
         reason = str(error)
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]

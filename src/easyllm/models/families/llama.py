@@ -11,14 +11,23 @@ from easyllm.models.families.family import (
     read_glu,
     read_model,
     refuse,
+    with_defaults,
     write_dense_model,
+)
+from easyllm.models.families.gguf_layout import (
+    LLAMA_NAMES,
+    GGUFLayout,
+    GGUFMetadata,
+    half_split,
+    read_llama,
 )
 from easyllm.nn.config import ModelConfig
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `LlamaConfig` as `ModelConfig`."""
-    refuse(hf, {"hidden_act": "silu", "pretraining_tp": 1})
+    hf = with_defaults(hf, {"bos_token_id": 1, "eos_token_id": 2})
+    refuse(hf, {"hidden_act": "silu"})
     bias = bool(hf.get("attention_bias", False))
     mixer = read_attention(hf, qkv_bias=bias, out_bias=bias)
     feed_forward = read_glu(hf, bias=bool(hf.get("mlp_bias", False)))
@@ -32,6 +41,17 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": mixer.qkv_bias,
         "mlp_bias": feed_forward.bias,
     }
+
+
+def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
+    """The architecture `llama`; a file that names a sliding window is a Mistral."""
+    bias = "blk.0.attn_q.bias" in metadata.tensors
+    hf = read_llama(metadata, "llama") | {
+        "attention_bias": bias,
+        "mlp_bias": "blk.0.ffn_up.bias" in metadata.tensors,
+    }
+    window = metadata.get("attention.sliding_window")
+    return hf | {"model_type": "mistral", "sliding_window": window} if window else hf
 
 
 def _size(layers: int, hidden: int, heads: int, kv: int, ff: int, **more: Any) -> dict[str, Any]:
@@ -92,4 +112,13 @@ FAMILY = Family(
     write_config=write_config,
     keymap=llama_keymap,
     sizes=SIZES,
+    gguf=GGUFLayout(
+        architectures=("llama",),
+        read_config=read_gguf,
+        names=LLAMA_NAMES,
+        transforms={
+            f"blk.{{i}}.attn_{part}": half_split(heads)
+            for part, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
+        },
+    ),
 )

@@ -7,30 +7,36 @@ from easyllm.models.families.family import (
     HFConfig,
     dense_layer,
     llama_keymap,
+    num_layers,
     read_attention,
     read_glu,
     read_model,
     refuse,
     window_of_layer,
+    with_defaults,
     write_dense_model,
     write_windows,
 )
+from easyllm.models.families.gguf_layout import LLAMA_NAMES, GGUFLayout, read_llama
+from easyllm.models.families.qwen2 import DEFAULTS
 from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormConfig
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `Qwen3Config` as `ModelConfig`."""
+    hf = with_defaults(hf, DEFAULTS | {"head_dim": 128})
     refuse(hf, {"hidden_act": "silu"})
     bias = bool(hf.get("attention_bias", False))
+    first = hf["max_window_layers"] if hf["use_sliding_window"] else num_layers(hf)
     norm = RMSNormConfig(eps=hf.get("rms_norm_eps", 1e-6))
 
     def layer(number: int) -> tuple[AttentionConfig, GLUConfig]:
         mixer = read_attention(
-            {"head_dim": 128, **hf},
+            hf,
             qkv_bias=bias,
             out_bias=bias,
             qk_norm=norm,
-            window=window_of_layer(hf, number),
+            window=window_of_layer(hf, number, slides=number >= first),
         )
         return mixer, read_glu(hf)
 
@@ -70,4 +76,13 @@ FAMILY = Family(
     write_config=write_config,
     keymap=llama_keymap,
     sizes=SIZES,
+    gguf=GGUFLayout(
+        architectures=("qwen3",),
+        read_config=lambda metadata: read_llama(metadata, "qwen3"),
+        names={
+            **LLAMA_NAMES,
+            "blk.{i}.attn_q_norm": "model.layers.{i}.self_attn.q_norm",
+            "blk.{i}.attn_k_norm": "model.layers.{i}.self_attn.k_norm",
+        },
+    ),
 )

@@ -6,6 +6,7 @@ from easyllm.checkpoint.keymap import KeyMap
 from easyllm.models.families.family import (
     Family,
     HFConfig,
+    expect_part,
     llama_keymap,
     read_attention,
     read_glu,
@@ -13,6 +14,7 @@ from easyllm.models.families.family import (
     refuse,
     require,
     window_of_layer,
+    with_defaults,
     write_model,
     write_windows,
 )
@@ -26,14 +28,38 @@ from easyllm.nn.config import (
     RMSNormConfig,
 )
 
+_SHARED = {
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "router_aux_loss_coef": 0.001,
+}
+_SECOND = _SHARED | {
+    "num_key_value_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "max_window_layers": 28,
+}
+_THIRD = _SHARED | {
+    "num_key_value_heads": 4,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+"""Of `Qwen2MoeConfig` and `Qwen3MoeConfig`, where they are not Llama's."""
+
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `Qwen2MoeConfig` or `Qwen3MoeConfig` as `ModelConfig`."""
-    refuse(hf, {"hidden_act": "silu"})
     third = hf.get("model_type") == "qwen3_moe"
+    hf = with_defaults(hf, _THIRD if third else _SECOND)
+    refuse(hf, {"hidden_act": "silu"})
     bias = bool(hf.get("attention_bias" if third else "qkv_bias", not third))
     eps = hf.get("rms_norm_eps", 1e-6)
     shared = 0 if third else require(hf, "shared_expert_intermediate_size")
+    windows, first = bool(hf["use_sliding_window"]), hf.get("max_window_layers", 0)
     experts = MoEConfig(
         num_experts=hf.get("num_experts") or require(hf, "num_local_experts"),
         experts_per_token=require(hf, "num_experts_per_tok"),
@@ -42,7 +68,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
         normalise=bool(hf.get("norm_topk_prob", False)),
         shared=GLUConfig(intermediate_size=shared) if shared else None,
         shared_gate=bool(shared),
-        load_balancing=hf.get("router_aux_loss_coef", 0.001),
+        load_balancing=require(hf, "router_aux_loss_coef"),
     )
     step, dense = hf.get("decoder_sparse_step", 1), set(hf.get("mlp_only_layers") or ())
 
@@ -52,7 +78,9 @@ def read_config(hf: HFConfig) -> ModelConfig:
             qkv_bias=bias,
             out_bias=bias and third,
             qk_norm=RMSNormConfig(eps=eps) if third else None,
-            window=window_of_layer(hf, number),
+            window=window_of_layer(
+                hf, number, slides=windows and (third or (number % 2 == 0 and number < first))
+            ),
         )
         sparse = number not in dense and (number + 1) % step == 0
         return mixer, experts if sparse else read_glu(hf)
@@ -64,9 +92,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     """Its `config.json`."""
     third = config.family == "qwen3_moe"
     forwards = [layer.feed_forward for layer in config.layers]
-    experts = next(f for f in forwards if isinstance(f, MoEConfig))
-    mixer = config.layers[0].mixer
-    assert isinstance(mixer, AttentionConfig)
+    sparse = [f for f in forwards if isinstance(f, MoEConfig)]
+    experts = expect_part(next(iter(sparse), None), MoEConfig)
+    mixer = expect_part(config.layers[0].mixer, AttentionConfig)
     dense = [i for i, f in enumerate(forwards) if isinstance(f, GLUConfig)]
     width = next((f.intermediate_size for f in forwards if isinstance(f, GLUConfig)), 4)
     written = {
@@ -103,7 +131,7 @@ def keymap(config: ModelConfig) -> KeyMap:
     return llama_keymap(config, pairs=pairs)
 
 
-FAMILIES = tuple(
+QWEN2_MOE, QWEN3_MOE = (
     Family(
         name=name,
         model_types=(name,),

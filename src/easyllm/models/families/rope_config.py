@@ -6,6 +6,7 @@ from typing import Any
 from easyllm.core.errors import CheckpointError
 from easyllm.nn.config import (
     DynamicNTKScaling,
+    FactorScaling,
     LinearScaling,
     Llama3Scaling,
     NTKScaling,
@@ -19,17 +20,30 @@ KNOWN = ("default", "linear", "ntk", "dynamic", "yarn", "llama3")
 
 
 def read_rope(
-    config: Mapping[str, Any], head_dim: int, *, interleaved: bool = False, theta: float = 10000.0
+    config: Mapping[str, Any],
+    head_dim: int,
+    *,
+    interleaved: bool = False,
+    theta: float = 10000.0,
+    share: float | None = None,
 ) -> Rope:
     """The rotary positions of a `config.json`.
 
+    Args:
+        share: of a head that turns where the file does not say; None for families all of whose head always turns.
+
     Raises:
-        CheckpointError: the positions are scaled in a way that is not implemented.
+        CheckpointError: the positions are scaled in a way that is not implemented, or only a part of a head turns in a
+            family that has no such thing.
     """
     parameters = config.get("rope_parameters") or {}
     base = parameters.get("rope_theta") or config.get("rope_theta") or theta
-    share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    width = int(head_dim * share)
+    given = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    if share is None and given not in (None, 1):
+        raise CheckpointError(
+            f"config.json sets partial_rotary_factor={given!r}, which is not implemented for this family (expected 1.0)"
+        )
+    width = int(head_dim * (given or share or 1.0))
     return Rope(
         theta=float(base),
         interleaved=interleaved,
@@ -65,6 +79,8 @@ def _read_scaling(values: Mapping[str, Any], config: Mapping[str, Any]) -> RopeS
                 high_freq_factor=_need(values, "high_freq_factor"),
                 original_max_seq_len=length,
             )
+        case "factors":
+            return FactorScaling(factors=tuple(_need(values, "factors")))
     raise CheckpointError(
         f"config.json asks for RoPE scaling {kind!r}, which is not implemented; known are {', '.join(KNOWN)}"
     )
@@ -79,7 +95,15 @@ def _need(values: Mapping[str, Any], key: str) -> Any:
 
 
 def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
-    """The keys of `config.json`, in the spelling of transformers 4."""
+    """The keys of `config.json`, in the spelling of transformers 4.
+
+    Raises:
+        CheckpointError: no `config.json` says it (factors, which GGUF files may hold).
+    """
+    if isinstance(rope.scaling, FactorScaling):
+        raise CheckpointError(
+            "its RoPE frequencies are divided by factors of no rule that HF knows"
+        )
     written: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
     if rope.rotary_dim is not None:
         written["partial_rotary_factor"] = rope.rotary_dim / head_dim
