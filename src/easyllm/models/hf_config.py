@@ -40,6 +40,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         CheckpointError: no family reads it, or it sets an option that is not implemented.
     """
     config = family_of(hf.get("model_type")).read_config(hf)
+    _refuse_quantized(hf.get("quantization_config"))
     shared: dict[str, Any] = {}
     if str((hf.get("architectures") or [""])[0]).endswith(CLASSIFIER):
         labels = hf.get("id2label")
@@ -49,6 +50,20 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     if hf.get("prompt_mask") is not None:
         shared["prompt_mask"] = hf["prompt_mask"]
     return config.changed(**shared) if shared else config
+
+
+def _refuse_quantized(settings: object) -> None:
+    """Refuses checkpoints whose tensors are codes: their names and shapes are not those of the family.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized.
+    """
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+        raise CheckpointError(
+            f"the weights are quantized with {method!r} (quantization_config), which is not read; "
+            "use the checkpoint they were made from, and --quantize to round it here"
+        )
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

@@ -59,7 +59,6 @@ def read_config(hf: HFConfig) -> ModelConfig:
     bias = bool(hf.get("attention_bias" if third else "qkv_bias", not third))
     eps = hf.get("rms_norm_eps", 1e-6)
     shared = 0 if third else require(hf, "shared_expert_intermediate_size")
-    windows, first = bool(hf["use_sliding_window"]), hf.get("max_window_layers", 0)
     experts = MoEConfig(
         num_experts=hf.get("num_experts") or require(hf, "num_local_experts"),
         experts_per_token=require(hf, "num_experts_per_tok"),
@@ -78,14 +77,20 @@ def read_config(hf: HFConfig) -> ModelConfig:
             qkv_bias=bias,
             out_bias=bias and third,
             qk_norm=RMSNormConfig(eps=eps) if third else None,
-            window=window_of_layer(
-                hf, number, slides=windows and (third or (number % 2 == 0 and number < first))
-            ),
+            window=_window(hf, number, third=third),
         )
         sparse = number not in dense and (number + 1) % step == 0
         return mixer, experts if sparse else read_glu(hf)
 
     return read_model(hf, family=str(hf["model_type"]), layer=layer)
+
+
+def _window(hf: HFConfig, number: int, *, third: bool) -> int | None:
+    """Qwen3-MoE has one for all layers; Qwen2-MoE for those `layer_types` names, or every second of the first ones."""
+    if third:
+        return hf.get("sliding_window") if hf["use_sliding_window"] else None
+    slides = hf["use_sliding_window"] and number % 2 == 0 and number < hf["max_window_layers"]
+    return window_of_layer(hf, number, slides=slides)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -112,6 +117,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
     if experts.shared is not None:
         written["shared_expert_intermediate_size"] = experts.shared.intermediate_size
+    if third:  # whose layers have one window
+        del written["layer_types"]
     architecture = "Qwen3MoeForCausalLM" if third else "Qwen2MoeForCausalLM"
     return write_model(config, model_type=config.family, architecture=architecture) | written
 

@@ -1,5 +1,6 @@
 """RoPE as `config.json` writes it: `rope_theta` and `rope_scaling` (transformers 4), `rope_parameters` (5)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,13 +66,7 @@ def _read_scaling(values: Mapping[str, Any], config: Mapping[str, Any]) -> RopeS
         case "dynamic":
             return DynamicNTKScaling(factor=_need(values, "factor"), original_max_seq_len=length)
         case "yarn":
-            if values.get("mscale") or values.get("mscale_all_dim"):
-                raise CheckpointError(
-                    "config.json scales YaRN with mscale, which is not implemented; use attention_factor"
-                )
-            names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
-            given = {name: values[name] for name in names if values.get(name) is not None}
-            return YarnScaling(factor=_need(values, "factor"), original_max_seq_len=length, **given)
+            return _read_yarn(values, length, config)
         case "llama3":
             return Llama3Scaling(
                 factor=_need(values, "factor"),
@@ -84,6 +79,27 @@ def _read_scaling(values: Mapping[str, Any], config: Mapping[str, Any]) -> RopeS
     raise CheckpointError(
         f"config.json asks for RoPE scaling {kind!r}, which is not implemented; known are {', '.join(KNOWN)}"
     )
+
+
+def _read_yarn(values: Mapping[str, Any], length: Any, config: Mapping[str, Any]) -> YarnScaling:
+    """YaRN; without a factor it is how far the model reaches, and `mscale` counts where `mscale_all_dim` is given too
+    (as transformers reads them)."""
+    names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
+    given = {name: values[name] for name in names if values.get(name) is not None}
+    reach = config.get("max_position_embeddings")
+    if values.get("factor") is None and values.get(_LENGTH) and reach:
+        factor = reach / length
+    else:
+        factor = _need(values, "factor")
+    over, under = values.get("mscale"), values.get("mscale_all_dim")
+    if over and under and "attention_factor" not in given:
+        given["attention_factor"] = _attention_scale(factor, over) / _attention_scale(factor, under)
+    return YarnScaling(factor=factor, original_max_seq_len=length, **given)
+
+
+def _attention_scale(factor: float, weight: float) -> float:
+    """0.1 m ln(factor) + 1 (YaRN's scale of attention, weighed as DeepSeek does)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _need(values: Mapping[str, Any], key: str) -> Any:
