@@ -17,8 +17,8 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from easyllm.core.config import validate
 from easyllm.core.errors import CheckpointError, ConfigError, DataError, SourceError
-from easyllm.tokenizer import Tokenizer
-from easyllm.tokenizer.sentencepiece import build_tokenizer, import_sentencepiece, read_model
+from easyllm.tokenizer import SpecialTokens, Tokenizer
+from easyllm.tokenizer.sentencepiece import build_backend, read_model, special_tokens
 from easyllm.tokenizer.train import (
     PATTERNS,
     BPEConfig,
@@ -453,6 +453,10 @@ SP_TEXTS = [
 ]
 
 
+def build_tokenizer(model):
+    return Tokenizer(build_backend(model), SpecialTokens(**special_tokens(model)))
+
+
 def sentencepiece_file(kind, **options):
     """A model trained by sentencepiece itself: its own processor, and the file's bytes."""
     import sentencepiece
@@ -486,7 +490,7 @@ def sentencepiece_file(kind, **options):
 def test_an_imported_model_gives_the_ids_of_sentencepiece(tmp_path, kind, options):
     theirs, data = sentencepiece_file(kind, **options)
     (tmp_path / "a.model").write_bytes(data)
-    ours = import_sentencepiece(tmp_path / "a.model")
+    ours = Tokenizer.from_sentencepiece(tmp_path / "a.model")
     assert [ours.encode(t) for t in SP_TEXTS] == [theirs.encode(t) for t in SP_TEXTS]
     assert ours.vocab_size == theirs.get_piece_size()
     roles = (ours.bos_id, ours.eos_id, ours.pad_id, ours.id_of(ours.special.unk))
@@ -518,7 +522,7 @@ def test_an_imported_model_survives_saving_and_transformers_agrees(tmp_path, kin
     from transformers import AutoTokenizer
 
     (tmp_path / "a.model").write_bytes(sentencepiece_file(kind)[1])
-    ours = import_sentencepiece(tmp_path / "a.model", add_bos=True, add_eos=True)
+    ours = Tokenizer.from_sentencepiece(tmp_path / "a.model", add_bos=True, add_eos=True)
     ours.save(tmp_path / "out")
     reference = AutoTokenizer.from_pretrained(tmp_path / "out")
     expected = [ours.encode(t) for t in [*SP_TEXTS, "a</s>b<unk>"]]
@@ -556,18 +560,18 @@ def test_what_a_model_asks_for_in_vain_is_named(tmp_path, options, message):
     options = {"kind": "unigram"} | options
     (tmp_path / "a.model").write_bytes(sentencepiece_file(**options)[1])
     with pytest.raises(CheckpointError, match=rf"a\.model: .*{message}"):
-        import_sentencepiece(tmp_path / "a.model")
+        Tokenizer.from_sentencepiece(tmp_path / "a.model")
 
 
 def test_a_model_without_the_token_to_add_is_refused(tmp_path):
     (tmp_path / "a.model").write_bytes(sentencepiece_file("bpe", bos_id=-1)[1])
     with pytest.raises(CheckpointError, match="has no bos token to add"):
-        import_sentencepiece(tmp_path / "a.model", add_bos=True)
+        Tokenizer.from_sentencepiece(tmp_path / "a.model", add_bos=True)
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(SourceError, match=r"no\.model' does not exist"):
-        import_sentencepiece(tmp_path / "no.model")
+        Tokenizer.from_sentencepiece(tmp_path / "no.model")
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,10 @@ Format = Annotated[
     str, typer.Option("--format", help="What files hold (text, jsonl ...); by default by suffix.")
 ]
 AnyTokenizer = Annotated[
-    str, typer.Argument(help="A folder with tokenizer.json, smollm2, a .gguf file, or hf:org/name.")
+    str,
+    typer.Argument(
+        help="A folder with tokenizer.json or tokenizer.model, smollm2, a .gguf file, or hf:org/name."
+    ),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="A new folder for the result.")]
 
@@ -120,7 +123,9 @@ def train(
 def report(
     tokenizers: Annotated[
         list[str],
-        typer.Argument(help="Folders with tokenizer.json, smollm2, .gguf files, hf:org/name."),
+        typer.Argument(
+            help="Folders with tokenizer.json or tokenizer.model, smollm2, .gguf files, hf:org/name."
+        ),
     ],
     text: Annotated[
         list[str], typer.Option(help="name=PATH: texts of a language or domain; may be repeated.")
@@ -235,9 +240,9 @@ def import_model(
         easyllm tokenizer import tokenizer.model out/tok --add-bos
     """
     from easyllm.core.atomic import atomic_directory
-    from easyllm.tokenizer.sentencepiece import import_sentencepiece
+    from easyllm.tokenizer import Tokenizer
 
-    tokenizer = import_sentencepiece(file, add_bos=add_bos, add_eos=add_eos)
+    tokenizer = Tokenizer.from_sentencepiece(file, add_bos=add_bos, add_eos=add_eos)
     with atomic_directory(output) as work:
         tokenizer.save(work)
     figures = {"vocab_size": tokenizer.vocab_size, "output": str(output)}

@@ -32,7 +32,8 @@ from easyllm.models.sources import locate
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.quant import quantizable, quantize_weight
-from easyllm.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
+from easyllm.tokenizer.folder import tokenizer_file
+from easyllm.tokenizer.tokenizer import Tokenizer
 
 
 class TensorSource(Protocol):
@@ -156,7 +157,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         SourceError, CheckpointError: no such model, or no tokenizer in it.
     """
     folder = Path(source).expanduser()
-    if (folder / TOKENIZER_FILE).is_file():
+    if tokenizer_file(folder) is not None:
         return Tokenizer.from_folder(folder)
     path = locate(source)
     if path.suffix == ".gguf":

@@ -37,7 +37,7 @@ from easyllm.pipeline.recipe import (
     resolve,
 )
 from easyllm.pipeline.stages import product, run_stage, source_files
-from easyllm.tokenizer.tokenizer import TOKENIZER_FILE
+from easyllm.tokenizer.folder import tokenizer_file
 from easyllm.train.config import CorpusDataConfig, Data
 
 PENDING = "pending.json"
@@ -140,8 +140,8 @@ def _model(source: str) -> str:
 
 def _tokenizer(source: str) -> str:
     """Of a folder the tokenizer alone: weights beside it do not matter."""
-    alone = Path(source) / TOKENIZER_FILE
-    return str(alone) if alone.is_file() else _model(source)
+    alone = tokenizer_file(Path(source))
+    return str(alone) if alone is not None else _model(source)
 
 
 def _hashes(*paths: str) -> dict[str, str]:

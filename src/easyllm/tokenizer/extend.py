@@ -86,7 +86,7 @@ def extend_tokenizer(
     extended = Tokenizer(
         Backend.from_str(json.dumps(state)),
         tokenizer.special,
-        chat_template=tokenizer.chat_template.source if tokenizer.chat_template else None,
+        chat_template=tokenizer.template_sources,
         max_seq_len=tokenizer.max_seq_len,
     )
     return Extension(extended, {first + n: _ids(word) for n, word in enumerate(pieces)})
