@@ -5,13 +5,14 @@ others ignore, `prompt_mask`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from easyllm.core.config import first_difference
 from easyllm.core.errors import CheckpointError
 from easyllm.models.families import FAMILIES, family_of
+from easyllm.models.families.family import read_token_ids
 from easyllm.nn.config import ModelConfig
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -31,6 +32,23 @@ def read_files(folder: Path) -> dict[str, Any]:
         if generation.get("eos_token_id") is not None:
             config["eos_token_id"] = generation["eos_token_id"]
     return config
+
+
+def read_end_ids(folder: Path) -> tuple[int, ...]:
+    """Ids that end a generation according to the folder's `generation_config.json`; none where it has no such file.
+
+    Raises:
+        CheckpointError: the file is not JSON.
+    """
+    if not (folder / GENERATION_FILE).is_file():
+        return ()
+    return tuple(read_token_ids(_read_json(folder / GENERATION_FILE))["eos_token_ids"])
+
+
+def with_end_ids(config: ModelConfig, ids: Iterable[int]) -> ModelConfig:
+    """The configuration of a model that also ends a generation at `ids`, after those that ended it before."""
+    ends = tuple(dict.fromkeys((*config.eos_token_ids, *ids)))
+    return config if ends == config.eos_token_ids else config.changed(eos_token_ids=ends)
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -1,6 +1,6 @@
 """Models and tokenizers from any source, and back to a Hugging Face folder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from easyllm.models.hf_config import (
     GENERATION_FILE,
     read_config,
     read_files,
+    with_end_ids,
     write_config,
 )
 from easyllm.models.sources import locate
@@ -170,6 +171,7 @@ def save_model(
     folder: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
+    end_ids: Sequence[int] = (),
     replace: bool = False,
     extra_files: dict[str, Any] | None = None,
 ) -> Path:
@@ -177,6 +179,7 @@ def save_model(
 
     Args:
         tokenizer: saved beside the weights, chat template included.
+        end_ids: ids that end a generation besides the model's own (the ends of turns it was tuned on).
         replace: whether a folder that holds something may be replaced.
         extra_files: further JSON files by name (a manifest, say).
 
@@ -189,7 +192,7 @@ def save_model(
             "quantized weights are made when a model is loaded and are not written in this layout; save the full model"
         )
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    config = write_config(model.config) | {"torch_dtype": dtype}
+    config = write_config(with_end_ids(model.config, end_ids)) | {"torch_dtype": dtype}
     tensors = keymap_of(model.config).to_file(model.state_dict())
     generation = {
         key: config[key]

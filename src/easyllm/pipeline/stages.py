@@ -27,6 +27,7 @@ from easyllm.models import (
     pool_kv_heads,
     save_model,
 )
+from easyllm.models.hf_config import read_end_ids
 from easyllm.pipeline.recipe import (
     ConvertStage,
     CorpusStage,
@@ -99,7 +100,8 @@ def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
         inputs={"model": hash_path(locate(source)), "adapter": hash_path(adapter)},
     )
     extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
-    return save_model(model, folder, tokenizer=load_tokenizer(source), extra_files=extra)
+    tokenizer, ends = load_tokenizer(source), read_end_ids(adapter)
+    return save_model(model, folder, tokenizer=tokenizer, end_ids=ends, extra_files=extra)
 
 
 def source_files(source: SourceConfig) -> list[Path]:

@@ -17,15 +17,17 @@ import torch
 from torch import nn
 
 from easyllm.adapters import save_adapter
-from easyllm.core.atomic import write_atomic
+from easyllm.core.atomic import write_atomic, write_json
 from easyllm.core.device import peak_memory_bytes, peak_rss_bytes, pick_device
 from easyllm.core.errors import ConfigError, OutputError
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_value
 from easyllm.core.progress import console
 from easyllm.core.run_folder import check_free, claim
 from easyllm.models import hf_module_name, save_model
+from easyllm.models.hf_config import GENERATION_FILE, with_end_ids
 from easyllm.nn.decoder import Decoder
-from easyllm.train.config import TrainConfig
+from easyllm.tokenizer.turn_ends import turn_end_ids
+from easyllm.train.config import DataConfig, TrainConfig
 from easyllm.train.loop import Diverged, run_steps
 from easyllm.train.material import Material, gather
 from easyllm.train.optim import MasterOptimizer
@@ -235,6 +237,8 @@ def _save_result(
     optimizer: MasterOptimizer,
     origin: Origin,
 ) -> None:
+    on_conversations = isinstance(config.data, DataConfig)
+    ends = turn_end_ids(origin.tokenizer) if on_conversations else ()
     for name, value in optimizer.final_state().items():
         owner, _, leaf = name.rpartition(".")
         if config.adapter is None or name.startswith("score."):
@@ -248,5 +252,8 @@ def _save_result(
             base=source_name(config),
             replace=True,
         )
+        if ends:
+            ids = with_end_ids(model.config, ends).eos_token_ids
+            write_json(output / ADAPTER / GENERATION_FILE, {"eos_token_id": list(ids)})
         return
-    save_model(model, output / MODEL, tokenizer=origin.tokenizer, replace=True)
+    save_model(model, output / MODEL, tokenizer=origin.tokenizer, end_ids=ends, replace=True)
