@@ -29,6 +29,7 @@ from easyllm.tokenizer.train import (
     WordLevelConfig,
     WordPieceConfig,
     byte_values,
+    shortfall,
     train_tokenizer,
 )
 
@@ -403,6 +404,28 @@ def test_rare_characters_need_no_room():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_vocabulary_is_larger_than_asked_for(kind):
+    """The library itself exceeds a size below that of its alphabet."""
+    text = "the quick brown fox, 你好世界 " * 3
+    made, refused = [], {}
+    for size in (1, 10, 100, 256, 257, 258, 300, 700):
+        config = TokenizerConfig(model=KINDS[kind], vocab_size=size)
+        try:
+            tokenizer = train_tokenizer([text], config)
+        except ConfigError as error:
+            refused[size] = str(error)
+            continue
+        made.append(size)
+        assert tokenizer.vocab_size <= size
+        told = shortfall(tokenizer, config)
+        assert (told is None) is (tokenizer.vocab_size == size)
+        if told is not None:
+            assert f"gives {tokenizer.vocab_size} ids, fewer than vocab_size={size}" in told
+    assert 700 in made
+    assert all(f"vocab_size={size} " in reason for size, reason in refused.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("texts", [[], ["", ""]])
 def test_training_on_nothing_is_refused(kind, texts):
     with pytest.raises(DataError, match="no text to train a tokenizer on"):
@@ -419,6 +442,10 @@ def test_lone_surrogates_in_a_corpus_do_no_harm():
         ({"model": {"kind": "bpe", "own_pattern": "("}}, "own_pattern is no regular expression"),
         ({"model": {"kind": "bpe", "own_pattern": "a", "pattern": "qwen2"}}, "both set"),
         ({"model": {"kind": "bpe", "patern": "gpt2"}}, "did you mean 'pattern'"),
+        ({"vocab_size": 999_999_999}, "vocab_size.*4194304"),
+        ({"model": {"kind": "bpe", "min_frequency": 10**30}}, "min_frequency.*4294967296"),
+        ({"model": {"kind": "unigram", "max_piece_length": 10**30}}, "max_piece_length"),
+        ({"model": {"kind": "wordpiece", "max_word_length": 10**30}}, "max_word_length"),
         ({"normalizer": {"strip_accents": True}}, "set form: nfd"),
         ({"add_bos": True}, "add_bos needs a bos token"),
         ({"chat_template": "chat-ml"}, "neither chatml nor jinja"),

@@ -99,7 +99,7 @@ def train(
     from easyllm.core.atomic import atomic_directory, refuse_existing, write_json
     from easyllm.core.config import apply_overrides, read_yaml, validate
     from easyllm.core.manifest import MANIFEST_FILE, Manifest
-    from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer
+    from easyllm.tokenizer.train import TokenizerConfig, shortfall, train_tokenizer
 
     values = apply_overrides(read_yaml(config) if config is not None else {}, change or [])
     values["model"] = {"kind": "bpe"} | values.get("model", {}) | ({"kind": kind} if kind else {})
@@ -115,7 +115,11 @@ def train(
     with atomic_directory(output) as work:
         trained.save(work)
         write_json(work / MANIFEST_FILE, manifest.model_dump(mode="json"))
-    figures = {"kind": wanted.model.kind, "vocab_size": trained.vocab_size, "output": str(output)}
+    figures: dict[str, Any] = {"kind": wanted.model.kind, "vocab_size": trained.vocab_size}
+    if (reason := shortfall(trained, wanted)) is not None:
+        figures["vocab_size_asked"] = wanted.vocab_size
+        typer.echo(reason, err=True)
+    figures["output"] = str(output)
     print_json(figures) if json_output else print_pairs(figures)
 
 

@@ -121,6 +121,8 @@ def _tokenizer(stage: TokenizerStage, folder: Path) -> dict[str, Any]:
     tokenizer = train_tokenizer(texts, config)
     files = [file for source in stage.sources.values() for file in source_files(source)]
     figures = {"vocab_size": tokenizer.vocab_size, **counts}
+    if tokenizer.vocab_size < config.vocab_size:
+        figures["vocab_size_asked"] = config.vocab_size
     manifest = Manifest.create(
         "tokenizer",
         config=stage.model_dump(mode="json"),

@@ -24,7 +24,7 @@ from tokenizers import models, trainers
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.tokenizer.report import HAN
 from easyllm.tokenizer.tokenizer import Tokenizer
-from easyllm.tokenizer.train import byte_values, sound
+from easyllm.tokenizer.train import MAX_VOCAB_SIZE, byte_values, sound
 
 Script = Literal["non_ascii", "han"]
 SCRIPTS: tuple[Script, ...] = ("non_ascii", "han")
@@ -232,6 +232,11 @@ def _num_wanted(tokenizer: Tokenizer, num_new: int | None, vocab_size: int | Non
     if wanted < 1:
         what = f"num_new={num_new}" if vocab_size is None else f"vocab_size={vocab_size}"
         raise ConfigError(f"{what} adds nothing to {tokenizer.vocab_size} ids; raise it")
+    if tokenizer.vocab_size + wanted > MAX_VOCAB_SIZE:
+        raise ConfigError(
+            f"{wanted:,} new pieces make more than {MAX_VOCAB_SIZE:,} ids with the {tokenizer.vocab_size:,} there are; "
+            "ask for fewer"
+        )
     return wanted
 
 
