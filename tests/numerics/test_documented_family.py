@@ -6,7 +6,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_families import BASE
+from test_families import BASE, tiny_hf
+from test_gguf_families import write
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from easyllm.models import families, load_model, save_model
@@ -40,6 +41,16 @@ def test_the_documented_family_equals_transformers_in_both_directions(tmp_path, 
     save_model(model, tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
     torch.testing.assert_close(again(ids[None]).logits[0], expected, atol=1e-6, rtol=0)
+
+
+def test_the_documented_family_is_read_from_gguf(tmp_path, families_restored):
+    module = ModuleType("starcoder2")
+    exec(compile(example(), "docs/models.md", "exec"), module.__dict__)
+    families.register_family(module.FAMILY)
+    reference = tiny_hf("starcoder2", {})
+    ids = torch.randint(0, 211, (60,))
+    model = load_model(write(tmp_path / "m.gguf", reference, "starcoder2"))
+    torch.testing.assert_close(model.logits(ids), reference(ids[None]).logits[0], atol=3e-5, rtol=0)
 
 
 SHARED = {"__init__.py", "family.py", "gguf_layout.py", "rope_config.py"}

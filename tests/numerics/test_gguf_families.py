@@ -67,7 +67,10 @@ def write(path, reference, arch, keys=(), extra=(), part=None):
             writer.add_layer_norm_eps(config.layer_norm_epsilon)
         else:
             writer.add_feed_forward_length(config.intermediate_size)
-            writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+            if arch == "starcoder2":
+                writer.add_layer_norm_eps(config.norm_epsilon)
+            else:
+                writer.add_layer_norm_rms_eps(config.rms_norm_eps)
             writer.add_head_count_kv(config.num_key_value_heads)
             writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
             head_dim = getattr(config, "head_dim", None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from easyllm.core.config import first_difference
 from easyllm.core.errors import CheckpointError
-from easyllm.models.families import FAMILIES, family_of
+from easyllm.models.families import family_named, family_of
 from easyllm.models.families.family import read_token_ids
 from easyllm.nn.config import ModelConfig
 
@@ -90,6 +90,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: the layout of its family has no words for it (its parts were changed).
     """
+    family_named(config.family)
     try:
         hf = _write(config)
         lost = first_difference(read_config(hf).model_dump(), config.model_dump())
@@ -104,7 +105,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    hf = FAMILIES[config.family].write_config(config)
+    hf = family_named(config.family).write_config(config)
     if config.prompt_mask != "causal":
         hf["prompt_mask"] = config.prompt_mask
     if config.num_labels is not None:

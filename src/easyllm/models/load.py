@@ -18,7 +18,7 @@ from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, EasyllmError
 from easyllm.models.context import ContextConfig, extend_context
-from easyllm.models.families import FAMILIES
+from easyllm.models.families import family_named
 from easyllm.models.gguf_import import GGUFTensors, hf_config
 from easyllm.models.heads import with_score
 from easyllm.models.hf_config import (
@@ -212,7 +212,7 @@ def save_model(
 
 def keymap_of(config: ModelConfig) -> KeyMap:
     """Names of a model's parameters on disk."""
-    return with_score(FAMILIES[config.family].keymap(config))
+    return with_score(family_named(config.family).keymap(config))
 
 
 def hf_module_name(model: Decoder) -> Callable[[str], str]:

@@ -58,6 +58,20 @@ def family_of(model_type: object) -> Family:
     )
 
 
+def family_named(name: str) -> Family:
+    """The family of a `ModelConfig.family`.
+
+    Raises:
+        CheckpointError: none has this name.
+    """
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"family {name!r} is not known{suggest(name, FAMILIES)}; known are {', '.join(FAMILIES)} "
+            "(register_family adds one)"
+        )
+    return FAMILIES[name]
+
+
 def layout_of(architecture: object) -> GGUFLayout:
     """How to read a GGUF file of this `general.architecture`.
 
@@ -106,6 +120,7 @@ __all__ = [
     "Family",
     "GGUFLayout",
     "GGUFMetadata",
+    "family_named",
     "family_of",
     "layout_of",
     "register_family",

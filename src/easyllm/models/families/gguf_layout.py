@@ -182,6 +182,13 @@ LLAMA_NAMES: Mapping[str, str] = {
 
 def read_llama(metadata: GGUFMetadata, model_type: str) -> dict[str, Any]:
     """The keys of `config.json` that models of Llama's make share."""
+    return read_sizes(metadata, model_type) | {
+        "rms_norm_eps": metadata.need("attention.layer_norm_rms_epsilon")
+    }
+
+
+def read_sizes(metadata: GGUFMetadata, model_type: str) -> dict[str, Any]:
+    """As `read_llama`, without the norm."""
     heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
     width = metadata.get("attention.key_length", hidden // heads)
     metadata.expect("attention.value_length", width)
@@ -197,7 +204,6 @@ def read_llama(metadata: GGUFMetadata, model_type: str) -> dict[str, Any]:
         "num_key_value_heads": metadata.get("attention.head_count_kv", heads),
         "head_dim": width,
         "max_position_embeddings": metadata.need("context_length"),
-        "rms_norm_eps": metadata.need("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in metadata.tensors,
         **read_rope(metadata, width),
     }
