@@ -287,6 +287,21 @@ def test_a_tensor_that_changes_the_result_is_refused_by_its_name(tmp_path, name)
         load_model(path)
 
 
+@pytest.mark.parametrize(
+    ("factors", "words"),
+    [
+        (np.full(3, 2, np.float32), "holds 3 factors, expected 6"),
+        (np.zeros(6, np.float32), "describes no model"),
+        (np.full(6, np.nan, np.float32), "describes no model"),
+    ],
+)
+def test_rope_factors_that_make_no_sense_are_refused(tmp_path, factors, words):
+    extra = [("rope_freqs.weight", factors)]
+    path = write(tmp_path / "m.gguf", tiny_hf("llama", {}), "llama", (), extra)
+    with pytest.raises(CheckpointError, match=words):
+        load_model(path)
+
+
 def test_rope_factors_of_a_model_without_rope_are_refused(tmp_path):
     extra = [("rope_freqs.weight", np.full(6, 2, np.float32))]
     path = write(tmp_path / "m.gguf", tiny_hf(*CASES["gpt2"][:2]), "gpt2", (), extra)

@@ -1,6 +1,6 @@
 """A GGUF file as if it were a Hugging Face folder: its metadata as `config.json`, its tensors by HF's names.
 
-What is a family's own (names, keys, order of rows) stands in the family's file; here is what every file has.
+What differs between families (names, keys, order of rows) is in each family's file; this module reads what all files share.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ def hf_config(
     tensors: Mapping[str, Any],
     load: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Any]:
-    """The `config.json` that the metadata stand for.
+    """The `config.json` that the metadata describe.
 
     Args:
         tensors: the file's by name (which ones there are says whether embeddings are tied, say).

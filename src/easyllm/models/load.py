@@ -179,7 +179,7 @@ def save_model(
 
     Args:
         tokenizer: saved beside the weights, chat template included.
-        end_ids: ids that end a generation besides the model's own (the ends of turns it was tuned on).
+        end_ids: further ids that end a generation (the ends of turns the model was tuned on).
         replace: whether a folder that holds something may be replaced.
         extra_files: further JSON files by name (a manifest, say).
 
@@ -238,7 +238,8 @@ def _impossible_values(path: Path) -> Iterator[None]:
         reason = str(error)
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            place = ".".join(map(str, first["loc"]))
+            reason = f"{place}: {first['msg']}" if place else first["msg"]
         raise CheckpointError(
             f"the configuration in {path} describes no model ({reason}); copy the checkpoint again"
         ) from None

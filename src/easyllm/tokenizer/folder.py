@@ -146,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); copy it again") from None
     return content if isinstance(content, dict) else {}
 
@@ -268,6 +268,10 @@ def _named_texts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, text
     for key in ("additional_special_tokens", "extra_special_tokens"):
         entries = config.get(key) or ()
+        if not isinstance(entries, list | dict | tuple):
+            raise CheckpointError(
+                f"{CONFIG_FILE} sets {key}={entries!r}, expected a list of tokens"
+            )
         for entry in entries.values() if isinstance(entries, dict) else entries:
             if (text := _token_text(entry)) is not None:
                 yield key, text
@@ -315,7 +319,7 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     files = {DEFAULT_TEMPLATE: folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).is_file() else {}
     files |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return {name: _read_text(path) for name, path in files.items()}
     template = config.get("chat_template")
     if isinstance(template, str):
         return {DEFAULT_TEMPLATE: template}
@@ -326,8 +330,15 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return {k: v for k, v in template.items() if isinstance(k, str) and isinstance(v, str)}
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 ({error}); copy it again") from None
+
+
 def template_path(name: str) -> str | None:
-    """Where a template of this name is saved, below the folder; None for a name that is no file name."""
+    """Where a template of this name is saved, relative to the folder; None where the name cannot be a file name."""
     if name == DEFAULT_TEMPLATE:
         return TEMPLATE_FILE
     return f"{TEMPLATE_FOLDER}/{name}.jinja" if re.fullmatch(r"[\w-]+", name) else None

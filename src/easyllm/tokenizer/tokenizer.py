@@ -252,6 +252,8 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
+        if self.backend.encode_special_tokens:
+            config["split_special_tokens"] = True
         if self.max_seq_len is not None:
             config["model_max_length"] = self.max_seq_len
         sources = self.template_sources

@@ -1,6 +1,6 @@
-"""What a family looks like in a GGUF file: llama.cpp's names of its architecture and tensors, its metadata as `config.json`.
+"""A family's layout in GGUF files: llama.cpp's names of its architecture and tensors, its metadata as `config.json`.
 
-A family's own file says it all in one `GGUFLayout`; the functions below read and name what most architectures share.
+Each family's file defines one `GGUFLayout`; the functions below read what most architectures share.
 Sources: the GGUF specification (keys, tensor names), llama.cpp's `llama-model.cpp` (defaults, which key is honoured how).
 """
 
@@ -137,7 +137,7 @@ class GGUFLayout:
         read_config: the metadata as `config.json`, without vocabulary and token ids (which every file says alike).
         names: HF's name of each tensor without `.weight` or `.bias`, by the file's; `{i}` is the number of a layer.
         transforms: by the file's name of a tensor, what turns it into HF's.
-        ignored: tensors that are no parameters: nothing uses them, or `read_config` has read them.
+        ignored: tensors that are not parameters: unused, or already read by `read_config`.
     """
 
     architectures: tuple[str, ...]
@@ -181,7 +181,7 @@ LLAMA_NAMES: Mapping[str, str] = {
 
 
 def read_llama(metadata: GGUFMetadata, model_type: str) -> dict[str, Any]:
-    """The keys of `config.json` that models of Llama's make share."""
+    """The keys of `config.json` shared by models of the Llama architecture."""
     return read_sizes(metadata, model_type) | {
         "rms_norm_eps": metadata.need("attention.layer_norm_rms_epsilon")
     }
@@ -218,7 +218,7 @@ def read_rope(metadata: GGUFMetadata, width: int) -> dict[str, Any]:
     theta = float(metadata.get("rope.freq_base", 10000.0))
     scaling = _read_scaling(metadata)
     if ROPE_FACTORS in metadata.tensors:
-        factors = metadata.load(ROPE_FACTORS).flatten()
+        factors = metadata.load(ROPE_FACTORS)
         if scaling is not None and scaling["rope_type"] != "linear":
             raise metadata.refusal("rope.scaling.type", f"none next to the tensor {ROPE_FACTORS}")
         factors = factors * (1.0 if scaling is None else scaling["factor"])
@@ -256,26 +256,29 @@ def _read_scaling(metadata: GGUFMetadata) -> dict[str, Any] | None:
 
 def _scaling_by_factors(factors: Tensor, theta: float, width: int) -> dict[str, Any] | None:
     """Factors as `config.json` says them: Llama 3's rule where they are its own (its converter writes nothing else),
-    so that the model can be saved for other tools, else the factors themselves."""
+    so that the model can be saved for other tools, else the factors themselves.
+
+    Raises:
+        CheckpointError: there are not as many as pairs of dims.
+    """
+    if factors.numel() != width // 2:
+        raise CheckpointError(
+            f"the tensor {ROPE_FACTORS} holds {factors.numel()} factors, expected {width // 2}; convert the file again"
+        )
     if bool((factors == 1).all()):
         return None
-    if factors.numel() == width // 2:
-        plain = frequencies(theta, width)
-        for power in range(5, 21):
-            rule = {
-                "factor": round(float(factors.max()), 4),
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-            }
-            scaling = Llama3Scaling(**rule, original_max_seq_len=2**power)
-            expected = plain / llama3_frequencies(theta, width, scaling)
-            if torch.allclose(expected, factors, rtol=1e-5, atol=0):
-                return {
-                    "rope_type": "llama3",
-                    **rule,
-                    "original_max_position_embeddings": 2**power,
-                }
-    return {"rope_type": "factors", "factors": factors.tolist()}
+    plain = frequencies(theta, width)
+    rule = {
+        "factor": round(float(factors.max()), 4),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    for power in range(5, 21):
+        scaling = Llama3Scaling(**rule, original_max_seq_len=2**power)
+        expected = plain / llama3_frequencies(theta, width, scaling)
+        if torch.allclose(expected, factors, rtol=1e-5, atol=0):
+            return {"rope_type": "llama3", **rule, "original_max_position_embeddings": 2**power}
+    return {"rope_type": "factors", "factors": factors.flatten().tolist()}
 
 
 def half_split_rows(weight: Tensor, num_heads: int) -> Tensor:
