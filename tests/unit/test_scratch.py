@@ -96,6 +96,8 @@ def test_a_fresh_model_of_a_family_has_as_many_key_value_heads_and_no_value_is_i
     values = {"model_type": family, "hidden_size": 64, "intermediate_size": 96}
     values |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     assert config_of(tiny_tokenizer, config=values).layers[0].mixer.num_kv_heads == 4
+    published = {"pretraining_tp": 1, "use_cache": True, "tie_word_embeddings": True}
+    assert config_of(tiny_tokenizer, config=values | published).tie_embeddings
     with pytest.raises(ConfigError, match="'rope_tetha' is no value of a model"):
         config_of(tiny_tokenizer, config=values | {"rope_tetha": 1e6})
 

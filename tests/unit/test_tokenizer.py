@@ -301,6 +301,18 @@ def test_an_end_of_turn_is_a_control_token_whatever_the_file_says(text):
     assert index in tokenizer.special_ids
 
 
+def test_a_gguf_file_may_hold_several_chat_templates():
+    templates = {"": "plain", ".tool_use": "tools", ".rag": "rag"}
+    metadata = {f"tokenizer.chat_template{name}": text for name, text in templates.items()}
+    tokenizer = Tokenizer.from_gguf(byte_level_metadata() | metadata)
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    messages = [{"role": "user", "content": "go"}]
+    assert tokenizer.encode_chat(messages).text == "plain"
+    assert tokenizer.encode_chat(messages, tools=tools).text == "tools"
+    assert tokenizer.template_sources == {"default": "plain", "tool_use": "tools", "rag": "rag"}
+    assert Tokenizer.from_gguf(byte_level_metadata()).chat_template is None
+
+
 def test_an_added_bos_survives_saving(tmp_path):
     tokenizer = Tokenizer.from_gguf(byte_level_metadata(add_bos_token=True))
     tokenizer.save(tmp_path)

@@ -237,11 +237,23 @@ def test_the_template_for_tools_is_used_with_tools_and_all_are_kept(folder, tmp_
         assert reader.encode_chat(CALL).text == "go plain"
         assert reader.encode_chat(CALL, tools=TOOLS).text == "go look"
         assert reader.encode_chat(CALL, tools=[]).text == "go plain"
-        assert set(reader.chat_templates) == {"default", "tool_use", "rag"}
+        assert set(reader.template_sources) == {"default", "tool_use", "rag"}
     for reader in (theirs, AutoTokenizer.from_pretrained(path / "again")):
         assert reader.apply_chat_template(CALL, tokenize=False) == "go plain"
         assert reader.apply_chat_template(CALL, tools=TOOLS, tokenize=False) == "go look"
         assert set(reader.chat_template) == {"default", "tool_use", "rag"}
+
+
+def test_a_template_that_is_not_used_may_be_broken(folder):
+    broken = [
+        NAMED[0],
+        {"name": "rag", "template": "{% if %}"},
+        {"name": "tool_use", "template": "{{"},
+    ]
+    ours = Tokenizer.from_folder(folder({"chat_template": broken}))
+    assert ours.encode_chat(CALL).text == "go plain"
+    with pytest.raises(DataError, match="not valid jinja"):
+        ours.encode_chat(CALL, tools=TOOLS)
 
 
 def test_templates_in_files_of_their_own_are_read(folder):

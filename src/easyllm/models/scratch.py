@@ -23,7 +23,10 @@ END_OF_TEXT = "<|endoftext|>"
 PARTS = "easyllm"
 """The `model_type` whose values are ours, under `parts`."""
 WITHOUT_EFFECT = frozenset(
-    {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
+    {
+        *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"),
+        *("use_cache", "pretraining_tp"),
+    }
 )
 """Keys of a published `config.json` that say nothing of a model's arithmetic."""
 

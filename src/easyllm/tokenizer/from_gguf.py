@@ -148,6 +148,14 @@ def token_id_from_gguf(metadata: Mapping[str, Any], kind: str) -> int | None:
     return index if isinstance(index, int) else None
 
 
+def templates_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name: `tokenizer.chat_template` is the default, `tokenizer.chat_template.NAME` one of that name."""
+    key = "tokenizer.chat_template"
+    named = {k.removeprefix(f"{key}."): v for k, v in metadata.items() if k.startswith(f"{key}.")}
+    found = {"default": metadata.get(key), **named}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
 def end_ids_from_gguf(metadata: Mapping[str, Any]) -> list[int]:
     """Ids that end a generation: those the file names as the end of text, turn or message, then those with the text
     of such a token."""

@@ -19,7 +19,11 @@ from easyllm.tokenizer.folder import (
     read_folder,
     template_path,
 )
-from easyllm.tokenizer.from_gguf import backend_from_gguf, special_tokens_from_gguf
+from easyllm.tokenizer.from_gguf import (
+    backend_from_gguf,
+    special_tokens_from_gguf,
+    templates_from_gguf,
+)
 from easyllm.tokenizer.sentencepiece import build_backend, naming, read_model_file, special_tokens
 
 TOOL_TEMPLATE = "tool_use"
@@ -45,6 +49,10 @@ class Tokenizer:
         chat_template: jinja source, several sources by name (`default`, `tool_use` ...), or None.
         max_seq_len: longest sequence of the model, written to `tokenizer_config.json`.
 
+    Attributes:
+        chat_template: the default template, compiled.
+        template_sources: the sources of all templates by name.
+
     Example:
         >>> tok = easyllm.load_tokenizer("smollm2")             # doctest: +SKIP
         >>> tok.decode(tok.encode("Hello"))                     # doctest: +SKIP
@@ -62,10 +70,11 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.special, self.max_seq_len = backend, special, max_seq_len
-        sources = (
-            {DEFAULT_TEMPLATE: chat_template} if isinstance(chat_template, str) else chat_template
-        )
-        self.chat_templates = {name: ChatTemplate(text) for name, text in (sources or {}).items()}
+        if isinstance(chat_template, str):
+            chat_template = {DEFAULT_TEMPLATE: chat_template}
+        self.template_sources = dict(chat_template or {})
+        default = self.template_sources.get(DEFAULT_TEMPLATE)
+        self.chat_template = None if default is None else ChatTemplate(default)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -107,24 +116,13 @@ class Tokenizer:
         Raises:
             CheckpointError: the metadata hold no tokenizer, or one of an unknown kind.
         """
-        template = metadata.get("tokenizer.chat_template")
         architecture = metadata.get("general.architecture", "")
         return cls(
             backend_from_gguf(metadata),
             SpecialTokens(**special_tokens_from_gguf(metadata)),
-            chat_template=template if isinstance(template, str) else None,
+            chat_template=templates_from_gguf(metadata),
             max_seq_len=metadata.get(f"{architecture}.context_length"),
         )
-
-    @property
-    def chat_template(self) -> ChatTemplate | None:
-        """The default chat template."""
-        return self.chat_templates.get(DEFAULT_TEMPLATE)
-
-    @property
-    def template_sources(self) -> dict[str, str]:
-        """The sources of all chat templates by name."""
-        return {name: template.source for name, template in self.chat_templates.items()}
 
     @property
     def vocab_size(self) -> int:
@@ -227,15 +225,21 @@ class Tokenizer:
             max_chars=None if max_tokens is None else max_tokens * self.longest_token,
         )
 
+    @cached_property
+    def _tool_template(self) -> ChatTemplate | None:
+        """Compiled when it is needed: a template that is not used may be one that cannot be read here."""
+        source = self.template_sources.get(TOOL_TEMPLATE)
+        return None if source is None else ChatTemplate(source)
+
     def _template_for(self, tools: list[dict[str, Any]] | None) -> ChatTemplate:
-        if tools and TOOL_TEMPLATE in self.chat_templates:
-            return self.chat_templates[TOOL_TEMPLATE]
+        if tools and self._tool_template is not None:
+            return self._tool_template
         if self.chat_template is not None:
             return self.chat_template
-        if self.chat_templates:
+        if self.template_sources:
             raise DataError(
-                f"this model has chat templates named {', '.join(self.chat_templates)} and none named {DEFAULT_TEMPLATE}; "
-                f"name the one to use {DEFAULT_TEMPLATE} in its {CONFIG_FILE}"
+                f"this model has chat templates named {', '.join(self.template_sources)} and none named "
+                f"{DEFAULT_TEMPLATE}; name the one to use {DEFAULT_TEMPLATE} in its {CONFIG_FILE}"
             )
         raise DataError(
             "this model has no chat template; give plain prompts, or a model tuned for chat"

@@ -25,7 +25,7 @@ def turn_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     token. Several where a turn ends otherwise in the middle of a conversation than at its end (GLM-4's next role tag and
     its EOS); none without a chat template, or where the template ends turns with plain text.
     """
-    if not tokenizer.chat_templates:
+    if not tokenizer.template_sources:
         return ()
     found = [end for tools in (None, _TOOLS) for end in _ends(tokenizer, tools)]
     return tuple(dict.fromkeys(found))

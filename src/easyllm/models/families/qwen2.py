@@ -6,7 +6,6 @@ from easyllm.models.families.family import (
     Family,
     HFConfig,
     llama_keymap,
-    num_layers,
     read_attention,
     read_glu,
     read_model,
@@ -33,12 +32,14 @@ def read_config(hf: HFConfig) -> ModelConfig:
     """A `Qwen2Config` as `ModelConfig`; layers may differ in their window."""
     hf = with_defaults(hf, DEFAULTS)
     refuse(hf, {"hidden_act": "silu"})
-    first = hf["max_window_layers"] if hf["use_sliding_window"] else num_layers(hf)
+    first, windows = hf["max_window_layers"], bool(hf["use_sliding_window"])
     return read_model(
         hf,
         family="qwen2",
         layer=lambda i: (
-            read_attention(hf, qkv_bias=True, window=window_of_layer(hf, i, slides=i >= first)),
+            read_attention(
+                hf, qkv_bias=True, window=window_of_layer(hf, i, slides=windows and i >= first)
+            ),
             read_glu(hf),
         ),
     )

@@ -7,7 +7,6 @@ from easyllm.models.families.family import (
     HFConfig,
     dense_layer,
     llama_keymap,
-    num_layers,
     read_attention,
     read_glu,
     read_model,
@@ -27,7 +26,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
     hf = with_defaults(hf, DEFAULTS | {"head_dim": 128})
     refuse(hf, {"hidden_act": "silu"})
     bias = bool(hf.get("attention_bias", False))
-    first = hf["max_window_layers"] if hf["use_sliding_window"] else num_layers(hf)
+    first, windows = hf["max_window_layers"], bool(hf["use_sliding_window"])
     norm = RMSNormConfig(eps=hf.get("rms_norm_eps", 1e-6))
 
     def layer(number: int) -> tuple[AttentionConfig, GLUConfig]:
@@ -36,7 +35,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
             qkv_bias=bias,
             out_bias=bias,
             qk_norm=norm,
-            window=window_of_layer(hf, number, slides=number >= first),
+            window=window_of_layer(hf, number, slides=windows and number >= first),
         )
         return mixer, read_glu(hf)
 

@@ -87,10 +87,11 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 def _window(hf: HFConfig, number: int, *, third: bool) -> int | None:
     """Qwen3-MoE has one for all layers; Qwen2-MoE for those `layer_types` names, or every second of the first ones."""
+    windows, width = bool(hf["use_sliding_window"]), hf.get("sliding_window")
     if third:
-        return hf.get("sliding_window") if hf["use_sliding_window"] else None
-    slides = hf["use_sliding_window"] and number % 2 == 0 and number < hf["max_window_layers"]
-    return window_of_layer(hf, number, slides=slides)
+        return width if windows else None
+    slides = number % 2 == 0 and number < hf["max_window_layers"]
+    return window_of_layer(hf, number, slides=windows and slides)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
