@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from test_families import BASE, EXPERTS, YARN, tiny_hf
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
 from easyllm.core.errors import CheckpointError
-from easyllm.models import load_model, save_model
+from easyllm.models import ContextConfig, load_model, save_model
 from easyllm.models.families import FAMILIES
 from easyllm.models.hf_config import read_config, write_config
 
@@ -205,6 +205,32 @@ def test_what_is_left_out_or_neutral_gives_the_same_logits(tmp_path, model_type,
     torch.testing.assert_close(model.logits(ids), expected, atol=3e-5, rtol=0)
     save_model(model, tmp_path / "ours")
     assert torch.equal(load_model(tmp_path / "ours").logits(ids), model.logits(ids))
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
+
+
+def test_dynamic_scaling_counts_from_the_models_own_length(tmp_path):
+    """As in transformers, which does not read `original_max_position_embeddings` there."""
+    reference = tiny_hf("llama", {"rope_scaling": DYNAMIC, "max_position_embeddings": 32})
+    reference.save_pretrained(tmp_path / "hf")
+    ids = torch.randint(0, 211, (60,))
+    model = load_model(tmp_path / "hf")
+    torch.testing.assert_close(model.logits(ids), reference(ids[None]).logits[0], atol=3e-5, rtol=0)
+    assert model.config.max_seq_len == 64
+
+
+@pytest.mark.parametrize("method", ["pi", "ntk", "dynamic", "yarn"])
+def test_a_longer_context_is_the_same_model_in_transformers(tmp_path, method):
+    tiny_hf("llama", {"max_position_embeddings": 32}).save_pretrained(tmp_path / "hf")
+    context = ContextConfig(method=method, factor=3)
+    model = load_model(tmp_path / "hf", context=context)
+    assert model.config.max_seq_len == 96
+    save_model(model, tmp_path / "ours")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    ids = torch.randint(0, 211, (80,))
+    torch.testing.assert_close(model.logits(ids), reference(ids[None]).logits[0], atol=3e-5, rtol=0)
+    assert load_model(tmp_path / "ours").config == model.config
 
 
 def test_windows_that_a_family_cannot_say_are_refused():

@@ -12,7 +12,12 @@ from typing import Any, TypeVar, cast
 from easyllm.checkpoint.keymap import KeyMap, Rule, renames
 from easyllm.core.errors import CheckpointError
 from easyllm.models.families.gguf_layout import GGUFLayout
-from easyllm.models.families.rope_config import read_rope, write_rope
+from easyllm.models.families.rope_config import (
+    read_max_seq_len,
+    read_rope,
+    write_max_seq_len,
+    write_rope,
+)
 from easyllm.nn.config import (
     AttentionConfig,
     FeedForward,
@@ -141,13 +146,17 @@ def read_model(
         "family": family,
         "vocab_size": require(hf, "vocab_size"),
         "hidden_size": require(hf, "hidden_size"),
-        "max_seq_len": hf.get("max_position_embeddings", 2048),
+        "max_seq_len": read_max_seq_len(hf, _rope_of(layers[0].mixer)),
         "layers": tuple(layers),
         "norm": RMSNormConfig(eps=hf.get("rms_norm_eps", 1e-6)),
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
         **read_token_ids(hf),
     }
     return ModelConfig(**values | changes)
+
+
+def _rope_of(mixer: Mixer) -> Rope | None:
+    return mixer.position if isinstance(mixer.position, Rope) else None
 
 
 def write_model(config: ModelConfig, *, model_type: str, architecture: str) -> dict[str, Any]:
@@ -163,7 +172,7 @@ def write_model(config: ModelConfig, *, model_type: str, architecture: str) -> d
         "num_attention_heads": mixer.num_heads,
         "num_key_value_heads": mixer.num_kv_heads,
         "head_dim": mixer.head_dim,
-        "max_position_embeddings": config.max_seq_len,
+        "max_position_embeddings": write_max_seq_len(config.max_seq_len, position),
         "rms_norm_eps": config.norm.eps,
         "tie_word_embeddings": config.tie_embeddings,
         **write_rope(position, mixer.head_dim),

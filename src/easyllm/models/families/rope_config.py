@@ -64,7 +64,9 @@ def _read_scaling(values: Mapping[str, Any], config: Mapping[str, Any]) -> RopeS
         case "ntk":
             return NTKScaling(factor=_need(values, "factor"))
         case "dynamic":
-            return DynamicNTKScaling(factor=_need(values, "factor"), original_max_seq_len=length)
+            # transformers counts from the model's own length, whatever else the file names
+            trained = config.get("max_position_embeddings") or length
+            return DynamicNTKScaling(factor=_need(values, "factor"), original_max_seq_len=trained)
         case "yarn":
             return _read_yarn(values, length, config)
         case "llama3":
@@ -110,6 +112,19 @@ def _need(values: Mapping[str, Any], key: str) -> Any:
     return values[key]
 
 
+def read_max_seq_len(config: Mapping[str, Any], rope: Rope | None, default: int = 2048) -> int:
+    """The longest sequence: dynamic scaling reaches `factor` times as far as the length that it counts from."""
+    length: int = config.get("max_position_embeddings", default)
+    scaling = None if rope is None else rope.scaling
+    return int(length * scaling.factor) if isinstance(scaling, DynamicNTKScaling) else length
+
+
+def write_max_seq_len(max_seq_len: int, rope: Rope) -> int:
+    """`max_position_embeddings`: of dynamic scaling the length that it counts from."""
+    scaling = rope.scaling
+    return scaling.original_max_seq_len if isinstance(scaling, DynamicNTKScaling) else max_seq_len
+
+
 def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
     """The keys of `config.json`, in the spelling of transformers 4.
 
@@ -126,7 +141,9 @@ def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
     if rope.scaling is not None:
         values = rope.scaling.model_dump(exclude_none=True)
         values["rope_type"] = values.pop("kind")
-        if "original_max_seq_len" in values:
+        if isinstance(rope.scaling, DynamicNTKScaling):
+            del values["original_max_seq_len"]  # it is the model's `max_position_embeddings`
+        elif "original_max_seq_len" in values:
             values[_LENGTH] = values.pop("original_max_seq_len")
         written["rope_scaling"] = values
     return written
