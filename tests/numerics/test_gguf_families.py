@@ -4,12 +4,16 @@ Names come from the `gguf` package's own map of tensors, so that a name that is 
 """
 
 import math
+import re
+import tempfile
+from collections import defaultdict
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from test_families import BASE, LLAMA3, tiny_hf
+from safetensors.torch import load_file
+from test_families import BASE, EXPERTS, LLAMA3, tiny_hf
 from transformers import AutoModelForCausalLM
 
 from easyllm.core.errors import CheckpointError, ConfigError
@@ -28,12 +32,31 @@ def interleaved(weight, heads):
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(weight.shape))
 
 
+def stacked(reference):
+    """The state of a mixture as the converter sees it: experts by number, stacked to one tensor a projection."""
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        state = load_file(f"{folder}/model.safetensors")
+    experts = defaultdict(dict)
+    for name in list(state):
+        if found := re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name):
+            experts[f"{found[1]}.{found[3]}"][int(found[2])] = state.pop(name)
+    stacks = {
+        name: torch.stack([parts[i] for i in sorted(parts)]) for name, parts in experts.items()
+    }
+    return state | stacks
+
+
 def tensors_of(reference, arch):
     """Name and values of each tensor, as in a GGUF file."""
     config = reference.config
     number = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-    state = reference.state_dict()
+    state = (
+        stacked(reference)
+        if "moe" in config.model_type or config.model_type == "mixtral"
+        else reference.state_dict()
+    )
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     for name, value in state.items():
@@ -122,6 +145,7 @@ SOFTCAPS = {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
 }
+MIXTURE = {"expert_count": 6, "expert_used_count": 2, "expert_feed_forward_length": 40}
 CASES = {
     "llama": ("llama", {}, "llama", {}, []),
     "llama, rope factors of Llama 3": (
@@ -171,6 +195,27 @@ CASES = {
         },
         "gemma2",
         SOFTCAPS,
+        [],
+    ),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "llama",
+        {"expert_count": 4, "expert_used_count": 2},
+        [],
+    ),
+    "qwen2moe": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 56},
+        "qwen2moe",
+        MIXTURE | {"expert_shared_feed_forward_length": 56},
+        [],
+    ),
+    "qwen3moe": (
+        "qwen3_moe",
+        EXPERTS | {"head_dim": 16, "norm_topk_prob": True},
+        "qwen3moe",
+        MIXTURE | {"expert_weights_scale": 0.0},
         [],
     ),
     "gpt2": ("gpt2", {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}, "gpt2", {}, []),
@@ -234,8 +279,13 @@ def test_factors_divide_the_frequencies(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"expert_count": 8}, "llama.expert_count=8"),
+        ({"expert_count": 8}, "no llama.expert_used_count"),
         ({"expert_used_count": 2}, "llama.expert_used_count=2"),
+        (
+            {"expert_count": 8, "expert_used_count": 2, "expert_gating_func": 2},
+            "llama.expert_gating_func=2",
+        ),
+        ({"expert_count": 8, "expert_used_count": 2}, "left over|missing"),
         ({"logit_scale": 8.0}, "llama.logit_scale=8"),
         ({"residual_scale": 0.22}, "llama.residual_scale=0.2"),
         ({"embedding_scale": 12.0}, "llama.embedding_scale=12"),
@@ -275,6 +325,14 @@ def test_a_key_that_says_nothing_is_no_reason_to_refuse(tmp_path, keys):
     ids = torch.randint(0, 211, (40,))
     model = load_model(write(tmp_path / "m.gguf", reference, "llama", keys))
     torch.testing.assert_close(model.logits(ids), reference(ids[None]).logits[0], atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (5000, 1, 1)])
+def test_stacked_experts_of_another_shape_are_named(tmp_path, shape):
+    reference = tiny_hf("llama", {})
+    extra = [("blk.0.ffn_up_exps.weight", np.ones(shape, np.float32))]
+    with pytest.raises(CheckpointError, match="left over"):
+        load_model(write(tmp_path / "m.gguf", reference, "llama", (), extra))
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,19 @@ def test_a_tensor_reads_as_the_reference_dequantizes_it(tmp_path, name):
     assert file.tensors["w"].type_name == name
 
 
+@pytest.mark.parametrize("name", ["F32", "Q8_0", "Q4_1", "Q6_K"])
+def test_a_slice_is_read_as_a_part_of_the_whole(tmp_path, name):
+    kind = Kind[name]
+    values = np.random.default_rng(3).normal(size=(6, 512)).astype(np.float32)
+    raw = random_blocks(kind, 6, 512) if name in SCALES else gguf.quantize(values, kind)
+    stack = raw.reshape(3, 2, -1)
+    file = GGUFFile(write_gguf(tmp_path / "x.gguf", tensors=[("w", stack, kind)]))
+    whole = file.load("w")
+    assert whole.shape == (3, 2, 512)
+    for part in range(3):
+        assert torch.equal(file.load("w", part=part), whole[part])
+
+
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "BF16", "F16"])
 def test_a_reading_is_near_the_values_before_quantizing(tmp_path, name):
     values = np.random.default_rng(3).uniform(-1, 1, (4, 64)).astype(np.float32)
@@ -472,7 +485,7 @@ def test_metadata_become_a_config():
         ({"general.type": "adapter"}, "of type 'adapter', expected 'model'"),
         ({"llama.attention.head_count_kv": [4, 2]}, r"head_count_kv=\[4, 2\].*every layer"),
         ({"llama.block_count": None}, "no llama.block_count"),
-        ({"llama.expert_count": 8}, "sets llama.expert_count=8, which is not implemented"),
+        ({"llama.expert_shared_count": 8}, "sets llama.expert_shared_count=8, which is not"),
         ({"llama.rope.scaling.type": "longrope"}, "sets llama.rope.scaling.type='longrope'"),
     ],
 )

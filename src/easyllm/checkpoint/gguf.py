@@ -10,7 +10,7 @@ Every length is checked against the file before it is believed: a damaged file e
 import contextlib
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ class GGUFTensor:
     offset: int
     num_bytes: int
 
+    def part(self, index: int) -> "GGUFTensor":
+        """Slice `index` of the slowest dimension (blocks never reach from one row into the next)."""
+        size = self.num_bytes // self.shape[0]
+        return replace(
+            self, shape=self.shape[1:], offset=self.offset + index * size, num_bytes=size
+        )
+
 
 class GGUFFile:
     """An open GGUF file.
@@ -79,9 +86,13 @@ class GGUFFile:
         header = _HeaderReader(self._map, self.path)
         self.metadata, self.tensors = header.read()
 
-    def load(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tensor `name`, dequantized, in row-major order."""
+    def load(
+        self, name: str, dtype: torch.dtype = torch.float32, *, part: int | None = None
+    ) -> Tensor:
+        """The tensor `name`, or slice `part` of its slowest dimension, dequantized, in row-major order."""
         place = self.tensors[name]
+        if part is not None:
+            place = place.part(part)
         raw = np.frombuffer(self._map, np.uint8, place.num_bytes, place.offset)
         try:
             return _dequantize(raw, place).to(dtype)

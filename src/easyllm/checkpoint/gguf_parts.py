@@ -50,9 +50,11 @@ class SplitGGUF:
                 f"the parts of {first.path} hold {len(self.tensors)} tensors, expected {wanted}; download them again"
             )
 
-    def load(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tensor `name`, dequantized, in row-major order."""
-        return self._owner[name].load(name, dtype)
+    def load(
+        self, name: str, dtype: torch.dtype = torch.float32, *, part: int | None = None
+    ) -> Tensor:
+        """The tensor `name`, or slice `part` of its slowest dimension, dequantized, in row-major order."""
+        return self._owner[name].load(name, dtype, part=part)
 
     def let_go(self) -> None:
         """Offers the system the memory of what has been read."""

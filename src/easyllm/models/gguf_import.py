@@ -17,6 +17,8 @@ from easyllm.models.families.gguf_layout import GGUFMetadata, Transform
 from easyllm.tokenizer.from_gguf import end_ids_from_gguf, token_id_from_gguf
 
 MAX_NAMED = 4
+MAX_EXPERTS = 4096
+"""More experts than any model has: a damaged file must not make us list millions; the rest is reported as missing."""
 
 
 def hf_config(
@@ -61,7 +63,7 @@ class GGUFTensors:
 
     def __init__(self, file: GGUFFile | SplitGGUF, config: Mapping[str, Any]) -> None:
         self._file, self._config = file, config
-        self._sources: dict[str, tuple[str, Transform | None]] = {}
+        self._sources: dict[str, tuple[str, Transform | None, int | None]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         layout = layout_of(file.metadata.get("general.architecture"))
         unknown = []
@@ -73,8 +75,13 @@ class GGUFTensors:
                 continue
             if found is not None:
                 theirs, transform = found
-                self._sources[theirs] = name, transform
-                self.shapes[theirs] = _shape(place.shape, transform, config)
+                stacked = "{e}" in theirs and bool(place.shape)
+                parts = range(min(place.shape[0], MAX_EXPERTS)) if stacked else [None]
+                for part in parts:
+                    hf = theirs.replace("{e}", str(part))
+                    shape = place.shape[1:] if stacked else place.shape
+                    self._sources[hf] = name, transform, part
+                    self.shapes[hf] = _shape(shape, transform, config)
         if unknown:
             named = ", ".join(unknown[:MAX_NAMED]) + (" ..." if len(unknown) > MAX_NAMED else "")
             raise CheckpointError(
@@ -84,8 +91,8 @@ class GGUFTensors:
 
     def load(self, name: str) -> Tensor:
         """The tensor HF calls `name`, in fp32."""
-        theirs, transform = self._sources[name]
-        tensor = self._file.load(theirs, torch.float32)
+        theirs, transform, part = self._sources[name]
+        tensor = self._file.load(theirs, torch.float32, part=part)
         return tensor if transform is None else transform(tensor, self._config)
 
 

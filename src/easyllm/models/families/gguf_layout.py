@@ -135,7 +135,8 @@ class GGUFLayout:
     Attributes:
         architectures: values of `general.architecture` it reads.
         read_config: the metadata as `config.json`, without vocabulary and token ids (which every file says alike).
-        names: HF's name of each tensor without `.weight` or `.bias`, by the file's; `{i}` is the number of a layer.
+        names: HF's name of each tensor without `.weight` or `.bias`, by the file's; `{i}` is the number of a layer. Where
+            HF's has an `{e}`, the file stacks the experts' matrices along a dimension of their own.
         transforms: by the file's name of a tensor, what turns it into HF's.
         ignored: tensors that are not parameters: unused, or already read by `read_config`.
     """
@@ -159,7 +160,7 @@ class GGUFLayout:
             return None
         if template not in self.names or kind not in ("weight", "bias"):
             raise LookupError(name)
-        theirs = self.names[template].replace("{i}", numbers[0] if numbers else "")
+        theirs = self.names[template].replace("{i}", numbers[0] if numbers else "{i}")
         return f"{theirs}.{kind}", self.transforms.get(template)
 
 
@@ -178,6 +179,11 @@ LLAMA_NAMES: Mapping[str, str] = {
     "blk.{i}.ffn_down": "model.layers.{i}.mlp.down_proj",
 }
 """What most architectures share: llama.cpp's names and HF's."""
+QK_NORMS: Mapping[str, str] = {
+    "blk.{i}.attn_q_norm": "model.layers.{i}.self_attn.q_norm",
+    "blk.{i}.attn_k_norm": "model.layers.{i}.self_attn.k_norm",
+}
+"""Norms of queries and keys."""
 
 
 def read_llama(metadata: GGUFMetadata, model_type: str) -> dict[str, Any]:

@@ -44,13 +44,18 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
-    """The architecture `llama`; a file that names a sliding window is a Mistral."""
+    """The architecture `llama`; a file that names experts is a Mixtral, one that names a sliding window a Mistral."""
     bias = "blk.0.attn_q.bias" in metadata.tensors
     hf = read_llama(metadata, "llama") | {
         "attention_bias": bias,
         "mlp_bias": "blk.0.ffn_up.bias" in metadata.tensors,
     }
     window = metadata.get("attention.sliding_window")
+    if experts := metadata.get("expert_count", 0):
+        metadata.expect("expert_gating_func", 1)  # softmax
+        chosen = metadata.need("expert_used_count")
+        hf |= {"num_local_experts": experts, "num_experts_per_tok": chosen}
+        return hf | {"model_type": "mixtral", "sliding_window": window or None}
     return hf | {"model_type": "mistral", "sliding_window": window} if window else hf
 
 
@@ -105,6 +110,12 @@ SIZES = {
     ),
 }
 
+_EXPERTS = {
+    "blk.{i}.ffn_gate_inp": "model.layers.{i}.block_sparse_moe.gate",
+    "blk.{i}.ffn_gate_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
+    "blk.{i}.ffn_down_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
+    "blk.{i}.ffn_up_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
+}
 FAMILY = Family(
     name="llama",
     model_types=("llama",),
@@ -115,7 +126,7 @@ FAMILY = Family(
     gguf=GGUFLayout(
         architectures=("llama",),
         read_config=read_gguf,
-        names=LLAMA_NAMES,
+        names={**LLAMA_NAMES, **_EXPERTS},
         transforms={
             f"blk.{{i}}.attn_{part}": half_split(heads)
             for part, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))

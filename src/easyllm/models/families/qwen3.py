@@ -16,7 +16,7 @@ from easyllm.models.families.family import (
     write_dense_model,
     write_windows,
 )
-from easyllm.models.families.gguf_layout import LLAMA_NAMES, GGUFLayout, read_llama
+from easyllm.models.families.gguf_layout import LLAMA_NAMES, QK_NORMS, GGUFLayout, read_llama
 from easyllm.models.families.qwen2 import DEFAULTS
 from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormConfig
 
@@ -78,10 +78,6 @@ FAMILY = Family(
     gguf=GGUFLayout(
         architectures=("qwen3",),
         read_config=lambda metadata: read_llama(metadata, "qwen3"),
-        names={
-            **LLAMA_NAMES,
-            "blk.{i}.attn_q_norm": "model.layers.{i}.self_attn.q_norm",
-            "blk.{i}.attn_k_norm": "model.layers.{i}.self_attn.k_norm",
-        },
+        names={**LLAMA_NAMES, **QK_NORMS},
     ),
 )

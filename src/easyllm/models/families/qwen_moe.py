@@ -18,6 +18,13 @@ from easyllm.models.families.family import (
     write_model,
     write_windows,
 )
+from easyllm.models.families.gguf_layout import (
+    LLAMA_NAMES,
+    QK_NORMS,
+    GGUFLayout,
+    GGUFMetadata,
+    read_llama,
+)
 from easyllm.nn.config import (
     AttentionConfig,
     FeedForward,
@@ -139,6 +146,31 @@ def keymap(config: ModelConfig) -> KeyMap:
     return llama_keymap(config, pairs=pairs)
 
 
+def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
+    """The architectures `qwen2moe`, whose chosen weights are not divided by their sum, and `qwen3moe`, whose are."""
+    third = metadata.architecture == "qwen3moe"
+    metadata.expect("expert_gating_func", 1)  # softmax
+    hf = read_llama(metadata, "qwen3_moe" if third else "qwen2_moe") | {
+        "num_experts": metadata.need("expert_count"),
+        "num_experts_per_tok": metadata.need("expert_used_count"),
+        "moe_intermediate_size": metadata.need("expert_feed_forward_length"),
+        "norm_topk_prob": third,
+    }
+    if not third:
+        shared = metadata.need("expert_shared_feed_forward_length")
+        hf["shared_expert_intermediate_size"] = shared
+    return hf
+
+
+_MLP = "model.layers.{i}.mlp."
+_EXPERTS = {"blk.{i}.ffn_gate_inp": f"{_MLP}gate"}
+_EXPERTS |= {
+    f"blk.{{i}}.ffn_{p}_exps": f"{_MLP}experts.{{e}}.{p}_proj" for p in ("gate", "up", "down")
+}
+_SHARED_EXPERT = {"blk.{i}.ffn_gate_inp_shexp": f"{_MLP}shared_expert_gate"}
+_SHARED_EXPERT |= {
+    f"blk.{{i}}.ffn_{p}_shexp": f"{_MLP}shared_expert.{p}_proj" for p in ("gate", "up", "down")
+}
 QWEN2_MOE, QWEN3_MOE = (
     Family(
         name=name,
@@ -146,6 +178,13 @@ QWEN2_MOE, QWEN3_MOE = (
         read_config=read_config,
         write_config=write_config,
         keymap=keymap,
+        gguf=GGUFLayout(
+            architectures=(name.replace("_", ""),),
+            read_config=read_gguf,
+            names={**LLAMA_NAMES, **_EXPERTS, **more},
+            # a vector in some files
+            transforms={"blk.{i}.ffn_gate_inp_shexp": lambda tensor, _: tensor.reshape(1, -1)},
+        ),
     )
-    for name in ("qwen2_moe", "qwen3_moe")
+    for name, more in (("qwen2_moe", _SHARED_EXPERT), ("qwen3_moe", QK_NORMS))
 )
