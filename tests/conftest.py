@@ -65,6 +65,17 @@ def build_tiny(seed: int = 0, **changes):
     return model.requires_grad_(False).eval()
 
 
+@pytest.fixture
+def families_restored():
+    """What a test registers is forgotten after it."""
+    from easyllm.models.families import FAMILIES
+
+    before = dict(FAMILIES)
+    yield
+    FAMILIES.clear()
+    FAMILIES.update(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level BPE tokenizer of 320 ids with ChatML's special tokens and template."""

@@ -14,6 +14,7 @@ from easyllm.nn.config import (
     Alibi,
     AttentionConfig,
     DynamicNTKScaling,
+    FactorScaling,
     GLUConfig,
     LayerConfig,
     LayerNormConfig,
@@ -77,6 +78,7 @@ ROPES = {
     "ntk": Rope(scaling=NTKScaling(factor=4.0)),
     "dynamic ntk within": Rope(scaling=DynamicNTKScaling(factor=4.0, original_max_seq_len=64)),
     "yarn": Rope(scaling=YarnScaling(factor=4.0, original_max_seq_len=16)),
+    "factors": Rope(scaling=FactorScaling(factors=(1.0, 1.5, 4.0, 7.0))),
     "llama3": Rope(
         scaling=Llama3Scaling(
             factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16

@@ -261,6 +261,8 @@ def test_added_tokens_behind_the_vocabulary_leave_no_hole():
         ({"vocab_size": 49152}, "vocab_size=49152 adds nothing"),
         ({}, "give either num_new or vocab_size"),
         ({"num_new": 1, "vocab_size": 60000}, "and not both"),
+        ({"num_new": 999_999_999}, "more than 4,194,304 ids with the 49,152 there are"),
+        ({"vocab_size": 2**22 + 1}, "more than 4,194,304 ids"),
     ],
 )
 def test_numbers_that_add_nothing_are_refused(smollm2_tokenizer, change, message):

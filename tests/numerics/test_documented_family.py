@@ -6,13 +6,14 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_families import BASE
+from test_families import BASE, tiny_hf
+from test_gguf_families import write
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from easyllm.models import families, load_model, save_model
 
 ROOT = Path(__file__).parents[2]
-MOST_LINES = 120
+MOST_LINES = 200
 
 
 def example() -> str:
@@ -21,11 +22,10 @@ def example() -> str:
     return code
 
 
-def test_the_documented_family_equals_transformers_in_both_directions(tmp_path, monkeypatch):
+def test_the_documented_family_equals_transformers_in_both_directions(tmp_path, families_restored):
     module = ModuleType("starcoder2")
     exec(compile(example(), "docs/models.md", "exec"), module.__dict__)
-    monkeypatch.setitem(families.FAMILIES, "starcoder2", module.FAMILY)
-    monkeypatch.setitem(families._BY_TYPE, "starcoder2", module.FAMILY)
+    families.register_family(module.FAMILY)
     torch.manual_seed(0)
     values = BASE | {"initializer_range": 0.2, "sliding_window": 9}
     config = AutoConfig.for_model("starcoder2", **values, attn_implementation="eager")
@@ -43,7 +43,17 @@ def test_the_documented_family_equals_transformers_in_both_directions(tmp_path, 
     torch.testing.assert_close(again(ids[None]).logits[0], expected, atol=1e-6, rtol=0)
 
 
-SHARED = {"__init__.py", "family.py", "rope_config.py"}
+def test_the_documented_family_is_read_from_gguf(tmp_path, families_restored):
+    module = ModuleType("starcoder2")
+    exec(compile(example(), "docs/models.md", "exec"), module.__dict__)
+    families.register_family(module.FAMILY)
+    reference = tiny_hf("starcoder2", {})
+    ids = torch.randint(0, 211, (60,))
+    model = load_model(write(tmp_path / "m.gguf", reference, "starcoder2"))
+    torch.testing.assert_close(model.logits(ids), reference(ids[None]).logits[0], atol=3e-5, rtol=0)
+
+
+SHARED = {"__init__.py", "family.py", "gguf_layout.py", "rope_config.py"}
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ CHECKS = {
     "max_seq_len": lambda: DataConfig.model_fields["max_seq_len"].default,
     "default_rate": lambda: AdamWConfig().learning_rate,
     "template_file": lambda: (
-        __import__("easyllm.tokenizer.tokenizer", fromlist=["TEMPLATE_FILE"]).TEMPLATE_FILE
+        __import__("easyllm.tokenizer.folder", fromlist=["TEMPLATE_FILE"]).TEMPLATE_FILE
     ),
     "debug_flag": lambda: "--debug" if '"--debug" in sys.argv' in source("cli/main.py") else "",
     "json_flag": lambda: option("quickstart", "--json").opts[0],

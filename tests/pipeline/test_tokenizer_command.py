@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -43,7 +45,9 @@ def test_train_writes_a_tokenizer_that_encode_reads(texts, tmp_path):
     words = ("train", *texts, "--text-key", "body", "-o", out, "--vocab-size", 300)
     result = json.loads(run(*words, "--chat-template", "chatml", "--special", "<sep>", "--json"))
     tokenizer = Tokenizer.from_folder(out)
-    assert result == {"kind": "bpe", "vocab_size": tokenizer.vocab_size, "output": str(out)}
+    size = {"vocab_size": tokenizer.vocab_size}
+    size |= {} if tokenizer.vocab_size == 300 else {"vocab_size_asked": 300}
+    assert result == {"kind": "bpe", **size, "output": str(out)}
     assert tokenizer.id_of("<sep>") == 0
     assert "<|im_start|>" in tokenizer.chat_template.source
     manifest = json.loads((out / "manifest.json").read_text())
@@ -63,6 +67,27 @@ def test_train_makes_every_kind(texts, tmp_path, kind):
     )
     assert re.search(rf"kind +{kind}\n", printed)
     assert json.loads(run("encode", tmp_path / "tok", "low lower", "--json"))["ids"]
+
+
+def test_a_vocabulary_smaller_than_asked_for_is_told(texts, tmp_path, capfd):
+    words = ("train", texts[0], "-o", tmp_path / "tok", "--vocab-size", 32000, "--json")
+    app = typer.Typer(pretty_exceptions_enable=False)
+    register(app)
+    done = CliRunner().invoke(app, ["tokenizer", *map(str, words)])
+    figures = json.loads(done.stdout)
+    assert figures["vocab_size"] < figures["vocab_size_asked"] == 32000
+    assert f"gives {figures['vocab_size']:,} ids, fewer than vocab_size=32,000" in done.stderr
+
+
+@pytest.mark.parametrize("size", [999_999_999, 2**22 + 1, 0, -5])
+def test_a_vocabulary_that_no_machine_holds_is_refused_in_one_sentence(texts, tmp_path, size):
+    words = ["tokenizer", "train", texts[0], "-o", tmp_path / "tok", "--vocab-size", size]
+    command = [sys.executable, "-m", "easyllm", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "vocab_size" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "tok").exists()
 
 
 def test_options_come_from_a_file_and_are_changed_on_the_command_line(texts, tmp_path):

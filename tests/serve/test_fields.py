@@ -384,12 +384,12 @@ def test_content_takes_its_other_forms(ask):
         {"type": "text", "text": "hel"},
         {"type": "text", "text": "lo", "prompt_cache_breakpoint": None},
     ]
-    hello = prompt({"role": "user", "content": "hello"})
+    hello = prompt({"role": "user", "content": "hel\nlo"})
     assert prompt({"role": "user", "content": parts}) == hello
     empty = prompt({"role": "assistant", "content": ""})
     assert prompt({"role": "assistant", "content": None}) == empty
     assert prompt({"role": "assistant"}) == empty
-    system = prompt({"role": "system", "content": "hello"})
+    system = prompt({"role": "system", "content": "hel\nlo"})
     assert prompt({"role": "developer", "content": parts}) == system
 
 

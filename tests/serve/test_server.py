@@ -152,7 +152,7 @@ def test_content_may_be_a_list_of_text_parts(client):
             max_tokens=6,
             temperature=0,
         )
-        for content in (parts, "hello")
+        for content in (parts, "hel\nlo")
     )
     assert a.choices[0].message.content == b.choices[0].message.content
 

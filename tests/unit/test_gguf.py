@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from easyllm.checkpoint.gguf import MAX_ARRAY_DEPTH, GGUFFile
 from easyllm.core.errors import CheckpointError
 from easyllm.models import load_model
-from easyllm.models.gguf_import import half_split_rows, hf_config, hf_name
+from easyllm.models.families import layout_of
+from easyllm.models.families.gguf_layout import half_split_rows
+from easyllm.models.gguf_import import hf_config
 
 QUANTIZED_BY_THE_PACKAGE = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 SCALES = {  # where a block's fp16 scales lie
@@ -115,6 +117,19 @@ def test_a_tensor_reads_as_the_reference_dequantizes_it(tmp_path, name):
     assert np.array_equal(loaded.numpy(), expected)
     assert torch.equal(file.load("after"), torch.ones(5))
     assert file.tensors["w"].type_name == name
+
+
+@pytest.mark.parametrize("name", ["F32", "Q8_0", "Q4_1", "Q6_K"])
+def test_a_slice_is_read_as_a_part_of_the_whole(tmp_path, name):
+    kind = Kind[name]
+    values = np.random.default_rng(3).normal(size=(6, 512)).astype(np.float32)
+    raw = random_blocks(kind, 6, 512) if name in SCALES else gguf.quantize(values, kind)
+    stack = raw.reshape(3, 2, -1)
+    file = GGUFFile(write_gguf(tmp_path / "x.gguf", tensors=[("w", stack, kind)]))
+    whole = file.load("w")
+    assert whole.shape == (3, 2, 512)
+    for part in range(3):
+        assert torch.equal(file.load("w", part=part), whole[part])
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "BF16", "F16"])
@@ -251,10 +266,17 @@ def test_another_magic_is_refused(tmp_path):
     assert "is not a GGUF file (it starts with b'PK" in complaint(tmp_path, b"PK\3\4" + bytes(64))
 
 
-@pytest.mark.parametrize("version", [0, 1, 4, 3 << 24])
+@pytest.mark.parametrize("version", [0, 1, 4, 77])
 def test_an_unknown_version_is_refused(tmp_path, version):
     message = complaint(tmp_path, raw_gguf(version=version))
     assert f"version {version}, expected 2 or 3" in message
+
+
+@pytest.mark.parametrize("version", [2 << 24, 3 << 24])
+def test_a_big_endian_file_is_named_as_such(tmp_path, version):
+    message = complaint(tmp_path, raw_gguf(version=version))
+    assert "big-endian" in message
+    assert "gguf-convert-endian" in message
 
 
 @pytest.mark.parametrize("count", [2**20, 2**40, 2**64 - 1])
@@ -458,16 +480,47 @@ def test_metadata_become_a_config():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"general.architecture": "mamba"}, "'mamba' is not known; known are llama"),
+        ({"general.architecture": "mamba"}, "'mamba' is not known.*; known are gemma, .*llama"),
         ({"general.architecture": None}, "None is not known"),
+        ({"general.type": "adapter"}, "of type 'adapter', expected 'model'"),
+        ({"llama.attention.head_count_kv": [4, 2]}, r"head_count_kv=\[4, 2\].*every layer"),
         ({"llama.block_count": None}, "no llama.block_count"),
-        ({"llama.expert_count": 8}, "expert_count are not read yet"),
-        ({"llama.rope.scaling.type": "yarn"}, "scaling.type are not read yet"),
+        ({"llama.expert_shared_count": 8}, "sets llama.expert_shared_count=8, which is not"),
+        ({"llama.rope.scaling.type": "longrope"}, "sets llama.rope.scaling.type='longrope'"),
     ],
 )
 def test_metadata_that_cannot_be_used_are_named(changes, words):
     with pytest.raises(CheckpointError, match=words):
         hf_config(LLAMA | changes, {})
+
+
+def test_one_value_for_every_layer_is_that_value():
+    config = hf_config(LLAMA | {"llama.feed_forward_length": [64, 64]}, {})
+    assert config["intermediate_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("keys", "ends"),
+    [
+        ({"eos_token_id": 0}, [0, 2]),  # the end of turn is found by its text
+        ({"eos_token_id": 0, "eot_token_id": 3}, [0, 3, 2]),
+        ({"eos_token_id": 2}, [2, 0]),
+        ({"model": "llama"}, [2, 0]),  # sentencepiece's own ids, where the file names none
+        ({}, [0, 2]),
+    ],
+)
+def test_ends_of_a_generation_are_found_by_key_and_by_text(keys, ends):
+    tokens = ["<|endoftext|>", "a", "<|im_end|>", "<own end>"]
+    metadata = {f"tokenizer.ggml.{k}": v for k, v in (keys | {"tokens": tokens}).items()}
+    assert hf_config(LLAMA | metadata, {})["eos_token_id"] == ends
+
+
+@pytest.mark.parametrize(
+    "text", ["<|eot_id|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>", "<｜end▁of▁sentence｜>"]
+)
+def test_every_known_text_ends_a_generation(text):
+    metadata = {"tokenizer.ggml.tokens": ["a", "b", text], "tokenizer.ggml.eos_token_id": 1}
+    assert hf_config(LLAMA | metadata, {})["eos_token_id"] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -477,12 +530,18 @@ def test_metadata_that_cannot_be_used_are_named(changes, words):
         ("output.weight", "lm_head.weight"),
         ("blk.11.ffn_down.weight", "model.layers.11.mlp.down_proj.weight"),
         ("blk.0.attn_q.bias", "model.layers.0.self_attn.q_proj.bias"),
-        ("blk.0.unheard_of.weight", "blk.0.unheard_of.weight"),
-        ("x", "x"),
     ],
 )
 def test_names_become_those_of_hf(theirs, ours):
-    assert hf_name(theirs) == ours
+    assert layout_of("llama").locate(theirs)[0] == ours
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.0.unheard_of.weight", "x", "output.scale", "blk.1.output.weight"]
+)
+def test_an_unknown_name_has_no_place(name):
+    with pytest.raises(LookupError):
+        layout_of("llama").locate(name)
 
 
 def write_llama(path: Path, model, **changes) -> Path:

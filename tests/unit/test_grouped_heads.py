@@ -1,5 +1,8 @@
 """Pooling key-value heads (topic 5: MQA and GQA)."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -82,4 +85,59 @@ def test_a_norm_placement_of_another_family_is_named(tmp_path):
     layers = tuple(layer.model_copy(update={"norm_placement": "post"}) for layer in config.layers)
     model = Decoder(config.changed(layers=layers))
     with pytest.raises(CheckpointError, match=r"layers\.0\.norm_placement is 'pre' there"):
+        save_model(model, tmp_path / "no")
+
+
+ALIEN_PARTS = """
+from easyllm.core.errors import CheckpointError
+from easyllm.models.families import FAMILIES
+from easyllm.models.hf_config import read_config, write_config
+from easyllm.models.load import keymap_of
+from easyllm.nn.config import Alibi, LinearAttentionConfig, MLPConfig, MoEConfig, GLUConfig, Rope
+
+assert False, "assertions are on"
+sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 32,
+         "vocab_size": 99, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}
+glu = GLUConfig(intermediate_size=8)
+told = 0
+for name in sorted(set(FAMILIES) - {"easyllm"}):
+    config = read_config({"model_type": name, **sizes})
+    first = config.layers[0]
+    aliens = [
+        {"mixer": LinearAttentionConfig(num_heads=2, head_dim=16)},
+        {"mixer": first.mixer.model_copy(update={"position": Alibi()})},
+        {"feed_forward": MLPConfig(intermediate_size=8, activation="relu")},
+        {"feed_forward": MoEConfig(num_experts=2, experts_per_token=1, expert=glu)},
+    ]
+    for alien in aliens:
+        layer = first.model_copy(update=alien)
+        changed = config.changed(layers=(layer, layer))
+        try:
+            write_config(changed)
+        except CheckpointError as error:
+            assert "\\n" not in str(error)
+            if f"{name!r} cannot express this model" not in str(error):
+                raise SystemExit(f"{name}: {error}")
+            told += 1
+            continue
+        if not ("moe" in name or name == "mixtral") or "feed_forward" not in alien:
+            raise SystemExit(f"{name} says {alien}")
+try:
+    keymap_of(config).theirs("layers.0.never")
+except CheckpointError:
+    told += 1
+print(told)
+"""
+
+
+def test_what_a_family_cannot_express_is_refused_without_assertions_too():
+    done = subprocess.run([sys.executable, "-O", "-c", ALIEN_PARTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 45
+
+
+def test_a_family_that_is_not_registered_is_named(tmp_path):
+    model = build_tiny()
+    model.config = model.config.changed(family="lama")
+    with pytest.raises(CheckpointError, match=r"family 'lama' is not known \(did you mean 'llama'"):
         save_model(model, tmp_path / "no")

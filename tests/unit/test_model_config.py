@@ -77,7 +77,7 @@ def test_a_model_refuses_positions_that_do_not_belong_at_the_embedding_and_odd_w
         ModelConfig(**values, hidden_size=33, embedding_position=Sinusoidal())
 
 
-@pytest.mark.parametrize("method", ["pi", "dynamic", "yarn"])
+@pytest.mark.parametrize("method", ["pi", "ntk", "dynamic", "yarn"])
 def test_a_longer_context_is_written_as_hf_writes_it(method):
     config = extend_context(build_tiny().config, ContextConfig(method=method, factor=2))
     assert config.max_seq_len == 512

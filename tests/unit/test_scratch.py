@@ -89,6 +89,19 @@ def test_every_named_size_describes_a_model(tiny_tokenizer):
             assert count_parameters(config).total > 10**7
 
 
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "glm4", "qwen2", "qwen3", "mistral"])
+def test_a_fresh_model_of_a_family_has_as_many_key_value_heads_and_no_value_is_ignored(
+    tiny_tokenizer, family
+):
+    values = {"model_type": family, "hidden_size": 64, "intermediate_size": 96}
+    values |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    assert config_of(tiny_tokenizer, config=values).layers[0].mixer.num_kv_heads == 4
+    published = {"pretraining_tp": 1, "use_cache": True, "tie_word_embeddings": True}
+    assert config_of(tiny_tokenizer, config=values | published).tie_embeddings
+    with pytest.raises(ConfigError, match="'rope_tetha' is no value of a model"):
+        config_of(tiny_tokenizer, config=values | {"rope_tetha": 1e6})
+
+
 def test_any_parts_with_changes(tiny_tokenizer):
     config = config_of(
         tiny_tokenizer, config=ANY_PARTS, max_seq_len=32, changes={"final_norm": False}

@@ -231,14 +231,96 @@ def test_bos_and_eos_are_added_once_where_the_file_asks(metadata):
     assert none.encode("hello") == plain
 
 
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"])
+def test_a_cut_may_bring_bos_with_it(pre):
+    tokenizer = Tokenizer.from_gguf(byte_level_metadata(pre=pre))
+    plain = tokenizer.encode("Hello", special_tokens=False)
+    assert tokenizer.encode("Hello") == [tokenizer.bos_id, *plain]
+    without = Tokenizer.from_gguf(byte_level_metadata(pre=pre, add_bos_token=False))
+    assert without.encode("Hello") == plain
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "smollm", "default", "chatglm-bpe"])
+def test_most_cuts_bring_no_bos(pre):
+    tokenizer = Tokenizer.from_gguf(byte_level_metadata(pre=pre))
+    assert tokenizer.bos_id not in tokenizer.encode("Hello")
+
+
+def words_of(tokenizer, text):
+    return [word for word, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"pre": "default"}])
+def test_without_a_named_cut_text_is_cut_as_llama_cpp_does(caplog, changes):
+    tokenizer = Tokenizer.from_gguf(byte_level_metadata(**changes))
+    assert words_of(tokenizer, "Hello 12345!") == ["Hello", "Ġ", "123", "45", "!"]
+    assert words_of(tokenizer, "x=1 a$b") == ["x", "=", "1", "Ġa", "$", "b"]
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warned) == (0 if changes else 1)
+    assert all("tokenizer.ggml.pre" in message for message in warned)
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-2", ["ab", "Ġ12345"]),
+        ("smollm", ["ab", "Ġ", "1", "2", "3", "4", "5"]),
+        ("llama-bpe", ["ab", "Ġ", "123", "45"]),
+        ("deepseek-r1-qwen", ["ab", "Ġ", "1", "2", "3", "4", "5"]),
+        ("tekken", ["ab", "Ġ", "1", "2", "3", "4", "5"]),
+    ],
+)
+def test_each_cut_has_its_own_way_with_digits(pre, words):
+    assert words_of(Tokenizer.from_gguf(byte_level_metadata(pre=pre)), "ab 12345") == words
+
+
+def test_tekken_cuts_at_a_change_of_case():
+    tokenizer = Tokenizer.from_gguf(byte_level_metadata(pre="tekken"))
+    assert words_of(tokenizer, "aBc DE/f") == ["a", "Bc", "ĠDE", "/f"]
+
+
+def test_ids_that_a_sentencepiece_file_leaves_out_are_its_own():
+    metadata = sentencepiece_metadata()
+    for kind in ("bos", "eos", "unknown"):
+        del metadata[f"tokenizer.ggml.{kind}_token_id"]
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert (tokenizer.special.bos, tokenizer.special.eos, tokenizer.special.unk) == (
+        "<s>",
+        "</s>",
+        "<unk>",
+    )
+    assert tokenizer.encode("hello")[0] == 1
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+def test_an_end_of_turn_is_a_control_token_whatever_the_file_says(text):
+    metadata = byte_level_metadata()
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], text]
+    tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.token_type": [3, 3, *[1] * 257]})
+    (index,) = tokenizer.encode(text)
+    assert index in tokenizer.special_ids
+
+
+def test_a_gguf_file_may_hold_several_chat_templates():
+    templates = {"": "plain", ".tool_use": "tools", ".rag": "rag"}
+    metadata = {f"tokenizer.chat_template{name}": text for name, text in templates.items()}
+    tokenizer = Tokenizer.from_gguf(byte_level_metadata() | metadata)
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    messages = [{"role": "user", "content": "go"}]
+    assert tokenizer.encode_chat(messages).text == "plain"
+    assert tokenizer.encode_chat(messages, tools=tools).text == "tools"
+    assert tokenizer.template_sources == {"default": "plain", "tool_use": "tools", "rag": "rag"}
+    assert Tokenizer.from_gguf(byte_level_metadata()).chat_template is None
+
+
 def test_an_added_bos_survives_saving(tmp_path):
     tokenizer = Tokenizer.from_gguf(byte_level_metadata(add_bos_token=True))
     tokenizer.save(tmp_path)
     assert Tokenizer.from_folder(tmp_path).encode("hello") == tokenizer.encode("hello")
 
 
-def test_a_folder_without_tokenizer_json_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json and no tokenizer\.model"):
         Tokenizer.from_folder(tmp_path)
 
 

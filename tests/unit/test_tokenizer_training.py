@@ -17,8 +17,8 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from easyllm.core.config import validate
 from easyllm.core.errors import CheckpointError, ConfigError, DataError, SourceError
-from easyllm.tokenizer import Tokenizer
-from easyllm.tokenizer.sentencepiece import build_tokenizer, import_sentencepiece, read_model
+from easyllm.tokenizer import SpecialTokens, Tokenizer
+from easyllm.tokenizer.sentencepiece import build_backend, read_model, special_tokens
 from easyllm.tokenizer.train import (
     PATTERNS,
     BPEConfig,
@@ -29,6 +29,7 @@ from easyllm.tokenizer.train import (
     WordLevelConfig,
     WordPieceConfig,
     byte_values,
+    shortfall,
     train_tokenizer,
 )
 
@@ -403,6 +404,28 @@ def test_rare_characters_need_no_room():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_vocabulary_is_larger_than_asked_for(kind):
+    """The library itself exceeds a size below that of its alphabet."""
+    text = "the quick brown fox, 你好世界 " * 3
+    made, refused = [], {}
+    for size in (1, 10, 100, 256, 257, 258, 300, 700):
+        config = TokenizerConfig(model=KINDS[kind], vocab_size=size)
+        try:
+            tokenizer = train_tokenizer([text], config)
+        except ConfigError as error:
+            refused[size] = str(error)
+            continue
+        made.append(size)
+        assert tokenizer.vocab_size <= size
+        told = shortfall(tokenizer, config)
+        assert (told is None) is (tokenizer.vocab_size == size)
+        if told is not None:
+            assert f"gives {tokenizer.vocab_size} ids, fewer than vocab_size={size}" in told
+    assert 700 in made
+    assert all(f"vocab_size={size} " in reason for size, reason in refused.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("texts", [[], ["", ""]])
 def test_training_on_nothing_is_refused(kind, texts):
     with pytest.raises(DataError, match="no text to train a tokenizer on"):
@@ -419,6 +442,10 @@ def test_lone_surrogates_in_a_corpus_do_no_harm():
         ({"model": {"kind": "bpe", "own_pattern": "("}}, "own_pattern is no regular expression"),
         ({"model": {"kind": "bpe", "own_pattern": "a", "pattern": "qwen2"}}, "both set"),
         ({"model": {"kind": "bpe", "patern": "gpt2"}}, "did you mean 'pattern'"),
+        ({"vocab_size": 999_999_999}, "vocab_size.*4194304"),
+        ({"model": {"kind": "bpe", "min_frequency": 10**30}}, "min_frequency.*4294967296"),
+        ({"model": {"kind": "unigram", "max_piece_length": 10**30}}, "max_piece_length"),
+        ({"model": {"kind": "wordpiece", "max_word_length": 10**30}}, "max_word_length"),
         ({"normalizer": {"strip_accents": True}}, "set form: nfd"),
         ({"add_bos": True}, "add_bos needs a bos token"),
         ({"chat_template": "chat-ml"}, "neither chatml nor jinja"),
@@ -451,6 +478,10 @@ SP_TEXTS = [
     "▁lower▁",
     "x" * 300 + "训练" * 100,
 ]
+
+
+def build_tokenizer(model):
+    return Tokenizer(build_backend(model), SpecialTokens(**special_tokens(model)))
 
 
 def sentencepiece_file(kind, **options):
@@ -486,7 +517,7 @@ def sentencepiece_file(kind, **options):
 def test_an_imported_model_gives_the_ids_of_sentencepiece(tmp_path, kind, options):
     theirs, data = sentencepiece_file(kind, **options)
     (tmp_path / "a.model").write_bytes(data)
-    ours = import_sentencepiece(tmp_path / "a.model")
+    ours = Tokenizer.from_sentencepiece(tmp_path / "a.model")
     assert [ours.encode(t) for t in SP_TEXTS] == [theirs.encode(t) for t in SP_TEXTS]
     assert ours.vocab_size == theirs.get_piece_size()
     roles = (ours.bos_id, ours.eos_id, ours.pad_id, ours.id_of(ours.special.unk))
@@ -518,7 +549,7 @@ def test_an_imported_model_survives_saving_and_transformers_agrees(tmp_path, kin
     from transformers import AutoTokenizer
 
     (tmp_path / "a.model").write_bytes(sentencepiece_file(kind)[1])
-    ours = import_sentencepiece(tmp_path / "a.model", add_bos=True, add_eos=True)
+    ours = Tokenizer.from_sentencepiece(tmp_path / "a.model", add_bos=True, add_eos=True)
     ours.save(tmp_path / "out")
     reference = AutoTokenizer.from_pretrained(tmp_path / "out")
     expected = [ours.encode(t) for t in [*SP_TEXTS, "a</s>b<unk>"]]
@@ -556,18 +587,18 @@ def test_what_a_model_asks_for_in_vain_is_named(tmp_path, options, message):
     options = {"kind": "unigram"} | options
     (tmp_path / "a.model").write_bytes(sentencepiece_file(**options)[1])
     with pytest.raises(CheckpointError, match=rf"a\.model: .*{message}"):
-        import_sentencepiece(tmp_path / "a.model")
+        Tokenizer.from_sentencepiece(tmp_path / "a.model")
 
 
 def test_a_model_without_the_token_to_add_is_refused(tmp_path):
     (tmp_path / "a.model").write_bytes(sentencepiece_file("bpe", bos_id=-1)[1])
     with pytest.raises(CheckpointError, match="has no bos token to add"):
-        import_sentencepiece(tmp_path / "a.model", add_bos=True)
+        Tokenizer.from_sentencepiece(tmp_path / "a.model", add_bos=True)
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(SourceError, match=r"no\.model' does not exist"):
-        import_sentencepiece(tmp_path / "no.model")
+        Tokenizer.from_sentencepiece(tmp_path / "no.model")
 
 
 @pytest.fixture(scope="module")

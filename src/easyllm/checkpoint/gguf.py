@@ -10,7 +10,7 @@ Every length is checked against the file before it is believed: a damaged file e
 import contextlib
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ class GGUFTensor:
     offset: int
     num_bytes: int
 
+    def part(self, index: int) -> "GGUFTensor":
+        """Slice `index` of the slowest dimension (blocks never reach from one row into the next)."""
+        size = self.num_bytes // self.shape[0]
+        return replace(
+            self, shape=self.shape[1:], offset=self.offset + index * size, num_bytes=size
+        )
+
 
 class GGUFFile:
     """An open GGUF file.
@@ -79,9 +86,13 @@ class GGUFFile:
         header = _HeaderReader(self._map, self.path)
         self.metadata, self.tensors = header.read()
 
-    def load(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tensor `name`, dequantized, in row-major order."""
+    def load(
+        self, name: str, dtype: torch.dtype = torch.float32, *, part: int | None = None
+    ) -> Tensor:
+        """The tensor `name`, or slice `part` of its slowest dimension, dequantized, in row-major order."""
         place = self.tensors[name]
+        if part is not None:
+            place = place.part(part)
         raw = np.frombuffer(self._map, np.uint8, place.num_bytes, place.offset)
         try:
             return _dequantize(raw, place).to(dtype)
@@ -118,6 +129,11 @@ class _HeaderReader:
             )
         self.at = 4
         version = self._number("I")
+        if version & 0xFFFF == 0 and version:  # the version's own bytes in the other order
+            raise CheckpointError(
+                f"{self.path} is a big-endian GGUF file, and little-endian ones are read; convert it with "
+                f"gguf-convert-endian {self.path} little (of the gguf package)"
+            )
         if version not in VERSIONS:
             raise CheckpointError(
                 f"{self.path} is GGUF version {version}, expected 2 or 3; convert it again with a current tool"

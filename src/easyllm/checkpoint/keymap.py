@@ -100,7 +100,7 @@ class KeyMap:
         """For our parameter names, the tensors of the file they are in.
 
         Raises:
-            AssertionError: a name has no rule (an error of the family's file, which its test finds).
+            CheckpointError: a name has no rule: the model has a part that its family does not have.
         """
         found: dict[str, Binding] = {}
         for name in names:
@@ -120,7 +120,10 @@ class KeyMap:
                     numbers = match.groupdict()
                     ours = tuple(_fill(t, numbers) for t in rule.templates)
                     return Binding(ours, _fill(rule.theirs, numbers), rule)
-        raise AssertionError(f"the key map has no rule for {name!r}")
+        raise CheckpointError(
+            f"the layout of the model's family has no name for {name!r}; "
+            "set its family to 'easyllm', whose layout expresses every model"
+        )
 
     def packed_tensors(self, name: str, endings: Iterable[str]) -> dict[str, str]:
         """The file's names for the tensors of a storage that holds our weight `name`, by their last parts.

@@ -48,7 +48,10 @@ Format = Annotated[
     str, typer.Option("--format", help="What files hold (text, jsonl ...); by default by suffix.")
 ]
 AnyTokenizer = Annotated[
-    str, typer.Argument(help="A folder with tokenizer.json, smollm2, a .gguf file, or hf:org/name.")
+    str,
+    typer.Argument(
+        help="A folder with tokenizer.json or tokenizer.model, smollm2, a .gguf file, or hf:org/name."
+    ),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="A new folder for the result.")]
 
@@ -96,7 +99,7 @@ def train(
     from easyllm.core.atomic import atomic_directory, refuse_existing, write_json
     from easyllm.core.config import apply_overrides, read_yaml, validate
     from easyllm.core.manifest import MANIFEST_FILE, Manifest
-    from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer
+    from easyllm.tokenizer.train import TokenizerConfig, shortfall, train_tokenizer
 
     values = apply_overrides(read_yaml(config) if config is not None else {}, change or [])
     values["model"] = {"kind": "bpe"} | values.get("model", {}) | ({"kind": kind} if kind else {})
@@ -112,7 +115,11 @@ def train(
     with atomic_directory(output) as work:
         trained.save(work)
         write_json(work / MANIFEST_FILE, manifest.model_dump(mode="json"))
-    figures = {"kind": wanted.model.kind, "vocab_size": trained.vocab_size, "output": str(output)}
+    figures: dict[str, Any] = {"kind": wanted.model.kind, "vocab_size": trained.vocab_size}
+    if (reason := shortfall(trained, wanted)) is not None:
+        figures["vocab_size_asked"] = wanted.vocab_size
+        typer.echo(reason, err=True)
+    figures["output"] = str(output)
     print_json(figures) if json_output else print_pairs(figures)
 
 
@@ -120,7 +127,9 @@ def train(
 def report(
     tokenizers: Annotated[
         list[str],
-        typer.Argument(help="Folders with tokenizer.json, smollm2, .gguf files, hf:org/name."),
+        typer.Argument(
+            help="Folders with tokenizer.json or tokenizer.model, smollm2, .gguf files, hf:org/name."
+        ),
     ],
     text: Annotated[
         list[str], typer.Option(help="name=PATH: texts of a language or domain; may be repeated.")
@@ -235,9 +244,9 @@ def import_model(
         easyllm tokenizer import tokenizer.model out/tok --add-bos
     """
     from easyllm.core.atomic import atomic_directory
-    from easyllm.tokenizer.sentencepiece import import_sentencepiece
+    from easyllm.tokenizer import Tokenizer
 
-    tokenizer = import_sentencepiece(file, add_bos=add_bos, add_eos=add_eos)
+    tokenizer = Tokenizer.from_sentencepiece(file, add_bos=add_bos, add_eos=add_eos)
     with atomic_directory(output) as work:
         tokenizer.save(work)
     figures = {"vocab_size": tokenizer.vocab_size, "output": str(output)}

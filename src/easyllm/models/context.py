@@ -11,12 +11,12 @@ from easyllm.nn.config import (
     DynamicNTKScaling,
     LinearScaling,
     ModelConfig,
-    NTKScaling,
     ReRope,
     Rope,
     StreamingRope,
     YarnScaling,
 )
+from easyllm.nn.rope_scaling import ntk_base
 
 USED_BY = {
     "window": ("rerope", "leaky", "streaming"),
@@ -76,7 +76,7 @@ def extend_context(config: ModelConfig, context: ContextConfig) -> ModelConfig:
                 f"--rope {context.method} needs RoPE without scaling in every layer, got {rope.kind} positions"
                 f"{' with scaling' if isinstance(rope, Rope) else ''}; use the model as it is"
             )
-        changes: dict[str, Any] = {"position": _position(rope, trained, context)}
+        changes: dict[str, Any] = {"position": _position(rope, mixer.head_dim, trained, context)}
         if context.method == "streaming":
             changes |= _streaming_window(mixer, trained, context)
         if context.logn:
@@ -102,13 +102,17 @@ def _streaming_window(
     return {"window": window, "num_sinks": context.sinks}
 
 
-def _position(rope: Rope, trained: int, context: ContextConfig) -> Rope | ReRope | StreamingRope:
+def _position(
+    rope: Rope, head_dim: int, trained: int, context: ContextConfig
+) -> Rope | ReRope | StreamingRope:
     factor = context.factor
     match context.method:
         case "pi":
             return rope.model_copy(update={"scaling": LinearScaling(factor=factor)})
         case "ntk":
-            return rope.model_copy(update={"scaling": NTKScaling(factor=factor)})
+            # a larger base is all it is, and every tool reads a base
+            base = ntk_base(rope.theta, rope.rotary_dim or head_dim, factor)
+            return rope.model_copy(update={"theta": base})
         case "dynamic":
             scaling = DynamicNTKScaling(factor=factor, original_max_seq_len=trained)
             return rope.model_copy(update={"scaling": scaling})

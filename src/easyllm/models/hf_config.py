@@ -5,13 +5,14 @@ others ignore, `prompt_mask`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from easyllm.core.config import first_difference
 from easyllm.core.errors import CheckpointError
-from easyllm.models.families import FAMILIES, family_of
+from easyllm.models.families import family_named, family_of
+from easyllm.models.families.family import read_token_ids
 from easyllm.nn.config import ModelConfig
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -31,6 +32,23 @@ def read_files(folder: Path) -> dict[str, Any]:
         if generation.get("eos_token_id") is not None:
             config["eos_token_id"] = generation["eos_token_id"]
     return config
+
+
+def read_end_ids(folder: Path) -> tuple[int, ...]:
+    """Ids that end a generation according to the folder's `generation_config.json`; none where it has no such file.
+
+    Raises:
+        CheckpointError: the file is not JSON.
+    """
+    if not (folder / GENERATION_FILE).is_file():
+        return ()
+    return tuple(read_token_ids(_read_json(folder / GENERATION_FILE))["eos_token_ids"])
+
+
+def with_end_ids(config: ModelConfig, ids: Iterable[int]) -> ModelConfig:
+    """The configuration of a model that also ends a generation at `ids`, after those that ended it before."""
+    ends = tuple(dict.fromkeys((*config.eos_token_ids, *ids)))
+    return config if ends == config.eos_token_ids else config.changed(eos_token_ids=ends)
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -57,11 +75,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: the layout of its family has no words for it (its parts were changed).
     """
+    family_named(config.family)
     try:
         hf = _write(config)
         lost = first_difference(read_config(hf).model_dump(), config.model_dump())
-    except AssertionError:  # a family's writer met a part its family does not have
-        lost = "a part the family does not have"
+    except CheckpointError as error:  # a part that the family does not have
+        lost = str(error)
     if lost:
         raise CheckpointError(
             f"the layout of {config.family!r} cannot express this model ({lost}); "
@@ -71,7 +90,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    hf = FAMILIES[config.family].write_config(config)
+    hf = family_named(config.family).write_config(config)
     if config.prompt_mask != "causal":
         hf["prompt_mask"] = config.prompt_mask
     if config.num_labels is not None:

@@ -1,6 +1,6 @@
 """Models and tokenizers from any source, and back to a Hugging Face folder."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from easyllm.adapters import load_adapter, read_adapter
 from easyllm.checkpoint.gguf import GGUFFile
+from easyllm.checkpoint.gguf_parts import SplitGGUF, open_gguf
 from easyllm.checkpoint.keymap import Binding, KeyMap
 from easyllm.checkpoint.store import TensorFolder, write_model_weights
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
 from easyllm.models.context import ContextConfig, extend_context
-from easyllm.models.families import FAMILIES
+from easyllm.models.families import family_named
 from easyllm.models.gguf_import import GGUFTensors, hf_config
 from easyllm.models.heads import to_classifier, with_score
 from easyllm.models.hf_config import (
@@ -26,6 +27,7 @@ from easyllm.models.hf_config import (
     GENERATION_FILE,
     read_config,
     read_files,
+    with_end_ids,
     write_config,
 )
 from easyllm.models.sources import locate
@@ -39,7 +41,8 @@ from easyllm.quant import (
     quantizable,
     quantize_weight,
 )
-from easyllm.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
+from easyllm.tokenizer.folder import tokenizer_file
+from easyllm.tokenizer.tokenizer import Tokenizer
 
 
 class TensorSource(Protocol):
@@ -57,7 +60,7 @@ class OpenSource:
     path: Path
     config: ModelConfig
     tensors: TensorSource
-    gguf: GGUFFile | None
+    gguf: GGUFFile | SplitGGUF | None
     packed: StorageFormat | None = None
 
     def tokenizer(self) -> Tokenizer:
@@ -158,9 +161,9 @@ def open_source(source: str | Path, *, context: ContextConfig | None = None) -> 
 
 def _open(path: Path) -> OpenSource:
     if path.suffix == ".gguf":
-        file = GGUFFile(path)
+        file = open_gguf(path)
         with _impossible_values(path):
-            hf = hf_config(file.metadata, file.tensors)
+            hf = hf_config(file.metadata, file.tensors, file.load)
             config = read_config(hf)
         return OpenSource(path, config, GGUFTensors(file, hf), file)
     hf = read_files(path)
@@ -229,11 +232,11 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         SourceError, CheckpointError: no such model, or no tokenizer in it.
     """
     folder = Path(source).expanduser()
-    if (folder / TOKENIZER_FILE).is_file():
+    if tokenizer_file(folder) is not None:
         return Tokenizer.from_folder(folder)
     path = locate(source)
     if path.suffix == ".gguf":
-        return Tokenizer.from_gguf(GGUFFile(path).metadata)
+        return Tokenizer.from_gguf(open_gguf(path).metadata)
     return Tokenizer.from_folder(path)
 
 
@@ -242,6 +245,7 @@ def save_model(
     folder: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
+    end_ids: Sequence[int] = (),
     replace: bool = False,
     extra_files: dict[str, Any] | None = None,
 ) -> Path:
@@ -249,6 +253,7 @@ def save_model(
 
     Args:
         tokenizer: saved beside the weights, chat template included.
+        end_ids: further ids that end a generation (the ends of turns the model was tuned on).
         replace: whether a folder that holds something may be replaced.
         extra_files: further JSON files by name (a manifest, say).
 
@@ -262,7 +267,7 @@ def save_model(
             "the model has an adapter, for which this layout has no place; merge it first, or save it with save_adapter"
         )
     dtype = str(model.dtype).removeprefix("torch.")
-    config = write_config(model.config) | {"torch_dtype": dtype}
+    config = write_config(with_end_ids(model.config, end_ids)) | {"torch_dtype": dtype}
     packed, quantization = _packed_tensors(model)
     if quantization is not None:
         config["quantization_config"] = quantization
@@ -308,7 +313,7 @@ def _packed_tensors(
 
 def keymap_of(config: ModelConfig) -> KeyMap:
     """Names of a model's parameters on disk."""
-    return with_score(FAMILIES[config.family].keymap(config))
+    return with_score(family_named(config.family).keymap(config))
 
 
 def hf_module_name(model: Decoder) -> Callable[[str], str]:
@@ -330,11 +335,12 @@ def _impossible_values(path: Path) -> Iterator[None]:
         yield
     except EasyllmError:
         raise
-    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
+    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
         reason = str(error)
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            place = ".".join(map(str, first["loc"]))
+            reason = f"{place}: {first['msg']}" if place else first["msg"]
         raise CheckpointError(
             f"the configuration in {path} describes no model ({reason}); copy the checkpoint again"
         ) from None

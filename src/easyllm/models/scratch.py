@@ -23,7 +23,10 @@ END_OF_TEXT = "<|endoftext|>"
 PARTS = "easyllm"
 """The `model_type` whose values are ours, under `parts`."""
 WITHOUT_EFFECT = frozenset(
-    {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
+    {
+        *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"),
+        *("use_cache", "pretraining_tp"),
+    }
 )
 """Keys of a published `config.json` that say nothing of a model's arithmetic."""
 
@@ -108,6 +111,8 @@ def _values(scratch: ScratchConfig, *, vocab_size: int) -> dict[str, Any]:
         own = {"family": PARTS, "vocab_size": vocab_size, **length}
         return values | {"parts": {**values.get("parts", {}), **scratch.changes, **own}}
     values |= scratch.changes | {"vocab_size": vocab_size}
+    if "num_attention_heads" in values:  # not the number that a family's published models have
+        values.setdefault("num_key_value_heads", values["num_attention_heads"])
     if length:
         key = "n_positions" if "n_embd" in values else "max_position_embeddings"
         values[key] = scratch.max_seq_len
@@ -183,7 +188,7 @@ def _check_width(values: Mapping[str, Any], config: ModelConfig) -> None:
         assert isinstance(mixer, AttentionConfig | LinearAttentionConfig)
         width, heads = config.hidden_size, mixer.num_heads
         given = config.family == PARTS or values.get("head_dim") is not None
-        if not given and width % heads:
+        if not given and width % heads and mixer.head_dim == width // heads:
             below = width // heads * heads
             fits = " or ".join(str(w) for w in (below, below + heads) if w)
             raise ConfigError(

@@ -91,8 +91,15 @@ class Llama3Scaling(Config):
     original_max_seq_len: PositiveInt
 
 
+class FactorScaling(Config):
+    """Each pair's frequency divided by a factor of its own (the tensor `rope_freqs.weight` of GGUF files)."""
+
+    kind: Literal["factors"] = "factors"
+    factors: tuple[PositiveFloat, ...]
+
+
 RopeScaling = Annotated[
-    LinearScaling | NTKScaling | DynamicNTKScaling | YarnScaling | Llama3Scaling,
+    LinearScaling | NTKScaling | DynamicNTKScaling | YarnScaling | Llama3Scaling | FactorScaling,
     Field(discriminator="kind"),
 ]
 
@@ -265,6 +272,11 @@ def check_rotary(position: Config, head_dim: int) -> None:
         width = position.rotary_dim or head_dim
         if width > head_dim or width % 2:
             raise ValueError(f"rotary_dim={width} must be even and at most head_dim={head_dim}")
+        scaling = position.scaling
+        if isinstance(scaling, FactorScaling) and len(scaling.factors) != width // 2:
+            raise ValueError(
+                f"{len(scaling.factors)} RoPE factors do not fit {width // 2} pairs of dims; give one a pair"
+            )
     if isinstance(position, ReRope | StreamingRope) and head_dim % 2:
         raise ValueError(f"head_dim={head_dim} must be even for {position.kind}")
 

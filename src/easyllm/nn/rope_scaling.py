@@ -7,6 +7,7 @@ from torch import Tensor
 
 from easyllm.nn.config import (
     DynamicNTKScaling,
+    FactorScaling,
     LinearScaling,
     Llama3Scaling,
     NTKScaling,
@@ -43,6 +44,8 @@ def rope_frequencies(rope: Rope, width: int, length: int) -> tuple[Tensor, float
             return yarn_frequencies(rope.theta, width, scaling), yarn_attention_factor(scaling)
         case Llama3Scaling():
             return llama3_frequencies(rope.theta, width, scaling), 1.0
+        case FactorScaling():
+            return frequencies(rope.theta, width) / torch.tensor(scaling.factors), 1.0
 
 
 def frequencies(theta: float, width: int) -> Tensor:

@@ -40,7 +40,7 @@ from easyllm.pipeline.recipe import (
     resolve,
 )
 from easyllm.pipeline.stages import product, run_stage, source_files, train_config
-from easyllm.tokenizer.tokenizer import TOKENIZER_FILE
+from easyllm.tokenizer.folder import tokenizer_file
 from easyllm.train import RunPlan, dry_run
 from easyllm.train.config import Data
 from easyllm.train.data_config import CorpusDataConfig, RowsConfig
@@ -192,8 +192,8 @@ def _model(source: str) -> str:
 
 def _tokenizer(source: str) -> str:
     """Of a folder the tokenizer alone: weights beside it do not matter."""
-    alone = Path(source) / TOKENIZER_FILE
-    return str(alone) if alone.is_file() else _model(source)
+    alone = tokenizer_file(Path(source))
+    return str(alone) if alone is not None else _model(source)
 
 
 def _hashes(*paths: str) -> dict[str, str]:

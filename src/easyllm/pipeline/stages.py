@@ -26,6 +26,7 @@ from easyllm.models import (
     pool_kv_heads,
     save_model,
 )
+from easyllm.models.hf_config import read_end_ids
 from easyllm.pipeline.recipe import (
     ConvertStage,
     CorpusStage,
@@ -98,7 +99,8 @@ def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
         inputs={"model": hash_path(locate(source)), "adapter": hash_path(adapter)},
     )
     extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
-    return save_model(model, folder, tokenizer=load_tokenizer(source), extra_files=extra)
+    tokenizer, ends = load_tokenizer(source), read_end_ids(adapter)
+    return save_model(model, folder, tokenizer=tokenizer, end_ids=ends, extra_files=extra)
 
 
 def source_files(source: SourceConfig) -> list[Path]:
@@ -118,6 +120,8 @@ def _tokenizer(stage: TokenizerStage, folder: Path) -> dict[str, Any]:
     tokenizer = train_tokenizer(texts, config)
     files = [file for source in stage.sources.values() for file in source_files(source)]
     figures = {"vocab_size": tokenizer.vocab_size, **counts}
+    if tokenizer.vocab_size < config.vocab_size:
+        figures["vocab_size_asked"] = config.vocab_size
     manifest = Manifest.create(
         "tokenizer",
         config=stage.model_dump(mode="json"),

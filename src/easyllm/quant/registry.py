@@ -79,7 +79,7 @@ def find_scheme(name: str) -> StorageFormat:
     return FORMATS[name]
 
 
-def format_of_checkpoint(config: Mapping[str, Any] | None) -> StorageFormat | None:
+def format_of_checkpoint(config: Any) -> StorageFormat | None:
     """The format that a `quantization_config` names; None where there is no such configuration.
 
     Raises:
@@ -87,6 +87,8 @@ def format_of_checkpoint(config: Mapping[str, Any] | None) -> StorageFormat | No
     """
     if config is None:
         return None
+    if not isinstance(config, Mapping):
+        config = {"quant_method": config}
     readable = [name for name, format in FORMATS.items() if format.file_tensors]
     name = config.get("quant_method")
     if name not in readable:

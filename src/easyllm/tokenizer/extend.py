@@ -25,7 +25,7 @@ from easyllm.core.errors import ConfigError, DataError
 from easyllm.tokenizer.report import HAN
 from easyllm.tokenizer.token_bytes import byte_values
 from easyllm.tokenizer.tokenizer import Tokenizer
-from easyllm.tokenizer.train import sound
+from easyllm.tokenizer.train import MAX_VOCAB_SIZE, sound
 
 Script = Literal["non_ascii", "han"]
 SCRIPTS: tuple[Script, ...] = ("non_ascii", "han")
@@ -87,7 +87,7 @@ def extend_tokenizer(
     extended = Tokenizer(
         Backend.from_str(json.dumps(state)),
         tokenizer.special,
-        chat_template=tokenizer.chat_template.source if tokenizer.chat_template else None,
+        chat_template=tokenizer.template_sources,
         max_seq_len=tokenizer.max_seq_len,
     )
     return Extension(extended, {first + n: _ids(word) for n, word in enumerate(pieces)})
@@ -233,6 +233,11 @@ def _num_wanted(tokenizer: Tokenizer, num_new: int | None, vocab_size: int | Non
     if wanted < 1:
         what = f"num_new={num_new}" if vocab_size is None else f"vocab_size={vocab_size}"
         raise ConfigError(f"{what} adds nothing to {tokenizer.vocab_size} ids; raise it")
+    if tokenizer.vocab_size + wanted > MAX_VOCAB_SIZE:
+        raise ConfigError(
+            f"{wanted:,} new pieces make more than {MAX_VOCAB_SIZE:,} ids with the {tokenizer.vocab_size:,} there are; "
+            "ask for fewer"
+        )
     return wanted
 
 

@@ -2,9 +2,11 @@
 
 `tokenizer.ggml.model` says the kind (`gpt2`: byte-level BPE; `llama`: sentencepiece BPE with scores),
 `tokenizer.ggml.pre` how text is cut before the merges. A cut we do not know is refused: guessing it would
-change token ids silently.
+change token ids silently. What a file leaves out is as in llama.cpp (`llama-vocab.cpp`).
 """
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import (
@@ -25,17 +27,59 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEFAULT = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+"""Each cuts what the one before has left whole."""
 _CONTROL, _USER_DEFINED = 3, 4
+_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+"""Of files of the kind `llama` that name none."""
+_LIKE_LLAMA3 = (
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+)
+END_TEXTS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "<｜end▁of▁sentence｜>",
+    "<end_of_utterance>",
+    "<|return|>",
+    "<|call|>",
+)
+"""Tokens that end a generation whatever the file says of them: found by their texts, and control tokens."""
+
+logger = logging.getLogger(__name__)
 
 
 def _byte_level(*, use_regex: bool) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
 
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), behavior="isolated"), _byte_level(use_regex=False)]
-    )
+def _split(*patterns: str) -> pre_tokenizers.PreTokenizer:
+    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*cuts, _byte_level(use_regex=False)])
 
 
 def _single_digits() -> pre_tokenizers.PreTokenizer:
@@ -45,20 +89,22 @@ def _single_digits() -> pre_tokenizers.PreTokenizer:
 
 
 PRE_TOKENIZERS = {
-    "default": lambda: _byte_level(use_regex=True),
+    "default": lambda: _split(*_DEFAULT),
     "gpt-2": lambda: _byte_level(use_regex=True),
     "smollm": _single_digits,
     "starcoder": _single_digits,
     "refact": _single_digits,
     "command-r": _single_digits,
-    "llama-bpe": lambda: _split(_LLAMA3),
-    "llama3": lambda: _split(_LLAMA3),
+    **dict.fromkeys(_LIKE_LLAMA3, lambda: _split(_LLAMA3)),
     "glm4": lambda: _split(_LLAMA3),
     "chatglm-bpe": lambda: _split(_LLAMA3),
     "qwen2": lambda: _split(_QWEN2),
+    "deepseek-r1-qwen": lambda: _split(_QWEN2),
+    "tekken": lambda: _split(_TEKKEN),
 }
 _NFC = ("qwen2",)
-_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "glm4", "chatglm-bpe")
+_WHOLE_WORDS_FIRST = (*_LIKE_LLAMA3, "glm4", "chatglm-bpe", "tekken")
+_ADD_BOS = (*_LIKE_LLAMA3, "tekken")
 
 
 def backend_from_gguf(metadata: dict[str, Any]) -> Tokenizer:
@@ -83,19 +129,49 @@ def backend_from_gguf(metadata: dict[str, Any]) -> Tokenizer:
     return backend
 
 
-def special_tokens_from_gguf(metadata: dict[str, Any]) -> dict[str, str | None]:
+def special_tokens_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str | None]:
     """Texts of bos, eos, pad and unk."""
     tokens = metadata["tokenizer.ggml.tokens"]
     keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     found: dict[str, str | None] = {}
     for kind, key in keys.items():
-        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        found[kind] = tokens[index] if isinstance(index, int) and index < len(tokens) else None
+        index = token_id_from_gguf(metadata, key)
+        found[kind] = tokens[index] if index is not None and index < len(tokens) else None
     return found
 
 
+def token_id_from_gguf(metadata: Mapping[str, Any], kind: str) -> int | None:
+    """The id of `bos`, `eos`, `padding`, `unknown` ...; None where the file has none."""
+    sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
+    default = _SENTENCEPIECE_IDS.get(kind) if sentencepiece else None
+    index = metadata.get(f"tokenizer.ggml.{kind}_token_id", default)
+    return index if isinstance(index, int) else None
+
+
+def templates_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name: `tokenizer.chat_template` is the default, `tokenizer.chat_template.NAME` one of that name."""
+    key = "tokenizer.chat_template"
+    named = {k.removeprefix(f"{key}."): v for k, v in metadata.items() if k.startswith(f"{key}.")}
+    found = {"default": metadata.get(key), **named}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def end_ids_from_gguf(metadata: Mapping[str, Any]) -> list[int]:
+    """Ids that end a generation: those the file names as the end of text, turn or message, then those with the text
+    of such a token."""
+    named = [token_id_from_gguf(metadata, kind) for kind in ("eos", "eot", "eom")]
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    by_text = [index for index, token in enumerate(tokens) if token in END_TEXTS]
+    return list(dict.fromkeys(i for i in (*named, *by_text) if i is not None))
+
+
 def _byte_level_bpe(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = metadata.get("tokenizer.ggml.pre") or "default"
+    if "tokenizer.ggml.pre" not in metadata:
+        logger.warning(
+            "the GGUF file does not say how text is cut into words (tokenizer.ggml.pre); llama.cpp's default is used, "
+            "which gives other ids than the model was trained on if that cut text otherwise: convert the model again"
+        )
     if pre not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"GGUF pre-tokenizer {pre!r} is not known; known are {', '.join(PRE_TOKENIZERS)}: "
@@ -154,20 +230,23 @@ def _sentencepiece_bpe(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer
 
 
 def _add_special(backend: Tokenizer, tokens: list[str], metadata: dict[str, Any]) -> None:
-    kinds = metadata.get("tokenizer.ggml.token_type", [])
+    kinds = metadata.get("tokenizer.ggml.token_type") or [None] * len(tokens)
     for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [
             AddedToken(token, special=special, normalized=False)
             for token, kind in zip(tokens, kinds, strict=False)
-            if kind == wanted
+            if (_CONTROL if token in END_TEXTS else kind) == wanted
         ]
         if special:
             backend.add_special_tokens(added)
         else:
             backend.add_tokens(added)
     around = special_tokens_from_gguf(metadata)
-    sepiece = metadata.get("tokenizer.ggml.model") == "llama"
-    bos = around["bos"] if metadata.get("tokenizer.ggml.add_bos_token", sepiece) else None
+    adds = (
+        metadata.get("tokenizer.ggml.model") == "llama"
+        or metadata.get("tokenizer.ggml.pre") in _ADD_BOS
+    )
+    bos = around["bos"] if metadata.get("tokenizer.ggml.add_bos_token", adds) else None
     eos = around["eos"] if metadata.get("tokenizer.ggml.add_eos_token", False) else None
     if bos or eos:
         pieces = [*([bos] if bos else []), "$A", *([eos] if eos else [])]

@@ -8,6 +8,7 @@ thing: the name of a control token in a text is that token, as with every tokeni
 import re
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -19,7 +20,6 @@ from tokenizers import Tokenizer as Backend
 
 from easyllm.core.errors import CheckpointError, SourceError
 from easyllm.tokenizer.from_gguf import backend_from_gguf
-from easyllm.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 SPACE = "▁"
 """What stands for a space in pieces."""
@@ -77,45 +77,71 @@ class SentencePieceModel:
 # ---- import
 
 
-def import_sentencepiece(path: Path, *, add_bos: bool = False, add_eos: bool = False) -> Tokenizer:
-    """The tokenizer in a sentencepiece `.model` file.
-
-    Args:
-        add_bos, add_eos: whether encoding adds them (the file does not say; Llama adds bos, T5 eos).
+def read_model_file(path: Path) -> SentencePieceModel:
+    """What a `.model` file says.
 
     Raises:
         SourceError: there is no such file.
         CheckpointError: it is damaged, or asks for what is not implemented.
     """
-    path = Path(path)
     if not path.is_file():
         raise SourceError(f"{str(path)!r} does not exist; name a sentencepiece .model file")
     if path.stat().st_size > MAX_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_BYTES >> 20} MiB; is it a tokenizer?")
-    try:
-        model = read_model(path.read_bytes())
-        return build_tokenizer(model, add_bos=add_bos, add_eos=add_eos)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    with naming(path):
+        return read_model(path.read_bytes())
 
 
-def build_tokenizer(
-    model: SentencePieceModel, *, add_bos: bool = False, add_eos: bool = False
-) -> Tokenizer:
-    """A tokenizer that gives the model's ids."""
+def build_backend(
+    model: SentencePieceModel,
+    *,
+    add_bos: bool = False,
+    add_eos: bool = False,
+    prefix_at_start_only: bool = False,
+) -> Backend:
+    """A backend that gives the model's ids.
+
+    Args:
+        add_bos, add_eos: whether encoding adds them (the file does not say; Llama adds bos, T5 eos).
+        prefix_at_start_only: the space in front of a text is not put after a control token inside it, too.
+
+    Raises:
+        CheckpointError: a token to add is not in the model.
+    """
     backend = _unigram(model) if model.kind == _UNIGRAM else _bpe(model)
-    backend.normalizer = _normalizer(model)
-    backend.pre_tokenizer = _words(model)
+    at_start = prefix_at_start_only and model.add_dummy_prefix
+    backend.normalizer = _normalizer(model, prefix=model.add_dummy_prefix and not at_start)
+    words = _words(model)
+    if at_start:
+        start = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+        words = pre_tokenizers.Sequence([start, words]) if words else start
+    if words is not None:
+        backend.pre_tokenizer = words
     backend.decoder = space_decoder(strip_prefix=model.add_dummy_prefix)
     controls = [p.text for p in model.pieces if p.type in (PieceType.CONTROL, PieceType.UNKNOWN)]
     mark_special(backend, controls)
-    unknown = next(p.text for p in model.pieces if p.type is PieceType.UNKNOWN)
-    special = SpecialTokens(**model.roles, unk=unknown)
+    special = special_tokens(model)
     for role, wanted in (("bos", add_bos), ("eos", add_eos)):
-        if wanted and role not in model.roles:
+        if wanted and role not in special:
             raise CheckpointError(f"the model has no {role} token to add; leave add_{role} out")
-    surround(backend, bos=special.bos if add_bos else None, eos=special.eos if add_eos else None)
-    return Tokenizer(backend, special)
+    bos, eos = special.get("bos"), special.get("eos")
+    surround(backend, bos=bos if add_bos else None, eos=eos if add_eos else None)
+    return backend
+
+
+def special_tokens(model: SentencePieceModel) -> dict[str, str]:
+    """Texts of bos, eos, pad and unk, those that the model has."""
+    unknown = next(p.text for p in model.pieces if p.type is PieceType.UNKNOWN)
+    return {**model.roles, "unk": unknown}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file's name in front of what is wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 # ---- ways shared with other kinds
@@ -316,7 +342,7 @@ def _words(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer | None:
     return pre_tokenizers.Split(SPACE, behavior="merged_with_next")
 
 
-def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
+def _normalizer(model: SentencePieceModel, *, prefix: bool) -> normalizers.Normalizer:
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.charsmap and model.rules in _UNICODE_RULES:
         # the library applies the shortest rule to a letter with its marks, or none, where sentencepiece applies the
@@ -325,7 +351,7 @@ def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
     trim = model.remove_extra_whitespaces
     if trim:
         steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    steps += [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
+    steps += [normalizers.Prepend(SPACE)] if prefix else []
     steps.append(normalizers.Replace(" ", SPACE))
     steps += [normalizers.Replace(Regex(rf"{SPACE}+\z"), "")] if trim else []
     return normalizers.Sequence(steps)

@@ -1,7 +1,7 @@
 """The tokenizer: a `tokenizers` backend, its special tokens and its chat template."""
 
 import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,14 +10,25 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from easyllm.core.atomic import write_atomic, write_json
-from easyllm.core.errors import CheckpointError, DataError
+from easyllm.core.errors import DataError
 from easyllm.tokenizer.chat import ChatTemplate, EncodedChat
-from easyllm.tokenizer.from_gguf import backend_from_gguf, special_tokens_from_gguf
+from easyllm.tokenizer.folder import (
+    CONFIG_FILE,
+    DEFAULT_TEMPLATE,
+    TOKENIZER_FILE,
+    read_folder,
+    template_path,
+)
+from easyllm.tokenizer.from_gguf import (
+    backend_from_gguf,
+    special_tokens_from_gguf,
+    templates_from_gguf,
+)
+from easyllm.tokenizer.sentencepiece import build_backend, naming, read_model_file, special_tokens
 from easyllm.tokenizer.token_bytes import TokenBytes
 
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
+TOOL_TEMPLATE = "tool_use"
+"""The name of the template that conversations with tools are rendered with, where there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +47,12 @@ class Tokenizer:
     Args:
         backend: a `tokenizers.Tokenizer`.
         special: bos, eos, pad and unk.
-        chat_template: jinja source, or None.
+        chat_template: jinja source, several sources by name (`default`, `tool_use` ...), or None.
         max_seq_len: longest sequence of the model, written to `tokenizer_config.json`.
+
+    Attributes:
+        chat_template: the default template, compiled.
+        template_sources: the sources of all templates by name.
 
     Example:
         >>> tok = easyllm.load_tokenizer("smollm2")             # doctest: +SKIP
@@ -50,45 +65,50 @@ class Tokenizer:
         backend: Backend,
         special: SpecialTokens,
         *,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         max_seq_len: int | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.special, self.max_seq_len = backend, special, max_seq_len
-        self.chat_template = None if chat_template is None else ChatTemplate(chat_template)
+        if isinstance(chat_template, str):
+            chat_template = {DEFAULT_TEMPLATE: chat_template}
+        self.template_sources = dict(chat_template or {})
+        default = self.template_sources.get(DEFAULT_TEMPLATE)
+        self.chat_template = None if default is None else ChatTemplate(default)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
         """The tokenizer in a Hugging Face folder.
 
         Raises:
-            CheckpointError: `tokenizer.json` is missing or damaged.
+            CheckpointError: `tokenizer.json` and `tokenizer.model` are missing, or a file is damaged.
         """
-        folder = Path(folder)
-        path = folder / TOKENIZER_FILE
-        if not path.is_file():
-            raise CheckpointError(
-                f"folder {str(folder)!r} holds no {TOKENIZER_FILE}; save the tokenizer beside the weights"
-            )
-        try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # the backend raises plain Exception
-            raise CheckpointError(f"{path} is not a tokenizer ({error}); copy it again") from None
-        config = _read_config(folder / CONFIG_FILE)
-        special = SpecialTokens(
-            **{
-                kind: _token_text(config.get(f"{kind}_token"))
-                for kind in ("bos", "eos", "pad", "unk")
-            }
-        )
-        length = config.get("model_max_length")
+        found = read_folder(Path(folder))
         return cls(
-            backend,
-            special,
-            chat_template=_template_of(config, folder / TEMPLATE_FILE),
-            max_seq_len=int(length) if isinstance(length, int | float) and length < 1e9 else None,
+            found.backend,
+            SpecialTokens(**found.special),
+            chat_template=found.templates,
+            max_seq_len=found.max_seq_len,
         )
+
+    @classmethod
+    def from_sentencepiece(
+        cls, path: Path, *, add_bos: bool = False, add_eos: bool = False
+    ) -> "Tokenizer":
+        """The tokenizer in a sentencepiece `.model` file.
+
+        Args:
+            add_bos, add_eos: whether encoding adds them (the file does not say; Llama adds bos, T5 eos).
+
+        Raises:
+            SourceError: there is no such file.
+            CheckpointError: it is damaged, or asks for what is not implemented.
+        """
+        model = read_model_file(Path(path))
+        with naming(Path(path)):
+            backend = build_backend(model, add_bos=add_bos, add_eos=add_eos)
+        return cls(backend, SpecialTokens(**special_tokens(model)))
 
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any]) -> "Tokenizer":
@@ -97,12 +117,11 @@ class Tokenizer:
         Raises:
             CheckpointError: the metadata hold no tokenizer, or one of an unknown kind.
         """
-        template = metadata.get("tokenizer.chat_template")
         architecture = metadata.get("general.architecture", "")
         return cls(
             backend_from_gguf(metadata),
             SpecialTokens(**special_tokens_from_gguf(metadata)),
-            chat_template=template if isinstance(template, str) else None,
+            chat_template=templates_from_gguf(metadata),
             max_seq_len=metadata.get(f"{architecture}.context_length"),
         )
 
@@ -198,17 +217,14 @@ class Tokenizer:
 
         Args:
             num_prompt: messages at the beginning that are not trained, whoever speaks in them.
+            tools: with which the template `tool_use` is taken, where the model has one.
             max_tokens: a text that is longer than so many of the longest tokens is refused before it is encoded (text that
                 encoding would drop counts, too). What passes may still have more tokens.
 
         Raises:
             DataError: the model has no chat template, the template refuses the messages, or the text is too long.
         """
-        if self.chat_template is None:
-            raise DataError(
-                "this model has no chat template; give plain prompts, or a model tuned for chat"
-            )
-        return self.chat_template.encode(
+        return self._template_for(tools).encode(
             self,
             messages,
             tools=tools,
@@ -218,8 +234,28 @@ class Tokenizer:
             max_chars=None if max_tokens is None else max_tokens * self.longest_token,
         )
 
+    @cached_property
+    def _tool_template(self) -> ChatTemplate | None:
+        """Compiled when it is needed: a template that is not used may be one that cannot be read here."""
+        source = self.template_sources.get(TOOL_TEMPLATE)
+        return None if source is None else ChatTemplate(source)
+
+    def _template_for(self, tools: list[dict[str, Any]] | None) -> ChatTemplate:
+        if tools and self._tool_template is not None:
+            return self._tool_template
+        if self.chat_template is not None:
+            return self.chat_template
+        if self.template_sources:
+            raise DataError(
+                f"this model has chat templates named {', '.join(self.template_sources)} and none named "
+                f"{DEFAULT_TEMPLATE}; name the one to use {DEFAULT_TEMPLATE} in its {CONFIG_FILE}"
+            )
+        raise DataError(
+            "this model has no chat template; give plain prompts, or a model tuned for chat"
+        )
+
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (as `AutoTokenizer` reads them)."""
+        """Writes `tokenizer.json`, `tokenizer_config.json` and the chat templates (as `AutoTokenizer` reads them)."""
         folder = Path(folder)
         write_atomic(folder / TOKENIZER_FILE, self.backend.to_str(pretty=True))
         config: dict[str, Any] = {
@@ -229,11 +265,19 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
+        if self.backend.encode_special_tokens:
+            config["split_special_tokens"] = True
         if self.max_seq_len is not None:
             config["model_max_length"] = self.max_seq_len
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template.source
-            write_atomic(folder / TEMPLATE_FILE, self.chat_template.source)
+        sources = self.template_sources
+        if sources.keys() == {DEFAULT_TEMPLATE}:
+            config["chat_template"] = sources[DEFAULT_TEMPLATE]
+        elif sources:  # transformers 4 reads the list, 5 the files
+            config["chat_template"] = [{"name": n, "template": t} for n, t in sources.items()]
+        for name, source in sources.items():
+            if (file := template_path(name)) is not None:
+                (folder / file).parent.mkdir(exist_ok=True)
+                write_atomic(folder / file, source)
         write_json(folder / CONFIG_FILE, config)
 
 
@@ -246,30 +290,3 @@ def _valid(text: str) -> str:
 
 def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); copy it again") from None
-    return config if isinstance(config, dict) else {}
-
-
-def _token_text(entry: Any) -> str | None:
-    """HF writes a token as text or as a dict with `content`."""
-    if isinstance(entry, dict):
-        entry = entry.get("content")
-    return entry if isinstance(entry, str) else None
-
-
-def _template_of(config: dict[str, Any], file: Path) -> str | None:
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
@@ -46,6 +46,11 @@ PATTERNS = {
     ),
 }
 """How GPT-4 and Llama 3 (`cl100k`) and Qwen 2 cut text into words; GPT-2's pattern is built into the library."""
+
+MAX_VOCAB_SIZE = 2**22
+"""Four times the largest vocabulary of a published model; the library sets memory aside for as many pieces as are asked
+for, and ends the process where it gets none."""
+Count = Annotated[int, Field(ge=0, le=2**32)]
 
 _SCORE_DIGITS = 4
 
@@ -94,7 +99,7 @@ class BPEConfig(Config):
     pattern: Literal["gpt2", "cl100k", "qwen2"] | None = "gpt2"
     own_pattern: str | None = None
     add_prefix_space: bool = False
-    min_frequency: NonNegativeInt = 2
+    min_frequency: Count = 2
 
     @model_validator(mode="after")
     def _pattern_is_sound(self) -> Self:
@@ -116,8 +121,8 @@ class WordPieceConfig(Config):
     kind: Literal["wordpiece"] = "wordpiece"
     unk: str = "[UNK]"
     digits: Digits = None
-    max_word_length: PositiveInt = 100
-    min_frequency: NonNegativeInt = 2
+    max_word_length: Annotated[int, Field(ge=1, le=2**32)] = 100
+    min_frequency: Count = 2
 
 
 class UnigramConfig(Config):
@@ -131,7 +136,7 @@ class UnigramConfig(Config):
     byte_fallback: bool = True
     digits: Digits = None
     add_prefix_space: bool = False
-    max_piece_length: PositiveInt = 16
+    max_piece_length: Annotated[int, Field(ge=1, le=2**32)] = 16
 
 
 class WordLevelConfig(Config):
@@ -140,7 +145,7 @@ class WordLevelConfig(Config):
     kind: Literal["wordlevel"] = "wordlevel"
     unk: str = "[UNK]"
     digits: Digits = None
-    min_frequency: NonNegativeInt = 1
+    min_frequency: Count = 1
 
 
 class CharactersConfig(Config):
@@ -151,7 +156,7 @@ class CharactersConfig(Config):
 
     kind: Literal["characters"] = "characters"
     unk: str = "<unk>"
-    min_frequency: NonNegativeInt = 1
+    min_frequency: Count = 1
 
 
 Kind = Annotated[
@@ -173,7 +178,7 @@ class TokenizerConfig(Config):
     """
 
     model: Kind = BPEConfig()
-    vocab_size: PositiveInt = 32_000
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCAB_SIZE)] = 32_000
     normalizer: NormalizerConfig = NormalizerConfig()
     special_tokens: tuple[str, ...] = ()
     bos: str | None = None
@@ -247,6 +252,16 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     )
     template = CHATML if config.chat_template == "chatml" else config.chat_template
     return Tokenizer(backend, special, chat_template=template, max_seq_len=config.max_seq_len)
+
+
+def shortfall(tokenizer: Tokenizer, config: TokenizerConfig) -> str | None:
+    """A sentence on a vocabulary that came out smaller than was asked for; None where it did not."""
+    if tokenizer.vocab_size >= config.vocab_size:
+        return None
+    return (
+        f"the text gives {tokenizer.vocab_size:,} ids, fewer than vocab_size={config.vocab_size:,}: "
+        "it holds no more pieces that are frequent enough; give more text, or ask for fewer"
+    )
 
 
 def sound(texts: Iterable[str]) -> Iterator[str]:

@@ -18,14 +18,17 @@ import torch
 from torch import nn
 
 from easyllm.adapters import save_adapter
-from easyllm.core.atomic import write_atomic
+from easyllm.core.atomic import write_atomic, write_json
 from easyllm.core.device import peak_memory_bytes, peak_rss_bytes, pick_device
 from easyllm.core.errors import ConfigError, OutputError
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_value
 from easyllm.core.progress import console
 from easyllm.core.run_folder import check_free, claim
 from easyllm.models import hf_module_name, save_model
+from easyllm.models.hf_config import GENERATION_FILE, with_end_ids
+from easyllm.tokenizer.turn_ends import turn_end_ids
 from easyllm.train.config import TrainConfig
+from easyllm.train.data_config import DataConfig
 from easyllm.train.loop import Diverged, run_steps
 from easyllm.train.material import Material, gather
 from easyllm.train.objectives import Objective, build_objective
@@ -293,6 +296,8 @@ def _save_result(
     origin: Origin,
 ) -> None:
     model = trained.model
+    on_conversations = isinstance(config.data, DataConfig)
+    ends = turn_end_ids(origin.tokenizer) if on_conversations else ()
     for name, value in trained.optimizer.final_state().items():  # fp32, not the copies that compute
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
@@ -304,5 +309,8 @@ def _save_result(
             base=source_name(config),
             replace=True,
         )
+        if ends:
+            ids = with_end_ids(model.config, ends).eos_token_ids
+            write_json(output / ADAPTER / GENERATION_FILE, {"eos_token_id": list(ids)})
         return
-    save_model(model, output / MODEL, tokenizer=origin.tokenizer, replace=True)
+    save_model(model, output / MODEL, tokenizer=origin.tokenizer, end_ids=ends, replace=True)

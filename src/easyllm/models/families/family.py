@@ -4,13 +4,20 @@ Most families write their configuration and name their tensors the way Llama doe
 write what they share, and a family's file says where it differs.
 """
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from easyllm.checkpoint.keymap import KeyMap, Rule, renames
 from easyllm.core.errors import CheckpointError
-from easyllm.models.families.rope_config import read_rope, write_rope
+from easyllm.models.families.gguf_layout import GGUFLayout
+from easyllm.models.families.rope_config import (
+    read_max_seq_len,
+    read_rope,
+    write_max_seq_len,
+    write_rope,
+)
 from easyllm.nn.config import (
     AttentionConfig,
     FeedForward,
@@ -23,7 +30,9 @@ from easyllm.nn.config import (
 )
 
 HFConfig = Mapping[str, Any]
+Part = TypeVar("Part")
 MAX_LAYERS = 4096
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +45,7 @@ class Family:
         read_config, write_config: `config.json` to `ModelConfig` and back.
         keymap: names of our parameters on disk.
         sizes: `config.json` values of published models by name.
+        gguf: its names and metadata in GGUF files, where these are read.
     """
 
     name: str
@@ -44,6 +54,25 @@ class Family:
     write_config: Callable[[ModelConfig], dict[str, Any]]
     keymap: Callable[[ModelConfig], KeyMap]
     sizes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    gguf: GGUFLayout | None = None
+
+
+def with_defaults(config: HFConfig, defaults: HFConfig) -> HFConfig:
+    """A `config.json` whose missing keys have the defaults of its class in transformers; a null stays a null."""
+    return ChainMap(cast("dict[str, Any]", config), dict(defaults))
+
+
+def expect_part(value: object, kind: type[Part]) -> Part:
+    """A part of a model, of the only kind that a family's `config.json` can say.
+
+    Raises:
+        CheckpointError: it is of another kind.
+    """
+    if not isinstance(value, kind):
+        raise CheckpointError(
+            f"it has {type(value).__name__} where the family has {kind.__name__} in every layer"
+        )
+    return value
 
 
 def require(config: HFConfig, key: str) -> Any:
@@ -86,8 +115,9 @@ def read_attention(hf: HFConfig, **changes: Any) -> AttentionConfig:
         "num_heads": heads,
         "num_kv_heads": hf.get("num_key_value_heads") or heads,
         "head_dim": head_dim,
-        "position": read_rope(hf, head_dim),
     }
+    if "position" not in changes:
+        values["position"] = read_rope(hf, head_dim)
     return AttentionConfig(**values | changes)
 
 
@@ -116,7 +146,7 @@ def read_model(
         "family": family,
         "vocab_size": require(hf, "vocab_size"),
         "hidden_size": require(hf, "hidden_size"),
-        "max_seq_len": hf.get("max_position_embeddings", 2048),
+        "max_seq_len": read_max_seq_len(hf, _rope_of(layers[0].mixer)),
         "layers": tuple(layers),
         "norm": RMSNormConfig(eps=hf.get("rms_norm_eps", 1e-6)),
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
@@ -125,11 +155,14 @@ def read_model(
     return ModelConfig(**values | changes)
 
 
+def _rope_of(mixer: Mixer) -> Rope | None:
+    return mixer.position if isinstance(mixer.position, Rope) else None
+
+
 def write_model(config: ModelConfig, *, model_type: str, architecture: str) -> dict[str, Any]:
     """What Llama's make of `config.json` holds, but for the feed-forward."""
-    mixer = config.layers[0].mixer
-    assert isinstance(mixer, AttentionConfig)
-    assert isinstance(mixer.position, Rope)
+    mixer = expect_part(config.layers[0].mixer, AttentionConfig)
+    position = expect_part(mixer.position, Rope)
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -139,10 +172,10 @@ def write_model(config: ModelConfig, *, model_type: str, architecture: str) -> d
         "num_attention_heads": mixer.num_heads,
         "num_key_value_heads": mixer.num_kv_heads,
         "head_dim": mixer.head_dim,
-        "max_position_embeddings": config.max_seq_len,
+        "max_position_embeddings": write_max_seq_len(config.max_seq_len, position),
         "rms_norm_eps": config.norm.eps,
         "tie_word_embeddings": config.tie_embeddings,
-        **write_rope(mixer.position, mixer.head_dim),
+        **write_rope(position, mixer.head_dim),
         **write_token_ids(config),
     }
 
@@ -150,9 +183,8 @@ def write_model(config: ModelConfig, *, model_type: str, architecture: str) -> d
 def dense_layer(config: ModelConfig) -> tuple[AttentionConfig, GLUConfig]:
     """Mixer and feed-forward of the first layer of a model of softmax attention and GLUs."""
     layer = config.layers[0]
-    assert isinstance(layer.mixer, AttentionConfig)
-    assert isinstance(layer.feed_forward, GLUConfig)
-    return layer.mixer, layer.feed_forward
+    mixer = expect_part(layer.mixer, AttentionConfig)
+    return mixer, expect_part(layer.feed_forward, GLUConfig)
 
 
 def write_dense_model(config: ModelConfig, *, model_type: str, architecture: str) -> dict[str, Any]:
@@ -230,19 +262,25 @@ def write_token_ids(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def window_of_layer(hf: HFConfig, number: int) -> int | None:
-    """The sliding window of a layer: by `layer_types` where the file lists them, else by the rule of its family."""
-    window = hf.get("sliding_window")
-    if not window:
-        return None
-    kinds = hf.get("layer_types")
+def window_of_layer(hf: HFConfig, number: int, *, slides: bool) -> int | None:
+    """The sliding window of a layer: by `layer_types` where the file lists them, else by `slides`, the family's rule.
+
+    Raises:
+        CheckpointError: `layer_types` is too short, or names a kind that is not implemented.
+    """
+    window, kinds = hf.get("sliding_window"), hf.get("layer_types")
     if kinds:
-        return window if kinds[number] == "sliding_attention" else None
-    if hf.get("model_type") == "gemma2":
-        return window if number % 2 == 0 else None
-    if not hf.get("use_sliding_window", False):
-        return None
-    return window if number >= hf.get("max_window_layers", 28) else None
+        if len(kinds) != num_layers(hf):
+            raise CheckpointError(
+                f"config.json lists {len(kinds)} layer_types for {num_layers(hf)} layers; copy the checkpoint's own config.json"
+            )
+        if kinds[number] not in LAYER_TYPES:
+            raise CheckpointError(
+                f"config.json sets layer_types[{number}]={kinds[number]!r}, which is not implemented "
+                f"(expected {' or '.join(LAYER_TYPES)})"
+            )
+        slides = kinds[number] == "sliding_attention"
+    return window if slides and window else None
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:

@@ -15,10 +15,18 @@ from easyllm.models.families.family import (
     refuse,
     require,
     window_of_layer,
+    with_defaults,
     write_model,
     write_windows,
 )
-from easyllm.nn.config import ModelConfig, RMSNormConfig
+from easyllm.models.families.gguf_layout import (
+    LLAMA_NAMES,
+    GGUFLayout,
+    GGUFMetadata,
+    minus_one,
+    read_llama,
+)
+from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormConfig
 
 _SANDWICH = {
     "mixer_norm": "input_layernorm",
@@ -26,32 +34,51 @@ _SANDWICH = {
     "feed_forward_norm": "pre_feedforward_layernorm",
     "feed_forward_post_norm": "post_feedforward_layernorm",
 }
-_GELU = ("gelu_pytorch_tanh", "gelu", None)  # Gemma 1 says gelu and means its tanh form
+_GELU = "gelu_pytorch_tanh"
+_DEFAULTS = {
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_SECOND = _DEFAULTS | {
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+"""Of `GemmaConfig` and `Gemma2Config`, where they are not Llama's."""
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `GemmaConfig` or `Gemma2Config` as `ModelConfig`."""
     second = hf.get("model_type") == "gemma2"
-    for key in ("hidden_act", "hidden_activation"):
-        if hf.get(key) not in _GELU:
-            refuse(hf, {key: _GELU[0]})
-    refuse(hf, {"use_bidirectional_attention": None})
+    hf = with_defaults(hf, _SECOND if second else _DEFAULTS)
+    if hf.get("hidden_act") != "gelu":  # early configurations say gelu and mean its tanh form
+        refuse(hf, {"hidden_act": _GELU})
+    refuse(hf, {"hidden_activation": _GELU, "use_bidirectional_attention": False})
     bias = bool(hf.get("attention_bias", False))
     changes: dict[str, Any] = {"qkv_bias": bias, "out_bias": bias}
     if second:
         changes["scale"] = require(hf, "query_pre_attn_scalar") ** -0.5
         changes["softcap"] = hf.get("attn_logit_softcapping")
+
+    def layer(number: int) -> tuple[AttentionConfig, GLUConfig]:
+        window = window_of_layer(hf, number, slides=number % 2 == 0) if second else None
+        return read_attention(hf, window=window, **changes), read_glu(hf, activation="gelu_tanh")
+
     return read_model(
-        {"tie_word_embeddings": True, **hf},
+        hf,
         family="gemma2" if second else "gemma",
-        layer=lambda i: (
-            read_attention(hf, window=window_of_layer(hf, i) if second else None, **changes),
-            read_glu(hf, activation="gelu_tanh"),
-        ),
+        layer=layer,
         norm_placement="sandwich" if second else "pre",
         norm=RMSNormConfig(eps=hf.get("rms_norm_eps", 1e-6), unit_offset=True),
         embedding_scale=require(hf, "hidden_size") ** 0.5,
-        logit_softcap=hf.get("final_logit_softcapping"),
+        logit_softcap=hf.get("final_logit_softcapping") if second else None,
     )
 
 
@@ -61,14 +88,14 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     written = {
         "intermediate_size": feed_forward.intermediate_size,
         "attention_bias": mixer.qkv_bias,
-        "hidden_act": _GELU[0],
-        "hidden_activation": _GELU[0],
+        "hidden_act": _GELU,
+        "hidden_activation": _GELU,
     }
     if config.family == "gemma":
         return write_model(config, model_type="gemma", architecture="GemmaForCausalLM") | written
-    assert mixer.scale is not None
+    scale = mixer.scale or mixer.head_dim**-0.5
     written |= {
-        "query_pre_attn_scalar": round(mixer.scale**-2),
+        "query_pre_attn_scalar": round(scale**-2),
         "attn_logit_softcapping": mixer.softcap,
         "final_logit_softcapping": config.logit_softcap,
         **write_windows(config),
@@ -82,13 +109,50 @@ def keymap(config: ModelConfig) -> KeyMap:
     return llama_keymap(config, norms=_SANDWICH if config.family == "gemma2" else None)
 
 
-FAMILIES = tuple(
+_LAYERS_27B = 46
+"""By which llama.cpp tells Gemma 2 27B, whose scale of attention its files do not hold."""
+_NORMS = ("output_norm", "blk.{i}.attn_norm", "blk.{i}.ffn_norm")
+_MORE_NORMS = {
+    "blk.{i}.post_attention_norm": "model.layers.{i}.post_attention_layernorm",
+    "blk.{i}.ffn_norm": "model.layers.{i}.pre_feedforward_layernorm",
+    "blk.{i}.post_ffw_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+
+
+def read_gguf2(metadata: GGUFMetadata) -> dict[str, Any]:
+    """The architecture `gemma2`; attention is scaled by the width of a head, in the 27B by the model's width a head."""
+    hf = read_llama(metadata, "gemma2")
+    wide = hf["num_hidden_layers"] == _LAYERS_27B
+    return hf | {
+        "sliding_window": metadata.need("attention.sliding_window"),
+        "attn_logit_softcapping": metadata.get("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata.get("final_logit_softcapping", 30.0),
+        "query_pre_attn_scalar": hf["hidden_size"] // hf["num_attention_heads"]
+        if wide
+        else hf["head_dim"],
+    }
+
+
+GGUF = GGUFLayout(
+    architectures=("gemma",),
+    read_config=lambda metadata: read_llama(metadata, "gemma"),
+    names=LLAMA_NAMES,
+    transforms=dict.fromkeys(_NORMS, minus_one),
+)
+GGUF2 = GGUFLayout(
+    architectures=("gemma2",),
+    read_config=read_gguf2,
+    names={**LLAMA_NAMES, **_MORE_NORMS},
+    transforms=dict.fromkeys((*_NORMS, *_MORE_NORMS), minus_one),
+)
+GEMMA, GEMMA2 = (
     Family(
         name=name,
         model_types=(name,),
         read_config=read_config,
         write_config=write_config,
         keymap=keymap,
+        gguf=gguf,
     )
-    for name in ("gemma", "gemma2")
+    for name, gguf in (("gemma", GGUF), ("gemma2", GGUF2))
 )

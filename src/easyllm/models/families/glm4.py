@@ -13,11 +13,23 @@ from easyllm.models.families.family import (
     read_glu,
     read_model,
     refuse,
+    require,
+    with_defaults,
     write_dense_model,
 )
 from easyllm.models.families.rope_config import read_rope
 from easyllm.nn.config import ModelConfig
 
+_DEFAULTS = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "attention_bias": True,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-07,
+    "eos_token_id": [151329, 151336, 151338],
+    "pad_token_id": 151329,
+}
+"""Of `GlmConfig` and `Glm4Config`, where they are not Llama's."""
 _SANDWICH = {
     "mixer_norm": "input_layernorm",
     "mixer_post_norm": "post_self_attn_layernorm",
@@ -28,10 +40,11 @@ _SANDWICH = {
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `GlmConfig` or `Glm4Config` as `ModelConfig`."""
+    hf = with_defaults(hf, _DEFAULTS)
     refuse(hf, {"hidden_act": "silu"})
-    mixer = read_attention(hf, qkv_bias=bool(hf.get("attention_bias", False)))
-    rope = read_rope({"partial_rotary_factor": 0.5, **hf}, mixer.head_dim, interleaved=True)
-    mixer = mixer.model_copy(update={"position": rope})
+    width = hf.get("head_dim") or require(hf, "hidden_size") // require(hf, "num_attention_heads")
+    rope = read_rope(hf, width, interleaved=True, share=0.5)
+    mixer = read_attention(hf, position=rope, qkv_bias=bool(hf["attention_bias"]))
     family = str(hf["model_type"])
     return read_model(
         hf,
@@ -65,7 +78,7 @@ def keymap(config: ModelConfig) -> KeyMap:
     return llama_keymap(config, norms=norms, more=[fused])
 
 
-FAMILIES = tuple(
+GLM4, GLM = (
     Family(
         name=name,
         model_types=(name,),

@@ -2,16 +2,21 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from easyllm.checkpoint.keymap import Fused, KeyMap, Rename, renames
 from easyllm.models.families.family import (
     Family,
     HFConfig,
+    expect_part,
     num_layers,
     read_token_ids,
     refuse,
     require,
+    with_defaults,
     write_token_ids,
 )
+from easyllm.models.families.gguf_layout import GGUFLayout, GGUFMetadata
 from easyllm.nn.config import (
     AttentionConfig,
     LayerConfig,
@@ -25,6 +30,7 @@ from easyllm.nn.config import (
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `GPT2Config` as `ModelConfig`."""
+    hf = with_defaults(hf, {"bos_token_id": 50256, "eos_token_id": 50256})
     refuse(hf, {"activation_function": "gelu_new", "scale_attn_weights": True})
     refuse(hf, {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False})
     hidden, heads = require(hf, "n_embd"), require(hf, "n_head")
@@ -47,17 +53,16 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Its `config.json`."""
-    layer = config.layers[0]
-    assert isinstance(layer.mixer, AttentionConfig)
-    assert isinstance(layer.feed_forward, MLPConfig)
+    mixer = expect_part(config.layers[0].mixer, AttentionConfig)
+    mlp = expect_part(config.layers[0].feed_forward, MLPConfig)
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "n_embd": config.hidden_size,
         "n_layer": config.num_layers,
-        "n_head": layer.mixer.num_heads,
-        "n_inner": layer.feed_forward.intermediate_size,
+        "n_head": mixer.num_heads,
+        "n_inner": mlp.intermediate_size,
         "n_positions": config.max_seq_len,
         "layer_norm_epsilon": config.norm.eps,
         "activation_function": "gelu_new",
@@ -106,6 +111,48 @@ SIZES = {
     "gpt2-xl": _size(48, 1600, 25),
     "gpt3-175b": _size(96, 12288, 96, positions=2048),
 }
+
+
+def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
+    """The architecture `gpt2`."""
+    return {
+        "model_type": "gpt2",
+        "n_embd": metadata.need("embedding_length"),
+        "n_layer": metadata.need("block_count"),
+        "n_head": metadata.need("attention.head_count"),
+        "n_inner": metadata.need("feed_forward_length"),
+        "n_positions": metadata.need("context_length"),
+        "layer_norm_epsilon": metadata.need("attention.layer_norm_epsilon"),
+        "tie_word_embeddings": "output.weight" not in metadata.tensors,
+    }
+
+
+def _transpose_matrix(tensor: Tensor, _config: HFConfig) -> Tensor:
+    """A weight of HF's Conv1D, [in, out], from the file's [out, in]; a bias stays."""
+    return tensor.T if tensor.dim() == 2 else tensor
+
+
+_BLOCK = {
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+GGUF = GGUFLayout(
+    architectures=("gpt2",),
+    read_config=read_gguf,
+    names={
+        "token_embd": "transformer.wte",
+        "position_embd": "transformer.wpe",
+        "output_norm": "transformer.ln_f",
+        "output": "lm_head",
+        **{f"blk.{{i}}.{a}": f"transformer.h.{{i}}.{b}" for a, b in _BLOCK.items()},
+    },
+    transforms={f"blk.{{i}}.{name}": _transpose_matrix for name in _BLOCK if "norm" not in name},
+    ignored=frozenset(),
+)
 FAMILY = Family(
     name="gpt2",
     model_types=("gpt2",),
@@ -113,4 +160,5 @@ FAMILY = Family(
     write_config=write_config,
     keymap=keymap,
     sizes=SIZES,
+    gguf=GGUF,
 )

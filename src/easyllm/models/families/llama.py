@@ -11,14 +11,23 @@ from easyllm.models.families.family import (
     read_glu,
     read_model,
     refuse,
+    with_defaults,
     write_dense_model,
+)
+from easyllm.models.families.gguf_layout import (
+    LLAMA_NAMES,
+    GGUFLayout,
+    GGUFMetadata,
+    half_split,
+    read_llama,
 )
 from easyllm.nn.config import ModelConfig
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `LlamaConfig` as `ModelConfig`."""
-    refuse(hf, {"hidden_act": "silu", "pretraining_tp": 1})
+    hf = with_defaults(hf, {"bos_token_id": 1, "eos_token_id": 2})
+    refuse(hf, {"hidden_act": "silu"})
     bias = bool(hf.get("attention_bias", False))
     mixer = read_attention(hf, qkv_bias=bias, out_bias=bias)
     feed_forward = read_glu(hf, bias=bool(hf.get("mlp_bias", False)))
@@ -32,6 +41,22 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": mixer.qkv_bias,
         "mlp_bias": feed_forward.bias,
     }
+
+
+def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
+    """The architecture `llama`; a file that names experts is a Mixtral, one that names a sliding window a Mistral."""
+    bias = "blk.0.attn_q.bias" in metadata.tensors
+    hf = read_llama(metadata, "llama") | {
+        "attention_bias": bias,
+        "mlp_bias": "blk.0.ffn_up.bias" in metadata.tensors,
+    }
+    window = metadata.get("attention.sliding_window")
+    if experts := metadata.get("expert_count", 0):
+        metadata.expect("expert_gating_func", 1)  # softmax
+        chosen = metadata.need("expert_used_count")
+        hf |= {"num_local_experts": experts, "num_experts_per_tok": chosen}
+        return hf | {"model_type": "mixtral", "sliding_window": window or None}
+    return hf | {"model_type": "mistral", "sliding_window": window} if window else hf
 
 
 def _size(layers: int, hidden: int, heads: int, kv: int, ff: int, **more: Any) -> dict[str, Any]:
@@ -85,6 +110,12 @@ SIZES = {
     ),
 }
 
+_EXPERTS = {
+    "blk.{i}.ffn_gate_inp": "model.layers.{i}.block_sparse_moe.gate",
+    "blk.{i}.ffn_gate_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
+    "blk.{i}.ffn_down_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
+    "blk.{i}.ffn_up_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
+}
 FAMILY = Family(
     name="llama",
     model_types=("llama",),
@@ -92,4 +123,13 @@ FAMILY = Family(
     write_config=write_config,
     keymap=llama_keymap,
     sizes=SIZES,
+    gguf=GGUFLayout(
+        architectures=("llama",),
+        read_config=read_gguf,
+        names={**LLAMA_NAMES, **_EXPERTS},
+        transforms={
+            f"blk.{{i}}.attn_{part}": half_split(heads)
+            for part, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
+        },
+    ),
 )

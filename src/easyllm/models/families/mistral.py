@@ -11,13 +11,24 @@ from easyllm.models.families.family import (
     read_glu,
     read_model,
     refuse,
+    with_defaults,
     write_dense_model,
 )
 from easyllm.nn.config import ModelConfig
 
+DEFAULTS = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Of `MistralConfig`, where they are not Llama's."""
+
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `MistralConfig` as `ModelConfig`."""
+    hf = with_defaults(hf, DEFAULTS)
     refuse(hf, {"hidden_act": "silu"})
     mixer = read_attention(hf, window=hf.get("sliding_window"))
     return read_model(hf, family="mistral", layer=lambda _: (mixer, read_glu(hf)))

@@ -6,19 +6,35 @@ from easyllm.checkpoint.keymap import KeyMap
 from easyllm.models.families.family import (
     Family,
     HFConfig,
+    expect_part,
     llama_keymap,
     read_attention,
     read_glu,
     read_model,
     refuse,
     require,
+    with_defaults,
     write_model,
 )
 from easyllm.nn.config import AttentionConfig, ModelConfig, MoEConfig
 
+DEFAULTS = {
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.001,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Of `MixtralConfig`, where they are not Llama's."""
+
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `MixtralConfig` as `ModelConfig`."""
+    hf = with_defaults(hf, DEFAULTS)
     refuse(hf, {"hidden_act": "silu", "router_jitter_noise": 0.0})
     mixer = read_attention(hf, window=hf.get("sliding_window"))
     experts = MoEConfig(
@@ -26,23 +42,22 @@ def read_config(hf: HFConfig) -> ModelConfig:
         experts_per_token=require(hf, "num_experts_per_tok"),
         expert=read_glu(hf),
         routing="topk_softmax",
-        load_balancing=hf.get("router_aux_loss_coef", 0.001),
+        load_balancing=require(hf, "router_aux_loss_coef"),
     )
     return read_model(hf, family="mixtral", layer=lambda _: (mixer, experts))
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Its `config.json`."""
-    layer = config.layers[0]
-    assert isinstance(layer.mixer, AttentionConfig)
-    assert isinstance(layer.feed_forward, MoEConfig)
+    mixer = expect_part(config.layers[0].mixer, AttentionConfig)
+    experts = expect_part(config.layers[0].feed_forward, MoEConfig)
     return write_model(config, model_type="mixtral", architecture="MixtralForCausalLM") | {
-        "intermediate_size": layer.feed_forward.expert.intermediate_size,
+        "intermediate_size": experts.expert.intermediate_size,
         "hidden_act": "silu",
-        "sliding_window": layer.mixer.window,
-        "num_local_experts": layer.feed_forward.num_experts,
-        "num_experts_per_tok": layer.feed_forward.experts_per_token,
-        "router_aux_loss_coef": layer.feed_forward.load_balancing,
+        "sliding_window": mixer.window,
+        "num_local_experts": experts.num_experts,
+        "num_experts_per_tok": experts.experts_per_token,
+        "router_aux_loss_coef": experts.load_balancing,
     }
 
 

@@ -11,20 +11,35 @@ from easyllm.models.families.family import (
     read_model,
     refuse,
     window_of_layer,
+    with_defaults,
     write_dense_model,
     write_windows,
 )
+from easyllm.models.families.gguf_layout import LLAMA_NAMES, GGUFLayout, read_llama
 from easyllm.nn.config import ModelConfig
+
+DEFAULTS = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+"""Of `Qwen2Config` (and of Qwen3's), where they are not Llama's."""
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `Qwen2Config` as `ModelConfig`; layers may differ in their window."""
+    hf = with_defaults(hf, DEFAULTS)
     refuse(hf, {"hidden_act": "silu"})
+    first, windows = hf["max_window_layers"], bool(hf["use_sliding_window"])
     return read_model(
         hf,
         family="qwen2",
         layer=lambda i: (
-            read_attention(hf, qkv_bias=True, window=window_of_layer(hf, i)),
+            read_attention(
+                hf, qkv_bias=True, window=window_of_layer(hf, i, slides=windows and i >= first)
+            ),
             read_glu(hf),
         ),
     )
@@ -72,4 +87,9 @@ FAMILY = Family(
     write_config=write_config,
     keymap=llama_keymap,
     sizes=SIZES,
+    gguf=GGUFLayout(
+        architectures=("qwen2",),
+        read_config=lambda metadata: read_llama(metadata, "qwen2"),
+        names=LLAMA_NAMES,
+    ),
 )

@@ -12,25 +12,30 @@ from easyllm.models.families.family import (
     read_model,
     refuse,
     window_of_layer,
+    with_defaults,
     write_dense_model,
     write_windows,
 )
+from easyllm.models.families.gguf_layout import LLAMA_NAMES, QK_NORMS, GGUFLayout, read_llama
+from easyllm.models.families.qwen2 import DEFAULTS
 from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormConfig
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
     """A `Qwen3Config` as `ModelConfig`."""
+    hf = with_defaults(hf, DEFAULTS | {"head_dim": 128})
     refuse(hf, {"hidden_act": "silu"})
     bias = bool(hf.get("attention_bias", False))
+    first, windows = hf["max_window_layers"], bool(hf["use_sliding_window"])
     norm = RMSNormConfig(eps=hf.get("rms_norm_eps", 1e-6))
 
     def layer(number: int) -> tuple[AttentionConfig, GLUConfig]:
         mixer = read_attention(
-            {"head_dim": 128, **hf},
+            hf,
             qkv_bias=bias,
             out_bias=bias,
             qk_norm=norm,
-            window=window_of_layer(hf, number),
+            window=window_of_layer(hf, number, slides=windows and number >= first),
         )
         return mixer, read_glu(hf)
 
@@ -70,4 +75,9 @@ FAMILY = Family(
     write_config=write_config,
     keymap=llama_keymap,
     sizes=SIZES,
+    gguf=GGUFLayout(
+        architectures=("qwen3",),
+        read_config=lambda metadata: read_llama(metadata, "qwen3"),
+        names={**LLAMA_NAMES, **QK_NORMS},
+    ),
 )

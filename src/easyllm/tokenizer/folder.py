@@ -1,0 +1,344 @@
+"""A tokenizer in a Hugging Face folder: `tokenizer.json` or a sentencepiece `tokenizer.model`, and what other files say.
+
+`tokenizer_config.json` may name tokens, flags and templates that `tokenizer.json` does not hold; `special_tokens_map.json`
+and `added_tokens.json` say the same in older folders, and a class of transformers has special tokens of its own where no
+file names one. All are read as transformers 5 reads them.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from easyllm.core.errors import CheckpointError
+from easyllm.tokenizer.sentencepiece import (
+    PieceType,
+    SentencePieceModel,
+    build_backend,
+    naming,
+    read_model_file,
+    special_tokens,
+    surround,
+)
+
+TOKENIZER_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
+CONFIG_FILE, MODEL_FILE = "tokenizer_config.json", "config.json"
+SPECIAL_FILE, ADDED_FILE = "special_tokens_map.json", "added_tokens.json"
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+DEFAULT_TEMPLATE = "default"
+
+_ROLES = ("bos", "eos", "pad", "unk")
+_NAMED = tuple(f"{role}_token" for role in (*_ROLES, "sep", "cls", "mask"))
+_LLAMA = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}
+_END = "<|endoftext|>"
+_CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
+    "GPT2Tokenizer": {"unk": _END, "bos": _END, "eos": _END},
+    "GPTNeoXTokenizer": {"unk": _END, "bos": _END, "eos": _END, "pad": "<|padding|>"},
+    "Qwen2Tokenizer": {"unk": _END, "eos": _END, "pad": _END},
+    "LlamaTokenizer": _LLAMA,
+    "CodeLlamaTokenizer": _LLAMA,
+    "GemmaTokenizer": {"unk": "<unk>", "bos": "<bos>", "eos": "<eos>", "pad": "<pad>"},
+    "CohereTokenizer": {
+        "unk": "<UNK>",
+        "bos": "<BOS_TOKEN>",
+        "eos": "<|END_OF_TURN_TOKEN|>",
+        "pad": "<PAD>",
+    },
+}
+"""Special tokens of a class where no file names any."""
+_CLASS_OF_MODEL = {
+    "gpt2": "GPT2Tokenizer",
+    "starcoder2": "GPT2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen2_moe": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "qwen3_moe": "Qwen2Tokenizer",
+    "gemma": "GemmaTokenizer",
+    "gemma2": "GemmaTokenizer",
+}
+"""By `model_type`, where `tokenizer_config.json` names no class."""
+_PREFIX_AT_START = ("LlamaTokenizer", "CodeLlamaTokenizer")
+"""Classes that put a space in front of a sentencepiece text alone, not after control tokens in it (`legacy` does)."""
+_NO_PREFIX = ("GemmaTokenizer",)
+"""Classes that put no space in front of a sentencepiece text."""
+_SPACE_BEFORE = ("GPT2Tokenizer", "Qwen2Tokenizer")
+"""Classes whose `add_prefix_space` changes what `tokenizer.json` says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderTokenizer:
+    """What a folder holds of a tokenizer.
+
+    Attributes:
+        special: texts of bos, eos, pad and unk; None where there is none.
+        templates: chat templates by name (`default`, `tool_use` ...).
+        max_seq_len: longest sequence of the model; None where it is not said.
+    """
+
+    backend: Backend
+    special: dict[str, str | None]
+    templates: dict[str, str]
+    max_seq_len: int | None
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file a folder's tokenizer is read from, or None if it holds none."""
+    files = (folder / TOKENIZER_FILE, folder / SENTENCEPIECE_FILE)
+    return next((file for file in files if file.is_file()), None)
+
+
+def read_folder(folder: Path) -> FolderTokenizer:
+    """The tokenizer in a folder.
+
+    Raises:
+        CheckpointError: there is none, or a file is damaged or contradicts another.
+    """
+    file = tokenizer_file(folder)
+    if file is None:
+        raise CheckpointError(
+            f"folder {str(folder)!r} holds no {TOKENIZER_FILE} and no {SENTENCEPIECE_FILE}; "
+            "save the tokenizer next to the weights"
+        )
+    config = read_json(folder / CONFIG_FILE)
+    added = _added_tokens(folder, config)
+    kind = _class_of(folder, config)
+    if file.name == TOKENIZER_FILE:
+        backend, defaults = _read_backend(file), _CLASS_TOKENS.get(kind, {})
+        if kind in _SPACE_BEFORE and isinstance(config.get("add_prefix_space"), bool):
+            backend = _with_space_before(backend, config["add_prefix_space"])
+        vocab = backend.get_vocab(with_added_tokens=True)
+        defaults = {role: text for role, text in defaults.items() if text in vocab}
+    else:
+        backend, defaults = _from_sentencepiece(file, config, added, kind)
+    named = {
+        role: _token_text(config[f"{role}_token"]) for role in _ROLES if f"{role}_token" in config
+    }
+    special = {role: named[role] if role in named else defaults.get(role) for role in _ROLES}
+    _add_tokens(backend, added, [*_special_texts(config), *filter(None, special.values())], folder)
+    if file.name == SENTENCEPIECE_FILE:  # `tokenizer.json` says itself what encoding adds
+        bos, eos = (
+            special[r] if config.get(f"add_{r}_token") is True else None for r in ("bos", "eos")
+        )
+        surround(backend, bos=bos, eos=eos)
+    if config.get("split_special_tokens") is True:
+        backend.encode_special_tokens = True
+    length = config.get("model_max_length")
+    return FolderTokenizer(
+        backend=backend,
+        special=special,
+        templates=_templates(folder, config),
+        max_seq_len=int(length) if isinstance(length, int | float) and length < 1e9 else None,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file.
+
+    Raises:
+        CheckpointError: the file is not JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); copy it again") from None
+    return content if isinstance(content, dict) else {}
+
+
+# ---- the two kinds of file
+
+
+def _read_backend(path: Path) -> Backend:
+    try:
+        return Backend.from_file(str(path))
+    except Exception as error:  # the backend raises plain Exception
+        raise CheckpointError(f"{path} is not a tokenizer ({error}); copy it again") from None
+
+
+def _from_sentencepiece(
+    path: Path, config: Mapping[str, Any], added: Mapping[int, AddedToken], kind: str
+) -> tuple[Backend, Mapping[str, str]]:
+    """The backend of a `tokenizer.model`, and the special tokens it has itself.
+
+    An added token whose id is a piece takes that piece's place (reserved pieces are given names this way).
+    """
+    model = _renamed(read_model_file(path), added)
+    own = special_tokens(model)
+    prefix = False if kind in _NO_PREFIX else config.get("add_prefix_space")
+    if isinstance(prefix, bool):
+        model = replace(model, add_dummy_prefix=prefix)
+    legacy = config.get("legacy", kind not in _PREFIX_AT_START)
+    with naming(path):
+        backend = build_backend(model, prefix_at_start_only=legacy is False)
+    return backend, own
+
+
+def _renamed(model: SentencePieceModel, added: Mapping[int, AddedToken]) -> SentencePieceModel:
+    pieces = list(model.pieces)
+    known = {piece.text for piece in pieces}
+    for index, token in added.items():
+        if 0 <= index < len(pieces) and token.content not in known:
+            kind = PieceType.CONTROL if token.special else PieceType.USER_DEFINED
+            pieces[index] = replace(pieces[index], text=token.content, type=kind)
+    return replace(model, pieces=tuple(pieces))
+
+
+def _class_of(folder: Path, config: Mapping[str, Any]) -> str:
+    name = config.get("tokenizer_class")
+    if not isinstance(name, str):
+        model = read_json(folder / MODEL_FILE)
+        name = model.get("tokenizer_class") or _CLASS_OF_MODEL.get(str(model.get("model_type")))
+    return str(name or "").removesuffix("Fast")
+
+
+def _with_space_before(backend: Backend, wanted: bool) -> Backend:
+    """The backend whose byte-level cut puts a space in front of a text, or does not."""
+    state = json.loads(backend.to_str())
+    steps = [state["pre_tokenizer"] or {}]
+    steps += steps[0].get("pretokenizers", [])
+    for step in steps:
+        if step.get("type") == "ByteLevel":
+            step["add_prefix_space"] = wanted
+    return Backend.from_str(json.dumps(state))
+
+
+# ---- tokens that other files name
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
+    """Added tokens by id: of `added_tokens_decoder`, else of the older files, whose special tokens go into `config`.
+
+    Raises:
+        CheckpointError: an entry is damaged.
+    """
+    if "added_tokens_decoder" in config:
+        entries = config["added_tokens_decoder"]
+        return {_number(i): _token(entry) for i, entry in _items(entries, CONFIG_FILE)}
+    config |= read_json(folder / SPECIAL_FILE)
+    special = {text for _, text in _named_texts(config)}
+    entries = read_json(folder / ADDED_FILE)
+    return {
+        _number(i): AddedToken(str(t), normalized=t not in special, special=t in special)
+        for t, i in entries.items()
+    }
+
+
+def _add_tokens(
+    backend: Backend, added: Mapping[int, AddedToken], special: list[str], folder: Path
+) -> None:
+    """Adds the tokens that the backend lacks, with their flags, and makes the special ones control tokens.
+
+    Raises:
+        CheckpointError: a new token has another id than the next one.
+    """
+    present = backend.get_added_tokens_decoder()
+    for index, token in sorted(added.items()):
+        if index in present and repr(present[index]) == repr(token):
+            continue
+        if backend.token_to_id(token.content) is None and index != _next_id(backend):
+            raise CheckpointError(
+                f"{folder} gives the token {token.content!r} the id {index}, and the next free id is {_next_id(backend)}; "
+                f"copy the {TOKENIZER_FILE} that belongs to it"
+            )
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    control = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    for text in dict.fromkeys(special):
+        if text not in control:
+            backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+
+
+def _next_id(backend: Backend) -> int:
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def _special_texts(config: Mapping[str, Any]) -> list[str]:
+    return [text for _, text in _named_texts(config)]
+
+
+def _named_texts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and texts of the special tokens a configuration lists."""
+    for key in _NAMED:
+        if (text := _token_text(config.get(key))) is not None:
+            yield key, text
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        entries = config.get(key) or ()
+        if not isinstance(entries, list | dict | tuple):
+            raise CheckpointError(
+                f"{CONFIG_FILE} sets {key}={entries!r}, expected a list of tokens"
+            )
+        for entry in entries.values() if isinstance(entries, dict) else entries:
+            if (text := _token_text(entry)) is not None:
+                yield key, text
+
+
+def _token(entry: Any) -> AddedToken:
+    text = _token_text(entry)
+    if text is None:
+        raise CheckpointError(f"{CONFIG_FILE} lists the added token {entry!r}; copy it again")
+    flags = entry if isinstance(entry, dict) else {}
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    given = {name: flags[name] for name in names if isinstance(flags.get(name), bool)}
+    return AddedToken(text, **given)
+
+
+def _items(entries: Any, file: str) -> list[tuple[Any, Any]]:
+    if not isinstance(entries, dict):
+        raise CheckpointError(
+            f"{file} lists added tokens as {type(entries).__name__}; copy it again"
+        )
+    return list(entries.items())
+
+
+def _number(index: Any) -> int:
+    try:
+        return int(index)
+    except (TypeError, ValueError):
+        raise CheckpointError(
+            f"an added token has the id {index!r}; copy the tokenizer again"
+        ) from None
+
+
+def _token_text(entry: Any) -> str | None:
+    """HF writes a token as text or as a dict with `content`."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) and entry else None
+
+
+# ---- chat templates
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name; those in files of their own go before those in `tokenizer_config.json`."""
+    files = {DEFAULT_TEMPLATE: folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).is_file() else {}
+    files |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if files:
+        return {name: _read_text(path) for name, path in files.items()}
+    template = config.get("chat_template")
+    if isinstance(template, str):
+        return {DEFAULT_TEMPLATE: template}
+    if isinstance(template, list):
+        template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+    if not isinstance(template, dict):
+        return {}
+    return {k: v for k, v in template.items() if isinstance(k, str) and isinstance(v, str)}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 ({error}); copy it again") from None
+
+
+def template_path(name: str) -> str | None:
+    """Where a template of this name is saved, relative to the folder; None where the name cannot be a file name."""
+    if name == DEFAULT_TEMPLATE:
+        return TEMPLATE_FILE
+    return f"{TEMPLATE_FOLDER}/{name}.jinja" if re.fullmatch(r"[\w-]+", name) else None

@@ -1,0 +1,245 @@
+"""Every key of every family's `config.json`: its default where it is missing, and that none is ignored."""
+
+import json
+
+import pytest
+import torch
+from test_families import BASE, EXPERTS, YARN, tiny_hf
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.configuration_utils import PreTrainedConfig
+
+from easyllm.core.errors import CheckpointError
+from easyllm.models import ContextConfig, load_model, save_model
+from easyllm.models.families import FAMILIES
+from easyllm.models.hf_config import read_config, write_config
+
+TYPES = sorted(set(FAMILIES) - {"easyllm"})
+SIZES = {
+    "vocab_size": 211,
+    "hidden_size": 256,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+}
+GPT2_SIZES = {"vocab_size": 211, "n_embd": 64, "n_layer": 2, "n_head": 4}
+
+
+def sizes_of(model_type):
+    """What a `config.json` must hold: the sizes of its tensors."""
+    return {"model_type": model_type} | (GPT2_SIZES if model_type == "gpt2" else SIZES)
+
+
+def written_by_hf(values):
+    return json.loads(AutoConfig.for_model(**values).to_json_string(use_diff=False))
+
+
+def told(config):
+    """A configuration for comparison, its numbers as they are."""
+    return config.model_dump()
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_missing_keys_have_the_defaults_of_transformers(model_type):
+    values = sizes_of(model_type)
+    assert told(read_config(values)) == told(read_config(written_by_hf(values)))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
+def test_the_default_windows_of_qwen_are_those_of_transformers(model_type):
+    values = sizes_of(model_type) | {"use_sliding_window": True, "max_window_layers": 2}
+    ours, theirs = read_config(values), read_config(written_by_hf(values))
+    windows = [layer.mixer.window for layer in ours.layers]
+    assert 4096 in windows
+    assert told(ours) == told(theirs)
+
+
+def test_defaults_that_published_files_leave_out():
+    mistral = read_config(sizes_of("mistral"))
+    assert {layer.mixer.window for layer in mistral.layers} == {4096}
+    assert mistral.layers[0].mixer.num_kv_heads == 8
+    assert (
+        read_config(sizes_of("mistral") | {"sliding_window": None}).layers[0].mixer.window is None
+    )
+    assert read_config(sizes_of("mixtral")).layers[0].mixer.position.theta == 1e6
+    assert read_config(sizes_of("glm4")).layers[0].mixer.qkv_bias
+    assert read_config(sizes_of("gemma2")).layers[0].mixer.softcap == 50.0
+    assert read_config(sizes_of("llama")).eos_token_ids == (2,)
+    assert read_config(sizes_of("llama") | {"eos_token_id": None}).eos_token_ids == ()
+
+
+NEUTRAL = {
+    "attention_dropout": "in training, where we drop nothing",
+    "attn_pdrop": "in training",
+    "embd_pdrop": "in training",
+    "resid_pdrop": "in training",
+    "initializer_range": "of fresh weights",
+    "use_cache": "how it is computed",
+    "reorder_and_upcast_attn": "how it is computed",
+    "output_router_logits": "what else is given back",
+    "pretraining_tp": "how it was trained",
+    "summary_activation": "a head that is not read",
+    "summary_first_dropout": "a head that is not read",
+    "summary_proj_to_labels": "a head that is not read",
+    "summary_type": "a head that is not read",
+    "summary_use_proj": "a head that is not read",
+    "max_window_layers": "without a window",
+    "sliding_window": "without a window",
+    "use_sliding_window": "without a window",
+}
+OTHER_VALUES = {
+    "hidden_act": "relu",
+    "hidden_activation": "gelu",
+    "activation_function": "relu",
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
+    "eos_token_id": [7, 9],
+    "mlp_only_layers": [1],
+    "decoder_sparse_step": 2,
+    "head_dim": 32,
+    "summary_type": "last",
+    "summary_activation": "tanh",
+    "use_bidirectional_attention": True,
+    "vocab_size": 300,
+}
+
+
+def another(key, value):
+    """A value that is not the default."""
+    if key in OTHER_VALUES:
+        return OTHER_VALUES[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 or 3
+    return 3
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_no_key_of_transformers_is_ignored(model_type):
+    """Each changes what is read, is refused by its name, or is known to leave the logits alone."""
+    whole = written_by_hf(sizes_of(model_type))
+    before = told(read_config(whole))
+    shared = PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
+    ignored, refused = [], []
+    for key in sorted(whole.keys() - shared):
+        changed = whole | {key: another(key, whole[key])}
+        if key == "num_hidden_layers":
+            changed.pop("layer_types", None)
+        if key == "layer_types":
+            changed |= {"sliding_window": 7, "use_sliding_window": True}
+        try:
+            if told(read_config(changed)) == before:
+                ignored.append(key)
+        except ValueError as error:
+            refused.append((key, str(error)))
+    allowed = NEUTRAL.keys() | ({"intermediate_size"} if "moe" in model_type else set())
+    assert set(ignored) <= allowed
+    unnamed = [
+        (key, reason) for key, reason in refused if key not in reason and "num_" not in reason
+    ]
+    assert not unnamed
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "words"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "'chunked_attention'"),
+        ("qwen2", {"layer_types": ["full_attention"] * 3}, "3 layer_types for 4 layers"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx=True"),
+    ],
+)
+def test_an_option_that_is_not_implemented_is_refused_by_its_name(model_type, changes, words):
+    with pytest.raises(CheckpointError, match=words):
+        read_config(sizes_of(model_type) | changes)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {"pretraining_tp": 2}),
+        ("llama", {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
+        ("llama", {"rope_scaling": YARN | {"mscale": 0.7}}),
+        ("llama", {"rope_scaling": YARN | {"factor": None}}),
+        ("mistral", {"sliding_window": "left out"}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
+        (
+            "qwen2_moe",
+            EXPERTS
+            | {
+                "shared_expert_intermediate_size": 56,
+                "use_sliding_window": True,
+                "sliding_window": 7,
+                "max_window_layers": 2,
+            },
+        ),
+        ("qwen3_moe", EXPERTS | {"head_dim": 16, "use_sliding_window": True, "sliding_window": 7}),
+        ("gemma", {"head_dim": 16, "initializer_range": 0.1, "hidden_act": "gelu"}),
+        ("glm", {"head_dim": "left out", "attention_bias": "left out", "num_key_value_heads": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_left_out_or_neutral_gives_the_same_logits(tmp_path, model_type, changes):
+    left_out = {key for key, value in changes.items() if value == "left out"}
+    given = {key: value for key, value in changes.items() if key not in left_out}
+    reference = tiny_hf(model_type, given)
+    reference.save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    values = json.loads(path.read_text("utf-8"))
+    written = {key: value for key, value in values.items() if key not in left_out | {"layer_types"}}
+    if model_type == "qwen2":  # transformers 5 writes the list, 4 the rule
+        assert "layer_types" in values
+    path.write_text(
+        json.dumps(written | {k: v for k, v in given.items() if "window" in k}), "utf-8"
+    )
+    ids = torch.randint(0, 211, (60,))
+    model = load_model(tmp_path / "hf")
+    expected = reference(ids[None]).logits[0]
+    torch.testing.assert_close(model.logits(ids), expected, atol=3e-5, rtol=0)
+    save_model(model, tmp_path / "ours")
+    assert torch.equal(load_model(tmp_path / "ours").logits(ids), model.logits(ids))
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
+
+
+def test_dynamic_scaling_counts_from_the_models_own_length(tmp_path):
+    """As in transformers, which does not read `original_max_position_embeddings` there."""
+    reference = tiny_hf("llama", {"rope_scaling": DYNAMIC, "max_position_embeddings": 32})
+    reference.save_pretrained(tmp_path / "hf")
+    ids = torch.randint(0, 211, (60,))
+    model = load_model(tmp_path / "hf")
+    torch.testing.assert_close(model.logits(ids), reference(ids[None]).logits[0], atol=3e-5, rtol=0)
+    assert model.config.max_seq_len == 64
+
+
+@pytest.mark.parametrize("method", ["pi", "ntk", "dynamic", "yarn"])
+def test_a_longer_context_is_the_same_model_in_transformers(tmp_path, method):
+    tiny_hf("llama", {"max_position_embeddings": 32}).save_pretrained(tmp_path / "hf")
+    context = ContextConfig(method=method, factor=3)
+    model = load_model(tmp_path / "hf", context=context)
+    assert model.config.max_seq_len == 96
+    save_model(model, tmp_path / "ours")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    ids = torch.randint(0, 211, (80,))
+    torch.testing.assert_close(model.logits(ids), reference(ids[None]).logits[0], atol=3e-5, rtol=0)
+    assert load_model(tmp_path / "ours").config == model.config
+
+
+def test_windows_that_a_family_cannot_say_are_refused():
+    values = sizes_of("qwen3_moe") | {"use_sliding_window": True}
+    config = read_config(values)
+    first = config.layers[0]
+    mixed = first.model_copy(update={"mixer": first.mixer.model_copy(update={"window": None})})
+    with pytest.raises(CheckpointError, match="cannot express"):
+        write_config(config.changed(layers=(mixed, *config.layers[1:])))
+
+
+def test_base_of_the_families_is_complete():
+    assert set(SIZES) < set(BASE)
