@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from conftest import build_tiny
+from easyllm.core import device
 from easyllm.core.errors import ConfigError
+from easyllm.engine import compiled_step
 from easyllm.engine.compiled_step import CompiledStep
 from easyllm.nn import AttentionConfig, Decoder, GLUConfig, LayerConfig, ModelConfig
 from easyllm.nn.config import (
@@ -24,6 +26,7 @@ from easyllm.nn.config import (
     YarnScaling,
 )
 from easyllm.nn.context import ForwardContext
+from easyllm.ops import huge_memory
 from easyllm.ops.kernels import build
 from easyllm.ops.paged_attention import QuantizedPages, new_pages, paged_attention, write_pages
 from easyllm.quant import quantize_weights
@@ -272,6 +275,46 @@ def test_a_row_has_the_same_bits_among_many(scheme):
         assert torch.equal(run(step, cache, [n], [n + 1])[0], together[n])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", ["mha, odd widths", "wide"])
+def test_a_row_has_the_same_bits_among_many_with_dense_weights(model, dtype):
+    """Rows that fill no register or group of them, inputs of several chunks, more rows than are kept at a time."""
+    built = model_of(**MODELS.get(model, {"hidden": 520, "inner": 1100}), dtype=dtype)
+    cache = Cache(built, 71, pages_each=2)
+    cache.forward(built, {n: ids_of(1 + n % 9, seed=n) for n in range(71)})
+    step = step_of(built, cache)
+    together = run(step, cache, range(71), range(1, 72))
+    for n in (0, 1, 35, 69, 70):
+        assert torch.equal(run(step, cache, [n], [n + 1])[0], together[n])
+    for some in (range(3), range(64, 71), range(5, 38)):
+        assert torch.equal(run(step, cache, some, [n + 1 for n in some]), together[some])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "features", "has_unit", "most"),
+    [
+        (torch.float32, {"avx2"}, False, 128),
+        (torch.float32, {"avx512_bf16", "amx_bf16"}, True, 128),
+        (torch.bfloat16, {"avx2"}, False, 128),
+        (torch.bfloat16, {"avx512_bf16"}, False, 32),
+        (torch.bfloat16, {"avx512_bf16", "amx_bf16"}, True, 2),
+        (torch.bfloat16, {"avx512_bf16", "amx_bf16"}, False, 32),
+        (torch.bfloat16, {"asimddp", "bf16"}, False, 2),
+    ],
+)
+def test_rows_up_to_which_a_step_takes_dense_weights(monkeypatch, dtype, features, has_unit, most):
+    class Kernels:
+        @staticmethod
+        def tiles_ready():
+            return int(has_unit)
+
+    model = model_of(dtype=dtype)
+    monkeypatch.setattr(device, "cpu_features", lambda: frozenset(features))
+    monkeypatch.setattr(compiled_step, "cpu_features", lambda: frozenset(features))
+    monkeypatch.setattr(compiled_step, "kernels_for", lambda *_: Kernels)
+    assert compiled_step._most_rows(model) == most
+
+
 def test_tokens_of_one_sequence_may_follow_one_another():
     """What checking a guess of several tokens needs: each sees the ones before it."""
     model = model_of()
@@ -343,6 +386,25 @@ def test_adapters_and_missing_compilers_are_refused(monkeypatch):
     assert "adapters" in CompiledStep.refusal(model)
     monkeypatch.setattr(build, "_library", lambda: None)
     assert not CompiledStep.supports(build_tiny())
+
+
+def test_memory_of_logits_is_reused_once_nobody_has_them(monkeypatch):
+    monkeypatch.setattr(huge_memory, "SMALL", 1)
+    model = model_of()
+    cache = Cache(model, 1)
+    cache.forward(model, {0: ids_of(20)})
+    step = step_of(model, cache)
+    first = run(step, cache, [0], [5])
+    place, kept = first.data_ptr(), first.clone()
+    second = run(step, cache, [0], [6])
+    assert second.data_ptr() != place
+    assert torch.equal(first, kept)
+    row = first[0]
+    del first
+    assert run(step, cache, [0], [6]).data_ptr() != place
+    assert torch.equal(row, kept[0])
+    del row
+    assert place in {run(step, cache, [0], [6]).data_ptr() for _ in range(4)}
 
 
 def test_what_would_leave_memory_is_refused():

@@ -32,14 +32,15 @@ class Notes:
         self.events.append((step, kind, detail))
 
 
-class Spoiled:
+class Spoiled(LanguageModel):
     """A language model's loss that is multiplied at chosen calls."""
 
     def __init__(self, factors):
+        super().__init__()
         self.factors, self.calls = factors, 0
 
     def loss(self, model, batch):
-        out = LanguageModel().loss(model, batch)
+        out = super().loss(model, batch)
         self.calls += 1
         return LossOutput(out.sum * self.factors.get(self.calls, 1.0), out.num_tokens)
 

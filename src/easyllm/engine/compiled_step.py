@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from easyllm.core.device import bf16_is_fast
+from easyllm.core.device import bf16_is_fast, cpu_features
 from easyllm.core.errors import ConfigError
 from easyllm.nn.attention import Attention
 from easyllm.nn.config import (
@@ -33,16 +33,20 @@ from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
 from easyllm.nn.position import RotaryPosition
-from easyllm.ops.huge_memory import return_freed_memory, rooms_for
+from easyllm.ops.huge_memory import BufferCache, cached_empty, return_freed_memory, rooms_for
 from easyllm.ops.kernels import build, kernels_for
 from easyllm.ops.paged_attention import OCTET, Pages, pages_struct
 
 MOST_ROWS = 32
-"""Rows up to which a step is faster than the decoder in PyTorch (docs/kernels.md has the measurement)."""
-MOST_BF16_ROWS = 2
-"""The same with bf16 weights on a processor that multiplies bf16: PyTorch uses that, the step widens them to fp32."""
+"""Rows up to which a step with quantized weights is faster than the decoder in PyTorch (docs/kernels.md has the measurement)."""
 MOST_TILED_ROWS = 128
-"""The same with quantized weights on a processor with a matrix unit, which the step uses."""
+"""The same on a processor with a matrix unit (AMX), which the step uses."""
+MOST_DENSE_ROWS = 128
+"""The same with weights of fp32, or of bf16 where the processor has no instructions for it."""
+MOST_BF16_ROWS = 32
+"""The same with bf16 weights where it has: PyTorch's products use them, the step widens weights to fp32."""
+MOST_BF16_ROWS_BY_UNIT = 2
+"""The same where PyTorch's products use a matrix unit, or bf16 instructions of a processor that is not x86."""
 FREED_BYTES = 1 << 26
 """Of weights moved, after which the old ones' memory goes back to the system."""
 FIRST_POSITIONS = 4096
@@ -78,6 +82,7 @@ class CompiledStep:
         pages = [pages_struct(k, v) for k, v in zip(key_pages, value_pages, strict=True)]
         self._pages = (build.Pages * len(pages))(*pages)
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._logits = BufferCache(max_buffers=2)  # fresh pages would be zeroed in every step
         self._tables: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = {}
         self._num_positions = 0
         self._reach(min(FIRST_POSITIONS, model.config.max_seq_len))
@@ -136,7 +141,7 @@ class CompiledStep:
             ConfigError: an id is not the model's, or a table has no room for a length.
         """
         rows = len(token_ids)
-        logits = torch.empty(rows, self.vocab_size)
+        logits = cached_empty((rows, self.vocab_size), torch.float32, self._logits)
         if rows == 0:
             return logits
         self._check(token_ids, positions, page_table, key_lengths)
@@ -275,12 +280,14 @@ class CompiledStep:
 
 
 def _most_rows(model: Decoder) -> int:
+    kernels = kernels_for(next(model.parameters()))
+    assert kernels is not None, "refused where there are none"
+    has_unit = bool(kernels.tiles_ready())
     if model.packed_formats():
-        kernels = kernels_for(next(model.parameters()))
-        assert kernels is not None, "refused where there are none"
-        return MOST_TILED_ROWS if kernels.tiles_ready() else MOST_ROWS
-    narrow = model.dtype == torch.bfloat16 and bf16_is_fast(model.device)
-    return MOST_BF16_ROWS if narrow else MOST_ROWS
+        return MOST_TILED_ROWS if has_unit else MOST_ROWS
+    if model.dtype == torch.float32 or not bf16_is_fast(model.device):
+        return MOST_DENSE_ROWS
+    return MOST_BF16_ROWS_BY_UNIT if has_unit or "bf16" in cpu_features() else MOST_BF16_ROWS
 
 
 def gather_weights(model: Decoder) -> None:

@@ -29,6 +29,7 @@ SOURCES = (
     "attention_tiles.c",
     "paged_attention.c",
     "matrix.c",
+    "dense.c",
     "tiles.c",
     "products.c",
     "decode_step.c",

@@ -98,7 +98,8 @@ static float *take(char **at, i64 count) {
 static Rows take_rows(char **at, i64 rows, i64 inputs) {
     i64 groups = groups_of(inputs), room = whole_tiles(rows) * groups;
     float *values = take(at, rows * inputs), *terms = take(at, room * TERMS);
-    return (Rows){values, (int8_t *)take(at, room * GROUP / 4), terms, inputs, groups};
+    float *packed = TOGETHER == 1 ? values : take(at, packed_size(rows, inputs));
+    return (Rows){values, packed, (int8_t *)take(at, room * GROUP / 4), terms, inputs, groups};
 }
 
 static i64 first_split(const Layer *l, i64 length) { return l->window ? max_(0, length - l->window) / SPLIT : 0; }
@@ -149,20 +150,26 @@ static void rms_norm(const float *x, const float *w, i64 width, float eps, float
     for (i64 j = 0; j < width; j++) y[j] = x[j] * inverse * w[j];
 }
 
-static void norm_row(const float *x, const float *w, float eps, const Matrix *next, const Rows *rows, i64 row) {
-    float *y = rows->values + row * rows->inputs;
-    rms_norm(x, w, rows->inputs, eps, y);
-    if (is_quantized(next)) quantize_row(rows, row, y);
+// makes a row's values ready for their products with `next`
+static void ready_row(const Matrix *next, const Batch *b, const Rows *rows, i64 row) {
+    if (is_quantized(next)) quantize_row(rows, row, rows->values + row * rows->inputs);
+    else pack_values(rows, row, b->rows, 0, rows->inputs);
+}
+
+static void norm_row(const float *x, const float *w, float eps, const Matrix *next, const Batch *b, const Rows *rows,
+                     i64 row) {
+    rms_norm(x, w, rows->inputs, eps, rows->values + row * rows->inputs);
+    ready_row(next, b, rows, row);
 }
 
 // Every row normalised, ready for `next`: one row by each thread for itself, several by the threads in turn.
 static const Rows *normed(const Model *m, const Batch *b, const Shared *sh, Thread *t, const float *w, float eps,
                           const Matrix *next) {
     if (b->rows == 1) {
-        norm_row(sh->x, w, eps, next, &t->normed, 0);
+        norm_row(sh->x, w, eps, next, b, &t->normed, 0);
         return &t->normed;
     }
-    EACH(s, b->rows) norm_row(sh->x + s * m->hidden, w, eps, next, &sh->normed, s);
+    EACH(s, b->rows) norm_row(sh->x + s * m->hidden, w, eps, next, b, &sh->normed, s);
     end_phase(t, b->rows);
     return &sh->normed;
 }
@@ -246,7 +253,7 @@ static void merge_row(const Layer *l, const Batch *b, const Shared *sh, Thread *
         for (i64 j = 0; j < splits; j++, part += size) merge_split(t->state, part, groups, l->dim);
         for (i64 g = 0; g < groups; g++, out += l->dim) finish_row(t->state + g * part_size(l->dim), l->dim, out);
     }
-    if (is_quantized(&l->o)) quantize_row(to, row, to->values + row * to->inputs);
+    ready_row(&l->o, b, to, row);
 }
 
 static const Rows *merged(const Layer *l, const Batch *b, const Shared *sh, Thread *t) {
@@ -294,9 +301,9 @@ static void gated(const Layer *l, const Batch *b, Thread *t, const Rows *x, cons
 #pragma omp simd
             for (i64 i = 0; i < count; i++) out[i] = gate[i] * sigmoid_(gate[i]) * up[i];
             memcpy(fed->values + s * fed->inputs + from, out, count * sizeof(float));
-            if (!is_quantized(&l->down)) continue;
             i64 at = s * fed->groups + g;
-            quantize_group(out, fed->codes + at * GROUP, fed->terms + at * TERMS);
+            if (is_quantized(&l->down)) quantize_group(out, fed->codes + at * GROUP, fed->terms + at * TERMS);
+            else pack_values(fed, s, b->rows, from, count);
         }
     }
     end_phase(t, fed->groups);

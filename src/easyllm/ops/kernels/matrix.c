@@ -140,40 +140,6 @@ ALWAYS_INLINE void int8_block(const int8_t *w, i64 groups, const int8_t *codes, 
     }
 }
 
-static inline lane8 load_8(const void *row, int format, i64 at) {
-    if (format == FP32) return *(const lane8 *)((const float *)row + at);
-    typedef uint16_t short8 __attribute__((vector_size(16), aligned(2)));
-    typedef uint32_t word8 __attribute__((vector_size(32)));
-    return (lane8)(__builtin_convertvector(*(const short8 *)((const uint16_t *)row + at), word8) << 16);
-}
-
-static inline float load_1(const void *row, int format, i64 at) {
-    return format == FP32 ? ((const float *)row)[at] : bf16_to_float(((const uint16_t *)row)[at]);
-}
-
-ALWAYS_INLINE lane8 dense_block(const Matrix *w, int format, i64 block, const float *x, int fetches) {
-    lane8 acc[OUTPUTS] = {{0}}, rest = {0};
-    const char *row[OUTPUTS];
-    i64 k = 0, size = format == FP32 ? 4 : 2, ahead = OUTPUTS * w->inputs * size;
-    for (int j = 0; j < OUTPUTS; j++)  // beyond the last output: it again
-        row[j] = (const char *)w->data + min_(block * OUTPUTS + j, w->outputs - 1) * w->inputs * size;
-    for (; k + 8 <= w->inputs; k += 8) {
-        lane8 values = *(const lane8 *)(x + k);
-        if (fetches && k * size % 64 == 0)  // the next block's rows
-            for (int j = 0; j < OUTPUTS; j++) __builtin_prefetch(row[j] + ahead + k * size);
-        for (int j = 0; j < OUTPUTS; j++) acc[j] += values * load_8(row[j], format, k);
-    }
-    for (; k < w->inputs; k++)
-        for (int j = 0; j < OUTPUTS; j++) rest[j] += x[k] * load_1(row[j], format, k);
-    return sums_of(acc) + rest;
-}
-
-// `fetches`: for the first of some rows, whose successors find the weights in the cache
-static inline lane8 dense_sums(const Matrix *w, i64 block, const float *x, int fetches) {
-    if (w->format == FP32) return fetches ? dense_block(w, FP32, block, x, 1) : dense_block(w, FP32, block, x, 0);
-    return fetches ? dense_block(w, BF16, block, x, 1) : dense_block(w, BF16, block, x, 0);
-}
-
 // ---- what others call
 
 void quantize_group(const float *x, int8_t *codes, float *terms) {
@@ -223,6 +189,10 @@ void matrix_row(const Matrix *w, i64 row, float *x) {
 #define ROW_TILE 4
 
 static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows, float *out, i64 out_stride) {
+    if (!is_quantized(w)) {
+        dense_block(w, block, x, num_rows, out, out_stride);
+        return;
+    }
     i64 groups = x->groups, width = min_(OUTPUTS, w->outputs - block * OUTPUTS), m = 0;
     const int8_t *codes = x->codes;
     const float *terms = x->terms;
@@ -233,15 +203,11 @@ static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows
             const uint8_t *data = (const uint8_t *)w->data + block * groups * 160;
             if (tile == 1) int4_block(data, groups, codes, terms, 1, sum);
             else int4_block(data, groups, codes, terms, ROW_TILE, sum);
-        } else if (w->format == INT8) {
+        } else {
             const int8_t *data = (const int8_t *)w->data + block * groups * 256;
             if (tile == 1) int8_block(data, groups, codes, terms, 1, sum);
             else int8_block(data, groups, codes, terms, ROW_TILE, sum);
             for (int i = 0; i < tile; i++) sum[i] *= *(const lane8 *)(w->scales + block * OUTPUTS);
-        } else {
-            const float *values = x->values + m * x->inputs;
-            for (int i = 0; i < tile; i++, values += x->inputs)
-                sum[i] = dense_sums(w, block, values, m + i == 0);
         }
         for (int i = 0; i < tile; i++) {
             float *to = out + (m + i) * out_stride;
@@ -281,7 +247,7 @@ void linear_strip(const Matrix *w, i64 strip, const Rows *x, i64 num_rows, float
 void quantized_linear(const void *x, void *y, int dtype, i64 rows, const Matrix *w) {
     i64 groups = groups_of(w->inputs), chunk_rows = min_(rows, ROW_CHUNK), size = element_size(dtype);
     i64 room = whole_tiles(max_(1, chunk_rows)) * groups;
-    Rows q = {NULL, malloc(room * GROUP), malloc(room * TERMS * sizeof(float)), w->inputs, groups};
+    Rows q = {NULL, NULL, malloc(room * GROUP), malloc(room * TERMS * sizeof(float)), w->inputs, groups};
     float *out = dtype == FP32 ? NULL : malloc(chunk_rows * w->outputs * sizeof(float));
     for (i64 begin = 0; begin < rows; begin += ROW_CHUNK) {
         i64 count = min_(ROW_CHUNK, rows - begin);

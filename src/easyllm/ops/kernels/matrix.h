@@ -20,6 +20,7 @@
 #define UNIT_ROWS 16  // rows that the processor's matrix unit takes at once, where it has one
 #define UNIT_STRIP 2  // blocks of outputs that it takes at once
 #define TERMS 3       // of a row's group: u, -8 u sum q, sum x
+#define TOGETHER (LANES / 8)  // rows of which a register holds eight values each
 
 typedef struct {
     const void *data;
@@ -29,10 +30,11 @@ typedef struct {
     int format;  // FP32, BF16, INT8, INT4
 } Matrix;
 
-// Rows as linear_strip takes them: values for fp32 and bf16 weights, codes and terms for int8 and int4. A tile of rows is
-// read whole, so there is room for a multiple of 16 of codes and terms; what lies in the rest does not matter.
+// Rows as linear_strip takes them: values for fp32 and bf16 weights, of several rows packed as well, codes and terms for int8 and
+// int4. A tile of rows is read whole, so there is room for a multiple of 16 of codes and terms; what lies in the rest does not matter.
 typedef struct {
     float *values;   // [rows][inputs]
+    float *packed;   // [rows / TOGETHER][inputs / 8][TOGETHER][8]: the values themselves where TOGETHER is 1
     int8_t *codes;   // [whole_tiles(rows)][groups * 32]
     float *terms;    // [whole_tiles(rows)][groups][3]
     i64 inputs, groups;
@@ -41,6 +43,7 @@ typedef struct {
 static inline i64 groups_of(i64 inputs) { return (inputs + GROUP - 1) / GROUP; }
 static inline i64 blocks_of(const Matrix *w) { return (w->outputs + OUTPUTS - 1) / OUTPUTS; }
 static inline i64 whole_tiles(i64 rows) { return (rows + UNIT_ROWS - 1) / UNIT_ROWS * UNIT_ROWS; }
+static inline i64 packed_size(i64 rows, i64 inputs) { return (rows + 1) / TOGETHER * TOGETHER * inputs; }
 static inline int is_quantized(const Matrix *w) { return w->format >= INT8; }
 
 // x[inputs] = row `row` of an fp32, bf16 or int8 matrix: a token's vector
@@ -51,6 +54,12 @@ void quantize_group(const float *x, int8_t *codes, float *terms);
 
 // codes and terms of row `row`, from x[inputs]
 void quantize_row(const Rows *rows, i64 row, const float *x);
+
+// dense.c: packs values[from .. from + count) of row `row` of num_rows; both are multiples of 8, but for the end of a row
+void pack_values(const Rows *rows, i64 row, i64 num_rows, i64 from, i64 count);
+
+// out[m][0 .. OUTPUTS) = the rows' products with a block of an fp32 or bf16 matrix, bias added
+void dense_block(const Matrix *w, i64 block, const Rows *rows, i64 num_rows, float *out, i64 out_stride);
 
 // Outputs are computed by strips: one block for few rows, several for many.
 i64 strip_outputs(i64 num_rows);

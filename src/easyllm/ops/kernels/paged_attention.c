@@ -7,6 +7,7 @@
 #include "paged.h"
 
 #define BLOCK_ROWS 32  // (token, head) pairs of a block of queries
+#define OCTETS_AHEAD 2  // how far ahead of their use keys and values are fetched
 
 // the eight keys (or values) from `key` on, [8][dim] in fp32; they lie in one page
 static const float *load_octet(const Pages *p, const void *base, const float *scales, const int32_t *table, i64 kv,
@@ -33,6 +34,26 @@ static const float *load_octet(const Pages *p, const void *base, const float *sc
         }
     }
     return to;
+}
+
+// Cache lines of an octet, prefetched a few at each turn of a loop. Pages are anywhere in memory, so the hardware's prefetcher does
+// not find them; and prefetched all at once they fill its queue, and arithmetic waits until they have come.
+typedef struct {
+    const char *keys, *values;
+    i64 at, end, step;  // bytes
+} Ahead;
+
+static inline Ahead octet_ahead(const Pages *p, const int32_t *table, i64 kv, i64 key, i64 turns) {
+    i64 row = p->format == INT4 ? p->dim / 2 : p->format == INT8 ? p->dim : p->dim * element_size(p->format);
+    i64 at = page_row(p, table, kv, key) * row, end = OCTET * row;
+    return (Ahead){(const char *)p->keys + at, (const char *)p->values + at, 0, end, (end + 64 * turns - 1) / (64 * turns) * 64};
+}
+
+ALWAYS_INLINE void fetch_some(Ahead *a) {
+    for (i64 until = min_(a->at + a->step, a->end); a->at < until; a->at += 64) {
+        __builtin_prefetch(a->keys + a->at);
+        __builtin_prefetch(a->values + a->at);
+    }
 }
 
 // e^x for a score's distance from the largest. Below e^-60 it is nothing: no sum of fp32 that holds a 1 can show it, and
@@ -65,7 +86,7 @@ void store_head(const Pages *p, void *base, float *scales, i64 row, const float 
 
 // out[8] = products of a query with eight keys
 // (The loops over registers are unrolled by name, or some compilers keep the sums in memory.)
-static inline void score_octet(const float *q, const float *keys, i64 dim, float *out) {
+static inline void score_octet(const float *q, const float *keys, i64 dim, float *out, Ahead *ahead) {
     vec acc[OCTET];
     lane8 sums[OCTET];
     i64 c = 0;
@@ -73,6 +94,7 @@ static inline void score_octet(const float *q, const float *keys, i64 dim, float
     for (int j = 0; j < OCTET; j++) acc[j] = (vec){0};
     for (; c + LANES <= dim; c += LANES) {
         vec x = *(const vec *)(q + c);
+        fetch_some(ahead);
 #pragma GCC unroll 8
         for (int j = 0; j < OCTET; j++) acc[j] += x * *(const vec *)(keys + j * dim + c);
     }
@@ -143,20 +165,22 @@ static inline void softmax_row(float *scores, i64 from, i64 to, float *part) {
 
 void attend_split(const Pages *p, const int32_t *table, i64 kv, i64 split, i64 rows, const float *q,
                   const Sight *sight, float *part, float *scratch) {
-    i64 dim = p->dim, begin = split * SPLIT, first = SPLIT, last = -1;
+    i64 dim = p->dim, begin = split * SPLIT, first = SPLIT, last = -1, furthest = 0;
     const float *octets[SPLIT / OCTET];
     float *values = scratch, *keys = values + SPLIT * dim, *scores = keys + OCTET * dim;
     for (i64 r = 0; r < rows; r++) {
         first = min_(first, max_(0, sight[r].first - begin));
         last = max_(last, min_(SPLIT - 1, sight[r].last - begin));
+        furthest = max_(furthest, sight[r].last);
     }
     for (i64 o = first / OCTET; o * OCTET <= last; o++) {
-        i64 key = begin + o * OCTET;
+        i64 key = begin + o * OCTET, next = min_(key + OCTETS_AHEAD * OCTET, furthest / OCTET * OCTET);
+        Ahead ahead = octet_ahead(p, table, kv, next, max_(1, rows * dim / LANES));
         const float *k = load_octet(p, p->keys, p->key_scales, table, kv, key, keys);
         octets[o] = load_octet(p, p->values, p->value_scales, table, kv, key, values + o * OCTET * dim);
         for (i64 r = 0; r < rows; r++)
             if (sight[r].last >= key && sight[r].first < key + OCTET)
-                score_octet(q + r * dim, k, dim, scores + r * SPLIT + o * OCTET);
+                score_octet(q + r * dim, k, dim, scores + r * SPLIT + o * OCTET, &ahead);
     }
     clear_parts(part, rows, dim);
     for (i64 r = 0, together; r < rows; r += together) {  // heads of one token see the same keys

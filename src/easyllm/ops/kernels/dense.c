@@ -1,0 +1,206 @@
+// Products of rows with fp32 and bf16 weights.
+//
+// A sum has eight lanes, lane i over the inputs k with k % 8 = i, in the order of k; the lanes are added in one fixed order, and
+// the inputs beyond the last multiple of eight after them. So a row's bits do not depend on how many rows there are, on the
+// width of the registers or on the chunks below.
+//
+// Several rows: a register has the eight lanes of one row, or with AVX-512 of two, whose values are interleaved for that
+// (`Rows.packed`). A block of 8 outputs meets groups of three registers of rows at a time, whose sums stay in registers; inputs
+// come in chunks, so that the block's weights and a group's values stay in the L1 cache.
+#include "matrix.h"
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define CHUNK 512          // inputs of a chunk: 16 KB of weights in fp32
+#define ROWS_AT_ONCE 64    // whose sums are kept from chunk to chunk
+#define MOST_TOGETHER 3    // registers of rows in a group
+#ifdef __AVX512F__
+#define TILE_OUTPUTS 8     // 24 sums of 32 registers
+#else
+#define TILE_OUTPUTS 4     // 12 of 16
+#endif
+#define GROUPS_TO_SPREAD 4  // from so many groups on, each fetches a part of the next block ahead of its use
+
+static inline lane8 load_8(const void *row, int format, i64 at) {
+    if (format == FP32) return *(const lane8 *)((const float *)row + at);
+    typedef uint16_t short8 __attribute__((vector_size(16), aligned(2)));
+    typedef uint32_t word8 __attribute__((vector_size(32)));
+    return (lane8)(__builtin_convertvector(*(const short8 *)((const uint16_t *)row + at), word8) << 16);
+}
+
+static inline float load_1(const void *row, int format, i64 at) {
+    return format == FP32 ? ((const float *)row)[at] : bf16_to_float(((const uint16_t *)row)[at]);
+}
+
+// the block's rows of weights; beyond the last output: it again
+static inline void rows_of_block(const Matrix *w, i64 block, const char *row[OUTPUTS]) {
+    for (i64 j = 0; j < OUTPUTS; j++)
+        row[j] = (const char *)w->data + min_(block * OUTPUTS + j, w->outputs - 1) * w->inputs * element_size(w->format);
+}
+
+// Products with the inputs beyond the last multiple of eight. One function for all callers, each product rounded before it is added:
+// else the compiler might choose another way for each of them.
+static __attribute__((noinline, optimize("fp-contract=off"))) lane8 rest_of(const Matrix *w, const char *const *row, const float *x) {
+    lane8 rest = {0};
+    for (i64 k = w->inputs / 8 * 8; k < w->inputs; k++)
+        for (int j = 0; j < OUTPUTS; j++) rest[j] += x[k] * load_1(row[j], w->format, k);
+    return rest;
+}
+
+static inline void put(lane8 sum, i64 width, float *to) {
+    if (width == OUTPUTS) *(lane8 *)to = sum;
+    else memcpy(to, &sum, width * sizeof(float));
+}
+
+// ---- one row
+
+ALWAYS_INLINE lane8 one_row(const Matrix *w, int format, i64 block, const float *x) {
+    lane8 acc[OUTPUTS] = {{0}};
+    const char *row[OUTPUTS];
+    i64 k = 0, size = element_size(format), ahead = OUTPUTS * w->inputs * size;
+    rows_of_block(w, block, row);
+    for (; k + 8 <= w->inputs; k += 8) {
+        lane8 values = *(const lane8 *)(x + k);
+        if (k * size % 64 == 0)  // the next block's rows: the hardware prefetches too little, and not across pages of memory
+            for (int j = 0; j < OUTPUTS; j++) __builtin_prefetch(row[j] + ahead + k * size);
+        for (int j = 0; j < OUTPUTS; j++) acc[j] += values * load_8(row[j], format, k);
+    }
+    return sums_of(acc) + rest_of(w, row, x);
+}
+
+// ---- several rows
+
+#if TOGETHER == 2
+static inline vec spread(const float *eight) {  // the same eight in both halves
+    return (vec)_mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_loadu_pd((const double *)eight)));
+}
+static inline __m512 neighbours(vec a, vec b) {  // pair_sums of both halves
+    return _mm512_add_ps(_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88), _mm512_shuffle_ps((__m512)a, (__m512)b, 0xdd));
+}
+// to[t] = sums_of the lanes that belong to row t
+static inline void row_sums(const vec a[OUTPUTS], lane8 to[TOGETHER]) {
+    __m512 low = neighbours((vec)neighbours(a[0], a[1]), (vec)neighbours(a[2], a[3]));
+    __m512 high = neighbours((vec)neighbours(a[4], a[5]), (vec)neighbours(a[6], a[7]));
+    __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    _mm512_storeu_ps(to, _mm512_shuffle_f32x4(sums, sums, 0xd8));
+}
+#else
+static inline vec spread(const float *eight) { return *(const vec *)eight; }
+static inline void row_sums(const vec a[OUTPUTS], lane8 to[TOGETHER]) { to[0] = sums_of((const lane8 *)a); }
+#endif
+
+// What the tiles of a chunk share.
+typedef struct {
+    const float *weights[OUTPUTS];
+    i64 steps;          // eight inputs each
+    i64 between;        // floats from register to register of packed rows
+    int starts;         // no sums are there yet
+    i64 fetch_step;     // bytes of the next block for each step
+} Chunk;
+
+// sums[REGISTERS][OUTPUTS] (+)= products of rows with the chunk; LINES: cache lines to fetch at each step
+#define TILE_OF(NAME, REGISTERS, LINES)                                                                             \
+    static void NAME(const Chunk *c, const float *x, const char *ahead, vec *sums) {                                \
+        for (int first = 0; first < OUTPUTS; first += TILE_OUTPUTS) {                                               \
+            vec acc[REGISTERS][TILE_OUTPUTS];                                                                       \
+            const float *w[TILE_OUTPUTS];                                                                           \
+            for (int j = 0; j < TILE_OUTPUTS; j++) {                                                                \
+                w[j] = c->weights[first + j];                                                                       \
+                for (int r = 0; r < REGISTERS; r++)                                                                 \
+                    acc[r][j] = c->starts ? (vec){0} : sums[r * OUTPUTS + first + j];                               \
+            }                                                                                                       \
+            const float *at = x;                                                                                    \
+            for (i64 k = 0; k < c->steps; k++, at += LANES, ahead += c->fetch_step) {                               \
+                vec values[REGISTERS];                                                                              \
+                for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + 64 * i);                                 \
+                for (int r = 0; r < REGISTERS; r++) values[r] = *(const vec *)(at + r * c->between);                \
+                for (int j = 0; j < TILE_OUTPUTS; j++) {                                                            \
+                    vec weights = spread(w[j] + 8 * k);                                                             \
+                    for (int r = 0; r < REGISTERS; r++) acc[r][j] += values[r] * weights;                           \
+                }                                                                                                   \
+            }                                                                                                       \
+            for (int j = 0; j < TILE_OUTPUTS; j++)                                                                  \
+                for (int r = 0; r < REGISTERS; r++) sums[r * OUTPUTS + first + j] = acc[r][j];                      \
+        }                                                                                                           \
+    }
+TILE_OF(tile_1_fetching_all, 1, 4)
+TILE_OF(tile_2_fetching_all, 2, 4)
+TILE_OF(tile_3_fetching_all, 3, 4)
+TILE_OF(tile_1, 1, 1)
+TILE_OF(tile_2, 2, 1)
+TILE_OF(tile_3, 3, 1)
+
+typedef void Tile(const Chunk *, const float *, const char *, vec *);
+
+// the chunk's weights, of bf16 widened into `wide`
+static void open_chunk(Chunk *c, const Matrix *w, const char *const *row, i64 k, float (*wide)[CHUNK]) {
+    i64 count = 8 * c->steps;
+    for (int j = 0; j < OUTPUTS; j++) {
+        if (w->format == BF16) load_row((const uint16_t *)row[j] + k, BF16, count, wide[j]);
+        c->weights[j] = w->format == BF16 ? wide[j] : (const float *)row[j] + k;
+    }
+}
+
+static void some_rows(const Matrix *w, i64 block, const Rows *x, i64 first_row, i64 num_rows,
+                      lane8 bias, float *out, i64 stride) {
+    static Tile *const fetching_all[] = {tile_1_fetching_all, tile_2_fetching_all, tile_3_fetching_all};
+    static Tile *const fetching_some[] = {tile_1, tile_2, tile_3};
+    float wide[OUTPUTS][CHUNK] __attribute__((aligned(64)));
+    vec sums[ROWS_AT_ONCE / TOGETHER][OUTPUTS] __attribute__((aligned(64)));
+    const char *row[OUTPUTS];
+    rows_of_block(w, block, row);
+    i64 registers = (num_rows + TOGETHER - 1) / TOGETHER, size = element_size(w->format);
+    i64 groups = (registers + MOST_TOGETHER - 1) / MOST_TOGETHER, whole = w->inputs / 8 * 8;
+    int all = groups < GROUPS_TO_SPREAD;  // each of so few fetches all of the next block
+    i64 share = OUTPUTS * 8 * size / (all ? 1 : GROUPS_TO_SPREAD);
+    Chunk c = {.between = TOGETHER == 1 ? w->inputs : whole * TOGETHER, .fetch_step = share * TILE_OUTPUTS / OUTPUTS};
+    for (i64 k = 0; k < whole; k += CHUNK) {
+        const char *ahead = row[0] + OUTPUTS * (w->inputs + k) * size;
+        c.steps = min_(CHUNK, whole - k) / 8, c.starts = k == 0;
+        open_chunk(&c, w, row, k, wide);
+        for (i64 r = 0, g = 0, count; r < registers; r += count, g++) {
+            count = registers - r == MOST_TOGETHER + 1 ? 2 : min_(MOST_TOGETHER, registers - r);
+            const float *values = x->packed + (first_row / TOGETHER + r) * c.between + k * TOGETHER;
+            (all ? fetching_all : fetching_some)[count - 1](&c, values, ahead, sums[r]);
+            if (!all && g < GROUPS_TO_SPREAD - 1) ahead += share * c.steps;
+        }
+    }
+    i64 width = min_(OUTPUTS, w->outputs - block * OUTPUTS);
+    for (i64 r = 0; r < registers; r++) {
+        lane8 found[TOGETHER];
+        row_sums(sums[r], found);
+        for (i64 t = 0; t < TOGETHER && r * TOGETHER + t < num_rows; t++) {
+            i64 m = r * TOGETHER + t;
+            lane8 sum = found[t] + rest_of(w, row, x->values + (first_row + m) * x->inputs);
+            put(w->bias ? sum + bias : sum, width, out + m * stride);
+        }
+    }
+}
+
+// ---- what others call
+
+void pack_values(const Rows *rows, i64 row, i64 num_rows, i64 from, i64 count) {
+    if (TOGETHER == 1 || num_rows == 1) return;
+    const float *x = rows->values + row * rows->inputs;
+    int is_alone = row == num_rows - 1 && row % TOGETHER == 0;  // what stands where the next row would must be numbers, too
+    float *to = rows->packed + row / TOGETHER * TOGETHER * (rows->inputs / 8 * 8) + row % TOGETHER * 8;
+    for (i64 k = from; k + 8 <= from + count; k += 8) {
+        *(lane8 *)(to + k * TOGETHER) = *(const lane8 *)(x + k);
+        if (is_alone) *(lane8 *)(to + k * TOGETHER + 8) = *(const lane8 *)(x + k);
+    }
+}
+
+void dense_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows, float *out, i64 stride) {
+    i64 width = min_(OUTPUTS, w->outputs - block * OUTPUTS);
+    lane8 bias = {0};
+    for (i64 j = 0; w->bias && j < width; j++) bias[j] = w->bias[block * OUTPUTS + j];
+    if (num_rows == 1) {
+        lane8 sum = w->format == FP32 ? one_row(w, FP32, block, x->values) : one_row(w, BF16, block, x->values);
+        put(w->bias ? sum + bias : sum, width, out);
+        return;
+    }
+    for (i64 m = 0; m < num_rows; m += ROWS_AT_ONCE)
+        some_rows(w, block, x, m, min_(ROWS_AT_ONCE, num_rows - m), bias, out + m * stride, stride);
+}
