@@ -12,10 +12,7 @@ folder that `easyllm convert smollm2 FOLDER` has written. `cpu_ratio` is of proc
 
 import argparse
 import json
-import math
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from paired import Worker, answer_questions, median_ratio, peak_rss_mb
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,14 +62,13 @@ def compare(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
         for number in range(options.rounds + 1):  # the first one warms up
             order = list(workers) if number % 2 else list(workers)[::-1]
             for name in order:
-                figures = ask(workers[name], number)
+                figures = workers[name].ask(number)
                 if number:
                     found[name].append(figures)
                     print(dtype, name, json.dumps(figures), file=sys.stderr, flush=True)
     finally:
         for process in workers.values():
-            process.kill()
-            process.wait()
+            process.close()
     result: dict[str, Any] = {"dtype": dtype}
     for name, runs in found.items():
         result[f"{name}_tokens_per_s"] = round(
@@ -80,51 +77,28 @@ def compare(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
         result[f"{name}_peak_rss_mb"] = max(r["peak_rss_mb"] for r in runs)
         if name != "here":
             pairs = list(zip(found["here"], runs, strict=True))
-            result[f"ratio_to_{name}"] = median(
+            result[f"ratio_to_{name}"] = median_ratio(
                 [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
             )
-            result[f"cpu_ratio_to_{name}"] = median([b["cpu_s"] / a["cpu_s"] for a, b in pairs])
+            result[f"cpu_ratio_to_{name}"] = median_ratio(
+                [b["cpu_s"] / a["cpu_s"] for a, b in pairs]
+            )
     return result
-
-
-def median(ratios: list[float]) -> list[float]:
-    """The median and its 95% interval, from order statistics."""
-    ordered, count = sorted(ratios), len(ratios)
-    outside, low = 0.5**count, 0  # probability that the median lies below ordered[low]
-    while low + 1 < count // 2 and outside + math.comb(count, low + 1) * 0.5**count <= 0.025:
-        low += 1
-        outside += math.comb(count, low) * 0.5**count
-    return [round(x, 3) for x in (statistics.median(ordered), ordered[low], ordered[-1 - low])]
 
 
 def worker(
     options: argparse.Namespace, name: str, dtype: str, python: str, checkout: Path
-) -> "subprocess.Popen[str]":
+) -> Worker:
     """A process that measures when it is asked to."""
     command = [python, __file__, "--worker", "peer" if name == "peer" else "ours", dtype]
     command += ["--shape", *map(str, options.shape), *(["--avx2"] if options.avx2 else [])]
     command += ["--peer-model", options.peer_model] if name == "peer" else []
-    env = {**os.environ, "PYTHONPATH": str(Path(checkout).resolve() / "src"), "HF_HUB_OFFLINE": "1"}
-    if options.avx2:
-        env |= {
-            "ONEDNN_MAX_CPU_ISA": "AVX2",
-            "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-            "ATEN_CPU_CAPABILITY": "avx2",
-        }
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
-    )
-
-
-def ask(process: "subprocess.Popen[str]", seed: int) -> dict[str, float]:
-    assert process.stdin is not None, "opened as a pipe"
-    assert process.stdout is not None, "opened as a pipe"
-    process.stdin.write(f"{seed}\n")
-    process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith("{"):
-            return json.loads(line)
-    raise RuntimeError(f"a worker ended with {process.wait()} before it measured")
+    narrow = {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+    }
+    return Worker(command, checkout, narrow if options.avx2 else None)
 
 
 def work(options: argparse.Namespace) -> None:
@@ -136,18 +110,18 @@ def work(options: argparse.Namespace) -> None:
     torch.set_num_threads(2)
     measure = peer(options.peer_model, dtype) if kind == "peer" else ours(dtype, options.shape[0])
     next(measure)
-    for line in sys.stdin:
-        torch.manual_seed(int(line))
-        count, length, new = options.shape
+    count, length, new = options.shape
+
+    def answer(seed: int) -> dict[str, float]:
+        torch.manual_seed(seed)
         wall, cpu = measure.send((torch.randint(100, 40000, (count, length)), new))
-        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        peak = int(next(line for line in status if line.startswith("VmHWM")).split()[1])
-        figures = {
+        return {
             "tokens_per_s": round(count * (new - 1) / wall, 1),
             "cpu_s": round(cpu, 3),
-            "peak_rss_mb": round(peak / 1024),
+            "peak_rss_mb": peak_rss_mb(),
         }
-        print(json.dumps(figures), flush=True)
+
+    answer_questions(answer)
 
 
 def build_for_avx2() -> None:
