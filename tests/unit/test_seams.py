@@ -4,6 +4,7 @@ merged or refused with its reason, planned, served, and compiled or refused with
 import json
 from typing import Literal
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,6 +32,9 @@ from easyllm.data.rows import read_rows
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.compiled_step import CompiledStep
 from easyllm.models import add_adapter, hf_module_name, load_model, save_model
+from easyllm.models.families import llama, register_family
+from easyllm.models.families.family import Family, llama_keymap
+from easyllm.models.families.gguf_layout import GGUFLayout
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.linear import BaseProduct, put_weight
 from easyllm.nn.storage import PackedStorage
@@ -286,6 +290,55 @@ def summed(model, hidden, batch):
     """[S] summed log-probability of each sequence's labels."""
     rows = F.cross_entropy(model.head(hidden), batch.labels, reduction="none", ignore_index=-100)
     return -torch.stack([part.sum() for part in rows.split(batch.lengths)])
+
+
+# ---- 6. a family with names of its own in GGUF files
+
+
+def family_read_config(hf):
+    return llama.read_config(hf).changed(family="test_family")
+
+
+def family_write_config(config):
+    return llama.write_config(config) | {"model_type": "test_family"}
+
+
+def family_read_gguf(metadata):
+    heads = metadata.need("heads")
+    return {
+        "model_type": "test_family",
+        "hidden_size": metadata.need("width"),
+        "intermediate_size": metadata.need("inner"),
+        "num_hidden_layers": metadata.need("layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.get("kv_heads", heads),
+        "head_dim": metadata.need("head_dim"),
+        "max_position_embeddings": metadata.need("context_length"),
+        "rms_norm_eps": metadata.need("eps"),
+        "tie_word_embeddings": True,
+    }
+
+
+TEST_FAMILY = Family(
+    name="test_family",
+    model_types=("test_family",),
+    read_config=family_read_config,
+    write_config=family_write_config,
+    keymap=llama_keymap,
+    gguf=GGUFLayout(
+        architectures=("testarch",),
+        read_config=family_read_gguf,
+        names={
+            "words": "model.embed_tokens",
+            "last": "model.norm",
+            **{f"t.{{i}}.{p}": f"model.layers.{{i}}.self_attn.{p}_proj" for p in "qkvo"},
+            **{f"t.{{i}}.{p}": f"model.layers.{{i}}.mlp.{p}_proj" for p in ("gate", "up", "down")},
+            "t.{i}.n1": "model.layers.{i}.input_layernorm",
+            "t.{i}.n2": "model.layers.{i}.post_attention_layernorm",
+        },
+        transforms={"t.{i}.down": lambda tensor, _config: tensor / 2},
+    ),
+)
 
 
 # ---- registering
@@ -637,6 +690,64 @@ def test_an_objective_refuses_other_data_and_samples(rows, tiny_folder):
 
     with pytest.raises(ValidationError, match="needs data of kind test_pairs"):
         run_config(rows, tiny_folder, objective={"kind": "test_pair_loss"})
+
+
+def test_a_family_goes_the_whole_way_from_its_gguf_file(
+    rows, tiny_folder, tmp_path, tiny_tokenizer, families_restored, monkeypatch
+):
+    register_family(TEST_FAMILY)
+    expected = load_model(tiny_folder, dtype="float32")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "testarch")
+    for key, value in {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "width": 32,
+        "inner": 64,
+        "layers": 2,
+        "context_length": 256,
+        "vocab_size": 320,
+    }.items():
+        writer.add_uint32(f"testarch.{key}", value)
+    writer.add_float32("testarch.eps", 1e-5)
+    ours = {p: f"mixer.{p}_proj" for p in "qkvo"}
+    ours |= {p: f"feed_forward.{p}_proj" for p in ("gate", "up", "down")}
+    ours |= {"n1": "mixer_norm", "n2": "feed_forward_norm"}
+    state = expected.state_dict()
+    writer.add_tensor("words.weight", state["embed_tokens.weight"].numpy())
+    writer.add_tensor("last.weight", state["norm.weight"].numpy())
+    for layer in range(2):
+        for theirs, name in ours.items():
+            tensor = state[f"layers.{layer}.{name}.weight"] * (2 if theirs == "down" else 1)
+            writer.add_tensor(f"t.{layer}.{theirs}.weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    model = load_model(tmp_path / "m.gguf")
+    assert model.config.family == "test_family"
+    assert torch.equal(model.logits(IDS), expected.logits(IDS))
+    save_model(model, tmp_path / "hf", tokenizer=tiny_tokenizer)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "test_family"
+    saved = train_twice(
+        run_config(rows, tmp_path / "hf", adapter={"kind": "lora", "rank": 2}),
+        tmp_path,
+        monkeypatch,
+    )
+    adapted = load_model(tmp_path / "hf", adapter=saved)
+    logits = adapted.logits(IDS)
+    torch.testing.assert_close(merge(adapted).logits(IDS), logits, atol=1e-4, rtol=1e-4)
+    assert CompiledStep.supports(adapted)
+    options = {"micro_batch_tokens": 64, "dtype": torch.float32}
+    assert estimate_training(model.config, **options).weights == 4 * sum(
+        p.numel() for p in model.parameters()
+    )
+    done = LLM(model=adapted, tokenizer=tiny_tokenizer, max_running=4).generate(PROMPTS, GREEDY)
+    chosen = adapted.logits([*PROMPTS[0], *done[0].token_ids])[len(PROMPTS[0]) - 1 : -1].argmax(-1)
+    assert chosen.tolist() == done[0].token_ids
+    with pytest.raises(ConfigError, match="registered already"):
+        register_family(TEST_FAMILY)
 
 
 def test_registered_kinds_are_in_messages_and_schema(rows, tiny_folder):
