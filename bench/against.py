@@ -6,7 +6,7 @@
 
 `--bits`: 20 training steps in full and with LoRA, in fp32 and bf16; prefill and decoding in every format of weights and cache,
 with the compiled step and without; deterministic mode; a run that is killed and resumed, and one that the other checkout has begun
-and this one ends. Each item is computed by both and reduced to a hash; an item that differs is named, exit code 1.
+and this one ends. Each item is computed by both and reduced to hashes; an item that differs is named, exit code 1.
 
 `--speed`: training steps, decoding of 1 and 32 sequences, reading of prompts, `--help` and the quickstart. The two sides measure in
 turn, so that a machine that others use slows both down; given are the median of the ratios (above 1: this checkout is faster) with
@@ -99,12 +99,13 @@ def compare_bits(options: argparse.Namespace) -> None:
             pairs = []
             for side in (options.base, options.here):
                 process = worker(side)
-                pairs.append(process.ask({"bits": item})["hash"])
+                pairs.append(process.ask({"bits": item}))
                 process.close()
-        same = pairs[0] == pairs[1]
-        differing += [] if same else [item]
+        other = [part for part in pairs[0] if pairs[0][part] != pairs[1][part]]
+        differing += [item] if other else []
         took = time.perf_counter() - start
-        print(f"{'equal ' if same else 'DIFFER'}  {item}  ({took:.0f} s)", flush=True)
+        where = f", in: {' '.join(other)}" if other else ""
+        print(f"{'DIFFER' if other else 'equal '}  {item}{where}  ({took:.0f} s)", flush=True)
     if differing:
         sys.exit(f"{len(differing)} items differ: {', '.join(differing)}")
 
@@ -115,11 +116,12 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(2)
     if "bits" in question:
-        return {"hash": bits_of(question["bits"])}
+        return bits_of(question["bits"])
     return seconds_of(question["speed"], question["round"])
 
 
-def bits_of(item: str) -> str:
+def bits_of(item: str) -> dict[str, str]:
+    """Hashes of an item's parts."""
     kind, *words = item.split()
     if kind == "train":
         with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +129,7 @@ def bits_of(item: str) -> str:
             return hash_run(Path(folder) / "run")
     if kind == "prefill":
         llm = engine(words[0])
-        return digest([llm.score(ids(300, 1)), llm.score(ids(7, 2))])
+        return {"long": digest(llm.score(ids(300, 1))), "short": digest(llm.score(ids(7, 2)))}
     options: dict[str, Any] = {}
     if kind == "deterministic":
         options = {"deterministic": True}
@@ -141,7 +143,10 @@ def bits_of(item: str) -> str:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     alone = llm.generate([ids(60, 3)], params)
     many = llm.generate([ids(20 + 9 * i, 4 + i) for i in range(8)], params)
-    return digest([[c.token_ids, c.logprobs] for c in (*alone, *many)])
+    return {
+        name: digest([[c.token_ids, c.logprobs] for c in done])
+        for name, done in (("alone", alone), ("eight", many))
+    }
 
 
 def engine(weights: str, **options: Any) -> Any:
@@ -213,31 +218,33 @@ def train_steps(folder: Path, mode: str, dtype: str, steps: int, **changes: Any)
     train(TrainConfig.model_validate(values), folder / "run")
 
 
-def hash_run(run: Path) -> str:
-    """Of the trained tensors and of every step's loss and gradient norm."""
+def hash_run(run: Path) -> dict[str, str]:
+    """Of the trained tensors, and of every step's loss and gradient norm."""
     from safetensors.numpy import load_file
 
     (file,) = [p for p in run.glob("*/*.safetensors") if p.parent.name in ("adapter", "model")]
     whole = hashlib.sha256()
     for name, tensor in sorted(load_file(file).items()):
         whole.update(name.encode() + tensor.tobytes())
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        if "train/loss_nats" in values:
-            whole.update(repr([values["train/loss_nats"], values["train/grad_norm"]]).encode())
-    return whole.hexdigest()
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    steps = [
+        [line["train/loss_nats"], line["train/grad_norm"]]
+        for line in lines
+        if "train/loss_nats" in line
+    ]
+    return {"weights": whole.hexdigest(), "steps": digest(steps)}
 
 
 RUN = ("lora", "fp32", 12)
 
 
-def whole_run(checkout: Path) -> str:
+def whole_run(checkout: Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         start_run(checkout, Path(folder)).wait()
         return hash_run(Path(folder) / "run")
 
 
-def killed_run(first: Path, then: Path) -> str:
+def killed_run(first: Path, then: Path) -> dict[str, str]:
     """A run that `first` begins and that is killed; `then` resumes it."""
     with tempfile.TemporaryDirectory() as folder:
         process = start_run(first, Path(folder))
