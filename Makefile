@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml constraints.txt Makefile
 
-.PHONY: help venv quickstart test check format bench clean
+.PHONY: help venv quickstart test check format bench interop findings clean
 
 help:
 	@echo "make quickstart [ARGS=--no-serve]  teach SmolLM2 something new and chat with it"
 	@echo "make test       [ARGS='-k name']   run the tests"
 	@echo "make check                         format, lint, types, spelling"
 	@echo "make bench      [TOPIC=train]      run a benchmark, print its row as JSON"
+	@echo "make interop    [NAME=peft]        compare with peers, each in an environment of its own"
+	@echo "make findings   [NAME=...]         see whether what docs say of other software still holds"
 
 venv: $(VENV)/.installed-dev
 
@@ -48,5 +50,12 @@ TOPIC ?= train
 bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/$(TOPIC).py $(ARGS)
 
+# Outside CI: both install other people's software, by exact version, where nothing else uses it.
+interop:
+	$(PYTHON) tests/interop/run.py $(NAME)
+
+findings:
+	$(PYTHON) findings/run.py $(NAME)
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .interop build dist .mypy_cache .ruff_cache .pytest_cache

@@ -95,11 +95,15 @@ class AdapterConfig(Config):
 
     def adapts(self, name: str) -> bool:
         """Whether the linear of this full name (`layers.0.mixer.q_proj`) has an adapter."""
-        if self.level != "linear":
+        if self.level != "linear" or self._is_whole(name):
             return False
         if ALL_LINEAR in self.targets:
             return name.startswith("layers.")
         return any(name == target or name.endswith(f".{target}") for target in self.targets)
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether a linear is trained whole, and so has no adapter (peft's rule, too)."""
+        return any(name == whole or name.startswith(f"{whole}.") for whole in self.also_trained)
 
     def build(self, name: str, in_features: int, out_features: int) -> Adapter:
         """The adapter of one linear, its values not set."""

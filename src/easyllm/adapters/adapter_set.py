@@ -113,10 +113,17 @@ def find_whole(model: "Decoder", names: tuple[str, ...]) -> dict[str, nn.Module]
     return found
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's parameters but for those of the adapters inside it, by their names in it."""
+    slots = (getattr(inner, "adapter", None) for inner in module.modules())
+    adapters = {id(p) for a in slots if isinstance(a, nn.Module) for p in a.parameters()}
+    return {name: p for name, p in module.named_parameters() if id(p) not in adapters}
+
+
 @torch.no_grad()
 def restore_whole(adapters: AdapterSet) -> None:
     """Gives the base's modules the values they had before a file's took their place."""
     for name, values in adapters.replaced.items():
-        for key, parameter in adapters.whole[name].named_parameters():
+        for key, parameter in own_parameters(adapters.whole[name]).items():
             parameter.copy_(values[key])
     adapters.replaced.clear()

@@ -69,7 +69,7 @@ def place(
                 "name besides others; load it alone"
             )
         built: Any = config.build_model_adapter(model.config)
-        model_adapter = built.to(model.device)
+        model_adapter = built.to(model.device).train(model.training)
     else:
         for full_name, linear in target_linears(model, config):
             reason = config.unsupported_reason(linear.storage.format)
@@ -79,6 +79,7 @@ def place(
                     f"{linear.storage.format}: {reason}"
                 )
             adapter = config.build(full_name, linear.in_features, linear.out_features)
+            adapter.train(model.training)  # a new module is in training mode: dropout would act
             linears[full_name] = linear, adapter.to(linear.storage.device)
     adapters = kind_of(config).adapter_set(
         config, linears=linears, model_adapter=model_adapter, whole=modules, name=name

@@ -6,6 +6,7 @@ s is α / r, or α / √r where rank-stabilised (Kalajdzievski 2023, arXiv 2312.
 the base model exactly.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -15,12 +16,14 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule, register_adapter
-from easyllm.adapters.peft_keys import check_keys, first_match
+from easyllm.adapters.peft_keys import check_keys, matches
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseProduct
 from easyllm.nn.moe import ROUTERS
 from easyllm.ops.deterministic import tiled_linear
+
+logger = logging.getLogger(__name__)
 
 
 class LoRAConfig(AdapterConfig):
@@ -98,6 +101,7 @@ class LoRAConfig(AdapterConfig):
         check_keys(description, honoured=_HONOURED, neutral=_NEUTRAL)
         rank, alpha = description["r"], description["lora_alpha"]
         ranks, alphas = dict[str, int](), dict[str, float]()
+        several = dict[str, list[float]]()
         for ours, module in modules.items():
             if set(module.tensors) != {"lora_A.weight", "lora_B.weight"}:
                 raise CheckpointError(
@@ -105,17 +109,28 @@ class LoRAConfig(AdapterConfig):
                     "and lora_B.weight; copy the adapter again"
                 )
             of_file = len(module.tensors["lora_A.weight"])
-            said = first_match(description.get("rank_pattern"), module.name, rank)
-            if of_file != said:
+            said = matches(description.get("rank_pattern"), module.name) or [rank]
+            if of_file not in said:
                 raise CheckpointError(
-                    f"{module.name} has rank {of_file} in the adapter's file and {said} in its configuration; copy the "
+                    f"{module.name} has rank {of_file} in the adapter's file and {said[0]} in its configuration; copy the "
                     "adapter again"
                 )
             if of_file != rank:
                 ranks[ours] = of_file
-            its_alpha = first_match(description.get("alpha_pattern"), module.name, alpha)
-            if its_alpha != alpha:
-                alphas[ours] = its_alpha
+            its_alphas = matches(description.get("alpha_pattern"), module.name) or [alpha]
+            if its_alphas[0] != alpha:
+                alphas[ours] = its_alphas[0]
+            if len(set(its_alphas)) > 1:
+                several[module.name] = its_alphas
+        if several:
+            name, values = next(iter(several.items()))
+            logger.warning(
+                "alpha_pattern of the adapter has several values for %s (%s) and %d more modules; the first is taken, as "
+                "peft does, but peft sorts the patterns when it saves: it may not be the one of the training",
+                name,
+                ", ".join(map(str, values)),
+                len(several) - 1,
+            )
         return cls(
             rank=rank,
             alpha=alpha,
@@ -140,7 +155,8 @@ _NEUTRAL: dict[str, Any] = {
     "megatron_core": None,
     "runtime_config": None,  # where values are kept while computing
     "loftq_config": ({},),
-    "ensure_weight_tying": False,
+    "ensure_weight_tying": (True, False),  # the file's tensors say what is tied
+    "eva_config": None,  # how values started
 }
 """Keys of peft's LoRA that are read past: at these values; None stands for any."""
 

@@ -1,18 +1,27 @@
 """Adapters on disk, in the layout of `peft`: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from easyllm.adapters.adapter import AdapterConfig, AdapterKind, FileModule, kind_of, kind_of_file
-from easyllm.adapters.adapter_set import AdapterSet
+from easyllm.adapters.adapter_set import AdapterSet, own_parameters
 from easyllm.adapters.attach import adapter_of, detach, place
+from easyllm.adapters.peft_whole import (
+    BaseOfFile,
+    FileNames,
+    base_of_file,
+    check_named,
+    file_name,
+    has_own_head,
+    saved_tensors,
+)
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError, ConfigError
@@ -23,15 +32,12 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-ModuleName = Callable[[str], str]
-"""What the file's layout calls one of our modules."""
-
 
 def save_adapter(
     model: Decoder,
     folder: Path,
     *,
-    module_name: ModuleName,
+    module_name: FileNames,
     base: str,
     name: str = "",
     replace: bool = False,
@@ -59,10 +65,15 @@ def save_adapter(
     }
     if adapters.linears:
         description["target_modules"] = _targets(model, modules, module_name)
-    if adapters.whole:
-        description["modules_to_save"] = sorted(module_name(ours) for ours in adapters.whole)
+    tensors, modules_to_save = saved_tensors(model, adapters, module_name)
+    if modules_to_save:
+        description["modules_to_save"] = modules_to_save
+    for tensor_name, parameter in _adapter_tensors(adapters, module_name).items():
+        tensors[tensor_name] = parameter.detach()
+    own = adapters.own_tensors()
+    prefixed = {n if n in own else f"{_PREFIX}{n}": tensor for n, tensor in tensors.items()}
     with atomic_directory(folder, replace=replace) as work:
-        write_tensors(work / WEIGHTS, _file_tensors(adapters, module_name), {"format": "pt"})
+        write_tensors(work / WEIGHTS, prefixed, {"format": "pt"})
         write_json(work / CONFIG, description)
     return folder
 
@@ -74,7 +85,6 @@ class AdapterFile:
     Attributes:
         description: its `adapter_config.json`.
         tensors: by their names without peft's prefix.
-        whole: the file's names of the modules that were trained whole.
     """
 
     folder: Path
@@ -83,13 +93,18 @@ class AdapterFile:
     tensors: Mapping[str, Tensor]
 
     @property
-    def whole(self) -> tuple[str, ...]:
+    def modules_to_save(self) -> tuple[str, ...]:
+        """What its configuration says of modules that were trained whole (`peft_whole`)."""
         return tuple(self.description.get("modules_to_save") or ())
 
     def num_labels(self) -> int | None:
         """Labels of a head that was trained whole; None where there is none."""
-        score = self.tensors.get("score.weight") if "score" in self.whole else None
+        score = self.tensors.get("score.weight")
         return None if score is None else len(score)
+
+    def has_own_head(self, model: Decoder, module_name: FileNames) -> bool:
+        """Whether the adapted model has a head of its own where the base's is tied to the embedding."""
+        return has_own_head(model, self.tensors, module_name)
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -122,7 +137,7 @@ def read_adapter(folder: Path) -> AdapterFile:
 
 
 def load_adapter(
-    model: Decoder, folder: Path | AdapterFile, *, module_name: ModuleName, name: str = ""
+    model: Decoder, folder: Path | AdapterFile, *, module_name: FileNames, name: str = ""
 ) -> AdapterSet:
     """Attaches the adapter a folder holds, frozen.
 
@@ -136,66 +151,54 @@ def load_adapter(
         ConfigError: the model has an adapter already, or its weights are in a format the method does not work on.
     """
     file = folder if isinstance(folder, AdapterFile) else read_adapter(folder)
-    whole = _whole_modules(model, file, module_name)
-    if whole and name:
-        raise ConfigError(
-            f"the adapter in {str(file.folder)!r} was trained with {', '.join(whole)} of the base, which cannot be held by "
-            "name besides others; load it alone"
+    if file.has_own_head(model, module_name):
+        raise CheckpointError(
+            f"the adapter in {str(file.folder)!r} changes one of two matrices that this model ties, embedding and head; "
+            "load it with models.add_adapter, which gives the head a matrix of its own"
         )
-    config = _config(model, file, module_name)
-    adapters = place(model, config, whole=tuple(whole), name=name)
+    base = base_of_file(model, file.tensors, module_name)
+    if base.replaced and name:
+        raise ConfigError(
+            f"the adapter in {str(file.folder)!r} was trained with {', '.join(base.modules)} of the base, which cannot be "
+            "held by name besides others; load it alone"
+        )
+    check_named(model, file.modules_to_save, base, module_name)
+    config = _config(model, file, base, module_name)
+    adapters = place(model, config, whole=base.modules, name=name)
     try:
-        _check_fit(file, adapters, module_name)
+        _check_fit(model, file, base, adapters, module_name)
     except CheckpointError:
         detach(model, name)
         raise
     with torch.no_grad():
         for key, module in adapters.whole.items():
-            adapters.replaced[key] = {n: p.clone() for n, p in module.named_parameters()}
-        for tensor_name, parameter in _expected(adapters, module_name).items():
+            values = own_parameters(module).items()
+            adapters.replaced[key] = {n: p.clone() for n, p in values}
+        for entry in base.replaced:
+            own = model.get_parameter(f"{entry.module}.{entry.leaf}")
+            own.copy_(entry.turned(file.tensors[entry.name]))
+        for tensor_name, parameter in _adapter_tensors(adapters, module_name).items():
             parameter.copy_(file.tensors[tensor_name])
     model.requires_grad_(False)
     return adapters
 
 
-def _whole_modules(model: Decoder, file: AdapterFile, module_name: ModuleName) -> list[str]:
-    """Our names of the modules that were trained whole."""
-    if not file.whole:
-        return []
-    found = []
-    for theirs in file.whole:
-        ours = [
-            name
-            for name, module in model.named_modules()
-            if any(True for _ in module.parameters(recurse=False))
-            and (_file_name(module_name, name) or "").split(".")[-len(theirs.split(".")) :]
-            == theirs.split(".")
-        ]
-        if not ours:
-            raise CheckpointError(
-                f"the adapter in {str(file.folder)!r} holds {theirs!r} of its base, which this model does not have; use the "
-                "model it was trained on"
-            )
-        found += ours
-    return list(dict.fromkeys(found))
-
-
-def _config(model: Decoder, file: AdapterFile, module_name: ModuleName) -> AdapterConfig:
+def _config(
+    model: Decoder, file: AdapterFile, base: BaseOfFile, module_name: FileNames
+) -> AdapterConfig:
     """The configuration of the adapters in a file."""
     linears = {
-        _file_name(module_name, ours): ours
+        file_name(module_name, ours): ours
         for ours, module in model.named_modules()
         if isinstance(module, Linear)
     }
+    of_base = base.copies | {entry.name for entry in base.replaced}
     grouped: dict[str, dict[str, Tensor]] = {}
     for tensor_name, tensor in file.tensors.items():
         parts = tensor_name.split(".")
         stems = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
         stem = next((stem for stem in stems if stem in linears), None)
-        whole_ends = tuple(f"{w}.weight" for w in file.whole) + tuple(
-            f"{w}.bias" for w in file.whole
-        )
-        if stem is not None and not tensor_name.endswith(whole_ends):
+        if stem is not None and tensor_name not in of_base:
             grouped.setdefault(stem, {})[tensor_name.removeprefix(f"{stem}.")] = tensor
     modules = {
         linears[stem]: FileModule(name=stem, tensors=tensors) for stem, tensors in grouped.items()
@@ -215,14 +218,23 @@ def _config(model: Decoder, file: AdapterFile, module_name: ModuleName) -> Adapt
         ) from None
 
 
-def _check_fit(file: AdapterFile, adapters: AdapterSet, module_name: ModuleName) -> None:
-    expected = _expected(adapters, module_name)
+def _check_fit(
+    model: Decoder,
+    file: AdapterFile,
+    base: BaseOfFile,
+    adapters: AdapterSet,
+    module_name: FileNames,
+) -> None:
+    expected = {n: list(p.shape) for n, p in _adapter_tensors(adapters, module_name).items()}
+    for entry in base.replaced:
+        own = model.get_parameter(f"{entry.module}.{entry.leaf}")
+        expected[entry.name] = list(entry.turned(own).shape)
     missing = sorted(set(expected) - set(file.tensors))
-    left = sorted(set(file.tensors) - set(expected))
+    left = sorted(set(file.tensors) - set(expected) - base.copies)
     wrong = [
-        f"{name}: got {list(file.tensors[name].shape)}, expected {list(parameter.shape)}"
-        for name, parameter in expected.items()
-        if name in file.tensors and file.tensors[name].shape != parameter.shape
+        f"{name}: got {list(file.tensors[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in file.tensors and list(file.tensors[name].shape) != shape
     ]
     if not expected:
         left = left or ["nothing"]
@@ -238,44 +250,26 @@ def _check_fit(file: AdapterFile, adapters: AdapterSet, module_name: ModuleName)
         )
 
 
-def _expected(adapters: AdapterSet, module_name: ModuleName) -> dict[str, nn.Parameter]:
-    """The file's tensors by their names without peft's prefix, as the parameters they are."""
-    found: dict[str, nn.Parameter] = {}
+def _adapter_tensors(adapters: AdapterSet, module_name: FileNames) -> dict[str, torch.nn.Parameter]:
+    """The adapter's own tensors by the file's names without peft's prefix, as the parameters they are."""
+    found: dict[str, torch.nn.Parameter] = {}
     for ours, (_, adapter) in adapters.linears.items():
         stem = module_name(ours)
         found |= {f"{stem}.{ending}": p for ending, p in adapter.file_tensors().items()}
-    for ours, module in adapters.whole.items():
-        found |= {f"{module_name(ours)}.{n}": p for n, p in module.named_parameters()}
     return found | adapters.own_tensors()
 
 
-def _file_tensors(adapters: AdapterSet, module_name: ModuleName) -> dict[str, Tensor]:
-    own = set(adapters.own_tensors())
-    return {
-        name if name in own else f"{_PREFIX}{name}": parameter.detach()
-        for name, parameter in _expected(adapters, module_name).items()
-    }
-
-
-def _targets(model: Decoder, modules: Mapping[str, str], module_name: ModuleName) -> list[str]:
+def _targets(model: Decoder, modules: Mapping[str, str], module_name: FileNames) -> list[str]:
     """The ends of the adapted modules' names where they name no other module, else whole names: peft adapts every module
     whose name ends so."""
     every = [
-        _file_name(module_name, ours) or ours
+        file_name(module_name, ours) or ours
         for ours, module in model.named_modules()
         if isinstance(module, Linear)
     ]
     leaves = {theirs.rsplit(".", 1)[-1] for theirs in modules.values()}
     reached = {name for name in every if name.rsplit(".", 1)[-1] in leaves}
     return sorted(leaves) if reached == set(modules.values()) else sorted(modules.values())
-
-
-def _file_name(module_name: ModuleName, ours: str) -> str | None:
-    """The file's name of a module; None where its layout has none."""
-    try:
-        return module_name(ours)
-    except (AssertionError, CheckpointError, ValueError):
-        return None
 
 
 __all__ = ["CONFIG", "WEIGHTS", "AdapterFile", "load_adapter", "read_adapter", "save_adapter"]

@@ -53,17 +53,17 @@ def check_keys(
         )
 
 
-def first_match(patterns: Any, name: str, default: Any) -> Any:
-    """The value of the first pattern that fits a module's name, by peft's rule: from the name's beginning or after a dot, up
-    to its end.
+def matches(patterns: Any, name: str) -> list[Any]:
+    """The values of the patterns that fit a module's name, by peft's rule: from the name's beginning or after a dot, up to
+    its end.
+
+    peft takes the first in the order of the dictionary, and writes dictionaries sorted by key (0.21.2, `config.py`): where
+    several fit, a file does not say which one counted in the training.
 
     Raises:
         CheckpointError: a pattern is not a regular expression, or one that could take very long.
     """
-    for pattern, value in (patterns or {}).items():
-        if _compiled(str(pattern)).match(name):
-            return value
-    return default
+    return [v for pattern, v in (patterns or {}).items() if _compiled(str(pattern)).match(name)]
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

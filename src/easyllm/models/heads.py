@@ -30,3 +30,17 @@ def to_classifier(model: Decoder, num_labels: int, *, seed: int = 0) -> Decoder:
     model.config, model.lm_head = config, None
     model.score = head.to(model.device, model.dtype).requires_grad_(False)
     return model
+
+
+def untie_head(model: Decoder) -> Decoder:
+    """Gives a model whose head is its embedding a head of its own, with the same values."""
+    if model.lm_head is None and model.score is None:
+        head = Linear(model.config.hidden_size, model.config.vocab_size)
+        storage = model.embed_tokens.storage
+        if storage.format == "dense":
+            head.weight = torch.nn.Parameter(storage.dense().detach().clone(), requires_grad=False)
+        else:
+            head.store(storage)  # read only, so one copy serves both
+        model.lm_head = head.train(model.training)
+        model.config = model.config.changed(tie_embeddings=False)
+    return model

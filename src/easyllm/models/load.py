@@ -1,6 +1,6 @@
 """Models and tokenizers from any source, and back to a Hugging Face folder."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.families import family_named
 from easyllm.models.gguf_import import GGUFTensors, hf_config
-from easyllm.models.heads import to_classifier, with_score
+from easyllm.models.heads import to_classifier, untie_head, with_score
 from easyllm.models.hf_config import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -208,7 +208,8 @@ def load_model(
 
 
 def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decoder:
-    """Attaches the adapter that a folder holds; a head of labels that was trained with it comes along.
+    """Attaches the adapter that a folder holds; a head of labels that was trained with it comes along. A head tied to the
+    embedding becomes a matrix of its own where the adapter changes one of the two.
 
     Args:
         name: under which the adapter is held besides others (`ForwardContext.adapters`); without one it is of every row.
@@ -221,6 +222,8 @@ def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decode
     labels = file.num_labels()
     if labels is not None and model.config.num_labels != labels:
         to_classifier(model, labels)
+    if file.has_own_head(model, hf_module_name(model)):
+        untie_head(model)
     load_adapter(model, file, module_name=hf_module_name(model), name=name)
     return model
 
@@ -316,16 +319,26 @@ def keymap_of(config: ModelConfig) -> KeyMap:
     return with_score(family_named(config.family).keymap(config))
 
 
-def hf_module_name(model: Decoder) -> Callable[[str], str]:
-    """A function from the name of one of our modules with a weight to HF's, under which its adapter is saved; where HF has
-    several of ours in one (GPT-2's `c_attn`), ours stays, and `peft` cannot read that adapter."""
-    keymap = keymap_of(model.config)
+class HFNames:
+    """What Hugging Face calls our modules with a weight; where it has several of ours in one (GPT-2's `c_attn`), ours stay,
+    and `peft` cannot read an adapter of theirs."""
 
-    def name_of(module: str) -> str:
-        (binding,) = keymap.bindings([f"{module}.weight"])
+    def __init__(self, keymap: KeyMap) -> None:
+        self._keymap = keymap
+
+    def __call__(self, module: str, /) -> str:
+        (binding,) = self._keymap.bindings([f"{module}.weight"])
         return module if len(binding.ours) > 1 else binding.theirs.removesuffix(".weight")
 
-    return name_of
+    def transposed(self, parameter: str, /) -> bool:
+        """Whether Hugging Face keeps one of our parameters as [in, out]."""
+        (binding,) = self._keymap.bindings([parameter])
+        return binding.rule.transposed and len(binding.ours) == 1
+
+
+def hf_module_name(model: Decoder) -> HFNames:
+    """A function from the name of one of our modules with a weight to HF's, under which its adapter is saved."""
+    return HFNames(keymap_of(model.config))
 
 
 @contextmanager
