@@ -279,7 +279,7 @@ class PairLoss(Objective):
         hidden = model(batch.token_ids, batch.context())
         ours = summed(model, hidden, batch)[: 2 * pairs].view(pairs, 2)
         theirs = self.reference.hidden(batch)
-        base = summed(self.reference.model, theirs, batch)[: 2 * pairs].view(pairs, 2)
+        base = summed(self.reference, theirs, batch)[: 2 * pairs].view(pairs, 2)
         margin = self.config.beta * ((ours - base) @ torch.tensor([1.0, -1.0]))
         weight = batch.extras["weight"].view(-1)[: 2 * pairs : 2]
         total = -(F.logsigmoid(margin) * weight).sum()

@@ -10,7 +10,8 @@ A method is one file with one call of `register_adapter`:
 From then on `adapter: {kind: scale}` trains, resumes, is saved and loaded in peft's layout, merged, planned and served.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from easyllm.adapters.adapter_set import AdapterSet
 
 ALL_LINEAR = "all-linear"
+NUMBERED = re.compile(r"(^|\.)\d+\.")
+"""A name with a layer's number in it."""
 
 
 class Adapter(nn.Module):
@@ -97,8 +100,8 @@ class AdapterConfig(Config):
         """Whether the linear of this full name (`layers.0.mixer.q_proj`) has an adapter."""
         if self.level != "linear" or self._is_whole(name):
             return False
-        if ALL_LINEAR in self.targets:
-            return name.startswith("layers.")
+        if ALL_LINEAR in self.targets and name.startswith("layers."):
+            return True
         return any(name == target or name.endswith(f".{target}") for target in self.targets)
 
     def _is_whole(self, name: str) -> bool:
@@ -128,9 +131,16 @@ class AdapterConfig(Config):
             ConfigError: with the linear's name.
         """
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Refuses a configuration that names something which is not among the adapted linears.
+
+        Raises:
+            ConfigError: with what it names.
+        """
+
     def differs_by_layer(self) -> bool:
         """Whether layers of the same shape may have different adapters."""
-        return any(target.startswith("layers.") for target in self.targets)
+        return any(NUMBERED.search(target) for target in self.targets)
 
     def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:  # noqa: ARG002 - for methods
         """The method's own keys of `adapter_config.json`; `modules` are the adapted linears: our names → the file's."""

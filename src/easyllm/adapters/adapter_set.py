@@ -1,6 +1,6 @@
 """An adapter as a whole: the modules in a model's slots, what of the base is trained with them, and what spans them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainProgress:
-    """Where a training run stands: `step` steps of `total_steps` are done."""
+    """Where a training run stands: `step` steps of `total_steps` are done.
+
+    `gradient_scale`: a parameter's gradient is `parameter.grad` times this (under fp16 losses are scaled up).
+    """
 
     step: int
     total_steps: int
+    gradient_scale: float = 1.0
 
 
 class AdapterSet:
@@ -51,11 +55,13 @@ class AdapterSet:
         self.whole = dict(whole or {})
         self.replaced: dict[str, dict[str, Tensor]] = {}
         """Values of `whole` modules before a file's took their place."""
+        self.undo: list[Callable[[], None]] = []
+        """What else gives the model back as it was before the adapter was loaded."""
 
     # ---- what a run asks
 
     def after_backward(self, progress: TrainProgress) -> None:
-        """Called when all gradients of a step are there, before the step is taken."""
+        """Called when all gradients of a step are there and finite, before the step is taken."""
 
     def after_step(self, progress: TrainProgress) -> None:
         """Called when a step has been taken."""

@@ -31,28 +31,31 @@ def attach(
         ConfigError: a target names no linear of the model, the method does not work on the weights' format, a module to
             train whole does not exist, or the model has an adapter already.
     """
-    model.requires_grad_(False)
     names = tuple(dict.fromkeys((*config.also_trained, *also_trained)))
     if config.level == "linear":
-        for full_name, linear in target_linears(model, config):
+        targets = target_linears(model, config)
+        config.check_names([full_name for full_name, _ in targets])
+        for full_name, linear in targets:
             config.check(full_name, linear.in_features, linear.out_features)
-    adapters = place(model, config, whole=names)
-    generator = torch.Generator().manual_seed(seed)
-    for _, adapter in adapters.linears.values():
-        adapter.reset_parameters(generator)
-    if adapters.model_adapter is not None:
-        _reset(adapters.model_adapter, generator)
+    adapters = place(model, config, whole=names, generator=torch.Generator().manual_seed(seed))
+    model.requires_grad_(False)
     for parameter in adapters.trained_parameters(model).values():
         parameter.requires_grad_(True)
     return adapters
 
 
 def place(
-    model: Decoder, config: AdapterConfig, *, whole: tuple[str, ...] = (), name: str = ""
+    model: Decoder,
+    config: AdapterConfig,
+    *,
+    whole: tuple[str, ...] = (),
+    name: str = "",
+    generator: torch.Generator | None = None,
 ) -> AdapterSet:
-    """Puts a method's modules, their values not set, into a model.
+    """Puts a method's modules into a model; it is as it was where that fails.
 
     Args:
+        generator: of their first values, which are made on the CPU; without one they are not set.
         name: under which the adapter is held besides others, for rows that name it; without one it is of every row.
 
     Raises:
@@ -69,6 +72,8 @@ def place(
                 "name besides others; load it alone"
             )
         built: Any = config.build_model_adapter(model.config)
+        if generator is not None:
+            built.reset_parameters(generator)
         model_adapter = built.to(model.device).train(model.training)
     else:
         for full_name, linear in target_linears(model, config):
@@ -79,6 +84,8 @@ def place(
                     f"{linear.storage.format}: {reason}"
                 )
             adapter = config.build(full_name, linear.in_features, linear.out_features)
+            if generator is not None:
+                adapter.reset_parameters(generator)
             adapter.train(model.training)  # a new module is in training mode: dropout would act
             linears[full_name] = linear, adapter.to(linear.storage.device)
     adapters = kind_of(config).adapter_set(
@@ -94,6 +101,7 @@ def place(
     if model_adapter is not None:
         model.model_adapter = built
     model.adapter_sets[name] = adapters
+    model.adapter_changes += 1
     return adapters
 
 
@@ -142,9 +150,14 @@ def merge(model: Decoder, name: str = "") -> Decoder:
     """Folds an adapter into the weights (in fp32, rounded once) and removes it.
 
     Raises:
-        ConfigError: there is none, the method cannot be merged, or the weights are quantized.
+        ConfigError: there is none, the method cannot be merged, others are held by name, or the weights are quantized.
     """
     adapters = adapter_of(model, name)
+    others = [other for other in model.adapter_sets if other != name]
+    if others:
+        raise ConfigError(
+            f"merging {name!r} would change the base of {', '.join(map(repr, others))}; detach them first"
+        )
     reason = adapters.config.merge_unsupported_reason()
     if reason is not None:
         raise ConfigError(f"an adapter of kind {adapters.config.kind} cannot be merged: {reason}")
@@ -154,36 +167,58 @@ def merge(model: Decoder, name: str = "") -> Decoder:
                 f"an adapter cannot be merged into quantized weights ({full_name} is kept as {linear.storage.format}); "
                 "merge it into the full model, then quantize"
             )
-    for linear, adapter in adapters.linears.values():
+    for full_name in list(
+        adapters.linears
+    ):  # one after the other: at any time the model gives the same
+        linear, adapter = adapters.linears[full_name]
         bias = None if linear.bias is None else linear.bias.float()
         weight, merged_bias = adapter.merged(linear.weight.float(), bias)
+        if merged_bias is not None and linear.bias is None:
+            raise ConfigError(
+                f"an adapter of kind {adapters.config.kind} gives {full_name} a bias, for which the layer has no place; use it "
+                "without merging"
+            )
         linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
         if merged_bias is not None and linear.bias is not None:
             linear.bias = nn.Parameter(merged_bias.to(linear.bias.dtype), requires_grad=False)
+        _empty_slot(linear, adapters.name)
+        del adapters.linears[full_name]
     adapters.replaced.clear()  # what was trained whole stays
+    adapters.undo.clear()
     _remove(model, adapters)
     return model
 
 
 def detach(model: Decoder, name: str | None = None) -> Decoder:
-    """Removes an adapter, or all of them; the base is as it was before they were attached or loaded."""
+    """Removes an adapter, or all of them. The base is as it was before they were loaded; modules that were trained whole in
+    this process keep what they have learned."""
     chosen = list(model.adapter_sets.values()) if name is None else [adapter_of(model, name)]
     for adapters in chosen:
         restore_whole(adapters)
         _remove(model, adapters)
+        for undo in reversed(adapters.undo):
+            undo()
     return model
 
 
 def _remove(model: Decoder, adapters: AdapterSet) -> None:
     for linear, _ in adapters.linears.values():
-        if isinstance(linear.adapter, AdapterBank):
-            linear.adapter.remove(adapters.name)
-            if linear.adapter.names:
-                continue
-        linear.adapter = None
+        _empty_slot(linear, adapters.name)
+    for module in adapters.whole.values():
+        module.requires_grad_(False)
     if adapters.model_adapter is not None:
         model.model_adapter = None
     del model.adapter_sets[adapters.name]
+    model.adapter_changes += 1
+
+
+def _empty_slot(linear: Linear, name: str) -> None:
+    """Takes an adapter out of a linear; the others that a bank holds stay."""
+    if isinstance(linear.adapter, AdapterBank):
+        linear.adapter.remove(name)
+        if linear.adapter.names:
+            return
+    linear.adapter = None
 
 
 def _check_free(model: Decoder, name: str) -> None:
@@ -195,7 +230,3 @@ def _check_free(model: Decoder, name: str) -> None:
         raise ConfigError(
             "an adapter of every row and adapters held by name do not go together; give each a name, or detach the others"
         )
-
-
-def _reset(module: Any, generator: torch.Generator) -> None:
-    module.reset_parameters(generator)

@@ -8,16 +8,22 @@ the base model exactly.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule, register_adapter
+from easyllm.adapters.adapter import (
+    NUMBERED,
+    Adapter,
+    AdapterConfig,
+    FileModule,
+    register_adapter,
+)
 from easyllm.adapters.peft_keys import check_keys, matches
-from easyllm.core.errors import CheckpointError, ConfigError
+from easyllm.core.errors import CheckpointError, ConfigError, suggest
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseProduct
 from easyllm.nn.moe import ROUTERS
@@ -73,7 +79,17 @@ class LoRAConfig(AdapterConfig):
 
     def differs_by_layer(self) -> bool:
         names = (*self.targets, *self.rank_pattern, *self.alpha_pattern)
-        return any(name.startswith("layers.") for name in names)
+        return any(NUMBERED.search(name) for name in names)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        for key in ("rank_pattern", "alpha_pattern"):
+            for end in getattr(self, key):
+                if not any(_ends(name, end) for name in names):
+                    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+                    raise ConfigError(
+                        f"adapter.{key} names {end!r}, which is no adapted linear{suggest(end, leaves)}; adapted are "
+                        f"{', '.join(leaves)}"
+                    )
 
     def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:
         ranks = {theirs: self.rank_of(ours) for ours, theirs in modules.items()}

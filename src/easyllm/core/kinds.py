@@ -79,7 +79,8 @@ class Kinds:
                 "union_tag_invalid",
                 {"discriminator": "'kind'", "tag": kind, "expected_tags": expected},
             )
-        return self._variants[kind].model_validate(value)
+        given = {key: inner for key, inner in value.items() if key != "kind"}
+        return self._variants[kind].model_validate(given | {"kind": kind})
 
     def __get_pydantic_core_schema__(
         self, _source: Any, _handler: GetCoreSchemaHandler

@@ -95,6 +95,7 @@ class Engine:
                 )
         first = config.vocab_size  # the ids of virtual tokens follow the model's own
         self._virtual = tuple(range(first, first + model.num_virtual_tokens))
+        self._adapter_changes = model.adapter_changes
         self.drafter, self._runner = drafter, runner
         whole = config.prompt_mask == "prefix" or turns_keys_by_length(config)
         self.pool = PagePool(
@@ -181,6 +182,39 @@ class Engine:
         self._requests[request.id] = RequestState(request, [first])
         self.scheduler.add(sequence)
 
+    def _adapters_changed(self) -> list[TokenEvent]:
+        """Looks at the model's adapters again: what is cached is forgotten, requests of an adapter that is gone end."""
+        if self.model.num_virtual_tokens != len(self._virtual):
+            raise ConfigError(
+                "an adapter with virtual tokens was attached to, or removed from, a model that is being served; make a new "
+                "engine for it"
+            )
+        if self.options.deterministic:
+            check_deterministic(self.model)
+        self._adapter_changes = self.model.adapter_changes
+        self.forget_prefixes()
+        gone = [
+            request_id
+            for request_id, state in self._requests.items()
+            if state.request.adapter and state.request.adapter not in self.adapter_names
+        ]
+        events = [
+            TokenEvent(
+                request_id=request_id,
+                token_id=None,
+                text="",
+                logprob=0.0,
+                finish_reason="cancelled",
+                index=generation.index,
+            )
+            for request_id in gone
+            for generation in self._requests[request_id].generations
+            if generation.finish_reason is None
+        ]
+        for request_id in gone:
+            self.cancel(request_id)
+        return events
+
     @property
     def adapter_names(self) -> tuple[str, ...]:
         """Adapters that a request may name."""
@@ -199,7 +233,13 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """One forward pass: the next token, or several with a drafter, of running requests, and chunks of prompts."""
+        """One forward pass: the next token, or several with a drafter, of running requests, and chunks of prompts.
+
+        Raises:
+            ConfigError: an adapter has come to the model that this engine cannot serve.
+        """
+        if self._adapter_changes != self.model.adapter_changes:
+            return self._adapters_changed()
         self._draft()
         step = self.scheduler.plan()
         if step is None:

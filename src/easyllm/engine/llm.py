@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from easyllm.adapters import detach
 from easyllm.core.config import validate
 from easyllm.core.device import memory_free_bytes, parse_dtype, pick_device
 from easyllm.core.errors import ConfigError
@@ -146,14 +147,31 @@ class LLM:
             tokenizer = tokenizer or opened.tokenizer()
         else:
             _refuse_loading_options(dtype=dtype, device=device, context=context, quantize=quantize)
-        for name, folder in (adapters or {}).items():
-            if not name:
-                raise ConfigError("an adapter needs a name, by which requests ask for it")
-            add_adapter(model, folder, name=name)
         self.model = model
+        added = self._add_adapters(adapters or {})
         self.tokenizer = tokenizer or load_tokenizer(source)
-        drafter = self._drafter(draft, draft_tokens, checked)
-        self.engine = Engine(self.model, self.tokenizer, checked, drafter=drafter)
+        try:
+            drafter = self._drafter(draft, draft_tokens, checked)
+            self.engine = Engine(self.model, self.tokenizer, checked, drafter=drafter)
+        except BaseException:
+            for name in added:  # a model that was given stays as it was
+                detach(self.model, name)
+            raise
+
+    def _add_adapters(self, adapters: Mapping[str, str | Path]) -> list[str]:
+        """Attaches adapters by name: all of them, or none."""
+        added: list[str] = []
+        try:
+            for name, folder in adapters.items():
+                if not name:
+                    raise ConfigError("an adapter needs a name, by which requests ask for it")
+                add_adapter(self.model, folder, name=name)
+                added.append(name)
+        except BaseException:
+            for name in added:
+                detach(self.model, name)
+            raise
+        return added
 
     def generate(
         self,
@@ -218,7 +236,7 @@ class LLM:
         self.engine.check_tokens(tokens)
         ids = torch.tensor(tokens, device=self.model.device)
         deterministic = self.engine.options.deterministic
-        name = adapter if self.engine.adapter_names else None
+        name = adapter if self.engine.adapter_names or adapter else None
         logits = self.model.logits(ids, deterministic=deterministic, adapter=name)[:-1]
         if deterministic:
             found = one_row_logprobs(logits, ids[1:])

@@ -70,7 +70,11 @@ class DecoderRunner:
                 self.fast_step = CompiledStep(model, keys, values)
 
     def weights_changed(self) -> None:
-        """Forgets what has been made of the weights."""
+        """Forgets what has been made of the weights; steps in one call end where the model is not served so any more."""
+        if isinstance(self.fast_step, CompiledStep) and not CompiledStep.supports(self.model):
+            self.fast_step = None
+        if isinstance(self.fast_step, GraphStep) and not GraphStep.supports(self.model, self.cache):
+            self.fast_step = None
         if self.fast_step is not None:
             self.fast_step.bind()
 
@@ -80,8 +84,9 @@ class DecoderRunner:
         self.cache.copy_pages(step.copies)
         self.cache.move_states(step.forks, step.dropped)
         pieces, device = step.pieces, self.model.device
-        if self.fast_step is not None and _only_decodes(pieces, self.fast_step.most_rows):
-            return self._decode(self.fast_step, pieces)
+        fast = None if self.model.adapter_sets else self.fast_step  # adapters may come and go
+        if fast is not None and _only_decodes(pieces, fast.most_rows):
+            return self._decode(fast, pieces)
         lengths = [len(piece.token_ids) for piece in pieces]
         offsets = [piece.start for piece in pieces]
         store = PagedStore(

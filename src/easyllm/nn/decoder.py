@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from easyllm.core.errors import ConfigError
 from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, LayerConfig, LinearAttentionConfig, ModelConfig
 from easyllm.nn.context import AdapterRows, ForwardContext
@@ -152,6 +153,7 @@ class Decoder(nn.Module):
         self.score = Linear(config.hidden_size, config.num_labels) if config.num_labels else None
         self.model_adapter: ModelAdapter | None = None
         self.adapter_sets: dict[str, Any] = {}  # what is attached, by name (`adapters.AdapterSet`)
+        self.adapter_changes = 0  # times an adapter was attached or removed: an engine looks
 
     @property
     def device(self) -> torch.device:
@@ -193,7 +195,15 @@ class Decoder(nn.Module):
         weight, adapter = self.lm_head.storage.dense(), self.lm_head.adapter
         if adapter is None:
             return weight
-        return adapter.merged(weight.float(), None)[0].to(weight.dtype)
+        try:
+            merged, bias = adapter.merged(weight.float(), None)
+        except NotImplementedError:
+            merged, bias = weight, weight
+        if bias is not None:
+            raise ConfigError(
+                "the adapter of lm_head cannot be written as a weight alone, which a loss needs; leave lm_head out of its targets"
+            )
+        return merged.to(weight.dtype)
 
     def forward(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
         """Final hidden states, normalised and ready for the head.
@@ -247,6 +257,9 @@ class Decoder(nn.Module):
             adapter: of a model that holds several, the one to use by name; empty for the base alone.
         """
         ids = torch.as_tensor(token_ids, device=self.device)
+        if adapter and adapter not in self.adapter_sets:
+            held = ", ".join(repr(name) for name in self.adapter_sets if name) or "none"
+            raise ConfigError(f"the model holds no adapter {adapter!r} (held by name: {held})")
         rows = None
         if adapter is not None:
             rows = AdapterRows.of_sequences([adapter], [ids.numel()], device=self.device)

@@ -6,7 +6,7 @@ that a new format is one class here or in `quant/` and one call of `quant.regist
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -174,6 +174,9 @@ class PackedStorage(nn.Module):
     def linear(
         self, x: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
     ) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad and not deterministic:
+            y: Tensor = _Dequantized.apply(x, self, bias)
+            return y
         return (tiled_linear if deterministic else nn.functional.linear)(
             x, self.dense().to(x.dtype), bias
         )
@@ -213,6 +216,21 @@ class PackedStorage(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape[1]} -> {self.shape[0]}, {self.format}"
+
+
+class _Dequantized(torch.autograd.Function):
+    """x Wᵀ + b that keeps the packed weight alone for the backward pass, in which it is dequantized again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, storage: PackedStorage, bias: Tensor | None) -> Tensor:
+        ctx.storage = storage
+        return nn.functional.linear(x, storage.dense().to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        (grad,) = grads
+        to_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return grad @ ctx.storage.dense().to(grad.dtype), None, to_bias
 
 
 __all__ = ["DenseWeight", "PackedStorage", "WeightStorage"]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from easyllm.adapters import AdapterSet, TrainProgress
@@ -137,10 +138,11 @@ def run_steps(
             batches = loader.next_step()
             factor = rate_factor(config.schedule, totals.step, total_steps)
             loss, metrics = accumulate(model, objective, batches, arithmetic, adapters)
-            here = TrainProgress(step=totals.step, total_steps=total_steps)
-            if adapters is not None:
-                adapters.after_backward(here)
-            norm = take_step(optimizer, arithmetic, factor, config.clip_norm, loss)
+            here = TrainProgress(
+                step=totals.step, total_steps=total_steps, gradient_scale=1.0 / arithmetic.scale
+            )
+            looks = None if adapters is None else partial(adapters.after_backward, here)
+            norm = take_step(optimizer, arithmetic, factor, config.clip_norm, loss, looks)
             totals.count(batches)
             if adapters is not None and norm is not None:
                 adapters.after_step(replace(here, step=totals.step))
@@ -217,8 +219,10 @@ def take_step(
     factor: float,
     clip_norm: float | None,
     loss: float,
+    before: Callable[[], None] | None = None,
 ) -> float | None:
-    """Clips and applies the gradients; returns their norm before clipping.
+    """Clips and applies the gradients; returns their norm before clipping. `before` is called when they are known to be
+    finite.
 
     None where the loss or the norm is no number: nothing is applied, the gradients are dropped.
     """
@@ -231,6 +235,8 @@ def take_step(
     if is_bad:
         optimizer.clear()
         return None
+    if before is not None:
+        before()
     if clip_norm is not None:
         optimizer.clip(norm, clip_norm)
     optimizer.step(factor)

@@ -21,6 +21,7 @@ from easyllm.core.config import Config
 from easyllm.core.kinds import Kinds
 from easyllm.data.packing import AnySample, Batch, pack
 from easyllm.data.prepare import Account
+from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.data_config import DATA, DataBase, RowsConfig
@@ -46,6 +47,10 @@ class LossOutput:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+BASE_ONLY = ForwardContext.packed([0], adapters=AdapterRows.of_sequences([""], [0]))
+"""A context of no rows in particular: what is asked for is the base."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """The model a run started from, frozen: what an objective compares the trained model with.
@@ -60,12 +65,18 @@ class Reference:
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states [T, D] of a batch, ready for `model.head`."""
+        """Final hidden states [T, D] of a batch, ready for `head`."""
         training = self.model.training
         self.model.eval()
         hidden: Tensor = self.model(batch.token_ids, batch.context(base_only=self.without_adapter))
         self.model.train(training)
         return hidden
+
+    @torch.no_grad()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] in fp32 of chosen rows of `hidden`, by the head the run started from."""
+        logits: Tensor = self.model.head(hidden, BASE_ONLY if self.without_adapter else None)
+        return logits
 
 
 class Objective:
@@ -114,13 +125,15 @@ class Objective:
         training = model.training
         model.eval()
         total, count, figures = 0.0, 0, dict[str, float]()
-        for batch in batches:
-            output = self.loss(model, batch.to(model.device))
-            total += output.sum.item()
-            count += output.num_tokens
-            for name, value in output.metrics.items():
-                figures[name] = figures.get(name, 0.0) + value * output.num_tokens
-        model.train(training)
+        try:
+            for batch in batches:
+                output = self.loss(model, batch.to(model.device))
+                total += output.sum.item()
+                count += output.num_tokens
+                for name, value in output.metrics.items():
+                    figures[name] = figures.get(name, 0.0) + value * output.num_tokens
+        finally:
+            model.train(training)
         means = {name: value / max(1, count) for name, value in figures.items()}
         return {"loss_nats": total / max(1, count)} | means
 
@@ -169,10 +182,15 @@ def register_objective(
     Raises:
         ValueError: its kind is taken, or a kind of data is registered with another configuration.
     """
-    OBJECTIVES.register(config)
-    for each in data:
-        if each not in DATA.variants:
-            DATA.register(each)
+    new = [each for each in data if each not in DATA.variants]
+    for each in new:
+        DATA.register(each)
+    try:
+        OBJECTIVES.register(config)
+    except ValueError:
+        for each in new:
+            DATA.unregister(each.model_fields["kind"].default)
+        raise
     kind = config.model_fields["kind"].default
     _KINDS[kind] = ObjectiveKind(config=config, build=build, data=data, generates=generates)
 
