@@ -87,6 +87,14 @@ class AdapterSet:
         found = {name: p for name, p in named.items() if id(p) in own}
         return found | {name: p for name, p in named.items() if id(p) in base - own}
 
+    def whole_parameters(self) -> set[str]:
+        """Names of the base's parameters that are trained."""
+        return {
+            f"{name}.{inner}"
+            for name, module in self.whole.items()
+            for inner in own_parameters(module)
+        }
+
     # ---- files
 
     def own_tensors(self) -> dict[str, nn.Parameter]:

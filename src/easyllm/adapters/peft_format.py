@@ -125,10 +125,15 @@ def read_adapter(folder: Path) -> AdapterFile:
         raise CheckpointError(f"{path} is not JSON ({error}); copy the adapter again") from None
     if not isinstance(description, dict):
         raise CheckpointError(f"{path} holds no JSON object; copy the adapter again")
+    named = description.get("modules_to_save") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(
+            f"{path} sets modules_to_save={named!r}, expected a list of names; copy the adapter again"
+        )
     kind = kind_of_file(description.get("peft_type"))
     tensors, _ = read_tensors(folder / WEIGHTS)
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
             raise CheckpointError(
                 f"{name} in {folder / WEIGHTS} holds NaN, infinite or whole numbers; copy the adapter again, or train it anew"
             )

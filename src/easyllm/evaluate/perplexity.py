@@ -73,7 +73,7 @@ def perplexity(
         >>> perplexity(model, tokenizer, [open("wiki.txt").read()]).bits_per_byte  # doctest: +SKIP
         0.93
     """
-    longest = model.config.max_seq_len
+    longest = model.config.max_seq_len - model.num_virtual_tokens
     context = longest if context is None else context
     if not 1 <= context <= longest:
         raise ConfigError(f"context={context} must be from 1 to the model's {longest} tokens")

@@ -1,6 +1,6 @@
 """Models and tokenizers from any source, and back to a Hugging Face folder."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,7 +104,8 @@ class OpenSource:
         if self.gguf is not None:
             self.gguf.let_go()
         # the check has seen that nothing is missing but what is packed, and that is there already
-        activations = dtype or state["norm.weight"].dtype if packed else torch.float32
+        floats = (t.dtype for t in state.values() if t.is_floating_point())
+        activations = dtype or next(floats, torch.float32)
         for binding in packed:
             layer = layers[binding.ours[0]]
             found = {ending: source.load(name) for ending, name in binding.packed.items()}
@@ -122,7 +123,12 @@ class OpenSource:
         """A weight as the checkpoint keeps it."""
         assert self.packed is not None, "bound as packed"
         assert self.packed.from_file is not None, "registered with tensors of a file"
-        storage = self.packed.from_file(found, shape, dtype)
+        try:
+            storage = self.packed.from_file(found, shape, dtype)
+        except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+            raise CheckpointError(
+                f"{binding.theirs} of {self.path} cannot be read as {self.packed.name} ({error}); copy the checkpoint again"
+            ) from None
         if tuple(storage.shape) != tuple(shape):
             raise CheckpointError(
                 f"{binding.theirs} of {self.path} is {list(storage.shape)} as {self.packed.name}, expected {list(shape)}; "
@@ -137,7 +143,26 @@ class OpenSource:
             CheckpointError: they do not fit.
         """
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        keymap_of(self.config).check(expected, self.tensors.shapes, source=str(self.path))
+        keymap_of(self.config).check(
+            expected,
+            self.tensors.shapes,
+            source=str(self.path),
+            file_tensors=self.packed.file_tensors if self.packed is not None else (),
+        )
+
+    def parameters(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Some parameters by our names, in fp32; those that the file does not have are left out."""
+        keymap = keymap_of(self.config)
+        found: dict[str, Tensor] = {}
+        for binding in keymap.bindings(names):
+            if binding.theirs in self.tensors.shapes:
+                parts = binding.rule.split(self.tensors.load(binding.theirs))
+                found |= {
+                    name: part.float()
+                    for name, part in zip(binding.ours, parts, strict=True)
+                    if name in names
+                }
+        return found
 
     def skeleton(self) -> Decoder:
         """The model without its weights."""
@@ -220,11 +245,28 @@ def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decode
     """
     file = read_adapter(Path(folder))
     labels = file.num_labels()
-    if labels is not None and model.config.num_labels != labels:
-        to_classifier(model, labels)
-    if file.has_own_head(model, hf_module_name(model)):
-        untie_head(model)
-    load_adapter(model, file, module_name=hf_module_name(model), name=name)
+    another_head = labels is not None and model.config.num_labels != labels
+    if name and (another_head or file.has_own_head(model, hf_module_name(model))):
+        raise ConfigError(
+            f"the adapter in {str(file.folder)!r} has a head of its own, which cannot be held by name besides others; load it "
+            "alone"
+        )
+    before = model.config, model.lm_head, model.score
+
+    def undo() -> None:
+        model.config, model.lm_head, model.score = before
+
+    try:
+        if another_head:
+            assert labels is not None, "counted above"
+            to_classifier(model, labels)
+        if file.has_own_head(model, hf_module_name(model)):
+            untie_head(model)
+        adapters = load_adapter(model, file, module_name=hf_module_name(model), name=name)
+    except EasyllmError:
+        undo()
+        raise
+    adapters.undo.append(undo)
     return model
 
 

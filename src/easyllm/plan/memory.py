@@ -29,6 +29,7 @@ from easyllm.plan.parts import (
     count_adapter_parameters,
     feed_forward_of,
     layers_of,
+    whole_parameters,
 )
 from easyllm.plan.trace import ModelTrace, trace_model
 
@@ -102,6 +103,7 @@ def estimate_training(
     adapter: AdapterConfig | None = None,
     recompute: Recompute = "none",
     dropout: bool = False,
+    reference: bool = False,
     device_type: str = "cpu",
 ) -> MemoryEstimate:
     """Memory of a step as `train` runs it, with the kernels of a CPU or a GPU, which keep the same activations.
@@ -116,6 +118,8 @@ def estimate_training(
         momentum: whether SGD has it.
         adapter: trained instead of the model.
         recompute: activations computed again in the backward pass.
+        reference: whether the objective compares with the model the run starts from, of which there is a second copy
+            unless an adapter alone is trained.
         device_type: `cpu` or `cuda`, whose loss works on larger chunks.
 
     Raises:
@@ -131,6 +135,8 @@ def estimate_training(
         dropout=dropout,
     )
     weights, trained = _weights(config, work, adapter)
+    if reference and (adapter is None or adapter.also_trained):
+        weights += count_parameters(config).total * work.itemsize
     matrices = _trained_matrices(config, adapter)
     earlier, gradients = _gradients(work, trained, micro_batches)
     if int8_state and adapter is None:
@@ -204,7 +210,9 @@ def _weights(config: ModelConfig, work: Work, adapter: AdapterConfig | None) -> 
     count = count_parameters(config).total
     if adapter is not None:
         trained = count_adapter_parameters(config, adapter)
-        return count * work.itemsize + trained * FP32, trained
+        whole = sum(parameter.numel() for parameter in whole_parameters(config, adapter))
+        copies = trained - whole * (work.itemsize >= FP32)  # fp32 modules of the base are there
+        return count * work.itemsize + copies * FP32, trained
     masters = FP32 if work.itemsize < FP32 else 0
     return count * (work.itemsize + masters), count
 

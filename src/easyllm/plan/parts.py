@@ -47,11 +47,16 @@ def layers_of(
     Raises:
         ConfigError: the adapter does not fit the model.
     """
-    return _layers_of(config, None if adapter is None else adapter.model_dump_json())
+    if adapter is None:
+        return _layers_of(config, None, 0)
+    # the class as well: a kind may be registered anew
+    return _layers_of(config, adapter.model_dump_json(), id(type(adapter)))
 
 
 @lru_cache(maxsize=16)
-def _layers_of(config: ModelConfig, adapter_json: str | None) -> tuple[DecoderLayer, ...]:
+def _layers_of(
+    config: ModelConfig, adapter_json: str | None, _kind: int
+) -> tuple[DecoderLayer, ...]:
     adapter = None
     if adapter_json is not None:
         adapter = cast("AdapterConfig", ADAPTERS.validate(json.loads(adapter_json)))
@@ -75,10 +80,10 @@ def _adapted(layer: DecoderLayer, number: int, adapter: AdapterConfig | None) ->
 
 
 def _check_targets(config: ModelConfig, adapter: AdapterConfig) -> None:
-    """Refuses targets that name no linear, as attaching does."""
+    """Refuses what names no linear, as attaching does."""
     if adapter.level == "linear":
         with torch.device("meta"):
-            target_linears(Decoder(config), adapter)
+            adapter.check_names([name for name, _ in target_linears(Decoder(config), adapter)])
 
 
 def count_adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
@@ -102,15 +107,22 @@ def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.P
     with torch.device("meta"):
         if adapter.level == "model":
             found += cast("nn.Module", adapter.build_model_adapter(config)).parameters()
-        if adapter.also_trained or adapter.adapts("lm_head"):
-            model = Decoder(config)
-            for module in find_whole(model, adapter.also_trained).values():
-                found += module.parameters()
-            if model.lm_head is not None and adapter.adapts("lm_head"):
-                head = model.lm_head
+        if adapter.adapts("lm_head"):
+            head = Decoder(config).lm_head
+            if head is not None:
                 built = adapter.build("lm_head", head.in_features, head.out_features)
                 found += built.parameters()
-    return found
+    return found + whole_parameters(config, adapter)
+
+
+def whole_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Parameter]:
+    """The parameters of the base that are trained with an adapter, on the meta device."""
+    if not adapter.also_trained:
+        return []
+    with torch.device("meta"):
+        modules = find_whole(Decoder(config), adapter.also_trained).values()
+    found = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+    return list(found.values())
 
 
 def virtual_tokens(config: ModelConfig, adapter: AdapterConfig | None) -> int:

@@ -22,9 +22,9 @@ from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import count_adapter_parameters
 from easyllm.train.config import TrainConfig
 from easyllm.train.material import Material
-from easyllm.train.objectives import build_objective
+from easyllm.train.objectives import Objective, build_objective
 from easyllm.train.optim_config import SGDConfig
-from easyllm.train.setup import Origin, build_model, compute_dtype
+from easyllm.train.setup import Origin, build_model, cannot_train_all, compute_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,21 @@ class RunPlan:
             "fits": self.memory.fits(self.free_bytes),
             "helps": list(self.helps),
         }
+
+
+def planned(config: TrainConfig, objective: Objective) -> TrainConfig:
+    """The configuration as a plan takes it: with the modules that the objective trains whole named."""
+    if config.adapter is None or not objective.also_trained:
+        return config
+    names = dict.fromkeys((*config.adapter.also_trained, *objective.also_trained))
+    adapter = config.adapter.model_copy(update={"also_trained": tuple(names)})
+    return config.model_copy(update={"adapter": adapter})
+
+
+def planned_model(config: TrainConfig, origin: Origin, objective: Objective) -> ModelConfig:
+    """The model as it will be trained: with the head that the objective gives it."""
+    with torch.device("meta"):
+        return objective.prepare_model(Decoder(origin.config), seed=config.seed).config
 
 
 def preflight(
@@ -136,6 +151,7 @@ def plan_run(
         "adapter": config.adapter,
         "recompute": config.checkpoint_activations,
         "dropout": config.dropout > 0,
+        "reference": build_objective(config.objective).needs_reference,
         "device_type": device.type,
     }
     memory = estimate_training(model, **setup)
@@ -169,6 +185,15 @@ def check_model(config: TrainConfig, origin: Origin) -> None:
         empty = Decoder(origin.config)
     if isinstance(config.model, str):
         open_source(config.model).check(empty)
+    if origin.packed is not None:
+        name = origin.packed.name
+        if config.adapter is None:
+            raise cannot_train_all(config, [name])
+        reason = config.adapter.unsupported_reason(name)
+        if reason is not None:
+            raise ConfigError(
+                f"an adapter of kind {config.adapter.kind} does not work on weights kept as {name}: {reason}"
+            )
     bare = replace(origin, build=lambda dtype, _: empty.to(dtype))
     objective = build_objective(config.objective)
     build_model(config, bare, objective, torch.device("meta"))

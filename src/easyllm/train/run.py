@@ -26,13 +26,21 @@ from easyllm.core.progress import console
 from easyllm.core.run_folder import check_free, claim
 from easyllm.models import hf_module_name, save_model
 from easyllm.models.hf_config import GENERATION_FILE, with_end_ids
+from easyllm.plan.parts import virtual_tokens
 from easyllm.tokenizer.turn_ends import turn_end_ids
 from easyllm.train.config import TrainConfig
 from easyllm.train.data_config import DataConfig
 from easyllm.train.loop import Diverged, run_steps
 from easyllm.train.material import Material, gather
 from easyllm.train.objectives import Objective, build_objective
-from easyllm.train.preflight import RunPlan, check_model, memory_advice, preflight
+from easyllm.train.preflight import (
+    RunPlan,
+    check_model,
+    memory_advice,
+    planned,
+    planned_model,
+    preflight,
+)
 from easyllm.train.report import write_report
 from easyllm.train.setup import (
     Origin,
@@ -128,10 +136,12 @@ def prepare(config: TrainConfig) -> Prepared:
     device = pick_device(config.device)
     origin = find_origin(config)
     objective = build_objective(config.objective)
-    material = gather(config, origin.tokenizer, objective, context=origin.config.max_seq_len)
-    check_samples(config.samples, origin.tokenizer, context=origin.config.max_seq_len)
+    model = planned_model(config, origin, objective)
+    context = model.max_seq_len - virtual_tokens(model, config.adapter)
+    material = gather(config, origin.tokenizer, objective, context=context)
+    check_samples(config.samples, origin.tokenizer, context=context)
     total_steps = count_steps(config, material)
-    plan = preflight(config, origin.config, material, total_steps, device)
+    plan = preflight(planned(config, objective), model, material, total_steps, device)
     return Prepared(device, origin, objective, material, plan)
 
 

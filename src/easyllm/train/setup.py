@@ -1,6 +1,6 @@
 """The model of a run, ready to be trained: weights, head, adapter, dtype, optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
 from easyllm.ops.cross_entropy import STEADY_ROWS
+from easyllm.quant import StorageFormat
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
 from easyllm.train.loop import Arithmetic
@@ -38,12 +39,16 @@ class Origin:
         tokenizer: that belongs to it.
         identity: computes a hash of what the weights are made from (which reads all of a model's files).
         build: the model in a dtype, on a device.
+        values: some of the parameters in fp32, by name.
+        packed: the format of weights that are quantized in the source.
     """
 
     config: ModelConfig
     tokenizer: Tokenizer
     identity: Callable[[], str]
     build: Callable[[torch.dtype, torch.device], Decoder]
+    values: Callable[[Collection[str]], dict[str, Tensor]]
+    packed: StorageFormat | None = None
 
 
 def find_origin(config: TrainConfig) -> Origin:
@@ -62,12 +67,19 @@ def find_origin(config: TrainConfig) -> Origin:
         def build(dtype: torch.dtype, device: torch.device) -> Decoder:
             return build_scratch(fresh, seed=seed).to(device, dtype)
 
+        def values(names: Collection[str]) -> dict[str, Tensor]:
+            state = build_scratch(fresh, seed=seed).state_dict()
+            return {name: state[name] for name in names if name in state}
+
         described = [fresh.model_dump(mode="json"), seed]
-        return Origin(fresh, tokenizer, lambda: hash_value(described), build)
+        return Origin(fresh, tokenizer, lambda: hash_value(described), build, values)
     opened = open_source(config.model)
     opened = replace(opened, config=_with_mask(opened.config, config))
     identity = partial(hash_path, opened.path)
-    return Origin(opened.config, opened.tokenizer(), identity, _reader(opened))
+    reader = _reader(opened)
+    return Origin(
+        opened.config, opened.tokenizer(), identity, reader, opened.parameters, opened.packed
+    )
 
 
 def _reader(opened: OpenSource) -> Callable[[torch.dtype, torch.device], Decoder]:
@@ -128,13 +140,14 @@ def build_model(
             model, config.adapter, seed=config.seed, also_trained=objective.also_trained
         )
         trained = adapters.trained_parameters(model)
+        if (
+            compute != torch.float32
+        ):  # modules trained whole start from what the file has, unrounded
+            masters = origin.values(adapters.whole_parameters())
     else:
         model = objective.prepare_model(origin.build(torch.float32, device), seed=config.seed)
         if packed := model.packed_formats():
-            raise ConfigError(
-                f"the weights of {source_name(config)} are quantized ({', '.join(sorted(packed))}) and cannot all be trained; "
-                "train an adapter on them (adapter.kind=lora)"
-            )
+            raise cannot_train_all(config, sorted(packed))
         if compute != torch.float32:
             masters = {name: p.detach() for name, p in model.named_parameters()}
         model = model.to(compute).requires_grad_(True)
@@ -147,6 +160,14 @@ def build_model(
             layer.feed_forward.compile(dynamic=True)  # type: ignore[union-attr]
     optimizer = MasterOptimizer(trained, config.optimizer, config.parameter_groups, masters)
     return Trained(model, optimizer, adapters)
+
+
+def cannot_train_all(config: TrainConfig, formats: Sequence[str]) -> ConfigError:
+    """The answer where every weight is to be trained and some are quantized."""
+    return ConfigError(
+        f"the weights of {source_name(config)} are quantized ({', '.join(formats)}) and cannot all be trained; train an "
+        "adapter on them (adapter.kind=lora)"
+    )
 
 
 def build_reference(

@@ -206,6 +206,7 @@ def samples_of(
     from easyllm.engine import LLM, SamplingParams
 
     longest = max(len(tokenizer.encode(prompt)) for prompt in config.prompts) + config.max_tokens
+    longest += model.num_virtual_tokens
     llm = LLM(
         model=model,
         tokenizer=tokenizer,
