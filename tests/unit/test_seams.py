@@ -31,7 +31,7 @@ from easyllm.data.prepare import Account
 from easyllm.data.rows import read_rows
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.compiled_step import CompiledStep
-from easyllm.models import add_adapter, hf_module_name, load_model, save_model
+from easyllm.models import add_adapter, hf_module_name, load_model, load_tokenizer, save_model
 from easyllm.models.families import llama, register_family
 from easyllm.models.families.family import Family, llama_keymap
 from easyllm.models.families.gguf_layout import GGUFLayout
@@ -40,7 +40,7 @@ from easyllm.nn.linear import BaseProduct, put_weight
 from easyllm.nn.storage import PackedStorage
 from easyllm.plan.memory import estimate_training
 from easyllm.quant import FORMATS, StorageFormat, quantize_weights, register_storage, weight_bytes
-from easyllm.train import TrainConfig, train
+from easyllm.train import TrainConfig, dry_run, train
 from easyllm.train.data_config import RowsConfig
 from easyllm.train.metrics import read_metrics
 from easyllm.train.objectives import (
@@ -544,6 +544,55 @@ def test_an_adapter_starts_at_the_base_and_is_planned(kind, tiny_folder):
     assert plan.optimizer == trained * 8
     full = sum(p.numel() for p in load_model(tiny_folder).parameters())
     assert plan.weights == (full + trained) * 4
+
+
+def test_modules_that_are_trained_whole_are_planned_and_start_unrounded(
+    rows, tiny_folder, tmp_path
+):
+    """They start from the file's own values in bf16, too, and the plan counts them once."""
+    adapter = {"kind": "lora", "rank": 2, "also_trained": ["norm", "layers.0", "layers.0.mixer"]}
+    config = run_config(rows, tiny_folder, adapter=adapter)
+    model = load_model(tiny_folder, dtype="float32")
+    adapters = attach(model, config.adapter)
+    trained = sum(p.numel() for p in adapters.trained_parameters(model).values())
+    plan = estimate_training(
+        model.config, adapter=config.adapter, micro_batch_tokens=64, dtype=torch.float32
+    )
+    assert plan.gradients == trained * 4
+    assert plan.weights == sum(p.numel() for p in model.parameters()) * 4
+
+    still = {"kind": "sgd", "learning_rate": 1e-30}
+    values = {"adapter": {"kind": "lora", "rank": 2, "also_trained": ["norm"]}}
+    train(
+        run_config(rows, tiny_folder, precision="bf16", optimizer=still, max_steps=1, **values),
+        tmp_path / "run",
+    )
+    loaded = load_model(tiny_folder, dtype="float32", adapter=tmp_path / "run" / "adapter")
+    assert torch.equal(loaded.norm.weight, load_model(tiny_folder, dtype="float32").norm.weight)
+
+
+def test_virtual_tokens_count_against_the_context_and_samples_have_room(
+    rows, tiny_folder, tmp_path
+):
+    long = {"kind": "test_prompt", "tokens": 200}
+    with pytest.raises(ConfigError, match="longer than the model's context of 56"):
+        dry_run(run_config(rows, tiny_folder, adapter=long), None)
+    shown = {"prompts": ["hello world"], "max_tokens": 8}
+    adapter = {"kind": "test_prompt", "tokens": 40}
+    config = run_config(
+        rows, tiny_folder, adapter=adapter, samples=shown, eval_every=1, max_steps=1
+    )
+    train(config, tmp_path / "run")
+    assert any("samples" in line for line in read_metrics(tmp_path / "run"))
+
+
+def test_a_dry_run_of_a_packed_checkpoint_refuses_what_the_run_refuses(rows, tiny_folder, tmp_path):
+    packed = quantize_weights(load_model(tiny_folder, dtype="float32"), "test_float8")
+    tokenizer = load_tokenizer(tiny_folder)
+    folder = save_model(packed, tmp_path / "packed", tokenizer=tokenizer)
+    dry_run(run_config(rows, folder, adapter={"kind": "lora", "rank": 2}), None)
+    with pytest.raises(ConfigError, match="cannot all be trained"):
+        dry_run(run_config(rows, folder), None)
 
 
 def test_an_input_side_adapter_leaves_one_product_a_layer(tiny_folder, monkeypatch):

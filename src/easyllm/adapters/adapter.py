@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from easyllm.adapters.adapter_set import AdapterSet
 
 ALL_LINEAR = "all-linear"
-NUMBERED = re.compile(r"(^|\.)\d+\.")
+NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
 """A name with a layer's number in it."""
 
 
@@ -140,7 +140,7 @@ class AdapterConfig(Config):
 
     def differs_by_layer(self) -> bool:
         """Whether layers of the same shape may have different adapters."""
-        return any(NUMBERED.search(target) for target in self.targets)
+        return any(NUMBERED.search(name) for name in (*self.targets, *self.also_trained))
 
     def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:  # noqa: ARG002 - for methods
         """The method's own keys of `adapter_config.json`; `modules` are the adapted linears: our names → the file's."""

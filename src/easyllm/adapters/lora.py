@@ -78,8 +78,8 @@ class LoRAConfig(AdapterConfig):
             )
 
     def differs_by_layer(self) -> bool:
-        names = (*self.targets, *self.rank_pattern, *self.alpha_pattern)
-        return any(NUMBERED.search(name) for name in names)
+        names = (*self.rank_pattern, *self.alpha_pattern)
+        return super().differs_by_layer() or any(NUMBERED.search(name) for name in names)
 
     def check_names(self, names: Sequence[str]) -> None:
         for key in ("rank_pattern", "alpha_pattern"):
