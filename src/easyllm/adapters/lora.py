@@ -72,9 +72,10 @@ class LoRAConfig(AdapterConfig):
         rank, most = self.rank_of(name), min(in_features, out_features)
         # the few outputs of a router come along with all-linear
         if rank > most and not name.endswith(ROUTERS):
+            leaf = name.rsplit(".", 1)[-1]
             raise ConfigError(
-                f"adapter.rank={rank} is more than the rank of {name}, {out_features} x {in_features}, which is at most "
-                f"{most}; lower adapter.rank, or leave {name.rsplit('.', 1)[-1]} out of adapter.targets"
+                f"adapter.rank={rank} is more than the rank of {leaf}, {out_features} x {in_features}, which is at most {most}; "
+                f"lower adapter.rank, or leave {leaf} out of adapter.targets"
             )
 
     def differs_by_layer(self) -> bool:
