@@ -177,7 +177,14 @@ SAMPLING = {
 ELSEWHERE = {
     "generate": {"--beams", "--length-penalty", "--chat", "--json"},
     "chat": {"--system"},
-    "serve": {"--host", "--port", "--api-key"},
+    "serve": {
+        "--host",
+        "--port",
+        "--api-key",
+        "--read-timeout",
+        "--write-timeout",
+        "--drain-timeout",
+    },
     "bench engine": {"--repeats", "--json"},
 }
 """Options that reach neither the engine's constructor nor the sampling parameters, and have tests of their own."""
@@ -253,6 +260,16 @@ def test_a_sampling_option_reaches_the_sampler(calls, recorder, name, word):
 @pytest.mark.parametrize("name", VERBS)
 def test_no_option_is_forgotten_above(name):
     assert options_of(name) <= ENGINE.keys() | SAMPLING.keys() | ELSEWHERE[name]
+
+
+def test_timeouts_reach_the_server(calls, recorder, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("easyllm.serve.app.serve", lambda *_, **options: seen.update(options))
+    words = ("--read-timeout", 5, "--write-timeout", 6, "--drain-timeout", 7, "--port", 18431)
+    code, _, err = run("serve", *calls["serve"], *words)
+    assert code == 0, err
+    limits = seen["limits"]
+    assert (limits.read_timeout_s, limits.write_timeout_s, limits.drain_timeout_s) == (5, 6, 7)
 
 
 def test_beams_chat_and_system_reach_the_engine(calls, recorder):

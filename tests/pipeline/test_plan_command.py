@@ -95,7 +95,7 @@ WRONG = {
         ("llama2-7b", "--train", "--context", 5000),
         "longer than the model's context of 4096",
     ),
-    "a rank no matrix has": (("sft-lora", "adapter.rank=100000000"), "at most 192"),
+    "a rank no matrix has": (("sft-lora", "adapter.rank=100000000"), "at most 576"),
 }
 
 

@@ -1,5 +1,6 @@
-"""The worked example of docs/extend.md is an adapter that works."""
+"""The worked examples of docs/extend.md and docs/train.md work."""
 
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -7,17 +8,23 @@ from types import ModuleType
 import torch
 
 from easyllm.adapters import adapter_of, attach, merge, save_adapter, unregister_adapter
+from easyllm.core.config import load_config
 from easyllm.models import hf_module_name, load_model
+from easyllm.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(5, 45)
 
 
-def test_the_documented_adapter_is_attached_saved_loaded_and_merged(tiny_folder, tmp_path):
+def block(name):
     text = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python adapter\n(.*?)```", text, flags=re.DOTALL)
+    (code,) = re.findall(rf"```python {name}\n(.*?)```", text, flags=re.DOTALL)
+    return code
+
+
+def test_the_documented_adapter_is_attached_saved_loaded_and_merged(tiny_folder, tmp_path):
     module = ModuleType("documented")
-    exec(compile(code, "docs/extend.md", "exec"), module.__dict__)
+    exec(compile(block("adapter"), "docs/extend.md", "exec"), module.__dict__)
     try:
         model = load_model(tiny_folder, dtype="float32")
         before = model.logits(IDS)
@@ -33,3 +40,28 @@ def test_the_documented_adapter_is_attached_saved_loaded_and_merged(tiny_folder,
         torch.testing.assert_close(merge(model).logits(IDS), adapted, atol=1e-4, rtol=1e-4)
     finally:
         unregister_adapter("input_scale")
+
+
+def test_the_documented_program_trains_serves_and_merges(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    }
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    program = block("program").replace('"smollm2"', repr(str(tiny_folder)))
+    try:
+        names = {}
+        exec(compile(block("adapter"), "docs/extend.md", "exec"), names)
+        exec(compile(program, "docs/extend.md", "exec"), names)
+        adapted = load_model(tiny_folder, adapter="runs/ia3/adapter").logits(IDS)
+        merged = load_model("runs/ia3/merged").logits(IDS)
+        torch.testing.assert_close(merged, adapted, atol=0.05, rtol=0.05)
+    finally:
+        unregister_adapter("input_scale")
+
+
+def test_the_documented_recipe_is_one(tmp_path):
+    text = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"```yaml recipe\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "r.yaml").write_text(recipe)
+    assert load_config(TrainConfig, tmp_path / "r.yaml").output == "runs/mine"

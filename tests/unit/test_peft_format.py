@@ -243,6 +243,24 @@ def test_an_adapter_of_a_tied_head_is_held_by_name(tmp_path):
     )
 
 
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
+def test_a_head_is_tied_again_when_no_adapter_changes_it(order, tmp_path):
+    _, tensors, keys = CASES["tied, head adapted"]
+    write(tmp_path / "a", tensors, **keys)
+    base = logits(build())
+    model = build()
+    for name in ("one", "two"):
+        add_adapter(model, tmp_path / "a", name=name)
+    both = model.logits(IDS, adapter=order[1])[-1]
+    detach(model, order[0])
+    torch.testing.assert_close(model.logits(IDS, adapter=order[1])[-1], both, atol=0, rtol=0)
+    assert model.lm_head is not None
+    detach(model, order[1])
+    assert model.lm_head is None
+    assert model.config.tie_embeddings
+    torch.testing.assert_close(logits(model), base, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapter_of_the_head_works_on_a_quantized_base(tied, tmp_path):
     _, tensors, keys = CASES["tied, head adapted" if tied else "head adapted"]

@@ -240,7 +240,8 @@ def kind_of_file(peft_type: object) -> AdapterKind:
             return kind
     known = ", ".join(kind.peft_type for kind in _KINDS.values())
     raise CheckpointError(
-        f"the adapter is of peft_type {peft_type!r}, which is not read; known are {known}"
+        f"the adapter is of peft_type {peft_type!r}, which no method here reads (known are {known}); import the module that "
+        "registers it first"
     )
 
 

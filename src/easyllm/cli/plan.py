@@ -108,6 +108,7 @@ def _plan_recipe(source: str, overrides: list[str], json_output: bool) -> None:
 
 def _rows_of_run(found: "RunPlan") -> list[tuple[str, str]]:
     from easyllm.core.progress import format_count, format_duration
+    from easyllm.plan.compute import USUAL_MFU
 
     memory = found.memory
     rows = [
@@ -116,7 +117,7 @@ def _rows_of_run(found: "RunPlan") -> list[tuple[str, str]]:
         ("steps", f"{found.steps:,}, {format_count(found.tokens)} tokens"),
         (
             "time",
-            f"about {format_duration(found.seconds)} at {found.flops_per_s / 1e9:.0f} GFLOP/s",
+            f"about {format_duration(found.seconds)}, at {USUAL_MFU:.0%} of {found.flops_per_s / 1e9:.0f} GFLOP/s",
         ),
         ("memory", f"{_gb(memory.total)} (at its peak, the {memory.peak})"),
         ("  weights", _gb(memory.weights)),
@@ -213,7 +214,7 @@ def _show(source: str, config: "ModelConfig", found: "ModelPlan", rates: "Rates"
         f"{_gb(rates.free_bytes)} free"
     }
     seconds = found.seconds(rates)
-    here |= {name.replace("_", " "): f"at least {value:g} s" for name, value in seconds.items()}
+    here |= {name.replace("_", " "): _seconds(name, value) for name, value in seconds.items()}
     if not serving.fits(rates.free_bytes):
         here["serving here"] = "does not fit into the memory that is free"
     print_pairs(here)
@@ -221,6 +222,14 @@ def _show(source: str, config: "ModelConfig", found: "ModelPlan", rates: "Rates"
         sys.stdout.write(
             f"note: the model was trained for {config.max_seq_len:,} tokens; --context asks for more\n"
         )
+
+
+def _seconds(name: str, seconds: float) -> str:
+    from easyllm.plan.compute import USUAL_MFU
+
+    if name.startswith("training_step_"):
+        return f"about {seconds:g} s, at {USUAL_MFU:.0%} of these rates"
+    return f"{seconds:g} s at these rates; more in practice"
 
 
 def _gb(num_bytes: int) -> str:

@@ -71,7 +71,7 @@ def pick_device(name: str = "auto") -> "torch.device":
         raise ConfigError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"device {name!r} was asked for but torch sees no CUDA device; use --device cpu"
+            f"device {name!r} was asked for but torch sees no CUDA device; use 'cpu' or 'auto'"
         )
     return device
 

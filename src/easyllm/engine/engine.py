@@ -294,15 +294,7 @@ class Engine:
             ConfigError: the model does not generate; the prompt is empty or holds an unknown id.
             ContextLengthError: the prompt, or with `max_tokens` the answer, is too long for context or cache.
         """
-        config = self.model.config
-        if config.num_labels is not None:
-            raise ConfigError(
-                "a model with a head of labels generates no tokens; use a language model"
-            )
-        if any(not layer.mixer.causal for layer in config.layers):
-            raise ConfigError(
-                "a layer of this model sees later tokens, so it cannot generate; set causal to true"
-            )
+        check_generates(self.model.config)
         self.check_tokens(prompt_ids)
         length = len(prompt_ids) + len(self._virtual)
         room = self.max_seq_len - length
@@ -489,6 +481,19 @@ class Engine:
         self._drafts.pop(sequence.id, None)
         if self.drafter is not None:
             self.drafter.forget(sequence.id)
+
+
+def check_generates(config: ModelConfig) -> None:
+    """
+    Raises:
+        ConfigError: a model of this configuration has no next token to predict.
+    """
+    if config.num_labels is not None:
+        raise ConfigError("a model with a head of labels generates no tokens; use a language model")
+    if any(not layer.mixer.causal for layer in config.layers):
+        raise ConfigError(
+            "a layer of this model sees later tokens, so it cannot generate; set causal to true"
+        )
 
 
 def _start_mask(request: Request) -> tuple[TokenMask | None, bool]:

@@ -13,7 +13,7 @@ from easyllm.core.device import memory_free_bytes, parse_dtype, pick_device
 from easyllm.core.errors import ConfigError
 from easyllm.engine.beam import Hypothesis, beam_search
 from easyllm.engine.draft_model import ModelDrafter
-from easyllm.engine.engine import Engine
+from easyllm.engine.engine import Engine, check_generates
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
 from easyllm.engine.options import EngineConfig
 from easyllm.engine.request import (
@@ -141,6 +141,7 @@ class LLM:
             on = pick_device(device or "auto")
             wanted = dtype or ("float32" if on.type == "cpu" else "bfloat16")
             opened = open_source(source, context=context)
+            check_generates(opened.config)
             weights, free = parse_dtype(wanted), memory_free_bytes(on)
             check_weights_fit(opened.skeleton(), weights, free, quantize=quantize)
             model = opened.model(weights, on, quantize=quantize)

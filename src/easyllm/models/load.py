@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from easyllm.adapters import load_adapter, read_adapter
+from easyllm.adapters.peft_whole import HEAD
 from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.gguf_parts import SplitGGUF, open_gguf
 from easyllm.checkpoint.keymap import Binding, KeyMap
@@ -246,27 +247,33 @@ def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decode
     file = read_adapter(Path(folder))
     labels = file.num_labels()
     another_head = labels is not None and model.config.num_labels != labels
-    if name and (another_head or file.has_own_head(model, hf_module_name(model))):
+    own_head = file.has_own_head(model, hf_module_name(model))
+    if name and another_head:
         raise ConfigError(
-            f"the adapter in {str(file.folder)!r} has a head of its own, which cannot be held by name besides others; load it "
-            "alone"
+            f"the adapter in {str(file.folder)!r} has a head of {labels} labels, which cannot be held by name besides others; "
+            "load it alone"
         )
     before = model.config, model.lm_head, model.score
 
     def undo() -> None:
-        model.config, model.lm_head, model.score = before
+        heirs = [a for a in model.adapter_sets.values() if HEAD in a.linears]
+        if own_head and heirs:  # the head stays untied while others change it
+            heirs[0].undo.append(undo)
+        else:
+            model.config, model.lm_head, model.score = before
 
     try:
         if another_head:
             assert labels is not None, "counted above"
             to_classifier(model, labels)
-        if file.has_own_head(model, hf_module_name(model)):
+        if own_head:
             untie_head(model)
         adapters = load_adapter(model, file, module_name=hf_module_name(model), name=name)
     except EasyllmError:
         undo()
         raise
-    adapters.undo.append(undo)
+    if another_head or own_head:
+        adapters.undo.append(undo)
     return model
 
 

@@ -57,7 +57,7 @@ class CorpusDataConfig(DataBase):
 
 
 class LabelledDataConfig(RowsConfig):
-    """Rows of a text and a label (a class by name or number, or a number to regress on), for a head of labels."""
+    """Rows of a text and a label (a class by its number, or a number to regress on), for a head of labels."""
 
     kind: Literal["labels"] = "labels"
     train: Paths

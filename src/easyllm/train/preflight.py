@@ -60,7 +60,7 @@ class RunPlan:
         return (
             f"plan: {format_count(self.parameters)} parameters in {self.dtype}, {self.steps} steps, "
             f"{format_count(self.tokens)} tokens; about {format_duration(self.seconds)} at "
-            f"{self.flops_per_s / 1e9:.0f} GFLOP/s and {self.memory.total / 1e9:.1f} GB"
+            f"{USUAL_MFU:.0%} of {self.flops_per_s / 1e9:.0f} GFLOP/s, and {self.memory.total / 1e9:.1f} GB"
         )
 
     def as_dict(self) -> dict[str, Any]:
