@@ -3,18 +3,26 @@
 import pytest
 import torch
 
-from conftest import build_tiny
+from conftest import build_tiny, tiny_config
 from easyllm.adapters import LoRAConfig, adapter_of, attach, detach, merge, save_adapter
 from easyllm.core.errors import ConfigError
 from easyllm.data.packing import Sample, pack
 from easyllm.engine import LLM, Request, SamplingParams
 from easyllm.models import add_adapter, hf_module_name, to_classifier
+from easyllm.models.families import family_of
+from easyllm.nn.decoder import Decoder
 from easyllm.nn.storage import PackedStorage
-from easyllm.train.objectives import Reference
+from easyllm.plan.compute import training_flops
+from easyllm.plan.memory import estimate_training
+from easyllm.train.objectives import LanguageModel, Reference
 
 IDS = torch.arange(5, 45)
 PROMPT = [5, 6, 7, 8]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+def tiny_model_config(**changes):
+    return family_of("llama").read_config(tiny_config(**changes))
 
 
 def randomise(model, name="", seed=0):
@@ -194,3 +202,38 @@ def test_a_packed_weight_is_dequantized_again_in_the_backward_pass():
     torch.nn.functional.linear(other, storage.dense(), bias.detach()).square().sum().backward()
     torch.testing.assert_close(x.grad, other.grad)
     torch.testing.assert_close(bias.grad, (2 * y).sum(0).detach())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_loss_is_that_of_the_logits_of_an_adapted_head(dropout):
+    model = Decoder(tiny_model_config(tie_word_embeddings=False))
+    model.reset_parameters(std=0.1, generator=torch.Generator().manual_seed(0))
+    attach(model, LoRAConfig(rank=4, alpha=64, dropout=dropout, targets=("lm_head",)))
+    torch.nn.init.normal_(model.lm_head.adapter.lora_B)
+    ids = torch.arange(3, 43)
+    batch = pack([Sample(tuple(ids.tolist()), tuple(ids.roll(-1).tolist()))])
+    model.train()
+    torch.manual_seed(7)
+    logits = model.head(model(batch.token_ids, batch.context()))
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+    torch.manual_seed(7)
+    found = LanguageModel().loss(model, batch).sum
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
+    adapter = model.lm_head.adapter
+    wanted = torch.autograd.grad(expected, [adapter.lora_A, adapter.lora_B])
+    got = torch.autograd.grad(found, [adapter.lora_A, adapter.lora_B])
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_the_plan_counts_the_copy_of_a_head_that_an_adapter_changes():
+    config = tiny_model_config(tie_word_embeddings=False, vocab_size=60_000)
+    matrix = 60_000 * config.hidden_size
+    setup = {"micro_batch_tokens": 64, "dtype": torch.bfloat16}
+    without = estimate_training(config, adapter=LoRAConfig(targets=("q_proj",)), **setup)
+    head = estimate_training(config, adapter=LoRAConfig(targets=("q_proj", "lm_head")), **setup)
+    assert head.total - without.total > 8 * matrix
+    flops = [
+        training_flops(config, [64], adapter=LoRAConfig(targets=targets)).head
+        for targets in (("q_proj",), ("q_proj", "lm_head"))
+    ]
+    assert flops[1] == flops[0] * 3 // 2

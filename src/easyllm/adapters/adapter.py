@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from easyllm.core.config import Config
-from easyllm.core.errors import CheckpointError
+from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.kinds import Kinds
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
@@ -58,6 +58,26 @@ class Adapter(nn.Module):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias [out] of a plain linear that gives the same, in fp32 like these."""
         raise NotImplementedError
+
+    def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """x' and W' whose product x' W'ᵀ is this adapter's output over a base x Wᵀ: what a loss takes that never holds
+        all logits. This one merges.
+
+        Args:
+            x: [T, in]; weight: [out, in] of the base, in its own dtype.
+
+        Raises:
+            ConfigError: the output is no such product.
+        """
+        try:
+            merged, bias = self.merged(weight.float(), None)
+        except NotImplementedError:
+            merged, bias = weight, weight
+        if bias is not None:
+            raise ConfigError(
+                "the adapter of lm_head cannot be written as a weight alone, which a loss needs; leave lm_head out of its targets"
+            )
+        return x, merged.to(weight.dtype)
 
     def cost(
         self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str

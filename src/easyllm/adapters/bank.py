@@ -36,9 +36,7 @@ class AdapterBank(Adapter):
     def forward(self, x: Tensor, base: BaseProduct) -> Tensor:
         rows_of = None if base.context is None else base.context.adapters
         if rows_of is None:
-            raise ConfigError(
-                f"the model holds the adapters {', '.join(self.names)} by name; say which one each sequence uses"
-            )
+            raise self._unnamed()
         parts = rows_of.rows()
         if len(parts) == 1:
             return self._part(parts[0][0], x, base)
@@ -54,6 +52,14 @@ class AdapterBank(Adapter):
             )
         assert out is not None, "there are rows"
         return out
+
+    def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        raise self._unnamed()
+
+    def _unnamed(self) -> ConfigError:
+        return ConfigError(
+            f"the model holds the adapters {', '.join(self.names)} by name; say which one each sequence uses"
+        )
 
     def _part(self, name: str, x: Tensor, base: BaseProduct) -> Tensor:
         if name not in self.names:

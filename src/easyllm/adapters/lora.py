@@ -224,6 +224,14 @@ class LoRA(Adapter):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.delta().to(weight.device), bias
 
+    def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """With dropout, which is of the adapter's input alone: [x, drop(x) Aᵀ] and [W, s B], side by side."""
+        if self.dropout is None or not self.training:
+            return super().loss_product(x, weight)
+        inner = self.dropout(x) @ self.lora_A.to(x.dtype).T
+        up = (self.scale * self.lora_B).to(weight.dtype)
+        return torch.cat([x, inner], dim=1), torch.cat([weight, up], dim=1)
+
     def delta(self) -> Tensor:
         """[out, in] fp32: what merging adds to the weight."""
         return (self.lora_B.float() @ self.lora_A.float()) * self.scale

@@ -153,9 +153,9 @@ def _summed_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, int]:
     total, num_tokens = 0.0, 0
     for batch in batches:
         here = batch.to(model.device)
-        hidden = model(here.token_ids, here.context())
+        hidden, product = model.loss_product(model(here.token_ids, here.context()), weight)
         found = linear_cross_entropy(
-            hidden, weight, here.labels, softcap=model.config.logit_softcap
+            hidden, product, here.labels, softcap=model.config.logit_softcap
         )
         total += float(found.sum)
         num_tokens += found.num_tokens

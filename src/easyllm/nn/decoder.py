@@ -189,21 +189,25 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]: the output projection (the embedding itself when tied); dequantized, where it is quantized."""
-        if self.lm_head is None:
-            return self.embed_tokens.storage.dense()
-        weight, adapter = self.lm_head.storage.dense(), self.lm_head.adapter
-        if adapter is None:
-            return weight
-        try:
-            merged, bias = adapter.merged(weight.float(), None)
-        except NotImplementedError:
-            merged, bias = weight, weight
-        if bias is not None:
-            raise ConfigError(
-                "the adapter of lm_head cannot be written as a weight alone, which a loss needs; leave lm_head out of its targets"
-            )
-        return merged.to(weight.dtype)
+        """[V, D]: the output projection without its adapter (the embedding itself when tied); dequantized, where it is
+        quantized."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return head.storage.dense()
+
+    def loss_product(self, hidden: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[T, K] and [V, K] whose product is the head's output for `hidden: [T, D]` before the cap: for losses that never
+        hold the logits at once. K is D, or more where an adapter adds to it.
+
+        Args:
+            weight: `head_weight`, for callers with several products.
+
+        Raises:
+            ConfigError: the head's adapter cannot be written so.
+        """
+        weight = self.head_weight if weight is None else weight
+        if self.lm_head is None or self.lm_head.adapter is None:
+            return hidden, weight
+        return self.lm_head.adapter.loss_product(hidden, weight)
 
     def forward(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
         """Final hidden states, normalised and ready for the head.

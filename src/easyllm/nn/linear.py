@@ -34,8 +34,8 @@ class LinearAdapter(Protocol):
     def __call__(self, x: Tensor, base: "BaseProduct") -> Tensor:
         """The adapted layer's output [..., out] for `x: [..., in]`."""
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a plain linear that gives the same."""
+    def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """x' and W' whose product is the adapted layer's output for `x` and a base of `weight`."""
 
     def cost(
         self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str

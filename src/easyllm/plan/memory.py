@@ -26,9 +26,11 @@ from easyllm.plan.linears import model_linears
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import (
     adapter_parameters,
+    adapts_head,
     count_adapter_parameters,
     feed_forward_of,
     layers_of,
+    trains_head,
     whole_parameters,
 )
 from easyllm.plan.trace import ModelTrace, trace_model
@@ -144,7 +146,7 @@ def estimate_training(
         matrices += [table] * (1 if _head_shares_weight(config) else 2)
     state = _optimizer_state(trained, matrices, optimizer, int8=int8_state, momentum=momentum)
     activations = _activations(trace_model(config, work, adapter), recompute)
-    in_loss, in_backward, left = _loss(config, work, device_type)
+    in_loss, in_backward, left = _loss(config, work, adapter, device_type)
     layer = max(_layer_workspace(layer, config, work) for layer in layers_of(config))
     update = _update_workspace(matrices, optimizer)
     steady = weights + state
@@ -280,7 +282,9 @@ def _layer_kept(layer: LayerTrace, recompute: Recompute) -> int:
     return kept_bytes(layer.events)
 
 
-def _loss(config: ModelConfig, work: Work, device_type: str) -> tuple[int, int, int]:
+def _loss(
+    config: ModelConfig, work: Work, adapter: AdapterConfig | None, device_type: str
+) -> tuple[int, int, int]:
     """Bytes of the chunked cross-entropy: while it runs, while its gradients are scaled, and what is left after that
     until the embedding's own gradient arrives (`ops.cross_entropy`)."""
     if config.num_labels is not None:
@@ -292,18 +296,20 @@ def _loss(config: ModelConfig, work: Work, device_type: str) -> tuple[int, int, 
     logits = chunk * vocab * (item + capped)
     hidden = rows * config.hidden_size * item
     selected = hidden * (rows < work.tokens)
-    table = vocab * config.hidden_size * work.trains_all
+    matrix = vocab * config.hidden_size
+    table = matrix * trains_head(config, adapter)
+    changed = matrix * item * adapts_head(config, adapter)  # the copy that the adapter has changed
     if rows <= most:  # one chunk, whose gradient of the head is there at once
         adding = scaling = table * item
         scaling += table * item
     else:
         adding = table * (FP32 + item)
         scaling = 2 * table * FP32 + (table * item if item < FP32 else 0)
-    return (
-        selected + hidden + logits + adding,
-        selected + 2 * hidden + scaling,
-        selected + hidden + table * item,
-    )
+    if changed:  # in fp32: the base, what is added, their sum; then the gradients of the last two
+        logits = max(logits, 3 * matrix * FP32 - adding)
+        scaling = max(scaling, matrix * (item + 2 * FP32))
+    kept = selected + hidden + changed
+    return kept + logits + adding, kept + hidden + scaling, kept + table * item
 
 
 def _layer_workspace(layer: DecoderLayer, config: ModelConfig, work: Work) -> int:

@@ -125,6 +125,23 @@ def whole_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Par
     return list(found.values())
 
 
+def adapts_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
+    """Whether the loss computes with a copy of the head's matrix that an adapter has changed."""
+    projects = not config.tie_embeddings and config.num_labels is None
+    return adapter is not None and projects and adapter.adapts("lm_head")
+
+
+def trains_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
+    """Whether the loss computes a gradient of the head's matrix, or of a changed copy of it."""
+    if adapter is None or adapts_head(config, adapter):
+        return True
+    with torch.device("meta"):
+        model = Decoder(config)
+        whole = find_whole(model, adapter.also_trained).values() if adapter.also_trained else []
+    head = model.score or model.lm_head or model.embed_tokens
+    return any(head.weight is parameter for module in whole for parameter in module.parameters())
+
+
 def virtual_tokens(config: ModelConfig, adapter: AdapterConfig | None) -> int:
     """Virtual tokens that an adapter puts in front of every sequence."""
     if adapter is None or adapter.level != "model":

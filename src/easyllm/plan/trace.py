@@ -16,7 +16,7 @@ from easyllm.nn.cost import (
     Work,
     kept_bytes,
 )
-from easyllm.plan.parts import layers_of, mixer_of, outside_of, virtual_tokens
+from easyllm.plan.parts import layers_of, mixer_of, outside_of, trains_head, virtual_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +49,14 @@ def trace_model(
         x = tape.of(norm, x, "hidden")
     return ModelTrace(
         layers=layers,
-        head=_head(config, work, x),
+        head=_head(config, work, x, trained=trains_head(config, adapter)),
         shared_bytes=kept_bytes(tape.events) + _tables(config, work) + _indices(config, work),
     )
 
 
-def _head(config: ModelConfig, work: Work, hidden: Activation) -> Product:
+def _head(config: ModelConfig, work: Work, hidden: Activation, *, trained: bool) -> Product:
     """Of the loss: logits, then ∂hidden and, where the head is trained, ∂weight."""
     rows, width = work.labelled, config.vocab_size
-    trained = work.trains_all
     if config.num_labels is not None:
         rows, width, trained = len(work.lengths), config.num_labels, True
     flops = 2 * rows * width * config.hidden_size

@@ -65,10 +65,10 @@ class LanguageModel(Objective):
         config = model.config
         routing: list[Routing] | None = [] if config.has_experts else None
         context = batch.context(prefix=config.prompt_mask == "prefix", routing=routing)
-        hidden = model(batch.token_ids, context)
+        hidden, weight = model.loss_product(model(batch.token_ids, context))
         out = linear_cross_entropy(
             hidden,
-            model.head_weight,
+            weight,
             batch.labels,
             softcap=config.logit_softcap,
             label_smoothing=self.config.label_smoothing if model.training else 0.0,
