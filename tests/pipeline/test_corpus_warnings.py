@@ -133,3 +133,46 @@ def test_few_documents_and_moderate_losses_are_no_reason_to_warn():
     fate = {"read": 100, "kept": 60, "removed": {"exact": 40}, "bad_rows": {"not JSON": 3}, "languages": {}}  # fmt: skip
     assert warnings({"web": fate}) == []
     assert warnings({"web": fate | {"read": 4, "kept": 1, "removed": {"exact": 3}}}) == []
+
+
+def fate(read, removed, **more):
+    return {
+        "read": read,
+        "kept": read - sum(removed.values()),
+        "removed": removed,
+        "bad_rows": {},
+        "languages": {},
+    } | more
+
+
+def test_several_rules_that_leave_little_together_are_named():
+    removed = {
+        "length.words": 30,
+        "exact": 5,
+        "gopher_quality.words": 41,
+        "c4_quality.sentences": 24,
+    }
+    (line,) = warnings({"web": fate(120, removed)})
+    assert line == (
+        "only 20 of the 120 documents of source 'web' are kept (17%); the rules that removed most are "
+        "gopher_quality.words 41 (34%), length.words 30 (25%), c4_quality.sentences 24 (20%): loosen the rules "
+        "(clean.override.gopher_quality) or check the source, or give the source rules of its own (sources.web.clean)"
+    )
+    (line,) = warnings({"web": fate(30, {"exact": 11, "fuzzy": 10})})
+    assert line.startswith(
+        "only 9 of the 30 documents of source 'web' are kept (30%); the rules that removed most are exact 11"
+    )
+
+
+@pytest.mark.parametrize(
+    ("read", "removed", "expected"),
+    [
+        (120, {"a.b": 40, "c.d": 40}, 0),  # a third is kept
+        (9, {"a.b": 4, "c.d": 4}, 0),  # too few to speak of shares
+        (120, {"a.b": 61, "c.d": 40}, 1),  # one rule took most: it alone is named
+    ],
+)
+def test_a_source_of_which_a_third_is_kept_or_one_rule_took_most(read, removed, expected):
+    lines = warnings({"web": fate(read, removed)})
+    assert len(lines) == expected
+    assert not any("removed most" in line for line in lines)

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from easyllm.cli.tokenizer import register
-from easyllm.core.errors import CheckpointError, ConfigError, OutputError, SourceError
+from easyllm.core.errors import CheckpointError, ConfigError, DataError, OutputError, SourceError
 from easyllm.models import load_model, load_tokenizer
 from easyllm.tokenizer import Tokenizer
 
@@ -38,6 +38,24 @@ def texts(tmp_path):
         encoding="utf-8",
     )
     return tmp_path / "en.txt", tmp_path / "zh.jsonl"
+
+
+def test_a_wrong_key_of_the_text_names_the_flag(texts, tmp_path):
+    _, rows = texts
+    (tmp_path / "empty.jsonl").write_text('{"text": 3}\n')
+    (tmp_path / "table.csv").write_text("body\nlow lower\n")
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    for file, expected in (
+            (rows, r"zh\.jsonl:1: no key 'text' \(keys: body\); name the key of the text with --text-key$"),
+            ("empty.jsonl", r"empty\.jsonl:1: 'text' is of type int; name the key of the text with --text-key$"),
+            ("table.csv", r"no column 'text' \(columns: body\); set text_key to one of them \(--text-key\)$"),
+            ("broken.jsonl", r"broken\.jsonl:1: not JSON .*; mend or remove it$"),
+        ):  # fmt: skip
+        with pytest.raises(DataError, match=expected):
+            run("train", tmp_path / file, "-o", tmp_path / "tok", "--vocab-size", 300)
+    assert not (tmp_path / "tok").exists()
+    with pytest.raises(DataError, match="--text-key"):
+        run("report", "smollm2", "--text", f"zh={rows}")
 
 
 def test_train_writes_a_tokenizer_that_encode_reads(texts, tmp_path):

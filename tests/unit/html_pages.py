@@ -64,6 +64,16 @@ SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "bullets that begin with links": (
         "<ul>" + "".join(f'<li><a href="{n}">{n}</a>: {t}</li>' for n, t in TERMS.items()) + "</ul>", (*TERMS, *TERMS.values()),
     ),
+    "two links between paragraphs": (
+        p(LONG[0]) + f"<ul>{links('A tea shop', 'A tea house')}</ul>" + p(LONG[1]), (LONG[0], "A tea shop", "A tea house", LONG[1]),
+    ),
+    "two links between paragraphs of Chinese": (
+        p(ZH[0]) + f"<ol>{links('一家茶店', '一家茶馆')}</ol>" + p(ZH[1]), (ZH[0], "一家茶店", "一家茶馆", ZH[1]),
+    ),
+    "lists named after a place": (
+        p(LONG[0]) + f'<ul class="sidebar-list">{items(*DISHES)}</ul>' + p(LONG[1]) + f'<div class="footer-links"><ul>{links(*STEPS)}</ul></div>' + p(LONG[2]),
+        (LONG[0], *DISHES, LONG[1], *STEPS, LONG[2]),
+    ),
     "numbers": (p(LONG[0]) + f"<ol>{items(*STEPS)}</ol>", (LONG[0], *STEPS)),
     "lists in lists": (
         p(LONG[0]) + f"<ul><li>{DISHES[0]}<ol>{items(*STEPS)}</ol></li><li>{DISHES[1]}<ul><li>{DISHES[2]}<ul>{items('salt')}</ul></li></ul></li></ul>",

@@ -6,10 +6,12 @@ import pytest
 
 from easyllm.data.clean import CleanConfig, Cleaner
 from easyllm.data.clean.chinese import ChineseQuality, is_boilerplate, is_common
+from easyllm.data.clean.gopher import GopherRepetition
 from easyllm.data.clean.language import identify_language
 from easyllm.data.clean.ngrams import NgramStatistics
 from easyllm.data.clean.normalise import Normalise, simplify_chinese
 from easyllm.data.clean.text import TextView
+from easyllm.data.clean.violation import Violation
 from easyllm.data.documents import Document
 
 PRESETS_ZH = ("fineweb-zh", "gopher-zh")
@@ -41,6 +43,13 @@ CLEAN = {
     "每到週末都有許多學生在這裡看書。管理員說，最受歡迎的是靠著窗戶的那幾個座位。",
     "a mention of rights and phone numbers": "作者在书中写道，未经授权的翻印曾经是他最头疼的问题，出版社为此打了三年的官司。后来他把联系电话"
     "印在扉页上，请读者发现盗版时告诉他，结果收到了很多热心人的来信。",
+    "a name said five times": "该办法规定，山区公共图书馆由县级文化部门负责建设，山区公共图书馆的馆长应当具备相应的专业资格，山区公共图书馆每年的"
+    "购书经费不得挪用；新建山区公共图书馆之前，应当听取居民的意见，关闭山区公共图书馆须经省里批准。",
+    "a word in every clause": "每个人的情况都不相同，有的人三天就好，有的人要一周；有的人吃不下饭，有的人胃口很好；有的人整夜睡不着，"
+    "有的人倒头便睡，所以不要拿别人的经验来判断自己，还是先去问问医生再说。",
+    "an announcement of few particles": "各地气象部门密切监测台风动向，及时发布预警信息，加强水库、河道、堤防巡查，落实山洪灾害防御措施，组织危险区域"
+    "群众提前转移，确保人民生命财产安全，努力减少灾害损失。",
+    "a chat without full stops": "我昨天买的那本书还没有到\n你可以帮我查一下吗，谢谢\n订单里写的是今天上午\n好的，我再等一会儿看看\n如果还是没有到就退掉吧",
     "a short paragraph": "六次获奖的歌手在开幕式上献唱了国歌，而另一位演员则在旁边用手语把歌词翻译给了现场的观众。",
 }  # fmt: skip
 NAVIGATION = [
@@ -81,6 +90,11 @@ JUNK = {
     "Japanese": "お茶は世界で水の次に多く飲まれている飲み物です。最初は薬として使われていましたが、のちにお湯に入れて飲むようになりました。",
     "figures alone": "\n".join(f"{n}月{n}日 {n * 13}.5 {n * 7}% {n * 3}" for n in range(1, 30)),
     "nothing to speak of": "页面不存在",
+    "a short menu": "\n".join(NAVIGATION[:7]),
+    "a short list of keywords": "北京旅游攻略 北京旅游景点 北京旅游线路 北京旅游价格 北京一日游 北京三日游 北京旅行社电话 北京特产购买 北京酒店预订 北京机票预订",
+    "a short phrase over and over": "点击进入官网，" * 10,
+    "two short phrases over and over": "今天真的很好，我们去看看吧。" * 5,
+    "a short list of titles": "【正版图书】世界名画鉴赏指南 金装典藏版 全三册 【正版图书】中国书法经典字帖 楷书行书草书 小学生课外读物 包邮",
 }  # fmt: skip
 
 
@@ -180,6 +194,43 @@ def test_ngrams_of_chinese_count_the_characters_that_are_written():
     assert statistics.top_characters(2) == 6
     assert NgramStatistics(["to", "be", "or", "not", "to", "be"]).top_characters(2) == 10
     assert NgramStatistics(TextView("用 GPU 训练，用 GPU 推理").words).top_characters(2) == 8
+
+
+def test_a_repetition_is_judged_by_the_length_of_a_paragraph():
+    sentence = CLEAN["a name said five times"]
+    for rule in (
+        GopherRepetition(max_top_ngram_characters={6: 0.2}),
+        GopherRepetition(max_top_ngram_characters={6: 0.2}, min_ngram_text=100),
+    ):
+        assert rule.apply(TextView(sentence)).rule.startswith("gopher_repetition.")
+    long_enough = GopherRepetition(
+        max_top_ngram_characters={6: 0.25},
+        max_duplicate_ngram_characters={6: 0.25},
+        min_ngram_text=150,
+    )
+    assert isinstance(long_enough.apply(TextView(sentence)), TextView)
+    assert isinstance(long_enough.apply(TextView(sentence * 3)), Violation)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [CLEAN["an announcement of few particles"], CLEAN["an old text"], BRIDGE, TEA],
+)
+def test_chinese_without_kana_is_chinese_whatever_the_model_spreads_its_guess_over(text):
+    language, score = identify_language(text)
+    assert language == "zh"
+    assert score > 0.85
+
+
+def test_wu_and_japanese_that_are_told_for_certain_stay_what_they_are():
+    wu = "上海闲话是吴语个一种方言，渠拉勒拉上海讲，阿拉侪是上海人，侬好伐？今朝天气蛮好个，大家侪出去白相。"
+    assert identify_language(wu)[0] == "wuu"
+    assert (
+        identify_language(
+            "東京は日本の首都であり、世界でも最大級の都市のひとつである。人口は約千四百万人。"
+        )[0]
+        == "ja"
+    )
 
 
 # traditional to simplified

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from easyllm.core.config import (
     read_yaml,
     validate,
 )
-from easyllm.core.errors import ConfigError, SourceError
+from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.pipeline.recipe import Recipe, load_recipe, load_train_recipe
 from easyllm.train.config import TrainConfig
 
@@ -170,6 +171,27 @@ def test_a_word_that_is_no_override_says_how_to_write_one():
         apply_overrides({"seed": 0}, ["sede"])
     with pytest.raises(ConfigError, match="write key=value"):
         apply_overrides({}, ["=3"])
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("optimizer", "it gives optimizer no value; write optimizer.kind=value"),
+        ("seed", "it gives seed no value; write seed=value"),
+        ("optimizer.kind", "write key=value or key.sub=value"),
+    ],
+)
+def test_a_key_without_a_value_is_not_suggested_to_itself(word, expected):
+    values = {"optimizer": {"kind": "adamw"}, "seed": 0, "seeds": 1}
+    with pytest.raises(ConfigError, match=re.escape(f"{word!r} is not an override")) as raised:
+        apply_overrides(values, [word])
+    assert str(raised.value).endswith(expected)
+    assert "did you mean" not in str(raised.value)
+
+
+def test_a_word_is_never_suggested_for_itself():
+    assert suggest("seed", ["seed"]) == ""
+    assert suggest("seed", ["seed", "seeds"]) == " (did you mean 'seeds'?)"
 
 
 def test_two_underscores_of_a_variable_are_a_dot():

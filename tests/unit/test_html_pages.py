@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from html_pages import LAYOUTS, SHAPES, pages
+from html_pages import LAYOUTS, LONG, SHAPES, pages
 
 from easyllm.core.errors import DataError
 from easyllm.data.extract import html_text
@@ -88,6 +88,27 @@ def text_of(html):
 )  # fmt: skip
 def test_blocks_are_written_as_a_reader_sees_them(html, text):
     assert text_of(html) == text
+
+
+@pytest.mark.parametrize(
+    ("html", "kept"),
+    [
+        ("<article><h1>T</h1><p>{0}</p><ul class='sidebar-list'><li>One of tea</ul></article>", True),
+        ("<article><p>{0}</p><ul class='footer'><li>One of tea</ul><p>{0}</p></article>", True),
+        ("<article><p>{0}</p><dl class='sidebar'><dt>One of tea<dd>x</dl><p>{0}</p></article>", True),
+        ("<div><p>{0}</p><ul><li><a href=x>One of tea</a><li><a href=y>Two</a></ul><p>{0}</p></div>", True),
+        ("<div><p>{0}</p><ul><li><a href=x>One of tea</a><li><a href=y>Two</a></ul></div>", False),
+        ("<div><p>Teas</p><ul><li><a href=x>One of tea</a><li><a href=y>Two</a></ul><p>{0}</p></div>", False),
+        ("<div><p>{0}</p><ul class=share><li><a href=x>One of tea</a></ul><p>{0}</p></div>", False),
+        ("<article><p>{0}</p><ul class=related-posts><li>One of tea</ul><p>{0}</p></article>", False),
+        ("<article><p>{0}</p><div class=sidebar><p>One of tea</p></div><p>{0}</p></article>", False),
+        ("<div><p>{0}</p><p>Related articles:</p><ul><li><a href=x>One of tea</a><li><a href=y>Two</a></ul><p>{0}</p></div>", False),
+    ],
+)  # fmt: skip
+def test_a_list_in_the_flow_of_the_text_is_kept_and_furniture_there_is_not(html, kept):
+    text = html_text(f"<body>{html.format(LONG[0])}</body>".encode())
+    assert LONG[0] in text
+    assert ("One of tea" in text) == kept
 
 
 def test_cells_are_never_separated_by_tabs():

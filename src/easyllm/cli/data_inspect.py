@@ -84,6 +84,8 @@ def _figures(found: "Inspection") -> dict[str, str | int]:
         "dropped: equal answers": account.dropped_equal,
         "tools not written by the template": account.unwritten_tools,
         "reasoning not written by the template": account.unwritten_reasoning,
+        "messages not written by the template": account.unwritten_words,
+        "calls not written, not trained": account.untrained_calls,
     }
     return {
         "format": account.format_text(),

@@ -12,7 +12,7 @@ from easyllm.cli.models import Model
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
 
 if TYPE_CHECKING:
-    from easyllm.data.sources import SourceConfig
+    from easyllm.data.sources import SourceConfig, Split
     from easyllm.models.load import OpenSource
     from easyllm.tokenizer import Tokenizer
     from easyllm.tokenizer.extend import Extension
@@ -295,13 +295,39 @@ def _source(paths: list[str], text_key: str, lines: bool, format: str) -> "Sourc
 
 
 def _texts(source: "SourceConfig") -> Iterator[str]:
-    """The source's texts, under a progress line."""
-    from easyllm.core.progress import track
-    from easyllm.data.documents import Document
-    from easyllm.data.sources import list_splits, read_split
+    """The source's texts, under a progress line.
 
-    items = (item for split in list_splits("text", source) for item in read_split(split, source))
-    return track((i.text for i in items if isinstance(i, Document)), "reading", unit="text")
+    Raises:
+        DataError: a row holds no text, or a table no such column; the flag that names another is in the message.
+    """
+    from easyllm.core.errors import DataError
+    from easyllm.core.progress import track
+    from easyllm.data.sources import list_splits
+
+    try:
+        splits = list_splits("text", source)
+    except DataError as error:
+        flag = " (--text-key)" if "text_key" in str(error) else ""
+        raise DataError(f"{error}{flag}") from None
+    texts = (text for split in splits for text in _read_texts(split, source))
+    return track(texts, "reading", unit="text")
+
+
+def _read_texts(split: "Split", source: "SourceConfig") -> Iterator[str]:
+    from easyllm.core.errors import DataError
+    from easyllm.data.documents import Document
+    from easyllm.data.row_documents import EMPTY_TEXT
+    from easyllm.data.sources import read_split
+
+    for item in read_split(split, source.model_copy(update={"on_error": "skip"})):
+        if isinstance(item, Document):
+            yield item.text
+        elif item.reason != EMPTY_TEXT:
+            is_key = item.reason.startswith(
+                (f"no key {source.text_key!r}", f"{source.text_key!r} is")
+            )
+            remedy = "name the key of the text with --text-key" if is_key else "mend or remove it"
+            raise DataError(f"{item.place}: {item.reason}; {remedy}")
 
 
 def _hashes(source: "SourceConfig") -> dict[str, str]:

@@ -79,10 +79,7 @@ def apply_overrides(values: Mapping[str, Any], words: Iterable[str]) -> dict[str
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(
-                f"{word!r} is not an override; write key=value or key.sub=value"
-                f"{suggest(key, result)}"
-            )
+            raise ConfigError(_not_an_override(word, key.strip(), result))
         try:
             value = yaml.load(text, Loader=_YamlLoader) if text else ""
         except yaml.YAMLError:
@@ -94,6 +91,18 @@ def apply_overrides(values: Mapping[str, Any], words: Iterable[str]) -> dict[str
             place[parent] = place = dict(inner) if isinstance(inner, Mapping) else {}
         place[leaf] = value
     return result
+
+
+def _not_an_override(word: str, key: str, values: Mapping[str, Any]) -> str:
+    """What is wrong with a word without `=`, or with nothing before it."""
+    if key in values:
+        inner = values[key]
+        keys = list(inner) if isinstance(inner, Mapping) else []
+        form = f"{key}.{keys[0]}=value" if keys else f"{key}=value"
+        return f"{word!r} is not an override: it gives {key} no value; write {form}"
+    top = key.split(".")[0]
+    hint = "" if top in values else suggest(top, values)
+    return f"{word!r} is not an override; write key=value or key.sub=value{hint}"
 
 
 def environment_overrides(

@@ -31,11 +31,18 @@ SHAREGPT_ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "model": "assistant",
+    "bot": "assistant",
     "system": "system",
     "observation": "tool",
     "tool": "tool",
+    "tool_response": "tool",
     "function_response": "tool",
+    "ipython": "tool",
 }
+"""Who speaks, in ShareGPT, ms-swift, Llama 3 and others -> the role that chat templates know. Other roles are kept, and
+refused where the template does not write them (`easyllm.tokenizer.chat`)."""
+CALL_ROLES = ("function_call", "tool_call")
+"""Turns that are calls, as JSON text or objects (ShareGPT's name and ms-swift's)."""
 LABEL_KEYS = ("label", "kto_tag")
 """Keys whose true or false says whether an answer is good (TRL's name and LLaMA-Factory's)."""
 TURN_LISTS = ("messages", "conversations")
@@ -174,9 +181,10 @@ def read_messages(
     (`weight`).
     """
     messages = [
-        read_turn(turn, row, name or f"turn {number}") if _is_sharegpt(turn, turns) else turn
+        _read_any(turn, row, name or f"turn {number}", turns=turns)
         for number, turn in enumerate(values)
     ]
+    messages = _merge_calls(messages, [_is_call(turn) for turn in values])
     for number, message in enumerate(messages):
         if isinstance(message, dict) and isinstance(message.get("role"), str):
             if not any(key in message for key in _SAYS):
@@ -192,6 +200,39 @@ def read_messages(
     return [_with_training_keys(m, given) for m, given in zip(checked, messages, strict=True)]
 
 
+def _read_any(turn: Any, row: Row, name: str, *, turns: bool) -> Any:
+    """A turn of either form as a message; what is in no form stays as it is."""
+    if _is_sharegpt(turn, turns):
+        return read_turn(turn, row, name)
+    if _is_call(turn):
+        rest = {k: v for k, v in turn.items() if k not in ("role", "content")}
+        return rest | read_function_call(turn.get("content"), row, name, turn["role"])
+    return turn
+
+
+def _merge_calls(messages: list[Any], is_call: list[bool]) -> list[Any]:
+    """Messages in which turns of calls that follow each other (ms-swift has one for each) are one message of them all."""
+    merged: list[Any] = []
+    for number, message in enumerate(messages):
+        follows = number > 0 and is_call[number - 1] and is_call[number]
+        if follows and _but_calls(merged[-1]) == _but_calls(message):
+            merged[-1] = message | {"tool_calls": merged[-1]["tool_calls"] + message["tool_calls"]}
+        else:
+            merged.append(message)
+    return merged
+
+
+def _is_call(turn: Any) -> bool:
+    """Whether a turn is nothing but calls, by who speaks."""
+    speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    is_named = isinstance(speaker, str) and speaker in CALL_ROLES
+    return is_named and not turn.get("tool_calls")
+
+
+def _but_calls(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "tool_calls"}
+
+
 _SAYS = ("content", "tool_calls", "function_call", "refusal")
 
 
@@ -203,15 +244,15 @@ def read_turn(turn: Any, row: Row, name: str) -> Message:
     """A ShareGPT turn, `{"from": ..., "value": ...}`; `name` is what errors call it."""
     turn = turn if isinstance(turn, dict) else {}
     speaker, value = turn.get("from"), turn.get("value", turn.get("content"))
+    rest = {k: v for k, v in turn.items() if k not in ("from", "value", "content", "role")}
+    if isinstance(speaker, str) and speaker in CALL_ROLES and value is not None:
+        return rest | read_function_call(value, row, name, speaker)
     if not isinstance(value, str):
         raise DataError(f"{row.place}: {name} has no text value; give from and value")
-    rest = {k: v for k, v in turn.items() if k not in ("from", "value", "content", "role")}
-    if speaker == "function_call":
-        return rest | read_function_call(value, row, name)
     if speaker not in SHAREGPT_ROLES:
         raise DataError(
             f"{row.place}: {name} is from {speaker!r}; expected one of "
-            f"{', '.join([*SHAREGPT_ROLES, 'function_call'])}"
+            f"{', '.join([*SHAREGPT_ROLES, *CALL_ROLES])}"
         )
     return rest | {"role": SHAREGPT_ROLES[speaker], "content": value}
 

@@ -7,8 +7,12 @@ from easyllm.data.clean.language import CHINESE
 
 MOST = 0.5
 """Share of a source's documents that one rule may remove before it is called out."""
+LITTLE = 1 / 3
+"""Share of a source's documents below which so little is kept that the rules that took most are called out together."""
 NEXT_TO_NOTHING = 0.05
 """Share of all documents below which so little is left that the build hardly did what was meant."""
+NUM_RULES = 3
+"""Rules that are named where no single one took most."""
 FEW = 10
 """Documents too few to speak of shares."""
 
@@ -67,6 +71,14 @@ def _of_source(name: str, fate: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"rule {rule} removed {number:,} of the {read:,} documents of source {name!r} ({number / read:.0%}); "
                 f"{_remedy(rule, fate['languages'])}, or give the source rules of its own (sources.{name}.clean)"
+            )
+        elif fate["kept"] < LITTLE * read:
+            most = sorted(fate["removed"].items(), key=lambda item: (-item[1], item[0]))[:NUM_RULES]
+            listed = ", ".join(f"{rule} {number:,} ({number / read:.0%})" for rule, number in most)
+            lines.append(
+                f"only {fate['kept']:,} of the {read:,} documents of source {name!r} are kept ({fate['kept'] / read:.0%}); "
+                f"the rules that removed most are {listed}: {_remedy(rule, fate['languages'])}, or give the source rules "
+                f"of its own (sources.{name}.clean)"
             )
     return lines
 

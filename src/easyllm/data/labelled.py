@@ -1,4 +1,7 @@
-"""Rows of a text and a label, for a head of labels: the label stands at the text's last token."""
+"""Rows of a text and a label, for a head of labels: the label stands at the text's last token.
+
+A label is the number of a class, from 0, or a number to regress on. Classes by name are refused with how to number them.
+"""
 
 import math
 from collections.abc import Iterable
@@ -63,6 +66,14 @@ def _text(row: Row, key: str) -> str:
 
 def _label(row: Row, key: str, num_labels: int) -> int | float:
     value: Any = row.values.get(key)
+    if isinstance(value, str):
+        expected = (
+            "a number" if num_labels == 1 else f"a class by its number, 0 to {num_labels - 1}"
+        )
+        raise DataError(
+            f"{row.place} has label {value!r} under {key!r}, expected {expected}; write numbers for the names, or set "
+            "data.label_key"
+        )
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(
             f"{row.place} has label {value!r} under {key!r}, expected a number; set data.label_key"

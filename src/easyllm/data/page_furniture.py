@@ -74,6 +74,12 @@ _COPYRIGHT = re.compile(
     r"\s*(?:©|\(c\)|copyright\b|版权所有|版權所有|all rights reserved)", re.IGNORECASE
 )
 _SHORT_BLOCK = 200
+LISTS = ("ul", "ol", "dl", "menu")
+_WRAPPERS = ("div", "section")
+_MAX_WRAPPERS = 3  # around a list alone
+_LONG_PARAGRAPH = 80  # characters, from which a paragraph is prose whatever it ends in
+_SHORT_PARAGRAPH = 10
+_SENTENCE_ENDS = frozenset(".!?:;…。！？：；\"'”’»」』)）")
 MAX_MEASURED = 300
 """How many times the text of a page may be measured, all its elements together; ordinary pages need about ten."""
 _COST = 100  # of measuring an element at all, in characters
@@ -201,7 +207,9 @@ def _remove_named(body: Any, total: int) -> None:
         kinds = {kind for name in names if (kind := furniture_kind(name))}
         if not kinds:
             continue
-        if "always" not in kinds:
+        if "always" not in kinds and _is_in_flow(node):
+            continue
+        if kinds == {"if links"}:
             if link_share(node) < SOME_LINKS:
                 continue
             if _is_in_text(node) and size(node) >= _SHORT_BLOCK:
@@ -252,7 +260,7 @@ def _remove_link_lists(body: Any) -> None:
         ):
             _remove(heading)
             _remove(node)
-        elif not _is_in_text(node) and not is_about_lists:
+        elif not _is_in_text(node) and not is_about_lists and not _is_in_flow(node):
             _remove(node)
 
 
@@ -315,6 +323,35 @@ def _is_of_shares(node: Any) -> bool:
     )
 
 
+def _is_in_flow(node: Any) -> bool:
+    """Whether a list, or a block of a list alone, stands among paragraphs of prose: between two of them, or, in the text
+    and not of links, after one."""
+    if node.tag not in LISTS:
+        inner = node.query_selector(", ".join(LISTS))
+        if inner is None or size(inner) != size(node):
+            return False
+    for _ in range(_MAX_WRAPPERS):
+        parent = node.parent
+        if parent is None or parent.tag not in _WRAPPERS or size(parent) != size(node):
+            break
+        node = parent
+    if not _is_prose(_element_before(node)):
+        return False
+    after = _element_after(node)
+    return _is_prose(after) or (_is_in_text(node) and link_share(node) < SOME_LINKS)
+
+
+def _is_prose(node: Any) -> bool:
+    """Whether an element is a paragraph of sentences, or one that introduces a list."""
+    if node is None or node.tag not in ("p", "blockquote"):
+        return False
+    text = node.text.strip()
+    is_whole = size(node) >= _LONG_PARAGRAPH or (
+        size(node) >= _SHORT_PARAGRAPH and text[-1] in _SENTENCE_ENDS
+    )
+    return is_whole and link_share(node) < SOME_LINKS and not _is_copyright(node)
+
+
 def _is_named_by_heading(node: Any) -> bool:
     """Whether the id is made of the heading in it, as generators of pages make them: a section on cookies is text."""
     name = "".join(filter(str.isalnum, node.getattr("id") or "")).lower()
@@ -354,6 +391,13 @@ def _element_before(node: Any) -> Any:
     while before is not None and (before.type != 1 and not (before.value or "").strip()):
         before = before.prev
     return before if before is not None and before.type == 1 else None
+
+
+def _element_after(node: Any) -> Any:
+    after = node.next
+    while after is not None and (after.type != 1 and not (after.value or "").strip()):
+        after = after.next
+    return after if after is not None and after.type == 1 else None
 
 
 def _holds(node: Any, selector: str) -> bool:

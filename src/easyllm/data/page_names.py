@@ -26,6 +26,8 @@ _IF_LINKS = (
 _KNOWN_PAIRS = frozenset(
     ["sr only", "screen reader text", "visually hidden", "skip link", "skip to content"]
 )
+_OF_PLACES = frozenset(["sidebar", "sidenav", "footer", "foot"])
+"""Words of `_ALWAYS` that say where an element stands, not what it is."""
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
 _MAX_NAME = 60
 _PREFIX = 2
@@ -36,7 +38,8 @@ _EVERY_WORD = _ALWAYS_WORDS | _IF_LINKS_WORDS | frozenset(_PLACES.split())
 
 @lru_cache(maxsize=4096)
 def furniture_kind(name: str) -> str | None:
-    """What a class or an id says: `always` furniture, furniture `if links` are most of it, or None: nothing.
+    """What a class or an id says: `always` furniture, `by place` (it stands aside), furniture `if links` are most of it, or
+    None: nothing.
 
     >>> furniture_kind("share-buttons"), furniture_kind("mainMenu"), furniture_kind("share-price")
     ('always', 'if links', None)
@@ -49,6 +52,7 @@ def furniture_kind(name: str) -> str | None:
         del words[0]  # of a theme: bd-breadcrumbs, mw-editsection
     if not words or not all(word in _EVERY_WORD for word in words):
         return None
-    if any(word in _ALWAYS_WORDS for word in words):
-        return "always"
+    always = [word for word in words if word in _ALWAYS_WORDS]
+    if always:
+        return "by place" if _OF_PLACES.issuperset(always) else "always"
     return "if links" if any(word in _IF_LINKS_WORDS for word in words) else None

@@ -157,8 +157,9 @@ def labelled(rows: Iterable[Row]) -> Iterator[LabelledCompletion]:
         label = _label(row)
         conversation = read_conversation(row)
         messages, prompt = conversation.messages, row.values.get("prompt")
-        apart = conversation.format == "prompt-completion" and isinstance(prompt, list)
-        start = len(prompt or ()) if apart else len(messages) - 1
+        start = len(messages) - 1
+        if conversation.format == "prompt-completion" and isinstance(prompt, list):
+            start = len(with_system(read_messages(prompt, row), row))
         if not _is_answer(messages[:start], messages[start:]):
             raise DataError(
                 f"{row.place}: the label judges the last message, which is from "
@@ -228,8 +229,7 @@ def encode_preferences(
             )
             for answer in (pair.chosen, pair.rejected)
         )
-        account.unwritten_tools += not all(encoded.writes_tools for encoded in both)
-        account.unwritten_reasoning += not all(encoded.writes_reasoning for encoded in both)
+        account.note(*both)
         kept = fit(both, account, max_seq_len=max_seq_len, overlong=overlong)
         if kept is not None:
             yield EncodedPair(kept[0], kept[1], _num_prompt(*kept))
@@ -283,8 +283,7 @@ def encode_labelled(
             tokenizer,
             num_prompt=len(row.prompt),
         )
-        account.unwritten_tools += not encoded.writes_tools
-        account.unwritten_reasoning += not encoded.writes_reasoning
+        account.note(encoded)
         kept = fit((encoded,), account, max_seq_len=max_seq_len, overlong=overlong)
         if kept is not None:
             yield kept[0], row.label

@@ -36,6 +36,8 @@ class Account:
         dropped_equal: preference pairs whose answers are the same.
         unwritten_tools: rows with a tool or tool call whose name the chat template does not write.
         unwritten_reasoning: rows whose last answer has a reasoning that the chat template does not write.
+        unwritten_words: rows with a message of whose words the chat template writes nothing.
+        untrained_calls: turns that are tool calls alone, which the chat template does not write: they are not trained.
         formats: rows of each format.
     """
 
@@ -50,6 +52,8 @@ class Account:
     dropped_equal: int = 0
     unwritten_tools: int = 0
     unwritten_reasoning: int = 0
+    unwritten_words: int = 0
+    untrained_calls: int = 0
     formats: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -70,6 +74,8 @@ class Account:
             "with equal answers dropped": self.dropped_equal,
             "with tools the chat template does not write": self.unwritten_tools,
             "with reasoning the chat template does not write": self.unwritten_reasoning,
+            "with messages the chat template does not write": self.unwritten_words,
+            "turns of tool calls the chat template does not write, not trained": self.untrained_calls,
         }
         parts += [f"{count} {note}" for note, count in notes.items() if count]
         return ", ".join(parts) + (f" · format {self.format_text()}" if self.formats else "")
@@ -79,6 +85,13 @@ class Account:
         if len(self.formats) == 1:
             return next(iter(self.formats))
         return ", ".join(f"{name} {count}" for name, count in self.formats.most_common())
+
+    def note(self, *encoded: "Encoded") -> None:
+        """Counts the row of which these are the sequences, if the template left something of it out."""
+        self.unwritten_tools += not all(item.writes_tools for item in encoded)
+        self.unwritten_reasoning += not all(item.writes_reasoning for item in encoded)
+        self.unwritten_words += not all(item.writes_words for item in encoded)
+        self.untrained_calls += sum(item.untrained_calls for item in encoded)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -93,7 +106,8 @@ class Encoded:
     """A sequence under the chat template: its ids, and for each whether it is trained.
 
     `writes_tools` is False where the template did not write a tool or tool call it was given, `writes_reasoning` where it
-    did not write the reasoning of the last answer.
+    did not write the reasoning of the last answer, `writes_words` where it wrote nothing of a message's words.
+    `untrained_calls` are the turns that are not trained since they would be empty answers.
     """
 
     place: str
@@ -101,6 +115,8 @@ class Encoded:
     mask: Sequence[bool]
     writes_tools: bool = True
     writes_reasoning: bool = True
+    writes_words: bool = True
+    untrained_calls: int = 0
 
     def sample(self) -> Sample:
         """As training takes it."""
@@ -169,7 +185,7 @@ def encode_conversations(
     for conversation in conversations:
         account.rows += 1
         account.formats[conversation.format] += 1
-        writes_tools = writes_reasoning = True
+        all_encoded = []
         for part in answers_of(conversation) if split_turns else (conversation,):
             account.turns += split_turns
             encoded = encode_messages(
@@ -180,13 +196,11 @@ def encode_conversations(
                 num_prompt=len(part.messages) - 1 if split_turns else 0,
                 train_on=train_on,
             )
-            writes_tools &= encoded.writes_tools
-            writes_reasoning &= encoded.writes_reasoning
+            all_encoded.append(encoded)
             kept = fit((encoded,), account, max_seq_len=max_seq_len, overlong=overlong)
             if kept is not None:
                 yield kept[0]
-        account.unwritten_tools += not writes_tools
-        account.unwritten_reasoning += not writes_reasoning
+        account.note(*all_encoded)
 
 
 def answers_of(conversation: Conversation) -> Iterator[Conversation]:
@@ -222,7 +236,11 @@ def encode_messages(
         if train_on == "all":
             _refuse_masked(messages)
         encoded = tokenizer.encode_chat(
-            messages, tools=tools, with_mask=train_on == "assistant", num_prompt=num_prompt
+            messages,
+            tools=tools,
+            with_mask=train_on == "assistant",
+            num_prompt=num_prompt,
+            check_words=True,
         )
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
@@ -234,6 +252,8 @@ def encode_messages(
         mask,
         writes_tools=_writes_tools(messages, tools, encoded.text),
         writes_reasoning=_writes_reasoning(messages, encoded.text),
+        writes_words=not encoded.unwritten,
+        untrained_calls=encoded.untrained_calls,
     )
 
 
@@ -270,6 +290,8 @@ def check_samples(account: Account, max_seq_len: int) -> None:
         remedy = "chosen and rejected are the same in every row: check how the pairs were made"
     elif account.dropped_untrained:
         remedy = "no row has an answer that is trained: check for empty answers and for messages of weight 0"
+        if account.untrained_calls:
+            remedy = "the answers are tool calls, which the chat template does not write: take one that does"
     elif account.rows:
         remedy = "no answer in them is trained: check for messages of weight 0"
     else:

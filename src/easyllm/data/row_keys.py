@@ -21,8 +21,10 @@ _CONTEXT = "the answer would be learned without it: put it into the question"
 
 REFUSED: dict[str, str] = (
     dict.fromkeys(("weight", "weights", "sample_weight", "loss_weight", "example_weight"), _WEIGHT)
+    | dict.fromkeys(("loss", "loss_scale", "loss_weights", "token_weights"), _WEIGHT)
     | dict.fromkeys(("train", "training", "trainable"), _WEIGHT)
     | dict.fromkeys(("labels", "loss_mask", "mask", "train_mask", "assistant_masks"), _TOKENS)
+    | dict.fromkeys(("train_detail", "training_detail"), _TOKENS)
     | dict.fromkeys(("input_ids", "token_ids", "attention_mask", "completion_mask"), _TOKENS)
     | dict.fromkeys(("images", "image", "videos", "video", "audios", "audio", "speech"), _MEDIA)
     | dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PAIR)

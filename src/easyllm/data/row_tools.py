@@ -42,17 +42,30 @@ def _from_json(value: Any) -> Any:
     return json.loads(value) if value.strip() else None
 
 
-def read_function_call(value: str, row: Row, name: str) -> Message:
-    """ShareGPT's `function_call`, one call or a list of them as JSON text, as a message; `name` is what errors call it."""
+def read_function_call(value: Any, row: Row, name: str, role: str = "function_call") -> Message:
+    """A turn that is a call (`role`, as the row has it), as a message.
+
+    Args:
+        value: one call or a list of them, each an object or JSON text, also around the list. Each is
+            `{"name": ..., "arguments": ...}`, perhaps under `function`.
+        name: what errors call the turn.
+
+    Raises:
+        DataError: it is no such thing.
+    """
     try:
-        call = json.loads(value)
-        calls = call if isinstance(call, list) else [call]
+        call = _from_json(value)
+        calls = [_from_json(c) for c in (call if isinstance(call, list) else [call])]
+        calls = [c.get("function") or c for c in calls]
+        if not calls or not all(isinstance(c["name"], str) for c in calls):
+            raise TypeError
         functions = [
             {"name": c["name"], "arguments": read_arguments(c.get("arguments"))} for c in calls
         ]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(
-            f"{row.place}: {name} is a function_call without name and arguments as JSON"
+            f"{row.place}: {name} is a {role} without name and arguments as JSON; "
+            'give it like {"name": "add", "arguments": {"a": 1}}'
         ) from None
     return {
         "role": "assistant",

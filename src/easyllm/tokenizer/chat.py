@@ -15,22 +15,38 @@ from easyllm.core.errors import ContextLengthError, DataError
 from easyllm.tokenizer.messages import Message, normalise_messages, trained_turns
 from easyllm.tokenizer.template import compile_watched
 from easyllm.tokenizer.template_budget import Visit
-from easyllm.tokenizer.turns import Span, TurnFinder, written_by_message
+from easyllm.tokenizer.turns import (
+    Span,
+    TurnFinder,
+    unwritten_calls,
+    unwritten_words,
+    written_by_message,
+)
 
 if TYPE_CHECKING:
     from easyllm.tokenizer.tokenizer import Tokenizer
 
 Messages = list[Message]
 Tools = list[dict[str, Any]] | None
+ROLES = ("system", "user", "assistant", "tool")
+"""Roles that templates know; one of these whose words a template leaves out has its reasons, and is counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedChat:
-    """Token ids of a conversation; `mask[t]` tells whether token t is trained (None when not asked for)."""
+    """Token ids of a conversation; `mask[t]` tells whether token t is trained (None when not asked for).
+
+    Attributes:
+        unwritten: messages of whose words the template wrote nothing, where that was asked for.
+        untrained_calls: turns that are tool calls alone and that the template writes without them: an empty answer, which
+            is not trained.
+    """
 
     token_ids: list[int]
     mask: list[bool] | None
     text: str
+    unwritten: tuple[int, ...] = ()
+    untrained_calls: int = 0
 
 
 class ChatTemplate:
@@ -72,15 +88,18 @@ class ChatTemplate:
         with_mask: bool = False,
         num_prompt: int = 0,
         max_chars: int | None = None,
+        check_words: bool = False,
     ) -> EncodedChat:
         """The conversation as ids, with the loss mask if asked for.
 
         Args:
             num_prompt: messages at the beginning that are not trained, whoever speaks in them.
+            check_words: whether it is looked at which messages' words the template wrote.
 
         Raises:
             DataError: the messages are malformed, the template refuses them, an assistant turn cannot be found in its
-                text, or the text has more than `max_chars` characters.
+                text, the text has more than `max_chars` characters, or (with `check_words`) a message has a role that
+                the template does not write.
         """
         is_trained = trained_turns(messages) if with_mask else []
         is_trained[:num_prompt] = [False] * len(is_trained[:num_prompt])
@@ -91,23 +110,25 @@ class ChatTemplate:
             if (text := getattr(tokenizer.special, kind)) is not None
         }
         call = _Call(self, tools, special)
+        text, visits = call(messages, add_generation_prompt and not with_mask)
+        _refuse_long(text, max_chars)
+        unwritten = _check_words(text, visits, messages, call) if check_words else ()
         if not with_mask:
-            text, _ = call(messages, add_generation_prompt)
-            _refuse_long(text, max_chars)
-            return EncodedChat(tokenizer.encode(text, special_tokens=False), None, text)
+            ids = tokenizer.encode(text, special_tokens=False)
+            return EncodedChat(ids, None, text, unwritten)
+        empty = unwritten_calls(text, messages, _on(is_trained), call)
+        for turn in empty:
+            is_trained[turn] = False
         if self.has_marks:
             text, spans = _marked(call, messages, is_trained)
-            _refuse_long(text, max_chars)
-            ids, offsets = tokenizer.encode_with_offsets(text)
-            return EncodedChat(ids, _mask(offsets, spans), text)
-        text, visits = call(messages, False)
-        _refuse_long(text, max_chars)
-        finder = TurnFinder(text, visits, messages, call)
-        spans = [finder.find(turn) for turn, is_on in enumerate(is_trained) if is_on]
+        else:
+            finder = TurnFinder(text, visits, messages, call)
+            spans = [finder.find(turn) for turn in _on(is_trained)]
         ids, offsets = tokenizer.encode_with_offsets(text)
         mask = _mask(offsets, spans)
-        _end_turns(text, ids, mask, offsets, spans, tokenizer)
-        return EncodedChat(ids, mask, text)
+        if not self.has_marks:
+            _end_turns(text, ids, mask, offsets, spans, tokenizer)
+        return EncodedChat(ids, mask, text, unwritten, len(empty))
 
 
 class _Call:
@@ -127,6 +148,28 @@ class _Call:
             __marks=marks,
             **self._special,
         )
+
+
+def _on(is_trained: list[bool]) -> list[int]:
+    return [turn for turn, is_on in enumerate(is_trained) if is_on]
+
+
+def _check_words(
+    text: str, visits: list[Visit], messages: Messages, call: _Call
+) -> tuple[int, ...]:
+    """The messages of whose words the template wrote nothing.
+
+    Raises:
+        DataError: one has a role of its own, which the template does not know.
+    """
+    unwritten = unwritten_words(text, visits, messages, call)
+    for number in unwritten:
+        if (role := messages[number]["role"]) not in ROLES:
+            raise DataError(
+                f"message {number} has the role {role!r}, which the chat template does not write; "
+                f"give it one of {', '.join(ROLES)}, or remove it"
+            )
+    return tuple(unwritten)
 
 
 def _marked(call: _Call, messages: Messages, is_trained: list[bool]) -> tuple[str, list[Span]]:

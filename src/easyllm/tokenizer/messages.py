@@ -21,8 +21,13 @@ Message = dict[str, Any]
 ROLE_ALIASES = {"developer": "system", "function": "tool"}
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Type of a content part -> the key its text is under (OpenAI's Chat Completions and Responses)."""
-TRAIN_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "mask")
+TRAIN_KEYS = (
+    *("weight", "train", "training", "trainable"),
+    *("loss", "loss_mask", "loss_weight", "loss_scale", "mask"),
+)
 """Keys of a message that say whether it is trained, as OpenAI, Mistral, axolotl and ms-swift have them: 0 masks it."""
+PART_KEYS = ("train_detail", "training_detail")
+"""Keys under which axolotl masks parts of a message, by their characters; they are refused."""
 MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio", "files")
 """Keys under which some formats put what is not text next to the content."""
 CALL_EXAMPLE = '[{"function": {"name": "add", "arguments": {"a": 1}}}]'
@@ -35,8 +40,8 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     out; all others (`name`, `tool_call_id`, `reasoning_content`, ...) are kept for the template. Idempotent.
 
     Raises:
-        DataError: a message is not an object with a role; its content is not text (an image, say); a tool call has no
-            name, or arguments that are not JSON.
+        DataError: a message is not an object with a role; its content is not text (an image, say); a part of it is to be
+            masked (`PART_KEYS`); a tool call has no name, or arguments that are not JSON.
 
     >>> normalise_messages([{"role": "developer", "content": [{"type": "text", "text": "Be terse."}], "name": None}])
     [{'role': 'system', 'content': 'Be terse.'}]
@@ -68,10 +73,19 @@ def _normalised(message: Any, number: int) -> Message:
             raise DataError(
                 f"{name} has {key}; only text is supported, not images, audio, video or files: remove them"
             )
+    for key in PART_KEYS:
+        if message.get(key):
+            raise DataError(
+                f"{name} has {key}, but no parts of a message are masked; split the message, or mask it as a whole "
+                "with weight 0"
+            )
     kept = {
         key: value
         for key, value in message.items()
-        if value is not None and key not in TRAIN_KEYS and key not in ("refusal", "function_call")
+        if value is not None
+        and key not in PART_KEYS
+        and key not in TRAIN_KEYS
+        and key not in ("refusal", "function_call")
     }
     content = _text(message.get("content"), name)
     refusal = message.get("refusal")

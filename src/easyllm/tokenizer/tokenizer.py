@@ -212,12 +212,15 @@ class Tokenizer:
         with_mask: bool = False,
         num_prompt: int = 0,
         max_tokens: int | None = None,
+        check_words: bool = False,
     ) -> EncodedChat:
         """Ids of a conversation under the model's chat template, and with `with_mask` which tokens are trained.
 
         Args:
             num_prompt: messages at the beginning that are not trained, whoever speaks in them.
             tools: with which the template `tool_use` is taken, where the model has one.
+            check_words: whether it is looked at which messages' words the template wrote (`EncodedChat.unwritten`); one whose
+                role it does not know is then refused.
             max_tokens: a text that is longer than so many of the longest tokens is refused before it is encoded (text that
                 encoding would drop counts, too). What passes may still have more tokens.
 
@@ -232,6 +235,7 @@ class Tokenizer:
             with_mask=with_mask,
             num_prompt=num_prompt,
             max_chars=None if max_tokens is None else max_tokens * self.longest_token,
+            check_words=check_words,
         )
 
     @cached_property

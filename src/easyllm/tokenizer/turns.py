@@ -42,6 +42,50 @@ def written_by_message(visits: Sequence[Visit]) -> dict[int, Span]:
     return loops[max(sizes, key=lambda loop: sizes[loop])] if sizes else {}
 
 
+def unwritten_words(
+    text: str, visits: Sequence[Visit], messages: Messages, render: Render
+) -> list[int]:
+    """The messages of whose words the template wrote nothing: the text is the same with other words in their place.
+
+    Where the template's loop was at a message and the words are in what was written, nothing is rendered for it.
+
+    Args: as of `TurnFinder`.
+    """
+    written = written_by_message(visits)
+    finder = TurnFinder(text, visits, messages, render)
+    found = []
+    for number, message in enumerate(messages):
+        words = message["content"].strip()
+        begin, end = written.get(number, (0, 0))
+        if words and words not in text[begin:end] and not finder.depends_on(number):
+            found.append(number)
+    return found
+
+
+def unwritten_calls(
+    text: str, messages: Messages, turns: Sequence[int], render: Render
+) -> list[int]:
+    """Of `turns`, those that are tool calls without words, if the template writes none of the calls."""
+    silent = [
+        t for t in turns if messages[t].get("tool_calls") and not messages[t]["content"].strip()
+    ]
+    if not silent:
+        return []
+    bare = [
+        {
+            key: value
+            for key, value in message.items()
+            if key != "tool_calls" or number not in silent
+        }
+        for number, message in enumerate(messages)
+    ]
+    try:
+        without, _ = render(bare, False)
+    except DataError:  # it refuses an empty answer, so it looked at the calls
+        return []
+    return silent if without == text else []
+
+
 class TurnFinder:
     """Finds the assistant's turns in a rendering.
 
@@ -70,6 +114,13 @@ class TurnFinder:
                 "put {% generation %} marks around the assistant's words in the template"
             )
         return found
+
+    def depends_on(self, number: int) -> bool:
+        """Whether a message's words are in the text: whether it is another one with other words."""
+        try:
+            return self._with_other_words(number) != self._text
+        except DataError:  # it looks at the words; whether it writes them is told by the text
+            return bool(self._messages[number]["content"].strip() in self._text)
 
     @cached_property
     def _prompt(self) -> str:
@@ -139,15 +190,8 @@ class TurnFinder:
 
     def _changed(self, turn: int) -> Span | None:
         """The characters that differ when the turn's content is exchanged; None where none do, or the change is refused."""
-        content = self._messages[turn]["content"].strip()
-        # a character the content and the prompt lack, so that they differ at the content's first and last character
-        known = content + self._prompt + self._text[-1:]
-        probe = next(c for c in map(chr, range(ord("A"), 0x110000)) if c not in known)
-        other_message = self._messages[turn] | {"content": probe * _PROBE_LENGTH}
         try:
-            other, _ = self._render(
-                [*self._messages[:turn], other_message, *self._messages[turn + 1 :]], False
-            )
+            other = self._with_other_words(turn)
         except DataError:
             return None
         if other == self._text:
@@ -155,6 +199,16 @@ class TurnFinder:
         start = _num_equal(self._text, other)
         tail = _num_equal(reversed(self._text), reversed(other))
         return start, max(start, len(self._text) - tail)
+
+    def _with_other_words(self, number: int) -> str:
+        """The text that the template writes with the content of a message exchanged."""
+        content = self._messages[number]["content"].strip()
+        # a character the content and the prompt lack, so that they differ at the content's first and last character
+        known = content + self._prompt + self._text[-1:]
+        probe = next(c for c in map(chr, range(ord("A"), 0x110000)) if c not in known)
+        message = self._messages[number] | {"content": probe * _PROBE_LENGTH}
+        messages = [*self._messages[:number], message, *self._messages[number + 1 :]]
+        return self._render(messages, False)[0]
 
 
 def _num_equal(first: Any, second: Any) -> int:

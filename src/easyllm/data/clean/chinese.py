@@ -72,7 +72,7 @@ class ChineseQuality(Config):
     kind: Literal["chinese_quality"] = "chinese_quality"
     drop_boilerplate_lines: bool = True
     min_function_characters: Fraction | None = (
-        0.07  # clean paragraphs: 0.13 at the first percentile
+        0.05  # clean paragraphs: 0.13 at the first percentile
     )
     min_common_characters: Fraction | None = 0.85  # of GB 2312's or Big5's first level
     min_punctuation: NonNegativeFloat | None = 0.02  # marks per Han character

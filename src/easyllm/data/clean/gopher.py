@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from easyllm.core.config import Config
 from easyllm.data.clean.text import TextView, repeated
@@ -94,6 +94,8 @@ class GopherRepetition(Config):
     max_duplicate_line_characters: Fraction | None = 0.20
     max_top_ngram_characters: NgramLimits = TOP_NGRAM_LIMITS
     max_duplicate_ngram_characters: NgramLimits = DUPLICATE_NGRAM_LIMITS
+    # the share of an n-gram in a shorter text is of so many characters: a name said twice is much of a sentence or two
+    min_ngram_text: NonNegativeInt = 0
 
     def figures(self, view: TextView) -> Iterator[Figure]:
         """The measurements with their bounds, each computed when it is asked for."""
@@ -114,6 +116,7 @@ class GopherRepetition(Config):
             ratio(characters, size),
             high=self.max_duplicate_line_characters,
         )
+        size = max(size, self.min_ngram_text)
         for order, limit in sorted(self.max_top_ngram_characters.items()):
             top = ratio(view.ngrams.top_characters(order), size)
             yield Figure(f"top_{order}_gram_characters", top, high=limit)

@@ -76,22 +76,27 @@ def identify_language(text: str) -> tuple[str, float]:
     text = text.lower() if text.isupper() else text
     text = text.encode("utf-8", "replace").decode()  # lone surrogates
     best = _detector().detect(text)[0]
-    if best["lang"] == "ja" and _is_without_kana(text):
-        found = _detector().detect(text, k=len(CHINESE) + 1)
-        return "zh", min(1.0, sum(f["score"] for f in found if f["lang"] in CHINESE | {"ja"}))
+    is_sure = best["lang"] != "ja" and best["score"] >= _SURE
+    if best["lang"] in _IN_HAN and not is_sure and _is_without_kana(text):
+        found = _detector().detect(text, k=_NUM_GUESSES)
+        return "zh", min(1.0, sum(f["score"] for f in found if f["lang"] in _IN_HAN))
     return best["lang"], best["score"]
 
 
 def _is_without_kana(text: str) -> bool:
     """Whether a text of many Han characters has no kana, without which no Japanese sentence is written.
 
-    The model takes classical Chinese for Japanese.
+    The model takes classical Chinese for Japanese, and spreads its guess over the languages written in Han characters
+    where a text has few particles.
     """
     return len(_HAN.findall(text)) >= _MANY and not _KANA.search(text)
 
 
 _HAN, _KANA = re.compile(f"[{HAN}]"), re.compile("[\u3040-\u30ff]")
 _MANY = 30
+_IN_HAN = CHINESE | {"ja"}
+_SURE = 0.85  # of a language written in Han characters, from which it is taken at its word
+_NUM_GUESSES = 8
 
 
 @lru_cache(maxsize=1)

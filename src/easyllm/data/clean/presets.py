@@ -30,16 +30,20 @@ the Violation that rejects it."""
 PresetName = Literal["fineweb", "fineweb-zh", "gopher", "gopher-zh"]
 
 # FineWeb-2's n-gram bounds for `cmn_Hani` were set on segmented words of one to two characters. A word is one character here,
-# so orders and bounds are set on characters instead, above what 99 of 100 clean paragraphs reach (docs/data.md). So are the
-# least length, and the share of words with a letter, of which punctuation is more of among characters than among words.
+# so orders and bounds are set on characters instead, above what 99 of 100 clean paragraphs reach (docs/data.md), and for
+# texts of a sentence or two on as many characters as a paragraph has. So are the least length; the share of words with a
+# letter, of which punctuation is more of among characters than among words; and the stop words, which a sentence may lack.
 _TOP_NGRAM_LIMITS_ZH: NgramLimits = {2: 0.2, 3: 0.2, 4: 0.22, 6: 0.2}
 _DUPLICATE_NGRAM_LIMITS_ZH: NgramLimits = {6: 0.25, 8: 0.22, 10: 0.2, 12: 0.17, 14: 0.15, 16: 0.13}
+_MIN_NGRAM_TEXT_ZH = 150
+_MIN_PUNCTUATED_ZH = 8  # lines: four messages of a chat without a full stop are no menu
 _QUALITY_ZH = GopherQuality(
     min_words=40,
     min_mean_word_length=1,
     max_mean_word_length=5,
-    min_alphabetic_words=0.7,
+    min_alphabetic_words=0.6,
     stop_words=CHINESE_STOP_WORDS,
+    min_stop_words=1,
     min_lines=4,
 )
 
@@ -67,13 +71,14 @@ PRESETS: dict[PresetName, tuple[Rule, ...]] = {
             max_duplicate_line_characters=None,
             max_top_ngram_characters=_TOP_NGRAM_LIMITS_ZH,
             max_duplicate_ngram_characters=_DUPLICATE_NGRAM_LIMITS_ZH,
+            min_ngram_text=_MIN_NGRAM_TEXT_ZH,
         ),
         FineWebQuality(
             min_punctuated_lines=0.106,
             max_short_lines=None,
             max_duplicate_line_characters=0.1,
             max_newlines_per_word=0.178,
-            min_lines=4,
+            min_lines=_MIN_PUNCTUATED_ZH,
         ),
         _QUALITY_ZH,
     ),
@@ -92,6 +97,7 @@ PRESETS: dict[PresetName, tuple[Rule, ...]] = {
         GopherRepetition(
             max_top_ngram_characters=_TOP_NGRAM_LIMITS_ZH,
             max_duplicate_ngram_characters=_DUPLICATE_NGRAM_LIMITS_ZH,
+            min_ngram_text=_MIN_NGRAM_TEXT_ZH,
         ),
         _QUALITY_ZH,
     ),

@@ -1,0 +1,234 @@
+"""Messages, calls and roles that a chat template may not write: mapped, refused or counted, never dropped in silence."""
+
+import json
+
+import pytest
+from chat_templates import GEMMA, INDEXED, LLAMA3, MISTRAL, QWEN3
+
+from conftest import CHATML
+from easyllm.core.errors import DataError
+from easyllm.data.conversations import conversations
+from easyllm.data.packing import IGNORE_INDEX
+from easyllm.data.preferences import labelled, preferences, prepare_preferences
+from easyllm.data.prepare import prepare_conversations
+from easyllm.data.row import Row
+from easyllm.tokenizer import Tokenizer
+
+NO_CALLS = """{%- for m in messages %}{%- if m.role in ['system', 'user', 'assistant'] %}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+"""Writes neither tool calls nor tools' answers."""
+NO_CALLS_MARKED = """{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' %}
+{%- generation %}{{- m.content + '<|im_end|>' }}{%- endgeneration %}{%- else %}{{- m.content + '<|im_end|>' }}{%- endif %}
+{%- endfor %}"""
+WANTED = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content} | more
+
+
+def calls(*names):
+    return [{"type": "function", "function": {"name": n, "arguments": {"a": 1}}} for n in names]
+
+
+def read(values):
+    (conversation,) = conversations([Row(values, "data.jsonl:7")])
+    return conversation
+
+
+@pytest.fixture
+def learned(tiny_tokenizer):
+    """The trained texts of a row under a template, and the account."""
+
+    def prepare(template, values, **options):
+        tokenizer = Tokenizer(
+            tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=template
+        )
+        samples, account = prepare_conversations(
+            [read(values)], tokenizer, max_seq_len=512, **options
+        )
+        kept = [[label for label in s.labels if label != IGNORE_INDEX] for s in samples]
+        return [tokenizer.decode(ids, skip_special=False) for ids in kept], account
+
+    return prepare
+
+
+# roles of other formats
+
+
+@pytest.mark.parametrize("encode", [json.dumps, lambda call: call], ids=["text", "object"])
+@pytest.mark.parametrize("speaker", ["tool_call", "function_call"])
+@pytest.mark.parametrize("answer", ["tool_response", "ipython", "observation", "tool"])
+def test_a_call_and_its_answer_are_trained_and_read_under_their_other_names(
+    learned, encode, speaker, answer
+):
+    call = encode({"name": "f", "arguments": {"a": 1}})
+    turns = [("user", "q"), (speaker, call), (answer, "42"), ("bot", "It is 42")]
+    for who, says, key in (("role", "content", "messages"), ("from", "value", "conversations")):
+        row = {key: [{who: a, says: b} for a, b in turns]}
+        assert read(row).messages == [
+            user("q"),
+            assistant("", tool_calls=calls("f")),
+            {"role": "tool", "content": "42"},
+            assistant("It is 42"),
+        ]
+        (text,), account = learned(QWEN3, row)
+        assert text == f"{WANTED}<|im_end|><think>\n\n</think>\n\nIt is 42<|im_end|>"
+        assert account.unwritten_words == account.unwritten_tools == 0
+
+
+def test_calls_one_after_the_other_are_one_turn():
+    def call(name):
+        return {"role": "tool_call", "content": json.dumps({"name": name, "arguments": {"a": 1}})}
+
+    answers = [{"role": "tool_response", "content": text} for text in "12"]
+    messages = read(
+        {"messages": [user("q"), call("f"), call("g"), *answers, assistant("a")]}
+    ).messages
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert messages[1]["tool_calls"] == calls("f", "g")
+    masked = [user("q"), call("f") | {"loss": False}, call("g")]
+    assert [m.get("loss") for m in read({"messages": masked}).messages] == [None, False, None]
+    row = {"prompt": [user("q"), call("f"), call("g"), *answers], "completion": [assistant("a")]}
+    for system in ({}, {"system": "s"}):
+        (found,) = labelled([Row(row | system | {"label": True}, "data.jsonl:7")])
+        assert found.completion == [assistant("a")]
+
+
+@pytest.mark.parametrize("value", ["f(1)", {"arguments": {}}, [], {"name": 3}, None, "[1]"])
+def test_a_call_that_is_none_is_refused_with_its_place(value):
+    for turn in (
+        {"role": "tool_call", "content": value},
+        {"from": "function_call", "value": value},
+    ):
+        key = "messages" if "role" in turn else "conversations"
+        with pytest.raises(DataError, match=r"^data\.jsonl:7: turn 0 (is a|has no text value)"):
+            read({key: [turn]})
+
+
+# roles and words that the template leaves out
+
+
+@pytest.mark.parametrize("role", ["critic", "narrator", "Assistant", "tools"])
+@pytest.mark.parametrize("options", [{}, {"split_turns": True}, {"train_on": "all"}])
+def test_a_role_that_the_template_does_not_write_is_refused(learned, role, options):
+    row = {"messages": [user("q"), {"role": role, "content": "Too long."}, assistant("a")]}
+    with pytest.raises(
+        DataError,
+        match=rf"^data\.jsonl:7: message 1 has the role '{role}', which the chat template",
+    ):
+        learned(QWEN3, row, **options)
+    for template in (CHATML, INDEXED):  # these write every role
+        (text,), account = learned(template, row)
+        assert text.startswith("a<|im_end|>")
+        assert account.unwritten_words == 0
+
+
+def test_a_role_is_refused_in_pairs_and_where_its_words_are_said_by_others_too(tiny_tokenizer):
+    tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=QWEN3)
+    prompt = [user("Be short."), {"role": "critic", "content": "Be short."}]
+    row = {"prompt": prompt, "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match="message 1 has the role 'critic'"):
+        prepare_preferences(preferences([Row(row, "x")]), tokenizer, max_seq_len=99)
+
+
+SYSTEM = {"role": "system", "content": "Be terse."}
+TOOL = {"role": "tool", "content": "42"}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (MISTRAL, [SYSTEM, user("q"), assistant("a")], 1),  # only before a question that is the last message
+        (LLAMA3, [user("q"), assistant("Let me see", tool_calls=calls("f")), TOOL, assistant("a")], 1),
+        (NO_CALLS, [user("q"), assistant("Let me see", tool_calls=calls("f")), TOOL, assistant("a")], 1),
+        (GEMMA, [SYSTEM, user("q"), assistant("a")], 0),  # within the first question
+        (QWEN3, [SYSTEM, user("q"), assistant("<think>hm</think>a"), user("r"), assistant("b")], 0),
+        (INDEXED, [SYSTEM, user("q"), assistant("a"), user(""), assistant("b")], 0),
+    ],
+    ids=["mistral", "llama 3", "no calls", "gemma", "qwen 3", "indexed"],
+)  # fmt: skip
+def test_words_that_the_template_leaves_out_are_counted(learned, template, messages, expected):
+    _, account = learned(template, {"messages": messages})
+    assert account.unwritten_words == expected
+    assert ("1 with messages the chat template does not write" in account.summary()) == bool(
+        expected
+    )
+
+
+# calls that the template leaves out
+
+
+@pytest.mark.parametrize("template", [NO_CALLS, NO_CALLS_MARKED], ids=["plain", "marked"])
+def test_a_call_that_is_not_written_is_no_empty_answer(learned, template):
+    silent = assistant("", tool_calls=calls("f"))
+    (text,), account = learned(template, {"messages": [user("f?"), silent, TOOL, assistant("a")]})
+    assert text == "a<|im_end|>"
+    assert account.untrained_calls == 1
+    assert (
+        "1 turns of tool calls the chat template does not write, not trained" in account.summary()
+    )
+    for row in (
+        {"messages": [user("f?"), silent]},
+        {"messages": [user("f?"), silent | {"content": " \n"}]},
+        {"conversations": [{"from": "human", "value": "f?"}, {"from": "function_call", "value": {"name": "f"}}]},
+    ):  # fmt: skip
+        with pytest.raises(DataError, match="tool calls, which the chat template does not write"):
+            learned(template, row)
+    texts, account = learned(
+        template, {"messages": [user("f?"), silent, TOOL, assistant("a")]}, split_turns=True
+    )
+    assert (texts, account.untrained_calls) == (["a<|im_end|>"], 1)
+
+
+def test_an_empty_answer_of_its_own_and_written_calls_are_trained_as_before(learned):
+    (text,), account = learned(NO_CALLS, {"messages": [user("q"), assistant("")]})
+    assert (text.strip(), account.untrained_calls) == ("<|im_end|>", 0)
+    silent = assistant("", tool_calls=calls("f"))
+    (text,), account = learned(QWEN3, {"messages": [user("q"), silent]})
+    assert WANTED in text
+    assert account.untrained_calls == 0
+
+
+# keys of the loss
+
+
+@pytest.mark.parametrize("key", ["train_detail", "training_detail"])
+def test_masks_of_parts_are_refused_by_name(key):
+    parts = [{"begin_offset": 0, "end_offset": 1, "train": False}]
+    rows = [
+        {"messages": [user("q"), assistant("ab", **{key: parts})]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "ab", key: parts}]},
+        {"prompt": [user("q")], "completion": [assistant("ab", **{key: parts})]},
+    ]  # fmt: skip
+    for row in rows:
+        with pytest.raises(DataError, match=rf"^data\.jsonl:7: message 1 has {key}, but no parts"):
+            read(row)
+    assert read({"messages": [user("q"), assistant("ab", **{key: []})]}).messages[1] == assistant(
+        "ab"
+    )
+
+
+@pytest.mark.parametrize("key", ["loss_weight", "loss_scale", "loss", "weight"])
+def test_a_turns_loss_is_switched_off_or_its_weight_refused(learned, key):
+    said = [user("q"), assistant("BAD", **{key: 0}), user("r"), assistant("GOOD", **{key: 1})]
+    (text,), _ = learned(NO_CALLS, {"messages": said})
+    assert text == "GOOD<|im_end|>"
+    with pytest.raises(DataError, match=rf"message 1 has {key} 0\.5"):
+        learned(NO_CALLS, {"messages": [user("q"), assistant("a", **{key: 0.5})]})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("loss", False), ("loss", 0.3), ("loss_scale", "last_round"), ("loss_scale", 0.5), ("token_weights", [1, 0])],
+)  # fmt: skip
+def test_a_rows_loss_is_refused_by_name(key, value):
+    for row in ({"messages": [user("q"), assistant("a")]}, {"instruction": "q", "output": "a"}):
+        with pytest.raises(DataError, match=rf"^data\.jsonl:7 has the key '{key}', which is not"):
+            read(row | {key: value})
+        assert read(row | {key: 1}).messages[-1] == assistant("a")
