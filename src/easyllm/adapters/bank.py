@@ -53,7 +53,7 @@ class AdapterBank(Adapter):
         assert out is not None, "there are rows"
         return out
 
-    def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         raise self._unnamed()
 
     def _unnamed(self) -> ConfigError:
