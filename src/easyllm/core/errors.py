@@ -56,6 +56,7 @@ def install(extra: str) -> str:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """`" (did you mean 'x'?)"` for the closest other known word, or an empty string."""
+    others = [other for other in known if other != word]
+    close = difflib.get_close_matches(word, others, n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
