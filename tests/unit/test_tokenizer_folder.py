@@ -273,6 +273,39 @@ def test_without_a_default_template_the_names_are_told(folder):
         ours.encode_chat(CALL)
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (["tool use"], True),
+        (["rag.v2"], True),
+        (["tool use", "rag.v2", "tool_use"], True),
+        (["a/b"], False),
+        (["检索"], False),
+        (["rag.", "tool_use"], False),
+        (["RAG", "rag"], False),
+        (["x" * 300], False),
+        ([".."], False),
+    ],
+)
+def test_templates_of_any_name_are_kept(folder, tmp_path, names, files, named):
+    sources = {name: f"{number} {{{{ messages[0].content }}}}" for number, name in enumerate(names)}
+    sources |= {"default": "plain"} if named else {}
+    listed = [{"name": name, "template": source} for name, source in sources.items()]
+    ours = Tokenizer.from_folder(folder({"tokenizer_class": FAST, "chat_template": listed}))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    Tokenizer(ours.backend, ours.special, chat_template={"default": "old", "old": "old"}).save(
+        saved
+    )
+    ours.save(saved)
+    assert Tokenizer.from_folder(saved).template_sources == sources
+    assert AutoTokenizer.from_pretrained(saved).chat_template == sources
+    written = {str(path.relative_to(saved)) for path in saved.rglob("*.jinja")}
+    expected = {f"additional_chat_templates/{name}.jinja" for name in names if files}
+    assert written == expected | ({"chat_template.jinja"} if named and files else set())
+
+
 def test_the_name_of_a_template_writes_nowhere_else(folder, tmp_path):
     evil = [*NAMED, {"name": "../../evil", "template": "x"}]
     ours = Tokenizer.from_folder(folder({"chat_template": evil}))

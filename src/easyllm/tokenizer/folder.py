@@ -7,7 +7,7 @@ file names one. All are read as transformers 5 reads them.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ CONFIG_FILE, MODEL_FILE = "tokenizer_config.json", "config.json"
 SPECIAL_FILE, ADDED_FILE = "special_tokens_map.json", "added_tokens.json"
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 DEFAULT_TEMPLATE = "default"
+_FILE_NAME = re.compile(r"[\w-](?:[\w. -]{0,60}[\w-])?", re.ASCII)
+"""Template names that are the same as a file's on every system."""
 
 _ROLES = ("bos", "eos", "pad", "unk")
 _NAMED = tuple(f"{role}_token" for role in (*_ROLES, "sep", "cls", "mask"))
@@ -337,8 +339,14 @@ def _read_text(path: Path) -> str:
         raise CheckpointError(f"{path} is not UTF-8 ({error}); copy it again") from None
 
 
-def template_path(name: str) -> str | None:
-    """Where a template of this name is saved, relative to the folder; None where the name cannot be a file name."""
-    if name == DEFAULT_TEMPLATE:
-        return TEMPLATE_FILE
-    return f"{TEMPLATE_FOLDER}/{name}.jinja" if re.fullmatch(r"[\w-]+", name) else None
+def template_files(names: Iterable[str]) -> dict[str, str] | None:
+    """Where templates of these names are saved, relative to the folder; None where a name cannot be a file's, and all
+    are to be saved in `tokenizer_config.json` alone (which is read where there are no files)."""
+    names = list(names)
+    others = [name for name in names if name != DEFAULT_TEMPLATE]
+    if not all(_FILE_NAME.fullmatch(name) for name in others):
+        return None
+    if len({name.casefold() for name in names}) < len(names):  # one file on some systems
+        return None
+    named = {name: f"{TEMPLATE_FOLDER}/{name}.jinja" for name in others}
+    return named | ({DEFAULT_TEMPLATE: TEMPLATE_FILE} if DEFAULT_TEMPLATE in names else {})
