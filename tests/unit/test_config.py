@@ -225,12 +225,12 @@ BLAME = {
         *(MINE, ("optimizer.kind=adam",), {}, "command line: optimizer: kind 'adam' is unknown"),
     ),
     "a part of an unknown key of the command line": (
-        *(MINE, ("optimzer.learning_rate=1",), {}),
-        "command line: unknown key 'optimzer' (did you mean 'optimizer'?)",
+        *(MINE, ("optimizr.learning_rate=1",), {}),
+        "command line: unknown key 'optimizr' (did you mean 'optimizer'?)",
     ),
     "parts of an unknown key of both": (
-        *(MINE + "optimzer: {eps: 1}\n", ("optimzer.learning_rate=1",), {}),
-        "FILE: unknown key 'optimzer' (did you mean 'optimizer'?)",
+        *(MINE + "optimizr: {eps: 1}\n", ("optimizr.learning_rate=1",), {}),
+        "FILE: unknown key 'optimizr' (did you mean 'optimizer'?)",
     ),
     "a part of a single value": (
         *(MINE + "batch_size: 4\n", ("batch_size.x=1",), {}),
@@ -286,7 +286,7 @@ STAGES = "name: n\noutput: o\nstages: {train: {kind: train, data: {train: [a]}}}
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("stages.train.optimzer.x=1", "unknown key 'stages.train.optimzer' (did you mean "),
+        ("stages.train.optimizr.x=1", "unknown key 'stages.train.optimizr' (did you mean "),
         (
             "stages.trian.x=1",
             "missing key 'stages.trian.kind'; known kinds are 'tokenizer', 'corpus', 'convert', 'evaluate', 'train', "
@@ -324,10 +324,10 @@ def test_the_known_keys_are_those_of_the_kind_that_the_value_has():
 
     said = complaint(Holder, {"one": {"kind": "wide", "rank": 2}})
     assert "unknown key 'one.rank' (known keys: kind, length)" in said
-    said = complaint(Holder, {"one": {"lenght": 2}})
-    assert "unknown key 'one.lenght' (known keys: kind, rank)" in said
-    said = complaint(Holder, {"maybe": {"kind": "wide", "lenght": 2}})
-    assert "unknown key 'maybe.lenght' (did you mean 'length'?)" in said
+    said = complaint(Holder, {"one": {"lengthh": 2}})
+    assert "unknown key 'one.lengthh' (known keys: kind, rank)" in said
+    said = complaint(Holder, {"maybe": {"kind": "wide", "lengthh": 2}})
+    assert "unknown key 'maybe.lengthh' (did you mean 'length'?)" in said
 
 
 def test_a_hint_is_never_what_was_written():
