@@ -324,10 +324,10 @@ def test_the_known_keys_are_those_of_the_kind_that_the_value_has():
 
     said = complaint(Holder, {"one": {"kind": "wide", "rank": 2}})
     assert "unknown key 'one.rank' (known keys: kind, length)" in said
-    said = complaint(Holder, {"one": {"lengthh": 2}})
-    assert "unknown key 'one.lengthh' (known keys: kind, rank)" in said
-    said = complaint(Holder, {"maybe": {"kind": "wide", "lengthh": 2}})
-    assert "unknown key 'maybe.lengthh' (did you mean 'length'?)" in said
+    said = complaint(Holder, {"one": {"lengths": 2}})
+    assert "unknown key 'one.lengths' (known keys: kind, rank)" in said
+    said = complaint(Holder, {"maybe": {"kind": "wide", "lengths": 2}})
+    assert "unknown key 'maybe.lengths' (did you mean 'length'?)" in said
 
 
 def test_a_hint_is_never_what_was_written():
