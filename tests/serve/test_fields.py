@@ -39,6 +39,7 @@ NEUTRAL = {
     "modalities": ([["text"]], [["text", "audio"], ["audio"], []]),
     "store": ([False], [True, "false", 0]),
     "verbosity": (["medium"], ["low", "high"]),
+    "reasoning_effort": (["none"], ["low", "minimal", 0]),
     "prompt_cache_retention": (["in_memory"], ["24h"]),
     "prompt_cache_options": ([{}, {"mode": "implicit"}], [{"mode": "explicit"}, {"ttl": "30m"}]),
 }
@@ -46,7 +47,6 @@ REFUSED = {
     "audio": {"format": "wav", "voice": "alloy"},
     "moderation": {"model": "m"},
     "prediction": {"type": "content", "content": "x"},
-    "reasoning_effort": "low",
     "web_search_options": {},
 }
 ANSWER = {"model": "m", "messages": QUESTION, "max_tokens": 6, "temperature": 0}
@@ -289,6 +289,40 @@ def test_a_number_without_a_fraction_is_whole(ask):
 @pytest.mark.parametrize("key", ["05", "+5", " 5", "1_0", "５", "-1", "x", "", "99999999999"])
 def test_a_key_of_logit_bias_is_a_token_id(ask, key):
     assert error_of(ask(logit_bias={key: 1}))["param"] == "logit_bias"
+
+
+@pytest.mark.parametrize("name", ["min_p", "repetition_penalty", "whatever"])
+def test_an_unknown_field_that_is_null_is_as_absent(ask, plain, name):
+    assert text_of(ask(**{name: None}).json()) == plain
+    assert error_of(ask(**{name: 0}))["code"] == "unknown_parameter"
+    replayed = [
+        *QUESTION,
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "b"},
+    ]
+    nulls = ("reasoning_content", "reasoning", "provider_specific_fields", "thinking_blocks", name)
+    with_nulls = [message | dict.fromkeys(nulls) for message in replayed]
+    answers = [ask(messages=messages) for messages in (replayed, with_nulls)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert text_of(answers[0].json()) == text_of(answers[1].json())
+    error = error_of(ask(messages=[*QUESTION, USER | {"reasoning": "x"}]))
+    assert error["param"] == f"messages.{len(QUESTION)}.reasoning"
+    options = {"include_usage": False, name: None}
+    assert ask(stream=True, stream_options=options).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"messages": [USER | {"content": "a" * 5000}]}, "messages"),
+    ],
+)
+def test_what_the_engine_refuses_has_its_field(ask, changes, param):
+    error = error_of(ask(**changes))
+    assert error["param"] == param
+    assert "--" not in error["message"]
+    assert "cache_gb" not in error["message"]
 
 
 def test_an_unknown_field_is_refused_with_the_nearest_known_one(ask):

@@ -12,7 +12,7 @@ from conftest import CHATML, build_tiny
 from easyllm.engine import LLM
 from easyllm.engine.request import Logprobs, TokenEvent
 from easyllm.engine.stopping import StopStrings
-from easyllm.serve.logprobs import ContentTokens, choice_logprobs
+from easyllm.serve.logprobs import ContentToken, ContentTokens, choice_logprobs
 from easyllm.tokenizer import StreamDecoder, Tokenizer
 
 ASKED = {"model": "m", "messages": QUESTION, "logprobs": True, "top_logprobs": 5}
@@ -145,9 +145,7 @@ def test_sentencepiece_tokens_have_their_own_text_and_bytes(ask, pieces):
     bias = {str(backend.token_to_id(word)): 30 for word in WORDS}
     answer = ask(model="sp", logit_bias=bias, temperature=1.0, seed=2, max_tokens=30).json()
     entries = answer["choices"][0]["logprobs"]["content"]
-    assert joined(entries).removeprefix(" ") == answer["choices"][0]["message"][
-        "content"
-    ].removeprefix(" ")
+    assert joined(entries) == answer["choices"][0]["message"]["content"]
     seen = {entry["token"] for place in entries for entry in [place, *place["top_logprobs"]]}
     assert {" Paris", "Paris"} <= seen
     for place in entries:
@@ -158,19 +156,73 @@ def test_sentencepiece_tokens_have_their_own_text_and_bytes(ask, pieces):
 def test_a_character_over_several_tokens_is_given_as_its_bytes(pieces):
     ids = [pieces.backend.token_to_id(f"<0x{v:02X}>") for v in "好".encode()]
     places = [Logprobs(token_id=i, raw=-1.0, top_raw=((i, -1.0),)) for i in ids]
-    entries = choice_logprobs(places, pieces).model_dump()["content"]
+    own = [ContentToken(place, pieces.token_bytes(place.token_id)) for place in places]
+    entries = choice_logprobs(own, pieces).model_dump()["content"]
     assert [entry["bytes"] for entry in entries] == [[v] for v in "好".encode()]
     assert [entry["token"] for entry in entries] == ["\\xe5", "\\xa5", "\\xbd"]
     content = ContentTokens(pieces, ())
     given = [
         content.push(event(place, text)) for place, text in zip(places, ["", "", "好"], strict=True)
     ]
-    assert given == [[], [], places]
+    assert given == [("", []), ("", []), ("好", own)]
+
+
+def answered(tokenizer, ids, stop=None, ends=()):
+    """Chunks of text with their entries, as the engine's events of these tokens give them; and the content."""
+    decoder, stops = StreamDecoder(tokenizer), StopStrings([] if stop is None else [stop])
+    tokens, chunks, content = ContentTokens(tokenizer, ends), [], ""
+    for number, token in enumerate(ids):
+        last = number == len(ids) - 1
+        piece = stops.push(decoder.push(token) + (decoder.flush() if last else ""))
+        if not stops.stopped and last:
+            piece += stops.flush()
+        content += piece
+        place = Logprobs(token_id=token, raw=-1.0, top_raw=((token, -1.0),))
+        reason = "stop" if stops.stopped else "length" if last else None
+        text, found = tokens.push(event(place, piece, reason))
+        chunks.append((text, choice_logprobs(found, tokenizer).model_dump()["content"]))
+        if stops.stopped:
+            break
+    return chunks, content
+
+
+@pytest.mark.parametrize(
+    ("words", "stop", "content", "texts"),
+    [
+        (["▁Paris", "▁is"], None, "Paris is", ["Paris", " is"]),
+        (["▁", "▁Paris", "▁is"], None, " Paris is", ["", " Paris", " is"]),
+        (["Paris", "▁is"], None, "Paris is", ["Paris", " is"]),
+        (["▁", "你", "▁is"], None, "你 is", ["", "你", " is"]),
+        (["▁Paris", "▁cap", "ital"], "cap", "Paris ", ["Paris", " "]),
+        (["▁Paris", "▁cap", "ital"], "pit", "Paris ca", ["Paris", " ca"]),
+        (["▁Paris", "▁cap", "ital"], "tal", "Paris capi", ["Paris", " cap", "i"]),
+        (["▁Paris", "▁is"], "ari", "P", ["P"]),
+        (["你", "▁Paris", "你"], "s你", "你 Pari", ["你", " Pari"]),
+        (["▁Paris", "▁is"], "Paris", "", []),
+    ],
+)
+def test_tokens_put_together_are_the_content_at_its_beginning_and_where_a_stop_text_cuts_one(
+    pieces, words, stop, content, texts
+):
+    chunks, said = answered(pieces, [pieces.backend.token_to_id(word) for word in words], stop)
+    entries = [entry for _, found in chunks for entry in found]
+    assert said == content == joined(entries) == "".join(text for text, _ in chunks)
+    assert [entry["token"] for entry in entries] == texts
+    for text, found in chunks:  # text comes with its tokens
+        assert joined(found) == text
+
+
+def test_alternatives_to_the_first_token_lose_the_space_that_it_loses(pieces):
+    paris = pieces.backend.token_to_id("▁Paris")
+    chunks, _ = answered(pieces, [paris, paris])
+    tops = [entry["top_logprobs"][0]["token"] for _, found in chunks for entry in found]
+    assert tops == ["Paris", " Paris"]
 
 
 def test_an_id_without_a_token_and_one_that_cannot_come(tiny_tokenizer):
     place = Logprobs(token_id=4000, raw=float("-inf"), top_raw=((50, -0.5),))
-    entry = choice_logprobs([place], tiny_tokenizer).model_dump()["content"][0]
+    token = ContentToken(place, tiny_tokenizer.token_bytes(4000))
+    entry = choice_logprobs([token], tiny_tokenizer).model_dump()["content"][0]
     assert (entry["token"], entry["bytes"], entry["logprob"]) == ("", None, -9999.0)
 
 
@@ -200,7 +252,7 @@ def test_content_is_covered_by_its_tokens_wherever_it_stops(tiny_tokenizer, ids,
     ids = tokenizer.encode(ids) if isinstance(ids, str) else ids
     decoder, stops = StreamDecoder(tokenizer), StopStrings([stop])
     content_tokens = ContentTokens(tokenizer, (2,))
-    text, found, end = "", [], False
+    text, released, found, end = "", "", [], False
     for number, token in enumerate(ids):
         piece, reason = "", None
         if token == 2:
@@ -216,14 +268,20 @@ def test_content_is_covered_by_its_tokens_wherever_it_stops(tiny_tokenizer, ids,
             piece += stops.flush()
         text += piece
         place = Logprobs(token_id=token, raw=-1.0, top_raw=())
-        found += [p.token_id for p in content_tokens.push(event(place, piece, reason))]
+        given, tokens_given = content_tokens.push(event(place, piece, reason))
+        released += given
+        found += tokens_given
         if reason is not None:
             end = stops.stopped
             break
     special = tokenizer.special_ids
     content = [i for i in ids[: number + 1] if i not in special]
-    assert found == content[: len(found)]
-    covered = tokenizer.decode(found)
+    found_ids = [token.place.token_id for token in found]
+    assert released == text
+    assert found_ids == content[: len(found)]
+    covered = tokenizer.decode(found_ids)
     assert covered.startswith(text) if end else covered == text
     if end and found:  # and no token more
-        assert len(tokenizer.decode(found[:-1]).rstrip("\ufffd")) <= len(text)
+        assert len(tokenizer.decode(found_ids[:-1]).rstrip("\ufffd")) <= len(text)
+    if "\ufffd" not in text:
+        assert b"".join(token.own or b"" for token in found).decode() == text

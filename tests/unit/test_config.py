@@ -4,12 +4,14 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 
 from easyllm.core.config import (
     ENVIRONMENT_PREFIX,
     RESERVED_VARIABLES,
+    Config,
     apply_overrides,
     dump_yaml,
     environment_overrides,
@@ -19,6 +21,7 @@ from easyllm.core.config import (
     validate,
 )
 from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.core.kinds import Kinds
 from easyllm.pipeline.recipe import Recipe, load_recipe, load_train_recipe
 from easyllm.train.config import TrainConfig
 
@@ -243,6 +246,30 @@ BLAME = {
     "a kind of the command line": (
         *(MINE, ("optimizer.kind=adam",), {}, "command line: optimizer: kind 'adam' is unknown"),
     ),
+    "a part of an unknown key of the command line": (
+        *(MINE, ("optimizr.learning_rate=1",), {}),
+        "command line: unknown key 'optimizr' (did you mean 'optimizer'?)",
+    ),
+    "parts of an unknown key of both": (
+        *(MINE + "optimizr: {eps: 1}\n", ("optimizr.learning_rate=1",), {}),
+        "FILE: unknown key 'optimizr' (did you mean 'optimizer'?)",
+    ),
+    "a part of a single value": (
+        *(MINE + "batch_size: 4\n", ("batch_size.x=1",), {}),
+        "command line: batch_size={'x': 1}: input should be a valid integer",
+    ),
+    "a kind whose keys are others": (
+        *(MINE + "optimizer: {betas: [0.9, 0.95]}\n", ("optimizer.kind=sgd",), {}),
+        "FILE with optimizer.kind changed: unknown key 'optimizer.betas' (known keys: ",
+    ),
+    "another type than a mapping": (
+        *(MINE, ("optimizer=3",), {}),
+        "command line: optimizer=3: input should be a valid dictionary",
+    ),
+    "a part of an unknown key of the environment": (
+        *(MINE, (), {"EASYLLM_OPTIMIZER__EPSS": "1"}),
+        "environment variable EASYLLM_OPTIMIZER__EPSS: unknown key 'optimizer.epss' (did you mean 'eps'?)",
+    ),
     "what the command line leaves out": (
         *(MINE, ("data.max_seq_len=4", "data.train=[]"), {}, "command line: data.train=[]"),
     ),
@@ -273,6 +300,61 @@ BLAME = {
 def test_a_mistake_is_blamed_on_who_made_it(tmp_path, monkeypatch, case):
     text, words, environment, said = case
     assert mistake(tmp_path, monkeypatch, text, *words, **environment).startswith(said)
+
+
+STAGES = "name: n\noutput: o\nstages: {train: {kind: train, data: {train: [a]}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("stages.train.optimizr.x=1", "unknown key 'stages.train.optimizr' (did you mean "),
+        (
+            "stages.trian.x=1",
+            "missing key 'stages.trian.kind'; known kinds are 'tokenizer', 'corpus', 'convert', 'evaluate', 'train', "
+            "'merge'; next to 'stages.trian' there are train (did you mean 'train'?)",
+        ),
+        ("stages.trian.kind=train", "missing key 'stages.trian.data'"),
+        ("stages.train=3", "stages.train=3: expected a mapping with one of the kinds 'tokenizer',"),
+    ],
+)
+def test_a_mistake_in_a_stage_is_blamed_on_who_made_it(tmp_path, word, said):
+    path = write(tmp_path / "recipe.yaml", STAGES)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, [word])
+    assert str(caught.value).startswith(f"command line: {said}")
+
+
+class _Low(Config):
+    kind: Literal["low"] = "low"
+    rank: int = 1
+
+
+class _Wide(Config):
+    kind: Literal["wide"] = "wide"
+    length: int = 1
+
+
+def test_the_known_keys_are_those_of_the_kind_that_the_value_has():
+    shapes = Kinds("shape", default="low")
+    shapes.register(_Low)
+    shapes.register(_Wide)
+
+    class Holder(Config):
+        one: Annotated[_Low, shapes] = _Low()
+        maybe: Annotated[_Low | _Wide, shapes] | None = None
+
+    said = complaint(Holder, {"one": {"kind": "wide", "rank": 2}})
+    assert "unknown key 'one.rank' (known keys: kind, length)" in said
+    said = complaint(Holder, {"one": {"lengths": 2}})
+    assert "unknown key 'one.lengths' (known keys: kind, rank)" in said
+    said = complaint(Holder, {"maybe": {"kind": "wide", "lengths": 2}})
+    assert "unknown key 'maybe.lengths' (did you mean 'length'?)" in said
+
+
+def test_a_hint_is_never_what_was_written():
+    assert suggest("rank", ["rank", "ranks"]) == " (did you mean 'ranks'?)"
+    assert suggest("rank", ["rank"]) == ""
 
 
 def test_the_environment_reaches_recipes(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from easyllm.models import load_model
 from easyllm.models.families import layout_of
 from easyllm.models.families.gguf_layout import half_split_rows
 from easyllm.models.gguf_import import hf_config
+from easyllm.models.hf_config import read_config
 
 QUANTIZED_BY_THE_PACKAGE = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 SCALES = {  # where a block's fp16 scales lie
@@ -259,7 +260,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
 
 
 def test_an_empty_file_is_named(tmp_path):
-    complaint(tmp_path, b"")
+    assert "is empty; download or convert it again" in complaint(tmp_path, b"")
 
 
 def test_another_magic_is_refused(tmp_path):
@@ -537,14 +538,18 @@ def test_names_become_those_of_hf(theirs, ours):
 
 
 @pytest.mark.parametrize(
-    "name", ["blk.0.unheard_of.weight", "x", "output.scale", "blk.1.output.weight"]
+    "name",
+    [
+        *("blk.0.unheard_of.weight", "x", "output.scale", "blk.1.output.weight"),
+        *("rope_freqs.bias", "blk.0.attn_rot_embd.bias"),
+    ],
 )
 def test_an_unknown_name_has_no_place(name):
     with pytest.raises(LookupError):
         layout_of("llama").locate(name)
 
 
-def write_llama(path: Path, model, **changes) -> Path:
+def write_llama(path: Path, model, more=(), **changes) -> Path:
     """The tiny model as llama.cpp's converter writes it."""
     names = {
         "embed_tokens": "token_embd",
@@ -576,7 +581,7 @@ def write_llama(path: Path, model, **changes) -> Path:
         if heads is not None:
             array = np.ascontiguousarray(interleaved(array, heads))
         tensors.append((f"{layer}{names[stem]}.{kind}", array, None))
-    return write_gguf(path, metadata, tensors)
+    return write_gguf(path, metadata, [*tensors, *more])
 
 
 def test_a_file_in_the_order_of_llama_cpp_is_the_same_model(tmp_path, tiny_model):
@@ -606,3 +611,37 @@ def test_metadata_that_do_not_fit_the_tensors_are_named(tmp_path, tiny_model, ch
     with pytest.raises(CheckpointError, match=words) as caught:
         load_model(path)
     assert "tiny.gguf" in str(caught.value)
+    assert "config.json" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (
+            ("blk.0.attn_q.bias", 64),
+            r"do not fit its metadata \(\d+ missing: .*; convert the file again",
+        ),
+        (
+            ("blk.1.attn_q.bias", 64),
+            r"do not fit its metadata \(1 left over: .*; convert the file again",
+        ),
+        (("rope_freqs.bias", 8), r"not implemented for its architecture \(rope_freqs.bias\)"),
+    ],
+)
+def test_a_tensor_too_many_is_named_in_words_of_the_file(tmp_path, tiny_model, extra, words):
+    name, length = extra
+    more = (name, np.zeros(length, np.float32), None)
+    path = write_llama(tmp_path / "tiny.gguf", tiny_model, more=[more])
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_model(path)
+    assert "config.json" not in str(caught.value)
+
+
+def test_gemma_2_without_a_window_has_that_of_llama_cpp():
+    values = {key.replace("llama.", "gemma2."): value for key, value in LLAMA.items()}
+    values |= {"general.architecture": "gemma2"}
+    windows = [layer.mixer.window for layer in read_config(hf_config(values, {})).layers]
+    assert windows == [4096, None]
+    values |= {"gemma2.attention.sliding_window": 9}
+    windows = [layer.mixer.window for layer in read_config(hf_config(values, {})).layers]
+    assert windows == [9, None]

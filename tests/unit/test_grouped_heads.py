@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from conftest import build_tiny
+from easyllm.adapters import LoRAConfig, attach, merge
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.models import load_model, pool_kv_heads, save_model
+from easyllm.models.resize import resize_embeddings
 from easyllm.nn import Decoder
 from easyllm.nn.config import LinearAttentionConfig
+from easyllm.quant import quantize_weights
 
 
 def with_equal_heads(model, groups):
@@ -141,3 +144,32 @@ def test_a_family_that_is_not_registered_is_named(tmp_path):
     model.config = model.config.changed(family="lama")
     with pytest.raises(CheckpointError, match=r"family 'lama' is not known \(did you mean 'llama'"):
         save_model(model, tmp_path / "no")
+
+
+CHANGES = {
+    "pooling key-value heads": lambda model: pool_kv_heads(model, 1),
+    "growing a vocabulary": lambda model: resize_embeddings(model, {320: (5, 6)}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_quantized_model_is_refused_and_left_alone(change):
+    model = build_tiny()
+    quantize_weights(model, "int8")
+    ids = torch.arange(3, 20)
+    before, config = model.logits(ids), model.config
+    with pytest.raises(ConfigError, match=f"{change} needs full weights, .* \\(int8\\)"):
+        CHANGES[change](model)
+    assert model.config == config
+    assert torch.equal(model.logits(ids), before)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_adapted_model_is_refused_and_taken_once_merged(change):
+    model = build_tiny()
+    attach(model, LoRAConfig(rank=2))
+    with pytest.raises(ConfigError, match=f"{change} needs a model without an adapter"):
+        CHANGES[change](model)
+    merge(model)
+    logits = CHANGES[change](model).logits(torch.arange(3, 20))
+    assert logits.shape[-1] == (384 if "vocabulary" in change else 320)

@@ -1,6 +1,9 @@
 """Fresh models: as large as asked, the same for the same seed, and at first as good as a guess."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +14,17 @@ from easyllm.core.errors import ConfigError
 from easyllm.data.packing import Sample, pack
 from easyllm.models import load_model, save_model
 from easyllm.models.families import FAMILIES
+from easyllm.models.hf_config import write_config
 from easyllm.models.scratch import ScratchConfig, build_scratch, scratch_model_config
 from easyllm.nn.config import Alibi, MLPConfig
 from easyllm.ops.cross_entropy import linear_cross_entropy
+from easyllm.pipeline.recipe import load_train_recipe
 from easyllm.plan.parameters import count_parameters
 from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer
+from easyllm.train import train
+from easyllm.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
 
 TINY = {k: v for k, v in tiny_config().items() if not k.endswith("token_id")}
 ANY_PARTS = {
@@ -180,7 +189,10 @@ MISTAKES = {
     "hidden_size: Input should be greater than 0": {"config": TINY | {"hidden_size": -32}},
     "model_type 'lama' is not known \\(did you mean 'llama'": {"config": {"model_type": "lama"}},
     "the model's values set hidden_act='gelu'": {"depth": 2, "changes": {"hidden_act": "gelu"}},
-    "hidden_szie: Extra inputs": {"config": ANY_PARTS, "changes": {"hidden_szie": 4}},
+    "unknown key 'hidden_szie' \\(did you mean 'hidden_size'": {
+        "config": ANY_PARTS,
+        "changes": {"hidden_szie": 4},
+    },
     "must be even and at most head_dim=15": {"depth": 2, "changes": {"head_dim": 15}},
     "the fresh model cannot be built: ": {"depth": 2, "changes": {"num_attention_heads": 0}},
 }
@@ -207,3 +219,125 @@ def test_there_is_exactly_one_size():
     for values in ({}, {"depth": 2, "size": "smollm2-135m"}):
         with pytest.raises(ValidationError, match="give depth, size or config"):
             ScratchConfig(tokenizer="t", **values)
+
+
+FEED_FORWARD = {"kind": "mlp", "intermediate_size": 96}
+KINDS = "'rope', 'rerope', 'streaming_rope', 'alibi', 't5_bias', 'shaw', 'none'"
+
+
+def faulty(mixer=None, feed_forward=None, **others):
+    """Parts of one layer that have a mistake."""
+    heads = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 12}
+    layer = {
+        "mixer": {**heads, **(mixer or {})},
+        "feed_forward": {**FEED_FORWARD, **(feed_forward or {})},
+    }
+    parts = {"hidden_size": 48, "max_seq_len": 64, "layers": [layer], **others}
+    return {"model_type": "easyllm", "parts": parts}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            faulty(layers=[{"mixer": {"num_heads": 4}, "feed_forward": FEED_FORWARD}]),
+            "missing key 'layers.0.mixer.kind'; known kinds are 'attention', 'linear_attention'",
+        ),
+        (
+            faulty({"position": "alibi"}),
+            f"layers.0.mixer.position='alibi': expected a mapping with one of the kinds {KINDS}, as {{kind: NAME}}",
+        ),
+        (
+            faulty({"position": {"kind": "alibi", "slope": 3}}),
+            "unknown key 'layers.0.mixer.position.slope' (known keys: kind)",
+        ),
+        (
+            faulty({"position": {"kind": "alibbi"}}),
+            f"layers.0.mixer.position: kind 'alibbi' is unknown (did you mean 'alibi'?); known are {KINDS}",
+        ),
+        (
+            faulty(feed_forward={"intermediate_sise": 5}),
+            "unknown key 'layers.0.feed_forward.intermediate_sise' (did you mean 'intermediate_size'?)",
+        ),
+        (
+            faulty(norm="layer_norm"),
+            "norm='layer_norm': expected a mapping with one of the kinds 'rms_norm', 'layer_norm', as {kind: NAME}",
+        ),
+        (faulty(hiden_size=48), "unknown key 'hiden_size' (did you mean 'hidden_size'?)"),
+    ],
+)
+def test_a_mistake_in_the_parts_is_one_sentence_with_what_there_is(tiny_tokenizer, config, said):
+    with pytest.raises(ConfigError) as caught:
+        config_of(tiny_tokenizer, config=config)
+    assert str(caught.value) == f"the parts of the fresh model: {said}"
+
+
+def test_parts_are_a_mapping_and_of_no_published_family(tiny_tokenizer):
+    with pytest.raises(ConfigError, match="are no mapping"):
+        config_of(tiny_tokenizer, config={"model_type": "easyllm", "parts": ["alibi"]})
+    with pytest.raises(ConfigError, match="family='llama' is not the family of a model from parts"):
+        config_of(tiny_tokenizer, config=faulty(family="llama"))
+
+
+CONTRADICTIONS = [
+    ({"vocab_size": 100}, "vocab_size=100 does not hold the"),
+    ({"eos_token_id": 7}, "eos_token_id=7 contradicts the fresh model's tokenizer, which has"),
+    ({"bos_token_id": 9}, "bos_token_id=9 contradicts"),
+    ({"pad_token_id": 9}, "pad_token_id=9 contradicts"),
+    ({"eos_token_id": [7, 8]}, "eos_token_id=[7, 8] contradicts"),
+]
+
+
+@pytest.mark.parametrize(("stated", "said"), CONTRADICTIONS)
+def test_values_that_contradict_the_tokenizer_are_refused(tiny_tokenizer, stated, said):
+    in_parts = {"eos_token_ids" if k == "eos_token_id" else k: v for k, v in stated.items()}
+    for values in (
+        {"config": TINY | stated},
+        {"depth": 1, "changes": stated},
+        {"config": faulty(**in_parts)},
+        {"config": faulty() | stated},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            config_of(tiny_tokenizer, **values)
+        assert str(caught.value).startswith(said)
+
+
+def test_values_that_agree_with_the_tokenizer_are_taken(tiny_tokenizer):
+    plain = config_of(tiny_tokenizer, config=TINY)
+    equal = {
+        "vocab_size": plain.vocab_size,
+        "bos_token_id": plain.bos_token_id,
+        "eos_token_id": list(plain.eos_token_ids),
+        "pad_token_id": None,
+    }
+    assert config_of(tiny_tokenizer, config=TINY | equal) == plain
+    one = config_of(tiny_tokenizer, config=TINY | {"eos_token_id": plain.eos_token_ids[1]})
+    assert one.eos_token_ids == plain.eos_token_ids[1:]
+    larger = plain.vocab_size + 64
+    for values in (
+        {"config": TINY | {"vocab_size": larger}},
+        {"config": faulty(vocab_size=larger)},
+    ):
+        config = config_of(tiny_tokenizer, **values)
+        assert config.vocab_size == larger
+        assert len(build_scratch(config, seed=0).embed_tokens.weight) == larger
+    again = config_of(tiny_tokenizer, config=faulty())
+    written = write_config(again)
+    assert config_of(tiny_tokenizer, config=written) == again
+
+
+def test_the_recipe_in_the_docs_trains_alibi_with_gqa_and_mqa_in_turn(tiny_folder, tmp_path):
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    (recipe,) = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.S) if "kind: alibi" in b]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe, encoding="utf-8")
+    row = {"messages": [{"role": r, "content": "hello there"} for r in ("user", "assistant")]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")
+    words = [f"model.tokenizer={tiny_folder}", "epochs=8", "batch_size=4", "device=cpu"]
+    config = load_train_recipe(path, [*words, "optimizer.learning_rate=1e-3"])
+    output = train(config, tmp_path / "run").output
+    model = load_model(output / "model")
+    assert [m.config.num_kv_heads for m in (layer.mixer for layer in model.layers)] == [2, 1, 2, 1]
+    assert all(isinstance(layer.mixer.position, Alibi) for layer in model.config.layers)
+    losses = [row["train/loss_nats"] for row in read_metrics(output) if "train/loss_nats" in row]
+    assert losses[-1] < losses[0]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from test_tokenizer_training import SP_TEXTS, sentencepiece_file
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
@@ -94,7 +94,7 @@ def test_the_older_files_name_tokens_too(folder, plain):
         folder({"tokenizer_class": FAST}, added_tokens=added, special_tokens_map=special)
     )
     assert ours.encode("<|tool|><|x|>") == [number, number + 1]
-    assert number + 1 in ours.special_ids
+    assert number + 1 not in ours.special_ids  # as in transformers, which shows it
     assert number not in ours.special_ids
 
 
@@ -215,6 +215,92 @@ def test_a_class_has_special_tokens_of_its_own(folder, config, model, expected):
     ]
 
 
+def byte_level(*special):
+    """A byte-level backend whose vocabulary holds these control tokens alone."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["hello world hello there"] * 5, trainer)
+    return backend
+
+
+BYTE_LEVEL_CLASSES = {
+    "GPT2Tokenizer": SpecialTokens(bos="<|endoftext|>", eos="<|endoftext|>", unk="<|endoftext|>"),
+    "CodeGenTokenizer": SpecialTokens(
+        bos="<|endoftext|>", eos="<|endoftext|>", unk="<|endoftext|>"
+    ),
+    "GPTNeoXTokenizerFast": SpecialTokens(
+        bos="<|endoftext|>", eos="<|endoftext|>", unk="<|endoftext|>", pad="<|padding|>"
+    ),
+    "Qwen2TokenizerFast": SpecialTokens(
+        eos="<|endoftext|>", unk="<|endoftext|>", pad="<|endoftext|>"
+    ),
+    "CohereTokenizerFast": SpecialTokens(
+        bos="<BOS_TOKEN>", eos="<|END_OF_TURN_TOKEN|>", unk="<UNK>", pad="<PAD>"
+    ),
+    "RobertaTokenizerFast": SpecialTokens(bos="<s>", eos="</s>", unk="<unk>", pad="<pad>"),
+    "BartTokenizer": SpecialTokens(bos="<s>", eos="</s>", unk="<unk>", pad="<pad>"),
+    "LlamaTokenizer": SpecialTokens(),
+    "LlamaTokenizerFast": SpecialTokens(),
+}
+
+
+@pytest.mark.parametrize("present", [(), ("<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>")])
+@pytest.mark.parametrize("kind", BYTE_LEVEL_CLASSES)
+def test_a_class_adds_the_tokens_that_its_vocabulary_lacks(tmp_path, kind, present):
+    byte_level(*present).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    ours, theirs = agree(tmp_path)
+    assert ours.special == BYTE_LEVEL_CLASSES[kind]
+    for token in {*theirs.all_special_tokens, "<s>", "</s>"}:
+        text = f"hello {token} world"
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "config", [{"add_prefix_space": True}, {"cls_token": "[C]"}, {"sep_token": "hello"}]
+)
+def test_what_the_class_puts_around_a_text_follows_the_configuration(tmp_path, config):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    written = json.dumps({"tokenizer_class": "RobertaTokenizer", **config})
+    (tmp_path / "tokenizer_config.json").write_text(written)
+    ours, theirs = agree(tmp_path)
+    ids = ours.encode("world")
+    assert [ids[0], ids[-1]] == [theirs.cls_token_id, theirs.sep_token_id]
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ({"additional_special_tokens": ["[TOK]"]}, True),
+        ({"extra_special_tokens": ["[TOK]"]}, False),
+        ({"pad_token": "[TOK]"}, False),
+        ({"mask_token": "[TOK]"}, False),
+        ({}, True),
+    ],
+)
+def test_an_added_token_of_older_files_is_shown_as_transformers_shows_it(
+    folder, plain, names, shown
+):
+    number = plain.get_vocab_size()
+    path = folder(
+        {"tokenizer_class": FAST}, added_tokens={"[TOK]": number}, special_tokens_map=names
+    )
+    ours, theirs = agree(path)
+    ids = ours.encode("hello [TOK] world")
+    assert number in ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ("[TOK]" in ours.decode(ids)) == shown
+
+
 # ---- several chat templates
 
 NAMED = [
@@ -271,6 +357,39 @@ def test_without_a_default_template_the_names_are_told(folder):
     assert ours.encode_chat(CALL, tools=TOOLS).text == "go look"
     with pytest.raises(DataError, match="templates named tool_use, rag and none named default"):
         ours.encode_chat(CALL)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (["tool use"], True),
+        (["rag.v2"], True),
+        (["tool use", "rag.v2", "tool_use"], True),
+        (["a/b"], False),
+        (["检索"], False),
+        (["rag.", "tool_use"], False),
+        (["RAG", "rag"], False),
+        (["x" * 300], False),
+        ([".."], False),
+    ],
+)
+def test_templates_of_any_name_are_kept(folder, tmp_path, names, files, named):
+    sources = {name: f"{number} {{{{ messages[0].content }}}}" for number, name in enumerate(names)}
+    sources |= {"default": "plain"} if named else {}
+    listed = [{"name": name, "template": source} for name, source in sources.items()]
+    ours = Tokenizer.from_folder(folder({"tokenizer_class": FAST, "chat_template": listed}))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    Tokenizer(ours.backend, ours.special, chat_template={"default": "old", "old": "old"}).save(
+        saved
+    )
+    ours.save(saved)
+    assert Tokenizer.from_folder(saved).template_sources == sources
+    assert AutoTokenizer.from_pretrained(saved).chat_template == sources
+    written = {str(path.relative_to(saved)) for path in saved.rglob("*.jinja")}
+    expected = {f"additional_chat_templates/{name}.jinja" for name in names if files}
+    assert written == expected | ({"chat_template.jinja"} if named and files else set())
 
 
 def test_the_name_of_a_template_writes_nowhere_else(folder, tmp_path):

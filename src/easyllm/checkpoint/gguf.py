@@ -9,6 +9,7 @@ Every length is checked against the file before it is believed: a damaged file e
 
 import contextlib
 import mmap
+import os
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,11 +78,15 @@ class GGUFFile:
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
+                if not os.fstat(file.fileno()).st_size:
+                    raise CheckpointError(
+                        f"GGUF file {str(path)!r} is empty; download or convert it again"
+                    )
                 # copy-on-write, so that tensors may share the pages without a copy
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError:
             raise CheckpointError(f"GGUF file {str(path)!r} does not exist") from None
-        except (ValueError, OSError) as error:
+        except OSError as error:
             raise CheckpointError(f"cannot read GGUF file {str(path)!r}: {error}") from None
         header = _HeaderReader(self._map, self.path)
         self.metadata, self.tensors = header.read()
@@ -125,7 +130,8 @@ class _HeaderReader:
     def _read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         if self.data[:4] != MAGIC:
             raise CheckpointError(
-                f"{self.path} is not a GGUF file (it starts with {self.data[:4]!r})"
+                f"{self.path} is not a GGUF file (it starts with {self.data[:4]!r}); "
+                "name a .gguf file, or download it again"
             )
         self.at = 4
         version = self._number("I")

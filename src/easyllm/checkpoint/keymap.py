@@ -192,9 +192,13 @@ class KeyMap:
             if names
         ]
         if complaints:
+            said_by, remedy = (
+                ("metadata", "convert the file again, or load the model's Hugging Face folder")
+                if source.endswith(".gguf")
+                else ("configuration", "use the config.json that belongs to these weights")
+            )
             raise CheckpointError(
-                f"the tensors of {source} do not fit its configuration ({'; '.join(complaints)}); "
-                "use the config.json that belongs to these weights"
+                f"the tensors of {source} do not fit its {said_by} ({'; '.join(complaints)}); {remedy}"
             )
         return bindings
 

@@ -7,7 +7,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -196,9 +196,10 @@ def _describe(
     overrides: list[str],
 ) -> str:
     """Every mistake with where it was made; the place is named once where all were made in the same one."""
-    lines = _lines(error, model, values)
+    problems = _problems(error)
+    lines = _lines(problems, model, values)
     givers = _Givers(model, source, overrides)
-    places = [givers.of(problem, values) for problem in error.errors()]
+    places = [givers.of(problem, values) for problem in problems]
     if len(lines) == 1:
         return f"{places[0]}: {lines[0]}"
     if len(set(places)) == 1:
@@ -225,17 +226,44 @@ class _Givers:
     def of(self, problem: "ErrorDetails", values: Any) -> str:
         """The giver of the value a problem is about. Where values do not go together, of which some were given, the
         source with those."""
-        place = tuple(_written_place(problem["loc"], values))
+        place = tuple(_written_place(problem, values))
         there = place[: _depth(place, values)]
-        if problem["type"].startswith("union_tag"):
+        if problem["type"] == "union_tag_invalid":
             there = (*there, "kind")
         for key, giver in self.words.items():
             if there[: len(key)] == key:
                 return giver
-        if problem["type"] != "value_error":
+        giver_of_all = self._giver_of_all(there, values)
+        if giver_of_all is not None:
+            return giver_of_all
+        changed = [key for key in self.words if key[: len(there)] == there]
+        if problem["type"] in ("extra_forbidden", "missing"):  # by what kind it is, keys are known
+            changed = [key for key in self.words if key == (*place[:-1], "kind")]
+        elif problem["type"] != "value_error":
             return self.source
-        within = [".".join(key) for key in self.words if key[: len(there)] == there]
-        return f"{self.source} with {', '.join(within)} changed" if within else self.source
+        within = ", ".join(".".join(key) for key in changed)
+        return f"{self.source} with {within} changed" if within else self.source
+
+    def _giver_of_all(self, there: tuple[str, ...], values: Any) -> str | None:
+        """Who gave the value at a place by the keys inside it; None where the source has a part in it."""
+        if not there:
+            return None
+        for part in there:
+            values = values.get(part) if isinstance(values, Mapping) else None
+        givers = [
+            next((giver for key, giver in self.words.items() if leaf[: len(key)] == key), None)
+            for leaf in _leaves(values, there)
+        ]
+        return None if None in givers else next(iter(givers), None)
+
+
+def _leaves(value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The places of the values inside nested mappings."""
+    if not isinstance(value, Mapping):
+        yield place
+        return
+    for key, inner in value.items():
+        yield from _leaves(inner, (*place, str(key)))
 
 
 def _key(word: str) -> str:
@@ -251,13 +279,25 @@ def _depth(place: tuple[str, ...], values: Any) -> int:
     return len(place)
 
 
-def _lines(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
+def _problems(error: ValidationError) -> list["ErrorDetails"]:
+    """The mistakes; pydantic also counts a list as too short whose entries are there and wrong."""
+    return [
+        problem
+        for problem in error.errors()
+        if problem["type"] != "too_short" or len(problem["input"]) < problem["ctx"]["min_length"]
+    ]
+
+
+def _lines(
+    problems: Iterable["ErrorDetails"], model: type[BaseModel], values: Mapping[str, Any]
+) -> list[str]:
     """A line for each mistake: the key, what was got, what was expected."""
     lines = []
-    for problem in error.errors():
-        key = ".".join(_written_place(problem["loc"], values))
+    for problem in problems:
+        written = _written_place(problem, values)
+        key = ".".join(written)
         if problem["type"] == "extra_forbidden":
-            known = _fields_at(model, problem["loc"][:-1])
+            known = _fields_at(model, problem["loc"][:-1], values)
             hint = suggest(str(problem["loc"][-1]), known)
             hint = hint or (f" (known keys: {', '.join(known)})" if known else "")
             lines.append(f"unknown key {key!r}{hint}")
@@ -267,71 +307,114 @@ def _lines(error: ValidationError, model: type[BaseModel], values: Mapping[str, 
             tag, known_tags = str(problem["ctx"]["tag"]), problem["ctx"]["expected_tags"]
             close = suggest(tag, known_tags.replace("'", "").split(", "))
             lines.append(f"{key}: kind {tag!r} is unknown{close}; known are {known_tags}")
+        elif problem["type"] == "union_tag_not_found":
+            kinds = _kinds_of(_models_at(model, problem["loc"], values))
+            line = f"missing key {f'{key}.kind'!r}; known kinds are {kinds}"
+            others = [str(name) for name in _value_at(values, written[:-1]) if name != written[-1]]
+            if others and written[-1] not in _fields_at(model, problem["loc"][:-1], values):
+                line += (
+                    f"; next to {key!r} there are {', '.join(others)}{suggest(written[-1], others)}"
+                )
+            lines.append(line)
         else:
             got = repr(problem["input"])
             got = got if len(got) <= 60 else got[:57] + "..."
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "model_attributes_type":
+                kinds = _kinds_of(_models_at(model, problem["loc"], values))
+                message = f"expected a mapping with one of the kinds {kinds}, as {{kind: NAME}}"
             prefix = f"{key}={got}: " if key else ""
             lines.append(f"{prefix}{message[0].lower()}{message[1:]}")
     return lines
 
 
-def _written_place(place: tuple[int | str, ...], values: Any) -> list[str]:
+def _written_place(problem: "ErrorDetails", values: Any) -> list[str]:
     """The keys a user wrote: pydantic also puts the chosen variant of a union into the path."""
+    place = problem["loc"]
     written: list[str] = []
     here: Any = values
     for index, part in enumerate(place):
-        in_mapping = isinstance(here, Mapping) and part in here
-        in_list = isinstance(here, list) and isinstance(part, int) and part < len(here)
-        if in_mapping or in_list:
+        if _holds(here, part):
             here = here[part]
-        elif index < len(place) - 1:
+        elif index < len(place) - 1 or problem["type"] != "missing":
             continue
         written.append(str(part))
     return written
 
 
-def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+def _holds(value: Any, part: int | str) -> bool:
+    if isinstance(value, Mapping):
+        return part in value
+    return isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+
+
+def _value_at(values: Any, place: list[str]) -> Any:
+    for part in place:
+        values = values[int(part) if isinstance(values, list | tuple) else part]
+    return values
+
+
+def _fields_at(model: type[BaseModel], place: tuple[int | str, ...], values: Any) -> list[str]:
     """Names of the fields of the nested model that `place` leads to."""
+    models = _models_at(model, place, values)
+    return sorted({name for found in models for name in found.model_fields})
+
+
+def _models_at(
+    model: type[BaseModel], place: tuple[int | str, ...], values: Any
+) -> list[type[BaseModel]]:
+    """The nested models that `place` leads to; of registered kinds the one that the value there has."""
     candidates: list[type[BaseModel]] = [model]
     is_key = False
     for part in place:
+        inside = _holds(values, part)
+        values = values[part] if inside else values
         if is_key:  # of a mapping: chosen by the user, so it names no field
             is_key = False
             continue
         following = []
         for candidate in candidates:
-            field = candidate.model_fields.get(str(part))
+            field = candidate.model_fields.get(str(part)) if inside else None
             if field is not None:
-                following += _models_in(field.annotation)
-                following += [m for k in field.metadata if isinstance(k, Kinds) for m in k.variants]
+                registered = _registered(field.metadata, values)
+                following += registered or _models_in(field.annotation, values)
                 is_key = is_key or typing.get_origin(field.annotation) is dict
             elif _tag_matches(candidate, part):
                 following.append(candidate)
         candidates = following or candidates
-    return sorted({name for candidate in candidates for name in candidate.model_fields})
+    return candidates
+
+
+def _kinds_of(models: list[type[BaseModel]]) -> str:
+    """Names of the models' kinds, as pydantic writes them."""
+    kinds = [field.annotation for m in models if (field := m.model_fields.get("kind"))]
+    return ", ".join(repr(name) for kind in kinds for name in typing.get_args(kind))
 
 
 def _tag_matches(model: type[BaseModel], part: int | str) -> bool:
+    if isinstance(part, int) or part == model.__name__:
+        return True
     field = model.model_fields.get("kind")
-    if field is None:
-        return isinstance(part, int)
-    return part in typing.get_args(field.annotation) or isinstance(part, int)
+    return field is not None and part in typing.get_args(field.annotation)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def _registered(metadata: Iterable[Any], value: Any) -> list[type[BaseModel]]:
+    """The variants that registered kinds among a type's marks have for a value."""
+    return [m for kinds in metadata if isinstance(kinds, Kinds) for m in kinds.of(value)]
+
+
+def _models_in(annotation: Any, value: Any) -> list[type[BaseModel]]:
+    """The models in a type; where it is of registered kinds, what the value there is of."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) is typing.Annotated:
-        registered = [
-            m for k in annotation.__metadata__ if isinstance(k, Kinds) for m in k.variants
-        ]
+        registered = _registered(annotation.__metadata__, value)
         if registered:
             return registered
     if typing.get_origin(annotation) in (typing.Union, types.UnionType) or typing.get_args(
         annotation
     ):
-        return [m for part in typing.get_args(annotation) for m in _models_in(part)]
+        return [m for part in typing.get_args(annotation) for m in _models_in(part, value)]
     return []
 
 

@@ -13,6 +13,7 @@ Each message says in one sentence: what, got, expected, what to do. The command 
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 
 class EasyllmError(ValueError):
@@ -20,6 +21,13 @@ class EasyllmError(ValueError):
 
     exit_code = 2
     """With which the command line ends."""
+    param: str | None = None
+    """The field of a request that is wrong, where one alone is."""
+
+    def about(self, param: str) -> Self:
+        """This error as one about a field of a request."""
+        self.param = param
+        return self
 
 
 class ConfigError(EasyllmError):
@@ -39,7 +47,19 @@ class DataError(EasyllmError):
 
 
 class ContextLengthError(ConfigError, DataError):
-    """A prompt, or a prompt with what is to be generated, is longer than context or cache."""
+    """A prompt, or a prompt with what is to be generated, is longer than context or cache.
+
+    Args:
+        what: is too long, for what.
+        remedy: what the owner of the process can do; a server's client is told another.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)
+        self.what, self.remedy = what, remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}"
 
 
 class OutputError(EasyllmError):

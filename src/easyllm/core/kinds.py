@@ -59,6 +59,12 @@ class Kinds:
         """The registered configurations."""
         return list(self._variants.values())
 
+    def of(self, value: Any) -> list[type[BaseModel]]:
+        """The configuration of a value's kind, the default one where it names none; all where there is no such kind."""
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        found = self._variants.get(self.default if kind is None else str(kind))
+        return self.variants if found is None else [found]
+
     def validate(self, value: Any) -> BaseModel:
         """The configuration that a mapping describes; a configuration of a registered kind is taken as it is."""
         if isinstance(value, BaseModel):

@@ -163,12 +163,12 @@ class Engine:
             raise ConfigError(
                 f"the request asks for {copies} completions, and {self.scheduler.max_running} sequences run at once; "
                 "lower n or best_of, or raise max_running"
-            )
+            ).about("n")
         if request.adapter and request.adapter not in self.adapter_names:
             held = ", ".join(self.adapter_names) or "none"
             raise ConfigError(
                 f"the request asks for the adapter {request.adapter!r}, which is not served (served are: {held})"
-            )
+            ).about("model")
         tokens = list(self.with_virtual(request.prompt_ids))
         sequence = Sequence(
             id=self.next_sequence_id(),
@@ -301,7 +301,8 @@ class Engine:
         if room <= 0:
             raise ContextLengthError(
                 f"the prompt has {length} tokens, the model's context holds {self.max_seq_len} with "
-                "at least one new token; shorten the prompt, or lengthen the context (--rope) where positions allow it"
+                "at least one new token",
+                "shorten the prompt, or lengthen the context (--rope) where positions allow it",
             )
         most = min(max_tokens or room, room)
         needed = length + most - 1  # the last token's keys are never kept
@@ -312,7 +313,8 @@ class Engine:
             return held - length + 1
         raise ContextLengthError(
             f"the request needs {needed} tokens of cache ({length} of prompt, {most} to generate), all pages "
-            f"together hold {held}; shorten the prompt, lower max_tokens, or raise num_pages or cache_gb"
+            f"together hold {held}",
+            "shorten the prompt, lower max_tokens, or raise num_pages or cache_gb",
         )
 
     def check_tokens(self, prompt_ids: Collection[int]) -> None:
@@ -322,7 +324,7 @@ class Engine:
             ConfigError: there is no token, or one the model has no row for.
         """
         if not prompt_ids:
-            raise ConfigError("the prompt is empty; give at least one token")
+            raise ConfigError("the prompt is empty; give at least one token").about("messages")
         self._check_ids("the prompt", prompt_ids)
 
     def next_sequence_id(self) -> int:
@@ -336,7 +338,7 @@ class Engine:
             if not 0 <= token < vocab_size:
                 raise ConfigError(
                     f"{what} holds token id {token}, the model has ids 0 to {vocab_size - 1}; check the tokenizer"
-                )
+                ).about("messages" if what == "the prompt" else what)
 
     def _generation(
         self, request: Request, index: int, sequence: Sequence, limit: int

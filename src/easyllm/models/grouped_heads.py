@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from easyllm.core.errors import ConfigError
+from easyllm.models.full_weights import require_full_weights
 from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig
 from easyllm.nn.decoder import Decoder
@@ -18,8 +19,10 @@ def pool_kv_heads(model: Decoder, num_kv_heads: int) -> Decoder:
     """Mean-pools the key and value heads of every layer to `num_kv_heads`, in place.
 
     Raises:
-        ConfigError: a layer has linear attention, or a number of heads that is no multiple of `num_kv_heads`.
+        ConfigError: a layer has linear attention, or a number of heads that is no multiple of `num_kv_heads`; the model
+            is quantized or has an adapter.
     """
+    require_full_weights(model, "pooling key-value heads")
     mixers = [_poolable(layer.mixer, num_kv_heads) for layer in model.config.layers]
     for layer, mixer in zip(model.layers, mixers, strict=True):
         attention = layer.mixer

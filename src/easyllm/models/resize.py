@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from easyllm.core.errors import ConfigError
+from easyllm.models.full_weights import require_full_weights
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
@@ -31,8 +32,10 @@ def resize_embeddings(
             holds from the first new id on belong to no token so far; the new ones take their place.
 
     Raises:
-        ConfigError: the new ids do not follow the model's, or a piece is not among its ids.
+        ConfigError: the new ids do not follow the model's, or a piece is not among its ids; the model is quantized or
+            has an adapter.
     """
+    require_full_weights(model, "growing a vocabulary")
     size = grown_vocab_size(model.config, old_pieces, multiple_of=multiple_of)
     model.embed_tokens.weight = _grow(model.embed_tokens.weight, old_pieces, size)
     model.embed_tokens.num_embeddings = size

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from easyllm.core.config import Config
+from easyllm.core.config import Config, validate
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.models.families import FAMILIES
+from easyllm.models.families.family import read_token_ids
 from easyllm.models.hf_config import read_config
 from easyllm.nn.config import AttentionConfig, LinearAttentionConfig, ModelConfig
 from easyllm.nn.decoder import Decoder
@@ -29,16 +30,19 @@ WITHOUT_EFFECT = frozenset(
     }
 )
 """Keys of a published `config.json` that say nothing of a model's arithmetic."""
+_SHARED = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+"""What must agree with the tokenizer."""
 
 
 class ScratchConfig(Config):
     """A model to build and train from nothing; exactly one of `depth`, `size` and `config` says how large.
 
     Attributes:
-        tokenizer: a model's source, or a folder with a tokenizer; its vocabulary is the model's.
+        tokenizer: a model's source, or a folder with a tokenizer; its vocabulary and special tokens are the model's.
         depth: layers; the width is 64 a layer (Karpathy 2025, nanochat), heads of 64, a Llama otherwise.
         size: a named size of a family (`smollm2-135m`).
-        config: values of a `config.json`; or `model_type: easyllm` and under `parts` any parts (nn/config).
+        config: values of a `config.json`; or `model_type: easyllm` and under `parts` any parts (nn/config). A larger
+            `vocab_size` than the tokenizer's leaves rows without a token; ids of special tokens must be the tokenizer's.
         max_seq_len: the longest sequence.
     """
 
@@ -64,15 +68,15 @@ def scratch_model_config(scratch: ScratchConfig, tokenizer: Tokenizer) -> ModelC
     """The configuration of the model, with the tokenizer's vocabulary and ids.
 
     Raises:
-        ConfigError: there is no such size, a value is unknown, or the values describe no model.
+        ConfigError: there is no such size, a value is unknown or contradicts the tokenizer, or the values describe no
+            model.
     """
-    ends = (tokenizer.eos_id, tokenizer.id_of(END_OF_TEXT))
-    ids = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": list(dict.fromkeys(i for i in ends if i is not None)) or None,
-        "pad_token_id": tokenizer.pad_id,
-    }
-    values = _Watched(_values(scratch, vocab_size=tokenizer.vocab_size) | ids)
+    stated = _stated(scratch)
+    vocab_size = _vocab_size(stated, tokenizer)
+    values = _Watched(_values(scratch, vocab_size=vocab_size) | _special_ids(stated, tokenizer))
+    if values["model_type"] == PARTS:
+        parts = {**values["parts"], **read_token_ids(values)}
+        validate(ModelConfig, parts, source="the parts of the fresh model")
     try:
         config = read_config(values)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
@@ -103,13 +107,75 @@ def build_scratch(config: ModelConfig, *, seed: int, dtype: torch.dtype = torch.
     return model.to(dtype).requires_grad_(False).eval()
 
 
+def _stated(scratch: ScratchConfig) -> dict[str, Any]:
+    """What the user says of vocabulary and special tokens; a named size says nothing of them.
+
+    Raises:
+        ConfigError: `parts` are no mapping, or of a family.
+    """
+    stated = dict(scratch.config or {})
+    if stated.get("model_type") == PARTS:
+        parts = stated.get("parts", {})
+        if not isinstance(parts, Mapping):
+            raise ConfigError(
+                f"parts={parts!r} of the fresh model are no mapping; see docs/models.md"
+            )
+        stated |= parts
+    stated |= scratch.changes
+    if stated.get("model_type") == PARTS:
+        if stated.get("family", PARTS) != PARTS:
+            raise ConfigError(
+                f"family={stated['family']!r} is not the family of a model from parts, which is {PARTS!r}; "
+                f"leave it out, or set model_type to {stated['family']!r} and give its values instead of parts"
+            )
+        stated.setdefault("eos_token_id", stated.get("eos_token_ids"))
+    return stated
+
+
+def _vocab_size(stated: Mapping[str, Any], tokenizer: Tokenizer) -> int:
+    """The tokenizer's, or a larger one that was asked for."""
+    least, asked = tokenizer.vocab_size, stated.get("vocab_size")
+    if asked is None:
+        return least
+    if not isinstance(asked, int) or asked < least:
+        raise ConfigError(
+            f"vocab_size={asked!r} does not hold the {least} ids of the fresh model's tokenizer; "
+            f"leave it out, or set it to {least} or more"
+        )
+    return asked
+
+
+def _special_ids(stated: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer's, as `config.json` has them; of its ends those that were asked for."""
+    ends = [i for i in (tokenizer.eos_id, tokenizer.id_of(END_OF_TEXT)) if i is not None]
+    known: dict[str, list[int]] = {
+        "bos_token_id": [] if tokenizer.bos_id is None else [tokenizer.bos_id],
+        "eos_token_id": list(dict.fromkeys(ends)),
+        "pad_token_id": [] if tokenizer.pad_id is None else [tokenizer.pad_id],
+    }
+    ids: dict[str, Any] = {}
+    for key, ours in known.items():
+        asked = stated.get(key)
+        several = list(asked) if isinstance(asked, list | tuple) else [asked]
+        if asked is not None and not set(several) <= set(ours):
+            have = " and ".join(map(str, ours)) if ours else "none"
+            raise ConfigError(
+                f"{key}={asked!r} contradicts the fresh model's tokenizer, which has {have}; leave it out"
+            )
+        chosen = ours if asked is None else several
+        ids[key] = chosen or None if key == "eos_token_id" else next(iter(ours), None)
+    return ids
+
+
 def _values(scratch: ScratchConfig, *, vocab_size: int) -> dict[str, Any]:
     """What `config.json` would hold, but for the special tokens."""
     values = _sized(scratch)
     length = {} if scratch.max_seq_len is None else {"max_seq_len": scratch.max_seq_len}
     if values["model_type"] == PARTS:
         own = {"family": PARTS, "vocab_size": vocab_size, **length}
-        return values | {"parts": {**values.get("parts", {}), **scratch.changes, **own}}
+        values = {key: value for key, value in values.items() if key not in _SHARED}
+        parts = {**values.get("parts", {}), **scratch.changes, **own}
+        return values | {"parts": {k: v for k, v in parts.items() if k != "eos_token_id"}}
     values |= scratch.changes | {"vocab_size": vocab_size}
     if "num_attention_heads" in values:  # not the number that a family's published models have
         values.setdefault("num_key_value_heads", values["num_attention_heads"])

@@ -83,6 +83,22 @@ class Recipe(Config):
     seed: NonNegativeInt = 0
     stages: dict[str, Stage] = Field(min_length=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _seeded(cls, values: Any) -> Any:
+        """The recipe's seed is that of stages without one."""
+        stages = values.get("stages") if isinstance(values, Mapping) else None
+        if not isinstance(stages, Mapping):
+            return values
+        seed = values.get("seed", 0)
+        seeded = {
+            name: {"seed": seed, **stage}
+            if isinstance(stage, Mapping) and stage.get("kind") in SEEDED
+            else stage
+            for name, stage in stages.items()
+        }
+        return {**values, "stages": seeded}
+
     @model_validator(mode="after")
     def _references_point_back(self) -> "Recipe":
         seen: list[str] = []
@@ -150,8 +166,6 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
         for stage in stages.values():
             if isinstance(stage, dict):
                 place_paths(stage, path.parent)
-                if stage.get("kind") in SEEDED:
-                    stage.setdefault("seed", values.get("seed", 0))
     return validate(Recipe, values, source=str(path), overrides=overrides)
 
 

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.requests import ClientDisconnect
 
-from easyllm.core.errors import ConfigError, ContextLengthError, EasyllmError
+from easyllm.core.errors import ConfigError, ContextLengthError, DataError, EasyllmError
 from easyllm.engine.llm import LLM
 from easyllm.serve.answers import Health, ModelEntry, ModelList
 from easyllm.serve.body import parse_object, read_body
@@ -111,11 +111,12 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
             service = served(request.model)
             return await unless_gone(http, answer_chat(request, service))
         except ContextLengthError as error:
-            raise APIError(
-                400, str(error), param="messages", code="context_length_exceeded"
-            ) from None
+            message = f"{error.what}; shorten the messages, or lower max_tokens"
+            raise APIError(400, message, param="messages", code="context_length_exceeded") from None
+        except DataError as error:  # of the chat template
+            raise APIError(400, str(error), param="messages") from None
         except EasyllmError as error:
-            raise APIError(400, str(error)) from None
+            raise APIError(400, str(error), param=error.param) from None
         except EngineFailure as error:
             raise APIError(error.status, str(error)) from None
         except ClientDisconnect:

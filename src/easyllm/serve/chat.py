@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.responses import Response
 
 from easyllm.engine.llm import LLM, Completion
-from easyllm.engine.request import Logprobs, Request, TokenEvent
+from easyllm.engine.request import Request, TokenEvent
 from easyllm.serve.answers import (
     AssistantMessage,
     ChatCompletion,
@@ -22,7 +22,7 @@ from easyllm.serve.answers import (
     usage,
 )
 from easyllm.serve.errors import error_body
-from easyllm.serve.logprobs import ContentTokens, choice_logprobs
+from easyllm.serve.logprobs import ContentToken, ContentTokens, choice_logprobs
 from easyllm.serve.messages import template_messages
 from easyllm.serve.schema import ChatRequest
 from easyllm.serve.service import EngineFailure, EngineService
@@ -44,16 +44,16 @@ class _Answer:
     prompt_tokens: int
     content: dict[int, ContentTokens] = field(default_factory=dict)
 
-    def tokens(self, event: TokenEvent) -> list[Logprobs]:
-        """Tokens that an event adds to its choice's content, where log-probabilities are asked for."""
+    def take(self, event: TokenEvent) -> tuple[str, list[ContentToken]]:
+        """Text that an event adds to its choice's content; where log-probabilities are asked for, its tokens, too."""
         if not self.request.logprobs:
-            return []
+            return event.text, []
         if event.index not in self.content:
             ends = self.llm.model.config.eos_token_ids
             self.content[event.index] = ContentTokens(self.llm.tokenizer, ends)
         return self.content[event.index].push(event)
 
-    def logprobs(self, tokens: Sequence[Logprobs]) -> ChoiceLogprobs | None:
+    def logprobs(self, tokens: Sequence[ContentToken]) -> ChoiceLogprobs | None:
         """Those tokens in OpenAI's form."""
         return choice_logprobs(tokens, self.llm.tokenizer) if self.request.logprobs else None
 
@@ -85,10 +85,10 @@ async def answer_chat(request: ChatRequest, service: EngineService) -> Response:
 
 async def _whole(answer: _Answer, events: AsyncIterator[TokenEvent]) -> Response:
     """All choices at once, with their usage."""
-    completion, tokens = Completion(), dict[int, list[Logprobs]]()
+    completion, tokens = Completion(), dict[int, list[ContentToken]]()
     async for event in events:
         completion.take(event)
-        tokens.setdefault(event.index, []).extend(answer.tokens(event))
+        tokens.setdefault(event.index, []).extend(answer.take(event)[1])
     completions = [completion, *completion.others]
     choices = [
         Choice(
@@ -131,11 +131,11 @@ async def _stream(
             begun.add(event.index)
             yield choice(event.index, {"role": "assistant", "content": ""})
         count += event.token_id is not None
-        tokens = answer.tokens(event)
-        if event.text:
+        text, tokens = answer.take(event)
+        if text:
             details = answer.logprobs(tokens)
             logprobs = {} if details is None else {"logprobs": details.model_dump()}
-            yield choice(event.index, {"content": event.text}, **logprobs)
+            yield choice(event.index, {"content": text}, **logprobs)
         if event.finish_reason is not None:
             yield choice(event.index, {}, finish_reason=event.finish_reason)
         try:

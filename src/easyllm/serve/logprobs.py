@@ -3,6 +3,7 @@
 from codecs import getincrementaldecoder
 from collections import deque
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from easyllm.engine.request import Logprobs, TokenEvent
 from easyllm.serve.answers import ChoiceLogprobs, TokenLogprob, TopLogprob
@@ -14,12 +15,26 @@ LEAST_LOGPROB = -9999.0
 """What OpenAI writes for "very unlikely"; JSON has no -inf."""
 
 
-class ContentTokens:
-    """Finds the tokens that make up one answer's content, and only those.
+@dataclass(frozen=True, slots=True)
+class ContentToken:
+    """A token of an answer's content.
 
-    A token is in the content once text has been given out at or after the character it begins at. So a token of a stop
-    string, the token that ends the answer, and control tokens (which decoding leaves out) are not; tokens that hold a
-    piece of a character come with the text of the whole one.
+    Attributes:
+        own: the bytes it adds to the content; None for an id without a token.
+        begins: whether the decoder dropped its first space, as sentencepiece's does at the beginning of a text.
+    """
+
+    place: Logprobs
+    own: bytes | None
+    begins: bool = False
+
+
+class ContentTokens:
+    """Finds the tokens that make up one answer's content, and only those: their bytes put together are the content.
+
+    A token of a stop string, the token that ends the answer, and control tokens (which decoding leaves out) are not in
+    it; of a token that a stop string begins inside, the bytes before are. Tokens that hold a piece of a character come
+    with the text of the whole one, and text comes with its tokens.
 
     Args:
         tokenizer: of the answer.
@@ -29,38 +44,77 @@ class ContentTokens:
     def __init__(self, tokenizer: Tokenizer, end_ids: Collection[int]) -> None:
         self._decoder, self._bytes = StreamDecoder(tokenizer), tokenizer.token_bytes
         self._special, self._end_ids = tokenizer.special_ids, end_ids
-        self._decoded = self._given = 0  # characters
+        self._decoded = self._given = self._released = 0  # characters
+        self._text = ""  # given, and not yet released
         self._rest = b""  # of earlier tokens, not yet known to be a character or broken
-        self._held: list[tuple[bytes, Logprobs]] = []  # tokens since text was last sure
-        self._waiting = deque[tuple[int, Logprobs]]()  # with the character each token begins at
+        self._held: list[tuple[bytes | None, Logprobs]] = []  # tokens since text was last sure
+        self._waiting = deque[
+            tuple[int, int, ContentToken]
+        ]()  # with their first character and the one after
 
-    def push(self, event: TokenEvent) -> list[Logprobs]:
-        """Takes the answer's next event in; gives the tokens that its text makes part of the content."""
+    def push(self, event: TokenEvent) -> tuple[str, list[ContentToken]]:
+        """Takes the answer's next event in; gives text of the content, and the tokens it is made of."""
         token, place = event.token_id, event.logprobs
+        finished = event.finish_reason is not None
         piece = self._decoder.push(token) if token is not None else ""
         ends = event.finish_reason == "stop" and token in self._end_ids
         if place is not None and not ends and place.token_id not in self._special:
-            self._held.append((self._bytes(place.token_id) or b"", place))
-        if event.finish_reason is not None:
+            self._held.append((self._bytes(place.token_id), place))
+        if finished:
             piece += self._decoder.flush()
-        if piece or event.finish_reason is not None:
-            self._place(len(piece))
+        if piece or finished:
+            self._place(piece)
         self._given += len(event.text)
-        ready = []
+        self._text += event.text
+        ready, upto = [], self._released
         while self._waiting and self._waiting[0][0] < self._given:
-            ready.append(self._waiting.popleft()[1])
-        return ready
+            start, end, content = self._waiting[0]
+            if end > self._given and not finished:
+                break
+            if end > self._given and content.own is not None:
+                content = replace(content, own=_cut(content.own, self._given - start))
+            ready.append(content)
+            upto = max(upto, min(end, self._given))
+            self._waiting.popleft()
+        if finished or not self._waiting or self._waiting[0][0] >= self._given:
+            upto = self._given
+        text = self._text[: upto - self._released]
+        self._text, self._released = self._text[len(text) :], upto
+        return text, ready
 
-    def _place(self, length: int) -> None:
-        """Finds where the held tokens begin in the `length` characters of text they are sure to have become."""
-        before = self._rest
+    def _place(self, piece: str) -> None:
+        """Finds which characters of the text they are sure to have become the held tokens are."""
+        before, last = self._rest, max(len(piece) - 1, 0)
+        owns = [own or b"" for own, _ in self._held]
+        drops = self._decoded == 0 and _blanks(b"".join(owns)) > _blanks(piece.encode())
         for own, place in self._held:
-            inside = min(_characters(before, own), max(length - 1, 0))
-            self._waiting.append((self._decoded + inside, place))
-            before += own
+            begins = drops and bool(own)
+            if begins and own is not None:
+                own, drops = own[1:], False
+            start = min(_characters(before, own or b""), last)
+            before += own or b""
+            end = min(max(len(before.decode("utf-8", "replace")), start), len(piece))
+            content = ContentToken(place, own, begins)
+            self._waiting.append((self._decoded + start, self._decoded + end, content))
         self._rest = _undecided(before)
-        self._decoded += length
+        self._decoded += len(piece)
         self._held = []
+
+
+def _blanks(text: bytes) -> int:
+    return len(text) - len(text.lstrip(b" "))
+
+
+def _cut(own: bytes, length: int) -> bytes:
+    """The bytes of a token that are its first `length` characters; the first one may have begun before it."""
+    head = 0
+    while head < len(own) and own[head] & 0xC0 == 0x80:
+        head += 1
+    length -= bool(head)
+    end = len(own)
+    while end > head and len(own[head:end].decode("utf-8", "replace")) > length:
+        end -= 1
+    return own[:end]
 
 
 def _characters(before: bytes, own: bytes) -> int:
@@ -77,23 +131,26 @@ def _undecided(data: bytes) -> bytes:
     return data[end:]
 
 
-def choice_logprobs(tokens: Sequence[Logprobs], tokenizer: Tokenizer) -> ChoiceLogprobs:
+def choice_logprobs(tokens: Sequence[ContentToken], tokenizer: Tokenizer) -> ChoiceLogprobs:
     """Raw log-probabilities (nats) of tokens, each with the most likely ones at its place."""
 
-    def entry(token_id: int, logprob: float) -> TopLogprob:
-        own = tokenizer.token_bytes(token_id)
+    def entry(own: bytes | None, logprob: float) -> TopLogprob:
         return TopLogprob(
             token=shown(own or b""),
             bytes=None if own is None else list(own),
             logprob=max(logprob, LEAST_LOGPROB),
         )
 
+    def other(token_id: int, logprob: float, begins: bool) -> TopLogprob:
+        own = tokenizer.token_bytes(token_id)
+        return entry(own.removeprefix(b" ") if begins and own is not None else own, logprob)
+
     return ChoiceLogprobs(
         content=[
             TokenLogprob(
-                **entry(place.token_id, place.raw).model_dump(),
-                top_logprobs=[entry(*other) for other in place.top_raw],
+                **entry(token.own, token.place.raw).model_dump(),
+                top_logprobs=[other(*pair, token.begins) for pair in token.place.top_raw],
             )
-            for place in tokens
+            for token in tokens
         ]
     )

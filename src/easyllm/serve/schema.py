@@ -173,6 +173,9 @@ class ChatRequest(Strict):
     verbosity: Annotated[
         Literal["medium"] | None, Neutral('"medium"', "models here have no such setting")
     ] = None
+    reasoning_effort: Annotated[
+        Literal["none"] | None, Neutral('"none"', "models here have no such setting")
+    ] = None
     prompt_cache_retention: Annotated[
         Literal["in_memory"] | None,
         Neutral('"in_memory"', "prefixes are kept while memory allows"),
@@ -185,7 +188,6 @@ class ChatRequest(Strict):
     audio: Annotated[None, Refused("audio is not supported")] = None
     moderation: Annotated[None, Refused("there is no moderation")] = None
     prediction: Annotated[None, Refused("predicted output is not supported")] = None
-    reasoning_effort: Annotated[None, Refused("models here have no such setting")] = None
     web_search_options: Annotated[None, Refused("there is no web search")] = None
 
     @field_validator("stop", mode="before")

@@ -7,8 +7,9 @@ in the field's annotation. `null` is the same as leaving an optional field out.
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails
 
 from easyllm.core.errors import suggest
 from easyllm.serve.errors import APIError
@@ -35,9 +36,26 @@ class Refused:
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused, and no value is converted: `"true"` is not a boolean, nor is 1."""
+    """Unknown fields are refused unless they are null, which says nothing; no value is converted: `"true"` is not a
+    boolean, nor is 1."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unknown_nulls(cls, value: Any) -> Any:
+        """Clients write null for options they do not use, and send answers of other servers back."""
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if v is not None or k in cls.model_fields}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        found = handler(schema)
+        handler.resolve_ref_schema(found)["additionalProperties"] = {"type": "null"}
+        return found
 
 
 def treatment_of(model: type[BaseModel], name: str) -> Neutral | Refused | None:

@@ -212,7 +212,8 @@ def _turns_at(positions: list[int], visits: list[Visit]) -> list[int | None]:
 def _refuse_long(text: str, max_chars: int | None) -> None:
     if max_chars is not None and len(text) > max_chars:
         raise ContextLengthError(
-            f"the conversation has {len(text)} characters, the model's context holds at most {max_chars}; shorten it"
+            f"the conversation has {len(text)} characters, the model's context holds at most {max_chars}",
+            "shorten it",
         )
 
 

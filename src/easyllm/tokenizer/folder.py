@@ -7,13 +7,14 @@ file names one. All are read as transformers 5 reads them.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from tokenizers.processors import RobertaProcessing
 
 from easyllm.core.errors import CheckpointError
 from easyllm.tokenizer.sentencepiece import (
@@ -31,13 +32,20 @@ CONFIG_FILE, MODEL_FILE = "tokenizer_config.json", "config.json"
 SPECIAL_FILE, ADDED_FILE = "special_tokens_map.json", "added_tokens.json"
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 DEFAULT_TEMPLATE = "default"
+_FILE_NAME = re.compile(r"[\w-](?:[\w. -]{0,60}[\w-])?", re.ASCII)
+"""Template names that are the same as a file's on every system."""
 
 _ROLES = ("bos", "eos", "pad", "unk")
-_NAMED = tuple(f"{role}_token" for role in (*_ROLES, "sep", "cls", "mask"))
+_ALL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""In the order in which transformers adds those that a vocabulary lacks."""
+_NAMED = tuple(f"{role}_token" for role in _ALL_ROLES)
+_FURTHER = ("additional_special_tokens", "extra_special_tokens")
 _LLAMA = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}
 _END = "<|endoftext|>"
+_ROBERTA = _LLAMA | {"sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"}
 _CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
     "GPT2Tokenizer": {"unk": _END, "bos": _END, "eos": _END},
+    "CodeGenTokenizer": {"unk": _END, "bos": _END, "eos": _END},
     "GPTNeoXTokenizer": {"unk": _END, "bos": _END, "eos": _END, "pad": "<|padding|>"},
     "Qwen2Tokenizer": {"unk": _END, "eos": _END, "pad": _END},
     "LlamaTokenizer": _LLAMA,
@@ -48,11 +56,19 @@ _CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
         "bos": "<BOS_TOKEN>",
         "eos": "<|END_OF_TURN_TOKEN|>",
         "pad": "<PAD>",
+        "cls": "<CLS>",
+        "sep": "<SEP>",
+        "mask": "<MASK_TOKEN>",
     },
+    "RobertaTokenizer": _ROBERTA,
+    "BartTokenizer": _ROBERTA,
 }
-"""Special tokens of a class where no file names any."""
+"""Special tokens of a class where no file names any; those that the vocabulary lacks are added."""
 _CLASS_OF_MODEL = {
     "gpt2": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "cohere": "CohereTokenizer",
+    "roberta": "RobertaTokenizer",
     "starcoder2": "GPT2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen2_moe": "Qwen2Tokenizer",
@@ -66,8 +82,12 @@ _PREFIX_AT_START = ("LlamaTokenizer", "CodeLlamaTokenizer")
 """Classes that put a space in front of a sentencepiece text alone, not after control tokens in it (`legacy` does)."""
 _NO_PREFIX = ("GemmaTokenizer",)
 """Classes that put no space in front of a sentencepiece text."""
-_SPACE_BEFORE = ("GPT2Tokenizer", "Qwen2Tokenizer")
+_SURROUND = ("RobertaTokenizer", "BartTokenizer")
+"""Classes that put cls in front of a text and sep after it, whatever `tokenizer.json` says."""
+_SPACE_BEFORE = ("GPT2Tokenizer", "Qwen2Tokenizer", *_SURROUND)
 """Classes whose `add_prefix_space` changes what `tokenizer.json` says."""
+_SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+"""Classes of sentencepiece's vocabularies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,18 +128,27 @@ def read_folder(folder: Path) -> FolderTokenizer:
     added = _added_tokens(folder, config)
     kind = _class_of(folder, config)
     if file.name == TOKENIZER_FILE:
-        backend, defaults = _read_backend(file), _CLASS_TOKENS.get(kind, {})
+        backend = _read_backend(file)
+        defaults = _class_tokens(kind, backend)
         if kind in _SPACE_BEFORE and isinstance(config.get("add_prefix_space"), bool):
             backend = _with_space_before(backend, config["add_prefix_space"])
-        vocab = backend.get_vocab(with_added_tokens=True)
-        defaults = {role: text for role, text in defaults.items() if text in vocab}
     else:
         backend, defaults = _from_sentencepiece(file, config, added, kind)
     named = {
-        role: _token_text(config[f"{role}_token"]) for role in _ROLES if f"{role}_token" in config
+        role: _token_text(config[f"{role}_token"])
+        for role in _ALL_ROLES
+        if f"{role}_token" in config
     }
-    special = {role: named[role] if role in named else defaults.get(role) for role in _ROLES}
-    _add_tokens(backend, added, [*_special_texts(config), *filter(None, special.values())], folder)
+    all_special = {role: named.get(role, defaults.get(role)) for role in _ALL_ROLES}
+    special = {role: all_special[role] for role in _ROLES}
+    _add_tokens(
+        backend,
+        added,
+        [*filter(None, all_special.values()), *_further_texts(config, added)],
+        folder,
+    )
+    if file.name == TOKENIZER_FILE and kind in _SURROUND:
+        _surround_roberta(backend, all_special, config)
     if file.name == SENTENCEPIECE_FILE:  # `tokenizer.json` says itself what encoding adds
         bos, eos = (
             special[r] if config.get(f"add_{r}_token") is True else None for r in ("bos", "eos")
@@ -197,6 +226,35 @@ def _class_of(folder: Path, config: Mapping[str, Any]) -> str:
     return str(name or "").removesuffix("Fast")
 
 
+def _class_tokens(kind: str, backend: Backend) -> Mapping[str, str]:
+    """The class's own special tokens for a `tokenizer.json`.
+
+    The class of Llama is no class of a byte-level vocabulary: transformers takes the plain one, which has none.
+    """
+    defaults = _CLASS_TOKENS.get(kind, {})
+    if kind not in _SENTENCEPIECE or '"ByteLevel"' not in backend.to_str():
+        return defaults
+    vocab = {} if kind == "LlamaTokenizer" else backend.get_vocab(with_added_tokens=True)
+    return {role: text for role, text in defaults.items() if text in vocab}
+
+
+def _surround_roberta(
+    backend: Backend, special: Mapping[str, str | None], config: Mapping[str, Any]
+) -> None:
+    """Makes encoding put the class's tokens around a text."""
+    ends = [(text, backend.token_to_id(text)) for r in ("sep", "cls") if (text := special[r])]
+    known = [(text, index) for text, index in ends if index is not None]
+    if len(known) < 2:
+        return
+    sep, cls = known
+    backend.post_processor = RobertaProcessing(
+        sep,
+        cls,
+        trim_offsets=config.get("trim_offsets", True) is not False,
+        add_prefix_space=config.get("add_prefix_space") is True,
+    )
+
+
 def _with_space_before(backend: Backend, wanted: bool) -> Backend:
     """The backend whose byte-level cut puts a space in front of a text, or does not."""
     state = json.loads(backend.to_str())
@@ -220,8 +278,12 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]
     if "added_tokens_decoder" in config:
         entries = config["added_tokens_decoder"]
         return {_number(i): _token(entry) for i, entry in _items(entries, CONFIG_FILE)}
+    listed = [text for key, text in _named_texts(config) if key in _FURTHER]
     config |= read_json(folder / SPECIAL_FILE)
-    special = {text for _, text in _named_texts(config)}
+    special = {text for key, text in _named_texts(config) if key != "additional_special_tokens"}
+    special.update(
+        listed
+    )  # what the older file alone calls additional, transformers keeps as plain text
     entries = read_json(folder / ADDED_FILE)
     return {
         _number(i): AddedToken(str(t), normalized=t not in special, special=t in special)
@@ -257,8 +319,10 @@ def _next_id(backend: Backend) -> int:
     return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
-def _special_texts(config: Mapping[str, Any]) -> list[str]:
-    return [text for _, text in _named_texts(config)]
+def _further_texts(config: Mapping[str, Any], added: Mapping[int, AddedToken]) -> list[str]:
+    """Special tokens without a role; one that is listed as an added token is what it is there."""
+    plain = {token.content for token in added.values() if not token.special}
+    return [text for key, text in _named_texts(config) if key in _FURTHER and text not in plain]
 
 
 def _named_texts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -266,7 +330,7 @@ def _named_texts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in _NAMED:
         if (text := _token_text(config.get(key))) is not None:
             yield key, text
-    for key in ("additional_special_tokens", "extra_special_tokens"):
+    for key in _FURTHER:
         entries = config.get(key) or ()
         if not isinstance(entries, list | dict | tuple):
             raise CheckpointError(
@@ -337,8 +401,14 @@ def _read_text(path: Path) -> str:
         raise CheckpointError(f"{path} is not UTF-8 ({error}); copy it again") from None
 
 
-def template_path(name: str) -> str | None:
-    """Where a template of this name is saved, relative to the folder; None where the name cannot be a file name."""
-    if name == DEFAULT_TEMPLATE:
-        return TEMPLATE_FILE
-    return f"{TEMPLATE_FOLDER}/{name}.jinja" if re.fullmatch(r"[\w-]+", name) else None
+def template_files(names: Iterable[str]) -> dict[str, str] | None:
+    """Where templates of these names are saved, relative to the folder; None where a name cannot be a file's, and all
+    are to be saved in `tokenizer_config.json` alone (which is read where there are no files)."""
+    names = list(names)
+    others = [name for name in names if name != DEFAULT_TEMPLATE]
+    if not all(_FILE_NAME.fullmatch(name) for name in others):
+        return None
+    if len({name.casefold() for name in names}) < len(names):  # one file on some systems
+        return None
+    named = {name: f"{TEMPLATE_FOLDER}/{name}.jinja" for name in others}
+    return named | ({DEFAULT_TEMPLATE: TEMPLATE_FILE} if DEFAULT_TEMPLATE in names else {})

@@ -15,9 +15,11 @@ from easyllm.tokenizer.chat import ChatTemplate, EncodedChat
 from easyllm.tokenizer.folder import (
     CONFIG_FILE,
     DEFAULT_TEMPLATE,
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
     TOKENIZER_FILE,
     read_folder,
-    template_path,
+    template_files,
 )
 from easyllm.tokenizer.from_gguf import (
     backend_from_gguf,
@@ -276,12 +278,17 @@ class Tokenizer:
         sources = self.template_sources
         if sources.keys() == {DEFAULT_TEMPLATE}:
             config["chat_template"] = sources[DEFAULT_TEMPLATE]
-        elif sources:  # transformers 4 reads the list, 5 the files
+        elif (
+            sources
+        ):  # transformers 4 reads the list, 5 the files, or the list where there are none
             config["chat_template"] = [{"name": n, "template": t} for n, t in sources.items()]
-        for name, source in sources.items():
-            if (file := template_path(name)) is not None:
-                (folder / file).parent.mkdir(exist_ok=True)
-                write_atomic(folder / file, source)
+        files = template_files(sources) or {}
+        for stale in (folder / TEMPLATE_FILE, *(folder / TEMPLATE_FOLDER).glob("*.jinja")):
+            if stale.relative_to(folder).as_posix() not in files.values():
+                stale.unlink(missing_ok=True)  # it would be read instead
+        for name, file in files.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            write_atomic(folder / file, sources[name])
         write_json(folder / CONFIG_FILE, config)
 
 

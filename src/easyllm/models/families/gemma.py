@@ -111,6 +111,8 @@ def keymap(config: ModelConfig) -> KeyMap:
 
 _LAYERS_27B = 46
 """By which llama.cpp tells Gemma 2 27B, whose scale of attention its files do not hold."""
+_WINDOW = 4096
+"""llama.cpp's, for files that hold none (its first conversions of Gemma 2)."""
 _NORMS = ("output_norm", "blk.{i}.attn_norm", "blk.{i}.ffn_norm")
 _MORE_NORMS = {
     "blk.{i}.post_attention_norm": "model.layers.{i}.post_attention_layernorm",
@@ -124,7 +126,7 @@ def read_gguf2(metadata: GGUFMetadata) -> dict[str, Any]:
     hf = read_llama(metadata, "gemma2")
     wide = hf["num_hidden_layers"] == _LAYERS_27B
     return hf | {
-        "sliding_window": metadata.need("attention.sliding_window"),
+        "sliding_window": metadata.get("attention.sliding_window", _WINDOW),
         "attn_logit_softcapping": metadata.get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": metadata.get("final_logit_softcapping", 30.0),
         "query_pre_attn_scalar": hf["hidden_size"] // hf["num_attention_heads"]

@@ -156,7 +156,7 @@ class GGUFLayout:
         stem, _, kind = name.rpartition(".")
         numbers = re.findall(r"(?<=\.)\d+(?=\.)", stem)
         template = re.sub(r"(?<=\.)\d+(?=\.)", "{i}", stem, count=1)
-        if template in self.ignored:
+        if template in self.ignored and kind == "weight":
             return None
         if template not in self.names or kind not in ("weight", "bias"):
             raise LookupError(name)
