@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+from test_command_line import easyllm
 
 from conftest import CORPUS
 from easyllm.core.config import validate
-from easyllm.models import load_model
+from easyllm.core.errors import ConfigError
+from easyllm.engine import LLM
+from easyllm.models import load_model, save_model, to_classifier
 from easyllm.pipeline.stages import merge_adapter
 from easyllm.train import TrainConfig, train
 from easyllm.train.metrics import read_metrics
@@ -78,3 +81,13 @@ def test_numbers_to_regress_on_are_learned_as_numbers(tiny_folder, tmp_path):
     first = read_metrics(tmp_path / "run")[0]["train/loss_nats"]
     assert figures["eval_loss_nats"] < 0.1 * first
     assert load_model(tiny_folder, dtype="float32", adapter=adapter).logits(IDS).shape == (40, 1)
+
+
+def test_a_classifier_is_refused_where_text_is_asked_for(tiny_folder, tmp_path):
+    folder = save_model(to_classifier(load_model(tiny_folder), 2), tmp_path / "labels")
+    with pytest.raises(ConfigError, match="generates no tokens"):  # so `serve`, too, does not start
+        LLM(folder)
+    for words in (("chat", folder), ("generate", folder, "Hi")):
+        done = easyllm(*words)
+        assert done.returncode == 2, words
+        assert "generates no tokens" in done.stderr

@@ -232,3 +232,37 @@ def test_a_rows_loss_is_refused_by_name(key, value):
         with pytest.raises(DataError, match=rf"^data\.jsonl:7 has the key '{key}', which is not"):
             read(row | {key: value})
         assert read(row | {key: 1}).messages[-1] == assistant("a")
+
+
+def test_a_prompt_whose_message_the_template_leaves_out_is_refused(tiny_tokenizer):
+    tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=NO_CALLS)
+    asked = [user("What is it?"), assistant("", tool_calls=calls("f"))]
+    options = {"add_generation_prompt": True, "refuse_unwritten": True}
+    tokenizer.encode_chat([*asked, user("Well?")], **options)
+    with pytest.raises(DataError, match="message 2 has the role 'tool', whose words"):
+        tokenizer.encode_chat([*asked, {"role": "tool", "content": "42"}], **options)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, QWEN3, GEMMA, INDEXED])
+def test_a_prompt_whose_messages_are_all_written_is_taken(tiny_tokenizer, template):
+    tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=template)
+    messages = [user(" One? "), assistant("<think>\nwell\n</think>\n\n1"), user("Two & two?")]
+    plain = tokenizer.encode_chat(messages, add_generation_prompt=True)
+    strict = tokenizer.encode_chat(messages, add_generation_prompt=True, refuse_unwritten=True)
+    assert strict.token_ids == plain.token_ids
+
+
+def test_doubts_about_a_prompt_cost_a_few_renderings(tiny_tokenizer, monkeypatch):
+    shouting = NO_CALLS.replace("m.content", "m.content | upper")
+    tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=shouting)
+    render, count = tokenizer.chat_template._render, 0
+
+    def counted(**values):
+        nonlocal count
+        count += 1
+        return render(**values)
+
+    monkeypatch.setattr(tokenizer.chat_template, "_render", counted)
+    messages = [user(f"question {i}") for i in range(200)]
+    tokenizer.encode_chat(messages, add_generation_prompt=True, refuse_unwritten=True)
+    assert count < 10

@@ -16,6 +16,7 @@ from easyllm.core.config import (
     validate,
 )
 from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.core.recipe_kind import refuse_other_kinds
 from easyllm.data.clean import CleanConfig
 from easyllm.data.decontaminate import DecontaminationConfig
 from easyllm.data.dedup import DedupConfig, dedup_preset
@@ -123,7 +124,9 @@ def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:
     Raises:
         SourceError, ConfigError: there is no such file, or it is wrong; every mistake is listed.
     """
-    values = apply_overrides(read_yaml(path), [*environment_overrides(CorpusConfig), *overrides])
+    written = read_yaml(path)
+    refuse_other_kinds(written, path, "data build")
+    values = apply_overrides(written, [*environment_overrides(CorpusConfig), *overrides])
     place_sources(values, path.parent)
     return validate(CorpusConfig, values, source=str(path), overrides=overrides)
 

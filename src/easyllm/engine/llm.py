@@ -254,10 +254,14 @@ class LLM:
         """Ids of a conversation up to where the assistant begins.
 
         Raises:
-            DataError: the model has no chat template, it refuses the messages, or the context cannot hold them.
+            DataError: the model has no chat template, it refuses the messages or leaves one out, or the context cannot
+                hold them.
         """
         return self.tokenizer.encode_chat(
-            messages, add_generation_prompt=True, max_tokens=self.engine.max_seq_len
+            messages,
+            add_generation_prompt=True,
+            max_tokens=self.engine.max_seq_len,
+            refuse_unwritten=True,
         ).token_ids
 
     def _completion(self, hypothesis: Hypothesis) -> Completion:

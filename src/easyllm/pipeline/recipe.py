@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from easyllm.core.config import Config, apply_overrides, environment_overrides, read_yaml, validate
 from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.core.recipe_kind import refuse_other_kinds
 from easyllm.core.run_folder import recipes_folder
 from easyllm.data.corpus import CorpusParts, CorpusSource, place_sources
 from easyllm.tokenizer.train import TokenizerConfig
@@ -157,9 +158,9 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     Raises:
         ConfigError: lists every mistake.
     """
-    values = apply_overrides(read_yaml(path), [*environment_overrides(Recipe), *overrides])
-    if "stages" not in values and "data" in values:
-        raise ConfigError(f"{path} is a training recipe, not a pipeline; use: easyllm train {path}")
+    written = read_yaml(path)
+    refuse_other_kinds(written, path, "run")
+    values = apply_overrides(written, [*environment_overrides(Recipe), *overrides])
     values = _filled(values, values, ())
     stages = values.get("stages")
     if isinstance(stages, dict):
@@ -171,9 +172,9 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
 
 def load_train_recipe(path: Path, overrides: list[str]) -> TrainConfig:
     """A training recipe, its data files found."""
-    values = apply_overrides(read_yaml(path), [*environment_overrides(TrainConfig), *overrides])
-    if "stages" in values:
-        raise ConfigError(f"{path} is a pipeline, not a training recipe; use: easyllm run {path}")
+    written = read_yaml(path)
+    refuse_other_kinds(written, path, "train")
+    values = apply_overrides(written, [*environment_overrides(TrainConfig), *overrides])
     place_paths(values, path.parent)
     return validate(TrainConfig, values, source=str(path), overrides=overrides)
 

@@ -19,6 +19,7 @@ from easyllm.core.config import Config, read_yaml
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.manifest import hash_file, hash_path, hash_value
 from easyllm.core.progress import console, format_duration
+from easyllm.core.recipe_kind import command_of
 from easyllm.core.run_folder import check_free, claim
 from easyllm.data.shards import MANIFEST as SHARDS_MANIFEST
 from easyllm.data.sources import SourceConfig
@@ -119,12 +120,12 @@ def plan_recipe(name: str, overrides: list[str]) -> dict[str, RunPlan]:
         ConfigError: there is no training in it, or none that can be planned yet; otherwise as `train.dry_run`.
     """
     path = find_recipe(name)
-    values = read_yaml(path)
-    if "stages" not in values:
-        if "data" not in values and "sources" in values:
-            raise ConfigError(
-                f"{path} builds a corpus, which costs no training; use: easyllm data build {name} --dry-run"
-            )
+    command = command_of(read_yaml(path))
+    if command == "data build":
+        raise ConfigError(
+            f"{path} builds a corpus, which costs no training; use: easyllm data build {name} --dry-run"
+        )
+    if command != "run":
         return {"train": dry_run(load_train_recipe(path, overrides), None)}
     stages = load_recipe(path, overrides).stages
     trainings = {name: stage for name, stage in stages.items() if isinstance(stage, TrainStage)}

@@ -16,8 +16,10 @@ from easyllm.tokenizer.messages import Message, normalise_messages, trained_turn
 from easyllm.tokenizer.template import compile_watched
 from easyllm.tokenizer.template_budget import Visit
 from easyllm.tokenizer.turns import (
+    Render,
     Span,
     TurnFinder,
+    first_unwritten,
     unwritten_calls,
     unwritten_words,
     written_by_message,
@@ -89,12 +91,14 @@ class ChatTemplate:
         num_prompt: int = 0,
         max_chars: int | None = None,
         check_words: bool = False,
+        refuse_unwritten: bool = False,
     ) -> EncodedChat:
         """The conversation as ids, with the loss mask if asked for.
 
         Args:
             num_prompt: messages at the beginning that are not trained, whoever speaks in them.
             check_words: whether it is looked at which messages' words the template wrote.
+            refuse_unwritten: of a prompt, whether a message (the assistant's aside) may not be left out by the template.
 
         Raises:
             DataError: the messages are malformed, the template refuses them, an assistant turn cannot be found in its
@@ -113,6 +117,9 @@ class ChatTemplate:
         text, visits = call(messages, add_generation_prompt and not with_mask)
         _refuse_long(text, max_chars)
         unwritten = _check_words(text, visits, messages, call) if check_words else ()
+        if refuse_unwritten:
+            prompt = add_generation_prompt and not with_mask
+            _refuse_unwritten(text, visits, messages, lambda m, _: call(m, prompt))
         if not with_mask:
             ids = tokenizer.encode(text, special_tokens=False)
             return EncodedChat(ids, None, text, unwritten)
@@ -170,6 +177,15 @@ def _check_words(
                 f"give it one of {', '.join(ROLES)}, or remove it"
             )
     return tuple(unwritten)
+
+
+def _refuse_unwritten(text: str, visits: list[Visit], messages: Messages, render: Render) -> None:
+    number = first_unwritten(text, visits, messages, render)
+    if number is not None:
+        raise DataError(
+            f"message {number} has the role {messages[number]['role']!r}, whose words the model's chat template does not "
+            "write; put them into a message that it writes, or remove it"
+        )
 
 
 def _marked(call: _Call, messages: Messages, is_trained: list[bool]) -> tuple[str, list[Span]]:

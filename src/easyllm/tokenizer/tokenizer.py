@@ -215,6 +215,7 @@ class Tokenizer:
         num_prompt: int = 0,
         max_tokens: int | None = None,
         check_words: bool = False,
+        refuse_unwritten: bool = False,
     ) -> EncodedChat:
         """Ids of a conversation under the model's chat template, and with `with_mask` which tokens are trained.
 
@@ -223,6 +224,7 @@ class Tokenizer:
             tools: with which the template `tool_use` is taken, where the model has one.
             check_words: whether it is looked at which messages' words the template wrote (`EncodedChat.unwritten`); one whose
                 role it does not know is then refused.
+            refuse_unwritten: of a prompt, whether the template must write the words of every message but the assistant's.
             max_tokens: a text that is longer than so many of the longest tokens is refused before it is encoded (text that
                 encoding would drop counts, too). What passes may still have more tokens.
 
@@ -238,6 +240,7 @@ class Tokenizer:
             num_prompt=num_prompt,
             max_chars=None if max_tokens is None else max_tokens * self.longest_token,
             check_words=check_words,
+            refuse_unwritten=refuse_unwritten,
         )
 
     @cached_property

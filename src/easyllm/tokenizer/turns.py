@@ -24,6 +24,7 @@ Render = Callable[[Messages, bool], tuple[str, list[Visit]]]
 
 _QUESTION = [{"role": "user", "content": "?"}]
 _PROBE_LENGTH = 3
+MOST_DOUBTS = 4
 _HEADER_ENDS = frozenset(">]|:")
 
 
@@ -60,6 +61,37 @@ def unwritten_words(
         if words and words not in text[begin:end] and not finder.depends_on(number):
             found.append(number)
     return found
+
+
+def first_unwritten(
+    text: str, visits: Sequence[Visit], messages: Messages, render: Render
+) -> int | None:
+    """The first message that is not the assistant's and of whose words the template wrote nothing; None where there is none.
+
+    For prompts, whoever sends them: words are looked for in the order of the messages, and at most `MOST_DOUBTS` messages
+    are rendered again to tell; the ones after that count as written.
+
+    Args:
+        render: as `text` was rendered, with the generation prompt or without.
+    """
+    written = written_by_message(visits)
+    finder = TurnFinder(text, visits, messages, render)
+    place = doubts = 0
+    for number, message in enumerate(messages):
+        words = message["content"].strip()
+        if not words or message["role"] == "assistant":
+            continue
+        begin, end = written.get(number, (place, len(text)))
+        at = text.find(words, begin, end)
+        if at >= 0:
+            place = max(place, at)
+            continue
+        doubts += 1
+        if doubts > MOST_DOUBTS:
+            return None
+        if not finder.depends_on(number):
+            return number
+    return None
 
 
 def unwritten_calls(
