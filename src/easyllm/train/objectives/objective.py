@@ -104,7 +104,7 @@ class Objective:
         raise NotImplementedError
 
     def collate(self, samples: Sequence[AnySample]) -> Batch:
-        """A batch of samples."""
+        """A batch of samples of rows (`prepare`); a corpus is cut into batches that every objective takes as they are."""
         return pack(samples)
 
     def prepare_model(self, model: Decoder, *, seed: int) -> Decoder:  # noqa: ARG002 - for fresh heads
