@@ -155,7 +155,7 @@ def file_name(names: FileNames, ours: str) -> str | None:
     """The file's name of a module; None where its layout has none."""
     try:
         return names(ours)
-    except (AssertionError, CheckpointError, ValueError):
+    except (CheckpointError, ValueError):
         return None
 
 

@@ -28,6 +28,9 @@ MAX_ARRAY_DEPTH = 4
 MAX_DIMS = 4
 PAGE_OUT = 21
 """MADV_PAGEOUT of Linux, which Python's `mmap` has no name for."""
+SHARED = 1 << 20
+"""Bytes from which a tensor of the dtype that is asked for shares the file's pages. A smaller one is copied: one page of it in
+use would bring many of its neighbours back."""
 
 _SCALARS = {
     0: "B",
@@ -100,12 +103,15 @@ class GGUFFile:
             place = place.part(part)
         raw = np.frombuffer(self._map, np.uint8, place.num_bytes, place.offset)
         try:
-            return _dequantize(raw, place).to(dtype)
+            found = _dequantize(raw, place).to(dtype)
         except NotImplementedError:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} has the type {place.type_name}, which is not read; "
                 "convert the model to another type"
             ) from None
+        if place.num_bytes < SHARED and found.data_ptr() == raw.ctypes.data:
+            return found.clone()
+        return found
 
     def let_go(self) -> None:
         """Offers the system the memory of what has been read: it can be read again, and what was written to is kept."""
