@@ -151,8 +151,8 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
 BAD_ROWS = {
     "not JSON": (GOOD + "{oops\n", "rows.jsonl:2 is not JSON"),
     "not UTF-8": (GOOD.encode() + b'{"prompt": "\xff"}\n', "rows.jsonl:2 is not UTF-8"),
-    "not an object": (GOOD + "[1]\n", "rows.jsonl:2 holds a JSON list"),
-    "unknown format": ('{"q": "a", "a": "b"}\n', "rows.jsonl:1 is in no known format (keys: a, q)"),
+    "not an object": (GOOD + "[1]\n", "rows.jsonl:2 contains a JSON list"),
+    "unknown format": ('{"q": "a", "a": "b"}\n', "rows.jsonl:1 has an unknown format (keys: a, q)"),
     "no assistant": (
         '{"messages": [{"role": "user", "content": "x"}]}\n',
         "rows.jsonl:1 has no assistant turn",
@@ -160,7 +160,7 @@ BAD_ROWS = {
     "empty": ("", "rows.jsonl' is empty; give .json"),
     "messages that are text": (
         '{"messages": "hello"}\n',
-        "rows.jsonl:1 is in no known format (keys: messages): messages is text, expected a list",
+        "rows.jsonl:1 has an unknown format (keys: messages): messages is text, expected a list",
     ),
 }
 
@@ -183,10 +183,10 @@ def test_samples_over_the_limit_are_counted_and_cut_or_dropped(training):
     recipe, output = training(GOOD + long)
     done = easyllm("train", recipe, "--json")
     assert done.returncode == 0, done.stderr
-    assert "1 cut at the length limit" in done.stderr
+    assert "1 truncated to the length limit" in done.stderr
     assert json.loads(done.stdout)["data"]["cut"] == 1
     done = easyllm("train", recipe, "data.overlong=drop", f"output={output}2", "--json")
-    assert "1 over the length limit dropped" in done.stderr
+    assert "1 dropped as too long" in done.stderr
     assert json.loads(done.stdout)["data"]["samples"] == 1
 
 

@@ -201,15 +201,15 @@ def test_no_tools_are_none(tools):
 
 
 WRONG = {
-    "no known format": ({"text": "x", "label": 1}, r"no known format \(keys: label, text\)"),
+    "no known format": ({"text": "x", "label": 1}, r"unknown format \(keys: label, text\)"),
     "no keys": ({}, r"keys: none"),
     "messages that are no list": (
         {"messages": "hello"},
-        r"no known format \(keys: messages\): messages is text, expected a list like",
+        r"unknown format \(keys: messages\): messages is text, expected a list like",
     ),
     "messages that are an object": (
         {"messages": {"0": user("q")}},
-        "messages is a dict, expected a list",
+        "messages is of type dict, expected a list",
     ),
     "conversations that are null": (
         {"conversations": None},
@@ -237,14 +237,17 @@ WRONG = {
     ),
     "a prompt of messages to a text": (
         {"prompt": [user("q")], "completion": "a"},
-        "prompt is a list, expected text",
+        "prompt is of type list, expected text",
     ),
-    "a number as output": ({"instruction": "q", "output": 4}, "output is a int, expected text"),
-    "a list as input": ({"instruction": "q", "input": [1], "output": "a"}, "input is a list"),
+    "a number as output": (
+        {"instruction": "q", "output": 4},
+        "output is of type int, expected text",
+    ),
+    "a list as input": ({"instruction": "q", "input": [1], "output": "a"}, "input is of type list"),
     "history of texts": ({"instruction": "q", "output": "a", "history": ["x"]}, "history"),
     "history of triples": (
         {"instruction": "q", "output": "a", "history": [["x", "y", "z"]]},
-        "history is no list of pairs",
+        "history is not a list of pairs",
     ),
     "history of numbers": ({"instruction": "q", "output": "a", "history": [[1, 2]]}, "history"),
     "history that is a number": ({"instruction": "q", "output": "a", "history": 3}, "history"),
@@ -275,11 +278,11 @@ WRONG = {
     ),
     "tools that are no list": (
         {"messages": [assistant("a")], "tools": {"name": "add"}},
-        "tools is no list of functions",
+        "tools is not a list of functions",
     ),
     "tools that are names": (
         {"messages": [assistant("a")], "tools": ["add"]},
-        "tools is no list of functions",
+        "tools is not a list of functions",
     ),
     "tool calls without a name": (
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
@@ -311,17 +314,17 @@ WRONG = {
     ),
     "a bad answer": (
         {"prompt": "q", "completion": "a", "label": False},
-        "labels its answer true or false",
+        "has a binary label",
     ),
     "a judged conversation": (
         {"messages": [user("q"), assistant("a")], "kto_tag": True},
-        "labels its answer true or false",
+        "has a binary label",
     ),
     "a question whose choices are apart": (
         {"question": "q", "choices": ["a", "b"], "answer": "a"},
-        r"no known format \(keys: answer, choices, question\)",
+        r"unknown format \(keys: answer, choices, question\)",
     ),
-    "an answer by number": ({"question": "q", "answer": 2}, "answer is a int, expected text"),
+    "an answer by number": ({"question": "q", "answer": 2}, "answer is of type int, expected text"),
 }
 
 
@@ -365,23 +368,23 @@ def test_blank_lines_are_passed_over_but_counted(tmp_path):
         (
             "data.jsonl",
             b'{"a": 1}\n\n[1]\n',
-            r"data\.jsonl:3 holds a JSON list, expected an object",
+            r"data\.jsonl:3 contains a JSON list, expected an object",
         ),
         ("data.jsonl", b"[\n", r"data\.jsonl:1 is not JSON"),
-        ("data.json", b'[{"a": 1}, 2]', r"data\.json\[1\] holds a JSON int, expected an object"),
+        ("data.json", b'[{"a": 1}, 2]', r"data\.json\[1\] contains a JSON int, expected an object"),
         ("data.json", b'[{"a": 1}', r"data\.json' cannot be read to its end: not JSON"),
         ("data.jsonl", b"", r"data\.jsonl' is empty; give"),
-        ("data.jsonl", b"\n \n", r"data\.jsonl' holds no rows; give"),
-        ("data.json", b"[]", r"data\.json' holds no rows; give"),
-        ("data.jsonl.gz", gzip.compress(b""), r"data\.jsonl\.gz' holds no rows"),
+        ("data.jsonl", b"\n \n", r"data\.jsonl' contains no rows; give"),
+        ("data.json", b"[]", r"data\.json' contains no rows; give"),
+        ("data.jsonl.gz", gzip.compress(b""), r"data\.jsonl\.gz' contains no rows"),
         (
             "data.jsonl.xz",
             lzma.compress(b'{"a": 1}')[:-9],
             r"data\.jsonl\.xz' cannot be read to its end: damaged",
         ),
-        ("data.jsonl", gzip.compress(b"{}"), r"holds gzip, not JSON; let its name end in \.gz"),
-        ("data.jsonl", bz2.compress(b"{}"), r"holds bzip2, not JSON; let its name end in \.bz2"),
-        ("data.json", b"PK\x03\x04....", "holds a zip archive, not JSON; convert it"),
+        ("data.jsonl", gzip.compress(b"{}"), r"contains gzip, not JSON; rename it to end in \.gz"),
+        ("data.jsonl", bz2.compress(b"{}"), r"contains bzip2, not JSON; rename it to end in \.bz2"),
+        ("data.json", b"PK\x03\x04....", "contains a zip archive, not JSON; convert it"),
     ],
 )
 def test_a_broken_file_is_refused_with_the_place(tmp_path, name, content, message):
@@ -423,7 +426,7 @@ def test_a_folder_is_refused_with_the_files_in_it(tmp_path):
         list(read_rows(tmp_path))
     for name in ("b.jsonl", "a.json.gz", "notes.md"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(DataError, match=r"is a folder; .* \(it holds a\.json\.gz, b\.jsonl\)"):
+    with pytest.raises(DataError, match=r"is a folder; .* \(it contains a\.json\.gz, b\.jsonl\)"):
         list(read_rows(tmp_path))
 
 
@@ -471,7 +474,7 @@ def test_overlong_samples_are_cut_at_the_end_and_counted(tiny_tokenizer):
     assert samples[0].token_ids == whole[0].token_ids[:39]
     assert samples[0].labels == whole[0].labels[:39]
     assert samples[1] == whole[1]
-    assert "1 cut at the length limit" in account.summary()
+    assert "1 truncated to the length limit" in account.summary()
 
 
 def test_a_sample_as_long_as_the_limit_is_whole(tiny_tokenizer):
@@ -490,7 +493,7 @@ def test_overlong_samples_are_dropped_and_counted(tiny_tokenizer):
     assert (account.rows, account.samples) == (2, 1)
     assert (account.cut, account.dropped_overlong) == (0, 1)
     assert account.tokens == len(samples[0].token_ids)
-    assert "1 over the length limit dropped" in account.summary()
+    assert "1 dropped as too long" in account.summary()
 
 
 def test_a_sample_with_nothing_left_to_train_is_dropped_and_counted(tiny_tokenizer):
@@ -498,19 +501,19 @@ def test_a_sample_with_nothing_left_to_train_is_dropped_and_counted(tiny_tokeniz
     samples, account = prepare_conversations(talks, tiny_tokenizer, max_seq_len=40)
     assert (account.samples, account.cut, account.dropped_untrained) == (1, 1, 1)
     assert len(samples) == 1
-    assert "1 without a trained token dropped" in account.summary()
+    assert "1 dropped without a trained token" in account.summary()
 
 
 @pytest.mark.parametrize("overlong", ["cut", "drop"])
 def test_nothing_left_to_train_is_refused_with_the_account(tiny_tokenizer, overlong):
-    with pytest.raises(DataError, match=r"no row is left .*0 of 1 rows.*max_seq_len=10"):
+    with pytest.raises(DataError, match=r"no trainable rows remain .*0 of 1 rows.*max_seq_len=10"):
         prepare_conversations(
             [talk("hello " * 50, "world")], tiny_tokenizer, max_seq_len=10, overlong=overlong
         )
 
 
 def test_no_rows_at_all_are_refused(tiny_tokenizer):
-    with pytest.raises(DataError, match="no row is left"):
+    with pytest.raises(DataError, match="no trainable rows remain"):
         prepare_conversations([], tiny_tokenizer, max_seq_len=10)
 
 

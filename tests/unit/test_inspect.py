@@ -166,7 +166,7 @@ def test_what_cannot_be_inspected_is_refused(tiny_tokenizer, tmp_path):
         inspect_file(write(tmp_path), tiny_tokenizer)
     with pytest.raises(DataError, match=r"rows\.jsonl:2 is a preference pair"):
         inspect_file(write(tmp_path, CHAT, PAIR), tiny_tokenizer)
-    with pytest.raises(DataError, match=r"rows\.jsonl:2 is in no known format"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2 has an unknown format"):
         inspect_file(write(tmp_path, PAIR, CHAT), tiny_tokenizer)
     with pytest.raises(ConfigError, match="preference rows"):
         inspect_file(write(tmp_path, PAIR), tiny_tokenizer, split_turns=True)

@@ -36,10 +36,10 @@ def test_a_class_is_at_the_last_token(prepare):
 def test_a_class_by_name_is_refused_with_what_a_class_is(prepare, label):
     with pytest.raises(
         DataError,
-        match=rf"rows\.jsonl:1 has label '{label}' .* expected a class by its number, 0 to 2; ",
+        match=rf"rows\.jsonl:1 has label '{label}' .* expected a class number from 0 to 2; ",
     ):
         prepare(label, num_labels=3)
-    with pytest.raises(DataError, match="expected a number; write numbers"):
+    with pytest.raises(DataError, match="expected a number; replace names by numbers"):
         prepare(label, num_labels=1)
 
 

@@ -122,5 +122,5 @@ def test_full_recomputation_is_a_second_forward_pass_of_the_layers():
 
 
 def test_a_rate_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match="gives no time"):
+    with pytest.raises(ConfigError, match="cannot estimate a time"):
         estimate_time(1e9, 0.0)

@@ -170,37 +170,40 @@ def test_a_pair_keeps_its_tools_and_calls_of_functions():
 WRONG_PAIRS = {
     "no pair": (
         {"prompt": "q", "completion": "a"},
-        r"no known format \(keys: completion, prompt\)",
+        r"unknown format \(keys: completion, prompt\)",
     ),
-    "half a pair": ({"prompt": "q", "chosen": "a"}, "no known format"),
-    "texts without a prompt": ({"chosen": "q a", "rejected": "q b"}, "no known format"),
-    "a prompt that is a number": ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt is a int"),
+    "half a pair": ({"prompt": "q", "chosen": "a"}, "unknown format"),
+    "texts without a prompt": ({"chosen": "q a", "rejected": "q b"}, "unknown format"),
+    "a prompt that is a number": (
+        {"prompt": 3, "chosen": "a", "rejected": "b"},
+        "prompt is of type int",
+    ),
     "an answer that is a number": (
         {"prompt": "q", "chosen": 3, "rejected": "b"},
-        "chosen is no answer",
+        "chosen is not a response",
     ),
     "no messages as answer": (
         {"prompt": "q", "chosen": "a", "rejected": []},
-        "rejected is no answer",
+        "rejected is not a response",
     ),
     "an answer of the user": (
         {"prompt": "q", "chosen": [assistant("a")], "rejected": [user("b")]},
-        "no two answers to one prompt",
+        "not two responses to one prompt",
     ),
     "two prompts": (
         {"chosen": [user("p"), assistant("a")], "rejected": [user("q"), assistant("b")]},
-        "no two answers to one prompt",
+        "not two responses to one prompt",
     ),
     "prompts that part late": (
         {
             "chosen": [*HISTORY, user("p"), assistant("a")],
             "rejected": [*HISTORY, user("q"), assistant("b")],
         },
-        "no two answers to one prompt",
+        "not two responses to one prompt",
     ),
     "no prompt": (
         {"chosen": [assistant("a")], "rejected": [assistant("b")]},
-        "no two answers to one prompt",
+        "not two responses to one prompt",
     ),
     "another prompt in the answers": (
         {
@@ -208,7 +211,7 @@ WRONG_PAIRS = {
             "chosen": [user("q"), assistant("a")],
             "rejected": [user("q"), assistant("b")],
         },
-        "begin with another prompt than the row's",
+        "start with a different prompt than the row's",
     ),
     "an unknown speaker": (
         {
@@ -270,15 +273,15 @@ def test_a_labelled_answer_is_read_as_messages(name):
 
 
 WRONG_LABELS = {
-    "no label": ({"prompt": "q", "completion": "a"}, "no known format"),
-    "a pair": ({"prompt": "q", "chosen": "a", "rejected": "b", "label": True}, "no known format"),
+    "no label": ({"prompt": "q", "completion": "a"}, "unknown format"),
+    "a pair": ({"prompt": "q", "chosen": "a", "rejected": "b", "label": True}, "unknown format"),
     "a number": ({"prompt": "q", "completion": "a", "label": 1}, "label is 1; expected true"),
     "a word": ({"prompt": "q", "completion": "a", "label": "good"}, "label is 'good'; expected"),
     "two labels": (
         {"prompt": "q", "completion": "a", "label": True, "kto_tag": False},
         "label and kto_tag is True",
     ),
-    "no conversation": ({"text": "q", "label": True}, "no known format"),
+    "no conversation": ({"text": "q", "label": True}, "unknown format"),
     "a question at the end": (
         {"messages": [*HISTORY, user("q")], "label": True},
         "the last message, which is from user",
@@ -355,7 +358,7 @@ def test_pairs_of_equal_answers_are_dropped_and_counted(tiny_tokenizer):
     assert len(samples) == 1
     assert (account.rows, account.samples, account.dropped_equal) == (2, 1, 1)
     assert account.summary().endswith("format preference")
-    assert "1 with equal answers dropped" in account.summary()
+    assert "1 dropped with identical responses" in account.summary()
 
 
 def test_pairs_whose_answers_the_template_makes_equal_are_dropped(tiny_tokenizer):
@@ -405,9 +408,11 @@ def test_only_the_judged_answer_is_trained(tiny_tokenizer):
 
 
 def test_nothing_left_is_refused_with_the_account(tiny_tokenizer):
-    with pytest.raises(DataError, match=r"no row is left .*0 of 1 rows.*1 with equal answers"):
+    with pytest.raises(
+        DataError, match=r"no trainable rows remain .*0 of 1 rows.*1 dropped with identical"
+    ):
         prepare_preferences([pair_of("q", "a", "a")], tiny_tokenizer, max_seq_len=100)
-    with pytest.raises(DataError, match=r"no row is left .*1 over the length limit"):
+    with pytest.raises(DataError, match=r"no trainable rows remain .*1 dropped as too long"):
         prepare_labelled(
             [label_of("q", "a " * 99, True)], tiny_tokenizer, max_seq_len=50, overlong="drop"
         )

@@ -67,7 +67,7 @@ def test_a_turn_can_be_masked_under_every_usual_name(tiny_tokenizer, key, value)
 
 
 def test_a_row_that_masks_all_its_answers_is_dropped_and_the_reason_told(tiny_tokenizer):
-    with pytest.raises(DataError, match=r"no row is left .* for messages of weight 0"):
+    with pytest.raises(DataError, match=r"no trainable rows remain .* for messages of weight 0"):
         learned(tiny_tokenizer, {"messages": [user("q"), assistant("a", weight=0)]})
 
 
@@ -81,7 +81,7 @@ def test_a_weight_between_0_and_1_is_refused_with_the_row(tiny_tokenizer, split_
 def test_a_masked_answer_of_a_pair_is_not_trained(tiny_tokenizer):
     row = {"prompt": "q", "chosen": [assistant("a", weight=0)], "rejected": [assistant("b")]}
     pairs = preferences([Row(row, "data.jsonl:7")])
-    with pytest.raises(DataError, match="no row is left"):
+    with pytest.raises(DataError, match="no trainable rows remain"):
         prepare_preferences(pairs, tiny_tokenizer, max_seq_len=99)
 
 

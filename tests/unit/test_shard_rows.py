@@ -187,10 +187,10 @@ def test_mistakes_are_named(shards, tmp_path, tiny_tokenizer):
         with pytest.raises(ConfigError, match="give one of them"):
             loader_of(shards, **sizes)
     write_shards(tmp_path / "empty", [], tiny_tokenizer)
-    with pytest.raises(DataError, match="hold no tokens"):
+    with pytest.raises(DataError, match="contain no tokens"):
         loader_of(TokenShards(tmp_path / "empty"))
     write_shards(tmp_path / "blank", [[], []], tiny_tokenizer)
-    with pytest.raises(DataError, match="hold no tokens"):
+    with pytest.raises(DataError, match="contain no tokens"):
         loader_of(TokenShards(tmp_path / "blank"))
 
 

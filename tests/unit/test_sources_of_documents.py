@@ -389,10 +389,10 @@ def test_a_folder_that_cannot_be_read_is_refused(tree, monkeypatch):
         (["nowhere.jsonl"], {}, r"'.*nowhere\.jsonl' matches no file"),
         (["sub", "*.jsonl"], {}, r"'.*\*\.jsonl' matches no file"),
         (["empty"], {}, "folder without files"),
-        (["odd"], {}, r"holds no file with a suffix of \.txt, .*but \.png \(1\)"),
-        (["sub"], {"format": "csv"}, r"suffix of \.csv, \.tsv, but \.txt \(2\); .* set format"),
-        (["odd/*"], {}, r"picture\.png' tells no format .*set format"),
-        (["packed/t.parquet.gz"], {}, "unpack it"),
+        (["odd"], {}, r"contains no file with a suffix of \.txt, .*only \.png \(1\)"),
+        (["sub"], {"format": "csv"}, r"suffix of \.csv, \.tsv, only \.txt \(2\); .* set format"),
+        (["odd/*"], {}, r"picture\.png' by its suffix .*set format"),
+        (["packed/t.parquet.gz"], {}, "decompress it"),
     ],
 )
 def test_a_path_without_data_is_refused(tree, paths, options, message):
@@ -412,8 +412,8 @@ def test_a_path_without_data_is_refused(tree, paths, options, message):
     ("options", "message"),
     [
         ({"paths": ()}, "at least 1"),
-        ({"paths": ("a", "")}, "empty one"),
-        ({"documents": "line", "document_separator": "x"}, "exclude each other"),
+        ({"paths": ("a", "")}, "empty path"),
+        ({"documents": "line", "document_separator": "x"}, "mutually exclusive"),
         ({"document_separator": ""}, "at least 1"),
         ({"format": "csv", "documents": "line"}, "for text, not csv"),
         ({"format": "html", "text_key": "body"}, "for rows, not html"),
@@ -435,7 +435,7 @@ def test_a_configuration_written_out_reads_back_equal(tmp_path):
 
 
 def test_lines_as_documents_need_a_text_file(tmp_path):
-    with pytest.raises(ConfigError, match="for text files, and has none"):
+    with pytest.raises(ConfigError, match="for text files, but it has no text files"):
         read_content(tmp_path, "a.jsonl", b"", documents="line")
 
 
@@ -694,7 +694,7 @@ def test_a_table_without_the_column_is_refused_before_any_work(tmp_path, name, o
 
 
 def test_a_parquet_column_of_numbers_is_no_text(tmp_path):
-    with pytest.raises(DataError, match="column 'text' holds no text"):
+    with pytest.raises(DataError, match="column 'text' does not contain text"):
         read_content(tmp_path, "f.parquet", parquet_bytes([{"text": 1}]))
 
 

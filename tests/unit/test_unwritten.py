@@ -171,7 +171,8 @@ def test_a_call_that_is_not_written_is_no_empty_answer(learned, template):
     assert text == "a<|im_end|>"
     assert account.untrained_calls == 1
     assert (
-        "1 turns of tool calls the chat template does not write, not trained" in account.summary()
+        "1 tool-call turns not trained, as the chat template does not write them"
+        in account.summary()
     )
     for row in (
         {"messages": [user("f?"), silent]},

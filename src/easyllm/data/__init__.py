@@ -1,1 +1,1 @@
-"""From files to packed batches: rows, conversations, packing, loading."""
+"""Data pipeline from files to packed batches: rows, conversations, sequence packing, loading."""

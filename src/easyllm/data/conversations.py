@@ -1,4 +1,4 @@
-"""Rows of the usual formats as conversations in OpenAI's message form."""
+"""Reads rows of the common formats as conversations in OpenAI's message format."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,14 @@ RowKind = Literal["conversation", "preference", "labelled"]
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages (`role`, `content`, perhaps `tool_calls`), the tools offered, the row's place and its format."""
+    """A conversation read from one row.
+
+    Attributes:
+        messages: each with `role` and `content`, and optionally `tool_calls`.
+        tools: the tools offered to the assistant.
+        place: location of the row (`file:line`).
+        format: name of the format that the row was in.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
@@ -39,26 +46,30 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
     "ipython": "tool",
 }
-"""Who speaks, in ShareGPT, ms-swift, Llama 3 and others -> the role that chat templates know. Other roles are kept, and
-refused where the template does not write them (`easyllm.tokenizer.chat`)."""
+"""Maps roles of ShareGPT, ms-swift, Llama 3 and others to the roles that chat templates know.
+Other roles of a message are left unchanged, and rejected if the chat template does not write them
+(`easyllm.tokenizer.chat`)."""
 CALL_ROLES = ("function_call", "tool_call")
-"""Turns that are calls, as JSON text or objects (ShareGPT's name and ms-swift's)."""
+"""Roles of turns that are tool calls, as JSON text or objects (ShareGPT's and ms-swift's names)."""
 LABEL_KEYS = ("label", "kto_tag")
-"""Keys whose true or false says whether an answer is good (TRL's name and LLaMA-Factory's)."""
+"""Keys of the binary label of a response, true if it is good (TRL's and LLaMA-Factory's names)."""
 TURN_LISTS = ("messages", "conversations")
-"""Keys of a list of turns, in either form: role and content, or from and value."""
+"""Keys of a list of turns in either form: role and content, or from and value."""
 BESIDE_A_QUESTION = frozenset(["choices", "options", "context", "passage"])
-"""Keys that belong to the question: without them a question and its answer would be learnt blind."""
+"""Keys that belong to the question. A row with one of them is not read as question and answer,
+because the answer would be trained without it."""
 KNOWN_FORMS = """
-  messages           {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+  messages           {"messages": [{"role": "user", "content": "..."}, \
+{"role": "assistant", "content": "..."}]}
   alpaca             {"instruction": "...", "input": "...", "output": "..."}
-  sharegpt           {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+  sharegpt           {"conversations": [{"from": "human", "value": "..."}, \
+{"from": "gpt", "value": "..."}]}
   prompt-completion  {"prompt": "...", "completion": "..."}
   question-answer    {"question": "...", "answer": "..."}"""
 
 
 def row_kind(values: dict[str, Any]) -> RowKind:
-    """What a row teaches: a conversation, which of two answers is better, or whether one answer is good."""
+    """Returns whether a row is a conversation, a preference pair, or has a binary label."""
     if "chosen" in values and "rejected" in values:
         return "preference"
     if any(isinstance(values.get(key), bool) for key in LABEL_KEYS):
@@ -67,7 +78,7 @@ def row_kind(values: dict[str, Any]) -> RowKind:
 
 
 def detect_format(values: dict[str, Any]) -> str | None:
-    """The name of the format a conversation is in, or None."""
+    """Returns the name of the row's conversation format, or None if it is unknown."""
     if row_kind(values) == "preference":
         return None
     if (key := turn_list(values)) is not None:
@@ -82,32 +93,38 @@ def detect_format(values: dict[str, Any]) -> str | None:
 
 
 def turn_list(values: dict[str, Any]) -> str | None:
-    """The key under which a row holds a list of turns, if any."""
+    """Returns the key under which a row stores a list of turns, or None."""
     return next((key for key in TURN_LISTS if isinstance(values.get(key), list)), None)
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
-    """The conversations in a data file.
+    """Yields the conversations in a data file.
 
     Raises:
-        DataError: a row is in no known format, broken, or no conversation; its place is named.
+        DataError: a row is malformed, has an unknown format, or is not a conversation; the message
+            gives its location.
     """
     yield from conversations(read_rows(path))
 
 
 def conversations(rows: Iterable[Row]) -> Iterator[Conversation]:
-    """Rows as conversations; each row's format is detected by its keys."""
+    """Yields rows as conversations; the format of each row is detected from its keys.
+
+    Raises:
+        DataError: as in `read_conversations`.
+    """
     for row in rows:
         kind = row_kind(row.values)
         if kind == "preference":
             raise DataError(
                 f"{row.place} is a preference pair (chosen and rejected), expected a conversation; "
-                "train on it with a preference objective, or keep the chosen answer alone"
+                "train on it with a preference objective, or keep only the chosen response"
             )
         if kind == "labelled":
             raise DataError(
-                f"{row.place} labels its answer true or false, so it may be a bad one; "
-                "train on it with the KTO objective, or keep the good answers and remove the label"
+                f"{row.place} has a binary label (true or false), so its response may be bad; "
+                "train on it with the KTO objective, or keep only the good responses and remove "
+                "the label"
             )
         conversation = read_conversation(row)
         _refuse_numbers_as_labels(row)
@@ -118,16 +135,16 @@ def _refuse_numbers_as_labels(row: Row) -> None:
     for key in LABEL_KEYS:
         if isinstance(value := row.values.get(key), int | float) and value in (0, 1):
             raise DataError(
-                f"{row.place} has {key} {value}, which may say that its answer is a bad one; give true or false for "
-                "the KTO objective, or remove the key"
+                f"{row.place} has {key} {value}, which may mark its response as bad; "
+                "give true or false for the KTO objective, or remove the key"
             )
 
 
 def read_conversation(row: Row) -> Conversation:
-    """One row as a conversation, whatever else the row says of it.
+    """Returns one row as a conversation, ignoring any label that it has.
 
     Raises:
-        DataError: the row is in no known format, or broken.
+        DataError: the row is malformed or has an unknown format.
     """
     kind = detect_format(row.values)
     if kind is None:
@@ -136,25 +153,35 @@ def read_conversation(row: Row) -> Conversation:
     messages = _READERS[kind](row)
     if not any(m.get("role") == "assistant" for m in messages):
         raise DataError(
-            f"{row.place} has no assistant turn, so there is nothing to learn; add one or remove the row"
+            f"{row.place} has no assistant turn, so there is nothing to train on; "
+            "add one or remove the row"
         )
     return Conversation(messages, read_tools(row), row.place, kind)
 
 
 def unknown_format(row: Row, forms: str) -> DataError:
-    """The error for a row that is in none of `forms`: what is wrong with it where that can be told, and the forms."""
+    """Returns the error for a row in none of the formats `forms`.
+
+    The message lists the formats and, if it can be determined, what is wrong with the row.
+    """
     keys = ", ".join(sorted(row.values)) or "none"
     return DataError(
-        f"{row.place} is in no known format (keys: {keys}){_what_is_wrong(row.values)}; expected one of:{forms}"
+        f"{row.place} has an unknown format (keys: {keys}){_what_is_wrong(row.values)}; "
+        f"expected one of:{forms}"
     )
 
 
 def _what_is_wrong(values: dict[str, Any]) -> str:
     for key in TURN_LISTS:
         if key in values:
-            given = "text" if isinstance(values[key], str) else f"a {type(values[key]).__name__}"
+            given = (
+                "text" if isinstance(values[key], str) else f"of type {type(values[key]).__name__}"
+            )
             given = "null" if values[key] is None else given
-            return f': {key} is {given}, expected a list like [{{"role": "user", "content": "..."}}, ...]'
+            return (
+                f": {key} is {given}, "
+                'expected a list like [{"role": "user", "content": "..."}, ...]'
+            )
     for question, answer in (
         ("instruction", "output"),
         ("prompt", "completion"),
@@ -164,21 +191,25 @@ def _what_is_wrong(values: dict[str, Any]) -> str:
             if has in values and lacks not in values:
                 return f": it has {has!r} but no {lacks!r}"
     if isinstance(values.get("text"), str):
-        return ": it is a plain text, which `easyllm data build` packs for pretraining"
+        return ": it is plain text, which `easyllm data build` packs for pretraining"
     return ""
 
 
 def read_messages(
     values: list[Any], row: Row, *, turns: bool = False, name: str = ""
 ) -> list[Message]:
-    """The turns of a list as messages, whichever form each is in.
+    """Returns the turns of a list as messages, whichever form each turn is in.
+
+    Keys of a turn other than those of its form are retained: the chat template may read them
+    (`reasoning_content`), or the loss mask may (`weight`).
 
     Args:
-        turns: whether one that is in no form is called a wrong turn, not a wrong message.
-        name: what errors call a turn, if not by its number.
+        turns: whether an element in neither form is reported as an invalid turn rather than as an
+            invalid message.
+        name: how errors refer to a turn; by default by its number.
 
-    Keys of a turn beyond its form's own are kept: the template may read them (`reasoning_content`), or the loss mask
-    (`weight`).
+    Raises:
+        DataError: a turn is malformed or of an unknown role.
     """
     messages = [
         _read_any(turn, row, name or f"turn {number}", turns=turns)
@@ -201,7 +232,7 @@ def read_messages(
 
 
 def _read_any(turn: Any, row: Row, name: str, *, turns: bool) -> Any:
-    """A turn of either form as a message; what is in no form stays as it is."""
+    """Returns a turn of either form as a message; anything else is returned unchanged."""
     if _is_sharegpt(turn, turns):
         return read_turn(turn, row, name)
     if _is_call(turn):
@@ -211,7 +242,7 @@ def _read_any(turn: Any, row: Row, name: str, *, turns: bool) -> Any:
 
 
 def _merge_calls(messages: list[Any], is_call: list[bool]) -> list[Any]:
-    """Messages in which turns of calls that follow each other (ms-swift has one for each) are one message of them all."""
+    """Merges consecutive tool-call turns into one message; ms-swift writes one turn per call."""
     merged: list[Any] = []
     for number, message in enumerate(messages):
         follows = number > 0 and is_call[number - 1] and is_call[number]
@@ -223,7 +254,7 @@ def _merge_calls(messages: list[Any], is_call: list[bool]) -> list[Any]:
 
 
 def _is_call(turn: Any) -> bool:
-    """Whether a turn is nothing but calls, by who speaks."""
+    """Returns whether the role of a turn says that it consists of tool calls only."""
     speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
     is_named = isinstance(speaker, str) and speaker in CALL_ROLES
     return is_named and not turn.get("tool_calls")
@@ -241,7 +272,14 @@ def _with_training_keys(message: Message, given: Message) -> Message:
 
 
 def read_turn(turn: Any, row: Row, name: str) -> Message:
-    """A ShareGPT turn, `{"from": ..., "value": ...}`; `name` is what errors call it."""
+    """Returns a ShareGPT turn, `{"from": ..., "value": ...}`, as a message.
+
+    Args:
+        name: how errors refer to the turn.
+
+    Raises:
+        DataError: the turn has no text, an unknown speaker, or a malformed tool call.
+    """
     turn = turn if isinstance(turn, dict) else {}
     speaker, value = turn.get("from"), turn.get("value", turn.get("content"))
     rest = {k: v for k, v in turn.items() if k not in ("from", "value", "content", "role")}
@@ -268,31 +306,32 @@ def _are_sharegpt(turns: list[Any]) -> bool:
 
 
 def read_turns(row: Row) -> list[Message]:
-    """The system prompt and the turns of a row that holds a list of them."""
+    """Returns the system prompt and the turns of a row that has a list of turns."""
     key = turn_list(row.values)
-    assert key is not None, "the format was detected by that list"
+    assert key is not None, "the format was detected from this list"
     messages = read_messages(row.values[key], row, turns=key == "conversations")
     return with_system(messages, row)
 
 
 def with_system(messages: list[Message], row: Row) -> list[Message]:
-    """The messages with the row's own system prompt before them.
+    """Returns the messages preceded by the system prompt of the row, if it has one.
 
     Raises:
-        DataError: they begin with another one.
+        DataError: the messages begin with a different system prompt.
     """
     system = read_system(row)
     if not system or messages[:1] == system:
         return messages
     if messages and messages[0]["role"] == "system":
         raise DataError(
-            f"{row.place} has two system prompts, under 'system' and in its first message; keep one of them"
+            f"{row.place} has two system prompts, under 'system' and in its first message; "
+            "keep one of them"
         )
     return [*system, *messages]
 
 
 def read_alpaca_prompt(row: Row) -> list[Message]:
-    """An Alpaca row up to where the answer begins: system prompt, history, instruction and input."""
+    """Returns the prompt of an Alpaca row: system prompt, history, instruction and input."""
     messages = read_system(row)
     for question, answer in _history(row):
         messages += [
@@ -306,21 +345,31 @@ def read_alpaca_prompt(row: Row) -> list[Message]:
 
 
 def read_system(row: Row) -> list[Message]:
-    """The row's `system` (or `system_prompt`) as a message, if there is one."""
+    """Returns the row's `system` (or `system_prompt`) as a list of one message, or an empty list.
+
+    Raises:
+        DataError: the system prompt is not text, or both keys are set and differ.
+    """
     given = {key: row.values[key] for key in ("system", "system_prompt") if row.values.get(key)}
     for key, value in given.items():
         if not isinstance(value, str):
-            raise DataError(f"{row.place}: {key} is a {type(value).__name__}, expected text")
+            raise DataError(f"{row.place}: {key} is of type {type(value).__name__}, expected text")
     if len(set(given.values())) > 1:
-        raise DataError(f"{row.place} has system and system_prompt, which differ; keep one of them")
+        raise DataError(
+            f"{row.place} has both system and system_prompt, and they differ; keep one of them"
+        )
     return [{"role": "system", "content": text} for text in list(given.values())[:1]]
 
 
 def read_text(row: Row, key: str) -> str:
-    """The text under `key`."""
+    """Returns the text under `key`.
+
+    Raises:
+        DataError: the value is not text.
+    """
     value = row.values[key]
     if not isinstance(value, str):
-        raise DataError(f"{row.place}: {key} is a {type(value).__name__}, expected text")
+        raise DataError(f"{row.place}: {key} is of type {type(value).__name__}, expected text")
     return value
 
 
@@ -353,7 +402,7 @@ def _history(row: Row) -> list[list[str]]:
     if not isinstance(pairs, list) or any(
         not isinstance(pair, list) or [type(text) for text in pair] != [str, str] for pair in pairs
     ):
-        raise DataError(f"{row.place}: history is no list of pairs like [question, answer]")
+        raise DataError(f"{row.place}: history is not a list of pairs like [question, answer]")
     return pairs
 
 

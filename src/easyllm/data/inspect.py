@@ -1,4 +1,4 @@
-"""Real samples of a data file token by token, as training will see them, and an account of the whole file."""
+"""Shows samples of a data file token by token, as training sees them, with counts of all rows."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,12 +24,12 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 
 NO_LIMIT = 2**62
 Shown = tuple[Sequence[Encoded], Sequence[tuple[str, Encoded]]]
-"""The sequences of a sample, and what to show of them under which headings."""
+"""The sequences of a sample, and the parts to show, each with its heading."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The text of one token, or of the several that make up one character, and whether they are trained."""
+    """The text of one token, or of several that form one character, and whether it is trained."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -38,7 +38,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A run of a sample under a heading: all of a conversation; prompt, chosen and rejected of a pair."""
+    """A part of a sample with its heading.
+
+    A conversation is one part; a preference pair has the parts prompt, chosen and rejected.
+    """
 
     heading: str
     pieces: tuple[Piece, ...]
@@ -46,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """One sample and the row it comes from."""
+    """One sample and the location of its row."""
 
     place: str
     parts: tuple[Part, ...]
@@ -54,13 +57,14 @@ class Inspected:
 
 @dataclass(slots=True)
 class Inspection:
-    """What a data file holds for a model.
+    """The training data that a file gives for a model.
 
     Attributes:
-        kind: what its rows teach.
-        lengths: ids of each sequence kept (two a pair), in the order of the file.
-        labels: how many answers are good, and how many are not, where rows say so.
-        samples: the first few.
+        kind: kind of its rows: conversations, preference pairs, or responses with binary labels.
+        account: counts of rows, samples and tokens.
+        lengths: number of token ids of each retained sequence (two per pair), in file order.
+        labels: number of responses with each binary label, as `good` and `bad`.
+        samples: the first few samples.
     """
 
     kind: RowKind
@@ -70,12 +74,16 @@ class Inspection:
     samples: list[Inspected] = field(default_factory=list)
 
     def length_at(self, fraction: float) -> int:
-        """The shortest length that `fraction` of the sequences do not exceed; 0 where there are none."""
+        """Returns the length that `fraction` of the sequences do not exceed, 0 if there are none.
+
+        Args:
+            fraction: a quantile; 0.5 gives the median.
+        """
         ordered = sorted(self.lengths)
         return ordered[math.ceil(fraction * len(ordered)) - 1] if ordered else 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns plain values for JSON."""
         return {
             "kind": self.kind,
             "account": self.account.as_dict(),
@@ -99,25 +107,26 @@ def inspect_file(
     train_on: TrainOn = "assistant",
     split_turns: bool = False,
 ) -> Inspection:
-    """What a data file of conversations, preference pairs or labelled answers holds for a model.
+    """Inspects a data file of conversations, preference pairs or responses with binary labels.
 
-    The first row says which of the three the file is; the options mean what they mean in preparing it.
+    The first row determines which of the three the file contains. The options have the same
+    meaning as in `prepare_conversations`.
 
     Args:
-        num_samples: samples shown, the first of the file.
-        max_seq_len: most ids a sample may have; None for no limit.
+        num_samples: number of samples to return, from the beginning of the file.
+        max_seq_len: maximum number of token ids in a sample; None for no limit.
 
     Raises:
-        ConfigError: an option does not apply to such rows.
-        DataError: the file is empty, or one of its rows is wrong (its place is named).
+        ConfigError: an option does not apply to this kind of row.
+        DataError: the file is empty, or a row is invalid (the message gives its location).
     """
     rows = read_rows(path)
-    first = next(rows)  # an empty file is refused
+    first = next(rows)  # `read_rows` raises if the file is empty
     found = Inspection(row_kind(first.values))
     if found.kind != "conversation" and (split_turns or train_on == "all"):
         raise ConfigError(
-            f"{str(path)!r} holds {found.kind} rows, of which only the answers are trained; "
-            "leave split_turns and train_on out"
+            f"{str(path)!r} contains {found.kind} rows, of which only the responses are trained; "
+            "remove split_turns and train_on"
         )
     every_row = track(chain([first], rows), "inspecting", unit="row")
     limit = {"max_seq_len": max_seq_len or NO_LIMIT, "overlong": overlong}
@@ -133,9 +142,10 @@ def inspect_file(
 
 
 def pieces_of(tokenizer: Tokenizer, encoded: Encoded) -> Iterator[Piece]:
-    """The tokens of a sequence with their texts; tokens that hold parts of one character stay together.
+    """Yields the tokens of a sequence with their texts.
 
-    Bytes that never become a character read U+FFFD.
+    Tokens that together form one character make up one piece. Bytes that do not form a character
+    are shown as U+FFFD.
     """
     decoder, ids, trained = StreamDecoder(tokenizer, skip_special=False), list[int](), False
     for token_id, on in zip(encoded.token_ids, encoded.mask, strict=True):

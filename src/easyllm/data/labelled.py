@@ -1,6 +1,7 @@
-"""Rows of a text and a label, for a head of labels: the label stands at the text's last token.
+"""Prepares rows of text and label for training a classification or regression head.
 
-A label is the number of a class, from 0, or a number to regress on. Classes by name are refused with how to number them.
+The head predicts the label from the last token of the text. A label is a class number, counted
+from 0, or a regression target. Class names are rejected with a hint to map them to numbers.
 """
 
 import math
@@ -16,7 +17,7 @@ from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 TARGET = "target"
-"""The extra of a sample that holds the number to regress on."""
+"""Name of the extra of a sample that stores its regression target."""
 
 
 def prepare_labelled_texts(
@@ -28,10 +29,19 @@ def prepare_labelled_texts(
     num_labels: int,
     max_seq_len: int,
 ) -> tuple[list[Sample], Account]:
-    """Samples whose last token carries the label; longer texts lose their beginning, so that it stays the last.
+    """Prepares samples whose last token carries the label.
+
+    Texts longer than `max_seq_len` are truncated at the beginning, so that their last token stays.
+
+    Args:
+        text_key: key of the text in a row.
+        label_key: key of the label in a row.
+        num_labels: number of classes; 1 for regression.
+        max_seq_len: maximum number of token ids in a sample.
 
     Raises:
-        DataError: a row has no text or no label, or one out of range (its place is named); or there are none.
+        DataError: a row has no text, no label, or a label out of range (the message gives its
+            location), or there are no rows to train on.
     """
     samples, account = [], Account()
     for file in files:
@@ -51,7 +61,7 @@ def prepare_labelled_texts(
             account.tokens += len(ids)
             account.trained_tokens += 1
     if not samples:
-        raise DataError(f"no row is left to train on ({account.summary()}); check the data files")
+        raise DataError(f"no trainable rows remain ({account.summary()}); check the data files")
     return samples, account
 
 
@@ -59,7 +69,8 @@ def _text(row: Row, key: str) -> str:
     value = row.values.get(key)
     if not isinstance(value, str):
         raise DataError(
-            f"{row.place} has no text under {key!r} (keys: {', '.join(sorted(row.values))}); set data.text_key"
+            f"{row.place} has no text under {key!r} (keys: {', '.join(sorted(row.values))}); "
+            "set data.text_key"
         )
     return value
 
@@ -67,12 +78,10 @@ def _text(row: Row, key: str) -> str:
 def _label(row: Row, key: str, num_labels: int) -> int | float:
     value: Any = row.values.get(key)
     if isinstance(value, str):
-        expected = (
-            "a number" if num_labels == 1 else f"a class by its number, 0 to {num_labels - 1}"
-        )
+        expected = "a number" if num_labels == 1 else f"a class number from 0 to {num_labels - 1}"
         raise DataError(
-            f"{row.place} has label {value!r} under {key!r}, expected {expected}; write numbers for the names, or set "
-            "data.label_key"
+            f"{row.place} has label {value!r} under {key!r}, expected {expected}; "
+            "replace names by numbers, or set data.label_key"
         )
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(
@@ -84,6 +93,7 @@ def _label(row: Row, key: str, num_labels: int) -> int | float:
         return float(value)
     if not isinstance(value, int) or not 0 <= value < num_labels:
         raise DataError(
-            f"{row.place} has label {value!r}, expected a class 0 to {num_labels - 1}; set objective.num_labels"
+            f"{row.place} has label {value!r}, expected a class from 0 to {num_labels - 1}; "
+            "set objective.num_labels"
         )
     return value

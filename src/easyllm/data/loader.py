@@ -1,4 +1,7 @@
-"""Steps of micro-batches in a seeded order; the whole position is two integers, so resuming is exact."""
+"""Yields the micro-batches of each step in a seeded order.
+
+The position is just two integers (epoch and cursor), so a run resumes exactly.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,25 +15,33 @@ from easyllm.data.packing import AnySample, Batch, pack, split_by_tokens
 
 @dataclass(slots=True)
 class LoaderState:
-    """Where the next step begins."""
+    """The position of the next step.
+
+    Attributes:
+        epoch: number of complete passes over the data.
+        cursor: number of samples (or rows) of the epoch that have been consumed.
+    """
 
     epoch: int = 0
     cursor: int = 0
 
     def as_dict(self) -> dict[str, int]:
+        """Returns plain values for JSON."""
         return asdict(self)
 
 
 class Loader:
-    """Yields the micro-batches of one optimizer step after the other, for ever.
+    """Yields the micro-batches of one optimizer step after another, without end.
 
     Args:
         samples: all samples.
-        batch_size: sequences in a step; None where `batch_tokens` says how large a step is.
-        batch_tokens: tokens in a step, at least.
-        micro_batch_tokens: most tokens in one packed micro-batch.
-        seed: of the order, which differs from epoch to epoch; None keeps the order of the data.
-        collate: makes a batch of samples.
+        batch_size: samples per step; None if `batch_tokens` gives the step size.
+        batch_tokens: minimum number of tokens per step.
+        micro_batch_tokens: maximum number of tokens in one packed micro-batch; a longer sample
+            forms its own micro-batch.
+        seed: seed of the sample order, which is different in each epoch; None keeps the order of
+            the data.
+        collate: builds a batch from samples.
 
     Raises:
         ConfigError: there are no samples.
@@ -46,7 +57,7 @@ class Loader:
         seed: int | None,
         collate: Callable[[Sequence[AnySample]], Batch] = pack,
     ) -> None:
-        assert (batch_size is None) != (batch_tokens is None), "a step has one measure"
+        assert (batch_size is None) != (batch_tokens is None), "exactly one gives the step size"
         if not samples:
             raise ConfigError("there are no samples to train on; check the data files")
         self.samples, self.batch_size, self.batch_tokens = samples, batch_size, batch_tokens
@@ -57,7 +68,11 @@ class Loader:
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Steps of the first epoch; with `batch_tokens` those of others differ a little, as samples fall together otherwise."""
+        """Number of steps in the first epoch.
+
+        With `batch_tokens` the number varies slightly between epochs, because samples are grouped
+        differently.
+        """
         steps, cursor, order = 0, 0, self._epoch_order(0)
         while cursor < len(order):
             cursor += len(self._take(order, cursor))
@@ -69,7 +84,7 @@ class Loader:
             yield self.next_step()
 
     def next_step(self) -> list[Batch]:
-        """The micro-batches of the next step; the last step of an epoch may be smaller."""
+        """Returns the micro-batches of the next step; the last step of an epoch may be smaller."""
         order = self._epoch_order(self.state.epoch)
         chosen = self.last = self._take(order, self.state.cursor)
         self.state.cursor += len(chosen)
@@ -79,10 +94,10 @@ class Loader:
         return [self.collate(group) for group in groups]
 
     def _take(self, order: list[int], cursor: int) -> list[int]:
-        """The samples of the step that begins at `cursor`."""
+        """Returns the indices of the samples in the step that begins at `cursor`."""
         if self.batch_size is not None:
             return order[cursor : cursor + self.batch_size]
-        assert self.batch_tokens is not None, "checked when the loader was made"
+        assert self.batch_tokens is not None, "checked by the constructor"
         end, tokens = cursor, 0
         while end < len(order) and tokens < self.batch_tokens:
             tokens += self.samples[order[end]].num_tokens

@@ -1,7 +1,9 @@
-"""The one packed layout: sequences end to end in T, isolated by their boundaries.
+"""Sequence packing: sequences concatenated along one token axis T, without padding.
 
-token_ids  a b c d | e f g          labels[t] is the token that should follow token t,
-labels     b c d - | f g -          or -100 where no loss is taken
+Each sequence attends only to itself (a block-diagonal mask given by `cu_seqlens`).
+
+token_ids  a b c d | e f g          labels[t] is the target that should follow token t,
+labels     b c d - | f g -          or -100 for a token without loss
 positions  0 1 2 3 | 0 1 2
 cu_seqlens 0 4 7
 """
@@ -23,33 +25,37 @@ S = TypeVar("S", bound="Sample | SampleGroup")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sequence: its ids, and for each the label that should follow (-100: no loss)."""
+    """One sequence: its token ids, and the label of each (the next token, or -100 for no loss)."""
 
     token_ids: tuple[int, ...]
     labels: tuple[int, ...]
     extras: Mapping[str, Any] = field(default_factory=lambda: _NO_EXTRAS, hash=False)
-    """What an objective wants of the sequence: a number, or one for each token (a sequence of `len(token_ids)`)."""
+    """Extra inputs of the objective by name: one number per sequence, or a sequence of
+    `len(token_ids)` numbers, one per token."""
 
     @property
     def parts(self) -> "tuple[Sample, ...]":
-        """The sequences of this sample: itself."""
+        """The sequences of this sample, namely itself; `SampleGroup` has several."""
         return (self,)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the forward pass."""
+        """Number of tokens in the forward pass."""
         return len(self.token_ids)
 
     @property
     def num_trained(self) -> int:
-        """Tokens that carry a loss."""
+        """Number of tokens with a loss."""
         return sum(label != IGNORE_INDEX for label in self.labels)
 
     @classmethod
     def from_mask(cls, token_ids: Sequence[int], mask: Sequence[bool] | None = None) -> "Sample":
-        """A sample from ids and which of them are trained (all when None).
+        """Builds a sample from token ids and a loss mask.
 
-        The last id is never an input: nothing follows it.
+        The last id is only a label and never an input, because no token follows it.
+
+        Args:
+            mask: whether each id is a training target; None trains all.
         """
         targets = token_ids[1:]
         if mask is not None:
@@ -59,18 +65,18 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class SampleGroup:
-    """Sequences that stay together in a batch, one after the other: the answers of a pair, say."""
+    """Sequences that stay adjacent in a batch, such as the two responses of a preference pair."""
 
     parts: tuple[Sample, ...]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the forward pass."""
+        """Number of tokens in the forward pass."""
         return sum(part.num_tokens for part in self.parts)
 
     @property
     def num_trained(self) -> int:
-        """Tokens that carry a loss."""
+        """Number of tokens with a loss."""
         return sum(part.num_trained for part in self.parts)
 
 
@@ -79,15 +85,17 @@ AnySample = Sample | SampleGroup
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Packed sequences.
+    """A batch of S packed sequences of T tokens in total.
 
     Attributes:
         token_ids: [T] int64.
-        labels: [T] int64, the token that should follow, -100 where no loss.
+        labels: [T] int64, the next token, or -100 for no loss.
         positions: [T] int64, counted from 0 in each sequence.
-        cu_seqlens: [S+1] int32, where each sequence begins, and T.
-        extras: what the objective wants of the samples, by name: [S, ...] for the sequences, [T, ...] for the tokens.
-        token_extras: names of the extras that have a row for each token.
+        cu_seqlens: [S+1] int32, cumulative sequence lengths: the start of each sequence, then T.
+        lengths: S sequence lengths.
+        num_trained: number of tokens with a loss.
+        extras: extra inputs of the objective by name, [S, ...] per sequence or [T, ...] per token.
+        token_extras: names of the per-token extras.
     """
 
     token_ids: Tensor
@@ -107,13 +115,14 @@ class Batch:
         base_only: bool = False,
         routing: list[Any] | None = None,
     ) -> ForwardContext:
-        """What a forward pass needs to know of this batch.
+        """Returns the context that a forward pass over this batch needs.
 
         Args:
-            prefix: tokens before the first label of a sequence see each other both ways (prefix language model).
-            deterministic: batch-invariant results.
-            base_only: the model's adapter is passed over.
-            routing: a list for the routers' decisions.
+            prefix: tokens before the first label of a sequence attend to each other in both
+                directions (prefix language model).
+            deterministic: compute batch-invariant results.
+            base_only: disable the model's adapter.
+            routing: a list that collects the decisions of MoE routers.
         """
         index = torch.zeros_like(self.positions) if base_only else None
         return ForwardContext(
@@ -126,7 +135,11 @@ class Batch:
         )
 
     def _prefix_lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence whose successor is given too; the one that predicts the first label belongs to them."""
+        """Returns the prefix length of each sequence.
+
+        The prefix ends with the token that predicts the first label. A sequence without labels is
+        all prefix.
+        """
         lengths = []
         for labels in self.labels.split(self.lengths):
             trained = (labels != IGNORE_INDEX).nonzero()
@@ -134,8 +147,10 @@ class Batch:
         return tuple(lengths)
 
     def filled(self, multiple: int) -> "Batch":
-        """The batch with its tokens filled up to a multiple: by a sequence of id 0 after the others, without labels, whose
-        extras are zero."""
+        """Returns the batch padded to a multiple of `multiple` tokens.
+
+        The padding is one more sequence at the end, with token id 0, no labels and zero extras.
+        """
         missing = -len(self.token_ids) % multiple
         if not missing:
             return self
@@ -158,7 +173,7 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
+        """Returns the batch with its tensors on `device`."""
         if self.token_ids.device == device:
             return self
         return Batch(
@@ -174,7 +189,7 @@ class Batch:
 
 
 def pack(samples: Sequence[AnySample]) -> Batch:
-    """Lays samples end to end; the sequences of a group one after the other."""
+    """Packs samples into one batch; the sequences of a group are adjacent."""
     parts = [part for sample in samples for part in sample.parts]
     lengths = tuple(len(s.token_ids) for s in parts)
     extras, of_tokens = _packed_extras(parts)
@@ -191,9 +206,9 @@ def pack(samples: Sequence[AnySample]) -> Batch:
 
 
 def _packed_extras(parts: Sequence[Sample]) -> tuple[Mapping[str, Tensor], frozenset[str]]:
-    """Every extra of the samples as a tensor, and the names of those that have a row for each token."""
+    """Returns the extras of all samples as tensors, and the names of the per-token extras."""
     names = parts[0].extras.keys() if parts else ()
-    assert all(part.extras.keys() == names for part in parts), "all samples have the same extras"
+    assert all(part.extras.keys() == names for part in parts), "all samples need the same extras"
     if not names:
         return _NO_EXTRAS, frozenset()
     packed, of_tokens = dict[str, Tensor](), set[str]()
@@ -203,14 +218,17 @@ def _packed_extras(parts: Sequence[Sample]) -> tuple[Mapping[str, Tensor], froze
             packed[name] = torch.stack(values)
             continue
         fits = all(len(v) == part.num_tokens for v, part in zip(values, parts, strict=True))
-        assert fits, f"extra {name!r} is a number, or has one for each token"
+        assert fits, f"extra {name!r} must be one number, or one number per token"
         packed[name] = torch.cat(values)
         of_tokens.add(name)
     return packed, frozenset(of_tokens)
 
 
 def split_by_tokens(samples: Iterable[S], max_tokens: int) -> list[list[S]]:
-    """Samples in order, grouped so that each group has at most `max_tokens` (a longer sample is alone)."""
+    """Groups consecutive samples so that each group has at most `max_tokens` tokens.
+
+    A sample longer than `max_tokens` forms its own group.
+    """
     groups: list[list[S]] = []
     filled = 0
     for sample in samples:

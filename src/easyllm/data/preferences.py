@@ -1,11 +1,11 @@
-"""Judged answers: pairs of a better and a worse one (DPO), and single ones that are good or not (KTO).
+"""Preference data: pairs of a better and a worse response (DPO), and binary labels (KTO).
 
-    pair       {"prompt": ..., "chosen": ..., "rejected": ...}      which of two answers is better
-    labelled   {"prompt": ..., "completion": ..., "label": true}    whether an answer is good
+    pair       {"prompt": ..., "chosen": ..., "rejected": ...}      which of two responses is better
+    labelled   {"prompt": ..., "completion": ..., "label": true}    whether a response is good
 
 (Rafailov et al. 2023, arXiv 2305.18290; Ethayarajh et al. 2024, arXiv 2402.01306.)
-Prompts and answers are text, messages, or ShareGPT turns. Both answers of a pair stand behind the same prompt, and the
-prompt is never trained, whatever the assistant says in it.
+Prompts and responses are text, messages, or ShareGPT turns. Both responses of a pair follow the
+same prompt. The prompt is never trained, including assistant turns in it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -47,19 +47,22 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 
 PAIR_FORMS = """
   preference           {"prompt": "...", "chosen": "...", "rejected": "..."}, each text or messages
-  implicit-preference  {"chosen": [messages], "rejected": [messages]}, the prompt being what both begin with
-  sharegpt-preference  {"conversations": [turns], "chosen": {"from": "gpt", "value": "..."}, "rejected": {...}}
-  messages-preference  {"messages": [messages], "chosen": {"role": "assistant", "content": "..."}, "rejected": {...}}
+  implicit-preference  {"chosen": [messages], "rejected": [messages]}, \
+with the prompt as their common prefix
+  sharegpt-preference  {"conversations": [turns], "chosen": {"from": "gpt", "value": "..."}, \
+"rejected": {...}}
+  messages-preference  {"messages": [messages], "chosen": {"role": "assistant", "content": "..."}, \
+"rejected": {...}}
   alpaca-preference    {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}"""
 LABELLED_FORMS = """
   prompt-completion-label  {"prompt": "...", "completion": "...", "label": true}
-  messages-label           {"messages": [...], "label": false}, judging the last message
-  sharegpt-label, alpaca-label, question-answer-label: as those formats, with a label (or kto_tag)"""
+  messages-label           {"messages": [...], "label": false}, which labels the last message
+  sharegpt-label, alpaca-label, question-answer-label: those formats plus a label (or kto_tag)"""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two answers to one prompt, the better and the worse; all three are lists of messages."""
+    """A prompt with a better and a worse response; all three are lists of messages."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -71,7 +74,7 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class LabelledCompletion:
-    """An answer and whether it is good (`label`)."""
+    """A prompt with one response and whether that response is good (`label`)."""
 
     prompt: list[Message]
     completion: list[Message]
@@ -83,7 +86,7 @@ class LabelledCompletion:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """Both sequences of a pair; their first `num_prompt` ids are the same, and the prompt's."""
+    """Both sequences of a pair; the first `num_prompt` ids of both are the shared prompt."""
 
     chosen: Encoded
     rejected: Encoded
@@ -92,9 +95,9 @@ class EncodedPair:
 
 @dataclass(frozen=True, slots=True)
 class PairSample:
-    """Both sequences of a pair as training takes them: only the answers carry labels.
+    """Both sequences of a pair as training samples; only the responses carry labels.
 
-    The first `num_prompt` ids of both are the prompt.
+    The first `num_prompt` ids of both are the shared prompt.
     """
 
     chosen: Sample
@@ -104,23 +107,27 @@ class PairSample:
 
 @dataclass(frozen=True, slots=True)
 class LabelledSample:
-    """A sequence whose answer carries labels, and whether that answer is good."""
+    """A training sample in which only the response carries labels, and whether that is good."""
 
     sample: Sample
     label: bool
 
 
 def read_preferences(path: Path) -> Iterator[PreferencePair]:
-    """The preference pairs in a data file.
+    """Yields the preference pairs in a data file.
 
     Raises:
-        DataError: a row is no pair, or broken; its place is named.
+        DataError: a row is malformed or not a preference pair; the message gives its location.
     """
     yield from preferences(read_rows(path))
 
 
 def preferences(rows: Iterable[Row]) -> Iterator[PreferencePair]:
-    """Rows as preference pairs; each row's format is detected by its keys."""
+    """Yields rows as preference pairs; the format of each row is detected from its keys.
+
+    Raises:
+        DataError: as in `read_preferences`.
+    """
     for row in rows:
         kind = detect_pair_format(row.values)
         if kind is None:
@@ -129,7 +136,7 @@ def preferences(rows: Iterable[Row]) -> Iterator[PreferencePair]:
 
 
 def detect_pair_format(values: dict[str, Any]) -> str | None:
-    """The name of the format a preference pair is in, or None."""
+    """Returns the name of the row's preference format, or None if it is not a known pair."""
     if row_kind(values) != "preference":
         return None
     if (key := turn_list(values)) is not None:
@@ -143,16 +150,20 @@ def detect_pair_format(values: dict[str, Any]) -> str | None:
 
 
 def read_labelled(path: Path) -> Iterator[LabelledCompletion]:
-    """The labelled answers in a data file.
+    """Yields the responses with binary labels in a data file.
 
     Raises:
-        DataError: a row has no label, or is broken; its place is named.
+        DataError: a row is malformed or has no label; the message gives its location.
     """
     yield from labelled(read_rows(path))
 
 
 def labelled(rows: Iterable[Row]) -> Iterator[LabelledCompletion]:
-    """Rows as labelled answers; each row's format is detected by its keys."""
+    """Yields rows as responses with binary labels; each row's format is detected from its keys.
+
+    Raises:
+        DataError: as in `read_labelled`.
+    """
     for row in rows:
         label = _label(row)
         conversation = read_conversation(row)
@@ -162,9 +173,9 @@ def labelled(rows: Iterable[Row]) -> Iterator[LabelledCompletion]:
             start = len(with_system(read_messages(prompt, row), row))
         if not _is_answer(messages[:start], messages[start:]):
             raise DataError(
-                f"{row.place}: the label judges the last message, which is from "
+                f"{row.place}: the label applies to the last message, which is from "
                 f"{messages[start]['role'] if start < len(messages) else 'nobody'}; "
-                "give a prompt and an answer of the assistant behind it"
+                "give a prompt followed by an assistant response"
             )
         kind = f"{conversation.format}-label"
         yield LabelledCompletion(
@@ -179,17 +190,23 @@ def prepare_preferences(
     max_seq_len: int,
     overlong: Overlong = "cut",
 ) -> tuple[list[PairSample], Account]:
-    """Samples of preference pairs under the tokenizer's chat template.
+    """Encodes preference pairs with the tokenizer's chat template.
 
-    A pair is dropped, and counted, where its answers are the same, or where one of them has no token left
-    within the limit. Tokens are counted over both sequences.
+    A pair is dropped and counted if its responses are identical, or if one of them has no token
+    within the length limit. Token counts include both sequences.
 
     Args:
-        max_seq_len: most ids either sequence may have, the last one (never an input) included.
-        overlong: what happens to a pair with a longer one: `cut` at the end, or `drop`.
+        max_seq_len: maximum number of ids in either sequence, including the last one, which is
+            never an input.
+        overlong: what to do with a pair that is too long: `cut` truncates it at the end, `drop`
+            removes it.
+
+    Returns:
+        The samples, and counts of what became of the rows.
 
     Raises:
-        DataError: the template refuses a row (its place is named), or nothing is left to train.
+        DataError: the template rejects a row (the message gives its location), or no trainable
+            rows remain.
     """
     account = Account()
     encoded = encode_preferences(
@@ -215,7 +232,7 @@ def encode_preferences(
     max_seq_len: int,
     overlong: Overlong = "cut",
 ) -> Iterator[EncodedPair]:
-    """What `prepare_preferences` makes samples of, one after the other, counted in `account`."""
+    """Yields the encoded pairs for `prepare_preferences`, and counts them in `account`."""
     for pair in pairs:
         account.rows += 1
         account.formats[pair.format] += 1
@@ -242,14 +259,20 @@ def prepare_labelled(
     max_seq_len: int,
     overlong: Overlong = "cut",
 ) -> tuple[list[LabelledSample], Account]:
-    """Samples of labelled answers under the tokenizer's chat template.
+    """Encodes responses with binary labels with the tokenizer's chat template.
 
     Args:
-        max_seq_len: most ids a sample may have, the last one (never an input) included.
-        overlong: what happens to a longer one: `cut` at the end, or `drop`.
+        max_seq_len: maximum number of ids in a sample, including the last one, which is never an
+            input.
+        overlong: what to do with a sample that is too long: `cut` truncates it at the end, `drop`
+            removes it.
+
+    Returns:
+        The samples, and counts of what became of the rows.
 
     Raises:
-        DataError: the template refuses a row (its place is named), or nothing is left to train.
+        DataError: the template rejects a row (the message gives its location), or no trainable
+            rows remain.
     """
     account = Account()
     encoded = encode_labelled(
@@ -272,7 +295,7 @@ def encode_labelled(
     max_seq_len: int,
     overlong: Overlong = "cut",
 ) -> Iterator[tuple[Encoded, bool]]:
-    """What `prepare_labelled` makes samples of, one after the other, counted in `account`."""
+    """Yields the encoded sequences for `prepare_labelled`, and counts them in `account`."""
     for row in completions:
         account.rows += 1
         account.formats[row.format] += 1
@@ -295,7 +318,7 @@ def _pair(row: Row, kind: str) -> PreferencePair:
     chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
     if (
         prompt == read_system(row) or chosen[0]["role"] != "assistant"
-    ):  # the answers bring the prompt along
+    ):  # the responses contain the prompt
         given, length = prompt, num_shared(chosen, rejected)
         length = min(length, len(chosen) - 1, len(rejected) - 1)
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
@@ -303,13 +326,13 @@ def _pair(row: Row, kind: str) -> PreferencePair:
             prompt = with_system(prompt, row)
         elif given[-1] not in prompt:
             raise DataError(
-                f"{row.place}: chosen and rejected begin with another prompt than the row's; "
-                "give the prompt once, apart or at the beginning of both"
+                f"{row.place}: chosen and rejected start with a different prompt than the row's; "
+                "give the prompt once, either separately or at the start of both"
             )
     if not _is_answer(prompt, chosen) or not _is_answer(prompt, rejected):
         raise DataError(
-            f"{row.place}: chosen and rejected are no two answers to one prompt; "
-            "both must go on with an assistant message behind the same messages"
+            f"{row.place}: chosen and rejected are not two responses to one prompt; "
+            "both must continue the same messages with an assistant message"
         )
     return PreferencePair(prompt, chosen, rejected, read_tools(row), row.place, kind)
 
@@ -329,14 +352,14 @@ def _prompt(row: Row, kind: str) -> list[Message]:
 
 
 def _answer(row: Row, key: str) -> list[Message]:
-    """An answer given as text, as a message, as a turn, or as a list of those."""
+    """Returns a response that is given as text, as a message or turn, or as a list of those."""
     value = row.values[key]
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     parts = value if isinstance(value, list) else [value]
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise DataError(
-            f"{row.place}: {key} is no answer; give text, a message, or a list of messages"
+            f"{row.place}: {key} is not a response; give text, a message, or a list of messages"
         )
     return read_messages(parts, row, name=key)
 
@@ -346,7 +369,7 @@ def _is_answer(prompt: list[Message], answer: list[Message]) -> bool:
 
 
 def _num_prompt(*sequences: Encoded) -> int:
-    """Ids the sequences share before the first trained one in any of them."""
+    """Returns the length of the common prefix before the first trained id of any sequence."""
     first = min(list(encoded.mask).index(True, 1) for encoded in sequences)
     return num_shared(*(encoded.token_ids[:first] for encoded in sequences))
 
@@ -361,6 +384,6 @@ def _label(row: Row) -> bool:
     if not isinstance(label, bool) or any(other is not label for other in given.values()):
         raise DataError(
             f"{row.place}: {' and '.join(given)} is {label!r}; "
-            "expected true for a good answer or false for a bad one"
+            "expected true for a good response or false for a bad one"
         )
     return label

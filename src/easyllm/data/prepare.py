@@ -1,10 +1,12 @@
-"""Conversations to samples: template, loss mask, length limit, and an account of what happened.
+"""Prepares conversations as samples: chat template, loss mask, length limit, and counts of rows.
 
-A conversation of several turns is one sample by default: every answer is trained once, and what was said before is
-computed once. Split, each answer is a sample of its own behind its history. The answers trained are the same, and since
-the loss of a step is a mean over its tokens, so are their weights. (Training the answers in the history as well would
-count the early ones again with every later turn.) Splitting is for templates that write a turn otherwise once
-others follow it, as those do that drop old reasoning, and costs the history again for each turn.
+By default a conversation of several turns is one sample: every response is trained once and its
+history is computed once. With `split_turns` each response is a separate sample that follows its
+untrained history. The trained responses are the same, and so are their weights, because the loss
+of a step is a mean over its tokens. (Training the responses in the history as well would count
+early ones again with every later turn.) Splitting is meant for templates that render a turn
+differently once others follow it, such as those that drop earlier reasoning. It costs computing
+the history again for each turn.
 """
 
 from collections import Counter
@@ -22,23 +24,30 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 Overlong = Literal["cut", "drop"]
 TrainOn = Literal["assistant", "all"]
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message that templates read its reasoning from, each its own one."""
+"""Keys of a message under which chat templates look for its reasoning; each template uses one."""
 
 
 @dataclass(slots=True)
 class Account:
-    """What became of the rows, reported before the first step.
+    """Counts of what became of the rows, reported before the first step.
 
     Attributes:
-        turns: answers the rows were split into; 0 when they were not.
-        tokens: inputs of the samples; of these `trained_tokens` predict a trained one.
-        cut: samples cut at the length limit, and kept.
-        dropped_equal: preference pairs whose answers are the same.
+        rows: rows read.
+        turns: responses that the rows were split into; 0 without splitting.
+        samples: samples retained.
+        tokens: input tokens of the samples.
+        trained_tokens: input tokens with a loss.
+        cut: samples truncated to the length limit.
+        dropped_overlong: samples dropped because they are too long.
+        dropped_untrained: samples dropped because none of their tokens has a loss.
+        dropped_equal: preference pairs dropped because their responses are identical.
         unwritten_tools: rows with a tool or tool call whose name the chat template does not write.
-        unwritten_reasoning: rows whose last answer has a reasoning that the chat template does not write.
-        unwritten_words: rows with a message of whose words the chat template writes nothing.
-        untrained_calls: turns that are tool calls alone, which the chat template does not write: they are not trained.
-        formats: rows of each format.
+        unwritten_reasoning: rows whose last response has reasoning that the chat template does not
+            write.
+        unwritten_words: rows with a message whose content the chat template omits completely.
+        untrained_calls: turns of only tool calls, which are not trained because the chat template
+            does not write them.
+        formats: number of rows in each format.
     """
 
     rows: int = 0
@@ -58,43 +67,46 @@ class Account:
 
     @property
     def prompt_tokens(self) -> int:
+        """Input tokens without a loss."""
         return self.tokens - self.trained_tokens
 
     def summary(self) -> str:
-        """One line for people."""
+        """Returns a one-line, human-readable summary."""
         counted = f"{self.turns} turns of {self.rows} rows" if self.turns else f"{self.rows} rows"
         parts = [
             f"{self.samples} of {counted}",
             f"{self.trained_tokens} trained + {self.prompt_tokens} prompt tokens",
         ]
         notes = {
-            "cut at the length limit": self.cut,
-            "over the length limit dropped": self.dropped_overlong,
-            "without a trained token dropped": self.dropped_untrained,
-            "with equal answers dropped": self.dropped_equal,
+            "truncated to the length limit": self.cut,
+            "dropped as too long": self.dropped_overlong,
+            "dropped without a trained token": self.dropped_untrained,
+            "dropped with identical responses": self.dropped_equal,
             "with tools the chat template does not write": self.unwritten_tools,
             "with reasoning the chat template does not write": self.unwritten_reasoning,
             "with messages the chat template does not write": self.unwritten_words,
-            "turns of tool calls the chat template does not write, not trained": self.untrained_calls,
+            "tool-call turns not trained, as the chat template does not write them": (
+                self.untrained_calls
+            ),
         }
         parts += [f"{count} {note}" for note, count in notes.items() if count]
         return ", ".join(parts) + (f" · format {self.format_text()}" if self.formats else "")
 
     def format_text(self) -> str:
-        """`alpaca`, or `alpaca 900, sharegpt 100`."""
+        """Returns the formats of the rows, like `alpaca`, or `alpaca 900, sharegpt 100`."""
         if len(self.formats) == 1:
             return next(iter(self.formats))
         return ", ".join(f"{name} {count}" for name, count in self.formats.most_common())
 
     def note(self, *encoded: "Encoded") -> None:
-        """Counts the row of which these are the sequences, if the template left something of it out."""
+        """Counts a row, given as its sequences, if the template omitted something of it."""
         self.unwritten_tools += not all(item.writes_tools for item in encoded)
         self.unwritten_reasoning += not all(item.writes_reasoning for item in encoded)
         self.unwritten_words += not all(item.writes_words for item in encoded)
         self.untrained_calls += sum(item.untrained_calls for item in encoded)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns plain values for JSON."""
         return asdict(self) | {
             "prompt_tokens": self.prompt_tokens,
             "formats": dict(self.formats),
@@ -103,11 +115,17 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A sequence under the chat template: its ids, and for each whether it is trained.
+    """A sequence rendered by the chat template and tokenized, with its loss mask.
 
-    `writes_tools` is False where the template did not write a tool or tool call it was given, `writes_reasoning` where it
-    did not write the reasoning of the last answer, `writes_words` where it wrote nothing of a message's words.
-    `untrained_calls` are the turns that are not trained since they would be empty answers.
+    Attributes:
+        place: location of the row.
+        token_ids: token ids of the sequence.
+        mask: whether each token is trained.
+        writes_tools: False if the template did not write a tool or tool call of the row.
+        writes_reasoning: False if the template did not write the reasoning of the last response.
+        writes_words: False if the template omitted the complete content of a message.
+        untrained_calls: number of turns that are not trained because they would be empty
+            responses.
     """
 
     place: str
@@ -119,15 +137,15 @@ class Encoded:
     untrained_calls: int = 0
 
     def sample(self) -> Sample:
-        """As training takes it."""
+        """Returns the sequence as a training sample."""
         return Sample.from_mask(self.token_ids, self.mask)
 
     def cut(self, length: int) -> "Encoded":
-        """The first `length` ids."""
+        """Returns the sequence truncated to its first `length` ids."""
         return replace(self, token_ids=self.token_ids[:length], mask=self.mask[:length])
 
     def behind(self, length: int) -> "Encoded":
-        """What follows the first `length` ids."""
+        """Returns the sequence without its first `length` ids."""
         return replace(self, token_ids=self.token_ids[length:], mask=self.mask[length:])
 
 
@@ -140,17 +158,24 @@ def prepare_conversations(
     train_on: TrainOn = "assistant",
     split_turns: bool = False,
 ) -> tuple[list[Sample], Account]:
-    """Samples of conversations under the tokenizer's chat template.
+    """Encodes conversations with the tokenizer's chat template.
 
     Args:
-        max_seq_len: most ids a sample may have, the last one (never an input) included.
-        overlong: what happens to a longer one: `cut` at the end, or `drop`.
-        train_on: the assistant's words with the end of their turns, or every token.
-        split_turns: each answer becomes a sample of its own, its history an untrained prompt.
+        max_seq_len: maximum number of ids in a sample, including the last one, which is never an
+            input.
+        overlong: what to do with a sample that is too long: `cut` truncates it at the end, `drop`
+            removes it.
+        train_on: `assistant` trains the assistant's messages with their end-of-turn tokens, `all`
+            trains every token.
+        split_turns: make each response a separate sample, with its history as an untrained prompt.
+
+    Returns:
+        The samples, and counts of what became of the rows.
 
     Raises:
-        ConfigError: `split_turns` with `train_on="all"`.
-        DataError: the template refuses a row (its place is named), or nothing is left to train.
+        ConfigError: `split_turns` is combined with `train_on="all"`.
+        DataError: the template rejects a row (the message gives its location), or no trainable
+            rows remain.
     """
     account = Account()
     encoded = encode_conversations(
@@ -177,10 +202,11 @@ def encode_conversations(
     train_on: TrainOn = "assistant",
     split_turns: bool = False,
 ) -> Iterator[Encoded]:
-    """What `prepare_conversations` makes samples of, one after the other, counted in `account`."""
+    """Yields the encoded sequences for `prepare_conversations`, and counts them in `account`."""
     if split_turns and train_on == "all":
         raise ConfigError(
-            'split_turns trains each answer once, which train_on="all" contradicts; choose one of them'
+            "split_turns trains each response once, which contradicts "
+            'train_on="all"; choose one of them'
         )
     for conversation in conversations:
         account.rows += 1
@@ -204,7 +230,7 @@ def encode_conversations(
 
 
 def answers_of(conversation: Conversation) -> Iterator[Conversation]:
-    """The conversation up to each of its assistant turns that is trained."""
+    """Yields, for each trained assistant turn, the conversation up to and including it."""
     try:
         turns = trained_turns(conversation.messages)
     except DataError as error:
@@ -223,14 +249,14 @@ def encode_messages(
     num_prompt: int = 0,
     train_on: TrainOn = "assistant",
 ) -> Encoded:
-    """Messages under the chat template.
+    """Renders messages with the chat template and tokenizes them.
 
     Args:
-        place: of the row, for errors.
-        num_prompt: messages at the beginning that are not trained, whoever speaks in them.
+        place: location of the row, for errors.
+        num_prompt: number of messages at the beginning that are not trained, whatever their roles.
 
     Raises:
-        DataError: the template refuses the messages, or there is none.
+        DataError: there is no chat template, or it rejects the messages.
     """
     try:
         if train_on == "all":
@@ -260,7 +286,14 @@ def encode_messages(
 def fit(
     sequences: tuple[Encoded, ...], account: Account, *, max_seq_len: int, overlong: Overlong
 ) -> tuple[Encoded, ...] | None:
-    """The sequences of one sample (two where answers are compared) within the limit, counted; None when dropped."""
+    """Applies the length limit to the sequences of one sample, and counts the result in `account`.
+
+    Args:
+        sequences: one sequence, or the two of a preference pair.
+
+    Returns:
+        The sequences, truncated if needed, or None if the sample is dropped.
+    """
     if max(len(encoded.token_ids) for encoded in sequences) > max_seq_len:
         if overlong == "drop":
             account.dropped_overlong += 1
@@ -281,26 +314,37 @@ def fit(
 
 
 def check_samples(account: Account, max_seq_len: int) -> None:
-    """Raises where no sample is left, and says what would fix it."""
+    """Checks that at least one sample remains.
+
+    Raises:
+        DataError: no sample remains; the message suggests a fix.
+    """
     if account.samples:
         return
     if account.dropped_overlong or account.cut:
-        remedy = f"raise max_seq_len={max_seq_len}"
+        remedy = f"increase max_seq_len={max_seq_len}"
     elif account.dropped_equal:
-        remedy = "chosen and rejected are the same in every row: check how the pairs were made"
+        remedy = (
+            "chosen and rejected are identical in every row: check how the pairs were generated"
+        )
     elif account.dropped_untrained:
-        remedy = "no row has an answer that is trained: check for empty answers and for messages of weight 0"
+        remedy = (
+            "no row has a trained response: check for empty responses and for messages of weight 0"
+        )
         if account.untrained_calls:
-            remedy = "the answers are tool calls, which the chat template does not write: take one that does"
+            remedy = (
+                "the responses are tool calls, which the chat template does not write: "
+                "use a template that does"
+            )
     elif account.rows:
-        remedy = "no answer in them is trained: check for messages of weight 0"
+        remedy = "none of their responses is trained: check for messages of weight 0"
     else:
-        remedy = "the data files hold no rows: name others"
-    raise DataError(f"no row is left to train on ({account.summary()}); {remedy}")
+        remedy = "the data files contain no rows: give others"
+    raise DataError(f"no trainable rows remain ({account.summary()}); {remedy}")
 
 
 def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many items two sequences have in common at their beginning."""
+    """Returns the length of the common prefix of two sequences."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
@@ -310,20 +354,23 @@ def _refuse_masked(messages: list[Message]) -> None:
         for key in TRAIN_KEYS:
             if message.get(key) is not None and not message[key]:
                 raise DataError(
-                    f"message {number} has {key} {message[key]!r}, but train_on: all trains every token; "
-                    "set train_on: assistant, or remove the key"
+                    f"message {number} has {key} {message[key]!r}, but train_on: all trains every "
+                    "token; set train_on: assistant, or remove the key"
                 )
 
 
 def _writes_tools(messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> bool:
-    """Whether the text names every tool offered and every function called."""
+    """Returns whether the text contains the name of every tool offered and function called."""
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     names = [tool.get("function", tool).get("name") for tool in [*(tools or ()), *calls]]
     return all(name in text for name in names if isinstance(name, str))
 
 
 def _writes_reasoning(messages: list[Message], text: str) -> bool:
-    """Whether the reasoning of the last answer is in the text; templates leave that of earlier ones out on purpose."""
+    """Returns whether the text contains the reasoning of the last response.
+
+    Templates omit the reasoning of earlier responses on purpose.
+    """
     answers = [message for message in messages if message.get("role") == "assistant"]
     reasons = [answers[-1].get(key) for key in REASONING_KEYS] if answers else []
     return all(reason.strip() in text for reason in reasons if isinstance(reason, str))

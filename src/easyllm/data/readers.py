@@ -1,6 +1,7 @@
-"""One reader for each file format: blocks of bytes to rows, each with its place, good or bad.
+"""Readers of the file formats, which convert blocks of bytes to rows with their locations.
 
-A reader yields a `BadRow` where it can go on behind it, and raises `DamagedFile` where it cannot.
+A reader yields a `BadRow` if it can continue after an invalid row, and raises `DamagedFile` if it
+cannot.
 """
 
 import codecs
@@ -25,14 +26,14 @@ from easyllm.data.row import Row
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row nothing can be made of: where it stands (as in `Row`), and why, in a few words."""
+    """An invalid row: its location (as in `Row`) and the reason, in a few words."""
 
     place: str
     reason: str
 
     @property
     def kind(self) -> str:
-        """The reason without its particulars, for counting.
+        """The reason without its details, for counting.
 
         >>> BadRow("a.jsonl:3", "not JSON (Expecting value at character 9)").kind
         'not JSON'
@@ -46,23 +47,27 @@ TOO_LONG = f"longer than {MAX_BYTES >> 20} MiB"
 
 
 def read_text(blocks: Iterable[bytes], name: str) -> Rows:
-    """The whole file as one row's `text`."""
+    """Yields the complete file as the `text` of one row."""
     too_long = f"{TOO_LONG} as one document; set documents: line, or document_separator"
     yield _text_row(read_whole(blocks), name, _plain, too_long)
 
 
 def read_markdown(blocks: Iterable[bytes], name: str) -> Rows:
-    """The whole file as one row's `text`, without front matter and comments."""
+    """Yields the complete file as the `text` of one row, without front matter and comments."""
     yield _text_row(read_whole(blocks), name, lambda content: markdown_text(_plain(content)))
 
 
 def read_html(blocks: Iterable[bytes], name: str) -> Rows:
-    """The page's main text as one row's `text`."""
+    """Yields the main text of the page as the `text` of one row."""
     yield _text_row(read_whole(blocks), name, html_text)
 
 
 def read_lines(blocks: Iterable[bytes], name: str, first: int = 0) -> Rows:
-    """Each line that is not blank as a row's `text`; `first` lines stand before the blocks."""
+    """Yields each line that is not blank as the `text` of a row.
+
+    Args:
+        first: number of lines in the file before the blocks.
+    """
     for number, line in enumerate(split_records(blocks), first + 1):
         if not _is_blank(line):
             yield _text_row(line, f"{name}:{number}", _piece)
@@ -71,21 +76,34 @@ def read_lines(blocks: Iterable[bytes], name: str, first: int = 0) -> Rows:
 def read_separated(
     blocks: Iterable[bytes], name: str, delimiter: Delimiter, first: int = 0
 ) -> Rows:
-    """Each piece between delimiters as a row's `text`, without line breaks around it; blank ones are passed over."""
+    """Yields each piece between delimiters as the `text` of a row, without line breaks around it.
+
+    Blank pieces are skipped.
+
+    Args:
+        first: number of pieces in the file before the blocks.
+    """
     for index, piece in enumerate(split_records(blocks, delimiter), first):
         if not _is_blank(piece):
             yield _text_row(piece, f"{name}[{index}]", _piece)
 
 
 def read_jsonl(blocks: Iterable[bytes], name: str, first: int = 0) -> Rows:
-    """Each line that is not blank as an object; `first` lines stand before the blocks."""
+    """Yields the JSON object on each line that is not blank.
+
+    Args:
+        first: number of lines in the file before the blocks.
+    """
     for number, line in enumerate(split_records(blocks), first + 1):
         if not _is_blank(line):
             yield _json_row(line, f"{name}:{number}")
 
 
 def read_json(blocks: Iterable[bytes], name: str) -> Rows:
-    """The objects of an array, or of objects one after another: often JSON lines under the name .json."""
+    """Yields the objects of a JSON array, or consecutive JSON objects.
+
+    Files named .json often contain JSON lines.
+    """
     blocks = iter(blocks)
     head = next(blocks, b"")
     blocks, start = chain([head], blocks), head.strip()
@@ -112,7 +130,7 @@ def _text_row(
 
 def _plain(content: bytes) -> str:
     if b"\0" in content:
-        raise DataError("holds NUL bytes: not a text, or UTF-16 without a byte order mark")
+        raise DataError("contains NUL bytes: not text, or UTF-16 without a byte order mark")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -138,10 +156,10 @@ def _json_row(line: bytes | None, place: str) -> Row | BadRow:
         return BadRow(place, f"not UTF-8 text (byte {line[error.start]:#04x} at {error.start})")
     except json.JSONDecodeError as error:
         return BadRow(place, f"not JSON ({error.msg} at character {error.pos + 1})")
-    except ValueError as error:  # a number of too many digits
+    except ValueError as error:  # a number with too many digits
         return BadRow(place, f"not JSON ({error})")
     except RecursionError:
-        return BadRow(place, "JSON nested too deep")
+        return BadRow(place, "JSON nested too deeply")
 
 
 def _object_row(value: Any, place: str) -> Row | BadRow:
@@ -151,7 +169,7 @@ def _object_row(value: Any, place: str) -> Row | BadRow:
 
 
 def _read_values(blocks: Iterable[bytes], name: str, *, is_array: bool) -> Rows:
-    # a byte that is not UTF-8 becomes a lone surrogate: its row is bad, the others are not
+    # a byte that is not UTF-8 becomes a lone surrogate, so that only its row is bad
     text = _JsonText(codecs.iterdecode(blocks, "utf-8", "surrogateescape"))
     if is_array:
         text.skip("[")
@@ -168,13 +186,13 @@ def _read_values(blocks: Iterable[bytes], name: str, *, is_array: bool) -> Rows:
 
 
 class _JsonText:
-    """JSON values out of pieces of text, holding little more than the value at hand."""
+    """Parses JSON values from pieces of text, buffering little more than the current value."""
 
     def __init__(self, pieces: Iterator[str]) -> None:
         self._pieces, self._held, self._position = pieces, "", 0
 
     def peek(self) -> str:
-        """The next character that is not white space; none at the end."""
+        """Returns the next character that is not whitespace, or "" at the end."""
         while True:
             while self._position < len(self._held):
                 if (character := self._held[self._position]) not in " \t\r\n":
@@ -184,14 +202,14 @@ class _JsonText:
                 return ""
 
     def skip(self, expected: str) -> None:
-        """Steps over a character that has to be there."""
+        """Skips the next character, which must be `expected`."""
         if self.peek() != expected:
             got = repr(self.peek()) if self.peek() else "the end"
             raise DamagedFile(f"not JSON (expected {expected!r}, got {got})")
         self._position += 1
 
     def value(self) -> Any:
-        """The next value."""
+        """Parses and returns the next value."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._held, self._position)
@@ -201,24 +219,27 @@ class _JsonText:
             except (
                 ValueError,
                 RecursionError,
-            ) as error:  # a number of too many digits, or too deep
+            ) as error:  # a number with too many digits, or nested too deeply
                 raise DamagedFile(f"not JSON ({error})") from None
             else:
-                # behind a number `.`, `e` or `e+` may be its continuation, which the next piece holds
+                # `.`, `e` or `e+` after a number may continue it, with the rest in the next piece
                 is_whole = isinstance(value, dict) or len(self._held) - end > len("e+")
                 if is_whole or not self._grow():
                     self._position = end
                     return value
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
-        """Whether more text can mend it; words, escapes and numbers' beginnings are under 16 characters."""
+        """Returns whether the error may be due to a truncated value.
+
+        Literals, escapes and the beginnings of numbers are shorter than 16 characters.
+        """
         return error.msg.startswith("Unterminated") or error.pos > len(self._held) - 16
 
     def _grow(self) -> bool:
-        """Doubles the text from the position on, so that a long value is parsed a few times, not many.
+        """Doubles the buffered text after the position, so that a long value is reparsed few times.
 
         Returns:
-            False where there is no more: then everything is as it was.
+            False if there is no more text; then nothing has changed.
         """
         rest = self._held[self._position :]
         if len(rest) > MAX_BYTES:

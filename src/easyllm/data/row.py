@@ -1,4 +1,4 @@
-"""One row of a data file, wherever it was read from."""
+"""One row of a data file of any format."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One object of a data file and where it stands (`file:line`, or `file[index]` in an array)."""
+    """One object of a data file, and its location (`file:line`, or `file[index]` in an array)."""
 
     values: dict[str, Any]
     place: str

@@ -1,4 +1,4 @@
-"""Rows as documents: which keys hold text, id and language, and what a text must be."""
+"""Converts rows to documents: the keys of text, id and language, and the checks of a text."""
 
 import re
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from easyllm.data.readers import TOO_LONG, BadRow
 from easyllm.data.row import Row
 
 EMPTY_TEXT = "empty text"
-"""The reason of a `BadRow` that is no mistake: it is counted, and stops nothing."""
+"""Reason of a `BadRow` that is not an error: the row is counted and never stops a run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowKeys:
-    """Where a row holds what a document needs.
+    """Keys of a row under which the fields of a document are stored.
 
     Attributes:
-        text: the key of the text.
-        id: the key of the id; None takes `id` where it is text or a whole number, else the row's place.
-        language: the key of the language, if any.
+        text: key of the text.
+        id: key of the id; None uses `id` if that is text or an integer, else the row's location.
+        language: key of the language, if any.
     """
 
     text: str = "text"
@@ -29,10 +29,11 @@ class RowKeys:
 
 
 def to_document(row: Row, keys: RowKeys, *, source: str, language: str | None) -> Document | BadRow:
-    """The document a row holds, or why it holds none.
+    """Returns the row as a document, or a `BadRow` with the reason why it is not valid.
 
     Args:
-        language: of a row that names none.
+        source: name of the source.
+        language: language of a row that does not give one.
     """
     text, id = row.values.get(keys.text), row.values.get(keys.id or "id")
     if not isinstance(text, str):
@@ -46,13 +47,13 @@ def to_document(row: Row, keys: RowKeys, *, source: str, language: str | None) -
     if len(text) > MAX_BYTES:
         return BadRow(row.place, TOO_LONG)
     if not (_is_utf8(text) and _is_utf8(str(id))):
-        return BadRow(row.place, "holds bytes that are not UTF-8 text, or half a surrogate pair")
+        return BadRow(row.place, "contains bytes that are not UTF-8, or an unpaired surrogate")
     own = language_code(row.values.get(keys.language)) if keys.language else None
     return Document(id=str(id), source=source, text=text, language=own or language)
 
 
 def language_code(tag: Any) -> str | None:
-    """The language in a tag like `en`, `en-GB` or `zh_Hans`; None where it is no such tag.
+    """Returns the language of a tag like `en`, `en-GB` or `zh_Hans`, or None for anything else.
 
     >>> language_code("zh-CN"), language_code("Chinese")
     ('zh', None)
@@ -81,7 +82,7 @@ def _escape(text: str) -> str:
 
 
 def _is_utf8(text: str) -> bool:
-    if text.isascii():  # known without looking
+    if text.isascii():  # constant time
         return True
     try:
         text.encode("utf-8")

@@ -1,7 +1,8 @@
-"""Keys of a row that would change what is trained if they were read, and are not: each is refused by name.
+"""Rejects rows with keys that would change what is trained, but that are not supported.
 
-Metadata (`id`, `source`, `category`, `language`, `score`, ...) says nothing about the loss, and any key may be such; the ones
-here are those that other trainers read. A key that holds nothing (null, "", [], {}) asks for nothing and is passed over.
+The keys listed here are those that other trainers read. Any other key may be metadata (`id`,
+`source`, `category`, `language`, `score`, ...), which does not affect the loss. A key with an empty
+value (null, "", [], {}) has no effect and is ignored.
 """
 
 from typing import Any
@@ -10,14 +11,20 @@ from easyllm.core.errors import DataError
 from easyllm.data.row import Row
 
 _WEIGHT = (
-    "all rows weigh the same: remove a row of weight 0, repeat one that should count more, or put weight 0 into the "
-    "messages that are not to be trained"
+    "all rows have the same weight: remove a row of weight 0, repeat one that should count more, "
+    "or set weight 0 on the messages that should not be trained"
 )
-_TOKENS = "rows are given as text and the loss follows from who speaks: remove it, or mask messages with weight 0"
-_MEDIA = "only text is supported: remove it, or the row"
-_PAIR = "the row compares answers: give chosen and rejected, or remove it to train on the conversation alone"
-_TEMPLATE = "every row is rendered by the model's own chat template: remove it"
-_CONTEXT = "the answer would be learned without it: put it into the question"
+_TOKENS = (
+    "rows are given as text and the loss mask follows from the roles: remove the key, or mask "
+    "messages with weight 0"
+)
+_MEDIA = "only text is supported: remove the key or the row"
+_PAIR = (
+    "the row compares responses: give both chosen and rejected, or remove the key to train on the "
+    "conversation alone"
+)
+_TEMPLATE = "every row is rendered with the model's own chat template: remove the key"
+_CONTEXT = "the response would be trained without it: put it into the question"
 
 REFUSED: dict[str, str] = (
     dict.fromkeys(("weight", "weights", "sample_weight", "loss_weight", "example_weight"), _WEIGHT)
@@ -28,27 +35,27 @@ REFUSED: dict[str, str] = (
     | dict.fromkeys(("input_ids", "token_ids", "attention_mask", "completion_mask"), _TOKENS)
     | dict.fromkeys(("images", "image", "videos", "video", "audios", "audio", "speech"), _MEDIA)
     | dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PAIR)
-    | dict.fromkeys(("margin",), "answers are compared without a margin: remove it")
+    | dict.fromkeys(("margin",), "responses are compared without a margin: remove the key")
     | dict.fromkeys(("chat_template", "chat_template_kwargs", "documents"), _TEMPLATE)
 )
-"""Key -> why it is not read, and what to do."""
+"""Maps each unsupported key to the reason and the remedy."""
 FLAT_FORMATS = ("alpaca", "prompt-completion")
-"""Formats of one question and one answer, where `context` belongs to the question."""
+"""Formats of one question and one response, in which `context` belongs to the question."""
 CONTEXT_KEYS = ("context", "passage")
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "mask": ("User", "user"),  # NeMo's name of the turns without a loss, which is what is done here
+    "mask": ("User", "user"),  # NeMo: role whose turns have no loss, as is the case here anyway
 }
 
 
 def check_keys(row: Row, format: str, *, read: tuple[str, ...] = ()) -> None:
-    """Refuses a row with a key that asks for what is not done.
+    """Checks that a row has no key that requests unsupported behaviour.
 
     Args:
-        format: of the row, as it was detected.
-        read: keys of `REFUSED` that this kind of row does read.
+        format: detected format of the row.
+        read: keys of `REFUSED` that are supported for this kind of row.
 
     Raises:
-        DataError: there is such a key; it and the row's place are named.
+        DataError: the row has such a key; the message names it and the location of the row.
     """
     for key, remedy in REFUSED.items():
         if key in row.values and key not in read and _asks(key, row.values[key]):
@@ -60,7 +67,7 @@ def check_keys(row: Row, format: str, *, read: tuple[str, ...] = ()) -> None:
 
 
 def _asks(key: str, value: Any) -> bool:
-    """Whether the value is other than nothing, and other than what is done anyway."""
+    """Returns whether the value is neither empty nor the default behaviour."""
     if REFUSED[key] is _WEIGHT:
         return value is not None and value != 1
     return not (value is None or value in ("", [], {}) or value in _HARMLESS.get(key, ()))

@@ -1,4 +1,4 @@
-"""The tools a row offers and calls, as objects, however often they were encoded as JSON text."""
+"""Reads the tools and tool calls of a row, which may be JSON text at several levels."""
 
 import json
 from typing import Any
@@ -9,7 +9,13 @@ from easyllm.tokenizer.messages import Message, read_arguments
 
 
 def read_tools(row: Row) -> list[dict[str, Any]] | None:
-    """The tools a row offers (`tools`, or `functions`), as a list or JSON text, also of each; None for none."""
+    """Returns the tools that a row offers under `tools` or `functions`, or None if there are none.
+
+    The list, and each tool in it, may be given as JSON text.
+
+    Raises:
+        DataError: the tools are not valid JSON, or not a list of objects.
+    """
     key = "tools" if row.values.get("tools") else "functions"
     tools = row.values.get(key)
     try:
@@ -22,12 +28,15 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list) or not all(
         isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools
     ):
-        raise DataError(f"{row.place}: {key} is no list of functions; give each as an object")
+        raise DataError(f"{row.place}: {key} is not a list of functions; give each as an object")
     return tools
 
 
 def _read_tool(tool: Any) -> Any:
-    """A tool as an object, its parameters too: both are often JSON text, where a table could not hold the object."""
+    """Returns a tool as an object, including its parameters.
+
+    Tables often store both as JSON text, because they cannot store the objects.
+    """
     tool = _from_json(tool) if isinstance(tool, str) and tool.lstrip()[:1] == "{" else tool
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("parameters"), str):
@@ -43,15 +52,16 @@ def _from_json(value: Any) -> Any:
 
 
 def read_function_call(value: Any, row: Row, name: str, role: str = "function_call") -> Message:
-    """A turn that is a call (`role`, as the row has it), as a message.
+    """Returns a tool-call turn as a message.
 
     Args:
-        value: one call or a list of them, each an object or JSON text, also around the list. Each is
-            `{"name": ..., "arguments": ...}`, perhaps under `function`.
-        name: what errors call the turn.
+        value: one call or a list of calls, where each call and the list may be JSON text. A call is
+            `{"name": ..., "arguments": ...}`, optionally under `function`.
+        name: how errors refer to the turn.
+        role: role of the turn in the row, for errors.
 
     Raises:
-        DataError: it is no such thing.
+        DataError: the value is not a tool call.
     """
     try:
         call = _from_json(value)

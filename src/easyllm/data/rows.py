@@ -1,6 +1,7 @@
-"""The rows of a data file that is trained on: JSON lines or a JSON array, plain or compressed.
+"""Reads the rows of a training data file: JSON lines or a JSON array, plain or compressed.
 
-The same readers as for a corpus (`readers`), but a bad row is an error here: what is trained on is looked after by hand.
+The readers are those of a corpus (`readers`), but a bad row is an error here, because training
+files are curated by hand.
 """
 
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from easyllm.data.source_files import SUFFIXES, plain_suffix
 
 __all__ = ["Row", "read_rows"]
 
-EXPECTED = ".json (an array of objects) or .jsonl (an object a line)"
-_CONTENTS = (  # what a file begins with, and what it is
+EXPECTED = ".json (an array of objects) or .jsonl (one object per line)"
+_CONTENTS = (  # magic bytes, name of the format, suffix
     (b"\x1f\x8b", "gzip", ".gz"),
     (b"\x28\xb5\x2f\xfd", "Zstandard", ".zst"),
     (b"\xfd7zXZ\x00", "xz", ".xz"),
@@ -28,10 +29,13 @@ _NAMED = 3
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a `.jsonl` file (an object a line) or a `.json` file (an array of objects), also compressed.
+    """Yields the rows of a `.jsonl` file (one object per line) or `.json` file (array of objects).
+
+    Both may be compressed.
 
     Raises:
-        DataError: the file is missing, empty or of another kind, or a line is not a JSON object (file and line are named).
+        DataError: the file is missing, empty or of another format, or a line is not a JSON object
+            (the message gives file and line).
     """
     path = Path(path)
     _check_file(path)
@@ -40,8 +44,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     try:
         for row in read(read_blocks(str(path)), str(path)):
             if isinstance(row, BadRow):
-                verb = "holds" if row.reason.startswith("a JSON") else "is"
-                raise DataError(f"{row.place} {verb} {row.reason}; mend or remove it")
+                verb = "contains" if row.reason.startswith("a JSON") else "is"
+                raise DataError(f"{row.place} {verb} {row.reason}; fix or remove it")
             is_empty = False
             yield row
     except DamagedFile as error:
@@ -49,13 +53,13 @@ def read_rows(path: Path) -> Iterator[Row]:
     if is_empty:
         is_blank = path.stat().st_size == 0
         raise DataError(
-            f"data file {str(path)!r} {'is empty' if is_blank else 'holds no rows'}; give {EXPECTED} with at least "
-            "one object"
+            f"data file {str(path)!r} {'is empty' if is_blank else 'contains no rows'}; "
+            f"give {EXPECTED} with at least one object"
         )
 
 
 def _check_file(path: Path) -> None:
-    """Refuses what cannot hold rows, with the reason."""
+    """Raises a `DataError` with the reason if the path cannot be a file of rows."""
     if path.is_dir():
         files = sorted(
             file.name for file in path.iterdir() if plain_suffix(file.name) in (".json", ".jsonl")
@@ -63,7 +67,11 @@ def _check_file(path: Path) -> None:
         shown = ", ".join(files[:_NAMED]) + (", ..." if len(files) > _NAMED else "")
         raise DataError(
             f"data file {str(path)!r} is a folder; name the files in it"
-            + (f" (it holds {shown})" if files else f", which must be {EXPECTED}: it holds none")
+            + (
+                f" (it contains {shown})"
+                if files
+                else f", which must be {EXPECTED}: it contains none"
+            )
         )
     if not path.exists():
         raise DataError(f"data file {str(path)!r} does not exist; name a .json or .jsonl file")
@@ -83,5 +91,5 @@ def _check_file(path: Path) -> None:
         raise DataError(f"cannot read data file {str(path)!r}: {error.strerror}") from None
     for beginning, kind, ending in _CONTENTS:
         if head.startswith(beginning):
-            remedy = f"let its name end in {ending}" if ending else f"convert it to {EXPECTED}"
-            raise DataError(f"data file {str(path)!r} holds {kind}, not JSON; {remedy}")
+            remedy = f"rename it to end in {ending}" if ending else f"convert it to {EXPECTED}"
+            raise DataError(f"data file {str(path)!r} contains {kind}, not JSON; {remedy}")

@@ -1,11 +1,15 @@
-"""Rows of token shards: documents laid end to end, cut every `row_tokens`, each isolated from its neighbours.
+"""Rows of token shards: documents concatenated and split every `row_tokens`, each isolated.
 
-documents  a a a a e | b b e | c c c c c c e         laid out in the order of the epoch
-rows       a a a a e   b b   e | c c c   c c c e     (of 8; a document cut by a row's end goes on in the next one)
-lengths    5           2   | 1   3 ...               (each part is a sequence of its own: positions from 0)
-labels     a a a e -   b e   - | ...                 the next token of the same document, also where the next row has it
+documents  a a a a e | b b e | c c c c c c e        concatenated in the order of the epoch
+rows       a a a a e   b b   e | c c c   c c c e    (of 8 tokens; a split document continues in the
+                                                    next row)
+lengths    5           2   | 1   3 ...              (each part is a separate sequence, positions
+                                                    count from 0)
+labels     a a a e -   b e   - | ...                the next token of the same document, even if it
+                                                    is in the next row
 
-Any row is found from the documents' lengths alone, without reading the others: the whole position is two integers.
+Any row can be located from the document lengths alone, without reading the others, so the position
+of a run is just two integers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +32,7 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Parts of documents: ids and labels [n], and how long each part is."""
+    """Parts of documents: token ids and labels [n] int64, and the length of each part."""
 
     token_ids: Numbers
     labels: Numbers
@@ -36,13 +40,13 @@ class Row:
 
 
 class Rows:
-    """Documents in an order, end to end, cut into rows.
+    """Documents concatenated in a given order and split into rows.
 
     Args:
-        shards: where the documents lie; a row's tokens are read when it is asked for.
-        row_tokens: tokens of a row; the last one may be shorter.
-        order: numbers of documents; by default all as they lie.
-        max_tokens: where the rows end, if before the documents do.
+        shards: the documents; the tokens of a row are read when the row is requested.
+        row_tokens: tokens per row; the last row may be shorter.
+        order: document numbers; by default all documents in stored order.
+        max_tokens: maximum number of tokens in all rows; None for no limit.
     """
 
     def __init__(
@@ -63,17 +67,17 @@ class Rows:
         return -(-self.num_tokens // self.row_tokens)
 
     def row(self, number: int) -> Row:
-        """One row, read from the shards."""
+        """Reads row `number` from the shards."""
         start = number * self.row_tokens
         stop = min(start + self.row_tokens, self.num_tokens)
         first = int(np.searchsorted(self._ends, start, side="right"))
         last = int(np.searchsorted(self._ends, stop, side="left"))
         parts = self.shards.documents(self._order[first : last + 1])
-        left_over = int(self._ends[last]) - stop  # tokens of the last document beyond this row
-        begun = start - (int(self._ends[first]) - len(parts[0]))  # those of the first before it
+        left_over = int(self._ends[last]) - stop  # tokens of the last document after this row
+        begun = start - (int(self._ends[first]) - len(parts[0]))  # of the first one before this row
         parts[0] = parts[0][begun:]
         if left_over:
-            parts[-1] = parts[-1][: len(parts[-1]) - left_over + 1]  # one more: the last label
+            parts[-1] = parts[-1][: len(parts[-1]) - left_over + 1]  # plus one for the last label
         ids = np.concatenate(parts, dtype=np.int64)
         ends = np.append(self._ends[first:last], stop) - start
         size = stop - start
@@ -85,17 +89,20 @@ class Rows:
 
 
 class ShardLoader:
-    """Yields the micro-batches of one optimizer step after the other, for ever.
+    """Yields the micro-batches of one optimizer step after another, without end.
 
-    An epoch is every token once: documents in a seeded order, cut into rows, the rows in a seeded order, too (or the rows
-    of a long document would all fall into the same few steps).
+    An epoch contains every token once. Documents are shuffled with the seed and split into rows,
+    and then the rows are shuffled as well; otherwise all rows of a long document would fall into
+    the same few steps.
 
     Args:
-        row_tokens: tokens of a row.
-        batch_size: rows in a step; or
-        batch_tokens: tokens in a step, at least.
-        micro_batch_tokens: most tokens in one packed micro-batch of whole rows; a longer row is alone.
-        seed: of the order, which differs from epoch to epoch; None keeps that of the shards.
+        row_tokens: tokens per row.
+        batch_size: rows per step; None if `batch_tokens` gives the step size.
+        batch_tokens: minimum number of tokens per step.
+        micro_batch_tokens: maximum number of tokens in one packed micro-batch of complete rows; a
+            longer row forms its own micro-batch.
+        seed: seed of the order, which is different in each epoch; None keeps the order of the
+            shards.
 
     Raises:
         ConfigError: not exactly one of `batch_size` and `batch_tokens` is given.
@@ -114,8 +121,8 @@ class ShardLoader:
     ) -> None:
         if (batch_size is None) == (batch_tokens is None):
             raise ConfigError(
-                f"batch_size={batch_size} and batch_tokens={batch_tokens} both say how large a step is, or neither does; "
-                "give one of them"
+                f"got batch_size={batch_size} and batch_tokens={batch_tokens}, but exactly one "
+                "sets the step size; give one of them"
             )
         _check_not_empty(shards)
         self.shards, self.row_tokens, self.seed = shards, row_tokens, seed
@@ -123,11 +130,12 @@ class ShardLoader:
         self.rows_per_batch = max(1, micro_batch_tokens // row_tokens)
         self.state = LoaderState()
         self.last: list[int] = []
-        """Numbers of the rows of the step given last."""
+        """Row numbers of the most recent step."""
         self._epoch: tuple[int, Rows, Numbers] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of steps per epoch."""
         rows = -(-self.shards.manifest.tokens // self.row_tokens)
         return -(-rows // self.rows_per_step)
 
@@ -136,7 +144,7 @@ class ShardLoader:
             yield self.next_step()
 
     def next_step(self) -> list[Batch]:
-        """The micro-batches of the next step; the last step of an epoch may be smaller."""
+        """Returns the micro-batches of the next step; the last step of an epoch may be smaller."""
         rows, order = self._rows_of(self.state.epoch)
         cursor = self.state.cursor
         self.last = order[cursor : cursor + self.rows_per_step].tolist()
@@ -146,7 +154,7 @@ class ShardLoader:
         return _batches(rows, self.last, self.rows_per_batch)
 
     def _rows_of(self, epoch: int) -> tuple[Rows, Numbers]:
-        """The epoch's rows, and their order."""
+        """Returns the rows of the epoch, and their order."""
         if self._epoch is None or self._epoch[0] != epoch:
             if self.seed is None:
                 rows = Rows(self.shards, self.row_tokens)
@@ -162,7 +170,7 @@ class ShardLoader:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """Batches to evaluate on, and the bytes of text their labels stand for.
+    """Validation batches, and the number of text bytes that their labels represent.
 
     bits per byte = summed loss in nats / ln 2 / num_bytes
     """
@@ -179,9 +187,16 @@ def validation_batches(
     max_tokens: int,
     micro_batch_tokens: int,
 ) -> Validation:
-    """The first `max_tokens` of the shards in rows, the same every time.
+    """Builds batches of the first `max_tokens` tokens of the shards, in a fixed order.
 
-    A document's first token is not predicted, so its bytes are not counted; an end token is, and has none.
+    The first token of a document is not predicted, so its bytes are not counted. An end-of-document
+    token is predicted, but has no bytes.
+
+    Args:
+        tokenizer: gives the number of text bytes of each token.
+        row_tokens: tokens per row.
+        max_tokens: number of tokens to use.
+        micro_batch_tokens: maximum number of tokens in one packed batch.
 
     Raises:
         DataError: the shards are empty.
@@ -200,7 +215,7 @@ def _batches(rows: Rows, numbers: Sequence[int], rows_per_batch: int) -> list[Ba
 
 
 def _batch(rows: list[Row]) -> Batch:
-    """Rows end to end."""
+    """Packs rows into one batch."""
     labels = np.concatenate([row.labels for row in rows])
     lengths = np.concatenate([row.lengths for row in rows])
     bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -217,4 +232,4 @@ def _batch(rows: list[Row]) -> Batch:
 
 def _check_not_empty(shards: TokenShards) -> None:
     if shards.manifest.tokens == 0:
-        raise DataError(f"the shards in {str(shards.folder)!r} hold no tokens; build them again")
+        raise DataError(f"the shards in {str(shards.folder)!r} contain no tokens; rebuild them")

@@ -1,4 +1,4 @@
-"""The files a source names: patterns and folders followed, formats told by suffix, each under a short name."""
+"""Finds the files of a source: expands patterns and folders, and detects formats by suffix."""
 
 import glob
 import logging
@@ -33,12 +33,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
-    """One file.
+    """One file of a source.
 
     Attributes:
-        path: where it is, absolute.
-        name: unique in its source and the same wherever the data lies; ids and places begin with it.
-        format: what it holds when it is decompressed.
+        path: absolute path.
+        name: unique in its source and independent of where the data is stored; ids and locations
+            of rows begin with it.
+        format: format of the decompressed content.
     """
 
     path: str
@@ -47,17 +48,18 @@ class SourceFile:
 
 
 def find_files(paths: Iterable[str], format: Format | None) -> list[SourceFile]:
-    """The files that `paths` (files, folders, patterns) name, each once, sorted by name.
+    """Returns the files that `paths` (files, folders, patterns) match, each once, sorted by name.
 
-    In a folder files are chosen by suffix, the others and hidden ones passed over; a file or pattern is taken
-    at its word. Names are relative to the folder that holds what was given; where two files would share a
-    name, all are as they were given.
+    In a folder, files are selected by suffix; hidden files and other suffixes are skipped. Files
+    given directly or matched by a pattern are always included. Names are relative to the folder
+    that contains the given path; if two files would have the same name, the paths as given are
+    the names of all files.
 
     Args:
-        format: what every file holds; None tells it by suffix.
+        format: format of every file; None detects it by suffix.
 
     Raises:
-        SourceError: a path matches nothing, or a file's suffix tells no format.
+        SourceError: a path matches nothing, or a file has an unknown suffix.
     """
     found: dict[str, tuple[_Match, Format]] = {}
     for given in paths:
@@ -73,7 +75,7 @@ def find_files(paths: Iterable[str], format: Format | None) -> list[SourceFile]:
 
 
 def plain_suffix(path: str) -> str:
-    """The suffix that tells the format: the last one, or the one before that of a compression."""
+    """Returns the suffix that gives the format: the last one, without a compression suffix."""
     path = path.lower()
     for compression in COMPRESSIONS:
         path = path.removesuffix(compression)
@@ -89,7 +91,7 @@ class _Match:
 
 
 def _choose(given: str, format: Format | None) -> dict[str, tuple[_Match, Format]]:
-    """The files one path names, by absolute path, with their formats."""
+    """Returns the files that one path matches with their formats, by absolute path."""
     chosen: dict[str, tuple[_Match, Format]] = {}
     others: Counter[str] = Counter()
     for match in _follow(given):
@@ -100,19 +102,21 @@ def _choose(given: str, format: Format | None) -> dict[str, tuple[_Match, Format
         kind = format or told
         if kind is None:
             raise SourceError(
-                f"the suffix of {match.path!r} tells no format (known: {', '.join(SUFFIXES)}, and these "
-                f"with {' or '.join(COMPRESSIONS)}); set format, or name other files"
+                f"cannot detect the format of {match.path!r} by its suffix (known: "
+                f"{', '.join(SUFFIXES)}, each also with {' or '.join(COMPRESSIONS)}); "
+                "set format, or give other files"
             )
         if kind == "parquet" and match.path.lower().endswith(COMPRESSIONS):
             raise SourceError(
-                f"{match.path!r} is a compressed Parquet file, which cannot be read in parts; unpack it"
+                f"{match.path!r} is a compressed Parquet file, which cannot be read in parts; "
+                "decompress it"
             )
         chosen.setdefault(os.path.abspath(match.path), (match, kind))
     suffixes = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common(8))
     if not chosen:
         raise SourceError(_nothing(given, format, suffixes))
     if others:
-        logger.warning("%s: files of other suffixes are passed over: %s", given, suffixes)
+        logger.warning("%s: skipped files with other suffixes: %s", given, suffixes)
     return chosen
 
 
@@ -120,12 +124,15 @@ def _nothing(given: str, format: Format | None, suffixes: str) -> str:
     if suffixes:
         wanted = [suffix for suffix, told in SUFFIXES.items() if format in (None, told)]
         return (
-            f"source path {given!r} holds no file with a suffix of {', '.join(wanted)}, but {suffixes}; "
-            "name the files with a pattern (folder/*) and set format"
+            f"source path {given!r} contains no file with a suffix of {', '.join(wanted)}, "
+            f"only {suffixes}; give the files as a pattern (folder/*) and set format"
         )
     if os.path.isdir(os.path.expanduser(given)):
-        return f"source path {given!r} is a folder without files; put data there or name another"
-    return f"source path {given!r} matches no file; name a file, a folder or a pattern like data/*.jsonl"
+        return f"source path {given!r} is a folder without files; add files or give another folder"
+    return (
+        f"source path {given!r} matches no file; "
+        "give a file, a folder or a pattern like data/*.jsonl"
+    )
 
 
 def _follow(given: str) -> Iterator[_Match]:
@@ -146,7 +153,7 @@ def _follow(given: str) -> Iterator[_Match]:
 
 
 def _below(folder: str, label: str) -> Iterator[_Match]:
-    """Files below a folder; links to folders are followed, each folder once."""
+    """Yields the files in a folder tree; follows links, but visits no folder twice."""
     seen = set()
     for here, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -175,5 +182,5 @@ def _part_without_wildcards(pattern: str) -> str:
 
 
 def _printable(name: str) -> str:
-    """A name as UTF-8 text with forward slashes; file systems allow names that are no text."""
+    """Returns a name as valid UTF-8 with forward slashes; file names may be invalid UTF-8."""
     return name.replace(os.sep, "/").encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,10 +1,11 @@
-"""Sources: where documents come from, cut into splits that can be read apart, each in constant memory.
+"""Sources of documents, divided into splits that can be read separately in constant memory.
 
     config = SourceConfig(paths=("wiki/*.jsonl.zst", "extra.parquet"))
     for split in list_splits("wiki", config):
         for item in read_split(split, config):  # Document | BadRow
 
-Splits may be read in any order, in other processes, on other machines that see the same files.
+Splits may be read in any order, and in other processes or on other machines with access to the
+same files.
 """
 
 import os
@@ -50,25 +51,29 @@ from easyllm.data.tables import (
 )
 
 SPLIT_BYTES = 1 << 26
+"""Default size of a split."""
 OPENING_BYTES = 1 << 12
-"""A file counts for as many bytes at least: opening one costs about as much as reading them."""
+"""Minimum size that a file counts as, since opening a file takes as long as reading about this many
+bytes."""
 ROW_FORMATS = frozenset({"csv", "json", "jsonl", "parquet"})
 
 
 class SourceConfig(Config):
-    """Where documents come from and how files are read.
+    """The files of a source and how to read them.
 
     Attributes:
-        paths: files, folders and patterns (`**` for any depth); one may stand alone.
-        format: what the files hold; `auto` tells it by suffix, those of compressions (`.gz`, `.zst`, `.xz`, `.bz2`) taken off.
-        text_key: the key or column of the text, in rows of JSON, CSV and Parquet.
-        id_key: the key or column of a document's id, unique in the source. None takes `id` where a JSON row
-            has one that is text or a whole number, else the row's place, which is always unique.
-        language_key: the key or column of a language code; `en-GB` and `en_GB` are `en`.
-        language: the language of documents that name none themselves.
-        documents: whether a text file is one document, or each of its lines.
-        document_separator: what stands between the documents of a text file (`"<|endoftext|>"`, `"\\n\\n"`).
-        on_error: what happens at a bad row: it is yielded as `BadRow`, or everything stops.
+        paths: files, folders and patterns (`**` for any depth), as a list or a single string.
+        format: format of the files; `auto` detects it by suffix, ignoring the suffix of a
+            compression (`.gz`, `.zst`, `.xz`, `.bz2`).
+        text_key: key or column of the text, in rows of JSON, CSV and Parquet.
+        id_key: key or column of a document's id, unique in the source. None uses `id` if a row has
+            one that is text or an integer, else the row's location, which is always unique.
+        language_key: key or column of a language code; `en-GB` and `en_GB` are `en`.
+        language: language of documents that do not give one.
+        documents: whether a text file is one document (`file`), or each of its lines is (`line`).
+        document_separator: separator of the documents in a text file (`"<|endoftext|>"`,
+            `"\\n\\n"`).
+        on_error: what to do with a bad row: `skip` yields it as a `BadRow`, `stop` raises.
     """
 
     paths: tuple[str, ...] = Field(min_length=1)
@@ -89,9 +94,11 @@ class SourceConfig(Config):
     @model_validator(mode="after")
     def _options_are_honoured(self) -> Self:
         if "" in self.paths:
-            raise ValueError("paths holds an empty one; name files, folders or patterns")
+            raise ValueError("paths contains an empty path; give files, folders or patterns")
         if self.documents == "line" and self.document_separator is not None:
-            raise ValueError("documents=line and document_separator exclude each other; set one")
+            raise ValueError(
+                "documents=line and document_separator are mutually exclusive; set only one"
+            )
         if self.format not in ("auto", "text") and self.delimiter is not None:
             raise ValueError(f"documents and document_separator are for text, not {self.format}")
         has_keys = (self.text_key, self.id_key, self.language_key) != ("text", None, None)
@@ -101,7 +108,7 @@ class SourceConfig(Config):
 
     @property
     def delimiter(self) -> Delimiter | None:
-        """What ends a document in a text file; None: the file does."""
+        """The delimiter of documents in a text file; None if the file is one document."""
         if self.documents == "line":
             return LINE
         return Delimiter.from_text(self.document_separator) if self.document_separator else None
@@ -112,10 +119,13 @@ class Part:
     """A file, or a range of it.
 
     Attributes:
-        path, name, format: as in `SourceFile`.
-        start, stop: bytes, or row groups of Parquet; to the end where stop is None.
-        first: lines, documents or rows of the file before `start`.
-        num_bytes: how much there is to read, for sharing out work and showing progress.
+        path: as in `SourceFile`.
+        name: as in `SourceFile`.
+        format: as in `SourceFile`.
+        start: first byte, or first row group of a Parquet file.
+        stop: end of the range (exclusive); None for the end of the file.
+        first: number of lines, documents or rows in the file before `start`.
+        num_bytes: bytes to read, for load balancing and progress.
     """
 
     path: str
@@ -129,42 +139,52 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """A unit of work: parts of files that are read one after the other."""
+    """A unit of work: parts of files that are read in sequence."""
 
     source: str
     parts: tuple[Part, ...]
 
     @property
     def num_bytes(self) -> int:
+        """Bytes to read in all parts."""
         return sum(part.num_bytes for part in self.parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """The split as JSON holds it."""
+        """Returns plain values for JSON."""
         return asdict(self) | {"parts": [asdict(part) for part in self.parts]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The split `as_dict` was taken of."""
+        """Restores a split from the result of `as_dict`."""
         return cls(source=values["source"], parts=tuple(Part(**part) for part in values["parts"]))
 
 
 def list_splits(name: str, config: SourceConfig, *, split_bytes: int = SPLIT_BYTES) -> list[Split]:
-    """A source in splits of about `split_bytes`; read one after the other they yield its documents in order.
+    """Divides a source into splits of about `split_bytes`.
 
-    Large files are cut between lines, separators or row groups, where they are not compressed; small files are
-    put together. The order of files is that of their names.
+    Reading the splits in sequence yields the documents of the source in order. Large uncompressed
+    files are divided at lines, separators or row groups; small files are combined. Files are
+    ordered by name.
+
+    Args:
+        name: name of the source.
+        split_bytes: target size of a split in bytes.
 
     Raises:
         SourceError: a path matches nothing, or its format is unknown.
-        DataError: a table has no column that `config` names; under `on_error=stop` also a damaged one.
-        ConfigError: an option has nothing to apply to, or a format needs a package that is not installed.
+        DataError: a table lacks a column that `config` names, or, with `on_error=stop`, is damaged.
+        ConfigError: an option does not apply to any file, or a format needs a package that is not
+            installed.
     """
     if split_bytes < 1:
-        raise ConfigError(f"split_bytes={split_bytes} is not positive; 64 MiB is {SPLIT_BYTES}")
+        raise ConfigError(
+            f"split_bytes={split_bytes} is not positive; the default is {SPLIT_BYTES} (64 MiB)"
+        )
     files = find_files(config.paths, None if config.format == "auto" else config.format)
     if config.delimiter is not None and not any(file.format == "text" for file in files):
         raise ConfigError(
-            f"source {name!r} sets documents or document_separator, which are for text files, and has none"
+            f"source {name!r} sets documents or document_separator, which are for text files, "
+            "but it has no text files; remove the option"
         )
     _require_packages(files)
     parts = [part for file in files for part in _parts(file, config, split_bytes)]
@@ -172,23 +192,27 @@ def list_splits(name: str, config: SourceConfig, *, split_bytes: int = SPLIT_BYT
 
 
 def read_split(split: Split, config: SourceConfig) -> Iterator[Document | BadRow]:
-    """The documents of a split in order, and in their places the rows no document can be made of.
+    """Yields the documents of a split in order, with a `BadRow` for each invalid row.
 
     Raises:
-        DataError: under `on_error=stop`, the first bad row; its file and line are named. An empty text is none.
-        SourceError: a file is no longer there.
+        DataError: with `on_error=stop`, at the first bad row; the message gives file and line. An
+            empty text is not an error.
+        SourceError: a file no longer exists.
     """
     for part in split.parts:
         for item in _read_part(part, split.source, config):
             if config.on_error == "stop" and isinstance(item, BadRow) and item.reason != EMPTY_TEXT:
                 raise DataError(
-                    f"{item.place}: {item.reason}; mend or remove it, or set on_error: skip"
+                    f"{item.place}: {item.reason}; fix or remove it, or set on_error: skip"
                 )
             yield item
 
 
 def _require_packages(files: Iterable[SourceFile]) -> None:
-    """Refuses what cannot be read here before any work; the same packages are asked for where they are used."""
+    """Raises before any work if a package that the files need is not installed.
+
+    The same packages are imported again where they are used.
+    """
     for file in files:
         if file.format == "html":
             optional("resiliparse", "HTML files")
@@ -197,7 +221,7 @@ def _require_packages(files: Iterable[SourceFile]) -> None:
 
 
 def _parts(file: SourceFile, config: SourceConfig, split_bytes: int) -> Iterator[Part]:
-    """The file whole, or in ranges where it is large and can be read in parts."""
+    """Yields the complete file, or ranges of it if it is large and can be read in parts."""
     path, kind = file.path, file.format
     whole = Part(path=path, name=file.name, format=kind, num_bytes=os.path.getsize(path))
     delimiter = LINE if kind == "jsonl" else config.delimiter if kind == "text" else None
@@ -218,13 +242,17 @@ def _parts(file: SourceFile, config: SourceConfig, split_bytes: int) -> Iterator
     except DamagedFile as error:
         if config.on_error == "stop":
             raise DataError(
-                f"{file.name}: {error}; mend or remove it, or set on_error: skip"
+                f"{file.name}: {error}; fix or remove it, or set on_error: skip"
             ) from None
-        yield whole  # whoever reads it meets the damage again, and reports it
+        yield whole  # reading it will run into the damage again and report it
 
 
 def _check_columns(file: SourceFile, config: SourceConfig, columns: dict[str, bool]) -> None:
-    """Refuses a table without the columns `config` names; `columns` says of each whether it holds text."""
+    """Checks that a table has the columns that `config` names.
+
+    Args:
+        columns: maps each column of the table to whether it contains text.
+    """
     listed = f"(columns: {', '.join(columns)})"
     for option in ("text_key", "id_key", "language_key"):
         key = getattr(config, option)
@@ -235,7 +263,7 @@ def _check_columns(file: SourceFile, config: SourceConfig, columns: dict[str, bo
             )
     if not columns.get(config.text_key, True):
         raise DataError(
-            f"{file.name}: column {config.text_key!r} holds no text {listed}; set text_key"
+            f"{file.name}: column {config.text_key!r} does not contain text {listed}; set text_key"
         )
 
 

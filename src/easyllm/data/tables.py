@@ -1,4 +1,4 @@
-"""Readers of tables, CSV and Parquet: rows with their places, good or bad, and the names of the columns."""
+"""Readers of CSV and Parquet tables: rows with their locations, and the names of the columns."""
 
 import csv
 import os
@@ -12,11 +12,11 @@ from easyllm.data.readers import TOO_LONG, BadRow, Rows
 from easyllm.data.row import Row
 
 BATCH_BYTES = 1 << 22
-"""About how much of a Parquet file's columns is unpacked at a time (a page is the least)."""
+"""Approximate size of the Parquet columns that are decoded at a time (a page is the minimum)."""
 
 
 def read_csv(blocks: Iterable[bytes], name: str, delimiter: str) -> Rows:
-    """Each record below the header as an object; fields may hold line breaks in quotes."""
+    """Yields each record after the header as a row; quoted fields may contain line breaks."""
     lines = _CsvLines(blocks)
     records = _csv_reader(lines, delimiter)
     header = _csv_header(records)
@@ -37,15 +37,17 @@ def read_csv(blocks: Iterable[bytes], name: str, delimiter: str) -> Rows:
 
 
 def csv_columns(blocks: Iterable[bytes], delimiter: str) -> list[str]:
-    """The names in the header; none where the file is empty."""
+    """Returns the column names in the header, or an empty list for an empty file."""
     return _csv_header(_csv_reader(_CsvLines(blocks), delimiter))
 
 
 def open_parquet(path: str) -> Any:
-    """The `pyarrow.parquet.ParquetFile`, whose pages are read as they are needed.
+    """Opens a `pyarrow.parquet.ParquetFile`, which reads its pages on demand.
 
     Raises:
-        DamagedFile: it is not a Parquet file, or is cut short.
+        ConfigError: the package pyarrow is not installed.
+        DamagedFile: the file is not a Parquet file, or is truncated.
+        SourceError: the file cannot be read.
     """
     parquet = optional("pyarrow.parquet", "Parquet files")
     with _parquet_errors(path):
@@ -53,15 +55,18 @@ def open_parquet(path: str) -> Any:
 
 
 def parquet_columns(file: Any) -> dict[str, bool]:
-    """The names of the columns, and of each whether it holds text."""
+    """Maps the name of each column to whether it contains text."""
     return {field.name: _is_text(field.type) for field in file.schema_arrow}
 
 
 def divide_parquet(file: Any, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
-    """Ranges of row groups, each the fewest that unpack to `num_bytes`.
+    """Divides a Parquet file into ranges of row groups.
 
-    Returns:
-        For each its first row group, the one after its last, the number of rows before it, and its bytes.
+    Each range has the smallest number of row groups whose uncompressed size reaches `num_bytes`.
+
+    Yields:
+        First row group of the range, last row group plus one, number of rows before the range, and
+        its uncompressed bytes.
     """
     start = first = rows = size = 0
     for group in range(file.num_row_groups):
@@ -81,10 +86,12 @@ def read_parquet(
     stop: int | None = None,
     first: int = 0,
 ) -> Rows:
-    """Each row of the row groups from `start` to before `stop`, with those of `columns` that are there.
+    """Yields each row of a range of row groups, with those of `columns` that the file has.
 
     Args:
-        first: rows of the file before row group `start`.
+        start: first row group.
+        stop: last row group plus one; None for the end of the file.
+        first: number of rows in the file before row group `start`.
     """
     file = open_parquet(path)
     columns = [column for column in columns if column in file.schema_arrow.names]
@@ -96,12 +103,14 @@ def read_parquet(
                 yield Row(dict(zip(columns, values, strict=True)), f"{name}[{index}]")
                 index += 1
         except DamagedFile as error:
-            yield BadRow(f"{name}[{index}]", f"row group {group} cannot be read on: {error}")
+            yield BadRow(
+                f"{name}[{index}]", f"the rest of row group {group} cannot be read: {error}"
+            )
         index = following
 
 
 class _CsvLines:
-    """Lines as the csv module takes them, counting the bytes of the row under way."""
+    """Yields lines for the csv module, and counts the bytes of the current row."""
 
     def __init__(self, blocks: Iterable[bytes]) -> None:
         self._lines = split_records(blocks)
@@ -114,12 +123,12 @@ class _CsvLines:
         line = next(self._lines)
         self.num_bytes += 0 if line is None else len(line)
         if line is None or self.num_bytes > MAX_BYTES:
-            raise DamagedFile(f"a row {TOO_LONG}; perhaps a quote is never closed")
+            raise DamagedFile(f"a row {TOO_LONG}; a quote may not be closed")
         return line.decode("utf-8", "surrogateescape") + "\n"
 
 
 def _csv_reader(lines: _CsvLines, delimiter: str) -> Any:
-    # the limit is the whole process's, and only ever raised; rows are bounded by _CsvLines
+    # the limit is global to the process and is only ever increased; _CsvLines bounds the rows
     csv.field_size_limit(max(csv.field_size_limit(), MAX_BYTES + 1))
     return csv.reader(lines, delimiter=delimiter, strict=True)
 
@@ -132,7 +141,7 @@ def _csv_header(records: Any) -> list[str]:
 
 
 def _group_values(file: Any, group: int, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """The rows of a row group, unpacked in batches of about `BATCH_BYTES`."""
+    """Yields the rows of a row group, decoded in batches of about `BATCH_BYTES`."""
     metadata = file.metadata.row_group(group)
     num_rows = BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)
     batches = file.iter_batches(max(1, min(4096, num_rows)), row_groups=[group], columns=columns)
@@ -146,7 +155,7 @@ def _next_batch(batches: Iterator[Any]) -> Any:
 
 
 def _column(column: Any) -> list[Any]:
-    """A column's values; bytes of a text that are not UTF-8 become lone surrogates, as in CSV."""
+    """Returns the values of a column; invalid UTF-8 becomes lone surrogates, as in CSV."""
     if not _is_text(column.type):
         values: list[Any] = column.to_pylist()
         return values

@@ -1,4 +1,4 @@
-"""What a model costs, from its configuration alone."""
+"""Estimates the parameters, memory, FLOPs and time of a model from its configuration alone."""
 
 from easyllm.plan.parameters import ParameterCount, count_parameters
 from easyllm.plan.report import ModelPlan, plan_model

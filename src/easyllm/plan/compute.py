@@ -1,6 +1,7 @@
 """FLOPs of inference and training, by component; a multiply-add counts as 2.
 
-Products are counted and nothing else: norms, activations, softmax and the optimizer are memory traffic, not arithmetic.
+Only matrix products (GEMM) are counted: norms, activations, softmax and the optimizer are
+memory-bound.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,20 +17,20 @@ from easyllm.plan.parts import layers_of, mixer_of
 from easyllm.plan.trace import trace_model
 
 USUAL_MFU = 0.45
-"""Share of the machine's rate a training run of ours reaches, for estimates of its time."""
+"""Model FLOPs utilisation that training runs typically reach here, for estimates of time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flops:
-    """FLOPs of each component, all layers together.
+    """FLOPs of each component, summed over all layers.
 
     Attributes:
         attention: projections of the mixers.
-        scores: products of queries with keys and of weights with values.
-        feed_forward: experts a token passes, and dense feed-forwards.
-        router: of mixtures of experts.
+        scores: attention scores (queries times keys) and attention weights times values.
+        feed_forward: dense feed-forwards, and the experts that a token is routed to.
+        router: routers of mixtures of experts.
         head: the output projection.
-        adapters: the thin matrices of LoRA.
+        adapters: the low-rank matrices of LoRA.
     """
 
     attention: int = 0
@@ -41,17 +42,18 @@ class Flops:
 
     @property
     def total(self) -> int:
+        """FLOPs of all components."""
         return self.linears + self.scores
 
     @property
     def linears(self) -> int:
-        """All products with a weight."""
+        """FLOPs of all matrix products with a weight."""
         parts = (self.attention, self.feed_forward, self.router, self.head, self.adapters)
         return sum(parts)
 
     @property
     def scores_share(self) -> float:
-        """Share of the layers' FLOPs that grows with the square of the length."""
+        """Share of the layers' FLOPs that is quadratic in the sequence length."""
         return self.scores / (self.total - self.head)
 
     def __add__(self, other: "Flops") -> "Flops":
@@ -59,15 +61,18 @@ class Flops:
         return Flops(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     def as_dict(self) -> dict[str, int]:
+        """Returns plain values for JSON."""
         return asdict(self) | {"total": self.total}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFlops:
-    """FLOPs of a training step's passes.
+    """FLOPs of a training step by pass.
 
     Attributes:
-        recomputed: of the second forward pass that activation checkpointing makes.
+        forward: the forward pass.
+        backward: the backward pass.
+        recomputed: the second forward pass that activation checkpointing requires.
     """
 
     forward: Flops
@@ -76,15 +81,16 @@ class TrainingFlops:
 
     @property
     def model(self) -> int:
-        """What the gradients cost however they are computed: the FLOPs of MFU."""
+        """FLOPs that the gradients require without recomputation, as counted by MFU."""
         return self.forward.total + self.backward.total
 
     @property
     def total(self) -> int:
-        """What the hardware does: the FLOPs of HFU."""
+        """FLOPs that the hardware executes, as counted by HFU."""
         return self.model + self.recomputed.total
 
     def as_dict(self) -> dict[str, object]:
+        """Returns plain values for JSON."""
         passes = {name: getattr(self, name).as_dict() for name in ("forward", "backward")}
         recomputed = {"recomputed": self.recomputed.as_dict()}
         return passes | recomputed | {"model": self.model, "total": self.total}
@@ -97,11 +103,12 @@ def forward_flops(
     counting: Counting = "causal",
     head_rows: int | None = None,
 ) -> Flops:
-    """FLOPs of a forward pass over packed sequences of these lengths.
+    """Returns the FLOPs of a forward pass over packed sequences of these lengths.
 
     Args:
-        counting: `causal` counts the pairs of tokens the mask lets through, `full` all n² of a sequence.
-        head_rows: rows that pass the head, by default all (a prefill needs one a sequence).
+        counting: `causal` counts the unmasked pairs of tokens, `full` all n² pairs of a sequence.
+        head_rows: rows for which logits are computed; defaults to all (a prefill needs one per
+            sequence).
     """
     tokens = sum(lengths)
     work = Work(
@@ -115,7 +122,7 @@ def forward_flops(
 
 
 def decode_flops(config: ModelConfig, context: int) -> Flops:
-    """FLOPs of one more token of a sequence, the last of `context` tokens, with earlier keys and values in a cache."""
+    """Returns the FLOPs of decoding one token, the last of `context`, with a KV cache."""
     alone = forward_flops(config, [1], counting="full")
     extra = sum(mixer_of(layer).cached_flops(context) for layer in layers_of(config))
     return alone + Flops(scores=extra)
@@ -131,15 +138,18 @@ def training_flops(
     recompute: Recompute = "none",
     input_grad: bool | None = None,
 ) -> TrainingFlops:
-    """FLOPs of the forward and backward pass over packed sequences of these lengths.
+    """Returns the FLOPs of the forward and backward pass over packed sequences.
 
     Args:
+        lengths: tokens of each sequence.
         counting: as in `forward_flops`.
-        labelled: tokens that carry a loss; by default all.
-        adapter: trained instead of the model: a frozen product's backward pass is ∂x only.
-        recompute: activations computed again in the backward pass.
-        input_grad: whether what enters the first layer's products has a gradient; by default it has where the model is
-            trained, its embedding and first norm with it, and has not for adapters.
+        labelled: number of tokens with a loss; defaults to all.
+        adapter: adapter that is trained instead of the model; the backward pass of a frozen linear
+            computes only ∂x.
+        recompute: activations that gradient checkpointing recomputes in the backward pass.
+        input_grad: whether the inputs of the first layer's linears need a gradient. By default they
+            do if the model is trained, because its embedding and first norm are, and do not for
+            adapters.
 
     Raises:
         ConfigError: the adapter does not fit the model.
@@ -162,22 +172,28 @@ def training_flops(
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops_per_s: float) -> float:
-    """Model FLOPs utilisation: the share of the peak that a rate of training amounts to (arXiv 2204.02311, appendix B).
+    """Returns the model FLOPs utilisation (MFU) of a training run (arXiv 2204.02311, appendix B).
 
-    With hardware FLOPs (recomputation included) it is HFU.
+    It is the throughput as a share of the peak. With hardware FLOPs, which include recomputation,
+    the result is the hardware FLOPs utilisation (HFU).
+
+    Args:
+        tokens_per_s: training throughput.
+        flops_per_token: model FLOPs per token, forward and backward.
+        peak_flops_per_s: peak FLOP/s of the hardware.
     """
     return tokens_per_s * flops_per_token / peak_flops_per_s
 
 
 def estimate_time(flops: float, flops_per_s: float, *, utilisation: float = 1.0) -> float:
-    """Seconds that so many FLOPs take at a share of a rate.
+    """Returns the seconds that `flops` take at a rate of `flops_per_s` and a given utilisation.
 
     Raises:
-        ConfigError: the rate or the share is not positive.
+        ConfigError: the rate is not positive, or the utilisation is not between 0 and 1.
     """
     if flops_per_s <= 0 or not 0 < utilisation <= 1:
         raise ConfigError(
-            f"a rate of {flops_per_s:g} FLOP/s at utilisation {utilisation:g} gives no time; "
+            f"cannot estimate a time from {flops_per_s:g} FLOP/s at utilisation {utilisation:g}; "
             "the rate must be above 0, the utilisation above 0 and at most 1"
         )
     return flops / (flops_per_s * utilisation)

@@ -1,4 +1,4 @@
-"""Memory of inference: weights as they are stored, the cache, and what a prompt's forward pass works in."""
+"""Memory of inference: weights as stored, KV cache, and workspace of a prompt's forward pass."""
 
 from dataclasses import asdict, dataclass
 
@@ -13,15 +13,18 @@ from easyllm.quant import find_scheme
 
 FP32, HALF = 4, 2
 PREFILL_TOKENS = 2048
-"""Prompt tokens that pass the model at once, unless the engine is told otherwise (`max_step_tokens`)."""
+"""Default number of prompt tokens per forward pass (the engine's `max_step_tokens`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceEstimate:
-    """Bytes of inference's parts.
+    """Memory of inference by component, in bytes.
 
     Attributes:
-        workspace: of the widest layer over a prompt, and the logits of its last token.
+        weights: the model's weights.
+        kv_cache: KV cache and recurrent states of all sequences.
+        workspace: activations of the widest layer over a prompt, and the logits of each sequence's
+            last token.
     """
 
     weights: int
@@ -30,24 +33,29 @@ class InferenceEstimate:
 
     @property
     def total(self) -> int:
+        """Sum of all components."""
         return self.weights + self.kv_cache + self.workspace
 
     def fits(self, device_bytes: int) -> bool:
-        """Whether a device of so much free memory holds it."""
+        """Returns whether the total fits into `device_bytes` of free memory."""
         return self.total <= device_bytes
 
     def as_dict(self) -> dict[str, int]:
+        """Returns plain values for JSON."""
         return asdict(self) | {"total": self.total}
 
 
 def weight_bytes(
     config: ModelConfig, bits: float, *, group_size: int | None = None, scale_bits: int = 16
 ) -> int:
-    """Bytes of the weights at `bits` each, in any layout.
+    """Returns the bytes of the weights at `bits` bits each, independent of a particular format.
 
     Args:
-        group_size: with it, only the linears inside the layers have `bits`, and every group of so many weights a scale of
-            `scale_bits`; embeddings, head, norms and biases are 16-bit.
+        bits: bits per weight.
+        group_size: quantization group size. If given, only the linears inside the layers have
+            `bits` bits, with a scale of `scale_bits` bits per group; embeddings, head, norms and
+            biases have 16 bits.
+        scale_bits: bits of a scale.
 
     >>> from easyllm.models.families.llama import SIZES, read_config
     >>> weight_bytes(read_config(SIZES["llama2-7b"]), 16)
@@ -65,12 +73,13 @@ def weight_bytes(
 def loaded_weight_bytes(
     config: ModelConfig, itemsize: int = HALF, scheme: str | None = None, *, read: bool = False
 ) -> int:
-    """Bytes of the weights as a model holds them once it is loaded.
+    """Returns the bytes of the weights of a loaded model.
 
     Args:
-        itemsize: bytes of an element that is not quantized.
-        scheme: a format that weights can be quantized to.
-        read: count what decoding one token reads: the experts it passes, of an untied embedding nothing.
+        itemsize: bytes per element of unquantized weights.
+        scheme: quantization format of the weights; None for unquantized weights.
+        read: count only what decoding one token reads: the experts that it is routed to, and
+            nothing of an untied embedding.
     """
     linears, idle = model_linears(config), 0
     if read:
@@ -88,19 +97,19 @@ def loaded_weight_bytes(
     embedding = _table(config, itemsize, scheme)
     if config.num_labels is None and not config.tie_embeddings:
         rest -= table
-        total += embedding  # of the head
+        total += embedding  # the head has the same shape
     return total + rest * itemsize + (embedding if tied or not read else 0) - idle
 
 
 def _one(linear: LinearShape, itemsize: int, scheme: str | None) -> int:
-    """Bytes of one copy of a linear's weight; routers and gates are never quantized."""
+    """Returns the bytes of one copy of a linear's weight; routers and gates are never quantized."""
     if scheme is None or linear.part == "router":
         return linear.in_features * linear.out_features * itemsize
     return find_scheme(scheme).num_bytes((linear.out_features, linear.in_features))
 
 
 def _table(config: ModelConfig, itemsize: int, scheme: str | None) -> int:
-    """Bytes of a matrix of all tokens' vectors."""
+    """Returns the bytes of a matrix with one row per token of the vocabulary."""
     table = None if scheme is None else find_scheme(scheme).table
     if table is None:
         return config.vocab_size * config.hidden_size * itemsize
@@ -117,13 +126,14 @@ def estimate_inference(
     scheme: str | None = None,
     cache_itemsize: float = HALF,
 ) -> InferenceEstimate:
-    """Memory of generating with `sequences` sequences of up to `context` tokens.
+    """Estimates the memory of generating with `sequences` sequences of up to `context` tokens.
 
     Args:
-        prompt: tokens that pass the model at once; by default those of a sequence, at most `PREFILL_TOKENS`.
-        itemsize: bytes of an element of weights that are not quantized, and of activations.
-        scheme: a format that weights can be quantized to.
-        cache_itemsize: bytes of an element of the cache, scales included.
+        prompt: tokens per forward pass of the prefill; defaults to `context`, but at most
+            `PREFILL_TOKENS`.
+        itemsize: bytes per element of unquantized weights and of activations.
+        scheme: quantization format of the weights; None for unquantized weights.
+        cache_itemsize: bytes per element of the KV cache, including scales.
     """
     tokens = min(context, PREFILL_TOKENS) if prompt is None else prompt
     widest = max(feed_forward_of(layer).inner_elements(tokens) for layer in layers_of(config))

@@ -1,4 +1,4 @@
-"""Memory of the cache of keys and values (and of recurrent states), as `engine/kv_cache` keeps it."""
+"""Memory of the KV cache and of recurrent states, as `engine/kv_cache` stores them."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from easyllm.plan.parts import layers_of, mixer_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSize:
-    """What the sequences in memory take.
+    """Memory of the cached sequences.
 
     Attributes:
-        bytes_per_token: of a token more while no window is full.
-        state_bytes: of a sequence's recurrent states, whatever its length.
-        total: of all sequences at the given length.
+        bytes_per_token: bytes of one more token while no attention window is full.
+        state_bytes: bytes of the recurrent states of a sequence, independent of its length.
+        total: bytes of all sequences at the given length.
     """
 
     bytes_per_token: int
@@ -24,13 +24,14 @@ class CacheSize:
 def cache_size(
     config: ModelConfig, *, context: int, sequences: int = 1, itemsize: float = 2
 ) -> CacheSize:
-    """The cache of `sequences` sequences of `context` tokens each.
+    """Returns the size of the KV cache of `sequences` sequences of `context` tokens each.
 
-    A layer keeps a key and a value of [K, d] a token: 2·K·d elements. Where every attention layer has a causal window
-    without sinks, the last W tokens of the widest are kept; otherwise all, as pages hold a token in every layer.
+    A layer stores a key and a value of [K, d] per token: 2·K·d elements. If every attention layer
+    has a causal window, only the sinks and the last W tokens of the widest window are stored;
+    otherwise all tokens are, because a page contains its tokens' keys and values of every layer.
 
     Args:
-        itemsize: bytes of an element: 2 for bf16 and fp16, 1 for int8, 0.5 for int4.
+        itemsize: bytes per element: 2 for bf16 and fp16, 1 for int8, 0.5 for int4.
     """
     per_token, state = 0, 0
     for layer in layers_of(config):
@@ -47,15 +48,25 @@ def cache_size(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rolling:
-    """What a model with a window in every layer goes on reading: the first `num_sinks` tokens and the last `window`."""
+    """The tokens that a model with a window in every layer still reads.
+
+    Attributes:
+        window: number of most recent tokens.
+        num_sinks: number of attention sinks at the start of the sequence.
+    """
 
     window: int
     num_sinks: int
 
 
 def rolling_window(config: ModelConfig) -> Rolling | None:
-    """The widest window, and most sinks, of a model whose attention layers all have a causal window: what is between the
-    two is never read again. None for other models."""
+    """Returns the widest window and the maximum number of sinks over all attention layers.
+
+    Tokens between the sinks and the window are never read again.
+
+    Returns:
+        None if an attention layer has no causal window.
+    """
     mixers = [x.mixer for x in config.layers if isinstance(x.mixer, AttentionConfig)]
     windows = [m.window for m in mixers if m.window and m.causal]
     if not windows or len(windows) < len(mixers):

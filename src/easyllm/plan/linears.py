@@ -1,4 +1,4 @@
-"""The linears of a layer: what adapters attach to, quantization packs and products run through."""
+"""Lists the linear layers (GEMMs) of a model, which adapters attach to and quantization packs."""
 
 import re
 
@@ -11,13 +11,13 @@ from easyllm.plan.parts import layers_of
 
 
 def layer_linears(layer: DecoderLayer) -> list[LinearShape]:
-    """All linears of a layer; experts alike are one, with copies."""
+    """Returns all linears of a layer; the same linear of all experts is one entry with copies."""
     found: dict[str, LinearShape] = {}
     for name, module in layer.named_modules():
         if not isinstance(module, Linear):
             continue
         leaf = name.rsplit(".", 1)[1]
-        one = re.sub(r"\.\d+\.", ".", name)  # of all experts
+        one = re.sub(r"\.\d+\.", ".", name)  # the same name for all experts
         copies = found[one].copies if one in found else 0
         found[one] = LinearShape(
             name=leaf,
@@ -36,15 +36,15 @@ def _part(name: str) -> LinearPart:
 
 
 def linear_weights(config: ModelConfig) -> int:
-    """Elements of the matrices inside the layers: what quantization packs and Muon steps."""
+    """Returns the number of weights in the layers' linears, which quantization and Muon act on."""
     return sum(linear.weights for linear in model_linears(config))
 
 
 def model_linears(config: ModelConfig) -> list[LinearShape]:
-    """All linears inside the layers, in order."""
+    """Returns all linears inside the layers, in order."""
     return [linear for layer in layers_of(config) for linear in layer_linears(layer)]
 
 
 def largest_rank(config: ModelConfig) -> int:
-    """The largest rank that adapters of all linears may have."""
+    """Returns the maximum rank of an adapter that targets all linears."""
     return min(linear.rank for linear in model_linears(config) if linear.part != "router")

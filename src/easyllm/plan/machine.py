@@ -1,4 +1,4 @@
-"""What this machine can do, measured where nothing says it."""
+"""Measures the compute throughput and memory bandwidth of this machine."""
 
 import statistics
 import time
@@ -6,17 +6,18 @@ import time
 import torch
 
 ROWS, WIDTH = 2048, 1536
-"""A product [ROWS, WIDTH] x [WIDTH, WIDTH], as large as those of a small model's step."""
+"""Shape of the measured GEMM, [ROWS, WIDTH] x [WIDTH, WIDTH], typical of a small model's step."""
 
 
 def matmul_rate(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, repeats: int = 7
 ) -> float:
-    """FLOP/s of a matrix product of 2048 x 1536 x 1536, the median of a few, on the threads torch has. (On a shared machine
-    the best of a few is a moment that no run of minutes meets.)
+    """Measures the FLOP/s of a matrix product (GEMM) of 2048 x 1536 x 1536 on torch's threads.
 
-    It stands for the peak in MFU where the processor's own is not published; on a GPU the product is too small to
-    reach it, so that larger ones are measured there.
+    The result is the median of several repeats, because on a shared machine the best of them is a
+    peak that no run of minutes sustains. It is used as the peak in MFU if the processor's own peak
+    is not published. On a GPU each dimension is 4 times as large, because a smaller GEMM does not
+    reach the peak.
     """
     device = torch.device(device)
     scale = 4 if device.type == "cuda" else 1
@@ -24,7 +25,7 @@ def matmul_rate(
     a = torch.randn(rows, width, dtype=dtype, device=device)
     b = torch.randn(width, width, dtype=dtype, device=device)
     times = []
-    for _ in range(repeats + 1):  # the first one warms up
+    for _ in range(repeats + 1):  # the first repeat is a warm-up
         start = _now(device)
         a @ b.T
         times.append(_now(device) - start)
@@ -32,7 +33,10 @@ def matmul_rate(
 
 
 def read_rate(device: torch.device | str = "cpu", *, repeats: int = 5) -> float:
-    """Bytes a second at which memory is read: 256 MB (2 GB on a GPU) summed up, the best of a few, on all threads."""
+    """Measures the memory read bandwidth in bytes/s, using all threads.
+
+    The result is the best of several sums over 256 MB (2 GB on a GPU).
+    """
     device = torch.device(device)
     values = torch.ones(2**29 if device.type == "cuda" else 2**26, device=device)
     best = float("inf")

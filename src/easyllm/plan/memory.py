@@ -1,12 +1,16 @@
-"""Memory of a training step, from the configuration alone.
+"""Estimates the memory of a training step from the configuration alone.
 
-What is there at once decides, not the sum of all parts. A step passes three peaks:
+The requirement is the maximum allocated at any one time, not the sum of all parts. A step has three
+peaks:
 
-    loss       weights + optimizer + gradients of earlier micro-batches + all activations + logits of a chunk
-    backward   the same with the head's gradient instead of logits, and what one layer's backward pass works in
-    update     weights + optimizer + all gradients + what the optimizer works in
+    loss       weights + optimizer state + gradients of earlier micro-batches + all activations
+               + logits of a chunk
+    backward   the same, with the head's gradient instead of the logits, + workspace of one layer's
+               backward pass
+    update     weights + optimizer state + all gradients + workspace of the optimizer
 
-Between the last two, activations go and gradients come a layer at a time, so the sum runs straight from one to the other.
+Between the last two, activations are freed and gradients are allocated one layer at a time, so the
+sum changes linearly from one peak to the other and has no further maximum.
 """
 
 from collections.abc import Iterator
@@ -37,23 +41,26 @@ from easyllm.plan.trace import ModelTrace, trace_model
 
 OptimizerKind = Literal["adamw", "muon", "sgd"]
 INT8_BLOCK, INT8_SMALLEST = 256, 4096
-"""Elements that share an fp32 scale, and of the smallest tensor whose moments are int8 (arXiv 2110.02861, section 2)."""
+"""Elements that share an fp32 scale, and minimum elements of a tensor whose moments are int8
+(arXiv 2110.02861, section 2)."""
 MUON_WORKSPACE = 14
-"""Bytes an element of the matrix in work: gradient, direction and normalised direction in fp32, one in bf16."""
+"""Workspace bytes per element of the matrix being updated: gradient, direction and normalised
+direction in fp32, and one copy in bf16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes of a training step's parts, each at its largest, and of the three peaks they make together.
+    """Memory of a training step in bytes: the maximum of each component, and the three peaks.
 
     Attributes:
-        weights: that compute, and their fp32 masters; adapters with the base.
-        gradients: as they are when the optimizer steps.
-        optimizer: what it remembers.
-        activations: kept for the backward pass.
-        loss: logits of a chunk, the head's gradient.
-        workspace: what one layer's backward pass, or the optimizer, holds for the moment.
-        peaks: total of each.
+        weights: weights used in the forward pass and their fp32 master copies; adapters together
+            with the base model.
+        gradients: gradients at the optimizer step.
+        optimizer: optimizer state.
+        activations: activations saved for the backward pass.
+        loss: logits of a chunk, and the gradient of the head.
+        workspace: temporary buffers of one layer's backward pass or of the optimizer.
+        peaks: total at each of the peaks `loss`, `backward` and `update`.
     """
 
     weights: int
@@ -66,25 +73,32 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The highest of the peaks; less than the sum of the parts, which are not all there at once."""
+        """The highest peak, which is less than the sum of components not allocated together."""
         return max(self.peaks.values())
 
     @property
     def peak(self) -> str:
-        """Which that is."""
+        """Name of the highest peak."""
         return max(self.peaks, key=self.peaks.__getitem__)
 
     def fits(self, device_bytes: int) -> bool:
-        """Whether a device of so much free memory holds it."""
+        """Returns whether the total fits into `device_bytes` of free memory."""
         return self.total <= device_bytes
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
         return asdict(self) | {"total": self.total, "peak": self.peak}
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change of a training's setup, and the memory it takes then."""
+    """A change of a training setup, and the resulting memory.
+
+    Attributes:
+        what: description of the change.
+        total: bytes with this change.
+        fits: whether they fit into the memory of the device.
+    """
 
     what: str
     total: int
@@ -108,24 +122,28 @@ def estimate_training(
     reference: bool = False,
     device_type: str = "cpu",
 ) -> MemoryEstimate:
-    """Memory of a step as `train` runs it, with the kernels of a CPU or a GPU, which keep the same activations.
+    """Estimates the memory of a step of `train` on a CPU or GPU, which save the same activations.
 
     Args:
         micro_batch_tokens: packed tokens in one forward pass.
-        row_tokens: of each sequence in it; by default it is one sequence.
-        micro_batches: forward passes a step; from the second on, gradients are held next to activations.
-        labelled: tokens with a loss; by default all.
-        dtype: that products run in; weights of a narrower one than fp32 have fp32 masters.
-        int8_state: whether AdamW keeps its moments in a byte each.
-        momentum: whether SGD has it.
-        adapter: trained instead of the model.
-        recompute: activations computed again in the backward pass.
-        reference: whether the objective compares with the model the run starts from, of which there is a second copy
-            unless an adapter alone is trained.
-        device_type: `cpu` or `cuda`, whose loss works on larger chunks.
+        row_tokens: tokens per sequence; defaults to one sequence of `micro_batch_tokens`.
+        micro_batches: forward passes per step (gradient accumulation); from the second one on,
+            gradients are allocated at the same time as activations.
+        labelled: number of tokens with a loss; defaults to all.
+        dtype: dtype of the forward pass; weights in less than fp32 have fp32 master copies.
+        optimizer: optimizer of the weights.
+        int8_state: whether AdamW stores its moments in int8.
+        momentum: whether SGD uses momentum.
+        adapter: adapter that is trained instead of the model.
+        recompute: activations that gradient checkpointing recomputes in the backward pass.
+        dropout: whether dropout is active.
+        reference: whether the objective compares with the initial model, of which there is a
+            second copy unless only an adapter is trained.
+        device_type: `cpu` or `cuda`; the loss uses larger chunks on `cuda`.
 
     Raises:
-        ConfigError: an adapter's target names no linear of the model, or a row is longer than the model's context.
+        ConfigError: an adapter's target matches no linear of the model, or a row is longer than the
+            model's context.
     """
     lengths = _rows(config, micro_batch_tokens, row_tokens)
     work = Work(
@@ -166,8 +184,16 @@ def estimate_training(
 
 
 def ways_to_fit(config: ModelConfig, device_bytes: int, **setup: Any) -> list[Change]:
-    """What one may lower when a setup of `estimate_training` does not fit: each change alone, the mildest first, and
-    with each the memory it leaves; only changes that help."""
+    """Suggests changes that reduce the memory of a training setup that does not fit.
+
+    Args:
+        device_bytes: free memory of the device.
+        setup: arguments of `estimate_training`.
+
+    Returns:
+        Each change on its own with the resulting memory, the mildest change first; changes that do
+        not reduce memory are omitted.
+    """
     before = estimate_training(config, **setup).total
     found = []
     for what, changed in _changes(setup):
@@ -197,31 +223,35 @@ def _rows(config: ModelConfig, micro_batch_tokens: int, row_tokens: int | None) 
     row = min(row_tokens or micro_batch_tokens, micro_batch_tokens)
     if row < 1:
         raise ConfigError(
-            f"micro_batch_tokens={micro_batch_tokens} leaves no token; set at least 1"
+            f"micro_batch_tokens={micro_batch_tokens} must be at least 1; increase it"
         )
     if row > config.max_seq_len:
         raise ConfigError(
-            f"sequences of {row} tokens are longer than the model's context of {config.max_seq_len}; shorten them"
+            f"sequences of {row} tokens are longer than the model's context of "
+            f"{config.max_seq_len}; shorten them"
         )
     rest = micro_batch_tokens % row
     return (row,) * (micro_batch_tokens // row) + ((rest,) if rest else ())
 
 
 def _weights(config: ModelConfig, work: Work, adapter: AdapterConfig | None) -> tuple[int, int]:
-    """Bytes of all weights, and the number of those that are trained."""
+    """Returns the bytes of all weights, and the number of trained weights."""
     count = count_parameters(config).total
     if adapter is not None:
         trained = count_adapter_parameters(config, adapter)
         whole = sum(parameter.numel() for parameter in whole_parameters(config, adapter))
-        copies = trained - whole * (work.itemsize >= FP32)  # fp32 modules of the base are there
+        copies = trained - whole * (work.itemsize >= FP32)  # an fp32 base needs no master copies
         return count * work.itemsize + copies * FP32, trained
     masters = FP32 if work.itemsize < FP32 else 0
     return count * (work.itemsize + masters), count
 
 
 def _gradients(work: Work, trained: int, micro_batches: int) -> tuple[int, int]:
-    """Bytes before the last micro-batch, and at the step. A single micro-batch's stay in the dtype of the weights, sums
-    are fp32; adapters are fp32 themselves."""
+    """Returns the bytes of gradients before the last micro-batch, and at the optimizer step.
+
+    The gradients of a single micro-batch stay in the dtype of the weights; accumulated gradients
+    are fp32. Those of adapters are always fp32.
+    """
     own = work.itemsize if work.trains_all else FP32
     before = {1: 0, 2: own}.get(micro_batches, FP32)
     return trained * before, trained * (own if micro_batches == 1 else FP32)
@@ -235,7 +265,11 @@ def _optimizer_state(
     int8: bool,
     momentum: bool,
 ) -> int:
-    """Bytes an element: 8 for AdamW's two moments, 2 and two scales a block where they are int8, 4 for a momentum."""
+    """Returns the bytes of the optimizer state.
+
+    Per element these are 8 bytes for the two moments of AdamW (2 bytes plus two scales per block if
+    they are int8), and 4 bytes for a momentum.
+    """
     inside = sum(matrices)
     match optimizer:
         case "sgd":
@@ -254,7 +288,7 @@ def _head_shares_weight(config: ModelConfig) -> bool:
 
 
 def _trained_matrices(config: ModelConfig, adapter: AdapterConfig | None) -> list[int]:
-    """Elements of each matrix that is trained inside the layers."""
+    """Returns the number of elements of each trained matrix inside the layers."""
     if adapter is not None:
         return [p.numel() for p in adapter_parameters(config, adapter) if p.ndim > 1]
     every = model_linears(config)
@@ -262,7 +296,7 @@ def _trained_matrices(config: ModelConfig, adapter: AdapterConfig | None) -> lis
 
 
 def _activations(trace: ModelTrace, recompute: Recompute) -> int:
-    """Bytes kept at the end of the forward pass, and those of one block that is computed again."""
+    """Returns the bytes of saved activations, plus those of one recomputed block."""
     kept = trace.shared_bytes + sum(_layer_kept(layer, recompute) for layer in trace.layers)
     match recompute:
         case "none":
@@ -285,8 +319,11 @@ def _layer_kept(layer: LayerTrace, recompute: Recompute) -> int:
 def _loss(
     config: ModelConfig, work: Work, adapter: AdapterConfig | None, device_type: str
 ) -> tuple[int, int, int]:
-    """Bytes of the chunked cross-entropy: while it runs, while its gradients are scaled, and what is left after that
-    until the embedding's own gradient arrives (`ops.cross_entropy`)."""
+    """Returns the bytes of the chunked cross-entropy (`ops.cross_entropy`) at three points.
+
+    The points are: while it runs, while its gradients are scaled, and from then on until the
+    gradient of the embedding is computed.
+    """
     if config.num_labels is not None:
         return 0, 0, 0
     rows, vocab, item = work.labelled, config.vocab_size, work.itemsize
@@ -298,14 +335,14 @@ def _loss(
     selected = hidden * (rows < work.tokens)
     matrix = vocab * config.hidden_size
     table = matrix * trains_head(config, adapter)
-    changed = matrix * item * adapts_head(config, adapter)  # the copy that the adapter has changed
-    if rows <= most:  # one chunk, whose gradient of the head is there at once
+    changed = matrix * item * adapts_head(config, adapter)  # head weight with the adapter merged in
+    if rows <= most:  # a single chunk, so that the head's gradient needs no accumulation
         adding = scaling = table * item
         scaling += table * item
     else:
         adding = table * (FP32 + item)
         scaling = 2 * table * FP32 + (table * item if item < FP32 else 0)
-    if changed:  # in fp32: the base, what is added, their sum; then the gradients of the last two
+    if changed:  # in fp32: base, adapter delta and their sum; later the gradients of the last two
         logits = max(logits, 3 * matrix * FP32 - adding)
         scaling = max(scaling, matrix * (item + 2 * FP32))
     kept = selected + hidden + changed
@@ -313,14 +350,20 @@ def _loss(
 
 
 def _layer_workspace(layer: DecoderLayer, config: ModelConfig, work: Work) -> int:
-    """Of a layer's backward pass: the residual stream's gradient twice in fp32, and the gradients of the feed-forward's
-    inner widths, its widest tensors."""
+    """Returns the workspace bytes of a layer's backward pass.
+
+    It consists of the gradient of the residual stream, twice in fp32, and of the gradients of the
+    feed-forward's inner activations, which are its widest tensors.
+    """
     widest = feed_forward_of(layer).inner_elements(work.tokens) * work.itemsize
     return 2 * work.tokens * config.hidden_size * FP32 + widest
 
 
 def _update_workspace(matrices: list[int], optimizer: OptimizerKind) -> int:
-    """AdamW and SGD move a weight in small pieces; Muon needs a matrix whole."""
+    """Returns the workspace bytes of the optimizer.
+
+    AdamW and SGD update a weight in small pieces; Muon needs a complete matrix.
+    """
     if optimizer != "muon":
         return 0
     return max(matrices, default=0) * MUON_WORKSPACE

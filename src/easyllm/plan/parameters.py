@@ -1,6 +1,9 @@
-"""Parameters of a model by component, counted from its configuration.
+"""Counts the parameters of a model by component, from its configuration.
 
-attention  D·(H + 2K)·d + H·d·D   (+ biases)      GLU  3·D·F      MLP  2·D·F      experts  E of them, k active
+attention  D·(H + 2K)·d + H·d·D   (+ biases)
+GLU        3·D·F
+MLP        2·D·F
+experts    E of them, k active per token
 """
 
 from collections import Counter
@@ -15,14 +18,16 @@ from easyllm.plan.parts import inactive_experts, layers_of, outside_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterCount:
-    """Parameters of each component, all layers together.
+    """Number of parameters of each component, summed over all layers.
 
     Attributes:
-        embedding: token embedding, and learned positions where there are any.
-        attention: mixers of all layers with what their positions learn.
-        feed_forward: feed-forwards and experts of all layers; routers apart in `router`.
-        head: the output projection (0 when tied).
-        inactive: parameters of experts a token does not pass.
+        embedding: token embedding, and the learned position embedding if there is one.
+        attention: mixers of all layers, including learned parameters of their positions.
+        feed_forward: feed-forwards and experts of all layers, without routers.
+        router: routers and gates of mixtures of experts.
+        norm: norms of the layers, and the final norm.
+        head: the output projection (0 with tied embeddings).
+        inactive: parameters of experts that a token is not routed to.
     """
 
     embedding: int
@@ -35,18 +40,18 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        """All parameters; a tied head counts once."""
+        """All parameters; tied embeddings count once."""
         parts = (self.embedding, self.attention, self.feed_forward, self.router, self.norm)
         return sum(parts) + self.head
 
     @property
     def active(self) -> int:
-        """Those a token passes."""
+        """Parameters that are used for a token."""
         return self.total - self.inactive
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """The parameters of a model of this configuration, counted in its parts."""
+    """Counts the parameters of a model of this configuration by component."""
     positions, norm = outside_of(config)
     layers = Counter[str]()
     for layer, copies in Counter(layers_of(config)).items():
@@ -66,7 +71,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def _component(name: str) -> str:
-    """Of a layer's parameter."""
+    """Returns the component that a layer's parameter belongs to."""
     if name.startswith("mixer."):
         return "attention"
     if name.startswith("feed_forward."):

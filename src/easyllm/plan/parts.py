@@ -1,4 +1,4 @@
-"""The parts of a model without their weights, to be asked what they cost."""
+"""Builds the parts of a model on the meta device, to query their costs without their weights."""
 
 import json
 from functools import lru_cache
@@ -18,38 +18,43 @@ from easyllm.nn.position import PositionCost, build_embedding_position
 
 
 class Mixer(Protocol):
-    """What a mixer says of itself, next to its `forward`."""
+    """Cost queries that a mixer answers, in addition to its `forward`."""
 
     position: PositionCost
 
     def cached_flops(self, context: int, /) -> int:
-        """FLOPs of one more token's products with the earlier ones of `context` tokens."""
+        """Returns the FLOPs of attention from the last of `context` tokens to the cached ones."""
 
     def cache_elements(self) -> int:
-        """Elements that the cache keeps of a token."""
+        """Returns the number of elements per token in the KV cache."""
 
     def state_bytes(self) -> int:
-        """Bytes of a sequence's recurrent state."""
+        """Returns the bytes of the recurrent state of a sequence."""
 
 
 class FeedForward(Protocol):
-    """What a feed-forward says of itself, next to its `forward`; one with experts has `inactive_experts`, too."""
+    """Cost queries that a feed-forward answers, in addition to its `forward`.
+
+    A mixture of experts also has `inactive_experts`.
+    """
 
     def inner_elements(self, rows: int, /) -> int:
-        """Elements of the widest tensors that are there at once, for `rows` tokens."""
+        """Returns the elements of the widest tensors allocated at one time, for `rows` tokens."""
 
 
 def layers_of(
     config: ModelConfig, adapter: AdapterConfig | None = None
 ) -> tuple[DecoderLayer, ...]:
-    """The model's layers on the meta device, with the adapters of their linears; those of one configuration are one module.
+    """Builds the model's layers on the meta device, including the adapters of their linears.
+
+    Layers with the same configuration share one module.
 
     Raises:
         ConfigError: the adapter does not fit the model.
     """
     if adapter is None:
         return _layers_of(config, None, 0)
-    # the class as well: a kind may be registered anew
+    # the class is part of the cache key, since a kind may be registered again with another class
     return _layers_of(config, adapter.model_dump_json(), id(type(adapter)))
 
 
@@ -80,14 +85,16 @@ def _adapted(layer: DecoderLayer, number: int, adapter: AdapterConfig | None) ->
 
 
 def _check_targets(config: ModelConfig, adapter: AdapterConfig) -> None:
-    """Refuses what names no linear, as attaching does."""
+    """Raises if a target of the adapter matches no linear, as attaching the adapter does."""
     if adapter.level == "linear":
         with torch.device("meta"):
             adapter.check_names([name for name, _ in target_linears(Decoder(config), adapter)])
 
 
 def count_adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
-    """Trained parameters of an adapter: its modules', and those of the base that are trained whole with it.
+    """Returns the number of trained parameters of an adapter.
+
+    They include the modules of the base model that are trained in full with it (`also_trained`).
 
     Raises:
         ConfigError: the adapter does not fit the model.
@@ -96,7 +103,10 @@ def count_adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int
 
 
 def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Parameter]:
-    """The parameters that are trained, on the meta device; those of layers alike are there once a layer."""
+    """Returns the parameters that are trained with an adapter, on the meta device.
+
+    The parameters of layers that share one module are listed once per layer.
+    """
     found = [
         parameter
         for layer in layers_of(config, adapter)
@@ -116,7 +126,7 @@ def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.P
 
 
 def whole_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Parameter]:
-    """The parameters of the base that are trained with an adapter, on the meta device."""
+    """Returns the base model's parameters trained in full with an adapter, on the meta device."""
     if not adapter.also_trained:
         return []
     with torch.device("meta"):
@@ -126,13 +136,13 @@ def whole_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Par
 
 
 def adapts_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
-    """Whether the loss computes with a copy of the head's matrix that an adapter has changed."""
+    """Returns whether the loss uses a copy of the head's weight with an adapter merged into it."""
     projects = not config.tie_embeddings and config.num_labels is None
     return adapter is not None and projects and adapter.adapts("lm_head")
 
 
 def trains_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
-    """Whether the loss computes a gradient of the head's matrix, or of a changed copy of it."""
+    """Returns whether the loss computes a gradient of the head's weight or of its adapted copy."""
     if adapter is None or adapts_head(config, adapter):
         return True
     with torch.device("meta"):
@@ -143,7 +153,7 @@ def trains_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
 
 
 def virtual_tokens(config: ModelConfig, adapter: AdapterConfig | None) -> int:
-    """Virtual tokens that an adapter puts in front of every sequence."""
+    """Returns the number of virtual tokens that an adapter prepends to every sequence."""
     if adapter is None or adapter.level != "model":
         return 0
     with torch.device("meta"):
@@ -152,7 +162,7 @@ def virtual_tokens(config: ModelConfig, adapter: AdapterConfig | None) -> int:
 
 @lru_cache(maxsize=16)
 def outside_of(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    """What adds positions to the embedding, and the norm before the head, on the meta device."""
+    """Returns the position embedding and the final norm before the head, on the meta device."""
     with torch.device("meta"):
         positions = build_embedding_position(
             config.embedding_position, config.max_seq_len, config.hidden_size
@@ -162,15 +172,15 @@ def outside_of(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
 
 
 def mixer_of(layer: DecoderLayer) -> Mixer:
-    """A layer's mixer, to be asked."""
+    """Returns the layer's mixer, typed for cost queries."""
     return cast("Mixer", layer.mixer)
 
 
 def feed_forward_of(layer: DecoderLayer) -> FeedForward:
-    """A layer's feed-forward, to be asked."""
+    """Returns the layer's feed-forward, typed for cost queries."""
     return cast("FeedForward", layer.feed_forward)
 
 
 def inactive_experts(layer: DecoderLayer) -> int:
-    """Experts of a layer that a token does not pass."""
+    """Returns the number of the layer's experts that a token is not routed to."""
     return cast("int", getattr(layer.feed_forward, "inactive_experts", 0))

@@ -1,4 +1,4 @@
-"""What a model of a configuration costs: parameters, bytes, FLOPs, cache, and time where rates are known."""
+"""Cost report of a model: parameters, bytes, FLOPs, KV cache, and time if rates are known."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,14 +29,20 @@ from easyllm.plan.parts import count_adapter_parameters
 from easyllm.quant import schemes
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
-"""Formats whose weights are always listed, next to the quantized ones."""
+"""Unquantized dtypes whose weight sizes are always listed, alongside the quantized formats."""
 TRAINING_TOKENS = 2048
-"""Packed tokens of the planned training step, unless it is told otherwise."""
+"""Default number of packed tokens in the planned training step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a machine does: FLOP/s of matrix products, bytes a second read, bytes of memory that are free."""
+    """Throughput and free memory of a machine.
+
+    Attributes:
+        flops_per_s: FLOP/s of matrix products (GEMM).
+        read_bytes_per_s: memory read bandwidth in bytes/s.
+        free_bytes: free memory in bytes.
+    """
 
     flops_per_s: float
     read_bytes_per_s: float
@@ -45,10 +51,15 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
-    """A training step of `tokens` packed tokens with AdamW in bf16.
+    """A training step with AdamW in bf16.
 
     Attributes:
-        trained_parameters: all, or those of the adapters.
+        name: `full`, or the name of the adapter.
+        tokens: packed tokens in the step.
+        row_tokens: tokens per sequence.
+        trained_parameters: number of all parameters, or of those of the adapters.
+        flops: FLOPs of the step.
+        memory: memory of the step.
     """
 
     name: str
@@ -59,6 +70,7 @@ class TrainingPlan:
     memory: MemoryEstimate
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
         return {
             "tokens": self.tokens,
             "row_tokens": self.row_tokens,
@@ -70,16 +82,25 @@ class TrainingPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
-    """What a model costs.
+    """The costs of a model.
 
     Attributes:
-        context: tokens of each sequence; sequences: held at once.
-        weights: bytes by format.
-        loaded: bytes as they are loaded here; read: those of them that decoding one token reads.
-        prefill_flops: of a forward pass over one sequence of `context` tokens, the head on its last row.
-        token_flops: of one more token, the last of `context`.
-        forward_flops_per_token: of a forward pass over `context` tokens with the head on every row, a token.
-        training: steps that were asked for.
+        parameters: parameter counts by component.
+        context: tokens per sequence.
+        sequences: number of concurrent sequences.
+        weights: weight bytes by format.
+        loaded: weight bytes in the requested format.
+        read: weight bytes that decoding one token reads.
+        cache: size of the KV cache.
+        serving: memory of inference.
+        prefill_flops: FLOPs of a forward pass over one sequence of `context` tokens, with logits
+            of the last token only.
+        token_flops: FLOPs of decoding one token, the last of `context`.
+        forward_flops_per_token: FLOPs per token of a forward pass over `context` tokens, with
+            logits of every token.
+        training_flops_per_token: FLOPs per token of a forward and backward pass over `context`
+            tokens.
+        training: the requested training steps.
     """
 
     parameters: ParameterCount
@@ -97,16 +118,23 @@ class ModelPlan:
     training: tuple[TrainingPlan, ...] = ()
 
     def prefill_seconds(self, rates: Rates) -> float:
-        """Of one sequence's prompt of `context` tokens, where arithmetic is all that takes time."""
+        """Estimates the prefill time of one prompt of `context` tokens, if it is compute-bound."""
         return estimate_time(self.prefill_flops, rates.flops_per_s)
 
     def token_seconds(self, rates: Rates) -> float:
-        """Of a step of every sequence's next token: reading weights and cache, or the arithmetic if that takes longer."""
+        """Estimates the time of a decoding step that generates one token for every sequence.
+
+        It is the time to read the weights and the cache or the compute time, whichever is longer.
+        """
         reading = (self.read + self.cache.total) / rates.read_bytes_per_s
         return max(reading, self.sequences * self.token_flops / rates.flops_per_s)
 
     def as_dict(self, rates: Rates | None = None) -> dict[str, Any]:
-        """For scripts: bytes, FLOPs and parameters are integers."""
+        """Returns plain values for JSON; bytes, FLOPs and parameters are integers.
+
+        Args:
+            rates: throughput of the machine; adds estimates of time.
+        """
         count = self.parameters
         parts = {name: getattr(count, name) for name in count.__dataclass_fields__}
         values: dict[str, Any] = {
@@ -140,7 +168,7 @@ class ModelPlan:
         return values
 
     def seconds(self, rates: Rates) -> dict[str, float]:
-        """Estimates by what is done; of training only what fits into the memory that is free."""
+        """Returns the estimated seconds of each operation that fits into the free memory."""
         found: dict[str, float] = {}
         if self.serving.fits(rates.free_bytes):
             found |= {
@@ -165,23 +193,26 @@ def plan_model(
     cache_itemsize: float = 2,
     train: bool = False,
 ) -> ModelPlan:
-    """What a model of this configuration costs to serve, and where asked for to train.
+    """Estimates the cost of serving, and optionally training, a model of this configuration.
 
     Args:
-        context: tokens of a sequence, by default as many as the model was trained for (of training's rows, at most
-            `TRAINING_TOKENS`).
-        itemsize: bytes of an element of weights that are not quantized; scheme: a format that weights can be quantized to.
-        cache_itemsize: bytes of an element of the cache, scales included.
-        train: plan training steps, too: of every weight, and of LoRA adapters of rank 16.
+        context: tokens per sequence; defaults to the context length of the model (for training
+            rows, at most `TRAINING_TOKENS`).
+        sequences: number of concurrent sequences.
+        itemsize: bytes per element of unquantized weights.
+        scheme: quantization format of the weights; None for unquantized weights.
+        cache_itemsize: bytes per element of the KV cache, including scales.
+        train: also plan training steps, of all weights and of LoRA adapters of rank 16.
 
     Raises:
-        ConfigError: `context` or `sequences` is below 1, or a training row longer than the model's context.
+        ConfigError: `context` or `sequences` is below 1, or a training row is longer than the
+            model's context.
     """
     row = min(config.max_seq_len, TRAINING_TOKENS) if context is None else context
     context = config.max_seq_len if context is None else context
     if context < 1 or sequences < 1:
         raise ConfigError(
-            f"context={context} and sequences={sequences} must be at least 1; raise them"
+            f"context={context} and sequences={sequences} must be at least 1; increase them"
         )
     forward = forward_flops(config, [context])
     return ModelPlan(
@@ -212,7 +243,7 @@ def plan_model(
 
 
 def _trainings(config: ModelConfig, row: int) -> tuple[TrainingPlan, ...]:
-    """Steps of rows of `row` tokens, at least `TRAINING_TOKENS` together."""
+    """Plans steps of as many rows of `row` tokens as fit into `TRAINING_TOKENS`, at least one."""
     rows = max(1, TRAINING_TOKENS // row)
     lora = LoRAConfig(rank=min(LoRAConfig().rank, largest_rank(config)))
     found = []

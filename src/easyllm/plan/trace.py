@@ -1,4 +1,4 @@
-"""The whole decoder's costs: what its layers state, and what is outside them."""
+"""Cost trace of the complete decoder: its layers, and everything outside them."""
 
 from dataclasses import dataclass, replace
 
@@ -21,7 +21,13 @@ from easyllm.plan.parts import layers_of, mixer_of, outside_of, trains_head, vir
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelTrace:
-    """A forward pass: its layers, the head's product, and what is kept outside the layers."""
+    """Cost trace of a forward pass.
+
+    Attributes:
+        layers: traces of the layers.
+        head: the matrix product (GEMM) of the head.
+        shared_bytes: bytes saved for the backward pass outside the layers.
+    """
 
     layers: list[LayerTrace]
     head: Product
@@ -31,7 +37,7 @@ class ModelTrace:
 def trace_model(
     config: ModelConfig, work: Work, adapter: AdapterConfig | None = None
 ) -> ModelTrace:
-    """Follows `Decoder.forward` and the loss, with the virtual tokens of an adapter that has some.
+    """Traces `Decoder.forward` and the loss, including the virtual tokens of an adapter.
 
     Raises:
         ConfigError: the adapter does not fit the model.
@@ -55,7 +61,7 @@ def trace_model(
 
 
 def _head(config: ModelConfig, work: Work, hidden: Activation, *, trained: bool) -> Product:
-    """Of the loss: logits, then ∂hidden and, where the head is trained, ∂weight."""
+    """Returns the head's matrix products in the loss: logits, ∂hidden and, if trained, ∂weight."""
     rows, width = work.labelled, config.vocab_size
     if config.num_labels is not None:
         rows, width, trained = len(work.lengths), config.num_labels, True
@@ -64,7 +70,10 @@ def _head(config: ModelConfig, work: Work, hidden: Activation, *, trained: bool)
 
 
 def _tables(config: ModelConfig, work: Work) -> int:
-    """cos and sin of every rotation the model has, computed once a forward pass."""
+    """Returns the bytes of the cos and sin tables of all RoPE variants in the model.
+
+    The tables are computed once per forward pass.
+    """
     found: dict[object, int] = {}
     for layer in layers_of(config):
         found |= mixer_of(layer).position.table_elements()
@@ -72,7 +81,10 @@ def _tables(config: ModelConfig, work: Work) -> int:
 
 
 def _indices(config: ModelConfig, work: Work) -> int:
-    """Token ids, and positions where they are looked up, for the embeddings' gradients."""
+    """Returns the bytes of the indices saved for the gradients of the embeddings.
+
+    These are the token ids and, with learned position embeddings, the positions.
+    """
     if not work.trains_all:
         return 0
     return work.tokens * INT64 * (1 + isinstance(config.embedding_position, Learned))
