@@ -124,8 +124,8 @@ def test_every_stage_removes_what_was_planted_and_says_so(built):
     assert sum(fate["held_out"] for fate in fates.values()) == summary["held_out"]
     report = (output / "report.md").read_text()
     assert "| dedup-1-minhash | minhash | 1 |" in report
-    assert "rows no document could be made of: 1 (not JSON: 1)" in report
-    assert "private data found, email: 1" in report
+    assert "rows that could not be read as documents: 1 (not JSON: 1)" in report
+    assert "private data found: email: 1" in report
     assert not (output / "work").exists()
 
 
@@ -236,13 +236,13 @@ def test_a_tokenizer_in_a_folder_of_its_own_packs_a_corpus(recipe, raw, tmp_path
 
 
 def test_a_folder_that_is_none_of_shards_is_refused_in_one_sentence(built, tmp_path):
-    with pytest.raises(DataError, match=r"holds a corpus.*; name '.*/out/shards'"):
+    with pytest.raises(DataError, match=r"contains a corpus.*; name '.*/out/shards'"):
         TokenShards(built[0])
-    with pytest.raises(DataError, match=r"holds no manifest\.json of token shards"):
+    with pytest.raises(DataError, match=r"contains no manifest\.json of token shards"):
         TokenShards(built[0] / "tokenizer")
     for content, why in [("{", "property name"), ('{"format": 3}', "format: "), ("[]", "dict")]:
         (tmp_path / "manifest.json").write_text(content)
-        with pytest.raises(DataError, match=f"no manifest of shards .*{why}") as caught:
+        with pytest.raises(DataError, match=f"not a manifest of token shards .*{why}") as caught:
             TokenShards(tmp_path)
         assert "\n" not in str(caught.value)
 
@@ -253,10 +253,10 @@ def test_a_changed_shard_is_found(recipe, tiny_folder, tmp_path):
     tokens = np.fromfile(file, dtype="<u2")
     tokens[5] += 1
     tokens.tofile(file)
-    with pytest.raises(DataError, match="is not what was written"):
+    with pytest.raises(DataError, match="was modified or is damaged"):
         TokenShards(tmp_path / "out" / "shards").verify()
     tokens[:-3].tofile(file)
-    with pytest.raises(DataError, match="build again"):
+    with pytest.raises(DataError, match="build the data again"):
         TokenShards(tmp_path / "out" / "shards")
 
 
@@ -274,7 +274,7 @@ def test_names_of_control_tokens_in_documents_have_no_power(tiny_folder, raw, re
 def test_nothing_left_is_an_error_and_leaves_no_folder(recipe, tiny_folder, tmp_path):
     words = ["clean.preset=null", "clean.rules=[{kind: length, min_words: 100000}]"]
     words += ["sources.articles.clean=null"]
-    with pytest.raises(DataError, match=r"no document is left \(length\.words 100\)"):
+    with pytest.raises(DataError, match=r"no documents remain \(length\.words 100\)"):
         build(recipe, tmp_path / "out", tiny_folder, *words)
     assert not (tmp_path / "out").exists()
 
@@ -282,7 +282,7 @@ def test_nothing_left_is_an_error_and_leaves_no_folder(recipe, tiny_folder, tmp_
 def test_a_file_that_is_no_text_is_named_where_nothing_else_is_there(recipe, tiny_folder, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     words = [f"sources={{web: {{paths: [{tmp_path / 'latin.txt'}]}}}}", "mixture={}"]
-    with pytest.raises(DataError, match=r"no document is left \(latin\.txt: not UTF-8 text"):
+    with pytest.raises(DataError, match=r"no documents remain \(latin\.txt: not UTF-8 text"):
         build(recipe, tmp_path / "out", tiny_folder, *words)
     assert not (tmp_path / "out").exists()
 
@@ -314,7 +314,7 @@ def test_a_source_of_which_nothing_is_left_is_pointed_out(recipe, tmp_path):
     words += ["sources.articles.clean={preset: null, rules: [{kind: length, min_words: 9999}]}"]
     done = CliRunner().invoke(app, ["data", "build", str(recipe), *words])
     assert done.exit_code == 0, done.output
-    note = "nothing is left of source 'articles' (length.words 20): give it rules of its own"
+    note = "no documents remain from source 'articles' (length.words 20): give it its own rules"
     assert f"note: {note}" in done.stdout
     assert note in (tmp_path / "out" / "report.md").read_text()
 
@@ -331,7 +331,7 @@ def test_what_a_kill_left_behind_is_swept(recipe, tiny_folder, tmp_path):
 
 
 def test_mistakes_are_one_sentence_before_any_work(recipe, tiny_folder, tmp_path):
-    with pytest.raises(ConfigError, match="'wbe', which is no source \\(did you mean 'web'"):
+    with pytest.raises(ConfigError, match="'wbe', which is not a source \\(did you mean 'web'"):
         build(recipe, tmp_path / "out", tiny_folder, "mixture.shares.wbe.weight=1")
     with pytest.raises(ConfigError, match="deduplication preset 'finweb' is unknown"):
         build(recipe, tmp_path / "out", tiny_folder, "dedup=finweb")
@@ -356,7 +356,7 @@ def test_the_command_line_plans_builds_and_reports(recipe, tmp_path):
     runner = CliRunner()
     plan = runner.invoke(app, ["data", "build", str(recipe), f"output={output}", "--dry-run"])
     assert plan.exit_code == 0, plan.output
-    stages = "clean → hide private data → decontaminate → dedup exact → dedup minhash → tokenize"
+    stages = "clean → redact private data → decontaminate → dedup exact → dedup minhash → tokenize"
     assert f"stages: {stages} → mix and pack\n" in plan.stdout
     assert not output.exists()
     done = runner.invoke(app, ["data", "build", str(recipe), f"output={output}", "--json"])
@@ -364,5 +364,5 @@ def test_the_command_line_plans_builds_and_reports(recipe, tmp_path):
     assert json.loads(done.stdout)["tokens"] == TokenShards(output / "shards").manifest.tokens
     shown = runner.invoke(app, ["data", "build", str(recipe), f"output={output}"])
     assert "100 documents read" in shown.stdout
-    assert "note: rows no document could be made of: 1 (not JSON: 1)" in shown.stdout
+    assert "note: rows that could not be read as documents: 1 (not JSON: 1)" in shown.stdout
     assert Path(output / "report.md").is_file()

@@ -1,4 +1,7 @@
-"""`easyllm data build` says so where a rule, a key or a language cost most of a source, and fails where nothing is left."""
+"""`easyllm data build` warns if a rule, a key or a language removes most of a source.
+
+It fails if no documents remain.
+"""
 
 import json
 
@@ -58,7 +61,8 @@ def test_the_preset_of_another_language_is_named_where_nothing_is_left(build, tm
     assert isinstance(error, DataError)
     assert error.exit_code == 2
     assert str(error) == (
-        "no document is left (language.code 30); 30 are in Chinese: use clean.preset=fineweb-zh or gopher-zh"
+        "no documents remain (language.code 30); 30 are in Chinese: "
+        "use clean.preset=fineweb-zh or gopher-zh"
     )
     assert not (tmp_path / "out").exists()
 
@@ -69,9 +73,10 @@ def test_next_to_nothing_left_does_not_look_like_success(build, tmp_path):
     assert done.exit_code == 0
     told = json.loads(done.stdout)["warnings"]
     assert told == [
-        "only 2 of 62 documents are left (3.2%): this is hardly the corpus that was meant",
-        "rule language.code removed 60 of the 62 documents of source 'web' (97%); 60 are in Chinese: use "
-        "clean.preset=fineweb-zh or gopher-zh, or give the source rules of its own (sources.web.clean)",
+        "only 2 of 62 documents remain (3.2%): this is probably not the intended corpus",
+        "rule language.code removed 60 of the 62 documents of source 'web' (97%); 60 are in "
+        "Chinese: use clean.preset=fineweb-zh or gopher-zh, or give the source its own rules "
+        "(sources.web.clean)",
     ]
     for line in told:
         assert f"warning: {line}" in done.stderr
@@ -116,11 +121,15 @@ def test_what_cost_most_of_a_source_is_named(build, rows, words, told):
         (
             [{"text": "x"}] * 3,
             ["sources.web.text_key=body"],
-            "no document is left (pages.jsonl:1: no key 'body' (keys: text), and 2 more rows); set text_key to the key that "
-            "holds the text",
+            "no documents remain (pages.jsonl:1: no key 'body' (keys: text), and 2 more rows); "
+            "set text_key to the key that contains the text",
         ),
-        ([{"text": 3}], [], "'text' is of type int); set text_key to the key that holds the text"),
-        ([], [], "no document is left (the sources hold none); check their paths"),
+        (
+            [{"text": 3}],
+            [],
+            "'text' is of type int); set text_key to the key that contains the text",
+        ),
+        ([], [], "no documents remain (the sources contain none); check their paths"),
     ],
 )
 def test_the_real_cause_is_told_where_no_row_can_be_read(build, rows, words, reason):
@@ -154,13 +163,15 @@ def test_several_rules_that_leave_little_together_are_named():
     }
     (line,) = warnings({"web": fate(120, removed)})
     assert line == (
-        "only 20 of the 120 documents of source 'web' are kept (17%); the rules that removed most are "
-        "gopher_quality.words 41 (34%), length.words 30 (25%), c4_quality.sentences 24 (20%): loosen the rules "
-        "(clean.override.gopher_quality) or check the source, or give the source rules of its own (sources.web.clean)"
+        "only 20 of the 120 documents of source 'web' were kept (17%); the rules that removed "
+        "most are gopher_quality.words 41 (34%), length.words 30 (25%), c4_quality.sentences 24 "
+        "(20%): loosen the rules (clean.override.gopher_quality) or check the source, or give the "
+        "source its own rules (sources.web.clean)"
     )
     (line,) = warnings({"web": fate(30, {"exact": 11, "fuzzy": 10})})
     assert line.startswith(
-        "only 9 of the 30 documents of source 'web' are kept (30%); the rules that removed most are exact 11"
+        "only 9 of the 30 documents of source 'web' were kept (30%); "
+        "the rules that removed most are exact 11"
     )
 
 

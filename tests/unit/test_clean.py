@@ -699,7 +699,7 @@ def test_a_presets_rule_can_be_changed_left_out_and_followed_by_others():
     [
         ({"override": {"gopher_qualty": {}}}, "did you mean 'gopher_quality'"),
         ({"without": ["han_share"]}, "'han_share' is not a rule of the preset 'fineweb'"),
-        ({"preset": None, "without": ["language"]}, "no preset is chosen"),
+        ({"preset": None, "without": ["language"]}, "no preset is set"),
         ({"override": {"language": {"min_scor": 0.5}}}, "did you mean 'min_score'"),
         ({"override": {"language": {"min_score": 5}}}, "less than or equal to 1"),
         ({"rules": [{"kind": "length", "min_word": 3}]}, "did you mean 'min_words'"),

@@ -575,7 +575,7 @@ BAD_FILES = {
     "no bytes": ("f.txt", b"", EMPTY_TEXT),
     "no text": ("f.md", b"---\na: b\n---\n<!-- x -->\n", EMPTY_TEXT),
     "no page": ("f.html", b"<html><script>x()</script></html>", EMPTY_TEXT),
-    "a picture as a page": ("f.html", bytes(range(256)) * 9, "not text in"),
+    "a picture as a page": ("f.html", bytes(range(256)) * 9, "not valid text in"),
     "deep": ("f.html", b"<div><!--</div>-->" * 99_999 + b"x", "deeper than 512"),
     "no gzip": ("f.txt.gz", b"plain", "damaged gzip"),
     "no zstd": ("f.txt.zst", b"plain text", "damaged stream"),
@@ -953,7 +953,7 @@ def test_one_broken_byte_does_not_cost_the_page():
 def test_a_page_that_is_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(extract, "MAX_PAGE_BYTES", 100)
     assert html_text(b"<p>" + b"x" * 97) == "x" * 97
-    with pytest.raises(DataError, match="101 bytes, more than 100"):
+    with pytest.raises(DataError, match="101 bytes, more than the maximum of 100"):
         html_text(b"<p>" + b"x" * 98)
 
 

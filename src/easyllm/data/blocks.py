@@ -1,6 +1,6 @@
-"""Data files as blocks of UTF-8 bytes, whatever their compression and encoding, and blocks as records.
+"""Reads data files of any compression and encoding as UTF-8 blocks, and splits them into records.
 
-Nothing here holds more than one block and one record, so memory does not grow with the file.
+At most one block and one record are in memory, so memory use does not grow with the file.
 """
 
 import bz2
@@ -20,9 +20,9 @@ from easyllm.core.errors import ConfigError, DataError, SourceError, install
 
 BLOCK_BYTES = 1 << 18
 MAX_BYTES = 1 << 26
-"""Most bytes of one line, row or file that is one document: a broken file may be one endless line."""
+"""Maximum bytes of one line, row or single-document file: a broken file may be one endless line."""
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-_MARKS = (  # UTF-32's byte order mark begins with UTF-16's, so it is looked for first
+_MARKS = (  # the UTF-32 byte order mark starts with that of UTF-16, so it is checked first
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -32,22 +32,27 @@ _MARKS = (  # UTF-32's byte order mark begins with UTF-16's, so it is looked for
 
 
 class DamagedFile(DataError):
-    """The rest of a file cannot be read: it is cut short or corrupt, or its rows cannot be told apart."""
+    """The rest of a file cannot be read: it is truncated or corrupt, or has no row boundaries."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delimiter:
-    """What ends a record: a pattern, and the most bytes it matches."""
+    """The end of a record.
+
+    Attributes:
+        pattern: what to search for.
+        max_bytes: the maximum number of bytes that the pattern matches.
+    """
 
     pattern: re.Pattern[bytes]
     max_bytes: int
 
     @classmethod
     def from_text(cls, text: str) -> "Delimiter":
-        r"""`text` as a delimiter; its line breaks also match `\r\n`.
+        r"""Returns `text` as a delimiter; its line breaks also match `\r\n`.
 
-        A leading line break leaves the `\r` to the record, which strips it: a pattern that begins with one
-        fixed byte is searched at the speed of memory.
+        With a leading line break, the `\r` stays in the record, which strips it: a search for a
+        pattern that starts with one fixed byte runs at memory bandwidth.
 
         >>> Delimiter.from_text("\n\n").pattern.split(b"one\r\n\r\ntwo\n\nthree")
         [b'one\r', b'two', b'three']
@@ -60,17 +65,19 @@ LINE = Delimiter.from_text("\n")
 
 
 def read_blocks(path: str, *, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """A file's text in blocks of UTF-8 bytes: decompressed by suffix, without a byte order mark.
+    """Yields a file's text in blocks of UTF-8 bytes, decompressed and without a byte order mark.
 
-    UTF-16 and UTF-32 with a mark are converted; without one the bytes are as they are, and nobody has looked
-    whether they are UTF-8.
+    The suffix of the file selects the decompressor. UTF-16 and UTF-32 with a byte order mark are
+    converted; without one, the bytes are yielded unchanged and are not checked to be UTF-8.
 
     Args:
-        start: first byte wanted, where the file `is_divisible`.
+        path: the file.
+        start: first byte to read; must be 0 unless the file `is_divisible`.
         stop: the byte after the last one; None reads to the end.
 
     Raises:
-        DamagedFile: the compressed stream is cut short or corrupt; what came before it has been yielded.
+        DamagedFile: the compressed stream is truncated or corrupt; the data before the damage has
+            already been yielded.
         SourceError: the file cannot be opened or read.
     """
     blocks = _raw_blocks(path, start, stop, BLOCK_BYTES)
@@ -84,14 +91,14 @@ def read_blocks(path: str, *, start: int = 0, stop: int | None = None) -> Iterat
         return
     text = codecs.iterdecode(chain([head], blocks), encoding, "surrogatepass")
     try:
-        # a lone surrogate becomes bytes that are not UTF-8, and so a bad row instead of a damaged file
+        # A lone surrogate becomes invalid UTF-8: one bad row instead of a damaged file
         yield from codecs.iterencode(text, "utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
         raise DamagedFile(f"not {encoding.upper()} text ({error.reason})") from None
 
 
 def read_whole(blocks: Iterable[bytes]) -> bytes | None:
-    """All blocks as one, or None where that is more than `MAX_BYTES`."""
+    """Returns all blocks joined, or None if they exceed `MAX_BYTES`."""
     content = bytearray()
     for block in blocks:
         content += block
@@ -101,9 +108,9 @@ def read_whole(blocks: Iterable[bytes]) -> bytes | None:
 
 
 def split_records(blocks: Iterable[bytes], delimiter: Delimiter = LINE) -> Iterator[bytes | None]:
-    """Each record without what ends it; None in the place of one longer than `MAX_BYTES`.
+    """Yields each record without its delimiter, and None for a record longer than `MAX_BYTES`.
 
-    A delimiter at the very end begins no further record.
+    A delimiter at the very end does not start another record.
     """
     buffer, searched, too_long = bytearray(), 0, False
     for block in blocks:
@@ -123,7 +130,10 @@ def split_records(blocks: Iterable[bytes], delimiter: Delimiter = LINE) -> Itera
 
 
 def is_divisible(path: str) -> bool:
-    """Whether parts of the file can be read alone: it is neither compressed nor in UTF-16 or UTF-32."""
+    """Returns whether parts of the file can be read separately.
+
+    This is the case if the file is neither compressed nor encoded in UTF-16 or UTF-32.
+    """
     if path.lower().endswith(COMPRESSIONS):
         return False
     head = next(_raw_blocks(path, 0, 4, 4), b"")
@@ -131,12 +141,14 @@ def is_divisible(path: str) -> bool:
 
 
 def divide(path: str, delimiter: Delimiter, num_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Cuts a file behind records, each part of `num_bytes` and at most a block and a record more.
+    """Divides a file at record boundaries.
 
-    The whole file is read, at the speed of the disk, so that each part knows its first line's number.
+    Each part has at least `num_bytes` (except the last), and at most one block and one record more.
+    The complete file is read, at disk speed, so that the line number of each part's first record is
+    known.
 
     Returns:
-        For each part its first byte, the byte after its last, and the number of records before it.
+        For each part: its first byte, the byte after its last, and the number of records before it.
     """
     start = end = first = number = position = 0
     tail = b""
@@ -155,10 +167,14 @@ def divide(path: str, delimiter: Delimiter, num_bytes: int) -> Iterator[tuple[in
 
 
 def optional(module: str, need: str) -> Any:
-    """A module of the extra `data`.
+    """Imports a module of the optional dependency group `data`.
+
+    Args:
+        module: the module's full name.
+        need: what the module is needed for, as the plural subject of the error message.
 
     Raises:
-        ConfigError: it is not installed; says that `need` needs it.
+        ConfigError: the module is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -186,13 +202,13 @@ def _raw_blocks(path: str, start: int, stop: int | None, block_bytes: int) -> It
         )
         raise DamagedFile(f"damaged {kind} stream ({error})") from None
     except OSError as error:
-        if error.errno is None:  # how Arrow and bz2 report a stream they cannot decompress
+        if error.errno is None:  # Arrow and bz2 report a stream they cannot decompress like this
             raise DamagedFile(f"damaged stream ({error})") from None
         raise SourceError(f"cannot read {path!r}: {os.strerror(error.errno)}") from None
 
 
 def _open(path: str) -> Any:
-    """The decompressed stream; reading any number of bytes takes memory for that many."""
+    """Opens the decompressed stream; reading n bytes from it allocates memory for n bytes only."""
     if path.lower().endswith(".gz"):
         return gzip.GzipFile(path, "rb")
     if path.lower().endswith(".xz"):
@@ -200,7 +216,7 @@ def _open(path: str) -> Any:
     if path.lower().endswith(".bz2"):
         return bz2.BZ2File(path, "rb")
     if path.lower().endswith(".zst"):
-        # of the two packages that know Zstandard, this one notices a stream that is cut short
+        # Unlike the zstandard package, Arrow detects a truncated stream
         arrow = optional("pyarrow", "compressed .zst files")
         return arrow.CompressedInputStream(arrow.OSFile(path), "zstd")
     return open(path, "rb")

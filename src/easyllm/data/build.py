@@ -1,13 +1,16 @@
-"""Building a corpus: the stages in order, each spread over workers, nothing finished ever done again.
+"""Builds a corpus: runs the stages in order, in parallel over splits, and resumes killed builds.
 
-out/recipe.yaml        the recipe, resolved
-out/work/              files between the stages, removed at the end
-out/excluded/          every rejected document with its rule and figure, a file a stage
-out/clusters.jsonl.zst which document stood for each removed duplicate
-out/tokenizer/         the tokenizer that made the ids
-out/shards/            the tokens (data/shards), out/shards/validation/ the documents kept apart
-out/report.md          what was kept and what was not, for people
-out/manifest.json      inputs, versions, figures: written last, so its presence means the corpus is whole
+Layout of the output folder:
+
+out/recipe.yaml        the resolved recipe
+out/work/              intermediate files between the stages, removed at the end
+out/excluded/          every rejected document with its rule and metric value, one file per stage
+out/clusters.jsonl.zst the representative document of each removed duplicate
+out/tokenizer/         the tokenizer that produced the token ids
+out/shards/            the token shards (data/shards); out/shards/validation/ is the held-out set
+out/report.md          human-readable summary of what was kept and what was removed
+out/manifest.json      inputs, versions, statistics; written last, so its presence means that the
+                       corpus is complete
 """
 
 import shutil
@@ -43,30 +46,37 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 HOW = ("engine", "workers", "keep_work")
-"""Keys that say how a corpus is built and not what it is: a build may go on with others."""
+"""Keys that affect how a corpus is built but not its content; they may change on resume."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a build will read and do: of each source its files, bytes and items of work."""
+    """What a build will read and do.
+
+    Attributes:
+        sources: source name -> its number of files, bytes and splits (work items).
+        stages: the stages in order, as short descriptions.
+    """
 
     sources: dict[str, dict[str, int]]
     stages: list[str]
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the plan as a JSON-serializable dict."""
         return asdict(self)
 
 
 class CorpusBuild:
-    """One corpus from its recipe.
+    """The build of one corpus from its recipe.
 
     Args:
         config: the recipe.
-        tokenizer: the one the recipe names.
+        tokenizer: the tokenizer that the recipe names.
 
     Raises:
-        SourceError, DataError: a source has no files, or a file cannot hold documents (found before any work).
-        ConfigError: the end token is not in the vocabulary.
+        SourceError: a source cannot be read.
+        DataError: a source has no files, a file cannot contain documents, or the end token is not
+            in the vocabulary. All of this is checked before any work starts.
     """
 
     def __init__(self, config: CorpusConfig, tokenizer: Tokenizer) -> None:
@@ -78,11 +88,11 @@ class CorpusBuild:
         for name, source in config.sources.items():
             found = list_splits(name, source, split_bytes=config.split_bytes)
             if not found:
-                raise DataError(f"source {name!r} has no files with anything in them; name others")
+                raise DataError(f"source {name!r} has no non-empty files; name other files")
             self.splits += found
 
     def plan(self) -> Plan:
-        """What will be done."""
+        """Returns what the build will read and do, without doing any work."""
         sources = {}
         for name in self.config.sources:
             mine = [split for split in self.splits if split.source == name]
@@ -92,41 +102,42 @@ class CorpusBuild:
         return Plan(sources, self._stages())
 
     def _stages(self) -> list[str]:
-        """What will be done to every document, in order."""
+        """Returns what will be done to every document, in order."""
         config = self.config
         stages = ["clean" if any(map(config.rules_of, config.sources)) else "read"]
         if config.privacy is not None:
-            act = "hide" if config.privacy.mode == "replace" else "count"
+            act = "redact" if config.privacy.mode == "replace" else "count"
             stages.append(f"{act} private data")
         stages += ["decontaminate"] if config.decontaminate else []
         stages += [f"dedup {step.kind}" for step in (config.dedup.steps if config.dedup else ())]
         return [*stages, "tokenize", "mix and pack"]
 
     def run(self) -> dict[str, Any]:
-        """Builds the corpus, or goes on with a killed build; a finished one is not touched.
+        """Builds the corpus, or resumes a killed build; a finished corpus is not modified.
 
         Returns:
-            The figures of the manifest.
+            The statistics recorded in the manifest.
 
         Raises:
-            OutputError: the folder holds another corpus, or other files.
-            DataError: a row is bad and its source stops there, or no document is left.
-            ConfigError: a source that the mixture weighs has no document left.
+            OutputError: the folder contains another corpus, or other files.
+            DataError: a row is invalid and its source is set to stop on such rows, or no documents
+                remain after a stage.
+            ConfigError: no documents remain from a source that has a weight in the mixture.
         """
         check_free(self.output, self.config, ignore=HOW)
         if (self.output / MANIFEST_FILE).is_file():
             self._sweep()
-            console().print(f"{self.output} holds this corpus, built before", soft_wrap=True)
+            console().print(f"{self.output} already contains this corpus", soft_wrap=True)
             return Manifest.read(self.output / MANIFEST_FILE).results
         runs = self._evaluation_runs()
         with build_executor(self.config.engine, self.config.workers) as executor:
-            claim(self.output, self.config, ignore=HOW)  # only now: a mistake leaves no folder
+            # Claimed only after the checks above, so that a configuration error creates no folder
+            claim(self.output, self.config, ignore=HOW)
             try:
                 return self._build(executor, runs)
             except EasyllmError:
-                if not any(
-                    self.work.glob("*/[0-9]*.json")
-                ):  # nothing is done that could be gone on with
+                # No work item has finished, so there is nothing to resume from
+                if not any(self.work.glob("*/[0-9]*.json")):
                     self._discard()
                 raise
 
@@ -158,7 +169,7 @@ class CorpusBuild:
         items: list[dict[str, Any]],
         sizes: Sequence[int],
     ) -> list[dict[str, Any]]:
-        """The counts of every item; those that are done are skipped."""
+        """Runs the work items of a stage, skipping finished ones, and returns their counts."""
         folder = self.work / name
         folder.mkdir(parents=True, exist_ok=True)
         found: list[dict[str, Any] | None] = [
@@ -195,7 +206,7 @@ class CorpusBuild:
     def _dedup(
         self, executor: Executor, stage: str, step: Config, stems: list[Path]
     ) -> tuple[list[Path], list[dict[str, Any]]]:
-        """Keys of every split, one decision, every split cut by it."""
+        """Runs one deduplication step: hash each split, decide globally, filter each split."""
         described = step.model_dump(mode="json")
         sizes = [documents_file(stem).stat().st_size for stem in stems]
         items = [
@@ -271,10 +282,10 @@ class CorpusBuild:
         return self._stage(executor, "tokens", items, sizes)
 
     def _pack(self) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-        """Chooses documents of every source and writes the shards.
+        """Samples documents from every source and writes the shards.
 
         Returns:
-            What the mixture took of each source, and how many documents of it are kept apart.
+            For each source, the composition of the mixture, and the number of held-out documents.
         """
         pools = {
             name: TokenPool(self._tokens_of(name), self.tokenizer) for name in self.config.sources
@@ -306,7 +317,7 @@ class CorpusBuild:
         return composition, {n: len(numbers) for n, numbers in held.items()}
 
     def _tokens_of(self, source: str) -> list[Path]:
-        """Where the ids of a source's splits lie."""
+        """Returns the path stems of the token ids of a source's splits."""
         numbers = [i for i, split in enumerate(self.splits) if split.source == source]
         return [self.work / "tokens" / f"{i:05d}" for i in numbers]
 
@@ -318,7 +329,7 @@ class CorpusBuild:
         composition: dict[str, dict[str, float]],
         generator: np.random.Generator,
     ) -> None:
-        """All chosen documents, of all sources, in one shuffled order."""
+        """Writes the chosen documents of all sources in one shuffled order."""
         names = list(chosen)
         sources = np.repeat(np.arange(len(names)), [len(chosen[name]) for name in names])
         numbers = np.concatenate([chosen[name] for name in names])
@@ -350,7 +361,7 @@ class CorpusBuild:
         composition: dict[str, dict[str, float]],
         held_out: dict[str, int],
     ) -> dict[str, Any]:
-        """Writes the report and the manifest, and removes what lay between the stages."""
+        """Writes the report and the manifest, and removes the intermediate files."""
         packed = int(sum(c["tokens"] for c in composition.values()))
         text_bytes = sum(done["bytes"] for done in tokens)
         read = sum(done["documents"] for done in counts[0][1])
@@ -383,14 +394,14 @@ class CorpusBuild:
         return summary
 
     def _sweep(self) -> None:
-        """Removes what a finished build, or one that was killed, has no more use for."""
+        """Removes intermediate files of a finished build and partial files of a killed one."""
         if not self.config.keep_work:
             shutil.rmtree(self.work, ignore_errors=True)
         for half in self.output.glob(".*.partial"):
             shutil.rmtree(half) if half.is_dir() else half.unlink()
 
     def _discard(self) -> None:
-        """Removes what this build put into its folder, and the folder where it holds nothing else."""
+        """Removes the files this build created, and the output folder if it is then empty."""
         for folder in (self.work, self.output / "tokenizer"):
             shutil.rmtree(folder, ignore_errors=True)
         (self.output / RECIPE_FILE).unlink(missing_ok=True)
@@ -402,12 +413,12 @@ class CorpusBuild:
     def _item(
         self, work: str, stage: str, number: int, arguments: dict[str, Any], *, inputs: Any
     ) -> dict[str, Any]:
-        """An item of work; `inputs` says what its input was, so that another input is other work."""
+        """Returns a work item; `inputs` identifies its input, so that changed input is new work."""
         stem = str(self.work / stage / f"{number:05d}")
         return {"work": work, "stem": stem, "arguments": arguments, "inputs": inputs}
 
     def _evaluation_runs(self) -> Decontaminator | None:
-        """The runs of words that no document may hold."""
+        """Returns the index of the evaluation n-grams that no document may contain, or None."""
         config = self.config.decontaminate
         if config is None:
             return None
@@ -416,30 +427,30 @@ class CorpusBuild:
             rows = [row for split in list_splits(name, source) for row in read_split(split, source)]
             texts[name] = [row.text for row in rows if isinstance(row, Document)]
             if not texts[name]:
-                raise DataError(f"decontaminate.sets.{name} holds no text; check its text_key")
+                raise DataError(f"decontaminate.sets.{name} contains no text; check its text_key")
         return Decontaminator.from_texts(texts, config)
 
     def _fates(self, counts: Counts) -> dict[str, dict[str, Any]]:
         return fates(counts, [split.source for split in self.splits])
 
     def _check_what_is_left(self, counts: Counts) -> None:
-        """Refuses to go on without documents, or without those of a source the mixture weighs.
+        """Fails if no documents remain, or none from a source that has a weight in the mixture.
 
-        Only another recipe or other files can mend that, so nothing of this build is kept.
+        Only a different recipe or different files can fix this, so the build is discarded.
         """
         left = self._fates(counts)
         if not any(fate["kept"] for fate in left.values()):
             self._discard()
             shown = [row for done in counts[0][1] for row in done["bad_rows_shown"]]
-            raise DataError(f"no document is left {why_nothing_is_left(left, shown)}")
+            raise DataError(f"no documents remain {why_nothing_is_left(left, shown)}")
         for name, share in self.config.mixture.shares.items():
             if share.weight is not None and not left[name]["kept"]:
                 self._discard()
                 why = reasons(left[name]["removed"])
                 raise ConfigError(
-                    f"mixture gives weight {share.weight:g} to source {name!r}, of which no document is left"
-                    f"{f' ({why})' if why else ''}; drop the weight, or give the source other rules "
-                    f"(sources.{name}.clean)"
+                    f"mixture gives weight {share.weight:g} to source {name!r}, but no documents "
+                    f"remain from it{f' ({why})' if why else ''}; drop the weight, or give the "
+                    f"source other rules (sources.{name}.clean)"
                 )
 
 
@@ -451,13 +462,14 @@ def _end_id(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
     end = tokenizer.id_of(wanted)
     if end is None:
         raise DataError(
-            f"pack.end_token={wanted!r} is not in the tokenizer's vocabulary; name one of its special tokens"
+            f"pack.end_token={wanted!r} is not in the tokenizer's vocabulary; "
+            "name one of its special tokens"
         )
     return end
 
 
 def _stamps(split: Split) -> list[list[Any]]:
-    """Size and time of a split's files: a changed file is other work."""
+    """Returns size and modification time of a split's files, so that changed files are redone."""
     stats = {part.path: Path(part.path).stat() for part in split.parts}
     return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats.items())]
 

@@ -1,4 +1,4 @@
-"""What a corpus is made of: the recipe of `easyllm data build`."""
+"""Configuration of a corpus: the recipe of `easyllm data build`."""
 
 import glob
 import os
@@ -26,31 +26,36 @@ from easyllm.data.privacy import PrivacyConfig
 from easyllm.data.sources import SourceConfig
 
 PYTHON_SOURCES = "python:stdlib"
-"""A path that stands for the Python sources of the running interpreter's standard library: text on every machine."""
+"""Path that stands for the Python source files of the running interpreter's standard library.
+
+They provide text on every machine without a download.
+"""
 NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
 class CorpusSource(SourceConfig):
-    """A source, and how it is cleaned where it differs from the others."""
+    """A source of documents, optionally with its own cleaning rules."""
 
     clean: CleanConfig | None = None
 
 
 class EvaluationSets(DecontaminationConfig):
-    """Evaluation files whose texts no document may hold."""
+    """Evaluation sets whose n-grams no document may contain."""
 
     sets: dict[str, SourceConfig] = Field(min_length=1)
 
 
 class PackConfig(Config):
-    """How documents become shards.
+    """How documents are packed into shards.
 
     Attributes:
-        end_token: put behind every document; by default `<|endoftext|>` where the tokenizer has it, else its end token.
-        shard_tokens: about so many ids a file.
-        holdout: share of the documents kept apart in `shards/validation`; where a source is one document, its last tokens.
-        holdout_tail: keep the last tokens of each source apart, instead of documents at random; the document they begin in
-            is cut in two.
+        end_token: appended to every document; by default `<|endoftext|>` if the tokenizer has it,
+            else the tokenizer's EOS token.
+        shard_tokens: approximate number of token ids per shard file.
+        holdout: fraction of the documents held out for validation in `shards/validation`; if a
+            source is a single document, its last tokens are held out.
+        holdout_tail: hold out the last tokens of each source instead of random documents; the
+            document that contains the boundary is split in two.
     """
 
     end_token: str | None = None
@@ -61,7 +66,7 @@ class PackConfig(Config):
     @model_validator(mode="after")
     def _tail_has_a_size(self) -> "PackConfig":
         if self.holdout_tail and not self.holdout:
-            raise ValueError("holdout_tail needs a share to keep apart; set holdout to 0.1, say")
+            raise ValueError("holdout_tail requires holdout > 0; set holdout, for example to 0.1")
         return self
 
 
@@ -70,12 +75,16 @@ class CorpusParts(Config):
 
     Attributes:
         tokenizer: a model's source, or a folder with a tokenizer.
-        clean: rules for every source that has none of its own; null takes documents as they are.
-        privacy, decontaminate, dedup: null leaves the step out; `dedup` may be the name of a preset.
+        sources: source name -> source.
+        clean: rules for every source without its own rules; null leaves documents unchanged.
+        privacy, decontaminate, dedup: null skips the step; `dedup` may be the name of a preset.
+        mixture: how many tokens are sampled from each source.
+        pack: how documents are packed into shards.
+        seed: seed of the random sampling and shuffling.
         engine: `local` processes, or `ray`.
-        workers: processes; by default one a core.
-        split_bytes: about so much of the input is one item of work.
-        keep_work: whether intermediate files stay.
+        workers: number of worker processes; by default one per core.
+        split_bytes: approximate bytes of input per work item.
+        keep_work: whether intermediate files are retained after the build.
     """
 
     tokenizer: str = "smollm2"
@@ -102,27 +111,35 @@ class CorpusParts(Config):
         for name in self.mixture.shares:
             if name not in self.sources:
                 raise ValueError(
-                    f"mixture.shares names {name!r}, which is no source{suggest(name, self.sources)}"
+                    f"mixture.shares names {name!r}, which is not a source"
+                    f"{suggest(name, self.sources)}"
                 )
         return self
 
     def rules_of(self, source: str) -> CleanConfig | None:
-        """How a source is cleaned."""
+        """Returns the cleaning rules of a source, or None if its documents are not cleaned."""
         return self.sources[source].clean or self.clean
 
 
 class CorpusConfig(CorpusParts):
-    """A corpus that is built alone: with a name, and a folder for its files."""
+    """A standalone corpus, with a name and an output folder."""
 
     name: str
     output: str
 
 
 def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:
-    """A corpus recipe; its paths are looked up from the recipe's folder first, then from here.
+    """Loads a corpus recipe.
+
+    Relative paths in it are resolved against the recipe's folder first, then against the current
+    directory.
+
+    Args:
+        path: the recipe file.
+        overrides: `key=value` overrides from the command line.
 
     Raises:
-        SourceError, ConfigError: there is no such file, or it is wrong; every mistake is listed.
+        SourceError, ConfigError: the file does not exist, or is invalid; all errors are listed.
     """
     written = read_yaml(path)
     refuse_other_kinds(written, path, "data build")
@@ -132,11 +149,18 @@ def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:
 
 
 def place_sources(values: dict[str, Any], folder: Path) -> None:
-    """Looks up the paths of all sources of a recipe from its own folder, where that has them; `python:stdlib` is resolved.
+    """Resolves the paths of all sources of a recipe in place.
+
+    A path that matches files in the recipe's folder is resolved against that folder;
+    `python:stdlib` is replaced by patterns for the standard library's files.
+
+    Args:
+        values: the recipe as read from YAML.
+        folder: the folder of the recipe.
 
     Raises:
         ConfigError: `python:stdlib` is not the only path of its source.
-        SourceError: this Python carries no sources.
+        SourceError: this Python installation has no source files.
     """
     decontaminate = values.get("decontaminate")
     sets = decontaminate.get("sets") if isinstance(decontaminate, dict) else None
@@ -148,7 +172,7 @@ def place_sources(values: dict[str, Any], folder: Path) -> None:
 
 
 def _placed(paths: Any, folder: Path) -> Any:
-    """Paths and globs as the recipe's folder has them, where it has them."""
+    """Returns paths and globs, resolved against the recipe's folder if they match files in it."""
     if isinstance(paths, str):
         paths = [paths]
     if not isinstance(paths, list):
@@ -166,19 +190,22 @@ def _resolve_python(source: dict[str, Any]) -> None:
         return
     if len(source["paths"]) > 1:
         raise ConfigError(
-            f"{PYTHON_SOURCES} must be the only path of its source; put the others into a source of their own"
+            f"{PYTHON_SOURCES} must be the only path of its source; "
+            "move the other paths to a separate source"
         )
     source["paths"] = _python_sources()
     source.setdefault("format", "text")
 
 
 def _python_sources() -> list[str]:
-    """A pattern for each folder of the standard library with Python sources, those of tests left out."""
+    """Returns a glob for each folder of the standard library with Python files, except tests."""
     root, patterns = sysconfig.get_paths()["stdlib"], []
     for here, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in NOT_LIBRARY]
         if any(name.endswith(".py") for name in files):
             patterns.append(os.path.join(glob.escape(here), "*.py"))
     if not patterns:
-        raise SourceError(f"this Python has no sources in {root!r}; name text files")
+        raise SourceError(
+            f"this Python installation has no source files in {root!r}; name text files instead"
+        )
     return sorted(patterns)

@@ -1,16 +1,25 @@
-"""What a build kept and what it did not: counts for scripts, and the report for people."""
+"""Summary of a corpus build: counts of kept and removed documents, and the Markdown report."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Counts = list[tuple[str, list[dict[str, Any]]]]
-"""Stages that remove documents, each with the counts of its items, one a split."""
+"""Stages that remove documents, each with the counts of its work items, one per split."""
 REASONS_SHOWN = 3
 
 
 def removals(counts: Counts, read: int) -> list[dict[str, Any]]:
-    """Documents removed by each rule of each stage, with their share of all that were read, most first in each stage."""
+    """Returns the number of documents removed by each rule of each stage.
+
+    Args:
+        counts: the counts of every stage.
+        read: number of documents read.
+
+    Returns:
+        Rows with `stage`, `rule`, `documents` and `share` (of the documents read), sorted by
+        descending count within each stage.
+    """
     rows = []
     for stage, done in counts:
         by_rule = Counter[str]()
@@ -23,12 +32,16 @@ def removals(counts: Counts, read: int) -> list[dict[str, Any]]:
 
 
 def fates(counts: Counts, sources: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of each source how many documents were read, how many are left, and how many each rule removed, most first.
-
-    Also which rows could not be read, and in which languages the documents were that were refused for theirs.
+    """Returns what happened to the documents of each source.
 
     Args:
+        counts: the counts of every stage.
         sources: the source of each split.
+
+    Returns:
+        For each source: `read` and `kept` documents, `removed` documents by rule, `bad_rows` by
+        kind of error, and `languages` of the documents rejected by the language rule. Counts are
+        sorted in descending order.
     """
     _, first = counts[0]
     _, last = counts[-1]
@@ -54,32 +67,33 @@ def _of_source(
     total = Counter[str]()
     for source, item in zip(sources, items, strict=True):
         if source == name:
-            total.update(item.get(key, {}))  # counts of an older version may lack it
+            total.update(item.get(key, {}))  # counts written by an older version may lack the key
     return dict(_most_first(total))
 
 
 def reasons(by_rule: Mapping[str, int]) -> str:
-    """The rules that did most, in a few words: `length.words 12, exact 3 and 2 more`."""
+    """Returns the top rules in short form, such as `length.words 12, exact 3 and 2 more`."""
     shown = [f"{rule} {number:,}" for rule, number in list(by_rule.items())[:REASONS_SHOWN]]
     more = len(by_rule) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
-    """What a person should not overlook: sources of which nothing is left, rows that could not be read, private data."""
+    """Returns notes for the user: sources without remaining documents, bad rows, private data."""
     lines = [
-        f"nothing is left of source {name!r} ({reasons(fate['removed']) or 'it held no document'}): "
-        f"give it rules of its own (sources.{name}.clean) if that is not meant"
+        f"no documents remain from source {name!r} "
+        f"({reasons(fate['removed']) or 'it contained no documents'}): "
+        f"give it its own rules (sources.{name}.clean) if this is not intended"
         for name, fate in summary["sources"].items()
         if not fate["kept"]
     ]
     if summary["bad_rows"]:
         count = sum(summary["bad_rows"].values())
         lines.append(
-            f"rows no document could be made of: {count:,} ({_listed(summary['bad_rows'])})"
+            f"rows that could not be read as documents: {count:,} ({_listed(summary['bad_rows'])})"
         )
     if summary["private"]:
-        lines.append(f"private data found, {_listed(summary['private'])}")
+        lines.append(f"private data found: {_listed(summary['private'])}")
     return lines
 
 
@@ -87,7 +101,10 @@ SOURCE_COLUMNS = ("source", "read", "kept", "held out", "packed", "tokens", "wan
 
 
 def source_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row of `SOURCE_COLUMNS` for each source; all but the tokens count documents."""
+    """Returns a row of `SOURCE_COLUMNS` for each source.
+
+    `tokens` and `wanted` count tokens; the other counts are documents.
+    """
     return [
         (
             name,
@@ -107,7 +124,7 @@ REMOVAL_COLUMNS = ("stage", "rule", "documents", "of read")
 
 
 def removal_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row of `REMOVAL_COLUMNS` for each rule that removed documents."""
+    """Returns a row of `REMOVAL_COLUMNS` for each rule that removed documents."""
     return [
         (row["stage"], row["rule"], f"{row['documents']:,}", f"{row['share']:.1%}")
         for row in summary["removed"]
@@ -115,17 +132,22 @@ def removal_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """The whole in one sentence."""
+    """Returns the summary in one sentence, without the final period."""
     held = f", {summary['held_out']:,} held out for validation" if summary["held_out"] else ""
     return (
         f"{summary['documents_read']:,} documents read, {summary['documents_kept']:,} kept{held}, "
         f"{summary['documents']:,} packed as {summary['tokens']:,} tokens "
-        f"({summary['bytes_per_token']:.2f} bytes of text a token)"
+        f"({summary['bytes_per_token']:.2f} bytes of text per token)"
     )
 
 
 def report(name: str, summary: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Returns the report as Markdown.
+
+    Args:
+        name: the name of the corpus, which is the title.
+        summary: the statistics in the manifest of the build.
+    """
     lines = [f"# {name}", "", f"{headline(summary)}.", "", "## Sources", ""]
     lines += _table(SOURCE_COLUMNS, source_rows(summary))
     if summary["removed"]:
@@ -140,14 +162,14 @@ def report(name: str, summary: dict[str, Any]) -> str:
         lines += [f"- {row}" for row in summary["bad_rows_shown"][:10]]
     lines += [
         "",
-        "Every removed document is in `excluded/` with the rule and the figure that broke its bound; "
-        "`clusters.jsonl.zst` says which document stands for each duplicate.",
+        "Every removed document is in `excluded/` with the rule and the value that violated it; "
+        "`clusters.jsonl.zst` lists the document that was kept in place of each duplicate.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _removed(stage: str, item: dict[str, Any]) -> dict[str, int]:
-    """Documents an item removed, by rule."""
+    """Returns the number of documents that a work item removed, by rule."""
     if "removed" in item:
         return {stage.rsplit("-", 1)[-1]: item["removed"]}
     found: dict[str, int] = item["rejected_by_rule"]

@@ -1,7 +1,8 @@
-"""The work of a corpus on one split: what processes, here or on other machines, are sent.
+"""The work items of a corpus build: functions on one split, run by local or remote processes.
 
-Each function takes the places of its input and output, writes its output in one step and returns counts. `run_item` calls
-it, and notes the outcome beside it, so that what is finished is never done again.
+Each function takes the paths of its input and output, writes its output atomically and returns
+counts. `run_item` calls it and records the result next to the output, so that finished work is
+never repeated.
 """
 
 import json
@@ -30,17 +31,20 @@ from easyllm.data.sources import SourceConfig, Split, read_split
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 BATCH = 256
-"""Texts tokenized together."""
+"""Number of texts tokenized in one call."""
 BAD_ROWS_SHOWN = 5
 
 Counts = dict[str, Any]
 
 
 def run_item(item: dict[str, Any]) -> Counts:
-    """Does an item of work, or reads what it gave before.
+    """Runs a work item, or returns its recorded counts if it has already finished.
 
-    `item`: `work` the function's name, `stem` where its files go, `arguments` the rest. The outcome is noted in
-    `stem.json` with the item's hash.
+    The counts are recorded in `<stem>.json` with the hash of the item.
+
+    Args:
+        item: `work` is the name of the function, `stem` the path stem of its output files and
+            `arguments` its other arguments.
     """
     key, stem = hash_value(item), Path(item["stem"])
     record = stem.with_name(stem.name + ".json")
@@ -52,7 +56,15 @@ def run_item(item: dict[str, Any]) -> Counts:
 
 
 def finished(record: Path, key: str) -> Counts | None:
-    """The counts of an item that is done, by its record; None where it is not, or was another item."""
+    """Returns the counts of a finished work item.
+
+    Args:
+        record: the file in which the result is recorded.
+        key: the hash of the item.
+
+    Returns:
+        None if the item has not finished, or the record is of an item with another hash.
+    """
     try:
         noted = json.loads(record.read_text("utf-8"))
         return noted["counts"] if noted["key"] == key else None
@@ -61,12 +73,12 @@ def finished(record: Path, key: str) -> Counts | None:
 
 
 def documents_file(stem: Path) -> Path:
-    """Where the documents an item keeps lie."""
+    """Returns the path of the documents that a work item keeps."""
     return stem.with_name(stem.name + SUFFIX)
 
 
 def rejected_file(stem: Path) -> Path:
-    """Where those it rejects lie."""
+    """Returns the path of the documents that a work item rejects."""
     return stem.with_name(stem.name + ".rejected" + SUFFIX)
 
 
@@ -79,7 +91,16 @@ def clean(
     privacy: dict[str, Any] | None,
     evaluation: str | None,
 ) -> Counts:
-    """Reads a split; cleans, redacts and decontaminates its documents."""
+    """Reads a split, and cleans, redacts and decontaminates its documents.
+
+    Args:
+        stem: path stem of the output files.
+        split: the `Split` as a dict.
+        source: its `SourceConfig` as a dict.
+        rules: a `CleanConfig` as a dict; None skips cleaning.
+        privacy: a `PrivacyConfig` as a dict; None skips redaction.
+        evaluation: folder of a saved `Decontaminator`; None skips decontamination.
+    """
     report, private, bad = CleanReport(), Counter[str](), Counter[str]()
     cleaner = None if rules is None else Cleaner(CleanConfig.model_validate(rules))
     hide = None if privacy is None else PrivacyConfig.model_validate(privacy)
@@ -108,7 +129,13 @@ def clean(
 
 
 def dedup_keys(stem: Path, *, documents: str, step: dict[str, Any]) -> Counts:
-    """The hashes one step of deduplication compares, with the documents' ids."""
+    """Writes the hashes that one deduplication step compares, and the ids of the documents.
+
+    Args:
+        stem: the output folder.
+        documents: file of the split's documents.
+        step: the `DedupStep` as a dict.
+    """
     shutil.rmtree(stem, ignore_errors=True)
     ids: list[str] = []
 
@@ -123,7 +150,14 @@ def dedup_keys(stem: Path, *, documents: str, step: dict[str, Any]) -> Counts:
 
 
 def dedup_apply(stem: Path, *, documents: str, decision: str, step: dict[str, Any]) -> Counts:
-    """Removes documents, or cuts out parts of them, as the decision about the split says."""
+    """Applies the decision of a deduplication step to a split: removes documents or parts of them.
+
+    Args:
+        stem: path stem of the output files.
+        documents: file of the split's documents.
+        decision: the `.npz` file with the decision for this split.
+        step: the `DedupStep` as a dict.
+    """
     config = TypeAdapter[DedupStep](DedupStep).validate_python(step)
     removed = kept_count = cut = characters = 0
     verdicts = np.load(decision, allow_pickle=False)
@@ -141,7 +175,14 @@ def dedup_apply(stem: Path, *, documents: str, decision: str, step: dict[str, An
 
 
 def tokenize(stem: Path, *, documents: str, tokenizer: str, end_id: int | None) -> Counts:
-    """Ids of a split's documents, end to end, with their lengths and the bytes of their texts."""
+    """Writes the concatenated token ids of a split's documents, with their lengths and text sizes.
+
+    Args:
+        stem: path stem of the output: `.bin` has the ids, `.npz` the `lengths` and `bytes` (int64).
+        documents: file of the split's documents.
+        tokenizer: folder of the tokenizer.
+        end_id: appended to every document, if not None.
+    """
     tok = Tokenizer.from_folder(Path(tokenizer))
     dtype = token_dtype(tok.vocab_size)
     end = [] if end_id is None else [end_id]

@@ -1,10 +1,12 @@
-"""Documents that hold a piece of an evaluation set: a run of 13 words in common (Brown et al. 2020, arXiv 2005.14165,
-appendix C).
+"""Decontamination: rejects documents that share a 13-gram of words with an evaluation set.
 
-Words are those of `dedup.words`: case, punctuation and white space do not count, a Han character or kana is a word.
-A Han character carries about two thirds of a word, so texts written mostly in Han need runs 1.5 times as long (20).
-An evaluation text shorter than a run is looked for as a whole; one of fewer than 8 words (12 characters) would meet
-innocent documents and is passed over, but counted.
+Source: Brown et al. 2020, arXiv 2005.14165, appendix C.
+
+Words are those of `dedup.words`: case, punctuation and white space are ignored, and a Han character
+or kana is a word. A Han character carries about two thirds of the information of a word, so n-grams
+of texts that are mostly Han are 1.5 times as long (20). An evaluation text shorter than the n-gram
+size is matched in full; one of fewer than 8 words (12 Han characters) would match unrelated
+documents, so it is skipped, but counted.
 """
 
 import json
@@ -29,11 +31,12 @@ _HAN_WORD = re.compile(f"[{HAN}]")
 
 
 class DecontaminationConfig(Config):
-    """How long a common run must be, in words.
+    """The n-gram sizes used for decontamination, in words.
 
     Attributes:
-        ngram_size: of evaluation texts of at least that many words.
-        min_words: shorter evaluation texts than this are passed over.
+        ngram_size: size of the n-grams of evaluation texts of at least that many words; shorter
+            texts are matched in full.
+        min_words: evaluation texts with fewer words are skipped.
     """
 
     ngram_size: PositiveInt = 13
@@ -51,13 +54,14 @@ class DecontaminationConfig(Config):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decontaminator:
-    """The runs of evaluation texts; small enough to send to every worker.
+    """Index of the n-grams of evaluation texts; small enough to send to every worker.
 
     Attributes:
-        runs: for each size the hashes of all runs of that many words, ascending, and the number of the set of each.
-        names: of the evaluation sets.
-        num_passed_over: evaluation texts too short to be looked for, by set.
-        hasher: remembers words from one document to the next.
+        runs: n-gram size -> the hashes of all n-grams of that size, ascending, and the index of the
+            evaluation set of each.
+        names: names of the evaluation sets.
+        num_passed_over: number of evaluation texts that are too short and were skipped, by set.
+        hasher: caches the hashes of words across documents.
     """
 
     runs: dict[int, tuple[U64, NDArray[np.int64]]]
@@ -71,7 +75,12 @@ class Decontaminator:
         evaluation: Mapping[str, Iterable[str]],
         config: DecontaminationConfig | None = None,
     ) -> "Decontaminator":
-        """The runs of every text of the named evaluation sets."""
+        """Builds the index of all n-grams of the evaluation sets.
+
+        Args:
+            evaluation: name of the set -> its texts.
+            config: the n-gram sizes.
+        """
         config = config or DecontaminationConfig()
         hasher = WordHasher()
         found: dict[int, list[tuple[U64, int]]] = {}
@@ -91,7 +100,7 @@ class Decontaminator:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes the runs into a new folder, for workers to load."""
+        """Writes the index into a new folder, from which workers load it."""
         with atomic_directory(folder, replace=True) as work:
             write_json(
                 work / "sets.json", {"names": self.names, "num_passed_over": self.num_passed_over}
@@ -102,7 +111,7 @@ class Decontaminator:
 
     @classmethod
     def load(cls, folder: Path) -> "Decontaminator":
-        """What `save` wrote."""
+        """Loads the index that `save` wrote."""
         described = json.loads((folder / "sets.json").read_text("utf-8"))
         sizes = sorted(int(path.stem.split("-")[1]) for path in folder.glob("runs-*.npy"))
         arrays = {
@@ -119,9 +128,10 @@ class Decontaminator:
         )
 
     def check(self, document: Document) -> Rejection | None:
-        """A rejection when the document holds a run of an evaluation set, else None.
+        """Returns a rejection if the document contains an n-gram of an evaluation set, else None.
 
-        Its rule is `decontamination:` and the name of the set; its value is the run as the document writes it.
+        The rule is `decontamination:` followed by the name of the set; the value is the matching
+        passage of the document.
         """
         windows = Windows(self.hasher.hashes(document.text))
         for size, (runs, sets) in self.runs.items():
@@ -140,7 +150,7 @@ class Decontaminator:
 
 
 def _run_size(text: str, config: DecontaminationConfig) -> int | None:
-    """Words in the runs that stand for an evaluation text; None where it is too short."""
+    """Returns the n-gram size for an evaluation text, or None if the text is too short."""
     found = words(text)
     han = sum(_HAN_WORD.match(word) is not None for word in found)
     factor = HAN_FACTOR if 2 * han > len(found) else 1
@@ -150,7 +160,7 @@ def _run_size(text: str, config: DecontaminationConfig) -> int | None:
 
 
 def _sorted(parts: list[tuple[U64, int]]) -> tuple[U64, NDArray[np.int64]]:
-    """Distinct runs, ascending, each with the first set that has it."""
+    """Returns the distinct n-gram hashes, ascending, each with the first set that contains it."""
     numbers = np.repeat([number for _, number in parts], [len(runs) for runs, _ in parts])
     runs, first = np.unique(np.concatenate([runs for runs, _ in parts]), return_index=True)
     return runs, numbers[first]

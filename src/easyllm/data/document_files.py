@@ -1,4 +1,4 @@
-"""Documents between stages: a compressed JSON line each, the same bytes for the same documents."""
+"""Files of documents between stages: compressed JSON Lines, byte-identical for equal documents."""
 
 import io
 import json
@@ -18,7 +18,7 @@ SUFFIX = ".jsonl.zst"
 
 @contextmanager
 def line_writer(path: Path) -> Iterator["LineWriter"]:
-    """Writes JSON lines to a file that appears when the block ends well, and not before."""
+    """Context manager that writes a JSON Lines file atomically: only if the block succeeds."""
     zstandard = optional("zstandard", "compressed JSON lines")
     work = path.with_name(f".{path.name}.partial")
     with output_errors(path):
@@ -36,7 +36,7 @@ def line_writer(path: Path) -> Iterator["LineWriter"]:
 
 
 class LineWriter:
-    """JSON lines into a compressed stream."""
+    """Writes JSON Lines to a compressed stream."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -50,13 +50,13 @@ class LineWriter:
         self.write(asdict(document))
 
     def rejection(self, rejection: Rejection) -> None:
-        """Appends a rejected document with the rule and the figure that broke its bound."""
+        """Appends a rejected document with the violated rule and the value of its metric."""
         reason = {"rule": rejection.rule, "value": rejection.value}
         self.write(reason | asdict(rejection.document))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that `line_writer` wrote."""
+    """Yields the objects of a file that `line_writer` wrote."""
     zstandard = optional("zstandard", "compressed JSON lines")
     with (
         path.open("rb") as file,
@@ -67,12 +67,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of a file."""
+    """Returns an iterator over the documents of a file."""
     return (Document(**values) for values in read_lines(path))
 
 
 def concatenate(parts: Iterable[Path], path: Path) -> None:
-    """Joins compressed files end to end (frames of Zstandard may follow each other)."""
+    """Concatenates compressed files; a Zstandard file may consist of several frames."""
     work = path.with_name(f".{path.name}.partial")
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

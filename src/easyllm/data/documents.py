@@ -1,17 +1,17 @@
-"""Documents: what sources yield, cleaning keeps or rejects, and packing tokenizes."""
+"""Documents, as read from sources, kept or rejected by cleaning, and tokenized for packing."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One text.
+    """One text with its metadata.
 
     Attributes:
-        id: unique in its source: the row's own id, else `file:line`.
-        source: the name of its source in the recipe.
-        text: normalised or raw, as the stage says.
-        language: an ISO 639-1 code (`en`, `zh`), None where nobody has looked.
+        id: unique within its source: the id in the row, else `file:line`.
+        source: name of its source in the recipe.
+        text: the text; raw or normalised, depending on the stage.
+        language: ISO 639-1 code (`en`, `zh`), None if it has not been identified.
     """
 
     id: str
@@ -22,7 +22,13 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejection:
-    """A document a rule refused; `value` is the figure that broke the rule's bound."""
+    """A document rejected by a rule.
+
+    Attributes:
+        document: the document.
+        rule: name of the rule.
+        value: value of the metric that violates the rule.
+    """
 
     document: Document
     rule: str

@@ -1,7 +1,8 @@
-"""Where the stages of a corpus run: processes of this machine, or Ray on one node or a cluster.
+"""Executors that run the stages of a corpus build: local processes, or Ray on a node or a cluster.
 
-A stage is a function of one item that writes its result atomically and returns a small JSON-like value; executors differ
-in where they call it, never in what comes out. On a cluster the output folder must lie on storage every node sees.
+A stage is a function of one work item that writes its output atomically and returns a small
+JSON-like value. Executors differ only in where they call it, not in the result. On a cluster the
+output folder must be on storage that is shared by all nodes.
 """
 
 import json
@@ -20,15 +21,17 @@ from easyllm.core.errors import ConfigError, install
 
 Engine = Literal["local", "ray"]
 Work = Callable[[dict[str, Any]], dict[str, Any]]
-"""A function at the top of a module (it is sent to other processes by name), from JSON-like to JSON-like."""
+"""A module-level function (it is pickled by name) that maps a JSON-like dict to another."""
 AHEAD = 2
-"""Items handed out beyond one a process, so that none waits."""
+"""Number of items submitted beyond one per process, so that no process is idle."""
 
 
 class Executor(Protocol):
-    """Calls a function on every item; results come in the order of the items. A `with` block ends its processes."""
+    """Calls a function on every item; as a context manager, it ends its processes on exit."""
 
-    def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]: ...
+    def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yields the results of `work` in the order of the items."""
+        ...
 
     def __enter__(self) -> Self: ...
 
@@ -41,10 +44,14 @@ class Executor(Protocol):
 
 
 def build_executor(engine: Engine, workers: int | None = None) -> Executor:
-    """The executor a recipe names; `workers` is by default one a core.
+    """Returns the executor that a recipe names.
+
+    Args:
+        engine: `local` or `ray`.
+        workers: number of processes; by default one per core.
 
     Raises:
-        ConfigError: Ray is asked for and not installed.
+        ConfigError: the engine is `ray`, but Ray is not installed.
     """
     if engine == "ray":
         return RayExecutor(workers)
@@ -52,7 +59,7 @@ def build_executor(engine: Engine, workers: int | None = None) -> Executor:
 
 
 class LocalExecutor:
-    """Processes of this machine, kept from one map to the next; a single one works in the caller's own."""
+    """Local processes, reused across calls of `map`; one worker runs in the caller's process."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -72,12 +79,17 @@ class LocalExecutor:
             self._pool = None
 
     def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Results of `work`, in order; an error of one item ends the map with that error, nothing still running."""
+        """Yields the results of `work` in the order of the items.
+
+        If an item raises an error, pending items are cancelled, running ones are awaited and the
+        error is raised.
+        """
         if self.workers == 1 or len(items) <= 1:
             yield from map(work, items)
             return
         if self._pool is None:
-            # spawned, not forked: the caller may have threads (tokenizers, PyTorch) that a fork would leave hanging
+            # Spawn, not fork: the caller may have threads (tokenizers, PyTorch), with which a fork
+            # can deadlock
             self._pool = ProcessPoolExecutor(
                 self.workers, mp_context=get_context("spawn"), initializer=_prepare_worker
             )
@@ -94,7 +106,7 @@ class LocalExecutor:
 
 
 class RayExecutor:
-    """Ray Data: tasks on the nodes of the cluster `RAY_ADDRESS` names, or on this machine."""
+    """Ray Data tasks on the cluster given by `RAY_ADDRESS`, or on the local machine."""
 
     def __init__(self, workers: int | None = None) -> None:
         try:
@@ -119,10 +131,13 @@ class RayExecutor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Ray lasts as long as the process: another build in it goes on with the same one."""
+        """Does nothing: Ray keeps running, so that another build in this process can reuse it."""
 
     def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Results of `work`, in order; a user's mistake in an item is raised as itself."""
+        """Yields the results of `work` in the order of the items.
+
+        An `EasyllmError` of an item is raised with its original type.
+        """
         import ray
 
         context = ray.data.DataContext.get_current()
@@ -133,7 +148,8 @@ class RayExecutor:
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             _Call(work), compute=ray.data.TaskPoolStrategy(size=self.workers)
         )
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray sets it up with the first data
+        # Ray configures this logger when the first dataset is created, so it is set only here
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         found = sorted(done.iter_rows(), key=lambda row: row["number"])
         for row in found:
             result = json.loads(row["result"])
@@ -143,7 +159,7 @@ class RayExecutor:
 
 
 class _Call:
-    """One row of Ray's: the item goes in and the result comes out as JSON, so that no type is guessed."""
+    """Processes one Ray row; item and result are JSON strings, so that Ray infers no types."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -153,7 +169,7 @@ class _Call:
 
         try:
             result = self.work(json.loads(row["item"]))
-        except EasyllmError as error:  # Ray would bury the sentence in a traceback
+        except EasyllmError as error:  # Ray would wrap the message in a traceback
             result = {"mistake": str(error), "kind": type(error).__name__}
         return {"number": row["number"], "result": json.dumps(result)}
 
@@ -166,7 +182,7 @@ def _mistake(result: dict[str, Any]) -> Exception:
 
 
 def _prepare_worker() -> None:
-    """Workers leave Ctrl-C to the parent, which ends them, and end by themselves when it was killed."""
+    """Makes a worker ignore Ctrl-C, which the parent handles, and exit if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

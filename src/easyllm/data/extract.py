@@ -1,4 +1,4 @@
-"""The text a reader of a page sees: the main text of HTML, Markdown without what is not shown."""
+"""Text extraction: the main text of HTML pages, and Markdown without invisible parts."""
 
 import re
 
@@ -9,54 +9,57 @@ from easyllm.data.page_text import depth, text_of
 
 MAX_PAGE_BYTES = 1 << 24
 MAX_NESTING = 512
-"""Deepest nesting of a page's blocks, as in browsers: time grows with its square."""
+"""Maximum nesting depth of a page's blocks, as in browsers: time grows with its square."""
 MAX_REPLACED = 0.01
-"""Most replaced characters, as a share of the page: above it the encoding is guessed wrong."""
-_AS_IN_BROWSERS = {  # https://encoding.spec.whatwg.org: each name stands for its largest superset
+"""Maximum share of replaced characters; above it, the detected encoding is considered wrong."""
+_AS_IN_BROWSERS = {  # https://encoding.spec.whatwg.org: a label selects the largest superset
     "gbk": "gb18030",
     "big5": "big5hkscs",
     "shift_jis": "cp932",
     "euc_kr": "cp949",
-    "utf-16-le": "utf-8",  # a page whose <meta> can be read byte by byte is not in UTF-16
+    "utf-16-le": "utf-8",  # a page whose <meta> is readable as ASCII bytes is not in UTF-16
     "utf-16-be": "utf-8",
 }
 
 
 def html_text(content: bytes) -> str:
-    """The main text of an HTML page: without navigation, footers, scripts; paragraphs, lists, tables and code kept.
+    """Returns the main text of an HTML page: without navigation, footers and scripts.
 
-    Parsed by resiliparse (https://resiliparse.chatnoir.eu); what is main text is decided by `page_furniture`. (Its own
-    extraction of main content, version 2.0, drops every `<ul>` and `<figure>`.) A page's `<title>` is left out: where it
-    is part of the text, a heading repeats it, and elsewhere it names the site.
+    Paragraphs, lists, tables and code are preserved. The page is parsed with resiliparse
+    (https://resiliparse.chatnoir.eu); `page_furniture` removes the boilerplate. (The main-content
+    extraction of resiliparse 2.0 drops every `<ul>` and `<figure>`.) The `<title>` of the page is
+    omitted: if it is part of the text, a heading repeats it; otherwise it names the site.
 
     Raises:
-        DataError: the page is too large or nested too deep, is not text, or cannot be parsed.
+        DataError: the page is too large or nested too deeply, is not text, or cannot be parsed.
     """
     if len(content) > MAX_PAGE_BYTES:
-        raise DataError(f"a page of {len(content)} bytes, more than {MAX_PAGE_BYTES}")
+        raise DataError(
+            f"the page has {len(content)} bytes, more than the maximum of {MAX_PAGE_BYTES}"
+        )
     html = optional("resiliparse.parse.html", "HTML files")
     page = decode_page(content)
     try:
         tree = html.HTMLTree.parse(page)
     except html.HTMLParserException as error:
         raise DataError(f"not HTML ({error})") from None
-    if tree.body is None or tree.body.tag != "body":  # a page of frames has none
+    if tree.body is None or tree.body.tag != "body":  # a frameset page has no body
         return ""
     blocks, elements = depth(tree.body) if page.count("<") > MAX_NESTING else (0, 0)
     if blocks > MAX_NESTING:
-        raise DataError(f"blocks nested deeper than {MAX_NESTING}")
-    if (
-        elements > MAX_NESTING
-    ):  # of tags like <b> that were never closed: too deep to tell what is in what
+        raise DataError(f"blocks are nested deeper than {MAX_NESTING}")
+    # Inline tags such as <b> that were never closed: the structure carries no information
+    if elements > MAX_NESTING:
         return text_of(tree.body)
     return "\n\n".join(text for part in main_part(tree.body) if (text := text_of(part)))
 
 
 def decode_page(content: bytes) -> str:
-    """A page's characters: UTF-8 where its bytes are valid UTF-8, else what its `<meta>` says, else a guess.
+    """Decodes a page: as UTF-8 if its bytes are valid, else by its `<meta>`, else by detection.
 
-    Valid UTF-8 that is not plain ASCII is hardly ever an accident, a wrong `<meta>` often is one. As in
-    browsers a broken byte becomes U+FFFD, for one must not cost the page.
+    Non-ASCII bytes that are valid UTF-8 are almost never in another encoding, while a wrong
+    `<meta>` is common. As in browsers, an invalid byte becomes U+FFFD, so that one such byte does
+    not cause the page to be lost.
 
     Raises:
         DataError: more than `MAX_REPLACED` of the characters would be U+FFFD.
@@ -71,12 +74,12 @@ def decode_page(content: bytes) -> str:
     encoding = _AS_IN_BROWSERS.get(encoding, encoding)
     text = content.decode(encoding, "replace")
     if text.count("\ufffd") > MAX_REPLACED * len(text):
-        raise DataError(f"not text in {encoding}, which its bytes look like")
+        raise DataError(f"not valid text in the detected encoding {encoding}")
     return text
 
 
 def markdown_text(text: str) -> str:
-    """Markdown without a leading block of YAML (front matter) and without HTML comments; code stays as it is.
+    """Removes YAML front matter and HTML comments from Markdown; code is unchanged.
 
     >>> markdown_text("---\\ntitle: Tea\\n---\\n# Tea <!-- draft -->\\n`<!-- kept -->`\\n")
     '# Tea \\n`<!-- kept -->`\\n'
@@ -84,19 +87,19 @@ def markdown_text(text: str) -> str:
     return _without_comments(_FRONT_MATTER.sub("", text, count=1))
 
 
-_FRONT_MATTER = (
-    re.compile(  # lines that are a key, indented, an item, a comment or blank: nothing of a text
-        r"\A---[ \t]*\r?\n(?=[^\s:#-][^\n:]*:)"
-        r"(?:(?:[^\s:#-][^\n:]*:(?:[ \t\r][^\n]*)?|[ \t\r][^\n]*|-[ \t][^\n]*|#[^\n]*|)\n)*+"
-        r"(?:---|\.\.\.)[ \t]*(?:\r?\n|\Z)"
-    )
+# Every line must be a YAML key, an item, indented, a comment or blank, so that a text between two
+# horizontal rules is not removed
+_FRONT_MATTER = re.compile(
+    r"\A---[ \t]*\r?\n(?=[^\s:#-][^\n:]*:)"
+    r"(?:(?:[^\s:#-][^\n:]*:(?:[ \t\r][^\n]*)?|[ \t\r][^\n]*|-[ \t][^\n]*|#[^\n]*|)\n)*+"
+    r"(?:---|\.\.\.)[ \t]*(?:\r?\n|\Z)"
 )
 _FENCE = re.compile(r"[ \t]*(`{3,}(?=[^`]*$)|~{3,})")
 _COMMENT_OR_CODE = re.compile(r"<!--|(?<!`)(`++)[^`]*+\1")
 
 
 def _without_comments(text: str) -> str:
-    """`text` without comments outside fenced code; one that is never closed is no comment."""
+    """Removes HTML comments outside code; an unclosed `<!--` is not a comment."""
     last_close = text.rfind("-->")
     if last_close < 0:
         return text
@@ -120,7 +123,11 @@ def _without_comments(text: str) -> str:
 
 
 def _keep_line(text: str, begin: int, end: int, last_close: int, kept: list[str]) -> int:
-    """Adds text[begin:end] without its comments; returns where the last of them, or the line, ends."""
+    """Appends text[begin:end] without comments to `kept`.
+
+    Returns:
+        The end of the line, or the end of its last comment if that is on a later line.
+    """
     while match := _COMMENT_OR_CODE.search(text, begin, end):
         if match[1] or match.start() > last_close - len("<!--"):
             kept.append(text[begin : match.end()])

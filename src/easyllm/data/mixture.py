@@ -1,6 +1,7 @@
-"""Mixtures: how many tokens of each source, and the order of documents.
+"""Data mixtures: the number of tokens from each source, and the sampling of documents.
 
-tokens of source i = budget · weight_i / Σ weights, at most epochs_i · (tokens it has), at most cap_i
+tokens of source i = min(budget · weight_i / Σ weights,
+                         max_epochs_i · available tokens_i, max_tokens_i)
 """
 
 from collections.abc import Mapping
@@ -15,12 +16,13 @@ from easyllm.core.errors import ConfigError, suggest
 
 
 class Share(Config):
-    """A source's part of the mixture.
+    """The part of one source in the mixture.
 
     Attributes:
-        weight: its share of the tokens, relative to the others'; without any weights all documents are taken once.
-        max_epochs: how often its documents may be repeated.
-        max_tokens: most tokens of it.
+        weight: its share of the tokens, relative to the other weights; if no source has a weight,
+            every document is used once.
+        max_epochs: maximum number of passes over its documents.
+        max_tokens: maximum number of tokens.
     """
 
     weight: PositiveFloat | None = None
@@ -29,17 +31,31 @@ class Share(Config):
 
 
 class MixtureConfig(Config):
-    """Shares by source name; sources that are not named are taken whole, or by weight 1 where others have weights."""
+    """How sources are mixed.
+
+    Attributes:
+        shares: source name -> its share; a source that is not named is used completely, or with
+            weight 1 if other sources have weights.
+        tokens: the token budget; by default the largest that all sources can supply at these
+            weights within their limits.
+        seed: seed of the sampling.
+    """
 
     shares: dict[str, Share] = Field(default_factory=dict)
     tokens: PositiveInt | None = None
-    """The budget; by default as much as the scarcest source allows at these weights."""
     seed: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composition:
-    """What the mixture took of a source: the tokens wanted and got, of those it has, and epochs = got / has."""
+    """What the mixture contains of one source.
+
+    Attributes:
+        wanted: number of tokens planned.
+        tokens: number of tokens of the sampled documents.
+        available: number of tokens of the source.
+        documents: number of sampled documents.
+    """
 
     wanted: int
     tokens: int
@@ -48,9 +64,11 @@ class Composition:
 
     @property
     def epochs(self) -> float:
+        """The number of passes over the source: tokens / available."""
         return self.tokens / self.available if self.available else 0.0
 
     def as_dict(self) -> dict[str, float]:
+        """Returns the composition as a JSON-serializable dict."""
         return {
             "tokens": self.tokens,
             "wanted": self.wanted,
@@ -61,20 +79,24 @@ class Composition:
 
 
 def plan_tokens(config: MixtureConfig, available: Mapping[str, int]) -> dict[str, int]:
-    """Tokens wanted of each source.
+    """Returns the number of tokens to sample from each source.
+
+    Args:
+        config: the mixture.
+        available: source name -> number of tokens that it has.
 
     Raises:
-        ConfigError: a share names no source, or a source with a weight is empty.
+        ConfigError: a share names an unknown source, or a source with a weight is empty.
     """
     for name, share in config.shares.items():
         if name not in available:
             raise ConfigError(
-                f"mixture.shares names {name!r}, which is no source{suggest(name, available)}"
+                f"mixture.shares names {name!r}, which is not a source{suggest(name, available)}"
             )
         if share.weight is not None and available[name] == 0:
             raise ConfigError(
-                f"mixture gives weight {share.weight:g} to source {name!r}, of which no document is left; "
-                "drop the weight, or loosen the rules that rejected it"
+                f"mixture gives weight {share.weight:g} to source {name!r}, but no documents "
+                "remain from it; drop the weight, or loosen the rules that rejected them"
             )
     shares = {name: config.shares.get(name, Share()) for name in available}
     most = {name: _most(shares[name], have) for name, have in available.items()}
@@ -94,8 +116,18 @@ def plan_tokens(config: MixtureConfig, available: Mapping[str, int]) -> dict[str
 def choose_documents(
     lengths: NDArray[np.int64], wanted: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Numbers of documents, epoch after epoch in a fresh order, until `wanted` tokens are reached; the document that
-    crosses the mark is the last."""
+    """Samples documents, epoch by epoch in a new random order, until `wanted` tokens are reached.
+
+    The last document is the one with which the total reaches `wanted`.
+
+    Args:
+        lengths: [n] int64, number of tokens of every document.
+        wanted: number of tokens.
+        generator: determines the order.
+
+    Returns:
+        The indices of the documents, with repetitions if there is more than one epoch.
+    """
     total = int(lengths.sum())
     if total == 0 or wanted <= 0:
         return np.empty(0, dtype=np.int64)
@@ -115,7 +147,7 @@ def _most(share: Share, have: int) -> int:
 
 
 def _weight(share: Share, config: MixtureConfig, have: int) -> float:
-    """Its weight; where no source has one, a budget is shared by size."""
+    """Returns the weight of a source; if no source has one, the weight is its number of tokens."""
     if share.weight is not None:
         return share.weight
     return 1.0 if any(s.weight is not None for s in config.shares.values()) else float(have)

@@ -1,9 +1,10 @@
-"""The main part of an HTML page: everything but navigation, sidebars, footers, banners and what no reader sees.
+"""Boilerplate removal: finds the main part of an HTML page.
 
-What is removed is decided element by element, by what the page says of it (tags, roles, names of classes) and by what it
-holds: a menu is links and little else, and stands outside the text. In doubt text stays, since cleaning rules come after.
-Elements that hold a heading of the first level, `<main>` or `<article>`, or most of the page, are never removed: a class
-`has-sidebar` on the body says nothing of it.
+Removed are navigation, sidebars, footers, banners and invisible elements. The decision is made for
+each element from its markup (tags, roles, class names) and its content: a menu consists of links
+and little else, and is outside the text. In doubt, text is kept, since cleaning rules follow.
+Elements that contain an `<h1>`, `<main>` or `<article>`, or most of the page, are never removed,
+since a class such as `has-sidebar` on the body does not describe the body itself.
 """
 
 import re
@@ -19,20 +20,20 @@ HIDDEN = (
     '[style*="visibility:hidden"], [style*="visibility: hidden"]'
 )
 NAVIGATION = (
-    "nav, [role=navigation], [role=menu], [role=menubar], [role=toolbar], [role=search], [role=contentinfo], "
-    "[role=dialog], [role=alertdialog], [role=banner]"
+    "nav, [role=navigation], [role=menu], [role=menubar], [role=toolbar], [role=search], "
+    "[role=contentinfo], [role=dialog], [role=alertdialog], [role=banner]"
 )
 TEXT_PARTS = 'main, [role=main], article, [itemprop="articleBody"]'
 HEADS = f"{TEXT_PARTS}, h1"
 QUOTES = ("blockquote", "figure", "q")
 MENU_LINKS = 0.7
-"""Share of a list's characters that are links, from which it is one of links."""
+"""Minimum share of a list's characters in links for it to count as a list of links."""
 SOME_LINKS = 0.4
 SHORT_ITEM = 40
-"""Most characters of a menu's entries, on average."""
+"""Maximum average number of characters of a menu's entries."""
 MOST = 0.5
 LITTLE_PROSE = 0.2
-"""Share of a page's characters outside lists of links, below which the lists are what the page is about."""
+"""Share of characters outside lists of links below which the lists are the page's main content."""
 
 _CONTAINERS = frozenset(
     [
@@ -52,21 +53,25 @@ _CONTAINERS = frozenset(
         "center",
     ]
 )
-"""Elements that are judged by their names."""
+"""Elements that may be removed because of their class name or id."""
 _RELATED = re.compile(
-    r"(?:related|similar|recommended|popular|recent|more|further|latest|trending|you (?:may|might) also).{0,40}"
+    r"(?:related|similar|recommended|popular|recent|more|further|latest|trending"
+    r"|you (?:may|might) also).{0,40}"
     r"|(?:相关|相關|推荐|推薦|热门|熱門|最新|更多|猜你|延伸).{0,8}",
     re.IGNORECASE,
 )
 _SHARES = re.compile(
-    r"(?:(?:share|tweet|pin|post|send|email|print|copy link|like|follow us)(?: (?:this|on|to|via|it))*\W*)?"
-    r"(?:facebook|twitter|x|linkedin|whatsapp|reddit|pinterest|telegram|tumblr|e-?mail|print|instagram|youtube|line|weibo"
-    r"|wechat|rss|copy link|share|tweet|微博|新浪微博|微信|朋友圈|QQ空间|QQ好友|QQ|豆瓣|知乎|复制链接|分享|打印|收藏)?",
+    r"(?:(?:share|tweet|pin|post|send|email|print|copy link|like|follow us)"
+    r"(?: (?:this|on|to|via|it))*\W*)?"
+    r"(?:facebook|twitter|x|linkedin|whatsapp|reddit|pinterest|telegram|tumblr|e-?mail|print"
+    r"|instagram|youtube|line|weibo|wechat|rss|copy link|share|tweet"
+    r"|微博|新浪微博|微信|朋友圈|QQ空间|QQ好友|QQ|豆瓣|知乎|复制链接|分享|打印|收藏)?",
     re.IGNORECASE,
 )
 _SHARE_HEADING = re.compile(r"(?:share|follow|分享).{0,20}", re.IGNORECASE)
 _TRAIL = re.compile(
-    r"\s*(?:当前位置|目前位置|您的位置|你的位置|您现在的位置|首页|home\b|you are here).{0,100}[>»›→/／].{0,80}",
+    r"\s*(?:当前位置|目前位置|您的位置|你的位置|您现在的位置|首页|home\b|you are here)"
+    r".{0,100}[>»›→/／].{0,80}",
     re.IGNORECASE | re.DOTALL,
 )
 _ANCHORS = frozenset(["#", "¶", "§", "🔗"])
@@ -76,25 +81,28 @@ _COPYRIGHT = re.compile(
 _SHORT_BLOCK = 200
 LISTS = ("ul", "ol", "dl", "menu")
 _WRAPPERS = ("div", "section")
-_MAX_WRAPPERS = 3  # around a list alone
-_LONG_PARAGRAPH = 80  # characters, from which a paragraph is prose whatever it ends in
+_MAX_WRAPPERS = 3  # maximum number of wrappers around a list that is their only content
+_LONG_PARAGRAPH = 80  # characters from which a paragraph is prose without final punctuation
 _SHORT_PARAGRAPH = 10
 _SENTENCE_ENDS = frozenset(".!?:;…。！？：；\"'”’»」』)）")
 MAX_MEASURED = 300
-"""How many times the text of a page may be measured, all its elements together; ordinary pages need about ten."""
-_COST = 100  # of measuring an element at all, in characters
+"""Bound on the measured text as a multiple of the page's text; ordinary pages need about ten."""
+_COST = 100  # fixed cost of measuring one element, in characters
 _LEFT: ContextVar[list[int]] = ContextVar("characters that may still be measured")
 
 
 class _TooMuch(Exception):
-    """Measuring costs more than a page is worth."""
+    """The page exceeds the bound on measured text."""
 
 
-_MAX_NAMED = 20_000  # elements with a class or an id looked at
+_MAX_NAMED = 20_000  # maximum number of elements with a class or an id to check
 
 
 def remove_unseen(body: Any) -> None:
-    """Removes scripts, styles and hidden elements, so that what is measured is what is read; formulas stay."""
+    """Removes scripts, styles and hidden elements, so that only visible text is measured.
+
+    Formulas are kept.
+    """
     for node in _select(body, UNSEEN):
         if not (node.tag == "script" and (node.getattr("type") or "").startswith("math/tex")):
             _remove(node)
@@ -110,9 +118,10 @@ def remove_unseen(body: Any) -> None:
 
 
 def main_part(body: Any) -> list[Any]:
-    """The elements whose text, one after the other, is the page's main text; furniture in them is removed.
+    """Returns the elements whose concatenated text is the main text; removes boilerplate in them.
 
-    The work is bounded: a page of much text in hundreds of nested elements is left as it is once the bound is reached.
+    The work is bounded: for a page with much text in hundreds of nested elements, removal stops at
+    the bound and the body is returned.
     """
     token = _LEFT.set([MAX_MEASURED * (len(body.text or "") + 10_000)])
     try:
@@ -138,7 +147,7 @@ def _main_part(body: Any) -> list[Any]:
 
 
 def size(node: Any) -> int:
-    """Characters of an element's text, white space not counted."""
+    """Returns the number of characters of an element's text, without white space."""
     text = node.text or ""
     left = _LEFT.get()
     left[0] -= len(text) + _COST
@@ -148,13 +157,16 @@ def size(node: Any) -> int:
 
 
 def link_share(node: Any) -> float:
-    """Which share of an element's characters is in links."""
+    """Returns the share of an element's characters that are in links."""
     whole = size(node)
     return sum(size(link) for link in _select(node, "a")) / whole if whole else 0.0
 
 
 def _roots(body: Any, total: int) -> list[Any]:
-    """`<main>` where the page has one that is worth its name, with the title where that is outside; else the body."""
+    """Returns the `<main>` element if it has enough of the page's text, else the body.
+
+    If the `<h1>` is outside `<main>`, it is returned too.
+    """
     mains = [node for node in _select(body, "main, [role=main]") if not _is_in(node, ("main",))]
     if len(mains) != 1 or size(mains[0]) < 0.3 * size(body) or not total:
         return [body]
@@ -164,14 +176,20 @@ def _roots(body: Any, total: int) -> list[Any]:
 
 
 def _may_go(node: Any, body: Any, total: int) -> bool:
-    """Whether an element may be furniture at all: no title in it, and not most of the page, unless that is links."""
+    """Returns whether an element can be boilerplate.
+
+    It must not contain the title, nor most of the page unless the content is mostly links.
+    """
     if _holds(node, HEADS):
         return False
     return size(node) <= MOST * total or (_holds(body, HEADS) and link_share(node) >= SOME_LINKS)
 
 
 def _around_title(body: Any) -> Any:
-    """The smallest element around the title that holds most of the page's text; None where that is all of it."""
+    """Returns the smallest element around the title with most of the page's text.
+
+    Returns None if that element is the body, or there is no title.
+    """
     title = body.query_selector("h1")
     total = size(body)
     for node in _parents(title) if title is not None else ():
@@ -181,7 +199,7 @@ def _around_title(body: Any) -> Any:
 
 
 def _remove_sections(body: Any, total: int) -> None:
-    """Headers and footers of the page, and what stands aside; those of an article are a part of it."""
+    """Removes the page's headers, footers and asides; those of an article are part of its text."""
     around = _around_title(body)
     for node in _select(body, "header, footer, aside, [role=complementary]"):
         if not _may_go(node, body, total) or _is_in(node, QUOTES):
@@ -197,7 +215,7 @@ def _remove_sections(body: Any, total: int) -> None:
 
 
 def _remove_named(body: Any, total: int) -> None:
-    """Elements whose class or id says that they are furniture."""
+    """Removes elements whose class or id identifies them as boilerplate."""
     for node in _select(body, "[class], [id], [aria-label]")[:_MAX_NAMED]:
         words = f"{node.getattr('class') or ''} {node.getattr('id') or ''}".split()
         label = (node.getattr("aria-label") or "").split()
@@ -223,7 +241,7 @@ def _remove_named(body: Any, total: int) -> None:
 
 
 def _remove_small_forms(body: Any) -> None:
-    """Forms to search, subscribe or log in; a form around the whole page is none."""
+    """Removes forms to search, subscribe or log in, but not a form that wraps the entire page."""
     for node in _select(body, "form"):
         if (
             _holds(node, "input, textarea, select")
@@ -234,7 +252,7 @@ def _remove_small_forms(body: Any) -> None:
 
 
 def _remove_link_lists(body: Any) -> None:
-    """Lists that are menus, by what is in them and where they stand."""
+    """Removes lists that are menus, judged by their content and position."""
     lists = [
         node for node in _select(body, "ul, ol, menu") if not _is_in(node, ("ul", "ol", "menu"))
     ]
@@ -265,7 +283,7 @@ def _remove_link_lists(body: Any) -> None:
 
 
 def _before_title(body: Any) -> set[Any]:
-    """Lists before the first heading of the first level."""
+    """Returns the lists before the first `<h1>`; none if there is no `<h1>`."""
     found: set[Any] = set()
     for node in _select(body, "h1, ul, ol, menu"):
         if node.tag == "h1":
@@ -275,7 +293,7 @@ def _before_title(body: Any) -> set[Any]:
 
 
 def _remove_link_groups(body: Any) -> None:
-    """Links side by side in a block of their own, and lines of copyright, both outside the text."""
+    """Removes blocks of adjacent links, breadcrumb trails and copyright lines outside the text."""
     total = size(body)
     blocks: dict[Any, None] = {}
     for link in _select(body, "a"):
@@ -307,7 +325,7 @@ def _is_of_links(node: Any) -> bool:
     if len(links) < 2 or link_share(node) < SOME_LINKS:
         return False
     items = max(1, len(_select(node, "li")))
-    # the last entry of a trail of links is often none
+    # The last entry of a breadcrumb trail is often not a link
     return (
         link_share(node) >= (MENU_LINKS if items > 3 else SOME_LINKS)
         and size(node) <= SHORT_ITEM * items
@@ -324,8 +342,11 @@ def _is_of_shares(node: Any) -> bool:
 
 
 def _is_in_flow(node: Any) -> bool:
-    """Whether a list, or a block of a list alone, stands among paragraphs of prose: between two of them, or, in the text
-    and not of links, after one."""
+    """Returns whether a list, or a block that contains only a list, is part of the flow of prose.
+
+    It is if it is between two paragraphs of prose; within the main text, a list that is not mostly
+    links may also just follow one.
+    """
     if node.tag not in LISTS:
         inner = node.query_selector(", ".join(LISTS))
         if inner is None or size(inner) != size(node):
@@ -342,7 +363,7 @@ def _is_in_flow(node: Any) -> bool:
 
 
 def _is_prose(node: Any) -> bool:
-    """Whether an element is a paragraph of sentences, or one that introduces a list."""
+    """Returns whether an element is a paragraph of sentences, or one that introduces a list."""
     if node is None or node.tag not in ("p", "blockquote"):
         return False
     text = node.text.strip()
@@ -353,7 +374,10 @@ def _is_prose(node: Any) -> bool:
 
 
 def _is_named_by_heading(node: Any) -> bool:
-    """Whether the id is made of the heading in it, as generators of pages make them: a section on cookies is text."""
+    """Returns whether an element's id is derived from a heading in it, as site generators do.
+
+    The id of a section about cookies does not make the section a cookie banner.
+    """
     name = "".join(filter(str.isalnum, node.getattr("id") or "")).lower()
     heading = node.query_selector("h1, h2, h3, h4, h5, h6") if name else None
     return heading is not None and name in "".join(filter(str.isalnum, heading.text)).lower()
@@ -410,6 +434,6 @@ def _select(node: Any, selector: str) -> list[Any]:
 
 
 def _remove(node: Any) -> None:
-    """Takes an element out of the page; what was taken out with it may be taken out once more."""
+    """Removes an element from its parent; does nothing if it has no parent any more."""
     if node.parent is not None:
         node.parent.remove_child(node)

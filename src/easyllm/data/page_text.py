@@ -1,7 +1,8 @@
-"""An HTML element as text: blocks on lines of their own, lists with markers, table rows in one line, code as it is.
+"""Converts an HTML element to text: blocks on separate lines, list markers, one line per table row.
 
-`tree` here is resiliparse's DOM. Nothing is decided here about what belongs to a page's main part (`page_furniture`); left
-out is only what no reader sees or what is not text: scripts, form fields, pronunciation aids.
+Code is unchanged. The DOM is that of resiliparse. This module does not decide what belongs to the
+main part of a page (`page_furniture` does); it omits only what is not visible or not text: scripts,
+form fields, pronunciation aids.
 
     <ul><li>one<li>two</ul>                  "  • one\\n  • two"
     <tr><th>A</th><td>1</td></tr>            "A | 1"
@@ -13,39 +14,51 @@ from typing import Any
 
 SKIPPED = frozenset(
     [
-        *("script", "style", "noscript", "template", "head", "title", "svg", "iframe", "object", "embed", "canvas"),
-        *("audio", "video", "select", "option", "datalist", "input", "textarea", "button", "img", "map", "area"),
+        *(
+            "script", "style", "noscript", "template", "head", "title",
+            "svg", "iframe", "object", "embed", "canvas",
+        ),
+        *(
+            "audio", "video", "select", "option", "datalist", "input",
+            "textarea", "button", "img", "map", "area",
+        ),
         *("rt", "rp", "progress", "meter", "annotation", "annotation-xml"),
     ]
 )  # fmt: skip
 PARAGRAPHS = frozenset(
     [
-        *("p", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "figure", "details", "article", "section", "main"),
+        *(
+            "p", "h1", "h2", "h3", "h4", "h5", "h6",
+            "blockquote", "figure", "details", "article", "section", "main",
+        ),
         *("header", "footer", "aside", "nav", "fieldset", "hr", "address"),
     ]
 )  # fmt: skip
-"""Elements with a blank line around them."""
+"""Elements with a blank line before and after them."""
 LINES = frozenset(
     [
-        *("div", "ul", "ol", "menu", "dir", "li", "dl", "dt", "dd", "pre", "table", "thead", "tbody", "tfoot", "tr"),
+        *(
+            "div", "ul", "ol", "menu", "dir", "li", "dl", "dt",
+            "dd", "pre", "table", "thead", "tbody", "tfoot", "tr",
+        ),
         *("caption", "figcaption", "summary", "form", "legend", "center", "body", "html", "hgroup"),
     ]
 )  # fmt: skip
-"""Elements on lines of their own."""
+"""Elements that start and end on a separate line."""
 BLOCKS = (PARAGRAPHS | LINES | {"td", "th"}) - {"body", "html"}
 LISTS = frozenset(["ul", "ol", "menu", "dir"])
 CELLS = ("td", "th")
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6", "summary", "dt")
 CELL_SEPARATOR = " | "
 _LAYOUT_BLOCKS = "p, div, ul, ol, dl, table, pre, blockquote, h1, h2, h3, h4"
-_LAYOUT_CHARACTERS = 400  # in one cell: more is not a table entry
+_LAYOUT_CHARACTERS = 400  # a cell with more characters is not an entry of a data table
 _TEXT, _ELEMENT = 3, 1
 _SPACE = re.compile(r"[ \t\n\r\f]+")
 _CJK = re.compile("[\u2e80-\u303f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uff60]")
 
 
 def text_of(root: Any) -> str:
-    """The text of an element and all below it."""
+    """Returns the text of an element and its descendants."""
     writer = _Writer()
     node = root
     while True:
@@ -68,7 +81,7 @@ def text_of(root: Any) -> str:
 
 
 def depth(root: Any) -> tuple[int, int]:
-    """How deep an element's blocks are nested, and how deep all its elements."""
+    """Returns the maximum nesting depth of an element's blocks, and of all its elements."""
     most_blocks = most = blocks = elements = 0
     node = root
     while True:
@@ -89,24 +102,24 @@ def depth(root: Any) -> tuple[int, int]:
 
 
 class _Writer:
-    """Puts text together: collapses white space, keeps the largest of several breaks, indents lists."""
+    """Builds the text: collapses white space, merges consecutive line breaks, indents lists."""
 
     def __init__(self) -> None:
-        self.preformatted = 0
-        self.lists: list[int | None] = []  # of each open list the next number; None: it has bullets
-        self.tables: list[bool] = []  # of each open table whether it is for layout
-        self.cells = 0  # open cells of tables that are not
+        self.preformatted = 0  # nesting depth of <pre>
+        self.lists: list[int | None] = []  # next number of each open list; None for bullets
+        self.tables: list[bool] = []  # whether each open table is a layout table
+        self.cells = 0  # number of open cells of data tables
         self._pieces: list[str] = []
-        self._break = 0  # line breaks due before the next text
-        self._space = ""  # white space due before the next text, as the page has it
+        self._break = 0  # pending line breaks before the next text
+        self._space = ""  # pending white space before the next text, as in the page
         self._marker = ""
 
     def text(self) -> str:
-        """All that was written."""
+        """Returns everything written so far."""
         return "".join(self._pieces).strip("\n")
 
     def write(self, text: str) -> None:
-        """Text of the page, in which white space says nothing."""
+        """Writes text of the page, collapsing white space unless in preformatted text."""
         if self.preformatted:
             self.write_as_is(text)
             return
@@ -120,12 +133,15 @@ class _Writer:
             self._put(text[position:])
 
     def write_as_is(self, text: str) -> None:
-        """Text whose white space is kept."""
+        """Writes text with its white space unchanged."""
         if text:
             self._put(text)
 
     def line_break(self, count: int) -> None:
-        """At least so many line breaks before what comes next; a space in a cell, so that a row stays one line."""
+        """Requests at least `count` line breaks before the next text.
+
+        In a cell of a data table it requests a space, so that a row remains on one line.
+        """
         if self.cells and not self.preformatted:
             self._space = " "
         else:
@@ -133,12 +149,12 @@ class _Writer:
             self._space = ""
 
     def separate(self) -> None:
-        """What stands between two cells of a row."""
+        """Writes the separator between two cells of a row."""
         self._space = ""
         self._put(CELL_SEPARATOR)
 
     def mark(self, marker: str) -> None:
-        """A marker in front of the next text of a list item."""
+        """Sets the marker to write before the next text, that of a list item."""
         self._marker = marker
 
     def _put(self, text: str) -> None:
@@ -158,12 +174,15 @@ class _Writer:
         self._marker = ""
 
     def _is_joined(self, before: str, after: str) -> bool:
-        """Whether a line break in the page is none in the text: scripts without spaces are broken anywhere."""
+        """Returns whether to drop a line break of the source between two CJK characters.
+
+        Scripts without spaces are wrapped anywhere, so such a line break is not a space.
+        """
         return "\n" in self._space and bool(_CJK.match(before) and _CJK.match(after))
 
 
 def _enter(node: Any, writer: _Writer) -> bool:
-    """Writes what an element or text begins with; returns whether what is in it follows."""
+    """Writes the start of an element, or a text node; returns whether to visit the children."""
     if node.type == _TEXT:
         writer.write(node.value or "")
         return False
@@ -214,7 +233,7 @@ def _leave(node: Any, writer: _Writer) -> None:
     elif tag == "table" and writer.tables:
         writer.tables.pop()
     elif tag == "li":
-        writer.mark("")  # an empty item has no marker
+        writer.mark("")  # the marker of an empty item was not written
     elif tag in CELLS and writer.cells and not writer.tables[-1]:
         writer.cells -= 1
     _break_around(tag, writer)
@@ -257,7 +276,10 @@ def _has_cell_before(node: Any) -> bool:
 
 
 def _is_layout(table: Any) -> bool:
-    """Whether a table arranges a page: a table in it, or a cell with more than an entry."""
+    """Returns whether a table is used for page layout.
+
+    It is if it contains another table, or a cell with more text or blocks than a data entry.
+    """
     if table.query_selector("table") is not None:
         return True
     cells = table.query_selector_all("td, th").values()
@@ -269,13 +291,13 @@ def _is_layout(table: Any) -> bool:
 
 
 def _is_in_heading(node: Any) -> bool:
-    """Whether a button is what opens an answer: its text is the question."""
+    """Returns whether a button is in a heading, as in a FAQ, where its text is the question."""
     parent = node.parent
     return parent is not None and parent.type == _ELEMENT and parent.tag in HEADINGS
 
 
 def _write_math(node: Any, writer: _Writer) -> None:
-    """A formula in TeX where the page has it, else the characters of its parts."""
+    """Writes a formula as TeX if the page provides it, else its plain characters."""
     tex = node.query_selector('annotation[encoding="application/x-tex"]')
     source = tex.text if tex is not None else node.getattr("alttext")
     if source and source.strip():

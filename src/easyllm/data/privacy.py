@@ -1,8 +1,9 @@
-"""Personal data in texts: found by form, confirmed by checksum or range, replaced by a placeholder.
+"""Detection and redaction of personal data (PII): patterns, verified by checksums or ranges.
 
-Kinds: e-mail addresses, public IP addresses, Chinese mobile numbers, Chinese resident identity numbers, bank cards.
-Every pattern is bounded in length and anchored where a run begins, so that time is linear in the text, whatever the
-text. Full-width digits and letters should be folded (NFKC) before.
+Kinds: e-mail addresses, public IP addresses, Chinese mobile numbers, Chinese resident identity
+numbers, bank card numbers. Every pattern has a bounded length and is anchored at the start of a run
+of characters, so that the time is linear in the length of any text. Full-width digits and letters
+should be converted (NFKC) beforehand.
 """
 
 import re
@@ -28,12 +29,12 @@ PLACEHOLDERS: dict[Kind, str] = {
 
 
 class PrivacyConfig(Config):
-    """What is looked for, and what is done with it.
+    """Which personal data to detect, and how to handle it.
 
     Attributes:
-        kinds: those looked for.
-        mode: `replace` puts the placeholder in the place of what was found, `count` leaves the text as it is.
-        placeholders: other placeholders than `PLACEHOLDERS`, by kind.
+        kinds: the kinds to detect.
+        mode: `replace` replaces each finding by a placeholder, `count` leaves the text unchanged.
+        placeholders: kind -> placeholder, instead of that in `PLACEHOLDERS`.
     """
 
     kinds: tuple[Kind, ...] = tuple(PLACEHOLDERS)
@@ -51,7 +52,7 @@ class Finding:
 
 
 def redact(text: str, config: PrivacyConfig) -> tuple[str, Counter[str]]:
-    """The text with every finding replaced, and the number of findings of each kind.
+    """Returns the text with every finding replaced, and the number of findings of each kind.
 
     >>> redact("写信给 li.hua@example.com 或电 13800138000", PrivacyConfig())
     ('写信给 <EMAIL> 或电 <PHONE>', Counter({'email': 1, 'phone': 1}))
@@ -69,10 +70,13 @@ def redact(text: str, config: PrivacyConfig) -> tuple[str, Counter[str]]:
 
 
 def find(text: str, config: PrivacyConfig) -> list[Finding]:
-    """What was found, in order; of findings that overlap the one that begins first, then the longest, stands."""
+    """Returns the findings in order, without overlaps.
+
+    Of overlapping findings, the one that starts first is kept; of those, the longest.
+    """
     found = [
         Finding(kind, *span)
-        for kind, finder in _FINDERS.items()  # in the order of precedence between equal spans
+        for kind, finder in _FINDERS.items()  # in order of precedence for equal spans
         if kind in config.kinds
         for span in finder(text)
     ]
@@ -93,7 +97,7 @@ _LOCAL = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._%+-"
 _MAX_LOCAL = 64
 """RFC 5321, section 4.5.3.1."""
 _IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "gif", "svg", "webp", "avif"})
-"""`icon@2x.png` is a file for screens of twice the density."""
+"""`icon@2x.png` is an image file for high-density screens, not an address."""
 
 
 def _emails(text: str) -> Iterator[tuple[int, int]]:
@@ -107,14 +111,15 @@ def _emails(text: str) -> Iterator[tuple[int, int]]:
 # ---- IP addresses
 
 _IPV4 = re.compile(
-    r"[0-9](?<![A-Za-z0-9_.][0-9])[0-9]{0,2}\."  # no part of v1.2.3.4 or 1.2.3.4.5
+    r"[0-9](?<![A-Za-z0-9_.][0-9])[0-9]{0,2}\."  # not part of v1.2.3.4 or 1.2.3.4.5
     r"(?:[0-9]{1,3}\.){2}[0-9]{1,3}(?![A-Za-z0-9_]|\.[0-9])"
 )
 _IPV6 = re.compile(
     r"[23](?<![A-Za-z0-9_:.].)[0-9A-Fa-f]{3}:"
     r"(?:[0-9A-Fa-f]{0,4}:){1,7}(?:[0-9A-Fa-f]{1,4}|(?<=::))(?![A-Za-z0-9_]|:[A-Za-z0-9:])"
 )
-"""Of 2000::/3, all that is assigned (RFC 4291, section 2.4); `dead::beef` only looks like an address."""
+"""Addresses in 2000::/3, the only global unicast block that is assigned (RFC 4291, section 2.4), so
+that text such as `dead::beef` does not match."""
 
 
 def _ip_addresses(text: str) -> Iterator[tuple[int, int]]:
@@ -145,7 +150,8 @@ def _is_public_ipv6(written: str) -> bool:
 # ---- numbers
 
 _RESIDENT_ID = re.compile(
-    r"[1-9](?<![0-9][0-9])[0-9]{5}(?:18|19|20)[0-9]{2}(?:0[1-9]|1[0-2])[0-3][0-9][0-9]{3}[0-9Xx](?![0-9])"
+    r"[1-9](?<![0-9][0-9])[0-9]{5}(?:18|19|20)[0-9]{2}(?:0[1-9]|1[0-2])[0-3][0-9]"
+    r"[0-9]{3}[0-9Xx](?![0-9])"
 )
 _PROVINCES = frozenset(
     [
@@ -167,8 +173,10 @@ def _resident_ids(text: str) -> Iterator[tuple[int, int]]:
 
 
 def is_resident_id(number: str) -> bool:
-    """Whether 18 characters are a Chinese resident identity number (GB 11643-1999): province, date of birth, and the
-    check character of ISO 7064 MOD 11-2: Σ aᵢ 2^(18-i) ≡ 1 modulo 11, X standing for 10.
+    """Returns whether 18 characters are a valid Chinese resident identity number (GB 11643-1999).
+
+    Checks the province, the date of birth, and the check character of ISO 7064 MOD 11-2:
+    Σ aᵢ 2^(18-i) ≡ 1 modulo 11, where X means 10.
 
     >>> is_resident_id("11010519491231002X"), is_resident_id("110105194912310021")
     (True, False)
@@ -188,14 +196,15 @@ def _is_date(digits: str) -> bool:
 
 
 _BANK_CARD = re.compile(
-    r"[2-9](?<![0-9][0-9])(?<![0-9]\.[0-9])(?:"  # no part of a longer number, no decimals
+    r"[2-9](?<![0-9][0-9])(?<![0-9]\.[0-9])(?:"  # not part of a longer number, not decimals
     r"[0-9]{12,18}"
     r"|[0-9]{3}([ -])[0-9]{4}\1[0-9]{4}\1[0-9]{4}(?P<rest>\1[0-9]{1,3}(?![0-9]))?"
     r"|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5}"  # 4-6-4 (Diners), 4-6-5 (American Express)
     r")(?![0-9])"
 )
 _ISSUERS: tuple[tuple[int, int, int, frozenset[int]], ...] = (
-    # digits of the prefix, its first and last value, lengths of the number (ISO/IEC 7812, the issuers' own ranges)
+    # (number of digits of the prefix, its first and last value, valid lengths of the number), from
+    # ISO/IEC 7812 and the ranges published by the issuers
     (1, 4, 4, frozenset({13, 16, 19})),  # Visa
     (2, 51, 55, frozenset({16})),  # Mastercard
     (4, 2221, 2720, frozenset({16})),  # Mastercard
@@ -216,7 +225,8 @@ _ISSUERS: tuple[tuple[int, int, int, frozenset[int]], ...] = (
 def _bank_cards(text: str) -> Iterator[tuple[int, int]]:
     position = 0
     while match := _BANK_CARD.search(text, position):
-        position = match.start() + 1  # where this is none, one may begin at a later group of digits
+        # If this is not a card number, one may start at a later group of digits
+        position = match.start() + 1
         for end in (match.end(), match.start("rest")):
             if end > 0 and is_bank_card(re.sub("[ -]", "", text[match.start() : end])):
                 yield match.start(), end
@@ -225,7 +235,9 @@ def _bank_cards(text: str) -> Iterator[tuple[int, int]]:
 
 
 def is_bank_card(number: str) -> bool:
-    """Whether digits have an issuer's prefix and length, and a right Luhn check digit (ISO/IEC 7812-1, annex B).
+    """Returns whether digits have an issuer's prefix and length and a valid Luhn check digit.
+
+    The check digit is defined in ISO/IEC 7812-1, annex B.
 
     >>> is_bank_card("4111111111111111"), is_bank_card("4111111111111112")
     (True, False)
@@ -238,7 +250,11 @@ def is_bank_card(number: str) -> bool:
 
 
 def luhn_sum(number: str) -> int:
-    """The sum of digits in which every second one from the right, but for the last, is doubled and cast out by nines."""
+    """Returns the Luhn sum of a number: a valid number has a sum divisible by 10.
+
+    Counting from the rightmost digit, every second digit is doubled and replaced by the sum of the
+    digits of the result.
+    """
     plain = sum(int(digit) for digit in number[::-2])
     doubled = sum(sum(divmod(2 * int(digit), 10)) for digit in number[-2::-2])
     return plain + doubled
@@ -248,10 +264,10 @@ _PHONE = re.compile(
     r"1(?:3[0-9]|4[014-9]|5[0-35-9]|6[2567]|7[0-8]|8[0-9]|9[0-35-9])"
     r"(?:[0-9]{8}|([ -])[0-9]{4}\1[0-9]{4})(?!\.?[0-9])"
 )
-"""Prefixes given out by the four networks and their resellers, and 8 digits more."""
+"""The prefixes assigned to the four network operators and their resellers, then 8 more digits."""
 _COUNTRY = re.compile(r"(?:\+|(?<![0-9])00)86[ -]?\Z")
 _DIGIT_BEFORE = re.compile(r"[0-9]\.?\Z")
-"""The number is a part of a longer one, or decimals (3.14159265358)."""
+"""The number is part of a longer one, or the decimals of one (3.14159265358)."""
 
 
 def _phones(text: str) -> Iterator[tuple[int, int]]:

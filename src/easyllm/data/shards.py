@@ -1,8 +1,9 @@
-"""Tokens of documents in memory-mapped shards: what pretraining reads.
+"""Memory-mapped token shards, the input of pretraining.
 
-shards/tokens-00000.bin      ids end to end, little-endian uint16 (uint32 where the vocabulary is larger)
-shards/offsets-00000.npy     int64, where each document begins, and the end
-shards/manifest.json         dtype, tokenizer, shards with their hashes, composition: written last
+shards/tokens-00000.bin      concatenated token ids of the documents, little-endian uint16, or
+                             uint32 for larger vocabularies
+shards/offsets-00000.npy     int64, the start of each document, and the end
+shards/manifest.json         dtype, tokenizer, shards with their hashes, composition; written last
 """
 
 import json
@@ -26,7 +27,7 @@ Tokens = NDArray[np.unsignedinteger[Any]]
 
 
 class ShardInfo(Config):
-    """One shard: its files' stem, what it holds, and the hash of its ids."""
+    """One shard: its numbers of tokens and documents, and the SHA-256 of its tokens file."""
 
     tokens: NonNegativeInt
     documents: NonNegativeInt
@@ -34,11 +35,16 @@ class ShardInfo(Config):
 
 
 class ShardsManifest(Config):
-    """What a folder of shards says of itself.
+    """The manifest of a folder of token shards.
 
     Attributes:
-        tokenizer: `Tokenizer.fingerprint` of the one that made the ids.
-        end_id: the id behind every document, where there is one.
+        format: name of the file format.
+        dtype: numpy dtype of the token ids.
+        vocab_size: size of the vocabulary.
+        tokenizer: `Tokenizer.fingerprint` of the tokenizer that produced the ids.
+        end_id: the id appended to every document; None if there is none.
+        bytes_of_text: number of UTF-8 bytes of the documents.
+        shards: the shards, in order.
         composition: tokens, documents and epochs of each source.
     """
 
@@ -53,21 +59,28 @@ class ShardsManifest(Config):
 
     @property
     def tokens(self) -> int:
+        """The number of tokens in all shards."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def documents(self) -> int:
+        """The number of documents in all shards."""
         return sum(shard.documents for shard in self.shards)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 while every id fits, else uint32; little-endian on every machine."""
+    """Returns little-endian uint16 if every id fits, else little-endian uint32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 class ShardWriter:
-    """Writes documents' ids to shards of about `shard_tokens` in a folder (an atomic one, so that all of it counts or
-    nothing)."""
+    """Writes the token ids of documents to shards.
+
+    Args:
+        folder: where to write; use an atomic folder, so that a partial result is never visible.
+        vocab_size: size of the vocabulary, which determines the dtype.
+        shard_tokens: maximum number of tokens per shard, exceeded only by a longer document.
+    """
 
     def __init__(self, folder: Path, *, vocab_size: int, shard_tokens: int) -> None:
         self.folder, self.shard_tokens = folder, shard_tokens
@@ -77,7 +90,7 @@ class ShardWriter:
         self._filled = 0
 
     def add(self, ids: Tokens) -> None:
-        """Appends one document; a document never crosses shards."""
+        """Appends one document; a document is never split across shards."""
         if self._parts and self._filled + len(ids) > self.shard_tokens:
             self._write()
         self._parts.append(ids.astype(self.dtype))
@@ -91,7 +104,14 @@ class ShardWriter:
         bytes_of_text: int,
         composition: dict[str, dict[str, float]],
     ) -> ShardsManifest:
-        """Writes what is left, and the manifest."""
+        """Writes the last shard and the manifest.
+
+        Args:
+            tokenizer: the tokenizer that produced the ids.
+            end_id: the id appended to every document; None if there is none.
+            bytes_of_text: number of UTF-8 bytes of the documents.
+            composition: tokens, documents and epochs of each source.
+        """
         self._write()
         manifest = ShardsManifest(
             dtype=self.dtype.str,
@@ -125,14 +145,14 @@ class ShardWriter:
 
 
 class TokenShards:
-    """Shards opened for reading; ids stay on disk until they are asked for.
+    """Token shards opened for reading; the token ids are memory-mapped.
 
     Args:
-        folder: where a manifest lies.
-        tokenizer: the one in use; ids of another would be nonsense.
+        folder: the folder that contains the manifest.
+        tokenizer: the tokenizer in use, which must be the one that produced the ids.
 
     Raises:
-        DataError: no shards there, damaged ones, or ones of another tokenizer.
+        DataError: the folder contains no shards, or damaged ones, or ones of another tokenizer.
     """
 
     def __init__(self, folder: Path, *, tokenizer: Tokenizer | None = None) -> None:
@@ -140,24 +160,28 @@ class TokenShards:
         self.manifest = read_manifest(self.folder)
         if tokenizer is not None and tokenizer.fingerprint != self.manifest.tokenizer:
             raise DataError(
-                f"{str(folder)!r} was packed with another tokenizer (vocabulary of {self.manifest.vocab_size}, "
-                f"fingerprint {self.manifest.tokenizer[:12]}; the model's has {tokenizer.vocab_size}, "
-                f"{tokenizer.fingerprint[:12]}); build the data again with this model's tokenizer"
+                f"{str(folder)!r} was packed with another tokenizer (vocabulary of "
+                f"{self.manifest.vocab_size}, fingerprint {self.manifest.tokenizer[:12]}; the "
+                f"model's has {tokenizer.vocab_size}, {tokenizer.fingerprint[:12]}); build the "
+                "data again with this model's tokenizer"
             )
         self._tokens, self._offsets = self._open()
         counts = [len(offsets) - 1 for offsets in self._offsets]
         self._first = np.cumsum([0, *counts])
 
     def __len__(self) -> int:
-        """Documents in all shards."""
+        """Returns the number of documents in all shards."""
         return int(self._first[-1])
 
     def document(self, number: int) -> Tokens:
-        """The ids of one document, end token included."""
+        """Returns the token ids of one document, including the end token."""
         return self.documents(np.array([number]))[0]
 
     def documents(self, numbers: NDArray[np.int64]) -> list[Tokens]:
-        """The ids of several, each a view of the file: what is not looked at is not read."""
+        """Returns the token ids of several documents.
+
+        Each is a view of the memory-mapped file, so pages that are not accessed are not read.
+        """
         shards = np.searchsorted(self._first, numbers, side="right") - 1
         places = (numbers - self._first[shards]).tolist()
         found = []
@@ -167,22 +191,25 @@ class TokenShards:
         return found
 
     def lengths(self) -> NDArray[np.int64]:
-        """Ids of every document."""
+        """Returns [n] int64, the number of tokens of every document."""
         return np.concatenate([np.diff(offsets) for offsets in self._offsets] or [np.empty(0, int)])
 
     def __iter__(self) -> Iterator[Tokens]:
         return (self.document(number) for number in range(len(self)))
 
     def verify(self) -> None:
-        """Reads every shard and compares its hash.
+        """Reads every shard and verifies its hash.
 
         Raises:
-            DataError: one was changed or damaged.
+            DataError: a shard was modified or is damaged.
         """
         for number, info in enumerate(self.manifest.shards):
             file, _ = _files(self.folder, number)
             if hash_file(file) != info.sha256:
-                raise DataError(f"{file} is not what was written; build the data again")
+                raise DataError(
+                    f"{file} was modified or is damaged (its hash differs from the manifest); "
+                    "build the data again"
+                )
 
     def _open(self) -> tuple[list[Tokens], list[NDArray[np.int64]]]:
         tokens: list[Tokens] = []
@@ -194,11 +221,14 @@ class TokenShards:
                 size = tokens_file.stat().st_size
                 bounds = np.load(offsets_file, allow_pickle=False)
             except (OSError, ValueError) as error:
-                raise DataError(f"{tokens_file} cannot be read ({error}); build again") from None
+                raise DataError(
+                    f"{tokens_file} cannot be read ({error}); build the data again"
+                ) from None
             whole = size == info.tokens * dtype.itemsize and len(bounds) == info.documents + 1
             if not whole or bounds[-1] != info.tokens or (np.diff(bounds) < 0).any():
                 raise DataError(
-                    f"{tokens_file} holds {size} bytes, expected {info.tokens} tokens; build again"
+                    f"{tokens_file} has {size} bytes, expected {info.tokens} tokens; "
+                    "build the data again"
                 )
             mapped = np.memmap(tokens_file, dtype=dtype, mode="r") if size else np.empty(0, dtype)
             tokens.append(mapped.view(np.ndarray))  # slicing a plain array is several times faster
@@ -207,20 +237,22 @@ class TokenShards:
 
 
 def read_manifest(folder: Path) -> ShardsManifest:
-    """The manifest of a folder of shards.
+    """Reads the manifest of a folder of shards.
 
     Raises:
-        DataError: there is none, or it is not one.
+        DataError: the folder has no manifest, or an invalid one.
     """
     path = folder / MANIFEST
     inside = folder / "shards"
     if (inside / MANIFEST).is_file():
         raise DataError(
-            f"folder {str(folder)!r} holds a corpus, and its token shards one further in; name {str(inside)!r}"
+            f"folder {str(folder)!r} contains a corpus, whose token shards are in a subfolder; "
+            f"name {str(inside)!r}"
         )
     if not path.is_file():
         raise DataError(
-            f"folder {str(folder)!r} holds no {MANIFEST} of token shards; name one that `easyllm data build` made"
+            f"folder {str(folder)!r} contains no {MANIFEST} of token shards; "
+            "name a folder built by `easyllm data build`"
         )
     try:
         return ShardsManifest.model_validate(json.loads(path.read_text("utf-8")))
@@ -229,7 +261,7 @@ def read_manifest(folder: Path) -> ShardsManifest:
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except ValueError as error:
         why = str(error)
-    raise DataError(f"{path} is no manifest of shards ({why}); build again")
+    raise DataError(f"{path} is not a manifest of token shards ({why}); build the data again")
 
 
 def write_shards(
@@ -240,7 +272,15 @@ def write_shards(
     end_id: int | None = None,
     shard_tokens: int = 2**27,
 ) -> ShardsManifest:
-    """Shards of documents already tokenized."""
+    """Writes shards of tokenized documents, and returns their manifest.
+
+    Args:
+        folder: where to write.
+        documents: the token ids of each document.
+        tokenizer: the tokenizer that produced the ids.
+        end_id: the id appended to every document; None if there is none.
+        shard_tokens: maximum number of tokens per shard, exceeded only by a longer document.
+    """
     writer = ShardWriter(folder, vocab_size=tokenizer.vocab_size, shard_tokens=shard_tokens)
     for ids in documents:
         writer.add(np.asarray(ids))

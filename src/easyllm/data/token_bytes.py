@@ -1,6 +1,9 @@
-"""How many bytes of text each token id stands for, so that losses of different tokenizers can be compared.
+"""Number of bytes of text per token id, for bits per byte (BPB).
 
-bits per byte = Σ loss in nats / ln 2 / Σ bytes of the predicted tokens        (Gao et al. 2020, arXiv 2101.00027, section 3.1)
+BPB makes losses of models with different tokenizers comparable (Gao et al. 2020, arXiv 2101.00027,
+section 3.1):
+
+bits per byte = Σ loss in nats / ln 2 / Σ bytes of the predicted tokens
 """
 
 import json
@@ -15,10 +18,11 @@ BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Bytes of UTF-8 of every id, [V]; control tokens have none.
+    """Returns [V] int64, the number of UTF-8 bytes of every token id; 0 for special tokens.
 
-    Exact for byte-level vocabularies and byte pieces, also where a token holds a part of a character. Of other kinds,
-    what the token adds to a text that is being decoded, with the space before a word where decoding puts one.
+    Exact for byte-level vocabularies and byte-fallback tokens, even if a token is only part of a
+    character. For other tokens it is the number of bytes that the token adds when text is decoded,
+    including the space before a word if decoding inserts one.
     """
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
     added = tokenizer.backend.get_added_tokens_decoder()
@@ -31,7 +35,7 @@ def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
         if number in added:
             sizes[number] = len(token.encode("utf-8"))
         elif "ByteLevel" in decoders:
-            sizes[number] = len(token)  # each of its characters stands for a byte
+            sizes[number] = len(token)  # in byte-level vocabularies each character is one byte
         elif "ByteFallback" in decoders and BYTE_PIECE.fullmatch(token):
             sizes[number] = 1
         else:
@@ -42,7 +46,7 @@ def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
 
 
 def _decoded_sizes(tokenizer: Tokenizer, numbers: list[int]) -> list[int]:
-    """What each id adds behind another one: at the beginning of a text, decoders drop a space."""
+    """Returns the bytes each id adds after another token, since decoders strip a leading space."""
     before = next((n for n in numbers if tokenizer.decode([n]).strip().isalnum()), numbers[0])
     offset = len(tokenizer.decode([before]).encode("utf-8"))
     pairs = tokenizer.backend.decode_batch([[before, n] for n in numbers])
@@ -50,6 +54,6 @@ def _decoded_sizes(tokenizer: Tokenizer, numbers: list[int]) -> list[int]:
 
 
 def _decoders(tokenizer: Tokenizer) -> set[str]:
-    """Names of the steps of decoding."""
+    """Returns the type names of the decoder's steps."""
     decoder = json.loads(tokenizer.backend.to_str())["decoder"] or {}
     return {step["type"] for step in decoder.get("decoders", [decoder]) if step}

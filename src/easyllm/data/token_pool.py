@@ -1,4 +1,4 @@
-"""Tokenized documents of one source, out of which a mixture chooses and some are held out."""
+"""Pool of the tokenized documents of one source, for sampling and for held-out validation data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +16,14 @@ class TokenPool:
     """The tokenized documents of one source, over all its splits.
 
     Args:
-        stems: of each split its ids (`.bin`), and the lengths and bytes of its documents (`.npz`).
-        tokenizer: the one that made the ids.
+        stems: path stem of each split; `.bin` has the token ids, `.npz` the `lengths` and `bytes`
+            of the documents.
+        tokenizer: the tokenizer that produced the ids.
 
     Attributes:
-        lengths: ids of every document.
-        bytes: of their texts.
-        numbers: documents that may be chosen.
+        lengths: [n] int64, number of tokens of every document.
+        bytes: [n] int64, number of UTF-8 bytes of its text.
+        numbers: indices of the documents that may be sampled.
     """
 
     def __init__(self, stems: Sequence[Path], tokenizer: Tokenizer) -> None:
@@ -41,12 +42,22 @@ class TokenPool:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the documents that may be chosen."""
+        """The number of tokens of the documents that may be sampled."""
         return int(self.lengths[self.numbers].sum())
 
     def hold_out(self, share: float, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Takes documents out of those that may be chosen: at least one where a share is asked for, and never all. Of a single
-        document, its tail."""
+        """Holds out random documents, which are then excluded from sampling.
+
+        At least one document is held out if `share` is positive, but never all. Of a single
+        document, the tail is held out.
+
+        Args:
+            share: fraction of the documents.
+            generator: chooses the documents.
+
+        Returns:
+            The indices of the held-out documents, ascending.
+        """
         if share and len(self.lengths) == 1:
             return self.hold_out_tail(share)
         order = generator.permutation(len(self.lengths))
@@ -55,7 +66,14 @@ class TokenPool:
         return np.sort(order[:count])
 
     def hold_out_tail(self, share: float) -> NDArray[np.int64]:
-        """Takes the last tokens out of those that may be chosen; where they begin, the document is cut in two."""
+        """Holds out the last tokens, splitting the document that contains the boundary in two.
+
+        Args:
+            share: fraction of the tokens.
+
+        Returns:
+            The indices of the held-out documents, ascending.
+        """
         ends = np.cumsum(self.lengths)
         if not len(ends) or not ends[-1]:
             return np.empty(0, dtype=np.int64)
@@ -69,7 +87,7 @@ class TokenPool:
         return np.arange(number, len(self.lengths))
 
     def _cut(self, number: int, inside: int) -> None:
-        """Makes two documents of one: its first `inside` ids, and the rest."""
+        """Splits a document in two: its first `inside` tokens, and the rest."""
         sizes = token_bytes(self._tokenizer)
         head_bytes = int(sizes[self.document(number)[:inside]].sum())
         for values, head in ((self.lengths, inside), (self.bytes, head_bytes)):
@@ -83,7 +101,7 @@ class TokenPool:
         self._first[split + 1 :] += 1
 
     def document(self, number: int) -> Any:
-        """Its ids."""
+        """Returns the token ids of document `number`, a view of the memory-mapped file."""
         split = int(np.searchsorted(self._first, number, side="right")) - 1
         begin, end = self._starts[split][number - self._first[split] :][:2]
         return self._tokens[split][begin:end]

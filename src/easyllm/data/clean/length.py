@@ -1,4 +1,4 @@
-"""Bounds on a document's length."""
+"""Filter by document length."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -11,7 +11,10 @@ from easyllm.data.clean.violation import Figure, Violation, check_order, first_v
 
 
 class DocumentLength(Config):
-    """Rejects texts with too few or too many characters or words; punctuation marks are no words, a Han character is one."""
+    """Rejects texts with too few or too many characters or words.
+
+    Punctuation marks do not count as words; a Han character counts as one.
+    """
 
     kind: Literal["length"] = "length"
     min_characters: NonNegativeInt | None = None
@@ -26,10 +29,11 @@ class DocumentLength(Config):
         return self
 
     def figures(self, view: TextView) -> Iterator[Figure]:
-        """The measurements with their bounds, each computed when it is asked for."""
+        """Yields the metrics with their bounds, each computed lazily."""
         yield Figure("characters", len(view.text), self.min_characters, self.max_characters)
         if self.min_words is not None or self.max_words is not None:
             yield Figure("words", view.num_words, self.min_words, self.max_words)
 
     def apply(self, view: TextView) -> TextView | Violation:
+        """Returns the view unchanged, or the violation that rejects it."""
         return first_violation(self.kind, self.figures(view)) or view

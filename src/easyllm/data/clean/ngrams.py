@@ -1,7 +1,8 @@
-"""Characters in repeated n-grams of words, exactly: no hashing, so no collisions.
+"""Counts characters in repeated word n-grams, exactly: without hashing, so without collisions.
 
-An (n+1)-gram occurs twice only where the n-gram that starts it and the n-gram one word later both do. So the positions
-still in play shrink from one order to the next; after three or four words little of an ordinary text is left.
+An (n+1)-gram is repeated only if the n-gram at its start and the n-gram one word later are both
+repeated. The number of candidate positions therefore shrinks with each order; for ordinary text,
+few remain after order three or four.
 """
 
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ class RepeatedNgrams:
 
     Attributes:
         order: n.
-        starts: the word each occurrence starts at, ascending.  # [O]
-        labels: which n-gram it is; equal n-grams have equal labels.  # [O]
+        starts: [O] index of the first word of each occurrence, ascending.
+        labels: [O] label of the n-gram of each occurrence; equal n-grams have equal labels.
     """
 
     order: int
@@ -33,7 +34,7 @@ class RepeatedNgrams:
 
 
 class NgramStatistics:
-    """Repetition of a sequence of words, by order of n-gram.
+    """Repetition statistics of a sequence of words, by n-gram order.
 
     >>> statistics = NgramStatistics("to be or not to be".split())
     >>> statistics.top_characters(2), statistics.duplicate_characters(2)
@@ -46,9 +47,10 @@ class NgramStatistics:
         self._found: list[RepeatedNgrams] = []
 
     def top_characters(self, order: int) -> int:
-        """Length of the most frequent n-gram, its words joined as they are written, times its occurrences.
+        """Returns the length of the most frequent n-gram times its number of occurrences.
 
-        Of equally frequent ones the earliest counts; 0 where there are fewer than n words.
+        The length is that of the words joined as they are written. Ties go to the earliest n-gram.
+        Returns 0 if there are fewer than n words.
         """
         if len(self._words) < order:
             return 0
@@ -61,10 +63,10 @@ class NgramStatistics:
         return written_length(self._words[start : start + order]) * count
 
     def duplicate_characters(self, order: int) -> int:
-        """Characters in n-grams seen before, each character counted once.
+        """Returns the number of characters in n-grams seen before, counting each character once.
 
-        Reading from the left: an n-gram already seen counts and is stepped over whole, any other is noted and the
-        reading goes on a word later.
+        Scans from the left: an n-gram seen before is counted and the scan skips all of it; any
+        other n-gram is marked as seen and the scan moves on by one word.
         """
         found = self.repeated(order)
         seen: set[int] = set()
@@ -80,19 +82,22 @@ class NgramStatistics:
         return total
 
     def repeated(self, order: int) -> RepeatedNgrams:
-        """The n-grams of this order that occur more than once; lower orders are computed on the way."""
+        """Returns the n-grams of this order that occur more than once.
+
+        All lower orders are computed first; results are cached.
+        """
         while len(self._found) < order:
             self._found.append(next(self._orders))
         return self._found[order - 1]
 
     @cached_property
     def _offsets(self) -> Ints:
-        """Characters before each word, and after the last."""
+        """[W + 1] number of characters before each word, and in total."""
         lengths = np.fromiter(map(len, self._words), np.int64, len(self._words))
         return np.concatenate(([0], lengths.cumsum()))
 
     def _walk(self) -> Iterator[RepeatedNgrams]:
-        """The repeated n-grams of order 1, 2, 3, …, without end."""
+        """Yields the repeated n-grams of order 1, 2, 3, … indefinitely."""
         index = {word: number for number, word in enumerate(dict.fromkeys(self._words))}
         ids = np.fromiter(map(index.__getitem__, self._words), np.int64, len(self._words))
         starts, labels = _occurring_twice(np.arange(len(ids)), ids, np.bincount(ids, minlength=1))
@@ -108,10 +113,14 @@ class NgramStatistics:
 
 
 def written_length(words: list[str]) -> int:
-    """Characters of words one after the other: with a space between them, but for the scripts written without.
+    """Returns the number of characters of words joined as they are written.
 
-    >>> written_length(["to", "be"]), written_length(["不", "贵", "。"]), written_length(["用", "GPU", "s"])
-    (5, 3, 6)
+    There is a space between words, except next to scripts that are written without spaces.
+
+    >>> written_length(["to", "be"]), written_length(["不", "贵", "。"])
+    (5, 3)
+    >>> written_length(["用", "GPU", "s"])
+    6
     """
     text = " ".join(words)
     if text.isascii():
@@ -121,7 +130,7 @@ def written_length(words: list[str]) -> int:
 
 
 def _dense_labels(keys: Ints) -> tuple[Ints, Ints]:
-    """A label 0, 1, … for each key, equal for equal keys, and how often each label occurs."""
+    """Returns a label 0, 1, … for each key, equal for equal keys, and the count of each label."""
     if not len(keys):
         return keys, keys
     order = keys.argsort()

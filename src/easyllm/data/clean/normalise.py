@@ -1,4 +1,4 @@
-"""Repair and normalisation of a text's characters."""
+"""Unicode repair and normalisation of text."""
 
 import re
 import unicodedata
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from ftfy import TextFixerConfig
 
 CHINESE_PUNCTUATION = "，！？：；（）～…"
-"""What compatibility folding would turn into Latin punctuation, which Chinese is not written with."""
+"""Chinese punctuation that NFKC would wrongly convert to ASCII punctuation."""
 
 Conversion = Literal["tw2s", "t2s", "hk2s"]
 DEFAULT_CONVERSION: Conversion = "tw2s"
 _HAN = re.compile(f"[{HAN}]")
 _NOUN_WITH_ZHU = re.compile("[原編编土合專专譯译論论巨遺遗新舊旧拙所共主自撰校]著(?![\u8005])")
-_ZHU = "\ue000"  # stands for 著 while OpenCC is at work
+_ZHU = "\ue000"  # placeholder that protects 著 from OpenCC
 
 _FULL_WIDTH = {
     full: chr(full - 0xFEE0)
@@ -31,16 +31,18 @@ _FULL_WIDTH = {
 _FULL_WIDTH_RUN = re.compile(f"[{''.join(map(chr, _FULL_WIDTH))}]+")
 _OUTSIDE_CHINESE_PUNCTUATION = re.compile(f"[^{CHINESE_PUNCTUATION}]+")
 
-# What ftfy's test for mojibake can match at all: two characters beyond ASCII in a row, or one of a few alone. That test
-# is slow, and few lines of ordinary text hold either. An entity, an escape and a lone surrogate are mended too.
+# A necessary condition for ftfy to change a line. Its mojibake test needs two consecutive non-ASCII
+# characters or one of a few single ones; that test is slow, and few lines of ordinary text contain
+# either. HTML entities, terminal escapes and lone surrogates are repaired too.
 _MENDABLE = re.compile(
     "[\x1b\x80-\x9fÂÃŒœ\ud800-\udfff]"
     "|[\xa0-\u25ff\uf8ff\ufb01\ufb02\ufffd]{2}"
     "|&#?[0-9A-Za-z]{1,24};"
 )  # fmt: skip
 _LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-# C0 and C1 controls, soft hyphen, zero-width space, word joiner, byte order mark, directional overrides, interlinear
-# marks and lone surrogates. The zero-width (non-)joiners stay: Persian, Indic scripts and emoji need them.
+# C0 and C1 controls, soft hyphen, zero-width space, word joiner, byte order mark, directional
+# overrides, interlinear marks and lone surrogates. The zero-width joiner and non-joiner stay,
+# because Persian, Indic scripts and emoji need them.
 _CONTROL = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064"
     "\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
@@ -50,15 +52,18 @@ _BLANK_LINES = re.compile(r"\n{3,}")
 
 
 class Normalise(Config):
-    """Mends broken characters and writes equal text equally; rejects nothing.
+    """Repairs broken characters and normalises equivalent ones to one form; rejects nothing.
 
-    Repair undoes mojibake and HTML entities with ftfy, as FineWeb-2 sets it: quotes, ligatures and widths stay.
-    `form="NFKC"` and `fold_width` leave Chinese punctuation full-width.
+    `repair` fixes mojibake and HTML entities with ftfy, configured as in FineWeb-2: quotes,
+    ligatures and character widths are unchanged. `form="NFKC"` and `fold_width` leave Chinese
+    punctuation full-width.
 
-    `simplify_chinese` turns traditional characters into simplified ones where the text is Chinese: the language is the
-    document's where that is known, else it is identified, for Japanese shares the characters (漢字 would become 汉字).
-    It names a conversion of OpenCC's: true is `tw2s`, since most traditional text is written as in Taiwan, where 看著 has
-    the character that `t2s` and `hk2s` leave as it is (the simplified form is 看着), and other text comes out as by `t2s`.
+    `simplify_chinese` converts traditional characters to simplified ones if the text is Chinese.
+    The language is that of the document if known, and identified otherwise, because Japanese uses
+    the same characters (漢字 would become 汉字). The value names an OpenCC conversion. True means
+    `tw2s`, because most traditional text follows the Taiwan standard, which writes 看著; `t2s` and
+    `hk2s` leave that character unchanged (the simplified form is 看着). For other text, the result
+    is the same as that of `t2s`.
     """
 
     kind: Literal["normalise"] = "normalise"
@@ -66,17 +71,18 @@ class Normalise(Config):
     form: Literal["NFC", "NFKC"] | None = "NFC"
     fold_width: bool = False  # ＡＢＣ１２３ -> ABC123
     remove_control_characters: bool = True
-    tidy_white_space: bool = True  # odd spaces, spaces at line ends, more than one blank line
+    tidy_white_space: bool = True  # non-ASCII spaces, trailing spaces, repeated blank lines
     simplify_chinese: bool | Conversion = False  # True: tw2s
 
     @property
     def conversion(self) -> Conversion | None:
-        """Which conversion `simplify_chinese` stands for."""
+        """The OpenCC conversion that `simplify_chinese` selects; None for no conversion."""
         return (
             DEFAULT_CONVERSION if self.simplify_chinese is True else self.simplify_chinese or None
         )
 
     def apply(self, view: TextView) -> TextView:
+        """Returns the view with the normalised text."""
         text = view.text
         for step in self._steps(view.language):
             text = step(text)
@@ -99,9 +105,9 @@ class Normalise(Config):
 
 
 def repair_unicode(text: str) -> str:
-    """`text` with mojibake, lost surrogates, terminal escapes and HTML entities mended, line by line.
+    """Repairs mojibake, lone surrogates, terminal escapes and HTML entities, line by line.
 
-    Entities stay where the text holds a "<": it may be markup on purpose.
+    Entities are unchanged if the text contains a "<", since it may be intentional markup.
 
     Raises:
         EasyllmError: the package `ftfy` is not installed.
@@ -117,17 +123,17 @@ def repair_unicode(text: str) -> str:
 
 
 def remove_control_characters(text: str) -> str:
-    """`text` with every line break as "\\n" and without control and invisible formatting characters."""
+    """Converts all line breaks to "\\n" and removes control and invisible formatting characters."""
     return _CONTROL.sub("", _LINE_BREAK.sub("\n", text))
 
 
 def normalise_nfc(text: str) -> str:
-    """`text` in Unicode's composed form: é is one character."""
+    """Returns `text` in Unicode's composed form NFC: é is one character."""
     return unicodedata.normalize("NFC", text)
 
 
 def normalise_nfkc(text: str) -> str:
-    """`text` in Unicode's compatibility form (ﬁ -> fi, ① -> 1), but for Chinese punctuation.
+    """Returns `text` in compatibility form NFKC (ﬁ -> fi, ① -> 1), except Chinese punctuation.
 
     >>> normalise_nfkc("ＧＰＴ－４，不错！")
     'GPT-4，不错！'
@@ -138,14 +144,15 @@ def normalise_nfkc(text: str) -> str:
 
 
 def fold_width(text: str) -> str:
-    """`text` with full-width Latin letters, digits and symbols as ASCII, but for Chinese punctuation."""
+    """Converts full-width letters, digits and symbols to ASCII, except Chinese punctuation."""
     return text if text.isascii() else _FULL_WIDTH_RUN.sub(_narrowed, text)
 
 
 def simplify_chinese(text: str, conversion: Conversion = DEFAULT_CONVERSION) -> str:
-    """`text` with traditional Chinese characters as simplified ones, phrase by phrase.
+    """Converts traditional Chinese characters to simplified ones, phrase by phrase.
 
-    `tw2s` keeps the 著 of 著作 and 名著 and makes the others 着; where it takes a noun for a verb (原著, 土著), that is undone.
+    `tw2s` keeps the 著 of 著作 and 名著 and converts the others to 着. It misreads some nouns as
+    verbs (原著, 土著); these are protected.
 
     Raises:
         EasyllmError: the package `opencc` is not installed.
@@ -159,7 +166,13 @@ def simplify_chinese(text: str, conversion: Conversion = DEFAULT_CONVERSION) -> 
 
 
 def simplify_if_chinese(text: str, *, language: str | None, conversion: Conversion | None) -> str:
-    """`simplify_chinese` where the text is in Chinese, which is identified where `language` is None."""
+    """Applies `simplify_chinese` if the text is Chinese; returns other text unchanged.
+
+    Args:
+        text: the text.
+        language: its language; None to identify it.
+        conversion: the OpenCC conversion; None for no conversion.
+    """
     if conversion is None or text.isascii() or not _HAN.search(text):
         return text
     if (language or identify_language(text)[0]) not in CHINESE:
@@ -168,7 +181,10 @@ def simplify_if_chinese(text: str, *, language: str | None, conversion: Conversi
 
 
 def tidy_white_space(text: str) -> str:
-    """`text` with plain spaces, no space at line ends, at most one blank line in a row, and none at either end."""
+    """Normalises white space: plain spaces, no trailing spaces, at most one blank line in a row.
+
+    Blank lines at the beginning and the end are removed.
+    """
     lines = _ODD_SPACE.sub(" ", text).split("\n")
     return _BLANK_LINES.sub("\n\n", "\n".join([line.rstrip() for line in lines])).strip("\n")
 
@@ -193,8 +209,8 @@ def _fixer(unescape: bool) -> "tuple[Callable[[str, TextFixerConfig], str], Text
         fix_latin_ligatures=False,
         fix_character_width=False,
         fix_line_breaks=False,
-        remove_control_chars=False,  # a step of its own
-        normalization=None,  # likewise
+        remove_control_chars=False,  # done by remove_control_characters
+        normalization=None,  # done by normalise_nfc and normalise_nfkc
         explain=False,
     )
 

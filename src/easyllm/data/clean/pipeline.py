@@ -1,4 +1,4 @@
-"""A chain of rules over documents, and the count of what it kept and refused."""
+"""Applies a chain of rules to documents, and counts the kept and rejected documents."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -19,10 +19,10 @@ class CleanConfig(Config):
     """Which rules clean a corpus, in order.
 
     Attributes:
-        preset: a published chain to start from; None for none.
+        preset: a published chain to start from; None for no preset.
         override: kind of a preset's rule -> fields to change (`{"language": {"allowed": ["de"]}}`).
-        without: kinds of the preset's rules to leave out.
-        rules: further rules, after the preset's.
+        without: kinds of the preset's rules to omit.
+        rules: additional rules, applied after those of the preset.
     """
 
     preset: PresetName | None = "fineweb"
@@ -35,7 +35,7 @@ class CleanConfig(Config):
         kinds = [rule.kind for rule in self._preset_rules()]
         for kind in (*self.override, *self.without):
             if kind not in kinds:
-                known = ", ".join(kinds) or "none: no preset is chosen"
+                known = ", ".join(kinds) or "none, since no preset is set"
                 raise ValueError(
                     f"{kind!r} is not a rule of the preset {self.preset!r} "
                     f"(its rules: {known}){suggest(kind, kinds)}"
@@ -44,7 +44,7 @@ class CleanConfig(Config):
         return self
 
     def chain(self) -> tuple[Rule, ...]:
-        """The rules as they will run."""
+        """Returns the rules in the order in which they run."""
         kept = (rule for rule in self._preset_rules() if rule.kind not in self.without)
         return (*(self._overridden(rule) for rule in kept), *self.rules)
 
@@ -60,11 +60,14 @@ class CleanConfig(Config):
 
 
 class Cleaner:
-    """Applies a chain of rules to documents, one at a time; it can be pickled, and holds nothing that changes.
+    """Applies a chain of rules to documents, one at a time.
+
+    A cleaner has no mutable state and can be pickled.
 
     >>> cleaner = Cleaner(CleanConfig(preset=None, rules=[{"kind": "length", "min_words": 3}]))
-    >>> cleaner.clean(Document(id="1", source="demo", text="Too short."))
-    Rejection(document=Document(id='1', source='demo', text='Too short.', language=None), rule='length.words', value=2)
+    >>> rejection = cleaner.clean(Document(id="1", source="demo", text="Too short."))
+    >>> rejection.rule, rejection.value
+    ('length.words', 2)
     """
 
     def __init__(self, config: CleanConfig) -> None:
@@ -72,9 +75,10 @@ class Cleaner:
         self._chain = config.chain()
 
     def clean(self, document: Document) -> Document | Rejection:
-        """The document as the rules rewrote it, with its language where one was identified, or what rejected it.
+        """Returns the document as rewritten by the rules, or its rejection by the first that fails.
 
-        A Rejection holds the document as it came, but for the language.
+        The document gets the language that was identified, if any. A rejection contains the
+        original document, except for the language.
 
         Raises:
             EasyllmError: a rule needs a package that is not installed.
@@ -91,15 +95,15 @@ class Cleaner:
 
 @dataclass(slots=True, kw_only=True)
 class CleanReport:
-    """Counts of cleaned documents; each process keeps its own and the sum is `merge`d.
+    """Counts of cleaned documents; each process has its own report, and `merge` adds them.
 
     Attributes:
-        kept: documents that passed.
-        rewritten: of these, how many came out with another text.
-        rejected: rule -> documents it refused.
-        languages: language -> documents refused for being in it.
-        characters: in all documents as they came.
-        characters_kept: in the kept documents as they left.
+        kept: number of documents that passed.
+        rewritten: number of kept documents whose text was changed.
+        rejected: rule -> number of documents it rejected.
+        languages: language -> number of documents rejected because of it.
+        characters: number of characters in all documents before cleaning.
+        characters_kept: number of characters in the kept documents after cleaning.
     """
 
     kept: int = 0
@@ -110,7 +114,12 @@ class CleanReport:
     characters_kept: int = 0
 
     def count(self, document: Document, result: Document | Rejection) -> None:
-        """Notes what became of a document."""
+        """Counts the result of cleaning one document.
+
+        Args:
+            document: the document before cleaning.
+            result: what `Cleaner.clean` returned for it.
+        """
         self.characters += len(document.text)
         if isinstance(result, Rejection):
             self.rejected[result.rule] += 1
@@ -123,7 +132,7 @@ class CleanReport:
 
     @classmethod
     def merge(cls, reports: Iterable["CleanReport"]) -> "CleanReport":
-        """The report of all the documents the given ones count."""
+        """Returns the sum of the given reports."""
         total = cls()
         for report in reports:
             total.kept += report.kept
@@ -135,7 +144,7 @@ class CleanReport:
         return total
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts for a manifest or a table; rules in order of how many documents they refused."""
+        """Returns the counts as a JSON-serializable dict; rules by descending rejection count."""
         num_rejected = self.rejected.total()
         by_rule = sorted(self.rejected.items(), key=lambda item: (-item[1], item[0]))
         return {

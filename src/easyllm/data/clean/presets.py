@@ -1,4 +1,4 @@
-"""Published chains of rules."""
+"""Presets: published chains of cleaning rules."""
 
 from typing import Annotated, Literal
 
@@ -24,19 +24,21 @@ Rule = Annotated[
     | ChineseQuality,
     Field(discriminator="kind"),
 ]
-"""Any rule: its `kind` names it, its fields are its bounds, `apply(view)` returns a view, perhaps of a rewritten text, or
-the Violation that rejects it."""
+"""Any rule. `kind` is its name and its other fields are its thresholds; `apply(view)` returns a
+view of the text, possibly rewritten, or the Violation that rejects it."""
 
 PresetName = Literal["fineweb", "fineweb-zh", "gopher", "gopher-zh"]
 
-# FineWeb-2's n-gram bounds for `cmn_Hani` were set on segmented words of one to two characters. A word is one character here,
-# so orders and bounds are set on characters instead, above what 99 of 100 clean paragraphs reach (docs/data.md), and for
-# texts of a sentence or two on as many characters as a paragraph has. So are the least length; the share of words with a
-# letter, of which punctuation is more of among characters than among words; and the stop words, which a sentence may lack.
+# FineWeb-2's n-gram thresholds for `cmn_Hani` were set on segmented words of one to two characters.
+# Here a word is one character, so orders and thresholds are set on characters instead: above the
+# 99th percentile of clean paragraphs (docs/data.md), and with the length of a paragraph as the
+# minimum denominator, for texts of one or two sentences. Also adapted are the minimum length; the
+# share of alphabetic words, since punctuation is more frequent among characters than among words;
+# and the number of stop words, since a sentence may have few.
 _TOP_NGRAM_LIMITS_ZH: NgramLimits = {2: 0.2, 3: 0.2, 4: 0.22, 6: 0.2}
 _DUPLICATE_NGRAM_LIMITS_ZH: NgramLimits = {6: 0.25, 8: 0.22, 10: 0.2, 12: 0.17, 14: 0.15, 16: 0.13}
 _MIN_NGRAM_TEXT_ZH = 150
-_MIN_PUNCTUATED_ZH = 8  # lines: four messages of a chat without a full stop are no menu
+_MIN_PUNCTUATED_ZH = 8  # lines; four chat messages without a full stop are not a menu
 _QUALITY_ZH = GopherQuality(
     min_words=40,
     min_mean_word_length=1,
@@ -48,7 +50,7 @@ _QUALITY_ZH = GopherQuality(
 )
 
 PRESETS: dict[PresetName, tuple[Rule, ...]] = {
-    # arXiv 2406.17557, in its order
+    # arXiv 2406.17557, in the order of the paper
     "fineweb": (
         Normalise(),
         LanguageIdentification(allowed=("en",), min_score=0.65),
@@ -57,10 +59,10 @@ PRESETS: dict[PresetName, tuple[Rule, ...]] = {
         C4Quality(terminal_punctuation=False),
         FineWebQuality(),
     ),
-    # FineWeb-2 (arXiv 2506.20920), its bounds for `cmn_Hani`, in its order, but for the n-grams; and rules for what its
-    # language model and its segmenter would find.
+    # FineWeb-2 (arXiv 2506.20920) with its thresholds for `cmn_Hani` and in its order, except for
+    # the n-grams, plus rules that replace its language model and its word segmenter
     "fineweb-zh": (
-        Normalise(form="NFKC"),  # which folds full-width letters and digits
+        Normalise(form="NFKC"),  # also converts full-width letters and digits to ASCII
         LanguageIdentification(allowed=("zh",), min_score=0.692),
         HanShare(min_share=0.30),
         ChineseQuality(),
@@ -88,7 +90,7 @@ PRESETS: dict[PresetName, tuple[Rule, ...]] = {
         GopherRepetition(),
         GopherQuality(),
     ),
-    # the same for Chinese: for text without a shape of lines, an article a line
+    # The Gopher rules for Chinese text with one article per line, where line ratios mean nothing
     "gopher-zh": (
         Normalise(form="NFKC"),
         LanguageIdentification(allowed=("zh",), min_score=0.65),

@@ -1,4 +1,4 @@
-"""A text with its lines, paragraphs and words, each computed when first asked for and shared by all rules."""
+"""A text with its lines, paragraphs and words, computed lazily and shared by all rules."""
 
 import copy
 import re
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from easyllm.data.clean.ngrams import NgramStatistics
 
 HAN = "々〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-"""Han characters, as the inside of a regular expression's character class."""
+"""Han characters, for use inside `[]` in a regular expression."""
 TERMINAL_PUNCTUATION = frozenset(".!?‼‽⁇⁈⁉。！？．｡։؟۔।॥።")
-"""Marks that end a sentence."""
+"""Punctuation marks that end a sentence."""
 CLOSING_QUOTES = frozenset("\"'”’»」』")
 
-_UNSPACED = HAN + "\u3040-\u30ff"  # kana too is written without spaces
-# Combining marks are not \w in `re`, yet parts of words in Hebrew, Arabic, the scripts of India, Thai.
+_UNSPACED = HAN + "\u3040-\u30ff"  # kana is written without spaces too
+# Combining marks are not \w in `re`, but are part of words in Hebrew, Arabic, Indic scripts, Thai
 _MARKS = (
     "\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf\u05c1-\u05c7\u0610-\u061a\u064b-\u065f\u0670"
     "\u06d6-\u06dc\u06df-\u06e8\u0900-\u0903\u093a-\u094f\u0955-\u0957\u0962\u0963\u0981-\u0983"
@@ -34,13 +34,13 @@ _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 
 @dataclass(frozen=True, slots=True)
 class WordCounts:
-    """How many words a text has, by what they are made of.
+    """Word counts of a text, by type of word.
 
     Attributes:
-        total: all words, punctuation marks included.
+        total: all words, including punctuation marks.
         symbols: words without a letter or digit.
         alphabetic: words with at least one letter.
-        characters: characters in the words that are no symbols.
+        characters: number of characters in the words that are not symbols.
     """
 
     total: int
@@ -50,11 +50,16 @@ class WordCounts:
 
 
 class TextView:
-    """A text and what the rules measure of it.
+    """A text with the properties that the rules measure.
 
-    A line is stripped and never blank. A word is a run of letters and digits (`don't`, `3.5` and `example.com` are one
-    each), a punctuation mark, or, in the scripts written without spaces, one character. Marks count because the
-    published thresholds were set with tokenizers that split them off.
+    A line is stripped and never blank. A word is a run of letters and digits (`don't`, `3.5` and
+    `example.com` are one word each), a punctuation mark, or one character of a script written
+    without spaces. Punctuation marks count because the published thresholds were set with
+    tokenizers that split them off.
+
+    Args:
+        text: the text.
+        language: its language code; None if unknown.
 
     >>> TextView("It costs $3.50, 不贵。").words
     ['It', 'costs', '$', '3.50', ',', '不', '贵', '。']
@@ -65,34 +70,37 @@ class TextView:
         self.language = language
 
     def with_text(self, text: str) -> "TextView":
-        """A view of another text in the same language; the same view if the text is the same."""
+        """Returns a view of another text in the same language; itself if the text is equal."""
         return self if text == self.text else TextView(text, self.language)
 
     def with_language(self, language: str) -> "TextView":
-        """The same text, and all that was computed of it, with its language known."""
+        """Returns a view of the same text, with all cached properties, and the given language."""
         view = copy.copy(self)
         view.language = language
         return view
 
     @cached_property
     def lines(self) -> list[str]:
+        """The non-blank lines, stripped."""
         return [line for raw in self.text.split("\n") if (line := raw.strip())]
 
     @cached_property
     def paragraphs(self) -> list[str]:
-        """Blocks between blank lines."""
+        """The blocks separated by blank lines, stripped."""
         text = self.text.strip()
         return [block.strip() for block in _PARAGRAPH_BREAK.split(text)] if text else []
 
     @cached_property
     def words(self) -> list[str]:
+        """The words, including punctuation marks."""
         has_unspaced = not self.text.isascii() and _IS_UNSPACED.search(self.text)
         return (WORD_OR_CHARACTER if has_unspaced else WORD).findall(self.text)
 
     @cached_property
     def word_counts(self) -> WordCounts:
+        """The counts of words by type."""
         words = self.words
-        # most words are letters only, which str.isalpha tells in C; the rest are looked at one by one
+        # Most words are letters only, which str.isalpha detects in C; only the rest needs a loop
         rest = [word for word in words if not word.isalpha()]
         symbols = [word for word in rest if not any(map(str.isalnum, word))]
         mixed = sum(len(word) > 1 and any(map(str.isalpha, word)) for word in rest)
@@ -105,18 +113,20 @@ class TextView:
 
     @cached_property
     def ngrams(self) -> "NgramStatistics":
-        from easyllm.data.clean.ngrams import NgramStatistics  # reading a recipe needs no numpy
+        """The repetition statistics of the words."""
+        # Imported here so that reading a recipe does not import numpy
+        from easyllm.data.clean.ngrams import NgramStatistics
 
         return NgramStatistics(self.words)
 
     @property
     def num_words(self) -> int:
-        """Words that are no punctuation marks."""
+        """The number of words that are not punctuation marks."""
         return self.word_counts.total - self.word_counts.symbols
 
 
 def is_unspaced(word: str) -> bool:
-    """Whether a word is of a script that is written without spaces.
+    """Returns whether a word is in a script that is written without spaces.
 
     >>> is_unspaced("茶"), is_unspaced("tea")
     (True, False)
@@ -125,7 +135,7 @@ def is_unspaced(word: str) -> bool:
 
 
 def repeated(pieces: list[str]) -> tuple[int, int]:
-    """How many of `pieces` were there before, and how many characters they hold.
+    """Returns how many of `pieces` repeat an earlier one, and how many characters these contain.
 
     >>> repeated(["one", "two", "one", "one"])
     (2, 6)

@@ -1,4 +1,4 @@
-"""Figures of a text and the bounds a rule sets them."""
+"""Metrics of a text and the bounds that a rule places on them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,12 +7,17 @@ from typing import Annotated
 from pydantic import Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-"""A share of something, 0 to 1."""
+"""A ratio from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A broken bound: the rule's full name (`gopher_quality.mean_word_length`) and the figure that broke it."""
+    """A violated bound.
+
+    Attributes:
+        rule: full name of the rule, such as `gopher_quality.mean_word_length`.
+        value: the value of the metric that violates the bound.
+    """
 
     rule: str
     value: float | str
@@ -20,7 +25,7 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measurement of a text and the closed interval it must lie in; None leaves a side open."""
+    """One metric of a text and the closed interval it must be in; None means unbounded."""
 
     name: str
     value: float
@@ -29,13 +34,19 @@ class Figure:
 
     @property
     def is_within(self) -> bool:
+        """Whether the value is within its bounds."""
         return (self.low is None or self.value >= self.low) and (
             self.high is None or self.value <= self.high
         )
 
 
 def first_violation(kind: str, figures: Iterable[Figure]) -> Violation | None:
-    """The first figure out of its bounds, or None; figures after it are never computed."""
+    """Returns the first metric that is out of bounds, or None; later metrics are not computed.
+
+    Args:
+        kind: the rule's name, which is prefixed to that of the metric.
+        figures: the metrics, lazily computed.
+    """
     for figure in figures:
         if not figure.is_within:
             return Violation(f"{kind}.{figure.name}", figure.value)
@@ -43,11 +54,11 @@ def first_violation(kind: str, figures: Iterable[Figure]) -> Violation | None:
 
 
 def ratio(part: float, whole: float) -> float:
-    """`part / whole`, and 0 where there is no whole (an empty text)."""
+    """Returns `part / whole`, or 0 if `whole` is 0 (an empty text)."""
     return part / whole if whole else 0.0
 
 
 def check_order(name: str, low: float | None, high: float | None) -> None:
-    """Raises ValueError where no text could satisfy both bounds."""
+    """Raises ValueError if no text could satisfy both bounds."""
     if low is not None and high is not None and low > high:
         raise ValueError(f"min_{name}={low} is above max_{name}={high}; no text can satisfy both")

@@ -1,14 +1,16 @@
-"""Duplicates: whole documents (exact, MinHash), repeated paragraphs, repeated substrings.
+"""Deduplication: exact and near-duplicate (MinHash) documents, repeated paragraphs and substrings.
 
-Every method has two phases, so that splits can be worked on by processes or machines of their own:
+Every method has two phases, so that splits can be processed in parallel by several processes or
+machines:
 
-1. each split, pure: texts to small arrays of 64-bit hashes (`exact_keys`, `signatures`, `paragraph_keys`, `word_hashes`);
-2. the driver, over the arrays of all splits in their order: what is a repetition of something earlier
+1. Per split, without side effects: texts are mapped to small arrays of 64-bit hashes (`exact_keys`,
+   `signatures`, `paragraph_keys`, `word_hashes`).
+2. In the driver, over the arrays of all splits in order: find what repeats something earlier
    (`exact_duplicates`, `near_duplicates`, `repeated`, `repeated_words`).
 
-The order of splits is the order of documents, so the outcome does not depend on which worker was first.
-`deduplicate.deduplicate` walks both phases in one process. This module exports the configuration alone, which needs
-no numpy.
+Documents are ordered by split, so the result does not depend on the scheduling of workers.
+`deduplicate.deduplicate` runs both phases in one process. This module exports only the
+configuration, which does not need numpy.
 """
 
 from easyllm.data.dedup.config import (

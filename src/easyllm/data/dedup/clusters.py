@@ -1,4 +1,4 @@
-"""Which document stands for which: the outcome of looking for duplicates."""
+"""Duplicate clusters: the representative of each document."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clusters:
-    """Each document's representative: the kept document it repeats, or itself.
+    """The representative of each document: the kept document that it duplicates, or itself.
 
-    A representative always stands for itself and comes before those it stands for.
+    A representative is its own representative and precedes the other documents of its cluster.
 
     Attributes:
-        representatives: [n] int64.
-        jaccard: [n] similarity with the representative; 1 for a kept document and for an exact duplicate.
+        representatives: [n] int64, index of the representative of each document.
+        jaccard: [n] float64, Jaccard similarity with the representative; 1 for a kept document and
+            for an exact duplicate.
     """
 
     representatives: NDArray[np.int64]
@@ -26,12 +27,12 @@ class Clusters:
 
     @classmethod
     def alone(cls, size: int) -> "Clusters":
-        """Every document stands for itself."""
+        """Returns `size` clusters of one document each."""
         return cls(representatives=np.arange(size), jaccard=np.ones(size))
 
     @property
     def is_kept(self) -> NDArray[np.bool_]:
-        """[n] whether the document stands for itself."""
+        """[n] whether the document is its own representative."""
         return self.representatives == np.arange(len(self))
 
     @property
@@ -40,18 +41,19 @@ class Clusters:
         return np.flatnonzero(self.is_kept)
 
     def removed(self) -> Iterator[tuple[int, int, float]]:
-        """(document, representative, Jaccard similarity) of each removed document: the cluster map."""
+        """Yields (document, representative, Jaccard similarity) of each removed document."""
         for document in np.flatnonzero(~self.is_kept):
             representative = int(self.representatives[document])
             yield int(document), representative, float(self.jaccard[document])
 
     def then(self, later: "Clusters", numbers: NDArray[np.int64]) -> "Clusters":
-        """These clusters after another search among documents they kept.
+        """Returns these clusters merged with those of a later step on the documents kept so far.
 
         Args:
-            later: clusters of those documents. Where a representative goes, the documents it stood for take its
-                representative, and its similarity with it.
-            numbers: [len(later)] their numbers here, ascending; all numbers where `later` left out the others itself.
+            later: clusters of those documents. If a representative is removed there, the documents
+                of its cluster get its representative and its similarity with that.
+            numbers: [len(later)] indices of those documents here, ascending; all indices if `later`
+                covers all documents.
         """
         representatives, jaccard = np.arange(len(self)), np.ones(len(self))
         representatives[numbers] = numbers[later.representatives]

@@ -1,4 +1,4 @@
-"""What counts as a repetition, a variant for each method; `kind` tells them apart."""
+"""Configuration of deduplication: one class per method, distinguished by `kind`."""
 
 from typing import Annotated, Literal
 
@@ -9,9 +9,11 @@ from easyllm.core.errors import ConfigError, suggest
 
 
 class ExactConfig(Config):
-    """Documents with the same text; the first is kept.
+    """Exact deduplication: of documents with equal text, the first is kept.
 
-    `normalize`: case, runs of white space and Unicode composition do not count; punctuation does (a+b is not a-b).
+    Attributes:
+        normalize: ignore case, the amount of white space and Unicode composition, but not
+            punctuation (a+b is not a-b).
     """
 
     kind: Literal["exact"] = "exact"
@@ -19,11 +21,13 @@ class ExactConfig(Config):
 
 
 class ParagraphConfig(Config):
-    """Paragraphs that occurred before, in any document, are cut out (CCNet, arXiv 1911.00359, section 3.1).
+    """Paragraph deduplication: removes paragraphs that occurred before in any document.
+
+    Source: CCNet, arXiv 1911.00359, section 3.1.
 
     Attributes:
-        unit: `paragraph` is what blank lines separate, `line` a line.
-        min_words: shorter ones (headings, "Yes.") are left alone.
+        unit: `paragraph` (separated by blank lines) or `line`.
+        min_words: paragraphs with fewer words (headings, "Yes.") are never removed.
     """
 
     kind: Literal["paragraph"] = "paragraph"
@@ -32,9 +36,12 @@ class ParagraphConfig(Config):
 
 
 class SubstringConfig(Config):
-    """Runs of at least `min_words` words that occurred before, anywhere, are cut out (Lee et al. 2021, arXiv 2107.06499).
+    """Exact-substring deduplication: removes runs of words that occurred before in any document.
 
-    A Han character or kana counts as a word.
+    Source: Lee et al. 2021, arXiv 2107.06499.
+
+    Attributes:
+        min_words: minimum length of a run; a Han character or kana counts as a word.
     """
 
     kind: Literal["substring"] = "substring"
@@ -42,22 +49,28 @@ class SubstringConfig(Config):
 
 
 class MinHashConfig(Config):
-    """Documents whose sets of shingles are nearly the same; the first is kept.
+    """Near-duplicate removal (MinHash LSH): of documents with similar shingles, keeps the first.
 
-    Candidates share all `rows` minima of at least one of the `bands` (Broder 1997; Leskovec et al., Mining of Massive
-    Datasets, section 3.4); each is checked by the exact Jaccard similarity, so that bands decide what is found and
-    never what is removed. 20 bands of 5 rows find 99.96% of the pairs at 0.8, FineWeb's 14 of 8 find 92%.
+    Candidate pairs share all `rows` minima of at least one of the `bands` (Broder 1997; Leskovec et
+    al., Mining of Massive Datasets, section 3.4). Each candidate is verified with the exact Jaccard
+    similarity, so the bands determine recall but never what is removed. 20 bands of 5 rows find
+    99.96% of the pairs with similarity 0.8; FineWeb's 14 bands of 8 rows find 92%.
 
     Attributes:
-        threshold: least Jaccard similarity of a removed document with the kept one.
-        unit: `word` (a Han character or kana counts as a word) or `character`, of the words' letters and digits.
-        shingle_size: units in a shingle. One changed word changes `shingle_size` shingles: in 100 words, 2 changes
-            leave 5-word shingles at Jaccard 0.81, and 3-word shingles at 0.88. With 3 (the default) every pair of
-            longer texts at 0.8 in 5-word shingles is above 0.8 too, and scattered changes that bring it down to 0.8
-            leave 5-word shingles above 0.65.
-        seed: of the hash functions.
-        max_bucket: kept documents one bucket remembers. It bounds the work on masses of similar, not near-duplicate
-            pages (a shop's template): only there a pair may be missed by it.
+        threshold: minimum Jaccard similarity of a removed document with the kept one.
+        bands: number of LSH bands.
+        rows: number of MinHash values per band.
+        unit: `word` (a Han character or kana counts as a word), or `character`: the letters and
+            digits of the words.
+        shingle_size: units per shingle. One changed word changes `shingle_size` shingles: in 100
+            words, 2 changes lead to a Jaccard similarity of 0.81 with 5-word shingles and of 0.88
+            with 3-word shingles. With 3 (the default), every pair of longer texts at 0.8 in 5-word
+            shingles is above 0.8 too; scattered changes that reduce it to 0.8 leave the similarity
+            in 5-word shingles above 0.65.
+        seed: seed of the hash functions.
+        max_bucket: maximum number of kept documents stored per LSH bucket. It bounds the work for
+            large groups of similar pages that are not near-duplicates (the template of a shop);
+            only there can a pair be missed because of it.
     """
 
     kind: Literal["minhash"] = "minhash"
@@ -74,14 +87,19 @@ class MinHashConfig(Config):
         found = collision_probability(self.threshold, self.bands, self.rows)
         if found < 0.5:
             raise ValueError(
-                f"bands={self.bands} of rows={self.rows} find {found:.0%} of the pairs at threshold="
-                f"{self.threshold}, expected at least half; set fewer rows or more bands"
+                f"bands={self.bands} with rows={self.rows} find {found:.0%} of the pairs at "
+                f"threshold={self.threshold}, expected at least half; set fewer rows or more bands"
             )
         return self
 
 
 def collision_probability(similarity: float, bands: int, rows: int) -> float:
-    """Probability that a pair becomes a candidate: 1 - (1 - s^r)^b.
+    """Returns the probability that a pair becomes a candidate: 1 - (1 - s^r)^b.
+
+    Args:
+        similarity: Jaccard similarity s of the pair.
+        bands: number of bands b.
+        rows: number of rows per band r.
 
     >>> [round(collision_probability(s, 20, 5), 4) for s in (0.5, 0.8)]
     [0.4701, 0.9996]
@@ -95,7 +113,7 @@ DedupStep = Annotated[
 
 
 class DedupConfig(Config):
-    """The methods, in the order in which they are applied."""
+    """The deduplication steps, in the order in which they are applied."""
 
     steps: tuple[DedupStep, ...] = (ExactConfig(), MinHashConfig())
 
@@ -104,18 +122,19 @@ DEDUP_PRESETS = {
     "default": DedupConfig(),
     "fineweb": DedupConfig(steps=(MinHashConfig(bands=14, rows=8, shingle_size=5),)),
 }
-"""`fineweb`: Penedo et al. 2024, arXiv 2406.17557, section 3.4 (there without the check of candidates)."""
+"""`fineweb`: Penedo et al. 2024, arXiv 2406.17557, section 3.4 (without verifying candidates)."""
 
 
 def dedup_preset(name: str) -> DedupConfig:
-    """The preset of that name.
+    """Returns the deduplication preset with the given name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no preset has this name.
     """
     if name not in DEDUP_PRESETS:
         known = ", ".join(DEDUP_PRESETS)
         raise ConfigError(
-            f"deduplication preset {name!r} is unknown{suggest(name, DEDUP_PRESETS)}; use one of {known}"
+            f"deduplication preset {name!r} is unknown{suggest(name, DEDUP_PRESETS)}; "
+            f"use one of {known}"
         )
     return DEDUP_PRESETS[name]

@@ -1,4 +1,4 @@
-"""All steps of a configuration over documents in memory: the walk that a pipeline spreads over workers."""
+"""Deduplicates documents in memory: all steps that a corpus build distributes over workers."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -28,14 +28,15 @@ from easyllm.data.documents import Document, Rejection
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deduplication:
-    """The outcome.
+    """The result of deduplication.
 
     Attributes:
-        documents: those that stay, in order, without the parts that were cut out.
-        rejections: the others: rule `exact` or `minhash` with the Jaccard similarity to the document that stands for it,
-            `paragraph` or `substring` with the number of parts cut out where nothing was left.
-        clusters: over all documents given, by their number.
-        counts: documents removed and paragraphs or words cut out, by rule.
+        documents: the kept documents, in order, without the removed parts.
+        rejections: the removed documents: rule `exact` or `minhash` with the Jaccard similarity to
+            the representative, or `paragraph` or `substring` with the number of removed parts if
+            no text remained.
+        clusters: the clusters of all input documents, by index.
+        counts: number of removed documents, and of removed paragraphs or words, by rule.
     """
 
     documents: list[Document]
@@ -45,7 +46,7 @@ class Deduplication:
 
 
 def deduplicate(documents: Iterable[Document], config: DedupConfig) -> Deduplication:
-    """Applies the steps in their order; each sees what the one before it left.
+    """Applies the steps in order, each to the output of the step before it.
 
     >>> texts = ["The same.", "Another.", "the  same."]
     >>> found = deduplicate(
@@ -56,7 +57,7 @@ def deduplicate(documents: Iterable[Document], config: DedupConfig) -> Deduplica
     """
     documents = list(documents)
     clusters = Clusters.alone(len(documents))
-    numbers = np.arange(len(documents))  # of the documents still there
+    numbers = np.arange(len(documents))  # indices of the documents not yet removed
     rejections: list[Rejection] = []
     counts: Counter[str] = Counter()
     for step in config.steps:
@@ -87,14 +88,14 @@ def deduplicate(documents: Iterable[Document], config: DedupConfig) -> Deduplica
 
 
 def _find(texts: list[str], step: ExactConfig | MinHashConfig) -> Clusters:
-    """Clusters of whole documents."""
+    """Returns the clusters of duplicate documents."""
     if isinstance(step, ExactConfig):
         return exact_duplicates(exact_keys(texts, step))
     return near_duplicates([signatures(texts, step)], step)
 
 
 def _cut(texts: list[str], step: ParagraphConfig | SubstringConfig) -> tuple[list[str], list[int]]:
-    """Each text without what occurred before, and how many paragraphs or words that was."""
+    """Returns each text without its repeated parts, and the number of parts removed from it."""
     if isinstance(step, ParagraphConfig):
         parts = paragraph_keys(texts, step)
         drops = parts.split(repeated(parts.values))

@@ -1,4 +1,4 @@
-"""Documents with equal texts, and paragraphs that occurred before."""
+"""Exact deduplication: documents with equal texts, and paragraphs that occurred before."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -15,19 +15,19 @@ from easyllm.data.dedup.words import digest, words
 
 
 def exact_keys(texts: Iterable[str], config: ExactConfig) -> U64:
-    """[n, 2] the 128-bit hash of each text, normalised as the configuration says."""
+    """Returns [n, 2] uint64, the 128-bit hash of each text, normalised if configured."""
     found = [digest(_normalize(text) if config.normalize else text, 16) for text in texts]
     low = (1 << 64) - 1
     return np.array([(key >> 64, key & low) for key in found], dtype=np.uint64).reshape(-1, 2)
 
 
 def exact_duplicates(keys: U64) -> Clusters:
-    """Documents with equal keys, joined to the first of them.
+    """Returns the clusters of documents with equal keys; the first document is the representative.
 
     Args:
-        keys: [n, 2] `exact_keys` of all documents, in their order.
+        keys: [n, 2] `exact_keys` of all documents, in order.
     """
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in document order
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys remain in document order
     ordered = keys[order]
     is_first = np.ones(len(keys), bool)
     is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
@@ -41,7 +41,7 @@ def exact_duplicates(keys: U64) -> Clusters:
 
 
 def paragraphs(text: str, config: ParagraphConfig) -> list[str]:
-    """The paragraphs (or lines) that are not blank."""
+    """Returns the paragraphs (or lines) that are not blank."""
     lines = text.split("\n")
     if config.unit == "line":
         return [line for line in lines if line.strip()]
@@ -55,7 +55,7 @@ def paragraphs(text: str, config: ParagraphConfig) -> list[str]:
 
 
 def paragraph_keys(texts: Iterable[str], config: ParagraphConfig) -> Ragged:
-    """For each text the 64-bit hash of each paragraph, 0 where it is too short to be removed."""
+    """Returns, for each text, the 64-bit hash of each paragraph; 0 if it is too short to remove."""
     rows = []
     for text in texts:
         parts = paragraphs(text, config)
@@ -68,7 +68,7 @@ def paragraph_keys(texts: Iterable[str], config: ParagraphConfig) -> Ragged:
 
 
 def repeated(keys: U64) -> NDArray[np.bool_]:
-    """[N] whether an equal key, other than 0, stands before."""
+    """Returns [N] bool: whether the key is not 0 and an equal key precedes it."""
     _, first = np.unique(keys, return_index=True)
     is_repeated = keys != 0
     is_repeated[first] = False
@@ -76,7 +76,13 @@ def repeated(keys: U64) -> NDArray[np.bool_]:
 
 
 def without_paragraphs(text: str, drop: NDArray[np.bool_], config: ParagraphConfig) -> str:
-    """The text without the paragraphs marked in `drop` (one mark a paragraph); unchanged where none is."""
+    """Returns the text without the marked paragraphs; unchanged if none is marked.
+
+    Args:
+        text: the text.
+        drop: [number of paragraphs] whether each is removed.
+        config: how the text is split into paragraphs.
+    """
     if not drop.any():
         return text
     parts = paragraphs(text, config)

@@ -1,14 +1,17 @@
-"""Near-duplicates: MinHash signatures of shingle sets, candidates by bands, each checked by exact Jaccard.
+"""Near-duplicate detection: MinHash LSH over shingle sets, verified by exact Jaccard similarity.
 
-What is removed. Documents are taken in order. One is removed when some document *kept before it* shares a band with it
-and has exact Jaccard similarity >= threshold; otherwise it is kept. It follows that
+Documents are processed in order. A document is removed if some document *kept before it* shares a
+band with it and their exact Jaccard similarity is >= threshold; otherwise it is kept. Therefore
 
-- a removed document is always a near-duplicate of a kept one (its representative), never only of something that
-  was itself removed: chains a ~ b ~ c that drift apart, which union-find over pairs would join, lose nothing but b;
-- of every pair at or above the threshold that becomes a candidate, at least one is removed: were both kept, the later
-  would have been compared with the earlier. So recall over pairs is at least `collision_probability`.
+- a removed document is always a near-duplicate of a kept one (its representative), never only of
+  one that was itself removed. In a chain a ~ b ~ c whose ends are not similar, which union-find
+  over pairs would merge into one cluster, only b is removed;
+- of every candidate pair at or above the threshold, at least one document is removed: if both were
+  kept, the later would have been compared with the earlier. So the recall over pairs is at least
+  `collision_probability`.
 
-The similarities are those of sets of 64-bit shingle hashes; two shingles are confused once in 2^64.
+Similarities are computed on sets of 64-bit shingle hashes; two shingles collide with probability
+2^-64.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,16 +29,16 @@ from easyllm.data.dedup.config import MinHashConfig
 from easyllm.data.dedup.ragged import U64, Ragged, starts
 from easyllm.data.dedup.words import Windows, WordHasher, mix
 
-_BATCH_TEXTS = 1000  # short texts of a batch stay in the second-level cache
+_BATCH_TEXTS = 1000  # a batch of short texts fits in the L2 cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signatures:
-    """What the search for near-duplicates needs of a split.
+    """MinHash signatures and shingles of one split.
 
     Attributes:
-        band_keys: [n, bands] uint64; two documents with an equal key in the same band are candidates.
-        shingles: of each document, its distinct shingle hashes, ascending.
+        band_keys: [n, bands] uint64; documents with an equal key in the same band are candidates.
+        shingles: the distinct shingle hashes of each document, ascending.
     """
 
     band_keys: U64
@@ -45,7 +48,7 @@ class Signatures:
         return len(self.band_keys)
 
     def save(self, folder: Path) -> None:
-        """Writes three `.npy` files into a new folder, in one step."""
+        """Writes three `.npy` files into a new folder, atomically."""
         with atomic_directory(folder) as work:
             np.save(work / "band_keys.npy", self.band_keys)
             np.save(work / "shingles.npy", self.shingles.values)
@@ -53,7 +56,7 @@ class Signatures:
 
     @classmethod
     def load(cls, folder: Path) -> "Signatures":
-        """What `save` wrote; shingles stay on disk until they are looked at.
+        """Loads what `save` wrote; the shingles are memory-mapped.
 
         Raises:
             DataError: the files are missing or damaged.
@@ -68,14 +71,15 @@ class Signatures:
             )
         except (OSError, ValueError, EOFError) as error:
             raise DataError(
-                f"{folder} holds no readable signatures ({error}); remove it and compute them again"
+                f"{folder} contains no readable signatures ({error}); remove it and build again"
             ) from error
 
 
 def signatures(texts: Iterable[str], config: MinHashConfig) -> Signatures:
-    """The signatures of a split: equal texts give equal signatures in every process.
+    """Returns the signatures of a split; equal texts have equal signatures in every process.
 
-    A text of fewer words than a shingle has one shingle; a text without words has none and is never a near-duplicate.
+    A text with fewer words than a shingle has one shingle. A text without words has none and is
+    never a near-duplicate.
     """
     hasher, remaining = WordHasher(), iter(texts)
     keys, shingles = [np.empty((0, config.bands), np.uint64)], []
@@ -87,7 +91,7 @@ def signatures(texts: Iterable[str], config: MinHashConfig) -> Signatures:
 
 
 def jaccard(first: str, second: str, config: MinHashConfig) -> float:
-    """|A ∩ B| / |A ∪ B| of the texts' shingle sets; 0 where both are empty."""
+    """Returns the Jaccard similarity |A ∩ B| / |A ∪ B| of two texts' shingle sets; 0 if empty."""
     sets = _shingle_sets([first, second], config, WordHasher())
     shared = len(np.intersect1d(sets.row(0), sets.row(1), assume_unique=True))
     return shared / max(len(sets.values) - shared, 1)
@@ -98,13 +102,16 @@ def near_duplicates(
     config: MinHashConfig,
     among: NDArray[np.bool_] | None = None,
 ) -> Clusters:
-    """The clusters of all documents, numbered through the splits in their order.
+    """Returns the clusters of all documents, indexed consecutively over the splits in order.
+
+    Needs about 16 bytes of memory for each band that a document shares with another, plus the
+    shingles that are compared.
 
     Args:
-        splits: the signatures of each, made with the same configuration.
-        among: [n] the documents to look at, all when None; the others (exact duplicates) stand for themselves.
-
-    Memory: about 16 bytes for each band that a document shares with another, and the shingles that are looked at.
+        splits: the signatures of each split, computed with the same configuration.
+        config: the configuration.
+        among: [n] bool, which documents to compare, all if None; the others (exact duplicates) are
+            their own representatives.
     """
     rows = _Rows(splits)
     clusters = Clusters.alone(len(rows))
@@ -124,7 +131,7 @@ def near_duplicates(
 
 
 class _Rows:
-    """The shingle sets of all splits under one numbering."""
+    """The shingle sets of all splits, indexed by document over all splits."""
 
     def __init__(self, splits: Sequence[Signatures]) -> None:
         self._splits = splits
@@ -140,9 +147,13 @@ class _Rows:
     def nearest(
         self, document: int, others: list[int], threshold: float
     ) -> tuple[int | None, float]:
-        """The most similar of `others` at or above the threshold (the first of equals), and the similarity."""
+        """Returns the most similar of `others` and the similarity, or (None, 0.0).
+
+        Only similarities at or above the threshold count; ties go to the first.
+        """
         own = self[document]
-        # |A ∩ B| / |A ∪ B| <= min / max of the sizes: most that cannot reach the threshold fall out unread
+        # |A ∩ B| / |A ∪ B| <= min(|A|, |B|) / max(|A|, |B|): most sets that cannot reach the
+        # threshold are skipped without reading them
         sets = [(other, row) for other in others if _sizes_fit(own, row := self[other], threshold)]
         if not sets:
             return None, 0.0
@@ -166,7 +177,7 @@ def _sizes_fit(first: U64, second: U64, threshold: float) -> bool:
 def _shared_buckets(
     splits: Sequence[Signatures], among: NDArray[np.bool_] | None
 ) -> Iterator[tuple[int, list[int]]]:
-    """(document, buckets it shares with others) of every document that shares one, in order."""
+    """Yields (document, buckets it shares with others), in order, if there are such buckets."""
     sizes = np.concatenate([np.empty(0, np.int64), *(split.shingles.lengths for split in splits)])
     filled = np.flatnonzero(sizes if among is None else sizes * among)
     if not len(filled):
@@ -190,13 +201,13 @@ def _shared_buckets(
 
 
 def _shingle_sets(texts: Sequence[str], config: MinHashConfig, hasher: WordHasher) -> Ragged:
-    """Of each text its distinct shingle hashes, ascending."""
+    """Returns the distinct shingle hashes of each text, ascending."""
     size = config.shingle_size
     tokens = Ragged.from_rows([_padded(hasher.hashes(text, config.unit), size) for text in texts])
     row = np.repeat(np.arange(len(tokens)), tokens.lengths)
     windows = mix(Windows(tokens.values).hashes(size))
     begins = np.arange(len(windows))
-    inside = begins + size <= tokens.offsets[row[: len(windows)] + 1]  # not across two texts
+    inside = begins + size <= tokens.offsets[row[: len(windows)] + 1]  # within one text
     row, windows = row[: len(windows)][inside], windows[inside]
     order = np.lexsort((windows, row))
     row, windows = row[order], windows[order]
@@ -213,9 +224,10 @@ def _padded(tokens: U64, size: int) -> U64:
 
 
 def _band_keys(shingles: Ragged, config: MinHashConfig) -> U64:
-    """[n, bands] a hash of each band's minima; 0 for a text without shingles.
+    """Returns [n, bands] uint64, a hash of each band's minima; 0 for a text without shingles.
 
-    Each of the bands·rows functions is h(x) = a·x + b modulo 2^32, a odd, on the upper half of x.
+    Each of the bands·rows hash functions is h(x) = a·x + b modulo 2^32 with odd a, applied to the
+    upper 32 bits of the shingle hash.
     """
     keys = np.zeros((len(shingles), config.bands), np.uint64)
     filled = np.flatnonzero(shingles.lengths)
@@ -234,7 +246,10 @@ def _band_keys(shingles: Ragged, config: MinHashConfig) -> U64:
 
 
 def _coefficients(config: MinHashConfig) -> NDArray[np.uint32]:
-    """[bands, rows, 2] the (a, b) of each function, from the seed alone (numpy's generators may change)."""
+    """Returns [bands, rows, 2] uint32, the coefficients (a, b) of each hash function.
+
+    They depend on the seed only, not on numpy's generators, which may change between versions.
+    """
     count = config.bands * config.rows * 2
     steps = np.arange(1, count + 1, dtype=np.uint64)
     raw = mix(mix(steps) + mix(np.array([config.seed], np.uint64)))

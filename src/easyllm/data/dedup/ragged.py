@@ -1,4 +1,4 @@
-"""Rows of different lengths in one flat array: the hashes of many texts without an object a text."""
+"""Ragged arrays: rows of different lengths in one flat array, without one Python object per row."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ U64: TypeAlias = NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Rows of 64-bit hashes, end to end.
+    """Concatenated rows of 64-bit hashes.
 
     Attributes:
-        values: [N] uint64.
+        values: [N] uint64, the values of all rows.
         offsets: [n + 1] int64; row i is `values[offsets[i]:offsets[i + 1]]`.
     """
 
@@ -27,21 +27,21 @@ class Ragged:
         return len(self.offsets) - 1
 
     def row(self, index: int) -> U64:
-        """The hashes of row `index`."""
+        """Returns the values of row `index`, a view."""
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """[n] values in each row."""
+        """[n] int64, the number of values in each row."""
         return np.diff(self.offsets)
 
     def split(self, marks: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-        """Marks of all values [N], row by row."""
+        """Splits `marks` [N], one per value, into rows."""
         return [marks[begin:end] for begin, end in pairwise(self.offsets.tolist())]
 
     @classmethod
     def from_rows(cls, rows: Sequence[U64]) -> "Ragged":
-        """The rows laid end to end."""
+        """Returns the concatenation of the rows."""
         return cls(
             np.concatenate(rows) if rows else np.empty(0, np.uint64),
             starts([len(row) for row in rows]),
@@ -49,7 +49,7 @@ class Ragged:
 
     @classmethod
     def concatenate(cls, parts: Iterable["Ragged"]) -> "Ragged":
-        """All rows of the parts, in their order."""
+        """Returns all rows of the parts, in order."""
         parts = list(parts)
         if not parts:
             return cls.from_rows([])
@@ -58,5 +58,5 @@ class Ragged:
 
 
 def starts(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-    """[n + 1] where each row begins, and the total."""
+    """Returns [n + 1] int64, the start offset of each row, and the total length."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""The steps of deduplication spread over splits: keys of each split, one decision for all, each split cut by it."""
+"""Deduplication steps over splits: hash each split, make one global decision, filter each split."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,11 +23,12 @@ from easyllm.data.dedup.substring import repeated_words, without_words, word_has
 from easyllm.data.documents import Document, Rejection
 
 Verdicts = Any
-"""An opened `.npz` of one split: `kept` and `jaccard` a document, or `marks` and `offsets` of its parts."""
+"""An open `.npz` file of one split: `kept` and `jaccard` per document, or `marks` (whether each
+part is removed) and `offsets` (of each document's parts)."""
 
 
 def save_keys(folder: Path, texts: Iterable[str], step: DedupStep) -> None:
-    """What `decide` needs of a split's texts, into a new folder."""
+    """Writes the hashes of a split's texts that `decide` needs into a new folder."""
     if isinstance(step, MinHashConfig):
         signatures(texts, step).save(folder)
         return
@@ -45,10 +46,15 @@ def save_keys(folder: Path, texts: Iterable[str], step: DedupStep) -> None:
 def decide(
     folders: Sequence[Path], step: DedupStep
 ) -> tuple[list[dict[str, NDArray[Any]]], Clusters | None]:
-    """For each split what is to be removed, and the clusters where whole documents are.
+    """Decides what to remove from each split.
 
     Args:
-        folders: of all splits' keys, in the order of the splits.
+        folders: the folders that `save_keys` wrote, in the order of the splits.
+        step: the deduplication step.
+
+    Returns:
+        The verdicts of each split (see `Verdicts`), and the clusters if the step removes complete
+        documents, else None.
     """
     if isinstance(step, MinHashConfig):
         splits = [Signatures.load(folder) for folder in folders]
@@ -74,7 +80,17 @@ def decide(
 def cut_text(
     document: Document, number: int, verdicts: Verdicts, step: DedupStep
 ) -> tuple[Document | Rejection, int]:
-    """A split's document `number` after the decision, and how many parts were cut out of it."""
+    """Applies the decision to a document.
+
+    Args:
+        document: the document.
+        number: its index in the split.
+        verdicts: the verdicts of the split.
+        step: the deduplication step.
+
+    Returns:
+        The document without its removed parts, or its rejection; and the number of removed parts.
+    """
     if isinstance(step, ExactConfig | MinHashConfig):
         if verdicts["kept"][number]:
             return document, 0

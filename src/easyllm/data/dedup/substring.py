@@ -1,8 +1,9 @@
-"""Runs of words that occurred before, cut out of the later text (exact substrings, Lee et al. 2021, arXiv 2107.06499).
+"""Exact-substring deduplication: removes runs of words that occurred before.
 
-Where the paper builds a suffix array, every window of `min_words` words is hashed and sorted: a repeated run of at least
-that many words is the union of its repeated windows, so the outcome is the same in O(N log N) time and about 50 bytes
-a word, without a compiled part. The first occurrence stays.
+Source: Lee et al. 2021, arXiv 2107.06499. The paper builds a suffix array; here every window of
+`min_words` words is hashed and the hashes are sorted. A repeated run of at least that many words is
+the union of its repeated windows, so the result is the same, in O(N log N) time and about 50 bytes
+per word, without compiled code. The first occurrence is kept.
 """
 
 from collections.abc import Iterable
@@ -16,16 +17,16 @@ from easyllm.data.dedup.words import Windows, WordHasher, mix, word_spans
 
 
 def word_hashes(texts: Iterable[str]) -> Ragged:
-    """Of each text the hashes of its words."""
+    """Returns the hashes of the words of each text."""
     hasher = WordHasher()
     return Ragged.from_rows([hasher.hashes(text) for text in texts])
 
 
 def repeated_words(words: Ragged, config: SubstringConfig) -> NDArray[np.bool_]:
-    """[N] which words lie in a window of `min_words` words that occurred before, in this text or an earlier one.
+    """Returns [N] bool: whether each word is in a window of `min_words` words that occurred before.
 
-    The earlier window must be over when the later begins: of "ha" said 200 times, `min_words` stay.
-    Windows never reach across two texts.
+    The earlier window is in this text or an earlier one and must not overlap the later window: if
+    "ha" is repeated 200 times, `min_words` of them are kept. Windows never span two texts.
     """
     size, total = config.min_words, len(words.values)
     later = _later_windows(words, size)
@@ -36,7 +37,7 @@ def repeated_words(words: Ragged, config: SubstringConfig) -> NDArray[np.bool_]:
 
 
 def _later_windows(words: Ragged, size: int) -> NDArray[np.int64]:
-    """Where the windows begin that repeat one which is over by then."""
+    """Returns the starts of windows that repeat an earlier, non-overlapping window."""
     windows = mix(Windows(words.values).hashes(size))
     ends = np.repeat(words.offsets[1:], words.lengths)[: len(windows)]
     places = np.flatnonzero(np.arange(size, len(windows) + size) <= ends)  # within one text
@@ -44,15 +45,20 @@ def _later_windows(words: Ragged, size: int) -> NDArray[np.int64]:
     del ends
     order = np.argsort(windows, kind="stable")
     is_same = windows[order[1:]] == windows[order[:-1]]
-    repeats = np.flatnonzero(is_same) + 1  # in sorted order, equal to the one before
-    runs = np.flatnonzero(~np.concatenate([[False], is_same]))  # where each run of equals begins
+    repeats = np.flatnonzero(is_same) + 1  # in sorted order, equal to the previous window
+    runs = np.flatnonzero(~np.concatenate([[False], is_same]))  # start of each run of equal windows
     first = runs[np.searchsorted(runs, repeats, side="right") - 1]
     later, earliest = places[order[repeats]], places[order[first]]
     return later[later - earliest >= size]
 
 
 def without_words(text: str, drop: NDArray[np.bool_]) -> str:
-    """The text without the words marked in `drop` (one mark a word) and what follows each up to the next kept word."""
+    """Returns the text without the marked words and what follows each up to the next kept word.
+
+    Args:
+        text: the text.
+        drop: [number of words] whether each is removed.
+    """
     if not drop.any():
         return text
     if drop.all():
