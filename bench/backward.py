@@ -10,7 +10,8 @@ import time
 import machine
 import torch
 
-from easyllm.data.packing import Sample, pack
+from easyllm.batches.packing import pack
+from easyllm.examples.sample import Sample
 from easyllm.models import load_model
 from easyllm.plan.compute import training_flops
 from easyllm.train.objectives import LanguageModel

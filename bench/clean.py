@@ -160,8 +160,8 @@ Side = tuple[Callable[[str], bool], Callable[[str, str], str | None], dict[str, 
 
 
 def our_side(name: str) -> Side:
-    from easyllm.data.clean import PRESETS, CleanConfig, Cleaner, TextView, Violation
-    from easyllm.data.documents import Document
+    from easyllm.corpus.clean import PRESETS, CleanConfig, Cleaner, TextView, Violation
+    from easyllm.corpus.document import Document
 
     without = ("normalise", "language") if name == "filters" else ()
     cleaner = Cleaner(CleanConfig(preset="fineweb", without=without))
@@ -207,7 +207,7 @@ def their_side(_name: str) -> Side:
 
 
 def our_patterns() -> dict[str, str]:
-    from easyllm.data.clean import c4, text
+    from easyllm.corpus.clean import c4, text
 
     return {"word": text.WORD.pattern, "sentence_break": c4.SENTENCE_BREAK.pattern}
 

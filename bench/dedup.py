@@ -24,9 +24,9 @@ from pathlib import Path
 import machine
 import numpy as np
 
-from easyllm.data.dedup.config import ExactConfig, MinHashConfig
-from easyllm.data.dedup.exact import exact_duplicates, exact_keys
-from easyllm.data.dedup.minhash import Signatures, near_duplicates, signatures
+from easyllm.corpus.dedup.config import ExactConfig, MinHashConfig
+from easyllm.corpus.dedup.exact import exact_duplicates, exact_keys
+from easyllm.corpus.dedup.minhash import Signatures, near_duplicates, signatures
 
 SPLITS = 16
 VOCABULARY = 50_000

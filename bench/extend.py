@@ -14,7 +14,7 @@ from typing import Any
 import machine
 from machine import SHARED
 
-from easyllm.data.rows import read_rows
+from easyllm.examples.data_file import read_rows
 from easyllm.models import load_model, load_tokenizer
 from easyllm.models.resize import loss_of_text, resize_embeddings
 from easyllm.nn.decoder import Decoder

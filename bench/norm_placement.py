@@ -15,7 +15,8 @@ import machine
 import plot
 import torch
 
-from easyllm.data.packing import Batch, Sample, pack
+from easyllm.batches.packing import Batch, pack
+from easyllm.examples.sample import Sample
 from easyllm.nn.config import AttentionConfig, GLUConfig, LayerConfig, ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear

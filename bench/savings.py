@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.batches.packing import Batch, pack
 from easyllm.core.device import bf16_is_fast
-from easyllm.data.packing import Batch, Sample, pack
+from easyllm.examples.sample import Sample
 
 LADDER = ("padding", "packing", "kernels", "chunked_loss", "bf16", "fused_optimizer", "recompute")
 COMPILE = "compile"
@@ -140,8 +141,8 @@ def loss_of(model: torch.nn.Module, batch: Batch, *, chunked: bool) -> Tensor:
 
 def prepared(options: argparse.Namespace, *, padded: bool) -> list[Batch]:
     """A batch a step of about so many tokens; padded ones hold fewer real tokens in as many rows."""
-    from easyllm.data.conversations import read_conversations
-    from easyllm.data.prepare import prepare_conversations
+    from easyllm.examples.conversations import read_conversations
+    from easyllm.examples.prepare import prepare_conversations
     from easyllm.models import load_tokenizer
 
     samples, _ = prepare_conversations(

@@ -38,7 +38,7 @@ def main() -> int:
         if name.endswith(EXEMPT):
             continue
         for number, wording, advice in found_in((ROOT / name).read_text("utf-8"), rules):
-            print(f'{name}:{number}: "{wording}": write {advice}', file=sys.stderr)
+            sys.stderr.write(f'{name}:{number}: "{wording}": write {advice}\n')
             count += 1
     return 1 if count else 0
 

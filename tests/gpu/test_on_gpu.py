@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from conftest import build_tiny
-from easyllm.data.packing import Sample, pack
+from easyllm.batches.packing import pack
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.graph_step import GraphStep
 from easyllm.engine.runner import logits_in_passes
+from easyllm.examples.sample import Sample
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.deterministic import check_deterministic
 from easyllm.ops.attention import AttentionRule, attention, explicit_attention

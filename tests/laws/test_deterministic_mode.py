@@ -8,10 +8,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from conftest import build_tiny
+from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
-from easyllm.data.packing import Sample, pack
 from easyllm.engine import LLM, Engine, Request, SamplingParams
 from easyllm.engine.options import EngineConfig
+from easyllm.examples.sample import Sample
 from easyllm.nn.deterministic import check_deterministic, one_row_logprobs
 from easyllm.ops.kernels.build import _library
 from easyllm.quant import quantize_weights

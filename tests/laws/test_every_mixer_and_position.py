@@ -8,8 +8,9 @@ from functools import cache
 import pytest
 import torch
 
-from easyllm.data.packing import Sample, pack
+from easyllm.batches.packing import pack
 from easyllm.engine.runner import logits_in_passes
+from easyllm.examples.sample import Sample
 from easyllm.nn.config import (
     Alibi,
     AttentionConfig,

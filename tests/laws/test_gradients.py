@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from conftest import build_tiny
-from easyllm.data.packing import Sample, pack
+from easyllm.batches.packing import pack
+from easyllm.examples.sample import Sample
 from easyllm.train.config import AdamWConfig
 from easyllm.train.loop import Arithmetic, accumulate
 from easyllm.train.objectives import LanguageModel

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from conftest import build_tiny
-from easyllm.data.packing import Sample, pack
+from easyllm.batches.packing import pack
 from easyllm.engine import Engine, Request, SamplingParams
 from easyllm.engine.runner import logits_in_passes
+from easyllm.examples.sample import Sample
 
 VARIANTS = {"gqa": {}, "mqa": {"num_key_value_heads": 1}, "untied": {"tie_word_embeddings": False}}
 

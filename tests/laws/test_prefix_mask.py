@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from conftest import build_tiny
+from easyllm.batches.packing import pack
 from easyllm.core.errors import CheckpointError
-from easyllm.data.packing import Sample, pack
 from easyllm.engine import Engine, Request, SamplingParams
+from easyllm.examples.sample import Sample
 from easyllm.models import load_model, save_model
 from easyllm.models.hf_config import read_config, write_config
 from easyllm.nn.config import LinearAttentionConfig

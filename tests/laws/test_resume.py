@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from conftest import CORPUS, tiny_config
-from easyllm.data.shards import write_shards
+from easyllm.corpus.shards import write_shards
 from easyllm.train.metrics import read_metrics
 from easyllm.train.state import checkpoints
 

@@ -12,7 +12,8 @@ from collections import Counter
 import pytest
 import torch
 
-from easyllm.data.packing import Sample, pack
+from easyllm.batches.packing import pack
+from easyllm.examples.sample import Sample
 from easyllm.nn.config import (
     Alibi,
     AttentionConfig,

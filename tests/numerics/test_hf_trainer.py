@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from easyllm.data.loader import Loader
+from easyllm.batches.loader import Loader
 from easyllm.train.config import TrainConfig
 from easyllm.train.metrics import read_metrics
 from easyllm.train.run import train

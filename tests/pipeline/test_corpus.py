@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from easyllm.cli.main import app
 from easyllm.core.errors import ConfigError, DataError, OutputError
 from easyllm.core.manifest import hash_path
-from easyllm.data.build import CorpusBuild
-from easyllm.data.corpus import load_corpus
-from easyllm.data.document_files import read_lines
-from easyllm.data.shards import TokenShards
+from easyllm.corpus.build import CorpusBuild
+from easyllm.corpus.config import load_corpus
+from easyllm.corpus.shards import TokenShards
+from easyllm.corpus.stage_files import read_lines
 from easyllm.tokenizer import Tokenizer
 
 EXAM = "Seven grey herons waited behind the flooded mill until the miller opened both of its gates."
@@ -196,10 +196,10 @@ def test_finished_items_are_not_done_again_whatever_the_workers(
 ):
     build(recipe, tmp_path / "out", tiny_folder, "keep_work=true")
     (tmp_path / "out" / "manifest.json").unlink()
-    from easyllm.data import corpus_work
+    from easyllm.corpus import work
 
-    for name in corpus_work.WORK:
-        monkeypatch.setitem(corpus_work.WORK, name, None)  # calling any would fail
+    for name in work.WORK:
+        monkeypatch.setitem(work.WORK, name, None)  # calling any would fail
     assert build(recipe, tmp_path / "out", tiny_folder, "workers=3") == built[1]
     assert "workers: 3" in (tmp_path / "out" / "recipe.yaml").read_text()
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from easyllm.cli.main import app
 from easyllm.core.errors import DataError
-from easyllm.data.corpus_warnings import warnings
+from easyllm.corpus.warnings import warnings
 
 NOUNS = list("桥河山城村湖路塔寺园井坊街港岛田林谷峰湾")
 

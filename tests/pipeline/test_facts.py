@@ -15,9 +15,9 @@ import easyllm
 from easyllm.adapters import LoRAConfig
 from easyllm.core.config import ENVIRONMENT_PREFIX
 from easyllm.core.run_folder import recipes_folder
-from easyllm.data.corpus import load_corpus
-from easyllm.data.rows import read_rows
+from easyllm.corpus.config import load_corpus
 from easyllm.evaluate import key_in_text
+from easyllm.examples.data_file import read_rows
 from easyllm.pipeline.recipe import find_recipe, load_recipe, load_train_recipe
 from easyllm.train.config import AdamWConfig, CosineConfig, DataConfig, TrainConfig
 

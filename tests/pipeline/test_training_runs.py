@@ -10,8 +10,8 @@ import torch
 from conftest import CORPUS, tiny_config
 from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError, EasyllmError, OutputError
-from easyllm.data.shards import TokenShards, write_shards
-from easyllm.data.token_bytes import token_bytes
+from easyllm.corpus.shards import TokenShards, write_shards
+from easyllm.corpus.token_bytes import token_bytes
 from easyllm.models import load_model
 from easyllm.train import TrainConfig, train
 from easyllm.train import loop as loop_module

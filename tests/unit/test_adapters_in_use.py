@@ -5,9 +5,10 @@ import torch
 
 from conftest import build_tiny, tiny_config
 from easyllm.adapters import LoRAConfig, adapter_of, attach, detach, merge, save_adapter
+from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
-from easyllm.data.packing import Sample, pack
 from easyllm.engine import LLM, Request, SamplingParams
+from easyllm.examples.sample import Sample
 from easyllm.models import add_adapter, hf_module_name, to_classifier
 from easyllm.models.families import family_of
 from easyllm.nn.decoder import Decoder

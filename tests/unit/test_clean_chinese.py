@@ -4,15 +4,15 @@ import random
 
 import pytest
 
-from easyllm.data.clean import CleanConfig, Cleaner
-from easyllm.data.clean.chinese import ChineseQuality, is_boilerplate, is_common
-from easyllm.data.clean.gopher import GopherRepetition
-from easyllm.data.clean.language import identify_language
-from easyllm.data.clean.ngrams import NgramStatistics
-from easyllm.data.clean.normalise import Normalise, simplify_chinese
-from easyllm.data.clean.text import TextView
-from easyllm.data.clean.violation import Violation
-from easyllm.data.documents import Document
+from easyllm.corpus.clean import CleanConfig, Cleaner
+from easyllm.corpus.clean.chinese import ChineseQuality, is_boilerplate, is_common
+from easyllm.corpus.clean.gopher import GopherRepetition
+from easyllm.corpus.clean.language import identify_language
+from easyllm.corpus.clean.ngrams import NgramStatistics
+from easyllm.corpus.clean.normalise import Normalise, simplify_chinese
+from easyllm.corpus.clean.text import TextView
+from easyllm.corpus.clean.violation import Violation
+from easyllm.corpus.document import Document
 
 PRESETS_ZH = ("fineweb-zh", "gopher-zh")
 TEA = (

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easyllm.core.errors import DataError
-from easyllm.data.collate import (
+from easyllm.batches.collate import (
     last_rows,
     left_pad,
     next_logits,
@@ -18,6 +17,7 @@ from easyllm.data.collate import (
     score_padded,
     unpad,
 )
+from easyllm.core.errors import DataError
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 319), min_size=1, max_size=9), min_size=1, max_size=6)
 PADS = {"left": left_pad, "right": right_pad}

@@ -12,15 +12,16 @@ import pytest
 import zstandard
 
 from easyllm.core.errors import ConfigError, DataError
-from easyllm.data.conversations import (
+from easyllm.examples.conversations import (
     Conversation,
     conversations,
     detect_format,
     read_conversations,
 )
-from easyllm.data.packing import IGNORE_INDEX, Sample
-from easyllm.data.prepare import answers_of, prepare_conversations
-from easyllm.data.rows import Row, read_rows
+from easyllm.examples.data_file import Row, read_rows
+from easyllm.examples.prepare import answers_of, prepare_conversations
+from easyllm.examples.sample import Sample
+from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer import Tokenizer
 
 TOOLS = [{"name": "add", "parameters": {"type": "object"}}]

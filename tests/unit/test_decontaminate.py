@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError
-from easyllm.data.decontaminate import DecontaminationConfig, Decontaminator
-from easyllm.data.documents import Document
+from easyllm.corpus.decontaminate import DecontaminationConfig, Decontaminator
+from easyllm.corpus.document import Document
 
 QUESTION = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "

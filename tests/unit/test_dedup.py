@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError, DataError
-from easyllm.data.dedup import minhash
-from easyllm.data.dedup.clusters import Clusters
-from easyllm.data.dedup.config import (
+from easyllm.corpus.dedup import minhash
+from easyllm.corpus.dedup.clusters import Clusters
+from easyllm.corpus.dedup.config import (
     DEDUP_PRESETS,
     DedupConfig,
     ExactConfig,
@@ -30,13 +30,13 @@ from easyllm.data.dedup.config import (
     collision_probability,
     dedup_preset,
 )
-from easyllm.data.dedup.deduplicate import deduplicate
-from easyllm.data.dedup.exact import exact_duplicates, exact_keys, paragraph_keys, repeated
-from easyllm.data.dedup.minhash import Signatures, jaccard, near_duplicates, signatures
-from easyllm.data.dedup.ragged import Ragged
-from easyllm.data.dedup.substring import repeated_words, without_words, word_hashes
-from easyllm.data.dedup.words import Windows, word_spans, words
-from easyllm.data.documents import Document
+from easyllm.corpus.dedup.deduplicate import deduplicate
+from easyllm.corpus.dedup.exact import exact_duplicates, exact_keys, paragraph_keys, repeated
+from easyllm.corpus.dedup.minhash import Signatures, jaccard, near_duplicates, signatures
+from easyllm.corpus.dedup.ragged import Ragged
+from easyllm.corpus.dedup.substring import repeated_words, without_words, word_hashes
+from easyllm.corpus.dedup.words import Windows, word_spans, words
+from easyllm.corpus.document import Document
 
 DEFAULT = MinHashConfig()
 FINEWEB = DEDUP_PRESETS["fineweb"].steps[0]
@@ -281,9 +281,9 @@ def test_batches_of_texts_do_not_show_in_signatures(corpus, monkeypatch):
 
 SIGNATURE_CODE = """
 import hashlib, json, sys
-from easyllm.data.dedup.config import ExactConfig, MinHashConfig
-from easyllm.data.dedup.exact import exact_keys
-from easyllm.data.dedup.minhash import signatures
+from easyllm.corpus.dedup.config import ExactConfig, MinHashConfig
+from easyllm.corpus.dedup.exact import exact_keys
+from easyllm.corpus.dedup.minhash import signatures
 texts = json.load(sys.stdin)
 found = signatures(texts, MinHashConfig())
 arrays = (found.band_keys, found.shingles.values, found.shingles.offsets, exact_keys(texts, ExactConfig()))
@@ -521,7 +521,7 @@ def test_configuration_is_read_by_kind_and_errors_say_what_to_do():
 
 def test_configuration_loads_without_numpy():
     code = (
-        "import sys, easyllm.data.dedup.config, easyllm.data.privacy\n"
+        "import sys, easyllm.corpus.dedup.config, easyllm.corpus.privacy\n"
         "assert 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from easyllm.core.errors import DataError
-from easyllm.data.executor import LocalExecutor, build_executor
+from easyllm.corpus.executor import LocalExecutor, build_executor
 
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from easyllm.data.executor import LocalExecutor
+from easyllm.corpus.executor import LocalExecutor
 
 def work(item):
     Path(item["folder"], str(os.getpid())).touch()

@@ -6,7 +6,7 @@ import pytest
 from html_pages import LAYOUTS, LONG, SHAPES, pages
 
 from easyllm.core.errors import DataError
-from easyllm.data.extract import html_text
+from easyllm.corpus.extract import html_text
 
 PAGES = list(pages())
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from easyllm.cli.data_inspect import inspect, marked_text, visible_text
 from easyllm.core.errors import ConfigError, DataError
-from easyllm.data.conversations import read_conversations
-from easyllm.data.inspect import Inspection, Piece, inspect_file, pieces_of
-from easyllm.data.packing import IGNORE_INDEX
-from easyllm.data.preferences import prepare_preferences, read_preferences
-from easyllm.data.prepare import Encoded, prepare_conversations
+from easyllm.examples.conversations import read_conversations
+from easyllm.examples.inspect import Inspection, Piece, inspect_file, pieces_of
+from easyllm.examples.preferences import prepare_preferences, read_preferences
+from easyllm.examples.prepare import Encoded, prepare_conversations
+from easyllm.ops.cross_entropy import IGNORE_INDEX
 
 CHAT = {
     "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from easyllm.core.errors import DataError
-from easyllm.data.labelled import prepare_labelled_texts
+from easyllm.examples.labels import prepare_labelled_texts
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import math
 import torch
 
 from conftest import build_tiny
-from easyllm.data.loader import Loader
-from easyllm.data.packing import Sample
+from easyllm.batches.loader import Loader
+from easyllm.examples.sample import Sample
 from easyllm.train.config import AdamWConfig, TrainConfig
 from easyllm.train.loop import Arithmetic, Diverged, is_spike, note_loss, run_steps
 from easyllm.train.loss_scaler import LossScaler

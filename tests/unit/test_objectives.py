@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from easyllm.data.packing import Sample, pack
+from easyllm.batches.packing import pack
+from easyllm.examples.sample import Sample
 from easyllm.nn import Decoder
 from easyllm.nn.config import AttentionConfig, GLUConfig, LayerConfig, ModelConfig, MoEConfig
 from easyllm.nn.moe import load_balancing_loss, router_z_loss

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from conftest import build_tiny
+from easyllm.batches.packing import pack
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.errors import CheckpointError, ConfigError
-from easyllm.data.packing import Sample, pack
+from easyllm.examples.sample import Sample
 from easyllm.train import adamw_int8, update_rules
 from easyllm.train.adamw_int8 import (
     dequantize_positive,

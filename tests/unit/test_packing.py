@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from easyllm.batches.loader import Loader, LoaderState
+from easyllm.batches.packing import pack, split_by_tokens
 from easyllm.core.errors import ConfigError
-from easyllm.data.loader import Loader, LoaderState
-from easyllm.data.packing import IGNORE_INDEX, Sample, pack, split_by_tokens
+from easyllm.examples.sample import Sample
+from easyllm.ops.cross_entropy import IGNORE_INDEX
 
 IDS = st.lists(st.integers(0, 999), min_size=2, max_size=12)
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=20)

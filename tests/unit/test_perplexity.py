@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from conftest import build_tiny
+from easyllm.batches.corpus_rows import validation_batches
+from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError, DataError
-from easyllm.data.packing import Sample, pack
-from easyllm.data.rows_of_shards import validation_batches
-from easyllm.data.shards import TokenShards, write_shards
+from easyllm.corpus.shards import TokenShards, write_shards
 from easyllm.evaluate.perplexity import perplexity, perplexity_of_batches
+from easyllm.examples.sample import Sample
 from easyllm.nn import Decoder
 from easyllm.ops import cross_entropy
 

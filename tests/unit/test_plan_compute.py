@@ -6,8 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_config
 from easyllm.adapters.lora import LoRAConfig
+from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
-from easyllm.data.packing import Sample, pack
+from easyllm.examples.sample import Sample
 from easyllm.models.families import family_of
 from easyllm.models.families.gpt2 import SIZES as GPT2_SIZES
 from easyllm.models.families.gpt2 import read_config as read_gpt2

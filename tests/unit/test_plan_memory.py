@@ -6,8 +6,9 @@ import torch
 from conftest import tiny_config
 from easyllm.adapters import adapter_parameters, attach
 from easyllm.adapters.lora import LoRAConfig
+from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
-from easyllm.data.packing import Sample, pack
+from easyllm.examples.sample import Sample
 from easyllm.models.families import family_of
 from easyllm.nn.cost import Work, kept_bytes
 from easyllm.nn.decoder import Decoder

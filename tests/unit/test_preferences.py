@@ -5,8 +5,8 @@ import json
 import pytest
 
 from easyllm.core.errors import DataError
-from easyllm.data.packing import IGNORE_INDEX
-from easyllm.data.preferences import (
+from easyllm.examples.data_file import Row
+from easyllm.examples.preferences import (
     LabelledCompletion,
     PreferencePair,
     detect_pair_format,
@@ -17,7 +17,7 @@ from easyllm.data.preferences import (
     read_labelled,
     read_preferences,
 )
-from easyllm.data.rows import Row
+from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer import Tokenizer
 
 TOOLS = [{"name": "add", "parameters": {"type": "object"}}]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError
-from easyllm.data.privacy import (
+from easyllm.corpus.privacy import (
     PLACEHOLDERS,
     Finding,
     PrivacyConfig,
@@ -180,7 +180,7 @@ def test_findings_are_apart_and_in_order_and_the_rest_stays(text):
 
 
 HOSTILE_CODE = """
-from easyllm.data.privacy import PrivacyConfig, find
+from easyllm.corpus.privacy import PrivacyConfig, find
 pieces = ["a", "@", "a@", "a.", "a-", "x@a.", "1", "1 ", "1.", "4111 ", "4111-1111-1111-1112-", "13812345678 ",
           "138-", "+86", "0086", ":", "2001:", "2001::", "62", "11010519491231002", "8.8.8.", "x@" + "a" * 63 + "."]
 for piece in pieces:

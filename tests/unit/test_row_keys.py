@@ -6,11 +6,11 @@ import pytest
 from chat_templates import QWEN3
 
 from easyllm.core.errors import DataError
-from easyllm.data.conversations import conversations, detect_format
-from easyllm.data.packing import IGNORE_INDEX
-from easyllm.data.preferences import labelled, preferences, prepare_preferences
-from easyllm.data.prepare import prepare_conversations
-from easyllm.data.row import Row
+from easyllm.corpus.files.row import Row
+from easyllm.examples.conversations import conversations, detect_format
+from easyllm.examples.preferences import labelled, preferences, prepare_preferences
+from easyllm.examples.prepare import prepare_conversations
+from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer import Tokenizer
 
 

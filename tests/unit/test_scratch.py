@@ -10,8 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from conftest import tiny_config
+from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
-from easyllm.data.packing import Sample, pack
+from easyllm.examples.sample import Sample
 from easyllm.models import load_model, save_model
 from easyllm.models.families import FAMILIES
 from easyllm.models.hf_config import write_config

@@ -24,13 +24,14 @@ from easyllm.adapters import (
     unregister_adapter,
 )
 from easyllm.adapters.peft_keys import check_keys
+from easyllm.batches.packing import pack
 from easyllm.core.config import json_schema
 from easyllm.core.errors import CheckpointError, ConfigError
-from easyllm.data.packing import Sample, SampleGroup, pack
-from easyllm.data.prepare import Account
-from easyllm.data.rows import read_rows
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.compiled_step import CompiledStep
+from easyllm.examples.data_file import read_rows
+from easyllm.examples.prepare import Account
+from easyllm.examples.sample import Sample, SampleGroup
 from easyllm.models import add_adapter, hf_module_name, load_model, load_tokenizer, save_model
 from easyllm.models.families import llama, register_family
 from easyllm.models.families.family import Family, llama_keymap

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import build_tiny
+from easyllm.batches.corpus_rows import Rows, ShardLoader, validation_batches
+from easyllm.batches.loader import LoaderState
 from easyllm.core.errors import ConfigError, DataError
-from easyllm.data.loader import LoaderState
-from easyllm.data.rows_of_shards import Rows, ShardLoader, validation_batches
-from easyllm.data.shards import TokenShards, write_shards
-from easyllm.data.token_bytes import token_bytes
+from easyllm.corpus.shards import TokenShards, write_shards
+from easyllm.corpus.token_bytes import token_bytes
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.tokenizer.train import (
     BPEConfig,

@@ -24,13 +24,14 @@ from pydantic import ValidationError
 
 from easyllm.core.config import dump_yaml, load_config
 from easyllm.core.errors import ConfigError, DataError, SourceError
-from easyllm.data import blocks, extract
-from easyllm.data.blocks import LINE, Delimiter, split_records
-from easyllm.data.documents import Document
-from easyllm.data.extract import decode_page, html_text, markdown_text
-from easyllm.data.readers import BadRow
-from easyllm.data.row_documents import EMPTY_TEXT
-from easyllm.data.sources import OPENING_BYTES, SourceConfig, Split, list_splits, read_split
+from easyllm.corpus import extract
+from easyllm.corpus.document import Document
+from easyllm.corpus.document_fields import EMPTY_TEXT
+from easyllm.corpus.extract import decode_page, html_text, markdown_text
+from easyllm.corpus.files import blocks
+from easyllm.corpus.files.blocks import LINE, Delimiter, split_records
+from easyllm.corpus.files.formats import BadRow
+from easyllm.corpus.sources import OPENING_BYTES, SourceConfig, Split, list_splits, read_split
 
 RANDOM = random.Random(0)
 ROWS = [
@@ -767,9 +768,9 @@ def test_a_large_row_group_is_unpacked_in_pieces(tmp_path):
 
 @pytest.fixture
 def small_limit(monkeypatch):
-    for module in ("blocks", "readers", "tables", "row_documents"):
-        monkeypatch.setattr(f"easyllm.data.{module}.MAX_BYTES", 1000)
-    monkeypatch.setattr("easyllm.data.blocks.BLOCK_BYTES", 300)
+    for module in ("files.blocks", "files.formats", "files.tables", "document_fields"):
+        monkeypatch.setattr(f"easyllm.corpus.{module}.MAX_BYTES", 1000)
+    monkeypatch.setattr("easyllm.corpus.files.blocks.BLOCK_BYTES", 300)
 
 
 @pytest.mark.usefixtures("small_limit")

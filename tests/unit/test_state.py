@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from easyllm.data.loader import Loader
-from easyllm.data.packing import Sample
+from easyllm.batches.loader import Loader
+from easyllm.examples.sample import Sample
 from easyllm.train.config import AdamWConfig
 from easyllm.train.loop import note_loss
 from easyllm.train.optim import MasterOptimizer

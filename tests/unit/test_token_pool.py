@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from easyllm.data.shards import token_dtype
-from easyllm.data.token_pool import TokenPool
+from easyllm.corpus.shards import token_dtype
+from easyllm.corpus.token_pool import TokenPool
 
 TEXTS = (("hello world", "good morning"), (), ("the lazy dog", "a language model", "0123456789"))
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from conftest import CHATML, CORPUS, build_tiny
-from easyllm.data.shards import write_shards
+from easyllm.corpus.shards import write_shards
 from easyllm.models import load_model, load_tokenizer, save_model
 from easyllm.pipeline.stages import merge_adapter
 from easyllm.tokenizer import SpecialTokens, Tokenizer

@@ -7,11 +7,11 @@ from chat_templates import GEMMA, INDEXED, LLAMA3, MISTRAL, QWEN3
 
 from conftest import CHATML
 from easyllm.core.errors import DataError
-from easyllm.data.conversations import conversations
-from easyllm.data.packing import IGNORE_INDEX
-from easyllm.data.preferences import labelled, preferences, prepare_preferences
-from easyllm.data.prepare import prepare_conversations
-from easyllm.data.row import Row
+from easyllm.corpus.files.row import Row
+from easyllm.examples.conversations import conversations
+from easyllm.examples.preferences import labelled, preferences, prepare_preferences
+from easyllm.examples.prepare import prepare_conversations
+from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer import Tokenizer
 
 NO_CALLS = """{%- for m in messages %}{%- if m.role in ['system', 'user', 'assistant'] %}

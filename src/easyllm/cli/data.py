@@ -48,8 +48,8 @@ def build(
         easyllm data build data-zh 'sources.web.paths=\[zh/]' tokenizer=runs/tok engine=ray
     """
     from easyllm.core.progress import format_count
-    from easyllm.data.build import CorpusBuild
-    from easyllm.data.corpus import load_corpus
+    from easyllm.corpus.build import CorpusBuild
+    from easyllm.corpus.config import load_corpus
     from easyllm.models import load_tokenizer
     from easyllm.pipeline import find_recipe
 
@@ -77,7 +77,7 @@ def build(
 
 
 def _show(summary: dict[str, Any], output: Path) -> None:
-    from easyllm.data.corpus_report import (
+    from easyllm.corpus.report import (
         REMOVAL_COLUMNS,
         SOURCE_COLUMNS,
         headline,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from easyllm.data.inspect import Inspected, Inspection, Piece
+    from easyllm.examples.inspect import Inspected, Inspection, Piece
 
 SHOWN = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -51,7 +51,7 @@ def inspect(
 
         easyllm data inspect my-data.jsonl --json
     """
-    from easyllm.data.inspect import inspect_file
+    from easyllm.examples.inspect import inspect_file
     from easyllm.models import load_tokenizer
 
     found = inspect_file(

@@ -12,7 +12,7 @@ from easyllm.cli.models import Model
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
 
 if TYPE_CHECKING:
-    from easyllm.data.sources import SourceConfig, Split
+    from easyllm.corpus.sources import SourceConfig, Split
     from easyllm.models.load import OpenSource
     from easyllm.tokenizer import Tokenizer
     from easyllm.tokenizer.extend import Extension
@@ -287,7 +287,7 @@ def encode(
 
 def _source(paths: list[str], text_key: str, lines: bool, format: str) -> "SourceConfig":
     from easyllm.core.config import validate
-    from easyllm.data.sources import SourceConfig
+    from easyllm.corpus.sources import SourceConfig
 
     values = {"paths": paths, "format": format, "text_key": text_key, "on_error": "stop"}
     values |= {"documents": "line"} if lines else {}
@@ -302,7 +302,7 @@ def _texts(source: "SourceConfig") -> Iterator[str]:
     """
     from easyllm.core.errors import DataError
     from easyllm.core.progress import track
-    from easyllm.data.sources import list_splits
+    from easyllm.corpus.sources import list_splits
 
     try:
         splits = list_splits("text", source)
@@ -315,9 +315,9 @@ def _texts(source: "SourceConfig") -> Iterator[str]:
 
 def _read_texts(split: "Split", source: "SourceConfig") -> Iterator[str]:
     from easyllm.core.errors import DataError
-    from easyllm.data.documents import Document
-    from easyllm.data.row_documents import EMPTY_TEXT
-    from easyllm.data.sources import read_split
+    from easyllm.corpus.document import Document
+    from easyllm.corpus.document_fields import EMPTY_TEXT
+    from easyllm.corpus.sources import read_split
 
     for item in read_split(split, source.model_copy(update={"on_error": "skip"})):
         if isinstance(item, Document):
@@ -332,7 +332,7 @@ def _read_texts(split: "Split", source: "SourceConfig") -> Iterator[str]:
 
 def _hashes(source: "SourceConfig") -> dict[str, str]:
     from easyllm.core.manifest import hash_file
-    from easyllm.data.source_files import find_files
+    from easyllm.corpus.files.paths import find_files
 
     format = None if source.format == "auto" else source.format
     return {file.name: hash_file(Path(file.path)) for file in find_files(source.paths, format)}

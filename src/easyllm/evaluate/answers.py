@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from easyllm.data.conversations import conversations
-from easyllm.data.packing import pack, split_by_tokens
-from easyllm.data.prepare import prepare_conversations
-from easyllm.data.rows import Row, read_rows
+from easyllm.batches.packing import pack, split_by_tokens
 from easyllm.engine.llm import LLM
 from easyllm.engine.request import SamplingParams
+from easyllm.examples.conversations import conversations
+from easyllm.examples.data_file import Row, read_rows
+from easyllm.examples.prepare import prepare_conversations
 from easyllm.train.loop import mean_loss
 from easyllm.train.objectives import LanguageModel
 

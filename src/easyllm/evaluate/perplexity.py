@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from easyllm.batches.packing import Batch, pack
 from easyllm.core.errors import ConfigError, DataError
-from easyllm.data.packing import Batch, Sample, pack
-from easyllm.data.token_bytes import token_bytes
+from easyllm.corpus.token_bytes import token_bytes
+from easyllm.examples.sample import Sample
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from easyllm.tokenizer.tokenizer import Tokenizer

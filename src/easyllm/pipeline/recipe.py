@@ -15,7 +15,7 @@ from easyllm.core.config import Config, apply_overrides, environment_overrides, 
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.recipe_kind import refuse_other_kinds
 from easyllm.core.run_folder import recipes_folder
-from easyllm.data.corpus import CorpusParts, CorpusSource, place_sources
+from easyllm.corpus.config import CorpusParts, CorpusSource, place_sources
 from easyllm.tokenizer.train import TokenizerConfig
 from easyllm.train.config import TrainConfig
 

@@ -21,8 +21,8 @@ from easyllm.core.manifest import hash_file, hash_path, hash_value
 from easyllm.core.progress import console, format_duration
 from easyllm.core.recipe_kind import command_of
 from easyllm.core.run_folder import check_free, claim
-from easyllm.data.shards import MANIFEST as SHARDS_MANIFEST
-from easyllm.data.sources import SourceConfig
+from easyllm.corpus.shards import MANIFEST as SHARDS_MANIFEST
+from easyllm.corpus.sources import SourceConfig
 from easyllm.models import locate
 from easyllm.models.scratch import ScratchConfig
 from easyllm.pipeline.recipe import (

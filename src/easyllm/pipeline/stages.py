@@ -10,12 +10,12 @@ from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.config import Config
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path
 from easyllm.core.progress import track
-from easyllm.data.build import CorpusBuild
-from easyllm.data.clean import Cleaner
-from easyllm.data.corpus import CorpusConfig
-from easyllm.data.documents import Document
-from easyllm.data.source_files import find_files
-from easyllm.data.sources import SourceConfig, list_splits, read_split
+from easyllm.corpus.build import CorpusBuild
+from easyllm.corpus.clean import Cleaner
+from easyllm.corpus.config import CorpusConfig
+from easyllm.corpus.document import Document
+from easyllm.corpus.files.paths import find_files
+from easyllm.corpus.sources import SourceConfig, list_splits, read_split
 from easyllm.engine import LLM
 from easyllm.evaluate import evaluate_answers
 from easyllm.models import (

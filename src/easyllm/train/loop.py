@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from easyllm.adapters import AdapterSet, TrainProgress
+from easyllm.batches.packing import Batch
 from easyllm.core.errors import EasyllmError
 from easyllm.core.progress import Progress
-from easyllm.data.packing import Batch
 from easyllm.nn.decoder import Decoder
 from easyllm.train.config import TrainConfig
 from easyllm.train.loss_scaler import LossScaler

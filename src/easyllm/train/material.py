@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from easyllm.batches.corpus_rows import ShardLoader, validation_batches
+from easyllm.batches.loader import Loader
+from easyllm.batches.packing import Batch, split_by_tokens
 from easyllm.core.errors import ConfigError
 from easyllm.core.manifest import hash_file
-from easyllm.data.loader import Loader
-from easyllm.data.packing import AnySample, Batch, split_by_tokens
-from easyllm.data.rows_of_shards import ShardLoader, validation_batches
-from easyllm.data.shards import MANIFEST, TokenShards
+from easyllm.corpus.shards import MANIFEST, TokenShards
+from easyllm.examples.sample import AnySample
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from easyllm.adapters import AdapterSet
+from easyllm.batches.packing import Batch
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
-from easyllm.data.packing import Batch
 from easyllm.train.optim import MasterOptimizer
 
 FOLDER, BEST = "checkpoints", "best"

@@ -7,9 +7,10 @@ from typing import Literal
 from pydantic import PositiveInt
 from torch.nn import functional as F
 
-from easyllm.data.labelled import TARGET, prepare_labelled_texts
-from easyllm.data.packing import AnySample, Batch
-from easyllm.data.prepare import Account
+from easyllm.batches.packing import Batch
+from easyllm.examples.labels import TARGET, prepare_labelled_texts
+from easyllm.examples.prepare import Account
+from easyllm.examples.sample import AnySample
 from easyllm.models import to_classifier
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX

@@ -9,9 +9,10 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
-from easyllm.data.conversations import read_conversations
-from easyllm.data.packing import AnySample, Batch
-from easyllm.data.prepare import Account, prepare_conversations
+from easyllm.batches.packing import Batch
+from easyllm.examples.conversations import read_conversations
+from easyllm.examples.prepare import Account, prepare_conversations
+from easyllm.examples.sample import AnySample
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.moe import Routing, load_balancing_loss, router_z_loss
 from easyllm.ops.cross_entropy import linear_cross_entropy

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from easyllm.batches.packing import Batch, pack
 from easyllm.core.config import Config
 from easyllm.core.kinds import Kinds
-from easyllm.data.packing import AnySample, Batch, pack
-from easyllm.data.prepare import Account
+from easyllm.examples.prepare import Account
+from easyllm.examples.sample import AnySample
 from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer

@@ -1,0 +1,1 @@
+"""Samples and token shards to packed batches, in a seeded order."""

@@ -1,0 +1,115 @@
+"""Yields the micro-batches of each step in a seeded order.
+
+The position is just two integers (epoch and cursor), so a run resumes exactly.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+
+from easyllm.batches.packing import Batch, pack, split_by_tokens
+from easyllm.core.errors import ConfigError
+from easyllm.examples.sample import AnySample
+
+
+@dataclass(slots=True)
+class LoaderState:
+    """The position of the next step.
+
+    Attributes:
+        epoch: number of complete passes over the data.
+        cursor: number of samples (or rows) of the epoch that have been consumed.
+    """
+
+    epoch: int = 0
+    cursor: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Returns plain values for JSON."""
+        return asdict(self)
+
+
+class Loader:
+    """Yields the micro-batches of one optimizer step after another, without end.
+
+    Args:
+        samples: all samples.
+        batch_size: samples per step; None if `batch_tokens` gives the step size.
+        batch_tokens: minimum number of tokens per step.
+        micro_batch_tokens: maximum number of tokens in one packed micro-batch; a longer sample
+            forms its own micro-batch.
+        seed: seed of the sample order, which is different in each epoch; None keeps the order of
+            the data.
+        collate: builds a batch from samples.
+
+    Raises:
+        ConfigError: there are no samples.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[AnySample],
+        *,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        micro_batch_tokens: int,
+        seed: int | None,
+        collate: Callable[[Sequence[AnySample]], Batch] = pack,
+    ) -> None:
+        assert (batch_size is None) != (batch_tokens is None), "exactly one gives the step size"
+        if not samples:
+            raise ConfigError("there are no samples to train on; check the data files")
+        self.samples, self.batch_size, self.batch_tokens = samples, batch_size, batch_tokens
+        self.micro_batch_tokens, self.seed, self.collate = micro_batch_tokens, seed, collate
+        self.state = LoaderState()
+        self.last: list[int] = []
+        self._order: tuple[int, list[int]] | None = None
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Number of steps in the first epoch.
+
+        With `batch_tokens` the number varies slightly between epochs, because samples are grouped
+        differently.
+        """
+        steps, cursor, order = 0, 0, self._epoch_order(0)
+        while cursor < len(order):
+            cursor += len(self._take(order, cursor))
+            steps += 1
+        return steps
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while True:
+            yield self.next_step()
+
+    def next_step(self) -> list[Batch]:
+        """Returns the micro-batches of the next step; the last step of an epoch may be smaller."""
+        order = self._epoch_order(self.state.epoch)
+        chosen = self.last = self._take(order, self.state.cursor)
+        self.state.cursor += len(chosen)
+        if self.state.cursor >= len(order):
+            self.state = LoaderState(self.state.epoch + 1, 0)
+        groups = split_by_tokens([self.samples[i] for i in chosen], self.micro_batch_tokens)
+        return [self.collate(group) for group in groups]
+
+    def _take(self, order: list[int], cursor: int) -> list[int]:
+        """Returns the indices of the samples in the step that begins at `cursor`."""
+        if self.batch_size is not None:
+            return order[cursor : cursor + self.batch_size]
+        assert self.batch_tokens is not None, "checked by the constructor"
+        end, tokens = cursor, 0
+        while end < len(order) and tokens < self.batch_tokens:
+            tokens += self.samples[order[end]].num_tokens
+            end += 1
+        return order[cursor:end]
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._order is None or self._order[0] != epoch:
+            order = list(range(len(self.samples)))
+            if self.seed is not None:
+                generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+                order = torch.randperm(len(order), generator=generator).tolist()
+            self._order = (epoch, order)
+        return self._order[1]

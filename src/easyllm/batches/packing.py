@@ -1,0 +1,182 @@
+"""Sequence packing: sequences concatenated along one token axis T, without padding.
+
+Each sequence attends only to itself (a block-diagonal mask given by `cu_seqlens`).
+
+token_ids  a b c d | e f g          labels[t] is the target that should follow token t,
+labels     b c d - | f g -          or -100 for a token without loss
+positions  0 1 2 3 | 0 1 2
+cu_seqlens 0 4 7
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from easyllm.examples.sample import AnySample, Sample, SampleGroup
+from easyllm.nn.context import AdapterRows, ForwardContext
+from easyllm.ops.cross_entropy import IGNORE_INDEX
+
+_NO_EXTRAS: Mapping[str, Any] = {}
+S = TypeVar("S", bound="Sample | SampleGroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch of S packed sequences of T tokens in total.
+
+    Attributes:
+        token_ids: [T] int64.
+        labels: [T] int64, the next token, or -100 for no loss.
+        positions: [T] int64, counted from 0 in each sequence.
+        cu_seqlens: [S+1] int32, cumulative sequence lengths: the start of each sequence, then T.
+        lengths: S sequence lengths.
+        num_trained: number of tokens with a loss.
+        extras: extra inputs of the objective by name, [S, ...] per sequence or [T, ...] per token.
+        token_extras: names of the per-token extras.
+    """
+
+    token_ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    num_trained: int
+    extras: Mapping[str, Tensor] = field(default_factory=lambda: _NO_EXTRAS)
+    token_extras: frozenset[str] = frozenset()
+
+    def context(
+        self,
+        *,
+        prefix: bool = False,
+        deterministic: bool = False,
+        base_only: bool = False,
+        routing: list[Any] | None = None,
+    ) -> ForwardContext:
+        """Returns the context that a forward pass over this batch needs.
+
+        Args:
+            prefix: tokens before the first label of a sequence attend to each other in both
+                directions (prefix language model).
+            deterministic: compute batch-invariant results.
+            base_only: disable the model's adapter.
+            routing: a list that collects the decisions of MoE routers.
+        """
+        index = torch.zeros_like(self.positions) if base_only else None
+        return ForwardContext(
+            positions=self.positions,
+            lengths=self.lengths,
+            prefix_lengths=self._prefix_lengths() if prefix else None,
+            deterministic=deterministic,
+            adapters=None if index is None else AdapterRows(("",), index),
+            routing=routing,
+        )
+
+    def _prefix_lengths(self) -> tuple[int, ...]:
+        """Returns the prefix length of each sequence.
+
+        The prefix ends with the token that predicts the first label. A sequence without labels is
+        all prefix.
+        """
+        lengths = []
+        for labels in self.labels.split(self.lengths):
+            trained = (labels != IGNORE_INDEX).nonzero()
+            lengths.append(int(trained[0]) + 1 if len(trained) else len(labels))
+        return tuple(lengths)
+
+    def filled(self, multiple: int) -> "Batch":
+        """Returns the batch padded to a multiple of `multiple` tokens.
+
+        The padding is one more sequence at the end, with token id 0, no labels and zero extras.
+        """
+        missing = -len(self.token_ids) % multiple
+        if not missing:
+            return self
+        end = self.cu_seqlens[-1:] + missing
+        extras = {
+            name: torch.cat(
+                [x, x.new_zeros(missing if name in self.token_extras else 1, *x.shape[1:])]
+            )
+            for name, x in self.extras.items()
+        }
+        return Batch(
+            F.pad(self.token_ids, (0, missing)),
+            F.pad(self.labels, (0, missing), value=IGNORE_INDEX),
+            torch.cat([self.positions, torch.arange(missing, device=self.positions.device)]),
+            torch.cat([self.cu_seqlens, end]),
+            (*self.lengths, missing),
+            self.num_trained,
+            extras,
+            self.token_extras,
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch with its tensors on `device`."""
+        if self.token_ids.device == device:
+            return self
+        return Batch(
+            self.token_ids.to(device),
+            self.labels.to(device),
+            self.positions.to(device),
+            self.cu_seqlens.to(device),
+            self.lengths,
+            self.num_trained,
+            {name: tensor.to(device) for name, tensor in self.extras.items()},
+            self.token_extras,
+        )
+
+
+def pack(samples: Sequence[AnySample]) -> Batch:
+    """Packs samples into one batch; the sequences of a group are adjacent."""
+    parts = [part for sample in samples for part in sample.parts]
+    lengths = tuple(len(s.token_ids) for s in parts)
+    extras, of_tokens = _packed_extras(parts)
+    return Batch(
+        token_ids=torch.tensor([t for s in parts for t in s.token_ids], dtype=torch.int64),
+        labels=torch.tensor([t for s in parts for t in s.labels], dtype=torch.int64),
+        positions=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        lengths=lengths,
+        num_trained=sum(s.num_trained for s in parts),
+        extras=extras,
+        token_extras=of_tokens,
+    )
+
+
+def _packed_extras(parts: Sequence[Sample]) -> tuple[Mapping[str, Tensor], frozenset[str]]:
+    """Returns the extras of all samples as tensors, and the names of the per-token extras."""
+    names = parts[0].extras.keys() if parts else ()
+    assert all(part.extras.keys() == names for part in parts), "all samples need the same extras"
+    if not names:
+        return _NO_EXTRAS, frozenset()
+    packed, of_tokens = dict[str, Tensor](), set[str]()
+    for name in names:
+        values = [torch.as_tensor(part.extras[name]) for part in parts]
+        if all(value.ndim == 0 for value in values):
+            packed[name] = torch.stack(values)
+            continue
+        fits = all(len(v) == part.num_tokens for v, part in zip(values, parts, strict=True))
+        assert fits, f"extra {name!r} must be one number, or one number per token"
+        packed[name] = torch.cat(values)
+        of_tokens.add(name)
+    return packed, frozenset(of_tokens)
+
+
+def split_by_tokens(samples: Iterable[S], max_tokens: int) -> list[list[S]]:
+    """Groups consecutive samples so that each group has at most `max_tokens` tokens.
+
+    A sample longer than `max_tokens` forms its own group.
+    """
+    groups: list[list[S]] = []
+    filled = 0
+    for sample in samples:
+        size = sample.num_tokens
+        if not groups or filled + size > max_tokens:
+            groups.append([])
+            filled = 0
+        groups[-1].append(sample)
+        filled += size
+    return groups

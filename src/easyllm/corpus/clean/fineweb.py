@@ -1,0 +1,51 @@
+"""FineWeb's own quality filters (Penedo et al. 2024, arXiv 2406.17557)."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from easyllm.core.config import Config
+from easyllm.corpus.clean.text import CLOSING_QUOTES, TERMINAL_PUNCTUATION, TextView, repeated
+from easyllm.corpus.clean.violation import Figure, Fraction, Violation, first_violation, ratio
+
+_LINE_ENDS = TERMINAL_PUNCTUATION | CLOSING_QUOTES
+
+
+class FineWebQuality(Config):
+    """Rejects lists, menus and boilerplate by the shape of their lines.
+
+    Source: arXiv 2406.17557, with the thresholds of the code that built the data set; FineWeb-2 has
+    thresholds per language. None disables a threshold. For a text with fewer lines than `min_lines`
+    the line ratios are not meaningful (a single line without a full stop would be 100% of the
+    lines) and are not checked.
+    """
+
+    kind: Literal["fineweb_quality"] = "fineweb_quality"
+    min_punctuated_lines: Fraction | None = 0.12  # lines ending in a full stop, ?, ! or a quote
+    max_short_lines: Fraction | None = 0.67
+    short_line_characters: NonNegativeInt = 30  # maximum length of a short line
+    max_duplicate_line_characters: Fraction | None = 0.01
+    max_newlines_per_word: float | None = 0.3
+    min_lines: PositiveInt = 1
+
+    def figures(self, view: TextView) -> Iterator[Figure]:
+        """Yields the metrics with their bounds, each computed lazily."""
+        text, lines = view.text, view.lines
+        if len(lines) >= self.min_lines:
+            punctuated = ratio(sum(line[-1] in _LINE_ENDS for line in lines), len(lines))
+            yield Figure("punctuated_lines", punctuated, low=self.min_punctuated_lines)
+            short = sum(len(line) <= self.short_line_characters for line in lines)
+            yield Figure("short_lines", ratio(short, len(lines)), high=self.max_short_lines)
+        newlines = text.count("\n")
+        duplicates = ratio(repeated(lines)[1], len(text) - newlines)
+        yield Figure(
+            "duplicate_line_characters", duplicates, high=self.max_duplicate_line_characters
+        )
+        if newlines:  # a single line always passes: counting its words would be wasted
+            per_word = ratio(newlines, len(view.words))
+            yield Figure("newlines_per_word", per_word, high=self.max_newlines_per_word)
+
+    def apply(self, view: TextView) -> TextView | Violation:
+        """Returns the view unchanged, or the violation that rejects it."""
+        return first_violation(self.kind, self.figures(view)) or view

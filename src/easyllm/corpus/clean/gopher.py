@@ -1,0 +1,136 @@
+"""Gopher's quality and repetition filters.
+
+Source: Rae et al. 2021, arXiv 2112.11446, appendix A.1 and table A1.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from easyllm.core.config import Config
+from easyllm.corpus.clean.text import TextView, repeated
+from easyllm.corpus.clean.violation import (
+    Figure,
+    Fraction,
+    Violation,
+    check_order,
+    first_violation,
+    ratio,
+)
+
+ENGLISH_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+ELLIPSES = ("...", "…")
+BULLETS = ("•", "-")
+
+NgramLimits = dict[Annotated[int, Field(ge=1)], Fraction]
+"""n-gram order -> maximum share of the text's characters."""
+TOP_NGRAM_LIMITS: NgramLimits = {2: 0.20, 3: 0.18, 4: 0.16}
+DUPLICATE_NGRAM_LIMITS: NgramLimits = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+
+
+class GopherQuality(Config):
+    """Rejects texts whose words, symbols or lines are not typical of prose.
+
+    Source: arXiv 2112.11446, appendix A.1. The word count and the mean word length exclude
+    punctuation marks; the ratios are relative to all words including punctuation marks, as in
+    FineWeb's implementation. None disables a threshold.
+    """
+
+    kind: Literal["gopher_quality"] = "gopher_quality"
+    min_words: int | None = 50
+    max_words: int | None = 100_000
+    min_mean_word_length: float | None = 3
+    max_mean_word_length: float | None = 10
+    max_hash_ratio: float | None = 0.1  # "#" per word
+    max_ellipsis_ratio: float | None = 0.1  # "..." and "…" per word
+    max_bullet_lines: Fraction | None = 0.9
+    max_ellipsis_lines: Fraction | None = 0.3
+    min_alphabetic_words: Fraction | None = 0.8
+    min_stop_words: int | None = 2  # distinct ones
+    stop_words: tuple[str, ...] = ENGLISH_STOP_WORDS
+    min_lines: PositiveInt = 1  # line ratios are not checked for texts with fewer lines
+
+    @model_validator(mode="after")
+    def _check(self) -> "GopherQuality":
+        check_order("words", self.min_words, self.max_words)
+        check_order("mean_word_length", self.min_mean_word_length, self.max_mean_word_length)
+        return self
+
+    def figures(self, view: TextView) -> Iterator[Figure]:
+        """Yields the metrics with their bounds, each computed lazily."""
+        counts, text, lines = view.word_counts, view.text, view.lines
+        words = view.num_words
+        length = ratio(counts.characters, words)
+        yield Figure("words", words, self.min_words, self.max_words)
+        yield Figure(
+            "mean_word_length", length, self.min_mean_word_length, self.max_mean_word_length
+        )
+        hashes = ratio(text.count("#"), counts.total)
+        yield Figure("hash_ratio", hashes, high=self.max_hash_ratio)
+        ellipses = ratio(sum(map(text.count, ELLIPSES)), counts.total)
+        yield Figure("ellipsis_ratio", ellipses, high=self.max_ellipsis_ratio)
+        if len(lines) >= self.min_lines:
+            bullets = ratio(sum(line.startswith(BULLETS) for line in lines), len(lines))
+            yield Figure("bullet_lines", bullets, high=self.max_bullet_lines)
+            cut_off = ratio(sum(line.endswith(ELLIPSES) for line in lines), len(lines))
+            yield Figure("ellipsis_lines", cut_off, high=self.max_ellipsis_lines)
+        alphabetic = ratio(counts.alphabetic, counts.total)
+        yield Figure("alphabetic_words", alphabetic, low=self.min_alphabetic_words)
+        stop_words = len(set(self.stop_words).intersection(view.words))
+        yield Figure("stop_words", stop_words, low=self.min_stop_words)
+
+    def apply(self, view: TextView) -> TextView | Violation:
+        """Returns the view unchanged, or the violation that rejects it."""
+        return first_violation(self.kind, self.figures(view)) or view
+
+
+class GopherRepetition(Config):
+    """Rejects texts that repeat lines, paragraphs or n-grams of words.
+
+    Source: arXiv 2112.11446, table A1. Character shares are relative to the full text. The n-gram
+    metrics follow FineWeb's implementation; see `NgramStatistics` for how they are counted. None,
+    or omitting an order, disables a threshold.
+    """
+
+    kind: Literal["gopher_repetition"] = "gopher_repetition"
+    max_duplicate_paragraphs: Fraction | None = 0.30
+    max_duplicate_paragraph_characters: Fraction | None = 0.20
+    max_duplicate_lines: Fraction | None = 0.30
+    max_duplicate_line_characters: Fraction | None = 0.20
+    max_top_ngram_characters: NgramLimits = TOP_NGRAM_LIMITS
+    max_duplicate_ngram_characters: NgramLimits = DUPLICATE_NGRAM_LIMITS
+    # Minimum denominator of the n-gram shares, in characters: in a text of one or two sentences, a
+    # name that occurs twice is already a large share of the text
+    min_ngram_text: NonNegativeInt = 0
+
+    def figures(self, view: TextView) -> Iterator[Figure]:
+        """Yields the metrics with their bounds, each computed lazily."""
+        size = len(view.text)
+        count, characters = repeated(view.paragraphs)
+        duplicates = ratio(count, len(view.paragraphs))
+        yield Figure("duplicate_paragraphs", duplicates, high=self.max_duplicate_paragraphs)
+        yield Figure(
+            "duplicate_paragraph_characters",
+            ratio(characters, size),
+            high=self.max_duplicate_paragraph_characters,
+        )
+        count, characters = repeated(view.lines)
+        duplicates = ratio(count, len(view.lines))
+        yield Figure("duplicate_lines", duplicates, high=self.max_duplicate_lines)
+        yield Figure(
+            "duplicate_line_characters",
+            ratio(characters, size),
+            high=self.max_duplicate_line_characters,
+        )
+        size = max(size, self.min_ngram_text)
+        for order, limit in sorted(self.max_top_ngram_characters.items()):
+            top = ratio(view.ngrams.top_characters(order), size)
+            yield Figure(f"top_{order}_gram_characters", top, high=limit)
+        for order, limit in sorted(self.max_duplicate_ngram_characters.items()):
+            duplicates = ratio(view.ngrams.duplicate_characters(order), size)
+            yield Figure(f"duplicate_{order}_gram_characters", duplicates, high=limit)
+
+    def apply(self, view: TextView) -> TextView | Violation:
+        """Returns the view unchanged, or the violation that rejects it."""
+        return first_violation(self.kind, self.figures(view)) or view

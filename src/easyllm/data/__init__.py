@@ -1,1 +1,0 @@
-"""Data pipeline from files to packed batches: rows, conversations, sequence packing, loading."""

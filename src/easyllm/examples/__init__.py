@@ -1,0 +1,1 @@
+"""Rows to samples: conversations, preferences, labels; chat template and loss mask."""

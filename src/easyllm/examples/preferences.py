@@ -1,0 +1,389 @@
+"""Preference data: pairs of a better and a worse response (DPO), and binary labels (KTO).
+
+    pair       {"prompt": ..., "chosen": ..., "rejected": ...}      which of two responses is better
+    labelled   {"prompt": ..., "completion": ..., "label": true}    whether a response is good
+
+(Rafailov et al. 2023, arXiv 2305.18290; Ethayarajh et al. 2024, arXiv 2402.01306.)
+Prompts and responses are text, messages, or ShareGPT turns. Both responses of a pair follow the
+same prompt. The prompt is never trained, including assistant turns in it.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from easyllm.core.errors import DataError
+from easyllm.core.progress import track
+from easyllm.corpus.files.row import Row
+from easyllm.examples.conversations import (
+    LABEL_KEYS,
+    Message,
+    read_alpaca_prompt,
+    read_conversation,
+    read_messages,
+    read_system,
+    read_text,
+    read_turns,
+    row_kind,
+    turn_list,
+    unknown_format,
+    with_system,
+)
+from easyllm.examples.data_file import read_rows
+from easyllm.examples.prepare import (
+    Account,
+    Encoded,
+    Overlong,
+    check_samples,
+    encode_messages,
+    fit,
+    num_shared,
+)
+from easyllm.examples.sample import Sample
+from easyllm.examples.tools import read_tools
+from easyllm.examples.unsupported_keys import check_keys
+from easyllm.tokenizer.tokenizer import Tokenizer
+
+PAIR_FORMS = """
+  preference           {"prompt": "...", "chosen": "...", "rejected": "..."}, each text or messages
+  implicit-preference  {"chosen": [messages], "rejected": [messages]}, \
+with the prompt as their common prefix
+  sharegpt-preference  {"conversations": [turns], "chosen": {"from": "gpt", "value": "..."}, \
+"rejected": {...}}
+  messages-preference  {"messages": [messages], "chosen": {"role": "assistant", "content": "..."}, \
+"rejected": {...}}
+  alpaca-preference    {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}"""
+LABELLED_FORMS = """
+  prompt-completion-label  {"prompt": "...", "completion": "...", "label": true}
+  messages-label           {"messages": [...], "label": false}, which labels the last message
+  sharegpt-label, alpaca-label, question-answer-label: those formats plus a label (or kto_tag)"""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """A prompt with a better and a worse response; all three are lists of messages."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[dict[str, Any]] | None
+    place: str
+    format: str = "preference"
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledCompletion:
+    """A prompt with one response and whether that response is good (`label`)."""
+
+    prompt: list[Message]
+    completion: list[Message]
+    label: bool
+    tools: list[dict[str, Any]] | None
+    place: str
+    format: str = "prompt-completion-label"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """Both sequences of a pair; the first `num_prompt` ids of both are the shared prompt."""
+
+    chosen: Encoded
+    rejected: Encoded
+    num_prompt: int
+
+
+@dataclass(frozen=True, slots=True)
+class PairSample:
+    """Both sequences of a pair as training samples; only the responses carry labels.
+
+    The first `num_prompt` ids of both are the shared prompt.
+    """
+
+    chosen: Sample
+    rejected: Sample
+    num_prompt: int
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSample:
+    """A training sample in which only the response carries labels, and whether that is good."""
+
+    sample: Sample
+    label: bool
+
+
+def read_preferences(path: Path) -> Iterator[PreferencePair]:
+    """Yields the preference pairs in a data file.
+
+    Raises:
+        DataError: a row is malformed or not a preference pair; the message gives its location.
+    """
+    yield from preferences(read_rows(path))
+
+
+def preferences(rows: Iterable[Row]) -> Iterator[PreferencePair]:
+    """Yields rows as preference pairs; the format of each row is detected from its keys.
+
+    Raises:
+        DataError: as in `read_preferences`.
+    """
+    for row in rows:
+        kind = detect_pair_format(row.values)
+        if kind is None:
+            raise unknown_format(row, PAIR_FORMS)
+        yield _pair(row, kind)
+
+
+def detect_pair_format(values: dict[str, Any]) -> str | None:
+    """Returns the name of the row's preference format, or None if it is not a known pair."""
+    if row_kind(values) != "preference":
+        return None
+    if (key := turn_list(values)) is not None:
+        return "sharegpt-preference" if key == "conversations" else "messages-preference"
+    if "instruction" in values:
+        return "alpaca-preference"
+    if "prompt" in values or "question" in values:
+        return "preference"
+    both_lists = isinstance(values["chosen"], list) and isinstance(values["rejected"], list)
+    return "implicit-preference" if both_lists else None
+
+
+def read_labelled(path: Path) -> Iterator[LabelledCompletion]:
+    """Yields the responses with binary labels in a data file.
+
+    Raises:
+        DataError: a row is malformed or has no label; the message gives its location.
+    """
+    yield from labelled(read_rows(path))
+
+
+def labelled(rows: Iterable[Row]) -> Iterator[LabelledCompletion]:
+    """Yields rows as responses with binary labels; each row's format is detected from its keys.
+
+    Raises:
+        DataError: as in `read_labelled`.
+    """
+    for row in rows:
+        label = _label(row)
+        conversation = read_conversation(row)
+        messages, prompt = conversation.messages, row.values.get("prompt")
+        start = len(messages) - 1
+        if conversation.format == "prompt-completion" and isinstance(prompt, list):
+            start = len(with_system(read_messages(prompt, row), row))
+        if not _is_answer(messages[:start], messages[start:]):
+            raise DataError(
+                f"{row.place}: the label applies to the last message, which is from "
+                f"{messages[start]['role'] if start < len(messages) else 'nobody'}; "
+                "give a prompt followed by an assistant response"
+            )
+        kind = f"{conversation.format}-label"
+        yield LabelledCompletion(
+            messages[:start], messages[start:], label, conversation.tools, row.place, kind
+        )
+
+
+def prepare_preferences(
+    pairs: Iterable[PreferencePair],
+    tokenizer: Tokenizer,
+    *,
+    max_seq_len: int,
+    overlong: Overlong = "cut",
+) -> tuple[list[PairSample], Account]:
+    """Encodes preference pairs with the tokenizer's chat template.
+
+    A pair is dropped and counted if its responses are identical, or if one of them has no token
+    within the length limit. Token counts include both sequences.
+
+    Args:
+        max_seq_len: maximum number of ids in either sequence, including the last one, which is
+            never an input.
+        overlong: what to do with a pair that is too long: `cut` truncates it at the end, `drop`
+            removes it.
+
+    Returns:
+        The samples, and counts of what became of the rows.
+
+    Raises:
+        DataError: the template rejects a row (the message gives its location), or no trainable
+            rows remain.
+    """
+    account = Account()
+    encoded = encode_preferences(
+        track(pairs, "preparing", unit="row"),
+        tokenizer,
+        account,
+        max_seq_len=max_seq_len,
+        overlong=overlong,
+    )
+    samples = [
+        PairSample(pair.chosen.sample(), pair.rejected.sample(), pair.num_prompt)
+        for pair in encoded
+    ]
+    check_samples(account, max_seq_len)
+    return samples, account
+
+
+def encode_preferences(
+    pairs: Iterable[PreferencePair],
+    tokenizer: Tokenizer,
+    account: Account,
+    *,
+    max_seq_len: int,
+    overlong: Overlong = "cut",
+) -> Iterator[EncodedPair]:
+    """Yields the encoded pairs for `prepare_preferences`, and counts them in `account`."""
+    for pair in pairs:
+        account.rows += 1
+        account.formats[pair.format] += 1
+        both = tuple(
+            encode_messages(
+                [*pair.prompt, *answer],
+                pair.tools,
+                pair.place,
+                tokenizer,
+                num_prompt=len(pair.prompt),
+            )
+            for answer in (pair.chosen, pair.rejected)
+        )
+        account.note(*both)
+        kept = fit(both, account, max_seq_len=max_seq_len, overlong=overlong)
+        if kept is not None:
+            yield EncodedPair(kept[0], kept[1], _num_prompt(*kept))
+
+
+def prepare_labelled(
+    completions: Iterable[LabelledCompletion],
+    tokenizer: Tokenizer,
+    *,
+    max_seq_len: int,
+    overlong: Overlong = "cut",
+) -> tuple[list[LabelledSample], Account]:
+    """Encodes responses with binary labels with the tokenizer's chat template.
+
+    Args:
+        max_seq_len: maximum number of ids in a sample, including the last one, which is never an
+            input.
+        overlong: what to do with a sample that is too long: `cut` truncates it at the end, `drop`
+            removes it.
+
+    Returns:
+        The samples, and counts of what became of the rows.
+
+    Raises:
+        DataError: the template rejects a row (the message gives its location), or no trainable
+            rows remain.
+    """
+    account = Account()
+    encoded = encode_labelled(
+        track(completions, "preparing", unit="row"),
+        tokenizer,
+        account,
+        max_seq_len=max_seq_len,
+        overlong=overlong,
+    )
+    samples = [LabelledSample(item.sample(), label) for item, label in encoded]
+    check_samples(account, max_seq_len)
+    return samples, account
+
+
+def encode_labelled(
+    completions: Iterable[LabelledCompletion],
+    tokenizer: Tokenizer,
+    account: Account,
+    *,
+    max_seq_len: int,
+    overlong: Overlong = "cut",
+) -> Iterator[tuple[Encoded, bool]]:
+    """Yields the encoded sequences for `prepare_labelled`, and counts them in `account`."""
+    for row in completions:
+        account.rows += 1
+        account.formats[row.format] += 1
+        encoded = encode_messages(
+            [*row.prompt, *row.completion],
+            row.tools,
+            row.place,
+            tokenizer,
+            num_prompt=len(row.prompt),
+        )
+        account.note(encoded)
+        kept = fit((encoded,), account, max_seq_len=max_seq_len, overlong=overlong)
+        if kept is not None:
+            yield kept[0], row.label
+
+
+def _pair(row: Row, kind: str) -> PreferencePair:
+    check_keys(row, kind, read=("chosen", "rejected"))
+    prompt = _prompt(row, kind)
+    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
+    if (
+        prompt == read_system(row) or chosen[0]["role"] != "assistant"
+    ):  # the responses contain the prompt
+        given, length = prompt, num_shared(chosen, rejected)
+        length = min(length, len(chosen) - 1, len(rejected) - 1)
+        prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+        if given == read_system(row):  # a system prompt alone, or nothing
+            prompt = with_system(prompt, row)
+        elif given[-1] not in prompt:
+            raise DataError(
+                f"{row.place}: chosen and rejected start with a different prompt than the row's; "
+                "give the prompt once, either separately or at the start of both"
+            )
+    if not _is_answer(prompt, chosen) or not _is_answer(prompt, rejected):
+        raise DataError(
+            f"{row.place}: chosen and rejected are not two responses to one prompt; "
+            "both must continue the same messages with an assistant message"
+        )
+    return PreferencePair(prompt, chosen, rejected, read_tools(row), row.place, kind)
+
+
+def _prompt(row: Row, kind: str) -> list[Message]:
+    match kind:
+        case "sharegpt-preference" | "messages-preference":
+            return read_turns(row)
+        case "alpaca-preference":
+            return read_alpaca_prompt(row)
+        case "implicit-preference":
+            return read_system(row)
+    key = "prompt" if "prompt" in row.values else "question"
+    if isinstance(row.values[key], list):
+        return with_system(read_messages(row.values[key], row), row)
+    return [*read_system(row), {"role": "user", "content": read_text(row, key)}]
+
+
+def _answer(row: Row, key: str) -> list[Message]:
+    """Returns a response that is given as text, as a message or turn, or as a list of those."""
+    value = row.values[key]
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    parts = value if isinstance(value, list) else [value]
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise DataError(
+            f"{row.place}: {key} is not a response; give text, a message, or a list of messages"
+        )
+    return read_messages(parts, row, name=key)
+
+
+def _is_answer(prompt: list[Message], answer: list[Message]) -> bool:
+    return bool(prompt) and bool(answer) and answer[0]["role"] == "assistant"
+
+
+def _num_prompt(*sequences: Encoded) -> int:
+    """Returns the length of the common prefix before the first trained id of any sequence."""
+    first = min(list(encoded.mask).index(True, 1) for encoded in sequences)
+    return num_shared(*(encoded.token_ids[:first] for encoded in sequences))
+
+
+def _label(row: Row) -> bool:
+    if row_kind(row.values) == "preference":
+        raise unknown_format(row, LABELLED_FORMS)
+    given = {key: row.values[key] for key in LABEL_KEYS if key in row.values}
+    if not given:
+        raise unknown_format(row, LABELLED_FORMS)
+    label = next(iter(given.values()))
+    if not isinstance(label, bool) or any(other is not label for other in given.values()):
+        raise DataError(
+            f"{row.place}: {' and '.join(given)} is {label!r}; "
+            "expected true for a good response or false for a bad one"
+        )
+    return label
