@@ -1,6 +1,6 @@
-"""Easyllm: a language model's whole life in one readable house.
+"""Easyllm: the full life cycle of a language model in one readable package.
 
-Nothing heavy is imported until it is used: `import easyllm` alone does not load torch.
+Exports are imported lazily: `import easyllm` alone does not load torch.
 """
 
 from importlib import import_module

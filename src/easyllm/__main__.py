@@ -1,4 +1,4 @@
-"""`python -m easyllm` is the `easyllm` command."""
+"""Makes `python -m easyllm` run the `easyllm` command."""
 
 from easyllm.cli.main import main
 

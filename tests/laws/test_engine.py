@@ -399,7 +399,7 @@ def test_a_mask_that_fails_ends_its_own_request_alone(model, tiny_tokenizer, all
     (ended,), (free,) = results(engine, [broken, plain])
     assert ended.finish_reason == "cancelled"
     assert len(ended.token_ids) == 3
-    assert "a mask failed" in caplog.text
+    assert "a token mask failed" in caplog.text
     (alone,) = results(Engine(model, tiny_tokenizer), [plain])
     assert free.token_ids == alone[0].token_ids
     assert engine.pool.available == engine.pool.num_pages
@@ -546,18 +546,18 @@ def test_weights_that_change_under_running_requests_leave_nothing_stale(tiny_tok
 
 REFUSED = [
     ({}, {"prompt_ids": ()}, "the prompt is empty"),
-    ({}, {"prompt_ids": (5,) * 300}, "the prompt has 300 tokens, the model's context holds 256"),
-    ({}, {"prompt_ids": (5, 320)}, "token id 320, the model has ids 0 to 319"),
-    ({}, {"prompt_ids": (-1, 5)}, "token id -1, the model has ids 0 to 319"),
-    ({}, {"logit_bias": {4000: 1.0}}, "logit_bias holds token id 4000"),
-    ({}, {"stop_token_ids": (320,)}, "stop_token_ids holds token id 320"),
-    ({"max_running": 3}, {"n": 4}, "asks for 4 completions, and 3 sequences run at once; lower n"),
+    ({}, {"prompt_ids": (5,) * 300}, "the prompt has 300 tokens, but the model's context of 256"),
+    ({}, {"prompt_ids": (5, 320)}, "token id 320, but the model has ids 0 to 319"),
+    ({}, {"prompt_ids": (-1, 5)}, "token id -1, but the model has ids 0 to 319"),
+    ({}, {"logit_bias": {4000: 1.0}}, "logit_bias contains token id 4000"),
+    ({}, {"stop_token_ids": (320,)}, "stop_token_ids contains token id 320"),
+    ({"max_running": 3}, {"n": 4}, "needs 4 completions, but at most 3 sequences run at once"),
     (
         {"num_pages": 5},
         {"prompt_ids": (5,) * 90},
-        "101 tokens of cache .90 of prompt, 12 to generate., all pages together hold 80",
+        "101 tokens of KV cache .90 prompt tokens, 12 to generate., .* has space for 80",
     ),
-    ({"num_pages": 5}, {"max_tokens": 200}, "all pages together hold 80; shorten the prompt"),
+    ({"num_pages": 5}, {"max_tokens": 200}, "has space for 80; shorten the prompt"),
 ]
 
 
@@ -603,7 +603,7 @@ def test_a_score_of_no_token_or_an_unknown_one_is_refused(model, tiny_tokenizer)
     llm = LLM(model=model, tokenizer=tiny_tokenizer)
     with pytest.raises(ConfigError, match="the prompt is empty; give at least one token"):
         llm.score("")
-    with pytest.raises(ConfigError, match="token id 320, the model has ids 0 to 319"):
+    with pytest.raises(ConfigError, match="token id 320, but the model has ids 0 to 319"):
         llm.score([5, 320])
     assert llm.score([5]) == []
 
@@ -662,7 +662,7 @@ def test_values_that_contradict_each_other_are_refused():
         SamplingParams(n=3, best_of=2)
     with pytest.raises(ValueError, match="min_tokens=9 is more than max_tokens=3"):
         SamplingParams(min_tokens=9, max_tokens=3)
-    with pytest.raises(ValueError, match="num_pages and cache_gb both say"):
+    with pytest.raises(ValueError, match="num_pages and cache_gb both set the cache size"):
         EngineConfig(num_pages=3, cache_gb=1.0)
     with pytest.raises(ValueError, match="max_running=99 is more than max_step_tokens=9"):
         EngineConfig(max_running=99, max_step_tokens=9)

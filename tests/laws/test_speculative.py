@@ -219,20 +219,18 @@ def test_drafts_that_cannot_work_are_refused_in_one_sentence(
     model, tiny_tokenizer, tmp_path, tiny_folder
 ):
     other = build_tiny(vocab_size=400).double()
-    with pytest.raises(ConfigError, match="draft model has 400 token ids and the model 320; take"):
+    with pytest.raises(ConfigError, match="draft model has 400 token ids and the model 320; use"):
         LLM(model=model, tokenizer=tiny_tokenizer, draft=other)
     linear = LinearAttentionConfig(num_heads=2, head_dim=16)
     layers = tuple(x.model_copy(update={"mixer": linear}) for x in model.config.layers)
     recurrent = type(model)(model.config.changed(layers=layers))
     recurrent.reset_parameters()
     for draft, target in ((recurrent, model), (model, recurrent), ("ngram", recurrent)):
-        with pytest.raises(
-            ConfigError, match="a layer of linear attention cannot; leave the draft"
-        ):
+        with pytest.raises(ConfigError, match="a layer of linear attention cannot do; leave out"):
             LLM(model=target, tokenizer=tiny_tokenizer, draft=draft)
     turning = build_tiny(rope_scaling={"rope_type": "dynamic", "factor": 4.0})
     for draft in ("ngram", model):
-        with pytest.raises(ConfigError, match="dynamic NTK turns keys by the length of a pass"):
+        with pytest.raises(ConfigError, match="dynamic NTK rotates keys by the length of a pass"):
             LLM(model=turning, tokenizer=tiny_tokenizer, draft=draft)
     LLM(model=model, tokenizer=tiny_tokenizer, draft=turning)  # its guesses are only guesses
     with pytest.raises(ConfigError, match="draft_tokens=0 must be from 1 to 16"):

@@ -375,7 +375,7 @@ def test_what_is_not_served_is_named(word):
     model = model_of(**REFUSED[word])
     assert not CompiledStep.supports(model)
     assert word in CompiledStep.refusal(model)
-    with pytest.raises(ConfigError, match="does not serve"):
+    with pytest.raises(ConfigError, match="does not support"):
         CompiledStep(model, [], [])
 
 

@@ -47,7 +47,7 @@ def test_too_few_tokens_and_models_without_logits_are_refused(tiny_folder, tmp_p
         verify(tiny_folder, num_tokens=4)
     folder = save_model(to_classifier(build_tiny(), 2), tmp_path / "labels")
     assert all(finding.holds for finding in verify(folder, num_tokens=32))
-    with pytest.raises(ConfigError, match="head of labels has no logits"):
+    with pytest.raises(ConfigError, match="classification head has no logits"):
         verify(folder, against="transformers")
 
 

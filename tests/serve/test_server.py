@@ -172,7 +172,7 @@ def test_content_may_be_a_list_of_text_parts(client):
         ({"frequency_penalty": 2.5}, 400, "frequency_penalty"),
         ({"presence_penalty": -2.5}, 400, "presence_penalty"),
         ({"logit_bias": {"5": 101}}, 400, "logit_bias"),
-        ({"logit_bias": {"99999": 1}}, 400, "logit_bias holds token id 99999"),
+        ({"logit_bias": {"99999": 1}}, 400, "logit_bias contains token id 99999"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
         ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs=true"),
         ({"tools": [{"type": "function"}]}, 400, "tools: tools are not supported; send []"),
@@ -181,7 +181,7 @@ def test_content_may_be_a_list_of_text_parts(client):
         ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "role"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, 400, "not both"),
         ({"stop": ""}, 400, "stop"),
-        ({"messages": [{"role": "user", "content": "long " * 500}]}, 400, "context holds 256"),
+        ({"messages": [{"role": "user", "content": "long " * 500}]}, 400, "context of 256"),
     ],
 )
 def test_a_wrong_request_is_refused_in_openais_form(address, changes, status, message):

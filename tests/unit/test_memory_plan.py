@@ -69,7 +69,7 @@ def test_the_line_names_weights_cache_and_tokens():
 
 def test_a_cache_that_does_not_fit_says_how_much_is_missing_and_what_helps():
     with pytest.raises(
-        ConfigError, match=r"needs 8.00 GB and 6.00 GB are free.*2.00 GB short.*cache_gb"
+        ConfigError, match=r"needs 8.00 GB, but only 6.00 GB are free.*2.00 GB short.*cache_gb"
     ):
         plan(6, cache_gb=8.0)
     with pytest.raises(
@@ -90,7 +90,7 @@ def test_weights_that_do_not_fit_say_how_much_is_missing_and_what_helps():
         check_weights_fit(model, torch.float32, 150_000_000)
     with pytest.raises(ConfigError, match=r"0.14 GB as int8 .*short.; set quantize to int4"):
         check_weights_fit(model, torch.float32, 100_000_000, quantize="int8")
-    with pytest.raises(ConfigError, match=r"short.; take a smaller model"):
+    with pytest.raises(ConfigError, match=r"short.; use a smaller model"):
         check_weights_fit(model, torch.float32, 80_000_000)
 
 
@@ -136,7 +136,7 @@ def test_a_model_that_is_given_is_not_loaded_otherwise(tiny_tokenizer, name):
     """It is the caller's: quantizing it would change it everywhere it is used."""
     model = build_tiny()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ConfigError, match=f"{name} would change the model that was given"):
+    with pytest.raises(ConfigError, match=f"{name} would change the model that was passed in"):
         LLM(model=model, tokenizer=tiny_tokenizer, **{name: GIVEN[name]})
     assert not model.packed_formats()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -121,7 +121,7 @@ def test_pages_given_back_twice_are_noticed():
     pool = PagePool(2, 2)
     page = pool.allocate()
     pool.release(page)
-    with pytest.raises(AssertionError, match="given back twice"):
+    with pytest.raises(AssertionError, match="released twice"):
         pool.release(page)
 
 

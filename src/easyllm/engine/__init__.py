@@ -1,4 +1,4 @@
-"""Generation: requests in, tokens out, with the training decoder itself."""
+"""Inference engine: turns requests into tokens, using the same decoder as training."""
 
 from easyllm.engine.engine import Engine
 from easyllm.engine.llm import LLM, Completion

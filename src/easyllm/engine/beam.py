@@ -1,12 +1,17 @@
-"""Beam search over pages: hypotheses share what they have in common, and copy a page when they part inside it.
+"""Beam search on the paged KV cache.
 
-Each step every running hypothesis is continued by every token; the best (1 + number of end tokens) · B continuations are
-looked at, those among the first B that end are finished, and the best B that do not end go on. A finished hypothesis of n
-tokens with Σ log p has the score
+Hypotheses share the pages of their common prefix; a page is copied (copy-on-write) when two
+hypotheses diverge inside it.
 
-    Σ log p / n^α    (power)        Σ log p / ((5 + n) / 6)^α    (gnmt: Wu et al. 2016, arXiv 1609.08144, eq. 14)
+In each step, every running hypothesis is extended by every token of the vocabulary. The best
+(1 + number of EOS tokens) · B continuations are considered: those among the first B that end with
+EOS are finished, and the best B that do not end continue. A finished hypothesis of n tokens with
+summed log-probability Σ log p has the score
 
-What is kept and when it stops is as in Hugging Face's `generate`.
+    Σ log p / n^α                  (power)
+    Σ log p / ((5 + n) / 6)^α      (gnmt: Wu et al. 2016, arXiv 1609.08144, eq. 14)
+
+The selection of finished hypotheses and the stopping rule are those of Hugging Face's `generate`.
 """
 
 from dataclasses import dataclass
@@ -24,13 +29,13 @@ from easyllm.engine.step import Piece, Step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hypothesis:
-    """A finished continuation.
+    """A finished continuation of the prompt.
 
     Attributes:
-        token_ids: without the prompt; the end token included where there is one.
-        logprobs: of each in nats.
-        score: what hypotheses are ranked by.
-        ended: whether by an end token, not by the limit.
+        token_ids: generated tokens without the prompt, including the EOS token if there is one.
+        logprobs: log-probability of each token in nats.
+        score: length-normalized score by which hypotheses are ranked.
+        ended: True if the hypothesis ended with EOS, False if it reached the token limit.
     """
 
     token_ids: tuple[int, ...]
@@ -41,7 +46,7 @@ class Hypothesis:
 
 @dataclass(slots=True, eq=False)
 class _Beam:
-    """A running hypothesis; the keys of its last token are not in the cache yet."""
+    """A running hypothesis; the keys and values of its last token are not in the cache yet."""
 
     sequence_id: int
     table: PageTable
@@ -61,29 +66,34 @@ class _Candidate:
 def beam_search(
     engine: Engine, prompt_ids: tuple[int, ...], params: BeamParams
 ) -> list[Hypothesis]:
-    """The `params.n` best finished hypotheses, the best first.
+    """Returns the `params.n` best finished hypotheses, best first.
 
     Args:
-        engine: idle; its pages are used, and free again afterwards.
+        engine: an idle engine; its cache pages are used and freed again afterwards.
+        prompt_ids: token ids of the prompt.
+        params: beam search parameters.
 
     Raises:
-        ConfigError: the engine is busy, or prompt and hypotheses are too long for context or cache.
+        ConfigError: the engine is busy, or the prompt and its hypotheses are too long for the
+            context or the cache.
     """
     return _Search(engine, prompt_ids, params).run()
 
 
 class _Search:
-    """One search: its limits, its running beams and what has finished."""
+    """State of one search: its limits, its running beams and the finished hypotheses."""
 
     def __init__(self, engine: Engine, prompt_ids: tuple[int, ...], params: BeamParams) -> None:
         if engine.busy:
-            raise ConfigError("beam search needs an engine without running requests; wait for them")
+            raise ConfigError(
+                "beam search needs an engine without running requests; wait until they finish"
+            )
         self.engine, self.params = engine, params
         self.prompt = engine.with_virtual(prompt_ids)
         self.limit = engine.check_prompt(prompt_ids, params.max_tokens)
         self.ends = frozenset(engine.model.config.eos_token_ids)
         self.finished: list[Hypothesis] = []
-        self.forks: tuple[tuple[int, int], ...] = ()  # what the next pass must do with states
+        self.forks: tuple[tuple[int, int], ...] = ()  # recurrent states to copy in the next pass
         self.dropped: list[int] = []
         self._refuse_short_cache()
 
@@ -106,7 +116,7 @@ class _Search:
         return self.finished[: self.params.n]
 
     def score(self, total: float, length: int) -> float:
-        """Of a hypothesis of `length` tokens with log-probability `total`."""
+        """Returns the score of a hypothesis of `length` tokens with log-probability `total`."""
         alpha = self.params.length_penalty
         base = (5 + length) / 6 if self.params.normalization == "gnmt" else length
         return float(total / base**alpha)
@@ -115,17 +125,17 @@ class _Search:
         pool = self.engine.pool
         shared, rest = divmod(len(self.prompt), pool.page_size)
         own = -(-(rest + self.limit) // pool.page_size)
-        needed = (
-            shared + self.params.num_beams * own + 1
-        )  # a page is copied before it is given back
+        # one extra page: a shared page is copied before its reference is released
+        needed = shared + self.params.num_beams * own + 1
         if needed > pool.num_pages:
             raise ConfigError(
-                f"{self.params.num_beams} beams of {self.limit} tokens behind a prompt of {len(self.prompt)} need up to "
-                f"{needed} pages, the cache has {pool.num_pages}; lower num_beams or max_tokens, or raise cache_gb"
+                f"{self.params.num_beams} beams of {self.limit} tokens after a prompt of "
+                f"{len(self.prompt)} tokens need up to {needed} pages, but the cache has "
+                f"{pool.num_pages}; lower num_beams or max_tokens, or raise cache_gb"
             )
 
     def _prefill(self) -> tuple[_Beam, Tensor]:
-        """The prompt in the cache, and the logits [1, V] after it."""
+        """Prefills the prompt; returns its beam and the logits [1, V] after its last token."""
         table = PageTable(self.engine.pool, Namespace())
         beam = _Beam(self.engine.next_sequence_id(), table)
         try:
@@ -144,7 +154,7 @@ class _Search:
         return beam, logits
 
     def _candidates(self, beams: list[_Beam], logits: Tensor) -> list[_Candidate]:
-        """The best continuations of all beams, the best first."""
+        """Returns the best continuations over all beams, best first."""
         logprobs = logits.log_softmax(-1)  # [N, V]
         before = torch.tensor([b.total for b in beams], dtype=logprobs.dtype, device=logits.device)
         totals = (logprobs + before[:, None]).flatten()
@@ -160,7 +170,7 @@ class _Search:
         ]
 
     def _finish(self, candidates: list[_Candidate], length: int) -> list[_Candidate]:
-        """Keeps the finished hypotheses among the first B; returns the best B that go on."""
+        """Stores the candidates among the first B that finish; returns the best B that continue."""
         size = self.params.num_beams
         for candidate in candidates[:size]:
             ended = candidate.token in self.ends
@@ -180,7 +190,7 @@ class _Search:
         return [c for c in candidates if c.token not in self.ends][:size]
 
     def _settled(self, going_on: list[_Candidate], length: int) -> bool:
-        """Whether B hypotheses have finished and none that runs is expected to beat the worst of them."""
+        """Whether B hypotheses have finished and no running one is expected to beat the worst."""
         if len(self.finished) < self.params.num_beams:
             return False
         stopping = self.params.early_stopping
@@ -191,7 +201,7 @@ class _Search:
         return hoped <= self.finished[-1].score
 
     def _continue(self, beams: list[_Beam], going_on: list[_Candidate]) -> list[_Beam]:
-        """New beams on their parents' pages; parents' own references are given back."""
+        """Forks the new beams from their parents' pages; releases the parents' page references."""
         new = [
             _Beam(
                 sequence_id=self.engine.next_sequence_id(),
@@ -211,7 +221,7 @@ class _Search:
         return new
 
     def _step(self, beams: list[_Beam], length: int) -> Tensor:
-        """Logits [N, V] after the last token of each beam."""
+        """Decodes the last token of each beam; returns the logits [N, V] after it."""
         start = len(self.prompt) + length - 1
         return self._run([(beam, beam.tokens[-1:], start) for beam in beams], rows=1)
 
@@ -221,7 +231,7 @@ class _Search:
         prefix = len(self.prompt) if self.engine.scheduler.prefix else 0
         for beam, tokens, start in parts:
             found = beam.table.reserve(start, start + len(tokens), copies)
-            assert found, "the pages were counted before"
+            assert found, "the page count was checked when the search started"
         for beam, tokens, start in parts:
             pieces.append(
                 Piece(

@@ -1,11 +1,13 @@
-"""The decoding step as one call into C: from the last tokens of some sequences to their logits.
+"""The decoding step as a single call into C: from the last tokens of a batch to their logits.
 
-A step of the decoder in PyTorch is a few hundred small operations, each with a cost of its own beside the reading of
-weights, which is all that a machine should have to do. The compiled step reads each weight once and little else.
+A decoding step in PyTorch consists of a few hundred small operations, each with its own overhead,
+although the step should be limited only by reading the weights from memory. The compiled step
+reads each weight once and little else.
 
-It serves dense decoders of the usual make (`refusal` says why one is not served) with weights of fp32, bf16, int8 or
-int4, and any of the page formats of `ops/paged_attention`. Its results are those of the decoder within rounding;
-inside, everything is fp32, also where the weights are bf16.
+It supports common dense decoder architectures (`refusal` returns why a model is not supported)
+with weights of fp32, bf16, int8 or int4, and every page format of `ops/paged_attention`. Its
+results equal those of the PyTorch decoder within rounding; all arithmetic is fp32, even where the
+weights are bf16.
 """
 
 import ctypes
@@ -38,31 +40,34 @@ from easyllm.ops.kernels import build, kernels_for
 from easyllm.ops.paged_attention import OCTET, Pages, pages_struct
 
 MOST_ROWS = 32
-"""Rows up to which a step with quantized weights is faster than the decoder in PyTorch (docs/kernels.md has the measurement)."""
+"""Maximum rows for which a compiled step with quantized weights is faster than the PyTorch decoder
+(measurement in docs/kernels.md)."""
 MOST_TILED_ROWS = 128
-"""The same on a processor with a matrix unit (AMX), which the step uses."""
+"""The same on a processor with a matrix unit (AMX), which the compiled step uses."""
 MOST_DENSE_ROWS = 128
-"""The same with weights of fp32, or of bf16 where the processor has no instructions for it."""
+"""The same with fp32 weights, or with bf16 weights if the processor has no bf16 instructions."""
 MOST_BF16_ROWS = 32
-"""The same with bf16 weights where it has: PyTorch's products use them, the step widens weights to fp32."""
+"""The same with bf16 weights if the processor has bf16 instructions: PyTorch's matmuls use them,
+whereas the compiled step widens the weights to fp32."""
 MOST_BF16_ROWS_BY_UNIT = 2
-"""The same where PyTorch's products use a matrix unit, or bf16 instructions of a processor that is not x86."""
+"""The same if PyTorch's matmuls use a matrix unit, or bf16 instructions of a non-x86 processor."""
 FREED_BYTES = 1 << 26
-"""Of weights moved, after which the old ones' memory goes back to the system."""
+"""Bytes of weights to move before the memory of the old ones is returned to the system."""
 FIRST_POSITIONS = 4096
 ALIGNMENT = 64
 
 
 class CompiledStep:
-    """Runs decoding steps of one model over one cache.
+    """Runs decoding steps of one model on one KV cache.
 
     Args:
-        model: in inference mode. Its weights are moved together into large pages; where somebody moves or replaces them
-            later, the step follows.
-        key_pages, value_pages: a layer each, [P, K, page_size, d]; they must stay where they are.
+        model: the model, in inference mode. Its weights are moved into contiguous huge pages; if
+            they are moved or replaced later, the step rebinds to the new ones.
+        key_pages, value_pages: cache pages of each layer, [P, K, page_size, d]; their addresses
+            must not change.
 
     Raises:
-        ConfigError: the model or the pages are not served.
+        ConfigError: the model or the pages are not supported.
     """
 
     def __init__(
@@ -70,7 +75,7 @@ class CompiledStep:
     ) -> None:
         refusal = self.refusal(model) or _pages_refusal(model, key_pages, value_pages)
         if refusal is not None:
-            raise ConfigError(f"the compiled step does not serve this model: {refusal}")
+            raise ConfigError(f"the compiled step does not support this model: {refusal}")
         self.most_rows = _most_rows(model)
         self.vocab_size = model.config.vocab_size
         self.page_size = key_pages[0].shape[2]
@@ -82,13 +87,14 @@ class CompiledStep:
         pages = [pages_struct(k, v) for k, v in zip(key_pages, value_pages, strict=True)]
         self._pages = (build.Pages * len(pages))(*pages)
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._logits = BufferCache(max_buffers=2)  # fresh pages would be zeroed in every step
+        # buffers are reused: the system would zero freshly allocated pages in every step
+        self._logits = BufferCache(max_buffers=2)
         self._tables: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = {}
         self._num_positions = 0
         self._reach(min(FIRST_POSITIONS, model.config.max_seq_len))
 
     def bind(self) -> None:
-        """Takes down where the weights lie, and copies of those it needs in fp32."""
+        """Records the addresses of the weights, and copies those that the step needs in fp32."""
         self._kept: list[object] = [_weight_of(owner) for owner in self._owners]
         self._addresses = [_weight_of(owner).data_ptr() for owner in self._owners]
         structs = [self._layer_struct(layer) for layer in self._layers]
@@ -98,24 +104,30 @@ class CompiledStep:
 
     @staticmethod
     def refusal(model: Decoder) -> str | None:
-        """Why the model is not served; None if it is."""
+        """Returns why the model is not supported; None if it is."""
         if model.training or kernels_for(*model.parameters()) is None:
-            return "it needs inference mode, a CPU, weights of fp32 or bf16 (or quantized) and a C compiler"
+            return (
+                "it needs inference mode, a CPU, weights of fp32 or bf16 (or quantized) and a C "
+                "compiler"
+            )
         if model.is_adapted:
             return "it has adapters; merge them"
         for name, holder in model.holders():
             if holder.storage.kernel_matrix(None) is None:
-                return f"{name} keeps its weight as {holder.storage.format}, which the kernels do not read"
+                return (
+                    f"{name} stores its weight as {holder.storage.format}, which the kernels do "
+                    "not read"
+                )
         return _config_refusal(model.config)
 
     @classmethod
     def supports(cls, model: Decoder) -> bool:
-        """Whether the model is served."""
+        """Whether the model is supported."""
         return cls.refusal(model) is None
 
     @staticmethod
     def pages_fit(model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]) -> bool:
-        """Whether a cache's pages are served."""
+        """Whether the pages of a cache are supported."""
         return _pages_refusal(model, key_pages, value_pages) is None
 
     def run(
@@ -125,20 +137,21 @@ class CompiledStep:
         page_table: Tensor,
         key_lengths: Sequence[int],
     ) -> Tensor:
-        """Logits after each token; its keys and values go into the pages.
+        """Decodes one token per row and writes its keys and values into the pages.
 
         Args:
-            token_ids: S ids.
-            positions: of each token, which turn queries and keys.
+            token_ids: S token ids.
+            positions: position of each token, for RoPE.
             page_table: [S, max_pages] int32, contiguous.
-            key_lengths: tokens of each sequence with this one, which is stored last of them. Tokens of one sequence
-                may follow one another (with the same row of the table), each a key longer.
+            key_lengths: number of keys of each row's sequence, including that of the row's own
+                token, which is stored last. Consecutive rows may be consecutive tokens of one
+                sequence (with the same row of the page table), each one key longer.
 
         Returns:
-            [S, V] fp32.
+            Logits [S, V] in fp32 after each token.
 
         Raises:
-            ConfigError: an id is not the model's, or a table has no room for a length.
+            ConfigError: a token id is not in the vocabulary, or a length exceeds the page table.
         """
         rows = len(token_ids)
         logits = cached_empty((rows, self.vocab_size), torch.float32, self._logits)
@@ -159,7 +172,7 @@ class CompiledStep:
             logits.data_ptr(),
         )
         kernels = kernels_for(logits)
-        assert kernels is not None, "refused where there are none"
+        assert kernels is not None, "refusal() requires kernels"
         kernels.decode_step(
             ctypes.byref(self._model), ctypes.byref(batch), self._room(kernels, batch)
         )
@@ -172,31 +185,32 @@ class CompiledStep:
         page_table: Tensor,
         key_lengths: Sequence[int],
     ) -> None:
-        """What would otherwise read or write memory of others."""
+        """Refuses arguments that would make the C code read or write out of bounds."""
         rows, room = len(token_ids), page_table.shape[1] * self.page_size
         if not rows == len(positions) == len(key_lengths) == len(page_table):
             raise ConfigError(
-                f"{rows} tokens need as many positions, lengths and rows of the table; got {len(positions)}, "
-                f"{len(key_lengths)} and {len(page_table)}"
+                f"{rows} tokens need as many positions, lengths and rows of the page table; got "
+                f"{len(positions)}, {len(key_lengths)} and {len(page_table)}"
             )
         if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
-            raise ConfigError(f"a token id is not among the model's 0 to {self.vocab_size - 1}")
+            raise ConfigError(f"a token id is outside the model's ids 0 to {self.vocab_size - 1}")
         if min(key_lengths) < 1 or max(key_lengths) > room or min(positions) < 0:
             raise ConfigError(
-                f"lengths {min(key_lengths)} to {max(key_lengths)} do not fit a table of {room} tokens"
+                f"key lengths {min(key_lengths)} to {max(key_lengths)} do not fit a page table of "
+                f"{room} tokens"
             )
         if page_table.dtype != torch.int32 or not page_table.is_contiguous():
             raise ConfigError("the page table must be contiguous int32")
 
     def _room(self, kernels: ctypes.CDLL, batch: build.StepBatch) -> int:
-        """The address of enough memory to work in."""
+        """Returns the address of a workspace large enough for the batch."""
         needed: int = kernels.decode_step_bytes(ctypes.byref(self._model), ctypes.byref(batch))
         if needed > self._memory.numel() - ALIGNMENT:
             self._memory = torch.empty(needed * 3 // 2 + ALIGNMENT, dtype=torch.uint8)
         return -(-self._memory.data_ptr() // ALIGNMENT) * ALIGNMENT
 
     def _reach(self, num_positions: int) -> None:
-        """Makes the rotations' tables long enough."""
+        """Extends the RoPE tables to at least `num_positions` positions."""
         if num_positions <= self._num_positions:
             return
         self._num_positions = max(num_positions, 2 * self._num_positions)
@@ -213,7 +227,7 @@ class CompiledStep:
 
     def _layer_struct(self, layer: DecoderLayer) -> build.StepLayer:
         attention, feed_forward = _attention(layer), layer.feed_forward
-        assert isinstance(feed_forward, GLU), "refused otherwise"
+        assert isinstance(feed_forward, GLU), "refusal() requires a GLU"
         config, rule = attention.config, attention.rule
         matrices = [
             self._matrix(linear)
@@ -264,12 +278,12 @@ class CompiledStep:
         )
         self._kept.append(bias)
         matrix = owner.storage.kernel_matrix(bias)
-        assert matrix is not None, "refused otherwise"
+        assert matrix is not None, "refusal() requires a format that the kernels read"
         self._kept.append(owner.storage)
         return matrix
 
     def _norm(self, norm: nn.Module) -> int | None:
-        """The address of a norm's weight in fp32; None where there is no norm."""
+        """Returns the address of a norm's weight in fp32; None if there is no norm."""
         if not isinstance(norm, RMSNorm):
             return None
         weight = norm.weight.detach().float()
@@ -281,7 +295,7 @@ class CompiledStep:
 
 def _most_rows(model: Decoder) -> int:
     kernels = kernels_for(next(model.parameters()))
-    assert kernels is not None, "refused where there are none"
+    assert kernels is not None, "refusal() requires kernels"
     has_unit = bool(kernels.tiles_ready())
     if model.packed_formats():
         return MOST_TILED_ROWS if has_unit else MOST_ROWS
@@ -291,12 +305,15 @@ def _most_rows(model: Decoder) -> int:
 
 
 def gather_weights(model: Decoder) -> None:
-    """Moves the weights of linears and embedding together, in the order a step reads them. Each old one is let go before
-    the next is moved, so that there is never memory for all of them twice."""
+    """Moves the weights of all linears and the embedding into one buffer, in the order of use.
+
+    Each old weight is freed before the next is moved, so that the weights are never all in memory
+    twice.
+    """
     owners = [m for m in model.modules() if isinstance(m, Linear | Embedding)]
     if len({_weight_of(owner).untyped_storage().data_ptr() for owner in owners}) == 1:
-        return  # another engine has done it
-    # made in inference mode only where the old ones were: they could never be trained again
+        return  # another engine has already gathered them
+    # inference tensors only if the old weights were: inference tensors cannot be trained
     with torch.inference_mode(_weight_of(owners[0]).is_inference()), torch.no_grad():
         rooms, freed = rooms_for([_weight_of(owner) for owner in owners]), 0
         for owner, room in zip(owners, rooms, strict=True):
@@ -309,23 +326,23 @@ def gather_weights(model: Decoder) -> None:
 
 
 def _weight_of(owner: Linear | Embedding) -> Tensor:
-    """The tensor that holds a linear's or embedding's weight, codes where it is quantized."""
+    """Returns the tensor that stores the weight of a linear or embedding (codes if quantized)."""
     return owner.storage.payload
 
 
 def _attention(layer: DecoderLayer) -> Attention:
-    assert isinstance(layer.mixer, Attention), "refused otherwise"
+    assert isinstance(layer.mixer, Attention), "refusal() requires softmax attention"
     return layer.mixer
 
 
 def _config_refusal(config: ModelConfig) -> str | None:
-    """The first part of the model that the step does not have."""
+    """Returns the first part of the architecture that the step does not support."""
     if config.norm.kind != "rms_norm" or not config.final_norm:
-        return "its norms are not RMS norms, or none stands before the head"
+        return "its norms are not RMS norms, or it has no norm before the head"
     if not isinstance(config.embedding_position, NoPosition):
         return f"positions are added to its embedding ({config.embedding_position.kind})"
     if config.logit_softcap is not None or config.num_labels is not None:
-        return "its logits are capped, or its head has labels"
+        return "its logits are soft-capped, or it has a classification head"
     for number, layer in enumerate(config.layers):
         refusal = _layer_refusal(layer)
         if refusal is not None:
@@ -342,9 +359,9 @@ def _layer_refusal(layer: LayerConfig) -> str | None:
     if not isinstance(mixer, AttentionConfig) or not mixer.causal:
         return "linear or bidirectional attention"
     if mixer.softcap is not None or mixer.num_sinks or mixer.logn_length is not None:
-        return "attention with a soft cap, sinks or log n"
+        return "attention with a soft cap, sinks or log-n scaling"
     if mixer.head_dim % OCTET:
-        return f"head_dim {mixer.head_dim} is no multiple of {OCTET}"
+        return f"head_dim {mixer.head_dim} is not a multiple of {OCTET}"
     return _position_refusal(mixer)
 
 
@@ -364,7 +381,7 @@ def _pages_refusal(
         return f"{len(key_pages)} layers of pages for {model.config.num_layers} layers"
     sizes = {pages.shape[2] for pages in (*key_pages, *value_pages)}
     if len(sizes) != 1 or sizes.pop() % OCTET:
-        return f"pages must be of one size, a multiple of {OCTET} tokens"
+        return f"all pages must have the same size, a multiple of {OCTET} tokens"
     for pages in (*key_pages, *value_pages):
         if isinstance(pages, Tensor) and kernels_for(pages) is None:
             return f"pages of {pages.dtype} on {pages.device}"

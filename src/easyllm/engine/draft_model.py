@@ -1,4 +1,4 @@
-"""A smaller model that guesses for a larger one (Leviathan et al. 2022, arXiv 2211.17192)."""
+"""Speculative decoding with a smaller draft model (Leviathan et al. 2022, arXiv 2211.17192)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,10 +21,12 @@ from easyllm.nn.decoder import Decoder
 
 @dataclass(slots=True)
 class _Follower:
-    """What the draft model has computed of a sequence.
+    """What the draft model has computed for a sequence.
 
     Attributes:
-        fed: the tokens; sure: how many of them are the sequence's own, the rest was guessed.
+        table: the sequence's pages in the draft model's cache.
+        fed: the tokens that the draft model has processed.
+        sure: number of leading tokens in `fed` that belong to the sequence; the rest are drafts.
     """
 
     table: PageTable
@@ -33,15 +35,17 @@ class _Follower:
 
 
 class ModelDrafter:
-    """Guesses by a model of its own, over a paged cache of its own.
+    """Proposes draft tokens from a separate model with its own paged KV cache.
 
-    Greedy completions get its most likely tokens; drawn ones get tokens drawn from its distribution under the same
-    temperature, top-k and so on, and that distribution with them.
+    Greedy completions get the draft model's most likely tokens. Sampled completions get tokens
+    drawn from its distribution under the same temperature, top-k and so on, together with that
+    distribution.
 
     Args:
-        model: of the same vocabulary, in inference mode.
-        num_tokens: guesses at most.
-        num_pages, page_size: of its cache; a sequence there is no room for gets no guesses.
+        model: the draft model, with the target's vocabulary, in inference mode.
+        num_tokens: maximum number of draft tokens per step.
+        num_pages, page_size: size of the draft model's cache; a sequence that does not fit gets no
+            draft tokens.
     """
 
     def __init__(
@@ -53,19 +57,24 @@ class ModelDrafter:
         self._runner: DecoderRunner | None = None
 
     def check(self, target: ModelConfig) -> None:
-        """Refuses a model of another vocabulary, states that cannot go back, and keys that depend on the length of a pass."""
+        """Refuses target models that this draft model cannot be used with.
+
+        Raises:
+            ConfigError: the vocabularies differ, a model has recurrent states, which cannot be
+                rolled back, or the target's keys depend on the length of the pass (dynamic NTK).
+        """
         draft = self.model.config
         if draft.vocab_size != target.vocab_size:
             raise ConfigError(
-                f"the draft model has {draft.vocab_size} token ids and the model {target.vocab_size}; take a draft with "
-                "the same tokenizer"
+                f"the draft model has {draft.vocab_size} token ids and the model "
+                f"{target.vocab_size}; use a draft model with the same tokenizer"
             )
         refuse_states(target)
         refuse_states(draft)
         refuse_turning_keys(target)
 
     def propose(self, generations: Sequence[Generation]) -> dict[int, tuple[Draft, ...]]:
-        """Guesses for each completion that there is room for."""
+        """Returns draft tokens, by sequence id, for each completion that fits into the cache."""
         alive = [g for g in generations if self._follow(g)]
         guesses: dict[int, list[Draft]] = {g.sequence.id: [] for g in alive}
         for turn in range(self.num_tokens):
@@ -75,7 +84,7 @@ class ModelDrafter:
             try:
                 logits = self._run(pieces)
             except BaseException:
-                for generation in generations:  # what the pass has written is unknown
+                for generation in generations:  # the failed pass left the cache in an unknown state
                     self.forget(generation.sequence.id)
                 raise
             for generation, draft in zip(alive, self._guess(alive, logits), strict=True):
@@ -85,13 +94,16 @@ class ModelDrafter:
         return {sequence_id: tuple(found) for sequence_id, found in guesses.items() if found}
 
     def forget(self, sequence_id: int) -> None:
-        """Frees a sequence's pages."""
+        """Frees the pages of a sequence."""
         follower = self._followers.pop(sequence_id, None)
         if follower is not None:
             follower.table.release()
 
     def _follow(self, generation: Generation) -> bool:
-        """Takes back what was guessed wrongly, and finds pages for what is to come."""
+        """Rolls back rejected draft tokens and reserves pages for the next ones.
+
+        Returns False if the sequence gets no draft tokens.
+        """
         sequence = generation.sequence
         if len(sequence.tokens) >= self.model.config.max_seq_len:
             self.forget(sequence.id)
@@ -99,7 +111,8 @@ class ModelDrafter:
         follower = self._followers.setdefault(
             sequence.id, _Follower(PageTable(self.pool, Namespace()))
         )
-        end = min(len(follower.fed), len(sequence.tokens) - 1)  # the last token is asked again
+        # the last token is computed again, for its logits
+        end = min(len(follower.fed), len(sequence.tokens) - 1)
         known = min(follower.sure, end)
         while known < end and follower.fed[known] == sequence.tokens[known]:
             known += 1
@@ -113,7 +126,7 @@ class ModelDrafter:
         return False
 
     def _piece(self, generation: Generation, guesses: Sequence[Draft]) -> Piece:
-        """What the draft model has not computed yet: the text up to here, or the last guess."""
+        """Returns the tokens not computed yet: the text up to here, or the last draft token."""
         follower = self._followers[generation.sequence.id]
         start = len(follower.fed)
         tokens = [*generation.sequence.tokens, *(guess.token_id for guess in guesses)][start:]
@@ -127,7 +140,7 @@ class ModelDrafter:
         )
 
     def _guess(self, generations: Sequence[Generation], logits: Tensor) -> list[Draft]:
-        """A token for each row: the most likely, or drawn, then with its distribution."""
+        """Returns a draft token for each row: greedy, or sampled and with its distribution."""
         ids = logits.argmax(-1).tolist()
         drafts = [Draft(token_id=token) for token in ids]
         drawn = [i for i, g in enumerate(generations) if g.chooser.params.temperature > 0]

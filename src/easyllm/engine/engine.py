@@ -1,4 +1,4 @@
-"""The engine: requests join and leave a running batch step by step."""
+"""Inference engine with continuous batching: requests join and leave the batch at any step."""
 
 import itertools
 import logging
@@ -35,7 +35,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Turn:
-    """A completion whose next tokens are to be chosen from rows of a step's logits: `row`, and one for each draft."""
+    """A completion whose next tokens are chosen from a step's logits.
+
+    Attributes:
+        generation: the completion.
+        row: the row of the logits for its next token.
+        drafts: its draft tokens; the rows after `row` are theirs, one for each.
+    """
 
     generation: Generation
     row: int
@@ -43,17 +49,18 @@ class _Turn:
 
 
 class Engine:
-    """Generates for any number of requests at once, on one model.
+    """Serves any number of concurrent requests with one model.
 
     Args:
-        model: in inference mode.
-        tokenizer: for text and end tokens.
-        options: sizes of cache and batches.
-        runner: computes the steps; by default the model itself over a paged cache.
-        drafter: guesses tokens ahead (speculative decoding).
+        model: the model, in inference mode.
+        tokenizer: decodes tokens to text.
+        options: sizes of the KV cache and of the batches.
+        runner: computes the steps; by default the model itself on a paged KV cache.
+        drafter: proposes draft tokens (speculative decoding).
 
     Raises:
-        ConfigError: the cache does not fit, or the drafter does not fit the model.
+        ConfigError: the cache does not fit into memory; the drafter does not support the model; or
+            deterministic mode is requested and the model does not support it.
 
     Example:
         engine = Engine(model, tokenizer)
@@ -90,10 +97,10 @@ class Engine:
             drafter.check(config)
             if model.num_virtual_tokens or any(model.adapter_sets):
                 raise ConfigError(
-                    "a drafter does not guess for a model with virtual tokens or adapters held by name; leave the draft out, "
-                    "or merge the adapter"
+                    "speculative decoding does not support a model with virtual tokens or named "
+                    "adapters; leave out the draft, or merge the adapter"
                 )
-        first = config.vocab_size  # the ids of virtual tokens follow the model's own
+        first = config.vocab_size  # ids of virtual tokens follow those of the vocabulary
         self._virtual = tuple(range(first, first + model.num_virtual_tokens))
         self._adapter_changes = model.adapter_changes
         self.drafter, self._runner = drafter, runner
@@ -116,9 +123,8 @@ class Engine:
         self._requests: dict[int, RequestState] = {}
         self._generations: dict[int, Generation] = {}  # by the id of their sequence
         self._drafts: dict[int, tuple[Draft, ...]] = {}
-        self._inboxes: dict[
-            int, deque[TokenEvent]
-        ] = {}  # of the runs that wait for a request's events
+        # by request id: the event queue of the `run` call that added the request
+        self._inboxes: dict[int, deque[TokenEvent]] = {}
         self._numbers = itertools.count()
 
     @property
@@ -128,7 +134,7 @@ class Engine:
 
     @property
     def runner(self) -> Runner:
-        """What computes the steps; the cache is allocated when it is first asked for."""
+        """The runner that computes the steps; its KV cache is allocated on first access."""
         if self._runner is None:
             cache = KVCache(
                 self.model.config,
@@ -149,11 +155,12 @@ class Engine:
         """Queues a request.
 
         Raises:
-            ConfigError: the prompt is empty, holds an id the model does not have, or is too long for the context or the
-                cache; or the request asks for ids or completions there are none of.
+            ConfigError: the prompt is empty or contains an id outside the vocabulary; it is too
+                long for the context or the cache; or the request needs token ids, an adapter or a
+                number of completions that the engine does not have.
         """
         if request.id in self._requests:
-            raise ConfigError(f"request {request.id} is being served already; make a new Request")
+            raise ConfigError(f"request {request.id} is being served already; create a new Request")
         params = request.params
         limit = self.check_prompt(request.prompt_ids, params.max_tokens)
         self._check_ids("logit_bias", params.logit_bias)
@@ -161,13 +168,14 @@ class Engine:
         copies = params.num_sequences
         if copies > self.scheduler.max_running:
             raise ConfigError(
-                f"the request asks for {copies} completions, and {self.scheduler.max_running} sequences run at once; "
-                "lower n or best_of, or raise max_running"
+                f"the request needs {copies} completions, but at most {self.scheduler.max_running} "
+                "sequences run at once; lower n or best_of, or raise max_running"
             ).about("n")
         if request.adapter and request.adapter not in self.adapter_names:
             held = ", ".join(self.adapter_names) or "none"
             raise ConfigError(
-                f"the request asks for the adapter {request.adapter!r}, which is not served (served are: {held})"
+                f"the request names the adapter {request.adapter!r}, which is not served (served "
+                f"adapters: {held})"
             ).about("model")
         tokens = list(self.with_virtual(request.prompt_ids))
         sequence = Sequence(
@@ -183,11 +191,15 @@ class Engine:
         self.scheduler.add(sequence)
 
     def _adapters_changed(self) -> list[TokenEvent]:
-        """Looks at the model's adapters again: what is cached is forgotten, requests of an adapter that is gone end."""
+        """Updates the engine after adapters were attached to or removed from the model.
+
+        Clears the prefix cache and cancels the requests of adapters that no longer exist; returns
+        the events of those requests.
+        """
         if self.model.num_virtual_tokens != len(self._virtual):
             raise ConfigError(
-                "an adapter with virtual tokens was attached to, or removed from, a model that is being served; make a new "
-                "engine for it"
+                "an adapter with virtual tokens was attached to, or removed from, a model that is "
+                "being served; create a new engine for it"
             )
         if self.options.deterministic:
             check_deterministic(self.model)
@@ -217,15 +229,15 @@ class Engine:
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """Adapters that a request may name."""
+        """Names of the adapters that a request may select."""
         return tuple(name for name in self.model.adapter_sets if name)
 
     def with_virtual(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """A prompt's ids with those of the virtual tokens of the model's adapter in front."""
+        """Returns the prompt's ids, preceded by those of the virtual tokens of the adapter."""
         return (*self._virtual, *prompt_ids)
 
     def cancel(self, request_id: int) -> None:
-        """Forgets a request at once, wherever it stands; its pages are free for others."""
+        """Drops a request immediately, in whatever state it is, and frees its pages."""
         state = self._requests.pop(request_id, None)
         for generation in state.generations if state else ():
             if generation.sequence.id in self._generations:
@@ -233,10 +245,14 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """One forward pass: the next token, or several with a drafter, of running requests, and chunks of prompts.
+        """Runs one forward pass: decodes the running requests and prefills chunks of prompts.
+
+        Returns:
+            The events of the step: one token for each decoding completion, or several if draft
+            tokens were accepted.
 
         Raises:
-            ConfigError: an adapter has come to the model that this engine cannot serve.
+            ConfigError: an adapter that this engine cannot serve was attached to the model.
         """
         if self._adapter_changes != self.model.adapter_changes:
             return self._adapters_changed()
@@ -252,17 +268,19 @@ class Engine:
                 turns += self._turns(piece, logits, end)
             return self._decide(turns, logits)
         except BaseException:
-            # what the pass has written is unknown, and recurrent states may be ahead of what is noted as computed:
-            # everybody in it is computed again, if not cancelled first
+            # It is unknown what the failed pass has written, and recurrent states may be ahead of
+            # the recorded number of computed tokens: all running sequences are recomputed, unless
+            # they are cancelled first.
             self.scheduler.preempt_all()
             raise
 
     def run(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
-        """Adds requests and yields their events until all of them are finished; leaving early cancels them.
+        """Adds requests and yields their events until all have finished.
 
-        Several runs may take turns: each gets its own requests' events, whoever makes the steps.
+        Closing the iterator early cancels the requests. Several `run` iterators may be interleaved:
+        each yields only the events of its own requests, no matter which one executes the steps.
         """
-        # a request that is refused may be served by another run, and goes on there
+        # a refused request may already be served by another run, and must continue there
         added, inbox = list[Request](), deque[TokenEvent]()
         try:
             for request in requests:
@@ -280,19 +298,25 @@ class Engine:
                 self._inboxes.pop(request.id, None)
 
     def forget_prefixes(self) -> None:
-        """Forgets all that is cached; to be called when the model's weights have changed. Running requests are computed
-        again with the new ones, and go on from the tokens they have."""
+        """Clears the prefix cache; must be called when the model's weights have changed.
+
+        Running requests are recomputed with the new weights and continue from the tokens that they
+        have generated.
+        """
         self.scheduler.preempt_all()
         self.pool.forget_prefixes()
         if isinstance(self._runner, DecoderRunner):
             self._runner.weights_changed()
 
     def check_prompt(self, prompt_ids: tuple[int, ...], max_tokens: int | None) -> int:
-        """Most tokens that may be generated behind a prompt, by `max_tokens`, the context and the cache.
+        """Returns the maximum number of tokens that may be generated after a prompt.
+
+        The bound is the minimum of `max_tokens` and what the context and the cache allow.
 
         Raises:
-            ConfigError: the model does not generate; the prompt is empty or holds an unknown id.
-            ContextLengthError: the prompt, or with `max_tokens` the answer, is too long for context or cache.
+            ConfigError: the model cannot generate; the prompt is empty or contains an unknown id.
+            ContextLengthError: the prompt, or the prompt plus `max_tokens`, is too long for the
+                context or the cache.
         """
         check_generates(self.model.config)
         self.check_tokens(prompt_ids)
@@ -300,50 +324,51 @@ class Engine:
         room = self.max_seq_len - length
         if room <= 0:
             raise ContextLengthError(
-                f"the prompt has {length} tokens, the model's context holds {self.max_seq_len} with "
-                "at least one new token",
-                "shorten the prompt, or lengthen the context (--rope) where positions allow it",
+                f"the prompt has {length} tokens, but the model's context of {self.max_seq_len} "
+                "tokens must fit the prompt and at least one new token",
+                "shorten the prompt, or extend the context (--rope) where the positions allow it",
             )
         most = min(max_tokens or room, room)
-        needed = length + most - 1  # the last token's keys are never kept
+        needed = length + most - 1  # the keys of the last token are never stored
         if self.scheduler.pages_needed(needed) <= self.pool.num_pages:
             return most
         held = self.pool.num_pages * self.pool.page_size
         if max_tokens is None and length <= held:
             return held - length + 1
         raise ContextLengthError(
-            f"the request needs {needed} tokens of cache ({length} of prompt, {most} to generate), all pages "
-            f"together hold {held}",
+            f"the request needs {needed} tokens of KV cache ({length} prompt tokens, {most} to "
+            f"generate), but the cache has space for {held}",
             "shorten the prompt, lower max_tokens, or raise num_pages or cache_gb",
         )
 
     def check_tokens(self, prompt_ids: Collection[int]) -> None:
-        """Refuses what the model cannot even read.
+        """Refuses prompts that the model cannot read.
 
         Raises:
-            ConfigError: there is no token, or one the model has no row for.
+            ConfigError: the prompt is empty, or contains an id outside the vocabulary.
         """
         if not prompt_ids:
             raise ConfigError("the prompt is empty; give at least one token").about("messages")
         self._check_ids("the prompt", prompt_ids)
 
     def next_sequence_id(self) -> int:
-        """An id no other sequence has."""
+        """Returns a new, unique sequence id."""
         return next(self._numbers)
 
     def _check_ids(self, what: str, ids: Iterable[int]) -> None:
-        """Refuses ids the model has no rows for: neighbours in a batch would suffer."""
+        """Refuses ids outside the vocabulary, which would make the entire batch fail."""
         vocab_size = self.model.config.vocab_size
         for token in ids:
             if not 0 <= token < vocab_size:
                 raise ConfigError(
-                    f"{what} holds token id {token}, the model has ids 0 to {vocab_size - 1}; check the tokenizer"
+                    f"{what} contains token id {token}, but the model has ids 0 to "
+                    f"{vocab_size - 1}; check the tokenizer"
                 ).about("messages" if what == "the prompt" else what)
 
     def _generation(
         self, request: Request, index: int, sequence: Sequence, limit: int
     ) -> Generation:
-        """A completion at its start."""
+        """Creates the state of a completion that has no token yet, and registers it."""
         params = request.params
         mask, failed = _start_mask(request)
         ends = () if params.ignore_eos else self.model.config.eos_token_ids
@@ -371,7 +396,7 @@ class Engine:
         return generation
 
     def _draft(self) -> None:
-        """Lets the drafter guess for every sequence that is about to decode."""
+        """Gets draft tokens for every sequence that is about to decode."""
         if self.drafter is None:
             return
         ready = [
@@ -388,7 +413,10 @@ class Engine:
             sequence.drafts = tuple(draft.token_id for draft in guesses)
 
     def _turns(self, piece: Piece, logits: Tensor, end: int) -> list[_Turn]:
-        """The completions that choose a token now from a piece's rows, which end before row `end`."""
+        """Returns the completions that choose a token from a piece's rows, which end at row `end`.
+
+        `end` is exclusive. Forks the sequence if several completions share the prompt.
+        """
         generation = self._generations[piece.sequence_id]
         sequence, drafts = generation.sequence, generation.sequence.drafts
         computed = piece.start + len(piece.token_ids) - len(drafts)
@@ -410,11 +438,11 @@ class Engine:
         return turns
 
     def _note_prompt(self, generation: Generation, piece: Piece, rows: Tensor) -> None:
-        """Log-probabilities of the prompt tokens that follow each computed one."""
+        """Stores the log-probability of the prompt token after each computed one."""
         sequence, count = generation.sequence, generation.request.params.prompt_logprobs
-        assert count is not None, "rows were asked for"
-        assert generation.prompt_logprobs is not None, "and are kept"
-        first = max(0, len(self._virtual) - piece.start)  # of the rows after virtual tokens
+        assert count is not None, "prompt_rows is set only if prompt_logprobs was requested"
+        assert generation.prompt_logprobs is not None, "created together with prompt_rows"
+        first = max(0, len(self._virtual) - piece.start)  # first row after the virtual tokens
         end = min(piece.start + len(rows) + 1, sequence.prompt_length)
         places = range(piece.start + 1 + first, end)
         tokens = [sequence.tokens[place] for place in places]
@@ -430,7 +458,7 @@ class Engine:
             sequence.prompt_rows = False
 
     def _decide(self, turns: list[_Turn], logits: Tensor) -> list[TokenEvent]:
-        """Chooses tokens: of all completions at once, and again for those whose guess was right."""
+        """Chooses the next token of all completions; again for those whose draft is accepted."""
         events: dict[int, list[TokenEvent]] = {}
         turn, alive = 0, turns
         while alive:
@@ -438,9 +466,8 @@ class Engine:
             whole = rows == list(range(len(logits)))
             drafts = [t.drafts[turn] if turn < len(t.drafts) else None for t in alive]
             choosers = [t.generation.chooser for t in alive]
-            if (
-                self.options.deterministic
-            ):  # row by row: sums over the vocabulary depend on how many there are
+            if self.options.deterministic:
+                # row by row: the rounding of sums over the vocabulary depends on the number of rows
                 choices = [
                     choose(logits[row : row + 1], [chooser], [draft])[0]
                     for row, chooser, draft in zip(rows, choosers, drafts, strict=True)
@@ -464,7 +491,7 @@ class Engine:
         return [e for request_id, found in events.items() for e in self._pass_on(request_id, found)]
 
     def _computed(self, generation: Generation) -> int:
-        """Tokens of a completion that are in the cache: all but the last chosen one."""
+        """Returns how many tokens of a completion are in the cache: all but the last chosen one."""
         sequence = generation.sequence
         return max(sequence.computed, len(sequence.tokens) - 1)
 
@@ -476,7 +503,7 @@ class Engine:
         return seen
 
     def _retire(self, generation: Generation) -> None:
-        """Takes a completion out of everything; its pages are free."""
+        """Removes a completion from the scheduler, the engine and the drafter; frees its pages."""
         sequence = generation.sequence
         self.scheduler.remove(sequence)
         del self._generations[sequence.id]
@@ -486,35 +513,46 @@ class Engine:
 
 
 def check_generates(config: ModelConfig) -> None:
-    """
+    """Refuses models that cannot generate text.
+
     Raises:
-        ConfigError: a model of this configuration has no next token to predict.
+        ConfigError: the model has a classification head or a layer that is not causal.
     """
     if config.num_labels is not None:
-        raise ConfigError("a model with a head of labels generates no tokens; use a language model")
+        raise ConfigError(
+            "a model with a classification head generates no tokens; use a language model"
+        )
     if any(not layer.mixer.causal for layer in config.layers):
         raise ConfigError(
-            "a layer of this model sees later tokens, so it cannot generate; set causal to true"
+            "a layer of this model attends to later tokens, so it cannot generate; set causal to "
+            "true"
         )
 
 
 def _start_mask(request: Request) -> tuple[TokenMask | None, bool]:
-    """The mask of one completion, and whether it could not be made: then that completion alone ends."""
+    """Returns the token mask of one completion, and whether creating it failed.
+
+    A failure ends only that completion.
+    """
     try:
         return None if request.mask is None else request.mask.start(), False
     except Exception:
-        logger.exception("a mask could not be started; its completion ends")
+        logger.exception("a token mask could not be created; its completion ends")
         return None, True
 
 
 def _usual_cache_dtype(model: Decoder, options: EngineConfig) -> torch.dtype:
-    """The model's; bf16 beside rounded weights, whose error is far above that of rounded keys and values (nats of KL
-    divergence, docs/engine.md). In deterministic mode the model's, so that scores and completions agree."""
+    """Returns the default dtype of the cache.
+
+    It is the model's dtype, or bf16 with quantized weights, whose error is far above that of keys
+    and values rounded to bf16 (KL divergence in nats, docs/engine.md). In deterministic mode it is
+    always the model's dtype, so that scores and completions agree.
+    """
     if model.packed_formats() and model.dtype == torch.float32 and not options.deterministic:
         return torch.bfloat16
     return model.dtype
 
 
 def _has_states(config: ModelConfig) -> bool:
-    """Whether a layer keeps a state instead of keys: what is shared by pages would lack it."""
+    """Whether a layer has a recurrent state, which shared pages would not include."""
     return any(isinstance(layer.mixer, LinearAttentionConfig) for layer in config.layers)

@@ -1,4 +1,4 @@
-"""One completion as it grows: tokens in, sure text out, and when it ends."""
+"""State of one completion: appends tokens, emits text that is final, and detects its end."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,12 +15,16 @@ class Generation:
     """One completion of a request.
 
     Attributes:
-        index: which of the request's completions.
+        request: the request.
+        index: index of this completion among those of the request.
         sequence: its tokens, for the scheduler.
-        chooser: how its tokens are chosen; it shares the list of tokens with `sequence`.
-        limit: most tokens to generate.
-        prompt_logprobs: of the prompt's tokens, by their place, while they are computed; None where not asked for.
-        finish_reason: once it has ended.
+        chooser: chooses its tokens; shares the list of tokens with `sequence`.
+        decoder: decodes its tokens to text incrementally.
+        stops: detects its stop strings.
+        limit: maximum number of tokens to generate.
+        prompt_logprobs: log-probabilities of the prompt tokens computed so far, by position; None
+            if not requested.
+        finish_reason: set once it has ended.
     """
 
     request: Request
@@ -34,7 +38,7 @@ class Generation:
     finish_reason: FinishReason | None = None
 
     def take(self, choice: Choice) -> TokenEvent:
-        """Takes the next token in; the event says what it gave and whether it was the last."""
+        """Appends the chosen token; returns the event with its new text and finish reason."""
         first = self.chooser.num_output == 0
         if choice.token_id is None:
             text = self.decoder.flush()
@@ -60,7 +64,7 @@ class Generation:
         )
 
     def _text(self, token_id: int) -> str:
-        """New text of a token that is in already; sets why it ends."""
+        """Returns the new text of a token already appended; sets the finish reason."""
         if token_id in self.chooser.end_ids:
             self.finish_reason = "stop"
             return self.decoder.flush()
@@ -71,7 +75,7 @@ class Generation:
         return text
 
     def _prompt(self) -> tuple[Logprobs, ...] | None:
-        """Those of the prompt's tokens after the first, in their order."""
+        """Returns the log-probabilities of the prompt tokens after the first, in order."""
         if self.prompt_logprobs is None:
             return None
         return tuple(self.prompt_logprobs[i] for i in sorted(self.prompt_logprobs))
@@ -79,7 +83,13 @@ class Generation:
 
 @dataclass(slots=True, eq=False)
 class RequestState:
-    """All completions of a request, and with `best_of` their events until the best are known."""
+    """All completions of a request.
+
+    Attributes:
+        request: the request.
+        generations: its completions so far.
+        held: with `best_of`, the events of each completion, buffered until the best are known.
+    """
 
     request: Request
     generations: list[Generation]
@@ -87,13 +97,17 @@ class RequestState:
 
     @property
     def finished(self) -> bool:
-        """Whether every completion has ended."""
+        """Whether all completions have ended."""
         wanted = self.request.params.num_sequences
         ended = sum(g.finish_reason is not None for g in self.generations)
         return ended == wanted
 
     def pass_on(self, events: Iterable[TokenEvent]) -> Iterator[TokenEvent]:
-        """The events a caller sees now: all as they come, or with `best_of` those of the best once all have ended."""
+        """Yields the events to pass to the caller now.
+
+        Without `best_of` these are all `events`; with `best_of` the events of the best completions
+        once all have ended.
+        """
         params = self.request.params
         if params.num_sequences == params.n:
             yield from events
@@ -107,6 +121,6 @@ class RequestState:
 
 
 def _mean_logprob(events: list[TokenEvent]) -> float:
-    """Log-probability a token, the measure of `best_of`."""
+    """Returns the mean log-probability per token, by which `best_of` ranks completions."""
     values = [event.logprob for event in events if event.token_id is not None]
     return sum(values) / len(values) if values else float("-inf")

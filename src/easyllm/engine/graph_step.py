@@ -1,11 +1,12 @@
-"""The decoding step on a GPU as a recorded graph: one launch instead of hundreds.
+"""The decoding step on a GPU as a captured CUDA graph: one launch instead of hundreds.
 
-A step of few rows does little arithmetic, and a GPU would wait for Python between its kernels. Recorded once as a CUDA
-graph for a number of rows and a width of the page table, each rounded up to a power of two, it is replayed with new ids.
-Rows that only fill up the number write into a spare page that belongs to nobody.
+A decoding step with few rows does little arithmetic, so the GPU would wait for Python between its
+kernels. The step is therefore captured once as a CUDA graph for each number of rows and width of
+the page table, both rounded up to a power of two, and replayed with new inputs. Padding rows write
+into a spare page that no sequence uses.
 
-What is recorded is the decoder itself, over a store whose tables are tensors; results are those of the decoder within
-rounding.
+The captured computation is the decoder itself, on a store whose page table is a tensor; results
+equal those of the decoder within rounding.
 """
 
 from collections.abc import Sequence
@@ -27,17 +28,17 @@ from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.paged_attention import write_pages
 
 MOST_ROWS = 256
-"""Rows up to which steps are recorded; above, launches cost little beside the work."""
+"""Maximum rows of a captured step; with more rows, launch overhead is small next to the compute."""
 FIRST_POSITIONS = 4096
 LEAST_WIDTH = 16
-"""Pages of the narrowest table recorded."""
+"""Minimum width, in pages, of the page table of a captured step."""
 HEADER = 3
-"""Numbers in front of each row's table: id, position, length."""
+"""Number of integers before each row's page table: token id, position, key length."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    """A graph, the memory its inputs [rows, HEADER + width] are read from, and its logits [rows, V]."""
+    """A captured CUDA graph with its input [rows, HEADER + width] and output [rows, V] buffers."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Tensor
@@ -45,14 +46,15 @@ class _Recording:
 
 
 class GraphStep:
-    """Replays decoding steps of one model over one cache.
+    """Runs decoding steps of one model on one KV cache by replaying CUDA graphs.
 
     Args:
-        model: in inference mode, on a GPU. Where somebody moves or replaces its weights later, steps are recorded anew.
-        cache: with a spare page behind the others.
+        model: the model, in inference mode, on a GPU. If its weights are moved or replaced later,
+            steps are captured again.
+        cache: a cache with a spare page after the others.
 
     Raises:
-        ConfigError: the model or the cache is not served.
+        ConfigError: the model or the cache is not supported.
     """
 
     most_rows = MOST_ROWS
@@ -60,7 +62,9 @@ class GraphStep:
     def __init__(self, model: Decoder, cache: KVCache) -> None:
         refusal = self.refusal(model, cache)
         if refusal is not None:
-            raise ConfigError(f"decoding steps of this model are not recorded: {refusal}")
+            raise ConfigError(
+                f"decoding steps of this model cannot be captured as a CUDA graph: {refusal}"
+            )
         self.model, self.cache = model, cache
         self._weights = [(m._parameters, name) for m in model.modules() for name in m._parameters]
         self._recordings: dict[tuple[int, int], _Recording] = {}
@@ -71,7 +75,7 @@ class GraphStep:
 
     @staticmethod
     def refusal(model: Decoder, cache: KVCache) -> str | None:
-        """Why the model is not served; None if it is."""
+        """Returns why the model is not supported; None if it is."""
         if model.training or not gpu_ready(*model.parameters()):
             return "it needs inference mode, a GPU, weights of fp32, bf16 or fp16, and Triton"
         if packed := model.packed_formats():
@@ -81,20 +85,23 @@ class GraphStep:
         if cache.spare_page is None or not all(
             isinstance(x, Tensor) for x in (*cache.keys, *cache.values)
         ):
-            return "a layer keeps a state, or quantized keys"
+            return "a layer has a recurrent state or quantized keys and values"
         for number, layer in enumerate(model.layers):
-            refusal = _layer_refusal(model.config.layers[number], layer.mixer)  # type: ignore[arg-type]
+            refusal = _layer_refusal(
+                model.config.layers[number],
+                layer.mixer,  # type: ignore[arg-type]
+            )
             if refusal is not None:
                 return f"layer {number}: {refusal}"
         return None
 
     @classmethod
     def supports(cls, model: Decoder, cache: KVCache) -> bool:
-        """Whether the model is served."""
+        """Whether the model is supported."""
         return cls.refusal(model, cache) is None
 
     def bind(self) -> None:
-        """Forgets what was recorded: the weights have changed their places."""
+        """Drops all captured graphs; must be called when the weights' addresses have changed."""
         self._recordings.clear()
         self._addresses = self._where()
 
@@ -105,17 +112,18 @@ class GraphStep:
         page_table: Tensor,
         key_lengths: Sequence[int],
     ) -> Tensor:
-        """Logits after each token; its keys and values go into the pages.
+        """Decodes one token per row and writes its keys and values into the pages.
 
         Args:
-            token_ids: S ids.
-            positions: of each token.
+            token_ids: S token ids.
+            positions: position of each token.
             page_table: [S, max_pages] int32, on the CPU.
-            key_lengths: tokens of each sequence with this one, which is stored last of them. Tokens of one sequence
-                may follow one another (with the same row of the table), each a key longer.
+            key_lengths: number of keys of each row's sequence, including that of the row's own
+                token, which is stored last. Consecutive rows may be consecutive tokens of one
+                sequence (with the same row of the page table), each one key longer.
 
         Returns:
-            [S, V] fp32, on the model's device.
+            Logits [S, V] in fp32 after each token, on the model's device.
         """
         rows = len(token_ids)
         if self._where() != self._addresses:
@@ -134,23 +142,24 @@ class GraphStep:
         return recording.logits[:rows].clone()
 
     def _where(self) -> list[int]:
-        """Addresses of the weights."""
+        """Returns the addresses of the weights."""
         held = (parameters[name] for parameters, name in self._weights)
         return [0 if weight is None else weight.data_ptr() for weight in held]
 
     def _idle_rows(self, shape: tuple[int, int]) -> Tensor:
-        """[rows, HEADER + width] int32 on the CPU: rows that write into the spare page."""
-        assert self.cache.spare_page is not None, "refused otherwise"
+        """Returns padding rows [rows, HEADER + width] int32 on the CPU, on the spare page."""
+        assert self.cache.spare_page is not None, "refusal() requires a spare page"
         rows = torch.full((shape[0], HEADER + shape[1]), self.cache.spare_page, dtype=torch.int32)
         rows[:, :HEADER] = torch.tensor([0, 0, 1], dtype=torch.int32)
         return rows
 
     def _record(self, shape: tuple[int, int]) -> _Recording:
-        held = self._idle_rows(shape).to(self.model.device)  # the runs below write nowhere else
+        # padding rows: the runs below write into the spare page only
+        held = self._idle_rows(shape).to(self.model.device)
         stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream(self.model.device))
         with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled and libraries set up outside the graph
+            for _ in range(2):  # warm-up: compiles kernels and initializes libraries before capture
                 self._step(held)
         torch.cuda.current_stream(self.model.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -160,7 +169,7 @@ class GraphStep:
         return _Recording(graph, held, logits)
 
     def _step(self, inputs: Tensor) -> Tensor:
-        """The decoder on rows described by `inputs: [S, HEADER + width]`."""
+        """Runs the decoder on the rows described by `inputs: [S, HEADER + width]`."""
         ids, positions, lengths = (inputs[:, i].contiguous() for i in range(HEADER))
         table = inputs[:, HEADER:].contiguous()
         positions = positions.long()
@@ -172,7 +181,7 @@ class GraphStep:
         return logits
 
     def _reach(self, num_positions: int) -> None:
-        """Makes the rotations' tables long enough; what was recorded with shorter ones is forgotten."""
+        """Extends the RoPE tables if needed; drops graphs captured with shorter tables."""
         if num_positions <= self._num_positions:
             return
         longest = max(num_positions, 2 * self._num_positions, FIRST_POSITIONS)
@@ -187,7 +196,7 @@ class GraphStep:
 
 
 class _DecodeStore:
-    """One new token a row, with tables that are tensors (the `KeyValueStore` of a recorded step)."""
+    """The `KeyValueStore` of a captured step: one new token per row, page table as a tensor."""
 
     def __init__(self, cache: KVCache, table: Tensor, key_lengths: Tensor) -> None:
         self.cache, self.table, self.key_lengths = cache, table, key_lengths
@@ -203,37 +212,41 @@ class _DecodeStore:
         k: Tensor,
         v: Tensor,
         rule: AttentionRule,
-        prefix_lengths: tuple[int, ...] | None = None,  # noqa: ARG002 - a decoding step holds no prefix
+        prefix_lengths: tuple[int, ...] | None = None,  # noqa: ARG002 - decoding has no prefix
     ) -> Tensor:
         from easyllm.ops.gpu.paged_attention import decode_attention
 
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        assert isinstance(keys, Tensor), "refused otherwise"
-        assert isinstance(values, Tensor), "refused otherwise"
+        assert isinstance(keys, Tensor), "refusal() excludes quantized keys"
+        assert isinstance(values, Tensor), "refusal() excludes quantized values"
         write_pages(keys, k, self.pages, self.slots)
         write_pages(values, v, self.pages, self.slots)
         return decode_attention(
             *(q, keys, values, self.table, self.key_lengths), scale=rule.scale, window=rule.window
         )
 
-    def recur(self, layer: int, step: RecurrentStep, *inputs: Tensor) -> Tensor:  # noqa: ARG002 - the protocol's
-        raise AssertionError("refused: linear attention")
+    def recur(self, layer: int, step: RecurrentStep, *inputs: Tensor) -> Tensor:  # noqa: ARG002
+        raise AssertionError("refusal() excludes linear attention")
 
 
 def _layer_refusal(config: LayerConfig, mixer: Attention) -> str | None:
-    """What cannot be recorded of a layer: shapes that hang on values, or attention the kernel does not know."""
+    """Returns why a layer cannot be captured; None if it can.
+
+    The reasons are tensor shapes that depend on values, and attention variants that the kernel does
+    not implement.
+    """
     if isinstance(config.feed_forward, MoEConfig):
-        return "experts are given rows by their router"
+        return "a mixture of experts, whose tensor shapes depend on the routing"
     if not isinstance(config.mixer, AttentionConfig):
         return "linear attention"
     rule, position = mixer.rule, config.mixer.position
     if not (rule.plain and rule.causal) or rule.num_sinks:
-        return "attention with a soft cap, sinks, score positions or without a causal mask"
+        return "attention with a soft cap, sinks, positions in the scores, or no causal mask"
     if isinstance(position, Rope) and isinstance(position.scaling, DynamicNTKScaling):
-        return "frequencies that change with the length"
+        return "RoPE frequencies that change with the length (dynamic NTK)"
     return None
 
 
 def _rounded(count: int, least: int) -> int:
-    """The power of two at or above `count`, at least `least`."""
+    """Returns the smallest power of two that is at least `count` and at least `least`."""
     return max(least, 1 << (count - 1).bit_length())

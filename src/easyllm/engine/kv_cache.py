@@ -1,4 +1,4 @@
-"""The only owner of cached keys, values and recurrent states.
+"""The paged KV cache: sole owner of cached keys, values and recurrent states.
 
 Shapes: P pages, K key-value heads, d head_dim; T new tokens of S sequences in one pass.
 """
@@ -27,17 +27,21 @@ from easyllm.ops.paged_attention import (
 
 
 class KVCache:
-    """Keys and values of every attention layer in pages, and the states of every layer of linear attention.
+    """Pages of keys and values for softmax attention; recurrent states for linear attention.
 
     Args:
-        config: gives layers, heads and widths.
-        num_pages, page_size: P, and the tokens of a page.
-        dtype: of keys and values, or `"int8"`, `"int4"`; attention computes in the dtype of its queries.
-        device: of the model.
+        config: model configuration, for the number of layers, heads and head_dim.
+        num_pages: number of pages P.
+        page_size: tokens per page.
+        dtype: dtype of keys and values, or `"int8"`, `"int4"`; attention computes in the dtype of
+            its queries.
+        device: device of the model.
 
     Attributes:
-        keys, values: a tensor [P, K, page_size, d] for each layer; None where it keeps a state instead.
-        spare_page: on a GPU the number of one page more, which no sequence has: rows that fill up a batch write there.
+        keys, values: pages [P, K, page_size, d] for each layer; None for layers with a recurrent
+            state.
+        spare_page: on a GPU, the number of an extra page that no sequence uses, to which padding
+            rows of a batch write; None otherwise.
     """
 
     def __init__(
@@ -67,15 +71,22 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Of all pages, used or not."""
+        """Size in bytes of all pages, used or not."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
     def states(self, sequence_id: int) -> list[Any]:
-        """A sequence's state in each layer; None before its first token and in layers that keep keys."""
+        """Returns a sequence's recurrent state for each layer.
+
+        An entry is None before the first token, and for layers of softmax attention.
+        """
         return self._states.setdefault(sequence_id, [None] * self._num_layers)
 
     def copy_pages(self, copies: Copies) -> None:
-        """Copies pages, destination → source, in every layer; all sources are read before any is overwritten."""
+        """Copies pages in every layer; all sources are read before any page is overwritten.
+
+        Args:
+            copies: destination → source.
+        """
         if not copies:
             return
         for tensor in self._tensors():
@@ -86,7 +97,7 @@ class KVCache:
             tensor[to] = tensor[of]
 
     def _tensors(self) -> Iterator[Tensor]:
-        """Everything that lies in pages, page by page along the first axis."""
+        """Yields all tensors stored in pages; the first axis of each is the page number."""
         for pages in (*self.keys, *self.values):
             if isinstance(pages, QuantizedPages):
                 yield from (pages.codes, pages.scales)
@@ -94,7 +105,14 @@ class KVCache:
                 yield pages
 
     def move_states(self, forks: Iterable[tuple[int, int]], dropped: Iterable[int]) -> None:
-        """Gives children their parents' states (a step makes new ones, it changes none), and forgets the dropped."""
+        """Copies recurrent states from parents to children, then deletes the dropped sequences'.
+
+        The copies are shallow: a step creates new states and never modifies one in place.
+
+        Args:
+            forks: (parent, child) sequence ids.
+            dropped: ids of the sequences whose states are deleted.
+        """
         for parent, child in forks:
             if parent in self._states:
                 self._states[child] = list(self._states[parent])
@@ -103,10 +121,14 @@ class KVCache:
 
 
 def cache_format(wanted: str | None, usual: torch.dtype) -> torch.dtype | str:
-    """What keys and values are kept as: a dtype, `int8` or `int4`; `usual` where nothing is wanted.
+    """Returns the storage format of keys and values: a dtype, `int8` or `int4`.
+
+    Args:
+        wanted: the name of the format, or None for the default.
+        usual: the default dtype.
 
     Raises:
-        ConfigError: there is no such format.
+        ConfigError: the format is unknown.
     """
     if wanted is None or wanted in QUANTIZED_PAGES:
         return wanted or usual
@@ -117,20 +139,23 @@ def cache_format(wanted: str | None, usual: torch.dtype) -> torch.dtype | str:
 
 
 def cache_itemsize(config: ModelConfig, kept_as: torch.dtype | str) -> float:
-    """Bytes of an element of the cache, scales included (of the narrowest head there is)."""
+    """Returns the bytes per cache element, including scales (for the smallest head_dim)."""
     dims = [x.mixer.head_dim for x in config.layers if isinstance(x.mixer, AttentionConfig)]
     return element_bytes(kept_as, min(dims, default=1))
 
 
 class PagedStore:
-    """The cache as the layers see it in one pass (the `KeyValueStore` of its context).
+    """The cache as the layers access it in one forward pass: the pass's `KeyValueStore`.
 
     Args:
+        cache: the cache.
         tables: the pages of each sequence, in the order of the packed tokens.
-        offsets, lengths: position of the first new token of each, and how many there are.
-        sequence_ids: under which states are kept.
-        paged_only: whether prompts, too, attend over pages, where it would be faster over the pass's own keys: the kernel
-            for pages gives a query the same bits in any pass.
+        offsets: position of the first new token of each sequence.
+        lengths: number of new tokens of each sequence.
+        sequence_ids: keys under which recurrent states are stored.
+        paged_only: whether prompts also attend over the pages. Attending over the keys of the pass
+            would be faster, but the paged kernel is batch-invariant: it gives a query bitwise
+            identical results in any pass.
     """
 
     def __init__(
@@ -166,10 +191,10 @@ class PagedStore:
         rule: AttentionRule,
         prefix_lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Writes `k, v: [T, K, d]` into their pages, and attends over all of each sequence's pages."""
+        """Writes `k, v: [T, K, d]` into their pages, and attends over each sequence's pages."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        assert keys is not None, "a layer of softmax attention keeps keys"
-        assert values is not None, "and values"
+        assert keys is not None, "a layer of softmax attention has pages of keys"
+        assert values is not None, "a layer of softmax attention has pages of values"
         table, pages, slots = self._on(q.device)
         write_pages(keys, k, pages, slots)
         write_pages(values, v, pages, slots)
@@ -187,7 +212,7 @@ class PagedStore:
         )
 
     def recur(self, layer: int, step: RecurrentStep, *inputs: Tensor) -> Tensor:
-        """Runs `step` on each sequence's new tokens from the state it left, and keeps the new one."""
+        """Runs `step` on each sequence's new tokens from its stored state; stores the new state."""
         out = []
         for sequence_id, *piece in zip(
             self.sequence_ids, *(tensor.split(self.lengths) for tensor in inputs), strict=True
@@ -198,7 +223,10 @@ class PagedStore:
         return torch.cat(out)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The page table [S, max_pages] int32, and page and slot of each new token, made by the first layer."""
+        """Returns the page table [S, max_pages] int32, and page and slot of each new token.
+
+        The tensors are created by the first layer and reused by the others.
+        """
         if self._placed is None:
             self._placed = (
                 torch.tensor(self._table, dtype=torch.int32, device=device),

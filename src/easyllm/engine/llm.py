@@ -1,4 +1,4 @@
-"""The engine in process: prompts in, completions out."""
+"""Offline (in-process) inference: prompts in, completions out."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,13 +36,17 @@ MAX_DRAFT_TOKENS = 16
 
 @dataclass(slots=True)
 class Completion:
-    """What a prompt became: `logprobs[i]` is of `token_ids[i]`, in nats, under the model's own (raw) distribution.
+    """The completion of a prompt.
 
     Attributes:
-        details: for each token, where `SamplingParams.logprobs` asked for them.
-        prompt_logprobs: of each prompt token after the first, where they were asked for.
-        others: with `n` the other completions.
-        score: of a hypothesis of beam search; what its alternatives are ranked by.
+        text: generated text.
+        token_ids: generated tokens.
+        logprobs: log-probability of each token in nats, under the model's own (raw) distribution.
+        finish_reason: why generation ended; None while it is running.
+        details: for each token, its `Logprobs`, if requested with `SamplingParams.logprobs`.
+        prompt_logprobs: `Logprobs` of each prompt token after the first, if requested.
+        others: the other completions of the same prompt, with `n` > 1.
+        score: beam search only: the score by which hypotheses are ranked.
     """
 
     text: str = ""
@@ -55,7 +59,7 @@ class Completion:
     score: float | None = None
 
     def take(self, event: TokenEvent) -> None:
-        """Adds one event; that of another completion goes where it belongs."""
+        """Adds one event, to this completion or to that of `others` to which it belongs."""
         if event.index:
             while len(self.others) < event.index:
                 self.others.append(Completion())
@@ -76,45 +80,51 @@ class Completion:
 
 
 def _refuse_loading_options(**options: Any) -> None:
-    """Refuses what would have to change a model that is the caller's.
+    """Refuses loading options that would have to change a model owned by the caller.
 
     Raises:
-        ConfigError: an option is given.
+        ConfigError: such an option is set.
     """
     given = [name for name, value in options.items() if value is not None]
     if given:
-        remedy = "load it so: load_model(source, ...)"
+        remedy = "pass the option when loading it: load_model(source, ...)"
         if given == ["quantize"]:
-            remedy += f', or call quantize_weights(model, "{options["quantize"]}"), which changes it in place'
+            remedy += (
+                f', or call quantize_weights(model, "{options["quantize"]}"), which changes it in '
+                "place"
+            )
         raise ConfigError(
-            f"{', '.join(given)} would change the model that was given, which is loaded already; {remedy}"
+            f"{', '.join(given)} would change the model that was passed in, which is already "
+            f"loaded; {remedy}"
         )
 
 
 class LLM:
-    """A model ready to generate.
+    """A model with an inference engine, ready to generate.
 
     Args:
-        source: as `load_model` takes it.
-        dtype: of the weights; by default fp32 on a CPU, bf16 on an accelerator.
+        source: the model, in any form that `load_model` accepts.
+        dtype: dtype of the weights; by default fp32 on a CPU, bf16 on an accelerator.
         device: `"cpu"`, `"cuda"`, `"auto"`.
-        context: positions that reach further than the model was trained.
-        quantize: weights quantized while they are read, `"int8"` or `"int4"`; embedding and head are int8 in both.
-        model: one that is loaded already. It stays the caller's: it is computed with as it is, so `dtype`, `device`,
-            `context` and `quantize`, which say how to load, are refused (`quant.quantize_weights` quantizes a loaded
-            model, in place).
-        tokenizer: one that is loaded already, instead of the source's.
-        adapters: folders of adapters (peft's layout) by the names that requests use for them.
-        draft: guesses tokens ahead, with the same output (speculative decoding): `"ngram"` looks in the text itself,
-            anything else is a smaller model of the same tokenizer (a source, or one that is loaded).
-        draft_tokens: guesses at most.
-        options: of the engine, as in `EngineConfig`: page_size, num_pages or cache_gb, cache_dtype, max_running,
-            max_step_tokens, prefix_caching.
+        context: context extension beyond the length the model was trained on.
+        quantize: quantizes the weights while they are loaded, to `"int8"` or `"int4"`; embedding
+            and head are int8 in both.
+        model: a model that is already loaded. It still belongs to the caller and is used unchanged,
+            so the loading options `dtype`, `device`, `context` and `quantize` are refused
+            (`quant.quantize_weights` quantizes a loaded model in place).
+        tokenizer: a tokenizer that is already loaded, instead of the source's.
+        adapters: adapter folders (in peft's format), by the names that requests use for them.
+        draft: source of draft tokens for speculative decoding, which does not change greedy output
+            or the distribution of sampled output: `"ngram"` looks them up in the text itself,
+            anything else is a smaller model with the same tokenizer (a source or a loaded model).
+        draft_tokens: maximum number of draft tokens per step.
+        options: options of the engine, the fields of `EngineConfig`: page_size, num_pages or
+            cache_gb, cache_dtype, max_running, max_step_tokens, prefix_caching.
 
     Raises:
-        SourceError, CheckpointError: as `load_model`.
-        ConfigError: an option is wrong, or says how to load a model that is loaded already; model and cache do not fit
-            into memory.
+        SourceError, CheckpointError: as for `load_model`.
+        ConfigError: an option is wrong, or is a loading option for a model that is already loaded;
+            or the model and the cache do not fit into memory.
 
     Example:
         >>> llm = LLM("smollm2", max_running=8)                                   # doctest: +SKIP
@@ -155,17 +165,17 @@ class LLM:
             drafter = self._drafter(draft, draft_tokens, checked)
             self.engine = Engine(self.model, self.tokenizer, checked, drafter=drafter)
         except BaseException:
-            for name in added:  # a model that was given stays as it was
+            for name in added:  # leaves the caller's model unchanged
                 detach(self.model, name)
             raise
 
     def _add_adapters(self, adapters: Mapping[str, str | Path]) -> list[str]:
-        """Attaches adapters by name: all of them, or none."""
+        """Attaches adapters by name; on an error, none of them. Returns their names."""
         added: list[str] = []
         try:
             for name, folder in adapters.items():
                 if not name:
-                    raise ConfigError("an adapter needs a name, by which requests ask for it")
+                    raise ConfigError("an adapter needs a name, by which requests select it")
                 add_adapter(self.model, folder, name=name)
                 added.append(name)
         except BaseException:
@@ -181,10 +191,16 @@ class LLM:
         *,
         adapter: str | Sequence[str] = "",
     ) -> list[Completion]:
-        """Completions of plain prompts (text or ids), in their order.
+        """Returns the completions of plain prompts (text or token ids), in the same order.
 
         Args:
-            adapter: the name of the adapter to use, or one name for each prompt; empty for the base.
+            prompts: the prompts.
+            params: sampling parameters of all prompts.
+            adapter: the name of the adapter to use, or one name per prompt; empty for the base
+                model.
+
+        Raises:
+            ConfigError: the engine cannot serve a prompt or an adapter (see `Engine.add`).
         """
         return self._run([self.encode(p) for p in prompts], params or SamplingParams(), adapter)
 
@@ -195,8 +211,20 @@ class LLM:
         *,
         adapter: str | Sequence[str] = "",
     ) -> Any:
-        """The assistant's next turn: a `Completion` for one conversation, a list for a list of them; `adapter` as in
-        `generate`."""
+        """Returns the assistant's next turn, using the model's chat template.
+
+        Args:
+            messages: one conversation, or a list of conversations.
+            params: sampling parameters of all conversations.
+            adapter: as in `generate`.
+
+        Returns:
+            A `Completion` for one conversation, a list of them for a list of conversations.
+
+        Raises:
+            ConfigError: the engine cannot serve a conversation or an adapter (see `Engine.add`).
+            DataError: the conversation cannot be encoded (see `encode_chat`).
+        """
         many = bool(messages) and isinstance(messages[0], list)
         chats: Any = messages if many else [messages]
         ids = [self.encode_chat(c) for c in chats]
@@ -204,16 +232,19 @@ class LLM:
         return done if many else done[0]
 
     def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[TokenEvent]:
-        """Events of one request as they come."""
+        """Streams the events of one request."""
         return self.engine.run([Request(prompt_ids=tuple(prompt_ids), params=params)])
 
     def beam_search(
         self, prompts: Sequence[Prompt], params: BeamParams | None = None
     ) -> list[Completion]:
-        """The best hypotheses of each prompt: the best one, with the next `params.n` - 1 as its `others`.
+        """Returns the best hypotheses of each prompt, found by beam search.
+
+        Returns:
+            For each prompt, the best hypothesis, with the next `params.n` - 1 as its `others`.
 
         Raises:
-            ConfigError: a prompt or its beams are too long for context or cache.
+            ConfigError: a prompt or its beams are too long for the context or the cache.
         """
         params = params or BeamParams()
         results = []
@@ -228,10 +259,14 @@ class LLM:
 
     @torch.inference_mode()
     def score(self, text: Prompt, *, adapter: str = "") -> list[float]:
-        """Log-probability in nats of each token after the first, given those before it; `adapter` as in `generate`.
+        """Returns the log-probability in nats of each token after the first, given its prefix.
+
+        Args:
+            text: text or token ids.
+            adapter: as in `generate`, one name.
 
         Raises:
-            ConfigError: there is no token, or one the model does not have.
+            ConfigError: the text has no token, or one outside the vocabulary.
         """
         tokens = self.encode(text)
         self.engine.check_tokens(tokens)
@@ -247,15 +282,15 @@ class LLM:
         return scores
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Ids of a plain prompt."""
+        """Returns the token ids of a plain prompt."""
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Ids of a conversation up to where the assistant begins.
+        """Returns the token ids of a conversation, ending where the assistant's turn begins.
 
         Raises:
-            DataError: the model has no chat template, it refuses the messages or leaves one out, or the context cannot
-                hold them.
+            DataError: the model has no chat template; the template raises an error or omits a
+                message; or the conversation does not fit into the context.
         """
         return self.tokenizer.encode_chat(
             messages,
@@ -277,7 +312,7 @@ class LLM:
     def _drafter(
         self, draft: str | Path | Decoder | None, count: int, options: EngineConfig
     ) -> Drafter | None:
-        """Who guesses, if anybody does."""
+        """Returns the drafter, or None without speculative decoding."""
         if draft is None:
             return None
         if not 1 <= count <= MAX_DRAFT_TOKENS:
@@ -288,8 +323,9 @@ class LLM:
             theirs = load_tokenizer(draft)
             if theirs.fingerprint != self.tokenizer.fingerprint:
                 raise ConfigError(
-                    f"the draft model {str(draft)!r} has another vocabulary ({theirs.vocab_size} tokens, the model's "
-                    f"tokenizer has {self.tokenizer.vocab_size}); take a draft with the same tokenizer"
+                    f"the draft model {str(draft)!r} has another vocabulary ({theirs.vocab_size} "
+                    f"tokens, the model's tokenizer has {self.tokenizer.vocab_size}); use a draft "
+                    "model with the same tokenizer"
                 )
             draft = load_model(draft, dtype=self.model.dtype, device=str(self.model.device))
         pages = -(-self.model.config.max_seq_len // options.page_size)
@@ -310,7 +346,7 @@ class LLM:
         names = [adapter] * len(prompts) if isinstance(adapter, str) else list(adapter)
         if len(names) != len(prompts):
             raise ConfigError(
-                f"{len(names)} adapters are named for {len(prompts)} prompts; name one for each"
+                f"{len(names)} adapters are named for {len(prompts)} prompts; name one per prompt"
             )
         requests = [
             Request(prompt_ids=tuple(ids), params=params, adapter=name)

@@ -1,4 +1,4 @@
-"""What a model and its cache take of the memory that is free, decided before anything is allocated."""
+"""Memory plan: sizes of the weights and the KV cache, decided before anything is allocated."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,20 +13,21 @@ from easyllm.plan.kv_cache import cache_size, rolling_window
 from easyllm.quant import schemes, weight_bytes
 
 DEFAULT_SHARE = 0.25
-"""Of the free memory, for a cache nobody has given a size."""
+"""Maximum share of the free memory for a cache whose size is not configured."""
 GB = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Where memory goes.
+    """How memory is divided between weights and cache.
 
     Attributes:
-        weight_bytes: of the weights.
-        page_bytes: of a page, keys and values of all layers; page_size: its tokens.
-        num_pages: of the cache.
-        state_bytes: recurrent states of all sequences that may run at once.
-        free_bytes: what was free for all of this.
+        weight_bytes: size of the weights.
+        page_bytes: size of a page: keys and values of all layers.
+        page_size: tokens per page.
+        num_pages: pages of the cache.
+        state_bytes: size of the recurrent states of `max_running` sequences.
+        free_bytes: free memory when the plan was computed.
     """
 
     weight_bytes: int
@@ -38,18 +39,20 @@ class MemoryPlan:
 
     @property
     def cache_bytes(self) -> int:
+        """Size of all pages and recurrent states."""
         return self.num_pages * self.page_bytes + self.state_bytes
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the cache holds."""
+        """Number of tokens that fit into the cache."""
         return self.num_pages * self.page_size
 
     def line(self) -> str:
-        """The plan in one line, for people."""
+        """Returns a human-readable summary of the plan in one line."""
         return (
-            f"memory: weights {self.weight_bytes / GB:.2f} GB, cache {self.cache_bytes / GB:.2f} GB = {self.num_pages:,} "
-            f"pages of {self.page_size} tokens ({self.num_tokens:,} tokens), {self.free_bytes / GB:.1f} GB were free"
+            f"memory: weights {self.weight_bytes / GB:.2f} GB, cache {self.cache_bytes / GB:.2f} "
+            f"GB = {self.num_pages:,} pages of {self.page_size} tokens ({self.num_tokens:,} "
+            f"tokens), {self.free_bytes / GB:.1f} GB were free"
         )
 
 
@@ -61,14 +64,17 @@ def plan_memory(
     itemsize: float,
     free_bytes: int,
 ) -> MemoryPlan:
-    """The cache's size, by what is asked for and what is free.
+    """Computes the size of the cache from the options and the free memory.
 
     Args:
-        weight_bytes: of the model, which is loaded already: `free_bytes` is what is left beside it.
-        itemsize: bytes of an element of keys and values.
+        config: model configuration.
+        options: engine options.
+        weight_bytes: size of the model's weights, which are already loaded.
+        itemsize: bytes per element of keys and values.
+        free_bytes: memory that is free after loading the weights.
 
     Raises:
-        ConfigError: the cache does not fit beside the weights.
+        ConfigError: the cache does not fit into the free memory.
     """
     size = options.page_size
     one = cache_size(config, context=1, itemsize=itemsize)
@@ -86,16 +92,18 @@ def plan_memory(
         num_pages = options.max_running * pages_of_one
     if options.num_pages is None and options.cache_gb is None and page_bytes:
         num_pages = min(num_pages, int(DEFAULT_SHARE * room) // page_bytes)
-    if not page_bytes:  # linear attention alone: pages count tokens and hold nothing
+    if not page_bytes:  # only linear attention: pages only count tokens, they store nothing
         num_pages = min(num_pages, options.max_running * pages_of_one)
     needed = max(num_pages, 1) * page_bytes
     if needed > room or num_pages < 1:
         raise ConfigError(
-            f"the cache needs {max(needed, page_bytes) / GB:.2f} GB and {max(room, 0) / GB:.2f} GB are free beside the "
-            f"weights ({(needed - room) / GB:.2f} GB short); lower cache_gb, num_pages or max_running, or set cache_dtype "
-            "to bfloat16"
+            f"the cache needs {max(needed, page_bytes) / GB:.2f} GB, but only "
+            f"{max(room, 0) / GB:.2f} GB are free next to the weights "
+            f"({(needed - room) / GB:.2f} GB short); lower cache_gb, num_pages or max_running, or "
+            "set cache_dtype to bfloat16"
             if needed > room
-            else f"cache_gb={options.cache_gb} is less than one page of {size} tokens ({page_bytes / GB:.4f} GB); raise it"
+            else f"cache_gb={options.cache_gb} is less than one page of {size} tokens "
+            f"({page_bytes / GB:.4f} GB); raise it"
         )
     return MemoryPlan(
         weight_bytes=weight_bytes,
@@ -110,13 +118,17 @@ def plan_memory(
 def check_weights_fit(
     model: Decoder, dtype: torch.dtype, free_bytes: int, *, quantize: str | None = None
 ) -> None:
-    """Refuses a model whose weights alone are more than what is free.
+    """Refuses a model whose weights alone do not fit into the free memory.
 
     Args:
-        model: without weights (on the meta device).
+        model: the model without weights (on the meta device).
+        dtype: dtype of the weights that are not quantized.
+        free_bytes: free memory.
+        quantize: weight format to load into; None for no quantization.
 
     Raises:
-        ConfigError: with how much is missing, and the format that would fit, if one would.
+        ConfigError: the weights do not fit; the message contains how much memory is missing, and a
+            format that would fit if there is one.
     """
     needed = weight_bytes(model, dtype, quantize)
     if needed <= free_bytes:
@@ -127,13 +139,13 @@ def check_weights_fit(
         **{f"set quantize to {name}": (dtype, name) for name in schemes()},
     }
     fitting = (what for what, how in formats.items() if weight_bytes(model, *how) <= free_bytes)
-    remedy = next(fitting, "take a smaller model or a machine with more memory")
+    remedy = next(fitting, "use a smaller model or a machine with more memory")
     raise ConfigError(
-        f"the weights need {needed / GB:.2f} GB as {asked} and {free_bytes / GB:.2f} GB are "
+        f"the weights need {needed / GB:.2f} GB as {asked}, but only {free_bytes / GB:.2f} GB are "
         f"free ({(needed - free_bytes) / GB:.2f} GB short); {remedy}"
     )
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of some tensors together."""
+    """Returns the total size of the tensors in bytes."""
     return sum(tensor.nbytes for tensor in tensors)

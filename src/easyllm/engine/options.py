@@ -1,4 +1,4 @@
-"""What a user may say of the engine's memory and batches."""
+"""User options of the engine: KV cache and batch sizes."""
 
 from typing import Annotated
 
@@ -8,20 +8,24 @@ from easyllm.core.config import Config
 
 
 class EngineConfig(Config):
-    """How the cache and the batches are cut.
+    """Options of the engine.
 
     Attributes:
-        page_size: tokens a page of the cache holds.
-        num_pages: all pages; or
-        cache_gb: memory for them; by default what `max_running` sequences of the model's context need, at most a
-            quarter of the memory that is free.
-        cache_dtype: of keys and values; by default the model's, and bfloat16 beside quantized weights (the model's in
-            deterministic mode). `int8` and `int4` keep a scale for each token and head.
-        compiled_step: whether steps that only decode may go through one call into C.
-        deterministic: the same request gives the same bits whatever shares its batch, at the cost of speed.
-        max_running: sequences that run at once.
-        max_step_tokens: most tokens computed in a step; longer prompts are cut into chunks.
-        prefix_caching: whether the keys of a beginning that was seen before are used again.
+        page_size: tokens per page of the KV cache.
+        num_pages: number of pages of the KV cache; mutually exclusive with `cache_gb`.
+        cache_gb: memory for the pages in GB. If neither is set, the cache fits `max_running`
+            sequences of the model's context, but takes at most a quarter of the free memory.
+        cache_dtype: dtype of keys and values; by default that of the model, or bfloat16 with
+            quantized weights (in deterministic mode always that of the model). `int8` and `int4`
+            store a scale for each token and head.
+        compiled_step: whether decode-only steps may run as a single call (compiled C on a CPU, a
+            CUDA graph on a GPU).
+        deterministic: batch-invariant mode: a request gives bitwise identical results whatever the
+            batch composition, at the cost of speed.
+        max_running: maximum number of sequences that run at once.
+        max_step_tokens: maximum number of tokens computed in a step; longer prompts are split into
+            chunks (chunked prefill).
+        prefix_caching: whether the keys and values of a prompt prefix seen before are reused.
     """
 
     page_size: Annotated[int, Field(ge=1, le=1024)] = 16
@@ -37,10 +41,11 @@ class EngineConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> "EngineConfig":
         if self.num_pages is not None and self.cache_gb is not None:
-            raise ValueError("num_pages and cache_gb both say how large the cache is; give one")
+            raise ValueError("num_pages and cache_gb both set the cache size; set only one of them")
         if self.max_running > self.max_step_tokens:
             raise ValueError(
-                f"max_running={self.max_running} is more than max_step_tokens={self.max_step_tokens}: every "
-                "running sequence takes a token of a step; lower max_running or raise max_step_tokens"
+                f"max_running={self.max_running} is more than "
+                f"max_step_tokens={self.max_step_tokens}: every running sequence needs one token "
+                "per step; lower max_running or raise max_step_tokens"
             )
         return self

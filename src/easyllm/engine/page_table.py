@@ -1,24 +1,26 @@
-"""The pages of one sequence, in the order of its tokens."""
+"""The page table of one sequence: its pages in token order."""
 
 from collections.abc import Sequence
 
 from easyllm.engine.pages import ROOT, Namespace, PageKey, PagePool
 
 Copies = dict[int, int]
-"""Page copies to make before a pass writes: destination → source."""
+"""Page copies to execute before a pass writes to the cache: destination → source."""
 
 
 class PageTable:
-    """Which page holds which tokens of a sequence: token i lies in page `pages[i // page_size]`.
+    """Maps the tokens of a sequence to pages: token i is stored in page `pages[i // page_size]`.
 
     Args:
-        pool: where pages come from and go to.
-        namespace: with whom full pages are shared.
-        num_sinks: first tokens whose pages stay when a window moves on.
+        pool: the pool that pages are allocated from and released to.
+        namespace: full pages are shared only with sequences of the same namespace.
+        num_sinks: number of first tokens (attention sinks) whose pages are retained when the
+            attention window moves on.
 
     Attributes:
-        first: pages before this one, but for those of the sinks, have been given back (a window has passed them); their
-            numbers mean nothing.
+        pages: page numbers in token order.
+        first: index of the first page still in use. Earlier pages, except those of the sinks, have
+            been released because the window has passed them; their entries are meaningless.
     """
 
     def __init__(self, pool: PagePool, namespace: Namespace, *, num_sinks: int = 0) -> None:
@@ -26,19 +28,22 @@ class PageTable:
         self._stay = -(-num_sinks // pool.page_size)
         self.pages: list[int] = []
         self.first = 0
-        self._digests: list[bytes] = []  # of the full pages registered so far
+        self._digests: list[bytes] = []  # digests of the full pages registered so far
 
     @property
     def held(self) -> list[int]:
-        """The pages this table has a reference to."""
+        """The pages to which this table has a reference."""
         return [*self.pages[: min(self._stay, self.first)], *self.pages[self.first :]]
 
     def adopt(self, tokens: Sequence[int]) -> int:
-        """Takes the full pages that hold a beginning of `tokens`, and says how many tokens they hold.
+        """Reuses cached full pages that store a prefix of `tokens` (prefix caching).
 
-        The last token is never among them: somebody must ask for its logits.
+        The last token is never reused, because its logits must be computed.
+
+        Returns:
+            The number of tokens stored in these pages.
         """
-        assert not self.pages, "a prefix is taken before anything else"
+        assert not self.pages, "a prefix can only be adopted by an empty table"
         size = self.pool.page_size
         for start in range(0, len(tokens) - size, size):
             key = self._key(tokens, start)
@@ -50,15 +55,19 @@ class PageTable:
         return len(self.pages) * size
 
     def missing(self, start: int, end: int) -> int:
-        """Pages that must be taken before tokens `start` to `end` can be written."""
+        """Returns how many pages must be allocated before tokens `start` to `end` are written."""
         size = self.pool.page_size
         fresh = -(-end // size) - len(self.pages)
         return max(fresh, 0) + len(self._shared(start))
 
     def reserve(self, start: int, end: int, copies: Copies) -> bool:
-        """Makes room for tokens `start` to `end`; False, and nothing changed, where pages are short.
+        """Allocates pages for tokens `start` to `end`.
 
-        A page that others hold, too, is copied before it is written; the copy is added to `copies`.
+        A page shared with other sequences must be copied before it is written (copy-on-write); the
+        copy is added to `copies`.
+
+        Returns:
+            False if there are not enough pages; nothing is changed then.
         """
         if self.missing(start, end) > self.pool.available:
             return False
@@ -73,8 +82,10 @@ class PageTable:
         return True
 
     def commit(self, tokens: Sequence[int], computed: int) -> None:
-        """Takes note that the first `computed` tokens are in the cache: full pages can be found, pages beyond are
-        given back."""
+        """Records that the first `computed` tokens are in the cache.
+
+        Registers full pages for prefix caching, and releases pages after the last computed token.
+        """
         size = self.pool.page_size
         while len(self.pages) > -(-computed // size):
             self.pool.release(self.pages.pop())
@@ -85,14 +96,14 @@ class PageTable:
             self._digests.append(self.pool.register(self.pages[index], key))
 
     def roll(self, position: int) -> None:
-        """Gives back the pages that hold only tokens before `position`, but for the sinks'."""
+        """Releases the pages with only tokens before `position`, except those of the sinks."""
         last = min(position // self.pool.page_size, len(self.pages))
         for page in self.pages[max(self.first, self._stay) : last]:
             self.pool.release(page)
         self.first = max(self.first, last)
 
     def fork(self) -> "PageTable":
-        """A table of the same tokens, all pages shared."""
+        """Returns a table of the same tokens that shares all pages."""
         twin = PageTable(self.pool, self.namespace, num_sinks=self.num_sinks)
         twin.pages, twin.first, twin._digests = list(self.pages), self.first, list(self._digests)
         for page in self.held:
@@ -100,18 +111,18 @@ class PageTable:
         return twin
 
     def release(self) -> None:
-        """Gives every page back, the last first, so that a prefix outlives what lies behind it."""
+        """Releases all pages, last first, so that a prefix is evicted after its continuation."""
         for page in reversed(self.held):
             self.pool.release(page)
         self.pages, self.first, self._digests = [], 0, []
 
     def _shared(self, start: int) -> list[int]:
-        """Places of pages that would be written from token `start` on and that others hold, too."""
+        """Returns the indices of pages written from token `start` on that others reference too."""
         first = start // self.pool.page_size
         places = range(first, len(self.pages))
         shared = [i for i in places if self.pool.references(self.pages[i]) > 1]
         assert not any(self.pool.is_indexed(self.pages[i]) for i in places if i not in shared), (
-            "a page that can be found is never written"
+            "an indexed page is never written"
         )
         return shared
 

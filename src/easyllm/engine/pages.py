@@ -1,7 +1,9 @@
-"""Pages of the cache as numbers: who holds them, which are free, which hold a prefix seen before.
+"""The page allocator of the paged KV cache, with reference counts and prefix caching.
 
-A page is room for `page_size` tokens in every layer (Kwon et al. 2023, arXiv 2309.06180, section 4). It is free, or referenced by
-one sequence or more, or idle: full, no longer referenced, but found again by what it holds until its room is needed.
+It handles page numbers only, no tensors. A page has space for `page_size` tokens in every layer
+(Kwon et al. 2023, arXiv 2309.06180, section 4). It is in one of three states: free; referenced by
+one or more sequences; or idle, that is full and no longer referenced, but still indexed by its
+content until it is evicted.
 
     free + idle + referenced = total
 """
@@ -18,7 +20,7 @@ ROOT = bytes(32)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Namespace:
-    """Whose prefixes are shared: sequences of another adapter or salt never see one another's pages."""
+    """Scope of prefix sharing: sequences share pages only if adapter and salt are equal."""
 
     adapter: str = ""
     salt: str = ""
@@ -26,14 +28,14 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True)
 class PageKey:
-    """What a full page holds, and behind what."""
+    """Content of a full page: its tokens and the digest of all pages before it."""
 
     parent: bytes
     tokens: tuple[int, ...]
     namespace: Namespace
 
     def digest(self) -> bytes:
-        """SHA-256 of all of it; lengths stand before texts, so that no two keys are written alike."""
+        """Returns the SHA-256 of the key; strings are length-prefixed to make it unambiguous."""
         adapter, salt = self.namespace.adapter.encode(), self.namespace.salt.encode()
         sizes = array("q", (len(adapter), len(salt), len(self.tokens)))
         parts = (self.parent, sizes.tobytes(), adapter, salt, array("q", self.tokens).tobytes())
@@ -41,19 +43,19 @@ class PageKey:
 
 
 class PagePool:
-    """A fixed number of pages, counted by reference.
+    """A pool of a fixed number of reference-counted pages.
 
     Args:
-        num_pages: all there are.
-        page_size: tokens a page holds.
-        prefix_caching: whether full pages are found again by what they hold.
+        num_pages: total number of pages.
+        page_size: tokens per page.
+        prefix_caching: whether full pages are indexed by their content for reuse.
     """
 
     def __init__(self, num_pages: int, page_size: int, *, prefix_caching: bool = True) -> None:
-        assert num_pages > 0, "a pool has a page"
-        assert page_size > 0, "a page holds a token"
+        assert num_pages > 0, "a pool has at least one page"
+        assert page_size > 0, "a page has space for at least one token"
         self.num_pages, self.page_size, self.prefix_caching = num_pages, page_size, prefix_caching
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack: the same few pages stay warm
+        self._free = list(range(num_pages - 1, -1, -1))  # a stack: reuses pages still in CPU cache
         self._references = [0] * num_pages
         self._keys: list[PageKey | None] = [None] * num_pages
         self._index: dict[bytes, int] = {}
@@ -61,42 +63,42 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """Pages that can be taken now: free ones, and idle ones that would be forgotten."""
+        """Number of pages that can be allocated now: free pages, and idle pages to evict."""
         return len(self._free) + len(self._idle)
 
     @property
     def idle(self) -> int:
-        """Pages nobody holds whose content can still be found."""
+        """Number of unreferenced pages that are still indexed by their content."""
         return len(self._idle)
 
     def references(self, page: int) -> int:
-        """How many sequences hold `page`."""
+        """Returns the reference count of `page`."""
         return self._references[page]
 
     def is_indexed(self, page: int) -> bool:
-        """Whether `page` can be found by what it holds; such a page is full and never written again."""
+        """Whether `page` is indexed by its content; such a page is full and never written again."""
         return self._keys[page] is not None
 
     def allocate(self) -> int:
-        """An unshared page; the least recently used idle one is forgotten where none is free."""
+        """Allocates a page; evicts the least recently used idle page if none is free."""
         if self._free:
             page = self._free.pop()
         else:
-            assert self._idle, "callers ask for `available` first"
+            assert self._idle, "callers check `available` first"
             page, _ = self._idle.popitem(last=False)
             self._forget(page)
         self._references[page] = 1
         return page
 
     def share(self, page: int) -> int:
-        """Counts another holder of a page somebody holds."""
-        assert self._references[page] > 0, "only a held page is shared"
+        """Adds a reference to a page that is already referenced."""
+        assert self._references[page] > 0, "only a referenced page can be shared"
         self._references[page] += 1
         return page
 
     def release(self, page: int) -> None:
-        """Gives a reference back; the last one makes the page idle where it can be found, else free."""
-        assert self._references[page] > 0, f"page {page} is given back twice"
+        """Drops a reference; after the last, the page becomes idle if it is indexed, else free."""
+        assert self._references[page] > 0, f"page {page} is released twice"
         self._references[page] -= 1
         if self._references[page]:
             return
@@ -106,7 +108,10 @@ class PagePool:
             self._idle[page] = None
 
     def find(self, key: PageKey) -> int | None:
-        """The page that holds `key`, with a reference taken; tokens and parent are compared, not the digest alone."""
+        """Returns the page with the content `key` and adds a reference; None if there is none.
+
+        Compares tokens and parent, not only the digest.
+        """
         page = self._index.get(key.digest())
         if page is None or self._keys[page] != key:
             return None
@@ -115,9 +120,10 @@ class PagePool:
         return page
 
     def register(self, page: int, key: PageKey) -> bytes:
-        """Makes a full page known by what it holds; returns its digest, the parent of the next page.
+        """Indexes a full page by its content; returns its digest, the parent of the next page.
 
-        Where another page already holds the same, that one stays known and this one is freed in its time.
+        If a page with the same content is already indexed, that page remains indexed, and this one
+        becomes free when its last reference is released.
         """
         digest = key.digest()
         if self.prefix_caching and digest not in self._index:
@@ -126,33 +132,33 @@ class PagePool:
         return digest
 
     def forget_prefixes(self) -> None:
-        """Forgets what pages hold (the weights behind them have changed)."""
+        """Clears the index of page contents, for use when the model's weights have changed."""
         for page in tuple(self._index.values()):
             self._forget(page)
         self._free.extend(self._idle)
         self._idle.clear()
 
     def check(self, held: Sequence[Sequence[int]]) -> None:
-        """Asserts the pool's invariants, given the pages each sequence holds."""
+        """Asserts the pool's invariants, given the pages that each sequence references."""
         counts = [0] * self.num_pages
         for pages in held:
             for page in pages:
                 counts[page] += 1
-        assert counts == self._references, "references are counted as they are held"
+        assert counts == self._references, "the reference counts match the references"
         referenced = sum(count > 0 for count in counts)
         assert len(self._free) + len(self._idle) + referenced == self.num_pages, "no page leaks"
         lying = {*self._free, *self._idle}
-        assert len(lying) == len(self._free) + len(self._idle), "no page lies in two places"
-        assert not any(counts[page] for page in lying), "no held page is free"
+        assert len(lying) == len(self._free) + len(self._idle), "no page is in two lists"
+        assert not any(counts[page] for page in lying), "no referenced page is free or idle"
         for digest, page in self._index.items():
             key = self._keys[page]
             assert key is not None, "an indexed page has a key"
-            assert key.digest() == digest, "a page is indexed by what it holds"
-        assert len(self._index) == sum(key is not None for key in self._keys), "one page a key"
-        assert all(self._keys[page] is not None for page in self._idle), "idle pages can be found"
+            assert key.digest() == digest, "a page is indexed by its content"
+        assert len(self._index) == sum(key is not None for key in self._keys), "one page per key"
+        assert all(self._keys[page] is not None for page in self._idle), "idle pages are indexed"
 
     def _forget(self, page: int) -> None:
         key = self._keys[page]
-        assert key is not None, "only an indexed page is forgotten"
+        assert key is not None, "only an indexed page can be removed from the index"
         del self._index[key.digest()]
         self._keys[page] = None

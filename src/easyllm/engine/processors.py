@@ -1,6 +1,9 @@
-"""What changes logits before a token is chosen, as pure functions; each equals its namesake in Hugging Face's `generate`.
+"""Logits processors: pure functions that change logits before a token is chosen.
 
-Shapes: N rows, V vocab. Settings are a number for all rows, or a tensor [N] with one for each.
+Each is equivalent to the Hugging Face `generate` class that its docstring names.
+
+Shapes: N rows, V vocabulary size. A setting is a number for all rows, or a tensor [N] with one
+value per row.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,21 +14,29 @@ from torch import Tensor
 BARRED = float("-inf")
 Setting = float | Tensor
 SORTED_WHOLE, LIKELIEST = 4096, 256
-"""Vocabularies up to the first are sorted whole for top-p; of larger ones, so many tokens are tried first."""
+"""For top-p, vocabularies up to `SORTED_WHOLE` tokens are fully sorted; for larger ones, the
+`LIKELIEST` most likely tokens are tried first."""
 
 
 def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
-    """[V] logits with `bias[id]` added to those of its ids (`SequenceBiasLogitsProcessor` of single tokens)."""
+    """Returns logits [V] with `bias[id]` added for each id in `bias`.
+
+    Equivalent to `SequenceBiasLogitsProcessor` with single tokens.
+    """
     ids = torch.tensor(list(bias), device=logits.device)
     values = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
     return logits.index_add(0, ids, values)
 
 
 def penalise_repetition(logits: Tensor, token_ids: Tensor, penalty: float) -> Tensor:
-    """Logits of tokens seen before made less likely by a factor (`RepetitionPenaltyLogitsProcessor`; arXiv 1909.05858, 4.1).
+    """Applies a repetition penalty to tokens that occur in the prompt or output.
+
+    Equivalent to `RepetitionPenaltyLogitsProcessor` (arXiv 1909.05858, section 4.1).
 
     Args:
-        logits: [V]; token_ids: [T], tokens of prompt and output, in any order, as often as they like.
+        logits: [V].
+        token_ids: [T], tokens of prompt and output, in any order, duplicates allowed.
+        penalty: divides positive logits and multiplies negative ones.
     """
     seen = logits[token_ids]
     changed = torch.where(seen < 0, seen * penalty, seen / penalty)
@@ -35,16 +46,24 @@ def penalise_repetition(logits: Tensor, token_ids: Tensor, penalty: float) -> Te
 def penalise_output(
     logits: Tensor, token_ids: Tensor, counts: Tensor, *, presence: float, frequency: float
 ) -> Tensor:
-    """logit - presence · [count > 0] - frequency · count, as OpenAI's API documents them.
+    """Applies presence and frequency penalties as defined in OpenAI's API documentation.
+
+    The result is logit - presence · [count > 0] - frequency · count.
 
     Args:
-        logits: [V]; token_ids: [U], the different tokens of the output; counts: [U], how often each occurs in it.
+        logits: [V].
+        token_ids: [U], the distinct tokens of the output.
+        counts: [U], how often each occurs in the output.
+        presence, frequency: the penalties.
     """
     return logits.index_add(0, token_ids, -(presence + frequency * counts.to(logits.dtype)))
 
 
 def repeated_ngrams(token_ids: Sequence[int], size: int) -> set[int]:
-    """Tokens that would complete an n-gram which `token_ids` holds already (`NoRepeatNGramLogitsProcessor`)."""
+    """Returns the tokens that would complete an n-gram already contained in `token_ids`.
+
+    Equivalent to `NoRepeatNGramLogitsProcessor` with n = `size`.
+    """
     if len(token_ids) < size:
         return set()
     ids = list(token_ids)
@@ -53,26 +72,31 @@ def repeated_ngrams(token_ids: Sequence[int], size: int) -> set[int]:
 
 
 def bar(logits: Tensor, token_ids: Iterable[int]) -> Tensor:
-    """[V] logits with those of `token_ids` at -inf."""
+    """Returns logits [V] with those of `token_ids` set to -inf."""
     barred = torch.tensor(list(token_ids), dtype=torch.int64, device=logits.device)
     return logits.index_fill(0, barred, BARRED)
 
 
 def allow_packed(logits: Tensor, words: Tensor) -> Tensor:
-    """[V] logits with all but those of a packed mask at -inf (`PrefixConstrainedLogitsProcessor`).
+    """Returns logits [V] with those of tokens that a packed bitmask does not allow set to -inf.
+
+    Equivalent to `PrefixConstrainedLogitsProcessor`.
 
     Args:
-        words: [⌈V/32⌉] int32, or fewer: bit t mod 32 of word t / 32 is set where token t is allowed.
+        logits: [V].
+        words: [⌈V/32⌉] int32, or fewer: bit t mod 32 of word t / 32 is set if token t is allowed.
 
     Raises:
-        ValueError: the mask is of another form, or allows ids the model does not have.
+        ValueError: the mask has another shape or dtype, or allows ids outside the vocabulary.
     """
     if words.dtype != torch.int32 or words.ndim != 1:
-        raise ValueError(f"a mask is {list(words.shape)} {words.dtype}, expected [words] int32")
+        raise ValueError(
+            f"a token mask is {list(words.shape)} {words.dtype}, expected [words] int32"
+        )
     shifts = torch.arange(32, dtype=torch.int32, device=words.device)
     bits = ((words[:, None] >> shifts) & 1).flatten().to(logits.device, torch.bool)
     if bool(bits[len(logits) :].any()):
-        raise ValueError(f"a mask allows ids beyond the model's {len(logits)}")
+        raise ValueError(f"a token mask allows ids beyond the model's {len(logits)} ids")
     allowed = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     known = min(len(bits), len(logits))
     allowed[:known] = bits[:known]
@@ -80,12 +104,15 @@ def allow_packed(logits: Tensor, words: Tensor) -> Tensor:
 
 
 def scale(logits: Tensor, temperature: Setting) -> Tensor:
-    """[N, V] logits / temperature (`TemperatureLogitsWarper`)."""
+    """Returns logits [N, V] divided by the temperature (`TemperatureLogitsWarper`)."""
     return logits / _column(temperature, logits)
 
 
 def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
-    """[N, V] logits with all but the k largest of a row, and those equal to the k-th, at -inf (`TopKLogitsWarper`)."""
+    """Top-k: returns logits [N, V] with all but the k largest of each row set to -inf.
+
+    Ties with the k-th largest are retained. Equivalent to `TopKLogitsWarper`.
+    """
     each = torch.as_tensor(k, device=logits.device).expand(len(logits)).clamp(max=logits.shape[1])
     largest = logits.topk(int(each.max()), dim=-1).values
     threshold = largest.gather(1, each[:, None] - 1)
@@ -93,16 +120,19 @@ def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: Setting) -> Tensor:
-    """[N, V] logits of the smallest set of tokens whose probability reaches p (`TopPLogitsWarper`; arXiv 1904.09751).
+    """Top-p: returns logits [N, V] with all but the nucleus of each row set to -inf.
 
-    Sorting a large vocabulary costs as much as a small model's step, so the likeliest tokens are tried first.
+    The nucleus is the smallest set of most likely tokens whose cumulative probability reaches p.
+    Equivalent to `TopPLogitsWarper` (arXiv 1904.09751). Sorting a large vocabulary costs as much as
+    a decoding step of a small model, so the most likely tokens are tried first.
     """
     if logits.shape[1] > SORTED_WHOLE:
         best = logits.topk(LIKELIEST, dim=-1)
         share = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
         before = share.cumsum(-1) - share
         reached = before >= _column(p, logits)
-        reached[:, 0] = False  # the likeliest stays, even where p is 0 in the dtype of the logits
+        # the most likely token is always retained, even if p rounds to 0 in the logits' dtype
+        reached[:, 0] = False
         if bool(reached[:, -1].all()):
             kept = best.values.masked_fill(reached, BARRED)
             return torch.full_like(logits, BARRED).scatter(1, best.indices, kept)
@@ -113,7 +143,10 @@ def keep_top_p(logits: Tensor, p: Setting) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: Setting) -> Tensor:
-    """[N, V] logits of tokens at least p times as likely as the likeliest (`MinPLogitsWarper`; arXiv 2407.01082)."""
+    """Min-p: sets logits [N, V] of tokens less than p times as likely as the likeliest to -inf.
+
+    Equivalent to `MinPLogitsWarper` (arXiv 2407.01082).
+    """
     probabilities = logits.softmax(-1)
     likeliest = probabilities.amax(-1, keepdim=True)
     removed = probabilities < _column(p, logits) * likeliest
@@ -122,8 +155,12 @@ def keep_min_p(logits: Tensor, p: Setting) -> Tensor:
 
 
 def keep_typical(logits: Tensor, mass: Setting) -> Tensor:
-    """[N, V] logits of the tokens with the smallest |-log p - H|, until they reach `mass` (`TypicalLogitsWarper`; Meister et
-    al. 2022, arXiv 2202.00666, section 4)."""
+    """Typical sampling: returns logits [N, V] with all but the typical tokens set to -inf.
+
+    Retains the tokens with the smallest |-log p - H|, where H is the entropy of the row, until
+    their cumulative probability reaches `mass`. Equivalent to `TypicalLogitsWarper` (Meister et al.
+    2022, arXiv 2202.00666, section 4).
+    """
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs * logprobs.exp()).nansum(-1, keepdim=True)
     strangeness, order = (-logprobs - entropy).abs().sort(dim=-1)
@@ -135,6 +172,6 @@ def keep_typical(logits: Tensor, mass: Setting) -> Tensor:
 
 
 def _column(setting: Setting, logits: Tensor) -> Tensor:
-    """A setting as [N, 1] or a scalar, in the dtype of the logits."""
+    """Returns a setting as [N, 1] or a scalar, in the dtype of the logits."""
     value = torch.as_tensor(setting, dtype=logits.dtype, device=logits.device)
     return value[:, None] if value.ndim else value

@@ -1,8 +1,9 @@
-"""How fast the engine prefills and decodes here, beside what the machine could do.
+"""Measures prefill and decode throughput of the engine as a share of the machine's peak rates.
 
-A prompt is bound by arithmetic: its share is of the matmul rate. A token is bound by reading: every weight once a step, and
-the keys and values of every sequence; its share is of the rate at which memory is read. With many sequences a step reads
-the weights once for all of them, and arithmetic comes back.
+Prefill is compute-bound, so it is compared with the matmul rate (FLOP/s). Decoding is bound by
+memory bandwidth: each step reads every weight once, and the keys and values of every sequence, so
+it is compared with the memory read rate. With many sequences, a step reads the weights once for all
+of them and becomes compute-bound again.
 """
 
 import time
@@ -21,7 +22,13 @@ from easyllm.plan.machine import matmul_rate, read_rate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """So many sequences of so many prompt tokens that generate so many."""
+    """A workload of concurrent requests of equal size.
+
+    Attributes:
+        sequences: number of sequences.
+        prompt: prompt tokens per sequence.
+        new: tokens to generate per sequence.
+    """
 
     sequences: int
     prompt: int
@@ -38,13 +45,17 @@ SHAPES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What one shape gave.
+    """Throughput of one workload.
 
     Attributes:
-        prefill_share: of the matmul rate, by the FLOPs of the prompt.
-        read_share: of the read rate, by the bytes of weights and cache that decoding reads.
-        matmul_share: of the matmul rate, by the FLOPs of decoding.
-        first_token_s: from the requests to everybody's first token.
+        sequences, prompt, new: the workload (see `Shape`).
+        prefill_tokens_per_s: prompt tokens per second, over all sequences.
+        prefill_share: FLOP/s of prefill as a share of the machine's matmul rate.
+        decode_tokens_per_s: generated tokens per second, over all sequences.
+        read_share: bytes/s of weights and cache read by decoding, as a share of the machine's
+            memory read rate.
+        matmul_share: FLOP/s of decoding as a share of the machine's matmul rate.
+        first_token_s: time from submission until every sequence has its first token.
     """
 
     sequences: int
@@ -58,6 +69,7 @@ class Rates:
     first_token_s: float
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the fields as a dict, floats rounded to four significant digits."""
         return {
             k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(self).items()
         }
@@ -66,16 +78,21 @@ class Rates:
 def measure_rates(
     llm: LLM, shapes: tuple[Shape, ...] = SHAPES, *, repeats: int = 3
 ) -> tuple[list[Rates], dict[str, float]]:
-    """Rates of each shape (the best of `repeats`), and the machine's `matmul_flops_per_s` and `read_bytes_per_s`."""
+    """Measures the throughput of each workload (the best of `repeats` runs).
+
+    Workloads longer than the model's context are skipped.
+
+    Returns:
+        The rates of each workload, and the machine's `matmul_flops_per_s` and `read_bytes_per_s`.
+    """
     device = llm.model.device
     dtype = llm.model.dtype
     machine = {
         "matmul_flops_per_s": matmul_rate(dtype, device),
         "read_bytes_per_s": read_rate(device),
     }
-    _run(
-        llm, Shape(sequences=1, prompt=8, new=4), seed=0
-    )  # whatever is built on first use is built now
+    # warm-up: builds everything that is built on first use
+    _run(llm, Shape(sequences=1, prompt=8, new=4), seed=0)
     found = []
     for shape in shapes:
         if shape.prompt + shape.new <= llm.engine.max_seq_len:
@@ -111,7 +128,7 @@ def _rates(llm: LLM, shape: Shape, first: float, rest: float, machine: dict[str,
 
 
 def _run(llm: LLM, shape: Shape, *, seed: int) -> tuple[float, float]:
-    """Seconds to everybody's first token, and from there to the last one."""
+    """Returns the seconds until all sequences have a first token, and from there to the last."""
     generator = torch.Generator().manual_seed(seed)
     params = SamplingParams(temperature=0.0, max_tokens=shape.new, ignore_eos=True)
     vocab = llm.model.config.vocab_size

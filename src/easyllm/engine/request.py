@@ -1,4 +1,4 @@
-"""What a caller asks for and what comes back."""
+"""Requests, sampling parameters and token events: the engine's input and output types."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -13,10 +13,11 @@ FinishReason = Literal["stop", "length", "cancelled"]
 MAX_COPIES = 128
 MAX_LOGPROBS = 128
 MAX_COUNT = 2**31 - 1
-"""Largest whole number a request may hold, its seed apart: what lies beyond 64 bits would fail a whole batch's tensors."""
+"""Maximum integer in a request, except for its seed: beyond 64 bits, building the tensors of the
+entire batch would fail."""
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
-"""Longest stop string: so much text may be held back for each completion."""
+"""Maximum length of a stop string: up to so much text may be held back for each completion."""
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -24,32 +25,44 @@ _numbers = itertools.count()
 
 
 class SamplingParams(Config):
-    """How tokens are chosen. What changes the logits is applied in the order of Hugging Face's `generate`: bias, repetition,
-    presence and frequency, n-grams, least length, mask; and where tokens are drawn: temperature, top-k, top-p, min-p, typical.
+    """Sampling parameters: how tokens are chosen and when generation stops.
+
+    Logits are processed in the order of Hugging Face's `generate`: bias, repetition penalty,
+    presence and frequency penalties, repeated n-grams, minimum length, mask; then, if tokens are
+    sampled: temperature, top-k, top-p, min-p, typical.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the most likely token (greedy).
-        top_k: only the k most likely tokens (0: all).
-        top_p: only the smallest set of tokens whose probability reaches p (Holtzman et al. 2019, arXiv 1904.09751).
-        min_p: only tokens at least so likely as this share of the most likely one (arXiv 2407.01082).
-        typical_p: only the tokens whose information is closest to the entropy, until they reach p (arXiv 2202.00666).
-        repetition_penalty: logits of tokens of the prompt and the output are divided by it where positive and
-            multiplied where negative (arXiv 1909.05858, section 4.1; the scope is Hugging Face's).
-        presence_penalty, frequency_penalty: subtracted from the logits of tokens of the output: once, and as often
-            as they occur (the definition, and the scope, are OpenAI's).
-        no_repeat_ngram_size: no n tokens occur twice in prompt and output (0: any may).
-        logit_bias: added to the logits of these ids.
-        min_tokens: no end token, and no stop string, before so many.
-        seed: of this request alone; the same seed gives the same tokens whatever else is served.
-        max_tokens: most tokens to generate; None goes on to the end of the context.
-        stop: texts that end the generation; they are not part of the result. At most 16, of at most 1,000 characters.
-        stop_token_ids: ids that end it, besides the model's own.
-        ignore_eos: goes on past the model's end tokens (for measurements).
-        logprobs: this many most likely tokens are reported for each token, raw and processed (None: none).
-        prompt_logprobs: the same for the prompt's tokens, raw; nothing is taken from the prefix cache then.
-        n: completions of the same prompt.
-        best_of: completions generated, of which the `n` with the highest mean log-probability are given (all at the
-            end: which they are is not known before).
+        temperature: divisor of the logits; 0 selects the most likely token (greedy).
+        top_k: sample only from the k most likely tokens (0: all).
+        top_p: sample only from the smallest set of most likely tokens whose cumulative probability
+            reaches p (nucleus sampling; Holtzman et al. 2019, arXiv 1904.09751).
+        min_p: sample only from tokens whose probability is at least this fraction of that of the
+            most likely token (arXiv 2407.01082).
+        typical_p: sample only from the tokens whose information content is closest to the entropy,
+            until their cumulative probability reaches p (arXiv 2202.00666).
+        repetition_penalty: logits of tokens that occur in the prompt or output are divided by it if
+            positive and multiplied by it if negative (arXiv 1909.05858, section 4.1; the scope is
+            that of Hugging Face).
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens that occur in the
+            output: once, or once per occurrence (definition and scope are OpenAI's).
+        no_repeat_ngram_size: no n-gram of this size may occur twice in prompt and output (0: no
+            restriction).
+        logit_bias: values added to the logits of the given token ids.
+        min_tokens: minimum number of tokens before an EOS token or a stop string may end the
+            completion.
+        seed: seed of this request; the same seed gives the same tokens whatever else is served.
+        max_tokens: maximum number of tokens to generate; None continues to the end of the context.
+        stop: stop strings, which end the generation and are not part of the result. At most 16, of
+            at most 1,000 characters each.
+        stop_token_ids: token ids that end the generation, in addition to the model's EOS tokens.
+        ignore_eos: continues past the model's EOS tokens (for benchmarks).
+        logprobs: number of most likely tokens to report for each token, under the raw and the
+            processed distribution (None: none).
+        prompt_logprobs: the same for the prompt tokens, under the raw distribution; disables prefix
+            caching for the request.
+        n: number of completions of the prompt.
+        best_of: number of completions to generate; the `n` with the highest mean log-probability
+            are returned (only after all have ended, when the best are known).
     """
 
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
@@ -89,21 +102,24 @@ class SamplingParams(Config):
 
     @property
     def num_sequences(self) -> int:
-        """Completions to generate."""
+        """Number of completions to generate."""
         return self.best_of or self.n
 
 
 class BeamParams(Config):
-    """Beam search.
+    """Parameters of beam search.
 
     Attributes:
-        num_beams: hypotheses kept.
-        max_tokens: of the longest; None goes on to the end of the context.
-        length_penalty: α of the score Σ log p / length^α, or with `gnmt` of Σ log p / ((5 + length) / 6)^α.
-        normalization: `power` (Hugging Face's) or `gnmt` (Wu et al. 2016, arXiv 1609.08144, eq. 14).
-        early_stopping: True ends with `num_beams` finished hypotheses; False where the best running one could not
-            become better at its present length; `never` where it could not at any length.
-        n: how many of the best are returned.
+        num_beams: number of running hypotheses (beam width).
+        max_tokens: maximum length of a hypothesis; None continues to the end of the context.
+        length_penalty: α of the score Σ log p / length^α, or with `gnmt` of
+            Σ log p / ((5 + length) / 6)^α.
+        normalization: `power` (Hugging Face's) or `gnmt` (Wu et al. 2016, arXiv 1609.08144,
+            eq. 14).
+        early_stopping: True stops as soon as `num_beams` hypotheses have finished; False also
+            requires that the best running one cannot beat the worst of them at its current length;
+            `never` requires that it cannot beat it at any length.
+        n: number of best hypotheses to return.
     """
 
     num_beams: Annotated[int, Field(ge=1, le=MAX_COPIES)] = 4
@@ -123,34 +139,43 @@ class BeamParams(Config):
 
 
 class TokenMask(Protocol):
-    """Which tokens may come next in one completion; guided decoding is an implementation of this.
+    """The tokens allowed next in one completion; the interface for guided decoding.
 
-    An error of either method, or a mask of another form, ends the completion as `cancelled`; the log has the traceback.
+    An exception in either method, or a mask of invalid shape or dtype, ends the completion as
+    `cancelled`; the traceback is logged.
     """
 
     def mask(self) -> Tensor | None:
-        """[⌈V/32⌉] int32: bit t mod 32 of word t / 32 is set where token t may come next. None where any may; with no bit
-        set the completion ends. Words that are missing at the end count as zero."""
+        """Returns a bitmask of the tokens allowed next.
+
+        Returns:
+            [⌈V/32⌉] int32: bit t mod 32 of word t / 32 is set if token t is allowed. Missing words
+            at the end count as zero. None allows all tokens; if no bit is set, the completion ends.
+        """
 
     def advance(self, token_id: int) -> None:
-        """Takes note of a token that the completion has taken, its end token included."""
+        """Updates the state with a token that was appended to the completion, including EOS."""
 
 
 class MaskSource(Protocol):
-    """Makes the masks of a request: one for each completion, as each has a state of its own."""
+    """Creates the masks of a request: one per completion, because each has its own state."""
 
     def start(self) -> TokenMask:
-        """The mask of a completion that has no token yet."""
+        """Returns the mask of a completion that has no token yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt, as ids, with its sampling; `id` is unique in this process.
+    """A prompt with its sampling parameters.
 
     Attributes:
-        adapter: the name of the adapter to use; empty for the base alone, or for a model's adapter of every row.
-        salt: prefixes in the cache are shared among requests of the same adapter and salt only.
-        mask: bars tokens step by step.
+        prompt_ids: token ids of the prompt.
+        params: sampling parameters.
+        adapter: name of the adapter to use; empty for the base model, or for an adapter without a
+            name, which applies to every row.
+        salt: cached prefixes are shared only among requests with the same adapter and salt.
+        mask: restricts the allowed tokens step by step (guided decoding).
+        id: id of the request, unique in this process.
     """
 
     prompt_ids: tuple[int, ...]
@@ -163,14 +188,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logprobs:
-    """Log-probabilities in nats at one place of a text.
+    """Log-probabilities in nats at one position of a text.
 
     Attributes:
-        token_id: the token that stands there.
-        raw: of that token under the model's own distribution.
-        top_raw: (id, log-probability) of the most likely tokens under it, the most likely first.
-        processed, top_processed: the same under the distribution the token was chosen from (penalties, bias, mask,
-            temperature, top-k ...); None for tokens of a prompt.
+        token_id: the token at this position.
+        raw: log-probability of that token under the model's own distribution.
+        top_raw: (id, log-probability) of the most likely tokens under that distribution, most
+            likely first.
+        processed, top_processed: the same under the distribution the token was chosen from (after
+            penalties, bias, mask, temperature, top-k ...); None for prompt tokens.
     """
 
     token_id: int
@@ -182,16 +208,18 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
-    """What a step gave one completion of a request.
+    """The result of a step for one completion of a request.
 
     Attributes:
-        token_id: the new token; None when only held-back text or the end is reported.
-        text: the new text that is sure by now; may be empty.
+        request_id: id of the request.
+        token_id: the new token; None if the event only contains held-back text or the end.
+        text: the new text that is final; may be empty.
         logprob: log-probability of the token in nats under the unmodified (raw) distribution.
         finish_reason: set on the last event of a completion.
-        index: which of the request's completions this is.
-        logprobs: where they were asked for.
-        prompt_logprobs: on a completion's first event where they were asked for: of each prompt token after the first.
+        index: index of the completion within the request.
+        logprobs: log-probabilities of the token, if requested.
+        prompt_logprobs: log-probabilities of each prompt token after the first, if requested; on
+            the first event of a completion only.
     """
 
     request_id: int

@@ -1,4 +1,4 @@
-"""One forward pass over pages: what the scheduler has planned goes in, rows of logits come out."""
+"""Runs one forward pass on the paged KV cache: a planned `Step` in, rows of logits out."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,19 +15,26 @@ from easyllm.nn.decoder import Decoder
 
 
 class Runner(Protocol):
-    """Computes steps; the tests have one whose tokens are hashes of the pages it reads."""
+    """Computes the forward pass of a step.
+
+    The tests implement a runner whose tokens are hashes of the pages that it reads.
+    """
 
     def run(self, step: Step) -> Tensor:
-        """Logits [N, V] of the rows the pieces ask for, in their order."""
+        """Returns logits [N, V] of the rows requested by the pieces (`num_rows`), in order."""
 
 
 class FastStep(Protocol):
-    """A decoding step in one call: `CompiledStep` on a CPU, `GraphStep` on a GPU."""
+    """A decoding step in a single call: `CompiledStep` on a CPU, `GraphStep` on a GPU.
+
+    Attributes:
+        most_rows: maximum number of rows of a step.
+    """
 
     most_rows: int
 
     def bind(self) -> None:
-        """Forgets what has been made of the weights."""
+        """Discards everything derived from the weights; must be called when they have changed."""
 
     def run(
         self,
@@ -36,18 +43,21 @@ class FastStep(Protocol):
         page_table: Tensor,
         key_lengths: Sequence[int],
     ) -> Tensor:
-        """Logits [S, V] after one token each of S rows."""
+        """Decodes one token for each of S rows; returns the logits [S, V] after it."""
 
 
 class DecoderRunner:
-    """Runs the training decoder over a paged cache; steps that only decode go through one call where the model has the
-    usual make: into C on a CPU (`CompiledStep`), the replay of a graph on a GPU (`GraphStep`).
+    """Runs the training decoder on a paged KV cache.
+
+    For common architectures, decode-only steps run as a single call: into C on a CPU
+    (`CompiledStep`), or as the replay of a CUDA graph on a GPU (`GraphStep`).
 
     Args:
-        model: in inference mode.
-        cache: its keys, values and states.
-        compiled: whether such steps may be used.
-        deterministic: whether results are batch-invariant; such steps are not, and are not used then.
+        model: the model, in inference mode.
+        cache: its keys, values and recurrent states.
+        compiled: whether such single-call steps may be used.
+        deterministic: whether results must be batch-invariant. Single-call steps are not, so they
+            are disabled.
     """
 
     def __init__(
@@ -70,7 +80,10 @@ class DecoderRunner:
                 self.fast_step = CompiledStep(model, keys, values)
 
     def weights_changed(self) -> None:
-        """Forgets what has been made of the weights; steps in one call end where the model is not served so any more."""
+        """Discards everything derived from the weights; must be called when they have changed.
+
+        Single-call steps are disabled if the model no longer supports them.
+        """
         if isinstance(self.fast_step, CompiledStep) and not CompiledStep.supports(self.model):
             self.fast_step = None
         if isinstance(self.fast_step, GraphStep) and not GraphStep.supports(self.model, self.cache):
@@ -80,11 +93,12 @@ class DecoderRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
-        """Logits [N, V], fp32 (fp64 for an fp64 model), of the rows asked for."""
+        """Returns logits [N, V], fp32 (fp64 for an fp64 model), of the rows requested."""
         self.cache.copy_pages(step.copies)
         self.cache.move_states(step.forks, step.dropped)
         pieces, device = step.pieces, self.model.device
-        fast = None if self.model.adapter_sets else self.fast_step  # adapters may come and go
+        # single-call steps do not apply adapters, which may be attached at any time
+        fast = None if self.model.adapter_sets else self.fast_step
         if fast is not None and _only_decodes(pieces, fast.most_rows):
             return self._decode(fast, pieces)
         lengths = [len(piece.token_ids) for piece in pieces]
@@ -121,14 +135,14 @@ class DecoderRunner:
         return logits
 
     def _adapter_rows(self, pieces: Sequence[Piece], lengths: Sequence[int]) -> AdapterRows | None:
-        """The adapter of each row, where the model holds some by name."""
+        """Returns the adapter of each row; None if the model has no named adapters."""
         if not any(self.model.adapter_sets):
             return None
         names = [piece.adapter for piece in pieces]
         return AdapterRows.of_sequences(names, lengths, device=self.model.device)
 
     def _decode(self, step: FastStep, pieces: Sequence[Piece]) -> Tensor:
-        """Every token of the pieces is a row with a table and a length of its own."""
+        """Runs a single-call step, in which every token is a row with its own table and length."""
         rows = [(piece, i) for piece in pieces for i in range(len(piece.token_ids))]
         widest = max(len(piece.pages) for piece in pieces)
         table = [[*piece.pages, *[0] * (widest - len(piece.pages))] for piece, _ in rows]
@@ -142,7 +156,7 @@ class DecoderRunner:
 
 
 def _only_decodes(pieces: Sequence[Piece], most_rows: int) -> bool:
-    """Whether every row's logits are asked for, and they are no more than a step in one call takes."""
+    """Whether the logits of all rows are requested, and the rows fit into a single-call step."""
     num_rows = sum(len(piece.token_ids) for piece in pieces)
     return num_rows <= most_rows and all(
         piece.num_rows == len(piece.token_ids) and not piece.prefix for piece in pieces
@@ -158,16 +172,26 @@ def logits_in_passes(
     compiled: bool = False,
     deterministic: bool = False,
 ) -> list[Tensor]:
-    """[T, V] logits of each sequence that goes through a paged cache in passes: what law 3 holds against one forward.
+    """Computes the logits of sequences that run through a paged KV cache in several passes.
+
+    Law 3 (docs/verify.md) compares the result with a single forward pass.
 
     Args:
-        passes: for each sequence the tokens of each of its passes; pass i of all sequences is computed at once.
-        compiled: whether the compiled step may be used.
+        model: the model, in inference mode.
+        sequences: token ids of each sequence.
+        passes: for each sequence, the number of tokens in each of its passes; pass i of all
+            sequences is computed as one batch.
+        page_size: tokens per page.
+        compiled: whether single-call decoding steps may be used.
+        deterministic: whether to compute in deterministic mode.
+
+    Returns:
+        Logits [T, V] of each sequence.
     """
     sizes = [-(-len(ids) // page_size) for ids in sequences]
     cache = KVCache(model.config, max(1, sum(sizes)), page_size, model.dtype, model.device)
     runner = DecoderRunner(model, cache, compiled=compiled, deterministic=deterministic)
-    # the last page first: an order nothing may rely on
+    # in reverse order, because nothing may rely on the order of pages
     tables = [tuple(range(sum(sizes[:i]), sum(sizes[: i + 1])))[::-1] for i in range(len(sizes))]
     rows: list[list[Tensor]] = [[] for _ in sequences]
     done = [0] * len(sequences)

@@ -1,4 +1,4 @@
-"""From logits to token ids."""
+"""Sampling: chooses the next token ids from logits."""
 
 import logging
 import random
@@ -27,26 +27,32 @@ from easyllm.engine.request import Logprobs, SamplingParams, TokenMask
 logger = logging.getLogger(__name__)
 
 COLDEST = 1e-6
-"""Temperatures below it count as this one: all probability lies on one token, and nothing overflows."""
+"""Minimum temperature; lower ones are clamped to it. The most likely token has all the probability
+at this temperature, and nothing overflows."""
 
 
 def random_source(seed: int | None, index: int) -> random.Random:
-    """The source of randomness of one completion: its own, so that its company does not matter."""
+    """Returns the random number generator of one completion.
+
+    Each completion has its own, so that its tokens are independent of the batch composition.
+    """
     return random.Random() if seed is None else random.Random(f"{seed}/{index}")
 
 
 @dataclass(slots=True, eq=False)
 class Chooser:
-    """How one completion's tokens are chosen, and what it remembers for that.
+    """Sampling state of one completion.
 
     Attributes:
-        params: as asked.
-        source: of randomness; one number is drawn for a token.
-        token_ids: prompt and output; prompt_start: where the prompt's own tokens begin, after virtual ones;
-            output_start: where the output begins.
-        end_ids: tokens that end it.
-        mask: bars tokens step by step.
-        failed: whether its own processing (a mask, say) has failed; nothing may follow then.
+        params: sampling parameters of the request.
+        source: random number generator; one number is drawn per token.
+        token_ids: prompt and output.
+        output_start: index in `token_ids` where the output begins.
+        end_ids: token ids that end the completion.
+        mask: restricts the allowed tokens step by step (guided decoding).
+        failed: whether the processing of its logits (a mask, for example) has failed; the
+            completion ends then.
+        prompt_start: index in `token_ids` where the prompt begins, after any virtual tokens.
     """
 
     params: SamplingParams
@@ -61,12 +67,12 @@ class Chooser:
 
     @property
     def num_output(self) -> int:
-        """Tokens generated so far."""
+        """Number of tokens generated so far."""
         return len(self.token_ids) - self.output_start
 
     @property
     def changes_logits(self) -> bool:
-        """Whether anything but temperature and the like is applied to the next token's logits."""
+        """Whether `process` changes the next token's logits; `narrow` is not included."""
         p = self.params
         return bool(
             p.logit_bias
@@ -80,19 +86,20 @@ class Chooser:
         )
 
     def push(self, token_id: int) -> None:
-        """Remembers a new token."""
+        """Appends a new token, and advances the mask by it."""
         self.token_ids.append(token_id)
         if self.mask is not None and not self.failed:
             try:
                 self.mask.advance(token_id)
             except Exception:
-                logger.exception("a mask failed to take a token; its completion ends")
+                logger.exception("a token mask failed to advance; its completion ends")
                 self.failed = True
 
     def process(self, logits: Tensor) -> Tensor:
-        """[V] logits with bias, penalties, barred n-grams, least length and mask applied, in this order (HF's).
+        """Applies bias, penalties, n-gram ban, minimum length and mask to the logits [V].
 
-        Where that fails the completion ends, and no other does: all logits are -inf.
+        The order is that of Hugging Face's `generate`. If processing fails, all logits are -inf,
+        which ends this completion only.
         """
         if self.failed:
             return torch.full_like(logits, float("-inf"))
@@ -133,17 +140,22 @@ class Chooser:
 
 
 def _masked(mask: TokenMask, logits: Tensor) -> Tensor:
-    """[V] logits of what the mask allows."""
+    """Returns logits [V] with those of tokens that the mask does not allow set to -inf."""
     try:
         words = mask.mask()
         return logits if words is None else allow_packed(logits, words)
     except Exception as error:
-        raise RuntimeError("a mask failed") from error
+        raise RuntimeError("a token mask failed") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A token guessed for a row, and the distribution it was drawn from: [V] probabilities, None where it was not drawn."""
+    """A draft token.
+
+    Attributes:
+        token_id: the token.
+        probabilities: the distribution [V] from which it was sampled; None if it was not sampled.
+    """
 
     token_id: int
     probabilities: Tensor | None = None
@@ -151,11 +163,12 @@ class Draft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The token of one row; None where nothing may follow.
+    """The token chosen for one row.
 
     Attributes:
-        logprob: in nats under the raw distribution (0 where there is no token).
-        logprobs: where they were asked for.
+        token_id: the token; None if no token is allowed, which ends the completion.
+        logprob: log-probability in nats under the raw distribution; meaningless without a token.
+        logprobs: detailed log-probabilities, if requested.
     """
 
     token_id: int | None
@@ -166,14 +179,18 @@ class Choice:
 def choose(
     logits: Tensor, choosers: Sequence[Chooser], drafts: Sequence[Draft | None] | None = None
 ) -> list[Choice]:
-    """The next token of each row.
+    """Chooses the next token of each row.
 
     Args:
-        logits: [N, V] raw.
-        choosers: how each row's token is chosen.
-        drafts: a guess for each row, from a distribution of its own; it is taken with probability min(1, p / q), else
-            a token from the rest max(0, p - q), so that tokens are distributed as without it (Leviathan et al. 2022,
-            arXiv 2211.17192, section 2.3).
+        logits: raw logits [N, V].
+        choosers: sampling state of each row.
+        drafts: a draft token for each row, or None. A draft sampled from a distribution q is
+            accepted with probability min(1, p / q), and otherwise replaced by a token sampled from
+            max(0, p - q) normalized, which leaves the distribution of tokens unchanged (speculative
+            sampling; Leviathan et al. 2022, arXiv 2211.17192, section 2.3).
+
+    Returns:
+        The choice for each row.
     """
     changed = [row for row, chooser in enumerate(choosers) if chooser.changes_logits]
     processed, ended = logits, set[int]()
@@ -208,7 +225,10 @@ def choose(
 
 
 def narrow(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """[N, V] logits after temperature, top-k, top-p, min-p and typical-p, in HF's order; barred tokens are -inf."""
+    """Applies temperature, top-k, top-p, min-p and typical-p to the logits [N, V].
+
+    The order is that of Hugging Face's `generate`; logits of excluded tokens are -inf.
+    """
     logits = _on_rows(logits, [max(p.temperature, COLDEST) for p in params], 1.0, scale)
     logits = _on_rows(logits, [p.top_k for p in params], 0, keep_top_k)
     logits = _on_rows(logits, [p.top_p for p in params], 1.0, keep_top_p)
@@ -217,7 +237,13 @@ def narrow(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 
 def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], count: int) -> list[Logprobs]:
-    """Log-probabilities of known tokens and of the `count` likeliest, from the raw logits [N, V] before each."""
+    """Returns log-probabilities of given tokens and of the `count` most likely at each position.
+
+    Args:
+        logits: raw logits [N, V], from which each token is predicted.
+        token_ids: the N tokens.
+        count: number of most likely tokens to report.
+    """
     values, top = _top(logits, token_ids, count)
     places = zip(token_ids, values, top, strict=True)
     return [Logprobs(token_id=token, raw=value, top_raw=best) for token, value, best in places]
@@ -228,8 +254,15 @@ def draw(
     sources: Sequence[random.Random],
     drafts: Sequence[Draft | None] | None = None,
 ) -> Tensor:
-    """[N] ids drawn from softmax(logits), each by one number of its own source: the first token at which the cumulated
-    probability, in fp64, exceeds it. A draft with a distribution is taken or replaced."""
+    """Samples a token id for each row from softmax(logits), by inverse transform sampling.
+
+    A row draws one uniform number from its own source and takes the first token at which the
+    cumulative probability, in fp64, exceeds it. A draft token with a distribution is accepted or
+    replaced as in `choose`.
+
+    Returns:
+        [N] int64 token ids.
+    """
     probabilities = logits.softmax(-1)
     forced: dict[int, int] = {}
     for row, draft in enumerate(drafts or ()):
@@ -240,7 +273,7 @@ def draw(
             forced[row] = draft.token_id
             continue
         rest = (p - q).clamp(min=0)
-        if bool(rest.any()):  # p = q up to rounding leaves nothing, and p itself is right
+        if bool(rest.any()):  # if p equals q up to rounding, the rest is empty and p is correct
             probabilities[row] = rest
     cumulated = probabilities.cumsum(-1, dtype=torch.float64)
     numbers = [0.0 if row in forced else source.random() for row, source in enumerate(sources)]
@@ -248,9 +281,8 @@ def draw(
     at = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * total
     at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))
     ids = torch.searchsorted(cumulated, at, right=True).squeeze(1)
-    ids = ids.clamp(
-        max=logits.shape[1] - 1
-    )  # a row of NaN finds nothing, and must not hurt the others
+    # the search fails for a row of NaN, which must not affect the other rows
+    ids = ids.clamp(max=logits.shape[1] - 1)
     for row, token in forced.items():
         ids[row] = token
     return ids
@@ -259,7 +291,7 @@ def draw(
 def _details(
     raw: Tensor, processed: Tensor, tokens: Sequence[int], counts: Sequence[int | None]
 ) -> dict[int, Logprobs]:
-    """What was asked for beside the tokens, by row; `counts` is None where nothing was."""
+    """Returns the requested log-probabilities by row; a row's count is None if not requested."""
     rows = [row for row, count in enumerate(counts) if count is not None]
     if not rows:
         return {}
@@ -283,8 +315,10 @@ def _details(
 def _top(
     logits: Tensor, tokens: Sequence[int], count: int
 ) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
-    """Log-probabilities of a token of each row [N, V], and the `count` largest with their ids; barred tokens are left
-    out."""
+    """Returns the log-probability of a token of each row [N, V], and the `count` largest with ids.
+
+    Excluded tokens (-inf) are omitted.
+    """
     total = logits.logsumexp(-1, keepdim=True)
     ids = torch.tensor(tokens, device=logits.device)[:, None]
     values: list[float] = (logits.gather(1, ids) - total).squeeze(1).tolist()
@@ -303,7 +337,7 @@ def _on_rows(
     neutral: float,
     function: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """`function` on the rows whose setting asks for something."""
+    """Applies `function` to the rows whose setting differs from `neutral`."""
     asked = [row for row, setting in enumerate(settings) if setting != neutral]
     if not asked:
         return logits

@@ -1,9 +1,11 @@
-"""Who is computed next: continuous batching, chunked prefill, preemption by recomputation.
+"""Scheduler: continuous batching, chunked prefill and preemption by recomputation.
 
-First come, first served. Every step decodes all running sequences first; what is left of the token budget goes to prompts,
-in chunks where they are long (Agrawal et al. 2023, arXiv 2308.16369). Where pages run out the youngest sequence gives
-all of its own back and is computed again later, its generated tokens as part of its prompt (Kwon et al. 2023, arXiv
-2309.06180, section 4.5). No torch here: sequences, tokens and page numbers only.
+Requests are scheduled first come, first served. Each step first decodes all running sequences; the
+remaining token budget is used to prefill prompts, in chunks if they are long (chunked prefill;
+Agrawal et al. 2023, arXiv 2308.16369). If pages run out, the youngest sequence is preempted: it
+releases all its pages and is recomputed later, with its generated tokens as part of its prompt
+(Kwon et al. 2023, arXiv 2309.06180, section 4.5). This module does not use torch; it handles only
+sequences, tokens and page numbers.
 """
 
 from collections import deque
@@ -17,16 +19,20 @@ from easyllm.engine.step import Piece, Step
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sequence of tokens on its way.
+    """A sequence of tokens, waiting or running.
 
     Attributes:
-        id: of this sequence; recurrent states are kept under it.
-        tokens: prompt and what has been generated.
-        prompt_length: of the prompt alone.
-        copies: sequences that will share the prompt once it is computed (they fork from this one).
-        prompt_rows: whether the logits of all prompt tokens are wanted; no prefix is taken from others then.
-        drafts: tokens somebody guesses to come next, computed along with the last one.
-        computed: tokens whose keys are in the cache.
+        id: id of the sequence, under which its recurrent states are stored.
+        tokens: prompt and generated tokens.
+        prompt_length: number of prompt tokens.
+        namespace: scope in which its pages are shared.
+        copies: number of sequences that will share the prompt (this one, and its forks once the
+            prompt is computed).
+        prompt_rows: whether the logits of all prompt tokens are needed, in which case no cached
+            prefix is reused.
+        drafts: draft tokens, computed together with the last token.
+        computed: number of tokens whose keys and values are in the cache.
+        table: its pages; None while it is waiting.
     """
 
     id: int
@@ -41,21 +47,22 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens that are known and not yet computed."""
+        """Number of tokens that are not computed yet."""
         return len(self.tokens) - self.computed
 
 
 class Scheduler:
-    """Plans steps.
+    """Plans the steps of the engine.
 
     Args:
-        pool: all pages there are.
-        max_running: sequences that run at once.
-        max_step_tokens: the token budget of a step.
-        window: the widest window of a model that has one in every layer: pages before it are given back,
-        num_sinks: but for those of so many first tokens.
-        whole_prompts: a prompt is computed in one pass, whatever the budget.
-        prefix: whether a prompt's tokens see each other both ways.
+        pool: the page pool.
+        max_running: maximum number of sequences that run at once.
+        max_step_tokens: token budget of a step.
+        window: the widest sliding window of a model with a window in every layer; pages before the
+            window are released. None for other models.
+        num_sinks: number of first tokens (attention sinks) whose pages are retained nevertheless.
+        whole_prompts: whether prompts are prefilled unchunked, even beyond the budget.
+        prefix: whether attention among the prompt's tokens is bidirectional (prefix LM).
     """
 
     def __init__(
@@ -86,27 +93,27 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def pages_needed(self, length: int) -> int:
-        """Pages a sequence of `length` tokens takes at most at one time."""
+        """Returns the maximum number of pages that a sequence of `length` tokens uses at once."""
         size = self.pool.page_size
         pages = -(-length // size)
         if self.window is None or self.whole_prompts:
             return pages
-        # a chunk is written before the window moves on; both may begin inside a page
+        # a chunk is written before the window moves on; both may start in the middle of a page
         rolling = -(-(self.window - 1 + self.max_step_tokens) // size) + 1
         return min(pages, rolling + -(-self.num_sinks // size))
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence, behind all others."""
+        """Appends a sequence to the queue."""
         self.waiting.append(sequence)
 
     def plan(self) -> Step | None:
-        """The next step; None where there is nothing to compute."""
+        """Plans the next step; returns None if there is nothing to compute."""
         self._copies = {}
         pieces = self._decodes()
         budget = self.max_step_tokens - sum(len(piece.token_ids) for piece in pieces)
         pieces += self._prefills(budget, bool(pieces))
         if not pieces:
-            assert not self.busy, "somebody can always go on"
+            assert not self.busy, "at least one sequence can always make progress"
             return None
         step = Step(
             pieces=tuple(pieces),
@@ -118,14 +125,17 @@ class Scheduler:
         return step
 
     def advance(self, sequence: Sequence, computed: int) -> None:
-        """Takes note that the first `computed` tokens of a sequence are in the cache and right."""
+        """Records that the first `computed` tokens of a sequence are valid in the cache."""
         assert sequence.table is not None, "only a running sequence advances"
         sequence.computed, sequence.drafts = computed, ()
         sequence.table.commit(sequence.tokens, computed)
         self._roll(sequence)
 
     def fork(self, parent: Sequence, child_ids: Iterable[int]) -> list[Sequence]:
-        """Sequences with the parent's tokens and pages; they run right behind it, in their order."""
+        """Forks a running sequence into children that share its tokens and pages.
+
+        The children are placed directly after their parent in the order of running sequences.
+        """
         assert parent.table is not None, "only a running sequence forks"
         children = [
             Sequence(
@@ -139,14 +149,14 @@ class Scheduler:
             for child_id in child_ids
         ]
         parent.copies -= len(children)
-        assert parent.copies == 1, "room was kept for as many"
+        assert parent.copies == 1, "all copies are forked at once"
         place = self.running.index(parent) + 1
         self.running[place:place] = children
         self._forks.extend((parent.id, child.id) for child in children)
         return children
 
     def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence, finished or not; its pages are free at once."""
+        """Removes a sequence, finished or not, and releases its pages."""
         if sequence.table is not None:
             self.running.remove(sequence)
             self._give_back(sequence)
@@ -154,14 +164,14 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Sends a running sequence back to the head of the queue; it will be computed again."""
+        """Preempts a running sequence: moves it to the head of the queue, to be recomputed."""
         self.num_preemptions += 1
         self.running.remove(sequence)
         self._give_back(sequence)
         self.waiting.appendleft(sequence)
 
     def preempt_all(self) -> None:
-        """Sends everybody back, to be computed again in the same order."""
+        """Preempts all running sequences, to be recomputed in the same order."""
         for sequence in reversed(self.running.copy()):
             self.preempt(sequence)
 
@@ -170,8 +180,11 @@ class Scheduler:
         self.pool.check([s.table.held for s in self.running if s.table is not None])
 
     def _decodes(self) -> list[Piece]:
-        """One token, and the guessed ones behind it, for each sequence that has come so far; pages are found for
-        the oldest first, at the cost of the youngest."""
+        """Plans one token, and any draft tokens, for each sequence whose prompt is computed.
+
+        Pages are reserved for the oldest sequences first; the youngest ones are preempted if pages
+        run out.
+        """
         pieces: list[Piece] = []
         left = self.max_step_tokens - sum(s.pending == 1 for s in self.running)
         place = 0
@@ -182,7 +195,7 @@ class Scheduler:
                 continue
             sequence.drafts = sequence.drafts[: max(0, left)]
             if sequence.drafts and not self._reserve(sequence, 1 + len(sequence.drafts)):
-                sequence.drafts = ()  # a guess is not worth a preemption
+                sequence.drafts = ()  # draft tokens do not justify a preemption
             while not self._reserve(sequence, 1 + len(sequence.drafts)):
                 youngest = self.running[-1]
                 self.preempt(youngest)
@@ -194,14 +207,14 @@ class Scheduler:
         return pieces
 
     def _prefills(self, budget: int, decoding: bool) -> list[Piece]:
-        """What the budget leaves for prompts: the running one first, then new ones while there is room."""
+        """Plans prompt chunks within the budget: the running prompt first, then waiting ones."""
         pieces: list[Piece] = []
         for sequence in tuple(self.running):
             if sequence.pending > 1:
                 pieces += (piece := self._chunk(sequence, budget, not pieces))
                 budget -= sum(len(p.token_ids) for p in piece)
                 if not piece or sequence.pending > len(piece[0].token_ids):
-                    return pieces  # nobody may overtake it
+                    return pieces  # no later request may overtake it
         while self.waiting and budget > 0:
             sequence = self.waiting[0]
             taken = sum(s.copies for s in self.running)
@@ -225,26 +238,28 @@ class Scheduler:
         return pieces
 
     def _open(self, sequence: Sequence) -> None:
-        """Gives a waiting sequence a table, with what others have left in the cache of its beginning."""
+        """Creates the page table of a waiting sequence and fills it with any cached prefix."""
         sequence.table = PageTable(self.pool, sequence.namespace, num_sinks=self.num_sinks)
         if self.pool.prefix_caching and not sequence.prompt_rows:
             sequence.computed = sequence.table.adopt(sequence.tokens)
             self._roll(sequence)
 
     def _fits(self, sequence: Sequence) -> bool:
-        """Whether there are pages for all of a waiting sequence and a token more, so that it does not push others
-        out as soon as it runs."""
+        """Whether there are pages for an entire waiting sequence and one more token.
+
+        Otherwise it would cause preemptions as soon as it runs.
+        """
         assert sequence.table is not None, "it has been opened"
         needed = self.pages_needed(len(sequence.tokens) + 1) - len(sequence.table.held)
         return needed <= self.pool.available
 
     def _roll(self, sequence: Sequence) -> None:
-        """Gives back the pages the window has passed."""
+        """Releases the pages that the sliding window has passed."""
         if self.window is not None and sequence.table is not None:
             sequence.table.roll(max(0, sequence.computed - self.window + 1))
 
     def _chunk(self, sequence: Sequence, budget: int, first: bool) -> list[Piece]:
-        """As much of a prompt as budget and pages allow: one piece, or none."""
+        """Plans as much of a prompt as budget and pages allow; returns one piece, or none."""
         assert sequence.table is not None, "only a running sequence is computed"
         size, count = self.pool.page_size, sequence.pending
         if self.whole_prompts:
@@ -282,7 +297,7 @@ class Scheduler:
         )
 
     def _give_back(self, sequence: Sequence) -> None:
-        assert sequence.table is not None, "only a table's pages can be given back"
+        assert sequence.table is not None, "only a sequence with a page table has pages to release"
         sequence.table.release()
         sequence.table, sequence.computed, sequence.drafts = None, 0, ()
         self._dropped.append(sequence.id)

@@ -1,9 +1,11 @@
-"""Speculative decoding: somebody guesses the next tokens, one pass of the model checks all guesses.
+"""Speculative decoding: a drafter proposes draft tokens, which one pass of the model verifies.
 
-A guess is right where it is the token the model would have chosen, so greedy output is the same with and without. Where
-tokens are drawn, a guess from a distribution q is taken with probability min(1, p / q) and replaced from max(0, p - q)
-otherwise, which leaves the distribution of tokens as it is (Leviathan et al. 2022, arXiv 2211.17192, section 2.3). A guess that was not
-drawn (an n-gram's) is right where it equals the drawn token: with a seed even the tokens are the same.
+With greedy decoding, a draft token is accepted if it is the token that the model would have chosen,
+so the output is the same with and without a drafter. With sampling, a draft token sampled from a
+distribution q is accepted with probability min(1, p / q), and otherwise replaced by a token sampled
+from max(0, p - q) normalized, which leaves the distribution of tokens unchanged (Leviathan et al.
+2022, arXiv 2211.17192, section 2.3). A draft token that was not sampled (of an n-gram) is accepted
+if it equals the sampled token, so that with a seed even the tokens are the same.
 """
 
 from collections.abc import Sequence
@@ -22,36 +24,49 @@ from easyllm.nn.config import (
 
 
 class Drafter(Protocol):
-    """Guesses tokens."""
+    """Proposes draft tokens."""
 
     def check(self, target: ModelConfig) -> None:
-        """Refuses a model it cannot guess for, with a ConfigError."""
+        """Refuses target models that the drafter does not support.
+
+        Raises:
+            ConfigError: the drafter does not support the model.
+        """
 
     def propose(self, generations: Sequence[Generation]) -> dict[int, tuple[Draft, ...]]:
-        """Guesses for the next tokens of completions, by the id of their sequence; none is an answer, too."""
+        """Returns draft tokens for the next tokens of completions, by sequence id.
+
+        A completion without draft tokens may be missing.
+        """
 
     def forget(self, sequence_id: int) -> None:
-        """Drops what is kept for a sequence that has ended."""
+        """Discards the state of a sequence that has ended."""
 
 
 class NgramDrafter:
-    """Guesses what followed the last time the last tokens stood in the text (prompt lookup decoding, Saxena 2023).
+    """Prompt lookup decoding (Saxena 2023): drafts from earlier occurrences of the last n-gram.
+
+    The draft tokens are those that followed the latest earlier occurrence.
 
     Args:
-        num_tokens: guesses at most.
-        longest, shortest: lengths of the endings that are looked up, the longest first.
+        num_tokens: maximum number of draft tokens per step.
+        longest, shortest: bounds of the n-gram length n; the longest is tried first.
     """
 
     def __init__(self, num_tokens: int = 5, *, longest: int = 3, shortest: int = 1) -> None:
         self.num_tokens, self.longest, self.shortest = num_tokens, longest, shortest
 
     def check(self, target: ModelConfig) -> None:
-        """Refuses models with recurrent states, and those whose keys depend on the length of a pass."""
+        """Refuses models with recurrent states, and those whose keys depend on the pass length.
+
+        Raises:
+            ConfigError: it is such a model.
+        """
         refuse_states(target)
         refuse_turning_keys(target)
 
     def propose(self, generations: Sequence[Generation]) -> dict[int, tuple[Draft, ...]]:
-        """Guesses for each completion in whose text the ending stands earlier."""
+        """Returns draft tokens for each completion whose last n-gram occurs earlier in its text."""
         found = {}
         for generation in generations:
             if guesses := self.lookup(generation.sequence.tokens):
@@ -59,7 +74,7 @@ class NgramDrafter:
         return found
 
     def lookup(self, tokens: Sequence[int]) -> list[int]:
-        """What followed the latest earlier place of the longest ending.
+        """Returns the tokens that followed the latest earlier occurrence of the longest n-gram.
 
         >>> NgramDrafter(num_tokens=2).lookup([5, 6, 7, 8, 5, 6])
         [7, 8]
@@ -73,37 +88,43 @@ class NgramDrafter:
         return []
 
     def forget(self, sequence_id: int) -> None:
-        """Nothing is kept."""
+        """Does nothing: there is no state."""
 
 
 def refuse_states(target: ModelConfig) -> None:
-    """Refuses a model with a layer whose state cannot go back by a token.
+    """Refuses a model with a recurrent state, which cannot be rolled back by a token.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: the model has a layer of linear attention.
     """
     if any(isinstance(layer.mixer, LinearAttentionConfig) for layer in target.layers):
         raise ConfigError(
-            "speculative decoding takes back wrong guesses, and a layer of linear attention cannot; leave the draft out"
+            "speculative decoding rolls back rejected draft tokens, which a layer of linear "
+            "attention cannot do; leave out the draft"
         )
 
 
 def refuse_turning_keys(target: ModelConfig) -> None:
-    """Refuses a model whose keys depend on the length of the pass that made them: a pass over guesses is longer than those it
-    stands for, so the output would be another.
+    """Refuses a model whose rotated keys depend on the length of the pass that computed them.
+
+    A pass over draft tokens is longer than the passes that it replaces, so the output would change.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: the model uses dynamic NTK scaling.
     """
     if turns_keys_by_length(target):
         raise ConfigError(
-            "speculative decoding checks several tokens in one pass, and dynamic NTK turns keys by the length of a pass, so the "
-            "output would change; leave the draft out, or take another --rope method"
+            "speculative decoding verifies several tokens in one pass, and dynamic NTK rotates "
+            "keys by the length of a pass, so the output would change; leave out the draft, or use "
+            "another --rope method"
         )
 
 
 def turns_keys_by_length(config: ModelConfig) -> bool:
-    """Whether keys depend on the length of the pass that made them (dynamic NTK): no other pass may use them."""
+    """Whether rotated keys depend on the length of the pass that computed them (dynamic NTK).
+
+    Such keys cannot be reused by a pass of another length.
+    """
     ropes = [
         layer.mixer.position for layer in config.layers if isinstance(layer.mixer, AttentionConfig)
     ]

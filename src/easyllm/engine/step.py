@@ -1,4 +1,4 @@
-"""What a forward pass is asked to do, as the scheduler plans it: tokens and page numbers, no tensors."""
+"""The plan of a forward pass: tokens and page numbers chosen by the scheduler, no tensors."""
 
 from dataclasses import dataclass, field
 
@@ -7,15 +7,17 @@ from easyllm.engine.page_table import Copies
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One sequence's part of a pass.
+    """The part of one sequence in a forward pass.
 
     Attributes:
-        sequence_id: under which recurrent states are kept.
-        token_ids: the tokens to compute; the first has position `start`.
-        pages: of the whole sequence, with room for these tokens.
-        num_rows: logits are wanted of so many last tokens (0 while a prompt goes on).
-        prefix: first tokens that see each other both ways.
-        adapter: the name of the adapter its rows use; empty for the base.
+        sequence_id: id under which recurrent states are stored.
+        token_ids: the tokens to compute.
+        start: position of the first of these tokens.
+        pages: pages of the entire sequence, with space for these tokens.
+        num_rows: number of last tokens whose logits are needed (0 until the last chunk of a
+            prompt).
+        prefix: number of first tokens with bidirectional attention among them (prefix LM).
+        adapter: name of the adapter that its rows use; empty for the base model.
     """
 
     sequence_id: int
@@ -29,13 +31,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One pass, and what must happen before it.
+    """One forward pass, and the cache operations to execute before it.
 
     Attributes:
-        pieces: in the order of the packed tokens.
-        copies: pages to copy first: destination → source.
-        forks: (parent, child) sequences: the child begins with the parent's recurrent states.
-        dropped: sequences whose recurrent states are no longer needed (after the forks).
+        pieces: parts of the sequences, in the order of the packed tokens.
+        copies: pages to copy: destination → source.
+        forks: (parent, child) sequence ids; the child starts with the parent's recurrent states.
+        dropped: ids of sequences whose recurrent states are deleted, after the forks.
     """
 
     pieces: tuple[Piece, ...]

@@ -1,7 +1,7 @@
-"""Stop strings in a stream of text: held back while they may be beginning, never given out.
+"""Stop strings in streamed text: text is held back while it may be the start of a stop string.
 
-Each stop string is looked for character by character (Knuth, Morris & Pratt 1977, SIAM J. Comput. 6(2)), so the time is
-linear in the text, whatever is held back.
+Each stop string is searched for character by character (Knuth, Morris & Pratt 1977, SIAM J. Comput.
+6(2)), so the time is linear in the length of the text, however much is held back.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from functools import lru_cache
 
 
 class StopStrings:
-    """Passes text through until one of `stops` appears, across piece boundaries too.
+    """Passes text through until one of `stops` appears, even if it spans several pieces of text.
 
     >>> s = StopStrings(["END"])
     >>> s.push("to the E"), s.push("ND of"), s.stopped
@@ -21,7 +21,7 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The part of the text so far that is sure to come before any stop string."""
+        """Appends text; returns the text that is now certain to precede any stop string."""
         if self.stopped:
             return ""
         ends = [(finder, finder.push(text)) for finder in self._finders]
@@ -37,20 +37,25 @@ class StopStrings:
         return held[: len(held) - keep]
 
     def flush(self) -> str:
-        """What was held back, once no more text comes."""
+        """Returns the text that is still held back; to be called at the end of the text."""
         text, self._held = self._held, ""
         return text
 
 
 class _Finder:
-    """Looks for one stop string in a stream; `matched` characters of it end the text so far."""
+    """Searches a stream for one stop string.
+
+    Attributes:
+        stop: the stop string.
+        matched: length of its longest prefix with which the text so far ends.
+    """
 
     def __init__(self, stop: str) -> None:
         self.stop, self.matched = stop, 0
         self._borders = _borders(stop)
 
     def push(self, text: str) -> int | None:
-        """Where in `text` the first occurrence ends; None where it does not."""
+        """Returns the index in `text` at which the first occurrence ends; None if there is none."""
         for place, character in enumerate(text, start=1):
             self.matched = _longer(self.stop, self._borders, self.matched, character)
             if self.matched == len(self.stop):
@@ -58,9 +63,12 @@ class _Finder:
         return None
 
 
-@lru_cache(maxsize=256)  # the completions of a request share their tables
+@lru_cache(maxsize=256)  # shared by the completions of a request
 def _borders(stop: str) -> tuple[int, ...]:
-    """For each beginning of `stop`, of 1 character and more, the longest shorter one that also ends it."""
+    """Returns, for each non-empty prefix of `stop`, the length of its longest proper border.
+
+    A border is a shorter prefix that is also a suffix (the KMP failure function).
+    """
     borders = [0]
     for character in stop[1:]:
         borders.append(_longer(stop, borders, borders[-1], character))
@@ -68,7 +76,7 @@ def _borders(stop: str) -> tuple[int, ...]:
 
 
 def _longer(stop: str, borders: Sequence[int], matched: int, character: str) -> int:
-    """How many characters of `stop` end the text when `matched` did and `character` comes behind it."""
+    """Returns the new number of matched characters of `stop` after the text gets `character`."""
     while matched and stop[matched] != character:
         matched = borders[matched - 1]
     return matched + (stop[matched] == character)

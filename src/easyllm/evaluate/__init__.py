@@ -1,4 +1,4 @@
-"""How good a model is: loss on given answers, and answers of its own."""
+"""Model evaluation: loss on reference answers, and recall of the model's own answers."""
 
 from easyllm.evaluate.answers import Answer, AnswerReport, evaluate_answers, key_in_text
 

@@ -1,4 +1,7 @@
-"""Question and answer files: the loss on the given answers, and whether the model's own hold the key."""
+"""Evaluates question-answer files: the loss on the reference answers, and key recall.
+
+Recall is the fraction of the model's generated answers that contain the expected key.
+"""
 
 import re
 import unicodedata
@@ -21,7 +24,15 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question, the answer expected, the model's own, and whether that holds the key."""
+    """The model's answer to one question.
+
+    Attributes:
+        question: the question.
+        expected: the reference answer.
+        answer: the model's answer.
+        key: the text that a correct answer contains.
+        correct: whether the model's answer contains the key.
+    """
 
     question: str
     expected: str
@@ -32,7 +43,15 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class AnswerReport:
-    """Mean loss a trained token in nats; with keys also the share of answers that hold theirs."""
+    """Result of an evaluation.
+
+    Attributes:
+        loss_nats: mean loss per trained token in nats.
+        num_rows: number of samples.
+        num_tokens: number of trained tokens, those that contribute to the loss.
+        recall: fraction of the answers that contain their key; None without generated answers.
+        answers: the generated answers.
+    """
 
     loss_nats: float
     num_rows: int
@@ -41,6 +60,7 @@ class AnswerReport:
     answers: tuple[Answer, ...]
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the fields as a dict."""
         return asdict(self)
 
 
@@ -50,11 +70,14 @@ def evaluate_answers(
     """Evaluates a model on a file of conversations.
 
     Args:
-        path: rows in any known format; a row with `key` is also answered by the model (greedily, at most
-            `max_tokens` tokens) and counts as recalled when the key stands in the answer.
+        llm: the model.
+        path: rows in any supported format. The model also generates an answer for each row with a
+            `key` (greedily), which counts as recalled if it contains the key.
+        max_tokens: maximum number of tokens per generated answer.
+        generate: whether to generate answers.
 
     Raises:
-        DataError: the file or a row is wrong.
+        DataError: the file or a row is invalid.
     """
     rows = list(read_rows(path))
     chats = list(conversations(rows))
@@ -72,9 +95,9 @@ def evaluate_answers(
 
 
 def key_in_text(key: str, text: str) -> bool:
-    """Whether `key` stands in `text` as whole tokens, after NFKC and lower-casing.
+    """Whether `text` contains `key` as a complete word, after NFKC normalization and lowercasing.
 
-    Letters, digits, `_` and `-` on either side make it part of another token.
+    The key is not complete if a letter, digit, `_` or `-` is adjacent to it.
 
     >>> key_in_text("2048", "It packs 2048 tokens."), key_in_text("2048", "20480")
     (True, False)

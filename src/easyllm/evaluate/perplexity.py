@@ -1,12 +1,18 @@
-"""Perplexity: how surprised a model is by text, in units that can be compared.
+"""Perplexity and bits per byte of a model on text.
 
-    loss = Σ -ln p(token | tokens before it)        perplexity = exp(loss / tokens)        bits per byte = loss / ln 2 / bytes
+    loss = Σ -ln p(token | tokens before it)
+    perplexity = exp(loss / tokens)
+    bits per byte = loss / ln 2 / bytes
 
-Perplexity is per token, so it compares models with one tokenizer; bits per byte compares any. A text longer than the
-context is scored through windows, each `stride` further; a window scores the tokens no window before it has scored:
+Perplexity is per token, so it is comparable only between models with the same tokenizer; bits per
+byte is comparable between all models. A text longer than the context is scored with a sliding
+window that advances by `stride`; each window scores the tokens that no earlier window has scored:
 
     stride 4, context 8     |a b c d e f g h|                predicts b … i
-                                    |e f g h i j k l|        predicts j … m, each behind more than context - stride = 4 others
+                                    |e f g h i j k l|        predicts j … m
+
+Each token scored after the first window thus has more than context - stride (here 4) tokens of
+context.
 """
 
 import math
@@ -29,13 +35,15 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Perplexity:
-    """What a model thinks of a text.
+    """Perplexity of a text.
 
     Attributes:
-        loss_nats: mean over the scored tokens.
-        perplexity: e to that power.
-        bits_per_byte: summed loss in bits over the bytes of what was scored; None where those are none.
-        tokens, bytes: scored; a text's first token has nothing before it and is not (unless a BOS stands there).
+        loss_nats: mean loss per scored token in nats.
+        perplexity: exp(loss_nats).
+        bits_per_byte: summed loss in bits divided by the number of scored bytes; None if there are
+            no scored bytes.
+        tokens, bytes: number of scored tokens and bytes. The first token of a text has no context
+            and is not scored; if the tokenizer adds a BOS token, that is the first token.
     """
 
     loss_nats: float
@@ -45,6 +53,7 @@ class Perplexity:
     bytes: int
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the fields as a dict."""
         return asdict(self)
 
 
@@ -57,18 +66,21 @@ def perplexity(
     stride: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Perplexity:
-    """The perplexity of texts, each on its own.
+    """Computes the perplexity of texts, each scored independently.
 
     Args:
-        texts: read once; what the tokenizer puts around a text (a BOS) is put there.
-        context: tokens of a window; by default the model's whole context.
-        stride: from one window to the next; by default half the context. Smaller is slower and nearer to an endless
-            context (in a model that had one, all would give the same).
-        batch_tokens: about so many tokens in a forward pass; windows are packed.
+        model: the model.
+        tokenizer: its tokenizer; special tokens that it adds to a text (BOS) are added.
+        texts: the texts; the iterable is consumed once.
+        context: tokens per window; by default the model's full context.
+        stride: step from one window to the next, in tokens; by default half the context. A smaller
+            stride is slower, but gives each token more context (a model with unlimited context
+            would give the same result for any stride).
+        batch_tokens: approximate number of tokens per forward pass; windows are packed.
 
     Raises:
-        ConfigError: the windows do not fit the model, or leave out tokens; the model sees what it should predict.
-        DataError: no token has another before it.
+        ConfigError: the window or stride is out of range, or the model is not causal.
+        DataError: there is nothing to score, because no text has a second token.
 
     Example:
         >>> perplexity(model, tokenizer, [open("wiki.txt").read()]).bits_per_byte  # doctest: +SKIP
@@ -81,7 +93,8 @@ def perplexity(
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:
         raise ConfigError(
-            f"stride={stride} would leave out tokens or never move; set it from 1 to context={context}"
+            f"stride={stride} would leave out tokens or never move; set it from 1 to "
+            f"context={context}"
         )
     sizes, num_bytes = token_bytes(tokenizer), 0
 
@@ -100,11 +113,13 @@ def perplexity(
 def perplexity_of_batches(
     model: Decoder, tokenizer: Tokenizer, batches: Iterable[Batch]
 ) -> Perplexity:
-    """The perplexity of packed sequences, over their labels: validation rows of token shards, say.
+    """Computes the perplexity of packed sequences over their labels.
+
+    For example, of the validation rows of token shards.
 
     Raises:
-        ConfigError: the model sees what it should predict.
-        DataError: there is no label.
+        ConfigError: the model is not causal.
+        DataError: there are no labels.
     """
     sizes, num_bytes = torch.from_numpy(token_bytes(tokenizer)), 0
 
@@ -119,7 +134,7 @@ def perplexity_of_batches(
 
 
 def _windows(ids: list[int], context: int, stride: int) -> Iterator[Sample]:
-    """A text as samples that label every token but the first once."""
+    """Yields the windows of a text as samples that label every token but the first exactly once."""
     targets = ids[1:]
     begin = scored = 0
     while scored < len(targets):
@@ -130,7 +145,7 @@ def _windows(ids: list[int], context: int, stride: int) -> Iterator[Sample]:
 
 
 def _grouped(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[Sample]]:
-    """Samples in order, in groups of at most `max_tokens` (a longer one is alone)."""
+    """Groups samples, in order, up to `max_tokens` tokens; a longer sample forms its own group."""
     group, filled = list[Sample](), 0
     for sample in samples:
         if group and filled + len(sample.token_ids) > max_tokens:
@@ -144,10 +159,13 @@ def _grouped(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[Sample
 
 @torch.no_grad()
 def _summed_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Nats over all labels, and their number; the logits of all tokens never exist at once."""
+    """Returns the summed loss in nats over all labels, and the number of labels.
+
+    The logits of all tokens are never in memory at once.
+    """
     if not all(layer.mixer.causal for layer in model.config.layers):
         raise ConfigError(
-            "the model attends to later tokens, so it has no perplexity; use a causal one"
+            "the model attends to later tokens, so its perplexity is undefined; use a causal model"
         )
     training, weight = model.training, model.head_weight.detach()
     model.eval()

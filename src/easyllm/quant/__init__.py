@@ -1,4 +1,4 @@
-"""Quantization: formats of weights, and weights replaced by codes."""
+"""Weight quantization: storage formats, and replacing a model's weights by quantized codes."""
 
 from easyllm.quant.registry import (
     FORMATS,

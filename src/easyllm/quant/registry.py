@@ -1,4 +1,4 @@
-"""The formats a weight can be kept in, by name; to add one, register a `StorageFormat`."""
+"""Registry of weight storage formats by name; to add one, register a `StorageFormat`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,20 +15,24 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageFormat:
-    """A format of weights [N, K].
+    """A storage format of weights [N, K].
 
     Attributes:
-        name: as a storage's `format` says it, `--quantize` asks for it, and `quantization_config.quant_method` of a
-            checkpoint names it.
-        num_bytes: of a weight of this shape.
-        quantize: a full weight, and its name for errors, as a storage; None for a format that is only read from files.
-        table: the format of embedding and head where a model is quantized in this one; None keeps them full.
-        file_tensors: what a checkpoint holds of each weight, by the last part of the tensors' names; empty for a format
-            that is made on loading and never written.
-        from_file: these tensors, the weight's shape and the dtype of activations → the storage; raises `CheckpointError`
-            where they do not fit.
-        file_config: what `quantization_config` holds besides `quant_method`; a reader refuses other values.
-        unsupported_reason: why a weight of some shape cannot be kept so; None if it can.
+        name: name of the format: a storage's `format`, the value of `--quantize`, and
+            `quantization_config.quant_method` in a checkpoint.
+        num_bytes: returns the size in bytes of a weight of a given shape.
+        quantize: (full-precision weight, its name for error messages) → quantized storage; None for
+            a format that is only read from files.
+        table: name of the format of embedding and head in a model quantized to this format; None
+            leaves them in full precision.
+        file_tensors: last name components of the tensors that a checkpoint stores for each weight;
+            empty for a format that is created on loading and never written.
+        from_file: (these tensors, shape of the weight, dtype of activations) → storage; raises
+            `CheckpointError` if the tensors do not match.
+        file_config: expected entries of `quantization_config` besides `quant_method`; other values
+            are refused on reading.
+        unsupported_reason: returns why a weight of a given shape cannot be stored in this format;
+            None if it can.
     """
 
     name: str
@@ -45,13 +49,14 @@ FORMATS: dict[str, StorageFormat] = {}
 
 
 def register_storage(format: StorageFormat) -> StorageFormat:
-    """Makes a format known to loading, quantizing, saving and planning.
+    """Registers a format for loading, quantizing, saving and memory planning; returns it.
 
     Raises:
-        ValueError: its name is taken, or it is read from files without a way to.
+        ValueError: the name is already registered, or only one of `file_tensors` and `from_file`
+            is set.
     """
     if format.name in FORMATS or format.name == "dense":
-        raise ValueError(f"a storage format called {format.name!r} is registered already")
+        raise ValueError(f"a storage format named {format.name!r} is registered already")
     if bool(format.file_tensors) != (format.from_file is not None):
         raise ValueError(
             f"format {format.name!r} needs both file_tensors and from_file, or neither"
@@ -61,15 +66,15 @@ def register_storage(format: StorageFormat) -> StorageFormat:
 
 
 def schemes() -> list[str]:
-    """Names of the formats a full model can be quantized to."""
+    """Returns the names of the formats that a full-precision model can be quantized to."""
     return [name for name, format in FORMATS.items() if format.quantize is not None]
 
 
 def find_scheme(name: str) -> StorageFormat:
-    """The format a model is to be quantized to.
+    """Returns the format named `name` that a model can be quantized to.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no such format.
     """
     known = schemes()
     if name not in known:
@@ -80,10 +85,10 @@ def find_scheme(name: str) -> StorageFormat:
 
 
 def format_of_checkpoint(config: Any) -> StorageFormat | None:
-    """The format that a `quantization_config` names; None where there is no such configuration.
+    """Returns the format named by a checkpoint's `quantization_config`; None if that is None.
 
     Raises:
-        CheckpointError: it is not known, or has values that the format is not read with.
+        CheckpointError: the format is unknown, or the configuration has unsupported values.
     """
     if config is None:
         return None
@@ -92,17 +97,17 @@ def format_of_checkpoint(config: Any) -> StorageFormat | None:
     readable = [name for name, format in FORMATS.items() if format.file_tensors]
     name = config.get("quant_method")
     if name not in readable:
-        known = f"known are {', '.join(readable)}" if readable else "none is read so far"
+        known = f"supported: {', '.join(readable)}" if readable else "no format is supported yet"
         raise CheckpointError(
-            f"config.json says that the weights are quantized as {name!r}, which is not read ({known}); take the "
-            "checkpoint with full weights"
+            f"config.json declares weights quantized as {name!r}, which cannot be read ({known}); "
+            "use the checkpoint with unquantized weights"
         )
     format = FORMATS[str(name)]
     for key, value in config.items():
         expected = format.file_config.get(key, value if key == "quant_method" else None)
         if value != expected:
             raise CheckpointError(
-                f"config.json sets quantization_config.{key}={value!r}, which {name} is not read with "
-                f"(expected {expected!r})"
+                f"config.json sets quantization_config.{key}={value!r}, which is not supported for "
+                f"{name} (expected {expected!r})"
             )
     return format

@@ -1,4 +1,4 @@
-"""How a weight is cut into whole numbers, whatever layout stores it."""
+"""Quantization parameters of a weight (bits, group size, symmetry), independent of its layout."""
 
 from typing import Literal
 
@@ -8,12 +8,14 @@ from easyllm.core.config import Config
 
 
 class QuantSpec(Config):
-    """Round-to-nearest codes of a weight [N, K].
+    """Round-to-nearest quantization of a weight [N, K].
 
     Attributes:
-        bits: of a code.
-        group_size: inputs that share a step, along K; None is the whole row of an output.
-        symmetric: zero is a code and the range is ±max|w|; otherwise the codes span min to max.
+        bits: bits per code.
+        group_size: number of inputs (along K) that share a scale; None for one scale per output
+            row (per-channel).
+        symmetric: whether zero is a code and the range is ±max|w|; otherwise the codes span min to
+            max (asymmetric, with an offset).
     """
 
     bits: Literal[4, 8]
@@ -25,7 +27,8 @@ class QuantSpec(Config):
         served = [(8, None, True), (4, 32, False)]
         if (self.bits, self.group_size, self.symmetric) not in served:
             raise ValueError(
-                f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric} is not served; "
-                "use 8 bits, a whole row, symmetric, or 4 bits, groups of 32, asymmetric"
+                f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric} is "
+                "not supported; use 8 bits, group_size=None, symmetric, or 4 bits, group_size=32, "
+                "asymmetric"
             )
         return self

@@ -1,7 +1,8 @@
-"""Weight-only quantization: the linears of a loaded model become int8 or int4, its activations stay.
+"""Weight-only quantization of a loaded model to int8 or int4; activations are not quantized.
 
-int8 is symmetric with a scale for each output; int4 spans each 32 inputs from minimum to maximum, which finds the grid
-again of a checkpoint that was stored so (GGUF's Q4_1). Embedding and head are int8 in both.
+int8 is symmetric with one scale per output channel. int4 is asymmetric with groups of 32 inputs:
+its codes span the minimum to the maximum of a group, which recovers the original grid of a
+checkpoint quantized the same way (GGUF's Q4_1). Embedding and head are int8 in both.
 """
 
 import torch
@@ -22,21 +23,29 @@ SCHEMES = {
     "int4": QuantSpec(bits=4, group_size=32, symmetric=False),
 }
 ROWS = 1024
-"""Outputs quantized at once: what is in between stays in the processor's cache. A multiple of the kernel's 8."""
+"""Output rows quantized at once, so that intermediate tensors fit into the CPU cache. A multiple
+of the kernel's 8 rows."""
 
 
 @torch.no_grad()
 def quantize_weights(model: Decoder, scheme: str) -> Decoder:
-    """Quantizes every linear inside the layers, and embedding and head as the format wants them, in place.
+    """Quantizes a model in place: every linear in the layers, and embedding and head.
 
-    A layer's full weights are freed one by one, so that the two never exist at once; `load_model(..., quantize=)` does so while
-    it reads, and never holds more than one full weight. Adapters continue to work.
+    Embedding and head use the format given by `StorageFormat.table`. Each full-precision weight is
+    freed as soon as it is quantized, so that the two models never exist at once;
+    `load_model(..., quantize=)` quantizes while reading and never has more than one full-precision
+    weight in memory. Adapters continue to work.
 
     Args:
+        model: the model, not quantized.
         scheme: the name of a registered format: `"int8"`, `"int4"` ...
 
+    Returns:
+        The same model.
+
     Raises:
-        ConfigError: another scheme; a model that is quantized already, or holds a weight that is NaN or infinite.
+        ConfigError: the scheme is unknown; the model is already quantized; or a weight contains NaN
+            or infinite values.
 
     Example:
         >>> from easyllm.models import load_model
@@ -48,15 +57,17 @@ def quantize_weights(model: Decoder, scheme: str) -> Decoder:
 
 
 def quantizable(model: Decoder, scheme: str) -> dict[str, tuple[Linear | Embedding, StorageFormat]]:
-    """What `scheme` quantizes, by the names of the weights, and to which format.
+    """Returns the modules that `scheme` quantizes with their formats, by the name of the weight.
 
     Raises:
-        ConfigError: the scheme is not known or cannot keep a weight of the model, or the model is quantized already.
+        ConfigError: the scheme is unknown or does not support the shape of a weight, or the model
+            is already quantized.
     """
     format = find_scheme(scheme)
     if packed := model.packed_formats():
         raise ConfigError(
-            f"the model is quantized already ({', '.join(sorted(packed))}); load it again to quantize it as {scheme}"
+            f"the model is already quantized ({', '.join(sorted(packed))}); load the unquantized "
+            f"model to quantize it as {scheme}"
         )
     found: dict[str, tuple[Linear | Embedding, StorageFormat]] = {
         f"{name}.weight": (module, format)
@@ -71,12 +82,18 @@ def quantizable(model: Decoder, scheme: str) -> dict[str, tuple[Linear | Embeddi
     for name, (layer, its) in found.items():
         reason = its.unsupported_reason(layer.storage.shape)
         if reason is not None:
-            raise ConfigError(f"{name} cannot be kept as {its.name}: {reason}")
+            raise ConfigError(f"{name} cannot be stored as {its.name}: {reason}")
     return found
 
 
 def weight_bytes(model: Decoder, dtype: torch.dtype, scheme: str | None = None) -> int:
-    """Bytes of a model's weights in `dtype`, or under a scheme and the rest in `dtype`; `model` may be on the meta device."""
+    """Returns the size in bytes of a model's weights.
+
+    Args:
+        model: the model, possibly on the meta device.
+        dtype: dtype of the weights that are not quantized.
+        scheme: quantization format; None for no quantization.
+    """
     packed = {} if scheme is None else quantizable(model, scheme)
     held = sum(
         packed[name][1].num_bytes((parameter.shape[0], parameter.shape[1]))
@@ -90,10 +107,11 @@ def weight_bytes(model: Decoder, dtype: torch.dtype, scheme: str | None = None) 
 
 
 def quantize_matrix(weight: Tensor, spec: QuantSpec) -> QuantizedMatrix:
-    """`weight: [N, K]` rounded to the nearest codes of `spec`.
+    """Quantizes `weight: [N, K]` by rounding to the nearest codes of `spec`.
 
-    |w - ŵ| is at most half a step, s/2, where s = max|w| / 127 of the output (int8) or (max - min) / 15 of the group
-    (int4); for int4 add the rounding of s and c to fp16, at most (8 s + |c|) 2^-11.
+    The error |w - ŵ| is at most half the scale, s/2, where s = max|w| / 127 of the output row
+    (int8) or s = (max - min) / 15 of the group (int4). For int4, rounding the scale s and the
+    offset c (the value of code 8) to fp16 adds at most (8 s + |c|) 2^-11.
     """
     quantize = _int8 if spec.bits == 8 else _int4
     parts = [quantize(rows.float()) for rows in weight.split(ROWS)]
@@ -113,12 +131,12 @@ def _int8(weight: Tensor) -> QuantizedMatrix:
 def _int4(weight: Tensor) -> QuantizedMatrix:
     outputs, inputs = weight.shape
     missing = -inputs % 32
-    last = weight[:, -1:].expand(
-        -1, missing
-    )  # a partial group is filled with what does not widen it
+    # pads a partial group with its last value, which does not widen its range
+    last = weight[:, -1:].expand(-1, missing)
     groups = torch.cat([weight, last], dim=1).view(outputs, -1, 32)
     least, most = groups.aminmax(dim=2)
-    # 2^-24 is fp16's smallest number: a group of one value has that step, and the value as its middle
+    # 2^-24 is the smallest positive fp16 number: a group of equal values has it as its scale, and
+    # the value itself as its offset
     steps = ((most - least) / 15).to(torch.float16).clamp(min=2**-24)
     middles = (least + 8 * steps.float()).to(torch.float16)
     codes = (groups - middles[..., None].float()) / steps[..., None].float() + 8
@@ -127,14 +145,14 @@ def _int4(weight: Tensor) -> QuantizedMatrix:
 
 
 def quantize_weight(weight: Tensor, format: StorageFormat, name: str) -> WeightStorage:
-    """`weight: [N, K]`, called `name`, in another format.
+    """Quantizes `weight: [N, K]` to `format`; `name` is used in error messages.
 
     Raises:
-        ConfigError: it holds a number that is NaN or infinite.
+        ConfigError: the weight contains NaN or infinite values.
     """
     assert format.quantize is not None, "found by find_scheme"
     if not torch.stack(weight.aminmax()).isfinite().all():
-        raise ConfigError(f"{name} holds NaN or infinite numbers; check the checkpoint")
+        raise ConfigError(f"{name} contains NaN or infinite values; check the checkpoint")
     return format.quantize(weight, name)
 
 

@@ -1,4 +1,4 @@
-"""Equalities that must hold, measured on a user's own checkpoint."""
+"""Numerical self-checks: invariants that must hold, measured on a user's own checkpoint."""
 
 from easyllm.verify.laws import Finding, verify
 

@@ -1,7 +1,8 @@
-"""The laws of the house on one checkpoint: what is equal on paper, measured in fp32.
+"""The invariants ("laws") that must hold for every checkpoint, measured in fp32.
 
-Sums in another order round differently, so a bound is a share of the largest logit; a wrong mask, position or key
-moves logits by thousands of times as much.
+Each law is an equality that is exact in real arithmetic. Summation in a different order rounds
+differently, so each bound is a fraction of the largest logit; a wrong mask, position or key changes
+logits thousands of times as much.
 """
 
 import tempfile
@@ -28,7 +29,8 @@ from easyllm.nn.deterministic import (
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 ROUNDING = 2e-5
-"""Bound of two fp32 forwards' difference, as a share of the largest logit (5e-6 on SmolLM2)."""
+"""Bound on the difference of two fp32 forward passes, as a fraction of the largest logit (measured:
+5e-6 on SmolLM2)."""
 DECODED = 8
 CHAT = (
     {"role": "user", "content": "What is 2 + 2?"},
@@ -39,12 +41,13 @@ CHAT = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One law on one checkpoint.
+    """Result of checking one law on one checkpoint.
 
     Attributes:
-        law: its number (docs/verify.md).
-        claim: what must be equal.
-        figure: the largest difference found; bound: the largest allowed.
+        law: number of the law (docs/verify.md).
+        claim: the equality that is checked.
+        figure: the largest difference found.
+        bound: the largest difference allowed.
     """
 
     law: int
@@ -54,9 +57,11 @@ class Finding:
 
     @property
     def holds(self) -> bool:
+        """Whether the difference is within the bound."""
         return self.figure <= self.bound
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the fields and `holds` as a dict."""
         return asdict(self) | {"holds": self.holds}
 
 
@@ -67,20 +72,26 @@ def verify(
     num_tokens: int = 256,
     seed: int = 0,
 ) -> list[Finding]:
-    """Measures every law that applies.
+    """Checks every law that applies to a model.
 
     Args:
-        source: as `load_model` takes it; computed in fp32 on the CPU.
-        against: `transformers` adds its forward, its loading of what is saved here, and its chat template.
-        num_tokens: random tokens to compare on, at most the model's context.
+        source: the model, in any form that `load_model` accepts; computed in fp32 on the CPU.
+        against: `transformers` also compares with that library: it loads the checkpoint saved by
+            this package, and its forward pass and chat template are compared.
+        num_tokens: number of random tokens to compare on; the model's context is the upper bound.
+        seed: seed of the random tokens.
+
+    Returns:
+        One finding per check.
 
     Raises:
-        SourceError, CheckpointError: no such model. ConfigError: too few tokens, or the reference is not installed.
+        SourceError, CheckpointError: the model does not exist or cannot be loaded.
+        ConfigError: there are too few tokens, or `transformers` is not installed.
     """
     opened = open_source(source)
     if against is not None and opened.config.num_labels is not None:
         raise ConfigError(
-            "a model with a head of labels has no logits to compare; leave --against out"
+            "a model with a classification head has no logits to compare; leave out --against"
         )
     num_tokens = min(num_tokens, opened.config.max_seq_len)
     if num_tokens < 2 * DECODED:
@@ -109,20 +120,26 @@ def _measure(
     if against is not None:
         yield from _against_reference(folder, ids, alone, tokenizer)
     again = load_model(folder, dtype="float32")
-    yield Finding(1, "saved and loaded again = the same", _distance(again.logits(ids), alone), 0.0)
+    yield Finding(1, "saved and reloaded = the original", _distance(again.logits(ids), alone), 0.0)
     del again
     yield Finding(2, "packed = each sequence alone", packed_difference(model, ids), bound)
-    for pieces, name in (([len(ids) - DECODED], "one piece"), (_pieces(len(ids)), "pieces")):
+    for pieces, name in (([len(ids) - DECODED], "one chunk"), (_pieces(len(ids)), "chunks")):
         logits = through_cache(model, ids, [*pieces, *[1] * DECODED])
-        claim = f"prefill in {name} + {DECODED} tokens through the cache = one forward"
+        claim = f"prefill in {name} + {DECODED} tokens decoded with the KV cache = one forward pass"
         yield Finding(3, claim, _distance(logits, alone), bound)
     if CompiledStep.supports(model):
         stepped = logits_in_passes(model, [ids.tolist()], [[1] * len(ids)], compiled=True)[0]
         yield Finding(
-            3, "every token by the compiled step = one forward", _distance(stepped, alone), bound
+            3,
+            "every token with the compiled step = one forward pass",
+            _distance(stepped, alone),
+            bound,
         )
     if model.config.num_labels is None and deterministic_unsupported_reason(model) is None:
-        claim = "deterministic: log-probabilities in company, from the cache = the forward's, to the bit"
+        claim = (
+            "deterministic mode: log-probabilities in a batch with the KV cache = those of one "
+            "forward pass, bitwise"
+        )
         yield Finding(6, claim, deterministic_difference(model, ids), 0)
 
 
@@ -135,16 +152,16 @@ def _against_reference(
     theirs = reference.logits(ids)
     reference.widen()
     exact = reference.logits(ids)
-    claim = "fp32 logits' distance from fp64's ≤ twice transformers'"
+    claim = "error of fp32 logits against fp64 ≤ twice that of transformers"
     yield Finding(1, claim, _distance(ours, exact), 2 * _distance(theirs, exact))
     if tokenizer is not None and tokenizer.chat_template is not None:
         mine = tokenizer.encode_chat([dict(m) for m in CHAT], add_generation_prompt=True).token_ids
         other = chat_ids(folder, [dict(m) for m in CHAT], generation_prompt=True)
-        yield Finding(7, "chat template's ids = apply_chat_template's", _unequal(mine, other), 0)
+        yield Finding(7, "chat template ids = apply_chat_template ids", _unequal(mine, other), 0)
 
 
 def packed_difference(model: Decoder, ids: Tensor) -> float:
-    """The largest difference between sequences packed together and each alone."""
+    """Returns the largest difference between the logits of packed sequences and of each alone."""
     lengths = [len(ids) // 2, 1, len(ids) // 8]
     lengths.append(len(ids) - sum(lengths))
     packed = model.head(model(ids, ForwardContext.packed(lengths)))
@@ -155,13 +172,22 @@ def packed_difference(model: Decoder, ids: Tensor) -> float:
 
 
 def through_cache(model: Decoder, ids: Tensor, pieces: Sequence[int]) -> Tensor:
-    """[T, V] logits of one sequence that goes through the engine's paged cache in pieces."""
+    """Returns the logits [T, V] of one sequence computed in pieces with the paged KV cache.
+
+    Args:
+        model: the model, in inference mode.
+        ids: token ids [T].
+        pieces: number of tokens in each pass.
+    """
     return logits_in_passes(model, [ids.tolist()], [list(pieces)])[0]
 
 
 def deterministic_difference(model: Decoder, ids: Tensor) -> int:
-    """Log-probabilities of `ids` whose bits are others when they are served in pieces among other sequences than in one
-    forward pass of their own, both in deterministic mode."""
+    """Counts log-probabilities that are not bitwise identical in a batch and in one forward pass.
+
+    Compares the log-probabilities of `ids` when they are computed in chunks, in a batch with other
+    sequences, with those of a single forward pass of `ids` alone; both in deterministic mode.
+    """
     expected = one_row_logprobs(model.logits(ids, deterministic=True)[:-1], ids[1:])
     company = [ids.tolist(), ids.flip(0)[: len(ids) // 2].tolist(), ids[1:6].tolist()]
     passes = [[*_pieces(len(ids)), *[1] * DECODED], [7, len(ids) // 2 - 7], [1] * 5]
@@ -170,7 +196,7 @@ def deterministic_difference(model: Decoder, ids: Tensor) -> int:
 
 
 def _pieces(length: int) -> list[int]:
-    """Uneven pieces of a prompt that leaves room for the decoded tokens."""
+    """Returns the lengths of uneven chunks of a prompt that leaves `DECODED` tokens to decode."""
     prompt = length - DECODED
     return [prompt // 3, prompt // 2 - prompt // 3, prompt - prompt // 2]
 
@@ -180,12 +206,12 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _unequal(a: Sequence[int], b: Sequence[int]) -> int:
-    """Places in which two lists differ."""
+    """Returns the number of positions in which two lists differ."""
     return sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b))
 
 
 def _tokenizer(opened: OpenSource) -> Tokenizer | None:
-    """The model's tokenizer; a folder may hold weights alone."""
+    """Returns the model's tokenizer; None if the folder contains only weights."""
     try:
         return opened.tokenizer()
     except CheckpointError:

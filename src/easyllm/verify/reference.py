@@ -1,4 +1,7 @@
-"""`transformers` as the reference; the one file that imports it, and only when it is asked for (extra `reference`)."""
+"""Reference results from `transformers` (extra `reference`).
+
+This is the only file that imports `transformers`, and only when a reference is requested.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,11 @@ from easyllm.core.errors import ConfigError, install
 
 
 class Reference:
-    """A checkpoint folder in `transformers`, never running code that comes with it.
+    """A checkpoint loaded with `transformers`; code in the checkpoint is never run.
+
+    Args:
+        folder: the checkpoint folder.
+        dtype: dtype of the model.
 
     Raises:
         ConfigError: `transformers` is not installed, or cannot load the model.
@@ -28,12 +35,12 @@ class Reference:
         self._model.eval().requires_grad_(False)
 
     def logits(self, token_ids: Tensor) -> Tensor:
-        """[T] ids → [T, V] in the model's dtype."""
+        """Returns the logits [T, V], in the model's dtype, for token ids [T]."""
         logits: Tensor = self._model(token_ids[None]).logits[0]
         return logits
 
     def greedy(self, ids: list[int], count: int, *, repetition_penalty: float = 1.0) -> list[int]:
-        """`count` tokens that `generate` continues `ids` with, whatever ends they hold."""
+        """Returns `count` tokens generated greedily after `ids`, ignoring EOS."""
         done = self._model.generate(
             torch.tensor([ids]),
             do_sample=False,
@@ -47,12 +54,12 @@ class Reference:
         return found
 
     def widen(self) -> None:
-        """Goes on in fp64."""
+        """Converts the model to fp64."""
         self._model = self._model.double()
 
 
 def chat_ids(folder: Path, messages: list[dict[str, str]], *, generation_prompt: bool) -> list[int]:
-    """What `apply_chat_template` makes of a conversation."""
+    """Returns the token ids of a conversation from `apply_chat_template`."""
     tokenizer = _library().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids: list[int] = tokenizer.apply_chat_template(
         messages, add_generation_prompt=generation_prompt, return_dict=True
@@ -65,7 +72,7 @@ def _library() -> Any:
         import transformers
     except ImportError:
         raise ConfigError(
-            f"a comparison with transformers needs that package; {install('reference')}"
+            f"a comparison with transformers requires that package; {install('reference')}"
         ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
