@@ -152,7 +152,7 @@ def test_windows_keep_the_promise(tiny_tokenizer, position):
 
 
 def test_what_cannot_promise_it_is_refused(tiny_tokenizer):
-    with pytest.raises(ConfigError, match="no deterministic mode: it needs a CPU, weights of fp32"):
+    with pytest.raises(ConfigError, match="not support deterministic mode: it needs a CPU, fp32"):
         check_deterministic(model_of().double())
     layers = tuple(
         layer.model_copy(update={"mixer": layer.mixer.model_copy(update={"softcap": 5.0})})
@@ -174,5 +174,5 @@ def test_an_activation_whose_last_numbers_are_computed_otherwise_is_refused():
     model = type(model_of())(config.changed(layers=layers)).eval().requires_grad_(False)
     width = config.layers[0].feed_forward.intermediate_size
     assert width % 64
-    with pytest.raises(ConfigError, match=f"layer 0 has gelu over a width of {width}"):
+    with pytest.raises(ConfigError, match=f"layer 0 has gelu with an intermediate size of {width}"):
         check_deterministic(model)

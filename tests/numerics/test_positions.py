@@ -70,7 +70,7 @@ def test_row_9_a_position_beyond_the_learned_table_is_refused():
     table = build_embedding_position(Learned(), 8, 4)
     table.reset_parameters()
     assert torch.equal(table(torch.zeros(2, 4), torch.tensor([0, 7])), table.weight[[0, 7]])
-    with pytest.raises(ConfigError, match="position 8 lies beyond the learned table of 8"):
+    with pytest.raises(ConfigError, match="position 8 is beyond the learned table of 8"):
         table(torch.zeros(1, 4), torch.tensor([8]))
 
 

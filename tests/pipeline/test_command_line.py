@@ -107,7 +107,7 @@ def test_convert_writes_a_folder_that_loads(tiny_folder, tmp_path):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["kind"] == "convert"
     again = easyllm("convert", tiny_folder, tmp_path / "out")
     assert again.returncode == 2
-    assert "already holds something" in again.stderr
+    assert "already exists and is not empty" in again.stderr
 
 
 def test_doctor_reports_the_machine():
@@ -214,7 +214,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(training, tmp_path, tiny
         (("run", "data-web"), "use: easyllm data build"),
         (("data", "build", "sft-lora"), "use: easyllm train"),
         (("data", "build", "quickstart"), "use: easyllm run"),
-        (("train", recipe, f"output={occupied}"), "holds other files"),
+        (("train", recipe, f"output={occupied}"), "contains other files"),
         (("train", recipe, "data.max_seq_len=999"), "longer than the model's context of 256"),
         (("generate", "smollm3", "x"), "did you mean 'smollm2'?"),
         (("generate", truncated, "x"), "damaged or truncated"),

@@ -209,7 +209,7 @@ def test_a_finished_corpus_is_left_alone_and_another_is_refused(built, recipe, t
     before = (output / "manifest.json").stat().st_mtime_ns
     assert build(recipe, output, tiny_folder) == summary
     assert (output / "manifest.json").stat().st_mtime_ns == before
-    with pytest.raises(OutputError, match="holds another run \\(seed is 0 there and 1 here\\)"):
+    with pytest.raises(OutputError, match="contains another run \\(seed is 0 there and 1 here\\)"):
         build(recipe, output, tiny_folder, "seed=1")
 
 

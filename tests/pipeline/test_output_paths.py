@@ -114,12 +114,12 @@ def refused(number):
 
 
 KINDS = {
-    "a folder that cannot be made": (in_a_system_folder, "cannot be made there"),
-    "deep in one": (deep_in_a_system_folder, "cannot be made there"),
+    "a folder that cannot be made": (in_a_system_folder, "cannot be created there"),
+    "deep in one": (deep_in_a_system_folder, "cannot be created there"),
     "through a file": (through_a_file, "is a file, not a folder"),
     "a name too long": (name_too_long, "too long"),
     "a path too long": (path_too_long, "too long"),
-    "links in a circle": (in_a_circle, "lead back to themselves|is a file, not a folder"),
+    "links in a circle": (in_a_circle, "loop of symbolic links|is a file, not a folder"),
     "no permission": (refused(errno.EACCES), "permission denied"),
     "a read-only file system": (refused(errno.EROFS), "read-only"),
     "a full disk": (refused(errno.ENOSPC), "no space is left"),
@@ -189,7 +189,7 @@ def test_standard_output_on_a_full_disk(tiny_folder):
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        "error: cannot write: no space is left on the disk; free some or choose another folder"
+        "error: cannot write: no space is left on the disk; free some space or choose another folder"
     )
 
 

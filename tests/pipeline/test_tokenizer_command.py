@@ -207,7 +207,7 @@ def test_mistakes_are_one_sentence_each_and_leave_nothing_behind(texts, tmp_path
             "did you mean 'digits'",
         ),
         (("train", tmp_path / "no.txt", "-o", out), SourceError, r"no\.txt"),
-        (("train", english, "-o", tmp_path), OutputError, "already holds something"),
+        (("train", english, "-o", tmp_path), OutputError, "already exists and is not empty"),
         (("report", "smollm2", "--text", english), ConfigError, "is not name=PATH"),
         (("extend", tiny_folder, english), ConfigError, "add --output out/NAME or --dry-run"),
         (("extend", tiny_folder, chinese, "--script", "hun", "--dry-run"), ConfigError, "hun"),

@@ -43,7 +43,7 @@ def test_an_existing_non_empty_folder_is_refused_before_any_work(tmp_path):
     fill(tmp_path / "out", "old")
     entered = False
     with (
-        pytest.raises(OutputError, match=r"out' already holds something"),
+        pytest.raises(OutputError, match=r"out' already exists and is not empty"),
         atomic_directory(tmp_path / "out"),
     ):
         entered = True
@@ -54,7 +54,7 @@ def test_an_existing_non_empty_folder_is_refused_before_any_work(tmp_path):
 
 def test_an_existing_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("old")
-    with pytest.raises(OutputError, match="already holds something"):
+    with pytest.raises(OutputError, match="already exists and is not empty"):
         fill(tmp_path / "out", "new")
     assert (tmp_path / "out").read_text() == "old"
 
@@ -194,7 +194,7 @@ def test_a_disk_that_fills_in_the_middle_leaves_the_old_model(tmp_path, monkeypa
 
 def test_saving_over_a_model_needs_leave(tmp_path, tiny_model):
     target = save_model(tiny_model, tmp_path / "model", extra_files={"extra.json": {}})
-    with pytest.raises(OutputError, match="already holds something"):
+    with pytest.raises(OutputError, match="already exists and is not empty"):
         save_model(tiny_model, target)
     assert (target / "extra.json").is_file()
     save_model(tiny_model, target, replace=True)

@@ -179,8 +179,8 @@ def test_a_word_that_is_no_override_says_how_to_write_one():
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("optimizer", "it gives optimizer no value; write optimizer.kind=value"),
-        ("seed", "it gives seed no value; write seed=value"),
+        ("optimizer", "it has no value for optimizer; write optimizer.kind=value"),
+        ("seed", "it has no value for seed; write seed=value"),
         ("optimizer.kind", "write key=value or key.sub=value"),
     ],
 )
@@ -244,7 +244,7 @@ BLAME = {
         *(MINE, ("adapter={rank: 0}",), {}, "command line: adapter.rank=0"),
     ),
     "a kind of the command line": (
-        *(MINE, ("optimizer.kind=adam",), {}, "command line: optimizer: kind 'adam' is unknown"),
+        *(MINE, ("optimizer.kind=adam",), {}, "command line: optimizer: unknown kind 'adam'"),
     ),
     "a part of an unknown key of the command line": (
         *(MINE, ("optimizr.learning_rate=1",), {}),
@@ -312,7 +312,7 @@ STAGES = "name: n\noutput: o\nstages: {train: {kind: train, data: {train: [a]}}}
         (
             "stages.trian.x=1",
             "missing key 'stages.trian.kind'; known kinds are 'tokenizer', 'corpus', 'convert', 'evaluate', 'train', "
-            "'merge'; next to 'stages.trian' there are train (did you mean 'train'?)",
+            "'merge'; other keys next to 'stages.trian': train (did you mean 'train'?)",
         ),
         ("stages.trian.kind=train", "missing key 'stages.trian.data'"),
         ("stages.train=3", "stages.train=3: expected a mapping with one of the kinds 'tokenizer',"),
@@ -408,7 +408,7 @@ def test_yaml_cannot_build_python_objects(tmp_path):
 @pytest.mark.parametrize(("text", "kind"), [("- a\n", "list"), ("", "NoneType"), ("3", "int")])
 def test_yaml_without_a_mapping_says_what_it_holds(tmp_path, text, kind):
     path = write(tmp_path / "bad.yaml", text)
-    with pytest.raises(ConfigError, match=f"holds a {kind}, expected a mapping"):
+    with pytest.raises(ConfigError, match=f"contains a {kind}, expected a mapping"):
         read_yaml(path)
 
 

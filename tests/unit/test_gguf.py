@@ -314,9 +314,9 @@ def test_arrays_nested_too_deeply_are_refused(tmp_path):
 
 def test_what_stands_twice_is_refused(tmp_path):
     records = [record("w"), record("w", offset=32)]
-    assert "tensor 'w' stands twice" in complaint(tmp_path, raw_gguf(records=records))
+    assert "tensor 'w' occurs twice" in complaint(tmp_path, raw_gguf(records=records))
     pair = text("k") + u32(U32) + u32(1)
-    assert "key 'k' stands twice" in complaint(tmp_path, raw_gguf([pair, pair]))
+    assert "key 'k' occurs twice" in complaint(tmp_path, raw_gguf([pair, pair]))
 
 
 @pytest.mark.parametrize(
@@ -324,8 +324,8 @@ def test_what_stands_twice_is_refused(tmp_path):
     [
         (raw_gguf([text("k") + u32(99) + bytes(8)]), "value type 99 is unknown"),
         (raw_gguf(records=[record("w", kind=999)]), "unknown type 999"),
-        (raw_gguf(records=[record("w", (1,) * 5)]), "5 dims, at most 4"),
-        (raw_gguf(records=[record("w", (33,), kind=int(Kind.Q8_0))]), "no multiple of 32"),
+        (raw_gguf(records=[record("w", (1,) * 5)]), "5 dims, expected at most 4"),
+        (raw_gguf(records=[record("w", (33,), kind=int(Kind.Q8_0))]), "not a multiple of 32"),
         (raw_gguf(records=[record("w", (0,), kind=int(Kind.Q8_0))]), "empty shape"),
         (raw_gguf(records=[record("w", (0, 2**63))]), "empty shape"),
         (raw_gguf([text(b"\xff\xfe") + u32(U8) + b"\1"]), "utf-8"),
@@ -603,7 +603,7 @@ def test_a_file_in_the_order_of_llama_cpp_is_the_same_model(tmp_path, tiny_model
         ({"llama.attention.head_count_kv": 3}, "not divisible by num_kv_heads=3"),
         ({"llama.feed_forward_length": 48}, r"got \(64, 32\), expected \(48, 32\)"),
         ({"llama.block_count": 3}, "9 missing"),
-        ({"llama.block_count": 1}, "9 left over"),
+        ({"llama.block_count": 1}, "9 unexpected"),
     ],
 )
 def test_metadata_that_do_not_fit_the_tensors_are_named(tmp_path, tiny_model, changes, words):
@@ -619,11 +619,11 @@ def test_metadata_that_do_not_fit_the_tensors_are_named(tmp_path, tiny_model, ch
     [
         (
             ("blk.0.attn_q.bias", 64),
-            r"do not fit its metadata \(\d+ missing: .*; convert the file again",
+            r"do not match its metadata \(\d+ missing: .*; convert the file again",
         ),
         (
             ("blk.1.attn_q.bias", 64),
-            r"do not fit its metadata \(1 left over: .*; convert the file again",
+            r"do not match its metadata \(1 unexpected: .*; convert the file again",
         ),
         (("rope_freqs.bias", 8), r"not implemented for its architecture \(rope_freqs.bias\)"),
     ],

@@ -254,7 +254,7 @@ def faulty(mixer=None, feed_forward=None, **others):
         ),
         (
             faulty({"position": {"kind": "alibbi"}}),
-            f"layers.0.mixer.position: kind 'alibbi' is unknown (did you mean 'alibi'?); known are {KINDS}",
+            f"layers.0.mixer.position: unknown kind 'alibbi' (did you mean 'alibi'?); known kinds are {KINDS}",
         ),
         (
             faulty(feed_forward={"intermediate_sise": 5}),

@@ -147,7 +147,7 @@ def test_a_tensor_the_index_promises_and_no_shard_holds_is_missing(folder):
     write_tensors(shard, tensors | {"model.extra": torch.ones(1)})
     message = refusal(folder)
     assert f"1 missing: {name}" in message
-    assert "1 left over: model.extra" in message
+    assert "1 unexpected: model.extra" in message
 
 
 @pytest.mark.parametrize("name", ["../x", "../model.safetensors", "/etc/passwd", "sub/x", 3])
@@ -174,7 +174,7 @@ def test_an_index_that_is_none_is_named(folder, content):
 def test_pickles_are_never_read(folder, name):
     (folder / WEIGHTS).unlink()
     (folder / name).write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
-    assert "holds no model.safetensors (it has pickle files, which are never read" in refusal(
+    assert "contains no model.safetensors (it has pickle files, which are never read" in refusal(
         folder
     )
     assert not Path("owned").exists()
@@ -182,7 +182,7 @@ def test_pickles_are_never_read(folder, name):
 
 def test_a_folder_without_weights_says_so(folder):
     (folder / WEIGHTS).unlink()
-    assert refusal(folder).endswith("holds no model.safetensors")
+    assert refusal(folder).endswith("contains no model.safetensors")
 
 
 def test_tensors_that_do_not_fit_are_all_named(folder):
@@ -193,9 +193,9 @@ def test_tensors_that_do_not_fit_are_all_named(folder):
     write_tensors(folder / WEIGHTS, tensors)
     message = refusal(folder)
     assert "1 missing: model.norm.weight" in message
-    assert "1 left over: model.layers.7.mlp.up_proj.weight" in message
+    assert "1 unexpected: model.layers.7.mlp.up_proj.weight" in message
     assert (
-        "1 of wrong shape: model.layers.0.mlp.gate_proj.weight: got (64, 31), expected (64, 32)"
+        "1 with wrong shape: model.layers.0.mlp.gate_proj.weight: got (64, 31), expected (64, 32)"
         in message
     )
     assert "use the config.json that belongs to these weights" in message

@@ -1,1 +1,1 @@
-"""Weights on disk: safetensors folders in the Hugging Face layout, GGUF files, names in both directions."""
+"""Checkpoints: safetensors folders in the Hugging Face layout, GGUF files, and parameter names."""

@@ -1,10 +1,12 @@
-"""GGUF files: the header, read here in one pass, and tensors dequantized on demand.
+"""GGUF files: a parser for the header, and tensors that are dequantized on demand.
 
-Layout (the GGUF specification, version 3, little-endian): magic "GGUF", version u32, number of tensors u64,
-number of key-value pairs u64; the pairs (string key, u32 type, value); a record a tensor (name, u32 dims,
-u64 sizes, fastest dim first, u32 type, u64 offset); padding to the alignment; the data.
+Layout (GGUF specification, version 3, little-endian): magic "GGUF", version u32, number of tensors
+u64, number of key-value pairs u64; the pairs (string key, u32 type, value); one record per tensor
+(name, u32 number of dims, u64 sizes, fastest dim first, u32 type, u64 offset); padding to the
+alignment; the data.
 
-Every length is checked against the file before it is believed: a damaged file ends in one sentence.
+Every length is checked against the file size before it is used: a damaged file gives a
+one-sentence error.
 """
 
 import contextlib
@@ -27,10 +29,11 @@ DEFAULT_ALIGNMENT = 32
 MAX_ARRAY_DEPTH = 4
 MAX_DIMS = 4
 PAGE_OUT = 21
-"""MADV_PAGEOUT of Linux, which Python's `mmap` has no name for."""
+"""Linux's MADV_PAGEOUT, for which Python's `mmap` has no constant."""
 SHARED = 1 << 20
-"""Bytes from which a tensor of the dtype that is asked for shares the file's pages. A smaller one is copied: one page of it in
-use would bring many of its neighbours back."""
+"""Minimum size in bytes of a tensor that shares the memory-mapped pages of the file (if it already
+has the requested dtype). Smaller tensors are copied: accessing one of their pages would bring many
+neighbouring pages back into memory."""
 
 _SCALARS = {
     0: "B",
@@ -50,7 +53,13 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """Where a tensor lies: `shape` in row-major order (slowest dim first), `offset` from the file's start."""
+    """The location of a tensor in a file.
+
+    Attributes:
+        shape: in row-major order (slowest dim first).
+        type_name: the GGML type, such as `Q4_0`.
+        offset: bytes from the start of the file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -59,7 +68,7 @@ class GGUFTensor:
     num_bytes: int
 
     def part(self, index: int) -> "GGUFTensor":
-        """Slice `index` of the slowest dimension (blocks never reach from one row into the next)."""
+        """Returns slice `index` of the slowest dimension (no quantization block spans two rows)."""
         size = self.num_bytes // self.shape[0]
         return replace(
             self, shape=self.shape[1:], offset=self.offset + index * size, num_bytes=size
@@ -70,11 +79,11 @@ class GGUFFile:
     """An open GGUF file.
 
     Attributes:
-        metadata: the key-value pairs, arrays as lists.
-        tensors: name → where it lies.
+        metadata: the key-value pairs, with arrays as lists.
+        tensors: the location of each tensor, by name.
 
     Raises:
-        CheckpointError: the file is missing, truncated or not GGUF.
+        CheckpointError: the file is missing, damaged or not a GGUF file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,7 +94,7 @@ class GGUFFile:
                     raise CheckpointError(
                         f"GGUF file {str(path)!r} is empty; download or convert it again"
                     )
-                # copy-on-write, so that tensors may share the pages without a copy
+                # copy-on-write, so that tensors can share the mapped pages
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError:
             raise CheckpointError(f"GGUF file {str(path)!r} does not exist") from None
@@ -97,7 +106,13 @@ class GGUFFile:
     def load(
         self, name: str, dtype: torch.dtype = torch.float32, *, part: int | None = None
     ) -> Tensor:
-        """The tensor `name`, or slice `part` of its slowest dimension, dequantized, in row-major order."""
+        """Returns a tensor, or slice `part` of its slowest dimension, dequantized to `dtype`.
+
+        A large tensor already stored in `dtype` shares the memory-mapped pages of the file.
+
+        Raises:
+            CheckpointError: the tensor's type is not supported.
+        """
         place = self.tensors[name]
         if part is not None:
             place = place.part(part)
@@ -106,21 +121,25 @@ class GGUFFile:
             found = _dequantize(raw, place).to(dtype)
         except NotImplementedError:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} has the type {place.type_name}, which is not read; "
-                "convert the model to another type"
+                f"{self.path}: tensor {name!r} has the type {place.type_name}, which is not "
+                "supported; convert the model to another type"
             ) from None
         if place.num_bytes < SHARED and found.data_ptr() == raw.ctypes.data:
             return found.clone()
         return found
 
     def let_go(self) -> None:
-        """Offers the system the memory of what has been read: it can be read again, and what was written to is kept."""
+        """Lets the operating system reclaim the memory-mapped pages (`MADV_PAGEOUT`).
+
+        Their content stays valid: it is read again on the next access, and modified pages are
+        preserved.
+        """
         with contextlib.suppress(OSError, AttributeError):
             self._map.madvise(PAGE_OUT)
 
 
 class _HeaderReader:
-    """Reads the header; every read is bounded by the file's size."""
+    """Parses the header; every read is bounded by the file size."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path = data, path
@@ -141,23 +160,25 @@ class _HeaderReader:
             )
         self.at = 4
         version = self._number("I")
-        if version & 0xFFFF == 0 and version:  # the version's own bytes in the other order
+        if version & 0xFFFF == 0 and version:  # the bytes of the version are swapped
             raise CheckpointError(
-                f"{self.path} is a big-endian GGUF file, and little-endian ones are read; convert it with "
-                f"gguf-convert-endian {self.path} little (of the gguf package)"
+                f"{self.path} is a big-endian GGUF file, but only little-endian files are "
+                f"supported; convert it with gguf-convert-endian {self.path} little "
+                "(from the gguf package)"
             )
         if version not in VERSIONS:
             raise CheckpointError(
-                f"{self.path} is GGUF version {version}, expected 2 or 3; convert it again with a current tool"
+                f"{self.path} is GGUF version {version}, expected 2 or 3; "
+                "convert it again with a current tool"
             )
         num_tensors, num_pairs = self._number("Q"), self._number("Q")
-        # a pair takes at least 13 bytes, a tensor record at least 24
+        # a key-value pair takes at least 13 bytes, a tensor record at least 24
         self._check_count(num_pairs, 13, "key-value pairs")
         metadata: dict[str, Any] = {}
         for _ in range(num_pairs):
             key = self._string()
             if key in metadata:
-                raise self._broken(f"key {key!r} stands twice")
+                raise self._broken(f"key {key!r} occurs twice")
             metadata[key] = self._value(self._number("I"), 0)
         self._check_count(num_tensors, 24, "tensors")
         records = [self._record() for _ in range(num_tensors)]
@@ -171,7 +192,7 @@ class _HeaderReader:
         name = self._string()
         num_dims = self._number("I")
         if num_dims > MAX_DIMS:
-            raise self._broken(f"tensor {name!r} has {num_dims} dims, at most {MAX_DIMS} expected")
+            raise self._broken(f"tensor {name!r} has {num_dims} dims, expected at most {MAX_DIMS}")
         dims = tuple(self._number("Q") for _ in range(num_dims))
         return name, dims[::-1], self._number("I"), self._number("Q")
 
@@ -183,7 +204,7 @@ class _HeaderReader:
         tensors: dict[str, GGUFTensor] = {}
         for name, shape, type_id, offset in records:
             if name in tensors:
-                raise self._broken(f"tensor {name!r} stands twice")
+                raise self._broken(f"tensor {name!r} occurs twice")
             try:
                 kind = GGMLQuantizationType(type_id)
                 block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -196,12 +217,13 @@ class _HeaderReader:
                 raise self._broken(f"tensor {name!r} has the empty shape {shape}")
             width = shape[-1] if shape else 1
             if width % block:
-                raise self._broken(f"tensor {name!r}: width {width} is no multiple of {block}")
+                raise self._broken(f"tensor {name!r}: width {width} is not a multiple of {block}")
             num_bytes = count // block * block_bytes
             if start + offset + num_bytes > self.size:
                 raise CheckpointError(
-                    f"{self.path} is truncated: tensor {name!r} ends at byte {start + offset + num_bytes}, "
-                    f"the file has {self.size}; download or convert it again"
+                    f"{self.path} is truncated: tensor {name!r} ends at byte "
+                    f"{start + offset + num_bytes}, but the file has {self.size} bytes; "
+                    "download or convert it again"
                 )
             tensors[name] = GGUFTensor(name, shape, kind.name, start + offset, num_bytes)
         return tensors
@@ -235,7 +257,7 @@ class _HeaderReader:
             (length,) = unpack(data, at)
             at += 8
             if length > size - at:
-                raise self._broken(f"a string of {length} bytes at byte {at}")
+                raise self._broken(f"a string of {length} bytes at byte {at} exceeds the file")
             out.append(data[at : at + length].decode("utf-8"))
             at += length
         self.at = at
@@ -260,7 +282,7 @@ class _HeaderReader:
 
 
 def _dequantize(raw: np.ndarray[Any, Any], place: GGUFTensor) -> Tensor:
-    """fp32 values of a tensor's bytes; the common block formats here, the rest by the `gguf` package."""
+    """fp32 values of a tensor; the `gguf` package dequantizes the less common block formats."""
     fast = _FAST.get(place.type_name)
     if fast is not None:
         return fast(torch.from_numpy(raw)).view(place.shape)
@@ -283,28 +305,31 @@ def _bfloat16(raw: Tensor) -> Tensor:
 
 
 def _q8_0(raw: Tensor) -> Tensor:
-    """Blocks of 32: fp16 scale, 32 int8."""
+    """Blocks of 32 values: an fp16 scale and 32 int8."""
     blocks = raw.view(-1, 34)
     scale = blocks[:, :2].contiguous().view(torch.float16).float()
     return blocks[:, 2:].contiguous().view(torch.int8).float().mul_(scale)
 
 
 def _q4_0(raw: Tensor) -> Tensor:
-    """Blocks of 32: fp16 scale, 16 bytes; low nibbles are values 0-15, high ones 16-31, both minus 8."""
+    """Blocks of 32 values: an fp16 scale and 16 bytes, with zero point 8.
+
+    The low nibbles are values 0-15 of the block, the high nibbles values 16-31.
+    """
     blocks = raw.view(-1, 18)
     scale = blocks[:, :2].contiguous().view(torch.float16).float()
     return _nibbles(blocks[:, 2:]).sub_(8).mul_(scale)
 
 
 def _q4_1(raw: Tensor) -> Tensor:
-    """As Q4_0 with fp16 scale and fp16 minimum: q · scale + minimum."""
+    """Like Q4_0, but with an fp16 scale and an fp16 minimum: q · scale + minimum."""
     blocks = raw.view(-1, 20)
     head = blocks[:, :4].contiguous().view(torch.float16).float()
     return _nibbles(blocks[:, 4:]).mul_(head[:, :1]).add_(head[:, 1:])
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """[N, 16] bytes → [N, 32] fp32 of 0-15."""
+    """Unpacks bytes [N, 16] to fp32 values 0-15 [N, 32]."""
     return torch.cat([packed & 15, packed >> 4], dim=1).float()
 
 

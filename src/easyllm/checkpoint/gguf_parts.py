@@ -1,7 +1,7 @@
-"""Split GGUF files: a model in parts `NAME-00001-of-0000N.gguf` next to one another, read as one.
+"""Split GGUF files: the parts `NAME-00001-of-0000N.gguf` of a model in a folder, read as one file.
 
-The first part holds the metadata; every part holds `split.no` (from 0), `split.count` and its share of the tensors
-(llama.cpp's `gguf-split`).
+The first part contains the metadata; every part contains `split.no` (from 0), `split.count` and
+some of the tensors (llama.cpp's `gguf-split`).
 """
 
 import re
@@ -19,15 +19,15 @@ _NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 class SplitGGUF:
-    """The parts of a split GGUF file as one file.
+    """A split GGUF file with the interface of a single one.
 
     Attributes:
         path: the first part.
-        metadata: the first part's.
-        tensors: name → where it is, of all parts.
+        metadata: the metadata of the first part.
+        tensors: the location of each tensor of all parts, by name.
 
     Raises:
-        CheckpointError: a part is missing, is another model's, or parts hold the same tensor.
+        CheckpointError: tensors are missing or occur in several parts.
     """
 
     def __init__(self, parts: list[GGUFFile]) -> None:
@@ -40,33 +40,34 @@ class SplitGGUF:
             for name, place in part.tensors.items():
                 if name in self.tensors:
                     raise CheckpointError(
-                        f"tensor {name!r} is in {self._owner[name].path.name} and in {part.path.name}; "
-                        "download the parts of one model again"
+                        f"tensor {name!r} is in both {self._owner[name].path.name} and "
+                        f"{part.path.name}; download all parts of the model again"
                     )
                 self.tensors[name], self._owner[name] = place, part
         wanted = first.metadata.get("split.tensors.count", len(self.tensors))
         if len(self.tensors) != wanted:
             raise CheckpointError(
-                f"the parts of {first.path} hold {len(self.tensors)} tensors, expected {wanted}; download them again"
+                f"the parts of {first.path} contain {len(self.tensors)} tensors, "
+                f"expected {wanted}; download them again"
             )
 
     def load(
         self, name: str, dtype: torch.dtype = torch.float32, *, part: int | None = None
     ) -> Tensor:
-        """The tensor `name`, or slice `part` of its slowest dimension, dequantized, in row-major order."""
+        """Returns a tensor, or slice `part` of its slowest dimension, dequantized to `dtype`."""
         return self._owner[name].load(name, dtype, part=part)
 
     def let_go(self) -> None:
-        """Offers the system the memory of what has been read."""
+        """Lets the operating system reclaim the memory-mapped pages of all parts."""
         for part in self._parts:
             part.let_go()
 
 
 def open_gguf(path: Path) -> GGUFFile | SplitGGUF:
-    """A GGUF file; of a split one, whichever part is named, all parts.
+    """Opens a GGUF file; for any part of a split file, all parts.
 
     Raises:
-        CheckpointError: the file, or a part that belongs to it, is missing or damaged.
+        CheckpointError: the file, or another part of it, is missing or damaged.
     """
     named = GGUFFile(path)
     count = _number(named, "split.count", 1)
@@ -75,22 +76,25 @@ def open_gguf(path: Path) -> GGUFFile | SplitGGUF:
     found = _NAME.fullmatch(named.path.name)
     if found is None or int(found["count"]) != count:
         raise CheckpointError(
-            f"{path} is one of {count} parts of a split model, and its name does not say where the others are; "
-            f"give all parts names like NAME-00001-of-{count:05d}.gguf in one folder"
+            f"{path} is one of {count} parts of a split model, but the names of the others cannot "
+            f"be derived from its name; name the parts NAME-00001-of-{count:05d}.gguf and so on, "
+            "in one folder"
         )
     names = [f"{found['stem']}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
     missing = [name for name in names if not named.path.with_name(name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{path} is one of {count} parts of a split model, and {missing[0]} is not in its folder"
-            f"{f' (nor are {len(missing) - 1} more)' if len(missing) > 1 else ''}; download every part into one folder"
+            f"{path} is one of {count} parts of a split model, but {missing[0]} is not in its "
+            f"folder{f' (nor are {len(missing) - 1} others)' if len(missing) > 1 else ''}; "
+            "download all parts into one folder"
         )
     parts = []
     for number, name in enumerate(names):
         part = named if name == named.path.name else GGUFFile(named.path.with_name(name))
         if _number(part, "split.no", -1) != number or _number(part, "split.count", 1) != count:
             raise CheckpointError(
-                f"{part.path} is not part {number + 1} of {count}, as its name says; download it again"
+                f"{part.path} is not part {number + 1} of {count}, although its name says so; "
+                "download it again"
             )
         parts.append(part)
     return SplitGGUF(parts)
@@ -99,5 +103,7 @@ def open_gguf(path: Path) -> GGUFFile | SplitGGUF:
 def _number(file: GGUFFile, key: str, default: int) -> int:
     value: Any = file.metadata.get(key, default)
     if not isinstance(value, int) or not -1 <= value <= MAX_PARTS:
-        raise CheckpointError(f"{file.path} sets {key}={value!r}; download or convert it again")
+        raise CheckpointError(
+            f"{file.path} has the invalid value {key}={value!r}; download or convert it again"
+        )
     return value

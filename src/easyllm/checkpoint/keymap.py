@@ -1,11 +1,11 @@
-"""Names of parameters, ours and a file's, in both directions.
+"""Key maps: translation between parameter names of the model ("ours") and of a file ("theirs").
 
-A key map is a list of rules over templates in which `{i}` (and `{e}`) stand for numbers:
+A key map is a list of rules with name templates in which `{i}` (and `{e}`) stand for numbers:
 
     Rename("layers.{i}.mixer.q_proj.weight", "model.layers.{i}.self_attn.q_proj.weight")
-    Fused(("...q_proj.weight", "...k_proj.weight"), "...qk.weight")      several of ours are one of the file's
+    Fused(("...q_proj.weight", "...k_proj.weight"), "...qk.weight")   # several of ours in one
 
-Every rule works both ways, so that what is saved is what would be loaded.
+Every rule works in both directions, so that loading and saving always agree.
 """
 
 import re
@@ -23,7 +23,12 @@ Join = Callable[[Sequence[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Rename:
-    """One parameter of ours is one tensor of the file's; `transposed` where the file keeps [in, out]."""
+    """One parameter of ours is one tensor of the file.
+
+    Attributes:
+        ours, theirs: name templates.
+        transposed: whether the file stores the weight as [in, out].
+    """
 
     ours: str
     theirs: str
@@ -31,23 +36,27 @@ class Rename:
 
     @property
     def templates(self) -> tuple[str, ...]:
+        """Templates of our names."""
         return (self.ours,)
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Returns our parameters, given the file's tensor."""
         return (tensor.T if self.transposed else tensor,)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Returns the file's tensor, given our parameters."""
         return parts[0].T if self.transposed else parts[0]
 
 
 @dataclass(frozen=True)
 class Fused:
-    """Several parameters of ours lie end to end, along their rows, in one tensor of the file's.
+    """Several parameters of ours are concatenated along their rows in one tensor of the file.
 
     Attributes:
-        ours: templates, in order.
-        sizes: rows of each.
-        transposed: the file keeps [in, out], so the parts lie side by side.
+        ours: name templates, in order.
+        theirs: the template of the file's name.
+        sizes: the number of rows of each parameter.
+        transposed: whether the file stores [in, out]; the parts are then concatenated as columns.
     """
 
     ours: tuple[str, ...]
@@ -57,15 +66,18 @@ class Fused:
 
     @property
     def templates(self) -> tuple[str, ...]:
+        """Templates of our names."""
         return self.ours
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Returns our parameters, given the file's tensor."""
         rows = tensor.T if self.transposed else tensor
         if rows.shape[0] != sum(self.sizes):
-            return (rows,) * len(self.ours)  # the shapes will not fit, and be reported
+            return (rows,) * len(self.ours)  # the shape mismatch is reported later
         return tuple(rows.split(self.sizes))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Returns the file's tensor, given our parameters."""
         rows = torch.cat(list(parts))
         return rows.T if self.transposed else rows
 
@@ -75,11 +87,12 @@ Rule = Rename | Fused
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """A rule with its numbers filled in: our names, the file's name.
+    """A rule with its numbers filled in: our names and the file's name.
 
     Attributes:
-        packed: where the file keeps this weight in another storage: the names of that storage's tensors, by the last part
-            of the name (`{"qweight": "model.layers.0.mlp.up_proj.qweight", ...}`).
+        packed: if the file stores this weight in a quantized format, the names of the tensors of
+            that format by the last part of the name
+            (`{"qweight": "model.layers.0.mlp.up_proj.qweight", ...}`).
     """
 
     ours: tuple[str, ...]
@@ -90,17 +103,17 @@ class Binding:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """Rules for every parameter of a model, and names in files that carry nothing we need."""
+    """Rules for all parameters of a model, and names of file tensors to ignore."""
 
     rules: Sequence[Rule]
     ignored: tuple[str, ...] = ()
-    """Regular expressions of tensors a file may hold besides (recomputed buffers)."""
+    """Regular expressions of additional tensors that a file may contain (recomputed buffers)."""
 
     def bindings(self, names: Iterable[str]) -> list[Binding]:
-        """For our parameter names, the tensors of the file they are in.
+        """Returns the bindings of our parameter names to the tensors of the file.
 
         Raises:
-            CheckpointError: a name has no rule: the model has a part that its family does not have.
+            CheckpointError: a name has no rule, since the model has a part that its family lacks.
         """
         found: dict[str, Binding] = {}
         for name in names:
@@ -109,7 +122,7 @@ class KeyMap:
         return list(found.values())
 
     def theirs(self, name: str) -> str:
-        """The file's name for one of our parameters."""
+        """Returns the file's name for one of our parameters."""
         return self._bind(name).theirs
 
     def _bind(self, name: str) -> Binding:
@@ -121,23 +134,26 @@ class KeyMap:
                     ours = tuple(_fill(t, numbers) for t in rule.templates)
                     return Binding(ours, _fill(rule.theirs, numbers), rule)
         raise CheckpointError(
-            f"the layout of the model's family has no name for {name!r}; "
-            "set its family to 'easyllm', whose layout expresses every model"
+            f"the checkpoint format of the model's family has no name for {name!r}; "
+            "set its family to 'easyllm', whose format can represent every model"
         )
 
     def packed_tensors(self, name: str, endings: Iterable[str]) -> dict[str, str]:
-        """The file's names for the tensors of a storage that holds our weight `name`, by their last parts.
+        """Returns the file's names of the tensors that store our weight `name` quantized.
+
+        Args:
+            endings: last parts of the tensors' names, which are the keys of the result.
 
         Raises:
-            CheckpointError: the file has no name for such a weight alone (it is fused with others, or transposed).
+            CheckpointError: the file's format fuses the weight with others, or transposes it.
         """
         binding = self._bind(name)
         stem, dot, last = binding.theirs.rpartition(".")
         plain = isinstance(binding.rule, Rename) and not binding.rule.transposed
         if not plain or last != "weight":
             raise CheckpointError(
-                f"{binding.theirs} is transposed or holds several weights in this family's layout, which has no place "
-                "for a quantized one; save the full weights"
+                f"{binding.theirs} is transposed or contains several weights in the checkpoint "
+                "format of this family, which cannot represent it quantized; save the full weights"
             )
         return {ending: f"{stem}{dot}{ending}" for ending in endings}
 
@@ -149,15 +165,17 @@ class KeyMap:
         source: str,
         file_tensors: Sequence[str] = (),
     ) -> list[Binding]:
-        """The bindings, once every tensor is known to be there and of the right shape.
+        """Returns the bindings after checking that all tensors exist and have the right shapes.
 
         Args:
-            expected: our names and shapes; present: the file's.
-            file_tensors: the last parts of the names under which the file keeps a weight in another storage; a weight of
-                which it has any is taken to be kept so.
+            expected: shapes by our names.
+            present: shapes by the file's names.
+            source: the name of the checkpoint, for error messages.
+            file_tensors: last parts of the names of the tensors of a quantized format; a weight is
+                taken to be quantized if the file contains any of its tensors.
 
         Raises:
-            CheckpointError: a tensor is missing, left over or of another shape.
+            CheckpointError: a tensor is missing, unexpected or has the wrong shape.
         """
         matrices = {name for name, shape in expected.items() if len(shape) == 2}
         bindings = [
@@ -186,8 +204,8 @@ class KeyMap:
             f"{len(names)} {what}: {_few(names)}"
             for what, names in (
                 ("missing", missing),
-                ("left over", left),
-                ("of wrong shape", wrong),
+                ("unexpected", left),
+                ("with wrong shape", wrong),
             )
             if names
         ]
@@ -198,14 +216,15 @@ class KeyMap:
                 else ("configuration", "use the config.json that belongs to these weights")
             )
             raise CheckpointError(
-                f"the tensors of {source} do not fit its {said_by} ({'; '.join(complaints)}); {remedy}"
+                f"the tensors of {source} do not match its {said_by} "
+                f"({'; '.join(complaints)}); {remedy}"
             )
         return bindings
 
     def _packed(
         self, binding: Binding, present: Mapping[str, Sequence[int]], file_tensors: Sequence[str]
     ) -> Binding:
-        """The binding of a weight that the file keeps in another storage, if it does."""
+        """The binding of a weight, with `packed` set if the file stores it quantized."""
         stem, _, last = binding.theirs.rpartition(".")
         signs = {ending for ending in file_tensors if ending != "weight"}
         if last != "weight" or not any(f"{stem}.{ending}" in present for ending in signs):
@@ -217,14 +236,14 @@ class KeyMap:
         state: Mapping[str, Tensor],
         packed: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
-        """Our parameters under the file's names.
+        """Returns our parameters under the file's names.
 
         Args:
-            state: full parameters by our names.
-            packed: the tensors of other storages, by the names their full weights would have.
+            state: full parameters, by our names.
+            packed: the tensors of quantized weights, by our names of the full weights.
 
         Raises:
-            CheckpointError: the file has no name for such a weight.
+            CheckpointError: the file's format cannot represent a parameter.
         """
         found = {
             b.theirs: b.rule.join([state[name] for name in b.ours]) for b in self.bindings(state)
@@ -237,14 +256,14 @@ class KeyMap:
 
 @dataclass(frozen=True)
 class SameNames(KeyMap):
-    """A file that names parameters as we do."""
+    """The key map of a file with the same parameter names as the model."""
 
     def _bind(self, name: str) -> Binding:
         return Binding((name,), name, Rename(name, name))
 
 
 def renames(pairs: Iterable[tuple[str, str]]) -> list[Rule]:
-    """Plain renaming rules."""
+    """Returns a `Rename` rule for each pair (ours, theirs)."""
     return [Rename(ours, theirs) for ours, theirs in pairs]
 
 

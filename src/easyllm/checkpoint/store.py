@@ -1,7 +1,7 @@
-"""Folders of safetensors in the Hugging Face layout, read lazily and written atomically.
+"""Safetensors checkpoints in the Hugging Face layout, read lazily and written atomically.
 
-A folder holds `model.safetensors`, or shards `model-00001-of-0000N.safetensors` with
-`model.safetensors.index.json`. Nothing here ever reads a pickle.
+A folder contains `model.safetensors`, or checkpoint shards `model-00001-of-0000N.safetensors` with
+the index `model.safetensors.index.json`. Pickle files are never read.
 """
 
 import json
@@ -56,11 +56,15 @@ class TensorFolder:
         self._files.close()
 
     def reopened(self) -> "TensorFolder":
-        """The same tensors in memory of their own: what one open file gives twice is the same memory."""
+        """Opens the folder again, so that its tensors do not share memory with the ones here."""
         return TensorFolder(self.path)
 
     def load(self, name: str) -> Tensor:
-        """The tensor `name`."""
+        """Returns the tensor `name`.
+
+        Raises:
+            CheckpointError: the tensor cannot be read.
+        """
         return _read_tensor(self._place[name], name, self.path)
 
     def _weight_files(self) -> list[Path]:
@@ -74,7 +78,8 @@ class TensorFolder:
                 ) from None
             if any(not isinstance(s, str) or Path(s).name != s for s in shards):
                 raise CheckpointError(
-                    f"{index} names a shard outside its folder; refuse to read it"
+                    f"{index} names a shard outside its folder, which is not allowed; "
+                    "download the checkpoint again"
                 )
             return [self.path / shard for shard in shards]
         single = self.path / WEIGHTS
@@ -83,14 +88,14 @@ class TensorFolder:
         hint = ""
         if list(self.path.glob("*.bin")) or list(self.path.glob("*.pt*")):
             hint = " (it has pickle files, which are never read; convert them to safetensors)"
-        raise CheckpointError(f"folder {str(self.path)!r} holds no {WEIGHTS}{hint}")
+        raise CheckpointError(f"folder {str(self.path)!r} contains no {WEIGHTS}{hint}")
 
 
 def open_safetensors(path: Path) -> Any:
-    """An open safetensors file.
+    """Opens a safetensors file.
 
     Raises:
-        CheckpointError: missing, damaged or truncated.
+        CheckpointError: the file is missing, damaged or truncated.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -107,7 +112,11 @@ def open_safetensors(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of one safetensors file, and its metadata."""
+    """Returns all tensors of a safetensors file, and its metadata.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or truncated.
+    """
     with open_safetensors(path) as file:
         tensors = {name: _read_tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
         return tensors, dict(file.metadata() or {})
@@ -118,7 +127,7 @@ def _read_tensor(handle: Any, name: str, path: Path) -> Tensor:
 
     try:
         tensor: Tensor = handle.get_tensor(name)
-    except (SafetensorError, TypeError, ValueError, RuntimeError) as error:  # torch's own, too
+    except (SafetensorError, TypeError, ValueError, RuntimeError) as error:  # or raised by torch
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({reason})") from None
     return tensor
@@ -127,7 +136,11 @@ def _read_tensor(handle: Any, name: str, path: Path) -> Tensor:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes one safetensors file; put it into an atomic folder to make the whole atomic."""
+    """Writes a safetensors file, but not atomically: use `atomic_directory` around it.
+
+    Raises:
+        OutputError: the operating system does not allow writing there.
+    """
     from safetensors.torch import save_file
 
     with output_errors(path):
@@ -136,15 +149,15 @@ def write_tensors(
             path,
             metadata=dict(metadata or {}),
         )
-        path.chmod(0o666 & ~_umask())  # the library makes it readable by its owner only
+        path.chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner only
 
 
 def write_model_weights(
     folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes weights into `folder` as one file, or as shards with an index."""
+    """Writes weights into `folder` as one file, or as checkpoint shards with an index."""
     shards = _shards(tensors, max_shard_bytes)
-    metadata = {"format": "pt"}  # what transformers expects to find
+    metadata = {"format": "pt"}  # required by transformers
     if len(shards) == 1:
         write_tensors(folder / WEIGHTS, tensors, metadata)
         return

@@ -1,1 +1,1 @@
-"""Foundations every other folder stands on: errors, configuration, progress, manifests, devices."""
+"""Foundations for all other packages: errors, configuration, progress, manifests and devices."""

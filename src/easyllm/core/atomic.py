@@ -1,4 +1,4 @@
-"""Writing files and folders so that a reader sees the old content or the new, never a half."""
+"""Atomic writes of files and folders: a reader sees the old or the new content, never a mix."""
 
 import errno
 import json
@@ -16,12 +16,13 @@ from easyllm.core.errors import EasyllmError, OutputError
 
 @contextmanager
 def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder next to `target` that takes its name when the block ends well.
+    """Yields a temporary folder next to `target` and renames it to `target` if the block succeeds.
 
-    On any error the temporary folder is removed and `target` is as it was.
+    On any error the temporary folder is removed and `target` stays unchanged.
 
     Raises:
-        OutputError: `target` exists (and `replace` is false), or the operating system refuses to write there.
+        OutputError: `target` is not empty (and `replace` is false), or the operating system does
+            not allow writing there.
     """
     target = Path(target)
     if not replace:
@@ -43,24 +44,27 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(target: Path) -> None:
-    """Refuses an output folder that holds something or cannot be written (before any work is done for it).
+    """Checks, before any work is done, that an output folder is empty (or absent) and writable.
 
     Raises:
-        OutputError: it does, or it cannot.
+        OutputError: `target` is not empty or cannot be written.
     """
     with output_errors(target):
         if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
             raise OutputError(
-                f"output {str(target)!r} already holds something; choose another folder or remove it"
+                f"output {str(target)!r} already exists and is not empty; "
+                "choose another folder or remove it"
             )
     refuse_unwritable(target)
 
 
 def refuse_unwritable(target: Path) -> None:
-    """Refuses an output that could not be made, by making (and removing) an empty folder in the nearest folder there is.
+    """Checks that `target` can be created.
+
+    The check creates (and removes) an empty folder in the nearest existing parent folder.
 
     Raises:
-        OutputError: the operating system refuses; what it says becomes the reason.
+        OutputError: the operating system does not allow it; the message contains its reason.
     """
     with output_errors(target):
         if "\0" in str(target):
@@ -68,7 +72,7 @@ def refuse_unwritable(target: Path) -> None:
         if len(os.fsencode(target.name)) > MAX_NAME_BYTES:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         folder = target.absolute()
-        while not os.path.lexists(folder):  # which finds a link that leads nowhere, too
+        while not os.path.lexists(folder):  # also true for a dangling symbolic link
             folder = folder.parent
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -76,12 +80,16 @@ def refuse_unwritable(target: Path) -> None:
         try:
             probe.mkdir()
             probe.rmdir()
-        except OSError as error:  # the target is to blame, not the probe
+        except OSError as error:  # report the target, not the name of the probe
             raise OSError(error.errno, error.strerror) from None
 
 
 def write_atomic(target: Path, content: str | bytes) -> None:
-    """Writes `content` to `target` in one step (write aside, fsync, rename)."""
+    """Writes `content` to `target` atomically (write a temporary file, fsync, rename).
+
+    Raises:
+        OutputError: the operating system does not allow writing there.
+    """
     target = Path(target)
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     with output_errors(target):
@@ -100,15 +108,19 @@ def write_atomic(target: Path, content: str | bytes) -> None:
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Writes `value` as indented UTF-8 JSON in one step."""
+    """Writes `value` atomically as indented UTF-8 JSON.
+
+    Raises:
+        OutputError: the operating system does not allow writing there.
+    """
     write_atomic(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def output_errors(target: Path) -> Iterator[None]:
-    """Turns the operating system's refusals to write into an `OutputError` that says what to do.
+    """Converts the operating system's write errors into an `OutputError` that says what to do.
 
-    An error that names a file elsewhere (an input that cannot be read, say) passes through.
+    An error that names an unrelated file (such as an unreadable input) is re-raised unchanged.
     """
     try:
         yield
@@ -122,24 +134,26 @@ def output_errors(target: Path) -> Iterator[None]:
 
 
 def write_refusal(error: BaseException) -> str | None:
-    """Why the operating system refuses to write, and what to do; None for an error that is no such refusal.
+    """Returns why the operating system refused to write and what to do; None for any other error.
 
-    safetensors and tokenizers report the system's errors as text of exceptions of their own: "... (os error 28)".
+    safetensors and tokenizers raise their own exceptions, which contain the system's error code
+    only as text: "... (os error 28)".
     """
     if isinstance(error, OSError):
-        short = "requested and" in str(error) and "written" in str(
-            error
-        )  # NumPy's, without a number
+        # NumPy reports a short write with this text and without an errno
+        short = "requested and" in str(error) and "written" in str(error)
         return _REASONS.get(errno.ENOSPC if short else error.errno or 0)
     if isinstance(error, ValueError) and "null byte" in str(error):
-        return "the path holds a null byte; choose another name"
+        return "the path contains a null byte; choose another name"
     told = re.search(r"\(os error (\d+)\)", str(error))
     return _REASONS.get(int(told[1])) if told else None
 
 
 def os_error_sentence(error: OSError) -> str | None:
-    """What a person is told of an error of the operating system that nothing else has explained; None for one that no
-    path, disk or permission explains."""
+    """Returns a one-sentence message for an operating system error that no other code handled.
+
+    Returns None if the cause is not a path, a disk or a permission.
+    """
     named = f" {os.fsdecode(error.filename)!r}" if isinstance(error.filename, str | bytes) else ""
     if named and error.errno in _OF_THE_PATH:
         reason = os.strerror(error.errno or 0).lower()
@@ -149,7 +163,7 @@ def os_error_sentence(error: OSError) -> str | None:
 
 
 def _concerns(target: Path, error: Exception) -> bool:
-    """Whether an error that names a file names one that is written for `target`, or a folder above it."""
+    """Whether the file that an error names, if any, belongs to `target` or is a folder above it."""
     name = getattr(error, "filename", None)
     if not isinstance(name, str | bytes):
         return True
@@ -158,29 +172,30 @@ def _concerns(target: Path, error: Exception) -> bool:
 
 
 MAX_NAME_BYTES = 255 - len("..12345678.partial")
-"""Of an output's name: file systems take 255, and what is written aside first has a longer one."""
+"""Longest name of an output: file systems allow 255 bytes, and the temporary name is longer."""
 _REASONS = {
-    errno.ENOSPC: "no space is left on the disk; free some or choose another folder",
+    errno.ENOSPC: "no space is left on the disk; free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
-    errno.EFBIG: "the file would be larger than the system allows; raise the limit or choose another folder",
-    errno.EACCES: "permission denied; choose a folder you may write to",
-    errno.EPERM: "the operation is not permitted there; choose a folder you may write to",
+    errno.EFBIG: "the file would be larger than the system allows; "
+    "raise the limit or choose another folder",
+    errno.EACCES: "permission denied; choose a folder that you can write to",
+    errno.EPERM: "the operation is not permitted there; choose a folder that you can write to",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
     errno.EEXIST: "a part of the path is a file, not a folder; choose another folder",
-    errno.EISDIR: "it is a folder, and a file is to be written; choose another name",
-    errno.ENOTEMPTY: "something else has written there meanwhile; choose another folder",
-    errno.ENOENT: "the folder cannot be made there; choose another folder",
+    errno.EISDIR: "the path is a folder, but a file must be written there; choose another name",
+    errno.ENOTEMPTY: "another program has written there in the meantime; choose another folder",
+    errno.ENOENT: "the folder cannot be created there; choose another folder",
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
-    errno.ELOOP: "its links lead back to themselves; choose another folder",
-    errno.EINVAL: "the file system does not take this name; choose another one",
+    errno.ELOOP: "the path contains a loop of symbolic links; choose another folder",
+    errno.EINVAL: "the file system does not accept this name; choose another one",
     errno.ENXIO: "no such device; choose another folder",
-    errno.EBUSY: "another program holds it; choose another folder",
+    errno.EBUSY: "another program is using it; choose another folder",
     errno.EIO: "the disk reports an input/output error; choose another folder",
-    errno.EMLINK: "the folder holds too many others; choose another folder",
+    errno.EMLINK: "the folder contains too many subfolders; choose another folder",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
     errno.ENFILE: "too many files are open on this machine; close some",
-    errno.ESTALE: "the network file system has lost it; choose another folder",
+    errno.ESTALE: "the network file handle is stale; choose another folder",
 }
 
 
@@ -190,7 +205,7 @@ _OF_THE_PATH = frozenset(
         *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     }
 )
-"""What is wrong with a path itself, whether it is read or written."""
+"""Errors caused by the path itself, whether it is read or written."""
 
 
 def _publish(work: Path, target: Path) -> None:

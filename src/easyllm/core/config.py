@@ -1,4 +1,4 @@
-"""Configuration: one pydantic model a thing, read from YAML, the environment and `key.sub=value` words.
+"""Configuration: pydantic models read from YAML, the environment and `key.sub=value` overrides.
 
 Order of precedence: defaults < recipe file < `EASYLLM_*` environment < command line.
 """
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 ENVIRONMENT_PREFIX = "EASYLLM_"
-"""`EASYLLM_OPTIMIZER__LEARNING_RATE=1e-4` sets `optimizer.learning_rate`; two underscores are a dot."""
+"""`EASYLLM_OPTIMIZER__LEARNING_RATE=1e-4` sets `optimizer.learning_rate`: `__` stands for a dot."""
 RESERVED_VARIABLES = frozenset(
     {"EASYLLM_CACHE", "EASYLLM_DEBUG", "EASYLLM_API_KEY", "EASYLLM_KERNELS"}
 )
 
 
 class Config(BaseModel):
-    """Base of every configuration value: immutable, and an unknown key is an error."""
+    """Base class of all configuration models: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -37,7 +37,7 @@ C = TypeVar("C", bound=BaseModel)
 
 
 def kind_or(default: str) -> Discriminator:
-    """Tells variants of a union apart by their `kind`; without one it is `default`'s.
+    """Returns a discriminator that selects a variant of a union by `kind`, by default `default`.
 
     Example: Annotated[Annotated[A, Tag("a")] | Annotated[B, Tag("b")], kind_or("a")]
     """
@@ -50,11 +50,11 @@ def kind_or(default: str) -> Discriminator:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping a YAML file holds.
+    """Returns the mapping stored in a YAML file.
 
     Raises:
-        SourceError: the file is not there.
-        ConfigError: it is not YAML, or not a mapping.
+        SourceError: the file does not exist.
+        ConfigError: the file is not valid YAML, or its content is not a mapping.
     """
     if not path.is_file():
         raise SourceError(f"recipe {str(path)!r} does not exist; name a YAML file")
@@ -64,16 +64,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(
-            f"{path} holds a {type(content).__name__}, expected a mapping of keys to values"
+            f"{path} contains a {type(content).__name__}, expected a mapping of keys to values"
         )
     return content
 
 
 def apply_overrides(values: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
-    """`values` with each `key.sub=value` set; a value is read as YAML (`1e-4`, `true`, `[a, b]`).
+    """Returns `values` with overrides `key.sub=value` applied.
+
+    Values are parsed as YAML (`1e-4`, `true`, `[a, b]`).
 
     >>> apply_overrides({"optimizer": {"name": "adamw"}}, ["optimizer.learning_rate=1e-4"])
     {'optimizer': {'name': 'adamw', 'learning_rate': 0.0001}}
+
+    Raises:
+        ConfigError: a word is not of the form `key=value`.
     """
     result = _deep_copy(values)
     for word in words:
@@ -94,12 +99,12 @@ def apply_overrides(values: Mapping[str, Any], words: Iterable[str]) -> dict[str
 
 
 def _not_an_override(word: str, key: str, values: Mapping[str, Any]) -> str:
-    """What is wrong with a word without `=`, or with nothing before it."""
+    """The error message for a word that has no `=`, or no key before it."""
     if key in values:
         inner = values[key]
         keys = list(inner) if isinstance(inner, Mapping) else []
         form = f"{key}.{keys[0]}=value" if keys else f"{key}=value"
-        return f"{word!r} is not an override: it gives {key} no value; write {form}"
+        return f"{word!r} is not an override: it has no value for {key}; write {form}"
     top = key.split(".")[0]
     hint = "" if top in values else suggest(top, values)
     return f"{word!r} is not an override; write key=value or key.sub=value{hint}"
@@ -108,7 +113,11 @@ def _not_an_override(word: str, key: str, values: Mapping[str, Any]) -> str:
 def environment_overrides(
     model: type[BaseModel], environment: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Override words for the `EASYLLM_*` variables that name a field of `model`."""
+    """Returns overrides `key.sub=value` for the `EASYLLM_*` variables that name a field of `model`.
+
+    Args:
+        environment: the variables; by default those of the process.
+    """
     environment = os.environ if environment is None else environment
     words = []
     for name, value in sorted(environment.items()):
@@ -123,16 +132,16 @@ def environment_overrides(
 def validate(
     model: type[C], values: Mapping[str, Any], *, source: str, overrides: Iterable[str] = ()
 ) -> C:
-    """`values` as a `model`.
+    """Returns `values` validated as a `model`.
 
     Args:
-        source: where the values come from, for messages.
-        overrides: the command line's words that are in `values` already: their mistakes are reported as the command
-            line's (and those of `EASYLLM_*` variables as the environment's).
+        source: where the values come from, for error messages.
+        overrides: command-line overrides, already applied to `values`. Their mistakes are
+            attributed to the command line (and those of `EASYLLM_*` variables to the environment).
 
     Raises:
-        ConfigError: lists every mistake at once, each with the key, what was got, what was
-            expected, and for a mistyped key the nearest known one.
+        ConfigError: lists all mistakes at once, each with the key, the value, what was expected,
+            and for a misspelled key the closest known one.
     """
     try:
         return model.model_validate(values)
@@ -141,25 +150,30 @@ def validate(
 
 
 def load_config(model: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
-    """A `model` from a YAML file, then the environment, then `key.sub=value` words."""
+    """Returns a `model` read from a YAML file, the environment and `key.sub=value` overrides.
+
+    Raises:
+        SourceError: the file does not exist.
+        ConfigError: the file or a value is invalid.
+    """
     words = list(overrides)
     values = apply_overrides(read_yaml(path), [*environment_overrides(model), *words])
     return validate(model, values, source=str(path), overrides=words)
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The configuration with every default written out, as YAML that reads back equal."""
+    """Returns the configuration, including all defaults, as YAML that loads to an equal value."""
     values = config.model_dump(mode="json")
     text: str = yaml.dump(values, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
     return text
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's reading of numbers: `1e-4` is a float (YAML 1.1 takes it for text)."""
+    """Parses numbers as in YAML 1.2: `1e-4` is a float (a string in YAML 1.1)."""
 
 
 class _YamlDumper(yaml.SafeDumper):
-    """Quotes the text that `_YamlLoader` would take for a number."""
+    """Quotes strings that `_YamlLoader` would parse as numbers."""
 
 
 for _resolver in (_YamlLoader, _YamlDumper):
@@ -171,7 +185,13 @@ for _resolver in (_YamlLoader, _YamlDumper):
 
 
 def first_difference(there: Any, here: Any, key: str = "") -> str:
-    """The first key in which two JSON-like values differ, with both values; empty where they are equal."""
+    """Describes the first key at which two JSON-like values differ; empty if they are equal.
+
+    Args:
+        there: the stored value.
+        here: the new value.
+        key: the key of both values, if they are nested.
+    """
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         pairs = [(name, there.get(name), here.get(name)) for name in [*here, *there]]
     elif isinstance(there, list | tuple) and isinstance(here, list | tuple):
@@ -195,7 +215,7 @@ def _describe(
     source: str,
     overrides: list[str],
 ) -> str:
-    """Every mistake with where it was made; the place is named once where all were made in the same one."""
+    """The error message: all mistakes, each with its source; a common source is named only once."""
     problems = _problems(error)
     lines = _lines(problems, model, values)
     givers = _Givers(model, source, overrides)
@@ -209,10 +229,10 @@ def _describe(
 
 
 class _Givers:
-    """Who gave a value: the command line, a variable of the environment, or else the source.
+    """Finds where a value was set: the command line, an environment variable, or else the source.
 
     Args:
-        overrides: the command line's words.
+        overrides: the command-line overrides.
     """
 
     def __init__(self, model: type[BaseModel], source: str, overrides: list[str]) -> None:
@@ -224,8 +244,11 @@ class _Givers:
             self.words.setdefault(tuple(key.split(".")), f"environment variable {variable}")
 
     def of(self, problem: "ErrorDetails", values: Any) -> str:
-        """The giver of the value a problem is about. Where values do not go together, of which some were given, the
-        source with those."""
+        """Returns where the value of a problem was set.
+
+        If a combination of values is invalid and some of them were overridden, the result is the
+        source together with the names of the overridden values.
+        """
         place = tuple(_written_place(problem, values))
         there = place[: _depth(place, values)]
         if problem["type"] == "union_tag_invalid":
@@ -237,7 +260,7 @@ class _Givers:
         if giver_of_all is not None:
             return giver_of_all
         changed = [key for key in self.words if key[: len(there)] == there]
-        if problem["type"] in ("extra_forbidden", "missing"):  # by what kind it is, keys are known
+        if problem["type"] in ("extra_forbidden", "missing"):  # `kind` decides which keys exist
             changed = [key for key in self.words if key == (*place[:-1], "kind")]
         elif problem["type"] != "value_error":
             return self.source
@@ -245,7 +268,7 @@ class _Givers:
         return f"{self.source} with {within} changed" if within else self.source
 
     def _giver_of_all(self, there: tuple[str, ...], values: Any) -> str | None:
-        """Who gave the value at a place by the keys inside it; None where the source has a part in it."""
+        """Where the value at a path was set if overrides set all of its leaves; None otherwise."""
         if not there:
             return None
         for part in there:
@@ -258,7 +281,7 @@ class _Givers:
 
 
 def _leaves(value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The places of the values inside nested mappings."""
+    """The paths of the leaf values of nested mappings."""
     if not isinstance(value, Mapping):
         yield place
         return
@@ -271,7 +294,7 @@ def _key(word: str) -> str:
 
 
 def _depth(place: tuple[str, ...], values: Any) -> int:
-    """How many keys of `place` there are, one inside the other."""
+    """The number of leading keys of `place` that exist in the nested `values`."""
     for depth, part in enumerate(place):
         if not isinstance(values, Mapping) or part not in values:
             return depth
@@ -280,7 +303,7 @@ def _depth(place: tuple[str, ...], values: Any) -> int:
 
 
 def _problems(error: ValidationError) -> list["ErrorDetails"]:
-    """The mistakes; pydantic also counts a list as too short whose entries are there and wrong."""
+    """The mistakes; pydantic also reports a list as too short if its entries are invalid."""
     return [
         problem
         for problem in error.errors()
@@ -291,7 +314,7 @@ def _problems(error: ValidationError) -> list["ErrorDetails"]:
 def _lines(
     problems: Iterable["ErrorDetails"], model: type[BaseModel], values: Mapping[str, Any]
 ) -> list[str]:
-    """A line for each mistake: the key, what was got, what was expected."""
+    """One line per mistake: the key, the value and what was expected."""
     lines = []
     for problem in problems:
         written = _written_place(problem, values)
@@ -306,14 +329,15 @@ def _lines(
         elif problem["type"] == "union_tag_invalid":
             tag, known_tags = str(problem["ctx"]["tag"]), problem["ctx"]["expected_tags"]
             close = suggest(tag, known_tags.replace("'", "").split(", "))
-            lines.append(f"{key}: kind {tag!r} is unknown{close}; known are {known_tags}")
+            lines.append(f"{key}: unknown kind {tag!r}{close}; known kinds are {known_tags}")
         elif problem["type"] == "union_tag_not_found":
             kinds = _kinds_of(_models_at(model, problem["loc"], values))
             line = f"missing key {f'{key}.kind'!r}; known kinds are {kinds}"
             others = [str(name) for name in _value_at(values, written[:-1]) if name != written[-1]]
             if others and written[-1] not in _fields_at(model, problem["loc"][:-1], values):
                 line += (
-                    f"; next to {key!r} there are {', '.join(others)}{suggest(written[-1], others)}"
+                    f"; other keys next to {key!r}: {', '.join(others)}"
+                    f"{suggest(written[-1], others)}"
                 )
             lines.append(line)
         else:
@@ -329,7 +353,7 @@ def _lines(
 
 
 def _written_place(problem: "ErrorDetails", values: Any) -> list[str]:
-    """The keys a user wrote: pydantic also puts the chosen variant of a union into the path."""
+    """The path as the user wrote it: pydantic also adds the chosen variant of a union to it."""
     place = problem["loc"]
     written: list[str] = []
     here: Any = values
@@ -355,7 +379,7 @@ def _value_at(values: Any, place: list[str]) -> Any:
 
 
 def _fields_at(model: type[BaseModel], place: tuple[int | str, ...], values: Any) -> list[str]:
-    """Names of the fields of the nested model that `place` leads to."""
+    """Names of the fields of the nested model at the path `place`."""
     models = _models_at(model, place, values)
     return sorted({name for found in models for name in found.model_fields})
 
@@ -363,13 +387,13 @@ def _fields_at(model: type[BaseModel], place: tuple[int | str, ...], values: Any
 def _models_at(
     model: type[BaseModel], place: tuple[int | str, ...], values: Any
 ) -> list[type[BaseModel]]:
-    """The nested models that `place` leads to; of registered kinds the one that the value there has."""
+    """The nested models at the path `place`; of registered kinds, the selected one."""
     candidates: list[type[BaseModel]] = [model]
     is_key = False
     for part in place:
         inside = _holds(values, part)
         values = values[part] if inside else values
-        if is_key:  # of a mapping: chosen by the user, so it names no field
+        if is_key:  # a key of a mapping: chosen by the user, so it is not the name of a field
             is_key = False
             continue
         following = []
@@ -386,7 +410,7 @@ def _models_at(
 
 
 def _kinds_of(models: list[type[BaseModel]]) -> str:
-    """Names of the models' kinds, as pydantic writes them."""
+    """Names of the models' kinds, formatted as pydantic does."""
     kinds = [field.annotation for m in models if (field := m.model_fields.get("kind"))]
     return ", ".join(repr(name) for kind in kinds for name in typing.get_args(kind))
 
@@ -399,12 +423,12 @@ def _tag_matches(model: type[BaseModel], part: int | str) -> bool:
 
 
 def _registered(metadata: Iterable[Any], value: Any) -> list[type[BaseModel]]:
-    """The variants that registered kinds among a type's marks have for a value."""
+    """The variants for a value, if the metadata of an annotated type contains registered kinds."""
     return [m for kinds in metadata if isinstance(kinds, Kinds) for m in kinds.of(value)]
 
 
 def _models_in(annotation: Any, value: Any) -> list[type[BaseModel]]:
-    """The models in a type; where it is of registered kinds, what the value there is of."""
+    """The models in a type annotation; for registered kinds, the variants that match the value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) is typing.Annotated:
@@ -419,5 +443,5 @@ def _models_in(annotation: Any, value: Any) -> list[type[BaseModel]]:
 
 
 def json_schema(annotation: Any) -> dict[str, Any]:
-    """The JSON Schema of a configuration type, for editors and forms."""
+    """Returns the JSON Schema of a configuration type, for editors and forms."""
     return TypeAdapter(annotation).json_schema()

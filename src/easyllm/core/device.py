@@ -1,4 +1,4 @@
-"""Devices, number formats and what this machine can do."""
+"""Devices, dtypes and the capabilities of this machine."""
 
 import os
 import platform
@@ -37,16 +37,17 @@ DTYPE_NAMES = {
 
 
 def parse_dtype(name: str) -> "torch.dtype":
-    """The torch dtype a user's word names (`bf16`, `float32` ...).
+    """Returns the torch dtype with a given name (`bf16`, `float32` ...).
 
     Raises:
-        ConfigError: the word is not known.
+        ConfigError: the name is unknown.
     """
     import torch
 
     if name not in DTYPE_NAMES:
         raise ConfigError(
-            f"dtype {name!r} is not known{suggest(name, DTYPE_NAMES)}; use one of float32, bfloat16, float16, float64"
+            f"dtype {name!r} is not known{suggest(name, DTYPE_NAMES)}; "
+            "use one of float32, bfloat16, float16, float64"
         )
     dtype = getattr(torch, DTYPE_NAMES[name])
     assert isinstance(dtype, torch.dtype)
@@ -54,10 +55,10 @@ def parse_dtype(name: str) -> "torch.dtype":
 
 
 def pick_device(name: str = "auto") -> "torch.device":
-    """The device a user's word names; `auto` takes the accelerator where there is one.
+    """Returns the device with a given name; `auto` selects the accelerator if there is one.
 
     Raises:
-        ConfigError: the device is not known or not there.
+        ConfigError: the device is unknown or not available.
     """
     import torch
 
@@ -71,13 +72,16 @@ def pick_device(name: str = "auto") -> "torch.device":
         raise ConfigError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"device {name!r} was asked for but torch sees no CUDA device; use 'cpu' or 'auto'"
+            f"device {name!r} was requested, but torch sees no CUDA device; use 'cpu' or 'auto'"
         )
     return device
 
 
 def cache_folder() -> Path:
-    """Where pulled models and built kernels are kept: `EASYLLM_CACHE`, or `easyllm` in the user's cache folder."""
+    """Returns the folder of downloaded models and compiled kernels.
+
+    It is `EASYLLM_CACHE`, or else `easyllm` in the user's cache folder.
+    """
     if os.environ.get("EASYLLM_CACHE"):
         return Path(os.environ["EASYLLM_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyllm"
@@ -85,7 +89,7 @@ def cache_folder() -> Path:
 
 @lru_cache(maxsize=1)
 def cpu_features() -> frozenset[str]:
-    """Those of `CPU_FEATURES` the processor reports (Linux; elsewhere an empty set)."""
+    """Returns the `CPU_FEATURES` that the processor reports (only on Linux; elsewhere none)."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -99,7 +103,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def bf16_is_fast(device: "torch.device") -> bool:
-    """Whether bf16 matrix products run on hardware of their own here."""
+    """Whether the device has hardware support for bf16 matrix products (GEMM)."""
     import torch
 
     if device.type == "cuda":
@@ -108,7 +112,7 @@ def bf16_is_fast(device: "torch.device") -> bool:
 
 
 def memory_total_bytes() -> int:
-    """Physical memory of the machine, in bytes (0 where it cannot be read)."""
+    """Returns the physical memory of the machine in bytes (0 if it cannot be determined)."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
@@ -116,7 +120,7 @@ def memory_total_bytes() -> int:
 
 
 def memory_free_bytes(device: "torch.device") -> int:
-    """Memory a process could take now without swapping: of the accelerator, or of the machine, in bytes."""
+    """Returns the memory available without swapping on the accelerator or the machine, in bytes."""
     if device.type == "cuda":
         import torch
 
@@ -127,11 +131,11 @@ def memory_free_bytes(device: "torch.device") -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return memory_total_bytes() // 2  # no kernel to ask: half of what there is
+    return memory_total_bytes() // 2  # no /proc/meminfo: assume half of the physical memory
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory this process has had, in bytes."""
+    """Returns the peak resident set size of this process, in bytes."""
     import resource
     import sys
 
@@ -140,7 +144,10 @@ def peak_rss_bytes() -> int:
 
 
 def peak_memory_bytes(device: "torch.device") -> int:
-    """Most memory this process has taken on the device: of tensors on an accelerator, resident on a CPU; in bytes."""
+    """Returns the peak memory of this process on the device, in bytes.
+
+    This is the memory allocated to tensors on an accelerator and the resident set size on a CPU.
+    """
     if device.type == "cuda":
         import torch
 
@@ -149,7 +156,7 @@ def peak_memory_bytes(device: "torch.device") -> int:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What `easyllm doctor` prints: processor, memory, devices, compiler, torch."""
+    """Returns what `easyllm doctor` prints: processor, memory, devices, compiler, torch."""
     import torch
 
     report: dict[str, Any] = {

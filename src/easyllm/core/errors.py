@@ -1,14 +1,16 @@
-"""The errors a user can meet.
+"""Errors that are reported to the user.
 
 EasyllmError
 ├── ConfigError       a recipe or option is wrong
 ├── SourceError       a model, file or recipe cannot be found
 ├── CheckpointError   a weight file is damaged or does not fit
 ├── DataError         a data file or row is wrong
-├── ContextLengthError  a prompt is too long (a ConfigError and a DataError: either can be changed)
+├── ContextLengthError  a prompt is too long (both a ConfigError and a DataError: the
+│                       configuration or the data can be changed)
 └── OutputError       a result cannot be written
 
-Each message says in one sentence: what, got, expected, what to do. The command line prints it and exits with 2.
+Each message is one sentence: what is wrong, the value, what was expected, and what to do. The
+command line prints the message and exits with status 2.
 """
 
 import difflib
@@ -17,15 +19,15 @@ from typing import Self
 
 
 class EasyllmError(ValueError):
-    """A mistake a user can mend; the message says how."""
+    """Base class of errors that the user can fix; the message says how."""
 
     exit_code = 2
-    """With which the command line ends."""
+    """Exit status of the command line."""
     param: str | None = None
-    """The field of a request that is wrong, where one alone is."""
+    """The invalid field of a request, if the error concerns a single field."""
 
     def about(self, param: str) -> Self:
-        """This error as one about a field of a request."""
+        """Sets the field of a request that this error concerns, and returns the error."""
         self.param = param
         return self
 
@@ -39,7 +41,7 @@ class SourceError(EasyllmError):
 
 
 class CheckpointError(EasyllmError):
-    """A weight file is damaged, or does not fit the model it is read into."""
+    """A weight file is damaged, or does not match the model that it is loaded into."""
 
 
 class DataError(EasyllmError):
@@ -47,11 +49,11 @@ class DataError(EasyllmError):
 
 
 class ContextLengthError(ConfigError, DataError):
-    """A prompt, or a prompt with what is to be generated, is longer than context or cache.
+    """A prompt, or a prompt plus the tokens to generate, does not fit into the context or KV cache.
 
     Args:
-        what: is too long, for what.
-        remedy: what the owner of the process can do; a server's client is told another.
+        what: what is too long, and the limit that it exceeds.
+        remedy: what the owner of the process can do; a server sends its clients other advice.
     """
 
     def __init__(self, what: str, remedy: str) -> None:
@@ -63,11 +65,13 @@ class ContextLengthError(ConfigError, DataError):
 
 
 class OutputError(EasyllmError):
-    """A result cannot be written where it was asked for."""
+    """A result cannot be written to the requested location."""
 
 
 def install(extra: str) -> str:
-    """What to run for the packages of an extra: an installation comes from a clone, as no package index has it yet.
+    """Returns how to install the packages of an extra.
+
+    Easyllm is installed from a clone, since no package index provides it yet.
 
     >>> install("data")
     "in your clone of Easyllm run: pip install '.[data]'"
@@ -76,7 +80,10 @@ def install(extra: str) -> str:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the closest known word, or an empty string; never the word itself."""
+    """Returns `" (did you mean 'x'?)"` for the closest known word, or an empty string.
+
+    The word itself is never suggested.
+    """
     others = [other for other in known if other != word]
     close = difflib.get_close_matches(word, others, n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

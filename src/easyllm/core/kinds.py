@@ -1,12 +1,12 @@
-"""Configuration fields whose variants are registered: `kind: lora`, `kind: classifier` ...
+"""Configuration fields with a registry of variants: `kind: lora`, `kind: classifier` ...
 
     ADAPTERS = Kinds("adapter", default="lora")
     class TrainConfig(Config):
         adapter: Annotated[AdapterConfig, ADAPTERS] | None = None
     ADAPTERS.register(LoRAConfig)          # now a recipe may say `adapter: {kind: lora, rank: 8}`
 
-What is registered later, by a user's own module or a test, is validated, listed in error messages, written to JSON Schema
-and read back from a run's `recipe.yaml` like the built-in variants.
+Variants that are registered later, by a user's module or a test, are validated, listed in error
+messages, included in the JSON Schema and read from a run's `recipe.yaml` like the built-in ones.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 
 
 class Kinds:
-    """The variants of a configuration field by their `kind`.
+    """A registry of the variants of a configuration field, by their `kind`.
 
     Args:
-        what: they are variants of, for messages.
-        default: the kind of a value that names none.
+        what: what the variants are (such as "adapter"), for error messages.
+        default: the kind of a value without `kind`.
     """
 
     def __init__(self, what: str, *, default: str) -> None:
@@ -30,23 +30,24 @@ class Kinds:
         self._variants: dict[str, type[BaseModel]] = {}
 
     def register(self, config: type[BaseModel]) -> None:
-        """Adds a variant, a model with a field `kind` that has a default.
+        """Adds a variant: a model with a field `kind` that has a default.
 
         Raises:
-            ValueError: it has no such field, or its kind is taken.
+            ValueError: the model has no such field, or its kind is already registered.
         """
         field = config.model_fields.get("kind")
         kind = None if field is None else field.default
         if not isinstance(kind, str):
             raise ValueError(
-                f"{config.__name__} needs a field like kind: Literal['name'] = 'name' to be registered"
+                f"{config.__name__} needs a field like kind: Literal['name'] = 'name' "
+                "to be registered"
             )
         if kind in self._variants:
             raise ValueError(f"a kind of {self.what} called {kind!r} is registered already")
         self._variants[kind] = config
 
     def unregister(self, kind: str) -> None:
-        """Removes a variant: for tests that registered their own."""
+        """Removes a variant, for tests that registered one."""
         del self._variants[kind]
 
     @property
@@ -60,13 +61,23 @@ class Kinds:
         return list(self._variants.values())
 
     def of(self, value: Any) -> list[type[BaseModel]]:
-        """The configuration of a value's kind, the default one where it names none; all where there is no such kind."""
+        """Returns the configuration class for the kind of a value.
+
+        A value without `kind` has the default kind; an unknown kind returns all classes.
+        """
         kind = value.get("kind") if isinstance(value, Mapping) else None
         found = self._variants.get(self.default if kind is None else str(kind))
         return self.variants if found is None else [found]
 
     def validate(self, value: Any) -> BaseModel:
-        """The configuration that a mapping describes; a configuration of a registered kind is taken as it is."""
+        """Returns the configuration that a mapping describes.
+
+        A configuration of a registered kind is returned unchanged.
+
+        Raises:
+            PydanticCustomError: `value` is not a mapping.
+            PydanticKnownError: the kind is not registered.
+        """
         if isinstance(value, BaseModel):
             if type(value) in self._variants.values():
                 return value

@@ -1,4 +1,4 @@
-"""Manifests: what went into a result, so that it can be trusted, found again and repeated."""
+"""Manifests: the inputs, configuration and versions of a result, so that it can be reproduced."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ RECORDED_PACKAGES = ("easyllm-stack", "torch", "numpy", "safetensors", "tokenize
 
 
 class Manifest(Config):
-    """Config, hashes of inputs and versions that a result comes from; written as `manifest.json`."""
+    """Configuration, input hashes and versions that produced a result, saved as `manifest.json`."""
 
     kind: str
     created: str
@@ -38,7 +38,7 @@ class Manifest(Config):
         inputs: Mapping[str, str],
         results: Mapping[str, Any] | None = None,
     ) -> "Manifest":
-        """A manifest of this moment; `inputs` maps a name to the hash of what was read."""
+        """Returns a manifest with the current time; `inputs` maps names to hashes of the inputs."""
         return cls(
             kind=kind,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -50,7 +50,11 @@ class Manifest(Config):
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """The manifest in `path`."""
+        """Returns the manifest stored in the file `path`.
+
+        Raises:
+            CheckpointError: the file is not a valid manifest.
+        """
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValueError as error:
@@ -60,7 +64,7 @@ class Manifest(Config):
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, the platform and the packages that decide results."""
+    """Returns the versions of Python, the platform and the packages that affect results."""
     found = {"python": platform.python_version(), "platform": sys.platform}
     for name in RECORDED_PACKAGES:
         try:
@@ -71,19 +75,19 @@ def versions() -> dict[str, str]:
 
 
 def hash_value(value: Any) -> str:
-    """SHA-256 of a JSON-like value, independent of the order of keys."""
+    """Returns the SHA-256 of a JSON-like value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Returns the SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_path(path: Path) -> str:
-    """SHA-256 of a file, or of every file below a folder with its name."""
+    """Returns the SHA-256 of a file, or of the names and contents of all files in a folder."""
     path = Path(path)
     if path.is_file():
         return hash_file(path)

@@ -1,6 +1,7 @@
-"""Progress lines: a live one on a terminal, plain lines now and then elsewhere.
+"""Progress lines: a live line on a terminal, otherwise a plain line every few seconds.
 
-Everything goes to standard error, so that standard output stays clean for results. `NO_COLOR` is honoured by rich.
+All output goes to standard error, so that standard output contains results only. rich respects
+`NO_COLOR`.
 """
 
 import sys
@@ -16,18 +17,18 @@ T = TypeVar("T")
 
 PLAIN_INTERVAL_S = 5.0
 QUIET_S = 2.0
-"""Work shorter than this prints no plain line at all."""
+"""Work that takes less time than this prints no plain line at all."""
 
 
 def console() -> "Console":
-    """The console that messages for people go to (standard error)."""
+    """Returns the console for messages to the user (standard error)."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
 
 
 def format_duration(seconds: float) -> str:
-    """`75.0` → `'1m15s'`."""
+    """Formats a duration: `75.0` → `'1m15s'`."""
     seconds = max(0, round(seconds))
     if seconds < 60:
         return f"{seconds}s"
@@ -37,7 +38,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_count(value: float) -> str:
-    """`12345` → `'12.3k'`."""
+    """Formats a number with a unit prefix: `12345` → `'12.3k'`."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             scale = 1e3 if unit == "k" else limit
@@ -46,7 +47,7 @@ def format_count(value: float) -> str:
 
 
 class Progress:
-    """A progress line with rate and time left.
+    """A progress line with the rate and the remaining time.
 
     Example:
         with Progress("training", total=100, unit="step") as progress:
@@ -77,12 +78,12 @@ class Progress:
             self._show(final=True)
 
     def skip(self, amount: float) -> None:
-        """Counts `amount` as done before the clock started (a resumed run)."""
+        """Counts `amount` as done before the timer started (in a resumed run)."""
         self.done += amount
         self._skipped += amount
 
     def advance(self, amount: float = 1, **fields: float | str) -> None:
-        """Counts `amount` more; `fields` are shown after the rate."""
+        """Counts another `amount` as done; `fields` are shown after the rate."""
         self.done += amount
         self._fields.update(
             {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in fields.items()},
@@ -93,7 +94,7 @@ class Progress:
             self._show()
 
     def line(self) -> str:
-        """The text of the line as it stands."""
+        """Returns the current text of the line."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = (self.done - self._skipped) / elapsed
         count = format_count(self.done)
@@ -119,7 +120,7 @@ class Progress:
 
 
 def track(items: Iterable[T], label: str, *, total: int | None = None, unit: str) -> Iterator[T]:
-    """Yields `items` under a progress line."""
+    """Yields `items` while showing a progress line."""
     with Progress(label, total=total, unit=unit) as progress:
         for item in items:
             yield item

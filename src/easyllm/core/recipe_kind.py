@@ -1,4 +1,4 @@
-"""Which command a recipe is for, told by the keys that only its kind has."""
+"""Detection of the command that a recipe is for, from keys that only one kind of recipe has."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +12,24 @@ KINDS: dict[str, tuple[Command, str]] = {
     "sources": ("data build", "a corpus recipe"),
     "data": ("train", "a training recipe"),
 }
-"""By the key that tells, in the order in which they are looked for."""
+"""Command and description by the key that identifies them, in the order of the search."""
 
 
 def command_of(values: Mapping[str, Any]) -> Command | None:
-    """The command that a recipe of these values is for; None where no key tells."""
+    """Returns the command that a recipe with these values is for; None if no key identifies it."""
     return next((command for key, (command, _) in KINDS.items() if key in values), None)
 
 
 def refuse_other_kinds(values: Mapping[str, Any], path: Path, command: Command) -> None:
-    """
+    """Checks that a recipe is not one for another command.
+
+    Args:
+        values: the content of the recipe.
+        path: the file of the recipe, for the error message.
+        command: the command that is to use the recipe.
+
     Raises:
-        ConfigError: the file's values are those of a recipe for another command.
+        ConfigError: the recipe is for another command.
     """
     found = command_of(values)
     if found is not None and found != command:

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one configuration, kept in `recipe.yaml`; the folder of the shipped recipes."""
+"""Run folders, each with one configuration in `recipe.yaml`; the folder of the shipped recipes."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -15,20 +15,20 @@ RECIPE_FILE = "recipe.yaml"
 
 
 def recipes_folder() -> Path:
-    """Where the shipped recipes are: inside a wheel, or next to `src` in a checkout."""
+    """Returns the folder of the shipped recipes: inside a wheel, or next to `src` in a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parents[1] / "recipes"
 
 
 def claim(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
-    """Makes `folder` the folder of this configuration by writing its `recipe.yaml`.
+    """Claims `folder` for a run with this configuration by writing its `recipe.yaml`.
 
     Args:
-        ignore: keys whose values may differ from those there; the new ones are written.
+        ignore: keys whose values may differ from the stored ones; the new values are written.
 
     Raises:
-        OutputError: as `check_free`.
+        OutputError: as for `check_free`.
     """
     check_free(folder, config, ignore=ignore)
     if ignore or not (folder / RECIPE_FILE).is_file():
@@ -36,12 +36,13 @@ def claim(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> N
 
 
 def check_free(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
-    """Checks that a run of `config` may be begun, or gone on with, in `folder`; leaves nothing there.
+    """Checks that a run with `config` can be started or resumed in `folder`, without writing to it.
 
-    Where the folder is (`output`) is not compared: a run may be moved.
+    The location of the folder (`output`) is not compared: a run can be moved.
 
     Raises:
-        OutputError: it holds another run (the message says what differs), or other files, or cannot be written.
+        OutputError: the folder contains another run (the message says what differs) or other
+            files, or it cannot be written.
     """
     recipe = folder / RECIPE_FILE
     with output_errors(folder):
@@ -53,19 +54,19 @@ def check_free(folder: Path, config: BaseModel, *, ignore: Collection[str] = ())
         )
         if difference:
             raise OutputError(
-                f"{str(folder)!r} holds another run ({difference}); choose another folder with output=..., "
-                "or remove that one"
+                f"{str(folder)!r} contains another run ({difference}); choose another folder with "
+                "output=... or remove the existing run"
             )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(
-            f"{str(folder)!r} holds other files; choose another folder with output=..."
+            f"{str(folder)!r} contains other files; choose another folder with output=..."
         )
     refuse_unwritable(folder)
 
 
 def _completed(text: str, config: BaseModel) -> str:
-    """A recipe's text with the defaults of keys that it does not have: an older version wrote it."""
+    """The text of a recipe, possibly from an older version, with defaults for the missing keys."""
     try:
         return dump_yaml(type(config).model_validate(yaml.safe_load(text)))
     except (ValidationError, yaml.YAMLError):

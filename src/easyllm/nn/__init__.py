@@ -1,4 +1,4 @@
-"""The one decoder and its parts, chosen by configuration."""
+"""The decoder and its parts, selected by configuration."""
 
 from easyllm.nn.config import (
     AttentionConfig,

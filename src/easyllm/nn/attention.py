@@ -1,4 +1,7 @@
-"""Softmax attention: MHA, GQA and MQA by the number of key-value heads; masks and positions by configuration."""
+"""Softmax attention: MHA, GQA or MQA, depending on the number of key-value heads.
+
+Masks and positions are selected by configuration.
+"""
 
 import math
 
@@ -22,7 +25,7 @@ class Attention(nn.Module):
     Args:
         config: heads, widths, positions, mask.
         hidden_size: D.
-        layer: the layer's number, under which the cache keeps its keys and values.
+        layer: the layer's number, under which the KV cache stores its keys and values.
     """
 
     def __init__(self, config: AttentionConfig, hidden_size: int, layer: int) -> None:
@@ -53,7 +56,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """`x: [T, D]` → [T, D]."""
+        """Returns the output [T, D] for `x: [T, D]`."""
         heads = (x.shape[0], -1, self.config.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.view(heads) for y in outputs_of(projections, x, context))
@@ -72,7 +75,11 @@ class Attention(nn.Module):
         return self.o_proj(out.reshape(x.shape[0], -1), context)
 
     def cost(self, trace: CostTrace, x: Activation) -> Activation:
-        """Projections, what attention keeps (a tiled kernel, a mask of numbers, or scores written out), its products."""
+        """Records the projections, the matrix products of attention and the tensors autograd saves.
+
+        The saved tensors depend on whether attention runs in a tiled kernel, with a floating-point
+        mask, or with materialised scores.
+        """
         config, work = self.config, trace.work
         q = trace.linear(self.q_proj, "q_proj", x, part="attention")
         k = trace.linear(self.k_proj, "k_proj", x, part="attention")
@@ -101,7 +108,7 @@ class Attention(nn.Module):
     def _turned_cost(
         self, trace: CostTrace, norm: nn.Module, x: Activation, heads: int
     ) -> Activation:
-        """Queries or keys, normalised and turned."""
+        """Records the norm and the rotation of queries or keys."""
         if not isinstance(norm, nn.Identity):
             x = trace.of(norm, x, f"{x.name}.normed", rows=trace.work.tokens * heads)
         return self.position.cost(trace, x)
@@ -109,8 +116,11 @@ class Attention(nn.Module):
     def _keep_tiles(
         self, trace: CostTrace, q: Activation, k: Activation, v: Activation, out: Activation
     ) -> Activation:
-        """The C kernel (or on a GPU SDPA's, which keeps the same); else SDPA with a mask of numbers, a sequence at a time,
-        whose outputs are then joined."""
+        """Records the tensors saved by tiled attention.
+
+        This is the C kernel (or on a GPU that of SDPA, which saves the same tensors); otherwise
+        SDPA with a floating-point mask, one sequence at a time, with concatenated outputs.
+        """
         config, lengths = self.config, trace.work.lengths
         trace.keep_all(q, k, v, out)
         trace.keep("log_normaliser", trace.work.tokens * config.num_heads * FP32)
@@ -125,7 +135,10 @@ class Attention(nn.Module):
         return Activation("mixed.joined", out.nbytes, out.grad)
 
     def _keep_scores(self, trace: CostTrace, scores: Scores) -> None:
-        """Queries, keys, values and weights in fp32, and what the kind of positions adds."""
+        """Records the tensors saved with materialised scores.
+
+        These are queries, keys, values and weights in fp32, and what the positions add.
+        """
         work, q, k, heads = trace.work, scores.q, scores.k, scores.heads
         wide = work.tokens * heads * scores.dim * FP32
         trace.keep("weights", heads * work.pairs * FP32)
@@ -141,21 +154,28 @@ class Attention(nn.Module):
         self.position.keep_scores(trace, scores)
 
     def cached_flops(self, context: int) -> int:
-        """FLOPs of one more token's scores and sums over the earlier keys and values of `context` tokens."""
+        """Returns the FLOPs of attention over cached keys and values for one more token.
+
+        Args:
+            context: the length of the sequence, including this token.
+        """
         earlier = visible_keys(self.config, context) - 1
         return 4 * earlier * self.config.num_heads * self.config.head_dim
 
     def cache_elements(self) -> int:
-        """Of a token's key and value."""
+        """Returns the number of cached elements per token (key and value)."""
         return 2 * self.config.num_kv_heads * self.config.head_dim
 
     def state_bytes(self) -> int:
-        """Of a sequence's state whatever its length: there is none."""
+        """Returns the bytes of a sequence's fixed-size state, which attention does not have."""
         return 0
 
 
 def logn_factors(positions: Tensor, length: int) -> Tensor:
-    """[T, 1, 1] fp32: max(1, log n / log length) for the n = position + 1 tokens a query sees, which keeps the entropy of
-    attention steady beyond the trained length (Su 2021, "logn")."""
+    """Returns the logn factors of queries: max(1, log n / log length), [T, 1, 1] fp32.
+
+    n = position + 1 is the number of tokens that a query sees. The factor keeps the entropy of
+    attention stable beyond the training length (Su 2021, "logn").
+    """
     factors = torch.log(positions.float() + 1) / math.log(length)
     return factors.clamp(min=1.0)[:, None, None]

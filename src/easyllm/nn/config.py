@@ -1,6 +1,6 @@
-"""What a decoder is made of. An option lives in the variant that owns it; `kind` tells variants apart.
+"""Configuration of the decoder. Each option is a field of its variant; `kind` selects the variant.
 
-Combinations that make no sense are refused here, when a configuration is made, never inside a `forward`.
+Invalid combinations are rejected here, when a configuration is created, never in a `forward`.
 """
 
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ from easyllm.core.config import Config
 
 
 class RMSNormConfig(Config):
-    """x / √(mean(x²) + eps) ⊙ weight (Zhang & Sennrich 2019, arXiv 1910.07467).
+    """RMSNorm: x / √(mean(x²) + eps) ⊙ weight (Zhang & Sennrich 2019, arXiv 1910.07467).
 
     `unit_offset`: the stored weight is the difference from 1 (Gemma).
     """
@@ -31,7 +31,7 @@ class RMSNormConfig(Config):
 
 
 class LayerNormConfig(Config):
-    """(x - mean) / √(var + eps) ⊙ weight + bias (Ba et al. 2016, arXiv 1607.06450)."""
+    """LayerNorm: (x - mean) / √(var + eps) ⊙ weight + bias (Ba et al. 2016, arXiv 1607.06450)."""
 
     kind: Literal["layer_norm"] = "layer_norm"
     eps: PositiveFloat = 1e-5
@@ -44,23 +44,29 @@ Norm = Annotated[RMSNormConfig | LayerNormConfig, Field(discriminator="kind")]
 
 
 class LinearScaling(Config):
-    """Position interpolation: positions divided by `factor` (Chen et al. 2023, arXiv 2306.15595)."""
+    """Position interpolation: positions / `factor` (Chen et al. 2023, arXiv 2306.15595)."""
 
     kind: Literal["linear"] = "linear"
     factor: PositiveFloat
 
 
 class NTKScaling(Config):
-    """A larger base, θ · factor^(d/(d-2)): high frequencies stay, low ones are interpolated."""
+    """NTK-aware scaling with the base θ · factor^(d/(d-2)).
+
+    High frequencies are unchanged, low frequencies are interpolated.
+    """
 
     kind: Literal["ntk"] = "ntk"
     factor: PositiveFloat
 
 
 class DynamicNTKScaling(Config):
-    """NTK scaling whose factor follows the length n of each sequence: factor · n / original - (factor - 1), once n exceeds
-    the original. Keys in a cache keep the base they were turned with (as in HF), so beyond the original length decoding
-    through the cache is not the same as one forward."""
+    """NTK scaling with a factor that depends on the length n of each sequence.
+
+    The factor is factor · n / original - (factor - 1) once n exceeds the original length. Cached
+    keys keep the base they were rotated with (as in HF), so beyond the original length decoding
+    with a KV cache differs from a single forward pass.
+    """
 
     kind: Literal["dynamic"] = "dynamic"
     factor: PositiveFloat
@@ -68,7 +74,10 @@ class DynamicNTKScaling(Config):
 
 
 class YarnScaling(Config):
-    """Interpolation by parts with attention scaling (Peng et al. 2023, arXiv 2309.00071, section 3.2 and 3.3)."""
+    """YaRN: interpolation by parts with attention scaling (Peng et al. 2023, arXiv 2309.00071).
+
+    See sections 3.2 and 3.3.
+    """
 
     kind: Literal["yarn"] = "yarn"
     factor: PositiveFloat
@@ -78,11 +87,15 @@ class YarnScaling(Config):
     attention_factor: PositiveFloat | None = None
     """Factor on cos and sin; by default 0.1 ln(factor) + 1."""
     truncate: bool = True
-    """Whether the bounds between the parts are rounded to whole dimensions, as the authors' code does."""
+    """Whether the bounds between the parts are rounded to integers, as in the authors' code."""
 
 
 class Llama3Scaling(Config):
-    """Llama 3.1's: long wavelengths divided by `factor`, short ones kept, a ramp between (its released code)."""
+    """The scaling of Llama 3.1 (from its released code).
+
+    The frequencies of long wavelengths are divided by `factor` and those of short wavelengths are
+    unchanged, with a linear ramp in between.
+    """
 
     kind: Literal["llama3"] = "llama3"
     factor: PositiveFloat
@@ -92,7 +105,7 @@ class Llama3Scaling(Config):
 
 
 class FactorScaling(Config):
-    """Each pair's frequency divided by a factor of its own (the tensor `rope_freqs.weight` of GGUF files)."""
+    """Divides the frequency of each pair by its own factor (tensor `rope_freqs.weight` in GGUF)."""
 
     kind: Literal["factors"] = "factors"
     factors: tuple[PositiveFloat, ...]
@@ -105,10 +118,10 @@ RopeScaling = Annotated[
 
 
 class Rope(Config):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864).
+    """Rotary position embedding, RoPE (Su et al. 2021, arXiv 2104.09864).
 
-    `interleaved`: pairs are (2i, 2i+1) as in the paper, instead of HF's (i, i + d/2). `rotary_dim`: only that many
-    dims of a head turn (None: all).
+    `interleaved`: pairs are (2i, 2i+1) as in the paper, instead of HF's (i, i + d/2).
+    `rotary_dim`: the number of rotated dims of a head (None: all).
     """
 
     kind: Literal["rope"] = "rope"
@@ -119,8 +132,11 @@ class Rope(Config):
 
 
 class ReRope(Config):
-    """ReRoPE: relative positions beyond `window` count as `window` (Su 2023), or with `leak` k as
-    window + (distance - window) / k. For inference on a model trained with RoPE; keys are kept unrotated."""
+    """ReRoPE: relative positions beyond `window` are clipped to `window` (Su 2023).
+
+    With `leak` k they become window + (distance - window) / k instead. For inference with a model
+    trained with RoPE; keys are stored unrotated.
+    """
 
     kind: Literal["rerope"] = "rerope"
     theta: PositiveFloat = 10000.0
@@ -129,22 +145,31 @@ class ReRope(Config):
 
 
 class StreamingRope(Config):
-    """RoPE whose positions are those inside a cache of sinks and recent tokens (Xiao et al. 2023, arXiv 2309.17453, section
-    3.2): a text may go on for ever, and no distance is longer than the cache. For inference on a model trained with RoPE; goes
-    with a window and its sinks; keys are kept unrotated."""
+    """RoPE for StreamingLLM (Xiao et al. 2023, arXiv 2309.17453, section 3.2).
+
+    Positions are those inside a KV cache of attention sinks and recent tokens, so generation can
+    continue without a length limit and no distance exceeds the cache size. For inference with a
+    model trained with RoPE; needs a window (usually with sinks); keys are stored unrotated.
+    """
 
     kind: Literal["streaming_rope"] = "streaming_rope"
     theta: PositiveFloat = 10000.0
 
 
 class Alibi(Config):
-    """A penalty linear in the distance, a slope a head (Press et al. 2021, arXiv 2108.12409)."""
+    """ALiBi: a penalty linear in the distance, with a slope per head (Press et al. 2021).
+
+    See arXiv 2108.12409.
+    """
 
     kind: Literal["alibi"] = "alibi"
 
 
 class T5Bias(Config):
-    """A learned bias for each bucket of distances and head (Raffel et al. 2019, arXiv 1910.10683)."""
+    """T5's relative position bias: a learned bias per distance bucket and head.
+
+    See Raffel et al. 2019, arXiv 1910.10683.
+    """
 
     kind: Literal["t5_bias"] = "t5_bias"
     num_buckets: PositiveInt = 32
@@ -152,7 +177,10 @@ class T5Bias(Config):
 
 
 class Shaw(Config):
-    """Learned vectors for clipped distances, added to keys and values (Shaw et al. 2018, arXiv 1803.02155)."""
+    """Learned vectors for clipped distances, added to keys and values (Shaw et al. 2018).
+
+    See arXiv 1803.02155.
+    """
 
     kind: Literal["shaw"] = "shaw"
     max_distance: PositiveInt = 16
@@ -160,19 +188,22 @@ class Shaw(Config):
 
 
 class NoPosition(Config):
-    """No position information besides the mask."""
+    """No position information apart from the mask."""
 
     kind: Literal["none"] = "none"
 
 
 class Learned(Config):
-    """A trained vector a position, added to the embedding; positions beyond the table are refused."""
+    """A learned vector per position, added to the embedding; longer sequences raise an error."""
 
     kind: Literal["learned"] = "learned"
 
 
 class Sinusoidal(Config):
-    """sin and cos of position / base^(2i/D), added to the embedding (arXiv 1706.03762, section 3.5)."""
+    """Sinusoidal positions: sin and cos of position / base^(2i/D), added to the embedding.
+
+    See arXiv 1706.03762, section 3.5.
+    """
 
     kind: Literal["sinusoidal"] = "sinusoidal"
     base: PositiveFloat = 10000.0
@@ -187,16 +218,17 @@ EmbeddingPosition = Annotated[Learned | Sinusoidal | NoPosition, Field(discrimin
 
 
 class AttentionConfig(Config):
-    """Softmax attention; `num_kv_heads` = `num_heads` is MHA, 1 is MQA, between them GQA.
+    """Softmax attention; `num_kv_heads` = `num_heads` is MHA, 1 is MQA, values in between are GQA.
 
     Attributes:
         qk_norm: normalises each head's query and key (Qwen3).
-        scale: of the products; None is 1/√head_dim.
-        causal: whether a token sees only itself and those before it.
+        scale: factor on the dot products of queries and keys; None means 1/√head_dim.
+        causal: whether a token sees only itself and earlier tokens.
         window: a query at position i sees keys at positions > i - window.
-        num_sinks: first keys that stay visible whatever the window (StreamingLLM).
+        num_sinks: number of first keys that are visible regardless of the window (StreamingLLM).
         softcap: scores become cap · tanh(score / cap) (Gemma 2).
-        logn_length: queries are scaled by max(1, log n / log length), n the number of visible tokens.
+        logn_length: queries are scaled by max(1, log n / log length), where n is the number of
+            visible tokens.
     """
 
     kind: Literal["attention"] = "attention"
@@ -225,7 +257,7 @@ class AttentionConfig(Config):
         check_rotary(self.position, self.head_dim)
         if self.num_sinks and self.window is None:
             raise ValueError(
-                f"num_sinks={self.num_sinks} needs a window; set window or drop num_sinks"
+                f"num_sinks={self.num_sinks} needs a window; set window or remove num_sinks"
             )
         if not self.causal and self.window is not None and self.num_sinks:
             raise ValueError(
@@ -235,15 +267,16 @@ class AttentionConfig(Config):
             raise ValueError("ReRoPE is defined for causal attention only; set causal to true")
         if isinstance(self.position, StreamingRope) and not (self.causal and self.window):
             raise ValueError(
-                "streaming_rope counts positions inside a window; set window, and causal to true"
+                "streaming_rope uses positions inside a window; set window, and set causal to true"
             )
         return self
 
 
 class LinearAttentionConfig(Config):
-    """Attention without a softmax over pairs; constant state in decoding (ops/linear_attention).
+    """Linear attention, without a softmax over pairs and with a constant-size state in decoding.
 
-    `features`: `elu` is elu+1 (arXiv 2006.16236), `softmax` two separate softmaxes (arXiv 1812.01243), `cosine` 1 + cos(q, k).
+    See `ops/linear_attention`. `features`: `elu` is elu+1 (arXiv 2006.16236), `softmax` is two
+    separate softmaxes (arXiv 1812.01243), `cosine` is 1 + cos(q, k).
     """
 
     kind: Literal["linear_attention"] = "linear_attention"
@@ -261,13 +294,17 @@ class LinearAttentionConfig(Config):
         if isinstance(self.position, Rope) and self.features != "elu":
             raise ValueError(
                 f"RoPE in linear attention needs features elu, got {self.features}; "
-                "rotation would make other weights negative in their normaliser"
+                "with other features, rotation would make weights in the normaliser negative"
             )
         return self
 
 
 def check_rotary(position: Config, head_dim: int) -> None:
-    """Refuses a rotation that does not fit the width of a head."""
+    """Checks that a rotary position embedding matches the width of a head.
+
+    Raises:
+        ValueError: the rotated width or the number of factors does not match `head_dim`.
+    """
     if isinstance(position, Rope):
         width = position.rotary_dim or head_dim
         if width > head_dim or width % 2:
@@ -275,7 +312,8 @@ def check_rotary(position: Config, head_dim: int) -> None:
         scaling = position.scaling
         if isinstance(scaling, FactorScaling) and len(scaling.factors) != width // 2:
             raise ValueError(
-                f"{len(scaling.factors)} RoPE factors do not fit {width // 2} pairs of dims; give one a pair"
+                f"got {len(scaling.factors)} RoPE factors for {width // 2} pairs of dims; "
+                "give one factor per pair"
             )
     if isinstance(position, ReRope | StreamingRope) and head_dim % 2:
         raise ValueError(f"head_dim={head_dim} must be even for {position.kind}")
@@ -289,8 +327,10 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "sigmoid"]
 
 
 class GLUConfig(Config):
-    """down(act(gate(x)) ⊙ up(x)): SwiGLU with `silu`, GEGLU with `gelu`, ReGLU with `relu`, GLU with `sigmoid`
-    (Shazeer 2020, arXiv 2002.05202)."""
+    """Gated feed-forward: down(act(gate(x)) ⊙ up(x)) (Shazeer 2020, arXiv 2002.05202).
+
+    It is SwiGLU with `silu`, GEGLU with `gelu`, ReGLU with `relu` and GLU with `sigmoid`.
+    """
 
     kind: Literal["glu"] = "glu"
     intermediate_size: PositiveInt
@@ -299,7 +339,7 @@ class GLUConfig(Config):
 
 
 class MLPConfig(Config):
-    """down(act(up(x)))."""
+    """Feed-forward without a gate: down(act(up(x)))."""
 
     kind: Literal["mlp"] = "mlp"
     intermediate_size: PositiveInt
@@ -308,17 +348,22 @@ class MLPConfig(Config):
 
 
 class MoEConfig(Config):
-    """Experts, of which a router chooses some for each token.
+    """Mixture of experts: a router selects some experts for each token.
 
     Attributes:
-        routing: `softmax_topk` takes the k best of the softmax over all experts (Switch, Qwen), `topk_softmax` the
-            softmax over the k best logits (Mixtral).
-        normalise: whether chosen weights are divided by their sum (`softmax_topk` only; `topk_softmax` sums to 1).
-        shared: an expert every token passes; `shared_gate` weighs it by a sigmoid of the token (Qwen2-MoE).
-        capacity_factor: in training an expert takes at most (T k / E) · factor tokens, the rest passes it by; None takes
-            all. In inference none is dropped, so that a token does not depend on its company.
-        load_balancing: coefficient of the Switch loss E Σ f_i P_i (Fedus et al. 2021, arXiv 2101.03961, eq. 4).
-        z_loss: coefficient of mean(logsumexp(logits)²) (Zoph et al. 2022, arXiv 2202.08906, eq. 5).
+        routing: `softmax_topk` takes the top k of the softmax over all experts (Switch, Qwen),
+            `topk_softmax` takes the softmax over the top k logits (Mixtral).
+        normalise: whether the weights of the selected experts are divided by their sum
+            (`softmax_topk` only; those of `topk_softmax` sum to 1).
+        shared: an expert that processes all tokens; `shared_gate` scales its output by a sigmoid
+            gate computed from the token (Qwen2-MoE).
+        capacity_factor: in training an expert processes at most (T k / E) · factor tokens, and
+            tokens over the limit skip it; None sets no limit. In inference no tokens are dropped,
+            so that results are independent of the batch composition.
+        load_balancing: coefficient of the Switch load-balancing loss E Σ f_i P_i (Fedus et al.
+            2021, arXiv 2101.03961, eq. 4).
+        z_loss: coefficient of mean(logsumexp(logits)²) (Zoph et al. 2022, arXiv 2202.08906,
+            eq. 5).
     """
 
     kind: Literal["moe"] = "moe"
@@ -337,10 +382,11 @@ class MoEConfig(Config):
     def _fits_together(self) -> "MoEConfig":
         if self.experts_per_token > self.num_experts:
             raise ValueError(
-                f"experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}; lower it"
+                f"experts_per_token={self.experts_per_token} is more than "
+                f"num_experts={self.num_experts}; lower it"
             )
         if self.shared_gate and self.shared is None:
-            raise ValueError("shared_gate needs a shared expert; set shared or drop shared_gate")
+            raise ValueError("shared_gate needs a shared expert; set shared or remove shared_gate")
         return self
 
 
@@ -350,9 +396,9 @@ FeedForward = Annotated[GLUConfig | MLPConfig | MoEConfig, Field(discriminator="
 
 
 class LayerConfig(Config):
-    """One layer: a mixer of tokens, a feed-forward, and where their norms stand.
+    """One layer: a token mixer, a feed-forward, and the placement of their norms.
 
-    `norm_placement`: `pre` x + f(N(x)) · `post` N(x + f(x)) · `sandwich` x + N(f(N(x))).
+    `norm_placement`: `pre` is x + f(N(x)), `post` is N(x + f(x)), `sandwich` is x + N(f(N(x))).
     """
 
     mixer: Mixer
@@ -361,16 +407,18 @@ class LayerConfig(Config):
 
 
 class ModelConfig(Config):
-    """A whole decoder. `family` names the reader and writer of the Hugging Face layout.
+    """A complete decoder.
 
     Attributes:
-        embedding_position: added to the embedding, for kinds that do not live in attention.
+        family: the model family, which defines how the Hugging Face layout is read and written.
+        embedding_position: positions that are added to the embedding, not applied in attention.
         embedding_scale: factor on the embedding (Gemma: √D).
-        final_norm: whether a norm stands before the head (post-norm models have none).
+        final_norm: whether a norm precedes the output head (post-norm models have none).
         logit_softcap: logits become cap · tanh(logit / cap).
-        num_labels: a head of so many scores (classes, or 1 for a reward) instead of the output projection.
-        prompt_mask: whether tokens of a prompt see those before them, or one another both ways (prefix language
-            model: Dong et al. 2019, arXiv 1905.03197).
+        num_labels: size of a score head (number of classes, or 1 for a reward) that replaces the
+            output projection.
+        prompt_mask: whether prompt tokens see only earlier tokens (`causal`) or each other in both
+            directions (`prefix`; prefix language model: Dong et al. 2019, arXiv 1905.03197).
     """
 
     family: str
@@ -392,15 +440,16 @@ class ModelConfig(Config):
 
     @property
     def num_layers(self) -> int:
+        """Number of layers."""
         return len(self.layers)
 
     def changed(self, **values: Any) -> "ModelConfig":
-        """This configuration with other values, checked as a new one."""
+        """Returns a validated copy of this configuration with some values replaced."""
         return ModelConfig.model_validate(self.model_dump() | values)
 
     @property
     def has_experts(self) -> bool:
-        """Whether any layer routes tokens."""
+        """Whether any layer is a mixture of experts."""
         return any(isinstance(layer.feed_forward, MoEConfig) for layer in self.layers)
 
     @model_validator(mode="after")
@@ -412,7 +461,7 @@ class ModelConfig(Config):
         mixers = {layer.mixer.kind for layer in self.layers}
         if self.prompt_mask == "prefix" and "linear_attention" in mixers:
             raise ValueError(
-                "prompt_mask=prefix needs softmax attention in every layer, and some have linear attention; "
-                "set prompt_mask to causal or change the mixers"
+                "prompt_mask=prefix needs softmax attention in all layers, but some have linear "
+                "attention; set prompt_mask to causal or change the mixers"
             )
         return self

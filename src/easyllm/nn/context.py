@@ -1,6 +1,7 @@
-"""What every part of a forward pass is told of the batch; an argument, never a global, and never a flag on a module.
+"""Batch information that is passed to all parts of a forward pass.
 
-Two engines can share one model: each hands its own context down, and nothing of the model changes.
+It is an argument, never a global variable or a flag on a module, so two engines can share one
+model: each passes its own context, and the model stays unchanged.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from easyllm.ops.attention import AttentionRule
 
 
 class KeyValueStore(Protocol):
-    """Where keys, values and states live between forward passes; the engine's cache implements it."""
+    """Stores keys, values and states between forward passes; implemented by the engine's cache."""
 
     def attend(
         self,
@@ -25,32 +26,32 @@ class KeyValueStore(Protocol):
         rule: AttentionRule,
         prefix_lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Stores `k`, `v: [T, K, d]` for `layer`; returns the outputs of `q: [T, H, d]`."""
+        """Stores `k`, `v: [T, K, d]` of `layer`; returns the output for `q: [T, H, d]`."""
 
     def recur(self, layer: int, step: "RecurrentStep", *inputs: Tensor) -> Tensor:
-        """Runs `step` on each sequence's inputs from the state it left before."""
+        """Runs `step` on each sequence's inputs, starting from the sequence's last state."""
 
 
 class RecurrentStep(Protocol):
-    """One sequence's tokens and its state (None at first) → output and new state."""
+    """Maps one sequence's tokens and its state (None at the start) to its output and new state."""
 
     def __call__(self, *inputs: Tensor, state: Any) -> tuple[Tensor, Any]: ...
 
 
 class VirtualRows(Protocol):
-    """The virtual tokens of a pass (`nn/virtual_tokens`)."""
+    """The virtual tokens of a forward pass (`nn/virtual_tokens`)."""
 
     def keys_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[T, K, d]` of a layer with those of virtual tokens in their places."""
+        """Returns keys and values [T, K, d] with the rows of virtual tokens replaced by theirs."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterRows:
-    """Which adapter each row of a pass uses.
+    """The adapter that each row of a forward pass uses.
 
     Attributes:
-        names: of the adapters; `""` is the base alone.
-        index: [T] int64, the place of each row's among them.
+        names: names of the adapters; `""` is the base model without an adapter.
+        index: [T] int64, the index of each row's adapter in `names`.
     """
 
     names: tuple[str, ...]
@@ -60,13 +61,13 @@ class AdapterRows:
     def of_sequences(
         cls, names: Sequence[str], lengths: Sequence[int], *, device: torch.device | str = "cpu"
     ) -> "AdapterRows":
-        """Each sequence's adapter for all of its rows."""
+        """Returns the adapters of all rows, given the adapter and length of each sequence."""
         known = tuple(dict.fromkeys(names))
         numbers = torch.tensor([known.index(name) for name in names], dtype=torch.int64)
         return cls(known, numbers.repeat_interleave(torch.tensor(lengths)).to(device))
 
     def rows(self) -> list[tuple[str, Tensor | None]]:
-        """The rows of each adapter in use; None where they are all of them."""
+        """Returns each adapter in use with the indices of its rows; None means all rows."""
         if len(self.names) == 1:
             return [(self.names[0], None)]
         found = [
@@ -77,19 +78,22 @@ class AdapterRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardContext:
-    """Everything a forward pass needs to know of a batch besides its token ids.
+    """Everything that a forward pass needs to know about a batch apart from the token ids.
 
     Attributes:
-        positions: [T] int64, the position of each token in its own sequence.
-        lengths: tokens of each sequence in this forward pass; they sum to T.
-        prefix_lengths: first tokens of each sequence that see each other both ways (UniLM's mask); with a store,
-            a prefix lies whole in the pass that begins its sequence.
-        store: where earlier keys and values live; None when every key is in this forward pass.
-        deterministic: batch-invariant: a row's bits do not depend on the rows computed with it (`nn/deterministic`).
-        adapters: the adapter of each row, where several are held at once; None uses a layer's own for every row.
+        positions: [T] int64, the position of each token in its sequence.
+        lengths: number of tokens of each sequence in this forward pass; they sum to T.
+        prefix_lengths: number of first tokens of each sequence that see each other in both
+            directions (UniLM's mask); with a store, the first pass of a sequence must contain the
+            complete prefix.
+        store: the KV cache with earlier keys and values; None if all keys are in this pass.
+        deterministic: whether results are batch-invariant: a row is bitwise independent of the
+            other rows (`nn/deterministic`).
+        adapters: the adapter of each row, if several are attached; None applies a layer's own
+            adapter to all rows.
         virtual: which rows are virtual tokens of a model-level adapter; set by the decoder.
-        routing: when a list, each layer with experts appends its `Routing` to it.
-        memo: values computed once a forward pass and shared by the layers.
+        routing: a list to which each MoE layer appends its `Routing`, or None.
+        memo: values that are computed once per forward pass and shared by the layers.
     """
 
     positions: Tensor
@@ -115,7 +119,12 @@ class ForwardContext:
         adapters: AdapterRows | None = None,
         routing: list[Any] | None = None,
     ) -> "ForwardContext":
-        """The context of sequences laid end to end; `offsets` are their first positions."""
+        """Returns the context of packed (concatenated) sequences.
+
+        Args:
+            lengths: number of tokens of each sequence.
+            offsets: first position of each sequence; 0 by default.
+        """
         offsets = offsets or [0] * len(lengths)
         parts = [
             torch.arange(start, start + n, device=device)
@@ -134,17 +143,17 @@ class ForwardContext:
 
     @property
     def base_only(self) -> bool:
-        """Whether every row uses the base without an adapter."""
+        """Whether all rows use the base model without an adapter."""
         return self.adapters is not None and self.adapters.names == ("",)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """The value of `compute()`, computed by the first layer that asks for `key`."""
+        """Returns the value of `compute()`, which is called only once per `key` and memoised."""
         if key not in self.memo:
             self.memo[key] = compute()
         return self.memo[key]
 
     def of_rows(self, rows: Tensor) -> "ForwardContext":
-        """The context of chosen rows, for what works row by row: an expert, the head."""
+        """Returns the context of selected rows, for row-wise parts (an expert, the head)."""
         if self.adapters is None:
             return self
         return replace(self, adapters=AdapterRows(self.adapters.names, self.adapters.index[rows]))

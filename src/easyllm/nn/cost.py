@@ -1,11 +1,12 @@
-"""What a part's forward pass costs, stated next to it: the products it runs, and what autograd keeps of it.
+"""Cost traces: the matrix products (GEMMs) and the saved activations of a forward pass.
 
-Every part has a method `cost(trace, x)` next to its `forward(x)`: it takes and gives an `Activation`, a tensor of which only
-name, size and whether it has a gradient are known, and notes in the trace what `forward` would do. One trace gives both
-FLOPs and activations, so that the two cannot disagree on what runs. `plan/` sums traces; tests hold them against real models.
+Each part has a method `cost(trace, x)` next to its `forward(x)`. It takes and returns an
+`Activation`, a tensor with only a name, a size and whether it has a gradient, and records in the
+trace what `forward` would do. FLOPs and activation memory come from the same trace, so they cannot
+disagree about what runs. `plan/` sums traces; tests compare them with real models.
 
-FLOPs count a multiply-add as 2. A product y = x Wᵀ costs 2·rows·in·out; its backward pass as much again for ∂W where W is
-trained, and as much for ∂x where x has a gradient.
+A multiply-add counts as 2 FLOPs. The matrix product y = x Wᵀ costs 2·rows·in·out; its backward pass
+costs the same for ∂W if W is trained, and the same for ∂x if x has a gradient.
 """
 
 from collections.abc import Iterable
@@ -26,11 +27,11 @@ FP32, INT64 = 4, 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearShape:
-    """A linear of a layer, or one that all experts of the layer have alike.
+    """The shape of a linear layer, or of one that all experts of a decoder layer have.
 
     Attributes:
-        name: as the module is called (`q_proj`).
-        copies: how many of it the layer holds (its experts).
+        name: the module's name (`q_proj`).
+        copies: number of copies in the decoder layer (its experts).
     """
 
     name: str
@@ -41,27 +42,28 @@ class LinearShape:
 
     @property
     def weights(self) -> int:
-        """Elements of all copies' matrices."""
+        """Number of elements in the matrices of all copies."""
         return self.copies * self.in_features * self.out_features
 
     @property
     def rank(self) -> int:
-        """The largest the matrix can have."""
+        """Maximum rank of the matrix."""
         return min(self.in_features, self.out_features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What passes through a model, and what of it is trained.
+    """The batch of a training step, and what is trained.
 
     Attributes:
-        lengths: tokens of each packed sequence.
-        labelled: tokens that carry a loss, and so pass the head.
-        itemsize: bytes of an element of the dtype that products run in.
-        counting: which pairs of tokens the products of attention count.
-        input_grad: whether what enters the first layer's products has a gradient, as it has when an embedding is trained.
-        dropout: whether the outputs of mixers and feed-forwards are dropped out.
-        trains_all: whether the weights themselves are trained, not adapters alone.
+        lengths: number of tokens of each packed sequence.
+        labelled: number of tokens with a loss, which are the inputs of the head.
+        itemsize: bytes per element of the dtype of the matrix products.
+        counting: which pairs of tokens count as FLOPs of attention.
+        input_grad: whether the input of the first layer has a gradient, as it does if the embedding
+            is trained.
+        dropout: whether dropout is applied to the outputs of mixers and feed-forwards.
+        trains_all: whether the weights themselves are trained, not only adapters.
     """
 
     lengths: tuple[int, ...]
@@ -74,17 +76,18 @@ class Work:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of all sequences."""
         return sum(self.lengths)
 
     @property
     def pairs(self) -> int:
-        """All pairs of tokens of a sequence, masked ones too."""
+        """Number of token pairs within each sequence, summed, including masked pairs."""
         return sum(n * n for n in self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A tensor of the forward pass: a name (one name is one tensor of a layer), its bytes, whether it has a gradient."""
+    """A tensor of the forward pass: its name (unique in a layer), size and need for a gradient."""
 
     name: str
     nbytes: int
@@ -93,7 +96,7 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Attention's products as positions see them: queries, keys, values, heads of `dim`, FLOPs of q kᵀ."""
+    """Inputs and sizes of the attention scores, for position modules; `flops` are those of q kᵀ."""
 
     q: Activation
     k: Activation
@@ -105,7 +108,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A matrix product: FLOPs of the forward and of the backward pass."""
+    """A matrix product (GEMM), with the FLOPs of its forward and backward pass."""
 
     part: Part
     forward: int
@@ -114,7 +117,7 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A tensor autograd keeps for the backward pass."""
+    """A tensor that autograd saves for the backward pass."""
 
     name: str
     nbytes: int
@@ -124,41 +127,47 @@ Event = Product | Kept
 
 
 class CostTrace:
-    """Takes down what the parts of a layer do, in order."""
+    """Records the matrix products and saved tensors of a layer's parts, in order."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.events: list[Event] = []
 
     def of(self, part: nn.Module, *arguments: object, **options: object) -> Activation:
-        """`part.cost(self, ...)`.
+        """Records the cost of `part` by calling `part.cost(self, ...)`, and returns its output.
 
         Raises:
-            NotImplementedError: the part does not state its cost.
+            NotImplementedError: the part has no method `cost`.
         """
         cost = getattr(part, "cost", None)
         if cost is None:
-            raise NotImplementedError(f"{type(part).__name__} states no cost next to its forward")
+            raise NotImplementedError(
+                f"{type(part).__name__} has no method cost(trace, ...) next to its forward"
+            )
         made = cost(self, *arguments, **options)
         assert isinstance(made, Activation)
         return made
 
     def made(self, name: str, width: int, *, grad: bool, rows: int | None = None) -> Activation:
-        """A new [rows, width] in the dtype of the weights; by default a row a token."""
+        """Returns a new activation [rows, width] in the dtype of the weights.
+
+        Args:
+            rows: number of rows; by default one per token.
+        """
         rows = self.work.tokens if rows is None else rows
         return Activation(name, rows * width * self.work.itemsize, grad)
 
     def keep(self, name: str, nbytes: int) -> None:
-        """Autograd keeps a tensor that is used for nothing else."""
+        """Records that autograd saves a tensor of `nbytes` bytes."""
         self.events.append(Kept(name, nbytes))
 
     def keep_all(self, *tensors: Activation) -> None:
-        """Autograd keeps these."""
+        """Records that autograd saves the given activations."""
         for tensor in tensors:
             self.keep(tensor.name, tensor.nbytes)
 
     def product(self, part: Part, forward: int, backward: int) -> None:
-        """A matrix product of so many FLOPs."""
+        """Records a matrix product with the FLOPs of its forward and backward pass."""
         self.events.append(Product(part, forward, backward))
 
     def linear(
@@ -172,11 +181,13 @@ class CostTrace:
         copies: int = 1,
         prefix: str = "",
     ) -> Activation:
-        """`Linear.forward`: the product, then the adapter where there is one.
+        """Records `Linear.forward`: the matrix product, then the adapter if there is one.
 
         Args:
-            name: as the module is called in its parent; prefix: of its tensors, where a layer has several of the name.
-            copies: modules alike that share the rows (experts).
+            name: the module's name in its parent.
+            rows: number of rows of `x`; by default one per token.
+            copies: number of equal modules that share the rows (experts).
+            prefix: prefix of tensor names, if a layer has several modules of this name.
         """
         work = self.work
         rows = work.tokens if rows is None else rows
@@ -192,7 +203,7 @@ class CostTrace:
         if work.trains_all:
             self.keep_all(x)
         elif x.grad:
-            # a parameter: no memory of its own, but an end to recomputation
+            # a parameter takes no activation memory, but recomputation must run up to here
             self.keep(f"{tensor}.weight", 0)
         self.product(part, flops, flops * (work.trains_all + x.grad))
         if layer.adapter is not None:
@@ -201,24 +212,38 @@ class CostTrace:
         return self.made(tensor, shape.out_features, grad=grad, rows=rows)
 
     def cast_bytes(self, elements: int) -> int:
-        """Of a copy of fp32 numbers in the dtype that products run in; none where that is fp32."""
+        """Returns the bytes of an fp32 tensor cast to the dtype of the matrix products.
+
+        This is 0 if that dtype is fp32.
+        """
         return 0 if self.work.itemsize == FP32 else self.work.itemsize * elements
 
 
 def kept_bytes(events: Iterable[Event]) -> int:
-    """Bytes of the tensors kept, each counted once."""
+    """Returns the total bytes of the saved tensors, each counted once."""
     return sum({event.name: event.nbytes for event in events if isinstance(event, Kept)}.values())
 
 
 def computed_again(events: list[Event]) -> list[Product]:
-    """Products that run again when a block is recomputed: it stops as soon as the last tensor it kept is there."""
+    """Returns the matrix products that run again when a block is recomputed.
+
+    Recomputation stops as soon as the last saved tensor is available.
+    """
     last = max((i for i, event in enumerate(events) if isinstance(event, Kept)), default=-1)
     return [event for event in events[: last + 1] if isinstance(event, Product)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTrace:
-    """One layer's events; `fed` are those inside its feed-forward, which may be computed again alone."""
+    """The events of one layer.
+
+    Attributes:
+        before: events before the feed-forward.
+        fed: events of the feed-forward, which selective gradient checkpointing recomputes.
+        after: events after the feed-forward.
+        input: input of the layer.
+        feed_forward_input: input of the feed-forward.
+    """
 
     before: list[Event]
     fed: list[Event]
@@ -228,4 +253,5 @@ class LayerTrace:
 
     @property
     def events(self) -> list[Event]:
+        """All events of the layer, in order."""
         return [*self.before, *self.fed, *self.after]

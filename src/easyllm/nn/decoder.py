@@ -1,10 +1,11 @@
 """The decoder: one definition for training and serving.
 
-Input is packed: T tokens of any number of sequences end to end. The head is applied apart, to the rows a
-caller chooses (all of them in chunks for a loss, the last of each sequence in decoding).
+The input is packed: T tokens of any number of concatenated sequences. The head is applied
+separately, to rows that the caller selects (all rows in chunks for a loss, the last row of each
+sequence in decoding).
 
-The residual stream is fp32 whatever the dtype of the weights: norms read it in fp32 and hand on the dtype of
-the weights, products run in that dtype, and their results are added in fp32.
+The residual stream is fp32 regardless of the dtype of the weights: norms read it in fp32 and return
+the dtype of the weights, matrix products run in that dtype, and their results are added in fp32.
 """
 
 import math
@@ -29,14 +30,14 @@ from easyllm.nn.virtual_tokens import ModelAdapter, VirtualTokens, in_front
 
 
 def widen(x: Tensor) -> Tensor:
-    """`x` in at least fp32 (fp64 stays fp64)."""
+    """Returns `x` in at least fp32 (fp64 stays fp64)."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def build_mixer(
     config: AttentionConfig | LinearAttentionConfig, hidden_size: int, layer: int
 ) -> nn.Module:
-    """The mixer of tokens a configuration names."""
+    """Returns the token mixer for a configuration."""
     match config:
         case AttentionConfig():
             return Attention(config, hidden_size, layer)
@@ -45,13 +46,14 @@ def build_mixer(
 
 
 class DecoderLayer(nn.Module):
-    """Two residual blocks, f = mixer, then f = feed_forward. Where a placement has no norm stands an identity, so one
-    formula serves all:
+    """Two residual blocks: f = mixer, then f = feed_forward.
+
+    A norm that a placement does not have is an identity, so one formula covers all placements:
 
         x ← after(x + post(f(norm(x))))      norm: pre and sandwich · post: sandwich · after: post
 
-    The stream comes and goes as two terms, of which the second may be missing: whichever norm reads the stream next forms
-    their sum, in the same pass over memory.
+    The residual stream is passed between layers as two terms, of which the second may be None: the
+    next norm that reads the stream adds them in the same pass over memory.
     """
 
     def __init__(self, config: LayerConfig, model: ModelConfig, number: int) -> None:
@@ -69,12 +71,15 @@ class DecoderLayer(nn.Module):
         self.feed_forward = build_feed_forward(config.feed_forward, model.hidden_size, number)
         self.feed_forward_post_norm = norm("sandwich")
         self.feed_forward_after_norm = norm("post")
-        self.dropout = nn.Dropout(0.0)  # of both blocks' outputs; a training run may raise it
+        self.dropout = nn.Dropout(0.0)  # on the outputs of both blocks; training may raise it
 
     def forward(
         self, x: Tensor, context: ForwardContext, added: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """`x + added`, [T, D] each → the same for the next layer."""
+        """Returns the two terms of the residual stream after the layer, given `x` and `added`.
+
+        All terms are [T, D]; the second one may be None.
+        """
         x, start = sum_and_norm(self.mixer_norm, x, added)
         mixed = self.mixer_post_norm(self.dropout(self.mixer(start, context)))
         x, start = sum_and_norm(self.feed_forward_norm, *terms(self.mixer_after_norm, x, mixed))
@@ -82,7 +87,7 @@ class DecoderLayer(nn.Module):
         return terms(self.feed_forward_after_norm, x, fed)
 
     def cost(self, trace: CostTrace, x: Activation) -> tuple[LayerTrace, Activation]:
-        """The layer's events, which leave the trace, and the residual stream after it."""
+        """Returns the layer's events, removed from the trace, and the residual stream after it."""
         entered = x
         start = _norm_cost(trace, self.mixer_norm, x, "mixer_norm")
         mixed = trace.of(self.mixer, start)
@@ -109,7 +114,10 @@ class DecoderLayer(nn.Module):
         post: nn.Module,
         after: nn.Module,
     ) -> Activation:
-        """The residual stream with a block's output added: fp32, or after a post-norm the dtype of the weights."""
+        """Adds a block's output to the residual stream.
+
+        The result is fp32, or after a post-norm in the dtype of the weights.
+        """
         if trace.work.dropout and block.grad:
             trace.keep(f"{name}.noise", block.nbytes)
         if not isinstance(post, nn.Identity):
@@ -120,19 +128,19 @@ class DecoderLayer(nn.Module):
 
 
 def _norm_cost(trace: CostTrace, norm: nn.Module, x: Activation, name: str) -> Activation:
-    """A norm's output; the input itself where there is none."""
+    """The output of a norm, or the input itself if there is no norm."""
     return x if isinstance(norm, nn.Identity) else trace.of(norm, x, name)
 
 
 def terms(after: nn.Module, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The two terms of after(x + added)."""
+    """Returns after(x + added) as two terms, of which the second may be None."""
     return (x, added) if isinstance(after, nn.Identity) else (after(x + added), None)
 
 
 class Decoder(nn.Module):
     """A decoder-only transformer built from a `ModelConfig`.
 
-    Weights are uninitialised until they are loaded or `reset_parameters` is called.
+    The weights are uninitialised until they are loaded or `reset_parameters` is called.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -152,27 +160,27 @@ class Decoder(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size) if projects else None
         self.score = Linear(config.hidden_size, config.num_labels) if config.num_labels else None
         self.model_adapter: ModelAdapter | None = None
-        self.adapter_sets: dict[str, Any] = {}  # what is attached, by name (`adapters.AdapterSet`)
-        self.adapter_changes = 0  # times an adapter was attached or removed: an engine looks
+        self.adapter_sets: dict[str, Any] = {}  # attached adapters by name (`adapters.AdapterSet`)
+        self.adapter_changes = 0  # count of attached or removed adapters, checked by engines
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding is, and so where token ids go."""
+        """Device of the embedding, on which token ids are expected."""
         return self.embed_tokens.storage.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states and products; quantized weights are meant for it."""
+        """Dtype of hidden states and matrix products; quantized weights are used with it, too."""
         return self.embed_tokens.storage.dtype
 
     def holders(self) -> Iterator[tuple[str, Linear | Embedding]]:
-        """Every layer that keeps a weight in a storage, with its name."""
+        """Yields the name and module of each layer that has a weight storage."""
         for name, module in self.named_modules():
             if isinstance(module, Linear | Embedding):
                 yield name, module
 
     def packed_formats(self) -> frozenset[str]:
-        """Formats of the weights that are not full ones: what needs full weights refuses a model that has any."""
+        """Returns the formats of quantized weights; code that needs full weights rejects any."""
         formats = {holder.storage.format for _, holder in self.holders()}
         return frozenset(formats - {DenseWeight.format})
 
@@ -184,25 +192,32 @@ class Decoder(nn.Module):
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Virtual tokens that a model-level adapter puts in front of every sequence."""
+        """Number of virtual tokens that a model-level adapter prepends to every sequence."""
         return 0 if self.model_adapter is None else self.model_adapter.num_virtual
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]: the output projection without its adapter (the embedding itself when tied); dequantized, where it is
-        quantized."""
+        """The output projection without its adapter, [V, D], dequantized if it is quantized.
+
+        With tied embeddings this is the embedding matrix.
+        """
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return head.storage.dense()
 
     def loss_product(self, hidden: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[T, K] and [V, K] whose product is the head's output for `hidden: [T, D]` before the cap: for losses that never
-        hold the logits at once. K is D, or more where an adapter adds to it.
+        """Returns the head's output as two factors x' and W', for losses computed in chunks.
+
+        x' W'ᵀ equals the logits for `hidden: [T, D]` before the soft cap, so the logits never need
+        to be in memory at once.
 
         Args:
-            weight: `head_weight`, for callers with several products.
+            weight: `head_weight`, for callers that need it several times.
+
+        Returns:
+            [T, K] and [V, K]; K is D, or larger if an adapter adds columns.
 
         Raises:
-            ConfigError: the head's adapter cannot be written so.
+            ConfigError: the head's adapter cannot be represented in this form.
         """
         weight = self.head_weight if weight is None else weight
         if self.lm_head is None or self.lm_head.adapter is None:
@@ -210,11 +225,11 @@ class Decoder(nn.Module):
         return self.lm_head.adapter.loss_product(hidden, weight)
 
     def forward(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
-        """Final hidden states, normalised and ready for the head.
+        """Returns the final hidden states, normalised and ready for the head.
 
         Args:
-            token_ids: [T] int64, sequences end to end as `context` says.
-            context: positions, lengths, and where earlier keys and values live.
+            token_ids: [T] int64, the packed sequences that `context` describes.
+            context: positions, lengths, and the KV cache with earlier keys and values.
 
         Returns:
             [T, D] in the dtype of the weights.
@@ -236,8 +251,15 @@ class Decoder(nn.Module):
         return out if real is None else out.index_select(0, real)
 
     def head(self, hidden: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """Logits of chosen rows: `hidden: [N, D]` → [N, V] in fp32 (fp64 for an fp64 model); with a head of labels
-        their scores, [N, num_labels]. `context` is that of these rows."""
+        """Returns the logits, or the scores of a score head, of selected rows.
+
+        Args:
+            hidden: [N, D].
+            context: the context of these rows.
+
+        Returns:
+            [N, V], or [N, num_labels] for a score head, in fp32 (fp64 for an fp64 model).
+        """
         if self.score is not None:
             return widen(self.score(hidden, context))
         if self.lm_head is None:
@@ -254,16 +276,20 @@ class Decoder(nn.Module):
         deterministic: bool = False,
         adapter: str | None = None,
     ) -> Tensor:
-        """Logits after each token of one sequence: [T] ids → [T, V] fp32.
+        """Returns the logits after each token of one sequence, [T, V] fp32.
 
         Args:
+            token_ids: [T].
             deterministic: as in `ForwardContext`.
-            adapter: of a model that holds several, the one to use by name; empty for the base alone.
+            adapter: the name of the adapter to use if several are attached; `""` is the base model.
+
+        Raises:
+            ConfigError: the model has no adapter of this name.
         """
         ids = torch.as_tensor(token_ids, device=self.device)
         if adapter and adapter not in self.adapter_sets:
             held = ", ".join(repr(name) for name in self.adapter_sets if name) or "none"
-            raise ConfigError(f"the model holds no adapter {adapter!r} (held by name: {held})")
+            raise ConfigError(f"the model has no adapter {adapter!r} (attached adapters: {held})")
         rows = None
         if adapter is not None:
             rows = AdapterRows.of_sequences([adapter], [ids.numel()], device=self.device)
@@ -278,8 +304,11 @@ class Decoder(nn.Module):
     def reset_parameters(
         self, *, std: float = 0.02, generator: torch.Generator | None = None
     ) -> None:
-        """Fresh weights: N(0, std²), and std / √(2L) for the projections back into the residual
-        stream (GPT-2's rule, Radford et al. 2019, section 2.3), so that its variance does not grow with depth."""
+        """Initialises the weights from N(0, std²).
+
+        The projections into the residual stream use std / √(2L), so that its variance does not grow
+        with depth (GPT-2, Radford et al. 2019, section 2.3).
+        """
         residual_std = std / math.sqrt(2 * self.config.num_layers)
         for name, module in self.named_modules():
             if isinstance(module, Linear):
@@ -292,5 +321,5 @@ class Decoder(nn.Module):
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
-    """cap · tanh(logits / cap); the logits themselves where there is no cap."""
+    """Returns cap · tanh(logits / cap), or the logits unchanged if there is no cap."""
     return logits if cap is None else cap * torch.tanh(logits / cap)

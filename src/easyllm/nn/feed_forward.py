@@ -1,4 +1,4 @@
-"""Feed-forward blocks."""
+"""Feed-forward blocks: the MLP without a gate, and the choice of block by configuration."""
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from easyllm.ops.activation import ACTIVATIONS
 
 
 class MLP(nn.Module):
-    """down(act(up(x))) (arXiv 1706.03762, eq. 2)."""
+    """Feed-forward without a gate: down(act(up(x))) (arXiv 1706.03762, eq. 2)."""
 
     def __init__(self, config: MLPConfig, hidden_size: int) -> None:
         super().__init__()
@@ -22,11 +22,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """`x: [T, D]` → [T, D]."""
+        """Returns the output [T, D] for `x: [T, D]`."""
         return self.down_proj(self.activation(self.up_proj(x, context)), context)
 
     def cost(self, trace: CostTrace, x: Activation) -> Activation:
-        """Two products; of the activation autograd keeps input or result."""
+        """Records two matrix products; autograd saves the input or the result of the activation."""
         up = trace.linear(self.up_proj, "up_proj", x, part="feed_forward")
         act = Activation("act", up.nbytes, up.grad)
         if act.grad:
@@ -34,12 +34,15 @@ class MLP(nn.Module):
         return trace.linear(self.down_proj, "down_proj", act, part="feed_forward")
 
     def inner_elements(self, rows: int) -> int:
-        """Of the widest tensors that are there at once: before and after the activation."""
+        """Returns the elements of the widest live tensors: before and after the activation."""
         return 2 * rows * self.up_proj.out_features
 
 
 def build_feed_forward(config: FeedForward, hidden_size: int, layer: int) -> nn.Module:
-    """The feed-forward a configuration names; each is called with hidden states and the batch's context."""
+    """Returns the feed-forward module for a configuration.
+
+    Each is called with the hidden states and the context of the forward pass.
+    """
     match config:
         case GLUConfig():
             return GLU(config, hidden_size)

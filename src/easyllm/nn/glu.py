@@ -1,4 +1,4 @@
-"""Gated feed-forward: the block of a layer, and the expert of a mixture."""
+"""Gated feed-forward (GLU), used as the block of a layer and as an expert of an MoE."""
 
 from functools import partial
 
@@ -11,11 +11,11 @@ from easyllm.nn.linear import Linear, outputs_of
 from easyllm.ops.activation import gated
 
 KEEP_RESULT = ("relu", "sigmoid")
-"""Activations whose derivative is a function of their result, which is therefore what autograd keeps."""
+"""Activations whose derivative is a function of their result, so that autograd saves the result."""
 
 
 class GLU(nn.Module):
-    """down(act(gate(x)) ⊙ up(x)) (arXiv 2002.05202, eqs. 5 and 6)."""
+    """Gated feed-forward: down(act(gate(x)) ⊙ up(x)) (arXiv 2002.05202, eqs. 5 and 6)."""
 
     def __init__(self, config: GLUConfig, hidden_size: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class GLU(nn.Module):
         self.down_proj = Linear(width, hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """`x: [T, D]` → [T, D], any rows: an expert is given those that were routed to it."""
+        """Returns the output [T, D] for `x: [T, D]`; an expert gets only the rows routed to it."""
         gate, up = outputs_of((self.gate_proj, self.up_proj), x, context)
         return self.down_proj(gated(gate, up, self.activation), context)
 
@@ -39,10 +39,14 @@ class GLU(nn.Module):
         copies: int = 1,
         prefix: str = "",
     ) -> Activation:
-        """Three products; of SiLU autograd keeps gate and up alone and computes the rest again.
+        """Records three matrix products and the tensors that autograd saves.
+
+        With SiLU only gate and up are saved, and the rest is recomputed.
 
         Args:
-            rows: of `copies` experts together; by default a row a token.
+            rows: total number of rows of `copies` experts; by default one per token.
+            copies: number of experts.
+            prefix: prefix of tensor names.
         """
         run = partial(trace.linear, part="feed_forward", rows=rows, copies=copies, prefix=prefix)
         gate = run(self.gate_proj, "gate_proj", x)
@@ -57,5 +61,5 @@ class GLU(nn.Module):
         return run(self.down_proj, "down_proj", act)
 
     def inner_elements(self, rows: int) -> int:
-        """Of the widest tensors that are there at once: gate, up and their product."""
+        """Returns the elements of the widest live tensors: gate, up and their product."""
         return 3 * rows * self.gate_proj.out_features

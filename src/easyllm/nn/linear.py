@@ -1,8 +1,9 @@
 """Linear layers with one adapter slot, and the embedding.
 
-A layer's weight is kept by its `storage`, and an adapter fills its slot: the two never meet (a LoRA on a 4-bit base is not
-a class of its own). An adapter is given the layer's own product as a function, `BaseProduct`, and decides whether and on
-what to call it.
+A layer's weight is stored in its `storage`, and its slot contains an adapter. The two are
+independent (LoRA on a 4-bit base is not a separate class): an adapter receives the layer's own
+matrix product (GEMM) as a function, `BaseProduct`, and decides whether and with what input to call
+it.
 """
 
 from collections.abc import Sequence
@@ -21,37 +22,39 @@ from easyllm.ops.product import linears
 
 
 class LinearAdapter(Protocol):
-    """What fills the slot of a `Linear` (the whole protocol is `adapters.adapter.Adapter`).
+    """An adapter in the slot of a `Linear` (the full protocol is `adapters.adapter.Adapter`).
 
     Attributes:
-        keeps_input: whether `base` is called once, with `x` itself, so that layers of one input may share a product.
-        batch_invariant: whether a row's bits do not depend on other rows, in deterministic mode.
+        keeps_input: whether `base` is called once, with `x` itself, so that layers with the same
+            input can share a matrix product.
+        batch_invariant: whether rows are bitwise independent of each other in deterministic mode.
     """
 
     keeps_input: bool
     batch_invariant: bool
 
     def __call__(self, x: Tensor, base: "BaseProduct") -> Tensor:
-        """The adapted layer's output [..., out] for `x: [..., in]`."""
+        """Returns the adapted layer's output [..., out] for `x: [..., in]`."""
 
     def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """x' and W' whose product is the adapted layer's output for `x` and a base of `weight`."""
+        """Returns x' and W' such that x' W'ᵀ is the adapted output for `x` and base `weight`."""
 
     def cost(
         self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str
     ) -> None:
-        """Notes what runs and is kept besides the layer's own product."""
+        """Records the adapter's matrix products and saved tensors, apart from the layer's own."""
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, or what the adapter makes of it.
+    """A linear layer, y = x Wᵀ + b, with an optional adapter.
 
     Args:
         in_features, out_features: widths of `x: [..., in]` and `y: [..., out]`.
-        bias: whether there is a b.
+        bias: whether the layer has a bias b.
 
     Attributes:
-        storage: how W is kept; by default as the parameter `weight: [out, in]`.
+        storage: the storage of W; by default the parameter `weight: [out, in]`.
+        adapter: the adapter, or None.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
@@ -63,40 +66,42 @@ class Linear(nn.Module):
         self.adapter: LinearAdapter | None = None
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
+        """Returns the output [..., out] for `x: [..., in]`."""
         base = BaseProduct(self, context)
         return base(x) if self._is_plain(context) else self.adapter(x, base)  # type: ignore[misc]
 
     def wide(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """The same with the weight widened to the dtype of `x`: a router decides in fp32."""
+        """Returns the output with the weight cast to the dtype of `x` (a router runs in fp32)."""
         base = BaseProduct(self, context, widened=True)
         return base(x) if self._is_plain(context) else self.adapter(x, base)  # type: ignore[misc]
 
     def _is_plain(self, context: ForwardContext | None) -> bool:
-        """Whether the layer's own product is all that is asked for."""
+        """Whether no adapter applies, so that the output is the layer's own matrix product."""
         return self.adapter is None or (context is not None and context.base_only)
 
     def store(self, storage: WeightStorage) -> None:
-        """Keeps the weight in another storage; the full one is let go."""
+        """Stores the weight in another storage and frees the full weight."""
         put_storage(self, storage)
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
-        """Gaussian weights, zero bias."""
+        """Initialises the weight from N(0, std²) and the bias to zero."""
         nn.init.normal_(self.weight, std=std, generator=generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
+        """Returns the sizes and bias for `repr`."""
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
 
 
 @dataclass(slots=True)
 class BaseProduct:
-    """A layer's own product, without its adapter: `base(x)` is x Wᵀ + b.
+    """A layer's own matrix product, without its adapter: `base(x)` returns x Wᵀ + b.
 
     Attributes:
-        layer: whose product it is; its bias and storage are there to be read.
-        context: of the forward pass, where it is known.
-        widened: whether the weight is widened to the dtype of x.
+        layer: the layer; adapters may read its bias and storage.
+        context: the context of the forward pass, if known.
+        widened: whether the weight is cast to the dtype of x.
     """
 
     layer: Linear
@@ -114,13 +119,13 @@ class BaseProduct:
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight [out, in], dequantized where it is quantized."""
+        """The layer's weight [out, in], dequantized if it is quantized."""
         return self.layer.storage.dense()
 
 
 @dataclass(slots=True)
 class _Shared(BaseProduct):
-    """The product of a layer that shares one with others of the same input."""
+    """The result of a matrix product that was computed for several layers with the same input."""
 
     x: Tensor | None = None
     y: Tensor | None = None
@@ -134,7 +139,10 @@ class _Shared(BaseProduct):
 def outputs_of(
     layers: Sequence[Linear], x: Tensor, context: ForwardContext | None = None
 ) -> tuple[Tensor, ...]:
-    """Every layer's output for the same `x: [..., in]`: in one product, where nothing keeps them apart."""
+    """Returns the outputs of several layers for the same `x: [..., in]`.
+
+    The layers share one matrix product if their storages, adapters and hooks allow it.
+    """
     deterministic = context is not None and context.deterministic
     if deterministic or not all(_joins(layer) for layer in layers):
         return tuple(layer(x, context) for layer in layers)
@@ -149,33 +157,34 @@ def outputs_of(
 
 
 def _joins(layer: Linear) -> bool:
-    """Whether a layer's product may be computed along with those of others."""
+    """Whether a layer's matrix product can be computed together with those of other layers."""
     keeps_input = layer.adapter is None or layer.adapter.keeps_input
     return keeps_input and isinstance(layer.storage, DenseWeight) and not has_hooks(layer)
 
 
 class Embedding(nn.Embedding):
-    """A vector for each token: `token_ids: [T]` → [T, D]; the head's weight as well, where the two are tied."""
+    """The token embedding, which is also the head's weight with tied embeddings."""
 
     def __init__(self, num_tokens: int, width: int) -> None:
         super().__init__(num_tokens, width, _weight=torch.empty(num_tokens, width))
         self.storage: WeightStorage = DenseWeight(self._parameters)
 
     def forward(self, token_ids: Tensor) -> Tensor:
+        """Returns the vectors [T, D] of `token_ids: [T]`."""
         return self.storage.rows(token_ids)
 
     def project(self, hidden: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """`hidden: [N, D]` → [N, V]: products with every token's vector."""
+        """Returns `hidden: [N, D]` multiplied by the vectors of all tokens, [N, V]."""
         deterministic = context is not None and context.deterministic
         return self.storage.linear(hidden, deterministic=deterministic)
 
     def store(self, storage: WeightStorage) -> None:
-        """Keeps the vectors in another storage; the full ones are let go."""
+        """Stores the vectors in another storage and frees the full ones."""
         put_storage(self, storage)
 
 
 def put_storage(layer: Linear | Embedding, storage: WeightStorage) -> None:
-    """Gives a layer another storage; a full weight becomes its parameter `weight`, of which there is otherwise none."""
+    """Sets the storage of a layer; removes the parameter `weight` unless the storage is dense."""
     expected = layer.storage.shape
     assert tuple(storage.shape) == tuple(expected), f"{storage.shape} is not the layer's {expected}"
     if not isinstance(storage, DenseWeight):
@@ -184,7 +193,7 @@ def put_storage(layer: Linear | Embedding, storage: WeightStorage) -> None:
 
 
 def put_weight(layer: Linear | Embedding, weight: Tensor) -> None:
-    """Gives a layer a full weight [N, K], in place of whatever it had."""
+    """Sets the full weight [N, K] of a layer, replacing its storage."""
     layer.__dict__.pop("storage", None)
     layer._modules.pop("storage", None)
     layer.weight = nn.Parameter(weight, requires_grad=False)

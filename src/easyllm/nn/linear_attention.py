@@ -1,4 +1,4 @@
-"""Linear attention as a mixer: constant state in decoding, cost linear in the length."""
+"""Linear attention as a mixer: constant-size state in decoding, cost linear in the length."""
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,18 @@ from easyllm.ops.linear_attention import (
 )
 
 CHUNK = 64
-"""Tokens that causal linear attention takes at a time (`ops.linear_attention.cumulative`)."""
+"""Chunk size of causal linear attention, in tokens (`ops.linear_attention.cumulative`)."""
 
 
 class LinearAttention(nn.Module):
-    """Attention through features instead of a softmax over pairs (ops/linear_attention); heads are not grouped.
+    """Attention with feature maps instead of a softmax over pairs; heads are not grouped.
+
+    See `ops/linear_attention`.
 
     Args:
         config: heads, features, positions.
         hidden_size: D.
-        layer: the layer's number, under which the cache keeps its state.
+        layer: the layer's number, under which the cache stores its state.
     """
 
     def __init__(self, config: LinearAttentionConfig, hidden_size: int, layer: int) -> None:
@@ -46,7 +48,7 @@ class LinearAttention(nn.Module):
         self.features = FEATURE_MAPS[config.features]
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """`x: [T, D]` → [T, D]."""
+        """Returns the output [T, D] for `x: [T, D]`."""
         assert context.prefix_lengths is None, "linear attention has no prefix mask"
         heads = (x.shape[0], self.config.num_heads, self.config.head_dim)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -62,12 +64,15 @@ class LinearAttention(nn.Module):
         return self.o_proj(out.to(x.dtype).reshape(x.shape[0], -1), context)
 
     def cost(self, trace: CostTrace, x: Activation) -> Activation:
-        """Projections, features in fp32, and a causal sequence's chunks: the state they pass on, and pairs inside."""
+        """Records the projections, the features in fp32 and the chunks of causal sequences.
+
+        A chunk has the state that it passes to the next one, and the pairs inside it.
+        """
         config, work = self.config, trace.work
         q = trace.linear(self.q_proj, "q_proj", x, part="attention")
         k = trace.linear(self.k_proj, "k_proj", x, part="attention")
         v = trace.linear(self.v_proj, "v_proj", x, part="attention")
-        query = q.grad or k.grad  # a query is divided by a total of keys
+        query = q.grad or k.grad  # a query is divided by a sum over keys
         state = k.grad or v.grad
         out = trace.made("mixed", config.num_heads * config.head_dim, grad=query or state)
         sequences = [chunks(n) if config.causal else [n] for n in work.lengths]
@@ -100,8 +105,12 @@ class LinearAttention(nn.Module):
                 trace.product("scores", inside * dim, inside * dim * (query + state))
 
     def _keep_features(self, trace: CostTrace, sequences: list[list[int]]) -> None:
-        """In fp32: queries, keys, their features, totals and values; pairs inside chunks and states between them. (Right
-        for causal attention; without a causal mask, and of the cosine features, a few per cent less is kept.)"""
+        """Records the tensors saved in fp32.
+
+        These are queries, keys, their features, normalisers and values; the pairs inside chunks and
+        the states between chunks. The count is exact for causal attention; without a causal mask,
+        and with cosine features, a few per cent less is saved.
+        """
         config, features = self.config, self._num_features
         tokens, heads, dim = trace.work.tokens, config.num_heads, config.head_dim
         by_pair = config.features != "softmax"  # how the normaliser is formed
@@ -113,19 +122,19 @@ class LinearAttention(nn.Module):
             trace.keep("inside", heads * sum(rows * rows for rows in rows_of) * FP32)
 
     def cached_flops(self, _context: int) -> int:
-        """FLOPs over earlier keys and values: the state has them all."""
+        """Returns the FLOPs over cached keys and values: 0, since the state summarises them."""
         return 0
 
     def cache_elements(self) -> int:
-        """Of a token's key and value: none are kept."""
+        """Returns the number of cached elements per token: 0, since only the state is stored."""
         return 0
 
     def state_bytes(self) -> int:
-        """Of a sequence's state, which is fp32 whatever the model's dtype."""
+        """Returns the bytes of a sequence's state, which is always fp32."""
         return self.config.num_heads * self._num_features * (self.config.head_dim + 1) * FP32
 
     def _run(self, *inputs: Tensor, state: LinearState | None) -> tuple[Tensor, LinearState | None]:
-        """One sequence's tokens from the state before them."""
+        """Runs one sequence's tokens, starting from the state before them."""
         q, k, v, turned_q, turned_k = inputs
         features = Features(q=q, k=k, v=v, turned_q=turned_q, turned_k=turned_k)
         if not self.config.causal:
@@ -134,5 +143,5 @@ class LinearAttention(nn.Module):
 
 
 def chunks(length: int) -> list[int]:
-    """Tokens of each chunk of a causal sequence."""
+    """Returns the number of tokens of each chunk of a causal sequence."""
     return [min(CHUNK, length - start) for start in range(0, length, CHUNK)]

@@ -1,4 +1,4 @@
-"""Mixture of experts: a router sends each token to a few feed-forwards."""
+"""Mixture of experts (MoE): a router sends each token to a few feed-forwards."""
 
 from dataclasses import dataclass
 
@@ -12,19 +12,19 @@ from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Linear
 
 ROUTERS = ("router", "shared_gate")
-"""Names of the linears that decide: small, and a token's experts depend on them."""
+"""Names of the linears that select or gate experts: small, but decisive for the result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What a layer's router did with a batch.
+    """The routing of a batch in one layer.
 
     Attributes:
         layer: the layer's number.
         config: the layer's experts.
         logits: [T, E] fp32, with gradient.
         chosen: [T, k] int64, the experts of each token, best first.
-        dropped: [T, k] bool, choices that found their expert full.
+        dropped: [T, k] bool, choices that exceeded the capacity of their expert.
     """
 
     layer: int
@@ -34,28 +34,32 @@ class Routing:
     dropped: Tensor
 
     def load(self) -> Tensor:
-        """[E] share of the choices each expert got; sums to 1."""
+        """Returns the share of all choices that each expert received, [E]; sums to 1."""
         counts = torch.bincount(self.chosen.flatten(), minlength=self.logits.shape[1])
         return counts / self.chosen.numel()
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
-    """E Σ_i f_i P_i: f_i the share of tokens that chose expert i, P_i its mean probability
-    (arXiv 2101.03961, eqs. 4-6). For k choices a token f sums to k: uniform routing gives k, as in HF."""
+    """Returns the load-balancing loss E Σ_i f_i P_i (arXiv 2101.03961, eqs. 4-6).
+
+    f_i is the share of tokens routed to expert i and P_i its mean probability. With k experts per
+    token f sums to k, so uniform routing gives k, as in HF.
+    """
     probabilities = routing.logits.softmax(-1).mean(0)
     share = routing.load() * routing.config.experts_per_token
     return routing.logits.shape[1] * (share * probabilities).sum()
 
 
 def router_z_loss(routing: Routing) -> Tensor:
-    """mean over tokens of logsumexp(logits)² (arXiv 2202.08906, eq. 5)."""
+    """Returns the mean over tokens of logsumexp(logits)² (arXiv 2202.08906, eq. 5)."""
     return routing.logits.logsumexp(-1).square().mean()
 
 
 class MoE(nn.Module):
-    """Σ over a token's chosen experts of weight · expert(x), plus the shared expert.
+    """The sum of weight · expert(x) over a token's selected experts, plus the shared expert.
 
-    The router works in fp32. Tokens are sorted by expert and each expert runs once over all of its own.
+    The router runs in fp32. Tokens are sorted by expert, and each expert runs once over all of its
+    tokens.
     """
 
     def __init__(self, config: MoEConfig, hidden_size: int, layer: int) -> None:
@@ -69,7 +73,7 @@ class MoE(nn.Module):
         self.shared_gate = Linear(hidden_size, 1) if config.shared_gate else None
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """`x: [T, D]` → [T, D]."""
+        """Returns the output [T, D] for `x: [T, D]`."""
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = self.router.wide(x.to(wide), context)  # [T, E]
         weights, chosen = self.route(logits)
@@ -85,7 +89,7 @@ class MoE(nn.Module):
         return out
 
     def cost(self, trace: CostTrace, x: Activation) -> Activation:
-        """The router in fp32, rows sorted by expert through their experts, brought back, weighed and added up."""
+        """Records the router in fp32, the experts over sorted rows, and the weighted sum."""
         work, config, width = trace.work, self.config, self.router.in_features
         tokens, choices = work.tokens, work.tokens * config.experts_per_token
         wide = Activation(
@@ -109,7 +113,7 @@ class MoE(nn.Module):
         return trace.made("fed", width, grad=out.grad)
 
     def _routed_rows(self, tokens: int) -> int:
-        """Rows all experts take together; with a capacity at most so many."""
+        """Total number of rows of all experts; with a capacity factor, an upper bound."""
         config, rows = self.config, tokens * self.config.experts_per_token
         if config.capacity_factor is None:
             return rows
@@ -117,7 +121,7 @@ class MoE(nn.Module):
         return min(rows, config.num_experts * capacity)
 
     def _routing_cost(self, trace: CostTrace, width: int, rows: int) -> None:
-        """Probabilities, chosen experts, the order of rows."""
+        """Records the probabilities, the selected experts and the order of rows."""
         work, config, k = trace.work, self.config, self.config.experts_per_token
         tokens = work.tokens
         if work.itemsize != FP32:
@@ -143,18 +147,18 @@ class MoE(nn.Module):
             trace.keep_all(Activation("shared.sigmoid", gate.nbytes, gate.grad))
 
     def inner_elements(self, rows: int) -> int:
-        """Of the widest tensors that are there at once, those of the chosen experts."""
+        """Returns the elements of the widest live tensors, those of the selected experts."""
         expert = self.experts[0]
         assert isinstance(expert, GLU)
         return expert.inner_elements(rows * self.config.experts_per_token)
 
     @property
     def inactive_experts(self) -> int:
-        """Experts that a token does not pass."""
+        """Number of experts that do not process a given token."""
         return self.config.num_experts - self.config.experts_per_token
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and numbers of each token's experts: two [T, k]."""
+        """Returns the weights and the indices of each token's experts, both [T, k]."""
         k = self.config.experts_per_token
         if self.config.routing == "topk_softmax":
             best, chosen = logits.topk(k, dim=-1)
@@ -165,8 +169,11 @@ class MoE(nn.Module):
         return weights, chosen
 
     def _overflow(self, chosen: Tensor) -> Tensor:
-        """[T, k] bool: choices beyond an expert's capacity; first choices come first, then earlier tokens
-        (Lepikhin et al. 2020, arXiv 2006.16668, algorithm 1)."""
+        """Choices that exceed an expert's capacity, [T, k] bool.
+
+        First choices take priority, then earlier tokens (Lepikhin et al. 2020, arXiv 2006.16668,
+        algorithm 1).
+        """
         factor = self.config.capacity_factor
         if factor is None or not self.training:
             return torch.zeros_like(chosen, dtype=torch.bool)
@@ -184,9 +191,9 @@ class MoE(nn.Module):
         dropped: Tensor,
         context: ForwardContext,
     ) -> Tensor:
-        """Σ_j weight_tj · expert_tj(x_t): rows go to their experts in one gather and come back in another."""
+        """Returns Σ_j weight_tj · expert_tj(x_t); rows are gathered before and after."""
         num_experts, k = self.config.num_experts, self.config.experts_per_token
-        flat = chosen.masked_fill(dropped, num_experts).flatten()  # dropped ones sort to the end
+        flat = chosen.masked_fill(dropped, num_experts).flatten()  # dropped choices sort last
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=num_experts + 1).tolist()
         lost = counts.pop()
@@ -197,7 +204,7 @@ class MoE(nn.Module):
         outs = [expert(part, its) for expert, part, its in each if len(part)]
         if lost:
             outs.append(x.new_zeros(lost, x.shape[1]))
-        place = torch.empty_like(order)  # of each choice among the sorted rows
+        place = torch.empty_like(order)  # index of each choice among the sorted rows
         place[order] = torch.arange(len(order), device=order.device)
         rows = torch.cat(outs).index_select(0, place).view(*chosen.shape, -1)  # [T, k, D]
         out: Tensor = torch.bmm(weights.to(x.dtype)[:, None], rows).squeeze(1)

@@ -1,4 +1,4 @@
-"""Normalisation of hidden states, computed in fp32 whatever the dtype that comes in."""
+"""Normalisation of hidden states, computed in fp32 regardless of the input dtype."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from easyllm.ops.norm import rms_norm, sum_and_rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dim (arXiv 1910.07467, eq. 4)."""
+    """RMSNorm: root-mean-square norm over the last dim (arXiv 1910.07467, eq. 4)."""
 
     def __init__(self, config: RMSNormConfig, width: int) -> None:
         super().__init__()
@@ -19,13 +19,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x: [..., width]` → the same shape, in the dtype of the weights."""
+        """Returns the normalised `x: [..., width]`, in the dtype of the weights."""
         return rms_norm(x, self.weight, self.eps)
 
     def cost(
         self, trace: CostTrace, x: Activation, name: str, *, rows: int | None = None
     ) -> Activation:
-        """Reads `x` in fp32 and keeps it, and the inverse root of each row's mean square."""
+        """Records the saved tensors: `x` and the inverse RMS of each row, in fp32."""
         rows = trace.work.tokens if rows is None else rows
         if x.grad:
             trace.keep_all(x)
@@ -33,34 +33,34 @@ class RMSNorm(nn.Module):
         return trace.made(name, len(self.weight), grad=x.grad, rows=rows)
 
     def reset_parameters(self) -> None:
-        """Weight one."""
+        """Sets the weight to one."""
         nn.init.ones_(self.weight)
 
 
 class OffsetRMSNorm(RMSNorm):
-    """RMS norm whose stored weight is the difference from one (Gemma); 1 + w is formed in fp32."""
+    """RMSNorm that stores the weight minus one (Gemma); 1 + w is computed in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x: [..., width]` → the same shape, in the dtype of the weights."""
+        """Returns the normalised `x: [..., width]`, in the dtype of the weights."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         return rms_norm(x, 1 + self.weight.to(wide), self.eps).to(self.weight.dtype)
 
     def cost(
         self, trace: CostTrace, x: Activation, name: str, *, rows: int | None = None
     ) -> Activation:
-        """The same, with 1 + w in fp32."""
+        """Records the saved tensors of RMSNorm, and 1 + w in fp32."""
         made = super().cost(trace, x, name, rows=rows)
         if x.grad:
             trace.keep(f"{name}.weight", len(self.weight) * FP32)
         return made
 
     def reset_parameters(self) -> None:
-        """Difference zero."""
+        """Sets the stored difference to zero."""
         nn.init.zeros_(self.weight)
 
 
 class LayerNorm(nn.Module):
-    """Mean and variance norm over the last dim (arXiv 1607.06450, eq. 4)."""
+    """LayerNorm: normalises mean and variance over the last dim (arXiv 1607.06450, eq. 4)."""
 
     def __init__(self, config: LayerNormConfig, width: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if config.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x: [..., width]` → the same shape, in the dtype of the weights."""
+        """Returns the normalised `x: [..., width]`, in the dtype of the weights."""
         wide = torch.promote_types(x.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(wide)
         out = F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), bias, self.eps)
@@ -78,7 +78,11 @@ class LayerNorm(nn.Module):
     def cost(
         self, trace: CostTrace, x: Activation, name: str, *, rows: int | None = None
     ) -> Activation:
-        """Keeps `x` in fp32, each row's mean and deviation, and weight and bias in fp32 where they are narrower."""
+        """Records the saved tensors.
+
+        These are `x` in fp32, each row's mean and inverse standard deviation, and fp32 copies of
+        weight and bias if their dtype is narrower.
+        """
         rows, width = trace.work.tokens if rows is None else rows, len(self.weight)
         if x.grad:
             wide = rows * width * FP32
@@ -89,24 +93,24 @@ class LayerNorm(nn.Module):
         return trace.made(name, width, grad=x.grad, rows=rows)
 
     def reset_parameters(self) -> None:
-        """Weight one, bias zero."""
+        """Sets the weight to one and the bias to zero."""
         nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
 def build_norm(config: RMSNormConfig | LayerNormConfig, width: int) -> nn.Module:
-    """The norm a configuration names."""
+    """Returns the norm for a configuration."""
     if isinstance(config, LayerNormConfig):
         return LayerNorm(config, width)
     return OffsetRMSNorm(config, width) if config.unit_offset else RMSNorm(config, width)
 
 
 def sum_and_norm(norm: nn.Module, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x + added (x itself where nothing is added), and its norm: as they stand in a residual block.
+    """Returns x + added (or x alone) and its norm, as in a residual block.
 
     Args:
-        norm: what `build_norm` builds, or the identity.
+        norm: a norm from `build_norm`, or the identity.
         x: [T, D], the residual stream; added: [T, D] or None.
     """
     if type(norm) is RMSNorm and not has_hooks(norm):

@@ -1,16 +1,16 @@
-"""How many pairs of a query and a key attention multiplies."""
+"""The number of query-key pairs that attention computes."""
 
 from typing import Literal
 
 from easyllm.nn.config import AttentionConfig
 
 Counting = Literal["causal", "full"]
-"""`causal` counts the pairs a mask lets through, as tiled kernels do but for the edges of tiles; `full` counts all
-n² of a sequence, as products written out do and as published figures count."""
+"""`causal` counts the visible pairs, which tiled kernels compute (except at the edges of tiles);
+`full` counts all n² pairs of a sequence, as for materialised scores and in published figures."""
 
 
 def visible_pairs(mixer: AttentionConfig, length: int, counting: Counting) -> int:
-    """Pairs of a sequence of `length` tokens: those the mask lets through, or all.
+    """Returns the number of visible pairs, or of all pairs, in a sequence of `length` tokens.
 
     >>> mixer = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=2, window=4)
     >>> visible_pairs(mixer, 10, "causal"), visible_pairs(mixer, 10, "full")
@@ -19,9 +19,8 @@ def visible_pairs(mixer: AttentionConfig, length: int, counting: Counting) -> in
     if counting == "full":
         return length * length
     window = min(mixer.window or length, length)
-    outside = (
-        length - window
-    )  # tokens behind the first window, 1, 2 ... `outside` keys of which are hidden
+    # tokens after the first window; 1, 2 ... `outside` keys are hidden from them
+    outside = length - window
     if not mixer.causal:
         return length * length - outside * (outside + 1)
     near = window * (window + 1) // 2 + outside * window
@@ -30,7 +29,7 @@ def visible_pairs(mixer: AttentionConfig, length: int, counting: Counting) -> in
 
 
 def visible_keys(mixer: AttentionConfig, length: int) -> int:
-    """Keys the last of `length` tokens sees."""
+    """Returns the number of keys that the last of `length` tokens sees."""
     if mixer.window is None or length <= mixer.window:
         return length
     return mixer.window + min(mixer.num_sinks, length - mixer.window)

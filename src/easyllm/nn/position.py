@@ -1,7 +1,8 @@
-"""Positions: how a token's place in its sequence reaches attention.
+"""Position encodings: how the position of a token in its sequence enters the model.
 
-Kinds that turn queries and keys (RoPE) do so before the keys are stored. Kinds that change scores (ALiBi, T5, Shaw, ReRoPE)
-hand the attention function a way to; their keys are stored as they are. Kinds that add to the embedding are at the end.
+Encodings that rotate queries and keys (RoPE) do so before the keys are stored. Encodings that
+change scores (ALiBi, T5, Shaw, ReRoPE) pass score functions to attention; their keys are stored
+unrotated. Encodings that add to the embedding are at the end of the file.
 """
 
 import math
@@ -31,41 +32,49 @@ from easyllm.ops.rotary import apply_rotary, rotate_pairs
 
 
 class PositionCost:
-    """What a kind of positions costs; each kind says where it differs from none at all.
+    """Base class for the cost of a position encoding; the default is the cost of no encoding.
 
     Attributes:
-        mask_per_head: whether it adds a mask of numbers for each head to the scores; with `trained_mask` that has a gradient.
-        writes_scores_out: whether scores and weights are tensors of their own, and no tiled kernel runs.
-        rotates_in_scores: whether queries and keys are rotated inside the scores, for near and far pairs each.
-        learns_from_queries: whether it has vectors whose gradients need the queries.
+        mask_per_head: whether a floating-point mask per head is added to the scores; with
+            `trained_mask` the mask has a gradient.
+        writes_scores_out: whether scores and weights are materialised, instead of a tiled kernel.
+        rotates_in_scores: whether queries and keys are rotated in the score function, once for near
+            and once for far pairs.
+        learns_from_queries: whether it has learned vectors whose gradients need the queries.
     """
 
     mask_per_head = trained_mask = writes_scores_out = False
     rotates_in_scores = learns_from_queries = False
 
     def cost(self, trace: CostTrace, x: Activation) -> Activation:  # noqa: ARG002 - for rotations
-        """Of `rotate`."""
+        """Records the cost of `rotate` and returns its output."""
         return x
 
     def table_elements(self) -> dict[object, int]:
-        """fp32 elements a token of tables that layers share, computed once a forward pass, by what tells them apart."""
+        """Returns the fp32 elements per token of each table, by its key.
+
+        Tables are computed once per forward pass; layers with the same key share a table.
+        """
         return {}
 
     def keep_scores(self, trace: CostTrace, scores: Scores) -> None:
-        """What autograd keeps of scores written out, beyond queries, keys, values and weights."""
+        """Records what autograd saves for materialised scores.
+
+        Queries, keys, values and weights are not included.
+        """
         if self.rotates_in_scores:
             trace.keep("rectified", 4 * trace.work.tokens * scores.heads * scores.dim * FP32)
 
     def score_products(self, trace: CostTrace, scores: Scores) -> None:
-        """Products beyond q kᵀ and weights · v."""
+        """Records the matrix products in addition to q kᵀ and weights · v."""
         if self.rotates_in_scores:
             trace.product("scores", scores.flops, scores.flops * (scores.q.grad + scores.k.grad))
 
 
 class RotaryPosition(PositionCost, nn.Module):
-    """Rotates each pair by position · θ^(-2i/d) (arXiv 2104.09864, eq. 34).
+    """RoPE: rotates each pair by position · θ^(-2i/d) (arXiv 2104.09864, eq. 34).
 
-    The products of rotated queries and keys depend on the difference of their positions only.
+    The dot products of rotated queries and keys depend only on the difference of their positions.
     """
 
     terms: ScoreTerms | None = None
@@ -76,7 +85,7 @@ class RotaryPosition(PositionCost, nn.Module):
         self.head_dim = head_dim
 
     def rotate(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """`x: [T, heads, d]` turned by `context.positions`."""
+        """Returns `x: [T, heads, d]` rotated by `context.positions`."""
         cos, sin = context.once((self.config, self.width), lambda: self.tables(context))
         if self.width == self.head_dim:
             return apply_rotary(x, cos, sin, interleaved=self.config.interleaved)
@@ -84,16 +93,16 @@ class RotaryPosition(PositionCost, nn.Module):
         turned = apply_rotary(turned.contiguous(), cos, sin, interleaved=self.config.interleaved)
         return torch.cat([turned, rest], dim=-1)
 
-    def cost(self, trace: CostTrace, x: Activation) -> Activation:  # noqa: ARG002 - the others need it
-        """A tensor of its own; the tables are the model's, not a layer's."""
+    def cost(self, trace: CostTrace, x: Activation) -> Activation:  # noqa: ARG002 - interface
+        """Returns a new tensor; the tables belong to the model, not to a layer."""
         return Activation(f"{x.name}.turned", x.nbytes, x.grad)
 
     def table_elements(self) -> dict[object, int]:
-        """cos and sin of half the width each."""
+        """Returns the elements of cos and sin, half the rotated width each."""
         return {(self.config, self.width): self.width}
 
     def tables(self, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """cos and sin of every angle: two [T, d/2] in fp32, attention scaling (YaRN) included."""
+        """Returns cos and sin of all angles, both [T, d/2] fp32, with YaRN's attention scaling."""
         positions = context.positions
         if isinstance(self.config.scaling, DynamicNTKScaling):
             parts = [self._angles(part) for part in positions.split(context.lengths)]
@@ -103,23 +112,24 @@ class RotaryPosition(PositionCost, nn.Module):
         return angles.cos() * factor, angles.sin() * factor
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, float]:
-        """[T, d/2] angles of positions whose largest gives the length, and the factor on cos and sin."""
+        """The angles [T, d/2] and the factor on cos and sin; the maximum sets the length."""
         length = int(positions.max()) + 1 if positions.numel() else 1
         frequencies, factor = rope_frequencies(self.config, self.width, length)
         return positions.float()[:, None] * frequencies.to(positions.device), factor
 
 
 class NoRotation(PositionCost, nn.Module):
-    """Leaves queries and keys as they are."""
+    """Leaves queries and keys unrotated."""
 
     terms: ScoreTerms | None = None
 
     def rotate(self, x: Tensor, context: ForwardContext) -> Tensor:  # noqa: ARG002 - for rotations
+        """Returns `x` unchanged."""
         return x
 
 
 class AlibiPosition(NoRotation):
-    """Adds -slope_h · distance to the scores (arXiv 2108.12409, section 3)."""
+    """ALiBi: adds -slope_h · distance to the scores (arXiv 2108.12409, section 3)."""
 
     mask_per_head = True
 
@@ -129,15 +139,17 @@ class AlibiPosition(NoRotation):
         self.terms = ScoreTerms(bias=self.bias)
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:
-        """[H, Tq, Tk] for query positions [Tq] and key positions [Tk]."""
+        """Returns the bias [H, Tq, Tk] for query positions [Tq] and key positions [Tk]."""
         distance = (query[:, None] - key[None, :]).abs()
         slopes = alibi_slopes(self.num_heads).to(query.device)
         return -slopes[:, None, None] * distance
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """2^(-8i/n) for i = 1..n when n is a power of two; else those of the power of two below, filled up with every
-    second slope of twice that power (the authors' code).
+    """Returns the slopes of ALiBi, [num_heads] fp32.
+
+    They are 2^(-8i/n) for i = 1..n if n is a power of two. Otherwise they are the slopes of the
+    next lower power of two, followed by every second slope of twice that power (authors' code).
 
     >>> alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
     True
@@ -149,7 +161,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 class T5Position(NoRotation):
-    """Adds a learned bias for the bucket of each distance (arXiv 1910.10683, section 2.1)."""
+    """T5 bias: adds a learned bias per distance bucket (arXiv 1910.10683, section 2.1)."""
 
     mask_per_head = trained_mask = True
 
@@ -160,7 +172,7 @@ class T5Position(NoRotation):
         self.terms = ScoreTerms(bias=self.bias)
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:
-        """[H, Tq, Tk] for query positions [Tq] and key positions [Tk]."""
+        """Returns the bias [H, Tq, Tk] for query positions [Tq] and key positions [Tk]."""
         relative = key[None, :] - query[:, None]
         buckets = t5_buckets(
             relative,
@@ -170,20 +182,23 @@ class T5Position(NoRotation):
         )
         return F.embedding(buckets, self.bias_table).permute(2, 0, 1)
 
-    def keep_scores(self, trace: CostTrace, scores: Scores) -> None:  # noqa: ARG002 - the others need it
-        """The bucket of each pair."""
+    def keep_scores(self, trace: CostTrace, scores: Scores) -> None:  # noqa: ARG002 - interface
+        """Records the bucket of each pair."""
         trace.keep("buckets", trace.work.pairs * INT64)
 
     def reset_parameters(self) -> None:
+        """Initialises the biases from N(0, 0.02²)."""
         nn.init.normal_(self.bias_table, std=0.02)
 
 
 def t5_buckets(
     relative: Tensor, *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
 ) -> Tensor:
-    """The bucket of each relative position (key - query): exact near, logarithmic far, the last one beyond.
+    """Returns the bucket of each relative position (key - query).
 
-    Bidirectional buckets are halved: the upper half is for keys after the query.
+    Buckets are exact for small distances and logarithmic for larger ones; distances from
+    `max_distance` on share the last bucket. With `bidirectional`, the upper half of the buckets is
+    for keys after the query.
     """
     bucket = torch.zeros_like(relative)
     if bidirectional:
@@ -199,9 +214,11 @@ def t5_buckets(
 
 
 class ShawPosition(NoRotation):
-    """Learned vectors for clipped distances join keys and values (arXiv 1803.02155, eqs. 3 and 4):
+    """Adds learned vectors for clipped distances to keys and values.
 
     e_ij = q_i·(k_j + a^K_{clip(j-i)}) · scale      out_i = Σ_j α_ij (v_j + a^V_{clip(j-i)})
+
+    See arXiv 1803.02155, eqs. 3 and 4.
     """
 
     writes_scores_out = learns_from_queries = True
@@ -215,25 +232,28 @@ class ShawPosition(NoRotation):
         self.terms = ScoreTerms(scores=self.scores, values=self.values if config.values else None)
 
     def scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """[H, Tq, Tk] unscaled scores for `q: [H, Tq, d]`, `k: [H, Tk, d]`."""
+        """Returns the unscaled scores [H, Tq, Tk] for `q: [H, Tq, d]`, `k: [H, Tk, d]`."""
         vectors = self.key_vectors[self._rows(query, key)].to(q.dtype)  # [Tq, Tk, d]
         return q @ k.mT + torch.einsum("hqd,qkd->hqk", q, vectors)
 
     def values(self, weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """[H, Tq, d]: what the value vectors add for `weights: [H, Tq, Tk]`."""
+        """Returns the contribution of the value vectors, [H, Tq, d], for `weights: [H, Tq, Tk]`."""
         assert self.value_vectors is not None
         vectors = self.value_vectors[self._rows(query, key)].to(weights.dtype)
         return torch.einsum("hqk,qkd->hqd", weights, vectors)
 
     def keep_scores(self, trace: CostTrace, scores: Scores) -> None:
-        """Vectors of all pairs, once for each product that has a gradient, and their rows where they are trained."""
+        """Records the vectors of all pairs and, if they are trained, their row indices.
+
+        The vectors are saved once for each matrix product that has a gradient.
+        """
         q, k, values, pairs = scores.q, scores.k, self.config.values, trace.work.pairs
         tables = q.grad + (values and (q.grad or k.grad))
         trace.keep("vectors", tables * pairs * scores.dim * FP32)
         trace.keep("rows of vectors", trace.work.trains_all * (1 + values) * pairs * INT64)
 
     def score_products(self, trace: CostTrace, scores: Scores) -> None:
-        """Queries with vectors, and weights with vectors where values have some."""
+        """Records queries times key vectors, and weights times value vectors if there are any."""
         trained, flops, q = trace.work.trains_all, scores.flops, scores.q
         trace.product("scores", flops, flops * (q.grad + trained))
         if self.config.values:
@@ -244,14 +264,17 @@ class ShawPosition(NoRotation):
         return (key[None, :] - query[:, None]).clamp(-limit, limit) + limit
 
     def reset_parameters(self) -> None:
+        """Initialises the vectors from N(0, 0.02²)."""
         for vectors in (self.key_vectors, self.value_vectors):
             if vectors is not None:
                 nn.init.normal_(vectors, std=0.02)
 
 
 class ReRopePosition(NoRotation):
-    """RoPE whose relative positions are rectified (Su 2023, "ReRoPE"): i - j within the window, beyond it the window
-    itself, or with `leak` k: w + (i - j - w) / k. Keys are stored unrotated.
+    """ReRoPE: RoPE with rectified relative positions (Su 2023).
+
+    The relative position is i - j within the window w. Beyond the window it is w, or with `leak` k
+    it is w + (i - j - w) / k. Keys are stored unrotated.
     """
 
     writes_scores_out = rotates_in_scores = True
@@ -264,14 +287,18 @@ class ReRopePosition(NoRotation):
         self.terms = ScoreTerms(scores=self.scores)
 
     def scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """[H, Tq, Tk] unscaled scores of unrotated `q: [H, Tq, d]`, `k: [H, Tk, d]`."""
+        """Returns unscaled scores [H, Tq, Tk] for unrotated `q: [H, Tq, d]`, `k: [H, Tk, d]`."""
         if len(query) == 1:
             return self.decode_scores(q, k, query, key)
         return self.two_matrices(q, k, query, key)
 
     def two_matrices(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """One matrix for the near pairs, with ordinary rotation; one for the far pairs, with compressed positions:
-        query at (i - w) / k + w, key at j / k gives w + (i - j - w) / k; without leak query at w, key at 0."""
+        """Returns the scores, computed as one score matrix for near pairs and one for far pairs.
+
+        Near pairs use ordinary rotation. Far pairs use compressed positions: a query at
+        (i - w) / k + w and a key at j / k give w + (i - j - w) / k; without leak the query is at w
+        and the key at 0.
+        """
         window, leak = self.config.window, self.config.leak
         near = self._turn(q, query.float()) @ self._turn(k, key.float()).mT
         if leak is None:
@@ -282,7 +309,10 @@ class ReRopePosition(NoRotation):
         return torch.where(query[:, None] - key[None, :] < window, near, far)
 
     def decode_scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """The same for a single query: keys turned by minus their rectified distance, the query not at all."""
+        """Returns the scores of a single query.
+
+        Keys are rotated by minus their rectified distance, and the query is not rotated.
+        """
         distance = (query - key).float()
         window, leak = self.config.window, self.config.leak
         far = (
@@ -294,17 +324,19 @@ class ReRopePosition(NoRotation):
         return q @ self._turn(k, -rectified).mT
 
     def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """`x: [H, T, d]` turned by real-valued positions [T]."""
+        """`x: [H, T, d]` rotated by real-valued positions [T]."""
         frequencies, _ = rope_frequencies(self.rope, self.head_dim, 1)
         angles = positions[:, None] * frequencies.to(x.device)
         return rotate_pairs(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
 class StreamingPosition(NoRotation):
-    """RoPE by the places of a cache that holds `num_sinks` first tokens and the last `window` (arXiv 2309.17453).
+    """RoPE for StreamingLLM, with positions inside the KV cache (arXiv 2309.17453).
 
-    Once the cache is full its newest token has place s + w - 1, whatever its position in the text. Between recent tokens
-    places differ as positions do; from a sink at place j the newest token is s + w - 1 - j away, and stays so.
+    The cache contains the first s = `num_sinks` tokens (attention sinks) and the last w = `window`
+    tokens. Once it is full, the newest token has the cache position s + w - 1, regardless of its
+    position in the text. The distances between recent tokens are unchanged; the distance of the
+    newest token from a sink at position j stays s + w - 1 - j.
     """
 
     writes_scores_out = rotates_in_scores = True
@@ -318,8 +350,12 @@ class StreamingPosition(NoRotation):
         self.terms = ScoreTerms(scores=self.scores)
 
     def scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """[H, Tq, Tk] unscaled scores of unrotated `q: [H, Tq, d]`, `k: [H, Tk, d]` at positions [Tq], [Tk]."""
-        base = query.min() - self.window  # differences alone count; small angles are exact ones
+        """Returns unscaled scores [H, Tq, Tk] for unrotated `q: [H, Tq, d]`, `k: [H, Tk, d]`.
+
+        Args:
+            query, key: positions [Tq], [Tk] in the text.
+        """
+        base = query.min() - self.window  # only differences matter, and small angles are precise
         near = self._turn(q, query - base) @ self._turn(k, (key - base).clamp(min=0)).mT
         if not self.num_sinks:
             return near
@@ -345,7 +381,7 @@ def build_position(
     window: int | None = None,
     num_sinks: int = 0,
 ) -> PositionModule:
-    """The position module an attention layer's configuration names."""
+    """Returns the position module for an attention layer's configuration."""
     match config:
         case StreamingRope():
             assert window is not None, "checked by the configuration"
@@ -365,43 +401,47 @@ def build_position(
 
 
 class LearnedEmbedding(nn.Module):
-    """Adds a trained vector a position."""
+    """Adds a learned vector per position."""
 
     def __init__(self, max_seq_len: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(max_seq_len, hidden_size))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """`x: [T, D]` plus the vectors of `positions: [T]`.
+        """Returns `x: [T, D]` plus the vectors of `positions: [T]`.
 
         Raises:
-            ConfigError: a position lies beyond the table.
+            ConfigError: a position is beyond the table.
         """
         last = int(positions.max()) if positions.numel() else 0
         if last >= len(self.weight):
             raise ConfigError(
-                f"position {last} lies beyond the learned table of {len(self.weight)}; "
+                f"position {last} is beyond the learned table of {len(self.weight)} positions; "
                 "shorten the sequence, or use a model with positions that extrapolate"
             )
         return x + F.embedding(positions, self.weight)
 
     def reset_parameters(self) -> None:
+        """Initialises the vectors from N(0, 0.02²)."""
         nn.init.normal_(self.weight, std=0.02)
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Adds sin(t ω_i), cos(t ω_i), ω_i = base^(-2i/D), interleaved (arXiv 1706.03762, section 3.5)."""
+    """Adds sinusoidal positions: sin(t ω_i) and cos(t ω_i), interleaved, with ω_i = base^(-2i/D).
+
+    See arXiv 1706.03762, section 3.5.
+    """
 
     def __init__(self, config: Sinusoidal, hidden_size: int) -> None:
         super().__init__()
         self.config, self.width = config, hidden_size
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """`x: [T, D]` plus the table's rows of `positions: [T]`."""
+        """Returns `x: [T, D]` plus the table's rows for `positions: [T]`."""
         return x + self.table(positions).to(x.dtype)
 
     def table(self, positions: Tensor) -> Tensor:
-        """[T, D] fp32."""
+        """Returns the vectors of `positions: [T]`, [T, D] fp32."""
         exponents = torch.arange(0, self.width, 2, device=positions.device).float() / self.width
         angles = positions.float()[:, None] / self.config.base**exponents
         return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
@@ -411,13 +451,14 @@ class NoEmbeddingPosition(nn.Module):
     """Adds nothing."""
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002 - for the others
+        """Returns `x` unchanged."""
         return x
 
 
 def build_embedding_position(
     config: Learned | Sinusoidal | NoPosition, max_seq_len: int, hidden_size: int
 ) -> nn.Module:
-    """What a model's configuration adds to the embedding."""
+    """Returns the module that adds positions to the embedding, for a model's configuration."""
     match config:
         case Learned():
             return LearnedEmbedding(max_seq_len, hidden_size)

@@ -1,4 +1,4 @@
-"""A weight of 8 or 4 bits in the layout of the C kernels."""
+"""Quantized weights (int8 or int4) in the layout of the C kernels."""
 
 from collections.abc import Mapping
 
@@ -17,11 +17,11 @@ from easyllm.ops.quantized_linear import (
 
 
 class QuantizedWeight(PackedStorage):
-    """int8 (a scale for each output) or int4 (a scale and an offset for each 32 inputs).
+    """An int8 weight (per-channel scales) or an int4 weight (scale and zero point, group size 32).
 
     Args:
         matrix: the weight [N, K].
-        dtype: of looked-up rows.
+        dtype: dtype of looked-up rows and of the dequantized weight.
     """
 
     data: Tensor
@@ -35,6 +35,7 @@ class QuantizedWeight(PackedStorage):
 
     @property
     def matrix(self) -> QuantizedMatrix:
+        """The quantized weight [N, K]."""
         return QuantizedMatrix(self.data, self.scales, *self.shape)
 
     def linear(
@@ -42,28 +43,33 @@ class QuantizedWeight(PackedStorage):
         x: Tensor,
         bias: Tensor | None = None,
         *,
-        deterministic: bool = False,  # noqa: ARG002 - its products always are
+        deterministic: bool = False,  # noqa: ARG002 - the kernels are always deterministic
     ) -> Tensor:
-        """`x: [..., K]` → [..., N] in the dtype of `x`; a row's bits never depend on the other rows."""
+        """Returns x Wᵀ + b, [..., N] in the dtype of `x: [..., K]`; always batch-invariant."""
         return quantized_linear(x, self.matrix, bias)
 
     def rows(self, token_ids: Tensor) -> Tensor:
+        """Returns the dequantized rows [T, K] of `token_ids: [T]`."""
         if self.scales is None:
             return super().rows(token_ids)
         return dequantize_rows(self.matrix, token_ids).to(self.dtype)
 
     def dense(self) -> Tensor:
+        """Returns the dequantized weight [N, K]."""
         return dequantize(self.matrix).to(self.dtype)
 
     def tensors(self) -> Mapping[str, Tensor]:
+        """Returns the data and, if there are any, the scales."""
         held = {"data": self.data, "scales": self.scales}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def kernel_matrix(self, bias: Tensor | None) -> Matrix | None:
+        """Returns the weight in the format of the C kernels."""
         return matrix_struct(self.matrix, bias)
 
     @property
     def payload(self) -> Tensor:
+        """The quantized data."""
         return self.data
 
     @payload.setter

@@ -1,5 +1,7 @@
-"""Activation checkpointing: keep a block's input, compute the rest again in the backward pass
-(Chen et al. 2016, arXiv 1604.06174)."""
+"""Gradient (activation) checkpointing: only the input of a block is saved.
+
+The other activations are recomputed in the backward pass (Chen et al. 2016, arXiv 1604.06174).
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,12 +17,15 @@ Recompute = Literal["none", "selective", "full"]
 
 
 def recompute_activations(model: Decoder, mode: Recompute) -> Decoder:
-    """Has every layer (`full`), or only its feed-forward (`selective`), computed again in the backward pass.
+    """Applies gradient checkpointing to all layers (`full`) or their feed-forwards (`selective`).
 
-    The results are the same, random states included; nothing changes where no gradient is asked for.
+    The results are the same, including the RNG state; without gradients nothing changes.
+
+    Returns:
+        The model itself, changed in place.
     """
     for layer in model.layers:
-        assert isinstance(layer, DecoderLayer), "a decoder has no others"
+        assert isinstance(layer, DecoderLayer), "a decoder has no other layers"
         if mode == "full":
             _recompute_layer(layer)
         elif mode == "selective":
@@ -32,7 +37,7 @@ def _recompute_layer(layer: DecoderLayer) -> None:
     recomputed = _recomputed(layer.forward)
 
     def forward(x: Tensor, context: ForwardContext, added: Tensor | None = None) -> Any:
-        # one tensor is kept, not two
+        # add the two terms first, so that only one tensor is saved
         return recomputed(x if added is None else x + added, context)
 
     layer.forward = forward  # type: ignore[method-assign]

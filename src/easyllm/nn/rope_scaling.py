@@ -1,4 +1,4 @@
-"""RoPE's frequencies, and the ways to make them reach further than a model was trained."""
+"""RoPE frequencies, and scaling methods that extend the context beyond the training length."""
 
 import math
 
@@ -17,15 +17,15 @@ from easyllm.nn.config import (
 
 
 def rope_frequencies(rope: Rope, width: int, length: int) -> tuple[Tensor, float]:
-    """Frequencies of the rotated pairs, and the factor on cos and sin.
+    """Returns the frequencies of the rotated pairs, and the factor on cos and sin.
 
     Args:
         rope: base and scaling.
-        width: rotated dims of a head.
-        length: tokens of the longest sequence at hand (dynamic NTK depends on it).
+        width: number of rotated dims of a head.
+        length: number of tokens of the longest sequence (for dynamic NTK).
 
     Returns:
-        [width/2] fp32 radians a token; a factor, 1 but for YaRN.
+        [width/2] fp32 radians per token; the factor, which is 1 except for YaRN.
     """
     scaling = rope.scaling
     match scaling:
@@ -49,13 +49,15 @@ def rope_frequencies(rope: Rope, width: int, length: int) -> tuple[Tensor, float
 
 
 def frequencies(theta: float, width: int) -> Tensor:
-    """θ^(-2i/width) for i = 0 .. width/2 - 1 (arXiv 2104.09864)."""
+    """Returns θ^(-2i/width) for i = 0 .. width/2 - 1 (arXiv 2104.09864), [width/2] fp32."""
     exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
     return 1.0 / theta**exponents
 
 
 def ntk_base(theta: float, width: int, factor: float) -> float:
-    """θ · factor^(width/(width-2)): the lowest frequency is divided by `factor`, the highest kept.
+    """Returns the base θ · factor^(width/(width-2)).
+
+    It divides the lowest frequency by `factor` and leaves the highest unchanged.
 
     >>> round(ntk_base(10000, 128, 2), 2)
     20221.26
@@ -64,15 +66,22 @@ def ntk_base(theta: float, width: int, factor: float) -> float:
 
 
 def yarn_attention_factor(scaling: YarnScaling) -> float:
-    """0.1 ln(factor) + 1 (arXiv 2309.00071, eq. 22; squared by the product of query and key)."""
+    """Returns 0.1 ln(factor) + 1 (arXiv 2309.00071, eq. 22), or the configured factor.
+
+    It scales both query and key, so scores are scaled by its square.
+    """
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     return 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
 
 
 def yarn_frequencies(theta: float, width: int, scaling: YarnScaling) -> Tensor:
-    """Pairs that turn more than `beta_fast` times over the original length are kept, those that turn fewer than
-    `beta_slow` times are interpolated, a linear ramp over the dims between (arXiv 2309.00071, eqs. 17-21)."""
+    """Returns the frequencies of YaRN, [width/2] fp32 (arXiv 2309.00071, eqs. 17-21).
+
+    Pairs that rotate more than `beta_fast` times over the original length are unchanged, and those
+    that rotate fewer than `beta_slow` times are interpolated, with a linear ramp over the dims in
+    between.
+    """
     kept = frequencies(theta, width)
     low = _dim_of(scaling.beta_fast, theta, width, scaling.original_max_seq_len)
     high = _dim_of(scaling.beta_slow, theta, width, scaling.original_max_seq_len)
@@ -85,7 +94,11 @@ def yarn_frequencies(theta: float, width: int, scaling: YarnScaling) -> Tensor:
 
 
 def llama3_frequencies(theta: float, width: int, scaling: Llama3Scaling) -> Tensor:
-    """Wavelengths over original/low_freq_factor are divided by `factor`, those under original/high_freq_factor kept."""
+    """Returns the frequencies of Llama 3.1, [width/2] fp32.
+
+    Frequencies with wavelengths over original/low_freq_factor are divided by `factor`, those with
+    wavelengths under original/high_freq_factor are unchanged, with a smooth transition in between.
+    """
     kept = frequencies(theta, width)
     turns = scaling.original_max_seq_len * kept / (2 * math.pi)  # over the original length
     smooth = (turns - scaling.low_freq_factor) / (
@@ -96,7 +109,9 @@ def llama3_frequencies(theta: float, width: int, scaling: Llama3Scaling) -> Tens
 
 
 def critical_dim(theta: float, width: int, length: int) -> int:
-    """Dims whose pairs turn at least once over `length`: 2 ⌈(width/2) log_θ(length / 2π)⌉ (arXiv 2310.05209, eq. 3).
+    """Returns the number of dims whose pairs make at least one full rotation over `length` tokens.
+
+    This is 2 ⌈(width/2) log_θ(length / 2π)⌉ (arXiv 2310.05209, eq. 3).
 
     >>> critical_dim(10000, 128, 4096)
     92
@@ -105,5 +120,5 @@ def critical_dim(theta: float, width: int, length: int) -> int:
 
 
 def _dim_of(turns: float, theta: float, width: int, length: int) -> float:
-    """The dim whose pair turns `turns` times over `length` tokens."""
+    """The dim whose pair makes `turns` full rotations over `length` tokens."""
     return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))

@@ -1,8 +1,9 @@
-"""How the weight of a linear or an embedding is kept: every layer holds exactly one `WeightStorage`.
+"""Storage of the weight of a linear or an embedding: each layer has exactly one `WeightStorage`.
 
-A full weight is the parameter `weight` of its layer (`DenseWeight`); a quantized one is a `PackedStorage`, a module of its
-own whose buffers move with the model. Whatever multiplies by a weight, looks rows up in it or saves it asks the storage, so
-that a new format is one class here or in `quant/` and one call of `quant.register_storage`.
+A full weight is the parameter `weight` of its layer (`DenseWeight`). A quantized weight is a
+`PackedStorage`, a separate module whose buffers move with the model. All code that multiplies by a
+weight, looks up its rows or saves it uses the storage, so a new format needs only one class here or
+in `quant/` and one call of `quant.register_storage`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,64 +20,71 @@ from easyllm.ops.product import linear
 
 @runtime_checkable
 class WeightStorage(Protocol):
-    """A weight [N, K], in whatever form.
+    """A weight [N, K] in any format.
 
     Attributes:
-        format: the name it is registered under; `dense` for a full weight.
-        shape: (N, K), outputs and inputs.
-        dtype: that of looked-up rows, and of the activations the layer is meant for.
-        device: where it is.
-        num_bytes: of memory it takes.
-        batch_invariant: whether a row's bits are the same whatever the number of rows, by `linear` in deterministic mode.
+        format: the name under which the format is registered; `dense` for a full weight.
     """
 
     format: str
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """(N, K), outputs and inputs."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Dtype of looked-up rows and of the layer's intended activations."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Device of the weight."""
 
     @property
-    def num_bytes(self) -> int: ...
+    def num_bytes(self) -> int:
+        """Memory in bytes."""
 
     @property
-    def batch_invariant(self) -> bool: ...
+    def batch_invariant(self) -> bool:
+        """Whether `linear` is batch-invariant in deterministic mode (bitwise, for each row)."""
 
     def linear(
         self, x: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
     ) -> Tensor:
-        """x Wᵀ + b: `x: [..., K]`, `bias: [N]` → [..., N] in the dtype of `x`; differentiable in `x`."""
+        """Returns x Wᵀ + b, [..., N] in the dtype of `x`, for `x: [..., K]` and `bias: [N]`.
+
+        It is differentiable in `x`.
+        """
 
     def rows(self, token_ids: Tensor) -> Tensor:
-        """The weight's rows `token_ids: [T]` → [T, K] in `dtype`."""
+        """Returns the weight's rows `token_ids: [T]`, [T, K] in `dtype`."""
 
     def dense(self) -> Tensor:
-        """The whole weight [N, K] in `dtype`."""
+        """Returns the full weight [N, K] in `dtype`."""
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """What a file keeps of it, by the last part of the tensors' names (`weight`, `weight_scale` ...)."""
+        """Returns the tensors to save, by the last part of their names (such as `weight_scale`)."""
 
     def kernel_matrix(self, bias: Tensor | None) -> Matrix | None:
-        """The weight as the C kernels read it, with an fp32 bias [N]; None where they have no such format."""
+        """Returns the weight in the format of the C kernels, with an fp32 bias [N].
+
+        Returns None if the kernels do not support the format.
+        """
 
     @property
     def payload(self) -> Tensor:
-        """The tensor that a product reads most of: what is moved when weights are gathered in memory."""
+        """The largest tensor of the weight, which is moved when weights are gathered in memory."""
 
     @payload.setter
     def payload(self, value: Tensor) -> None: ...
 
 
 class DenseWeight:
-    """The full weight: the parameter `weight` of the layer that holds this storage.
+    """A full weight: the parameter `weight` of the layer that has this storage.
 
     Args:
-        parameters: the layer's own dictionary of parameters, so that whoever replaces the parameter is seen here.
+        parameters: the layer's own dictionary of parameters, so that a replaced parameter is used
+            here, too.
     """
 
     format = "dense"
@@ -87,42 +95,52 @@ class DenseWeight:
 
     @property
     def weight(self) -> nn.Parameter:
+        """The parameter [N, K]."""
         weight = self._parameters["weight"]
         assert weight is not None, "a layer whose storage is dense has its weight"
         return weight
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(N, K), outputs and inputs."""
         outputs, inputs = self.weight.shape
         return outputs, inputs
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weight."""
         return self.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the weight."""
         return self.weight.device
 
     @property
     def num_bytes(self) -> int:
+        """Memory in bytes."""
         return self.weight.nbytes
 
     def linear(
         self, x: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
     ) -> Tensor:
+        """Returns x Wᵀ + b, [..., N] for `x: [..., K]`, differentiable in all operands."""
         return (tiled_linear if deterministic else linear)(x, self.weight, bias)
 
     def rows(self, token_ids: Tensor) -> Tensor:
+        """Returns the weight's rows `token_ids: [T]`, [T, K]."""
         return embedding(token_ids, self.weight)
 
     def dense(self) -> Tensor:
+        """Returns the parameter itself."""
         return self.weight
 
     def tensors(self) -> Mapping[str, Tensor]:
+        """Returns the tensor to save, `weight`."""
         return {"weight": self.weight}
 
     def kernel_matrix(self, bias: Tensor | None) -> Matrix | None:
+        """Returns the weight for the C kernels; None for other dtypes or strided weights."""
         weight = self.weight
         if weight.dtype not in DTYPE_CODES or not weight.is_contiguous():
             return None
@@ -131,6 +149,7 @@ class DenseWeight:
 
     @property
     def payload(self) -> Tensor:
+        """The data of the parameter."""
         return self.weight.data
 
     @payload.setter
@@ -139,18 +158,19 @@ class DenseWeight:
 
 
 class PackedStorage(nn.Module):
-    """A storage of several tensors, all of them buffers: what a quantized format derives from.
+    """Base class of quantized formats: a storage of one or more buffers.
 
-    A class says its `format` and gives `dense` and `tensors`; the rest follows, more slowly than a format that knows its own
-    products and rows, or that the kernels read.
+    A subclass defines `format`, `dense` and `tensors`. The other methods have default
+    implementations, which are slower than specialised matrix products and row look-ups, or a format
+    that the C kernels support.
 
     Args:
         shape: (N, K).
-        dtype: of looked-up rows.
+        dtype: dtype of looked-up rows.
     """
 
     format: str
-    batch_invariant = True  # of the products below; a class with its own says what they are
+    batch_invariant = True  # for `linear` below; a subclass that overrides it sets its own value
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         super().__init__()
@@ -161,19 +181,23 @@ class PackedStorage(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of looked-up rows and of the layer's intended activations."""
         return self.like.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the weight."""
         return self.like.device
 
     @property
     def num_bytes(self) -> int:
+        """Memory in bytes."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def linear(
         self, x: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
     ) -> Tensor:
+        """Returns x Wᵀ + b, [..., N] in the dtype of `x: [..., K]`, with the dequantized weight."""
         if torch.is_grad_enabled() and x.requires_grad and not deterministic:
             y: Tensor = _Dequantized.apply(x, self, bias)
             return y
@@ -182,19 +206,24 @@ class PackedStorage(nn.Module):
         )
 
     def rows(self, token_ids: Tensor) -> Tensor:
+        """Returns the weight's rows `token_ids: [T]`, [T, K] in `dtype`."""
         return self.dense()[token_ids].to(self.dtype)
 
     def dense(self) -> Tensor:
+        """Returns the dequantized weight [N, K]; a subclass must define it."""
         raise NotImplementedError
 
     def tensors(self) -> Mapping[str, Tensor]:
+        """Returns the tensors to save, by the last part of the name; a subclass must define it."""
         raise NotImplementedError
 
-    def kernel_matrix(self, bias: Tensor | None) -> Matrix | None:  # noqa: ARG002 - for known formats
+    def kernel_matrix(self, bias: Tensor | None) -> Matrix | None:  # noqa: ARG002 - interface
+        """Returns None: by default the C kernels do not support the format."""
         return None
 
     @property
     def payload(self) -> Tensor:
+        """The largest buffer."""
         return self._buffers[self._largest()]  # type: ignore[return-value]
 
     @payload.setter
@@ -202,10 +231,20 @@ class PackedStorage(nn.Module):
         self._buffers[self._largest()] = value
 
     def _largest(self) -> str:
-        return max(self._buffers, key=lambda name: self._buffers[name].nbytes)  # type: ignore[union-attr]
+        return max(
+            self._buffers,
+            key=lambda name: self._buffers[name].nbytes,  # type: ignore[union-attr]
+        )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedStorage":  # noqa: ARG002 - torch's signature
-        """Moves everything to another device, and only `like` to another dtype: codes and scales are not rounded."""
+    def _apply(
+        self,
+        fn: Callable[[Tensor], Tensor],
+        recurse: bool = True,  # noqa: ARG002 - torch's signature
+    ) -> "PackedStorage":
+        """Moves all buffers to another device, but casts only `like` to another dtype.
+
+        The quantized data and scales are never rounded.
+        """
         for name, buffer in self._buffers.items():
             if buffer is None or name == "like":
                 continue
@@ -215,11 +254,12 @@ class PackedStorage(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Returns the sizes and the format for `repr`."""
         return f"{self.shape[1]} -> {self.shape[0]}, {self.format}"
 
 
 class _Dequantized(torch.autograd.Function):
-    """x Wᵀ + b that keeps the packed weight alone for the backward pass, in which it is dequantized again."""
+    """x Wᵀ + b that saves only the quantized weight; the backward pass dequantizes it again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, storage: PackedStorage, bias: Tensor | None) -> Tensor:

@@ -1,8 +1,10 @@
-"""Virtual tokens: learned rows in front of every sequence, which prompt methods train (arXiv 2104.08691, 2101.00190).
+"""Virtual tokens: learned rows that prompt tuning and prefix tuning prepend to every sequence.
 
-A virtual token takes a place in its sequence: a position, a row of every layer, keys and values. Number i of them has the id
-V + i, so that the engine's pages, prefix caching and preemption know it like any other. Where whole sequences pass the
-decoder, it puts them in front itself and gives the real tokens' rows back.
+See arXiv 2104.08691 and 2101.00190. A virtual token occupies a slot in its sequence: a position, a
+row in every layer, keys and values. Virtual token i has the id V + i, so that the engine's paged
+attention, prefix caching and preemption treat it like any other token. For complete sequences
+(without a KV cache) the decoder prepends the virtual tokens itself and returns only the rows of the
+real tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -15,46 +17,49 @@ from easyllm.nn.context import ForwardContext
 
 
 class ModelAdapter(Protocol):
-    """What a method that acts on the model as a whole gives.
+    """An adapter that acts on the model rather than on single layers.
 
     Attributes:
-        num_virtual: virtual tokens in front of each sequence.
+        num_virtual: number of virtual tokens prepended to each sequence.
     """
 
     num_virtual: int
 
     def vectors(self) -> Tensor | None:
-        """[n, D] what enters the first layer for each virtual token; None leaves the rows zero."""
+        """Returns the input of the first layer for the virtual tokens, [n, D]; None means zeros."""
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [n, K, d] each that a layer has for the virtual tokens; None keeps its own."""
+        """Returns a layer's keys and values of the virtual tokens, [n, K, d] each.
+
+        None leaves the keys and values that the layer computes unchanged.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class VirtualTokens:
-    """The virtual tokens of a pass.
+    """The virtual tokens of a forward pass.
 
     Attributes:
-        numbers: [T] int64, which virtual token a row is; -1 for a real token.
-        source: what they stand for.
+        numbers: [T] int64, the number of the virtual token in each row; -1 for a real token.
+        source: the adapter that defines their vectors, keys and values.
     """
 
     numbers: Tensor
     source: ModelAdapter
 
     def fill(self, rows: Tensor, values: Tensor) -> Tensor:
-        """`rows: [T, ...]` with those of virtual tokens replaced by theirs of `values: [n, ...]`."""
+        """Returns `rows: [T, ...]` with those of virtual tokens taken from `values: [n, ...]`."""
         chosen = values[self.numbers.clamp(min=0)].to(rows.dtype)
         shape = (-1, *(1,) * (rows.ndim - 1))
         return torch.where((self.numbers >= 0).view(shape), chosen, rows)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Embedded tokens [T, D] with the virtual ones' vectors in their places."""
+        """Returns the embedded tokens [T, D] with the rows of virtual tokens replaced."""
         vectors = self.source.vectors()
         return self.fill(x, x.new_zeros(self.source.num_virtual, 1) if vectors is None else vectors)
 
     def keys_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[T, K, d]` of a layer with those of virtual tokens in their places."""
+        """Returns keys and values [T, K, d] with the rows of virtual tokens replaced."""
         own = self.source.keys_values(layer)
         return (k, v) if own is None else (self.fill(k, own[0]), self.fill(v, own[1]))
 
@@ -62,14 +67,17 @@ class VirtualTokens:
 def in_front(
     token_ids: Tensor, context: ForwardContext, source: ModelAdapter, vocab_size: int
 ) -> tuple[Tensor, ForwardContext, Tensor | None]:
-    """A pass with its virtual tokens.
+    """Adds the virtual tokens to a forward pass.
 
     Args:
-        token_ids: [T]; with a store, virtual tokens are among them as V + i.
+        token_ids: [T]; with a store, they already include the virtual tokens as V + i.
+        context: the context of these tokens.
+        source: the adapter with the virtual tokens.
+        vocab_size: V.
 
     Returns:
-        Ids [T'] of real tokens (0 in the places of virtual ones), the context of all T' rows, and the rows [T] of the
-        real tokens; None where all T rows were asked for.
+        Token ids [T'] (0 for virtual tokens), the context of all T' rows, and the indices [T] of
+        the real tokens' rows, or None with a store, when all rows are returned.
     """
     if context.store is not None:
         numbers = torch.where(token_ids >= vocab_size, token_ids - vocab_size, -1)
