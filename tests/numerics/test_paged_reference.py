@@ -95,7 +95,7 @@ def test_prefixes_see_both_ways_in_the_pass_that_begins_a_sequence_and_never_lat
         [attend_segment(*part, rule, prefix=p) for part, p in zip(parts, prefixes, strict=True)]
     )
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
-    with pytest.raises(AssertionError, match="a prefix lies whole"):
+    with pytest.raises(AssertionError, match="a prefix must be complete"):
         paged_attention(q, keys, values, table, lengths, totals, rule, (1, 3, 33, 9, 2, 17, 64))
 
 

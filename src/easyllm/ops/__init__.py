@@ -1,1 +1,1 @@
-"""Pure tensor functions: each public one has its equation, a plain PyTorch reference and a visible dispatch."""
+"""Pure tensor functions: each has its equation, a PyTorch reference and an explicit dispatch."""

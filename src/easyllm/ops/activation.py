@@ -1,4 +1,4 @@
-"""Activations, and the gated product that feed-forwards of the GLU kind apply."""
+"""Activations, and the gated activation of GLU feed-forward layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +21,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(gate) ⊙ up, for `gate` and `up` of one shape and dtype.
+    """Returns act(gate) ⊙ up, for `gate` and `up` of one shape and dtype.
 
-    SiLU has a backward pass of its own that keeps the two inputs only and recomputes the rest; its forward pass is the
-    same, to the bit, with a gradient and without.
+    SiLU has a custom backward pass that saves only the two inputs and recomputes the rest. Its
+    forward pass is bitwise identical with and without gradients.
+
+    Args:
+        gate, up: [..., D].
+        activation: a key of `ACTIVATIONS`.
     """
     trained = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     if activation != "silu":
@@ -80,5 +84,5 @@ class _SiLUGate(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> tuple[int, int, int]:
-    """Dtype code, number of rows and width, as the kernels take them."""
+    """Returns dtype code, number of rows and width, as the kernels expect them."""
     return DTYPE_CODES[x.dtype], x.numel() // x.shape[-1], x.shape[-1]

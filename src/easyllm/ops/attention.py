@@ -2,14 +2,17 @@
 
 Shapes: T packed tokens, S sequences, H query heads, K key-value heads, d head_dim.
 
-    out_i = Σ_j softmax_j(scale · q_i·k_j) v_j        over the keys j that query i may see
+    out_i = Σ_j softmax_j(scale · q_i·k_j) v_j        over the keys j that are visible to query i
 
-(Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped heads: Ainslie et al. 2023, arXiv 2305.13245.)
-Sequences lie end to end in T; a query never sees a key of another sequence.
+(Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped-query attention: Ainslie et al. 2023, arXiv
+2305.13245.)
+Sequences are packed end to end in T; a query never sees a key of another sequence (block-diagonal
+mask).
 
-What runs: the C kernels when training on a CPU, FlashAttention on a GPU in bf16 or fp16, both for all sequences at once;
-PyTorch's SDPA where scores are plain products, perhaps with an added bias; `explicit_attention`, products written out, for
-soft caps and positions that change the scores in other ways.
+Implementations: the C kernels for training on a CPU and FlashAttention on a GPU in bf16 or fp16,
+both for all sequences at once; PyTorch's SDPA where scores are plain dot products, optionally with
+a bias; `explicit_attention`, which materializes the scores, for soft caps and for position
+encodings that change the scores in other ways.
 """
 
 import ctypes
@@ -28,11 +31,13 @@ from easyllm.ops.kernels.build import DTYPE_CODES, AttentionShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreTerms:
-    """How a kind of positions changes attention's scores; `query`, `key` are positions [Tq], [Tk].
+    """How a position encoding changes attention scores.
+
+    `query` and `key` are positions, [Tq] and [Tk].
 
     Attributes:
         bias: (query, key) → [H, Tq, Tk], added to the scaled scores.
-        scores: (q [H, Tq, d], k [H, Tk, d], query, key) → [H, Tq, Tk], instead of q kᵀ, unscaled.
+        scores: (q [H, Tq, d], k [H, Tk, d], query, key) → [H, Tq, Tk], unscaled; replaces q kᵀ.
         values: (weights [H, Tq, Tk], query, key) → [H, Tq, d], added to the output.
     """
 
@@ -43,13 +48,15 @@ class ScoreTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionRule:
-    """What a layer asks of attention, whatever the batch.
+    """A layer's attention settings, independent of the batch.
 
     Attributes:
-        window: a query at position i sees keys at positions > i - window.
-        num_sinks: the first keys, visible whatever the window.
+        scale: factor of the scores.
+        causal: whether a query sees only keys up to its own position.
+        window: sliding window; a query at position i sees keys at positions > i - window.
+        num_sinks: number of first keys (attention sinks) that stay visible outside the window.
         softcap: scores become cap · tanh(score / cap).
-        terms: what the layer's positions do to the scores.
+        terms: how the layer's position encoding changes the scores.
     """
 
     scale: float
@@ -61,12 +68,12 @@ class AttentionRule:
 
     @property
     def plain(self) -> bool:
-        """Whether scores are products alone, so that any kernel will do."""
+        """Whether scores are plain dot products, which every kernel supports."""
         return self.softcap is None and self.terms is None
 
     @property
     def explicit(self) -> bool:
-        """Whether the products must be written out."""
+        """Whether the scores must be materialized by `explicit_attention`."""
         changed = self.terms is not None and self.terms.bias is None
         return self.softcap is not None or changed
 
@@ -79,13 +86,14 @@ def attention(
     lengths: tuple[int, ...],
     prefix_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Self-attention of each packed sequence with itself.
+    """Computes self-attention within each packed sequence.
 
     Args:
         q: [T, H, d] queries; k, v: [T, K, d] keys and values of the same tokens; H % K == 0.
-        rule: scale, mask, positions.
-        lengths: tokens of each sequence, summing to T.
-        prefix_lengths: first tokens of each that see each other both ways.
+        rule: scale, mask and position terms.
+        lengths: number of tokens of each sequence, summing to T.
+        prefix_lengths: number of leading tokens of each sequence that see each other
+            bidirectionally (prefix LM).
 
     Returns:
         [T, H, d], dtype of `q`.
@@ -113,12 +121,14 @@ def attend_segment(
     prefix: int = 0,
     key_positions: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one sequence: the last `len(q)` of its tokens ask.
+    """Computes attention of one sequence, whose queries are its last `len(q)` tokens.
 
     Args:
         q: [Tq, H, d]; k, v: [Tk, K, d]; Tq ≤ Tk.
-        prefix: first positions that see each other both ways.
-        key_positions: [Tk], ascending, ending with the queries'; 0 .. Tk-1 by default (a rolling cache has gaps).
+        rule: scale, mask and position terms.
+        prefix: number of first positions that see each other bidirectionally.
+        key_positions: [Tk], ascending; the last Tq are the positions of the queries. 0 .. Tk-1 by
+            default; a rolling cache has gaps.
 
     Returns:
         [Tq, H, d], dtype of `q`.
@@ -151,7 +161,7 @@ def attend_segment(
 
 
 def visible(query: Tensor, key: Tensor, rule: AttentionRule, *, prefix: int = 0) -> Tensor:
-    """[Tq, Tk] bool: which keys each query may see, by their positions."""
+    """Returns the attention mask [Tq, Tk] bool: which keys each query sees, by position."""
     query, key = query[:, None], key[None, :]
     mask = torch.ones(query.shape[0], key.shape[1], dtype=torch.bool, device=query.device)
     if rule.causal:
@@ -176,10 +186,13 @@ def explicit_attention(
     *,
     prefix: int = 0,
 ) -> Tensor:
-    """Attention with its products written out, in fp32 or wider: what every other path is held against.
+    """Computes attention with materialized scores in fp32 or wider: the reference for all others.
 
     Args:
-        q: [Tq, H, d]; k, v: [Tk, K, d]; query: [Tq], key: [Tk] positions.
+        q: [Tq, H, d]; k, v: [Tk, K, d].
+        rule: scale, mask and position terms.
+        query, key: positions, [Tq] and [Tk].
+        prefix: number of first positions that see each other bidirectionally.
 
     Returns:
         [Tq, H, d], dtype of `q`.
@@ -204,13 +217,13 @@ def explicit_attention(
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
-    """`explicit_attention` of a sequence whose last tokens ask."""
+    """Runs `explicit_attention` on one sequence, whose queries are its last tokens."""
     key = torch.arange(k.shape[0], device=q.device)
     return explicit_attention(q, k, v, rule, key[len(key) - len(q) :], key)
 
 
 def _window_bites(rule: AttentionRule, key: Tensor) -> bool:
-    """Whether the window hides any key from the last query."""
+    """Returns whether the window hides any key from the last query."""
     return rule.window is not None and int(key[-1]) - int(key[0]) >= rule.window
 
 
@@ -220,12 +233,12 @@ def _kernel_fits(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> bool:
 
 
 def _packs(rule: AttentionRule) -> bool:
-    """Whether the kernels that take all sequences at once know the rule."""
+    """Returns whether the kernels that take all packed sequences at once support the rule."""
     return rule.plain and not rule.num_sinks and (rule.causal or rule.window is None)
 
 
 class _KernelAttention(torch.autograd.Function):
-    """The C kernels: all sequences in one call, with a backward pass several times SDPA's on a CPU."""
+    """The C kernels: all sequences in one call; backward is several times faster than SDPA's."""
 
     @staticmethod
     def forward(

@@ -1,8 +1,9 @@
-"""Cross-entropy of a linear head, in chunks, so that the logits [T, V] never exist at once.
+"""Cross-entropy of a linear head in chunks, so that the full logits [T, V] are never materialized.
 
     loss = Σ_t  logsumexp_v(h_t·w_v) - h_t·w_{y_t}        over tokens with y_t ≠ -100
 
-The gradient is computed with the loss, chunk by chunk (∂loss/∂logits = softmax - onehot), so the backward pass only scales it.
+The gradient is computed together with the loss, chunk by chunk (∂loss/∂logits = softmax - onehot),
+so the backward pass only scales it.
 """
 
 from dataclasses import dataclass
@@ -18,18 +19,22 @@ from easyllm.ops.kernels.build import DTYPE_CODES
 from easyllm.ops.product import product
 
 IGNORE_INDEX = -100
-"""Label of a token that carries no loss."""
+"""Label of a token that is excluded from the loss."""
 CHUNK_BYTES = 96 * 2**20
-"""Most memory one chunk of logits takes on a CPU."""
+"""Maximum size of a chunk of logits on a CPU."""
 GPU_CHUNK_BYTES = 2**29
-"""The same on a GPU."""
+"""Maximum size of a chunk of logits on a GPU."""
 STEADY_ROWS = 32
-"""bf16 products of a CPU are compiled for each number of rows, for several milliseconds each: multiples of this are few."""
+"""Row counts are rounded up to a multiple of this.
+
+bf16 GEMMs on a CPU are compiled for each number of rows, which takes several milliseconds each, so
+only a few distinct numbers should occur.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class CrossEntropy:
-    """Summed loss in nats (a scalar with gradient) and the number of tokens in the sum."""
+    """Summed loss in nats (a differentiable scalar) and the number of tokens in the sum."""
 
     sum: Tensor
     num_tokens: int
@@ -45,17 +50,18 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_rows: int | None = None,
 ) -> CrossEntropy:
-    """Summed cross-entropy of the logits `hidden @ weight.T` against `labels`.
+    """Returns the summed cross-entropy of the logits `hidden @ weight.T` against `labels`.
 
     Args:
-        hidden: [T, D], fp32, bf16 or fp16; products run in its dtype, the softmax in fp32.
+        hidden: [T, D], fp32, bf16 or fp16; the GEMMs run in its dtype, the softmax in fp32.
         weight: [V, D], any float dtype.
-        labels: [T] int64; -100 where no loss.
+        labels: [T] int64; -100 for tokens excluded from the loss.
         softcap: the logits are cap · tanh(product / cap) (Gemma 2).
-        label_smoothing: ε, the share of the target spread evenly over the vocabulary: the loss is
+        label_smoothing: ε, the share of the target spread evenly over the vocabulary; the loss is
             (1 - ε) · -log p_y + ε · mean_v(-log p_v) (arXiv 1512.00567, section 7).
         z_loss: coefficient of logsumexp², added to the loss (arXiv 2204.02311, section 5).
-        chunk_rows: rows a chunk at most; by default as many as 96 MiB of logits hold, 512 MiB on a GPU.
+        chunk_rows: maximum rows per chunk; by default as many as fit in 96 MiB of logits on a CPU
+            and 512 MiB on a GPU.
 
     Returns:
         The sum over labelled tokens and their number; with no labelled token the sum is 0.
@@ -65,7 +71,7 @@ def linear_cross_entropy(
     compiled = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16
     filled = -num_tokens % STEADY_ROWS if compiled else 0
     if filled or num_tokens < labels.numel():
-        rows = torch.cat([rows, rows[:1].expand(filled)])  # their errors are dropped again
+        rows = torch.cat([rows, rows[:1].expand(filled)])  # padding; its gradient is set to 0
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
     chunk_rows = chunk_rows or rows_of_chunk(
         vocab_size=weight.shape[0], itemsize=hidden.dtype.itemsize, device_type=weight.device.type
@@ -76,13 +82,15 @@ def linear_cross_entropy(
 
 
 def rows_of_chunk(*, vocab_size: int, itemsize: int, device_type: str) -> int:
-    """Rows of logits [rows, V] that are computed at once at most on a kind of device (`cpu`, `cuda`)."""
+    """Returns the maximum rows of a chunk of logits [rows, V] on a device type (`cpu`, `cuda`)."""
     room = GPU_CHUNK_BYTES if device_type == "cuda" else CHUNK_BYTES
     return max(1, room // (itemsize * vocab_size))
 
 
 def even_chunks(count: int, most: int) -> int:
-    """Rows a chunk when `count` rows are cut into as few even chunks as may be, in multiples of `STEADY_ROWS`.
+    """Returns the rows per chunk that split `count` rows into the fewest, evenly sized chunks.
+
+    A chunk has at most `most` rows and, where possible, a multiple of `STEADY_ROWS`.
 
     >>> even_chunks(1300, 1024), even_chunks(850, 1024)
     (672, 864)
@@ -96,13 +104,15 @@ def even_chunks(count: int, most: int) -> int:
 def softmax_error(
     logits: Tensor, labels: Tensor, *, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Each row's loss, and ∂loss/∂logits = softmax - onehot in the dtype of `logits`, which is overwritten.
+    """Returns each row's loss and ∂loss/∂logits = softmax - onehot; may overwrite `logits`.
 
     Args:
-        logits: [N, V]; labels: [N].
+        logits: [N, V]; labels: [N] int64.
+        with_grad: whether to compute the gradient.
 
     Returns:
-        [N] fp32 losses in nats, and [N, V] errors if `with_grad`.
+        [N] losses in nats, fp32 (fp64 for fp64 logits), and the gradient [N, V] in the dtype of
+        `logits`, None without `with_grad`.
     """
     if gpu_ready(logits) and logits.is_contiguous():
         return _on_gpu(logits, labels, _Shape(None, 0.0, 0.0), with_grad=with_grad)
@@ -130,7 +140,7 @@ def softmax_error(
 
 
 class _Shape(NamedTuple):
-    """What the loss has beyond -log p."""
+    """Terms of the loss in addition to -log p."""
 
     softcap: float | None
     label_smoothing: float
@@ -140,7 +150,7 @@ class _Shape(NamedTuple):
 def _error(
     products: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Each row's loss, and its gradient with respect to the products."""
+    """Returns each row's loss and its gradient with respect to the logits before any soft cap."""
     if gpu_ready(products) and products.is_contiguous():
         return _on_gpu(products, labels, shape, with_grad=with_grad)
     if shape == (None, 0.0, 0.0):
@@ -211,7 +221,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 product(error, compute_weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                # a single chunk's sum is inside the product; several are summed in fp32
+                # a single chunk is summed within the GEMM, several are accumulated in fp32
                 product(error.T, hidden[rows], out=grad_weight, add=start > 0)
         if grad_weight is not None and not len(hidden):
             grad_weight.zero_()
@@ -233,12 +243,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _rows_apart(x: Tensor) -> bool:
-    """Whether each row is in one piece that is no other row's."""
+    """Returns whether each row is contiguous and does not overlap another."""
     return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor x in a dtype, in one pass over a gradient as large as the model's vocabulary."""
+    """Returns factor · x in `dtype`, in one pass over a gradient as large as the vocabulary."""
     kernels = kernels_for(x) if x.dtype == torch.float32 and dtype in DTYPE_CODES else None
     if kernels is None:
         return (x * factor).to(dtype)
@@ -248,15 +258,18 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _logits(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Room for logits. On a CPU their rows lie a cache line further apart: at a multiple of 2 kB from each other, which many
-    vocabularies are, rows fall upon the same few places of the cache."""
-    if like.device.type != "cpu" or gpu_ready(like):  # in Triton's interpreter
+    """Returns an uninitialized buffer for logits.
+
+    On a CPU its rows are padded by a cache line: with a stride that is a multiple of 2 kB, as many
+    vocabularies have, rows would map to the same few cache sets.
+    """
+    if like.device.type != "cpu" or gpu_ready(like):  # the latter in Triton's interpreter
         return like.new_empty(rows, columns)
     return _empty((rows, columns + 64 // like.element_size()), like.dtype, like.device)[:, :columns]
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Values that are not set. On a CPU much of it lies in large pages, where the step before had it."""
+    """Returns an uninitialized tensor; on a CPU, large ones reuse buffers of the previous step."""
     if device.type == "cpu":
         return cached_empty(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)

@@ -1,9 +1,11 @@
-"""Operations whose result for a row has the same bits whatever other rows are computed with it.
+"""Batch-invariant operations: a row's result is bitwise independent of the other rows in the batch.
 
-A matrix product picks another kernel, and so another order of its sums, for another number of rows: `F.linear` gives a
-row alone other last bits than the row among 64. Served text would then hang on what else is being served, and a
-log-probability of the engine would differ from that of the training forward. Here every product has one shape, and
-attention one order of keys. What works row by row anyway (norms, rotations, gates, quantized linears) needs nothing.
+A GEMM library chooses its kernel, and so its summation order, by the number of rows: `F.linear`
+gives a single row different last bits than the same row in a batch of 64. Generated text would then
+depend on the other requests being served, and the engine's log-probabilities would differ from
+those of the training forward pass. Here every GEMM has one fixed shape, and attention sums over
+keys in one fixed order. Row-wise operations (norms, rotations, gates, quantized linears) are
+batch-invariant already.
 """
 
 from typing import Any
@@ -20,13 +22,13 @@ PAGE_SIZE = 64
 
 
 def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b over tiles of 32 rows, the last one filled up with zeros.
+    """Returns x Wᵀ + b, computed in tiles of 32 rows; the last tile is padded with zeros.
 
     Args:
         x: [..., K]; weight: [N, K]; bias: [N] or None.
 
     Returns:
-        [..., N]; a row's bits depend on that row and the weight alone.
+        [..., N]; batch-invariant: each row depends only on its row of `x` and on the weight.
     """
     rows = x.reshape(-1, x.shape[-1])
     missing = -len(rows) % TILE_ROWS
@@ -39,7 +41,10 @@ def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def deterministic_attention(
     q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, lengths: tuple[int, ...]
 ) -> Tensor:
-    """`packed_attention`, with the gradient of `ops.attention.attention` (of the same function, within rounding)."""
+    """Computes `packed_attention`, with the gradient of `ops.attention.attention`.
+
+    Both are the same function up to rounding.
+    """
     with torch.no_grad():
         exact = packed_attention(q, k, v, rule, lengths)
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
@@ -51,14 +56,16 @@ def deterministic_attention(
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, lengths: tuple[int, ...]
 ) -> Tensor:
-    """`ops.attention.attention` by the kernel of `paged_attention`: the bits that decoding from a cache gives.
+    """Computes `ops.attention.attention` bitwise identically to decoding from a paged KV cache.
 
     Args:
-        q: [T, H, d]; k, v: [T, K, d] of the same tokens, sequences end to end.
-        lengths: tokens of each sequence; they sum to T.
+        q: [T, H, d]; k, v: [T, K, d] of the same tokens; sequences are packed end to end.
+        rule: scale, mask and position terms.
+        lengths: number of tokens of each sequence, summing to T.
 
     Returns:
-        [T, H, d], dtype of `q`. Rules the kernel does not serve get the reference, which promises no bits.
+        [T, H, d], dtype of `q`. Rules that the kernel of `paged_attention` does not support use its
+        reference, which is not guaranteed to be batch-invariant.
     """
     counts = [-(-length // PAGE_SIZE) for length in lengths]
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
@@ -69,7 +76,7 @@ def packed_attention(
     pages = []
     for x in (k, v):
         store = new_pages(shape, x.dtype)
-        assert isinstance(store, Tensor), "pages of a torch dtype"
+        assert isinstance(store, Tensor), "pages of a torch dtype are a tensor"
         for start, count, part in zip(starts, counts, x.split(lengths), strict=False):
             filled = F.pad(part, (0, 0, 0, 0, 0, count * PAGE_SIZE - len(part)))
             by_page = filled.view(count, PAGE_SIZE, *part.shape[1:])
@@ -79,7 +86,7 @@ def packed_attention(
 
 
 class _WithValue(torch.autograd.Function):
-    """The second tensor's value with the first one's gradient."""
+    """Returns the second tensor; the gradient flows to the first."""
 
     @staticmethod
     def forward(_ctx: Any, _differentiable: Tensor, value: Tensor) -> Tensor:

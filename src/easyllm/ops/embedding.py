@@ -1,4 +1,4 @@
-"""Rows of a table, and the gradient of the table: as dense as the table, with few rows that are not zero."""
+"""Embedding lookup; the gradient of the table is dense, with few rows that are not zero."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from easyllm.ops.huge_memory import cached_empty
 
 
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
-    """`weight[token_ids]`, differentiable.
+    """Returns `weight[token_ids]`; differentiable with respect to `weight`.
 
     Args:
         token_ids: [...] int; weight: [V, D].
@@ -26,7 +26,10 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Embedding(torch.autograd.Function):
-    """On a CPU most of PyTorch's backward pass is fresh memory for the zeros of a large vocabulary; here it is kept."""
+    """A backward pass for CPUs that caches the gradient's buffer for reuse.
+
+    PyTorch spends most of its backward pass on fresh memory for the zeros of a large vocabulary.
+    """
 
     @staticmethod
     def forward(ctx: Any, token_ids: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""FlashAttention over packed sequences, PyTorch's own build of it, on a GPU (Dao 2023, arXiv 2307.08691).
+"""PyTorch's FlashAttention over packed sequences on a GPU (Dao 2023, arXiv 2307.08691).
 
-All sequences go in one call, with their boundaries; scores never exist in memory. The backward pass sums the gradient of
-the queries in a fixed order, so that a run gives the same bits each time.
+All sequences are computed in one variable-length call, which takes their boundaries (cu_seqlens);
+the score matrix is never materialized. The backward pass accumulates the gradient of the queries in
+a fixed order, so that runs are bitwise reproducible.
 """
 
 from collections.abc import Iterator
@@ -13,13 +14,20 @@ import torch
 from torch import Tensor
 
 MOST_DIM = 256
-"""Of a head."""
+"""Maximum head dimension."""
 AMPERE = 8
-"""The compute capability it needs."""
+"""Minimum CUDA compute capability (major version)."""
 
 
 def flash_fits(*tensors: Tensor) -> bool:
-    """Whether queries, keys and values, each [T, heads, d], can be given to it: bf16 or fp16 on a GPU new enough."""
+    """Returns whether FlashAttention supports these tensors.
+
+    It needs bf16 or fp16 on a GPU of compute capability 8 or higher, and a head dimension that is a
+    multiple of 8 and at most 256.
+
+    Args:
+        tensors: queries, keys and values, each [T, heads, d].
+    """
     for x in tensors:
         if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
             return False
@@ -39,15 +47,20 @@ def flash_attention(
     causal: bool = True,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of each packed sequence; its last tokens ask where it has more keys than queries.
+    """Computes attention within each packed sequence.
+
+    Where a sequence has more keys than queries, the queries are its last tokens.
 
     Args:
         q: [T, H, d]; k, v: [U, K, d]; H % K == 0.
-        lengths: queries of each sequence, summing to T; key_lengths: keys of each, summing to U.
-        window: a query sees its last so many keys, itself included (causal only).
+        lengths: number of queries of each sequence, summing to T.
+        key_lengths: number of keys of each sequence, summing to U.
+        scale: factor of the scores.
+        causal: whether a query sees only keys up to its own position.
+        window: number of most recent keys that a query sees, its own included (causal only).
 
     Returns:
-        [T, H, d].
+        [T, H, d], dtype of `q`.
     """
     arguments = (
         _bounds(lengths, q.device),
@@ -96,7 +109,7 @@ class _Flash(torch.autograd.Function):
 
 @contextmanager
 def _one_order() -> Iterator[None]:
-    """Sums in one order, without touching what the caller has chosen for other operations."""
+    """Enables deterministic algorithms, then restores the caller's setting."""
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
@@ -108,7 +121,10 @@ def _one_order() -> Iterator[None]:
 
 @lru_cache(maxsize=64)
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """[S+1] int32, where each sequence begins, and the end; one copy to the device for all layers of a pass."""
+    """Returns cu_seqlens, [S+1] int32: the start of each sequence, then the total length.
+
+    It is cached, so that all layers of a pass share one copy to the device.
+    """
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 

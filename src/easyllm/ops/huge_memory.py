@@ -1,11 +1,13 @@
-"""Memory in pages of 2 MB, where the system has them.
+"""CPU memory in huge pages of 2 MB, where the system supports them, and buffers cached for reuse.
 
-A decoding step reads every weight once. In pages of 4 kB the processor looks up an address every 64 cache lines, which
-on the machine of docs/kernels.md costs a third of the rate at which one core can read.
+A decoding step reads every weight once. With pages of 4 kB the processor translates an address
+(TLB) every 64 cache lines, which on the machine of docs/kernels.md costs a third of one core's read
+bandwidth.
 
-A training step needs a few large tensors every time, for the logits and for gradients as large as the vocabulary. Fresh pages are
-filled with zeros by the system when they are first touched, which takes as long as the product that fills them; so the
-memory of such a tensor is cached for the next one, up to a bound, until `STEP_BUFFERS.clear()`.
+Every training step allocates a few large tensors, for the logits and for gradients as large as the
+vocabulary. The system fills fresh pages with zeros when they are first touched (page faults), which
+takes as long as the GEMM that writes them. Such buffers are therefore cached for reuse, up to a
+bound, until `STEP_BUFFERS.clear()`.
 """
 
 import ctypes
@@ -20,20 +22,22 @@ from torch import Tensor
 from easyllm.core.device import memory_total_bytes
 
 SMALL = 1 << 22
-"""Bytes below which large pages gain nothing."""
+"""Minimum size in bytes; below it, huge pages gain nothing."""
 ALIGNMENT = 64
+"""Bytes of a cache line."""
 
 
 class BufferCache:
-    """Memory of tensors that nobody has any more, for the next ones of their size.
+    """Caches the buffers of freed tensors for reuse by tensors of similar size.
 
-    Safe for threads: a buffer is given to one taker; it comes back when the last view of its tensor is gone, whichever
-    thread that happens in.
+    Thread-safe: a buffer has one user at a time, and returns to the cache when the last view of its
+    tensor is freed, on whichever thread that happens.
 
     Args:
-        max_buffers: cached at once.
-        max_bytes: of all that are cached together; the oldest are freed first. None is an eighth of the machine's
-            memory, read when first needed. What is in use is not counted.
+        max_buffers: maximum number of cached buffers.
+        max_bytes: maximum total size of the cached buffers; the oldest are freed first. None means
+            an eighth of the machine's memory, determined on first use. Buffers in use are not
+            counted.
     """
 
     def __init__(self, *, max_buffers: int, max_bytes: int | None = None) -> None:
@@ -43,28 +47,32 @@ class BufferCache:
 
     @property
     def max_bytes(self) -> int:
+        """Maximum total size of the cached buffers, in bytes."""
         if self._max_bytes is None:
             self._max_bytes = memory_total_bytes() // 8
         return self._max_bytes
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that are cached and in no use."""
+        """Total size of the cached buffers, in bytes; buffers in use are not counted."""
         return sum(len(memory) for memory in tuple(self._free))
 
     def take(self, num_bytes: int) -> mmap.mmap | None:
-        """A buffer of at least `num_bytes` and at most twice as many, else a fresh one; None where there are no large
-        pages."""
+        """Returns a buffer of at least `num_bytes`.
+
+        It is a cached one of at most twice that size, or else a new one; None if the system does
+        not support huge pages.
+        """
         for memory in tuple(self._free):
             if num_bytes <= len(memory) <= 2 * num_bytes:
                 with suppress(ValueError):  # another thread has taken it
                     self._free.remove(memory)
                     return memory
-        self.clear()  # sizes have changed: nothing is cached that is of no use
+        self.clear()  # sizes have changed: free buffers that no longer fit
         return _map(num_bytes)
 
     def give_back(self, memory: mmap.mmap) -> None:
-        """Caches a buffer for the next taker, within the bounds."""
+        """Returns a buffer to the cache for reuse, within the bounds."""
         self._free.append(memory)
         del self._free[: -self.max_buffers]
         while self._free and self.held_bytes > self.max_bytes:
@@ -72,16 +80,19 @@ class BufferCache:
                 self._free.pop(0)
 
     def clear(self) -> None:
-        """Frees what is cached; buffers in use are freed or cached when their tensors go."""
+        """Frees the cached buffers; one in use returns to the cache when its tensor is freed."""
         self._free.clear()
 
 
 STEP_BUFFERS = BufferCache(max_buffers=4)
-"""What `cached_empty` takes from; a training run clears it at its end (`train.preflight.memory_advice`)."""
+"""Default cache of `cached_empty`; a training run clears it when it ends.
+
+See `train.preflight.memory_advice`.
+"""
 
 
 def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU whose values are not set, in large pages if it is not small."""
+    """Returns an uninitialized CPU tensor, in huge pages unless it is small."""
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = _map(num_bytes) if num_bytes >= SMALL else None
     return torch.empty(shape, dtype=dtype) if memory is None else _tensor_on(memory, shape, dtype)
@@ -90,24 +101,27 @@ def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def cached_empty(
     shape: tuple[int, ...], dtype: torch.dtype, cache: BufferCache = STEP_BUFFERS
 ) -> Tensor:
-    """The same, in memory from `cache`, which gets it back when nobody has the tensor any more."""
+    """Returns an uninitialized CPU tensor in a buffer of `cache`.
+
+    The buffer returns to the cache when the tensor is freed.
+    """
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = cache.take(num_bytes) if num_bytes >= SMALL else None
     if memory is None:
         return torch.empty(shape, dtype=dtype)
-    view = memoryview(memory)  # which lives as long as the tensor's storage
+    view = memoryview(memory)  # lives as long as the tensor's storage
     weakref.finalize(view, cache.give_back, memory).atexit = False
     return _tensor_on(view, shape, dtype)
 
 
 def _map(num_bytes: int) -> mmap.mmap | None:
-    """Fresh memory in large pages; None where the system has none."""
+    """Maps new memory in huge pages; returns None if the system does not support them."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them: ordinary pages do as well
+    except OSError:  # the system has no huge pages; callers use ordinary memory
         return None
     return memory
 
@@ -116,18 +130,19 @@ def _tensor_on(
     memory: mmap.mmap | memoryview, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    # not a view of it: autograd adds to a gradient in place only where no other tensor has its memory
+    # not a view: autograd accumulates into a gradient in place only if no other tensor shares its
+    # memory
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def return_freed_memory() -> None:
-    """Has the C library give freed memory back to the system at once, where it can be asked to (glibc)."""
+    """Makes the C library return freed memory to the system at once, if it can (glibc)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def rooms_for(tensors: list[Tensor]) -> list[Tensor]:
-    """An empty tensor for each, of its shape and dtype, one after the other in large pages; values are not set."""
+    """Returns uninitialized tensors of the same shapes and dtypes, all in one huge-page buffer."""
     sizes = [t.numel() * t.element_size() for t in tensors]
     strides = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
     parts = huge_empty((sum(strides),), torch.uint8).split(strides)

@@ -1,15 +1,17 @@
-"""Attention without a softmax over pairs, so that its cost grows with the length and not with its square.
+"""Linear attention: no softmax over pairs, so its cost is linear in the sequence length.
 
-With features φ(q), φ(k) ≥ 0 (Katharopoulos et al. 2020, arXiv 2006.16236, eqs. 5 and 12):
+With feature maps φ(q), φ(k) ≥ 0 (Katharopoulos et al. 2020, arXiv 2006.16236, eqs. 5 and 12):
 
     out_i = φ(q_i)ᵀ S_i / (φ(q_i)·z_i),     S_i = Σ_{j≤i} φ(k_j) v_jᵀ,     z_i = Σ_{j≤i} φ(k_j)
 
-With two separate softmaxes (Shen et al. 2018, arXiv 1812.01243) each feature has a normaliser of its own:
+With two separate softmaxes (efficient attention, Shen et al. 2018, arXiv 1812.01243) each feature
+has a separate normalizer:
 
     out_i = Σ_f softmax(q_i)_f S_i[f] / z_i[f],     φ(k) = e^k
 
-`quadratic` writes the [T, T] weights out, `cumulative` works in chunks, `recurrent` a token at a time with constant state
-(S: [f, d], z: [f] a head); all three are equal. Shapes: T tokens, H heads, f features, d value width.
+`quadratic` materializes the [T, T] weights, `cumulative` works in chunks, and `recurrent` processes
+one token at a time with a state of constant size (S: [f, d], z: [f] per head); all three compute
+the same function. Shapes: T tokens, H heads, f features, d value width.
 """
 
 from collections.abc import Callable
@@ -21,15 +23,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EPS = 1e-6
-"""Added to a normaliser, so that a query whose features vanish gives 0 and not NaN."""
+"""Added to a normalizer, so that a query whose features are all zero gives 0 instead of NaN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureMap:
-    """A kind of linear attention.
+    """A kind of linear attention: its feature maps and its normalizer.
 
     Attributes:
-        query, key: [T, H, d] → [T, H, f] features.
+        query, key: feature maps [T, H, d] → [T, H, f].
         normaliser: `pair` divides by φ(q)·z, `feature` divides each feature by its own z.
     """
 
@@ -40,20 +42,24 @@ class FeatureMap:
 
 @dataclass(slots=True)
 class LinearState:
-    """What a linear-attention layer remembers of a sequence, constant in its length: fp32
-    outer [H, f, d] = Σ φ(k) vᵀ and total [H, f] = Σ φ(k)."""
+    """Recurrent state of a linear-attention layer; its size is independent of the sequence length.
+
+    Attributes:
+        outer: [H, f, d] fp32, Σ φ(k) vᵀ.
+        total: [H, f] fp32, Σ φ(k).
+    """
 
     outer: Tensor
     total: Tensor
 
 
 def elu_features(x: Tensor) -> Tensor:
-    """elu(x) + 1 (arXiv 2006.16236, eq. 7): positive, d features."""
+    """Returns elu(x) + 1, d positive features (arXiv 2006.16236, eq. 7)."""
     return F.elu(x) + 1
 
 
 def cosine_features(x: Tensor) -> Tensor:
-    """(1, x/‖x‖), so that φ(q)·φ(k) = 1 + cos(q, k) ≥ 0: d + 1 features."""
+    """Returns (1, x/‖x‖), d + 1 features, so that φ(q)·φ(k) = 1 + cos(q, k) ≥ 0."""
     return torch.cat([torch.ones_like(x[..., :1]), F.normalize(x, dim=-1)], dim=-1)
 
 
@@ -68,12 +74,13 @@ FEATURE_MAPS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """Queries and keys of some tokens as features, and the values.
+    """Features of the queries and keys of some tokens, and the values.
 
     Attributes:
-        q, k: [T, H, f], what the normaliser is made of; v: [T, H, d].
-        turned_q, turned_k: the same, rotated by their positions, what the numerator is made of (RoPE may make
-            products negative, so the normaliser stays unrotated: arXiv 2104.09864, eq. 19).
+        q, k: [T, H, f], used in the normalizer; v: [T, H, d].
+        turned_q, turned_k: the same features rotated by position (RoPE), used in the numerator.
+            RoPE can make dot products negative, so the normalizer uses the unrotated features
+            (arXiv 2104.09864, eq. 19).
     """
 
     q: Tensor
@@ -84,17 +91,17 @@ class Features:
 
     @classmethod
     def plain(cls, q: Tensor, k: Tensor, v: Tensor) -> "Features":
-        """Without rotation."""
+        """Builds features without rotation."""
         return cls(q=q, k=k, v=v, turned_q=q, turned_k=k)
 
 
 def quadratic(x: Features, kind: FeatureMap, *, causal: bool) -> Tensor:
-    """[T, H, d] by way of the weights: the oracle."""
+    """Returns attention [T, H, d] from explicit weights: the reference for the other forms."""
     return torch.einsum("hij,jhd->ihd", weights(x, kind, causal=causal), x.v)
 
 
 def weights(x: Features, kind: FeatureMap, *, causal: bool) -> Tensor:
-    """[H, T, T]: what linear attention gives each pair; rows of unrotated kinds sum to 1."""
+    """Returns the attention weights [H, T, T]; rows sum to 1 if the features are not rotated."""
     total = x.k.cumsum(0) if causal else x.k.sum(0, keepdim=True).expand_as(x.k)
     pairs = torch.einsum("ihf,jhf->hij", _scaled_queries(x, kind, total), x.turned_k)
     return pairs.tril() if causal else pairs
@@ -103,10 +110,16 @@ def weights(x: Features, kind: FeatureMap, *, causal: bool) -> Tensor:
 def cumulative(
     x: Features, kind: FeatureMap, state: LinearState | None = None, *, chunk: int = 64
 ) -> tuple[Tensor, LinearState]:
-    """Causal, in chunks: inside a chunk as pairs, between chunks through the state.
+    """Computes causal attention in chunks: pairwise within a chunk, through the state between them.
+
+    Args:
+        x: features and values of the new tokens.
+        kind: feature maps and normalizer.
+        state: state after the preceding tokens; None at the start of a sequence.
+        chunk: tokens per chunk.
 
     Returns:
-        [T, H, d], and the state behind the last token.
+        [T, H, d], and the state after the last token.
     """
     state = state or _empty(x)
     total = state.total + x.k.cumsum(0)  # [T, H, f]
@@ -125,7 +138,16 @@ def cumulative(
 def recurrent(
     x: Features, kind: FeatureMap, state: LinearState | None = None
 ) -> tuple[Tensor, LinearState]:
-    """Causal, a token at a time: S ← S + φ(k) vᵀ, z ← z + φ(k)."""
+    """Computes causal attention one token at a time: S ← S + φ(k) vᵀ, z ← z + φ(k).
+
+    Args:
+        x: features and values of the new tokens.
+        kind: feature maps and normalizer.
+        state: state after the preceding tokens; None at the start of a sequence.
+
+    Returns:
+        [T, H, d], and the state after the last token.
+    """
     state = state or _empty(x)
     outer, total, rows = state.outer, state.total, []
     for t in range(len(x.q)):
@@ -144,14 +166,14 @@ def recurrent(
 
 
 def bidirectional(x: Features, kind: FeatureMap) -> Tensor:
-    """Every query sees every key, at linear cost: [T, H, d]."""
+    """Returns attention [T, H, d] in which every query sees every key, at linear cost."""
     outer = torch.einsum("jhf,jhd->hfd", x.turned_k, x.v)
     total = x.k.sum(0, keepdim=True).expand_as(x.k)
     return torch.einsum("ihf,hfd->ihd", _scaled_queries(x, kind, total), outer)
 
 
 def _scaled_queries(x: Features, kind: FeatureMap, total: Tensor) -> Tensor:
-    """Query features divided by their normaliser, so that what is left is a plain product with the keys."""
+    """Returns query features over the normalizer; their dot products with keys are the weights."""
     if kind.normaliser == "feature":
         return x.turned_q / (total + EPS * (total == 0))
     return x.turned_q / ((x.q * total).sum(-1, keepdim=True) + EPS)

@@ -1,5 +1,7 @@
-"""RMS normalisation with a backward pass that keeps one number a row beside its input, alone and as it stands in a residual
-block: behind a sum, whose value goes on beside the norm's.
+"""RMS normalization (RMSNorm), alone and fused with the residual addition before it.
+
+The backward pass needs only the input and one saved number per row. The fused form returns the sum,
+which continues as the residual stream, in addition to its norm.
 
 y = x / r ⊙ w,   r = √(mean(x²) + eps)                                  (arXiv 1910.07467, eq. 4)
 ∂x = (g - x̂ · mean(g ⊙ x̂)) / r,   g = ∂y ⊙ w,   x̂ = x / r;   ∂w = Σ_rows ∂y ⊙ x̂
@@ -16,7 +18,14 @@ from easyllm.ops.kernels.build import DTYPE_CODES
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x: [..., D]` normalised in fp32, scaled by `weight: [D]`; shape of `x`, dtype of `weight`."""
+    """Returns `x` normalized by its root mean square and scaled by `weight`.
+
+    Args:
+        x: [..., D]; weight: [D]; eps: added to the mean square.
+
+    Returns:
+        [..., D], dtype of `weight`; computed in fp32.
+    """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: Tensor = _RMSNorm.apply(x, weight, eps)
         return out
@@ -26,15 +35,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def sum_and_rms_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x + added (x itself where nothing is added), and its `rms_norm`, in one pass over memory; the gradients of the two
-    are summed in one as well.
+    """Returns x + added and its `rms_norm`, computed in one pass over memory.
+
+    The backward pass sums the gradients of both outputs in one pass as well.
 
     Args:
-        x: [..., D], at least fp32; added: the same shape, of any dtype, or None.
+        x: [..., D], at least fp32.
+        added: [..., D] of any dtype, or None to normalize `x` itself.
         weight: [D]; eps: added to the mean square.
 
     Returns:
-        [..., D] in the dtype of `x`, and in that of `weight`.
+        The sum, [..., D] in the dtype of `x`, and its norm, [..., D] in the dtype of `weight`.
     """
     tensors = (x, weight) if added is None else (x, weight, added)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -45,7 +56,7 @@ def sum_and_rms_norm(
 
 
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The equation as written, in fp32 (fp64 for an fp64 `x`), rounded once at the end."""
+    """Reference for `rms_norm`: fp32 (fp64 for an fp64 `x`), rounded once at the end."""
     wide = x if x.dtype == torch.float64 else x.float()
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normal * weight).to(weight.dtype)
@@ -90,7 +101,7 @@ class _SumAndRMSNorm(torch.autograd.Function):
 def _forward(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, its norm, and 1/r of each row."""
+    """Returns the sum, its norm, and 1/r of each row."""
     tensors = (x, weight) if added is None else (x, weight, added)
     if gpu_ready(*tensors):
         from easyllm.ops.gpu import norm
@@ -131,7 +142,7 @@ def _backward(
     *,
     with_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, which is the sum, of what was added to it, and of the weight."""
+    """Returns the gradients of `x`, which is the sum, of the added tensor, and of the weight."""
     tensors = (grad, x, weight) if grad_sum is None else (grad, x, weight, grad_sum)
     if gpu_ready(*tensors):
         from easyllm.ops.gpu import norm
@@ -168,7 +179,7 @@ def _backward(
 
 
 def _place(x: Tensor | None) -> tuple[int | None, int]:
-    """Address and dtype as the kernels take them; no address says that there is no such tensor."""
+    """Returns address and dtype code as the kernels expect them; (None, 0) for a missing tensor."""
     return (None, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype])
 
 

@@ -1,17 +1,20 @@
-"""Attention over keys and values that lie in pages, for a whole batch of sequences in one call.
+"""Attention over a paged KV cache, for a batch of sequences in one call.
 
 Shapes: T packed new tokens, S sequences, H query heads, K key-value heads, d head_dim, P pages.
 
-The newest tokens of each sequence ask; their keys are already in the pages. Pages hold fp32 or bf16, or for a smaller
-cache int8 (symmetric) or int4 (minimum and step), with a scale for every token and head:
+The queries are the newest tokens of each sequence; their keys are already in the pages. Pages store
+fp32 or bf16 or, for a smaller cache, int8 (symmetric) or int4 (scale and minimum), with a scale for
+every token and head:
 
     int8   s = max|x| / 127               x̂ = s q,       |x - x̂| ≤ s / 2
     int4   s = (max x - min x) / 15       x̂ = s q + m,   |x - x̂| ≤ s / 2
 
-The C kernel serves causal rules with plain scores (with a window, too), and on a GPU FlashAttention over gathered keys
-does, where pages have the dtype of the queries; everything else, and a machine without a compiler, gets the reference.
-All give a query the same result whatever else is in the call and wherever its pages lie; the C kernel to the bit, which
-deterministic serving rests on: its softmax is merged over splits of 64 keys cut by position.
+The C kernel supports causal rules with plain scores, including sliding windows. On a GPU,
+FlashAttention over gathered keys supports the same if the pages have the dtype of the queries.
+Everything else, and a machine without a compiler, uses the reference. In all of them a query's
+result is independent of the batch composition and of the location of its pages. The C kernel is
+bitwise batch-invariant, which deterministic serving relies on: its softmax is merged over splits of
+64 keys with fixed positions.
 """
 
 import ctypes
@@ -27,20 +30,22 @@ from easyllm.ops.kernels import build, kernels_for
 from easyllm.ops.kernels.build import BIT_CODES, DTYPE_CODES
 
 WHOLE_PROMPT = 64
-"""Tokens from which on a prompt that is whole in a pass is faster by PyTorch's attention: 3 times at 512 in bf16 with AMX, a
-quarter in fp32."""
+"""Minimum tokens of an unchunked prompt for which PyTorch's attention is faster.
+
+At 512 tokens it is 3 times as fast in bf16 with AMX, and a quarter faster in fp32.
+"""
 OCTET = 8
-"""Keys the kernel takes at once; they must lie in one page."""
+"""Keys that the kernel processes at a time; they must be in one page."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedPages:
-    """Pages of int8 or int4.
+    """Pages of a KV cache in int8 or int4.
 
     Attributes:
-        codes: [P, K, page_size, d] int8, or [P, K, page_size, d/2] uint8 with dim i in the low and dim i + d/2 in the
-            high nibble of byte i.
-        scales: fp32, [P, K, page_size, 1] the step, or [P, K, page_size, 2] step and minimum.
+        codes: [P, K, page_size, d] int8, or [P, K, page_size, d/2] uint8, which stores dim i in the
+            low and dim i + d/2 in the high nibble of byte i.
+        scales: fp32; [P, K, page_size, 1], or [P, K, page_size, 2] with scale and minimum for int4.
     """
 
     codes: Tensor
@@ -48,11 +53,12 @@ class QuantizedPages:
 
     @property
     def bits(self) -> int:
+        """Bits per element, 4 or 8."""
         return 8 if self.codes.dtype == torch.int8 else 4
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """[P, K, page_size, d]"""
+        """Logical shape, [P, K, page_size, d]."""
         pages, kv_heads, size, width = self.codes.shape
         return pages, kv_heads, size, width * 8 // self.bits
 
@@ -66,10 +72,15 @@ def new_pages(
     dtype: torch.dtype | str,
     device: torch.device | str = "cpu",
 ) -> Pages:
-    """Unwritten pages of shape [P, K, page_size, d]; `dtype` is a torch dtype, `"int8"` or `"int4"`.
+    """Returns uninitialized pages.
+
+    Args:
+        shape: [P, K, page_size, d].
+        dtype: a torch dtype, `"int8"` or `"int4"`.
+        device: device of the pages.
 
     Raises:
-        ValueError: another format; int4 pages of an odd head_dim.
+        ValueError: the format is unknown, or int4 is requested for an odd head_dim.
     """
     if isinstance(dtype, torch.dtype):
         return _empty(shape, dtype, device)
@@ -78,7 +89,7 @@ def new_pages(
         codes = _empty(shape, torch.int8, device)
         return QuantizedPages(codes, _empty((*rows, 1), torch.float32, device))
     if dtype != "int4":
-        raise ValueError(f"pages of {dtype!r} are not known; use a torch dtype, 'int8' or 'int4'")
+        raise ValueError(f"unknown page format {dtype!r}; use a torch dtype, 'int8' or 'int4'")
     if dim % 2:
         raise ValueError(f"int4 pages need an even head_dim, got {dim}; use int8")
     codes = _empty((*rows, dim // 2), torch.uint8, device)
@@ -92,7 +103,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
 
 
 def element_bytes(dtype: torch.dtype | str, head_dim: int) -> float:
-    """Bytes of an element of pages, scales included.
+    """Returns the bytes per element of pages, scales included.
 
     >>> element_bytes("int4", 64), element_bytes(torch.bfloat16, 64)
     (0.625, 2)
@@ -102,12 +113,15 @@ def element_bytes(dtype: torch.dtype | str, head_dim: int) -> float:
             return 1 + 4 / head_dim
         case "int4":
             return 0.5 + 8 / head_dim
-    assert isinstance(dtype, torch.dtype), "checked where pages are made"
+    assert isinstance(dtype, torch.dtype), "checked by new_pages()"
     return dtype.itemsize
 
 
 def write_pages(pages: Pages, x: Tensor, page_ids: Tensor, slots: Tensor) -> None:
-    """Stores `x: [T, K, d]`, token t in slot `slots[t]` of page `page_ids[t]` (both [T] integers)."""
+    """Writes keys or values `x: [T, K, d]` to pages.
+
+    Token t is stored in slot `slots[t]` of page `page_ids[t]`; both are integers [T].
+    """
     if isinstance(pages, Tensor):
         pages[page_ids, :, slots] = x.to(pages.dtype)
         return
@@ -117,7 +131,7 @@ def write_pages(pages: Pages, x: Tensor, page_ids: Tensor, slots: Tensor) -> Non
 
 
 def quantize_heads(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of `x: [..., d]`, a scale for each row, as `QuantizedPages` keeps them."""
+    """Returns codes and scales of `x: [..., d]` as in `QuantizedPages`, with one scale per row."""
     wide = x.float()
     if bits == 8:
         step = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
@@ -130,7 +144,7 @@ def quantize_heads(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_heads(codes: Tensor, scales: Tensor) -> Tensor:
-    """The fp32 values [..., d] that codes and scales stand for."""
+    """Returns the fp32 values [..., d] of codes and scales."""
     if codes.dtype == torch.int8:
         return codes.float() * scales
     values = torch.cat([codes & 15, codes >> 4], dim=-1).float()
@@ -149,19 +163,21 @@ def paged_attention(
     *,
     new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of each sequence's new tokens over all its keys.
+    """Computes attention of each sequence's new tokens over all its keys.
 
     Args:
-        q: [T, H, d] queries, fp32 or bf16, sequences end to end.
+        q: [T, H, d] queries, fp32 or bf16; sequences are packed end to end.
         key_pages, value_pages: [P, K, page_size, d]; H % K == 0.
-        page_table: [S, max_pages] int32; entry i holds the sequence's tokens i · page_size and on. Entries beyond its
-            length, and those wholly before what a window shows, are not read.
-        lengths: new tokens of each sequence; they sum to T.
-        key_lengths: all tokens of each, the new ones last.
-        rule: scale, mask, positions.
-        prefix_lengths: first tokens of each that see each other both ways.
-        new: keys and values [T, K, d] of the new tokens, as they are in the pages. A prompt all of whose keys are among them
-            may attend over these.
+        page_table: [S, max_pages] int32; entry i is the page of the sequence's tokens from
+            i · page_size on. Entries beyond the sequence's length, and entries of pages that a
+            window hides completely, are not read.
+        lengths: number of new tokens of each sequence, summing to T.
+        key_lengths: number of all tokens of each sequence; the new ones are last.
+        rule: scale, mask and position terms.
+        prefix_lengths: number of leading tokens of each sequence that see each other
+            bidirectionally.
+        new: keys and values [T, K, d] of the new tokens, as stored in the pages. A prompt whose
+            keys are all among them may attend to these instead of the pages.
 
     Returns:
         [T, H, d], dtype of `q`.
@@ -194,7 +210,7 @@ def _some_by_themselves(
     key_lengths: tuple[int, ...],
     rule: AttentionRule,
 ) -> Tensor:
-    """Sequences marked `whole` by PyTorch's attention over their new keys, the others over pages."""
+    """Computes sequences marked `whole` with PyTorch's attention, the others over their pages."""
     key_pages, value_pages, table = pages
     out = torch.empty(q.shape, dtype=q.dtype)
     targets, queries, keys, values = (x.split(lengths) for x in (out, q, *new))
@@ -226,14 +242,14 @@ def reference_paged_attention(
     rule: AttentionRule,
     prefix_lengths: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """The same in plain PyTorch, a sequence at a time, for any rule."""
+    """Reference for `paged_attention` in plain PyTorch, one sequence at a time, for any rule."""
     out = []
     for n, query in enumerate(q.split(lengths)):
         prefix = prefix_lengths[n] if prefix_lengths else 0
         if not len(query):
             continue
         before = key_lengths[n] - lengths[n]
-        assert not 0 < before < prefix, "a prefix lies whole in its sequence's first pass"
+        assert not 0 < before < prefix, "a prefix must be complete in its sequence's first pass"
         seen = _seen_positions(lengths[n], key_lengths[n], rule, prefix).to(q.device)
         k = gather_pages(key_pages, page_table[n], seen).to(q.dtype)
         v = gather_pages(value_pages, page_table[n], seen).to(q.dtype)
@@ -242,7 +258,16 @@ def reference_paged_attention(
 
 
 def gather_pages(pages: Pages, table: Tensor, positions: Tensor) -> Tensor:
-    """[N, K, d]: what lies at `positions: [N]` of the sequence whose pages are `table: [max_pages]`."""
+    """Gathers keys or values of one sequence from its pages.
+
+    Args:
+        pages: [P, K, page_size, d].
+        table: page ids of the sequence, [max_pages].
+        positions: token positions, [N].
+
+    Returns:
+        [N, K, d]; fp32 for quantized pages, else the dtype of the pages.
+    """
     size = pages.shape[2]
     page_ids, slots = table[positions // size].long(), positions % size
     if isinstance(pages, Tensor):
@@ -253,7 +278,7 @@ def gather_pages(pages: Pages, table: Tensor, positions: Tensor) -> Tensor:
 def _all_positions(
     table: Tensor, key_lengths: tuple[int, ...], page_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Page and slot of every token of every sequence, two [U] int64, sequences end to end."""
+    """Returns page and slot of every token of all sequences, packed end to end: two [U] int64."""
     counts = torch.tensor(key_lengths, device=table.device)
     total = sum(key_lengths)
     row = torch.repeat_interleave(counts, output_size=total)
@@ -263,7 +288,7 @@ def _all_positions(
 
 
 def _seen_positions(length: int, key_length: int, rule: AttentionRule, prefix: int) -> Tensor:
-    """Positions of the keys that any of the last `length` tokens may see."""
+    """Returns the positions of the keys that any of the last `length` tokens sees."""
     positions = torch.arange(key_length)
     if rule.window is None or not rule.causal or prefix:
         return positions
@@ -290,15 +315,15 @@ def _kernel_fits(q: Tensor, keys: Pages, values: Pages, table: Tensor, rule: Att
 
 
 def pages_struct(keys: Pages, values: Pages) -> build.Pages:
-    """The pages of one layer as the kernels take them."""
+    """Returns the pages of one layer as the kernels expect them."""
     _, kv_heads, page_size, dim = keys.shape
     if isinstance(keys, Tensor) and isinstance(values, Tensor):
         code = DTYPE_CODES[keys.dtype]
         return build.Pages(
             keys.data_ptr(), values.data_ptr(), None, None, kv_heads, page_size, dim, code
         )
-    assert isinstance(keys, QuantizedPages), "keys and values are alike"
-    assert isinstance(values, QuantizedPages), "keys and values are alike"
+    assert isinstance(keys, QuantizedPages), "keys and values have the same format"
+    assert isinstance(values, QuantizedPages), "keys and values have the same format"
     tensors = keys.codes, values.codes, keys.scales, values.scales
     addresses = [x.data_ptr() for x in tensors]
     return build.Pages(*addresses, kv_heads, page_size, dim, BIT_CODES[keys.bits])

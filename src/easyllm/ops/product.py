@@ -1,11 +1,12 @@
-"""Matrix products of many rows, and linear layers made of them with their gradients.
+"""Matrix products (GEMM) with many rows, and linear layers with their gradients.
 
     Y = X Wᵀ + b        ∂X = ∂Y W        ∂W = ∂Yᵀ X        ∂b = Σ ∂Y
 
-On a CPU with a matrix unit (AMX), bf16 products run in a kernel of ours: PyTorch's reach a part of what the unit gives to
-large square matrices when a model is as narrow as the default one, and for ∂W, whose operands lie the other way, half of that
-(figures in docs/kernels.md). Layers of one input are one product there: X is read once, and ∂X summed over all of them
-before it is rounded. Everything else is PyTorch's.
+On a CPU with AMX, bf16 GEMMs run in a C kernel of this package. For a model as narrow as the
+default one, PyTorch reaches only part of the throughput that AMX gives to large square matrices,
+and half of that for ∂W, whose operands are transposed (figures in docs/kernels.md). With the
+kernel, linear layers that share an input are one GEMM: X is read once, and ∂X is summed over all of
+them before it is rounded. Everything else runs in PyTorch.
 """
 
 import ctypes
@@ -22,23 +23,23 @@ from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES, Part
 
 FEWEST = 32
-"""Rows, columns and inputs below which tiles are mostly empty."""
+"""Minimum number of rows, columns and inputs; below it, AMX tiles would be mostly empty."""
 SMALL = 1 << 20
-"""Products (rows x columns x inputs) below which packing costs more than the unit saves."""
+"""Minimum of rows x columns x inputs; below it, packing costs more than AMX saves."""
 JOINED = 32
-"""Rows, columns and inputs of matrices that are joined come in multiples of this."""
+"""Rows, columns and inputs of matrices joined into one GEMM must be multiples of this."""
 PLAIN = (Tensor, nn.Parameter)
-"""Not the sharded and traced kinds, whose memory is not what it seems."""
+"""Supported tensor types; sharded and traced tensors have no directly addressable memory."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, differentiable.
+    """Returns x Wᵀ + b; differentiable.
 
     Args:
-        x: [..., K]; weight: [N, K]; bias: [N] or None; one dtype, unless autocast casts them.
+        x: [..., K]; weight: [N, K]; bias: [N] or None; of one dtype, unless autocast casts them.
 
     Returns:
-        [..., N]; products are summed in fp32, or in fp64 for fp64.
+        [..., N]; sums are accumulated in fp32, or in fp64 for fp64 inputs.
     """
     return linears(x, [weight], [bias])[0]
 
@@ -46,7 +47,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linears(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """`linear` of one input with each of several weights, where it can in one product."""
+    """Applies several linear layers to one input, in a single GEMM where the kernel supports it.
+
+    Args:
+        x: [..., K].
+        weights: [N_i, K] each.
+        biases: [N_i] or None, one for each weight.
+
+    Returns:
+        [..., N_i] for each weight.
+    """
     if len(weights) > 1 and any(len(weight) % JOINED for weight in weights):
         return tuple(linear(x, *each) for each in zip(weights, biases, strict=True))
     num_rows, columns = x.numel() // max(1, x.shape[-1]), sum(len(weight) for weight in weights)
@@ -71,29 +81,30 @@ def product(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """a b + bias; not differentiable.
+    """Returns a b + bias; not differentiable.
 
     Args:
-        a: [M, K]; b: [K, N]; of one dtype; both may be transposes. bias: [N] or None.
-        out: [M, N] with its rows in one piece, dtype of `a` or fp32, is written to.
-        add: add to what `out`, which is fp32, holds.
+        a: [M, K]; b: [K, N]; of one dtype; both may be transposed views.
+        bias: [N] or None.
+        out: [M, N] with contiguous rows, dtype of `a` or fp32; receives the result.
+        add: accumulate into `out`, which must be fp32.
 
     Returns:
-        [M, N], dtype of `a` or `out`. Where the kernel serves, an element has the same bits whatever rows and columns are
-        beside it.
+        [M, N], dtype of `a` or of `out`. The kernel is batch-invariant: an element is bitwise
+        independent of the other rows and columns.
 
     Raises:
-        ValueError: `out` has another shape.
+        ValueError: `out` has the wrong shape.
     """
     (rows, depth), columns = a.shape, b.shape[1]
     if out is not None and out.shape != (rows, columns):
-        raise ValueError(f"out is {tuple(out.shape)}, the product {(rows, columns)}")
+        raise ValueError(f"out has shape {tuple(out.shape)}, expected {(rows, columns)}")
     fits = b.shape[0] == depth and (bias is None or bias.shape == (columns,))
     if out is not None:
         fits = fits and out.stride(1) == 1 and out.dtype in DTYPE_CODES
         fits = fits and (not add or out.dtype == torch.float32)
     kernels = _kernels((a, b), rows, columns, depth) if fits else None
-    if kernels is None:  # what fits nowhere is refused there
+    if kernels is None:  # torch.mm raises if the shapes do not match
         found = torch.mm(
             a, b, out=out if out is not None and out.dtype == a.dtype and not add else None
         )
@@ -109,7 +120,14 @@ def product(
 
 
 def products(a: Sequence[Tensor], b: Tensor) -> list[Tensor]:
-    """`product` of each of `a: [M, K]` with `b: [K, N]`, where it can in one."""
+    """Multiplies several matrices by one, in a single GEMM where the kernel supports it.
+
+    Args:
+        a: [M_i, K] each; b: [K, N].
+
+    Returns:
+        [M_i, N] for each of `a`.
+    """
     rows, (depth, columns) = sum(len(each) for each in a), b.shape
     joined = len(a) > 1 and all(len(each) % JOINED == 0 for each in a)
     kernels = _kernels((*a, b), rows, columns, depth) if joined else None
@@ -121,7 +139,16 @@ def products(a: Sequence[Tensor], b: Tensor) -> list[Tensor]:
 
 
 def sum_of_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Σ aᵢ bᵢ, for `a: [M, Kᵢ]` and `b: [Kᵢ, N]`; rounded once where the kernel serves."""
+    """Returns Σ aᵢ bᵢ.
+
+    The kernel accumulates the complete sum in fp32 and rounds it once.
+
+    Args:
+        a: [M, K_i] each; b: [K_i, N] each.
+
+    Returns:
+        [M, N], dtype of `a`.
+    """
     rows, columns, depth = len(a[0]), b[0].shape[1], sum(len(each) for each in b)
     joined = len(a) > 1 and all(len(each) % JOINED == 0 for each in b)
     kernels = _kernels((*a, *b), rows, columns, depth) if joined else None
@@ -151,7 +178,7 @@ class _Linears(torch.autograd.Function):
         of_x, _, *of_layers = ctx.needs_input_grad
         of_weights, of_biases = of_layers[: len(grads)], of_layers[len(grads) :]
         errors = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        again = torch.is_grad_enabled()  # PyTorch's for a gradient that is differentiated again
+        again = torch.is_grad_enabled()  # double backward needs PyTorch's products
         of_rows = None
         if of_x:
             of_rows = (
@@ -159,7 +186,7 @@ class _Linears(torch.autograd.Function):
                 if again
                 else sum_of_products(errors, weights)
             )
-            # no view where none is needed: autograd would make copies to add to
+            # avoid a needless view: autograd would copy it to accumulate gradients
             if len(ctx.shape) != 2:
                 of_rows = of_rows.view(ctx.shape)
         turned = [e.T for e, is_wanted in zip(errors, of_weights, strict=True) if is_wanted]
@@ -185,7 +212,7 @@ def _linears(
     rows = x.reshape(-1, x.shape[-1])
     out = [rows.new_empty(len(rows), len(weight)) for weight in weights]
     kernels = kernels_for(*weights)
-    assert kernels is not None, "asked before"
+    assert kernels is not None, "checked by linears()"
     bias = None
     if any(each is not None for each in biases):
         pairs = zip(weights, biases, strict=True)
@@ -195,7 +222,7 @@ def _linears(
 
 
 def _kernels(operands: Sequence[Tensor], rows: int, columns: int, depth: int) -> ctypes.CDLL | None:
-    """The kernels, if they serve a product of these sizes and it is worth it."""
+    """Returns the kernels if they support a GEMM of these operands and are faster, else None."""
     if torch.compiler.is_compiling() or any(x.dtype != torch.bfloat16 for x in operands):
         return None
     if min(rows, columns, depth) < FEWEST or rows * columns * depth < SMALL:
@@ -215,9 +242,13 @@ def _call(
     bias: Tensor | None = None,
     add: bool = False,
 ) -> None:
-    """Fills `out`. Several of `a` above each other give several results, several of `b` beside each other do; of both, the sum."""
+    """Writes matrix products to `out`.
+
+    Several matrices in `a` alone are stacked by rows and give one result each; several in `b` alone
+    are stacked by columns and do the same. With several in both, the products are summed.
+    """
     summed = len(a) > 1 and len(b) > 1
-    a, b = _in_rows(a), _in_rows(b)  # keeps them alive, should they be copies
+    a, b = _in_rows(a), _in_rows(b)  # keep references: they may be copies
     rows = sum(len(y) for y in out) if len(a) > 1 else len(out[0])
     columns = sum(y.shape[1] for y in out) if len(b) > 1 else out[0].shape[1]
     wide = None if bias is None else bias.float().contiguous()
@@ -237,7 +268,7 @@ def _call(
 
 
 def _in_rows(operands: Sequence[Tensor]) -> list[Tensor]:
-    """Operands whose rows, or all of whose columns, lie in one piece: themselves or copies."""
+    """Returns the operands if all are row-major or all column-major, else contiguous copies."""
     for lies in (_lies_in_rows, lambda x: _lies_in_rows(x.T)):
         if all(map(lies, operands)):
             return list(operands)
@@ -249,14 +280,17 @@ def _lies_in_rows(x: Tensor) -> bool:
 
 
 def _parts(matrices: Sequence[Tensor], dim: int) -> tuple[ctypes.Array[Part], int, bool]:
-    """Matrices joined along a dimension, their number, and whether columns lie in one piece in the place of rows."""
+    """Returns matrices joined along `dim`, their number, and whether they are column-major."""
     turned = not all(map(_lies_in_rows, matrices))
     parts = [Part(x.data_ptr(), x.stride(1 if turned else 0), x.shape[dim]) for x in matrices]
     return (Part * len(parts))(*parts), len(parts), turned
 
 
 class _Room(threading.local):
-    """Where a thread's products lay out their operands. It is kept: fresh memory costs as much as a small product."""
+    """A thread's workspace for packed operands.
+
+    It is cached for reuse, because fresh memory costs as much as a small GEMM.
+    """
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
@@ -264,7 +298,7 @@ class _Room(threading.local):
     def address(self, num_bytes: int) -> int:
         if len(self.memory) < num_bytes:
             self.memory = huge_empty((num_bytes,), torch.uint8)
-        return self.memory.data_ptr()  # PyTorch and the system hand out whole cache lines
+        return self.memory.data_ptr()  # PyTorch and mmap align to a cache line
 
 
 _room = _Room()

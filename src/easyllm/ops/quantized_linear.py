@@ -1,14 +1,15 @@
-"""Linear maps whose weights are int8 or int4.
+"""Linear layers with int8 or int4 weights.
 
 Shapes: N outputs, K inputs, T rows, G = ⌈K/32⌉ groups of inputs.
 
-    int8   w = s_n q             a scale for each output, symmetric                    q in -127 .. 127
-    int4   w = s (q - 8) + c     a step and a middle for each output and 32 inputs     q in 0 .. 15
+    int8   w = s_n q             scale per output channel, symmetric              q in -127 .. 127
+    int4   w = s (q - 8) + c     scale and offset per output and 32 inputs        q in 0 .. 15
 
-What runs: on a CPU the C kernel, which quantizes each row to int8 as well, a scale for every 32 inputs (as llama.cpp
-does), so that products are whole numbers; a row's result has the same bits whatever other rows there are. Without a
-compiler, on other devices, and where a gradient is wanted (an adapter on a quantized base): the weights are
-dequantized a block at a time and multiplied in the dtype of the rows.
+On a CPU the C kernel also quantizes each activation row to int8, with a scale for every 32 inputs
+(as llama.cpp does), so that dot products of codes are exact integers; its results are
+batch-invariant. Without a compiler, on other devices, and where a gradient is needed (an adapter on
+a quantized base), the weights are dequantized block by block and multiplied in the dtype of the
+rows.
 """
 
 import ctypes
@@ -23,19 +24,21 @@ from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import BIT_CODES, DTYPE_CODES, Matrix
 
 GROUP = 32
+"""Group size: inputs that share a scale."""
 OUTPUTS = 8
-"""Outputs whose codes lie together; see kernels/matrix.h for the layout."""
+"""Outputs whose codes are interleaved; see kernels/matrix.h for the layout."""
 BLOCK_OUTPUTS = 4096
-"""Outputs that are dequantized at once."""
+"""Outputs that are dequantized at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrix:
-    """A weight [N, K] in the kernel's layout, the same on every machine.
+    """A quantized weight [N, K] in the kernel's layout, which is the same on every machine.
 
     Attributes:
-        data: int8 [⌈N/8⌉, G, 256], or for int4 uint8 [⌈N/8⌉, G, 160] with steps and middles in fp16 among the codes.
-        scales: int8 only, fp32 [⌈N/8⌉ · 8].
+        data: int8 [⌈N/8⌉, G, 256], or for int4 uint8 [⌈N/8⌉, G, 160], which contains the codes and
+            the fp16 scales and offsets.
+        scales: fp32 [⌈N/8⌉ · 8] per output channel; None for int4.
         outputs, inputs: N and K.
     """
 
@@ -46,11 +49,12 @@ class QuantizedMatrix:
 
     @property
     def bits(self) -> int:
+        """Bits per weight, 4 or 8."""
         return 4 if self.scales is None else 8
 
 
 def pack_int8(codes: Tensor, scales: Tensor) -> QuantizedMatrix:
-    """`codes: [N, K]` int8 and `scales: [N]` as a matrix."""
+    """Packs int8 `codes: [N, K]` and per-channel `scales: [N]` into the kernel's layout."""
     outputs, inputs = codes.shape
     chunks = _chunks(codes, 0)  # [N/8, G, 8 chunks, 8 outputs, 4]
     filled = F.pad(scales.float(), (0, -outputs % OUTPUTS))
@@ -58,11 +62,15 @@ def pack_int8(codes: Tensor, scales: Tensor) -> QuantizedMatrix:
 
 
 def pack_int4(codes: Tensor, steps: Tensor, middles: Tensor) -> QuantizedMatrix:
-    """`codes: [N, K]` uint8 of 0 .. 15, `steps, middles: [N, G]` fp16 as a matrix."""
+    """Packs int4 codes with their scales and offsets into the kernel's layout.
+
+    Args:
+        codes: [N, K] uint8 in 0 .. 15.
+        steps, middles: scales and offsets, [N, G]; stored in fp16.
+    """
     outputs, inputs = codes.shape
-    chunks = _chunks(
-        codes, 8
-    )  # inputs that are not there weigh nothing: code 8, and zeros to meet it
+    # padding contributes nothing: code 8 leaves only the offset, which is multiplied by zero inputs
+    chunks = _chunks(codes, 8)
     low, high = chunks.chunk(2, dim=2)
     parts = [(low | (high << 4)).flatten(2)]
     for numbers in (steps, middles):
@@ -73,13 +81,22 @@ def pack_int4(codes: Tensor, steps: Tensor, middles: Tensor) -> QuantizedMatrix:
 
 
 def packed_bytes(outputs: int, inputs: int, bits: int) -> int:
-    """Bytes of a [N, K] weight as a matrix of 4 or 8 bits."""
+    """Returns the size in bytes of a [N, K] weight packed with 4 or 8 bits."""
     blocks, groups = -(-outputs // OUTPUTS), -(-inputs // GROUP)
     return blocks * groups * 160 if bits == 4 else blocks * (groups * 256 + OUTPUTS * 4)
 
 
 def dequantize(matrix: QuantizedMatrix, first: int = 0, last: int | None = None) -> Tensor:
-    """[last - first, K] fp32: outputs `first` (a multiple of 8) to `last` of the weight, all by default."""
+    """Returns rows `first` to `last` of the weight in fp32; all of them by default.
+
+    Args:
+        matrix: the quantized weight [N, K].
+        first: first output, a multiple of 8.
+        last: end of the outputs (exclusive); None means N.
+
+    Returns:
+        [last - first, K] fp32.
+    """
     last = matrix.outputs if last is None else last
     data = matrix.data[first // OUTPUTS : -(-last // OUTPUTS)]
     blocks, groups = data.shape[:2]
@@ -96,7 +113,7 @@ def dequantize(matrix: QuantizedMatrix, first: int = 0, last: int | None = None)
 
 
 def dequantize_rows(matrix: QuantizedMatrix, rows: Tensor) -> Tensor:
-    """[T, K] fp32: the weight's rows `rows: [T]` (int8 only: an embedding's vectors)."""
+    """Returns rows `rows: [T]` of an int8 weight as [T, K] fp32: an embedding lookup."""
     assert matrix.scales is not None, "embeddings are int8"
     shape = (matrix.data.shape[0], -1, 8, OUTPUTS, 4)
     codes = matrix.data.view(shape)[rows // OUTPUTS, :, :, rows % OUTPUTS]  # [T, G, 8 chunks, 4]
@@ -104,10 +121,12 @@ def dequantize_rows(matrix: QuantizedMatrix, rows: Tensor) -> Tensor:
 
 
 def quantized_linear(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b.
+    """Returns x Wᵀ + b; differentiable with respect to `x`.
 
     Args:
-        x: [..., K]; bias: [N] or None.
+        x: [..., K].
+        matrix: the quantized weight [N, K].
+        bias: [N] or None.
 
     Returns:
         [..., N], dtype of `x`.
@@ -131,7 +150,7 @@ def quantized_linear(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None = N
 def reference_quantized_linear(
     x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None = None
 ) -> Tensor:
-    """The same with dequantized weights, and rows as they are."""
+    """Reference for `quantized_linear`: dequantizes the weight and does not quantize `x`."""
     parts = [
         F.linear(x, dequantize(matrix, first, min(first + BLOCK_OUTPUTS, matrix.outputs)).to(x))
         for first in range(0, matrix.outputs, BLOCK_OUTPUTS)
@@ -141,7 +160,10 @@ def reference_quantized_linear(
 
 
 def quantize_rows(x: Tensor) -> Tensor:
-    """[..., K]: the values that the kernel's int8 codes of `x` stand for; what its result is exact for."""
+    """Quantizes `x: [..., K]` to int8 as the kernel does, and dequantizes it.
+
+    The kernel's result is exact for these values.
+    """
     groups = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
     unit = groups.abs().amax(-1, keepdim=True) / 127
     codes = (groups / unit.clamp(min=1e-38)).round()
@@ -149,7 +171,10 @@ def quantize_rows(x: Tensor) -> Tensor:
 
 
 def matrix_struct(matrix: QuantizedMatrix, bias: Tensor | None) -> Matrix:
-    """The matrix as the kernels take it; `bias` is fp32, and both must outlive it."""
+    """Returns the matrix as the kernels expect it.
+
+    The matrix and `bias`, which is fp32, must outlive the struct.
+    """
     return Matrix(
         matrix.data.data_ptr(),
         None if matrix.scales is None else matrix.scales.data_ptr(),
@@ -161,14 +186,14 @@ def matrix_struct(matrix: QuantizedMatrix, bias: Tensor | None) -> Matrix:
 
 
 def _chunks(codes: Tensor, fill: int) -> Tensor:
-    """[N, K] → [⌈N/8⌉, G, 8 chunks, 8 outputs, 4 inputs]."""
+    """Rearranges [N, K] to [⌈N/8⌉, G, 8 chunks, 8 outputs, 4 inputs], padded with `fill`."""
     outputs, inputs = codes.shape
     codes = F.pad(codes, (0, -inputs % GROUP, 0, -outputs % OUTPUTS), value=fill)
     return codes.view(-1, OUTPUTS, codes.shape[1] // GROUP, 8, 4).permute(0, 2, 3, 1, 4)
 
 
 class _Differentiable(torch.autograd.Function):
-    """The reference, keeping the quantized weight alone for the backward pass, in which it is dequantized again."""
+    """The reference; saves only the quantized weight and dequantizes it again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:

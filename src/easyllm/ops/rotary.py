@@ -1,8 +1,8 @@
-"""Rotation of queries and keys by their positions, half-split layout: pair i is (x_i, x_{i+d/2}).
+"""Rotary position embedding (RoPE), half-split layout: pair i is (x_i, x_{i+d/2}).
 
     (a, b) → (a cos - b sin, b cos + a sin)                               (arXiv 2104.09864, eq. 34)
 
-The backward pass is the rotation by the opposite angle, so nothing but the tables is kept.
+The backward pass is the rotation by the opposite angle, so only the tables are saved.
 """
 
 from typing import Any
@@ -16,9 +16,15 @@ from easyllm.ops.kernels.build import DTYPE_CODES
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """`x: [T, heads, d]` rotated by the angles whose cosines and sines are `cos, sin: [T, d/2]` fp32.
+    """Returns `x` rotated by position; differentiable.
 
-    `interleaved` takes the pairs (2i, 2i+1) of the paper instead of (i, i + d/2).
+    Args:
+        x: [T, heads, d].
+        cos, sin: cosines and sines of the angles, [T, d/2] fp32.
+        interleaved: rotate the pairs (2i, 2i+1) of the paper instead of (i, i + d/2).
+
+    Returns:
+        [T, heads, d], dtype of `x`.
     """
     if interleaved:
         return rotate_interleaved(x, cos[:, None, :], sin[:, None, :])
@@ -29,20 +35,20 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fal
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (i, i + d/2) of the last dim turned; `cos, sin` broadcast against its halves."""
+    """Rotates pairs (i, i + d/2) of the last dimension; `cos, sin` broadcast against its halves."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (2i, 2i+1) of the last dim turned."""
+    """Rotates pairs (2i, 2i+1) of the last dimension; `cos, sin` broadcast against the pairs."""
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
     return turned.flatten(-2).to(x.dtype)
 
 
 def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The equation as written; fp32 products, rounded once at the end."""
+    """Reference for `apply_rotary` (half-split): fp32 products, rounded once at the end."""
     return rotate_pairs(x, cos[:, None, :], sin[:, None, :])
 
 

@@ -1,16 +1,18 @@
-"""FlashAttention's algorithm, written out: attention a tile at a time, exact, with memory linear in the sequence.
+"""FlashAttention's algorithm in plain PyTorch: exact attention by tiles, in linear memory.
 
-Forward (Dao et al. 2022, arXiv 2205.14135, algorithm 1): for each tile of queries, run over the tiles of keys and keep a
-running maximum m, a running normaliser l and an unnormalised output o:
+Forward (Dao et al. 2022, arXiv 2205.14135, algorithm 1): for each tile of queries, iterate over the
+tiles of keys and update a running maximum m, a running normalizer l and an unnormalized output o
+(online softmax):
 
     m' = max(m, rowmax S)      l' = e^(m-m') l + rowsum e^(S-m')      o' = e^(m-m') o + e^(S-m') V
 
-Backward (algorithm 4): the scores are computed again from q, k and the saved log-normaliser L = m + log l; with
-P = e^(S-L) and D = rowsum(dO ⊙ O):
+Backward (algorithm 4): recompute the scores from q, k and the saved log-normalizer L = m + log l;
+with P = e^(S-L) and D = rowsum(dO ⊙ O):
 
     dV += Pᵀ dO      dS = P ⊙ (dO Vᵀ - D) · scale      dQ += dS K      dK += dSᵀ Q
 
-This file is for reading and for proving equality at every tile size; `ops/attention` holds what runs.
+This file is for reading and for verifying the result at every tile size; models run
+`ops/attention`.
 """
 
 from typing import Any
@@ -30,10 +32,10 @@ def tiled_attention(
     query_tile: int = 64,
     key_tile: int = 64,
 ) -> Tensor:
-    """Attention of one sequence, a tile at a time.
+    """Computes attention of one sequence tile by tile.
 
     Args:
-        q: [Tq, H, d]; k, v: [Tk, K, d]; the last Tq of the Tk tokens ask; H % K == 0.
+        q: [Tq, H, d]; k, v: [Tk, K, d]; the queries are the last Tq of the Tk tokens; H % K == 0.
         rule: scale, causality, window.
         query_tile, key_tile: rows and columns of a tile; the result does not depend on them.
 
@@ -63,7 +65,7 @@ class _TiledAttention(torch.autograd.Function):
                 scores = query @ k_h[:, j : j + columns].mT * rule.scale
                 scores = scores.masked_fill(~mask.tile(i, rows, j, columns), float("-inf"))
                 new_top = torch.maximum(top, scores.amax(-1))
-                safe = new_top.masked_fill(new_top.isinf(), 0)  # a row that has seen nothing yet
+                safe = new_top.masked_fill(new_top.isinf(), 0)  # rows that have seen no key yet
                 shrink = (top - safe).exp()
                 weights = (scores - safe[..., None]).exp()
                 total = total * shrink + weights.sum(-1)
@@ -107,7 +109,7 @@ class _TiledAttention(torch.autograd.Function):
 
 
 class _Tiles:
-    """Cuts tiles out of the mask without ever making the whole of it."""
+    """Computes tiles of the attention mask without materializing all of it."""
 
     def __init__(
         self, num_queries: int, num_keys: int, rule: AttentionRule, device: torch.device
@@ -123,11 +125,11 @@ class _Tiles:
 
 
 def _by_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """[T, K, d] → [H, T, d], each key-value head repeated for its group."""
+    """Rearranges [T, K, d] to [H, T, d], repeating each KV head for its group."""
     return x.to(dtype).repeat_interleave(heads // x.shape[1], dim=1).transpose(0, 1).contiguous()
 
 
 def _grouped(grad: Tensor, kv_heads: int) -> Tensor:
-    """[H, T, d] → [T, K, d], the gradients of a group summed."""
+    """Reduces [H, T, d] to [T, K, d] by summing the gradients of each group."""
     heads, length, dim = grad.shape
     return grad.view(kv_heads, heads // kv_heads, length, dim).sum(1).transpose(0, 1)

@@ -1,8 +1,7 @@
-"""Kernels for GPUs in Triton: the same operations as the C kernels of `ops/kernels`, compiled on first use and never
-required.
+"""Optional Triton kernels for GPUs, compiled on first use: the operations of `ops/kernels`.
 
-A module here is imported by the operation that uses it, and only where `gpu_ready` says so: Triton comes with the CUDA
-builds of PyTorch and is absent elsewhere.
+A module here is imported by the operation that uses it, and only if `gpu_ready` returns True:
+Triton comes with the CUDA builds of PyTorch and is absent elsewhere.
 """
 
 from easyllm.ops.gpu.ready import gpu_ready

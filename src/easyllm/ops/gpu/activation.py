@@ -1,4 +1,4 @@
-"""silu(gate) ⊙ up and its backward pass in Triton; everything inside is fp32, rounded once."""
+"""silu(gate) ⊙ up and its backward pass in Triton, computed in fp32 and rounded once."""
 
 import torch
 import triton
@@ -34,7 +34,7 @@ def _backward_kernel(grad, gate, up, grad_gate, grad_up, count, BLOCK: tl.conste
 
 
 def silu_gate_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) ⊙ up, for `gate` and `up` of one shape and dtype."""
+    """Returns silu(gate) ⊙ up, for `gate` and `up` of one shape and dtype."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     _forward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, out, gate.numel(), BLOCK=BLOCK)
@@ -42,7 +42,7 @@ def silu_gate_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `gate` and `up`."""
+    """Returns the gradients of `gate` and `up`, given `grad` of the output."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     _backward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](

@@ -1,7 +1,10 @@
-"""Each row's cross-entropy and its gradient in Triton: two passes over the logits, the second overwrites them.
+"""Cross-entropy of each row and its gradient in Triton.
+
+The kernel makes two passes over the logits, of which the second overwrites them with the gradient.
 
 loss = log Z - (1 - ε) l_y - ε mean(l) + z log²Z
-∂loss/∂l = softmax(l) (1 + 2 z log Z) - ε/V - (1 - ε) onehot(y)          l = cap · tanh(product / cap), if capped
+∂loss/∂l = softmax(l) (1 + 2 z log Z) - ε/V - (1 - ε) onehot(y)
+l = cap · tanh(logit / cap), if capped
 """
 
 import torch
@@ -14,7 +17,7 @@ BLOCK = 4096
 
 @triton.jit
 def _capped(x, cap, CAPPED: tl.constexpr):
-    """cap · tanh(x / cap); tanh by an exponential that cannot overflow."""
+    """Returns cap · tanh(x / cap), with an exponential that cannot overflow."""
     if CAPPED:
         small = tl.exp(-2.0 * tl.abs(x) / cap)
         return tl.where(x < 0, -cap, cap) * (1.0 - small) / (1.0 + small)
@@ -54,7 +57,7 @@ def _kernel(
         most = higher
     top = tl.max(most, axis=0)
     mass_of_row = tl.sum(mass * tl.exp(most - top), axis=0)
-    over_top = tl.log(mass_of_row)  # log Z less the largest logit, which may be large
+    over_top = tl.log(mass_of_row)  # log Z minus the largest logit, which may be large
     log_z = top + over_top
     mean = tl.sum(total, axis=0) / vocab
     kept = 1.0 - smoothing
@@ -83,11 +86,18 @@ def cross_entropy(
     z_loss: float = 0.0,
     with_grad: bool,
 ) -> Tensor:
-    """[N] fp32 losses in nats of `logits: [N, V]`, contiguous, before any cap; with `with_grad` the logits are
-    overwritten by their gradients.
+    """Returns the loss of each row.
 
     Args:
+        logits: [N, V] contiguous, before any soft cap; overwritten by its gradient if `with_grad`.
         labels: [N] int64, each an id of the vocabulary.
+        softcap: cap of the logits; None for none.
+        label_smoothing: ε.
+        z_loss: coefficient of log²Z.
+        with_grad: whether to compute the gradient.
+
+    Returns:
+        [N] fp32, in nats.
     """
     loss = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
     _kernel[(len(labels),)](

@@ -1,7 +1,8 @@
-"""RMS normalisation in Triton; the equations are those of `ops/norm`.
+"""RMS normalization in Triton; the equations are those of `ops/norm`.
 
-A program takes a tile of whole rows: one of a wide norm, many of a norm over a head. The gradient of the weight is
-summed over a fixed number of programs, each over its rows in order, so that its bits do not depend on the schedule.
+A program processes a tile of complete rows: one row of a wide norm, many rows of a per-head norm.
+The gradient of the weight is summed over a fixed number of programs, each over its rows in order,
+so that it is bitwise independent of the schedule.
 """
 
 import torch
@@ -10,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 4096
-"""Elements of a tile, where rows are shorter."""
+"""Elements of a tile, if a row is shorter."""
 PROGRAMS = 512
-"""Programs that share the rows of a backward pass: a few for each processor of a large GPU."""
+"""Programs that share the rows of a backward pass: a few per multiprocessor of a large GPU."""
 
 
 @triton.jit
@@ -96,8 +97,18 @@ def _backward_kernel(
 def rms_norm_forward(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`x: [..., D]`, what is added to it, `weight: [D]` → the sum (`x` where nothing is added), its norm in the weight's
-    dtype, and 1/r of each row, [..., 1] fp32."""
+    """Computes x + added and its RMS norm.
+
+    Args:
+        x: [..., D].
+        added: [..., D], or None to normalize `x` itself.
+        weight: [D].
+        eps: added to the mean square.
+
+    Returns:
+        The sum (`x` if `added` is None), its norm in the dtype of `weight`, and 1/r of each row,
+        [..., 1] fp32.
+    """
     x, weight = x.contiguous(), weight.contiguous()
     total = x
     if added is not None:
@@ -125,8 +136,21 @@ def rms_norm_backward(
     *,
     with_weight: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `x`, which is the sum, of what was added to it (in its dtype) and of `weight`, where they are asked for.
-    `grad_sum`: the sum's own gradient."""
+    """Computes the gradients of `rms_norm_forward`.
+
+    Args:
+        grad: gradient of the norm, [..., D].
+        grad_sum: direct gradient of the sum, or None.
+        x: the sum, [..., D].
+        weight: [D].
+        inverse: 1/r of each row, [..., 1] fp32.
+        added_dtype: dtype of the gradient of `added`; None if it is not needed.
+        with_weight: whether the gradient of `weight` is needed.
+
+    Returns:
+        The gradients of the sum, of `added` in `added_dtype`, and of `weight`; the last two are
+        None if not needed.
+    """
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     width = x.shape[-1]
     num_rows = x.numel() // width

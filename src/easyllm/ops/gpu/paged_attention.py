@@ -1,8 +1,9 @@
-"""One query of each sequence over its pages, in Triton: the attention of a decoding step.
+"""Paged attention of a decoding step in Triton: one query per sequence.
 
-A sequence's keys are cut into splits of a fixed number of positions, each computed by a program of its own, so that a long
-context fills the GPU; a second kernel merges them. The cuts follow positions alone, never the batch, so a row's bits do
-not depend on its neighbours.
+A sequence's keys are divided into splits of a fixed number of positions, each computed by a
+separate program, so that a long context fills the GPU; a second kernel merges them
+(Flash-Decoding). The splits depend on positions only, never on the batch, so the result is
+batch-invariant.
 """
 
 import torch
@@ -11,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 SPLIT = 256
-"""Positions of a split."""
+"""Number of positions in a split."""
 KEYS = 64
-"""Keys a program takes at once."""
+"""Keys that a program processes at a time."""
 _PRODUCTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LEAST_ROWS = 16
-"""Rows a matrix product has at least; heads that share keys fill them."""
+"""Minimum rows of `tl.dot`; the query heads of a KV head fill them."""
 
 
 @triton.jit
@@ -133,14 +134,15 @@ def decode_attention(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of one query a row over that row's keys, the query's own last.
+    """Computes attention of each sequence's newest token over all its keys.
 
     Args:
         q: [S, H, d], fp32, bf16 or fp16.
         key_pages, value_pages: [P, K, page_size, d] contiguous; H % K == 0.
         page_table: [S, max_pages] int32 contiguous.
-        key_lengths: [S] int32, at least 1; nothing beyond them is read.
-        window: the last so many keys are seen.
+        key_lengths: [S] int32, at least 1; keys beyond them are not read.
+        scale: factor of the scores.
+        window: number of most recent keys that are visible; None for all.
 
     Returns:
         [S, H, d], dtype of `q`.
@@ -163,7 +165,7 @@ def decode_attention(
         PADDED=padded,
         SPLIT=SPLIT,
         KEYS=KEYS,
-        PRODUCTS=_PRODUCTS[q.dtype] if q.is_cuda else tl.float32,  # an interpreter has no bf16
+        PRODUCTS=_PRODUCTS[q.dtype] if q.is_cuda else tl.float32,  # no bf16 in the interpreter
     )
     _merge_kernel[(rows, heads)](
         partial, lse, key_lengths, out, splits, DIM=dim, PADDED=padded, SPLIT=SPLIT

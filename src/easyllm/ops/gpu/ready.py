@@ -1,4 +1,4 @@
-"""Whether Triton kernels can work here."""
+"""Checks whether the Triton kernels can be used."""
 
 import importlib.util
 import os
@@ -11,8 +11,11 @@ DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def gpu_ready(*tensors: Tensor) -> bool:
-    """Whether the kernels serve these tensors: on a GPU, of fp32, bf16 or fp16, and Triton is there; not while
-    `torch.compile` traces, which fuses operations of its own."""
+    """Returns whether the Triton kernels are available and support these tensors.
+
+    They support fp32, bf16 and fp16 on a GPU. While `torch.compile` traces, the result is False,
+    because the compiler fuses operations itself.
+    """
     if torch.compiler.is_compiling():
         return False
     return all(x.device.type == "cuda" and x.dtype in DTYPES for x in tensors) and has_triton()
@@ -20,7 +23,7 @@ def gpu_ready(*tensors: Tensor) -> bool:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed, and `EASYLLM_KERNELS=0` does not ask for plain PyTorch."""
+    """Returns whether Triton is installed and not disabled by `EASYLLM_KERNELS=0`."""
     return importlib.util.find_spec("triton") is not None and (
         os.environ.get("EASYLLM_KERNELS") != "0"
     )

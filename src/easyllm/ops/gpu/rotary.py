@@ -1,4 +1,4 @@
-"""RoPE's rotation in Triton, half-split layout; the backward pass is the rotation by the opposite angle."""
+"""RoPE in Triton, half-split layout; the backward pass is the rotation by the opposite angle."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 2048
-"""Pairs a program turns."""
+"""Pairs that a program rotates."""
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _rotate_kernel(
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # a head of a token each
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # one head of one token each
     pairs = tl.arange(0, HALF)
     ok = (rows < num_rows)[:, None] & (pairs < half)[None, :]
     token, head = (rows // heads).to(tl.int64), rows % heads
@@ -40,7 +40,16 @@ def _rotate_kernel(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """`x: [T, heads, d]` turned by `sign` times the angles of `cos, sin: [T, d/2]`; contiguous, dtype of `x`."""
+    """Returns `x` rotated by `sign` times the angles.
+
+    Args:
+        x: [T, heads, d].
+        cos, sin: cosines and sines of the angles, [T, d/2].
+        sign: 1.0, or -1.0 for the backward pass.
+
+    Returns:
+        [T, heads, d] contiguous, dtype of `x`.
+    """
     if x.stride(2) != 1:
         x = x.contiguous()
     tokens, heads, dim = x.shape

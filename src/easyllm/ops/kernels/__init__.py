@@ -1,4 +1,4 @@
-"""Kernels for the CPU in C, built once on first use where a compiler is at hand, and never required."""
+"""Optional C kernels for the CPU, built once on first use if a compiler is available."""
 
 from easyllm.ops.kernels.build import kernels_for
 

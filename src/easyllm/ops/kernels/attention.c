@@ -1,5 +1,19 @@
-// Exact attention over packed sequences, a tile at a time with an online softmax, and its backward pass
-// (Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4). Products in fp32, inputs fp32 or bf16, grouped heads.
+// FlashAttention over packed sequences: exact attention by tiles with an online softmax, and its
+// backward pass (Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4). Inputs are fp32 or bf16,
+// products are fp32; supports grouped-query attention. bf16 runs in attention_tiles.c if there is
+// AMX.
+//
+// Terms
+//   tile       QUERY_BLOCK queries x KEY_BLOCK keys of one sequence and head
+//   groups     query heads per KV head
+//   top, sum   running maximum of a row's scores, and running sum of its exponentials
+//   lse        top + log(sum), saved for the backward pass
+//   delta      sum over the head dimension of grad x out
+//   GEMM       matmul_add of cpu.h, which computes tiles in registers
+//
+// Data layout: tensors as in attention.h; keys are transposed to [dim][padded length], where the
+// length is padded to a multiple of LANES. No intrinsics are used; loops are vectorized by the
+// compiler.
 #include "attention.h"
 
 #include "matrix.h"
@@ -9,24 +23,26 @@
 
 static inline i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
+// Loads tokens [start, start + count) of one head to out[count][dim] in fp32.
 static void load_head(const void *x, i64 stride, i64 head, i64 start, i64 count, const Shape *s, float *out) {
     for (i64 t = 0; t < count; t++)
         load_row((const char *)x + ((start + t) * stride + head * s->dim) * element_size(s->dtype), s->dtype,
                  s->dim, out + t * s->dim);
 }
 
-// [count][dim] -> [dim][padded]
+// Transposes [count][dim] to [dim][padded].
 static void transpose(const float *x, i64 count, i64 dim, float *out, i64 padded) {
     for (i64 t = 0; t < count; t++)
         for (i64 i = 0; i < dim; i++) out[i * padded + t] = x[t * dim + i];
 }
 
-// keys [from, to) that queries [q0, q0 + nq) may see between them
+// Range of keys [from, to) that any of the queries [q0, q0 + nq) sees.
 static void key_range(const Shape *s, i64 q0, i64 nq, i64 length, i64 *from, i64 *to) {
     *from = s->window ? max_(0, q0 - s->window + 1) / KEY_BLOCK * KEY_BLOCK : 0;
     *to = s->causal ? min_(length, q0 + nq) : length;
 }
 
+// Sets the scores of invisible and padding keys to -inf.
 static inline void mask_row(const Shape *s, float *row, i64 query, i64 k0, i64 nk, i64 padded) {
     i64 last = s->causal ? query : k0 + nk - 1, first = s->window ? query - s->window + 1 : k0;
     for (i64 j = max_(0, last + 1 - k0); j < nk; j++) row[j] = -INFINITY;
@@ -69,7 +85,7 @@ void attention_forward(const void *q, const void *k, const void *v, void *out, f
                             mask_row(s, row, q0 + i, k0, nk, cols);
 #pragma omp simd reduction(max : best)
                             for (i64 j = 0; j < cols; j++) best = row[j] > best ? row[j] : best;
-                            if (best == -INFINITY) {  // nothing to see in this block
+                            if (best == -INFINITY) {  // no visible key in this block
                                 memset(row, 0, cols * sizeof(float));
                                 continue;
                             }

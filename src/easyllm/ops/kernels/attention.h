@@ -1,19 +1,26 @@
-// Attention over packed sequences: what its two kernels share.
+// Attention over packed sequences: declarations shared by its two kernels.
 //
-// Shapes: q, out [T][H][d], k, v [T][K][d]; sequence s is rows starts[s] to starts[s+1]; lse [T][H]. d is a multiple of 16.
+// Terms
+//   T, H, K, d   packed tokens, query heads, KV heads, head dimension (a multiple of 16)
+//   lse          log-sum-exp of a query's scores, saved for the backward pass
+//   starts       cu_seqlens: sequence s is tokens starts[s] to starts[s + 1] (exclusive)
+//   window       sliding window: number of most recent keys that a query sees
+//   AMX          the matrix unit of some x86 processors; see tiles.h
+//
+// Data layout: q and out are [T][H][d], k and v [T][K][d] with strides between tokens, lse [T][H].
 #pragma once
 #include "cpu.h"
 
 typedef struct {
     i64 heads, kv_heads, dim;
-    i64 q_stride, k_stride, v_stride;  // elements from row to row
+    i64 q_stride, k_stride, v_stride;  // elements from token to token
     int dtype;
     float scale;
     int causal;
     i64 window;  // 0: none
 } Shape;
 
-// attention_tiles.c: the same for bf16, where the processor has a matrix unit
+// attention_tiles.c: the same for bf16 on AMX
 void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out, float *lse,
                              const i64 *starts, i64 num_sequences, const Shape *s);
 void tiled_attention_backward(const uint16_t *grad, const uint16_t *q, const uint16_t *k, const uint16_t *v,

@@ -1,9 +1,31 @@
-// attention.c's function for bf16 on the matrix unit of processors that have AMX. Scores and sums are fp32; probabilities
-// and the gradient of scores are rounded to bf16 where they enter a product, as FlashAttention's kernels do.
+// FlashAttention in bf16 on AMX: the functions of attention.c. Scores and sums are fp32;
+// probabilities and gradients of scores are rounded to bf16 as inputs of a GEMM, as in
+// FlashAttention's GPU kernels.
 //
-// Sequences are cut into blocks of 32 tokens. Forward: a block of queries meets a few blocks of keys at a time. Backward: a
-// block of keys meets each block of queries, scores with keys as rows: they are then an operand for the gradients of
-// keys and values as they are, and for that of queries turned.
+// Terms
+//   tile, panel, VNNI pairs, mask   see tiles.h
+//   block       32 consecutive tokens of a sequence: one pair of panels
+//   operand     packed tiles of A or B in a GEMM
+//   lane        one element of a register; lanes are queries or keys of a row of scores
+//   lse, delta  log-sum-exp of a query's scores; sum over the head dimension of grad x out
+//   group       query heads that share a KV head; in the backward pass also KEY_GROUP key blocks
+//
+// Data layout: operands packed along the head dimension are [blocks][inputs][2][tile], along the
+// tokens [pairs][blocks][2][tile]. Scores and sums are 32 x 32 fp32 as [2][2][16][16] (SUMS).
+//
+// Sequences are divided into blocks of 32 tokens. The forward pass multiplies a block of queries by
+// a few blocks of keys at a time. The backward pass multiplies a block of keys by each block of
+// queries, with keys as the rows of the scores: scores are then an operand for the gradients of
+// keys and values without change, and for the gradient of queries after a transpose.
+//
+// Intrinsics, in addition to those of tiles.h
+//   _mm512_fmadd_ps, _fmsub_ps, _fnmadd_ps   FMA: a * b + c, a * b - c, c - a * b
+//   _mm512_roundscale_ps(x, 8)               rounds to integers
+//   _mm512_scalef_ps(p, n)                   p * 2^n
+//   _mm512_cvtne2ps_pbh(high, low)           converts 2 x 16 fp32 values to 32 bf16
+//   _mm512_dpbf16_ps                         adds products of bf16 pairs to fp32 lanes
+//   _mm512_reduce_max_ps, _reduce_add_ps     maximum and sum of all lanes
+//   _mm512_mask_max_ps, _maskz_mov_ps        maximum under a mask; zero lanes outside a mask
 #include "attention.h"
 
 #include "tiles.h"
@@ -11,10 +33,10 @@
 #ifdef HAS_TILES
 
 #define BLOCK (2 * SIDE)  // tokens
-#define KEY_BLOCKS 8      // whose scores a block of queries has at a time
-#define KEY_GROUP 4       // blocks of keys after which the gradient of queries is added to
+#define KEY_BLOCKS 8      // blocks of keys per softmax step of a block of queries
+#define KEY_GROUP 4       // blocks of keys per update of the gradient of queries
 
-// Of a head: widths in tiles of inputs and pairs of strips. Of a sequence: blocks.
+// Head dimension in tiles of inputs and in pairs of panels; sequence length in blocks.
 typedef struct {
     i64 inputs, pairs, blocks;
 } Parts;
@@ -23,7 +45,7 @@ static Parts parts_of(const Shape *s, i64 length) {
     return (Parts){(s->dim + DEPTH - 1) / DEPTH, even_strips(s->dim) / 2, even_strips(length) / 2};
 }
 
-// A thread's memory, handed out piece by piece.
+// Workspace of a thread, from which buffers are taken.
 typedef struct {
     char *memory, *next;
 } Room;
@@ -40,8 +62,9 @@ static Room new_room(i64 pairs_of_tiles) {
     return (Room){memory, memory};
 }
 
-// Operands of a sequence's products. Along the head: [blocks][inputs][2][tile], tokens are rows of A or columns of B; along
-// the tokens: [pairs][blocks][2][tile], the head's numbers are columns of B.
+// Packs operands of a sequence's GEMMs. Along the head dimension, [blocks][inputs][2][tile]: tokens
+// are rows of A or columns of B. Along the tokens, [pairs][blocks][2][tile]: head dimensions are
+// columns of B.
 static void pack_along_head(const uint16_t *x, i64 stride, i64 length, const Shape *s, int columns, uint16_t *out) {
     Operand tokens = {x, stride, columns};
     Parts p = parts_of(s, length);
@@ -54,14 +77,15 @@ static void pack_along_tokens(const uint16_t *x, i64 stride, i64 length, const S
     pack_strips(&tokens, s->dim, length, 0, 2 * p.pairs, 0, p.blocks, p.blocks, 1, out);
 }
 
-// lanes of 16 tokens from `start` on that are in [first, last]
+// Mask of those of the 16 tokens from `start` on that are in [first, last].
 static inline __mmask16 lanes_in(i64 start, i64 first, i64 last) {
     i64 from = min_(16, max_(0, first - start)), to = min_(16, max_(0, last + 1 - start));
     return (__mmask16)(((1u << to) - 1) & ~((1u << from) - 1));
 }
 
-static inline __m512 exp_lanes(__m512 x) {  // exp_ of cpu.h
-    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // in this order what is no number stays none
+// exp_ of cpu.h in each lane.
+static inline __m512 exp_lanes(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // with operands in this order, NaN stays NaN
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
@@ -75,14 +99,15 @@ static inline __m512 exp_lanes(__m512 x) {  // exp_ of cpu.h
     return _mm512_scalef_ps(p, n);
 }
 
-// A row's 16 sums in the left or right half of 32 x 32 sums, and its 32 values as a row of an operand's two tiles.
+// Address of a row's 16 sums in the left or right half of 32 x 32 sums.
 static inline float *sums_row(float *sums, i64 row, i64 half) { return sums + row / SIDE * 512 + half * 256 + row % SIDE * 16; }
 
+// Stores 32 values in bf16 as a row of the two tiles of an operand.
 static inline void store_operand(uint16_t *pair, i64 row, __m512 left, __m512 right) {
     _mm512_store_si512(pair + row * DEPTH, (__m512i)_mm512_cvtne2ps_pbh(right, left));
 }
 
-// a row of 32 x 32 sums times a factor, as bf16
+// Stores a row of 32 x 32 sums times a factor in bf16.
 static inline void store_row_of(float *sums, i64 row, float factor, i64 width, uint16_t *out) {
     __m512 by = _mm512_set1_ps(factor);
     __m512 left = _mm512_mul_ps(_mm512_load_ps(sums_row(sums, row, 0)), by);
@@ -90,18 +115,19 @@ static inline void store_row_of(float *sums, i64 row, float factor, i64 width, u
     _mm512_mask_storeu_epi16(out, first_of(width), (__m512i)_mm512_cvtne2ps_pbh(right, left));
 }
 
-// The keys a query may see, of a sequence.
+// Range of keys [first, last] that a query sees.
 static inline void keys_of(const Shape *s, i64 query, i64 length, i64 *first, i64 *last) {
     *first = s->window ? max_(0, query - s->window + 1) : 0;
     *last = s->causal ? query : length - 1;
 }
 
-// Online softmax of a row over `count` blocks of scores from key `start` on; probabilities become the row of an operand.
-// Returns what earlier sums of the row are to be multiplied by.
+// Online softmax of a row over `count` blocks of scores from key `start` on; probabilities are
+// stored as a row of an operand. Returns the factor by which the row's earlier sums must be
+// multiplied.
 static float softmax_row(float *scores, i64 row, i64 start, i64 count, i64 first, i64 last, float scale, float *top,
                          float *sum, uint16_t *probabilities) {
     __m512 best = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-    if (max_(first, start) > min_(last, start + count * BLOCK - 1)) {  // nothing to see here
+    if (max_(first, start) > min_(last, start + count * BLOCK - 1)) {  // no visible key
         for (i64 b = 0; b < count; b++) store_operand(probabilities + b * PAIR, row, total, total);
         return 1.0f;
     }
@@ -125,6 +151,7 @@ static float softmax_row(float *scores, i64 row, i64 start, i64 count, i64 first
     return shrink;
 }
 
+// Forward pass of one sequence and query head.
 static void forward_of_head(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out, float *lse, i64 length,
                             const Shape *s, Room room) {
     Parts p = parts_of(s, length);
@@ -148,7 +175,7 @@ static void forward_of_head(const uint16_t *q, const uint16_t *k, const uint16_t
                            packed_strips(keys + (b + j) * p.inputs * PAIR), 1, scores + j * SUMS);
             MEMORY_IS_READ();
             for (i64 r = 0; r < BLOCK; r++) {
-                i64 first = 1, last = 0;  // rows that are filled up see nothing
+                i64 first = 1, last = 0;  // padding rows see no key
                 if (r < rows) keys_of(s, i * BLOCK + r, length, &first, &last);
                 float shrink = softmax_row(scores, r, b * BLOCK, count, first, last, s->scale, top + r, sum + r, probabilities);
                 if (starts || shrink == 1.0f) continue;
@@ -171,7 +198,8 @@ static void forward_of_head(const uint16_t *q, const uint16_t *k, const uint16_t
     }
 }
 
-// Probabilities of 32 keys (rows) and 32 queries, and the gradient of their scores, as operands.
+// Computes the probabilities of 32 keys (rows) and 32 queries, and the gradient of their scores, as
+// operands.
 static void gradient_of_scores(float *scores, float *products, i64 key, i64 query, i64 length, const Shape *s,
                                const float *lse, const float *delta, uint16_t *probabilities, uint16_t *gradient) {
     __m512 by = _mm512_set1_ps(s->scale);
@@ -190,7 +218,7 @@ static void gradient_of_scores(float *scores, float *products, i64 key, i64 quer
     }
 }
 
-// Sums [blocks][pairs][32 x 32] as rows of bf16.
+// Stores sums [blocks][pairs][32 x 32] as rows of bf16.
 static void store_sums(float *sums, i64 length, const Shape *s, i64 stride, uint16_t *out) {
     Parts p = parts_of(s, length);
     MEMORY_IS_READ();
@@ -200,7 +228,7 @@ static void store_sums(float *sums, i64 length, const Shape *s, i64 stride, uint
                          out + t * stride + c * BLOCK);
 }
 
-// lse and the rows' sums of grad x out, filled up to whole blocks
+// Computes lse and delta of a sequence's queries, zero-padded to complete blocks.
 static void terms_of_queries(const uint16_t *grad, const uint16_t *out, const float *from, i64 length, const Shape *s,
                              float *lse, float *delta) {
     i64 width = s->heads * s->dim;
@@ -216,18 +244,19 @@ static void terms_of_queries(const uint16_t *grad, const uint16_t *out, const fl
     }
 }
 
-// Tensors of one sequence, at their first head of the group.
+// Tensors of one sequence, from the first head of the group on.
 typedef struct {
     const uint16_t *grad, *q, *k, *v, *out;
     const float *lse;
     uint16_t *grad_q, *grad_k, *grad_v;
 } Tensors;
 
-// the first block of queries that none of a block's keys is seen from any more
+// First block of queries that no longer sees any key of a block.
 static i64 end_of_queries(const Shape *s, i64 block, i64 blocks) {
     return s->window ? min_(blocks, (block * BLOCK + BLOCK - 1 + s->window - 1) / BLOCK + 1) : blocks;
 }
 
+// Backward pass of one sequence and KV head, with all its query heads.
 static void backward_of_group(Tensors x, i64 length, const Shape *s, Room room) {
     Parts p = parts_of(s, length);
     i64 along_head = p.blocks * p.inputs, along_tokens = p.pairs * p.blocks, width = s->heads * s->dim;
@@ -235,7 +264,8 @@ static void backward_of_group(Tensors x, i64 length, const Shape *s, Room room) 
     uint16_t *queries = take(&room, along_head), *queries_along = take(&room, along_tokens);
     uint16_t *grads = take(&room, along_head), *grads_along = take(&room, along_tokens);
     uint16_t *probabilities = take(&room, p.blocks), *gradient = take(&room, p.blocks);
-    uint16_t *turned = take(&room, p.blocks * KEY_GROUP);  // [blocks of queries][KEY_GROUP][2][tile]
+    // [blocks of queries][KEY_GROUP][2][tile]
+    uint16_t *turned = take(&room, p.blocks * KEY_GROUP);
     float *scores = take(&room, 2), *products = take(&room, 2);
     float *dq = take(&room, 2 * along_tokens), *dk = take(&room, 2 * along_tokens), *dv = take(&room, 2 * along_tokens);
     float *lse = take(&room, p.blocks), *delta = take(&room, p.blocks);
@@ -248,7 +278,8 @@ static void backward_of_group(Tensors x, i64 length, const Shape *s, Room room) 
         pack_along_tokens(q, s->q_stride, length, s, queries_along);
         pack_along_head(grad, width, length, s, 1, grads);
         pack_along_tokens(grad, width, length, s, grads_along);
-        if (s->window) memset(dq, 0, (size_t)along_tokens * SUMS * sizeof(*dq));  // later groups are the first to reach some
+        // with a window, the first group that reaches a block of queries may not be group 0
+        if (s->window) memset(dq, 0, (size_t)along_tokens * SUMS * sizeof(*dq));
         terms_of_queries(grad, x.out + h * s->dim, x.lse + h, length, s, lse, delta);
         for (i64 group = 0; group < p.blocks; group += KEY_GROUP) {
             i64 size = min_(KEY_GROUP, p.blocks - group), from = s->causal ? group : 0;
@@ -300,7 +331,7 @@ static int by_length(const void *a, const void *b) {
     return x->number < y->number ? -1 : 1;
 }
 
-// Sequences, the longest first: what is left for the end is small.
+// Order of the sequences, longest first, so that the last tasks are short (load balancing).
 static i64 *longest_first(const i64 *starts, i64 num_sequences) {
     Sequence *sequences = malloc((size_t)(num_sequences + 1) * sizeof(*sequences));
     i64 *order = malloc((size_t)(num_sequences + 1) * sizeof(*order));

@@ -1,8 +1,9 @@
-"""Building and loading the C kernels.
+"""Builds and loads the C kernels.
 
-The sources include nothing of PyTorch, so that a build takes seconds; tensors go in as addresses. The library is kept
-in the user's cache under a hash of sources, flags, compiler and processor. Without a compiler, or where the build
-fails, callers fall back to plain PyTorch.
+The sources include no PyTorch headers, so that a build takes seconds; tensors are passed as
+addresses. The shared library is stored in the user's cache folder under a hash of sources, flags,
+compiler, processor features and PyTorch version. Without a compiler, or if the build fails, callers
+fall back to plain PyTorch.
 """
 
 import ctypes
@@ -45,8 +46,9 @@ FLAGS = (
     "-std=gnu11",
 )
 FLAGS_OF = {"update.c": ("-ffp-contract=off",)}
-"""Further flags of single sources."""
+"""Additional flags of individual sources."""
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+"""FP32 and BF16 of cpu.h."""
 BIT_CODES = {8: 2, 4: 3}
 """INT8 and INT4 of cpu.h."""
 
@@ -93,7 +95,7 @@ _RESULTS = {
 
 
 class AdamWNumbers(ctypes.Structure):
-    """`AdamW` of update.c."""
+    """ctypes mirror of `AdamW` in update.c."""
 
     _fields_ = [
         *((name, _FLOAT) for name in ("scale", "shrink", "beta1_rest", "beta2", "beta2_rest")),
@@ -102,7 +104,7 @@ class AdamWNumbers(ctypes.Structure):
 
 
 class AttentionShape(ctypes.Structure):
-    """`Shape` of attention.h."""
+    """ctypes mirror of `Shape` in attention.h."""
 
     _fields_ = [
         ("heads", _LONG),
@@ -119,13 +121,13 @@ class AttentionShape(ctypes.Structure):
 
 
 class Part(ctypes.Structure):
-    """`Part` of products.c."""
+    """ctypes mirror of `Part` in products.c."""
 
     _fields_ = [("data", _POINTER), ("stride", _LONG), ("size", _LONG)]
 
 
 class Pages(ctypes.Structure):
-    """`Pages` of paged.h."""
+    """ctypes mirror of `Pages` in paged.h."""
 
     _fields_ = [
         ("keys", _POINTER),
@@ -140,7 +142,7 @@ class Pages(ctypes.Structure):
 
 
 class Queries(ctypes.Structure):
-    """`Queries` of paged_attention.c."""
+    """ctypes mirror of `Queries` in paged_attention.c."""
 
     _fields_ = [
         ("heads", _LONG),
@@ -152,7 +154,7 @@ class Queries(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    """`Matrix` of matrix.h."""
+    """ctypes mirror of `Matrix` in matrix.h."""
 
     _fields_ = [
         ("data", _POINTER),
@@ -165,7 +167,7 @@ class Matrix(ctypes.Structure):
 
 
 class StepLayer(ctypes.Structure):
-    """`Layer` of decode_step.c."""
+    """ctypes mirror of `Layer` in decode_step.c."""
 
     _fields_ = [
         *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
@@ -177,7 +179,7 @@ class StepLayer(ctypes.Structure):
 
 
 class StepModel(ctypes.Structure):
-    """`Model` of decode_step.c."""
+    """ctypes mirror of `Model` in decode_step.c."""
 
     _fields_ = [
         ("embedding", Matrix),
@@ -192,7 +194,7 @@ class StepModel(ctypes.Structure):
 
 
 class StepBatch(ctypes.Structure):
-    """`Batch` of decode_step.c."""
+    """ctypes mirror of `Batch` in decode_step.c."""
 
     _fields_ = [
         ("rows", _LONG),
@@ -204,8 +206,11 @@ class StepBatch(ctypes.Structure):
 
 
 def kernels_for(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The kernels, if they can work on these tensors (on a CPU, fp32 or bf16); None where plain PyTorch must, and while
-    `torch.compile` traces, which fuses operations of its own."""
+    """Returns the C kernels if they are available and support these tensors, else None.
+
+    They support fp32 and bf16 tensors on a CPU. While `torch.compile` traces, the result is None,
+    because the compiler fuses operations itself.
+    """
     if torch.compiler.is_compiling():
         return None
     for tensor in tensors:
@@ -222,7 +227,7 @@ def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info("CPU kernels are not available, plain PyTorch is used: %s", error)
+        logger.info("CPU kernels are not available, falling back to plain PyTorch: %s", error)
         return None
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
@@ -231,7 +236,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _built(compiler: str) -> Path:
-    """The library's file, built if it is not in the cache."""
+    """Returns the path of the shared library, building it if it is not cached."""
     here = Path(__file__).parent
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(
@@ -259,6 +264,6 @@ def _built(compiler: str) -> Path:
 
 
 def _openmp() -> list[str]:
-    """Links against the OpenMP runtime torch has loaded: two runtimes would fight over the cores."""
+    """Returns link flags for torch's OpenMP runtime: two runtimes would oversubscribe the cores."""
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     return [str(bundled[0])] if bundled else ["-fopenmp"]

@@ -1,7 +1,17 @@
-// Shared by the CPU kernels: number formats, a vectorisable exp, a small matrix product.
+// Helpers shared by the CPU kernels: dtype codes, bf16 conversion, vector types, exp, a small GEMM.
 //
-// Plain C with GCC vector extensions, which clang knows as well; no intrinsics, so that it builds on any processor.
-// No -ffast-math: it can change the floating-point mode of the whole process.
+// Terms
+//   vec     one SIMD register of LANES floats: 16 with AVX-512, else 8
+//   lane    one element of a register
+//   lane8   a vector of exactly 8 floats on every processor
+//   FMA     fused multiply-add, a * b + c rounded once; compilers form it from the expressions
+//   tile    a block of outputs whose sums stay in registers, TILE_ROWS x TILE_VECS of them
+//   bf16    the upper 16 bits of an fp32 value, stored as uint16_t
+//
+// Data layout: matrices are row-major; ld* and *stride are distances in elements between rows.
+//
+// Plain C with GCC vector extensions, which clang also supports; no intrinsics, so it builds on any
+// processor. -ffast-math is not used: it can change the floating-point mode of the whole process.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -12,7 +22,7 @@ typedef int64_t i64;
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
-// A vec is one register; where the processor has narrower ones than the compiler is told of, sums would lie in memory.
+// A vec must be one register of the target: if it is wider, accumulators spill to memory.
 #ifdef __AVX512F__
 #define LANES 16
 #else
@@ -20,30 +30,31 @@ enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
-// Eight floats, for kernels whose result for a row must have the same bits whatever else is computed beside it:
-// their sums are written out, so that no compiler chooses another order for another number of rows.
+// Eight floats, for batch-invariant kernels: their sums are written out explicitly, so that the
+// compiler cannot choose a different summation order for a different number of rows.
 typedef float lane8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t index8 __attribute__((vector_size(32)));
 
+// Selects elements of a and b by index; indices from the vector length on refer to b.
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (index8){__VA_ARGS__})
 #endif
 
-// sums of neighbours, two of a's and two of b's in each half
+// Horizontal add: sums of adjacent lanes; each half of the result has two sums of a, then two of b.
 static inline lane8 pair_sums(lane8 a, lane8 b) {
     return SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
-// element j is the sum of a[j]'s lanes
+// Returns a vector whose element j is the sum of the lanes of a[j].
 static inline lane8 sums_of(const lane8 a[8]) {
     lane8 low = pair_sums(pair_sums(a[0], a[1]), pair_sums(a[2], a[3]));
     lane8 high = pair_sums(pair_sums(a[4], a[5]), pair_sums(a[6], a[7]));
     return SHUFFLE(low, high, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// a register's halves added, where it has two
+// Adds the two halves of a 16-lane register; an 8-lane register is returned unchanged.
 static inline lane8 folded(vec a) {
 #if LANES == 8
     return a;
@@ -56,13 +67,14 @@ static inline lane8 folded(vec a) {
 #endif
 }
 
+// Returns the sum of all lanes, in a fixed order.
 static inline float lane_sum(lane8 a) {
     a += SHUFFLE(a, a, 4, 5, 6, 7, 0, 1, 2, 3);
     a += SHUFFLE(a, a, 2, 3, 0, 1, 6, 7, 4, 5);
     return a[0] + a[1];
 }
 
-// asks for memory that is read soon; any address may be named
+// Prefetches `bytes` from `from`. Any address is allowed: a prefetch never faults.
 ALWAYS_INLINE void fetch(const void *from, i64 bytes) {
     for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)from + at);
 }
@@ -84,7 +96,7 @@ static inline uint16_t float_to_bf16(float x) {  // round to nearest, ties to ev
     return (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)((bits >> 16) | 0x40) : (uint16_t)rounded;
 }
 
-// out[0..n) = values of a row stored as `dtype`
+// Loads n values of a row of `dtype` to out[0..n) as fp32.
 static inline void load_row(const void *row, int dtype, i64 n, float *restrict out) {
     if (dtype == BF16) {
         const uint16_t *x = row;
@@ -95,6 +107,7 @@ static inline void load_row(const void *row, int dtype, i64 n, float *restrict o
     }
 }
 
+// Stores n fp32 values to a row of `dtype`.
 static inline void store_row(void *row, int dtype, i64 n, const float *restrict values) {
     if (dtype == BF16) {
         uint16_t *x = row;
@@ -107,7 +120,8 @@ static inline void store_row(void *row, int dtype, i64 n, const float *restrict 
 
 static inline i64 element_size(int dtype) { return dtype == BF16 ? 2 : 4; }
 
-// e^x to about 2 units in the last place: x = n ln2 + r, a polynomial in r, n into the exponent (Cephes' constants)
+// e^x to about 2 ULP: with x = n ln2 + r, a polynomial in r (constants of Cephes), scaled by 2^n
+// through the exponent bits.
 static inline float exp_(float x) {
     x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
     float n = rintf(x * 1.44269504088896341f);
@@ -128,7 +142,8 @@ static inline float exp_(float x) {
 
 static inline float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
 
-// Sums of a tile stay in registers: 24 of AVX-512's 32, 12 of AVX2's 16, 24 of NEON's 32 (where a vec is two of them).
+// The sums of a tile stay in registers: 24 of AVX-512's 32, 12 of AVX2's 16, 24 of NEON's 32 (where
+// a vec takes two registers).
 #define TILE_ROWS 6
 #ifdef __AVX512F__
 #define TILE_VECS 4
@@ -136,7 +151,8 @@ static inline float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
 #define TILE_VECS 2
 #endif
 
-// c[ROWS][VECS*LANES] += a[ROWS][depth] b[depth][VECS*LANES]; element (i, k) of a lies at a[i*ai + k*ak]
+// c[ROWS][VECS*LANES] += a[ROWS][depth] b[depth][VECS*LANES]; element (i, k) of a is
+// a[i*ai + k*ak].
 #define TILE(NAME, ROWS, VECS)                                                                      \
     static inline void NAME(i64 depth, const float *a, i64 ai, i64 ak, const float *b, i64 ldb,     \
                             float *c, i64 ldc) {                                                    \
@@ -159,7 +175,7 @@ TILE(tile_narrow, TILE_ROWS, 1)
 TILE(row_wide, 1, TILE_VECS)
 TILE(row_narrow, 1, 1)
 
-// c[rows][cols] += a b, cols a multiple of LANES
+// GEMM: c[rows][cols] += a b; cols must be a multiple of LANES.
 static inline void matmul_add(i64 rows, i64 cols, i64 depth, const float *a, i64 ai, i64 ak,
                               const float *b, i64 ldb, float *c, i64 ldc) {
     i64 i = 0;
@@ -179,7 +195,8 @@ static inline void matmul_add(i64 rows, i64 cols, i64 depth, const float *a, i64
     }
 }
 
-static inline float *floats(i64 n) {  // zeroed, aligned to a cache line
+// Allocates n floats, zeroed and aligned to a cache line.
+static inline float *floats(i64 n) {
     void *p = NULL;
     if (posix_memalign(&p, 64, (size_t)(n > 0 ? n : 1) * sizeof(float))) abort();
     memset(p, 0, (size_t)(n > 0 ? n : 1) * sizeof(float));

@@ -1,10 +1,23 @@
-// One decoding step of a pre-norm decoder with RMS norms, rotary grouped-query attention over pages and SiLU-gated
-// feed-forwards: from token ids to logits in one parallel region.
+// One decoding step of a pre-norm decoder with RMS norms, RoPE, grouped-query attention over a
+// paged KV cache and SiLU-gated feed-forward layers: from token ids to logits in one parallel
+// region.
 //
-// A phase is cut into pieces that threads take as they come, and ends when all its pieces are done; a thread that the
-// system has put aside holds up the others by the one piece it has in hand, not at every phase. Who does a piece does
-// not change its bits. Rows are few: with one row every thread normalises it for itself, which is cheaper than to wait
-// for another.
+// Terms
+//   row      a token of the batch
+//   phase    a step that must be complete before the next one starts (a barrier)
+//   piece    a part of a phase that one thread processes
+//   task     attention of one row and KV head over one split (64 keys, see paged.h)
+//   panel    the outputs that linear_strip computes in one call (see matrix.h)
+//   part     partial result of attention over one split (see paged.h)
+//
+// Data layout: activations are [rows][width] in fp32; weights are Matrix, the KV cache is Pages. A
+// thread's arrays and the shared ones are consecutive in one workspace, without sharing cache
+// lines.
+//
+// Threads take the pieces of a phase dynamically, and the phase ends when all pieces are done. A
+// thread that the system has preempted delays the others by its current piece only, not at every
+// phase. The result of a piece is bitwise independent of the thread. There are few rows: a single
+// row is normalized by every thread separately, which is cheaper than waiting for another thread.
 #include <omp.h>
 #include <sched.h>
 
@@ -15,7 +28,7 @@ typedef struct {
     Matrix q, k, v, o, gate, up, down;
     const float *mixer_norm, *feed_forward_norm;  // [hidden]
     const float *q_norm, *k_norm;                 // [dim] or NULL
-    const float *cosine, *sine;                   // [positions][pairs], NULL where nothing turns
+    const float *cosine, *sine;                   // [positions][pairs], NULL without RoPE
     i64 heads, kv_heads, dim, pairs, window;
     float scale, eps, head_eps;
 } Layer;
@@ -28,22 +41,24 @@ typedef struct {
     float embedding_scale, eps;
 } Model;
 
-// Rows are tokens: `positions` turn them, and they lie at key_lengths - 1 of their sequences. Rows of one sequence may
-// follow one another; each sees the keys before it and itself.
+// Rows are tokens: `positions` are those of RoPE, and a row's slot in its sequence is
+// key_lengths - 1. Several rows can be consecutive tokens of one sequence; each sees the keys up to
+// its own.
 typedef struct {
     i64 rows;
     const i64 *token_ids, *positions, *key_lengths;
     const int32_t *table;
     i64 table_width;
-    const Pages *pages;  // one a layer
+    const Pages *pages;  // one per layer
     float *logits;       // [rows][vocabulary]
 } Batch;
 
 typedef struct {
-    i64 next, done;
-    char alone[48];  // in a cache line of its own
+    i64 next, done;  // pieces taken, pieces finished
+    char alone[48];  // padding to a separate cache line
 } Phase;
 
+// Activations shared by all threads; x is the residual stream.
 typedef struct {
     float *x, *q, *k, *v, *parts;
     Rows normed, mixed, fed;
@@ -52,10 +67,10 @@ typedef struct {
 
 typedef struct {
     int threads;
-    Phase *phase;        // the one it is in
-    Rows normed, mixed;  // where one row is everyone's own
+    Phase *phase;        // the current one
+    Rows normed, mixed;  // private copies, if there is one row
     float *row, *state, *scratch;
-    float *gate, *up;  // [rows][GROUP]: what becomes of a piece is its thread's own, in its own cache
+    float *gate, *up;  // [rows][GROUP]: intermediate results of a piece, private to the thread
 } Thread;
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -63,10 +78,11 @@ typedef struct {
 #else
 #define RELAX() ((void)0)
 #endif
-#define PATIENCE 2000  // turns before a waiting thread offers its core to others
-#define PIECES 4       // of a phase, for each thread
+#define PATIENCE 2000  // spins before a waiting thread yields its core
+#define PIECES 4       // pieces of a phase per thread
 #define PHASES_PER_LAYER 9
 
+// Takes the next piece [*from, *to) of the current phase; returns 0 if there is none.
 static int take_piece(Thread *t, i64 total, i64 *from, i64 *to) {
     i64 size = max_(1, total / (PIECES * t->threads));
     *from = __atomic_fetch_add(&t->phase->next, size, __ATOMIC_RELAXED);
@@ -76,6 +92,7 @@ static int take_piece(Thread *t, i64 total, i64 *from, i64 *to) {
 
 static void piece_done(Thread *t, i64 count) { __atomic_fetch_add(&t->phase->done, count, __ATOMIC_RELEASE); }
 
+// Waits until all pieces of the current phase are done.
 static void end_phase(Thread *t, i64 total) {
     for (i64 turn = 0; __atomic_load_n(&t->phase->done, __ATOMIC_ACQUIRE) < total; turn++) {
         if (turn < PATIENCE) RELAX();
@@ -84,11 +101,12 @@ static void end_phase(Thread *t, i64 total) {
     t->phase++;
 }
 
-// for each index of the pieces that fall to this thread; end_phase comes after
+// Loops over the indices of the pieces that this thread takes; must be followed by end_phase.
 #define EACH(INDEX, TOTAL)                                                            \
     for (i64 from_, to_; take_piece(t, TOTAL, &from_, &to_); piece_done(t, to_ - from_)) \
         for (i64 INDEX = from_; INDEX < to_; INDEX++)
 
+// Takes `count` floats from the workspace.
 static float *take(char **at, i64 count) {
     float *here = (float *)*at;
     *at += (count * (i64)sizeof(float) + 127) / 64 * 64;  // no two arrays share a cache line
@@ -111,7 +129,7 @@ static i64 num_tasks(const Layer *l, const Batch *b, i64 rows) {
     return tasks;
 }
 
-// lays out the arrays from `at` on; returns the end
+// Lays out the arrays of the workspace from `at` on; returns its end.
 static char *lay_out(const Model *m, const Batch *b, char *at, int threads, Shared *shared, Thread *own) {
     i64 width = 0, kv_width = 0, inner = 0, parts = 0, state = 0, scratch = 0, rows = b->rows, D = m->hidden;
     shared->phases = (Phase *)at;
@@ -150,7 +168,7 @@ static void rms_norm(const float *x, const float *w, i64 width, float eps, float
     for (i64 j = 0; j < width; j++) y[j] = x[j] * inverse * w[j];
 }
 
-// makes a row's values ready for their products with `next`
+// Prepares a row for its products with `next`: quantizes or packs it.
 static void ready_row(const Matrix *next, const Batch *b, const Rows *rows, i64 row) {
     if (is_quantized(next)) quantize_row(rows, row, rows->values + row * rows->inputs);
     else pack_values(rows, row, b->rows, 0, rows->inputs);
@@ -162,7 +180,8 @@ static void norm_row(const float *x, const float *w, float eps, const Matrix *ne
     ready_row(next, b, rows, row);
 }
 
-// Every row normalised, ready for `next`: one row by each thread for itself, several by the threads in turn.
+// Normalizes all rows for their products with `next`. A single row is normalized by every thread
+// separately; several rows are divided among the threads.
 static const Rows *normed(const Model *m, const Batch *b, const Shared *sh, Thread *t, const float *w, float eps,
                           const Matrix *next) {
     if (b->rows == 1) {
@@ -174,11 +193,12 @@ static const Rows *normed(const Model *m, const Batch *b, const Shared *sh, Thre
     return &sh->normed;
 }
 
-// out[m][its outputs] of a strip of one of the matrices
+// Computes one panel of out = x W^T.
 static void project_strip(const Matrix *w, i64 strip, const Batch *b, const Rows *x, float *out) {
     linear_strip(w, strip, x, b->rows, out + strip * strip_outputs(b->rows), w->outputs);
 }
 
+// Query, key and value projections.
 static void project_heads(const Layer *l, const Batch *b, const Shared *sh, Thread *t, const Rows *x) {
     i64 q_strips = strips_of(&l->q, b->rows), k_strips = strips_of(&l->k, b->rows);
     i64 all = q_strips + k_strips + strips_of(&l->v, b->rows);
@@ -190,7 +210,7 @@ static void project_heads(const Layer *l, const Batch *b, const Shared *sh, Thre
     end_phase(t, all);
 }
 
-// norm (where there is one) and rotation of one head of one row, in place
+// QK-norm (if there is one) and RoPE of one head of one row, in place.
 static void turn_head(const Layer *l, i64 position, const float *norm, float scale, float *x, float *scratch) {
     if (norm) {
         rms_norm(x, norm, l->dim, l->head_eps, scratch);
@@ -208,6 +228,7 @@ static void turn_head(const Layer *l, i64 position, const float *norm, float sca
     for (i64 i = 0; i < l->dim; i++) x[i] *= scale;
 }
 
+// Rotates queries and keys, and stores keys and values to the KV cache.
 static void turn_and_store(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
     i64 groups = l->heads / l->kv_heads;
     EACH(i, b->rows * l->kv_heads) {
@@ -222,7 +243,7 @@ static void turn_and_store(const Layer *l, const Batch *b, const Pages *p, const
     end_phase(t, b->rows * l->kv_heads);
 }
 
-// the tasks [begin, end) of all (row, key-value head, split) in this order
+// Computes the tasks [begin, end) of all (row, KV head, split) in this order.
 static void attend_tasks(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t, i64 begin,
                          i64 end) {
     i64 groups = l->heads / l->kv_heads, size = groups * part_size(l->dim), task = 0;
@@ -244,6 +265,7 @@ static void attend(const Layer *l, const Batch *b, const Pages *p, const Shared 
     end_phase(t, all);
 }
 
+// Merges the splits of one row into its attention output.
 static void merge_row(const Layer *l, const Batch *b, const Shared *sh, Thread *t, i64 s, const Rows *to, i64 row) {
     i64 groups = l->heads / l->kv_heads, size = groups * part_size(l->dim), splits = num_splits(l, b->key_lengths[s]);
     const float *part = sh->parts + num_tasks(l, b, s) * size;
@@ -271,7 +293,7 @@ static const Rows *merged(const Layer *l, const Batch *b, const Shared *sh, Thre
     return &t->mixed;
 }
 
-// x += W rows
+// Adds the products of rows with W to the residual stream x.
 static void add_product(const Matrix *w, const Batch *b, const Shared *sh, Thread *t, const Rows *rows) {
     i64 D = w->outputs, strips = strips_of(w, b->rows), width = strip_outputs(b->rows);
     EACH(i, strips) {
@@ -286,7 +308,7 @@ static void add_product(const Matrix *w, const Batch *b, const Shared *sh, Threa
     end_phase(t, strips);
 }
 
-// fed = silu(gate x) up x, by whole groups of 32, so that a thread can quantize what it has made
+// fed = silu(gate x) up x, in complete groups of 32, so that a thread can quantize its own results.
 static void gated(const Layer *l, const Batch *b, Thread *t, const Rows *x, const Rows *fed) {
     i64 width = strip_outputs(b->rows), strips = strips_of(&l->gate, b->rows);
     EACH(g, fed->groups) {
@@ -338,7 +360,7 @@ i64 decode_step_bytes(const Model *m, const Batch *b) {
     return end - (char *)0;
 }
 
-// `memory`: decode_step_bytes of room, aligned to a cache line
+// memory: workspace of decode_step_bytes, aligned to a cache line
 void decode_step(const Model *m, const Batch *b, char *memory) {
     int threads = omp_get_max_threads();
     Thread *own = malloc(threads * sizeof(Thread));

@@ -1,12 +1,29 @@
 // Products of rows with fp32 and bf16 weights.
 //
-// A sum has eight lanes, lane i over the inputs k with k % 8 = i, in the order of k; the lanes are added in one fixed order, and
-// the inputs beyond the last multiple of eight after them. So a row's bits do not depend on how many rows there are, on the
-// width of the registers or on the chunks below.
+// Terms
+//   lane       one of the eight partial sums of a dot product: lane i sums inputs k with k % 8 = i
+//   register   a vec of cpu.h: the eight lanes of one row, or with AVX-512 of two rows
+//   block      8 consecutive outputs
+//   chunk      CHUNK consecutive inputs (not the chunk of matrix.h)
+//   tile       the sums of up to three registers of rows x TILE_OUTPUTS outputs
+//   step       eight inputs, one register per row
+//   L1         the first-level data cache
 //
-// Several rows: a register has the eight lanes of one row, or with AVX-512 of two, whose values are interleaved for that
-// (`Rows.packed`). A block of 8 outputs meets groups of three registers of rows at a time, whose sums stay in registers; inputs
-// come in chunks, so that the block's weights and a group's values stay in the L1 cache.
+// Data layout: weights [outputs][inputs] in fp32 or bf16; rows [rows][inputs] in fp32, and
+// interleaved in pairs for AVX-512 (`Rows.packed` of matrix.h).
+//
+// A lane sums its inputs in ascending order; the lanes are added in a fixed order, and after them
+// the inputs beyond the last multiple of eight. So the result is batch-invariant: bitwise
+// independent of the number of rows, the register width and the chunks below.
+//
+// With several rows, a block is multiplied by groups of three registers of rows at a time, whose
+// sums stay in registers. Inputs are processed in chunks, so that the weights of the block and the
+// values of a group stay in L1.
+//
+// Intrinsics (AVX-512)
+//   _mm512_broadcast_f64x4               copies 256 bits to both halves of a register
+//   _mm512_shuffle_ps, _shuffle_f32x4    select floats, or 128-bit parts, of two registers
+//   _mm512_add_ps, _mm512_storeu_ps      add; store unaligned
 #include "matrix.h"
 
 #ifdef __AVX512F__
@@ -14,15 +31,16 @@
 #endif
 
 #define CHUNK 512          // inputs of a chunk: 16 KB of weights in fp32
-#define ROWS_AT_ONCE 64    // whose sums are kept from chunk to chunk
+#define ROWS_AT_ONCE 64    // rows whose sums are stored from chunk to chunk
 #define MOST_TOGETHER 3    // registers of rows in a group
 #ifdef __AVX512F__
-#define TILE_OUTPUTS 8     // 24 sums of 32 registers
+#define TILE_OUTPUTS 8     // 24 sums in 32 registers
 #else
-#define TILE_OUTPUTS 4     // 12 of 16
+#define TILE_OUTPUTS 4     // 12 sums in 16 registers
 #endif
-#define GROUPS_TO_SPREAD 4  // from so many groups on, each fetches a part of the next block ahead of its use
+#define GROUPS_TO_SPREAD 4  // minimum number of groups that share the prefetch of the next block
 
+// Loads eight weights as fp32; a bf16 is the upper half of its fp32 value.
 static inline lane8 load_8(const void *row, int format, i64 at) {
     if (format == FP32) return *(const lane8 *)((const float *)row + at);
     typedef uint16_t short8 __attribute__((vector_size(16), aligned(2)));
@@ -34,14 +52,14 @@ static inline float load_1(const void *row, int format, i64 at) {
     return format == FP32 ? ((const float *)row)[at] : bf16_to_float(((const uint16_t *)row)[at]);
 }
 
-// the block's rows of weights; beyond the last output: it again
+// Rows of weights of a block; the last output is repeated beyond the end of the matrix.
 static inline void rows_of_block(const Matrix *w, i64 block, const char *row[OUTPUTS]) {
     for (i64 j = 0; j < OUTPUTS; j++)
         row[j] = (const char *)w->data + min_(block * OUTPUTS + j, w->outputs - 1) * w->inputs * element_size(w->format);
 }
 
-// Products with the inputs beyond the last multiple of eight. One function for all callers, each product rounded before it is added:
-// else the compiler might choose another way for each of them.
+// Products with the inputs beyond the last multiple of eight. All callers share one function, built
+// without FMA: otherwise the compiler could round differently in each of them.
 static __attribute__((noinline, optimize("fp-contract=off"))) lane8 rest_of(const Matrix *w, const char *const *row, const float *x) {
     lane8 rest = {0};
     for (i64 k = w->inputs / 8 * 8; k < w->inputs; k++)
@@ -49,6 +67,7 @@ static __attribute__((noinline, optimize("fp-contract=off"))) lane8 rest_of(cons
     return rest;
 }
 
+// Stores the first `width` of eight outputs.
 static inline void put(lane8 sum, i64 width, float *to) {
     if (width == OUTPUTS) *(lane8 *)to = sum;
     else memcpy(to, &sum, width * sizeof(float));
@@ -63,7 +82,8 @@ ALWAYS_INLINE lane8 one_row(const Matrix *w, int format, i64 block, const float 
     rows_of_block(w, block, row);
     for (; k + 8 <= w->inputs; k += 8) {
         lane8 values = *(const lane8 *)(x + k);
-        if (k * size % 64 == 0)  // the next block's rows: the hardware prefetches too little, and not across pages of memory
+        // prefetch the next block: the hardware does too little, and stops at page boundaries
+        if (k * size % 64 == 0)
             for (int j = 0; j < OUTPUTS; j++) __builtin_prefetch(row[j] + ahead + k * size);
         for (int j = 0; j < OUTPUTS; j++) acc[j] += values * load_8(row[j], format, k);
     }
@@ -73,13 +93,15 @@ ALWAYS_INLINE lane8 one_row(const Matrix *w, int format, i64 block, const float 
 // ---- several rows
 
 #if TOGETHER == 2
-static inline vec spread(const float *eight) {  // the same eight in both halves
+// Copies eight floats to both halves of a register.
+static inline vec spread(const float *eight) {
     return (vec)_mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_loadu_pd((const double *)eight)));
 }
-static inline __m512 neighbours(vec a, vec b) {  // pair_sums of both halves
+// pair_sums of cpu.h in each half.
+static inline __m512 neighbours(vec a, vec b) {
     return _mm512_add_ps(_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88), _mm512_shuffle_ps((__m512)a, (__m512)b, 0xdd));
 }
-// to[t] = sums_of the lanes that belong to row t
+// to[t] = sums_of (cpu.h) the lanes of row t
 static inline void row_sums(const vec a[OUTPUTS], lane8 to[TOGETHER]) {
     __m512 low = neighbours((vec)neighbours(a[0], a[1]), (vec)neighbours(a[2], a[3]));
     __m512 high = neighbours((vec)neighbours(a[4], a[5]), (vec)neighbours(a[6], a[7]));
@@ -91,16 +113,17 @@ static inline vec spread(const float *eight) { return *(const vec *)eight; }
 static inline void row_sums(const vec a[OUTPUTS], lane8 to[TOGETHER]) { to[0] = sums_of((const lane8 *)a); }
 #endif
 
-// What the tiles of a chunk share.
+// Parameters shared by the tiles of a chunk.
 typedef struct {
     const float *weights[OUTPUTS];
     i64 steps;          // eight inputs each
     i64 between;        // floats from register to register of packed rows
-    int starts;         // no sums are there yet
-    i64 fetch_step;     // bytes of the next block for each step
+    int starts;         // first chunk: sums start from zero
+    i64 fetch_step;     // bytes of the next block to prefetch per step
 } Chunk;
 
-// sums[REGISTERS][OUTPUTS] (+)= products of rows with the chunk; LINES: cache lines to fetch at each step
+// sums[REGISTERS][OUTPUTS] (+)= products of rows with the chunk; LINES: cache lines to prefetch per
+// step
 #define TILE_OF(NAME, REGISTERS, LINES)                                                                             \
     static void NAME(const Chunk *c, const float *x, const char *ahead, vec *sums) {                                \
         for (int first = 0; first < OUTPUTS; first += TILE_OUTPUTS) {                                               \
@@ -134,7 +157,7 @@ TILE_OF(tile_3, 3, 1)
 
 typedef void Tile(const Chunk *, const float *, const char *, vec *);
 
-// the chunk's weights, of bf16 widened into `wide`
+// Sets the weights of a chunk; bf16 weights are converted to fp32 in `wide`.
 static void open_chunk(Chunk *c, const Matrix *w, const char *const *row, i64 k, float (*wide)[CHUNK]) {
     i64 count = 8 * c->steps;
     for (int j = 0; j < OUTPUTS; j++) {
@@ -143,6 +166,7 @@ static void open_chunk(Chunk *c, const Matrix *w, const char *const *row, i64 k,
     }
 }
 
+// out[m][OUTPUTS] = products of rows [first_row, first_row + num_rows) with a block, plus bias
 static void some_rows(const Matrix *w, i64 block, const Rows *x, i64 first_row, i64 num_rows,
                       lane8 bias, float *out, i64 stride) {
     static Tile *const fetching_all[] = {tile_1_fetching_all, tile_2_fetching_all, tile_3_fetching_all};
@@ -153,7 +177,7 @@ static void some_rows(const Matrix *w, i64 block, const Rows *x, i64 first_row, 
     rows_of_block(w, block, row);
     i64 registers = (num_rows + TOGETHER - 1) / TOGETHER, size = element_size(w->format);
     i64 groups = (registers + MOST_TOGETHER - 1) / MOST_TOGETHER, whole = w->inputs / 8 * 8;
-    int all = groups < GROUPS_TO_SPREAD;  // each of so few fetches all of the next block
+    int all = groups < GROUPS_TO_SPREAD;  // with few groups, each prefetches all of the next block
     i64 share = OUTPUTS * 8 * size / (all ? 1 : GROUPS_TO_SPREAD);
     Chunk c = {.between = TOGETHER == 1 ? w->inputs : whole * TOGETHER, .fetch_step = share * TILE_OUTPUTS / OUTPUTS};
     for (i64 k = 0; k < whole; k += CHUNK) {
@@ -179,12 +203,13 @@ static void some_rows(const Matrix *w, i64 block, const Rows *x, i64 first_row, 
     }
 }
 
-// ---- what others call
+// ---- functions declared in matrix.h
 
 void pack_values(const Rows *rows, i64 row, i64 num_rows, i64 from, i64 count) {
     if (TOGETHER == 1 || num_rows == 1) return;
     const float *x = rows->values + row * rows->inputs;
-    int is_alone = row == num_rows - 1 && row % TOGETHER == 0;  // what stands where the next row would must be numbers, too
+    // a last row without a partner is duplicated, so that the unused lanes are initialized
+    int is_alone = row == num_rows - 1 && row % TOGETHER == 0;
     float *to = rows->packed + row / TOGETHER * TOGETHER * (rows->inputs / 8 * 8) + row % TOGETHER * 8;
     for (i64 k = from; k + 8 <= from + count; k += 8) {
         *(lane8 *)(to + k * TOGETHER) = *(const lane8 *)(x + k);

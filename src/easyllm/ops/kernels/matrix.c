@@ -1,4 +1,15 @@
-// Products with weight matrices; matrix.h has the layouts and the equation.
+// Products with quantized weight matrices, the dispatch to dense.c and tiles.c, and the quantized
+// linear layer.
+//
+// Terms and data layout are those of matrix.h: block, group, chunk, panel, code, terms, VNNI, lane.
+//
+// Intrinsics (256-bit registers of AVX2)
+//   _mm256_dpbusd(_avx)_epi32   VNNI: adds 4 products of unsigned x signed bytes to each int32 lane
+//   _mm256_maddubs_epi16        products of unsigned x signed bytes, adjacent pairs added to int16
+//   _mm256_madd_epi16           products of int16, adjacent pairs added to int32
+//   _mm256_abs/sign_epi8        absolute values of bytes; bytes of a with the signs of b
+//   _mm256_cvtph_ps             converts 8 fp16 values to fp32
+//   _mm256_set1_epi32, _mm256_loadu_si256, _mm256_add_epi*   broadcast, load, add
 #include "matrix.h"
 
 #ifdef __AVX2__
@@ -10,8 +21,9 @@
 
 typedef uint8_t chunk __attribute__((vector_size(32), aligned(1)));
 
-// ---- products of codes: the one place with instructions of a processor's own
+// ---- dot products of codes: the only part with processor-specific instructions
 
+// In each lane, adds the products of 4 unsigned and 4 signed codes to `sum`.
 #if defined(HAS_VNNI)
 static inline __m256i four_products(__m256i sum, __m256i unsigned_codes, __m256i signed_codes) {
 #ifdef __AVXVNNI__
@@ -22,23 +34,25 @@ static inline __m256i four_products(__m256i sum, __m256i unsigned_codes, __m256i
 }
 #elif defined(__AVX2__)
 static inline __m256i four_products(__m256i sum, __m256i unsigned_codes, __m256i signed_codes) {
-    __m256i pairs = _mm256_maddubs_epi16(unsigned_codes, signed_codes);  // at most 2 * 127 * 127: fits int16
+    // at most 2 * 127 * 127, which fits in int16
+    __m256i pairs = _mm256_maddubs_epi16(unsigned_codes, signed_codes);
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 #endif
 
 #ifdef __AVX2__
-static inline __m256i four_codes(const int8_t *x) {  // the same four in every lane
+// Broadcasts four codes to every lane.
+static inline __m256i four_codes(const int8_t *x) {
     int32_t four;
     memcpy(&four, x, 4);
     return _mm256_set1_epi32(four);
 }
 #endif
 
-// lane r: sum over the group of w[chunk][4 r + i] x[4 chunk + i], w in 0..15
+// Lane r of the result: sum over the group of w[chunk][4 r + i] x[4 chunk + i], for w in 0..15.
 static inline index8 products_int4(const chunk w[8], const int8_t *x) {
 #if defined(__AVX2__) && !defined(HAS_VNNI)
-    // sums of pairs stay below 8 * 2 * 15 * 127 = 30480, so that int16 holds all eight
+    // sums of pairs are at most 8 * 2 * 15 * 127 = 30480, so all eight chunks fit in int16
     __m256i even = _mm256_maddubs_epi16((__m256i)w[0], four_codes(x));
     __m256i odd = _mm256_maddubs_epi16((__m256i)w[1], four_codes(x + 4));
     for (int c = 2; c < 8; c += 2) {
@@ -62,7 +76,8 @@ static inline index8 products_int4(const chunk w[8], const int8_t *x) {
 #endif
 }
 
-// the same for w in -127..127
+// The same for w in -127..127. AVX2 multiplies unsigned by signed bytes: |w| by x with the
+// sign of w.
 static inline index8 products_int8(const int8_t *w, const int8_t *x) {
 #ifdef __AVX2__
     __m256i even = _mm256_setzero_si256(), odd = even;
@@ -82,12 +97,14 @@ static inline index8 products_int8(const int8_t *w, const int8_t *x) {
 #endif
 }
 
+// Converts eight fp16 values to fp32.
 static inline lane8 halves_to_floats(const uint8_t *p) {
 #ifdef __F16C__
     return (lane8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 #else
     lane8 out;
-    for (int i = 0; i < 8; i++) {  // exponent and fraction as they are, then 2^(127 - 15): right for subnormals too
+    // copies exponent and fraction, then scales by 2^(127 - 15); also correct for subnormals
+    for (int i = 0; i < 8; i++) {
         uint16_t half;
         memcpy(&half, p + 2 * i, 2);
         uint32_t bits = (uint32_t)(half & 0x7fff) << 13, sign = (uint32_t)(half & 0x8000) << 16;
@@ -103,10 +120,10 @@ static inline lane8 halves_to_floats(const uint8_t *p) {
 #endif
 }
 
-// ---- blocks; `rows` is a constant where these are called, so that the sums live in registers
+// ---- blocks; callers pass a constant for `rows`, so that the sums stay in registers
 
-// Weights lie in the order in which they are read, across blocks and matrices, but the processor fetches ahead by too
-// little, and not across pages of memory.
+// Weights are stored in the order in which they are read, across blocks and matrices, but the
+// hardware prefetcher does not run far enough ahead and stops at page boundaries.
 #define AHEAD 4096  // bytes
 
 ALWAYS_INLINE void int4_block(const uint8_t *w, i64 groups, const int8_t *codes, const float *terms, int rows,
@@ -140,14 +157,15 @@ ALWAYS_INLINE void int8_block(const int8_t *w, i64 groups, const int8_t *codes, 
     }
 }
 
-// ---- what others call
+// ---- functions declared in matrix.h
 
 void quantize_group(const float *x, int8_t *codes, float *terms) {
     typedef int8_t byte8 __attribute__((vector_size(8), aligned(1)));
     const lane8 *values = (const lane8 *)x, rounding = (lane8){0} + 0x1.8p23f;
     lane8 sum = values[0] + values[1] + (values[2] + values[3]);
     index8 sizes = {0}, total = {0};
-    for (int v = 0; v < GROUP / 8; v++) {  // as whole numbers, the bits of positive floats have their order, NaN on top
+    // Compared as integers, the bits of positive floats keep their order, and NaN is the largest.
+    for (int v = 0; v < GROUP / 8; v++) {
         index8 size = (index8)values[v] & 0x7fffffff, larger = size > sizes;
         sizes = (size & larger) | (sizes & ~larger);
     }
@@ -156,7 +174,8 @@ void quantize_group(const float *x, int8_t *codes, float *terms) {
     float top;
     memcpy(&top, &most, sizeof(top));
     float inverse = top > 0 ? 127.0f / top : 0.0f;
-    for (int v = 0; v < GROUP / 8; v++) {  // beside 1.5 * 2^23 a float's last bits are the nearest whole number
+    // Adding 1.5 * 2^23 rounds to the nearest integer, which is then in the last bits of the float.
+    for (int v = 0; v < GROUP / 8; v++) {
         index8 code = (index8)(values[v] * inverse + rounding) - (index8)rounding;
         *(byte8 *)(codes + 8 * v) = __builtin_convertvector(code, byte8);
         total += code;
@@ -188,6 +207,7 @@ void matrix_row(const Matrix *w, i64 row, float *x) {
 
 #define ROW_TILE 4
 
+// out[m][0 .. OUTPUTS) = products of the rows with one block, plus bias
 static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows, float *out, i64 out_stride) {
     if (!is_quantized(w)) {
         dense_block(w, block, x, num_rows, out, out_stride);
@@ -219,6 +239,7 @@ static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows
     }
 }
 
+// Whether AMX is used: for few rows it gains nothing.
 static int takes_tiles(i64 num_rows) { return num_rows > ROW_TILE && tiles_ready(); }
 
 i64 strip_outputs(i64 num_rows) { return takes_tiles(num_rows) ? UNIT_STRIP * OUTPUTS : OUTPUTS; }
@@ -243,7 +264,7 @@ void linear_strip(const Matrix *w, i64 strip, const Rows *x, i64 num_rows, float
 
 #define ROW_CHUNK 128
 
-// y[rows][outputs] = x[rows][inputs] W^T + bias, x and y of `dtype`
+// y[rows][outputs] = x[rows][inputs] W^T + bias; x and y have `dtype`
 void quantized_linear(const void *x, void *y, int dtype, i64 rows, const Matrix *w) {
     i64 groups = groups_of(w->inputs), chunk_rows = min_(rows, ROW_CHUNK), size = element_size(dtype);
     i64 room = whole_tiles(max_(1, chunk_rows)) * groups;

@@ -1,11 +1,20 @@
-// Keys and values in pages, and the part of attention that every caller shares.
+// Paged KV cache, and the part of attention that all callers share.
 //
-// A page holds the keys (values) of page_size tokens, [K][page_size][d]; table[i] is the page of a sequence's tokens
-// i * page_size and on. Pages are fp32, bf16, int8 (a scale a token and head) or int4 (scale and minimum; dim i in the
-// low nibble of byte i, dim i + d/2 in the high one).
+// Terms
+//   K, d      KV heads and head dimension
+//   page      keys (or values) of page_size consecutive tokens of a sequence
+//   table     page table of a sequence: table[i] is the page of its tokens from i * page_size on
+//   slot      position of a token in its sequence
+//   split     64 keys with fixed positions, over which a partial softmax is computed
+//   octet     8 consecutive keys, loaded together; they are in one page
+//   part      partial result of a query row for one split (see part_size)
 //
-// The softmax is computed over splits of 64 keys, whose bounds depend on the keys' positions alone, and the splits are
-// merged in order: a query's result has the same bits whatever else is computed in the same call.
+// Data layout: a page is [K][page_size][d] in fp32, bf16, int8 (one scale per token and head) or
+// int4 (scale and minimum; dim i in the low nibble of byte i, dim i + d/2 in the high nibble).
+//
+// The bounds of the splits depend only on the positions of the keys, and splits are merged in
+// order, so attention is batch-invariant: a query's result is bitwise independent of the rest of
+// the call.
 #pragma once
 #include "cpu.h"
 
@@ -20,33 +29,35 @@ typedef struct {
     int format;
 } Pages;
 
-// the row of pages->keys and ->values (in units of dim elements) where a sequence's token at `slot` lies
+// Returns the row of pages->keys and ->values, in units of dim elements, of the
+// sequence's token at `slot`.
 static inline i64 page_row(const Pages *p, const int32_t *table, i64 kv_head, i64 slot) {
     return ((i64)table[slot / p->page_size] * p->kv_heads + kv_head) * p->page_size + slot % p->page_size;
 }
 
-// stores one head's key (or value) at a row of `base`, in the pages' format
+// Stores one head's key (or value) to a row of `base`, in the format of the pages.
 void store_head(const Pages *pages, void *base, float *scales, i64 row, const float *x);
 
-// A query row of one head: which keys it sees, first to last.
+// Range of keys that a query row sees, both ends included.
 typedef struct {
     i64 first, last;
 } Sight;
 
-// floats of a row's partial result: largest score, sum of exponentials, unnormalised output
+// Floats of a row's partial result: maximum score, sum of exponentials, unnormalized output [dim].
 static inline i64 part_size(i64 dim) { return dim + 2; }
 
-// floats of scratch that attend_split needs
+// Floats of scratch memory that attend_split needs.
 static inline i64 split_scratch(i64 rows, i64 dim) { return (SPLIT + OCTET) * dim + rows * SPLIT; }
 
-// part[rows][dim + 2] = attention of q[rows][dim], scaled already, over the keys of one split
+// part[rows][dim + 2] = attention of q[rows][dim], already scaled, over the keys of one split
 void attend_split(const Pages *pages, const int32_t *table, i64 kv_head, i64 split, i64 rows, const float *q,
                   const Sight *sight, float *part, float *scratch);
 
+// Initializes partial results: maximum -inf, sums zero.
 void clear_parts(float *part, i64 rows, i64 dim);
 
-// state[rows][dim + 2] takes in the next split's part
+// Merges the next split's part into state[rows][dim + 2] (online softmax).
 void merge_split(float *state, const float *part, i64 rows, i64 dim);
 
-// out[dim] = the output of one row
+// out[dim] = normalized output of one row
 void finish_row(const float *state, i64 dim, float *out);

@@ -1,15 +1,26 @@
-// Attention over keys and values in pages, for a whole batch of sequences in one call (paged.h says what pages are).
+// Paged attention: attention over keys and values in pages, for a batch of sequences in one call.
 //
-// Work is cut by sequence, key-value head and block of queries; where that gives too few pieces for the threads, by
-// split of the keys as well (Flash-Decoding: Dao et al. 2023).
+// Terms: page, table, slot, split, octet and part as in paged.h, and
+//   block      consecutive queries of one sequence, with all query heads of one KV head
+//   row        one (token, query head) pair of a block
+//   groups     query heads per KV head
+//   lane       one element of a register (vec and lane8 of cpu.h)
+//   prefetch   loading cache lines before their use; pages are scattered, so the hardware does not
+//
+// Data layout: q and out are [T][H][d] in fp32 or bf16; pages as in paged.h; inside, rows are fp32
+// and keys [8][d] per octet. No intrinsics are used, only vector extensions of the compiler.
+//
+// Work is divided by sequence, KV head and block of queries; if that gives too few tasks for the
+// threads, also by split of the keys (Flash-Decoding: Dao et al. 2023).
 #include <omp.h>
 
 #include "paged.h"
 
-#define BLOCK_ROWS 32  // (token, head) pairs of a block of queries
-#define OCTETS_AHEAD 2  // how far ahead of their use keys and values are fetched
+#define BLOCK_ROWS 32   // maximum rows of a block of queries
+#define OCTETS_AHEAD 2  // prefetch distance of keys and values
 
-// the eight keys (or values) from `key` on, [8][dim] in fp32; they lie in one page
+// Returns the eight keys (or values) from `key` on, [8][dim] in fp32, dequantized to `to` if
+// needed.
 static const float *load_octet(const Pages *p, const void *base, const float *scales, const int32_t *table, i64 kv,
                                i64 key, float *restrict to) {
     i64 dim = p->dim, row = page_row(p, table, kv, key);
@@ -36,8 +47,9 @@ static const float *load_octet(const Pages *p, const void *base, const float *sc
     return to;
 }
 
-// Cache lines of an octet, prefetched a few at each turn of a loop. Pages are anywhere in memory, so the hardware's prefetcher does
-// not find them; and prefetched all at once they fill its queue, and arithmetic waits until they have come.
+// Cache lines of an octet, of which each iteration of a loop prefetches a few. Pages are anywhere
+// in memory, so the hardware prefetcher does not find them; prefetching them all at once would fill
+// the queue of outstanding loads and stall the arithmetic.
 typedef struct {
     const char *keys, *values;
     i64 at, end, step;  // bytes
@@ -56,8 +68,8 @@ ALWAYS_INLINE void fetch_some(Ahead *a) {
     }
 }
 
-// e^x for a score's distance from the largest. Below e^-60 it is nothing: no sum of fp32 that holds a 1 can show it, and
-// its products would be subnormal numbers, which processors are slow at.
+// e^x for the difference of a score from the maximum, 0 below e^-60: added to a sum of at least 1
+// it has no effect in fp32, and its products would be subnormal numbers, which are slow.
 static inline float weight_of(float x) { return x < -60.0f ? 0.0f : exp_(x); }
 
 void store_head(const Pages *p, void *base, float *scales, i64 row, const float *x) {
@@ -84,8 +96,8 @@ void store_head(const Pages *p, void *base, float *scales, i64 row, const float 
     scales[2 * row] = step, scales[2 * row + 1] = least;
 }
 
-// out[8] = products of a query with eight keys
-// (The loops over registers are unrolled by name, or some compilers keep the sums in memory.)
+// out[8] = dot products of a query with eight keys. The loops over registers have explicit unroll
+// pragmas, because some compilers otherwise keep the sums in memory.
 static inline void score_octet(const float *q, const float *keys, i64 dim, float *out, Ahead *ahead) {
     vec acc[OCTET];
     lane8 sums[OCTET];
@@ -106,8 +118,9 @@ static inline void score_octet(const float *q, const float *keys, i64 dim, float
     *(lane8 *)out = sums_of(sums);
 }
 
-// For ROWS rows, [SPLIT] of weights and `stride` of output each: out[..VECS * LANES] = sum over j in [from, to) of
-// weights[j] values[j]. A number's own sum is the same however many lanes and rows are beside it.
+// For ROWS rows, with weights [SPLIT] each and outputs `stride` apart: out[..VECS * LANES] = sum
+// over j in [from, to) of weights[j] values[j]. An element's sum is independent of the other lanes
+// and rows.
 #define SUM_VALUES(NAME, VEC, VECS, ROWS)                                                                          \
     static inline void NAME(const float *weights, const float *const *octets, i64 from, i64 to, i64 dim, float *out, \
                             i64 stride, i64 column) {                                                              \
@@ -128,8 +141,9 @@ SUM_VALUES(sum_4_of_3, vec, 4, 3)
 SUM_VALUES(sum_1_of_1, vec, 1, 1)
 SUM_VALUES(sum_octet, lane8, 1, 1)
 
-#define MOST_TOGETHER 3  // rows whose sums the registers hold
+#define MOST_TOGETHER 3  // maximum rows whose sums fit in registers
 
+// out = sums of the values of a split, weighted for each of `rows` rows
 static inline void sum_values(const float *weights, const float *const *octets, i64 from, i64 to, i64 dim, float *out,
                               i64 stride, i64 rows) {
     i64 c = 0;
@@ -145,7 +159,8 @@ static inline void sum_values(const float *weights, const float *const *octets, 
     }
 }
 
-// scores[from..to) of one row become weights; the row's largest score and sum go to part[0] and part[1]
+// Softmax of one row without normalization: scores[from..to) become weights, part[0] the maximum
+// score and part[1] the sum of the weights.
 static inline void softmax_row(float *scores, i64 from, i64 to, float *part) {
     float top = -INFINITY;
     i64 start = from / LANES * LANES, end = (to + LANES - 1) / LANES * LANES;
@@ -183,7 +198,8 @@ void attend_split(const Pages *p, const int32_t *table, i64 kv, i64 split, i64 r
                 score_octet(q + r * dim, k, dim, scores + r * SPLIT + o * OCTET, &ahead);
     }
     clear_parts(part, rows, dim);
-    for (i64 r = 0, together; r < rows; r += together) {  // heads of one token see the same keys
+    // rows that see the same keys, such as the heads of a token, are summed together
+    for (i64 r = 0, together; r < rows; r += together) {
         i64 from = max_(0, sight[r].first - begin), to = min_(SPLIT, sight[r].last + 1 - begin);
         float *weights = scores + r * SPLIT, *out = part + r * part_size(dim);
         for (together = 1; together < MOST_TOGETHER && r + together < rows; together++)
@@ -217,22 +233,23 @@ void finish_row(const float *state, i64 dim, float *out) {
 }
 
 typedef struct {
-    i64 heads, q_stride;  // elements from token to token
+    i64 heads, q_stride;  // q_stride: elements from token to token
     int dtype;            // of queries and outputs
     float scale;
     i64 window;  // 0: none
 } Queries;
 
 typedef struct {
-    i64 sequence, kv_head, token, tokens, position;  // token: the block's first row of q; position: its own
+    i64 sequence, kv_head, token, tokens, position;  // first token in q, and its position
     i64 first_split, num_splits;
-    float *parts;  // its splits' results, where they are computed apart
+    float *parts;  // results of its splits, if these are separate tasks
 } Block;
 
 typedef struct {
     i64 block, split;
 } Task;
 
+// Loads the scaled queries of a block, and the keys that each row sees.
 static void load_block(const Block *b, const Queries *s, const Pages *p, const void *q, float *rows, Sight *sight) {
     i64 groups = s->heads / p->kv_heads, dim = p->dim;
     for (i64 t = 0; t < b->tokens; t++) {
@@ -244,6 +261,7 @@ static void load_block(const Block *b, const Queries *s, const Pages *p, const v
     for (i64 i = 0; i < b->tokens * groups * dim; i++) rows[i] *= s->scale;
 }
 
+// Stores the normalized outputs of a block.
 static void store_block(const Block *b, const Queries *s, const Pages *p, const float *state, void *out, float *row) {
     i64 groups = s->heads / p->kv_heads, dim = p->dim;
     for (i64 r = 0; r < b->tokens * groups; r++) {
@@ -253,7 +271,7 @@ static void store_block(const Block *b, const Queries *s, const Pages *p, const 
     }
 }
 
-// the blocks of all sequences; returns their number (counts alone where blocks is NULL)
+// Divides all sequences into blocks; returns their number (only counts if `blocks` is NULL).
 static i64 cut(const Queries *s, const Pages *p, const i64 *lengths, const i64 *key_lengths, i64 num_sequences,
                Block *blocks) {
     i64 each = max_(1, BLOCK_ROWS / (s->heads / p->kv_heads)), count = 0, token = 0;

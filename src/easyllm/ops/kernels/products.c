@@ -1,13 +1,34 @@
-// Products of bf16 matrices of many rows, C = A B summed in fp32, on the matrix unit of processors that have AMX.
+// GEMM of bf16 matrices with many rows, C = A B with fp32 sums, on AMX.
 //
-// The unit takes tiles: 16 rows x 32 inputs of A, 32 inputs x 16 columns of B with pairs of inputs side by side. Operands
-// are packed into such tiles, strips of 16 rows or columns two at a time, so that four products share four loads; then
-// a block of C is computed from blocks that stay in the second cache, and what comes next is fetched into the first where
-// that pays. Sums are put down between the next products, in whose shadow they cost little.
-// An element's sum runs over the inputs in one order, whatever rows and columns are computed beside it.
+// Terms
+//   tile         16 rows x 32 inputs of A, 32 inputs x 16 columns of B (VNNI pairs), 16 x 16 sums
+//   panel        16 rows of A or 16 columns of B; panels are packed in pairs
+//   block of C   what a thread computes at a time, from panels of A and B that stay in L2
+//   open sums    sums that are complete only after more inputs than are packed at a time
+//   write-back   storing 32 x 32 finished sums to C, with conversion, bias or addition
+//   streaming    stores that bypass the caches
+//   L1/L2        first- and second-level cache
+//   lane, mask   see tiles.h
 //
-// Matrices may be joined. Linear layers of one input are one product: forward, C's beside each other, of one A; the input's
-// gradient, a sum over all their outputs; the weights' gradients, C's above each other, of one B.
+// Data layout: A [rows][depth], B [depth][columns], C [rows][columns], each with a stride between
+// rows; transposed operands are stored as A [depth][rows], B [columns][depth]. Packed operands are
+// [pairs of panels][tiles][2][tile], sums [2][2][16][16] for 2 x 2 tiles.
+//
+// Operands are packed into tiles, and pairs of panels are multiplied so that four tile products
+// share four loads. A block of C is computed from packed panels that stay in L2; the next tiles are
+// prefetched to L1 if that pays. Finished sums are written back between the next tile products,
+// which hides most of the cost. The sum of an element runs over the inputs in a fixed order, so
+// results are bitwise independent of the other rows and columns (batch-invariant).
+//
+// Matrices can be joined. Linear layers that share an input are one GEMM: forward, one A and
+// several C's side by side; for the gradient of the input, a sum over the outputs of all layers;
+// for the gradients of the weights, one B and several C's stacked vertically.
+//
+// Intrinsics, in addition to those of tiles.h
+//   _mm512_cvtne2ps_pbh(high, low)      converts 2 x 16 fp32 values to 32 bf16
+//   _mm512_mask_storeu_*, _maskz_loadu_ stores and loads under a mask
+//   _mm512_stream_si512, _mm_sfence     streaming store; orders it before later stores
+//   __rdtsc                             reads the time stamp counter
 #include <omp.h>
 
 #include "tiles.h"
@@ -15,26 +36,26 @@
 #ifdef HAS_TILES
 
 #define LINE 32                    // elements of a cache line
-#define MOST_STRIPS 128            // packed at a time
-#define MOST_TILES 64              // of a strip, packed at a time
-#define PACKED_TOGETHER 16         // strips, whose rows lie in one piece
-#define BLOCK_BYTES (3 << 19)      // of both operands of a block of C, which stay in the second cache
-#define BLOCKS_A_THREAD 4          // at least: threads are not equally fast
-#define TILES_AHEAD 2              // of a strip, between the one in use and the one being fetched
-#define STREAMED_BYTES (16 << 20)  // of a result that is too large to be in any cache when it is read
-#define CYCLES_HELD_BACK 200       // of the time stamp counter, for four products
+#define MOST_STRIPS 128            // maximum panels packed at a time
+#define MOST_TILES 64              // maximum tiles of a panel packed at a time
+#define PACKED_TOGETHER 16         // panels packed by one task, for contiguous reads
+#define BLOCK_BYTES (3 << 19)      // both operands of a block of C, which must stay in L2
+#define BLOCKS_A_THREAD 4          // minimum, because threads are not equally fast
+#define TILES_AHEAD 2              // prefetch distance within a panel
+#define STREAMED_BYTES (16 << 20)  // minimum size of C for streaming, beyond all caches
+#define CYCLES_HELD_BACK 200       // time stamp counts for four tile products that mean throttling
 
 typedef struct {
     i64 rows, columns, depth;
     i64 row_strips, column_strips, tiles;  // packed at a time
-    i64 row_bytes, column_bytes;           // of them
+    i64 row_bytes, column_bytes;           // size of these in bytes
 } Sizes;
 
 // One of the matrices that are joined.
 typedef struct {
     void *data;
     i64 stride;  // elements from row to row
-    i64 size;    // in the direction in which they are joined; a multiple of 32, unless it is the only one
+    i64 size;    // along the joined dimension; a multiple of 32, unless there is only one
 } Part;
 
 typedef struct {
@@ -51,20 +72,22 @@ static Sizes sizes_of(i64 rows, i64 columns, i64 depth) {
     return (Sizes){rows, columns, depth, row_strips, column_strips, tiles, row_strips * strip_bytes, column_strips * strip_bytes};
 }
 
-// Room that a product needs: packed operands, and sums, of twice four tiles a thread or of all that are not done.
+// Workspace that a GEMM needs: packed operands, and sums, either two sets of four tiles per thread
+// or all open sums.
 i64 product_bytes(i64 rows, i64 columns, i64 depth) {
     Sizes s = sizes_of(rows, columns, depth);
     i64 open_tiles = depth > s.tiles * DEPTH ? s.row_strips * s.column_strips : 0;
     return s.row_bytes + s.column_bytes + max_(open_tiles, 8 * omp_get_max_threads()) * TILE_BYTES;
 }
 
-// Strips of a block when so many are cut into even ones of `most` at most.
+// Panels per block when `strips` panels are split into even blocks of at most `most`.
 static i64 even_block(i64 strips, i64 most) {
     i64 blocks = (strips + most - 1) / most;
     return (strips / 2 + blocks - 1) / blocks * 2;
 }
 
-// Strips of rows and of columns of a block of C: as many as the cache keeps, with several blocks for each thread.
+// Panels of rows and of columns in a block of C: as many as fit in L2, with several blocks per
+// thread.
 static void choose_blocks(i64 row_strips, i64 column_strips, i64 tiles, i64 *rows, i64 *columns) {
     i64 most = max_(4, BLOCK_BYTES / (2 * tiles * TILE_BYTES) / 2 * 2), wanted = BLOCKS_A_THREAD * omp_get_num_threads();
     *rows = even_block(row_strips, most), *columns = even_block(column_strips, most);
@@ -74,17 +97,19 @@ static void choose_blocks(i64 row_strips, i64 column_strips, i64 tiles, i64 *row
     }
 }
 
-// Strips that a thread packs together.
+// Number of panels that a thread packs at a time.
 static i64 packed_together(i64 strips) {
     return min_(PACKED_TOGETHER, even_block(strips, max_(2, strips / omp_get_num_threads())));
 }
 
-// The one of the joined matrices that has `at`, which becomes a place in it.
+// Returns the joined matrix that contains index `at`, which becomes an index into that matrix.
 static const Part *part_at(const Part *parts, i64 count, i64 *at) {
     for (; count > 1 && *at >= parts->size; parts++, count--) *at -= parts->size;
     return parts;
 }
 
+// Packs `count` panels from panel s on, `tiles` tiles of each from input k0 on. `laced`: rows run
+// along the inputs and are interleaved to VNNI pairs.
 static void pack(const Joined *x, i64 size, i64 depth, i64 s, i64 count, i64 k0, i64 tiles, int laced, char *packed) {
     for (i64 i = 0, n; i < count; i += n)
         for (i64 t = 0, m; t < tiles; t += m) {
@@ -98,23 +123,24 @@ static void pack(const Joined *x, i64 size, i64 depth, i64 s, i64 count, i64 k0,
         }
 }
 
-// Where a product goes: values of bf16 or fp32, or added to those of fp32.
+// Destination of a GEMM: bf16 or fp32 values; the result can be added to fp32 values.
 typedef struct {
     const Part *parts;
     i64 count;
-    int above;  // joined one above the other, not beside each other
+    int above;  // stacked vertically, not side by side
     int dtype, add, streams;
     const float *bias;
 } Result;
 
-// 32 x 32 sums on their way to C.
+// 32 x 32 sums that wait for their write-back to C.
 typedef struct {
     const float *sums, *bias;
     char *out;
-    i64 stride, rows, done;  // bytes from row to row of C
-    __mmask32 there;         // of the columns
+    i64 stride, rows, done;  // bytes from row to row of C; rows in all, and already written
+    __mmask32 there;         // mask of the columns
 } Waiting;
 
+// Describes the write-back of the sums at (row, column) of C.
 static Waiting waiting_for(const Result *c, const Sizes *s, i64 row, i64 column, const float *sums) {
     i64 rows = min_(2 * SIDE, s->rows - row), at = row, along = column;
     const Part *part = part_at(c->parts, c->count, c->above ? &at : &along);
@@ -123,6 +149,7 @@ static Waiting waiting_for(const Result *c, const Sizes *s, i64 row, i64 column,
                      part->stride * size, rows, 0, first_of(s->columns - column)};
 }
 
+// Writes one row of 32 sums to C.
 ALWAYS_INLINE void put_down_row(const Result *c, void *to, const float *bias, __mmask32 there, __m512 low, __m512 high) {
     __mmask16 left = (__mmask16)there, right = (__mmask16)(there >> 16);
     if (bias) {
@@ -131,7 +158,7 @@ ALWAYS_INLINE void put_down_row(const Result *c, void *to, const float *bias, __
     }
     if (c->dtype == BF16) {
         __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-        // a whole line goes to memory without being read first
+        // a complete cache line can be written without being read first
         if (c->streams && there == ~0u && (uintptr_t)to % 64 == 0) _mm512_stream_si512((__m512i *)to, values);
         else _mm512_mask_storeu_epi16(to, there, values);
         return;
@@ -145,6 +172,7 @@ ALWAYS_INLINE void put_down_row(const Result *c, void *to, const float *bias, __
     _mm512_mask_storeu_ps(out + SIDE, right, high);
 }
 
+// Writes the next `count` rows of the waiting sums to C.
 ALWAYS_INLINE void put_down(const Result *c, Waiting *w, i64 count) {
     for (i64 end = min_(w->rows, w->done + count); w->done < end; w->done++) {
         const float *from = w->sums + w->done / SIDE * 512 + w->done % SIDE * SIDE;
@@ -152,12 +180,14 @@ ALWAYS_INLINE void put_down(const Result *c, Waiting *w, i64 count) {
     }
 }
 
+// Prefetches a tile to L1.
 ALWAYS_INLINE void fetch_tile(const char *tile, i64 row) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) _mm_prefetch(tile + i * row, _MM_HINT_T0);
 }
 
-// What is used after the strips at hand: four lines a tile of theirs are fetched into the second cache meanwhile.
+// Data used after the current panels: while these are multiplied, four of its cache lines are
+// prefetched to L2 for each tile.
 typedef struct {
     const char *at;
     i64 row, step;
@@ -169,8 +199,9 @@ ALWAYS_INLINE void fetch_next(Next *next) {
     next->at += next->step;
 }
 
-// Adds A's two strips times B's, `count` tiles of each, to the sums in tiles 0 to 3. With each of them, tiles that have their turn
-// soon are fetched into the first cache, if `fetches`, and `each` rows that wait are put down.
+// Adds two panels of A times two of B, `count` tiles of each, to the sums in tile registers 0 to 3.
+// At each step it prefetches tiles needed soon to L1, if `fetches`, and writes back `each` waiting
+// rows.
 ALWAYS_INLINE void add_products(i64 count, Strips a, Strips b, int fetches, Next next, const Result *c, Waiting *waiting,
                                 i64 each) {
     for (i64 k = 0; k < count; k++) {
@@ -192,8 +223,9 @@ ALWAYS_INLINE void add_products(i64 count, Strips a, Strips b, int fetches, Next
     }
 }
 
-// Whether a thread's unit is held back, as shared machines' are at times: it loads tiles then only when it multiplies none,
-// and had better find them in the first cache; else fetching them takes more time than it saves. Seen from its last block.
+// Whether AMX is throttled on this thread's core (frequency throttling), as happens on shared
+// machines. Tile loads then do not overlap with multiplications, so tiles should already be in L1;
+// otherwise prefetching them costs more than it saves. Measured on the thread's last block.
 static _Thread_local int held_back = 1;
 
 typedef struct {
@@ -202,14 +234,14 @@ typedef struct {
     Result c;
     char *packed_a, *packed_b;
     float *sums;
-    int direct;  // A's tiles are loaded from where they are
-    int open;    // sums wait for more inputs than are packed at a time
+    int direct;  // tiles of A are loaded in place, without packing
+    int open;    // sums need more inputs than are packed at a time
 } Product;
 
-// What is packed at a time: strips of rows and columns from m0 and n0 on, inputs from k0 on.
+// What is packed at a time: panels of rows from m0 and of columns from n0 on, inputs from k0 on.
 typedef struct {
     i64 m0, n0, k0, m_count, n_count, tiles;
-    int starts, ends;  // the sums
+    int starts, ends;  // whether these inputs are the first, and the last, of the sums
 } Panel;
 
 static Panel panel_at(const Sizes *s, i64 m0, i64 n0, i64 k0) {
@@ -217,8 +249,9 @@ static Panel panel_at(const Sizes *s, i64 m0, i64 n0, i64 k0) {
                    min_(s->tiles, (s->depth - k0 + DEPTH - 1) / DEPTH), k0 == 0, k0 + s->tiles * DEPTH >= s->depth};
 }
 
-// Strips m and m + 1 of A, tiles t to t + *count of them, or fewer if their matrix ends before; `turn`: how many strips of columns
-// have met them, each of which fetches another part of what comes next.
+// Returns panels m and m + 1 of A, tiles t to t + *count, or fewer if their matrix ends before.
+// `turn`: number of pairs of column panels already multiplied by them; each prefetches another part
+// of the next panels.
 ALWAYS_INLINE Strips strips_of_rows(const Product *p, const Panel *panel, i64 m, i64 t, i64 turn, i64 *count, Next *next) {
     if (!p->direct) {
         i64 bytes = panel->tiles * TILE_BYTES;
@@ -235,7 +268,7 @@ ALWAYS_INLINE Strips strips_of_rows(const Product *p, const Panel *panel, i64 m,
     return (Strips){x, x + SIDE * row, row, 64};
 }
 
-// Strips m1 to m_end of A times strips n1 to n_end of B, of those that are packed.
+// Multiplies packed panels m1 to m_end of A by panels n1 to n_end of B.
 static void multiply_block(const Product *p, const Panel *panel, i64 m1, i64 m_end, i64 n1, i64 n_end) {
     i64 start = (i64)__rdtsc(), turns = 0, tiles = panel->tiles, own = omp_get_thread_num() * 2;
     int fetches = held_back;
@@ -243,7 +276,8 @@ static void multiply_block(const Product *p, const Panel *panel, i64 m1, i64 m_e
     for (i64 m = m1; m < m_end; m += 2)
         for (i64 n = n1; n < n_end; n += 2) {
             i64 open_place = m / 2 * (p->sizes.column_strips / 2) + n / 2;
-            float *sums = p->sums + (p->open ? open_place : own + turns++ % 2) * SUMS;  // those before still wait
+            // two sets alternate, because the previous sums still wait for their write-back
+            float *sums = p->sums + (p->open ? open_place : own + turns++ % 2) * SUMS;
             const char *y = p->packed_b + n * tiles * TILE_BYTES;
             i64 each = (waiting.rows + tiles - 1) / tiles;
             begin_sums(panel->starts, sums);
@@ -261,19 +295,20 @@ static void multiply_block(const Product *p, const Panel *panel, i64 m1, i64 m_e
     held_back = (i64)__rdtsc() - start > (m_end - m1) * (n_end - n1) / 4 * tiles * CYCLES_HELD_BACK;
 }
 
-// Whether whole tiles of A can be loaded from where they are.
+// Whether complete tiles of A can be loaded in place.
 static int is_direct(const Joined *a, i64 rows, i64 depth) {
     int direct = !a->turned && rows % (2 * SIDE) == 0 && depth % DEPTH == 0;
     for (i64 i = 0; i < a->count; i++)
         direct &= (uintptr_t)a->parts[i].data % 64 == 0 && a->parts[i].stride % LINE == 0 &&
-                  a->parts[i].stride % (32 * LINE) != 0;  // else rows fall upon the same sets of the cache
+                  a->parts[i].stride % (32 * LINE) != 0;  // else rows map to the same cache sets
     return direct;
 }
 
-// C[rows][columns] = A B + bias, for A [rows][depth], B [depth][columns], all of them one matrix or joined of several. A turned
-// operand lies with its rows along the other dimension: A as [depth][rows], B as [columns][depth]. Of A and B, one alone is joined
-// along C, whose parts have the same sizes; both are along the depth. C is bf16 or fp32, to which the product may be added. bias:
-// [columns] fp32 or NULL. room: product_bytes of it, aligned to 64 bytes.
+// C[rows][columns] = A B + bias, for A [rows][depth] and B [depth][columns]; each can be one matrix
+// or several joined ones. A transposed (`turned`) operand is stored as A [depth][rows], B
+// [columns][depth]. If only A or only B is joined, it is joined along C, whose parts have the same
+// sizes; if both are, they are joined along the depth. C is bf16, or fp32, to which the product can
+// be added. bias: [columns] fp32 or NULL. room: workspace of product_bytes, aligned to 64 bytes.
 void product(const Part *a, i64 a_count, int a_turned, const Part *b, i64 b_count, int b_turned, const float *bias,
              const Part *c, int c_dtype, int add, i64 rows, i64 columns, i64 depth, char *room) {
     const Sizes s = sizes_of(rows, columns, depth);
@@ -308,7 +343,7 @@ void product(const Part *a, i64 a_count, int a_turned, const Part *b, i64 b_coun
                         for (i64 n = 0; n < panel.n_count; n += n_block)
                             multiply_block(&p, &panel, m, min_(m + m_block, panel.m_count), n, min_(n + n_block, panel.n_count));
                 }
-        _mm_sfence();  // what was streamed is there for whoever reads it next
+        _mm_sfence();  // makes streamed stores visible before the threads join
         _tile_release();
     }
 }

@@ -1,8 +1,23 @@
-// Products of int8 and int4 weights with many rows at a time, on the matrix unit of processors that have AMX.
+// Products of int8 and int4 weights with many rows at a time, on AMX.
 //
-// A tile of 16 rows x 32 inputs meets one of 32 inputs x 16 outputs; products of codes are whole numbers there as in
-// matrix.c, and what follows is the same arithmetic in the same order. So a row's result has the same bits here as
-// there, whatever rows are beside it.
+// Terms: block, group, chunk, code and terms as in matrix.h, tile and VNNI as in tiles.h; a panel
+// is two blocks, 16 outputs.
+//
+// Data layout: a tile of codes has 16 rows x 32 inputs (one group), a tile of weights 32 inputs x
+// 16 outputs, VNNI-interleaved in fours: row c is chunk c of both blocks. Sums are [rows][16] fp32.
+//
+// A tile of rows is multiplied by a tile of weights. Dot products of codes are exact integers, as
+// in matrix.c, and they are scaled by the same arithmetic in the same order. So a row's result is
+// bitwise identical to that of matrix.c, and independent of the other rows.
+//
+// Intrinsics, in addition to those of tiles.h
+//   _tile_dpbssd(c, a, b)              tile c += tile a x tile b, int8 inputs and int32 sums
+//   _mm512_cvtepi32_ps, _cvtph_ps      convert int32 or fp16 to fp32
+//   _mm512_fmadd_ps(a, b, c)           FMA: a * b + c in each lane
+//   _mm512_set1_*, _setzero_*          broadcast a value; zeros
+//   _mm512_srli_epi16, _and_si512      shift and mask: extract nibbles
+//   _mm512_inserti64x4, _mm256_inserti128_si256   set the upper half of a register
+//   _mm512_mask(z)_load/store          load or store under a mask
 #include "tiles.h"
 
 #ifdef HAS_TILES
@@ -10,22 +25,23 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define EVEN 0  // the tiles: products of every other group, rows, weights
+#define EVEN 0  // tile registers: products of even and odd groups, rows, weights
 #define ODD 1
 #define ROWS 2
 #define WEIGHTS 3
 #define WIDTH (UNIT_STRIP * OUTPUTS)
 #define GROUP_BYTES (GROUP * WIDTH)
-#define GROUPS_AT_ONCE 8  // 5 KB of weights spread out: they stay in the first cache for all the rows
+#define GROUPS_AT_ONCE 8  // 5 KB of unpacked weights, which stay in L1 for all rows
 #define ROWS_AT_ONCE 128
 
-// Codes of a strip as the unit wants them, and for int4 its steps and middles.
+// Codes of a panel in the layout of AMX tiles, and for int4 its scales and offsets.
 typedef struct {
     int8_t codes[GROUPS_AT_ONCE][GROUP_BYTES];
     float steps[GROUPS_AT_ONCE][WIDTH], middles[GROUPS_AT_ONCE][WIDTH];
 } __attribute__((aligned(64))) Spread;
 
-// PyTorch's products are told by this variable which instructions to do with; whoever keeps them from the unit means ours too.
+// This variable limits the instruction set of PyTorch's GEMMs (oneDNN). If it excludes AMX, these
+// kernels do not use it either.
 static int is_left_unused(void) {
     const char *most = getenv("ONEDNN_MAX_CPU_ISA");
     return most && !strstr(most, "AMX") && strcmp(most, "ALL") != 0 && strcmp(most, "DEFAULT") != 0;
@@ -34,8 +50,9 @@ static int is_left_unused(void) {
 int tiles_ready(void) {
     static int ready = -1;
     int known = __atomic_load_n(&ready, __ATOMIC_RELAXED);
-    if (known < 0) {  // the system keeps a thread's tiles only for processes that have asked for it
-        const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    if (known < 0) {  // Linux saves tile registers only for processes that have requested it
+        // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        const long request_permission = 0x1023, tile_data = 18;
         known = !is_left_unused() && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
         __atomic_store_n(&ready, known, __ATOMIC_RELAXED);
     }
@@ -53,7 +70,7 @@ void begin_tiles(void) {
 
 void end_tiles(void) { _tile_release(); }
 
-// One group: row c of its tile holds the chunks c of the strip's two blocks, side by side.
+// Unpacks one group: row c of its tile has chunk c of the panel's two blocks, next to each other.
 static void spread_group(const uint8_t *first, const uint8_t *second, int is_int4, Spread *to, i64 g) {
     __m512i *rows = (__m512i *)to->codes[g];
     const __m512i low = _mm512_set1_epi8(15);
@@ -75,7 +92,7 @@ static void spread_group(const uint8_t *first, const uint8_t *second, int is_int
     }
 }
 
-// products of the rows' codes and the weights' of one group, into the sums' tile NUMBER
+// Multiplies the codes of the rows by those of the weights for one group, into tile NUMBER.
 #define START(NUMBER, CODES, ROW_BYTES, GROUP_CODES)  \
     do {                                              \
         MEMORY_IS_READ();                             \
@@ -87,6 +104,7 @@ static void spread_group(const uint8_t *first, const uint8_t *second, int is_int
 
 typedef int32_t Products[UNIT_ROWS][WIDTH] __attribute__((aligned(64)));
 
+// sum[m] += the integer products of one group times its scales and terms
 ALWAYS_INLINE void add_scaled(const Spread *w, i64 g, int is_int4, const Products products, const float *t, i64 stride,
                               __m512 *sum) {
     __m512 step = _mm512_load_ps(w->steps[g]), middle = _mm512_load_ps(w->middles[g]);
@@ -103,7 +121,8 @@ ALWAYS_INLINE void add_scaled(const Spread *w, i64 g, int is_int4, const Product
     }
 }
 
-// sums[m] += the products of 16 rows with `count` groups of a strip. The unit is two groups ahead of the scaling.
+// sums[m] += products of 16 rows with `count` groups of a panel. AMX runs two groups ahead of the
+// scaling.
 ALWAYS_INLINE void tile_sums(const Spread *w, i64 count, int is_int4, const int8_t *codes, const float *terms,
                              i64 groups, float (*sums)[WIDTH]) {
     Products even, odd;
@@ -127,19 +146,22 @@ ALWAYS_INLINE void tile_sums(const Spread *w, i64 count, int is_int4, const int8
     for (int m = 0; m < UNIT_ROWS; m++) _mm512_store_ps(sums[m], sum[m]);
 }
 
+// out[m][outputs of the panel] = products with rows [first, first + num_rows), plus bias
 static void some_rows(const Matrix *w, i64 strip, const Rows *x, i64 first, i64 num_rows, float *out, i64 stride) {
     float sums[ROWS_AT_ONCE][WIDTH] __attribute__((aligned(64)));
     Spread spread;
     i64 groups = x->groups, is_int4 = w->format == INT4, group_bytes = is_int4 ? 160 : 256;
     i64 block_bytes = groups * group_bytes, strip_bytes = UNIT_STRIP * block_bytes;
-    i64 second = strip * UNIT_STRIP + 1 < blocks_of(w) ? block_bytes : 0;  // beyond the last block: it again
+    // after the last block, repeat it
+    i64 second = strip * UNIT_STRIP + 1 < blocks_of(w) ? block_bytes : 0;
     const uint8_t *data = (const uint8_t *)w->data + strip * strip_bytes;
     memset(sums, 0, whole_tiles(num_rows) * sizeof(*sums));
     for (i64 g = 0; g < groups; g += GROUPS_AT_ONCE) {
         i64 count = min_(GROUPS_AT_ONCE, groups - g);
         for (i64 i = 0; i < count; i++, data += group_bytes) {
             spread_group(data, data + second, is_int4, &spread, i);
-            fetch(data + strip_bytes, group_bytes), fetch(data + second + strip_bytes, group_bytes);  // the next strip's
+            // prefetch the next panel
+            fetch(data + strip_bytes, group_bytes), fetch(data + second + strip_bytes, group_bytes);
         }
         for (i64 m = 0; m < num_rows; m += UNIT_ROWS) {
             const int8_t *codes = x->codes + ((first + m) * groups + g) * GROUP;

@@ -1,7 +1,28 @@
-// The matrix unit of processors that have AMX: tiles of bf16, how they are packed, and four products that share their loads.
+// AMX tiles of bf16: packing, and a kernel of 2 x 2 tiles that shares their loads.
 //
-// A tile of A has 16 rows x 32 inputs; one of B 32 inputs x 16 columns, with pairs of inputs side by side; a tile of sums
-// 16 x 16 in fp32. A strip is 16 rows of A or 16 columns of B; strips lie in pairs, [tiles][2][tile].
+// Terms (C = A B)
+//   AMX          matrix unit of some x86 processors: 8 tile registers of 16 rows x 64 bytes
+//   tile         of A: 16 rows x 32 inputs; of B: 32 inputs x 16 columns; of sums: 16 x 16 fp32
+//   VNNI pairs   a tile of B has inputs 2 i and 2 i + 1 of a column next to each other
+//   panel        16 rows of A or 16 columns of B, along the inputs
+//   operand      A or B in memory, possibly transposed
+//   L1           the first-level data cache
+//   mask         __mmask16/32, one bit per lane; lanes without it load as zero or are not stored
+//
+// Data layout: panels are packed in pairs, [tiles][2][tile]; 32 x 32 sums are [2][2][16][16].
+//
+// Intrinsics
+//   _tile_loadconfig, _tile_release     set the tile shapes of a thread; release its tiles
+//   _tile_loadd(t, p, row)              loads tile t from p, with `row` bytes between rows
+//   _tile_stored(t, p, row)             stores tile t in the same way
+//   _tile_zero(t)                       sets a tile to zero
+//   _tile_dpbf16ps(c, a, b)             tile c += tile a x tile b, bf16 inputs and fp32 sums
+//   _mm512_unpacklo/unpackhi_epi32/64   interleave 32- or 64-bit elements of two registers
+//   _mm512_shuffle_i32x4                selects 128-bit parts of two registers
+//   _mm512_maskz_loadu_epi16            loads 16-bit elements under a mask
+//   _mm512_permutex2var_epi16           selects 16-bit elements of two registers by index
+//   _mm512_store_si512                  stores 64 aligned bytes
+//   _mm_prefetch                        prefetches a cache line
 #pragma once
 #include "matrix.h"
 
@@ -14,11 +35,12 @@
 #define DEPTH 32  // inputs of a tile
 #define TILE_SIZE (SIDE * DEPTH)
 #define TILE_BYTES 1024       // of operands and of sums
-#define PAIR (2 * TILE_SIZE)  // tiles of two strips that lie beside each other
+#define PAIR (2 * TILE_SIZE)  // two adjacent tiles, one of each panel of a pair
 #define SUMS (4 * SIDE * SIDE)  // 32 x 32 sums: tiles (0, 0), (0, 1), (1, 0), (1, 1)
-// What memory these instructions read, compilers are not told.
+// Compiler barrier: compilers do not know which memory the tile instructions read and write.
 #define MEMORY_IS_READ() __asm__ volatile("" ::: "memory")
 
+// The operand of _tile_loadconfig, in the layout that the processor defines.
 typedef struct {
     uint8_t palette, start, reserved[14];
     uint16_t row_bytes[16];
@@ -28,19 +50,20 @@ typedef struct {
 typedef struct {
     const uint16_t *data;
     i64 stride;  // elements from row to row
-    int turned;  // rows run along the other dimension than in C = A B
+    int turned;  // transposed with respect to C = A B
 } Operand;
 
-// How a pair of strips lies: packed, or where the matrix is.
+// Location of a pair of panels, packed or directly in the matrix.
 typedef struct {
     const char *first, *second;
-    i64 row, step;  // bytes from row to row of a tile, from tile to tile
+    i64 row, step;  // bytes from row to row of a tile, and from tile to tile
 } Strips;
 
 ALWAYS_INLINE Strips packed_strips(const void *tiles) {
     return (Strips){tiles, (const char *)tiles + TILE_BYTES, 64, 2 * TILE_BYTES};
 }
 
+// Configures all eight tiles as 16 rows x 64 bytes.
 static inline void begin_whole_tiles(void) {
     TileShapes shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) shapes.rows[i] = SIDE, shapes.row_bytes[i] = 64;
@@ -48,9 +71,12 @@ static inline void begin_whole_tiles(void) {
     _tile_loadconfig(&shapes);
 }
 
+// Number of panels of `size` rows or columns, rounded up to complete pairs.
 static inline i64 even_strips(i64 size) { return (size + 2 * SIDE - 1) / (2 * SIDE) * 2; }
 
-static inline void turn(__m512i r[16]) {  // 16 x 16 numbers of 32 bits
+// Transposes 16 x 16 elements of 32 bits: 2 x 2 and 4 x 4 blocks within the 128-bit parts of the
+// registers (unpack), then the parts themselves (shuffle).
+static inline void turn(__m512i r[16]) {
     __m512i t[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {
@@ -76,15 +102,17 @@ static inline void turn(__m512i r[16]) {  // 16 x 16 numbers of 32 bits
     }
 }
 
+// Mask of the first `count` of 32 lanes.
 static inline __mmask32 first_of(i64 count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
 
+// Stores 16 registers as a tile, transposed if `turned`.
 static inline void put(__m512i r[16], int turned, uint16_t *tile) {
     if (turned) turn(r);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) _mm512_store_si512(tile + i * DEPTH, r[i]);
 }
 
-// A tile of x[rows][columns]: 16 rows as they are; what is beyond the edges is zero.
+// Packs a tile from 16 rows of x[rows][columns]; beyond the edges it is zero.
 static inline void pack_rows(const uint16_t *x, i64 stride, i64 rows, i64 columns, int turned, uint16_t *tile) {
     __m512i r[16];
     __mmask32 there = first_of(columns);
@@ -93,7 +121,7 @@ static inline void pack_rows(const uint16_t *x, i64 stride, i64 rows, i64 column
     put(r, turned, tile);
 }
 
-// Two tiles beside each other: 32 rows, of which every two are laced into one.
+// Packs two adjacent tiles from 32 rows; every two rows are interleaved to VNNI pairs.
 static inline void pack_pairs(const uint16_t *x, i64 stride, i64 rows, i64 columns, int turned, uint16_t *tiles) {
     __m512i left[16], right[16], first = _mm512_set_epi16(
         47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -110,8 +138,9 @@ static inline void pack_pairs(const uint16_t *x, i64 stride, i64 rows, i64 colum
     put(right, turned, tiles + TILE_SIZE);
 }
 
-// Strips s to s + count of a matrix, `tiles` of each from input k0 on, into [count / 2][pitch][2][tile], whose first they
-// are. `laced`: its rows run along the inputs, so every two of them are laced.
+// Packs panels s to s + count of a matrix, `tiles` tiles of each from input k0 on, as the first
+// tiles of [count / 2][pitch][2][tile]. `laced`: rows run along the inputs, so every two of them
+// are interleaved to VNNI pairs.
 static inline void pack_strips(const Operand *x, i64 size, i64 depth, i64 s, i64 count, i64 k0, i64 tiles, i64 pitch, int laced,
                                uint16_t *out) {
     for (i64 t = 0; t < tiles; t++)
@@ -121,7 +150,7 @@ static inline void pack_strips(const Operand *x, i64 size, i64 depth, i64 s, i64
             if (!laced)
                 pack_rows(x->data + at * x->stride + k, x->stride, size - at, depth - k, x->turned, tile);
             else if (i % 2 == 0) {
-                // the processor sees no pattern in lines of 32 rows far from each other
+                // the hardware prefetcher detects no pattern in cache lines of 32 distant rows
                 for (i64 r = 0; r < min_(DEPTH, depth - k - DEPTH); r++)
                     _mm_prefetch((const char *)(x->data + (k + DEPTH + r) * x->stride + at), _MM_HINT_T0);
                 pack_pairs(x->data + k * x->stride + at, x->stride, depth - k, size - at, x->turned, tile);
@@ -129,6 +158,7 @@ static inline void pack_strips(const Operand *x, i64 size, i64 depth, i64 s, i64
         }
 }
 
+// Sets the four tiles of sums to zero, or loads them.
 ALWAYS_INLINE void begin_sums(int starts, const float *sums) {
     MEMORY_IS_READ();
     if (starts) {
@@ -144,6 +174,7 @@ ALWAYS_INLINE void begin_sums(int starts, const float *sums) {
     }
 }
 
+// Stores the four tiles of sums.
 ALWAYS_INLINE void end_sums(float *sums) {
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
@@ -152,7 +183,8 @@ ALWAYS_INLINE void end_sums(float *sums) {
     MEMORY_IS_READ();
 }
 
-// sums[2][2][tile of C] (+)= A's two strips times B's, over `count` tiles that are in the first cache
+// sums[2][2][tile of C] (+)= two panels of A times two of B, over `count` tiles that are in L1.
+// Four tile products share four loads.
 ALWAYS_INLINE void four_tiles(i64 count, Strips a, Strips b, int starts, float *sums) {
     begin_sums(starts, sums);
     for (i64 k = 0; k < count; k++) {

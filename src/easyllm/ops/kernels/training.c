@@ -1,11 +1,19 @@
-// Row-wise kernels of a training step: norm, gated activation, rotation, cross-entropy.
-// Each computes in fp32 and reads and writes rows of fp32 or bf16.
+// Row-wise kernels of a training step: RMS norm, SiLU gate, RoPE, cross-entropy.
+//
+// Terms
+//   row     the features of one token, or its logits
+//   width   elements of a row
+//   piece   PIECE consecutive elements, small enough for intermediate values to stay in registers
+//   SIMD    `omp simd` loops are vectorized by the compiler; no intrinsics are used here
+//
+// Data layout: matrices are row-major [rows][width] in fp32 or bf16 (dtype codes of cpu.h),
+// contiguous unless a stride is given. Every kernel computes in fp32.
 #include <omp.h>
 
 #include "cpu.h"
 
-// y = s / r * w with r = sqrt(mean(s^2) + eps) and s = x + added, which is put down as well, or x where `added` is NULL;
-// inverse[t] = 1 / r
+// y = s / r * w with r = sqrt(mean(s^2) + eps) and s = x + added, which is stored to `sum`, or
+// s = x if `added` is NULL; inverse[t] = 1 / r
 void rms_norm_forward(const float *x, const void *added, int added_dtype, float *sum, const float *w, void *y, int y_dtype,
                       float *inverse, i64 rows, i64 width, float eps) {
 #pragma omp parallel
@@ -35,8 +43,9 @@ void rms_norm_forward(const float *x, const void *added, int added_dtype, float 
     }
 }
 
-// grad_x = (g - x̂ mean(g x̂)) / r with g = grad w, x̂ = x / r, and grad_sum with it unless it is NULL; grad_added, unless NULL, is
-// the same in its dtype; grad_w = sum over rows of grad x̂ (skipped when NULL)
+// grad_x = (g - x̂ mean(g x̂)) / r + grad_sum with g = grad w and x̂ = x / r; grad_sum can be NULL.
+// grad_added, unless NULL, receives the same values in its dtype. grad_w = sum over rows of grad x̂
+// (skipped if NULL).
 void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const float *w, const float *inverse,
                        const float *grad_sum, float *grad_x, void *grad_added, int added_dtype, float *grad_w, i64 rows,
                        i64 width) {
@@ -77,7 +86,8 @@ void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const f
     free(parts);
 }
 
-// Values from `at` on, whatever rows they are of; few enough for what lies between loads and stores to stay in registers.
+// Elements processed at a time, regardless of rows; few enough for intermediate values to stay in
+// registers.
 #define PIECE 64
 
 static inline void silu_gate_piece(const void *gate, const void *up, void *out, int dtype, i64 at, i64 n) {
@@ -100,6 +110,7 @@ void silu_gate_forward(const void *gate, const void *up, void *out, int dtype, i
     silu_gate_piece(gate, up, out, dtype, size / PIECE * PIECE, size % PIECE);
 }
 
+// grad_gate and grad_up for the elements [at, at + n)
 static inline void silu_gate_backward_piece(const void *grad, const void *gate, const void *up, void *grad_gate,
                                             void *grad_up, int dtype, i64 at, i64 n) {
     float g[PIECE], a[PIECE], b[PIECE];
@@ -127,7 +138,8 @@ void silu_gate_backward(const void *grad, const void *gate, const void *up, void
     silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, dtype, size / PIECE * PIECE, size % PIECE);
 }
 
-// Rotates each pair (x_i, x_{i+half}) of each head; sign -1 turns back. cos, sin: [rows][half]
+// RoPE: rotates each pair (x_i, x_{i+half}) of each head; sign -1 is the inverse rotation.
+// cosine, sine: [rows][half]
 void rotary(const void *x, i64 x_stride, void *y, int dtype, const float *cosine, const float *sine,
             float sign, i64 rows, i64 heads, i64 half) {
     i64 width = heads * 2 * half, size = element_size(dtype);
@@ -154,7 +166,8 @@ void rotary(const void *x, i64 x_stride, void *y, int dtype, const float *cosine
     }
 }
 
-// loss[t] = logsumexp(logits[t]) - logits[t][label[t]]; with_grad turns the logits into softmax - onehot in place
+// loss[t] = logsumexp(logits[t]) - logits[t][labels[t]]; with_grad overwrites the logits with their
+// gradient, softmax - onehot.
 void cross_entropy(void *logits, i64 stride, int dtype, const i64 *labels, float *loss, i64 rows, i64 width,
                    int with_grad) {
 #pragma omp parallel
@@ -181,7 +194,7 @@ void cross_entropy(void *logits, i64 stride, int dtype, const i64 *labels, float
     }
 }
 
-// y = factor x
+// y = factor x, converted to `dtype`
 void scaled(const float *x, float factor, void *y, int dtype, i64 size) {
 #pragma omp parallel for schedule(static)
     for (i64 at = 0; at < size; at += PIECE) {

@@ -1,8 +1,19 @@
-// The optimizer's passes over all weights: AdamW in one, from the gradient as it came to the rounded copy, and the norm
-// of gradients. Built without contraction: what is fused into one rounding is written so.
+// The optimizer's passes over all weights: AdamW, from the unscaled gradient to the bf16 copy in
+// one pass, and the sum of squares of gradients (for clipping).
+//
+// Terms
+//   master         fp32 weights, which are updated; `copy` is their bf16 copy for the model
+//   mean, square   first and second moment of the gradient (m and v)
+//   code           a moment quantized to 8 bits; CODES of them share a scale
+//   dither         an offset in [0, 1) added before truncation, which makes rounding unbiased
+//   FMA            fused multiply-add, rounded once
+//
+// Data layout: all arrays are flat, with one element per weight; gradients are fp32 or bf16.
+//
+// Built with -ffp-contract=off: the compiler forms no FMA, and fmaf is called where one is wanted.
 #include "cpu.h"
 
-#define BLOCK 4096  // elements a thread takes at once
+#define BLOCK 4096  // elements that a thread processes at a time
 
 typedef struct {
     float scale;           // of the gradient
@@ -13,8 +24,10 @@ typedef struct {
     float eps, step_size;  // rate / (1 - beta1^t)
 } AdamW;
 
-// theta <- shrink theta;  m <- m + (1 - beta1)(g - m);  v <- beta2 v + (1 - beta2) g^2;
-// theta <- theta - step_size m / (sqrt(v) / correction + eps), rounded as PyTorch's kernel rounds; the result is sqrt(v)
+// Updates one weight and returns sqrt(v):
+//   theta <- shrink theta;  m <- m + (1 - beta1)(g - m);  v <- beta2 v + (1 - beta2) g^2;
+//   theta <- theta - step_size m / (sqrt(v) / correction + eps)
+// Rounding is the same as in PyTorch's kernel.
 static inline float move_weight(float *w, float *m, float *v, float g, const AdamW *s) {
     float x = g * s->scale;
     *m = __builtin_fmaf(s->beta1_rest, x - *m, *m);
@@ -24,7 +37,7 @@ static inline float move_weight(float *w, float *m, float *v, float g, const Ada
     return root;
 }
 
-// The copy, if there is one, follows the master.
+// AdamW step with fp32 moments; `copy` is NULL or receives the new weights in bf16.
 void adamw(float *restrict master, float *restrict mean, float *restrict square, const void *gradient, int dtype,
            uint16_t *copy, i64 count, const AdamW *s) {
 #pragma omp parallel
@@ -43,15 +56,16 @@ void adamw(float *restrict master, float *restrict mean, float *restrict square,
     }
 }
 
-#define CODES 256  // that share a scale
+#define CODES 256  // codes that share a scale
 
 #define MOST_MEAN 127.0f
 #define MOST_SQUARE 255.0f
 #define SMALLEST 1.17549435e-38f
 
-// One block. m = scale (q / 127) |q / 127| and v = scale (q / 255)^4 are widened and moved with the weights; their roots,
-// as shares of the largest one's, are the new codes: the whole part after the offset. roots[CODES] and moved[CODES] are
-// room to work in.
+// Updates one block. The moments m = scale (q / 127) |q / 127| and v = scale (q / 255)^4 are
+// dequantized and updated with the weights. The new codes are the square root of m and the fourth
+// root of v, relative to the largest in the block, plus the dither offset, truncated. roots[CODES]
+// and moved[CODES] are workspace.
 static inline void move_block(float *restrict w, int8_t *restrict mean, float *mean_scale, uint8_t *restrict square,
                               float *square_scale, const float *restrict offset, const float *restrict g, i64 n,
                               const AdamW *s, float *restrict roots, float *restrict moved) {
@@ -80,7 +94,8 @@ static inline void move_block(float *restrict w, int8_t *restrict mean, float *m
     *mean_scale = most, *square_scale = most_square;
 }
 
-// adamw on moments of a byte each, in blocks of CODES with a scale; offset[CODES] in [0, 1) dithers the codes
+// AdamW step with 8-bit moments in blocks of CODES, which share a scale; offset[CODES] in [0, 1)
+// dithers the codes.
 void adamw_int8(float *restrict master, int8_t *mean, float *mean_scales, uint8_t *square, float *square_scales,
                 const float *offset, const void *gradient, int dtype, uint16_t *copy, i64 count, const AdamW *s) {
 #pragma omp parallel
@@ -98,7 +113,8 @@ void adamw_int8(float *restrict master, int8_t *mean, float *mean_scales, uint8_
     }
 }
 
-// sum of squares, of blocks in fp32 and then of blocks in double in their order, whatever the number of threads
+// Sum of squares: fp32 within blocks, then double over the blocks in order, so the result does not
+// depend on the number of threads.
 double sum_of_squares(const void *x, int dtype, i64 count) {
     i64 blocks = (count + BLOCK - 1) / BLOCK;
     float *sums = floats(blocks);
