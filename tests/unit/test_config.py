@@ -283,7 +283,7 @@ BLAME = {
     ),
     "values that do not go together": (
         *(MINE, ("batch_tokens=4",), {}),
-        "FILE with batch_tokens changed: a step is measured in sequences or in tokens",
+        "FILE with batch_tokens changed: the size of a step is given in sequences or in tokens",
     ),
     "values inside that do not": (
         *(MINE + "optimizer: {kind: sgd}\n", ("optimizer.nesterov=true",), {}),
