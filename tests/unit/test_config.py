@@ -86,7 +86,7 @@ def test_an_unknown_kind_of_stage_lists_the_known_kinds():
 
 def test_a_reference_to_a_later_stage_is_refused():
     message = complaint(Recipe, recipe(a={"kind": "convert", "model": "@b"}))
-    assert message == "recipe.yaml: stage 'a' uses @b, which is no stage before it"
+    assert message == "recipe.yaml: stage 'a' uses @b, which is not an earlier stage"
 
 
 def test_every_mistake_is_listed_at_once():
