@@ -205,7 +205,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(recipe, tmp_path, 
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert "the same command goes on from there" in err
+    assert "run the same command again to resume" in err
     assert len(checkpoints(output)) == 1
     finish(start(recipe, output, "save_every=1000"))
     assert weights(output) == weights(whole)
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_other_data_is_refused(recipe, tmp_path):
     process = start(recipe, output, *words)
     _, err = process.communicate()
     assert process.returncode == 2
-    assert "was made from another data" in err
+    assert "was created with another data" in err
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_message(recipe, tmp_path):
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(recipe, tmp_path):
     newest = checkpoints(output)[-1] / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:100])
     _, err = finish(start(recipe, output, "keep_last=2"))
-    assert "damaged and passed over" in err
+    assert "damaged and was skipped" in err
     assert f"resumed at step {STEPS - 1}" in err
     assert weights(output) == weights(whole)
 

@@ -229,7 +229,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(training, tmp_path, tiny
         (("generate", tiny_folder, "x", "--dtype", "float31"), "did you mean 'float32'"),
         (("generate", tiny_folder, "x", "--draft", "smollm2"), "has another vocabulary"),
         (("pull", "smollm3"), "known names are smollm2"),
-        (("merge", tiny_folder, tmp_path, tmp_path / "o"), "holds no adapter_config.json"),
+        (("merge", tiny_folder, tmp_path, tmp_path / "o"), "contains no adapter_config.json"),
     ]
     for words, message in cases:
         done = easyllm(*words)

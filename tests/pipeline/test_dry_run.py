@@ -81,15 +81,15 @@ WRONG = {
     ),
     "a rank no matrix has": (
         lambda *_: {"adapter": {"rank": 100_000_000}},
-        "adapter.rank=100000000 is more than the rank of q_proj, 64 x 32, which is at most 32",
+        "adapter.rank=100000000 is more than the rank of q_proj (64 x 32), which is at most 32",
     ),
     "a rank the narrowest matrix has not": (
         lambda *_: {"adapter": {"rank": 33, "targets": ["down_proj"]}},
-        "of down_proj, 32 x 64, which is at most 32; lower adapter.rank",
+        "of down_proj (32 x 64), which is at most 32; lower adapter.rank",
     ),
     "a group of no parameter": (
         lambda *_: {"parameter_groups": [{"pattern": "zzz"}]},
-        "found in no trained parameter's name",
+        "matches no trained parameter",
     ),
     "rows longer than the context": (
         lambda *_: {"data": {"train": ["rows.jsonl"], "max_seq_len": 999}},

@@ -110,7 +110,7 @@ def test_a_changed_input_redoes_what_depends_on_it(recipe, whole, tmp_path):
     done = run(folder / recipe.name, output)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
-    assert f"what was trained before is now in {output / 'tune.1'}" in said
+    assert f"the previous training is now in {output / 'tune.1'}" in said
     assert (output / "tune.1" / "manifest.json").read_text() == trained
     assert (output / "tune" / "manifest.json").read_text() != trained
 

@@ -144,11 +144,11 @@ def test_weights_that_are_no_numbers_are_not_saved(files, tiny_folder, tmp_path,
         return norm
 
     monkeypatch.setattr(loop_module, "take_step", take_step)
-    with pytest.raises(Diverged, match="no number"):
+    with pytest.raises(Diverged, match="NaN or infinite"):
         train(config_of(files, tiny_folder, save_every=2), tmp_path / "run")
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000004"]
     calls.clear()
-    with pytest.raises(Diverged, match="a weight is no number after step 6"):
+    with pytest.raises(Diverged, match="a weight is NaN or infinite after step 6"):
         train(config_of(files, tiny_folder, save_every=2, max_steps=6), tmp_path / "short")
     assert not (tmp_path / "short" / "model").exists()
 
@@ -156,8 +156,8 @@ def test_weights_that_are_no_numbers_are_not_saved(files, tiny_folder, tmp_path,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keep_best": True}, "keep_best goes by evaluations"),
-        ({"early_stopping": {"patience": 1}}, "early_stopping goes by evaluations"),
+        ({"keep_best": True}, "keep_best needs evaluations"),
+        ({"early_stopping": {"patience": 1}}, "early_stopping needs evaluations"),
         ({"samples": {"prompts": [""]}}, r"samples.prompts\[0\] has 0 tokens"),
         ({"samples": {"prompts": ["word " * 600]}}, r"expected 1 to"),
     ],
@@ -174,7 +174,10 @@ def test_what_could_only_fail_later_is_refused_at_once(
 def test_evaluations_of_nothing_are_warned_of(files, tiny_folder, tmp_path, capsys):
     data = {"train": [str(files / "train.jsonl")], "max_seq_len": 128}
     train(config_of(files, tiny_folder, data=data, eval_every=2, max_steps=1), tmp_path / "run")
-    assert "nothing to evaluate on every 2 steps; set data.eval" in capsys.readouterr().err
+    assert (
+        "eval_every=2 has no effect without evaluation data; set data.eval"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_full_disk_is_told_of_in_one_sentence(tmp_path):
@@ -260,7 +263,7 @@ def test_evaluating_on_training_rows_is_warned_of(files, tiny_folder, tmp_path, 
     data |= {"max_seq_len": 128}
     train(config_of(files, tiny_folder, data=data, max_steps=1), tmp_path / "run")
     said = capsys.readouterr().err
-    assert "12 of 12 evaluation samples are training samples, too" in " ".join(said.split())
+    assert "12 of 12 evaluation samples are also training samples" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
@@ -273,7 +276,7 @@ def test_evaluating_on_training_rows_is_warned_of(files, tiny_folder, tmp_path, 
         ({"optimizer": {"betas": [0.9, 1.0]}}, "betas"),
         ({"max_steps": 0}, "max_steps=0"),
         ({"keep_best": True}, "keep_best needs evaluations"),
-        ({"batch_tokens": 100}, "give batch_size or batch_tokens"),
+        ({"batch_tokens": 100}, "set one of batch_size and batch_tokens"),
         ({"optimizer": {"kind": "adamm"}}, "did you mean 'adamw'"),
         ({"optimizer": {"learning_rate": math.inf}}, "learning_rate=inf"),
         ({"epochs": math.inf, "max_steps": 3}, "epochs=inf"),
@@ -283,7 +286,7 @@ def test_evaluating_on_training_rows_is_warned_of(files, tiny_folder, tmp_path, 
                 "data": {"kind": "labels", "train": ["-"]},
                 "samples": {"prompts": ["a"]},
             },
-            "a classifier writes no samples",
+            "a classifier generates no samples",
         ),
     ],
 )

@@ -86,7 +86,7 @@ def test_an_unknown_kind_of_stage_lists_the_known_kinds():
 
 def test_a_reference_to_a_later_stage_is_refused():
     message = complaint(Recipe, recipe(a={"kind": "convert", "model": "@b"}))
-    assert message == "recipe.yaml: stage 'a' uses @b, which is no stage before it"
+    assert message == "recipe.yaml: stage 'a' uses @b, which is not an earlier stage"
 
 
 def test_every_mistake_is_listed_at_once():
@@ -283,7 +283,7 @@ BLAME = {
     ),
     "values that do not go together": (
         *(MINE, ("batch_tokens=4",), {}),
-        "FILE with batch_tokens changed: a step is measured in sequences or in tokens",
+        "FILE with batch_tokens changed: the size of a step is given in sequences or in tokens",
     ),
     "values inside that do not": (
         *(MINE + "optimizer: {kind: sgd}\n", ("optimizer.nesterov=true",), {}),

@@ -94,7 +94,7 @@ def test_a_skipped_step_moves_no_weight():
 def test_three_in_a_row_end_the_run():
     reason, _, totals, _ = run({4: math.nan, 5: math.nan, 6: math.nan})
     assert isinstance(reason, Diverged)
-    assert "3 steps in a row, up to step 6" in str(reason)
+    assert "3 consecutive steps, up to step 6" in str(reason)
     assert totals.step == 6
 
 

@@ -121,7 +121,7 @@ def test_random_traces_equal_deepspeeds_rule(window, hysteresis, consecutive):
 def test_the_scale_stops_at_its_least_and_an_overflow_there_is_an_error():
     scaler = LossScaler(initial_scale=3.0, hysteresis=1, min_scale=2.0)
     assert trace(scaler, [True]) == [2.0]
-    with pytest.raises(ConfigError, match="overflow fp16 even at the least loss scale, 2"):
+    with pytest.raises(ConfigError, match="overflow fp16 even at the minimum loss scale, 2"):
         scaler.update(True)
 
 

@@ -625,8 +625,8 @@ def test_a_group_moves_at_its_own_rate_and_decay():
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("lm_haed", "found in no trained parameter's name; the nearest are lm_head.weight"),
-        ("layers.0.mixer.(", "no regular expression"),
+        ("lm_haed", "matches no trained parameter; the closest names are lm_head.weight"),
+        ("layers.0.mixer.(", "not a regular expression"),
     ],
 )
 def test_a_pattern_that_is_wrong_is_an_error_that_helps(pattern, words):
@@ -637,7 +637,9 @@ def test_a_pattern_that_is_wrong_is_an_error_that_helps(pattern, words):
 
 def test_a_pattern_that_earlier_ones_leave_nothing_is_an_error():
     patterns = [ParameterGroup(pattern="layers"), ParameterGroup(pattern="q_proj")]
-    with pytest.raises(ConfigError, match=r"parameter_groups\.1\.pattern.*narrower pattern first"):
+    with pytest.raises(
+        ConfigError, match=r"parameter_groups\.1\.pattern.*more specific pattern first"
+    ):
         build_groups(make_parameters(), ADAMW, patterns)
 
 

@@ -227,7 +227,7 @@ def test_a_tied_pair_that_an_adapter_parts_is_refused_where_the_model_may_not_ch
     _, tensors, keys = CASES["tied, head trained"]
     model = build()
     write(tmp_path / "a", tensors, **keys)
-    with pytest.raises(CheckpointError, match="one of two matrices that this model ties"):
+    with pytest.raises(CheckpointError, match="one of two tied matrices of this model"):
         load_adapter(model, tmp_path / "a", module_name=hf_module_name(model))
 
 
@@ -310,7 +310,7 @@ def test_of_several_ranks_that_fit_the_one_of_the_tensors_counts(tmp_path):
 )
 def test_a_module_that_was_trained_whole_and_is_missing_is_named(kept, saved, missing, tmp_path):
     write(tmp_path / "a", lora(QV[1:2]) | one(kept), modules_to_save=saved)
-    with pytest.raises(CheckpointError, match=f"{saved[-1]}.*holds no {missing}"):
+    with pytest.raises(CheckpointError, match=f"{saved[-1]}.*contains no {missing}"):
         add_adapter(build(), tmp_path / "a")
 
 
@@ -320,7 +320,7 @@ def test_a_whole_module_of_another_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"norm.weight: got \[48\], expected \[32\]"):
         add_adapter(build(), tmp_path / "a")
     write(tmp_path / "b", lora(QV) | one(["model.layers.7.input_layernorm"]))
-    with pytest.raises(CheckpointError, match=r"1 left over, such as model\.layers\.7"):
+    with pytest.raises(CheckpointError, match=r"1 unexpected, such as model\.layers\.7"):
         add_adapter(build(), tmp_path / "b")
 
 

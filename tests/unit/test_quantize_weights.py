@@ -87,7 +87,7 @@ def test_an_adapter_learns_on_a_quantized_base():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    with pytest.raises(ConfigError, match="merge it into the full model"):
+    with pytest.raises(ConfigError, match="merge it into the unquantized model"):
         merge(model)
 
 

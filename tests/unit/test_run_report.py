@@ -98,5 +98,5 @@ def test_text_of_a_run_is_shown_and_never_acts(tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(SourceError, match="name the folder of a training run"):
+    with pytest.raises(SourceError, match="give the folder of a training run"):
         write_report(tmp_path)

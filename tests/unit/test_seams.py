@@ -496,7 +496,7 @@ def test_an_adapter_goes_the_whole_way(
     # by name besides the base: each row goes its own way, or the reason is told
     held = load_model(folder, dtype="float32")
     if kind == "test_prompt":
-        with pytest.raises(ConfigError, match="virtual tokens in front of every sequence"):
+        with pytest.raises(ConfigError, match="prepends virtual tokens to every sequence"):
             add_adapter(held, saved, name="mine")
     else:
         add_adapter(held, saved, name="mine")
@@ -519,7 +519,7 @@ def test_an_adapter_goes_the_whole_way(
         with pytest.raises(ConfigError, match="cannot be merged: virtual tokens are no weights"):
             merge(model)
     elif base == "packed":
-        with pytest.raises(ConfigError, match="kept as test_float8"):
+        with pytest.raises(ConfigError, match="stored as test_float8"):
             merge(model)
     else:
         torch.testing.assert_close(merge(model).logits(IDS), adapted, atol=2e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Parameter-efficient methods: small trained additions to a frozen model."""
+"""Parameter-efficient fine-tuning (PEFT): small trainable additions to a frozen model."""
 
 from easyllm.adapters.adapter import (
     ADAPTERS,

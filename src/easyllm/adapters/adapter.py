@@ -1,13 +1,14 @@
-"""What a parameter-efficient method is: a configuration, the module in a linear's slot, and what spans the modules.
+"""The interface of a parameter-efficient method: its configuration, its per-linear module, its set.
 
-A method is one file with one call of `register_adapter`:
+A method is one file with one call to `register_adapter`:
 
     class ScaleConfig(AdapterConfig):
         kind: Literal["scale"] = "scale"
         def build(self, name, in_features, out_features): return Scale(in_features)
     register_adapter(ScaleConfig, peft_type="SCALE")
 
-From then on `adapter: {kind: scale}` trains, resumes, is saved and loaded in peft's layout, merged, planned and served.
+After that, `adapter: {kind: scale}` can be trained, resumed, saved and loaded in peft's format,
+merged, planned and served.
 """
 
 import re
@@ -31,43 +32,55 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
-"""A name with a layer's number in it."""
+"""Matches a module name that contains a layer number."""
 
 
 class Adapter(nn.Module):
-    """What fills one linear's slot.
+    """The adapter module attached to one linear layer.
 
-    `forward(x, base)` gives the layer's output [..., out] for `x: [..., in]`; `base(x)` is the layer's own product with its
-    bias, `base.weight` its weight. The adapter decides whether, and on what, the product is made.
+    `forward(x, base)` returns the layer's output [..., out] for `x: [..., in]`. `base(x)` computes
+    the layer's own output, bias included, and `base.weight` is its weight. The adapter decides
+    whether to call `base`, and on what input.
 
     Attributes:
-        keeps_input: whether `base` is called once and with `x` itself, so that layers of one input can share a product.
-        batch_invariant: whether a row's bits do not depend on other rows, in deterministic mode (`base.context`).
+        keeps_input: whether `forward` calls `base` exactly once, with `x` itself, so that layers
+            with the same input can share one fused matrix product (GEMM).
+        batch_invariant: whether each row's result is bitwise independent of the other rows of the
+            batch in deterministic mode (`base.context`).
     """
 
     keeps_input: bool = False
     batch_invariant: bool = False
 
     def forward(self, x: Tensor, base: BaseProduct) -> Tensor:
+        """Returns the adapted layer's output [..., out] for `x: [..., in]`."""
         raise NotImplementedError
 
     def reset_parameters(self, generator: Generator) -> None:
-        """Values to start from: the adapted layer gives what the base gives."""
+        """Initialises the parameters so that the adapted layer's output equals the base's."""
         raise NotImplementedError
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight [out, in] and bias [out] of a plain linear that gives the same, in fp32 like these."""
+        """Returns weight [out, in] and bias [out] of an equivalent plain linear, in fp32.
+
+        Args:
+            weight: the base weight [out, in], in fp32.
+            bias: the base bias [out], in fp32; None if the layer has no bias.
+        """
         raise NotImplementedError
 
     def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """x' and W' whose product x' W'ᵀ is this adapter's output over a base x Wᵀ: what a loss takes that never holds
-        all logits. This one merges.
+        """Returns x' [T, k] and W' [out, k] such that x' W'ᵀ is the adapted layer's output.
+
+        A fused linear cross-entropy, which never materialises all logits, takes these two factors.
+        The default implementation merges the adapter into the weight.
 
         Args:
-            x: [T, in]; weight: [out, in] of the base, in its own dtype.
+            x: [T, in].
+            weight: the base weight [out, in], in its own dtype.
 
         Raises:
-            ConfigError: the output is no such product.
+            ConfigError: the output cannot be written in this form.
         """
         try:
             merged, bias = self.merged(weight.float(), None)
@@ -75,19 +88,24 @@ class Adapter(nn.Module):
             merged, bias = weight, weight
         if bias is not None:
             raise ConfigError(
-                "the adapter of lm_head cannot be written as a weight alone, which a loss needs; leave lm_head out of its targets"
+                "the adapter of lm_head cannot be expressed as a weight alone, which the loss "
+                "requires; leave lm_head out of its targets"
             )
         return x, merged.to(weight.dtype)
 
     def cost(
         self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str
     ) -> None:
-        """Notes in the trace what `forward` runs and keeps besides the base's product. This one takes every matrix for a
-        product with all rows; a method that does something else states it.
+        """Records in the trace the FLOPs and saved activations of `forward`, the base excluded.
+
+        The default implementation assumes that all rows are multiplied by every matrix; a method
+        that computes something else overrides it.
 
         Args:
-            linear: the adapted layer, or one of several alike that share the rows.
-            x: its input; name: prefix of the names of what is kept.
+            linear: the adapted layer, or one of several identical layers that share the rows.
+            x: the layer's input.
+            rows: number of input rows.
+            name: prefix for the names of the saved tensors.
         """
         trace.keep_all(x)
         for own, parameter in self.named_parameters():
@@ -100,24 +118,29 @@ class Adapter(nn.Module):
             trace.keep(f"{name}.{own}", trace.cast_bytes(parameter.numel() * linear.copies))
 
     def file_tensors(self) -> Mapping[str, nn.Parameter]:
-        """Its parameters by what follows the linear's name in peft's file (`lora_A.weight`)."""
+        """Returns its parameters, keyed by their suffix in peft's file (`lora_A.weight`)."""
         raise NotImplementedError
 
 
 class AdapterConfig(Config):
-    """What every method is told. A method overrides `build`, or `build_model_adapter`, and what it states of itself."""
+    """Settings shared by all methods.
+
+    A method overrides `build` or `build_model_adapter`, plus the hooks below that apply to it.
+    """
 
     kind: str
     targets: tuple[str, ...] = Field(default=(ALL_LINEAR,), min_length=1)
-    """Names of linears (`q_proj`, `layers.0.mixer.q_proj`), or `all-linear` for every one inside the layers."""
+    """Names of linears (`q_proj`, `layers.0.mixer.q_proj`), or `all-linear` for all linears inside
+    the layers."""
     also_trained: tuple[str, ...] = ()
-    """Modules of the base that are trained whole and saved along (`score`, `norm`): peft's `modules_to_save`."""
+    """Base modules that are fully trained and saved with the adapter (`score`, `norm`); peft's
+    `modules_to_save`."""
 
     level: ClassVar[str] = "linear"
-    """`linear` for methods in the slots of linears, `model` for those that add virtual tokens."""
+    """`linear` for methods that adapt linear layers, `model` for those that add virtual tokens."""
 
     def adapts(self, name: str) -> bool:
-        """Whether the linear of this full name (`layers.0.mixer.q_proj`) has an adapter."""
+        """Returns whether the linear with this full name (`layers.0.mixer.q_proj`) is adapted."""
         if self.level != "linear" or self._is_whole(name):
             return False
         if ALL_LINEAR in self.targets and name.startswith("layers."):
@@ -125,68 +148,76 @@ class AdapterConfig(Config):
         return any(name == target or name.endswith(f".{target}") for target in self.targets)
 
     def _is_whole(self, name: str) -> bool:
-        """Whether a linear is trained whole, and so has no adapter (peft's rule, too)."""
+        """Returns whether a linear is fully trained and thus gets no adapter (as in peft)."""
         return any(name == whole or name.startswith(f"{whole}.") for whole in self.also_trained)
 
     def build(self, name: str, in_features: int, out_features: int) -> Adapter:
-        """The adapter of one linear, its values not set."""
+        """Builds the adapter of one linear with uninitialised parameters."""
         raise NotImplementedError
 
     def build_model_adapter(self, model: ModelConfig) -> ModelAdapter:
-        """The adapter of a whole model, its values not set."""
+        """Builds a model-level adapter with uninitialised parameters."""
         raise NotImplementedError
 
-    def unsupported_reason(self, format: str) -> str | None:  # noqa: ARG002 - for methods
-        """Why the method does not work on weights of a storage format; None if it does."""
+    def unsupported_reason(self, format: str) -> str | None:  # noqa: ARG002 - for overrides
+        """Returns why the method cannot adapt weights in a storage format; None if it can."""
         return None
 
     def merge_unsupported_reason(self) -> str | None:
-        """Why the result cannot be merged into the weights; None if it can."""
+        """Returns why the adapter cannot be merged into the weights; None if it can."""
         return None
 
     def check(self, name: str, in_features: int, out_features: int) -> None:
-        """Refuses a linear that a fresh adapter makes no sense for.
+        """Validates a new adapter's settings against one target linear.
 
         Raises:
-            ConfigError: with the linear's name.
+            ConfigError: the settings do not suit the linear, which the message names.
         """
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Refuses a configuration that names something which is not among the adapted linears.
+        """Validates the linears named in the settings against the adapted ones.
 
         Raises:
-            ConfigError: with what it names.
+            ConfigError: a named linear is not adapted; the message contains the name.
         """
 
     def differs_by_layer(self) -> bool:
-        """Whether layers of the same shape may have different adapters."""
+        """Returns whether layers of the same shape may have different adapters."""
         return any(NUMBERED.search(name) for name in (*self.targets, *self.also_trained))
 
-    def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:  # noqa: ARG002 - for methods
-        """The method's own keys of `adapter_config.json`; `modules` are the adapted linears: our names → the file's."""
+    def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:  # noqa: ARG002 - for overrides
+        """Returns the method-specific entries of `adapter_config.json`.
+
+        Args:
+            modules: the adapted linears, as a mapping from our names to the file's names.
+        """
         return {}
 
     @classmethod
     def from_peft(
         cls,
-        description: Mapping[str, Any],  # noqa: ARG003 - for methods with keys of their own
+        description: Mapping[str, Any],  # noqa: ARG003 - for overrides
         modules: Mapping[str, "FileModule"],
     ) -> Self:
-        """The configuration that describes a file's adapters, with `targets` naming exactly `modules`.
+        """Returns the configuration of an adapter file; its `targets` are exactly `modules`.
+
+        Args:
+            description: the parsed `adapter_config.json`.
+            modules: the adapted linears of the file, by our names.
 
         Raises:
-            CheckpointError: a key changes the result and is not honoured.
+            CheckpointError: a key that changes the result is not supported.
         """
         return cls(targets=tuple(modules) or (ALL_LINEAR,))  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileModule:
-    """An adapted linear as a file has it.
+    """An adapted linear as stored in a file.
 
     Attributes:
-        name: the file's, without peft's prefix (`model.layers.0.self_attn.q_proj`).
-        tensors: by what follows that name.
+        name: its name in the file, without peft's prefix (`model.layers.0.self_attn.q_proj`).
+        tensors: its tensors, keyed by the suffix after that name.
     """
 
     name: str
@@ -198,8 +229,9 @@ class AdapterKind:
     """A registered method.
 
     Attributes:
-        peft_type: of `adapter_config.json`.
-        adapter_set: the class that holds what spans its modules.
+        config: the configuration class.
+        peft_type: the `peft_type` in `adapter_config.json`.
+        adapter_set: the class that manages the modules together and their shared state.
     """
 
     config: type[AdapterConfig]
@@ -208,7 +240,7 @@ class AdapterKind:
 
 
 ADAPTERS = Kinds("adapter", default="lora")
-"""What `adapter:` of a recipe may be."""
+"""The kinds that a recipe may set under `adapter:`."""
 _KINDS: dict[str, AdapterKind] = {}
 
 
@@ -218,14 +250,15 @@ def register_adapter(
     peft_type: str,
     adapter_set: "type[AdapterSet] | None" = None,
 ) -> None:
-    """Makes a method known to recipes, training, files, plans and the engine.
+    """Registers a method for recipes, training, adapter files, plans and the engine.
 
     Args:
-        peft_type: what a file of it says; peft's name where peft has the method.
-        adapter_set: a subclass with hooks of its own, for a method with state beyond its modules.
+        config: the configuration class; its `kind` default is the name in recipes.
+        peft_type: the `peft_type` written to files; peft's own name if peft has the method.
+        adapter_set: an `AdapterSet` subclass, for a method with state beyond its modules.
 
     Raises:
-        ValueError: its kind or `peft_type` is taken.
+        ValueError: the kind or `peft_type` is already registered.
     """
     from easyllm.adapters.adapter_set import AdapterSet
 
@@ -239,29 +272,29 @@ def register_adapter(
 
 
 def unregister_adapter(kind: str) -> None:
-    """Removes a method: for tests that registered their own."""
+    """Unregisters a method; used by tests that register their own."""
     ADAPTERS.unregister(kind)
     del _KINDS[kind]
 
 
 def kind_of(config: AdapterConfig) -> AdapterKind:
-    """The registered method of a configuration."""
+    """Returns the registered method of a configuration."""
     return _KINDS[config.kind]
 
 
 def kind_of_file(peft_type: object) -> AdapterKind:
-    """The method a file names.
+    """Returns the registered method with this `peft_type`.
 
     Raises:
-        CheckpointError: it is not registered.
+        CheckpointError: no method with this `peft_type` is registered.
     """
     for kind in _KINDS.values():
         if kind.peft_type == peft_type:
             return kind
     known = ", ".join(kind.peft_type for kind in _KINDS.values())
     raise CheckpointError(
-        f"the adapter is of peft_type {peft_type!r}, which no method here reads (known are {known}); import the module that "
-        "registers it first"
+        f"the adapter has peft_type {peft_type!r}, which no registered method reads (known: "
+        f"{known}); import the module that registers it first"
     )
 
 

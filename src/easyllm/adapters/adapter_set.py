@@ -1,4 +1,4 @@
-"""An adapter as a whole: the modules in a model's slots, what of the base is trained with them, and what spans them."""
+"""All modules of one adapter, the base modules trained with them, and their shared state."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainProgress:
-    """Where a training run stands: `step` steps of `total_steps` are done.
+    """The progress of a training run.
 
-    `gradient_scale`: a parameter's gradient is `parameter.grad` times this (under fp16 losses are scaled up).
+    Attributes:
+        step: number of steps completed.
+        total_steps: number of steps of the run.
+        gradient_scale: the factor from `parameter.grad` to the true gradient (1 / loss scale, which
+            differs from 1 under fp16).
     """
 
     step: int
@@ -28,17 +32,18 @@ class TrainProgress:
 
 
 class AdapterSet:
-    """What `attach` and `load_adapter` give. A method with state beyond its modules (a budget, shared matrices) registers a
-    subclass.
+    """An attached adapter, as returned by `attach` and `load_adapter`.
+
+    A method with state beyond its modules (a rank budget, shared matrices) registers a subclass.
 
     Args:
-        config: of the method.
-        linears: the adapted linears by their full names, with their adapters.
-        model_adapter: of a method that acts on the model as a whole.
-        whole: modules of the base that are trained whole, by name.
+        config: the method's configuration.
+        linears: the adapted linears and their adapter modules, by full name.
+        model_adapter: the module of a model-level method (virtual tokens).
+        whole: base modules that are fully trained, by name.
 
     Attributes:
-        name: under which it is held besides others; empty for an adapter of every row.
+        name: the name that sequences select it by; empty for an adapter applied to every row.
     """
 
     def __init__(
@@ -54,31 +59,31 @@ class AdapterSet:
         self.linears, self.model_adapter = dict(linears), model_adapter
         self.whole = dict(whole or {})
         self.replaced: dict[str, dict[str, Tensor]] = {}
-        """Values of `whole` modules before a file's took their place."""
+        """Original values of the `whole` modules that an adapter file has overwritten."""
         self.undo: list[Callable[[], None]] = []
-        """What else gives the model back as it was before the adapter was loaded."""
+        """Further callbacks that restore the model to its state before the adapter was loaded."""
 
-    # ---- what a run asks
+    # ---- training hooks
 
     def after_backward(self, progress: TrainProgress) -> None:
-        """Called when all gradients of a step are there and finite, before the step is taken."""
+        """Called before the optimizer step, once all gradients are accumulated and finite."""
 
     def after_step(self, progress: TrainProgress) -> None:
-        """Called when a step has been taken."""
+        """Called after the optimizer step."""
 
     def loss(self) -> Tensor | None:
-        """A further term of each step's loss, in nats; None where there is none."""
+        """Returns an additional scalar term of each step's loss, in nats; None if there is none."""
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps besides the trained parameters."""
+        """Returns the tensors that a checkpoint stores in addition to the trained parameters."""
         return {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `state` gave."""
+        """Restores the tensors that `state` returned."""
 
     def trained_parameters(self, model: "Decoder") -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by their names in the model: the adapter's, then the base's."""
+        """Returns the trainable parameters by their names in the model, the adapter's first."""
         own = {id(p) for _, adapter in self.linears.values() for p in adapter.parameters()}
         if self.model_adapter is not None:
             own |= {id(p) for p in self.model_adapter.parameters()}
@@ -88,7 +93,7 @@ class AdapterSet:
         return found | {name: p for name, p in named.items() if id(p) in base - own}
 
     def whole_parameters(self) -> set[str]:
-        """Names of the base's parameters that are trained."""
+        """Returns the names of the base parameters that are trained."""
         return {
             f"{name}.{inner}"
             for name, module in self.whole.items()
@@ -98,15 +103,15 @@ class AdapterSet:
     # ---- files
 
     def own_tensors(self) -> dict[str, nn.Parameter]:
-        """Tensors of the file that belong to no linear, by their names there (`prompt_embeddings`)."""
+        """Returns the tensors that belong to no linear, by file name (`prompt_embeddings`)."""
         return {} if self.model_adapter is None else dict(self.model_adapter.named_parameters())
 
 
 def find_whole(model: "Decoder", names: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The modules of a model that are to be trained whole.
+    """Returns the named modules of a model, which are to be fully trained.
 
     Raises:
-        ConfigError: a name is none of the model's modules, or its weight is quantized.
+        ConfigError: the model has no module with this name, or its weight is quantized.
     """
     modules = dict(model.named_modules())
     packed = {name: h.storage.format for name, h in model.holders() if h.storage.format != "dense"}
@@ -115,20 +120,21 @@ def find_whole(model: "Decoder", names: tuple[str, ...]) -> dict[str, nn.Module]
         has_parameters = name in modules and any(True for _ in modules[name].parameters())
         if not has_parameters and name not in packed:
             raise ConfigError(
-                f"also_trained names {name!r}, which is no module of this model with parameters"
+                f"also_trained names {name!r}, which is not a module with parameters in this model"
                 f"{suggest(name, modules)}"
             )
         inside = [n for n in packed if n == name or n.startswith(f"{name}.")]
         if inside:
             raise ConfigError(
-                f"{inside[0]} is quantized ({packed[inside[0]]}) and cannot be trained whole; leave it out of also_trained"
+                f"{inside[0]} is quantized ({packed[inside[0]]}) and cannot be fully trained; "
+                "leave it out of also_trained"
             )
         found[name] = modules[name]
     return found
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's parameters but for those of the adapters inside it, by their names in it."""
+    """Returns a module's parameters by name, without those of adapters inside it."""
     slots = (getattr(inner, "adapter", None) for inner in module.modules())
     adapters = {id(p) for a in slots if isinstance(a, nn.Module) for p in a.parameters()}
     return {name: p for name, p in module.named_parameters() if id(p) not in adapters}
@@ -136,7 +142,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def restore_whole(adapters: AdapterSet) -> None:
-    """Gives the base's modules the values they had before a file's took their place."""
+    """Restores the base modules' values from before an adapter file overwrote them."""
     for name, values in adapters.replaced.items():
         for key, parameter in own_parameters(adapters.whole[name]).items():
             parameter.copy_(values[key])

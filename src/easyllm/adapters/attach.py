@@ -1,4 +1,4 @@
-"""Putting adapters into a model, taking them out, and merging them."""
+"""Attaching adapters to a model, detaching them, and merging them into the weights."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,15 +21,18 @@ def attach(
     seed: int = 0,
     also_trained: Iterable[str] = (),
 ) -> AdapterSet:
-    """Freezes the model and gives it a fresh adapter for every row.
+    """Freezes the model and attaches a newly initialised adapter that applies to every row.
 
     Args:
-        seed: of the adapter's first values.
-        also_trained: modules of the base to train whole, besides those `config` names.
+        model: the base model; modified in place.
+        config: the method and its settings.
+        seed: random seed of the adapter's initial values.
+        also_trained: base modules to fully train, in addition to those that `config` names.
 
     Raises:
-        ConfigError: a target names no linear of the model, the method does not work on the weights' format, a module to
-            train whole does not exist, or the model has an adapter already.
+        ConfigError: a target matches no linear of the model, the method does not support the
+            weights' storage format, a module to fully train does not exist, or the model already
+            has an adapter.
     """
     names = tuple(dict.fromkeys((*config.also_trained, *also_trained)))
     if config.level == "linear":
@@ -52,14 +55,18 @@ def place(
     name: str = "",
     generator: torch.Generator | None = None,
 ) -> AdapterSet:
-    """Puts a method's modules into a model; it is as it was where that fails.
+    """Attaches a method's modules to a model; leaves the model unchanged on failure.
 
     Args:
-        generator: of their first values, which are made on the CPU; without one they are not set.
-        name: under which the adapter is held besides others, for rows that name it; without one it is of every row.
+        model: the model; modified in place.
+        config: the method and its settings.
+        whole: base modules that are fully trained.
+        name: the name that sequences select the adapter by, so that several can be attached;
+            without one, the adapter applies to every row.
+        generator: initialises the parameters, on the CPU; without one they stay uninitialised.
 
     Raises:
-        ConfigError: as `attach`.
+        ConfigError: as for `attach`.
     """
     _check_free(model, name)
     modules = find_whole(model, whole)
@@ -68,8 +75,8 @@ def place(
     if config.level == "model":
         if name:
             raise ConfigError(
-                f"an adapter of kind {config.kind} puts virtual tokens in front of every sequence and cannot be held by "
-                "name besides others; load it alone"
+                f"an adapter of kind {config.kind} prepends virtual tokens to every sequence and "
+                "cannot be attached by name alongside others; load it alone"
             )
         built: Any = config.build_model_adapter(model.config)
         if generator is not None:
@@ -80,13 +87,13 @@ def place(
             reason = config.unsupported_reason(linear.storage.format)
             if reason is not None:
                 raise ConfigError(
-                    f"an adapter of kind {config.kind} does not work on {full_name}, which is kept as "
-                    f"{linear.storage.format}: {reason}"
+                    f"an adapter of kind {config.kind} does not work on {full_name}, which is "
+                    f"stored as {linear.storage.format}: {reason}"
                 )
             adapter = config.build(full_name, linear.in_features, linear.out_features)
             if generator is not None:
                 adapter.reset_parameters(generator)
-            adapter.train(model.training)  # a new module is in training mode: dropout would act
+            adapter.train(model.training)  # new modules start in training mode, with dropout on
             linears[full_name] = linear, adapter.to(linear.storage.device)
     adapters = kind_of(config).adapter_set(
         config, linears=linears, model_adapter=model_adapter, whole=modules, name=name
@@ -106,10 +113,10 @@ def place(
 
 
 def target_linears(model: Decoder, config: AdapterConfig) -> list[tuple[str, Linear]]:
-    """The linears that a configuration adapts, with their full names.
+    """Returns the linears that a configuration adapts, with their full names.
 
     Raises:
-        ConfigError: a target names none.
+        ConfigError: a target matches no linear.
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     for target in config.targets:
@@ -117,28 +124,28 @@ def target_linears(model: Decoder, config: AdapterConfig) -> list[tuple[str, Lin
             continue
         leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
         raise ConfigError(
-            f"adapter target {target!r} names no linear of this model{suggest(target, leaves)}; "
-            f"use {ALL_LINEAR} or some of {', '.join(leaves)}"
+            f"adapter target {target!r} matches no linear layer of this model"
+            f"{suggest(target, leaves)}; use {ALL_LINEAR} or some of {', '.join(leaves)}"
         )
     return [(name, linear) for name, linear in linears.items() if config.adapts(name)]
 
 
 def adapter_of(model: Decoder, name: str = "") -> AdapterSet:
-    """The adapter of every row, or the one held under a name.
+    """Returns the adapter attached under a name, or the unnamed one that applies to every row.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such adapter.
     """
     if name not in model.adapter_sets:
         held = ", ".join(repr(n) for n in model.adapter_sets if n) or "none"
-        what = f"no adapter {name!r}" if name else "no adapter of every row"
-        raise ConfigError(f"the model has {what} (held by name: {held})")
+        what = f"no adapter {name!r}" if name else "no unnamed adapter"
+        raise ConfigError(f"the model has {what} (named adapters: {held})")
     found: AdapterSet = model.adapter_sets[name]
     return found
 
 
 def adapter_parameters(model: Decoder) -> dict[str, nn.Parameter]:
-    """The trained parameters of every adapter by their names in the model."""
+    """Returns the trainable parameters of all adapters, by their names in the model."""
     found: dict[str, nn.Parameter] = {}
     for adapters in model.adapter_sets.values():
         found |= adapters.trained_parameters(model)
@@ -147,16 +154,21 @@ def adapter_parameters(model: Decoder) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def merge(model: Decoder, name: str = "") -> Decoder:
-    """Folds an adapter into the weights (in fp32, rounded once) and removes it.
+    """Merges an adapter into the weights (in fp32, rounded once) and removes it.
+
+    Returns:
+        The same model, modified in place.
 
     Raises:
-        ConfigError: there is none, the method cannot be merged, others are held by name, or the weights are quantized.
+        ConfigError: there is no such adapter, the method cannot be merged, other named adapters are
+            attached, or the weights are quantized.
     """
     adapters = adapter_of(model, name)
     others = [other for other in model.adapter_sets if other != name]
     if others:
         raise ConfigError(
-            f"merging {name!r} would change the base of {', '.join(map(repr, others))}; detach them first"
+            f"merging {name!r} would change the base of {', '.join(map(repr, others))}; "
+            "detach them first"
         )
     reason = adapters.config.merge_unsupported_reason()
     if reason is not None:
@@ -164,34 +176,43 @@ def merge(model: Decoder, name: str = "") -> Decoder:
     for full_name, (linear, _) in adapters.linears.items():
         if linear.storage.format != "dense":
             raise ConfigError(
-                f"an adapter cannot be merged into quantized weights ({full_name} is kept as {linear.storage.format}); "
-                "merge it into the full model, then quantize"
+                f"an adapter cannot be merged into quantized weights ({full_name} is stored as "
+                f"{linear.storage.format}); merge it into the unquantized model, then quantize"
             )
-    for full_name in list(
-        adapters.linears
-    ):  # one after the other: at any time the model gives the same
+    # one linear at a time, so that a failure midway leaves the model equivalent
+    for full_name in list(adapters.linears):
         linear, adapter = adapters.linears[full_name]
         bias = None if linear.bias is None else linear.bias.float()
         weight, merged_bias = adapter.merged(linear.weight.float(), bias)
         if merged_bias is not None and linear.bias is None:
             raise ConfigError(
-                f"an adapter of kind {adapters.config.kind} gives {full_name} a bias, for which the layer has no place; use it "
-                "without merging"
+                f"an adapter of kind {adapters.config.kind} adds a bias to {full_name}, which has "
+                "none; use the adapter without merging"
             )
         linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
         if merged_bias is not None and linear.bias is not None:
             linear.bias = nn.Parameter(merged_bias.to(linear.bias.dtype), requires_grad=False)
         _empty_slot(linear, adapters.name)
         del adapters.linears[full_name]
-    adapters.replaced.clear()  # what was trained whole stays
+    adapters.replaced.clear()  # fully trained modules keep their trained values
     adapters.undo.clear()
     _remove(model, adapters)
     return model
 
 
 def detach(model: Decoder, name: str | None = None) -> Decoder:
-    """Removes an adapter, or all of them. The base is as it was before they were loaded; modules that were trained whole in
-    this process keep what they have learned."""
+    """Removes one adapter, or all of them, without merging.
+
+    Base modules that an adapter file overwrote are restored. Base modules that were fully trained
+    in this process keep their trained values.
+
+    Args:
+        model: the model; modified in place.
+        name: the adapter to remove (empty for the unnamed one); None removes all.
+
+    Raises:
+        ConfigError: there is no adapter with this name.
+    """
     chosen = list(model.adapter_sets.values()) if name is None else [adapter_of(model, name)]
     for adapters in chosen:
         restore_whole(adapters)
@@ -213,7 +234,7 @@ def _remove(model: Decoder, adapters: AdapterSet) -> None:
 
 
 def _empty_slot(linear: Linear, name: str) -> None:
-    """Takes an adapter out of a linear; the others that a bank holds stay."""
+    """Removes an adapter from a linear; the other adapters of its bank stay."""
     if isinstance(linear.adapter, AdapterBank):
         linear.adapter.remove(name)
         if linear.adapter.names:
@@ -224,9 +245,10 @@ def _empty_slot(linear: Linear, name: str) -> None:
 def _check_free(model: Decoder, name: str) -> None:
     held: Mapping[str, Any] = model.adapter_sets
     if name in held:
-        what = f"an adapter {name!r}" if name else "an adapter of every row"
-        raise ConfigError(f"the model has {what} already; detach or merge it first")
+        what = f"an adapter {name!r}" if name else "an unnamed adapter"
+        raise ConfigError(f"the model already has {what}; detach or merge it first")
     if held and (not name or "" in held):
         raise ConfigError(
-            "an adapter of every row and adapters held by name do not go together; give each a name, or detach the others"
+            "an unnamed adapter (applied to every row) and named adapters cannot be combined; "
+            "give each a name, or detach the others"
         )

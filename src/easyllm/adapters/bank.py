@@ -1,4 +1,4 @@
-"""Several adapters in one linear's slot: each row goes through the one its sequence names (`ForwardContext.adapters`)."""
+"""Several named adapters on one linear, selected per sequence (`ForwardContext.adapters`)."""
 
 import torch
 from torch import Tensor, nn
@@ -9,31 +9,38 @@ from easyllm.nn.linear import BaseProduct
 
 
 class AdapterBank(Adapter):
-    """Adapters of one linear by name.
+    """The named adapters of one linear.
 
-    Rows are sorted by adapter; those of the base, and of adapters that do not hold this linear, get the base's product.
+    Rows are grouped by adapter. Rows without an adapter, and rows whose adapter does not target
+    this linear, get the base layer's output.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []  # any text, which names of modules are not
+        self.names: list[str] = []  # adapter names may be any text, unlike module names
         self.held = nn.ModuleList()
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Holds one more adapter."""
+        """Adds an adapter under a name."""
         self.names.append(name)
         self.held.append(adapter)
 
     def remove(self, name: str) -> None:
-        """Lets an adapter go."""
+        """Removes the adapter with this name."""
         place = self.names.index(name)
         del self.names[place], self.held[place]
 
     @property
     def batch_invariant(self) -> bool:  # type: ignore[override]
+        """Whether all adapters of the bank are batch-invariant."""
         return all(bool(adapter.batch_invariant) for adapter in self.held)
 
     def forward(self, x: Tensor, base: BaseProduct) -> Tensor:
+        """Returns the output [T, out] for `x: [T, in]`, each row with its own adapter.
+
+        Raises:
+            ConfigError: the forward context does not select an adapter per sequence.
+        """
         rows_of = None if base.context is None else base.context.adapters
         if rows_of is None:
             raise self._unnamed()
@@ -54,11 +61,16 @@ class AdapterBank(Adapter):
         return out
 
     def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Not supported by a bank, whose rows have different weights.
+
+        Raises:
+            ConfigError: always.
+        """
         raise self._unnamed()
 
     def _unnamed(self) -> ConfigError:
         return ConfigError(
-            f"the model holds the adapters {', '.join(self.names)} by name; say which one each sequence uses"
+            f"the model has named adapters ({', '.join(self.names)}); select one for each sequence"
         )
 
     def _part(self, name: str, x: Tensor, base: BaseProduct) -> Tensor:

@@ -1,9 +1,10 @@
-"""LoRA: a frozen weight plus a trained product of two thin matrices.
+"""LoRA: a frozen weight plus a trained low-rank update B A.
 
-    y = W x + s B A x,   A: [r, in] uniform,  B: [out, r] zero      (Hu et al. 2021, arXiv 2106.09685, eq. 3)
+    y = W x + s B A x,   A: [r, in] uniform,  B: [out, r] zero
+    (Hu et al. 2021, arXiv 2106.09685, eq. 3)
 
-s is α / r, or α / √r where rank-stabilised (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so the first step sees
-the base model exactly.
+The scale s is α / r, or α / √r with rank stabilisation (rsLoRA; Kalajdzievski 2023,
+arXiv 2312.03732). B is initialised to zero, so the first step sees exactly the base model.
 """
 
 import logging
@@ -33,12 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 class LoRAConfig(AdapterConfig):
-    """Rank, scale and where the adapters go.
+    """Rank, scale and targets of LoRA adapters.
 
     Attributes:
-        rank, alpha: r and α of every linear that no pattern names.
+        rank, alpha: r and α of every linear that matches no pattern.
+        dropout: dropout probability on the adapter's input in training.
         rslora: whether s = α / √r instead of α / r.
-        rank_pattern, alpha_pattern: other values by the name of a linear, whole or its end; the first that fits counts.
+        rank_pattern, alpha_pattern: per-linear overrides, keyed by the linear's full name or by
+            its trailing part; the first match applies.
     """
 
     kind: Literal["lora"] = "lora"
@@ -50,16 +53,17 @@ class LoRAConfig(AdapterConfig):
     alpha_pattern: dict[str, PositiveFloat] = Field(default={})
 
     def rank_of(self, name: str) -> int:
-        """r of the linear of this name."""
+        """Returns the rank r for the linear with this name."""
         return next((r for end, r in self.rank_pattern.items() if _ends(name, end)), self.rank)
 
     def scale_of(self, name: str) -> float:
-        """s of the linear of this name."""
+        """Returns the scale s for the linear with this name."""
         alphas = (a for end, a in self.alpha_pattern.items() if _ends(name, end))
         alpha, rank = next(alphas, self.alpha), self.rank_of(name)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def build(self, name: str, in_features: int, out_features: int) -> "LoRA":
+        """Builds the adapter of one linear with uninitialised parameters."""
         return LoRA(
             self.rank_of(name),
             self.scale_of(name),
@@ -69,30 +73,43 @@ class LoRAConfig(AdapterConfig):
         )
 
     def check(self, name: str, in_features: int, out_features: int) -> None:
+        """Checks that the adapter's rank does not exceed the rank of the linear's weight.
+
+        Raises:
+            ConfigError: the rank is too large; routers are exempt.
+        """
         rank, most = self.rank_of(name), min(in_features, out_features)
-        # the few outputs of a router come along with all-linear
+        # all-linear includes routers, which have few outputs; they are allowed
         if rank > most and not name.endswith(ROUTERS):
             leaf = name.rsplit(".", 1)[-1]
             raise ConfigError(
-                f"adapter.rank={rank} is more than the rank of {leaf}, {out_features} x {in_features}, which is at most {most}; "
-                f"lower adapter.rank, or leave {leaf} out of adapter.targets"
+                f"adapter.rank={rank} is more than the rank of {leaf} ({out_features} x "
+                f"{in_features}), which is at most {most}; lower adapter.rank, or leave {leaf} out "
+                "of adapter.targets"
             )
 
     def differs_by_layer(self) -> bool:
+        """Returns whether layers of the same shape may have different ranks, scales or targets."""
         names = (*self.rank_pattern, *self.alpha_pattern)
         return super().differs_by_layer() or any(NUMBERED.search(name) for name in names)
 
     def check_names(self, names: Sequence[str]) -> None:
+        """Checks that each key of `rank_pattern` and `alpha_pattern` matches an adapted linear.
+
+        Raises:
+            ConfigError: a key matches no adapted linear.
+        """
         for key in ("rank_pattern", "alpha_pattern"):
             for end in getattr(self, key):
                 if not any(_ends(name, end) for name in names):
                     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
                     raise ConfigError(
-                        f"adapter.{key} names {end!r}, which is no adapted linear{suggest(end, leaves)}; adapted are "
-                        f"{', '.join(leaves)}"
+                        f"adapter.{key} names {end!r}, which is not an adapted linear"
+                        f"{suggest(end, leaves)}; use one of {', '.join(leaves)}"
                     )
 
     def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:
+        """Returns the LoRA entries of `adapter_config.json`, patterns by the file's full names."""
         ranks = {theirs: self.rank_of(ours) for ours, theirs in modules.items()}
         given = [end for end in self.alpha_pattern if any(_ends(ours, end) for ours in modules)]
         alphas = {
@@ -115,6 +132,12 @@ class LoRAConfig(AdapterConfig):
 
     @classmethod
     def from_peft(cls, description: Mapping[str, Any], modules: Mapping[str, FileModule]) -> Self:
+        """Returns the configuration of a peft LoRA file, with a rank and α for each module.
+
+        Raises:
+            CheckpointError: an unsupported key changes the result, or tensors and configuration
+                disagree.
+        """
         check_keys(description, honoured=_HONOURED, neutral=_NEUTRAL)
         rank, alpha = description["r"], description["lora_alpha"]
         ranks, alphas = dict[str, int](), dict[str, float]()
@@ -122,15 +145,15 @@ class LoRAConfig(AdapterConfig):
         for ours, module in modules.items():
             if set(module.tensors) != {"lora_A.weight", "lora_B.weight"}:
                 raise CheckpointError(
-                    f"{module.name} has {', '.join(sorted(module.tensors))} in the adapter's file, expected lora_A.weight "
-                    "and lora_B.weight; copy the adapter again"
+                    f"{module.name} has {', '.join(sorted(module.tensors))} in the adapter's file, "
+                    "expected lora_A.weight and lora_B.weight; copy the adapter again"
                 )
             of_file = len(module.tensors["lora_A.weight"])
             said = matches(description.get("rank_pattern"), module.name) or [rank]
             if of_file not in said:
                 raise CheckpointError(
-                    f"{module.name} has rank {of_file} in the adapter's file and {said[0]} in its configuration; copy the "
-                    "adapter again"
+                    f"{module.name} has rank {of_file} in the adapter's file and {said[0]} in its "
+                    "configuration; copy the adapter again"
                 )
             if of_file != rank:
                 ranks[ours] = of_file
@@ -142,8 +165,9 @@ class LoRAConfig(AdapterConfig):
         if several:
             name, values = next(iter(several.items()))
             logger.warning(
-                "alpha_pattern of the adapter has several values for %s (%s) and %d more modules; the first is taken, as "
-                "peft does, but peft sorts the patterns when it saves: it may not be the one of the training",
+                "the adapter's alpha_pattern has several values for %s (%s) and %d more modules; "
+                "using the first, as peft does, but peft sorts the patterns when it saves, so it "
+                "may differ from the value used in training",
                 name,
                 ", ".join(map(str, values)),
                 len(several) - 1,
@@ -161,29 +185,33 @@ class LoRAConfig(AdapterConfig):
 
 _HONOURED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
 _NEUTRAL: dict[str, Any] = {
-    # how values started, which the file's values replace; those that change the base as well are refused
+    # initialisation, irrelevant once values are loaded; schemes that also change the base are
+    # rejected
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
     "bias": "none",
     "use_dora": False,
     "use_qalora": False,
     "lora_bias": False,
-    "fan_in_fan_out": (True, False),  # of the base's layout; the file's matrices are the same
+    "fan_in_fan_out": (True, False),  # concerns the base's layout, not the file's matrices
     "qalora_group_size": None,  # unused without use_qalora
     "megatron_core": None,
-    "runtime_config": None,  # where values are kept while computing
+    "runtime_config": None,  # where tensors are placed while computing
     "loftq_config": ({},),
-    "ensure_weight_tying": (True, False),  # the file's tensors say what is tied
-    "eva_config": None,  # how values started
+    "ensure_weight_tying": (True, False),  # tying follows from the file's tensors
+    "eva_config": None,  # initialisation
 }
-"""Keys of peft's LoRA that are read past: at these values; None stands for any."""
+"""Keys of peft's LoRA that are ignored at these values; None accepts any value."""
 
 
 class LoRA(Adapter):
-    """The adapter of one linear; A and B are fp32, their products run in the dtype of the input.
+    """The LoRA adapter of one linear.
+
+    A and B are stored in fp32; their matrix products (GEMMs) run in the input's dtype.
 
     Args:
         rank, scale: r and s.
-        dropout: share of the input's numbers that are dropped in training.
+        in_features, out_features: shape of the adapted linear.
+        dropout: dropout probability on the adapter's input in training.
     """
 
     keeps_input = True
@@ -205,13 +233,13 @@ class LoRA(Adapter):
         self.dropout = nn.Dropout(dropout) if dropout else None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """A uniform in ±1/√in (PyTorch's linear, as `peft` has it), B zero."""
+        """Initialises A uniformly in ±1/√in (as PyTorch's linear and `peft` do) and B to zero."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor, base: BaseProduct) -> Tensor:
-        """`base(x) + s · B A x` for `x: [..., in]`."""
+        """Returns `base(x) + s · B A x` [..., out] for `x: [..., in]`."""
         y = base(x)
         if self.dropout is not None:
             x = self.dropout(x)
@@ -222,10 +250,15 @@ class LoRA(Adapter):
         return torch.addmm(y, inner, up.T, alpha=self.scale)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns W + s B A [out, in] in fp32 and the unchanged bias."""
         return weight + self.delta().to(weight.device), bias
 
     def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """With dropout, which is of the adapter's input alone: [x, drop(x) Aᵀ] and [W, s B], side by side."""
+        """Returns x' and W' such that x' W'ᵀ is the adapted output.
+
+        Dropout applies to the adapter's input only, so with dropout the two factors are the
+        concatenations [x, drop(x) Aᵀ] and [W, s B] along the last axis.
+        """
         if self.dropout is None or not self.training:
             return super().loss_product(x, weight)
         inner = self.dropout(x) @ self.lora_A.to(x.dtype).T
@@ -233,13 +266,13 @@ class LoRA(Adapter):
         return torch.cat([x, inner], dim=1), torch.cat([weight, up], dim=1)
 
     def delta(self) -> Tensor:
-        """[out, in] fp32: what merging adds to the weight."""
+        """Returns s B A [out, in] in fp32, which merging adds to the weight."""
         return (self.lora_B.float() @ self.lora_A.float()) * self.scale
 
     def cost(
         self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str
     ) -> None:
-        """x Aᵀ, then Bᵀ added to the base's output; A and B are cast to the dtype of x."""
+        """Records the GEMMs x Aᵀ and (x Aᵀ) Bᵀ, and the casts of A and B to the dtype of x."""
         rank = len(self.lora_A)
         if self.dropout is not None:
             if x.grad:
@@ -256,6 +289,7 @@ class LoRA(Adapter):
         trace.product("adapters", up, 2 * up)
 
     def file_tensors(self) -> Mapping[str, nn.Parameter]:
+        """Returns A and B, keyed by their suffixes in peft's file."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
 

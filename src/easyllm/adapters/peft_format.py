@@ -1,4 +1,4 @@
-"""Adapters on disk, in the layout of `peft`: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapters on disk in peft's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
 from collections.abc import Mapping
@@ -42,16 +42,24 @@ def save_adapter(
     name: str = "",
     replace: bool = False,
 ) -> Path:
-    """Writes an adapter of the model; `load_adapter` reads it, and `peft` where it has the method.
+    """Writes an adapter of the model to a folder, readable by `load_adapter`.
+
+    `peft` can read it too if it implements the method.
 
     Args:
-        module_name: what HF calls one of our modules (`models.hf_module_name(model)`).
-        base: the base model's source, for the record.
-        name: of the adapter, where it is held by name.
+        model: the model that the adapter is attached to.
+        folder: the folder to write.
+        module_name: maps our module names to Hugging Face's (`models.hf_module_name(model)`).
+        base: the base model's source, recorded in the configuration.
+        name: the adapter's name; empty for the unnamed one.
+        replace: whether to overwrite an existing folder.
+
+    Returns:
+        `folder`.
 
     Raises:
         ConfigError: the model has no such adapter.
-        OutputError: the folder holds something, or cannot be written.
+        OutputError: the folder is not empty, or cannot be written.
     """
     adapters = adapter_of(model, name)
     modules = {ours: module_name(ours) for ours in adapters.linears}
@@ -80,11 +88,13 @@ def save_adapter(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFile:
-    """An adapter's folder, read and not yet attached.
+    """The contents of an adapter folder, not yet attached to a model.
 
     Attributes:
-        description: its `adapter_config.json`.
-        tensors: by their names without peft's prefix.
+        folder: the folder it was read from.
+        kind: the registered method.
+        description: the parsed `adapter_config.json`.
+        tensors: its tensors, by name without peft's prefix.
     """
 
     folder: Path
@@ -94,48 +104,50 @@ class AdapterFile:
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
-        """What its configuration says of modules that were trained whole (`peft_whole`)."""
+        """The fully trained modules listed in its configuration (see `peft_whole`)."""
         return tuple(self.description.get("modules_to_save") or ())
 
     def num_labels(self) -> int | None:
-        """Labels of a head that was trained whole; None where there is none."""
+        """Returns the number of labels of its classification head; None if it has no such head."""
         score = self.tensors.get("score.weight")
         return None if score is None else len(score)
 
     def has_own_head(self, model: Decoder, module_name: FileNames) -> bool:
-        """Whether the adapted model has a head of its own where the base's is tied to the embedding."""
+        """Returns whether the adapted model needs an untied head although the base's is tied."""
         return has_own_head(model, self.tensors, module_name)
 
 
 def read_adapter(folder: Path) -> AdapterFile:
-    """The adapter a folder holds.
+    """Reads the adapter stored in a folder.
 
     Raises:
-        CheckpointError: it holds none, one of a method that is not known, or damaged files.
+        CheckpointError: the folder contains no adapter, one of an unknown method, or damaged files.
     """
     folder = Path(folder)
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(
-            f"folder {str(folder)!r} holds no {CONFIG}; name the folder an adapter was saved to"
+            f"folder {str(folder)!r} contains no {CONFIG}; give the folder an adapter was saved to"
         )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); copy the adapter again") from None
     if not isinstance(description, dict):
-        raise CheckpointError(f"{path} holds no JSON object; copy the adapter again")
+        raise CheckpointError(f"{path} is not a JSON object; copy the adapter again")
     named = description.get("modules_to_save") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise CheckpointError(
-            f"{path} sets modules_to_save={named!r}, expected a list of names; copy the adapter again"
+            f"{path} sets modules_to_save={named!r}, expected a list of names; "
+            "copy the adapter again"
         )
     kind = kind_of_file(description.get("peft_type"))
     tensors, _ = read_tensors(folder / WEIGHTS)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
             raise CheckpointError(
-                f"{name} in {folder / WEIGHTS} holds NaN, infinite or whole numbers; copy the adapter again, or train it anew"
+                f"{name} in {folder / WEIGHTS} contains NaN, Inf or integers, expected finite "
+                "floating-point values; copy the adapter again, or train a new one"
             )
     short = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     return AdapterFile(folder=folder, kind=kind, description=description, tensors=short)
@@ -144,28 +156,32 @@ def read_adapter(folder: Path) -> AdapterFile:
 def load_adapter(
     model: Decoder, folder: Path | AdapterFile, *, module_name: FileNames, name: str = ""
 ) -> AdapterSet:
-    """Attaches the adapter a folder holds, frozen.
+    """Attaches the adapter stored in a folder to a model and freezes all parameters.
 
     Args:
-        folder: where it was saved, by us or by `peft`.
-        name: under which it is held besides others; without one it is of every row.
+        model: the base model; modified in place.
+        folder: the folder it was saved to, by us or by `peft`, or its contents.
+        module_name: maps our module names to Hugging Face's (`models.hf_module_name(model)`).
+        name: the name that sequences select the adapter by, so that several can be attached;
+            without one, the adapter applies to every row.
 
     Raises:
-        CheckpointError: the folder holds no adapter, one for another model, or a key that would change the result and is
-            not honoured.
-        ConfigError: the model has an adapter already, or its weights are in a format the method does not work on.
+        CheckpointError: the folder contains no adapter, one for another model, or an unsupported
+            key that would change the result.
+        ConfigError: the model already has an adapter, or the method does not support the storage
+            format of its weights.
     """
     file = folder if isinstance(folder, AdapterFile) else read_adapter(folder)
     if file.has_own_head(model, module_name):
         raise CheckpointError(
-            f"the adapter in {str(file.folder)!r} changes one of two matrices that this model ties, embedding and head; "
-            "load it with models.add_adapter, which gives the head a matrix of its own"
+            f"the adapter in {str(file.folder)!r} changes only one of two tied matrices of this "
+            "model, embedding and head; load it with models.add_adapter, which unties the head"
         )
     base = base_of_file(model, file.tensors, module_name)
     if base.replaced and name:
         raise ConfigError(
-            f"the adapter in {str(file.folder)!r} was trained with {', '.join(base.modules)} of the base, which cannot be "
-            "held by name besides others; load it alone"
+            f"the adapter in {str(file.folder)!r} was trained with {', '.join(base.modules)} of "
+            "the base and so cannot be attached by name alongside others; load it alone"
         )
     check_named(model, file.modules_to_save, base, module_name)
     config = _config(model, file, base, module_name)
@@ -191,7 +207,7 @@ def load_adapter(
 def _config(
     model: Decoder, file: AdapterFile, base: BaseOfFile, module_name: FileNames
 ) -> AdapterConfig:
-    """The configuration of the adapters in a file."""
+    """Returns the configuration of the adapter in a file."""
     linears = {
         file_name(module_name, ours): ours
         for ours, module in model.named_modules()
@@ -215,11 +231,13 @@ def _config(
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CheckpointError(
-            f"{file.folder / CONFIG} describes no adapter ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+            f"{file.folder / CONFIG} does not describe a valid adapter "
+            f"({'.'.join(map(str, first['loc']))}: {first['msg']})"
         ) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{file.folder / CONFIG} describes no adapter of kind {file.kind.peft_type} ({error})"
+            f"{file.folder / CONFIG} does not describe a valid adapter of kind "
+            f"{file.kind.peft_type} ({error})"
         ) from None
 
 
@@ -245,18 +263,18 @@ def _check_fit(
         left = left or ["nothing"]
     complaints = [
         f"{len(names)} {what}, such as {names[0]}"
-        for what, names in (("missing", missing), ("left over", left), ("of wrong shape", wrong))
+        for what, names in (("missing", missing), ("unexpected", left), ("of wrong shape", wrong))
         if names
     ]
     if complaints:
         raise CheckpointError(
-            f"the adapter in {str(file.folder)!r} does not fit the model (tensors {'; '.join(complaints)}); use the model it "
-            "was trained on"
+            f"the adapter in {str(file.folder)!r} does not fit the model (tensors "
+            f"{'; '.join(complaints)}); use the model it was trained on"
         )
 
 
 def _adapter_tensors(adapters: AdapterSet, module_name: FileNames) -> dict[str, torch.nn.Parameter]:
-    """The adapter's own tensors by the file's names without peft's prefix, as the parameters they are."""
+    """Returns the adapter's parameters, by their names in the file without peft's prefix."""
     found: dict[str, torch.nn.Parameter] = {}
     for ours, (_, adapter) in adapters.linears.items():
         stem = module_name(ours)
@@ -265,8 +283,10 @@ def _adapter_tensors(adapters: AdapterSet, module_name: FileNames) -> dict[str, 
 
 
 def _targets(model: Decoder, modules: Mapping[str, str], module_name: FileNames) -> list[str]:
-    """The ends of the adapted modules' names where they name no other module, else whole names: peft adapts every module
-    whose name ends so."""
+    """Returns peft's `target_modules`: last name parts if unambiguous, full names otherwise.
+
+    peft adapts every module whose name ends in one of them.
+    """
     every = [
         file_name(module_name, ours) or ours
         for ours, module in model.named_modules()

@@ -1,11 +1,13 @@
-"""What an adapter's file holds of its base: modules that were trained whole, and the copies that peft adds.
+"""Base tensors stored in an adapter file: fully trained modules, and copies that peft adds.
 
-The file's tensors say which modules they are; `modules_to_save` alone does not: peft takes every module whose name *ends* in
-one of its entries, in the middle of a word too (`norm` is `input_layernorm` as well), and lists entries that the model does
-not have (`classifier` and `score` for every classifier). Seen in peft 0.21.2, `utils/other.py`.
+The modules are determined from the file's tensors. `modules_to_save` alone is not enough: peft
+matches every module whose name *ends* in one of its entries, even in the middle of a word (`norm`
+also matches `input_layernorm`), and lists entries that the model does not have (`classifier` and
+`score` for every classifier). Observed in peft 0.21.2, `utils/other.py`.
 
-peft trains a copy of a module named there. Of two tied matrices, the embedding and the head, only the one that is named is
-copied, so that the adapted model has two different ones; with both named, or `ensure_weight_tying`, the file holds both.
+peft trains a copy of each module named there. If embedding and head are tied, only the named one is
+copied, so that the adapted model has two different matrices; if both are named, or with
+`ensure_weight_tying`, the file contains both.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,27 +24,27 @@ from easyllm.nn.linear import Embedding, Linear
 
 HEAD, EMBEDDING, SCORE = "lm_head", "embed_tokens", "score"
 _COPY = "base_layer."
-"""peft puts this in front of the leaf where a module has an adapter and its base weight is saved, too."""
+"""peft's prefix of the parameter name if a module has an adapter and its base weight is saved."""
 
 
 class FileNames(Protocol):
-    """What the file's layout calls our modules (`models.hf_module_name(model)`)."""
+    """Maps our module names to those of the file format (`models.hf_module_name(model)`)."""
 
     def __call__(self, module: str, /) -> str:
-        """The file's name of one of our modules."""
+        """Returns the name that one of our modules has in the file."""
 
     def transposed(self, parameter: str, /) -> bool:
-        """Whether the file keeps one of our parameters as [in, out]."""
+        """Returns whether the file stores one of our parameters transposed, as [in, out]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseTensor:
-    """A tensor of a file that is a parameter of the base.
+    """A tensor in an adapter file that is a parameter of the base model.
 
     Attributes:
-        name: the file's, without peft's prefix.
-        module, leaf: ours (`layers.0.mixer.o_proj` and `weight`).
-        transposed: whether the file keeps it as [in, out].
+        name: its name in the file, without peft's prefix.
+        module, leaf: our module and parameter names (`layers.0.mixer.o_proj` and `weight`).
+        transposed: whether the file stores it as [in, out].
     """
 
     name: str
@@ -51,17 +53,17 @@ class BaseTensor:
     transposed: bool
 
     def turned(self, tensor: Tensor) -> Tensor:
-        """From our layout to the file's, or back."""
+        """Returns the tensor converted between our layout and the file's (its own inverse)."""
         return tensor.T if self.transposed else tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseOfFile:
-    """The base's share of an adapter's file.
+    """The base model's tensors in an adapter file.
 
     Attributes:
-        replaced: tensors that take the place of the base's.
-        copies: names of those that are the base's own values, and of the head of a pair that stays tied.
+        replaced: tensors that replace the base's.
+        copies: names of tensors equal to the base's values, and of the head if it stays tied.
     """
 
     replaced: tuple[BaseTensor, ...]
@@ -69,12 +71,12 @@ class BaseOfFile:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Our names of the modules that have a tensor in `replaced`."""
+        """Our names for the modules with a tensor in `replaced`."""
         return tuple(dict.fromkeys(entry.module for entry in self.replaced))
 
 
 def base_of_file(model: Decoder, tensors: Mapping[str, Tensor], names: FileNames) -> BaseOfFile:
-    """What of the base a file's tensors hold, by their names without peft's prefix."""
+    """Returns the base tensors among a file's tensors, which are named without peft's prefix."""
     replaced, copies = list[BaseTensor](), set[str]()
     for entry in _possible(model, names):
         if entry.name not in tensors:
@@ -89,7 +91,7 @@ def base_of_file(model: Decoder, tensors: Mapping[str, Tensor], names: FileNames
 
 
 def has_own_head(model: Decoder, tensors: Mapping[str, Tensor], names: FileNames) -> bool:
-    """Whether the adapted model's head is another matrix than its embedding, although the base ties the two."""
+    """Returns whether an adapter unties the head of a model whose base ties it to the embedding."""
     head, embedding = file_name(names, HEAD), file_name(names, EMBEDDING)
     if not is_tied(model) or head is None:
         return False
@@ -102,15 +104,15 @@ def has_own_head(model: Decoder, tensors: Mapping[str, Tensor], names: FileNames
 
 
 def is_tied(model: Decoder) -> bool:
-    """Whether the embedding is the head's weight as well."""
+    """Returns whether the head's weight is tied to the embedding."""
     return model.lm_head is None and model.score is None
 
 
 def check_named(model: Decoder, saved: tuple[str, ...], base: BaseOfFile, names: FileNames) -> None:
-    """Holds `modules_to_save` against the tensors.
+    """Checks that the file contains the tensors of all modules in `modules_to_save`.
 
     Raises:
-        CheckpointError: a module that is named there, and that the model has, is missing.
+        CheckpointError: a module that is listed and exists in the model is missing from the file.
     """
     present = {entry.name for entry in base.replaced} | base.copies
     for entry in _possible(model, names):
@@ -120,18 +122,19 @@ def check_named(model: Decoder, saved: tuple[str, ...], base: BaseOfFile, names:
         ends = [end for end in saved if theirs.endswith(end)]
         if ends and not {entry.name, f"{theirs}.{_COPY}weight"} & present:
             raise CheckpointError(
-                f"the adapter was trained with {ends[0]!r} of its base (modules_to_save), and its file holds no "
-                f"{entry.name}; copy the adapter again"
+                f"the adapter was trained with {ends[0]!r} of its base (modules_to_save), but its "
+                f"file contains no {entry.name}; copy the adapter again"
             )
 
 
 def saved_tensors(
     model: Decoder, adapters: AdapterSet, names: FileNames
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """What of the base is saved with an adapter, by names without peft's prefix, and the `modules_to_save` that go with it.
+    """Returns the base tensors to save with an adapter, and the matching `modules_to_save`.
 
-    An embedding that is the head as well is saved as both: peft would leave the head as the base has it. A head of labels is
-    saved whether it was trained or not.
+    The tensors are keyed by their file names without peft's prefix. A tied embedding is saved
+    twice, also as the head, because peft would otherwise leave the head unchanged. A classification
+    head is saved whether it was trained or not.
     """
     tensors, modules = dict[str, Tensor](), set[str]()
     for whole, module in adapters.whole.items():
@@ -141,7 +144,7 @@ def saved_tensors(
             turned = value.T if names.transposed(f"{owner}.{leaf}") else value
             tensors[f"{theirs}.{leaf}"] = turned.contiguous()
             modules.add(theirs)
-    if model.score is not None:  # peft reads no adapter of a classifier without its head
+    if model.score is not None:  # peft cannot load a classifier's adapter without its head
         tensors[f"{names(SCORE)}.weight"] = model.score.weight.detach()
         modules.add(names(SCORE))
     embedding, head = file_name(names, EMBEDDING), file_name(names, HEAD)
@@ -152,7 +155,7 @@ def saved_tensors(
 
 
 def file_name(names: FileNames, ours: str) -> str | None:
-    """The file's name of a module; None where its layout has none."""
+    """Returns a module's name in the file; None if the file format has no name for it."""
     try:
         return names(ours)
     except (CheckpointError, ValueError):
@@ -160,7 +163,7 @@ def file_name(names: FileNames, ours: str) -> str | None:
 
 
 def _possible(model: Decoder, names: FileNames) -> Iterator[BaseTensor]:
-    """Every parameter of the base under the names that a file may have for it."""
+    """Yields every parameter of the base under each name that a file may use for it."""
     for ours, module in model.named_modules():
         theirs = file_name(names, ours)
         leaves = [name for name, _ in module.named_parameters(recurse=False)]
@@ -173,7 +176,7 @@ def _possible(model: Decoder, names: FileNames) -> Iterator[BaseTensor]:
 
 
 def _is_copy(model: Decoder, entry: BaseTensor, tensor: Tensor) -> bool:
-    """Whether a tensor of the file is the base's own, or what peft saved of it before it was quantized."""
+    """Returns whether a file's tensor equals the base's, or is its value before quantization."""
     module: nn.Module = model.get_submodule(entry.module)
     value = entry.turned(tensor)
     is_packed = isinstance(module, Linear | Embedding) and module.storage.format != "dense"

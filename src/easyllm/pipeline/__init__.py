@@ -1,4 +1,4 @@
-"""Whole pipelines: stages that know what they depend on, run once, and go on after an interruption."""
+"""Pipelines: stages with tracked inputs, which are skipped when up to date and can be resumed."""
 
 from easyllm.pipeline.recipe import Recipe, find_recipe, load_recipe
 from easyllm.pipeline.run import StageResult, check_recipe, plan_recipe, run_recipe

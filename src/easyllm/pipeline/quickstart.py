@@ -1,4 +1,4 @@
-"""The quickstart: its recipe, and a summary for a newcomer."""
+"""The quickstart: runs its recipe and summarises the results."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,13 @@ SHOWN_ANSWERS = 3
 
 @dataclass(frozen=True, slots=True)
 class Quickstart:
-    """What the quickstart made: the run's folder, the tuned model, the summary."""
+    """The results of the quickstart.
+
+    Attributes:
+        output: the run's folder.
+        tuned: folder of the fine-tuned model.
+        summary: the contents of `summary.json`.
+    """
 
     output: Path
     tuned: Path
@@ -24,7 +30,11 @@ class Quickstart:
 
 
 def run_quickstart(overrides: list[str]) -> Quickstart:
-    """Runs the quickstart recipe and writes `summary.json`."""
+    """Runs the quickstart recipe and writes `summary.json`.
+
+    Args:
+        overrides: changes to the recipe, as `key=value`.
+    """
     recipe = load_recipe(find_recipe(RECIPE_NAME), overrides)
     results = run_recipe(recipe)
     summary = summarise(recipe, results)
@@ -33,7 +43,7 @@ def run_quickstart(overrides: list[str]) -> Quickstart:
 
 
 def summarise(recipe: Recipe, results: dict[str, StageResult]) -> dict[str, Any]:
-    """The figures of a run: losses and recall before and after, speed, answers, where things lie."""
+    """Returns the summary of a run: losses and recall before and after, speed, answers, paths."""
     before, after = results["before"].figures, results["after"].figures
     tune = results["tune"]
     seconds = sum(result.seconds for result in results.values())
@@ -59,7 +69,7 @@ def summarise(recipe: Recipe, results: dict[str, StageResult]) -> dict[str, Any]
 
 
 def training_speed(run: Path) -> float:
-    """Tokens a second over all steps of a run's `metrics.jsonl`."""
+    """Returns the tokens per second over all steps in a run's `metrics.jsonl`."""
     steps = [line for line in read_metrics(run) if "speed/tokens_per_s" in line]
     tokens = sum(line["train/tokens"] for line in steps)
     seconds = sum(line["train/tokens"] / line["speed/tokens_per_s"] for line in steps)
@@ -76,7 +86,10 @@ def _pair(before: dict[str, Any], after: dict[str, Any], key: str) -> dict[str, 
 
 
 def _answers(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A few questions with both answers, those first that only the tuned model knows."""
+    """Returns a few questions with both models' answers.
+
+    Questions that only the tuned model answers correctly come first.
+    """
     pairs = list(zip(before, after, strict=True))
     pairs.sort(key=lambda pair: (not pair[1]["correct"], pair[0]["correct"]))
     step = max(1, sum(b["correct"] for _, b in pairs) // SHOWN_ANSWERS)

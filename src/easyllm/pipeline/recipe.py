@@ -1,7 +1,7 @@
-"""Recipes: a YAML file of named stages.
+"""Recipes: YAML files of named stages.
 
-@name             what the stage `name` made; @name/part a file or folder in it
-${stages.a.data}  the value that stands there in the recipe, overrides included
+@name             the result of the stage `name`; @name/part is a file or folder in it
+${stages.a.data}  the value at this key of the recipe, with overrides applied
 """
 
 import re
@@ -26,20 +26,26 @@ SEEDED = ("train", "corpus")
 
 
 class TokenizerStage(TokenizerConfig):
-    """Trains a tokenizer on the texts of sources."""
+    """Trains a tokenizer on the texts of data sources."""
 
     kind: Literal["tokenizer"]
     sources: dict[str, CorpusSource] = Field(min_length=1)
 
 
 class CorpusStage(CorpusParts):
-    """Builds token shards from sources."""
+    """Builds token shards from data sources."""
 
     kind: Literal["corpus"]
 
 
 class ConvertStage(Config):
-    """Rewrites a model as a Hugging Face folder."""
+    """Converts a model to a Hugging Face folder.
+
+    Attributes:
+        model: the model's source.
+        dtype: dtype of the saved weights; null keeps the model's.
+        num_kv_heads: number of KV heads after merging them by mean pooling; null keeps them.
+    """
 
     kind: Literal["convert"]
     model: str
@@ -48,7 +54,13 @@ class ConvertStage(Config):
 
 
 class EvaluateStage(Config):
-    """Loss on each data file, and recall where its rows have keys."""
+    """Computes the loss on each data file, and recall if its rows have keys.
+
+    Attributes:
+        model: the model's source.
+        data: data files by name.
+        max_tokens: maximum length of a generated answer.
+    """
 
     kind: Literal["evaluate"]
     model: str
@@ -63,7 +75,7 @@ class TrainStage(TrainConfig):
 
 
 class MergeStage(Config):
-    """Folds an adapter into its base model and saves the whole."""
+    """Merges an adapter into its base model and saves the merged model."""
 
     kind: Literal["merge"]
     model: str
@@ -77,7 +89,14 @@ Stage = Annotated[
 
 
 class Recipe(Config):
-    """A pipeline. The seed is that of every stage that draws random numbers and names none of its own."""
+    """A pipeline of stages.
+
+    Attributes:
+        name: name of the recipe.
+        output: folder for the results of all stages.
+        seed: seed of every stage that uses random numbers and sets no seed itself.
+        stages: the stages by name, in the order in which they run.
+    """
 
     name: str
     output: str
@@ -87,7 +106,7 @@ class Recipe(Config):
     @model_validator(mode="before")
     @classmethod
     def _seeded(cls, values: Any) -> Any:
-        """The recipe's seed is that of stages without one."""
+        """Applies the recipe's seed to stages that set none."""
         stages = values.get("stages") if isinstance(values, Mapping) else None
         if not isinstance(stages, Mapping):
             return values
@@ -107,7 +126,7 @@ class Recipe(Config):
             for reference in references(stage):
                 if reference not in seen:
                     raise ValueError(
-                        f"stage {name!r} uses @{reference}, which is no stage before it"
+                        f"stage {name!r} uses @{reference}, which is not an earlier stage"
                         f"{suggest(reference, seen)}"
                     )
             seen.append(name)
@@ -115,18 +134,18 @@ class Recipe(Config):
 
 
 def references(stage: Config) -> list[str]:
-    """Names of the stages whose results a stage uses, each once."""
+    """Returns the names of the stages whose results a stage uses, without duplicates."""
     found = (REFERENCE.fullmatch(text) for text in _texts(stage.model_dump()))
     return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def is_reference(value: str) -> bool:
-    """Whether a value stands for what a stage made."""
+    """Returns whether a value refers to the result of a stage."""
     return REFERENCE.fullmatch(value) is not None
 
 
 def resolve(stage: Config, products: Mapping[str, Path]) -> Config:
-    """The stage with every `@name` replaced by the path of what that stage made."""
+    """Returns the stage with every `@name` replaced by the path of that stage's result."""
 
     def path_of(match: re.Match[str]) -> str:
         product = products[match[1]]
@@ -136,10 +155,10 @@ def resolve(stage: Config, products: Mapping[str, Path]) -> Config:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by path or by the name of a shipped one.
+    """Returns the file of a recipe, given its path or the name of a built-in recipe.
 
     Raises:
-        SourceError: there is none.
+        SourceError: there is no such recipe.
     """
     path = Path(name)
     if path.is_file():
@@ -148,15 +167,20 @@ def find_recipe(name: str) -> Path:
     if path.stem in shipped and (path.name == path.stem or path.parent.name == "recipes"):
         return shipped[path.stem]
     raise SourceError(
-        f"recipe {name!r} does not exist{suggest(name, shipped)}; name a YAML file or one of {', '.join(shipped)}"
+        f"recipe {name!r} does not exist{suggest(name, shipped)}; give a YAML file or one of "
+        f"{', '.join(shipped)}"
     )
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """A pipeline recipe, its data files found, its seed handed on.
+    """Loads a pipeline recipe, with data paths resolved and the seed applied to its stages.
+
+    Args:
+        path: the recipe's file.
+        overrides: changes to the recipe, as `key=value`.
 
     Raises:
-        ConfigError: lists every mistake.
+        ConfigError: the recipe is invalid; the message lists all errors.
     """
     written = read_yaml(path)
     refuse_other_kinds(written, path, "run")
@@ -171,7 +195,15 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
 
 
 def load_train_recipe(path: Path, overrides: list[str]) -> TrainConfig:
-    """A training recipe, its data files found."""
+    """Loads a training recipe, with data paths resolved.
+
+    Args:
+        path: the recipe's file.
+        overrides: changes to the recipe, as `key=value`.
+
+    Raises:
+        ConfigError: the recipe is invalid; the message lists all errors.
+    """
     written = read_yaml(path)
     refuse_other_kinds(written, path, "train")
     values = apply_overrides(written, [*environment_overrides(TrainConfig), *overrides])
@@ -180,7 +212,10 @@ def load_train_recipe(path: Path, overrides: list[str]) -> TrainConfig:
 
 
 def place_paths(values: dict[str, Any], folder: Path) -> None:
-    """Makes the data paths of a stage absolute: from the recipe's folder if it has the file, else from here."""
+    """Makes the data paths of a stage absolute, in place.
+
+    A path is relative to the recipe's folder if it exists there, else to the working directory.
+    """
 
     def place(path: Any) -> Any:
         if isinstance(path, list | tuple):
@@ -205,7 +240,7 @@ def place_paths(values: dict[str, Any], folder: Path) -> None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested mappings and lists."""
+    """Yields every string in nested mappings and lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -217,7 +252,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _replaced(value: Any, pattern: re.Pattern[str], replace: Any) -> Any:
-    """A copy in which every text that matches is `replace(match)`."""
+    """Returns a copy in which every string that matches is replaced by `replace(match)`."""
     if isinstance(value, str):
         match = pattern.fullmatch(value)
         return replace(match) if match else value
@@ -229,16 +264,16 @@ def _replaced(value: Any, pattern: re.Pattern[str], replace: Any) -> Any:
 
 
 def _filled(value: Any, recipe: Mapping[str, Any], within: tuple[str, ...]) -> Any:
-    """A copy in which `${key.sub}` is the value that stands there.
+    """Returns a copy in which every `${key.sub}` is replaced by the recipe's value at that key.
 
     Raises:
-        ConfigError: nothing stands there, or it leads back to itself.
+        ConfigError: the key does not exist, or the references are circular.
     """
 
     def value_at(match: re.Match[str]) -> Any:
         place, here = match[1], recipe
         if place in within:
-            raise ConfigError(f"${{{place}}} leads back to itself; write the value in one place")
+            raise ConfigError(f"${{{place}}} refers to itself; write the value in one place")
         for key in place.split("."):
             if not isinstance(here, Mapping) or key not in here:
                 known = list(here) if isinstance(here, Mapping) else []

@@ -1,8 +1,8 @@
-"""Running a recipe. A stage is keyed by a hash of its configuration and its inputs.
+"""Runs a recipe. Each stage is keyed by a hash of its configuration and its inputs.
 
-runs/NAME/recipe.yaml        the recipe, resolved
+runs/NAME/recipe.yaml        the resolved recipe
 runs/NAME/STAGE/             the stage's files
-runs/NAME/stages/STAGE.json  its key and figures, written when it is done
+runs/NAME/stages/STAGE.json  its key and figures, written when it has finished
 """
 
 import itertools
@@ -48,12 +48,20 @@ from easyllm.train.data_config import CorpusDataConfig, RowsConfig
 
 PENDING = "pending.json"
 READ_BYTES = 2**26
-"""Of a source's files together at most, for them to be known by their contents."""
+"""Maximum total size of a source's files for them to be hashed by content."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """A finished stage: its folder, what others use of it, its figures, how long it took."""
+    """The result of a finished stage.
+
+    Attributes:
+        folder: the stage's folder.
+        product: the file or folder that `@name` refers to.
+        figures: the stage's results, as in its record.
+        seconds: how long the stage took.
+        skipped: whether it was up to date and did not run.
+    """
 
     folder: Path
     product: Path
@@ -63,15 +71,20 @@ class StageResult:
 
 
 def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
-    """Runs the stages in order, skipping those that are done with the same configuration and inputs.
+    """Runs the stages in order, skipping those that are up to date.
+
+    A stage is up to date if it has finished with the same configuration and inputs.
+
+    Returns:
+        The results by stage name.
 
     Raises:
-        OutputError: the output folder holds another recipe's run.
-        SourceError, DataError: a model or data file is not there.
+        OutputError: the output folder contains another recipe's run.
+        SourceError, DataError: a model or data file does not exist.
     """
     output = Path(recipe.output)
     keys = _keys(recipe)
-    claim(output, recipe)  # only now: a mistake in the inputs leaves no folder behind
+    claim(output, recipe)  # only now, so that an error in the inputs leaves no empty folder
     results: dict[str, StageResult] = {}
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         record = output / "stages" / f"{name}.json"
@@ -80,7 +93,7 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
         folder = output / name
         use = product(stage, folder)
         if done is not None and done["key"] == keys[name] and (use.exists() or not folder.exists()):
-            console().print(f"{label}: done before, skipped", markup=False)
+            console().print(f"{label}: up to date, skipped", markup=False)
             results[name] = StageResult(folder, use, done["figures"], done["seconds"], True)
             continue
         console().print(f"{label}: {stage.kind}", markup=False)
@@ -97,10 +110,14 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
 
 
 def check_recipe(recipe: Recipe) -> dict[str, RunPlan]:
-    """The plan of every training whose inputs are there before the first stage; runs nothing.
+    """Checks a recipe without running it.
+
+    Returns:
+        The plan of every training whose inputs exist before the first stage, by stage name.
 
     Raises:
-        OutputError, SourceError, DataError, ConfigError: as `run_recipe`, as far as it can be known by now.
+        OutputError, SourceError, DataError, ConfigError: as for `run_recipe`, as far as errors can
+            be detected before the first stage.
     """
     _keys(recipe)
     return {
@@ -111,19 +128,23 @@ def check_recipe(recipe: Recipe) -> dict[str, RunPlan]:
 
 
 def plan_recipe(name: str, overrides: list[str]) -> dict[str, RunPlan]:
-    """The plan of a training recipe (as `train`), or of every training of a pipeline whose inputs are there, by stage.
+    """Plans the trainings of a recipe, by stage name (`train` for a training recipe).
+
+    For a pipeline, only trainings whose inputs already exist are planned.
 
     Args:
-        name: a recipe's file, or one that is shipped.
+        name: a recipe's file, or the name of a built-in recipe.
+        overrides: changes to the recipe, as `key=value`.
 
     Raises:
-        ConfigError: there is no training in it, or none that can be planned yet; otherwise as `train.dry_run`.
+        ConfigError: the recipe has no training, or none that can be planned yet; other errors as
+            for `train.dry_run`.
     """
     path = find_recipe(name)
     command = command_of(read_yaml(path))
     if command == "data build":
         raise ConfigError(
-            f"{path} builds a corpus, which costs no training; use: easyllm data build {name} --dry-run"
+            f"{path} builds a corpus and trains nothing; use: easyllm data build {name} --dry-run"
         )
     if command != "run":
         return {"train": dry_run(load_train_recipe(path, overrides), None)}
@@ -131,13 +152,13 @@ def plan_recipe(name: str, overrides: list[str]) -> dict[str, RunPlan]:
     trainings = {name: stage for name, stage in stages.items() if isinstance(stage, TrainStage)}
     ready = {name: stage for name, stage in trainings.items() if not references(stage)}
     if not ready:
-        later = f"; {', '.join(trainings)} needs what earlier stages make" if trainings else ""
-        raise ConfigError(f"{path} holds no training that can be planned now{later}")
+        later = f"; {', '.join(trainings)} needs the results of earlier stages" if trainings else ""
+        raise ConfigError(f"{path} contains no training that can be planned yet{later}")
     return {name: dry_run(train_config(stage), None) for name, stage in ready.items()}
 
 
 def _keys(recipe: Recipe) -> dict[str, str]:
-    """The key of every stage, where the output is free and all inputs are there."""
+    """Returns the key of every stage; checks the output folder and that all inputs exist."""
     check_free(Path(recipe.output), recipe)
     keys: dict[str, str] = {}
     for name, stage in recipe.stages.items():
@@ -146,16 +167,16 @@ def _keys(recipe: Recipe) -> dict[str, str]:
 
 
 def _key(stage: Config, keys: dict[str, str]) -> str:
-    """Hash of a stage's configuration, its inputs and the keys of the stages it uses."""
+    """Returns a hash of a stage's configuration, its inputs and the keys of the stages it uses."""
     inputs = {name: keys[name] for name in references(stage)} | _inputs(stage)
     return hash_value({"config": stage.model_dump(mode="json"), "inputs": inputs})
 
 
 def _inputs(stage: Config) -> dict[str, str]:
-    """Hashes of what a stage reads besides the results of others.
+    """Returns hashes of a stage's inputs, other than the results of other stages.
 
     Raises:
-        SourceError, DataError: something is not there.
+        SourceError, DataError: an input does not exist.
     """
     match stage:
         case TokenizerStage():
@@ -175,7 +196,7 @@ def _inputs(stage: Config) -> dict[str, str]:
 
 
 def _data_files(data: Data) -> list[str]:
-    """Files of rows; of token shards the manifest, which holds the hashes of all of them."""
+    """Returns the data files; for token shards the manifest, which has the hashes of all shards."""
     if isinstance(data, RowsConfig):
         return [*data.train, *data.eval]
     assert isinstance(data, CorpusDataConfig), "data are rows or a corpus"
@@ -192,13 +213,13 @@ def _model(source: str) -> str:
 
 
 def _tokenizer(source: str) -> str:
-    """Of a folder the tokenizer alone: weights beside it do not matter."""
+    """Returns the tokenizer file of a folder, since weights next to it do not matter."""
     alone = tokenizer_file(Path(source))
     return str(alone) if alone is not None else _model(source)
 
 
 def _hashes(*paths: str) -> dict[str, str]:
-    """Hashes of contents; references are left out."""
+    """Returns hashes of the contents of paths, without references."""
     found = {}
     for path in paths:
         if is_reference(path):
@@ -210,7 +231,11 @@ def _hashes(*paths: str) -> dict[str, str]:
 
 
 def _stamps(sources: Mapping[str, SourceConfig]) -> dict[str, str]:
-    """Hashes of sources' files: of their contents, or of sizes and times where a source is too large to read for this."""
+    """Returns a hash of each source's files.
+
+    The hash covers the files' contents, or their sizes and modification times if a source is too
+    large to read for this purpose.
+    """
     found = {}
     for name, source in sources.items():
         stats = [(file, file.stat()) for file in source_files(source)]
@@ -224,8 +249,11 @@ def _stamps(sources: Mapping[str, SourceConfig]) -> dict[str, str]:
 def _prepare(
     stage: Config, folder: Path, record: Path, key: str, done: dict[str, Any] | None
 ) -> None:
-    """Keeps a half-done folder of the same key (the stage goes on in it); removes one of another key, but for a finished
-    training, which is put aside."""
+    """Prepares the folder of a stage that is about to run.
+
+    A partial result with the same key is kept, so that the stage resumes. One with another key is
+    removed, except for a finished training, which is renamed.
+    """
     pending = record.parent / PENDING
     same = _read_record(pending) == {"stage": record.stem, "key": key}
     if folder.exists() and not (same and done is None):
@@ -233,7 +261,7 @@ def _prepare(
             aside = _free_name(folder)
             folder.rename(aside)
             console().print(
-                f"its inputs or settings have changed: what was trained before is now in {aside}",
+                f"its inputs or settings have changed: the previous training is now in {aside}",
                 markup=False,
                 soft_wrap=True,
             )
@@ -244,7 +272,7 @@ def _prepare(
 
 
 def _free_name(folder: Path) -> Path:
-    """NAME.1, or the first number that is free."""
+    """Returns NAME.1, or the same with the first unused number."""
     names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
     return next(name for name in names if not name.exists())
 

@@ -1,4 +1,4 @@
-"""What each kind of stage does: a configuration and a folder in, results out."""
+"""The implementation of each kind of stage, from its configuration to its results in a folder."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -43,13 +43,21 @@ SHARDS = "shards"
 
 
 def run_stage(stage: Config, folder: Path) -> dict[str, Any]:
-    """Runs a stage whose references are resolved; its files go to `folder`, its figures are returned."""
+    """Runs a stage whose references are resolved.
+
+    Args:
+        stage: the stage's configuration.
+        folder: the folder for the stage's files.
+
+    Returns:
+        The stage's figures, for its record.
+    """
     runner: Callable[[Any, Path], dict[str, Any]] = _RUNNERS[type(stage)]
     return runner(stage, folder)
 
 
 def product(stage: Config, folder: Path) -> Path:
-    """What `@name` stands for: the file or folder a finished stage is used by."""
+    """Returns the file or folder that `@name` refers to."""
     match stage:
         case TrainStage():
             return folder / (ADAPTER if stage.adapter is not None else MODEL)
@@ -66,11 +74,17 @@ def convert_model(
     num_kv_heads: int | None = None,
     context: ContextConfig | None = None,
 ) -> Path:
-    """Rewrites a model as a Hugging Face folder with its tokenizer and a manifest.
+    """Converts a model to a Hugging Face folder with its tokenizer and a manifest.
 
     Args:
-        num_kv_heads: pools the key-value heads to so many.
-        context: writes positions that reach further.
+        source: the model's source.
+        folder: the folder to write.
+        dtype: dtype of the saved weights; None keeps the model's.
+        num_kv_heads: merges the KV heads by mean pooling to this number.
+        context: extends the context length (RoPE scaling).
+
+    Returns:
+        The path of the folder.
     """
     model, tokenizer = load_model(source, dtype=dtype, context=context), load_tokenizer(source)
     if num_kv_heads is not None:
@@ -90,7 +104,16 @@ def convert_model(
 
 
 def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
-    """Folds an adapter into its base in fp32 and saves the whole as a Hugging Face folder."""
+    """Merges an adapter into its base in fp32 and saves the model as a Hugging Face folder.
+
+    Args:
+        source: the base model's source.
+        adapter: the adapter's folder.
+        folder: the folder to write.
+
+    Returns:
+        The path of the folder.
+    """
     model = load_model(source, dtype="float32", adapter=adapter)
     merge(model)
     manifest = Manifest.create(
@@ -104,10 +127,10 @@ def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """The files a source names.
+    """Returns the files of a data source.
 
     Raises:
-        SourceError: a path matches nothing, or its format is unknown.
+        SourceError: a path matches no file, or its format is unknown.
     """
     format = None if source.format == "auto" else source.format
     return [Path(file.path) for file in find_files(source.paths, format)]
@@ -135,7 +158,7 @@ def _tokenizer(stage: TokenizerStage, folder: Path) -> dict[str, Any]:
 
 
 def _counted_texts(stage: TokenizerStage, counts: Counter[str]) -> Iterator[str]:
-    """The texts of all sources, cleaned where one asks for it."""
+    """Yields the texts of all sources, cleaned if the source is configured so, and counts them."""
     for name, source in stage.sources.items():
         cleaner = None if source.clean is None else Cleaner(source.clean)
         for split in list_splits(name, source):
@@ -171,13 +194,14 @@ def _evaluate(stage: EvaluateStage, _folder: Path) -> dict[str, Any]:
 
 
 def _train(stage: TrainStage, folder: Path) -> dict[str, Any]:
-    if (folder / MANIFEST_FILE).is_file():  # finished, and interrupted before that was noted
+    # the training finished, but was interrupted before its record was written
+    if (folder / MANIFEST_FILE).is_file():
         return Manifest.read(folder / MANIFEST_FILE).results
     return train(train_config(stage), folder).figures
 
 
 def train_config(stage: TrainStage) -> TrainConfig:
-    """A stage's configuration as that of a training alone."""
+    """Returns a stage's configuration as that of a stand-alone training."""
     return TrainConfig.model_validate(stage.model_dump(exclude={"kind"}))
 
 

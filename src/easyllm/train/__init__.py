@@ -1,4 +1,4 @@
-"""One loop, many objectives."""
+"""Training: one training loop for all objectives."""
 
 from easyllm.train.config import TrainConfig
 from easyllm.train.preflight import RunPlan

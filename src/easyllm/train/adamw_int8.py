@@ -1,13 +1,18 @@
-"""AdamW whose moments take a byte each: codes in blocks of 256 with one fp32 scale (Dettmers et al. 2021, arXiv 2110.02861).
+"""8-bit AdamW: moments quantized to one byte, in blocks of 256 with one fp32 scale per block.
+
+See Dettmers et al. 2021, arXiv 2110.02861.
 
     m = s · sign(q) (q / 127)²,  q in −127..127          v = s · (q / 255)⁴,  q in 1..255
 
-Like the paper's dynamic code, powers give small values small steps: a code's relative step is 2/q and 4/q. Where we
-differ: the codes are computed, not looked up; v never falls to 0, where the update would be m / ε; and rounding is
-dithered. To the nearest, an average that moves by 0.1% a step never leaves a code 1.6% wide: v then stays where it
-first was (on a quadratic whose noise falls midway its median was 0.58 of the right one after 1000 steps; now it is
-1.00). So a code is ⌊x + u⌋ with u = frac(φ₁ i + φ₂ t) for element i of a block at step t: over the steps u is even in
-[0, 1), the code is right on average, and there is no random state to keep.
+As with the paper's dynamic data type, the powers give small values a fine resolution: the relative
+spacing of codes is 2/q for m and 4/q for v. Three things differ from the paper. Codes are computed
+rather than looked up. v is never quantized to 0, for which the update would be m / ε. Rounding is
+dithered: with rounding to nearest, a moving average that changes by 0.1% per step never leaves a
+code that is 1.6% wide, so v stays at its first value (on a quadratic whose noise drops midway, the
+median of v was 0.58 of the exact value after 1000 steps; with dithering it is 1.00).
+
+A code is therefore ⌊x + u⌋ with u = frac(φ₁ i + φ₂ t) for element i of a block at step t. Over the
+steps, u is uniform in [0, 1), so the codes are unbiased on average, without any RNG state.
 """
 
 import ctypes
@@ -23,20 +28,26 @@ from easyllm.train.update_rules import AdamW, State, WeightUpdate
 
 BLOCK = 256
 SMALLEST = 4096
-"""A tensor of fewer elements keeps fp32 moments: there is nothing to save, and norms and biases are sensitive."""
+"""Smaller tensors keep fp32 moments: little memory is saved, and norms and biases are sensitive."""
 BELOW_ONE = 1 - 2**-24
-"""The largest fp32 number below 1, to which fp64 fractions may round up."""
+"""The largest fp32 number below 1; clamps fp64 fractions that would round up to 1."""
 PER_ELEMENT, PER_STEP = 0.5698402909980532, 0.7548776662466927
-"""φ₁ and φ₂: 1/ρ² and 1/ρ for ρ³ = ρ + 1, whose multiples fill the unit square evenly (Roberts 2018, sequence R2)."""
+"""φ₁ and φ₂: 1/ρ² and 1/ρ for ρ³ = ρ + 1, whose multiples fill the unit square evenly
+(Roberts 2018, sequence R2)."""
 
 
 class AdamWInt8:
-    """The rule: as `AdamW`, on moments widened a piece at a time."""
+    """AdamW update rule with int8 moments, which are dequantized piece by piece.
+
+    Args:
+        config: AdamW's hyperparameters.
+    """
 
     def __init__(self, config: AdamWConfig) -> None:
         self.adamw = AdamW(config)
 
     def new_state(self, master: Tensor) -> State:
+        """Returns zero moments: int8 codes [n] and fp32 scales [⌈n/256⌉], fp32 if small."""
         if master.numel() < SMALLEST:
             return self.adamw.new_state(master)
         count, device = master.numel(), master.device
@@ -50,6 +61,7 @@ class AdamWInt8:
         }
 
     def update(self, weight: WeightUpdate, state: State) -> None:
+        """Applies one AdamW step to the master weight, its copy and the moments, in place."""
         if weight.master.numel() < SMALLEST:
             self.adamw.update(weight, state)
             return
@@ -82,7 +94,7 @@ class AdamWInt8:
     def _in_one_pass(
         self, kernels: ctypes.CDLL, weight: WeightUpdate, state: State, offset: Tensor
     ) -> None:
-        """The same block by block in C, with the same bits."""
+        """Performs the same update block by block in C, with bitwise identical results."""
         gradient = weight.gradient.contiguous()
         moments = ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales")
         kernels.adamw_int8(
@@ -98,14 +110,18 @@ class AdamWInt8:
 
 
 def dither(step: Tensor) -> Tensor:
-    """[256] in [0, 1): what is added to the elements of a block before their codes are cut to whole numbers."""
-    # fp32 would leave no fraction of a large step
+    """Returns the dither [256] in [0, 1), fp32, that is added to a block's codes before flooring.
+
+    Args:
+        step: the step, counted from 1, as a scalar tensor.
+    """
+    # for large steps, fp32 would have no fractional bits left
     elements = torch.arange(BLOCK, device=step.device, dtype=torch.float64)
     return (elements * PER_ELEMENT + step.double() * PER_STEP).frac_().float().clamp_(max=BELOW_ONE)
 
 
 def quantize_signed(values: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """`values: [n]` fp32 as int8 codes [n] and scales [⌈n/256⌉]."""
+    """Quantizes `values: [n]` fp32 to int8 codes [n] and scales [⌈n/256⌉]."""
     blocks = _blocks(values)
     sizes = blocks.abs()
     scales = sizes.amax(1)
@@ -114,13 +130,13 @@ def quantize_signed(values: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_signed(codes: Tensor, scales: Tensor) -> Tensor:
-    """[n] fp32 from int8 codes [n] and scales [⌈n/256⌉]."""
+    """Dequantizes int8 codes [n] with scales [⌈n/256⌉] to fp32 [n]."""
     whole = _blocks(codes.float())
     return whole.mul_(whole.abs()).mul_((scales * 127**-2)[:, None]).view(-1)[: len(codes)]
 
 
 def quantize_positive(values: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """`values: [n]` fp32, none negative, as uint8 codes [n] and scales [⌈n/256⌉]."""
+    """Quantizes non-negative `values: [n]` fp32 to uint8 codes [n] and scales [⌈n/256⌉]."""
     blocks = _blocks(values)
     scales = blocks.amax(1)
     codes = _codes(blocks.sqrt().sqrt_(), 255 / _divisor(scales).sqrt().sqrt_(), offset)
@@ -128,22 +144,22 @@ def quantize_positive(values: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_positive(codes: Tensor, scales: Tensor) -> Tensor:
-    """[n] fp32 from uint8 codes [n] and scales [⌈n/256⌉]."""
+    """Dequantizes uint8 codes [n] with scales [⌈n/256⌉] to fp32 [n]."""
     whole = _blocks(codes.float())
     return whole.square_().square_().mul_((scales * 255**-4)[:, None]).view(-1)[: len(codes)]
 
 
 def _codes(roots: Tensor, per_root: Tensor, offset: Tensor) -> Tensor:
-    """⌊share of the largest root, in codes, + offset⌋."""
+    """Returns ⌊roots · per_root + offset⌋, in place."""
     return roots.mul_(per_root).add_(offset).floor_()
 
 
 def _blocks(values: Tensor) -> Tensor:
-    """[⌈n/256⌉, 256], the last one filled up with zeros."""
+    """Returns the values as blocks [⌈n/256⌉, 256], the last one padded with zeros."""
     missing = -len(values) % BLOCK
     return (F.pad(values, (0, missing)) if missing else values).view(-1, BLOCK)
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """[blocks, 1]: the scales, but never 0."""
+    """Returns the scales as [blocks, 1], clamped above 0 for division."""
     return scales.clamp_min(torch.finfo(scales.dtype).tiny)[:, None]

@@ -1,4 +1,4 @@
-"""What a training run is told."""
+"""The configuration of a training run."""
 
 from typing import Annotated, Literal
 
@@ -47,7 +47,7 @@ AnyAdapter = Annotated[AdapterConfig, ADAPTERS]
 
 
 def _whole(number: float) -> int | float:
-    """3, not 3.0, in records and messages."""
+    """Converts 3.0 to 3 for records and messages."""
     return int(number) if number == int(number) else number
 
 
@@ -65,14 +65,19 @@ Model = Annotated[
 
 
 class EarlyStoppingConfig(Config):
-    """Ends a run whose evaluation loss has not fallen by `min_delta` nats for `patience` evaluations."""
+    """Stops a run whose evaluation loss has stopped improving.
+
+    Attributes:
+        patience: number of consecutive evaluations without improvement before the run stops.
+        min_delta: minimum decrease of the loss, in nats, that counts as an improvement.
+    """
 
     patience: PositiveInt = 3
     min_delta: NonNegativeFloat = 0.0
 
 
 class SamplesConfig(Config):
-    """Generations to look at, every `eval_every` steps."""
+    """Sample completions that are generated every `eval_every` steps, for inspection."""
 
     prompts: Paths
     max_tokens: PositiveInt = 48
@@ -80,25 +85,46 @@ class SamplesConfig(Config):
 
 
 class TrainConfig(Config):
-    """A training run. Without an adapter, every weight is trained.
+    """A training run. Without an adapter, all weights are trained.
 
     Attributes:
-        model: a model's source, or a fresh model to build.
-        prompt_mask: `prefix` trains a prefix language model: a prompt's tokens see one another; by default as the model
-            has it.
-        batch_size: sequences (rows of a corpus) in an optimizer step; null where `batch_tokens` says how large a step is.
-        batch_tokens: tokens in a step, at least.
-        micro_batch_tokens: most packed tokens in one forward pass; a step takes as many passes as it needs.
-        precision: `bf16` keeps fp32 masters and computes in bf16 · `bf16_autocast` keeps fp32 weights and lets
-            PyTorch choose · `fp16` scales the loss · `auto` is bf16 where the machine is fast at it.
-        dropout: of the outputs of mixers and feed-forwards, in training.
-        checkpoint_activations: `full` keeps one activation a layer and computes the rest again; `selective` does so for
-            the feed-forwards alone.
-        compile: `torch.compile` of every layer's feed-forward; the time it takes is shown.
-        save_every: steps between checkpoints; 0 saves none before the end.
-        keep_last, keep_best: how many of the newest checkpoints stay, and whether the one with the lowest evaluation loss.
-        eval_every: steps between evaluations; 0 evaluates at the end only.
-        spike_factor: a loss above so many times the running mean is marked with its batch's ids.
+        model: the source of a pretrained model, or the description of a new model to build.
+        data: the training and evaluation data.
+        objective: the loss to minimise.
+        adapter: the parameter-efficient method; null trains all weights.
+        prompt_mask: `prefix` trains a prefix language model, in which a prompt's tokens attend to
+            one another bidirectionally; null keeps the model's own setting.
+        optimizer: the optimizer and its hyperparameters.
+        parameter_groups: parameters with their own learning rate or weight decay.
+        schedule: the learning-rate schedule.
+        batch_size: sequences (rows of a corpus) per optimizer step; null if `batch_tokens` is set.
+        batch_tokens: minimum number of tokens per optimizer step.
+        micro_batch_tokens: maximum number of packed tokens per forward pass; a step accumulates
+            gradients over as many micro-batches as it needs.
+        epochs: number of passes over the data; may be fractional.
+        max_steps, max_tokens: upper bounds on optimizer steps and training tokens.
+        clip_norm: maximum global gradient norm; null disables gradient clipping.
+        dropout: dropout probability on the outputs of mixers and feed-forward blocks in training.
+        precision: `bf16` keeps fp32 master weights and computes in bf16 · `bf16_autocast` keeps
+            fp32 weights and uses PyTorch's autocast · `fp16` uses loss scaling · `auto` is bf16
+            on hardware with fast bf16, else fp32.
+        checkpoint_activations: gradient checkpointing. `full` stores one activation per layer and
+            recomputes the rest; `selective` does so for the feed-forward blocks only.
+        compile: whether to `torch.compile` every layer's feed-forward block; the compile time is
+            reported.
+        device: the device to train on.
+        seed: seed of all random numbers of the run.
+        log_every: steps between lines of metrics.
+        eval_every: steps between evaluations; 0 evaluates only at the end.
+        save_every: steps between checkpoints; 0 writes none before the end.
+        keep_last: number of newest checkpoints to retain.
+        keep_best: whether to also retain the checkpoint with the lowest evaluation loss.
+        early_stopping: stops the run when the evaluation loss no longer improves.
+        samples: completions to generate at each evaluation.
+        spike_factor: a loss above this multiple of its running mean is logged as a spike, with the
+            ids of the batch's samples.
+        tensorboard: whether to also write TensorBoard event files.
+        output: the run's folder.
     """
 
     model: Model = "smollm2"
@@ -137,20 +163,21 @@ class TrainConfig(Config):
     def _fits_together(self) -> "TrainConfig":
         if (self.batch_size is None) == (self.batch_tokens is None):
             raise ValueError(
-                "a step is measured in sequences or in tokens; give batch_size or batch_tokens, and set the other to null"
+                "the size of a step is given in sequences or in tokens; set one of batch_size and "
+                "batch_tokens, and set the other to null"
             )
         kind = objective_kind(self.objective)
         if self.data.kind not in kind.data_kinds:
             raise ValueError(
-                f"objective {self.objective.kind} does not go with data of kind {self.data.kind}; "
+                f"objective {self.objective.kind} does not support data of kind {self.data.kind}; "
                 f"it needs data of kind {' or '.join(kind.data_kinds)}"
             )
         if not kind.generates and self.samples is not None:
-            raise ValueError(f"a {self.objective.kind} writes no samples; remove samples")
+            raise ValueError(f"a {self.objective.kind} generates no samples; remove samples")
         if self.keep_best and not self.eval_every:
-            raise ValueError("keep_best needs evaluations on the way; set eval_every")
+            raise ValueError("keep_best needs evaluations during training; set eval_every")
         if self.early_stopping is not None and not self.eval_every:
-            raise ValueError("early_stopping needs evaluations on the way; set eval_every")
+            raise ValueError("early_stopping needs evaluations during training; set eval_every")
         return self
 
 

@@ -1,4 +1,4 @@
-"""What a run trains on, as a recipe names it."""
+"""Configuration of training data."""
 
 from typing import Annotated, Literal
 
@@ -9,25 +9,42 @@ from easyllm.core.kinds import Kinds
 
 Paths = Annotated[tuple[str, ...], Field(min_length=1)]
 DATA = Kinds("data", default="conversations")
-"""What `data:` of a recipe may be; objectives register the kinds they take."""
+"""The kinds that a recipe may set under `data:`; objectives register the kinds they accept."""
 
 
 class DataBase(Config):
-    """What every kind of data has."""
+    """Settings shared by all kinds of data.
+
+    Attributes:
+        max_seq_len: maximum length of a sequence, in tokens.
+    """
 
     kind: str
     max_seq_len: int = Field(default=1024, ge=2)
 
 
 class RowsConfig(DataBase):
-    """Files of rows, of which an objective makes samples."""
+    """Files of rows, which an objective converts to samples.
+
+    Attributes:
+        train: files to train on.
+        eval: files to evaluate on.
+    """
 
     train: Paths
     eval: tuple[str, ...] = ()
 
 
 class DataConfig(RowsConfig):
-    """Files of conversations, and how they become samples."""
+    """Files of conversations, and how they are converted to samples.
+
+    Attributes:
+        train: files to train on.
+        eval: files to evaluate on.
+        max_seq_len: maximum length of a sample, in tokens.
+        overlong: whether samples that are too long are truncated (`cut`) or dropped.
+        train_on: which tokens carry a loss: the assistant's turns, or all.
+    """
 
     kind: Literal["conversations"] = "conversations"
     train: Paths
@@ -36,17 +53,18 @@ class DataConfig(RowsConfig):
     overlong: Literal["cut", "drop"] = "cut"
     train_on: Literal["assistant", "all"] = "assistant"
     split_turns: bool = False
-    """Whether every turn of the assistant becomes a sample of its own, with the turns before it as its prompt."""
+    """Whether each assistant turn becomes a separate sample, with the turns before it as prompt."""
 
 
 class CorpusDataConfig(DataBase):
-    """Token shards that `easyllm data build` made, cut into rows.
+    """Token shards built by `easyllm data build`, split into rows.
 
     Attributes:
-        shards: their folder.
-        validation: a folder of shards to evaluate on; by default the `validation` folder inside, where there is one.
-        max_seq_len: tokens of a row; documents in a row are isolated from each other.
-        eval_tokens: most tokens of an evaluation.
+        shards: folder of the shards.
+        validation: folder of shards to evaluate on; by default the `validation` folder inside
+            `shards`, if it exists.
+        max_seq_len: tokens per row; documents packed into the same row do not attend to each other.
+        eval_tokens: maximum number of tokens per evaluation.
     """
 
     kind: Literal["corpus"] = "corpus"
@@ -57,7 +75,14 @@ class CorpusDataConfig(DataBase):
 
 
 class LabelledDataConfig(RowsConfig):
-    """Rows of a text and a label (a class by its number, or a number to regress on), for a head of labels."""
+    """Rows of a text and a label: a class index, or a number for regression.
+
+    Attributes:
+        train: files to train on.
+        eval: files to evaluate on.
+        text_key, label_key: keys of the text and of the label in a row.
+        max_seq_len: maximum length of a sample, in tokens.
+    """
 
     kind: Literal["labels"] = "labels"
     train: Paths

@@ -1,4 +1,4 @@
-"""The training loop: it knows batches, an objective and an optimizer, and nothing of models' parts or files.
+"""The training loop. It depends on batches, an objective and an optimizer, not on files or layers.
 
 loss of a step = Σ token losses of all its micro-batches / labelled tokens of all its micro-batches
 """
@@ -25,33 +25,47 @@ from easyllm.train.signals import StopRequest
 from easyllm.train.state import Totals
 
 MOST_SKIPPED = 3
-"""Steps in a row whose loss or gradient is not a number, after which a run ends."""
+"""Number of consecutive steps with a NaN or infinite loss or gradient after which a run fails."""
 SPIKE_MEMORY, SPIKE_AFTER = 0.98, 20
-"""Of the running mean a loss is compared with: its memory a step, and the steps before it counts."""
+"""Decay per step of the running mean that losses are compared with to detect spikes, and the number
+of steps before it is used."""
 
 
 class Diverged(EasyllmError):
-    """The loss is no number, again and again; the last good checkpoint stays."""
+    """The loss, a gradient or a weight is NaN or infinite; the last good checkpoint stays."""
 
     exit_code = 1
 
 
 class StepLoader(Protocol):
-    """Gives the micro-batches of one step after the other; its position is `state`."""
+    """Yields the micro-batches of consecutive steps; `state` is its position, for checkpoints."""
 
     state: Any
     last: list[int]
-    """Numbers of the samples or rows of the step given last."""
+    """Indices of the samples or rows in the most recent step."""
 
     @property
-    def steps_per_epoch(self) -> int: ...
+    def steps_per_epoch(self) -> int:
+        """Number of optimizer steps per epoch."""
 
-    def next_step(self) -> list[Batch]: ...
+    def next_step(self) -> list[Batch]:
+        """Returns the micro-batches of the next step."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step did; the loss is the mean over the step's labelled tokens, in nats."""
+    """The metrics of one optimizer step.
+
+    Attributes:
+        step: number of steps completed, this one included.
+        loss_nats: mean loss over the step's labelled tokens, in nats.
+        learning_rate: the optimizer's main learning rate in this step.
+        grad_norm: global gradient norm before clipping; NaN if the step was skipped.
+        tokens, trained_tokens: tokens of the step, and the labelled ones among them.
+        seconds: wall-clock time of the step.
+        lengths: lengths of the step's sequences, in tokens.
+        metrics: further metrics of the objective, by name.
+    """
 
     step: int
     loss_nats: float
@@ -65,10 +79,11 @@ class StepReport:
 
     @property
     def tokens_per_s(self) -> float:
+        """Tokens per second of the step."""
         return self.tokens / self.seconds
 
     def figures(self) -> dict[str, float]:
-        """As a line of `metrics.jsonl`."""
+        """Returns the metrics as a line of `metrics.jsonl`."""
         return {
             "step": self.step,
             "train/loss_nats": self.loss_nats,
@@ -82,23 +97,24 @@ class StepReport:
 
 
 class Watch(Protocol):
-    """Told of every step; whatever is not arithmetic happens there."""
+    """Callbacks of the training loop: logging, evaluation, checkpoints."""
 
     def after_step(self, report: StepReport) -> str | None:
-        """Notes a step; a text ends the run for that reason."""
+        """Called after each step; returns the reason to stop the run, or None to continue."""
 
     def event(self, step: int, kind: str, detail: str) -> None:
-        """Notes something unusual."""
+        """Called when something unusual happens, such as a skipped step."""
 
 
 @dataclass(slots=True)
 class Arithmetic:
-    """How a step computes.
+    """The numerics of a step.
 
     Attributes:
-        autocast: around the forward pass.
-        scaler: of the loss, for fp16.
-        token_multiple: micro-batches are filled up to a multiple of so many tokens, which take part in no loss.
+        autocast: context manager for the forward pass.
+        scaler: the loss scaler, for fp16.
+        token_multiple: micro-batches are padded to a multiple of this many tokens; padding tokens
+            are excluded from the loss.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -107,6 +123,7 @@ class Arithmetic:
 
     @property
     def scale(self) -> float:
+        """The current loss scale; 1 without a scaler."""
         return 1.0 if self.scaler is None else self.scaler.scale
 
 
@@ -124,10 +141,27 @@ def run_steps(
     stop: StopRequest,
     adapters: AdapterSet | None = None,
 ) -> str:
-    """Runs the steps that are left; returns why it ended. `adapters` is told after each backward pass and each step.
+    """Runs the remaining steps of a run.
+
+    Args:
+        model: the model; in evaluation mode afterwards.
+        objective: the loss.
+        optimizer: updates the trainable parameters.
+        loader: yields the micro-batches of each step.
+        config: the run's configuration.
+        arithmetic: autocast, loss scaling and padding.
+        totals: the run's counters; updated in place.
+        total_steps: number of steps of the complete run.
+        watch: callbacks after each step and for unusual events.
+        stop: set by a signal handler to request a stop after the current step.
+        adapters: its hooks are called after each backward pass and after each optimizer step.
+
+    Returns:
+        Why it ended: `finished`, `interrupted`, or the reason returned by `watch.after_step`.
 
     Raises:
-        Diverged: three steps in a row were skipped because their loss or gradient is no number.
+        Diverged: three consecutive steps were skipped because of a NaN or infinite loss or
+            gradient.
     """
     model.train()
     reason = "finished"
@@ -189,11 +223,13 @@ def accumulate(
     arithmetic: Arithmetic | None = None,
     adapters: AdapterSet | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Adds the gradients of a step's micro-batches (times the loss scale, where there is one), and of the term that an
-    adapter adds to a step's loss.
+    """Accumulates the gradients of a step's micro-batches, times the loss scale if there is one.
+
+    If the adapter has an additional loss term, its gradient is accumulated once per step.
 
     Returns:
-        The mean loss a labelled token, in nats (auxiliary terms apart), and the objective's figures, averaged by tokens.
+        The mean loss per labelled token, in nats (without auxiliary terms), and the objective's
+        metrics, averaged over tokens.
     """
     how = arithmetic or Arithmetic()
     num_tokens = max(1, sum(objective.num_terms(batch) for batch in batches))
@@ -221,10 +257,19 @@ def take_step(
     loss: float,
     before: Callable[[], None] | None = None,
 ) -> float | None:
-    """Clips and applies the gradients; returns their norm before clipping. `before` is called when they are known to be
-    finite.
+    """Clips and applies the accumulated gradients.
 
-    None where the loss or the norm is no number: nothing is applied, the gradients are dropped.
+    Args:
+        optimizer: holds the accumulated gradients.
+        arithmetic: its loss scaler is updated.
+        factor: the schedule's factor on the learning rates.
+        clip_norm: maximum global gradient norm; None disables clipping.
+        loss: the step's loss.
+        before: called before clipping, once the gradients are known to be finite.
+
+    Returns:
+        The gradient norm before clipping. None if the loss or the norm is NaN or infinite; the
+        gradients are then discarded and no parameter changes.
     """
     scaler = arithmetic.scaler
     norm = optimizer.grad_norm() / arithmetic.scale
@@ -244,17 +289,17 @@ def take_step(
 
 
 def mean_loss(model: Decoder, objective: Objective, batches: Iterable[Batch]) -> float:
-    """Mean loss a labelled token over `batches`, in nats."""
+    """Returns the mean loss per labelled token over `batches`, in nats."""
     return objective.evaluate(model, batches)["loss_nats"]
 
 
 def is_spike(totals: Totals, loss: float, factor: float) -> bool:
-    """Whether `loss` is above `factor` times the usual, once there are enough steps to know that."""
+    """Returns whether `loss` exceeds `factor` times its running mean, after enough steps."""
     return totals.usual_steps >= SPIKE_AFTER and loss > factor * totals.usual_loss_nats
 
 
 def note_loss(totals: Totals, loss: float) -> None:
-    """Takes a step's loss into the exponential mean."""
+    """Updates the exponential moving average of the loss."""
     totals.usual_steps += 1
     memory = min(SPIKE_MEMORY, 1 - 1 / totals.usual_steps)
     totals.usual_loss_nats = memory * totals.usual_loss_nats + (1 - memory) * loss
@@ -262,6 +307,7 @@ def note_loss(totals: Totals, loss: float) -> None:
 
 def _diverged(step: int) -> str:
     return (
-        f"the loss or its gradient was no number {MOST_SKIPPED} steps in a row, up to step {step}; lower the learning "
-        "rate, or look at the samples named in metrics.jsonl (the last good checkpoint is kept)"
+        f"the loss or its gradient was NaN or infinite in {MOST_SKIPPED} consecutive steps, up to "
+        f"step {step}; lower the learning rate, or look at the samples named in metrics.jsonl (the "
+        "last good checkpoint is kept)"
     )

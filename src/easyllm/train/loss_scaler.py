@@ -1,7 +1,8 @@
-"""Dynamic loss scaling for fp16, whose small gradients would vanish (Micikevicius et al. 2017, arXiv 1710.03740, §3.2).
+"""Dynamic loss scaling for fp16, in which small gradients would underflow to zero.
 
-The loss is multiplied by a scale before the backward pass and the gradients divided by it after. A gradient that is no
-number means the scale was too large: the step is skipped.
+See Micikevicius et al. 2017, arXiv 1710.03740, §3.2. The loss is multiplied by a scale before the
+backward pass, and the gradients are divided by it afterwards. A NaN or infinite gradient means that
+the scale was too large; the step is then skipped.
 """
 
 from collections.abc import Mapping
@@ -11,18 +12,24 @@ from easyllm.core.errors import ConfigError
 
 
 class LossScaler:
-    """The scale, and the rule that moves it: DeepSpeed's (version 0.17.1 and later), step for step.
+    """The dynamic loss scale, with exactly DeepSpeed's update rule (version 0.17.1 and later).
 
-    - An overflow uses up one of the `hysteresis` allowed; from the last one on it divides the scale by `factor`.
-    - `window` clean steps in a row, then one more, multiply the scale by `factor`, and again every `window` steps;
-      only that gives the hysteresis back (or any clean step does, where it is `consecutive_hysteresis`).
+    - Each overflow uses up one unit of `hysteresis`. Once a single unit remains, every overflow
+      divides the scale by `factor`.
+    - After `window` consecutive steps without overflow, the next such step multiplies the scale by
+      `factor`, as does every `window`-th one after it. Only this restores the full hysteresis;
+      with `consecutive_hysteresis`, every step without overflow does.
 
     Args:
-        initial_scale: 2^16, or 2 to the power of DeepSpeed's `initial_scale_power`.
-        min_scale: the least the scale may fall to.
+        initial_scale: initial value, 2 to the power of DeepSpeed's `initial_scale_power`.
+        window: consecutive steps without overflow before the scale is raised.
+        hysteresis: number of overflows up to and including the first that lowers the scale.
+        min_scale: lower bound of the scale.
+        factor: factor by which the scale is raised or lowered.
+        consecutive_hysteresis: whether every step without overflow restores the hysteresis.
 
     Attributes:
-        scale: what the next step's loss is multiplied by.
+        scale: the factor on the next step's loss.
 
     >>> scaler = LossScaler(initial_scale=8.0, window=2, hysteresis=2)
     >>> [(scaler.update(overflow), scaler.scale) for overflow in (True, True, False, False, False)]
@@ -47,10 +54,13 @@ class LossScaler:
         self._clean_steps = 0
 
     def update(self, overflow: bool) -> bool:
-        """Takes in whether this step's gradients overflowed; returns whether the step must be skipped.
+        """Updates the scale after a step; returns whether the step must be skipped.
+
+        Args:
+            overflow: whether a gradient of the step is NaN or infinite.
 
         Raises:
-            ConfigError: they overflow at the least scale.
+            ConfigError: the gradients overflow even at the minimum scale.
         """
         if overflow:
             self._clean_steps = 0
@@ -70,13 +80,13 @@ class LossScaler:
             return
         if self.scale <= self.min_scale:
             raise ConfigError(
-                f"the gradients overflow fp16 even at the least loss scale, {self.min_scale:g}; "
+                f"the gradients overflow fp16 even at the minimum loss scale, {self.min_scale:g}; "
                 "train with precision=bf16 or fp32, or lower the learning rate"
             )
         self.scale = max(self.scale / self.factor, self.min_scale)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON can hold it."""
+        """Returns the state to store in a checkpoint, as JSON-compatible values."""
         return {
             "scale": self.scale,
             "overflows_left": self._overflows_left,
@@ -84,7 +94,7 @@ class LossScaler:
         }
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Takes back what `state` gave; None, of a run that has none yet, changes nothing."""
+        """Restores the state that `state` returned; None (a new run) changes nothing."""
         if state is not None:
             self.scale = float(state["scale"])
             self._overflows_left = int(state["overflows_left"])

@@ -1,4 +1,4 @@
-"""What a run trains on: a loader of steps, an evaluation, and an account of the rows."""
+"""The training data of a run: a loader, an evaluation function and statistics of the rows."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,15 +25,16 @@ Evaluation = Callable[[Decoder, Objective], dict[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What a run trains on.
+    """The data of a run.
 
     Attributes:
-        loader: gives the steps.
-        evaluate: figures of the evaluation data, None where there is none.
-        tokens_per_epoch: tokens of all samples.
-        summary: a line for people; warnings: what they should know.
-        figures: for the manifest.
-        inputs: hashes of the files.
+        loader: yields the micro-batches of each step.
+        evaluate: computes metrics on the evaluation data; None if there is none.
+        tokens_per_epoch: number of tokens in all training samples.
+        summary: one line of text about the data.
+        warnings: warnings about the data, one line each.
+        figures: statistics of the data, for the manifest.
+        inputs: hashes of the data files, by path.
     """
 
     loader: StepLoader
@@ -48,18 +49,21 @@ class Material:
 def gather(
     config: TrainConfig, tokenizer: Tokenizer, objective: Objective, *, context: int
 ) -> Material:
-    """Reads the data a recipe names.
+    """Reads the data that a recipe names.
 
     Args:
-        objective: makes samples of rows.
-        context: the longest sequence the model takes.
+        config: the run's configuration.
+        tokenizer: the model's tokenizer.
+        objective: converts rows to samples.
+        context: the model's maximum sequence length.
 
     Raises:
-        ConfigError, DataError: the data cannot be used, or nothing in it is trained.
+        ConfigError, DataError: the data cannot be used, or contains no token to train on.
     """
     if config.data.max_seq_len > context:
         raise ConfigError(
-            f"data.max_seq_len={config.data.max_seq_len} is longer than the model's context of {context}; lower it"
+            f"data.max_seq_len={config.data.max_seq_len} is longer than the model's context of "
+            f"{context}; lower it"
         )
     if isinstance(config.data, CorpusDataConfig):
         material = _corpus(config, config.data, tokenizer)
@@ -76,11 +80,12 @@ def _nothing_to_evaluate(config: TrainConfig, warnings: list[str]) -> None:
     for key in ("keep_best", "early_stopping"):
         if getattr(config, key):
             raise ConfigError(
-                f"{key} goes by evaluations, and there is nothing to evaluate on; set {where}, or remove {key}"
+                f"{key} needs evaluations, but there is no evaluation data; set {where}, "
+                f"or remove {key}"
             )
     if config.eval_every and config.samples is None:
         warnings.append(
-            f"there is nothing to evaluate on every {config.eval_every} steps; set {where}"
+            f"eval_every={config.eval_every} has no effect without evaluation data; set {where}"
         )
 
 
@@ -120,7 +125,7 @@ def _figures_on(samples: Sequence[AnySample], micro_batch_tokens: int) -> Evalua
 
 
 def _overlap(train: Sequence[AnySample], held: Sequence[AnySample]) -> list[str]:
-    """Evaluation on what was trained measures memory."""
+    """Returns a warning if evaluation samples are also training samples, which are memorised."""
     if not held:
         return []
     seen = {tuple(part.token_ids for part in sample.parts) for sample in train}
@@ -128,8 +133,8 @@ def _overlap(train: Sequence[AnySample], held: Sequence[AnySample]) -> list[str]
     if not shared:
         return []
     return [
-        f"{shared} of {len(held)} evaluation samples are training samples, too: their loss measures memory, "
-        "not skill"
+        f"{shared} of {len(held)} evaluation samples are also training samples: their loss "
+        "measures memorisation, not generalisation"
     ]
 
 
@@ -150,14 +155,16 @@ def _corpus(config: TrainConfig, data: CorpusDataConfig, tokenizer: Tokenizer) -
         inputs[str(folder)] = hash_file(folder / MANIFEST)
         held = TokenShards(folder, tokenizer=tokenizer)
         if inputs[str(folder)] == inputs[str(data.shards)]:
-            warnings.append("the evaluation data are the training data: their loss measures memory")
+            warnings.append(
+                "the evaluation data are the training data: their loss measures memorisation"
+            )
         evaluate = _bits_per_byte_on(held, config, data, tokenizer)
     manifest = shards.manifest
     return Material(
         loader=loader,
         evaluate=evaluate,
         tokens_per_epoch=manifest.tokens,
-        summary=f"{manifest.tokens:,} tokens of {manifest.documents:,} documents, all trained",
+        summary=f"{manifest.tokens:,} tokens in {manifest.documents:,} documents, all trained on",
         warnings=warnings,
         figures={"tokens": manifest.tokens, "documents": manifest.documents},
         inputs=inputs,

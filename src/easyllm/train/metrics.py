@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: a JSON object a line, names with units."""
+"""`metrics.jsonl`: one JSON object per line; the names of metrics include their units."""
 
 import json
 from contextlib import suppress
@@ -11,11 +11,14 @@ FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends figures to `metrics.jsonl`; on resume, lines past the checkpoint are cut off.
+    """Appends metrics to `metrics.jsonl`; on resume, drops lines from after the checkpoint.
 
     Args:
         run: the run's folder.
-        after_step: keep lines of steps up to this one.
+        after_step: the step of the checkpoint; lines of later steps are dropped.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
 
     def __init__(self, run: Path, *, after_step: int) -> None:
@@ -31,12 +34,16 @@ class MetricsLog:
             self._file.flush()
 
     def close(self) -> None:
-        with suppress(OSError):  # a full disk was told of when the line was written
+        """Closes the file."""
+        with suppress(OSError):  # a full disk was already reported when a line was written
             self._file.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a half-written last line is left out."""
+    """Returns the lines of a run's `metrics.jsonl`, skipping any that is not valid JSON.
+
+    An interrupted run may leave a partial last line.
+    """
     path = run / FILE
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""The optimizer of a run: fp32 masters for parameters that compute in a narrower type, one rule a group."""
+"""The optimizer of a run: fp32 master weights for low-precision parameters, one rule per group."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,26 +24,29 @@ from easyllm.train.update_rules import SGD, AdamW, State, UpdateRule, WeightUpda
 
 
 class MasterOptimizer:
-    """Moves fp32 values; a parameter of another dtype is a rounded copy of its master.
+    """Mixed-precision optimizer that updates fp32 master weights.
 
-    Gradients of such a parameter are taken from it as soon as each is there. That of a single micro-batch stays as it
-    is until the step widens it, a piece at a time; from the second micro-batch on the sum is fp32, so many of them lose
-    nothing to bf16.
+    A parameter in a lower precision is a rounded copy of its master weight. A hook takes such a
+    parameter's gradient as soon as it is complete. The gradient of a single micro-batch stays in
+    the parameter's dtype until the step converts it, piece by piece. From the second micro-batch
+    on, gradients are accumulated in fp32, so that gradient accumulation loses no precision to bf16.
 
-    A step is `grad_norm`, then `clip` and `step`, or `clear` to skip it. What a group with rate factor 0 holds needs no
-    gradient any more, and is no part of the norm.
+    A step calls `grad_norm`, then `clip` and `step`, or `clear` to skip it. Parameters in a group
+    with rate factor 0 are frozen: they need no gradient and are not part of the norm.
 
     Args:
-        parameters: the trained parameters by name.
-        groups: patterns of names with values of their own.
-        masters: fp32 values to start from for parameters that are not fp32 themselves; by default their own values
-            widened.
+        parameters: the trainable parameters, by name.
+        config: the optimizer and its hyperparameters.
+        groups: parameter groups with their own settings, matched by name pattern.
+        masters: fp32 initial values for parameters that are not fp32; by default the parameters'
+            own values, converted to fp32.
 
     Attributes:
-        masters: what is moved, by name: the fp32 (or fp64) parameters themselves, and the masters of the others.
+        masters: the tensors being updated, by name: the fp32 (or fp64) parameters themselves, and
+            the master weights of the others.
 
     Raises:
-        ConfigError: a group's pattern finds nothing, or nothing is left to train.
+        ConfigError: a group's pattern matches nothing, or all parameters are frozen.
     """
 
     def __init__(
@@ -81,16 +84,16 @@ class MasterOptimizer:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """The device of the parameters."""
         return next(iter(self.masters.values())).device
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Whether every master is a number."""
+        """Returns whether all master weights are finite (no NaN or Inf)."""
         return all(bool(torch.stack(m.aminmax()).isfinite().all()) for m in self.masters.values())
 
     def _take(self, name: str, parameter: Tensor) -> None:
-        """Adds a micro-batch's gradient to the sum and frees it."""
+        """Adds a micro-batch's gradient to the accumulated sum and frees it."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         held = self._sums.get(name)
@@ -100,7 +103,7 @@ class MasterOptimizer:
             self._sums[name] = held.to(self.masters[name].dtype).add_(gradient)
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients summed so far, as a step would apply them, in the masters' dtypes."""
+        """Returns the accumulated gradients as a step would apply them, in the masters' dtypes."""
         return {
             name: gradient.to(self.masters[name].dtype) * self._scale
             for name, gradient in self._held()
@@ -108,7 +111,7 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def grad_norm(self) -> float:
-        """The L2 norm of all gradients together, summed in fp32 or wider; 0 where there are none."""
+        """Returns the global L2 norm of all gradients, summed in fp32 or wider; 0 if none."""
         held = [gradient for _, gradient in self._held()]
         kernels = kernels_for(*held)
         if kernels is not None:
@@ -128,16 +131,23 @@ class MasterOptimizer:
         return float(torch.linalg.vector_norm(torch.stack(norms))) * self._scale if norms else 0.0
 
     def clip(self, norm: float, max_norm: float) -> None:
-        """Scales gradients of norm `norm` down to `max_norm`, as `torch.nn.utils.clip_grad_norm_` does."""
+        """Clips the gradients, whose global norm is `norm`, to `max_norm`.
+
+        Uses the formula of `torch.nn.utils.clip_grad_norm_`.
+        """
         self.scale_gradients(min(1.0, max_norm / (norm + 1e-6)))
 
     def scale_gradients(self, value: float) -> None:
-        """Multiplies all gradients by `value`: at once in effect, on the way through the next step in fact."""
+        """Multiplies all gradients by `value`; the factor is applied lazily, in the next step."""
         self._scale *= value
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
-        """Moves every parameter that has a gradient, at `factor` of its learning rate, and clears the gradients."""
+        """Updates every parameter that has a gradient, then clears the gradients.
+
+        Args:
+            factor: the schedule's factor on the learning rates.
+        """
         for group in self._groups:
             rule = self._rules[group.rule]
             for name in group.names:
@@ -156,13 +166,16 @@ class MasterOptimizer:
         self._scale = 1.0
 
     def clear(self) -> None:
-        """Drops the gradients: the step is skipped."""
+        """Discards the gradients, which skips the step."""
         for name in self.masters:
             self._release(name)
         self._scale = 1.0
 
     def rates(self, factor: float) -> dict[str, float]:
-        """Learning rates at `factor`: `learning_rate`, and `learning_rate/<pattern>` of groups with another."""
+        """Returns the learning rates at `factor` of their peak.
+
+        The keys are `learning_rate`, and `learning_rate/<pattern>` for groups with another rate.
+        """
         found = {"learning_rate": self.config.learning_rate * factor}
         for group in self._groups:
             if group.label:
@@ -170,7 +183,7 @@ class MasterOptimizer:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and what the rules remember, by name, for a checkpoint."""
+        """Returns the master weights and optimizer states by name, for a checkpoint."""
         found = {f"master.{name}": master.detach() for name, master in self.masters.items()}
         for name, state in self._states.items():
             found |= {f"{key}.{name}": value for key, value in state.items()}
@@ -178,10 +191,10 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave, bit by bit.
+        """Restores what `tensors` returned, bitwise exactly.
 
         Raises:
-            CheckpointError: they are those of another optimizer or model; nothing is changed then.
+            CheckpointError: the tensors belong to another optimizer or model; nothing is changed.
         """
         mine = self.tensors()
         _check_fit(mine, tensors)
@@ -191,7 +204,7 @@ class MasterOptimizer:
             copy.copy_(self.masters[name])
 
     def final_state(self) -> dict[str, Tensor]:
-        """The fp32 values of the parameters that have a master of their own, frozen ones too."""
+        """Returns the fp32 master weights of low-precision parameters, frozen ones included."""
         return {name: self.masters[name].detach() for name in self._copies} | self._frozen
 
     def _held(self) -> Iterable[tuple[str, Tensor]]:
@@ -207,7 +220,7 @@ class MasterOptimizer:
 
 
 def build_rule(config: AdamWConfig | MuonConfig | SGDConfig) -> UpdateRule:
-    """The rule a configuration describes."""
+    """Builds the update rule for a configuration."""
     match config:
         case MuonConfig():
             return Muon(config)
@@ -219,8 +232,8 @@ def build_rule(config: AdamWConfig | MuonConfig | SGDConfig) -> UpdateRule:
 
 
 def _master(parameter: nn.Parameter, start: Tensor | None) -> Tensor:
-    """The parameter itself where it is wide enough, else fp32 values to start from."""
-    parameter.data = parameter.data.contiguous()  # rules work on weights as one flat row
+    """Returns the parameter itself if it is fp32 or fp64, else an fp32 master weight."""
+    parameter.data = parameter.data.contiguous()  # update rules view weights as flat tensors
     if parameter.dtype in (torch.float32, torch.float64):
         return parameter
     return (parameter.detach() if start is None else start.detach()).float().contiguous()
@@ -234,8 +247,8 @@ def _check_fit(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None
         )
         if here != there:
             raise CheckpointError(
-                f"the checkpoint's optimizer state does not fit: {key} is {there} there and {here} here; go on with the "
-                "recipe it was made with, or start in another folder"
+                f"the checkpoint's optimizer state does not fit: {key} is {there} there and {here} "
+                "here; resume with the recipe that created it, or start in another folder"
             )
 
 

@@ -1,4 +1,4 @@
-"""Optimizers, parameter groups and schedules, as a recipe names them."""
+"""Configuration of optimizers, parameter groups and learning-rate schedules."""
 
 from typing import Annotated, Literal
 
@@ -13,8 +13,13 @@ BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 class AdamWConfig(Config):
     """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101, algorithm 2).
 
-    `state`: of the moments, `int8` keeps them in blocks of 256 with a scale each (Dettmers et al. 2021, arXiv 2110.02861);
-    those of tensors under 4096 elements stay fp32.
+    Attributes:
+        learning_rate: peak learning rate.
+        betas: decay rates β₁ and β₂ of the first and second moments.
+        eps: ε in the denominator of the update.
+        state: format of the moments. `int8` quantizes them in blocks of 256 with one scale each
+            (Dettmers et al. 2021, arXiv 2110.02861); those of tensors with fewer than 4096 elements
+            stay fp32.
     """
 
     kind: Literal["adamw"] = "adamw"
@@ -22,16 +27,24 @@ class AdamWConfig(Config):
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    """Applied to matrices only (embeddings too), never to norms and biases."""
+    """Applied only to matrices (embeddings included), never to norms and biases."""
     state: Literal["fp32", "int8"] = "fp32"
 
 
 class MuonConfig(Config):
-    """Muon for the matrices inside the layers: momentum, orthogonalised by Newton-Schulz steps (Jordan et al. 2024); AdamW
-    for embeddings, head, norms and biases.
+    """Muon for the matrices inside the layers; AdamW for embeddings, head, norms and biases.
 
-    An update's root mean square is that of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so `learning_rate` is
-    one that suits AdamW, not the 2e-2 of Jordan's scaling.
+    Muon orthogonalises the momentum with Newton-Schulz iterations (Jordan et al. 2024). Its updates
+    are scaled to the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2),
+    so `learning_rate` should be one that suits AdamW, not the 2e-2 of Jordan's scaling.
+
+    Attributes:
+        learning_rate: peak learning rate of the matrices.
+        momentum: momentum coefficient μ.
+        nesterov: whether to use Nesterov momentum.
+        newton_schulz_steps: number of Newton-Schulz iterations.
+        weight_decay: weight decay of the matrices.
+        others: AdamW settings for all other parameters.
     """
 
     kind: Literal["muon"] = "muon"
@@ -44,7 +57,14 @@ class MuonConfig(Config):
 
 
 class SGDConfig(Config):
-    """Stochastic gradient descent, with momentum where asked for."""
+    """Stochastic gradient descent, optionally with momentum.
+
+    Attributes:
+        learning_rate: peak learning rate.
+        momentum: momentum coefficient μ; 0 disables momentum.
+        nesterov: whether to use Nesterov momentum.
+        weight_decay: L2 penalty, added to the gradient; applied to matrices only.
+    """
 
     kind: Literal["sgd"] = "sgd"
     learning_rate: PositiveFloat = 1e-2
@@ -55,7 +75,7 @@ class SGDConfig(Config):
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> "SGDConfig":
         if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum; set momentum to 0.9, say")
+            raise ValueError("nesterov needs momentum; set momentum, to 0.9 for example")
         return self
 
 
@@ -68,12 +88,12 @@ Optimizer = Annotated[
 
 
 class ParameterGroup(Config):
-    """Parameters with values of their own; the first group whose pattern is found in a name takes it.
+    """Settings for some of the parameters; the first group whose pattern matches a name applies.
 
     Attributes:
-        pattern: a regular expression, looked for anywhere in the parameter's name.
-        rate_factor: times the learning rate; 0 freezes.
-        weight_decay: instead of the optimizer's (and of the rule that spares norms and biases).
+        pattern: a regular expression, searched for anywhere in the parameter's name.
+        rate_factor: factor on the learning rate; 0 freezes the parameters.
+        weight_decay: overrides the optimizer's weight decay, also for norms and biases.
     """
 
     pattern: str = Field(min_length=1)
@@ -81,31 +101,32 @@ class ParameterGroup(Config):
     weight_decay: NonNegativeFloat | None = None
 
 
-# ---- schedules: the factor on every learning rate at a step; a decay would reach its floor one step after the last
+# ---- schedules: the factor on the learning rates at a step; a decay would reach its floor one
+# step after the last
 
 
 class _Warmup(Config):
-    """Linear warm-up over `warmup_steps`, or where those are not given over `warmup_ratio` of all steps."""
+    """Linear warm-up over `warmup_steps`, or if those are null over `warmup_ratio` of all steps."""
 
     warmup_ratio: Fraction = 0.0
     warmup_steps: NonNegativeInt | None = None
 
 
 class ConstantConfig(_Warmup):
-    """1 after the warm-up."""
+    """Constant at 1 after the warm-up."""
 
     kind: Literal["constant"] = "constant"
 
 
 class LinearConfig(_Warmup):
-    """A straight line from 1 down to `floor`."""
+    """Linear decay from 1 to `floor`."""
 
     kind: Literal["linear"] = "linear"
     floor: Fraction = 0.0
 
 
 class CosineConfig(_Warmup):
-    """Half a cosine from 1 down to `floor`."""
+    """Cosine decay (half a period) from 1 to `floor`."""
 
     kind: Literal["cosine"] = "cosine"
     warmup_ratio: Fraction = 0.03
@@ -113,7 +134,11 @@ class CosineConfig(_Warmup):
 
 
 class WarmupStableDecayConfig(_Warmup):
-    """1, then over the last `decay_ratio` of all steps down to `floor` (Hu et al. 2024, arXiv 2404.06395, section 4)."""
+    """Warmup-stable-decay: constant at 1, then a decay to `floor` over the last steps.
+
+    The decay takes the last `decay_ratio` of all steps (Hu et al. 2024, arXiv 2404.06395,
+    section 4).
+    """
 
     kind: Literal["wsd"] = "wsd"
     decay_ratio: Fraction = 0.1
@@ -122,8 +147,11 @@ class WarmupStableDecayConfig(_Warmup):
 
 
 class InverseSqrtConfig(_Warmup):
-    """√(w / step) after w warm-up steps (Vaswani et al. 2017, arXiv 1706.03762, section 5.3); √(w / (step + w)) with w = 10000
-    where there are none."""
+    """Inverse square root decay, √(w / step) after w warm-up steps.
+
+    See Vaswani et al. 2017, arXiv 1706.03762, section 5.3. Without a warm-up, the factor is
+    √(w / (step + w)) with w = 10000.
+    """
 
     kind: Literal["inverse_sqrt"] = "inverse_sqrt"
     warmup_ratio: Fraction = 0.03

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer moves how: the rule, the factor on the rate and the weight decay of each."""
+"""Parameter groups: the update rule, learning-rate factor and weight decay of each parameter."""
 
 import difflib
 import re
@@ -17,19 +17,19 @@ from easyllm.train.optim_config import (
 )
 
 MATRIX_LEAVES = frozenset({"weight", "lora_A", "lora_B"})
-"""Last parts of the names of linears' matrices; tables of positions are called otherwise."""
+"""Last name parts of the weight matrices of linears; position embedding tables have other names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Parameters that are moved alike.
+    """Parameters with the same update rule and settings.
 
     Attributes:
-        names: of the parameters.
-        rule: the optimizer's configuration, or for what Muon leaves over that of its `others`.
-        rate_factor: times the rule's learning rate; 0 freezes.
-        weight_decay: of these parameters.
-        label: tells the group from the main one in reports; empty for that.
+        names: names of the parameters.
+        rule: the optimizer's configuration; for parameters not updated by Muon, that of `others`.
+        rate_factor: factor on the rule's learning rate; 0 freezes the parameters.
+        weight_decay: weight decay of these parameters.
+        label: name of the group in reports; empty for the main group.
     """
 
     names: tuple[str, ...]
@@ -40,21 +40,30 @@ class Group:
 
     @property
     def learning_rate(self) -> float:
-        """The peak rate, before the schedule's factor."""
+        """The peak learning rate, before the schedule's factor."""
         return self.rule.learning_rate * self.rate_factor
 
 
 def build_groups(
     parameters: Mapping[str, Tensor], optimizer: Optimizer, patterns: Sequence[ParameterGroup] = ()
 ) -> list[Group]:
-    """Every parameter's group, in the order of the parameters.
+    """Assigns every parameter to a group.
 
-    The first pattern found in a name takes it. Weight decay, where the pattern sets none, is the rule's for every
-    matrix (embeddings and heads included) and 0 for norms and biases (whatever has fewer than two axes).
+    Each parameter belongs to the first pattern found in its name. If that pattern sets no weight
+    decay, matrices (embeddings and heads included) get the rule's, and norms and biases (tensors
+    with fewer than two axes) get 0.
+
+    Args:
+        parameters: the trainable parameters, by name.
+        optimizer: the optimizer's configuration.
+        patterns: the parameter groups of the recipe, the first match winning.
+
+    Returns:
+        The groups, in the order of their first parameters.
 
     Raises:
-        ConfigError: a pattern is no regular expression, finds no parameter, or only such as an earlier one took; Muon
-            finds no matrix; nothing is left to train.
+        ConfigError: a pattern is not a regular expression, matches no parameter, or matches only
+            parameters of earlier patterns; Muon finds no matrix; all parameters are frozen.
     """
     owners = _owners(tuple(parameters), patterns)
     members: dict[Group, list[str]] = {}
@@ -87,19 +96,19 @@ def _owners(
             found = [name for name in names if re.search(group.pattern, name)]
         except re.error as error:
             raise ConfigError(
-                f"{key} is no regular expression ({error}); write a part of a name, with a backslash before a sign "
-                "that is meant itself"
+                f"{key} is not a regular expression ({error}); write a part of a name, with a "
+                "backslash before characters that are meant literally"
             ) from None
         if not found:
             near = difflib.get_close_matches(group.pattern, names, n=3, cutoff=0.0)
             raise ConfigError(
-                f"{key} is found in no trained parameter's name; the nearest are {', '.join(near)}"
+                f"{key} matches no trained parameter; the closest names are {', '.join(near)}"
             )
         free = [name for name in found if owners[name] is None]
         if not free:
             raise ConfigError(
-                f"{key} is left with no parameter: earlier patterns took {found[0]} and every other it is found in; "
-                "put the narrower pattern first"
+                f"{key} applies to no parameter, because earlier patterns already match "
+                f"{found[0]} and all others that it matches; put the more specific pattern first"
             )
         owners.update(dict.fromkeys(free, group))
     return owners
@@ -124,9 +133,11 @@ def _label(
 def _check(groups: Sequence[Group], optimizer: Optimizer) -> None:
     if not any(group.rate_factor for group in groups):
         raise ConfigError(
-            "nothing is left to train: every parameter has rate_factor 0 in parameter_groups; raise one"
+            "nothing is left to train: every parameter has rate_factor 0 in parameter_groups; "
+            "raise one"
         )
     if isinstance(optimizer, MuonConfig) and not any(group.rule is optimizer for group in groups):
         raise ConfigError(
-            "optimizer muon finds no matrix inside the layers among the trained parameters; use adamw"
+            "optimizer muon finds no matrix inside the layers among the trained parameters; "
+            "use adamw"
         )

@@ -1,4 +1,4 @@
-"""Before the first step: what will be trained, how long it takes, whether it fits."""
+"""Checks before the first step: what will be trained, how long it takes, whether it fits."""
 
 import math
 from collections.abc import Iterator
@@ -29,18 +29,20 @@ from easyllm.train.setup import Origin, build_model, cannot_train_all, compute_d
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """What a run will do, how long it takes and what memory it needs.
+    """The work, estimated time and memory of a run.
 
     Attributes:
-        parameters: of the model; trained_parameters: those of the adapters, where there are some.
-        dtype: that products run in.
-        tokens: of all steps.
-        flops: of all steps' forward and backward passes.
-        flops_per_s: the machine's matmul rate, measured.
-        seconds: of the steps, at `USUAL_MFU` of that rate.
-        memory: at its peak.
-        free_bytes: of the device, now.
-        helps: changes of which each alone would make it fit; empty where it fits.
+        parameters: number of parameters of the model.
+        trained_parameters: number of trainable parameters (the adapter's, if there is one).
+        dtype: compute dtype.
+        steps: number of optimizer steps.
+        tokens: number of tokens over all steps.
+        flops: FLOPs of the forward and backward passes of all steps.
+        flops_per_s: measured matmul rate of the machine.
+        seconds: estimated time of all steps, at `USUAL_MFU` of that rate.
+        memory: estimated peak memory.
+        free_bytes: memory of the device that is free now.
+        helps: changes that would each be enough to make the run fit; empty if it fits.
     """
 
     parameters: int
@@ -56,15 +58,16 @@ class RunPlan:
     helps: tuple[str, ...] = ()
 
     def line(self) -> str:
-        """The plan in one line, for people."""
+        """Returns the plan as one line of text."""
         return (
-            f"plan: {format_count(self.parameters)} parameters in {self.dtype}, {self.steps} steps, "
-            f"{format_count(self.tokens)} tokens; about {format_duration(self.seconds)} at "
-            f"{USUAL_MFU:.0%} of {self.flops_per_s / 1e9:.0f} GFLOP/s, and {self.memory.total / 1e9:.1f} GB"
+            f"plan: {format_count(self.parameters)} parameters in {self.dtype}, "
+            f"{self.steps} steps, {format_count(self.tokens)} tokens; about "
+            f"{format_duration(self.seconds)} at {USUAL_MFU:.0%} of "
+            f"{self.flops_per_s / 1e9:.0f} GFLOP/s, and {self.memory.total / 1e9:.1f} GB"
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For scripts; bytes and FLOPs are integers."""
+        """Returns the plan as JSON-compatible values; bytes and FLOPs are integers."""
         return {
             "parameters": self.parameters,
             "trained_parameters": self.trained_parameters,
@@ -82,7 +85,7 @@ class RunPlan:
 
 
 def planned(config: TrainConfig, objective: Objective) -> TrainConfig:
-    """The configuration as a plan takes it: with the modules that the objective trains whole named."""
+    """Returns the configuration for planning, with the modules that the objective fully trains."""
     if config.adapter is None or not objective.also_trained:
         return config
     names = dict.fromkeys((*config.adapter.also_trained, *objective.also_trained))
@@ -91,7 +94,7 @@ def planned(config: TrainConfig, objective: Objective) -> TrainConfig:
 
 
 def planned_model(config: TrainConfig, origin: Origin, objective: Objective) -> ModelConfig:
-    """The model as it will be trained: with the head that the objective gives it."""
+    """Returns the configuration of the model to train, with the objective's head if it adds one."""
     with torch.device("meta"):
         return objective.prepare_model(Decoder(origin.config), seed=config.seed).config
 
@@ -103,7 +106,7 @@ def preflight(
     total_steps: int,
     device: torch.device,
 ) -> RunPlan:
-    """Prints what a run will do.
+    """Prints the data, the plan and any warnings of a run; returns the plan.
 
     Raises:
         ConfigError: an adapter does not fit the model.
@@ -116,8 +119,10 @@ def preflight(
     out.print(plan.line(), soft_wrap=True)
     if not plan.memory.fits(plan.free_bytes):
         out.print(
-            f"warning: {plan.free_bytes / 1e9:.1f} GB are free, fewer than the plan needs"
-            + (f"; each of these alone would do: {', '.join(plan.helps)}" if plan.helps else ""),
+            f"warning: {plan.free_bytes / 1e9:.1f} GB are free, less than the plan needs"
+            + (
+                f"; any one of these would be enough: {', '.join(plan.helps)}" if plan.helps else ""
+            ),
             soft_wrap=True,
         )
     return plan
@@ -130,7 +135,7 @@ def plan_run(
     total_steps: int,
     device: torch.device,
 ) -> RunPlan:
-    """Time and memory of a run, from its configuration and this machine's matmul rate.
+    """Estimates time and memory of a run from its configuration and the machine's matmul rate.
 
     Raises:
         ConfigError: an adapter does not fit the model.
@@ -175,11 +180,10 @@ def plan_run(
 
 
 def check_model(config: TrainConfig, origin: Origin) -> None:
-    """Builds what a run trains, without its values: refuses what the run would refuse of weights, head, adapter and
-    parameter groups.
+    """Builds the model to train on the meta device, to check weights, head, adapter and groups.
 
     Raises:
-        ConfigError, CheckpointError: they do not fit.
+        ConfigError, CheckpointError: the run itself would reject one of them.
     """
     with torch.device("meta"):
         empty = Decoder(origin.config)
@@ -192,7 +196,8 @@ def check_model(config: TrainConfig, origin: Origin) -> None:
         reason = config.adapter.unsupported_reason(name)
         if reason is not None:
             raise ConfigError(
-                f"an adapter of kind {config.adapter.kind} does not work on weights kept as {name}: {reason}"
+                f"an adapter of kind {config.adapter.kind} does not work on weights stored as "
+                f"{name}: {reason}"
             )
     bare = replace(origin, build=lambda dtype, _: empty.to(dtype))
     objective = build_objective(config.objective)
@@ -200,7 +205,7 @@ def check_model(config: TrainConfig, origin: Origin) -> None:
 
 
 def _micro_batches(config: TrainConfig, material: Material) -> int:
-    """Forward passes of a usual step."""
+    """Returns the number of micro-batches in a typical step."""
     tokens = config.batch_tokens
     if tokens is None:
         steps = material.loader.steps_per_epoch
@@ -210,7 +215,13 @@ def _micro_batches(config: TrainConfig, material: Material) -> int:
 
 @contextmanager
 def memory_advice(config: TrainConfig) -> Iterator[None]:
-    """Answers running out of memory with what to lower; frees the buffers that steps have cached at the end."""
+    """Context manager that turns out-of-memory errors into advice on what to lower.
+
+    On exit, it frees the buffers that training steps have cached.
+
+    Raises:
+        ConfigError: the body ran out of memory.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

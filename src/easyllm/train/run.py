@@ -1,10 +1,10 @@
-"""A training run from its configuration to its result on disk.
+"""A training run, from its configuration to its result on disk.
 
-run/recipe.yaml      the configuration, resolved
-run/metrics.jsonl    a line a step; run/report.html draws it
-run/checkpoints/     to go on from after an interruption
-run/adapter/         the result of training an adapter; run/model/ of training every weight
-run/manifest.json    inputs, versions, results: written last, so its presence means the run is whole
+run/recipe.yaml      the resolved configuration
+run/metrics.jsonl    one line per logged step; run/report.html plots it
+run/checkpoints/     to resume from after an interruption
+run/adapter/         the trained adapter, or run/model/ if all weights are trained
+run/manifest.json    inputs, versions, results; written last, so its presence marks completion
 """
 
 import math
@@ -63,28 +63,36 @@ HARMLESS = frozenset(
         *("device", "spike_factor", "checkpoint_activations", "compile"),
     }
 )
-"""Keys that may differ when a run goes on, where the user says so: none changes what is learned."""
+"""Keys that may differ on resume if the user allows it: none of them affects what is learned."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """Where the result lies and what the run measured."""
+    """The result of a run.
+
+    Attributes:
+        output: the run's folder.
+        figures: the run's final metrics, as in its manifest.
+    """
 
     output: Path
     figures: dict[str, Any]
 
 
 def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> TrainResult:
-    """Runs a training, or goes on with an interrupted one in the same folder.
+    """Runs a training, or resumes an interrupted one in the same folder.
 
     Args:
-        allow_change: whether a run may go on with other values of the `HARMLESS` keys.
+        config: the run's configuration.
+        output: the run's folder.
+        allow_change: whether a run may resume with other values of the `HARMLESS` keys.
 
     Raises:
-        OutputError: `output` holds another run, or a finished one.
-        ConfigError, DataError, SourceError, CheckpointError: the inputs are wrong.
-        Interrupted: a signal asked for the end; the same call goes on.
-        Diverged: the loss was no number three steps in a row, or a weight is none at the end.
+        OutputError: `output` contains another run, or a finished one.
+        ConfigError, DataError, SourceError, CheckpointError: the inputs are invalid.
+        Interrupted: a signal stopped the run; the same call resumes it.
+        Diverged: the loss or a gradient was NaN or infinite in three consecutive steps, or a weight
+            is at the end.
     """
     ignore = _harmless(config) if allow_change else frozenset[str]()
     check_output(output, config, ignore=ignore)
@@ -95,18 +103,23 @@ def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> T
             ready.objective.reference = build_reference(
                 config, ready.origin, ready.objective, trained
             )
-        claim(output, config, ignore=ignore)  # only now: a mistake leaves no folder behind
+        claim(output, config, ignore=ignore)  # only now, so that an error leaves no empty folder
         return _run(config, output, ready, trained)
 
 
 def dry_run(config: TrainConfig, output: Path | None, *, allow_change: bool = False) -> RunPlan:
-    """What `train` would do: all of its checks, without weights read or a file written; prints the plan.
+    """Runs all checks of `train` and prints the plan, without reading weights or writing files.
 
     Args:
-        output: None where the folder is checked elsewhere.
+        config: the run's configuration.
+        output: the run's folder; None if it is checked elsewhere.
+        allow_change: as for `train`.
+
+    Returns:
+        The plan of the run.
 
     Raises:
-        What `train` raises before its first step.
+        EasyllmError: whatever `train` raises before its first step.
     """
     if output is not None:
         ignore = _harmless(config) if allow_change else frozenset[str]()
@@ -118,7 +131,7 @@ def dry_run(config: TrainConfig, output: Path | None, *, allow_change: bool = Fa
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a run needs before its weights are read."""
+    """Everything a run needs before its weights are read."""
 
     device: torch.device
     origin: Origin
@@ -128,10 +141,10 @@ class Prepared:
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Finds the model, reads the data and prints the plan.
+    """Locates the model, reads the data and prints the plan.
 
     Raises:
-        ConfigError, DataError, SourceError, CheckpointError: the inputs are wrong.
+        ConfigError, DataError, SourceError, CheckpointError: the inputs are invalid.
     """
     device = pick_device(config.device)
     origin = find_origin(config)
@@ -146,23 +159,25 @@ def prepare(config: TrainConfig) -> Prepared:
 
 
 def check_output(output: Path, config: TrainConfig, *, ignore: Collection[str] = ()) -> None:
-    """Checks that the run may be begun, or resumed, in `output`.
+    """Checks that the run can be started or resumed in `output`.
 
     Raises:
-        OutputError: it holds another run, or this one, finished; or it cannot be written.
+        OutputError: the folder contains another run, or this run is finished, or the folder cannot
+            be written.
     """
     check_free(output, config, ignore=ignore)
     if (output / MANIFEST_FILE).is_file():
         raise OutputError(
-            f"{str(output)!r} holds this run, finished; choose another output folder, or remove that one"
+            f"{str(output)!r} already contains this run, finished; choose another output folder, "
+            "or remove that one"
         )
 
 
 def count_steps(config: TrainConfig, material: Material) -> int:
-    """Steps of the whole run.
+    """Returns the number of optimizer steps of the complete run.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the number is 0.
     """
     epoch = material.loader.steps_per_epoch
     steps = math.ceil(epoch * config.epochs)
@@ -171,8 +186,8 @@ def count_steps(config: TrainConfig, material: Material) -> int:
     steps = min(steps, config.max_steps or steps)
     if steps < 1:
         raise ConfigError(
-            f"the recipe comes to {steps} steps ({epoch} an epoch, epochs={config.epochs}); raise epochs or "
-            "lower batch_size"
+            f"the recipe results in {steps} steps ({epoch} per epoch, epochs={config.epochs}); "
+            "raise epochs or lower batch_size"
         )
     return steps
 
@@ -215,12 +230,11 @@ def _run(
     if resumed:
         watch.event(totals.step, "resumed", f"resumed at step {totals.step} of {total_steps}")
     start = time.monotonic()
-    # to the end: a signal that comes behind the last step lets the result be written
+    # until the end, so that a signal after the last step does not prevent writing the result
     with stop_on_signals() as stop:
         try:
-            if (
-                "stopped" not in state.extra
-            ):  # else a run that was stopped early died before its result was there
+            # otherwise the run was stopped early, but killed before it wrote its result
+            if "stopped" not in state.extra:
                 run_steps(
                     model,
                     objective,
@@ -239,13 +253,14 @@ def _run(
             elif stop.signal is not None and totals.step < total_steps:
                 watch.save()
                 raise Interrupted(
-                    f"stopped after step {totals.step} of {total_steps}; the same command goes on from there",
+                    f"stopped after step {totals.step} of {total_steps}; run the same command "
+                    "again to resume",
                     stop.signal,
                 )
             if not optimizer.is_finite():
                 raise Diverged(
-                    f"a weight is no number after step {totals.step}; lower the learning rate (the last good "
-                    "checkpoint is kept)"
+                    f"a weight is NaN or infinite after step {totals.step}; lower the learning "
+                    "rate (the last good checkpoint is kept)"
                 )
             figures = _figures(totals, material, time.monotonic() - start)
             if model.device.type != "cpu":
@@ -272,7 +287,7 @@ def _run(
 
 
 def _harmless(config: TrainConfig) -> frozenset[str]:
-    """The `HARMLESS` keys, but for the rhythm of evaluations where it decides when a run ends or which weights stay."""
+    """Returns the `HARMLESS` keys, without `eval_every` if evaluations affect the result."""
     decides = config.early_stopping is not None or config.keep_best
     return HARMLESS - {"eval_every"} if decides else HARMLESS
 
@@ -290,7 +305,7 @@ def _figures(totals: Totals, material: Material, seconds: float) -> dict[str, An
 
 
 def _take_best(output: Path, state: RunState) -> int:
-    """Brings back the weights of the lowest evaluation loss; returns their step."""
+    """Restores the weights with the lowest evaluation loss; returns their step."""
     load_state(output / FOLDER / BEST, state)
     return state.totals.step
 
@@ -308,7 +323,8 @@ def _save_result(
     model = trained.model
     on_conversations = isinstance(config.data, DataConfig)
     ends = turn_end_ids(origin.tokenizer) if on_conversations else ()
-    for name, value in trained.optimizer.final_state().items():  # fp32, not the copies that compute
+    # save the fp32 master weights, not the low-precision copies
+    for name, value in trained.optimizer.final_state().items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     if trained.adapters is not None:

@@ -1,9 +1,10 @@
-"""Learning-rate schedules: pure functions of the step.
+"""Learning-rate schedules, as pure functions of the step.
 
-All count as `transformers` does (its `get_cosine_schedule_with_warmup` and the like), so that two runs' curves lie on
-each other: the first step of a warm-up has rate 0, the first after it the peak, and the decay would reach its floor
-one step after the last. Where we differ: `floor` bounds the decay alone (its `get_wsd_schedule` also starts the
-warm-up there), and a run of a single step has no warm-up by ratio (there it would train at rate 0).
+Steps are counted as in `transformers` (`get_cosine_schedule_with_warmup` and the like), so that the
+curves of both coincide: the first warm-up step has rate 0, the first step after the warm-up has the
+peak rate, and the decay would reach its floor one step after the last step. Two things differ:
+`floor` bounds the decay only (`get_wsd_schedule` also starts the warm-up there), and a single-step
+run ignores the warm-up ratio (it would train at rate 0).
 """
 
 import math
@@ -18,11 +19,11 @@ from easyllm.train.optim_config import (
 )
 
 UNWARMED_TIMESCALE = 10_000
-"""The w of √(w / (step + w)) where there is no warm-up to take it from, as `transformers` has it."""
+"""The w of √(w / (step + w)) without a warm-up, as in `transformers`."""
 
 
 def rate_factor(schedule: Schedule, step: int, total_steps: int) -> float:
-    """The factor on the peak learning rate for optimizer step `step`, counted from 0.
+    """Returns the factor on the peak learning rate for optimizer step `step`, counted from 0.
 
     >>> from easyllm.train.config import CosineConfig
     >>> [round(rate_factor(CosineConfig(warmup_ratio=0.25), s, 8), 3) for s in range(8)]
@@ -55,14 +56,14 @@ def rate_factor(schedule: Schedule, step: int, total_steps: int) -> float:
 
 
 def warmup_steps(schedule: Schedule, total_steps: int) -> int:
-    """How many steps the warm-up takes; a ratio is rounded up, as `transformers` does."""
+    """Returns the number of warm-up steps; a ratio is rounded up, as in `transformers`."""
     if schedule.warmup_steps is not None:
         return schedule.warmup_steps
     return math.ceil(schedule.warmup_ratio * total_steps) if total_steps > 1 else 0
 
 
 def _share(step: int, start: int, end: int) -> float:
-    """How far `step` is on the way from `start` to `end`, in [0, 1]."""
+    """Returns the progress of `step` from `start` to `end`, in [0, 1]."""
     return min(1.0, (step - start) / max(1, end - start))
 
 

@@ -1,4 +1,4 @@
-"""The model of a run, ready to be trained: weights, head, adapter, dtype, optimizer."""
+"""Builds the model to train: weights, head, adapter, dtype and optimizer."""
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,15 +32,15 @@ from easyllm.train.optim import MasterOptimizer
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where the weights come from: a model's source, or nothing yet.
+    """Where the initial weights come from: a pretrained model, or random initialisation.
 
     Attributes:
-        config: of the model.
-        tokenizer: that belongs to it.
-        identity: computes a hash of what the weights are made from (which reads all of a model's files).
-        build: the model in a dtype, on a device.
-        values: some of the parameters in fp32, by name.
-        packed: the format of weights that are quantized in the source.
+        config: the model's configuration.
+        tokenizer: the model's tokenizer.
+        identity: computes a hash that identifies the weights (reads all files of a model).
+        build: builds the model in a dtype, on a device.
+        values: returns the named parameters in fp32.
+        packed: storage format of the source's weights if they are quantized, else None.
     """
 
     config: ModelConfig
@@ -52,11 +52,11 @@ class Origin:
 
 
 def find_origin(config: TrainConfig) -> Origin:
-    """Locates the model a recipe names, or plans the fresh one it describes; no weights are read.
+    """Locates the model that a recipe names, or configures the new one; reads no weights.
 
     Raises:
         SourceError, CheckpointError: there is no such model or tokenizer.
-        ConfigError: the values describe no model.
+        ConfigError: the values do not describe a valid model.
     """
     if isinstance(config.model, ScratchConfig):
         tokenizer = load_tokenizer(config.model.tokenizer)
@@ -87,7 +87,7 @@ def _reader(opened: OpenSource) -> Callable[[torch.dtype, torch.device], Decoder
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The dtype of the weights that products run with."""
+    """Returns the dtype of the weights in the forward and backward passes."""
     match config.precision:
         case "bf16":
             return torch.bfloat16
@@ -99,8 +99,12 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def build_arithmetic(config: TrainConfig, model: ModelConfig, device: torch.device) -> Arithmetic:
-    """Autocast and loss scaling as the precision asks; numbers of tokens that suit the machine, where no router counts
-    them."""
+    """Returns autocast, loss scaling and padding for the configured precision.
+
+    For bf16 on a CPU, micro-batches are padded to a multiple of `STEADY_ROWS` tokens, because its
+    GEMM kernels are compiled for each number of rows. MoE models are not padded, since their
+    routers would count the padding tokens.
+    """
     bf16 = config.precision == "bf16_autocast" or compute_dtype(config, device) == torch.bfloat16
     steady = device.type == "cpu" and bf16 and not model.has_experts
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -112,10 +116,12 @@ def build_arithmetic(config: TrainConfig, model: ModelConfig, device: torch.devi
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A model, what is trained in it, and the optimizer of that.
+    """A model that is ready to be trained, and its optimizer.
 
     Attributes:
-        adapters: the adapter that is trained; None where every weight is.
+        model: the model.
+        optimizer: the optimizer of the trainable parameters.
+        adapters: the adapter being trained; None if all weights are trained.
     """
 
     model: Decoder
@@ -126,10 +132,11 @@ class Trained:
 def build_model(
     config: TrainConfig, origin: Origin, objective: Objective, device: torch.device
 ) -> Trained:
-    """The model with what is trained in it marked, and the optimizer of that.
+    """Builds the model, marks its trainable parameters, and builds the optimizer for them.
 
     Raises:
-        ConfigError: every weight is to be trained and some are quantized, or the adapter does not fit the model.
+        ConfigError: all weights are to be trained but some are quantized, or the adapter does not
+            fit the model.
     """
     compute = compute_dtype(config, device)
     masters: dict[str, Tensor] | None = None
@@ -140,9 +147,7 @@ def build_model(
             model, config.adapter, seed=config.seed, also_trained=objective.also_trained
         )
         trained = adapters.trained_parameters(model)
-        if (
-            compute != torch.float32
-        ):  # modules trained whole start from what the file has, unrounded
+        if compute != torch.float32:  # fully trained modules start from the file's exact values
             masters = origin.values(adapters.whole_parameters())
     else:
         model = objective.prepare_model(origin.build(torch.float32, device), seed=config.seed)
@@ -163,18 +168,21 @@ def build_model(
 
 
 def cannot_train_all(config: TrainConfig, formats: Sequence[str]) -> ConfigError:
-    """The answer where every weight is to be trained and some are quantized."""
+    """Returns the error for training all weights of a model that has quantized weights."""
     return ConfigError(
-        f"the weights of {source_name(config)} are quantized ({', '.join(formats)}) and cannot all be trained; train an "
-        "adapter on them (adapter.kind=lora)"
+        f"the weights of {source_name(config)} are quantized ({', '.join(formats)}) and cannot all "
+        "be trained; train an adapter on them (adapter.kind=lora)"
     )
 
 
 def build_reference(
     config: TrainConfig, origin: Origin, objective: Objective, trained: Trained
 ) -> Reference:
-    """The model the run starts from, frozen: the same one with its adapter passed over, where the adapter alone is trained and
-    starts from the base; else a second one."""
+    """Returns the frozen initial model of the run, as a reference for the objective.
+
+    If only the adapter is trained, the reference is the trained model itself with the adapter
+    bypassed; otherwise it is a separate copy.
+    """
     if trained.adapters is not None and not trained.adapters.whole:
         return Reference(trained.model, without_adapter=True)
     device = trained.model.device
@@ -194,12 +202,12 @@ def _with_mask(config: ModelConfig, train: TrainConfig) -> ModelConfig:
 
 
 def source_name(config: TrainConfig) -> str:
-    """The base model's source, for records."""
+    """Returns the base model's source, for records."""
     return config.model if isinstance(config.model, str) else "scratch"
 
 
 def input_hashes(origin: Origin) -> dict[str, str]:
-    """What identifies the model and tokenizer of a run."""
+    """Returns hashes that identify the model and tokenizer of a run."""
     return {"model": origin.identity(), "tokenizer": origin.tokenizer.fingerprint}
 
 

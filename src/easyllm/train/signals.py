@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the step at hand, with a checkpoint."""
+"""Graceful shutdown: on SIGTERM or Ctrl-C, a run finishes its step and writes a checkpoint."""
 
 import signal
 from collections.abc import Iterator
@@ -9,10 +9,11 @@ from easyllm.core.errors import EasyllmError
 
 
 class Interrupted(EasyllmError):
-    """A run was asked to end; its checkpoint is written, the same command goes on with it.
+    """A signal stopped the run; its checkpoint is written, and the same command resumes it.
 
     Attributes:
-        signal: the number of the signal.
+        signal: the signal number.
+        exit_code: 128 plus the signal number.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -21,16 +22,20 @@ class Interrupted(EasyllmError):
 
 
 class StopRequest:
-    """Whether, and by which signal, the run was asked to end."""
+    """A request to stop the run.
+
+    Attributes:
+        signal: number of the signal that requested it; None if there was none.
+    """
 
     signal: int | None = None
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Notes the first SIGTERM or SIGINT instead of dying of it; a second one has its usual effect.
+    """Records the first SIGTERM or SIGINT instead of terminating; a second has its usual effect.
 
-    Outside the main thread, where Python allows no handlers, nothing is noted.
+    Outside the main thread, where Python allows no signal handlers, signals are not recorded.
     """
     request = StopRequest()
     old: dict[int, object] = {}

@@ -1,8 +1,8 @@
-"""Checkpoints of a running training: everything needed to go on bit by bit, and no pickle.
+"""Training checkpoints: everything needed for a bitwise-exact resume, without pickle.
 
-checkpoints/step-000100/state.safetensors   masters, moments, random states
-checkpoints/step-000100/state.json          totals, loader position, what the run is made from
-checkpoints/best/                           that of the lowest evaluation loss, where it is kept
+checkpoints/step-000100/state.safetensors   master weights, moments, RNG states
+checkpoints/step-000100/state.json          totals, loader position, hashes of the run's inputs
+checkpoints/best/                           the checkpoint with the lowest evaluation loss, if kept
 """
 
 import json
@@ -27,7 +27,13 @@ TENSORS, STATE = "state.safetensors", "state.json"
 
 @dataclass(slots=True)
 class Totals:
-    """Counted since the first step."""
+    """Counters since the first step of the run.
+
+    Attributes:
+        step: optimizer steps, skipped ones included.
+        tokens, trained_tokens: all tokens, and the labelled ones among them.
+        skipped, skipped_in_a_row: steps skipped because of a NaN or infinite loss or gradient.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -35,11 +41,11 @@ class Totals:
     skipped: int = 0
     skipped_in_a_row: int = 0
     usual_loss_nats: float = 0.0
-    """Running mean of the losses of `usual_steps` steps, which spikes are measured against."""
+    """Running mean of the loss over `usual_steps` steps, used to detect spikes."""
     usual_steps: int = 0
 
     def count(self, batches: Sequence[Batch]) -> None:
-        """Counts one step in."""
+        """Adds one step to the counters."""
         self.step += 1
         self.tokens += sum(batch.token_ids.numel() for batch in batches)
         self.trained_tokens += sum(batch.num_trained for batch in batches)
@@ -47,13 +53,17 @@ class Totals:
 
 @dataclass(slots=True)
 class RunState:
-    """What a checkpoint holds, and what is restored into the objects of a run.
+    """The objects of a run whose state a checkpoint saves and restores.
 
     Attributes:
-        identity: hashes of the model, tokenizer and data a run is made from; a checkpoint of others is refused.
-        extra: what else is needed for a bitwise-exact resume (the loss scaler, the best evaluation), and why the run was
-            stopped early.
-        adapters: the adapter that is trained, whose own state is kept too.
+        optimizer: master weights and optimizer states.
+        loader: the data loader, whose position is saved.
+        totals: the run's counters.
+        identity: hashes of the run's model, tokenizer and data; a checkpoint with other hashes is
+            rejected.
+        extra: other state needed for a bitwise-exact resume (the loss scaler, the best evaluation),
+            and the reason of early stopping.
+        adapters: the adapter being trained, whose own state is saved too.
     """
 
     optimizer: MasterOptimizer
@@ -86,8 +96,11 @@ def save_state(folder: Path, state: RunState) -> None:
 
 
 def save_step(run: Path, state: RunState, *, keep_last: int) -> None:
-    """Writes the checkpoint of this step; removes the oldest beyond `keep_last`, and damaged ones of later steps, which the
-    run has passed over."""
+    """Writes the checkpoint of the current step and prunes old ones.
+
+    Removes all but the newest `keep_last` checkpoints. Also removes those of later steps, which
+    were damaged and skipped when the run resumed.
+    """
     here = run / FOLDER / f"step-{state.totals.step:06d}"
     save_state(here, state)
     found = checkpoints(run)
@@ -97,26 +110,26 @@ def save_step(run: Path, state: RunState, *, keep_last: int) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run's steps, oldest first (half-written ones have another name)."""
+    """Returns the step checkpoints of a run, oldest first; partially written ones are excluded."""
     found = [p for p in (run / FOLDER).glob("step-*") if p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def load_newest(run: Path, state: RunState) -> tuple[bool, list[str]]:
-    """Restores the newest checkpoint that reads well.
+    """Restores the newest checkpoint that is not damaged.
 
     Returns:
-        Whether there was one, and a message for each damaged one passed over.
+        Whether there was one, and a message for each damaged checkpoint that was skipped.
 
     Raises:
-        CheckpointError: it was made from another model, tokenizer or data.
+        CheckpointError: it belongs to another model, tokenizer or data.
     """
     skipped = []
     for folder in reversed(checkpoints(run)):
         try:
             load_state(folder, state)
         except (_Damaged, OSError) as error:
-            skipped.append(f"checkpoint {folder.name} is damaged and passed over ({error})")
+            skipped.append(f"checkpoint {folder.name} is damaged and was skipped ({error})")
             continue
         return True, skipped
     return False, skipped
@@ -126,7 +139,7 @@ def load_state(folder: Path, state: RunState) -> None:
     """Restores one checkpoint into the objects of a run.
 
     Raises:
-        CheckpointError: it is damaged, or was made from something else.
+        CheckpointError: it is damaged, or belongs to another model, tokenizer or data.
     """
     try:
         tensors, _ = read_tensors(folder / TENSORS)
@@ -139,8 +152,9 @@ def load_state(folder: Path, state: RunState) -> None:
     for name, mine in state.identity.items():
         if identity.get(name) != mine:
             raise CheckpointError(
-                f"checkpoint {folder} was made from another {name} (hash {str(identity.get(name))[:12]} there, "
-                f"{mine[:12]} now); bring the old one back, or choose another output folder"
+                f"checkpoint {folder} was created with another {name} (hash "
+                f"{str(identity.get(name))[:12]} there, {mine[:12]} now); restore the old one, or "
+                "choose another output folder"
             )
     prefix = "optimizer."
     state.optimizer.load_tensors(

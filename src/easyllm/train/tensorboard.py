@@ -1,7 +1,7 @@
-"""Event files that TensorBoard reads, written without it: scalars only.
+"""Writes scalar event files for TensorBoard, without depending on it.
 
-A file is TFRecords, each around one `Event` in protobuf's wire format (the fields we write are numbered so in
-TensorBoard's event.proto and summary.proto):
+A file is a sequence of TFRecords, each with one `Event` in protobuf's wire format. The field
+numbers are those of TensorBoard's event.proto and summary.proto:
 
 record   length uint64 · crc(length) uint32 · event · crc(event) uint32            little-endian
 Event    1 wall_time double · 2 step int64 · 3 file_version string · 5 summary · 7 session_log
@@ -22,12 +22,12 @@ SESSION_START = 1
 
 
 class TensorBoardWriter:
-    """Appends scalars to an event file of its own in `folder`; what is written can be seen at once.
+    """Appends scalars to a new event file in `folder`; every write is flushed.
 
     Args:
-        folder: made where it is missing; files of earlier runs in it stay.
-        after_step: TensorBoard forgets what earlier files in `folder` say of steps past this one, as a run needs that
-            goes on from a checkpoint. None leaves them alone.
+        folder: created if missing; event files of earlier runs in it stay.
+        after_step: makes TensorBoard discard the values of later steps in earlier files, which a
+            run that resumes from a checkpoint of this step needs. None leaves them alone.
 
     Raises:
         OutputError: the file cannot be written.
@@ -38,7 +38,7 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path, *, after_step: int | None = None) -> None:
-        now = time.time_ns()  # readers take the files in the order of their names
+        now = time.time_ns()  # readers process the files in the order of their names
         self.path = folder / f"events.out.tfevents.{now}.easyllm"
         with output_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -49,12 +49,15 @@ class TensorBoardWriter:
             self._append(_event(now / 1e9, after_step + 1, start))
 
     def write(self, step: int, wall_time: float, values: Mapping[str, float]) -> None:
-        """Appends the values of one step; TensorBoard keeps them as fp32.
+        """Appends the values of one step, which are stored as fp32.
 
         Args:
-            step: from 0.
-            wall_time: seconds since 1970.
-            values: by name; what stands before a `/` groups the charts.
+            step: the step, at least 0.
+            wall_time: seconds since the Unix epoch.
+            values: the scalars by name; the part before a `/` groups the charts.
+
+        Raises:
+            OutputError: the file cannot be written.
         """
         scalars = (
             _field(1, _field(1, name.encode("utf-8")) + _tag(2, FIXED32) + _fp32(value))
@@ -63,6 +66,7 @@ class TensorBoardWriter:
         self._append(_event(wall_time, step, _field(5, b"".join(scalars))))
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
     def _append(self, event: bytes) -> None:
@@ -72,13 +76,13 @@ class TensorBoardWriter:
 
 
 def frame(record: bytes) -> bytes:
-    """`record` as a TFRecord."""
+    """Returns `record` framed as a TFRecord."""
     length = struct.pack("<Q", len(record))
     return length + _masked_crc(length) + record + _masked_crc(record)
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli) of `data`: RFC 3720, appendix B.4.
+    """Returns the CRC-32C (Castagnoli) of `data`, see RFC 3720, appendix B.4.
 
     >>> hex(crc32c(b"123456789"))
     '0xe3069283'
@@ -99,7 +103,7 @@ _TABLE = tuple(map(_table_entry, range(256)))
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """TFRecord's mask: a CRC of data that holds CRCs is a poor one."""
+    """Returns TFRecord's masked CRC; a plain CRC of data that contains CRCs is weak."""
     value = crc32c(data)
     rotated = (value >> 15 | value << 17) & 0xFFFFFFFF
     return struct.pack("<I", (rotated + 0xA282EAD8) & 0xFFFFFFFF)
@@ -118,8 +122,8 @@ def _tag(number: int, wire_type: int) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Base 128, the lowest seven bits first; all but the last byte have the high bit set."""
-    assert value >= 0, "steps, sizes and field numbers are counted from 0"
+    """Encodes a base-128 varint, low bits first; all bytes but the last have the high bit set."""
+    assert value >= 0, "steps, sizes and field numbers are not negative"
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

@@ -1,7 +1,8 @@
-"""How an optimizer moves one weight: AdamW and SGD here, the others in `muon` and `adamw_int8`.
+"""Per-weight optimizer update rules: AdamW and SGD; the others are in `muon` and `adamw_int8`.
 
-On a CPU AdamW is one pass in C; other rules move a weight in pieces that stay in the cache from the widening of their gradient
-to the rounding of the result, so that no pass over all parameters is spent on either.
+On a CPU, AdamW is a single pass in C. Other rules process a weight in pieces that stay in the CPU
+cache from the conversion of the gradient to the rounding of the result, so that neither requires a
+separate pass over all parameters.
 """
 
 import ctypes
@@ -18,21 +19,22 @@ from easyllm.ops.kernels.build import DTYPE_CODES, AdamWNumbers
 from easyllm.train.optim_config import AdamWConfig, SGDConfig
 
 State = dict[str, Tensor]
-"""What a rule remembers of a weight; tensors alone, so that a checkpoint can hold it."""
+"""The optimizer state of one weight; tensors only, so that a checkpoint can store it."""
 
 PIECE = 2**18
-"""Elements a thread moves at once, 1 MiB of fp32; a multiple of the block of int8 states."""
+"""Elements per piece and thread, 1 MiB of fp32; a multiple of the block size of int8 states."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightUpdate:
-    """One weight that is about to be moved.
+    """One weight and its gradient, as the input of an update rule.
 
     Attributes:
-        master: its value, fp32 (or fp64).
-        gradient: the sum over micro-batches, in the master's dtype or the copy's; used up by the update.
-        scale: what the gradient is still to be multiplied by.
-        copy: the rounded copy that computes, where the weight has one.
+        master: the master weight, fp32 (or fp64).
+        gradient: the gradient summed over micro-batches, in the master's dtype or the copy's; may
+            be overwritten by the update.
+        scale: factor still to be applied to the gradient.
+        copy: the low-precision copy used in the forward pass; None if the weight has none.
         learning_rate, weight_decay: of this step.
     """
 
@@ -44,9 +46,10 @@ class WeightUpdate:
     weight_decay: float
 
     def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The weight in flat pieces: where, the master's, the gradient's (in the master's dtype).
+        """Yields flat pieces: the slice, the master's piece and the gradient's, in its dtype.
 
-        After each is moved in place, the copy's piece follows.
+        When the caller has updated a master's piece in place and requests the next one, the
+        corresponding piece of the copy is refreshed.
         """
         master, gradient = self.master.view(-1), self.gradient.reshape(-1)
         copy = None if self.copy is None else self.copy.view(-1)
@@ -56,11 +59,11 @@ class WeightUpdate:
                 copy[part].copy_(master[part])
 
     def whole(self) -> Tensor:
-        """The gradient in the master's shape and dtype, for rules that need all of it."""
+        """Returns the complete gradient in the master's shape and dtype, with `scale` applied."""
         return self._widened(self.gradient)
 
     def round(self) -> None:
-        """Brings the whole copy up to date."""
+        """Refreshes the low-precision copy from the master weight, if there is one."""
         if self.copy is not None:
             self.copy.copy_(self.master)
 
@@ -70,7 +73,10 @@ class WeightUpdate:
 
 
 def piece_slices(flat: Tensor) -> Iterator[slice]:
-    """Slices of a flat tensor that are worked on at once: what fits the caches of a CPU, all of it elsewhere."""
+    """Yields slices of a flat tensor to process one at a time.
+
+    On a CPU, a slice fits into the caches; on other devices, a single slice covers the tensor.
+    """
     count = flat.numel()
     size = PIECE * torch.get_num_threads() if flat.device.type == "cpu" else max(1, count)
     for start in range(0, count, size):
@@ -78,26 +84,30 @@ def piece_slices(flat: Tensor) -> Iterator[slice]:
 
 
 class UpdateRule(Protocol):
-    """An optimizer, a weight at a time."""
+    """An optimizer's update of a single weight."""
 
     def new_state(self, master: Tensor) -> State:
-        """What it remembers of a weight before the first step."""
+        """Returns the initial optimizer state of a weight."""
 
     def update(self, weight: WeightUpdate, state: State) -> None:
-        """Moves the master and its copy; changes `state` in place."""
+        """Updates the master weight, its copy and `state`, in place."""
 
 
 class AdamW:
-    """AdamW with moments in the master's dtype, bit for bit `torch.optim.AdamW(fused=True)`.
+    """AdamW with moments in the master's dtype, bitwise equal to `torch.optim.AdamW(fused=True)`.
 
     θ ← θ − η λ θ;  m ← β₁ m + (1 − β₁) g;  v ← β₂ v + (1 − β₂) g²;
     θ ← θ − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)         (arXiv 1711.05101, algorithm 2)
+
+    Args:
+        config: AdamW's hyperparameters.
     """
 
     def __init__(self, config: AdamWConfig) -> None:
         self.config = config
 
     def new_state(self, master: Tensor) -> State:
+        """Returns zero moments of the master's shape and dtype."""
         return {
             "step": torch.zeros((), dtype=torch.float32, device=master.device),
             "exp_avg": torch.zeros_like(master),
@@ -105,6 +115,7 @@ class AdamW:
         }
 
     def update(self, weight: WeightUpdate, state: State) -> None:
+        """Applies one AdamW step to the master weight, its copy and the moments, in place."""
         state["step"] += 1
         copies = () if weight.copy is None else (weight.copy,)
         kernels = kernels_for(weight.master, weight.gradient, *copies)
@@ -117,7 +128,7 @@ class AdamW:
             self.move(master, gradient, *moments, step=state["step"], weight=weight)
 
     def _in_one_pass(self, kernels: ctypes.CDLL, weight: WeightUpdate, state: State) -> None:
-        """Everything from the gradient as it came to the copy, each number read and written once."""
+        """Performs the complete update in C, reading and writing each element once."""
         gradient = weight.gradient.contiguous()
         numbers = self.numbers(weight, float(state["step"]))
         kernels.adamw(
@@ -132,7 +143,7 @@ class AdamW:
         )
 
     def numbers(self, weight: WeightUpdate, step: float) -> AdamWNumbers:
-        """What the C kernels need to know of a step; it counts from 1."""
+        """Returns the scalars that the C kernels need for step `step`, counted from 1."""
         beta1, beta2 = self.config.betas
         return AdamWNumbers(
             weight.scale,
@@ -155,9 +166,10 @@ class AdamW:
         step: Tensor,
         weight: WeightUpdate,
     ) -> None:
-        """Moves a piece of a weight and its moments in place; `step` counts from 1."""
+        """Updates a piece of a weight and of its moments in place; `step` is counted from 1."""
         beta1, beta2 = self.config.betas
-        torch._fused_adamw_(  # the kernel of torch.optim.AdamW, which cannot be given a piece of a parameter
+        # torch.optim.AdamW's kernel, called directly since the class takes only whole parameters
+        torch._fused_adamw_(
             [master],
             [gradient],
             [exp_avg],
@@ -175,18 +187,26 @@ class AdamW:
 
 
 class SGD:
-    """Gradient descent, bit for bit `torch.optim.SGD`: g ← g + λ θ;  b ← μ b + g;  θ ← θ − η b.
+    """SGD with momentum, bitwise equal to `torch.optim.SGD`.
 
-    Nesterov's variant descends along g + μ b. The decay is part of the gradient, as usual for SGD.
+    g ← g + λ θ;  b ← μ b + g;  θ ← θ − η b
+
+    Nesterov momentum descends along g + μ b. Weight decay is part of the gradient (an L2 penalty),
+    as usual for SGD.
+
+    Args:
+        config: SGD's hyperparameters.
     """
 
     def __init__(self, config: SGDConfig) -> None:
         self.config = config
 
     def new_state(self, master: Tensor) -> State:
+        """Returns a zero momentum buffer of the master's shape and dtype, if momentum is used."""
         return {"momentum": torch.zeros_like(master)} if self.config.momentum else {}
 
     def update(self, weight: WeightUpdate, state: State) -> None:
+        """Applies one SGD step to the master weight, its copy and the momentum, in place."""
         momentum = self.config.momentum
         for part, master, gradient in weight.pieces():
             direction = gradient

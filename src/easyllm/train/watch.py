@@ -1,4 +1,4 @@
-"""Watching a run: figures, evaluations, samples, checkpoints, early stopping, the report."""
+"""Bookkeeping of a run: metrics, evaluations, samples, checkpoints, early stopping, the report."""
 
 import math
 import statistics
@@ -26,18 +26,23 @@ from easyllm.train.tensorboard import TensorBoardWriter
 
 REPORT_EVERY_S = 15.0
 COMPILING, SETTLED = 5, 3
-"""Steps of a compiled run in which something may still be compiled, and those behind them that show the usual time."""
+"""Number of first steps in which `torch.compile` may still compile, and of the steps after them
+that measure the usual step time."""
 
 
 class RunWatch:
-    """Everything a run does beside its arithmetic.
+    """Logging, evaluation, sampling and checkpointing of a run.
 
     Args:
         run: the run's folder.
-        state: what checkpoints hold.
-        evaluate: figures of the evaluation data.
-        samples: shows what the model writes; both None where there is nothing to do.
-        flops: of a step, by the lengths of its sequences; peak: FLOP/s of the machine's products.
+        config: the run's configuration.
+        state: the state that checkpoints store.
+        evaluate: returns the metrics of the evaluation data; None if there is none.
+        samples: returns sample completions of the model; None if none are configured.
+        scaler: the loss scaler, for fp16.
+        flops: returns the FLOPs of a step, given the lengths of its sequences.
+        peak: the machine's matmul rate in FLOP/s, for the MFU; None if unknown.
+        total_steps: number of steps of the run.
     """
 
     def __init__(
@@ -65,11 +70,15 @@ class RunWatch:
         self.report = RunReport(run, total_steps=total_steps)
         self._reported = time.monotonic()
         self._saved = self._looked = -1  # the steps of the last checkpoint and the last evaluation
-        self.evaluated: dict[str, float] = {}  # figures of the last evaluation
+        self.evaluated: dict[str, float] = {}  # metrics of the last evaluation
         self._seconds: list[float] | None = [] if config.compile else None
 
     def after_step(self, report: StepReport) -> str | None:
-        """Logs a step; evaluates, samples and saves where it is time. A text ends the run."""
+        """Logs a step; evaluates, samples and saves a checkpoint when due.
+
+        Returns:
+            The reason to stop the run, or None to continue.
+        """
         config, step = self.config, report.step
         last = step == self.total_steps
         if self._seconds is not None:
@@ -93,20 +102,28 @@ class RunWatch:
         return reason
 
     def save(self) -> None:
-        """Writes a checkpoint of this step, unless there is one, or a weight has become no number: then the last good one
-        stays."""
+        """Writes a checkpoint of this step, unless it exists or a weight is NaN or infinite.
+
+        If a weight is not finite, the last good checkpoint stays.
+        """
         step = self.state.totals.step
         if self._saved == step:
             return
         if not self.state.optimizer.is_finite():
-            self.event(step, "not saved", "a weight is no number; the last good checkpoint stays")
+            self.event(
+                step, "not saved", "a weight is NaN or infinite; keeping the last good checkpoint"
+            )
             return
         self._note_scale()
         save_step(self.run, self.state, keep_last=self.config.keep_last)
         self._saved = step
 
     def look(self, step: int) -> str | None:
-        """Evaluates and samples; a text where the loss has stopped falling. Of the step looked at last it is nothing new."""
+        """Evaluates and samples; does nothing if this step was already evaluated.
+
+        Returns:
+            The reason to stop early, or None to continue.
+        """
         if step == self._looked:
             return None
         self._looked = step
@@ -121,7 +138,8 @@ class RunWatch:
         return self._judge(step, figures["eval/loss_nats"])
 
     def _judge(self, step: int, loss: float) -> str | None:
-        """Keeps the best evaluation in mind, and its checkpoint where that is asked for."""
+        """Tracks the best evaluation, saves its checkpoint with `keep_best`, and decides on early
+        stopping; returns the reason to stop, or None."""
         extra, stopping = self.state.extra, self.config.early_stopping
         best = extra.get("best_loss_nats", math.inf)
         if loss < best:
@@ -140,24 +158,27 @@ class RunWatch:
         return f"the evaluation loss has not fallen for {stopping.patience} evaluations"
 
     def event(self, step: int, kind: str, detail: str) -> None:
-        """Notes something unusual, for people too."""
+        """Logs an unusual event to `metrics.jsonl` and to the console."""
         self.log.write(step=step, event=kind, detail=detail)
         console().print(f"step {step}: {kind}: {detail}", soft_wrap=True, markup=False)
 
     def _tell_compile_time(self, step: int, seconds: float) -> None:
-        """Says, once the steps have settled, how much longer the first ones took."""
-        assert self._seconds is not None, "asked of compiled runs only"
+        """Reports the extra time of the first steps, once the step time has settled."""
+        assert self._seconds is not None, "called for compiled runs only"
         self._seconds.append(seconds)
         if len(self._seconds) < COMPILING + SETTLED:
             return
         first, usual = self._seconds[:COMPILING], statistics.median(self._seconds[COMPILING:])
         extra = sum(first) - COMPILING * usual
-        detail = f"the first {COMPILING} steps took {extra:.1f} s longer than the {usual:.2f} s a step behind them"
+        detail = (
+            f"in total, the first {COMPILING} steps took {extra:.1f} s longer than later steps, "
+            f"which take {usual:.2f} s each"
+        )
         self.event(step, "compiled", detail)
         self._seconds = None
 
     def close(self) -> None:
-        """Ends the logs and writes the last report."""
+        """Closes the logs and writes the final report."""
         self.log.close()
         if self.board is not None:
             self.board.close()
@@ -178,29 +199,29 @@ class RunWatch:
 def evaluation_of(
     evaluate: Evaluation | None, model: Decoder, objective: Objective
 ) -> Callable[[], dict[str, float]] | None:
-    """The evaluation of this model; None where there is no data for one."""
+    """Returns a function that evaluates this model; None if there is no evaluation data."""
     return None if evaluate is None else lambda: evaluate(model, objective)
 
 
 def check_samples(config: SamplesConfig | None, tokenizer: Tokenizer, *, context: int) -> None:
-    """Refuses a prompt that the model cannot go on from, before a step is run.
+    """Checks the sample prompts before the first step.
 
     Raises:
-        ConfigError: it has no token, or leaves no room in the context.
+        ConfigError: a prompt has no tokens, or leaves no space for a completion in the context.
     """
     for number, prompt in enumerate(config.prompts if config is not None else ()):
         length = len(tokenizer.encode(prompt))
         if not 0 < length < context:
             raise ConfigError(
-                f"samples.prompts[{number}] has {length} tokens, expected 1 to {context - 1} (the model's context less "
-                "one); change it"
+                f"samples.prompts[{number}] has {length} tokens, expected 1 to {context - 1} (the "
+                "model's context minus one); change it"
             )
 
 
 def samples_of(
     config: SamplesConfig | None, model: Decoder, tokenizer: Tokenizer
 ) -> Callable[[], list[dict[str, str]]] | None:
-    """Generations of this model for each prompt, from a generator of their own."""
+    """Returns a function that generates a completion for each prompt, with a separate RNG."""
     if config is None:
         return None
     from easyllm.engine import LLM, SamplingParams
@@ -210,11 +231,11 @@ def samples_of(
     llm = LLM(
         model=model,
         tokenizer=tokenizer,
-        # memory belongs to training, and weights change between samples: nothing cached stays true
+        # leave the memory to training; cached prefixes would be stale once the weights change
         num_pages=len(config.prompts) * -(-longest // 16),
         page_size=16,
         prefix_caching=False,
-        compiled_step=False,  # it would move the weights the optimizer holds
+        compiled_step=False,  # would move the weights, which the optimizer references
     )
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, seed=0)
 
@@ -232,7 +253,10 @@ def samples_of(
 
 
 def step_flops(model: ModelConfig, config: TrainConfig) -> Callable[[tuple[int, ...]], float]:
-    """Useful FLOPs of a step, by the lengths of its sequences."""
+    """Returns a function that computes a step's model FLOPs from its sequence lengths.
+
+    Model FLOPs exclude the recomputation of gradient checkpointing.
+    """
 
     @cache
     def row(length: int) -> int:

@@ -1,4 +1,7 @@
-"""What is minimised: `objective.loss(model, batch) -> LossOutput`. The built-in ones register themselves here."""
+"""Training objectives: `objective.loss(model, batch) -> LossOutput`.
+
+Importing this package registers the built-in objectives.
+"""
 
 from easyllm.train.objectives.classifier import Classifier, ClassifierConfig
 from easyllm.train.objectives.language_model import LanguageModel, LanguageModelConfig

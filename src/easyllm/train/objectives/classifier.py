@@ -1,4 +1,4 @@
-"""A head of labels on each text's last token: classes, or one number."""
+"""Sequence classification, or regression with one label, on each text's last token."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from easyllm.train.objectives.objective import (
 
 
 class ClassifierConfig(ObjectiveConfig):
-    """Cross-entropy of a head of labels on each text's last token; squared error where `num_labels` is 1."""
+    """Sequence classification with cross-entropy; regression with squared error for one label."""
 
     kind: Literal["classifier"] = "classifier"
     num_labels: PositiveInt = 2
@@ -34,7 +34,7 @@ class ClassifierConfig(ObjectiveConfig):
 class Classifier(Objective):
     """Σ -log p(label | text) over texts, or Σ (score - target)² with a single score.
 
-    The batch's labels are at each text's last token; the numbers to regress on are its extra `target`.
+    A batch has its labels at each text's last token; regression targets are in its extra `target`.
     """
 
     generates = False
@@ -46,6 +46,7 @@ class Classifier(Objective):
     def prepare(
         self, data: RowsConfig, files: Sequence[Path], tokenizer: Tokenizer
     ) -> tuple[Sequence[AnySample], Account]:
+        """Reads labelled texts and tokenizes them into samples; see `Objective.prepare`."""
         assert isinstance(data, LabelledDataConfig), "checked by the configuration"
         return prepare_labelled_texts(
             files,
@@ -57,17 +58,18 @@ class Classifier(Objective):
         )
 
     def prepare_model(self, model: Decoder, *, seed: int) -> Decoder:
-        """The model with a head of labels, a fresh one where it has none of this size."""
+        """Returns the model with a classification head, which is new unless it has the size."""
         if model.config.num_labels == self.config.num_labels:
             return model
         return to_classifier(model, self.config.num_labels, seed=seed)
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
+        """Returns the loss summed over texts, and for classification the accuracy."""
         hidden = model(batch.token_ids, batch.context())
         rows = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
         scores = model.head(hidden.index_select(0, rows))  # [texts, labels]
         if scores.shape[1] == 1:
-            wanted = batch.extras[TARGET][: len(rows)]  # a filling sequence comes last
+            wanted = batch.extras[TARGET][: len(rows)]  # a padding sequence comes last
             total = F.mse_loss(scores.squeeze(1), wanted.to(scores.dtype), reduction="sum")
             return LossOutput(total, len(rows))
         labels = batch.labels[rows]

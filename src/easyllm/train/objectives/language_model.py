@@ -1,4 +1,4 @@
-"""Next-token prediction: pretraining when every token is labelled, supervised fine-tuning when the answers are."""
+"""Next-token prediction: pretraining if all tokens are labelled, SFT if only responses are."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -30,8 +30,10 @@ class LanguageModelConfig(ObjectiveConfig):
     """Next-token prediction.
 
     Attributes:
-        label_smoothing: share of the target's probability spread over the vocabulary (Szegedy et al. 2015, arXiv 1512.00567).
-        z_loss: coefficient of log²Z, which keeps the softmax's normaliser near 1 (Chowdhery et al. 2022, arXiv 2204.02311).
+        label_smoothing: fraction of the target probability that is spread over the vocabulary
+            (Szegedy et al. 2015, arXiv 1512.00567).
+        z_loss: coefficient of the log²Z term, which keeps the softmax normaliser Z near 1
+            (Chowdhery et al. 2022, arXiv 2204.02311).
     """
 
     kind: Literal["language_model"] = "language_model"
@@ -40,10 +42,10 @@ class LanguageModelConfig(ObjectiveConfig):
 
 
 class LanguageModel(Objective):
-    """Σ -log p(label | tokens before it) over labelled tokens, and the losses of routers where there are any.
+    """Σ -log p(label | preceding tokens) over labelled tokens, plus router losses for MoE models.
 
     Args:
-        config: `label_smoothing` and `z_loss` as `linear_cross_entropy` takes them.
+        config: `label_smoothing` and `z_loss`, as in `linear_cross_entropy`.
     """
 
     def __init__(self, config: LanguageModelConfig | None = None) -> None:
@@ -52,6 +54,7 @@ class LanguageModel(Objective):
     def prepare(
         self, data: RowsConfig, files: Sequence[Path], tokenizer: Tokenizer
     ) -> tuple[Sequence[AnySample], Account]:
+        """Reads conversations and tokenizes them into samples; see `Objective.prepare`."""
         assert isinstance(data, DataConfig), "checked by the configuration; a corpus has no rows"
         return prepare_conversations(
             chain.from_iterable(read_conversations(file) for file in files),
@@ -63,6 +66,7 @@ class LanguageModel(Objective):
         )
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
+        """Returns the summed cross-entropy of the labelled tokens, and router losses for MoE."""
         config = model.config
         routing: list[Routing] | None = [] if config.has_experts else None
         context = batch.context(prefix=config.prompt_mask == "prefix", routing=routing)
@@ -82,10 +86,11 @@ class LanguageModel(Objective):
 
 
 def router_losses(routing: list[Routing]) -> tuple[Tensor, dict[str, float]]:
-    """What routers add to the loss a token, and what they did.
+    """Returns the routers' loss per token, and router metrics.
 
-    The losses of a batch are means over its layers with experts, as in HF; over the micro-batches of a step they are
-    averaged by tokens. (A product of batch means, load balancing is the one loss that depends on how a step is cut.)
+    The losses of a batch are means over the MoE layers, as in Hugging Face; over the micro-batches
+    of a step, they are averaged by tokens. The load-balancing loss is a product of batch means, so
+    it is the only loss that depends on how a step is split into micro-batches.
     """
     balance = torch.stack([load_balancing_loss(r) for r in routing])
     z = torch.stack([router_z_loss(r) for r in routing])

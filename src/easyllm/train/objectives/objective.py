@@ -1,12 +1,15 @@
-"""What an objective is: it owns its data, its loss and its figures, and registers itself with one call.
+"""The interface of an objective: its data preparation, its loss and its metrics.
+
+An objective is registered with one call:
 
     class PairLoss(Objective):
         needs_reference = True
-        def prepare(self, data, files, tokenizer): ...      # rows → samples, with the extras the loss wants
+        def prepare(self, data, files, tokenizer): ...  # rows → samples, with the loss's extras
         def loss(self, model, batch): ...
     register_objective(PairLossConfig, build=PairLoss, data=(PairsConfig,))
 
-From then on `objective: {kind: pair_loss}` with `data: {kind: pairs, train: [...]}` is trained by the ordinary trainer.
+After that, the ordinary trainer accepts `objective: {kind: pair_loss}` with
+`data: {kind: pairs, train: [...]}`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -30,15 +33,15 @@ from easyllm.train.data_config import DATA, DataBase, RowsConfig
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """Summed loss in nats with gradient, the tokens in the sum, and figures to log.
+    """The summed loss in nats (differentiable), the number of terms, and metrics to log.
 
-    The loop divides by the number of terms of the whole step (all micro-batches, all ranks), never by a
-    micro-batch's own: a mean of means weighs tokens unequally.
+    The loop divides by the number of terms in the step (all micro-batches, all ranks), never by a
+    micro-batch's own number: a mean of means would weight tokens unequally.
 
     Attributes:
-        sum: summed over tokens (for an objective of sequences or pairs, over those).
-        num_tokens: terms in the sum, `Objective.num_terms` of the batch.
-        auxiliary: further terms to minimise, on the scale of `sum`, reported apart.
+        sum: scalar, summed over tokens (or over sequences or pairs, depending on the objective).
+        num_tokens: number of terms in the sum, equal to `Objective.num_terms` of the batch.
+        auxiliary: scalar of further terms to minimise, on the scale of `sum`, reported separately.
         metrics: means over the batch's tokens, by name.
     """
 
@@ -49,16 +52,17 @@ class LossOutput:
 
 
 BASE_ONLY = ForwardContext.packed([0], adapters=AdapterRows.of_sequences([""], [0]))
-"""A context of no rows in particular: what is asked for is the base."""
+"""A forward context that selects the base model, without any adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The model a run started from, frozen: what an objective compares the trained model with.
+    """The frozen reference model of some objectives: the initial model of the run.
 
     Attributes:
-        model: the trained model itself where its adapter is what is trained and can be passed over, else a second one.
-        without_adapter: whether the model's adapter is passed over.
+        model: the trained model itself if only its adapter is trained and can be bypassed, else a
+            separate frozen copy of the initial model.
+        without_adapter: whether the model's adapter is bypassed.
     """
 
     model: Decoder
@@ -66,7 +70,7 @@ class Reference:
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states [T, D] of a batch, ready for `head`."""
+        """Returns the final hidden states [T, D] of a batch, the input of `head`."""
         training = self.model.training
         self.model.eval()
         hidden: Tensor = self.model(batch.token_ids, batch.context(base_only=self.without_adapter))
@@ -75,18 +79,19 @@ class Reference:
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [N, V] in fp32 of chosen rows of `hidden`, by the head the run started from."""
+        """Returns the reference model's fp32 logits [N, V] for selected rows `hidden: [N, D]`."""
         logits: Tensor = self.model.head(hidden, BASE_ONLY if self.without_adapter else None)
         return logits
 
 
 class Objective:
-    """A loss over packed batches, and what belongs to it.
+    """A loss over packed batches, with its data preparation and metrics.
 
     Attributes:
-        needs_reference: whether the run gives it the model it started from, as `reference`.
-        generates: whether the model it trains writes text, so that a run can show samples.
-        also_trained: modules that are trained whole besides an adapter.
+        needs_reference: whether the run must set `reference`.
+        generates: whether the trained model generates text, so that a run can show samples.
+        also_trained: base modules that are fully trained in addition to an adapter.
+        reference: the reference model, set by the run if `needs_reference`.
     """
 
     needs_reference: bool = False
@@ -97,32 +102,39 @@ class Objective:
     def prepare(
         self, data: RowsConfig, files: Sequence[Path], tokenizer: Tokenizer
     ) -> tuple[Sequence[AnySample], Account]:
-        """Samples of data files.
+        """Reads data files and converts their rows to samples.
+
+        Returns:
+            The samples, and counts of the rows that were used, truncated or dropped.
 
         Raises:
-            DataError: a row cannot be used (its place is named), or nothing is left to train on.
+            DataError: a row cannot be used (the message has its location), or no training sample
+                remains.
         """
         raise NotImplementedError
 
     def collate(self, samples: Sequence[AnySample]) -> Batch:
-        """A batch of samples of rows (`prepare`); a corpus is cut into batches that every objective takes as they are."""
+        """Returns a packed batch of samples from `prepare`.
+
+        Corpora do not pass through here: they are split into batches that every objective accepts.
+        """
         return pack(samples)
 
-    def prepare_model(self, model: Decoder, *, seed: int) -> Decoder:  # noqa: ARG002 - for fresh heads
-        """The model with what the objective needs of it: a head of labels, say."""
+    def prepare_model(self, model: Decoder, *, seed: int) -> Decoder:  # noqa: ARG002 - in overrides
+        """Returns the model with what the objective requires, such as a classification head."""
         return model
 
     def num_terms(self, batch: Batch) -> int:
-        """What `loss` sums over: labelled tokens, unless an objective counts otherwise (pairs, texts)."""
+        """Returns the number of terms in `loss`: labelled tokens by default (or pairs, texts)."""
         return batch.num_trained
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
-        """The loss of a batch, summed over `num_terms`."""
+        """Returns the loss of a batch, summed over `num_terms` terms."""
         raise NotImplementedError
 
     @torch.no_grad()
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
-        """`loss_nats`, the mean over everything that carries a loss, and the means of the loss's own figures."""
+        """Returns `loss_nats`, the mean loss per term, and the means of the objective's metrics."""
         training = model.training
         model.eval()
         total, count, figures = 0.0, 0, dict[str, float]()
@@ -140,7 +152,7 @@ class Objective:
 
 
 class ObjectiveConfig(Config):
-    """What every objective is told."""
+    """The base class of objective configurations."""
 
     kind: str
 
@@ -150,8 +162,9 @@ class ObjectiveKind:
     """A registered objective.
 
     Attributes:
-        build: from its configuration.
-        data: kinds of data it is trained on.
+        config: the configuration class.
+        build: constructs the objective from its configuration.
+        data: configuration classes of the data kinds it accepts.
         generates: as `Objective.generates`.
     """
 
@@ -162,12 +175,12 @@ class ObjectiveKind:
 
     @property
     def data_kinds(self) -> list[str]:
-        """Names of the kinds of data it takes."""
+        """Names of the data kinds it accepts."""
         return [data.model_fields["kind"].default for data in self.data]
 
 
 OBJECTIVES = Kinds("objective", default="language_model")
-"""What `objective:` of a recipe may be."""
+"""The kinds that a recipe may set under `objective:`."""
 _KINDS: dict[str, ObjectiveKind] = {}
 
 
@@ -178,10 +191,17 @@ def register_objective(
     data: tuple[type[DataBase], ...],
     generates: bool = True,
 ) -> None:
-    """Makes an objective, and the kinds of data it takes, known to recipes and the trainer.
+    """Registers an objective, and the data kinds it accepts, for recipes and the trainer.
+
+    Args:
+        config: the configuration class; its `kind` default is the name in recipes.
+        build: constructs the objective from its configuration.
+        data: configuration classes of the data kinds it accepts.
+        generates: whether the trained model generates text.
 
     Raises:
-        ValueError: its kind is taken, or a kind of data is registered with another configuration.
+        ValueError: the kind is already registered, or a data kind is registered with another
+            configuration class.
     """
     new = [each for each in data if each not in DATA.variants]
     for each in new:
@@ -197,7 +217,7 @@ def register_objective(
 
 
 def unregister_objective(kind: str) -> None:
-    """Removes an objective and the kinds of data that no other takes: for tests that registered their own."""
+    """Unregisters an objective, and data kinds that no other accepts; used by tests."""
     OBJECTIVES.unregister(kind)
     removed = _KINDS.pop(kind)
     still = {data for other in _KINDS.values() for data in other.data}
@@ -207,12 +227,12 @@ def unregister_objective(kind: str) -> None:
 
 
 def objective_kind(config: ObjectiveConfig) -> ObjectiveKind:
-    """The registered objective of a configuration."""
+    """Returns the registered objective of a configuration."""
     return _KINDS[config.kind]
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective of a configuration."""
+    """Builds the objective of a configuration."""
     return objective_kind(config).build(config)
 
 

@@ -1,9 +1,11 @@
-"""A run's page, `report.html`: curves, totals, events and samples, in one file that opens from disk.
+"""The HTML report of a run, `report.html`: curves, totals, events and samples in a single file.
 
-It is drawn from `recipe.yaml`, `metrics.jsonl` and `manifest.json` alone, so it can be made while the run goes on, after it,
-or on another machine. Curves are SVG made here; the script only adds a crosshair and reads the page again while it grows.
+It is generated from `recipe.yaml`, `metrics.jsonl` and `manifest.json` alone, during the run,
+afterwards or on another machine, and can be opened directly from disk. Curves are rendered to SVG
+here; the page's script only adds a crosshair and reloads the page while the run continues.
 
-    metrics.jsonl → History, a series a name → Chart, which series together → figure, two points a column of pixels
+    metrics.jsonl → History: one series per metric → Chart: series plotted together
+                  → figure: SVG with two points per pixel column
 """
 
 from pathlib import Path
@@ -19,24 +21,25 @@ REPORT_FILE = "report.html"
 
 
 def write_report(run: Path, *, total_steps: int | None = None) -> Path:
-    """The path of `report.html`, made new from what lies in the run's folder.
+    """Generates `report.html` from the files in the run's folder; returns its path.
 
     Args:
-        total_steps: where the run will end, if that is known.
+        run: the run's folder.
+        total_steps: number of steps of the complete run, if known.
 
     Raises:
-        SourceError: `run` holds no run.
+        SourceError: `run` is not the folder of a run.
         OutputError: the page cannot be written.
     """
     return RunReport(run, total_steps=total_steps).write()
 
 
 class RunReport:
-    """The page of a run that goes on: each `write` reads only the lines of `metrics.jsonl` that are new.
+    """The report of a run in progress; each `write` reads only the new lines of `metrics.jsonl`.
 
     Example:
         report = RunReport(run, total_steps=1000)
-        report.write()  # now and then
+        report.write()  # repeatedly
     """
 
     def __init__(self, run: Path, *, total_steps: int | None = None) -> None:
@@ -44,10 +47,11 @@ class RunReport:
         self._history = History(run / METRICS_FILE)
 
     def write(self) -> Path:
-        """The path of the page. Raises as `write_report`."""
+        """Writes the report and returns its path; raises the errors of `write_report`."""
         if not any((self.run / name).is_file() for name in (RECIPE_FILE, METRICS_FILE)):
             raise SourceError(
-                f"{str(self.run)!r} holds neither {RECIPE_FILE} nor {METRICS_FILE}; name the folder of a training run"
+                f"{str(self.run)!r} contains neither {RECIPE_FILE} nor {METRICS_FILE}; "
+                "give the folder of a training run"
             )
         self._history.update()
         target = self.run / REPORT_FILE

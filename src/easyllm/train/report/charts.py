@@ -1,4 +1,4 @@
-"""Curves as SVG: which series belong together, two points a column of pixels, axes with round numbers."""
+"""Charts as SVG: grouping of series, decimation to two points per pixel column, axis labels."""
 
 import html
 import math
@@ -12,13 +12,19 @@ import numpy as np
 from easyllm.train.report.history import Floats, History, Ints
 
 COLUMNS, SMALL_COLUMNS = 400, 100
-"""Of a curve, each of so many columns keeps its lowest and its highest value."""
+"""Number of columns of a curve, each of which keeps only its minimum and maximum value."""
 GIB = 2.0**30
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A series and how it is drawn: `raw` is faint, under its running mean; `dots` are joined."""
+    """A series and how it is drawn.
+
+    Attributes:
+        name: name of the metric.
+        label: label in the legend.
+        look: `raw` is drawn faintly, below its running mean; `dots` are connected points.
+    """
 
     name: str
     label: str
@@ -27,7 +33,16 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Curves over steps that share a unit; values are divided by `scale`."""
+    """Curves over steps that share a unit.
+
+    Attributes:
+        title: title of the chart.
+        unit: unit of the values, shown next to the title.
+        curves: the curves.
+        scale: divisor of the values.
+        from_zero: whether the value axis starts at 0.
+        size: size on the page.
+    """
 
     title: str
     unit: str
@@ -40,7 +55,7 @@ class Chart:
 CHARTS = (
     Chart(
         "Loss",
-        "nats a token",
+        "nats per token",
         (
             Curve("train/loss_nats", "training", "raw"),
             Curve("eval/loss_nats", "evaluation", "dots"),
@@ -67,14 +82,14 @@ CHARTS = (
     ),
 )
 MOST_LABELS = {"wide": (8, 10), "half": (5, 6), "small": (4, 4)}
-"""Of the axis of values and of steps."""
-UNITS = {"_bytes": ("GiB", GIB), "_nats": ("nats", 1.0), "_per_s": ("a second", 1.0)}
+"""Approximate maximum number of labels on the value axis and on the step axis, by chart size."""
+UNITS = {"_bytes": ("GiB", GIB), "_nats": ("nats", 1.0), "_per_s": ("per second", 1.0)}
 EVENTS = {"spike": "spikes", "skipped": "skipped", "resumed": "resumed"}
-"""Kinds of events that are marked in the charts, and how the legend calls them."""
+"""Kinds of events that are marked in the charts, and their labels in the legend."""
 
 
 def charts_of(history: History) -> tuple[list[Chart], list[Chart]]:
-    """The charts everyone looks at, and one for each other name."""
+    """Returns the main charts, and one small chart for each other metric."""
     known = {curve.name for chart in CHARTS for curve in chart.curves}
     others = []
     names = (name for name in history.names() if name not in known)
@@ -86,7 +101,15 @@ def charts_of(history: History) -> tuple[list[Chart], list[Chart]]:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A curve as it is drawn; between points of different `gaps` lies a value that is no number."""
+    """A curve as it is drawn, without its non-finite values.
+
+    Attributes:
+        label: label in the legend.
+        look: as `Curve.look`.
+        steps, values: [n], finite.
+        gaps: [n], number of non-finite values before each point; the line is interrupted where it
+            changes.
+    """
 
     label: str
     look: str
@@ -110,9 +133,9 @@ def _lines(curve: Curve, steps: Floats, values: Floats, scale: float) -> Iterato
 
 
 def running_mean(values: Floats) -> tuple[Floats, int]:
-    """The mean of each value and those before it, and of how many: a fiftieth of all, up to 1000.
+    """Returns the trailing running mean of `values: [n]` and its window, n / 50 up to 1000.
 
-    Of the first values it is a mean of fewer, a tenth of those so far, not to lag where a curve is steep.
+    Near the start, the window is a tenth of the values so far, to avoid lag where a curve is steep.
     """
     width = max(1, min(1000, len(values) // 50))
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -122,7 +145,7 @@ def running_mean(values: Floats) -> tuple[Floats, int]:
 
 
 def shown_range(values: Floats, *, from_zero: bool = False) -> tuple[float, float]:
-    """Bottom and top of an axis: the few values far from the rest are cut off, so that the rest can be read."""
+    """Returns the lower and upper bound of an axis, excluding a few far outliers."""
     low, high = float(values.min()), float(values.max())
     if len(values) >= 50:
         bottom, top = (float(q) for q in np.quantile(values, (0.05, 0.95)))
@@ -136,10 +159,10 @@ def shown_range(values: Floats, *, from_zero: bool = False) -> tuple[float, floa
 
 
 def kept_points(columns: Ints, values: Floats) -> Ints:
-    """Indices, rising, of each column's lowest and highest value and of the last value.
+    """Returns sorted indices of each column's minimum and maximum, and of the last value.
 
     Args:
-        columns: [n], never falling.
+        columns: column of each value [n], non-decreasing.
         values: [n], finite.
     """
     starts = np.flatnonzero(np.diff(columns, prepend=-1))
@@ -153,7 +176,12 @@ def kept_points(columns: Ints, values: Floats) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Places in the 1000 × 1000 of a drawing."""
+    """Maps steps and values to SVG coordinates of 1000 × 1000.
+
+    Attributes:
+        first, last: bounds of the step axis.
+        low, high: bounds of the value axis.
+    """
 
     first: float
     last: float
@@ -161,22 +189,24 @@ class Axes:
     high: float
 
     def x(self, steps: Floats) -> Ints:
+        """Returns the x coordinates of steps."""
         return np.rint((steps - self.first) / (self.last - self.first) * 1000).astype(np.int64)
 
     def y(self, values: Floats) -> Ints:
+        """Returns the y coordinates of values, clipped to one height beyond the axis."""
         share = (self.high - values) / (self.high - self.low)
         return np.rint(np.clip(share, -1, 2) * 1000).astype(np.int64)
 
 
 def step_range(history: History) -> tuple[float, float]:
-    """The same for all charts, so that one crosshair serves them all; a little wider than the steps."""
+    """Returns the bounds of the step axis, with a margin; one crosshair serves all charts."""
     first, last = float(history.first_step or 0), float(history.last_step)
     room = max(0.5, 0.01 * (last - first))
     return first - room, last + room
 
 
 def figure(chart: Chart, history: History) -> str:
-    """The chart as HTML; empty where none of its names ever came."""
+    """Returns a chart as HTML; empty if the history has none of its metrics."""
     series = [(curve, *history.series(curve.name)) for curve in chart.curves]
     if not any(len(steps) for _, steps, _ in series):
         return ""
@@ -205,8 +235,8 @@ def figure(chart: Chart, history: History) -> str:
     newest = ", ".join(f"{line.label} {number_text(line.values[-1])}" for line in lines)
     grid, labels = _grid(axes, *MOST_LABELS[chart.size])
     return (
-        f'<figure class="{chart.size}"><figcaption><b>{escaped(chart.title)}</b> {escaped(chart.unit)} '
-        f'<span class="at"></span>{_cut_note(lines, low, high)}</figcaption>'
+        f'<figure class="{chart.size}"><figcaption><b>{escaped(chart.title)}</b> '
+        f'{escaped(chart.unit)} <span class="at"></span>{_cut_note(lines, low, high)}</figcaption>'
         f'<ul>{"".join(legend)}</ul><div class="frame">{labels}<div class="plot">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
         f'aria-label="{escaped(f"{chart.title}: {newest}")}">{grid}{"".join(drawing)}</svg>'
@@ -224,14 +254,14 @@ def _path(line: Line, axes: Axes, kept: Ints) -> str:
         pieces.append(f"M{x[0]} {y[0]}" + (f"l{rest}" if rest else "h0"))
     drawn = f'<path class="{line.look}" d="{"".join(pieces)}"/>'
     if len(kept) <= (COLUMNS // 4 if line.look == "dots" else 1):
-        # a line of no length with round ends is a dot, however wide the chart is drawn
+        # a zero-length line with round caps stays a round dot at any aspect ratio
         dots = "".join(f"M{x} {y}h0" for x, y in zip(xs, ys, strict=True))
         drawn += f'<path class="{line.look} dot" d="{dots}"/>'
     return drawn
 
 
 def _curve_item(line: Line, kept: Ints) -> str:
-    """A line of the legend with the newest value, and for the crosshair the points that are drawn."""
+    """Returns a legend entry with the newest value, and the drawn points for the crosshair."""
     values = [number_text(value) for value in line.values[kept].tolist()]
     steps = " ".join(f"{step:.0f}" for step in line.steps[kept].tolist())
     points = f'data-x="{steps}" data-y="{" ".join(values)}"'
@@ -239,7 +269,7 @@ def _curve_item(line: Line, kept: Ints) -> str:
 
 
 def _cut_note(lines: list[Line], low: float, high: float) -> str:
-    """Says how far the first curve goes beyond the axis."""
+    """Returns a note on how far the first curve extends beyond the axis."""
     if not lines:
         return ""
     steps, values = lines[0].steps, lines[0].values
@@ -253,7 +283,7 @@ def _cut_note(lines: list[Line], low: float, high: float) -> str:
 
 
 def _grid(axes: Axes, most_values: int, most_steps: int) -> tuple[str, str]:
-    """Lines for the drawing, and the numbers beside and below it."""
+    """Returns the grid lines as SVG, and the axis labels as HTML."""
     values = _round_values(axes.low, axes.high, most_values)
     steps = _round_values(axes.first, axes.last, most_steps, least=1.0)
     ys, xs = axes.y(np.array(values)).tolist(), axes.x(np.array(steps)).tolist()
@@ -270,18 +300,21 @@ def _grid(axes: Axes, most_values: int, most_steps: int) -> tuple[str, str]:
 
 
 def _round_values(low: float, high: float, most: int, least: float = 0.0) -> list[float]:
-    """About `most` values between `low` and `high`, multiples of 1, 2 or 5 times a power of ten, at least `least` apart."""
+    """Returns about `most` round values between `low` and `high`, at least `least` apart.
+
+    The spacing is 1, 2 or 5 times a power of ten.
+    """
     rough = max((high - low) / most, least)
     power = 10.0 ** math.floor(math.log10(rough))
     apart = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
     return [n * apart for n in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
 
 
-# ---- words and numbers
+# ---- text and numbers
 
 
 def number_text(value: float, digits: int = 4) -> str:
-    """`2.346`, `12.35k`, `1.5e-4`: so many digits at most, and never a space."""
+    """Formats a number with at most `digits` digits: `2.346`, `12.35k`, `1.5e-4`; no spaces."""
     size = abs(value)
     if not math.isfinite(value) or size >= 1e15:
         return f"{value:.{digits - 1}g}"
@@ -295,7 +328,7 @@ def number_text(value: float, digits: int = 4) -> str:
 
 
 def _numbers(values: list[float]) -> list[str]:
-    """The same with as many digits as tell all of them apart."""
+    """Formats several numbers, with more digits if they would otherwise look the same."""
     words = [number_text(value) for value in values]
     return words if len(set(words)) == len(words) else [number_text(value, 9) for value in values]
 
@@ -304,5 +337,5 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def escaped(value: Any) -> str:
-    """`value` as text of a page, whatever it holds."""
+    """Escapes arbitrary text for HTML; replaces unprintable characters."""
     return html.escape(_UNPRINTABLE.sub("\ufffd", str(value)))

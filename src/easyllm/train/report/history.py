@@ -1,4 +1,4 @@
-"""What the files of a run say: `metrics.jsonl` line by line as it grows, the recipe, the results."""
+"""Reads the files of a run: `metrics.jsonl` incrementally, the recipe and the results."""
 
 import json
 import os
@@ -20,7 +20,16 @@ Ints = NDArray[np.int64]
 
 
 class History:
-    """What `metrics.jsonl` says; `update` reads the lines that are new."""
+    """The contents of `metrics.jsonl`; `update` reads the lines added since the last call.
+
+    Args:
+        path: path of `metrics.jsonl`.
+
+    Attributes:
+        first_step, last_step: the smallest and largest step in the file.
+        events: step, kind and detail of each event.
+        samples: step and sample completions of each line with samples.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self._inode = path, 0
@@ -34,7 +43,7 @@ class History:
         self._series: dict[str, tuple[array[float], array[float]]] = {}
 
     def update(self) -> None:
-        """Takes in the whole lines that came; starts over where the file is another one (a resumed run's)."""
+        """Reads the complete new lines; starts over if a resumed run has replaced the file."""
         if not self.path.is_file():
             return
         with self.path.open("rb") as file:
@@ -49,7 +58,7 @@ class History:
         for line in whole.splitlines():
             try:
                 self._take(json.loads(line))
-            except ValueError:  # one damaged line is no reason to show nothing
+            except ValueError:  # skip a damaged line rather than fail
                 continue
 
     def _take(self, line: Any) -> None:
@@ -72,11 +81,11 @@ class History:
                 self.samples.append((step, value))
 
     def names(self) -> list[str]:
-        """Names of all series, in the order in which they came."""
+        """Returns the names of all series, in order of first appearance."""
         return list(self._series)
 
     def series(self, name: str) -> tuple[Floats, Floats]:
-        """Steps, in order, and values; empty where the name never came."""
+        """Returns the sorted steps and the values of a series, [n] each; empty if unknown."""
         steps, values = (
             np.array(part, dtype=np.float64) for part in self._series.get(name, ((), ()))
         )
@@ -86,7 +95,7 @@ class History:
         return steps, values
 
     def finite(self, name: str) -> tuple[Floats, Floats]:
-        """The same without the values that are no numbers."""
+        """Returns the same as `series`, without NaN and infinite values."""
         steps, values = self.series(name)
         keep = np.isfinite(values)
         return steps[keep], values[keep]
@@ -94,7 +103,16 @@ class History:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Everything the page shows."""
+    """Everything that the page shows.
+
+    Attributes:
+        name: name of the run's folder.
+        history: the contents of `metrics.jsonl`.
+        recipe, recipe_text: the recipe, parsed and as text; empty if missing or invalid.
+        results: the results in the manifest of a finished run.
+        state: `running` unless finished or stopped.
+        total_steps: number of steps of the complete run; None if unknown.
+    """
 
     name: str
     history: History
@@ -106,7 +124,7 @@ class Facts:
 
 
 def read_facts(run: Path, history: History, total_steps: int | None) -> Facts:
-    """What a run's folder says now."""
+    """Reads the current contents of a run's folder."""
     recipe: dict[str, Any] = {}
     text = ""
     if (run / RECIPE_FILE).is_file():
@@ -114,7 +132,7 @@ def read_facts(run: Path, history: History, total_steps: int | None) -> Facts:
         try:
             recipe = read_yaml(run / RECIPE_FILE)
         except ConfigError:
-            recipe = {}  # its text is shown all the same
+            recipe = {}  # its text is still shown
     finished = (run / MANIFEST_FILE).is_file()
     turns = [kind for _, kind, _ in history.events if kind in ("stopped", "resumed")]
     return Facts(

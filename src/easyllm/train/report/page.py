@@ -1,4 +1,4 @@
-"""The page around the curves: what is trained, figures, samples, events."""
+"""The HTML page of the report: configuration, totals, charts, samples and events."""
 
 import base64
 import hashlib
@@ -23,14 +23,17 @@ from easyllm.train.report.history import Facts, Floats, History
 from easyllm.train.report.static import SCRIPT, STYLE
 
 MOST_FIGURES, MOST_EVENTS, MOST_PROMPTS, MOST_ROWS, MOST_CHARACTERS = 40, 100, 12, 20, 600
-"""Keep the page small however long the run; what is left out is said."""
+"""Limits that keep the page small for runs of any length; the page says what is omitted."""
 
 
 def build_page(facts: Facts) -> str:
+    """Returns the complete HTML page of the report."""
     main, others = charts_of(facts.history)
     figures = "".join(figure(chart, facts.history) for chart in main)
     body = [_head(facts)]
-    body.append(f'<section class="charts">{figures or "<p>No step is logged yet.</p>"}</section>')
+    body.append(
+        f'<section class="charts">{figures or "<p>No steps have been logged yet.</p>"}</section>'
+    )
     body += [_samples(facts.history.samples), _events(facts.history.events)]
     if others:
         title = f"Other metrics ({len(others)})"
@@ -76,7 +79,7 @@ def _head(facts: Facts) -> str:
 
 
 def _where(facts: Facts) -> str:
-    """`at step 120 of 3,000 · about 4m10s left`."""
+    """Returns the progress, such as `at step 120 of 3,000 · about 4m10s left`."""
     last = facts.history.last_step
     words = f"at step {last:,}"
     if facts.total_steps and facts.state != "finished":
@@ -90,28 +93,28 @@ def _where(facts: Facts) -> str:
 
 
 def _recipe_words(recipe: dict[str, Any]) -> Iterator[str]:
-    """What the run does, in a few words."""
+    """Yields short descriptions of the main settings of a recipe."""
     if not recipe:
         return
     model, adapter, data = (recipe.get(name) for name in ("model", "adapter", "data"))
     if isinstance(model, dict):
         size = [f"{k} {model[k]}" for k in ("depth", "size") if model.get(k) is not None]
-        model = f"a fresh model ({', '.join(size) or 'own configuration'})"
+        model = f"a new model ({', '.join(size) or 'custom configuration'})"
     yield str(model)
-    yield _kind(adapter, "rank") if adapter else "every weight trained"
+    yield _kind(adapter, "rank") if adapter else "all weights trained"
     if isinstance(data, dict):
         files = data.get("shards") or data.get("train") or ()
         yield "on " + ", ".join([files] if isinstance(files, str) else map(str, files))
     yield _kind(recipe.get("optimizer"), "learning_rate")
     yield f"{_kind(recipe.get('schedule'))} schedule"
-    for name, unit in (("batch_size", "sequences a step"), ("batch_tokens", "tokens a step")):
+    for name, unit in (("batch_size", "sequences per step"), ("batch_tokens", "tokens per step")):
         if recipe.get(name):
             yield f"{recipe[name]:,} {unit}"
     yield f"seed {recipe.get('seed', 0)}"
 
 
 def _kind(value: Any, key: str | None = None) -> str:
-    """`lora, rank 16` for a variant of a recipe."""
+    """Returns the kind and one value of a recipe's section, such as `lora, rank 16`."""
     if not isinstance(value, dict):
         return str(value)
     words = str(value.get("kind", "")).replace("_", " ")
@@ -119,12 +122,12 @@ def _kind(value: Any, key: str | None = None) -> str:
 
 
 def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
-    """Label, value and note of each total."""
+    """Yields the label, value and note of each summary tile."""
     history = facts.history
     steps, losses = history.finite("train/loss_nats")
     if len(losses):
         mean, width = running_mean(losses)
-        note = f"nats a token, mean of the last {width}" if width > 1 else "nats a token"
+        note = f"nats per token, mean of the last {width}" if width > 1 else "nats per token"
         yield "Training loss", number_text(mean[-1]), note
     steps, losses = history.finite("eval/loss_nats")
     if len(losses):
@@ -132,7 +135,7 @@ def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
         yield (
             "Best evaluation",
             number_text(losses[best]),
-            f"nats a token, at step {steps[best]:,.0f}",
+            f"nats per token, at step {steps[best]:,.0f}",
         )
     tokens, every = _all_steps(history, history.finite("train/tokens")[1])
     trained, _ = _all_steps(history, history.finite("train/trained_tokens")[1])
@@ -146,7 +149,7 @@ def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
     seconds = _seconds(history)
     if len(seconds):
         total, every = _all_steps(history, seconds)
-        yield "Training time", every + format_duration(total), "without evaluations"
+        yield "Training time", every + format_duration(total), "excluding evaluations"
         speed = history.finite("speed/tokens_per_s")[1]
         yield "Speed", number_text(float(np.median(speed[-50:]))), "tokens/s, median of the last 50"
     noted = [v for k, v in facts.results.items() if k.startswith("peak_") and k.endswith("_bytes")]
@@ -156,7 +159,7 @@ def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
 
 
 def _all_steps(history: History, values: Floats) -> tuple[float, str]:
-    """The sum over all steps, and `about ` where only some of them are logged."""
+    """Returns the sum over all steps, and `about ` if it is extrapolated from some of them."""
     if len(values) == 0:
         return 0.0, ""
     share = max(1.0, history.last_step / len(values))
@@ -164,7 +167,7 @@ def _all_steps(history: History, values: Floats) -> tuple[float, str]:
 
 
 def _seconds(history: History) -> Floats:
-    """Of each logged step."""
+    """Returns the duration of each logged step, in seconds."""
     tokens, speed = history.series("train/tokens")[1], history.series("speed/tokens_per_s")[1]
     if len(tokens) != len(speed):
         return np.zeros(0)
@@ -173,7 +176,7 @@ def _seconds(history: History) -> Floats:
 
 
 def _samples(lines: list[tuple[int, list[Any]]]) -> str:
-    """A table a prompt: what the model said at which step, the newest first."""
+    """Returns one table per prompt with the completions by step, newest first."""
     if not lines:
         return ""
     spread = np.unique(np.linspace(0, len(lines) - 1, MOST_ROWS).astype(int))[::-1]
@@ -203,7 +206,7 @@ def _events(events: list[tuple[int, str, str]]) -> str:
     shown = events[: -MOST_EVENTS - 1 : -1]
     table = _table(("Step", "Event", "Detail"), ((f"{s:,}", k, _short(d)) for s, k, d in shown))
     left = len(events) - len(shown)
-    note = f"<p class=note>{left:,} earlier ones are in {METRICS_FILE}.</p>" if left else ""
+    note = f"<p class=note>{left:,} earlier events are in {METRICS_FILE}.</p>" if left else ""
     return f"<section><h2>Events</h2>{table}{note}</section>"
 
 
