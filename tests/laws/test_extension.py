@@ -374,11 +374,11 @@ def test_nothing_new_only_fills_up():
 @pytest.mark.parametrize(
     ("pieces", "message"),
     [
-        ({301: (1,)}, "new ids 301 to 301 do not follow the model's 300 ids"),
-        ({300: (1,), 302: (2,)}, "do not follow"),
-        ({300: (1, 300)}, "ids outside the old ones, 0 to 299"),
-        ({300: ()}, "ids outside the old ones"),
-        ({300: (-1,)}, "ids outside the old ones"),
+        ({301: (1,)}, "new ids 301 to 301 do not directly follow the model's 300 ids"),
+        ({300: (1,), 302: (2,)}, "do not directly follow"),
+        ({300: (1, 300)}, "ids outside the old range 0 to 299"),
+        ({300: ()}, "ids outside the old range"),
+        ({300: (-1,)}, "ids outside the old range"),
     ],
 )
 def test_ids_that_do_not_fit_the_model_are_refused_and_it_is_unchanged(pieces, message):
