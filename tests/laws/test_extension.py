@@ -259,10 +259,10 @@ def test_added_tokens_behind_the_vocabulary_leave_no_hole():
     [
         ({"num_new": 0}, "num_new=0 adds nothing to 49152 ids"),
         ({"vocab_size": 49152}, "vocab_size=49152 adds nothing"),
-        ({}, "give either num_new or vocab_size"),
-        ({"num_new": 1, "vocab_size": 60000}, "and not both"),
-        ({"num_new": 999_999_999}, "more than 4,194,304 ids with the 49,152 there are"),
-        ({"vocab_size": 2**22 + 1}, "more than 4,194,304 ids"),
+        ({}, "give exactly one of num_new and vocab_size"),
+        ({"num_new": 1, "vocab_size": 60000}, "give exactly one of num_new and vocab_size"),
+        ({"num_new": 999_999_999}, "the 49,152 existing ids exceed the maximum of 4,194,304 ids"),
+        ({"vocab_size": 2**22 + 1}, "exceed the maximum of 4,194,304 ids"),
     ],
 )
 def test_numbers_that_add_nothing_are_refused(smollm2_tokenizer, change, message):
@@ -271,7 +271,7 @@ def test_numbers_that_add_nothing_are_refused(smollm2_tokenizer, change, message
 
 
 def test_texts_without_anything_new_are_refused(smollm2_tokenizer):
-    with pytest.raises(DataError, match="no text beyond ASCII to learn from"):
+    with pytest.raises(DataError, match="no non-ASCII text to learn from"):
         extend_tokenizer(smollm2_tokenizer, ["plain English"], num_new=10)
     with pytest.raises(DataError, match="no Han characters to learn from"):
         extend_tokenizer(smollm2_tokenizer, ["русский текст"], num_new=10, script="han")
@@ -374,11 +374,11 @@ def test_nothing_new_only_fills_up():
 @pytest.mark.parametrize(
     ("pieces", "message"),
     [
-        ({301: (1,)}, "new ids 301 to 301 do not follow the model's 300 ids"),
-        ({300: (1,), 302: (2,)}, "do not follow"),
-        ({300: (1, 300)}, "ids outside the old ones, 0 to 299"),
-        ({300: ()}, "ids outside the old ones"),
-        ({300: (-1,)}, "ids outside the old ones"),
+        ({301: (1,)}, "new ids 301 to 301 do not directly follow the model's 300 ids"),
+        ({300: (1,), 302: (2,)}, "do not directly follow"),
+        ({300: (1, 300)}, "ids outside the old range 0 to 299"),
+        ({300: ()}, "ids outside the old range"),
+        ({300: (-1,)}, "ids outside the old range"),
     ],
 )
 def test_ids_that_do_not_fit_the_model_are_refused_and_it_is_unchanged(pieces, message):

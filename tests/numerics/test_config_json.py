@@ -237,7 +237,7 @@ def test_windows_that_a_family_cannot_say_are_refused():
     config = read_config(values)
     first = config.layers[0]
     mixed = first.model_copy(update={"mixer": first.mixer.model_copy(update={"window": None})})
-    with pytest.raises(CheckpointError, match="cannot express"):
+    with pytest.raises(CheckpointError, match="cannot represent"):
         write_config(config.changed(layers=(mixed, *config.layers[1:])))
 
 

@@ -255,7 +255,7 @@ def test_factors_of_llama_3_become_its_rule_and_others_stay_factors(tmp_path):
         write(tmp_path / "b.gguf", reference, "llama", (), [("rope_freqs.weight", odd)])
     )
     assert model.config.layers[0].mixer.position.scaling == FactorScaling(factors=tuple(odd))
-    with pytest.raises(CheckpointError, match=r"cannot express.*factors.*'easyllm'"):
+    with pytest.raises(CheckpointError, match=r"cannot represent.*factors.*'easyllm'"):
         save_model(model, tmp_path / "no")
     assert not (tmp_path / "no").exists()
     model.config = model.config.changed(family="easyllm")
@@ -348,9 +348,9 @@ def test_a_tensor_that_changes_the_result_is_refused_by_its_name(tmp_path, name)
 @pytest.mark.parametrize(
     ("factors", "words"),
     [
-        (np.full(3, 2, np.float32), "holds 3 factors, expected 6"),
-        (np.zeros(6, np.float32), "describes no model"),
-        (np.full(6, np.nan, np.float32), "describes no model"),
+        (np.full(3, 2, np.float32), "contains 3 factors, expected 6"),
+        (np.zeros(6, np.float32), "does not describe a valid model"),
+        (np.full(6, np.nan, np.float32), "does not describe a valid model"),
     ],
 )
 def test_rope_factors_that_make_no_sense_are_refused(tmp_path, factors, words):
@@ -484,11 +484,14 @@ def test_a_registered_family_is_read_from_gguf(tmp_path, families_restored):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"name": "llama"}, "family 'llama' is registered already"),
-        ({"model_types": ("windy", "qwen3")}, "model_type 'qwen3' is read by the family 'qwen3'"),
+        ({"name": "llama"}, "family 'llama' is already registered"),
+        (
+            {"model_types": ("windy", "qwen3")},
+            "model_type 'qwen3' is already read by the family 'qwen3'",
+        ),
         (
             {"gguf": families.FAMILIES["gemma"].gguf},
-            "GGUF architecture 'gemma' is read by the family 'gemma'",
+            "GGUF architecture 'gemma' is already read by the family 'gemma'",
         ),
     ],
 )

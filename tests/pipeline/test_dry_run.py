@@ -61,7 +61,7 @@ def broken(folder, tmp_path):
 WRONG = {
     "an unknown value of a fresh model": (
         lambda f, _: {"model": scratch(f, positional="alibi", **SIZES)},
-        "'positional' is no value of a model",
+        "'positional' is not a value of a model",
     ),
     "a fresh model that cannot be": (
         lambda f, _: {"model": scratch(f, **SIZES | {"num_key_value_heads": 3})},

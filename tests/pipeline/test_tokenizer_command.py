@@ -94,7 +94,7 @@ def test_a_vocabulary_smaller_than_asked_for_is_told(texts, tmp_path, capfd):
     done = CliRunner().invoke(app, ["tokenizer", *map(str, words)])
     figures = json.loads(done.stdout)
     assert figures["vocab_size"] < figures["vocab_size_asked"] == 32000
-    assert f"gives {figures['vocab_size']:,} ids, fewer than vocab_size=32,000" in done.stderr
+    assert f"yields {figures['vocab_size']:,} ids, fewer than vocab_size=32,000" in done.stderr
 
 
 @pytest.mark.parametrize("size", [999_999_999, 2**22 + 1, 0, -5])
@@ -199,7 +199,11 @@ def test_mistakes_are_one_sentence_each_and_leave_nothing_behind(texts, tmp_path
     english, chinese = texts
     out = tmp_path / "out"
     mistakes = [
-        (("train", english, "-o", out, "--vocab-size", 100), ConfigError, "no room for 256 bytes"),
+        (
+            ("train", english, "-o", out, "--vocab-size", 100),
+            ConfigError,
+            "is too small for 256 bytes",
+        ),
         (("train", english, "-o", out, "--kind", "bpee"), ConfigError, "bpee"),
         (
             ("train", english, "-o", out, "--set", "model.digit=x"),

@@ -156,7 +156,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(llm, monkeypatch
     with running({"m": llm}) as address:
         answer = httpx.post(f"{address}/v1/chat/completions", json=body)
     assert answer.status_code == 400
-    assert f"the model's context holds at most {most}; shorten the messages" in answer.text
+    assert f"the model's context fits at most {most}; shorten the messages" in answer.text
 
 
 def test_a_text_of_the_longest_tokens_fits(tiny_tokenizer):

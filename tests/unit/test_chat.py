@@ -349,7 +349,7 @@ def test_messages_of_errors_stay_short(source):
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{ x", "{% nonsense %}", "{{ 'a' | nonsense }}"])
 def test_a_template_that_is_no_jinja_is_refused(source):
-    with pytest.raises(TemplateError, match="not valid jinja"):
+    with pytest.raises(TemplateError, match="not valid Jinja"):
         compile_template(source)
 
 
@@ -357,7 +357,7 @@ def test_a_template_that_is_no_jinja_is_refused(source):
     "source", ["{{ messages[0].nothing.more }}", "{{ 1 / 0 }}", "{{ 1 + 'a' }}"]
 )
 def test_what_goes_wrong_while_rendering_is_a_template_error(source):
-    with pytest.raises(TemplateError, match="refuses these messages"):
+    with pytest.raises(TemplateError, match="rejects these messages"):
         render(source)
 
 

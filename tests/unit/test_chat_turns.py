@@ -216,7 +216,7 @@ def test_marks_of_which_the_turn_cannot_be_told_are_refused_where_it_matters(mak
     messages = [user("q"), assistant("one"), user("r"), assistant("two")]
     assert trained(make(source), messages) == ["oneonetwotwo"]
     messages[1]["weight"] = 0
-    with pytest.raises(DataError, match=r"which of the template's .* marks are theirs"):
+    with pytest.raises(DataError, match=r"the template's .* marks cannot be assigned to turns"):
         trained(make(source), messages)
 
 
@@ -302,10 +302,10 @@ def test_parts_roles_and_null_are_rendered_as_their_plain_form(make, source):
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([user("q"), assistant("a", weight=0.5)], "message 1 has weight 0.5; a message is trained or it is not"),
+        ([user("q"), assistant("a", weight=0.5)], "message 1 has weight 0.5; a message is either trained or masked"),
         ([user("q"), assistant("a", weight="0")], "message 1 has weight '0'"),
         ([user("q"), assistant("a", train=True, weight=0)], "weight 0 and train True, which contradict"),
-        ([user("q") | {"train": True}, assistant("a")], "message 0 is from 'user' and has train True; only the assistant"),
+        ([user("q") | {"train": True}, assistant("a")], "message 0 is from 'user' and has train True; only assistant"),
     ],
 )  # fmt: skip
 def test_a_weight_that_is_not_0_or_1_is_refused(tiny_tokenizer, messages, reason):

@@ -525,7 +525,7 @@ def test_a_row_the_template_refuses_is_named(tiny_tokenizer):
         chat_template="{{ raise_exception('no') }}",
     )
     broken = Conversation([user("q"), assistant("a")], None, "data.jsonl:9")
-    with pytest.raises(DataError, match=r"^data\.jsonl:9: the chat template refuses"):
+    with pytest.raises(DataError, match=r"^data\.jsonl:9: the chat template rejects"):
         prepare_conversations([broken], tiny_tokenizer, max_seq_len=10)
 
 

@@ -481,7 +481,10 @@ def test_metadata_become_a_config():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"general.architecture": "mamba"}, "'mamba' is not known.*; known are gemma, .*llama"),
+        (
+            {"general.architecture": "mamba"},
+            "'mamba' is not known.*; known architectures are gemma, .*llama",
+        ),
         ({"general.architecture": None}, "None is not known"),
         ({"general.type": "adapter"}, "of type 'adapter', expected 'model'"),
         ({"llama.attention.head_count_kv": [4, 2]}, r"head_count_kv=\[4, 2\].*every layer"),
@@ -599,7 +602,7 @@ def test_a_file_in_the_order_of_llama_cpp_is_the_same_model(tmp_path, tiny_model
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"llama.attention.head_count": 0}, "describes no model"),
+        ({"llama.attention.head_count": 0}, "does not describe a valid model"),
         ({"llama.attention.head_count_kv": 3}, "not divisible by num_kv_heads=3"),
         ({"llama.feed_forward_length": 48}, r"got \(64, 32\), expected \(48, 32\)"),
         ({"llama.block_count": 3}, "9 missing"),

@@ -55,7 +55,7 @@ def test_a_pooled_model_is_saved_and_loaded(tmp_path):
 
 
 def test_a_number_that_does_not_divide_the_heads_is_refused_with_those_that_would():
-    with pytest.raises(ConfigError, match="4 key-value heads cannot be pooled to 3; use 1 or 2"):
+    with pytest.raises(ConfigError, match="4 key-value heads cannot be merged into 3; use 1 or 2"):
         pool_kv_heads(build_tiny(num_key_value_heads=4), 3)
 
 
@@ -63,7 +63,7 @@ def test_linear_attention_is_refused():
     config = build_tiny().config
     linear = LinearAttentionConfig(num_heads=2, head_dim=16)
     layers = (config.layers[0].model_copy(update={"mixer": linear}),)
-    with pytest.raises(ConfigError, match="only softmax attention can be grouped"):
+    with pytest.raises(ConfigError, match="only softmax attention can be converted"):
         pool_kv_heads(Decoder(config.changed(layers=layers)), 1)
 
 
@@ -73,7 +73,7 @@ def test_parts_a_family_has_no_words_for_are_refused_and_saved_by_our_own_layout
     layers = (config.layers[0].model_copy(update={"mixer": linear}), config.layers[1])
     model = Decoder(config.changed(layers=layers))
     model.reset_parameters(generator=torch.Generator().manual_seed(0))
-    with pytest.raises(CheckpointError, match="'llama' cannot express this model"):
+    with pytest.raises(CheckpointError, match="'llama' cannot represent this model"):
         save_model(model, tmp_path / "no")
     assert not (tmp_path / "no").exists()
     model.config = model.config.changed(family="easyllm", eos_token_ids=(2, 5))
@@ -119,7 +119,7 @@ for name in sorted(set(FAMILIES) - {"easyllm"}):
             write_config(changed)
         except CheckpointError as error:
             assert "\\n" not in str(error)
-            if f"{name!r} cannot express this model" not in str(error):
+            if f"{name!r} cannot represent this model" not in str(error):
                 raise SystemExit(f"{name}: {error}")
             told += 1
             continue
@@ -147,8 +147,8 @@ def test_a_family_that_is_not_registered_is_named(tmp_path):
 
 
 CHANGES = {
-    "pooling key-value heads": lambda model: pool_kv_heads(model, 1),
-    "growing a vocabulary": lambda model: resize_embeddings(model, {320: (5, 6)}),
+    "merging key-value heads": lambda model: pool_kv_heads(model, 1),
+    "extending the vocabulary": lambda model: resize_embeddings(model, {320: (5, 6)}),
 }
 
 

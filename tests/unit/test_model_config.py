@@ -89,7 +89,7 @@ def test_rectified_positions_have_no_word_in_a_published_layout():
     config = extend_context(build_tiny().config, context)
     assert config.layers[0].mixer.position == ReRope(theta=10000.0, window=128)
     assert config.layers[0].mixer.logn_length == 256
-    with pytest.raises(CheckpointError, match="'llama' cannot express this model"):
+    with pytest.raises(CheckpointError, match="'llama' cannot represent this model"):
         write_config(config)
 
 

@@ -424,7 +424,7 @@ def test_a_row_the_template_refuses_is_named(tiny_tokenizer):
         tiny_tokenizer.special,
         chat_template="{% if messages | length %}{{ raise_exception('no such roles') }}{% endif %}",
     )
-    message = r"^data\.jsonl:7: the chat template refuses .*no such roles"
+    message = r"^data\.jsonl:7: the chat template rejects .*no such roles"
     with pytest.raises(DataError, match=message):
         prepare_preferences([pair_of("q", "a", "b")], refusing, max_seq_len=100)
     with pytest.raises(DataError, match=message):

@@ -108,7 +108,7 @@ def test_a_fresh_model_of_a_family_has_as_many_key_value_heads_and_no_value_is_i
     assert config_of(tiny_tokenizer, config=values).layers[0].mixer.num_kv_heads == 4
     published = {"pretraining_tp": 1, "use_cache": True, "tie_word_embeddings": True}
     assert config_of(tiny_tokenizer, config=values | published).tie_embeddings
-    with pytest.raises(ConfigError, match="'rope_tetha' is no value of a model"):
+    with pytest.raises(ConfigError, match="'rope_tetha' is not a value of a model"):
         config_of(tiny_tokenizer, config=values | {"rope_tetha": 1e6})
 
 
@@ -177,7 +177,7 @@ MISTAKES = {
     "num_heads=4 is not divisible by num_kv_heads=3; set num_kv_heads to 1, 2 or 4": {
         "config": TINY | {"num_key_value_heads": 3}
     },
-    "'num_layers' is no value of a model of type 'llama' \\(did you mean 'num_hidden_layers'\\?\\)": {
+    "'num_layers' is not a value of a model of type 'llama' \\(did you mean 'num_hidden_layers'\\?\\)": {
         "depth": 2,
         "changes": {"num_layers": 4},
     },
@@ -274,14 +274,14 @@ def test_a_mistake_in_the_parts_is_one_sentence_with_what_there_is(tiny_tokenize
 
 
 def test_parts_are_a_mapping_and_of_no_published_family(tiny_tokenizer):
-    with pytest.raises(ConfigError, match="are no mapping"):
+    with pytest.raises(ConfigError, match="is not a mapping"):
         config_of(tiny_tokenizer, config={"model_type": "easyllm", "parts": ["alibi"]})
-    with pytest.raises(ConfigError, match="family='llama' is not the family of a model from parts"):
+    with pytest.raises(ConfigError, match="family='llama' does not fit a model from parts"):
         config_of(tiny_tokenizer, config=faulty(family="llama"))
 
 
 CONTRADICTIONS = [
-    ({"vocab_size": 100}, "vocab_size=100 does not hold the"),
+    ({"vocab_size": 100}, "vocab_size=100 is too small for the"),
     ({"eos_token_id": 7}, "eos_token_id=7 contradicts the fresh model's tokenizer, which has"),
     ({"bos_token_id": 9}, "bos_token_id=9 contradicts"),
     ({"pad_token_id": 9}, "pad_token_id=9 contradicts"),

@@ -661,7 +661,7 @@ def test_a_storage_goes_the_whole_way(tiny_folder, tmp_path, tiny_tokenizer):
     again = load_model(tmp_path / "out")
     assert again.packed_formats() == {"test_float8"}
     assert torch.equal(again.logits(IDS), logits)
-    with pytest.raises(ConfigError, match="kept as test_float8 already"):
+    with pytest.raises(ConfigError, match="already quantized as test_float8"):
         load_model(tmp_path / "out", quantize="int8")
 
     # served, not by the compiled step

@@ -131,7 +131,7 @@ def test_a_name_near_to_none_gets_no_suggestion():
     with pytest.raises(SourceError) as caught:
         locate("zzz")
     assert "did you mean" not in str(caught.value)
-    assert "name a folder, a .gguf file or hf:org/name" in str(caught.value)
+    assert "give a folder, a .gguf file or hf:org/name" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "nothing.gguf", "~/no-such-model/x"])
@@ -141,13 +141,13 @@ def test_a_path_that_is_not_there_is_named(name):
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path):
-    with pytest.raises(SourceError, match=r"holds no config\.json"):
+    with pytest.raises(SourceError, match=r"contains no config\.json"):
         locate(tmp_path)
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.bin").touch()
-    with pytest.raises(SourceError, match=r"model\.bin' is no \.gguf file"):
+    with pytest.raises(SourceError, match=r"model\.bin' is not a \.gguf file"):
         locate(tmp_path / "model.bin")
 
 
@@ -174,7 +174,7 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(
-        SourceError, match=r"cannot fetch 'org/name' from the hub \(no route to host\)"
+        SourceError, match=r"cannot fetch 'org/name' from the Hugging Face Hub \(no route to host\)"
     ):
         locate("hf:org/name")
 

@@ -224,7 +224,7 @@ def test_a_configuration_that_is_not_json_is_named(folder, content):
 
 def test_a_configuration_that_is_no_object_is_named(folder):
     (folder / "config.json").write_text("[]")
-    assert "config.json holds no JSON object" in refusal(folder)
+    assert "config.json does not contain a JSON object" in refusal(folder)
 
 
 def test_a_generation_config_that_is_not_json_is_named(folder):
@@ -247,8 +247,8 @@ def test_an_unknown_model_type_lists_the_known_and_says_no_code_is_run(folder, m
     message = str(caught.value)
     assert f"model_type {model_type!r} is not known" in message
     assert (
-        f"known are {', '.join(sorted(FAMILIES))} (code that comes with a checkpoint is never run)"
-        in message
+        f"known types are {', '.join(sorted(FAMILIES))} "
+        "(code shipped with a checkpoint is never executed)" in message
     )
     assert ("did you mean 'llama'?" in message) == (model_type in ("lama", ["llama"]))
 
@@ -265,10 +265,10 @@ def test_an_unknown_model_type_lists_the_known_and_says_no_code_is_run(folder, m
             "config.json has no 'factor' in its rope_scaling",
         ),
         ({"num_key_value_heads": 3}, "not divisible by num_kv_heads=3"),
-        ({"num_attention_heads": "four"}, "describes no model"),
-        ({"num_attention_heads": 0, "head_dim": None}, "describes no model"),
+        ({"num_attention_heads": "four"}, "does not describe a valid model"),
+        ({"num_attention_heads": 0, "head_dim": None}, "does not describe a valid model"),
         ({"vocab_size": -1}, r"vocab_size: Input should be greater than 0"),
-        ({"rope_parameters": [1]}, "describes no model"),
+        ({"rope_parameters": [1]}, "does not describe a valid model"),
     ],
 )
 def test_a_configuration_that_cannot_be_used_is_named(folder, changes, words):

@@ -149,21 +149,24 @@ def test_different_tokenizers_have_different_fingerprints(smollm2_tokenizer, tin
 
 def test_an_unknown_cut_is_refused_and_the_known_ones_named():
     with pytest.raises(
-        CheckpointError, match=r"'deepseek-v9' is not known; known are .*smollm.*qwen2"
+        CheckpointError,
+        match=r"'deepseek-v9' is not known; known pre-tokenizers are .*smollm.*qwen2",
     ):
         Tokenizer.from_gguf(byte_level_metadata(pre="deepseek-v9"))
 
 
 def test_an_unknown_kind_is_refused_and_the_known_ones_named():
-    with pytest.raises(CheckpointError, match=r"'wordpiece' is not known; known are gpt2 .* llama"):
+    with pytest.raises(
+        CheckpointError, match=r"'wordpiece' is not known; known types are gpt2 .* llama"
+    ):
         Tokenizer.from_gguf(byte_level_metadata(model="wordpiece"))
 
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({}, "holds no tokenizer"),
-        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [1]}, "holds no tokenizer"),
+        ({}, "contains no tokenizer"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [1]}, "contains no tokenizer"),
         (byte_level_metadata(merges=["a"]), "merges are damaged"),
         (byte_level_metadata(merges=["a b"]), "vocabulary and merges disagree"),
         (sentencepiece_metadata(scores=[0.0]), "scores are damaged"),
@@ -320,7 +323,9 @@ def test_an_added_bos_survives_saving(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json and no tokenizer\.model"):
+    with pytest.raises(
+        CheckpointError, match=r"contains neither tokenizer\.json nor tokenizer\.model"
+    ):
         Tokenizer.from_folder(tmp_path)
 
 

@@ -338,7 +338,7 @@ def test_a_template_that_is_not_used_may_be_broken(folder):
     ]
     ours = Tokenizer.from_folder(folder({"chat_template": broken}))
     assert ours.encode_chat(CALL).text == "go plain"
-    with pytest.raises(DataError, match="not valid jinja"):
+    with pytest.raises(DataError, match="not valid Jinja"):
         ours.encode_chat(CALL, tools=TOOLS)
 
 
@@ -355,7 +355,7 @@ def test_templates_in_files_of_their_own_are_read(folder):
 def test_without_a_default_template_the_names_are_told(folder):
     ours = Tokenizer.from_folder(folder({"chat_template": NAMED[1:]}))
     assert ours.encode_chat(CALL, tools=TOOLS).text == "go look"
-    with pytest.raises(DataError, match="templates named tool_use, rag and none named default"):
+    with pytest.raises(DataError, match="templates named tool_use, rag but none named default"):
         ours.encode_chat(CALL)
 
 

@@ -370,17 +370,17 @@ def test_a_vocabulary_is_no_larger_than_asked(trained, kind):
         (
             BPEConfig(),
             256,
-            r"vocab_size=256 has no room for 256 bytes and 1 special .* 257 or more",
+            r"vocab_size=256 is too small for 256 bytes and 1 special .* 257 or more",
         ),
-        (UnigramConfig(), 100, r"vocab_size=100 has no room for 257 byte pieces"),
+        (UnigramConfig(), 100, r"vocab_size=100 is too small for 257 byte pieces"),
         (
             UnigramConfig(byte_fallback=False),
             20,
-            r"vocab_size=20 has no room for \d+ byte pieces and different characters",
+            r"vocab_size=20 is too small for \d+ byte pieces and different characters",
         ),
-        (WordPieceConfig(), 20, r"vocab_size=20 has no room for \d+ letters"),
-        (WordLevelConfig(), 1, r"vocab_size=1 has no room for 1 word and 2 special"),
-        (CharactersConfig(), 9, r"has no room for \d+ different .* or raise model\.min_frequency"),
+        (WordPieceConfig(), 20, r"vocab_size=20 is too small for \d+ letters"),
+        (WordLevelConfig(), 1, r"vocab_size=1 is too small for 1 word and 2 special"),
+        (CharactersConfig(), 9, r"is too small for \d+ different .* or raise model\.min_frequency"),
     ],
 )
 def test_a_vocabulary_smaller_than_the_alphabet_is_refused_with_the_numbers(model, size, message):
@@ -420,7 +420,7 @@ def test_no_vocabulary_is_larger_than_asked_for(kind):
         told = shortfall(tokenizer, config)
         assert (told is None) is (tokenizer.vocab_size == size)
         if told is not None:
-            assert f"gives {tokenizer.vocab_size} ids, fewer than vocab_size={size}" in told
+            assert f"yields {tokenizer.vocab_size} ids, fewer than vocab_size={size}" in told
     assert 700 in made
     assert all(f"vocab_size={size} " in reason for size, reason in refused.items())
 
@@ -439,7 +439,10 @@ def test_lone_surrogates_in_a_corpus_do_no_harm():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": {"kind": "bpe", "own_pattern": "("}}, "own_pattern is no regular expression"),
+        (
+            {"model": {"kind": "bpe", "own_pattern": "("}},
+            "own_pattern is not a valid regular expression",
+        ),
         ({"model": {"kind": "bpe", "own_pattern": "a", "pattern": "qwen2"}}, "both set"),
         ({"model": {"kind": "bpe", "patern": "gpt2"}}, "did you mean 'pattern'"),
         ({"vocab_size": 999_999_999}, "vocab_size.*4194304"),
@@ -448,8 +451,8 @@ def test_lone_surrogates_in_a_corpus_do_no_harm():
         ({"model": {"kind": "wordpiece", "max_word_length": 10**30}}, "max_word_length"),
         ({"normalizer": {"strip_accents": True}}, "set form: nfd"),
         ({"add_bos": True}, "add_bos needs a bos token"),
-        ({"chat_template": "chat-ml"}, "neither chatml nor jinja"),
-        ({"special_tokens": ["<a>", "<a>"]}, "stands there twice"),
+        ({"chat_template": "chat-ml"}, "neither chatml nor Jinja"),
+        ({"special_tokens": ["<a>", "<a>"]}, "is empty or duplicated"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(values, message):
@@ -578,8 +581,8 @@ def test_user_defined_symbols_are_kept_whole(with_symbols, parts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"treat_whitespace_as_suffix": True}, "keeps spaces behind words"),
-        ({"kind": "char"}, "it is a character model; unigram and BPE"),
+        ({"treat_whitespace_as_suffix": True}, "attaches spaces to the preceding word"),
+        ({"kind": "char"}, "it is a character model, but only unigram and BPE"),
         ({"kind": "word", "byte_fallback": False}, "it is a word model"),
     ],
 )

@@ -208,7 +208,9 @@ def test_masks_of_parts_are_refused_by_name(key):
         {"prompt": [user("q")], "completion": [assistant("ab", **{key: parts})]},
     ]  # fmt: skip
     for row in rows:
-        with pytest.raises(DataError, match=rf"^data\.jsonl:7: message 1 has {key}, but no parts"):
+        with pytest.raises(
+            DataError, match=rf"^data\.jsonl:7: message 1 has {key}, but parts of a message"
+        ):
             read(row)
     assert read({"messages": [user("q"), assistant("ab", **{key: []})]}).messages[1] == assistant(
         "ab"
@@ -240,7 +242,7 @@ def test_a_prompt_whose_message_the_template_leaves_out_is_refused(tiny_tokenize
     asked = [user("What is it?"), assistant("", tool_calls=calls("f"))]
     options = {"add_generation_prompt": True, "refuse_unwritten": True}
     tokenizer.encode_chat([*asked, user("Well?")], **options)
-    with pytest.raises(DataError, match="message 2 has the role 'tool', whose words"):
+    with pytest.raises(DataError, match="message 2 has the role 'tool', whose content"):
         tokenizer.encode_chat([*asked, {"role": "tool", "content": "42"}], **options)
 
 

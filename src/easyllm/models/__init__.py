@@ -1,4 +1,4 @@
-"""Named models and families: where weights come from, how they are read and saved."""
+"""Model sources and model families: locating, loading, converting and saving models."""
 
 from easyllm.models.context import ContextConfig
 from easyllm.models.grouped_heads import pool_kv_heads

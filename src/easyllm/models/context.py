@@ -1,4 +1,4 @@
-"""A longer context for a model trained with RoPE, at inference: other positions, the same weights."""
+"""Extending the context of a RoPE model at inference time: new positions, unchanged weights."""
 
 from typing import Annotated, Any, Literal
 
@@ -23,24 +23,29 @@ USED_BY = {
     "sinks": ("streaming",),
     "factor": ("pi", "ntk", "dynamic", "yarn", "rerope", "leaky"),
 }
-"""Methods that a value belongs to; `logn` belongs to all."""
+"""Methods that use each option; `logn` applies to all methods."""
 Method = Literal["pi", "ntk", "dynamic", "yarn", "rerope", "leaky", "streaming"]
 ENDLESS = 2**24
-"""Tokens of context that stand for no end: a text of that length is a hundred novels."""
+"""Context length, in tokens, that stands for an unlimited one: a text this long is about a hundred
+novels."""
 
 
 class ContextConfig(Config):
-    """Which positions a longer context gets.
+    """How to extend the context of a model beyond its trained length.
 
     Attributes:
-        method: `pi` position interpolation · `ntk` a larger base · `dynamic` a base that follows the length ·
-            `yarn` · `rerope`, `leaky` rectified positions · `streaming` first and last tokens only, without end (docs of
-            each in nn/config).
-        factor: how many times the trained length.
-        window: of `rerope` and `leaky`, by default half the trained length (best between a quarter and a half); of
-            `streaming` the last tokens that are seen, by default what the sinks leave of the trained length.
-        sinks: of `streaming`: the first tokens, which stay.
-        logn: queries scaled by max(1, log n / log trained length).
+        method: `pi`: position interpolation; `ntk`: a larger RoPE base (NTK-aware scaling);
+            `dynamic`: a base that grows with the sequence length (dynamic NTK); `yarn`: YaRN;
+            `rerope`, `leaky`: rectified positions (ReRoPE, leaky ReRoPE); `streaming`: streaming
+            generation of unlimited length with attention sinks (StreamingLLM). nn/config documents
+            each of them.
+        factor: target context length as a multiple of the trained length.
+        window: for `rerope` and `leaky`, the window of unmodified positions; by default half the
+            trained length (best between a quarter and a half). For `streaming`, the number of most
+            recent tokens that are attended to; by default the trained length minus the sinks.
+        sinks: for `streaming`, the number of initial tokens that stay in the KV cache as attention
+            sinks.
+        logn: scale queries by max(1, log n / log trained length).
     """
 
     method: Method
@@ -55,16 +60,18 @@ class ContextConfig(Config):
             usual = type(self).model_fields[name].default
             if self.method not in methods and getattr(self, name) != usual:
                 raise ValueError(
-                    f"{name} does nothing with method {self.method}; it belongs to {', '.join(methods)}: leave it out"
+                    f"{name} has no effect with method {self.method}, only with "
+                    f"{', '.join(methods)}; leave it out"
                 )
         return self
 
 
 def extend_context(config: ModelConfig, context: ContextConfig) -> ModelConfig:
-    """`config` with other positions and a longer context.
+    """Returns `config` with the positions and the maximum length of an extended context.
 
     Raises:
-        ConfigError: a layer has no plain RoPE to change.
+        ConfigError: a layer does not use unscaled RoPE, the streaming window and the sinks exceed
+            the trained length, or the method does not support the model's RoPE variant.
     """
     trained = config.max_seq_len
     layers = []
@@ -73,8 +80,9 @@ def extend_context(config: ModelConfig, context: ContextConfig) -> ModelConfig:
         rope = mixer.position
         if not isinstance(mixer, AttentionConfig) or not isinstance(rope, Rope) or rope.scaling:
             raise ConfigError(
-                f"--rope {context.method} needs RoPE without scaling in every layer, got {rope.kind} positions"
-                f"{' with scaling' if isinstance(rope, Rope) else ''}; use the model as it is"
+                f"--rope {context.method} needs RoPE without scaling in every layer, got "
+                f"{rope.kind} positions{' with scaling' if isinstance(rope, Rope) else ''}; "
+                "use the model without --rope"
             )
         changes: dict[str, Any] = {"position": _position(rope, mixer.head_dim, trained, context)}
         if context.method == "streaming":
@@ -96,8 +104,8 @@ def _streaming_window(
         window = min(window, mixer.window)
     if not 0 < window <= trained - context.sinks:
         raise ConfigError(
-            f"a window of {window} tokens and {context.sinks} sinks do not fit the trained length of {trained}; "
-            "lower --window or --sinks"
+            f"a window of {window} tokens plus {context.sinks} attention sinks exceeds the trained "
+            f"length of {trained}; lower --window or --sinks"
         )
     return {"window": window, "num_sinks": context.sinks}
 
@@ -110,7 +118,7 @@ def _position(
         case "pi":
             return rope.model_copy(update={"scaling": LinearScaling(factor=factor)})
         case "ntk":
-            # a larger base is all it is, and every tool reads a base
+            # static NTK is only a larger base, which every tool can read
             base = ntk_base(rope.theta, rope.rotary_dim or head_dim, factor)
             return rope.model_copy(update={"theta": base})
         case "dynamic":
@@ -121,7 +129,8 @@ def _position(
             return rope.model_copy(update={"scaling": yarn})
     if rope.rotary_dim is not None or rope.interleaved:
         raise ConfigError(
-            f"--rope {context.method} turns whole heads in halves; this model's RoPE is partial or interleaved"
+            f"--rope {context.method} supports only RoPE that rotates the two halves of the full "
+            "head dimension, but this model's RoPE is partial or interleaved; choose another method"
         )
     if context.method == "streaming":
         return StreamingRope(theta=rope.theta)

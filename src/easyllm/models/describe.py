@@ -1,4 +1,4 @@
-"""The configuration of a model, from a source or a published size; no weights are read."""
+"""Model configurations from a source or a published size, without reading any weights."""
 
 import json
 from collections.abc import Mapping
@@ -16,20 +16,21 @@ from easyllm.nn.config import ModelConfig
 
 
 def published_sizes() -> dict[str, dict[str, Any]]:
-    """`config.json` values of the families' published models by name (`llama2-7b`)."""
+    """Returns the `config.json` values of published models by name (`llama2-7b`)."""
     return {name: values for family in FAMILIES.values() for name, values in family.sizes.items()}
 
 
 def describe(source: str) -> ModelConfig:
-    """The configuration a source or a size's name stands for.
+    """Returns the model configuration that a source or the name of a published size refers to.
 
     Args:
-        source: as `load_model` takes it (of a folder the `config.json` is enough, of `hf:org/name` nothing else is
-            fetched), the name of a published size, or a `config.json`.
+        source: any source that `load_model` accepts (a folder needs only its `config.json`, and
+            for `hf:org/name` only that file is fetched), the name of a published size, or the
+            path of a `config.json`.
 
     Raises:
-        SourceError: there is no such model; the message names the nearest.
-        CheckpointError: a file is damaged, or describes no model we know.
+        SourceError: there is no such model; the message suggests the closest name.
+        CheckpointError: a file is damaged, or describes an unsupported model.
 
     Example:
         >>> describe("llama2-7b").num_layers
@@ -50,8 +51,8 @@ def describe(source: str) -> ModelConfig:
         return open_source(source).config
     known = [*KNOWN_MODELS, *sizes]
     raise SourceError(
-        f"model {source!r} is not known{suggest(source, known)}; known are {', '.join(known)}; or name a folder, a "
-        ".gguf file, a config.json or hf:org/name"
+        f"model {source!r} is not known{suggest(source, known)}; known models are "
+        f"{', '.join(known)}; or give a folder, a .gguf file, a config.json or hf:org/name"
     )
 
 
@@ -59,9 +60,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); name a config.json") from None
+        raise CheckpointError(f"{path} is not JSON ({error}); give a config.json") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object; name a config.json")
+        raise CheckpointError(f"{path} does not contain a JSON object; give a config.json")
     return values
 
 
@@ -76,5 +77,5 @@ def _read(values: Mapping[str, Any], source: str) -> ModelConfig:
             first = error.errors(include_url=False)[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise CheckpointError(
-            f"the values in {source!r} describe no model ({reason}); check them"
+            f"the values in {source!r} do not describe a valid model ({reason}); correct them"
         ) from None

@@ -1,24 +1,27 @@
-"""What changes the shapes of weights needs the weights themselves: not quantized, and without an adapter made for them."""
+"""Guard for operations that change weight shapes: weights must be unquantized and unadapted."""
 
 from easyllm.core.errors import ConfigError
 from easyllm.nn.decoder import Decoder
 
 
 def require_full_weights(model: Decoder, change: str) -> None:
-    """Refuses a model whose weights are not plain ones.
+    """Raises an error unless all weights of the model are unquantized and it has no adapter.
 
     Args:
-        change: what is to be done to the model, for the message.
+        model: the model to check.
+        change: the operation that needs full weights, named in the error message.
 
     Raises:
         ConfigError: a weight is quantized, or an adapter is attached.
     """
     if formats := model.packed_formats():
         raise ConfigError(
-            f"{change} needs full weights, and this model's are quantized ({', '.join(sorted(formats))}); "
-            "start from the checkpoint with full weights, and quantize the result"
+            f"{change} needs full weights, but this model's weights are quantized "
+            f"({', '.join(sorted(formats))}); start from the unquantized checkpoint and quantize "
+            "the result"
         )
     if model.is_adapted:
         raise ConfigError(
-            f"{change} needs a model without an adapter, and this one has one; merge or detach the adapter first"
+            f"{change} needs a model without an adapter, but this model has one; merge or detach "
+            "the adapter first"
         )

@@ -1,6 +1,7 @@
-"""A GGUF file as if it were a Hugging Face folder: its metadata as `config.json`, its tensors by HF's names.
+"""Presents a GGUF file as a Hugging Face checkpoint: metadata as `config.json`, HF tensor names.
 
-What differs between families (names, keys, order of rows) is in each family's file; this module reads what all files share.
+The family modules handle what differs between families (tensor names, metadata keys, row order);
+this module handles what all GGUF files share.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ from easyllm.tokenizer.from_gguf import end_ids_from_gguf, token_id_from_gguf
 
 MAX_NAMED = 4
 MAX_EXPERTS = 4096
-"""More experts than any model has: a damaged file must not make us list millions; the rest is reported as missing."""
+"""An upper bound above any real model, so that a damaged file cannot make us list millions of
+experts; experts beyond it are reported as missing."""
 
 
 def hf_config(
@@ -26,19 +28,22 @@ def hf_config(
     tensors: Mapping[str, Any],
     load: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Any]:
-    """The `config.json` that the metadata describe.
+    """Returns the `config.json` values that the metadata of a GGUF file describe.
 
     Args:
-        tensors: the file's by name (which ones there are says whether embeddings are tied, say).
-        load: the fp32 values of one, for tensors that are part of the configuration.
+        metadata: the key-value metadata of the file.
+        tensors: the tensors of the file by name; their presence shows, for example, whether the
+            embeddings are tied.
+        load: loads one tensor in fp32, for tensors that are part of the configuration.
 
     Raises:
-        CheckpointError: the architecture is not known, a key is missing, or one changes the result and is not implemented.
+        CheckpointError: the architecture is unknown, a key is missing, or a key that changes the
+            result is not implemented.
     """
     kind = metadata.get("general.type", "model")
     if kind != "model":
         raise CheckpointError(
-            f"the GGUF file is of type {kind!r}, expected 'model'; name the model's own file"
+            f"the GGUF file is of type {kind!r}, expected 'model'; give the model's own file"
         )
     architecture = metadata.get("general.architecture")
     layout = layout_of(architecture)
@@ -55,10 +60,13 @@ def hf_config(
 
 
 class GGUFTensors:
-    """The tensors of a GGUF file by HF's names.
+    """The tensors of a GGUF file under their Hugging Face names.
+
+    Attributes:
+        shapes: the shape of each tensor by its HF name.
 
     Raises:
-        CheckpointError: the file holds a tensor that its architecture is not known to have.
+        CheckpointError: the file contains a tensor that its architecture is not known to have.
     """
 
     def __init__(self, file: GGUFFile | SplitGGUF, config: Mapping[str, Any]) -> None:
@@ -85,12 +93,13 @@ class GGUFTensors:
         if unknown:
             named = ", ".join(unknown[:MAX_NAMED]) + (" ..." if len(unknown) > MAX_NAMED else "")
             raise CheckpointError(
-                f"{file.path} holds {len(unknown)} tensors that are not implemented for its architecture ({named}); "
-                "load the model's Hugging Face folder if its family is read"
+                f"{file.path} contains {len(unknown)} tensors that are not implemented for its "
+                f"architecture ({named}); load the model's Hugging Face folder if its family is "
+                "supported"
             )
 
     def load(self, name: str) -> Tensor:
-        """The tensor HF calls `name`, in fp32."""
+        """Loads the tensor with the HF name `name`, in fp32."""
         theirs, transform, part = self._sources[name]
         tensor = self._file.load(theirs, torch.float32, part=part)
         return tensor if transform is None else transform(tensor, self._config)
@@ -104,4 +113,4 @@ def _shape(
     try:
         return tuple(transform(torch.empty(shape, device="meta"), config).shape)
     except (RuntimeError, ZeroDivisionError):
-        return shape  # it does not fit the configuration, and is reported as of wrong shape
+        return shape  # it does not match the configuration; the shape check reports it later

@@ -1,7 +1,9 @@
-"""Fewer key-value heads in a trained model: MHA to GQA or MQA (Ainslie et al. 2023, arXiv 2305.13245, section 2.1).
+"""Converting a trained model from MHA to GQA or MQA by mean-pooling its KV heads.
 
-The keys and values of a group become the mean of its heads'. The result needs further training, about 5% of the steps of
-pretraining in the paper; where the heads of a group were equal it is the same model.
+Method: Ainslie et al. 2023 (arXiv 2305.13245, section 2.1). The key and value projections of each
+group of heads are replaced by their mean. The result needs further training, about 5% of the
+pretraining steps in the paper; if the heads of every group were already equal, the converted model
+computes the same function.
 """
 
 import torch
@@ -16,13 +18,16 @@ from easyllm.nn.linear import Linear
 
 
 def pool_kv_heads(model: Decoder, num_kv_heads: int) -> Decoder:
-    """Mean-pools the key and value heads of every layer to `num_kv_heads`, in place.
+    """Merges the KV heads of every layer into `num_kv_heads` by mean pooling, in place.
+
+    Returns:
+        `model` itself.
 
     Raises:
-        ConfigError: a layer has linear attention, or a number of heads that is no multiple of `num_kv_heads`; the model
-            is quantized or has an adapter.
+        ConfigError: a layer uses linear attention, or its number of KV heads is not a multiple of
+            `num_kv_heads`; or the model is quantized or has an adapter.
     """
-    require_full_weights(model, "pooling key-value heads")
+    require_full_weights(model, "merging key-value heads")
     mixers = [_poolable(layer.mixer, num_kv_heads) for layer in model.config.layers]
     for layer, mixer in zip(model.layers, mixers, strict=True):
         attention = layer.mixer
@@ -41,20 +46,22 @@ def pool_kv_heads(model: Decoder, num_kv_heads: int) -> Decoder:
 def _poolable(mixer: object, num_kv_heads: int) -> AttentionConfig:
     if not isinstance(mixer, AttentionConfig):
         raise ConfigError(
-            "linear attention shares no key-value heads; only softmax attention can be grouped"
+            "linear attention does not share key-value heads; only softmax attention can be "
+            "converted to grouped-query attention"
         )
     have = mixer.num_kv_heads
     if num_kv_heads < 1 or have % num_kv_heads:
         fits = [str(n) for n in range(1, have + 1) if have % n == 0]
         raise ConfigError(
-            f"the model's {have} key-value heads cannot be pooled to {num_kv_heads}; use {' or '.join(fits)}"
+            f"the model's {have} key-value heads cannot be merged into {num_kv_heads}; "
+            f"use {' or '.join(fits)}"
         )
     return mixer.model_copy(update={"num_kv_heads": num_kv_heads})
 
 
 @torch.no_grad()
 def _pool(projection: Linear, have: int, want: int) -> None:
-    """`[have · d, ...]` rows to `[want · d, ...]`, each group of neighbouring heads to its mean."""
+    """Reduces `[have · d, ...]` rows to `[want · d, ...]` by averaging groups of adjacent heads."""
 
     def mean(rows: Tensor) -> nn.Parameter:
         heads = rows.view(want, have // want, -1, *rows.shape[1:])  # [want, group, d, ...]

@@ -1,4 +1,4 @@
-"""Heads of labels: classes, or one reward."""
+"""Classification and reward heads, and untying a tied output head."""
 
 from dataclasses import replace
 
@@ -9,19 +9,27 @@ from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 
 SCORE = "score.weight"
-"""Its name here and in every family of Hugging Face's."""
+"""Parameter name of the classification head, here and in every Hugging Face family."""
 
 
 def with_score(keymap: KeyMap) -> KeyMap:
-    """A family's key map that knows the head of labels, too."""
+    """Returns a family's key map extended with the classification head."""
     return replace(keymap, rules=[Rename(SCORE, SCORE), *keymap.rules])
 
 
 def to_classifier(model: Decoder, num_labels: int, *, seed: int = 0) -> Decoder:
-    """Gives a language model a fresh head of labels in place of its output projection.
+    """Replaces a language model's output projection with a fresh classification head, in place.
 
-    The head starts at N(0, 1/(D+1)) (Stiennon et al. 2020, arXiv 2009.01325, appendix B.1), so that scores of
-    normalised hidden states start near N(0, 1).
+    The head is initialised from N(0, 1/(D+1)) (Stiennon et al. 2020, arXiv 2009.01325,
+    appendix B.1), so that the scores of normalised hidden states start near N(0, 1).
+
+    Args:
+        model: the language model to change.
+        num_labels: number of classes; 1 for a reward model.
+        seed: seed of the head's initial weights.
+
+    Returns:
+        `model` itself.
     """
     config = model.config.changed(num_labels=num_labels)
     head = Linear(config.hidden_size, num_labels)
@@ -33,14 +41,17 @@ def to_classifier(model: Decoder, num_labels: int, *, seed: int = 0) -> Decoder:
 
 
 def untie_head(model: Decoder) -> Decoder:
-    """Gives a model whose head is its embedding a head of its own, with the same values."""
+    """Replaces a tied output head with a separate copy of the embedding, in place.
+
+    A model whose head is already separate is returned unchanged.
+    """
     if model.lm_head is None and model.score is None:
         head = Linear(model.config.hidden_size, model.config.vocab_size)
         storage = model.embed_tokens.storage
         if storage.format == "dense":
             head.weight = torch.nn.Parameter(storage.dense().detach().clone(), requires_grad=False)
         else:
-            head.store(storage)  # read only, so one copy serves both
+            head.store(storage)  # packed weights are read-only, so both can share one copy
         model.lm_head = head.train(model.training)
         model.config = model.config.changed(tie_embeddings=False)
     return model

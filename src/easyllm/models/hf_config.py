@@ -1,7 +1,8 @@
-"""`config.json` and `ModelConfig`: the family's own part, and what every family shares.
+"""Conversion between `config.json` and `ModelConfig`.
 
-Shared are the head of labels (an architecture `...ForSequenceClassification` with `id2label`) and, a key of ours that
-others ignore, `prompt_mask`.
+Each family converts its own keys. This module adds the keys that all families share: the
+classification head (an architecture `...ForSequenceClassification` with `id2label`) and
+`prompt_mask`, an Easyllm key that other tools ignore.
 """
 
 import json
@@ -21,7 +22,7 @@ LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 
 
 def read_files(folder: Path) -> dict[str, Any]:
-    """`config.json`, with the end tokens of `generation_config.json` where that names them.
+    """Reads `config.json`, with the EOS ids of `generation_config.json` taking precedence.
 
     Raises:
         CheckpointError: a file is not JSON.
@@ -35,7 +36,7 @@ def read_files(folder: Path) -> dict[str, Any]:
 
 
 def read_end_ids(folder: Path) -> tuple[int, ...]:
-    """Ids that end a generation according to the folder's `generation_config.json`; none where it has no such file.
+    """Returns the EOS ids in the folder's `generation_config.json`; empty without such a file.
 
     Raises:
         CheckpointError: the file is not JSON.
@@ -46,16 +47,16 @@ def read_end_ids(folder: Path) -> tuple[int, ...]:
 
 
 def with_end_ids(config: ModelConfig, ids: Iterable[int]) -> ModelConfig:
-    """The configuration of a model that also ends a generation at `ids`, after those that ended it before."""
+    """Returns `config` with `ids` appended to its EOS ids, without duplicates."""
     ends = tuple(dict.fromkeys((*config.eos_token_ids, *ids)))
     return config if ends == config.eos_token_ids else config.changed(eos_token_ids=ends)
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """What `config.json` describes.
+    """Returns the model configuration that the values of a `config.json` describe.
 
     Raises:
-        CheckpointError: no family reads it, or it sets an option that is not implemented.
+        CheckpointError: its `model_type` is unknown, or it sets an option that is not implemented.
     """
     config = family_of(hf.get("model_type")).read_config(hf)
     shared: dict[str, Any] = {}
@@ -70,21 +71,22 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` that describes a model.
+    """Returns the `config.json` values that describe a model.
 
     Raises:
-        CheckpointError: the layout of its family has no words for it (its parts were changed).
+        CheckpointError: the family's Hugging Face format cannot represent the model (for example
+            because its parts were changed).
     """
     family_named(config.family)
     try:
         hf = _write(config)
         lost = first_difference(read_config(hf).model_dump(), config.model_dump())
-    except CheckpointError as error:  # a part that the family does not have
+    except CheckpointError as error:  # the model has a part that the family does not support
         lost = str(error)
     if lost:
         raise CheckpointError(
-            f"the layout of {config.family!r} cannot express this model ({lost}); "
-            "set its family to 'easyllm', whose layout expresses every model"
+            f"the Hugging Face format of {config.family!r} cannot represent this model ({lost}); "
+            "set its family to 'easyllm', whose format can represent every model"
         )
     return hf
 
@@ -116,5 +118,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); copy the checkpoint again") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; copy the checkpoint again")
+        raise CheckpointError(f"{path} does not contain a JSON object; copy the checkpoint again")
     return content

@@ -1,4 +1,4 @@
-"""Models and tokenizers from any source, and back to a Hugging Face folder."""
+"""Loading models and tokenizers from any source, and saving them as a Hugging Face folder."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,16 +47,26 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 
 
 class TensorSource(Protocol):
-    """Tensors by HF's names, read one at a time."""
+    """Tensors by their Hugging Face names, read one at a time."""
 
     shapes: dict[str, tuple[int, ...]]
 
-    def load(self, name: str) -> Tensor: ...
+    def load(self, name: str) -> Tensor:
+        """Reads one tensor."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class OpenSource:
-    """A located model: its configuration, its weights unread, its tokenizer."""
+    """A located model whose configuration has been read, but not its weights.
+
+    Attributes:
+        path: the folder or GGUF file.
+        config: the model configuration.
+        tensors: the weights under their Hugging Face names.
+        gguf: the GGUF file; None for a folder.
+        packed: the quantized format of the checkpoint; None if its weights are not quantized.
+    """
 
     path: Path
     config: ModelConfig
@@ -65,7 +75,7 @@ class OpenSource:
     packed: StorageFormat | None = None
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that belongs to the model."""
+        """Loads the model's tokenizer."""
         if self.gguf is not None:
             return Tokenizer.from_gguf(self.gguf.metadata)
         return Tokenizer.from_folder(self.path)
@@ -74,12 +84,23 @@ class OpenSource:
     def model(
         self, dtype: torch.dtype | None, device: torch.device, *, quantize: str | None = None
     ) -> Decoder:
-        """The model with its weights, which are its own; with `quantize` each is rounded as soon as it is read."""
+        """Builds the model and loads its weights; the result shares no memory with other models.
+
+        Args:
+            dtype: dtype of the weights; None keeps the dtype of the file.
+            device: device of the weights.
+            quantize: quantizes each weight as soon as it is read, to limit peak memory.
+
+        Raises:
+            ConfigError: `quantize` is set, but the checkpoint is already quantized.
+            CheckpointError: the tensors do not match the configuration.
+        """
         model = self.skeleton()
         source = self.tensors.reopened() if isinstance(self.tensors, TensorFolder) else self.tensors
         if quantize is not None and self.packed is not None:
             raise ConfigError(
-                f"the weights of {self.path} are kept as {self.packed.name} already; leave out quantize={quantize}"
+                f"the weights of {self.path} are already quantized as {self.packed.name}; "
+                f"leave out quantize={quantize}"
             )
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         rounded = {} if quantize is None else quantizable(model, quantize)
@@ -92,7 +113,7 @@ class OpenSource:
             file_tensors=self.packed.file_tensors if self.packed is not None else (),
         ):
             if binding.packed:
-                packed.append(binding)  # when the dtype of the full weights is known
+                packed.append(binding)  # stored below, once the dtype of the full weights is known
                 continue
             parts = binding.rule.split(source.load(binding.theirs))
             for name, part in zip(binding.ours, parts, strict=True):
@@ -104,7 +125,7 @@ class OpenSource:
                     state[name] = weight.contiguous()
         if self.gguf is not None:
             self.gguf.let_go()
-        # the check has seen that nothing is missing but what is packed, and that is there already
+        # the check above found every tensor; the packed weights are stored below
         floats = (t.dtype for t in state.values() if t.is_floating_point())
         activations = dtype or next(floats, torch.float32)
         for binding in packed:
@@ -121,27 +142,29 @@ class OpenSource:
         shape: tuple[int, int],
         dtype: torch.dtype,
     ) -> PackedStorage:
-        """A weight as the checkpoint keeps it."""
-        assert self.packed is not None, "bound as packed"
-        assert self.packed.from_file is not None, "registered with tensors of a file"
+        """Returns a quantized weight in the format of the checkpoint."""
+        assert self.packed is not None, "the binding is packed"
+        assert self.packed.from_file is not None, "a format with file tensors can read them"
         try:
             storage = self.packed.from_file(found, shape, dtype)
         except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
             raise CheckpointError(
-                f"{binding.theirs} of {self.path} cannot be read as {self.packed.name} ({error}); copy the checkpoint again"
+                f"{binding.theirs} of {self.path} cannot be read as {self.packed.name} ({error}); "
+                "copy the checkpoint again"
             ) from None
         if tuple(storage.shape) != tuple(shape):
             raise CheckpointError(
-                f"{binding.theirs} of {self.path} is {list(storage.shape)} as {self.packed.name}, expected {list(shape)}; "
-                "use the config.json that belongs to these weights"
+                f"{binding.theirs} of {self.path} has shape {list(storage.shape)} as "
+                f"{self.packed.name}, expected {list(shape)}; use the config.json that belongs to "
+                "these weights"
             )
         return storage
 
     def check(self, model: Decoder) -> None:
-        """Compares names and shapes in the file with those of `model`; no values are read.
+        """Checks tensor names and shapes in the file against `model` without reading any values.
 
         Raises:
-            CheckpointError: they do not fit.
+            CheckpointError: they do not match.
         """
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         keymap_of(self.config).check(
@@ -152,7 +175,11 @@ class OpenSource:
         )
 
     def parameters(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Some parameters by our names, in fp32; those that the file does not have are left out."""
+        """Loads the named parameters in fp32; names that the file does not contain are omitted.
+
+        Args:
+            names: parameter names of `Decoder` (not Hugging Face names).
+        """
         keymap = keymap_of(self.config)
         found: dict[str, Tensor] = {}
         for binding in keymap.bindings(names):
@@ -166,18 +193,22 @@ class OpenSource:
         return found
 
     def skeleton(self) -> Decoder:
-        """The model without its weights."""
+        """Builds the model on the meta device, without weights."""
         with torch.device("meta"):
             return Decoder(self.config)
 
 
 def open_source(source: str | Path, *, context: ContextConfig | None = None) -> OpenSource:
-    """Locates a model and reads its configuration, not yet its weights.
+    """Locates a model and reads its configuration, but not its weights.
+
+    Args:
+        source: as for `load_model`.
+        context: an extended context; by default the trained one.
 
     Raises:
         SourceError: there is no such model.
-        CheckpointError: a file is damaged, or of an unknown kind.
-        ConfigError: its positions cannot be changed as `context` says.
+        CheckpointError: a file is damaged, or its format is unknown.
+        ConfigError: the model's positions do not support `context`.
     """
     opened = _open(locate(source))
     if context is None:
@@ -208,19 +239,21 @@ def load_model(
     quantize: str | None = None,
     adapter: str | Path | None = None,
 ) -> Decoder:
-    """The model a source holds, ready for inference (no parameter requires a gradient).
+    """Loads a model for inference (no parameter requires a gradient).
 
     Args:
         source: `"smollm2"`, a folder, a `.gguf` file, or `"hf:org/name"`.
-        dtype: `"float32"`, `"bfloat16"` ...; by default the one the file keeps (fp32 for quantized files).
+        dtype: `"float32"`, `"bfloat16"` ...; by default the dtype stored in the file (fp32 for
+            quantized GGUF files).
         device: `"cpu"`, `"cuda"`, `"auto"`.
-        context: positions that reach further than the model was trained.
-        quantize: `"int8"` or `"int4"`: weights are rounded as they are read (`quant.quantize_weights`).
-        adapter: the folder of an adapter, in peft's layout, that every row goes through.
+        context: extends the context beyond the trained length.
+        quantize: `"int8"` or `"int4"`: quantizes the weights as they are read
+            (`quant.quantize_weights`).
+        adapter: the folder of an adapter in peft format; it is applied to every sequence.
 
     Raises:
-        SourceError, CheckpointError: no such model, or its files do not fit.
-        ConfigError: its positions cannot be changed; no such quantization.
+        SourceError, CheckpointError: there is no such model, or its files do not match.
+        ConfigError: the model does not support `context`, or the quantization is unknown.
 
     Example:
         >>> model = load_model("smollm2", dtype="float32")      # doctest: +SKIP
@@ -234,15 +267,24 @@ def load_model(
 
 
 def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decoder:
-    """Attaches the adapter that a folder holds; a head of labels that was trained with it comes along. A head tied to the
-    embedding becomes a matrix of its own where the adapter changes one of the two.
+    """Loads an adapter from a folder and attaches it to the model.
+
+    A classification head that was trained with the adapter is loaded too. If the embedding and the
+    output head are tied and the adapter changes them differently, the head is untied first.
 
     Args:
-        name: under which the adapter is held besides others (`ForwardContext.adapters`); without one it is of every row.
+        model: the model, changed in place.
+        folder: the folder of the adapter, in peft format.
+        name: name under which several adapters are selected per sequence
+            (`ForwardContext.adapters`); without a name, the adapter applies to every sequence.
+
+    Returns:
+        `model` itself.
 
     Raises:
-        CheckpointError: the folder holds no adapter, or one for another model.
-        ConfigError: the model has an adapter already.
+        CheckpointError: the folder contains no adapter, or one for another model.
+        ConfigError: the model already has an adapter, or a named adapter has its own
+            classification head.
     """
     file = read_adapter(Path(folder))
     labels = file.num_labels()
@@ -250,21 +292,21 @@ def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decode
     own_head = file.has_own_head(model, hf_module_name(model))
     if name and another_head:
         raise ConfigError(
-            f"the adapter in {str(file.folder)!r} has a head of {labels} labels, which cannot be held by name besides others; "
-            "load it alone"
+            f"the adapter in {str(file.folder)!r} has a classification head with {labels} labels "
+            "and cannot be loaded by name alongside others; load it alone"
         )
     before = model.config, model.lm_head, model.score
 
     def undo() -> None:
         heirs = [a for a in model.adapter_sets.values() if HEAD in a.linears]
-        if own_head and heirs:  # the head stays untied while others change it
+        if own_head and heirs:  # other adapters still change the head, so it stays untied for now
             heirs[0].undo.append(undo)
         else:
             model.config, model.lm_head, model.score = before
 
     try:
         if another_head:
-            assert labels is not None, "counted above"
+            assert labels is not None, "another_head implies a number of labels"
             to_classifier(model, labels)
         if own_head:
             untie_head(model)
@@ -278,10 +320,13 @@ def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decode
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of a source, chat template included; a folder may hold a tokenizer and nothing else.
+    """Loads the tokenizer of a source, including its chat template.
+
+    Args:
+        source: as for `load_model`; also a folder that contains only a tokenizer.
 
     Raises:
-        SourceError, CheckpointError: no such model, or no tokenizer in it.
+        SourceError, CheckpointError: there is no such model, or it contains no tokenizer.
     """
     folder = Path(source).expanduser()
     if tokenizer_file(folder) is not None:
@@ -301,22 +346,28 @@ def save_model(
     replace: bool = False,
     extra_files: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a Hugging Face folder that `transformers` loads as is; all of it or nothing.
+    """Saves the model atomically as a Hugging Face folder that `transformers` loads unchanged.
 
     Args:
-        tokenizer: saved beside the weights, chat template included.
-        end_ids: further ids that end a generation (the ends of turns the model was tuned on).
-        replace: whether a folder that holds something may be replaced.
-        extra_files: further JSON files by name (a manifest, say).
+        model: the model to save.
+        folder: the folder to write.
+        tokenizer: saved next to the weights, including its chat template.
+        end_ids: additional EOS ids (the end-of-turn tokens the model was fine-tuned on).
+        replace: whether a non-empty folder may be replaced.
+        extra_files: additional JSON files by name (a manifest, for example).
+
+    Returns:
+        The path of the folder.
 
     Raises:
-        OutputError: the folder holds something, or cannot be written.
-        CheckpointError: the family's layout cannot express the model, or its weights are quantized in a format that is
-            not written.
+        OutputError: the folder is not empty, or cannot be written.
+        CheckpointError: the model has an adapter, the family's Hugging Face format cannot represent
+            the model, or its weights are quantized in a format that cannot be saved.
     """
     if model.is_adapted:
         raise CheckpointError(
-            "the model has an adapter, for which this layout has no place; merge it first, or save it with save_adapter"
+            "the model has an adapter, which the Hugging Face model format cannot store; merge it "
+            "first, or save it with save_adapter"
         )
     dtype = str(model.dtype).removeprefix("torch.")
     config = write_config(with_end_ids(model.config, end_ids)) | {"torch_dtype": dtype}
@@ -344,7 +395,7 @@ def save_model(
 def _packed_tensors(
     model: Decoder,
 ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any] | None]:
-    """The tensors of quantized weights, and the `quantization_config` that says how to read them."""
+    """Returns the tensors of quantized weights and the matching `quantization_config`."""
     formats = model.packed_formats()
     if not formats:
         return {}, None
@@ -352,8 +403,8 @@ def _packed_tensors(
     format = FORMATS.get(name)
     if others or format is None or not format.file_tensors:
         raise CheckpointError(
-            f"weights quantized as {' and '.join([name, *others])} are made when a model is loaded and are not written in "
-            "this layout; save the full model"
+            f"weights quantized as {' and '.join([name, *others])} exist only in memory and cannot "
+            "be saved in Hugging Face format; save the unquantized model"
         )
     tensors = {
         f"{holder}.weight": layer.storage.tensors()
@@ -364,13 +415,16 @@ def _packed_tensors(
 
 
 def keymap_of(config: ModelConfig) -> KeyMap:
-    """Names of a model's parameters on disk."""
+    """Returns the map from parameter names to Hugging Face tensor names."""
     return with_score(family_named(config.family).keymap(config))
 
 
 class HFNames:
-    """What Hugging Face calls our modules with a weight; where it has several of ours in one (GPT-2's `c_attn`), ours stay,
-    and `peft` cannot read an adapter of theirs."""
+    """Maps the names of modules with a weight to their Hugging Face names.
+
+    Where Hugging Face fuses several of our modules into one (GPT-2's `c_attn`), our names are used,
+    and `peft` cannot read an adapter of these modules.
+    """
 
     def __init__(self, keymap: KeyMap) -> None:
         self._keymap = keymap
@@ -380,19 +434,19 @@ class HFNames:
         return module if len(binding.ours) > 1 else binding.theirs.removesuffix(".weight")
 
     def transposed(self, parameter: str, /) -> bool:
-        """Whether Hugging Face keeps one of our parameters as [in, out]."""
+        """Whether Hugging Face stores a parameter transposed, as [in, out]."""
         (binding,) = self._keymap.bindings([parameter])
         return binding.rule.transposed and len(binding.ours) == 1
 
 
 def hf_module_name(model: Decoder) -> HFNames:
-    """A function from the name of one of our modules with a weight to HF's, under which its adapter is saved."""
+    """Returns a function that maps a module name to the HF name under which adapters are saved."""
     return HFNames(keymap_of(model.config))
 
 
 @contextmanager
 def _impossible_values(path: Path) -> Iterator[None]:
-    """Turns what a configuration of the wrong types or sizes raises into a `CheckpointError`."""
+    """Converts errors caused by invalid configuration values to `CheckpointError`."""
     try:
         yield
     except EasyllmError:
@@ -404,5 +458,6 @@ def _impossible_values(path: Path) -> Iterator[None]:
             place = ".".join(map(str, first["loc"]))
             reason = f"{place}: {first['msg']}" if place else first["msg"]
         raise CheckpointError(
-            f"the configuration in {path} describes no model ({reason}); copy the checkpoint again"
+            f"the configuration in {path} does not describe a valid model ({reason}); "
+            "copy the checkpoint again"
         ) from None

@@ -1,9 +1,11 @@
-"""Growing a model's vocabulary: rows of the embedding and of the output projection, moved together.
+"""Extending a model's vocabulary by resizing its embedding and its output projection together.
 
-A new row is the mean of the rows of the tokens that spelt its text before, so that the model starts from what it knew
-(Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"). Old ids keep their logits. The logit
-of a mean of rows is the mean of their logits, so a new id never scores above the best of its old pieces, and a row that
-only fills up, the mean of all old rows, never above the best old id: the most likely id stays what it was.
+Each new row is the mean of the rows of the old tokens that encoded the same text, so that training
+starts from what the model already knows (Hewitt 2021, "Initializing New Word Embeddings for
+Pretrained Language Models"). Old ids keep their logits. The logit of a mean of rows is the mean of
+their logits, so a new id never scores higher than the best of its old pieces. Padding rows are the
+mean of all old rows and therefore never score higher than the best old id. The most likely id does
+not change.
 """
 
 from collections.abc import Mapping
@@ -19,23 +21,29 @@ from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
 
 MULTIPLE = 64
-"""The vocabulary is filled up to a multiple of this: matrix products like round numbers."""
+"""The vocabulary is padded to a multiple of this, because GEMMs are fastest at such sizes."""
 
 
 def resize_embeddings(
     model: Decoder, old_pieces: Mapping[int, tuple[int, ...]], *, multiple_of: int = MULTIPLE
 ) -> Decoder:
-    """Grows the model in place to hold the ids of an extended tokenizer.
+    """Resizes the model in place to fit the ids of an extended tokenizer.
 
     Args:
-        old_pieces: for each new id the old ids whose mean its row becomes (`Extension.old_pieces`). Rows the model
-            holds from the first new id on belong to no token so far; the new ones take their place.
+        model: the model to resize.
+        old_pieces: for each new id, the old ids whose rows are averaged to initialise it
+            (`Extension.old_pieces`). Existing rows from the first new id on are padding rows
+            without a token; the new rows overwrite them.
+        multiple_of: the new vocabulary size is rounded up to a multiple of this.
+
+    Returns:
+        `model` itself.
 
     Raises:
-        ConfigError: the new ids do not follow the model's, or a piece is not among its ids; the model is quantized or
-            has an adapter.
+        ConfigError: the new ids do not directly follow the old ones, or a piece is not an old id;
+            or the model is quantized or has an adapter.
     """
-    require_full_weights(model, "growing a vocabulary")
+    require_full_weights(model, "extending the vocabulary")
     size = grown_vocab_size(model.config, old_pieces, multiple_of=multiple_of)
     model.embed_tokens.weight = _grow(model.embed_tokens.weight, old_pieces, size)
     model.embed_tokens.num_embeddings = size
@@ -49,30 +57,35 @@ def resize_embeddings(
 def grown_vocab_size(
     config: ModelConfig, old_pieces: Mapping[int, tuple[int, ...]], *, multiple_of: int = MULTIPLE
 ) -> int:
-    """The vocabulary that `resize_embeddings` leads to; never smaller than it was.
+    """Returns the vocabulary size after `resize_embeddings`; never smaller than before.
 
     Raises:
-        ConfigError: as there.
+        ConfigError: the new ids do not directly follow the old ones, or a piece is not an old id.
     """
     first = min(old_pieces, default=config.vocab_size)
     end = first + len(old_pieces)
     if list(old_pieces) != list(range(first, end)) or first > config.vocab_size:
         raise ConfigError(
-            f"new ids {first} to {max(old_pieces)} do not follow the model's {config.vocab_size} ids; "
-            "extend the model's own tokenizer"
+            f"new ids {first} to {max(old_pieces)} do not directly follow the model's "
+            f"{config.vocab_size} ids; extend the model's own tokenizer"
         )
     if not all(old and min(old) >= 0 and max(old) < first for old in old_pieces.values()):
-        raise ConfigError(f"a new id is made of ids outside the old ones, 0 to {first - 1}")
+        raise ConfigError(
+            f"a new id is composed of ids outside the old range 0 to {first - 1}; "
+            "extend the model's own tokenizer"
+        )
     return max(config.vocab_size, -(-end // multiple_of) * multiple_of)
 
 
 @torch.no_grad()
 def loss_of_text(model: Decoder, token_ids: list[int], *, num_ids: int | None = None) -> float:
-    """The mean loss of a text's ids after the first, in nats.
+    """Returns the mean cross-entropy of a text's tokens after the first, in nats per token.
 
     Args:
-        num_ids: the softmax is over so many ids, the first ones; by default over all. Over a grown model's old ids the
-            loss is what it was before it grew.
+        model: the language model.
+        token_ids: the ids of the text.
+        num_ids: restricts the softmax to the first `num_ids` ids; by default it covers all ids.
+            Restricted to the old ids, an extended model has the same loss as before.
     """
     ids = torch.as_tensor(token_ids, device=model.device)
     hidden = model(ids, ForwardContext.packed([ids.numel()], device=model.device))[:-1]
@@ -85,7 +98,7 @@ def loss_of_text(model: Decoder, token_ids: list[int], *, num_ids: int | None = 
 
 @torch.no_grad()
 def _grow(weight: Tensor, old_pieces: Mapping[int, tuple[int, ...]], size: int) -> nn.Parameter:
-    """`[V, D]` to `[size, D]`."""
+    """Returns the `[V, D]` matrix extended to `[size, D]`."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     first = min(old_pieces, default=len(weight))
     grown = weight[:first].mean(0, dtype=wide).to(weight.dtype).repeat(size, 1)

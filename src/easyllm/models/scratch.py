@@ -1,4 +1,7 @@
-"""A fresh model: its size by one dial, by a named size, or written out; its weights random, from a seed."""
+"""Building a model from scratch: from a depth preset, a named size or a full configuration.
+
+The weights are random and determined by a seed.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,32 +21,39 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 HEAD_DIM = 64
 WIDTH_PER_LAYER = 64
 INITIAL_STD = 0.02
-"""GPT-2's (Radford et al. 2019): logits start near 0, so that the first loss is near ln V."""
+"""Standard deviation of the initial weights, as in GPT-2 (Radford et al. 2019): logits start near
+0, so that the first loss is near ln V."""
 END_OF_TEXT = "<|endoftext|>"
-"""Ends documents, where a tokenizer has it beside an end of turn: a fresh model stops at either."""
+"""Token that ends documents. If a tokenizer has it in addition to an end-of-turn token, a fresh
+model stops at either."""
 PARTS = "easyllm"
-"""The `model_type` whose values are ours, under `parts`."""
+"""The `model_type` whose `config.json` stores a `ModelConfig` under `parts`."""
 WITHOUT_EFFECT = frozenset(
     {
         *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"),
         *("use_cache", "pretraining_tp"),
     }
 )
-"""Keys of a published `config.json` that say nothing of a model's arithmetic."""
+"""Keys of a published `config.json` that do not affect the model's computation."""
 _SHARED = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-"""What must agree with the tokenizer."""
+"""Keys that must agree with the tokenizer."""
 
 
 class ScratchConfig(Config):
-    """A model to build and train from nothing; exactly one of `depth`, `size` and `config` says how large.
+    """A model to pretrain from scratch; exactly one of `depth`, `size` and `config` sets its size.
 
     Attributes:
-        tokenizer: a model's source, or a folder with a tokenizer; its vocabulary and special tokens are the model's.
-        depth: layers; the width is 64 a layer (Karpathy 2025, nanochat), heads of 64, a Llama otherwise.
+        tokenizer: a model source, or a folder with a tokenizer; the model uses its vocabulary and
+            special tokens.
+        depth: depth preset: a Llama with this number of layers, a width of 64 times the number of
+            layers (Karpathy 2025, nanochat) and a head dimension of 64.
         size: a named size of a family (`smollm2-135m`).
-        config: values of a `config.json`; or `model_type: easyllm` and under `parts` any parts (nn/config). A larger
-            `vocab_size` than the tokenizer's leaves rows without a token; ids of special tokens must be the tokenizer's.
-        max_seq_len: the longest sequence.
+        config: values of a `config.json`; or `model_type: easyllm` with any parts under `parts`
+            (nn/config). A `vocab_size` larger than the tokenizer's leaves rows without a token; ids
+            of special tokens must match the tokenizer.
+        max_seq_len: maximum sequence length.
+        changes: values of `config.json` (or parts) that override those given by `depth`, `size` or
+            `config`.
     """
 
     tokenizer: str
@@ -52,24 +62,24 @@ class ScratchConfig(Config):
     config: dict[str, Any] | None = None
     max_seq_len: PositiveInt | None = None
     changes: dict[str, Any] = Field(default_factory=dict)
-    """Values of `config.json` (or parts) that differ from what `depth`, `size` or `config` gives."""
 
     @model_validator(mode="after")
     def _one_size(self) -> "ScratchConfig":
         given = [name for name in ("depth", "size", "config") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"a fresh model has one size, got {' and '.join(given) or 'none'}; give depth, size or config"
+                "the size of a fresh model must be given exactly once, got "
+                f"{' and '.join(given) or 'none'}; give depth, size or config"
             )
         return self
 
 
 def scratch_model_config(scratch: ScratchConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The configuration of the model, with the tokenizer's vocabulary and ids.
+    """Returns the configuration of the model, with the tokenizer's vocabulary and special ids.
 
     Raises:
-        ConfigError: there is no such size, a value is unknown or contradicts the tokenizer, or the values describe no
-            model.
+        ConfigError: the size is unknown, a value is unknown or contradicts the tokenizer, or the
+            values do not describe a valid model.
     """
     stated = _stated(scratch)
     vocab_size = _vocab_size(stated, tokenizer)
@@ -84,22 +94,25 @@ def scratch_model_config(scratch: ScratchConfig, tokenizer: Tokenizer) -> ModelC
     unread = [key for key in values if key not in values.read and key not in WITHOUT_EFFECT]
     if unread:
         raise ConfigError(
-            f"{unread[0]!r} is no value of a model of type {values['model_type']!r}"
-            f"{suggest(unread[0], values.read)}; drop it"
+            f"{unread[0]!r} is not a value of a model of type {values['model_type']!r}"
+            f"{suggest(unread[0], values.read)}; remove it"
         )
     _check_width(values, config)
     return config
 
 
 def build_scratch(config: ModelConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The model with fresh weights: the same ones for the same seed, whatever the device and dtype it is trained in.
+    """Builds a model with random weights that depend only on the seed, not on device or dtype.
 
     Args:
-        dtype: the weights are drawn in fp32 and then rounded to it.
+        config: the model configuration.
+        seed: seed of the random weights.
+        dtype: dtype of the result; weights are drawn in fp32 and then rounded to it.
 
     Example:
-        >>> scratch = ScratchConfig(tokenizer="out/tok", depth=4)                 # doctest: +SKIP
-        >>> model = build_scratch(scratch_model_config(scratch, tokenizer), seed=0)  # doctest: +SKIP
+        >>> scratch = ScratchConfig(tokenizer="out/tok", depth=4)     # doctest: +SKIP
+        >>> config = scratch_model_config(scratch, tokenizer)         # doctest: +SKIP
+        >>> model = build_scratch(config, seed=0)                     # doctest: +SKIP
     """
     model = Decoder(config)
     generator = torch.Generator().manual_seed(seed)
@@ -108,45 +121,49 @@ def build_scratch(config: ModelConfig, *, seed: int, dtype: torch.dtype = torch.
 
 
 def _stated(scratch: ScratchConfig) -> dict[str, Any]:
-    """What the user says of vocabulary and special tokens; a named size says nothing of them.
+    """Returns the user's values for vocabulary and special tokens; a named size provides none.
 
     Raises:
-        ConfigError: `parts` are no mapping, or of a family.
+        ConfigError: `parts` is not a mapping, or names a family.
     """
     stated = dict(scratch.config or {})
     if stated.get("model_type") == PARTS:
         parts = stated.get("parts", {})
         if not isinstance(parts, Mapping):
             raise ConfigError(
-                f"parts={parts!r} of the fresh model are no mapping; see docs/models.md"
+                f"parts={parts!r} of the fresh model is not a mapping; see docs/models.md"
             )
         stated |= parts
     stated |= scratch.changes
     if stated.get("model_type") == PARTS:
         if stated.get("family", PARTS) != PARTS:
             raise ConfigError(
-                f"family={stated['family']!r} is not the family of a model from parts, which is {PARTS!r}; "
-                f"leave it out, or set model_type to {stated['family']!r} and give its values instead of parts"
+                f"family={stated['family']!r} does not fit a model from parts, whose family is "
+                f"{PARTS!r}; leave it out, or set model_type to {stated['family']!r} and give its "
+                "values instead of parts"
             )
         stated.setdefault("eos_token_id", stated.get("eos_token_ids"))
     return stated
 
 
 def _vocab_size(stated: Mapping[str, Any], tokenizer: Tokenizer) -> int:
-    """The tokenizer's, or a larger one that was asked for."""
+    """Returns the tokenizer's vocabulary size, or the larger one that the user requested."""
     least, asked = tokenizer.vocab_size, stated.get("vocab_size")
     if asked is None:
         return least
     if not isinstance(asked, int) or asked < least:
         raise ConfigError(
-            f"vocab_size={asked!r} does not hold the {least} ids of the fresh model's tokenizer; "
-            f"leave it out, or set it to {least} or more"
+            f"vocab_size={asked!r} is too small for the {least} ids of the fresh model's "
+            f"tokenizer; leave it out, or set it to {least} or more"
         )
     return asked
 
 
 def _special_ids(stated: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer's, as `config.json` has them; of its ends those that were asked for."""
+    """Returns the tokenizer's special ids as `config.json` stores them.
+
+    The user may select a subset of the tokenizer's EOS ids.
+    """
     ends = [i for i in (tokenizer.eos_id, tokenizer.id_of(END_OF_TEXT)) if i is not None]
     known: dict[str, list[int]] = {
         "bos_token_id": [] if tokenizer.bos_id is None else [tokenizer.bos_id],
@@ -160,7 +177,8 @@ def _special_ids(stated: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, A
         if asked is not None and not set(several) <= set(ours):
             have = " and ".join(map(str, ours)) if ours else "none"
             raise ConfigError(
-                f"{key}={asked!r} contradicts the fresh model's tokenizer, which has {have}; leave it out"
+                f"{key}={asked!r} contradicts the fresh model's tokenizer, which has {have}; "
+                "leave it out"
             )
         chosen = ours if asked is None else several
         ids[key] = chosen or None if key == "eos_token_id" else next(iter(ours), None)
@@ -168,7 +186,7 @@ def _special_ids(stated: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, A
 
 
 def _values(scratch: ScratchConfig, *, vocab_size: int) -> dict[str, Any]:
-    """What `config.json` would hold, but for the special tokens."""
+    """Returns the `config.json` values of the model, except for the special tokens."""
     values = _sized(scratch)
     length = {} if scratch.max_seq_len is None else {"max_seq_len": scratch.max_seq_len}
     if values["model_type"] == PARTS:
@@ -177,7 +195,7 @@ def _values(scratch: ScratchConfig, *, vocab_size: int) -> dict[str, Any]:
         parts = {**values.get("parts", {}), **scratch.changes, **own}
         return values | {"parts": {k: v for k, v in parts.items() if k != "eos_token_id"}}
     values |= scratch.changes | {"vocab_size": vocab_size}
-    if "num_attention_heads" in values:  # not the number that a family's published models have
+    if "num_attention_heads" in values:  # MHA by default, not the KV heads of the family's default
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
     if length:
         key = "n_positions" if "n_embd" in values else "max_position_embeddings"
@@ -193,10 +211,10 @@ def _sized(scratch: ScratchConfig) -> dict[str, Any]:
         if scratch.size not in sizes:
             raise ConfigError(
                 f"model size {scratch.size!r} is unknown{suggest(scratch.size, sizes)}; "
-                f"known are {', '.join(sizes)}"
+                f"known sizes are {', '.join(sizes)}"
             )
         return dict(sizes[scratch.size])
-    assert scratch.depth is not None, "checked when the configuration was made"
+    assert scratch.depth is not None, "the configuration was validated"
     width = WIDTH_PER_LAYER * scratch.depth
     return {
         "model_type": "llama",
@@ -213,12 +231,15 @@ def _sized(scratch: ScratchConfig) -> dict[str, Any]:
 
 
 def _swiglu_width(width: int) -> int:
-    """8/3 of the width, rounded up to a multiple of 64: as many parameters as an MLP of 4 times the width."""
+    """Returns 8/3 of the width, rounded up to a multiple of 64.
+
+    A SwiGLU of this size has as many parameters as an MLP with 4 times the width.
+    """
     return -(-8 * width // 3 // 64) * 64
 
 
 class _Watched(Mapping[str, Any]):
-    """Values that note which of them were asked for: the others have no effect."""
+    """A mapping that records which keys were read; keys that are never read have no effect."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values
@@ -236,7 +257,10 @@ class _Watched(Mapping[str, Any]):
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with the values, in words that fit values a user wrote (readers speak of a checkpoint's file)."""
+    """Returns the error text reworded for user-supplied values.
+
+    The `config.json` readers word their errors for the file of a checkpoint.
+    """
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -248,7 +272,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_width(values: Mapping[str, Any], config: ModelConfig) -> None:
-    """Heads share the width evenly, unless their own width was given."""
+    """Checks that the heads divide the width evenly, unless a head dimension was given."""
     for layer in config.layers:
         mixer = layer.mixer
         assert isinstance(mixer, AttentionConfig | LinearAttentionConfig)
@@ -258,6 +282,6 @@ def _check_width(values: Mapping[str, Any], config: ModelConfig) -> None:
             below = width // heads * heads
             fits = " or ".join(str(w) for w in (below, below + heads) if w)
             raise ConfigError(
-                f"the fresh model cannot be built: a width of {width} is not divisible by {heads} heads; "
-                f"set it to {fits}, or give head_dim"
+                f"the fresh model cannot be built: a width of {width} is not divisible by {heads} "
+                f"heads; set it to {fits}, or give head_dim"
             )

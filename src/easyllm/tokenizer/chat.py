@@ -1,8 +1,8 @@
-"""The chat template: a conversation to token ids, and which of them are trained.
+"""Encoding conversations with a chat template, and the loss mask for training.
 
-The text is rendered once and tokenized once; the loss mask is read off the offsets of those same tokens, so
-mask and ids cannot disagree. What is trained: all that the template writes for an assistant turn, from the end of its
-header (`turns`) to the token that ends the turn.
+The text is rendered once and tokenized once. The loss mask is computed from the offsets of the same
+tokens, so mask and ids cannot disagree. The trained tokens are everything that the template writes
+for an assistant turn, from the end of its header (`turns`) through the token that ends the turn.
 """
 
 import re
@@ -31,17 +31,22 @@ if TYPE_CHECKING:
 Messages = list[Message]
 Tools = list[dict[str, Any]] | None
 ROLES = ("system", "user", "assistant", "tool")
-"""Roles that templates know; one of these whose words a template leaves out has its reasons, and is counted."""
+"""Roles that templates know. If a template omits the content of a message with one of these roles,
+this is assumed to be intended, and the message is only counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedChat:
-    """Token ids of a conversation; `mask[t]` tells whether token t is trained (None when not asked for).
+    """An encoded conversation.
 
     Attributes:
-        unwritten: messages of whose words the template wrote nothing, where that was asked for.
-        untrained_calls: turns that are tool calls alone and that the template writes without them: an empty answer, which
-            is not trained.
+        token_ids: the token ids.
+        mask: loss mask; `mask[t]` is whether token t is trained. None if it was not requested.
+        text: the text that was tokenized.
+        unwritten: indices of messages whose content the template did not render; empty if the check
+            was not requested.
+        untrained_calls: number of assistant turns that consist only of tool calls which the
+            template does not render; the rendered turn is empty and therefore not trained.
     """
 
     token_ids: list[int]
@@ -54,13 +59,17 @@ class EncodedChat:
 class ChatTemplate:
     """A compiled chat template.
 
-    Messages may be in any form that `normalise_messages` reads; the template is given the one form it makes of them.
+    Messages may have any form that `normalise_messages` reads; they are normalised for rendering.
 
     Args:
-        source: jinja, with or without `{% generation %}` marks.
+        source: Jinja source, with or without `{% generation %}` marks.
+
+    Attributes:
+        source: the Jinja source.
+        has_marks: whether the source contains `{% generation %}` marks.
 
     Raises:
-        TemplateError: the source is not valid jinja.
+        TemplateError: the source is not valid Jinja.
     """
 
     def __init__(self, source: str) -> None:
@@ -76,7 +85,17 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         special: dict[str, str] | None = None,
     ) -> str:
-        """The conversation as text."""
+        """Renders the conversation as text.
+
+        Args:
+            messages: the conversation.
+            tools: definitions of the available tools.
+            add_generation_prompt: whether to append the header of an assistant turn.
+            special: further template variables (`bos_token`, `eos_token`, ...).
+
+        Raises:
+            DataError: the messages are malformed, or the template rejects them.
+        """
         call = _Call(self, tools, special or {})
         return call(normalise_messages(messages), add_generation_prompt)[0]
 
@@ -93,17 +112,26 @@ class ChatTemplate:
         check_words: bool = False,
         refuse_unwritten: bool = False,
     ) -> EncodedChat:
-        """The conversation as ids, with the loss mask if asked for.
+        """Encodes the conversation as token ids, optionally with the loss mask.
 
         Args:
-            num_prompt: messages at the beginning that are not trained, whoever speaks in them.
-            check_words: whether it is looked at which messages' words the template wrote.
-            refuse_unwritten: of a prompt, whether a message (the assistant's aside) may not be left out by the template.
+            tokenizer: tokenizes the rendered text.
+            messages: the conversation.
+            tools: definitions of the available tools.
+            add_generation_prompt: whether to append the header of an assistant turn; ignored with
+                `with_mask`.
+            with_mask: whether to compute the loss mask.
+            num_prompt: number of messages at the beginning that are masked, whatever their role.
+            max_chars: maximum number of characters of the rendered text.
+            check_words: whether to find messages whose content the template did not render.
+            refuse_unwritten: for prompts, whether it is an error if the template does not render
+                the content of a message, except for assistant messages.
 
         Raises:
-            DataError: the messages are malformed, the template refuses them, an assistant turn cannot be found in its
-                text, the text has more than `max_chars` characters, or (with `check_words`) a message has a role that
-                the template does not write.
+            DataError: the messages are malformed, the template rejects them, an assistant turn
+                cannot be located in the text, the text has more than `max_chars` characters, or a
+                message is not rendered (with `refuse_unwritten` or, if its role is unknown, with
+                `check_words`).
         """
         is_trained = trained_turns(messages) if with_mask else []
         is_trained[:num_prompt] = [False] * len(is_trained[:num_prompt])
@@ -139,7 +167,7 @@ class ChatTemplate:
 
 
 class _Call:
-    """A template with all that stays the same from one rendering to the next."""
+    """A template together with the variables that are the same in every rendering."""
 
     def __init__(self, template: ChatTemplate, tools: Tools, special: dict[str, str]) -> None:
         self._template, self._tools, self._special = template, tools, special
@@ -164,16 +192,16 @@ def _on(is_trained: list[bool]) -> list[int]:
 def _check_words(
     text: str, visits: list[Visit], messages: Messages, call: _Call
 ) -> tuple[int, ...]:
-    """The messages of whose words the template wrote nothing.
+    """Returns the indices of messages whose content the template did not render.
 
     Raises:
-        DataError: one has a role of its own, which the template does not know.
+        DataError: such a message has a role outside `ROLES`.
     """
     unwritten = unwritten_words(text, visits, messages, call)
     for number in unwritten:
         if (role := messages[number]["role"]) not in ROLES:
             raise DataError(
-                f"message {number} has the role {role!r}, which the chat template does not write; "
+                f"message {number} has the role {role!r}, which the chat template does not render; "
                 f"give it one of {', '.join(ROLES)}, or remove it"
             )
     return tuple(unwritten)
@@ -183,14 +211,15 @@ def _refuse_unwritten(text: str, visits: list[Visit], messages: Messages, render
     number = first_unwritten(text, visits, messages, render)
     if number is not None:
         raise DataError(
-            f"message {number} has the role {messages[number]['role']!r}, whose words the model's chat template does not "
-            "write; put them into a message that it writes, or remove it"
+            f"message {number} has the role {messages[number]['role']!r}, whose content the "
+            "model's chat template does not render; move it to a message with another role, or "
+            "remove the message"
         )
 
 
 def _marked(call: _Call, messages: Messages, is_trained: list[bool]) -> tuple[str, list[Span]]:
-    """Text and the spans between the template's generation marks, those of untrained turns left out."""
-    nonce = secrets.token_hex(8)  # so that no message can forge a mark
+    """Returns the text and the spans between the generation marks of trained turns."""
+    nonce = secrets.token_hex(8)  # prevents messages from forging a mark
     begin, end = f"\ue000{nonce}<", f"\ue000{nonce}>"
     raw, visits = call(messages, False, (begin, end))
     text, spans, start, position, positions = "", list[Span](), 0, 0, list[int]()
@@ -210,8 +239,9 @@ def _marked(call: _Call, messages: Messages, is_trained: list[bool]) -> tuple[st
     if None in turns:
         if len(spans) != len(answers):
             raise DataError(
-                "some assistant turns are not trained, and which of the template's {% generation %} marks are theirs "
-                "cannot be told; write the marks inside the template's loop over the messages"
+                "some assistant turns are not trained, but the template's {% generation %} marks "
+                "cannot be assigned to turns; write the marks inside the template's loop over the "
+                "messages"
             )
         turns = list(answers)
     return text, [
@@ -220,7 +250,7 @@ def _marked(call: _Call, messages: Messages, is_trained: list[bool]) -> tuple[st
 
 
 def _turns_at(positions: list[int], visits: list[Visit]) -> list[int | None]:
-    """The message that was being written at each position; None where no loop was at one."""
+    """Returns the index of the message being rendered at each position; None outside the loops."""
     written = written_by_message(visits)
     return [next((t for t, (a, b) in written.items() if a <= p < b), None) for p in positions]
 
@@ -228,15 +258,16 @@ def _turns_at(positions: list[int], visits: list[Visit]) -> list[int | None]:
 def _refuse_long(text: str, max_chars: int | None) -> None:
     if max_chars is not None and len(text) > max_chars:
         raise ContextLengthError(
-            f"the conversation has {len(text)} characters, the model's context holds at most {max_chars}",
+            f"the conversation has {len(text)} characters, but the model's context fits at most "
+            f"{max_chars}",
             "shorten it",
         )
 
 
 def _mask(offsets: list[Span], spans: Iterable[Span]) -> list[bool]:
-    """Which tokens overlap one of the spans."""
+    """Returns for each token whether it overlaps one of the spans."""
     ordered, mask = sorted(spans), list[bool]()
-    first = 0  # the spans before it end before the token
+    first = 0  # all earlier spans end before the token
     for a, b in offsets:
         while first < len(ordered) and ordered[first][1] <= a:
             first += 1
@@ -253,11 +284,12 @@ def _end_turns(
     spans: list[Span],
     tokenizer: "Tokenizer",
 ) -> None:
-    """Makes each turn end with its end token: what a template writes behind it is not the assistant's.
+    """Adjusts the mask in place so that each turn ends with its end-of-turn token.
 
-    The end token is the last special token of the turn, if only blanks follow it there; where a turn has none,
-    the special token right behind it ends it (templates whose next role tag ends the turn), and where nothing
-    follows, an EOS is appended.
+    The end-of-turn token is the last special token of the turn, if only whitespace follows it
+    there; the text after it is masked. If the turn has none, the special token directly after the
+    turn is used (in templates where the next role tag ends the turn). If nothing follows, an EOS is
+    appended.
     """
     special = tokenizer.special_ids
     for start, end in spans:

@@ -1,14 +1,16 @@
-"""New pieces for an old tokenizer, without touching what it does to the text it was made for.
+"""Extending a tokenizer's vocabulary without changing how it encodes existing text.
 
-Byte-level BPE goes on where its training stopped: the new text is encoded with the old tokenizer, and further merges
-are learned over the old tokens. (Cui et al. 2023, arXiv 2304.08177, add a second tokenizer's vocabulary instead, which
-changes how old text is cut.) The new merges stand behind all old ones, so encoding is the old encoding followed by
-the new merges, and
+Byte-level BPE training is continued where it stopped: the new text is encoded with the old
+tokenizer, and further merges are learned over the old tokens. (Cui et al. 2023, arXiv 2304.08177,
+add the vocabulary of a second tokenizer instead, which changes how old text is tokenized.) The new
+merges come after all old ones, so encoding is the old encoding followed by the new merges. This
+gives the extension invariant:
 
-    a text's new ids, each written as its old pieces, are the text's old ids        (the law of extension)
+    replacing each new id of a text by its old pieces gives the text's old ids
 
-To keep the law, a merge is left out whose result the vocabulary holds already (a piece that its own merges never make),
-and what is built on it. Every new piece holds a byte above 127, so text in ASCII keeps its ids.
+To preserve it, a merge is discarded if its result is already in the vocabulary (a piece that the
+vocabulary's own merges never produce), and so are merges built on it. Every new piece contains a
+byte above 127, so ASCII text keeps its ids.
 """
 
 import json
@@ -34,10 +36,11 @@ BATCH_TEXTS = 256
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """A tokenizer with more pieces.
+    """An extended tokenizer.
 
     Attributes:
-        old_pieces: for each new id, in order, the old ids that stood for its text before.
+        tokenizer: the tokenizer with the additional pieces.
+        old_pieces: for each new id, in order, the old ids that encoded its text before.
     """
 
     tokenizer: Tokenizer
@@ -45,7 +48,7 @@ class Extension:
 
     @property
     def num_new(self) -> int:
-        """How many pieces were added."""
+        """Number of added pieces."""
         return len(self.old_pieces)
 
 
@@ -58,18 +61,19 @@ def extend_tokenizer(
     script: Script = "non_ascii",
     min_frequency: int = 2,
 ) -> Extension:
-    """The tokenizer with pieces learned from `texts` behind its own.
+    """Extends a byte-level BPE tokenizer with pieces learned from `texts`.
 
     Args:
-        texts: in the language to add; read once.
-        num_new: how many pieces to add; or
-        vocab_size: how many ids to have in the end. A small corpus may give fewer.
-        script: learn from all text beyond ASCII, or from Han characters alone.
-        min_frequency: pairs rarer than this are not merged.
+        tokenizer: the tokenizer to extend; it is not changed.
+        texts: texts in the language to add; read once.
+        num_new: number of pieces to add; exclusive with `vocab_size`.
+        vocab_size: number of ids after the extension; a small corpus may yield fewer.
+        script: learn from all non-ASCII text (`non_ascii`), or from Han characters only (`han`).
+        min_frequency: pairs that occur less often than this are not merged.
 
     Raises:
-        ConfigError: the tokenizer is not byte-level BPE, or the numbers add nothing.
-        DataError: the texts hold nothing to learn from.
+        ConfigError: the tokenizer is not byte-level BPE, or the requested size is not valid.
+        DataError: the texts contain nothing to learn from.
     """
     wanted = _num_wanted(tokenizer, num_new, vocab_size)
     state = _read_state(tokenizer)
@@ -77,8 +81,10 @@ def extend_tokenizer(
     spelling = {_letter(index): piece for piece, index in vocab.items()}
     words = Counter(_foreign_runs(tokenizer, texts, spelling, script))
     if not words:
-        what = "Han characters" if script == "han" else "text beyond ASCII"
-        raise DataError(f"the texts hold no {what} to learn from; name texts in the new language")
+        what = "Han characters" if script == "han" else "non-ASCII text"
+        raise DataError(
+            f"the texts contain no {what} to learn from; give texts in the new language"
+        )
     pieces, pairs = _learn(words, spelling, wanted, min_frequency)
     first = len(vocab)
     vocab |= {piece: first + place for place, piece in enumerate(pieces.values())}
@@ -93,11 +99,12 @@ def extend_tokenizer(
     return Extension(extended, {first + n: _ids(word) for n, word in enumerate(pieces)})
 
 
-# ---- an old id as a letter, so that old tokens in a row are a word to learn merges on
+# ---- each old id is encoded as one character ("letter"), so that a sequence of old tokens becomes
+# ---- a word on which the BPE trainer can learn merges
 
 
 def _letter(index: int) -> str:
-    return chr(index if index < 0xD800 else index + 0x800)  # around the surrogates
+    return chr(index if index < 0xD800 else index + 0x800)  # skips the surrogates
 
 
 def _ids(word: str) -> tuple[int, ...]:
@@ -108,9 +115,10 @@ def _ids(word: str) -> tuple[int, ...]:
 def _foreign_runs(
     tokenizer: Tokenizer, texts: Iterable[str], spelling: Mapping[str, str], script: Script
 ) -> Iterator[str]:
-    """Stretches of letters, each inside one word of the text, that new merges may join.
+    """Yields runs of letters that new merges may join, each within one word of the text.
 
-    They hold bytes above 127 only; a space may stand in front, because words carry theirs with them.
+    They contain only bytes above 127, except for an optional leading space, because words include
+    the space before them.
     """
     values = byte_values()
     special = {_letter(index) for index in tokenizer.backend.get_added_tokens_decoder()}
@@ -138,7 +146,7 @@ def _is_foreign(piece: bytes) -> bool:
 
 
 def _words(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[str]:
-    """The texts' words (what the pre-tokenizer cuts) in letters."""
+    """Yields the words of the texts (as split by the pre-tokenizer), written in letters."""
     source = sound(texts)
     letters: dict[int, str] = {i: _letter(i) for i in range(tokenizer.vocab_size)}
     while batch := list(islice(source, BATCH_TEXTS)):
@@ -153,7 +161,10 @@ def _words(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[str]:
 
 
 def _only_han(pieces: list[bytes], allowed: list[bool]) -> list[bool]:
-    """Of the pieces of one word, those that touch no other character than Han ones (and a space in front)."""
+    """Returns for each piece of a word whether it is allowed and covers only Han characters.
+
+    A leading space is permitted.
+    """
     text = b"".join(pieces).decode("utf-8", "surrogateescape")
     fits = b"".join(
         (b"\1" if HAN.match(char) or char == " " else b"\0")
@@ -173,9 +184,14 @@ def _only_han(pieces: list[bytes], allowed: list[bool]) -> list[bool]:
 def _learn(
     words: Mapping[str, int], spelling: Mapping[str, str], wanted: int, min_frequency: int
 ) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """New pieces in letters, with their spelling in the vocabulary, and the merges that make them, in order."""
+    """Learns new pieces.
+
+    Returns:
+        The new pieces in letters, mapped to their spelling in the vocabulary, and the merges that
+        produce them, in order.
+    """
     alphabet = len(set().union(*words))
-    spare = wanted // 4 + 64  # for the few pieces that would break the law
+    spare = wanted // 4 + 64  # replaces the few pieces that would violate the invariant
     trained, merges = _train(words, alphabet + wanted + spare, min_frequency)
     pieces = _choose(trained, merges, spelling, wanted)
     known = spelling.keys() | pieces.keys()
@@ -186,7 +202,7 @@ def _learn(
 def _train(
     words: Mapping[str, int], vocab_size: int, min_frequency: int
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """Byte pair encoding on words in letters: pieces and merges, each in the order they were made."""
+    """Trains BPE on words in letters; returns pieces and merges, each in the order of training."""
     backend = Backend(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=min_frequency, show_progress=False
@@ -203,7 +219,11 @@ def _choose(
     spelling: Mapping[str, str],
     wanted: int,
 ) -> dict[str, str]:
-    """The first `wanted` pieces that keep the law: the vocabulary does not spell them, and so it is with their parts."""
+    """Returns the first `wanted` pieces that preserve the extension invariant.
+
+    A piece qualifies if its spelling is not in the vocabulary and both parts of one of its merges
+    are known pieces.
+    """
     parts: dict[str, list[tuple[str, str]]] = {}
     for left, right in merges:
         parts.setdefault(left + right, []).append((left, right))
@@ -228,36 +248,39 @@ def _choose(
 
 def _num_wanted(tokenizer: Tokenizer, num_new: int | None, vocab_size: int | None) -> int:
     if (num_new is None) == (vocab_size is None):
-        raise ConfigError("give either num_new or vocab_size, and not both")
+        raise ConfigError("give exactly one of num_new and vocab_size")
     wanted = num_new if num_new is not None else (vocab_size or 0) - tokenizer.vocab_size
     if wanted < 1:
         what = f"num_new={num_new}" if vocab_size is None else f"vocab_size={vocab_size}"
         raise ConfigError(f"{what} adds nothing to {tokenizer.vocab_size} ids; raise it")
     if tokenizer.vocab_size + wanted > MAX_VOCAB_SIZE:
         raise ConfigError(
-            f"{wanted:,} new pieces make more than {MAX_VOCAB_SIZE:,} ids with the {tokenizer.vocab_size:,} there are; "
-            "ask for fewer"
+            f"{wanted:,} new pieces in addition to the {tokenizer.vocab_size:,} existing ids "
+            f"exceed the maximum of {MAX_VOCAB_SIZE:,} ids; request fewer"
         )
     return wanted
 
 
 def _read_state(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The backend as JSON, its added tokens in the model's vocabulary too, so that new ids follow without a hole.
+    """Returns the backend as JSON, with its added tokens included in the model's vocabulary.
+
+    This keeps the ids contiguous when new ones are appended.
 
     Raises:
-        ConfigError: it is not byte-level BPE.
+        ConfigError: it is not byte-level BPE, or its ids are not contiguous.
     """
     state: dict[str, Any] = json.loads(tokenizer.backend.to_str())
     model, decoder = state["model"], (state["decoder"] or {}).get("type")
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model["type"] != "BPE" or decoder != "ByteLevel" or affixes:
         raise ConfigError(
-            f"a {model['type']} tokenizer with a {decoder} decoder cannot be extended, only byte-level BPE; "
-            "train a new tokenizer instead"
+            f"a {model['type']} tokenizer with a {decoder} decoder cannot be extended, only "
+            "byte-level BPE; train a new tokenizer instead"
         )
     model["vocab"] |= {token["content"]: token["id"] for token in state["added_tokens"]}
     if len(model["vocab"]) != max(model["vocab"].values()) + 1:
         raise ConfigError(
-            "the tokenizer's ids have holes, so new ids cannot follow; save it without"
+            "the tokenizer's ids are not contiguous, so new ids cannot be appended; "
+            "renumber them without gaps"
         )
     return state

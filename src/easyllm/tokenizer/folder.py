@@ -1,8 +1,10 @@
-"""A tokenizer in a Hugging Face folder: `tokenizer.json` or a sentencepiece `tokenizer.model`, and what other files say.
+"""Loading the tokenizer of a Hugging Face folder.
 
-`tokenizer_config.json` may name tokens, flags and templates that `tokenizer.json` does not hold; `special_tokens_map.json`
-and `added_tokens.json` say the same in older folders, and a class of transformers has special tokens of its own where no
-file names one. All are read as transformers 5 reads them.
+The tokenizer itself is in `tokenizer.json` or in a SentencePiece `tokenizer.model`.
+`tokenizer_config.json` may contain tokens, flags and templates that `tokenizer.json` lacks; older
+folders have `special_tokens_map.json` and `added_tokens.json` for the same purpose. If no file
+defines a special token, the default of the tokenizer's `transformers` class applies. All files are
+interpreted as in transformers 5.
 """
 
 import json
@@ -33,11 +35,11 @@ SPECIAL_FILE, ADDED_FILE = "special_tokens_map.json", "added_tokens.json"
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 DEFAULT_TEMPLATE = "default"
 _FILE_NAME = re.compile(r"[\w-](?:[\w. -]{0,60}[\w-])?", re.ASCII)
-"""Template names that are the same as a file's on every system."""
+"""Matches template names that are valid file names on every system."""
 
 _ROLES = ("bos", "eos", "pad", "unk")
 _ALL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""In the order in which transformers adds those that a vocabulary lacks."""
+"""In the order in which transformers adds tokens that the vocabulary lacks."""
 _NAMED = tuple(f"{role}_token" for role in _ALL_ROLES)
 _FURTHER = ("additional_special_tokens", "extra_special_tokens")
 _LLAMA = {"unk": "<unk>", "bos": "<s>", "eos": "</s>"}
@@ -63,7 +65,8 @@ _CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
     "RobertaTokenizer": _ROBERTA,
     "BartTokenizer": _ROBERTA,
 }
-"""Special tokens of a class where no file names any; those that the vocabulary lacks are added."""
+"""Default special tokens by class, if no file defines them; the vocabulary is extended by those it
+lacks."""
 _CLASS_OF_MODEL = {
     "gpt2": "GPT2Tokenizer",
     "gpt_neox": "GPTNeoXTokenizer",
@@ -77,27 +80,29 @@ _CLASS_OF_MODEL = {
     "gemma": "GemmaTokenizer",
     "gemma2": "GemmaTokenizer",
 }
-"""By `model_type`, where `tokenizer_config.json` names no class."""
+"""Tokenizer class by `model_type`, if `tokenizer_config.json` does not name one."""
 _PREFIX_AT_START = ("LlamaTokenizer", "CodeLlamaTokenizer")
-"""Classes that put a space in front of a sentencepiece text alone, not after control tokens in it (`legacy` does)."""
+"""SentencePiece classes that prepend a space only at the start of a text, not also after control
+tokens in it (as with `legacy`)."""
 _NO_PREFIX = ("GemmaTokenizer",)
-"""Classes that put no space in front of a sentencepiece text."""
+"""SentencePiece classes that do not prepend a space to a text."""
 _SURROUND = ("RobertaTokenizer", "BartTokenizer")
-"""Classes that put cls in front of a text and sep after it, whatever `tokenizer.json` says."""
+"""Classes that put CLS before a text and SEP after it, whatever `tokenizer.json` says."""
 _SPACE_BEFORE = ("GPT2Tokenizer", "Qwen2Tokenizer", *_SURROUND)
-"""Classes whose `add_prefix_space` changes what `tokenizer.json` says."""
+"""Classes whose `add_prefix_space` overrides `tokenizer.json`."""
 _SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
-"""Classes of sentencepiece's vocabularies."""
+"""Classes with a SentencePiece vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderTokenizer:
-    """What a folder holds of a tokenizer.
+    """The parts of a tokenizer that were read from a folder.
 
     Attributes:
-        special: texts of bos, eos, pad and unk; None where there is none.
+        backend: the `tokenizers` backend.
+        special: texts of the BOS, EOS, PAD and UNK tokens by role; None for a missing one.
         templates: chat templates by name (`default`, `tool_use` ...).
-        max_seq_len: longest sequence of the model; None where it is not said.
+        max_seq_len: maximum sequence length of the model; None if no file contains it.
     """
 
     backend: Backend
@@ -107,21 +112,21 @@ class FolderTokenizer:
 
 
 def tokenizer_file(folder: Path) -> Path | None:
-    """The file a folder's tokenizer is read from, or None if it holds none."""
+    """Returns the file that contains a folder's tokenizer, or None if there is none."""
     files = (folder / TOKENIZER_FILE, folder / SENTENCEPIECE_FILE)
     return next((file for file in files if file.is_file()), None)
 
 
 def read_folder(folder: Path) -> FolderTokenizer:
-    """The tokenizer in a folder.
+    """Reads the tokenizer of a folder.
 
     Raises:
-        CheckpointError: there is none, or a file is damaged or contradicts another.
+        CheckpointError: there is none, or a file is damaged or contradicts another one.
     """
     file = tokenizer_file(folder)
     if file is None:
         raise CheckpointError(
-            f"folder {str(folder)!r} holds no {TOKENIZER_FILE} and no {SENTENCEPIECE_FILE}; "
+            f"folder {str(folder)!r} contains neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE}; "
             "save the tokenizer next to the weights"
         )
     config = read_json(folder / CONFIG_FILE)
@@ -149,7 +154,7 @@ def read_folder(folder: Path) -> FolderTokenizer:
     )
     if file.name == TOKENIZER_FILE and kind in _SURROUND:
         _surround_roberta(backend, all_special, config)
-    if file.name == SENTENCEPIECE_FILE:  # `tokenizer.json` says itself what encoding adds
+    if file.name == SENTENCEPIECE_FILE:  # a `tokenizer.json` already defines its post-processor
         bos, eos = (
             special[r] if config.get(f"add_{r}_token") is True else None for r in ("bos", "eos")
         )
@@ -166,7 +171,7 @@ def read_folder(folder: Path) -> FolderTokenizer:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file.
+    """Returns the JSON object in a file; empty if there is no such file or it is not an object.
 
     Raises:
         CheckpointError: the file is not JSON.
@@ -180,7 +185,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-# ---- the two kinds of file
+# ---- the two file formats
 
 
 def _read_backend(path: Path) -> Backend:
@@ -193,9 +198,10 @@ def _read_backend(path: Path) -> Backend:
 def _from_sentencepiece(
     path: Path, config: Mapping[str, Any], added: Mapping[int, AddedToken], kind: str
 ) -> tuple[Backend, Mapping[str, str]]:
-    """The backend of a `tokenizer.model`, and the special tokens it has itself.
+    """Returns the backend of a `tokenizer.model` and the special tokens that the file defines.
 
-    An added token whose id is a piece takes that piece's place (reserved pieces are given names this way).
+    An added token whose id belongs to a piece replaces that piece, which is how reserved pieces are
+    named.
     """
     model = _renamed(read_model_file(path), added)
     own = special_tokens(model)
@@ -227,9 +233,10 @@ def _class_of(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _class_tokens(kind: str, backend: Backend) -> Mapping[str, str]:
-    """The class's own special tokens for a `tokenizer.json`.
+    """Returns the default special tokens of the class for a `tokenizer.json`.
 
-    The class of Llama is no class of a byte-level vocabulary: transformers takes the plain one, which has none.
+    If the vocabulary is byte-level, transformers replaces the Llama class with the generic one,
+    which has no default special tokens.
     """
     defaults = _CLASS_TOKENS.get(kind, {})
     if kind not in _SENTENCEPIECE or '"ByteLevel"' not in backend.to_str():
@@ -241,7 +248,7 @@ def _class_tokens(kind: str, backend: Backend) -> Mapping[str, str]:
 def _surround_roberta(
     backend: Backend, special: Mapping[str, str | None], config: Mapping[str, Any]
 ) -> None:
-    """Makes encoding put the class's tokens around a text."""
+    """Makes encoding surround a text with the CLS and SEP tokens."""
     ends = [(text, backend.token_to_id(text)) for r in ("sep", "cls") if (text := special[r])]
     known = [(text, index) for text, index in ends if index is not None]
     if len(known) < 2:
@@ -256,7 +263,7 @@ def _surround_roberta(
 
 
 def _with_space_before(backend: Backend, wanted: bool) -> Backend:
-    """The backend whose byte-level cut puts a space in front of a text, or does not."""
+    """Returns the backend with `add_prefix_space` of its byte-level pre-tokenizer overridden."""
     state = json.loads(backend.to_str())
     steps = [state["pre_tokenizer"] or {}]
     steps += steps[0].get("pretokenizers", [])
@@ -266,11 +273,14 @@ def _with_space_before(backend: Backend, wanted: bool) -> Backend:
     return Backend.from_str(json.dumps(state))
 
 
-# ---- tokens that other files name
+# ---- tokens defined in other files
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
-    """Added tokens by id: of `added_tokens_decoder`, else of the older files, whose special tokens go into `config`.
+    """Returns the added tokens by id.
+
+    They come from `added_tokens_decoder` or, without it, from the older files. In the latter case
+    the special tokens of these files are added to `config`.
 
     Raises:
         CheckpointError: an entry is damaged.
@@ -281,9 +291,8 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]
     listed = [text for key, text in _named_texts(config) if key in _FURTHER]
     config |= read_json(folder / SPECIAL_FILE)
     special = {text for key, text in _named_texts(config) if key != "additional_special_tokens"}
-    special.update(
-        listed
-    )  # what the older file alone calls additional, transformers keeps as plain text
+    # a token that only the older file lists as additional stays plain text in transformers
+    special.update(listed)
     entries = read_json(folder / ADDED_FILE)
     return {
         _number(i): AddedToken(str(t), normalized=t not in special, special=t in special)
@@ -294,10 +303,10 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]
 def _add_tokens(
     backend: Backend, added: Mapping[int, AddedToken], special: list[str], folder: Path
 ) -> None:
-    """Adds the tokens that the backend lacks, with their flags, and makes the special ones control tokens.
+    """Adds missing tokens with their flags to the backend and marks the special ones as such.
 
     Raises:
-        CheckpointError: a new token has another id than the next one.
+        CheckpointError: the id of a new token is not the next free id.
     """
     present = backend.get_added_tokens_decoder()
     for index, token in sorted(added.items()):
@@ -305,8 +314,8 @@ def _add_tokens(
             continue
         if backend.token_to_id(token.content) is None and index != _next_id(backend):
             raise CheckpointError(
-                f"{folder} gives the token {token.content!r} the id {index}, and the next free id is {_next_id(backend)}; "
-                f"copy the {TOKENIZER_FILE} that belongs to it"
+                f"{folder} assigns the id {index} to the token {token.content!r}, but the next "
+                f"free id is {_next_id(backend)}; copy the {TOKENIZER_FILE} that belongs to it"
             )
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     control = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
@@ -320,13 +329,13 @@ def _next_id(backend: Backend) -> int:
 
 
 def _further_texts(config: Mapping[str, Any], added: Mapping[int, AddedToken]) -> list[str]:
-    """Special tokens without a role; one that is listed as an added token is what it is there."""
+    """Returns the special tokens without a role, except those listed as plain added tokens."""
     plain = {token.content for token in added.values() if not token.special}
     return [text for key, text in _named_texts(config) if key in _FURTHER and text not in plain]
 
 
 def _named_texts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names and texts of the special tokens a configuration lists."""
+    """Yields the keys and texts of the special tokens in a configuration."""
     for key in _NAMED:
         if (text := _token_text(config.get(key))) is not None:
             yield key, text
@@ -369,7 +378,7 @@ def _number(index: Any) -> int:
 
 
 def _token_text(entry: Any) -> str | None:
-    """HF writes a token as text or as a dict with `content`."""
+    """Returns the text of a token, which HF stores as a string or as a dict with `content`."""
     if isinstance(entry, dict):
         entry = entry.get("content")
     return entry if isinstance(entry, str) and entry else None
@@ -379,7 +388,10 @@ def _token_text(entry: Any) -> str | None:
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name; those in files of their own go before those in `tokenizer_config.json`."""
+    """Returns the chat templates by name.
+
+    Separate template files take precedence over `tokenizer_config.json`.
+    """
     files = {DEFAULT_TEMPLATE: folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).is_file() else {}
     files |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     if files:
@@ -402,13 +414,16 @@ def _read_text(path: Path) -> str:
 
 
 def template_files(names: Iterable[str]) -> dict[str, str] | None:
-    """Where templates of these names are saved, relative to the folder; None where a name cannot be a file's, and all
-    are to be saved in `tokenizer_config.json` alone (which is read where there are no files)."""
+    """Returns the relative path of the file for each template name.
+
+    The result is None if a name is not a valid file name. In that case all templates must be saved
+    only in `tokenizer_config.json`, which is read if there are no template files.
+    """
     names = list(names)
     others = [name for name in names if name != DEFAULT_TEMPLATE]
     if not all(_FILE_NAME.fullmatch(name) for name in others):
         return None
-    if len({name.casefold() for name in names}) < len(names):  # one file on some systems
+    if len({name.casefold() for name in names}) < len(names):  # same file on some file systems
         return None
     named = {name: f"{TEMPLATE_FOLDER}/{name}.jinja" for name in others}
     return named | ({DEFAULT_TEMPLATE: TEMPLATE_FILE} if DEFAULT_TEMPLATE in names else {})

@@ -1,8 +1,9 @@
-"""A `tokenizers` backend from the metadata of a GGUF file.
+"""Building a `tokenizers` backend from the metadata of a GGUF file.
 
-`tokenizer.ggml.model` says the kind (`gpt2`: byte-level BPE; `llama`: sentencepiece BPE with scores),
-`tokenizer.ggml.pre` how text is cut before the merges. A cut we do not know is refused: guessing it would
-change token ids silently. What a file leaves out is as in llama.cpp (`llama-vocab.cpp`).
+`tokenizer.ggml.model` is the tokenizer type (`gpt2`: byte-level BPE; `llama`: SentencePiece BPE
+with scores), and `tokenizer.ggml.pre` names the pre-tokenizer. An unknown pre-tokenizer is
+rejected, because a wrong one would silently change token ids. Missing values have the defaults of
+llama.cpp (`llama-vocab.cpp`).
 """
 
 import logging
@@ -38,10 +39,10 @@ _DEFAULT = (
     r"\p{N}+",
     r"[0-9][0-9][0-9]",
 )
-"""Each cuts what the one before has left whole."""
+"""llama.cpp's default: each pattern splits the pieces that the previous one produced."""
 _CONTROL, _USER_DEFINED = 3, 4
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
-"""Of files of the kind `llama` that name none."""
+"""Default special ids of `llama` tokenizers whose file does not set them."""
 _LIKE_LLAMA3 = (
     "llama-bpe",
     "llama3",
@@ -68,7 +69,7 @@ END_TEXTS = (
     "<|return|>",
     "<|call|>",
 )
-"""Tokens that end a generation whatever the file says of them: found by their texts, and control tokens."""
+"""Texts of tokens that are always treated as EOS and as control tokens, whatever the file says."""
 
 logger = logging.getLogger(__name__)
 
@@ -108,29 +109,31 @@ _ADD_BOS = (*_LIKE_LLAMA3, "tekken")
 
 
 def backend_from_gguf(metadata: dict[str, Any]) -> Tokenizer:
-    """The backend the metadata describe.
+    """Builds the backend that the metadata describe.
 
     Raises:
-        CheckpointError: there is no tokenizer, or one of an unknown kind.
+        CheckpointError: there is no tokenizer, its type or pre-tokenizer is unknown, or it is
+            damaged.
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
-        raise CheckpointError("the GGUF file holds no tokenizer; use a file that carries one")
+        raise CheckpointError("the GGUF file contains no tokenizer; use a file that contains one")
     if kind == "gpt2":
         backend = _byte_level_bpe(tokens, metadata)
     elif kind == "llama":
         backend = _sentencepiece_bpe(tokens, metadata)
     else:
         raise CheckpointError(
-            f"GGUF tokenizer {kind!r} is not known; known are gpt2 (byte-level BPE) and llama (sentencepiece BPE)"
+            f"GGUF tokenizer {kind!r} is not known; known types are gpt2 (byte-level BPE) and "
+            "llama (SentencePiece BPE)"
         )
     _add_special(backend, tokens, metadata)
     return backend
 
 
 def special_tokens_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str | None]:
-    """Texts of bos, eos, pad and unk."""
+    """Returns the texts of the BOS, EOS, PAD and UNK tokens by role; None for a missing one."""
     tokens = metadata["tokenizer.ggml.tokens"]
     keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     found: dict[str, str | None] = {}
@@ -141,7 +144,7 @@ def special_tokens_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str | Non
 
 
 def token_id_from_gguf(metadata: Mapping[str, Any], kind: str) -> int | None:
-    """The id of `bos`, `eos`, `padding`, `unknown` ...; None where the file has none."""
+    """Returns the id of a special token (`bos`, `eos`, `padding`, `unknown` ...), or None."""
     sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
     default = _SENTENCEPIECE_IDS.get(kind) if sentencepiece else None
     index = metadata.get(f"tokenizer.ggml.{kind}_token_id", default)
@@ -149,7 +152,10 @@ def token_id_from_gguf(metadata: Mapping[str, Any], kind: str) -> int | None:
 
 
 def templates_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name: `tokenizer.chat_template` is the default, `tokenizer.chat_template.NAME` one of that name."""
+    """Returns the chat templates by name.
+
+    `tokenizer.chat_template` is the default, `tokenizer.chat_template.NAME` the one named NAME.
+    """
     key = "tokenizer.chat_template"
     named = {k.removeprefix(f"{key}."): v for k, v in metadata.items() if k.startswith(f"{key}.")}
     found = {"default": metadata.get(key), **named}
@@ -157,8 +163,11 @@ def templates_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def end_ids_from_gguf(metadata: Mapping[str, Any]) -> list[int]:
-    """Ids that end a generation: those the file names as the end of text, turn or message, then those with the text
-    of such a token."""
+    """Returns the ids that end a generation.
+
+    These are the ids that the file sets as end of text, turn or message, followed by the ids of
+    tokens in `END_TEXTS`.
+    """
     named = [token_id_from_gguf(metadata, kind) for kind in ("eos", "eot", "eom")]
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     by_text = [index for index, token in enumerate(tokens) if token in END_TEXTS]
@@ -169,13 +178,14 @@ def _byte_level_bpe(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre") or "default"
     if "tokenizer.ggml.pre" not in metadata:
         logger.warning(
-            "the GGUF file does not say how text is cut into words (tokenizer.ggml.pre); llama.cpp's default is used, "
-            "which gives other ids than the model was trained on if that cut text otherwise: convert the model again"
+            "the GGUF file does not set its pre-tokenizer (tokenizer.ggml.pre); llama.cpp's "
+            "default is used, which produces different ids if the model was trained with another "
+            "one: convert the model again"
         )
     if pre not in PRE_TOKENIZERS:
         raise CheckpointError(
-            f"GGUF pre-tokenizer {pre!r} is not known; known are {', '.join(PRE_TOKENIZERS)}: "
-            "load the model's own folder with tokenizer.json instead"
+            f"GGUF pre-tokenizer {pre!r} is not known; known pre-tokenizers are "
+            f"{', '.join(PRE_TOKENIZERS)}: load the model's own folder with tokenizer.json instead"
         )
     merges = [tuple(line.split(" ", 1)) for line in metadata.get("tokenizer.ggml.merges", [])]
     if any(len(pair) != 2 for pair in merges):
@@ -185,7 +195,8 @@ def _byte_level_bpe(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer:
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS_FIRST)
     except Exception as error:  # the backend raises plain Exception
         raise CheckpointError(
-            f"the GGUF file's vocabulary and merges disagree ({error}); download or convert it again"
+            f"the GGUF file's vocabulary and merges disagree ({error}); "
+            "download or convert it again"
         ) from None
     backend = Tokenizer(model)
     if pre in _NFC:
@@ -196,8 +207,11 @@ def _byte_level_bpe(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer:
 
 
 def _sentencepiece_bpe(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer:
-    """Sentencepiece's BPE merges whatever pair has the best score; as ranked merges that is every
-    split of a piece into two pieces, in the order of the whole piece's score."""
+    """Builds a SentencePiece BPE backend.
+
+    SentencePiece always merges the pair whose result has the best score. The equivalent ranked
+    merges are all splits of a piece into two pieces, in the order of the score of the full piece.
+    """
     scores = metadata.get("tokenizer.ggml.scores", [])
     if len(scores) != len(tokens):
         raise CheckpointError("the GGUF file's token scores are damaged; convert it again")

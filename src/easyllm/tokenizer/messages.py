@@ -1,14 +1,16 @@
-"""Messages as chat templates expect them: one form, whatever API, data set or client they come from.
+"""Normalising chat messages from any API, dataset or client to the form chat templates expect.
 
-Templates differ in what they do with the rest: a list of text parts vanishes in one (Qwen3's), a null content is written
-as "None" by another (Llama 3's), arguments given as JSON text are encoded a second time by `arguments | tojson`. So every
-conversation passes through `normalise_messages` before it is rendered: rows of training data, `encode_chat`, the server.
+Templates handle other forms inconsistently: Qwen3's drops a list of text parts, Llama 3's writes a
+null content as "None", and `arguments | tojson` encodes arguments given as JSON text a second time.
+Therefore every conversation passes through `normalise_messages` before it is rendered: rows of
+training data, `encode_chat`, and requests to the server.
 
-    {"role": "developer", ...}                            role "system"; "function" (a tool's answer) is "tool"
-    {"content": [{"type": "text", "text": "a"}, ...]}     the parts' texts, joined with "\\n"
+    {"role": "developer", ...}                            role "system"
+    {"role": "function", ...}                             role "tool" (the result of a tool call)
+    {"content": [{"type": "text", "text": "a"}, ...]}     the texts of the parts, joined with "\\n"
     {"content": null}, {"refusal": "I cannot."}           "", and the refusal as the content
     {"tool_calls": [{"function": {"arguments": "{}"}}]}   the arguments as an object
-    {"function_call": {...}}                              a list of one tool call
+    {"function_call": {...}}                              a list with one tool call
 """
 
 import json
@@ -20,41 +22,47 @@ from easyllm.core.errors import DataError
 Message = dict[str, Any]
 ROLE_ALIASES = {"developer": "system", "function": "tool"}
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-"""Type of a content part -> the key its text is under (OpenAI's Chat Completions and Responses)."""
+"""Type of a content part -> key of its text (OpenAI's Chat Completions and Responses APIs)."""
 TRAIN_KEYS = (
     *("weight", "train", "training", "trainable"),
     *("loss", "loss_mask", "loss_weight", "loss_scale", "mask"),
 )
-"""Keys of a message that say whether it is trained, as OpenAI, Mistral, axolotl and ms-swift have them: 0 masks it."""
+"""Loss-masking keys of a message in the formats of OpenAI, Mistral, axolotl and ms-swift: 0 masks
+the message."""
 PART_KEYS = ("train_detail", "training_detail")
-"""Keys under which axolotl masks parts of a message, by their characters; they are refused."""
+"""Keys with which axolotl masks character ranges of a message; they are not supported."""
 MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio", "files")
-"""Keys under which some formats put what is not text next to the content."""
+"""Keys under which some formats store non-text content of a message."""
 CALL_EXAMPLE = '[{"function": {"name": "add", "arguments": {"a": 1}}}]'
 
 
 def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """New messages in the one form that chat templates are given; those passed in stay as they are.
+    """Returns new messages in the form that chat templates expect; the input is not changed.
 
-    Each has a role and a text as content. Keys that are null, and those that only training reads (`TRAIN_KEYS`), are left
-    out; all others (`name`, `tool_call_id`, `reasoning_content`, ...) are kept for the template. Idempotent.
+    Each message has a role and a string as content. Keys that are null or used only for training
+    (`TRAIN_KEYS`) are dropped; all others (`name`, `tool_call_id`, `reasoning_content`, ...) are
+    kept for the template. The function is idempotent.
 
     Raises:
-        DataError: a message is not an object with a role; its content is not text (an image, say); a part of it is to be
-            masked (`PART_KEYS`); a tool call has no name, or arguments that are not JSON.
+        DataError: a message is not an object with a role; its content is not text (an image, for
+            example); it masks only a part of its content (`PART_KEYS`); or a tool call has no name,
+            or has arguments that are not JSON.
 
-    >>> normalise_messages([{"role": "developer", "content": [{"type": "text", "text": "Be terse."}], "name": None}])
+    >>> content = [{"type": "text", "text": "Be terse."}]
+    >>> normalise_messages([{"role": "developer", "content": content, "name": None}])
     [{'role': 'system', 'content': 'Be terse.'}]
     """
     return [_normalised(message, number) for number, message in enumerate(messages)]
 
 
 def trained_turns(messages: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Whether each message is trained: assistant messages are, but those with `weight: 0` (or another of `TRAIN_KEYS`).
+    """Returns for each message whether it is trained.
+
+    Assistant messages are trained, except those with `weight: 0` (or another key in `TRAIN_KEYS`).
 
     Raises:
-        DataError: such a key holds anything but 0, 1, true, false or null; two of them contradict each other; or a message
-            of somebody else is marked as trained.
+        DataError: such a key has a value other than 0, 1, true, false or null; two such keys
+            contradict each other; or a message with another role is marked as trained.
     """
     return [_is_trained(message, number) for number, message in enumerate(messages)]
 
@@ -63,7 +71,8 @@ def _normalised(message: Any, number: int) -> Message:
     name = f"message {number}"
     if not isinstance(message, Mapping):
         raise DataError(
-            f"{name} has no role: it is a {type(message).__name__}; give an object with role and content"
+            f"{name} has no role: it is a {type(message).__name__}; "
+            "give an object with role and content"
         )
     role = message.get("role")
     if not isinstance(role, str) or not role:
@@ -71,13 +80,14 @@ def _normalised(message: Any, number: int) -> Message:
     for key in MEDIA_KEYS:
         if message.get(key):
             raise DataError(
-                f"{name} has {key}; only text is supported, not images, audio, video or files: remove them"
+                f"{name} has {key}; only text is supported, not images, audio, video or files: "
+                "remove them"
             )
     for key in PART_KEYS:
         if message.get(key):
             raise DataError(
-                f"{name} has {key}, but no parts of a message are masked; split the message, or mask it as a whole "
-                "with weight 0"
+                f"{name} has {key}, but parts of a message cannot be masked; split the message, or "
+                "mask all of it with weight 0"
             )
     kept = {
         key: value
@@ -104,7 +114,7 @@ def _normalised(message: Any, number: int) -> Message:
 
 
 def _text(content: Any, name: str) -> str:
-    """A message's content as one text."""
+    """Returns a message's content as one string."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -113,7 +123,8 @@ def _text(content: Any, name: str) -> str:
         content = [content]
     if not isinstance(content, list | tuple):
         raise DataError(
-            f"{name} has content of type {type(content).__name__}, expected text or a list of text parts"
+            f"{name} has content of type {type(content).__name__}, "
+            "expected text or a list of text parts"
         )
     return "\n".join(_part_text(part, name) for part in content)
 
@@ -127,18 +138,23 @@ def _part_text(part: Any, name: str) -> str:
         return text
     if kind in TEXT_PARTS:
         raise DataError(
-            f'{name} has a part of type {kind!r} without text; give {{"type": "text", "text": "..."}}'
+            f"{name} has a part of type {kind!r} without text; "
+            'give {"type": "text", "text": "..."}'
         )
     raise DataError(
-        f"{name} has a part of type {kind!r}; only text is supported, not images, audio, video or files: "
-        "give text parts alone"
+        f"{name} has a part of type {kind!r}; only text is supported, not images, audio, video or "
+        "files: give only text parts"
     )
 
 
 def read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
-    """OpenAI's tool calls, `{"function": {"name": ..., "arguments": ...}}`, with their arguments as objects.
+    """Returns tool calls in OpenAI's format, with their arguments as objects.
 
-    A call given without its `function` around it gets one. `name` is what errors call the message.
+    A call without the enclosing `function` object is wrapped in one.
+
+    Args:
+        calls: tool calls, `{"function": {"name": ..., "arguments": ...}}`.
+        name: name of the message for error texts.
 
     Raises:
         DataError: a call has no name, or arguments that are not JSON.
@@ -147,15 +163,18 @@ def read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
         return [_read_call(call) for call in calls]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(
-            f"{name} has tool_calls without name and JSON arguments; give a list like {CALL_EXAMPLE}"
+            f"{name} has tool_calls without name and JSON arguments; "
+            f"give a list like {CALL_EXAMPLE}"
         ) from None
 
 
 def read_arguments(arguments: Any) -> Any:
-    """Arguments as a value: JSON text is read, also where it was encoded twice; nothing is `{}`.
+    """Returns the arguments of a tool call as a value.
+
+    JSON text is decoded, even if it was encoded several times; empty or missing arguments are `{}`.
 
     Raises:
-        ValueError: it is text, but not JSON.
+        ValueError: the text is not JSON.
 
     >>> read_arguments('"{\\\\"a\\\\": 1}"'), read_arguments(""), read_arguments({"a": 1})
     ({'a': 1}, {}, {'a': 1})
@@ -182,17 +201,18 @@ def _is_trained(message: Mapping[str, Any], number: int) -> bool:
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise DataError(
-                f"message {number} has {key} {value!r}; a message is trained or it is not: give 1 or 0 "
-                "(true or false)"
+                f"message {number} has {key} {value!r}; a message is either trained or masked: "
+                "give 1 or 0 (true or false)"
             )
     if len({bool(value) for value in given.values()}) > 1:
         raise DataError(
-            f"message {number} has {_listed(given)}, which contradict; keep one of them"
+            f"message {number} has {_listed(given)}, which contradict each other; keep one of them"
         )
     if given and any(given.values()) and not is_assistant:
         raise DataError(
-            f"message {number} is from {message.get('role')!r} and has {_listed(given)}; only the assistant's "
-            "messages are trained: remove the key, or train on every token (train_on: all)"
+            f"message {number} is from {message.get('role')!r} and has {_listed(given)}; only "
+            "assistant messages are trained: remove the key, or train on every token "
+            "(train_on: all)"
         )
     return is_assistant and all(given.values())
 

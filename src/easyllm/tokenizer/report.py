@@ -1,8 +1,9 @@
-"""How well tokenizers fit texts: length of the sequences, what is lost, what is never used.
+"""Tokenizer evaluation on texts: compression, round-trip losses and unused vocabulary.
 
-bytes per token, characters per token     UTF-8 bytes and code points of the text as it came
-fertility                                 tokens per word (Rust et al. 2021, arXiv 2012.15613); a Han character is
-                                          a word, so for Chinese it is tokens per character
+bytes per token, characters per token   UTF-8 bytes and code points of the original text
+fertility                               tokens per word (Rust et al. 2021, arXiv 2012.15613); a Han
+                                        character counts as a word, so for Chinese it is tokens per
+                                        character
 """
 
 import re
@@ -15,14 +16,20 @@ from typing import Any
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-"""A Han character: the CJK Unified Ideographs, their extensions and compatibility forms."""
+"""Matches a Han character: CJK Unified Ideographs, their extensions and compatibility forms."""
 BATCH_TEXTS = 256
 EXCERPT = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTripFailure:
-    """Where decoding first departs from the text, and what stands in either from there."""
+    """The first difference between a text and its decoded tokens.
+
+    Attributes:
+        at: index of the first differing character.
+        text: excerpt of the text from there.
+        decoded: excerpt of the decoded text from there.
+    """
 
     at: int
     text: str
@@ -31,13 +38,14 @@ class RoundTripFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextFigures:
-    """One tokenizer on one set of texts.
+    """Figures of one tokenizer on one set of texts.
 
     Attributes:
-        num_words: runs between spaces that hold a letter or digit, and Han characters one by one.
-        num_unknown: tokens that stand for text the vocabulary cannot express.
-        num_failures: texts that decoding does not give back; `failure` is the first.
-        num_han, num_han_single: different Han characters in the texts, and those that are a single token.
+        num_words: number of words as counted by `count_words`.
+        num_unknown: number of UNK tokens, which replace text that the vocabulary cannot represent.
+        num_failures: number of texts that decoding does not reproduce; `failure` is the first.
+        num_han: number of distinct Han characters in the texts.
+        num_han_single: number of those that are encoded as a single token.
     """
 
     tokenizer: str
@@ -55,10 +63,12 @@ class TextFigures:
 
     @property
     def bytes_per_token(self) -> float:
+        """UTF-8 bytes per token."""
         return self.num_bytes / max(self.num_tokens, 1)
 
     @property
     def characters_per_token(self) -> float:
+        """Code points per token."""
         return self.num_characters / max(self.num_tokens, 1)
 
     @property
@@ -68,11 +78,11 @@ class TextFigures:
 
     @property
     def han_coverage(self) -> float | None:
-        """Share of the different Han characters in the texts that are a single token; None where there are none."""
+        """Fraction of the distinct Han characters that are a single token; None without any."""
         return self.num_han_single / self.num_han if self.num_han else None
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts and what follows from them."""
+        """Returns the counts and the derived ratios."""
         return asdict(self) | {
             "bytes_per_token": self.bytes_per_token,
             "characters_per_token": self.characters_per_token,
@@ -83,11 +93,11 @@ class TextFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyFigures:
-    """One tokenizer's vocabulary.
+    """Figures of one tokenizer's vocabulary.
 
     Attributes:
-        num_unused: ids that occur in none of the texts.
-        gb2312_coverage: share of the 6,763 Han characters of GB 2312 that are a single token.
+        num_unused: number of ids that occur in none of the texts.
+        gb2312_coverage: fraction of the 6,763 Han characters of GB 2312 that are a single token.
     """
 
     tokenizer: str
@@ -98,13 +108,18 @@ class VocabularyFigures:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerReport:
-    """Tokenizers side by side: a row for each of them on each set of texts, and one for each vocabulary."""
+    """A comparison of tokenizers.
+
+    Attributes:
+        texts: one row per set of texts and tokenizer.
+        vocabularies: one row per tokenizer.
+    """
 
     texts: tuple[TextFigures, ...]
     vocabularies: tuple[VocabularyFigures, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
+        """Returns the report as JSON-serialisable values."""
         return {
             "texts": [figures.as_dict() for figures in self.texts],
             "vocabularies": [asdict(figures) for figures in self.vocabularies],
@@ -114,14 +129,15 @@ class TokenizerReport:
 def report(
     tokenizers: Mapping[str, Tokenizer], texts: Mapping[str, Iterable[str]]
 ) -> TokenizerReport:
-    """What each tokenizer makes of each set of texts.
+    """Evaluates each tokenizer on each set of texts.
 
     Args:
-        tokenizers: by name.
-        texts: by domain or language; each is read once, a batch at a time.
+        tokenizers: tokenizers by name.
+        texts: sets of texts by domain or language; each is read once, in batches.
 
     Example:
-        >>> report({"mine": tokenizer}, {"en": ["Hello world"]}).texts[0].fertility  # doctest: +SKIP
+        >>> result = report({"mine": tokenizer}, {"en": ["Hello world"]})  # doctest: +SKIP
+        >>> result.texts[0].fertility                                      # doctest: +SKIP
         1.0
     """
     seen: dict[str, set[int]] = {name: set() for name in tokenizers}
@@ -145,7 +161,10 @@ def report(
 
 
 def count_words(text: str) -> int:
-    """Words of a text: its Han characters, and the runs between spaces and them that hold a letter or digit.
+    """Returns the number of words in a text.
+
+    Each Han character is a word, and so is each run between spaces or Han characters that contains
+    a letter or digit.
 
     >>> count_words("don't use 语言模型 - ok")
     7
@@ -156,13 +175,13 @@ def count_words(text: str) -> int:
 
 @cache
 def gb2312() -> tuple[str, ...]:
-    """The 6,763 Han characters of GB 2312-1980, the common 3,755 first."""
+    """Returns the 6,763 Han characters of GB 2312-1980, starting with the 3,755 common ones."""
     rows = (bytes([row, cell]) for row in range(0xB0, 0xF8) for cell in range(0xA1, 0xFF))
     return tuple("".join(code.decode("gb2312", "ignore") for code in rows))
 
 
 class _Tally:
-    """Sums of one tokenizer over one set of texts."""
+    """Accumulates the counts of one tokenizer over one set of texts."""
 
     def __init__(self, name: str, domain: str, tokenizer: Tokenizer, seen: set[int]) -> None:
         self._names, self._tokenizer, self._seen = (name, domain), tokenizer, seen
@@ -208,7 +227,10 @@ class _Tally:
 
 
 def _num_single(tokenizer: Tokenizer, characters: Iterable[str]) -> int:
-    """How many of the characters are one token, a token for the space that some kinds put in front not counted."""
+    """Returns how many of the characters are encoded as a single token.
+
+    A token for the space that some tokenizers prepend is not counted.
+    """
     unknown = tokenizer.id_of(tokenizer.special.unk)
     encoded = tokenizer.encode_batch(list(characters), special_tokens=False)
     blank = {i for ids in encoded for i in ids[:1] if not tokenizer.token_text(i).strip()}

@@ -1,8 +1,10 @@
-"""Sentencepiece's `.model` files, read without the sentencepiece package, and its ways that other kinds share.
+"""Reading SentencePiece `.model` files without the sentencepiece package.
 
-A file is one protobuf message, `ModelProto`: the pieces with scores and types, how it was trained, how it normalises
-(sentencepiece_model.proto). Unigram and BPE models become a `tokenizers` backend that gives the same ids, but for one
-thing: the name of a control token in a text is that token, as with every tokenizer here.
+A file is one protobuf message, `ModelProto`: the pieces with scores and types, the trainer
+settings, and the normalisation rules (sentencepiece_model.proto). Unigram and BPE models are
+converted to a `tokenizers` backend that produces the same ids, with one exception: the name of a
+control token in a text is encoded as that token, as in all other tokenizers here. Some helpers are
+shared with other tokenizer types.
 """
 
 import re
@@ -22,21 +24,22 @@ from easyllm.core.errors import CheckpointError, SourceError
 from easyllm.tokenizer.from_gguf import backend_from_gguf
 
 SPACE = "▁"
-"""What stands for a space in pieces."""
+"""The character that represents a space in pieces."""
 BYTE_PIECES = tuple(f"<0x{value:02X}>" for value in range(256))
+"""The byte-fallback pieces, one per byte value."""
 NEVER = -10_000.0
-"""Score of a unigram piece that text is not to match: its letters one by one always score better."""
+"""Score of a unigram piece that must never match text: its characters always score better."""
 MAX_BYTES = 256 * 2**20
 MAX_CHARSMAP_BYTES = 16 * 2**20
 
 _UNIGRAM, _BPE = 1, 2
 _KINDS = {_UNIGRAM: "unigram", _BPE: "BPE", 3: "word", 4: "character"}
-_USER_DEFINED_SCORE = -0.1  # as sentencepiece scores them, whatever the file says
+_USER_DEFINED_SCORE = -0.1  # SentencePiece's fixed score, whatever the file contains
 _UNICODE_RULES = ("nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
 
 
 class PieceType(IntEnum):
-    """What a piece is, as the file (and GGUF after it) numbers them."""
+    """Types of pieces, numbered as in `.model` files (and in GGUF)."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -48,7 +51,7 @@ class PieceType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One entry of the vocabulary; its place in the list is its id."""
+    """One entry of the vocabulary; its index in the list is its id."""
 
     text: str
     score: float
@@ -57,11 +60,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentencePieceModel:
-    """What encoding needs of a `.model` file.
+    """The contents of a `.model` file that encoding needs.
 
     Attributes:
-        roles: texts of the tokens that bos, eos and pad name.
-        rules: name of the normalisation rules; `charsmap` holds them compiled, empty for identity.
+        kind: type of the model as the file numbers it: 1 is unigram, 2 is BPE.
+        pieces: the vocabulary in the order of ids.
+        byte_fallback: whether unknown characters are encoded as byte pieces.
+        roles: texts of the BOS, EOS and PAD tokens by role (`bos`, `eos`, `pad`).
+        rules: name of the normalisation rules.
+        charsmap: the compiled normalisation rules; empty for identity.
+        add_dummy_prefix: whether a space is prepended to a text.
+        remove_extra_whitespaces: whether leading, trailing and repeated spaces are removed.
     """
 
     kind: int
@@ -78,16 +87,18 @@ class SentencePieceModel:
 
 
 def read_model_file(path: Path) -> SentencePieceModel:
-    """What a `.model` file says.
+    """Reads a `.model` file.
 
     Raises:
         SourceError: there is no such file.
-        CheckpointError: it is damaged, or asks for what is not implemented.
+        CheckpointError: it is damaged, or requires a feature that is not implemented.
     """
     if not path.is_file():
-        raise SourceError(f"{str(path)!r} does not exist; name a sentencepiece .model file")
+        raise SourceError(f"{str(path)!r} does not exist; give a SentencePiece .model file")
     if path.stat().st_size > MAX_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_BYTES >> 20} MiB; is it a tokenizer?")
+        raise CheckpointError(
+            f"{path} is larger than {MAX_BYTES >> 20} MiB; give a SentencePiece .model file"
+        )
     with naming(path):
         return read_model(path.read_bytes())
 
@@ -99,14 +110,17 @@ def build_backend(
     add_eos: bool = False,
     prefix_at_start_only: bool = False,
 ) -> Backend:
-    """A backend that gives the model's ids.
+    """Builds a backend that produces the model's ids.
 
     Args:
-        add_bos, add_eos: whether encoding adds them (the file does not say; Llama adds bos, T5 eos).
-        prefix_at_start_only: the space in front of a text is not put after a control token inside it, too.
+        model: the SentencePiece model.
+        add_bos: whether encoding prepends BOS, as for Llama; the file does not store this.
+        add_eos: whether encoding appends EOS, as for T5; the file does not store this.
+        prefix_at_start_only: adds the dummy prefix (a space) only at the start of a text, not also
+            after each control token in it.
 
     Raises:
-        CheckpointError: a token to add is not in the model.
+        CheckpointError: the model lacks a token that is to be added.
     """
     backend = _unigram(model) if model.kind == _UNIGRAM else _bpe(model)
     at_start = prefix_at_start_only and model.add_dummy_prefix
@@ -123,39 +137,39 @@ def build_backend(
     special = special_tokens(model)
     for role, wanted in (("bos", add_bos), ("eos", add_eos)):
         if wanted and role not in special:
-            raise CheckpointError(f"the model has no {role} token to add; leave add_{role} out")
+            raise CheckpointError(f"the model has no {role} token to add; leave out add_{role}")
     bos, eos = special.get("bos"), special.get("eos")
     surround(backend, bos=bos if add_bos else None, eos=eos if add_eos else None)
     return backend
 
 
 def special_tokens(model: SentencePieceModel) -> dict[str, str]:
-    """Texts of bos, eos, pad and unk, those that the model has."""
+    """Returns the texts of the BOS, EOS, PAD and UNK tokens that the model has, by role."""
     unknown = next(p.text for p in model.pieces if p.type is PieceType.UNKNOWN)
     return {**model.roles, "unk": unknown}
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts the file's name in front of what is wrong with it."""
+    """Prefixes the message of a `CheckpointError` with the path of the file."""
     try:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-# ---- ways shared with other kinds
+# ---- helpers shared with other tokenizer types
 
 
 def mark_special(backend: Backend, tokens: Iterable[str]) -> None:
-    """Makes tokens control tokens: found in text as they stand, left out of what is decoded."""
+    """Makes tokens special: matched verbatim in text, and skipped by decoding."""
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in tokens]
     )
 
 
 def surround(backend: Backend, *, bos: str | None, eos: str | None) -> None:
-    """Makes encoding put `bos` in front and `eos` behind, where they are given."""
+    """Makes encoding prepend `bos` and append `eos`, where they are not None."""
     if bos or eos:
         around = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
         ids = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
@@ -163,7 +177,11 @@ def surround(backend: Backend, *, bos: str | None, eos: str | None) -> None:
 
 
 def space_decoder(*, strip_prefix: bool) -> decoders.Decoder:
-    """▁ to space, byte pieces to characters, and the space that was put in front removed again."""
+    """Returns a decoder that converts ▁ to spaces and byte pieces to characters.
+
+    Args:
+        strip_prefix: whether it also removes the leading space that encoding prepended.
+    """
     strip = [decoders.Strip(" ", 1, 0)] if strip_prefix else []
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     return decoders.Sequence([*steps, *strip])
@@ -173,10 +191,10 @@ def space_decoder(*, strip_prefix: bool) -> decoders.Decoder:
 
 
 def read_model(data: bytes) -> SentencePieceModel:
-    """What a `.model` file's bytes say.
+    """Parses the bytes of a `.model` file.
 
     Raises:
-        CheckpointError: they are damaged, or ask for what is not implemented.
+        CheckpointError: they are damaged, or require a feature that is not implemented.
     """
     pieces, trainer, normalizer, denormalizer = [], b"", b"", b""
     for number, value in _fields(data):
@@ -192,7 +210,7 @@ def read_model(data: bytes) -> SentencePieceModel:
     if dict(_fields(denormalizer)).get(2):
         raise CheckpointError("it rewrites text when decoding, which is not implemented")
     if training.get(24):
-        raise CheckpointError("it keeps spaces behind words, which is not implemented")
+        raise CheckpointError("it attaches spaces to the preceding word, which is not implemented")
     if not rules.get(5, 1):
         raise CheckpointError("it does not escape spaces, which is not implemented")
     model = SentencePieceModel(
@@ -210,7 +228,7 @@ def read_model(data: bytes) -> SentencePieceModel:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of a protobuf message: varints as int, everything else as bytes."""
+    """Yields field numbers and values of a protobuf message: varints as int, others as bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -224,9 +242,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         elif wire in (1, 5):
             size = 8 if wire == 1 else 4
         else:
-            raise CheckpointError("it is no sentencepiece model; copy it again")
+            raise CheckpointError("it is not a SentencePiece model; copy it again")
         if size > len(data) - at:
-            raise CheckpointError("it is cut short; copy it again")
+            raise CheckpointError("it is truncated; copy it again")
         yield number, data[at : at + size]
         at += size
 
@@ -235,13 +253,13 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
-            raise CheckpointError("it is cut short; copy it again")
+            raise CheckpointError("it is truncated; copy it again")
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    raise CheckpointError("it is no sentencepiece model; copy it again")
+    raise CheckpointError("it is not a SentencePiece model; copy it again")
 
 
 def _piece(data: bytes) -> Piece:
@@ -254,7 +272,7 @@ def _piece(data: bytes) -> Piece:
 
 
 def _roles(training: dict[int, int | bytes], controls: set[str]) -> dict[str, str]:
-    """Sentencepiece finds bos, eos and pad by their texts."""
+    """Returns the texts of BOS, EOS and PAD, which SentencePiece identifies by their texts."""
     names = {"bos": (46, b"<s>"), "eos": (47, b"</s>"), "pad": (48, b"<pad>")}
     texts = {role: _text(training.get(number, text)) for role, (number, text) in names.items()}
     return {role: text for role, text in texts.items() if text in controls}
@@ -262,13 +280,13 @@ def _roles(training: dict[int, int | bytes], controls: set[str]) -> dict[str, st
 
 def _bytes(value: int | bytes) -> bytes:
     if isinstance(value, int):
-        raise CheckpointError("it is no sentencepiece model; copy it again")
+        raise CheckpointError("it is not a SentencePiece model; copy it again")
     return value
 
 
 def _number(value: int | bytes) -> int:
     if isinstance(value, bytes):
-        raise CheckpointError("it is no sentencepiece model; copy it again")
+        raise CheckpointError("it is not a SentencePiece model; copy it again")
     return value
 
 
@@ -284,15 +302,15 @@ def _check(model: SentencePieceModel) -> None:
     types = [piece.type for piece in model.pieces]
     if model.kind not in (_UNIGRAM, _BPE):
         name = _KINDS.get(model.kind, f"kind {model.kind}")
-        raise CheckpointError(f"it is a {name} model; unigram and BPE are implemented")
+        raise CheckpointError(f"it is a {name} model, but only unigram and BPE are implemented")
     if len(set(texts)) < len(texts) or "" in texts:
-        raise CheckpointError("a piece is empty or stands there twice; copy it again")
+        raise CheckpointError("a piece is empty or duplicated; copy it again")
     if not all(np.isfinite(piece.score) for piece in model.pieces):
-        raise CheckpointError("a score is not a number; copy it again")
+        raise CheckpointError("the score of a piece is NaN or infinite; copy it again")
     if types.count(PieceType.UNKNOWN) != 1:
-        raise CheckpointError("it must have one unknown piece; copy it again")
+        raise CheckpointError("it must have exactly one unknown piece; copy it again")
     if model.byte_fallback and set(BYTE_PIECES) - set(texts):
-        raise CheckpointError("it falls back to bytes and lacks some; copy it again")
+        raise CheckpointError("it uses byte fallback but lacks some byte pieces; copy it again")
     if model.kind == _BPE and PieceType.UNUSED in types:
         raise CheckpointError("it is BPE with unused pieces, which is not implemented")
     if model.charsmap:
@@ -311,9 +329,10 @@ def _unigram(model: SentencePieceModel) -> Backend:
 
 
 def _bpe(model: SentencePieceModel) -> Backend:
-    """The facts are those of a GGUF file's `llama` tokenizer, by other names.
+    """Builds the BPE backend from the equivalent GGUF metadata of a `llama` tokenizer.
 
-    A user-defined symbol reaches the model as a word of its own (`_words`), and whole words are looked up first.
+    A user-defined symbol reaches the model as a separate word (`_words`), and complete words are
+    looked up in the vocabulary before merges apply.
     """
     types = [piece.type for piece in model.pieces]
     normal = {PieceType.USER_DEFINED: PieceType.NORMAL}
@@ -332,7 +351,10 @@ def _bpe(model: SentencePieceModel) -> Backend:
 
 
 def _words(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer | None:
-    """How normalised text is cut where that changes no id: not at all, or, for speed, at spaces no piece reaches over."""
+    """Returns the pre-tokenizer of normalised text, or None; it does not change any id.
+
+    For speed, text is split at spaces if no piece extends across a space.
+    """
     symbols = [p.text for p in model.pieces if p.type is PieceType.USER_DEFINED]
     if model.kind == _BPE and symbols:
         longest_first = "|".join(map(re.escape, sorted(symbols, key=len, reverse=True)))
@@ -345,8 +367,9 @@ def _words(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer | None:
 def _normalizer(model: SentencePieceModel, *, prefix: bool) -> normalizers.Normalizer:
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.charsmap and model.rules in _UNICODE_RULES:
-        # the library applies the shortest rule to a letter with its marks, or none, where sentencepiece applies the
-        # longest (it would lose the tone of a decomposed Vietnamese vowel); composing around it leaves one rule each
+        # For a letter with combining marks, the library applies the shortest matching rule or none,
+        # while SentencePiece applies the longest. This would lose the tone of a decomposed
+        # Vietnamese vowel. With NFC before and after, only one rule matches each character.
         steps = [normalizers.NFC(), *steps, normalizers.NFC()]
     trim = model.remove_extra_whitespaces
     if trim:
@@ -358,10 +381,12 @@ def _normalizer(model: SentencePieceModel, *, prefix: bool) -> normalizers.Norma
 
 
 def _check_charsmap(charsmap: bytes) -> None:
-    """Walks every path of the compiled rules, a double array (Aoe 1989) of uint32 before the texts they lead to, as the
-    library does without looking: a step outside the array, or to a text that does not begin there, would crash it.
+    """Validates the compiled normalisation rules, because the library does not check bounds.
 
-    A unit holds a label (bits 0-7, 31), whether a rule ends there (bit 8) and the distance to its children.
+    The rules are a double-array trie (Aoe 1989) of uint32 units, followed by the replacement texts.
+    The check walks every path: a step outside the array, or to an offset at which no text begins,
+    would crash the library. A unit contains a label (bits 0-7, 31), whether a rule ends there
+    (bit 8), and the distance to its children.
     """
     damaged = CheckpointError("its normalisation rules are damaged; copy it again")
     size = int.from_bytes(charsmap[:4], "little")

@@ -1,4 +1,4 @@
-"""Incremental decoding: text as soon as it is sure, never a broken character."""
+"""Incremental (streaming) decoding that never emits an incomplete character."""
 
 from typing import Protocol
 
@@ -6,17 +6,23 @@ REPLACEMENT = "\ufffd"
 
 
 class Decodes(Protocol):
-    """Anything that turns ids into text."""
+    """Anything that decodes ids to text."""
 
-    def decode(self, ids: list[int], *, skip_special: bool = True) -> str: ...
+    def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """Returns the text of `ids`."""
+        ...
 
 
 class StreamDecoder:
-    """Turns a stream of token ids into a stream of text.
+    """Converts a stream of token ids to a stream of text.
 
-    A character split over several tokens is held back until it is whole. The pieces put together equal
-    `decode` of all ids (a decoder may treat the first token specially, so each step decodes a window
-    that starts at the last clean boundary).
+    A character split over several tokens is held back until it is complete. The concatenated pieces
+    equal `decode` of all ids. A decoder may treat the first token specially, so each step decodes a
+    window that starts at the second-to-last clean boundary.
+
+    Args:
+        tokenizer: decodes the ids.
+        skip_special: whether special tokens are omitted from the text.
 
     Example:
         decoder = StreamDecoder(tokenizer)
@@ -27,14 +33,14 @@ class StreamDecoder:
         self._tokenizer, self._skip_special = tokenizer, skip_special
         self._ids: list[int] = []
         self._window = 0  # start of the decoded window
-        self._clean = 0  # the last clean boundary: all text up to here has been given out
-        self._given = 0  # characters of the window given out
+        self._clean = 0  # the last clean boundary: all text before it has been returned
+        self._given = 0  # number of characters of the window that have been returned
 
     def push(self, token_id: int) -> str:
-        """The new text that `token_id` makes sure of; may be empty."""
+        """Adds a token and returns the text that it completes; may be empty."""
         self._ids.append(token_id)
         text = self._decode(self._window, len(self._ids))
-        sure = text.rstrip(REPLACEMENT)  # behind it may be the first bytes of a character
+        sure = text.rstrip(REPLACEMENT)  # U+FFFD at the end may be an incomplete character
         piece = sure[self._given :]
         self._given += len(piece)
         if piece and len(sure) == len(text):
@@ -43,7 +49,7 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """Whatever was held back, broken bytes as U+FFFD."""
+        """Returns the text that was held back, with invalid bytes as U+FFFD."""
         piece = self._decode(self._window, len(self._ids))[self._given :]
         self._given += len(piece)
         return piece

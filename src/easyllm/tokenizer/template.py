@@ -1,13 +1,16 @@
-"""Jinja in a sandbox with bounded work: a chat template is data from a stranger.
+"""A Jinja sandbox with bounded time and memory, because a chat template is untrusted input.
 
-The sandbox of jinja2 keeps templates from the interpreter's insides; this bounds what they do, because a template
-runs in server threads, where no signal can stop it. Four rules together bound time and memory:
+The sandbox of jinja2 prevents access to interpreter internals. This module also bounds the work of
+a template, because it runs in server threads, where no signal can stop it. Four rules together
+bound time and memory:
 
-- Every loop step, call, operator, filter and output is counted, and the thread's CPU time is read at each.
-- Every value a template makes is measured with all it holds, so no single operation is large,
-  and the sizes add up to a bound on all a rendering makes.
-- What could be large before it can be measured (a repetition, a join, an indent) is measured from its parts first.
-- Only the listed filters and methods exist.
+- Every loop step, call, operator, filter and output is counted, and each one checks the CPU time of
+  the thread.
+- Every value that a template creates is measured recursively, so no single operation is large, and
+  the sum of the sizes bounds the total of a rendering.
+- The size of a result that could be large before it can be measured (a repetition, a join, an
+  indent) is first computed from its operands.
+- Only the listed filters and methods are available.
 """
 
 import inspect
@@ -128,9 +131,9 @@ _LETTER_FILTERS = frozenset(
 
 
 class _GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}`: what the assistant writes, between two marks."""
+    """`{% generation %} ... {% endgeneration %}`: encloses the assistant's text in two marks."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it without ClassVar
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -146,7 +149,7 @@ class _GenerationTag(Extension):
 class _LoopControl(Extension):
     """`{% break %}` and `{% continue %}`, which some templates use."""
 
-    tags = {"break", "continue"}  # noqa: RUF012 - jinja2 declares it so
+    tags = {"break", "continue"}  # noqa: RUF012 - jinja2 declares it without ClassVar
 
     def parse(self, parser: Parser) -> nodes.Node:
         token = next(parser.stream)
@@ -154,7 +157,7 @@ class _LoopControl(Extension):
 
 
 class _Instrument(NodeTransformer):
-    """Passes what jinja would run without asking the sandbox through filters that count it."""
+    """Wraps operations that bypass jinja's sandbox hooks in filters that count them."""
 
     def __init__(self) -> None:
         self._num_loops = 0
@@ -202,7 +205,10 @@ def _statement(node: nodes.Expr) -> nodes.ExprStmt:
 
 
 class _Notes(Namespace):
-    """Jinja's `namespace`. It is mutable, so it escapes measuring, so its text leaves out what it holds."""
+    """Jinja's `namespace` with a constant `repr`.
+
+    A namespace is mutable and cannot be measured, so its text must not contain its values.
+    """
 
     def __repr__(self) -> str:
         return "<Namespace>"
@@ -213,7 +219,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
-        """Joins what a macro or block wrote."""
+        """Joins the output of a macro or block."""
         pieces = list(pieces)
         check_size(sum(map(len, pieces)))
         return cast("str", BUDGET.get().made("".join(pieces)))
@@ -226,7 +232,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().getitem(obj, _step(argument))
 
     def wrap_str_format(self, value: Any) -> None:
-        """No `format` here: it pads, and is refused as any other unknown method."""
+        """Disables `str.format`, which can pad text; it is rejected like any unknown method."""
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = BUDGET.get()
@@ -238,46 +244,55 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             check_size(size_of([*args, *given]))
         elif isinstance(owner := getattr(obj, "__self__", None), str):
             args = _checked_arguments(owner, obj.__name__, args, kwargs)
-            budget.total += len(owner)  # pieces of the text hold all of it again
+            budget.total += len(owner)  # the pieces of a split text add up to its full length
         return budget.made(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = BUDGET.get()
         budget.step()
         if operator == "**":
-            raise TemplateError("chat templates may not use the ** operator")
+            raise TemplateError("chat templates may not use the ** operator; use another template")
         if operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(value, str | list | tuple) and isinstance(times, int):
                     check_size((size_of(value) - ITEM_SIZE) * times)
         if operator == "%" and isinstance(left, str):
             if any(c.isdigit() or c == "*" for c in left):
-                raise TemplateError("chat templates may not format with widths")
+                raise TemplateError(
+                    "chat templates may not use % formatting with widths; use another template"
+                )
             check_size(left.count("%") * size_of(right))
         return budget.made(super().call_binop(context, operator, left, right))
 
 
 def compile_template(source: str) -> Callable[..., str]:
-    """A function that renders `source` with keyword variables.
+    """Compiles a template to a function that renders it with keyword variables.
 
     Raises:
-        TemplateError: on compiling, a syntax error; on rendering, whatever the template does wrong.
+        TemplateError: the source is not valid Jinja. The returned function raises it if the
+            template fails or exceeds a resource limit.
     """
     render = compile_watched(source)
     return lambda **variables: render(**variables)[0]
 
 
 def compile_watched(source: str) -> Callable[..., tuple[str, list[Visit]]]:
-    """As `compile_template`, but the function also returns where loops came to one of its `messages`."""
+    """Compiles a template to a function that also returns the visits of its loops.
+
+    The returned function renders the template like that of `compile_template`. A visit records when
+    a loop reached one of the `messages`.
+    """
     if len(source) > MAX_SOURCE:
-        raise TemplateError(f"the chat template is longer than {MAX_SOURCE} characters")
+        raise TemplateError(
+            f"the chat template is longer than {MAX_SOURCE} characters; use another template"
+        )
     environment = _environment()
     try:
         tree = _Instrument().visit(environment.parse(source))
         template = environment.from_string(tree)
-    except Exception as error:  # too deep a nesting is one of several errors, by where it strikes
+    except Exception as error:  # deep nesting raises different exceptions, depending on the place
         reason = str(error)[:MAX_REASON] or type(error).__name__
-        raise TemplateError(f"the chat template is not valid jinja: {reason}") from None
+        raise TemplateError(f"the chat template is not valid Jinja: {reason}") from None
 
     def render(**variables: Any) -> tuple[str, list[Visit]]:
         budget, pieces = Budget(variables.get("messages") or ()), []
@@ -289,9 +304,9 @@ def compile_watched(source: str) -> Callable[..., tuple[str, list[Visit]]]:
                 pieces.append(piece)
         except TemplateError:
             raise
-        except Exception as error:  # a template may raise whatever its input makes it raise
+        except Exception as error:  # a template may raise any exception
             reason = str(error)[:MAX_REASON] or type(error).__name__
-            raise TemplateError(f"the chat template refuses these messages: {reason}") from None
+            raise TemplateError(f"the chat template rejects these messages: {reason}") from None
         finally:
             BUDGET.reset(token)
         return "".join(pieces), budget.visits
@@ -330,7 +345,7 @@ def _environment() -> _Sandbox:
 
 
 def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose calls are counted and whose results are measured."""
+    """Returns a filter whose calls are counted and whose results are measured."""
     wanted = getattr(function, "jinja_pass_arg", None)
     first = {
         "context": lambda context: (context,),
@@ -342,9 +357,11 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         budget = BUDGET.get()
         budget.step()
         if name in _LETTER_FILTERS and isinstance(value, str) and len(value) > MAX_LETTERS:
-            raise TemplateError(f"{name} takes texts of at most {MAX_LETTERS} characters")
+            raise TemplateError(
+                f"the chat template filter {name} accepts texts of at most {MAX_LETTERS} characters"
+            )
         result = function(*first(context), value, *args, **kwargs)
-        if isinstance(result, Iterator):  # worked out now, so that what it holds is measured
+        if isinstance(result, Iterator):  # evaluated eagerly, so that its items are measured
             return iter(budget.made(list(budget.steps_of(result))))
         return budget.made(result)
 
@@ -354,7 +371,7 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @jinja2.pass_context
 def _written(_context: Context, value: Any) -> str:
-    """What `{{ value }}` writes."""
+    """Returns the text that `{{ value }}` writes."""
     budget = BUDGET.get()
     budget.step()
     return cast("str", budget.made(value if isinstance(value, str) else str(value)))
@@ -364,7 +381,7 @@ def _steps(items: Iterable[Any]) -> Iterator[Any]:
     return BUDGET.get().steps_of(items)
 
 
-@jinja2.pass_context  # so that jinja does not call it when it compiles
+@jinja2.pass_context  # prevents jinja from calling it at compile time
 def _enter(_context: Context, item: Any, loop: int) -> None:
     BUDGET.get().enter(loop, item)
 
@@ -384,7 +401,7 @@ def _made(value: Any) -> Any:
 
 
 def _concat(values: list[Any]) -> str:
-    """The operator `~`."""
+    """Implements the operator `~`."""
     check_size(size_of(values))
     return cast("str", _made("".join(map(str, values))))
 
@@ -392,13 +409,14 @@ def _concat(values: list[Any]) -> str:
 def _checked_arguments(
     owner: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """The arguments of the text method `name`, if what it makes of them is not enormous."""
+    """Returns the arguments of the text method `name` after bounding the size of its result."""
     if name == "replace":
         given = dict(zip(("old", "new"), args, strict=False)) | kwargs
         check_replace(owner, given.get("old", ""), given.get("new", ""))
     if name in ("split", "rsplit", "splitlines"):
         between = kwargs.get("sep", args[0] if args else None)
-        often = owner.count(between) if isinstance(between, str) else len(owner) // 10  # any blank
+        # without a separator, the split is at whitespace, estimated as one in ten characters
+        often = owner.count(between) if isinstance(between, str) else len(owner) // 10
         check_size(len(owner) + ITEM_SIZE * often)
     if name in _SLOW_METHODS:
         for value in (*args, *kwargs.values()):
@@ -443,18 +461,20 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As HF renders JSON in templates: no HTML escapes, non-ASCII kept."""
+    """Renders JSON as HF does in templates: no HTML escapes, non-ASCII characters unescaped."""
     if indent is not None and not 0 <= indent <= 16:
-        raise TemplateError("tojson takes an indent from 0 to 16")
+        raise TemplateError("the chat template filter tojson accepts an indent from 0 to 16")
     if separators is not None and sum(map(len, separators)) > 16:
-        raise TemplateError("tojson takes separators of at most 16 characters")
+        raise TemplateError(
+            "the chat template filter tojson accepts separators of at most 16 characters in total"
+        )
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
     if indent is None:
         return encoder.encode(value)
     pieces, size = [], 0
-    for piece in encoder.iterencode(value):  # deep values are mostly indentation
+    for piece in encoder.iterencode(value):  # deeply nested values are mostly indentation
         size += len(piece)
         check_size(size)
         pieces.append(piece)
@@ -463,16 +483,18 @@ def _to_json(
 
 def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
     if not isinstance(width, int) or not 0 <= width <= 64:
-        raise TemplateError("indent takes a width from 0 to 64")
+        raise TemplateError("the chat template filter indent accepts a width from 0 to 64")
     check_size(len(text) + width * (len(text.splitlines()) + 1))
     return do_indent(text, width, first, blank)
 
 
 def _strftime_now(layout: str) -> str:
     if len(layout) > 100:
-        raise TemplateError("strftime_now takes a layout of at most 100 characters")
+        raise TemplateError(
+            "the chat template function strftime_now accepts a format of at most 100 characters"
+        )
     return datetime.now().strftime(layout)
 
 
 def _raise(message: str) -> None:
-    raise TemplateError(f"the chat template refuses these messages: {str(message)[:MAX_REASON]}")
+    raise TemplateError(f"the chat template rejects these messages: {str(message)[:MAX_REASON]}")

@@ -1,7 +1,8 @@
-"""The bytes of single tokens, whatever stands before them.
+"""The bytes of single tokens, independent of what precedes them.
 
-Decoding one token alone loses two things: a token that holds a piece of a character becomes U+FFFD, and sentencepiece's
-decoder drops the first space of a text, so that `▁Paris` and `Paris` read alike.
+Decoding a single token loses information in two ways: a token that contains part of a character
+becomes U+FFFD, and SentencePiece's decoder drops the first space of a text, so that `▁Paris` and
+`Paris` decode to the same text.
 """
 
 import json
@@ -15,19 +16,23 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def byte_values() -> dict[str, int]:
-    """The byte that each character of byte-level vocabularies stands for: printable Latin-1 for itself, the rest for
-    the others in order (Radford et al. 2019, `bytes_to_unicode`)."""
+    """Returns the byte that each character of a byte-level vocabulary represents.
+
+    Printable Latin-1 characters represent themselves; the characters from U+0100 on represent the
+    remaining bytes in order (Radford et al. 2019, `bytes_to_unicode`).
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
     return {chr(v): v for v in printable} | {chr(256 + n): v for n, v in enumerate(others)}
 
 
 class TokenBytes:
-    """Looks up the bytes a token adds to a text it does not begin.
+    """Looks up the bytes that a token adds to a text when it is not the first token.
 
     Args:
-        backend: its vocabulary and decoder are read; the decoders of byte-level BPE and of sentencepiece with byte
-            fallback are known, with any other the token is decoded after a letter.
+        backend: the backend whose vocabulary and decoder are used. The decoders of byte-level BPE
+            and of SentencePiece with byte fallback are recognised; with any other, the token is
+            decoded after a letter.
 
     Example:
         TokenBytes(backend)(token_id)     # b" Paris", b"\\xe4\\xbd"
@@ -42,7 +47,7 @@ class TokenBytes:
         self._cached = lru_cache(maxsize=65_536)(self._look_up)
 
     def __call__(self, token_id: int) -> bytes | None:
-        """The token's bytes, control tokens' names included; None for an id without a token."""
+        """Returns the token's bytes (the name, for a special token); None for an unused id."""
         return self._cached(token_id)
 
     def _look_up(self, token_id: int) -> bytes | None:
@@ -52,7 +57,7 @@ class TokenBytes:
         if self._letters is not None:
             if all(letter in self._letters for letter in token):
                 return bytes(self._letters[letter] for letter in token)
-            return token.encode()  # an added token outside the alphabet stands for itself
+            return token.encode()  # an added token with characters outside the byte alphabet
         piece = _BYTE_PIECE.fullmatch(token) if self._has_byte_pieces else None
         if piece is not None:
             return bytes([int(piece[1], 16)])
@@ -68,12 +73,12 @@ class TokenBytes:
 
 
 def shown(token: bytes) -> str:
-    """A token's bytes as text, those that are not UTF-8 escaped as OpenAI does: `\\xe4\\xbd`."""
+    """Returns a token's bytes as text; invalid UTF-8 is escaped as OpenAI does: `\\xe4\\xbd`."""
     return token.decode("utf-8", "backslashreplace")
 
 
 def _kinds(decoder: Any) -> set[str]:
-    """The types of a decoder and of those it is made of."""
+    """Returns the types of a serialised decoder and of its nested decoders."""
     if not isinstance(decoder, dict):
         return set()
     inner = decoder.get("decoders") or []
@@ -81,7 +86,7 @@ def _kinds(decoder: Any) -> set[str]:
 
 
 def _anchor(backend: Backend) -> tuple[int | None, str]:
-    """A token whose text is one plain letter, and that text."""
+    """Returns the id of a token whose text is a single letter, and that text."""
     for letter in "aeinorstAEINORST":
         for token in (letter, f"▁{letter}", f"##{letter}"):
             found = backend.token_to_id(token)

@@ -1,4 +1,4 @@
-"""The tokenizer: a `tokenizers` backend, its special tokens and its chat template."""
+"""The `Tokenizer` class: a `tokenizers` backend, its special tokens and its chat templates."""
 
 import hashlib
 from collections.abc import Mapping
@@ -30,12 +30,12 @@ from easyllm.tokenizer.sentencepiece import build_backend, naming, read_model_fi
 from easyllm.tokenizer.token_bytes import TokenBytes
 
 TOOL_TEMPLATE = "tool_use"
-"""The name of the template that conversations with tools are rendered with, where there is one."""
+"""Name of the chat template used for conversations with tools, if the model has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialTokens:
-    """The texts of the special tokens a model uses; None where it has none."""
+    """The texts of a model's BOS, EOS, PAD and UNK tokens; None for a token it does not have."""
 
     bos: str | None = None
     eos: str | None = None
@@ -44,17 +44,17 @@ class SpecialTokens:
 
 
 class Tokenizer:
-    """Encodes text, decodes ids, renders chats.
+    """Encodes text, decodes ids and renders chats.
 
     Args:
         backend: a `tokenizers.Tokenizer`.
-        special: bos, eos, pad and unk.
-        chat_template: jinja source, several sources by name (`default`, `tool_use` ...), or None.
-        max_seq_len: longest sequence of the model, written to `tokenizer_config.json`.
+        special: the BOS, EOS, PAD and UNK tokens.
+        chat_template: a Jinja source, several sources by name (`default`, `tool_use` ...), or None.
+        max_seq_len: maximum sequence length of the model, written to `tokenizer_config.json`.
 
     Attributes:
-        chat_template: the default template, compiled.
-        template_sources: the sources of all templates by name.
+        chat_template: the compiled default template, or None.
+        template_sources: the Jinja sources of all templates by name.
 
     Example:
         >>> tok = easyllm.load_tokenizer("smollm2")             # doctest: +SKIP
@@ -81,10 +81,11 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """The tokenizer in a Hugging Face folder.
+        """Loads the tokenizer of a Hugging Face folder.
 
         Raises:
-            CheckpointError: `tokenizer.json` and `tokenizer.model` are missing, or a file is damaged.
+            CheckpointError: there is neither a `tokenizer.json` nor a `tokenizer.model`, or a file
+                is damaged.
         """
         found = read_folder(Path(folder))
         return cls(
@@ -98,14 +99,16 @@ class Tokenizer:
     def from_sentencepiece(
         cls, path: Path, *, add_bos: bool = False, add_eos: bool = False
     ) -> "Tokenizer":
-        """The tokenizer in a sentencepiece `.model` file.
+        """Loads a tokenizer from a SentencePiece `.model` file.
 
         Args:
-            add_bos, add_eos: whether encoding adds them (the file does not say; Llama adds bos, T5 eos).
+            path: the `.model` file.
+            add_bos: whether encoding prepends BOS, as for Llama; the file does not store this.
+            add_eos: whether encoding appends EOS, as for T5; the file does not store this.
 
         Raises:
             SourceError: there is no such file.
-            CheckpointError: it is damaged, or asks for what is not implemented.
+            CheckpointError: it is damaged, or requires a feature that is not implemented.
         """
         model = read_model_file(Path(path))
         with naming(Path(path)):
@@ -114,10 +117,10 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any]) -> "Tokenizer":
-        """The tokenizer a GGUF file's metadata describes.
+        """Builds the tokenizer that the metadata of a GGUF file describe.
 
         Raises:
-            CheckpointError: the metadata hold no tokenizer, or one of an unknown kind.
+            CheckpointError: the metadata contain no tokenizer, or its type is unknown.
         """
         architecture = metadata.get("general.architecture", "")
         return cls(
@@ -129,53 +132,66 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
+        """Number of ids, including added tokens."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's own serialisation: equal for equal tokenizers."""
+        """SHA-256 of the serialised tokenizer in hexadecimal; equal for equal tokenizers."""
         return hashlib.sha256(self.backend.to_str().encode("utf-8")).hexdigest()
 
     @cached_property
     def longest_token(self) -> int:
-        """Characters of the longest token, as the vocabulary writes it."""
+        """Length in characters of the longest token, as spelled in the vocabulary."""
         return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=0)
 
     @property
     def eos_id(self) -> int | None:
+        """The id of the EOS token, or None."""
         return self.id_of(self.special.eos)
 
     @property
     def bos_id(self) -> int | None:
+        """The id of the BOS token, or None."""
         return self.id_of(self.special.bos)
 
     @property
     def pad_id(self) -> int | None:
+        """The id of the PAD token, or None."""
         return self.id_of(self.special.pad)
 
     def id_of(self, token: str | None) -> int | None:
-        """The id of a token's text, or None."""
+        """Returns the id of the token with this text, or None if there is none."""
         return None if token is None else self.backend.token_to_id(token)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids of the control tokens, which decoding leaves out by default."""
+        """Ids of the special (control) tokens, which decoding skips by default."""
         return frozenset(i for i, t in self.backend.get_added_tokens_decoder().items() if t.special)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; `special_tokens` adds what the model expects around it (a BOS)."""
+        """Returns the token ids of `text`.
+
+        Args:
+            text: the text; the names of special tokens in it are encoded as these tokens.
+            special_tokens: whether to add the special tokens that the model expects around a text
+                (such as BOS).
+        """
         return self.backend.encode(_valid(text), add_special_tokens=special_tokens).ids
 
     def encode_batch(self, texts: list[str], *, special_tokens: bool = True) -> list[list[int]]:
-        """`encode` of many texts at once, in parallel."""
+        """Returns the token ids of several texts, encoded in parallel."""
         batch = self.backend.encode_batch_fast(
             [_valid(text) for text in texts], add_special_tokens=special_tokens
         )
         return [encoding.ids for encoding in batch]
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts found somewhere, in which the name of a control token is plain text without power."""
+        """Returns the token ids of untrusted documents.
+
+        The name of a special token in a document is encoded as plain text, and no BOS or EOS is
+        added.
+        """
         batch = self._powerless.encode_batch_fast(
             [_valid(text) for text in texts], add_special_tokens=False
         )
@@ -188,21 +204,24 @@ class Tokenizer:
         return backend
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids without added special tokens, and for each the characters of `text` it covers."""
+        """Returns the ids without BOS or EOS, and for each id its character span in `text`."""
         encoding = self.backend.encode(_valid(text), add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """Returns the text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def token_text(self, token_id: int) -> str:
-        """The text of a single token, special ones included."""
+        """Returns the text of a single token, including special tokens."""
         return self.backend.decode([token_id], skip_special_tokens=False)
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
-        """Called with an id: the bytes the token adds to a text, a piece of a character included; None without one."""
+        """Maps an id to the bytes that its token adds to a text, which may be part of a character.
+
+        The result is None for an id without a token.
+        """
         return TokenBytes(self.backend)
 
     def encode_chat(
@@ -217,19 +236,27 @@ class Tokenizer:
         check_words: bool = False,
         refuse_unwritten: bool = False,
     ) -> EncodedChat:
-        """Ids of a conversation under the model's chat template, and with `with_mask` which tokens are trained.
+        """Encodes a conversation with the model's chat template.
 
         Args:
-            num_prompt: messages at the beginning that are not trained, whoever speaks in them.
-            tools: with which the template `tool_use` is taken, where the model has one.
-            check_words: whether it is looked at which messages' words the template wrote (`EncodedChat.unwritten`); one whose
-                role it does not know is then refused.
-            refuse_unwritten: of a prompt, whether the template must write the words of every message but the assistant's.
-            max_tokens: a text that is longer than so many of the longest tokens is refused before it is encoded (text that
-                encoding would drop counts, too). What passes may still have more tokens.
+            messages: the conversation, in any form that `normalise_messages` reads.
+            tools: definitions of the available tools; if given, the template `tool_use` is used
+                where the model has one.
+            add_generation_prompt: whether to append the header of an assistant turn.
+            with_mask: whether to return the loss mask, which marks the tokens that are trained.
+            num_prompt: number of messages at the beginning that are masked, whatever their role.
+            max_tokens: rejects, before encoding, a text with more characters than this many of the
+                longest token (characters that encoding would drop count too). A text that passes
+                may still have more tokens.
+            check_words: whether to find messages whose content the template did not render
+                (`EncodedChat.unwritten`); one with a role unknown to the template is an error.
+            refuse_unwritten: for prompts, whether it is an error if the template does not render
+                the content of a message, except for assistant messages.
 
         Raises:
-            DataError: the model has no chat template, the template refuses the messages, or the text is too long.
+            DataError: the model has no chat template, the template rejects the messages, or a check
+                above failed.
+            ContextLengthError: the text is too long for `max_tokens`.
         """
         return self._template_for(tools).encode(
             self,
@@ -245,7 +272,7 @@ class Tokenizer:
 
     @cached_property
     def _tool_template(self) -> ChatTemplate | None:
-        """Compiled when it is needed: a template that is not used may be one that cannot be read here."""
+        """The template `tool_use`, compiled lazily because an unused one may be unsupported."""
         source = self.template_sources.get(TOOL_TEMPLATE)
         return None if source is None else ChatTemplate(source)
 
@@ -256,15 +283,19 @@ class Tokenizer:
             return self.chat_template
         if self.template_sources:
             raise DataError(
-                f"this model has chat templates named {', '.join(self.template_sources)} and none named "
-                f"{DEFAULT_TEMPLATE}; name the one to use {DEFAULT_TEMPLATE} in its {CONFIG_FILE}"
+                f"this model has chat templates named {', '.join(self.template_sources)} but none "
+                f"named {DEFAULT_TEMPLATE}; rename the one to use to {DEFAULT_TEMPLATE} in its "
+                f"{CONFIG_FILE}"
             )
         raise DataError(
-            "this model has no chat template; give plain prompts, or a model tuned for chat"
+            "this model has no chat template; give plain prompts, or use a model tuned for chat"
         )
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json`, `tokenizer_config.json` and the chat templates (as `AutoTokenizer` reads them)."""
+        """Writes `tokenizer.json`, `tokenizer_config.json` and the chat templates to a folder.
+
+        `AutoTokenizer` of transformers can read the result.
+        """
         folder = Path(folder)
         write_atomic(folder / TOKENIZER_FILE, self.backend.to_str(pretty=True))
         config: dict[str, Any] = {
@@ -281,14 +312,13 @@ class Tokenizer:
         sources = self.template_sources
         if sources.keys() == {DEFAULT_TEMPLATE}:
             config["chat_template"] = sources[DEFAULT_TEMPLATE]
-        elif (
-            sources
-        ):  # transformers 4 reads the list, 5 the files, or the list where there are none
+        elif sources:
+            # transformers 4 reads this list; transformers 5 reads the files, or else the list
             config["chat_template"] = [{"name": n, "template": t} for n, t in sources.items()]
         files = template_files(sources) or {}
         for stale in (folder / TEMPLATE_FILE, *(folder / TEMPLATE_FOLDER).glob("*.jinja")):
             if stale.relative_to(folder).as_posix() not in files.values():
-                stale.unlink(missing_ok=True)  # it would be read instead
+                stale.unlink(missing_ok=True)  # a stale file would take precedence
         for name, file in files.items():
             (folder / file).parent.mkdir(exist_ok=True)
             write_atomic(folder / file, sources[name])
@@ -296,7 +326,7 @@ class Tokenizer:
 
 
 def _valid(text: str) -> str:
-    """`text` with lone surrogates (which no UTF-8 holds) replaced."""
+    """Returns `text` with lone surrogates, which UTF-8 cannot encode, replaced."""
     if text.isascii():
         return text
     return text.encode("utf-8", "replace").decode("utf-8") if _has_surrogate(text) else text

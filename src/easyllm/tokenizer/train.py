@@ -1,9 +1,10 @@
-"""Training a tokenizer from text: five kinds, each the `tokenizers` library's own, and each deterministic.
+"""Training tokenizers from text, deterministically, with the trainers of the `tokenizers` library.
 
     text → normalizer → pre-tokenizer (words) → model (pieces) → ids
 
-The same corpus gives the same `tokenizer.json` byte for byte, whatever the process and the number of threads. Two of
-the library's trainers need help with that: see `_train_word_piece` and `_settle`.
+There are five types: BPE, WordPiece, unigram, word-level and character-level. The same corpus
+always gives a bitwise identical `tokenizer.json`, independent of the process and the number of
+threads. Two of the library's trainers need workarounds: see `_train_word_piece` and `_settle`.
 """
 
 import json
@@ -30,10 +31,11 @@ from easyllm.tokenizer.token_bytes import byte_values as byte_values
 from easyllm.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""Turns between `<|im_start|>role` and `<|im_end|>`."""
+"""The ChatML chat template: each turn is enclosed in `<|im_start|>role` and `<|im_end|>`."""
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 PATTERNS = {
     "cl100k": (
@@ -45,11 +47,12 @@ PATTERNS = {
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
-"""How GPT-4 and Llama 3 (`cl100k`) and Qwen 2 cut text into words; GPT-2's pattern is built into the library."""
+"""Pre-tokenizer patterns of GPT-4 and Llama 3 (`cl100k`) and of Qwen 2; the library has GPT-2's
+built in."""
 
 MAX_VOCAB_SIZE = 2**22
-"""Four times the largest vocabulary of a published model; the library sets memory aside for as many pieces as are asked
-for, and ends the process where it gets none."""
+"""Maximum vocabulary size: four times the largest vocabulary of a published model. The library
+allocates memory for all requested pieces in advance and aborts the process if that fails."""
 Count = Annotated[int, Field(ge=0, le=2**32)]
 
 _SCORE_DIGITS = 4
@@ -58,9 +61,13 @@ _SCORE_DIGITS = 4
 
 
 class NormalizerConfig(Config):
-    """What is done to text before anything else; what it changes, decoding does not give back.
+    """Text normalisation before pre-tokenization; decoding does not undo it.
 
-    `strip_accents` removes combining marks, so it needs a form that takes letters and accents apart (nfd, nfkd).
+    Attributes:
+        form: Unicode normalisation form.
+        strip_accents: removes combining marks; needs a form that decomposes accented letters (nfd,
+            nfkd).
+        lowercase: converts the text to lower case.
     """
 
     form: Literal["nfc", "nfd", "nfkc", "nfkd"] | None = None
@@ -70,26 +77,34 @@ class NormalizerConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.strip_accents and self.form not in ("nfd", "nfkd"):
-            raise ValueError(f"strip_accents with form={self.form} finds no accents; set form: nfd")
+            raise ValueError(
+                f"strip_accents has no effect with form={self.form}, which does not decompose "
+                "accented letters; set form: nfd"
+            )
         return self
 
 
 Digits = Literal["individual", "groups"] | None
-"""Numbers cut into single digits, into groups of up to three from the left, or left to the pattern."""
+"""How numbers are split: into single digits, into groups of up to three from the left, or only by
+the pattern (None)."""
 
 
 class BPEConfig(Config):
-    """Byte-level byte pair encoding (Sennrich et al. 2016, arXiv 1508.07909; Radford et al. 2019, section 2.2).
+    """Byte-level byte pair encoding (BPE).
 
-    All 256 bytes are in the vocabulary, so there is no unknown text. The cuts apply in the order they stand here.
+    Sources: Sennrich et al. 2016 (arXiv 1508.07909); Radford et al. 2019, section 2.2. All 256
+    bytes are in the vocabulary, so there is no unknown text. The pre-tokenizer steps apply in the
+    order of the attributes.
 
     Attributes:
-        whitespace: cut at whitespace and drop it, signs apart from words (decoding cannot give it back).
-        punctuation: each punctuation mark is a word of its own.
-        pattern: gpt2, cl100k or qwen2; None cuts no further.
-        own_pattern: a regular expression whose matches are the words, in place of `pattern`.
-        add_prefix_space: put a space before each piece so far that does not begin with one.
-        min_frequency: pairs rarer than this are not merged.
+        whitespace: split at whitespace and drop it, and separate symbols from words (decoding
+            cannot restore the whitespace).
+        punctuation: make each punctuation mark a separate word.
+        digits: how to split numbers.
+        pattern: split with the pattern of gpt2, cl100k or qwen2; None does not split further.
+        own_pattern: a regular expression whose matches are the words, used instead of `pattern`.
+        add_prefix_space: prepend a space to each word so far that does not start with one.
+        min_frequency: pairs that occur less often than this are not merged.
     """
 
     kind: Literal["bpe"] = "bpe"
@@ -106,17 +121,26 @@ class BPEConfig(Config):
         if self.own_pattern is None:
             return self
         if "pattern" in self.model_fields_set and self.pattern is not None:
-            raise ValueError(f"own_pattern and pattern={self.pattern} are both set; drop one")
+            raise ValueError(f"own_pattern and pattern={self.pattern} are both set; remove one")
         try:
             Regex(self.own_pattern)
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"own_pattern is no regular expression ({error})") from None
+            raise ValueError(f"own_pattern is not a valid regular expression ({error})") from None
         return self
 
 
 class WordPieceConfig(Config):
-    """BERT's word pieces (Schuster & Nakajima 2012; Devlin et al. 2019, arXiv 1810.04805): whitespace and punctuation
-    cut words, a Chinese character is a word of its own, `##` marks a piece inside a word. Spaces are not kept."""
+    """WordPiece, as in BERT (Schuster & Nakajima 2012; Devlin et al. 2019, arXiv 1810.04805).
+
+    Text is split at whitespace and punctuation, and each Chinese character is a separate word. `##`
+    marks a piece that continues a word. Spaces are not preserved.
+
+    Attributes:
+        unk: the UNK token.
+        digits: how to split numbers.
+        max_word_length: longer words, in characters, become UNK.
+        min_frequency: pairs that occur less often than this are not merged.
+    """
 
     kind: Literal["wordpiece"] = "wordpiece"
     unk: str = "[UNK]"
@@ -126,9 +150,15 @@ class WordPieceConfig(Config):
 
 
 class UnigramConfig(Config):
-    """Sentencepiece's unigram language model (Kudo 2018, arXiv 1804.10959); a space is written ▁.
+    """SentencePiece's unigram language model (Kudo 2018, arXiv 1804.10959); a space is written ▁.
 
-    `byte_fallback`: a character outside the vocabulary becomes its bytes (256 more pieces), not `unk`.
+    Attributes:
+        unk: the UNK token.
+        byte_fallback: encode a character outside the vocabulary as its bytes (with 256 additional
+            pieces) instead of `unk`.
+        digits: how to split numbers.
+        add_prefix_space: prepend a space to the text.
+        max_piece_length: maximum length of a piece, in characters.
     """
 
     kind: Literal["unigram"] = "unigram"
@@ -140,7 +170,13 @@ class UnigramConfig(Config):
 
 
 class WordLevelConfig(Config):
-    """A token a word or punctuation mark, the most frequent first. Spaces are not kept."""
+    """One token per word or punctuation mark, in order of frequency; spaces are not preserved.
+
+    Attributes:
+        unk: the UNK token.
+        digits: how to split numbers.
+        min_frequency: words that occur less often than this become `unk`.
+    """
 
     kind: Literal["wordlevel"] = "wordlevel"
     unk: str = "[UNK]"
@@ -149,9 +185,12 @@ class WordLevelConfig(Config):
 
 
 class CharactersConfig(Config):
-    """A token a character, spaces too, the most frequent first.
+    """One token per character, including spaces, in order of frequency.
 
-    `min_frequency`: rarer characters become `unk`; all others must fit the vocabulary.
+    Attributes:
+        unk: the UNK token.
+        min_frequency: characters that occur less often than this become `unk`; all others must fit
+            in the vocabulary.
     """
 
     kind: Literal["characters"] = "characters"
@@ -166,15 +205,21 @@ Kind = Annotated[
 
 
 class TokenizerConfig(Config):
-    """How a tokenizer is trained.
+    """Configuration of tokenizer training.
 
     Attributes:
-        model: the kind of tokenizer, with its own options.
-        vocab_size: most ids, special tokens included; a small corpus may give fewer.
-        special_tokens: take the first ids in this order; bos, eos, pad and unk follow where they are not among them.
-        add_bos, add_eos: whether encoding puts bos in front and eos behind.
-        chat_template: `chatml` (brings its two tokens along), or jinja source.
-        max_seq_len: longest sequence, written to `tokenizer_config.json`.
+        model: the type of tokenizer, with its options.
+        vocab_size: maximum number of ids, including special tokens; a small corpus may give fewer.
+        normalizer: text normalisation.
+        special_tokens: these tokens get the first ids, in this order, followed by those of BOS,
+            EOS, PAD and UNK that are not among them.
+        bos: the BOS token.
+        eos: the EOS token.
+        pad: the PAD token.
+        add_bos: whether encoding prepends BOS.
+        add_eos: whether encoding appends EOS.
+        chat_template: `chatml` (which adds its two special tokens), or Jinja source.
+        max_seq_len: maximum sequence length, written to `tokenizer_config.json`.
     """
 
     model: Kind = BPEConfig()
@@ -194,7 +239,7 @@ class TokenizerConfig(Config):
     def _no_token_twice(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
         twice = [token for token, count in Counter(tokens).items() if count > 1 or not token]
         if twice:
-            raise ValueError(f"special token {twice[0]!r} is empty or stands there twice; drop it")
+            raise ValueError(f"special token {twice[0]!r} is empty or duplicated; remove it")
         return tokens
 
     @model_validator(mode="after")
@@ -204,18 +249,18 @@ class TokenizerConfig(Config):
                 raise ValueError(f"add_{role} needs a {role} token; set {role}")
         template = self.chat_template
         if template is not None and template != "chatml" and "{" not in template:
-            raise ValueError(f"chat_template={template!r} is neither chatml nor jinja source")
+            raise ValueError(f"chat_template={template!r} is neither chatml nor Jinja source")
         return self
 
     @property
     def special(self) -> SpecialTokens:
-        """The tokens with a role."""
+        """The BOS, EOS, PAD and UNK tokens."""
         unk = None if isinstance(self.model, BPEConfig) else self.model.unk
         return SpecialTokens(bos=self.bos, eos=self.eos, pad=self.pad, unk=unk)
 
     @property
     def all_special_tokens(self) -> tuple[str, ...]:
-        """Every special token in the order of ids, each once."""
+        """All special tokens in the order of their ids, without duplicates."""
         special = self.special
         chat = CHATML_TOKENS if self.chat_template == "chatml" else ()
         roles = (special.bos, special.eos, special.pad, special.unk)
@@ -226,14 +271,15 @@ class TokenizerConfig(Config):
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that `texts` give under `config`.
+    """Trains a tokenizer on texts.
 
     Args:
-        texts: documents or lines, read once.
+        texts: documents or lines; read once.
+        config: the type and the options of the tokenizer.
 
     Raises:
-        ConfigError: the vocabulary is smaller than the alphabet and the special tokens.
-        DataError: the texts hold nothing.
+        ConfigError: the vocabulary is too small for the alphabet and the special tokens.
+        DataError: all texts are empty.
 
     Example:
         >>> config = TokenizerConfig(vocab_size=300, model=BPEConfig(digits="individual"))
@@ -255,27 +301,28 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 
 def shortfall(tokenizer: Tokenizer, config: TokenizerConfig) -> str | None:
-    """A sentence on a vocabulary that came out smaller than was asked for; None where it did not."""
+    """Returns a message if the vocabulary is smaller than requested, otherwise None."""
     if tokenizer.vocab_size >= config.vocab_size:
         return None
     return (
-        f"the text gives {tokenizer.vocab_size:,} ids, fewer than vocab_size={config.vocab_size:,}: "
-        "it holds no more pieces that are frequent enough; give more text, or ask for fewer"
+        f"the text yields {tokenizer.vocab_size:,} ids, fewer than "
+        f"vocab_size={config.vocab_size:,}: it contains no more pieces that are frequent enough; "
+        "give more text, or lower vocab_size"
     )
 
 
 def sound(texts: Iterable[str]) -> Iterator[str]:
-    """The texts with lone surrogates replaced, as encoding does.
+    """Yields the texts with lone surrogates replaced, as encoding does.
 
     Raises:
-        DataError: at the end, where all of them were empty.
+        DataError: at the end, if all texts were empty.
     """
     empty = True
     for text in texts:
         empty = empty and not text
         yield text.encode("utf-8", "replace").decode("utf-8")
     if empty:
-        raise DataError("there is no text to train a tokenizer on; name files that hold some")
+        raise DataError("there is no text to train a tokenizer on; give files that contain text")
 
 
 def _train_bpe(texts: Iterator[str], model: BPEConfig, config: TokenizerConfig) -> Backend:
@@ -297,8 +344,12 @@ def _train_bpe(texts: Iterator[str], model: BPEConfig, config: TokenizerConfig) 
 def _train_word_piece(
     texts: Iterator[str], model: WordPieceConfig, config: TokenizerConfig
 ) -> Backend:
-    """The library numbers the letters inside words in the order of a hash table, which differs between processes, and
-    breaks ties between pairs by these numbers. Named as special tokens, they are numbered in our order."""
+    """Trains WordPiece deterministically.
+
+    The library numbers the letters inside words in the order of a hash table, which differs between
+    processes, and breaks ties between pairs by these numbers. Passing these letters as special
+    tokens fixes their order.
+    """
     chinese = normalizers.BertNormalizer(
         clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False
     )
@@ -343,7 +394,7 @@ def _train_unigram(texts: Iterator[str], model: UnigramConfig, config: Tokenizer
         special_tokens=list(config.all_special_tokens),
         unk_token=model.unk,
         max_piece_length=model.max_piece_length,
-        # text that spells a byte piece must be spelt with these, not read as the byte
+        # text that looks like a byte piece must be encoded with these characters, not as the byte
         initial_alphabet=sorted(letters),
         show_progress=False,
     )
@@ -452,7 +503,11 @@ def _set_steps(
     normalizer: list[normalizers.Normalizer],
     words: list[pre_tokenizers.PreTokenizer],
 ) -> None:
-    """A single step stands alone, as readers of `tokenizer.json` expect of the well-known kinds."""
+    """Sets the normalizer and the pre-tokenizer of a backend.
+
+    A single step is not wrapped in a sequence, because readers of `tokenizer.json` expect the
+    well-known tokenizer types in that form.
+    """
     if normalizer:
         alone = len(normalizer) == 1
         backend.normalizer = normalizer[0] if alone else normalizers.Sequence(normalizer)
@@ -460,18 +515,25 @@ def _set_steps(
 
 
 def _check_room(config: TokenizerConfig, needed: int, what: str, other: str = "") -> None:
-    """Refuses a vocabulary that `needed` pieces and the special tokens do not fit; `other` is another way out."""
+    """Raises an error if `needed` pieces and the special tokens do not fit in the vocabulary.
+
+    Args:
+        config: the training configuration.
+        needed: number of pieces that the vocabulary must contain.
+        what: description of these pieces, for the message.
+        other: alternative remedy, appended to the message.
+    """
     special = len(config.all_special_tokens)
     if config.vocab_size < needed + special:
         plural = "" if special == 1 else "s"
         raise ConfigError(
-            f"vocab_size={config.vocab_size} has no room for {needed} {what} and {special} special token{plural}; "
-            f"set it to {needed + special} or more{other}"
+            f"vocab_size={config.vocab_size} is too small for {needed} {what} and {special} "
+            f"special token{plural}; set it to {needed + special} or more{other}"
         )
 
 
 def _counted(texts: Iterator[str], config: TokenizerConfig, counts: Counter[str]) -> Iterator[str]:
-    """The texts, the characters that normalisation leaves of them counted."""
+    """Yields the texts and counts the characters of their normalised form."""
     normalizer = normalizers.Sequence(_normalizer(config.normalizer))
     for text in texts:
         counts.update(normalizer.normalize_str(text))
@@ -498,11 +560,12 @@ def _read_model(backend: Backend) -> dict[str, Any]:
 
 
 def _settle(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Trained unigram pieces, best first, without what differs between two trainings on the same corpus.
+    """Returns trained unigram pieces, best first, with reproducible scores.
 
-    The library scores the characters that training dropped lowest + 0, 1, 2, ... times 0.0001, in the order of a hash
-    table; here they share the lowest score. Other scores are sums of floats in no fixed order, equal to about 1e-10;
-    they are rounded well above that.
+    Two trainings on the same corpus differ in two ways. The library assigns the characters that
+    training dropped the scores lowest + 0, 1, 2, ... times 0.0001, in the order of a hash table;
+    here they all get the lowest score. Other scores are sums of floats in no fixed order and agree
+    only to about 1e-10; they are rounded much more coarsely than that.
     """
     lowest = min(score for _, score in pieces)
     characters = {score: piece for piece, score in pieces if len(piece) == 1}

@@ -1,4 +1,7 @@
-"""Which tokens end an assistant's turn under a chat template: what a model tuned on conversations learns to stop with."""
+"""Finding the tokens that end an assistant turn under a chat template.
+
+A model tuned on conversations learns to end its response with these tokens.
+"""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -19,11 +22,12 @@ _TOOLS: list[dict[str, Any]] = [
 
 
 def turn_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids of the control tokens that end an assistant's turn and are trained, in the order they are met.
+    """Returns the ids of the special tokens that end an assistant turn and are trained.
 
-    They are read off the loss mask of a short conversation: the last trained token of every turn, where it is a control
-    token. Several where a turn ends otherwise in the middle of a conversation than at its end (GLM-4's next role tag and
-    its EOS); none without a chat template, or where the template ends turns with plain text.
+    They are determined from the loss mask of short conversations: the last trained token of each
+    turn, if it is a special token, in the order of occurrence. There are several if a turn in the
+    middle of a conversation ends differently from the last one (GLM-4's next role tag and its EOS).
+    There are none without a chat template, or if the template ends turns with plain text.
     """
     if not tokenizer.template_sources:
         return ()
@@ -32,12 +36,12 @@ def turn_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _ends(tokenizer: Tokenizer, tools: list[dict[str, Any]] | None) -> Iterator[int]:
-    for turns in (_TURNS, _TURNS[:2]):  # a template may take one exchange alone
+    for turns in (_TURNS, _TURNS[:2]):  # a template may accept only a single exchange
         try:
             chat = tokenizer.encode_chat(turns, tools=tools, with_mask=True)
         except DataError:
             continue
-        assert chat.mask is not None, "it was asked for"
+        assert chat.mask is not None, "the mask was requested"
         marked = groupby(zip(chat.token_ids, chat.mask, strict=True), key=lambda pair: pair[1])
         for trained, pairs in marked:
             last = _last_of([token for token, _ in pairs], tokenizer)
@@ -47,7 +51,7 @@ def _ends(tokenizer: Tokenizer, tools: list[dict[str, Any]] | None) -> Iterator[
 
 
 def _last_of(ids: list[int], tokenizer: Tokenizer) -> int:
-    """The last token, blanks after it left out (a template's line break may be trained too)."""
+    """Returns the last token, ignoring trailing whitespace (which the mask may include)."""
     while len(ids) > 1 and ids[-1] not in tokenizer.special_ids:
         if tokenizer.token_text(ids[-1]).strip():
             break

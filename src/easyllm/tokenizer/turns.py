@@ -1,12 +1,14 @@
-"""Where the turns of a conversation stand in what a chat template rendered.
+"""Locating the turns of a conversation in the text that a chat template rendered.
 
-A template walks over the messages in a loop, so what a turn wrote is what was written while the loop was at its message:
-`template` notes that for every loop (`Visit`). Nothing is rendered twice for it and nothing is compared, so neither equal
-answers, nor dropped reasoning, nor a text that only the last turn gets can mislead it. Of that text the turn's header is
-not the assistant's: it is what the template writes as the generation prompt.
+A template iterates over the messages in a loop, so the text of a turn is what was written while the
+loop was at its message. `template` records this for every loop (`Visit`). This needs no second
+rendering and no text comparison, so it is not affected by identical responses, by dropped
+reasoning, or by text that is written only for the last turn. The header of the turn, which the
+template also writes as the generation prompt, does not belong to the assistant's text.
 
-Templates that do not iterate over the messages themselves (over indices, say, or over copies) are rendered again: shortened
-to the messages before and up to the turn, or, where that does not give a prefix of the text, with the turn's words changed.
+Templates that do not iterate over the messages themselves (but over indices or copies, for example)
+are rendered again: with only the messages before the turn and up to the turn or, if that does not
+give a prefix of the text, with the content of the turn replaced.
 """
 
 from collections import defaultdict
@@ -20,16 +22,20 @@ from easyllm.tokenizer.template_budget import Visit
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 Render = Callable[[Messages, bool], tuple[str, list[Visit]]]
-"""Renders messages, with the generation prompt where the flag says so."""
+"""Renders messages, with the generation prompt if the flag is set; also returns the visits."""
 
 _QUESTION = [{"role": "user", "content": "?"}]
 _PROBE_LENGTH = 3
 MOST_DOUBTS = 4
+"""Maximum number of messages that `first_unwritten` renders again."""
 _HEADER_ENDS = frozenset(">]|:")
 
 
 def written_by_message(visits: Sequence[Visit]) -> dict[int, Span]:
-    """Where each message that a loop was at wrote something; of several loops, the one that wrote the most counts."""
+    """Returns the span of the text that each message wrote, by message index.
+
+    If the template has several loops over the messages, the loop that wrote the most text is used.
+    """
     loops: dict[int, dict[int, Span]] = defaultdict(dict)
     sizes: dict[int, int] = defaultdict(int)
     is_at: dict[int, Visit] = {}
@@ -46,11 +52,17 @@ def written_by_message(visits: Sequence[Visit]) -> dict[int, Span]:
 def unwritten_words(
     text: str, visits: Sequence[Visit], messages: Messages, render: Render
 ) -> list[int]:
-    """The messages of whose words the template wrote nothing: the text is the same with other words in their place.
+    """Returns the indices of messages whose content the template did not render.
 
-    Where the template's loop was at a message and the words are in what was written, nothing is rendered for it.
+    For such a message, the text does not change when its content is replaced. This is tested by
+    rendering again, except for messages whose content is found in the text that the template's loop
+    wrote for them.
 
-    Args: as of `TurnFinder`.
+    Args:
+        text: as for `TurnFinder`.
+        visits: as for `TurnFinder`.
+        messages: the rendered messages.
+        render: as for `TurnFinder`.
     """
     written = written_by_message(visits)
     finder = TurnFinder(text, visits, messages, render)
@@ -66,13 +78,17 @@ def unwritten_words(
 def first_unwritten(
     text: str, visits: Sequence[Visit], messages: Messages, render: Render
 ) -> int | None:
-    """The first message that is not the assistant's and of whose words the template wrote nothing; None where there is none.
+    """Returns the index of the first message whose content was not rendered, or None.
 
-    For prompts, whoever sends them: words are looked for in the order of the messages, and at most `MOST_DOUBTS` messages
-    are rendered again to tell; the ones after that count as written.
+    Assistant messages are not checked. The function is for untrusted prompts, so its cost is
+    bounded: contents are searched for in the order of the messages, and at most `MOST_DOUBTS`
+    messages are tested by rendering again; all later ones count as rendered.
 
     Args:
-        render: as `text` was rendered, with the generation prompt or without.
+        text: the rendered text.
+        visits: the visits recorded by the rendering.
+        messages: the rendered messages.
+        render: renders messages in the same way as `text`, with or without the generation prompt.
     """
     written = written_by_message(visits)
     finder = TurnFinder(text, visits, messages, render)
@@ -97,7 +113,7 @@ def first_unwritten(
 def unwritten_calls(
     text: str, messages: Messages, turns: Sequence[int], render: Render
 ) -> list[int]:
-    """Of `turns`, those that are tool calls without words, if the template writes none of the calls."""
+    """Returns those of `turns` that contain only tool calls, if the template renders no calls."""
     silent = [
         t for t in turns if messages[t].get("tool_calls") and not messages[t]["content"].strip()
     ]
@@ -113,17 +129,18 @@ def unwritten_calls(
     ]
     try:
         without, _ = render(bare, False)
-    except DataError:  # it refuses an empty answer, so it looked at the calls
+    except DataError:  # it rejects an empty turn, so it reads the calls
         return []
     return silent if without == text else []
 
 
 class TurnFinder:
-    """Finds the assistant's turns in a rendering.
+    """Locates assistant turns in a rendered conversation.
 
     Args:
         text: the messages as the template renders them, without a generation prompt.
-        visits: what the rendering noted.
+        visits: the visits recorded by the rendering.
+        messages: the rendered messages.
         render: renders other messages in the same way.
     """
 
@@ -134,30 +151,33 @@ class TurnFinder:
         self._written = written_by_message(visits)
 
     def find(self, turn: int) -> Span:
-        """The characters of an assistant turn: all that the template writes for it, without its header.
+        """Returns the span of an assistant turn: the text written for it, without its header.
+
+        Args:
+            turn: index of the message.
 
         Raises:
-            DataError: they cannot be found.
+            DataError: the turn cannot be located.
         """
         found = self._from_visits(turn) or self._from_prefixes(turn) or self._from_change(turn)
         if found is None:
             raise DataError(
-                f"assistant turn {turn} cannot be found in what the chat template renders; "
-                "put {% generation %} marks around the assistant's words in the template"
+                f"assistant turn {turn} cannot be located in the text that the chat template "
+                "renders; put {% generation %} marks around the assistant's content in the template"
             )
         return found
 
     def depends_on(self, number: int) -> bool:
-        """Whether a message's words are in the text: whether it is another one with other words."""
+        """Whether the content of a message is rendered: whether replacing it changes the text."""
         try:
             return self._with_other_words(number) != self._text
-        except DataError:  # it looks at the words; whether it writes them is told by the text
+        except DataError:  # the template reads the content; the text shows whether it renders it
             return bool(self._messages[number]["content"].strip() in self._text)
 
     @cached_property
     def _prompt(self) -> str:
-        """What the template writes as the generation prompt; nothing where that cannot be told."""
-        for messages in (_QUESTION, self._messages):  # a template may refuse a single question
+        """The generation prompt that the template writes; empty if it cannot be determined."""
+        for messages in (_QUESTION, self._messages):  # a template may reject a single question
             try:
                 (without, _), (text, _) = (
                     self._render(messages, False),
@@ -180,10 +200,11 @@ class TurnFinder:
         return self._after_header(turn, begin, end), end
 
     def _after_header(self, turn: int, begin: int, end: int) -> int:
-        """Where the turn's header ends, if the generation prompt is not simply what comes first.
+        """Returns where a turn's header ends if the turn does not start with the generation prompt.
 
-        A default system prompt may be written before the header, in the same step of the loop, and the generation prompt
-        may continue after the header (with `<think>`, say) as this turn does not.
+        A default system prompt may be written before the header in the same loop iteration, and the
+        generation prompt may continue after the header in a way this turn does not (with `<think>`,
+        for example).
         """
         changed = self._changed(turn)
         words = end if changed is None else min(max(changed[0], begin), end)
@@ -205,7 +226,7 @@ class TurnFinder:
         return before, after
 
     def _from_change(self, turn: int) -> Span | None:
-        """Where the text changes if the turn's content does; only for turns that are nothing but content."""
+        """Returns the span that changes with the turn's content; only for turns without calls."""
         message = self._messages[turn]
         if message.get("tool_calls") or not message["content"].strip():
             return None
@@ -213,15 +234,18 @@ class TurnFinder:
         return changed if changed is not None and changed[0] < changed[1] else None
 
     def _prefix(self, messages: Messages, *, prompt: bool) -> int | None:
-        """The length of what `messages` are rendered as, if the text begins with it."""
+        """Returns the length of the rendering of `messages` if it is a prefix of the text."""
         try:
             part, _ = self._render(messages, prompt)
-        except DataError:  # a template may refuse a conversation cut short
+        except DataError:  # a template may reject a truncated conversation
             return None
         return len(part) if self._text.startswith(part) else None
 
     def _changed(self, turn: int) -> Span | None:
-        """The characters that differ when the turn's content is exchanged; None where none do, or the change is refused."""
+        """Returns the span that differs when the turn's content is replaced.
+
+        The result is None if nothing differs, or if the template rejects the new content.
+        """
         try:
             other = self._with_other_words(turn)
         except DataError:
@@ -233,9 +257,10 @@ class TurnFinder:
         return start, max(start, len(self._text) - tail)
 
     def _with_other_words(self, number: int) -> str:
-        """The text that the template writes with the content of a message exchanged."""
+        """Returns the text rendered with the content of a message replaced."""
         content = self._messages[number]["content"].strip()
-        # a character the content and the prompt lack, so that they differ at the content's first and last character
+        # the probe character occurs in neither the content nor the prompt, so the texts differ at
+        # the first and at the last character of the content
         known = content + self._prompt + self._text[-1:]
         probe = next(c for c in map(chr, range(ord("A"), 0x110000)) if c not in known)
         message = self._messages[number] | {"content": probe * _PROBE_LENGTH}
@@ -244,7 +269,7 @@ class TurnFinder:
 
 
 def _num_equal(first: Any, second: Any) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """Returns the length of the common prefix of two texts."""
     count = 0
     for a, b in zip(first, second, strict=False):
         if a != b:

@@ -1,6 +1,8 @@
-"""One small file a family: reader and writer of its `config.json`, its names on disk and in GGUF, its sizes.
+"""Model families, one small module each.
 
-To add one: write the file and register its `FAMILY` below; outside this package, `register_family` does the same.
+A family module defines the reader and writer of the family's `config.json`, its tensor names in
+Hugging Face and GGUF files, and its published sizes. To add a family, write its module and register
+its `FAMILY` below; code outside this package calls `register_family`.
 """
 
 from easyllm.core.errors import CheckpointError, ConfigError, suggest
@@ -20,17 +22,17 @@ from easyllm.models.families.family import Family
 from easyllm.models.families.gguf_layout import GGUFLayout, GGUFMetadata
 
 FAMILIES: dict[str, Family] = {}
-"""Every registered family by its name."""
+"""All registered families by name."""
 
 
 def register_family(family: Family) -> None:
-    """Makes a family known: models of it are read, written and built from here on.
+    """Registers a family, so that its models can be read, written and built.
 
     Raises:
-        ConfigError: another family has its name, its `model_type` or its GGUF architecture.
+        ConfigError: its name, `model_type` or GGUF architecture is already taken.
     """
     if family.name in FAMILIES:
-        raise ConfigError(f"a family {family.name!r} is registered already; choose another name")
+        raise ConfigError(f"a family {family.name!r} is already registered; choose another name")
     taken = _by_type().keys() & set(family.model_types)
     architectures = family.gguf.architectures if family.gguf else ()
     taken_architectures = _by_architecture().keys() & set(architectures)
@@ -38,42 +40,44 @@ def register_family(family: Family) -> None:
         if names:
             owner = (_by_type() | _by_architecture())[min(names)].name
             raise ConfigError(
-                f"{what} {min(names)!r} is read by the family {owner!r} already; leave it out of {family.name!r}"
+                f"{what} {min(names)!r} is already read by the family {owner!r}; "
+                f"leave it out of {family.name!r}"
             )
     FAMILIES[family.name] = family
 
 
 def family_of(model_type: object) -> Family:
-    """The family that reads a `config.json` of this `model_type`.
+    """Returns the family that reads a `config.json` with this `model_type`.
 
     Raises:
-        CheckpointError: no family does.
+        CheckpointError: there is no such family.
     """
     known = _by_type()
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]
     raise CheckpointError(
         f"model_type {model_type!r} is not known{suggest(str(model_type), known)}; "
-        f"known are {', '.join(sorted(known))} (code that comes with a checkpoint is never run)"
+        f"known types are {', '.join(sorted(known))} "
+        "(code shipped with a checkpoint is never executed)"
     )
 
 
 def family_named(name: str) -> Family:
-    """The family of a `ModelConfig.family`.
+    """Returns the family with the given name (`ModelConfig.family`).
 
     Raises:
-        CheckpointError: none has this name.
+        CheckpointError: no family has this name.
     """
     if name not in FAMILIES:
         raise CheckpointError(
-            f"family {name!r} is not known{suggest(name, FAMILIES)}; known are {', '.join(FAMILIES)} "
-            "(register_family adds one)"
+            f"family {name!r} is not known{suggest(name, FAMILIES)}; known families are "
+            f"{', '.join(FAMILIES)} (register_family adds one)"
         )
     return FAMILIES[name]
 
 
 def layout_of(architecture: object) -> GGUFLayout:
-    """How to read a GGUF file of this `general.architecture`.
+    """Returns the layout of GGUF files with this `general.architecture`.
 
     Raises:
         CheckpointError: no family reads it.
@@ -83,7 +87,7 @@ def layout_of(architecture: object) -> GGUFLayout:
     if family is None or family.gguf is None:
         raise CheckpointError(
             f"GGUF architecture {architecture!r} is not known{suggest(str(architecture), known)}; "
-            f"known are {', '.join(sorted(known))}"
+            f"known architectures are {', '.join(sorted(known))}"
         )
     return family.gguf
 

@@ -1,6 +1,7 @@
-"""Models of our own make: any parts in any order, named on disk as they are here.
+"""Easyllm's own family: any combination of parts, with our parameter names on disk.
 
-For decoders that no published family describes (linear attention, ALiBi in a Llama ...). Other toolkits do not read them.
+It represents decoders that no published family describes (linear attention, a Llama with ALiBi,
+...). Other tools cannot read these checkpoints.
 """
 
 from typing import Any
@@ -19,12 +20,12 @@ _TOKEN_IDS = {"bos_token_id", "eos_token_ids", "pad_token_id"}
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """The configuration as it was written."""
+    """Returns the `ModelConfig` stored under `parts`."""
     return ModelConfig.model_validate({**require(hf, "parts"), **read_token_ids(hf)})
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Its `config.json`: the whole of `ModelConfig` under `parts`."""
+    """Returns the `config.json` values: the complete `ModelConfig` under `parts`."""
     return {
         "architectures": ["EasyllmForCausalLM"],
         "model_type": "easyllm",

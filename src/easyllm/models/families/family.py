@@ -1,7 +1,8 @@
-"""What a family is: data that connects a Hugging Face `config.json` and its tensor names with our decoder.
+"""The definition of a model family and the helpers that most families share.
 
-Most families write their configuration and name their tensors the way Llama does; the functions at the end read and
-write what they share, and a family's file says where it differs.
+A family maps a Hugging Face `config.json` and its tensor names to our decoder. Most families write
+their configuration and name their tensors as Llama does. The functions in this module read and
+write these shared parts; each family's module handles its differences.
 """
 
 from collections import ChainMap
@@ -40,12 +41,13 @@ class Family:
     """A family of models.
 
     Attributes:
-        name: ours, kept in `ModelConfig.family`.
-        model_types: the `model_type`s of `config.json` it reads; the first is the one it writes.
-        read_config, write_config: `config.json` to `ModelConfig` and back.
-        keymap: names of our parameters on disk.
+        name: name of the family, stored in `ModelConfig.family`.
+        model_types: the `model_type` values of `config.json` that it reads; it writes the first.
+        read_config: converts the values of a `config.json` to a `ModelConfig`.
+        write_config: converts a `ModelConfig` to the values of a `config.json`.
+        keymap: returns the map from our parameter names to Hugging Face tensor names.
         sizes: `config.json` values of published models by name.
-        gguf: its names and metadata in GGUF files, where these are read.
+        gguf: tensor names and metadata in GGUF files; None if GGUF is not supported.
     """
 
     name: str
@@ -58,28 +60,31 @@ class Family:
 
 
 def with_defaults(config: HFConfig, defaults: HFConfig) -> HFConfig:
-    """A `config.json` whose missing keys have the defaults of its class in transformers; a null stays a null."""
+    """Returns `config` with missing keys set to the defaults of its `transformers` class.
+
+    A key that is explicitly null stays null.
+    """
     return ChainMap(cast("dict[str, Any]", config), dict(defaults))
 
 
 def expect_part(value: object, kind: type[Part]) -> Part:
-    """A part of a model, of the only kind that a family's `config.json` can say.
+    """Returns a model part after checking that it has the only type the family's format supports.
 
     Raises:
-        CheckpointError: it is of another kind.
+        CheckpointError: it has another type.
     """
     if not isinstance(value, kind):
         raise CheckpointError(
-            f"it has {type(value).__name__} where the family has {kind.__name__} in every layer"
+            f"it uses {type(value).__name__}, but the family uses {kind.__name__} in every layer"
         )
     return value
 
 
 def require(config: HFConfig, key: str) -> Any:
-    """The value of `key`.
+    """Returns the value of `key`.
 
     Raises:
-        CheckpointError: `config.json` has none.
+        CheckpointError: the key is missing or null.
     """
     if config.get(key) is None:
         raise CheckpointError(f"config.json has no {key!r}; copy the checkpoint's own config.json")
@@ -87,10 +92,11 @@ def require(config: HFConfig, key: str) -> Any:
 
 
 def num_layers(config: HFConfig, key: str = "num_hidden_layers") -> int:
-    """The number of layers.
+    """Returns the number of layers.
 
     Raises:
-        CheckpointError: there is none, or one no model has (a damaged file must not make us build millions).
+        CheckpointError: the number is missing or not in 1 to `MAX_LAYERS`. The upper bound prevents
+            a damaged file from making us build millions of layers.
     """
     count = require(config, key)
     if not isinstance(count, int) or not 1 <= count <= MAX_LAYERS:
@@ -99,16 +105,30 @@ def num_layers(config: HFConfig, key: str = "num_hidden_layers") -> int:
 
 
 def refuse(config: HFConfig, expected: Mapping[str, Any]) -> None:
-    """Refuses options of `config.json` that would change the mathematics and are not implemented."""
+    """Rejects options of `config.json` that change the computation and are not implemented.
+
+    Args:
+        config: the values of the `config.json`.
+        expected: the only supported value of each option; a missing or null option is accepted.
+
+    Raises:
+        CheckpointError: an option has another value.
+    """
     for key, value in expected.items():
         if config.get(key, value) not in (value, None):
             raise CheckpointError(
-                f"config.json sets {key}={config[key]!r}, which is not implemented (expected {value!r})"
+                f"config.json sets {key}={config[key]!r}, which is not implemented "
+                f"(expected {value!r})"
             )
 
 
 def read_attention(hf: HFConfig, **changes: Any) -> AttentionConfig:
-    """Heads, widths and RoPE as Llama writes them; `changes` are the family's own options."""
+    """Reads heads, widths and RoPE from the keys that Llama uses.
+
+    Args:
+        hf: the values of a `config.json`.
+        **changes: fields of `AttentionConfig` that override what was read.
+    """
     heads = require(hf, "num_attention_heads")
     head_dim = hf.get("head_dim") or require(hf, "hidden_size") // heads
     values: dict[str, Any] = {
@@ -122,7 +142,7 @@ def read_attention(hf: HFConfig, **changes: Any) -> AttentionConfig:
 
 
 def read_glu(hf: HFConfig, **changes: Any) -> GLUConfig:
-    """SwiGLU as Llama writes it."""
+    """Reads a SwiGLU from the keys that Llama uses; `changes` override fields of `GLUConfig`."""
     values = {"intermediate_size": require(hf, "intermediate_size")}
     return GLUConfig(**values | changes)
 
@@ -135,7 +155,15 @@ def read_model(
     norm_placement: str = "pre",
     **changes: Any,
 ) -> ModelConfig:
-    """A model of Llama's make; `layer(i)` gives the parts of layer i."""
+    """Reads a model with a Llama-style `config.json`.
+
+    Args:
+        hf: the values of the `config.json`.
+        family: name of the family.
+        layer: returns the mixer and the feed-forward of layer i.
+        norm_placement: `pre` (pre-norm), `post` (post-norm) or `sandwich` (both), see `nn/config`.
+        **changes: fields of `ModelConfig` that override what was read.
+    """
     layers = []
     for number in range(num_layers(hf)):
         mixer, feed_forward = layer(number)
@@ -160,7 +188,11 @@ def _rope_of(mixer: Mixer) -> Rope | None:
 
 
 def write_model(config: ModelConfig, *, model_type: str, architecture: str) -> dict[str, Any]:
-    """What Llama's make of `config.json` holds, but for the feed-forward."""
+    """Returns the values of a Llama-style `config.json`, without those of the feed-forward.
+
+    Raises:
+        CheckpointError: the model does not use softmax attention with RoPE.
+    """
     mixer = expect_part(config.layers[0].mixer, AttentionConfig)
     position = expect_part(mixer.position, Rope)
     return {
@@ -181,14 +213,18 @@ def write_model(config: ModelConfig, *, model_type: str, architecture: str) -> d
 
 
 def dense_layer(config: ModelConfig) -> tuple[AttentionConfig, GLUConfig]:
-    """Mixer and feed-forward of the first layer of a model of softmax attention and GLUs."""
+    """Returns the mixer and the feed-forward of the first layer.
+
+    Raises:
+        CheckpointError: the layer does not consist of softmax attention and a GLU.
+    """
     layer = config.layers[0]
     mixer = expect_part(layer.mixer, AttentionConfig)
     return mixer, expect_part(layer.feed_forward, GLUConfig)
 
 
 def write_dense_model(config: ModelConfig, *, model_type: str, architecture: str) -> dict[str, Any]:
-    """`write_model` with a SwiGLU in every layer."""
+    """Returns the values of a Llama-style `config.json` with a SwiGLU in every layer."""
     _, feed_forward = dense_layer(config)
     return write_model(config, model_type=model_type, architecture=architecture) | {
         "intermediate_size": feed_forward.intermediate_size,
@@ -197,7 +233,11 @@ def write_dense_model(config: ModelConfig, *, model_type: str, architecture: str
 
 
 def llama_pairs(norms: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
-    """Name pairs of Llama's make: ours, HF's. `norms` names the norms of a layer otherwise placed."""
+    """Returns pairs of our parameter name and the HF tensor name of a Llama-style model.
+
+    Args:
+        norms: our and HF's names of the norms of a layer, if they differ from Llama's.
+    """
     layer = "layers.{i}."
     norms = norms or {
         "mixer_norm": "input_layernorm",
@@ -232,7 +272,14 @@ def llama_keymap(
     more: Sequence[Rule] = (),
     pairs: Iterable[tuple[str, str]] = (),
 ) -> KeyMap:
-    """The key map of Llama's make; `more` and `pairs` are the family's own, and come first."""
+    """Returns the key map of a Llama-style model.
+
+    Args:
+        config: the model configuration.
+        norms: as for `llama_pairs`.
+        more: rules specific to the family; they take precedence.
+        pairs: name pairs specific to the family; they take precedence over Llama's.
+    """
     ignored = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
     if config.tie_embeddings:
         ignored.append(r"lm_head\.weight")
@@ -240,7 +287,7 @@ def llama_keymap(
 
 
 def read_token_ids(config: HFConfig) -> dict[str, Any]:
-    """bos, eos (one or several) and pad ids as `ModelConfig` keeps them."""
+    """Returns the BOS, EOS (one or several) and PAD ids as `ModelConfig` stores them."""
     eos = config.get("eos_token_id")
     ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     return {
@@ -251,7 +298,7 @@ def read_token_ids(config: HFConfig) -> dict[str, Any]:
 
 
 def write_token_ids(config: ModelConfig) -> dict[str, Any]:
-    """The same, as `config.json` writes them."""
+    """Returns the BOS, EOS and PAD ids as `config.json` stores them."""
     eos: int | list[int] | None = list(config.eos_token_ids) or None
     if isinstance(eos, list) and len(eos) == 1:
         eos = eos[0]
@@ -263,28 +310,36 @@ def write_token_ids(config: ModelConfig) -> dict[str, Any]:
 
 
 def window_of_layer(hf: HFConfig, number: int, *, slides: bool) -> int | None:
-    """The sliding window of a layer: by `layer_types` where the file lists them, else by `slides`, the family's rule.
+    """Returns the sliding window of a layer in tokens, or None for full attention.
+
+    Args:
+        hf: the values of a `config.json`.
+        number: index of the layer.
+        slides: whether the layer has a window by the family's rule; used only if the file has no
+            `layer_types`.
 
     Raises:
-        CheckpointError: `layer_types` is too short, or names a kind that is not implemented.
+        CheckpointError: `layer_types` has the wrong length, or lists a type that is not
+            implemented.
     """
     window, kinds = hf.get("sliding_window"), hf.get("layer_types")
     if kinds:
         if len(kinds) != num_layers(hf):
             raise CheckpointError(
-                f"config.json lists {len(kinds)} layer_types for {num_layers(hf)} layers; copy the checkpoint's own config.json"
+                f"config.json lists {len(kinds)} layer_types for {num_layers(hf)} layers; "
+                "copy the checkpoint's own config.json"
             )
         if kinds[number] not in LAYER_TYPES:
             raise CheckpointError(
-                f"config.json sets layer_types[{number}]={kinds[number]!r}, which is not implemented "
-                f"(expected {' or '.join(LAYER_TYPES)})"
+                f"config.json sets layer_types[{number}]={kinds[number]!r}, which is not "
+                f"implemented (expected {' or '.join(LAYER_TYPES)})"
             )
         slides = kinds[number] == "sliding_attention"
     return window if slides and window else None
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
-    """The keys that say which layers look through a window."""
+    """Returns the `config.json` keys that describe which layers use sliding-window attention."""
     windows = [
         layer.mixer.window if isinstance(layer.mixer, AttentionConfig) else None
         for layer in config.layers

@@ -1,5 +1,8 @@
-"""Gemma 1 and 2: norms with weight 1 + w, scaled embeddings, GEGLU; Gemma 2 with norms on both sides, soft caps and
-every second layer looking through a window."""
+"""Gemma 1 and 2: norms with weight 1 + w, scaled embeddings, GEGLU.
+
+Gemma 2 adds norms before and after each block (sandwich norm), logit soft-capping and
+sliding-window attention in every second layer.
+"""
 
 from typing import Any
 
@@ -51,14 +54,14 @@ _SECOND = _DEFAULTS | {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
 }
-"""Of `GemmaConfig` and `Gemma2Config`, where they are not Llama's."""
+"""`_DEFAULTS`, `_SECOND`: defaults of `GemmaConfig`, `Gemma2Config` that differ from Llama's."""
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """A `GemmaConfig` or `Gemma2Config` as `ModelConfig`."""
+    """Converts a `GemmaConfig` or `Gemma2Config` to a `ModelConfig`."""
     second = hf.get("model_type") == "gemma2"
     hf = with_defaults(hf, _SECOND if second else _DEFAULTS)
-    if hf.get("hidden_act") != "gelu":  # early configurations say gelu and mean its tanh form
+    if hf.get("hidden_act") != "gelu":  # early configurations say gelu but mean gelu_pytorch_tanh
         refuse(hf, {"hidden_act": _GELU})
     refuse(hf, {"hidden_activation": _GELU, "use_bidirectional_attention": False})
     bias = bool(hf.get("attention_bias", False))
@@ -83,7 +86,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Its `config.json`."""
+    """Returns the `config.json` values of a Gemma model."""
     mixer, feed_forward = dense_layer(config)
     written = {
         "intermediate_size": feed_forward.intermediate_size,
@@ -105,14 +108,15 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def keymap(config: ModelConfig) -> KeyMap:
-    """Names on disk: Llama's; Gemma 2 names four norms a layer."""
+    """Returns Llama's key map; for Gemma 2 with four norms per layer."""
     return llama_keymap(config, norms=_SANDWICH if config.family == "gemma2" else None)
 
 
 _LAYERS_27B = 46
-"""By which llama.cpp tells Gemma 2 27B, whose scale of attention its files do not hold."""
+"""Number of layers by which llama.cpp recognises Gemma 2 27B, because its GGUF files do not store
+its attention scale."""
 _WINDOW = 4096
-"""llama.cpp's, for files that hold none (its first conversions of Gemma 2)."""
+"""llama.cpp's default for files without a sliding window (its first conversions of Gemma 2)."""
 _NORMS = ("output_norm", "blk.{i}.attn_norm", "blk.{i}.ffn_norm")
 _MORE_NORMS = {
     "blk.{i}.post_attention_norm": "model.layers.{i}.post_attention_layernorm",
@@ -122,7 +126,11 @@ _MORE_NORMS = {
 
 
 def read_gguf2(metadata: GGUFMetadata) -> dict[str, Any]:
-    """The architecture `gemma2`; attention is scaled by the width of a head, in the 27B by the model's width a head."""
+    """Converts GGUF metadata of the architecture `gemma2`.
+
+    Attention is scaled by the head dimension or, in the 27B model, by the hidden size divided by
+    the number of heads.
+    """
     hf = read_llama(metadata, "gemma2")
     wide = hf["num_hidden_layers"] == _LAYERS_27B
     return hf | {

@@ -1,7 +1,8 @@
-"""A family's layout in GGUF files: llama.cpp's names of its architecture and tensors, its metadata as `config.json`.
+"""The layout of model families in GGUF files, and readers of the metadata that most share.
 
-Each family's file defines one `GGUFLayout`; the functions below read what most architectures share.
-Sources: the GGUF specification (keys, tensor names), llama.cpp's `llama-model.cpp` (defaults, which key is honoured how).
+A family's module defines a `GGUFLayout`: llama.cpp's names of the architecture and its tensors, and
+the conversion of the metadata to `config.json` values. Sources: the GGUF specification (keys,
+tensor names) and llama.cpp's `llama-model.cpp` (defaults and the interpretation of keys).
 """
 
 import math
@@ -19,15 +20,16 @@ from easyllm.nn.config import Llama3Scaling
 from easyllm.nn.rope_scaling import frequencies, llama3_frequencies
 
 Transform = Callable[[Tensor, Mapping[str, Any]], Tensor]
-"""The file's tensor and the `config.json` to HF's tensor; it works on the meta device too, which gives the shape."""
+"""Converts a tensor of the file, given the `config.json` values, to HF's tensor. It must also work
+on the meta device, where it is used to compute the shape."""
 
 ROPE_FACTORS = "rope_freqs.weight"
 WITHOUT_EFFECT = frozenset(
     {
         "context_length",
-        "vocab_size",  # the tokens are counted instead
+        "vocab_size",  # the number of tokens is used instead
         "tensor_data_layout",
-        "pooling_type",  # of embeddings made from the hidden states
+        "pooling_type",  # concerns embeddings computed from the hidden states
         "rope.scaling.finetuned",
     }
 )
@@ -40,15 +42,17 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "logit_scale": (0, 1),
     "residual_scale": (0, 1),
 }
-"""Values with which a key that is not implemented says nothing; of all other keys 0, false and the empty string."""
+"""Values at which an unimplemented key has no effect; for all other keys 0, false and the empty
+string."""
 _SILENT = (0, "")
 
 
 class GGUFMetadata:
-    """The metadata of one architecture, which note the keys that were read so that the others can be refused.
+    """The metadata of one architecture; it records which keys were read and can reject the others.
 
     Attributes:
-        tensors: names of the file's tensors.
+        architecture: the value of `general.architecture`.
+        tensors: the tensors of the file by name.
     """
 
     def __init__(
@@ -62,11 +66,13 @@ class GGUFMetadata:
         self._read: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of `<architecture>.<key>`: a list of one value for every layer is that value, an fp32 number the
-        shortest decimal that rounds to it (9.99999974e-06 is 1e-05).
+        """Returns the value of `<architecture>.<key>`, or `default` if it is missing.
+
+        A per-layer list of equal values is returned as that single value, and an fp32 value as the
+        shortest decimal that rounds to it (9.99999974e-06 becomes 1e-05).
 
         Raises:
-            CheckpointError: the layers differ.
+            CheckpointError: the values of the layers differ.
         """
         self._read.add(key)
         value = self._values.get(f"{self.architecture}.{key}")
@@ -79,7 +85,7 @@ class GGUFMetadata:
         return _shortest(value) if isinstance(value, float) else value
 
     def need(self, key: str) -> Any:
-        """The value of a key that must be there.
+        """Returns the value of a required key.
 
         Raises:
             CheckpointError: it is missing.
@@ -92,24 +98,24 @@ class GGUFMetadata:
         return value
 
     def expect(self, key: str, *expected: Any) -> None:
-        """Refuses any other value of a key than the expected ones (or none).
+        """Checks that a key is missing or has one of the expected values.
 
         Raises:
-            CheckpointError: the key has another value.
+            CheckpointError: it has another value.
         """
         if self.get(key, expected[0]) not in expected:
             raise self.refusal(key, " or ".join(map(repr, expected)))
 
     def load(self, name: str) -> Tensor:
-        """A tensor of the file in fp32."""
-        assert self._load is not None, "metadata whose tensors are listed can load them"
+        """Loads a tensor of the file in fp32."""
+        assert self._load is not None, "a loader is required when the file lists tensors"
         return self._load(name)
 
     def refuse_unread(self) -> None:
-        """Refuses keys of the architecture that nothing has read, unless they say nothing about the logits.
+        """Rejects keys of the architecture that were not read and may affect the logits.
 
         Raises:
-            CheckpointError: a key may change the result.
+            CheckpointError: there is such a key.
         """
         for name, value in self._values.items():
             architecture, _, key = name.partition(".")
@@ -120,24 +126,27 @@ class GGUFMetadata:
                 raise self.refusal(key, "no such key")
 
     def refusal(self, key: str, expected: str) -> CheckpointError:
-        """The error that names a key and its value."""
+        """Returns the error for an unsupported value of a key."""
         value = self._values.get(f"{self.architecture}.{key}")
         return CheckpointError(
-            f"the GGUF file sets {self.architecture}.{key}={_short(value)}, which is not implemented for this architecture "
-            f"(expected {expected}); load the model's Hugging Face folder if its family is read"
+            f"the GGUF file sets {self.architecture}.{key}={_short(value)}, which is not "
+            f"implemented for this architecture (expected {expected}); load the model's Hugging "
+            "Face folder if its family is supported"
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GGUFLayout:
-    """A family in GGUF files.
+    """The layout of a family in GGUF files.
 
     Attributes:
-        architectures: values of `general.architecture` it reads.
-        read_config: the metadata as `config.json`, without vocabulary and token ids (which every file says alike).
-        names: HF's name of each tensor without `.weight` or `.bias`, by the file's; `{i}` is the number of a layer. Where
-            HF's has an `{e}`, the file stacks the experts' matrices along a dimension of their own.
-        transforms: by the file's name of a tensor, what turns it into HF's.
+        architectures: the values of `general.architecture` that it reads.
+        read_config: converts the metadata to `config.json` values, without vocabulary size and
+            token ids (which all files store in the same way).
+        names: maps the file's tensor names to HF's, both without `.weight` or `.bias`; `{i}` is the
+            layer index. If the HF name contains `{e}`, the file stacks the experts' matrices along
+            a separate first dimension.
+        transforms: conversions to HF's tensors, by the file's tensor name.
         ignored: tensors that are not parameters: unused, or already read by `read_config`.
     """
 
@@ -148,7 +157,7 @@ class GGUFLayout:
     ignored: frozenset[str] = frozenset({"blk.{i}.attn_rot_embd", "rope_freqs"})
 
     def locate(self, name: str) -> tuple[str, Transform | None] | None:
-        """HF's name of a tensor of the file and what turns it into HF's; None where it is ignored.
+        """Returns the HF name of a tensor and its conversion; None if the tensor is ignored.
 
         Raises:
             LookupError: the family has no such tensor.
@@ -178,23 +187,23 @@ LLAMA_NAMES: Mapping[str, str] = {
     "blk.{i}.ffn_up": "model.layers.{i}.mlp.up_proj",
     "blk.{i}.ffn_down": "model.layers.{i}.mlp.down_proj",
 }
-"""What most architectures share: llama.cpp's names and HF's."""
+"""Tensor names shared by most architectures: llama.cpp's to HF's."""
 QK_NORMS: Mapping[str, str] = {
     "blk.{i}.attn_q_norm": "model.layers.{i}.self_attn.q_norm",
     "blk.{i}.attn_k_norm": "model.layers.{i}.self_attn.k_norm",
 }
-"""Norms of queries and keys."""
+"""Tensor names of the QK norms: llama.cpp's to HF's."""
 
 
 def read_llama(metadata: GGUFMetadata, model_type: str) -> dict[str, Any]:
-    """The keys of `config.json` shared by models of the Llama architecture."""
+    """Returns the `config.json` values shared by Llama-style models."""
     return read_sizes(metadata, model_type) | {
         "rms_norm_eps": metadata.need("attention.layer_norm_rms_epsilon")
     }
 
 
 def read_sizes(metadata: GGUFMetadata, model_type: str) -> dict[str, Any]:
-    """As `read_llama`, without the norm."""
+    """Returns the values of `read_llama` without those of the norm."""
     heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
     width = metadata.get("attention.key_length", hidden // heads)
     metadata.expect("attention.value_length", width)
@@ -216,10 +225,17 @@ def read_sizes(metadata: GGUFMetadata, model_type: str) -> dict[str, Any]:
 
 
 def read_rope(metadata: GGUFMetadata, width: int) -> dict[str, Any]:
-    """The rotary positions: their base, the scaling by metadata, and the factors that a tensor divides frequencies by.
+    """Returns the `rope_theta` and `rope_scaling` values of `config.json`.
+
+    The scaling comes from the metadata and from the tensor `rope_freqs.weight`, whose factors
+    divide the RoPE frequencies.
+
+    Args:
+        metadata: the metadata of the file.
+        width: the head dimension.
 
     Raises:
-        CheckpointError: they are scaled in a way that is not implemented.
+        CheckpointError: the RoPE scaling is not implemented.
     """
     theta = float(metadata.get("rope.freq_base", 10000.0))
     scaling = _read_scaling(metadata)
@@ -233,7 +249,7 @@ def read_rope(metadata: GGUFMetadata, width: int) -> dict[str, Any]:
 
 
 def _read_scaling(metadata: GGUFMetadata) -> dict[str, Any] | None:
-    """A file that names no kind scales linearly, by 1 where it names no factor (llama.cpp)."""
+    """Reads the RoPE scaling; the defaults are linear with factor 1, as in llama.cpp."""
     kind = metadata.get("rope.scaling.type", "linear")
     factor = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear") or 1.0
     length = metadata.get("rope.scaling.original_context_length")
@@ -261,15 +277,18 @@ def _read_scaling(metadata: GGUFMetadata) -> dict[str, Any] | None:
 
 
 def _scaling_by_factors(factors: Tensor, theta: float, width: int) -> dict[str, Any] | None:
-    """Factors as `config.json` says them: Llama 3's rule where they are its own (its converter writes nothing else),
-    so that the model can be saved for other tools, else the factors themselves.
+    """Returns the RoPE scaling for explicit frequency factors as `config.json` stores it.
+
+    If the factors follow Llama 3's rule (its converter writes only the factors), the result is that
+    rule, so that the model can be saved for other tools. Otherwise it contains the factors.
 
     Raises:
-        CheckpointError: there are not as many as pairs of dims.
+        CheckpointError: the number of factors is not the number of rotated pairs.
     """
     if factors.numel() != width // 2:
         raise CheckpointError(
-            f"the tensor {ROPE_FACTORS} holds {factors.numel()} factors, expected {width // 2}; convert the file again"
+            f"the tensor {ROPE_FACTORS} contains {factors.numel()} factors, expected {width // 2}; "
+            "convert the file again"
         )
     if bool((factors == 1).all()):
         return None
@@ -288,18 +307,21 @@ def _scaling_by_factors(factors: Tensor, theta: float, width: int) -> dict[str, 
 
 
 def half_split_rows(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows of a query or key projection from llama.cpp's interleaved pairs (2i, 2i+1) to HF's (i, i+d/2)."""
+    """Permutes the rows of a query or key projection for HF's RoPE.
+
+    llama.cpp rotates interleaved pairs (2i, 2i+1); HF rotates the pairs (i, i+d/2).
+    """
     pairs = weight.view(num_heads, -1, 2, *weight.shape[1:])  # [heads, d/2, 2, ...]
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def half_split(heads: str) -> Transform:
-    """`half_split_rows` by as many heads as the key `heads` of `config.json` says."""
+    """Returns `half_split_rows` as a transform; the head count is the `config.json` key `heads`."""
     return lambda tensor, config: half_split_rows(tensor, config[heads])
 
 
 def minus_one(tensor: Tensor, _config: Mapping[str, Any]) -> Tensor:
-    """The weight of a norm that HF keeps as its difference from 1, and the file whole (Gemma)."""
+    """Converts the norm weight 1 + w of the file to the w that HF stores (Gemma)."""
     return tensor - 1
 
 

@@ -1,5 +1,8 @@
-"""GLM-4 (`glm`) and GLM-4-0414 (`glm4`): half of each head turns, in interleaved pairs; gate and up lie fused on disk;
-`glm4` has a norm behind each block as well."""
+"""GLM-4 (`glm`) and GLM-4-0414 (`glm4`).
+
+Partial RoPE rotates half of each head in interleaved pairs, and the gate and up projections are
+fused in one tensor on disk. `glm4` also has a norm after each block (sandwich norm).
+"""
 
 from typing import Any
 
@@ -29,7 +32,7 @@ _DEFAULTS = {
     "eos_token_id": [151329, 151336, 151338],
     "pad_token_id": 151329,
 }
-"""Of `GlmConfig` and `Glm4Config`, where they are not Llama's."""
+"""Defaults of `GlmConfig` and `Glm4Config` that differ from Llama's."""
 _SANDWICH = {
     "mixer_norm": "input_layernorm",
     "mixer_post_norm": "post_self_attn_layernorm",
@@ -39,7 +42,7 @@ _SANDWICH = {
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """A `GlmConfig` or `Glm4Config` as `ModelConfig`."""
+    """Converts a `GlmConfig` or `Glm4Config` to a `ModelConfig`."""
     hf = with_defaults(hf, _DEFAULTS)
     refuse(hf, {"hidden_act": "silu"})
     width = hf.get("head_dim") or require(hf, "hidden_size") // require(hf, "num_attention_heads")
@@ -55,7 +58,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Its `config.json`."""
+    """Returns the `config.json` values of a GLM-4 model."""
     mixer, _ = dense_layer(config)
     architecture = "Glm4ForCausalLM" if config.family == "glm4" else "GlmForCausalLM"
     return write_dense_model(config, model_type=config.family, architecture=architecture) | {
@@ -64,7 +67,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def keymap(config: ModelConfig) -> KeyMap:
-    """Names on disk: Llama's, with gate and up in one tensor."""
+    """Returns Llama's key map with the gate and up projections fused in one tensor."""
     width = dense_layer(config)[1].intermediate_size
     fused = Fused(
         (

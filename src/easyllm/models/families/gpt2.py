@@ -1,4 +1,7 @@
-"""GPT-2: learned positions, LayerNorm, a plain MLP; q, k and v fused and every matrix transposed on disk."""
+"""GPT-2: learned positions, LayerNorm and a plain MLP.
+
+On disk, q, k and v are fused in one tensor and the weight matrices of all layers are transposed.
+"""
 
 from typing import Any
 
@@ -29,7 +32,7 @@ from easyllm.nn.config import (
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """A `GPT2Config` as `ModelConfig`."""
+    """Converts a `GPT2Config` to a `ModelConfig`."""
     hf = with_defaults(hf, {"bos_token_id": 50256, "eos_token_id": 50256})
     refuse(hf, {"activation_function": "gelu_new", "scale_attn_weights": True})
     refuse(hf, {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False})
@@ -52,7 +55,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Its `config.json`."""
+    """Returns the `config.json` values of a GPT-2 model."""
     mixer = expect_part(config.layers[0].mixer, AttentionConfig)
     mlp = expect_part(config.layers[0].feed_forward, MLPConfig)
     return {
@@ -72,11 +75,11 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def keymap(config: ModelConfig) -> KeyMap:
-    """Names on disk: [in, out] matrices (GPT-2's Conv1D), q, k, v side by side in `c_attn`."""
+    """Returns the key map: [in, out] matrices (HF's Conv1D), with q, k and v fused in `c_attn`."""
     ours, theirs = "layers.{i}.", "transformer.h.{i}."
     rules: list[Rename | Fused] = []
     for kind in ("weight", "bias"):
-        matrix = kind == "weight"  # transposed on disk
+        matrix = kind == "weight"  # matrices are transposed on disk, biases are not
         qkv = tuple(f"{ours}mixer.{p}_proj.{kind}" for p in "qkv")
         rules.append(Fused(qkv, f"{theirs}attn.c_attn.{kind}", (config.hidden_size,) * 3, matrix))
         rules += [
@@ -114,7 +117,7 @@ SIZES = {
 
 
 def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
-    """The architecture `gpt2`."""
+    """Converts GGUF metadata of the architecture `gpt2`."""
     return {
         "model_type": "gpt2",
         "n_embd": metadata.need("embedding_length"),
@@ -128,7 +131,7 @@ def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
 
 
 def _transpose_matrix(tensor: Tensor, _config: HFConfig) -> Tensor:
-    """A weight of HF's Conv1D, [in, out], from the file's [out, in]; a bias stays."""
+    """Transposes a weight from the file's [out, in] to the [in, out] of HF's Conv1D, not a bias."""
     return tensor.T if tensor.dim() == 2 else tensor
 
 

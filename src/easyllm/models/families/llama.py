@@ -1,4 +1,4 @@
-"""Llama 1, 2 and 3, and models of the same make: SmolLM2, TinyLlama."""
+"""Llama 1, 2 and 3, and models with the same architecture: SmolLM2, TinyLlama."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ from easyllm.nn.config import ModelConfig
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """A `LlamaConfig` as `ModelConfig`."""
+    """Converts a `LlamaConfig` to a `ModelConfig`."""
     hf = with_defaults(hf, {"bos_token_id": 1, "eos_token_id": 2})
     refuse(hf, {"hidden_act": "silu"})
     bias = bool(hf.get("attention_bias", False))
@@ -35,7 +35,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Its `config.json`."""
+    """Returns the `config.json` values of a Llama model."""
     mixer, feed_forward = dense_layer(config)
     return write_dense_model(config, model_type="llama", architecture="LlamaForCausalLM") | {
         "attention_bias": mixer.qkv_bias,
@@ -44,7 +44,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
-    """The architecture `llama`; a file that names experts is a Mixtral, one that names a sliding window a Mistral."""
+    """Converts GGUF metadata of the architecture `llama`.
+
+    A file with experts is read as Mixtral, a file with a sliding window as Mistral.
+    """
     bias = "blk.0.attn_q.bias" in metadata.tensors
     hf = read_llama(metadata, "llama") | {
         "attention_bias": bias,

@@ -1,4 +1,4 @@
-"""Mistral: Llama's make with grouped queries and a sliding window."""
+"""Mistral: the Llama architecture with grouped-query attention and a sliding window."""
 
 from typing import Any
 
@@ -23,11 +23,11 @@ DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""Of `MistralConfig`, where they are not Llama's."""
+"""Defaults of `MistralConfig` that differ from Llama's."""
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """A `MistralConfig` as `ModelConfig`."""
+    """Converts a `MistralConfig` to a `ModelConfig`."""
     hf = with_defaults(hf, DEFAULTS)
     refuse(hf, {"hidden_act": "silu"})
     mixer = read_attention(hf, window=hf.get("sliding_window"))
@@ -35,7 +35,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Its `config.json`."""
+    """Returns the `config.json` values of a Mistral model."""
     mixer, _ = dense_layer(config)
     return write_dense_model(config, model_type="mistral", architecture="MistralForCausalLM") | {
         "sliding_window": mixer.window,

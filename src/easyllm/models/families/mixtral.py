@@ -1,4 +1,7 @@
-"""Mixtral: Mistral with a mixture of experts in every layer, the softmax over the chosen two."""
+"""Mixtral: Mistral with a mixture of experts (MoE) in every layer.
+
+The router's softmax covers only the selected experts (two by default).
+"""
 
 from typing import Any
 
@@ -29,11 +32,11 @@ DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""Of `MixtralConfig`, where they are not Llama's."""
+"""Defaults of `MixtralConfig` that differ from Llama's."""
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """A `MixtralConfig` as `ModelConfig`."""
+    """Converts a `MixtralConfig` to a `ModelConfig`."""
     hf = with_defaults(hf, DEFAULTS)
     refuse(hf, {"hidden_act": "silu", "router_jitter_noise": 0.0})
     mixer = read_attention(hf, window=hf.get("sliding_window"))
@@ -48,7 +51,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Its `config.json`."""
+    """Returns the `config.json` values of a Mixtral model."""
     mixer = expect_part(config.layers[0].mixer, AttentionConfig)
     experts = expect_part(config.layers[0].feed_forward, MoEConfig)
     return write_model(config, model_type="mixtral", architecture="MixtralForCausalLM") | {
@@ -62,7 +65,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def keymap(config: ModelConfig) -> KeyMap:
-    """Names on disk: w1 is the gate, w3 the up and w2 the down projection of an expert."""
+    """Returns Llama's key map extended with the router and the experts.
+
+    In an expert, w1 is the gate, w3 the up and w2 the down projection.
+    """
     ours, theirs = "layers.{i}.feed_forward.", "model.layers.{i}.block_sparse_moe."
     names = (("gate", "w1"), ("up", "w3"), ("down", "w2"))
     pairs = [

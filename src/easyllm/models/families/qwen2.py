@@ -1,4 +1,4 @@
-"""Qwen1.5 and Qwen2/2.5: Llama's make with biases on q, k and v."""
+"""Qwen1.5 and Qwen2/2.5: the Llama architecture with biases on q, k and v."""
 
 from typing import Any
 
@@ -25,11 +25,11 @@ DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-"""Of `Qwen2Config` (and of Qwen3's), where they are not Llama's."""
+"""Defaults of `Qwen2Config` (and of `Qwen3Config`) that differ from Llama's."""
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """A `Qwen2Config` as `ModelConfig`; layers may differ in their window."""
+    """Converts a `Qwen2Config` to a `ModelConfig`; layers may have different windows."""
     hf = with_defaults(hf, DEFAULTS)
     refuse(hf, {"hidden_act": "silu"})
     first, windows = hf["max_window_layers"], bool(hf["use_sliding_window"])
@@ -46,7 +46,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Its `config.json`."""
+    """Returns the `config.json` values of a Qwen2 model."""
     return write_dense_model(config, model_type="qwen2", architecture="Qwen2ForCausalLM") | {
         **write_windows(config),
     }

@@ -1,4 +1,4 @@
-"""Qwen3: Llama's make with normalised queries and keys and no biases."""
+"""Qwen3: the Llama architecture with QK norm and no biases by default."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormCo
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """A `Qwen3Config` as `ModelConfig`."""
+    """Converts a `Qwen3Config` to a `ModelConfig`."""
     hf = with_defaults(hf, DEFAULTS | {"head_dim": 128})
     refuse(hf, {"hidden_act": "silu"})
     bias = bool(hf.get("attention_bias", False))
@@ -43,7 +43,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Its `config.json`."""
+    """Returns the `config.json` values of a Qwen3 model."""
     mixer, _ = dense_layer(config)
     return write_dense_model(config, model_type="qwen3", architecture="Qwen3ForCausalLM") | {
         "attention_bias": mixer.qkv_bias,

@@ -1,4 +1,4 @@
-"""Qwen2-MoE (a shared expert behind a gate) and Qwen3-MoE (normalised queries and keys, no shared expert)."""
+"""Qwen2-MoE (with a gated shared expert) and Qwen3-MoE (QK norm, no shared expert)."""
 
 from typing import Any
 
@@ -55,11 +55,11 @@ _THIRD = _SHARED | {
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
 }
-"""Of `Qwen2MoeConfig` and `Qwen3MoeConfig`, where they are not Llama's."""
+"""`_SECOND`, `_THIRD`: defaults of `Qwen2MoeConfig`, `Qwen3MoeConfig` that differ from Llama's."""
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """A `Qwen2MoeConfig` or `Qwen3MoeConfig` as `ModelConfig`."""
+    """Converts a `Qwen2MoeConfig` or `Qwen3MoeConfig` to a `ModelConfig`."""
     third = hf.get("model_type") == "qwen3_moe"
     hf = with_defaults(hf, _THIRD if third else _SECOND)
     refuse(hf, {"hidden_act": "silu"})
@@ -93,7 +93,11 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 
 def _window(hf: HFConfig, number: int, *, third: bool) -> int | None:
-    """Qwen3-MoE has one for all layers; Qwen2-MoE for those `layer_types` names, or every second of the first ones."""
+    """Returns the sliding window of a layer.
+
+    Qwen3-MoE has one window for all layers. In Qwen2-MoE, the layers listed in `layer_types` have a
+    window or, without that list, every second layer below `max_window_layers`.
+    """
     windows, width = bool(hf["use_sliding_window"]), hf.get("sliding_window")
     if third:
         return width if windows else None
@@ -102,7 +106,7 @@ def _window(hf: HFConfig, number: int, *, third: bool) -> int | None:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Its `config.json`."""
+    """Returns the `config.json` values of a Qwen2-MoE or Qwen3-MoE model."""
     third = config.family == "qwen3_moe"
     forwards = [layer.feed_forward for layer in config.layers]
     sparse = [f for f in forwards if isinstance(f, MoEConfig)]
@@ -125,14 +129,14 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
     if experts.shared is not None:
         written["shared_expert_intermediate_size"] = experts.shared.intermediate_size
-    if third:  # whose layers have one window
+    if third:  # Qwen3-MoE has the same window in every layer
         del written["layer_types"]
     architecture = "Qwen3MoeForCausalLM" if third else "Qwen2MoeForCausalLM"
     return write_model(config, model_type=config.family, architecture=architecture) | written
 
 
 def keymap(config: ModelConfig) -> KeyMap:
-    """Names on disk: Llama's with experts by number."""
+    """Returns Llama's key map extended with the router and the numbered experts."""
     ours, theirs = "layers.{i}.feed_forward.", "model.layers.{i}.mlp."
     pairs = [
         (f"{ours}router.weight", f"{theirs}gate.weight"),
@@ -147,7 +151,11 @@ def keymap(config: ModelConfig) -> KeyMap:
 
 
 def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
-    """The architectures `qwen2moe`, whose chosen weights are not divided by their sum, and `qwen3moe`, whose are."""
+    """Converts GGUF metadata of the architectures `qwen2moe` and `qwen3moe`.
+
+    `qwen3moe` normalises the routing weights of the selected experts to sum to 1; `qwen2moe` does
+    not.
+    """
     third = metadata.architecture == "qwen3moe"
     metadata.expect("expert_gating_func", 1)  # softmax
     hf = read_llama(metadata, "qwen3_moe" if third else "qwen2_moe") | {
@@ -182,7 +190,7 @@ QWEN2_MOE, QWEN3_MOE = (
             architectures=(name.replace("_", ""),),
             read_config=read_gguf,
             names={**LLAMA_NAMES, **_EXPERTS, **more},
-            # a vector in some files
+            # some files store it as a vector
             transforms={"blk.{i}.ffn_gate_inp_shexp": lambda tensor, _: tensor.reshape(1, -1)},
         ),
     )

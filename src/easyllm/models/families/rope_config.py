@@ -1,4 +1,7 @@
-"""RoPE as `config.json` writes it: `rope_theta` and `rope_scaling` (transformers 4), `rope_parameters` (5)."""
+"""Reading and writing the RoPE keys of `config.json`.
+
+transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`.
+"""
 
 import math
 from collections.abc import Mapping
@@ -28,21 +31,27 @@ def read_rope(
     theta: float = 10000.0,
     share: float | None = None,
 ) -> Rope:
-    """The rotary positions of a `config.json`.
+    """Reads the RoPE configuration of a `config.json`.
 
     Args:
-        share: of a head that turns where the file does not say; None for families all of whose head always turns.
+        config: the values of the `config.json`.
+        head_dim: the head dimension.
+        interleaved: whether RoPE rotates pairs of adjacent dimensions instead of the two halves.
+        theta: the base, if the file does not give one.
+        share: fraction of the head dimension that is rotated, if the file does not give one; None
+            for families that always rotate the full head dimension.
 
     Raises:
-        CheckpointError: the positions are scaled in a way that is not implemented, or only a part of a head turns in a
-            family that has no such thing.
+        CheckpointError: the RoPE scaling is not implemented, or the file sets a partial rotation in
+            a family that does not support it.
     """
     parameters = config.get("rope_parameters") or {}
     base = parameters.get("rope_theta") or config.get("rope_theta") or theta
     given = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor")
     if share is None and given not in (None, 1):
         raise CheckpointError(
-            f"config.json sets partial_rotary_factor={given!r}, which is not implemented for this family (expected 1.0)"
+            f"config.json sets partial_rotary_factor={given!r}, which is not implemented for this "
+            "family (expected 1.0)"
         )
     width = int(head_dim * (given or share or 1.0))
     return Rope(
@@ -64,7 +73,7 @@ def _read_scaling(values: Mapping[str, Any], config: Mapping[str, Any]) -> RopeS
         case "ntk":
             return NTKScaling(factor=_need(values, "factor"))
         case "dynamic":
-            # transformers counts from the model's own length, whatever else the file names
+            # transformers uses max_position_embeddings here, whatever other length the file gives
             trained = config.get("max_position_embeddings") or length
             return DynamicNTKScaling(factor=_need(values, "factor"), original_max_seq_len=trained)
         case "yarn":
@@ -79,13 +88,17 @@ def _read_scaling(values: Mapping[str, Any], config: Mapping[str, Any]) -> RopeS
         case "factors":
             return FactorScaling(factors=tuple(_need(values, "factors")))
     raise CheckpointError(
-        f"config.json asks for RoPE scaling {kind!r}, which is not implemented; known are {', '.join(KNOWN)}"
+        f"config.json sets RoPE scaling {kind!r}, which is not implemented; "
+        f"known types are {', '.join(KNOWN)}"
     )
 
 
 def _read_yarn(values: Mapping[str, Any], length: Any, config: Mapping[str, Any]) -> YarnScaling:
-    """YaRN; without a factor it is how far the model reaches, and `mscale` counts where `mscale_all_dim` is given too
-    (as transformers reads them)."""
+    """Reads YaRN scaling as transformers does.
+
+    A missing factor is the ratio of the maximum to the original length, and `mscale` is used only
+    together with `mscale_all_dim`.
+    """
     names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
     given = {name: values[name] for name in names if values.get(name) is not None}
     reach = config.get("max_position_embeddings")
@@ -100,7 +113,7 @@ def _read_yarn(values: Mapping[str, Any], length: Any, config: Mapping[str, Any]
 
 
 def _attention_scale(factor: float, weight: float) -> float:
-    """0.1 m ln(factor) + 1 (YaRN's scale of attention, weighed as DeepSeek does)."""
+    """Returns YaRN's attention scale 0.1 m ln(factor) + 1, with DeepSeek's weight m."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -113,27 +126,31 @@ def _need(values: Mapping[str, Any], key: str) -> Any:
 
 
 def read_max_seq_len(config: Mapping[str, Any], rope: Rope | None, default: int = 2048) -> int:
-    """The longest sequence: dynamic scaling reaches `factor` times as far as the length that it counts from."""
+    """Returns the maximum sequence length in tokens.
+
+    For dynamic NTK scaling it is `factor` times `max_position_embeddings`, the original length.
+    """
     length: int = config.get("max_position_embeddings", default)
     scaling = None if rope is None else rope.scaling
     return int(length * scaling.factor) if isinstance(scaling, DynamicNTKScaling) else length
 
 
 def write_max_seq_len(max_seq_len: int, rope: Rope) -> int:
-    """`max_position_embeddings`: of dynamic scaling the length that it counts from."""
+    """Returns `max_position_embeddings`; for dynamic NTK scaling this is the original length."""
     scaling = rope.scaling
     return scaling.original_max_seq_len if isinstance(scaling, DynamicNTKScaling) else max_seq_len
 
 
 def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
-    """The keys of `config.json`, in the spelling of transformers 4.
+    """Returns the RoPE keys of `config.json` as transformers 4 writes them.
 
     Raises:
-        CheckpointError: no `config.json` says it (factors, which GGUF files may hold).
+        CheckpointError: `config.json` cannot represent the scaling (explicit factors, which GGUF
+            files may contain).
     """
     if isinstance(rope.scaling, FactorScaling):
         raise CheckpointError(
-            "its RoPE frequencies are divided by factors of no rule that HF knows"
+            "its RoPE frequencies are divided by explicit factors, which config.json cannot store"
         )
     written: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
     if rope.rotary_dim is not None:
@@ -142,7 +159,7 @@ def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
         values = rope.scaling.model_dump(exclude_none=True)
         values["rope_type"] = values.pop("kind")
         if isinstance(rope.scaling, DynamicNTKScaling):
-            del values["original_max_seq_len"]  # it is the model's `max_position_embeddings`
+            del values["original_max_seq_len"]  # written as `max_position_embeddings`
         elif "original_max_seq_len" in values:
             values[_LENGTH] = values.pop("original_max_seq_len")
         written["rope_scaling"] = values
