@@ -1,6 +1,8 @@
 """Optimizers and parameter groups: their arithmetic against PyTorch's, masters, checkpoints, who is moved by which rule."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -184,6 +186,20 @@ def test_gradients_of_many_micro_batches_are_summed_in_fp32(dtype):
             expected = expected + gradients[name].to(dtype).float()
         assert found.dtype == torch.float32
         assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_and_its_state_are_freed_with_the_run(dtype):
+    """Its hooks are on parameters: a reference from them to it would be a cycle that nothing collects."""
+    parameters = make_parameters(dtype)
+    optimizer = MasterOptimizer(parameters, ADAMW)
+    for parameter in parameters.values():
+        parameter.sum().backward()
+    optimizer.step(1.0)
+    dead = weakref.ref(optimizer), weakref.ref(parameters["norm.weight"])
+    del optimizer, parameters, parameter
+    gc.collect()
+    assert [reference() for reference in dead] == [None, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,8 +1,8 @@
 """The optimizer of a run: fp32 master weights for low-precision parameters, one rule per group."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class MasterOptimizer:
                 self._states[name] = self._rules[group.rule].new_state(master)
                 if master is not parameter:
                     self._copies[name] = parameter
-                    parameter.register_post_accumulate_grad_hook(partial(self._take, name))
+                    parameter.register_post_accumulate_grad_hook(_taker(self, name))
 
     @property
     def device(self) -> torch.device:
@@ -229,6 +229,22 @@ def build_rule(config: AdamWConfig | MuonConfig | SGDConfig) -> UpdateRule:
         case AdamWConfig(state="int8"):
             return AdamWInt8(config)
     return AdamW(config)
+
+
+def _taker(optimizer: MasterOptimizer, name: str) -> Callable[[Tensor], None]:
+    """A hook that hands a parameter's gradient to the optimizer.
+
+    It refers to the optimizer weakly: Python's garbage collector does not see the references of such hooks, so a strong one
+    would keep the parameter, the optimizer and all its state in memory for good.
+    """
+    reference = weakref.ref(optimizer)
+
+    def take(parameter: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._take(name, parameter)
+
+    return take
 
 
 def _master(parameter: nn.Parameter, start: Tensor | None) -> Tensor:
