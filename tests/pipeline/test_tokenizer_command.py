@@ -58,7 +58,7 @@ def test_the_error_for_a_wrong_text_key_names_the_option(texts, tmp_path):
             "table.csv",
             r"no column 'text' \(columns: body\); set text_key to one of them \(--text-key\)$",
         ),
-        ("broken.jsonl", r"broken\.jsonl:1: not JSON .*; mend or remove it$"),
+        ("broken.jsonl", r"broken\.jsonl:1: not JSON .*; fix or remove it$"),
     ):
         with pytest.raises(DataError, match=expected):
             run("train", tmp_path / file, "-o", tmp_path / "tok", "--vocab-size", 300)

@@ -330,7 +330,7 @@ def _read_texts(split: "Split", source: "SourceConfig") -> Iterator[str]:
             is_key = item.reason.startswith(
                 (f"no key {source.text_key!r}", f"{source.text_key!r} is")
             )
-            remedy = "name the key of the text with --text-key" if is_key else "mend or remove it"
+            remedy = "name the key of the text with --text-key" if is_key else "fix or remove it"
             raise DataError(f"{item.place}: {item.reason}; {remedy}")
 
 

@@ -29,8 +29,7 @@ def train(
         bool,
         typer.Option(
             "--allow-change",
-            help="Resume with changes that do not affect results: log, save and eval intervals, "
-            "device.",
+            help="Resume with harmless changes: intervals of logging, saving, evaluation; device.",
         ),
     ] = False,
     json_output: JsonFlag = False,
