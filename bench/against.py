@@ -1,16 +1,18 @@
-"""This checkout against another one: equal bits, and speed in turn.
+"""Compares this checkout with another one: bitwise equal results, and relative speed.
 
     git worktree add ../base COMMIT
     python bench/against.py --base ../base --bits [--only NAME ...]
     python bench/against.py --base ../base --speed [--only NAME ...] [--rounds 9] [--record]
 
-`--bits`: 20 training steps in full and with LoRA, in fp32 and bf16; prefill and decoding in every format of weights and cache,
-with the compiled step and without; deterministic mode; a run that is killed and resumed, and one that the other checkout has begun
-and this one ends. Each item is computed by both and reduced to hashes; an item that differs is named, exit code 1.
+`--bits`: 20 training steps of full fine-tuning and LoRA, in fp32 and bf16; prefill and decoding for
+every weight and KV cache format, with and without the compiled step; deterministic mode; a run that
+is killed and resumed, and one that the other checkout starts and this one resumes. Both checkouts
+compute each item and reduce it to hashes; differing items are printed, with exit code 1.
 
-`--speed`: training steps, decoding of 1 and 32 sequences, reading of prompts, `--help` and the quickstart. The two sides measure in
-turn, so that a machine that others use slows both down; given are the median of the ratios (above 1: this checkout is faster) with
-its 95% interval, and the ratio of peak memory.
+`--speed`: training steps, decoding of 1 and 32 sequences, prefill, `--help` and the quickstart. The
+two checkouts are measured alternately, so that other load on the machine slows both down. Reported
+are the median of the per-round ratios (above 1: this checkout is faster) with its 95% confidence
+interval, and the ratio of peak memory.
 """
 
 import argparse
@@ -73,7 +75,7 @@ def worker(checkout: Path) -> Worker:
     return Worker([sys.executable, __file__, "--worker"], checkout)
 
 
-# ---- equal bits
+# ---- bitwise equality
 
 BITS = [
     *(f"train {mode} {dtype}" for mode in ("full", "lora") for dtype in ("fp32", "bf16")),
@@ -87,7 +89,7 @@ BITS = [
 
 
 def compare_bits(options: argparse.Namespace) -> None:
-    """Prints a line for each item; exit code 1 where one differs."""
+    """Prints one line per item; exits with code 1 if any item differs."""
     differing = []
     for item in chosen(BITS, options.only):
         start = time.perf_counter()
@@ -111,7 +113,7 @@ def compare_bits(options: argparse.Namespace) -> None:
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """A worker's answer: a hash, or seconds."""
+    """Returns a worker's answer: hashes or seconds."""
     import torch
 
     torch.set_num_threads(2)
@@ -121,7 +123,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def bits_of(item: str) -> dict[str, str]:
-    """Hashes of an item's parts."""
+    """Returns hashes of the parts of an item."""
     kind, *words = item.split()
     if kind == "train":
         with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +171,7 @@ def digest(value: Any) -> str:
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Conversations of plain words, the same on every machine."""
+    """Writes conversations of plain words, identical on every machine."""
     import random
 
     draws = random.Random(0)
@@ -219,7 +221,7 @@ def train_steps(folder: Path, mode: str, dtype: str, steps: int, **changes: Any)
 
 
 def hash_run(run: Path) -> dict[str, str]:
-    """Of the trained tensors, and of every step's loss and gradient norm."""
+    """Returns hashes of the trained tensors, and of each step's loss and gradient norm."""
     from safetensors.numpy import load_file
 
     (file,) = [p for p in run.glob("*/*.safetensors") if p.parent.name in ("adapter", "model")]
@@ -245,7 +247,7 @@ def whole_run(checkout: Path) -> dict[str, str]:
 
 
 def killed_run(first: Path, then: Path) -> dict[str, str]:
-    """A run that `first` begins and that is killed; `then` resumes it."""
+    """Returns the hashes of a run that `first` starts, that is killed, and that `then` resumes."""
     with tempfile.TemporaryDirectory() as folder:
         process = start_run(first, Path(folder))
         metrics = Path(folder) / "run" / "metrics.jsonl"
@@ -283,11 +285,11 @@ SPEED = [
 
 
 def compare_speed(options: argparse.Namespace, item: str) -> dict[str, Any]:
-    """Medians of both sides, and of the ratios of each round."""
+    """Returns the medians of both sides, and the median ratio over the rounds."""
     sides = {"base": options.base, "here": options.here}
     workers = {name: worker(side) for name, side in sides.items()}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    first = 0 if item == "quickstart" else -1  # a round to warm up
+    first = 0 if item == "quickstart" else -1  # round -1 is a warm-up
     for number in range(first, options.rounds):
         for name in list(sides) if number % 2 else list(sides)[::-1]:
             if item in ("--help", "quickstart"):
@@ -316,7 +318,7 @@ _LOADED: dict[str, Any] = {}
 
 
 def seconds_of(item: str, number: int) -> dict[str, float]:
-    """A worker's measurement."""
+    """Returns a worker's measurement."""
     kind, *words = item.split()
     if kind == "train":
         with tempfile.TemporaryDirectory() as folder:
@@ -349,7 +351,7 @@ def seconds_of(item: str, number: int) -> dict[str, float]:
 
 
 def command_seconds(checkout: Path, item: str) -> dict[str, float]:
-    """A command in a process of its own."""
+    """Measures a command in a separate process."""
     output = tempfile.mkdtemp()
     words = [item] if item == "--help" else [item, "--no-serve", f"output={output}/run"]
     env = {**os.environ, "PYTHONPATH": str(Path(checkout).resolve() / "src")}

@@ -1,4 +1,4 @@
-"""How long the backward pass takes beside the forward pass, whose FLOPs it has twice, as one JSON row.
+"""Time of the backward pass relative to the forward pass, whose FLOPs it doubles; one JSON row.
 
 python bench/backward.py [--tokens 512] [--record]
 """

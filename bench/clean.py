@@ -1,14 +1,15 @@
-"""Documents a CPU second through FineWeb's four filters, ours and datatrove's, as one JSON row.
+"""Documents per CPU second through FineWeb's four filters, ours and datatrove's; one JSON row.
 
     python bench/clean.py [--data FILE] [--rounds 5] [--peer PYTHON] [--record]
 
-The filters are Gopher's repetition and quality, C4's without the punctuation rule, and FineWeb's own, in that order on
-one thread; `whole_preset` adds repair and language identification. Time is the processor's, which others' work on the
-machine disturbs least. With `--peer` (an interpreter that has `datatrove` and `spacy`) the same texts pass datatrove's
-filters in the same sitting, twice: with the tokenizer it uses for English (spaCy's rules), and with our words and
-sentences given to it, which leaves the filters alone to be compared. The sides take turns, each in a process of its own,
-and the ratios are medians over the rounds. Agreement counts the documents on which a filter, each applied to the text as
-it came, decides the same.
+The filters are Gopher's repetition and quality filters, C4's without the punctuation rule, and
+FineWeb's own, in that order, on one thread; `whole_preset` adds text repair and language
+identification. Times are CPU times, which are least affected by other load on the machine. With
+`--peer` (an interpreter that has `datatrove` and `spacy`), the same texts pass through datatrove's
+filters in the same session, twice: with the tokenizer it uses for English (spaCy's rules), and with
+our words and sentences, which isolates the filters. The sides alternate, each in a separate
+process, and the ratios are medians over the rounds. Agreement is the share of documents for which
+a filter, applied to the original text, decides the same on both sides.
 """
 
 import argparse
@@ -31,7 +32,7 @@ OURS = ("filters", "whole_preset")
 PEERS = ("datatrove", "datatrove_our_words")
 FILTERS = ("gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality")
 TURN_S = 1.0
-"""A side repeats its pass over the texts at least so long in each round."""
+"""Minimum duration of a side's passes over the texts in each round."""
 
 Verdicts = dict[str, list[str | None]]
 
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """All sides in turns: documents a second, ratios of the times in each round, agreement of the verdicts."""
+    """Alternates the sides; returns documents per second, time ratios and filter agreement."""
     names = OURS + (PEERS if options.peer else ())
     with ExitStack() as stack:
         asked = {
@@ -100,7 +101,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def agreement(ours: Verdicts, theirs: Verdicts) -> dict[str, dict[str, float]]:
-    """By filter: the share of documents decided alike, and those that one side alone rejects."""
+    """Returns, by filter, the share of equal decisions and the shares rejected by one side only."""
     found = {}
     for name in FILTERS:
         pairs = [(a is None, b is None) for a, b in zip(ours[name], theirs[name], strict=True)]
@@ -114,7 +115,7 @@ def agreement(ours: Verdicts, theirs: Verdicts) -> dict[str, dict[str, float]]:
 
 @contextmanager
 def side(name: str, python: str, data: Path) -> Iterator[Callable[[str], Any]]:
-    """A process that answers questions about one side, a line a question, on one thread."""
+    """Starts a single-threaded process for one side that answers one question per line."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [python, __file__, "--side", name, "--data", str(data)]
     command += ["--patterns", json.dumps(our_patterns())]
@@ -213,7 +214,7 @@ def our_patterns() -> dict[str, str]:
 
 
 def give_our_words(patterns: dict[str, str]) -> None:
-    """Puts our words and sentences in the place of spaCy's."""
+    """Replaces spaCy's words and sentences with ours."""
     import re
 
     from datatrove.utils import word_tokenizers
@@ -232,7 +233,7 @@ def give_our_words(patterns: dict[str, str]) -> None:
 
 
 def read_texts(data: Path) -> list[str]:
-    """The `text` of each line of a file, or 300 generated texts where there is no such file."""
+    """Returns the `text` of each line of a file, or 300 generated texts if it does not exist."""
     if data.is_file():
         with data.open(encoding="utf-8") as lines:
             return [json.loads(line)["text"] for line in lines]
@@ -240,7 +241,7 @@ def read_texts(data: Path) -> list[str]:
 
 
 def generated_text(random: random.Random) -> str:
-    """Paragraphs of made-up words, frequent ones often; now and then a line comes twice."""
+    """Generates paragraphs of made-up words with a skewed distribution; some lines are repeated."""
     syllables = [
         "ka",
         "lo",

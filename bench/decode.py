@@ -1,10 +1,12 @@
-"""Decoding speed of the compiled step beside the decoder in PyTorch, as one JSON row.
+"""Decoding speed of the compiled step and of the decoder in PyTorch, as one JSON row.
 
-    python bench/decode.py [--weights int4 int8 float32] [--rows 1 8 32] [--contexts 128 1024] [--record]
+    python bench/decode.py [--weights int4 int8 float32] [--rows 1 8 32] [--contexts 128 1024]
+                           [--record]
 
-SmolLM2, pages of 64 tokens. The two are timed in turns, a step each, and least and median times are given: on a machine
-that others use, the least says what the code can do. `cpu_ms` is the processor time of one thread doing all the work.
-`--llama PYTHON FILE.gguf` times llama.cpp in the same sitting, before and after.
+SmolLM2, pages of 64 tokens. The two are timed alternately, one step each. Minimum and median times
+are reported: on a shared machine, the minimum shows what the code can reach. `cpu_ms` is the CPU
+time with a single thread doing all the work. `--llama PYTHON FILE.gguf` times llama.cpp in the same
+session, before and after.
 """
 
 import argparse
@@ -57,7 +59,7 @@ def main() -> None:
 
 
 class Step:
-    """A step of `rows` sequences at one context, by both ways; a store of pages for the decoder."""
+    """A decoding step of `rows` sequences at one context length, compiled or by the decoder."""
 
     def __init__(self, model: Decoder, rows: int, context: int, dtype: torch.dtype) -> None:
         mixer = model.config.layers[0].mixer
@@ -74,7 +76,7 @@ class Step:
 
     @torch.inference_mode()
     def figures(self) -> dict[str, Any]:
-        """Milliseconds, tokens a second, and the ratio of the least times."""
+        """Returns milliseconds and tokens per second of both, and the ratio of minimum times."""
         steps, decoders = [], []
         for turn in range(TURNS + WARMUP):
             for run, times in ((self.compiled, steps), (self.decoder, decoders)):
@@ -118,9 +120,9 @@ class Step:
         k: torch.Tensor,
         v: torch.Tensor,
         rule: AttentionRule,
-        prefix_lengths: tuple[int, ...] | None = None,  # noqa: ARG002 - a decoding step holds no prefix
+        prefix_lengths: tuple[int, ...] | None = None,  # noqa: ARG002 - no prefix when decoding
     ) -> torch.Tensor:
-        """What the decoder's attention asks of a store."""
+        """Implements the KV store interface that the decoder's attention calls."""
         pages: list[Pages] = [self.keys[layer], self.values[layer]]
         page_ids = self.table[:, self.context // PAGE_SIZE].long()
         slots = torch.full_like(page_ids, self.context % PAGE_SIZE)
@@ -134,7 +136,7 @@ class Step:
 
 
 def llama(command: list[str]) -> list[dict[str, Any]]:
-    """The rows that the peer's own script prints."""
+    """Returns the rows printed by the peer's script."""
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 

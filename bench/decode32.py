@@ -1,13 +1,15 @@
-"""Decoding of many sequences with unquantized weights, this checkout and another one in turn, as one JSON row.
+"""Decoding of many sequences with unquantized weights, in this checkout and another; one JSON row.
 
     python bench/decode32.py --base CHECKOUT [--dtypes float32 bfloat16] [--rounds 9] [--avx2]
                              [--peer-python PYTHON --peer-model FOLDER] [--record]
 
-SmolLM2, 32 sequences of 128 prompt tokens that generate 128 each, greedily. A process for each side has loaded its model; they
-measure in turn, one at a time, and a ratio is taken of each round, so that a machine that others use slows both down. Given are the
-median of the ratios and the interval between those order statistics that hold the true median with 95% probability or more.
-`--avx2` builds the kernels for AVX2 alone and keeps PyTorch to it. The peer is `transformers`' generate, on the same prompts, from a
-folder that `easyllm convert smollm2 FOLDER` has written. `cpu_ratio` is of processor time, which waiting for others does not change.
+SmolLM2, 32 sequences of 128 prompt tokens that generate 128 tokens each, greedily. Each side is a
+process with the model loaded. The sides are measured alternately and a ratio is taken per round, so
+that other load on the machine slows both down. Reported are the median of the ratios and the
+interval between the order statistics that contain the true median with at least 95% probability.
+`--avx2` builds the kernels for AVX2 only and restricts PyTorch to it. The peer is `generate` of
+`transformers`, on the same prompts, from a folder written by `easyllm convert smollm2 FOLDER`.
+`cpu_ratio` is the ratio of CPU times, which time spent waiting for other processes does not change.
 """
 
 import argparse
@@ -52,14 +54,14 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    """Rates of both sides and of the peer, and the ratios of each round."""
+    """Returns the rates of both sides and of the peer, and the ratios of each round."""
     sides = {"base": (sys.executable, options.base), "here": (sys.executable, options.here)}
     if options.peer_python:
         sides["peer"] = (options.peer_python, options.here)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     workers = {name: worker(options, name, dtype, *side) for name, side in sides.items()}
     try:
-        for number in range(options.rounds + 1):  # the first one warms up
+        for number in range(options.rounds + 1):  # the first round is a warm-up
             order = list(workers) if number % 2 else list(workers)[::-1]
             for name in order:
                 figures = workers[name].ask(number)
@@ -89,7 +91,7 @@ def compare(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
 def worker(
     options: argparse.Namespace, name: str, dtype: str, python: str, checkout: Path
 ) -> Worker:
-    """A process that measures when it is asked to."""
+    """Starts a process that measures on request."""
     command = [python, __file__, "--worker", "peer" if name == "peer" else "ours", dtype]
     command += ["--shape", *map(str, options.shape), *(["--avx2"] if options.avx2 else [])]
     command += ["--peer-model", options.peer_model] if name == "peer" else []
@@ -125,7 +127,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def build_for_avx2() -> None:
-    """Before anything has asked for kernels or for what the processor has."""
+    """Restricts kernels to AVX2; must run before they are built or CPU features are queried."""
     from easyllm.core import device
     from easyllm.ops.kernels import build
 
@@ -134,7 +136,7 @@ def build_for_avx2() -> None:
 
 
 def ours(dtype: str, count: int) -> Any:
-    """Seconds and processor seconds of all tokens after everybody's first."""
+    """Yields wall and CPU seconds for all tokens after each sequence has its first one."""
     from easyllm.engine import LLM, Request, SamplingParams
 
     llm = LLM("smollm2", dtype=dtype, device="cpu", max_running=count, cache_gb=1.0)
@@ -153,7 +155,7 @@ def ours(dtype: str, count: int) -> Any:
 
 
 def peer(folder: str, dtype: str) -> Any:
-    """The same of `generate`, by the difference to one token alone."""
+    """Yields the same for `generate`, as the difference to generating a single token."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -177,7 +179,7 @@ def peer(folder: str, dtype: str) -> Any:
 
 @contextmanager
 def clock() -> Iterator[list[float]]:
-    """Seconds and processor seconds, once it has ended."""
+    """Yields a list that contains wall and CPU seconds once the block has ended."""
     spent: list[float] = []
     start, cpu = time.perf_counter(), time.process_time()
     yield spent

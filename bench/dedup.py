@@ -1,11 +1,13 @@
-"""One million short documents deduplicated by two processes: seconds, peak memory and what was found, as one JSON row.
+"""Deduplicates one million short documents with two processes; one JSON row.
 
     python bench/dedup.py [--documents 1000000] [--processes 2] [--record]
 
-The documents (40 to 80 words of a Zipf vocabulary of 50,000) are written to files before the clock starts: 5% copies of
-an earlier one, 15% copies with 1 to 6 words changed, 5% that share half their words with an earlier one, the rest new.
-The clock runs from reading the files to the written cluster map, by the default configuration: exact, then MinHash.
-Recall is over planted pairs whose Jaccard similarity, computed here from sets of word triples, is at least 0.8.
+The row gives seconds, peak memory, and what was found. The documents (40 to 80 words of a Zipf
+vocabulary of 50,000) are written to files before the timing starts: 5% are copies of an earlier
+one, 15% are copies with 1 to 6 words changed, 5% share half of their words with an earlier one, and
+the rest are new. The time covers reading the files up to the written cluster map, with the default
+configuration: exact deduplication, then MinHash. Recall is over planted pairs whose Jaccard
+similarity, computed here from sets of word triples, is at least 0.8.
 """
 
 import argparse
@@ -60,7 +62,7 @@ def main() -> None:
 
 
 def plant(folder: Path, num_documents: int) -> None:
-    """Writes the documents, a JSON string a line, and of each its kind and the document it was made from."""
+    """Writes the documents, one JSON string per line, and their kinds and source documents."""
     rng = np.random.default_rng(0)
     names = np.array([f"{word:x}" for word in rng.permutation(VOCABULARY) + 4096])
     weights = 1 / np.arange(10, VOCABULARY + 10)
@@ -68,7 +70,7 @@ def plant(folder: Path, num_documents: int) -> None:
     kinds = rng.choice(len(KINDS), num_documents, p=SHARES)
     kinds[:1000] = 0
     sources = np.zeros(num_documents, np.int64)
-    recent: list[np.ndarray] = []  # originals, the last 10,000
+    recent: list[np.ndarray] = []  # the last 10,000 original documents
     numbers: list[int] = []
     for split, part in enumerate(np.array_split(np.arange(num_documents), SPLITS)):
         with (folder / f"{split:02}.jsonl").open("w") as file:
@@ -88,7 +90,7 @@ def plant(folder: Path, num_documents: int) -> None:
 
 
 def vary(source: np.ndarray, fresh: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """The words of a copy of `source`."""
+    """Returns the words of an altered copy of `source`."""
     if kind == "half":
         return np.concatenate([source[: len(source) // 2], fresh[len(source) // 2 :]])
     words = source.copy()
@@ -99,7 +101,7 @@ def vary(source: np.ndarray, fresh: np.ndarray, kind: str, rng: np.random.Genera
 
 
 def deduplicate(folder: Path, processes: int) -> dict[str, object]:
-    """Seconds and memory of the work, which ends with the cluster map in a file."""
+    """Returns seconds and memory of the work up to the written cluster map."""
     start = time.perf_counter()
     splits = sorted(folder.glob("*.jsonl"))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -125,7 +127,7 @@ def deduplicate(folder: Path, processes: int) -> dict[str, object]:
 
 
 def describe(split: Path) -> int:
-    """Writes exact keys and signatures of a split; the worker's peak memory in bytes."""
+    """Writes exact keys and signatures of a split; returns the worker's peak memory in bytes."""
     texts = list(read(split))
     np.save(f"{split}.exact.npy", exact_keys(texts, ExactConfig()))
     signatures(texts, MinHashConfig()).save(split.with_suffix(".signatures"))
@@ -142,7 +144,7 @@ def peak_rss_bytes() -> int:
 
 
 def judge(folder: Path) -> dict[str, object]:
-    """What was removed beside what was planted."""
+    """Compares the removed documents with the planted ones."""
     texts = [text for split in sorted(folder.glob("*.jsonl")) for text in read(split)]
     kinds, sources = np.load(folder / "kinds.npy"), np.load(folder / "sources.npy")
     representatives = np.load(folder / "representatives.npy")

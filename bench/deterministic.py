@@ -1,4 +1,4 @@
-"""What deterministic mode costs: rates of the engine with it and without, in turns, as one JSON row.
+"""Cost of deterministic mode: engine rates with and without it, alternating; one JSON row.
 
 python bench/deterministic.py [--model smollm2] [--rounds 3] [--record]
 """

@@ -1,11 +1,13 @@
-"""The engine beside what users would pick instead, on the same shapes in one sitting, as one JSON row.
+"""Engine rates compared with alternative engines on the same shapes, as one JSON row.
 
-    python bench/engine.py [--variants int4 int8 float32] [--llama PYTHON] [--transformers PYTHON] [--vllm PYTHON] [--rounds 2] [--record]
+    python bench/engine.py [--variants int4 int8 float32] [--llama PYTHON] [--transformers PYTHON]
+                           [--vllm PYTHON] [--rounds 2] [--record]
 
-SmolLM2; each peer is an interpreter that has the library, and runs its script beside this checkout. Ours and the peers run in
-turn, `rounds` times, and of each shape's rates the highest counts, on both sides: a machine that is shared is slower than itself
-at times, never faster. Also: how long a command takes from its start to its first token, and how far rounded weights lead away
-from the fp32 model, in nats of KL divergence a token of WikiText-2's validation text.
+SmolLM2; each peer is an interpreter that has the library, and runs a script next to this checkout.
+Our engine and the peers run alternately, `rounds` times, and the highest rate per shape is taken
+for each: load on a shared machine can only slow a run down. Also measured: the time from starting a
+command to its first token, and the KL divergence of quantized weights from the fp32 model, in nats
+per token of WikiText-2's validation text.
 """
 
 import argparse
@@ -69,7 +71,7 @@ def main() -> None:
 def contenders(
     options: argparse.Namespace, folder: Path
 ) -> dict[str, Callable[[], list[dict[str, Any]]]]:
-    """Everything that is measured, in the order of a round."""
+    """Returns everything to be measured, in the order within a round."""
     found: dict[str, Callable[[], list[dict[str, Any]]]] = {}
     if options.llama:
         gguf = json.loads(easyllm("doctor", "--json"))["model smollm2"]
@@ -89,12 +91,12 @@ def ours_of(variant: str) -> list[dict[str, float]]:
 
 
 def words_of(variant: str) -> list[str]:
-    """The option that asks for a number format."""
+    """Returns the command-line options that select a weight format."""
     return ["--dtype" if "float" in variant else "--quantize", variant]
 
 
 def highest(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Of each shape's rates the highest of all rounds."""
+    """Returns the highest rates over all rounds, by shape."""
     merged = []
     for same in zip(*runs, strict=True):
         rates = [k for k in same[0] if k.endswith(("_per_s", "_share", "tok_s"))]
@@ -103,7 +105,7 @@ def highest(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def first_token(variant: str) -> float:
-    """Seconds from the command to the end of one token, the least of three."""
+    """Returns the minimum of three times from starting a command to its first token, in seconds."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -121,8 +123,14 @@ def first_token(variant: str) -> float:
 
 @torch.inference_mode()
 def divergence(scheme: str, kept: torch.dtype, *, tokens: int = 8192, window: int = 512) -> float:
-    """KL divergence of the model with rounded weights, and keys and values kept as `kept`, from the fp32 one, nats a
-    token, in windows of a text."""
+    """Returns the KL divergence from the fp32 model, in nats per token, over windows of a text.
+
+    Args:
+        scheme: quantization of the weights.
+        kept: dtype of the keys and values.
+        tokens: number of tokens.
+        window: tokens per forward pass.
+    """
     text = (SHARED / "data" / "wikitext2_valid.txt").read_text(encoding="utf-8")
     ids = load_tokenizer("smollm2").encode(text)[:tokens]
     full = load_model("smollm2", dtype="float32")
@@ -140,12 +148,12 @@ def divergence(scheme: str, kept: torch.dtype, *, tokens: int = 8192, window: in
 def attention_over(
     kept: torch.dtype, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
-    """Attention over keys and values as a cache of that dtype gives them back."""
+    """Returns attention over keys and values rounded to the dtype of the cache."""
     return exact_attention(q, k.to(kept).to(k), v.to(kept).to(v), *rest)
 
 
 def script(python: str, name: str, *words: str) -> list[dict[str, Any]]:
-    """The JSON rows a peer's script prints."""
+    """Returns the JSON rows printed by a peer's script."""
     command = [python, str(SHARED / "peers" / name), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -1,10 +1,12 @@
-"""SmolLM2's tokenizer extended by Chinese: what it saves on text it was not trained on, and what it costs, as one JSON row.
+"""SmolLM2's tokenizer extended with Chinese: gain on held-out text, and cost; one JSON row.
 
-    python bench/extend.py [--train FILE] [--held-out FILE] [--english FILE] [--text-key output] [--new 8000] [--record]
+    python bench/extend.py [--train FILE] [--held-out FILE] [--english FILE] [--text-key output]
+                           [--new 8000] [--record]
 
-Text files hold a text a line, files of rows a text under the key. Fertility is tokens a word, a Han character being a word. Losses are SmolLM2's in fp32, before any
-training, on the beginning of the held-out and of the English text: over the old ids (the same, by the law of extension)
-and over all, in old pieces; and a byte, in old and in new pieces.
+Text files contain one text per line; JSON files contain rows with the text under the key. Fertility
+is tokens per word, with each Han character counting as a word. Losses are those of SmolLM2 in fp32,
+before any training, on the beginning of the held-out and of the English text: per old token, over
+the old ids (which must not change) and over all ids; and per byte, in old and in new tokens.
 """
 
 import argparse
@@ -56,14 +58,14 @@ def main() -> None:
 
 
 def read(path: Path, text_key: str) -> list[str]:
-    """The texts of a file."""
+    """Returns the texts of a file."""
     if path.suffix in (".json", ".jsonl"):
         return [row.values[text_key] for row in read_rows(path)]
     return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
 def fertility(old: Tokenizer, extension: Extension, texts: dict[str, list[str]]) -> dict[str, Any]:
-    """Tokens a word of each text by either tokenizer."""
+    """Returns tokens per word of each text with either tokenizer."""
     found = report({"before": old, "after": extension.tokenizer}, texts).texts
     figures: dict[str, dict[str, float]] = {name: {} for name in texts}
     for text in found:
@@ -72,7 +74,7 @@ def fertility(old: Tokenizer, extension: Extension, texts: dict[str, list[str]])
 
 
 def losses(old: Tokenizer, extension: Extension, texts: dict[str, list[str]]) -> dict[str, Any]:
-    """What the model makes of either text before it grew and after."""
+    """Returns the model's losses on either text before and after resizing the embeddings."""
     before = load_model("smollm2", dtype="float32")
     after = resize_embeddings(load_model("smollm2", dtype="float32"), extension.old_pieces)
     openings = {n: "\n".join(texts[n])[:LOSS_CHARACTERS] for n in ("held_out", "english")}

@@ -1,9 +1,11 @@
-"""The recipes that begin with nothing, run whole: time, evaluations on the way, and what comes out, as a JSON row each.
+"""Runs the recipes that train from scratch to completion; one JSON row each.
 
-    python bench/from_scratch.py [--runs shakespeare-char from-scratch:tinyshakespeare.txt from-scratch] [--record]
+    python bench/from_scratch.py [--runs shakespeare-char from-scratch:tinyshakespeare.txt ...]
+                                 [--record]
 
-A run is a recipe, with a file beside this checkout as its text where one is named. The exported folder is loaded in
-`transformers` and must give the same next token.
+A row gives time, intermediate evaluations and the result. A run is a recipe, optionally with a data
+file stored next to this checkout as its text. The exported folder is loaded in `transformers` and
+must predict the same next token.
 """
 
 import argparse
@@ -38,7 +40,7 @@ def main() -> None:
 
 
 def measure(run: str, output: Path) -> dict[str, Any]:
-    """One recipe's row."""
+    """Returns the row of one recipe."""
     recipe, _, text = run.partition(":")
     words = [f"output={output}"]
     if text:
@@ -70,7 +72,7 @@ def measure(run: str, output: Path) -> dict[str, Any]:
 
 
 def same_in_transformers(folder: Path) -> bool:
-    """Whether the exported model, loaded there, has the same most likely tokens after a text."""
+    """Returns whether the exported model has the same most likely tokens there, after a text."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

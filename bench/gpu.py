@@ -1,12 +1,15 @@
 """Pretraining and the engine on one GPU, as one JSON row.
 
-    python bench/gpu.py --shards DIR [--tokenizer DIR] [--steps 16] [--parts train peer engine] [--record]
+    python bench/gpu.py --shards DIR [--tokenizer DIR] [--steps 16] [--parts train peer engine]
+                        [--record]
 
-`train`: steps of `recipes/pretrain-gpu.yaml` (359 million parameters, 524,288 tokens a step) on token shards of the
-`smollm2` tokenizer, with a warm-up of 4: the median rate, the share of the matmul rate measured in the same process, and memory; and half
-as many steps with compiled feed-forwards, and with `EASYLLM_KERNELS=0`, which is plain PyTorch. `peer`: forward and backward pass of the same model in
-`transformers`, bf16, 16 rows of 2,048, without an optimizer. `engine`: the same model, fresh, on the engine's shapes; and
-`transformers`' `generate` on 1 and 32 of them.
+`train`: steps of `recipes/pretrain-gpu.yaml` (359 million parameters, 524,288 tokens per step) on
+token shards of the `smollm2` tokenizer, after 4 warm-up steps: the median rate, its share of the
+matmul rate measured in the same process, and memory; also half as many steps with compiled
+feed-forwards, and with `EASYLLM_KERNELS=0`, which is plain PyTorch. `peer`: forward and backward
+pass of the same model in `transformers`, bf16, 16 rows of 2,048 tokens, without an optimizer.
+`engine`: the same model, freshly initialised, on the engine's shapes; and `generate` of
+`transformers` for 1 and 32 sequences.
 """
 
 import argparse
@@ -103,7 +106,7 @@ def train(options: argparse.Namespace, *words: str, kernels: bool = True) -> dic
 
 
 def engine(options: argparse.Namespace, work: Path) -> LLM:
-    """The recipe's model with fresh weights, also as a folder for the peer."""
+    """Returns the recipe's model with fresh weights, and saves it as a folder for the peer."""
     wanted = recipe()["model"] | {"tokenizer": options.tokenizer}
     tokenizer = load_tokenizer(options.tokenizer)
     config = scratch_model_config(ScratchConfig(**wanted), tokenizer)
@@ -119,7 +122,7 @@ def engine(options: argparse.Namespace, work: Path) -> LLM:
 
 
 def peer_step(work: Path) -> dict[str, float]:
-    """Median of a forward and backward pass of 16 rows of 2,048 tokens in `transformers`."""
+    """Times a forward and backward pass of 16 rows of 2,048 tokens in `transformers` (median)."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.bfloat16).to("cuda")
@@ -139,7 +142,7 @@ def peer_step(work: Path) -> dict[str, float]:
 
 
 def peer_generate(work: Path, count: int) -> dict[str, float]:
-    """`generate` on `count` prompts of 128 tokens, 128 new ones, greedy, in bf16."""
+    """Times `generate` on `count` prompts of 128 tokens with 128 new ones, greedy, in bf16."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.bfloat16).to("cuda")

@@ -1,4 +1,4 @@
-"""What every row says of the machine and the code, and where rows go."""
+"""Fields common to all rows that describe the machine and the code, and where rows are stored."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ SHARED = HERE.parents[1] / "shared"
 
 
 def row(bench: str, **figures: Any) -> dict[str, Any]:
-    """A row: what was measured, when, on which commit and machine."""
+    """Returns a row: what was measured, when, on which commit and machine."""
     return {
         "bench": bench,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -58,7 +58,7 @@ def machine() -> dict[str, object]:
 
 
 def easyllm(*words: str) -> str:
-    """Standard output of a command of ours, in a process of its own; what it says on the way is shown."""
+    """Returns the standard output of an `easyllm` command; its standard error is passed through."""
     command = [sys.executable, "-m", "easyllm", *words]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 

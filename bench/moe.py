@@ -1,9 +1,10 @@
-"""What a mixture of experts costs beside a dense feed-forward of equal active size, as one JSON row.
+"""Cost of a mixture of experts relative to a dense feed-forward of equal active size.
 
     python bench/moe.py [--tokens 512 2048] [--record]
 
-8 experts of which a token passes 2 (each of width F, the dense one 2F), D 512, fp32, forward without gradient; the two are
-timed in turns, and the ratio is that of the medians.
+Prints one JSON row. 8 experts, of which each token passes through 2 (each of width F, the dense one
+2F), D 512, fp32, forward without gradient. The two are timed alternately, and the ratio is that of
+the medians.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(tokens: int) -> dict[str, float]:
-    """Milliseconds of both, and their ratio."""
+    """Returns milliseconds of both, and their ratio."""
     experts = MoEConfig(
         num_experts=EXPERTS,
         experts_per_token=CHOSEN,
@@ -64,7 +65,7 @@ def measure(tokens: int) -> dict[str, float]:
 
 
 def in_turns(*functions: Callable[[], object]) -> list[list[float]]:
-    """Seconds of each function, called in turns so that a change of the machine's speed meets all of them."""
+    """Times the functions alternately, so that changes of the machine's speed affect all."""
     times: list[list[float]] = [[] for _ in functions]
     for turn in range(WARMUP + TURNS):
         for mine, function in zip(times, functions, strict=True):

@@ -1,9 +1,11 @@
-"""Pre-norm trains without a warm-up where post-norm stalls (Xiong et al. 2020, arXiv 2002.04745), as one JSON row and a plot.
+"""Pre-norm trains without a warm-up where post-norm stalls; one JSON row and a plot.
 
     python bench/norm_placement.py [--layers 16] [--steps 300] [--record]
 
-The same small byte-level model with its norms before the blocks, or behind the residual sum; AdamW at 1e-3 from the first step
-on, from Xavier's start. Also the first gradient's norm in the first and the last layer, with which the paper explains it.
+Reproduces Xiong et al. 2020 (arXiv 2002.04745): the same small byte-level model with its norms
+before the blocks or after the residual sum; AdamW at 1e-3 from the first step, Xavier
+initialisation. Also measures the first gradient's norm in the first and last layer, with which the
+paper explains the effect.
 """
 
 import argparse
@@ -54,7 +56,7 @@ def main() -> None:
         f"{options.layers} layers, AdamW at {RATE:g} from the first step, no warm-up",
         curves,
         x_title="step",
-        y_title="loss, nats a byte",
+        y_title="loss, nats per byte",
     )
     row = machine.row(
         "norm-placement",
@@ -68,7 +70,7 @@ def main() -> None:
 def train(
     placement: str, num_layers: int, steps: int, seed: int
 ) -> tuple[list[float], dict[str, float]]:
-    """Losses of all steps, and the norms of the first step's gradient in the first and the last feed-forward."""
+    """Returns all losses, and the first step's gradient norms in the first and last layer."""
     layer = LayerConfig(
         mixer=AttentionConfig(num_heads=HEADS, num_kv_heads=HEADS, head_dim=WIDTH // HEADS),
         feed_forward=GLUConfig(intermediate_size=3 * WIDTH),
@@ -102,7 +104,10 @@ def train(
 
 
 def initialise(model: Decoder, generator: torch.Generator) -> None:
-    """Xavier's start, as in the paper: nothing shrinks with depth (our own start, GPT-2's, does, and saves post-norm)."""
+    """Applies Xavier initialisation, as in the paper, which does not shrink with depth.
+
+    Our default, GPT-2's, does, which makes post-norm trainable.
+    """
     model.reset_parameters(generator=generator)
     for module in model.modules():
         if isinstance(module, Linear):
@@ -110,12 +115,12 @@ def initialise(model: Decoder, generator: torch.Generator) -> None:
 
 
 def gradient_norm(layer: torch.nn.Module) -> float:
-    """Of the layer's last projection, as in the paper's figure 3."""
+    """Returns the gradient norm of the layer's last projection, as in the paper's figure 3."""
     return float(layer.feed_forward.down_proj.weight.grad.norm())
 
 
 def batches(steps: int, seed: int) -> list[Batch]:
-    """English bytes: a text beside this checkout where there is one, else what Python carries."""
+    """Returns batches of English bytes: a text next to this checkout, else Python's own docs."""
     file = machine.SHARED / "data" / "tinyshakespeare.txt"
     text = file.read_bytes() if file.is_file() else (inspect.getdoc(re) or "").encode()
     generator = random.Random(seed)
@@ -128,7 +133,7 @@ def batches(steps: int, seed: int) -> list[Batch]:
 
 
 def smooth(values: list[float], over: int = 10) -> list[float]:
-    """Means of the last `over` values."""
+    """Returns moving averages over the last `over` values."""
     return [
         sum(values[max(0, i - over + 1) : i + 1]) / min(over, i + 1) for i in range(len(values))
     ]

@@ -1,4 +1,4 @@
-"""Two checkouts measured in turn: workers that keep what they have loaded, ratios of each round, and their median."""
+"""Alternating measurements of two checkouts: persistent workers and the median of the ratios."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def median_ratio(ratios: list[float]) -> list[float]:
-    """The median and its 95% interval, from order statistics."""
+    """Returns the median and its 95% confidence interval, from order statistics."""
     ordered, count = sorted(ratios), len(ratios)
     outside, low = 0.5**count, 0  # probability that the median is below ordered[low]
     while low + 1 < count // 2 and outside + math.comb(count, low + 1) * 0.5**count <= 0.025:
@@ -21,12 +21,12 @@ def median_ratio(ratios: list[float]) -> list[float]:
 
 
 class Worker:
-    """A process that answers one JSON line with another.
+    """A process that answers each JSON line with another.
 
     Args:
-        command: of the process.
-        checkout: whose `src` it imports `easyllm` from.
-        environment: further variables.
+        command: command line of the process.
+        checkout: checkout whose `src` it imports `easyllm` from.
+        environment: additional environment variables.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Worker:
         )
 
     def ask(self, question: Any) -> Any:
-        """The answer to a question; lines that are not JSON objects are passed over."""
+        """Returns the answer to a question; lines that are not JSON objects are skipped."""
         assert self.process.stdin is not None, "opened as a pipe"
         assert self.process.stdout is not None, "opened as a pipe"
         self.process.stdin.write(json.dumps(question) + "\n")
@@ -47,7 +47,7 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"a worker ended with {self.process.wait()} before it answered")
+        raise RuntimeError(f"a worker exited with {self.process.wait()} before it answered")
 
     def close(self) -> None:
         """Ends the process."""
@@ -56,13 +56,13 @@ class Worker:
 
 
 def answer_questions(answer: Any) -> None:
-    """A worker's side: `answer(question)` of each line of standard input, as a JSON object."""
+    """Runs the worker's side: prints `answer(question)` as JSON for each line of standard input."""
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
 
 
 def peak_rss_mb() -> int:
-    """Of this process, in megabytes."""
+    """Returns the peak memory of this process in megabytes."""
     with open("/proc/self/status") as status:
         line = next(x for x in status if x.startswith("VmHWM"))
     return round(int(line.split()[1]) / 1024)

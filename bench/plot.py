@@ -1,4 +1,4 @@
-"""Lines as an SVG file for the documentation: nothing but text, the same bytes from the same figures."""
+"""Line charts as SVG files for the documentation; equal figures give byte-identical files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,8 @@ def write_lines(
         return across, HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="22" font-weight="bold">{title}</text>',
     ]
@@ -55,7 +56,7 @@ def write_lines(
 
 
 def _ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Round values between the two."""
+    """Returns round values between the two."""
     step = 10.0 ** len(str(int(high - low)))
     while (high - low) / step < most / 2.5:
         step /= 2 if str(step).strip("0.")[:1] in "124" else 2.5

@@ -1,10 +1,11 @@
-"""The three products of linear layers in bf16, ours and PyTorch's in turn, as one JSON row.
+"""The three GEMMs of linear layers in bf16, ours and PyTorch's alternately, as one JSON row.
 
     python bench/products.py [--model smollm2] [--rows 2048] [--record]
 
-Forward, gradient of the input and gradients of the weights, for the linears of a layer (those of one input together, as the model has
-them) and for the head (768 rows), in GFLOP/s: medians, over memory that was not in use just before. A square product between
-them says how fast the machine was. `relation` is PyTorch's time for a whole layer and the head over ours.
+Forward, gradient of the input and gradient of the weights, for the linears of a layer (fused where
+they share an input, as in the model) and for the head (768 rows), in GFLOP/s: medians, with
+operands that are not in the caches. A square GEMM in between shows the machine's current speed.
+`relation` is PyTorch's time over ours for a complete layer and the head.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from torch import Tensor
 from easyllm.models import open_source
 from easyllm.ops import product as products
 
-COPIES = 8  # of each operand, used in turn
+COPIES = 8  # of each operand, used cyclically
 HEAD_ROWS = 768
 TOGETHER = (
     ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
@@ -66,7 +67,10 @@ def main() -> None:
 
 
 def shapes(model: str) -> dict[tuple[tuple[int, ...], int], int]:
-    """Outputs of linears of one input, inputs, and how often the model has them; the head's last, with a count of 0."""
+    """Returns (outputs of the linears sharing an input, inputs) with counts per model.
+
+    The head comes last, with a count of 0.
+    """
     decoder = open_source(model).model(torch.float32, torch.device("cpu"))
     counts: dict[tuple[tuple[int, ...], int], int] = {}
     for layer in decoder.layers:
@@ -81,7 +85,7 @@ def shapes(model: str) -> dict[tuple[tuple[int, ...], int], int]:
 def operands(
     rows: int, outputs: tuple[int, ...], inputs: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """x, weights, gradients of the outputs."""
+    """Returns x, the weights, and the gradients of the outputs."""
     return (
         torch.randn(rows, inputs).bfloat16(),
         [torch.randn(n, inputs).bfloat16() for n in outputs],
@@ -90,7 +94,7 @@ def operands(
 
 
 def calls(x: Tensor, weights: list[Tensor], grads: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """The three products."""
+    """Returns the three GEMMs: forward, input gradient and weight gradient."""
     return {
         "forward": lambda: products.linears(x, weights, [None] * len(weights)),
         "of_input": lambda: products.sum_of_products(grads, weights),
@@ -99,7 +103,7 @@ def calls(x: Tensor, weights: list[Tensor], grads: list[Tensor]) -> dict[str, Ca
 
 
 def served(who: str, call: Callable[[], object]) -> Callable[[], None]:
-    """The call with or without the kernel."""
+    """Returns the call with or without our kernel."""
 
     def inner() -> None:
         serves = products._kernels

@@ -1,4 +1,4 @@
-"""The quickstart for several seeds: what is recalled, what it costs; one JSON row.
+"""The quickstart over several seeds: recall and cost, as one JSON row.
 
 python bench/quickstart.py [--seeds 0 1 2] [--record]
 """

@@ -1,9 +1,10 @@
-"""What each saving of the trainer brings by itself, added one after the other: tokens a second and peak memory.
+"""Effect of each of the trainer's optimizations, enabled cumulatively: tokens/s and peak memory.
 
     python bench/savings.py [--tokens 2048] [--steps 3] [--record]
 
-Full fine-tuning of SmolLM2 on Alpaca rows, a process a line, in the order of the table: padded rows and PyTorch's own parts
-first, then one thing more a line. Tokens are the real ones; padding is not counted.
+Full fine-tuning of SmolLM2 on Alpaca rows, with one process per table line, in the table's order:
+padded rows and PyTorch's own layers first, then one more optimization per line. Padding tokens are
+not counted.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def main() -> None:
     if options.line:
         print(json.dumps(measure(options.line.split(","), options)))
         return
-    # without instructions for it, products in bf16 are many times slower
+    # without native bf16 instructions, bf16 GEMMs are many times slower
     fast = bf16_is_fast(torch.device("cpu"))
     ladder = tuple(step for step in LADDER if step != "bf16" or fast)
     lines = [ladder[: i + 1] for i in range(len(ladder))] + [(*ladder[:-1], COMPILE)]
@@ -61,7 +62,7 @@ def in_a_process(line: tuple[str, ...]) -> dict[str, float]:
 
 
 def measure(line: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """Real tokens a second (the median of the steps behind the first) and the process's peak memory."""
+    """Returns non-padding tokens per second (median without the first step) and peak memory."""
     from easyllm.models import load_model
     from easyllm.nn.recompute import recompute_activations
     from easyllm.train.optim import MasterOptimizer
@@ -108,7 +109,7 @@ def measure(line: list[str], options: argparse.Namespace) -> dict[str, float]:
 
 
 def plain_adamw(model: torch.nn.Module, masters: dict[str, Tensor] | None) -> Callable[[], None]:
-    """PyTorch's AdamW, a tensor at a time, on fp32 masters where the model is narrower."""
+    """Returns a step of PyTorch's AdamW, one tensor at a time, with fp32 masters if needed."""
     own = dict(model.named_parameters())
     moved = own if masters is None else {n: torch.nn.Parameter(m) for n, m in masters.items()}
     optimizer = torch.optim.AdamW(moved.values(), lr=2e-4, foreach=False)
@@ -130,7 +131,7 @@ def plain_adamw(model: torch.nn.Module, masters: dict[str, Tensor] | None) -> Ca
 
 
 def loss_of(model: torch.nn.Module, batch: Batch, *, chunked: bool) -> Tensor:
-    """Mean loss a labelled token."""
+    """Returns the mean loss per trained token."""
     from easyllm.train.objectives import LanguageModel
 
     if chunked:
@@ -175,7 +176,7 @@ def prepared(options: argparse.Namespace, *, padded: bool) -> list[Batch]:
 
 
 def fill(sample: Sample, length: int) -> Sample:
-    """The sample with padding behind it, which carries no loss."""
+    """Returns the sample with padding appended, which is masked out of the loss."""
     room = length - len(sample.token_ids)
     return Sample((*sample.token_ids, *(0,) * room), (*sample.labels, *(-100,) * room))
 

@@ -1,10 +1,11 @@
-"""A text without end through a small cache: with sinks, without, and with the window computed afresh, as one JSON row and a plot.
+"""Streaming generation with attention sinks (StreamingLLM): losses, as one JSON row and a plot.
 
     python bench/streaming.py [--tokens 20000] [--window 512] [--sampled 500] [--record]
 
-SmolLM2 reads WikiText-2's validation text through a cache of `window` tokens, in the engine, in chunks: with 4 sinks (the first
-tokens and the last 508), and without. At sampled places the last 512 tokens are also computed afresh by the plain model,
-which is what one would do without streaming. Losses are nats a token; differences are paired, with their standard error.
+SmolLM2 reads WikiText-2's validation text in the engine with chunked prefill, through a KV cache of
+`window` tokens: with 4 sinks (the first 4 tokens and the last 508), and without. At sampled
+positions, the last 512 tokens are also recomputed by the plain model, which is the alternative
+without streaming. Losses are in nats per token; differences are paired, with their standard error.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main() -> None:
         start = time.perf_counter()
         losses[name] = streamed(ids, window=options.window - sinks, sinks=sinks)
         seconds[name] = round(time.perf_counter() - start, 1)
-    first = 2 * options.window  # from there on the cache has been full for a while
+    first = 2 * options.window  # the cache has been full for a while from there on
     places = [first + i * (len(ids) - first - 1) // options.sampled for i in range(options.sampled)]
     start = time.perf_counter()
     afresh = recomputed(ids, places, options.window)
@@ -62,7 +63,7 @@ def main() -> None:
         f"SmolLM2 on WikiText-2 through a cache of {options.window} tokens",
         lines,
         x_title="token",
-        y_title=f"loss, nats a token (means of {BIN})",
+        y_title=f"loss, nats per token (means of {BIN})",
     )
     row = machine.row(
         "streaming",
@@ -77,7 +78,7 @@ def main() -> None:
 
 
 def streamed(ids: list[int], *, window: int, sinks: int) -> list[float]:
-    """The loss of each token after the first, at the place of the token before it."""
+    """Returns the loss of each token after the first, stored at the preceding position."""
     context = ContextConfig(method="streaming", window=window, sinks=sinks)
     llm = LLM("smollm2", context=context, num_pages=96, max_step_tokens=512, max_running=1)
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
@@ -90,7 +91,7 @@ def streamed(ids: list[int], *, window: int, sinks: int) -> list[float]:
 
 @torch.inference_mode()
 def recomputed(ids: list[int], places: list[int], window: int) -> list[float]:
-    """The loss of the token behind each place, from a forward pass over the last `window` tokens alone."""
+    """Returns the loss of the token after each place, from the last `window` tokens only."""
     model = load_model("smollm2", dtype="float32")
     losses = []
     for place in places:
@@ -101,7 +102,7 @@ def recomputed(ids: list[int], places: list[int], window: int) -> list[float]:
 
 
 def bins(values: list[float]) -> list[tuple[float, float]]:
-    """Means of `BIN` values each, at their middles."""
+    """Returns the means of every `BIN` values, at the centres of their ranges."""
     groups = [values[i : i + BIN] for i in range(0, len(values), BIN)]
     return [(BIN * (i + 0.5), statistics.fmean(group)) for i, group in enumerate(groups)]
 

@@ -1,12 +1,15 @@
-"""Fine-tuning of SmolLM2 on 128 Alpaca rows, LoRA or every weight: tokens a second and peak memory, as one JSON row.
+"""Fine-tuning of SmolLM2 on 128 Alpaca rows, LoRA or full: tokens/s and peak memory; one JSON row.
 
-    python bench/train.py [--mode lora|full|packed] [--data FILE] [--rows 128] [--peer PYTHON] [--record]
+    python bench/train.py [--mode lora|full|packed] [--data FILE] [--rows 128] [--peer PYTHON]
+                          [--record]
 
-The work is that of TRL's usual script: rank 8 on all linears (or every weight), loss on every token, cut at 512, batch 4, one
-epoch. `full` also trains with int8 moments, and times steps of 2,048 packed tokens, as a share of the machine's matmul rate in the same process;
-`packed` does that alone. ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 has a processor with AMX do without, in products and in the rate they are held to.
-With `--peer`, the same is run by TRL (an interpreter that has `trl`, `peft` and `datasets`) in the same sitting, once
-for each of its settings, and the ratio to the best of them is printed. `--record` appends the row to `bench/results/`.
+The configuration is that of TRL's usual script: rank 8 on all linears (or full fine-tuning), loss
+on all tokens, truncation at 512, batch size 4, one epoch. `full` also trains with int8 optimizer
+moments, and times steps of 2,048 packed tokens, relative to the machine's matmul rate in the same
+process; `packed` does only that. ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 disables AMX on a CPU that has
+it, both for the GEMMs and for the reference matmul rate. With `--peer` (an interpreter that has
+`trl`, `peft` and `datasets`), TRL runs the same in the same session, once per setting, and the
+ratio to its best setting is printed. `--record` appends the row to `bench/results/`.
 """
 
 import argparse
@@ -54,7 +57,7 @@ def main() -> None:
     if options.peer and options.mode != "packed":
         with tempfile.TemporaryDirectory() as work:
             row["trl"] = peer(options, Path(work))
-        # once more, so that a machine that changed its speed meanwhile shows
+        # repeated, to reveal a change of the machine's speed in the meantime
         row["ours_again"] = ours(options)
         best = max(r["tok_s"] for r in row["trl"])
         slower = min(row["ours"]["tokens_per_s"], row["ours_again"]["tokens_per_s"])
@@ -63,14 +66,14 @@ def main() -> None:
 
 
 def ours(options: argparse.Namespace, *more: str) -> dict[str, float]:
-    """One epoch in a process of its own; wall time from the first step to the last, as TRL's `train()`."""
+    """Runs one epoch in a separate process; timed from first to last step, as TRL's `train()`."""
     words = ["batch_size=4", "epochs=1", "optimizer.learning_rate=2e-4", *more]
     start = time.perf_counter()
     figures, lines = run(options, words)
     wall = time.perf_counter() - start
     steps = [x for x in lines if "speed/tokens_per_s" in x]
     seconds = sum(x["train/tokens"] / x["speed/tokens_per_s"] for x in steps)
-    tokens = figures["tokens"] + figures["data"]["samples"]  # TRL counts each row's last token too
+    tokens = figures["tokens"] + figures["data"]["samples"]  # TRL also counts each row's last token
     return {
         "tokens": tokens,
         "tokens_per_s": round(tokens / seconds, 1),
@@ -82,8 +85,11 @@ def ours(options: argparse.Namespace, *more: str) -> dict[str, float]:
 
 
 def packed_steps(options: argparse.Namespace, *, steps: int = 12) -> dict[str, Any]:
-    """Steps of 2,048 packed tokens: their rate, the matmul rate measured before and behind each, and the model's FLOPs as a
-    share of it; medians, each step's (shared machines swing between states), and the share of all steps together."""
+    """Times steps of 2,048 packed tokens relative to the matmul rate measured around each step.
+
+    Returns medians of the rates and of the MFU (the model's FLOPs as a share of the matmul rate),
+    the figures of each step, because shared machines change their speed, and the overall MFU.
+    """
     with tempfile.TemporaryDirectory() as work:
         config = TrainConfig.model_validate(
             {
@@ -94,7 +100,7 @@ def packed_steps(options: argparse.Namespace, *, steps: int = 12) -> dict[str, A
                 },
                 "batch_size": None,
                 "batch_tokens": 2048,
-                "micro_batch_tokens": 2560,  # a step is one forward pass
+                "micro_batch_tokens": 2560,  # one forward pass per step
             }
         )
         origin = find_origin(config)
@@ -107,10 +113,10 @@ def packed_steps(options: argparse.Namespace, *, steps: int = 12) -> dict[str, A
         step_flops(model.config, config),
     )
     model.train()
-    measured = []  # tokens, FLOPs, seconds, matmul rate of each step
-    for number in range(steps + 2):  # two warm up
+    measured = []  # tokens, FLOPs, seconds and matmul rate of each step
+    for number in range(steps + 2):  # the first two are warm-up
         batches = loader.next_step()
-        before = matmul_rate(dtype, repeats=40)  # half a second: its speed swings
+        before = matmul_rate(dtype, repeats=40)  # half a second, because its speed fluctuates
         start = time.perf_counter()
         loss, _ = accumulate(model, LanguageModel(), batches, arithmetic)
         take_step(optimizer, arithmetic, 1.0, 1.0, loss)
@@ -132,14 +138,14 @@ def packed_steps(options: argparse.Namespace, *, steps: int = 12) -> dict[str, A
 
 
 def rows(options: argparse.Namespace, work: Path) -> Path:
-    """The first rows of the data, in a file."""
+    """Writes the first rows of the data to a file."""
     file = work / "rows.json"
     file.write_text(json.dumps(json.loads(options.data.read_text())[: options.rows]))
     return file
 
 
 def run(options: argparse.Namespace, words: list[str]) -> tuple[dict, list[dict]]:
-    """A training run's figures, and the lines of its `metrics.jsonl`."""
+    """Returns a training run's figures, and the lines of its `metrics.jsonl`."""
     adapter = ["adapter.rank=8", "adapter.alpha=16"] if options.mode == "lora" else ["adapter=null"]
     with tempfile.TemporaryDirectory() as work:
         file, out = rows(options, Path(work)), Path(work) / "run"
@@ -153,7 +159,7 @@ def run(options: argparse.Namespace, words: list[str]) -> tuple[dict, list[dict]
 
 
 def peer(options: argparse.Namespace, work: Path) -> list[dict[str, float]]:
-    """TRL on the same rows, a process a setting."""
+    """Runs TRL on the same rows, one process per setting."""
     model = work / "smollm2"
     machine.easyllm("convert", "smollm2", str(model))
     found = []

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random model with a real tokenizer, and SmolLM2 itself, each made once a session."""
+"""Shared fixtures, built once per session: a tiny random model, a real tokenizer, and SmolLM2."""
 
 import os
 from pathlib import Path
@@ -9,12 +9,13 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if (
     not torch.cuda.is_available()
-):  # read when a kernel is defined: they run in Triton's interpreter then
+):  # read when a kernel is defined; on a CPU, kernels then run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "+ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\\n' }}{% endif %}"
 )
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -30,7 +31,7 @@ def _two_threads() -> None:
 
 
 def tiny_config(**changes):
-    """A Llama configuration of a few thousand parameters, as HF writes it."""
+    """A Llama configuration of a few thousand parameters, as it appears in `config.json`."""
     return {
         "model_type": "llama",
         "vocab_size": 320,
@@ -51,7 +52,7 @@ def tiny_config(**changes):
 
 
 def build_tiny(seed: int = 0, **changes):
-    """A tiny random model; weights large enough that its logits are not flat."""
+    """A tiny random model with weights large enough that its logits are not flat."""
     from easyllm.models.families import family_of
     from easyllm.nn import Decoder
 
@@ -67,7 +68,7 @@ def build_tiny(seed: int = 0, **changes):
 
 @pytest.fixture
 def families_restored():
-    """What a test registers is forgotten after it."""
+    """Unregisters whatever a test has registered."""
     from easyllm.models.families import FAMILIES
 
     before = dict(FAMILIES)

@@ -1,7 +1,8 @@
-"""A runner without a model: what it caches for a token is a hash of the token and of what is cached before it, and the next
-token is a hash of the pages it reads.
+"""A runner without a model, for tests of the scheduler and the KV cache.
 
-A page that leaks, is shared wrongly, copied too late or written by a stranger changes a token at once.
+It caches for each token a hash of the token and of what is cached before it; the next token is a
+hash of the pages it reads. A page that leaks, is shared wrongly, copied too late or overwritten by
+another sequence changes a token immediately.
 """
 
 import zlib
@@ -12,17 +13,17 @@ VOCAB = 23
 
 
 def cell(before, token):
-    """What is cached for a token behind a cell (0 where none may be seen)."""
+    """Returns the cached value of a token, given the previous cell (0 if none may be seen)."""
     return zlib.crc32(b"%d %d" % (before, token))
 
 
 def next_token(read, index=0):
-    """The token after the cells read from the cache; `index` stands for a completion's own randomness."""
+    """Returns the token after the cached cells; `index` adds a completion's own randomness."""
     return (zlib.crc32(repr(read).encode()) + index) % VOCAB
 
 
 def tokens_alone(prompt, count, *, window=None, index=0):
-    """What a request must give, whatever else is served."""
+    """Returns the tokens that a request must generate, whatever else is being served."""
     tokens, cells = list(prompt), []
     while len(tokens) < len(prompt) + count:
         for token in tokens[len(cells) :]:
@@ -32,14 +33,14 @@ def tokens_alone(prompt, count, *, window=None, index=0):
 
 
 class HashRunner:
-    """Pages of cells; None where nothing was written."""
+    """Pages of cells; None where nothing has been written."""
 
     def __init__(self, num_pages, page_size, window=None):
         self.cells = [[None] * page_size for _ in range(num_pages)]
         self.page_size, self.window = page_size, window
 
     def read(self, step):
-        """For each row a piece asks for, the cells its query sees, as they lie in the pages."""
+        """Returns the cells that the query of each requested row sees, read from the pages."""
         for to, copied in [(to, list(self.cells[of])) for to, of in step.copies.items()]:
             self.cells[to] = copied
         for piece in step.pieces:
@@ -59,7 +60,7 @@ class HashRunner:
         return self.cells[piece.pages[position // self.page_size]][position % self.page_size]
 
     def run(self, step):
-        """The same as logits [N, V] whose largest is the next token."""
+        """Returns the next tokens as logits [N, V]."""
         rows = [next_token(read) for read in self.read(step)]
         logits = torch.zeros(len(rows), VOCAB)
         logits[torch.arange(len(rows)), rows] = 9.0

@@ -1,10 +1,10 @@
-"""Masks for guided decoding, as tests want them."""
+"""Masks for guided decoding in tests."""
 
 import torch
 
 
 def packed(token_ids, size=320):
-    """[⌈size/32⌉] int32 with the bits of these ids set."""
+    """Returns a bit mask [⌈size/32⌉] int32 with the bits of these ids set."""
     words = torch.zeros(-(-size // 32), dtype=torch.int64)
     for token in token_ids:
         words[token // 32] |= 1 << (token % 32)
@@ -12,7 +12,7 @@ def packed(token_ids, size=320):
 
 
 class RuleMask:
-    """A mask source whose completions allow what `rule(output_ids)` gives: ids, a ready mask, or None for any."""
+    """A mask source that allows `rule(output_ids)`: ids, a packed mask, or None for all."""
 
     def __init__(self, rule):
         self.rule = rule

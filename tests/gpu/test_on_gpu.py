@@ -1,4 +1,4 @@
-"""Models, training and the engine on a GPU: the laws that hold on a CPU, and the CPU's own results."""
+"""Models, training and the engine on a GPU, compared with the CPU and checked for the same laws."""
 
 import itertools
 import json
@@ -48,7 +48,7 @@ def distance(x, exact):
     return float((x.double().cpu() - exact).norm() / exact.norm())
 
 
-def test_loss_and_gradients_are_those_of_the_cpu():
+def test_loss_and_gradients_match_the_cpu():
     exact_loss, exact = gradients("cpu", torch.float64)
     loss, found = gradients(CUDA)
     assert loss == pytest.approx(exact_loss, rel=1e-5)
@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_the_cpu():
         assert distance(found[name], grad) < 1e-4, name
 
 
-def test_bf16_gradients_have_the_error_of_bf16_and_the_same_bits_each_time():
+def test_bf16_gradients_are_accurate_to_bf16_and_bitwise_reproducible():
     exact_loss, exact = gradients("cpu", torch.float64)
     loss, found = gradients(CUDA, torch.bfloat16)
     again_loss, again = gradients(CUDA, torch.bfloat16)
@@ -69,7 +69,7 @@ def test_bf16_gradients_have_the_error_of_bf16_and_the_same_bits_each_time():
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4)])
-def test_flash_attention(window, heads, kv_heads):
+def test_flash_attention_matches_fp64(window, heads, kv_heads):
     generator = torch.Generator().manual_seed(0)
     lengths = (1, 30, 5, 64)
     shapes = [(sum(lengths), h, 64) for h in (heads, kv_heads, kv_heads)]
@@ -93,7 +93,7 @@ def test_flash_attention(window, heads, kv_heads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_is_alone(dtype):
+def test_packed_equals_separate_sequences(dtype):
     model = build_tiny(seed=2).to(CUDA, dtype)
     sequences = [torch.tensor(s.token_ids, device=CUDA) for s in samples([9, 40, 1, 17])]
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_packed_is_alone(dtype):
 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cached_is_uncached(dtype, fast):
+def test_cached_equals_uncached(dtype, fast):
     model = build_tiny(seed=3).to(CUDA, dtype)
     sequences = [list(s.token_ids) for s in samples([40, 23, 64])]
     passes = [[16] + [1] * 24, [23], [30, 30] + [1] * 4]
@@ -119,7 +119,7 @@ def test_cached_is_uncached(dtype, fast):
             assert distance(rows, exact) < (2e-5 if dtype == torch.float32 else 3e-2)
 
 
-def test_recorded_steps_generate_what_the_decoder_does(tiny_tokenizer):
+def test_recorded_steps_generate_the_same_tokens_as_the_decoder(tiny_tokenizer):
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 320, (5 + 7 * i,), generator=generator).tolist() for i in range(20)]
     plain, fast = (
@@ -134,7 +134,7 @@ def test_recorded_steps_generate_what_the_decoder_does(tiny_tokenizer):
         assert b.logprobs == pytest.approx(c.logprobs, abs=1e-3)
 
 
-def test_a_request_in_company_gets_its_own_tokens_whatever_the_batch(tiny_tokenizer):
+def test_a_request_gets_the_same_tokens_in_any_batch(tiny_tokenizer):
     llm = LLM(model=build_tiny(seed=4).to(CUDA), tokenizer=tiny_tokenizer, max_running=8)
     prompts = [list(s.token_ids) for s in samples(range(3, 40, 2), seed=5)]
     alone = [llm.generate([p], GREEDY)[0].token_ids for p in prompts]
@@ -142,7 +142,7 @@ def test_a_request_in_company_gets_its_own_tokens_whatever_the_batch(tiny_tokeni
     assert together == alone
 
 
-def test_recorded_steps_follow_weights_that_are_replaced(tiny_tokenizer):
+def test_recorded_steps_follow_replaced_weights(tiny_tokenizer):
     model = build_tiny(seed=4).to(CUDA)
     llm = LLM(model=model, tokenizer=tiny_tokenizer, prefix_caching=False)
     llm.generate([[5, 6, 7]], GREEDY)
@@ -169,14 +169,14 @@ def test_quantized_weights_and_caches_run(tiny_tokenizer):
         assert a.logprobs == pytest.approx(b.logprobs, abs=0.3)
 
 
-def test_deterministic_mode_says_that_it_is_for_a_cpu():
+def test_deterministic_mode_is_refused_on_a_gpu():
     from easyllm.core.errors import ConfigError
 
     with pytest.raises(ConfigError, match="CPU"):
         check_deterministic(build_tiny().to(CUDA))
 
 
-def test_a_run_on_the_gpu_learns_and_resumes_to_the_same_bits(tmp_path, tiny_folder, monkeypatch):
+def test_a_gpu_run_learns_and_resumes_bitwise_exactly(tmp_path, tiny_folder, monkeypatch):
     said = [
         [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i} " * 9}]
         for i in range(24)

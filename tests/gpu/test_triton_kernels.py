@@ -1,4 +1,4 @@
-"""The Triton kernels against the equations in fp64, and through the operations that use them."""
+"""The Triton kernels compared with the equations in fp64, and called through the operations."""
 
 import itertools
 
@@ -15,14 +15,14 @@ ROUNDING = {FP32: 2e-6, BF16: 8e-3}
 
 @pytest.fixture(scope="module")
 def device() -> torch.device:
-    """The GPU where there is one, and the CPU for Triton's interpreter elsewhere."""
+    """The GPU if there is one, otherwise the CPU, where Triton's interpreter runs the kernels."""
     pytest.importorskip("triton")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
 def through_triton(device, monkeypatch):
-    """Operations take the kernels, on a CPU too."""
+    """Makes the operations use the Triton kernels, on a CPU as well."""
     for module in (norm, activation, rotary, cross_entropy):
         monkeypatch.setattr(module, "gpu_ready", lambda *tensors: True)
 
@@ -46,7 +46,7 @@ def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0)
         ((1, 5000), FP32, BF16),
     ],
 )
-def test_rms_norm(through_triton, device, shape, x_dtype, w_dtype):
+def test_rms_norm_matches_fp64(through_triton, device, shape, x_dtype, w_dtype):
     x = random(*shape, dtype=x_dtype, device=device).requires_grad_()
     w = random(shape[-1], dtype=w_dtype, device=device, seed=1).requires_grad_()
     y = norm.rms_norm(x, w, 1e-5)
@@ -66,7 +66,7 @@ def test_rms_norm(through_triton, device, shape, x_dtype, w_dtype):
 
 @pytest.mark.parametrize("shape", [(7, 576), (300, 40), (1, 5000)])
 @pytest.mark.parametrize("added_dtype", [FP32, BF16, None])
-def test_sum_and_rms_norm(through_triton, device, shape, added_dtype):
+def test_sum_and_rms_norm_match_fp64(through_triton, device, shape, added_dtype):
     x = random(*shape, dtype=FP32, device=device).requires_grad_()
     w = random(shape[-1], dtype=BF16, device=device, seed=1).requires_grad_()
     leaves, added = [x, w], None
@@ -88,7 +88,7 @@ def test_sum_and_rms_norm(through_triton, device, shape, added_dtype):
         assert distance(ours.grad, theirs.grad) < ROUNDING[ours.dtype]
 
 
-def test_the_weights_gradient_is_left_out_where_nobody_wants_it(through_triton, device):
+def test_the_weight_gradient_is_skipped_if_not_required(through_triton, device):
     x = random(4, 64, dtype=FP32, device=device).requires_grad_()
     w = random(64, dtype=FP32, device=device)
     norm.rms_norm(x, w, 1e-5).sum().backward()
@@ -97,7 +97,7 @@ def test_the_weights_gradient_is_left_out_where_nobody_wants_it(through_triton, 
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_silu_gate(through_triton, device, dtype):
+def test_silu_gate_matches_fp64(through_triton, device, dtype):
     gate, up = (random(5, 700, dtype=dtype, device=device, seed=i).requires_grad_() for i in (0, 1))
     y = activation.gated(gate, up, "silu")
     grad = random(5, 700, dtype=dtype, device=device, seed=2)
@@ -114,9 +114,9 @@ def test_silu_gate(through_triton, device, dtype):
 
 @pytest.mark.parametrize(("heads", "dim"), [(1, 64), (9, 64), (3, 80)])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_rotary(through_triton, device, heads, dim, dtype):
+def test_rotary_embedding_matches_fp64(through_triton, device, heads, dim, dtype):
     wide = random(33, 2 * heads, dim, dtype=dtype, device=device)
-    x = wide[:, heads:].detach().requires_grad_()  # rows that do not follow one another
+    x = wide[:, heads:].detach().requires_grad_()  # a non-contiguous slice
     angles = random(33, dim // 2, dtype=FP32, device=device, seed=1) * 100
     cos, sin = angles.cos(), angles.sin()
     y = rotary.apply_rotary(x, cos, sin)
@@ -140,7 +140,7 @@ def test_rotary(through_triton, device, heads, dim, dtype):
     ],
 )
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_cross_entropy(through_triton, device, shape, dtype, monkeypatch):
+def test_cross_entropy_matches_fp64(through_triton, device, shape, dtype, monkeypatch):
     hidden = random(11, 48, dtype=dtype, device=device).requires_grad_()
     weight = random(5000, 48, dtype=dtype, device=device, seed=1).requires_grad_()
     labels = torch.arange(11, device=device) * 450
@@ -158,7 +158,7 @@ def test_cross_entropy(through_triton, device, shape, dtype, monkeypatch):
     assert distance(weight.grad, wide[1].grad) < bound
 
 
-def test_losses_of_extreme_logits_stay_numbers(through_triton, device):
+def test_losses_of_extreme_logits_stay_finite(through_triton, device):
     logits = torch.full((3, 4100), -30000.0, device=device)
     logits[0, 4099] = 30000.0
     logits[1] = 0.0
@@ -170,7 +170,7 @@ def test_losses_of_extreme_logits_stay_numbers(through_triton, device):
 
 
 def paged(device, *, lengths, heads, kv_heads, dim, size, dtype, seed=0):
-    """Queries [S, H, d], pages in a shuffled order, and a table."""
+    """Returns queries [S, H, d], shuffled pages, and a block table."""
     widths = [-(-n // size) for n in lengths]
     generator = torch.Generator().manual_seed(seed)
     order = iter(torch.randperm(sum(widths) + 3, generator=generator).tolist())
@@ -187,7 +187,9 @@ def paged(device, *, lengths, heads, kv_heads, dim, size, dtype, seed=0):
     ("heads", "kv_heads", "dim", "size"), [(9, 3, 64, 16), (4, 4, 80, 8), (32, 1, 16, 16)]
 )
 @pytest.mark.parametrize("window", [None, 20, 300])
-def test_decode_attention(device, heads, kv_heads, dim, size, window):
+def test_decode_attention_matches_fp64_and_is_batch_invariant(
+    device, heads, kv_heads, dim, size, window
+):
     from easyllm.ops.gpu.paged_attention import decode_attention
 
     lengths = [1, 16, 17, 255, 256, 257, 600]
@@ -202,7 +204,7 @@ def test_decode_attention(device, heads, kv_heads, dim, size, window):
     wide = (x.double() for x in (q, keys, values))
     exact = reference_paged_attention(*wide, table, ones, tuple(lengths), rule)
     assert distance(out, exact) < 1e-5
-    for row in (0, 5):  # alone, in a table of another width: the same bits
+    for row in (0, 5):  # a single row, with a table of another width: bitwise identical
         alone = decode_attention(
             q[row : row + 1],
             keys,
@@ -215,7 +217,7 @@ def test_decode_attention(device, heads, kv_heads, dim, size, window):
         assert torch.equal(alone[0], out[row])
 
 
-def test_decode_attention_in_bf16_reads_nothing_beyond_a_length(device):
+def test_decode_attention_in_bf16_reads_nothing_past_the_sequence_length(device):
     from easyllm.ops.gpu.paged_attention import decode_attention
 
     lengths = [5, 300]

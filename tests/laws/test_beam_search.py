@@ -1,4 +1,4 @@
-"""Beam search: one beam is greedy, enough beams are exhaustive, and between them it is that of `transformers`."""
+"""Beam search: one beam is greedy, enough beams are exhaustive, others match `transformers`."""
 
 import itertools
 
@@ -16,7 +16,7 @@ EOS = 2
 
 
 def small_model(seed=5, **changes):
-    """Few tokens, so that beams end, and end early."""
+    """A model with few tokens, so that beams end, and end early."""
     values = {"vocab_size": 24, "max_position_embeddings": 64} | changes
     return build_tiny(seed=seed, **values).double()
 
@@ -46,9 +46,7 @@ def prompts(count=4):
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0, -1.0])
 @pytest.mark.parametrize("num_beams", [2, 5])
-def test_topic_63_beam_search_equals_that_of_transformers(
-    llm, reference, num_beams, length_penalty, early_stopping
-):
+def test_beam_search_equals_transformers(llm, reference, num_beams, length_penalty, early_stopping):
     params = BeamParams(
         num_beams=num_beams,
         max_tokens=18,
@@ -77,14 +75,14 @@ def test_topic_63_beam_search_equals_that_of_transformers(
         rows = theirs.sequences[:, len(prompt) :].tolist()
         rows = [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
         assert [each.token_ids for each in ours] == rows
-        # their scores are summed in fp32
+        # the scores of transformers are summed in fp32
         scores = [each.score for each in ours]
         assert scores == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-4)
         ended += sum(each.finish_reason == "stop" for each in ours)
-    assert ended or length_penalty > 1  # which prefers long ones here
+    assert ended or length_penalty > 1  # a larger exponent prefers long beams here
 
 
-def test_topic_63_one_beam_is_greedy(llm):
+def test_one_beam_is_greedy(llm):
     greedy = llm.generate(prompts(), SamplingParams(temperature=0, max_tokens=20))
     beams = llm.beam_search(prompts(), BeamParams(num_beams=1, max_tokens=20))
     assert [b.token_ids for b in beams] == [g.token_ids for g in greedy]
@@ -95,13 +93,13 @@ def test_topic_63_one_beam_is_greedy(llm):
 
 
 def exhaustive(model, prompt, length, score):
-    """The best of all continuations that end, or reach the length."""
+    """Returns the best of all continuations that end or reach the length."""
     vocab = range(model.config.vocab_size)
     best = None
     for tokens in itertools.product(vocab, repeat=length):
         end = tokens.index(EOS) + 1 if EOS in tokens else length
         if any(tokens[end:]):
-            continue  # the same beginning comes again
+            continue  # this prefix has already been visited
         tokens = tokens[:end]
         logprobs = model.logits([*prompt, *tokens]).log_softmax(-1)
         total = sum(logprobs[len(prompt) - 1 + i, t].item() for i, t in enumerate(tokens))
@@ -114,10 +112,10 @@ def exhaustive(model, prompt, length, score):
 @pytest.mark.parametrize(
     ("normalization", "alpha"), [("power", 1.0), ("power", 0.0), ("gnmt", 0.8)]
 )
-def test_topic_63_as_many_beams_as_continuations_find_the_best_of_all(
+def test_as_many_beams_as_continuations_find_the_global_optimum(
     tiny_tokenizer, seed, normalization, alpha
 ):
-    """4 tokens, 3 long: 4³ continuations."""
+    """4 tokens, length 3: 4³ continuations."""
     model = small_model(seed=seed, vocab_size=4)
     llm = LLM(model=model, tokenizer=tiny_tokenizer, page_size=2, num_pages=400)
 
@@ -137,7 +135,7 @@ def test_topic_63_as_many_beams_as_continuations_find_the_best_of_all(
     assert found.score == pytest.approx(best_score, abs=1e-9)
 
 
-def test_topic_63_gnmt_and_power_rank_by_their_formulas(llm):
+def test_gnmt_and_power_length_penalties_follow_their_formulas(llm):
     for normalization, base in (("gnmt", lambda n: (5 + n) / 6), ("power", lambda n: n)):
         params = BeamParams(
             num_beams=4, max_tokens=12, length_penalty=0.6, normalization=normalization, n=4
@@ -151,7 +149,7 @@ def test_topic_63_gnmt_and_power_rank_by_their_formulas(llm):
         )
 
 
-def test_beams_share_pages_and_give_all_of_them_back(llm, monkeypatch):
+def test_beams_share_pages_and_free_all_of_them(llm, monkeypatch):
     pool, most, steps = llm.engine.pool, 0, []
     run = llm.engine.runner.run
 
@@ -164,14 +162,14 @@ def test_beams_share_pages_and_give_all_of_them_back(llm, monkeypatch):
     monkeypatch.setattr(llm.engine.runner, "run", watched)
     prompt = prompts(4)[3] * 4  # 36 tokens, 9 pages
     llm.beam_search([prompt], BeamParams(num_beams=6, max_tokens=10))
-    assert 9 < most <= 9 + 6 * 4 + 1  # alone each would take 9 + 3
+    assert 9 < most <= 9 + 6 * 4 + 1  # without sharing, each beam would need 9 + 3
     assert any(step.copies for step in steps)
     assert pool.available == pool.num_pages
     pool.check([])
 
 
-def test_beams_work_where_layers_keep_states_and_where_windows_move(tiny_tokenizer):
-    """One beam is greedy there, too, and scores are those of the full forward."""
+def test_beams_work_with_recurrent_states_and_sliding_windows(tiny_tokenizer):
+    """One beam is greedy there as well, and scores match the full forward pass."""
     from easyllm.nn.config import AttentionConfig, LinearAttentionConfig
 
     base = small_model()

@@ -1,5 +1,7 @@
-"""Law 6 to the bit: in deterministic mode a request's tokens and log-probabilities do not depend on its company, and are those
-of the training forward."""
+"""Law 6, bitwise: in deterministic mode, tokens and log-probabilities are batch-invariant.
+
+They are also bitwise identical to the forward pass of training.
+"""
 
 import random
 
@@ -27,7 +29,7 @@ def model_of(**changes):
 
 
 def request_kinds():
-    """A hundred different requests: prompts of any length, greedy and sampled, penalties, copies."""
+    """A hundred different requests: prompts of any length, greedy, sampled, penalties, copies."""
     draws = random.Random(0)
     kinds = []
     for number in range(KINDS):
@@ -50,7 +52,7 @@ def engine_of(model, tokenizer, *, on=True, **options):
 
 
 def outcome(engine, requests):
-    """Tokens and log-probabilities of each request, in their order."""
+    """Returns tokens and log-probabilities of each request, in order."""
     found = {request.id: [] for request in requests}
     for event in engine.run(requests):
         found[event.request_id].append((event.token_id, event.logprob))
@@ -74,19 +76,19 @@ def alone_and_together(model, tokenizer, on):
     return [(alone[n], got) for n, got in zip(order, together, strict=True)]
 
 
-def test_a_thousand_requests_in_random_company_have_the_bits_of_each_alone(tiny_tokenizer):
+def test_a_thousand_requests_in_random_batches_are_bitwise_identical_to_each_alone(tiny_tokenizer):
     pairs = alone_and_together(model_of(), tiny_tokenizer, on=True)
     assert len(pairs) == 1000
     assert all(alone == together for alone, together in pairs)
 
 
-def test_with_the_mode_off_they_have_not(tiny_tokenizer):
+def test_without_the_mode_results_depend_on_the_batch(tiny_tokenizer):
     pairs = alone_and_together(model_of(), tiny_tokenizer, on=False)
     assert sum(alone != together for alone, together in pairs) > 100
 
 
 @pytest.mark.parametrize("cache", [None, "bfloat16"])
-def test_the_engines_log_probabilities_are_the_training_forwards(tiny_tokenizer, cache):
+def test_engine_log_probabilities_bitwise_equal_the_training_forward(tiny_tokenizer, cache):
     model = model_of()
     llm = LLM(model=model, tokenizer=tiny_tokenizer, deterministic=True, cache_dtype=cache)
     prompts = [list(prompt) for prompt, _ in request_kinds()[:30]]
@@ -95,11 +97,11 @@ def test_the_engines_log_probabilities_are_the_training_forwards(tiny_tokenizer,
     for prompt, each in zip(prompts, done, strict=True):
         scores = llm.score([*prompt, *each.token_ids])[len(prompt) - 1 :]
         equal.append(scores == each.logprobs)
-    # a rounded cache holds other keys than the forward pass has: the control of this test
+    # a quantized cache stores other keys than the forward pass uses: the negative control
     assert all(equal) if cache is None else not all(equal)
 
 
-def test_the_forward_pass_with_a_gradient_has_the_same_bits(tiny_tokenizer):
+def test_the_forward_pass_is_bitwise_identical_with_a_gradient(tiny_tokenizer):
     model = model_of()
     ids = [list(prompt) for prompt, _ in request_kinds()[:12] if len(prompt) > 1]
     batch = pack([Sample.from_mask(each) for each in ids])
@@ -117,7 +119,7 @@ def test_the_forward_pass_with_a_gradient_has_the_same_bits(tiny_tokenizer):
         at += len(each) - 1
 
 
-def test_gradients_are_those_of_the_plain_mode_within_rounding(tiny_tokenizer):
+def test_gradients_match_the_default_mode_within_rounding(tiny_tokenizer):
     ids = [list(prompt) for prompt, _ in request_kinds()[:12] if len(prompt) > 1]
     batch = pack([Sample.from_mask(each) for each in ids])
     grads = []
@@ -132,14 +134,14 @@ def test_gradients_are_those_of_the_plain_mode_within_rounding(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_quantized_weights_keep_the_promise(tiny_tokenizer, scheme):
+def test_quantized_weights_are_batch_invariant(tiny_tokenizer, scheme):
     model = quantize_weights(model_of(), scheme)
     pairs = alone_and_together(model, tiny_tokenizer, on=True)
     assert all(alone == together for alone, together in pairs)
 
 
 @pytest.mark.parametrize("position", ["window"])
-def test_windows_keep_the_promise(tiny_tokenizer, position):
+def test_sliding_windows_are_batch_invariant(tiny_tokenizer, position):
     model = model_of()
     layers = tuple(
         layer.model_copy(update={"mixer": layer.mixer.model_copy(update={"window": 24})})
@@ -151,7 +153,7 @@ def test_windows_keep_the_promise(tiny_tokenizer, position):
     assert all(alone == together for alone, together in pairs)
 
 
-def test_what_cannot_promise_it_is_refused(tiny_tokenizer):
+def test_parts_that_cannot_be_batch_invariant_are_refused(tiny_tokenizer):
     with pytest.raises(ConfigError, match="not support deterministic mode: it needs a CPU, fp32"):
         check_deterministic(model_of().double())
     layers = tuple(
@@ -163,7 +165,7 @@ def test_what_cannot_promise_it_is_refused(tiny_tokenizer):
         check_deterministic(capped.eval().requires_grad_(False))
 
 
-def test_an_activation_whose_last_numbers_are_computed_otherwise_is_refused():
+def test_an_activation_with_a_different_tail_computation_is_refused():
     config = model_of().config
     layers = tuple(
         layer.model_copy(

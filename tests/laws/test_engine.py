@@ -1,4 +1,4 @@
-"""The engine: whatever shares a request's batch, pages and prefix, its output is as alone."""
+"""The engine: a request's output does not depend on what shares its batch, pages and prefix."""
 
 import copy
 
@@ -19,7 +19,7 @@ GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def model():
-    """fp64: in fp32 a row's rounding depends on how many rows there are."""
+    """In fp64: in fp32 the rounding of a row depends on the number of rows."""
     return build_tiny(seed=3).double()
 
 
@@ -29,7 +29,7 @@ def prompts_of(lengths, seed=0):
 
 
 def results(engine, requests):
-    """Completions by request, all of a request in one list."""
+    """Returns the completions of each request as a list."""
     done = {request.id: Completion() for request in requests}
     for event in engine.run(requests):
         done[event.request_id].take(event)
@@ -77,8 +77,8 @@ def test_a_batch_of_64_mixed_requests_equals_each_alone(model, tiny_tokenizer):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-9)
 
 
-def test_preempted_requests_equal_undisturbed_ones(model, tiny_tokenizer):
-    """So few pages that most requests are computed more than once."""
+def test_preempted_requests_equal_uninterrupted_ones(model, tiny_tokenizer):
+    """With so few pages that most requests are computed more than once."""
     requests = mixed_requests(24, longest=13, more=25)
     tight = EngineConfig(page_size=4, num_pages=28, max_running=12, max_step_tokens=64)
     engine = Engine(model, tiny_tokenizer, tight)
@@ -89,7 +89,7 @@ def test_preempted_requests_equal_undisturbed_ones(model, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("budget", [1, 3, 7, 64])
-def test_a_prompt_in_chunks_equals_a_prompt_at_once(model, tiny_tokenizer, budget):
+def test_chunked_prefill_equals_unchunked_prefill(model, tiny_tokenizer, budget):
     (prompt,) = prompts_of([50], seed=4)
     request = Request(prompt_ids=prompt, params=SamplingParams(**GREEDY, prompt_logprobs=0))
     options = EngineConfig(max_running=1, max_step_tokens=budget)
@@ -104,7 +104,7 @@ def test_a_prompt_in_chunks_equals_a_prompt_at_once(model, tiny_tokenizer, budge
 
 
 def layered(*mixers):
-    """The tiny model with other mixers, in fp64."""
+    """Returns the tiny model with other mixers, in fp64."""
     model = build_tiny(seed=3)
     layers = tuple(model.config.layers[0].model_copy(update={"mixer": mixer}) for mixer in mixers)
     other = type(model)(model.config.changed(layers=layers)).double()
@@ -128,7 +128,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_mixers_survive_company_preemption_forks_and_shared_prefixes(kind, tiny_tokenizer):
+def test_other_mixers_work_with_batching_preemption_forks_and_prefix_caching(kind, tiny_tokenizer):
     model = layered(*KINDS[kind])
     base = prompts_of([30], seed=6)[0]
     params = SamplingParams(temperature=1.0, seed=4, n=2, max_tokens=14, ignore_eos=True)
@@ -149,7 +149,7 @@ def test_other_mixers_survive_company_preemption_forks_and_shared_prefixes(kind,
         assert completion.logprobs == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_window_in_every_layer_gives_pages_back_as_it_moves_on(tiny_tokenizer):
+def test_sliding_windows_in_every_layer_free_pages_as_they_move(tiny_tokenizer):
     model = layered(*KINDS["windows"])
     options = EngineConfig(page_size=4, num_pages=8, max_running=1, max_step_tokens=12)
     engine = Engine(model, tiny_tokenizer, options)
@@ -160,12 +160,12 @@ def test_a_window_in_every_layer_gives_pages_back_as_it_moves_on(tiny_tokenizer)
     while engine.busy:
         events += engine.step()
         most = max(most, engine.pool.num_pages - engine.pool.available)
-    assert most <= 6  # of 38 that all tokens would take
+    assert most <= 6  # all tokens would need 38
     (wide,) = results(Engine(model, tiny_tokenizer), [request])
     assert [e.token_id for e in events] == wide[0].token_ids
 
 
-def test_prompts_of_a_prefix_model_stay_whole_in_small_steps_and_after_preemption(tiny_tokenizer):
+def test_prefix_lm_prompts_are_not_chunked_in_small_steps_or_after_preemption(tiny_tokenizer):
     model = build_tiny(seed=4).double()
     model.config = model.config.changed(prompt_mask="prefix")
     tight = EngineConfig(page_size=4, num_pages=14, max_running=6, max_step_tokens=8)
@@ -187,7 +187,7 @@ def test_prompts_of_a_prefix_model_stay_whole_in_small_steps_and_after_preemptio
 # ---- prefixes
 
 
-def test_a_found_prefix_gives_equal_output(model, tiny_tokenizer):
+def test_a_cached_prefix_gives_equal_output(model, tiny_tokenizer):
     base = prompts_of([70], seed=1)[0]
     engine = Engine(model, tiny_tokenizer)
     params = SamplingParams(**GREEDY, logprobs=3)
@@ -208,7 +208,7 @@ def test_a_found_prefix_gives_equal_output(model, tiny_tokenizer):
 
 
 class Counting:
-    """Counts the tokens a runner computes."""
+    """Counts the tokens that a runner computes."""
 
     def __init__(self, engine):
         self.runner, self.tokens = engine.runner, 0
@@ -226,7 +226,7 @@ def tokens_computed(engine, request):
     return counting.tokens
 
 
-def test_a_found_prefix_is_not_computed_again_unless_salt_adapter_or_prompt_logprobs_say_so(
+def test_a_cached_prefix_is_reused_unless_salt_adapter_or_prompt_logprobs_forbid_it(
     model, tiny_tokenizer
 ):
     (prompt,) = prompts_of([67])
@@ -240,7 +240,7 @@ def test_a_found_prefix_is_not_computed_again_unless_salt_adapter_or_prompt_logp
         return Request(prompt_ids=prompt, params=params, **options)
 
     assert tokens_computed(engine, request()) == 67
-    assert tokens_computed(engine, request()) == 3  # four pages of 16 are there
+    assert tokens_computed(engine, request()) == 3  # four pages of 16 are cached
     assert tokens_computed(engine, request(salt="tenant")) == 67
     assert tokens_computed(engine, request(adapter="lora")) == 67
     assert tokens_computed(engine, request(adapter="lora", salt="tenant")) == 67
@@ -264,7 +264,7 @@ def test_completions_of_one_prompt_share_its_pages(model, tiny_tokenizer):
     assert len({tuple(table.pages) for table in tables}) == 1
     assert 32 - engine.pool.available == 3  # 40 tokens
     events += engine.step()
-    assert 32 - engine.pool.available == 2 + 4  # the last page is each one's own now
+    assert 32 - engine.pool.available == 2 + 4  # the last page is now separate for each completion
     assert len({table.pages[0] for table in tables}) == 1
     while engine.busy:
         events += engine.step()
@@ -272,10 +272,10 @@ def test_completions_of_one_prompt_share_its_pages(model, tiny_tokenizer):
     assert len({tuple(ids) for ids in by_index}) == 4
     first = SamplingParams(temperature=1.0, seed=5, max_tokens=8, ignore_eos=True)
     (alone,) = results(engine, [Request(prompt_ids=prompt, params=first)])
-    assert by_index[0] == alone[0].token_ids  # n adds completions and changes none
+    assert by_index[0] == alone[0].token_ids  # n adds completions without changing the first
 
 
-def test_best_of_gives_the_completions_with_the_highest_mean_logprob(model, tiny_tokenizer):
+def test_best_of_returns_the_completions_with_the_highest_mean_logprob(model, tiny_tokenizer):
     (prompt,) = prompts_of([9])
     shared = {"temperature": 1.0, "seed": 8, "max_tokens": 6}
     engine = Engine(model, tiny_tokenizer)
@@ -292,7 +292,7 @@ def test_best_of_gives_the_completions_with_the_highest_mean_logprob(model, tiny
     assert [c.token_ids for c in best] == [c.token_ids for c in every[:2]]
 
 
-# ---- text, ends, reports
+# ---- text, ends of generation, logprobs
 
 
 def test_streaming_equals_not_streaming(model, tiny_tokenizer):
@@ -313,7 +313,7 @@ def test_streaming_equals_not_streaming(model, tiny_tokenizer):
             assert completion.finish_reason == "stop" or text == completion.text
 
 
-def test_nothing_ends_before_min_tokens(model, tiny_tokenizer):
+def test_no_completion_ends_before_min_tokens(model, tiny_tokenizer):
     (prompt,) = prompts_of([5])
     engine = Engine(model, tiny_tokenizer)
     plain = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
@@ -329,7 +329,7 @@ def test_nothing_ends_before_min_tokens(model, tiny_tokenizer):
     assert third not in late[0].token_ids[:9]
 
 
-def test_logprobs_are_raw_and_processed_and_labelled(model, tiny_tokenizer):
+def test_logprobs_are_reported_raw_and_processed(model, tiny_tokenizer):
     (prompt,) = prompts_of([6])
     params = SamplingParams(
         temperature=0.5, top_k=3, seed=1, max_tokens=5, logprobs=4, ignore_eos=True
@@ -345,17 +345,17 @@ def test_logprobs_are_raw_and_processed_and_labelled(model, tiny_tokenizer):
         best = raw.topk(4)
         assert [i for i, _ in entry.top_raw] == best.indices.tolist()
         three = (logits[at - 1].topk(3).values / 0.5).log_softmax(-1)
-        assert len(entry.top_processed) == 3  # top-k has left no more
+        assert len(entry.top_processed) == 3  # top-k leaves no more candidates
         assert [v for _, v in entry.top_processed] == pytest.approx(three.tolist(), abs=1e-9)
         assert entry.processed in [v for _, v in entry.top_processed]
 
 
 def only_even(output):
-    """Even ids, and an end after five."""
+    """Allows even ids, and ends after five."""
     return range(4, 320, 2) if len(output) < 5 else []
 
 
-def test_a_mask_bars_tokens_and_may_end_the_output(model, tiny_tokenizer):
+def test_a_mask_forbids_tokens_and_may_end_the_output(model, tiny_tokenizer):
     prompts = prompts_of([4, 7])
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
     masked = Request(prompt_ids=prompts[0], params=params, mask=RuleMask(only_even))
@@ -368,7 +368,7 @@ def test_a_mask_bars_tokens_and_may_end_the_output(model, tiny_tokenizer):
     assert free.token_ids == alone[0].token_ids
 
 
-def test_each_completion_of_a_request_has_a_mask_of_its_own(model, tiny_tokenizer):
+def test_each_completion_of_a_request_has_a_separate_mask(model, tiny_tokenizer):
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=9, n=3, ignore_eos=True)
     request = Request(prompt_ids=(5, 6, 7), params=params, mask=RuleMask(only_even))
     (completions,) = results(Engine(model, tiny_tokenizer), [request])
@@ -384,9 +384,9 @@ def test_each_completion_of_a_request_has_a_mask_of_its_own(model, tiny_tokenize
         lambda: packed([5]).float(),
         lambda: packed([5])[None],
     ],
-    ids=["raises", "an id there is not", "no whole numbers", "two axes"],
+    ids=["raises", "an unknown id", "not integers", "two axes"],
 )
-def test_a_mask_that_fails_ends_its_own_request_alone(model, tiny_tokenizer, allows, caplog):
+def test_a_failing_mask_ends_only_its_own_request(model, tiny_tokenizer, allows, caplog):
     prompts = prompts_of([4, 7])
     params = SamplingParams(**GREEDY)
     broken = Request(
@@ -405,7 +405,7 @@ def test_a_mask_that_fails_ends_its_own_request_alone(model, tiny_tokenizer, all
     assert engine.pool.available == engine.pool.num_pages
 
 
-def test_a_cancelled_request_frees_its_pages_at_once_wherever_it_stands(model, tiny_tokenizer):
+def test_a_cancelled_request_frees_its_pages_immediately_in_any_state(model, tiny_tokenizer):
     options = EngineConfig(page_size=4, num_pages=24, max_running=4, max_step_tokens=10)
     engine = Engine(model, tiny_tokenizer, options)
     long = [
@@ -422,10 +422,10 @@ def test_a_cancelled_request_frees_its_pages_at_once_wherever_it_stands(model, t
             engine.scheduler.check()
         assert not engine.busy
         assert engine.pool.available == 24
-    engine.cancel(long[0].id)  # twice is nothing
+    engine.cancel(long[0].id)  # cancelling twice has no effect
 
 
-def test_leaving_a_stream_early_frees_its_pages(model, tiny_tokenizer):
+def test_closing_a_stream_early_frees_its_pages(model, tiny_tokenizer):
     llm = LLM(model=model, tokenizer=tiny_tokenizer)
     stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=50, seed=0))
     next(stream)
@@ -434,7 +434,7 @@ def test_leaving_a_stream_early_frees_its_pages(model, tiny_tokenizer):
     assert llm.engine.pool.available == llm.engine.pool.num_pages
 
 
-def test_streams_that_take_turns_get_each_its_own(model, tiny_tokenizer):
+def test_interleaved_streams_get_their_own_tokens(model, tiny_tokenizer):
     llm = LLM(model=model, tokenizer=tiny_tokenizer)
     prompts = prompts_of([5, 9])
     params = SamplingParams(**GREEDY)
@@ -444,8 +444,11 @@ def test_streams_that_take_turns_get_each_its_own(model, tiny_tokenizer):
     assert [[e.token_id for e in side] for side in zip(*pairs, strict=True)] == alone
 
 
-def test_a_prefix_as_long_as_the_cache_leaves_room_to_go_on(tiny_tokenizer):
-    """Windows let a prompt be longer than all pages; those it finds must not keep it from computing the rest."""
+def test_a_cached_prefix_as_long_as_the_cache_leaves_space_to_continue(tiny_tokenizer):
+    """Tests that reused pages leave space for the remaining prompt.
+
+    With sliding windows a prompt may be longer than the total cache.
+    """
     model = layered(*KINDS["windows"])
     options = EngineConfig(page_size=4, num_pages=8, max_running=1, max_step_tokens=12)
     engine = Engine(model, tiny_tokenizer, options)
@@ -460,7 +463,7 @@ def test_a_prefix_as_long_as_the_cache_leaves_room_to_go_on(tiny_tokenizer):
 
 
 def events_after_a_failing_step(engine, monkeypatch, *broken):
-    """Lets one step fail in `broken`, named as `setattr` has it, and runs the engine to its end."""
+    """Makes one step fail in `broken` (arguments of `setattr`) and runs the engine to the end."""
     with monkeypatch.context() as patch:
         patch.setattr(*broken, lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -472,7 +475,7 @@ def events_after_a_failing_step(engine, monkeypatch, *broken):
     return events
 
 
-def test_after_a_failing_step_everything_is_computed_again(model, tiny_tokenizer, monkeypatch):
+def test_after_a_failed_step_everything_is_recomputed(model, tiny_tokenizer, monkeypatch):
     requests = mixed_requests(6)
     engine = Engine(model, tiny_tokenizer)
     for request in requests:
@@ -487,8 +490,10 @@ def test_after_a_failing_step_everything_is_computed_again(model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("kind", ["windows", "linear", "linear and softmax"])
-def test_a_step_that_fails_after_its_pass_leaves_no_state_ahead(kind, tiny_tokenizer, monkeypatch):
-    """The pass has moved recurrent states on, and nothing has been chosen: what was not noted is computed again."""
+def test_a_step_that_fails_after_its_forward_pass_does_not_advance_states(
+    kind, tiny_tokenizer, monkeypatch
+):
+    """The pass has advanced recurrent states but no token has been chosen, so it is recomputed."""
     model = layered(*KINDS[kind])
     requests = [Request(prompt_ids=p, params=SamplingParams(**GREEDY)) for p in prompts_of([5, 9])]
     engine = Engine(model, tiny_tokenizer)
@@ -503,7 +508,7 @@ def test_a_step_that_fails_after_its_pass_leaves_no_state_ahead(kind, tiny_token
         assert [e.logprob for e in mine] == pytest.approx(completion.logprobs, abs=1e-9)
 
 
-def test_what_fails_on_one_completions_logits_ends_that_request_alone(
+def test_a_failure_on_one_completions_logits_ends_only_that_request(
     model, tiny_tokenizer, monkeypatch, caplog
 ):
     prompts = prompts_of([4, 7])
@@ -522,7 +527,7 @@ def test_what_fails_on_one_completions_logits_ends_that_request_alone(
     assert engine.pool.available == engine.pool.num_pages
 
 
-def test_weights_that_change_under_running_requests_leave_nothing_stale(tiny_tokenizer):
+def test_weights_changed_while_requests_run_leave_nothing_stale(tiny_tokenizer):
     model = build_tiny(seed=3).double()
     engine = Engine(model, tiny_tokenizer)
     (prompt,) = prompts_of([40])
@@ -536,7 +541,7 @@ def test_weights_that_change_under_running_requests_leave_nothing_stale(tiny_tok
         events += engine.step()
     ids = [*prompt, *(e.token_id for e in events)]
     expected = model.logits(ids).argmax(-1).tolist()
-    assert ids[44:] == expected[43:-1]  # from the fifth token on by the new weights
+    assert ids[44:] == expected[43:-1]  # the new weights apply from the fifth token
     (again,) = results(engine, [request])
     (fresh,) = results(Engine(model, tiny_tokenizer), [request])
     assert again[0].logprobs == pytest.approx(fresh[0].logprobs, abs=1e-9)
@@ -562,7 +567,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "changes", "message"), REFUSED)
-def test_what_can_never_be_served_is_refused_when_it_is_added(
+def test_requests_that_can_never_be_served_are_refused_when_added(
     model, tiny_tokenizer, options, changes, message
 ):
     engine = Engine(model, tiny_tokenizer, EngineConfig(**options))
@@ -574,7 +579,7 @@ def test_what_can_never_be_served_is_refused_when_it_is_added(
     engine.add(Request(prompt_ids=(5, 6), params=SamplingParams(**GREEDY)))
 
 
-def test_a_request_is_served_once_at_a_time(model, tiny_tokenizer):
+def test_a_request_cannot_be_added_twice_at_a_time(model, tiny_tokenizer):
     engine = Engine(model, tiny_tokenizer)
     request = Request(prompt_ids=(5, 6), params=SamplingParams(**GREEDY))
     engine.add(request)
@@ -584,7 +589,7 @@ def test_a_request_is_served_once_at_a_time(model, tiny_tokenizer):
     assert len(results(engine, [request])[0][0].token_ids) == 12
 
 
-def test_a_run_that_is_refused_leaves_the_one_that_serves_its_request_alone(model, tiny_tokenizer):
+def test_a_refused_run_does_not_disturb_the_run_serving_its_request(model, tiny_tokenizer):
     engine = Engine(model, tiny_tokenizer)
     request, other = (
         Request(prompt_ids=(5, number), params=SamplingParams(**GREEDY)) for number in (6, 7)
@@ -593,13 +598,13 @@ def test_a_run_that_is_refused_leaves_the_one_that_serves_its_request_alone(mode
     events = [next(first)]
     with pytest.raises(ConfigError, match="is being served already"):
         next(engine.run([other, request]))
-    assert list(engine._requests) == [request.id]  # what the refused run had added is gone
+    assert list(engine._requests) == [request.id]  # what the refused run had added has been removed
     events += first
     assert len(events) == 12
     assert events[-1].finish_reason == "length"
 
 
-def test_a_score_of_no_token_or_an_unknown_one_is_refused(model, tiny_tokenizer):
+def test_scoring_no_tokens_or_unknown_tokens_is_refused(model, tiny_tokenizer):
     llm = LLM(model=model, tokenizer=tiny_tokenizer)
     with pytest.raises(ConfigError, match="the prompt is empty; give at least one token"):
         llm.score("")
@@ -608,7 +613,7 @@ def test_a_score_of_no_token_or_an_unknown_one_is_refused(model, tiny_tokenizer)
     assert llm.score([5]) == []
 
 
-def test_without_max_tokens_a_request_ends_where_the_cache_does(model, tiny_tokenizer):
+def test_without_max_tokens_a_request_ends_when_the_cache_is_full(model, tiny_tokenizer):
     engine = Engine(model, tiny_tokenizer, EngineConfig(num_pages=3))
     params = SamplingParams(temperature=0, ignore_eos=True)
     (done,) = results(engine, [Request(prompt_ids=(5, 6, 7), params=params)])
@@ -657,7 +662,7 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
     assert "should" in str(caught.value)  # "... should be less than or equal to ..."
 
 
-def test_values_that_contradict_each_other_are_refused():
+def test_contradictory_values_are_refused():
     with pytest.raises(ValueError, match="best_of=2 is less than n=3"):
         SamplingParams(n=3, best_of=2)
     with pytest.raises(ValueError, match="min_tokens=9 is more than max_tokens=3"):

@@ -1,4 +1,4 @@
-"""The engine with other formats of weights and cache, with and without the compiled step, and on a text without end."""
+"""The engine with other weight and cache formats, compiled steps, and streaming generation."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def logprobs(llm, several=4):
     return torch.tensor([done.logprobs for done in llm.generate(prompts(several), GREEDY)])
 
 
-def test_the_compiled_step_generates_what_the_decoder_does(tiny_tokenizer):
+def test_the_compiled_step_generates_the_same_tokens_as_the_decoder(tiny_tokenizer):
     plain = llm_of(tiny_tokenizer, compiled_step=False)
     fast = llm_of(tiny_tokenizer)
     assert fast.engine.runner.fast_step is not None
@@ -37,7 +37,7 @@ def test_the_compiled_step_generates_what_the_decoder_does(tiny_tokenizer):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
 
-def test_a_model_it_does_not_serve_goes_through_the_decoder(tiny_tokenizer):
+def test_an_unsupported_model_runs_through_the_decoder(tiny_tokenizer):
     llm = llm_of(tiny_tokenizer, build_tiny(seed=4).double())
     assert llm.engine.runner.fast_step is None
     assert len(llm.generate(prompts(2), GREEDY)) == 2
@@ -45,7 +45,9 @@ def test_a_model_it_does_not_serve_goes_through_the_decoder(tiny_tokenizer):
 
 @pytest.mark.parametrize(("kept_as", "most"), [("bfloat16", 0.05), ("int8", 0.05), ("int4", 0.6)])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_smaller_cache_stays_near_the_whole_one(tiny_tokenizer, kept_as, most, compiled):
+def test_a_quantized_cache_stays_close_to_the_full_precision_one(
+    tiny_tokenizer, kept_as, most, compiled
+):
     whole = llm_of(tiny_tokenizer)
     small = llm_of(tiny_tokenizer, cache_dtype=kept_as, compiled_step=compiled)
     bytes_of = [x.engine.memory.page_bytes for x in (whole, small)]
@@ -60,7 +62,7 @@ def test_a_smaller_cache_stays_near_the_whole_one(tiny_tokenizer, kept_as, most,
     assert 0 < (scores[0] - scores[1]).abs().mean() < most
 
 
-def test_copies_of_quantized_pages_are_whole(tiny_tokenizer):
+def test_quantized_pages_are_copied_completely(tiny_tokenizer):
     llm = llm_of(tiny_tokenizer, cache_dtype="int8")
     params = SamplingParams(temperature=1.0, max_tokens=12, n=3, seed=5, ignore_eos=True)
     (done,) = llm.generate(prompts(1), params)
@@ -72,7 +74,7 @@ def test_copies_of_quantized_pages_are_whole(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_weights_are_rounded_on_loading(tiny_folder, scheme):
+def test_weights_are_quantized_on_loading(tiny_folder, scheme):
     llm = LLM(tiny_folder, quantize=scheme)
     assert llm.model.packed_formats()
     assert llm.engine.memory.weight_bytes < 0.6 * LLM(tiny_folder).engine.memory.weight_bytes
@@ -87,7 +89,7 @@ def test_an_unknown_format_is_refused(tiny_tokenizer, tiny_folder):
 
 
 @pytest.mark.parametrize("num_sinks", [0, 3])
-def test_a_text_without_end_goes_on_in_a_few_pages(tiny_tokenizer, num_sinks):
+def test_streaming_generation_continues_in_a_few_pages(tiny_tokenizer, num_sinks):
     plain = build_tiny(seed=4)
     context = ContextConfig(method="streaming", window=20, sinks=num_sinks)
     model = Decoder(extend_context(plain.config, context)).double()
@@ -109,7 +111,7 @@ def test_a_text_without_end_goes_on_in_a_few_pages(tiny_tokenizer, num_sinks):
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=0)
 
 
-def test_rates_are_measured_beside_the_machines_own(tiny_tokenizer):
+def test_rates_are_reported_with_the_machines_limits(tiny_tokenizer):
     shape = Shape(sequences=2, prompt=12, new=4)
     (rates,), machine = measure_rates(llm_of(tiny_tokenizer), (shape,), repeats=1)
     assert rates.decode_tokens_per_s > 0

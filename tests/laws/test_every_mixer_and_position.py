@@ -1,6 +1,6 @@
-"""Laws 2 and 3 for every part a decoder can be made of: packed = alone, prefill + decode = one full forward.
+"""Laws 2 and 3 for every part of a decoder: packed = alone, prefill + decode = one full forward.
 
-The models are tiny, random and in fp64, so that what differs by more than rounding is a mistake of logic.
+The models are tiny, random and in fp64, so that any difference beyond rounding is a logic error.
 """
 
 from functools import cache
@@ -47,7 +47,7 @@ EXACT = {"atol": 1e-9, "rtol": 0}
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """These models are too small to share among threads."""
+    """Uses one thread: these models are too small to parallelise."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -125,7 +125,7 @@ ATTENTION = AttentionConfig(**attention())
 
 
 def model_config(*mixers, feed_forward=GLU, norm_placement="pre", **options):
-    """Two layers of one mixer, or a layer for each."""
+    """Returns two layers of one mixer, or one layer per mixer."""
     mixers = mixers * 2 if len(mixers) == 1 else mixers
     layers = [
         LayerConfig(mixer=mixer, feed_forward=feed_forward, norm_placement=norm_placement)
@@ -163,7 +163,7 @@ def linear_variants():
 
 
 def layer_variants():
-    """Feed-forwards, norms and their placement, and layers that differ."""
+    """Yields feed-forwards, norms and their placement, and layers that differ from each other."""
     variants = {
         name: model_config(ATTENTION, feed_forward=kind) for name, kind in FEED_FORWARDS.items()
     }
@@ -186,7 +186,7 @@ def layer_variants():
 
 
 def bidirectional_variants():
-    """Every token sees every other: packing is all there is to hold, a cache has no meaning."""
+    """Yields models whose tokens all see each other: they can be packed, but have no KV cache."""
     options = attention(causal=False)
     variants = {
         f"bidirectional; {name}": model_config(AttentionConfig(**options, position=kind))
@@ -219,7 +219,7 @@ VARIANTS = CAUSAL | RECTIFIED | BIDIRECTIONAL
 
 
 def build(config):
-    """A random fp64 model whose parts all matter: no parameter is zero or one."""
+    """Returns a random fp64 model in which every part matters: no parameter is zero or one."""
     model = Decoder(config).double()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -240,7 +240,7 @@ def sequences(lengths=LENGTHS):
 
 @cache
 def alone(name):
-    """[T, V] of each sequence by itself: what everything is held against."""
+    """Returns logits [T, V] of each sequence by itself: the reference."""
     return [model_of(name).logits(ids) for ids in sequences()]
 
 
@@ -267,8 +267,8 @@ def test_packed_sequences_equal_each_alone(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_leak_across_the_boundary_would_be_seen(name):
-    """The negative control: the same tokens and positions as one sequence, so that later ones see the first."""
+def test_a_leak_across_the_boundary_would_be_detected(name):
+    """Negative control: the same tokens and positions as one sequence, where later ones see all."""
     model, batch = model_of(name), pack_ids(sequences())
     leaky = ForwardContext(positions=batch.positions, lengths=(len(batch.token_ids),))
     logits = model.head(model(batch.token_ids, leaky)).split(batch.lengths)
@@ -278,7 +278,7 @@ def test_a_leak_across_the_boundary_would_be_seen(name):
 # ---- law 3
 
 PIECES = {
-    "prefill whole, decode": [(14, *[1] * 7), (1,), (29, *[1] * 5), (3, 1, 1, 1)],
+    "unchunked prefill, decode": [(14, *[1] * 7), (1,), (29, *[1] * 5), (3, 1, 1, 1)],
     "prefill in uneven pieces": [(2, 9, 1, 7, 1, 1), (1,), (11, 1, 17, 5), (1, 2, 3)],
 }
 
@@ -292,7 +292,7 @@ def test_the_cache_equals_one_forward(name, pieces):
 @pytest.mark.parametrize("name", RECTIFIED)
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
 def test_the_cache_equals_one_forward_for_rectified_rope(name, pieces):
-    """A single query is turned by another formula than many, and angles are fp32 (1e-5 was seen)."""
+    """A single query is rotated by another formula, with fp32 angles (1e-5 was measured)."""
     ours = logits_in_passes(model_of(name), sequences(), pieces)
     assert_equal(ours, alone(name), {"atol": 5e-5, "rtol": 0})
 
@@ -302,22 +302,22 @@ LONG = ["gqa; rope", "window; alibi", "window and sinks; yarn", "mqa; shaw", "li
 
 @pytest.mark.parametrize("name", LONG)
 def test_the_cache_equals_one_forward_over_many_pages(name):
-    """Passes begin and end inside pages, windows pass over many, linear attention takes several chunks."""
+    """Passes begin and end inside pages, windows span many, linear attention has several chunks."""
     model, parts = model_of(name), sequences((150, 131))
     pieces = [(63, 1, 1, 1, 70, 14), (1, 129, 1)]
     ours = logits_in_passes(model, parts, pieces)
     assert_equal(ours, [model.logits(ids) for ids in parts])
 
 
-def test_the_cache_equals_one_forward_where_experts_have_a_capacity():
-    """A capacity is a share of the tokens of a pass: of one token's choices it must not leave none."""
+def test_the_cache_equals_one_forward_with_expert_capacity():
+    """The capacity is a share of a pass's tokens, and must not be 0 for a single token."""
     experts = MoEConfig(**MOE, capacity_factor=1.25)
     model, parts = build(model_config(ATTENTION, feed_forward=experts)), sequences((20,))
     ours = logits_in_passes(model, parts, [(16, 1, 1, 1, 1)])
     assert_equal(ours, [model.logits(ids) for ids in parts], {"atol": 1e-5, "rtol": 0})
 
 
-# ---- dynamic NTK, whose base follows the length
+# ---- dynamic NTK, whose base depends on the length
 
 
 def dynamic_model(scaling):
@@ -341,7 +341,7 @@ def test_dynamic_ntk_within_the_original_length_is_plain_rope():
     torch.testing.assert_close(dynamic_model(DYNAMIC).logits(ids), dynamic_model(None).logits(ids))
 
 
-def test_dynamic_ntk_follows_each_sequence_whatever_it_is_packed_with():
-    """Law 2 where the longest of the batch exceeds the original length and others do not, or less."""
+def test_dynamic_ntk_depends_only_on_the_sequences_own_length_when_packed():
+    """Law 2 where some sequences of the batch exceed the original length and others do not."""
     model, parts = dynamic_model(DYNAMIC), sequences((34, 12, 21))
     assert_equal(packed_logits(model, parts), [model.logits(ids) for ids in parts])

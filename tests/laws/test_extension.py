@@ -1,4 +1,4 @@
-"""Extending a tokenizer and its model: old text keeps its ids, old ids keep their logits, new text gets shorter."""
+"""Extending a tokenizer and its model keeps old ids and logits, and shortens new text."""
 
 import json
 import math
@@ -79,12 +79,12 @@ MIXED = st.text(st.sampled_from("语言模型词元的，训练ab é€—😀р
 
 @pytest.fixture(scope="module")
 def chinese(smollm2_tokenizer):
-    """SmolLM2's tokenizer with a thousand pieces of Chinese."""
+    """SmolLM2's tokenizer extended with a thousand Chinese tokens."""
     return extend_tokenizer(smollm2_tokenizer, MIXTURE, num_new=1000, min_frequency=1)
 
 
 def written_in_old(extension, ids):
-    """Ids with every new one replaced by its old pieces."""
+    """Replaces every new id by its old tokens."""
     return [old for i in ids for old in extension.old_pieces.get(i, (i,))]
 
 
@@ -93,7 +93,7 @@ def written_in_old(extension, ids):
 
 @settings(deadline=None, max_examples=200)
 @given(text=MIXED | st.text(max_size=30))
-def test_new_ids_written_as_their_old_pieces_are_the_old_ids(smollm2_tokenizer, chinese, text):
+def test_new_ids_expand_to_the_old_ids(smollm2_tokenizer, chinese, text):
     assert written_in_old(chinese, chinese.tokenizer.encode(text)) == smollm2_tokenizer.encode(text)
 
 
@@ -104,7 +104,7 @@ def test_text_in_ascii_keeps_its_ids(smollm2_tokenizer, chinese, text):
         assert chinese.tokenizer.encode(sample) == smollm2_tokenizer.encode(sample)
 
 
-def test_texts_of_all_kinds_keep_the_law(smollm2_tokenizer, chinese):
+def test_texts_of_all_kinds_expand_to_the_old_ids(smollm2_tokenizer, chinese):
     for row in ROWS:
         ids = chinese.tokenizer.encode(row["text"])
         assert written_in_old(chinese, ids) == row["ids"]
@@ -113,8 +113,8 @@ def test_texts_of_all_kinds_keep_the_law(smollm2_tokenizer, chinese):
     assert sum(row["text"].isascii() for row in ROWS) > 20
 
 
-def test_the_law_holds_where_the_old_vocabulary_has_a_piece_that_no_merge_makes():
-    """Learning would make that piece a second time."""
+def test_the_law_holds_if_the_old_vocabulary_contains_a_token_that_no_merge_produces():
+    """Learning would otherwise add that token a second time."""
     trained = train_tokenizer(["é", "è", "ê"] * 9, TokenizerConfig(vocab_size=259, eos=None))
     state = json.loads(trained.backend.to_str())
     state["model"]["vocab"]["Ã©Ã¨"] = 259  # é è
@@ -146,14 +146,14 @@ def test_the_law_holds_for_any_two_corpora(before, after, text):
     old = train_tokenizer(before, config)
     try:
         extension = extend_tokenizer(old, after, num_new=40, min_frequency=1)
-    except DataError:  # the old tokenizer has a token for each of the texts
+    except DataError:  # the old tokenizer already has a token for each of the texts
         return
     for sample in [text, *after]:
         ids = extension.tokenizer.encode(sample)
         assert written_in_old(extension, ids) == old.encode(sample)
 
 
-def test_new_ids_follow_the_old_and_each_joins_two_pieces(smollm2_tokenizer, chinese):
+def test_new_ids_follow_the_old_and_each_merges_two_tokens(smollm2_tokenizer, chinese):
     first = smollm2_tokenizer.vocab_size
     assert list(chinese.old_pieces) == list(range(first, first + chinese.num_new))
     assert chinese.tokenizer.vocab_size == first + chinese.num_new
@@ -166,7 +166,7 @@ def test_new_ids_follow_the_old_and_each_joins_two_pieces(smollm2_tokenizer, chi
     assert len(set(chinese.old_pieces.values())) == chinese.num_new
 
 
-def test_control_tokens_roles_and_template_are_kept(smollm2_tokenizer, chinese):
+def test_special_tokens_roles_and_template_are_preserved(smollm2_tokenizer, chinese):
     tokenizer = chinese.tokenizer
     assert tokenizer.special == smollm2_tokenizer.special
     assert tokenizer.special_ids == smollm2_tokenizer.special_ids
@@ -175,7 +175,9 @@ def test_control_tokens_roles_and_template_are_kept(smollm2_tokenizer, chinese):
     assert tokenizer.encode("<|im_end|>") == smollm2_tokenizer.encode("<|im_end|>")
 
 
-def test_fertility_on_chinese_at_least_halves_and_on_english_stays(smollm2_tokenizer, chinese):
+def test_fertility_at_least_halves_on_chinese_and_is_unchanged_on_english(
+    smollm2_tokenizer, chinese
+):
     english = [row["text"] for row in ROWS if row["text"].isascii()]
     texts = {"learned": CHINESE.split(), "held out": HELD_OUT.split(), "english": english}
     rows = report({"old": smollm2_tokenizer, "new": chinese.tokenizer}, texts).texts
@@ -192,7 +194,7 @@ def test_the_same_texts_give_the_same_tokenizer(smollm2_tokenizer, chinese):
     assert again.old_pieces == chinese.old_pieces
 
 
-def test_words_with_their_space_are_learned(smollm2_tokenizer):
+def test_words_are_learned_with_their_leading_space(smollm2_tokenizer):
     russian = ["русский язык и русский текст", "язык модели и текст модели"] * 3
     extension = extend_tokenizer(smollm2_tokenizer, russian, num_new=200)
     pieces = {extension.tokenizer.token_text(i) for i in extension.old_pieces}
@@ -201,7 +203,7 @@ def test_words_with_their_space_are_learned(smollm2_tokenizer):
     assert " 语言" in {spaced.tokenizer.token_text(i) for i in spaced.old_pieces}
 
 
-def test_runs_of_spaces_are_not_learned_where_words_hold_them():
+def test_runs_of_spaces_inside_words_are_not_learned():
     config = TokenizerConfig(vocab_size=256, eos=None, model=BPEConfig(pattern=None))
     old = train_tokenizer(["x"], config)
     extension = extend_tokenizer(old, ["你  好  吗", "我  们", "他  语  言"] * 9, num_new=100)
@@ -210,7 +212,7 @@ def test_runs_of_spaces_are_not_learned_where_words_hold_them():
     assert not any(extension.tokenizer.token_text(i).isascii() for i in extension.old_pieces)
 
 
-def test_han_alone_is_learned_where_asked(smollm2_tokenizer):
+def test_only_han_is_learned_on_request(smollm2_tokenizer):
     texts = [
         "русский текст",
         "使用模型训练，模型很大，我们的模型。",
@@ -226,7 +228,7 @@ def test_han_alone_is_learned_where_asked(smollm2_tokenizer):
     assert "模型" in {extension.tokenizer.token_text(i) for i in extension.old_pieces}
 
 
-def test_a_smaller_number_gives_a_beginning_of_the_same_pieces(smollm2_tokenizer, chinese):
+def test_a_smaller_number_of_tokens_is_a_prefix_of_a_larger_one(smollm2_tokenizer, chinese):
     size = smollm2_tokenizer.vocab_size + 100
     some = extend_tokenizer(smollm2_tokenizer, MIXTURE, vocab_size=size, min_frequency=1)
     assert some.num_new == 100
@@ -243,8 +245,8 @@ def test_transformers_gives_the_same_ids(chinese, tmp_path):
     assert [reference(text)["input_ids"] for text in texts] == expected
 
 
-def test_added_tokens_behind_the_vocabulary_leave_no_hole():
-    """As in Qwen's tokenizer: the control tokens are not in the model's own vocabulary."""
+def test_added_tokens_after_the_vocabulary_leave_no_gap():
+    """As in Qwen's tokenizer, whose special tokens are not in the vocabulary of the BPE model."""
     plain = train_tokenizer(["low lower"], TokenizerConfig(vocab_size=258, eos=None))
     plain.backend.add_special_tokens(["<|end|>"])
     old = Tokenizer(plain.backend, SpecialTokens(eos="<|end|>"))
@@ -270,7 +272,7 @@ def test_numbers_that_add_nothing_are_refused(smollm2_tokenizer, change, message
         extend_tokenizer(smollm2_tokenizer, [CHINESE], **change)
 
 
-def test_texts_without_anything_new_are_refused(smollm2_tokenizer):
+def test_texts_without_new_tokens_are_refused(smollm2_tokenizer):
     with pytest.raises(DataError, match="no non-ASCII text to learn from"):
         extend_tokenizer(smollm2_tokenizer, ["plain English"], num_new=10)
     with pytest.raises(DataError, match="no Han characters to learn from"):
@@ -294,7 +296,7 @@ def tiny(**changes) -> Decoder:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_old_ids_keep_their_logits_and_loss_and_both_heads_move(tied):
+def test_old_ids_keep_their_logits_and_loss_and_both_matrices_are_resized(tied):
     ids = list(range(3, 290, 7))
     before, model = tiny(tie_word_embeddings=tied), tiny(tie_word_embeddings=tied)
     assert resize_embeddings(model, OLD_PIECES) is model
@@ -309,7 +311,7 @@ def test_old_ids_keep_their_logits_and_loss_and_both_heads_move(tied):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_new_row_is_the_mean_of_its_old_pieces_in_both_heads(tied):
+def test_a_new_row_is_the_mean_of_its_old_tokens_in_both_matrices(tied):
     before, model = tiny(tie_word_embeddings=tied), tiny(tie_word_embeddings=tied)
     resize_embeddings(model, OLD_PIECES)
     for old, new in (
@@ -324,7 +326,7 @@ def test_a_new_row_is_the_mean_of_its_old_pieces_in_both_heads(tied):
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_no_added_id_is_ever_the_most_likely(softcap):
+def test_no_added_id_is_the_most_likely_before_training(softcap):
     model = tiny(tie_word_embeddings=False)
     resize_embeddings(model, {k: v for k, v in OLD_PIECES.items() if len(v) > 1 or k == 302})
     hidden = torch.randn(2000, 32, generator=torch.Generator().manual_seed(0)) * 10
@@ -337,7 +339,7 @@ def test_no_added_id_is_ever_the_most_likely(softcap):
         assert bool((logits[:, index] <= logits[:, list(old)].max(-1).values + 1e-4).all())
 
 
-def test_the_loss_is_reported_over_the_old_ids_and_over_all():
+def test_the_loss_is_reported_over_old_ids_and_over_all_ids():
     ids = list(range(3, 290, 2))
     before, model = tiny(), resize_embeddings(tiny(), OLD_PIECES)
     hidden = model(torch.tensor(ids), ForwardContext.packed([len(ids)]))
@@ -348,7 +350,7 @@ def test_the_loss_is_reported_over_the_old_ids_and_over_all():
     assert loss_of_text(model, ids) > loss_of_text(before, ids)
 
 
-def test_rows_that_no_token_uses_are_taken_first():
+def test_unused_rows_are_taken_first():
     before, model = tiny(vocab_size=384), tiny(vocab_size=384)
     resize_embeddings(model, OLD_PIECES)
     assert model.config.vocab_size == 384
@@ -357,7 +359,7 @@ def test_rows_that_no_token_uses_are_taken_first():
     torch.testing.assert_close(model.embed_tokens.weight[300], (rows[5] + rows[7]) / 2)
 
 
-def test_dtype_and_gradients_are_kept():
+def test_dtype_and_requires_grad_are_preserved():
     model = tiny(tie_word_embeddings=False).to(torch.bfloat16)
     model.lm_head.weight.requires_grad_(True)
     resize_embeddings(model, OLD_PIECES)
@@ -366,7 +368,7 @@ def test_dtype_and_gradients_are_kept():
     assert not model.embed_tokens.weight.requires_grad
 
 
-def test_nothing_new_only_fills_up():
+def test_without_new_tokens_the_vocabulary_is_only_padded():
     model = resize_embeddings(tiny(), {})
     assert model.config.vocab_size == 320
 
@@ -381,17 +383,17 @@ def test_nothing_new_only_fills_up():
         ({300: (-1,)}, "ids outside the old range"),
     ],
 )
-def test_ids_that_do_not_fit_the_model_are_refused_and_it_is_unchanged(pieces, message):
+def test_ids_that_do_not_fit_the_model_are_refused_and_leave_it_unchanged(pieces, message):
     model = tiny()
     with pytest.raises(ConfigError, match=message):
         resize_embeddings(model, pieces)
     assert model.config.vocab_size == len(model.embed_tokens.weight) == 300
 
 
-def test_an_extended_smollm2_reads_english_as_before_and_saves_whole(
+def test_an_extended_smollm2_keeps_its_english_loss_and_is_saved_completely(
     smollm2_tokenizer, chinese, tmp_path
 ):
-    """The law of extension on the real model: the loss of English over the old ids is unchanged to 1e-6."""
+    """On the real model, the loss of English over the old ids is unchanged to 1e-6."""
     from transformers import AutoModelForCausalLM
 
     before, model = load_model("smollm2", dtype="float32"), load_model("smollm2", dtype="float32")

@@ -1,4 +1,4 @@
-"""Law 4: k micro-batches = one large batch, whatever the lengths and masks."""
+"""Law 4: k micro-batches = one large batch, for any lengths and masks."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def gradients(groups):
 
 
 @pytest.mark.parametrize("split", [[1, 3], [2, 2], [1, 1, 1, 1], [3, 1]])
-def test_accumulated_micro_batches_of_unequal_length_give_the_gradient_of_one_batch(split):
+def test_gradient_accumulation_over_unequal_micro_batches_equals_one_batch(split):
     samples = random_samples([3, 50, 8, 21])
     whole_loss, whole = gradients([samples])
     groups, at = [], 0
@@ -43,8 +43,8 @@ def test_accumulated_micro_batches_of_unequal_length_give_the_gradient_of_one_ba
         torch.testing.assert_close(parts[name], grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_the_mean_of_micro_batch_means_would_be_another_gradient():
-    """A negative control: dividing each micro-batch by its own count is what the law forbids."""
+def test_the_mean_of_micro_batch_means_differs():
+    """Negative control: dividing each micro-batch by its own token count violates the law."""
     samples = random_samples([3, 50, 8, 21])
     _, whole = gradients([samples])
     model = build_tiny(seed=1).requires_grad_(True)
@@ -56,7 +56,7 @@ def test_the_mean_of_micro_batch_means_would_be_another_gradient():
 
 
 def test_gradient_equals_transformers(tiny_folder):
-    """The loss and its gradient are those of `transformers` on one sequence."""
+    """The loss and its gradient equal those of `transformers` on one sequence."""
     from transformers import AutoModelForCausalLM
 
     (sample,) = random_samples([40])
@@ -75,7 +75,7 @@ def test_gradient_equals_transformers(tiny_folder):
 
 
 def test_bf16_parameters_lose_nothing_over_many_micro_batches():
-    """Gradients of bf16 parameters are summed in fp32: 64 equal micro-batches = 64 times one."""
+    """Gradients of bf16 parameters accumulate in fp32: 64 equal micro-batches = 64 times one."""
     samples = random_samples([12])
 
     def master_grad(times):
@@ -119,7 +119,7 @@ def test_adamw_step_equals_torch_on_fp32():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_tokens_that_fill_up_a_micro_batch_change_nothing():
+def test_padding_tokens_of_a_micro_batch_have_no_effect():
     samples = random_samples([3, 50, 8, 21])
     whole_loss, whole = gradients([samples])
     model = build_tiny(seed=1).requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Law 2 against `transformers`: left-padded = packed = alone, and the loss does not depend on how a batch is padded."""
+"""Law 2 against `transformers`: left-padded = packed = alone, and the loss ignores padding."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def rows():
 
 
 def theirs(reference, batch, *, positions=True):
-    """Logits [B, L, V] of transformers for one of our padded batches."""
+    """Returns transformers' logits [B, L, V] for one of our padded batches."""
     return reference(
         input_ids=batch.token_ids,
         attention_mask=batch.mask,
@@ -47,7 +47,7 @@ def theirs(reference, batch, *, positions=True):
 
 
 @pytest.mark.parametrize("length", [None, 40], ids=["dynamic", "fixed"])
-def test_last_logits_of_a_left_padded_batch_are_those_packed_and_alone(
+def test_last_logits_of_a_left_padded_batch_equal_those_packed_and_alone(
     model, reference, rows, length
 ):
     batch = left_pad(rows, PAD, length=length)
@@ -61,7 +61,7 @@ def test_last_logits_of_a_left_padded_batch_are_those_packed_and_alone(
 
 
 def test_last_column_of_a_right_padded_batch_is_not_the_last_token(model, reference, rows):
-    """The naive mistake, and its mend: the last real row of each."""
+    """The naive mistake and its correction: the last real token of each row."""
     batch = right_pad(rows, PAD)
     logits = theirs(reference, batch)
     alone = torch.stack([model.logits(row)[-1] for row in rows])
@@ -74,8 +74,8 @@ def test_last_column_of_a_right_padded_batch_is_not_the_last_token(model, refere
     torch.testing.assert_close(packed, alone, atol=ATOL, rtol=0)
 
 
-def test_positions_counted_from_the_padding_are_wrong_where_positions_are_absolute(rows):
-    """Rotary positions are relative and forgive a shift; a learned table does not."""
+def test_absolute_positions_counted_from_the_padding_are_wrong(rows):
+    """Rotary positions are relative and tolerate a shift; learned positions do not."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def test_positions_counted_from_the_padding_are_wrong_where_positions_are_absolu
     assert ((shifted[:, -1] - alone).abs().amax(1)[short] > 0.1).all()
 
 
-def test_packed_scores_of_a_left_padded_batch_are_those_of_transformers(model, reference, rows):
+def test_packed_scores_of_a_left_padded_batch_equal_transformers(model, reference, rows):
     batch = left_pad(rows, PAD)
     logprobs = theirs(reference, batch)[:, :-1].log_softmax(-1)
     expected = logprobs.gather(2, batch.token_ids[:, 1:, None]).squeeze(2)
@@ -106,8 +106,8 @@ def test_packed_scores_of_a_left_padded_batch_are_those_of_transformers(model, r
 
 @pytest.mark.parametrize("pad", [left_pad, right_pad], ids=["left", "right"])
 @pytest.mark.parametrize("length", [None, 50], ids=["dynamic", "fixed"])
-def test_a_padded_batchs_loss_is_the_packed_loss(model, reference, rows, pad, length):
-    """Labels -100 in the padding: dynamic, fixed, on either side, or none at all."""
+def test_the_loss_of_a_padded_batch_equals_the_packed_loss(model, reference, rows, pad, length):
+    """Labels are -100 in the padding: dynamic, fixed, on either side, or none."""
     masks = [[i % 3 != 1 for i in range(len(row))] for row in rows]
     samples = [
         Sample.from_mask(row, mask) for row, mask in zip(rows, masks, strict=True) if len(row) > 1

@@ -1,4 +1,4 @@
-"""Laws 2, 3 and 6: packed = alone, cache = no cache, the engine's log-probabilities = the forward's."""
+"""Laws 2, 3 and 6: packed = alone, cached = uncached, engine log-probabilities = the forward's."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_packed_sequences_equal_each_alone(model):
     torch.testing.assert_close(hidden, alone, atol=2e-5, rtol=0)
 
 
-def test_a_change_in_one_sequence_leaves_its_neighbours_bits(model):
+def test_a_change_in_one_sequence_leaves_its_neighbours_bitwise_unchanged(model):
     first, second, third = sequences([12, 9, 21])
     a = pack([Sample(tuple(p), tuple(p)) for p in (first, second, third)])
     b = pack([Sample(tuple(p), tuple(p)) for p in (first, second[::-1], third)])
@@ -42,7 +42,7 @@ def test_a_change_in_one_sequence_leaves_its_neighbours_bits(model):
 
 @pytest.mark.parametrize("pieces", [[1] * 30, [20, 1, 1, 8], [7, 23], [29, 1]])
 def test_prefill_and_decode_through_the_cache_equal_one_forward(model, pieces):
-    # fp64: in fp32 a row's rounding depends on how many rows there are, by the machine
+    # in fp64: in fp32 the rounding of a row depends on the number of rows and on the machine
     model = model.double()
     (ids,) = sequences([30], seed=5)
     (logits,) = logits_in_passes(model, [ids], [pieces])
@@ -57,7 +57,7 @@ def test_requests_in_a_batch_equal_each_alone(model, tiny_tokenizer):
         assert run(Engine(model, tiny_tokenizer), [prompt], params) == [tokens]
 
 
-def test_sampled_requests_do_not_depend_on_their_company(model, tiny_tokenizer):
+def test_sampled_requests_are_batch_invariant(model, tiny_tokenizer):
     prompts = sequences([6, 6, 19], seed=2)
     params = SamplingParams(temperature=0.9, top_k=40, top_p=0.9, seed=11, max_tokens=10)
     together = run(Engine(model, tiny_tokenizer), prompts, params)

@@ -1,4 +1,4 @@
-"""Prefix language models: tokens of the prompt see one another both ways, in training and in serving alike."""
+"""Prefix language models: bidirectional attention in the prompt, in training and serving."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_the_prefix_of_a_sample_ends_where_its_first_label_is_predicted():
     assert batch.context().prefix_lengths is None
 
 
-def test_a_prompt_token_sees_later_prompt_tokens_and_no_answer_token(prefix_model):
+def test_a_prompt_token_sees_later_prompt_tokens_but_no_completion_token(prefix_model):
     prompt, answer = ids_of(9), ids_of(6, seed=1)
 
     def hidden(prompt, answer):
@@ -66,12 +66,12 @@ def test_engine_logprobs_equal_those_of_the_training_forward_under_the_prefix_ma
         assert not torch.allclose(causal, logprobs, atol=1e-2)
 
 
-def test_the_mask_is_kept_in_the_checkpoint(prefix_model, tmp_path):
+def test_the_mask_is_stored_in_the_checkpoint(prefix_model, tmp_path):
     folder = save_model(prefix_model, tmp_path / "m")
     assert load_model(folder).config.prompt_mask == "prefix"
 
 
-def test_linear_attention_is_refused_when_the_configuration_is_made():
+def test_linear_attention_is_refused_when_the_configuration_is_created():
     config = build_tiny().config
     linear = LinearAttentionConfig(num_heads=2, head_dim=16)
     layers = (config.layers[0].model_copy(update={"mixer": linear}),)

@@ -1,7 +1,7 @@
-"""Random schedules: no page leaks, none is shared wrongly, every output is as alone.
+"""Random schedules: no page leaks or is shared wrongly, and every output is as if served alone.
 
-The scheduler runs on a cache of token ids whose next token is a hash of the pages it reads (tests/hash_runner.py), and the
-whole engine on a tiny real model.
+The scheduler runs on a cache of token ids whose next token is a hash of the pages it reads
+(tests/hash_runner.py), and the complete engine on a tiny real model.
 """
 
 import random
@@ -21,10 +21,11 @@ BEGINNINGS = [[random.Random(i).randrange(2) for _ in range(12)] for i in range(
 
 
 class Client:
-    """A request of the schedule, and what it has got so far: tokens by completion."""
+    """A request of the schedule, and its tokens so far by completion."""
 
     def __init__(self, rng, number, longest):
-        # few tokens and few beginnings, so that prefixes meet, and pages are alike behind different ones
+        # few tokens and few prefixes, so that prefixes are shared and equal pages follow different
+        # ones
         base = rng.choice(BEGINNINGS)[: rng.randrange(1, longest)]
         self.prompt = base + [rng.randrange(3) for _ in range(rng.randrange(3))]
         self.count = rng.randrange(1, 13)
@@ -38,12 +39,12 @@ class Client:
             ),
             copies=self.copies,
         )
-        self.open = {}  # id of a sequence: (completion's index, sequence)
+        self.open = {}  # sequence id: (completion's index, sequence)
         self.got = {}
 
 
 class CountingPool(PagePool):
-    """Counts the pages that were found by what they hold."""
+    """Counts the pages that prefix caching found."""
 
     hits = 0
 
@@ -54,11 +55,11 @@ class CountingPool(PagePool):
 
 
 def run_schedule(seed):
-    """One schedule from arrival to the last token; returns how many preemptions and prefix hits it had."""
+    """Runs one schedule to completion; returns its numbers of preemptions and prefix hits."""
     rng = random.Random(seed)
     size, window = rng.randrange(1, 5), rng.choice((None, None, None, 1, 3, 6))
     longest, budget = rng.choice((4, 12)), rng.choice((4, 7, 64))
-    least = -(-(longest + 12) // size)  # of the longest sequence alone
+    least = -(-(longest + 12) // size)  # needed by the longest sequence alone
     if window is not None:
         least = min(least, -(-(window - 1 + budget) // size) + 1)
     pages = least + rng.choice((0, 0, 1, 2, 5))
@@ -118,7 +119,7 @@ def run_schedule(seed):
 
 
 def take(scheduler, owners, piece, rows, numbers):
-    """What an engine does with a piece's rows: choose, check guesses, fork after a prompt, end."""
+    """Handles a piece's rows like an engine: samples, verifies drafts, forks, finishes."""
     client = owners[piece.sequence_id]
     index, sequence = client.open[piece.sequence_id]
     drafts = sequence.drafts
@@ -151,13 +152,15 @@ def take(scheduler, owners, piece, rows, numbers):
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_20000_random_schedules_leak_nothing_and_give_each_what_it_gets_alone(part):
-    """Arrivals, cancels, preemptions, shared prefixes, forks, windows, wrong guesses and failing passes, in tiny
-    pools."""
+def test_20000_random_schedules_leak_nothing_and_give_each_request_its_output_alone(part):
+    """In tiny pools: arrivals, cancellations, preemption, shared prefixes, forks, windows.
+
+    Also rejected draft tokens and failing passes.
+    """
     share = SCHEDULES // PARTS
     counts = [run_schedule(seed) for seed in range(part * share, (part + 1) * share)]
     preempted, hit = (sum(count > 0 for count in column) for column in zip(*counts, strict=True))
-    assert preempted > share // 10  # the schedules are about something
+    assert preempted > share // 10  # the schedules exercise preemption
     assert hit > share // 10
 
 
@@ -166,15 +169,15 @@ def run_schedules(count):
         run_schedule(seed)
 
 
-def test_a_page_that_is_not_copied_is_noticed(monkeypatch):
-    """The negative control: forks that write into one another's last page."""
+def test_a_page_that_is_not_copied_is_detected(monkeypatch):
+    """Negative control: forks that write into each other's last page."""
     monkeypatch.setattr("easyllm.engine.page_table.PageTable._shared", lambda self, start: [])
     with pytest.raises(AssertionError):
         run_schedules(300)
 
 
-def test_a_prefix_found_by_a_wrong_key_is_noticed(monkeypatch):
-    """The negative control: pages found by their tokens, whatever stands before them."""
+def test_a_prefix_found_by_a_wrong_key_is_detected(monkeypatch):
+    """Negative control: pages found by their tokens only, regardless of the preceding tokens."""
 
     def key(self, tokens, start):
         piece = tuple(tokens[start : start + self.pool.page_size])
@@ -185,7 +188,7 @@ def test_a_prefix_found_by_a_wrong_key_is_noticed(monkeypatch):
         run_schedules(300)
 
 
-# ---- the whole engine on a tiny real model
+# ---- the complete engine on a tiny real model
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +197,7 @@ def model():
 
 
 def random_requests(rng):
-    """Greedy and seeded requests with common beginnings."""
+    """Returns greedy and seeded requests with common prefixes."""
     base = [rng.randrange(3, 320) for _ in range(24)]
     requests = []
     for _ in range(rng.randrange(2, 7)):
@@ -222,10 +225,8 @@ def tokens_of(events):
     return found
 
 
-def test_200_random_schedules_on_a_model_give_each_request_what_it_gets_alone(
-    model, tiny_tokenizer
-):
-    """fp64: in fp32 a row's rounding depends on how many rows there are."""
+def test_200_random_schedules_on_a_model_give_each_request_its_output_alone(model, tiny_tokenizer):
+    """In fp64: in fp32 the rounding of a row depends on the number of rows."""
     wide = Engine(model, tiny_tokenizer, EngineConfig(num_pages=64, prefix_caching=False))
     preempted = 0
     for seed in range(200):
@@ -261,8 +262,8 @@ def test_200_random_schedules_on_a_model_give_each_request_what_it_gets_alone(
     assert preempted > 20
 
 
-def test_the_hash_runner_serves_a_whole_engine(model, tiny_tokenizer):
-    """Text, sampling and events around it do not mix completions up either."""
+def test_the_hash_runner_serves_a_complete_engine(model, tiny_tokenizer):
+    """The engine's text, sampling and events do not mix up completions either."""
     options = EngineConfig(page_size=2, num_pages=20, max_running=4, max_step_tokens=9)
     engine = Engine(model, tiny_tokenizer, options, runner=HashRunner(20, 2))
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

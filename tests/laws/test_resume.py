@@ -1,4 +1,4 @@
-"""Law 5: a run killed and resumed ends bit by bit where an undisturbed one does."""
+"""Law 5: a run that is killed and resumed ends bitwise identical to an uninterrupted one."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def figures(output):
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_a_killed_run_resumes_to_the_same_bits(recipe, tmp_path, mode):
+def test_a_killed_run_resumes_bitwise_exactly(recipe, tmp_path, mode):
     words = [] if mode == "lora" else ["adapter=null"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(start(recipe, whole, *words))
@@ -105,7 +105,7 @@ import torch
 from easyllm.core.config import read_yaml
 from easyllm.train import TrainConfig, train
 torch.set_num_threads(1)
-for line in sys.stdin:                      # "recipe output seconds": a run that is killed after so long, or never
+for line in sys.stdin:  # "recipe output seconds": a run to be killed after that time, or never
     recipe, output, seconds = line.split()
     child = os.fork()
     if child == 0:
@@ -126,7 +126,7 @@ for line in sys.stdin:                      # "recipe output seconds": a run tha
 
 @pytest.fixture(scope="module")
 def runs():
-    """Starts runs by forking a process that has torch already, and kills them."""
+    """Starts runs by forking a process that has already imported torch, and kills them."""
     command = [sys.executable, "-c", ZYGOTE]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -143,7 +143,7 @@ def runs():
 
 @pytest.fixture(scope="module")
 def recipes(recipe, tmp_path_factory, tiny_folder, tiny_tokenizer):
-    """A fine-tuning run with dropout and mixed lengths, and pretraining on packed rows of shards with Muon."""
+    """Fine-tuning with dropout and mixed lengths; pretraining on packed shard rows with Muon."""
     folder = tmp_path_factory.mktemp("kills")
     generator = random.Random(0)
     documents = [
@@ -171,7 +171,7 @@ def recipes(recipe, tmp_path_factory, tiny_folder, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("name", ["tuning", "pretraining"])
-def test_ten_kills_at_random_moments_leave_the_bits_as_they_are(name, recipes, runs, tmp_path):
+def test_ten_kills_at_random_moments_do_not_change_a_bit(name, recipes, runs, tmp_path):
     recipe, whole, broken = recipes / f"{name}.yaml", tmp_path / "whole", tmp_path / "broken"
     start = time.monotonic()
     assert runs(recipe, whole) == 0
@@ -180,7 +180,7 @@ def test_ten_kills_at_random_moments_leave_the_bits_as_they_are(name, recipes, r
     kills = 0
     while kills < 10:
         status = runs(recipe, broken, generator.uniform(0, seconds / 8))
-        if status == 0:  # it was faster than the kill: once more from the start
+        if status == 0:  # it finished before the kill: start over
             assert weights(broken) == weights(whole)
             shutil.rmtree(broken)
             continue
@@ -211,7 +211,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(recipe, tmp_path, 
     assert weights(output) == weights(whole)
 
 
-def test_a_run_goes_on_with_another_harmless_value_where_that_is_allowed(recipe, tmp_path):
+def test_a_run_resumes_with_changed_harmless_values_if_allowed(recipe, tmp_path):
     output = tmp_path / "run"
     finish(start(recipe, output))
     (output / "manifest.json").unlink()
@@ -223,7 +223,7 @@ def test_a_run_goes_on_with_another_harmless_value_where_that_is_allowed(recipe,
     assert "seed is 0 there and 1 here" in process.communicate()[1]
 
 
-def test_a_checkpoint_of_other_data_is_refused(recipe, tmp_path):
+def test_a_checkpoint_of_different_data_is_refused(recipe, tmp_path):
     values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     data = tmp_path / "rows.jsonl"
     shutil.copy(values["data"]["train"][0], data)
@@ -239,7 +239,7 @@ def test_a_checkpoint_of_other_data_is_refused(recipe, tmp_path):
     assert "was created with another data" in err
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_message(recipe, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_with_a_message(recipe, tmp_path):
     output, whole = tmp_path / "run", tmp_path / "whole"
     finish(start(recipe, whole, "keep_last=2"))
     shutil.copytree(whole, output)
@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(recipe, tmp_path):
     assert weights(output) == weights(whole)
 
 
-def test_another_run_in_the_folder_is_refused(recipe, tmp_path):
+def test_a_folder_with_another_run_is_refused(recipe, tmp_path):
     output = tmp_path / "run"
     finish(start(recipe, output))
     for words, reason in (

@@ -1,5 +1,7 @@
-"""Speculative decoding changes the speed and nothing else: greedy and n-gram output token for token, drawn output in
-distribution."""
+"""Speculative decoding changes only the speed.
+
+Greedy and n-gram output is equal token for token; sampled output is equal in distribution.
+"""
 
 import math
 import random
@@ -21,13 +23,13 @@ from masks import RuleMask
 
 @pytest.fixture(scope="module")
 def model():
-    """fp64: in fp32 a row's rounding depends on how many rows there are."""
+    """In fp64: in fp32 the rounding of a row depends on the number of rows."""
     return build_tiny(seed=3).double()
 
 
 @pytest.fixture(scope="module")
 def likeness(model):
-    """A draft that is right often and wrong often: the model with some noise on its weights."""
+    """A draft that is often right and often wrong: the model with noise on its weights."""
     draft = build_tiny(seed=3).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in draft.parameters():
@@ -51,7 +53,7 @@ def requests_of(**changes):
 
 
 def counted(engine):
-    """How many passes and tokens a run of an engine takes."""
+    """Counts the passes and tokens of an engine's run."""
     runner, count = engine.runner, {"passes": 0}
 
     class Counting:
@@ -66,9 +68,11 @@ def counted(engine):
 DRAFTERS = {
     "n-grams": lambda draft: NgramDrafter(5),
     "the model itself": lambda draft: ModelDrafter(build_tiny(seed=3).double(), num_pages=64),
-    "a likeness": lambda draft: ModelDrafter(draft, 3, num_pages=64, page_size=4),
-    "a stranger": lambda draft: ModelDrafter(build_tiny(seed=9).double(), num_pages=64),
-    "a likeness without room": lambda draft: ModelDrafter(draft, 3, num_pages=4, page_size=8),
+    "a noisy copy": lambda draft: ModelDrafter(draft, 3, num_pages=64, page_size=4),
+    "an unrelated model": lambda draft: ModelDrafter(build_tiny(seed=9).double(), num_pages=64),
+    "a noisy copy with too few pages": lambda draft: ModelDrafter(
+        draft, 3, num_pages=4, page_size=8
+    ),
 }
 CHANGES = {
     "greedy": {},
@@ -80,9 +84,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
-def test_topic_59_speculative_greedy_equals_greedy(
-    model, likeness, tiny_tokenizer, drafter, changes
-):
+def test_speculative_greedy_equals_greedy(model, likeness, tiny_tokenizer, drafter, changes):
     requests = requests_of(**changes)
     plain = results(Engine(model, tiny_tokenizer), requests)
     tight = EngineConfig(page_size=4, num_pages=40, max_running=4, max_step_tokens=24)
@@ -107,8 +109,8 @@ def test_a_perfect_draft_saves_four_passes_of_five(model, tiny_tokenizer):
     assert counts[1]["passes"] == 1 + math.ceil(23 / 5)
 
 
-def test_ngrams_save_passes_where_the_text_repeats_itself(model, tiny_tokenizer):
-    """A mask makes the model repeat a phrase, as it would copy from its prompt."""
+def test_ngram_drafts_save_passes_on_repetitive_text(model, tiny_tokenizer):
+    """A mask makes the model repeat a phrase, as if it copied from its prompt."""
 
     request = [
         Request(
@@ -123,24 +125,24 @@ def test_ngrams_save_passes_where_the_text_repeats_itself(model, tiny_tokenizer)
     assert count["passes"] <= 15
 
 
-def test_ngram_drafts_leave_even_drawn_tokens_as_they_are(model, tiny_tokenizer):
+def test_ngram_drafts_leave_even_sampled_tokens_unchanged(model, tiny_tokenizer):
     requests = requests_of(temperature=0.7, top_k=4, seed=6, n=2, ignore_eos=True)
     plain = results(Engine(model, tiny_tokenizer), requests)
     engine = Engine(model, tiny_tokenizer, drafter=NgramDrafter(3))
     assert results(engine, requests) == plain
 
 
-def test_lookup_finds_the_latest_place_of_the_longest_ending():
+def test_lookup_finds_the_latest_occurrence_of_the_longest_suffix():
     drafter = NgramDrafter(3, longest=2)
     assert drafter.lookup([1, 2, 3, 1, 2, 4, 5, 1, 2]) == [4, 5, 1]
-    assert drafter.lookup([9, 2, 3, 1, 2]) == [3, 1, 2]  # one token's ending, as no two fit
+    assert drafter.lookup([9, 2, 3, 1, 2]) == [3, 1, 2]  # no suffix of two tokens matches
     assert drafter.lookup([1, 2, 3]) == []
     assert drafter.lookup([1]) == []
     assert drafter.lookup([4, 4]) == [4]
 
 
-def test_a_drawn_draft_is_taken_with_p_over_q_and_replaced_from_the_rest():
-    """20,000 draws against p, whatever q: chi-squared under its 99.9% bound."""
+def test_a_sampled_draft_is_accepted_with_p_over_q_and_else_replaced_from_the_residual():
+    """Compares 20,000 draws with p, for any q: chi-squared below its 99.9% bound."""
     p = torch.tensor([[1.0, 0.5, -1.0, 2.0, 0.0]])
     expected = p[0].softmax(-1)
     for q in (
@@ -160,14 +162,17 @@ def test_a_drawn_draft_is_taken_with_p_over_q_and_replaced_from_the_rest():
 
 
 def narrow_vocab(seed):
-    """A model of 12 tokens, so that whole continuations can be counted."""
+    """Returns a model of 12 tokens, so that complete continuations can be counted."""
     model = build_tiny(seed=seed, vocab_size=12, max_position_embeddings=64, eos_token_id=11)
     return model.double()
 
 
 def surprise(tokenizer, count=4_000):
-    """Chi-squared of continuations of three tokens, drawn by a model whose draft agrees with it about half the time: the
-    joint counts of the second and third, which are checked guesses, against the exact distribution; and its 99.9% bound."""
+    """Returns chi-squared of sampled three-token continuations, and its 99.9% bound.
+
+    The draft agrees with the model about half the time. The statistic compares the joint counts of
+    the second and third tokens, which are verified draft tokens, with the exact distribution.
+    """
     target, draft = narrow_vocab(3), narrow_vocab(4)
     prompt = (5, 7, 1)
     exact = torch.zeros(12, 12, dtype=torch.float64)
@@ -195,13 +200,13 @@ def surprise(tokenizer, count=4_000):
     return chi2, freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3
 
 
-def test_tokens_drawn_with_a_draft_model_have_the_models_own_distribution(tiny_tokenizer):
+def test_tokens_sampled_with_a_draft_model_have_the_models_distribution(tiny_tokenizer):
     chi2, bound = surprise(tiny_tokenizer)
     assert chi2 < bound
 
 
-def test_guesses_that_are_always_taken_have_another_distribution(tiny_tokenizer, monkeypatch):
-    """The negative control."""
+def test_draft_tokens_that_are_always_accepted_change_the_distribution(tiny_tokenizer, monkeypatch):
+    """Negative control."""
 
     def believing(logits, sources, drafts=None):
         ids = draw(logits, sources)
@@ -232,7 +237,7 @@ def test_drafts_that_cannot_work_are_refused_in_one_sentence(
     for draft in ("ngram", model):
         with pytest.raises(ConfigError, match="dynamic NTK rotates keys by the length of a pass"):
             LLM(model=turning, tokenizer=tiny_tokenizer, draft=draft)
-    LLM(model=model, tokenizer=tiny_tokenizer, draft=turning)  # its guesses are only guesses
+    LLM(model=model, tokenizer=tiny_tokenizer, draft=turning)  # a draft model may use dynamic NTK
     with pytest.raises(ConfigError, match="draft_tokens=0 must be from 1 to 16"):
         LLM(model=model, tokenizer=tiny_tokenizer, draft="ngram", draft_tokens=0)
     strange = _with_another_word(tiny_tokenizer)

@@ -1,6 +1,7 @@
-"""A model of every kind of part learns: on real English its loss falls far below that of a guess.
+"""A model of every kind of part learns: on real English its loss falls far below chance level.
 
-What a law of equality cannot see, this does: a gradient that does not reach a part, or has the wrong sign.
+This detects what equality tests cannot: a gradient that does not reach a part, or has the wrong
+sign.
 """
 
 import inspect
@@ -90,7 +91,7 @@ VARIANTS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """These models are too small to share among threads."""
+    """Uses one thread: these models are too small to parallelise."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -99,7 +100,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def batches():
-    """English that every Python carries with it, as bytes: packed sequences, one of them shorter."""
+    """Bytes of English text from Python itself: packed sequences, one of them shorter."""
     text = inspect.getdoc(re).encode()
     generator = random.Random(0)
 
@@ -118,7 +119,7 @@ def build(name):
 
 
 def loss_of(model, batch):
-    """Mean over the labelled tokens, nats, and what the routers' balance adds."""
+    """Returns the mean loss per labelled token in nats, plus the routers' balancing loss."""
     routing = []
     hidden = model(batch.token_ids, batch.context(routing=routing))
     loss = linear_cross_entropy(hidden, model.head_weight, batch.labels)
@@ -127,14 +128,14 @@ def loss_of(model, batch):
 
 
 def entropy_of(batches):
-    """Nats a byte for one who knows how often each comes and nothing of those before it."""
+    """Returns the entropy of the byte frequencies in nats per byte (a unigram model's loss)."""
     counts = Counter(label for batch in batches for label in batch.labels.tolist())
     total = counts.total()
     return -sum(n / total * math.log(n / total) for n in counts.values())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_loss_falls_from_a_guess_to_below_what_counting_bytes_would_reach(name, batches):
+def test_the_loss_falls_from_chance_level_to_below_the_byte_entropy(name, batches):
     model = build(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
@@ -145,7 +146,7 @@ def test_the_loss_falls_from_a_guess_to_below_what_counting_bytes_would_reach(na
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.5)
-    # 2.05 to 2.69 was seen, where counting gives 3.03
+    # 2.05 to 2.69 was measured; the byte entropy is 3.03
     assert sum(losses[-10:]) / 10 < entropy_of(batches) - MARGIN_NATS
 
 
@@ -159,7 +160,7 @@ def test_every_parameter_gets_a_gradient(name, batches):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_gradient_is_the_slope_of_the_loss(name, batches):
-    """In fp64, along a random direction through all parameters at once, by central differences."""
+    """In fp64, in a random direction of all parameters, by central differences."""
     model, batch = build(name).double(), batches[0]
     sum(loss_of(model, batch)).backward()
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""The compiled step against the decoder it stands for: fp32 by distance to fp64, quantized weights, pages, company."""
+"""The compiled step against the decoder: accuracy, quantized weights, pages, batch invariance."""
 
 import copy
 import subprocess
@@ -50,7 +50,7 @@ def model_of(
     feed_forward=None,
     **attention,
 ):
-    """A random model; what a test does not name is Llama's."""
+    """Returns a random model, by default Llama-like."""
     plain = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
     outer = {
         key: attention.pop(key)
@@ -80,7 +80,7 @@ def model_of(
 
 
 class Cache:
-    """Pages of every layer, full of NaN, a store for the decoder, and a shuffled table for each sequence."""
+    """NaN-filled pages of all layers with shuffled block tables, and a store for the decoder."""
 
     def __init__(self, model, num_sequences, *, dtype=torch.float32, pages_each=20):
         mixer = model.config.layers[0].mixer
@@ -117,7 +117,7 @@ class Cache:
         )
 
     def forward(self, model, pieces):
-        """Logits of every token of `pieces`, {sequence: its new ids}, by the decoder."""
+        """Returns the decoder's logits for all tokens of `pieces`, {sequence: its new ids}."""
         self._lengths = tuple(len(ids) for ids in pieces.values())
         starts = [self.seen[n] for n in pieces]
         positions = [
@@ -149,7 +149,7 @@ def step_of(model, cache):
 
 
 def run(step, cache, sequences, ids, positions=None):
-    """One token of each sequence by the compiled step."""
+    """Runs one token of each sequence through the compiled step."""
     lengths = [cache.seen[n] + 1 for n in sequences]
     return step.run(
         ids,
@@ -178,7 +178,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
-def test_fp32_is_as_near_to_fp64_as_the_decoder(changes):
+def test_fp32_is_as_close_to_fp64_as_the_decoder(changes):
     model = model_of(**changes)
     wide = copy.deepcopy(model).double()
     ids = ids_of(90)
@@ -191,14 +191,14 @@ def test_fp32_is_as_near_to_fp64_as_the_decoder(changes):
         theirs = other.forward(model, {0: [ids[length]]})
         distance = (ours[0].double() - exact[length]).abs().max()
         own = (theirs[0].double() - exact[length]).abs().max()
-        # where PyTorch's is nearly nothing by luck, a few last digits are left to ours
+        # allows a few last digits where PyTorch's own error is almost zero by chance
         assert distance <= 2 * own + 2e-6 * exact[length].abs().max()
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_quantized_weights_give_the_quantized_decoder(scheme, changes):
-    """Rows are rounded to int8 in both; a last digit may tip a rounding, so one layer is compared."""
+def test_quantized_weights_match_the_quantized_decoder(scheme, changes):
+    """Compares a single layer, because a last digit may flip a rounding of activations to int8."""
     model = quantize_weights(model_of(num_layers=1, **changes), scheme)
     cache = Cache(model, 1)
     cache.forward(model, {0: ids_of(30)})
@@ -210,7 +210,7 @@ def test_quantized_weights_give_the_quantized_decoder(scheme, changes):
 
 
 @pytest.mark.parametrize("scheme", [None, "int4"])
-def test_bf16_weights_give_the_same_within_bf16(scheme):
+def test_bf16_weights_match_within_bf16_precision(scheme):
     model = model_of(dtype=torch.bfloat16)
     if scheme:
         quantize_weights(model, scheme)
@@ -223,14 +223,14 @@ def test_bf16_weights_give_the_same_within_bf16(scheme):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "int8", "int4"])
-def test_many_steps_fill_the_pages_as_the_decoder_does(dtype):
-    """Twenty tokens one by one: logits of every step, then what lies in the pages."""
+def test_many_steps_fill_the_pages_like_the_decoder(dtype):
+    """Compares the logits of twenty single-token steps, then the contents of the pages."""
     model = model_of()
     ours, theirs = Cache(model, 2, dtype=dtype), Cache(model, 2, dtype=dtype)
     for cache in (ours, theirs):
         cache.forward(model, {0: ids_of(5), 1: ids_of(13)})
     step = step_of(model, ours)
-    # a key that lies between two codes may fall to either
+    # a key halfway between two codes may be rounded to either
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, "int8": 2e-2, "int4": 0.2}[dtype]
     for token in range(20):
         a = run(step, ours, [0, 1], [token, 2 * token])
@@ -249,7 +249,7 @@ def test_many_steps_fill_the_pages_as_the_decoder_does(dtype):
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_in_any_company(scheme, dtype):
+def test_rows_are_bitwise_batch_invariant(scheme, dtype):
     model = model_of()
     if scheme:
         quantize_weights(model, scheme)
@@ -264,8 +264,8 @@ def test_a_row_has_the_same_bits_in_any_company(scheme, dtype):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_a_row_has_the_same_bits_among_many(scheme):
-    """More rows than a tile of the processor's matrix unit, widths that fill neither strips nor groups."""
+def test_rows_are_batch_invariant_in_large_batches(scheme):
+    """More rows than an AMX tile, with widths that fill neither panels nor groups."""
     model = quantize_weights(model_of(**MODELS["mha, odd widths"]), scheme)
     cache = Cache(model, 37, pages_each=2)
     cache.forward(model, {n: ids_of(1 + n % 9, seed=n) for n in range(37)})
@@ -277,8 +277,8 @@ def test_a_row_has_the_same_bits_among_many(scheme):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", ["mha, odd widths", "wide"])
-def test_a_row_has_the_same_bits_among_many_with_dense_weights(model, dtype):
-    """Rows that fill no register or group of them, inputs of several chunks, more rows than are kept at a time."""
+def test_rows_are_batch_invariant_in_large_batches_with_dense_weights(model, dtype):
+    """Partially filled registers and groups, several chunks of inputs and blocks of rows."""
     built = model_of(**MODELS.get(model, {"hidden": 520, "inner": 1100}), dtype=dtype)
     cache = Cache(built, 71, pages_each=2)
     cache.forward(built, {n: ids_of(1 + n % 9, seed=n) for n in range(71)})
@@ -302,7 +302,9 @@ def test_a_row_has_the_same_bits_among_many_with_dense_weights(model, dtype):
         (torch.bfloat16, {"asimddp", "bf16"}, False, 2),
     ],
 )
-def test_rows_up_to_which_a_step_takes_dense_weights(monkeypatch, dtype, features, has_unit, most):
+def test_the_row_limit_for_dense_weights_depends_on_dtype_and_cpu(
+    monkeypatch, dtype, features, has_unit, most
+):
     class Kernels:
         @staticmethod
         def tiles_ready():
@@ -315,8 +317,8 @@ def test_rows_up_to_which_a_step_takes_dense_weights(monkeypatch, dtype, feature
     assert compiled_step._most_rows(model) == most
 
 
-def test_tokens_of_one_sequence_may_follow_one_another():
-    """What checking a guess of several tokens needs: each sees the ones before it."""
+def test_a_step_may_contain_several_tokens_of_one_sequence():
+    """As required for verifying several draft tokens: each token sees the preceding ones."""
     model = model_of()
     cache = Cache(model, 1)
     cache.forward(model, {0: ids_of(20)})
@@ -327,8 +329,8 @@ def test_tokens_of_one_sequence_may_follow_one_another():
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_positions_may_differ_from_places_in_the_cache():
-    """Tokens that were evicted leave positions behind (or do not, where positions are those inside the cache)."""
+def test_positions_may_differ_from_cache_slots():
+    """Evicted tokens leave a gap in the positions (unless positions are those inside the cache)."""
     model = model_of()
     cache = Cache(model, 1)
     cache.forward(model, {0: ids_of(20)})
@@ -339,7 +341,7 @@ def test_positions_may_differ_from_places_in_the_cache():
     assert torch.equal(run(step, cache, [0], [9], positions=[20]), near)
 
 
-def test_threads_do_not_change_the_bits():
+def test_results_are_bitwise_independent_of_the_number_of_threads():
     model = quantize_weights(model_of(), "int4")
     cache = Cache(model, 3)
     cache.forward(model, {n: ids_of(70, seed=n) for n in range(3)})
@@ -371,7 +373,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("word", REFUSED)
-def test_what_is_not_served_is_named(word):
+def test_unsupported_parts_are_named(word):
     model = model_of(**REFUSED[word])
     assert not CompiledStep.supports(model)
     assert word in CompiledStep.refusal(model)
@@ -388,7 +390,7 @@ def test_adapters_and_missing_compilers_are_refused(monkeypatch):
     assert not CompiledStep.supports(build_tiny())
 
 
-def test_memory_of_logits_is_reused_once_nobody_has_them(monkeypatch):
+def test_the_logits_buffer_is_reused_once_released(monkeypatch):
     monkeypatch.setattr(huge_memory, "SMALL", 1)
     model = model_of()
     cache = Cache(model, 1)
@@ -407,7 +409,7 @@ def test_memory_of_logits_is_reused_once_nobody_has_them(monkeypatch):
     assert place in {run(step, cache, [0], [6]).data_ptr() for _ in range(4)}
 
 
-def test_what_would_leave_memory_is_refused():
+def test_out_of_bounds_accesses_are_refused():
     model = model_of()
     cache = Cache(model, 1)
     step = step_of(model, cache)
@@ -429,7 +431,7 @@ def test_what_would_leave_memory_is_refused():
 
 
 def test_a_step_follows_weights_that_are_moved_or_replaced(tiny_tokenizer):
-    """Two engines on one model, and weights put in its place behind their backs."""
+    """Two engines on one model, and weights that are replaced without notice."""
     from easyllm.engine import LLM, SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -452,7 +454,7 @@ def test_a_step_follows_weights_that_are_moved_or_replaced(tiny_tokenizer):
 @pytest.mark.skipif(
     not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc"
 )
-def test_gathered_weights_are_never_there_twice():
+def test_concatenated_weights_are_never_stored_twice():
     script = """
 import ctypes
 from torch import nn

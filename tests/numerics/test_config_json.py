@@ -1,4 +1,4 @@
-"""Every key of every family's `config.json`: its default where it is missing, and that none is ignored."""
+"""Keys of every family's `config.json`: missing keys get their defaults, and none is ignored."""
 
 import json
 
@@ -25,7 +25,7 @@ GPT2_SIZES = {"vocab_size": 211, "n_embd": 64, "n_layer": 2, "n_head": 4}
 
 
 def sizes_of(model_type):
-    """What a `config.json` must hold: the sizes of its tensors."""
+    """Returns the keys that a `config.json` must contain: the sizes of its tensors."""
     return {"model_type": model_type} | (GPT2_SIZES if model_type == "gpt2" else SIZES)
 
 
@@ -34,18 +34,18 @@ def written_by_hf(values):
 
 
 def told(config):
-    """A configuration for comparison, its numbers as they are."""
+    """Returns a configuration in a comparable form, with unchanged numbers."""
     return config.model_dump()
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_missing_keys_have_the_defaults_of_transformers(model_type):
+def test_missing_keys_get_the_defaults_of_transformers(model_type):
     values = sizes_of(model_type)
     assert told(read_config(values)) == told(read_config(written_by_hf(values)))
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
-def test_the_default_windows_of_qwen_are_those_of_transformers(model_type):
+def test_the_default_windows_of_qwen_equal_transformers(model_type):
     values = sizes_of(model_type) | {"use_sliding_window": True, "max_window_layers": 2}
     ours, theirs = read_config(values), read_config(written_by_hf(values))
     windows = [layer.mixer.window for layer in ours.layers]
@@ -53,7 +53,7 @@ def test_the_default_windows_of_qwen_are_those_of_transformers(model_type):
     assert told(ours) == told(theirs)
 
 
-def test_defaults_that_published_files_leave_out():
+def test_defaults_omitted_by_published_files_are_applied():
     mistral = read_config(sizes_of("mistral"))
     assert {layer.mixer.window for layer in mistral.layers} == {4096}
     assert mistral.layers[0].mixer.num_kv_heads == 8
@@ -104,7 +104,7 @@ OTHER_VALUES = {
 
 
 def another(key, value):
-    """A value that is not the default."""
+    """Returns a value that differs from the default."""
     if key in OTHER_VALUES:
         return OTHER_VALUES[key]
     if isinstance(value, bool):
@@ -116,7 +116,7 @@ def another(key, value):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_no_key_of_transformers_is_ignored(model_type):
-    """Each changes what is read, is refused by its name, or is known to leave the logits alone."""
+    """Each key changes the configuration, is refused by name, or does not affect the logits."""
     whole = written_by_hf(sizes_of(model_type))
     before = told(read_config(whole))
     shared = PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"}
@@ -154,7 +154,7 @@ def test_no_key_of_transformers_is_ignored(model_type):
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx=True"),
     ],
 )
-def test_an_option_that_is_not_implemented_is_refused_by_its_name(model_type, changes, words):
+def test_an_unsupported_option_is_refused_by_name(model_type, changes, words):
     with pytest.raises(CheckpointError, match=words):
         read_config(sizes_of(model_type) | changes)
 
@@ -185,7 +185,7 @@ def test_an_option_that_is_not_implemented_is_refused_by_its_name(model_type, ch
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_left_out_or_neutral_gives_the_same_logits(tmp_path, model_type, changes):
+def test_omitted_and_neutral_keys_give_the_same_logits(tmp_path, model_type, changes):
     left_out = {key for key, value in changes.items() if value == "left out"}
     given = {key: value for key, value in changes.items() if key not in left_out}
     reference = tiny_hf(model_type, given)
@@ -193,7 +193,7 @@ def test_what_is_left_out_or_neutral_gives_the_same_logits(tmp_path, model_type,
     path = tmp_path / "hf" / "config.json"
     values = json.loads(path.read_text("utf-8"))
     written = {key: value for key, value in values.items() if key not in left_out | {"layer_types"}}
-    if model_type == "qwen2":  # transformers 5 writes the list, 4 the rule
+    if model_type == "qwen2":  # transformers 5 writes the list, version 4 the rule
         assert "layer_types" in values
     path.write_text(
         json.dumps(written | {k: v for k, v in given.items() if "window" in k}), "utf-8"
@@ -209,8 +209,8 @@ def test_what_is_left_out_or_neutral_gives_the_same_logits(tmp_path, model_type,
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
 
 
-def test_dynamic_scaling_counts_from_the_models_own_length(tmp_path):
-    """As in transformers, which does not read `original_max_position_embeddings` there."""
+def test_dynamic_scaling_is_relative_to_the_models_own_length(tmp_path):
+    """As in transformers, which does not read `original_max_position_embeddings` here."""
     reference = tiny_hf("llama", {"rope_scaling": DYNAMIC, "max_position_embeddings": 32})
     reference.save_pretrained(tmp_path / "hf")
     ids = torch.randint(0, 211, (60,))
@@ -220,7 +220,7 @@ def test_dynamic_scaling_counts_from_the_models_own_length(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["pi", "ntk", "dynamic", "yarn"])
-def test_a_longer_context_is_the_same_model_in_transformers(tmp_path, method):
+def test_an_extended_context_gives_the_same_model_in_transformers(tmp_path, method):
     tiny_hf("llama", {"max_position_embeddings": 32}).save_pretrained(tmp_path / "hf")
     context = ContextConfig(method=method, factor=3)
     model = load_model(tmp_path / "hf", context=context)
@@ -232,7 +232,7 @@ def test_a_longer_context_is_the_same_model_in_transformers(tmp_path, method):
     assert load_model(tmp_path / "ours").config == model.config
 
 
-def test_windows_that_a_family_cannot_say_are_refused():
+def test_windows_that_a_family_cannot_represent_are_refused():
     values = sizes_of("qwen3_moe") | {"use_sliding_window": True}
     config = read_config(values)
     first = config.layers[0]

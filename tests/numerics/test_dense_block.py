@@ -1,4 +1,4 @@
-"""Products of rows with fp32 and bf16 weights (dense.c), built for several processors: against fp64, and for their bits."""
+"""Dense GEMM kernel (dense.c) built for several CPUs: accuracy and batch invariance."""
 
 import ctypes
 import platform
@@ -14,11 +14,11 @@ from easyllm.ops.kernels.build import DTYPE_CODES, FLAGS, Matrix
 
 OUTPUTS = 8
 LEVELS = {"x86-64": None, "x86-64-v3": "avx2", "native": None}
-"""What the kernel is built for, and what the processor must have to run it."""
+"""Build targets of the kernel, and the CPU feature that each requires."""
 
 
 class Rows(ctypes.Structure):
-    """`Rows` of matrix.h."""
+    """The `Rows` struct of matrix.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("values", "packed", "codes", "terms")),
@@ -28,7 +28,7 @@ class Rows(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """dense.c for each level, by its name."""
+    """dense.c compiled for each level, by name."""
     if build._library() is None or platform.machine() != "x86_64":
         pytest.skip("no C compiler on this machine, or another kind of processor")
     compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
@@ -50,9 +50,9 @@ def kernels(tmp_path_factory):
 
 
 def products(kernel, x, weight, bias):
-    """x Wᵀ + b, block by block; `x: [M, K]` fp32."""
+    """Returns x Wᵀ + b, computed block by block; `x: [M, K]` fp32."""
     (rows, inputs), outputs = x.shape, len(weight)
-    # room for whole registers of rows: what nobody writes is NaN
+    # space for whole registers of rows: anything not written stays NaN
     packed = torch.full(((rows + 1) * inputs + 16,), float("nan"))
     struct = Rows(x.data_ptr(), packed.data_ptr(), None, None, inputs, 0)
     matrix = Matrix(
@@ -68,7 +68,7 @@ def products(kernel, x, weight, bias):
         kernel.pack_values(
             ctypes.byref(struct), number(row), number(rows), number(0), number(inputs)
         )
-    if packed.isnan().all():  # a register holds one row: values are used as they are
+    if packed.isnan().all():  # a register contains a single row: values are used in place
         struct.packed = x.data_ptr()
     out = torch.full((rows, outputs), float("nan"))
     for block in range(-(-outputs // OUTPUTS)):
@@ -107,7 +107,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_those_of_fp64(kernels, shape, dtype):
+def test_products_match_fp64(kernels, shape, dtype):
     x, weight, bias = operands(*shape, dtype)
     wanted = x.double() @ weight.double().T
     scale = x.double().abs() @ weight.double().abs().T
@@ -120,7 +120,7 @@ def test_products_are_those_of_fp64(kernels, shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_row_has_the_same_bits_among_any_number(kernels, shape, dtype):
+def test_rows_are_bitwise_independent_of_the_number_of_rows(kernels, shape, dtype):
     x, weight, bias = operands(*shape, dtype)
     for kernel in kernels.values():
         together = products(kernel, x, weight, bias)
@@ -130,7 +130,7 @@ def test_a_row_has_the_same_bits_among_any_number(kernels, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_width_of_registers_does_not_change_the_bits(kernels, dtype):
+def test_results_are_bitwise_independent_of_the_register_width(kernels, dtype):
     if not {"x86-64-v3", "native"} <= set(kernels):
         pytest.skip("the processor has no AVX2")
     for shape in SHAPES:

@@ -1,4 +1,4 @@
-"""What works row by row, to the bit: any number of rows, any place among them, alone or in company."""
+"""Row-wise operations are bitwise batch-invariant: any number, order and mix of rows."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def random(*shape, dtype=torch.float32, seed=0):
 
 
 def holds_for_rows(run, x):
-    """`run` of the first rows, of rows in the middle, and of rows in another order, against all of them."""
+    """Compares `run` of the first, of middle and of reordered rows with `run` of all rows."""
     whole = run(x)
     for count in COUNTS:
         assert torch.equal(run(x[:count]), whole[:count]), f"first {count}"
@@ -34,7 +34,7 @@ def holds_for_rows(run, x):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("outputs", "inputs"), [(576, 576), (192, 576), (576, 1536), (83, 41)])
-def test_tiled_linear(dtype, outputs, inputs):
+def test_tiled_linear_is_batch_invariant(dtype, outputs, inputs):
     weight = random(outputs, inputs, dtype=dtype, seed=2)
     bias = random(outputs, dtype=dtype, seed=3)
     x = random(200, inputs, dtype=dtype)
@@ -45,8 +45,8 @@ def test_tiled_linear(dtype, outputs, inputs):
     assert tiled_linear(x[:0], weight).shape == (0, outputs)
 
 
-def test_plain_linear_does_not_hold():
-    """The control: without tiles, some number of rows gives other bits (or the machine has no need of tiles)."""
+def test_plain_linear_is_not_batch_invariant():
+    """Negative control: without tiles, results depend on the number of rows (on most machines)."""
     weight, x = random(576, 576, seed=2), random(200, 576)
     whole = F.linear(x, weight)
     same = [torch.equal(F.linear(x[:count], weight), whole[:count]) for count in COUNTS]
@@ -56,7 +56,7 @@ def test_plain_linear_does_not_hold():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [576, 41])
-def test_rms_norm(dtype, width):
+def test_rms_norm_is_batch_invariant(dtype, width):
     weight = random(width, dtype=dtype, seed=2)
     holds_for_rows(lambda rows: rms_norm(rows, weight, 1e-5), random(200, width))
 
@@ -64,10 +64,10 @@ def test_rms_norm(dtype, width):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("activation", "width"),
-    # PyTorch's GELU computes the last few numbers of a tensor otherwise: a multiple of 64 has none of them
+    # PyTorch's GELU computes a remainder of fewer than 64 elements differently
     [("silu", 1536), ("silu", 41), ("gelu", 1536), ("gelu_tanh", 1536), ("gelu_tanh", 64)],
 )
-def test_gates(dtype, activation, width):
+def test_gates_are_batch_invariant(dtype, activation, width):
     if build._library() is None and width % 16:
         pytest.skip("no C compiler on this machine")
     both = random(200, 2, width, dtype=dtype)
@@ -77,7 +77,7 @@ def test_gates(dtype, activation, width):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rotation(dtype):
+def test_rotary_embedding_is_batch_invariant(dtype):
     angles = random(200, 32, seed=2)
     x = torch.cat([random(200, 9 * 64), angles.cos(), angles.sin()], dim=1)
 
@@ -90,7 +90,7 @@ def test_rotation(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_gate_is_the_same_with_a_gradient(dtype):
+def test_silu_gate_is_bitwise_identical_with_a_gradient(dtype):
     gate, up = random(50, 300, dtype=dtype), random(50, 300, dtype=dtype, seed=1)
     plain = gated(gate, up, "silu")
     assert torch.equal(gated(gate.clone().requires_grad_(), up, "silu").detach(), plain)
@@ -98,7 +98,7 @@ def test_silu_gate_is_the_same_with_a_gradient(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 37])
-def test_packed_attention_has_the_bits_of_decoding_from_pages(dtype, window):
+def test_packed_attention_is_bitwise_identical_to_paged_decoding(dtype, window):
     if build._library() is None:
         pytest.skip("no C compiler on this machine")
     rule, lengths = AttentionRule(scale=0.125, window=window), (150, 1, 64, 70)

@@ -1,4 +1,4 @@
-"""The worked example of docs/models.md is a family that works."""
+"""The worked example of docs/models.md works."""
 
 import re
 from pathlib import Path

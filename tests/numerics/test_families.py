@@ -1,4 +1,4 @@
-"""Every family here and in `transformers`: the same logits from the same weights, in both directions."""
+"""Every family here and in `transformers`: equal logits for equal weights, in both directions."""
 
 import pytest
 import torch
@@ -64,14 +64,15 @@ VARIANTS = {
     "qwen3_moe": ("qwen3_moe", EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
     "glm": ("glm", {"head_dim": 16, "attention_bias": True}),
     "glm4": ("glm4", {"head_dim": 16, "attention_bias": True}),
-    # the weight of Gemma's norms counts from one, which doubles the logits and their rounding: smaller matrices
+    # Gemma's norm weights are offset by one, which doubles the logits and their rounding error:
+    # smaller matrices
     "gemma": ("gemma", {"head_dim": 16, "initializer_range": 0.1}),
     "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 9}),
 }
 
 
 def tiny_hf(model_type, changes):
-    """A tiny random model of `transformers`; biases and norm weights are random too."""
+    """Returns a tiny random model of `transformers` with random biases and norm weights."""
     base = {} if model_type == "gpt2" else BASE
     values = {**base, "initializer_range": 0.2, "attn_implementation": "eager"} | changes
     values |= {"vocab_size": 211}

@@ -1,6 +1,7 @@
-"""Families from GGUF files against `transformers`: tiny random models, written as llama.cpp's converter does.
+"""Families from GGUF files against `transformers`: tiny random models in llama.cpp's format.
 
-Names come from the `gguf` package's own map of tensors, so that a name that is wrong here is not wrong there too.
+Tensor names come from the `gguf` package's own map, so that a mistake in our names is not repeated
+here.
 """
 
 import math
@@ -22,18 +23,18 @@ from easyllm.nn.config import FactorScaling, Llama3Scaling
 
 HF = {key: value for key, value in BASE.items() if key != "vocab_size"}
 ADDED_ONE = {"gemma", "gemma2"}
-"""Whose converter adds 1 to the weights of norms."""
+"""Architectures whose converter adds 1 to the weights of norms."""
 TRANSPOSED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 
 def interleaved(weight, heads):
-    """llama.cpp's order of query and key rows, as its converter writes them."""
+    """Returns query and key rows in llama.cpp's order, as its converter writes them."""
     split = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(weight.shape))
 
 
 def stacked(reference):
-    """The state of a mixture as the converter sees it: experts by number, stacked to one tensor a projection."""
+    """Returns the state of a mixture as the converter writes it: experts stacked by projection."""
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         state = load_file(f"{folder}/model.safetensors")
@@ -48,7 +49,7 @@ def stacked(reference):
 
 
 def tensors_of(reference, arch):
-    """Name and values of each tensor, as in a GGUF file."""
+    """Returns the name and values of each tensor, as in a GGUF file."""
     config = reference.config
     number = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
@@ -76,7 +77,16 @@ def tensors_of(reference, arch):
 
 
 def write(path, reference, arch, keys=(), extra=(), part=None):
-    """The model as a GGUF file; `keys` are further metadata, `extra` further tensors, `part` (number, count)."""
+    """Writes the model as a GGUF file.
+
+    Args:
+        path: the file to write.
+        reference: the model of `transformers`.
+        arch: llama.cpp's name of the architecture.
+        keys: additional metadata.
+        extra: additional tensors.
+        part: (number, count) of a split file.
+    """
     config = reference.config
     writer = gguf.GGUFWriter(path, arch)
     if part is None or part[0] == 0:
@@ -119,7 +129,7 @@ def write(path, reference, arch, keys=(), extra=(), part=None):
 
 
 def llama3_factors(theta=10000.0, width=12, factor=8.0, original=32):
-    """The tensor that llama.cpp's converter makes of Llama 3's scaling (its formula, over wavelengths)."""
+    """Returns the tensor that llama.cpp's converter writes for Llama 3's scaling (its formula)."""
     low, high, factors = 1.0, 4.0, []
     for i in range(0, width, 2):
         wavelength = 2 * math.pi * theta ** (i / width)
@@ -236,13 +246,13 @@ def test_logits_equal_transformers(case, tmp_path):
     torch.testing.assert_close(again(ids[None]).logits[0], expected, atol=3e-5, rtol=0)
 
 
-def test_every_architecture_is_tried():
+def test_every_architecture_is_tested():
     tried = {arch for _, _, arch, _, _ in CASES.values()}
     known = {name for f in families.FAMILIES.values() if f.gguf for name in f.gguf.architectures}
     assert tried == known
 
 
-def test_factors_of_llama_3_become_its_rule_and_others_stay_factors(tmp_path):
+def test_llama_3_factors_become_its_scaling_rule_and_others_stay_factors(tmp_path):
     reference = tiny_hf("llama", {})
     three = [("rope_freqs.weight", llama3_factors())]
     config = load_model(write(tmp_path / "a.gguf", reference, "llama", (), three)).config
@@ -265,7 +275,7 @@ def test_factors_of_llama_3_become_its_rule_and_others_stay_factors(tmp_path):
 
 
 def test_factors_divide_the_frequencies(tmp_path):
-    """The same factor for every pair is linear scaling."""
+    """Equal factors for all pairs are linear scaling."""
     reference = tiny_hf("llama", LINEAR)
     twos = [("rope_freqs.weight", np.full(6, 2, np.float32))]
     ids = torch.randint(0, 211, (60,))
@@ -302,7 +312,7 @@ def test_factors_divide_the_frequencies(tmp_path):
         ({"never_heard_of": 3}, "llama.never_heard_of=3"),
     ],
 )
-def test_a_key_that_changes_the_result_is_refused_by_its_name(tmp_path, keys, words):
+def test_an_unsupported_key_is_refused_by_name(tmp_path, keys, words):
     path = write(tmp_path / "m.gguf", tiny_hf("llama", {}), "llama", keys)
     with pytest.raises(CheckpointError, match=words):
         load_model(path)
@@ -320,7 +330,7 @@ def test_a_key_that_changes_the_result_is_refused_by_its_name(tmp_path, keys, wo
         {"tensor_data_layout": "Meta AI original pth", "never_heard_of": 0},
     ],
 )
-def test_a_key_that_says_nothing_is_no_reason_to_refuse(tmp_path, keys):
+def test_a_key_without_effect_is_accepted(tmp_path, keys):
     reference = tiny_hf("llama", {})
     ids = torch.randint(0, 211, (40,))
     model = load_model(write(tmp_path / "m.gguf", reference, "llama", keys))
@@ -338,7 +348,7 @@ def test_stacked_experts_of_another_shape_are_named(tmp_path, shape):
 @pytest.mark.parametrize(
     "name", ["blk.0.attn_q_norm.weight", "blk.1.attn_sinks.weight", "rope_factors_long.weight"]
 )
-def test_a_tensor_that_changes_the_result_is_refused_by_its_name(tmp_path, name):
+def test_an_unsupported_tensor_is_refused_by_name(tmp_path, name):
     extra = [(name, np.ones(12, np.float32))]
     path = write(tmp_path / "m.gguf", tiny_hf("llama", {}), "llama", (), extra)
     with pytest.raises(CheckpointError, match=name):
@@ -353,7 +363,7 @@ def test_a_tensor_that_changes_the_result_is_refused_by_its_name(tmp_path, name)
         (np.full(6, np.nan, np.float32), "does not describe a valid model"),
     ],
 )
-def test_rope_factors_that_make_no_sense_are_refused(tmp_path, factors, words):
+def test_invalid_rope_factors_are_refused(tmp_path, factors, words):
     extra = [("rope_freqs.weight", factors)]
     path = write(tmp_path / "m.gguf", tiny_hf("llama", {}), "llama", (), extra)
     with pytest.raises(CheckpointError, match=words):
@@ -367,7 +377,7 @@ def test_rope_factors_of_a_model_without_rope_are_refused(tmp_path):
         load_model(path)
 
 
-# ---- parts
+# ---- split files
 
 
 def write_parts(folder, reference, count=3):
@@ -378,7 +388,7 @@ def write_parts(folder, reference, count=3):
 
 
 @pytest.mark.parametrize("named", [0, 1, 2])
-def test_whichever_part_is_named_all_are_read(tmp_path, named):
+def test_all_parts_are_read_whichever_is_given(tmp_path, named):
     reference = tiny_hf("llama", {})
     parts = write_parts(tmp_path, reference)
     ids = torch.randint(0, 211, (40,))
@@ -394,7 +404,7 @@ def test_a_missing_part_is_named(tmp_path):
             load_model(part)
 
 
-def test_a_part_of_another_name_or_another_model_is_named(tmp_path):
+def test_a_misnamed_part_or_one_of_another_model_is_named(tmp_path):
     reference = tiny_hf("llama", {})
     first, second, third = write_parts(tmp_path, reference)
     lonely = tmp_path / "lonely.gguf"
@@ -409,7 +419,7 @@ def test_a_part_of_another_name_or_another_model_is_named(tmp_path):
         load_model(first)
 
 
-# ---- a family of one's own
+# ---- a custom family
 
 
 def read_windy(metadata):
@@ -430,7 +440,7 @@ def read_windy(metadata):
 
 
 def windy_family(**changes):
-    """A Mistral under other names, its down projection stored negated."""
+    """Registers Mistral under other names, with its down projection stored negated."""
     from easyllm.models.families import mistral
     from easyllm.models.families.gguf_layout import LLAMA_NAMES
 
@@ -495,7 +505,7 @@ def test_a_registered_family_is_read_from_gguf(tmp_path, families_restored):
         ),
     ],
 )
-def test_what_another_family_has_is_refused(families_restored, changes, words):
+def test_names_of_another_family_are_refused(families_restored, changes, words):
     with pytest.raises(ConfigError, match=words):
         families.register_family(windy_family(**changes))
     assert "windy" not in families.FAMILIES

@@ -1,4 +1,4 @@
-"""Heads of labels: scores equal to `transformers`' sequence classifiers, in both directions."""
+"""Classification heads: scores equal `transformers`' sequence classifiers, in both directions."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_scores_equal_transformers_and_the_saved_folder_loads_there(
         torch.testing.assert_close(again(ids[None]).logits[0], expected, atol=1e-6, rtol=0)
 
 
-def test_a_language_model_becomes_a_reward_model_whose_scores_start_near_unit_size():
+def test_a_language_model_becomes_a_reward_model_with_initial_scores_near_unit_size():
     model = to_classifier(build_tiny(tie_word_embeddings=False, hidden_size=64), 1, seed=3)
     scores = model.logits(torch.arange(3, 300))
     assert scores.shape == (297, 1)

@@ -1,4 +1,7 @@
-"""The loss curve is that of `transformers.Trainer`: same tiny model, same order of data, AdamW, cosine, clipping, accumulation."""
+"""Equal loss curves to `transformers.Trainer`, on a tiny model and with the same order of data.
+
+Covers AdamW, the cosine schedule, gradient clipping and gradient accumulation.
+"""
 
 import dataclasses
 import json
@@ -18,7 +21,7 @@ STEPS, BATCH, MICRO = 50, 8, 4
 
 
 class Rows(torch.utils.data.Dataset):
-    """Padded rows in the order our loader gives them."""
+    """Padded rows in the order in which our loader yields them."""
 
     def __init__(self, samples, order):
         self.samples, self.order = samples, order
@@ -29,7 +32,7 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         sample = self.samples[self.order[index]]
-        ids = [*sample.token_ids, max(sample.labels[-1], 0)]  # nothing attends to the last one
+        ids = [*sample.token_ids, max(sample.labels[-1], 0)]  # nothing attends to the last id
         labels = [-100, *sample.labels]
         room = self.width - len(ids)
         return {
@@ -140,13 +143,13 @@ def test_the_loss_curve_equals_transformers_trainer(rows, tiny_folder, tmp_path,
         assert mine["train/grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
-def test_the_table_of_names_holds_names_that_exist():
+def test_the_table_of_names_contains_existing_names():
     table = (Path(__file__).parents[2] / "docs" / "from-transformers.md").read_text("utf-8")
     rows = [line.split("|")[1:5] for line in table.splitlines() if line.startswith("| `")]
     assert len(rows) > 20
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     elsewhere = {"DataCollator", "EarlyStoppingCallback", "patience", "threshold"}
-    removed = {"warmup_ratio", "group_by_length"}  # of version 5; readers of older code know them
+    removed = {"warmup_ratio", "group_by_length"}  # removed in version 5, but still known to users
     for left, _, right, _ in rows:
         for name in re.findall(r"`([a-z_]+)(?:=[^`]*)?`", left):
             assert name in theirs | elsewhere | removed, f"TrainingArguments has no {name}"

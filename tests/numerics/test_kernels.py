@@ -1,4 +1,4 @@
-"""Each op against its plain reference in fp64: outputs and gradients, kernels and fallbacks, odd sizes."""
+"""Every op against its plain fp64 reference: outputs, gradients, kernels, fallbacks, odd sizes."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ DTYPES = list(TOLERANCE)
 
 @pytest.fixture(params=["kernels", "plain"])
 def path(request, monkeypatch):
-    """Runs a test with the C kernels (where there is a compiler) and without."""
+    """Runs a test with the C kernels (if there is a compiler) and without."""
     if request.param == "plain":
         monkeypatch.setattr(build, "_library", lambda: None)
     elif build._library() is None:
@@ -24,7 +24,7 @@ def path(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
-    """Fresh memory is full of NaN, so that an element left unwritten shows."""
+    """Fills fresh memory with NaN, so that unwritten elements are detected."""
     real_empty, real_like = torch.empty, torch.empty_like
 
     def poisoned(make):
@@ -44,7 +44,7 @@ def leaves(*shapes, dtype):
 
 
 def compare(out, exact, inputs, dtype):
-    """Outputs, then gradients of a random weighting, each relative to the largest exact value."""
+    """Compares outputs, then gradients of a random weighting, relative to the largest value."""
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
     close(out, exact, dtype)
     ours = torch.autograd.grad(out, inputs, weights, retain_graph=True)
@@ -62,7 +62,7 @@ def close(a, b, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 17, 576])
-def test_rms_norm(path, dtype, width):
+def test_rms_norm_matches_fp64(path, dtype, width):
     x, _ = leaves((13, width), (1,), dtype=torch.float32)
     (w,) = leaves((width,), dtype=dtype)
     exact = norm.reference_rms_norm(x.double(), w.double(), 1e-5)
@@ -71,7 +71,7 @@ def test_rms_norm(path, dtype, width):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 17, 576])
-def test_sum_and_rms_norm(path, dtype, width):
+def test_sum_and_rms_norm_match_fp64(path, dtype, width):
     """Both results are used, as in a residual block."""
     x, added = (
         leaves((13, width), (1,), dtype=torch.float32)[0],
@@ -87,8 +87,8 @@ def test_sum_and_rms_norm(path, dtype, width):
 
 
 @pytest.mark.parametrize("adds", [True, False])
-def test_a_norm_and_its_sum_are_those_of_two_steps(path, adds):
-    """Values to the bit, gradients but for the rounding of a sum: fusing saves memory traffic and changes nothing."""
+def test_fused_sum_and_norm_equal_two_separate_steps(path, adds):
+    """Values are bitwise identical, gradients up to the rounding of one sum."""
 
     def steps(x, added, w):
         total = x + added if adds else x
@@ -115,7 +115,7 @@ def test_a_norm_and_its_sum_are_those_of_two_steps(path, adds):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [3, 64, 1536])
-def test_silu_gate(path, dtype, width):
+def test_silu_gate_matches_fp64(path, dtype, width):
     gate, up = leaves((11, width), (11, width), dtype=dtype)
     exact = F.silu(gate.double()) * up.double()
     compare(activation.gated(gate, up, "silu"), exact, (gate, up), dtype)
@@ -133,7 +133,7 @@ def test_silu_gate_saturates_without_nan(path, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [1, 5])
-def test_rotary(path, dtype, heads):
+def test_rotary_embedding_matches_fp64(path, dtype, heads):
     (x,) = leaves((9, heads, 6), dtype=dtype)
     angles = torch.randn(9, 3)
     cos, sin = angles.cos(), angles.sin()
@@ -143,7 +143,7 @@ def test_rotary(path, dtype, heads):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
-def test_linear_cross_entropy(path, dtype, chunk_rows):
+def test_linear_cross_entropy_matches_fp64(path, dtype, chunk_rows):
     hidden, weight = leaves((40, 24), (103, 24), dtype=dtype)
     labels = torch.randint(0, 103, (40,))
     labels[::3] = -100
@@ -156,8 +156,8 @@ def test_linear_cross_entropy(path, dtype, chunk_rows):
 
 
 @pytest.mark.parametrize("labelled", [1, 31, 33, 64])
-def test_rows_that_fill_up_the_loss_add_nothing(path, labelled):
-    """In bf16 on a CPU rows are filled up to a multiple of 32; the sums are those of the labelled rows alone."""
+def test_padding_rows_of_the_loss_have_no_effect(path, labelled):
+    """In bf16 on a CPU, rows are padded to a multiple of 32; sums cover only the labelled rows."""
     hidden, weight = leaves((70, 24), (103, 24), dtype=torch.bfloat16)
     labels = torch.full((70,), -100)
     labels[70 - labelled :] = torch.randint(0, 103, (labelled,))
@@ -180,7 +180,7 @@ def test_linear_cross_entropy_without_labels_is_zero(path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(50, 8), (9000, 300)], ids=["small", "in large pages"])
-def test_the_gradient_of_an_embedding_has_pytorchs_bits(dtype, shape):
+def test_the_gradient_of_an_embedding_is_bitwise_identical_to_pytorchs(dtype, shape):
     (weight,) = leaves(shape, dtype=dtype)
     token_ids = torch.randint(0, 40, (3, 70), generator=torch.Generator().manual_seed(1))
     grad = torch.randn(3, 70, shape[1], generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -203,7 +203,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_attention(path, dtype, shape):
+def test_attention_matches_fp64(path, dtype, shape):
     heads, kv_heads, dim, lengths, rule = shape
     total = sum(lengths)
     q, k, v = leaves(
@@ -221,11 +221,11 @@ def test_attention_with_huge_scores_stays_finite(path):
     exact = reference_attention(q.double(), k.double(), v.double(), rule)
     close(
         out, exact, torch.bfloat16
-    )  # softmax of scores in the thousands magnifies fp32's last digit
+    )  # softmax of scores in the thousands amplifies fp32's last digit
 
 
 def test_decode_rows_see_all_keys_before_them():
-    """`attend_segment` with fewer queries than keys: the last rows of the whole."""
+    """`attend_segment` with fewer queries than keys returns the last rows of the full result."""
     q, k, v = leaves((30, 4, 16), (30, 2, 16), (30, 2, 16), dtype=torch.float32)
     for rule in (AttentionRule(scale=0.25), AttentionRule(scale=0.25, window=5)):
         whole = reference_attention(q, k, v, rule)

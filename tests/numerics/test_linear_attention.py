@@ -1,4 +1,4 @@
-"""Row 6: the forms of linear attention are equal, and each kind is what its equation says."""
+"""The forms of linear attention are equal, and each kind follows its equation."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def features(kind, length=37, *, rotated=False, dtype=torch.float64):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_row_6_recurrent_cumulative_and_quadratic_are_equal(kind, rotated, dtype):
+def test_recurrent_cumulative_and_quadratic_forms_are_equal(kind, rotated, dtype):
     x = features(kind, rotated=rotated, dtype=dtype)
     exact = quadratic(x, FEATURE_MAPS[kind], causal=True)
     for chunk in (1, 5, 64):
@@ -45,7 +45,7 @@ def test_row_6_recurrent_cumulative_and_quadratic_are_equal(kind, rotated, dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_row_6_bidirectional_equals_quadratic(kind):
+def test_bidirectional_equals_quadratic(kind):
     x = features(kind)
     exact = quadratic(x, FEATURE_MAPS[kind], causal=False)
     torch.testing.assert_close(bidirectional(x, FEATURE_MAPS[kind]), exact)
@@ -53,13 +53,13 @@ def test_row_6_bidirectional_equals_quadratic(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_row_6_weights_are_not_negative_and_rows_sum_to_one(kind, causal):
+def test_weights_are_not_negative_and_rows_sum_to_one(kind, causal):
     found = weights(features(kind), FEATURE_MAPS[kind], causal=causal)
     assert (found >= 0).all()
     torch.testing.assert_close(found.sum(-1), torch.ones(3, 37).double(), atol=1e-5, rtol=0)
 
 
-def test_row_6_separate_softmaxes_are_a_softmax_over_features_and_one_over_positions():
+def test_softmax_features_apply_softmax_over_features_and_over_positions():
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(20, 1, 6, generator=generator, dtype=torch.float64) for _ in range(3))
     expected = q[:, 0].softmax(-1) @ (k[:, 0].softmax(0).T @ v[:, 0])
@@ -68,7 +68,7 @@ def test_row_6_separate_softmaxes_are_a_softmax_over_features_and_one_over_posit
     torch.testing.assert_close(out[:, 0], expected)
 
 
-def test_row_6_cosine_weights_are_one_plus_the_cosine():
+def test_cosine_weights_are_one_plus_the_cosine():
     generator = torch.Generator().manual_seed(3)
     q, k = (torch.randn(5, 1, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     kind = FEATURE_MAPS["cosine"]
@@ -78,7 +78,7 @@ def test_row_6_cosine_weights_are_one_plus_the_cosine():
 
 
 def test_bidirectional_linear_attention_has_rank_at_most_its_features():
-    """Row 7: why its weights cannot be triangular with a positive diagonal, as causal softmax is."""
+    """Unlike causal softmax, its weights therefore cannot be triangular with positive diagonal."""
     found = weights(features("elu"), FEATURE_MAPS["elu"], causal=False)
     assert int(torch.linalg.matrix_rank(found[0])) <= 8
 

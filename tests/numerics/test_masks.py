@@ -1,4 +1,4 @@
-"""Who sees whom: every mask against one written out pair by pair, on every path attention can take."""
+"""Every attention mask against an explicit pairwise definition, on every path of attention."""
 
 import math
 
@@ -47,7 +47,7 @@ def qkv(length, kv_heads=2, *, dtype=torch.float64, seed=0):
 
 
 def sees(i, j, *, causal=True, window=None, num_sinks=0, prefix=0):
-    """Whether the query at position i sees the key at position j."""
+    """Returns whether the query at position i sees the key at position j."""
     if i < prefix and j < prefix:
         return True
     if causal and j > i:
@@ -56,7 +56,7 @@ def sees(i, j, *, causal=True, window=None, num_sinks=0, prefix=0):
 
 
 def by_hand(q, k, v, *, terms=None, softcap=None, **mask):
-    """[Tq, H, d] fp64: for each query a softmax over the keys it sees, and no others; the last queries ask."""
+    """Returns [Tq, H, d] fp64: an explicit softmax over visible keys, for the last Tq positions."""
     out = torch.zeros_like(q, dtype=torch.float64)
     q, k, v = (x.double() for x in (q, k, v))
     first, group = len(k) - len(q), HEADS // k.shape[1]
@@ -74,7 +74,7 @@ def by_hand(q, k, v, *, terms=None, softcap=None, **mask):
 
 
 def weights_of(rule, length=10, **options):
-    """[H, T, T]: what each query gives each key, read off with the identity in place of values."""
+    """Returns the attention weights [H, T, T], obtained with the identity in place of values."""
     q, k, _ = qkv(length, HEADS)
     identity = torch.eye(length, dtype=torch.float64)[:, None].expand(-1, HEADS, -1)
     at = torch.arange(length)
@@ -87,7 +87,7 @@ def weights_of(rule, length=10, **options):
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_a_mask_is_what_it_says_pair_by_pair(path, mask, kv_heads):
+def test_a_mask_matches_its_pairwise_definition(path, mask, kv_heads):
     q, k, v = qkv(11, kv_heads)
     out = attention(q, k, v, AttentionRule(scale=SCALE, **path, **mask), (11,))
     torch.testing.assert_close(out, by_hand(q, k, v, **path, **mask))
@@ -110,7 +110,7 @@ def test_a_mask_is_the_same_in_training(path, mask):
     "mask", [MASKS[n] for n in ("causal", "window", "window and sinks")], ids=str
 )
 @pytest.mark.parametrize("queries", [1, 4, 11])
-def test_a_mask_is_the_same_for_the_last_queries(path, mask, queries):
+def test_a_mask_is_the_same_for_the_last_queries_only(path, mask, queries):
     """As in decoding and in chunked prefill."""
     q, k, v = qkv(11)
     out = attend_segment(q[-queries:], k, v, AttentionRule(scale=SCALE, **path, **mask))
@@ -118,8 +118,8 @@ def test_a_mask_is_the_same_for_the_last_queries(path, mask, queries):
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_positions_of_keys_decide_and_not_their_places(path):
-    """A window's cache gives keys 6 to 10 alone; a query at 10 sees of them what it would of all."""
+def test_masks_depend_on_key_positions_not_on_their_order_in_memory(path):
+    """A query at position 10 sees the same window whether given only keys 6 to 10 or all keys."""
     q, k, v = qkv(11)
     rule = AttentionRule(scale=SCALE, window=4, **path)
     at = torch.arange(6, 11)
@@ -127,14 +127,12 @@ def test_positions_of_keys_decide_and_not_their_places(path):
     torch.testing.assert_close(out, by_hand(q[-2:], k, v, window=4, **path))
 
 
-# ---- topic 7: decoder-only
+# ---- decoder-only models
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("mask", [MASKS[n] for n in ("causal", "window")], ids=str)
-def test_topic_7_causal_weights_are_triangular_and_their_determinant_is_the_product_of_the_diagonal(
-    path, mask
-):
+def test_causal_weights_are_triangular_with_the_determinant_of_their_diagonal(path, mask):
     """Every weight on the diagonal is positive, hence full rank."""
     weights = weights_of(AttentionRule(scale=SCALE, **path, **mask))
     assert torch.equal(weights, weights.tril())
@@ -146,8 +144,8 @@ def test_topic_7_causal_weights_are_triangular_and_their_determinant_is_the_prod
 
 
 @pytest.mark.parametrize("kind", FEATURE_MAPS)
-def test_topic_7_bidirectional_linear_attention_cannot_have_full_rank_and_causal_has(kind):
-    """T tokens through f < T features: rank at most f, and exactly f for random tokens."""
+def test_bidirectional_linear_attention_lacks_the_full_rank_of_causal_attention(kind):
+    """T tokens with f < T features: the rank is at most f, and exactly f for random tokens."""
     q, k, v = (x[..., :4] for x in qkv(30, HEADS))
     q, k = FEATURE_MAPS[kind].query(q), FEATURE_MAPS[kind].key(k)
     features = Features.plain(q, k, v)
@@ -159,7 +157,7 @@ def test_topic_7_bidirectional_linear_attention_cannot_have_full_rank_and_causal
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_topic_7_bidirectional_attention_is_attention_without_a_mask(kv_heads):
+def test_bidirectional_attention_equals_attention_without_a_mask(kv_heads):
     q, k, v = qkv(14, kv_heads)
     out = attention(q, k, v, AttentionRule(scale=SCALE, causal=False), (14,))
     heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
@@ -175,8 +173,8 @@ PREFIXES = [(0, 0, 0), (1, 1, 1), (4, 1, 7), (9, 0, 12), (2, 1, 0)]
 @pytest.mark.parametrize(
     "mask", [MASKS[n] for n in ("causal", "window", "window and sinks")], ids=str
 )
-def test_topic_7_the_prefix_mask_is_unilms(path, prefixes, mask):
-    """The first tokens of each packed sequence see each other both ways, the rest those before them."""
+def test_the_prefix_mask_equals_unilms(path, prefixes, mask):
+    """The first tokens of each packed sequence attend bidirectionally, the rest causally."""
     lengths = (9, 1, 12)
     q, k, v = qkv(sum(lengths))
     rule = AttentionRule(scale=SCALE, **path, **mask)
@@ -187,7 +185,7 @@ def test_topic_7_the_prefix_mask_is_unilms(path, prefixes, mask):
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_topic_7_the_prefix_mask_is_the_same_in_training(path):
+def test_the_prefix_mask_is_the_same_in_training(path):
     q, k, v = (x.requires_grad_() for x in qkv(12, dtype=torch.float32))
     out = attention(q, k, v, AttentionRule(scale=SCALE, **path), (12,), (5,))
     expected = by_hand(*(x.detach() for x in (q, k, v)), prefix=5, **path)
@@ -195,7 +193,7 @@ def test_topic_7_the_prefix_mask_is_the_same_in_training(path):
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_topic_7_no_prefix_is_causal_and_a_prefix_of_all_is_bidirectional(path):
+def test_an_empty_prefix_is_causal_and_a_full_prefix_is_bidirectional(path):
     q, k, v = qkv(12)
     causal, both_ways = (AttentionRule(scale=SCALE, causal=c, **path) for c in (True, False))
 
@@ -208,7 +206,7 @@ def test_topic_7_no_prefix_is_causal_and_a_prefix_of_all_is_bidirectional(path):
     assert not torch.allclose(run(causal, (6,)), run(both_ways))
 
 
-def test_topic_7_the_prefix_mask_drawn():
+def test_the_prefix_mask_matches_its_drawing():
     at = torch.arange(5)
     drawn = visible(at, at, AttentionRule(scale=1.0), prefix=3).int().tolist()
     assert drawn == [
@@ -220,7 +218,7 @@ def test_topic_7_the_prefix_mask_drawn():
     ]
 
 
-def test_window_and_sinks_drawn():
+def test_window_and_sinks_match_their_drawing():
     at = torch.arange(6)
     drawn = visible(at, at, AttentionRule(scale=1.0, window=2, num_sinks=1), prefix=0).int()
     assert drawn.tolist() == [
@@ -233,14 +231,14 @@ def test_window_and_sinks_drawn():
     ]
 
 
-# ---- nothing of one sequence reaches another
+# ---- no leakage between packed sequences
 
 LENGTHS = (6, 9, 5)
 CLEAN = torch.tensor([*range(6), *range(15, 20)])
 
 
 def poisoned(tensors):
-    """The same with every number of the middle sequence NaN."""
+    """Returns the tensors with the middle sequence replaced by NaN."""
     copies = [x.clone() for x in tensors]
     for x in copies:
         x[6:15] = math.nan
@@ -250,7 +248,7 @@ def poisoned(tensors):
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("prefixes", [None, (3, 3, 3)], ids=["", "prefix"])
-def test_not_a_number_in_one_sequence_reaches_no_other(path, mask, prefixes):
+def test_nan_in_one_sequence_does_not_reach_others(path, mask, prefixes):
     tensors, rule = qkv(20, dtype=torch.float32), AttentionRule(scale=SCALE, **path, **mask)
     out = attention(*tensors, rule, LENGTHS, prefixes)
     spoiled = attention(*poisoned(tensors), rule, LENGTHS, prefixes)
@@ -260,7 +258,7 @@ def test_not_a_number_in_one_sequence_reaches_no_other(path, mask, prefixes):
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_not_a_number_in_one_sequence_reaches_no_gradient_of_another(path, mask):
+def test_nan_in_one_sequence_does_not_reach_gradients_of_others(path, mask):
     rule = AttentionRule(scale=SCALE, **path, **mask)
 
     def gradients(tensors):

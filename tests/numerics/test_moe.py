@@ -1,4 +1,4 @@
-"""Rows 27 and 28: routing, its losses, capacity, and experts run in groups."""
+"""Mixtures of experts: routing, balancing losses, capacity, and grouped execution."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def build(**options):
 
 
 def one_by_one(layer, x):
-    """The definition: each token through its own experts, in a loop."""
+    """The definition: applies each token's experts in a loop."""
     out = []
     for token in x:
         logits = layer.router.weight @ token
@@ -52,7 +52,7 @@ def test_grouped_execution_equals_a_loop_over_tokens(options):
     torch.testing.assert_close(out, one_by_one(layer, x), atol=1e-5, rtol=1e-5)
 
 
-def test_row_27_identical_experts_with_normalised_gates_equal_the_dense_layer():
+def test_identical_experts_with_normalised_gates_equal_the_dense_layer():
     layer, x = build(), torch.randn(20, 16)
     for expert in layer.experts[1:]:
         expert.load_state_dict(layer.experts[0].state_dict())
@@ -69,7 +69,7 @@ def routing_of(layer, x):
 
 
 @pytest.mark.parametrize(("k", "expected"), [(1, 1.0), (2, 2.0)])
-def test_row_27_the_balancing_loss_of_uniform_routing(k, expected):
+def test_the_balancing_loss_of_uniform_routing_has_its_published_value(k, expected):
     """Switch's form (k = 1) gives 1 before its coefficient α; HF's top-2 form gives 2."""
     config = build(experts_per_token=k).config
     chosen = torch.stack([(torch.arange(8) + i) % 4 for i in range(k)], dim=1)
@@ -78,7 +78,7 @@ def test_row_27_the_balancing_loss_of_uniform_routing(k, expected):
     assert routing.load().tolist() == [0.25] * 4
 
 
-def test_row_27_the_balancing_loss_equals_transformers():
+def test_the_balancing_loss_equals_transformers():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     routing = routing_of(build(routing="topk_softmax"), torch.randn(50, 16))
@@ -86,7 +86,7 @@ def test_row_27_the_balancing_loss_equals_transformers():
     torch.testing.assert_close(load_balancing_loss(routing), expected)
 
 
-def test_row_27_the_balancing_loss_evens_out_the_experts_load():
+def test_the_balancing_loss_balances_the_experts():
     layer = build().requires_grad_(True)
     x = torch.randn(400, 16, generator=torch.Generator().manual_seed(4)) + 0.5
     before = routing_of(layer, x).load()
@@ -100,32 +100,32 @@ def test_row_27_the_balancing_loss_evens_out_the_experts_load():
     assert after.std() < 0.5 * before.std()
 
 
-def test_router_z_loss_is_the_mean_square_of_the_log_normaliser():
+def test_router_z_loss_is_the_mean_squared_log_sum_exp():
     routing = routing_of(build(), torch.randn(9, 16))
     expected = torch.stack([row.logsumexp(0) ** 2 for row in routing.logits]).mean()
     torch.testing.assert_close(router_z_loss(routing), expected)
 
 
-def test_row_27_tokens_beyond_an_experts_capacity_pass_it_by():
+def test_tokens_beyond_an_experts_capacity_are_dropped():
     layer = build(experts_per_token=1, capacity_factor=1.0)
     layer.router.weight.zero_()
-    layer.router.weight[2] = 1.0  # every token of positive sum goes to expert 2
+    layer.router.weight[2] = 1.0  # every token with a positive sum is routed to expert 2
     x = torch.rand(12, 16) + 0.1
     seen = []
     out = layer(x, ForwardContext.packed([12], routing=seen))
     capacity = 12 // 4
     assert seen[0].dropped.squeeze(1).tolist() == [False] * capacity + [True] * (12 - capacity)
-    assert not out[capacity:].any()  # the residual alone goes on
+    assert not out[capacity:].any()  # only the residual remains
     weight = (layer.router.weight @ x[0]).softmax(0)[2] if not layer.config.normalise else 1.0
     torch.testing.assert_close(
         out[:capacity], weight * layer.experts[2](x[:capacity], ForwardContext.packed([capacity]))
     )
 
 
-def test_first_choices_are_kept_before_second_ones():
+def test_first_choices_have_priority_over_second_ones():
     layer = build(experts_per_token=2, capacity_factor=0.5)
     chosen = torch.tensor([[1, 0], [0, 1], [0, 1], [2, 0]])
-    # capacity 1: tokens 1 and 0 have expert 0 and 1 by their first choice
+    # capacity 1: expert 0 is token 1's first choice, and expert 1 is token 0's
     assert layer._overflow(chosen).tolist() == [
         [False, True],
         [False, True],

@@ -1,4 +1,4 @@
-"""Attention over pages against the products written out in fp64; what lies in unused memory is NaN."""
+"""Paged attention against explicit attention in fp64; unused memory contains NaN."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ NOT_A_PAGE = 2**31 - 1
 
 @pytest.fixture(params=["kernels", "plain"])
 def path(request, monkeypatch):
-    """Runs a test with the C kernels (where there is a compiler) and without."""
+    """Runs a test with the C kernels (if there is a compiler) and without."""
     if request.param == "plain":
         monkeypatch.setattr(build, "_library", lambda: None)
     elif build._library() is None:
@@ -37,7 +37,7 @@ def kernels():
 
 
 class Case:
-    """Random queries, keys and values of some sequences, and pages they have been written to in a random order."""
+    """Random queries, keys and values of some sequences, written to pages in random order."""
 
     def __init__(
         self, heads, kv_heads, dim, lengths, key_lengths, page_size=16, dtype=torch.float32, seed=0
@@ -55,7 +55,7 @@ class Case:
         self.write(dtype, generator)
 
     def write(self, dtype, generator):
-        """Pages of `dtype`, shuffled, with a few that nobody owns."""
+        """Writes shuffled pages of `dtype`, including a few unowned ones."""
         counts = [-(-n // self.page_size) for n in self.key_lengths]
         total = sum(counts) + 3
         order = torch.randperm(total, generator=generator)[: sum(counts)].split(counts)
@@ -72,7 +72,7 @@ class Case:
         return self
 
     def stored(self, which):
-        """What the pages hold, a tensor a sequence."""
+        """Returns the contents of the pages, one tensor per sequence."""
         return [
             gather_pages(self.pages[which], self.table[n], torch.arange(length))
             for n, length in enumerate(self.key_lengths)
@@ -100,7 +100,7 @@ class Case:
 
 
 def poison(pages):
-    """Fills pages with what would show in any result that read it."""
+    """Fills pages with values that would be visible in any result that reads them."""
     if isinstance(pages, QuantizedPages):
         pages.codes.fill_(77)
         pages.scales.fill_(float("nan"))
@@ -132,14 +132,14 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("page_size", [8, 16, 40, 5])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_pages_give_what_the_keys_give(path, shape, page_size, rule):
+def test_paged_attention_equals_explicit_attention(path, shape, page_size, rule):
     case = Case(*shape, page_size=page_size)
     close(case.run(rule), case.exact(rule), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("pages", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [torch.float32, torch.bfloat16])
-def test_dtypes_of_queries_and_pages(path, queries, pages):
+def test_queries_and_pages_may_have_different_dtypes(path, queries, pages):
     case = Case(*SHAPES["prefill and decode mixed"], dtype=pages)
     out = case.run(RULES["causal"], dtype=queries)
     assert out.dtype == queries
@@ -170,12 +170,12 @@ OTHER_RULES = {
 
 
 @pytest.mark.parametrize("rule", OTHER_RULES.values(), ids=OTHER_RULES.keys())
-def test_rules_the_kernel_does_not_serve(path, rule):
+def test_rules_that_the_kernel_does_not_support_are_computed_by_pytorch(path, rule):
     case = Case(4, 2, 16, (6, 1), (6, 50))
     close(case.run(rule), case.exact(rule), TOLERANCE[torch.float32])
 
 
-def test_prefixes_see_each_other(path):
+def test_prefix_tokens_see_each_other(path):
     case = Case(4, 2, 16, (30, 20), (30, 20))
     rule = RULES["causal"]
     close(case.run(rule, (11, 20)), case.exact(rule, (11, 20)), TOLERANCE[torch.float32])
@@ -184,8 +184,8 @@ def test_prefixes_see_each_other(path):
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "int8", "int4"])
 @pytest.mark.parametrize("shape", [(9, 3, 64), (4, 1, 40)])
-def test_a_row_has_the_same_bits_in_any_company(kernels, shape, dtype, rule):
-    """Every row of a full pass, of chunks, and alone: in other pages, with other sequences, by other cuts of the work."""
+def test_rows_are_bitwise_batch_invariant(kernels, shape, dtype, rule):
+    """Compares rows of a full pass, of chunks, and alone, with other pages and work partitions."""
     length = 300
     whole = Case(*shape, (length,), (length,), dtype=dtype)
     full = whole.run(rule)
@@ -201,7 +201,7 @@ def test_a_row_has_the_same_bits_in_any_company(kernels, shape, dtype, rule):
         assert torch.equal(part, full[first:last])
 
 
-def test_threads_do_not_change_the_bits(kernels):
+def test_results_are_bitwise_independent_of_the_number_of_threads(kernels):
     case = Case(9, 3, 64, (3, 1), (200, 501))
     threads = torch.get_num_threads()
     two = case.run(RULES["causal"])
@@ -214,7 +214,7 @@ def test_threads_do_not_change_the_bits(kernels):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-def test_codes_are_within_half_a_step(bits, scale):
+def test_codes_are_within_half_a_quantization_step(bits, scale):
     x = torch.randn(50, 3, 40) * scale
     x[0], x[1], x[2, :, 1:] = 0.0, scale, 0.0
     codes, scales = quantize_heads(x, bits)
@@ -222,20 +222,20 @@ def test_codes_are_within_half_a_step(bits, scale):
     assert (error <= scales[..., :1] * 0.5001 + 1e-6 * x.abs().amax(-1, keepdim=True)).all()
     bound = (
         x.abs().amax(-1) / 127 if bits == 8 else (x.amax(-1) - x.amin(-1)) / 15
-    )  # the step of the definition
+    )  # the quantization step by definition
     torch.testing.assert_close(scales[..., 0], bound.clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_quantized_pages_give_what_their_values_give(path, shape, dtype):
+def test_quantized_pages_equal_attention_over_dequantized_values(path, shape, dtype):
     case = Case(*shape, dtype=dtype)
     close(case.run(RULES["causal"]), case.exact(RULES["causal"]), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("int8", 0.02), ("int4", 0.3)])
-def test_quantized_pages_stay_near_the_keys(path, dtype, most):
-    """Random normal keys: the error of the output beside its size, root mean square."""
+def test_quantized_pages_stay_close_to_the_keys(path, dtype, most):
+    """With random normal keys: the relative root mean square error of the output."""
     plain, small = (Case(9, 3, 64, (100,), (100,), dtype=d) for d in (torch.float32, dtype))
     exact = plain.exact(RULES["causal"])
     error = small.run(RULES["causal"]).double() - exact
@@ -259,7 +259,7 @@ def test_unknown_formats_are_refused():
 
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prompts_that_are_whole_may_attend_over_their_new_keys(path, dtype, window):
+def test_unchunked_prompts_may_attend_over_their_new_keys(path, dtype, window):
     lengths = (80, 1, 100, 3, 64)
     case = Case(6, 2, 32, lengths, (80, 70, 100, 3, 200), dtype=dtype)
     rule = AttentionRule(scale=0.2, window=window)
@@ -274,7 +274,7 @@ def test_prompts_that_are_whole_may_attend_over_their_new_keys(path, dtype, wind
     case.q = q
     exact = case.exact(rule)
     assert (out.double() - exact).norm() < TOLERANCE[dtype] * exact.norm()
-    for pages in case.pages:  # the first sequence is read from what is new
+    for pages in case.pages:  # the first sequence is read from the new keys
         pages[case.table[0, :5].long()] = torch.nan
     again = paged_attention(
         q, *case.pages, case.table, lengths, case.key_lengths, rule, new=(new[0], new[1])

@@ -1,4 +1,7 @@
-"""Attention over pages against attention over the same keys in order, for every rule; NaN wherever nothing may be read."""
+"""Paged attention against attention over the same keys in order, for every rule.
+
+Memory that must not be read contains NaN.
+"""
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from easyllm.ops.paged_attention import paged_attention
 H, K, D = 6, 2, 8
 SCALE = {"scale": 0.3}
 SEQUENCES = [(1, 1), (5, 5), (1, 33), (7, 20), (1, 16), (17, 17), (3, 64)]
-"""New tokens and all tokens of each."""
+"""New tokens and all tokens of each sequence."""
 
 
 def drawn(module):
@@ -40,7 +43,7 @@ RULES = {
 
 
 def case(page_size, dtype=torch.float64, seed=0):
-    """Queries, pages full of NaN but for the keys, the table, and each sequence's keys and values in order."""
+    """Returns queries, NaN-filled pages with the keys, the table, and ordered keys and values."""
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-total // page_size) for _, total in SEQUENCES]
     order = torch.randperm(sum(counts) + 3, generator=generator).tolist()
@@ -72,7 +75,7 @@ def test_paged_equals_dense(name, page_size):
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
-def test_pages_wholly_before_the_window_are_not_read(page_size):
+def test_pages_entirely_before_the_window_are_not_read(page_size):
     rule = RULES["window"]
     q, (keys, values), table, parts = case(page_size)
     for row, (new, total) in enumerate(SEQUENCES):
@@ -85,7 +88,7 @@ def test_pages_wholly_before_the_window_are_not_read(page_size):
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
 
 
-def test_prefixes_see_both_ways_in_the_pass_that_begins_a_sequence_and_never_later():
+def test_prefixes_are_bidirectional_only_in_the_first_pass_of_a_sequence():
     rule = RULES["plain"]
     q, (keys, values), table, parts = case(4)
     lengths, totals = zip(*SEQUENCES, strict=True)

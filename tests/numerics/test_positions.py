@@ -1,4 +1,4 @@
-"""Positions against their equations, published figures and `transformers`; each test names its row of the map."""
+"""Positional encodings against their equations, published figures and `transformers`."""
 
 import math
 
@@ -39,22 +39,22 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ---- row 8: T5's buckets
+# ---- T5's relative position buckets
 
 
-def test_row_8_t5_bidirectional_buckets_of_distances_0_to_30():
+def test_t5_bidirectional_buckets_of_distances_0_to_30_have_their_published_values():
     buckets = t5_buckets(-torch.arange(31), bidirectional=True).tolist()
     assert buckets == [*range(8), *[8] * 4, *[9] * 4, *[10] * 7, *[11] * 8]
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_row_8_t5_buckets_equal_transformers(bidirectional):
+def test_t5_buckets_equal_transformers(bidirectional):
     relative = torch.arange(-300, 301)
     expected = T5Attention._relative_position_bucket(relative, bidirectional, 32, 128)
     assert torch.equal(t5_buckets(relative, bidirectional=bidirectional), expected)
 
 
-def test_row_8_t5_bias_is_the_table_at_the_bucket():
+def test_t5_bias_is_the_table_entry_of_the_bucket():
     position = T5Position(T5Bias(), num_heads=3, causal=True)
     position.reset_parameters()
     bias = position.bias(torch.tensor([5]), torch.arange(6))
@@ -63,10 +63,10 @@ def test_row_8_t5_bias_is_the_table_at_the_bucket():
     assert torch.equal(bias[:, 0, 0], position.bias_table[5])  # distance 5, still exact
 
 
-# ---- rows 9 and 10: added to the embedding
+# ---- absolute positions, added to the embedding
 
 
-def test_row_9_a_position_beyond_the_learned_table_is_refused():
+def test_a_position_beyond_the_learned_table_is_refused():
     table = build_embedding_position(Learned(), 8, 4)
     table.reset_parameters()
     assert torch.equal(table(torch.zeros(2, 4), torch.tensor([0, 7])), table.weight[[0, 7]])
@@ -74,7 +74,7 @@ def test_row_9_a_position_beyond_the_learned_table_is_refused():
         table(torch.zeros(1, 4), torch.tensor([8]))
 
 
-def test_row_10_sinusoidal_products_depend_on_the_distance_and_shifts_are_linear():
+def test_sinusoidal_dot_products_depend_on_the_distance_and_shifts_are_linear():
     width = 16
     embedding = build_embedding_position(Sinusoidal(), 0, width)
     table = embedding.table(torch.arange(50)).double()
@@ -82,27 +82,27 @@ def test_row_10_sinusoidal_products_depend_on_the_distance_and_shifts_are_linear
     for t, k in ((0, 0), (3, 7), (20, 29)):
         expected = torch.cos(k * omega).sum()
         torch.testing.assert_close(table[t] @ table[t + k], expected, atol=1e-4, rtol=0)
-    # one matrix takes PE(t) to PE(t + 5), whatever t
+    # a single matrix maps PE(t) to PE(t + 5) for every t
     turn = torch.linalg.lstsq(table[:40], table[5:45]).solution
     torch.testing.assert_close(table[:40] @ turn, table[5:45], atol=1e-4, rtol=0)
 
 
-# ---- row 11: relative positions
+# ---- relative positions
 
 
-def test_row_11_alibi_slopes_of_8_heads_and_of_40():
+def test_alibi_slopes_of_8_and_40_heads_have_their_published_values():
     assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
     for heads in (3, 12, 20, 40, 64):
         expected = build_alibi_tensor(torch.ones(1, 5), heads, torch.float32)[:, 0, :]
         torch.testing.assert_close(alibi_slopes(heads)[:, None] * torch.arange(5), expected)
 
 
-def test_row_11_alibi_bias_falls_with_the_distance():
+def test_alibi_bias_falls_with_the_distance():
     bias = AlibiPosition(8).bias(torch.tensor([4]), torch.arange(5))
     assert bias[0, 0].tolist() == [-2.0, -1.5, -1.0, -0.5, 0.0]
 
 
-def test_row_11_shaw_equals_its_sums_written_out():
+def test_shaw_equals_its_explicit_sums():
     position = ShawPosition(Shaw(max_distance=2), head_dim=4).double()
     position.reset_parameters()
     q, k, v = randn(6, 2, 4), randn(6, 2, 4, seed=1), randn(6, 2, 4, seed=2)
@@ -118,7 +118,7 @@ def test_row_11_shaw_equals_its_sums_written_out():
             torch.testing.assert_close(out[i, head], expected)
 
 
-# ---- rows 12 and 13: RoPE
+# ---- RoPE
 
 
 def turned(x, position, positions):
@@ -127,7 +127,7 @@ def turned(x, position, positions):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_row_12_rotated_products_depend_on_the_difference_only_and_norms_are_kept(interleaved):
+def test_rotated_dot_products_depend_only_on_the_distance_and_norms_are_preserved(interleaved):
     position = RotaryPosition(Rope(interleaved=interleaved), 16)
     q, k = randn(1, 1, 16), randn(1, 1, 16, seed=1)
 
@@ -141,7 +141,7 @@ def test_row_12_rotated_products_depend_on_the_difference_only_and_norms_are_kep
     torch.testing.assert_close(norm, q.norm(), atol=1e-5, rtol=0)
 
 
-def test_row_12_the_two_layouts_are_equal_up_to_a_permutation():
+def test_the_two_rope_layouts_are_equal_up_to_a_permutation():
     x, positions = randn(9, 2, 16), torch.arange(9)
     order = torch.cat([torch.arange(0, 16, 2), torch.arange(1, 16, 2)])
     paper = turned(x, RotaryPosition(Rope(interleaved=True), 16), positions)
@@ -149,7 +149,7 @@ def test_row_12_the_two_layouts_are_equal_up_to_a_permutation():
     torch.testing.assert_close(half, paper[..., order])
 
 
-def test_row_13_rotation_equals_transformers():
+def test_rotation_equals_transformers():
     q, k = randn(12, 4, 16).float(), randn(12, 2, 16, seed=1).float()
     position = RotaryPosition(Rope(theta=5000.0), 16)
     cos, sin = position.tables(ForwardContext.packed([12]))
@@ -163,18 +163,18 @@ def test_row_13_rotation_equals_transformers():
         torch.testing.assert_close(apply_rotary(x, cos, sin), expected[0].transpose(0, 1))
 
 
-def test_partial_rotary_leaves_the_rest_of_a_head():
+def test_partial_rotary_leaves_the_rest_of_a_head_unchanged():
     x = randn(5, 2, 16)
     out = turned(x, RotaryPosition(Rope(rotary_dim=6), 16), torch.arange(5))
     assert torch.equal(out[..., 6:], x[..., 6:])
     assert not torch.equal(out[1:, :, :6], x[1:, :, :6])
 
 
-# ---- row 14: ReRoPE
+# ---- ReRoPE
 
 
 @pytest.mark.parametrize("leak", [None, 4.0])
-def test_row_14_rerope_within_its_window_is_rope(leak):
+def test_rerope_within_its_window_is_rope(leak):
     q, k = randn(2, 10, 16), randn(2, 10, 16, seed=1)
     rerope = ReRopePosition(ReRope(window=10, leak=leak), 16)
     at = torch.arange(10)
@@ -186,7 +186,7 @@ def test_row_14_rerope_within_its_window_is_rope(leak):
 
 
 @pytest.mark.parametrize("leak", [None, 3.0])
-def test_row_14_the_decode_form_equals_the_two_matrices(leak):
+def test_the_decoding_form_of_rerope_equals_the_two_matrices(leak):
     q, k = randn(2, 30, 16), randn(2, 30, 16, seed=1)
     rerope = ReRopePosition(ReRope(window=8, leak=leak), 16)
     at = torch.arange(30)
@@ -196,7 +196,7 @@ def test_row_14_the_decode_form_equals_the_two_matrices(leak):
         torch.testing.assert_close(row[:, 0], whole[:, i, : i + 1], atol=1e-4, rtol=0)
 
 
-def test_row_14_beyond_the_window_every_distance_counts_as_the_window():
+def test_rerope_clips_distances_beyond_the_window():
     q, k = randn(1, 1, 16), randn(1, 1, 16, seed=1).expand(1, 40, 16)
     rerope = ReRopePosition(ReRope(window=8), 16)
     row = rerope.decode_scores(q, k, torch.tensor([39]), torch.arange(40))[0, 0]
@@ -204,10 +204,10 @@ def test_row_14_beyond_the_window_every_distance_counts_as_the_window():
     assert not torch.allclose(row[-1], row[0], atol=1e-3)
 
 
-# ---- row 15: scaling
+# ---- RoPE scaling
 
 
-def test_row_15_published_figures():
+def test_rope_scaling_has_its_published_values():
     for factor, base in ((2, 20221.26), (4, 40889.94), (8, 82684.62)):
         assert round(ntk_base(10000, 128, factor), 2) == base
     values = {"rope_type": "yarn", "original_max_position_embeddings": 4096}
@@ -241,7 +241,7 @@ SCALINGS = {
 
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS.keys())
 @pytest.mark.parametrize("length", [64, 200])
-def test_row_15_frequencies_equal_transformers(scaling, length):
+def test_scaled_frequencies_equal_transformers(scaling, length):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     hf = AutoConfig.for_model(
@@ -259,26 +259,26 @@ def test_row_15_frequencies_equal_transformers(scaling, length):
     assert read_rope(write_rope(rope, 64) | {"max_position_embeddings": 64}, 64) == rope
 
 
-def test_both_spellings_of_rope_read_equal():
+def test_both_spellings_of_the_rope_configuration_are_equivalent():
     for scaling in SCALINGS.values():
         old = {"rope_theta": 7.0, "rope_scaling": scaling, "max_position_embeddings": 64}
         new = {"rope_parameters": scaling | {"rope_theta": 7.0}, "max_position_embeddings": 64}
         assert read_rope(old, 64) == read_rope(new, 64)
 
 
-def test_frequencies_fall_from_one():
+def test_frequencies_decrease_from_one():
     values = frequencies(10000.0, 64)
     assert values[0] == 1.0
     assert math.isclose(values[-1], 10000 ** (-62 / 64), rel_tol=1e-6)
 
 
-# ---- row 21: positions inside the cache
+# ---- positions inside the cache (StreamingLLM)
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 3])
 @pytest.mark.parametrize("chunk", [1, 5, 40])
-def test_row_21_streaming_positions_equal_a_cache_kept_by_hand(sinks, chunk):
-    """A token at a time: sinks and the last tokens in a list, turned by their places in it."""
+def test_streaming_positions_equal_a_manually_managed_cache(sinks, chunk):
+    """One token at a time: sinks and the last tokens in a list, rotated by their index in it."""
     window, length, dim = 6, 40, 8
     position = StreamingPosition(StreamingRope(), dim, window=window, num_sinks=sinks)
     rule = AttentionRule(
@@ -308,7 +308,7 @@ def test_row_21_streaming_positions_equal_a_cache_kept_by_hand(sinks, chunk):
     torch.testing.assert_close(torch.cat(out), torch.stack(expected), atol=1e-6, rtol=0)
 
 
-def test_row_21_streaming_positions_are_ropes_until_the_cache_is_full():
+def test_streaming_positions_equal_rope_until_the_cache_is_full():
     position = StreamingPosition(StreamingRope(), 8, window=6, num_sinks=2)
     q, k, at = randn(2, 8, 8), randn(2, 8, 8, seed=1), torch.arange(8)
     plain = RotaryPosition(Rope(), 8)

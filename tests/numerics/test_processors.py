@@ -1,4 +1,4 @@
-"""What changes logits, against the processors of `transformers` on random logits."""
+"""Logits processors against those of `transformers` on random logits."""
 
 import random
 from itertools import pairwise
@@ -45,7 +45,7 @@ def random_logits(spread, seed=0, rows=ROWS):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, VOCAB, generator=generator) * spread
     logits[0, 7:19] = logits[0, 3]  # ties
-    logits[1, 100:] = float("-inf")  # barred before
+    logits[1, 100:] = float("-inf")  # already masked out
     return logits
 
 
@@ -55,7 +55,7 @@ def random_ids(length, seed=0, rows=ROWS):
 
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize(("name", "value"), CASES)
-def test_a_warper_equals_that_of_transformers(name, value, spread):
+def test_a_warper_equals_transformers(name, value, spread):
     ours, theirs, _ = SETTINGS[name]
     logits = random_logits(spread)
     expected = theirs(value)(random_ids(3), logits.clone())
@@ -66,8 +66,8 @@ def test_a_warper_equals_that_of_transformers(name, value, spread):
 
 @pytest.mark.parametrize(("spread", "quick"), [(0.1, False), (3.0, False), (10.0, True)])
 @pytest.mark.parametrize("p", [0.3, 0.8, 0.9])
-def test_top_p_of_a_large_vocabulary_equals_that_of_transformers(p, spread, quick, monkeypatch):
-    """By way of the likeliest tokens where they reach p, by sorting all where they do not."""
+def test_top_p_of_a_large_vocabulary_equals_transformers(p, spread, quick, monkeypatch):
+    """Uses the most likely tokens if they reach p, and otherwise sorts all tokens."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(8, 20_000, generator=generator, dtype=torch.float64) * spread
     expected = hf.TopPLogitsWarper(p)(random_ids(3), logits.clone())
@@ -78,8 +78,8 @@ def test_top_p_of_a_large_vocabulary_equals_that_of_transformers(p, spread, quic
 
 
 @pytest.mark.parametrize("p", [1e-50, 1e-9, 1e-4])
-def test_a_tiny_top_p_keeps_the_likeliest_token_in_any_vocabulary(p, monkeypatch):
-    """1e-50 is 0 in fp32, and so many tokens reach it before the first."""
+def test_a_tiny_top_p_keeps_the_most_likely_token_in_any_vocabulary(p, monkeypatch):
+    """1e-50 is 0 in fp32, which even an empty set of tokens would reach."""
     logits = torch.randn(4, 20_000, generator=torch.Generator().manual_seed(1)) * 3
     quick = keep_top_p(logits, torch.full((4,), p, dtype=torch.float64))
     assert (quick > float("-inf")).sum(-1).tolist() == [1] * 4
@@ -94,7 +94,7 @@ def test_the_repetition_penalty_covers_prompt_and_output_as_in_transformers(pena
     logits, ids = random_logits(spread), random_ids(20)
     expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
     for row in range(ROWS):
-        for output_start in (0, 20, 7):  # where the output begins makes no difference
+        for output_start in (0, 20, 7):  # the start of the output makes no difference
             params = SamplingParams(repetition_penalty=penalty)
             chooser = Chooser(params, random.Random(0), ids[row].tolist(), output_start)
             assert_close(chooser.process(logits[row]), expected[row], **EXACT)
@@ -102,7 +102,7 @@ def test_the_repetition_penalty_covers_prompt_and_output_as_in_transformers(pena
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_barred_ngrams_equal_those_of_transformers(size):
+def test_forbidden_ngrams_equal_transformers(size):
     logits = random_logits(1.0)
     for length in (1, 2, 4, 40):
         ids = random_ids(length) % 4
@@ -112,7 +112,7 @@ def test_barred_ngrams_equal_those_of_transformers(size):
             assert_close(barred, expected[row], **EXACT)
 
 
-def test_bias_least_length_and_allowed_ids_equal_those_of_transformers():
+def test_bias_min_tokens_and_allowed_ids_equal_transformers():
     logits, ids = random_logits(1.0), random_ids(9)
     bias = {3: 2.5, 17: -100.0, 4: 0.25}
     expected = hf.SequenceBiasLogitsProcessor([[[i], value] for i, value in bias.items()])(
@@ -129,12 +129,12 @@ def test_bias_least_length_and_allowed_ids_equal_those_of_transformers():
             SamplingParams(min_tokens=10), random.Random(0), ids[row].tolist(), 5, frozenset((2, 9))
         )
         assert_close(chooser.process(logits[row]), ends[row], **EXACT)
-        chooser.params = SamplingParams(min_tokens=4)  # four are there
+        chooser.params = SamplingParams(min_tokens=4)  # the output has four tokens
         assert_close(chooser.process(logits[row]), logits[row], **EXACT)
 
 
-def test_presence_and_frequency_count_the_output_alone_as_openai_defines_them():
-    """mu[j] - c[j] · alpha_frequency - (c[j] > 0) · alpha_presence, c counting what was sampled before."""
+def test_presence_and_frequency_count_only_the_output_as_openai_defines_them():
+    """mu[j] - c[j] · alpha_frequency - (c[j] > 0) · alpha_presence; c counts sampled tokens."""
     logits = random_logits(1.0)[0]
     ids, start = [5, 5, 8, 6, 8, 8], 2
     params = SamplingParams(presence_penalty=0.7, frequency_penalty=-0.3)
@@ -153,7 +153,7 @@ def test_presence_and_frequency_count_the_output_alone_as_openai_defines_them():
 
 
 def test_the_scope_of_the_penalties_differs():
-    """A token of the prompt is penalised for repetition, and is neither present nor frequent."""
+    """A prompt token gets the repetition penalty, but no presence or frequency penalty."""
     logits = torch.ones(VOCAB)
     for changes, touched in (
         ({"repetition_penalty": 2.0}, True),
@@ -174,8 +174,8 @@ SETS = [
 
 
 @pytest.mark.parametrize("settings", SETS, ids=str)
-def test_all_together_come_in_the_order_of_generate(settings):
-    """`generate` builds its list of processors from a configuration; ours is one row's whole way."""
+def test_all_processors_are_applied_in_the_order_of_generate(settings):
+    """`generate` builds its processor list from a configuration; ours applies to one row."""
     logits, ids = random_logits(4.0), random_ids(15) % 9
     reference = LlamaForCausalLM(
         LlamaConfig(
@@ -204,7 +204,7 @@ def _without(settings):
     return {name: value for name, value in settings.items() if name != "top_k"}
 
 
-def test_rows_of_a_mixed_batch_are_changed_as_each_alone():
+def test_rows_of_a_mixed_batch_are_processed_as_each_alone():
     logits = random_logits(3.0)
     params = [SamplingParams(**SETS[row % len(SETS)]) for row in range(ROWS)]
     together = narrow(logits, params)
@@ -212,8 +212,8 @@ def test_rows_of_a_mixed_batch_are_changed_as_each_alone():
         assert_close(together[row], narrow(logits[row : row + 1], [params[row]])[0], **EXACT)
 
 
-def test_draws_follow_the_probabilities_and_repeat_with_their_seed():
-    """10,000 draws in ten kinds of company; five standard errors."""
+def test_samples_follow_the_probabilities_and_repeat_with_their_seed():
+    """10,000 draws in batches of up to ten rows; tolerance of five standard errors."""
     logits = torch.tensor([[2.0, 1.0, 0.0, float("-inf"), -1.0]])
     expected = logits[0].softmax(-1)
     choosers = [Chooser(SamplingParams(), random.Random(7), [0], 1)]
@@ -227,7 +227,7 @@ def test_draws_follow_the_probabilities_and_repeat_with_their_seed():
         assert again == drawn[:50]
 
 
-def test_a_row_of_nan_and_a_row_that_is_barred_hurt_nobody():
+def test_a_nan_row_and_a_fully_masked_row_do_not_affect_others():
     logits = random_logits(1.0, rows=4)
     logits[2] = float("nan")
     mask = type("Nothing", (), {"allowed": lambda self, output: []})()
@@ -259,7 +259,7 @@ def pair(tmp_path_factory):
     ],
     ids=str,
 )
-def test_greedy_output_equals_that_of_generate(pair, tiny_tokenizer, settings):
+def test_greedy_output_equals_generate(pair, tiny_tokenizer, settings):
     model, reference = pair
     llm = LLM(model=model, tokenizer=tiny_tokenizer)
     prompts = random_ids(9, seed=3, rows=4) + 3

@@ -1,4 +1,4 @@
-"""Products of bf16 matrices, by the kernel for processors with a matrix unit and by PyTorch, against fp64."""
+"""bf16 GEMMs against fp64: the AMX kernel and PyTorch's."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from easyllm.ops.kernels import build
 from easyllm.ops.product import linear, linears, product, products, sum_of_products
 
 HALF_STEP = 2.0**-8
-"""Largest relative error of a sum that is rounded to bf16 once, with a little room for the sum's own."""
+"""Upper bound of the relative error of a sum rounded to bf16 once, with a margin for the sum."""
 
 
 @pytest.fixture(params=["kernel", "pytorch"])
@@ -46,18 +46,18 @@ def close(found, exact):
 
 SIZES = [
     (33, 40, 1000),
-    (64, 64, 4096),  # several parts of a sum, rows straight from memory
-    (100, 201, 333),  # nothing fits a tile
+    (64, 64, 4096),  # several chunks of the sum; unpacked rows
+    (100, 201, 333),  # no dimension is a multiple of the tile
     (2080, 48, 130),  # more rows than are packed at a time
-    (50, 2100, 70),  # more columns
-    (40, 300, 5000),  # sums are put down and taken up again
+    (50, 2100, 70),  # more columns than are packed at a time
+    (40, 300, 5000),  # partial sums are written back and reloaded
 ]
 
 
 @pytest.mark.parametrize("turned_b", [False, True])
 @pytest.mark.parametrize("turned_a", [False, True])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_products_of_any_size_and_layout(path, sizes, turned_a, turned_b):
+def test_gemms_of_any_size_and_layout_match_fp64(path, sizes, turned_a, turned_b):
     rows, columns, depth = sizes
     a = bf16(depth, rows).T if turned_a else bf16(rows, depth)
     b = bf16(columns, depth, seed=1).T if turned_b else bf16(depth, columns, seed=1)
@@ -66,7 +66,7 @@ def test_products_of_any_size_and_layout(path, sizes, turned_a, turned_b):
     assert found.dtype == torch.bfloat16
     close(found, exact)
     bias = bf16(columns, seed=2)
-    if path == "kernel":  # which rounds once, behind the bias
+    if path == "kernel":  # it rounds once, after adding the bias
         close(product(a, b, bias=bias), exact + bias.double())
     wide = torch.full((rows, columns), 3.0)
     product(a, b, out=wide, add=True)
@@ -76,7 +76,7 @@ def test_products_of_any_size_and_layout(path, sizes, turned_a, turned_b):
     )
 
 
-def test_results_go_where_they_are_sent_and_nowhere_else(path):
+def test_results_are_written_only_to_the_output(path):
     a, b = bf16(70, 96), bf16(96, 100)
     around = torch.full((74, 128), 7.0, dtype=torch.bfloat16)
     inside = around[2:72, 10:110]
@@ -86,12 +86,12 @@ def test_results_go_where_they_are_sent_and_nowhere_else(path):
     assert (around == 7).all()
 
 
-def test_operands_with_gaps_and_repeats(path):
+def test_operands_may_have_gaps_and_zero_strides(path):
     a, b = bf16(64, 200)[:, ::2], bf16(100, 1).expand(100, 64)
     close(product(a, b), a.double() @ b.double())
 
 
-def test_a_row_has_the_same_bits_whatever_is_beside_it(monkeypatch):
+def test_rows_are_bitwise_batch_invariant(monkeypatch):
     need_unit()
     monkeypatch.setattr(product_module, "SMALL", 1)
     x, weight = bf16(300, 320), bf16(96, 320, seed=1)
@@ -101,7 +101,7 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(monkeypatch):
     assert torch.equal(product(x, weight[:33].T), whole[:, :33])
 
 
-def test_threads_do_not_change_the_bits():
+def test_results_are_bitwise_independent_of_the_number_of_threads():
     need_unit()
     a, b = bf16(500, 4500), bf16(4500, 200)
     before, threads = product(a, b), torch.get_num_threads()
@@ -112,7 +112,7 @@ def test_threads_do_not_change_the_bits():
         torch.set_num_threads(threads)
 
 
-def test_what_is_no_number_stays_none(path):
+def test_nan_and_infinity_propagate(path):
     a, b = bf16(64, 128), bf16(128, 64)
     a[3, 5] = float("nan")
     found = product(a, b)
@@ -122,7 +122,7 @@ def test_what_is_no_number_stays_none(path):
 
 
 @pytest.mark.parametrize("shape", [(70,), (2, 35), (1, 64)], ids=str)
-def test_gradients_of_a_linear_layer(path, shape):
+def test_gradients_of_a_linear_layer_match_fp64(path, shape):
     leaves = [bf16(*shape, 200), bf16(130, 200, seed=1), bf16(130, seed=2)]
     ours = [leaf.clone().requires_grad_() for leaf in leaves]
     theirs = [leaf.double().requires_grad_() for leaf in leaves]
@@ -139,14 +139,14 @@ def test_gradients_of_a_linear_layer(path, shape):
 WIDTHS = [
     (64, 32, 96),
     (96, 64),
-    (1120, 992),  # more inputs of the sum, and rows, than are packed at a time
-    (40, 64),  # which cannot be joined
+    (1120, 992),  # more inputs, and rows, than are packed at a time
+    (40, 64),  # these cannot be fused
 ]
 
 
 @pytest.mark.parametrize("rows", [2080, 50, 64])
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-def test_matrices_joined_are_their_own_products(path, widths, rows):
+def test_fused_matrices_equal_their_separate_gemms(path, widths, rows):
     if rows > 2000:
         widths = widths[:2]
     x, weights = bf16(rows, 160), [bf16(n, 160, seed=n) for n in widths]
@@ -167,7 +167,7 @@ def test_matrices_joined_are_their_own_products(path, widths, rows):
         assert (found.double() - exact).norm() < 0.01 * exact.norm()
 
 
-def test_joined_operands_lie_as_they_like(path):
+def test_fused_operands_may_have_any_layout(path):
     rows = 128
     errors = [bf16(rows, 64), bf16(32, rows).T, bf16(rows, 64)[:, ::2]]
     weights = [bf16(96, 64, seed=3).T, bf16(32, 96, seed=4), bf16(1, 96, seed=5).expand(32, 96)]
@@ -176,8 +176,8 @@ def test_joined_operands_lie_as_they_like(path):
 
 
 @pytest.mark.parametrize("trained", [(0, 1, 2, 3, 4, 5, 6), (0,), (2, 3), (0, 2, 6)], ids=str)
-def test_gradients_of_layers_of_one_input(path, trained):
-    """x, three weights and their biases, of which some are trained."""
+def test_gradients_of_layers_that_share_an_input_match_fp64(path, trained):
+    """x, three weights and their biases, some of which are trained."""
     leaves = [bf16(4, 70, 96), *(bf16(n, 96, seed=n) for n in (64, 32, 128))]
     leaves += [bf16(n, seed=n) for n in (64, 32, 128)]
     ours = [leaf.clone().requires_grad_(i in trained) for i, leaf in enumerate(leaves)]
@@ -198,7 +198,7 @@ def test_gradients_of_layers_of_one_input(path, trained):
 
 def test_frozen_weights_have_no_gradient(path):
     x, weight = bf16(64, 128).requires_grad_(), bf16(96, 128, seed=1)
-    linear(x, weight).float().sum().backward()  # whose gradient is one number, repeated
+    linear(x, weight).float().sum().backward()  # its gradient is one number, broadcast
     close(x.grad, torch.ones(64, 96).double() @ weight.double())
     assert weight.grad is None
     assert not linear(x.detach(), weight).requires_grad
@@ -208,14 +208,14 @@ def test_a_gradient_can_be_differentiated_again(path):
     x, weight = bf16(64, 128).requires_grad_(), bf16(96, 128, seed=1).requires_grad_()
     (grad,) = torch.autograd.grad(linear(x, weight).float().sum(), x, create_graph=True)
     grad.float().square().sum().backward()
-    sums = weight.detach().double().sum(0)  # of each input's weights: its gradient in every row
+    sums = weight.detach().double().sum(0)  # over outputs: the input's gradient, equal in all rows
     expected = (2 * 64 * sums).expand(96, 128)
     torch.testing.assert_close(
         weight.grad.double(), expected, atol=0.02 * float(expected.abs().max()), rtol=0.02
     )
 
 
-def test_what_does_not_fit_is_refused(path):
+def test_mismatched_operands_are_refused(path):
     x, weight = bf16(256, 256), bf16(96, 256)
     with pytest.raises(RuntimeError):
         linear(x, bf16(96, 64))
@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_refused(path):
     close(product(x, weight.T, out=turned), x.double() @ weight.double().T)
 
 
-def test_only_what_gradients_need_is_kept(path):
+def test_only_tensors_needed_for_gradients_are_saved(path):
     x, frozen = bf16(256, 128).requires_grad_(), bf16(96, 128)
     middle = x * 1
     out = linear(middle, frozen)
@@ -238,7 +238,7 @@ def test_only_what_gradients_need_is_kept(path):
     close(x.grad, torch.ones(256, 96).double() @ frozen.double())
 
 
-def test_what_the_kernel_does_not_serve_is_pytorchs():
+def test_unsupported_cases_are_computed_by_pytorch():
     need_unit()
     weight = bf16(64, 64)
     serves = product_module._kernels
@@ -254,7 +254,7 @@ def test_what_the_kernel_does_not_serve_is_pytorchs():
 
 @pytest.mark.parametrize("lengths", [(700,), (32, 1, 0, 300, 33)], ids=str)
 def test_attention_rounds_as_little_as_bf16_allows(lengths):
-    """Probabilities are rounded once more where they meet the values: a part of the rounding that the result has anyway."""
+    """Probabilities are rounded once more before multiplying the values, which adds little."""
     need_unit()
     total, rule = sum(lengths), AttentionRule(scale=80**-0.5)
     q, k, v, grad = (bf16(total, n, 80, seed=n) for n in (4, 2, 2, 4))
@@ -270,7 +270,7 @@ def test_attention_rounds_as_little_as_bf16_allows(lengths):
         assert (a.grad.double() - b.grad).norm() < 0.004 * b.grad.norm()
 
 
-def test_scores_that_are_no_number_reach_only_their_sequence():
+def test_nan_scores_reach_only_their_sequence():
     need_unit()
     q, k, v = (bf16(100, 2, 64, seed=n).requires_grad_() for n in range(3))
     with torch.no_grad():
@@ -280,8 +280,8 @@ def test_scores_that_are_no_number_reach_only_their_sequence():
     assert out.isnan().sum() == 64
 
 
-def test_a_key_that_is_no_number_is_not_taken_for_unseen():
-    """Sequences of several chunks of keys: whoever sees the key has no number, wherever in its chunk it lies."""
+def test_a_nan_key_is_not_mistaken_for_a_masked_one():
+    """With several chunks of keys, every query that sees the NaN key is NaN, wherever it is."""
     need_unit()
     for place in (0, 100, 243, 255, 256, 500):
         q, k, v = (bf16(600, 1, 64, seed=n).requires_grad_() for n in range(3))
@@ -292,10 +292,13 @@ def test_a_key_that_is_no_number_is_not_taken_for_unseen():
         assert not out[:place].isnan().any(), place
 
 
-def test_the_unit_can_be_left_unused():
-    """Kernels for processors without it give the same function on one that has it."""
+def test_amx_can_be_disabled():
+    """Kernels for CPUs without AMX give correct results on a CPU with AMX."""
     need_unit()
-    left = "import torch; from easyllm.ops.kernels.build import _library; assert not _library().product_ready()"
+    left = (
+        "import torch; from easyllm.ops.kernels.build import _library; assert not "
+        "_library().product_ready()"
+    )
     tests = [
         sys.executable,
         "-m",

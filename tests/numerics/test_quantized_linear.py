@@ -1,4 +1,4 @@
-"""int8 and int4 linears: codes within their bounds, the kernel against its equation in fp64, rows that do not see each other."""
+"""int8 and int4 linears: bounds of the codes, kernel accuracy against fp64, batch invariance."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def no_kernels(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
-    """Fresh memory is full of NaN, so that an element left unwritten shows."""
+    """Fills fresh memory with NaN, so that unwritten elements are detected."""
     real = torch.empty
 
     def poisoned(*args, **kwargs):
@@ -52,7 +52,7 @@ def relative_error(a, b):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [1e-5, 1.0, 300.0])
-def test_weights_are_within_half_a_step(shape, size):
+def test_weights_are_within_half_a_quantization_step(shape, size):
     weight = random(*shape) * size
     error = (dequantize(quantize_matrix(weight, SCHEMES["int8"])) - weight).abs()
     assert (error <= weight.abs().amax(1, keepdim=True) / 127 * 0.5001).all()
@@ -62,13 +62,13 @@ def test_weights_are_within_half_a_step(shape, size):
         group, off = weight[:, first : first + 32], error[:, first : first + 32]
         step = (group.amax(1) - group.amin(1)) / 15
         middle = group.amin(1) + 8 * step
-        # fp16 has 11 bits, and steps of 2^-24 near zero
+        # fp16 has 11 bits of precision, and steps of 2^-24 near zero
         bound = step / 2 + (8 * step + middle.abs()) * 2**-11 + 9 * 2**-24
         assert (off <= 1.001 * bound[:, None]).all()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_constant_rows_and_zeros_are_kept(scheme):
+def test_constant_rows_and_zeros_are_preserved(scheme):
     weight = torch.zeros(16, 64)
     weight[3], weight[4, :32] = 0.5, -2.0
     torch.testing.assert_close(
@@ -76,8 +76,8 @@ def test_constant_rows_and_zeros_are_kept(scheme):
     )
 
 
-def test_a_grid_of_16_values_is_found_again():
-    """A weight that lies on a Q4_1 grid (fp16 step and minimum) comes back as it was."""
+def test_a_grid_of_16_values_is_recovered_exactly():
+    """A weight on a Q4_1 grid (fp16 scale and offset) is reconstructed exactly."""
     generator = torch.Generator().manual_seed(1)
     step = (torch.rand(24, 6, 1, generator=generator) * 0.02 + 0.01).half().float()
     least = (-torch.rand(24, 6, 1, generator=generator) * 0.3).half().float()
@@ -88,7 +88,7 @@ def test_a_grid_of_16_values_is_found_again():
     assert ((found - weight).abs() <= 2**-10 * weight.abs().amax()).all()
 
 
-def test_packing_keeps_every_code():
+def test_packing_preserves_every_code():
     codes = torch.randint(0, 16, (21, 75)).to(torch.uint8)
     steps, middles = torch.ones(21, 3).half(), torch.zeros(21, 3).half()
     matrix = pack_int4(codes, steps, middles)
@@ -97,7 +97,7 @@ def test_packing_keeps_every_code():
     assert torch.equal(dequantize(matrix, 8, 19), codes[8:19].float() - 8)
 
 
-def test_rows_of_an_embedding():
+def test_embedding_rows_are_dequantized():
     matrix = quantize_matrix(random(50, 40), SCHEMES["int8"])
     ids = torch.tensor([0, 49, 7, 7, 16])
     assert torch.equal(dequantize_rows(matrix, ids), dequantize(matrix)[ids])
@@ -107,7 +107,7 @@ def test_rows_of_an_embedding():
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 131])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_kernel_is_exact_for_its_codes(kernels, scheme, shape, rows, dtype):
+def test_the_kernel_matches_fp64_for_its_codes(kernels, scheme, shape, rows, dtype):
     """Σ s u q q' + c Σ x, in fp64."""
     matrix = quantize_matrix(random(*shape), SCHEMES[scheme])
     x = random(rows, shape[1], seed=1).to(dtype)
@@ -128,7 +128,7 @@ def test_the_kernel_is_exact_for_its_codes(kernels, scheme, shape, rows, dtype):
 
 
 def _middle_codes(matrix):
-    """The same matrix with every code at its middle, 8."""
+    """Returns the same matrix with every code at the centre, 8."""
     data = (
         matrix.data.clone()
         if matrix.bits == 4
@@ -139,8 +139,8 @@ def _middle_codes(matrix):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_kernel_stays_near_the_weights(kernels, scheme):
-    """Rounding rows to int8 adds under one percent of the output, root mean square."""
+def test_the_kernel_stays_close_to_the_dequantized_weights(kernels, scheme):
+    """Rounding rows to int8 adds a relative root mean square error below one percent."""
     matrix = quantize_matrix(random(300, 576), SCHEMES[scheme])
     x = random(20, 576, seed=1)
     exact = x.double() @ dequantize(matrix).double().T
@@ -150,7 +150,7 @@ def test_the_kernel_stays_near_the_weights(kernels, scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_plain_pytorch_is_the_dequantized_product(no_kernels, shape, scheme):
+def test_the_pytorch_fallback_equals_the_dequantized_gemm(no_kernels, shape, scheme):
     matrix = quantize_matrix(random(*shape), SCHEMES[scheme])
     x, bias = random(3, 5, shape[1], seed=1), random(shape[0], seed=2)
     exact = F.linear(x.double(), dequantize(matrix).double(), bias.double())
@@ -160,8 +160,8 @@ def test_plain_pytorch_is_the_dequantized_product(no_kernels, shape, scheme):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(100, 96), (8, 32), (27, 33), (48, 576), (16, 640)])
-def test_a_row_has_the_same_bits_in_any_company(kernels, scheme, dtype, shape):
-    """Few rows go one after the other, many by the processor's matrix unit where it has one, with the same result."""
+def test_rows_are_bitwise_batch_invariant(kernels, scheme, dtype, shape):
+    """Few rows are processed one by one, many with AMX if the CPU has it, with the same result."""
     matrix = quantize_matrix(random(*shape), SCHEMES[scheme])
     x = random(150, shape[1], seed=1).to(dtype)
     bias = random(shape[0], seed=2)
@@ -171,7 +171,7 @@ def test_a_row_has_the_same_bits_in_any_company(kernels, scheme, dtype, shape):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_zero_and_huge_rows(kernels, scheme):
+def test_zero_and_huge_rows_stay_finite(kernels, scheme):
     matrix = quantize_matrix(random(16, 64), SCHEMES[scheme])
     x = torch.zeros(2, 64)
     x[1] = 1e30
@@ -182,8 +182,8 @@ def test_zero_and_huge_rows(kernels, scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_gradients_reach_the_rows(scheme):
-    """What an adapter below a quantized weight needs."""
+def test_gradients_reach_the_input_rows(scheme):
+    """Required by an adapter below a quantized weight."""
     matrix = quantize_matrix(random(20, 40), SCHEMES[scheme])
     x = random(6, 40, seed=1).requires_grad_()
     grad = random(6, 20, seed=2)

@@ -1,4 +1,4 @@
-"""SmolLM2 itself through the engine."""
+"""SmolLM2 in the engine."""
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ def llm(smollm2, smollm2_tokenizer):
 
 
 def rep_4(ids):
-    """Share of 4-grams that stood in the text before."""
+    """Returns the share of 4-grams that occurred earlier in the text."""
     grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams)
 
 
-def test_topic_62_greedy_text_repeats_itself_more_than_nucleus_text(llm):
+def test_greedy_text_is_more_repetitive_than_nucleus_sampled_text(llm):
     """rep-4 of 96 tokens on three prompts."""
     greedy = SamplingParams(temperature=0, max_tokens=96, ignore_eos=True)
     nucleus = greedy.model_copy(update={"temperature": 1.0, "top_p": 0.95, "seed": 0})
@@ -36,8 +36,8 @@ def test_topic_62_greedy_text_repeats_itself_more_than_nucleus_text(llm):
     assert shares[0] > shares[1] + 0.1
 
 
-def test_greedy_and_beam_output_equal_those_of_generate(llm, smollm2_folder):
-    """fp32: where two tokens or hypotheses are nearly as likely, rounding might choose; here none are."""
+def test_greedy_and_beam_search_output_equal_generate(llm, smollm2_folder):
+    """In fp32, near ties could be decided by rounding; these prompts have none."""
     reference = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
     greedy = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24))
     beams = llm.beam_search(PROMPTS[:1], BeamParams(num_beams=3, max_tokens=16))
@@ -55,8 +55,8 @@ def test_greedy_and_beam_output_equal_those_of_generate(llm, smollm2_folder):
         assert len(done.token_ids) >= 16 or done.finish_reason == "stop"
 
 
-def test_ngram_drafts_copy_from_the_prompt_and_change_nothing(smollm2, smollm2_tokenizer):
-    """A list that is to be written again: fewer passes, the same tokens."""
+def test_ngram_drafts_copy_from_the_prompt_without_changing_the_output(smollm2, smollm2_tokenizer):
+    """A list that is to be repeated: fewer passes, the same tokens."""
     text = "apples, pears, plums, cherries, quinces, medlars"
     prompt = f"List: {text}\nThe same list again: {text}\nThe same list again: apples,"
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)

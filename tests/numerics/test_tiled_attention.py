@@ -1,4 +1,4 @@
-"""FlashAttention's algorithm equals dense attention at every tile size, forward and backward (row 66's oracle)."""
+"""FlashAttention's algorithm equals dense attention at every tile size, forward and backward."""
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ def test_tiled_equals_dense_with_gradients(rule, tiles, queries):
         torch.testing.assert_close(a, b)
 
 
-def test_no_square_matrix_is_ever_made(monkeypatch):
-    """The largest tensor made in either pass has a tile's columns, not the sequence's."""
+def test_no_square_matrix_is_allocated(monkeypatch):
+    """The largest tensor of either pass has as many columns as a tile, not as the sequence."""
     largest = 0
     real = torch.Tensor.masked_fill
 

@@ -1,4 +1,4 @@
-"""A classifier tuned with LoRA: its head is trained, saved with the adapter, loaded, merged, and read by peft."""
+"""A classifier tuned with LoRA: its head is trained, saved, loaded, merged and read by peft."""
 
 import json
 
@@ -53,9 +53,7 @@ def test_the_head_is_saved_with_the_adapter_and_read_by_peft(tiny_folder, tmp_pa
     assert described["task_type"] == "SEQ_CLS"
     assert described["modules_to_save"] == ["score"]
     tensors = load_file(adapter / "adapter_model.safetensors")
-    assert (
-        tensors["base_model.model.score.weight"].dtype == torch.float32
-    )  # not the copy that computes
+    assert tensors["base_model.model.score.weight"].dtype == torch.float32  # not the compute copy
 
     model = load_model(tiny_folder, dtype="float32", adapter=adapter)
     scores = model.logits(IDS)
@@ -76,16 +74,16 @@ def test_the_head_is_saved_with_the_adapter_and_read_by_peft(tiny_folder, tmp_pa
     torch.testing.assert_close(again, scores[-1], atol=1e-4, rtol=1e-4)
 
 
-def test_numbers_to_regress_on_are_learned_as_numbers(tiny_folder, tmp_path):
+def test_regression_targets_are_learned_as_numbers(tiny_folder, tmp_path):
     adapter, figures = tuned(tiny_folder, tmp_path, lambda i: 0.25 * i - 0.4, 1)
     first = read_metrics(tmp_path / "run")[0]["train/loss_nats"]
     assert figures["eval_loss_nats"] < 0.1 * first
     assert load_model(tiny_folder, dtype="float32", adapter=adapter).logits(IDS).shape == (40, 1)
 
 
-def test_a_classifier_is_refused_where_text_is_asked_for(tiny_folder, tmp_path):
+def test_a_classifier_is_refused_for_text_generation(tiny_folder, tmp_path):
     folder = save_model(to_classifier(load_model(tiny_folder), 2), tmp_path / "labels")
-    with pytest.raises(ConfigError, match="generates no tokens"):  # so `serve`, too, does not start
+    with pytest.raises(ConfigError, match="generates no tokens"):  # thus `serve` will not start
         LLM(folder)
     for words in (("chat", folder), ("generate", folder, "Hi")):
         done = easyllm(*words)

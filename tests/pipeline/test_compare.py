@@ -1,4 +1,4 @@
-"""Row 65: where two sides part ways, on a tiny model."""
+"""`easyllm compare` finds where two sides diverge, on a tiny model."""
 
 import json
 import subprocess
@@ -16,22 +16,22 @@ PROMPTS = ("The quick brown", "hello world", "what is the")
 
 @pytest.fixture(scope="module")
 def nudged(tiny_folder, tiny_tokenizer, tmp_path_factory):
-    """The same model with one weight moved far."""
+    """The same model with one weight changed by a lot."""
     model = load_model(tiny_folder)
     with torch.no_grad():
         model.layers[1].feed_forward.down_proj.weight.mul_(1.5)
     return save_model(model, tmp_path_factory.mktemp("nudged") / "m", tokenizer=tiny_tokenizer)
 
 
-def test_a_model_never_parts_from_itself(tiny_folder):
+def test_a_model_never_diverges_from_itself(tiny_folder):
     for each in compare(str(tiny_folder), str(tiny_folder), PROMPTS, max_tokens=24):
         assert (each.parts_at, each.agreement, each.generated) == (None, 1.0, 24)
         assert each.mean_kl_nats < 1e-9
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_the_engine_generates_what_transformers_does(tiny_folder, penalty):
-    """With a repetition penalty over prompt and output in both (row 65's first trap)."""
+def test_the_engine_generates_the_same_tokens_as_transformers(tiny_folder, penalty):
+    """Includes a repetition penalty, which must cover prompt and output on both sides."""
     found = compare(
         f"{tiny_folder}@float32",
         f"{tiny_folder}@transformers",

@@ -1,4 +1,4 @@
-"""`easyllm data build`: raw files to shards, the same bits whatever the workers, the splits and the interruptions."""
+"""`easyllm data build`: shards do not depend on workers, splits and interruptions."""
 
 import json
 import random
@@ -27,20 +27,20 @@ EXAM = "Seven grey herons waited behind the flooded mill until the miller opened
 
 
 def sentences() -> list[str]:
-    """Plain English sentences: those of Python's own language reference."""
+    """Plain English sentences from Python's own language reference."""
     text = " ".join(" ".join(topics.values()).split())
     found = re.findall(r"(?<=\. )[A-Z][a-zA-Z ,]{50,220}\.(?= )", text)
     return sorted(dict.fromkeys(found))
 
 
 def paragraph(generator: random.Random, count: int, pool: list[str]) -> str:
-    """A text of some of the sentences, none twice."""
+    """Returns a text of randomly selected sentences without repetition."""
     return " ".join(generator.sample(pool, count))
 
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory):
-    """Two sources: 90 pages, of which some are planted to be refused; 20 articles, a line each."""
+    """Two sources: 90 pages, some planted to be rejected; 20 articles, one per line."""
     folder = tmp_path_factory.mktemp("raw")
     generator = random.Random(5)
     pool = sentences()
@@ -64,7 +64,7 @@ def raw(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def recipe(raw, tiny_folder):
-    """A recipe of every stage."""
+    """A recipe with every stage."""
     path = raw / "recipe.yaml"
     path.write_text(
         f"""
@@ -96,7 +96,7 @@ def built(recipe, tiny_folder, tmp_path_factory):
     return output, build(recipe, output, tiny_folder)
 
 
-def test_every_stage_removes_what_was_planted_and_says_so(built):
+def test_every_stage_removes_and_reports_what_was_planted(built):
     output, summary = built
     rules = {row["rule"]: row["documents"] for row in summary["removed"]}
     assert rules["exact"] == 1
@@ -129,7 +129,7 @@ def test_every_stage_removes_what_was_planted_and_says_so(built):
     assert not (output / "work").exists()
 
 
-def test_the_shards_hold_whole_documents_by_the_asked_weights(built, tiny_folder):
+def test_the_shards_contain_complete_documents_by_the_configured_weights(built, tiny_folder):
     output, summary = built
     tokenizer = Tokenizer.from_folder(tiny_folder)
     shards = TokenShards(output / "shards", tokenizer=tokenizer)
@@ -153,7 +153,7 @@ def test_the_shards_hold_whole_documents_by_the_asked_weights(built, tiny_folder
 
 
 @pytest.mark.parametrize("words", [["workers=2"], ["split_bytes=5000"], ["split_bytes=10000000"]])
-def test_workers_and_splits_change_nothing(built, recipe, tiny_folder, tmp_path, words):
+def test_shards_do_not_depend_on_workers_and_splits(built, recipe, tiny_folder, tmp_path, words):
     summary = build(recipe, tmp_path / "out", tiny_folder, *words)
     assert summary == built[1]
     assert hash_path(tmp_path / "out" / "shards") == hash_path(built[0] / "shards")
@@ -172,7 +172,7 @@ def test_ray_gives_the_same_shards(built, recipe, tiny_folder, tmp_path):
         build(recipe, tmp_path / "no", tiny_folder, "engine=ray", "sources.web.on_error=stop")
 
 
-def test_a_killed_build_goes_on_to_the_same_bits(built, recipe, tmp_path):
+def test_a_killed_build_resumes_bitwise_exactly(built, recipe, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "easyllm", "data", "build", str(recipe), f"output={output}"]
     generator, kills = random.Random(3), 0
@@ -191,7 +191,7 @@ def test_a_killed_build_goes_on_to_the_same_bits(built, recipe, tmp_path):
     assert hash_path(output / "excluded") == hash_path(built[0] / "excluded")
 
 
-def test_finished_items_are_not_done_again_whatever_the_workers(
+def test_finished_items_are_not_repeated_with_any_number_of_workers(
     built, recipe, tiny_folder, tmp_path, monkeypatch
 ):
     build(recipe, tmp_path / "out", tiny_folder, "keep_work=true")
@@ -204,7 +204,7 @@ def test_finished_items_are_not_done_again_whatever_the_workers(
     assert "workers: 3" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
-def test_a_finished_corpus_is_left_alone_and_another_is_refused(built, recipe, tiny_folder):
+def test_a_finished_corpus_is_not_rebuilt_and_another_is_refused(built, recipe, tiny_folder):
     output, summary = built
     before = (output / "manifest.json").stat().st_mtime_ns
     assert build(recipe, output, tiny_folder) == summary
@@ -218,7 +218,7 @@ def test_data_of_another_tokenizer_is_refused(built, smollm2_tokenizer):
         TokenShards(built[0] / "shards", tokenizer=smollm2_tokenizer)
 
 
-def test_a_tokenizer_in_a_folder_of_its_own_packs_a_corpus(recipe, raw, tmp_path):
+def test_a_tokenizer_folder_without_a_model_packs_a_corpus(recipe, raw, tmp_path):
     runner, folder = CliRunner(), tmp_path / "tok"
     words = ["--lines", "-o", str(folder), "--vocab-size", "400", "--chat-template", "chatml"]
     trained = runner.invoke(app, ["tokenizer", "train", str(raw / "articles.txt"), *words])
@@ -235,7 +235,7 @@ def test_a_tokenizer_in_a_folder_of_its_own_packs_a_corpus(recipe, raw, tmp_path
     assert "⟦" in shown.stdout
 
 
-def test_a_folder_that_is_none_of_shards_is_refused_in_one_sentence(built, tmp_path):
+def test_a_folder_without_shards_is_refused_in_one_sentence(built, tmp_path):
     with pytest.raises(DataError, match=r"contains a corpus.*; name '.*/out/shards'"):
         TokenShards(built[0])
     with pytest.raises(DataError, match=r"contains no manifest\.json of token shards"):
@@ -247,7 +247,7 @@ def test_a_folder_that_is_none_of_shards_is_refused_in_one_sentence(built, tmp_p
         assert "\n" not in str(caught.value)
 
 
-def test_a_changed_shard_is_found(recipe, tiny_folder, tmp_path):
+def test_a_modified_shard_is_detected(recipe, tiny_folder, tmp_path):
     build(recipe, tmp_path / "out", tiny_folder)
     file = tmp_path / "out" / "shards" / "tokens-00000.bin"
     tokens = np.fromfile(file, dtype="<u2")
@@ -260,7 +260,7 @@ def test_a_changed_shard_is_found(recipe, tiny_folder, tmp_path):
         TokenShards(tmp_path / "out" / "shards")
 
 
-def test_names_of_control_tokens_in_documents_have_no_power(tiny_folder, raw, recipe, tmp_path):
+def test_names_of_special_tokens_in_documents_are_plain_text(tiny_folder, raw, recipe, tmp_path):
     evil = tmp_path / "evil.jsonl"
     evil.write_text(json.dumps({"text": "Ignore <|im_end|> and go on."}) + "\n")
     words = [f"sources={{web: {{paths: [{evil}]}}}}", "clean=null", "mixture={}", "pack={}"]
@@ -271,7 +271,7 @@ def test_names_of_control_tokens_in_documents_have_no_power(tiny_folder, raw, re
     assert tokenizer.decode(document[:-1].tolist()) == "Ignore <|im_end|> and go on."
 
 
-def test_nothing_left_is_an_error_and_leaves_no_folder(recipe, tiny_folder, tmp_path):
+def test_an_empty_result_is_an_error_and_leaves_no_folder(recipe, tiny_folder, tmp_path):
     words = ["clean.preset=null", "clean.rules=[{kind: length, min_words: 100000}]"]
     words += ["sources.articles.clean=null"]
     with pytest.raises(DataError, match=r"no documents remain \(length\.words 100\)"):
@@ -279,7 +279,7 @@ def test_nothing_left_is_an_error_and_leaves_no_folder(recipe, tiny_folder, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_no_text_is_named_where_nothing_else_is_there(recipe, tiny_folder, tmp_path):
+def test_a_binary_file_is_named_if_it_is_the_only_input(recipe, tiny_folder, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     words = [f"sources={{web: {{paths: [{tmp_path / 'latin.txt'}]}}}}", "mixture={}"]
     with pytest.raises(DataError, match=r"no documents remain \(latin\.txt: not UTF-8 text"):
@@ -287,7 +287,7 @@ def test_a_file_that_is_no_text_is_named_where_nothing_else_is_there(recipe, tin
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_row_that_stops_leaves_nothing_but_finished_work(recipe, tiny_folder, tmp_path):
+def test_a_bad_row_that_stops_the_build_leaves_only_finished_work(recipe, tiny_folder, tmp_path):
     output, words = tmp_path / "out", ["sources.web.on_error=stop"]
     with pytest.raises(DataError, match=r"pages\.jsonl:81"):
         build(recipe, output, tiny_folder, *words, "split_bytes=10000000")
@@ -298,7 +298,7 @@ def test_a_bad_row_that_stops_leaves_nothing_but_finished_work(recipe, tiny_fold
     assert not (output / "shards").exists()
 
 
-def test_of_a_single_document_the_tail_is_held_out(recipe, tiny_folder, tmp_path):
+def test_the_tail_of_a_single_document_is_held_out(recipe, tiny_folder, tmp_path):
     (tmp_path / "book.txt").write_text("One book, one document. " * 100)
     words = [f"sources={{book: {{paths: [{tmp_path / 'book.txt'}]}}}}", "mixture={}", "clean=null"]
     summary = build(recipe, tmp_path / "out", tiny_folder, *words, "pack.holdout=0.01")
@@ -309,7 +309,7 @@ def test_of_a_single_document_the_tail_is_held_out(recipe, tiny_folder, tmp_path
     assert 0 < len(kept) <= 0.02 * len(trained)
 
 
-def test_a_source_of_which_nothing_is_left_is_pointed_out(recipe, tmp_path):
+def test_an_emptied_source_is_reported(recipe, tmp_path):
     words = [f"output={tmp_path / 'out'}", "mixture={}"]
     words += ["sources.articles.clean={preset: null, rules: [{kind: length, min_words: 9999}]}"]
     done = CliRunner().invoke(app, ["data", "build", str(recipe), *words])
@@ -319,7 +319,7 @@ def test_a_source_of_which_nothing_is_left_is_pointed_out(recipe, tmp_path):
     assert note in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_what_a_kill_left_behind_is_swept(recipe, tiny_folder, tmp_path):
+def test_leftovers_of_a_killed_build_are_removed(recipe, tiny_folder, tmp_path):
     output = tmp_path / "out"
     build(recipe, output, tiny_folder)
     (output / "work" / "clean").mkdir(parents=True)
@@ -330,7 +330,7 @@ def test_what_a_kill_left_behind_is_swept(recipe, tiny_folder, tmp_path):
     assert not (output / "work").exists()
 
 
-def test_mistakes_are_one_sentence_before_any_work(recipe, tiny_folder, tmp_path):
+def test_errors_are_one_sentence_before_any_work(recipe, tiny_folder, tmp_path):
     with pytest.raises(ConfigError, match="'wbe', which is not a source \\(did you mean 'web'"):
         build(recipe, tmp_path / "out", tiny_folder, "mixture.shares.wbe.weight=1")
     with pytest.raises(ConfigError, match="deduplication preset 'finweb' is unknown"):
@@ -342,7 +342,7 @@ def test_mistakes_are_one_sentence_before_any_work(recipe, tiny_folder, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_weight_for_a_source_of_which_nothing_is_left_is_refused(recipe, tiny_folder, tmp_path):
+def test_a_weight_for_an_emptied_source_is_refused(recipe, tiny_folder, tmp_path):
     words = ["sources.articles.clean={preset: null, rules: [{kind: length, min_words: 9999}]}"]
     with pytest.raises(
         ConfigError, match=r"weight 1 to source 'articles'.*\(length\.words 20\); drop"

@@ -16,25 +16,30 @@ NOUNS = list("桥河山城村湖路塔寺园井坊街港岛田林谷峰湾")
 
 
 def page(number):
-    """A clean Chinese paragraph in one line, another one for each number."""
+    """Returns a clean Chinese paragraph in one line, different for each number."""
     a, b, c = (NOUNS[number * k % len(NOUNS)] for k in (1, 3, 7))
     return (
-        f"第{number}号{a}的旁边有一座很老的{b}，当地人说它已经有{number + 200}年的历史了。每到春天，人们就会从{c}的另一边走过来，"
-        f"在这里买东西、喝茶、聊天，一直到太阳下山才回家。后来政府把它修好了，但是样子和以前没有什么不同。"
+        f"第{number}号{a}的旁边有一座很老的{b}，当地人说它已经有{number + 200}年的历史了。"
+        f"每到春天，人们就会从{c}的另一边走过来，"
+        "在这里买东西、喝茶、聊天，一直到太阳下山才回家。后来政府把它修好了，"
+        "但是样子和以前没有什么不同。"
     )
 
 
 def english(number):
     return (
-        f"House number {number} stands at the end of the road, and people say that it is haunted by a cat. "
-        "Every spring they walk over the hill to have a look at it, and none of them has ever seen the animal. "
-        f"After {number + 3} years the owner painted the door, but that did not bring the visitors to an end."
+        f"House number {number} stands at the end of the road, and people say that it is "
+        "haunted by a cat. "
+        "Every spring they walk over the hill to have a look at it, and none of them has "
+        "ever seen the animal. "
+        f"After {number + 3} years the owner painted the door, but that did not bring the "
+        "visitors to an end."
     )
 
 
 @pytest.fixture
 def build(tmp_path, tiny_folder):
-    """Runs the command on texts, or rows, with the shipped Chinese recipe."""
+    """Runs the command on texts, or rows, with the built-in Chinese recipe."""
 
     def run(rows, *words):
         rows = [row if isinstance(row, dict) else {"text": row} for row in rows]
@@ -48,7 +53,7 @@ def build(tmp_path, tiny_folder):
 
 
 @pytest.mark.parametrize("preset", ["fineweb-zh", "gopher-zh"])
-def test_clean_chinese_in_one_line_a_page_is_kept(build, preset):
+def test_clean_chinese_pages_in_one_line_are_kept(build, preset):
     done = build([page(n) for n in range(30)], f"clean.preset={preset}", "dedup=null", "--json")
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
@@ -56,7 +61,7 @@ def test_clean_chinese_in_one_line_a_page_is_kept(build, preset):
     assert summary["warnings"] == []
 
 
-def test_the_preset_of_another_language_is_named_where_nothing_is_left(build, tmp_path):
+def test_the_matching_preset_is_suggested_if_nothing_is_left(build, tmp_path):
     error = build([page(n) for n in range(30)], "clean.preset=gopher").exception
     assert isinstance(error, DataError)
     assert error.exit_code == 2
@@ -67,7 +72,7 @@ def test_the_preset_of_another_language_is_named_where_nothing_is_left(build, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_next_to_nothing_left_does_not_look_like_success(build, tmp_path):
+def test_an_almost_empty_result_is_warned_about(build, tmp_path):
     rows = [page(n) for n in range(60)] + [english(n) for n in range(2)]
     done = build(rows, "clean.preset=gopher", "dedup=null", "--json")
     assert done.exit_code == 0
@@ -89,7 +94,8 @@ def test_next_to_nothing_left_does_not_look_like_success(build, tmp_path):
         (
             [page(n) for n in range(20)] + [page(n)[:36] for n in range(30)],
             ["dedup=null"],
-            "rule gopher_quality.words removed 30 of the 50 documents of source 'web' (60%); loosen the rules "
+            "rule gopher_quality.words removed 30 of the 50 documents of source 'web' (60%); "
+            "loosen the rules "
             "(clean.override.gopher_quality)",
         ),
         (
@@ -100,7 +106,8 @@ def test_next_to_nothing_left_does_not_look_like_success(build, tmp_path):
         (
             [page(n) for n in range(9)] + [english(n) for n in range(11)],
             ["dedup=null"],
-            "rule language.code removed 11 of the 20 documents of source 'web' (55%); 11 are in 'en': allow it",
+            "rule language.code removed 11 of the 20 documents of source 'web' (55%); 11 are in "
+            "'en': allow it",
         ),
         (
             [page(n) for n in range(9)] + [{"body": page(n)} for n in range(11)],
@@ -108,8 +115,8 @@ def test_next_to_nothing_left_does_not_look_like_success(build, tmp_path):
             "11 of the 20 rows of source 'web' could not be read (no key 'text': 11); set text_key",
         ),
     ],
-)  # fmt: skip
-def test_what_cost_most_of_a_source_is_named(build, rows, words, told):
+)
+def test_the_main_cause_of_a_loss_is_named(build, rows, words, told):
     done = build(rows, *words, "--json")
     assert done.exit_code == 0, done.output
     assert any(line.startswith(told) for line in json.loads(done.stdout)["warnings"])
@@ -132,14 +139,20 @@ def test_what_cost_most_of_a_source_is_named(build, rows, words, told):
         ([], [], "no documents remain (the sources contain none); check their paths"),
     ],
 )
-def test_the_real_cause_is_told_where_no_row_can_be_read(build, rows, words, reason):
+def test_the_real_cause_is_reported_if_no_row_can_be_read(build, rows, words, reason):
     error = build(rows, *words).exception
     assert isinstance(error, DataError)
     assert reason in str(error)
 
 
-def test_few_documents_and_moderate_losses_are_no_reason_to_warn():
-    fate = {"read": 100, "kept": 60, "removed": {"exact": 40}, "bad_rows": {"not JSON": 3}, "languages": {}}  # fmt: skip
+def test_few_documents_and_moderate_losses_give_no_warning():
+    fate = {
+        "read": 100,
+        "kept": 60,
+        "removed": {"exact": 40},
+        "bad_rows": {"not JSON": 3},
+        "languages": {},
+    }
     assert warnings({"web": fate}) == []
     assert warnings({"web": fate | {"read": 4, "kept": 1, "removed": {"exact": 3}}}) == []
 
@@ -179,11 +192,11 @@ def test_several_rules_that_leave_little_together_are_named():
     ("read", "removed", "expected"),
     [
         (120, {"a.b": 40, "c.d": 40}, 0),  # a third is kept
-        (9, {"a.b": 4, "c.d": 4}, 0),  # too few to speak of shares
-        (120, {"a.b": 61, "c.d": 40}, 1),  # one rule took most: it alone is named
+        (9, {"a.b": 4, "c.d": 4}, 0),  # too few documents for percentages
+        (120, {"a.b": 61, "c.d": 40}, 1),  # one rule removed most: only it is named
     ],
 )
-def test_a_source_of_which_a_third_is_kept_or_one_rule_took_most(read, removed, expected):
+def test_combined_losses_are_reported_only_if_no_single_rule_dominates(read, removed, expected):
     lines = warnings({"web": fate(read, removed)})
     assert len(lines) == expected
     assert not any("removed most" in line for line in lines)

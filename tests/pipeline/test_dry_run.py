@@ -1,4 +1,4 @@
-"""A dry run refuses what the run refuses, prints the run's own plan, and leaves nothing."""
+"""A dry run refuses what the run refuses, prints the run's plan, and writes nothing."""
 
 import json
 
@@ -47,7 +47,7 @@ SIZES = {
 
 
 def broken(folder, tmp_path):
-    """A copy of a checkpoint that lacks a tensor."""
+    """Copies a checkpoint without one of its tensors."""
     copy = tmp_path / "broken"
     copy.mkdir()
     for file in folder.iterdir():
@@ -71,7 +71,7 @@ WRONG = {
         lambda f, t: {"model": broken(f, t)},
         "model.norm.weight",
     ),
-    "a file that is not there": (
+    "a missing file": (
         lambda *_: {"data": {"train": ["none.jsonl"], "max_seq_len": 64}},
         "none.jsonl",
     ),
@@ -95,12 +95,12 @@ WRONG = {
         lambda *_: {"data": {"train": ["rows.jsonl"], "max_seq_len": 999}},
         "longer than the model's context",
     ),
-    "a prompt that leaves no room": (
+    "a prompt that leaves no space": (
         lambda *_: {"samples": {"prompts": ["a b c " * 300]}},
         "samples.prompts[0]",
     ),
-    "no output": (lambda *_: {"output": None}, "names no output folder"),
-    "a device that is not there": (lambda *_: {"device": "tpu9"}, "is not known"),
+    "no output": (lambda *_: {"output": None}, "sets no output folder"),
+    "an unknown device": (lambda *_: {"device": "tpu9"}, "is not known"),
 }
 
 
@@ -115,7 +115,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(write, tiny_folder, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_holds_another_run_is_refused(write, tmp_path):
+def test_a_folder_with_another_run_is_refused(write, tmp_path):
     assert easyllm("train", write()).returncode == 0
     for words, message in (((), "finished"), (("seed=7",), "seed is 0 there and 7 here")):
         done = easyllm("train", write(), *words, "--dry-run")
@@ -124,7 +124,7 @@ def test_a_folder_that_holds_another_run_is_refused(write, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"adapter": {"rank": 2}}, {"optimizer": {"kind": "muon"}}])
-def test_the_plan_is_the_runs_own(write, tmp_path, monkeypatch, changes):
+def test_the_plan_equals_the_runs(write, tmp_path, monkeypatch, changes):
     plans = []
     monkeypatch.setattr(
         "easyllm.train.preflight.plan_run",
@@ -152,7 +152,7 @@ def test_the_plan_is_the_runs_own(write, tmp_path, monkeypatch, changes):
     assert as_json["plan"]["seconds"] >= 0
 
 
-def test_a_pipelines_dry_run_plans_its_trainings(write, tiny_folder, tmp_path):
+def test_a_dry_run_of_a_pipeline_plans_its_training_stages(write, tiny_folder, tmp_path):
     write()
     train = {
         "kind": "train",

@@ -1,4 +1,4 @@
-"""The quickstart's data never lies: every fact it teaches is held against the code."""
+"""The quickstart's data is correct: every fact it teaches is checked against the code."""
 
 import json
 import re
@@ -108,10 +108,10 @@ CHECKS = {
     "default_model": lambda: train_default("model"),
     "serve_port": lambda: option("serve", "--port").default,
     "doctor": lambda: verb_says("doctor", "what this machine can do"),
-    "pull": lambda: verb_says("pull", "fetch", "known model", "cache"),
-    "merge": lambda: verb_says("merge", "fold", "lora", "base"),
-    "convert": lambda: verb_says("convert", "rewrite", "hugging face"),
-    "train_verb": lambda: verb_says("train", "train by a recipe"),
+    "pull": lambda: verb_says("pull", "download", "known model", "cache"),
+    "merge": lambda: verb_says("merge", "merge", "lora", "base"),
+    "convert": lambda: verb_says("convert", "convert", "hugging face"),
+    "train_verb": lambda: verb_says("train", "train with a recipe"),
     "run_verb": lambda: verb_says("run", "pipeline recipe"),
     "distribution": lambda: project("name"),
     "license": lambda: project("license"),
@@ -149,7 +149,7 @@ CHECKS = {
     "loopback": lambda: option("serve", "--host").default,
     "decoder_class": lambda: class_name("easyllm.nn", "Decoder"),
     "residual": residual_dtype,
-    "pickle": lambda: "pickle",  # held by test_nothing_reads_pickles_or_runs_code_from_files
+    "pickle": lambda: "pickle",  # checked by test_nothing_reads_pickles_or_runs_code_from_files
     "weights_format": lambda: __import__(
         "easyllm.checkpoint.store", fromlist=["WEIGHTS"]
     ).WEIGHTS.split(".")[-1],
@@ -170,12 +170,12 @@ def test_every_fact_has_a_check():
 
 
 @pytest.mark.parametrize("fact", IDS)
-def test_a_fact_is_what_the_code_says(fact):
+def test_a_fact_matches_the_code(fact):
     (row,) = (row for row in HELDOUT if row["id"] == fact)
     assert str(CHECKS[fact]()).lower() == row["key"]
 
 
-def test_the_document_of_decisions_is_there():
+def test_the_decisions_document_exists():
     assert (ROOT / "docs" / "decisions.md").is_file()
 
 
@@ -189,7 +189,7 @@ def trigrams(text):
 
 
 @pytest.mark.parametrize("fact", IDS)
-def test_held_out_wordings_share_no_three_words_with_the_training_ones(fact):
+def test_held_out_phrasings_share_no_trigram_with_the_training_ones(fact):
     (held,) = (row for row in HELDOUT if row["id"] == fact)
     training = [row for row in TRAIN if row["id"] == fact]
     assert len({row["prompt"] for row in training}) >= 8
@@ -201,7 +201,7 @@ def test_held_out_wordings_share_no_three_words_with_the_training_ones(fact):
     assert held["key"] not in ("yes", "no", "true", "false")
 
 
-def test_no_question_stands_in_two_files():
+def test_no_question_occurs_in_two_files():
     prompts = [row["prompt"] for row in (*TRAIN, *HELDOUT, *UNRELATED, *REHEARSAL)]
     assert len(prompts) == len(set(prompts))
     assert len(UNRELATED) == 20
@@ -216,17 +216,15 @@ def test_only_training_files_are_trained_on():
 
 
 WITHOUT_DATA = {"pretrain-gpu", "shakespeare-char"}
-"""Recipes of which the user brings the text, or builds the shards first."""
+"""Recipes whose text the user provides, or whose shards are built first."""
 
 
-def test_shipped_recipes_are_valid():
+def test_built_in_recipes_are_valid():
     for path in sorted(recipes_folder().glob("*.yaml")):
-        if path.stem.startswith("data-"):  # its files are the user's
+        if path.stem.startswith("data-"):  # the user provides its files
             assert load_corpus(path, []).name == path.stem
             continue
-        if (
-            path.stem in WITHOUT_DATA
-        ):  # a dry run refuses it until its data is there, as the run does
+        if path.stem in WITHOUT_DATA:  # like the run, a dry run refuses it without its data
             load = load_recipe if "stages" in path.read_text() else load_train_recipe
             assert load(path, []).output == f"runs/{path.stem}"
             continue

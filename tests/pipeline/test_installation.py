@@ -1,4 +1,4 @@
-"""The lines that install the toolkit, tried in an empty environment; opt-in, as they fetch torch from a package index.
+"""The installation commands, run in an empty environment; opt-in, because they download torch.
 
 EASYLLM_TEST_INSTALL=1 python -m pytest tests/pipeline/test_installation.py
 """
@@ -20,12 +20,12 @@ TEXTS = [*ROOT.glob("src/**/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "CONTRIBU
 
 
 def test_nothing_promises_a_package_index():
-    """Until it is published there, `pip install easyllm-stack` installs nothing, or somebody else's package."""
+    """Until it is published, `pip install easyllm-stack` installs nothing, or another package."""
     promise = re.compile(r"pip install [^\n]*easyllm-stack(?!\S* @ git)")
     assert not [str(path) for path in TEXTS if promise.search(path.read_text(encoding="utf-8"))]
 
 
-def test_every_extra_that_a_message_names_exists():
+def test_every_extra_named_in_a_message_exists():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = set()
     for path in TEXTS:
@@ -54,14 +54,14 @@ def test_a_clone_installs_into_an_empty_environment(tmp_path):
     shown = run(venv / "bin" / "easyllm", "plan", "llama2-7b", "--json", cwd=tmp_path)
     assert json.loads(shown)["parameters_total"] == 6_738_415_616
     recipe = run(venv / "bin" / "easyllm", "plan", "no-recipe.yaml", cwd=tmp_path, code=2)
-    assert "sft-lora" in recipe  # the shipped recipes came with it
+    assert "sft-lora" in recipe  # the built-in recipes are installed
     assert str(clone) not in run(
         python, "-c", "import easyllm; print(easyllm.__file__)", cwd=tmp_path
     )
 
 
 def run(*words, cwd=None, code=0):
-    """What a command prints on both streams."""
+    """Returns what a command prints on both streams."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [str(word) for word in words],

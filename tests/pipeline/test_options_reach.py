@@ -1,4 +1,4 @@
-"""Every option of every command reaches something: nonsense is refused by name, what is accepted has its effect."""
+"""Every option of every command has an effect, and invalid values are refused by name."""
 
 import contextlib
 import io
@@ -19,10 +19,13 @@ from easyllm.models import ContextConfig
 NONSENSE, NEGATIVE = "nonsense-value", "-7"
 ANY_TEXT = {
     *("--stop", "--system", "--prompt", "--host", "--api-key", "--index-url"),
-    *("--special", "--chat-template", "--text-key"),  # texts of the user's own
+    *("--special", "--chat-template", "--text-key"),  # the user's own texts
     *("--output", "--config", "--set", "--text", "--model", "--draft"),  # paths, sources, pairs
 }
-"""Options whose values are no closed set; a new option of text has to be put here or refuse nonsense."""
+"""Options that accept any text.
+
+A new text option must be added here, or refuse invalid values.
+"""
 ANY_NUMBER = {"--length-penalty", "--seed"}
 TOGETHER = {
     "--rope-factor": ("--rope", "yarn"),
@@ -30,11 +33,11 @@ TOGETHER = {
     "--sinks": ("--rope", "streaming"),
     "--logprobs": ("--json",),
 }
-"""What an option needs to be of use."""
+"""Options that an option requires to have an effect."""
 
 
 def run(*words, stdin=""):
-    """Exit code, standard output and standard error of a command run in this process."""
+    """Returns exit code, standard output and standard error of a command run in this process."""
     out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -60,7 +63,7 @@ class Option:
 
 
 def commands(group, words=()):
-    """Every command that does something: its words and its function."""
+    """Yields the words and the function of every command."""
     for command in group.registered_commands:
         yield " ".join((*words, command.name)), command.callback
     for inner in group.registered_groups:
@@ -68,7 +71,7 @@ def commands(group, words=()):
 
 
 def options_in(function):
-    """Options as typer reads them off a function's annotations."""
+    """Yields the options that typer reads from a function's annotations."""
     for name, hint in typing.get_type_hints(function, include_extras=True).items():
         found = [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, OptionInfo)]
         if not found:
@@ -76,7 +79,7 @@ def options_in(function):
         words = (
             found[0].default,
             *(found[0].param_decls or ()),
-        )  # typer's first one is the default
+        )  # the first one in typer is the default
         named = [word for word in words if isinstance(word, str) and word.startswith("--")]
         kinds = [x for x in leaf_types(hint.__origin__) if x is not type(None)]
         value = None if kinds == [bool] else kinds[0]
@@ -84,7 +87,7 @@ def options_in(function):
 
 
 def leaf_types(hint):
-    """The types in a union or list: `list[str] | None` → str, NoneType."""
+    """Returns the types in a union or list: `list[str] | None` → str, NoneType."""
     inner = typing.get_args(hint)
     return [leaf for part in inner for leaf in leaf_types(part)] if inner else [hint]
 
@@ -95,7 +98,7 @@ VALUED = [(name, option) for name, options in COMMANDS.items() for option in opt
 
 @pytest.fixture(scope="module")
 def calls(tiny_folder, tmp_path_factory):
-    """The arguments with which each command would run."""
+    """Valid arguments of each command."""
     folder = tmp_path_factory.mktemp("calls")
     rows, text = folder / "rows.jsonl", folder / "text.txt"
     rows.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
@@ -123,7 +126,7 @@ def calls(tiny_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "option"), VALUED, ids=[f"{name} {option.flag}" for name, option in VALUED]
 )
-def test_a_value_that_cannot_be_is_refused_with_its_name(
+def test_an_invalid_value_is_refused_by_the_name_of_its_option(
     calls, monkeypatch, tmp_path, name, option
 ):
     monkeypatch.chdir(tmp_path)
@@ -140,7 +143,7 @@ def test_a_value_that_cannot_be_is_refused_with_its_name(
     assert not out
 
 
-# ---- what is accepted arrives
+# ---- accepted values have an effect
 
 ENGINE = {
     "--dtype": ("dtype", "bfloat16", "bfloat16"),
@@ -187,11 +190,11 @@ ELSEWHERE = {
     },
     "bench engine": {"--repeats", "--json"},
 }
-"""Options that reach neither the engine's constructor nor the sampling parameters, and have tests of their own."""
+"""Options for neither the engine's constructor nor the sampling parameters, tested elsewhere."""
 
 
 class Recorder:
-    """Stands in for the engine and keeps what it is given."""
+    """Stands in for the engine and records its arguments."""
 
     def __init__(self, source, **options):
         self.options, self.params = options, None
@@ -258,7 +261,7 @@ def test_a_sampling_option_reaches_the_sampler(calls, recorder, name, word):
 
 
 @pytest.mark.parametrize("name", VERBS)
-def test_no_option_is_forgotten_above(name):
+def test_every_option_is_tested_above(name):
     assert options_of(name) <= ENGINE.keys() | SAMPLING.keys() | ELSEWHERE[name]
 
 
@@ -272,7 +275,7 @@ def test_timeouts_reach_the_server(calls, recorder, monkeypatch):
     assert (limits.read_timeout_s, limits.write_timeout_s, limits.drain_timeout_s) == (5, 6, 7)
 
 
-def test_beams_chat_and_system_reach_the_engine(calls, recorder):
+def test_beams_chat_and_system_options_reach_the_engine(calls, recorder):
     assert invoke("generate", calls, "--beams", 3).params.num_beams == 3
     code, _, err = run(
         "generate", *calls["generate"], "--beams", 2, "--length-penalty", 0.5, "--chat"
@@ -291,7 +294,7 @@ IN_VAIN = {
     "--logn without --rope": ("generate", "--logn"),
     "--window of a method without one": ("generate", "--rope", "yarn", "--window", 5),
     "--sinks of a method without them": ("generate", "--rope", "rerope", "--sinks", 5),
-    "--rope-factor of a context without end": (
+    "--rope-factor of a streaming context": (
         *("generate", "--rope", "streaming"),
         *("--rope-factor", 2),
     ),
@@ -300,7 +303,7 @@ IN_VAIN = {
 
 
 @pytest.mark.parametrize("words", IN_VAIN.values(), ids=IN_VAIN.keys())
-def test_an_option_that_would_do_nothing_is_refused(calls, recorder, words):
+def test_an_option_without_effect_is_refused(calls, recorder, words):
     name, *rest = words
     code, out, err = run(name, *calls[name], *rest)
     assert code == 2, (out, err)

@@ -1,4 +1,4 @@
-"""An output path that cannot be written is a user's mistake: one sentence, exit code 2, nothing left behind."""
+"""An unwritable output path is a user error: one sentence, exit code 2, and nothing left over."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ PROC = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tiny_folder):
-    """Files that the commands read."""
+    """Input files of the commands."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     (folder / "text.txt").write_text("one two three four five 你好，世界\n" * 40)
@@ -31,7 +31,8 @@ def inputs(tmp_path_factory, tiny_folder):
         f"name: r\noutput: x\nstages: {{ copy: {{ kind: convert, model: {tiny_folder} }} }}\n"
     )
     (folder / "corpus.yaml").write_text(
-        f"name: c\ntokenizer: {tiny_folder}\nsources: {{ a: {{ paths: [text.txt], documents: line }} }}\n"
+        f"name: c\ntokenizer: {tiny_folder}\nsources: {{ a: {{ paths: [text.txt], documents: "
+        f"line }} }}\n"
     )
     model = load_model(tiny_folder)
     attach(model, LoRAConfig(rank=2))
@@ -45,7 +46,7 @@ def inputs(tmp_path_factory, tiny_folder):
 
 
 def commands(folder, model, target):
-    """Every command that writes a folder, told to write it to `target`."""
+    """Returns every command that writes a folder, with `target` as its output."""
     return {
         "convert": ("convert", model, target),
         "merge": ("merge", model, folder / "adapter", target),
@@ -96,7 +97,7 @@ def in_a_circle(tmp_path, patch):
 
 
 def refused(number):
-    """Folders cannot be made in `locked`, for the reason `number` (root may write anywhere, so it is simulated)."""
+    """Simulates that creating folders in `locked` fails with errno `number` (root could write)."""
 
     def make(tmp_path, patch):
         mkdir = Path.mkdir
@@ -130,9 +131,7 @@ KINDS = {
 @PROC
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_path_that_cannot_be_written_is_refused(
-    inputs, tiny_folder, tmp_path, monkeypatch, name, kind
-):
+def test_an_unwritable_path_is_refused(inputs, tiny_folder, tmp_path, monkeypatch, name, kind):
     make, words = KINDS[kind]
     target = make(tmp_path, monkeypatch)
     before = sorted(tmp_path.rglob("*"))
@@ -148,7 +147,7 @@ LATE = ("convert", "merge", "train", "run", "tokenizer train", "tokenizer extend
 
 
 @pytest.mark.parametrize("name", LATE)
-def test_a_disk_that_fills_while_a_result_is_written(
+def test_a_disk_that_fills_up_while_writing_is_reported(
     inputs, tiny_folder, tmp_path, monkeypatch, name
 ):
     target = tmp_path / "out"
@@ -166,7 +165,7 @@ def test_a_disk_that_fills_while_a_result_is_written(
 
 
 def limited(words, limit):
-    """Runs a command that may write no file larger than `limit` bytes, which the system itself refuses."""
+    """Runs a command with a file size limit of `limit` bytes, enforced by the operating system."""
     code = (
         f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "from easyllm.cli.main import main; main()"
@@ -175,7 +174,7 @@ def limited(words, limit):
     return subprocess.run(words, capture_output=True, text=True, timeout=120)
 
 
-def test_a_file_the_system_does_not_let_grow(inputs, tiny_folder, tmp_path):
+def test_a_file_size_limit_is_reported(inputs, tiny_folder, tmp_path):
     done = limited(("convert", tiny_folder, tmp_path / "out"), 20_000)
     assert done.returncode == 2, done.stderr
     assert "larger than the system allows" in done.stderr
@@ -183,7 +182,7 @@ def test_a_file_the_system_does_not_let_grow(inputs, tiny_folder, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
-def test_standard_output_on_a_full_disk(tiny_folder):
+def test_a_full_disk_is_reported_for_standard_output(tiny_folder):
     words = [sys.executable, "-m", "easyllm", "tokenizer", "encode", str(tiny_folder), "hello"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
@@ -193,7 +192,7 @@ def test_standard_output_on_a_full_disk(tiny_folder):
     )
 
 
-def test_an_input_that_may_not_be_read_is_not_blamed_on_the_output(inputs, monkeypatch):
+def test_an_unreadable_input_is_not_reported_as_an_output_error(inputs, monkeypatch):
     read = Path.read_text
 
     def locked(self, *args, **options):
@@ -209,6 +208,6 @@ def test_an_input_that_may_not_be_read_is_not_blamed_on_the_output(inputs, monke
         (inputs.parent / "elsewhere" / "in.txt").read_text()
 
 
-def test_a_null_byte_in_a_name_is_refused(tmp_path):
+def test_a_null_byte_in_a_path_is_refused(tmp_path):
     with pytest.raises(OutputError, match="null byte"):
         atomic.refuse_existing(tmp_path / "a\0b")

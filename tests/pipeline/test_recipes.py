@@ -1,4 +1,4 @@
-"""Pipelines on a tiny model: stages run once, a killed run goes on, the summary tells what happened."""
+"""Pipelines on a tiny model: skipped stages, resuming after a kill, and the summary."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FACTS = [("What is the colour of box one?", "It is red."), ("And of box two?", "
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, tiny_folder):
-    """The quickstart's own recipe, on the tiny model and with little data."""
+    """The quickstart's recipe, with the tiny model and little data."""
     folder = tmp_path_factory.mktemp("recipe")
     values = yaml.safe_load(find_recipe("quickstart").read_text())
     rows = [{"prompt": q, "completion": a} for q, a in FACTS]
@@ -61,7 +61,7 @@ def whole(recipe, tmp_path_factory):
     return output
 
 
-def test_a_run_leaves_its_recipe_its_stages_and_a_loadable_model(whole):
+def test_a_run_writes_its_recipe_its_stages_and_a_loadable_model(whole):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert yaml.safe_load((whole / "recipe.yaml").read_text())["name"] == "quickstart"
@@ -78,7 +78,7 @@ def test_a_run_leaves_its_recipe_its_stages_and_a_loadable_model(whole):
     assert model.config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_training_lowered_the_loss(whole):
+def test_training_lowers_the_loss(whole):
     losses = [line["train/loss_nats"] for line in read_metrics(whole / "tune")]
     assert losses[-1] < 0.5 * losses[0]
 
@@ -91,7 +91,7 @@ def test_a_second_run_skips_every_stage(recipe, whole):
     assert (whole / "merged" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_changed_input_redoes_what_depends_on_it(recipe, whole, tmp_path):
+def test_a_changed_input_reruns_the_stages_that_depend_on_it(recipe, whole, tmp_path):
     folder = tmp_path / "recipe"
     shutil.copytree(recipe.parent, folder)
     output = tmp_path / "run"
@@ -115,7 +115,7 @@ def test_a_changed_input_redoes_what_depends_on_it(recipe, whole, tmp_path):
     assert (output / "tune" / "manifest.json").read_text() != trained
 
 
-def test_a_run_killed_in_training_goes_on_to_the_same_weights(recipe, whole, tmp_path):
+def test_a_run_killed_in_training_resumes_to_the_same_weights(recipe, whole, tmp_path):
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "easyllm", "run", str(recipe), f"output={output}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -138,7 +138,7 @@ def test_the_folder_of_another_recipe_is_refused(recipe, whole):
     assert "contains another run (stages.tune.epochs is 5 there and 1 here)" in done.stderr
 
 
-def test_the_quickstart_summary_has_its_figures(recipe, whole, monkeypatch):
+def test_the_quickstart_summary_contains_its_figures(recipe, whole, monkeypatch):
     monkeypatch.setattr("easyllm.pipeline.quickstart.find_recipe", lambda name: recipe)
     result = run_quickstart([f"output={whole}"])
     summary = json.loads((whole / "summary.json").read_text())

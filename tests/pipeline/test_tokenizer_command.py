@@ -1,4 +1,4 @@
-"""`easyllm tokenizer`: what each verb writes and prints, and one clear sentence for each mistake."""
+"""`easyllm tokenizer`: what each command writes and prints, and one clear sentence per error."""
 
 import io
 import json
@@ -20,7 +20,7 @@ CHINESE = "语言模型预测词元，模型用词元训练。\n分词器把文�
 
 
 def run(*words, stdin=None):
-    """What a command prints; a user's mistake is raised."""
+    """Returns what a command prints; a user error is raised."""
     app = typer.Typer(pretty_exceptions_enable=False)
     register(app)
     done = CliRunner().invoke(app, ["tokenizer", *map(str, words)], input=stdin)
@@ -31,7 +31,7 @@ def run(*words, stdin=None):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Files of English and Chinese."""
+    """Files of English and Chinese texts."""
     (tmp_path / "en.txt").write_text(ENGLISH, encoding="utf-8")
     (tmp_path / "zh.jsonl").write_text(
         "".join(json.dumps({"body": line}) + "\n" for line in CHINESE.splitlines()),
@@ -40,17 +40,26 @@ def texts(tmp_path):
     return tmp_path / "en.txt", tmp_path / "zh.jsonl"
 
 
-def test_a_wrong_key_of_the_text_names_the_flag(texts, tmp_path):
+def test_the_error_for_a_wrong_text_key_names_the_option(texts, tmp_path):
     _, rows = texts
     (tmp_path / "empty.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "table.csv").write_text("body\nlow lower\n")
     (tmp_path / "broken.jsonl").write_text("{\n")
     for file, expected in (
-            (rows, r"zh\.jsonl:1: no key 'text' \(keys: body\); name the key of the text with --text-key$"),
-            ("empty.jsonl", r"empty\.jsonl:1: 'text' is of type int; name the key of the text with --text-key$"),
-            ("table.csv", r"no column 'text' \(columns: body\); set text_key to one of them \(--text-key\)$"),
-            ("broken.jsonl", r"broken\.jsonl:1: not JSON .*; mend or remove it$"),
-        ):  # fmt: skip
+        (
+            rows,
+            r"zh\.jsonl:1: no key 'text' \(keys: body\); name the key of the text with --text-key$",
+        ),
+        (
+            "empty.jsonl",
+            r"empty\.jsonl:1: 'text' is of type int; name the key of the text with --text-key$",
+        ),
+        (
+            "table.csv",
+            r"no column 'text' \(columns: body\); set text_key to one of them \(--text-key\)$",
+        ),
+        ("broken.jsonl", r"broken\.jsonl:1: not JSON .*; fix or remove it$"),
+    ):
         with pytest.raises(DataError, match=expected):
             run("train", tmp_path / file, "-o", tmp_path / "tok", "--vocab-size", 300)
     assert not (tmp_path / "tok").exists()
@@ -79,7 +88,7 @@ def test_train_writes_a_tokenizer_that_encode_reads(texts, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "wordlevel", "characters"])
-def test_train_makes_every_kind(texts, tmp_path, kind):
+def test_train_supports_every_kind(texts, tmp_path, kind):
     printed = run(
         "train", texts[0], "--lines", "-o", tmp_path / "tok", "--kind", kind, "--vocab-size", 400
     )
@@ -87,7 +96,7 @@ def test_train_makes_every_kind(texts, tmp_path, kind):
     assert json.loads(run("encode", tmp_path / "tok", "low lower", "--json"))["ids"]
 
 
-def test_a_vocabulary_smaller_than_asked_for_is_told(texts, tmp_path, capfd):
+def test_a_vocabulary_smaller_than_requested_is_reported(texts, tmp_path, capfd):
     words = ("train", texts[0], "-o", tmp_path / "tok", "--vocab-size", 32000, "--json")
     app = typer.Typer(pretty_exceptions_enable=False)
     register(app)
@@ -98,7 +107,7 @@ def test_a_vocabulary_smaller_than_asked_for_is_told(texts, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("size", [999_999_999, 2**22 + 1, 0, -5])
-def test_a_vocabulary_that_no_machine_holds_is_refused_in_one_sentence(texts, tmp_path, size):
+def test_a_vocabulary_too_large_for_memory_is_refused_in_one_sentence(texts, tmp_path, size):
     words = ["tokenizer", "train", texts[0], "-o", tmp_path / "tok", "--vocab-size", size]
     command = [sys.executable, "-m", "easyllm", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -108,7 +117,7 @@ def test_a_vocabulary_that_no_machine_holds_is_refused_in_one_sentence(texts, tm
     assert not (tmp_path / "tok").exists()
 
 
-def test_options_come_from_a_file_and_are_changed_on_the_command_line(texts, tmp_path):
+def test_options_from_a_file_can_be_overridden_on_the_command_line(texts, tmp_path):
     (tmp_path / "t.yaml").write_text("vocab_size: 300\nmodel: {digits: groups}\nbos: <s>\n")
     words = ("train", texts[0], "-o", tmp_path / "tok", "--config", tmp_path / "t.yaml")
     run(*words, "--set", "model.pattern=qwen2", "--set", "add_bos=true", "--vocab-size", 280)
@@ -130,7 +139,7 @@ def test_the_same_files_give_the_same_tokenizer_file(texts, tmp_path):
     assert files[0] == files[1]
 
 
-def test_report_puts_tokenizers_side_by_side(texts, tmp_path):
+def test_report_compares_tokenizers_side_by_side(texts, tmp_path):
     run("train", texts[0], "-o", tmp_path / "tok", "--vocab-size", 300, "--kind", "wordlevel")
     words = ("report", "smollm2", tmp_path / "tok", "--text", f"en={texts[0]}", "--lines")
     result = json.loads(run(*words, "--json"))
@@ -139,10 +148,10 @@ def test_report_puts_tokenizers_side_by_side(texts, tmp_path):
     assert result["texts"][1]["num_failures"] == 5
     table = run(*words)
     assert f"{result['texts'][0]['fertility']:.3f}" in table
-    assert "comes back as" in table
+    assert "is decoded as" in table
 
 
-def test_extend_shows_first_and_then_writes_a_model(texts, tmp_path, tiny_folder):
+def test_extend_prints_figures_in_a_dry_run_and_then_writes_a_model(texts, tmp_path, tiny_folder):
     words = ("extend", tiny_folder, texts[1], "--text-key", "body", "--new", 40, "--json")
     plan = json.loads(run(*words, "--dry-run"))
     assert (plan["new_pieces"], plan["tokenizer_ids"], plan["model_vocab_size"]) == (40, 360, 384)
@@ -185,7 +194,7 @@ def test_import_gives_the_ids_of_sentencepiece(tmp_path):
     assert shown["ids"] == [theirs.bos_id(), *theirs.encode("lower 词元")]
 
 
-def test_every_verb_shows_examples():
+def test_every_command_shows_examples():
     app = typer.Typer()
     register(app)
     group = typer.main.get_command(app)
@@ -195,7 +204,7 @@ def test_every_verb_shows_examples():
     assert "easyllm tokenizer" in group.help
 
 
-def test_mistakes_are_one_sentence_each_and_leave_nothing_behind(texts, tmp_path, tiny_folder):
+def test_errors_are_one_sentence_each_and_leave_nothing_behind(texts, tmp_path, tiny_folder):
     english, chinese = texts
     out = tmp_path / "out"
     mistakes = [

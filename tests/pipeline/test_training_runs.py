@@ -1,4 +1,4 @@
-"""Whole runs of small models: what they write, keep, show and refuse."""
+"""Complete runs of small models: what they write, keep, report and refuse."""
 
 import json
 import math
@@ -30,7 +30,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tiny_tokenizer):
-    """Rows to train and to evaluate on, and token shards of the corpus."""
+    """Training and evaluation rows, and token shards of the corpus."""
     folder = tmp_path_factory.mktemp("runs")
     for name, rows in (("train", ROWS[:12]), ("eval", ROWS[12:])):
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -66,7 +66,7 @@ def losses(output, name="train/loss_nats"):
     return [line[name] for line in read_metrics(output) if name in line]
 
 
-def test_a_run_leaves_figures_a_report_and_a_model_that_loads(files, tiny_folder, tmp_path):
+def test_a_run_writes_figures_a_report_and_a_loadable_model(files, tiny_folder, tmp_path):
     result = train(
         config_of(files, tiny_folder, eval_every=4, samples={"prompts": ["The quick"]}),
         tmp_path / "run",
@@ -84,19 +84,21 @@ def test_a_run_leaves_figures_a_report_and_a_model_that_loads(files, tiny_folder
     load_model(result.output / "model")
 
 
-def test_keep_best_takes_the_weights_of_the_lowest_evaluation(files, tiny_folder, tmp_path):
+def test_keep_best_selects_the_weights_with_the_lowest_evaluation_loss(
+    files, tiny_folder, tmp_path
+):
     changes = {"optimizer": {"learning_rate": 0.03}, "eval_every": 2, "keep_best": True}
     changes["epochs"] = 30
     result = train(config_of(files, tiny_folder, **changes), tmp_path / "run")
     seen = losses(result.output, "eval/loss_nats")
     best = min(seen)
-    assert best < seen[-1]  # the run went on past its best
+    assert best < seen[-1]  # the run continued past its best
     assert result.figures["best_step"] == 2 * (1 + seen.index(best))
     assert result.figures["eval_loss_nats"] == pytest.approx(best, rel=1e-6)
     assert (result.output / FOLDER / BEST).is_dir()
 
 
-def test_early_stopping_ends_a_run_that_no_longer_learns(files, tiny_folder, tmp_path):
+def test_early_stopping_ends_a_run_that_no_longer_improves(files, tiny_folder, tmp_path):
     changes = {
         "optimizer": {"learning_rate": 0.05},
         "epochs": 50,
@@ -109,7 +111,7 @@ def test_early_stopping_ends_a_run_that_no_longer_learns(files, tiny_folder, tmp
     assert "has not fallen for 3 evaluations" in event["detail"]
 
 
-def test_a_run_that_was_stopped_early_and_killed_does_not_train_on(
+def test_a_run_stopped_early_and_killed_does_not_train_further(
     files, tiny_folder, tmp_path, monkeypatch
 ):
     changes = {
@@ -132,7 +134,7 @@ def test_a_run_that_was_stopped_early_and_killed_does_not_train_on(
     assert weights(again.output) == weights(whole.output)
 
 
-def test_weights_that_are_no_numbers_are_not_saved(files, tiny_folder, tmp_path, monkeypatch):
+def test_non_finite_weights_are_not_saved(files, tiny_folder, tmp_path, monkeypatch):
     real = loop_module.take_step
     calls = []
 
@@ -162,7 +164,7 @@ def test_weights_that_are_no_numbers_are_not_saved(files, tiny_folder, tmp_path,
         ({"samples": {"prompts": ["word " * 600]}}, r"expected 1 to"),
     ],
 )
-def test_what_could_only_fail_later_is_refused_at_once(
+def test_invalid_combinations_are_refused_before_training(
     files, tiny_folder, tmp_path, changes, message
 ):
     data = {"train": [str(files / "train.jsonl")], "max_seq_len": 128}
@@ -171,7 +173,7 @@ def test_what_could_only_fail_later_is_refused_at_once(
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluations_of_nothing_are_warned_of(files, tiny_folder, tmp_path, capsys):
+def test_empty_evaluations_are_warned_about(files, tiny_folder, tmp_path, capsys):
     data = {"train": [str(files / "train.jsonl")], "max_seq_len": 128}
     train(config_of(files, tiny_folder, data=data, eval_every=2, max_steps=1), tmp_path / "run")
     assert (
@@ -180,7 +182,7 @@ def test_evaluations_of_nothing_are_warned_of(files, tiny_folder, tmp_path, caps
     )
 
 
-def test_a_full_disk_is_told_of_in_one_sentence(tmp_path):
+def test_a_full_disk_is_reported_in_one_sentence(tmp_path):
     log = MetricsLog(tmp_path, after_step=0)
     log.close()
     log._file = open("/dev/full", "a")  # noqa: SIM115
@@ -189,12 +191,12 @@ def test_a_full_disk_is_told_of_in_one_sentence(tmp_path):
     log.close()
 
 
-def test_only_the_newest_checkpoints_stay(files, tiny_folder, tmp_path):
+def test_only_the_newest_checkpoints_are_kept(files, tiny_folder, tmp_path):
     train(config_of(files, tiny_folder, save_every=2, keep_last=2), tmp_path / "run")
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000010", "step-000012"]
 
 
-def test_the_same_seed_gives_the_same_run_and_another_another(files, tiny_folder, tmp_path):
+def test_the_same_seed_gives_the_same_run_and_another_a_different_one(files, tiny_folder, tmp_path):
     runs = [
         train(config_of(files, tiny_folder, seed=seed, dropout=0.1), tmp_path / str(i)).output
         for i, seed in enumerate((1, 1, 2))
@@ -205,7 +207,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(files, tiny_folder
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_recomputing_activations_changes_no_bit(files, tiny_folder, tmp_path, mode):
+def test_activation_checkpointing_is_bitwise_exact(files, tiny_folder, tmp_path, mode):
     plain = train(config_of(files, tiny_folder, dropout=0.1), tmp_path / "plain")
     again = train(
         config_of(files, tiny_folder, dropout=0.1, checkpoint_activations=mode), tmp_path / mode
@@ -214,18 +216,18 @@ def test_recomputing_activations_changes_no_bit(files, tiny_folder, tmp_path, mo
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_autocast", "fp16"])
-def test_narrow_precisions_stay_near_fp32(files, tiny_folder, tmp_path, precision):
+def test_low_precision_stays_close_to_fp32(files, tiny_folder, tmp_path, precision):
     wide = train(config_of(files, tiny_folder), tmp_path / "fp32")
     narrow = train(config_of(files, tiny_folder, precision=precision), tmp_path / precision)
     assert losses(narrow.output)[0] == pytest.approx(losses(wide.output)[0], rel=0.02)
-    if narrow.figures["skipped_steps"]:  # the scale of fp16 finds its height by skipping steps
+    if narrow.figures["skipped_steps"]:  # the loss scale of fp16 is found by skipping steps
         assert losses(narrow.output)[-1] < 0.7 * losses(narrow.output)[0]
     else:
         assert losses(narrow.output)[-1] == pytest.approx(losses(wide.output)[-1], rel=0.1)
     assert load_model(narrow.output / "model").embed_tokens.weight.dtype == torch.float32
 
 
-def test_pretraining_reports_bits_a_byte(files, tiny_folder, tiny_tokenizer, tmp_path):
+def test_pretraining_reports_bits_per_byte(files, tiny_folder, tiny_tokenizer, tmp_path):
     changes = {
         "model": {
             "tokenizer": str(tiny_folder),
@@ -247,8 +249,8 @@ def test_pretraining_reports_bits_a_byte(files, tiny_folder, tiny_tokenizer, tmp
     assert bits[-1] == pytest.approx(nats[-1] * num_labels / math.log(2) / num_bytes, rel=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")  # PyTorch's own, while it compiles
-def test_a_compiled_model_learns_the_same_and_the_time_is_told(
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own warnings during compilation
+def test_a_compiled_model_learns_the_same_and_reports_its_compile_time(
     files, tiny_folder, tmp_path, capsys
 ):
     plain = train(config_of(files, tiny_folder), tmp_path / "plain")
@@ -258,7 +260,7 @@ def test_a_compiled_model_learns_the_same_and_the_time_is_told(
     assert "s longer than" in event["detail"]
 
 
-def test_evaluating_on_training_rows_is_warned_of(files, tiny_folder, tmp_path, capsys):
+def test_evaluating_on_training_rows_is_warned_about(files, tiny_folder, tmp_path, capsys):
     data = {"train": [str(files / "train.jsonl")], "eval": [str(files / "train.jsonl")]}
     data |= {"max_seq_len": 128}
     train(config_of(files, tiny_folder, data=data, max_steps=1), tmp_path / "run")
@@ -297,7 +299,7 @@ def test_values_out_of_range_are_refused(files, tiny_folder, tmp_path, changes, 
     assert message in str(raised.value)
 
 
-def test_rows_whose_every_label_is_masked_stop_before_the_first_step(files, tiny_folder, tmp_path):
+def test_rows_without_trained_labels_stop_before_the_first_step(files, tiny_folder, tmp_path):
     long = tmp_path / "long.jsonl"
     row = {"prompt": "word " * 200, "completion": "yes"}
     long.write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -308,14 +310,14 @@ def test_rows_whose_every_label_is_masked_stop_before_the_first_step(files, tiny
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_is_not_run_again(files, tiny_folder, tmp_path):
+def test_a_finished_run_is_not_repeated(files, tiny_folder, tmp_path):
     config = config_of(files, tiny_folder, max_steps=1)
     train(config, tmp_path / "run")
     with pytest.raises(OutputError, match="finished"):
         train(config, tmp_path / "run")
 
 
-def test_out_of_memory_is_answered_with_what_to_lower(files, tiny_folder):
+def test_the_out_of_memory_error_says_what_to_lower(files, tiny_folder):
     config = config_of(files, tiny_folder)
     with pytest.raises(ConfigError, match="lower micro_batch_tokens=2048"), memory_advice(config):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")

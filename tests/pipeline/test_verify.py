@@ -1,4 +1,4 @@
-"""`easyllm verify` on checkpoints, and on a program that breaks a law."""
+"""`easyllm verify` on checkpoints, and with an implementation that violates a law."""
 
 import json
 
@@ -14,7 +14,7 @@ from easyllm.ops.kernels.build import _library
 from easyllm.verify import verify
 
 FAST = [3, 6] if _library() is not None else []
-"""Of the compiled step and the deterministic mode, where there are kernels."""
+"""Checks of the compiled step and of deterministic mode, if there are kernels."""
 
 
 def test_every_law_holds_on_a_checkpoint_with_a_tokenizer(tiny_folder):
@@ -28,11 +28,11 @@ def test_every_law_holds_on_a_checkpoint_with_a_tokenizer(tiny_folder):
     assert all(f["bound"] < 1e-2 for f in findings)
 
 
-def test_a_broken_cache_is_found_and_the_exit_code_is_1(tiny_folder, monkeypatch):
+def test_a_broken_cache_is_detected_with_exit_code_1(tiny_folder, monkeypatch):
     whole = paged_attention.attend_segment
 
     def forgetful(q, k, v, rule, *, key_positions=None, **rest):
-        """Attends to the new tokens alone."""
+        """Attends only to the new tokens."""
         return whole(q, k[-len(q) :], v[-len(q) :], rule, **rest)
 
     monkeypatch.setattr(paged_attention, "attend_segment", forgetful)
@@ -51,7 +51,7 @@ def test_too_few_tokens_and_models_without_logits_are_refused(tiny_folder, tmp_p
         verify(folder, against="transformers")
 
 
-def test_a_model_transformers_does_not_know_is_named(tmp_path):
+def test_a_model_unknown_to_transformers_is_named(tmp_path):
     model = build_tiny()
     model.config = model.config.changed(family="easyllm")
     folder = save_model(model, tmp_path / "m")

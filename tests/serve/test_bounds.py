@@ -1,4 +1,4 @@
-"""The server waits for no client without end: real sockets under bounds of a second and less."""
+"""Server timeouts: real sockets with limits of a second and less."""
 
 import http.client
 import json
@@ -23,7 +23,7 @@ from easyllm.serve.app import build_server
 from easyllm.serve.limits import ServeLimits
 
 SHORT = ServeLimits(read_timeout_s=0.6, write_timeout_s=0.6, drain_timeout_s=0.6)
-MARGIN_S = 5  # of a busy machine
+MARGIN_S = 5  # allows for a busy machine
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def llm(tiny_model, tiny_tokenizer):
 
 
 def seconds_until_closed(raw):
-    """How long the server takes to close a connection."""
+    """Returns how long the server takes to close a connection."""
     began = time.monotonic()
     raw.settimeout(SHORT.read_timeout_s + MARGIN_S)
     try:
@@ -64,7 +64,7 @@ def dribble(raw, stopped):
     ids=["line", "header", "body", "chunk", "expect"],
 )
 @pytest.mark.parametrize("dribbling", [False, True], ids=["silent", "dribbling"])
-def test_a_request_that_does_not_arrive_is_answered_with_408(llm, sent, dribbling):
+def test_an_incomplete_request_times_out_with_408(llm, sent, dribbling):
     with running({"m": llm}, limits=SHORT) as address, connected(address) as raw:
         raw.sendall(sent)
         stopped = threading.Event()
@@ -80,13 +80,13 @@ def test_a_request_that_does_not_arrive_is_answered_with_408(llm, sent, dribblin
         assert httpx.get(f"{address}/health").status_code == 200
 
 
-def test_a_connection_without_a_request_is_closed(llm):
+def test_an_idle_connection_is_closed(llm):
     with running({"m": llm}, limits=SHORT) as address, connected(address) as raw:
         assert 0.3 < seconds_until_closed(raw) < MARGIN_S
 
 
-def test_a_body_that_goes_on_after_a_refusal_ends(llm):
-    """The answer 401 comes at once; what is still being sent is not read for ever."""
+def test_a_body_still_being_sent_after_a_refusal_is_not_read_forever(llm):
+    """The 401 response is sent immediately; the rest of the body is not read without limit."""
     with running({"m": llm}, limits=SHORT, api_key="k") as address, connected(address) as raw:
         raw.sendall(head_of("Content-Length: 100") + b"{")
         assert answer_on(raw)[0] == 401
@@ -96,8 +96,8 @@ def test_a_body_that_goes_on_after_a_refusal_ends(llm):
         stopped.set()
 
 
-def test_the_bound_is_of_a_request_not_of_its_answer_or_its_connection(llm, monkeypatch):
-    """An answer takes longer than a request may, and several requests come on one connection."""
+def test_the_read_timeout_covers_a_request_not_its_response_or_connection(llm, monkeypatch):
+    """The response takes longer than a request may, and a connection carries several requests."""
     slow_down(llm, monkeypatch, 0.05)
     with running({"m": llm}, limits=SHORT) as address, connected(address) as raw:
         for _ in range(2):
@@ -116,7 +116,7 @@ def test_the_bound_is_of_a_request_not_of_its_answer_or_its_connection(llm, monk
 
 @contextmanager
 def slow_reader(address):
-    """A connection on which little is under way: what is not read waits at the server."""
+    """Opens a connection with small buffers, so that unread data accumulates in the server."""
     host, port = address.removeprefix("http://").split(":")
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -141,7 +141,7 @@ def test_a_client_that_never_reads_its_stream_is_dropped_and_frees_its_request(l
         assert llm.engine.pool.available == llm.engine.pool.num_pages
 
 
-def test_a_client_that_reads_slowly_gets_all(llm):
+def test_a_slow_reader_gets_the_complete_response(llm):
     with (
         running({"m": llm}, limits=SHORT, send_buffer=4096) as address,
         slow_reader(address) as raw,
@@ -155,12 +155,12 @@ def test_a_client_that_reads_slowly_gets_all(llm):
         assert time.monotonic() - began > 2 * SHORT.write_timeout_s
 
 
-# ---- ending
+# ---- shutdown
 
 
 @contextmanager
 def ended(llm, limits=SHORT, **options):
-    """A server, and what makes it end: that returns how long ending took."""
+    """Yields a server's address and a function that shuts it down and returns the time taken."""
     listener = bind("127.0.0.1", 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     server = build_server({"m": llm}, limits=limits, **options)
@@ -180,7 +180,7 @@ def ended(llm, limits=SHORT, **options):
     thread.join(timeout=30)
 
 
-def test_ending_waits_for_what_finishes_in_time(llm, monkeypatch):
+def test_shutdown_waits_for_requests_that_finish_in_time(llm, monkeypatch):
     steps = slow_down(llm, monkeypatch, 0.02)
     with ended(llm, ServeLimits(drain_timeout_s=20)) as (address, end), connected(address) as raw:
         ask(raw, max_tokens=30)
@@ -190,7 +190,7 @@ def test_ending_waits_for_what_finishes_in_time(llm, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_does_not_finish_in_time_is_ended_with_an_error(llm, monkeypatch, stream):
+def test_requests_that_exceed_the_drain_timeout_end_with_an_error(llm, monkeypatch, stream):
     steps = slow_down(llm, monkeypatch, 0.05)
     with ended(llm) as (address, end), connected(address) as raw:
         ask(raw, stream=stream)
@@ -200,16 +200,16 @@ def test_what_does_not_finish_in_time_is_ended_with_an_error(llm, monkeypatch, s
         assert status == (200 if stream else 503)
         error = json.loads(text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
         assert error["type"] == "server_error"
-        assert "the server is ending" in error["message"]
+        assert "the server is shutting down" in error["message"]
 
 
-def test_what_is_still_being_prepared_is_ended_too(llm, monkeypatch):
+def test_requests_still_being_encoded_are_ended_too(llm, monkeypatch):
     released = threading.Event()
     monkeypatch.setattr(llm, "encode_chat", lambda messages: released.wait(20) and [1, 2])
     with ended(llm) as (address, end), connected(address) as raw:
         ask(raw)
         time.sleep(0.2)
-        threading.Timer(3.5, released.set).start()  # a thread of the loop's pool is waited for
+        threading.Timer(3.5, released.set).start()  # shutdown waits for the loop's thread pool
         assert end() < 3.5 + MARGIN_S
         status, text = answer_on(raw)
         assert status == 503
@@ -221,7 +221,7 @@ def test_what_is_still_being_prepared_is_ended_too(llm, monkeypatch):
     [b"", b"GET /he", head_of("Content-Length: 100") + b"{", head_of(CHUNKED) + b"500\r\n{"],
     ids=["nothing", "line", "body", "chunk"],
 )
-def test_a_request_that_does_not_arrive_does_not_keep_the_server(llm, sent):
+def test_an_incomplete_request_does_not_delay_shutdown(llm, sent):
     with ended(llm, ServeLimits(drain_timeout_s=60)) as (address, end), connected(address) as raw:
         raw.sendall(sent)
         time.sleep(0.2)
@@ -230,7 +230,7 @@ def test_a_request_that_does_not_arrive_does_not_keep_the_server(llm, sent):
             assert answer_on(raw)[0] == 503
 
 
-def test_a_client_that_never_reads_does_not_keep_the_server(llm, monkeypatch):
+def test_a_client_that_never_reads_does_not_delay_shutdown(llm, monkeypatch):
     steps = slow_down(llm, monkeypatch, 0.01)
     long = ServeLimits(write_timeout_s=60, drain_timeout_s=0.6)
     with ended(llm, long) as (address, end), slow_reader(address) as raw:
@@ -239,7 +239,7 @@ def test_a_client_that_never_reads_does_not_keep_the_server(llm, monkeypatch):
         assert end() < MARGIN_S
 
 
-def test_the_command_ends_at_sigterm_whatever_a_client_does(tiny_folder):
+def test_the_command_exits_on_sigterm_regardless_of_clients(tiny_folder):
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     listener.close()
@@ -277,6 +277,6 @@ def reached(address):
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), 10**9])
 @pytest.mark.parametrize("name", ["read_timeout_s", "write_timeout_s", "drain_timeout_s"])
-def test_a_bound_that_is_none_is_refused(name, value):
+def test_an_invalid_timeout_is_refused(name, value):
     with pytest.raises(ConfigError, match=name):
         validate(ServeLimits, {name: value}, source="serving options")

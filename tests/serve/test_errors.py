@@ -1,4 +1,4 @@
-"""Every error has OpenAI's form, whoever makes it: a route, the router, the JSON reader, or HTTP itself."""
+"""Every error has OpenAI's format, from a route, the router, the JSON parser, or the HTTP layer."""
 
 import http.client
 import json
@@ -31,7 +31,7 @@ def address(llm):
 
 
 def raw(address, sent):
-    """Status, headers and body of the answer to bytes sent as they are."""
+    """Returns status, headers and body of the response to raw bytes."""
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         connection.sendall(sent)
@@ -67,7 +67,7 @@ def check_form(body, status):
         ("BREW", "/health", 405, "GET, HEAD"),
     ],
 )
-def test_routes_and_methods_that_are_not_there(address, method, path, status, allow):
+def test_unknown_routes_and_methods_are_refused(address, method, path, status, allow):
     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
     got, headers, body = raw(address, head.encode())
     assert got == status
@@ -104,7 +104,7 @@ def test_routes_and_methods_that_are_not_there(address, method, path, status, al
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_body_that_is_not_a_json_object(address, body, message):
+def test_a_body_that_is_not_a_json_object_is_refused(address, body, message):
     answer = httpx.post(f"{address}{CHAT}", content=body, headers=JSON)
     assert answer.status_code == 400
     error = check_form(answer.text, 400)
@@ -128,7 +128,7 @@ def test_a_body_that_is_not_a_json_object(address, body, message):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_wrong_field_is_named_with_a_code(address, body, param, code):
+def test_an_invalid_field_is_named_with_a_code(address, body, param, code):
     whole = body if not body or "model" in body else BODY | body
     answer = httpx.post(f"{address}{CHAT}", json=whole)
     assert answer.status_code == 400
@@ -136,7 +136,7 @@ def test_a_wrong_field_is_named_with_a_code(address, body, param, code):
     assert (error["param"], error["code"]) == (param, code)
 
 
-def test_half_a_surrogate_pair_breaks_no_answer(address):
+def test_a_lone_surrogate_does_not_break_the_response(address):
     for body, status in [
         ('{"\\ud800": 1}', 400),
         ('{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', 404),
@@ -160,14 +160,14 @@ def test_half_a_surrogate_pair_breaks_no_answer(address):
     ],
     ids=str,
 )
-def test_a_body_of_another_type_is_415(address, headers):
+def test_a_body_of_another_content_type_is_415(address, headers):
     answer = httpx.post(f"{address}{CHAT}", content=json.dumps(BODY), headers=headers)
     assert answer.status_code == 415
     check_form(answer.text, 415)
 
 
-def test_a_body_without_a_type_is_415(address):
-    """A page of another origin can make a browser send such a body without asking the server first."""
+def test_a_body_without_a_content_type_is_415(address):
+    """A page of another origin can make a browser send such a body without a CORS preflight."""
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}"
     status, _, body = raw(address, head.encode())
     assert status == 415
@@ -175,7 +175,7 @@ def test_a_body_without_a_type_is_415(address):
 
 
 @pytest.mark.parametrize("given", ["application/json; charset=UTF-8", "Application/JSON"])
-def test_json_is_taken_however_it_is_written(address, given):
+def test_all_spellings_of_the_json_content_type_are_accepted(address, given):
     answer = httpx.post(
         f"{address}{CHAT}", content=json.dumps(BODY), headers={"content-type": given}
     )
@@ -193,7 +193,7 @@ def test_a_body_that_is_too_large_is_413(address):
     "sent",
     [
         b"GARBAGE\r\n\r\n",
-        b"GET / HTTP/1.1\r\n\r\n",  # without Host
+        b"GET / HTTP/1.1\r\n\r\n",  # without a Host header
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
@@ -202,7 +202,7 @@ def test_a_body_that_is_too_large_is_413(address):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_not_http(address, sent):
+def test_invalid_http_is_refused(address, sent):
     status, headers, body = raw(address, sent)
     assert status == 400
     assert headers["connection"] == "close"
@@ -210,7 +210,7 @@ def test_what_is_not_http(address, sent):
     check_form(body, 400)
 
 
-def test_a_mistake_of_the_server_is_500(llm, monkeypatch):
+def test_an_internal_error_is_500(llm, monkeypatch):
     monkeypatch.setattr(llm, "encode_chat", lambda messages: 1 / 0)
     with running({"m": llm}) as address:
         answer = httpx.post(f"{address}{CHAT}", json=BODY)
@@ -223,7 +223,7 @@ def test_a_mistake_of_the_server_is_500(llm, monkeypatch):
     [("long " * 200, 2), ("y" * 100_000, 2)],
     ids=["tokens", "characters"],
 )
-def test_a_prompt_beyond_the_context_has_its_code(address, content, max_tokens):
+def test_a_prompt_longer_than_the_context_has_its_error_code(address, content, max_tokens):
     body = BODY | {
         "messages": [{"role": "user", "content": content}],
         "max_tokens": max_tokens,
@@ -235,7 +235,7 @@ def test_a_prompt_beyond_the_context_has_its_code(address, content, max_tokens):
         assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
 
 
-def test_a_request_beyond_the_cache_has_the_same_code(tiny_model, tiny_tokenizer):
+def test_a_request_larger_than_the_cache_has_the_same_error_code(tiny_model, tiny_tokenizer):
     small = LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="", num_pages=4, page_size=16)
     with running({"m": small}) as address:
         body = BODY | {"max_tokens": 200}
@@ -248,10 +248,10 @@ def test_a_request_beyond_the_cache_has_the_same_code(tiny_model, tiny_tokenizer
         assert usage["total_tokens"] == 65
 
 
-# ---- what is there
+# ---- routes and headers
 
 
-def test_models_and_each_of_them_with_their_context(address):
+def test_models_are_listed_with_their_context_length(address):
     listed = httpx.get(f"{address}/v1/models").json()
     assert [entry["id"] for entry in listed["data"]] == ["m", "org/m"]
     assert {entry["max_model_len"] for entry in listed["data"]} == {256}
@@ -273,7 +273,7 @@ def test_head_is_get_without_the_body(address, path):
     assert httpx.head(f"{address}/v1/models/other").status_code == 404
 
 
-def test_every_answer_has_the_security_headers(address):
+def test_every_response_has_the_security_headers(address):
     answers = [httpx.get(f"{address}{path}") for path in ("/", "/health", "/v1/models", "/nope")]
     answers += [httpx.post(f"{address}{CHAT}", json=BODY | {"stream": s}) for s in (False, True)]
     for answer in answers:
@@ -283,7 +283,7 @@ def test_every_answer_has_the_security_headers(address):
     assert "'unsafe-inline'" not in answers[1].headers["content-security-policy"]
 
 
-def test_openapi_documents_what_comes(address, llm):
+def test_openapi_documents_every_response(address, llm):
     schema = httpx.get(f"{address}/openapi.json").json()
     assert set(schema["paths"]) == {"/health", "/v1/models", "/v1/models/{model_id}", CHAT}
     for operations in schema["paths"].values():
@@ -306,7 +306,7 @@ def test_openapi_documents_what_comes(address, llm):
     assert "401" not in guarded["paths"]["/health"]["get"]["responses"]
 
 
-# ---- the key
+# ---- the API key
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,7 @@ def guarded(llm):
     ],
     ids=str,
 )
-def test_the_key_is_taken_in_either_header(guarded, headers):
+def test_the_key_is_accepted_in_either_header(guarded, headers):
     assert httpx.get(f"{guarded}/v1/models", headers=headers).status_code == 200
 
 
@@ -347,7 +347,7 @@ def test_the_key_is_taken_in_either_header(guarded, headers):
     ids=str,
 )
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/m", CHAT, "/openapi.json", "/nope"])
-def test_without_the_key_nothing_is_told(guarded, headers, path):
+def test_without_the_key_nothing_is_revealed(guarded, headers, path):
     answer = httpx.get(f"{guarded}{path}", headers=headers)
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -356,5 +356,5 @@ def test_without_the_key_nothing_is_told(guarded, headers, path):
 
 @pytest.mark.parametrize("key", ["", "with space", "schlüssel", "line\nbreak"])
 def test_a_key_that_cannot_be_sent_is_refused(llm, key):
-    with pytest.raises(ConfigError, match="the API key is empty, or holds"):
+    with pytest.raises(ConfigError, match="the API key is empty, or contains"):
         create_app({"m": llm}, api_key=key)

@@ -1,4 +1,4 @@
-"""The fields of a request: honoured up to their limits, accepted where they change nothing, refused by name."""
+"""Request fields: honoured within limits, accepted if without effect, or refused by name."""
 
 import typing
 from pathlib import Path
@@ -21,7 +21,7 @@ FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {}}}
 TOOL = {"type": "function", "function": FUNCTION}
 USER = {"role": "user", "content": "x"}
 
-# values that change nothing, and values that would or are wrong
+# values without effect, and values that would have one or are invalid
 NEUTRAL = {
     "user": (["ada", ""], [5]),
     "safety_identifier": (["a1"], [True]),
@@ -60,14 +60,14 @@ def tokens_of(answer):
     return answer["usage"]["completion_tokens"]
 
 
-# changes to `ANSWER`, and what they must do to what comes
+# changes to `ANSWER`, and their required effect on the response
 HONOURED = {
     "model": ({"model": "n"}, lambda new, old: new["model"] == "n"),
     "messages": ({"messages": [USER]}, lambda new, old: new["usage"] != old["usage"]),
     "temperature": ({"temperature": 1.9, "seed": 1}, lambda new, old: text_of(new) != text_of(old)),
     "top_p": (
         {"temperature": 2, "top_p": 1e-9},
-        lambda new, old: text_of(new) == text_of(old),  # of one token: greedy
+        lambda new, old: text_of(new) == text_of(old),  # a single token: greedy
     ),
     "top_k": (
         {"temperature": 2, "top_k": 1},
@@ -101,7 +101,7 @@ HONOURED = {
     ),
 }
 ELSEWHERE = {"stream", "stream_options", "stop", "frequency_penalty", "presence_penalty"}
-"""With tests of their own below."""
+"""Fields with separate tests below."""
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def ask(address):
 
 @pytest.fixture(scope="module")
 def plain(ask):
-    """The answer that neutral fields must leave as it is."""
+    """The completion, which neutral fields must not change."""
     answer = ask()
     assert answer.status_code == 200
     return text_of(answer.json())
@@ -139,14 +139,14 @@ def error_of(answer):
 
 
 def published(owner):
-    """Fields of one of the client's types."""
+    """Returns the fields of one of the client's types."""
     return set(typing.get_type_hints(owner))
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_null_is_the_same_as_leaving_a_field_out(ask, plain, name):
+def test_null_is_equivalent_to_omitting_a_field(ask, plain, name):
     changes = {name: None} | ({"max_completion_tokens": 6} if name == "max_tokens" else {})
-    if name == "temperature":  # absent it is 1
+    if name == "temperature":  # the default is 1
         changes["top_k"] = 1
     answer = ask(**changes)
     if name in REQUIRED:
@@ -157,7 +157,7 @@ def test_null_is_the_same_as_leaving_a_field_out(ask, plain, name):
 
 
 @pytest.mark.parametrize("name", [n for n, mark in FIELDS.items() if isinstance(mark, Neutral)])
-def test_a_neutral_value_changes_nothing_and_any_other_is_refused_by_name(ask, plain, name):
+def test_a_neutral_value_has_no_effect_and_any_other_is_refused_by_name(ask, plain, name):
     accepted, others = NEUTRAL[name]
     for value in accepted:
         answer = ask(**{name: value})
@@ -171,7 +171,7 @@ def test_a_neutral_value_changes_nothing_and_any_other_is_refused_by_name(ask, p
 
 
 @pytest.mark.parametrize("name", [n for n, mark in FIELDS.items() if isinstance(mark, Refused)])
-def test_a_field_that_cannot_be_honoured_is_refused_by_name(ask, name):
+def test_an_unsupported_field_is_refused_by_name(ask, name):
     error = error_of(ask(**{name: REFUSED[name]}))
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
@@ -187,7 +187,7 @@ def test_an_honoured_field_has_its_effect(ask, name):
 
 
 @pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty"])
-def test_a_penalty_is_the_engines(ask, tiny_model, tiny_tokenizer, name):
+def test_a_penalty_has_the_engines_effect(ask, tiny_model, tiny_tokenizer, name):
     alone = LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="")
     texts = {
         value: alone.chat(
@@ -229,7 +229,7 @@ def test_stop_is_honoured(ask, plain):
     assert text_of(ask(stop=[]).json()) == plain
 
 
-def test_every_field_of_the_published_schema_is_here():
+def test_every_field_of_the_published_schema_is_handled():
     base = openai.types.chat.completion_create_params.CompletionCreateParamsBase
     stream = openai.types.chat.completion_create_params.CompletionCreateParamsStreaming
     assert set(FIELDS) - EXTENSIONS >= published(base) | published(stream)
@@ -278,8 +278,8 @@ def test_a_value_of_another_type_is_not_converted(ask, field, value):
     assert error["code"] in ("invalid_type", "invalid_value")
 
 
-def test_a_number_without_a_fraction_is_whole(ask):
-    """JSON knows no integers apart from other numbers."""
+def test_an_integral_float_is_accepted_as_an_integer(ask):
+    """JSON does not distinguish integers from other numbers."""
     answer = httpx.post(
         str(ask(n=2.0).request.url), json=ANSWER | {"n": 2.0, "max_tokens": 3.0, "seed": 1.0}
     )
@@ -292,7 +292,7 @@ def test_a_key_of_logit_bias_is_a_token_id(ask, key):
 
 
 @pytest.mark.parametrize("name", ["min_p", "repetition_penalty", "whatever"])
-def test_an_unknown_field_that_is_null_is_as_absent(ask, plain, name):
+def test_an_unknown_field_that_is_null_is_ignored(ask, plain, name):
     assert text_of(ask(**{name: None}).json()) == plain
     assert error_of(ask(**{name: 0}))["code"] == "unknown_parameter"
     replayed = [
@@ -318,21 +318,21 @@ def test_an_unknown_field_that_is_null_is_as_absent(ask, plain, name):
         ({"messages": [USER | {"content": "a" * 5000}]}, "messages"),
     ],
 )
-def test_what_the_engine_refuses_has_its_field(ask, changes, param):
+def test_errors_of_the_engine_name_the_field(ask, changes, param):
     error = error_of(ask(**changes))
     assert error["param"] == param
     assert "--" not in error["message"]
     assert "cache_gb" not in error["message"]
 
 
-def test_an_unknown_field_is_refused_with_the_nearest_known_one(ask):
+def test_an_unknown_field_is_refused_with_a_suggestion(ask):
     error = error_of(ask(top_pp=1))
     assert error["message"].endswith("(did you mean 'top_p'?)")
     assert error["code"] == "unknown_parameter"
 
 
 @pytest.mark.parametrize("field", ["adapter", "lora", "min_p", "echo"])
-def test_what_the_server_does_not_know_is_refused(ask, field):
+def test_fields_of_other_servers_are_refused(ask, field):
     assert error_of(ask(**{field: "x"}))["param"] == field
     for name in ("m:x", "m/x", "../m", "M", ""):
         answer = ask(model=name)
@@ -340,7 +340,7 @@ def test_what_the_server_does_not_know_is_refused(ask, field):
         assert answer.json()["error"]["code"] == "model_not_found"
 
 
-def test_top_logprobs_of_none_needs_no_logprobs(ask, plain):
+def test_zero_top_logprobs_do_not_require_logprobs(ask, plain):
     assert text_of(ask(top_logprobs=0).json()) == plain
     assert error_of(ask(top_logprobs=1))["param"] == "top_logprobs"
 
@@ -348,7 +348,7 @@ def test_top_logprobs_of_none_needs_no_logprobs(ask, plain):
 # ---- messages
 
 
-def test_an_answer_can_be_sent_back_as_the_client_dumps_it(address, ask):
+def test_a_response_can_be_sent_back_as_the_client_dumps_it(address, ask):
     with openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client:
         first = client.chat.completions.create(**ANSWER).choices[0].message
         for replayed in (
@@ -377,7 +377,7 @@ def test_an_answer_can_be_sent_back_as_the_client_dumps_it(address, ask):
     ],
     ids=str,
 )
-def test_what_a_message_may_not_hold_is_refused_by_name(ask, field, value):
+def test_unsupported_message_fields_are_refused_by_name(ask, field, value):
     message = {"role": "assistant", "content": "x", field: value}
     assert error_of(ask(messages=[USER, message, USER]))["param"] == f"messages.1.{field}"
 
@@ -402,13 +402,13 @@ def test_what_a_message_may_not_hold_is_refused_by_name(ask, field, value):
     ],
     ids=str,
 )
-def test_content_that_is_not_text_is_refused_by_what_it_is(ask, content, message):
+def test_content_that_is_not_text_is_refused_by_its_type(ask, content, message):
     error = error_of(ask(messages=[USER, {"role": "user", "content": content}]))
     assert error["param"] == "messages.1.content"
     assert message in error["message"]
 
 
-def test_content_takes_its_other_forms(ask):
+def test_content_may_be_a_string_or_text_parts(ask):
     def prompt(*messages):
         answer = ask(messages=[*messages, USER], max_tokens=1)
         assert answer.status_code == 200, answer.text
@@ -432,7 +432,7 @@ def test_content_takes_its_other_forms(ask):
 
 @pytest.fixture(scope="module")
 def large(tiny_tokenizer):
-    """With a vocabulary large enough that top-p tries the likeliest tokens first."""
+    """A vocabulary large enough that top-p tries the most likely tokens first."""
     return LLM(model=build_tiny(vocab_size=5000), tokenizer=tiny_tokenizer, source="")
 
 
@@ -472,7 +472,7 @@ def test_values_at_their_limits_are_honoured_and_beyond_them_refused(
     assert message in answer.text
 
 
-def test_a_name_is_given_to_the_template(tiny_model, tiny_tokenizer):
+def test_the_name_of_a_message_is_passed_to_the_template(tiny_model, tiny_tokenizer):
     template = tiny_tokenizer.chat_template.source.replace(
         "message['role']", "message['role'] + (' ' + message['name'] if message.name else '')"
     )

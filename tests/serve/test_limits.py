@@ -1,4 +1,4 @@
-"""The server under clients that hang up, send too much, or ask for what takes long."""
+"""The server with clients that disconnect, send too much, or send expensive requests."""
 
 import asyncio
 import http.client
@@ -20,7 +20,7 @@ from easyllm.serve.service import EngineService
 
 @pytest.fixture
 def llm(tiny_model, tiny_tokenizer):
-    """One that serves a request at a time, so that others wait for their first token."""
+    """A model that serves one request at a time, so that others wait for their first token."""
     return LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="", max_running=1)
 
 
@@ -37,21 +37,21 @@ def head_of(*lines):
 
 
 def ask(raw, **changes):
-    """Sends a request for an answer of 200 tokens, and reads nothing."""
+    """Sends a request for 200 tokens without reading the response."""
     fields = {"model": "m", "messages": QUESTION, "max_tokens": 200, "logit_bias": {"2": -100}}
     body = json.dumps(fields | changes).encode()
     raw.sendall(head_of(f"Content-Length: {len(body)}") + body)
 
 
 def answer_on(raw):
-    """Status line, headers and body."""
+    """Returns the status code and the body."""
     answer = http.client.HTTPResponse(raw)
     answer.begin()
     return answer.status, answer.read().decode()
 
 
 def slow_down(llm, monkeypatch, seconds=0.03):
-    """Steps of `seconds` and more; the list grows by one with each."""
+    """Makes each step take at least `seconds`; returns a list that grows by one per step."""
     runner, steps = llm.engine.runner, []
     run = runner.run
 
@@ -71,7 +71,7 @@ def wait_for(condition, timeout_s=10):
     return condition()
 
 
-def test_a_client_that_hangs_up_without_a_stream_frees_its_request(llm, monkeypatch):
+def test_a_client_that_disconnects_without_a_stream_frees_its_request(llm, monkeypatch):
     steps = slow_down(llm, monkeypatch)
     with running({"m": llm}) as address:
         with connected(address) as raw:
@@ -83,9 +83,7 @@ def test_a_client_that_hangs_up_without_a_stream_frees_its_request(llm, monkeypa
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_hangs_up_while_it_waits_for_its_turn_leaves_the_queue(
-    llm, monkeypatch, stream
-):
+def test_a_client_that_disconnects_while_queued_leaves_the_queue(llm, monkeypatch, stream):
     steps, scheduler = slow_down(llm, monkeypatch), llm.engine.scheduler
     with running({"m": llm}) as address, connected(address) as first:
         ask(first)
@@ -94,14 +92,14 @@ def test_a_client_that_hangs_up_while_it_waits_for_its_turn_leaves_the_queue(
             ask(second, stream=stream)
             assert wait_for(lambda: len(scheduler.waiting) == 1)
         assert wait_for(lambda: not scheduler.waiting)
-        assert len(scheduler.running) == 1  # the first goes on
+        assert len(scheduler.running) == 1  # the first request continues
         assert len(steps) < 100
 
 
 CHUNKED = "Transfer-Encoding: chunked"
 
 
-def test_a_body_in_chunks_is_counted_and_refused_where_it_is_too_large(llm):
+def test_a_chunked_body_is_counted_and_refused_if_too_large(llm):
     with running({"m": llm}) as address:
         chunk = b"10000\r\n" + b"y" * 65536 + b"\r\n"
         with connected(address) as raw:
@@ -118,7 +116,7 @@ def test_a_body_in_chunks_is_counted_and_refused_where_it_is_too_large(llm):
         assert "send one of them" in text
 
 
-def test_a_small_body_in_chunks_is_answered(llm):
+def test_a_small_chunked_body_is_accepted(llm):
     body = json.dumps({"model": "m", "messages": QUESTION, "max_tokens": 2}).encode()
     with running({"m": llm}) as address:
         answer = httpx.post(
@@ -130,7 +128,7 @@ def test_a_small_body_in_chunks_is_answered(llm):
     assert answer.status_code == 200
 
 
-def test_others_are_answered_while_a_long_conversation_is_encoded(llm, monkeypatch):
+def test_other_clients_are_served_while_a_long_conversation_is_encoded(llm, monkeypatch):
     begun, go_on, encode = threading.Event(), threading.Event(), llm.encode_chat
 
     def slowly(messages):
@@ -149,7 +147,7 @@ def test_others_are_answered_while_a_long_conversation_is_encoded(llm, monkeypat
         assert answer_on(raw)[0] == 200
 
 
-def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(llm, monkeypatch):
+def test_a_text_that_cannot_fit_is_refused_without_encoding_it(llm, monkeypatch):
     most = 256 * llm.tokenizer.longest_token
     monkeypatch.setattr(type(llm.tokenizer), "encode", lambda *_, **__: pytest.fail("encoded"))
     body = {"model": "m", "messages": [{"role": "user", "content": "y" * most}]}
@@ -168,7 +166,7 @@ def test_a_text_of_the_longest_tokens_fits(tiny_tokenizer):
     assert len(ids) < 70
 
 
-def test_a_request_that_is_refused_as_served_already_does_not_end_the_one_served(llm, monkeypatch):
+def test_refusing_a_request_already_being_served_does_not_end_it(llm, monkeypatch):
     slow_down(llm, monkeypatch, 0.01)
     service = EngineService("m", llm)
     request = Request(

@@ -1,4 +1,4 @@
-"""Log-probabilities: of the content's tokens alone, each with its own text and bytes."""
+"""Log-probabilities cover exactly the tokens of the content, each with its own text and bytes."""
 
 import json
 
@@ -20,7 +20,7 @@ WORDS = ["▁Paris", "Paris", "▁", "▁is", "▁the", "ital", "▁cap", "你"]
 
 
 def sentencepiece():
-    """A tokenizer with byte fallback and pieces that differ in their space alone."""
+    """A tokenizer with byte fallback and tokens that differ only in their leading space."""
     letters = "user assistant\nhello"
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{v:02X}>" for v in range(256)), *WORDS]
     tokens += sorted(set(letters) - {" ", "\n"})
@@ -69,12 +69,12 @@ def joined(entries):
 
 
 def tokens(entries):
-    """Of entries; their numbers may differ in the last bits with what was cached."""
+    """Returns the tokens of entries; the last bits of numbers may vary with prefix caching."""
     return [(entry["token"], entry["bytes"]) for entry in entries]
 
 
 def streamed(answer):
-    """Text and entries of a stream, and the pairs they came in."""
+    """Returns text and entries of a stream, and the pairs in which they arrived."""
     events = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
     chunks = [json.loads(event) for event in events[:-1]]
     pairs = []
@@ -88,8 +88,8 @@ def streamed(answer):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_tokens_put_together_are_the_content_whole_and_streamed(ask, seed):
-    """Of a random model: most characters are broken, and control tokens come in the middle."""
+def test_concatenated_tokens_equal_the_content_with_and_without_streaming(ask, seed):
+    """With a random model, most characters are invalid, and special tokens occur in the middle."""
     settings = {"temperature": 1.5, "seed": seed, "max_tokens": 80}
     choice = ask(**settings).json()["choices"][0]
     content, entries = choice["message"]["content"], choice["logprobs"]["content"]
@@ -99,7 +99,7 @@ def test_tokens_put_together_are_the_content_whole_and_streamed(ask, seed):
     assert (text, tokens(found)) == (content, tokens(entries))
 
 
-def test_the_token_that_ends_an_answer_is_not_in_it(ask, tiny_tokenizer):
+def test_the_eos_token_is_not_in_the_content(ask, tiny_tokenizer):
     end = tiny_tokenizer.id_of("<|im_end|>")
     settings = {"temperature": 1.0, "seed": 1, "logit_bias": {str(end): 4}, "max_tokens": 230}
     answer = ask(**settings).json()
@@ -111,7 +111,7 @@ def test_the_token_that_ends_an_answer_is_not_in_it(ask, tiny_tokenizer):
     assert joined(entries) == choice["message"]["content"]
 
 
-def test_tokens_of_a_stop_string_are_not_in_it(ask):
+def test_tokens_of_a_stop_string_are_not_in_the_content(ask):
     settings = {"temperature": 0, "max_tokens": 40}
     whole = ask(**settings).json()["choices"][0]
     entries = whole["logprobs"]["content"]
@@ -127,7 +127,7 @@ def test_tokens_of_a_stop_string_are_not_in_it(ask):
     assert (text, tokens(found)) == (choice["message"]["content"], tokens(entries[:first]))
 
 
-def test_text_held_back_for_a_stop_string_comes_with_its_tokens(ask):
+def test_text_held_back_for_a_stop_string_is_released_with_its_tokens(ask):
     settings = {"temperature": 0, "max_tokens": 12}
     whole = ask(**settings).json()["choices"][0]
     content = whole["message"]["content"]
@@ -135,7 +135,7 @@ def test_text_held_back_for_a_stop_string_comes_with_its_tokens(ask):
     stop = content[begins:] + "never"
     text, found, pairs = streamed(ask(**settings, stop=stop, stream=True))
     assert (text, tokens(found)) == (content, tokens(whole["logprobs"]["content"]))
-    assert len(pairs) < len(found)  # several tokens at once
+    assert len(pairs) < len(found)  # some chunks contain several tokens
     for piece, entries in pairs:
         assert joined(entries) == piece
 
@@ -153,7 +153,7 @@ def test_sentencepiece_tokens_have_their_own_text_and_bytes(ask, pieces):
             assert bytes(entry["bytes"] or []).decode("utf-8", "backslashreplace") == entry["token"]
 
 
-def test_a_character_over_several_tokens_is_given_as_its_bytes(pieces):
+def test_a_character_of_several_tokens_is_reported_as_bytes(pieces):
     ids = [pieces.backend.token_to_id(f"<0x{v:02X}>") for v in "好".encode()]
     places = [Logprobs(token_id=i, raw=-1.0, top_raw=((i, -1.0),)) for i in ids]
     own = [ContentToken(place, pieces.token_bytes(place.token_id)) for place in places]
@@ -168,7 +168,7 @@ def test_a_character_over_several_tokens_is_given_as_its_bytes(pieces):
 
 
 def answered(tokenizer, ids, stop=None, ends=()):
-    """Chunks of text with their entries, as the engine's events of these tokens give them; and the content."""
+    """Returns chunks of text with entries for engine events of these tokens, and the content."""
     decoder, stops = StreamDecoder(tokenizer), StopStrings([] if stop is None else [stop])
     tokens, chunks, content = ContentTokens(tokenizer, ends), [], ""
     for number, token in enumerate(ids):
@@ -201,25 +201,25 @@ def answered(tokenizer, ids, stop=None, ends=()):
         (["▁Paris", "▁is"], "Paris", "", []),
     ],
 )
-def test_tokens_put_together_are_the_content_at_its_beginning_and_where_a_stop_text_cuts_one(
+def test_concatenated_tokens_equal_the_content_at_its_start_and_at_a_stop_string(
     pieces, words, stop, content, texts
 ):
     chunks, said = answered(pieces, [pieces.backend.token_to_id(word) for word in words], stop)
     entries = [entry for _, found in chunks for entry in found]
     assert said == content == joined(entries) == "".join(text for text, _ in chunks)
     assert [entry["token"] for entry in entries] == texts
-    for text, found in chunks:  # text comes with its tokens
+    for text, found in chunks:  # text is released with its tokens
         assert joined(found) == text
 
 
-def test_alternatives_to_the_first_token_lose_the_space_that_it_loses(pieces):
+def test_alternatives_to_the_first_token_also_lose_their_leading_space(pieces):
     paris = pieces.backend.token_to_id("▁Paris")
     chunks, _ = answered(pieces, [paris, paris])
     tops = [entry["top_logprobs"][0]["token"] for _, found in chunks for entry in found]
     assert tops == ["Paris", " Paris"]
 
 
-def test_an_id_without_a_token_and_one_that_cannot_come(tiny_tokenizer):
+def test_ids_without_a_token_and_impossible_tokens_are_reported(tiny_tokenizer):
     place = Logprobs(token_id=4000, raw=float("-inf"), top_raw=((50, -0.5),))
     token = ContentToken(place, tiny_tokenizer.token_bytes(4000))
     entry = choice_logprobs([token], tiny_tokenizer).model_dump()["content"][0]
@@ -241,13 +241,13 @@ def event(place, text, reason=None):
 @given(
     ids=st.one_of(
         st.lists(st.integers(0, 319), min_size=1, max_size=20),
-        st.lists(st.integers(3, 258), min_size=1, max_size=20),  # bytes, mostly broken characters
+        st.lists(st.integers(3, 258), min_size=1, max_size=20),  # bytes, mostly invalid characters
         st.text("hello 你好😀é", min_size=1, max_size=12),
     ),
     stop=st.text("helo 你好\ufffd", min_size=1, max_size=4),
 )
-def test_content_is_covered_by_its_tokens_wherever_it_stops(tiny_tokenizer, ids, stop):
-    """As the engine makes events of tokens: whatever they are, the tokens given out reach as far as the text."""
+def test_the_released_tokens_cover_the_content_wherever_it_stops(tiny_tokenizer, ids, stop):
+    """With events as the engine creates them, for arbitrary tokens."""
     tokenizer = tiny_tokenizer
     ids = tokenizer.encode(ids) if isinstance(ids, str) else ids
     decoder, stops = StreamDecoder(tokenizer), StopStrings([stop])
@@ -281,7 +281,7 @@ def test_content_is_covered_by_its_tokens_wherever_it_stops(tiny_tokenizer, ids,
     assert found_ids == content[: len(found)]
     covered = tokenizer.decode(found_ids)
     assert covered.startswith(text) if end else covered == text
-    if end and found:  # and no token more
+    if end and found:  # and no token beyond the text
         assert len(tokenizer.decode(found_ids[:-1]).rstrip("\ufffd")) <= len(text)
     if "\ufffd" not in text:
         assert b"".join(token.own or b"" for token in found).decode() == text

@@ -1,4 +1,4 @@
-"""The chat page in a real browser: a question goes out, answers of both models come in."""
+"""The chat page in a real browser: a question is sent, and completions of both models arrive."""
 
 import json
 import os
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 class Page:
-    """A browser tab, driven over the DevTools protocol."""
+    """A browser tab, controlled by the DevTools protocol."""
 
     def __init__(self, url):
         self._socket = websocket.create_connection(url, timeout=30)
@@ -103,7 +103,7 @@ PRESS_ENTER = (
 )
 
 
-def test_a_question_in_the_address_fills_the_box_and_is_sent_by_the_user_alone(address, tmp_path):
+def test_a_question_in_the_url_fills_the_box_and_is_sent_only_by_the_user(address, tmp_path):
     with opened(f"{address}/?q=hello&models=base,tuned&lang=en", tmp_path) as page:
         page.wait_for("document.querySelector('#model-0')?.value === 'base'")
         assert page.evaluate("document.querySelector('#question').value") == "hello"

@@ -1,4 +1,4 @@
-"""The server with a tiny model: the official client, the errors, the page."""
+"""The server with a tiny model: the official client, errors, and the page."""
 
 import json
 import re
@@ -23,9 +23,12 @@ QUESTION = [{"role": "user", "content": "hello"}]
 
 @contextmanager
 def running(models, *, send_buffer=None, **options):
-    """A server on a free loopback port; yields its address. `send_buffer`: bytes the kernel takes for a slow client."""
+    """Runs a server on a free loopback port and yields its address.
+
+    `send_buffer` is the size of the kernel's send buffer for each client, in bytes.
+    """
     listener = bind("127.0.0.1", 0)
-    if send_buffer is not None:  # what is accepted takes it over
+    if send_buffer is not None:  # accepted connections inherit it
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = build_server(models, **options)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -87,13 +90,13 @@ def test_streaming_gives_the_same_text_and_its_usage(client, llms):
     assert set(reasons[:-1]) == {None}
 
 
-def test_what_the_server_renders_is_what_the_tokenizer_renders(client, tiny_tokenizer):
+def test_the_server_renders_messages_like_the_tokenizer(client, tiny_tokenizer):
     answer = client.chat.completions.create(model="base", messages=QUESTION, max_tokens=1)
     ids = tiny_tokenizer.encode_chat(QUESTION, add_generation_prompt=True).token_ids
     assert answer.usage.prompt_tokens == len(ids)
 
 
-def test_a_seed_repeats_the_answer(client):
+def test_a_seed_makes_the_completion_reproducible(client):
     def ask(seed):
         return client.chat.completions.create(
             model="base", messages=QUESTION, max_tokens=16, temperature=1.0, seed=seed
@@ -104,7 +107,7 @@ def test_a_seed_repeats_the_answer(client):
     assert first.choices[0].message.content != other.choices[0].message.content
 
 
-def test_several_choices_with_their_logprobs_come_whole_and_streamed(client, tiny_tokenizer):
+def test_several_choices_with_logprobs_work_with_and_without_streaming(client, tiny_tokenizer):
     settings = {
         "model": "base",
         "messages": QUESTION,
@@ -160,7 +163,7 @@ def test_content_may_be_a_list_of_text_parts(client):
 @pytest.mark.parametrize(
     ("changes", "status", "message"),
     [
-        ({"model": "gpt-5"}, 404, "served are base, tuned"),
+        ({"model": "gpt-5"}, 404, "the served models are base, tuned"),
         ({"temperature": -1}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),
         ({"max_tokens": 0}, 400, "max_tokens"),
@@ -184,7 +187,7 @@ def test_content_may_be_a_list_of_text_parts(client):
         ({"messages": [{"role": "user", "content": "long " * 500}]}, 400, "context of 256"),
     ],
 )
-def test_a_wrong_request_is_refused_in_openais_form(address, changes, status, message):
+def test_an_invalid_request_is_refused_in_openais_format(address, changes, status, message):
     body = {"model": "base", "messages": QUESTION, "max_tokens": 2} | changes
     answer = httpx.post(f"{address}/v1/chat/completions", json=body)
     assert answer.status_code == status
@@ -199,12 +202,15 @@ def test_broken_json_and_huge_bodies_are_refused(address):
         == 400
     )
     with socket.create_connection(address.removeprefix("http://").split(":")) as raw:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {MAX_BODY_BYTES + 1}\r\n\r\n"
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: "
+            f"{MAX_BODY_BYTES + 1}\r\n\r\n"
+        )
         raw.sendall(head.encode())
         assert b" 413 " in raw.recv(1000)
 
 
-def test_a_client_that_hangs_up_frees_its_request(address, llms):
+def test_a_client_that_disconnects_frees_its_request(address, llms):
     body = {"model": "base", "messages": QUESTION, "stream": True, "temperature": 1.5, "seed": 3}
     with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
@@ -215,7 +221,7 @@ def test_a_client_that_hangs_up_frees_its_request(address, llms):
     assert llms["base"].engine.pool.available == llms["base"].engine.pool.num_pages
 
 
-def test_many_clients_at_once_get_what_each_gets_alone(client):
+def test_concurrent_clients_get_the_same_completions_as_each_alone(client):
     prompts = [f"question {i} " * (i + 1) for i in range(8)]
 
     def ask(prompt):
@@ -239,7 +245,7 @@ def test_many_clients_at_once_get_what_each_gets_alone(client):
     assert together == alone
 
 
-def test_a_failing_step_is_reported_and_the_engine_lives(address, llms, monkeypatch):
+def test_a_failing_step_is_reported_and_the_engine_survives(address, llms, monkeypatch):
     runner = llms["tuned"].engine.runner
     body = {"model": "tuned", "messages": QUESTION, "max_tokens": 2}
     with monkeypatch.context() as patch:
@@ -250,7 +256,7 @@ def test_a_failing_step_is_reported_and_the_engine_lives(address, llms, monkeypa
     assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200
 
 
-def test_the_key_is_asked_everywhere_but_for_health_and_the_page(llms):
+def test_the_key_is_required_except_for_health_and_the_page(llms):
     with running(llms, api_key="secret") as address:
         assert httpx.get(f"{address}/health").json() == {"status": "ok"}
         assert httpx.get(f"{address}/").status_code == 200
@@ -261,7 +267,7 @@ def test_the_key_is_asked_everywhere_but_for_health_and_the_page(llms):
         assert httpx.get(f"{address}/v1/models", headers=right).status_code == 200
 
 
-def test_the_page_loads_nothing_from_outside(address):
+def test_the_page_loads_no_external_resources(address):
     answer = httpx.get(address)
     assert answer.headers["content-type"].startswith("text/html")
     assert "default-src 'self'" in answer.headers["content-security-policy"]
@@ -277,7 +283,7 @@ def test_a_port_in_use_is_refused():
     first.close()
 
 
-def test_answers_are_utf8_json(address):
+def test_responses_are_utf8_json(address):
     body = {"model": "base", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 4}
     answer = httpx.post(f"{address}/v1/chat/completions", json=body | {"stream": True})
     lines = [x.removeprefix("data: ") for x in answer.text.splitlines() if x]
@@ -286,7 +292,7 @@ def test_answers_are_utf8_json(address):
 
 
 def test_the_curl_example_of_the_readme_works_as_written(llms):
-    """Only the port is another one: the tests do not own the default one."""
+    """Only the port differs: the tests must not use the default one."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     command = re.search(r"```bash\n(curl .*?)```", readme, re.DOTALL).group(1)
     with running(llms) as address:

@@ -1,4 +1,4 @@
-"""Chat templates in the shapes of the published families, with what each writes for an assistant's turns."""
+"""Chat templates in the formats of published families, with their text for assistant turns."""
 
 QWEN3 = """
 {%- if tools %}
@@ -13,7 +13,8 @@ QWEN3 = """
 {%- set ns = namespace(searching=true, last_query=messages | length - 1) %}
 {%- for message in messages[::-1] %}
     {%- set index = (messages | length - 1) - loop.index0 %}
-    {%- if ns.searching and message.role == 'user' and not message.content.startswith('<tool_response>') %}
+    {%- if ns.searching and message.role == 'user' and not \
+message.content.startswith('<tool_response>') %}
         {%- set ns.searching = false %}
         {%- set ns.last_query = index %}
     {%- endif %}
@@ -27,11 +28,13 @@ QWEN3 = """
         {%- if message.reasoning_content is string %}
             {%- set reasoning = message.reasoning_content %}
         {%- elif '</think>' in content %}
-            {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('\
+<think>')[-1].lstrip('\\n') %}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
         {%- if loop.index0 > ns.last_query and (loop.last or reasoning) %}
-            {{- '<|im_start|>assistant\\n<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+            {{- '<|im_start|>assistant\\n<think>\\n' + reasoning.strip('\\n') + \
+'\\n</think>\\n\\n' + content.lstrip('\\n') }}
         {%- else %}
             {{- '<|im_start|>assistant\\n' + content }}
         {%- endif %}
@@ -50,14 +53,17 @@ QWEN3 = """
         {%- endif %}
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == 'tool' %}
-        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' \
+}}{%- endif %}
         {{- '\\n<tool_response>\\n' + content + '\\n</tool_response>' }}
-        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- \
+endif %}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- \
+'<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}"""
 
 LLAMA3 = """{{- bos_token }}
@@ -67,18 +73,21 @@ LLAMA3 = """{{- bos_token }}
 {%- else %}
     {%- set system_message = '' %}
 {%- endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n\\n' + system_message }}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n\\n' \
++ system_message }}
 {{- '<|eot_id|>' }}
 {%- for message in messages %}
     {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + \
+message['content'] | trim + '<|eot_id|>' }}
     {%- elif 'tool_calls' in message %}
         {%- if message.tool_calls | length != 1 %}
             {{- raise_exception('This model only supports single tool-calls at once!') }}
         {%- endif %}
         {%- set tool_call = message.tool_calls[0].function %}
         {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
-        {{- '{"name": "' + tool_call.name + '", "parameters": ' + tool_call.arguments | tojson + '}' }}
+        {{- '{"name": "' + tool_call.name + '", "parameters": ' + tool_call.arguments | tojson + \
+'}' }}
         {{- '<|eot_id|>' }}
     {%- else %}
         {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + message.content + '<|eot_id|>' }}
@@ -106,7 +115,8 @@ GEMMA = """{{ bos_token }}
 GLM = """[gMASK]<sop>
 {%- macro visible_text(content) -%}{{- content if content is string else '' -}}{%- endmacro -%}
 {%- set ns = namespace(last_user=-1) %}
-{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last_user = loop.index0 -%}{%- endif %}{%- endfor %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last_user = loop.index0 -%}{%- endif \
+%}{%- endfor %}
 {%- for m in messages %}
 {%- if m.role == 'user' -%}<|user|>
 {{ visible_text(m.content) }}
@@ -168,7 +178,8 @@ MISTRAL = """{%- if messages[0]['role'] == 'system' %}
 
 DEEPSEEK = """{%- set ns = namespace(is_tool=false, system_prompt='') %}
 {%- for message in messages %}
-    {%- if message['role'] == 'system' %}{%- set ns.system_prompt = message['content'] %}{%- endif %}
+    {%- if message['role'] == 'system' %}{%- set ns.system_prompt = message['content'] %}{%- endif \
+%}
 {%- endfor %}
 {{- bos_token + ns.system_prompt }}
 {%- for message in messages %}
@@ -179,7 +190,8 @@ DEEPSEEK = """{%- set ns = namespace(is_tool=false, system_prompt='') %}
         {%- set ns.is_tool = false %}
         {{- '<|Assistant|>' + message['content'] + '<|calls|>' }}
         {%- for tool in message['tool_calls'] %}
-            {{- tool['function']['name'] + '\\n' + tool['function']['arguments'] | tojson + '<|call end|>' }}
+            {{- tool['function']['name'] + '\\n' + tool['function']['arguments'] | tojson + \
+'<|call end|>' }}
         {%- endfor %}
         {{- '<|end|>' }}
     {%- elif message['role'] == 'assistant' %}
@@ -188,7 +200,8 @@ DEEPSEEK = """{%- set ns = namespace(is_tool=false, system_prompt='') %}
             {%- set ns.is_tool = false %}
         {%- else %}
             {%- set content = message['content'] %}
-            {%- if '</think>' in content %}{%- set content = content.split('</think>')[-1] %}{%- endif %}
+            {%- if '</think>' in content %}{%- set content = content.split('</think>')[-1] %}{%- \
+endif %}
             {{- '<|Assistant|>' + content + '<|end|>' }}
         {%- endif %}
     {%- elif message['role'] == 'tool' %}
@@ -209,4 +222,4 @@ INDEXED = """{%- for i in range(messages | length) %}
 {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-"""Loops over numbers: nothing tells which message is being written."""
+"""Iterates over indices, so that a renderer cannot tell which message is being written."""

@@ -1,4 +1,4 @@
-"""Adapters that come, go and fail: nothing is half done, nothing is used that is not there."""
+"""Adapters that are added, removed or fail: no partial state, and no use of missing adapters."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def tokens(llm, **options):
 
 
 @pytest.mark.parametrize("name", ["mine", ""])
-def test_an_engine_sees_an_adapter_that_comes_later(tiny_tokenizer, folder, name):
+def test_an_engine_sees_an_adapter_added_later(tiny_tokenizer, folder, name):
     model = build_tiny()
     llm = llm_of(model, tiny_tokenizer)
     plain = tokens(llm)
@@ -64,7 +64,7 @@ def test_an_engine_sees_an_adapter_that_comes_later(tiny_tokenizer, folder, name
     assert tokens(llm) == plain
 
 
-def test_a_request_of_an_adapter_that_goes_is_cancelled_and_others_go_on(tiny_tokenizer, folder):
+def test_requests_of_a_removed_adapter_are_cancelled_and_others_continue(tiny_tokenizer, folder):
     model = build_tiny()
     add_adapter(model, folder, name="mine")
     llm = llm_of(model, tiny_tokenizer)
@@ -84,7 +84,7 @@ def test_a_request_of_an_adapter_that_goes_is_cancelled_and_others_go_on(tiny_to
     assert llm.engine.pool.available == llm.engine.pool.num_pages
 
 
-def test_names_that_are_not_held_are_refused_everywhere(tiny_tokenizer, folder):
+def test_unknown_adapter_names_are_refused_everywhere(tiny_tokenizer, folder):
     model = build_tiny()
     add_adapter(model, folder, name="mine")
     llm = llm_of(model, tiny_tokenizer)
@@ -97,7 +97,7 @@ def test_names_that_are_not_held_are_refused_everywhere(tiny_tokenizer, folder):
             call()
 
 
-def test_a_failed_attaching_or_loading_leaves_the_model_as_it_was(tiny_tokenizer, tmp_path, folder):
+def test_a_failed_attach_or_load_leaves_the_model_unchanged(tiny_tokenizer, tmp_path, folder):
     model = build_tiny()
     adapters = attach(model, LoRAConfig(rank=2))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -126,7 +126,7 @@ def test_a_failed_attaching_or_loading_leaves_the_model_as_it_was(tiny_tokenizer
     assert not model.adapter_sets
 
 
-def test_a_merge_that_fails_on_the_way_leaves_a_model_that_gives_the_same(monkeypatch):
+def test_a_merge_that_fails_halfway_leaves_an_equivalent_model(monkeypatch):
     model = build_tiny()
     attach(model, LoRAConfig(rank=4))
     randomise(model)
@@ -147,7 +147,7 @@ def test_a_merge_that_fails_on_the_way_leaves_a_model_that_gives_the_same(monkey
     torch.testing.assert_close(merge(model).logits(IDS), adapted, atol=1e-4, rtol=1e-4)
 
 
-def test_one_of_several_adapters_is_not_merged_under_the_others(tmp_path, folder):
+def test_merging_one_of_several_adapters_is_refused(tmp_path, folder):
     model = build_tiny()
     add_adapter(model, folder, name="a")
     add_adapter(model, saved(tmp_path / "b", seed=2), name="b")
@@ -160,7 +160,7 @@ def test_one_of_several_adapters_is_not_merged_under_the_others(tmp_path, folder
     torch.testing.assert_close(merge(model, "a").logits(IDS), expected, atol=5e-4, rtol=1e-3)
 
 
-def test_a_references_head_is_the_bases_where_the_adapter_has_one():
+def test_a_reference_uses_the_base_head_if_the_adapter_has_one():
     model = build_tiny(tie_word_embeddings=False)
     batch = pack([Sample.from_mask(IDS.tolist())])
     before = model.head(model(batch.token_ids, batch.context()))
@@ -170,7 +170,7 @@ def test_a_references_head_is_the_bases_where_the_adapter_has_one():
     assert torch.equal(reference.head(reference.hidden(batch)), before)
 
 
-def test_all_linear_with_another_target_takes_both():
+def test_all_linear_with_another_target_selects_both():
     model = build_tiny(tie_word_embeddings=False)
     names = attach(model, LoRAConfig(rank=2, targets=("all-linear", "lm_head"))).linears
     assert "lm_head" in names
@@ -206,7 +206,7 @@ def test_a_packed_weight_is_dequantized_again_in_the_backward_pass():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_loss_is_that_of_the_logits_of_an_adapted_head(dropout):
+def test_the_loss_equals_that_of_the_logits_of_an_adapted_head(dropout):
     model = Decoder(tiny_model_config(tie_word_embeddings=False))
     model.reset_parameters(std=0.1, generator=torch.Generator().manual_seed(0))
     attach(model, LoRAConfig(rank=4, alpha=64, dropout=dropout, targets=("lm_head",)))
@@ -226,7 +226,7 @@ def test_the_loss_is_that_of_the_logits_of_an_adapted_head(dropout):
     torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
 
 
-def test_the_plan_counts_the_copy_of_a_head_that_an_adapter_changes():
+def test_the_plan_counts_the_copy_of_a_head_changed_by_an_adapter():
     config = tiny_model_config(tie_word_embeddings=False, vocab_size=60_000)
     matrix = 60_000 * config.hidden_size
     setup = {"micro_batch_tokens": 64, "dtype": torch.bfloat16}

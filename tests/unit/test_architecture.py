@@ -1,4 +1,4 @@
-"""The house's own rules: which folder may import which, what importing costs, that exported names exist."""
+"""Rules of the code base: import order of packages, cost of importing, and exported names."""
 
 import ast
 import importlib
@@ -24,7 +24,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 
 def imports_of(path: Path) -> set[str]:
-    """Folders of easyllm that a file imports, anywhere in it."""
+    """Returns the packages of easyllm that a file imports anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
@@ -39,7 +39,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def test_every_folder_has_a_place_in_the_order():
+def test_every_package_is_in_the_import_order():
     folders = {p.name for p in SOURCE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     assert folders <= set(ORDER)
 
@@ -48,13 +48,13 @@ def test_every_folder_has_a_place_in_the_order():
 def test_a_folder_imports_only_folders_above_it(path):
     parts = path.relative_to(SOURCE).parts
     if len(parts) == 1:
-        return  # easyllm/__init__.py hands names on, lazily
+        return  # easyllm/__init__.py re-exports names lazily
     here = ORDER.index(parts[0])
     below = {name for name in imports_of(path) if name in ORDER and ORDER.index(name) > here}
     assert not below, f"{parts[0]} may not import {below}"
 
 
-def test_modules_do_not_import_each_other_in_a_circle():
+def test_modules_have_no_circular_imports():
     graph = {}
     for path in FILES:
         name = ".".join(("easyllm", *path.relative_to(SOURCE).with_suffix("").parts))
@@ -76,12 +76,12 @@ def test_modules_do_not_import_each_other_in_a_circle():
 
 
 def _top_level_modules(path: Path) -> set[str]:
-    """Modules imported when the file itself is imported (not under TYPE_CHECKING, not in functions)."""
+    """Returns the modules imported on import of the file (not in TYPE_CHECKING or functions)."""
     own_package = ".".join(("easyllm", *path.relative_to(SOURCE).parts[:-1]))
     found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("easyllm."):
-            # a package's own __init__ importing its modules is no circle unless they import the package back
+            # a package that imports its own modules is circular only if they import the package
             submodules = {f"{node.module}.{alias.name}" for alias in node.names}
             existing = {m for m in submodules if _exists(m)}
             found |= existing or {node.module}
@@ -133,7 +133,7 @@ def test_importing_the_package_loads_no_torch():
 
 
 @pytest.mark.parametrize("verb", [[], ["train"], ["serve"], ["quickstart"]])
-def test_help_answers_without_torch(verb):
+def test_help_does_not_import_torch(verb):
     code = (
         "import sys; sys.argv = ['easyllm', *{verb!r}, '--help']\n"
         "from easyllm.cli.main import main\n"
@@ -146,7 +146,7 @@ def test_help_answers_without_torch(verb):
     assert "Usage" in done.stdout
 
 
-def test_every_verb_shows_examples_in_its_help():
+def test_every_command_shows_examples_in_its_help():
     from typer.main import get_command
 
     from easyllm.cli.main import app

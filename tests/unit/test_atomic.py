@@ -1,4 +1,4 @@
-"""Writing: all of it or nothing, what stands is not overwritten, a refusal says what to do."""
+"""Atomic writes: complete or absent, nothing existing is overwritten, and errors say what to do."""
 
 import errno
 import json
@@ -26,13 +26,13 @@ def fill(target: Path, content: str, *, replace: bool = False, fail: BaseExcepti
             raise fail
 
 
-def test_a_folder_appears_under_its_name_with_all_it_holds(tmp_path):
+def test_a_folder_appears_under_its_name_with_its_complete_content(tmp_path):
     fill(tmp_path / "deep" / "out", "new")
     assert (tmp_path / "deep" / "out" / "sub" / "file").read_text() == "new"
     assert names(tmp_path / "deep") == ["out"]
 
 
-def test_nothing_stands_under_the_name_before_the_block_ends(tmp_path):
+def test_the_name_does_not_exist_before_the_block_ends(tmp_path):
     with atomic_directory(tmp_path / "out") as work:
         (work / "file").touch()
         assert not (tmp_path / "out").exists()
@@ -73,7 +73,7 @@ def test_an_exception_in_the_block_leaves_nothing(tmp_path, error):
     assert names(tmp_path) == []
 
 
-def test_an_exception_in_the_block_leaves_the_old_folder_whole(tmp_path):
+def test_an_exception_in_the_block_leaves_the_old_folder_intact(tmp_path):
     fill(tmp_path / "out", "old")
     with pytest.raises(RuntimeError):
         fill(tmp_path / "out", "new", replace=True, fail=RuntimeError())
@@ -90,7 +90,7 @@ def test_replacing_swaps_the_whole_folder(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_replacing_takes_the_place_of_a_file(tmp_path):
+def test_replacing_a_file_works(tmp_path):
     (tmp_path / "out").write_text("old")
     fill(tmp_path / "out", "new", replace=True)
     assert (tmp_path / "out" / "sub" / "file").read_text() == "new"
@@ -106,7 +106,7 @@ def test_replacing_a_link_leaves_the_folder_it_pointed_to(tmp_path):
     assert names(tmp_path) == ["out", "real"]
 
 
-def test_a_swap_that_fails_half_way_puts_the_old_folder_back(tmp_path, monkeypatch):
+def test_a_swap_that_fails_halfway_restores_the_old_folder(tmp_path, monkeypatch):
     fill(tmp_path / "out", "old")
     rename = os.rename
 
@@ -141,13 +141,13 @@ def test_a_path_through_a_file_is_refused(tmp_path):
         (errno.EROFS, "read-only"),
     ],
 )
-def test_the_systems_refusals_say_what_to_do(tmp_path, code, words):
+def test_errors_of_the_operating_system_say_what_to_do(tmp_path, code, words):
     with pytest.raises(OutputError, match=f"cannot write .*out'.*{words}"):
         fill(tmp_path / "out", "new", fail=OSError(code, os.strerror(code)))
     assert names(tmp_path) == []
 
 
-def test_an_error_that_is_no_refusal_to_write_passes_through():
+def test_other_errors_pass_through():
     with pytest.raises(OSError, match="Interrupted"), output_errors(Path("out")):
         raise OSError(errno.EINTR, "Interrupted")
     with pytest.raises(ZeroDivisionError), output_errors(Path("out")):
@@ -164,7 +164,7 @@ def full_disk(*arguments, **options):
 
 
 @pytest.mark.parametrize("step", ["write_model_weights", "write_json"])
-def test_a_disk_that_fills_while_saving_a_model_leaves_nothing(
+def test_a_disk_that_fills_up_while_saving_a_model_leaves_nothing(
     tmp_path, monkeypatch, tiny_model, step
 ):
     monkeypatch.setattr(f"easyllm.models.load.{step}", full_disk)
@@ -173,7 +173,7 @@ def test_a_disk_that_fills_while_saving_a_model_leaves_nothing(
     assert names(tmp_path) == []
 
 
-def test_a_disk_that_fills_in_the_middle_leaves_the_old_model(tmp_path, monkeypatch, tiny_model):
+def test_a_disk_that_fills_up_halfway_leaves_the_old_model(tmp_path, monkeypatch, tiny_model):
     target = save_model(tiny_model, tmp_path / "model")
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     written = []
@@ -192,7 +192,7 @@ def test_a_disk_that_fills_in_the_middle_leaves_the_old_model(tmp_path, monkeypa
     assert names(tmp_path) == ["model"]
 
 
-def test_saving_over_a_model_needs_leave(tmp_path, tiny_model):
+def test_overwriting_a_model_must_be_explicit(tmp_path, tiny_model):
     target = save_model(tiny_model, tmp_path / "model", extra_files={"extra.json": {}})
     with pytest.raises(OutputError, match="already exists and is not empty"):
         save_model(tiny_model, target)
@@ -210,7 +210,7 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
     assert names(target.parent) == ["file"]
 
 
-def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_completed_leaves_the_old_one(tmp_path, monkeypatch):
     target = tmp_path / "file"
     write_atomic(target, "old")
     monkeypatch.setattr(atomic.os, "fsync", full_disk)
@@ -220,7 +220,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
     assert names(tmp_path) == ["file"]
 
 
-def test_json_is_written_readable_and_in_utf8(tmp_path):
+def test_json_is_written_indented_and_in_utf8(tmp_path):
     value = {"a": [1, 2.5, None], "你好": "é"}
     write_json(tmp_path / "x.json", value)
     text = (tmp_path / "x.json").read_text(encoding="utf-8")
@@ -229,7 +229,7 @@ def test_json_is_written_readable_and_in_utf8(tmp_path):
     assert text.endswith("}\n")
 
 
-def test_weights_are_as_readable_as_the_umask_lets(tmp_path, tiny_model):
+def test_weight_files_have_the_permissions_of_the_umask(tmp_path, tiny_model):
     mask = os.umask(0o027)
     try:
         target = save_model(tiny_model, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What the cache holds and how many bytes that is, asked of the real caches (big ones on the `meta` device)."""
+"""Contents and size of the KV cache, measured on real caches (large ones on the `meta` device)."""
 
 import random
 
@@ -40,11 +40,11 @@ def config_of(name, **changes):
 
 
 def page_bytes(config, page_size=16, dtype=torch.float16):
-    """Bytes of a page in all layers, of a real cache that has no memory behind it."""
+    """Returns the bytes of one page in all layers of a real cache without allocated memory."""
     return KVCache(config, 1, page_size, dtype, META).num_bytes
 
 
-# ---- topic 5: MQA and GQA
+# ---- MQA and GQA
 
 PER_TOKEN = {
     "llama2-70b, 64 heads": ("llama2-70b", 64, 2_621_440),
@@ -56,14 +56,14 @@ PER_TOKEN = {
 
 
 @pytest.mark.parametrize(("name", "kv_heads", "expected"), PER_TOKEN.values(), ids=PER_TOKEN)
-def test_topic_5_bytes_a_token_in_fp16(name, kv_heads, expected):
+def test_bytes_per_token_in_fp16_have_their_published_values(name, kv_heads, expected):
     config = config_of(name, **{"num_key_value_heads": kv_heads} if kv_heads else {})
     assert page_bytes(config, 1) == expected
     assert page_bytes(config, 16) == 16 * expected
     assert cache_size(config, context=1000).total == 1000 * expected
 
 
-# ---- topic 64: OPT-13B in pages
+# ---- OPT-13B in pages
 
 OPT_13B = ModelConfig(
     family="easyllm",
@@ -80,7 +80,7 @@ OPT_13B = ModelConfig(
 )
 
 
-def test_topic_64_a_token_of_opt_13b_takes_819200_bytes_and_a_block_of_16_takes_13107200():
+def test_a_token_of_opt_13b_takes_819200_bytes_and_a_page_of_16_takes_13107200():
     assert page_bytes(OPT_13B, 1) == 819_200
     assert page_bytes(OPT_13B, 16) == 13_107_200
     plan = plan_memory(
@@ -90,9 +90,12 @@ def test_topic_64_a_token_of_opt_13b_takes_819200_bytes_and_a_block_of_16_takes_
     assert plan.num_pages == int(0.25 * 48e9) // 13_107_200
 
 
-def test_topic_64_a_sequence_wastes_at_most_15_slots_and_earlier_systems_most_of_theirs():
-    """Whatever it has computed, only its last page has room left. Room reserved for the longest sequence, as systems
-    before had it, would be used by a third or less here (the paper measured 20.4 to 38.2% for them)."""
+def test_a_sequence_wastes_at_most_15_slots_unlike_contiguous_allocation():
+    """Only the last page of a sequence has free slots.
+
+    Space reserved for the longest sequence, as in systems before paged attention, would be used to
+    a third or less here (the paper measured 20.4 to 38.2%).
+    """
     rng = random.Random(0)
     pool = PagePool(2048, 16)
     scheduler = Scheduler(pool, max_running=32, max_step_tokens=256)
@@ -117,10 +120,10 @@ def test_topic_64_a_sequence_wastes_at_most_15_slots_and_earlier_systems_most_of
     assert used / reserved < 0.382
 
 
-# ---- topic 30: Mistral 7B
+# ---- Mistral 7B
 
 
-def test_topic_30_a_window_in_every_layer_spans_131072_tokens():
+def test_a_window_in_every_layer_spans_131072_tokens():
     config = config_of("mistral-7b")
     windows = [layer.mixer.window for layer in config.layers]
     assert windows == [4096] * 32
@@ -128,10 +131,8 @@ def test_topic_30_a_window_in_every_layer_spans_131072_tokens():
 
 
 @pytest.mark.parametrize(("num_layers", "window"), [(1, 4), (3, 4), (2, 7)])
-def test_topic_30_a_token_reaches_the_last_through_a_window_a_layer_and_no_further(
-    num_layers, window
-):
-    """Each layer carries what it knows window - 1 tokens on: the span above, but for the token itself."""
+def test_windows_in_every_layer_limit_the_receptive_field(num_layers, window):
+    """Each layer extends the receptive field by window - 1 tokens."""
     model, length = tiny(num_layers, window=window), 30
     ids = torch.arange(length) % 11
     reach = num_layers * (window - 1)
@@ -148,7 +149,7 @@ def test_topic_30_a_token_reaches_the_last_through_a_window_a_layer_and_no_furth
 
 
 def bytes_after(config, num_tokens):
-    """What one sequence holds after so many tokens, computed in chunks of 4096."""
+    """Returns the bytes cached for one sequence of `num_tokens`, prefilled in chunks of 4096."""
     pool = PagePool(num_tokens // 16, 16)
     rolling = rolling_window(config)
     scheduler = Scheduler(
@@ -168,7 +169,7 @@ def bytes_after(config, num_tokens):
     return len(scheduler.running[0].table.held) * page_bytes(config)
 
 
-def test_topic_30_a_rolling_cache_of_32k_tokens_takes_512_mib_instead_of_4_gib():
+def test_a_rolling_cache_of_32k_tokens_takes_512_mib_instead_of_4_gib():
     rolling = config_of("mistral-7b")
     assert bytes_after(rolling, 32_768) == GIB // 2
     assert cache_size(rolling, context=32_768).total == GIB // 2
@@ -177,7 +178,7 @@ def test_topic_30_a_rolling_cache_of_32k_tokens_takes_512_mib_instead_of_4_gib()
     assert cache_size(whole, context=32_768).total == 4 * GIB
 
 
-def test_a_model_with_one_layer_that_sees_all_keeps_all():
+def test_a_model_with_one_full_attention_layer_caches_all_tokens():
     config = config_of("mistral-7b")
     first = config.layers[0]
     seeing = first.model_copy(update={"mixer": first.mixer.model_copy(update={"window": None})})
@@ -199,8 +200,8 @@ PIECES = {
 
 @pytest.mark.parametrize("page_size", [1, 2, 16])
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
-def test_topic_30_the_rolling_cache_equals_masked_full_attention(pieces, page_size):
-    """Pages before the window are given back and come again as others, full of NaN in between."""
+def test_the_rolling_cache_equals_masked_full_attention(pieces, page_size):
+    """Pages before the window are freed and reused, filled with NaN in between."""
     window, at, generator = 5, 0, torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(23, heads, 4, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
@@ -230,7 +231,7 @@ def test_topic_30_the_rolling_cache_equals_masked_full_attention(pieces, page_si
 
 
 def masked(q, k, v, scale, window):
-    """Full attention [T, H, d] under the band 0 ≤ i - j < window, written out."""
+    """Explicit full attention [T, H, d] with the band 0 ≤ i - j < window."""
     k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale
     distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
@@ -239,12 +240,12 @@ def masked(q, k, v, scale, window):
     return torch.einsum("hij,jhd->ihd", weights, v)
 
 
-# ---- what was never written, and what does not grow
+# ---- unwritten slots, and constant-size states
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 5}, {"window": 5, "num_sinks": 2}], ids=str)
 def test_slots_that_were_never_written_are_never_read(options):
-    """Uninitialised memory may hold anything: here it holds NaN."""
+    """Uninitialised memory may contain anything; here it contains NaN."""
     model = tiny(2, **options)
     cache = KVCache(model.config, 7, 16, torch.float32, CPU)
     for tensor in (*cache.keys, *cache.values):
@@ -289,7 +290,7 @@ def mixer_of(**options):
 
 
 def tiny(num_layers, **options):
-    """A random model of softmax attention."""
+    """Returns a random model with softmax attention."""
     return build(mixer_of(**options), num_layers)
 
 
@@ -308,7 +309,7 @@ def build(mixer, num_layers):
 
 
 @pytest.mark.parametrize("num_sinks", [0, 4, 16, 20])
-def test_sinks_stay_when_the_window_moves_on(num_sinks):
+def test_sinks_remain_when_the_window_moves(num_sinks):
     pool = PagePool(40, 16)
     table = PageTable(pool, Namespace(), num_sinks=num_sinks)
     for length in range(1, 500):

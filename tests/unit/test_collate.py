@@ -1,4 +1,4 @@
-"""Padded batches: what lies where, positions, and the way to the packed layout and back."""
+"""Padded batches: layout, positions, and conversion to the packed layout and back."""
 
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ PADS = {"left": left_pad, "right": right_pad}
 either_side = pytest.mark.parametrize("pad", PADS.values(), ids=PADS.keys())
 
 
-def test_left_padding_is_in_front_and_positions_count_the_tokens():
+def test_left_padding_precedes_the_tokens_and_positions_skip_it():
     batch = left_pad([[5, 6, 7], [8], [1, 2, 3, 4]], pad_id=9)
     assert batch.token_ids.tolist() == [[9, 5, 6, 7], [9, 9, 9, 8], [1, 2, 3, 4]]
     assert batch.mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
@@ -32,7 +32,7 @@ def test_left_padding_is_in_front_and_positions_count_the_tokens():
     assert {t.dtype for t in (batch.token_ids, batch.mask, batch.positions)} == {torch.int64}
 
 
-def test_right_padding_is_behind():
+def test_right_padding_follows_the_tokens():
     batch = right_pad([[5, 6, 7], [8]], pad_id=9, length=4)
     assert batch.token_ids.tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]
     assert batch.mask.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
@@ -40,7 +40,7 @@ def test_right_padding_is_behind():
 
 
 @either_side
-def test_a_pad_id_that_is_also_a_token_is_no_padding(pad):
+def test_a_pad_id_that_is_also_a_token_is_not_padding(pad):
     batch = pad([[0, 0, 1], [0]], pad_id=0)
     ids, lengths = unpad(batch.token_ids, batch.mask)
     assert (ids.tolist(), lengths) == ([0, 0, 1, 0], (3, 1))
@@ -48,7 +48,7 @@ def test_a_pad_id_that_is_also_a_token_is_no_padding(pad):
 
 @settings(deadline=None, max_examples=60)
 @given(sequences=SEQUENCES, extra=st.integers(0, 4), side=st.sampled_from(sorted(PADS)))
-def test_unpadding_gives_the_sequences_back_and_repadding_the_batch(sequences, extra, side):
+def test_unpadding_returns_the_sequences_and_repadding_the_batch(sequences, extra, side):
     length = max(map(len, sequences)) + extra
     batch = PADS[side](sequences, pad_id=7, length=length)
     assert batch.token_ids.shape == (len(sequences), length)
@@ -62,7 +62,7 @@ def test_unpadding_gives_the_sequences_back_and_repadding_the_batch(sequences, e
     assert last_rows(batch.token_ids, batch.mask).tolist() == [s[-1] for s in sequences]
 
 
-def test_values_of_several_dimensions_go_the_same_way():
+def test_values_of_several_dimensions_are_padded_alike():
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
     values = torch.arange(2 * 3 * 4).view(2, 3, 4)
     packed, lengths = unpad(values, mask)
@@ -76,13 +76,13 @@ def test_values_of_several_dimensions_go_the_same_way():
 
 @either_side
 @pytest.mark.parametrize("sequences", [[], [[1], []]])
-def test_a_batch_of_nothing_is_refused(pad, sequences):
+def test_an_empty_batch_is_refused(pad, sequences):
     with pytest.raises(DataError, match="at least one token each"):
         pad(sequences, pad_id=0)
 
 
 @either_side
-def test_a_sequence_over_the_length_is_refused(pad):
+def test_a_sequence_longer_than_the_limit_is_refused(pad):
     with pytest.raises(DataError, match=r"3 tokens does not fit length=2"):
         pad([[1], [1, 2, 3]], pad_id=0, length=2)
 
@@ -95,7 +95,7 @@ def test_a_mask_that_does_not_fit_is_refused():
 
 
 @either_side
-def test_scores_of_a_padded_batch_are_those_of_each_row_alone(tiny_model, pad):
+def test_scores_of_a_padded_batch_equal_those_of_each_row_alone(tiny_model, pad):
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(3, 320, (n,), generator=generator).tolist() for n in (5, 1, 17, 9)]
     batch = pad(rows, pad_id=0, length=20)
@@ -112,7 +112,7 @@ def test_scores_of_a_padded_batch_are_those_of_each_row_alone(tiny_model, pad):
         torch.testing.assert_close(logits, alone[-1], atol=3e-5, rtol=0)
 
 
-def test_rows_of_one_token_have_nothing_to_score(tiny_model):
+def test_rows_of_one_token_have_no_scores(tiny_model):
     batch = left_pad([[5], [6]], pad_id=0)
     assert score_padded(tiny_model, batch.token_ids, batch.mask).tolist() == [[0.0], [0.0]]
     assert next_logits(tiny_model, batch.token_ids, batch.mask).shape == (2, 320)
@@ -123,6 +123,6 @@ def test_long_batches_are_scored_in_chunks(tiny_model, monkeypatch):
     batch = left_pad(rows, pad_id=0)
     whole = score_padded(tiny_model, batch.token_ids, batch.mask)
     monkeypatch.setattr("easyllm.ops.cross_entropy.CHUNK_BYTES", 4 * 320 * 5)
-    # another number of rows in a product may round differently
+    # a GEMM with another number of rows may round differently
     chunked = score_padded(tiny_model, batch.token_ids, batch.mask)
     torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=0)

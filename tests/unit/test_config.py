@@ -1,4 +1,4 @@
-"""Configuration files: mistakes named all at once with a suggestion, overrides, precedence, round trips."""
+"""Configuration files: errors with suggestions, overrides, precedence, round trips."""
 
 import math
 import os
@@ -49,7 +49,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_mistyped_key_gets_the_nearest_known_one():
+def test_a_mistyped_key_gets_a_suggestion():
     message = complaint(TrainConfig, TRAIN | {"optimiser": {}})
     assert message == "recipe.yaml: unknown key 'optimiser' (did you mean 'optimizer'?)"
 
@@ -59,18 +59,18 @@ def test_a_mistyped_nested_key_is_named_with_its_path():
     assert "unknown key 'optimizer.learning_rat' (did you mean 'learning_rate'?)" in message
 
 
-def test_a_mistyped_key_of_an_optional_part_is_suggested():
+def test_a_mistyped_key_of_an_optional_part_gets_a_suggestion():
     message = complaint(TrainConfig, TRAIN | {"adapter": {"rnak": 8}})
     assert "unknown key 'adapter.rnak' (did you mean 'rank'?)" in message
 
 
-def test_a_key_near_to_none_lists_the_known_ones():
+def test_a_key_without_a_similar_one_lists_the_known_ones():
     message = complaint(TrainConfig, TRAIN | {"optimizer": {"zzz": 1}})
     assert "(known keys: betas, eps, kind, learning_rate, state, weight_decay)" in message
 
 
 @pytest.mark.parametrize("name", ["tune", "train", "merge", "data", "optimizer"])
-def test_a_typo_inside_a_stage_is_suggested_whatever_the_stage_is_called(name):
+def test_a_typo_inside_a_stage_gets_a_suggestion_for_any_stage_name(name):
     stage = TRAIN | {"kind": "train", "batch_siz": 4, "optimizer": {"learning_rat": 1e-4}}
     message = complaint(Recipe, recipe(**{name: stage}))
     assert f"unknown key 'stages.{name}.batch_siz' (did you mean 'batch_size'?)" in message
@@ -89,7 +89,7 @@ def test_a_reference_to_a_later_stage_is_refused():
     assert message == "recipe.yaml: stage 'a' uses @b, which is not an earlier stage"
 
 
-def test_every_mistake_is_listed_at_once():
+def test_all_errors_are_listed_at_once():
     values = {
         "batch_siz": 4,
         "epochs": 0,
@@ -109,13 +109,13 @@ def test_every_mistake_is_listed_at_once():
         assert part in message
 
 
-def test_a_long_wrong_value_is_cut():
+def test_a_long_invalid_value_is_truncated():
     message = complaint(TrainConfig, TRAIN | {"epochs": "x" * 500})
     assert len(message) < 200
     assert "..." in message
 
 
-def test_a_configuration_cannot_be_changed():
+def test_a_configuration_is_immutable():
     config = validate(TrainConfig, TRAIN, source="test")
     with pytest.raises(ValueError, match="frozen"):
         config.epochs = 2
@@ -150,7 +150,7 @@ def test_an_override_is_read_as_yaml(text, value):
     assert type(found) is type(value)
 
 
-def test_an_override_sets_a_nested_key_and_leaves_the_rest():
+def test_an_override_sets_a_nested_key_and_keeps_the_rest():
     before = {"optimizer": {"kind": "adamw", "learning_rate": 1.0}, "seed": 3}
     after = apply_overrides(before, ["optimizer.learning_rate=1e-4", "data.train=[a]"])
     assert after == {
@@ -165,11 +165,11 @@ def test_the_last_override_wins():
     assert apply_overrides({"seed": 0}, ["seed=1", "seed=2"]) == {"seed": 2}
 
 
-def test_an_override_replaces_a_value_by_a_mapping():
+def test_an_override_replaces_a_value_with_a_mapping():
     assert apply_overrides({"adapter": None}, ["adapter.rank=8"]) == {"adapter": {"rank": 8}}
 
 
-def test_a_word_that_is_no_override_says_how_to_write_one():
+def test_the_error_for_an_invalid_override_says_how_to_write_one():
     with pytest.raises(ConfigError, match=r"write key=value .*did you mean 'seed'"):
         apply_overrides({"seed": 0}, ["sede"])
     with pytest.raises(ConfigError, match="write key=value"):
@@ -197,7 +197,7 @@ def test_a_word_is_never_suggested_for_itself():
     assert suggest("seed", ["seed", "seeds"]) == " (did you mean 'seeds'?)"
 
 
-def test_two_underscores_of_a_variable_are_a_dot():
+def test_two_underscores_in_a_variable_separate_keys():
     environment = {"EASYLLM_OPTIMIZER__LEARNING_RATE": "1e-4", "EASYLLM_SEED": "3"}
     assert environment_overrides(TrainConfig, environment) == [
         "optimizer.learning_rate=1e-4",
@@ -205,7 +205,7 @@ def test_two_underscores_of_a_variable_are_a_dot():
     ]
 
 
-def test_variables_that_name_no_field_are_left_alone():
+def test_variables_that_name_no_field_are_ignored():
     environment = dict.fromkeys(RESERVED_VARIABLES, "x")
     environment |= {"EASYLLM_NOTHING": "1", "SEED": "1", "EASYLLM_OUTPUTS__X": "1"}
     assert environment_overrides(TrainConfig, environment) == []
@@ -225,7 +225,7 @@ def test_precedence_is_defaults_file_environment_command_line(tmp_path, monkeypa
 
 
 def mistake(tmp_path, monkeypatch, text, *words, **environment):
-    """What is said of a training recipe with these words and variables."""
+    """Returns the error for a training recipe with these overrides and variables."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     path = write(tmp_path / "recipe.yaml", text)
@@ -268,7 +268,8 @@ BLAME = {
     ),
     "a part of an unknown key of the environment": (
         *(MINE, (), {"EASYLLM_OPTIMIZER__EPSS": "1"}),
-        "environment variable EASYLLM_OPTIMIZER__EPSS: unknown key 'optimizer.epss' (did you mean 'eps'?)",
+        "environment variable EASYLLM_OPTIMIZER__EPSS: unknown key 'optimizer.epss' (did you "
+        "mean 'eps'?)",
     ),
     "what the command line leaves out": (
         *(MINE, ("data.max_seq_len=4", "data.train=[]"), {}, "command line: data.train=[]"),
@@ -297,7 +298,7 @@ BLAME = {
 
 
 @pytest.mark.parametrize("case", BLAME.values(), ids=BLAME.keys())
-def test_a_mistake_is_blamed_on_who_made_it(tmp_path, monkeypatch, case):
+def test_an_error_names_its_source(tmp_path, monkeypatch, case):
     text, words, environment, said = case
     assert mistake(tmp_path, monkeypatch, text, *words, **environment).startswith(said)
 
@@ -318,7 +319,7 @@ STAGES = "name: n\noutput: o\nstages: {train: {kind: train, data: {train: [a]}}}
         ("stages.train=3", "stages.train=3: expected a mapping with one of the kinds 'tokenizer',"),
     ],
 )
-def test_a_mistake_in_a_stage_is_blamed_on_who_made_it(tmp_path, word, said):
+def test_an_error_in_a_stage_names_its_source(tmp_path, word, said):
     path = write(tmp_path / "recipe.yaml", STAGES)
     with pytest.raises(ConfigError) as caught:
         load_recipe(path, [word])
@@ -335,7 +336,7 @@ class _Wide(Config):
     length: int = 1
 
 
-def test_the_known_keys_are_those_of_the_kind_that_the_value_has():
+def test_the_known_keys_are_those_of_the_values_kind():
     shapes = Kinds("shape", default="low")
     shapes.register(_Low)
     shapes.register(_Wide)
@@ -352,12 +353,12 @@ def test_the_known_keys_are_those_of_the_kind_that_the_value_has():
     assert "unknown key 'maybe.lengths' (did you mean 'length'?)" in said
 
 
-def test_a_hint_is_never_what_was_written():
+def test_a_suggestion_differs_from_the_input():
     assert suggest("rank", ["rank", "ranks"]) == " (did you mean 'ranks'?)"
     assert suggest("rank", ["rank"]) == ""
 
 
-def test_the_environment_reaches_recipes(tmp_path, monkeypatch):
+def test_environment_variables_apply_to_recipes(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").touch()
     monkeypatch.setenv("EASYLLM_OPTIMIZER__LEARNING_RATE", "1e-4")
     monkeypatch.setenv("EASYLLM_STAGES__TUNE__BATCH_SIZE", "3")
@@ -375,7 +376,7 @@ def test_the_environment_reaches_recipes(tmp_path, monkeypatch):
     assert load_recipe(pipeline, ["stages.tune.batch_size=5"]).stages["tune"].batch_size == 5
 
 
-def test_a_recipe_of_the_other_kind_names_the_right_command(tmp_path):
+def test_the_error_for_a_recipe_of_the_other_kind_names_its_command(tmp_path):
     train = write(tmp_path / "train.yaml", "data: {train: [a]}\n")
     pipeline = write(tmp_path / "run.yaml", "name: n\noutput: o\nstages: {}\n")
     with pytest.raises(ConfigError, match="easyllm train"):
@@ -385,7 +386,7 @@ def test_a_recipe_of_the_other_kind_names_the_right_command(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\tx: 1", "a: &x\nb: *y\n"])
-def test_bad_yaml_is_one_line_that_names_the_file(tmp_path, text):
+def test_the_error_for_invalid_yaml_is_one_line_with_the_file_name(tmp_path, text):
     path = write(tmp_path / "bad.yaml", text)
     with pytest.raises(ConfigError, match=r"bad\.yaml is not valid YAML") as caught:
         read_yaml(path)
@@ -406,7 +407,7 @@ def test_yaml_cannot_build_python_objects(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "kind"), [("- a\n", "list"), ("", "NoneType"), ("3", "int")])
-def test_yaml_without_a_mapping_says_what_it_holds(tmp_path, text, kind):
+def test_the_error_for_yaml_without_a_mapping_names_its_type(tmp_path, text, kind):
     path = write(tmp_path / "bad.yaml", text)
     with pytest.raises(ConfigError, match=f"contains a {kind}, expected a mapping"):
         read_yaml(path)
@@ -419,7 +420,7 @@ def test_a_missing_file_is_a_source_error(tmp_path):
         read_yaml(tmp_path)
 
 
-def test_a_dump_reads_back_equal(tmp_path):
+def test_a_dump_loads_back_equal(tmp_path):
     config = TrainConfig(
         data={"train": ["a", "你好.jsonl"], "max_seq_len": 64},
         adapter={"rank": 4, "targets": ["q_proj"]},
@@ -431,7 +432,7 @@ def test_a_dump_reads_back_equal(tmp_path):
     assert "你好" in path.read_text(encoding="utf-8")
 
 
-def test_a_dump_of_a_recipe_reads_back_equal(tmp_path):
+def test_a_dump_of_a_recipe_loads_back_equal(tmp_path):
     values = recipe(
         tune=TRAIN | {"kind": "train"},
         merged={"kind": "merge", "model": "smollm2", "adapter": "@tune"},

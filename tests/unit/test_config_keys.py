@@ -1,4 +1,4 @@
-"""Every key of every configuration is read by something: a key that nobody reads is a promise nobody keeps."""
+"""Every key of every configuration is read somewhere: none is silently ignored."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ SOURCE = Path(easyllm.__file__).parent
 
 
 def every_config(base=Config):
-    """All configurations there are."""
+    """Yields all configuration classes."""
     for sub in base.__subclasses__():
         if sub.__module__.startswith("easyllm."):
             yield sub
@@ -29,7 +29,7 @@ CONFIGS = sorted(set(every_config()), key=lambda config: (config.__module__, con
 
 
 def reads():
-    """Where each attribute is read (or named in a pattern or `getattr`): attribute → (file, line)."""
+    """Maps each attribute to the (file, line) pairs that read it, also in patterns or `getattr`."""
     found = {}
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -46,7 +46,7 @@ def reads():
 
 
 def validators():
-    """The lines of validators, by file: what is only checked is not yet read."""
+    """Returns the lines of validators by file: a key that is only validated is not yet read."""
     found = {}
     for path in SOURCE.rglob("*.py"):
         lines = found.setdefault(path, set())
@@ -59,16 +59,16 @@ def validators():
 
 READS, VALIDATORS = reads(), validators()
 RECORDS = {"Manifest", "ShardsManifest"}
-"""What is written for people and other programs, and not what anybody is told to do."""
+"""Keys that are documentation for people or other programs, without effect."""
 CHECKED = {"QuantSpec": {"group_size", "symmetric"}}
-"""Keys of which a validator takes the one value that is served."""
+"""Keys for which a validator accepts only the supported value."""
 
 
 @pytest.mark.parametrize(
     "config", [c for c in CONFIGS if c.__name__ not in RECORDS], ids=lambda config: config.__name__
 )
 def test_every_key_is_read_by_more_than_a_validator(config):
-    # a `kind` tells variants apart: pydantic reads it
+    # `kind` distinguishes variants: pydantic reads it
     for name in config.model_fields.keys() - {"kind"} - CHECKED.get(config.__name__, set()):
         places = [(p, line) for p, line in READS.get(name, ()) if line not in VALIDATORS[p]]
         assert places, name
@@ -76,7 +76,7 @@ def test_every_key_is_read_by_more_than_a_validator(config):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The keys that a run reads, by configuration; what its own validators read is left out."""
+    """The keys that a run reads, by configuration, except reads in validators."""
     found = {}
     plain = Config.__getattribute__
 
@@ -114,7 +114,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS.keys())
-def test_a_run_reads_every_key_it_is_given(seen, tiny_folder, tmp_path, changes):
+def test_a_run_reads_every_configured_key(seen, tiny_folder, tmp_path, changes):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
     data = {"train": [str(rows)], "eval": [str(rows)], "max_seq_len": 32}
@@ -125,6 +125,6 @@ def test_a_run_reads_every_key_it_is_given(seen, tiny_folder, tmp_path, changes)
     parts = [config, *(getattr(config, name) for name in TrainConfig.model_fields)]
     parts += config.parameter_groups
     for part in (part for part in parts if isinstance(part, Config)):
-        # `output` is the command's, which hands the folder on; `kind` is pydantic's
+        # the command reads `output`, pydantic reads `kind`
         unread = set(type(part).model_fields) - seen.get(type(part), set()) - {"output", "kind"}
         assert not unread, type(part).__name__

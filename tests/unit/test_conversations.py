@@ -1,4 +1,4 @@
-"""Rows to conversations to samples: every format, every way a row can be wrong, the length limit's account."""
+"""Rows to conversations to samples: formats, invalid rows, and the length limit."""
 
 import bz2
 import gzip
@@ -45,7 +45,7 @@ def read(values):
 
 
 def talk(*contents):
-    """A conversation of contents from user and assistant in turn."""
+    """Returns a conversation of contents of user and assistant alternately."""
     messages = [(user, assistant)[i % 2](c) for i, c in enumerate(contents)]
     return Conversation(messages, None, "data.jsonl:7")
 
@@ -151,7 +151,7 @@ def test_a_format_is_detected_and_read_as_messages(name):
     assert conversation.format == kind
 
 
-def test_sharegpt_calls_of_functions_become_tool_calls():
+def test_sharegpt_function_calls_become_tool_calls():
     calls = {"name": "add", "arguments": {"a": 1}}
     conversation = read(
         {
@@ -183,7 +183,7 @@ def test_messages_keep_their_tools_and_tool_calls():
     assert conversation.tools == TOOLS
 
 
-def test_arguments_of_calls_given_as_json_text_become_objects_and_the_row_stays_as_it_was():
+def test_json_encoded_call_arguments_become_objects_without_modifying_the_row():
     def called(arguments):
         function = {"name": "add", "arguments": arguments}
         return {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
@@ -197,7 +197,7 @@ def test_arguments_of_calls_given_as_json_text_become_objects_and_the_row_stays_
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "  ", "[]"])
-def test_no_tools_are_none(tools):
+def test_empty_tools_are_none(tools):
     assert read({"messages": [assistant("a")], "tools": tools}).tools is None
 
 
@@ -261,7 +261,7 @@ WRONG = {
         "turn 0 has no text value",
     ),
     "a turn that is text": ({"conversations": ["x"]}, "turn 0 has no text value"),
-    "a call that is no JSON": (
+    "a call that is not JSON": (
         {"conversations": [{"from": "function_call", "value": "add(1)"}]},
         "turn 0 is a function_call without name and arguments",
     ),
@@ -305,7 +305,7 @@ WRONG = {
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         "is a preference pair .*expected a conversation",
     ),
-    "a preference pair behind a conversation": (
+    "a preference pair after a conversation": (
         {
             "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
             "chosen": {"from": "gpt", "value": "b"},
@@ -330,7 +330,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_row_is_refused_with_its_place(name):
+def test_an_invalid_row_is_refused_with_its_location(name):
     values, message = WRONG[name]
     with pytest.raises(DataError, match=rf"^data\.jsonl:7.*{message}"):
         read(values)
@@ -343,7 +343,7 @@ def test_an_unknown_format_lists_the_known_ones():
         assert name in str(caught.value)
 
 
-def test_a_file_of_lines_and_one_of_an_array_hold_the_same_rows(tmp_path):
+def test_a_jsonl_file_and_a_json_array_give_the_same_rows(tmp_path):
     rows = [FORMATS[name][1] for name in FORMATS]
     lines = write_lines(tmp_path / "data.jsonl", rows)
     array = tmp_path / "data.json"
@@ -355,7 +355,7 @@ def test_a_file_of_lines_and_one_of_an_array_hold_the_same_rows(tmp_path):
     assert [row.place for row in read_rows(array)][:2] == [f"{array}[0]", f"{array}[1]"]
 
 
-def test_blank_lines_are_passed_over_but_counted(tmp_path):
+def test_blank_lines_are_skipped_but_counted(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('\n{"a": 1}\n  \n\n{"a": 2}', encoding="utf-8")
     assert [row.place for row in read_rows(path)] == [f"{path}:2", f"{path}:5"]
@@ -388,7 +388,7 @@ def test_blank_lines_are_passed_over_but_counted(tmp_path):
         ("data.json", b"PK\x03\x04....", "contains a zip archive, not JSON; convert it"),
     ],
 )
-def test_a_broken_file_is_refused_with_the_place(tmp_path, name, content, message):
+def test_a_malformed_file_is_refused_with_the_location(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -406,7 +406,7 @@ COMPRESSED = {
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
-def test_a_compressed_file_holds_the_same_rows(tmp_path, name, suffix):
+def test_a_compressed_file_gives_the_same_rows(tmp_path, name, suffix):
     rows = [{"prompt": "问", "completion": "答" * n} for n in range(50)]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     content = json.dumps(rows) if name == "data.json" else lines
@@ -417,12 +417,12 @@ def test_a_compressed_file_holds_the_same_rows(tmp_path, name, suffix):
     assert found[1].place == f"{path}[1]" if name == "data.json" else f"{path}:2"
 
 
-def test_lines_under_the_name_of_an_array_are_read(tmp_path):
+def test_jsonl_content_in_a_json_file_is_read(tmp_path):
     path = write_lines(tmp_path / "data.json", [{"a": 1}, {"a": 2}])
     assert [row.values for row in read_rows(path)] == [{"a": 1}, {"a": 2}]
 
 
-def test_a_folder_is_refused_with_the_files_in_it(tmp_path):
+def test_a_folder_is_refused_with_a_list_of_its_files(tmp_path):
     with pytest.raises(DataError, match=r"is a folder; name the files in it, which must be .*none"):
         list(read_rows(tmp_path))
     for name in ("b.jsonl", "a.json.gz", "notes.md"):
@@ -432,7 +432,7 @@ def test_a_folder_is_refused_with_the_files_in_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.parquet", "data.csv", "data.csv.gz"])
-def test_a_file_of_another_kind_is_refused_by_its_name(tmp_path, name):
+def test_a_file_with_another_suffix_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"PAR1")
     with pytest.raises(DataError, match=rf"{name}' is a \.\w+ file, expected \.json .*convert it"):
         list(read_rows(tmp_path / name))
@@ -443,7 +443,7 @@ def test_a_missing_file_is_refused(tmp_path):
         list(read_rows(tmp_path / "data.jsonl"))
 
 
-def test_a_sample_trains_the_assistants_words_and_the_end_of_its_turns(tiny_tokenizer):
+def test_a_sample_trains_the_assistants_text_and_the_end_of_its_turns(tiny_tokenizer):
     (sample,), account = prepare_conversations(
         [talk("hello", "good morning", "what", "how")], tiny_tokenizer, max_seq_len=256
     )
@@ -466,7 +466,7 @@ def test_all_tokens_can_be_trained(tiny_tokenizer):
     assert account.prompt_tokens == 0
 
 
-def test_overlong_samples_are_cut_at_the_end_and_counted(tiny_tokenizer):
+def test_too_long_samples_are_truncated_and_counted(tiny_tokenizer):
     talks = [talk("hello", "world " * 50), talk("hello", "world")]
     samples, account = prepare_conversations(talks, tiny_tokenizer, max_seq_len=40)
     assert (account.rows, account.samples, account.cut) == (2, 2, 1)
@@ -478,7 +478,7 @@ def test_overlong_samples_are_cut_at_the_end_and_counted(tiny_tokenizer):
     assert "1 truncated to the length limit" in account.summary()
 
 
-def test_a_sample_as_long_as_the_limit_is_whole(tiny_tokenizer):
+def test_a_sample_as_long_as_the_limit_is_complete(tiny_tokenizer):
     length = len(tiny_tokenizer.encode_chat(talk("hello", "world").messages).token_ids)
     for overlong in ("cut", "drop"):
         samples, account = prepare_conversations(
@@ -488,7 +488,7 @@ def test_a_sample_as_long_as_the_limit_is_whole(tiny_tokenizer):
         assert (account.cut, account.dropped_overlong) == (0, 0)
 
 
-def test_overlong_samples_are_dropped_and_counted(tiny_tokenizer):
+def test_too_long_samples_are_dropped_and_counted(tiny_tokenizer):
     talks = [talk("hello", "world " * 50), talk("hello", "world")]
     samples, account = prepare_conversations(talks, tiny_tokenizer, max_seq_len=40, overlong="drop")
     assert (account.rows, account.samples) == (2, 1)
@@ -497,7 +497,7 @@ def test_overlong_samples_are_dropped_and_counted(tiny_tokenizer):
     assert "1 dropped as too long" in account.summary()
 
 
-def test_a_sample_with_nothing_left_to_train_is_dropped_and_counted(tiny_tokenizer):
+def test_a_sample_without_trained_tokens_is_dropped_and_counted(tiny_tokenizer):
     talks = [talk("hello " * 50, "world"), talk("hello", "world")]
     samples, account = prepare_conversations(talks, tiny_tokenizer, max_seq_len=40)
     assert (account.samples, account.cut, account.dropped_untrained) == (1, 1, 1)
@@ -506,19 +506,19 @@ def test_a_sample_with_nothing_left_to_train_is_dropped_and_counted(tiny_tokeniz
 
 
 @pytest.mark.parametrize("overlong", ["cut", "drop"])
-def test_nothing_left_to_train_is_refused_with_the_account(tiny_tokenizer, overlong):
+def test_no_remaining_samples_are_refused_with_a_summary(tiny_tokenizer, overlong):
     with pytest.raises(DataError, match=r"no trainable rows remain .*0 of 1 rows.*max_seq_len=10"):
         prepare_conversations(
             [talk("hello " * 50, "world")], tiny_tokenizer, max_seq_len=10, overlong=overlong
         )
 
 
-def test_no_rows_at_all_are_refused(tiny_tokenizer):
+def test_an_empty_list_of_rows_is_refused(tiny_tokenizer):
     with pytest.raises(DataError, match="no trainable rows remain"):
         prepare_conversations([], tiny_tokenizer, max_seq_len=10)
 
 
-def test_a_row_the_template_refuses_is_named(tiny_tokenizer):
+def test_a_row_rejected_by_the_template_is_named(tiny_tokenizer):
     tiny_tokenizer = Tokenizer(
         tiny_tokenizer.backend,
         tiny_tokenizer.special,
@@ -529,7 +529,7 @@ def test_a_row_the_template_refuses_is_named(tiny_tokenizer):
         prepare_conversations([broken], tiny_tokenizer, max_seq_len=10)
 
 
-def test_an_account_is_plain_numbers(tiny_tokenizer):
+def test_an_account_consists_of_plain_numbers(tiny_tokenizer):
     _, account = prepare_conversations([talk("q", "a")], tiny_tokenizer, max_seq_len=40)
     values = account.as_dict()
     assert values.pop("formats") == {"messages": 1}
@@ -548,7 +548,7 @@ def test_an_account_names_the_formats(tiny_tokenizer):
     assert plain.summary().endswith(" · format prompt-completion")
 
 
-def test_rows_prepared_in_batches_are_those_prepared_at_once(tiny_tokenizer):
+def test_rows_prepared_in_batches_equal_those_prepared_at_once(tiny_tokenizer):
     talks = [talk(*["hello", "good morning " * (n % 5)] * (1 + n % 3)) for n in range(13)]
     options = {"max_seq_len": 60, "overlong": "drop"}
     whole, account = prepare_conversations(talks, tiny_tokenizer, **options)
@@ -609,9 +609,7 @@ def templated(tokenizer, source):
 
 @pytest.mark.parametrize("marked", [True, False], ids=["with marks", "without"])
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_is_labelled_as_transformers_masks_its_messages(
-    tiny_tokenizer, tmp_path, name, marked
-):
+def test_labels_of_a_row_equal_the_mask_of_transformers(tiny_tokenizer, tmp_path, name, marked):
     from transformers import AutoTokenizer
 
     source = HERMES if marked else re.sub(r"\{%- (end)?generation %\}", "", HERMES)
@@ -635,7 +633,7 @@ def test_a_row_is_labelled_as_transformers_masks_its_messages(
     assert account.unwritten_tools == 0
 
 
-def test_rows_with_tools_the_template_does_not_write_are_counted(tiny_tokenizer):
+def test_rows_whose_tools_the_template_omits_are_counted(tiny_tokenizer):
     rows = [read(ROWS["sharegpt with tools"]), read(ROWS["alpaca"])]
     for split in (False, True):
         _, account = prepare_conversations(
@@ -646,22 +644,23 @@ def test_rows_with_tools_the_template_does_not_write_are_counted(tiny_tokenizer)
 
 
 def session_weights(samples, answers):
-    """What part of the loss each answer has when it is the mean over samples of their means over tokens."""
+    """Returns each response's weight in the loss as the mean over samples of their token means."""
     weights = dict.fromkeys(answers, Fraction(0))
     for sample in samples:
         trained = [label for label in sample.labels if label != IGNORE_INDEX]
-        ends = trained[1]  # each answer is one token and the end of its turn
+        ends = trained[1]  # each response is one token plus the end of its turn
         for token in trained:
             if token != ends:
                 weights[token] += Fraction(2, len(trained)) / len(samples)
     return list(weights.values())
 
 
-def test_weights_of_answers_in_a_session_and_split(tiny_tokenizer):
-    """Two sessions, one of one turn and one of three; A is the answer to a first question, B to a second, C to a third.
+def test_loss_weights_of_responses_in_complete_and_split_sessions(tiny_tokenizer):
+    """Sessions of one and three turns; A, B and C respond to the first, second and third question.
 
-    A mean of means weighs A, B, C 2/3, 1/6, 1/6 in whole sessions. Cut behind each turn with every answer trained,
-    early answers come again with each later turn: 17/24, 5/24, 1/12. With the last alone trained each counts once.
+    A mean of means gives A, B, C the weights 2/3, 1/6, 1/6 in complete sessions. If sessions are
+    split after each turn with every response trained, early responses are repeated with each later
+    turn: 17/24, 5/24, 1/12. If only the last response is trained, each counts once.
     """
     answers = [tiny_tokenizer.encode(letter)[0] for letter in "ABC"]
     sessions = [talk("x", "A"), talk("x", "A", "y", "B", "z", "C")]
@@ -678,19 +677,19 @@ def test_weights_of_answers_in_a_session_and_split(tiny_tokenizer):
     ]
     split = prepare(sessions, split_turns=True)
     assert session_weights(split, answers) == [Fraction(1, 2), Fraction(1, 4), Fraction(1, 4)]
-    # the loop's mean over tokens: whole or split, the same
+    # the training loop's mean over tokens is the same for complete and split sessions
     assert session_weights([merged(prepare(sessions))], answers) == session_weights(split, answers)
 
 
 def merged(samples):
-    """One sample with all the labels, whose mean is the mean over the tokens of all."""
+    """Returns one sample with all labels, whose mean is the mean over all tokens."""
     return Sample(
         tuple(t for s in samples for t in s.token_ids), tuple(t for s in samples for t in s.labels)
     )
 
 
 def predictions(samples):
-    """What is trained: each label with all the ids before it."""
+    """Counts the trained predictions: each label with all preceding ids."""
     return Counter(
         (sample.token_ids[: at + 1], label)
         for sample in samples
@@ -699,7 +698,7 @@ def predictions(samples):
     )
 
 
-def test_split_turns_train_the_same_tokens_behind_the_same_context(tiny_tokenizer):
+def test_split_turns_train_the_same_tokens_with_the_same_context(tiny_tokenizer):
     talks = [
         talk("hello", "world"),
         talk("a", "b", "c", "d", "e", "f"),
@@ -744,8 +743,8 @@ def test_split_turns_keep_reasoning_that_later_turns_would_drop(tiny_tokenizer):
     assert texts(True) == ["<think>hm</think>one<|im_end|>", "<think>so</think>two<|im_end|>"]
 
 
-def test_split_turns_of_a_template_without_headers_are_apart(tiny_tokenizer):
-    """Consecutive answers stand side by side, with nothing untrained between them."""
+def test_split_turns_of_a_template_without_headers_are_separate(tiny_tokenizer):
+    """Consecutive responses are adjacent, with nothing untrained between them."""
     source = (
         "{% for m in messages %}{{ '<|im_start|>' + m.content if m.role == 'user' "
         "else m.content + '<|im_end|>' }}{% endfor %}"
@@ -759,7 +758,7 @@ def test_split_turns_of_a_template_without_headers_are_apart(tiny_tokenizer):
     ]
 
 
-def test_split_turns_that_are_overlong_are_counted_one_by_one(tiny_tokenizer):
+def test_too_long_split_turns_are_counted_individually(tiny_tokenizer):
     talks = [talk("hello", "world", "again", "world " * 50)]
     samples, account = prepare_conversations(
         talks, tiny_tokenizer, max_seq_len=60, overlong="drop", split_turns=True
@@ -768,7 +767,7 @@ def test_split_turns_that_are_overlong_are_counted_one_by_one(tiny_tokenizer):
     assert (account.rows, account.turns, account.dropped_overlong) == (1, 2, 1)
 
 
-def test_splitting_what_is_trained_whole_is_refused(tiny_tokenizer):
+def test_splitting_is_refused_if_all_tokens_are_trained(tiny_tokenizer):
     with pytest.raises(ConfigError, match=r"split_turns .*train_on"):
         prepare_conversations(
             [talk("q", "a")], tiny_tokenizer, max_seq_len=40, train_on="all", split_turns=True

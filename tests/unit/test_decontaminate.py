@@ -1,4 +1,4 @@
-"""Decontamination: a run of 13 words in common, found however it is written, and nothing shorter."""
+"""Decontamination finds runs of 13 common words in any spelling, and nothing shorter."""
 
 import pickle
 import random
@@ -13,7 +13,8 @@ from easyllm.corpus.decontaminate import DecontaminationConfig, Decontaminator
 from easyllm.corpus.document import Document
 
 QUESTION = (
-    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many "
+    "clips in May. "
     "How many clips did Natalia sell altogether in April and May?"
 )
 CHINESE = (
@@ -52,7 +53,7 @@ def test_case_punctuation_and_space_do_not_hide_it(decontaminator):
     assert rejected.value in written
 
 
-def test_one_changed_word_in_every_twelve_is_another_text(decontaminator):
+def test_one_changed_word_in_every_twelve_avoids_detection(decontaminator):
     changed = QUESTION.split()
     changed[5::10] = ["other"] * len(changed[5::10])
     assert decontaminator.check(document(" ".join(changed))) is None
@@ -67,13 +68,13 @@ def test_chinese_runs_are_twenty_characters(decontaminator):
     assert decontaminator.check(document(spaced)).value == spaced[: 2 * 20 - 1]
 
 
-def test_a_short_evaluation_text_is_found_as_a_whole(decontaminator):
+def test_a_short_evaluation_text_must_match_completely(decontaminator):
     rejected = decontaminator.check(planted(SHORT.lower()))
     assert rejected.value == SHORT.lower().rstrip("?")
     assert decontaminator.check(planted(" ".join(SHORT.split()[:-1]))) is None
 
 
-def test_evaluation_texts_too_short_to_tell_are_counted(decontaminator):
+def test_evaluation_texts_that_are_too_short_are_counted(decontaminator):
     assert decontaminator.num_passed_over == {"gsm": 1, "other": 0}
     chinese = Decontaminator.from_texts(
         {"zh": ["一二三四五六七八九十一", "一二三四五六七八九十一二"]}
@@ -89,13 +90,13 @@ def test_documents_without_words_and_sets_without_texts_are_clean(decontaminator
     assert empty.check(document(QUESTION)) is None
 
 
-def test_a_decontaminator_travels_to_other_processes(decontaminator):
+def test_a_decontaminator_can_be_sent_to_other_processes(decontaminator):
     copy = pickle.loads(pickle.dumps(decontaminator))
     assert copy.check(document(QUESTION)) == decontaminator.check(document(QUESTION))
     assert copy.check(document(" ".join(FILLER))) is None
 
 
-def test_sizes_are_a_choice():
+def test_sizes_are_configurable():
     config = validate(DecontaminationConfig, {"ngram_size": 5, "min_words": 3}, source="r")
     found = Decontaminator.from_texts({"e": [QUESTION]}, config)
     assert found.check(planted("of her friends in April")).value == "of her friends in April"
@@ -106,7 +107,7 @@ def test_sizes_are_a_choice():
 
 @given(st.integers(0, 10_000))
 @settings(deadline=None, max_examples=150)
-def test_verdicts_are_those_of_the_definition(seed):
+def test_verdicts_match_a_naive_implementation(seed):
     random_ = random.Random(seed)
     config = DecontaminationConfig(ngram_size=4, min_words=2)
 

@@ -1,4 +1,4 @@
-"""Deduplication against its definitions: naive sets for Jaccard, naive search for substrings, the banding formula."""
+"""Deduplication against naive references: exact Jaccard, substring search, banding formula."""
 
 import ast
 import json
@@ -54,11 +54,11 @@ CHINESE = (
 
 
 def library_prose():
-    """Chunks of 100 words from the docstrings of the standard library, none twice."""
+    """Returns distinct chunks of 100 words from the docstrings of the standard library."""
     found = []
     for module in MODULES:
         path = Path(sysconfig.get_path("stdlib")) / f"{module}.py"
-        if not path.is_file():  # some are packages in later Pythons
+        if not path.is_file():  # some are packages in later versions of Python
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -68,7 +68,7 @@ def library_prose():
 
 
 def edited(text, num_edits, random_):
-    """`num_edits` words replaced, dropped, doubled or swapped with the next one."""
+    """Replaces, drops, doubles or swaps `num_edits` words."""
     found = text.split()
     for _ in range(num_edits):
         i = random_.randrange(len(found) - 1)
@@ -86,7 +86,7 @@ def edited(text, num_edits, random_):
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Prose, near-duplicates of some of it at every distance, and pieces put in another order; shuffled."""
+    """Shuffled prose, near-duplicates of some of it at all similarities, and reordered parts."""
     random_ = random.Random(0)
     base = library_prose()[:400]
     assert len(base) == 400
@@ -98,7 +98,7 @@ def corpus():
         cut = random_.randrange(20, 80)
         texts.append(" ".join(found[cut:] + found[:cut]))  # reordered
         texts.append(" ".join(found[:cut]) + " " + random_.choice(base))  # half of it
-        texts.append("  " + text.upper().replace(".", " !") + "\n")  # dressed otherwise
+        texts.append("  " + text.upper().replace(".", " !") + "\n")  # other case and punctuation
     random_.shuffle(texts)
     return texts
 
@@ -109,7 +109,7 @@ def naive_shingles(text, size):
 
 
 def naive_jaccard(texts, size):
-    """{(i, j): similarity} of all pairs that share a shingle."""
+    """Returns {(i, j): similarity} of all pairs that share a shingle."""
     sets = [naive_shingles(text, size) for text in texts]
     where = {}
     for i, shingles in enumerate(sets):
@@ -127,7 +127,7 @@ def near(texts, config=DEFAULT):
 
 
 @pytest.mark.parametrize("shingle_size", [3, 5])
-def test_of_pairs_at_jaccard_080_at_least_95_percent_lose_a_member(corpus, shingle_size):
+def test_at_least_95_percent_of_pairs_at_jaccard_080_lose_a_member(corpus, shingle_size):
     similarity = naive_jaccard(corpus, shingle_size)
     pairs = [pair for pair, value in similarity.items() if value >= 0.8]
     assert len(pairs) > 150
@@ -138,7 +138,7 @@ def test_of_pairs_at_jaccard_080_at_least_95_percent_lose_a_member(corpus, shing
 
 
 @pytest.mark.parametrize("shingle_size", [3, 5])
-def test_nothing_is_removed_whose_nearest_text_is_at_jaccard_050_or_less(corpus, shingle_size):
+def test_texts_without_a_neighbour_above_jaccard_050_are_kept(corpus, shingle_size):
     nearest = np.zeros(len(corpus))
     for (i, j), value in naive_jaccard(corpus, shingle_size).items():
         nearest[i], nearest[j] = max(nearest[i], value), max(nearest[j], value)
@@ -146,7 +146,7 @@ def test_nothing_is_removed_whose_nearest_text_is_at_jaccard_050_or_less(corpus,
     assert near(corpus).is_kept[nearest <= 0.5].all()
 
 
-def test_every_removed_document_is_at_the_threshold_of_a_kept_earlier_one(corpus):
+def test_every_removed_document_is_similar_to_a_kept_earlier_one(corpus):
     clusters = near(corpus)
     removed = list(clusters.removed())
     assert len(removed) > 150
@@ -159,7 +159,7 @@ def test_every_removed_document_is_at_the_threshold_of_a_kept_earlier_one(corpus
         assert value == jaccard(corpus[document], corpus[representative], DEFAULT)
 
 
-def test_a_chain_loses_only_its_middle():
+def test_only_the_middle_of_a_chain_is_removed():
     numbers = [f"w{i}" for i in range(140)]
     first, middle, last = (" ".join(numbers[i : i + 100]) for i in (0, 10, 20))
     assert jaccard(first, middle, DEFAULT) >= 0.8 > jaccard(first, last, DEFAULT)
@@ -168,7 +168,7 @@ def test_a_chain_loses_only_its_middle():
 
 
 def pairs_at(similarity, shingle_size, num_pairs, random_):
-    """Pairs of texts of unique words whose Jaccard similarity is exactly `similarity`."""
+    """Returns pairs of texts of unique words whose Jaccard similarity is exactly `similarity`."""
     tail = 20
     common = round(2 * tail * similarity / (1 - similarity)) + shingle_size - 1
     for _ in range(num_pairs):
@@ -180,7 +180,7 @@ def pairs_at(similarity, shingle_size, num_pairs, random_):
 @pytest.mark.parametrize(
     ("config", "similarity"), [(DEFAULT, 0.5), (DEFAULT, 0.6), (FINEWEB, 0.8), (FINEWEB, 0.75)]
 )
-def test_bands_collide_as_often_as_the_formula_says(config, similarity):
+def test_bands_collide_as_often_as_the_formula_predicts(config, similarity):
     num_pairs = 1500
     pairs = list(pairs_at(similarity, config.shingle_size, num_pairs, random.Random(1)))
     assert jaccard(*pairs[0], config) == pytest.approx(similarity, abs=1e-12)
@@ -196,7 +196,7 @@ def test_fineweb_removes_92_percent_of_pairs_at_its_threshold():
     assert 0.89 < found < 0.955
 
 
-def test_probability_of_a_collision():
+def test_the_probability_of_a_collision_follows_the_formula():
     assert round(collision_probability(0.8, 20, 5), 5) == 0.99964
     assert round(collision_probability(0.5, 20, 5), 4) == 0.4701
     assert round(collision_probability(0.8, 14, 8), 2) == 0.92
@@ -204,7 +204,7 @@ def test_probability_of_a_collision():
     assert collision_probability(0, 20, 5) == 0
 
 
-def test_short_and_empty_texts():
+def test_short_and_empty_texts_are_deduplicated():
     texts = ["", "!?", "yes", "Yes.", "no", "yes sir", "yes  SIR!", "", "..."]
     assert near(texts).representatives.tolist() == [0, 1, 2, 2, 4, 5, 5, 7, 8]
     assert near(["one two three four", "five six seven eight"]).is_kept.all()
@@ -222,13 +222,13 @@ def test_chinese_needs_no_segmenter(unit):
     assert near([CHINESE, changed, other], config).representatives.tolist() == [0, 0, 2]
 
 
-def test_characters_of_words_alone_count_in_character_shingles():
+def test_character_shingles_ignore_characters_outside_words():
     config = MinHashConfig(unit="character", shingle_size=5)
     assert jaccard("To-day, a NEW day.", "today anewday", config) == 1
     assert jaccard("abcdefg", "abcdefh", config) == pytest.approx(2 / 4)
 
 
-def test_words_are_the_same_however_they_are_written():
+def test_words_are_normalised_before_comparison():
     assert words("Fjörð's 3 x_y") == ["Fjörð", "s", "3", "x", "y"]
     assert words("GPT模型2号") == ["GPT", "模", "型", "2", "号"]
     assert jaccard("ＡＢＣ １２３ Straße", "abc 123 STRASSE", DEFAULT) == 1
@@ -242,10 +242,10 @@ def test_lone_surrogates_do_not_stop_a_run():
     assert len(exact_keys(["\ud800"], ExactConfig())) == 1
 
 
-# ---- the same for every division of the work
+# ---- independence of the division of work
 
 
-def test_splits_and_files_change_nothing(corpus, tmp_path):
+def test_results_do_not_depend_on_splits_and_files(corpus, tmp_path):
     whole = near(corpus)
     cuts = [0, 100, 100, 417, len(corpus)]
     parts = [signatures(corpus[a:b], DEFAULT) for a, b in pairwise(cuts)]
@@ -258,7 +258,7 @@ def test_splits_and_files_change_nothing(corpus, tmp_path):
         assert found.jaccard.tolist() == whole.jaccard.tolist()
 
 
-def test_one_reading_serves_both_searches(corpus):
+def test_one_pass_over_the_data_serves_both_searches(corpus):
     texts = [*corpus, *corpus[::3]]
     first = exact_duplicates(exact_keys(texts, ExactConfig()))
     later = near([texts[i] for i in first.kept])
@@ -270,7 +270,7 @@ def test_one_reading_serves_both_searches(corpus):
     assert len(list(found.removed())) > len(list(later.removed())) > 150
 
 
-def test_batches_of_texts_do_not_show_in_signatures(corpus, monkeypatch):
+def test_signatures_do_not_depend_on_batching(corpus, monkeypatch):
     expected = signatures(corpus, DEFAULT)
     monkeypatch.setattr(minhash, "_BATCH_TEXTS", 7)
     found = signatures(iter(corpus), DEFAULT)
@@ -286,7 +286,8 @@ from easyllm.corpus.dedup.exact import exact_keys
 from easyllm.corpus.dedup.minhash import signatures
 texts = json.load(sys.stdin)
 found = signatures(texts, MinHashConfig())
-arrays = (found.band_keys, found.shingles.values, found.shingles.offsets, exact_keys(texts, ExactConfig()))
+arrays = (found.band_keys, found.shingles.values, found.shingles.offsets, exact_keys(texts, \
+ExactConfig()))
 print(hashlib.sha256(b"".join(a.astype("<u8").tobytes() for a in arrays)).hexdigest())
 """
 
@@ -307,7 +308,7 @@ def test_signatures_are_equal_in_every_process():
     assert found == {"d9ed81914053ef6a2cecec9de3dd414bcea512302adaf205263c1bff43159c3d"}
 
 
-def test_a_seed_changes_signatures_and_no_similarity(corpus):
+def test_a_seed_changes_signatures_but_no_similarity(corpus):
     other = MinHashConfig(seed=2)
     texts = corpus[:50]
     first, second = signatures(texts, DEFAULT), signatures(texts, other)
@@ -322,7 +323,7 @@ def test_damaged_signatures_are_refused(tmp_path):
         Signatures.load(tmp_path / "s")
 
 
-def test_work_on_masses_of_similar_pages_is_bounded(monkeypatch):
+def test_work_on_large_groups_of_similar_pages_is_bounded(monkeypatch):
     random_ = random.Random(3)
     template = [f"t{i}" for i in range(80)]
     pages = [" ".join(template + [f"{random_.random()}" for _ in range(20)]) for _ in range(300)]
@@ -355,7 +356,7 @@ def test_exact_duplicates_differ_in_case_and_space_only():
 
 @given(st.lists(st.integers(0, 6), max_size=30))
 @settings(deadline=None)
-def test_the_first_of_equal_documents_stays(numbers):
+def test_the_first_of_equal_documents_is_kept(numbers):
     found = exact_duplicates(exact_keys([str(n) for n in numbers], ExactConfig()))
     assert found.representatives.tolist() == [numbers.index(n) for n in numbers]
 
@@ -382,20 +383,20 @@ def texts_after(step, *texts):
     return [d.text for d in deduplicate(documents(*texts), DedupConfig(steps=(step,))).documents]
 
 
-def test_repeated_paragraphs_go_and_the_first_stays():
+def test_repeated_paragraphs_are_removed_except_the_first():
     first = f"One story.\n\n{NOTICE}\n\n\nYes."
     second = f"Another\nstory.\n \n{NOTICE.upper()}\n\nYes."
     assert texts_after(ParagraphConfig(), first, second) == [first, "Another\nstory.\n\nYes."]
 
 
-def test_lines_are_a_unit_too():
+def test_lines_can_be_deduplicated():
     text = f"{NOTICE}\nNew words here.\n{NOTICE}\n\nEnd."
     config = ParagraphConfig(unit="line")
     assert texts_after(config, text) == [f"{NOTICE}\nNew words here.\nEnd."]
     assert texts_after(ParagraphConfig(), text) == [text]
 
 
-def test_a_document_of_repeated_paragraphs_alone_is_rejected_and_counted():
+def test_a_document_of_only_repeated_paragraphs_is_rejected_and_counted():
     done = deduplicate(
         documents(f"{NOTICE}\n\nText.", NOTICE, ""), DedupConfig(steps=(ParagraphConfig(),))
     )
@@ -415,7 +416,7 @@ def test_paragraphs_of_splits_are_found_in_the_order_of_splits():
 
 
 def naive_repeated(texts, size):
-    """Marks by the definition, in quadratic time."""
+    """Marks repeated words by the definition, in quadratic time."""
     flat = [(number, word) for number, text in enumerate(texts) for word in text]
     marks = [False] * len(flat)
     windows = [
@@ -432,7 +433,7 @@ def naive_repeated(texts, size):
 
 @given(st.lists(st.text("ab", max_size=20), max_size=6), st.integers(2, 6))
 @settings(max_examples=300, deadline=None)
-def test_repeated_words_are_those_of_the_definition(texts, size):
+def test_repeated_words_match_a_naive_implementation(texts, size):
     found = repeated_words(
         word_hashes([" ".join(text) for text in texts]), SubstringConfig(min_words=size)
     )
@@ -441,14 +442,14 @@ def test_repeated_words_are_those_of_the_definition(texts, size):
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 12))
 @settings(deadline=None)
-def test_window_hashes_are_equal_exactly_where_the_windows_are(tokens, size):
+def test_window_hashes_are_equal_exactly_if_the_windows_are(tokens, size):
     windows = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
     values = np.array(tokens, dtype=np.uint64) * np.uint64(0x1234567887654321)
     found = Windows(values).hashes(size).tolist()
     assert [found.index(h) for h in found] == [windows.index(w) for w in windows]
 
 
-def test_a_repeated_run_is_cut_out_of_the_later_text():
+def test_a_repeated_run_is_removed_from_the_later_text():
     passage = " ".join(f"word{i}" for i in range(60))
     first = f"Before it. {passage}. After it."
     second = f"Elsewhere: {passage.upper()}. And on it goes."
@@ -460,19 +461,19 @@ def test_a_repeated_run_is_cut_out_of_the_later_text():
     ]
 
 
-def test_one_copy_of_a_stutter_stays():
+def test_one_copy_of_a_run_repeated_in_place_is_kept():
     assert texts_after(SubstringConfig(min_words=4), "ha " * 200) == ["ha ha ha ha"]
     assert texts_after(SubstringConfig(min_words=10), CHINESE * 2) == [CHINESE]
 
 
-def test_cutting_words_takes_what_follows_them():
+def test_removing_words_also_removes_the_separators_after_them():
     marks = np.array([False, True, True, False, True])
     assert without_words("“A b, c; D e.", marks) == "“A D"
     assert without_words("A b", np.array([True, True])) == ""
     assert without_words("A b \n", np.array([False, False])) == "A b \n"
 
 
-# ---- the whole walk
+# ---- the complete pipeline
 
 
 def test_steps_follow_one_another_and_nothing_is_lost(corpus):
@@ -495,7 +496,7 @@ def test_steps_follow_one_another_and_nothing_is_lost(corpus):
     assert min(near_values) >= 0.8
 
 
-def test_documents_keep_what_else_they_carry():
+def test_documents_keep_their_other_fields():
     (document,) = [Document(id="7", source="web", text=f"{NOTICE}\n\nx\n\n{NOTICE}", language="en")]
     done = deduplicate([document], DedupConfig(steps=(ParagraphConfig(),)))
     assert done.documents == [Document(id="7", source="web", text=f"{NOTICE}\n\nx", language="en")]

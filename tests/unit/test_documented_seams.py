@@ -60,7 +60,7 @@ def test_the_documented_program_trains_serves_and_merges(tiny_folder, tmp_path, 
         unregister_adapter("input_scale")
 
 
-def test_the_documented_recipe_is_one(tmp_path):
+def test_the_documented_recipe_is_valid(tmp_path):
     text = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
     (recipe,) = re.findall(r"```yaml recipe\n(.*?)```", text, flags=re.DOTALL)
     (tmp_path / "r.yaml").write_text(recipe)

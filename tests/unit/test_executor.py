@@ -1,4 +1,4 @@
-"""Local workers: kept between maps, gone when whoever started them is gone."""
+"""Local workers persist between maps and exit with the process that started them."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ def numbered(count):
     return [{"number": number} for number in range(count)]
 
 
-def test_results_come_in_order_from_processes_that_outlast_a_map():
+def test_results_are_ordered_and_processes_outlive_a_map():
     with LocalExecutor(2) as executor:
         first, second = (list(executor.map(pid_of, numbered(9))) for _ in range(2))
     assert [done["number"] for done in first] == list(range(9))
@@ -58,20 +58,20 @@ def test_results_come_in_order_from_processes_that_outlast_a_map():
     assert len(pids) <= 2
 
 
-def test_an_error_ends_the_map_and_the_processes_work_on():
+def test_an_error_ends_the_map_but_not_the_processes():
     with LocalExecutor(2) as executor:
         with pytest.raises(DataError, match="number 2 is bad"):
             list(executor.map(refuse_two, numbered(9)))
         assert list(executor.map(refuse_two, numbered(2))) == numbered(2)
 
 
-def test_one_worker_is_the_process_itself():
+def test_one_worker_runs_in_the_process_itself():
     with build_executor("local", 1) as executor:
         assert next(executor.map(pid_of, numbered(3)))["pid"] == os.getpid()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-def test_workers_of_a_killed_process_end(tmp_path):
+def test_workers_of_a_killed_process_exit(tmp_path):
     script, folder = tmp_path / "slow.py", tmp_path / "pids"
     script.write_text(SCRIPT)
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""GGUF files: every block format, every kind of metadata, llama.cpp's row order, and damaged files."""
+"""GGUF files: all block formats and kinds of metadata, llama.cpp's row order, and damaged files."""
 
 import struct
 import tracemalloc
@@ -22,7 +22,7 @@ from easyllm.models.gguf_import import hf_config
 from easyllm.models.hf_config import read_config
 
 QUANTIZED_BY_THE_PACKAGE = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
-SCALES = {  # where a block's fp16 scales lie
+SCALES = {  # byte offsets of a block's fp16 scales
     "Q2_K": (80, 84),
     "Q3_K": (108, 110),
     "Q4_K": (0, 4),
@@ -87,7 +87,7 @@ def complaint(tmp_path: Path, content: bytes) -> str:
 
 
 def random_blocks(kind: Kind, rows: int, width: int) -> np.ndarray:
-    """Random bytes of a block format, its fp16 scales of ordinary size."""
+    """Returns random bytes of a block format with fp16 scales of ordinary size."""
     rng = np.random.default_rng(7)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (rows * width // block, size), dtype=np.uint8)
@@ -98,7 +98,7 @@ def random_blocks(kind: Kind, rows: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", [*QUANTIZED_BY_THE_PACKAGE, *SCALES])
-def test_a_tensor_reads_as_the_reference_dequantizes_it(tmp_path, name):
+def test_a_tensor_equals_the_reference_dequantization(tmp_path, name):
     kind = Kind[name]
     rows, width = 6, 512
     values = np.random.default_rng(3).normal(size=(rows, width)).astype(np.float32)
@@ -121,7 +121,7 @@ def test_a_tensor_reads_as_the_reference_dequantizes_it(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["F32", "Q8_0", "Q4_1", "Q6_K"])
-def test_a_slice_is_read_as_a_part_of_the_whole(tmp_path, name):
+def test_a_slice_equals_the_part_of_the_complete_tensor(tmp_path, name):
     kind = Kind[name]
     values = np.random.default_rng(3).normal(size=(6, 512)).astype(np.float32)
     raw = random_blocks(kind, 6, 512) if name in SCALES else gguf.quantize(values, kind)
@@ -134,7 +134,7 @@ def test_a_slice_is_read_as_a_part_of_the_whole(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "BF16", "F16"])
-def test_a_reading_is_near_the_values_before_quantizing(tmp_path, name):
+def test_dequantized_values_are_close_to_the_original_values(tmp_path, name):
     values = np.random.default_rng(3).uniform(-1, 1, (4, 64)).astype(np.float32)
     raw = gguf.quantize(values, Kind[name])
     file = GGUFFile(write_gguf(tmp_path / "x.gguf", tensors=[("w", raw, Kind[name])]))
@@ -142,7 +142,7 @@ def test_a_reading_is_near_the_values_before_quantizing(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1"])
-def test_scales_that_are_not_finite_read_as_the_reference_does(tmp_path, name):
+def test_non_finite_scales_match_the_reference(tmp_path, name):
     kind = Kind[name]
     raw = gguf.quantize(np.ones((1, 64), np.float32), kind)
     raw[0, :2] = np.array([np.inf], np.float16).view(np.uint8)
@@ -158,14 +158,14 @@ def test_doubles_are_read(tmp_path):
     assert np.array_equal(file.load("w").numpy(), values.astype(np.float32))
 
 
-def test_dims_stand_in_row_major_order(tmp_path):
+def test_dimensions_are_in_row_major_order(tmp_path):
     values = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     file = GGUFFile(write_gguf(tmp_path / "x.gguf", tensors=[("w", values, None)]))
     assert file.tensors["w"].shape == (2, 3, 4)
     assert np.array_equal(file.load("w").numpy(), values)
 
 
-def test_a_tensor_is_read_in_the_dtype_asked_for(tmp_path):
+def test_a_tensor_is_read_in_the_requested_dtype(tmp_path):
     values = np.linspace(-1, 1, 64, dtype=np.float32)
     file = GGUFFile(write_gguf(tmp_path / "x.gguf", tensors=[("w", values, None)]))
     found = file.load("w", torch.bfloat16)
@@ -173,7 +173,7 @@ def test_a_tensor_is_read_in_the_dtype_asked_for(tmp_path):
     assert torch.equal(found, torch.from_numpy(values).bfloat16())
 
 
-def test_writing_to_a_loaded_tensor_leaves_the_file_alone(tmp_path):
+def test_writing_to_a_loaded_tensor_does_not_change_the_file(tmp_path):
     path = write_gguf(tmp_path / "x.gguf", tensors=[("w", np.ones(8, np.float32), None)])
     GGUFFile(path).load("w").zero_()
     assert torch.equal(GGUFFile(path).load("w"), torch.ones(8))
@@ -233,7 +233,7 @@ def test_empty_strings_and_arrays_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("alignment", [8, 64, 512])
-def test_the_files_own_alignment_is_kept(tmp_path, alignment):
+def test_the_files_own_alignment_is_used(tmp_path, alignment):
     writer = GGUFWriter(tmp_path / "x.gguf", "llama")
     writer.add_custom_alignment(alignment)
     writer.add_tensor("a", np.arange(3, dtype=np.float32))
@@ -263,7 +263,7 @@ def test_an_empty_file_is_named(tmp_path):
     assert "is empty; download or convert it again" in complaint(tmp_path, b"")
 
 
-def test_another_magic_is_refused(tmp_path):
+def test_a_wrong_magic_number_is_refused(tmp_path):
     assert "is not a GGUF file (it starts with b'PK" in complaint(tmp_path, b"PK\3\4" + bytes(64))
 
 
@@ -281,7 +281,7 @@ def test_a_big_endian_file_is_named_as_such(tmp_path, version):
 
 
 @pytest.mark.parametrize("count", [2**20, 2**40, 2**64 - 1])
-def test_counts_beyond_the_file_are_refused_before_they_are_believed(tmp_path, count):
+def test_counts_beyond_the_file_are_refused_before_allocating(tmp_path, count):
     assert "key-value pairs do not fit" in complaint(tmp_path, raw_gguf(counts=(0, count)))
     assert "tensors do not fit" in complaint(tmp_path, raw_gguf(counts=(count, 0)))
     for kind in (U8, F32, STRING, ARRAY):
@@ -312,7 +312,7 @@ def test_arrays_nested_too_deeply_are_refused(tmp_path):
         assert "nested too deeply" in complaint(tmp_path, raw_gguf([nested(depth)]))
 
 
-def test_what_stands_twice_is_refused(tmp_path):
+def test_duplicates_are_refused(tmp_path):
     records = [record("w"), record("w", offset=32)]
     assert "tensor 'w' occurs twice" in complaint(tmp_path, raw_gguf(records=records))
     pair = text("k") + u32(U32) + u32(1)
@@ -334,11 +334,11 @@ def test_what_stands_twice_is_refused(tmp_path):
         (raw_gguf([text("general.alignment") + u32(STRING) + text("x")]), "alignment 'x'"),
     ],
 )
-def test_nonsense_is_named(tmp_path, content, words):
+def test_invalid_content_is_named(tmp_path, content, words):
     assert words in complaint(tmp_path, content)
 
 
-def test_a_type_that_cannot_be_read_is_named_when_it_is_asked_for(tmp_path):
+def test_an_unsupported_type_is_named_when_it_is_requested(tmp_path):
     path = write_gguf(
         tmp_path / "x.gguf",
         tensors=[("whole", np.arange(4, dtype=np.int32), None), ("w", np.ones(4, "f4"), None)],
@@ -351,7 +351,7 @@ def test_a_type_that_cannot_be_read_is_named_when_it_is_asked_for(tmp_path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[Path, bytes]:
-    """A folder to write into, and the bytes of a small valid file."""
+    """A folder to write to, and the bytes of a small valid file."""
     folder = tmp_path_factory.mktemp("gguf")
     values = np.random.default_rng(0).normal(size=(2, 256)).astype(np.float32)
     metadata = [
@@ -372,7 +372,7 @@ def small(tmp_path_factory) -> tuple[Path, bytes]:
 
 
 def open_whole(folder: Path, content: bytes) -> bool:
-    """Whether the bytes read as a file, down to the last tensor; if not, the error names the file."""
+    """Returns whether the bytes can be read completely; otherwise the error must name the file."""
     path = folder / "damaged.gguf"
     path.unlink(missing_ok=True)
     path.write_bytes(content)
@@ -389,7 +389,7 @@ def open_whole(folder: Path, content: bytes) -> bool:
     return False
 
 
-def test_a_file_cut_anywhere_is_refused(small):
+def test_a_file_truncated_anywhere_is_refused(small):
     folder, content = small
     ends = max(p.offset + p.num_bytes for p in GGUFFile(folder / "valid.gguf").tensors.values())
     assert open_whole(folder, content[:ends])
@@ -422,19 +422,19 @@ def test_a_damaged_file_is_read_or_refused(small, data):
 
 @settings(max_examples=100, deadline=None)
 @given(content=st.binary(max_size=200))
-def test_random_bytes_behind_the_magic_are_read_or_refused(small, content):
+def test_random_bytes_after_the_magic_number_are_read_or_refused(small, content):
     open_whole(small[0], b"GGUF" + u32(3) + content)
 
 
 def interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """llama.cpp's order of the rows of queries and keys, as its converter makes it."""
+    """Returns query and key rows in the order of llama.cpp's converter."""
     split = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
     return split.swapaxes(1, 2).reshape(weight.shape)
 
 
 @settings(max_examples=30, deadline=None)
 @given(heads=st.integers(1, 6), half=st.integers(1, 8), tail=st.sampled_from([(), (1,), (5,)]))
-def test_half_split_rows_undoes_the_order_of_llama_cpp(heads, half, tail):
+def test_half_split_rows_inverts_the_order_of_llama_cpp(heads, half, tail):
     weight = np.random.default_rng(0).normal(size=(heads * half * 2, *tail)).astype(np.float32)
     theirs = torch.from_numpy(interleaved(weight, heads).copy())
     assert np.array_equal(half_split_rows(theirs, heads).numpy(), weight)
@@ -462,7 +462,7 @@ def test_the_norms_epsilon_is_read_as_the_shortest_decimal(eps):
     assert hf_config(LLAMA | {key: stored}, {})["rms_norm_eps"] == eps
 
 
-def test_metadata_become_a_config():
+def test_metadata_is_converted_to_a_config():
     ends = {"eos_token_id": 2, "eot_token_id": 7, "eom_token_id": 2, "bos_token_id": 1}
     metadata = LLAMA | {f"tokenizer.ggml.{key}": value for key, value in ends.items()}
     config = hf_config(metadata, {"output.weight": None})
@@ -493,12 +493,12 @@ def test_metadata_become_a_config():
         ({"llama.rope.scaling.type": "longrope"}, "sets llama.rope.scaling.type='longrope'"),
     ],
 )
-def test_metadata_that_cannot_be_used_are_named(changes, words):
+def test_unsupported_metadata_is_named(changes, words):
     with pytest.raises(CheckpointError, match=words):
         hf_config(LLAMA | changes, {})
 
 
-def test_one_value_for_every_layer_is_that_value():
+def test_equal_values_for_all_layers_are_one_value():
     config = hf_config(LLAMA | {"llama.feed_forward_length": [64, 64]}, {})
     assert config["intermediate_size"] == 64
 
@@ -509,11 +509,11 @@ def test_one_value_for_every_layer_is_that_value():
         ({"eos_token_id": 0}, [0, 2]),  # the end of turn is found by its text
         ({"eos_token_id": 0, "eot_token_id": 3}, [0, 3, 2]),
         ({"eos_token_id": 2}, [2, 0]),
-        ({"model": "llama"}, [2, 0]),  # sentencepiece's own ids, where the file names none
+        ({"model": "llama"}, [2, 0]),  # sentencepiece's own ids if the file has none
         ({}, [0, 2]),
     ],
 )
-def test_ends_of_a_generation_are_found_by_key_and_by_text(keys, ends):
+def test_eos_tokens_are_found_by_key_and_by_text(keys, ends):
     tokens = ["<|endoftext|>", "a", "<|im_end|>", "<own end>"]
     metadata = {f"tokenizer.ggml.{k}": v for k, v in (keys | {"tokens": tokens}).items()}
     assert hf_config(LLAMA | metadata, {})["eos_token_id"] == ends
@@ -522,7 +522,7 @@ def test_ends_of_a_generation_are_found_by_key_and_by_text(keys, ends):
 @pytest.mark.parametrize(
     "text", ["<|eot_id|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>", "<｜end▁of▁sentence｜>"]
 )
-def test_every_known_text_ends_a_generation(text):
+def test_every_known_eos_text_is_found(text):
     metadata = {"tokenizer.ggml.tokens": ["a", "b", text], "tokenizer.ggml.eos_token_id": 1}
     assert hf_config(LLAMA | metadata, {})["eos_token_id"] == [1, 2]
 
@@ -536,7 +536,7 @@ def test_every_known_text_ends_a_generation(text):
         ("blk.0.attn_q.bias", "model.layers.0.self_attn.q_proj.bias"),
     ],
 )
-def test_names_become_those_of_hf(theirs, ours):
+def test_names_are_converted_to_hugging_face_names(theirs, ours):
     assert layout_of("llama").locate(theirs)[0] == ours
 
 
@@ -547,13 +547,13 @@ def test_names_become_those_of_hf(theirs, ours):
         *("rope_freqs.bias", "blk.0.attn_rot_embd.bias"),
     ],
 )
-def test_an_unknown_name_has_no_place(name):
+def test_an_unknown_name_is_not_converted(name):
     with pytest.raises(LookupError):
         layout_of("llama").locate(name)
 
 
 def write_llama(path: Path, model, more=(), **changes) -> Path:
-    """The tiny model as llama.cpp's converter writes it."""
+    """Writes the tiny model like llama.cpp's converter."""
     names = {
         "embed_tokens": "token_embd",
         "norm": "output_norm",
@@ -587,7 +587,7 @@ def write_llama(path: Path, model, more=(), **changes) -> Path:
     return write_gguf(path, metadata, [*tensors, *more])
 
 
-def test_a_file_in_the_order_of_llama_cpp_is_the_same_model(tmp_path, tiny_model):
+def test_a_file_in_the_row_order_of_llama_cpp_gives_the_same_model(tmp_path, tiny_model):
     loaded = load_model(write_llama(tmp_path / "tiny.gguf", tiny_model))
     assert loaded.config.norm.eps == tiny_model.config.norm.eps == 1e-5
     assert loaded.config.layers == tiny_model.config.layers
@@ -609,7 +609,7 @@ def test_a_file_in_the_order_of_llama_cpp_is_the_same_model(tmp_path, tiny_model
         ({"llama.block_count": 1}, "9 unexpected"),
     ],
 )
-def test_metadata_that_do_not_fit_the_tensors_are_named(tmp_path, tiny_model, changes, words):
+def test_metadata_that_contradicts_the_tensors_is_named(tmp_path, tiny_model, changes, words):
     path = write_llama(tmp_path / "tiny.gguf", tiny_model, **changes)
     with pytest.raises(CheckpointError, match=words) as caught:
         load_model(path)
@@ -631,7 +631,7 @@ def test_metadata_that_do_not_fit_the_tensors_are_named(tmp_path, tiny_model, ch
         (("rope_freqs.bias", 8), r"not implemented for its architecture \(rope_freqs.bias\)"),
     ],
 )
-def test_a_tensor_too_many_is_named_in_words_of_the_file(tmp_path, tiny_model, extra, words):
+def test_a_superfluous_tensor_is_named_as_in_the_file(tmp_path, tiny_model, extra, words):
     name, length = extra
     more = (name, np.zeros(length, np.float32), None)
     path = write_llama(tmp_path / "tiny.gguf", tiny_model, more=[more])
@@ -640,7 +640,7 @@ def test_a_tensor_too_many_is_named_in_words_of_the_file(tmp_path, tiny_model, e
     assert "config.json" not in str(caught.value)
 
 
-def test_gemma_2_without_a_window_has_that_of_llama_cpp():
+def test_gemma_2_without_a_window_gets_that_of_llama_cpp():
     values = {key.replace("llama.", "gemma2."): value for key, value in LLAMA.items()}
     values |= {"general.architecture": "gemma2"}
     windows = [layer.mixer.window for layer in read_config(hf_config(values, {})).layers]

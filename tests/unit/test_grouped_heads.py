@@ -1,4 +1,4 @@
-"""Pooling key-value heads (topic 5: MQA and GQA)."""
+"""Merging KV heads by mean pooling (MHA to GQA or MQA)."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from easyllm.quant import quantize_weights
 
 
 def with_equal_heads(model, groups):
-    """The model with the key-value heads of each group set to the group's first."""
+    """Returns the model with the KV heads of each group set to the group's first head."""
     dim = model.config.layers[0].mixer.head_dim
     for layer in model.layers:
         for projection in (layer.mixer.k_proj, layer.mixer.v_proj):
@@ -54,7 +54,7 @@ def test_a_pooled_model_is_saved_and_loaded(tmp_path):
     assert torch.equal(again.logits(torch.arange(3, 40)), expected)
 
 
-def test_a_number_that_does_not_divide_the_heads_is_refused_with_those_that_would():
+def test_a_number_that_does_not_divide_the_heads_is_refused_with_a_list_of_divisors():
     with pytest.raises(ConfigError, match="4 key-value heads cannot be merged into 3; use 1 or 2"):
         pool_kv_heads(build_tiny(num_key_value_heads=4), 3)
 
@@ -67,7 +67,7 @@ def test_linear_attention_is_refused():
         pool_kv_heads(Decoder(config.changed(layers=layers)), 1)
 
 
-def test_parts_a_family_has_no_words_for_are_refused_and_saved_by_our_own_layout(tmp_path):
+def test_parts_that_a_family_cannot_represent_are_refused_or_saved_in_our_own_format(tmp_path):
     config = build_tiny().config
     linear = LinearAttentionConfig(num_heads=2, head_dim=16)
     layers = (config.layers[0].model_copy(update={"mixer": linear}), config.layers[1])
@@ -99,7 +99,8 @@ from easyllm.models.load import keymap_of
 from easyllm.nn.config import Alibi, LinearAttentionConfig, MLPConfig, MoEConfig, GLUConfig, Rope
 
 assert False, "assertions are on"
-sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 32,
+sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, \
+"num_attention_heads": 32,
          "vocab_size": 99, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}
 glu = GLUConfig(intermediate_size=8)
 told = 0
@@ -133,7 +134,7 @@ print(told)
 """
 
 
-def test_what_a_family_cannot_express_is_refused_without_assertions_too():
+def test_what_a_family_cannot_represent_is_refused_without_assertions_too():
     done = subprocess.run([sys.executable, "-O", "-c", ALIEN_PARTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 45
@@ -153,7 +154,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_quantized_model_is_refused_and_left_alone(change):
+def test_a_quantized_model_is_refused_and_left_unchanged(change):
     model = build_tiny()
     quantize_weights(model, "int8")
     ids = torch.arange(3, 20)
@@ -165,7 +166,7 @@ def test_a_quantized_model_is_refused_and_left_alone(change):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_an_adapted_model_is_refused_and_taken_once_merged(change):
+def test_an_adapted_model_is_refused_until_it_is_merged(change):
     model = build_tiny()
     attach(model, LoRAConfig(rank=2))
     with pytest.raises(ConfigError, match=f"{change} needs a model without an adapter"):

@@ -1,4 +1,4 @@
-"""Main text of HTML pages: characters of it in and out, furniture gone, and how blocks are written."""
+"""Main text of HTML pages: share of characters kept, boilerplate removed, and format of blocks."""
 
 import time
 
@@ -16,7 +16,7 @@ def words(text):
 
 
 def kept_share(page, text):
-    """Which share of the characters of the main text is in the text, piece by piece and in order."""
+    """Returns the share of the main text's characters that the text contains, in order."""
     squeezed, position, kept = words(text), 0, 0
     for piece in map(words, page.main):
         at = squeezed.find(piece, position)
@@ -28,13 +28,13 @@ def kept_share(page, text):
 
 
 def leaked(page, text):
-    """The pieces of furniture in the text."""
+    """Returns the boilerplate that the text contains."""
     squeezed = words(text)
     return [piece for piece in page.furniture if words(piece) in squeezed]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_main_text_of_a_page_is_kept_whole_in_every_layout(shape):
+def test_the_main_text_of_a_page_is_kept_completely_in_every_layout(shape):
     mine = [page for page in PAGES if page.name.startswith(f"{shape} / ")]
     assert len(mine) == len(LAYOUTS)
     for page in mine:
@@ -43,14 +43,14 @@ def test_the_main_text_of_a_page_is_kept_whole_in_every_layout(shape):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_menus_and_other_furniture_are_gone_whatever_the_main_text(layout):
+def test_menus_and_other_boilerplate_are_removed_for_any_main_text(layout):
     for page in PAGES:
         if page.name.endswith(f" / {layout}"):
             text = html_text(page.html.encode())
             assert leaked(page, text) == [], (page.name, text)
 
 
-def test_a_main_text_is_kept_and_furniture_left_out_on_all_pages_together():
+def test_overall_the_main_text_is_kept_and_boilerplate_removed():
     texts = [html_text(page.html.encode()) for page in PAGES]
     assert len(PAGES) >= 250
     assert min(kept_share(page, text) for page, text in zip(PAGES, texts, strict=True)) >= 0.99
@@ -85,27 +85,51 @@ def text_of(html):
         ('<script type="math/tex; mode=display">x</script>', "$$x$$"),
         ("<label>Name</label> <output>x</output>", "Name x"),
     ],
-)  # fmt: skip
-def test_blocks_are_written_as_a_reader_sees_them(html, text):
+)
+def test_blocks_are_rendered_like_in_a_browser(html, text):
     assert text_of(html) == text
 
 
 @pytest.mark.parametrize(
     ("html", "kept"),
     [
-        ("<article><h1>T</h1><p>{0}</p><ul class='sidebar-list'><li>One of tea</ul></article>", True),
+        (
+            "<article><h1>T</h1><p>{0}</p><ul class='sidebar-list'><li>One of tea</ul></article>",
+            True,
+        ),
         ("<article><p>{0}</p><ul class='footer'><li>One of tea</ul><p>{0}</p></article>", True),
-        ("<article><p>{0}</p><dl class='sidebar'><dt>One of tea<dd>x</dl><p>{0}</p></article>", True),
-        ("<div><p>{0}</p><ul><li><a href=x>One of tea</a><li><a href=y>Two</a></ul><p>{0}</p></div>", True),
+        (
+            "<article><p>{0}</p><dl class='sidebar'><dt>One of tea<dd>x</dl><p>{0}</p></article>",
+            True,
+        ),
+        (
+            "<div><p>{0}</p><ul><li><a href=x>One of tea</a><li><a "
+            "href=y>Two</a></ul><p>{0}</p></div>",
+            True,
+        ),
         ("<div><p>{0}</p><ul><li><a href=x>One of tea</a><li><a href=y>Two</a></ul></div>", False),
-        ("<div><p>Teas</p><ul><li><a href=x>One of tea</a><li><a href=y>Two</a></ul><p>{0}</p></div>", False),
+        (
+            "<div><p>Teas</p><ul><li><a href=x>One of tea</a><li><a "
+            "href=y>Two</a></ul><p>{0}</p></div>",
+            False,
+        ),
         ("<div><p>{0}</p><ul class=share><li><a href=x>One of tea</a></ul><p>{0}</p></div>", False),
-        ("<article><p>{0}</p><ul class=related-posts><li>One of tea</ul><p>{0}</p></article>", False),
-        ("<article><p>{0}</p><div class=sidebar><p>One of tea</p></div><p>{0}</p></article>", False),
-        ("<div><p>{0}</p><p>Related articles:</p><ul><li><a href=x>One of tea</a><li><a href=y>Two</a></ul><p>{0}</p></div>", False),
+        (
+            "<article><p>{0}</p><ul class=related-posts><li>One of tea</ul><p>{0}</p></article>",
+            False,
+        ),
+        (
+            "<article><p>{0}</p><div class=sidebar><p>One of tea</p></div><p>{0}</p></article>",
+            False,
+        ),
+        (
+            "<div><p>{0}</p><p>Related articles:</p><ul><li><a href=x>One of tea</a><li><a "
+            "href=y>Two</a></ul><p>{0}</p></div>",
+            False,
+        ),
     ],
-)  # fmt: skip
-def test_a_list_in_the_flow_of_the_text_is_kept_and_furniture_there_is_not(html, kept):
+)
+def test_a_list_within_the_text_is_kept_but_boilerplate_there_is_not(html, kept):
     text = html_text(f"<body>{html.format(LONG[0])}</body>".encode())
     assert LONG[0] in text
     assert ("One of tea" in text) == kept
@@ -123,7 +147,9 @@ def test_inline_elements_may_be_nested_to_any_depth(tag):
     assert html_text(page.encode()).split() == ["word"] * 3000
 
 
-@pytest.mark.parametrize("tag", ["div", "article", "ul><li", "blockquote", "section", "table><tr><td"])  # fmt: skip
+@pytest.mark.parametrize(
+    "tag", ["div", "article", "ul><li", "blockquote", "section", "table><tr><td"]
+)
 def test_blocks_nested_too_deep_are_refused(tag):
     with pytest.raises(DataError, match="nested deeper"):
         html_text((f"<{tag}>x" * 600).encode())
@@ -140,12 +166,15 @@ def test_much_text_in_many_elements_does_not_hang(name):
 @pytest.mark.parametrize(
     "html", ["", " ", "<", "plain", "<body>", "<frameset><frame></frameset>", "<!-- x -->", "</p>"]
 )
-def test_pages_of_nearly_nothing(html):
+def test_almost_empty_pages_are_handled(html):
     assert html_text(html.encode()) in ("", "plain", "<")
 
 
-def test_a_page_of_many_links_and_names_takes_time_in_proportion():
-    block = '<div class="item"><p>Some text here.</p><ul><li><a href="x">one</a></li><li><a href="y">two</a></li></ul></div>'
+def test_a_page_of_many_links_and_names_takes_linear_time():
+    block = (
+        '<div class="item"><p>Some text here.</p><ul><li><a href="x">one</a></li><li><a '
+        'href="y">two</a></li></ul></div>'
+    )
     seconds = []
     for count in (300, 1200):
         began = time.thread_time()

@@ -1,4 +1,4 @@
-"""Memory in large pages: shapes, dtypes, places that do not overlap, what is kept and when, machines without it."""
+"""Memory in huge pages: shapes, dtypes, disjoint buffers, caching, unsupported systems."""
 
 import contextlib
 import mmap
@@ -22,7 +22,7 @@ from easyllm.train.preflight import memory_advice
 
 @pytest.fixture
 def left():
-    """What is cached, nothing at first."""
+    """The cached buffers, initially none."""
     STEP_BUFFERS.clear()
     yield STEP_BUFFERS._free
     STEP_BUFFERS.clear()
@@ -31,7 +31,7 @@ def left():
 @pytest.mark.parametrize("make", [huge_empty, cached_empty])
 @pytest.mark.parametrize("rows", [3, SMALL // 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_a_tensor_like_any_other(left, make, rows, dtype):
+def test_an_allocated_tensor_behaves_like_any_other(left, make, rows, dtype):
     x = make((rows, 64), dtype)
     assert x.shape == (rows, 64)
     assert x.dtype == dtype
@@ -41,7 +41,7 @@ def test_a_tensor_like_any_other(left, make, rows, dtype):
     assert x.clone().numel() == x.numel()
 
 
-def test_rooms_do_not_overlap():
+def test_buffers_do_not_overlap():
     tensors = [torch.arange(n, dtype=dtype) for n, dtype in [(5, torch.float32), (70, torch.uint8)]]
     tensors.append(torch.randn(700, 2000))
     rooms = rooms_for(tensors)
@@ -52,7 +52,7 @@ def test_rooms_do_not_overlap():
     assert all(torch.equal(a, b) for a, b in zip(rooms, tensors, strict=True))
 
 
-def test_memory_is_taken_again_when_nobody_has_it_any_more(left):
+def test_a_buffer_is_reused_once_all_its_views_are_released(left):
     first = cached_empty((SMALL,), torch.uint8)
     place, row = first.data_ptr(), first.view(torch.float32)[7:]
     del first
@@ -68,7 +68,7 @@ def test_memory_is_taken_again_when_nobody_has_it_any_more(left):
     assert cached_empty((SMALL,), torch.uint8).data_ptr() not in (place, other.data_ptr())
 
 
-def test_a_gradient_that_waits_for_its_backward_pass_is_left_alone(left):
+def test_tensors_saved_for_the_backward_pass_are_not_reused(left):
     class Kept(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, value):
@@ -86,7 +86,7 @@ def test_a_gradient_that_waits_for_its_backward_pass_is_left_alone(left):
         assert torch.autograd.grad(out, x)[0] == value
 
 
-def test_what_is_of_no_use_is_not_kept(left):
+def test_useless_buffers_are_not_cached(left):
     for size in (1, 3, 7, 15):
         cached_empty((SMALL * size,), torch.uint8)
         assert [len(piece) for piece in left] == [SMALL * size]
@@ -95,11 +95,11 @@ def test_what_is_of_no_use_is_not_kept(left):
     assert len(left) == STEP_BUFFERS.max_buffers
 
 
-def test_a_cache_holds_no_more_bytes_than_it_may():
+def test_a_cache_stores_at_most_its_maximum_of_bytes():
     cache = BufferCache(max_buffers=9, max_bytes=3 * SMALL)
     tensors = [cached_empty((SMALL,), torch.uint8, cache) for _ in range(5)]
     places = [tensor.data_ptr() for tensor in tensors]
-    assert cache.held_bytes == 0  # what is in use is not counted
+    assert cache.held_bytes == 0  # buffers in use are not counted
     while tensors:
         del tensors[0]
         assert cache.held_bytes <= 3 * SMALL
@@ -111,7 +111,7 @@ def test_a_cache_holds_no_more_bytes_than_it_may():
     assert cache.held_bytes == 0
 
 
-def test_the_bound_is_a_part_of_the_machines_memory(monkeypatch):
+def test_the_limit_is_a_share_of_the_machines_memory(monkeypatch):
     monkeypatch.setattr("easyllm.ops.huge_memory.memory_total_bytes", lambda: 16 * SMALL)
     cache = BufferCache(max_buffers=9)
     tensors = [cached_empty((SMALL,), torch.uint8, cache) for _ in range(5)]
@@ -120,7 +120,7 @@ def test_the_bound_is_a_part_of_the_machines_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_run_frees_what_its_steps_have_cached(left, fails):
+def test_a_run_frees_the_buffers_cached_by_its_steps(left, fails):
     def run():
         with memory_advice(TrainConfig(data={"train": ["a"]})):
             cached_empty((SMALL,), torch.uint8)
@@ -152,6 +152,6 @@ def test_threads_do_not_share_memory(left):
 
 
 @pytest.mark.parametrize("make", [huge_empty, cached_empty])
-def test_systems_without_large_pages(left, monkeypatch, make):
+def test_systems_without_huge_pages_are_supported(left, monkeypatch, make):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     assert make((SMALL,), torch.uint8).numel() == SMALL

@@ -1,4 +1,4 @@
-"""`easyllm data inspect`: the tokens shown are those that are trained, characters stay whole, the counts are right."""
+"""`easyllm data inspect` shows the trained tokens, complete characters and correct counts."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def encoded_of(tokenizer, text, trained=()):
 
 @settings(deadline=None, max_examples=100)
 @given(text=st.text(st.sampled_from("ab 世界\n😀é\ufffd<|im_end|>"), max_size=20), data=st.data())
-def test_pieces_hold_every_token_once_and_together_are_the_text(tiny_tokenizer, text, data):
+def test_pieces_contain_every_token_once_and_concatenate_to_the_text(tiny_tokenizer, text, data):
     ids = tiny_tokenizer.encode(text)
     mask = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
     pieces = list(pieces_of(tiny_tokenizer, Encoded("x", ids, mask)))
@@ -64,7 +64,7 @@ def test_a_character_of_several_tokens_is_one_piece(tiny_tokenizer):
     assert visible_text(pieces[1]) == "😀⁴"
 
 
-def test_bytes_that_a_cut_leaves_without_their_character_are_shown_as_such(tiny_tokenizer):
+def test_bytes_of_a_truncated_character_are_shown_as_bytes(tiny_tokenizer):
     encoded = encoded_of(tiny_tokenizer, "a😀").cut(3)
     last = list(pieces_of(tiny_tokenizer, encoded))[-1]
     assert set(last.text) == {"\ufffd"}
@@ -94,7 +94,7 @@ def shown_labels(part):
     return [i if piece.trained else IGNORE_INDEX for piece in part.pieces for i in piece.token_ids]
 
 
-def test_a_conversation_is_shown_as_it_is_trained(tiny_tokenizer, tmp_path):
+def test_a_conversation_is_shown_as_trained(tiny_tokenizer, tmp_path):
     path = write(tmp_path, CHAT, {"prompt": "世界", "completion": "a\nb"})
     found = inspect_file(path, tiny_tokenizer)
     samples, account = prepare_conversations(
@@ -128,7 +128,7 @@ def test_a_pair_is_shown_as_prompt_chosen_and_rejected(tiny_tokenizer, tmp_path)
     assert len(found.lengths) == 2
 
 
-def test_labelled_answers_are_shown_with_their_label(tiny_tokenizer, tmp_path):
+def test_labelled_responses_are_shown_with_their_label(tiny_tokenizer, tmp_path):
     path = write(tmp_path, LABELLED, LABELLED | {"label": False}, LABELLED)
     found = inspect_file(path, tiny_tokenizer)
     assert [sample.parts[0].heading for sample in found.samples] == ["good", "bad", "good"]
@@ -154,14 +154,14 @@ def test_the_limit_and_splitting_act_as_in_training(tiny_tokenizer, tmp_path):
     assert (dropped.samples, dropped.account.dropped_overlong) == ([], 2)
 
 
-def test_lengths_are_told_by_nearest_rank():
+def test_length_percentiles_use_the_nearest_rank():
     found = Inspection("conversation", lengths=list(range(20, 0, -1)))
     assert [found.length_at(fraction) for fraction in (0.5, 0.95, 1.0)] == [10, 19, 20]
     assert Inspection("conversation", lengths=[7]).length_at(0.5) == 7
     assert Inspection("conversation").length_at(1.0) == 0
 
 
-def test_what_cannot_be_inspected_is_refused(tiny_tokenizer, tmp_path):
+def test_invalid_input_is_refused(tiny_tokenizer, tmp_path):
     with pytest.raises(DataError, match="is empty"):
         inspect_file(write(tmp_path), tiny_tokenizer)
     with pytest.raises(DataError, match=r"rows\.jsonl:2 is a preference pair"):
@@ -195,7 +195,7 @@ def test_a_terminal_gets_colours_unless_no_color_is_set(tiny_folder, tmp_path):
     assert "⟦" in plain
 
 
-def test_the_json_holds_the_same_tokens(tiny_folder, tiny_tokenizer, tmp_path):
+def test_the_json_output_contains_the_same_tokens(tiny_folder, tiny_tokenizer, tmp_path):
     path = write(tmp_path, PAIR)
     report = json.loads(command(path, "--model", tiny_folder, "--json"))
     found = inspect_file(path, tiny_tokenizer)
@@ -207,9 +207,9 @@ def test_the_json_holds_the_same_tokens(tiny_folder, tiny_tokenizer, tmp_path):
     assert "".join(p["text"] for p in chosen["pieces"] if p["trained"]) == "good<|im_end|>"
 
 
-def test_a_cut_and_dropped_rows_are_told(tiny_folder, tmp_path):
+def test_truncated_and_dropped_rows_are_reported(tiny_folder, tmp_path):
     long = {"prompt": "world " * 60, "completion": "a"}
     out = command(write(tmp_path, CHAT, long), "--model", tiny_folder, "--max-seq-len", 50)
     assert re.search(r"^truncated +1$", out, re.M)
-    assert re.search(r"^dropped: nothing trained +1$", out, re.M)
+    assert re.search(r"^dropped: no trained tokens +1$", out, re.M)
     assert re.search(r"^format +messages 1, prompt-completion 1$", out, re.M)

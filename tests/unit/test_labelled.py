@@ -33,7 +33,7 @@ def test_a_class_is_at_the_last_token(prepare):
 
 
 @pytest.mark.parametrize("label", ["a", "positive", "1"])
-def test_a_class_by_name_is_refused_with_what_a_class_is(prepare, label):
+def test_a_class_name_is_refused_with_the_expected_format(prepare, label):
     with pytest.raises(
         DataError,
         match=rf"rows\.jsonl:1 has label '{label}' .* expected a class number from 0 to 2; ",
@@ -44,6 +44,6 @@ def test_a_class_by_name_is_refused_with_what_a_class_is(prepare, label):
 
 
 @pytest.mark.parametrize("label", [True, None, [1], 2, -1, 0.5])
-def test_what_is_no_class_is_refused(prepare, label):
+def test_an_invalid_class_is_refused(prepare, label):
     with pytest.raises(DataError, match=r"rows\.jsonl:1 has label .*, expected a (number|class)"):
         prepare(label)

@@ -1,4 +1,4 @@
-"""The loop beside its arithmetic: steps that are skipped, runs that are stopped, what is noted."""
+"""The training loop without its arithmetic: skipped steps, stopped runs, and recorded events."""
 
 import math
 
@@ -19,7 +19,7 @@ CONFIG = TrainConfig.model_validate({"data": {"train": ["-"]}, "schedule": {"kin
 
 
 class Notes:
-    """A watch that writes everything down, and ends the run where it is told to."""
+    """A watch that records everything, and ends the run at a given step."""
 
     def __init__(self, end_at=None):
         self.steps, self.events, self.end_at = [], [], end_at
@@ -33,7 +33,7 @@ class Notes:
 
 
 class Spoiled(LanguageModel):
-    """A language model's loss that is multiplied at chosen calls."""
+    """A language-model loss that is multiplied by a factor at given calls."""
 
     def __init__(self, factors):
         super().__init__()
@@ -74,7 +74,7 @@ def run(factors, *, total_steps=8, scaler=None, end_at=None, stop=None, config=C
     return reason, notes, totals, moved
 
 
-def test_a_step_that_is_no_number_is_skipped_counted_and_named():
+def test_a_non_finite_step_is_skipped_counted_and_named():
     reason, notes, totals, moved = run({3: math.nan, 5: math.inf})
     assert reason == "finished"
     assert (totals.step, totals.skipped) == (8, 2)
@@ -86,12 +86,12 @@ def test_a_step_that_is_no_number_is_skipped_counted_and_named():
     )
 
 
-def test_a_skipped_step_moves_no_weight():
+def test_a_skipped_step_changes_no_weight():
     reason, _, totals, moved = run({1: math.nan, 2: math.nan}, total_steps=2)
     assert (reason, totals.skipped, moved) == ("finished", 2, False)
 
 
-def test_three_in_a_row_end_the_run():
+def test_three_skipped_steps_in_a_row_end_the_run():
     reason, _, totals, _ = run({4: math.nan, 5: math.nan, 6: math.nan})
     assert isinstance(reason, Diverged)
     assert "3 consecutive steps, up to step 6" in str(reason)

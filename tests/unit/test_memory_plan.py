@@ -1,4 +1,4 @@
-"""Where memory goes, decided before anything is allocated, and said in one sentence where it does not fit."""
+"""Memory is planned before anything is allocated, and a single sentence says if it does not fit."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def plan(free_gb, config=SMOLLM2, **options):
     )
 
 
-def test_by_default_a_small_model_takes_a_quarter_of_what_is_free_and_no_more_than_it_can_use():
+def test_by_default_the_cache_takes_at_most_a_quarter_of_free_memory_and_no_more_than_it_can_use():
     laptop, server = plan(6), plan(500)
     assert laptop.page_bytes == 16 * 46_080
     assert 0.249 * 6e9 < laptop.cache_bytes <= 0.25 * 6e9
@@ -39,19 +39,19 @@ def test_by_default_a_small_model_takes_a_quarter_of_what_is_free_and_no_more_th
     assert plan(500, max_running=2).num_tokens == 2 * SMOLLM2.max_seq_len
 
 
-def test_a_size_that_is_asked_for_is_taken():
+def test_a_requested_size_is_used():
     assert plan(6, num_pages=100).num_tokens == 1600
     assert plan(6, num_pages=100, page_size=4).num_tokens == 400
     assert 0.999e9 < plan(6, cache_gb=1.0).cache_bytes <= 1e9
 
 
-def test_the_plan_is_what_is_allocated():
+def test_the_plan_equals_the_allocation():
     made = plan(6, num_pages=50)
     cache = KVCache(SMOLLM2, made.num_pages, 16, torch.float32, torch.device("meta"))
     assert cache.num_bytes == made.cache_bytes
 
 
-def test_a_model_of_states_alone_counts_tokens_and_takes_little():
+def test_a_model_with_only_recurrent_states_counts_tokens_and_takes_little():
     config = build_tiny().config
     linear = LinearAttentionConfig(num_heads=2, head_dim=16)
     layers = tuple(x.model_copy(update={"mixer": linear}) for x in config.layers)
@@ -63,11 +63,12 @@ def test_a_model_of_states_alone_counts_tokens_and_takes_little():
 
 def test_the_line_names_weights_cache_and_tokens():
     assert plan(6, cache_gb=1.0).line() == (
-        "memory: weights 0.54 GB, cache 1.00 GB = 1,356 pages of 16 tokens (21,696 tokens), 6.0 GB were free"
+        "memory: weights 0.54 GB, cache 1.00 GB = 1,356 pages of 16 tokens (21,696 tokens), "
+        "6.0 GB were free"
     )
 
 
-def test_a_cache_that_does_not_fit_says_how_much_is_missing_and_what_helps():
+def test_the_error_for_a_too_large_cache_says_how_much_is_missing_and_what_helps():
     with pytest.raises(
         ConfigError, match=r"needs 8.00 GB, but only 6.00 GB are free.*2.00 GB short.*cache_gb"
     ):
@@ -80,7 +81,7 @@ def test_a_cache_that_does_not_fit_says_how_much_is_missing_and_what_helps():
         plan(0.0001)
 
 
-def test_weights_that_do_not_fit_say_how_much_is_missing_and_what_helps():
+def test_the_error_for_too_large_weights_says_how_much_is_missing_and_what_helps():
     with torch.device("meta"):
         model = Decoder(SMOLLM2)
     check_weights_fit(model, torch.float32, WEIGHTS)
@@ -109,7 +110,7 @@ def test_nothing_is_allocated_before_the_first_request(tiny_model, tiny_tokenize
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_keys_may_be_kept_in_another_dtype(tiny_tokenizer, dtype):
+def test_keys_may_be_cached_in_another_dtype(tiny_tokenizer, dtype):
     model = build_tiny(seed=3).double()
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
     exact = LLM(model=model, tokenizer=tiny_tokenizer)
@@ -132,8 +133,8 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_a_model_that_is_given_is_not_loaded_otherwise(tiny_tokenizer, name):
-    """It is the caller's: quantizing it would change it everywhere it is used."""
+def test_loading_options_are_refused_for_a_given_model(tiny_tokenizer, name):
+    """The caller may use the model elsewhere: quantizing it would change it there as well."""
     model = build_tiny()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ConfigError, match=f"{name} would change the model that was passed in"):

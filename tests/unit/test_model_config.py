@@ -1,4 +1,4 @@
-"""Combinations of parts that make no sense are refused when a configuration is made, and say what would do."""
+"""Invalid combinations of parts are refused on creation, naming valid alternatives."""
 
 import pytest
 from pydantic import ValidationError
@@ -23,7 +23,7 @@ from easyllm.nn.config import (
 HEADS = {"num_heads": 10, "num_kv_heads": 5, "head_dim": 16}
 
 
-def test_heads_that_do_not_divide_say_which_numbers_would_do():
+def test_the_error_for_invalid_head_counts_lists_valid_ones():
     with pytest.raises(ValidationError, match="set num_kv_heads to 1, 2, 5 or 10"):
         AttentionConfig(num_heads=10, num_kv_heads=4, head_dim=16)
 
@@ -42,7 +42,7 @@ def test_heads_that_do_not_divide_say_which_numbers_would_do():
         ({"position": {"kind": "rope", "scaling": {"kind": "yarn"}}}, "factor"),
     ],
 )
-def test_attention_refuses(changes, words):
+def test_invalid_attention_options_are_refused(changes, words):
     with pytest.raises(ValidationError, match=words):
         AttentionConfig(**HEADS | changes)
 
@@ -55,12 +55,12 @@ def test_attention_refuses(changes, words):
         ({"position": Rope(), "features": "softmax"}, "needs features elu"),
     ],
 )
-def test_linear_attention_refuses(changes, words):
+def test_invalid_linear_attention_options_are_refused(changes, words):
     with pytest.raises(ValidationError, match=words):
         LinearAttentionConfig(num_heads=2, head_dim=16, **changes)
 
 
-def test_experts_refuse_more_choices_than_experts_and_a_gate_without_its_expert():
+def test_more_choices_than_experts_and_a_gate_without_its_expert_are_refused():
     expert = GLUConfig(intermediate_size=8)
     with pytest.raises(ValidationError, match="is more than num_experts=2; lower it"):
         MoEConfig(num_experts=2, experts_per_token=3, expert=expert)
@@ -68,7 +68,7 @@ def test_experts_refuse_more_choices_than_experts_and_a_gate_without_its_expert(
         MoEConfig(num_experts=2, experts_per_token=1, expert=expert, shared_gate=True)
 
 
-def test_a_model_refuses_positions_that_do_not_belong_at_the_embedding_and_odd_widths():
+def test_positions_not_applicable_to_embeddings_and_odd_widths_are_refused():
     layer = LayerConfig(mixer=AttentionConfig(**HEADS), feed_forward=GLUConfig(intermediate_size=8))
     values = {"family": "llama", "vocab_size": 9, "max_seq_len": 8, "layers": (layer,)}
     with pytest.raises(ValidationError, match="embedding_position"):
@@ -78,13 +78,13 @@ def test_a_model_refuses_positions_that_do_not_belong_at_the_embedding_and_odd_w
 
 
 @pytest.mark.parametrize("method", ["pi", "ntk", "dynamic", "yarn"])
-def test_a_longer_context_is_written_as_hf_writes_it(method):
+def test_an_extended_context_is_written_like_hugging_face(method):
     config = extend_context(build_tiny().config, ContextConfig(method=method, factor=2))
     assert config.max_seq_len == 512
     assert read_config(write_config(config)) == config
 
 
-def test_rectified_positions_have_no_word_in_a_published_layout():
+def test_rectified_positions_cannot_be_represented_in_a_published_format():
     context = ContextConfig(method="rerope", logn=True)
     config = extend_context(build_tiny().config, context)
     assert config.layers[0].mixer.position == ReRope(theta=10000.0, window=128)

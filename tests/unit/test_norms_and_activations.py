@@ -1,4 +1,4 @@
-"""Norms, where they stand, activations and gated feed-forwards against their formulas and published figures."""
+"""Norms, norm placement, activations and gated units against formulas and published figures."""
 
 import math
 
@@ -37,10 +37,10 @@ def randomised(module, seed=0):
     return module.double()
 
 
-# ---- topic 16: from ReLU to SwiGLU
+# ---- activations, from ReLU to SwiGLU
 
 
-def test_topic_16_how_far_the_two_approximations_of_gelu_are_from_it():
+def test_the_approximations_of_gelu_have_their_known_errors():
     x = torch.linspace(-10, 10, 2_000_001, dtype=torch.float64)
     exact = x / 2 * (1 + torch.erf(x / math.sqrt(2)))
     torch.testing.assert_close(ACTIVATIONS["gelu"](x), exact, atol=1e-14, rtol=0)
@@ -49,7 +49,7 @@ def test_topic_16_how_far_the_two_approximations_of_gelu_are_from_it():
     assert (f"{tanh:.2e}", f"{sigmoid:.2e}") == ("4.73e-04", "2.03e-02")
 
 
-def test_topic_16_gelu_tanh_is_its_formula():
+def test_gelu_tanh_equals_its_formula():
     x = torch.linspace(-10, 10, 2001, dtype=torch.float64)
     formula = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     torch.testing.assert_close(ACTIVATIONS["gelu_tanh"](x), formula, atol=1e-14, rtol=0)
@@ -66,14 +66,14 @@ LLAMA_WIDTHS = {
 
 
 @pytest.mark.parametrize("name", LLAMA_WIDTHS)
-def test_topic_16_a_gated_width_is_two_thirds_of_four_times_the_hidden_size(name):
-    """Three matrices instead of two at equal parameters, rounded up to a multiple of 256."""
+def test_a_gated_width_is_two_thirds_of_four_times_the_hidden_size(name):
+    """Three matrices instead of two with equal parameters, rounded up to a multiple of 256."""
     size = FAMILIES["llama"].sizes[name]
     two_thirds = 2 * 4 * size["hidden_size"] // 3
     assert math.ceil(two_thirds / 256) * 256 == size["intermediate_size"] == LLAMA_WIDTHS[name]
 
 
-# Shazeer 2020 (arXiv 2002.05202), eqs. 5 and 6, written out.
+# Explicit forms of Shazeer 2020 (arXiv 2002.05202), eqs. 5 and 6.
 GATES = {
     "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
     "relu": lambda x: torch.maximum(x, torch.zeros_like(x)),
@@ -83,14 +83,14 @@ GATES = {
 }
 
 
-def test_every_activation_has_its_formula_here():
+def test_every_activation_is_tested_against_its_formula():
     assert set(GATES) == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("activation", GATES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
-def test_topic_16_each_gated_unit_is_its_formula(activation, bias, grad):
+def test_each_gated_unit_equals_its_formula(activation, bias, grad):
     glu = randomised(GLU(GLUConfig(intermediate_size=12, activation=activation, bias=bias), 8))
     glu.requires_grad_(grad)
     x = randn(7, 8)
@@ -104,7 +104,7 @@ def test_topic_16_each_gated_unit_is_its_formula(activation, bias, grad):
 
 
 @pytest.mark.parametrize("activation", GATES)
-def test_the_gradient_of_a_gated_product_is_that_of_its_formula(activation):
+def test_the_gradient_of_a_gated_unit_equals_that_of_its_formula(activation):
     gate, up, grad = (randn(5, 9, seed=i).requires_grad_(i < 2) for i in range(3))
     ours = torch.autograd.grad(gated(gate, up, activation), (gate, up), grad)
     theirs = torch.autograd.grad(GATES[activation](gate) * up, (gate, up), grad)
@@ -113,7 +113,7 @@ def test_the_gradient_of_a_gated_product_is_that_of_its_formula(activation):
 
 @pytest.mark.parametrize("activation", GATES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_an_ungated_feed_forward_is_its_formula(activation, bias):
+def test_an_ungated_feed_forward_equals_its_formula(activation, bias):
     mlp = randomised(MLP(MLPConfig(intermediate_size=12, activation=activation, bias=bias), 8))
     x = randn(7, 8)
     up = x @ mlp.up_proj.weight.T + (mlp.up_proj.bias if bias else 0)
@@ -122,7 +122,7 @@ def test_an_ungated_feed_forward_is_its_formula(activation, bias):
     torch.testing.assert_close(mlp(x, ForwardContext.packed([7])), expected)
 
 
-# ---- topic 24: RMSNorm
+# ---- RMSNorm
 
 
 def norm_of(config, width=24, seed=3, dtype=torch.float64):
@@ -135,7 +135,7 @@ def norm_of(config, width=24, seed=3, dtype=torch.float64):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
-def test_topic_24_norms_equal_torch(dtype, grad):
+def test_norms_equal_torch(dtype, grad):
     x = 3 * randn(4, 5, 24, dtype=dtype) + 1
     rms, layer = norm_of(RMSNormConfig(eps=1e-3), dtype=dtype), norm_of(LayerNormConfig(eps=1e-3))
     plain = norm_of(LayerNormConfig(eps=1e-3, bias=False), dtype=dtype)
@@ -148,18 +148,18 @@ def test_topic_24_norms_equal_torch(dtype, grad):
     torch.testing.assert_close(plain(x), F.layer_norm(x, (24,), plain.weight, None, 1e-3))
 
 
-def test_topic_24_of_rows_with_mean_zero_rms_norm_is_layer_norm_without_bias():
+def test_rms_norm_of_zero_mean_rows_equals_layer_norm_without_bias():
     x = randn(6, 24)
     centred = x - x.mean(-1, keepdim=True)
     rms, layer = norm_of(RMSNormConfig()), norm_of(LayerNormConfig())
     layer.load_state_dict({"weight": rms.weight, "bias": torch.zeros(24)})
     torch.testing.assert_close(rms(centred), layer(centred))
-    assert (rms(x) - layer(x)).abs().max() > 1e-2  # where the mean is not zero they differ
+    assert (rms(x) - layer(x)).abs().max() > 1e-2  # they differ if the mean is not zero
 
 
 @pytest.mark.parametrize("factor", [0.1, 7.0, 1000.0])
-def test_topic_24_rms_norm_does_not_see_the_scale_of_its_input(factor):
-    """But for eps: with eps scaled by factor² it would be exact."""
+def test_rms_norm_is_scale_invariant(factor):
+    """Up to eps: it would be exact with eps scaled by factor²."""
     x = randn(6, 24)
     norm = norm_of(RMSNormConfig(eps=1e-8))
     torch.testing.assert_close(norm(factor * x), norm(x), atol=0, rtol=1e-5)
@@ -195,7 +195,7 @@ def test_an_offset_norm_of_bf16_weights_adds_the_one_in_fp32():
 
 
 @pytest.mark.parametrize("unit_offset", [False, True], ids=["plain", "offset"])
-def test_queries_and_keys_are_normalised_as_their_configuration_says(unit_offset):
+def test_queries_and_keys_are_normalised_as_configured(unit_offset):
     config = RMSNormConfig(unit_offset=unit_offset)
     mixer = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8, qk_norm=config)
     layer = LayerConfig(mixer=mixer, feed_forward=GLUConfig(intermediate_size=8))
@@ -206,7 +206,7 @@ def test_queries_and_keys_are_normalised_as_their_configuration_says(unit_offset
         torch.testing.assert_close(norm.double()(x), expected(x))
 
 
-# ---- topic 23: where the norms of a layer stand
+# ---- placement of the norms in a layer
 
 
 def small_model(*layers, hidden_size=16, **options):
@@ -234,7 +234,7 @@ def sandwich(x, f, layer, name):
 
 @pytest.mark.parametrize("formula", [pre, post, sandwich], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("norm", [RMSNormConfig(), LayerNormConfig()], ids=["rms", "layer"])
-def test_topic_23_a_layer_is_the_formula_of_its_placement(formula, norm):
+def test_a_layer_equals_the_formula_of_its_norm_placement(formula, norm):
     model = randomised(Decoder(small_model(layer_of(formula.__name__), norm=norm)))
     layer, x = model.layers[0], randn(9, 16)
     context = ForwardContext.packed([9])
@@ -251,7 +251,7 @@ def test_topic_23_a_layer_is_the_formula_of_its_placement(formula, norm):
 
 
 def last_gradient(placement, depth, seed):
-    """Norm of the last down projection's gradient at a fresh start, all projections of one scale."""
+    """Returns the initial gradient norm of the last down projection, with equal scales."""
     layers = (layer_of(placement, heads=4, width=64),) * depth
     model = Decoder(small_model(*layers, hidden_size=32, final_norm=placement != "post"))
     generator = torch.Generator().manual_seed(seed)
@@ -266,8 +266,8 @@ def last_gradient(placement, depth, seed):
     return model.layers[-1].feed_forward.down_proj.weight.grad.norm().item()
 
 
-def test_topic_23_the_last_gradient_falls_with_the_depth_of_a_pre_norm_model_only():
-    """As 1/√L, against O(1) in a post-norm one (Xiong et al. 2020, arXiv 2002.04745, theorem 1)."""
+def test_the_last_gradient_decreases_with_depth_only_for_pre_norm():
+    """As 1/√L, unlike O(1) for post-norm (Xiong et al. 2020, arXiv 2002.04745, theorem 1)."""
 
     def ratio(placement):
         deep, shallow = (
@@ -275,5 +275,5 @@ def test_topic_23_the_last_gradient_falls_with_the_depth_of_a_pre_norm_model_onl
         )
         return deep / shallow
 
-    assert 0.1 < ratio("pre") < 0.4  # √(2/32) = 0.25; 0.18 was seen
-    assert ratio("post") > 0.8  # 1.6 was seen
+    assert 0.1 < ratio("pre") < 0.4  # √(2/32) = 0.25; 0.18 was measured
+    assert ratio("post") > 0.8  # 1.6 was measured

@@ -1,4 +1,4 @@
-"""Losses of the language-model objective beyond plain cross-entropy: routers' terms, soft-capped logits."""
+"""Terms of the loss beyond plain cross-entropy: router losses, soft-capped logits."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def batch_of(*lengths):
     return pack(samples)
 
 
-def test_router_losses_join_the_gradient_with_their_coefficients_and_are_reported_apart():
+def test_router_losses_are_added_with_their_coefficients_and_reported_separately():
     model, batch = moe_model(load_balancing=0.5, z_loss=0.25), batch_of(9, 20)
     loss, metrics = accumulate(model, LanguageModel(), [batch])
     routing = []
@@ -65,11 +65,11 @@ def test_without_coefficients_the_routers_add_nothing():
     assert not torch.allclose(with_terms.get_parameter(name).grad, without.get_parameter(name).grad)
 
 
-def test_training_with_the_load_balancing_loss_evens_out_the_experts():
+def test_training_with_the_load_balancing_loss_balances_the_experts():
     spread = {}
     for coefficient in (0.0, 1.0):
         model, batch = moe_model(load_balancing=coefficient), batch_of(60, 60)
-        with torch.no_grad():  # every router begins with a favourite
+        with torch.no_grad():  # every router initially prefers one expert
             for layer in model.layers:
                 layer.feed_forward.router.weight[0] += 0.3
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

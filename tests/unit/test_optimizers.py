@@ -1,4 +1,4 @@
-"""Optimizers and parameter groups: their arithmetic against PyTorch's, masters, checkpoints, who is moved by which rule."""
+"""Optimizers and parameter groups: arithmetic as in PyTorch, masters, checkpoints, patterns."""
 
 import gc
 import math
@@ -54,7 +54,7 @@ def make_parameters(dtype=torch.float32, shapes=None, seed=0):
 
 
 def make_gradients(parameters, seed, size=1.0):
-    """Values whose bf16 rounding is themselves, so that every dtype sees the same."""
+    """Returns gradients that are exact in bf16, so that every dtype sees the same values."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (torch.randn(p.shape, generator=generator) * size).bfloat16().float()
@@ -63,12 +63,12 @@ def make_gradients(parameters, seed, size=1.0):
 
 
 def backward(parameters, gradients):
-    """Gives each parameter its gradient the way a micro-batch does."""
+    """Sets each parameter's gradient the way a micro-batch does."""
     sum((p * gradients[name].to(p.dtype)).sum() for name, p in parameters.items()).backward()
 
 
 def twins(parameters):
-    """The same parameters for PyTorch's optimizers: matrices, and the rest."""
+    """Returns the same parameters for PyTorch's optimizers: matrices, and the rest."""
     copies = {name: nn.Parameter(p.detach().float().clone()) for name, p in parameters.items()}
     return (
         copies,
@@ -83,11 +83,11 @@ def assert_same_bits(found, expected):
         assert torch.equal(found[name], value), name
 
 
-# ---- AdamW and SGD are PyTorch's
+# ---- AdamW and SGD equal PyTorch's
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adamw_is_bit_for_bit_torchs_on_the_masters(dtype):
+def test_adamw_is_bitwise_identical_to_torchs_on_the_masters(dtype):
     shapes = SHAPES | {"layers.1.wide.weight": (update_rules.PIECE // 64 + 3, 129)}  # three pieces
     parameters = make_parameters(dtype, shapes)
     copies, matrices, others = twins(parameters)
@@ -131,7 +131,7 @@ def test_adamw_agrees_with_the_equations_in_double_precision():
     ("momentum", "nesterov", "decay"),
     [(0.0, False, 0.0), (0.0, False, 0.1), (0.9, False, 0.0), (0.9, False, 0.1), (0.9, True, 0.1)],
 )
-def test_sgd_is_bit_for_bit_torchs(momentum, nesterov, decay):
+def test_sgd_is_bitwise_identical_to_torchs(momentum, nesterov, decay):
     parameters = make_parameters()
     copies, matrices, others = twins(parameters)
     theirs = torch.optim.SGD(
@@ -154,7 +154,7 @@ def test_sgd_is_bit_for_bit_torchs(momentum, nesterov, decay):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_size_of_the_pieces_changes_no_bit(name, monkeypatch):
+def test_results_are_bitwise_independent_of_the_piece_size(name, monkeypatch):
     def run():
         parameters = make_parameters(torch.bfloat16)
         optimizer = MasterOptimizer(parameters, EVERY[name])
@@ -222,7 +222,7 @@ def test_norm_and_clipping_equal_torchs(dtype):
     assert optimizer.grad_norm() == pytest.approx(0.5, rel=1e-5)
 
 
-def test_a_gradient_within_the_limit_is_left_as_it_is():
+def test_a_gradient_within_the_limit_is_unchanged():
     parameters = make_parameters()
     optimizer = MasterOptimizer(parameters, ADAMW)
     gradients = make_gradients(parameters, 5)
@@ -231,7 +231,7 @@ def test_a_gradient_within_the_limit_is_left_as_it_is():
     assert_same_bits(optimizer.gradients(), gradients)
 
 
-def test_a_scaled_loss_unscaled_moves_the_weights_as_the_plain_one():
+def test_an_unscaled_scaled_loss_gives_the_same_update():
     def run(scale):
         parameters = make_parameters(torch.float16)
         optimizer = MasterOptimizer(parameters, ADAMW)
@@ -248,7 +248,7 @@ def test_a_scaled_loss_unscaled_moves_the_weights_as_the_plain_one():
     assert_same_bits(run(2.0**8), run(1.0))
 
 
-def test_an_overflow_shows_in_the_norm_and_a_cleared_step_leaves_no_trace():
+def test_an_overflow_is_visible_in_the_norm_and_a_cleared_step_has_no_effect():
     def run(overflow):
         parameters = make_parameters(torch.float16)
         optimizer = MasterOptimizer(parameters, ADAMW)
@@ -266,7 +266,7 @@ def test_an_overflow_shows_in_the_norm_and_a_cleared_step_leaves_no_trace():
     assert_same_bits(run(True), run(False))
 
 
-def test_a_parameter_without_gradient_is_not_moved():
+def test_a_parameter_without_gradient_is_not_updated():
     parameters = make_parameters(torch.bfloat16)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = MasterOptimizer(parameters, ADAMW)
@@ -278,7 +278,7 @@ def test_a_parameter_without_gradient_is_not_moved():
         assert torch.equal(p, before[name]) == (name != "norm.weight"), name
 
 
-def test_given_masters_are_what_is_moved_and_what_comes_out():
+def test_given_masters_are_updated_and_returned():
     masters = {name: p.detach() for name, p in make_parameters().items()}
     parameters = {name: nn.Parameter(p.bfloat16()) for name, p in masters.items()}
     optimizer = MasterOptimizer(parameters, ADAMW, masters=masters)
@@ -295,7 +295,7 @@ def test_given_masters_are_what_is_moved_and_what_comes_out():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", EVERY)
-def test_a_saved_optimizer_goes_on_bit_for_bit(name, dtype, tmp_path):
+def test_a_saved_optimizer_resumes_bitwise_exactly(name, dtype, tmp_path):
     def steps(parameters, optimizer, numbers):
         for step in numbers:
             for micro in range(1 + step % 2):
@@ -322,7 +322,7 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [("int8", "adamw"), ("sgd", "muon"), ("adamw", "sgd")])
-def test_the_state_of_another_optimizer_is_refused_and_nothing_is_changed(mine, theirs):
+def test_the_state_of_another_optimizer_is_refused_without_changes(mine, theirs):
     parameters = make_parameters()
     optimizer = MasterOptimizer(parameters, EVERY[mine])
     before = {key: value.clone() for key, value in optimizer.tensors().items()}
@@ -348,7 +348,7 @@ def test_the_update_has_singular_values_near_1_and_the_polar_factors_direction(s
     matrix = torch.randn(shape, generator=generator)
     if (
         shape[0] == shape[1]
-    ):  # a square Gaussian matrix has values near 0, which five steps do not lift
+    ):  # square Gaussian matrices have singular values near 0, which five steps do not raise to 1
         matrix += 2 * torch.eye(64) * matrix.norm() / 8
     found = orthogonalise(matrix, 5, dtype).double()
     values = torch.linalg.svdvals(found)
@@ -358,12 +358,12 @@ def test_the_update_has_singular_values_near_1_and_the_polar_factors_direction(s
     cosine = (found * expected).sum() / found.norm() / expected.norm()
     assert cosine > 0.98
     u, _, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    turned = u.T @ found @ v.T  # the same singular vectors: nothing off the diagonal
+    turned = u.T @ found @ v.T  # diagonal if the singular vectors are the same
     off = turned - torch.diag(torch.diagonal(turned))
     assert off.abs().max() < (1e-4 if dtype == torch.float32 else 5e-2)
 
 
-def test_five_steps_lift_small_singular_values_and_the_iteration_is_the_scalar_quintic():
+def test_five_steps_raise_small_singular_values_by_the_scalar_quintic():
     generator = torch.Generator().manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(6, 6, generator=generator))
     values = torch.tensor([1.0, 0.5, 0.1, 0.03, 0.01, 0.004])
@@ -376,7 +376,7 @@ def test_five_steps_lift_small_singular_values_and_the_iteration_is_the_scalar_q
     assert 0.6 < x.min() < x.max() < 1.21
 
 
-def test_the_update_does_not_depend_on_the_size_of_the_gradient_and_zero_stays_zero():
+def test_the_update_is_independent_of_the_gradient_scale_and_zero_stays_zero():
     matrix = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     whole = orthogonalise(matrix, 5, torch.float32)
     for size in (1e-10, 1e10):
@@ -387,7 +387,7 @@ def test_the_update_does_not_depend_on_the_size_of_the_gradient_and_zero_stays_z
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_moves_a_matrix_as_torchs_does(nesterov):
+def test_muon_updates_a_matrix_like_torchs(nesterov):
     name = "layers.0.feed_forward.up_proj.weight"
     parameters = make_parameters(shapes={name: (96, 48)})
     twin = nn.Parameter(parameters[name].detach().clone())
@@ -409,10 +409,10 @@ def test_muon_moves_a_matrix_as_torchs_does(nesterov):
         theirs.step()
         ours.step(1.0)
     moved, expected = parameters[name].detach() - start, twin.detach() - start
-    assert (moved - expected).norm() < 0.01 * expected.norm()  # theirs is computed in bf16
+    assert (moved - expected).norm() < 0.01 * expected.norm()  # PyTorch computes in bf16
 
 
-def test_a_muon_update_has_the_root_mean_square_of_an_adamw_update():
+def test_a_muon_update_has_the_rms_of_an_adamw_update():
     name = "layers.0.w.weight"
     for shape in ((64, 64), (96, 48), (48, 96)):
         parameters = make_parameters(shapes={name: shape})
@@ -424,7 +424,7 @@ def test_a_muon_update_has_the_root_mean_square_of_an_adamw_update():
         assert rms == pytest.approx(0.2, rel=0.2)
 
 
-def test_muon_takes_the_matrices_inside_the_layers_and_leaves_the_rest_to_adamw():
+def test_muon_updates_the_matrices_inside_the_layers_and_adamw_the_rest():
     config = MuonConfig(weight_decay=0.3, others=AdamWConfig(weight_decay=0.2))
     groups = build_groups(make_parameters(), config)
     assert {(g.rule.kind, g.weight_decay): g.names for g in groups} == {
@@ -450,7 +450,7 @@ def test_muon_without_a_matrix_is_an_error():
 # ---- AdamW with int8 states
 
 
-def test_codes_are_within_their_bound_of_the_values():
+def test_codes_are_within_their_error_bound():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(1000, generator=generator) * 10.0 ** torch.randint(
         -12, 3, (1000,), generator=generator
@@ -463,7 +463,7 @@ def test_codes_are_within_their_bound_of_the_values():
         found = dequantize_signed(codes, scales)
         largest = scales.repeat_interleave(256)[:1000]
         root = (found.abs() / largest).sqrt() - (values.abs() / largest).sqrt()
-        assert root.abs().max() <= 1 / 127 + 1e-6  # a code is at most one off
+        assert root.abs().max() <= 1 / 127 + 1e-6  # a code is off by at most one
         assert ((found == 0) | (found.sign() == values.sign())).all()
         squares = values.square()
         codes, scales = quantize_positive(squares, offset)
@@ -473,7 +473,7 @@ def test_codes_are_within_their_bound_of_the_values():
         assert root.abs().max() <= 1 / 255 + 1e-6
         assert (
             found.min() > 0
-        )  # a second moment never collapses, however small beside its block's largest
+        )  # a second moment never becomes 0, however small relative to its block's maximum
 
 
 def test_a_block_of_zeros_stays_zero():
@@ -486,7 +486,7 @@ def test_a_block_of_zeros_stays_zero():
 
 
 @pytest.mark.parametrize("first", [0, 10_000_000])
-def test_codes_are_right_on_average_over_the_steps(first):
+def test_dithered_codes_are_unbiased_over_the_steps(first):
     values = torch.rand(256, generator=torch.Generator().manual_seed(0)) + 0.01
     steps = [dither(torch.tensor(float(first + t))) for t in range(400)]
     for quantize, dequantize in (
@@ -498,7 +498,7 @@ def test_codes_are_right_on_average_over_the_steps(first):
 
 
 def moments_after(config, steps, fall_at):
-    """The weight, and the second moments of its odd columns, whose gradients shrink to a tenth on the way."""
+    """Returns the weight, and second moments of odd columns, whose gradients shrink to a tenth."""
     name = "layers.0.w.weight"
     parameters = make_parameters(shapes={name: (64, 128)})
     optimizer = MasterOptimizer(parameters, config)
@@ -519,7 +519,7 @@ def moments_after(config, steps, fall_at):
     return parameters[name].detach(), second[:, 1::2].flatten()
 
 
-def test_int8_states_stay_near_fp32_ones_for_a_hundred_steps():
+def test_int8_states_stay_close_to_fp32_ones_for_a_hundred_steps():
     fp32, int8 = (AdamWConfig(learning_rate=1e-3, state=state) for state in ("fp32", "int8"))
     start, _ = moments_after(fp32, 0, 0)
     weight, second = moments_after(fp32, 100, 100)
@@ -532,7 +532,7 @@ def test_int8_states_stay_near_fp32_ones_for_a_hundred_steps():
     assert ratio.quantile(0.99) < 1.6
 
 
-def test_an_int8_second_moment_follows_shrinking_gradients_where_rounding_to_nearest_cannot(
+def test_an_int8_second_moment_follows_shrinking_gradients_unlike_with_rounding_to_nearest(
     monkeypatch,
 ):
     fp32, int8 = (
@@ -548,7 +548,7 @@ def test_an_int8_second_moment_follows_shrinking_gradients_where_rounding_to_nea
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_pass_over_int8_states_gives_the_bits_of_the_operations_one_by_one(dtype, monkeypatch):
+def test_the_fused_int8_update_is_bitwise_identical_to_separate_operations(dtype, monkeypatch):
     shapes = {"layers.0.w.weight": (72, 144), "layers.1.w.weight": (64, 100)}  # 40.5 and 25 blocks
 
     def after_some_steps():
@@ -556,7 +556,7 @@ def test_one_pass_over_int8_states_gives_the_bits_of_the_operations_one_by_one(d
         optimizer = MasterOptimizer(parameters, INT8)
         for step in range(5):
             gradients = make_gradients(parameters, step)
-            gradients["layers.1.w.weight"][:40] = 0  # blocks that stay at zero, at first
+            gradients["layers.1.w.weight"][:40] = 0  # blocks that are zero at first
             backward(parameters, gradients)
             optimizer.scale_gradients(0.37)
             optimizer.step(1 - step / 8)
@@ -568,7 +568,7 @@ def test_one_pass_over_int8_states_gives_the_bits_of_the_operations_one_by_one(d
     assert_same_bits(one_pass, after_some_steps())
 
 
-def test_the_gradient_norm_is_that_of_wide_sums(monkeypatch):
+def test_the_gradient_norm_is_accumulated_in_high_precision(monkeypatch):
     parameters = make_parameters(torch.bfloat16)
     optimizer = MasterOptimizer(parameters, ADAMW)
     backward(parameters, make_gradients(parameters, 0))
@@ -579,7 +579,7 @@ def test_the_gradient_norm_is_that_of_wide_sums(monkeypatch):
     assert norms == [pytest.approx(exact, rel=1e-6)] * 2
 
 
-def test_int8_states_take_a_byte_a_moment_and_small_tensors_keep_fp32():
+def test_int8_states_take_one_byte_per_moment_and_small_tensors_keep_fp32():
     optimizer = MasterOptimizer(make_parameters(), INT8)
     tensors = optimizer.tensors()
     count = math.prod(SHAPES["embed_tokens.weight"])
@@ -602,7 +602,7 @@ def test_matrices_decay_and_norms_and_biases_do_not():
     assert decay == {name: 0.1 if len(shape) > 1 else 0.0 for name, shape in SHAPES.items()}
 
 
-def test_the_first_pattern_found_in_a_name_takes_it():
+def test_the_first_matching_pattern_applies():
     patterns = [
         ParameterGroup(pattern=r"q_proj\.bias$", weight_decay=0.5),
         ParameterGroup(pattern="mixer", rate_factor=0.1),
@@ -622,7 +622,7 @@ def test_the_first_pattern_found_in_a_name_takes_it():
     }
 
 
-def test_a_group_moves_at_its_own_rate_and_decay():
+def test_a_group_has_its_own_rate_and_decay():
     patterns = [ParameterGroup(pattern="lm_head", rate_factor=0.25, weight_decay=0.5)]
     config = SGDConfig(learning_rate=0.1)
     parameters = make_parameters()
@@ -645,13 +645,13 @@ def test_a_group_moves_at_its_own_rate_and_decay():
         ("layers.0.mixer.(", "not a regular expression"),
     ],
 )
-def test_a_pattern_that_is_wrong_is_an_error_that_helps(pattern, words):
+def test_an_invalid_pattern_is_a_helpful_error(pattern, words):
     with pytest.raises(ConfigError, match=words) as error:
         build_groups(make_parameters(), ADAMW, [ParameterGroup(pattern=pattern)])
     assert repr(pattern) in str(error.value)
 
 
-def test_a_pattern_that_earlier_ones_leave_nothing_is_an_error():
+def test_a_pattern_shadowed_by_earlier_ones_is_an_error():
     patterns = [ParameterGroup(pattern="layers"), ParameterGroup(pattern="q_proj")]
     with pytest.raises(
         ConfigError, match=r"parameter_groups\.1\.pattern.*more specific pattern first"
@@ -676,7 +676,7 @@ def test_rate_factor_0_freezes(dtype):
     for name, p in parameters.items():
         assert torch.equal(p, masters[name].to(dtype)) == (name in frozen)
     assert not any(name in key for key in optimizer.tensors() for name in frozen)
-    if dtype == torch.bfloat16:  # the result still holds what the run was given, not its rounding
+    if dtype == torch.bfloat16:  # the result contains the given fp32 value, not its bf16 rounding
         final = optimizer.final_state()
         assert final.keys() == parameters.keys()
         assert torch.equal(final["lm_head.weight"], masters["lm_head.weight"])
@@ -687,7 +687,7 @@ def test_freezing_everything_is_an_error():
         MasterOptimizer(make_parameters(), ADAMW, [ParameterGroup(pattern=".", rate_factor=0)])
 
 
-def test_rates_name_every_group_with_a_rate_of_its_own():
+def test_rates_name_every_group_with_a_separate_rate():
     patterns = [
         ParameterGroup(pattern="q_proj", rate_factor=0.1),
         ParameterGroup(pattern="norm", weight_decay=0.1),
@@ -710,7 +710,7 @@ def test_rates_name_every_group_with_a_rate_of_its_own():
 
 
 def losses(config, dtype=torch.float32, steps=30):
-    """Loss of a tiny model on one batch before each step."""
+    """Returns the loss of a tiny model on one batch before each step."""
     model = build_tiny(seed=3, hidden_size=64, intermediate_size=128).to(dtype)
     model.requires_grad_(True)
     optimizer = MasterOptimizer(dict(model.named_parameters()), config)

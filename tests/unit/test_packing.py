@@ -1,4 +1,4 @@
-"""Samples, the packed layout, and the loader's order and its resuming."""
+"""Samples, the packed layout, and the loader's order and resumption."""
 
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=20)
 
 
 def samples_of(lengths):
-    """Samples of the given lengths whose ids are all different."""
+    """Returns samples of the given lengths whose ids are all different."""
     samples, first = [], 0
     for length in lengths:
         samples.append(Sample.from_mask(list(range(first, first + length + 1))))
@@ -27,7 +27,7 @@ def samples_of(lengths):
 
 
 def epoch_of(loader):
-    """The samples of one epoch as the first id of each, and the sizes of its micro-batches."""
+    """Returns one epoch's samples, by their first ids, and the sizes of its micro-batches."""
     first, sizes = [], []
     epoch = loader.state.epoch
     while loader.state.epoch == epoch:
@@ -52,7 +52,7 @@ def test_labels_are_the_next_tokens(ids):
 
 @settings(deadline=None, max_examples=50)
 @given(pairs=st.lists(st.tuples(st.integers(0, 999), st.booleans()), min_size=2, max_size=12))
-def test_labels_of_masked_tokens_are_left_out(pairs):
+def test_labels_of_masked_tokens_are_ignored(pairs):
     ids, mask = [p[0] for p in pairs], [p[1] for p in pairs]
     sample = Sample.from_mask(ids, mask)
     assert len(sample.labels) == len(sample.token_ids) == len(ids) - 1
@@ -66,11 +66,11 @@ def test_a_mask_of_another_length_is_refused():
         Sample.from_mask([1, 2, 3], [True, True])
 
 
-def test_a_single_token_has_nothing_to_follow_it():
+def test_a_single_token_has_no_label():
     assert Sample.from_mask([7]) == Sample((), ())
 
 
-def test_packing_lays_samples_end_to_end():
+def test_packing_concatenates_samples():
     samples = [
         Sample.from_mask([10, 11, 12, 13], [False, False, True, True]),
         Sample.from_mask([20, 21]),
@@ -87,7 +87,7 @@ def test_packing_lays_samples_end_to_end():
 
 @settings(deadline=None, max_examples=50)
 @given(lengths=LENGTHS)
-def test_a_packed_batch_holds_its_samples_and_nothing_else(lengths):
+def test_a_packed_batch_contains_exactly_its_samples(lengths):
     samples = samples_of(lengths)
     batch = pack(samples)
     bounds = batch.cu_seqlens.tolist()
@@ -102,7 +102,7 @@ def test_a_packed_batch_holds_its_samples_and_nothing_else(lengths):
     assert {t.dtype for t in (batch.token_ids, batch.labels, batch.positions)} == {torch.int64}
 
 
-def test_a_batch_on_its_own_device_is_itself():
+def test_moving_a_batch_to_its_own_device_returns_itself():
     batch = pack(samples_of([2, 3]))
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
@@ -113,7 +113,7 @@ def test_a_batch_on_its_own_device_is_itself():
 
 @settings(deadline=None, max_examples=100)
 @given(lengths=LENGTHS, most=st.integers(1, 20))
-def test_groups_keep_the_order_and_the_limit_and_are_as_full_as_can_be(lengths, most):
+def test_groups_keep_the_order_and_the_limit_and_are_filled_greedily(lengths, most):
     samples = samples_of(lengths)
     groups = split_by_tokens(samples, most)
     assert [s for group in groups for s in group] == samples
@@ -125,13 +125,13 @@ def test_groups_keep_the_order_and_the_limit_and_are_as_full_as_can_be(lengths, 
         assert size + len(after[0].token_ids) > most
 
 
-def test_no_samples_are_no_groups():
+def test_no_samples_give_no_groups():
     assert split_by_tokens([], 10) == []
 
 
 @pytest.mark.parametrize("seed", [None, 0, 7])
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 32])
-def test_every_sample_comes_once_an_epoch(seed, batch_size):
+def test_every_sample_occurs_once_per_epoch(seed, batch_size):
     samples = samples_of([1, 5, 2, 8, 3, 3, 1, 9, 4, 2])
     loader = Loader(samples, batch_size=batch_size, micro_batch_tokens=8, seed=seed)
     for epoch in range(3):
@@ -148,14 +148,14 @@ def sequences(step):
             yield batch.token_ids[start:end].tolist()
 
 
-def test_micro_batches_keep_the_limit_of_tokens():
+def test_micro_batches_respect_the_token_limit():
     samples = samples_of([1, 5, 2, 12, 3, 3, 1, 9, 4, 2])
     loader = Loader(samples, batch_size=5, micro_batch_tokens=9, seed=3)
     _, sizes = epoch_of(loader)
     assert [size for size in sizes if size > 9] == [12]
 
 
-def test_a_step_has_batch_size_sequences_and_the_last_of_an_epoch_the_rest():
+def test_a_step_has_batch_size_sequences_and_the_last_step_of_an_epoch_the_rest():
     loader = Loader(samples_of([2] * 10), batch_size=4, micro_batch_tokens=5, seed=0)
     counts = [sum(len(b.lengths) for b in loader.next_step()) for _ in range(6)]
     assert counts == [4, 4, 2] * 2
@@ -199,7 +199,7 @@ def test_setting_the_state_resumes_exactly(done):
     assert resumed.state == running.state
 
 
-def test_iterating_is_taking_steps_for_ever():
+def test_iterating_yields_steps_forever():
     samples = samples_of([2, 3, 4])
     by_step = Loader(samples, batch_size=2, micro_batch_tokens=8, seed=1)
     by_loop = Loader(samples, batch_size=2, micro_batch_tokens=8, seed=1)
@@ -214,7 +214,7 @@ def test_a_loader_without_samples_is_refused():
 
 @settings(deadline=None, max_examples=50)
 @given(lengths=LENGTHS, multiple=st.integers(1, 40))
-def test_a_filled_batch_has_one_more_sequence_without_labels(lengths, multiple):
+def test_a_padded_batch_has_one_more_sequence_without_labels(lengths, multiple):
     batch = pack(samples_of(lengths))
     filled = batch.filled(multiple)
     count, missing = sum(lengths), -sum(lengths) % multiple

@@ -1,4 +1,4 @@
-"""Every part states its cost next to its forward, and a new one needs nothing elsewhere."""
+"""Every part states its cost next to its forward; a new one needs no other changes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from easyllm.plan.trace import trace_model
 
 MODULES = (attention, feed_forward, glu, linear_attention, moe, norm, position)
 NOT_IN_LAYERS = {"LearnedEmbedding", "SinusoidalEmbedding", "NoEmbeddingPosition"}
-"""What is added to the embedding: the plan's own `_indices` count what of it is kept."""
+"""Positions added to the embedding, whose saved tensors `_indices` in the plan counts."""
 PARTS = [
     part
     for module in MODULES
@@ -32,7 +32,7 @@ def test_every_part_states_its_cost(part):
 
 
 class Bottleneck(nn.Module):
-    """A part that nobody has heard of: up(down(x)), nothing else."""
+    """An unknown part: up(down(x)), nothing else."""
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -56,7 +56,7 @@ class Silent(nn.Module):
 
 @pytest.fixture
 def replaced(monkeypatch):
-    """Replaces every feed-forward, and forgets the parts afterwards."""
+    """Replaces every feed-forward, and unregisters the parts afterwards."""
 
     def replace(make):
         monkeypatch.setattr(
@@ -68,7 +68,7 @@ def replaced(monkeypatch):
     _layers_of.cache_clear()
 
 
-def test_a_new_part_is_planned_by_what_it_says_itself(replaced):
+def test_a_new_part_is_planned_by_its_own_cost(replaced):
     config = describe("smollm2-135m")
     before, usual = count_parameters(config), forward_flops(config, [10])
     replaced(lambda: Bottleneck(config.hidden_size))
@@ -82,8 +82,8 @@ def test_a_new_part_is_planned_by_what_it_says_itself(replaced):
     assert plan_model(config, context=64, train=True).training[0].memory.total > 0
 
 
-def test_its_activations_are_what_autograd_keeps(replaced):
-    """x and the inner tensor of a bottleneck, which both of its products need."""
+def test_activations_of_a_new_part_are_those_saved_by_autograd(replaced):
+    """x and the inner tensor of a bottleneck, required by its two linears."""
     config = describe("smollm2-135m")
     replaced(lambda: Bottleneck(config.hidden_size))
     trace = trace_model(config, trace_work(tokens=10))
@@ -102,7 +102,7 @@ def test_a_part_without_a_cost_is_named(replaced):
         forward_flops(describe("smollm2-135m"), [10])
 
 
-def test_layers_alike_are_one_module_without_weights():
+def test_equal_layers_share_one_module_without_weights():
     config = describe("llama2-70b")
     layers = layers_of(config)
     assert len(layers) == 80
@@ -111,7 +111,7 @@ def test_layers_alike_are_one_module_without_weights():
     assert {p.device.type for m in outside_of(config) for p in m.parameters()} == {"meta"}
 
 
-def test_a_layer_can_be_asked_by_itself():
+def test_the_cost_of_a_single_layer_can_be_traced():
     config = describe("smollm2-135m")
     layer = DecoderLayer(config.layers[0], config, 0)
     trace = CostTrace(Work(lengths=(5, 3), labelled=8))

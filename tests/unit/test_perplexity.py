@@ -1,4 +1,4 @@
-"""Perplexity: each token once, behind enough others; the same as one forward where that is possible."""
+"""Perplexity: each token is scored once with enough context; short texts equal one forward pass."""
 
 import math
 
@@ -23,12 +23,12 @@ TEXTS = [
 
 
 def losses_of(model, ids):
-    """-ln p of every token after the first, by one forward."""
+    """Returns -ln p of every token after the first, from one forward pass."""
     logprobs = model.logits(ids)[:-1].double().log_softmax(-1)
     return -logprobs.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
 
 
-def test_short_texts_are_scored_by_one_forward_each(tiny_model, tiny_tokenizer):
+def test_short_texts_are_scored_with_one_forward_pass_each(tiny_model, tiny_tokenizer):
     found = perplexity(tiny_model, tiny_tokenizer, TEXTS)
     ids = [tiny_tokenizer.encode(text) for text in TEXTS]
     assert max(map(len, ids)) <= tiny_model.config.max_seq_len
@@ -43,7 +43,7 @@ def test_short_texts_are_scored_by_one_forward_each(tiny_model, tiny_tokenizer):
 
 
 @pytest.mark.parametrize(("context", "stride"), [(16, 5), (16, 16), (16, 1), (7, 3), (200, 8)])
-def test_windows_score_each_token_once_behind_enough_others(
+def test_windows_score_each_token_once_with_enough_context(
     tiny_model, tiny_tokenizer, context, stride
 ):
     text = TEXTS[1]
@@ -61,7 +61,7 @@ def test_windows_score_each_token_once_behind_enough_others(
     assert found.loss_nats == pytest.approx(expected / scored, rel=1e-6)
 
 
-def test_the_size_of_a_forward_changes_nothing(tiny_model, tiny_tokenizer):
+def test_results_do_not_depend_on_the_size_of_a_forward_pass(tiny_model, tiny_tokenizer):
     settings = {"context": 24, "stride": 8}
     one = perplexity(tiny_model, tiny_tokenizer, TEXTS, **settings)
     for batch_tokens in (1, 30, 10**6):
@@ -70,13 +70,13 @@ def test_the_size_of_a_forward_changes_nothing(tiny_model, tiny_tokenizer):
         assert (other.tokens, other.bytes) == (one.tokens, one.bytes)
 
 
-def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tiny_tokenizer):
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary_size(tiny_tokenizer):
     model = build_tiny()
     model.embed_tokens.weight.data.zero_()
     assert perplexity(model, tiny_tokenizer, TEXTS).perplexity == pytest.approx(320, rel=1e-5)
 
 
-def test_batches_are_scored_over_their_labels(tiny_model, tiny_tokenizer, tmp_path):
+def test_batches_are_scored_on_their_labels(tiny_model, tiny_tokenizer, tmp_path):
     documents = [tiny_tokenizer.encode(text) for text in TEXTS]
     write_shards(tmp_path / "s", documents, tiny_tokenizer)
     shards = TokenShards(tmp_path / "s")
@@ -94,7 +94,7 @@ def test_batches_are_scored_over_their_labels(tiny_model, tiny_tokenizer, tmp_pa
     assert some.loss_nats == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_soft_capped_logits_are_scored_as_such(tiny_tokenizer):
+def test_soft_capped_logits_are_scored_with_the_soft_cap(tiny_tokenizer):
     base = build_tiny(seed=4)
     capped = Decoder(base.config.changed(logit_softcap=2.0)).eval()
     capped.load_state_dict(base.state_dict())
@@ -104,7 +104,9 @@ def test_soft_capped_logits_are_scored_as_such(tiny_tokenizer):
     assert found.loss_nats != pytest.approx(float(losses_of(base, ids).mean()), rel=1e-3)
 
 
-def test_the_logits_of_all_tokens_never_exist_at_once(tiny_model, tiny_tokenizer, monkeypatch):
+def test_the_logits_of_all_tokens_are_never_in_memory_at_once(
+    tiny_model, tiny_tokenizer, monkeypatch
+):
     seen = []
     inner = cross_entropy.softmax_error
 
@@ -119,14 +121,14 @@ def test_the_logits_of_all_tokens_never_exist_at_once(tiny_model, tiny_tokenizer
     assert sum(seen) == found.tokens
 
 
-def test_the_model_stays_as_it_was(tiny_tokenizer):
+def test_the_model_is_left_unchanged(tiny_tokenizer):
     model = build_tiny().requires_grad_(True).train()
     perplexity(model, tiny_tokenizer, TEXTS)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_mistakes_are_named(tiny_model, tiny_tokenizer):
+def test_invalid_arguments_are_named(tiny_model, tiny_tokenizer):
     def score(texts=TEXTS, model=tiny_model, **settings):
         return perplexity(model, tiny_tokenizer, texts, **settings)
 

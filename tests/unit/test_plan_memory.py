@@ -1,4 +1,4 @@
-"""What a training step keeps in memory: counted from the configuration, held against autograd and the optimizer."""
+"""Memory of a training step: planned from the configuration, compared with actual tensors."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def batch_of(lengths=LENGTHS):
 
 
 def kept_by_autograd(model, batch):
-    """Bytes of the distinct tensors saved for the backward pass, parameters left out."""
+    """Returns the bytes of distinct tensors saved for the backward pass, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
@@ -59,7 +59,7 @@ def kept_by_autograd(model, batch):
             storages[storage.data_ptr()] = (
                 storage.nbytes(),
                 tensor,
-            )  # kept, so that no address is used again
+            )  # retained, so that no address is reused
         return tensor
 
     routing = [] if model.config.has_experts else None
@@ -82,13 +82,13 @@ def kept_by_plan(config, dtype, adapter=None):
 
 @MODES
 @pytest.mark.parametrize("name", FAMILIES)
-def test_activations_are_what_autograd_keeps(name, dtype):
+def test_planned_activations_equal_those_saved_by_autograd(name, dtype):
     config = config_of(name)
     assert kept_by_plan(config, dtype) == kept_by_autograd(model_of(config, dtype), batch_of())
 
 
 @MODES
-def test_activations_under_adapters_are_what_autograd_keeps(dtype):
+def test_planned_activations_with_adapters_equal_those_saved_by_autograd(dtype):
     config, lora = config_of("llama"), LoRAConfig(rank=4)
     model = model_of(config, dtype)
     attach(model, lora, seed=0)
@@ -100,7 +100,7 @@ def test_activations_under_adapters_are_what_autograd_keeps(dtype):
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_recomputation_gives_the_same_gradients_and_keeps_less(mode):
+def test_activation_checkpointing_gives_the_same_gradients_and_saves_less(mode):
     config = config_of("llama", num_hidden_layers=4)
     plain, again = model_of(config), recompute_activations(model_of(config), mode)
     batch = batch_of()
@@ -126,7 +126,7 @@ def test_recomputation_gives_the_same_gradients_and_keeps_less(mode):
     ],
     ids=["adamw", "adamw int8", "sgd with momentum", "sgd", "muon"],
 )
-def test_the_optimizer_holds_what_is_planned(optimizer, setup):
+def test_the_optimizer_state_has_the_planned_size(optimizer, setup):
     config = config_of("llama", hidden_size=64, intermediate_size=160)
     model = model_of(config)
     held = MasterOptimizer(dict(model.named_parameters()), optimizer)
@@ -135,16 +135,18 @@ def test_the_optimizer_holds_what_is_planned(optimizer, setup):
     held_bytes = sum(
         tensor.numel() * tensor.element_size()
         for name, tensor in held.tensors().items()
-        if not name.startswith("master.")
-        and tensor.numel() > 1  # a counter of steps is not counted
+        if not name.startswith("master.") and tensor.numel() > 1  # a step counter does not count
     )
     plan = estimate_training(config, micro_batch_tokens=63, dtype=torch.float32, **setup)
     assert held_bytes == plan.optimizer
 
 
-def test_published_bytes_of_mixed_precision_are_sixteen_a_parameter():
-    """Row 17: weights and gradients in 16 bits, fp32 master, momentum, variance (ZeRO, arXiv 1910.02054, section 3.1); 20
-    where the gradients are summed in fp32 (its blog's count)."""
+def test_mixed_precision_takes_the_published_sixteen_bytes_per_parameter():
+    """Weights and gradients in 16 bits, fp32 master, momentum, variance.
+
+    See ZeRO, arXiv 1910.02054, section 3.1; 20 bytes if the gradients are summed in fp32 (its
+    blog's count).
+    """
     config = config_of("llama")
     for micro_batches, each in ((1, 16), (3, 18)):
         plan = estimate_training(config, micro_batch_tokens=64, micro_batches=micro_batches)
@@ -152,7 +154,7 @@ def test_published_bytes_of_mixed_precision_are_sixteen_a_parameter():
         assert plan.weights + plan.gradients + plan.optimizer == each * count
 
 
-def test_every_way_to_fit_helps_and_says_whether_it_is_enough():
+def test_every_suggestion_to_fit_helps_and_says_whether_it_is_enough():
     config = config_of("llama")
     setup = {"micro_batch_tokens": 256, "row_tokens": 64}
     whole = estimate_training(config, **setup).total

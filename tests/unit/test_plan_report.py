@@ -1,4 +1,4 @@
-"""What a model costs: published figures, and what our own loader, cache and loop take."""
+"""Cost of a model: published figures, and the sizes used by our own loader, cache and loop."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ SIZES = ("gpt2", "llama2-7b", "mixtral-8x7b", "qwen1.5-0.5b", "smollm2-135m", "q
 
 
 def shared_experts():
-    """A mixture with a gated shared expert, its widths no multiples of a block."""
+    """Returns a mixture with a gated shared expert and widths that are not multiples of a block."""
     config = describe("smollm2-135m")
     expert = GLUConfig(intermediate_size=100)
     mixture = MoEConfig(
@@ -37,7 +37,7 @@ CONFIGS = {name: describe(name) for name in SIZES} | {
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_weights_take_what_the_loader_says(config, scheme):
+def test_planned_weights_have_the_size_reported_by_the_loader(config, scheme):
     with torch.device("meta"):
         model = Decoder(config)
     for dtype in (torch.float32, torch.bfloat16):
@@ -45,19 +45,19 @@ def test_weights_take_what_the_loader_says(config, scheme):
         assert loaded_weight_bytes(config, dtype.itemsize, scheme) == expected
 
 
-def test_decoding_reads_active_experts_and_no_untied_embedding():
+def test_decoding_reads_only_active_experts_and_no_untied_embedding():
     mixtral = describe("mixtral-8x7b")
     table = 32000 * 4096
     active = count_parameters(mixtral).active
     assert loaded_weight_bytes(mixtral, 2, read=True) == 2 * (active - table)
-    smol = describe("smollm2-135m")  # tied: the embedding is the head
+    smol = describe("smollm2-135m")  # tied: the embedding is also the head
     assert loaded_weight_bytes(smol, 2, read=True) == 2 * count_parameters(smol).total
     whole, read = (loaded_weight_bytes(mixtral, 2, "int4", read=r) for r in (False, True))
     assert read < whole * 0.3
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"])
-def test_the_cache_takes_what_the_engine_plans(tiny_folder, cache_dtype):
+def test_the_planned_cache_equals_the_engines_plan(tiny_folder, cache_dtype):
     llm = LLM(tiny_folder, cache_dtype=cache_dtype, dtype="bfloat16")
     plan = plan_model(
         llm.model.config, context=64, sequences=3, cache_itemsize=llm.engine.cache_itemsize
@@ -68,7 +68,7 @@ def test_the_cache_takes_what_the_engine_plans(tiny_folder, cache_dtype):
 
 
 PUBLISHED = {
-    # parameters, active ones, cache bytes a token and of 4,096 tokens in 16 bits
+    # parameters, active parameters, 16-bit cache bytes per token and for 4,096 tokens
     "llama2-7b": (6_738_415_616, 6_738_415_616, 524_288, 2_147_483_648),
     "llama2-70b": (68_976_648_192, 68_976_648_192, 327_680, 1_342_177_280),
     "mixtral-8x7b": (46_702_792_704, 12_879_925_248, 131_072, 536_870_912),
@@ -77,7 +77,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_figures_are_plain_integers(name):
+def test_published_figures_are_reproduced_as_integers(name):
     values = plan_model(describe(name), context=4096).as_dict()
     keys = ("parameters_total", "parameters_active", "cache_bytes_per_token", "cache_bytes")
     assert tuple(values[key] for key in keys) == PUBLISHED[name]
@@ -88,12 +88,12 @@ def test_published_figures_are_plain_integers(name):
 
 
 def test_a_window_bounds_the_cache():
-    """Mistral keeps its last 4,096 tokens, however long the text."""
+    """Mistral caches only the last 4,096 tokens of any text."""
     one, many = (plan_model(describe("mistral-7b"), context=n) for n in (4096, 32_768))
     assert one.cache.total == many.cache.total == 4096 * 131_072
 
 
-def test_training_steps_are_the_trainers_own_estimate():
+def test_training_steps_equal_the_trainers_own_estimate():
     config = describe("smollm2-135m")
     full, lora = plan_model(config, context=512, train=True).training
     setup = {"micro_batch_tokens": 2048, "row_tokens": 512}
@@ -117,10 +117,10 @@ def test_time_follows_the_machines_rates():
     names = {"prefill", "decode_token", "training_step_full", "training_step_lora_r16"}
     assert plan.seconds(rates).keys() == names
     small = Rates(flops_per_s=1e14, read_bytes_per_s=1e12, free_bytes=10**9)
-    assert plan.as_dict(small)["seconds"] == {}  # what does not fit takes no time
+    assert plan.as_dict(small)["seconds"] == {}  # no time for what does not fit
 
 
-def test_a_context_of_nothing_is_refused():
+def test_a_context_of_zero_is_refused():
     with pytest.raises(ConfigError, match="at least 1"):
         plan_model(describe("smollm2-135m"), context=0)
 

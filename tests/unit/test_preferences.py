@@ -1,4 +1,4 @@
-"""Preference pairs and labelled answers: every format, every way a row can be wrong, what is trained and dropped."""
+"""Preference data, pairs (DPO) and binary labels (KTO): formats, invalid rows, samples."""
 
 import json
 
@@ -153,7 +153,7 @@ def test_a_pair_is_detected_and_read_as_messages(name):
     assert (pair.place, pair.format, pair.tools) == ("data.jsonl:7", kind, None)
 
 
-def test_a_pair_keeps_its_tools_and_calls_of_functions():
+def test_a_pair_keeps_its_tools_and_function_calls():
     call = {"name": "add", "arguments": {"a": 1}}
     pair = read_pair(
         {
@@ -225,7 +225,7 @@ WRONG_PAIRS = {
 
 
 @pytest.mark.parametrize("name", WRONG_PAIRS)
-def test_a_wrong_pair_is_refused_with_its_place(name):
+def test_an_invalid_pair_is_refused_with_its_location(name):
     values, message = WRONG_PAIRS[name]
     with pytest.raises(DataError, match=rf"^data\.jsonl:7.*{message}"):
         read_pair(values)
@@ -265,7 +265,7 @@ LABELLED = {
 
 
 @pytest.mark.parametrize("name", LABELLED)
-def test_a_labelled_answer_is_read_as_messages(name):
+def test_a_labelled_completion_is_read_as_messages(name):
     kind, values, expected = LABELLED[name]
     row = read_label(values)
     assert (row.prompt, row.completion, row.label) == expected
@@ -295,7 +295,7 @@ WRONG_LABELS = {
 
 
 @pytest.mark.parametrize("name", WRONG_LABELS)
-def test_a_wrong_labelled_row_is_refused_with_its_place(name):
+def test_an_invalid_labelled_row_is_refused_with_its_location(name):
     values, message = WRONG_LABELS[name]
     with pytest.raises(DataError, match=rf"^data\.jsonl:7.*{message}"):
         read_label(values)
@@ -320,7 +320,7 @@ def trained(tokenizer, sample):
     return tokenizer.decode(ids, skip_special=False)
 
 
-def test_both_answers_of_a_pair_are_trained_behind_one_prompt(tiny_tokenizer):
+def test_both_responses_of_a_pair_are_trained_after_one_prompt(tiny_tokenizer):
     prompt = [system("s"), *HISTORY, user("q")]
     pair = PreferencePair(prompt, [assistant("good")], [assistant("bad world")], None, "x")
     (sample,), account = prepare_preferences([pair], tiny_tokenizer, max_seq_len=1000)
@@ -337,7 +337,7 @@ def test_both_answers_of_a_pair_are_trained_behind_one_prompt(tiny_tokenizer):
     assert (account.rows, account.samples) == (1, 1)
 
 
-def test_the_answers_common_beginning_belongs_to_both(tiny_tokenizer):
+def test_a_common_prefix_of_the_responses_is_trained_in_both(tiny_tokenizer):
     pair = pair_of("q", "world world a", "world world b")
     (sample,), _ = prepare_preferences([pair], tiny_tokenizer, max_seq_len=1000)
     prompt = tiny_tokenizer.encode_chat([user("q")], add_generation_prompt=True).token_ids
@@ -345,14 +345,14 @@ def test_the_answers_common_beginning_belongs_to_both(tiny_tokenizer):
     assert trained(tiny_tokenizer, sample.chosen) == "world world a<|im_end|>"
 
 
-def test_a_turn_in_the_middle_of_an_answer_is_trained_and_the_user_in_it_is_not(tiny_tokenizer):
+def test_assistant_turns_within_a_response_are_trained_but_user_turns_are_not(tiny_tokenizer):
     chosen = [assistant("a"), user("r"), assistant("c")]
     pair = PreferencePair([*HISTORY, user("q")], chosen, [assistant("b")], None, "x")
     (sample,), _ = prepare_preferences([pair], tiny_tokenizer, max_seq_len=1000)
     assert trained(tiny_tokenizer, sample.chosen) == "a<|im_end|>c<|im_end|>"
 
 
-def test_pairs_of_equal_answers_are_dropped_and_counted(tiny_tokenizer):
+def test_pairs_of_identical_responses_are_dropped_and_counted(tiny_tokenizer):
     pairs = [pair_of("q", "a", "a"), pair_of("q", "a", "b")]
     samples, account = prepare_preferences(pairs, tiny_tokenizer, max_seq_len=100)
     assert len(samples) == 1
@@ -361,7 +361,7 @@ def test_pairs_of_equal_answers_are_dropped_and_counted(tiny_tokenizer):
     assert "1 dropped with identical responses" in account.summary()
 
 
-def test_pairs_whose_answers_the_template_makes_equal_are_dropped(tiny_tokenizer):
+def test_pairs_with_identically_rendered_responses_are_dropped(tiny_tokenizer):
     source = tiny_tokenizer.chat_template.source.replace(
         "message['content']", "message['content'] | trim"
     )
@@ -371,7 +371,7 @@ def test_pairs_whose_answers_the_template_makes_equal_are_dropped(tiny_tokenizer
     assert account.dropped_equal == 1
 
 
-def test_overlong_pairs_are_cut_or_dropped_and_counted(tiny_tokenizer):
+def test_too_long_pairs_are_truncated_or_dropped_and_counted(tiny_tokenizer):
     pairs = [pair_of("q", "a", "b"), pair_of("q", "a", "world " * 60)]
     samples, account = prepare_preferences(pairs, tiny_tokenizer, max_seq_len=50)
     assert (account.samples, account.cut) == (2, 1)
@@ -380,20 +380,20 @@ def test_overlong_pairs_are_cut_or_dropped_and_counted(tiny_tokenizer):
     assert (account.samples, account.dropped_overlong) == (1, 1)
 
 
-def test_a_cut_that_leaves_one_answer_no_token_drops_the_pair(tiny_tokenizer):
+def test_a_pair_is_dropped_if_truncation_leaves_a_response_empty(tiny_tokenizer):
     pairs = [pair_of("q", "a", "b"), pair_of("world " * 60, "a", "b")]
     _, account = prepare_preferences(pairs, tiny_tokenizer, max_seq_len=50)
     assert (account.samples, account.cut, account.dropped_untrained) == (1, 1, 1)
     assert account.dropped_equal == 0
 
 
-def test_a_cut_that_leaves_equal_answers_drops_the_pair(tiny_tokenizer):
+def test_a_pair_is_dropped_if_truncation_makes_the_responses_identical(tiny_tokenizer):
     pairs = [pair_of("q", "a", "b"), pair_of("q", "world " * 60, "world " * 60 + "!")]
     _, account = prepare_preferences(pairs, tiny_tokenizer, max_seq_len=50)
     assert (account.samples, account.dropped_equal) == (1, 1)
 
 
-def test_only_the_judged_answer_is_trained(tiny_tokenizer):
+def test_only_the_labelled_response_is_trained(tiny_tokenizer):
     rows = [
         LabelledCompletion([*HISTORY, user("q")], [assistant("good")], True, None, "x"),
         label_of("q", "bad", False),
@@ -407,7 +407,7 @@ def test_only_the_judged_answer_is_trained(tiny_tokenizer):
     assert account.formats == {"prompt-completion-label": 2}
 
 
-def test_nothing_left_is_refused_with_the_account(tiny_tokenizer):
+def test_no_remaining_samples_are_refused_with_a_summary(tiny_tokenizer):
     with pytest.raises(
         DataError, match=r"no trainable rows remain .*0 of 1 rows.*1 dropped with identical"
     ):
@@ -418,7 +418,7 @@ def test_nothing_left_is_refused_with_the_account(tiny_tokenizer):
         )
 
 
-def test_a_row_the_template_refuses_is_named(tiny_tokenizer):
+def test_a_row_rejected_by_the_template_is_named(tiny_tokenizer):
     refusing = Tokenizer(
         tiny_tokenizer.backend,
         tiny_tokenizer.special,
@@ -431,7 +431,7 @@ def test_a_row_the_template_refuses_is_named(tiny_tokenizer):
         prepare_labelled([label_of("q", "a", True)], refusing, max_seq_len=100)
 
 
-def test_pairs_with_tools_the_template_does_not_write_are_counted(tiny_tokenizer):
+def test_pairs_whose_tools_the_template_omits_are_counted(tiny_tokenizer):
     pair = PreferencePair([user("q")], [assistant("a")], [assistant("b")], TOOLS, "x")
     _, account = prepare_preferences([pair], tiny_tokenizer, max_seq_len=100)
     assert account.unwritten_tools == 1

@@ -1,4 +1,4 @@
-"""Progress lines: what they say, when they are printed, and that a resumed run's rate is its own."""
+"""Progress lines: content, timing, and rates that exclude work done before a resume."""
 
 import sys
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from easyllm.core.progress import Progress, format_count, format_duration, track
 
 
 class Clock:
-    """A clock that moves when told."""
+    """A clock that advances only on request."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -41,7 +41,7 @@ def clock(monkeypatch) -> Clock:
         (360000, "100h00m"),
     ],
 )
-def test_a_duration_in_words(seconds, text):
+def test_a_duration_is_formatted(seconds, text):
     assert format_duration(seconds) == text
 
 
@@ -62,32 +62,32 @@ def test_a_duration_in_words(seconds, text):
         (3e12, "3.0T"),
     ],
 )
-def test_a_count_in_words(value, text):
+def test_a_count_is_formatted(value, text):
     assert format_count(value) == text
 
 
-def test_the_line_has_count_rate_time_left_and_fields(clock):
+def test_the_line_contains_count_rate_remaining_time_and_fields(clock):
     bar = Progress("training", total=100, unit="step")
     clock.now += 10
     bar.advance(20, loss=2.3141592, lr="1e-4")
     assert bar.line() == "training: 20/100 step · 2 step/s · 40s left · loss 2.314 · lr 1e-4"
 
 
-def test_a_finished_line_has_the_time_it_took(clock):
+def test_a_finished_line_contains_the_total_time(clock):
     bar = Progress("training", total=4, unit="step")
     clock.now += 80
     bar.advance(4)
     assert bar.line() == "training: 4/4 step · 0.1 step/s · 1m20s"
 
 
-def test_without_a_total_the_line_has_the_time_passed(clock):
+def test_without_a_total_the_line_contains_the_elapsed_time(clock):
     bar = Progress("reading", unit="row")
     clock.now += 3
     bar.advance(30000)
     assert bar.line() == "reading: 30.0k row · 10.0k row/s · 3s"
 
 
-def test_what_was_done_before_a_resume_is_not_counted_in_the_rate(clock):
+def test_work_before_a_resume_is_not_counted_in_the_rate(clock):
     bar = Progress("training", total=100, unit="step")
     bar.skip(50)
     clock.now += 10
@@ -95,12 +95,12 @@ def test_what_was_done_before_a_resume_is_not_counted_in_the_rate(clock):
     assert bar.line() == "training: 60/100 step · 1 step/s · 40s left"
 
 
-def test_a_line_at_the_start_divides_by_nothing(clock):
+def test_a_line_at_the_start_does_not_divide_by_zero(clock):
     bar = Progress("training", total=10, unit="step")
     assert bar.line() == "training: 0/10 step · 0 step/s · 0s"
 
 
-def test_plain_lines_come_now_and_then_when_not_on_a_terminal(clock, monkeypatch, capsys):
+def test_plain_lines_are_printed_at_intervals_without_a_terminal(clock, monkeypatch, capsys):
     monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", 5.0)
     with Progress("training", total=10, unit="step") as bar:
         for _ in range(10):
@@ -113,7 +113,7 @@ def test_plain_lines_come_now_and_then_when_not_on_a_terminal(clock, monkeypatch
     assert "\r" not in captured.err
 
 
-def test_every_advance_is_printed_at_an_interval_of_nothing(clock, monkeypatch, capsys):
+def test_every_advance_is_printed_at_an_interval_of_zero(clock, monkeypatch, capsys):
     monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", 0.0)
     with Progress("training", total=3, unit="step") as bar:
         for _ in range(3):
@@ -128,7 +128,7 @@ def test_short_work_prints_nothing(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_work_that_fails_prints_no_last_line(clock, capsys):
+def test_failing_work_prints_no_final_line(clock, capsys):
     def fail():
         with Progress("training", total=2, unit="step"):
             clock.now += 60

@@ -1,4 +1,4 @@
-"""A model whose weights are quantized: what changes, what goes on working, what it refuses."""
+"""A model with quantized weights: what changes, what still works, and what it refuses."""
 
 import copy
 
@@ -26,7 +26,7 @@ def kl(p, q):
 
 
 def full_weights(model):
-    """The model with every quantized weight dequantized again."""
+    """Returns the model with every quantized weight dequantized."""
     full = build_tiny(tie_word_embeddings=model.lm_head is None)
     state = full.state_dict()
     for name, holder in model.holders():
@@ -37,7 +37,7 @@ def full_weights(model):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("scheme", schemes())
-def test_logits_are_those_of_the_dequantized_weights(monkeypatch, scheme, tied):
+def test_logits_equal_those_of_the_dequantized_weights(monkeypatch, scheme, tied):
     model = quantize_weights(build_tiny(tie_word_embeddings=tied), scheme)
     full = full_weights(model)
     near = kl(full.logits(IDS), model.logits(IDS))
@@ -46,7 +46,7 @@ def test_logits_are_those_of_the_dequantized_weights(monkeypatch, scheme, tied):
     torch.testing.assert_close(model.logits(IDS), full.logits(IDS), atol=2e-4, rtol=1e-4)
 
 
-def test_full_weights_are_gone_and_their_dtype_is_not():
+def test_full_weights_are_freed_but_their_dtype_is_preserved():
     model = quantize_weights(build_tiny(), "int4")
     linears = [m for m in model.layers.modules() if isinstance(m, Linear)]
     assert len(linears) == 14
@@ -59,7 +59,7 @@ def test_full_weights_are_gone_and_their_dtype_is_not():
 
 
 @pytest.mark.parametrize("scheme", schemes())
-def test_quantized_models_move_between_dtypes_and_copies(scheme):
+def test_quantized_models_can_be_cast_and_copied(scheme):
     model = quantize_weights(build_tiny(), scheme)
     before = model.logits(IDS)
     assert torch.equal(copy.deepcopy(model).logits(IDS), before)
@@ -91,7 +91,7 @@ def test_an_adapter_learns_on_a_quantized_base():
         merge(model)
 
 
-def test_refusals(tmp_path):
+def test_unsupported_operations_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="int4"):
         quantize_weights(build_tiny(), "int5")
     model = quantize_weights(build_tiny(), "int8")
@@ -111,9 +111,12 @@ def test_refusals(tmp_path):
 @pytest.mark.parametrize("scheme", schemes())
 def test_smollm2_stays_within_a_hundredth_of_a_nat(smollm2, smollm2_tokenizer, scheme):
     text = (
-        "The first steam engines were built to pump water out of mines. In 1769 James Watt added a separate "
-        "condenser, which kept the cylinder hot and saved three quarters of the coal. Within thirty years his "
-        "engines drove mills, ships and, on iron rails, the first locomotives; cities grew around them."
+        "The first steam engines were built to pump water out of mines. In 1769 James Watt "
+        "added a separate "
+        "condenser, which kept the cylinder hot and saved three quarters of the coal. Within "
+        "thirty years his "
+        "engines drove mills, ships and, on iron rails, the first locomotives; cities grew "
+        "around them."
     )
     ids = smollm2_tokenizer.encode(text)
     model = quantize_weights(copy.deepcopy(smollm2), scheme)
@@ -121,7 +124,7 @@ def test_smollm2_stays_within_a_hundredth_of_a_nat(smollm2, smollm2_tokenizer, s
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_rounded_while_read_is_rounded_afterwards(tiny_folder, scheme):
+def test_quantizing_during_loading_equals_quantizing_afterwards(tiny_folder, scheme):
     read = load_model(tiny_folder, dtype="float32", quantize=scheme)
     after = quantize_weights(load_model(tiny_folder, dtype="float32"), scheme)
     state = after.state_dict()

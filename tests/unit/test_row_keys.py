@@ -1,4 +1,4 @@
-"""What rows say beyond their words: weights of turns, forms mixed, JSON encoded twice, keys that nobody reads."""
+"""Further content of rows: turn weights, mixed formats, double-encoded JSON, unknown keys."""
 
 import json
 
@@ -28,7 +28,7 @@ def read(values):
 
 
 def learned(tokenizer, values, **options):
-    """The trained text of each sample of a row."""
+    """Returns the trained text of each sample of a row."""
     samples, account = prepare_conversations([read(values)], tokenizer, max_seq_len=256, **options)
     texts = []
     for sample in samples:
@@ -42,8 +42,15 @@ BAD_AND_GOOD = [user("q1"), assistant("BAD"), user("q2"), assistant("GOOD")]
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("weight", 0), ("weight", 0.0), ("train", False), ("training", False), ("loss", False), ("mask", 0)],
-)  # fmt: skip
+    [
+        ("weight", 0),
+        ("weight", 0.0),
+        ("train", False),
+        ("training", False),
+        ("loss", False),
+        ("mask", 0),
+    ],
+)
 def test_a_turn_can_be_masked_under_every_usual_name(tiny_tokenizer, key, value):
     messages = [BAD_AND_GOOD[0], BAD_AND_GOOD[1] | {key: value}, *BAD_AND_GOOD[2:]]
     turns = [
@@ -66,7 +73,7 @@ def test_a_turn_can_be_masked_under_every_usual_name(tiny_tokenizer, key, value)
             learned(tiny_tokenizer, row, train_on="all")
 
 
-def test_a_row_that_masks_all_its_answers_is_dropped_and_the_reason_told(tiny_tokenizer):
+def test_a_row_whose_responses_are_all_masked_is_dropped_with_a_reason(tiny_tokenizer):
     with pytest.raises(DataError, match=r"no trainable rows remain .* for messages of weight 0"):
         learned(tiny_tokenizer, {"messages": [user("q"), assistant("a", weight=0)]})
 
@@ -78,14 +85,14 @@ def test_a_weight_between_0_and_1_is_refused_with_the_row(tiny_tokenizer, split_
         learned(tiny_tokenizer, row, split_turns=split_turns)
 
 
-def test_a_masked_answer_of_a_pair_is_not_trained(tiny_tokenizer):
+def test_a_masked_response_of_a_pair_is_not_trained(tiny_tokenizer):
     row = {"prompt": "q", "chosen": [assistant("a", weight=0)], "rejected": [assistant("b")]}
     pairs = preferences([Row(row, "data.jsonl:7")])
     with pytest.raises(DataError, match="no trainable rows remain"):
         prepare_preferences(pairs, tiny_tokenizer, max_seq_len=99)
 
 
-# forms
+# formats
 
 
 CALL = {"name": "f", "arguments": {"a": 1}}
@@ -94,17 +101,27 @@ CALL = {"name": "f", "arguments": {"a": 1}}
 @pytest.mark.parametrize(
     "arguments", [{"a": 1}, '{"a": 1}', json.dumps('{"a": 1}')], ids=["object", "text", "twice"]
 )
-def test_arguments_are_encoded_once_by_every_reader(tiny_tokenizer, arguments):
+def test_call_arguments_are_decoded_once_by_every_reader(tiny_tokenizer, arguments):
     call = {"name": "f", "arguments": arguments}
     asked = {"from": "human", "value": "q"}
     rows = [
         {"conversations": [asked, {"from": "function_call", "value": json.dumps(call)}]},
-        {"conversations": [asked, {"from": "gpt", "value": "", "tool_calls": [{"function": call}]}]},
-        {"messages": [user("q"), assistant(None, tool_calls=[{"type": "function", "function": call}])]},
+        {
+            "conversations": [
+                asked,
+                {"from": "gpt", "value": "", "tool_calls": [{"function": call}]},
+            ]
+        },
+        {
+            "messages": [
+                user("q"),
+                assistant(None, tool_calls=[{"type": "function", "function": call}]),
+            ]
+        },
         {"messages": [user("q"), assistant(None, tool_calls=[call])]},
         {"messages": [user("q"), assistant(None, function_call=call)]},
         {"prompt": [user("q")], "completion": [assistant("", tool_calls=[{"function": call}])]},
-    ]  # fmt: skip
+    ]
     tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=QWEN3)
     for row in rows:
         assert read(row).messages[-1]["tool_calls"][0]["function"] == CALL
@@ -116,7 +133,7 @@ def test_arguments_are_encoded_once_by_every_reader(tiny_tokenizer, arguments):
 
 
 @pytest.mark.parametrize("key", ["tools", "functions"])
-def test_tools_are_objects_however_they_were_encoded(key):
+def test_tools_become_objects_from_any_encoding(key):
     parameters = {"type": "object", "properties": {"a": {"type": "integer"}}}
     plain = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     text = {"type": "function", "function": {"name": "f", "parameters": json.dumps(parameters)}}
@@ -128,7 +145,7 @@ def test_tools_are_objects_however_they_were_encoded(key):
     ]
 
 
-def test_turns_of_either_form_are_read_under_either_key():
+def test_turns_of_either_format_are_read_under_either_key():
     messages = [{"role": "system", "content": "s"}, user("q"), assistant("a")]
     turns = [
         {"from": "system", "value": "s"},
@@ -148,7 +165,7 @@ def test_turns_of_either_form_are_read_under_either_key():
     assert [found.chosen, found.rejected] == [[assistant("a")], [assistant("b")]]
 
 
-def test_parts_null_and_other_roles_are_read_in_rows():
+def test_text_parts_null_and_other_roles_are_read():
     row = {
         "messages": [
             {"role": "developer", "content": "s"},
@@ -164,7 +181,7 @@ def test_parts_null_and_other_roles_are_read_in_rows():
 
 
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
-def test_a_rows_own_system_prompt_is_read_in_every_format(key):
+def test_a_system_prompt_in_a_row_is_read_in_every_format(key):
     system, asked, answer = {"role": "system", "content": "s"}, user("q"), assistant("a")
     for row in (
         {"messages": [asked, answer]},
@@ -185,13 +202,25 @@ def test_a_rows_own_system_prompt_is_read_in_every_format(key):
         read({"messages": [system, asked, answer], key: "t"})
 
 
-# keys that nobody reads
+# unknown keys
 
 
 METADATA = {
-    "id": 7, "source": "web", "category": "chat", "language": "zh", "score": 0.5, "topic": None, "prompt_id": "p",
-    "num_turns": 1, "text": "q a", "model": "m", "weight": 1, "images": [], "loss_mask": None, "mask": "User",
-}  # fmt: skip
+    "id": 7,
+    "source": "web",
+    "category": "chat",
+    "language": "zh",
+    "score": 0.5,
+    "topic": None,
+    "prompt_id": "p",
+    "num_turns": 1,
+    "text": "q a",
+    "model": "m",
+    "weight": 1,
+    "images": [],
+    "loss_mask": None,
+    "mask": "User",
+}
 FORMS = {
     "messages": {"messages": [user("q"), assistant("a")]},
     "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
@@ -202,7 +231,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_metadata_is_passed_over(form):
+def test_metadata_is_ignored(form):
     assert read(FORMS[form] | METADATA).messages == [user("q"), assistant("a")]
 
 
@@ -226,7 +255,7 @@ def test_metadata_is_passed_over(form):
     ],
 )
 @pytest.mark.parametrize("form", FORMS)
-def test_a_key_that_would_change_training_is_refused_by_name(form, key, value):
+def test_a_key_that_would_affect_training_is_refused_by_name(form, key, value):
     with pytest.raises(
         DataError, match=rf"^data\.jsonl:7 has the key '{key}', which is not read; "
     ):
@@ -235,7 +264,7 @@ def test_a_key_that_would_change_training_is_refused_by_name(form, key, value):
 
 @pytest.mark.parametrize("key", ["context", "passage"])
 @pytest.mark.parametrize("form", ["alpaca", "prompt-completion"])
-def test_a_context_apart_from_its_question_is_refused(form, key):
+def test_a_context_separate_from_its_question_is_refused(form, key):
     with pytest.raises(DataError, match=f"has the key '{key}'.*put it into the question"):
         read(FORMS[form] | {key: "p"})
     assert read(FORMS[form] | {key: ""}).messages == [user("q"), assistant("a")]
@@ -255,7 +284,7 @@ def test_pairs_and_labelled_rows_refuse_the_same_keys():
 
 @pytest.mark.parametrize("key", ["label", "kto_tag"])
 @pytest.mark.parametrize("value", [0, 1])
-def test_a_label_given_as_a_number_is_not_passed_over(key, value):
+def test_a_numeric_label_is_not_ignored(key, value):
     with pytest.raises(
         DataError, match=rf"^data\.jsonl:7 has {key} {value}, .* give true or false"
     ):
@@ -264,13 +293,13 @@ def test_a_label_given_as_a_number_is_not_passed_over(key, value):
 
 
 @pytest.mark.parametrize("key", ["images", "audio", "files"])
-def test_a_message_with_more_than_text_is_refused(key):
+def test_a_message_with_unsupported_content_is_refused(key):
     with pytest.raises(DataError, match=f"message 0 has {key}; only text is supported"):
         read({"messages": [user("q") | {key: ["x"]}, assistant("a")]})
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_that_the_template_does_not_write_is_counted(tiny_tokenizer, key):
+def test_reasoning_omitted_by_the_template_is_counted(tiny_tokenizer, key):
     row = {"messages": [user("q"), assistant("a", **{key: "because of this"})]}
     _, account = learned(tiny_tokenizer, row)
     assert account.unwritten_reasoning == 1
@@ -280,9 +309,14 @@ def test_reasoning_that_the_template_does_not_write_is_counted(tiny_tokenizer, k
     assert account.unwritten_reasoning == 1
 
 
-def test_reasoning_that_is_written_or_left_out_on_purpose_is_not_counted(tiny_tokenizer):
+def test_reasoning_that_is_rendered_or_omitted_on_purpose_is_not_counted(tiny_tokenizer):
     tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=QWEN3)
-    said = [user("q"), assistant("a", reasoning_content="hm"), user("r"), assistant("b", reasoning_content="so")]  # fmt: skip
+    said = [
+        user("q"),
+        assistant("a", reasoning_content="hm"),
+        user("r"),
+        assistant("b", reasoning_content="so"),
+    ]
     (text,), account = learned(tokenizer, {"messages": said})
     assert text == "a<|im_end|><think>\nso\n</think>\n\nb<|im_end|>"
     assert account.unwritten_reasoning == 0

@@ -1,4 +1,4 @@
-"""The page of a run: what it reads, what it draws, that nothing in a run's files can act on it."""
+"""The HTML report of a run: reading metrics, drawing, and inertness of any content."""
 
 import json
 import re
@@ -24,13 +24,13 @@ def steps(first, last):
     ]
 
 
-def test_new_lines_alone_are_read_and_a_replaced_file_is_read_again(tmp_path):
+def test_only_new_lines_are_read_and_a_replaced_file_is_read_again(tmp_path):
     history = History(tmp_path / "metrics.jsonl")
     write_metrics(tmp_path, steps(1, 5))
     history.update()
     write_metrics(tmp_path, steps(5, 9), mode="a")
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"step": 9, "train/lo')  # half a line is left for later
+        file.write('{"step": 9, "train/lo')  # an incomplete line is left for later
     history.update()
     assert history.series("train/loss_nats")[0].tolist() == list(range(1, 9))
     (tmp_path / "metrics.jsonl").unlink()
@@ -39,7 +39,7 @@ def test_new_lines_alone_are_read_and_a_replaced_file_is_read_again(tmp_path):
     assert (history.last_step, len(history.series("train/loss_nats")[0])) == (2, 2)
 
 
-def test_values_that_are_no_numbers_and_broken_lines_do_no_harm(tmp_path):
+def test_non_finite_values_and_broken_lines_are_ignored(tmp_path):
     write_metrics(tmp_path, [{"step": 1, "train/loss_nats": float("nan")}, *steps(2, 4)])
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write("{broken\n[1]\n")
@@ -73,11 +73,11 @@ def test_a_single_outlier_does_not_set_the_range():
 @pytest.mark.parametrize(
     ("value", "text"), [(0.000012345, "1.23e-5"), (1384.0, "1384"), (0.5, "0.5")]
 )
-def test_numbers_are_short(value, text):
+def test_numbers_are_formatted_compactly(value, text):
     assert number_text(value) == text
 
 
-def test_text_of_a_run_is_shown_and_never_acts(tmp_path):
+def test_text_of_a_run_is_escaped(tmp_path):
     evil = "<script>alert(1)</script>\x00"
     sample = {"prompt": evil, "text": f'"><img src=x onerror="{evil}'}
     write_metrics(

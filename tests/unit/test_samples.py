@@ -1,4 +1,4 @@
-"""What a run shows of its model's writing."""
+"""Sample generations during a run."""
 
 import torch
 
@@ -8,8 +8,8 @@ from easyllm.train.config import SamplesConfig
 from easyllm.train.watch import samples_of
 
 
-def test_samples_are_those_of_the_weights_as_they_are_now(tiny_tokenizer):
-    """Nothing that older weights have cached is used, and the model is left in training mode."""
+def test_samples_are_generated_with_the_current_weights(tiny_tokenizer):
+    """No cache entries of older weights are used, and the model is left in training mode."""
     model = build_tiny(seed=2).double().train()
     prompts = ("The quick brown fox jumps over the lazy dog. " * 3, "hello")
     show = samples_of(SamplesConfig(prompts=prompts, max_tokens=8), model, tiny_tokenizer)

@@ -1,4 +1,4 @@
-"""Who is computed next, case by case (tests/laws/test_schedules.py has the random ones)."""
+"""Scheduling order, case by case (see tests/laws/test_random_schedules.py for random schedules)."""
 
 from easyllm.engine.pages import PagePool
 from easyllm.engine.scheduler import Scheduler, Sequence
@@ -17,13 +17,13 @@ def scheduler_of(num_pages, page_size=4, **options):
 
 
 def planned(scheduler):
-    """A step as (sequence, first token, number of tokens, rows)."""
+    """Returns a step as (sequence, first token, number of tokens, rows)."""
     step = scheduler.plan()
     return [(p.sequence_id, p.start, len(p.token_ids), p.num_rows) for p in step.pieces]
 
 
 def advance(scheduler, *, choose=True):
-    """Plans a step and takes it as computed; every row gives a token."""
+    """Plans a step and marks it as computed; every row yields a token."""
     step = scheduler.plan()
     running = {s.id: s for s in scheduler.running}
     for piece in step.pieces:
@@ -35,7 +35,7 @@ def advance(scheduler, *, choose=True):
     return step
 
 
-def test_prompts_come_in_their_order_and_long_ones_in_chunks_beside_decodes():
+def test_prompts_are_scheduled_in_order_and_long_ones_are_chunked_alongside_decodes():
     scheduler = scheduler_of(64)
     for number, length in enumerate((6, 30, 3)):
         scheduler.add(sequence(number, length))
@@ -51,13 +51,13 @@ def test_prompts_come_in_their_order_and_long_ones_in_chunks_beside_decodes():
     assert planned(scheduler) == [(0, 7, 1, 1), (1, 25, 5, 1), (2, 0, 3, 1)]
 
 
-def test_no_more_run_than_may_and_completions_of_a_prompt_count_from_the_start():
+def test_max_running_counts_completions_of_a_prompt_from_the_start():
     scheduler = scheduler_of(64, max_running=4)
     scheduler.add(sequence(0, 2, copies=3))
     scheduler.add(sequence(1, 2, copies=2))
     scheduler.add(sequence(2, 2))
     advance(scheduler, choose=False)
-    # three; two more are too many, and nobody overtakes them
+    # three completions; two more requests are too many, and none overtakes them
     assert [s.id for s in scheduler.running] == [0]
     parent = scheduler.running[0]
     children = scheduler.fork(parent, [10, 11])
@@ -68,14 +68,14 @@ def test_no_more_run_than_may_and_completions_of_a_prompt_count_from_the_start()
     assert [number for number, *_ in planned(scheduler)] == [0, 11, 1]
 
 
-def test_the_youngest_is_preempted_returns_to_the_head_and_keeps_its_tokens():
+def test_the_youngest_sequence_is_preempted_to_the_head_and_keeps_its_tokens():
     scheduler = scheduler_of(5)
     for number in range(3):
         scheduler.add(sequence(number, 7))
     advance(scheduler)
-    assert [s.id for s in scheduler.running] == [0, 1]  # two pages each, and room for a token more
+    assert [s.id for s in scheduler.running] == [0, 1]  # two pages each, with one free slot
     advance(scheduler)  # the eighth tokens
-    step = scheduler.plan()  # the ninth: a page for 0, none for 1
+    step = scheduler.plan()  # the ninth tokens: a page for 0, none for 1
     assert [p.sequence_id for p in step.pieces] == [0]
     assert scheduler.num_preemptions == 1
     assert [s.id for s in scheduler.waiting] == [1, 2]
@@ -85,7 +85,7 @@ def test_the_youngest_is_preempted_returns_to_the_head_and_keeps_its_tokens():
     scheduler.check()
 
 
-def test_a_guess_is_dropped_where_it_would_cost_a_page_of_others():
+def test_draft_tokens_are_dropped_if_they_would_take_a_page_from_others():
     scheduler = scheduler_of(4)
     for number in range(2):
         scheduler.add(sequence(number, 7))
@@ -96,7 +96,7 @@ def test_a_guess_is_dropped_where_it_would_cost_a_page_of_others():
     assert scheduler.num_preemptions == 0
 
 
-def test_guesses_leave_the_budget_to_decodes():
+def test_draft_tokens_yield_the_budget_to_decodes():
     scheduler = scheduler_of(64, max_step_tokens=5, max_running=3)
     for number in range(3):
         scheduler.add(sequence(number, 1))
@@ -106,7 +106,7 @@ def test_guesses_leave_the_budget_to_decodes():
     assert planned(scheduler) == [(0, 1, 3, 3), (1, 1, 1, 1), (2, 1, 1, 1)]
 
 
-def test_a_whole_prompt_passes_the_budget_alone_and_waits_beside_another():
+def test_an_unchunked_prompt_exceeds_the_budget_alone_but_waits_for_others():
     scheduler = scheduler_of(64, whole_prompts=True, prefix=True)
     for number, length in enumerate((10, 40, 5)):
         scheduler.add(sequence(number, length))

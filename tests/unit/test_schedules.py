@@ -1,4 +1,4 @@
-"""Schedules: their values, and that `transformers` has the same at every step."""
+"""Learning rate schedules: their values, and equality with `transformers` at every step."""
 
 import math
 
@@ -17,11 +17,11 @@ from easyllm.train.schedule import rate_factor, warmup_steps
 
 EXACT = {"rel": 0, "abs": 1e-12}
 LENGTHS = [(1, 0), (2, 1), (7, 0), (10, 3), (100, 10), (257, 31), (20, 20), (10, 25)]
-"""Steps of a run and of its warm-up; the last two never leave it."""
+"""Total steps and warm-up steps; in the last two, the warm-up never ends."""
 
 
 def theirs(make, total, **options):
-    """The factors a `transformers` schedule gives at each step of a run."""
+    """Returns the factors of a `transformers` schedule at each step of a run."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     factor = make(optimizer, **options).lr_lambdas[0]
     return [factor(step) for step in range(total)]
@@ -47,7 +47,7 @@ def test_constant_linear_cosine_and_inverse_sqrt_equal_transformers_at_every_ste
 
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 @pytest.mark.parametrize(("total", "warmup"), [(10, 3), (100, 10), (257, 0)])
-def test_floors_equal_those_of_transformers_decays(total, warmup, floor):
+def test_decays_with_a_floor_equal_transformers(total, warmup, floor):
     expected = theirs(
         optimization.get_cosine_with_min_lr_schedule_with_warmup,
         total,
@@ -86,25 +86,25 @@ def test_warmup_stable_decay_equals_transformers(total, warmup, ratio, shape):
         )
         found = ours(schedule, total)
         assert found[warmup:] == pytest.approx(expected[warmup:], **EXACT)
-        if floor == 0:  # their warm-up starts at the floor, ours at 0
+        if floor == 0:  # transformers' warm-up starts at the floor, ours at 0
             assert found == pytest.approx(expected, **EXACT)
 
 
-def test_the_stable_stretch_is_at_the_peak_and_the_decay_takes_the_last_steps():
+def test_the_stable_phase_is_at_the_peak_and_the_decay_at_the_end():
     schedule = WarmupStableDecayConfig(warmup_steps=2, decay_ratio=0.4, floor=0.2)
     assert [rate_factor(schedule, step, 10) for step in range(11)] == pytest.approx(
         [0, 0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
     )
 
 
-def test_a_decay_longer_than_what_the_warm_up_leaves_starts_behind_it():
+def test_a_decay_longer_than_the_steps_after_warm_up_starts_after_it():
     schedule = WarmupStableDecayConfig(warmup_steps=6, decay_ratio=0.8)
     assert [rate_factor(schedule, step, 10) for step in (5, 6, 8, 10)] == pytest.approx(
         [5 / 6, 1, 0.5, 0]
     )
 
 
-def test_a_ratio_is_rounded_up_to_steps_and_explicit_steps_come_first():
+def test_a_ratio_is_rounded_up_to_steps_and_explicit_steps_take_precedence():
     assert warmup_steps(CosineConfig(warmup_ratio=0.03), 101) == 4
     assert warmup_steps(CosineConfig(warmup_ratio=0.03), 100) == 3
     assert warmup_steps(CosineConfig(warmup_ratio=0.5, warmup_steps=7), 100) == 7
@@ -124,7 +124,7 @@ def test_a_run_of_one_step_trains_at_its_peak_rate(config):
         WarmupStableDecayConfig(warmup_steps=4, floor=0.1, decay_ratio=0.5, shape="sqrt"),
     ],
 )
-def test_a_factor_rises_to_1_never_rises_again_and_ends_at_the_floor(schedule):
+def test_a_factor_rises_to_1_then_never_rises_and_ends_at_the_floor(schedule):
     factors = [rate_factor(schedule, step, 40) for step in range(60)]
     assert factors[4] == max(factors) == 1.0
     assert factors[:5] == sorted(factors[:5])

@@ -1,4 +1,4 @@
-"""Fresh models: as large as asked, the same for the same seed, and at first as good as a guess."""
+"""Fresh models: requested sizes, reproducible by seed, with an initial loss at chance level."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def random_batch(vocab_size, seed=0):
     [{"config": TINY}, {"depth": 4}, {"config": ANY_PARTS}, {"config": GPT2}],
     ids=["tiny", "depth 4", "any parts", "gpt2"],
 )
-def test_the_first_loss_is_that_of_a_guess(tiny_tokenizer, values):
+def test_the_initial_loss_is_at_chance_level(tiny_tokenizer, values):
     config = config_of(tiny_tokenizer, **values)
     model = build_scratch(config, seed=0)
     batch = random_batch(config.vocab_size)
@@ -73,7 +73,7 @@ def test_the_first_loss_is_that_of_a_guess(tiny_tokenizer, values):
     assert float(loss.sum) / loss.num_tokens == pytest.approx(math.log(config.vocab_size), abs=0.06)
 
 
-def test_the_dial_sets_depth_width_and_heads(tiny_tokenizer):
+def test_the_depth_preset_sets_depth_width_and_heads(tiny_tokenizer):
     config = config_of(tiny_tokenizer, depth=6, max_seq_len=512)
     (layer,) = set(config.layers)
     assert (config.num_layers, config.hidden_size, layer.mixer.num_heads) == (6, 384, 6)
@@ -83,7 +83,7 @@ def test_the_dial_sets_depth_width_and_heads(tiny_tokenizer):
     assert config_of(tiny_tokenizer, depth=1).hidden_size == 64
 
 
-def test_a_named_size_with_changes(tiny_tokenizer):
+def test_a_named_size_can_be_changed(tiny_tokenizer):
     changes = {"num_hidden_layers": 2, "rope_theta": 5000.0}
     config = config_of(tiny_tokenizer, size="smollm2-135m", changes=changes, max_seq_len=128)
     assert (config.num_layers, config.hidden_size, config.max_seq_len) == (2, 576, 128)
@@ -100,9 +100,7 @@ def test_every_named_size_describes_a_model(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "glm4", "qwen2", "qwen3", "mistral"])
-def test_a_fresh_model_of_a_family_has_as_many_key_value_heads_and_no_value_is_ignored(
-    tiny_tokenizer, family
-):
+def test_a_fresh_model_of_a_family_has_its_kv_heads_and_ignores_no_value(tiny_tokenizer, family):
     values = {"model_type": family, "hidden_size": 64, "intermediate_size": 96}
     values |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     assert config_of(tiny_tokenizer, config=values).layers[0].mixer.num_kv_heads == 4
@@ -112,7 +110,7 @@ def test_a_fresh_model_of_a_family_has_as_many_key_value_heads_and_no_value_is_i
         config_of(tiny_tokenizer, config=values | {"rope_tetha": 1e6})
 
 
-def test_any_parts_with_changes(tiny_tokenizer):
+def test_arbitrary_parts_can_be_changed(tiny_tokenizer):
     config = config_of(
         tiny_tokenizer, config=ANY_PARTS, max_seq_len=32, changes={"final_norm": False}
     )
@@ -123,7 +121,7 @@ def test_any_parts_with_changes(tiny_tokenizer):
     assert isinstance(config.layers[0].feed_forward, MLPConfig)
 
 
-def test_the_tokenizers_ids_are_the_models(tiny_tokenizer):
+def test_the_model_gets_the_tokenizers_ids(tiny_tokenizer):
     config = config_of(tiny_tokenizer, depth=1)
     end_of_turn = tiny_tokenizer.id_of("<|im_end|>")
     end_of_text = tiny_tokenizer.id_of("<|endoftext|>")
@@ -135,7 +133,7 @@ def test_the_tokenizers_ids_are_the_models(tiny_tokenizer):
     assert config_of(without, depth=1).eos_token_ids == ()
 
 
-def test_the_same_seed_gives_the_same_weights_and_leaves_other_randomness_alone(tiny_tokenizer):
+def test_the_same_seed_gives_the_same_weights_without_affecting_other_rng_state(tiny_tokenizer):
     config = config_of(tiny_tokenizer, config=TINY)
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -200,12 +198,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("message", MISTAKES)
-def test_what_describes_no_model_is_refused_in_a_sentence(tiny_tokenizer, message):
+def test_an_invalid_model_description_is_refused_in_a_sentence(tiny_tokenizer, message):
     with pytest.raises(ConfigError, match=message):
         config_of(tiny_tokenizer, **MISTAKES[message])
 
 
-def test_a_published_configuration_may_stand_whole(tiny_tokenizer):
+def test_a_complete_published_configuration_is_accepted(tiny_tokenizer):
     published = {
         "architectures": ["LlamaForCausalLM"],
         "torch_dtype": "bfloat16",
@@ -216,7 +214,7 @@ def test_a_published_configuration_may_stand_whole(tiny_tokenizer):
     )
 
 
-def test_there_is_exactly_one_size():
+def test_exactly_one_kind_of_size_is_required():
     for values in ({}, {"depth": 2, "size": "smollm2-135m"}):
         with pytest.raises(ValidationError, match="give depth, size or config"):
             ScratchConfig(tokenizer="t", **values)
@@ -227,7 +225,7 @@ KINDS = "'rope', 'rerope', 'streaming_rope', 'alibi', 't5_bias', 'shaw', 'none'"
 
 
 def faulty(mixer=None, feed_forward=None, **others):
-    """Parts of one layer that have a mistake."""
+    """Returns a model whose single layer contains a mistake."""
     heads = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 12}
     layer = {
         "mixer": {**heads, **(mixer or {})},
@@ -246,7 +244,8 @@ def faulty(mixer=None, feed_forward=None, **others):
         ),
         (
             faulty({"position": "alibi"}),
-            f"layers.0.mixer.position='alibi': expected a mapping with one of the kinds {KINDS}, as {{kind: NAME}}",
+            f"layers.0.mixer.position='alibi': expected a mapping with one of the kinds {KINDS}, "
+            f"as {{kind: NAME}}",
         ),
         (
             faulty({"position": {"kind": "alibi", "slope": 3}}),
@@ -258,22 +257,24 @@ def faulty(mixer=None, feed_forward=None, **others):
         ),
         (
             faulty(feed_forward={"intermediate_sise": 5}),
-            "unknown key 'layers.0.feed_forward.intermediate_sise' (did you mean 'intermediate_size'?)",
+            "unknown key 'layers.0.feed_forward.intermediate_sise' (did you mean "
+            "'intermediate_size'?)",
         ),
         (
             faulty(norm="layer_norm"),
-            "norm='layer_norm': expected a mapping with one of the kinds 'rms_norm', 'layer_norm', as {kind: NAME}",
+            "norm='layer_norm': expected a mapping with one of the kinds 'rms_norm', "
+            "'layer_norm', as {kind: NAME}",
         ),
         (faulty(hiden_size=48), "unknown key 'hiden_size' (did you mean 'hidden_size'?)"),
     ],
 )
-def test_a_mistake_in_the_parts_is_one_sentence_with_what_there_is(tiny_tokenizer, config, said):
+def test_an_error_in_the_parts_is_one_sentence_with_the_valid_values(tiny_tokenizer, config, said):
     with pytest.raises(ConfigError) as caught:
         config_of(tiny_tokenizer, config=config)
     assert str(caught.value) == f"the parts of the fresh model: {said}"
 
 
-def test_parts_are_a_mapping_and_of_no_published_family(tiny_tokenizer):
+def test_parts_must_be_a_mapping_without_a_published_family(tiny_tokenizer):
     with pytest.raises(ConfigError, match="is not a mapping"):
         config_of(tiny_tokenizer, config={"model_type": "easyllm", "parts": ["alibi"]})
     with pytest.raises(ConfigError, match="family='llama' does not fit a model from parts"):
@@ -303,7 +304,7 @@ def test_values_that_contradict_the_tokenizer_are_refused(tiny_tokenizer, stated
         assert str(caught.value).startswith(said)
 
 
-def test_values_that_agree_with_the_tokenizer_are_taken(tiny_tokenizer):
+def test_values_that_agree_with_the_tokenizer_are_accepted(tiny_tokenizer):
     plain = config_of(tiny_tokenizer, config=TINY)
     equal = {
         "vocab_size": plain.vocab_size,

@@ -1,5 +1,8 @@
-"""A method that nobody has heard of, registered here by one call each, goes the whole way: trained, resumed, saved, loaded,
-merged or refused with its reason, planned, served, and compiled or refused with its reason."""
+"""User-defined parts, each registered with one call, work everywhere.
+
+They are trained, resumed, saved, loaded, merged, planned, served and compiled, or refused with a
+reason.
+"""
 
 import json
 from typing import Literal
@@ -58,12 +61,14 @@ PROMPTS = [[5, 6, 7, 8], [40, 41, 42, 43, 44, 45, 46]]
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
-# ---- 1. an adapter whose forward needs the weight, with a trained extra that spans its modules
+# ---- 1. an adapter whose forward uses the weight, with a trained parameter across its modules
 
 
 class WeightNormConfig(AdapterConfig):
-    """Rows of the weight keep their direction, moved a little; their lengths are trained (as in DoRA), times a number that all
-    linears share."""
+    """Rows of the weight are slightly rotated; their norms are trained.
+
+    As in DoRA, times a number that all linears share.
+    """
 
     kind: Literal["test_weight_norm"] = "test_weight_norm"
     rank: int = 2
@@ -87,7 +92,7 @@ class WeightNorm(Adapter):
         super().__init__()
         self.down = nn.Parameter(torch.empty(rank, in_features))
         self.up = nn.Parameter(torch.empty(out_features, rank))
-        self.length = nn.Parameter(torch.empty(out_features))  # the trained extra
+        self.length = nn.Parameter(torch.empty(out_features))  # the additional trained parameter
 
     def reset_parameters(self, generator):
         nn.init.normal_(self.down, std=0.1, generator=generator)
@@ -96,7 +101,7 @@ class WeightNorm(Adapter):
 
     def _scale(self, weight):
         moved = weight.float() + self.up @ self.down
-        # without gradient through the norm, as DoRA has it
+        # without gradient through the norm, as in DoRA
         ratio = weight.float().norm(dim=1) / moved.norm(dim=1)
         return ratio.detach() * self.length.exp()
 
@@ -117,7 +122,7 @@ class WeightNorm(Adapter):
         }
 
 
-# ---- 2. an adapter on the input side: the base product is made once, on the scaled input
+# ---- 2. an input-side adapter: the base GEMM is computed once, on the scaled input
 
 
 class InputScaleConfig(AdapterConfig):
@@ -150,7 +155,7 @@ class InputScale(Adapter):
         return {"test_scale": self.scale}
 
 
-# ---- 3. virtual tokens, and keys and values of their own: a method of the model as a whole
+# ---- 3. virtual tokens with separate keys and values: a method of the complete model
 
 
 class PromptConfig(AdapterConfig):
@@ -196,7 +201,7 @@ class Prompt(nn.Module):
         return (self.last_keys, self.last_keys.flip(0)) if layer == self.last else None
 
 
-# ---- 4. weights of 8-bit floats, three tensors of a file each
+# ---- 4. weights in 8-bit floats, stored as three tensors each
 
 
 class Float8(PackedStorage):
@@ -232,7 +237,7 @@ def from_float8_file(tensors, shape, dtype):
     return Float8(tensors["weight"], tensors["weight_scale"], dtype)
 
 
-# ---- 5. an objective of pairs, with extras and a reference model
+# ---- 5. an objective on pairs, with extras and a reference model
 
 
 class PairsData(RowsConfig):
@@ -246,7 +251,7 @@ class PairLossConfig(ObjectiveConfig):
 
 
 class PairLoss(Objective):
-    """-log σ(β (Δ_better - Δ_worse)), Δ the summed log-ratio of an answer to the reference's (arXiv 2305.18290, eq. 7)."""
+    """-log σ(β (Δ_better - Δ_worse)), Δ: log-ratio to the reference (arXiv 2305.18290, eq. 7)."""
 
     needs_reference = True
 
@@ -275,8 +280,8 @@ class PairLoss(Objective):
         return int((batch.extras["sign"] > 0).sum())
 
     def loss(self, model, batch):
-        assert torch.equal(batch.extras["place"], batch.positions)  # they travel with their tokens
-        pairs = len(batch.extras["sign"]) // 2  # a filling sequence has no partner
+        assert torch.equal(batch.extras["place"], batch.positions)  # packed with their tokens
+        pairs = len(batch.extras["sign"]) // 2  # a padding sequence has no partner
         hidden = model(batch.token_ids, batch.context())
         ours = summed(model, hidden, batch)[: 2 * pairs].view(pairs, 2)
         theirs = self.reference.hidden(batch)
@@ -288,12 +293,12 @@ class PairLoss(Objective):
 
 
 def summed(model, hidden, batch):
-    """[S] summed log-probability of each sequence's labels."""
+    """Returns the summed log-probability [S] of each sequence's labels."""
     rows = F.cross_entropy(model.head(hidden), batch.labels, reduction="none", ignore_index=-100)
     return -torch.stack([part.sum() for part in rows.split(batch.lengths)])
 
 
-# ---- 6. a family with names of its own in GGUF files
+# ---- 6. a family with its own names in GGUF files
 
 
 def family_read_config(hf):
@@ -342,7 +347,7 @@ TEST_FAMILY = Family(
 )
 
 
-# ---- registering
+# ---- registration
 
 
 @pytest.fixture(autouse=True)
@@ -370,7 +375,7 @@ def _registered():
 
 
 class CountingSet(AdapterSet):
-    """A set with state of its own: sums of gradients after each backward pass, and a term in the loss."""
+    """A set with its own state: gradient sums after each backward pass, and a term of the loss."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -439,7 +444,7 @@ class Killed(Exception):
 
 
 def train_twice(config, tmp_path, monkeypatch):
-    """An undisturbed run, and one that dies after its second step and is resumed: equal to the bit."""
+    """Trains uninterrupted, and with a crash after step two and a resume: bitwise equal."""
     train(config, tmp_path / "whole")
     after_step = RunWatch.after_step
 
@@ -464,7 +469,7 @@ def train_twice(config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("base", ["full", "packed"])
-def test_an_adapter_goes_the_whole_way(
+def test_a_registered_adapter_works_everywhere(
     kind, base, rows, tiny_folder, tmp_path, tiny_tokenizer, monkeypatch
 ):
     folder = tiny_folder
@@ -475,7 +480,7 @@ def test_an_adapter_goes_the_whole_way(
     config = run_config(rows, folder, adapter=ADAPTERS[kind], optimizer=rate)
     saved = train_twice(config, tmp_path, monkeypatch)
 
-    # loaded: another logit than the base, and the same again after a second saving
+    # loaded: logits differ from the base, and are the same after saving again
     plain = load_model(folder, dtype="float32").logits(IDS)
     model = load_model(folder, dtype="float32", adapter=saved)
     adapted = model.logits(IDS)
@@ -484,7 +489,7 @@ def test_an_adapter_goes_the_whole_way(
     packed = model.head(model(batch.token_ids, batch.context()))
     torch.testing.assert_close(packed[16:], adapted[:-1], atol=1e-5, rtol=1e-5)
 
-    # served: the engine's log-probabilities are those of the forward pass
+    # served: the engine's log-probabilities equal those of the forward pass
     engine = {"tokenizer": tiny_tokenizer, "max_running": 4, "cache_dtype": "float32"}
     llm = LLM(model=model, **engine)
     for prompt, done in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):
@@ -493,7 +498,7 @@ def test_an_adapter_goes_the_whole_way(
         logits = model.logits([*prompt, *done.token_ids])[len(prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == done.token_ids
 
-    # by name besides the base: each row goes its own way, or the reason is told
+    # loaded by name in addition to the base: each row uses its own, or the reason is given
     held = load_model(folder, dtype="float32")
     if kind == "test_prompt":
         with pytest.raises(ConfigError, match="prepends virtual tokens to every sequence"):
@@ -511,10 +516,10 @@ def test_an_adapter_goes_the_whole_way(
         with pytest.raises(ConfigError, match="'other', which is not served"):
             two.generate([PROMPTS[0]], GREEDY, adapter="other")
 
-    # compiled: the reason
+    # compiled: refused with the reason
     assert CompiledStep.refusal(model) == "it has adapters; merge them"
 
-    # merged, or the reason
+    # merged, or refused with the reason
     if kind == "test_prompt":
         with pytest.raises(ConfigError, match="cannot be merged: virtual tokens are no weights"):
             merge(model)
@@ -525,7 +530,7 @@ def test_an_adapter_goes_the_whole_way(
         torch.testing.assert_close(merge(model).logits(IDS), adapted, atol=2e-5, rtol=1e-4)
         assert not model.is_adapted
         save_model(model, tmp_path / "merged")
-    # detached: the base
+    # detached: equals the base
     again = load_model(folder, dtype="float32", adapter=saved)
     assert torch.equal(detach(again).logits(IDS), plain)
 
@@ -547,10 +552,8 @@ def test_an_adapter_starts_at_the_base_and_is_planned(kind, tiny_folder):
     assert plan.weights == (full + trained) * 4
 
 
-def test_modules_that_are_trained_whole_are_planned_and_start_unrounded(
-    rows, tiny_folder, tmp_path
-):
-    """They start from the file's own values in bf16, too, and the plan counts them once."""
+def test_fully_trained_modules_are_planned_and_start_unrounded(rows, tiny_folder, tmp_path):
+    """Even in bf16 they start from the file's own values, and the plan counts them once."""
     adapter = {"kind": "lora", "rank": 2, "also_trained": ["norm", "layers.0", "layers.0.mixer"]}
     config = run_config(rows, tiny_folder, adapter=adapter)
     model = load_model(tiny_folder, dtype="float32")
@@ -572,7 +575,7 @@ def test_modules_that_are_trained_whole_are_planned_and_start_unrounded(
     assert torch.equal(loaded.norm.weight, load_model(tiny_folder, dtype="float32").norm.weight)
 
 
-def test_virtual_tokens_count_against_the_context_and_samples_have_room(
+def test_virtual_tokens_count_against_the_context_and_sample_prompts_must_fit(
     rows, tiny_folder, tmp_path
 ):
     long = {"kind": "test_prompt", "tokens": 200}
@@ -596,8 +599,8 @@ def test_a_dry_run_of_a_packed_checkpoint_refuses_what_the_run_refuses(rows, tin
         dry_run(run_config(rows, folder), None)
 
 
-def test_an_input_side_adapter_leaves_one_product_a_layer(tiny_folder, monkeypatch):
-    """Its base is called once, also where layers of one input would share a product."""
+def test_an_input_side_adapter_keeps_one_gemm_per_layer(tiny_folder, monkeypatch):
+    """Its base is called once, even if layers that share an input would be fused."""
     model = load_model(tiny_folder, dtype="float32")
     attach(model, InputScaleConfig())
     calls, plain = [], BaseProduct.__call__
@@ -612,7 +615,7 @@ def test_an_input_side_adapter_leaves_one_product_a_layer(tiny_folder, monkeypat
     assert [calls.count(linear) for linear in adapted] == [1] * len(adapted)
 
 
-def test_the_hooks_are_called_and_their_state_is_kept(rows, tiny_folder, tmp_path):
+def test_the_hooks_are_called_and_their_state_is_saved(rows, tiny_folder, tmp_path):
     config = run_config(rows, tiny_folder, adapter=ADAPTERS["test_input_scale"])
     train(config, tmp_path / "run")
     (newest,) = (tmp_path / "run" / "checkpoints").glob("step-*")
@@ -622,11 +625,11 @@ def test_the_hooks_are_called_and_their_state_is_kept(rows, tiny_folder, tmp_pat
     assert total > 0
     assert steps == 0 + 1 + 2 + 3 + 4
     terms = [line.get("train/adapter_loss_nats") for line in read_metrics(tmp_path / "run")]
-    assert terms[:2] == [0, 0]  # the first step of a warm-up has rate 0
+    assert terms[:2] == [0, 0]  # the first step of a warm-up has a learning rate of 0
     assert all(term > 0 for term in terms[2:5])
 
 
-def test_a_storage_goes_the_whole_way(tiny_folder, tmp_path, tiny_tokenizer):
+def test_a_registered_storage_format_works_everywhere(tiny_folder, tmp_path, tiny_tokenizer):
     full = load_model(tiny_folder, dtype="float32")
     read = load_model(tiny_folder, dtype="float32", quantize="test_float8")
     after = quantize_weights(load_model(tiny_folder, dtype="float32"), "test_float8")
@@ -638,19 +641,19 @@ def test_a_storage_goes_the_whole_way(tiny_folder, tmp_path, tiny_tokenizer):
         put_weight(holder, packed.storage.dense().clone())
     torch.testing.assert_close(logits, full.logits(IDS), atol=1e-5, rtol=1e-5)
 
-    # planned: what is held is what was counted
+    # planned: the stored size equals the counted one
     held = sum(t.nbytes for t in (*read.parameters(), *read.buffers()))
     assert weight_bytes(full, torch.float32, "test_float8") == held
     assert weight_bytes(read, torch.float32) == held
 
-    # moved to another dtype, codes and scales stay
+    # cast to another dtype: codes and scales stay
     half = load_model(tiny_folder, dtype="float32", quantize="test_float8").to(torch.bfloat16)
     storage = half.layers[0].mixer.q_proj.storage
     assert storage.codes.dtype == torch.float8_e4m3fn
     assert storage.scale.dtype == torch.float32
     assert half.dtype == torch.bfloat16
 
-    # saved and loaded: three tensors a weight
+    # saved and loaded: three tensors per weight
     save_model(read, tmp_path / "out", tokenizer=tiny_tokenizer)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     stem = "model.layers.0.self_attn.q_proj."
@@ -664,14 +667,14 @@ def test_a_storage_goes_the_whole_way(tiny_folder, tmp_path, tiny_tokenizer):
     with pytest.raises(ConfigError, match="already quantized as test_float8"):
         load_model(tmp_path / "out", quantize="int8")
 
-    # served, not by the compiled step
+    # served, but not by the compiled step
     assert "test_float8, which the kernels do not read" in CompiledStep.refusal(again)
     llm = LLM(model=again, tokenizer=tiny_tokenizer, max_running=4, cache_dtype="float32")
     for prompt, done in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):
         chosen = again.logits([*prompt, *done.token_ids])[len(prompt) - 1 : -1].argmax(-1)
         assert chosen.tolist() == done.token_ids
 
-    # every weight cannot be trained
+    # not all weights can be trained
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a b", "completion": "c d"}\n', encoding="utf-8")
     config = run_config(tmp_path, tmp_path / "out", data={"train": [str(rows)], "max_seq_len": 64})
@@ -693,7 +696,7 @@ def test_a_checkpoint_of_an_unknown_format_or_setting_is_refused(tiny_folder, tm
         path.write_text(json.dumps(values | {"quantization_config": changed}))
         with pytest.raises(CheckpointError, match=words):
             load_model(tmp_path / "out")
-    # a lost tensor is named
+    # a missing tensor is named
     path.write_text(json.dumps(values))
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     lost = "model.layers.1.mlp.up_proj.weight_scale"
@@ -709,7 +712,7 @@ def test_a_checkpoint_of_an_unknown_format_or_setting_is_refused(tiny_folder, tm
 @pytest.mark.parametrize(
     "adapter", [None, {"kind": "lora", "rank": 2}, ADAPTERS["test_weight_norm"]]
 )
-def test_an_objective_goes_the_whole_way(adapter, rows, tiny_folder, tmp_path, monkeypatch):
+def test_a_registered_objective_works_everywhere(adapter, rows, tiny_folder, tmp_path, monkeypatch):
     config = run_config(
         rows,
         tiny_folder,
@@ -728,21 +731,21 @@ def test_an_objective_goes_the_whole_way(adapter, rows, tiny_folder, tmp_path, m
     train_twice(config, tmp_path, monkeypatch)
     lines = read_metrics(tmp_path / "whole")
     steps = [line for line in lines if "train/margin" in line]
-    # the reference is the model at its start: no margin, ln 2 (times the weights)
+    # the reference is the initial model: no margin, ln 2 (times the weights)
     assert steps[0]["train/margin"] == pytest.approx(0, abs=1e-5)
     assert steps[-1]["train/margin"] > 0
     evaluated = next(line for line in lines if "eval/loss_nats" in line)
     assert evaluated["eval/margin"] > 0
 
 
-def test_an_objective_refuses_other_data_and_samples(rows, tiny_folder):
+def test_an_objective_refuses_unsuitable_data_and_samples(rows, tiny_folder):
     from pydantic import ValidationError
 
     with pytest.raises(ValidationError, match="needs data of kind test_pairs"):
         run_config(rows, tiny_folder, objective={"kind": "test_pair_loss"})
 
 
-def test_a_family_goes_the_whole_way_from_its_gguf_file(
+def test_a_registered_family_works_everywhere_from_its_gguf_file(
     rows, tiny_folder, tmp_path, tiny_tokenizer, families_restored, monkeypatch
 ):
     register_family(TEST_FAMILY)
@@ -800,7 +803,7 @@ def test_a_family_goes_the_whole_way_from_its_gguf_file(
         register_family(TEST_FAMILY)
 
 
-def test_registered_kinds_are_in_messages_and_schema(rows, tiny_folder):
+def test_registered_kinds_are_in_error_messages_and_the_schema(rows, tiny_folder):
     from easyllm.core.config import validate
 
     values = {"data": {"train": ["x"]}, "adapter": {"kind": "test_input_scal"}}

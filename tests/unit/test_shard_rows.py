@@ -1,4 +1,4 @@
-"""Rows of token shards: every token once, documents isolated, the position two integers."""
+"""Rows of token shards: every token once, isolated documents, and a position of two integers."""
 
 import numpy as np
 import pytest
@@ -45,12 +45,12 @@ def loader_of(shards, **changes):
 
 
 def epoch_of(loader):
-    """The batches of one epoch."""
+    """Returns the batches of one epoch."""
     return [batch for _ in range(loader.steps_per_epoch) for batch in loader.next_step()]
 
 
 def expected_row(documents, start, stop):
-    """A row as its definition says, a token at a time."""
+    """Builds a row by its definition, one token at a time."""
     laid = [
         (token, document[i + 1] if i + 1 < len(document) else -100, number)
         for number, document in enumerate(documents)
@@ -61,7 +61,7 @@ def expected_row(documents, start, stop):
     return [t for t, _, _ in laid], [label for _, label, _ in laid], lengths
 
 
-def test_a_row_is_what_its_definition_says(shards):
+def test_a_row_matches_its_definition(shards):
     documents, rows = documents_of(LENGTHS), Rows(shards, 16)
     assert len(rows) == -(-sum(LENGTHS) // 16)
     for number in range(len(rows)):
@@ -78,7 +78,7 @@ def test_a_row_is_what_its_definition_says(shards):
     shard_tokens=st.integers(1, 60),
     order_seed=st.integers(0, 100),
 )
-def test_rows_of_any_documents_in_any_order(
+def test_rows_of_any_documents_in_any_order_match_their_definition(
     tmp_path_factory, tiny_tokenizer, lengths, row_tokens, shard_tokens, order_seed
 ):
     folder = tmp_path_factory.mktemp("any") / "s"
@@ -93,7 +93,7 @@ def test_rows_of_any_documents_in_any_order(
         assert got == expected_row(laid, row_tokens * number, row_tokens * (number + 1))
 
 
-def test_an_epoch_gives_every_token_once_with_its_successor(shards):
+def test_an_epoch_contains_every_token_once_with_its_successor(shards):
     loader = loader_of(shards)
     for _ in range(3):
         seen = []
@@ -104,7 +104,7 @@ def test_an_epoch_gives_every_token_once_with_its_successor(shards):
     assert loader.state == LoaderState(3, 0)
 
 
-def test_a_batch_is_a_packed_one(shards):
+def test_a_batch_is_packed(shards):
     for batch in epoch_of(loader_of(shards, micro_batch_tokens=48)):
         assert sum(batch.lengths) == len(batch.token_ids) <= 48
         assert batch.cu_seqlens.tolist() == np.cumsum([0, *batch.lengths]).tolist()
@@ -122,7 +122,7 @@ def test_documents_in_a_row_equal_each_alone(shards):
         torch.testing.assert_close(packed, alone, atol=2e-5, rtol=0)
 
 
-def test_a_step_has_the_asked_rows_cut_into_micro_batches_of_whole_rows(shards):
+def test_a_step_has_the_requested_rows_in_micro_batches_of_complete_rows(shards):
     loader = loader_of(shards, batch_size=4, micro_batch_tokens=40, seed=None)
     step = loader.next_step()
     assert [len(batch.token_ids) for batch in step] == [32, 32]
@@ -182,7 +182,7 @@ def same(one, other):
     )
 
 
-def test_mistakes_are_named(shards, tmp_path, tiny_tokenizer):
+def test_invalid_options_are_named(shards, tmp_path, tiny_tokenizer):
     for sizes in ({"batch_size": None}, {"batch_size": 2, "batch_tokens": 100}):
         with pytest.raises(ConfigError, match="give one of them"):
             loader_of(shards, **sizes)
@@ -212,7 +212,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_tokens_of_a_text_sum_to_its_bytes(name):
+def test_the_bytes_of_tokens_sum_to_those_of_a_text(name):
     tokenizer = TOKENIZERS[name]()
     sizes = token_bytes(tokenizer)
     assert len(sizes) == tokenizer.vocab_size
@@ -224,13 +224,13 @@ def test_tokens_of_a_text_sum_to_its_bytes(name):
     assert all(sizes[i] == 0 for i in tokenizer.special_ids)
 
 
-def test_smollm2s_tokens_sum_to_the_bytes_of_a_text(smollm2_tokenizer):
+def test_the_bytes_of_smollm2_tokens_sum_to_those_of_a_text(smollm2_tokenizer):
     sizes = token_bytes(smollm2_tokenizer)
     for text in TEXTS:
         assert sizes[smollm2_tokenizer.encode(text)].sum() == len(text.encode())
 
 
-def test_validation_is_the_first_tokens_and_the_bytes_its_labels_stand_for(tmp_path):
+def test_validation_uses_the_first_tokens_and_counts_the_bytes_of_its_labels(tmp_path):
     tokenizer = trained(vocab_size=270)
     end = tokenizer.eos_id
     documents = [[*tokenizer.encode(text), end] for text in TEXTS]

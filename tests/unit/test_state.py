@@ -1,4 +1,4 @@
-"""Checkpoints: which stay, what is in them."""
+"""Checkpoints: which are kept, and their content."""
 
 import torch
 from torch import nn
@@ -22,13 +22,13 @@ def names(run):
     return [path.name for path in checkpoints(run)]
 
 
-def test_the_oldest_go(tmp_path):
+def test_the_oldest_checkpoints_are_deleted(tmp_path):
     for step in (2, 4, 6):
         save_step(tmp_path, state_of(step), keep_last=2)
     assert names(tmp_path) == ["step-000004", "step-000006"]
 
 
-def test_a_damaged_one_of_a_later_step_does_not_crowd_out_the_new(tmp_path):
+def test_a_damaged_checkpoint_of_a_later_step_does_not_displace_the_new_one(tmp_path):
     save_step(tmp_path, state_of(100), keep_last=1)
     file = checkpoints(tmp_path)[0] / TENSORS
     file.write_bytes(file.read_bytes()[:50])
@@ -41,7 +41,7 @@ def test_a_damaged_one_of_a_later_step_does_not_crowd_out_the_new(tmp_path):
     assert state.totals.step == 75
 
 
-def test_what_is_counted_and_the_usual_loss_come_back(tmp_path):
+def test_counters_and_the_typical_loss_are_restored(tmp_path):
     state = state_of(3)
     state.totals.skipped_in_a_row = 2
     note_loss(state.totals, 1.5)

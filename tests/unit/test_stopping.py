@@ -1,4 +1,4 @@
-"""Stop strings: found as a search of the whole text finds them, however the text comes in pieces, in linear time."""
+"""Stop strings: same result as searching the complete text, for any chunking, in linear time."""
 
 import time
 
@@ -11,7 +11,7 @@ from easyllm.engine.stopping import StopStrings
 
 
 class Naive:
-    """The definition: what lies before the first stop string, and cannot be the beginning of one."""
+    """The definition: text before the first stop string that cannot be the start of one."""
 
     def __init__(self, stops):
         self.stops, self.text, self.given, self.stopped = stops, "", 0, False
@@ -38,15 +38,18 @@ STOPS = st.lists(st.text("ab\n界", min_size=1, max_size=6), max_size=4)
 
 
 @given(STOPS, st.lists(LETTERS, max_size=12))
-def test_pieces_give_what_a_search_of_the_whole_text_gives(stops, pieces):
+def test_incremental_search_equals_a_search_of_the_complete_text(stops, pieces):
     ours, naive = StopStrings(stops), Naive(stops)
     for piece in pieces:
         assert (ours.push(piece), ours.stopped) == (naive.push(piece), naive.stopped)
     assert ours.flush() == naive.flush()
 
 
-def test_the_time_is_linear_in_the_text_whatever_is_held_back():
-    """One stop string holds all of it, the other is looked for in vain; longer ones than a request may have tell more."""
+def test_the_time_is_linear_in_the_text_for_any_held_back_text():
+    """One stop string holds all text back, the other never matches.
+
+    Both are longer than a request allows, to make a quadratic time visible.
+    """
     stops = StopStrings(["a" * 50_000, "x" * 50_000])
     begin = time.perf_counter()
     for _ in range(2_000):
@@ -54,10 +57,10 @@ def test_the_time_is_linear_in_the_text_whatever_is_held_back():
     assert stops.push("b") == "a" * 40_000 + "b"
     assert (
         time.perf_counter() - begin < 5
-    )  # comparing all that is held at each piece takes half a minute
+    )  # comparing all held text at each chunk takes half a minute
 
 
-def test_a_stop_string_may_be_so_long_and_no_longer():
+def test_stop_strings_have_a_maximum_length():
     assert SamplingParams(stop=("x" * MAX_STOP_CHARS,)).stop
     with pytest.raises(ValueError, match="should have at most 1000 characters"):
         SamplingParams(stop=("x" * (MAX_STOP_CHARS + 1),))

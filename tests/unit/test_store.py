@@ -1,4 +1,4 @@
-"""Checkpoint folders: shards, damaged files, tensors that do not fit, configurations that cannot be read."""
+"""Checkpoint folders: shards, damaged files, mismatched tensors, invalid configurations."""
 
 import json
 import re
@@ -62,14 +62,14 @@ def same_weights(one, other) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_folder_reads_back_as_the_model_it_was(tiny_folder, tiny_model):
+def test_a_folder_loads_back_as_the_same_model(tiny_folder, tiny_model):
     loaded = load_model(tiny_folder)
     assert same_weights(loaded, tiny_model)
     assert loaded.config == tiny_model.config
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_a_sharded_folder_reads_back_as_the_model_it_was(folder, tiny_model):
+def test_a_sharded_folder_loads_back_as_the_same_model(folder, tiny_model):
     limit = 10_000
     shards = reshard(folder, limit)
     assert len(shards) > 3
@@ -89,7 +89,7 @@ def test_a_sharded_folder_reads_back_as_the_model_it_was(folder, tiny_model):
     assert same_weights(load_model(folder), tiny_model)
 
 
-def test_the_smallest_shards_hold_a_tensor_each(tmp_path):
+def test_the_smallest_shards_contain_one_tensor_each(tmp_path):
     tensors = {str(i): torch.full((3,), float(i)) for i in range(5)}
     write_model_weights(tmp_path, tensors, max_shard_bytes=1)
     assert len(list(tmp_path.glob("model-*-of-00005.safetensors"))) == 5
@@ -121,7 +121,7 @@ def test_truncated_weights_are_named(folder, left):
     assert re.search(r"model\.safetensors is damaged or truncated .*again", refusal(folder))
 
 
-def test_weights_that_are_no_safetensors_are_named(folder):
+def test_weights_that_are_not_safetensors_are_named(folder):
     (folder / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 4)
     assert "model.safetensors is damaged" in refusal(folder)
 
@@ -138,7 +138,7 @@ def test_a_missing_shard_is_named(folder):
     assert f"{shard.name}' does not exist" in refusal(folder)
 
 
-def test_a_tensor_the_index_promises_and_no_shard_holds_is_missing(folder):
+def test_a_tensor_in_the_index_but_in_no_shard_is_missing(folder):
     reshard(folder, 10_000)
     name = "model.norm.weight"
     shard = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
@@ -151,7 +151,7 @@ def test_a_tensor_the_index_promises_and_no_shard_holds_is_missing(folder):
 
 
 @pytest.mark.parametrize("name", ["../x", "../model.safetensors", "/etc/passwd", "sub/x", 3])
-def test_an_index_that_names_a_file_outside_is_refused(folder, name):
+def test_an_index_that_names_a_file_outside_the_folder_is_refused(folder, name):
     (folder / INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
     assert "outside its folder" in refusal(folder)
 
@@ -165,7 +165,7 @@ def test_an_index_that_names_no_file_is_refused(folder, name):
 @pytest.mark.parametrize(
     "content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"w": []}}', "\xff"]
 )
-def test_an_index_that_is_none_is_named(folder, content):
+def test_an_invalid_index_is_named(folder, content):
     (folder / INDEX).write_text(content, encoding="latin-1")
     assert f"{INDEX} is not a shard index" in refusal(folder)
 
@@ -180,12 +180,12 @@ def test_pickles_are_never_read(folder, name):
     assert not Path("owned").exists()
 
 
-def test_a_folder_without_weights_says_so(folder):
+def test_a_folder_without_weights_is_reported(folder):
     (folder / WEIGHTS).unlink()
     assert refusal(folder).endswith("contains no model.safetensors")
 
 
-def test_tensors_that_do_not_fit_are_all_named(folder):
+def test_mismatched_tensors_are_all_named(folder):
     tensors, _ = read_tensors(folder / WEIGHTS)
     del tensors["model.norm.weight"]
     tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2)
@@ -208,7 +208,7 @@ def test_a_configuration_of_another_size_names_a_few_tensors(folder):
     assert "and 14 more" in message
 
 
-def test_buffers_that_carry_nothing_may_be_left_over(folder, tiny_model):
+def test_redundant_buffers_are_ignored(folder, tiny_model):
     tensors, _ = read_tensors(folder / WEIGHTS)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -222,7 +222,7 @@ def test_a_configuration_that_is_not_json_is_named(folder, content):
     assert "config.json is not JSON" in refusal(folder)
 
 
-def test_a_configuration_that_is_no_object_is_named(folder):
+def test_a_configuration_that_is_not_an_object_is_named(folder):
     (folder / "config.json").write_text("[]")
     assert "config.json does not contain a JSON object" in refusal(folder)
 
@@ -232,14 +232,16 @@ def test_a_generation_config_that_is_not_json_is_named(folder):
     assert "generation_config.json is not JSON" in refusal(folder)
 
 
-def test_the_generation_configs_end_tokens_come_first(folder):
+def test_the_generation_configs_eos_tokens_take_precedence(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     assert read_files(folder)["eos_token_id"] == [5, 7]
     assert load_model(folder).config.eos_token_ids == (5, 7)
 
 
 @pytest.mark.parametrize("model_type", ["lama", "qwen9", None, ["llama"], {}])
-def test_an_unknown_model_type_lists_the_known_and_says_no_code_is_run(folder, model_type):
+def test_an_unknown_model_type_lists_the_known_ones_and_says_that_no_code_is_run(
+    folder, model_type
+):
     change_config(folder, model_type=model_type, auto_map={"AutoModel": "evil.Model"})
     (folder / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(CheckpointError) as caught:
@@ -271,7 +273,7 @@ def test_an_unknown_model_type_lists_the_known_and_says_no_code_is_run(folder, m
         ({"rope_parameters": [1]}, "does not describe a valid model"),
     ],
 )
-def test_a_configuration_that_cannot_be_used_is_named(folder, changes, words):
+def test_an_unusable_configuration_is_named(folder, changes, words):
     change_config(folder, **changes)
     with pytest.raises(CheckpointError, match=words) as caught:
         load_model(folder)
@@ -279,7 +281,7 @@ def test_a_configuration_that_cannot_be_used_is_named(folder, changes, words):
 
 
 @pytest.mark.parametrize("theta", [10000.0, 100000, 5e5])
-def test_rope_parameters_read_equal_to_rope_theta(folder, theta):
+def test_rope_parameters_are_equivalent_to_rope_theta(folder, theta):
     change_config(folder, rope_theta=theta)
     old = open_source(folder).config
     change_config(
@@ -295,7 +297,7 @@ def test_rope_theta_has_a_default():
     assert read_rope({}, 16).theta == 10000.0
 
 
-def test_what_is_written_reads_back_equal(tiny_model):
+def test_a_written_configuration_loads_back_equal(tiny_model):
     family = FAMILIES["llama"]
     assert family.read_config(family.write_config(tiny_model.config)) == tiny_model.config
 
@@ -332,7 +334,7 @@ def test_a_key_map_renames_transposes_and_fuses_both_ways():
         keymap.check(expected, present | {"h.12.ab": (4, 4)}, source="x")
 
 
-def test_a_key_map_takes_only_whole_names():
+def test_a_key_map_matches_only_complete_names():
     keymap = KeyMap(renames([("a.{i}.w", "b.{i}.w")]))
     for name in ("a.x.w", "a.1.w2", "xa.1.w", "a.1.b.w"):
         with pytest.raises(CheckpointError, match="no name for"):
@@ -359,13 +361,13 @@ def test_a_tensor_that_torch_cannot_hold_is_named(tmp_path, dtype, shape, size):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[Path, bytes]:
-    """A folder to write into, and the bytes of a small valid file."""
+    """A folder to write to, and the bytes of a small valid file."""
     tensors = {"a.weight": torch.ones(4, 4), "b": torch.zeros(6, dtype=torch.bfloat16)}
     return tmp_path_factory.mktemp("store"), save(tensors, {"format": "pt"})
 
 
 def open_whole(folder: Path, content: bytes) -> None:
-    """Reads the bytes as a checkpoint, or sees them refused with the file's name."""
+    """Reads the bytes as a checkpoint, or checks that the error names the file."""
     path = folder / WEIGHTS
     path.unlink(missing_ok=True)
     path.write_bytes(content)
@@ -400,6 +402,6 @@ def test_a_damaged_file_is_read_or_refused(small, data):
     offsets=st.lists(st.sampled_from([0, 1, 4, 8, 32, 2**40, 2**64 - 1]), max_size=3),
     size=st.sampled_from([0, 1, 4, 8, 32]),
 )
-def test_a_header_that_promises_anything_is_read_or_refused(small, dtype, shape, offsets, size):
+def test_an_arbitrary_header_is_read_or_refused(small, dtype, shape, offsets, size):
     header = json.dumps({"w": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
     open_whole(small[0], struct.pack("<Q", len(header)) + header + bytes(size))

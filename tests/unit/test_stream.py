@@ -1,4 +1,4 @@
-"""Incremental decoding: the pieces are the whole text, and none ends in half a character."""
+"""Incremental decoding: the chunks concatenate to the text, and none ends within a character."""
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,11 +14,11 @@ TEXTS = st.text(
     max_size=40,
 )
 IDS = st.lists(st.integers(0, 49151), max_size=40)
-BYTE_IDS = st.lists(st.integers(17, 272), max_size=40)  # single bytes, mostly broken characters
+BYTE_IDS = st.lists(st.integers(17, 272), max_size=40)  # single bytes, mostly invalid characters
 
 
 def streamed(tokenizer, ids, **options):
-    """The pieces of a stream, and what the flush gives."""
+    """Returns the chunks of a stream, including the final flush."""
     decoder = StreamDecoder(tokenizer, **options)
     return [decoder.push(i) for i in ids], decoder.flush()
 
@@ -30,7 +30,7 @@ def check(tokenizer, ids, **options):
 
 
 def with_byte_fallback():
-    """A sentencepiece tokenizer: a decoder that strips the first space and joins byte tokens."""
+    """Returns a sentencepiece tokenizer; decoding strips the first space and joins byte tokens."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{v:02X}>" for v in range(256)), "▁", "a", "▁a", "你"]
     metadata = {
         "tokenizer.ggml.model": "llama",
@@ -49,7 +49,7 @@ BYTE_FALLBACK = with_byte_fallback()
 @settings(deadline=None, max_examples=100)
 @given(text=TEXTS)
 @example("😀😀 你好，世界 e\u0301 \ufffd\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd\ufffdé")
-def test_pieces_of_a_text_are_the_text(smollm2_tokenizer, tiny_tokenizer, text):
+def test_chunks_of_a_text_concatenate_to_the_text(smollm2_tokenizer, tiny_tokenizer, text):
     for tokenizer in (smollm2_tokenizer, tiny_tokenizer, BYTE_FALLBACK):
         check(tokenizer, tokenizer.encode(text))
 
@@ -57,29 +57,29 @@ def test_pieces_of_a_text_are_the_text(smollm2_tokenizer, tiny_tokenizer, text):
 @pytest.mark.parametrize("skip_special", [True, False])
 @settings(deadline=None, max_examples=100)
 @given(ids=st.one_of(IDS, BYTE_IDS))
-def test_pieces_of_any_ids_are_their_decoding(smollm2_tokenizer, skip_special, ids):
+def test_chunks_of_any_ids_concatenate_to_their_decoding(smollm2_tokenizer, skip_special, ids):
     check(smollm2_tokenizer, ids, skip_special=skip_special)
 
 
-def test_a_character_after_many_broken_bytes_is_whole(smollm2_tokenizer):
+def test_a_character_after_many_invalid_bytes_is_complete(smollm2_tokenizer):
     (lone,) = smollm2_tokenizer.encode("\u00ff")[:1]
     ids = [lone] * 9 + smollm2_tokenizer.encode("世")
     check(smollm2_tokenizer, ids)
     assert smollm2_tokenizer.decode(ids).endswith("世")
 
 
-def test_text_in_front_of_half_a_character_is_not_held_back():
+def test_text_before_an_incomplete_character_is_not_held_back():
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models
 
-    vocab = {"aðŁ": 0, "ĺ": 1, "Ģ": 2}  # a with two bytes of an emoji, then its others
+    vocab = {"aðŁ": 0, "ĺ": 1, "Ģ": 2}  # "a" with two bytes of an emoji, then its other bytes
     backend = Backend(models.BPE(vocab=vocab, merges=[]))
     backend.decoder = decoders.ByteLevel()
     pieces, rest = streamed(Tokenizer(backend, SpecialTokens()), [0, 1, 2])
     assert (pieces, rest) == (["a", "", "😀"], "")
 
 
-def test_a_whole_character_is_given_as_soon_as_it_is_there(smollm2_tokenizer):
+def test_a_character_is_released_as_soon_as_it_is_complete(smollm2_tokenizer):
     ids = smollm2_tokenizer.encode("😀")
     assert len(ids) > 1
     pieces, rest = streamed(smollm2_tokenizer, ids)
@@ -87,7 +87,7 @@ def test_a_whole_character_is_given_as_soon_as_it_is_there(smollm2_tokenizer):
     assert rest == ""
 
 
-def test_flush_gives_half_a_character_as_a_replacement_and_only_once(smollm2_tokenizer):
+def test_flush_releases_an_incomplete_character_once_as_a_replacement(smollm2_tokenizer):
     decoder = StreamDecoder(smollm2_tokenizer)
     assert decoder.push(smollm2_tokenizer.encode("😀")[0]) == ""
     assert decoder.flush() == "\ufffd"

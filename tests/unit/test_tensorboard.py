@@ -1,4 +1,4 @@
-"""Event files: what we write, the real TensorBoard reads."""
+"""TensorBoard itself reads the event files we write."""
 
 import math
 import struct
@@ -13,9 +13,9 @@ VALUES = {"train/loss_nats": 2.3125, "train/grad_norm": 0.1, "评测/困惑度":
 
 
 def read(folder):
-    """The scalars of a folder of event files, as TensorBoard sees them: name → [(step, wall time, value)]."""
+    """Returns the scalars in a folder of event files: name → [(step, wall time, value)]."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TensorBoard's own, of the packages it stands on
+        warnings.simplefilter("ignore")  # TensorBoard's own, about its dependencies
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -30,7 +30,7 @@ def fp32(value):
 
 def test_names_steps_times_and_values_read_back_equal(tmp_path):
     writer = TensorBoardWriter(tmp_path)
-    for step in (0, 1, 127, 128, 300, 2**40):  # varints of one byte and of more
+    for step in (0, 1, 127, 128, 300, 2**40):  # varints of one and of several bytes
         writer.write(step, 1.7e9 + step / 8, VALUES)
     writer.close()
     expected = [(s, 1.7e9 + s / 8) for s in (0, 1, 127, 128, 300, 2**40)]
@@ -46,7 +46,7 @@ def test_values_can_be_seen_before_the_file_is_closed(tmp_path):
     writer.close()
 
 
-def test_what_is_no_fp32_number_is_written_as_nan_or_infinity(tmp_path):
+def test_values_not_representable_in_fp32_are_written_as_nan_or_infinity(tmp_path):
     writer = TensorBoardWriter(tmp_path)
     writer.write(1, 1.0, {"nan": math.nan, "up": math.inf, "large": 1e300, "negative": -1e300})
     writer.close()
@@ -55,7 +55,7 @@ def test_what_is_no_fp32_number_is_written_as_nan_or_infinity(tmp_path):
     assert found == {"up": math.inf, "large": math.inf, "negative": -math.inf}
 
 
-def test_a_run_that_goes_on_replaces_the_steps_past_its_checkpoint(tmp_path):
+def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path):
     first = TensorBoardWriter(tmp_path)
     for step in range(1, 8):
         first.write(step, float(step), {"a": float(step)})
@@ -75,7 +75,7 @@ def test_the_checksum_is_the_castagnoli_crc():
     assert crc32c(bytes(range(32))) == 0x46DD794E
 
 
-def test_a_record_is_framed_as_tensorboard_checks_it():
+def test_a_record_has_the_framing_that_tensorboard_expects():
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     for record in (b"", b"x", bytes(range(256)) * 3):
@@ -85,7 +85,7 @@ def test_a_record_is_framed_as_tensorboard_checks_it():
         assert struct.unpack("<I", framed[-4:])[0] == masked_crc32c(record)
 
 
-def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         TensorBoardWriter(tmp_path / "file" / "events")

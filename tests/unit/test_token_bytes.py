@@ -1,4 +1,4 @@
-"""The bytes of single tokens: put together they are the text, whichever kind of vocabulary they are from."""
+"""The bytes of single tokens concatenate to the text, for every kind of vocabulary."""
 
 import pytest
 from hypothesis import given, settings
@@ -21,7 +21,9 @@ def of_backend(backend):
 
 @settings(deadline=None, max_examples=60)
 @given(text=TEXTS, ids=IDS)
-def test_bytes_of_tokens_are_the_text_they_decode_to(smollm2_tokenizer, tiny_tokenizer, text, ids):
+def test_bytes_of_tokens_concatenate_to_the_decoded_text(
+    smollm2_tokenizer, tiny_tokenizer, text, ids
+):
     for tokenizer in (smollm2_tokenizer, tiny_tokenizer):
         for tokens in (tokenizer.encode(text), [i for i in ids if i < tokenizer.vocab_size]):
             joined = b"".join(bytes_of(tokenizer, tokens))
@@ -30,12 +32,12 @@ def test_bytes_of_tokens_are_the_text_they_decode_to(smollm2_tokenizer, tiny_tok
 
 @settings(deadline=None, max_examples=60)
 @given(text=st.text("a你好é😀 ", min_size=1, max_size=20))
-def test_sentencepiece_writes_the_first_space_that_decoding_drops(text):
+def test_sentencepiece_tokens_include_the_first_space_that_decoding_drops(text):
     ids = BYTE_FALLBACK.encode(text, special_tokens=False)
     assert b"".join(bytes_of(BYTE_FALLBACK, ids)) == b" " + BYTE_FALLBACK.decode(ids).encode()
 
 
-def test_pieces_with_and_without_a_space_are_told_apart():
+def test_tokens_with_and_without_a_space_differ():
     backend = BYTE_FALLBACK.backend
     found = {t: BYTE_FALLBACK.token_bytes(backend.token_to_id(t)) for t in ("a", "▁a", "▁", "你")}
     assert found == {"a": b"a", "▁a": b" a", "▁": b" ", "你": "你".encode()}
@@ -43,7 +45,7 @@ def test_pieces_with_and_without_a_space_are_told_apart():
     assert BYTE_FALLBACK.token_bytes(backend.token_to_id("<s>")) == b"<s>"
 
 
-def test_a_name_of_a_byte_is_text_where_bytes_have_no_pieces():
+def test_a_byte_name_is_text_without_byte_fallback():
     backend = Backend(models.WordLevel({"<0x41>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
     backend.decoder = decoders.Fuse()
     assert of_backend(backend).token_bytes(0) == b"<0x41>"
@@ -57,13 +59,13 @@ def test_a_name_of_a_byte_is_text_where_bytes_have_no_pieces():
     ],
     ids=["wordpiece", "metaspace"],
 )
-def test_other_decoders_are_asked_after_a_letter(decoder, tokens, expected):
+def test_other_decoders_are_queried_after_a_letter(decoder, tokens, expected):
     backend = Backend(models.WordLevel({t: i for i, t in enumerate([*tokens, "[UNK]"])}, "[UNK]"))
     backend.decoder = decoder
     assert bytes_of(of_backend(backend), range(3)) == expected
 
 
-def test_added_tokens_and_ids_without_a_token():
+def test_added_tokens_have_bytes_and_ids_without_a_token_have_none():
     backend = Backend(models.BPE())
     backend.decoder = decoders.ByteLevel()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Documents of a source over several splits: at random or the tail, what is held out is apart and nothing is lost."""
+"""Documents of a source across splits: held-out parts, random or tail, are disjoint."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ TEXTS = (("hello world", "good morning"), (), ("the lazy dog", "a language model
 
 @pytest.fixture
 def splits(tmp_path, tiny_tokenizer):
-    """Three splits as tokenizing leaves them, the second without a document."""
+    """Three tokenized splits, the second without documents."""
     stems = []
     for number, texts in enumerate(TEXTS):
         ids = [tiny_tokenizer.encode(text) for text in texts]

@@ -1,4 +1,4 @@
-"""The tokenizer: llama.cpp's and Hugging Face's ids, round trips, what GGUF metadata and folders hold."""
+"""The tokenizer: ids of llama.cpp and Hugging Face, round trips, GGUF metadata and folders."""
 
 import json
 from itertools import pairwise
@@ -24,7 +24,7 @@ PIECES = {piece: float(score) for piece, score in (entry.split(":") for entry in
 
 
 def sentencepiece_metadata(**changes):
-    """What a GGUF file says of a small sentencepiece vocabulary."""
+    """Returns GGUF metadata of a small sentencepiece vocabulary."""
     tokens = ["<unk>", "<s>", "</s>", *BYTES, *PIECES]
     return {
         "tokenizer.ggml.model": "llama",
@@ -38,7 +38,7 @@ def sentencepiece_metadata(**changes):
 
 
 def byte_level_metadata(**changes):
-    """What a GGUF file says of a byte-level vocabulary without merges."""
+    """Returns GGUF metadata of a byte-level vocabulary without merges."""
     from tokenizers import pre_tokenizers
 
     tokens = ["<|end|>", "<|start|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -53,7 +53,7 @@ def byte_level_metadata(**changes):
 
 
 def merged_by_score(text):
-    """Sentencepiece's own algorithm: join the adjacent pair whose piece has the best score, leftmost first."""
+    """Runs sentencepiece's algorithm: merges the adjacent pair of best score, leftmost first."""
     parts = list((SPACE + text).replace(" ", SPACE)) if text else []
     while True:
         pairs = [(PIECES[a + b], -i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in PIECES]
@@ -73,7 +73,7 @@ def pieces_of(tokenizer, text):
     return [tokenizer.backend.id_to_token(i) for i in ids]
 
 
-def test_ids_are_those_of_llama_cpp(smollm2_tokenizer):
+def test_ids_equal_llama_cpp(smollm2_tokenizer):
     assert len(ROWS) == 300
     wrong = [r["text"] for r in ROWS if smollm2_tokenizer.encode(r["text"]) != r["ids"]]
     assert not wrong
@@ -93,13 +93,13 @@ def test_a_batch_encodes_as_its_texts_one_by_one(smollm2_tokenizer):
 
 @settings(deadline=None, max_examples=100)
 @given(text=TEXTS)
-def test_decoding_undoes_encoding(tiny_tokenizer, text):
+def test_decoding_inverts_encoding(tiny_tokenizer, text):
     assert tiny_tokenizer.decode(tiny_tokenizer.encode(text)) == text
 
 
 @settings(deadline=None, max_examples=100)
 @given(text=st.text(st.sampled_from("aé ß世界한हिन😀👩\u200d💻🇨🇳\u0301\n\t0'<|>"), max_size=60))
-def test_decoding_undoes_encoding_with_a_vocabulary_that_lacks_some_bytes(smollm2_tokenizer, text):
+def test_decoding_inverts_encoding_with_a_vocabulary_that_lacks_some_bytes(smollm2_tokenizer, text):
     assert smollm2_tokenizer.decode(smollm2_tokenizer.encode(text)) == text
 
 
@@ -122,7 +122,7 @@ def test_lone_surrogates_become_question_marks(smollm2_tokenizer, text):
     assert smollm2_tokenizer.encode_with_offsets(text)[1][-1][1] == len(text)
 
 
-def test_special_tokens_are_left_out_of_decoded_text_unless_asked_for(smollm2_tokenizer):
+def test_special_tokens_are_omitted_from_decoded_text_unless_requested(smollm2_tokenizer):
     ids = smollm2_tokenizer.encode("<|im_start|>user<|im_end|>")
     assert ids[0] in smollm2_tokenizer.special_ids
     assert smollm2_tokenizer.decode(ids) == "user"
@@ -130,7 +130,7 @@ def test_special_tokens_are_left_out_of_decoded_text_unless_asked_for(smollm2_to
 
 
 @pytest.mark.parametrize("name", ["smollm2_tokenizer", "tiny_tokenizer"])
-def test_a_saved_tokenizer_reads_back_the_same(request, tmp_path, name):
+def test_a_saved_tokenizer_loads_back_equal(request, tmp_path, name):
     tokenizer = request.getfixturevalue(name)
     tokenizer.save(tmp_path)
     again = Tokenizer.from_folder(tmp_path)
@@ -147,7 +147,7 @@ def test_different_tokenizers_have_different_fingerprints(smollm2_tokenizer, tin
     assert smollm2_tokenizer.fingerprint != tiny_tokenizer.fingerprint
 
 
-def test_an_unknown_cut_is_refused_and_the_known_ones_named():
+def test_an_unknown_pre_tokenizer_is_refused_and_the_known_ones_named():
     with pytest.raises(
         CheckpointError,
         match=r"'deepseek-v9' is not known; known pre-tokenizers are .*smollm.*qwen2",
@@ -206,7 +206,7 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes(text, pieces):
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(st.sampled_from("helow é\n世"), max_size=24))
-def test_sentencepiece_agrees_with_its_own_algorithm(text):
+def test_sentencepiece_matches_a_naive_implementation(text):
     tokenizer = Tokenizer.from_gguf(sentencepiece_metadata())
     assert pieces_of(tokenizer, text) == merged_by_score(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -218,14 +218,14 @@ def test_sentencepiece_without_a_space_prefix_adds_none():
     assert tokenizer.decode(tokenizer.encode(" hello")) == " hello"
 
 
-def test_sentencepiece_puts_bos_in_front_by_default():
+def test_sentencepiece_prepends_bos_by_default():
     tokenizer = Tokenizer.from_gguf(sentencepiece_metadata())
     assert tokenizer.encode("hello")[0] == tokenizer.bos_id == 1
     assert 1 not in tokenizer.encode("hello", special_tokens=False)
 
 
 @pytest.mark.parametrize("metadata", [sentencepiece_metadata, byte_level_metadata])
-def test_bos_and_eos_are_added_once_where_the_file_asks(metadata):
+def test_bos_and_eos_are_added_once_if_the_file_requests_them(metadata):
     tokenizer = Tokenizer.from_gguf(metadata(add_bos_token=True, add_eos_token=True))
     plain = tokenizer.encode("hello", special_tokens=False)
     assert tokenizer.encode("hello") == [tokenizer.bos_id, *plain, tokenizer.eos_id]
@@ -235,7 +235,7 @@ def test_bos_and_eos_are_added_once_where_the_file_asks(metadata):
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"])
-def test_a_cut_may_bring_bos_with_it(pre):
+def test_a_pre_tokenizer_may_imply_bos(pre):
     tokenizer = Tokenizer.from_gguf(byte_level_metadata(pre=pre))
     plain = tokenizer.encode("Hello", special_tokens=False)
     assert tokenizer.encode("Hello") == [tokenizer.bos_id, *plain]
@@ -244,7 +244,7 @@ def test_a_cut_may_bring_bos_with_it(pre):
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "smollm", "default", "chatglm-bpe"])
-def test_most_cuts_bring_no_bos(pre):
+def test_most_pre_tokenizers_imply_no_bos(pre):
     tokenizer = Tokenizer.from_gguf(byte_level_metadata(pre=pre))
     assert tokenizer.bos_id not in tokenizer.encode("Hello")
 
@@ -254,7 +254,7 @@ def words_of(tokenizer, text):
 
 
 @pytest.mark.parametrize("changes", [{}, {"pre": "default"}])
-def test_without_a_named_cut_text_is_cut_as_llama_cpp_does(caplog, changes):
+def test_without_a_named_pre_tokenizer_text_is_split_like_llama_cpp(caplog, changes):
     tokenizer = Tokenizer.from_gguf(byte_level_metadata(**changes))
     assert words_of(tokenizer, "Hello 12345!") == ["Hello", "Ġ", "123", "45", "!"]
     assert words_of(tokenizer, "x=1 a$b") == ["x", "=", "1", "Ġa", "$", "b"]
@@ -273,16 +273,16 @@ def test_without_a_named_cut_text_is_cut_as_llama_cpp_does(caplog, changes):
         ("tekken", ["ab", "Ġ", "1", "2", "3", "4", "5"]),
     ],
 )
-def test_each_cut_has_its_own_way_with_digits(pre, words):
+def test_each_pre_tokenizer_has_its_own_splitting_of_digits(pre, words):
     assert words_of(Tokenizer.from_gguf(byte_level_metadata(pre=pre)), "ab 12345") == words
 
 
-def test_tekken_cuts_at_a_change_of_case():
+def test_tekken_splits_at_a_change_of_case():
     tokenizer = Tokenizer.from_gguf(byte_level_metadata(pre="tekken"))
     assert words_of(tokenizer, "aBc DE/f") == ["a", "Bc", "ĠDE", "/f"]
 
 
-def test_ids_that_a_sentencepiece_file_leaves_out_are_its_own():
+def test_ids_omitted_by_a_sentencepiece_file_get_their_defaults():
     metadata = sentencepiece_metadata()
     for kind in ("bos", "eos", "unknown"):
         del metadata[f"tokenizer.ggml.{kind}_token_id"]
@@ -296,7 +296,7 @@ def test_ids_that_a_sentencepiece_file_leaves_out_are_its_own():
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
-def test_an_end_of_turn_is_a_control_token_whatever_the_file_says(text):
+def test_an_end_of_turn_is_a_special_token_regardless_of_the_file(text):
     metadata = byte_level_metadata()
     metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], text]
     tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.token_type": [3, 3, *[1] * 257]})
@@ -304,7 +304,7 @@ def test_an_end_of_turn_is_a_control_token_whatever_the_file_says(text):
     assert index in tokenizer.special_ids
 
 
-def test_a_gguf_file_may_hold_several_chat_templates():
+def test_a_gguf_file_may_contain_several_chat_templates():
     templates = {"": "plain", ".tool_use": "tools", ".rag": "rag"}
     metadata = {f"tokenizer.chat_template{name}": text for name, text in templates.items()}
     tokenizer = Tokenizer.from_gguf(byte_level_metadata() | metadata)
@@ -371,7 +371,7 @@ def test_the_default_of_several_named_templates_is_used(tiny_tokenizer, tmp_path
     assert Tokenizer.from_folder(tmp_path).chat_template.source == "yes"
 
 
-def test_truncation_and_padding_kept_in_a_file_do_not_shorten_texts(tiny_tokenizer, tmp_path):
+def test_truncation_and_padding_stored_in_a_file_are_ignored(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     saved = json.loads(path.read_text(encoding="utf-8"))

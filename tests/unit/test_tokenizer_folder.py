@@ -1,4 +1,4 @@
-"""Tokenizers in folders: what stands outside `tokenizer.json`, and `tokenizer.model` alone, as transformers reads them."""
+"""Tokenizer folders are read like transformers: `tokenizer.json`, other files, sentencepiece."""
 
 import json
 
@@ -25,7 +25,7 @@ TEXTS = [
 
 @pytest.fixture
 def plain(tiny_tokenizer):
-    """A copy of the tiny tokenizer's backend with `<s>` and `</s>` in its vocabulary, not yet control tokens."""
+    """A copy of the tiny tokenizer's backend with `<s>` and `</s>` as plain tokens."""
     backend = Backend.from_str(tiny_tokenizer.backend.to_str())
     backend.add_tokens(["<s>", "</s>"])
     return backend
@@ -46,7 +46,7 @@ def folder(tmp_path, plain):
 
 
 def agree(folder):
-    """Both tokenizers, once ids and special tokens are found equal."""
+    """Returns both tokenizers after checking that ids and special tokens are equal."""
     ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
         assert ours.encode(text) == theirs(text)["input_ids"], text
@@ -76,7 +76,7 @@ def test_an_added_token_outside_tokenizer_json_is_one_id(folder, plain):
     assert again.fingerprint == ours.fingerprint
 
 
-def test_flags_of_an_added_token_count(folder, plain):
+def test_flags_of_an_added_token_are_honoured(folder, plain):
     number = plain.get_vocab_size()
     token = {"content": "<|tool|>", "special": False, **FLAGS, "lstrip": True, "rstrip": True}
     changed = {"content": "<|im_end|>", "special": False, **FLAGS}
@@ -86,7 +86,7 @@ def test_flags_of_an_added_token_count(folder, plain):
     assert plain.token_to_id("<|im_end|>") not in ours.special_ids
 
 
-def test_the_older_files_name_tokens_too(folder, plain):
+def test_the_older_files_also_define_tokens(folder, plain):
     number = plain.get_vocab_size()
     added = {"<|tool|>": number, "<|x|>": number + 1}
     special = {"eos_token": "</s>", "additional_special_tokens": ["<|x|>"]}
@@ -99,13 +99,13 @@ def test_the_older_files_name_tokens_too(folder, plain):
 
 
 @pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens"])
-def test_further_special_tokens_of_the_configuration_are_added(folder, plain, key):
+def test_additional_special_tokens_of_the_configuration_are_added(folder, plain, key):
     number = plain.get_vocab_size()
     ours, _ = agree(folder({"tokenizer_class": FAST, key: ["<|tool|>", "<|x|>"]}))
     assert ours.encode("<|x|><|tool|>") == [number + 1, number]
 
 
-def test_a_pad_token_that_the_vocabulary_lacks_is_added(folder, plain):
+def test_a_pad_token_missing_from_the_vocabulary_is_added(folder, plain):
     ours, _ = agree(folder({"tokenizer_class": FAST, "pad_token": "[PAD]"}))
     assert ours.pad_id == plain.get_vocab_size()
 
@@ -127,7 +127,7 @@ def test_damaged_added_tokens_are_refused(folder, entries):
 
 
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": False}, {"add_eos_token": True}])
-def test_tokenizer_json_says_itself_what_encoding_adds(folder, plain, flags):
+def test_tokenizer_json_determines_what_encoding_adds(folder, plain, flags):
     plain.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", plain.token_to_id("<s>"))]
     )
@@ -136,7 +136,7 @@ def test_tokenizer_json_says_itself_what_encoding_adds(folder, plain, flags):
     assert ours.encode("hello") == [ours.bos_id, *ours.encode("hello", special_tokens=False)]
 
 
-def test_a_space_before_the_text_and_powerless_control_tokens(folder, tmp_path):
+def test_a_prefix_space_and_plain_special_tokens_are_supported(folder, tmp_path):
     config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
     ours = Tokenizer.from_folder(folder(config))
     assert ours.encode("hello") == ours.encode(" hello")
@@ -147,10 +147,10 @@ def test_a_space_before_the_text_and_powerless_control_tokens(folder, tmp_path):
     assert again.encode("<|im_end|>") == ours.encode("<|im_end|>")
 
 
-# ---- special tokens from other files and from classes
+# ---- special tokens in other files and by class
 
 
-def test_special_tokens_of_their_own_file_are_read(folder):
+def test_special_tokens_in_a_separate_file_are_read(folder):
     config = {"tokenizer_class": FAST, "chat_template": "{{ messages[0].content }}{{ eos_token }}"}
     special = {"bos_token": "<s>", "eos_token": {"content": "</s>", **FLAGS}}
     ours, _ = agree(folder(config, special_tokens_map=special))
@@ -161,7 +161,9 @@ def test_special_tokens_of_their_own_file_are_read(folder):
     assert chat.token_ids[-1] == ours.eos_id
 
 
-def test_the_file_of_special_tokens_wins_unless_the_configuration_lists_added_tokens(folder):
+def test_the_special_tokens_file_takes_precedence_unless_the_configuration_lists_added_tokens(
+    folder,
+):
     config = {"tokenizer_class": FAST, "eos_token": "<|im_end|>"}
     ours, _ = agree(folder(config, special_tokens_map={"eos_token": "</s>"}))
     assert ours.special.eos == "</s>"
@@ -202,7 +204,7 @@ def test_the_file_of_special_tokens_wins_unless_the_configuration_lists_added_to
         ({}, {"model_type": "glm4"}, SpecialTokens()),
     ],
 )
-def test_a_class_has_special_tokens_of_its_own(folder, config, model, expected):
+def test_a_class_has_its_own_special_tokens(folder, config, model, expected):
     files = {"config": model} if model else {}
     path = folder(config, **files)
     assert Tokenizer.from_folder(path).special == expected
@@ -216,7 +218,7 @@ def test_a_class_has_special_tokens_of_its_own(folder, config, model, expected):
 
 
 def byte_level(*special):
-    """A byte-level backend whose vocabulary holds these control tokens alone."""
+    """Returns a byte-level backend whose vocabulary has only these special tokens."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -253,7 +255,7 @@ BYTE_LEVEL_CLASSES = {
 
 @pytest.mark.parametrize("present", [(), ("<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>")])
 @pytest.mark.parametrize("kind", BYTE_LEVEL_CLASSES)
-def test_a_class_adds_the_tokens_that_its_vocabulary_lacks(tmp_path, kind, present):
+def test_a_class_adds_the_tokens_missing_from_its_vocabulary(tmp_path, kind, present):
     byte_level(*present).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     ours, theirs = agree(tmp_path)
@@ -268,7 +270,7 @@ def test_a_class_adds_the_tokens_that_its_vocabulary_lacks(tmp_path, kind, prese
 @pytest.mark.parametrize(
     "config", [{"add_prefix_space": True}, {"cls_token": "[C]"}, {"sep_token": "hello"}]
 )
-def test_what_the_class_puts_around_a_text_follows_the_configuration(tmp_path, config):
+def test_the_tokens_a_class_adds_around_a_text_follow_the_configuration(tmp_path, config):
     byte_level().save(str(tmp_path / "tokenizer.json"))
     written = json.dumps({"tokenizer_class": "RobertaTokenizer", **config})
     (tmp_path / "tokenizer_config.json").write_text(written)
@@ -312,7 +314,7 @@ CALL = [{"role": "user", "content": "go"}]
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 
 
-def test_the_template_for_tools_is_used_with_tools_and_all_are_kept(folder, tmp_path):
+def test_the_tool_template_is_used_with_tools_and_all_are_preserved(folder, tmp_path):
     path = folder({"tokenizer_class": FAST, "chat_template": NAMED})
     theirs = AutoTokenizer.from_pretrained(path)
     ours = Tokenizer.from_folder(path)
@@ -330,7 +332,7 @@ def test_the_template_for_tools_is_used_with_tools_and_all_are_kept(folder, tmp_
         assert set(reader.chat_template) == {"default", "tool_use", "rag"}
 
 
-def test_a_template_that_is_not_used_may_be_broken(folder):
+def test_an_unused_template_may_be_invalid(folder):
     broken = [
         NAMED[0],
         {"name": "rag", "template": "{% if %}"},
@@ -342,7 +344,7 @@ def test_a_template_that_is_not_used_may_be_broken(folder):
         ours.encode_chat(CALL, tools=TOOLS)
 
 
-def test_templates_in_files_of_their_own_are_read(folder):
+def test_templates_in_separate_files_are_read(folder):
     path = folder({"tokenizer_class": FAST, "chat_template": "old"})
     (path / "chat_template.jinja").write_text("new", encoding="utf-8")
     (path / "additional_chat_templates").mkdir()
@@ -352,7 +354,7 @@ def test_templates_in_files_of_their_own_are_read(folder):
     assert ours.encode_chat(CALL, tools=TOOLS).text == "tools"
 
 
-def test_without_a_default_template_the_names_are_told(folder):
+def test_without_a_default_template_the_error_lists_the_names(folder):
     ours = Tokenizer.from_folder(folder({"chat_template": NAMED[1:]}))
     assert ours.encode_chat(CALL, tools=TOOLS).text == "go look"
     with pytest.raises(DataError, match="templates named tool_use, rag but none named default"):
@@ -374,7 +376,7 @@ def test_without_a_default_template_the_names_are_told(folder):
         ([".."], False),
     ],
 )
-def test_templates_of_any_name_are_kept(folder, tmp_path, names, files, named):
+def test_templates_of_any_name_are_preserved(folder, tmp_path, names, files, named):
     sources = {name: f"{number} {{{{ messages[0].content }}}}" for number, name in enumerate(names)}
     sources |= {"default": "plain"} if named else {}
     listed = [{"name": name, "template": source} for name, source in sources.items()]
@@ -392,7 +394,7 @@ def test_templates_of_any_name_are_kept(folder, tmp_path, names, files, named):
     assert written == expected | ({"chat_template.jinja"} if named and files else set())
 
 
-def test_the_name_of_a_template_writes_nowhere_else(folder, tmp_path):
+def test_the_name_of_a_template_cannot_escape_the_folder(folder, tmp_path):
     evil = [*NAMED, {"name": "../../evil", "template": "x"}]
     ours = Tokenizer.from_folder(folder({"chat_template": evil}))
     ours.save(tmp_path / "deep" / "deeper")
@@ -450,7 +452,7 @@ TOOL = {"content": "<tool>", "special": True, **FLAGS}
     ],
     ids=str,
 )
-def test_a_tokenizer_model_gives_the_ids_of_transformers(tmp_path, sentencepieces, config):
+def test_a_tokenizer_model_gives_the_same_ids_as_transformers(tmp_path, sentencepieces, config):
     _, data = sentencepieces["bpe"]
     path = sentencepiece_folder(tmp_path / "m", data, config, {"model_type": "llama"})
     theirs = AutoTokenizer.from_pretrained(path)
@@ -465,14 +467,16 @@ def test_a_tokenizer_model_gives_the_ids_of_transformers(tmp_path, sentencepiece
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("config", [{}, LLAMA | {"legacy": True}, {"tokenizer_class": "Own"}])
-def test_a_tokenizer_model_gives_the_ids_of_sentencepiece(tmp_path, sentencepieces, kind, config):
+def test_a_tokenizer_model_gives_the_same_ids_as_sentencepiece(
+    tmp_path, sentencepieces, kind, config
+):
     theirs, data = sentencepieces[kind]
     ours = load_tokenizer(sentencepiece_folder(tmp_path / "m", data, config))
     assert [ours.encode(t) for t in SP_TEXTS] == [theirs.encode(t) for t in SP_TEXTS]
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_id(), theirs.eos_id())
 
 
-def test_a_reserved_piece_takes_the_name_of_the_added_token_with_its_id(tmp_path):
+def test_a_reserved_token_gets_the_name_of_the_added_token_with_its_id(tmp_path):
     _, data = sentencepiece_file("bpe", **IDENTITY, control_symbols="<reserved>")
     index = Tokenizer.from_folder(sentencepiece_folder(tmp_path / "a", data, LLAMA)).id_of(
         "<reserved>"
@@ -483,7 +487,7 @@ def test_a_reserved_piece_takes_the_name_of_the_added_token_with_its_id(tmp_path
     assert ours.id_of("<reserved>") is None
 
 
-def test_a_model_with_a_tokenizer_model_alone_is_loaded_and_saved(
+def test_a_model_with_only_a_tokenizer_model_is_loaded_and_saved(
     tmp_path, sentencepieces, tiny_model
 ):
     theirs, data = sentencepieces["bpe"]
@@ -500,7 +504,7 @@ def test_a_damaged_tokenizer_model_is_named(tmp_path):
         Tokenizer.from_folder(path)
 
 
-def test_tokenizer_json_goes_before_tokenizer_model(folder, sentencepieces):
+def test_tokenizer_json_takes_precedence_over_tokenizer_model(folder, sentencepieces):
     path = folder({"tokenizer_class": FAST})
     (path / "tokenizer.model").write_bytes(b"not a model")
     assert Tokenizer.from_folder(path).encode("hello")
@@ -513,12 +517,12 @@ def test_added_tokens_keep_their_flags_when_they_are_special_already(folder, pla
 
 
 @pytest.mark.parametrize("value", [7, "<|tool|>", True])
-def test_further_special_tokens_that_are_no_list_are_refused(folder, value):
+def test_additional_special_tokens_must_be_a_list(folder, value):
     with pytest.raises(CheckpointError, match="expected a list of tokens"):
         Tokenizer.from_folder(folder({"additional_special_tokens": value}))
 
 
-def test_a_template_that_is_no_text_is_named(folder):
+def test_a_template_that_is_not_text_is_named(folder):
     path = folder({"tokenizer_class": FAST})
     (path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8"):

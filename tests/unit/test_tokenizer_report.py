@@ -1,4 +1,4 @@
-"""The tokenizer report: every figure against a count by hand, on tokenizers small enough to count."""
+"""The tokenizer report: figures compared with manual counts on small tokenizers."""
 
 import json
 
@@ -20,13 +20,13 @@ CHINESE = ["你好，世界", "世界你好 ok"]
 
 @pytest.fixture(scope="module")
 def letters():
-    """A token a character, of those in the texts."""
+    """A tokenizer with one token per character of the texts."""
     return train_tokenizer(ENGLISH + CHINESE, TokenizerConfig(model=CharactersConfig(), eos=None))
 
 
 @pytest.fixture(scope="module")
 def bytes_alone():
-    """A token a byte."""
+    """A tokenizer with one token per byte."""
     config = TokenizerConfig(model=BPEConfig(min_frequency=1000), vocab_size=300)
     return train_tokenizer(["x"], config)
 
@@ -53,7 +53,7 @@ def test_a_word_is_a_run_with_a_letter_or_a_han_character(text, count):
     assert count_words(text) == count
 
 
-def test_lengths_are_counted_over_all_texts_together(letters, bytes_alone):
+def test_lengths_are_totals_over_all_texts(letters, bytes_alone):
     english = figures(letters, ENGLISH)
     assert (english.num_texts, english.num_words) == (2, 6)
     assert english.num_bytes == english.num_characters == english.num_tokens == 31
@@ -65,7 +65,7 @@ def test_lengths_are_counted_over_all_texts_together(letters, bytes_alone):
     assert chinese.fertility == 30 / 9
 
 
-def test_fertility_of_chinese_is_tokens_a_character(letters):
+def test_fertility_of_chinese_is_tokens_per_character(letters):
     assert figures(letters, ["你好世界"]).fertility == 1
 
 
@@ -75,7 +75,7 @@ def test_han_coverage_is_the_share_of_different_characters_that_are_one_token(le
     assert figures(letters, ["low"]).han_coverage is None
 
 
-def test_a_space_put_in_front_does_not_make_a_character_two_tokens():
+def test_a_prefix_space_does_not_count_as_a_second_token():
     model = UnigramConfig(add_prefix_space=True)
     tokenizer = train_tokenizer(CHINESE, TokenizerConfig(model=model, vocab_size=400))
     assert len(tokenizer.encode("世")) == 2
@@ -89,17 +89,17 @@ def test_unknown_text_and_round_trip_failures_are_counted_and_the_first_is_shown
     assert result.failure.decoded.startswith("<unk>")
 
 
-def test_what_decoding_leaves_off_is_a_failure_at_the_end():
+def test_text_missing_after_decoding_is_a_failure_at_the_end():
     tokenizer = train_tokenizer(["a b"], TokenizerConfig(model=WordLevelConfig()))
     result = figures(tokenizer, ["a  b "])
     assert (result.num_failures, result.failure.at) == (1, 2)
 
 
-def test_names_of_control_tokens_in_a_text_are_no_failure(bytes_alone):
+def test_names_of_special_tokens_in_a_text_are_not_failures(bytes_alone):
     assert figures(bytes_alone, ["a<|endoftext|>b"]).num_failures == 0
 
 
-def test_unused_ids_are_those_in_none_of_the_texts(letters):
+def test_unused_ids_occur_in_none_of_the_texts(letters):
     everything = report({"t": letters}, {"en": ENGLISH, "zh": CHINESE})
     unknown = 1
     assert everything.vocabularies[0].num_unused == unknown
@@ -109,7 +109,7 @@ def test_unused_ids_are_those_in_none_of_the_texts(letters):
     assert english.num_unused == unknown + len(only_chinese)
 
 
-def test_gb2312_holds_its_6763_characters_the_common_first():
+def test_gb2312_contains_its_6763_characters_in_order_of_level():
     characters = gb2312()
     assert len(characters) == len(set(characters)) == 6763
     assert all(HAN.fullmatch(character) for character in characters)
@@ -125,7 +125,7 @@ def test_coverage_of_gb2312_counts_single_tokens(letters, bytes_alone):
     assert [v.gb2312_coverage for v in vocabularies] == [4 / 6763, 0]
 
 
-def test_tokenizers_stand_side_by_side_and_texts_are_read_once(letters, bytes_alone):
+def test_several_tokenizers_are_compared_while_texts_are_read_once(letters, bytes_alone):
     streams = {"en": iter(ENGLISH * 300), "zh": (text for text in CHINESE)}
     result = report({"letters": letters, "bytes": bytes_alone}, streams)
     names = [(row.domain, row.tokenizer, row.num_texts) for row in result.texts]
@@ -137,7 +137,7 @@ def test_tokenizers_stand_side_by_side_and_texts_are_read_once(letters, bytes_al
     ]
 
 
-def test_a_report_is_json(letters):
+def test_a_report_can_be_encoded_as_json(letters):
     result = report({"t": letters}, {"zh": [*CHINESE, "Ω"]}).as_dict()
     row = json.loads(json.dumps(result))["texts"][0]
     assert row["failure"] == {"at": 0, "text": "Ω", "decoded": "<unk>"}
@@ -145,6 +145,6 @@ def test_a_report_is_json(letters):
     assert row["bytes_per_token"] == row["num_bytes"] / row["num_tokens"]
 
 
-def test_a_report_on_no_text_divides_by_nothing(letters):
+def test_a_report_on_no_text_does_not_divide_by_zero(letters):
     empty = figures(letters, [])
     assert (empty.fertility, empty.bytes_per_token, empty.num_texts) == (0, 0, 0)

@@ -1,4 +1,4 @@
-"""Training tokenizers: the library's own merges, the same bytes every time, what round-trips; sentencepiece's files."""
+"""Tokenizer training: the library's merges, reproducibility, round trips, sentencepiece's files."""
 
 import io
 import json
@@ -70,7 +70,7 @@ def trained():
     }
 
 
-# ---- equal to the library's own trainer
+# ---- equality with the library's own trainer
 
 
 def merges_of(backend):
@@ -80,7 +80,7 @@ def merges_of(backend):
 def library_bpe(
     steps, *, normalizer=None, vocab_size=600, special=("<|endoftext|>",), min_frequency=2
 ):
-    """BPE trained with the library directly."""
+    """Trains BPE directly with the library."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if normalizer is not None:
@@ -124,7 +124,7 @@ def split(pattern):
     ],
     ids=lambda value: str(value) if isinstance(value, BPEConfig) else "",
 )
-def test_bpe_has_the_merges_and_ids_of_the_library(model, steps):
+def test_bpe_merges_and_ids_equal_the_library(model, steps):
     ours = train_tokenizer(CORPUS, TokenizerConfig(model=model, vocab_size=600))
     theirs = library_bpe(steps)
     assert merges_of(ours.backend) == merges_of(theirs)
@@ -133,8 +133,11 @@ def test_bpe_has_the_merges_and_ids_of_the_library(model, steps):
 
 
 @pytest.mark.parametrize("prefix_space", [True, False])
-def test_a_tokenizer_from_scratch_with_every_step_has_the_merges_of_the_library(prefix_space):
-    """NFD and no accents; cut at whitespace, punctuation, single digits; bytes; 8 special tokens; 54,000 asked for."""
+def test_bpe_with_every_preprocessing_step_has_the_merges_of_the_library(prefix_space):
+    """NFD without accents; splits at whitespace, punctuation, digits; bytes; 8 special tokens.
+
+    A vocabulary of 54,000 is requested.
+    """
     config = TokenizerConfig(
         model=BPEConfig(
             whitespace=True,
@@ -168,8 +171,8 @@ def test_a_tokenizer_from_scratch_with_every_step_has_the_merges_of_the_library(
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, "gpt2"])
-def test_patterns_cut_as_those_of_published_tokenizers(pattern):
-    """Words by the rules: a letter's space goes with it, signs and digits stand apart, newlines end a run."""
+def test_patterns_split_like_published_tokenizers(pattern):
+    """Words include a leading space, symbols and digits are separate, newlines end a run."""
     words = {
         "gpt2": ["I", "'ll", " pay", " 12345", "€", " now", "!", "\n\n ", " ok"],
         "cl100k": ["I", "'ll", " pay", " ", "123", "45", "€", " now", "!\n\n", " ", " ok"],
@@ -198,19 +201,21 @@ def test_patterns_cut_as_those_of_published_tokenizers(pattern):
     assert [bytes(values[c] for c in word).decode() for word, _ in cut] == words[pattern]
 
 
-# ---- the same every time
+# ---- reproducibility
 
 AGAIN = """
 import hashlib, json, sys
 sys.path.insert(0, {tests!r})
 from unit.test_tokenizer_training import CORPUS, KINDS
 from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer
-tokenizers = {{n: train_tokenizer(CORPUS, TokenizerConfig(model=k, vocab_size=700)) for n, k in KINDS.items()}}
-print(json.dumps({{n: hashlib.sha256(t.backend.to_str().encode()).hexdigest() for n, t in tokenizers.items()}}))
+tokenizers = {{n: train_tokenizer(CORPUS, TokenizerConfig(model=k, vocab_size=700)) for n, k in \
+KINDS.items()}}
+print(json.dumps({{n: hashlib.sha256(t.backend.to_str().encode()).hexdigest() for n, t in \
+tokenizers.items()}}))
 """
 
 
-def test_the_same_corpus_gives_the_same_bytes_in_another_process_and_with_other_threads():
+def test_the_same_corpus_gives_the_same_bytes_in_another_process_and_thread_count():
     tests = os.path.dirname(os.path.dirname(__file__))
     seen = []
     for seed, threads in (("1", "1"), ("2", "2"), ("3", "4")):
@@ -227,18 +232,18 @@ def test_the_same_corpus_gives_the_same_bytes_in_another_process_and_with_other_
     assert len(set(seen[0].values())) == len(KINDS)
 
 
-# ---- what is lost
+# ---- round trips
 
 
 @settings(deadline=None, max_examples=150)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_byte_level_bpe_gives_back_any_text(trained, text):
+def test_byte_level_bpe_round_trips_any_text(trained, text):
     tokenizer = trained["bpe"]
     assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_every_plane_of_unicode_comes_back_without_an_unknown_token(trained, kind):
+def test_every_unicode_plane_round_trips_without_unknown_tokens(trained, kind):
     planes = {
         plane: [
             chr(code)
@@ -258,20 +263,20 @@ def test_every_plane_of_unicode_comes_back_without_an_unknown_token(trained, kin
 
 @settings(deadline=None, max_examples=100)
 @given(text=st.text("ab <0x41>FZ▂世界😀\n", max_size=30))
-def test_unigram_with_bytes_gives_back_text_that_spells_byte_pieces(trained, text):
+def test_unigram_with_byte_fallback_round_trips_names_of_byte_tokens(trained, text):
     tokenizer = trained["unigram"]
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode(tokenizer.encode("<0x41>")) == "<0x41>"
 
 
-def test_unigram_with_a_space_in_front_takes_it_off_again():
+def test_unigram_with_a_prefix_space_removes_it_on_decoding():
     config = TokenizerConfig(model=UnigramConfig(add_prefix_space=True), vocab_size=500)
     tokenizer = train_tokenizer(CORPUS, config)
     assert tokenizer.backend.encode("lower").tokens[0].startswith("▁")
     assert tokenizer.decode(tokenizer.encode("lower the")) == "lower the"
 
 
-def test_characters_are_a_token_each_and_unseen_ones_unknown(trained):
+def test_character_tokens_are_single_characters_and_unseen_ones_are_unknown(trained):
     tokenizer = trained["characters"]
     text = "The lowest 分词器\n  naïve"
     assert len(tokenizer.encode(text)) == len(text)
@@ -279,7 +284,7 @@ def test_characters_are_a_token_each_and_unseen_ones_unknown(trained):
     assert tokenizer.encode("λ")[0] != tokenizer.encode("☃")[0] == tokenizer.id_of("<unk>")
 
 
-def test_word_pieces_mark_what_stands_inside_a_word_and_set_chinese_characters_apart(trained):
+def test_wordpiece_marks_word_continuations_and_separates_chinese_characters(trained):
     tokens = trained["wordpiece"].backend.encode("lowered 天气 ☃").tokens
     assert tokens[-3:] == ["天", "气", "[UNK]"]
     assert not tokens[0].startswith("##")
@@ -287,7 +292,7 @@ def test_word_pieces_mark_what_stands_inside_a_word_and_set_chinese_characters_a
     assert "".join(token.removeprefix("##") for token in tokens[:-3]) == "lowered"
 
 
-def test_words_are_whole_or_unknown(trained):
+def test_words_are_complete_or_unknown(trained):
     tokens = trained["wordlevel"].backend.encode("the newest, flurb").tokens
     assert tokens == ["the", "newest", ",", "[UNK]"]
 
@@ -301,7 +306,7 @@ def test_normalizers_apply_in_order():
 
 
 @pytest.mark.parametrize(("digits", "count"), [("individual", 7), ("groups", 3)])
-def test_numbers_are_cut_as_asked(digits, count):
+def test_numbers_are_split_as_configured(digits, count):
     numbers = ["1234567"] * 50
     for model in (BPEConfig(digits=digits), UnigramConfig(digits=digits)):
         tokenizer = train_tokenizer(numbers, TokenizerConfig(model=model, vocab_size=400))
@@ -325,7 +330,7 @@ def test_special_tokens_take_the_first_ids_in_order_and_roles_follow(trained):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bos_and_eos_surround_text_where_asked(kind):
+def test_bos_and_eos_are_added_as_configured(kind):
     config = TokenizerConfig(
         model=KINDS[kind], vocab_size=700, bos="<s>", eos="</s>", add_bos=True, add_eos=True
     )
@@ -357,11 +362,11 @@ def test_transformers_gives_the_same_ids_from_the_saved_files(trained, tmp_path,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_vocabulary_is_no_larger_than_asked(trained, kind):
+def test_a_vocabulary_is_no_larger_than_requested(trained, kind):
     assert trained[kind].vocab_size <= 700
 
 
-# ---- mistakes
+# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -387,7 +392,7 @@ def test_a_vocabulary_smaller_than_the_alphabet_is_refused_with_the_numbers(mode
     with pytest.raises(ConfigError, match=message) as caught:
         train_tokenizer(CORPUS, TokenizerConfig(model=model, vocab_size=size))
     enough = int(re.search(r"set it to (\d+) or more", str(caught.value))[1])
-    while True:  # what the message asks for is enough, or the next message's
+    while True:  # the size in the error must be enough, or that in the next one
         try:
             train_tokenizer(CORPUS, TokenizerConfig(model=model, vocab_size=enough))
             break
@@ -396,7 +401,7 @@ def test_a_vocabulary_smaller_than_the_alphabet_is_refused_with_the_numbers(mode
             enough = int(re.search(r"set it to (\d+) or more", str(error))[1])
 
 
-def test_rare_characters_need_no_room():
+def test_rare_characters_need_no_vocabulary():
     model = CharactersConfig(min_frequency=2)
     tokenizer = train_tokenizer(["aab", "aac\u0301"], TokenizerConfig(model=model, vocab_size=3))
     assert tokenizer.vocab_size == 3
@@ -404,8 +409,8 @@ def test_rare_characters_need_no_room():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_vocabulary_is_larger_than_asked_for(kind):
-    """The library itself exceeds a size below that of its alphabet."""
+def test_no_vocabulary_exceeds_the_requested_size(kind):
+    """The library itself exceeds a size smaller than its alphabet."""
     text = "the quick brown fox, 你好世界 " * 3
     made, refused = [], {}
     for size in (1, 10, 100, 256, 257, 258, 300, 700):
@@ -427,12 +432,12 @@ def test_no_vocabulary_is_larger_than_asked_for(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("texts", [[], ["", ""]])
-def test_training_on_nothing_is_refused(kind, texts):
+def test_training_without_text_is_refused(kind, texts):
     with pytest.raises(DataError, match="no text to train a tokenizer on"):
         train_tokenizer(iter(texts), TokenizerConfig(model=KINDS[kind]))
 
 
-def test_lone_surrogates_in_a_corpus_do_no_harm():
+def test_lone_surrogates_in_a_corpus_are_harmless():
     assert train_tokenizer(["a\ud83db"], TokenizerConfig()).encode("a?b")
 
 
@@ -455,7 +460,7 @@ def test_lone_surrogates_in_a_corpus_do_no_harm():
         ({"special_tokens": ["<a>", "<a>"]}, "is empty or duplicated"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(values, message):
+def test_invalid_options_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         validate(TokenizerConfig, values, source="tokenizer.yaml")
 
@@ -488,7 +493,7 @@ def build_tokenizer(model):
 
 
 def sentencepiece_file(kind, **options):
-    """A model trained by sentencepiece itself: its own processor, and the file's bytes."""
+    """Returns a model trained by sentencepiece itself: its processor, and the file's bytes."""
     import sentencepiece
 
     out = io.BytesIO()
@@ -517,7 +522,7 @@ def sentencepiece_file(kind, **options):
     ],
     ids=str,
 )
-def test_an_imported_model_gives_the_ids_of_sentencepiece(tmp_path, kind, options):
+def test_an_imported_model_gives_the_same_ids_as_sentencepiece(tmp_path, kind, options):
     theirs, data = sentencepiece_file(kind, **options)
     (tmp_path / "a.model").write_bytes(data)
     ours = Tokenizer.from_sentencepiece(tmp_path / "a.model")
@@ -542,13 +547,13 @@ def sentencepieces():
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(st.sampled_from("the lowr我们训练公园😀é①  ▁\n,."), max_size=40))
-def test_any_mixture_of_scripts_has_the_ids_of_sentencepiece(sentencepieces, text):
+def test_any_mixture_of_scripts_has_the_same_ids_as_sentencepiece(sentencepieces, text):
     for theirs, ours in sentencepieces:
         assert ours.encode(text) == theirs.encode(text)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_an_imported_model_survives_saving_and_transformers_agrees(tmp_path, kind):
+def test_an_imported_model_can_be_saved_and_transformers_agrees(tmp_path, kind):
     from transformers import AutoTokenizer
 
     (tmp_path / "a.model").write_bytes(sentencepiece_file(kind)[1])
@@ -562,7 +567,7 @@ def test_an_imported_model_survives_saving_and_transformers_agrees(tmp_path, kin
 
 @pytest.fixture(scope="module")
 def with_symbols():
-    """As `sentencepieces`, with symbols the user defined (runs of spaces tie in a unigram model)."""
+    """Like `sentencepieces`, with user-defined symbols (runs of spaces tie in unigram models)."""
     options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     symbols = {"unigram": "<sep>,low,er s", "bpe": "<sep>,low,er s,▁▁"}
     files = [sentencepiece_file(k, user_defined_symbols=s, **options) for k, s in symbols.items()]
@@ -573,7 +578,7 @@ def with_symbols():
 @given(
     parts=st.lists(st.sampled_from(["<sep>", "low", " ", "  ", "er s", "est", "我们", "the", "<"]))
 )
-def test_user_defined_symbols_are_kept_whole(with_symbols, parts):
+def test_user_defined_symbols_are_not_split(with_symbols, parts):
     for theirs, ours in with_symbols:
         assert ours.encode("".join(parts)) == theirs.encode("".join(parts))
 
@@ -586,7 +591,7 @@ def test_user_defined_symbols_are_kept_whole(with_symbols, parts):
         ({"kind": "word", "byte_fallback": False}, "it is a word model"),
     ],
 )
-def test_what_a_model_asks_for_in_vain_is_named(tmp_path, options, message):
+def test_unsupported_options_of_a_model_are_named(tmp_path, options, message):
     options = {"kind": "unigram"} | options
     (tmp_path / "a.model").write_bytes(sentencepiece_file(**options)[1])
     with pytest.raises(CheckpointError, match=rf"a\.model: .*{message}"):
@@ -599,7 +604,7 @@ def test_a_model_without_the_token_to_add_is_refused(tmp_path):
         Tokenizer.from_sentencepiece(tmp_path / "a.model", add_bos=True)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(SourceError, match=r"no\.model' does not exist"):
         Tokenizer.from_sentencepiece(tmp_path / "no.model")
 
@@ -635,7 +640,7 @@ def test_a_damaged_file_is_refused_or_works(damaged, which, changes, end):
 @settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_damaged_normalisation_rules_are_refused_or_work(damaged, data):
-    """The rules are most of the file, and the library walks them without looking."""
+    """The rules are most of the file, and the library parses them without bounds checks."""
     from dataclasses import replace
 
     from easyllm.tokenizer import sentencepiece

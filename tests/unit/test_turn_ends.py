@@ -1,4 +1,4 @@
-"""The tokens that end a turn under a chat template, and the files of a tuned model that list them."""
+"""Tokens that end a turn under a chat template, and the files of a tuned model that list them."""
 
 import json
 
@@ -15,7 +15,8 @@ from easyllm.train import TrainConfig, train
 
 EOT, HEAD, END = "<|eot_id|>", "<|assistant|>", "<|user|>"
 LLAMA3 = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n\n' + m.content + '<|eot_id|>' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n\n' + m.content + "
+    "'<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
 )
 NEXT_ROLE = (
@@ -38,7 +39,7 @@ ONE_TURN = "{% if messages | length > 2 %}{{ raise_exception('one exchange') }}{
 
 @pytest.fixture
 def base(tiny_tokenizer):
-    """Makes a tokenizer of a template; its EOS is the end of text, as a base model's."""
+    """Creates a tokenizer with a template, with the end-of-text token as EOS like a base model."""
 
     def make(template, **special):
         backend = Backend.from_str(tiny_tokenizer.backend.to_str())
@@ -59,7 +60,7 @@ def base(tiny_tokenizer):
         (CHATML, ["<|im_end|>"]),
         (LLAMA3, [EOT]),
         (ONE_TURN, [EOT]),
-        (NEXT_ROLE, [END, "<|endoftext|>"]),  # inside a conversation, and where it ends
+        (NEXT_ROLE, [END, "<|endoftext|>"]),  # within a conversation, and at its end
         (MARKED, ["<|im_end|>"]),
         (EOS_TEMPLATE, ["<|endoftext|>"]),
         ({"default": CHATML, "tool_use": LLAMA3}, ["<|im_end|>", EOT]),
@@ -72,7 +73,7 @@ def test_the_trained_end_of_turn_is_found(base, template, ends):
     assert [tokenizer.backend.id_to_token(i) for i in turn_end_ids(tokenizer)] == ends
 
 
-def test_a_turn_that_ends_in_plain_text_has_no_end_but_eos(base):
+def test_a_turn_that_ends_in_plain_text_ends_only_with_eos(base):
     tokenizer = base(PLAIN, eos=None)
     assert turn_end_ids(tokenizer) == ()
 
@@ -90,7 +91,7 @@ CHATS = [
 
 @pytest.fixture
 def run(tmp_path, base):
-    """Trains a base model on conversations; returns the model's folder and the run's."""
+    """Trains a base model on conversations; returns the folders of the model and of the run."""
 
     def start(template=CHATML, rows=CHATS, **changes):
         tokenizer = base(template)
@@ -117,7 +118,7 @@ def listed(folder, name):
 
 
 @pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>"), (LLAMA3, EOT)])
-def test_a_model_tuned_on_conversations_ends_where_it_was_trained_to(run, template, end):
+def test_a_model_tuned_on_conversations_stops_at_its_trained_end_token(run, template, end):
     folder, output = run(template)
     number = load_tokenizer(folder).id_of(end)
     assert listed(folder, "config.json") == 0
@@ -127,7 +128,7 @@ def test_a_model_tuned_on_conversations_ends_where_it_was_trained_to(run, templa
     assert load_tokenizer(output / "model").eos_id == 0
 
 
-def test_an_adapter_tuned_on_conversations_brings_the_end_to_the_merged_model(run, tmp_path):
+def test_merging_an_adapter_tuned_on_conversations_sets_the_end_token(run, tmp_path):
     folder, output = run(adapter={"rank": 2})
     number = load_tokenizer(folder).id_of("<|im_end|>")
     assert listed(output / "adapter", "generation_config.json") == [0, number]
@@ -135,14 +136,14 @@ def test_an_adapter_tuned_on_conversations_brings_the_end_to_the_merged_model(ru
     assert load_model(merged).config.eos_token_ids == (0, number)
 
 
-def test_training_on_plain_text_leaves_the_ends_alone(run, base, tmp_path):
+def test_training_on_plain_text_does_not_change_the_end_tokens(run, base, tmp_path):
     tokenizer = base(CHATML)
     write_shards(tmp_path / "shards", [tokenizer.encode(line) for line in CORPUS], tokenizer)
     _, output = run(data={"kind": "corpus", "shards": str(tmp_path / "shards"), "max_seq_len": 32})
     assert listed(output / "model", "config.json") == 0
 
 
-def test_generation_stops_at_the_end_of_a_saved_model(base, tmp_path):
+def test_generation_stops_at_the_end_token_of_a_saved_model(base, tmp_path):
     from easyllm import LLM, SamplingParams
 
     params = SamplingParams(max_tokens=12, temperature=0.0)

@@ -1,4 +1,4 @@
-"""Messages, calls and roles that a chat template may not write: mapped, refused or counted, never dropped in silence."""
+"""Content a chat template may omit: mapped, refused or counted, but never dropped silently."""
 
 import json
 
@@ -17,9 +17,11 @@ from easyllm.tokenizer import Tokenizer
 NO_CALLS = """{%- for m in messages %}{%- if m.role in ['system', 'user', 'assistant'] %}
 {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-"""Writes neither tool calls nor tools' answers."""
-NO_CALLS_MARKED = """{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' %}
-{%- generation %}{{- m.content + '<|im_end|>' }}{%- endgeneration %}{%- else %}{{- m.content + '<|im_end|>' }}{%- endif %}
+"""Renders neither tool calls nor tool responses."""
+NO_CALLS_MARKED = """{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}{%- if m.role \
+== 'assistant' %}
+{%- generation %}{{- m.content + '<|im_end|>' }}{%- endgeneration %}{%- else %}{{- m.content + \
+'<|im_end|>' }}{%- endif %}
 {%- endfor %}"""
 WANTED = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 
@@ -43,7 +45,7 @@ def read(values):
 
 @pytest.fixture
 def learned(tiny_tokenizer):
-    """The trained texts of a row under a template, and the account."""
+    """Returns a function that returns a row's trained texts under a template, and the account."""
 
     def prepare(template, values, **options):
         tokenizer = Tokenizer(
@@ -64,7 +66,7 @@ def learned(tiny_tokenizer):
 @pytest.mark.parametrize("encode", [json.dumps, lambda call: call], ids=["text", "object"])
 @pytest.mark.parametrize("speaker", ["tool_call", "function_call"])
 @pytest.mark.parametrize("answer", ["tool_response", "ipython", "observation", "tool"])
-def test_a_call_and_its_answer_are_trained_and_read_under_their_other_names(
+def test_calls_and_tool_responses_are_read_under_alternative_role_names(
     learned, encode, speaker, answer
 ):
     call = encode({"name": "f", "arguments": {"a": 1}})
@@ -82,7 +84,7 @@ def test_a_call_and_its_answer_are_trained_and_read_under_their_other_names(
         assert account.unwritten_words == account.unwritten_tools == 0
 
 
-def test_calls_one_after_the_other_are_one_turn():
+def test_consecutive_calls_are_one_turn():
     def call(name):
         return {"role": "tool_call", "content": json.dumps({"name": name, "arguments": {"a": 1}})}
 
@@ -101,7 +103,7 @@ def test_calls_one_after_the_other_are_one_turn():
 
 
 @pytest.mark.parametrize("value", ["f(1)", {"arguments": {}}, [], {"name": 3}, None, "[1]"])
-def test_a_call_that_is_none_is_refused_with_its_place(value):
+def test_an_invalid_call_is_refused_with_its_location(value):
     for turn in (
         {"role": "tool_call", "content": value},
         {"from": "function_call", "value": value},
@@ -111,25 +113,25 @@ def test_a_call_that_is_none_is_refused_with_its_place(value):
             read({key: [turn]})
 
 
-# roles and words that the template leaves out
+# roles and text omitted by the template
 
 
 @pytest.mark.parametrize("role", ["critic", "narrator", "Assistant", "tools"])
 @pytest.mark.parametrize("options", [{}, {"split_turns": True}, {"train_on": "all"}])
-def test_a_role_that_the_template_does_not_write_is_refused(learned, role, options):
+def test_a_role_omitted_by_the_template_is_refused(learned, role, options):
     row = {"messages": [user("q"), {"role": role, "content": "Too long."}, assistant("a")]}
     with pytest.raises(
         DataError,
         match=rf"^data\.jsonl:7: message 1 has the role '{role}', which the chat template",
     ):
         learned(QWEN3, row, **options)
-    for template in (CHATML, INDEXED):  # these write every role
+    for template in (CHATML, INDEXED):  # these templates render every role
         (text,), account = learned(template, row)
         assert text.startswith("a<|im_end|>")
         assert account.unwritten_words == 0
 
 
-def test_a_role_is_refused_in_pairs_and_where_its_words_are_said_by_others_too(tiny_tokenizer):
+def test_an_omitted_role_is_refused_in_pairs_and_if_its_text_occurs_elsewhere(tiny_tokenizer):
     tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=QWEN3)
     prompt = [user("Be short."), {"role": "critic", "content": "Be short."}]
     row = {"prompt": prompt, "chosen": "a", "rejected": "b"}
@@ -144,16 +146,24 @@ TOOL = {"role": "tool", "content": "42"}
 @pytest.mark.parametrize(
     ("template", "messages", "expected"),
     [
-        (MISTRAL, [SYSTEM, user("q"), assistant("a")], 1),  # only before a question that is the last message
-        (LLAMA3, [user("q"), assistant("Let me see", tool_calls=calls("f")), TOOL, assistant("a")], 1),
-        (NO_CALLS, [user("q"), assistant("Let me see", tool_calls=calls("f")), TOOL, assistant("a")], 1),
-        (GEMMA, [SYSTEM, user("q"), assistant("a")], 0),  # within the first question
+        (MISTRAL, [SYSTEM, user("q"), assistant("a")], 1),  # only before a final question
+        (
+            LLAMA3,
+            [user("q"), assistant("Let me see", tool_calls=calls("f")), TOOL, assistant("a")],
+            1,
+        ),
+        (
+            NO_CALLS,
+            [user("q"), assistant("Let me see", tool_calls=calls("f")), TOOL, assistant("a")],
+            1,
+        ),
+        (GEMMA, [SYSTEM, user("q"), assistant("a")], 0),  # inside the first question
         (QWEN3, [SYSTEM, user("q"), assistant("<think>hm</think>a"), user("r"), assistant("b")], 0),
         (INDEXED, [SYSTEM, user("q"), assistant("a"), user(""), assistant("b")], 0),
     ],
     ids=["mistral", "llama 3", "no calls", "gemma", "qwen 3", "indexed"],
-)  # fmt: skip
-def test_words_that_the_template_leaves_out_are_counted(learned, template, messages, expected):
+)
+def test_text_omitted_by_the_template_is_counted(learned, template, messages, expected):
     _, account = learned(template, {"messages": messages})
     assert account.unwritten_words == expected
     assert ("1 with messages the chat template does not write" in account.summary()) == bool(
@@ -161,11 +171,11 @@ def test_words_that_the_template_leaves_out_are_counted(learned, template, messa
     )
 
 
-# calls that the template leaves out
+# calls omitted by the template
 
 
 @pytest.mark.parametrize("template", [NO_CALLS, NO_CALLS_MARKED], ids=["plain", "marked"])
-def test_a_call_that_is_not_written_is_no_empty_answer(learned, template):
+def test_an_omitted_call_is_not_trained_as_an_empty_response(learned, template):
     silent = assistant("", tool_calls=calls("f"))
     (text,), account = learned(template, {"messages": [user("f?"), silent, TOOL, assistant("a")]})
     assert text == "a<|im_end|>"
@@ -177,8 +187,13 @@ def test_a_call_that_is_not_written_is_no_empty_answer(learned, template):
     for row in (
         {"messages": [user("f?"), silent]},
         {"messages": [user("f?"), silent | {"content": " \n"}]},
-        {"conversations": [{"from": "human", "value": "f?"}, {"from": "function_call", "value": {"name": "f"}}]},
-    ):  # fmt: skip
+        {
+            "conversations": [
+                {"from": "human", "value": "f?"},
+                {"from": "function_call", "value": {"name": "f"}},
+            ]
+        },
+    ):
         with pytest.raises(DataError, match="tool calls, which the chat template does not write"):
             learned(template, row)
     texts, account = learned(
@@ -187,7 +202,7 @@ def test_a_call_that_is_not_written_is_no_empty_answer(learned, template):
     assert (texts, account.untrained_calls) == (["a<|im_end|>"], 1)
 
 
-def test_an_empty_answer_of_its_own_and_written_calls_are_trained_as_before(learned):
+def test_empty_responses_and_rendered_calls_are_trained(learned):
     (text,), account = learned(NO_CALLS, {"messages": [user("q"), assistant("")]})
     assert (text.strip(), account.untrained_calls) == ("<|im_end|>", 0)
     silent = assistant("", tool_calls=calls("f"))
@@ -196,17 +211,22 @@ def test_an_empty_answer_of_its_own_and_written_calls_are_trained_as_before(lear
     assert account.untrained_calls == 0
 
 
-# keys of the loss
+# keys for the loss
 
 
 @pytest.mark.parametrize("key", ["train_detail", "training_detail"])
-def test_masks_of_parts_are_refused_by_name(key):
+def test_partial_masks_are_refused_by_name(key):
     parts = [{"begin_offset": 0, "end_offset": 1, "train": False}]
     rows = [
         {"messages": [user("q"), assistant("ab", **{key: parts})]},
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "ab", key: parts}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "ab", key: parts},
+            ]
+        },
         {"prompt": [user("q")], "completion": [assistant("ab", **{key: parts})]},
-    ]  # fmt: skip
+    ]
     for row in rows:
         with pytest.raises(
             DataError, match=rf"^data\.jsonl:7: message 1 has {key}, but parts of a message"
@@ -218,7 +238,7 @@ def test_masks_of_parts_are_refused_by_name(key):
 
 
 @pytest.mark.parametrize("key", ["loss_weight", "loss_scale", "loss", "weight"])
-def test_a_turns_loss_is_switched_off_or_its_weight_refused(learned, key):
+def test_a_turns_loss_can_be_disabled_but_other_weights_are_refused(learned, key):
     said = [user("q"), assistant("BAD", **{key: 0}), user("r"), assistant("GOOD", **{key: 1})]
     (text,), _ = learned(NO_CALLS, {"messages": said})
     assert text == "GOOD<|im_end|>"
@@ -228,8 +248,14 @@ def test_a_turns_loss_is_switched_off_or_its_weight_refused(learned, key):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("loss", False), ("loss", 0.3), ("loss_scale", "last_round"), ("loss_scale", 0.5), ("token_weights", [1, 0])],
-)  # fmt: skip
+    [
+        ("loss", False),
+        ("loss", 0.3),
+        ("loss_scale", "last_round"),
+        ("loss_scale", 0.5),
+        ("token_weights", [1, 0]),
+    ],
+)
 def test_a_rows_loss_is_refused_by_name(key, value):
     for row in ({"messages": [user("q"), assistant("a")]}, {"instruction": "q", "output": "a"}):
         with pytest.raises(DataError, match=rf"^data\.jsonl:7 has the key '{key}', which is not"):
@@ -237,7 +263,7 @@ def test_a_rows_loss_is_refused_by_name(key, value):
         assert read(row | {key: 1}).messages[-1] == assistant("a")
 
 
-def test_a_prompt_whose_message_the_template_leaves_out_is_refused(tiny_tokenizer):
+def test_a_prompt_with_a_message_omitted_by_the_template_is_refused(tiny_tokenizer):
     tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=NO_CALLS)
     asked = [user("What is it?"), assistant("", tool_calls=calls("f"))]
     options = {"add_generation_prompt": True, "refuse_unwritten": True}
@@ -247,7 +273,7 @@ def test_a_prompt_whose_message_the_template_leaves_out_is_refused(tiny_tokenize
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, QWEN3, GEMMA, INDEXED])
-def test_a_prompt_whose_messages_are_all_written_is_taken(tiny_tokenizer, template):
+def test_a_prompt_with_all_messages_rendered_is_accepted(tiny_tokenizer, template):
     tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=template)
     messages = [user(" One? "), assistant("<think>\nwell\n</think>\n\n1"), user("Two & two?")]
     plain = tokenizer.encode_chat(messages, add_generation_prompt=True)
@@ -255,7 +281,7 @@ def test_a_prompt_whose_messages_are_all_written_is_taken(tiny_tokenizer, templa
     assert strict.token_ids == plain.token_ids
 
 
-def test_doubts_about_a_prompt_cost_a_few_renderings(tiny_tokenizer, monkeypatch):
+def test_checking_a_prompt_takes_only_a_few_renderings(tiny_tokenizer, monkeypatch):
     shouting = NO_CALLS.replace("m.content", "m.content | upper")
     tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=shouting)
     render, count = tokenizer.chat_template._render, 0

@@ -1,1 +1,1 @@
-"""The command line: one thin file a verb group, nothing heavy imported before a verb runs."""
+"""The command line: one module per command group; heavy imports happen inside the commands."""

@@ -1,4 +1,4 @@
-"""`easyllm bench`."""
+"""The `easyllm bench` command."""
 
 from typing import Annotated
 
@@ -11,13 +11,13 @@ bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verb."""
+    """Adds the `bench` command group to `app`."""
     app.add_typer(bench, name="bench")
 
 
 @bench.callback()
 def _verbs() -> None:
-    """Measure what this machine does with a model.
+    """Measure the speed of a model on this machine.
 
     [bold]Example[/bold]
 
@@ -29,18 +29,20 @@ def _verbs() -> None:
 def engine(
     model: Model = "smollm2",
     quantize: Annotated[
-        str | None, typer.Option(help="Weights as int8 or int4, rounded on loading.")
+        str | None, typer.Option(help="Quantize the weights to int8 or int4 on loading.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights, such as float32.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Weight dtype, such as float32.")] = None,
     cache_dtype: Annotated[
-        str | None, typer.Option(help="Of the cache: float32, bfloat16, int8, int4.")
+        str | None, typer.Option(help="KV cache dtype: float32, bfloat16, int8 or int4.")
     ] = None,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Times each shape runs; the best counts.")
+        int, typer.Option(min=1, help="Runs per shape; the best one is reported.")
     ] = 3,
     json_output: JsonFlag = False,
 ) -> None:
-    """Rates of prefill and decoding, one stream and many, beside what memory and arithmetic allow.
+    """Measure prefill and decoding rates, single and batched, against the machine's limits.
+
+    The limits are the measured matmul throughput and memory read bandwidth.
 
     [bold]Examples[/bold]
 
@@ -56,7 +58,7 @@ def engine(
         quantize=quantize,
         dtype=dtype,
         cache_dtype=cache_dtype,
-        prefix_caching=False,  # the prompts of one shape begin as those of another
+        prefix_caching=False,  # prompts of different shapes share prefixes
     )
     rates, machine = measure_rates(llm, repeats=repeats)
     if json_output:
@@ -77,13 +79,13 @@ def engine(
         for each in rates
     ]
     titles = (
-        *("sequences", "prompt", "new", "prefill tok/s", "of matmul"),
-        *("decode tok/s", "of reads", "of matmul", "first token s"),
+        *("sequences", "prompt", "new", "prefill tok/s", "matmul share"),
+        *("decode tok/s", "read share", "matmul share", "first token s"),
     )
     print_table(f"Engine rates of {model}", titles, rows)
     print_pairs(
         {
             "matmul": f"{machine['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s",
-            "reads": f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s",
+            "memory reads": f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s",
         }
     )

@@ -1,4 +1,4 @@
-"""`easyllm compare`."""
+"""The `easyllm compare` command."""
 
 from typing import Annotated
 
@@ -6,11 +6,14 @@ import typer
 
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
 
-SideOf = "SOURCE[@VARIANT]: a model, and float32, bfloat16, float16, float64, int8, int4 or transformers."
+SideOf = (
+    "SOURCE[@VARIANT]: a model, optionally with float32, bfloat16, float16, float64, int8, int4 "
+    "or transformers."
+)
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verb."""
+    """Adds the `compare` command to `app`."""
     app.command("compare")(compare)
 
 
@@ -18,15 +21,15 @@ def compare(
     a: Annotated[str, typer.Argument(help=SideOf)],
     b: Annotated[str, typer.Argument(help=SideOf)],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A text to continue; may be given again.")
+        list[str] | None, typer.Option(help="A text to continue; repeatable.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to generate.")] = 64,
     repetition_penalty: Annotated[
-        float, typer.Option(help="For both sides, over prompt and output.")
+        float, typer.Option(help="Applied to both sides, over prompt and output.")
     ] = 1.0,
     json_output: JsonFlag = False,
 ) -> None:
-    """Find the first token at which two models, number formats or engines part ways, and by how much.
+    """Find the first token at which two models, dtypes or engines diverge, and by how much.
 
     [bold]Examples[/bold]
 
@@ -70,7 +73,7 @@ def compare(
                 f"{each.agreement:.1%}",
             )
         )
-    titles = ("prompt", "parts at", "a | b", "KL a token", "max |Δ logprob|", "same best")
+    titles = ("prompt", "diverges at", "a | b", "KL per token", "max |Δ logprob|", "same top-1")
     print_table(f"{a} (a) against {b} (b), greedy", titles, rows)
     same = sum(each.parts_at is None for each in found)
-    print_pairs({"equal to the end": f"{same} of {len(found)} prompts, {max_tokens} tokens each"})
+    print_pairs({"no divergence": f"{same} of {len(found)} prompts, {max_tokens} tokens each"})

@@ -1,4 +1,4 @@
-"""`easyllm data`: build a corpus, look at conversations."""
+"""The `easyllm data` commands: build a corpus, inspect training samples."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
 
 data_app = typer.Typer(
     no_args_is_help=True,
-    help=r"""Build a corpus from raw files; look at what is trained.
+    help=r"""Build a corpus from raw files; inspect training samples.
 
     [bold]Examples[/bold]
 
@@ -24,22 +24,22 @@ data_app.command("inspect")(inspect)
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verb group."""
+    """Adds the `data` command group to `app`."""
     app.add_typer(data_app, name="data")
 
 
 @data_app.command("build")
 def build(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in recipe.")],
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and do nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan without running it.")
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    r"""Raw files to packed tokens: clean, hide private data, decontaminate, deduplicate, mix, pack.
+    r"""Build packed tokens from raw files: clean, redact, decontaminate, deduplicate, mix, pack.
 
-    A killed build goes on; what is finished is not redone.
+    An interrupted build resumes; finished stages are not repeated.
 
     [bold]Examples[/bold]
 
@@ -68,7 +68,7 @@ def build(
             print_json(plan.as_dict())
         return
     summary = work.run()
-    for warning in summary.get("warnings", ()):  # a corpus built by an older version has none
+    for warning in summary.get("warnings", ()):  # absent in corpora built by older versions
         sys.stderr.write(f"warning: {warning}\n")
     if json_output:
         print_json(summary)

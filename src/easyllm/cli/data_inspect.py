@@ -1,4 +1,4 @@
-"""`easyllm data inspect`."""
+"""The `easyllm data inspect` command."""
 
 import sys
 from itertools import groupby
@@ -20,28 +20,28 @@ SHOWN = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 LEGEND = "   · space   ⏎ newline   字³ a character of 3 tokens"
 STYLES = {True: ("black on green", "black on bright_green"), False: ("", "dim")}
-"""By turns, so that one sees where a token ends."""
+"""Styles of trained and other tokens; the two alternate to make token boundaries visible."""
 
 
 def inspect(
     file: Annotated[
         Path,
-        typer.Argument(help="A .json or .jsonl file of conversations, pairs or labelled rows."),
+        typer.Argument(help="A .json or .jsonl file of conversations, pairs or labelled samples."),
     ],
     model: Annotated[
         str,
-        typer.Option(help="Whose template and tokenizer: smollm2, a folder, a .gguf, hf:org/name."),
+        typer.Option(help="Source of template and tokenizer: smollm2, folder, .gguf, hf:org/name."),
     ] = "smollm2",
-    samples: Annotated[int, typer.Option(min=0, help="Samples to show.")] = 3,
+    samples: Annotated[int, typer.Option(min=0, help="Number of samples to show.")] = 3,
     max_seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Cut longer samples, as training would.")
+        int | None, typer.Option(min=2, help="Truncate longer samples, as training does.")
     ] = None,
     split_turns: Annotated[
-        bool, typer.Option("--split-turns", help="Make each answer a sample of its own.")
+        bool, typer.Option("--split-turns", help="Make each response a separate sample.")
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Show samples token by token, the trained tokens apart, and count what the whole file holds.
+    """Show samples token by token with trained tokens marked, and summarize the complete file.
 
     [bold]Examples[/bold]
 
@@ -69,7 +69,7 @@ def inspect(
 
 
 def _figures(found: "Inspection") -> dict[str, str | int]:
-    """The counts that say something, under the names people use."""
+    """Returns the non-trivial counts, under user-facing names."""
     account = found.account
     share = 100 * account.trained_tokens / account.tokens if account.tokens else 0.0
     sizes = [found.length_at(fraction) for fraction in (0.5, 0.95, 1.0)]
@@ -79,13 +79,13 @@ def _figures(found: "Inspection") -> dict[str, str | int]:
         "bad": found.labels.get("bad", 0),
     }
     dropped = {
-        "dropped: over the limit": account.dropped_overlong,
-        "dropped: nothing trained": account.dropped_untrained,
-        "dropped: equal answers": account.dropped_equal,
-        "tools not written by the template": account.unwritten_tools,
-        "reasoning not written by the template": account.unwritten_reasoning,
-        "messages not written by the template": account.unwritten_words,
-        "calls not written, not trained": account.untrained_calls,
+        "dropped: too long": account.dropped_overlong,
+        "dropped: no trained tokens": account.dropped_untrained,
+        "dropped: identical responses": account.dropped_equal,
+        "tools omitted by the template": account.unwritten_tools,
+        "reasoning omitted by the template": account.unwritten_reasoning,
+        "messages omitted by the template": account.unwritten_words,
+        "tool calls omitted, not trained": account.untrained_calls,
     }
     return {
         "format": account.format_text(),
@@ -94,14 +94,14 @@ def _figures(found: "Inspection") -> dict[str, str | int]:
         "samples": account.samples,
         "trained tokens": f"{account.trained_tokens} ({share:.1f}%)",
         "prompt tokens": account.prompt_tokens,
-        "tokens a sequence": f"median {sizes[0]}, 95% {sizes[1]}, longest {sizes[2]}",
+        "tokens per sequence": f"median {sizes[0]}, 95% {sizes[1]}, longest {sizes[2]}",
         "truncated": account.cut,
         **{name: count for name, count in dropped.items() if count},
     }
 
 
 def _show(samples: "list[Inspected]") -> None:
-    """The samples on standard output: in colour on a terminal, with marks elsewhere or under NO_COLOR."""
+    """Prints the samples: in colour on a terminal, with marks otherwise or if NO_COLOR is set."""
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
@@ -137,7 +137,7 @@ def _show_marked(samples: "list[Inspected]") -> None:
 
 
 def marked_text(pieces: "Iterable[Piece]") -> str:
-    """Tokens between `│`, runs of trained ones in `⟦ ⟧`; a line ends behind a newline."""
+    """Returns tokens separated by `│` and runs of trained ones in `⟦ ⟧`, one text line per line."""
     text = ""
     for trained, run in groupby(pieces, key=lambda piece: piece.trained):
         cells = (visible_text(p) + ("\n" if "\n" in p.text else "") for p in run)
@@ -148,7 +148,10 @@ def marked_text(pieces: "Iterable[Piece]") -> str:
 
 
 def visible_text(piece: "Piece") -> str:
-    """A token's text with its blanks and control characters to be seen, and how many tokens it took if not one."""
+    """Returns a token's text with visible blanks and control characters.
+
+    A superscript gives the number of tokens that the piece consists of, if there is more than one.
+    """
     text = piece.text.translate(SHOWN)
     text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
     many = len(piece.token_ids)

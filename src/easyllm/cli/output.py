@@ -1,4 +1,4 @@
-"""Results on standard output: a table for people, JSON for scripts."""
+"""Prints results on standard output: tables for people, JSON for scripts."""
 
 import json
 import sys
@@ -10,17 +10,17 @@ import typer
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: key.sub=value"),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides: key.sub=value"),
 ]
 
 
 def print_json(value: Any) -> None:
-    """`value` as indented JSON."""
+    """Prints `value` as indented JSON."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on standard output."""
+    """Prints a table."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -34,7 +34,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def print_pairs(values: Mapping[str, Any]) -> None:
-    """`name  value` lines."""
+    """Prints aligned `name  value` lines."""
     width = max(map(len, values), default=0)
     for name, value in values.items():
         sys.stdout.write(f"{name:<{width}}  {value}\n")

@@ -1,4 +1,4 @@
-"""`easyllm plan`."""
+"""The `easyllm plan` command."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verb."""
+    """Adds the `plan` command to `app`."""
     app.command("plan")(plan)
 
 
@@ -23,35 +23,36 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL|RECIPE",
-            help="llama2-7b or another published size, smollm2, a folder, a .gguf, a config.json; or a recipe.",
+            help="A published size such as llama2-7b, smollm2, a folder, a .gguf, a config.json; "
+            "or a recipe.",
         ),
     ],
     overrides: Overrides = None,
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of a sequence; by default as many as the model takes."),
+        typer.Option(min=1, help="Tokens per sequence; by default the model's maximum."),
     ] = None,
     sequences: Annotated[
-        int | None, typer.Option(min=1, help="Sequences that are served at once; by default 1.")
+        int | None, typer.Option(min=1, help="Sequences served concurrently; by default 1.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the weights: bfloat16 (the default), float32 ...")
+        str | None, typer.Option(help="Weight dtype: bfloat16 (the default), float32 ...")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="Weights as int8 or int4.", metavar="int8|int4")
+        str | None, typer.Option(help="Quantize the weights.", metavar="int8|int4")
     ] = None,
     cache_dtype: Annotated[
         str | None,
-        typer.Option(help="Of the cache: bfloat16 (the default), float32, int8, int4."),
+        typer.Option(help="KV cache dtype: bfloat16 (the default), float32, int8, int4."),
     ] = None,
     train: Annotated[
-        bool, typer.Option("--train", help="Plan training steps of the model, too.")
+        bool, typer.Option("--train", help="Also plan training steps of the model.")
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Tell what a model or a training costs, before anything is loaded: parameters, memory, FLOPs, time.
+    """Estimate parameters, memory, FLOPs and time of a model or training run without loading it.
 
-    Of a recipe: what its training takes on this machine.
+    For a recipe: what its training requires on this machine.
 
     [bold]Examples[/bold]
 
@@ -71,23 +72,24 @@ def plan(
         "dtype": dtype,
         "quantize": quantize,
         "cache-dtype": cache_dtype,
-        "train": train or None,  # None where it is not asked for, as the others
+        "train": train or None,  # None if not given, like the others
     }
     if _is_recipe(source):
         given = [name for name, value in options.items() if value is not None]
         if given:
             raise ConfigError(
-                f"--{given[0]} is for a model; a recipe says itself what is trained, and KEY=VALUE changes it"
+                f"--{given[0]} applies to a model; a recipe defines its own training, "
+                "which KEY=VALUE changes"
             )
         _plan_recipe(source, overrides or [], json_output)
         return
     if overrides:
-        raise ConfigError(f"{overrides[0]!r} changes a recipe, and {source!r} names a model")
+        raise ConfigError(f"{overrides[0]!r} overrides a recipe key, but {source!r} is a model")
     _plan_model(source, json_output, **options)
 
 
 def _is_recipe(source: str) -> bool:
-    """Whether a word names a recipe and not a model: by its suffix, or as one that is shipped."""
+    """Returns whether `source` is a recipe: by its suffix, or as the name of a built-in one."""
     from easyllm.core.run_folder import recipes_folder
 
     return source.endswith((".yaml", ".yml")) or (recipes_folder() / f"{source}.yaml").is_file()
@@ -117,14 +119,15 @@ def _rows_of_run(found: "RunPlan") -> list[tuple[str, str]]:
         ("steps", f"{found.steps:,}, {format_count(found.tokens)} tokens"),
         (
             "time",
-            f"about {format_duration(found.seconds)}, at {USUAL_MFU:.0%} of {found.flops_per_s / 1e9:.0f} GFLOP/s",
+            f"about {format_duration(found.seconds)}, at {USUAL_MFU:.0%} of "
+            f"{found.flops_per_s / 1e9:.0f} GFLOP/s",
         ),
-        ("memory", f"{_gb(memory.total)} (at its peak, the {memory.peak})"),
+        ("memory", f"{_gb(memory.total)} (peak in the {memory.peak})"),
         ("  weights", _gb(memory.weights)),
         ("  gradients", _gb(memory.gradients)),
         ("  optimizer", _gb(memory.optimizer)),
         ("  activations", _gb(memory.activations)),
-        ("free here", _gb(found.free_bytes)),
+        ("free memory", _gb(found.free_bytes)),
     ]
     if found.helps:
         rows.append(("would fit with", "; or ".join(found.helps)))
@@ -183,22 +186,22 @@ def _show(source: str, config: "ModelConfig", found: "ModelPlan", rates: "Rates"
     count, serving = found.parameters, found.serving
     rows = [("parameters", f"{count.total:,}")]
     if count.inactive:
-        rows.append(("  active for a token", f"{count.active:,}"))
+        rows.append(("  active per token", f"{count.active:,}"))
     rows += [
         ("weights, float32", _gb(found.weights["float32"])),
         ("weights, bfloat16", _gb(found.weights["bfloat16"])),
         ("weights, int8", _gb(found.weights["int8"])),
         ("weights, int4", _gb(found.weights["int4"])),
-        ("cache, a token", f"{found.cache.bytes_per_token:,} bytes"),
-        (f"cache, {found.sequences} x {found.context:,} tokens", _gb(found.cache.total)),
+        ("KV cache per token", f"{found.cache.bytes_per_token:,} bytes"),
+        (f"KV cache, {found.sequences} x {found.context:,} tokens", _gb(found.cache.total)),
         (
             "serving",
-            f"{_gb(serving.total)} (weights {_gb(serving.weights)}, cache {_gb(serving.kv_cache)}, "
-            f"work {_gb(serving.workspace)})",
+            f"{_gb(serving.total)} (weights {_gb(serving.weights)}, KV cache "
+            f"{_gb(serving.kv_cache)}, workspace {_gb(serving.workspace)})",
         ),
-        ("forward pass, a token", _flops(found.forward_flops_per_token)),
-        (f"token {found.context:,}, decoded", _flops(found.token_flops)),
-        ("training, a token", _flops(found.training_flops_per_token)),
+        ("forward pass per token", _flops(found.forward_flops_per_token)),
+        (f"decoding token {found.context:,}", _flops(found.token_flops)),
+        ("training per token", _flops(found.training_flops_per_token)),
     ]
     for step in found.training:
         rows.append(
@@ -210,17 +213,18 @@ def _show(source: str, config: "ModelConfig", found: "ModelPlan", rates: "Rates"
         )
     print_table(f"{source} ({config.family})", ("", ""), rows)
     here = {
-        "this machine": f"{rates.flops_per_s / 1e9:.0f} GFLOP/s, {rates.read_bytes_per_s / 1e9:.1f} GB/s, "
-        f"{_gb(rates.free_bytes)} free"
+        "this machine": f"{rates.flops_per_s / 1e9:.0f} GFLOP/s, "
+        f"{rates.read_bytes_per_s / 1e9:.1f} GB/s, {_gb(rates.free_bytes)} free"
     }
     seconds = found.seconds(rates)
     here |= {name.replace("_", " "): _seconds(name, value) for name, value in seconds.items()}
     if not serving.fits(rates.free_bytes):
-        here["serving here"] = "does not fit into the memory that is free"
+        here["serving here"] = "does not fit into free memory"
     print_pairs(here)
     if found.context > config.max_seq_len:
         sys.stdout.write(
-            f"note: the model was trained for {config.max_seq_len:,} tokens; --context asks for more\n"
+            f"note: the model was trained for {config.max_seq_len:,} tokens; "
+            "--context exceeds that\n"
         )
 
 

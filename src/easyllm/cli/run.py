@@ -1,4 +1,4 @@
-"""`easyllm quickstart` and `easyllm run`."""
+"""The `easyllm quickstart` and `easyllm run` commands."""
 
 import sys
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs."""
+    """Adds the commands to `app`."""
     app.command("quickstart")(quickstart)
     app.command("run")(run)
 
@@ -17,14 +17,14 @@ def register(app: typer.Typer) -> None:
 def quickstart(
     overrides: Overrides = None,
     no_serve: Annotated[
-        bool, typer.Option("--no-serve", help="End after the summary, without a server.")
+        bool, typer.Option("--no-serve", help="Exit after the summary instead of serving.")
     ] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the chat page.")] = 8420,
     json_output: JsonFlag = False,
 ) -> None:
-    """Teach SmolLM2 facts it cannot know, see what changed, and chat with both models.
+    """Teach SmolLM2 new facts, compare it before and after, and chat with both models.
 
-    Takes a few minutes on two CPU cores; run again, it skips what is done.
+    Takes a few minutes on two CPU cores; a second run skips finished stages.
 
     [bold]Examples[/bold]
 
@@ -37,7 +37,7 @@ def quickstart(
 
     serving = not no_serve and sys.stdin.isatty() and sys.stdout.isatty()
     if serving:
-        bind("127.0.0.1", port).close()  # a port in use is better known now than in five minutes
+        bind("127.0.0.1", port).close()  # fail on a port in use now, not after the training
     result = run_quickstart(overrides or [])
     if json_output:
         print_json(result.summary)
@@ -49,20 +49,21 @@ def quickstart(
         start({"base": "smollm2", "tuned": str(result.tuned)}, host="127.0.0.1", port=port)
     elif not json_output:
         sys.stdout.write(
-            f"\nChat with both: easyllm serve base=smollm2 tuned={result.tuned}   (page: http://127.0.0.1:{port}/)\n"
+            f"\nChat with both: easyllm serve base=smollm2 tuned={result.tuned}   "
+            f"(page: http://127.0.0.1:{port}/)\n"
         )
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in recipe.")],
     overrides: Overrides = None,
     json_output: JsonFlag = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check everything, print the resolved recipe, run nothing."),
+        typer.Option("--dry-run", help="Validate and print the resolved recipe; run nothing."),
     ] = False,
 ) -> None:
-    """Run a pipeline recipe; finished stages are skipped, a killed run goes on.
+    """Run a pipeline recipe; finished stages are skipped, an interrupted run resumes.
 
     [bold]Examples[/bold]
 
@@ -97,8 +98,12 @@ def _show(summary: dict[str, Any]) -> None:
     heldout, unrelated = summary["heldout_loss_nats"], summary["unrelated_loss_nats"]
     recall = summary["recall"]
     rows = [
-        ("facts recalled (held-out wordings)", f"{recall['before']:.0%}", f"{recall['after']:.0%}"),
-        ("loss on them, nats a token", f"{heldout['before']:.3f}", f"{heldout['after']:.3f}"),
+        (
+            "facts recalled (held-out phrasings)",
+            f"{recall['before']:.0%}",
+            f"{recall['after']:.0%}",
+        ),
+        ("loss on them, nats/token", f"{heldout['before']:.3f}", f"{heldout['after']:.3f}"),
         (
             "loss on unrelated questions",
             f"{unrelated['before']:.3f}",
@@ -110,7 +115,7 @@ def _show(summary: dict[str, Any]) -> None:
     print_table("Answers", ("question", "before", "after"), answers)
     speed = (
         f"{summary['train_steps']} steps at {summary['train_tokens_per_s']:.0f} tokens/s, "
-        f"peak memory {summary['peak_rss_gb']} GB, {summary['total_seconds']:.0f} s in all"
+        f"peak memory {summary['peak_rss_gb']} GB, {summary['total_seconds']:.0f} s in total"
     )
     sys.stdout.write(f"\n{speed}\n")
     for name, path in summary["paths"].items():

@@ -1,71 +1,72 @@
-"""Options of the verbs that generate: how tokens are chosen, and what memory the engine may take."""
+"""Options shared by the commands that generate: sampling, weights, and cache memory."""
 
 from typing import Annotated, Any
 
 import typer
 
-Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")]
-TopK = Annotated[int, typer.Option(min=0, help="Only the k most likely tokens; 0 takes all.")]
-TopP = Annotated[float, typer.Option(help="Only the most likely tokens that reach p together.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy decoding.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from the k most likely tokens; 0: all.")]
+TopP = Annotated[
+    float, typer.Option(help="Sample from the most likely tokens of total probability p.")
+]
 MinP = Annotated[
     float,
-    typer.Option(help="Only tokens at least p times as likely as the likeliest; 0 takes all."),
+    typer.Option(help="Drop tokens less than p times as likely as the most likely; 0: none."),
 ]
 TypicalP = Annotated[
-    float, typer.Option(help="Only the tokens of typical information that reach p; 1 takes all.")
+    float, typer.Option(help="Locally typical sampling with total probability p; 1 disables it.")
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1, tokens of prompt and output become less likely.")
+    float, typer.Option(help="Above 1: makes tokens of prompt and output less likely.")
 ]
 PresencePenalty = Annotated[
-    float, typer.Option(help="Subtracted from the logits of tokens that are in the output.")
+    float, typer.Option(help="Subtracted from the logits of tokens that occur in the output.")
 ]
 FrequencyPenalty = Annotated[
-    float, typer.Option(help="The same for each time a token is in the output.")
+    float, typer.Option(help="Subtracted once per occurrence of a token in the output.")
 ]
 NoRepeatNgram = Annotated[
-    int, typer.Option("--no-repeat-ngram", min=0, help="No n tokens occur twice; 0: any may.")
+    int, typer.Option("--no-repeat-ngram", min=0, help="Forbid repeated n-grams; 0 allows all.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same tokens.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
-MinTokens = Annotated[int, typer.Option(min=0, help="No end before so many tokens.")]
+Seed = Annotated[int | None, typer.Option(help="Sampling seed, for reproducible output.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")]
+MinTokens = Annotated[int, typer.Option(min=0, help="Minimum number of tokens before EOS or stop.")]
 Stop = Annotated[
-    list[str] | None, typer.Option(help="Text that ends the generation; may be given again.")
+    list[str] | None, typer.Option(help="Stop string that ends the generation; repeatable.")
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="Of the weights: float32, bfloat16 ...; by default what is fast.")
+    str | None, typer.Option(help="Weight dtype: float32, bfloat16 ...; by default a fast one.")
 ]
 CacheGb = Annotated[
     float | None,
-    typer.Option(help="Memory for the cache; by default at most a quarter of what is free."),
+    typer.Option(help="KV cache memory in GB; by default at most a quarter of free memory."),
 ]
 Quantize = Annotated[
     str | None,
-    typer.Option(help="Round the weights on loading: int8 or int4.", metavar="int8|int4"),
+    typer.Option(help="Quantize the weights on loading.", metavar="int8|int4"),
 ]
 CacheDtype = Annotated[
     str | None,
     typer.Option(
-        help="Of the cache: float32, bfloat16, int8, int4; by default the weights', bfloat16 beside rounded ones."
+        help="KV cache dtype: float32, bfloat16, int8, int4; by default that of the weights, "
+        "or bfloat16 if they are quantized."
     ),
 ]
 Deterministic = Annotated[
     bool,
-    typer.Option(
-        "--deterministic", help="The same request gives the same bits whatever shares its batch."
-    ),
+    typer.Option("--deterministic", help="Batch-invariant: bitwise the same result for any batch."),
 ]
 Draft = Annotated[
     str | None,
     typer.Option(
-        help="Guess tokens ahead, with the same output: ngram, or a smaller model of the same tokenizer.",
+        help="Speculative decoding (same output): ngram, or a small model with the same tokenizer.",
         metavar="ngram|MODEL",
     ),
 ]
 
 
 def sampling_params(**values: Any) -> Any:
-    """`SamplingParams` of a verb's options."""
+    """Returns the `SamplingParams` of a command's options."""
     from easyllm.core.config import validate
     from easyllm.engine import SamplingParams
 
@@ -74,7 +75,7 @@ def sampling_params(**values: Any) -> Any:
 
 
 def load_llm(model: str, *, quiet: bool = False, **options: Any) -> Any:
-    """The model ready to generate; one line on standard error says where memory goes."""
+    """Loads a model for generation; prints one line about its memory use on standard error."""
     import sys
 
     from easyllm.engine import LLM

@@ -1,4 +1,4 @@
-"""`easyllm serve`."""
+"""The `easyllm serve` command."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verb."""
+    """Adds the `serve` command to `app`."""
     app.command("serve")(serve)
 
 
 def serve(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="smollm2, a folder, ...; NAME=MODEL names it."),
+        typer.Argument(metavar="MODEL...", help="smollm2, a folder ...; or NAME=MODEL."),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8420,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="EASYLLM_API_KEY", help="Ask this key of every request."),
+        typer.Option(envvar="EASYLLM_API_KEY", help="API key required of clients."),
     ] = None,
     max_running: Annotated[
-        int, typer.Option(min=1, help="Requests that run at once, on each model.")
+        int, typer.Option(min=1, help="Maximum number of concurrent requests per model.")
     ] = 64,
     read_timeout: Annotated[
-        float, typer.Option(help="Seconds a request, headers and body, may take to arrive.")
+        float, typer.Option(help="Maximum seconds for a request to arrive completely.")
     ] = 60.0,
     write_timeout: Annotated[
         float, typer.Option(help="Seconds after which a client that reads nothing is dropped.")
     ] = 60.0,
     drain_timeout: Annotated[
-        float, typer.Option(help="Seconds that running requests get to finish when it ends.")
+        float, typer.Option(help="Seconds running requests may take to finish on shutdown.")
     ] = 10.0,
     draft: Draft = None,
     dtype: Dtype = None,
@@ -54,7 +54,7 @@ def serve(
     cache_dtype: CacheDtype = None,
     deterministic: Deterministic = False,
 ) -> None:
-    """Serve models with OpenAI's API and a chat page.
+    """Serve models over an OpenAI-compatible API with a chat page.
 
     [bold]Examples[/bold]
 
@@ -80,9 +80,9 @@ def serve(
         source = source if equals else word
         name = name if equals else word.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
         if not name or not source:
-            raise ConfigError(f"{word!r} is no model; write MODEL or NAME=MODEL")
+            raise ConfigError(f"{word!r} is not a model; write MODEL or NAME=MODEL")
         if name in named:
-            raise ConfigError(f"two models are called {name!r}; name them apart with NAME=MODEL")
+            raise ConfigError(f"two models are named {name!r}; rename one with NAME=MODEL")
         named[name] = source
     options = {
         "max_running": max_running,
@@ -105,14 +105,18 @@ def start(
     limits: "ServeLimits | None" = None,
     **options: Any,
 ) -> None:
-    """Loads models and serves them until interrupted; `options` are each engine's."""
+    """Loads models and serves them until interrupted; `options` apply to every engine.
+
+    Raises:
+        ConfigError: the port is in use, or the key cannot be sent in a header.
+    """
     from easyllm.serve.app import bind
     from easyllm.serve.app import serve as run_server
     from easyllm.serve.guard import check_key
 
-    check_key(api_key)  # this and the port before the models are loaded
+    check_key(api_key)  # fail before the models are loaded
     bind(host, port).close()
     loaded = {name: load_llm(source, **options) for name, source in named.items()}
     shown = f"[{host}]" if ":" in host else host
-    sys.stderr.write(f"serving {', '.join(loaded)} at http://{shown}:{port}/  (Ctrl-C ends)\n")
+    sys.stderr.write(f"serving {', '.join(loaded)} at http://{shown}:{port}/  (Ctrl-C stops)\n")
     run_server(loaded, host=host, port=port, api_key=api_key, limits=limits)

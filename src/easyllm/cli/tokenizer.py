@@ -1,4 +1,4 @@
-"""`easyllm tokenizer`: train, compare, extend, import, look."""
+"""The `easyllm tokenizer` commands: train, report, extend, import, encode."""
 
 import sys
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from easyllm.tokenizer.report import TextFigures, TokenizerReport
 
 COMPARED_TEXTS = 1000
-"""Texts that `extend` measures fertility on, the first ones."""
+"""Number of leading texts on which `extend` measures fertility."""
 LOSS_CHARACTERS = 1000
-"""Characters of the texts that losses are measured on, the first ones."""
+"""Number of leading characters of the texts on which `extend` measures losses."""
 
 tokenizer_app = typer.Typer(
     no_args_is_help=True,
-    help="""Train a tokenizer, compare several, extend a model's, import sentencepiece's.
+    help="""Train a tokenizer, compare several, extend a model's, import from sentencepiece.
 
     [bold]Examples[/bold]
 
@@ -38,26 +38,27 @@ tokenizer_app = typer.Typer(
 )
 
 Files = Annotated[
-    list[str], typer.Argument(help="Files, folders or patterns: text, JSON, CSV, Parquet, HTML.")
+    list[str], typer.Argument(help="Files, folders or globs: text, JSON, CSV, Parquet, HTML.")
 ]
-TextKey = Annotated[str, typer.Option(help="Key or column of the text, in rows.")]
+TextKey = Annotated[str, typer.Option(help="Key or column of the text, for structured files.")]
 Lines = Annotated[
-    bool, typer.Option("--lines", help="Each line of a text file is a text, not the whole file.")
+    bool, typer.Option("--lines", help="Treat each line of a text file as a separate text.")
 ]
 Format = Annotated[
-    str, typer.Option("--format", help="What files hold (text, jsonl ...); by default by suffix.")
+    str, typer.Option("--format", help="File format (text, jsonl ...); by default by suffix.")
 ]
 AnyTokenizer = Annotated[
     str,
     typer.Argument(
-        help="A folder with tokenizer.json or tokenizer.model, smollm2, a .gguf file, or hf:org/name."
+        help="A folder with tokenizer.json or tokenizer.model, smollm2, a .gguf file, "
+        "or hf:org/name."
     ),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="A new folder for the result.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verb group."""
+    """Adds the `tokenizer` command group to `app`."""
     app.add_typer(tokenizer_app, name="tokenizer")
 
 
@@ -69,24 +70,26 @@ def train(
         str | None, typer.Option(help="bpe, wordpiece, unigram, wordlevel or characters.")
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Most ids, special tokens included.")
+        int | None, typer.Option(help="Maximum vocabulary size, special tokens included.")
     ] = None,
     special: Annotated[
         list[str] | None, typer.Option(help="A special token; the first gets id 0.")
     ] = None,
-    chat_template: Annotated[str | None, typer.Option(help="chatml, or jinja source.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="chatml, or the source of a Jinja template.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A YAML file with these and all other options.")
     ] = None,
     change: Annotated[
-        list[str] | None, typer.Option("--set", help="key.sub=value, over the YAML file.")
+        list[str] | None, typer.Option("--set", help="key.sub=value, overrides the YAML file.")
     ] = None,
     text_key: TextKey = "text",
     lines: Lines = False,
     format: Format = "auto",
     json_output: JsonFlag = False,
 ) -> None:
-    """Train a tokenizer; the same text gives the same tokenizer.json byte for byte.
+    """Train a tokenizer; equal texts give a byte-identical tokenizer.json.
 
     [bold]Examples[/bold]
 
@@ -94,7 +97,7 @@ def train(
 
         easyllm tokenizer train zh.jsonl -o out/tok --kind unigram --special '<s>' --special '</s>'
 
-        easyllm tokenizer train corpus.txt -o out/tok --set model.digits=individual --set model.pattern=qwen2
+        easyllm tokenizer train a.txt -o tok --set model.digits=individual --set model.pattern=qwen2
     """
     from easyllm.core.atomic import atomic_directory, refuse_existing, write_json
     from easyllm.core.config import apply_overrides, read_yaml, validate
@@ -128,26 +131,27 @@ def report(
     tokenizers: Annotated[
         list[str],
         typer.Argument(
-            help="Folders with tokenizer.json or tokenizer.model, smollm2, .gguf files, hf:org/name."
+            help="Folders with tokenizer.json or tokenizer.model, smollm2, .gguf files, "
+            "hf:org/name."
         ),
     ],
     text: Annotated[
-        list[str], typer.Option(help="name=PATH: texts of a language or domain; may be repeated.")
+        list[str], typer.Option(help="name=PATH: texts of a language or domain; repeatable.")
     ],
     text_key: TextKey = "text",
     lines: Lines = False,
     format: Format = "auto",
     json_output: JsonFlag = False,
 ) -> None:
-    """Compare tokenizers on texts: compression, fertility, what is lost, what is unused.
+    """Compare tokenizers on texts: compression, fertility, lossless decoding, unused tokens.
 
-    Fertility is tokens per word, a Han character counting as a word.
+    Fertility is the number of tokens per word; a Han character counts as a word.
 
     [bold]Examples[/bold]
 
         easyllm tokenizer report smollm2 --text zh=chinese.txt
 
-        easyllm tokenizer report smollm2 out/tok --text en=english.txt --text zh=chinese.jsonl --json
+        easyllm tokenizer report smollm2 out/tok --text en=en.txt --text zh=zh.jsonl --json
     """
     from easyllm.core.errors import ConfigError
     from easyllm.models import load_tokenizer
@@ -172,9 +176,9 @@ def extend(
     model: Model,
     files: Files,
     output: Output = None,
-    new: Annotated[int, typer.Option(min=1, help="How many pieces to add.")] = 8000,
+    new: Annotated[int, typer.Option(min=1, help="Number of tokens to add.")] = 8000,
     script: Annotated[
-        str, typer.Option(help="Learn from non_ascii text, or from han characters alone.")
+        str, typer.Option(help="Learn from all non_ascii text, or only from han characters.")
     ] = "non_ascii",
     text_key: TextKey = "text",
     lines: Lines = False,
@@ -183,14 +187,15 @@ def extend(
         str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what it would give and write nothing.")
+        bool, typer.Option("--dry-run", help="Print the figures without writing anything.")
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Teach a model's tokenizer a language, and grow its embeddings; text in ASCII keeps its ids.
+    """Add tokens of a language to a model's tokenizer and resize its embeddings; ASCII ids stay.
 
-    New rows are the mean of their old pieces' rows: train on, or the new tokens mean little. The loss is told before,
-    after over the old ids alone (the same) and over all, a token in the old pieces; and a byte, in old and in new pieces.
+    Each new embedding row is the mean of the rows of the tokens that it replaces, so train the
+    model further before using it. Losses are reported per old token (before; after, over the old
+    ids only, which must be equal; after, over all ids) and per byte (in old and in new tokens).
 
     [bold]Examples[/bold]
 
@@ -207,7 +212,7 @@ def extend(
     if script not in SCRIPTS:
         raise ConfigError(f"script={script!r} is not known; use {' or '.join(SCRIPTS)}")
     if output is None and not dry_run:
-        raise ConfigError("there is no folder to write to; add --output out/NAME or --dry-run")
+        raise ConfigError("no output folder is given; add --output out/NAME or --dry-run")
     if output is not None:
         refuse_existing(output)
     if dtype is not None:
@@ -230,14 +235,12 @@ def import_model(
     file: Annotated[Path, typer.Argument(help="A sentencepiece .model file.")],
     output: Annotated[Path, typer.Argument(help="A new folder for the tokenizer.")],
     add_bos: Annotated[
-        bool, typer.Option("--add-bos", help="Encoding puts bos in front (Llama).")
+        bool, typer.Option("--add-bos", help="Encoding prepends BOS (Llama).")
     ] = False,
-    add_eos: Annotated[
-        bool, typer.Option("--add-eos", help="Encoding puts eos behind (T5).")
-    ] = False,
+    add_eos: Annotated[bool, typer.Option("--add-eos", help="Encoding appends EOS (T5).")] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Turn a sentencepiece model (unigram or BPE) into tokenizer.json, same ids.
+    """Convert a sentencepiece model (unigram or BPE) to tokenizer.json with the same ids.
 
     [bold]Examples[/bold]
 
@@ -258,7 +261,7 @@ def encode(
     tokenizer: AnyTokenizer,
     text: Annotated[str | None, typer.Argument(help="By default standard input.")] = None,
     plain: Annotated[
-        bool, typer.Option("--plain", help="Without the tokens a model expects around text.")
+        bool, typer.Option("--plain", help="Omit the special tokens that the model expects.")
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
@@ -295,10 +298,11 @@ def _source(paths: list[str], text_key: str, lines: bool, format: str) -> "Sourc
 
 
 def _texts(source: "SourceConfig") -> Iterator[str]:
-    """The source's texts, under a progress line.
+    """Yields the source's texts under a progress bar.
 
     Raises:
-        DataError: a row holds no text, or a table no such column; the flag that names another is in the message.
+        DataError: a row has no text, or a table lacks the column; the message names the option
+            that selects another one.
     """
     from easyllm.core.errors import DataError
     from easyllm.core.progress import track
@@ -326,7 +330,7 @@ def _read_texts(split: "Split", source: "SourceConfig") -> Iterator[str]:
             is_key = item.reason.startswith(
                 (f"no key {source.text_key!r}", f"{source.text_key!r} is")
             )
-            remedy = "name the key of the text with --text-key" if is_key else "mend or remove it"
+            remedy = "name the key of the text with --text-key" if is_key else "fix or remove it"
             raise DataError(f"{item.place}: {item.reason}; {remedy}")
 
 
@@ -344,7 +348,7 @@ def _hashes(source: "SourceConfig") -> dict[str, str]:
 def _growth(
     opened: "OpenSource", old: "Tokenizer", extension: "Extension", source: "SourceConfig"
 ) -> dict[str, Any]:
-    """What the extension costs and what it saves."""
+    """Returns the cost and the benefit of the extension."""
     from easyllm.models.resize import grown_vocab_size
     from easyllm.plan.parameters import count_parameters
     from easyllm.tokenizer.report import report as measure
@@ -405,7 +409,7 @@ def _save_extended(
 
 
 def _opening(source: "SourceConfig", num_characters: int) -> str:
-    """The first characters of the source's texts."""
+    """Returns the first `num_characters` characters of the source's texts."""
     opening = ""
     for text in _texts(source):
         opening += ("\n" if opening else "") + text
@@ -414,12 +418,12 @@ def _opening(source: "SourceConfig", num_characters: int) -> str:
     return opening[:num_characters]
 
 
-# ---- showing
+# ---- printing
 
 
 def _show(result: "TokenizerReport") -> None:
     columns = ("tokenizer", "text", "bytes", "chars", "fertility", "Han", "unknown", "changed")
-    title = "Texts: bytes and characters a token, tokens a word, Han characters of one token"
+    title = "Texts: bytes and chars per token, tokens per word, Han characters that are one token"
     print_table(title, columns, [_row(figures) for figures in result.texts])
     rows = [
         (v.tokenizer, f"{v.vocab_size:,}", f"{v.num_unused:,}", f"{v.gb2312_coverage:.1%}")
@@ -430,7 +434,7 @@ def _show(result: "TokenizerReport") -> None:
         if failure := figures.failure:
             sys.stdout.write(
                 f"{figures.tokenizer} changes {figures.domain} at character {failure.at}: "
-                f"{failure.text!r} comes back as {failure.decoded!r}\n"
+                f"{failure.text!r} is decoded as {failure.decoded!r}\n"
             )
 
 

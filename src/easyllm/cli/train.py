@@ -1,4 +1,4 @@
-"""`easyllm train` and `easyllm eval`."""
+"""The `easyllm train` and `easyllm eval` commands."""
 
 import sys
 from pathlib import Path
@@ -10,31 +10,31 @@ from easyllm.cli.output import JsonFlag, Overrides, print_json, print_pairs, pri
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs."""
+    """Adds the commands to `app`."""
     app.command("train")(train)
     app.command("eval")(evaluate)
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a built-in recipe.")],
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Check everything, print the plan and the resolved recipe, train nothing.",
+            help="Validate, print the plan and the resolved recipe; train nothing.",
         ),
     ] = False,
     allow_change: Annotated[
         bool,
         typer.Option(
             "--allow-change",
-            help="Go on with other values of what is harmless: how often to log, save, evaluate; the device.",
+            help="Resume with harmless changes: intervals of logging, saving, evaluation; device.",
         ),
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    r"""Train by a recipe; an interrupted run goes on where it was.
+    r"""Train with a recipe; an interrupted run resumes.
 
     [bold]Examples[/bold]
 
@@ -54,7 +54,7 @@ def train(
     path = find_recipe(recipe)
     config = load_train_recipe(path, overrides or [])
     if config.output is None:
-        raise ConfigError(f"{path} names no output folder; add output=runs/NAME")
+        raise ConfigError(f"{path} sets no output folder; add output=runs/NAME")
     if dry_run:
         plan = plan_training(config, Path(config.output), allow_change=allow_change)
         if json_output:
@@ -75,10 +75,12 @@ def evaluate(
         str, typer.Argument(help="smollm2, a checkpoint folder, a .gguf file, or hf:org/name.")
     ],
     data: Annotated[Path, typer.Argument(help="A .json or .jsonl file of conversations.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum response length.")] = 32,
     json_output: JsonFlag = False,
 ) -> None:
-    """Loss on the answers of a file; where rows have a `key`, also whether the model's own answers hold it.
+    """Measure the loss on a file's responses; with `key` in the rows, also recall.
+
+    Recall is the share of rows whose `key` occurs in the model's own response.
 
     [bold]Examples[/bold]
 
@@ -97,7 +99,7 @@ def evaluate(
         rows = [(a.question, a.answer, a.key, "yes" if a.correct else "no") for a in report.answers]
         print_table("Answers", ("question", "answer", "key", "recalled"), rows)
     figures = {"rows": report.num_rows, "tokens": report.num_tokens}
-    figures_text = {**figures, "loss (nats a token)": f"{report.loss_nats:.4f}"}
+    figures_text = {**figures, "loss (nats/token)": f"{report.loss_nats:.4f}"}
     if report.recall is not None:
         figures_text["recalled"] = f"{report.recall:.1%}"
     print_pairs(figures_text)

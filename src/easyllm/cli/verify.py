@@ -1,4 +1,4 @@
-"""`easyllm verify`."""
+"""The `easyllm verify` command."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -10,25 +10,27 @@ from easyllm.cli.output import JsonFlag, print_json, print_table
 
 
 class Against(StrEnum):
-    """References there are."""
+    """Available reference implementations."""
 
     transformers = "transformers"
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verb."""
+    """Adds the `verify` command to `app`."""
     app.command("verify")(verify)
 
 
 def verify(
     model: Model,
     against: Annotated[
-        Against | None, typer.Option(help="Compare with this library, too (extra `reference`).")
+        Against | None, typer.Option(help="Also compare with this library (extra `reference`).")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Random tokens to compare on.")] = 256,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Number of random tokens to compare on.")
+    ] = 256,
     json_output: JsonFlag = False,
 ) -> None:
-    """Measure on a checkpoint the equalities that must hold; exit code 1 where one does not.
+    """Check numerical equalities that must hold for a checkpoint; exit code 1 if one fails.
 
     [bold]Examples[/bold]
 

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server and its chat page."""
+"""OpenAI-compatible HTTP server and chat page."""
 
 from easyllm.serve.app import create_app, serve
 

@@ -1,4 +1,4 @@
-"""What the server answers, as OpenAI's schema has it."""
+"""Response bodies of the server, in OpenAI's schema."""
 
 from typing import Literal
 
@@ -6,7 +6,10 @@ from pydantic import BaseModel
 
 
 class ModelEntry(BaseModel):
-    """A served model; `max_model_len` (vLLM's name) is the most tokens of a prompt with its answer."""
+    """A served model.
+
+    `max_model_len` (vLLM's name) is the maximum number of tokens of a prompt plus its completion.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -23,13 +26,13 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """That the server answers."""
+    """The body of a successful health check."""
 
     status: Literal["ok"] = "ok"
 
 
 class TopLogprob(BaseModel):
-    """A token that could have stood at a place."""
+    """A candidate token at one position of a completion, with its log-probability."""
 
     token: str
     bytes: list[int] | None
@@ -37,20 +40,20 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """A token of the content: its own text and bytes, and its log-probability in nats."""
+    """A generated token: its own text and bytes, and its log-probability in nats."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChoiceLogprobs(BaseModel):
-    """The tokens of an answer's content."""
+    """Log-probabilities of the tokens in a completion's content."""
 
     content: list[TokenLogprob]
     refusal: None = None
 
 
 class AssistantMessage(BaseModel):
-    """An answer's text."""
+    """The generated message of a choice."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -58,7 +61,7 @@ class AssistantMessage(BaseModel):
 
 
 class Choice(BaseModel):
-    """One of the answers to a request."""
+    """One of the completions of a request."""
 
     index: int
     message: AssistantMessage
@@ -67,7 +70,7 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of a prompt and of all its answers."""
+    """Token counts of a prompt and of all its completions."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -75,7 +78,7 @@ class Usage(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """The answer to a chat request that does not stream."""
+    """The response to a non-streaming chat request."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -87,7 +90,7 @@ class ChatCompletion(BaseModel):
 
 
 def usage(prompt: int, completion: int) -> Usage:
-    """Usage of a prompt of so many tokens and so many generated ones."""
+    """Returns the usage for `prompt` prompt tokens and `completion` generated tokens."""
     return Usage(
         prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
     )

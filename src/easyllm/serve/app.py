@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's chat endpoint, a health check, and the chat page."""
+"""The HTTP application: OpenAI's chat endpoint, a health check, and the chat page."""
 
 import asyncio
 import socket
@@ -38,18 +38,18 @@ _PAGE_HEADERS = {
 
 
 def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> FastAPI:
-    """The server's application; `state.services` holds the models' engines.
+    """Builds the server's ASGI application; `state.services` contains the models' engine services.
 
     Args:
-        models: what each model is called, and the model.
-        api_key: asked of every route but `/health` and the page when set.
+        models: the served models by name. Several names may share one model.
+        api_key: if set, required by every route except `/health` and the chat page.
 
     Raises:
         ConfigError: the key cannot be sent in a header.
     """
     check_key(api_key)
     with_key = api_key is not None
-    # an engine runs in one thread, whatever number of names it is served by
+    # An engine runs in a single thread, regardless of how many names it is served under.
     engines = {id(llm): EngineService(name, llm) for name, llm in models.items()}
     services = {name: engines[id(llm)] for name, llm in models.items()}
     created = int(time.time())
@@ -77,7 +77,7 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
     def served(name: str) -> EngineService:
         if name in services:
             return services[name]
-        message = f"model {name!r} is not served; served are {', '.join(services)}"
+        message = f"model {name!r} is not served; the served models are {', '.join(services)}"
         raise APIError(404, message, param="model", code="model_not_found")
 
     @app.get("/health", responses=errors(with_key=False))
@@ -106,21 +106,21 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
     async def chat(http: HTTPRequest) -> Response:
         try:
             raw = await read_body(http)
-            # in a thread: other clients want their tokens while a large body is read
+            # Parsed in a thread, so that a large body does not delay other clients' tokens.
             request = await asyncio.to_thread(_read, raw)
             service = served(request.model)
             return await unless_gone(http, answer_chat(request, service))
         except ContextLengthError as error:
             message = f"{error.what}; shorten the messages, or lower max_tokens"
             raise APIError(400, message, param="messages", code="context_length_exceeded") from None
-        except DataError as error:  # of the chat template
+        except DataError as error:  # raised by the chat template
             raise APIError(400, str(error), param="messages") from None
         except EasyllmError as error:
             raise APIError(400, str(error), param=error.param) from None
         except EngineFailure as error:
             raise APIError(error.status, str(error)) from None
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client is gone and never reads this
 
     return app
 
@@ -133,10 +133,17 @@ def serve(
     api_key: str | None = None,
     limits: ServeLimits | None = None,
 ) -> None:
-    """Serves until interrupted.
+    """Serves the models until interrupted.
+
+    Args:
+        models: the served models by name.
+        host: address to listen on.
+        port: port to listen on.
+        api_key: if set, required by every route except `/health` and the chat page.
+        limits: timeouts for reading, writing and draining; by default `ServeLimits()`.
 
     Raises:
-        ConfigError: the port is taken, or the key cannot be sent in a header.
+        ConfigError: the port is in use, or the key cannot be sent in a header.
     """
     listener = bind(host, port)
     build_server(models, api_key=api_key, limits=limits).run(sockets=[listener])
@@ -145,7 +152,7 @@ def serve(
 def build_server(
     models: Mapping[str, LLM], *, api_key: str | None = None, limits: ServeLimits | None = None
 ) -> BoundedServer:
-    """The application under a server that waits for no client longer than `limits` say.
+    """Builds a server for the models that enforces the timeouts in `limits`.
 
     Raises:
         ConfigError: the key cannot be sent in a header.
@@ -159,16 +166,16 @@ def build_server(
 
     def end_requests() -> None:
         for service in app.state.services:
-            service.end(ServerEnding("the server is ending; try again later"))
+            service.end(ServerEnding("the server is shutting down; try again later"))
 
     return BoundedServer(config, limits=limits, end_requests=end_requests)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket listening on an address, taken before any model is loaded.
+    """Returns a listening socket, so that a port conflict shows before any model is loaded.
 
     Raises:
-        ConfigError: the port is taken or not allowed.
+        ConfigError: the port is in use or not allowed.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -188,6 +195,9 @@ def _read(raw: bytes) -> ChatRequest:
 
 
 def _most_tokens(llm: LLM) -> int:
-    """Tokens of a prompt with its answer, by the model's context and the cache (the last token needs no place there)."""
+    """Returns the maximum number of tokens of a prompt plus its completion.
+
+    Bounded by the model's context and by the KV cache. The final token is never cached, hence + 1.
+    """
     pool = llm.engine.pool
     return min(llm.engine.max_seq_len, pool.num_pages * pool.page_size + 1)

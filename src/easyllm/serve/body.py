@@ -1,4 +1,7 @@
-"""A request's body as a JSON object, read strictly: what two readers could understand differently is refused."""
+"""Strict parsing of a request body as a JSON object.
+
+Anything that two JSON parsers could interpret differently is rejected.
+"""
 
 import json
 import math
@@ -10,15 +13,15 @@ from fastapi import Request
 from easyllm.serve.errors import APIError
 
 MAX_NUMBER_CHARS = 1000
-"""No double needs more than 767 digits to be written exactly."""
+"""No double needs more than 767 significant digits to be written exactly."""
 
 
 async def read_body(request: Request) -> bytes:
-    """The body, its content type checked first.
+    """Returns the raw body after checking its content type.
 
     Raises:
-        APIError: it is not declared as JSON (415), or empty (400).
-        ClientDisconnect: the client hung up before it had sent all of it.
+        APIError: the body is not declared as JSON (415), or is empty (400).
+        ClientDisconnect: the client disconnected before it had sent the complete body.
     """
     _check_type(request)
     raw = await request.body()
@@ -28,11 +31,11 @@ async def read_body(request: Request) -> bytes:
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """The JSON object that a body holds.
+    """Parses a body as a JSON object.
 
     Raises:
-        APIError: it is not UTF-8, not JSON (RFC 8259) or not an object, holds a key twice, NaN, an infinite or an
-            endless number, or is nested too deeply.
+        APIError: the body is not UTF-8, not valid JSON (RFC 8259) or not an object, contains a
+            duplicate key, NaN, infinity or an overlong number, or is nested too deeply.
     """
     try:
         text = raw.decode("utf-8")
@@ -57,8 +60,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 
 def _check_type(request: Request) -> None:
-    """JSON must be declared: a page of another origin cannot do so without asking the server first (Fetch standard,
-    "CORS-safelisted request-header"), so it cannot make a browser send requests here."""
+    """Checks that the body is declared as JSON.
+
+    A page of another origin cannot declare JSON without a CORS preflight request (Fetch standard,
+    "CORS-safelisted request-header"), so it cannot make a browser send requests to this server.
+    """
     message = Message()
     given = message["content-type"] = request.headers.get("content-type", "")
     charset = message.get_content_charset("utf-8")
@@ -76,13 +82,13 @@ def _check_type(request: Request) -> None:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; one of two values of a key would be dropped."""
+    """Returns an object; rejects duplicate keys, which `dict` would silently drop."""
     value = dict(pairs)
     if len(value) < len(pairs):
         seen = set[str]()
         for key, _ in pairs:
             if key in seen:
-                raise APIError(400, f"the body holds the key {key!r} twice; send it once")
+                raise APIError(400, f"the body contains the key {key!r} twice; send it once")
             seen.add(key)
     return value
 
@@ -105,15 +111,17 @@ def _number(digits: str) -> float:
 
 
 def _check_length(digits: str) -> None:
-    """The time to read an integer grows with the square of its digits."""
+    """Limits the digits of a number, because parsing an integer takes quadratic time."""
     if len(digits) > MAX_NUMBER_CHARS:
         raise APIError(
-            400, f"the body holds a number of {len(digits)} characters; at most {MAX_NUMBER_CHARS}"
+            400,
+            f"the body contains a number of {len(digits)} characters; the maximum is "
+            f"{MAX_NUMBER_CHARS}",
         )
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls a value that is not an object."""
+    """Returns the JSON name of a value that is not an object."""
     if value is None:
         return "null"
     names = {list: "an array", str: "a string", bool: "a boolean"}

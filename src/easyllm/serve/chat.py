@@ -1,4 +1,7 @@
-"""`POST /v1/chat/completions`: a request to the engine's events, and those to one answer or a stream."""
+"""`POST /v1/chat/completions`: runs a request on the engine and formats its events.
+
+The response is a single JSON object, or a stream of server-sent events.
+"""
 
 import asyncio
 import json
@@ -30,12 +33,13 @@ from easyllm.serve.service import EngineFailure, EngineService
 
 @dataclass(slots=True)
 class _Answer:
-    """What is known of a request's answers while their events come.
+    """State of a request's completions while their events arrive.
 
     Attributes:
-        head: fields that every chunk and the whole answer share.
-        prompt_tokens: of the rendered conversation.
-        content: of each choice, which of its tokens are in its text; only where log-probabilities are asked for.
+        head: fields shared by all chunks and by the non-streaming response.
+        prompt_tokens: number of tokens of the rendered conversation.
+        content: maps each choice to the tracker of its content tokens; filled only when
+            log-probabilities are requested.
     """
 
     request: ChatRequest
@@ -45,7 +49,7 @@ class _Answer:
     content: dict[int, ContentTokens] = field(default_factory=dict)
 
     def take(self, event: TokenEvent) -> tuple[str, list[ContentToken]]:
-        """Text that an event adds to its choice's content; where log-probabilities are asked for, its tokens, too."""
+        """Returns the text an event adds to its choice, and its tokens if they are requested."""
         if not self.request.logprobs:
             return event.text, []
         if event.index not in self.content:
@@ -54,19 +58,22 @@ class _Answer:
         return self.content[event.index].push(event)
 
     def logprobs(self, tokens: Sequence[ContentToken]) -> ChoiceLogprobs | None:
-        """Those tokens in OpenAI's form."""
+        """Returns the tokens' log-probabilities in OpenAI's format, or None if not requested."""
         return choice_logprobs(tokens, self.llm.tokenizer) if self.request.logprobs else None
 
 
 async def answer_chat(request: ChatRequest, service: EngineService) -> Response:
-    """The answer: whole, or a stream whose first event is there, so that a refusal shows before it begins.
+    """Returns the response to a chat request, complete or streamed.
+
+    A stream is returned only after its first event, so that a rejected request still gets an error
+    status.
 
     Raises:
-        EasyllmError: template or engine refuse the request.
-        EngineFailure: a step failed, or the server is ending.
+        EasyllmError: the template or the engine rejects the request.
+        EngineFailure: an engine step failed, or the server is shutting down.
     """
     llm = service.llm
-    # in a thread: a long conversation takes seconds, in which other clients want their tokens
+    # Encoding a long conversation takes seconds; a thread keeps other clients' tokens flowing.
     prompt = await asyncio.to_thread(llm.encode_chat, template_messages(request.messages))
     events = service.generate(Request(prompt_ids=tuple(prompt), params=request.sampling()))
     head = {
@@ -84,7 +91,7 @@ async def answer_chat(request: ChatRequest, service: EngineService) -> Response:
 
 
 async def _whole(answer: _Answer, events: AsyncIterator[TokenEvent]) -> Response:
-    """All choices at once, with their usage."""
+    """Returns all choices in one response, with their usage."""
     completion, tokens = Completion(), dict[int, list[ContentToken]]()
     async for event in events:
         completion.take(event)
@@ -112,7 +119,7 @@ async def _whole(answer: _Answer, events: AsyncIterator[TokenEvent]) -> Response
 async def _stream(
     answer: _Answer, first: TokenEvent, rest: AsyncIterator[TokenEvent]
 ) -> AsyncIterator[str]:
-    """Server-sent events; usage at the end, and null before, where it is asked for."""
+    """Yields server-sent events; if usage is requested, it is null until the final chunk."""
     wants_usage = answer.request.wants_usage
 
     def chunk(choices: list[dict[str, Any]], total: Usage | None = None) -> str:

@@ -1,7 +1,7 @@
-"""HTTP connections that do not wait for ever, on uvicorn's: bounds on reading, on writing and on ending the server.
+"""Timeouts for HTTP connections: limits on reading, writing and shutdown, on top of uvicorn.
 
-asyncio gives a server no such bounds: a client that sends one byte a minute, or never reads its answer, would keep its
-connection, and keep the server from ending.
+asyncio servers have no such limits. A client that sends one byte a minute or never reads its
+response would keep its connection open forever and prevent the server from shutting down.
 """
 
 import asyncio
@@ -21,61 +21,72 @@ from easyllm.serve.limits import ServeLimits
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE_S = (
-    30  # longer than the 5 s of common clients, which would else meet a closing connection
+    30  # longer than the 5 s of common clients, which would otherwise race a closing connection
 )
 GRACE_S = 1
 LEAST_WRITTEN_BYTES = 1024
-"""A client that takes less than this within the write timeout is held to take nothing."""
+"""A client that reads fewer bytes than this within the write timeout counts as stalled."""
 
 
 class BoundedProtocol(H11Protocol):
-    """An HTTP/1.1 connection under `limits`; errors below the application have the form of all others."""
+    """An HTTP/1.1 connection with timeouts.
+
+    Errors raised before the application sees the request use OpenAI's format as well.
+    """
 
     limits = ServeLimits()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts the read timeout of the first request."""
         super().connection_made(transport)
         self._begun = False
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
-        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` says the client is slow
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` detects a slow client
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Cancels the timeouts."""
         self._stop_reading()
         self._stop_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Restarts the read timeout at a request's first byte and stops it at its last."""
         if not self._begun:
             self._begun = True
             self._await_request()
         super().data_received(data)
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # all of the request is here
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # the request is complete
             self._begun = False
             self._stop_reading()
 
     def pause_writing(self) -> None:
+        """Starts the write timeout."""
         super().pause_writing()
         self._await_writing()
 
     def resume_writing(self) -> None:
+        """Stops the write timeout."""
         self._stop_writing()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
-        """Answers what is not HTTP."""
+        """Responds to input that is not valid HTTP."""
         self._refuse(400, "the request is not valid HTTP/1.1; check its headers")
 
     def shutdown(self) -> None:
-        """The server is told to end: a request that has not arrived is not waited for."""
+        """Closes the connection on shutdown; an incomplete request is rejected, not awaited."""
         if self._begun:
-            self._refuse(503, "the server is ending; try again later")
+            self._refuse(503, "the server is shutting down; try again later")
         else:
             super().shutdown()
 
     def end(self) -> None:
-        """Drops a client that does not read, and so keeps the server from ending; the engine ends a running answer."""
+        """Aborts the connection if its client does not read, so that it cannot delay shutdown.
+
+        A response that is still being generated is ended by the engine instead.
+        """
         if self.transport.is_closing() or self._writing is not None:
             self.transport.abort()
 
@@ -103,7 +114,7 @@ class BoundedProtocol(H11Protocol):
             self._await_writing()
             return
         self._writing = None
-        logger.info("a client does not read its answer; its connection is closed")
+        logger.info("a client does not read its response; its connection is closed")
         self.transport.abort()
 
     def _stop_reading(self) -> None:
@@ -117,9 +128,9 @@ class BoundedProtocol(H11Protocol):
             self._writing = None
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answers for the application, where no answer has begun, and closes the connection."""
+        """Sends an error unless a response has begun, and closes the connection."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # what the application sends from now on goes nowhere
+            self.cycle.disconnected = True  # discards whatever the application still sends
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             answer = error_response(status, message, headers=SECURITY_HEADERS)
             headers = [*answer.raw_headers, (b"connection", b"close")]
@@ -135,11 +146,12 @@ class BoundedProtocol(H11Protocol):
 
 
 class BoundedServer(uvicorn.Server):
-    """A server that ends within the drain timeout and a little more.
+    """A uvicorn server that shuts down within the drain timeout plus `GRACE_S`.
 
     Args:
-        config: its `timeout_graceful_shutdown` is set here.
-        end_requests: ends the requests that run, with an answer that says why.
+        config: uvicorn's configuration; its `timeout_graceful_shutdown` is overwritten.
+        limits: the timeouts.
+        end_requests: ends all running requests with an error that states the reason.
     """
 
     def __init__(
@@ -150,7 +162,7 @@ class BoundedServer(uvicorn.Server):
         config.timeout_graceful_shutdown = math.ceil(limits.drain_timeout_s + GRACE_S)
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
-        """Waits for running requests, then ends them."""
+        """Waits for running requests up to the drain timeout, then ends them."""
         ending = asyncio.get_running_loop().call_later(self._drain_s, self._end_all)
         try:
             await super().shutdown(sockets)

@@ -1,4 +1,4 @@
-"""`/openapi.json`: the routes with the requests they take and every status they answer."""
+"""`/openapi.json`: the routes, the requests they accept, and every status they return."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,20 +11,25 @@ from easyllm.serve.schema import ChatRequest
 
 _REFERENCE = "#/components/schemas/{model}"
 _REASONS = {
-    400: "a field, or the request's form, is wrong; `param` names the field",
+    400: "a field is invalid or the request is malformed; `param` names the field",
     401: "the API key is missing or wrong",
     404: "the model is not served",
     408: "the request did not arrive in time",
     413: "the request is too large",
     415: "the body is not declared as JSON",
-    500: "the server failed; its log says how",
-    503: "the server is ending",
+    500: "the server failed; see its log",
+    503: "the server is shutting down",
 }
 _ALWAYS = (400, 408, 413, 500, 503)
 
 
 def errors(*statuses: int, with_key: bool) -> dict[int | str, dict[str, Any]]:
-    """The errors of a route, as FastAPI takes them: `statuses`, those any route may answer, and 401 with a key."""
+    """Returns the error responses of a route in the format FastAPI expects.
+
+    Args:
+        statuses: statuses of this route, added to those that any route may return.
+        with_key: whether the route requires an API key, and so may return 401.
+    """
     wanted = {*statuses, *_ALWAYS, *([401] if with_key else [])}
     return {
         status: {"model": ErrorBody, "description": _REASONS[status]} for status in sorted(wanted)
@@ -32,11 +37,11 @@ def errors(*statuses: int, with_key: bool) -> dict[int | str, dict[str, Any]]:
 
 
 def chat_answers(*, with_key: bool) -> dict[int | str, dict[str, Any]]:
-    """What the chat route answers: an object, a stream of events, or an error."""
+    """Returns the responses of the chat route: an object, an event stream, or an error."""
     events = {"example": "data: {...}\n\ndata: [DONE]\n\n"}
     answer = {
         "model": ChatCompletion,
-        "description": "the answer, or with `stream` its pieces",
+        "description": "the completion, or with `stream` its chunks",
         "content": {"text/event-stream": events},
     }
     return {200: answer, **errors(404, 415, with_key=with_key)}
@@ -53,7 +58,10 @@ CHAT_BODY = {
 
 
 def document(app: FastAPI, models: Sequence[str], *, with_key: bool) -> None:
-    """Makes `app.openapi()` describe what this server takes and answers, its models' names and its key included."""
+    """Makes `app.openapi()` describe the requests and responses of this server.
+
+    The description includes the names of the models and whether an API key is required.
+    """
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -66,7 +74,7 @@ def document(app: FastAPI, models: Sequence[str], *, with_key: bool) -> None:
         chat["properties"]["model"]["enum"] = list(models)
         schemas.update(chat.pop("$defs", {}))
         schemas["ChatRequest"] = chat
-        for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form, never sent
+        for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own format, never sent
             schemas.pop(name, None)
         for path, operations in schema["paths"].items():
             for operation in operations.values():

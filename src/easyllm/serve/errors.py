@@ -1,4 +1,4 @@
-"""Answers in OpenAI's error form, whatever went wrong: `{"error": {"message", "type", "param", "code"}}`."""
+"""Error responses in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`."""
 
 import logging
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ MAX_SHOWN_CHARS = 1000
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong; `param` names the field of the request, `code` is for programs."""
+    """Details of an error; `param` names the request field, `code` is machine-readable."""
 
     message: str
     type: str
@@ -24,13 +24,16 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is an error."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 class APIError(HTTPException):
-    """An answer in OpenAI's error form; an HTTPException, so that Starlette passes it through to the handler."""
+    """An error with an HTTP status, reported in OpenAI's format.
+
+    It derives from HTTPException so that Starlette passes it to the registered handler.
+    """
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
@@ -47,7 +50,7 @@ def error_response(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """The answer to a request that went wrong."""
+    """Returns an error as an HTTP response."""
     body = error_body(status, message, param=param, code=code)
     return JSONResponse(body, status_code=status, headers=headers)
 
@@ -55,7 +58,7 @@ def error_response(
 def error_body(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """What such an answer holds, or an event of a stream that has begun."""
+    """Returns the body of an error response, or of an error event in a stream already begun."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     detail = ErrorDetail(
         message=_printable(message),
@@ -67,13 +70,13 @@ def error_body(
 
 
 async def on_api_error(_: Request, error: Exception) -> Response:
-    """The answer to an `APIError`."""
+    """Handles an `APIError`."""
     assert isinstance(error, APIError)
     return error_response(error.status_code, error.message, param=error.param, code=error.code)
 
 
 async def on_routing_error(request: Request, error: Exception) -> Response:
-    """The answer where no route takes the path, or none takes the method (its `Allow` says which are taken)."""
+    """Handles an unknown path (404), or a method its route lacks (405, with `Allow`)."""
     assert isinstance(error, RoutingError)
     asked = f"{request.scope.get('asked_method', request.method)} {request.url.path}"
     headers = dict(error.headers or {})
@@ -82,18 +85,18 @@ async def on_routing_error(request: Request, error: Exception) -> Response:
         headers["Allow"] = ", ".join([*allowed, *(["HEAD"] if "GET" in allowed else [])])
         message = f"{asked} is not supported; use {headers['Allow']}"
     elif error.status_code == 404:
-        message = f"there is no {asked}; GET /openapi.json lists what there is"
+        message = f"there is no route {asked}; GET /openapi.json lists the routes"
     else:
         message = str(error.detail)
     return error_response(error.status_code, message, headers=headers)
 
 
 async def on_exception(_: Request, _error: Exception) -> Response:
-    """The answer to a mistake of the server's own; the log has the traceback."""
+    """Handles an unexpected exception; the traceback is in the log."""
     return error_response(500, "the server failed on this request; see the server's log")
 
 
 def _printable(text: str) -> str:
-    """`text` as UTF-8 can hold it (a request may name a field by half a surrogate pair), shortened."""
+    """Truncates `text` and escapes lone surrogates, which a field name in a request may contain."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "…"

@@ -1,4 +1,4 @@
-"""What every request passes before the routes: the key and the size of the body; and what every answer carries."""
+"""Middleware for every request: API key, body size and security headers."""
 
 import asyncio
 import hmac
@@ -11,7 +11,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.serve.errors import APIError, error_response
 
 MAX_BODY_BYTES = 8 * 2**20
-PUBLIC = ("/health", "/")  # the page holds no secret and asks for the key
+PUBLIC = ("/health", "/")  # the page contains no secret and prompts for the key itself
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -19,19 +19,19 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-"""On every answer; the page has a Content-Security-Policy of its own."""
+"""Added to every response; the page overrides the Content-Security-Policy."""
 _TOO_LARGE = f"the request is larger than {MAX_BODY_BYTES} bytes; send less"
 _NO_KEY = "the API key is missing or wrong; send Authorization: Bearer KEY, or X-Api-Key: KEY"
 
 
 class Guard:
-    """Checks the key and the announced size before anything is read, and counts the body while it is.
+    """Checks the API key and the declared size before reading, and counts the body while reading.
 
-    HEAD is answered as GET is, without the body (RFC 9110, 9.3.2).
+    HEAD is handled as GET without a body (RFC 9110, 9.3.2).
 
     Args:
-        app: what is guarded.
-        api_key: asked of every route but the public ones when set.
+        app: the wrapped ASGI application.
+        api_key: if set, required by every route that is not in `PUBLIC`.
     """
 
     def __init__(self, app: ASGIApp, *, api_key: str | None = None) -> None:
@@ -50,14 +50,14 @@ class Guard:
             scope = {**scope, "method": "GET", "asked_method": "HEAD"}
         try:
             await self.app(scope, _counted(receive), answer)
-        except asyncio.CancelledError:  # the server ends, and did not wait any longer
+        except asyncio.CancelledError:  # the server is shutting down and no longer waits
             if answer.begun:
                 raise
-            ending = error_response(503, "the server is ending; try again later")
+            ending = error_response(503, "the server is shutting down; try again later")
             await ending(scope, receive, answer)
 
     def _refusal(self, path: str, headers: Headers) -> Response | None:
-        """The answer to a request that goes no further."""
+        """Returns the error response to a rejected request; None if the request may proceed."""
         if self._key is not None and path not in PUBLIC and not self._knows_key(headers):
             return error_response(
                 401, _NO_KEY, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
@@ -66,7 +66,7 @@ class Guard:
             return error_response(
                 400,
                 "the request has both Content-Length and Transfer-Encoding; send one of them",
-                headers={"Connection": "close"},  # RFC 9112, 6.1: where it ends is in doubt
+                headers={"Connection": "close"},  # RFC 9112, 6.1: the message length is ambiguous
             )
         size = headers.get("content-length", "0")
         digits = size.isascii() and size.isdigit() and len(size) <= 20
@@ -75,19 +75,22 @@ class Guard:
         return None
 
     def _knows_key(self, headers: Headers) -> bool:
-        """Whether one of the headers a key is sent in holds it; each is compared in constant time."""
-        assert self._key is not None, "without a key nothing is asked"
+        """Returns whether any of the key headers contains the key, compared in constant time."""
+        assert self._key is not None, "only called when a key is required"
         given = [value.encode("latin-1") for value in headers.getlist("x-api-key")]
         for value in headers.getlist("authorization"):
             scheme, _, credentials = value.partition(" ")
-            if scheme.lower() == "bearer":  # RFC 9110, 11.1: in any case
+            if scheme.lower() == "bearer":  # RFC 9110, 11.1: case-insensitive
                 given.append(credentials.strip(" ").encode("latin-1"))
         matches = [hmac.compare_digest(each, self._key) for each in given]
         return any(matches)
 
 
 class _Answer:
-    """`send` that adds the security headers, drops the body of an answer to HEAD, and knows whether it has begun."""
+    """A `send` that adds the security headers and records whether the response has begun.
+
+    It drops the body of responses to HEAD.
+    """
 
     def __init__(self, send: Send, *, without_body: bool) -> None:
         self._send, self._without_body, self.begun = send, without_body, False
@@ -104,21 +107,21 @@ class _Answer:
 
 
 def check_key(api_key: str | None) -> None:
-    """Refuses a key that no client can send.
+    """Rejects a key that no client can send.
 
     Raises:
-        ConfigError: it is empty, or holds a space or a character beyond ASCII.
+        ConfigError: the key is empty, or contains a space or a non-ASCII character.
     """
     if api_key is None or (api_key and all("!" <= character <= "~" for character in api_key)):
         return
     raise ConfigError(
-        "the API key is empty, or holds a space or a character beyond ASCII; "
+        "the API key is empty, or contains a space or a non-ASCII character; "
         "set another one, or leave it out to serve without a key"
     )
 
 
 def _counted(receive: Receive) -> Receive:
-    """`receive` that fails once the body is too large, whatever its headers said."""
+    """Wraps `receive` so that it fails once the body is too large, whatever the headers declare."""
     received = 0
 
     async def counted() -> Message:

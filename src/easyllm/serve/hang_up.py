@@ -1,4 +1,4 @@
-"""Work for a client is dropped when the client hangs up."""
+"""Cancels the work for a client that disconnects."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -10,13 +10,14 @@ T = TypeVar("T")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives; it is cancelled where the client hangs up first.
+    """Returns the result of `work`; cancels it if the client disconnects first.
 
     Args:
-        request: its body has been read.
+        request: the client's request, whose body has already been read.
+        work: the coroutine to run.
 
     Raises:
-        ClientDisconnect: the client hung up.
+        ClientDisconnect: the client disconnected.
     """
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_gone(request))
@@ -28,10 +29,10 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         working.cancel()
         leaving.cancel()
-        await asyncio.wait((working, leaving))  # until what they hold is given back
+        await asyncio.wait((working, leaving))  # until both have released their resources
 
 
 async def _gone(request: Request) -> None:
-    """Returns when the client has hung up."""
+    """Returns when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""How long the server waits for a client."""
+"""Timeouts for slow clients."""
 
 from typing import Annotated
 
@@ -10,14 +10,15 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class ServeLimits(Config):
-    """Bounds on what a client may keep the server waiting for, in seconds.
+    """Timeouts, in seconds, that keep a slow client from blocking the server.
 
     Attributes:
-        read_timeout_s: a request, headers and body, must have arrived so long after its first byte (and its first byte
-            so long after the connection).
-        write_timeout_s: a client must take some of what is sent to it within this time.
-        drain_timeout_s: requests that run when the server is told to end may take so long to finish; those that have not
-            arrived by then are refused at once. By default what `docker stop` waits.
+        read_timeout_s: maximum time from a request's first byte until its headers and body are
+            complete, and from connecting to the first byte.
+        write_timeout_s: maximum time without the client reading any of the data sent to it.
+        drain_timeout_s: maximum time that running requests may take to finish once shutdown
+            begins; requests that have not fully arrived by then are rejected immediately. The
+            default matches the grace period of `docker stop`.
     """
 
     read_timeout_s: Seconds = 60.0

@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of an answer, in OpenAI's form."""
+"""Log-probabilities of the tokens of a completion, in OpenAI's format."""
 
 from codecs import getincrementaldecoder
 from collections import deque
@@ -12,16 +12,18 @@ from easyllm.tokenizer.token_bytes import shown
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0
-"""What OpenAI writes for "very unlikely"; JSON has no -inf."""
+"""OpenAI's value for "very unlikely"; JSON cannot represent -inf."""
 
 
 @dataclass(frozen=True, slots=True)
 class ContentToken:
-    """A token of an answer's content.
+    """A token of a completion's content.
 
     Attributes:
-        own: the bytes it adds to the content; None for an id without a token.
-        begins: whether the decoder dropped its first space, as sentencepiece's does at the beginning of a text.
+        place: the log-probabilities at the token's position.
+        own: the bytes the token adds to the content; None for an id without a token.
+        begins: whether the decoder dropped the token's leading space, as sentencepiece's decoder
+            does at the start of a text.
     """
 
     place: Logprobs
@@ -30,30 +32,31 @@ class ContentToken:
 
 
 class ContentTokens:
-    """Finds the tokens that make up one answer's content, and only those: their bytes put together are the content.
+    """Finds the tokens that make up a completion's content: their concatenated bytes equal it.
 
-    A token of a stop string, the token that ends the answer, and control tokens (which decoding leaves out) are not in
-    it; of a token that a stop string begins inside, the bytes before are. Tokens that hold a piece of a character come
-    with the text of the whole one, and text comes with its tokens.
+    Tokens of a stop string, the token that ends the completion, and special tokens (which decoding
+    omits) are excluded. If a stop string begins inside a token, the bytes before it are included.
+    Tokens that contain part of a character are released with the complete character, and text is
+    released together with its tokens.
 
     Args:
-        tokenizer: of the answer.
-        end_ids: tokens that end an answer.
+        tokenizer: the tokenizer of the model.
+        end_ids: ids of the EOS tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, end_ids: Collection[int]) -> None:
         self._decoder, self._bytes = StreamDecoder(tokenizer), tokenizer.token_bytes
         self._special, self._end_ids = tokenizer.special_ids, end_ids
-        self._decoded = self._given = self._released = 0  # characters
-        self._text = ""  # given, and not yet released
-        self._rest = b""  # of earlier tokens, not yet known to be a character or broken
-        self._held: list[tuple[bytes | None, Logprobs]] = []  # tokens since text was last sure
+        self._decoded = self._given = self._released = 0  # character counts
+        self._text = ""  # received from the engine but not yet released
+        self._rest = b""  # trailing bytes not yet known to be a complete or an invalid character
+        self._held: list[tuple[bytes | None, Logprobs]] = []  # tokens whose text is not final yet
         self._waiting = deque[
             tuple[int, int, ContentToken]
-        ]()  # with their first character and the one after
+        ]()  # with the start and end (exclusive) of their characters
 
     def push(self, event: TokenEvent) -> tuple[str, list[ContentToken]]:
-        """Takes the answer's next event in; gives text of the content, and the tokens it is made of."""
+        """Takes the next event and returns released text of the content with its tokens."""
         token, place = event.token_id, event.logprobs
         finished = event.finish_reason is not None
         piece = self._decoder.push(token) if token is not None else ""
@@ -83,7 +86,7 @@ class ContentTokens:
         return text, ready
 
     def _place(self, piece: str) -> None:
-        """Finds which characters of the text they are sure to have become the held tokens are."""
+        """Assigns the held tokens to the characters of `piece`, the text they decode to."""
         before, last = self._rest, max(len(piece) - 1, 0)
         owns = [own or b"" for own, _ in self._held]
         drops = self._decoded == 0 and _blanks(b"".join(owns)) > _blanks(piece.encode())
@@ -106,7 +109,7 @@ def _blanks(text: bytes) -> int:
 
 
 def _cut(own: bytes, length: int) -> bytes:
-    """The bytes of a token that are its first `length` characters; the first one may have begun before it."""
+    """Returns a token's bytes up to `length` characters; its first character may start earlier."""
     head = 0
     while head < len(own) and own[head] & 0xC0 == 0x80:
         head += 1
@@ -118,13 +121,13 @@ def _cut(own: bytes, length: int) -> bytes:
 
 
 def _characters(before: bytes, own: bytes) -> int:
-    """Characters of `before` that are finished where `own` begins; it may go on with the last one."""
+    """Returns how many characters of `before` end before `own`, which may continue the last one."""
     continues = bool(own) and own[0] & 0xC0 == 0x80
     return len(getincrementaldecoder("utf-8")("replace").decode(before, final=not continues))
 
 
 def _undecided(data: bytes) -> bytes:
-    """The bytes at the end that are not a whole character."""
+    """Returns the trailing bytes that do not form a complete character."""
     end = len(data)
     while end and data[:end].decode("utf-8", "replace").endswith(REPLACEMENT):
         end -= 1
@@ -132,7 +135,7 @@ def _undecided(data: bytes) -> bytes:
 
 
 def choice_logprobs(tokens: Sequence[ContentToken], tokenizer: Tokenizer) -> ChoiceLogprobs:
-    """Raw log-probabilities (nats) of tokens, each with the most likely ones at its place."""
+    """Returns the tokens' raw log-probabilities (nats), each with the most likely alternatives."""
 
     def entry(own: bytes | None, logprob: float) -> TopLogprob:
         return TopLogprob(

@@ -1,4 +1,4 @@
-"""The messages of a chat request, and as chat templates take them."""
+"""Messages of a chat request, and their conversion to the input of chat templates."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ _PARTS = {
     "file": "files are",
     "refusal": "refusals are",
 }
-"""What the published schema knows besides text."""
+"""Content types of OpenAI's schema other than text."""
 _CONTENT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -42,11 +42,13 @@ NoCalls = Annotated[list[Any], Field(max_length=0)]
 
 
 class ChatMessage(Strict):
-    """A message; its content is text or a list of text parts, which are joined. What a client's own answer object holds
-    besides (`refusal`, `annotations` ...) is accepted where it is empty, so that an answer can be sent back as it came.
+    """A message, whose content is text or a list of text parts, which are joined.
 
-    `name` is given to the chat template with the rest of the message, as `transformers` gives it: whether the model
-    sees it is the template's choice.
+    The other fields of an assistant message as clients receive it (`refusal`, `annotations` ...)
+    are accepted if empty, so that a response can be sent back unchanged.
+
+    `name` is passed to the chat template with the rest of the message, as `transformers` does; the
+    template decides whether the model sees it.
     """
 
     model_config = ConfigDict(json_schema_extra=_NEEDS_CONTENT)
@@ -54,10 +56,10 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = Field(None, validate_default=True)
     name: str | None = None
-    refusal: Annotated[None, Refused("models here give none; send the text as content")] = None
+    refusal: Annotated[None, Refused("send the text as content")] = None
     annotations: Annotated[
         Annotated[list[Any], Field(max_length=0)] | None,
-        Neutral("[]", "annotations are not given to the model"),
+        Neutral("[]", "annotations are not passed to the model"),
     ] = None
     audio: Annotated[None, Refused("audio is not supported")] = None
     function_call: Annotated[None, Refused("tools are not supported")] = None
@@ -68,7 +70,7 @@ class ChatMessage(Strict):
     @field_validator("content")
     @classmethod
     def _is_text(cls, content: Any, info: ValidationInfo) -> Any:
-        """Checked by hand: the mistakes of a union would be those of each kind at once."""
+        """Validated by hand, because pydantic reports the errors of every member of a union."""
         if content is None and info.data.get("role") in ("assistant", None):
             return content
         if not isinstance(content, str | list):
@@ -81,14 +83,14 @@ class ChatMessage(Strict):
 
 
 def template_messages(messages: Iterable[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as training and `encode_chat` give them to chat templates."""
+    """Returns the messages in the form in which `encode_chat` passes them to chat templates."""
     return normalise_messages(
         [{"role": m.role, "content": m.content, "name": m.name} for m in messages]
     )
 
 
 def _check_part(number: int, part: Any) -> None:
-    """Refuses a part that is not text, naming what it is."""
+    """Rejects a content part that is not text; the error names its type."""
     here = f"part {number} of the content"
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(kind, str) and kind in _PARTS:

@@ -1,5 +1,8 @@
-"""The fields of `POST /v1/chat/completions`, one by one: every field of OpenAI's published schema is here, and is
-honoured, accepted where it changes nothing (`Neutral`), or refused by name (`Refused`)."""
+"""Fields of `POST /v1/chat/completions`: every field of OpenAI's published schema.
+
+Each is honoured, accepted at values that have no effect (`Neutral`), or rejected by name
+(`Refused`).
+"""
 
 import re
 from typing import Annotated, Any, Literal
@@ -31,7 +34,7 @@ from easyllm.serve.treatment import Neutral, Refused, Strict, as_api_error
 MAX_NEW_TOKENS = 32_768
 MAX_MESSAGES = 2_000
 MAX_CHOICES = 16
-MAX_TOP_LOGPROBS = 20  # OpenAI's
+MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _STOP_SCHEMA: JsonDict = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 _TOGETHER: JsonDict = {
@@ -56,17 +59,17 @@ _TOGETHER: JsonDict = {
         },
     ]
 }
-"""What `_fits_together` checks, for `/openapi.json`."""
+"""The constraints of `_fits_together` as JSON Schema, for `/openapi.json`."""
 _NO_TOOLS = "tools are not supported"
 
 
 def _whole(value: Any) -> Any:
-    """JSON knows no integers apart from other numbers: 2.0 is 2."""
+    """Converts integral floats to int: JSON does not distinguish 2.0 from 2."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _off(value: bool) -> bool:
-    """False; a Literal would take 0 for it."""
+    """Accepts only False; a Literal would accept 0 as well."""
     if value:
         raise ValueError("must be false")
     return value
@@ -87,26 +90,26 @@ Metadata = Annotated[
 
 
 class StreamOptions(Strict):
-    """`stream_options`."""
+    """The fields of `stream_options`."""
 
     include_usage: bool | None = None
     include_obfuscation: Annotated[Off | None, Neutral("false", "chunks are not padded")] = None
 
 
 class TextFormat(Strict):
-    """`response_format` where the answer is free text."""
+    """The only supported `response_format`: free text."""
 
     type: Literal["text"]
 
 
 class CacheOptions(Strict):
-    """`prompt_cache_options` as the prefix cache works without being told."""
+    """The only supported `prompt_cache_options`: automatic prefix caching."""
 
     mode: Literal["implicit"] | None = None
 
 
 class ChatRequest(Strict):
-    """A chat request; `top_k` is an addition to OpenAI's fields, -1 and 0 take all tokens."""
+    """A chat request; `top_k` extends OpenAI's fields (-1 and 0 disable it)."""
 
     model_config = ConfigDict(json_schema_extra=_TOGETHER)
 
@@ -141,18 +144,18 @@ class ChatRequest(Strict):
     top_logprobs: TopLogprobs | None = None
     service_tier: Literal["auto", "default"] | None = None
 
-    # what says nothing about the answer
+    # fields that do not influence the completion
     user: Annotated[str | None, Neutral("text", "it names the end user")] = None
     safety_identifier: Annotated[str | None, Neutral("text", "it names the end user")] = None
     prompt_cache_key: Annotated[
-        str | None, Neutral("text", "prefixes are cached whatever it is")
+        str | None, Neutral("text", "prefixes are cached whatever its value")
     ] = None
     metadata: Annotated[
         Metadata | None,
         Neutral("at most 16 texts of at most 512 characters", "it labels the request"),
     ] = None
 
-    # what could change the answer, at the values that do not
+    # fields that could influence the completion, accepted only at values that do not
     tools: Annotated[Empty | None, Neutral("[]", _NO_TOOLS)] = None
     functions: Annotated[Empty | None, Neutral("[]", _NO_TOOLS)] = None
     tool_choice: Annotated[
@@ -169,7 +172,7 @@ class ChatRequest(Strict):
         Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None,
         Neutral('["text"]', "audio is not supported"),
     ] = None
-    store: Annotated[Off | None, Neutral("false", "answers are not stored")] = None
+    store: Annotated[Off | None, Neutral("false", "completions are not stored")] = None
     verbosity: Annotated[
         Literal["medium"] | None, Neutral('"medium"', "models here have no such setting")
     ] = None
@@ -178,28 +181,28 @@ class ChatRequest(Strict):
     ] = None
     prompt_cache_retention: Annotated[
         Literal["in_memory"] | None,
-        Neutral('"in_memory"', "prefixes are kept while memory allows"),
+        Neutral('"in_memory"', "prefixes are cached while memory allows"),
     ] = None
     prompt_cache_options: Annotated[
         CacheOptions | None,
-        Neutral('{} or {"mode": "implicit"}', "prefixes are kept while memory allows"),
+        Neutral('{} or {"mode": "implicit"}', "prefixes are cached while memory allows"),
     ] = None
 
     audio: Annotated[None, Refused("audio is not supported")] = None
-    moderation: Annotated[None, Refused("there is no moderation")] = None
+    moderation: Annotated[None, Refused("moderation is not supported")] = None
     prediction: Annotated[None, Refused("predicted output is not supported")] = None
-    web_search_options: Annotated[None, Refused("there is no web search")] = None
+    web_search_options: Annotated[None, Refused("web search is not supported")] = None
 
     @field_validator("stop", mode="before")
     @classmethod
     def _listed(cls, stop: Any) -> Any:
-        """A text is a list of one: as a union its errors would be those of the wrong kind."""
+        """Wraps a single text in a list; a union type would report errors of the wrong member."""
         return [stop] if isinstance(stop, str) else stop
 
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _by_id(cls, bias: Any) -> Any:
-        """JSON's keys are texts; "5" and "05" would be the same id twice."""
+        """Converts string keys to token ids; rejects "05", which would duplicate "5"."""
         if not isinstance(bias, dict):
             return bias
         for key in bias:
@@ -219,11 +222,11 @@ class ChatRequest(Strict):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
+        """Whether the stream should end with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling(self) -> SamplingParams:
-        """As the engine takes it; what is absent has OpenAI's default."""
+        """Returns the engine's sampling parameters; absent fields get OpenAI's defaults."""
         return SamplingParams(
             temperature=_or(self.temperature, 1.0),
             top_p=_or(self.top_p, 1.0),
@@ -240,10 +243,10 @@ class ChatRequest(Strict):
 
 
 def read_chat(body: dict[str, Any]) -> ChatRequest:
-    """The request that a body holds.
+    """Validates a parsed body as a chat request.
 
     Raises:
-        APIError: a field is wrong, unknown or not honoured; the answer names it.
+        APIError: a field is invalid, unknown or unsupported; the error names it.
     """
     try:
         return ChatRequest.model_validate(body)
@@ -252,7 +255,7 @@ def read_chat(body: dict[str, Any]) -> ChatRequest:
 
 
 def _conflict(param: str, message: str) -> APIError:
-    """A mistake of two fields, told as one's."""
+    """Returns an error about two conflicting fields, reported under one of them."""
     return APIError(400, message, param=param, code="invalid_value")
 
 

@@ -1,4 +1,4 @@
-"""One engine in a thread of its own, fed and drained by the server's event loop."""
+"""Runs an engine in a separate thread; the server's event loop submits requests to it."""
 
 import asyncio
 import logging
@@ -14,13 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 class EngineFailure(RuntimeError):
-    """A step failed for a reason that is not the caller's mistake; the log has the traceback."""
+    """An engine step failed and the request was not at fault; the traceback is in the log."""
 
     status = 500
 
 
 class ServerEnding(EngineFailure):
-    """The server is told to end, and the time for running requests is over."""
+    """The server is shutting down and the drain timeout has expired."""
 
     status = 503
 
@@ -29,7 +29,11 @@ Deliver = Callable[[TokenEvent | Exception], None]
 
 
 class EngineService:
-    """Runs an engine's steps in a thread; requests come from any event loop.
+    """Runs an engine's steps in a thread; requests may come from any event loop.
+
+    Args:
+        name: name of the model, used in the thread's name and in log lines.
+        llm: the model and its engine.
 
     Example:
         async for event in service.generate(request): ...
@@ -44,11 +48,11 @@ class EngineService:
         self._thread.start()
 
     async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
-        """Events of one request; leaving the iteration early (a client that hung up) cancels it.
+        """Yields the events of one request; leaving the iteration early cancels the request.
 
         Raises:
-            ConfigError: the engine refuses the request.
-            EngineFailure: a step failed, or `end` was called.
+            ConfigError: the engine rejects the request.
+            EngineFailure: an engine step failed, or `end` was called.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
@@ -69,7 +73,7 @@ class EngineService:
             self._inbox.put(lambda: self._forget(request.id, deliver))
 
     def end(self, error: EngineFailure) -> None:
-        """Ends running requests with `error` after the step they are in, and refuses new ones with it."""
+        """Ends running requests with `error` after the current step and rejects new ones too."""
 
         def fail() -> None:
             self._ended = error
@@ -78,7 +82,7 @@ class EngineService:
         self._inbox.put(fail)
 
     def close(self) -> None:
-        """Stops the thread after the step it is in, waiting for it for at most 10 seconds."""
+        """Stops the thread after the current step, waiting at most 10 seconds for it."""
         self._inbox.put(None)
         self._thread.join(timeout=10)
 
@@ -115,13 +119,16 @@ class EngineService:
         self._listeners[request.id] = deliver
 
     def _forget(self, request_id: int, deliver: Deliver) -> None:
-        """Ends a request for the listener it is served to; one that was refused may be served to another."""
+        """Cancels a request on behalf of its listener.
+
+        A rejected request was never registered here: its id may belong to another listener.
+        """
         if self._listeners.get(request_id) is deliver:
             del self._listeners[request_id]
             self.llm.engine.cancel(request_id)
 
     def _fail_all(self, error: Exception) -> None:
-        """Leaves no request running; each listener hears why."""
+        """Cancels all requests and sends the error to their listeners."""
         listeners, self._listeners = self._listeners, {}
         for request_id, listener in listeners.items():
             self.llm.engine.cancel(request_id)
@@ -129,7 +136,7 @@ class EngineService:
 
 
 def _safely(deliver: Deliver, event: TokenEvent | Exception) -> None:
-    """Delivers to an event loop that may be gone by now."""
+    """Delivers to an event loop that may already be closed."""
     try:
         deliver(event)
     except RuntimeError:

@@ -1,7 +1,8 @@
-"""How each field of a request is treated: honoured, accepted where it changes nothing, or refused by name.
+"""How each request field is treated: honoured, accepted without effect, or rejected by name.
 
-A request's model holds every field of the published schema. A field without a mark is honoured; the marks below stand
-in the field's annotation. `null` is the same as leaving an optional field out.
+A request model declares every field of the published schema. A field without a marker is honoured;
+the other fields carry one of the markers below in their annotation. `null` is equivalent to
+omitting an optional field.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from easyllm.serve.errors import APIError
 
 @dataclass(frozen=True, slots=True)
 class Neutral:
-    """A field that is accepted at values which leave the answer as it is.
+    """Marks a field that is accepted only at values that do not change the completion.
 
     Attributes:
-        accepts: those values, in words.
-        reason: why no other is.
+        accepts: the accepted values, in words.
+        reason: why no other value is accepted.
     """
 
     accepts: str
@@ -30,21 +31,26 @@ class Neutral:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A field that is refused with any value; its type is None."""
+    """Marks a field that is rejected at any value; its type is None."""
 
     reason: str
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused unless they are null, which says nothing; no value is converted: `"true"` is not a
-    boolean, nor is 1."""
+    """A model that rejects unknown fields, unless they are null, and never converts values.
+
+    For example, neither `"true"` nor 1 is accepted as a boolean.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _without_unknown_nulls(cls, value: Any) -> Any:
-        """Clients write null for options they do not use, and send answers of other servers back."""
+        """Drops unknown fields that are null, as clients send for options they do not use.
+
+        They also occur in responses of other servers that are sent back as messages.
+        """
         if not isinstance(value, dict):
             return value
         return {k: v for k, v in value.items() if v is not None or k in cls.model_fields}
@@ -59,13 +65,13 @@ class Strict(BaseModel):
 
 
 def treatment_of(model: type[BaseModel], name: str) -> Neutral | Refused | None:
-    """The mark of a model's field; None where it is honoured."""
+    """Returns the marker of a model's field; None if the field is honoured."""
     marks = (m for m in model.model_fields[name].metadata if isinstance(m, Neutral | Refused))
     return next(marks, None)
 
 
 def as_api_error(error: ValidationError, model: type[BaseModel]) -> APIError:
-    """The first mistake of a request: its field's path, what was wrong, and OpenAI's code for that."""
+    """Returns the first validation error of a request with the field's path and OpenAI's code."""
     problem = error.errors(include_url=False)[0]
     loc, mark, owner = problem["loc"], None, model
     for depth, part in enumerate(loc):
@@ -86,7 +92,7 @@ def as_api_error(error: ValidationError, model: type[BaseModel]) -> APIError:
 def _describe(
     problem: ErrorDetails, mark: Neutral | Refused | None, owner: type[BaseModel]
 ) -> tuple[str, str]:
-    """Message and code of a mistake."""
+    """Returns the message and code of a validation error."""
     kind = problem["type"]
     if isinstance(mark, Refused):
         return f"this field is not supported: {mark.reason}", "unsupported_parameter"
@@ -104,7 +110,7 @@ def _describe(
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model that a field's type is made of, if there is one."""
+    """Returns the model that a field's type refers to, if any."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_model_in, get_args(annotation))), None)

@@ -1,6 +1,7 @@
-"""GGUF files in llama.cpp and in this project: tokens, log-probabilities, greedy answers.
+"""GGUF files in llama.cpp and in this project: tokens, log-probabilities, greedy completions.
 
-llama.cpp runs in this process (`xllamacpp`) and is asked over its own HTTP server, with keys, values and weights in fp32.
+llama.cpp runs in this process (`xllamacpp`) and is queried through its own HTTP server, with keys,
+values and weights in fp32.
 """
 
 import json
@@ -26,7 +27,7 @@ from easyllm.models import load_model, load_tokenizer, locate, save_model
 from easyllm.models.families import family_of
 from easyllm.nn import Decoder
 
-BOUND = 2e-3  # of a log-probability: two programs that sum in other orders
+BOUND = 2e-3  # of a log-probability: the two programs sum in different orders
 TEXTS = {
     "digits": "In 1984, 12345678 + 0.5 = 3,141.59 (or 007)",
     "digits and letters": "x86_64 v2.0.1 H2O 3rd 1e-5 0xFF",
@@ -70,7 +71,7 @@ def main() -> int:
 
 
 class Peer:
-    """A server of llama.cpp's."""
+    """A llama.cpp server."""
 
     def __init__(self, path: Path) -> None:
         params = xllamacpp.CommonParams()
@@ -80,7 +81,7 @@ class Peer:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.no_extra_bufts = True  # weights as the file has them
+        params.no_extra_bufts = True  # weights as stored in the file
         self.server = xllamacpp.Server(params)
 
     def ask(self, route: str, **body: Any) -> Any:
@@ -98,7 +99,10 @@ class Peer:
         return found
 
     def greedy(self, ids: Sequence[int], count: int) -> list[dict[str, Any]]:
-        """The tokens after `ids`, each with the ten likeliest: `{"id", "top_logprobs": [{"id", "logprob"}]}`."""
+        """Returns the tokens after `ids`, each with its ten most likely candidates.
+
+        Each is `{"id", "top_logprobs": [{"id", "logprob"}]}`.
+        """
         options = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
         body = {"prompt": list(ids), "n_predict": count, "n_probs": 10, "cache_prompt": False}
         found: list[dict[str, Any]] = self.ask("/completion", **body, **options)[
@@ -120,7 +124,7 @@ def peer(path: Path) -> Iterator[Peer]:
 
 
 def tokens_of_pre(figures: Figures, pre: str, work: Path) -> None:
-    """The same vocabulary and merges, cut by another rule."""
+    """Compares the same vocabulary and merges under another pre-tokenizer."""
     reader = gguf.GGUFReader(locate("smollm2"))
     tokenizer = {name: field for name, field in reader.fields.items() if "tokenizer." in name}
     model, hf = tiny_model(vocab_size=len(tokenizer["tokenizer.ggml.tokens"].contents()))
@@ -192,7 +196,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 def llama3_factors(width: int, theta: float) -> np.ndarray:
-    """What a file holds as `rope_freqs.weight`: the divisor of each frequency (the rule of Llama 3.1's published code)."""
+    """Returns `rope_freqs.weight`: divisors of frequencies, as in Llama 3.1's published code."""
     found = []
     for i in range(0, width, 2):
         length = 2 * math.pi * theta ** (i / width)
@@ -203,7 +207,7 @@ def llama3_factors(width: int, theta: float) -> np.ndarray:
 
 
 ROPE: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
-    # name: (of config.json, of the GGUF file, whether the file holds factors)
+    # name: (config.json keys, GGUF keys, whether the file contains factors)
     "plain": ({}, {}, False),
     "theta 500000, no tied head": ({"rope_theta": 5e5, "tie_word_embeddings": False}, {}, False),
     "Llama 3's factors": ({"rope_scaling": LLAMA3}, {}, True),
@@ -232,7 +236,7 @@ def tiny(
     factors: bool,
     work: Path,
 ) -> None:
-    """A file read by both, and the folder it was written from."""
+    """Compares a file read by both, which was written from a folder."""
     model, hf = tiny_model(**config)
     path, folder = work / f"{name}.gguf", work / f"{name} hf"
     extra = (
@@ -247,7 +251,7 @@ def tiny(
 
 
 def smollm2(figures: Figures, work: Path) -> None:
-    """The whole model in F32, so that both compute with the same weights."""
+    """Compares the complete model in F32, so that both compute with the same weights."""
     path = work / "smollm2.gguf"
     in_float32(locate("smollm2"), path)
     tokenizer = load_tokenizer(path)
@@ -262,7 +266,7 @@ def smollm2(figures: Figures, work: Path) -> None:
 
 @torch.no_grad()
 def difference(model: Decoder, ids: Sequence[int], steps: Sequence[Mapping[str, Any]]) -> float:
-    """The largest difference of log-probabilities over the ten likeliest tokens of each step."""
+    """Returns the largest log-probability difference over the top ten tokens of each step."""
     whole = [*ids, *(step["id"] for step in steps)]
     rows = model.logits(whole)[len(ids) - 1 : -1].log_softmax(-1)
     found = 0.0
@@ -285,7 +289,7 @@ def answer(llm: LLM, ids: Sequence[int], count: int) -> list[int]:
 
 
 def tiny_model(**changes: Any) -> tuple[Decoder, dict[str, Any]]:
-    """A random Llama and its `config.json`."""
+    """Returns a random Llama and its `config.json`."""
     hf: dict[str, Any] = {
         "model_type": "llama",
         "vocab_size": 320,
@@ -322,7 +326,7 @@ def write(
     extra: Mapping[str, np.ndarray] | None = None,
     tokenizer: Mapping[str, tuple[Any, list[Any]]] | None = None,
 ) -> None:
-    """Saves the model as a folder, and as a GGUF file with the names of the `gguf` package's own map."""
+    """Saves the model as a folder, and as a GGUF file with tensor names from the `gguf` package."""
     save_model(model, folder)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(hf["max_position_embeddings"])
@@ -344,7 +348,7 @@ def write(
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, hf["num_hidden_layers"])
     for name, tensor in load_file(folder / "model.safetensors").items():
         array, part = tensor.float().numpy(), name.split(".")[-2]
-        if part in heads:  # pairs side by side, as llama.cpp rotates them
+        if part in heads:  # rotated pairs are adjacent in llama.cpp
             split = array.reshape(heads[part], 2, -1, array.shape[1])
             array = np.ascontiguousarray(split.swapaxes(1, 2).reshape(array.shape))
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array)
@@ -354,8 +358,11 @@ def write(
 
 
 def byte_tokenizer(count: int) -> dict[str, tuple[Any, list[Any]]]:
-    """The metadata of a byte-level vocabulary of ASCII with one merge: llama.cpp leaves tokens that end within a character
-    out of `completion_probabilities`, so there are none."""
+    """Returns the metadata of a byte-level vocabulary of ASCII with one merge.
+
+    llama.cpp omits tokens that end within a character from `completion_probabilities`, so the
+    vocabulary contains none.
+    """
     letters = [chr(code) for code in range(33, 127)]
     tokens = ["<pad>", "<s>", "</s>", *letters, "ab"]
     tokens += [f"w{n}." for n in range(count - len(tokens))]
@@ -376,7 +383,7 @@ def byte_tokenizer(count: int) -> dict[str, tuple[Any, list[Any]]]:
 
 
 def in_float32(source: Path, target: Path) -> None:
-    """A GGUF file with its weights in F32."""
+    """Writes a copy of a GGUF file with its weights in F32."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "llama")
     fields = {name: (f.contents(), f.types) for name, f in reader.fields.items()}

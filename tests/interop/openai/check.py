@@ -1,4 +1,4 @@
-"""The official client against `easyllm serve`: a tiny random model in a server of its own process."""
+"""The official client against `easyllm serve`, with a tiny random model in a separate process."""
 
 import asyncio
 import json
@@ -31,7 +31,8 @@ KEY = "sk-interop"
 QUESTION: Any = [{"role": "user", "content": "hello, 世界 12345"}]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "+ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\\n' }}{% endif %}"
 )
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -56,7 +57,7 @@ def main() -> int:
     return figures.end()
 
 
-# ---- what is asked
+# ---- requests
 
 
 def answers(figures: Figures, client: openai.OpenAI) -> None:
@@ -97,7 +98,12 @@ def answers(figures: Figures, client: openai.OpenAI) -> None:
     figures.equal("developer is system", developer, system)
     raw = client.chat.completions.with_raw_response.create(**PLAIN)
     figures.equal("raw response", content(raw.parse()), content(answer))
-    omitted = client.chat.completions.create(**PLAIN, stop=openai.omit, top_p=None, n=None)  # type: ignore[arg-type]
+    omitted = client.chat.completions.create(
+        **PLAIN,
+        stop=openai.omit,
+        top_p=None,
+        n=None,  # type: ignore[arg-type]
+    )
     figures.equal("null and omitted fields", content(omitted), content(answer))
 
 
@@ -123,7 +129,7 @@ def streams(figures: Figures, client: openai.OpenAI) -> None:
     expected = content(client.chat.completions.create(**stopped))
     figures.equal("stream helper", content(final), expected)
     figures.true("its events", {"content.delta", "content.done"} <= kinds, str(sorted(kinds)))
-    try:  # the client refuses to give back what max_tokens has cut: findings/openai_stream_length.sh
+    try:  # it rejects completions truncated by max_tokens: findings/openai_stream_length.sh
         with client.chat.completions.stream(**PLAIN) as stream:
             stream.get_final_completion()
     except openai.LengthFinishReasonError as error:
@@ -332,11 +338,11 @@ async def together(figures: Figures, address: str) -> None:
         figures.equal("streamed", text, content(alone))
 
 
-# ---- what is served
+# ---- the server
 
 
 def save_tiny(folder: Path) -> Path:
-    """A random model with a tokenizer and ChatML's template."""
+    """Saves a random model with a tokenizer and ChatML's template."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -369,7 +375,7 @@ def save_tiny(folder: Path) -> Path:
 
 @contextmanager
 def serving(model: Path) -> Iterator[str]:
-    """The address of `easyllm serve` on a free port; ended by SIGTERM, as a service manager does."""
+    """Yields the address of `easyllm serve` on a free port; stops it by SIGTERM at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""LoRA adapters between peft and this project, in both directions, on tiny random Llama models."""
+"""LoRA adapters exchanged with peft in both directions, on tiny random Llama models."""
 
 import json
 import sys
@@ -38,13 +38,13 @@ PATTERNS = {
     "rank_pattern": {r"layers\.1\..*v_proj": 6, "q_proj": 3, r"layers\.0.*\.v_proj": 2},
     "alpha_pattern": {"q_proj": 64, r"model\.layers\.[01]\.mlp\.(up|gate).*": 5, "down_proj": 20},
 }
-"""None of which fits a module that another fits: see findings/peft_pattern_order.sh."""
+"""Patterns of which no two match the same module: see findings/peft_pattern_order.sh."""
 TIED = {"tie_word_embeddings": True}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """An adapter that peft makes, and what its base is."""
+    """An adapter created by peft, and its base model."""
 
     adapter: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
@@ -132,7 +132,7 @@ FROM_PEFT = {
     "EVA": Case(adapter={"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)}),
     "orthogonal start": Case(adapter={"init_lora_weights": "orthogonal"}),
 }
-"""Read here with peft's logits."""
+"""Adapters that must give peft's logits when read here."""
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"use_dora": True}, "use_dora"),
@@ -151,14 +151,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layer_replication": ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
     "aLoRA": ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens"),
 }
-"""Files of peft's own making that are not honoured, and the key by which each is refused."""
+"""Unsupported files created by peft itself, and the key by which each is refused."""
 
 INVENTED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown key": ({"lora_temperature": 2.0}, "lora_temperature"),
     "an unknown key, nested": ({"spectral_config": {"rank": 2}}, "spectral_config"),
     "peft_type": ({"peft_type": "NEWTUNE"}, "NEWTUNE"),
 }
-"""Keys written into a plain file."""
+"""Unsupported keys written into a plain file."""
 
 
 def main() -> int:
@@ -188,7 +188,7 @@ def main() -> int:
 
 
 def from_peft(figures: Figures, name: str, case: Case, folder: Path) -> None:
-    """peft's logits against those of its adapter read here, and the adapter's own share in them."""
+    """Compares peft's logits with those of its adapter read here, and the adapter's effect."""
     base, expected = make_with_peft(case, folder)
     got = logits(opener(folder)(), case)
     figures.at_most(name, float((got - expected).abs().max()), BOUND)
@@ -197,7 +197,7 @@ def from_peft(figures: Figures, name: str, case: Case, folder: Path) -> None:
 
 
 def make_with_peft(case: Case, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits without and with an adapter whose files, and the base's, are written to `folder`."""
+    """Returns logits without and with an adapter; writes its and the base's files to `folder`."""
     torch.manual_seed(0)
     model = base_model(case)
     randomise_norms(model)
@@ -233,7 +233,7 @@ def invent(figures: Figures, name: str, keys: dict[str, Any], word: str, folder:
 
 
 def opener(folder: Path) -> Any:
-    """A function that loads the base and adapter of a folder here."""
+    """Returns a function that loads the base and the adapter in a folder."""
     return lambda: load_model(folder / "base", adapter=folder / "adapter", dtype="float32")
 
 
@@ -293,7 +293,7 @@ TO_PEFT = {
 
 
 def to_peft(figures: Figures, name: str, config: LoRAConfig, case: Case, folder: Path) -> None:
-    """Logits of an adapter made here against peft's of the files written here."""
+    """Compares the logits of an adapter created here with peft's for the files written here."""
     torch.manual_seed(0)
     made = base_model(case)
     randomise_norms(made)
@@ -329,14 +329,14 @@ def base_model(case: Case) -> Any:
 
 
 def reopened(case: Case, folder: Path) -> Any:
-    """The base that a folder holds, in fp32."""
+    """Returns the base model in a folder, in fp32."""
     kind = AutoModelForSequenceClassification if case.labels else AutoModelForCausalLM
     return kind.from_pretrained(folder / "base", dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def randomise_norms(model: Any) -> None:
-    """Norms that are not all ones, so that one exchanged for another is seen."""
+    """Randomises norm weights, so that exchanged norms are detected."""
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             parameter.uniform_(0.5, 1.5)
@@ -344,13 +344,13 @@ def randomise_norms(model: Any) -> None:
 
 @torch.no_grad()
 def reference_logits(model: Any, case: Case) -> torch.Tensor:
-    """[T, V], or [labels] of the last token."""
+    """Returns logits [T, V], or [labels] of the last token."""
     out: torch.Tensor = model(input_ids=IDS[None]).logits[0]
     return out.float()
 
 
 def logits(model: Any, case: Case) -> torch.Tensor:
-    """The same of a model of this project."""
+    """Returns the same for a model of this project."""
     out: torch.Tensor = model.logits(IDS)
     return (out[-1] if case.labels else out).float()
 

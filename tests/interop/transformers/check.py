@@ -1,6 +1,7 @@
-"""The newest `transformers` against this project: logits, tokenizers and chat templates, both directions.
+"""The newest `transformers` compared with this project: logits, tokenizers and chat templates.
 
-`make test` holds the release of `constraints.txt` against the same; what is right in both is the same in the two releases.
+`make test` compares with the release pinned in `constraints.txt`; what passes in both behaves the
+same in the two releases.
 """
 
 import json
@@ -96,27 +97,36 @@ TOOLS = [
 ]
 TEMPLATES = {
     "trimmed blocks": (
-        "{%- for m in messages %}\n    {%- if m.role == 'system' %}\n        {{- '[S]' + m.content | trim }}\n"
-        "    {%- else %}\n        {{- '[' + m['role'] + ']' ~ m.content }}\n    {%- endif %}\n{% endfor %}\nend\n"
+        "{%- for m in messages %}\n    {%- if m.role == 'system' %}\n        {{- '[S]' + "
+        "m.content | trim }}\n"
+        "    {%- else %}\n        {{- '[' + m['role'] + ']' ~ m.content }}\n    {%- endif "
+        "%}\n{% endfor %}\nend\n"
         "{% if add_generation_prompt %}\n  {{ '[assistant]' }}\n{% endif %}"
     ),
     "tools as JSON": (
         "{% if tools %}{{ tools | tojson }}{{ tools | tojson(indent=2) }}{% endif %}"
-        "{% for m in messages %}{{ bos_token if loop.first }}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% for m in messages %}{{ bos_token if loop.first }}{{ m.content }}{{ eos_token "
+        "}}{% endfor %}"
     ),
     "namespace, break, continue": (
-        "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
-        "{% set ns.n = ns.n + 1 %}{{ ns.n }}:{{ m.content }};{% if ns.n == 2 %}{% break %}{% endif %}{% endfor %}"
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'system' %}{% "
+        "continue %}{% endif %}"
+        "{% set ns.n = ns.n + 1 %}{{ ns.n }}:{{ m.content }};{% if ns.n == 2 %}{% break %}{% "
+        "endif %}{% endfor %}"
     ),
     "generation": (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content "
+        "}}{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}|{% endfor %}"
     ),
     "strings, lists, tests": (
-        "{{ messages | length }} {{ messages[-1].content.split(' ')[0] }} {{ messages[0].role.upper() }}"
+        "{{ messages | length }} {{ messages[-1].content.split(' ')[0] }} {{ "
+        "messages[0].role.upper() }}"
         "{{ messages | map(attribute='role') | join('/') }} {{ messages[0].tool_calls is defined }}"
-        "{{ messages[::-1][0].content | replace('1', 'one') }} {{ (messages | first).content.startswith('h') }}"
-        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ none is none }} {{ 7 // 2 }}"
+        "{{ messages[::-1][0].content | replace('1', 'one') }} {{ (messages | "
+        "first).content.startswith('h') }}"
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ none is "
+        "none }} {{ 7 // 2 }}"
     ),
 }
 
@@ -182,7 +192,7 @@ def scores(figures: Figures, folder: Path) -> None:
 
 
 def trained(**pre: Any) -> Backend:
-    """A byte-level BPE vocabulary."""
+    """Returns a trained byte-level BPE vocabulary."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, **pre)
     backend.decoder = decoders.ByteLevel()
@@ -197,7 +207,7 @@ def trained(**pre: Any) -> Backend:
 
 
 def vocabulary() -> dict[str, Any]:
-    """The same as the arguments of the classes that are named after a model."""
+    """Returns the same as arguments of the model-specific tokenizer classes."""
     model = json.loads(trained().to_str())["model"]
     return {"vocab": model["vocab"], "merges": [tuple(pair) for pair in model["merges"]]}
 
@@ -207,7 +217,7 @@ def plain(_: Path) -> Any:
 
 
 def with_added(_: Path) -> Any:
-    """Added tokens of every kind: special or not, taking the spaces around them or not."""
+    """Returns a tokenizer with all kinds of added tokens: special or not, with or without strip."""
     made = plain(_)
     made.add_tokens(
         [AddedToken("<tool>", lstrip=True, rstrip=True), AddedToken("world", single_word=True)]
@@ -233,7 +243,7 @@ def qwen2(_: Path) -> Any:
 
 
 def llama(_: Path) -> Any:
-    """Pieces with `▁` and bytes, as sentencepiece has them."""
+    """Returns a vocabulary with `▁` pieces and byte tokens, as in sentencepiece."""
     letters = sorted({c for text in TEXTS for c in text.replace(" ", "▁")})
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *letters]
     merges = [("▁", "t"), ("H", "e"), ("l", "l"), ("He", "ll"), ("▁", "▁"), ("1", "2")]
@@ -252,7 +262,7 @@ TOKENIZERS: dict[str, Callable[[Path], Any]] = {
 
 
 def tokens(figures: Figures, name: str, reference: Any, folder: Path) -> None:
-    """Ids with and without added ends, and the text they stand for, of a saved tokenizer opened by both."""
+    """Compares ids with and without special tokens, and decoded text, of a saved tokenizer."""
     reference.save_pretrained(folder)
     theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
     ours.save(folder / "again")
@@ -284,7 +294,7 @@ def chats(figures: Figures, name: str, template: str, folder: Path) -> None:
 
 
 def smollm2(figures: Figures, folder: Path) -> None:
-    """The real tokenizer and template, saved here."""
+    """Compares the real tokenizer and template, saved here."""
     tokenizer = load_tokenizer("smollm2")
     tokenizer.save(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
@@ -306,13 +316,14 @@ def compare_chats(figures: Figures, name: str, folder: Path, *, tools: Any) -> N
             got = ours.encode_chat(messages, tools=tools, add_generation_prompt=prompt)
             if list(got.token_ids) != expected:
                 wrong.append(
-                    f"got {ours.decode(list(got.token_ids), skip_special=False)!r}, expected {text!r}"
+                    f"got {ours.decode(list(got.token_ids), skip_special=False)!r}, expected "
+                    f"{text!r}"
                 )
     figures.true(name, not wrong, "; ".join(wrong[:1])[:500] or "equal")
 
 
 def pinned(package: str) -> str:
-    """The line of constraints.txt."""
+    """Returns the package's line of constraints.txt."""
     lines = (Path(__file__).parents[3] / "constraints.txt").read_text().splitlines()
     return next(line for line in lines if line.startswith(f"{package}=="))
 
