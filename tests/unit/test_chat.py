@@ -325,7 +325,7 @@ def test_a_prompt_that_opens_reasoning_does_not_hide_the_turn(make, tiny_tokeniz
 
 def test_a_turn_omitted_by_the_template_is_refused(make):
     tokenizer = make("{{ messages[-1].content }}")
-    with pytest.raises(DataError, match=r"assistant turn 1 cannot be found.*generation"):
+    with pytest.raises(DataError, match=r"assistant turn 1 cannot be located.*generation"):
         tokenizer.encode_chat(chat("u", "one", "v"), with_mask=True)
 
 

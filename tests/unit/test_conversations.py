@@ -218,7 +218,7 @@ WRONG = {
     ),
     "a question alone": ({"instruction": "q", "input": ""}, "it has 'instruction' but no 'output'"),
     "an answer alone": ({"completion": "a"}, "it has 'completion' but no 'prompt'"),
-    "a plain text": ({"text": "x"}, "it is a plain text, which `easyllm data build` packs"),
+    "a plain text": ({"text": "x"}, "it is plain text, which `easyllm data build` packs"),
     "no assistant": ({"messages": [user("q")]}, "no assistant turn"),
     "no messages": ({"messages": []}, "no assistant turn"),
     "no turns": ({"conversations": []}, "no assistant turn"),

@@ -319,7 +319,7 @@ def test_a_seed_changes_signatures_but_no_similarity(corpus):
 def test_damaged_signatures_are_refused(tmp_path):
     signatures(["a b c d"], DEFAULT).save(tmp_path / "s")
     (tmp_path / "s" / "offsets.npy").write_bytes(b"")
-    with pytest.raises(DataError, match="compute them again"):
+    with pytest.raises(DataError, match="remove it and build again"):
         Signatures.load(tmp_path / "s")
 
 

@@ -263,7 +263,7 @@ def register_adapter(
     from easyllm.adapters.adapter_set import AdapterSet
 
     if any(kind.peft_type == peft_type for kind in _KINDS.values()):
-        raise ValueError(f"an adapter with peft_type {peft_type!r} is registered already")
+        raise ValueError(f"an adapter with peft_type {peft_type!r} is already registered")
     ADAPTERS.register(config)
     name = config.model_fields["kind"].default
     _KINDS[name] = AdapterKind(

@@ -43,7 +43,7 @@ class Kinds:
                 "to be registered"
             )
         if kind in self._variants:
-            raise ValueError(f"a kind of {self.what} called {kind!r} is registered already")
+            raise ValueError(f"a kind of {self.what} called {kind!r} is already registered")
         self._variants[kind] = config
 
     def unregister(self, kind: str) -> None:

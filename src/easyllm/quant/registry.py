@@ -56,7 +56,7 @@ def register_storage(format: StorageFormat) -> StorageFormat:
             is set.
     """
     if format.name in FORMATS or format.name == "dense":
-        raise ValueError(f"a storage format named {format.name!r} is registered already")
+        raise ValueError(f"a storage format named {format.name!r} is already registered")
     if bool(format.file_tensors) != (format.from_file is not None):
         raise ValueError(
             f"format {format.name!r} needs both file_tensors and from_file, or neither"
