@@ -29,10 +29,15 @@ from machine import SHARED
 from easyllm.core.device import bf16_is_fast
 from easyllm.plan.machine import matmul_rate
 from easyllm.train import TrainConfig
+from easyllm.train.factories import (
+    build_model,
+    build_precision_policy,
+    compute_dtype,
+    find_base_model,
+)
 from easyllm.train.loop import accumulate, take_step
-from easyllm.train.material import gather
 from easyllm.train.objectives import LanguageModel
-from easyllm.train.setup import build_arithmetic, build_model, compute_dtype, find_origin
+from easyllm.train.training_data import gather
 from easyllm.train.watch import step_flops
 
 SETTINGS = (("bf16", "1"), ("bf16", "0"), ("f32", "1"), ("f32", "0"))
@@ -103,13 +108,13 @@ def packed_steps(options: argparse.Namespace, *, steps: int = 12) -> dict[str, A
                 "micro_batch_tokens": 2560,  # one forward pass per step
             }
         )
-        origin = find_origin(config)
+        origin = find_base_model(config)
         loader = gather(config, origin.tokenizer, context=origin.config.max_seq_len).loader
     cpu = torch.device("cpu")
     model, optimizer = build_model(config, origin, cpu)
     dtype = compute_dtype(config, cpu)
     arithmetic, flops = (
-        build_arithmetic(config, model.config, cpu),
+        build_precision_policy(config, model.config, cpu),
         step_flops(model.config, config),
     )
     model.train()

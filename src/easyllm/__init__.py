@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = ["LLM", "SamplingParams", "load_model", "load_tokenizer", "save_model"]
 
-_HOMES = {
+_EXPORTS = {
     "LLM": "easyllm.engine",
     "SamplingParams": "easyllm.engine",
     "load_model": "easyllm.models",
@@ -24,9 +24,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'easyllm' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_EXPORTS[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -73,7 +73,7 @@ def test_sum_and_rms_norm_match_fp64(through_triton, device, shape, added_dtype)
     if added_dtype is not None:
         added = random(*shape, dtype=added_dtype, device=device, seed=3).requires_grad_()
         leaves.append(added)
-    total, y = norm.sum_and_rms_norm(x, added, w, 1e-5)
+    total, y = norm.add_rms_norm(x, added, w, 1e-5)
     assert torch.equal(total, x if added is None else x + added)
     with torch.no_grad():
         assert torch.equal(y, norm.rms_norm(total, w, 1e-5))

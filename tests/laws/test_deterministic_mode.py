@@ -15,7 +15,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Engine, Request, SamplingParams
 from easyllm.engine.options import EngineConfig
 from easyllm.examples.sample import Sample
-from easyllm.nn.deterministic import check_deterministic, one_row_logprobs
+from easyllm.nn.deterministic import check_deterministic, rowwise_logprobs
 from easyllm.ops.kernels.build import _library
 from easyllm.quant import quantize_weights
 
@@ -108,13 +108,13 @@ def test_the_forward_pass_is_bitwise_identical_with_a_gradient(tiny_tokenizer):
     model.requires_grad_(True).train()
     context = batch.context(deterministic=True)
     logits = model.head(model(batch.token_ids, context), context)
-    rows = one_row_logprobs(logits, batch.labels)
+    rows = rowwise_logprobs(logits, batch.labels)
     model.eval()
     at = 0
     for each in ids:
         alone = model.logits(each[:-1], deterministic=True)
         assert torch.equal(
-            one_row_logprobs(alone, torch.tensor(each[1:])), rows[at : at + len(each) - 1]
+            rowwise_logprobs(alone, torch.tensor(each[1:])), rows[at : at + len(each) - 1]
         )
         at += len(each) - 1
 

@@ -247,7 +247,7 @@ def test_a_cached_prefix_is_reused_unless_salt_adapter_or_prompt_logprobs_forbid
     assert tokens_computed(engine, request(adapter="lora")) == 3
     asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     assert tokens_computed(engine, request(asked)) == 67
-    engine.forget_prefixes()
+    engine.clear_prefix_cache()
     assert tokens_computed(engine, request()) == 67
 
 
@@ -536,7 +536,7 @@ def test_weights_changed_while_requests_run_leave_nothing_stale(tiny_tokenizer):
     events = [event for _ in range(4) for event in engine.step()]
     for parameter in model.parameters():
         parameter.mul_(0.9)
-    engine.forget_prefixes()
+    engine.clear_prefix_cache()
     while engine.busy:
         events += engine.step()
     ids = [*prompt, *(e.token_id for e in events)]

@@ -7,7 +7,7 @@ from conftest import build_tiny
 from easyllm.batches.packing import pack
 from easyllm.examples.sample import Sample
 from easyllm.train.config import AdamWConfig
-from easyllm.train.loop import Arithmetic, accumulate
+from easyllm.train.loop import PrecisionPolicy, accumulate
 from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
 
@@ -123,7 +123,9 @@ def test_padding_tokens_of_a_micro_batch_have_no_effect():
     samples = random_samples([3, 50, 8, 21])
     whole_loss, whole = gradients([samples])
     model = build_tiny(seed=1).requires_grad_(True)
-    loss, _ = accumulate(model, LanguageModel(), [pack(samples)], Arithmetic(token_multiple=64))
+    loss, _ = accumulate(
+        model, LanguageModel(), [pack(samples)], PrecisionPolicy(token_multiple=64)
+    )
     assert loss == pytest.approx(whole_loss, rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4, msg=name)

@@ -99,7 +99,7 @@ def run_schedule(seed):
         if rng.random() < 0.02:  # the pass fails, or the weights change
             scheduler.preempt_all()
             if rng.random() < 0.5:
-                pool.forget_prefixes()
+                pool.clear_prefix_cache()
             continue
         rows = iter(runner.read(step))
         for piece in step.pieces:

@@ -14,7 +14,7 @@ from conftest import build_tiny
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Completion, Engine, EngineConfig, Request, SamplingParams
 from easyllm.engine.draft_model import ModelDrafter
-from easyllm.engine.sampling import Chooser, Draft, choose, draw
+from easyllm.engine.sampling import Draft, SamplerState, sample_multinomial, sample_tokens
 from easyllm.engine.speculative import NgramDrafter
 from easyllm.models import save_model
 from easyllm.nn.config import LinearAttentionConfig
@@ -151,11 +151,11 @@ def test_a_sampled_draft_is_accepted_with_p_over_q_and_else_replaced_from_the_re
         expected,
     ):
         source, counts = random.Random(3), torch.zeros(5)
-        choosers = [Chooser(SamplingParams(), source, [0], 1)] * 1000
+        samplers = [SamplerState(SamplingParams(), source, [0], 1)] * 1000
         for _ in range(20):
             guesses = source.choices(range(5), q.tolist(), k=1000)
             drafts = [Draft(token_id=guess, probabilities=q) for guess in guesses]
-            for choice in choose(p.expand(1000, -1), choosers, drafts):
+            for choice in sample_tokens(p.expand(1000, -1), samplers, drafts):
                 counts[choice.token_id] += 1
         chi2 = ((counts - 20_000 * expected) ** 2 / (20_000 * expected)).sum()
         assert chi2 < 18.47  # 4 degrees of freedom
@@ -209,7 +209,7 @@ def test_draft_tokens_that_are_always_accepted_change_the_distribution(tiny_toke
     """Negative control."""
 
     def believing(logits, sources, drafts=None):
-        ids = draw(logits, sources)
+        ids = sample_multinomial(logits, sources)
         for row, draft in enumerate(drafts or ()):
             if draft is not None:
                 ids[row] = draft.token_id

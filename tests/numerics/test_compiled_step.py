@@ -376,7 +376,7 @@ REFUSED = {
 def test_unsupported_parts_are_named(word):
     model = model_of(**REFUSED[word])
     assert not CompiledStep.supports(model)
-    assert word in CompiledStep.refusal(model)
+    assert word in CompiledStep.unsupported_reason(model)
     with pytest.raises(ConfigError, match="does not support"):
         CompiledStep(model, [], [])
 
@@ -385,7 +385,7 @@ def test_adapters_and_missing_compilers_are_refused(monkeypatch):
     model = build_tiny()
     assert CompiledStep.supports(model)
     model.layers[0].mixer.q_proj.adapter = torch.nn.Identity()
-    assert "adapters" in CompiledStep.refusal(model)
+    assert "adapters" in CompiledStep.unsupported_reason(model)
     monkeypatch.setattr(build, "_library", lambda: None)
     assert not CompiledStep.supports(build_tiny())
 
@@ -447,7 +447,7 @@ def test_a_step_follows_weights_that_are_moved_or_replaced(tiny_tokenizer):
         for name, value in theirs.named_parameters(recurse=False):
             setattr(mine, name, torch.nn.Parameter(value.clone(), requires_grad=False))
     for llm in (first, second):
-        llm.engine.forget_prefixes()
+        llm.engine.clear_prefix_cache()
         assert llm.generate(prompt, params)[0].token_ids == expected
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from easyllm.models import families, load_model, save_model
 
 ROOT = Path(__file__).parents[2]
-MOST_LINES = 200
+MAX_LINES = 200
 
 
 def example() -> str:
@@ -62,5 +62,5 @@ SHARED = {"__init__.py", "family.py", "gguf_layout.py", "rope_config.py"}
     ids=lambda p: p.stem,
 )
 def test_a_family_is_one_small_file(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
-    assert len(example().splitlines()) <= MOST_LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+    assert len(example().splitlines()) <= MAX_LINES

@@ -80,7 +80,7 @@ def test_sum_and_rms_norm_match_fp64(path, dtype, width):
     (w,) = leaves((width,), dtype=dtype)
     exact_sum = x.double() + added.double()
     exact = norm.reference_rms_norm(exact_sum, w.double(), 1e-5)
-    total, out = norm.sum_and_rms_norm(x, added, w, 1e-5)
+    total, out = norm.add_rms_norm(x, added, w, 1e-5)
     assert torch.equal(total, x + added)
     assert torch.equal(out, norm.rms_norm(total.detach(), w, 1e-5))
     compare(torch.cat([total, out.float()]), torch.cat([exact_sum, exact]), (x, added, w), dtype)
@@ -97,7 +97,7 @@ def test_fused_sum_and_norm_equal_two_separate_steps(path, adds):
     found = []
     for forward in (
         steps,
-        lambda x, added, w: norm.sum_and_rms_norm(x, added if adds else None, w, 1e-5),
+        lambda x, added, w: norm.add_rms_norm(x, added if adds else None, w, 1e-5),
     ):
         (x,), (added, w) = (
             leaves((13, 96), dtype=torch.float32),

@@ -26,7 +26,7 @@ def features(kind, length=37, *, rotated=False, dtype=torch.float64):
     if not rotated:
         return Features.plain(q, k, v)
     angle = torch.arange(length, dtype=dtype)[:, None, None] * 0.1
-    return Features(q=q, k=k, v=v, turned_q=q * angle.cos(), turned_k=k * angle.cos())
+    return Features(q=q, k=k, v=v, rotated_q=q * angle.cos(), rotated_k=k * angle.cos())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -190,7 +190,7 @@ def test_the_decoding_form_of_rerope_equals_the_two_matrices(leak):
     q, k = randn(2, 30, 16), randn(2, 30, 16, seed=1)
     rerope = ReRopePosition(ReRope(window=8, leak=leak), 16)
     at = torch.arange(30)
-    whole = rerope.two_matrices(q, k, at, at)
+    whole = rerope.near_far_scores(q, k, at, at)
     for i in (0, 7, 8, 29):
         row = rerope.decode_scores(q[:, i : i + 1], k[:, : i + 1], at[i : i + 1], at[: i + 1])
         torch.testing.assert_close(row[:, 0], whole[:, i, : i + 1], atol=1e-4, rtol=0)

@@ -24,7 +24,7 @@ from easyllm.engine.processors import (
     repeated_ngrams,
     scale,
 )
-from easyllm.engine.sampling import Chooser, choose, narrow
+from easyllm.engine.sampling import SamplerState, apply_sampling_filters, sample_tokens
 from easyllm.models import save_model
 from masks import packed
 
@@ -84,7 +84,7 @@ def test_a_tiny_top_p_keeps_the_most_likely_token_in_any_vocabulary(p, monkeypat
     quick = keep_top_p(logits, torch.full((4,), p, dtype=torch.float64))
     assert (quick > float("-inf")).sum(-1).tolist() == [1] * 4
     assert_close(quick.argmax(-1), logits.argmax(-1))
-    monkeypatch.setattr("easyllm.engine.processors.SORTED_WHOLE", 20_000)
+    monkeypatch.setattr("easyllm.engine.processors.FULL_SORT_MAX_VOCAB", 20_000)
     assert_close(keep_top_p(logits, torch.full((4,), p, dtype=torch.float64)), quick, **EXACT)
 
 
@@ -96,8 +96,8 @@ def test_the_repetition_penalty_covers_prompt_and_output_as_in_transformers(pena
     for row in range(ROWS):
         for output_start in (0, 20, 7):  # the start of the output makes no difference
             params = SamplingParams(repetition_penalty=penalty)
-            chooser = Chooser(params, random.Random(0), ids[row].tolist(), output_start)
-            assert_close(chooser.process(logits[row]), expected[row], **EXACT)
+            sampler = SamplerState(params, random.Random(0), ids[row].tolist(), output_start)
+            assert_close(sampler.process(logits[row]), expected[row], **EXACT)
         assert_close(penalise_repetition(logits[row], ids[row], penalty), expected[row], **EXACT)
 
 
@@ -125,12 +125,12 @@ def test_bias_min_tokens_and_allowed_ids_equal_transformers():
         assert_close(
             allow_packed(logits[row], packed([1, 2, 80], logits.shape[1])), only[row], **EXACT
         )
-        chooser = Chooser(
+        sampler = SamplerState(
             SamplingParams(min_tokens=10), random.Random(0), ids[row].tolist(), 5, frozenset((2, 9))
         )
-        assert_close(chooser.process(logits[row]), ends[row], **EXACT)
-        chooser.params = SamplingParams(min_tokens=4)  # the output has four tokens
-        assert_close(chooser.process(logits[row]), logits[row], **EXACT)
+        assert_close(sampler.process(logits[row]), ends[row], **EXACT)
+        sampler.params = SamplingParams(min_tokens=4)  # the output has four tokens
+        assert_close(sampler.process(logits[row]), logits[row], **EXACT)
 
 
 def test_presence_and_frequency_count_only_the_output_as_openai_defines_them():
@@ -138,14 +138,14 @@ def test_presence_and_frequency_count_only_the_output_as_openai_defines_them():
     logits = random_logits(1.0)[0]
     ids, start = [5, 5, 8, 6, 8, 8], 2
     params = SamplingParams(presence_penalty=0.7, frequency_penalty=-0.3)
-    chooser = Chooser(params, random.Random(0), ids, start)
+    sampler = SamplerState(params, random.Random(0), ids, start)
     expected = logits.clone()
     for token, count in {8: 3, 6: 1}.items():
         expected[token] = expected[token] - 0.7 - count * -0.3
-    assert_close(chooser.process(logits), expected)
-    chooser.push(6)
+    assert_close(sampler.process(logits), expected)
+    sampler.push(6)
     expected[6] -= -0.3
-    assert_close(chooser.process(logits), expected)
+    assert_close(sampler.process(logits), expected)
     counted = penalise_output(
         logits, torch.tensor([8, 6]), torch.tensor([3, 2]), presence=0.7, frequency=-0.3
     )
@@ -160,8 +160,8 @@ def test_the_scope_of_the_penalties_differs():
         ({"presence_penalty": 2.0}, False),
         ({"frequency_penalty": 2.0}, False),
     ):
-        chooser = Chooser(SamplingParams(**changes), random.Random(0), [4, 5], 2)
-        assert (chooser.process(logits)[4] != 1) == touched
+        sampler = SamplerState(SamplingParams(**changes), random.Random(0), [4, 5], 2)
+        assert (sampler.process(logits)[4] != 1) == touched
 
 
 SETS = [
@@ -194,10 +194,10 @@ def test_all_processors_are_applied_in_the_order_of_generate(settings):
     expected = processors(ids, logits.clone())
     params = SamplingParams(**settings)
     rows = [
-        Chooser(params, random.Random(0), ids[row].tolist(), 10).process(logits[row])
+        SamplerState(params, random.Random(0), ids[row].tolist(), 10).process(logits[row])
         for row in range(ROWS)
     ]
-    assert_close(narrow(torch.stack(rows), [params] * ROWS), expected, **EXACT)
+    assert_close(apply_sampling_filters(torch.stack(rows), [params] * ROWS), expected, **EXACT)
 
 
 def _without(settings):
@@ -207,23 +207,27 @@ def _without(settings):
 def test_rows_of_a_mixed_batch_are_processed_as_each_alone():
     logits = random_logits(3.0)
     params = [SamplingParams(**SETS[row % len(SETS)]) for row in range(ROWS)]
-    together = narrow(logits, params)
+    together = apply_sampling_filters(logits, params)
     for row in range(ROWS):
-        assert_close(together[row], narrow(logits[row : row + 1], [params[row]])[0], **EXACT)
+        assert_close(
+            together[row], apply_sampling_filters(logits[row : row + 1], [params[row]])[0], **EXACT
+        )
 
 
 def test_samples_follow_the_probabilities_and_repeat_with_their_seed():
     """10,000 draws in batches of up to ten rows; tolerance of five standard errors."""
     logits = torch.tensor([[2.0, 1.0, 0.0, float("-inf"), -1.0]])
     expected = logits[0].softmax(-1)
-    choosers = [Chooser(SamplingParams(), random.Random(7), [0], 1)]
-    drawn = [choose(logits, choosers)[0].token_id for _ in range(10_000)]
+    samplers = [SamplerState(SamplingParams(), random.Random(7), [0], 1)]
+    drawn = [sample_tokens(logits, samplers)[0].token_id for _ in range(10_000)]
     shares = torch.bincount(torch.tensor(drawn), minlength=5) / len(drawn)
     assert (shares - expected).abs().max() < 5 * 0.005
     assert shares[3] == 0
     for company in range(1, 10):
-        choosers = [Chooser(SamplingParams(), random.Random(7 + i), [0], 1) for i in range(company)]
-        again = [choose(logits.expand(company, -1), choosers)[0].token_id for _ in range(50)]
+        samplers = [
+            SamplerState(SamplingParams(), random.Random(7 + i), [0], 1) for i in range(company)
+        ]
+        again = [sample_tokens(logits.expand(company, -1), samplers)[0].token_id for _ in range(50)]
         assert again == drawn[:50]
 
 
@@ -231,10 +235,10 @@ def test_a_nan_row_and_a_fully_masked_row_do_not_affect_others():
     logits = random_logits(1.0, rows=4)
     logits[2] = float("nan")
     mask = type("Nothing", (), {"allowed": lambda self, output: []})()
-    choosers = [Chooser(SamplingParams(), random.Random(i), [0], 1) for i in range(4)]
-    choosers[3].mask = mask
-    alone = choose(logits[:1], [Chooser(SamplingParams(), random.Random(0), [0], 1)])
-    choices = choose(logits, choosers)
+    samplers = [SamplerState(SamplingParams(), random.Random(i), [0], 1) for i in range(4)]
+    samplers[3].mask = mask
+    alone = sample_tokens(logits[:1], [SamplerState(SamplingParams(), random.Random(0), [0], 1)])
+    choices = sample_tokens(logits, samplers)
     assert choices[0].token_id == alone[0].token_id
     assert choices[3].token_id is None
     assert 0 <= choices[2].token_id < VOCAB

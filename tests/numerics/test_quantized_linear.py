@@ -90,8 +90,8 @@ def test_a_grid_of_16_values_is_recovered_exactly():
 
 def test_packing_preserves_every_code():
     codes = torch.randint(0, 16, (21, 75)).to(torch.uint8)
-    steps, middles = torch.ones(21, 3).half(), torch.zeros(21, 3).half()
-    matrix = pack_int4(codes, steps, middles)
+    steps, offsets = torch.ones(21, 3).half(), torch.zeros(21, 3).half()
+    matrix = pack_int4(codes, steps, offsets)
     assert matrix.data.shape == (3, 3, 160)
     assert torch.equal(dequantize(matrix), codes.float() - 8)
     assert torch.equal(dequantize(matrix, 8, 19), codes[8:19].float() - 8)

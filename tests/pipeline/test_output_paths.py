@@ -210,4 +210,4 @@ def test_an_unreadable_input_is_not_reported_as_an_output_error(inputs, monkeypa
 
 def test_a_null_byte_in_a_path_is_refused(tmp_path):
     with pytest.raises(OutputError, match="null byte"):
-        atomic.refuse_existing(tmp_path / "a\0b")
+        atomic.check_output_free(tmp_path / "a\0b")

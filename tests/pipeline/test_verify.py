@@ -36,7 +36,7 @@ def test_a_broken_cache_is_detected_with_exit_code_1(tiny_folder, monkeypatch):
         return whole(q, k[-len(q) :], v[-len(q) :], rule, **rest)
 
     monkeypatch.setattr(paged_attention, "attend_segment", forgetful)
-    monkeypatch.setattr(paged_attention, "_kernel_fits", lambda *inputs: False)
+    monkeypatch.setattr(paged_attention, "_kernel_supports", lambda *inputs: False)
     result = CliRunner().invoke(app, ["verify", str(tiny_folder), "--json"])
     assert result.exit_code == 1
     assert [f["law"] for f in json.loads(result.stdout) if not f["holds"]] == [3, 3, *FAST[1:]]

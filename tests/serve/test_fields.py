@@ -476,10 +476,10 @@ def test_the_name_of_a_message_is_passed_to_the_template(tiny_model, tiny_tokeni
     template = tiny_tokenizer.chat_template.source.replace(
         "message['role']", "message['role'] + (' ' + message['name'] if message.name else '')"
     )
-    naming = type(tiny_tokenizer)(
+    prefix_errors_with_path = type(tiny_tokenizer)(
         tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=template
     )
-    llm = LLM(model=tiny_model, tokenizer=naming, source="")
+    llm = LLM(model=tiny_model, tokenizer=prefix_errors_with_path, source="")
     named = [{"role": "user", "content": "hello", "name": "Ada"}]
     counts = []
     with running({"m": llm}) as address:

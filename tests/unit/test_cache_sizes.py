@@ -12,7 +12,7 @@ from easyllm.engine.page_table import PageTable
 from easyllm.engine.pages import Namespace, PagePool
 from easyllm.engine.runner import DecoderRunner
 from easyllm.engine.scheduler import Scheduler, Sequence
-from easyllm.engine.step import Piece, Step
+from easyllm.engine.step import ScheduledChunk, Step
 from easyllm.models.families import FAMILIES, family_of
 from easyllm.nn.config import (
     AttentionConfig,
@@ -254,7 +254,7 @@ def test_slots_that_were_never_written_are_never_read(options):
     ids = torch.arange(90) % 11
     rows = []
     for start, stop in ((0, 2), *((i, i + 1) for i in range(2, 70)), (70, 90)):
-        piece = Piece(
+        piece = ScheduledChunk(
             sequence_id=0,
             token_ids=tuple(ids[start:stop].tolist()),
             start=start,
@@ -272,7 +272,7 @@ def test_the_state_of_linear_attention_is_as_large_after_200_tokens_as_after_one
     runner, sizes = DecoderRunner(model, cache), []
     for start, length in ((0, 1), (1, 150), (151, 49)):
         ids = tuple((torch.arange(length) % 11).tolist())
-        piece = Piece(sequence_id=3, token_ids=ids, start=start, pages=tuple(range(13)))
+        piece = ScheduledChunk(sequence_id=3, token_ids=ids, start=start, pages=tuple(range(13)))
         runner.run(Step(pieces=(piece,)))
         states = cache.states(3)
         assert all(isinstance(state, LinearState) for state in states)

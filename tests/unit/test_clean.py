@@ -40,7 +40,7 @@ from easyllm.corpus.clean.c4 import count_sentences
 from easyllm.corpus.clean.language import LANGUAGES
 from easyllm.corpus.clean.ngrams import NgramStatistics
 from easyllm.corpus.clean.text import repeated
-from easyllm.corpus.clean.violation import Figure, first_violation
+from easyllm.corpus.clean.violation import Metric, first_violation
 from easyllm.corpus.document import Document, Rejection
 
 ENGLISH = """The harbour was built in the eleventh century, when the river still reached the \
@@ -206,11 +206,11 @@ def test_a_limit_is_inclusive_and_later_statistics_are_not_computed_after_a_viol
     def figures():
         for name, value in (("low", 1.0), ("high", 2.0), ("broken", 2.1), ("never", 9.0)):
             computed.append(name)
-            yield Figure(name, value, 1.0, 2.0)
+            yield Metric(name, value, 1.0, 2.0)
 
     assert first_violation("rule", figures()) == Violation("rule.broken", 2.1)
     assert computed == ["low", "high", "broken"]
-    assert first_violation("rule", [Figure("open", 1e9)]) is None
+    assert first_violation("rule", [Metric("open", 1e9)]) is None
 
 
 def test_defaults_are_the_published_limits():

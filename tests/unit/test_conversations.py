@@ -19,7 +19,7 @@ from easyllm.examples.conversations import (
     read_conversations,
 )
 from easyllm.examples.data_file import Row, read_rows
-from easyllm.examples.prepare import answers_of, prepare_conversations
+from easyllm.examples.prepare import prepare_conversations, split_responses
 from easyllm.examples.sample import Sample
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer import Tokenizer
@@ -147,7 +147,7 @@ def test_a_format_is_detected_and_read_as_messages(name):
     conversation = read(values)
     assert conversation.messages == messages
     assert conversation.tools is None
-    assert conversation.place == "data.jsonl:7"
+    assert conversation.location == "data.jsonl:7"
     assert conversation.format == kind
 
 
@@ -351,14 +351,14 @@ def test_a_jsonl_file_and_a_json_array_give_the_same_rows(tmp_path):
     expected = [FORMATS[name][2] for name in FORMATS]
     assert [c.messages for c in read_conversations(lines)] == expected
     assert [c.messages for c in read_conversations(array)] == expected
-    assert [row.place for row in read_rows(lines)][:2] == [f"{lines}:1", f"{lines}:2"]
-    assert [row.place for row in read_rows(array)][:2] == [f"{array}[0]", f"{array}[1]"]
+    assert [row.location for row in read_rows(lines)][:2] == [f"{lines}:1", f"{lines}:2"]
+    assert [row.location for row in read_rows(array)][:2] == [f"{array}[0]", f"{array}[1]"]
 
 
 def test_blank_lines_are_skipped_but_counted(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('\n{"a": 1}\n  \n\n{"a": 2}', encoding="utf-8")
-    assert [row.place for row in read_rows(path)] == [f"{path}:2", f"{path}:5"]
+    assert [row.location for row in read_rows(path)] == [f"{path}:2", f"{path}:5"]
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_a_compressed_file_gives_the_same_rows(tmp_path, name, suffix):
     path.write_bytes(COMPRESSED[suffix](content.encode()))
     found = list(read_rows(path))
     assert [row.values for row in found] == rows
-    assert found[1].place == f"{path}[1]" if name == "data.json" else f"{path}:2"
+    assert found[1].location == f"{path}[1]" if name == "data.json" else f"{path}:2"
 
 
 def test_jsonl_content_in_a_json_file_is_read(tmp_path):
@@ -664,7 +664,7 @@ def test_loss_weights_of_responses_in_complete_and_split_sessions(tiny_tokenizer
     """
     answers = [tiny_tokenizer.encode(letter)[0] for letter in "ABC"]
     sessions = [talk("x", "A"), talk("x", "A", "y", "B", "z", "C")]
-    cut = [part for session in sessions for part in answers_of(session)]
+    cut = [part for session in sessions for part in split_responses(session)]
 
     def prepare(talks, **options):
         return prepare_conversations(talks, tiny_tokenizer, max_seq_len=1000, **options)[0]

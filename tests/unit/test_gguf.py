@@ -382,10 +382,10 @@ def open_whole(folder: Path, content: bytes) -> bool:
             for name, place in file.tensors.items():
                 assert file.load(name).shape == place.shape
     except CheckpointError as error:
-        refusal = str(error)
+        unsupported_reason = str(error)
     else:
         return True
-    assert "damaged.gguf" in refusal
+    assert "damaged.gguf" in unsupported_reason
     return False
 
 

@@ -13,8 +13,8 @@ from easyllm.ops.huge_memory import (
     STEP_BUFFERS,
     BufferCache,
     cached_empty,
+    empty_like_each,
     huge_empty,
-    rooms_for,
 )
 from easyllm.train import TrainConfig
 from easyllm.train.preflight import memory_advice
@@ -44,7 +44,7 @@ def test_an_allocated_tensor_behaves_like_any_other(left, make, rows, dtype):
 def test_buffers_do_not_overlap():
     tensors = [torch.arange(n, dtype=dtype) for n, dtype in [(5, torch.float32), (70, torch.uint8)]]
     tensors.append(torch.randn(700, 2000))
-    rooms = rooms_for(tensors)
+    rooms = empty_like_each(tensors)
     for room, tensor in zip(rooms, tensors, strict=True):
         assert (room.shape, room.dtype) == (tensor.shape, tensor.dtype)
         assert room.data_ptr() % ALIGNMENT == 0
@@ -69,7 +69,7 @@ def test_a_buffer_is_reused_once_all_its_views_are_released(left):
 
 
 def test_tensors_saved_for_the_backward_pass_are_not_reused(left):
-    class Kept(torch.autograd.Function):
+    class SavedTensor(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, value):
             saved = cached_empty((SMALL,), torch.float32).fill_(value)
@@ -81,7 +81,7 @@ def test_tensors_saved_for_the_backward_pass_are_not_reused(left):
             return ctx.saved_tensors[0].mean() * grad, None
 
     x = torch.ones((), requires_grad=True)
-    outs = [Kept.apply(x, value) for value in (2.0, 3.0, 4.0)]
+    outs = [SavedTensor.apply(x, value) for value in (2.0, 3.0, 4.0)]
     for out, value in zip(outs, (2.0, 3.0, 4.0), strict=True):
         assert torch.autograd.grad(out, x)[0] == value
 
@@ -99,16 +99,16 @@ def test_a_cache_stores_at_most_its_maximum_of_bytes():
     cache = BufferCache(max_buffers=9, max_bytes=3 * SMALL)
     tensors = [cached_empty((SMALL,), torch.uint8, cache) for _ in range(5)]
     places = [tensor.data_ptr() for tensor in tensors]
-    assert cache.held_bytes == 0  # buffers in use are not counted
+    assert cache.cached_bytes == 0  # buffers in use are not counted
     while tensors:
         del tensors[0]
-        assert cache.held_bytes <= 3 * SMALL
-    assert cache.held_bytes == 3 * SMALL
+        assert cache.cached_bytes <= 3 * SMALL
+    assert cache.cached_bytes == 3 * SMALL
     again = [cached_empty((SMALL,), torch.uint8, cache) for _ in range(3)]
     assert {tensor.data_ptr() for tensor in again} == set(places[2:])  # the oldest were freed
     larger = cached_empty((4 * SMALL,), torch.uint8, cache)
     del larger
-    assert cache.held_bytes == 0
+    assert cache.cached_bytes == 0
 
 
 def test_the_limit_is_a_share_of_the_machines_memory(monkeypatch):
@@ -116,7 +116,7 @@ def test_the_limit_is_a_share_of_the_machines_memory(monkeypatch):
     cache = BufferCache(max_buffers=9)
     tensors = [cached_empty((SMALL,), torch.uint8, cache) for _ in range(5)]
     del tensors
-    assert cache.held_bytes == cache.max_bytes == 2 * SMALL
+    assert cache.cached_bytes == cache.max_bytes == 2 * SMALL
 
 
 @pytest.mark.parametrize("fails", [False, True])

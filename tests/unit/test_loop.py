@@ -8,7 +8,7 @@ from conftest import build_tiny
 from easyllm.batches.loader import Loader
 from easyllm.examples.sample import Sample
 from easyllm.train.config import AdamWConfig, TrainConfig
-from easyllm.train.loop import Arithmetic, Diverged, is_spike, note_loss, run_steps
+from easyllm.train.loop import Diverged, PrecisionPolicy, is_spike, note_loss, run_steps
 from easyllm.train.loss_scaler import LossScaler
 from easyllm.train.objectives import LanguageModel, LossOutput
 from easyllm.train.optim import MasterOptimizer
@@ -62,7 +62,7 @@ def run(factors, *, total_steps=8, scaler=None, end_at=None, stop=None, config=C
             optimizer,
             loader,
             config,
-            arithmetic=Arithmetic(scaler=scaler),
+            precision=PrecisionPolicy(scaler=scaler),
             totals=totals,
             total_steps=total_steps,
             watch=notes,

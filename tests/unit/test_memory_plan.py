@@ -85,11 +85,13 @@ def test_the_error_for_too_large_weights_says_how_much_is_missing_and_what_helps
     with torch.device("meta"):
         model = Decoder(SMOLLM2)
     check_weights_fit(model, torch.float32, WEIGHTS)
-    with pytest.raises(ConfigError, match=r"0.54 GB as float32, .*.0.14 GB short.; set dtype to bf"):
+    with pytest.raises(
+        ConfigError, match=r"0.54 GB as float32, .*.0.14 GB short.; set dtype to bf"
+    ):
         check_weights_fit(model, torch.float32, 400_000_000)
     with pytest.raises(ConfigError, match=r"short.; set quantize to int8"):
         check_weights_fit(model, torch.float32, 150_000_000)
-    with pytest.raises(ConfigError, match=r"0.14 GB as int8 .*short.; set quantize to int4"):
+    with pytest.raises(ConfigError, match=r"0.14 GB as int8, .*short.; set quantize to int4"):
         check_weights_fit(model, torch.float32, 100_000_000, quantize="int8")
     with pytest.raises(ConfigError, match=r"short.; use a smaller model"):
         check_weights_fit(model, torch.float32, 80_000_000)

@@ -216,13 +216,16 @@ def test_a_loader_without_samples_is_refused():
 @given(lengths=LENGTHS, multiple=st.integers(1, 40))
 def test_a_padded_batch_has_one_more_sequence_without_labels(lengths, multiple):
     batch = pack(samples_of(lengths))
-    filled = batch.filled(multiple)
+    padded_to_multiple = batch.padded_to_multiple(multiple)
     count, missing = sum(lengths), -sum(lengths) % multiple
-    assert len(filled.token_ids) == len(filled.labels) == count + missing
-    assert filled.token_ids[:count].equal(batch.token_ids)
-    assert filled.labels[:count].equal(batch.labels)
-    assert (filled.labels[count:] == IGNORE_INDEX).all()
-    assert filled.positions.tolist() == [*batch.positions.tolist(), *range(missing)]
-    assert filled.lengths == (*batch.lengths, *([missing] if missing else []))
-    assert filled.cu_seqlens.tolist() == [0, *torch.tensor(filled.lengths).cumsum(0).tolist()]
-    assert filled.num_trained == batch.num_trained
+    assert len(padded_to_multiple.token_ids) == len(padded_to_multiple.labels) == count + missing
+    assert padded_to_multiple.token_ids[:count].equal(batch.token_ids)
+    assert padded_to_multiple.labels[:count].equal(batch.labels)
+    assert (padded_to_multiple.labels[count:] == IGNORE_INDEX).all()
+    assert padded_to_multiple.positions.tolist() == [*batch.positions.tolist(), *range(missing)]
+    assert padded_to_multiple.lengths == (*batch.lengths, *([missing] if missing else []))
+    assert padded_to_multiple.cu_seqlens.tolist() == [
+        0,
+        *torch.tensor(padded_to_multiple.lengths).cumsum(0).tolist(),
+    ]
+    assert padded_to_multiple.num_trained == batch.num_trained

@@ -129,7 +129,7 @@ def test_changed_weights_invalidate_cached_prefixes():
     pool = PagePool(9, 2)
     held, _ = computed(pool, [1, 2, 3])
     computed(pool, [4, 5, 6])[0].release()
-    pool.forget_prefixes()
+    pool.clear_prefix_cache()
     pool.check([held.held])
     assert pool.idle == 0
     assert computed(pool, [1, 2, 3])[1] == 0

@@ -6,7 +6,7 @@ from torch import nn
 
 from easyllm.models.describe import describe
 from easyllm.nn import attention, feed_forward, glu, linear_attention, moe, norm, position
-from easyllm.nn.cost import CostTrace, Work, kept_bytes
+from easyllm.nn.cost import CostTrace, Work, saved_bytes
 from easyllm.nn.decoder import DecoderLayer
 from easyllm.nn.linear import Linear
 from easyllm.plan import count_parameters, plan_model
@@ -87,7 +87,7 @@ def test_activations_of_a_new_part_are_those_saved_by_autograd(replaced):
     config = describe("smollm2-135m")
     replaced(lambda: Bottleneck(config.hidden_size))
     trace = trace_model(config, trace_work(tokens=10))
-    assert kept_bytes(trace.layers[0].fed) == 10 * (config.hidden_size + 7) * 2
+    assert saved_bytes(trace.layers[0].fed) == 10 * (config.hidden_size + 7) * 2
 
 
 def trace_work(tokens):

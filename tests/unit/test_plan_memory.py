@@ -10,10 +10,10 @@ from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
 from easyllm.examples.sample import Sample
 from easyllm.models.families import family_of
-from easyllm.nn.cost import Work, kept_bytes
+from easyllm.nn.cost import Work, saved_bytes
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
-from easyllm.plan.memory import estimate_training, ways_to_fit
+from easyllm.plan.memory import estimate_training, memory_reductions
 from easyllm.plan.trace import trace_model
 from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
@@ -77,7 +77,7 @@ def kept_by_plan(config, dtype, adapter=None):
         input_grad=adapter is None,
     )
     trace = trace_model(config, work, adapter)
-    return trace.shared_bytes + sum(kept_bytes(layer.events) for layer in trace.layers)
+    return trace.shared_bytes + sum(saved_bytes(layer.events) for layer in trace.layers)
 
 
 @MODES
@@ -132,13 +132,13 @@ def test_the_optimizer_state_has_the_planned_size(optimizer, setup):
     held = MasterOptimizer(dict(model.named_parameters()), optimizer)
     LanguageModel().loss(model, batch_of()).sum.backward()
     held.step(1.0)
-    held_bytes = sum(
+    cached_bytes = sum(
         tensor.numel() * tensor.element_size()
         for name, tensor in held.tensors().items()
         if not name.startswith("master.") and tensor.numel() > 1  # a step counter does not count
     )
     plan = estimate_training(config, micro_batch_tokens=63, dtype=torch.float32, **setup)
-    assert held_bytes == plan.optimizer
+    assert cached_bytes == plan.optimizer
 
 
 def test_mixed_precision_takes_the_published_sixteen_bytes_per_parameter():
@@ -158,10 +158,10 @@ def test_every_suggestion_to_fit_helps_and_says_whether_it_is_enough():
     config = config_of("llama")
     setup = {"micro_batch_tokens": 256, "row_tokens": 64}
     whole = estimate_training(config, **setup).total
-    ways = ways_to_fit(config, whole - 1, **setup)
+    ways = memory_reductions(config, whole - 1, **setup)
     assert [way.what for way in ways][:1] == ["micro_batch_tokens=64"]
     assert all(way.total < whole and way.fits for way in ways)
-    assert not any(way.fits for way in ways_to_fit(config, 10, **setup))
+    assert not any(way.fits for way in memory_reductions(config, 10, **setup))
 
 
 def test_a_row_longer_than_the_context_is_refused():

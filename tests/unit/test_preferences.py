@@ -150,7 +150,7 @@ def test_a_pair_is_detected_and_read_as_messages(name):
     assert detect_pair_format(values) == kind
     pair = read_pair(values)
     assert (pair.prompt, pair.chosen, pair.rejected) == expected
-    assert (pair.place, pair.format, pair.tools) == ("data.jsonl:7", kind, None)
+    assert (pair.location, pair.format, pair.tools) == ("data.jsonl:7", kind, None)
 
 
 def test_a_pair_keeps_its_tools_and_function_calls():
@@ -269,7 +269,7 @@ def test_a_labelled_completion_is_read_as_messages(name):
     kind, values, expected = LABELLED[name]
     row = read_label(values)
     assert (row.prompt, row.completion, row.label) == expected
-    assert (row.place, row.format) == ("data.jsonl:7", kind)
+    assert (row.location, row.format) == ("data.jsonl:7", kind)
 
 
 WRONG_LABELS = {
@@ -306,13 +306,13 @@ def test_files_are_read_row_by_row(tmp_path):
     path.write_text(json.dumps([values for _, values, _ in PAIRS.values()]), encoding="utf-8")
     pairs = list(read_preferences(path))
     assert [pair.format for pair in pairs] == [kind for kind, _, _ in PAIRS.values()]
-    assert pairs[1].place == f"{path}[1]"
+    assert pairs[1].location == f"{path}[1]"
     path = tmp_path / "labelled.jsonl"
     lines = [json.dumps(values) for _, values, _ in LABELLED.values()]
     path.write_text("\n".join(lines), encoding="utf-8")
     rows = list(read_labelled(path))
     assert [row.label for row in rows] == [True, False, False, True, True]
-    assert rows[1].place == f"{path}:2"
+    assert rows[1].location == f"{path}:2"
 
 
 def trained(tokenizer, sample):

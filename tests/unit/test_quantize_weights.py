@@ -29,7 +29,7 @@ def full_weights(model):
     """Returns the model with every quantized weight dequantized."""
     full = build_tiny(tie_word_embeddings=model.lm_head is None)
     state = full.state_dict()
-    for name, holder in model.holders():
+    for name, holder in model.weight_modules():
         state[f"{name}.weight"] = holder.storage.dense()
     full.load_state_dict(state)
     return full

@@ -9,7 +9,7 @@ import pytest
 
 from easyllm.core.errors import SourceError
 from easyllm.train.report import write_report
-from easyllm.train.report.charts import kept_points, number_text, running_mean, shown_range
+from easyllm.train.report.charts import decimate, number_text, running_mean, shown_range
 from easyllm.train.report.history import History
 
 
@@ -52,7 +52,7 @@ def test_non_finite_values_and_broken_lines_are_ignored(tmp_path):
 def test_a_column_keeps_its_lowest_and_highest_value():
     values = np.array([3.0, 9.0, 1.0, 4.0, 4.0, 5.0])
     columns = np.array([0, 0, 0, 0, 1, 1])
-    kept = kept_points(columns, values).tolist()
+    kept = decimate(columns, values).tolist()
     assert {1, 2} <= set(kept)
     assert set(kept) <= set(range(6))
 

@@ -19,10 +19,10 @@ def scheduler_of(num_pages, page_size=4, **options):
 def planned(scheduler):
     """Returns a step as (sequence, first token, number of tokens, rows)."""
     step = scheduler.plan()
-    return [(p.sequence_id, p.start, len(p.token_ids), p.num_rows) for p in step.pieces]
+    return [(p.sequence_id, p.start, len(p.token_ids), p.num_logit_rows) for p in step.pieces]
 
 
-def advance(scheduler, *, choose=True):
+def advance(scheduler, *, sample_tokens=True):
     """Plans a step and marks it as computed; every row yields a token."""
     step = scheduler.plan()
     running = {s.id: s for s in scheduler.running}
@@ -30,7 +30,7 @@ def advance(scheduler, *, choose=True):
         each = running[piece.sequence_id]
         computed = piece.start + len(piece.token_ids)
         scheduler.advance(each, computed)
-        if choose and computed == len(each.tokens):
+        if sample_tokens and computed == len(each.tokens):
             each.tokens.append(7)
     return step
 
@@ -56,7 +56,7 @@ def test_max_running_counts_completions_of_a_prompt_from_the_start():
     scheduler.add(sequence(0, 2, copies=3))
     scheduler.add(sequence(1, 2, copies=2))
     scheduler.add(sequence(2, 2))
-    advance(scheduler, choose=False)
+    advance(scheduler, sample_tokens=False)
     # three completions; two more requests are too many, and none overtakes them
     assert [s.id for s in scheduler.running] == [0]
     parent = scheduler.running[0]
@@ -107,7 +107,7 @@ def test_draft_tokens_yield_the_budget_to_decodes():
 
 
 def test_an_unchunked_prompt_exceeds_the_budget_alone_but_waits_for_others():
-    scheduler = scheduler_of(64, whole_prompts=True, prefix=True)
+    scheduler = scheduler_of(64, unchunked_prefill=True, prefix=True)
     for number, length in enumerate((10, 40, 5)):
         scheduler.add(sequence(number, length))
     step = advance(scheduler)

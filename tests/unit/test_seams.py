@@ -33,14 +33,14 @@ from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.compiled_step import CompiledStep
 from easyllm.examples.data_file import read_rows
-from easyllm.examples.prepare import Account
+from easyllm.examples.prepare import PreparationStats
 from easyllm.examples.sample import Sample, SampleGroup
 from easyllm.models import add_adapter, hf_module_name, load_model, load_tokenizer, save_model
 from easyllm.models.families import llama, register_family
 from easyllm.models.families.family import Family, llama_keymap
 from easyllm.models.families.gguf_layout import GGUFLayout
 from easyllm.nn.context import ForwardContext
-from easyllm.nn.linear import BaseProduct, put_weight
+from easyllm.nn.linear import BaseLinear, set_weight
 from easyllm.nn.storage import PackedStorage
 from easyllm.plan.memory import estimate_training
 from easyllm.quant import FORMATS, StorageFormat, quantize_weights, register_storage, weight_bytes
@@ -86,7 +86,7 @@ class WeightNormConfig(AdapterConfig):
 
 
 class WeightNorm(Adapter):
-    keeps_input = True
+    passes_input_unchanged = True
 
     def __init__(self, rank, in_features, out_features):
         super().__init__()
@@ -259,7 +259,7 @@ class PairLoss(Objective):
         self.config = config
 
     def prepare(self, data, files, tokenizer):
-        samples, account = [], Account()
+        samples, account = [], PreparationStats()
         for file in files:
             for row in read_rows(file):
                 pair = []
@@ -517,7 +517,7 @@ def test_a_registered_adapter_works_everywhere(
             two.generate([PROMPTS[0]], GREEDY, adapter="other")
 
     # compiled: refused with the reason
-    assert CompiledStep.refusal(model) == "it has adapters; merge them"
+    assert CompiledStep.unsupported_reason(model) == "it has adapters; merge them"
 
     # merged, or refused with the reason
     if kind == "test_prompt":
@@ -603,13 +603,13 @@ def test_an_input_side_adapter_keeps_one_gemm_per_layer(tiny_folder, monkeypatch
     """Its base is called once, even if layers that share an input would be fused."""
     model = load_model(tiny_folder, dtype="float32")
     attach(model, InputScaleConfig())
-    calls, plain = [], BaseProduct.__call__
+    calls, plain = [], BaseLinear.__call__
 
     def counted(self, x):
         calls.append(self.layer)
         return plain(self, x)
 
-    monkeypatch.setattr(BaseProduct, "__call__", counted)
+    monkeypatch.setattr(BaseLinear, "__call__", counted)
     model(IDS, ForwardContext.packed([len(IDS)]))
     adapted = {linear for linear, _ in adapter_of(model).linears.values()}
     assert [calls.count(linear) for linear in adapted] == [1] * len(adapted)
@@ -637,8 +637,8 @@ def test_a_registered_storage_format_works_everywhere(tiny_folder, tmp_path, tin
     assert torch.equal(after.logits(IDS), logits)
     assert read.packed_formats() == {"test_float8"}
     assert not torch.allclose(logits, full.logits(IDS), atol=1e-3)
-    for (_, holder), (_, packed) in zip(full.holders(), read.holders(), strict=True):
-        put_weight(holder, packed.storage.dense().clone())
+    for (_, holder), (_, packed) in zip(full.weight_modules(), read.weight_modules(), strict=True):
+        set_weight(holder, packed.storage.dense().clone())
     torch.testing.assert_close(logits, full.logits(IDS), atol=1e-5, rtol=1e-5)
 
     # planned: the stored size equals the counted one
@@ -668,7 +668,7 @@ def test_a_registered_storage_format_works_everywhere(tiny_folder, tmp_path, tin
         load_model(tmp_path / "out", quantize="int8")
 
     # served, but not by the compiled step
-    assert "test_float8, which the kernels do not read" in CompiledStep.refusal(again)
+    assert "test_float8, which the kernels do not read" in CompiledStep.unsupported_reason(again)
     llm = LLM(model=again, tokenizer=tiny_tokenizer, max_running=4, cache_dtype="float32")
     for prompt, done in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):
         chosen = again.logits([*prompt, *done.token_ids])[len(prompt) - 1 : -1].argmax(-1)

@@ -482,7 +482,7 @@ def test_a_configured_id_key_must_exist(tmp_path):
     content = json_lines([{"key": "k", "text": "t"}, {"text": "t"}, {"key": None, "text": "t"}])
     first, *others = read_content(tmp_path, "f.jsonl", content, id_key="key")
     assert first.id == "k"
-    assert [(item.place, item.reason) for item in others] == [
+    assert [(item.location, item.reason) for item in others] == [
         ("f.jsonl:2", "no key 'key' (keys: text)"),
         ("f.jsonl:3", "'key' is of type NoneType"),
     ]
@@ -547,24 +547,24 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_row_is_named_and_the_others_are_read(tmp_path, case):
-    name, content, place, reason = BAD[case]
+    name, content, location, reason = BAD[case]
     items = read_content(tmp_path, name, content)
     assert set(texts(good(items))) == {"good"}
     first = bad(items)[0]
-    assert first.place == place
+    assert first.location == location
     assert re.search(reason, first.reason), first.reason
     first.reason.encode()
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_row_stops_a_strict_source_unless_it_is_empty(tmp_path, case):
-    name, content, place, reason = BAD[case]
+    name, content, location, reason = BAD[case]
     if reason == EMPTY_TEXT:
         assert len(read_content(tmp_path, name, content, on_error="stop")) == 2
         return
     with pytest.raises(DataError, match="set on_error: skip") as caught:
         read_content(tmp_path, name, content, on_error="stop")
-    assert str(caught.value).startswith(f"{place}: ")
+    assert str(caught.value).startswith(f"{location}: ")
 
 
 BAD_FILES = {
@@ -591,7 +591,7 @@ def test_a_bad_file_is_named(tmp_path, case):
     name, content, reason = BAD_FILES[case]
     (item,) = read_content(tmp_path, name, content)
     assert isinstance(item, BadRow)
-    assert item.place == name
+    assert item.location == name
     assert re.search(reason, item.reason), item.reason
     if reason != EMPTY_TEXT:
         with pytest.raises(DataError, match=f"^{name}: "):
@@ -632,7 +632,7 @@ def test_a_damaged_stream_keeps_the_rows_before_the_damage(tmp_path, suffix, pac
     assert texts(kept[:3000]) == [row["text"] for row in rows[:3000]]
     assert isinstance(last, BadRow)
     assert "the rest of the file cannot be read: damaged" in last.reason
-    assert int(last.place.rpartition(":")[2]) >= len(kept)
+    assert int(last.location.rpartition(":")[2]) >= len(kept)
 
 
 @pytest.mark.parametrize(
@@ -650,7 +650,7 @@ def test_a_damaged_stream_keeps_the_rows_before_the_damage(tmp_path, suffix, pac
 def test_a_broken_array_keeps_the_rows_before_the_error(tmp_path, content, kept, reason):
     *documents, last = read_content(tmp_path, "f.json", content)
     assert texts(documents) == ["a", "b"][:kept]
-    assert last.place == f"f.json[{kept - 1}]"
+    assert last.location == f"f.json[{kept - 1}]"
     assert reason in last.reason
 
 
@@ -661,7 +661,7 @@ def test_invalid_text_in_parquet_is_a_bad_row(tmp_path):
     )
     parquet.write_table(pyarrow.table({"text": text}), tmp_path / "f.parquet")
     first, second = read(SourceConfig(paths=str(tmp_path / "f.parquet")))
-    assert (first.place, second.text) == ("f.parquet[0]", "a")
+    assert (first.location, second.text) == ("f.parquet[0]", "a")
 
 
 def test_a_damaged_parquet_page_loses_only_its_row_group(tmp_path):
@@ -673,7 +673,7 @@ def test_a_damaged_parquet_page_loses_only_its_row_group(tmp_path):
     assert texts(good(items)) == [row["text"] for row in (*rows[:1000], *rows[2000:])]
     assert [item.id for item in good(items)[999:1001]] == ["f.parquet[999]", "f.parquet[2000]"]
     (row,) = bad(items)
-    assert row.place == "f.parquet[1000]"
+    assert row.location == "f.parquet[1000]"
     assert "row group 1" in row.reason
 
 

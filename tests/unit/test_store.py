@@ -42,7 +42,7 @@ def change_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
-def refusal(folder: Path) -> str:
+def unsupported_reason(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         load_model(folder)
     assert str(folder) in str(caught.value)
@@ -118,24 +118,26 @@ def test_tensors_and_metadata_read_back(tmp_path):
 def test_truncated_weights_are_named(folder, left):
     path = folder / WEIGHTS
     path.write_bytes(path.read_bytes()[:left])
-    assert re.search(r"model\.safetensors is damaged or truncated .*again", refusal(folder))
+    assert re.search(
+        r"model\.safetensors is damaged or truncated .*again", unsupported_reason(folder)
+    )
 
 
 def test_weights_that_are_not_safetensors_are_named(folder):
     (folder / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 4)
-    assert "model.safetensors is damaged" in refusal(folder)
+    assert "model.safetensors is damaged" in unsupported_reason(folder)
 
 
 def test_a_truncated_shard_is_named(folder):
     shard = reshard(folder, 10_000)[1]
     shard.write_bytes(shard.read_bytes()[:-7])
-    assert f"{shard.name} is damaged or truncated" in refusal(folder)
+    assert f"{shard.name} is damaged or truncated" in unsupported_reason(folder)
 
 
 def test_a_missing_shard_is_named(folder):
     shard = reshard(folder, 10_000)[1]
     shard.unlink()
-    assert f"{shard.name}' does not exist" in refusal(folder)
+    assert f"{shard.name}' does not exist" in unsupported_reason(folder)
 
 
 def test_a_tensor_in_the_index_but_in_no_shard_is_missing(folder):
@@ -145,7 +147,7 @@ def test_a_tensor_in_the_index_but_in_no_shard_is_missing(folder):
     tensors, _ = read_tensors(shard)
     del tensors[name]
     write_tensors(shard, tensors | {"model.extra": torch.ones(1)})
-    message = refusal(folder)
+    message = unsupported_reason(folder)
     assert f"1 missing: {name}" in message
     assert "1 unexpected: model.extra" in message
 
@@ -153,13 +155,13 @@ def test_a_tensor_in_the_index_but_in_no_shard_is_missing(folder):
 @pytest.mark.parametrize("name", ["../x", "../model.safetensors", "/etc/passwd", "sub/x", 3])
 def test_an_index_that_names_a_file_outside_the_folder_is_refused(folder, name):
     (folder / INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
-    assert "outside its folder" in refusal(folder)
+    assert "outside its folder" in unsupported_reason(folder)
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "\0"])
 def test_an_index_that_names_no_file_is_refused(folder, name):
     (folder / INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
-    refusal(folder)
+    unsupported_reason(folder)
 
 
 @pytest.mark.parametrize(
@@ -167,22 +169,23 @@ def test_an_index_that_names_no_file_is_refused(folder, name):
 )
 def test_an_invalid_index_is_named(folder, content):
     (folder / INDEX).write_text(content, encoding="latin-1")
-    assert f"{INDEX} is not a shard index" in refusal(folder)
+    assert f"{INDEX} is not a shard index" in unsupported_reason(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
 def test_pickles_are_never_read(folder, name):
     (folder / WEIGHTS).unlink()
     (folder / name).write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
-    assert "contains no model.safetensors (it has pickle files, which are never read" in refusal(
-        folder
+    assert (
+        "contains no model.safetensors (it has pickle files, which are never read"
+        in unsupported_reason(folder)
     )
     assert not Path("owned").exists()
 
 
 def test_a_folder_without_weights_is_reported(folder):
     (folder / WEIGHTS).unlink()
-    assert refusal(folder).endswith("contains no model.safetensors")
+    assert unsupported_reason(folder).endswith("contains no model.safetensors")
 
 
 def test_mismatched_tensors_are_all_named(folder):
@@ -191,7 +194,7 @@ def test_mismatched_tensors_are_all_named(folder):
     tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2)
     tensors["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(64, 31)
     write_tensors(folder / WEIGHTS, tensors)
-    message = refusal(folder)
+    message = unsupported_reason(folder)
     assert "1 missing: model.norm.weight" in message
     assert "1 unexpected: model.layers.7.mlp.up_proj.weight" in message
     assert (
@@ -203,7 +206,7 @@ def test_mismatched_tensors_are_all_named(folder):
 
 def test_a_configuration_of_another_size_names_a_few_tensors(folder):
     change_config(folder, num_hidden_layers=4)
-    message = refusal(folder)
+    message = unsupported_reason(folder)
     assert "18 missing: model.layers.2." in message
     assert "and 14 more" in message
 
@@ -219,17 +222,17 @@ def test_redundant_buffers_are_ignored(folder, tiny_model):
 @pytest.mark.parametrize("content", ["{", "", "not json", "\xff"])
 def test_a_configuration_that_is_not_json_is_named(folder, content):
     (folder / "config.json").write_text(content, encoding="latin-1")
-    assert "config.json is not JSON" in refusal(folder)
+    assert "config.json is not JSON" in unsupported_reason(folder)
 
 
 def test_a_configuration_that_is_not_an_object_is_named(folder):
     (folder / "config.json").write_text("[]")
-    assert "config.json does not contain a JSON object" in refusal(folder)
+    assert "config.json does not contain a JSON object" in unsupported_reason(folder)
 
 
 def test_a_generation_config_that_is_not_json_is_named(folder):
     (folder / "generation_config.json").write_text("{")
-    assert "generation_config.json is not JSON" in refusal(folder)
+    assert "generation_config.json is not JSON" in unsupported_reason(folder)
 
 
 def test_the_generation_configs_eos_tokens_take_precedence(folder):

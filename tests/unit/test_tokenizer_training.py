@@ -29,8 +29,8 @@ from easyllm.tokenizer.train import (
     WordLevelConfig,
     WordPieceConfig,
     byte_values,
-    shortfall,
     train_tokenizer,
+    vocab_size_warning,
 )
 
 CORPUS = [
@@ -422,7 +422,7 @@ def test_no_vocabulary_exceeds_the_requested_size(kind):
             continue
         made.append(size)
         assert tokenizer.vocab_size <= size
-        told = shortfall(tokenizer, config)
+        told = vocab_size_warning(tokenizer, config)
         assert (told is None) is (tokenizer.vocab_size == size)
         if told is not None:
             assert f"yields {tokenizer.vocab_size} ids, fewer than vocab_size={size}" in told

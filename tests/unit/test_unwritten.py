@@ -81,7 +81,7 @@ def test_calls_and_tool_responses_are_read_under_alternative_role_names(
         ]
         (text,), account = learned(QWEN3, row)
         assert text == f"{WANTED}<|im_end|><think>\n\n</think>\n\nIt is 42<|im_end|>"
-        assert account.unwritten_words == account.unwritten_tools == 0
+        assert account.unrendered_messages == account.unwritten_tools == 0
 
 
 def test_consecutive_calls_are_one_turn():
@@ -128,7 +128,7 @@ def test_a_role_omitted_by_the_template_is_refused(learned, role, options):
     for template in (CHATML, INDEXED):  # these templates render every role
         (text,), account = learned(template, row)
         assert text.startswith("a<|im_end|>")
-        assert account.unwritten_words == 0
+        assert account.unrendered_messages == 0
 
 
 def test_an_omitted_role_is_refused_in_pairs_and_if_its_text_occurs_elsewhere(tiny_tokenizer):
@@ -165,7 +165,7 @@ TOOL = {"role": "tool", "content": "42"}
 )
 def test_text_omitted_by_the_template_is_counted(learned, template, messages, expected):
     _, account = learned(template, {"messages": messages})
-    assert account.unwritten_words == expected
+    assert account.unrendered_messages == expected
     assert ("1 with messages the chat template does not write" in account.summary()) == bool(
         expected
     )
@@ -266,7 +266,7 @@ def test_a_rows_loss_is_refused_by_name(key, value):
 def test_a_prompt_with_a_message_omitted_by_the_template_is_refused(tiny_tokenizer):
     tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=NO_CALLS)
     asked = [user("What is it?"), assistant("", tool_calls=calls("f"))]
-    options = {"add_generation_prompt": True, "refuse_unwritten": True}
+    options = {"add_generation_prompt": True, "reject_unrendered": True}
     tokenizer.encode_chat([*asked, user("Well?")], **options)
     with pytest.raises(DataError, match="message 2 has the role 'tool', whose content"):
         tokenizer.encode_chat([*asked, {"role": "tool", "content": "42"}], **options)
@@ -277,7 +277,7 @@ def test_a_prompt_with_all_messages_rendered_is_accepted(tiny_tokenizer, templat
     tokenizer = Tokenizer(tiny_tokenizer.backend, tiny_tokenizer.special, chat_template=template)
     messages = [user(" One? "), assistant("<think>\nwell\n</think>\n\n1"), user("Two & two?")]
     plain = tokenizer.encode_chat(messages, add_generation_prompt=True)
-    strict = tokenizer.encode_chat(messages, add_generation_prompt=True, refuse_unwritten=True)
+    strict = tokenizer.encode_chat(messages, add_generation_prompt=True, reject_unrendered=True)
     assert strict.token_ids == plain.token_ids
 
 
@@ -293,5 +293,5 @@ def test_checking_a_prompt_takes_only_a_few_renderings(tiny_tokenizer, monkeypat
 
     monkeypatch.setattr(tokenizer.chat_template, "_render", counted)
     messages = [user(f"question {i}") for i in range(200)]
-    tokenizer.encode_chat(messages, add_generation_prompt=True, refuse_unwritten=True)
+    tokenizer.encode_chat(messages, add_generation_prompt=True, reject_unrendered=True)
     assert count < 10

@@ -24,7 +24,7 @@ from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.kinds import Kinds
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
-from easyllm.nn.linear import BaseProduct
+from easyllm.nn.linear import BaseLinear
 from easyllm.nn.virtual_tokens import ModelAdapter
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ class Adapter(nn.Module):
             batch in deterministic mode (`base.context`).
     """
 
-    keeps_input: bool = False
+    passes_input_unchanged: bool = False
     batch_invariant: bool = False
 
-    def forward(self, x: Tensor, base: BaseProduct) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLinear) -> Tensor:
         """Returns the adapted layer's output [..., out] for `x: [..., in]`."""
         raise NotImplementedError
 
@@ -69,7 +69,7 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
-    def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x' [T, k] and W' [out, k] such that x' W'ᵀ is the adapted layer's output.
 
         A fused linear cross-entropy, which never materialises all logits, takes these two factors.

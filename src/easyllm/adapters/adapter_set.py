@@ -92,7 +92,7 @@ class AdapterSet:
         found = {name: p for name, p in named.items() if id(p) in own}
         return found | {name: p for name, p in named.items() if id(p) in base - own}
 
-    def whole_parameters(self) -> set[str]:
+    def trained_base_parameters(self) -> set[str]:
         """Returns the names of the base parameters that are trained."""
         return {
             f"{name}.{inner}"
@@ -107,14 +107,16 @@ class AdapterSet:
         return {} if self.model_adapter is None else dict(self.model_adapter.named_parameters())
 
 
-def find_whole(model: "Decoder", names: tuple[str, ...]) -> dict[str, nn.Module]:
+def find_trained_modules(model: "Decoder", names: tuple[str, ...]) -> dict[str, nn.Module]:
     """Returns the named modules of a model, which are to be fully trained.
 
     Raises:
         ConfigError: the model has no module with this name, or its weight is quantized.
     """
     modules = dict(model.named_modules())
-    packed = {name: h.storage.format for name, h in model.holders() if h.storage.format != "dense"}
+    packed = {
+        name: h.storage.format for name, h in model.weight_modules() if h.storage.format != "dense"
+    }
     found = {}
     for name in names:
         has_parameters = name in modules and any(True for _ in modules[name].parameters())
@@ -141,7 +143,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def restore_whole(adapters: AdapterSet) -> None:
+def restore_base_modules(adapters: AdapterSet) -> None:
     """Restores the base modules' values from before an adapter file overwrote them."""
     for name, values in adapters.replaced.items():
         for key, parameter in own_parameters(adapters.whole[name]).items():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from easyllm.adapters.adapter import ALL_LINEAR, Adapter, AdapterConfig, kind_of
-from easyllm.adapters.adapter_set import AdapterSet, find_whole, restore_whole
+from easyllm.adapters.adapter_set import AdapterSet, find_trained_modules, restore_base_modules
 from easyllm.adapters.bank import AdapterBank
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.nn.decoder import Decoder
@@ -69,7 +69,7 @@ def place(
         ConfigError: as for `attach`.
     """
     _check_free(model, name)
-    modules = find_whole(model, whole)
+    modules = find_trained_modules(model, whole)
     linears: dict[str, tuple[Linear, Adapter]] = {}
     model_adapter: nn.Module | None = None
     if config.level == "model":
@@ -215,7 +215,7 @@ def detach(model: Decoder, name: str | None = None) -> Decoder:
     """
     chosen = list(model.adapter_sets.values()) if name is None else [adapter_of(model, name)]
     for adapters in chosen:
-        restore_whole(adapters)
+        restore_base_modules(adapters)
         _remove(model, adapters)
         for undo in reversed(adapters.undo):
             undo()

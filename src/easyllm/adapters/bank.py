@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from easyllm.adapters.adapter import Adapter
 from easyllm.core.errors import ConfigError
-from easyllm.nn.linear import BaseProduct
+from easyllm.nn.linear import BaseLinear
 
 
 class AdapterBank(Adapter):
@@ -35,7 +35,7 @@ class AdapterBank(Adapter):
         """Whether all adapters of the bank are batch-invariant."""
         return all(bool(adapter.batch_invariant) for adapter in self.held)
 
-    def forward(self, x: Tensor, base: BaseProduct) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLinear) -> Tensor:
         """Returns the output [T, out] for `x: [T, in]`, each row with its own adapter.
 
         Raises:
@@ -60,7 +60,7 @@ class AdapterBank(Adapter):
         assert out is not None, "there are rows"
         return out
 
-    def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Not supported by a bank, whose rows have different weights.
 
         Raises:
@@ -73,7 +73,7 @@ class AdapterBank(Adapter):
             f"the model has named adapters ({', '.join(self.names)}); select one for each sequence"
         )
 
-    def _part(self, name: str, x: Tensor, base: BaseProduct) -> Tensor:
+    def _part(self, name: str, x: Tensor, base: BaseLinear) -> Tensor:
         if name not in self.names:
             return base(x)
         y: Tensor = self.held[self.names.index(name)](x, base)

@@ -26,7 +26,7 @@ from easyllm.adapters.adapter import (
 from easyllm.adapters.peft_keys import check_keys, matches
 from easyllm.core.errors import CheckpointError, ConfigError, suggest
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
-from easyllm.nn.linear import BaseProduct
+from easyllm.nn.linear import BaseLinear
 from easyllm.nn.moe import ROUTERS
 from easyllm.ops.deterministic import tiled_linear
 
@@ -214,7 +214,7 @@ class LoRA(Adapter):
         dropout: dropout probability on the adapter's input in training.
     """
 
-    keeps_input = True
+    passes_input_unchanged = True
     batch_invariant = True
 
     def __init__(
@@ -238,7 +238,7 @@ class LoRA(Adapter):
         nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
         nn.init.zeros_(self.lora_B)
 
-    def forward(self, x: Tensor, base: BaseProduct) -> Tensor:
+    def forward(self, x: Tensor, base: BaseLinear) -> Tensor:
         """Returns `base(x) + s · B A x` [..., out] for `x: [..., in]`."""
         y = base(x)
         if self.dropout is not None:
@@ -253,14 +253,14 @@ class LoRA(Adapter):
         """Returns W + s B A [out, in] in fp32 and the unchanged bias."""
         return weight + self.delta().to(weight.device), bias
 
-    def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x' and W' such that x' W'ᵀ is the adapted output.
 
         Dropout applies to the adapter's input only, so with dropout the two factors are the
         concatenations [x, drop(x) Aᵀ] and [W, s B] along the last axis.
         """
         if self.dropout is None or not self.training:
-            return super().loss_product(x, weight)
+            return super().loss_factors(x, weight)
         inner = self.dropout(x) @ self.lora_A.to(x.dtype).T
         up = (self.scale * self.lora_B).to(weight.dtype)
         return torch.cat([x, inner], dim=1), torch.cat([weight, up], dim=1)

@@ -87,7 +87,7 @@ class Batch:
             lengths.append(int(trained[0]) + 1 if len(trained) else len(labels))
         return tuple(lengths)
 
-    def filled(self, multiple: int) -> "Batch":
+    def padded_to_multiple(self, multiple: int) -> "Batch":
         """Returns the batch padded to a multiple of `multiple` tokens.
 
         The padding is one more sequence at the end, with token id 0, no labels and zero extras.
@@ -171,12 +171,12 @@ def split_by_tokens(samples: Iterable[S], max_tokens: int) -> list[list[S]]:
     A sample longer than `max_tokens` forms its own group.
     """
     groups: list[list[S]] = []
-    filled = 0
+    padded_to_multiple = 0
     for sample in samples:
         size = sample.num_tokens
-        if not groups or filled + size > max_tokens:
+        if not groups or padded_to_multiple + size > max_tokens:
             groups.append([])
-            filled = 0
+            padded_to_multiple = 0
         groups[-1].append(sample)
-        filled += size
+        padded_to_multiple += size
     return groups

@@ -28,9 +28,9 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_ARRAY_DEPTH = 4
 MAX_DIMS = 4
-PAGE_OUT = 21
+MADV_PAGEOUT = 21
 """Linux's MADV_PAGEOUT, for which Python's `mmap` has no constant."""
-SHARED = 1 << 20
+MIN_SHARED_BYTES = 1 << 20
 """Minimum size in bytes of a tensor that shares the memory-mapped pages of the file (if it already
 has the requested dtype). Smaller tensors are copied: accessing one of their pages would bring many
 neighbouring pages back into memory."""
@@ -113,29 +113,29 @@ class GGUFFile:
         Raises:
             CheckpointError: the tensor's type is not supported.
         """
-        place = self.tensors[name]
+        location = self.tensors[name]
         if part is not None:
-            place = place.part(part)
-        raw = np.frombuffer(self._map, np.uint8, place.num_bytes, place.offset)
+            location = location.part(part)
+        raw = np.frombuffer(self._map, np.uint8, location.num_bytes, location.offset)
         try:
-            found = _dequantize(raw, place).to(dtype)
+            found = _dequantize(raw, location).to(dtype)
         except NotImplementedError:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} has the type {place.type_name}, which is not "
+                f"{self.path}: tensor {name!r} has the type {location.type_name}, which is not "
                 "supported; convert the model to another type"
             ) from None
-        if place.num_bytes < SHARED and found.data_ptr() == raw.ctypes.data:
+        if location.num_bytes < MIN_SHARED_BYTES and found.data_ptr() == raw.ctypes.data:
             return found.clone()
         return found
 
-    def let_go(self) -> None:
+    def release_pages(self) -> None:
         """Lets the operating system reclaim the memory-mapped pages (`MADV_PAGEOUT`).
 
         Their content stays valid: it is read again on the next access, and modified pages are
         preserved.
         """
         with contextlib.suppress(OSError, AttributeError):
-            self._map.madvise(PAGE_OUT)
+            self._map.madvise(MADV_PAGEOUT)
 
 
 class _HeaderReader:
@@ -281,19 +281,21 @@ class _HeaderReader:
         )
 
 
-def _dequantize(raw: np.ndarray[Any, Any], place: GGUFTensor) -> Tensor:
+def _dequantize(raw: np.ndarray[Any, Any], location: GGUFTensor) -> Tensor:
     """fp32 values of a tensor; the `gguf` package dequantizes the less common block formats."""
-    fast = _FAST.get(place.type_name)
+    fast = _FAST.get(location.type_name)
     if fast is not None:
-        return fast(torch.from_numpy(raw)).view(place.shape)
+        return fast(torch.from_numpy(raw)).view(location.shape)
     from gguf import GGMLQuantizationType, dequantize
 
-    kind = GGMLQuantizationType[place.type_name]
-    if place.type_name in ("F16", "F64"):
-        values = raw.view(np.float16 if place.type_name == "F16" else np.float64).astype(np.float32)
+    kind = GGMLQuantizationType[location.type_name]
+    if location.type_name in ("F16", "F64"):
+        values = raw.view(np.float16 if location.type_name == "F16" else np.float64).astype(
+            np.float32
+        )
     else:
         values = dequantize(raw, kind)
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(place.shape)
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(location.shape)
 
 
 def _float32(raw: Tensor) -> Tensor:

@@ -37,13 +37,13 @@ class SplitGGUF:
         self._owner: dict[str, GGUFFile] = {}
         self._parts = parts
         for part in parts:
-            for name, place in part.tensors.items():
+            for name, location in part.tensors.items():
                 if name in self.tensors:
                     raise CheckpointError(
                         f"tensor {name!r} is in both {self._owner[name].path.name} and "
                         f"{part.path.name}; download all parts of the model again"
                     )
-                self.tensors[name], self._owner[name] = place, part
+                self.tensors[name], self._owner[name] = location, part
         wanted = first.metadata.get("split.tensors.count", len(self.tensors))
         if len(self.tensors) != wanted:
             raise CheckpointError(
@@ -57,10 +57,10 @@ class SplitGGUF:
         """Returns a tensor, or slice `part` of its slowest dimension, dequantized to `dtype`."""
         return self._owner[name].load(name, dtype, part=part)
 
-    def let_go(self) -> None:
+    def release_pages(self) -> None:
         """Lets the operating system reclaim the memory-mapped pages of all parts."""
         for part in self._parts:
-            part.let_go()
+            part.release_pages()
 
 
 def open_gguf(path: Path) -> GGUFFile | SplitGGUF:

@@ -6,7 +6,7 @@ import typer
 
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
 
-SideOf = (
+SIDE_HELP = (
     "SOURCE[@VARIANT]: a model, optionally with float32, bfloat16, float16, float64, int8, int4 "
     "or transformers."
 )
@@ -18,8 +18,8 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help=SideOf)],
-    b: Annotated[str, typer.Argument(help=SideOf)],
+    a: Annotated[str, typer.Argument(help=SIDE_HELP)],
+    b: Annotated[str, typer.Argument(help=SIDE_HELP)],
     prompt: Annotated[
         list[str] | None, typer.Option(help="A text to continue; repeatable.")
     ] = None,

@@ -84,7 +84,7 @@ def _figures(found: "Inspection") -> dict[str, str | int]:
         "dropped: identical responses": account.dropped_equal,
         "tools omitted by the template": account.unwritten_tools,
         "reasoning omitted by the template": account.unwritten_reasoning,
-        "messages omitted by the template": account.unwritten_words,
+        "messages omitted by the template": account.unrendered_messages,
         "tool calls omitted, not trained": account.untrained_calls,
     }
     return {
@@ -119,7 +119,7 @@ def _show_coloured(samples: "list[Inspected]", console: "Console") -> None:
     console.print(Text("\n").append("trained", STYLES[True][0]).append(LEGEND))
     for sample in samples:
         for part in sample.parts:
-            console.print(Text(f"\n{sample.place} {part.heading}", "bold"))
+            console.print(Text(f"\n{sample.location} {part.heading}", "bold"))
             text = Text()
             for number, piece in enumerate(part.pieces):
                 text.append(visible_text(piece), STYLES[piece.trained][number % 2])
@@ -132,7 +132,7 @@ def _show_marked(samples: "list[Inspected]") -> None:
     lines = [f"\n⟦trained⟧{LEGEND}"]
     for sample in samples:
         for part in sample.parts:
-            lines += [f"\n{sample.place} {part.heading}", marked_text(part.pieces)]
+            lines += [f"\n{sample.location} {part.heading}", marked_text(part.pieces)]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

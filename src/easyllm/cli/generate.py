@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from easyllm.cli.models import LogN, Model, Rope, RopeFactor, Sinks, Window, context_of
+from easyllm.cli.models import LogN, Model, Rope, RopeFactor, Sinks, Window, context_config
 from easyllm.cli.output import JsonFlag, print_json
 from easyllm.cli.sampling import (
     CacheDtype,
@@ -128,7 +128,7 @@ def generate(
     llm = load_llm(
         model,
         quiet=json_output,
-        context=context_of(rope, rope_factor, logn, window, sinks),
+        context=context_config(rope, rope_factor, logn, window, sinks),
         draft=draft,
         dtype=dtype,
         quantize=quantize,

@@ -75,9 +75,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        from easyllm.core.atomic import os_error_sentence
+        from easyllm.core.atomic import os_error_message
 
-        sentence = os_error_sentence(error) if isinstance(error, OSError) else None
+        sentence = os_error_message(error) if isinstance(error, OSError) else None
         if sentence is not None:
             sys.stderr.write(f"error: {sentence}\n")
             _discard_output()

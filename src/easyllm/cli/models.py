@@ -83,16 +83,16 @@ def convert(
 
         easyllm convert smollm2 out/long --rope yarn --rope-factor 4
     """
-    from easyllm.core.atomic import refuse_existing
+    from easyllm.core.atomic import check_output_free
     from easyllm.pipeline.stages import convert_model
 
-    refuse_existing(target)
-    context = context_of(rope, rope_factor)
+    check_output_free(target)
+    context = context_config(rope, rope_factor)
     folder = convert_model(source, target, dtype, num_kv_heads=kv_heads, context=context)
     sys.stdout.write(f"{folder}\n")
 
 
-def context_of(
+def context_config(
     method: str | None,
     factor: float | None,
     logn: bool = False,
@@ -129,8 +129,8 @@ def merge(
 
         easyllm merge smollm2 runs/sft-lora/adapter out/tuned
     """
-    from easyllm.core.atomic import refuse_existing
+    from easyllm.core.atomic import check_output_free
     from easyllm.pipeline.stages import merge_adapter
 
-    refuse_existing(target)
+    check_output_free(target)
     sys.stdout.write(f"{merge_adapter(base, adapter, target)}\n")

@@ -99,17 +99,17 @@ def train(
 
         easyllm tokenizer train a.txt -o tok --set model.digits=individual --set model.pattern=qwen2
     """
-    from easyllm.core.atomic import atomic_directory, refuse_existing, write_json
+    from easyllm.core.atomic import atomic_directory, check_output_free, write_json
     from easyllm.core.config import apply_overrides, read_yaml, validate
     from easyllm.core.manifest import MANIFEST_FILE, Manifest
-    from easyllm.tokenizer.train import TokenizerConfig, shortfall, train_tokenizer
+    from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer, vocab_size_warning
 
     values = apply_overrides(read_yaml(config) if config is not None else {}, change or [])
     values["model"] = {"kind": "bpe"} | values.get("model", {}) | ({"kind": kind} if kind else {})
     flags = {"vocab_size": vocab_size, "special_tokens": special, "chat_template": chat_template}
     values |= {name: value for name, value in flags.items() if value is not None}
     wanted = validate(TokenizerConfig, values, source=str(config or "tokenizer train"))
-    refuse_existing(output)
+    check_output_free(output)
     source = _source(files, text_key, lines, format)
     trained = train_tokenizer(_texts(source), wanted)
     manifest = Manifest.create(
@@ -119,7 +119,7 @@ def train(
         trained.save(work)
         write_json(work / MANIFEST_FILE, manifest.model_dump(mode="json"))
     figures: dict[str, Any] = {"kind": wanted.model.kind, "vocab_size": trained.vocab_size}
-    if (reason := shortfall(trained, wanted)) is not None:
+    if (reason := vocab_size_warning(trained, wanted)) is not None:
         figures["vocab_size_asked"] = wanted.vocab_size
         typer.echo(reason, err=True)
     figures["output"] = str(output)
@@ -203,7 +203,7 @@ def extend(
 
         easyllm tokenizer extend smollm2 zh/*.jsonl --new 8000 --output out/smollm2-zh
     """
-    from easyllm.core.atomic import refuse_existing
+    from easyllm.core.atomic import check_output_free
     from easyllm.core.device import parse_dtype
     from easyllm.core.errors import ConfigError
     from easyllm.models import open_source
@@ -214,7 +214,7 @@ def extend(
     if output is None and not dry_run:
         raise ConfigError("no output folder is given; add --output out/NAME or --dry-run")
     if output is not None:
-        refuse_existing(output)
+        check_output_free(output)
     if dtype is not None:
         parse_dtype(dtype)
     source, opened = _source(files, text_key, lines, format), open_source(model)
@@ -331,7 +331,7 @@ def _read_texts(split: "Split", source: "SourceConfig") -> Iterator[str]:
                 (f"no key {source.text_key!r}", f"{source.text_key!r} is")
             )
             remedy = "name the key of the text with --text-key" if is_key else "fix or remove it"
-            raise DataError(f"{item.place}: {item.reason}; {remedy}")
+            raise DataError(f"{item.location}: {item.reason}; {remedy}")
 
 
 def _hashes(source: "SourceConfig") -> dict[str, str]:
@@ -349,11 +349,11 @@ def _growth(
     opened: "OpenSource", old: "Tokenizer", extension: "Extension", source: "SourceConfig"
 ) -> dict[str, Any]:
     """Returns the cost and the benefit of the extension."""
-    from easyllm.models.resize import grown_vocab_size
+    from easyllm.models.resize import resized_vocab_size
     from easyllm.plan.parameters import count_parameters
     from easyllm.tokenizer.report import report as measure
 
-    size = grown_vocab_size(opened.config, extension.old_pieces)
+    size = resized_vocab_size(opened.config, extension.old_pieces)
     before = count_parameters(opened.config).total
     texts = {"texts": islice(_texts(source), COMPARED_TEXTS)}
     was, now = measure({"old": old, "new": extension.tokenizer}, texts).texts

@@ -26,7 +26,7 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     target = Path(target)
     if not replace:
-        refuse_existing(target)
+        check_output_free(target)
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -43,7 +43,7 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def refuse_existing(target: Path) -> None:
+def check_output_free(target: Path) -> None:
     """Checks, before any work is done, that an output folder is empty (or absent) and writable.
 
     Raises:
@@ -55,10 +55,10 @@ def refuse_existing(target: Path) -> None:
                 f"output {str(target)!r} already exists and is not empty; "
                 "choose another folder or remove it"
             )
-    refuse_unwritable(target)
+    check_writable(target)
 
 
-def refuse_unwritable(target: Path) -> None:
+def check_writable(target: Path) -> None:
     """Checks that `target` can be created.
 
     The check creates (and removes) an empty folder in the nearest existing parent folder.
@@ -127,13 +127,13 @@ def output_errors(target: Path) -> Iterator[None]:
     except EasyllmError:
         raise
     except Exception as error:
-        reason = write_refusal(error)
+        reason = write_error_reason(error)
         if reason is None or not _concerns(target, error):
             raise
         raise OutputError(f"cannot write {str(target)!r}: {reason}") from error
 
 
-def write_refusal(error: BaseException) -> str | None:
+def write_error_reason(error: BaseException) -> str | None:
     """Returns why the operating system refused to write and what to do; None for any other error.
 
     safetensors and tokenizers raise their own exceptions, which contain the system's error code
@@ -149,7 +149,7 @@ def write_refusal(error: BaseException) -> str | None:
     return _REASONS.get(int(told[1])) if told else None
 
 
-def os_error_sentence(error: OSError) -> str | None:
+def os_error_message(error: OSError) -> str | None:
     """Returns a one-sentence message for an operating system error that no other code handled.
 
     Returns None if the cause is not a path, a disk or a permission.
@@ -158,7 +158,7 @@ def os_error_sentence(error: OSError) -> str | None:
     if named and error.errno in _OF_THE_PATH:
         reason = os.strerror(error.errno or 0).lower()
         return f"cannot use{named}: {reason}; check the path and its permissions"
-    refusal = write_refusal(error)
+    refusal = write_error_reason(error)
     return None if refusal is None else f"cannot write{named}: {refusal}"
 
 

@@ -218,7 +218,7 @@ def _describe(
     """The error message: all mistakes, each with its source; a common source is named only once."""
     problems = _problems(error)
     lines = _lines(problems, model, values)
-    givers = _Givers(model, source, overrides)
+    givers = _ValueOrigins(model, source, overrides)
     places = [givers.of(problem, values) for problem in problems]
     if len(lines) == 1:
         return f"{places[0]}: {lines[0]}"
@@ -228,7 +228,7 @@ def _describe(
     return f"{len(lines)} mistakes\n  - " + "\n  - ".join(told)
 
 
-class _Givers:
+class _ValueOrigins:
     """Finds where a value was set: the command line, an environment variable, or else the source.
 
     Args:
@@ -249,7 +249,7 @@ class _Givers:
         If a combination of values is invalid and some of them were overridden, the result is the
         source together with the names of the overridden values.
         """
-        place = tuple(_written_place(problem, values))
+        place = tuple(_user_path(problem, values))
         there = place[: _depth(place, values)]
         if problem["type"] == "union_tag_invalid":
             there = (*there, "kind")
@@ -317,7 +317,7 @@ def _lines(
     """One line per mistake: the key, the value and what was expected."""
     lines = []
     for problem in problems:
-        written = _written_place(problem, values)
+        written = _user_path(problem, values)
         key = ".".join(written)
         if problem["type"] == "extra_forbidden":
             known = _fields_at(model, problem["loc"][:-1], values)
@@ -352,7 +352,7 @@ def _lines(
     return lines
 
 
-def _written_place(problem: "ErrorDetails", values: Any) -> list[str]:
+def _user_path(problem: "ErrorDetails", values: Any) -> list[str]:
     """The path as the user wrote it: pydantic also adds the chosen variant of a union to it."""
     place = problem["loc"]
     written: list[str] = []

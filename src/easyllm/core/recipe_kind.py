@@ -20,7 +20,7 @@ def command_of(values: Mapping[str, Any]) -> Command | None:
     return next((command for key, (command, _) in KINDS.items() if key in values), None)
 
 
-def refuse_other_kinds(values: Mapping[str, Any], path: Path, command: Command) -> None:
+def check_recipe_kind(values: Mapping[str, Any], path: Path, command: Command) -> None:
     """Checks that a recipe is not one for another command.
 
     Args:
@@ -39,4 +39,4 @@ def refuse_other_kinds(values: Mapping[str, Any], path: Path, command: Command) 
         )
 
 
-__all__ = ["command_of", "refuse_other_kinds"]
+__all__ = ["check_recipe_kind", "command_of"]

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from easyllm.core.atomic import output_errors, refuse_unwritable, write_atomic
+from easyllm.core.atomic import check_writable, output_errors, write_atomic
 from easyllm.core.config import dump_yaml, first_difference
 from easyllm.core.errors import OutputError
 
@@ -21,21 +21,21 @@ def recipes_folder() -> Path:
     return installed if installed.is_dir() else package.parents[1] / "recipes"
 
 
-def claim(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
+def claim_run_folder(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
     """Claims `folder` for a run with this configuration by writing its `recipe.yaml`.
 
     Args:
         ignore: keys whose values may differ from the stored ones; the new values are written.
 
     Raises:
-        OutputError: as for `check_free`.
+        OutputError: as for `check_run_folder`.
     """
-    check_free(folder, config, ignore=ignore)
+    check_run_folder(folder, config, ignore=ignore)
     if ignore or not (folder / RECIPE_FILE).is_file():
         write_atomic(folder / RECIPE_FILE, dump_yaml(config))
 
 
-def check_free(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
+def check_run_folder(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
     """Checks that a run with `config` can be started or resumed in `folder`, without writing to it.
 
     The location of the folder (`output`) is not compared: a run can be moved.
@@ -62,7 +62,7 @@ def check_free(folder: Path, config: BaseModel, *, ignore: Collection[str] = ())
         raise OutputError(
             f"{str(folder)!r} contains other files; choose another folder with output=..."
         )
-    refuse_unwritable(folder)
+    check_writable(folder)
 
 
 def _completed(text: str, config: BaseModel) -> str:

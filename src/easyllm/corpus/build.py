@@ -27,7 +27,7 @@ from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError, DataError, EasyllmError
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path, hash_value
 from easyllm.core.progress import Progress, console
-from easyllm.core.run_folder import RECIPE_FILE, check_free, claim
+from easyllm.core.run_folder import RECIPE_FILE, check_run_folder, claim_run_folder
 from easyllm.corpus.config import CorpusConfig
 from easyllm.corpus.decontaminate import Decontaminator
 from easyllm.corpus.dedup.clusters import Clusters
@@ -35,12 +35,12 @@ from easyllm.corpus.dedup.steps import decide
 from easyllm.corpus.document import Document
 from easyllm.corpus.executor import Executor, build_executor
 from easyllm.corpus.mixture import Composition, choose_documents, plan_tokens
-from easyllm.corpus.report import Counts, fates, reasons, removals, report
+from easyllm.corpus.report import Counts, counts_by_source, reasons, removals, report
 from easyllm.corpus.shards import ShardWriter
 from easyllm.corpus.sources import Split, list_splits, read_split
 from easyllm.corpus.stage_files import SUFFIX, concatenate, line_writer
 from easyllm.corpus.token_pool import TokenPool
-from easyllm.corpus.warnings import warnings, why_nothing_is_left
+from easyllm.corpus.warnings import explain_empty_corpus, warnings
 from easyllm.corpus.work import documents_file, finished, rejected_file, run_item
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -124,7 +124,7 @@ class CorpusBuild:
                 remain after a stage.
             ConfigError: no documents remain from a source that has a weight in the mixture.
         """
-        check_free(self.output, self.config, ignore=HOW)
+        check_run_folder(self.output, self.config, ignore=HOW)
         if (self.output / MANIFEST_FILE).is_file():
             self._sweep()
             console().print(f"{self.output} already contains this corpus", soft_wrap=True)
@@ -132,7 +132,7 @@ class CorpusBuild:
         runs = self._evaluation_runs()
         with build_executor(self.config.engine, self.config.workers) as executor:
             # Claimed only after the checks above, so that a configuration error creates no folder
-            claim(self.output, self.config, ignore=HOW)
+            claim_run_folder(self.output, self.config, ignore=HOW)
             try:
                 return self._build(executor, runs)
             except EasyllmError:
@@ -149,12 +149,12 @@ class CorpusBuild:
         sizes = [split.num_bytes for split in self.splits]
         counts: Counts = [("clean", self._stage(executor, "clean", items, sizes))]
         stems = [Path(item["stem"]) for item in items]
-        self._check_what_is_left(counts)
+        self._check_documents_remain(counts)
         for number, step in enumerate(self.config.dedup.steps if self.config.dedup else ()):
             stage = f"dedup-{number}-{step.kind}"
             stems, done = self._dedup(executor, stage, step, stems)
             counts.append((stage, done))
-            self._check_what_is_left(counts)
+            self._check_documents_remain(counts)
         tokens = self._tokenize(executor, stems)
         composition, held_out = self._pack()
         self._keep_exclusions(counts)
@@ -431,9 +431,9 @@ class CorpusBuild:
         return Decontaminator.from_texts(texts, config)
 
     def _fates(self, counts: Counts) -> dict[str, dict[str, Any]]:
-        return fates(counts, [split.source for split in self.splits])
+        return counts_by_source(counts, [split.source for split in self.splits])
 
-    def _check_what_is_left(self, counts: Counts) -> None:
+    def _check_documents_remain(self, counts: Counts) -> None:
         """Fails if no documents remain, or none from a source that has a weight in the mixture.
 
         Only a different recipe or different files can fix this, so the build is discarded.
@@ -442,7 +442,7 @@ class CorpusBuild:
         if not any(fate["kept"] for fate in left.values()):
             self._discard()
             shown = [row for done in counts[0][1] for row in done["bad_rows_shown"]]
-            raise DataError(f"no documents remain {why_nothing_is_left(left, shown)}")
+            raise DataError(f"no documents remain {explain_empty_corpus(left, shown)}")
         for name, share in self.config.mixture.shares.items():
             if share.weight is not None and not left[name]["kept"]:
                 self._discard()

@@ -16,7 +16,7 @@ from easyllm.core.config import (
     validate,
 )
 from easyllm.core.errors import ConfigError, SourceError, suggest
-from easyllm.core.recipe_kind import refuse_other_kinds
+from easyllm.core.recipe_kind import check_recipe_kind
 from easyllm.corpus.clean import CleanConfig
 from easyllm.corpus.decontaminate import DecontaminationConfig
 from easyllm.corpus.dedup import DedupConfig, dedup_preset
@@ -142,13 +142,13 @@ def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:
         SourceError, ConfigError: the file does not exist, or is invalid; all errors are listed.
     """
     written = read_yaml(path)
-    refuse_other_kinds(written, path, "data build")
+    check_recipe_kind(written, path, "data build")
     values = apply_overrides(written, [*environment_overrides(CorpusConfig), *overrides])
-    place_sources(values, path.parent)
+    resolve_sources(values, path.parent)
     return validate(CorpusConfig, values, source=str(path), overrides=overrides)
 
 
-def place_sources(values: dict[str, Any], folder: Path) -> None:
+def resolve_sources(values: dict[str, Any], folder: Path) -> None:
     """Resolves the paths of all sources of a recipe in place.
 
     A path that matches files in the recipe's folder is resolved against that folder;

@@ -37,17 +37,17 @@ def to_document(row: Row, keys: RowKeys, *, source: str, language: str | None) -
     """
     text, id = row.values.get(keys.text), row.values.get(keys.id or "id")
     if not isinstance(text, str):
-        return BadRow(row.place, _wrong(row, keys.text))
+        return BadRow(row.location, _wrong(row, keys.text))
     if not _is_id(id):
         if keys.id is not None:
-            return BadRow(row.place, _wrong(row, keys.id))
-        id = row.place
+            return BadRow(row.location, _wrong(row, keys.id))
+        id = row.location
     if not text or text.isspace():
-        return BadRow(row.place, EMPTY_TEXT)
+        return BadRow(row.location, EMPTY_TEXT)
     if len(text) > MAX_BYTES:
-        return BadRow(row.place, TOO_LONG)
+        return BadRow(row.location, TOO_LONG)
     if not (_is_utf8(text) and _is_utf8(str(id))):
-        return BadRow(row.place, "contains bytes that are not UTF-8, or an unpaired surrogate")
+        return BadRow(row.location, "contains bytes that are not UTF-8, or an unpaired surrogate")
     own = language_code(row.values.get(keys.language)) if keys.language else None
     return Document(id=str(id), source=source, text=text, language=own or language)
 

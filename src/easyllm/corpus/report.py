@@ -31,7 +31,7 @@ def removals(counts: Counts, read: int) -> list[dict[str, Any]]:
     return rows
 
 
-def fates(counts: Counts, sources: Sequence[str]) -> dict[str, dict[str, Any]]:
+def counts_by_source(counts: Counts, sources: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Returns what happened to the documents of each source.
 
     Args:

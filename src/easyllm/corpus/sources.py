@@ -203,7 +203,7 @@ def read_split(split: Split, config: SourceConfig) -> Iterator[Document | BadRow
         for item in _read_part(part, split.source, config):
             if config.on_error == "stop" and isinstance(item, BadRow) and item.reason != EMPTY_TEXT:
                 raise DataError(
-                    f"{item.place}: {item.reason}; fix or remove it, or set on_error: skip"
+                    f"{item.location}: {item.reason}; fix or remove it, or set on_error: skip"
                 )
             yield item
 
@@ -282,18 +282,18 @@ def _grouped(parts: Iterable[Part], split_bytes: int) -> Iterator[tuple[Part, ..
 
 
 def _read_part(part: Part, source: str, config: SourceConfig) -> Iterator[Document | BadRow]:
-    keys, place = RowKeys(), part.name
+    keys, location = RowKeys(), part.name
     if part.format in ROW_FORMATS:
         keys = RowKeys(text=config.text_key, id=config.id_key, language=config.language_key)
     try:
         for row in _rows(part, config):
-            place = row.place
+            location = row.location
             if isinstance(row, Row):
                 yield to_document(row, keys, source=source, language=config.language)
             else:
                 yield row
     except DamagedFile as error:
-        yield BadRow(place, f"the rest of the file cannot be read: {error}")
+        yield BadRow(location, f"the rest of the file cannot be read: {error}")
 
 
 def _rows(part: Part, config: SourceConfig) -> Rows:

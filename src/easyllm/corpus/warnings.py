@@ -5,15 +5,15 @@ from typing import Any
 
 from easyllm.corpus.clean.language import CHINESE
 
-MOST = 0.5
+MAX_SHARE = 0.5
 """Share of a source's documents that one rule may remove before there is a warning."""
-LITTLE = 1 / 3
+MIN_KEPT_SHARE = 1 / 3
 """Share of kept documents of a source below which the top rules are reported together."""
-NEXT_TO_NOTHING = 0.05
+MIN_TOTAL_SHARE = 0.05
 """Share of all documents below which the result is probably not what the user intended."""
 NUM_RULES = 3
 """Number of rules reported where no single rule removed most of the documents."""
-FEW = 10
+MIN_DOCUMENTS = 10
 """Number of documents below which shares are not meaningful."""
 
 Fates = Mapping[str, Mapping[str, Any]]
@@ -23,12 +23,12 @@ def warnings(sources: Fates) -> list[str]:
     """Returns what the user should know before using the corpus, most important first.
 
     Args:
-        sources: for each source, the counts from `fates`.
+        sources: for each source, the counts from `counts_by_source`.
     """
     read = sum(fate["read"] + _num_bad(fate) for fate in sources.values())
     kept = sum(fate["kept"] for fate in sources.values())
     lines = []
-    if read >= FEW and kept < NEXT_TO_NOTHING * read:
+    if read >= MIN_DOCUMENTS and kept < MIN_TOTAL_SHARE * read:
         lines.append(
             f"only {kept:,} of {read:,} documents remain ({kept / read:.1%}): "
             "this is probably not the intended corpus"
@@ -38,11 +38,11 @@ def warnings(sources: Fates) -> list[str]:
     return lines
 
 
-def why_nothing_is_left(sources: Fates, shown: list[str]) -> str:
+def explain_empty_corpus(sources: Fates, shown: list[str]) -> str:
     """Returns the reason and the remedy, in one line, when no documents remain.
 
     Args:
-        sources: for each source, the counts from `fates`.
+        sources: for each source, the counts from `counts_by_source`.
         shown: some bad rows, each with its location.
     """
     bad = sum(_num_bad(fate) for fate in sources.values())
@@ -61,21 +61,21 @@ def why_nothing_is_left(sources: Fates, shown: list[str]) -> str:
 def _of_source(name: str, fate: Mapping[str, Any]) -> list[str]:
     lines = []
     bad, read = _num_bad(fate), fate["read"]
-    if bad + read >= FEW and bad > MOST * (bad + read):
+    if bad + read >= MIN_DOCUMENTS and bad > MAX_SHARE * (bad + read):
         kind, number = _first(fate["bad_rows"])
         lines.append(
             f"{bad:,} of the {bad + read:,} rows of source {name!r} could not be read "
             f"({kind}: {number:,}); {_remedy_of_row(kind)}"
         )
-    if read >= FEW and fate["removed"]:
+    if read >= MIN_DOCUMENTS and fate["removed"]:
         rule, number = _first(fate["removed"])
-        if number > MOST * read:
+        if number > MAX_SHARE * read:
             lines.append(
                 f"rule {rule} removed {number:,} of the {read:,} documents of source {name!r} "
                 f"({number / read:.0%}); {_remedy(rule, fate['languages'])}, or give the source "
                 f"its own rules (sources.{name}.clean)"
             )
-        elif fate["kept"] < LITTLE * read:
+        elif fate["kept"] < MIN_KEPT_SHARE * read:
             most = sorted(fate["removed"].items(), key=lambda item: (-item[1], item[0]))[:NUM_RULES]
             listed = ", ".join(f"{rule} {number:,} ({number / read:.0%})" for rule, number in most)
             lines.append(

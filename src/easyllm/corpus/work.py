@@ -21,7 +21,7 @@ from easyllm.core.manifest import hash_value
 from easyllm.corpus.clean import CleanConfig, Cleaner, CleanReport
 from easyllm.corpus.decontaminate import Decontaminator
 from easyllm.corpus.dedup.config import DedupStep
-from easyllm.corpus.dedup.steps import cut_text, save_keys
+from easyllm.corpus.dedup.steps import apply_verdict, save_keys
 from easyllm.corpus.document import Document, Rejection
 from easyllm.corpus.files.formats import BadRow
 from easyllm.corpus.privacy import PrivacyConfig, redact
@@ -110,8 +110,8 @@ def clean(
         for row in read_split(Split.from_dict(split), SourceConfig.model_validate(source)):
             if isinstance(row, BadRow):
                 bad[row.kind] += 1
-                rejected.write({"rule": "bad_row", "value": row.reason, "id": row.place})
-                shown += [f"{row.place}: {row.reason}"] if len(shown) < BAD_ROWS_SHOWN else []
+                rejected.write({"rule": "bad_row", "value": row.reason, "id": row.location})
+                shown += [f"{row.location}: {row.reason}"] if len(shown) < BAD_ROWS_SHOWN else []
                 continue
             result: Document | Rejection = row if cleaner is None else cleaner.clean(row)
             if isinstance(result, Document) and hide is not None:
@@ -163,7 +163,7 @@ def dedup_apply(stem: Path, *, documents: str, decision: str, step: dict[str, An
     verdicts = np.load(decision, allow_pickle=False)
     with line_writer(documents_file(stem)) as kept, line_writer(rejected_file(stem)) as rejected:
         for number, document in enumerate(read_documents(Path(documents))):
-            result, parts = cut_text(document, number, verdicts, config)
+            result, parts = apply_verdict(document, number, verdicts, config)
             cut += parts
             if isinstance(result, Rejection):
                 rejected.rejection(result)

@@ -24,7 +24,7 @@ from easyllm.engine.engine import Engine
 from easyllm.engine.page_table import Copies, PageTable
 from easyllm.engine.pages import Namespace
 from easyllm.engine.request import BeamParams
-from easyllm.engine.step import Piece, Step
+from easyllm.engine.step import ScheduledChunk, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class _Search:
                 "beam search needs an engine without running requests; wait until they finish"
             )
         self.engine, self.params = engine, params
-        self.prompt = engine.with_virtual(prompt_ids)
+        self.prompt = engine.prepend_virtual_tokens(prompt_ids)
         self.limit = engine.check_prompt(prompt_ids, params.max_tokens)
         self.ends = frozenset(engine.model.config.eos_token_ids)
         self.finished: list[Hypothesis] = []
@@ -105,10 +105,10 @@ class _Search:
             beams = [first]
             for length in range(1, self.limit + 1):
                 candidates = self._candidates(beams, logits)
-                going_on = self._finish(candidates, length)
-                if not going_on or self._settled(going_on, length):
+                continuing = self._finish(candidates, length)
+                if not continuing or self._is_done(continuing, length):
                     break
-                beams = self._continue(beams, going_on)
+                beams = self._continue(beams, continuing)
                 logits = self._step(beams, length)
         finally:
             for beam in beams:
@@ -140,7 +140,7 @@ class _Search:
         beam = _Beam(self.engine.next_sequence_id(), table)
         try:
             start = table.adopt(self.prompt) if self.engine.pool.prefix_caching else 0
-            whole = self.engine.scheduler.whole_prompts
+            whole = self.engine.scheduler.unchunked_prefill
             chunk = len(self.prompt) if whole else self.engine.scheduler.max_step_tokens
             while start < len(self.prompt):
                 tokens = self.prompt[start : start + chunk]
@@ -189,7 +189,7 @@ class _Search:
             return []
         return [c for c in candidates if c.token not in self.ends][:size]
 
-    def _settled(self, going_on: list[_Candidate], length: int) -> bool:
+    def _is_done(self, continuing: list[_Candidate], length: int) -> bool:
         """Whether B hypotheses have finished and no running one is expected to beat the worst."""
         if len(self.finished) < self.params.num_beams:
             return False
@@ -197,10 +197,10 @@ class _Search:
         if stopping is True:
             return True
         longest = stopping == "never" and self.params.length_penalty > 0
-        hoped = self.score(going_on[0].total, self.limit if longest else length)
-        return hoped <= self.finished[-1].score
+        best_possible_score = self.score(continuing[0].total, self.limit if longest else length)
+        return best_possible_score <= self.finished[-1].score
 
-    def _continue(self, beams: list[_Beam], going_on: list[_Candidate]) -> list[_Beam]:
+    def _continue(self, beams: list[_Beam], continuing: list[_Candidate]) -> list[_Beam]:
         """Forks the new beams from their parents' pages; releases the parents' page references."""
         new = [
             _Beam(
@@ -210,10 +210,11 @@ class _Search:
                 logprobs=(*c.parent.logprobs, c.logprob),
                 total=c.total,
             )
-            for c in going_on
+            for c in continuing
         ]
         self.forks = tuple(
-            (c.parent.sequence_id, beam.sequence_id) for c, beam in zip(going_on, new, strict=True)
+            (c.parent.sequence_id, beam.sequence_id)
+            for c, beam in zip(continuing, new, strict=True)
         )
         for beam in beams:
             beam.table.release()
@@ -234,12 +235,12 @@ class _Search:
             assert found, "the page count was checked when the search started"
         for beam, tokens, start in parts:
             pieces.append(
-                Piece(
+                ScheduledChunk(
                     sequence_id=beam.sequence_id,
                     token_ids=tokens,
                     start=start,
                     pages=tuple(beam.table.pages),
-                    num_rows=rows,
+                    num_logit_rows=rows,
                     prefix=prefix,
                 )
             )

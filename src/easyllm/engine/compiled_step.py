@@ -4,7 +4,7 @@ A decoding step in PyTorch consists of a few hundred small operations, each with
 although the step should be limited only by reading the weights from memory. The compiled step
 reads each weight once and little else.
 
-It supports common dense decoder architectures (`refusal` returns why a model is not supported)
+It supports common dense decoder architectures (`unsupported_reason` returns why a model is not supported)
 with weights of fp32, bf16, int8 or int4, and every page format of `ops/paged_attention`. Its
 results equal those of the PyTorch decoder within rounding; all arithmetic is fp32, even where the
 weights are bf16.
@@ -35,21 +35,21 @@ from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
 from easyllm.nn.position import RotaryPosition
-from easyllm.ops.huge_memory import BufferCache, cached_empty, return_freed_memory, rooms_for
+from easyllm.ops.huge_memory import BufferCache, cached_empty, empty_like_each, return_freed_memory
 from easyllm.ops.kernels import build, kernels_for
-from easyllm.ops.paged_attention import OCTET, Pages, pages_struct
+from easyllm.ops.paged_attention import KEYS_PER_BLOCK, Pages, pages_struct
 
-MOST_ROWS = 32
+MAX_ROWS = 32
 """Maximum rows for which a compiled step with quantized weights is faster than the PyTorch decoder
 (measurement in docs/kernels.md)."""
-MOST_TILED_ROWS = 128
+MAX_TILED_ROWS = 128
 """The same on a processor with a matrix unit (AMX), which the compiled step uses."""
-MOST_DENSE_ROWS = 128
+MAX_DENSE_ROWS = 128
 """The same with fp32 weights, or with bf16 weights if the processor has no bf16 instructions."""
-MOST_BF16_ROWS = 32
+MAX_BF16_ROWS = 32
 """The same with bf16 weights if the processor has bf16 instructions: PyTorch's matmuls use them,
 whereas the compiled step widens the weights to fp32."""
-MOST_BF16_ROWS_BY_UNIT = 2
+MAX_BF16_ROWS_AMX = 2
 """The same if PyTorch's matmuls use a matrix unit, or bf16 instructions of a non-x86 processor."""
 FREED_BYTES = 1 << 26
 """Bytes of weights to move before the memory of the old ones is returned to the system."""
@@ -73,10 +73,14 @@ class CompiledStep:
     def __init__(
         self, model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]
     ) -> None:
-        refusal = self.refusal(model) or _pages_refusal(model, key_pages, value_pages)
-        if refusal is not None:
-            raise ConfigError(f"the compiled step does not support this model: {refusal}")
-        self.most_rows = _most_rows(model)
+        unsupported_reason = self.unsupported_reason(model) or _pages_refusal(
+            model, key_pages, value_pages
+        )
+        if unsupported_reason is not None:
+            raise ConfigError(
+                f"the compiled step does not support this model: {unsupported_reason}"
+            )
+        self.max_rows = _most_rows(model)
         self.vocab_size = model.config.vocab_size
         self.page_size = key_pages[0].shape[2]
         self._model_itself, self._cache = model, (list(key_pages), list(value_pages))
@@ -91,7 +95,7 @@ class CompiledStep:
         self._logits = BufferCache(max_buffers=2)
         self._tables: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = {}
         self._num_positions = 0
-        self._reach(min(FIRST_POSITIONS, model.config.max_seq_len))
+        self._extend_rope_tables(min(FIRST_POSITIONS, model.config.max_seq_len))
 
     def bind(self) -> None:
         """Records the addresses of the weights, and copies those that the step needs in fp32."""
@@ -103,7 +107,7 @@ class CompiledStep:
         self._num_positions = 0
 
     @staticmethod
-    def refusal(model: Decoder) -> str | None:
+    def unsupported_reason(model: Decoder) -> str | None:
         """Returns why the model is not supported; None if it is."""
         if model.training or kernels_for(*model.parameters()) is None:
             return (
@@ -112,7 +116,7 @@ class CompiledStep:
             )
         if model.is_adapted:
             return "it has adapters; merge them"
-        for name, holder in model.holders():
+        for name, holder in model.weight_modules():
             if holder.storage.kernel_matrix(None) is None:
                 return (
                     f"{name} stores its weight as {holder.storage.format}, which the kernels do "
@@ -123,7 +127,7 @@ class CompiledStep:
     @classmethod
     def supports(cls, model: Decoder) -> bool:
         """Whether the model is supported."""
-        return cls.refusal(model) is None
+        return cls.unsupported_reason(model) is None
 
     @staticmethod
     def pages_fit(model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]) -> bool:
@@ -160,7 +164,7 @@ class CompiledStep:
         self._check(token_ids, positions, page_table, key_lengths)
         if [_weight_of(owner).data_ptr() for owner in self._owners] != self._addresses:
             self.bind()
-        self._reach(max(positions) + 1)
+        self._extend_rope_tables(max(positions) + 1)
         numbers = ctypes.c_int64 * rows
         held = numbers(*token_ids), numbers(*positions), numbers(*key_lengths)
         batch = build.StepBatch(
@@ -174,7 +178,7 @@ class CompiledStep:
         kernels = kernels_for(logits)
         assert kernels is not None, "refusal() requires kernels"
         kernels.decode_step(
-            ctypes.byref(self._model), ctypes.byref(batch), self._room(kernels, batch)
+            ctypes.byref(self._model), ctypes.byref(batch), self._workspace(kernels, batch)
         )
         return logits
 
@@ -186,7 +190,7 @@ class CompiledStep:
         key_lengths: Sequence[int],
     ) -> None:
         """Refuses arguments that would make the C code read or write out of bounds."""
-        rows, room = len(token_ids), page_table.shape[1] * self.page_size
+        rows, workspace = len(token_ids), page_table.shape[1] * self.page_size
         if not rows == len(positions) == len(key_lengths) == len(page_table):
             raise ConfigError(
                 f"{rows} tokens need as many positions, lengths and rows of the page table; got "
@@ -194,22 +198,22 @@ class CompiledStep:
             )
         if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
             raise ConfigError(f"a token id is outside the model's ids 0 to {self.vocab_size - 1}")
-        if min(key_lengths) < 1 or max(key_lengths) > room or min(positions) < 0:
+        if min(key_lengths) < 1 or max(key_lengths) > workspace or min(positions) < 0:
             raise ConfigError(
                 f"key lengths {min(key_lengths)} to {max(key_lengths)} do not fit a page table of "
-                f"{room} tokens"
+                f"{workspace} tokens"
             )
         if page_table.dtype != torch.int32 or not page_table.is_contiguous():
             raise ConfigError("the page table must be contiguous int32")
 
-    def _room(self, kernels: ctypes.CDLL, batch: build.StepBatch) -> int:
+    def _workspace(self, kernels: ctypes.CDLL, batch: build.StepBatch) -> int:
         """Returns the address of a workspace large enough for the batch."""
         needed: int = kernels.decode_step_bytes(ctypes.byref(self._model), ctypes.byref(batch))
         if needed > self._memory.numel() - ALIGNMENT:
             self._memory = torch.empty(needed * 3 // 2 + ALIGNMENT, dtype=torch.uint8)
         return -(-self._memory.data_ptr() // ALIGNMENT) * ALIGNMENT
 
-    def _reach(self, num_positions: int) -> None:
+    def _extend_rope_tables(self, num_positions: int) -> None:
         """Extends the RoPE tables to at least `num_positions` positions."""
         if num_positions <= self._num_positions:
             return
@@ -298,10 +302,10 @@ def _most_rows(model: Decoder) -> int:
     assert kernels is not None, "refusal() requires kernels"
     has_unit = bool(kernels.tiles_ready())
     if model.packed_formats():
-        return MOST_TILED_ROWS if has_unit else MOST_ROWS
+        return MAX_TILED_ROWS if has_unit else MAX_ROWS
     if model.dtype == torch.float32 or not bf16_is_fast(model.device):
-        return MOST_DENSE_ROWS
-    return MOST_BF16_ROWS_BY_UNIT if has_unit or "bf16" in cpu_features() else MOST_BF16_ROWS
+        return MAX_DENSE_ROWS
+    return MAX_BF16_ROWS_AMX if has_unit or "bf16" in cpu_features() else MAX_BF16_ROWS
 
 
 def gather_weights(model: Decoder) -> None:
@@ -315,14 +319,14 @@ def gather_weights(model: Decoder) -> None:
         return  # another engine has already gathered them
     # inference tensors only if the old weights were: inference tensors cannot be trained
     with torch.inference_mode(_weight_of(owners[0]).is_inference()), torch.no_grad():
-        rooms, freed = rooms_for([_weight_of(owner) for owner in owners]), 0
-        for owner, room in zip(owners, rooms, strict=True):
-            room.copy_(_weight_of(owner))
-            freed += room.nbytes
+        rooms, freed = empty_like_each([_weight_of(owner) for owner in owners]), 0
+        for owner, workspace in zip(owners, rooms, strict=True):
+            workspace.copy_(_weight_of(owner))
+            freed += workspace.nbytes
             if freed >= FREED_BYTES:
                 return_freed_memory()
                 freed = 0
-            owner.storage.payload = room
+            owner.storage.payload = workspace
 
 
 def _weight_of(owner: Linear | Embedding) -> Tensor:
@@ -344,9 +348,9 @@ def _config_refusal(config: ModelConfig) -> str | None:
     if config.logit_softcap is not None or config.num_labels is not None:
         return "its logits are soft-capped, or it has a classification head"
     for number, layer in enumerate(config.layers):
-        refusal = _layer_refusal(layer)
-        if refusal is not None:
-            return f"layer {number}: {refusal}"
+        unsupported_reason = _layer_refusal(layer)
+        if unsupported_reason is not None:
+            return f"layer {number}: {unsupported_reason}"
     return None
 
 
@@ -360,8 +364,8 @@ def _layer_refusal(layer: LayerConfig) -> str | None:
         return "linear or bidirectional attention"
     if mixer.softcap is not None or mixer.num_sinks or mixer.logn_length is not None:
         return "attention with a soft cap, sinks or log-n scaling"
-    if mixer.head_dim % OCTET:
-        return f"head_dim {mixer.head_dim} is not a multiple of {OCTET}"
+    if mixer.head_dim % KEYS_PER_BLOCK:
+        return f"head_dim {mixer.head_dim} is not a multiple of {KEYS_PER_BLOCK}"
     return _position_refusal(mixer)
 
 
@@ -380,8 +384,8 @@ def _pages_refusal(
     if not len(key_pages) == len(value_pages) == model.config.num_layers:
         return f"{len(key_pages)} layers of pages for {model.config.num_layers} layers"
     sizes = {pages.shape[2] for pages in (*key_pages, *value_pages)}
-    if len(sizes) != 1 or sizes.pop() % OCTET:
-        return f"all pages must have the same size, a multiple of {OCTET} tokens"
+    if len(sizes) != 1 or sizes.pop() % KEYS_PER_BLOCK:
+        return f"all pages must have the same size, a multiple of {KEYS_PER_BLOCK} tokens"
     for pages in (*key_pages, *value_pages):
         if isinstance(pages, Tensor) and kernels_for(pages) is None:
             return f"pages of {pages.dtype} on {pages.device}"

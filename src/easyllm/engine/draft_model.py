@@ -12,15 +12,15 @@ from easyllm.engine.kv_cache import KVCache
 from easyllm.engine.page_table import PageTable
 from easyllm.engine.pages import Namespace, PagePool
 from easyllm.engine.runner import DecoderRunner
-from easyllm.engine.sampling import Chooser, Draft, draw, narrow
-from easyllm.engine.speculative import refuse_states, refuse_turning_keys
-from easyllm.engine.step import Piece, Step
+from easyllm.engine.sampling import Draft, SamplerState, apply_sampling_filters, sample_multinomial
+from easyllm.engine.speculative import refuse_length_dependent_keys, refuse_recurrent_states
+from easyllm.engine.step import ScheduledChunk, Step
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 
 
 @dataclass(slots=True)
-class _Follower:
+class _DraftState:
     """What the draft model has computed for a sequence.
 
     Attributes:
@@ -53,7 +53,7 @@ class ModelDrafter:
     ) -> None:
         self.model, self.num_tokens = model, num_tokens
         self.pool = PagePool(num_pages, page_size, prefix_caching=False)
-        self._followers: dict[int, _Follower] = {}
+        self._followers: dict[int, _DraftState] = {}
         self._runner: DecoderRunner | None = None
 
     def check(self, target: ModelConfig) -> None:
@@ -69,9 +69,9 @@ class ModelDrafter:
                 f"the draft model has {draft.vocab_size} token ids and the model "
                 f"{target.vocab_size}; use a draft model with the same tokenizer"
             )
-        refuse_states(target)
-        refuse_states(draft)
-        refuse_turning_keys(target)
+        refuse_recurrent_states(target)
+        refuse_recurrent_states(draft)
+        refuse_length_dependent_keys(target)
 
     def propose(self, generations: Sequence[Generation]) -> dict[int, tuple[Draft, ...]]:
         """Returns draft tokens, by sequence id, for each completion that fits into the cache."""
@@ -109,7 +109,7 @@ class ModelDrafter:
             self.forget(sequence.id)
             return False
         follower = self._followers.setdefault(
-            sequence.id, _Follower(PageTable(self.pool, Namespace()))
+            sequence.id, _DraftState(PageTable(self.pool, Namespace()))
         )
         # the last token is computed again, for its logits
         end = min(len(follower.fed), len(sequence.tokens) - 1)
@@ -125,14 +125,14 @@ class ModelDrafter:
         self.forget(sequence.id)
         return False
 
-    def _piece(self, generation: Generation, guesses: Sequence[Draft]) -> Piece:
+    def _piece(self, generation: Generation, guesses: Sequence[Draft]) -> ScheduledChunk:
         """Returns the tokens not computed yet: the text up to here, or the last draft token."""
         follower = self._followers[generation.sequence.id]
         start = len(follower.fed)
         tokens = [*generation.sequence.tokens, *(guess.token_id for guess in guesses)][start:]
         follower.fed += tokens
         follower.sure = max(follower.sure, min(len(follower.fed), len(generation.sequence.tokens)))
-        return Piece(
+        return ScheduledChunk(
             sequence_id=generation.sequence.id,
             token_ids=tuple(tokens),
             start=start,
@@ -143,16 +143,18 @@ class ModelDrafter:
         """Returns a draft token for each row: greedy, or sampled and with its distribution."""
         ids = logits.argmax(-1).tolist()
         drafts = [Draft(token_id=token) for token in ids]
-        drawn = [i for i, g in enumerate(generations) if g.chooser.params.temperature > 0]
+        drawn = [i for i, g in enumerate(generations) if g.sampler.params.temperature > 0]
         if drawn:
-            choosers: list[Chooser] = [generations[i].chooser for i in drawn]
-            narrowed = narrow(logits[drawn], [chooser.params for chooser in choosers])
-            tokens = draw(narrowed, [chooser.source for chooser in choosers]).tolist()
+            samplers: list[SamplerState] = [generations[i].sampler for i in drawn]
+            narrowed = apply_sampling_filters(
+                logits[drawn], [sampler.params for sampler in samplers]
+            )
+            tokens = sample_multinomial(narrowed, [sampler.source for sampler in samplers]).tolist()
             for i, token, row in zip(drawn, tokens, narrowed.softmax(-1), strict=True):
                 drafts[i] = Draft(token_id=token, probabilities=row)
         return drafts
 
-    def _run(self, pieces: list[Piece]) -> Tensor:
+    def _run(self, pieces: list[ScheduledChunk]) -> Tensor:
         if self._runner is None:
             model = self.model
             cache = KVCache(

@@ -18,10 +18,10 @@ from easyllm.engine.options import EngineConfig
 from easyllm.engine.pages import Namespace, PagePool
 from easyllm.engine.request import Request, TokenEvent, TokenMask
 from easyllm.engine.runner import DecoderRunner, Runner
-from easyllm.engine.sampling import Chooser, Draft, choose, prompt_logprobs, random_source
+from easyllm.engine.sampling import Draft, SamplerState, new_rng, prompt_logprobs, sample_tokens
 from easyllm.engine.scheduler import Scheduler, Sequence
-from easyllm.engine.speculative import Drafter, turns_keys_by_length
-from easyllm.engine.step import Piece
+from easyllm.engine.speculative import Drafter, keys_depend_on_length
+from easyllm.engine.step import ScheduledChunk
 from easyllm.engine.stopping import StopStrings
 from easyllm.nn.config import LinearAttentionConfig, ModelConfig
 from easyllm.nn.decoder import Decoder
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Turn:
+class _SampleSlot:
     """A completion whose next tokens are chosen from a step's logits.
 
     Attributes:
@@ -104,7 +104,7 @@ class Engine:
         self._virtual = tuple(range(first, first + model.num_virtual_tokens))
         self._adapter_changes = model.adapter_changes
         self.drafter, self._runner = drafter, runner
-        whole = config.prompt_mask == "prefix" or turns_keys_by_length(config)
+        whole = config.prompt_mask == "prefix" or keys_depend_on_length(config)
         self.pool = PagePool(
             self.memory.num_pages,
             options.page_size,
@@ -117,14 +117,14 @@ class Engine:
             max_step_tokens=options.max_step_tokens,
             window=rolling.window if rolling else None,
             num_sinks=rolling.num_sinks if rolling else 0,
-            whole_prompts=whole,
+            unchunked_prefill=whole,
             prefix=config.prompt_mask == "prefix",
         )
         self._requests: dict[int, RequestState] = {}
         self._generations: dict[int, Generation] = {}  # by the id of their sequence
         self._drafts: dict[int, tuple[Draft, ...]] = {}
         # by request id: the event queue of the `run` call that added the request
-        self._inboxes: dict[int, deque[TokenEvent]] = {}
+        self._event_queues: dict[int, deque[TokenEvent]] = {}
         self._numbers = itertools.count()
 
     @property
@@ -177,7 +177,7 @@ class Engine:
                 f"the request names the adapter {request.adapter!r}, which is not served (served "
                 f"adapters: {held})"
             ).about("model")
-        tokens = list(self.with_virtual(request.prompt_ids))
+        tokens = list(self.prepend_virtual_tokens(request.prompt_ids))
         sequence = Sequence(
             id=self.next_sequence_id(),
             tokens=tokens,
@@ -204,7 +204,7 @@ class Engine:
         if self.options.deterministic:
             check_deterministic(self.model)
         self._adapter_changes = self.model.adapter_changes
-        self.forget_prefixes()
+        self.clear_prefix_cache()
         gone = [
             request_id
             for request_id, state in self._requests.items()
@@ -232,7 +232,7 @@ class Engine:
         """Names of the adapters that a request may select."""
         return tuple(name for name in self.model.adapter_sets if name)
 
-    def with_virtual(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+    def prepend_virtual_tokens(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the prompt's ids, preceded by those of the virtual tokens of the adapter."""
         return (*self._virtual, *prompt_ids)
 
@@ -241,7 +241,7 @@ class Engine:
         state = self._requests.pop(request_id, None)
         for generation in state.generations if state else ():
             if generation.sequence.id in self._generations:
-                self._retire(generation)
+                self._remove_generation(generation)
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
@@ -264,9 +264,9 @@ class Engine:
             logits = self.runner.run(step)
             turns, end = [], 0
             for piece in step.pieces:
-                end += piece.num_rows
-                turns += self._turns(piece, logits, end)
-            return self._decide(turns, logits)
+                end += piece.num_logit_rows
+                turns += self._sample_slots(piece, logits, end)
+            return self._sample(turns, logits)
         except BaseException:
             # It is unknown what the failed pass has written, and recurrent states may be ahead of
             # the recorded number of computed tokens: all running sequences are recomputed, unless
@@ -286,25 +286,25 @@ class Engine:
             for request in requests:
                 self.add(request)
                 added.append(request)
-                self._inboxes[request.id] = inbox
+                self._event_queues[request.id] = inbox
             while inbox or any(request.id in self._requests for request in added):
                 while inbox:
                     yield inbox.popleft()
                 for event in self.step():
-                    self._inboxes.get(event.request_id, inbox).append(event)
+                    self._event_queues.get(event.request_id, inbox).append(event)
         finally:
             for request in added:
                 self.cancel(request.id)
-                self._inboxes.pop(request.id, None)
+                self._event_queues.pop(request.id, None)
 
-    def forget_prefixes(self) -> None:
+    def clear_prefix_cache(self) -> None:
         """Clears the prefix cache; must be called when the model's weights have changed.
 
         Running requests are recomputed with the new weights and continue from the tokens that they
         have generated.
         """
         self.scheduler.preempt_all()
-        self.pool.forget_prefixes()
+        self.pool.clear_prefix_cache()
         if isinstance(self._runner, DecoderRunner):
             self._runner.weights_changed()
 
@@ -372,9 +372,9 @@ class Engine:
         params = request.params
         mask, failed = _start_mask(request)
         ends = () if params.ignore_eos else self.model.config.eos_token_ids
-        chooser = Chooser(
+        sampler = SamplerState(
             params=params,
-            source=random_source(params.seed, index),
+            source=new_rng(params.seed, index),
             token_ids=sequence.tokens,
             prompt_start=len(self._virtual),
             output_start=sequence.prompt_length,
@@ -386,7 +386,7 @@ class Engine:
             request=request,
             index=index,
             sequence=sequence,
-            chooser=chooser,
+            sampler=sampler,
             decoder=StreamDecoder(self.tokenizer),
             stops=StopStrings(params.stop),
             limit=limit,
@@ -403,16 +403,16 @@ class Engine:
             generation
             for sequence in self.scheduler.running
             if sequence.pending == 1
-            and (generation := self._generations[sequence.id]).chooser.num_output
+            and (generation := self._generations[sequence.id]).sampler.num_output
         ]
         self._drafts = self.drafter.propose(ready)
         for generation in ready:
             sequence = generation.sequence
-            room = generation.limit - generation.chooser.num_output - 1
+            room = generation.limit - generation.sampler.num_output - 1
             guesses = self._drafts.get(sequence.id, ())[:room]
             sequence.drafts = tuple(draft.token_id for draft in guesses)
 
-    def _turns(self, piece: Piece, logits: Tensor, end: int) -> list[_Turn]:
+    def _sample_slots(self, piece: ScheduledChunk, logits: Tensor, end: int) -> list[_SampleSlot]:
         """Returns the completions that choose a token from a piece's rows, which end at row `end`.
 
         `end` is exclusive. Forks the sequence if several completions share the prompt.
@@ -421,12 +421,12 @@ class Engine:
         sequence, drafts = generation.sequence, generation.sequence.drafts
         computed = piece.start + len(piece.token_ids) - len(drafts)
         if sequence.prompt_rows:
-            self._note_prompt(generation, piece, logits[end - piece.num_rows : end])
+            self._store_prompt_logprobs(generation, piece, logits[end - piece.num_logit_rows : end])
         if computed < len(sequence.tokens):
             self.scheduler.advance(sequence, computed)
             return []
         guesses = self._drafts.get(sequence.id, ())[: len(drafts)] if drafts else ()
-        turns = [_Turn(generation, end - 1 - len(drafts), guesses)]
+        turns = [_SampleSlot(generation, end - 1 - len(drafts), guesses)]
         if sequence.copies > 1:
             self.scheduler.advance(sequence, computed)
             ids = [self.next_sequence_id() for _ in range(sequence.copies - 1)]
@@ -434,10 +434,12 @@ class Engine:
             for index, child in enumerate(self.scheduler.fork(sequence, ids), start=1):
                 other = self._generation(generation.request, index, child, generation.limit)
                 state.generations.append(other)
-                turns.append(_Turn(other, end - 1))
+                turns.append(_SampleSlot(other, end - 1))
         return turns
 
-    def _note_prompt(self, generation: Generation, piece: Piece, rows: Tensor) -> None:
+    def _store_prompt_logprobs(
+        self, generation: Generation, piece: ScheduledChunk, rows: Tensor
+    ) -> None:
         """Stores the log-probability of the prompt token after each computed one."""
         sequence, count = generation.sequence, generation.request.params.prompt_logprobs
         assert count is not None, "prompt_rows is set only if prompt_logprobs was requested"
@@ -457,7 +459,7 @@ class Engine:
         if piece.start + len(rows) >= sequence.prompt_length:
             sequence.prompt_rows = False
 
-    def _decide(self, turns: list[_Turn], logits: Tensor) -> list[TokenEvent]:
+    def _sample(self, turns: list[_SampleSlot], logits: Tensor) -> list[TokenEvent]:
         """Chooses the next token of all completions; again for those whose draft is accepted."""
         events: dict[int, list[TokenEvent]] = {}
         turn, alive = 0, turns
@@ -465,29 +467,29 @@ class Engine:
             rows = [t.row + turn for t in alive]
             whole = rows == list(range(len(logits)))
             drafts = [t.drafts[turn] if turn < len(t.drafts) else None for t in alive]
-            choosers = [t.generation.chooser for t in alive]
+            samplers = [t.generation.sampler for t in alive]
             if self.options.deterministic:
                 # row by row: the rounding of sums over the vocabulary depends on the number of rows
                 choices = [
-                    choose(logits[row : row + 1], [chooser], [draft])[0]
-                    for row, chooser, draft in zip(rows, choosers, drafts, strict=True)
+                    sample_tokens(logits[row : row + 1], [sampler], [draft])[0]
+                    for row, sampler, draft in zip(rows, samplers, drafts, strict=True)
                 ]
             else:
                 chosen = logits if whole else logits[torch.tensor(rows, device=logits.device)]
-                choices = choose(chosen, choosers, drafts)
-            going_on = []
+                choices = sample_tokens(chosen, samplers, drafts)
+            continuing = []
             for t, choice, draft in zip(alive, choices, drafts, strict=True):
                 event = t.generation.take(choice)
                 events.setdefault(event.request_id, []).append(event)
                 right = draft is not None and draft.token_id == choice.token_id
                 if right and t.generation.finish_reason is None:
-                    going_on.append(t)
-            alive, turn = going_on, turn + 1
+                    continuing.append(t)
+            alive, turn = continuing, turn + 1
         for t in turns:
             sequence = t.generation.sequence
             self.scheduler.advance(sequence, self._computed(t.generation))
             if t.generation.finish_reason is not None:
-                self._retire(t.generation)
+                self._remove_generation(t.generation)
         return [e for request_id, found in events.items() for e in self._pass_on(request_id, found)]
 
     def _computed(self, generation: Generation) -> int:
@@ -502,7 +504,7 @@ class Engine:
             del self._requests[request_id]
         return seen
 
-    def _retire(self, generation: Generation) -> None:
+    def _remove_generation(self, generation: Generation) -> None:
         """Removes a completion from the scheduler, the engine and the drafter; frees its pages."""
         sequence = generation.sequence
         self.scheduler.remove(sequence)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from easyllm.engine.request import FinishReason, Logprobs, Request, TokenEvent
-from easyllm.engine.sampling import Choice, Chooser
+from easyllm.engine.sampling import SampledToken, SamplerState
 from easyllm.engine.scheduler import Sequence
 from easyllm.engine.stopping import StopStrings
 from easyllm.tokenizer.stream import StreamDecoder
@@ -30,23 +30,23 @@ class Generation:
     request: Request
     index: int
     sequence: Sequence
-    chooser: Chooser
+    sampler: SamplerState
     decoder: StreamDecoder
     stops: StopStrings
     limit: int
     prompt_logprobs: dict[int, Logprobs] | None = None
     finish_reason: FinishReason | None = None
 
-    def take(self, choice: Choice) -> TokenEvent:
+    def take(self, choice: SampledToken) -> TokenEvent:
         """Appends the chosen token; returns the event with its new text and finish reason."""
-        first = self.chooser.num_output == 0
+        first = self.sampler.num_output == 0
         if choice.token_id is None:
             text = self.decoder.flush()
-            self.finish_reason = "cancelled" if self.chooser.failed else "stop"
+            self.finish_reason = "cancelled" if self.sampler.failed else "stop"
         else:
-            self.chooser.push(choice.token_id)
+            self.sampler.push(choice.token_id)
             text = self._text(choice.token_id)
-        free = self.chooser.num_output < self.chooser.params.min_tokens
+        free = self.sampler.num_output < self.sampler.params.min_tokens
         text = text if free else self.stops.push(text)
         if self.stops.stopped:
             self.finish_reason = "stop"
@@ -65,11 +65,11 @@ class Generation:
 
     def _text(self, token_id: int) -> str:
         """Returns the new text of a token already appended; sets the finish reason."""
-        if token_id in self.chooser.end_ids:
+        if token_id in self.sampler.end_ids:
             self.finish_reason = "stop"
             return self.decoder.flush()
         text = self.decoder.push(token_id)
-        if self.chooser.num_output >= self.limit:
+        if self.sampler.num_output >= self.limit:
             self.finish_reason = "length"
             text += self.decoder.flush()
         return text

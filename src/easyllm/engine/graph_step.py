@@ -27,17 +27,17 @@ from easyllm.ops.attention import AttentionRule
 from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.paged_attention import write_pages
 
-MOST_ROWS = 256
+MAX_ROWS = 256
 """Maximum rows of a captured step; with more rows, launch overhead is small next to the compute."""
 FIRST_POSITIONS = 4096
-LEAST_WIDTH = 16
+MIN_WIDTH = 16
 """Minimum width, in pages, of the page table of a captured step."""
 HEADER = 3
 """Number of integers before each row's page table: token id, position, key length."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Recording:
+class _CapturedGraph:
     """A captured CUDA graph with its input [rows, HEADER + width] and output [rows, V] buffers."""
 
     graph: torch.cuda.CUDAGraph
@@ -57,24 +57,24 @@ class GraphStep:
         ConfigError: the model or the cache is not supported.
     """
 
-    most_rows = MOST_ROWS
+    max_rows = MAX_ROWS
 
     def __init__(self, model: Decoder, cache: KVCache) -> None:
-        refusal = self.refusal(model, cache)
-        if refusal is not None:
+        unsupported_reason = self.unsupported_reason(model, cache)
+        if unsupported_reason is not None:
             raise ConfigError(
-                f"decoding steps of this model cannot be captured as a CUDA graph: {refusal}"
+                f"decoding steps of this model cannot be captured as a CUDA graph: {unsupported_reason}"
             )
         self.model, self.cache = model, cache
         self._weights = [(m._parameters, name) for m in model.modules() for name in m._parameters]
-        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._graphs: dict[tuple[int, int], _CapturedGraph] = {}
         self._pool: Any = None
         self._num_positions = 0
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         self._addresses = self._where()
 
     @staticmethod
-    def refusal(model: Decoder, cache: KVCache) -> str | None:
+    def unsupported_reason(model: Decoder, cache: KVCache) -> str | None:
         """Returns why the model is not supported; None if it is."""
         if model.training or not gpu_ready(*model.parameters()):
             return "it needs inference mode, a GPU, weights of fp32, bf16 or fp16, and Triton"
@@ -87,22 +87,22 @@ class GraphStep:
         ):
             return "a layer has a recurrent state or quantized keys and values"
         for number, layer in enumerate(model.layers):
-            refusal = _layer_refusal(
+            unsupported_reason = _layer_refusal(
                 model.config.layers[number],
                 layer.mixer,  # type: ignore[arg-type]
             )
-            if refusal is not None:
-                return f"layer {number}: {refusal}"
+            if unsupported_reason is not None:
+                return f"layer {number}: {unsupported_reason}"
         return None
 
     @classmethod
     def supports(cls, model: Decoder, cache: KVCache) -> bool:
         """Whether the model is supported."""
-        return cls.refusal(model, cache) is None
+        return cls.unsupported_reason(model, cache) is None
 
     def bind(self) -> None:
         """Drops all captured graphs; must be called when the weights' addresses have changed."""
-        self._recordings.clear()
+        self._graphs.clear()
         self._addresses = self._where()
 
     def run(
@@ -129,14 +129,14 @@ class GraphStep:
         if self._where() != self._addresses:
             self.bind()
         self._reach(max(positions) + 1)
-        shape = _rounded(rows, 1), _rounded(page_table.shape[1], LEAST_WIDTH)
-        if shape not in self._recordings:
-            self._recordings[shape] = self._record(shape)
-        inputs = self._idle_rows(shape)
+        shape = _rounded(rows, 1), _rounded(page_table.shape[1], MIN_WIDTH)
+        if shape not in self._graphs:
+            self._graphs[shape] = self._capture(shape)
+        inputs = self._padding_rows(shape)
         head = torch.tensor([token_ids, positions, key_lengths], dtype=torch.int32)
         inputs[:rows, :HEADER] = head.T
         inputs[:rows, HEADER : HEADER + page_table.shape[1]] = page_table
-        recording = self._recordings[shape]
+        recording = self._graphs[shape]
         recording.inputs.copy_(inputs)
         recording.graph.replay()
         return recording.logits[:rows].clone()
@@ -146,16 +146,16 @@ class GraphStep:
         held = (parameters[name] for parameters, name in self._weights)
         return [0 if weight is None else weight.data_ptr() for weight in held]
 
-    def _idle_rows(self, shape: tuple[int, int]) -> Tensor:
+    def _padding_rows(self, shape: tuple[int, int]) -> Tensor:
         """Returns padding rows [rows, HEADER + width] int32 on the CPU, on the spare page."""
         assert self.cache.spare_page is not None, "refusal() requires a spare page"
         rows = torch.full((shape[0], HEADER + shape[1]), self.cache.spare_page, dtype=torch.int32)
         rows[:, :HEADER] = torch.tensor([0, 0, 1], dtype=torch.int32)
         return rows
 
-    def _record(self, shape: tuple[int, int]) -> _Recording:
+    def _capture(self, shape: tuple[int, int]) -> _CapturedGraph:
         # padding rows: the runs below write into the spare page only
-        held = self._idle_rows(shape).to(self.model.device)
+        held = self._padding_rows(shape).to(self.model.device)
         stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream(self.model.device))
         with torch.cuda.stream(stream):
@@ -166,7 +166,7 @@ class GraphStep:
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self._step(held)
         self._pool = graph.pool()
-        return _Recording(graph, held, logits)
+        return _CapturedGraph(graph, held, logits)
 
     def _step(self, inputs: Tensor) -> Tensor:
         """Runs the decoder on the rows described by `inputs: [S, HEADER + width]`."""
@@ -192,7 +192,7 @@ class GraphStep:
             for module in self.model.modules()
             if isinstance(module, RotaryPosition)
         }
-        self._recordings.clear()
+        self._graphs.clear()
 
 
 class _DecodeStore:

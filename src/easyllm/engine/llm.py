@@ -27,7 +27,7 @@ from easyllm.engine.request import (
 from easyllm.engine.speculative import Drafter, NgramDrafter
 from easyllm.models import ContextConfig, add_adapter, load_model, load_tokenizer, open_source
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.deterministic import one_row_logprobs
+from easyllm.nn.deterministic import rowwise_logprobs
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -275,7 +275,7 @@ class LLM:
         name = adapter if self.engine.adapter_names or adapter else None
         logits = self.model.logits(ids, deterministic=deterministic, adapter=name)[:-1]
         if deterministic:
-            found = one_row_logprobs(logits, ids[1:])
+            found = rowwise_logprobs(logits, ids[1:])
         else:
             found = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
         scores: list[float] = found.tolist()
@@ -296,7 +296,7 @@ class LLM:
             messages,
             add_generation_prompt=True,
             max_tokens=self.engine.max_seq_len,
-            refuse_unwritten=True,
+            reject_unrendered=True,
         ).token_ids
 
     def _completion(self, hypothesis: Hypothesis) -> Completion:

@@ -131,7 +131,7 @@ class PagePool:
             self._keys[page] = key
         return digest
 
-    def forget_prefixes(self) -> None:
+    def clear_prefix_cache(self) -> None:
         """Clears the index of page contents, for use when the model's weights have changed."""
         for page in tuple(self._index.values()):
             self._forget(page)

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-BARRED = float("-inf")
+NEG_INF = float("-inf")
 Setting = float | Tensor
-SORTED_WHOLE, LIKELIEST = 4096, 256
-"""For top-p, vocabularies up to `SORTED_WHOLE` tokens are fully sorted; for larger ones, the
-`LIKELIEST` most likely tokens are tried first."""
+FULL_SORT_MAX_VOCAB, TOP_P_FAST_TOKENS = 4096, 256
+"""For top-p, vocabularies up to `FULL_SORT_MAX_VOCAB` tokens are fully sorted; for larger ones, the
+`TOP_P_FAST_TOKENS` most likely tokens are tried first."""
 
 
 def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
@@ -74,7 +74,7 @@ def repeated_ngrams(token_ids: Sequence[int], size: int) -> set[int]:
 def bar(logits: Tensor, token_ids: Iterable[int]) -> Tensor:
     """Returns logits [V] with those of `token_ids` set to -inf."""
     barred = torch.tensor(list(token_ids), dtype=torch.int64, device=logits.device)
-    return logits.index_fill(0, barred, BARRED)
+    return logits.index_fill(0, barred, NEG_INF)
 
 
 def allow_packed(logits: Tensor, words: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def allow_packed(logits: Tensor, words: Tensor) -> Tensor:
     allowed = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     known = min(len(bits), len(logits))
     allowed[:known] = bits[:known]
-    return logits.masked_fill(~allowed, BARRED)
+    return logits.masked_fill(~allowed, NEG_INF)
 
 
 def scale(logits: Tensor, temperature: Setting) -> Tensor:
@@ -116,7 +116,7 @@ def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
     each = torch.as_tensor(k, device=logits.device).expand(len(logits)).clamp(max=logits.shape[1])
     largest = logits.topk(int(each.max()), dim=-1).values
     threshold = largest.gather(1, each[:, None] - 1)
-    return logits.masked_fill(logits < threshold, BARRED)
+    return logits.masked_fill(logits < threshold, NEG_INF)
 
 
 def keep_top_p(logits: Tensor, p: Setting) -> Tensor:
@@ -126,20 +126,20 @@ def keep_top_p(logits: Tensor, p: Setting) -> Tensor:
     Equivalent to `TopPLogitsWarper` (arXiv 1904.09751). Sorting a large vocabulary costs as much as
     a decoding step of a small model, so the most likely tokens are tried first.
     """
-    if logits.shape[1] > SORTED_WHOLE:
-        best = logits.topk(LIKELIEST, dim=-1)
+    if logits.shape[1] > FULL_SORT_MAX_VOCAB:
+        best = logits.topk(TOP_P_FAST_TOKENS, dim=-1)
         share = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
         before = share.cumsum(-1) - share
         reached = before >= _column(p, logits)
         # the most likely token is always retained, even if p rounds to 0 in the logits' dtype
         reached[:, 0] = False
         if bool(reached[:, -1].all()):
-            kept = best.values.masked_fill(reached, BARRED)
-            return torch.full_like(logits, BARRED).scatter(1, best.indices, kept)
+            kept = best.values.masked_fill(reached, NEG_INF)
+            return torch.full_like(logits, NEG_INF).scatter(1, best.indices, kept)
     ordered, order = logits.sort(dim=-1)
     removed = ordered.softmax(-1).cumsum(-1) <= _column(1 - p, logits)
     removed[:, -1] = False
-    return logits.masked_fill(removed.scatter(1, order, removed), BARRED)
+    return logits.masked_fill(removed.scatter(1, order, removed), NEG_INF)
 
 
 def keep_min_p(logits: Tensor, p: Setting) -> Tensor:
@@ -151,7 +151,7 @@ def keep_min_p(logits: Tensor, p: Setting) -> Tensor:
     likeliest = probabilities.amax(-1, keepdim=True)
     removed = probabilities < _column(p, logits) * likeliest
     removed.scatter_(1, probabilities.argmax(-1, keepdim=True), False)
-    return logits.masked_fill(removed, BARRED)
+    return logits.masked_fill(removed, NEG_INF)
 
 
 def keep_typical(logits: Tensor, mass: Setting) -> Tensor:
@@ -168,7 +168,7 @@ def keep_typical(logits: Tensor, mass: Setting) -> Tensor:
     last = (reached < _column(mass, logits)).sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)
     removed = strangeness > strangeness.gather(1, last)
     removed[:, 0] = False
-    return logits.masked_fill(removed.scatter(1, order, removed), BARRED)
+    return logits.masked_fill(removed.scatter(1, order, removed), NEG_INF)
 
 
 def _column(setting: Setting, logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from easyllm.engine.compiled_step import CompiledStep
 from easyllm.engine.graph_step import GraphStep
 from easyllm.engine.kv_cache import KVCache, PagedStore
-from easyllm.engine.step import Piece, Step
+from easyllm.engine.step import ScheduledChunk, Step
 from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
 
@@ -21,17 +21,17 @@ class Runner(Protocol):
     """
 
     def run(self, step: Step) -> Tensor:
-        """Returns logits [N, V] of the rows requested by the pieces (`num_rows`), in order."""
+        """Returns logits [N, V] of the rows requested by the pieces (`num_logit_rows`), in order."""
 
 
-class FastStep(Protocol):
+class SingleCallStep(Protocol):
     """A decoding step in a single call: `CompiledStep` on a CPU, `GraphStep` on a GPU.
 
     Attributes:
         most_rows: maximum number of rows of a step.
     """
 
-    most_rows: int
+    max_rows: int
 
     def bind(self) -> None:
         """Discards everything derived from the weights; must be called when they have changed."""
@@ -69,7 +69,7 @@ class DecoderRunner:
         deterministic: bool = False,
     ) -> None:
         self.model, self.cache, self.deterministic = model, cache, deterministic
-        self.fast_step: FastStep | None = None
+        self.fast_step: SingleCallStep | None = None
         compiled = compiled and not deterministic
         if compiled and GraphStep.supports(model, cache):
             self.fast_step = GraphStep(model, cache)
@@ -99,7 +99,7 @@ class DecoderRunner:
         pieces, device = step.pieces, self.model.device
         # single-call steps do not apply adapters, which may be attached at any time
         fast = None if self.model.adapter_sets else self.fast_step
-        if fast is not None and _only_decodes(pieces, fast.most_rows):
+        if fast is not None and _only_decodes(pieces, fast.max_rows):
             return self._decode(fast, pieces)
         lengths = [len(piece.token_ids) for piece in pieces]
         offsets = [piece.start for piece in pieces]
@@ -127,21 +127,23 @@ class DecoderRunner:
         end = 0
         for piece, length in zip(pieces, lengths, strict=True):
             end += length
-            rows.extend(range(end - piece.num_rows, end))
+            rows.extend(range(end - piece.num_logit_rows, end))
         if len(rows) < len(ids):
             chosen = torch.tensor(rows, dtype=torch.int64, device=device)
             hidden, context = hidden.index_select(0, chosen), context.of_rows(chosen)
         logits: Tensor = self.model.head(hidden, context)
         return logits
 
-    def _adapter_rows(self, pieces: Sequence[Piece], lengths: Sequence[int]) -> AdapterRows | None:
+    def _adapter_rows(
+        self, pieces: Sequence[ScheduledChunk], lengths: Sequence[int]
+    ) -> AdapterRows | None:
         """Returns the adapter of each row; None if the model has no named adapters."""
         if not any(self.model.adapter_sets):
             return None
         names = [piece.adapter for piece in pieces]
         return AdapterRows.of_sequences(names, lengths, device=self.model.device)
 
-    def _decode(self, step: FastStep, pieces: Sequence[Piece]) -> Tensor:
+    def _decode(self, step: SingleCallStep, pieces: Sequence[ScheduledChunk]) -> Tensor:
         """Runs a single-call step, in which every token is a row with its own table and length."""
         rows = [(piece, i) for piece in pieces for i in range(len(piece.token_ids))]
         widest = max(len(piece.pages) for piece in pieces)
@@ -155,11 +157,11 @@ class DecoderRunner:
         )
 
 
-def _only_decodes(pieces: Sequence[Piece], most_rows: int) -> bool:
+def _only_decodes(pieces: Sequence[ScheduledChunk], max_rows: int) -> bool:
     """Whether the logits of all rows are requested, and the rows fit into a single-call step."""
-    num_rows = sum(len(piece.token_ids) for piece in pieces)
-    return num_rows <= most_rows and all(
-        piece.num_rows == len(piece.token_ids) and not piece.prefix for piece in pieces
+    num_logit_rows = sum(len(piece.token_ids) for piece in pieces)
+    return num_logit_rows <= max_rows and all(
+        piece.num_logit_rows == len(piece.token_ids) and not piece.prefix for piece in pieces
     )
 
 
@@ -200,8 +202,12 @@ def logits_in_passes(
         for i, lengths in enumerate(passes):
             if turn < len(lengths):
                 ids = tuple(int(t) for t in sequences[i][done[i] : done[i] + lengths[turn]])
-                piece = Piece(
-                    sequence_id=i, token_ids=ids, start=done[i], pages=tables[i], num_rows=len(ids)
+                piece = ScheduledChunk(
+                    sequence_id=i,
+                    token_ids=ids,
+                    start=done[i],
+                    pages=tables[i],
+                    num_logit_rows=len(ids),
                 )
                 pieces.append(piece)
                 done[i] += len(ids)

@@ -26,12 +26,12 @@ from easyllm.engine.request import Logprobs, SamplingParams, TokenMask
 
 logger = logging.getLogger(__name__)
 
-COLDEST = 1e-6
+MIN_TEMPERATURE = 1e-6
 """Minimum temperature; lower ones are clamped to it. The most likely token has all the probability
 at this temperature, and nothing overflows."""
 
 
-def random_source(seed: int | None, index: int) -> random.Random:
+def new_rng(seed: int | None, index: int) -> random.Random:
     """Returns the random number generator of one completion.
 
     Each completion has its own, so that its tokens are independent of the batch composition.
@@ -40,7 +40,7 @@ def random_source(seed: int | None, index: int) -> random.Random:
 
 
 @dataclass(slots=True, eq=False)
-class Chooser:
+class SamplerState:
     """Sampling state of one completion.
 
     Attributes:
@@ -72,7 +72,7 @@ class Chooser:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether `process` changes the next token's logits; `narrow` is not included."""
+        """Whether `process` changes the next token's logits; `apply_sampling_filters` is not included."""
         p = self.params
         return bool(
             p.logit_bias
@@ -162,7 +162,7 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class SampledToken:
     """The token chosen for one row.
 
     Attributes:
@@ -176,9 +176,9 @@ class Choice:
     logprobs: Logprobs | None = None
 
 
-def choose(
-    logits: Tensor, choosers: Sequence[Chooser], drafts: Sequence[Draft | None] | None = None
-) -> list[Choice]:
+def sample_tokens(
+    logits: Tensor, samplers: Sequence[SamplerState], drafts: Sequence[Draft | None] | None = None
+) -> list[SampledToken]:
     """Chooses the next token of each row.
 
     Args:
@@ -192,44 +192,44 @@ def choose(
     Returns:
         The choice for each row.
     """
-    changed = [row for row, chooser in enumerate(choosers) if chooser.changes_logits]
+    changed = [row for row, sampler in enumerate(samplers) if sampler.changes_logits]
     processed, ended = logits, set[int]()
     if changed:
         processed = logits.clone()
         for row in changed:
-            processed[row] = choosers[row].process(logits[row])
+            processed[row] = samplers[row].process(logits[row])
         ended = {row for row in changed if bool((processed[row] == float("-inf")).all())}
         for row in ended:
             processed[row] = logits[row]
     ids = processed.argmax(-1)
-    drawn = [row for row, chooser in enumerate(choosers) if chooser.params.temperature > 0]
+    drawn = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
-        whole = len(drawn) == len(choosers)
-        narrowed = narrow(
-            processed if whole else processed[rows], [choosers[row].params for row in drawn]
+        whole = len(drawn) == len(samplers)
+        narrowed = apply_sampling_filters(
+            processed if whole else processed[rows], [samplers[row].params for row in drawn]
         )
         processed = narrowed if whole else processed.index_copy(0, rows, narrowed)
         guesses = [drafts[row] if drafts is not None else None for row in drawn]
-        sources = [choosers[row].source for row in drawn]
-        ids = ids.index_copy(0, rows, draw(narrowed, sources, guesses))
+        sources = [samplers[row].source for row in drawn]
+        ids = ids.index_copy(0, rows, sample_multinomial(narrowed, sources, guesses))
     raw = (logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)).tolist()
     tokens = ids.tolist()
-    details = _details(logits, processed, tokens, [c.params.logprobs for c in choosers])
+    details = _details(logits, processed, tokens, [c.params.logprobs for c in samplers])
     return [
-        Choice(
+        SampledToken(
             token_id=None if row in ended else token, logprob=raw[row], logprobs=details.get(row)
         )
         for row, token in enumerate(tokens)
     ]
 
 
-def narrow(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def apply_sampling_filters(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Applies temperature, top-k, top-p, min-p and typical-p to the logits [N, V].
 
     The order is that of Hugging Face's `generate`; logits of excluded tokens are -inf.
     """
-    logits = _on_rows(logits, [max(p.temperature, COLDEST) for p in params], 1.0, scale)
+    logits = _on_rows(logits, [max(p.temperature, MIN_TEMPERATURE) for p in params], 1.0, scale)
     logits = _on_rows(logits, [p.top_k for p in params], 0, keep_top_k)
     logits = _on_rows(logits, [p.top_p for p in params], 1.0, keep_top_p)
     logits = _on_rows(logits, [p.min_p for p in params], 0.0, keep_min_p)
@@ -249,7 +249,7 @@ def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], count: int) -> lis
     return [Logprobs(token_id=token, raw=value, top_raw=best) for token, value, best in places]
 
 
-def draw(
+def sample_multinomial(
     logits: Tensor,
     sources: Sequence[random.Random],
     drafts: Sequence[Draft | None] | None = None,
@@ -258,7 +258,7 @@ def draw(
 
     A row draws one uniform number from its own source and takes the first token at which the
     cumulative probability, in fp64, exceeds it. A draft token with a distribution is accepted or
-    replaced as in `choose`.
+    replaced as in `sample_tokens`.
 
     Returns:
         [N] int64 token ids.

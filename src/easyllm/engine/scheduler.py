@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from easyllm.engine.page_table import Copies, PageTable
 from easyllm.engine.pages import Namespace, PagePool
-from easyllm.engine.step import Piece, Step
+from easyllm.engine.step import ScheduledChunk, Step
 
 
 @dataclass(slots=True, eq=False)
@@ -73,13 +73,13 @@ class Scheduler:
         max_step_tokens: int = 2048,
         window: int | None = None,
         num_sinks: int = 0,
-        whole_prompts: bool = False,
+        unchunked_prefill: bool = False,
         prefix: bool = False,
     ) -> None:
         assert max_running <= max_step_tokens, "every running sequence decodes in every step"
         self.pool, self.window, self.num_sinks = pool, window, num_sinks
         self.max_running, self.max_step_tokens = max_running, max_step_tokens
-        self.whole_prompts, self.prefix = whole_prompts, prefix
+        self.unchunked_prefill, self.prefix = unchunked_prefill, prefix
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
@@ -96,7 +96,7 @@ class Scheduler:
         """Returns the maximum number of pages that a sequence of `length` tokens uses at once."""
         size = self.pool.page_size
         pages = -(-length // size)
-        if self.window is None or self.whole_prompts:
+        if self.window is None or self.unchunked_prefill:
             return pages
         # a chunk is written before the window moves on; both may start in the middle of a page
         rolling = -(-(self.window - 1 + self.max_step_tokens) // size) + 1
@@ -159,7 +159,7 @@ class Scheduler:
         """Removes a sequence, finished or not, and releases its pages."""
         if sequence.table is not None:
             self.running.remove(sequence)
-            self._give_back(sequence)
+            self._release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
@@ -167,7 +167,7 @@ class Scheduler:
         """Preempts a running sequence: moves it to the head of the queue, to be recomputed."""
         self.num_preemptions += 1
         self.running.remove(sequence)
-        self._give_back(sequence)
+        self._release(sequence)
         self.waiting.appendleft(sequence)
 
     def preempt_all(self) -> None:
@@ -179,13 +179,13 @@ class Scheduler:
         """Asserts that every page is accounted for."""
         self.pool.check([s.table.held for s in self.running if s.table is not None])
 
-    def _decodes(self) -> list[Piece]:
+    def _decodes(self) -> list[ScheduledChunk]:
         """Plans one token, and any draft tokens, for each sequence whose prompt is computed.
 
         Pages are reserved for the oldest sequences first; the youngest ones are preempted if pages
         run out.
         """
-        pieces: list[Piece] = []
+        pieces: list[ScheduledChunk] = []
         left = self.max_step_tokens - sum(s.pending == 1 for s in self.running)
         place = 0
         while place < len(self.running):
@@ -206,9 +206,9 @@ class Scheduler:
                 pieces.append(self._piece(sequence, 1 + len(sequence.drafts)))
         return pieces
 
-    def _prefills(self, budget: int, decoding: bool) -> list[Piece]:
+    def _prefills(self, budget: int, decoding: bool) -> list[ScheduledChunk]:
         """Plans prompt chunks within the budget: the running prompt first, then waiting ones."""
-        pieces: list[Piece] = []
+        pieces: list[ScheduledChunk] = []
         for sequence in tuple(self.running):
             if sequence.pending > 1:
                 pieces += (piece := self._chunk(sequence, budget, not pieces))
@@ -228,7 +228,7 @@ class Scheduler:
                 else self._chunk(sequence, budget, not pieces)
             )
             if not found:
-                self._give_back(sequence)
+                self._release(sequence)
                 break
             self.running.append(self.waiting.popleft())
             pieces += found
@@ -258,11 +258,11 @@ class Scheduler:
         if self.window is not None and sequence.table is not None:
             sequence.table.roll(max(0, sequence.computed - self.window + 1))
 
-    def _chunk(self, sequence: Sequence, budget: int, first: bool) -> list[Piece]:
+    def _chunk(self, sequence: Sequence, budget: int, first: bool) -> list[ScheduledChunk]:
         """Plans as much of a prompt as budget and pages allow; returns one piece, or none."""
         assert sequence.table is not None, "only a running sequence is computed"
         size, count = self.pool.page_size, sequence.pending
-        if self.whole_prompts:
+        if self.unchunked_prefill:
             if count > budget and not first:
                 return []
         else:
@@ -278,7 +278,7 @@ class Scheduler:
         start = sequence.computed
         return sequence.table.reserve(start, start + count, self._copies)
 
-    def _piece(self, sequence: Sequence, count: int) -> Piece:
+    def _piece(self, sequence: Sequence, count: int) -> ScheduledChunk:
         assert sequence.table is not None, "only a running sequence is computed"
         start = sequence.computed
         known = sequence.tokens[start : start + count]
@@ -286,17 +286,17 @@ class Scheduler:
         rows = 1 + len(sequence.drafts) if ends else 0
         if sequence.prompt_rows and start < sequence.prompt_length:
             rows = count
-        return Piece(
+        return ScheduledChunk(
             sequence_id=sequence.id,
             token_ids=(*known, *(sequence.drafts if ends else ())),
             start=start,
             pages=tuple(sequence.table.pages),
-            num_rows=rows,
+            num_logit_rows=rows,
             prefix=sequence.prompt_length if self.prefix else 0,
             adapter=sequence.namespace.adapter,
         )
 
-    def _give_back(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         assert sequence.table is not None, "only a sequence with a page table has pages to release"
         sequence.table.release()
         sequence.table, sequence.computed, sequence.drafts = None, 0, ()

@@ -62,8 +62,8 @@ class NgramDrafter:
         Raises:
             ConfigError: it is such a model.
         """
-        refuse_states(target)
-        refuse_turning_keys(target)
+        refuse_recurrent_states(target)
+        refuse_length_dependent_keys(target)
 
     def propose(self, generations: Sequence[Generation]) -> dict[int, tuple[Draft, ...]]:
         """Returns draft tokens for each completion whose last n-gram occurs earlier in its text."""
@@ -91,7 +91,7 @@ class NgramDrafter:
         """Does nothing: there is no state."""
 
 
-def refuse_states(target: ModelConfig) -> None:
+def refuse_recurrent_states(target: ModelConfig) -> None:
     """Refuses a model with a recurrent state, which cannot be rolled back by a token.
 
     Raises:
@@ -104,7 +104,7 @@ def refuse_states(target: ModelConfig) -> None:
         )
 
 
-def refuse_turning_keys(target: ModelConfig) -> None:
+def refuse_length_dependent_keys(target: ModelConfig) -> None:
     """Refuses a model whose rotated keys depend on the length of the pass that computed them.
 
     A pass over draft tokens is longer than the passes that it replaces, so the output would change.
@@ -112,7 +112,7 @@ def refuse_turning_keys(target: ModelConfig) -> None:
     Raises:
         ConfigError: the model uses dynamic NTK scaling.
     """
-    if turns_keys_by_length(target):
+    if keys_depend_on_length(target):
         raise ConfigError(
             "speculative decoding verifies several tokens in one pass, and dynamic NTK rotates "
             "keys by the length of a pass, so the output would change; leave out the draft, or use "
@@ -120,7 +120,7 @@ def refuse_turning_keys(target: ModelConfig) -> None:
         )
 
 
-def turns_keys_by_length(config: ModelConfig) -> bool:
+def keys_depend_on_length(config: ModelConfig) -> bool:
     """Whether rotated keys depend on the length of the pass that computed them (dynamic NTK).
 
     Such keys cannot be reused by a pass of another length.

@@ -6,7 +6,7 @@ from easyllm.engine.page_table import Copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class ScheduledChunk:
     """The part of one sequence in a forward pass.
 
     Attributes:
@@ -14,7 +14,7 @@ class Piece:
         token_ids: the tokens to compute.
         start: position of the first of these tokens.
         pages: pages of the entire sequence, with space for these tokens.
-        num_rows: number of last tokens whose logits are needed (0 until the last chunk of a
+        num_logit_rows: number of last tokens whose logits are needed (0 until the last chunk of a
             prompt).
         prefix: number of first tokens with bidirectional attention among them (prefix LM).
         adapter: name of the adapter that its rows use; empty for the base model.
@@ -24,7 +24,7 @@ class Piece:
     token_ids: tuple[int, ...]
     start: int
     pages: tuple[int, ...]
-    num_rows: int = 1
+    num_logit_rows: int = 1
     prefix: int = 0
     adapter: str = ""
 
@@ -40,7 +40,7 @@ class Step:
         dropped: ids of sequences whose recurrent states are deleted, after the forks.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ScheduledChunk, ...]
     copies: Copies = field(default_factory=dict)
     forks: tuple[tuple[int, int], ...] = ()
     dropped: tuple[int, ...] = ()

@@ -89,7 +89,7 @@ def evaluate_answers(
     keyed = [
         (row, chat.messages) for row, chat in zip(rows, chats, strict=True) if "key" in row.values
     ]
-    answers = _ask(llm, keyed, max_tokens) if generate and keyed else ()
+    answers = _generate_answers(llm, keyed, max_tokens) if generate and keyed else ()
     recall = sum(a.correct for a in answers) / len(answers) if answers else None
     return AnswerReport(loss, account.samples, account.trained_tokens, recall, answers)
 
@@ -110,7 +110,7 @@ def _fold(text: str) -> str:
     return unicodedata.normalize("NFKC", text).lower()
 
 
-def _ask(
+def _generate_answers(
     llm: LLM, keyed: Sequence[tuple[Row, list[dict[str, Any]]]], max_tokens: int
 ) -> tuple[Answer, ...]:
     prompts = [messages[:-1] for _, messages in keyed]

@@ -172,7 +172,7 @@ def _summed_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, int]:
     total, num_tokens = 0.0, 0
     for batch in batches:
         here = batch.to(model.device)
-        hidden, product = model.loss_product(model(here.token_ids, here.context()), weight)
+        hidden, product = model.loss_factors(model(here.token_ids, here.context()), weight)
         found = linear_cross_entropy(
             hidden, product, here.labels, softcap=model.config.logit_softcap
         )

@@ -28,7 +28,7 @@ class Conversation:
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
-    place: str
+    location: str
     format: str = "messages"
 
 
@@ -55,7 +55,7 @@ LABEL_KEYS = ("label", "kto_tag")
 """Keys of the binary label of a response, true if it is good (TRL's and LLaMA-Factory's names)."""
 TURN_LISTS = ("messages", "conversations")
 """Keys of a list of turns in either form: role and content, or from and value."""
-BESIDE_A_QUESTION = frozenset(["choices", "options", "context", "passage"])
+QUESTION_CONTEXT_KEYS = frozenset(["choices", "options", "context", "passage"])
 """Keys that belong to the question. A row with one of them is not read as question and answer,
 because the answer would be trained without it."""
 KNOWN_FORMS = """
@@ -87,7 +87,7 @@ def detect_format(values: dict[str, Any]) -> str | None:
         return "alpaca"
     if "prompt" in values and "completion" in values:
         return "prompt-completion"
-    if "question" in values and "answer" in values and not BESIDE_A_QUESTION & values.keys():
+    if "question" in values and "answer" in values and not QUESTION_CONTEXT_KEYS & values.keys():
         return "question-answer"
     return None
 
@@ -117,12 +117,12 @@ def conversations(rows: Iterable[Row]) -> Iterator[Conversation]:
         kind = row_kind(row.values)
         if kind == "preference":
             raise DataError(
-                f"{row.place} is a preference pair (chosen and rejected), expected a conversation; "
+                f"{row.location} is a preference pair (chosen and rejected), expected a conversation; "
                 "train on it with a preference objective, or keep only the chosen response"
             )
         if kind == "labelled":
             raise DataError(
-                f"{row.place} has a binary label (true or false), so its response may be bad; "
+                f"{row.location} has a binary label (true or false), so its response may be bad; "
                 "train on it with the KTO objective, or keep only the good responses and remove "
                 "the label"
             )
@@ -135,7 +135,7 @@ def _refuse_numbers_as_labels(row: Row) -> None:
     for key in LABEL_KEYS:
         if isinstance(value := row.values.get(key), int | float) and value in (0, 1):
             raise DataError(
-                f"{row.place} has {key} {value}, which may mark its response as bad; "
+                f"{row.location} has {key} {value}, which may mark its response as bad; "
                 "give true or false for the KTO objective, or remove the key"
             )
 
@@ -153,10 +153,10 @@ def read_conversation(row: Row) -> Conversation:
     messages = _READERS[kind](row)
     if not any(m.get("role") == "assistant" for m in messages):
         raise DataError(
-            f"{row.place} has no assistant turn, so there is nothing to train on; "
+            f"{row.location} has no assistant turn, so there is nothing to train on; "
             "add one or remove the row"
         )
-    return Conversation(messages, read_tools(row), row.place, kind)
+    return Conversation(messages, read_tools(row), row.location, kind)
 
 
 def unknown_format(row: Row, forms: str) -> DataError:
@@ -166,12 +166,12 @@ def unknown_format(row: Row, forms: str) -> DataError:
     """
     keys = ", ".join(sorted(row.values)) or "none"
     return DataError(
-        f"{row.place} has an unknown format (keys: {keys}){_what_is_wrong(row.values)}; "
+        f"{row.location} has an unknown format (keys: {keys}){_diagnosis(row.values)}; "
         f"expected one of:{forms}"
     )
 
 
-def _what_is_wrong(values: dict[str, Any]) -> str:
+def _diagnosis(values: dict[str, Any]) -> str:
     for key in TURN_LISTS:
         if key in values:
             given = (
@@ -218,16 +218,16 @@ def read_messages(
     messages = _merge_calls(messages, [_is_call(turn) for turn in values])
     for number, message in enumerate(messages):
         if isinstance(message, dict) and isinstance(message.get("role"), str):
-            if not any(key in message for key in _SAYS):
+            if not any(key in message for key in _CONTENT_KEYS):
                 raise DataError(
-                    f"{row.place}: message {number} has no text content; give content as a string"
+                    f"{row.location}: message {number} has no text content; give content as a string"
                 )
             role = message["role"]
             messages[number] = message | {"role": SHAREGPT_ROLES.get(role, role)}
     try:
         checked = normalise_messages(messages)
     except DataError as error:
-        raise DataError(f"{row.place}: {error}") from None
+        raise DataError(f"{row.location}: {error}") from None
     return [_with_training_keys(m, given) for m, given in zip(checked, messages, strict=True)]
 
 
@@ -264,7 +264,7 @@ def _but_calls(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "tool_calls"}
 
 
-_SAYS = ("content", "tool_calls", "function_call", "refusal")
+_CONTENT_KEYS = ("content", "tool_calls", "function_call", "refusal")
 
 
 def _with_training_keys(message: Message, given: Message) -> Message:
@@ -286,10 +286,10 @@ def read_turn(turn: Any, row: Row, name: str) -> Message:
     if isinstance(speaker, str) and speaker in CALL_ROLES and value is not None:
         return rest | read_function_call(value, row, name, speaker)
     if not isinstance(value, str):
-        raise DataError(f"{row.place}: {name} has no text value; give from and value")
+        raise DataError(f"{row.location}: {name} has no text value; give from and value")
     if speaker not in SHAREGPT_ROLES:
         raise DataError(
-            f"{row.place}: {name} is from {speaker!r}; expected one of "
+            f"{row.location}: {name} is from {speaker!r}; expected one of "
             f"{', '.join([*SHAREGPT_ROLES, *CALL_ROLES])}"
         )
     return rest | {"role": SHAREGPT_ROLES[speaker], "content": value}
@@ -324,7 +324,7 @@ def with_system(messages: list[Message], row: Row) -> list[Message]:
         return messages
     if messages and messages[0]["role"] == "system":
         raise DataError(
-            f"{row.place} has two system prompts, under 'system' and in its first message; "
+            f"{row.location} has two system prompts, under 'system' and in its first message; "
             "keep one of them"
         )
     return [*system, *messages]
@@ -353,10 +353,12 @@ def read_system(row: Row) -> list[Message]:
     given = {key: row.values[key] for key in ("system", "system_prompt") if row.values.get(key)}
     for key, value in given.items():
         if not isinstance(value, str):
-            raise DataError(f"{row.place}: {key} is of type {type(value).__name__}, expected text")
+            raise DataError(
+                f"{row.location}: {key} is of type {type(value).__name__}, expected text"
+            )
     if len(set(given.values())) > 1:
         raise DataError(
-            f"{row.place} has both system and system_prompt, and they differ; keep one of them"
+            f"{row.location} has both system and system_prompt, and they differ; keep one of them"
         )
     return [{"role": "system", "content": text} for text in list(given.values())[:1]]
 
@@ -369,7 +371,7 @@ def read_text(row: Row, key: str) -> str:
     """
     value = row.values[key]
     if not isinstance(value, str):
-        raise DataError(f"{row.place}: {key} is of type {type(value).__name__}, expected text")
+        raise DataError(f"{row.location}: {key} is of type {type(value).__name__}, expected text")
     return value
 
 
@@ -402,7 +404,7 @@ def _history(row: Row) -> list[list[str]]:
     if not isinstance(pairs, list) or any(
         not isinstance(pair, list) or [type(text) for text in pair] != [str, str] for pair in pairs
     ):
-        raise DataError(f"{row.place}: history is not a list of pairs like [question, answer]")
+        raise DataError(f"{row.location}: history is not a list of pairs like [question, answer]")
     return pairs
 
 

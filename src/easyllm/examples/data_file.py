@@ -45,7 +45,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         for row in read(read_blocks(str(path)), str(path)):
             if isinstance(row, BadRow):
                 verb = "contains" if row.reason.startswith("a JSON") else "is"
-                raise DataError(f"{row.place} {verb} {row.reason}; fix or remove it")
+                raise DataError(f"{row.location} {verb} {row.reason}; fix or remove it")
             is_empty = False
             yield row
     except DamagedFile as error:

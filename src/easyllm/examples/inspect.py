@@ -18,12 +18,18 @@ from easyllm.examples.preferences import (
     labelled,
     preferences,
 )
-from easyllm.examples.prepare import Account, Encoded, Overlong, TrainOn, encode_conversations
+from easyllm.examples.prepare import (
+    Encoded,
+    PreparationStats,
+    TooLong,
+    TrainOn,
+    encode_conversations,
+)
 from easyllm.tokenizer.stream import StreamDecoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 NO_LIMIT = 2**62
-Shown = tuple[Sequence[Encoded], Sequence[tuple[str, Encoded]]]
+SampleParts = tuple[Sequence[Encoded], Sequence[tuple[str, Encoded]]]
 """The sequences of a sample, and the parts to show, each with its heading."""
 
 
@@ -51,7 +57,7 @@ class Part:
 class Inspected:
     """One sample and the location of its row."""
 
-    place: str
+    location: str
     parts: tuple[Part, ...]
 
 
@@ -68,7 +74,7 @@ class Inspection:
     """
 
     kind: RowKind
-    account: Account = field(default_factory=Account)
+    account: PreparationStats = field(default_factory=PreparationStats)
     lengths: list[int] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     samples: list[Inspected] = field(default_factory=list)
@@ -103,7 +109,7 @@ def inspect_file(
     *,
     num_samples: int = 3,
     max_seq_len: int | None = None,
-    overlong: Overlong = "cut",
+    overlong: TooLong = "cut",
     train_on: TrainOn = "assistant",
     split_turns: bool = False,
 ) -> Inspection:
@@ -137,7 +143,7 @@ def inspect_file(
             pieces = tuple(
                 Part(heading, tuple(pieces_of(tokenizer, encoded))) for heading, encoded in parts
             )
-            found.samples.append(Inspected(sequences[0].place, pieces))
+            found.samples.append(Inspected(sequences[0].location, pieces))
     return found
 
 
@@ -169,7 +175,7 @@ def _samples(
     limit: dict[str, Any],
     train_on: TrainOn,
     split_turns: bool,
-) -> Iterator[Shown]:
+) -> Iterator[SampleParts]:
     account = found.account
     match found.kind:
         case "conversation":
@@ -207,4 +213,4 @@ def _sample_dict(sample: Inspected) -> dict[str, Any]:
         }
         for part in sample.parts
     ]
-    return {"place": sample.place, "parts": parts}
+    return {"place": sample.location, "parts": parts}

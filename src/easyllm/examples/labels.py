@@ -11,7 +11,7 @@ from typing import Any
 
 from easyllm.core.errors import DataError
 from easyllm.examples.data_file import Row, read_rows
-from easyllm.examples.prepare import Account
+from easyllm.examples.prepare import PreparationStats
 from easyllm.examples.sample import Sample
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ def prepare_labelled_texts(
     label_key: str,
     num_labels: int,
     max_seq_len: int,
-) -> tuple[list[Sample], Account]:
+) -> tuple[list[Sample], PreparationStats]:
     """Prepares samples whose last token carries the label.
 
     Texts longer than `max_seq_len` are truncated at the beginning, so that their last token stays.
@@ -43,7 +43,7 @@ def prepare_labelled_texts(
         DataError: a row has no text, no label, or a label out of range (the message gives its
             location), or there are no rows to train on.
     """
-    samples, account = [], Account()
+    samples, account = [], PreparationStats()
     for file in files:
         for row in read_rows(file):
             account.rows += 1
@@ -55,8 +55,10 @@ def prepare_labelled_texts(
             account.cut += len(ids) > max_seq_len
             ids = ids[-max_seq_len:]
             extras = {TARGET: float(label)} if num_labels == 1 else {}
-            place = 0 if num_labels == 1 else int(label)
-            samples.append(Sample(tuple(ids), (IGNORE_INDEX,) * (len(ids) - 1) + (place,), extras))
+            location = 0 if num_labels == 1 else int(label)
+            samples.append(
+                Sample(tuple(ids), (IGNORE_INDEX,) * (len(ids) - 1) + (location,), extras)
+            )
             account.samples += 1
             account.tokens += len(ids)
             account.trained_tokens += 1
@@ -69,7 +71,7 @@ def _text(row: Row, key: str) -> str:
     value = row.values.get(key)
     if not isinstance(value, str):
         raise DataError(
-            f"{row.place} has no text under {key!r} (keys: {', '.join(sorted(row.values))}); "
+            f"{row.location} has no text under {key!r} (keys: {', '.join(sorted(row.values))}); "
             "set data.text_key"
         )
     return value
@@ -80,20 +82,20 @@ def _label(row: Row, key: str, num_labels: int) -> int | float:
     if isinstance(value, str):
         expected = "a number" if num_labels == 1 else f"a class number from 0 to {num_labels - 1}"
         raise DataError(
-            f"{row.place} has label {value!r} under {key!r}, expected {expected}; "
+            f"{row.location} has label {value!r} under {key!r}, expected {expected}; "
             "replace names by numbers, or set data.label_key"
         )
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(
-            f"{row.place} has label {value!r} under {key!r}, expected a number; set data.label_key"
+            f"{row.location} has label {value!r} under {key!r}, expected a number; set data.label_key"
         )
     if num_labels == 1:
         if not math.isfinite(value):
-            raise DataError(f"{row.place} has label {value}, expected a finite number")
+            raise DataError(f"{row.location} has label {value}, expected a finite number")
         return float(value)
     if not isinstance(value, int) or not 0 <= value < num_labels:
         raise DataError(
-            f"{row.place} has label {value!r}, expected a class from 0 to {num_labels - 1}; "
+            f"{row.location} has label {value!r}, expected a class from 0 to {num_labels - 1}; "
             "set objective.num_labels"
         )
     return value

@@ -32,9 +32,9 @@ from easyllm.examples.conversations import (
 )
 from easyllm.examples.data_file import read_rows
 from easyllm.examples.prepare import (
-    Account,
     Encoded,
-    Overlong,
+    PreparationStats,
+    TooLong,
     check_samples,
     encode_messages,
     fit,
@@ -68,7 +68,7 @@ class PreferencePair:
     chosen: list[Message]
     rejected: list[Message]
     tools: list[dict[str, Any]] | None
-    place: str
+    location: str
     format: str = "preference"
 
 
@@ -80,7 +80,7 @@ class LabelledCompletion:
     completion: list[Message]
     label: bool
     tools: list[dict[str, Any]] | None
-    place: str
+    location: str
     format: str = "prompt-completion-label"
 
 
@@ -171,15 +171,15 @@ def labelled(rows: Iterable[Row]) -> Iterator[LabelledCompletion]:
         start = len(messages) - 1
         if conversation.format == "prompt-completion" and isinstance(prompt, list):
             start = len(with_system(read_messages(prompt, row), row))
-        if not _is_answer(messages[:start], messages[start:]):
+        if not _is_response(messages[:start], messages[start:]):
             raise DataError(
-                f"{row.place}: the label applies to the last message, which is from "
+                f"{row.location}: the label applies to the last message, which is from "
                 f"{messages[start]['role'] if start < len(messages) else 'nobody'}; "
                 "give a prompt followed by an assistant response"
             )
         kind = f"{conversation.format}-label"
         yield LabelledCompletion(
-            messages[:start], messages[start:], label, conversation.tools, row.place, kind
+            messages[:start], messages[start:], label, conversation.tools, row.location, kind
         )
 
 
@@ -188,8 +188,8 @@ def prepare_preferences(
     tokenizer: Tokenizer,
     *,
     max_seq_len: int,
-    overlong: Overlong = "cut",
-) -> tuple[list[PairSample], Account]:
+    overlong: TooLong = "cut",
+) -> tuple[list[PairSample], PreparationStats]:
     """Encodes preference pairs with the tokenizer's chat template.
 
     A pair is dropped and counted if its responses are identical, or if one of them has no token
@@ -208,7 +208,7 @@ def prepare_preferences(
         DataError: the template rejects a row (the message gives its location), or no trainable
             rows remain.
     """
-    account = Account()
+    account = PreparationStats()
     encoded = encode_preferences(
         track(pairs, "preparing", unit="row"),
         tokenizer,
@@ -227,10 +227,10 @@ def prepare_preferences(
 def encode_preferences(
     pairs: Iterable[PreferencePair],
     tokenizer: Tokenizer,
-    account: Account,
+    account: PreparationStats,
     *,
     max_seq_len: int,
-    overlong: Overlong = "cut",
+    overlong: TooLong = "cut",
 ) -> Iterator[EncodedPair]:
     """Yields the encoded pairs for `prepare_preferences`, and counts them in `account`."""
     for pair in pairs:
@@ -240,7 +240,7 @@ def encode_preferences(
             encode_messages(
                 [*pair.prompt, *answer],
                 pair.tools,
-                pair.place,
+                pair.location,
                 tokenizer,
                 num_prompt=len(pair.prompt),
             )
@@ -257,8 +257,8 @@ def prepare_labelled(
     tokenizer: Tokenizer,
     *,
     max_seq_len: int,
-    overlong: Overlong = "cut",
-) -> tuple[list[LabelledSample], Account]:
+    overlong: TooLong = "cut",
+) -> tuple[list[LabelledSample], PreparationStats]:
     """Encodes responses with binary labels with the tokenizer's chat template.
 
     Args:
@@ -274,7 +274,7 @@ def prepare_labelled(
         DataError: the template rejects a row (the message gives its location), or no trainable
             rows remain.
     """
-    account = Account()
+    account = PreparationStats()
     encoded = encode_labelled(
         track(completions, "preparing", unit="row"),
         tokenizer,
@@ -290,10 +290,10 @@ def prepare_labelled(
 def encode_labelled(
     completions: Iterable[LabelledCompletion],
     tokenizer: Tokenizer,
-    account: Account,
+    account: PreparationStats,
     *,
     max_seq_len: int,
-    overlong: Overlong = "cut",
+    overlong: TooLong = "cut",
 ) -> Iterator[tuple[Encoded, bool]]:
     """Yields the encoded sequences for `prepare_labelled`, and counts them in `account`."""
     for row in completions:
@@ -302,7 +302,7 @@ def encode_labelled(
         encoded = encode_messages(
             [*row.prompt, *row.completion],
             row.tools,
-            row.place,
+            row.location,
             tokenizer,
             num_prompt=len(row.prompt),
         )
@@ -326,15 +326,15 @@ def _pair(row: Row, kind: str) -> PreferencePair:
             prompt = with_system(prompt, row)
         elif given[-1] not in prompt:
             raise DataError(
-                f"{row.place}: chosen and rejected start with a different prompt than the row's; "
+                f"{row.location}: chosen and rejected start with a different prompt than the row's; "
                 "give the prompt once, either separately or at the start of both"
             )
-    if not _is_answer(prompt, chosen) or not _is_answer(prompt, rejected):
+    if not _is_response(prompt, chosen) or not _is_response(prompt, rejected):
         raise DataError(
-            f"{row.place}: chosen and rejected are not two responses to one prompt; "
+            f"{row.location}: chosen and rejected are not two responses to one prompt; "
             "both must continue the same messages with an assistant message"
         )
-    return PreferencePair(prompt, chosen, rejected, read_tools(row), row.place, kind)
+    return PreferencePair(prompt, chosen, rejected, read_tools(row), row.location, kind)
 
 
 def _prompt(row: Row, kind: str) -> list[Message]:
@@ -359,12 +359,12 @@ def _answer(row: Row, key: str) -> list[Message]:
     parts = value if isinstance(value, list) else [value]
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise DataError(
-            f"{row.place}: {key} is not a response; give text, a message, or a list of messages"
+            f"{row.location}: {key} is not a response; give text, a message, or a list of messages"
         )
     return read_messages(parts, row, name=key)
 
 
-def _is_answer(prompt: list[Message], answer: list[Message]) -> bool:
+def _is_response(prompt: list[Message], answer: list[Message]) -> bool:
     return bool(prompt) and bool(answer) and answer[0]["role"] == "assistant"
 
 
@@ -383,7 +383,7 @@ def _label(row: Row) -> bool:
     label = next(iter(given.values()))
     if not isinstance(label, bool) or any(other is not label for other in given.values()):
         raise DataError(
-            f"{row.place}: {' and '.join(given)} is {label!r}; "
+            f"{row.location}: {' and '.join(given)} is {label!r}; "
             "expected true for a good response or false for a bad one"
         )
     return label

@@ -21,14 +21,14 @@ from easyllm.examples.sample import Sample
 from easyllm.tokenizer.messages import TRAIN_KEYS, trained_turns
 from easyllm.tokenizer.tokenizer import Tokenizer
 
-Overlong = Literal["cut", "drop"]
+TooLong = Literal["cut", "drop"]
 TrainOn = Literal["assistant", "all"]
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message under which chat templates look for its reasoning; each template uses one."""
 
 
 @dataclass(slots=True)
-class Account:
+class PreparationStats:
     """Counts of what became of the rows, reported before the first step.
 
     Attributes:
@@ -61,7 +61,7 @@ class Account:
     dropped_equal: int = 0
     unwritten_tools: int = 0
     unwritten_reasoning: int = 0
-    unwritten_words: int = 0
+    unrendered_messages: int = 0
     untrained_calls: int = 0
     formats: Counter[str] = field(default_factory=Counter)
 
@@ -84,7 +84,7 @@ class Account:
             "dropped with identical responses": self.dropped_equal,
             "with tools the chat template does not write": self.unwritten_tools,
             "with reasoning the chat template does not write": self.unwritten_reasoning,
-            "with messages the chat template does not write": self.unwritten_words,
+            "with messages the chat template does not write": self.unrendered_messages,
             "tool-call turns not trained, as the chat template does not write them": (
                 self.untrained_calls
             ),
@@ -102,7 +102,7 @@ class Account:
         """Counts a row, given as its sequences, if the template omitted something of it."""
         self.unwritten_tools += not all(item.writes_tools for item in encoded)
         self.unwritten_reasoning += not all(item.writes_reasoning for item in encoded)
-        self.unwritten_words += not all(item.writes_words for item in encoded)
+        self.unrendered_messages += not all(item.renders_content for item in encoded)
         self.untrained_calls += sum(item.untrained_calls for item in encoded)
 
     def as_dict(self) -> dict[str, Any]:
@@ -128,12 +128,12 @@ class Encoded:
             responses.
     """
 
-    place: str
+    location: str
     token_ids: Sequence[int]
     mask: Sequence[bool]
     writes_tools: bool = True
     writes_reasoning: bool = True
-    writes_words: bool = True
+    renders_content: bool = True
     untrained_calls: int = 0
 
     def sample(self) -> Sample:
@@ -154,10 +154,10 @@ def prepare_conversations(
     tokenizer: Tokenizer,
     *,
     max_seq_len: int,
-    overlong: Overlong = "cut",
+    overlong: TooLong = "cut",
     train_on: TrainOn = "assistant",
     split_turns: bool = False,
-) -> tuple[list[Sample], Account]:
+) -> tuple[list[Sample], PreparationStats]:
     """Encodes conversations with the tokenizer's chat template.
 
     Args:
@@ -177,7 +177,7 @@ def prepare_conversations(
         DataError: the template rejects a row (the message gives its location), or no trainable
             rows remain.
     """
-    account = Account()
+    account = PreparationStats()
     encoded = encode_conversations(
         track(conversations, "preparing", unit="row"),
         tokenizer,
@@ -195,10 +195,10 @@ def prepare_conversations(
 def encode_conversations(
     conversations: Iterable[Conversation],
     tokenizer: Tokenizer,
-    account: Account,
+    account: PreparationStats,
     *,
     max_seq_len: int,
-    overlong: Overlong = "cut",
+    overlong: TooLong = "cut",
     train_on: TrainOn = "assistant",
     split_turns: bool = False,
 ) -> Iterator[Encoded]:
@@ -212,12 +212,12 @@ def encode_conversations(
         account.rows += 1
         account.formats[conversation.format] += 1
         all_encoded = []
-        for part in answers_of(conversation) if split_turns else (conversation,):
+        for part in split_responses(conversation) if split_turns else (conversation,):
             account.turns += split_turns
             encoded = encode_messages(
                 part.messages,
                 part.tools,
-                part.place,
+                part.location,
                 tokenizer,
                 num_prompt=len(part.messages) - 1 if split_turns else 0,
                 train_on=train_on,
@@ -229,12 +229,12 @@ def encode_conversations(
         account.note(*all_encoded)
 
 
-def answers_of(conversation: Conversation) -> Iterator[Conversation]:
+def split_responses(conversation: Conversation) -> Iterator[Conversation]:
     """Yields, for each trained assistant turn, the conversation up to and including it."""
     try:
         turns = trained_turns(conversation.messages)
     except DataError as error:
-        raise DataError(f"{conversation.place}: {error}") from None
+        raise DataError(f"{conversation.location}: {error}") from None
     for turn, is_trained in enumerate(turns):
         if is_trained:
             yield replace(conversation, messages=conversation.messages[: turn + 1])
@@ -243,7 +243,7 @@ def answers_of(conversation: Conversation) -> Iterator[Conversation]:
 def encode_messages(
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
-    place: str,
+    location: str,
     tokenizer: Tokenizer,
     *,
     num_prompt: int = 0,
@@ -266,25 +266,29 @@ def encode_messages(
             tools=tools,
             with_mask=train_on == "assistant",
             num_prompt=num_prompt,
-            check_words=True,
+            find_unrendered=True,
         )
     except DataError as error:
-        raise DataError(f"{place}: {error}") from None
+        raise DataError(f"{location}: {error}") from None
     ids, mask = encoded.token_ids, encoded.mask or [True] * len(encoded.token_ids)
     mask[:1] = [False] * len(mask[:1])  # nothing predicts the first token
     return Encoded(
-        place,
+        location,
         ids,
         mask,
         writes_tools=_writes_tools(messages, tools, encoded.text),
         writes_reasoning=_writes_reasoning(messages, encoded.text),
-        writes_words=not encoded.unwritten,
+        renders_content=not encoded.unrendered,
         untrained_calls=encoded.untrained_calls,
     )
 
 
 def fit(
-    sequences: tuple[Encoded, ...], account: Account, *, max_seq_len: int, overlong: Overlong
+    sequences: tuple[Encoded, ...],
+    account: PreparationStats,
+    *,
+    max_seq_len: int,
+    overlong: TooLong,
 ) -> tuple[Encoded, ...] | None:
     """Applies the length limit to the sequences of one sample, and counts the result in `account`.
 
@@ -313,7 +317,7 @@ def fit(
     return sequences
 
 
-def check_samples(account: Account, max_seq_len: int) -> None:
+def check_samples(account: PreparationStats, max_seq_len: int) -> None:
     """Checks that at least one sample remains.
 
     Raises:

@@ -22,13 +22,13 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
         tools = _from_json(tools)
         tools = [_read_tool(tool) for tool in tools] if isinstance(tools, list) else tools
     except ValueError:
-        raise DataError(f"{row.place}: {key} is not JSON; give a list of functions") from None
+        raise DataError(f"{row.location}: {key} is not JSON; give a list of functions") from None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(
         isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools
     ):
-        raise DataError(f"{row.place}: {key} is not a list of functions; give each as an object")
+        raise DataError(f"{row.location}: {key} is not a list of functions; give each as an object")
     return tools
 
 
@@ -74,7 +74,7 @@ def read_function_call(value: Any, row: Row, name: str, role: str = "function_ca
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(
-            f"{row.place}: {name} is a {role} without name and arguments as JSON; "
+            f"{row.location}: {name} is a {role} without name and arguments as JSON; "
             'give it like {"name": "add", "arguments": {"a": 1}}'
         ) from None
     return {

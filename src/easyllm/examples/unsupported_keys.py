@@ -59,11 +59,13 @@ def check_keys(row: Row, format: str, *, read: tuple[str, ...] = ()) -> None:
     """
     for key, remedy in REFUSED.items():
         if key in row.values and key not in read and _asks(key, row.values[key]):
-            raise DataError(f"{row.place} has the key {key!r}, which is not read; {remedy}")
+            raise DataError(f"{row.location} has the key {key!r}, which is not read; {remedy}")
     if format in FLAT_FORMATS:
         for key in CONTEXT_KEYS:
             if row.values.get(key):
-                raise DataError(f"{row.place} has the key {key!r}, which is not read; {_CONTEXT}")
+                raise DataError(
+                    f"{row.location} has the key {key!r}, which is not read; {_CONTEXT}"
+                )
 
 
 def _asks(key: str, value: Any) -> bool:

@@ -18,14 +18,14 @@ from easyllm.nn.config import (
 )
 from easyllm.nn.rope_scaling import ntk_base
 
-USED_BY = {
+OPTION_METHODS = {
     "window": ("rerope", "leaky", "streaming"),
     "sinks": ("streaming",),
     "factor": ("pi", "ntk", "dynamic", "yarn", "rerope", "leaky"),
 }
 """Methods that use each option; `logn` applies to all methods."""
 Method = Literal["pi", "ntk", "dynamic", "yarn", "rerope", "leaky", "streaming"]
-ENDLESS = 2**24
+UNLIMITED_CONTEXT = 2**24
 """Context length, in tokens, that stands for an unlimited one: a text this long is about a hundred
 novels."""
 
@@ -56,7 +56,7 @@ class ContextConfig(Config):
 
     @model_validator(mode="after")
     def _every_value_is_used(self) -> "ContextConfig":
-        for name, methods in USED_BY.items():
+        for name, methods in OPTION_METHODS.items():
             usual = type(self).model_fields[name].default
             if self.method not in methods and getattr(self, name) != usual:
                 raise ValueError(
@@ -92,7 +92,8 @@ def extend_context(config: ModelConfig, context: ContextConfig) -> ModelConfig:
         layers.append(layer.model_copy(update={"mixer": mixer.model_copy(update=changes)}))
     endless = context.method == "streaming"
     return config.changed(
-        layers=tuple(layers), max_seq_len=ENDLESS if endless else int(trained * context.factor)
+        layers=tuple(layers),
+        max_seq_len=UNLIMITED_CONTEXT if endless else int(trained * context.factor),
     )
 
 

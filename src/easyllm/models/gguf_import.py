@@ -50,7 +50,7 @@ def hf_config(
     reader = GGUFMetadata(metadata, tensors, load)
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     values = layout.read_config(reader)
-    reader.refuse_unread()
+    reader.reject_unread()
     return values | {
         "vocab_size": len(tokens) or reader.need("vocab_size"),
         "bos_token_id": token_id_from_gguf(metadata, "bos"),

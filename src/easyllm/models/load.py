@@ -104,7 +104,7 @@ class OpenSource:
             )
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         rounded = {} if quantize is None else quantizable(model, quantize)
-        layers = {f"{name}.weight": layer for name, layer in model.holders()}
+        layers = {f"{name}.weight": layer for name, layer in model.weight_modules()}
         state, packed = dict[str, Tensor](), list[Binding]()
         for binding in keymap_of(self.config).check(
             expected,
@@ -124,7 +124,7 @@ class OpenSource:
                 else:
                     state[name] = weight.contiguous()
         if self.gguf is not None:
-            self.gguf.let_go()
+            self.gguf.release_pages()
         # the check above found every tensor; the packed weights are stored below
         floats = (t.dtype for t in state.values() if t.is_floating_point())
         activations = dtype or next(floats, torch.float32)
@@ -408,7 +408,7 @@ def _packed_tensors(
         )
     tensors = {
         f"{holder}.weight": layer.storage.tensors()
-        for holder, layer in model.holders()
+        for holder, layer in model.weight_modules()
         if layer.storage.format == name
     }
     return tensors, {"quant_method": name, **format.file_config}

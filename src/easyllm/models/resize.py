@@ -44,7 +44,7 @@ def resize_embeddings(
             or the model is quantized or has an adapter.
     """
     require_full_weights(model, "extending the vocabulary")
-    size = grown_vocab_size(model.config, old_pieces, multiple_of=multiple_of)
+    size = resized_vocab_size(model.config, old_pieces, multiple_of=multiple_of)
     model.embed_tokens.weight = _grow(model.embed_tokens.weight, old_pieces, size)
     model.embed_tokens.num_embeddings = size
     if model.lm_head is not None:
@@ -54,7 +54,7 @@ def resize_embeddings(
     return model
 
 
-def grown_vocab_size(
+def resized_vocab_size(
     config: ModelConfig, old_pieces: Mapping[int, tuple[int, ...]], *, multiple_of: int = MULTIPLE
 ) -> int:
     """Returns the vocabulary size after `resize_embeddings`; never smaller than before.

@@ -83,7 +83,7 @@ def scratch_model_config(scratch: ScratchConfig, tokenizer: Tokenizer) -> ModelC
     """
     stated = _stated(scratch)
     vocab_size = _vocab_size(stated, tokenizer)
-    values = _Watched(_values(scratch, vocab_size=vocab_size) | _special_ids(stated, tokenizer))
+    values = _ReadTracker(_values(scratch, vocab_size=vocab_size) | _special_ids(stated, tokenizer))
     if values["model_type"] == PARTS:
         parts = {**values["parts"], **read_token_ids(values)}
         validate(ModelConfig, parts, source="the parts of the fresh model")
@@ -238,7 +238,7 @@ def _swiglu_width(width: int) -> int:
     return -(-8 * width // 3 // 64) * 64
 
 
-class _Watched(Mapping[str, Any]):
+class _ReadTracker(Mapping[str, Any]):
     """A mapping that records which keys were read; keys that are never read have no effect."""
 
     def __init__(self, values: dict[str, Any]) -> None:

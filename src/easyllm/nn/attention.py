@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from easyllm.nn.config import AttentionConfig
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.cost import FP32, INT64, Activation, CostTrace, Scores
-from easyllm.nn.linear import Linear, outputs_of
+from easyllm.nn.linear import Linear, fused_linears
 from easyllm.nn.norm import build_norm
 from easyllm.nn.pairs import visible_keys, visible_pairs
 from easyllm.nn.position import build_position
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         """Returns the output [T, D] for `x: [T, D]`."""
         heads = (x.shape[0], -1, self.config.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (y.view(heads) for y in outputs_of(projections, x, context))
+        q, k, v = (y.view(heads) for y in fused_linears(projections, x, context))
         q = self.position.rotate(self.q_norm(q), context)  # [T, H, d]
         k = self.position.rotate(self.k_norm(k), context)  # [T, K, d]
         if context.virtual is not None:
@@ -84,15 +84,15 @@ class Attention(nn.Module):
         q = trace.linear(self.q_proj, "q_proj", x, part="attention")
         k = trace.linear(self.k_proj, "k_proj", x, part="attention")
         v = trace.linear(self.v_proj, "v_proj", x, part="attention")
-        q = self._turned_cost(trace, self.q_norm, q, config.num_heads)
-        k = self._turned_cost(trace, self.k_norm, k, config.num_kv_heads)
+        q = self._rotated_cost(trace, self.q_norm, q, config.num_heads)
+        k = self._rotated_cost(trace, self.k_norm, k, config.num_kv_heads)
         if config.logn_length is not None and q.grad:
             trace.keep("logn", work.tokens * work.itemsize)
             q = Activation("q.scaled", q.nbytes, grad=True)
         width = config.num_heads * config.head_dim
         out = trace.made("mixed", width, grad=q.grad or k.grad or v.grad)
         position = self.position
-        written = config.softcap is not None or position.writes_scores_out
+        written = config.softcap is not None or position.materializes_scores
         written = written or (position.trained_mask and work.trains_all)
         pairs = sum(visible_pairs(config, n, work.counting) for n in work.lengths)
         scores = Scores(q, k, v, config.num_heads, config.head_dim, flops=2 * pairs * width)
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         position.score_products(trace, scores)
         return trace.linear(self.o_proj, "o_proj", out, part="attention")
 
-    def _turned_cost(
+    def _rotated_cost(
         self, trace: CostTrace, norm: nn.Module, x: Activation, heads: int
     ) -> Activation:
         """Records the norm and the rotation of queries or keys."""

@@ -107,7 +107,7 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class Gemm:
     """A matrix product (GEMM), with the FLOPs of its forward and backward pass."""
 
     part: Part
@@ -116,14 +116,14 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class SavedTensor:
     """A tensor that autograd saves for the backward pass."""
 
     name: str
     nbytes: int
 
 
-Event = Product | Kept
+Event = Gemm | SavedTensor
 
 
 class CostTrace:
@@ -159,7 +159,7 @@ class CostTrace:
 
     def keep(self, name: str, nbytes: int) -> None:
         """Records that autograd saves a tensor of `nbytes` bytes."""
-        self.events.append(Kept(name, nbytes))
+        self.events.append(SavedTensor(name, nbytes))
 
     def keep_all(self, *tensors: Activation) -> None:
         """Records that autograd saves the given activations."""
@@ -168,7 +168,7 @@ class CostTrace:
 
     def product(self, part: Part, forward: int, backward: int) -> None:
         """Records a matrix product with the FLOPs of its forward and backward pass."""
-        self.events.append(Product(part, forward, backward))
+        self.events.append(Gemm(part, forward, backward))
 
     def linear(
         self,
@@ -219,18 +219,20 @@ class CostTrace:
         return 0 if self.work.itemsize == FP32 else self.work.itemsize * elements
 
 
-def kept_bytes(events: Iterable[Event]) -> int:
+def saved_bytes(events: Iterable[Event]) -> int:
     """Returns the total bytes of the saved tensors, each counted once."""
-    return sum({event.name: event.nbytes for event in events if isinstance(event, Kept)}.values())
+    return sum(
+        {event.name: event.nbytes for event in events if isinstance(event, SavedTensor)}.values()
+    )
 
 
-def computed_again(events: list[Event]) -> list[Product]:
+def recomputed_gemms(events: list[Event]) -> list[Gemm]:
     """Returns the matrix products that run again when a block is recomputed.
 
     Recomputation stops as soon as the last saved tensor is available.
     """
-    last = max((i for i, event in enumerate(events) if isinstance(event, Kept)), default=-1)
-    return [event for event in events[: last + 1] if isinstance(event, Product)]
+    last = max((i for i, event in enumerate(events) if isinstance(event, SavedTensor)), default=-1)
+    return [event for event in events[: last + 1] if isinstance(event, Gemm)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,10 +26,10 @@ from easyllm.nn.linear_attention import LinearAttention
 from easyllm.nn.norm import build_norm, sum_and_norm
 from easyllm.nn.position import build_embedding_position
 from easyllm.nn.storage import DenseWeight
-from easyllm.nn.virtual_tokens import ModelAdapter, VirtualTokens, in_front
+from easyllm.nn.virtual_tokens import ModelAdapter, VirtualTokens, prepend_virtual_tokens
 
 
-def widen(x: Tensor) -> Tensor:
+def to_at_least_fp32(x: Tensor) -> Tensor:
     """Returns `x` in at least fp32 (fp64 stays fp64)."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         """Dtype of hidden states and matrix products; quantized weights are used with it, too."""
         return self.embed_tokens.storage.dtype
 
-    def holders(self) -> Iterator[tuple[str, Linear | Embedding]]:
+    def weight_modules(self) -> Iterator[tuple[str, Linear | Embedding]]:
         """Yields the name and module of each layer that has a weight storage."""
         for name, module in self.named_modules():
             if isinstance(module, Linear | Embedding):
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
 
     def packed_formats(self) -> frozenset[str]:
         """Returns the formats of quantized weights; code that needs full weights rejects any."""
-        formats = {holder.storage.format for _, holder in self.holders()}
+        formats = {holder.storage.format for _, holder in self.weight_modules()}
         return frozenset(formats - {DenseWeight.format})
 
     @property
@@ -204,7 +204,7 @@ class Decoder(nn.Module):
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return head.storage.dense()
 
-    def loss_product(self, hidden: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def loss_factors(self, hidden: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the head's output as two factors x' and W', for losses computed in chunks.
 
         x' W'ᵀ equals the logits for `hidden: [T, D]` before the soft cap, so the logits never need
@@ -222,7 +222,7 @@ class Decoder(nn.Module):
         weight = self.head_weight if weight is None else weight
         if self.lm_head is None or self.lm_head.adapter is None:
             return hidden, weight
-        return self.lm_head.adapter.loss_product(hidden, weight)
+        return self.lm_head.adapter.loss_factors(hidden, weight)
 
     def forward(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
         """Returns the final hidden states, normalised and ready for the head.
@@ -236,10 +236,10 @@ class Decoder(nn.Module):
         """
         real = None
         if self.model_adapter is not None and not context.base_only:
-            token_ids, context, real = in_front(
+            token_ids, context, real = prepend_virtual_tokens(
                 token_ids, context, self.model_adapter, self.config.vocab_size
             )
-        x = widen(self.embed_tokens(token_ids))
+        x = to_at_least_fp32(self.embed_tokens(token_ids))
         if isinstance(context.virtual, VirtualTokens):
             x = context.virtual.embed(x)
         x = x * self.config.embedding_scale
@@ -261,11 +261,11 @@ class Decoder(nn.Module):
             [N, V], or [N, num_labels] for a score head, in fp32 (fp64 for an fp64 model).
         """
         if self.score is not None:
-            return widen(self.score(hidden, context))
+            return to_at_least_fp32(self.score(hidden, context))
         if self.lm_head is None:
-            logits = widen(self.embed_tokens.project(hidden, context))
+            logits = to_at_least_fp32(self.embed_tokens.project(hidden, context))
         else:
-            logits = widen(self.lm_head(hidden, context))
+            logits = to_at_least_fp32(self.lm_head(hidden, context))
         return soft_cap(logits, self.config.logit_softcap)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 from easyllm.ops.kernels import kernels_for
 
-ROW_BY_ROW = frozenset({"silu", "relu"})
+ROWWISE_ACTIVATIONS = frozenset({"silu", "relu"})
 """Activations that never depend on the number of rows: SiLU has a C kernel, ReLU is exact."""
 WHOLE_VECTORS = 64
 """Maximum number of elements that PyTorch processes at once (bf16 with AVX-512, two vectors)."""
@@ -36,7 +36,7 @@ def deterministic_unsupported_reason(model: Decoder) -> str | None:
     weights = [p for p in model.parameters() if p.is_floating_point()]
     if kernels_for(*weights) is None:
         return "it needs a CPU, fp32 or bf16 weights, and a C compiler"
-    for name, holder in model.holders():
+    for name, holder in model.weight_modules():
         if not holder.storage.batch_invariant:
             return (
                 f"{name} stores its weight as {holder.storage.format}, "
@@ -49,7 +49,7 @@ def deterministic_unsupported_reason(model: Decoder) -> str | None:
         mixer = layer.mixer
         forward = layer.feed_forward
         inner = forward.expert if isinstance(forward, MoEConfig) else forward
-        if inner.activation not in ROW_BY_ROW and inner.intermediate_size % WHOLE_VECTORS:
+        if inner.activation not in ROWWISE_ACTIVATIONS and inner.intermediate_size % WHOLE_VECTORS:
             return (
                 f"layer {number} has {inner.activation} with an intermediate size of "
                 f"{inner.intermediate_size}, which is not a multiple of {WHOLE_VECTORS}: "
@@ -72,7 +72,7 @@ def deterministic_unsupported_reason(model: Decoder) -> str | None:
     return None
 
 
-def one_row_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+def rowwise_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Returns the log-probabilities [N] in nats of `token_ids: [N]`, given `logits: [N, V]`.
 
     Rows are processed one at a time: otherwise the split of the sum over the vocabulary among
@@ -85,4 +85,4 @@ def one_row_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Ten
     return torch.stack(rows) if rows else logits.new_empty(0)
 
 
-__all__ = ["check_deterministic", "deterministic_unsupported_reason", "one_row_logprobs"]
+__all__ = ["check_deterministic", "deterministic_unsupported_reason", "rowwise_logprobs"]

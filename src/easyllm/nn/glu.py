@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from easyllm.nn.config import GLUConfig
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.cost import Activation, CostTrace
-from easyllm.nn.linear import Linear, outputs_of
+from easyllm.nn.linear import Linear, fused_linears
 from easyllm.ops.activation import gated
 
 KEEP_RESULT = ("relu", "sigmoid")
@@ -27,7 +27,7 @@ class GLU(nn.Module):
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """Returns the output [T, D] for `x: [T, D]`; an expert gets only the rows routed to it."""
-        gate, up = outputs_of((self.gate_proj, self.up_proj), x, context)
+        gate, up = fused_linears((self.gate_proj, self.up_proj), x, context)
         return self.down_proj(gated(gate, up, self.activation), context)
 
     def cost(

@@ -2,7 +2,7 @@
 
 A layer's weight is stored in its `storage`, and its slot contains an adapter. The two are
 independent (LoRA on a 4-bit base is not a separate class): an adapter receives the layer's own
-matrix product (GEMM) as a function, `BaseProduct`, and decides whether and with what input to call
+matrix product (GEMM) as a function, `BaseLinear`, and decides whether and with what input to call
 it.
 """
 
@@ -18,7 +18,7 @@ from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.hooks import has_hooks
 from easyllm.nn.storage import DenseWeight, WeightStorage
 from easyllm.ops.deterministic import tiled_linear
-from easyllm.ops.product import linears
+from easyllm.ops.matmul import linears
 
 
 class LinearAdapter(Protocol):
@@ -30,13 +30,13 @@ class LinearAdapter(Protocol):
         batch_invariant: whether rows are bitwise independent of each other in deterministic mode.
     """
 
-    keeps_input: bool
+    passes_input_unchanged: bool
     batch_invariant: bool
 
-    def __call__(self, x: Tensor, base: "BaseProduct") -> Tensor:
+    def __call__(self, x: Tensor, base: "BaseLinear") -> Tensor:
         """Returns the adapted layer's output [..., out] for `x: [..., in]`."""
 
-    def loss_product(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x' and W' such that x' W'ᵀ is the adapted output for `x` and base `weight`."""
 
     def cost(
@@ -67,12 +67,12 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Returns the output [..., out] for `x: [..., in]`."""
-        base = BaseProduct(self, context)
+        base = BaseLinear(self, context)
         return base(x) if self._is_plain(context) else self.adapter(x, base)  # type: ignore[misc]
 
     def wide(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Returns the output with the weight cast to the dtype of `x` (a router runs in fp32)."""
-        base = BaseProduct(self, context, widened=True)
+        base = BaseLinear(self, context, widened=True)
         return base(x) if self._is_plain(context) else self.adapter(x, base)  # type: ignore[misc]
 
     def _is_plain(self, context: ForwardContext | None) -> bool:
@@ -81,7 +81,7 @@ class Linear(nn.Module):
 
     def store(self, storage: WeightStorage) -> None:
         """Stores the weight in another storage and frees the full weight."""
-        put_storage(self, storage)
+        set_storage(self, storage)
 
     def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
         """Initialises the weight from N(0, std²) and the bias to zero."""
@@ -95,7 +95,7 @@ class Linear(nn.Module):
 
 
 @dataclass(slots=True)
-class BaseProduct:
+class BaseLinear:
     """A layer's own matrix product, without its adapter: `base(x)` returns x Wᵀ + b.
 
     Attributes:
@@ -124,7 +124,7 @@ class BaseProduct:
 
 
 @dataclass(slots=True)
-class _Shared(BaseProduct):
+class _Shared(BaseLinear):
     """The result of a matrix product that was computed for several layers with the same input."""
 
     x: Tensor | None = None
@@ -133,10 +133,10 @@ class _Shared(BaseProduct):
     def __call__(self, x: Tensor) -> Tensor:
         if x is self.x and self.y is not None:
             return self.y
-        return BaseProduct.__call__(self, x)
+        return BaseLinear.__call__(self, x)
 
 
-def outputs_of(
+def fused_linears(
     layers: Sequence[Linear], x: Tensor, context: ForwardContext | None = None
 ) -> tuple[Tensor, ...]:
     """Returns the outputs of several layers for the same `x: [..., in]`.
@@ -158,8 +158,10 @@ def outputs_of(
 
 def _joins(layer: Linear) -> bool:
     """Whether a layer's matrix product can be computed together with those of other layers."""
-    keeps_input = layer.adapter is None or layer.adapter.keeps_input
-    return keeps_input and isinstance(layer.storage, DenseWeight) and not has_hooks(layer)
+    passes_input_unchanged = layer.adapter is None or layer.adapter.passes_input_unchanged
+    return (
+        passes_input_unchanged and isinstance(layer.storage, DenseWeight) and not has_hooks(layer)
+    )
 
 
 class Embedding(nn.Embedding):
@@ -180,10 +182,10 @@ class Embedding(nn.Embedding):
 
     def store(self, storage: WeightStorage) -> None:
         """Stores the vectors in another storage and frees the full ones."""
-        put_storage(self, storage)
+        set_storage(self, storage)
 
 
-def put_storage(layer: Linear | Embedding, storage: WeightStorage) -> None:
+def set_storage(layer: Linear | Embedding, storage: WeightStorage) -> None:
     """Sets the storage of a layer; removes the parameter `weight` unless the storage is dense."""
     expected = layer.storage.shape
     assert tuple(storage.shape) == tuple(expected), f"{storage.shape} is not the layer's {expected}"
@@ -192,7 +194,7 @@ def put_storage(layer: Linear | Embedding, storage: WeightStorage) -> None:
     layer.storage = storage
 
 
-def put_weight(layer: Linear | Embedding, weight: Tensor) -> None:
+def set_weight(layer: Linear | Embedding, weight: Tensor) -> None:
     """Sets the full weight [N, K] of a layer, replacing its storage."""
     layer.__dict__.pop("storage", None)
     layer._modules.pop("storage", None)

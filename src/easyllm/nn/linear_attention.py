@@ -135,8 +135,8 @@ class LinearAttention(nn.Module):
 
     def _run(self, *inputs: Tensor, state: LinearState | None) -> tuple[Tensor, LinearState | None]:
         """Runs one sequence's tokens, starting from the state before them."""
-        q, k, v, turned_q, turned_k = inputs
-        features = Features(q=q, k=k, v=v, turned_q=turned_q, turned_k=turned_k)
+        q, k, v, rotated_q, rotated_k = inputs
+        features = Features(q=q, k=k, v=v, rotated_q=rotated_q, rotated_k=rotated_k)
         if not self.config.causal:
             return bidirectional(features, self.features), None
         return cumulative(features, self.features, state)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from easyllm.nn.config import LayerNormConfig, RMSNormConfig
 from easyllm.nn.cost import FP32, Activation, CostTrace
 from easyllm.nn.hooks import has_hooks
-from easyllm.ops.norm import rms_norm, sum_and_rms_norm
+from easyllm.ops.norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -114,6 +114,6 @@ def sum_and_norm(norm: nn.Module, x: Tensor, added: Tensor | None = None) -> tup
         x: [T, D], the residual stream; added: [T, D] or None.
     """
     if type(norm) is RMSNorm and not has_hooks(norm):
-        return sum_and_rms_norm(x, added, norm.weight, norm.eps)
+        return add_rms_norm(x, added, norm.weight, norm.eps)
     total = x if added is None else x + added
     return total, norm(total)

@@ -43,7 +43,7 @@ class PositionCost:
         learns_from_queries: whether it has learned vectors whose gradients need the queries.
     """
 
-    mask_per_head = trained_mask = writes_scores_out = False
+    mask_per_head = trained_mask = materializes_scores = False
     rotates_in_scores = learns_from_queries = False
 
     def cost(self, trace: CostTrace, x: Activation) -> Activation:  # noqa: ARG002 - for rotations
@@ -89,9 +89,9 @@ class RotaryPosition(PositionCost, nn.Module):
         cos, sin = context.once((self.config, self.width), lambda: self.tables(context))
         if self.width == self.head_dim:
             return apply_rotary(x, cos, sin, interleaved=self.config.interleaved)
-        turned, rest = x.split([self.width, self.head_dim - self.width], dim=-1)
-        turned = apply_rotary(turned.contiguous(), cos, sin, interleaved=self.config.interleaved)
-        return torch.cat([turned, rest], dim=-1)
+        rotated, rest = x.split([self.width, self.head_dim - self.width], dim=-1)
+        rotated = apply_rotary(rotated.contiguous(), cos, sin, interleaved=self.config.interleaved)
+        return torch.cat([rotated, rest], dim=-1)
 
     def cost(self, trace: CostTrace, x: Activation) -> Activation:  # noqa: ARG002 - interface
         """Returns a new tensor; the tables belong to the model, not to a layer."""
@@ -221,7 +221,7 @@ class ShawPosition(NoRotation):
     See arXiv 1803.02155, eqs. 3 and 4.
     """
 
-    writes_scores_out = learns_from_queries = True
+    materializes_scores = learns_from_queries = True
 
     def __init__(self, config: Shaw, head_dim: int) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class ReRopePosition(NoRotation):
     it is w + (i - j - w) / k. Keys are stored unrotated.
     """
 
-    writes_scores_out = rotates_in_scores = True
+    materializes_scores = rotates_in_scores = True
 
     def __init__(self, config: ReRope, head_dim: int) -> None:
         super().__init__()
@@ -290,9 +290,9 @@ class ReRopePosition(NoRotation):
         """Returns unscaled scores [H, Tq, Tk] for unrotated `q: [H, Tq, d]`, `k: [H, Tk, d]`."""
         if len(query) == 1:
             return self.decode_scores(q, k, query, key)
-        return self.two_matrices(q, k, query, key)
+        return self.near_far_scores(q, k, query, key)
 
-    def two_matrices(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def near_far_scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Returns the scores, computed as one score matrix for near pairs and one for far pairs.
 
         Near pairs use ordinary rotation. Far pairs use compressed positions: a query at
@@ -300,12 +300,12 @@ class ReRopePosition(NoRotation):
         and the key at 0.
         """
         window, leak = self.config.window, self.config.leak
-        near = self._turn(q, query.float()) @ self._turn(k, key.float()).mT
+        near = self._rotate(q, query.float()) @ self._rotate(k, key.float()).mT
         if leak is None:
-            far = self._turn(q, torch.full_like(query, window).float()) @ k.mT
+            far = self._rotate(q, torch.full_like(query, window).float()) @ k.mT
         else:
             far_query = (query.float() - window) / leak + window
-            far = self._turn(q, far_query) @ self._turn(k, key.float() / leak).mT
+            far = self._rotate(q, far_query) @ self._rotate(k, key.float() / leak).mT
         return torch.where(query[:, None] - key[None, :] < window, near, far)
 
     def decode_scores(self, q: Tensor, k: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -321,9 +321,9 @@ class ReRopePosition(NoRotation):
             else window + (distance - window) / leak
         )
         rectified = torch.where(distance < window, distance, far)
-        return q @ self._turn(k, -rectified).mT
+        return q @ self._rotate(k, -rectified).mT
 
-    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """`x: [H, T, d]` rotated by real-valued positions [T]."""
         frequencies, _ = rope_frequencies(self.rope, self.head_dim, 1)
         angles = positions[:, None] * frequencies.to(x.device)
@@ -339,7 +339,7 @@ class StreamingPosition(NoRotation):
     newest token from a sink at position j stays s + w - 1 - j.
     """
 
-    writes_scores_out = rotates_in_scores = True
+    materializes_scores = rotates_in_scores = True
 
     def __init__(
         self, config: StreamingRope, head_dim: int, *, window: int, num_sinks: int
@@ -356,14 +356,14 @@ class StreamingPosition(NoRotation):
             query, key: positions [Tq], [Tk] in the text.
         """
         base = query.min() - self.window  # only differences matter, and small angles are precise
-        near = self._turn(q, query - base) @ self._turn(k, (key - base).clamp(min=0)).mT
+        near = self._rotate(q, query - base) @ self._rotate(k, (key - base).clamp(min=0)).mT
         if not self.num_sinks:
             return near
         place = query.clamp(max=self.num_sinks + self.window - 1)
-        sinks = self._turn(q, place) @ self._turn(k, key.clamp(max=self.num_sinks)).mT
+        sinks = self._rotate(q, place) @ self._rotate(k, key.clamp(max=self.num_sinks)).mT
         return torch.where(key < self.num_sinks, sinks, near)
 
-    def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         frequencies, _ = rope_frequencies(self.rope, self.head_dim, 1)
         angles = positions[:, None] * frequencies.to(x.device).double()
         return rotate_pairs(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from easyllm.ops.deterministic import tiled_linear
 from easyllm.ops.embedding import embedding
 from easyllm.ops.kernels.build import DTYPE_CODES, Matrix
-from easyllm.ops.product import linear
+from easyllm.ops.matmul import linear
 
 
 @runtime_checkable

@@ -64,7 +64,7 @@ class VirtualTokens:
         return (k, v) if own is None else (self.fill(k, own[0]), self.fill(v, own[1]))
 
 
-def in_front(
+def prepend_virtual_tokens(
     token_ids: Tensor, context: ForwardContext, source: ModelAdapter, vocab_size: int
 ) -> tuple[Tensor, ForwardContext, Tensor | None]:
     """Adds the virtual tokens to a forward pass.
@@ -106,4 +106,4 @@ def in_front(
     return torch.cat(tokens), longer, (of_row < 0).nonzero().squeeze(1)
 
 
-__all__ = ["ModelAdapter", "VirtualTokens", "in_front"]
+__all__ = ["ModelAdapter", "VirtualTokens", "prepend_virtual_tokens"]

@@ -99,10 +99,10 @@ def attention(
         [T, H, d], dtype of `q`.
     """
     trained = torch.is_grad_enabled() and q.requires_grad
-    if trained and _kernel_fits(q, k, v, rule) and prefix_lengths is None:
+    if trained and _kernel_supports(q, k, v, rule) and prefix_lengths is None:
         packed: Tensor = _KernelAttention.apply(q, k, v, rule, lengths)
         return packed
-    if prefix_lengths is None and _packs(rule) and flash_fits(q, k, v):
+    if prefix_lengths is None and _supports_packed(rule) and flash_fits(q, k, v):
         return flash_attention(
             q, k, v, lengths, lengths, scale=rule.scale, causal=rule.causal, window=rule.window
         )
@@ -138,9 +138,9 @@ def attend_segment(
     query = key[num_keys - num_queries :]
     if rule.explicit:
         return explicit_attention(q, k, v, rule, query, key, prefix=prefix)
-    whole = num_queries == num_keys and prefix <= 1 and not _window_bites(rule, key)
+    whole = num_queries == num_keys and prefix <= 1 and not _window_hides_keys(rule, key)
     causal = rule.causal and num_queries > 1 and whole
-    sees_all = (not rule.causal or num_queries == 1) and not _window_bites(rule, key)
+    sees_all = (not rule.causal or num_queries == 1) and not _window_hides_keys(rule, key)
     mask = None
     if rule.terms is not None and rule.terms.bias is not None:
         bias = rule.terms.bias(query, key).to(q.dtype)
@@ -222,17 +222,17 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) ->
     return explicit_attention(q, k, v, rule, key[len(key) - len(q) :], key)
 
 
-def _window_bites(rule: AttentionRule, key: Tensor) -> bool:
+def _window_hides_keys(rule: AttentionRule, key: Tensor) -> bool:
     """Returns whether the window hides any key from the last query."""
     return rule.window is not None and int(key[-1]) - int(key[0]) >= rule.window
 
 
-def _kernel_fits(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> bool:
+def _kernel_supports(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> bool:
     alike = q.dtype == k.dtype == v.dtype and q.shape[-1] % 16 == 0
-    return _packs(rule) and alike and kernels_for(q, k, v) is not None
+    return _supports_packed(rule) and alike and kernels_for(q, k, v) is not None
 
 
-def _packs(rule: AttentionRule) -> bool:
+def _supports_packed(rule: AttentionRule) -> bool:
     """Returns whether the kernels that take all packed sequences at once support the rule."""
     return rule.plain and not rule.num_sinks and (rule.causal or rule.window is None)
 

@@ -16,7 +16,7 @@ from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.huge_memory import cached_empty
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
-from easyllm.ops.product import product
+from easyllm.ops.matmul import matmul
 
 IGNORE_INDEX = -100
 """Label of a token that is excluded from the loss."""
@@ -24,7 +24,7 @@ CHUNK_BYTES = 96 * 2**20
 """Maximum size of a chunk of logits on a CPU."""
 GPU_CHUNK_BYTES = 2**29
 """Maximum size of a chunk of logits on a GPU."""
-STEADY_ROWS = 32
+ROW_MULTIPLE = 32
 """Row counts are rounded up to a multiple of this.
 
 bf16 GEMMs on a CPU are compiled for each number of rows, which takes several milliseconds each, so
@@ -69,7 +69,7 @@ def linear_cross_entropy(
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     num_tokens = rows.numel()
     compiled = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16
-    filled = -num_tokens % STEADY_ROWS if compiled else 0
+    filled = -num_tokens % ROW_MULTIPLE if compiled else 0
     if filled or num_tokens < labels.numel():
         rows = torch.cat([rows, rows[:1].expand(filled)])  # padding; its gradient is set to 0
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
@@ -83,14 +83,14 @@ def linear_cross_entropy(
 
 def rows_of_chunk(*, vocab_size: int, itemsize: int, device_type: str) -> int:
     """Returns the maximum rows of a chunk of logits [rows, V] on a device type (`cpu`, `cuda`)."""
-    room = GPU_CHUNK_BYTES if device_type == "cuda" else CHUNK_BYTES
-    return max(1, room // (itemsize * vocab_size))
+    workspace = GPU_CHUNK_BYTES if device_type == "cuda" else CHUNK_BYTES
+    return max(1, workspace // (itemsize * vocab_size))
 
 
 def even_chunks(count: int, most: int) -> int:
     """Returns the rows per chunk that split `count` rows into the fewest, evenly sized chunks.
 
-    A chunk has at most `most` rows and, where possible, a multiple of `STEADY_ROWS`.
+    A chunk has at most `most` rows and, where possible, a multiple of `ROW_MULTIPLE`.
 
     >>> even_chunks(1300, 1024), even_chunks(850, 1024)
     (672, 864)
@@ -98,7 +98,7 @@ def even_chunks(count: int, most: int) -> int:
     if not count:
         return 1
     size = -(-count // -(-count // most))
-    return min(-(-size // STEADY_ROWS) * STEADY_ROWS, most) if most >= STEADY_ROWS else size
+    return min(-(-size // ROW_MULTIPLE) * ROW_MULTIPLE, most) if most >= ROW_MULTIPLE else size
 
 
 def softmax_error(
@@ -148,18 +148,18 @@ class _Shape(NamedTuple):
 
 
 def _error(
-    products: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
+    matmul_each: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Returns each row's loss and its gradient with respect to the logits before any soft cap."""
-    if gpu_ready(products) and products.is_contiguous():
-        return _on_gpu(products, labels, shape, with_grad=with_grad)
+    if gpu_ready(matmul_each) and matmul_each.is_contiguous():
+        return _on_gpu(matmul_each, labels, shape, with_grad=with_grad)
     if shape == (None, 0.0, 0.0):
-        return softmax_error(products, labels, with_grad=with_grad)
-    logits = products if products.dtype == torch.float64 else products.float()
-    bent = None
+        return softmax_error(matmul_each, labels, with_grad=with_grad)
+    logits = matmul_each if matmul_each.dtype == torch.float64 else matmul_each.float()
+    capped = None
     if shape.softcap is not None:
-        bent = torch.tanh(logits / shape.softcap)
-        logits = shape.softcap * bent
+        capped = torch.tanh(logits / shape.softcap)
+        logits = shape.softcap * capped
     log_z = logits.logsumexp(-1, keepdim=True)
     target = logits.gather(1, labels[:, None])
     smooth = shape.label_smoothing
@@ -171,18 +171,18 @@ def _error(
     error = (logits - log_z).exp_() * (1 + 2 * shape.z_loss * log_z)
     error -= smooth / logits.shape[1]
     error.scatter_add_(1, labels[:, None], torch.full_like(target, smooth - 1.0))
-    if bent is not None:
-        error *= 1 - bent.square()
-    return loss.squeeze(1), error.to(products.dtype)
+    if capped is not None:
+        error *= 1 - capped.square()
+    return loss.squeeze(1), error.to(matmul_each.dtype)
 
 
 def _on_gpu(
-    products: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
+    matmul_each: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     from easyllm.ops.gpu.cross_entropy import cross_entropy
 
-    loss = cross_entropy(products, labels, **shape._asdict(), with_grad=with_grad)
-    return loss, products if with_grad else None
+    loss = cross_entropy(matmul_each, labels, **shape._asdict(), with_grad=with_grad)
+    return loss, matmul_each if with_grad else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -210,7 +210,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = _logits(min(chunk_rows, hidden.shape[0]), weight.shape[0], hidden)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = product(hidden[rows], compute_weight.T, out=buffer[: len(hidden[rows])])
+            logits = matmul(hidden[rows], compute_weight.T, out=buffer[: len(hidden[rows])])
             loss, error = _error(logits, labels[rows], shape, with_grad=with_grad)
             dead = slice(max(0, num_tokens - start), None)
             loss[dead] = 0
@@ -219,10 +219,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             error[dead] = 0
             if grad_hidden is not None:
-                product(error, compute_weight, out=grad_hidden[rows])
+                matmul(error, compute_weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 # a single chunk is summed within the GEMM, several are accumulated in fp32
-                product(error.T, hidden[rows], out=grad_weight, add=start > 0)
+                matmul(error.T, hidden[rows], out=grad_weight, add=start > 0)
         if grad_weight is not None and not len(hidden):
             grad_weight.zero_()
         ctx.save_for_backward(grad_hidden, grad_weight)

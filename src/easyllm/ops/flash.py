@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_DIM = 256
+MAX_HEAD_DIM = 256
 """Maximum head dimension."""
 AMPERE = 8
 """Minimum CUDA compute capability (major version)."""
@@ -31,7 +31,7 @@ def flash_fits(*tensors: Tensor) -> bool:
     for x in tensors:
         if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
             return False
-        if x.shape[-1] > MOST_DIM or x.shape[-1] % 8 or _capability(x.device) < AMPERE:
+        if x.shape[-1] > MAX_HEAD_DIM or x.shape[-1] % 8 or _capability(x.device) < AMPERE:
             return False
     return True
 
@@ -98,7 +98,7 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, out, lse, seed, unused = ctx.saved_tensors
-        with _one_order():
+        with _deterministic_algorithms():
             grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
                 *(grads[0].contiguous(), q, k, v, out, lse, *ctx.arguments),
                 *(0.0, ctx.causal, seed, unused),
@@ -108,7 +108,7 @@ class _Flash(torch.autograd.Function):
 
 
 @contextmanager
-def _one_order() -> Iterator[None]:
+def _deterministic_algorithms() -> Iterator[None]:
     """Enables deterministic algorithms, then restores the caller's setting."""
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()

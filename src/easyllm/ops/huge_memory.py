@@ -53,7 +53,7 @@ class BufferCache:
         return self._max_bytes
 
     @property
-    def held_bytes(self) -> int:
+    def cached_bytes(self) -> int:
         """Total size of the cached buffers, in bytes; buffers in use are not counted."""
         return sum(len(memory) for memory in tuple(self._free))
 
@@ -71,11 +71,11 @@ class BufferCache:
         self.clear()  # sizes have changed: free buffers that no longer fit
         return _map(num_bytes)
 
-    def give_back(self, memory: mmap.mmap) -> None:
+    def release(self, memory: mmap.mmap) -> None:
         """Returns a buffer to the cache for reuse, within the bounds."""
         self._free.append(memory)
         del self._free[: -self.max_buffers]
-        while self._free and self.held_bytes > self.max_bytes:
+        while self._free and self.cached_bytes > self.max_bytes:
             with suppress(IndexError):  # another thread has emptied it
                 self._free.pop(0)
 
@@ -110,7 +110,7 @@ def cached_empty(
     if memory is None:
         return torch.empty(shape, dtype=dtype)
     view = memoryview(memory)  # lives as long as the tensor's storage
-    weakref.finalize(view, cache.give_back, memory).atexit = False
+    weakref.finalize(view, cache.release, memory).atexit = False
     return _tensor_on(view, shape, dtype)
 
 
@@ -141,7 +141,7 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def rooms_for(tensors: list[Tensor]) -> list[Tensor]:
+def empty_like_each(tensors: list[Tensor]) -> list[Tensor]:
     """Returns uninitialized tensors of the same shapes and dtypes, all in one huge-page buffer."""
     sizes = [t.numel() * t.element_size() for t in tensors]
     strides = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]

@@ -86,13 +86,13 @@ class Features:
     q: Tensor
     k: Tensor
     v: Tensor
-    turned_q: Tensor
-    turned_k: Tensor
+    rotated_q: Tensor
+    rotated_k: Tensor
 
     @classmethod
     def plain(cls, q: Tensor, k: Tensor, v: Tensor) -> "Features":
         """Builds features without rotation."""
-        return cls(q=q, k=k, v=v, turned_q=q, turned_k=k)
+        return cls(q=q, k=k, v=v, rotated_q=q, rotated_k=k)
 
 
 def quadratic(x: Features, kind: FeatureMap, *, causal: bool) -> Tensor:
@@ -103,7 +103,7 @@ def quadratic(x: Features, kind: FeatureMap, *, causal: bool) -> Tensor:
 def weights(x: Features, kind: FeatureMap, *, causal: bool) -> Tensor:
     """Returns the attention weights [H, T, T]; rows sum to 1 if the features are not rotated."""
     total = x.k.cumsum(0) if causal else x.k.sum(0, keepdim=True).expand_as(x.k)
-    pairs = torch.einsum("ihf,jhf->hij", _scaled_queries(x, kind, total), x.turned_k)
+    pairs = torch.einsum("ihf,jhf->hij", _scaled_queries(x, kind, total), x.rotated_k)
     return pairs.tril() if causal else pairs
 
 
@@ -126,7 +126,7 @@ def cumulative(
     queries = _scaled_queries(x, kind, total)
     outer, pieces = state.outer, []
     for q, k, v in zip(
-        queries.split(chunk), x.turned_k.split(chunk), x.v.split(chunk), strict=True
+        queries.split(chunk), x.rotated_k.split(chunk), x.v.split(chunk), strict=True
     ):
         pairs = torch.einsum("ihf,jhf->hij", q, k).tril()
         inside = torch.einsum("hij,jhd->ihd", pairs, v)
@@ -151,14 +151,14 @@ def recurrent(
     state = state or _empty(x)
     outer, total, rows = state.outer, state.total, []
     for t in range(len(x.q)):
-        outer = outer + x.turned_k[t, :, :, None] * x.v[t, :, None, :]
+        outer = outer + x.rotated_k[t, :, :, None] * x.v[t, :, None, :]
         total = total + x.k[t]
         one = Features(
             q=x.q[t : t + 1],
             k=x.k[t : t + 1],
             v=x.v[t : t + 1],
-            turned_q=x.turned_q[t : t + 1],
-            turned_k=x.turned_k[t : t + 1],
+            rotated_q=x.rotated_q[t : t + 1],
+            rotated_k=x.rotated_k[t : t + 1],
         )
         query = _scaled_queries(one, kind, total[None])
         rows.append(torch.einsum("ihf,hfd->ihd", query, outer))
@@ -167,7 +167,7 @@ def recurrent(
 
 def bidirectional(x: Features, kind: FeatureMap) -> Tensor:
     """Returns attention [T, H, d] in which every query sees every key, at linear cost."""
-    outer = torch.einsum("jhf,jhd->hfd", x.turned_k, x.v)
+    outer = torch.einsum("jhf,jhd->hfd", x.rotated_k, x.v)
     total = x.k.sum(0, keepdim=True).expand_as(x.k)
     return torch.einsum("ihf,hfd->ihd", _scaled_queries(x, kind, total), outer)
 
@@ -175,8 +175,8 @@ def bidirectional(x: Features, kind: FeatureMap) -> Tensor:
 def _scaled_queries(x: Features, kind: FeatureMap, total: Tensor) -> Tensor:
     """Returns query features over the normalizer; their dot products with keys are the weights."""
     if kind.normaliser == "feature":
-        return x.turned_q / (total + EPS * (total == 0))
-    return x.turned_q / ((x.q * total).sum(-1, keepdim=True) + EPS)
+        return x.rotated_q / (total + EPS * (total == 0))
+    return x.rotated_q / ((x.q * total).sum(-1, keepdim=True) + EPS)
 
 
 def _empty(x: Features) -> LinearState:

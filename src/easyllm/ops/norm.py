@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _forward(x, None, weight, eps)[1]
 
 
-def sum_and_rms_norm(
+def add_rms_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Returns x + added and its `rms_norm`, computed in one pass over memory.
@@ -49,7 +49,7 @@ def sum_and_rms_norm(
     """
     tensors = (x, weight) if added is None else (x, weight, added)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        found: tuple[Tensor, Tensor] = _SumAndRMSNorm.apply(x, added, weight, eps)
+        found: tuple[Tensor, Tensor] = _AddRMSNorm.apply(x, added, weight, eps)
         return found
     total, out, _ = _forward(x, added, weight, eps)
     return total, out
@@ -78,7 +78,7 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-class _SumAndRMSNorm(torch.autograd.Function):
+class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, eps: float

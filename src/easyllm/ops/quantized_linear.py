@@ -61,7 +61,7 @@ def pack_int8(codes: Tensor, scales: Tensor) -> QuantizedMatrix:
     return QuantizedMatrix(chunks.flatten(2).contiguous(), filled, outputs, inputs)
 
 
-def pack_int4(codes: Tensor, steps: Tensor, middles: Tensor) -> QuantizedMatrix:
+def pack_int4(codes: Tensor, steps: Tensor, offsets: Tensor) -> QuantizedMatrix:
     """Packs int4 codes with their scales and offsets into the kernel's layout.
 
     Args:
@@ -73,7 +73,7 @@ def pack_int4(codes: Tensor, steps: Tensor, middles: Tensor) -> QuantizedMatrix:
     chunks = _chunks(codes, 8)
     low, high = chunks.chunk(2, dim=2)
     parts = [(low | (high << 4)).flatten(2)]
-    for numbers in (steps, middles):
+    for numbers in (steps, offsets):
         filled = F.pad(numbers.to(torch.float16), (0, 0, 0, -outputs % OUTPUTS))
         lanes = filled.view(-1, OUTPUTS, filled.shape[1]).transpose(1, 2)  # [N/8, G, 8]
         parts.append(lanes.contiguous().view(torch.uint8))

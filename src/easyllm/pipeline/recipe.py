@@ -13,9 +13,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from easyllm.core.config import Config, apply_overrides, environment_overrides, read_yaml, validate
 from easyllm.core.errors import ConfigError, SourceError, suggest
-from easyllm.core.recipe_kind import refuse_other_kinds
+from easyllm.core.recipe_kind import check_recipe_kind
 from easyllm.core.run_folder import recipes_folder
-from easyllm.corpus.config import CorpusParts, CorpusSource, place_sources
+from easyllm.corpus.config import CorpusParts, CorpusSource, resolve_sources
 from easyllm.tokenizer.train import TokenizerConfig
 from easyllm.train.config import TrainConfig
 
@@ -183,14 +183,14 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
         ConfigError: the recipe is invalid; the message lists all errors.
     """
     written = read_yaml(path)
-    refuse_other_kinds(written, path, "run")
+    check_recipe_kind(written, path, "run")
     values = apply_overrides(written, [*environment_overrides(Recipe), *overrides])
     values = _filled(values, values, ())
     stages = values.get("stages")
     if isinstance(stages, dict):
         for stage in stages.values():
             if isinstance(stage, dict):
-                place_paths(stage, path.parent)
+                resolve_paths(stage, path.parent)
     return validate(Recipe, values, source=str(path), overrides=overrides)
 
 
@@ -205,13 +205,13 @@ def load_train_recipe(path: Path, overrides: list[str]) -> TrainConfig:
         ConfigError: the recipe is invalid; the message lists all errors.
     """
     written = read_yaml(path)
-    refuse_other_kinds(written, path, "train")
+    check_recipe_kind(written, path, "train")
     values = apply_overrides(written, [*environment_overrides(TrainConfig), *overrides])
-    place_paths(values, path.parent)
+    resolve_paths(values, path.parent)
     return validate(TrainConfig, values, source=str(path), overrides=overrides)
 
 
-def place_paths(values: dict[str, Any], folder: Path) -> None:
+def resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Makes the data paths of a stage absolute, in place.
 
     A path is relative to the recipe's folder if it exists there, else to the working directory.
@@ -225,7 +225,7 @@ def place_paths(values: dict[str, Any], folder: Path) -> None:
         beside = folder / path
         return str((beside if beside.exists() else Path(path)).resolve())
 
-    place_sources(values, folder)
+    resolve_sources(values, folder)
     data = values.get("data")
     if not isinstance(data, dict):
         return

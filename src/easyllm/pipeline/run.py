@@ -20,7 +20,7 @@ from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.manifest import hash_file, hash_path, hash_value
 from easyllm.core.progress import console, format_duration
 from easyllm.core.recipe_kind import command_of
-from easyllm.core.run_folder import check_free, claim
+from easyllm.core.run_folder import check_run_folder, claim_run_folder
 from easyllm.corpus.shards import MANIFEST as SHARDS_MANIFEST
 from easyllm.corpus.sources import SourceConfig
 from easyllm.models import locate
@@ -84,7 +84,9 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
     """
     output = Path(recipe.output)
     keys = _keys(recipe)
-    claim(output, recipe)  # only now, so that an error in the inputs leaves no empty folder
+    claim_run_folder(
+        output, recipe
+    )  # only now, so that an error in the inputs leaves no empty folder
     results: dict[str, StageResult] = {}
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         record = output / "stages" / f"{name}.json"
@@ -159,7 +161,7 @@ def plan_recipe(name: str, overrides: list[str]) -> dict[str, RunPlan]:
 
 def _keys(recipe: Recipe) -> dict[str, str]:
     """Returns the key of every stage; checks the output folder and that all inputs exist."""
-    check_free(Path(recipe.output), recipe)
+    check_run_folder(Path(recipe.output), recipe)
     keys: dict[str, str] = {}
     for name, stage in recipe.stages.items():
         keys[name] = _key(stage, keys)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from easyllm.adapters import AdapterConfig
 from easyllm.core.errors import ConfigError
 from easyllm.nn.config import ModelConfig
-from easyllm.nn.cost import LayerTrace, Product, Work, computed_again
+from easyllm.nn.cost import Gemm, LayerTrace, Work, recomputed_gemms
 from easyllm.nn.pairs import Counting
 from easyllm.nn.recompute import Recompute
 from easyllm.plan.parts import layers_of, mixer_of
@@ -199,18 +199,18 @@ def estimate_time(flops: float, flops_per_s: float, *, utilisation: float = 1.0)
     return flops / (flops_per_s * utilisation)
 
 
-def _products(layer: LayerTrace) -> list[Product]:
-    return [event for event in layer.events if isinstance(event, Product)]
+def _products(layer: LayerTrace) -> list[Gemm]:
+    return [event for event in layer.events if isinstance(event, Gemm)]
 
 
-def _computed_again(layer: LayerTrace, recompute: Recompute) -> list[Product]:
+def _computed_again(layer: LayerTrace, recompute: Recompute) -> list[Gemm]:
     match recompute:
         case "none":
             return []
         case "selective":
-            return computed_again(layer.fed)
+            return recomputed_gemms(layer.fed)
         case "full":
-            return computed_again(layer.events)
+            return recomputed_gemms(layer.events)
 
 
 def _sum(parts: Iterable[tuple[str, int]]) -> Flops:

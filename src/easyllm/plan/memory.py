@@ -22,7 +22,7 @@ import torch
 from easyllm.adapters import AdapterConfig, LoRAConfig
 from easyllm.core.errors import ConfigError
 from easyllm.nn.config import ModelConfig
-from easyllm.nn.cost import FP32, Kept, LayerTrace, Work, kept_bytes
+from easyllm.nn.cost import FP32, LayerTrace, SavedTensor, Work, saved_bytes
 from easyllm.nn.decoder import DecoderLayer
 from easyllm.nn.recompute import Recompute
 from easyllm.ops.cross_entropy import even_chunks, rows_of_chunk
@@ -34,8 +34,8 @@ from easyllm.plan.parts import (
     count_adapter_parameters,
     feed_forward_of,
     layers_of,
+    trained_base_parameters,
     trains_head,
-    whole_parameters,
 )
 from easyllm.plan.trace import ModelTrace, trace_model
 
@@ -183,7 +183,7 @@ def estimate_training(
     )
 
 
-def ways_to_fit(config: ModelConfig, device_bytes: int, **setup: Any) -> list[Change]:
+def memory_reductions(config: ModelConfig, device_bytes: int, **setup: Any) -> list[Change]:
     """Suggests changes that reduce the memory of a training setup that does not fit.
 
     Args:
@@ -239,7 +239,7 @@ def _weights(config: ModelConfig, work: Work, adapter: AdapterConfig | None) -> 
     count = count_parameters(config).total
     if adapter is not None:
         trained = count_adapter_parameters(config, adapter)
-        whole = sum(parameter.numel() for parameter in whole_parameters(config, adapter))
+        whole = sum(parameter.numel() for parameter in trained_base_parameters(config, adapter))
         copies = trained - whole * (work.itemsize >= FP32)  # an fp32 base needs no master copies
         return count * work.itemsize + copies * FP32, trained
     masters = FP32 if work.itemsize < FP32 else 0
@@ -302,18 +302,18 @@ def _activations(trace: ModelTrace, recompute: Recompute) -> int:
         case "none":
             return kept
         case "selective":
-            return kept + max(kept_bytes(layer.fed) for layer in trace.layers)
+            return kept + max(saved_bytes(layer.fed) for layer in trace.layers)
         case "full":
-            return kept + max(kept_bytes(layer.events) for layer in trace.layers)
+            return kept + max(saved_bytes(layer.events) for layer in trace.layers)
 
 
 def _layer_kept(layer: LayerTrace, recompute: Recompute) -> int:
     if recompute == "full":
-        return layer.input.nbytes * any(isinstance(event, Kept) for event in layer.events)
-    if recompute == "selective" and any(isinstance(event, Kept) for event in layer.fed):
-        entered = Kept(layer.feed_forward_input.name, layer.feed_forward_input.nbytes)
-        return kept_bytes([*layer.before, entered, *layer.after])
-    return kept_bytes(layer.events)
+        return layer.input.nbytes * any(isinstance(event, SavedTensor) for event in layer.events)
+    if recompute == "selective" and any(isinstance(event, SavedTensor) for event in layer.fed):
+        entered = SavedTensor(layer.feed_forward_input.name, layer.feed_forward_input.nbytes)
+        return saved_bytes([*layer.before, entered, *layer.after])
+    return saved_bytes(layer.events)
 
 
 def _loss(
@@ -369,4 +369,4 @@ def _update_workspace(matrices: list[int], optimizer: OptimizerKind) -> int:
     return max(matrices, default=0) * MUON_WORKSPACE
 
 
-__all__ = ["Change", "MemoryEstimate", "OptimizerKind", "estimate_training", "ways_to_fit"]
+__all__ = ["Change", "MemoryEstimate", "OptimizerKind", "estimate_training", "memory_reductions"]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from easyllm.adapters import ADAPTERS, Adapter, AdapterConfig
-from easyllm.adapters.adapter_set import find_whole
+from easyllm.adapters.adapter_set import find_trained_modules
 from easyllm.adapters.attach import target_linears
 from easyllm.nn.config import LayerConfig, ModelConfig
 from easyllm.nn.decoder import Decoder, DecoderLayer
@@ -122,15 +122,15 @@ def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.P
             if head is not None:
                 built = adapter.build("lm_head", head.in_features, head.out_features)
                 found += built.parameters()
-    return found + whole_parameters(config, adapter)
+    return found + trained_base_parameters(config, adapter)
 
 
-def whole_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Parameter]:
+def trained_base_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Parameter]:
     """Returns the base model's parameters trained in full with an adapter, on the meta device."""
     if not adapter.also_trained:
         return []
     with torch.device("meta"):
-        modules = find_whole(Decoder(config), adapter.also_trained).values()
+        modules = find_trained_modules(Decoder(config), adapter.also_trained).values()
     found = {id(parameter): parameter for module in modules for parameter in module.parameters()}
     return list(found.values())
 
@@ -147,7 +147,11 @@ def trains_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
         return True
     with torch.device("meta"):
         model = Decoder(config)
-        whole = find_whole(model, adapter.also_trained).values() if adapter.also_trained else []
+        whole = (
+            find_trained_modules(model, adapter.also_trained).values()
+            if adapter.also_trained
+            else []
+        )
     head = model.score or model.lm_head or model.embed_tokens
     return any(head.weight is parameter for module in whole for parameter in module.parameters())
 

@@ -11,10 +11,10 @@ from easyllm.nn.cost import (
     INT64,
     Activation,
     CostTrace,
+    Gemm,
     LayerTrace,
-    Product,
     Work,
-    kept_bytes,
+    saved_bytes,
 )
 from easyllm.plan.parts import layers_of, mixer_of, outside_of, trains_head, virtual_tokens
 
@@ -30,7 +30,7 @@ class ModelTrace:
     """
 
     layers: list[LayerTrace]
-    head: Product
+    head: Gemm
     shared_bytes: int
 
 
@@ -47,26 +47,26 @@ def trace_model(
     x = Activation("x", work.tokens * config.hidden_size * FP32, work.input_grad)
     layers = []
     for layer in layers_of(config, adapter):
-        trace, x = layer.cost(CostTrace(work), x)
-        layers.append(trace)
-    tape = CostTrace(work)
+        layer_trace, x = layer.cost(CostTrace(work), x)
+        layers.append(layer_trace)
+    trace = CostTrace(work)
     _, norm = outside_of(config)
     if not isinstance(norm, nn.Identity):
-        x = tape.of(norm, x, "hidden")
+        x = trace.of(norm, x, "hidden")
     return ModelTrace(
         layers=layers,
         head=_head(config, work, x, trained=trains_head(config, adapter)),
-        shared_bytes=kept_bytes(tape.events) + _tables(config, work) + _indices(config, work),
+        shared_bytes=saved_bytes(trace.events) + _tables(config, work) + _indices(config, work),
     )
 
 
-def _head(config: ModelConfig, work: Work, hidden: Activation, *, trained: bool) -> Product:
+def _head(config: ModelConfig, work: Work, hidden: Activation, *, trained: bool) -> Gemm:
     """Returns the head's matrix products in the loss: logits, ∂hidden and, if trained, ∂weight."""
     rows, width = work.labelled, config.vocab_size
     if config.num_labels is not None:
         rows, width, trained = len(work.lengths), config.num_labels, True
     flops = 2 * rows * width * config.hidden_size
-    return Product("head", flops, flops * (trained + hidden.grad))
+    return Gemm("head", flops, flops * (trained + hidden.grad))
 
 
 def _tables(config: ModelConfig, work: Work) -> int:

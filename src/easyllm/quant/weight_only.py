@@ -102,7 +102,9 @@ def weight_bytes(model: Decoder, dtype: torch.dtype, scheme: str | None = None) 
         for name, parameter in model.named_parameters()
     )
     return held + sum(
-        layer.storage.num_bytes for _, layer in model.holders() if layer.storage.format != "dense"
+        layer.storage.num_bytes
+        for _, layer in model.weight_modules()
+        if layer.storage.format != "dense"
     )
 
 
@@ -138,10 +140,10 @@ def _int4(weight: Tensor) -> QuantizedMatrix:
     # 2^-24 is the smallest positive fp16 number: a group of equal values has it as its scale, and
     # the value itself as its offset
     steps = ((most - least) / 15).to(torch.float16).clamp(min=2**-24)
-    middles = (least + 8 * steps.float()).to(torch.float16)
-    codes = (groups - middles[..., None].float()) / steps[..., None].float() + 8
+    offsets = (least + 8 * steps.float()).to(torch.float16)
+    codes = (groups - offsets[..., None].float()) / steps[..., None].float() + 8
     codes = codes.round_().clamp_(0, 15).to(torch.uint8).flatten(1)[:, :inputs]
-    return pack_int4(codes, steps, middles)
+    return pack_int4(codes, steps, offsets)
 
 
 def quantize_weight(weight: Tensor, format: StorageFormat, name: str) -> WeightStorage:

@@ -23,10 +23,10 @@ from easyllm.serve.connection import KEEP_ALIVE_S, BoundedProtocol, BoundedServe
 from easyllm.serve.documented import CHAT_BODY, chat_answers, document, errors
 from easyllm.serve.errors import APIError, on_api_error, on_exception, on_routing_error
 from easyllm.serve.guard import Guard, check_key
-from easyllm.serve.hang_up import unless_gone
+from easyllm.serve.hang_up import cancel_on_disconnect
 from easyllm.serve.limits import ServeLimits
 from easyllm.serve.schema import ChatRequest, read_chat
-from easyllm.serve.service import EngineFailure, EngineService, ServerEnding
+from easyllm.serve.service import EngineFailure, EngineService, ServerShuttingDown
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8420
@@ -109,7 +109,7 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
             # Parsed in a thread, so that a large body does not delay other clients' tokens.
             request = await asyncio.to_thread(_read, raw)
             service = served(request.model)
-            return await unless_gone(http, answer_chat(request, service))
+            return await cancel_on_disconnect(http, answer_chat(request, service))
         except ContextLengthError as error:
             message = f"{error.what}; shorten the messages, or lower max_tokens"
             raise APIError(400, message, param="messages", code="context_length_exceeded") from None
@@ -166,7 +166,7 @@ def build_server(
 
     def end_requests() -> None:
         for service in app.state.services:
-            service.end(ServerEnding("the server is shutting down; try again later"))
+            service.end(ServerShuttingDown("the server is shutting down; try again later"))
 
     return BoundedServer(config, limits=limits, end_requests=end_requests)
 

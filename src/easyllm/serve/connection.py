@@ -24,7 +24,7 @@ KEEP_ALIVE_S = (
     30  # longer than the 5 s of common clients, which would otherwise race a closing connection
 )
 GRACE_S = 1
-LEAST_WRITTEN_BYTES = 1024
+MIN_WRITTEN_BYTES = 1024
 """A client that reads fewer bytes than this within the write timeout counts as stalled."""
 
 
@@ -110,7 +110,7 @@ class BoundedProtocol(H11Protocol):
         self._writing = self.loop.call_later(wait, self._written_too_slowly, left)
 
     def _written_too_slowly(self, left: int) -> None:
-        if self.transport.get_write_buffer_size() <= left - LEAST_WRITTEN_BYTES:
+        if self.transport.get_write_buffer_size() <= left - MIN_WRITTEN_BYTES:
             self._await_writing()
             return
         self._writing = None

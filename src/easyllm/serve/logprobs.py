@@ -11,7 +11,7 @@ from easyllm.tokenizer.stream import REPLACEMENT, StreamDecoder
 from easyllm.tokenizer.token_bytes import shown
 from easyllm.tokenizer.tokenizer import Tokenizer
 
-LEAST_LOGPROB = -9999.0
+MIN_LOGPROB = -9999.0
 """OpenAI's value for "very unlikely"; JSON cannot represent -inf."""
 
 
@@ -141,7 +141,7 @@ def choice_logprobs(tokens: Sequence[ContentToken], tokenizer: Tokenizer) -> Cho
         return TopLogprob(
             token=shown(own or b""),
             bytes=None if own is None else list(own),
-            logprob=max(logprob, LEAST_LOGPROB),
+            logprob=max(logprob, MIN_LOGPROB),
         )
 
     def other(token_id: int, logprob: float, begins: bool) -> TopLogprob:

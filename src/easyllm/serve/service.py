@@ -19,7 +19,7 @@ class EngineFailure(RuntimeError):
     status = 500
 
 
-class ServerEnding(EngineFailure):
+class ServerShuttingDown(EngineFailure):
     """The server is shutting down and the drain timeout has expired."""
 
     status = 503

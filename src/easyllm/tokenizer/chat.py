@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from easyllm.core.errors import ContextLengthError, DataError
 from easyllm.tokenizer.messages import Message, normalise_messages, trained_turns
-from easyllm.tokenizer.template import compile_watched
+from easyllm.tokenizer.template import compile_with_visits
 from easyllm.tokenizer.template_budget import Visit
 from easyllm.tokenizer.turns import (
     Render,
     Span,
     TurnFinder,
-    first_unwritten,
-    unwritten_calls,
-    unwritten_words,
-    written_by_message,
+    first_unrendered,
+    spans_by_message,
+    unrendered_calls,
+    unrendered_messages,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class EncodedChat:
     token_ids: list[int]
     mask: list[bool] | None
     text: str
-    unwritten: tuple[int, ...] = ()
+    unrendered: tuple[int, ...] = ()
     untrained_calls: int = 0
 
 
@@ -74,7 +74,7 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self._render = compile_watched(source)
+        self._render = compile_with_visits(source)
         self.has_marks = re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
     def render(
@@ -109,8 +109,8 @@ class ChatTemplate:
         with_mask: bool = False,
         num_prompt: int = 0,
         max_chars: int | None = None,
-        check_words: bool = False,
-        refuse_unwritten: bool = False,
+        find_unrendered: bool = False,
+        reject_unrendered: bool = False,
     ) -> EncodedChat:
         """Encodes the conversation as token ids, optionally with the loss mask.
 
@@ -130,8 +130,8 @@ class ChatTemplate:
         Raises:
             DataError: the messages are malformed, the template rejects them, an assistant turn
                 cannot be located in the text, the text has more than `max_chars` characters, or a
-                message is not rendered (with `refuse_unwritten` or, if its role is unknown, with
-                `check_words`).
+                message is not rendered (with `reject_unrendered` or, if its role is unknown, with
+                `find_unrendered`).
         """
         is_trained = trained_turns(messages) if with_mask else []
         is_trained[:num_prompt] = [False] * len(is_trained[:num_prompt])
@@ -144,14 +144,14 @@ class ChatTemplate:
         call = _Call(self, tools, special)
         text, visits = call(messages, add_generation_prompt and not with_mask)
         _refuse_long(text, max_chars)
-        unwritten = _check_words(text, visits, messages, call) if check_words else ()
-        if refuse_unwritten:
+        unrendered = _check_words(text, visits, messages, call) if find_unrendered else ()
+        if reject_unrendered:
             prompt = add_generation_prompt and not with_mask
             _refuse_unwritten(text, visits, messages, lambda m, _: call(m, prompt))
         if not with_mask:
             ids = tokenizer.encode(text, special_tokens=False)
-            return EncodedChat(ids, None, text, unwritten)
-        empty = unwritten_calls(text, messages, _on(is_trained), call)
+            return EncodedChat(ids, None, text, unrendered)
+        empty = unrendered_calls(text, messages, _on(is_trained), call)
         for turn in empty:
             is_trained[turn] = False
         if self.has_marks:
@@ -163,7 +163,7 @@ class ChatTemplate:
         mask = _mask(offsets, spans)
         if not self.has_marks:
             _end_turns(text, ids, mask, offsets, spans, tokenizer)
-        return EncodedChat(ids, mask, text, unwritten, len(empty))
+        return EncodedChat(ids, mask, text, unrendered, len(empty))
 
 
 class _Call:
@@ -197,18 +197,18 @@ def _check_words(
     Raises:
         DataError: such a message has a role outside `ROLES`.
     """
-    unwritten = unwritten_words(text, visits, messages, call)
-    for number in unwritten:
+    unrendered = unrendered_messages(text, visits, messages, call)
+    for number in unrendered:
         if (role := messages[number]["role"]) not in ROLES:
             raise DataError(
                 f"message {number} has the role {role!r}, which the chat template does not render; "
                 f"give it one of {', '.join(ROLES)}, or remove it"
             )
-    return tuple(unwritten)
+    return tuple(unrendered)
 
 
 def _refuse_unwritten(text: str, visits: list[Visit], messages: Messages, render: Render) -> None:
-    number = first_unwritten(text, visits, messages, render)
+    number = first_unrendered(text, visits, messages, render)
     if number is not None:
         raise DataError(
             f"message {number} has the role {messages[number]['role']!r}, whose content the "
@@ -251,7 +251,7 @@ def _marked(call: _Call, messages: Messages, is_trained: list[bool]) -> tuple[st
 
 def _turns_at(positions: list[int], visits: list[Visit]) -> list[int | None]:
     """Returns the index of the message being rendered at each position; None outside the loops."""
-    written = written_by_message(visits)
+    written = spans_by_message(visits)
     return [next((t for t, (a, b) in written.items() if a <= p < b), None) for p in positions]
 
 

@@ -27,7 +27,7 @@ from easyllm.core.errors import ConfigError, DataError
 from easyllm.tokenizer.report import HAN
 from easyllm.tokenizer.token_bytes import byte_values
 from easyllm.tokenizer.tokenizer import Tokenizer
-from easyllm.tokenizer.train import MAX_VOCAB_SIZE, sound
+from easyllm.tokenizer.train import MAX_VOCAB_SIZE, replace_surrogates
 
 Script = Literal["non_ascii", "han"]
 SCRIPTS: tuple[Script, ...] = ("non_ascii", "han")
@@ -147,7 +147,7 @@ def _is_foreign(piece: bytes) -> bool:
 
 def _words(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[str]:
     """Yields the words of the texts (as split by the pre-tokenizer), written in letters."""
-    source = sound(texts)
+    source = replace_surrogates(texts)
     letters: dict[int, str] = {i: _letter(i) for i in range(tokenizer.vocab_size)}
     while batch := list(islice(source, BATCH_TEXTS)):
         for encoding in tokenizer.backend.encode_batch(batch, add_special_tokens=False):

@@ -22,11 +22,11 @@ from easyllm.core.errors import CheckpointError
 from easyllm.tokenizer.sentencepiece import (
     PieceType,
     SentencePieceModel,
+    add_bos_eos,
     build_backend,
-    naming,
+    prefix_errors_with_path,
     read_model_file,
     special_tokens,
-    surround,
 )
 
 TOKENIZER_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
@@ -158,7 +158,7 @@ def read_folder(folder: Path) -> FolderTokenizer:
         bos, eos = (
             special[r] if config.get(f"add_{r}_token") is True else None for r in ("bos", "eos")
         )
-        surround(backend, bos=bos, eos=eos)
+        add_bos_eos(backend, bos=bos, eos=eos)
     if config.get("split_special_tokens") is True:
         backend.encode_special_tokens = True
     length = config.get("model_max_length")
@@ -209,7 +209,7 @@ def _from_sentencepiece(
     if isinstance(prefix, bool):
         model = replace(model, add_dummy_prefix=prefix)
     legacy = config.get("legacy", kind not in _PREFIX_AT_START)
-    with naming(path):
+    with prefix_errors_with_path(path):
         backend = build_backend(model, prefix_at_start_only=legacy is False)
     return backend, own
 

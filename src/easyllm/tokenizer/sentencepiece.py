@@ -27,7 +27,7 @@ SPACE = "▁"
 """The character that represents a space in pieces."""
 BYTE_PIECES = tuple(f"<0x{value:02X}>" for value in range(256))
 """The byte-fallback pieces, one per byte value."""
-NEVER = -10_000.0
+NEVER_SCORE = -10_000.0
 """Score of a unigram piece that must never match text: its characters always score better."""
 MAX_BYTES = 256 * 2**20
 MAX_CHARSMAP_BYTES = 16 * 2**20
@@ -99,7 +99,7 @@ def read_model_file(path: Path) -> SentencePieceModel:
         raise CheckpointError(
             f"{path} is larger than {MAX_BYTES >> 20} MiB; give a SentencePiece .model file"
         )
-    with naming(path):
+    with prefix_errors_with_path(path):
         return read_model(path.read_bytes())
 
 
@@ -139,7 +139,7 @@ def build_backend(
         if wanted and role not in special:
             raise CheckpointError(f"the model has no {role} token to add; leave out add_{role}")
     bos, eos = special.get("bos"), special.get("eos")
-    surround(backend, bos=bos if add_bos else None, eos=eos if add_eos else None)
+    add_bos_eos(backend, bos=bos if add_bos else None, eos=eos if add_eos else None)
     return backend
 
 
@@ -150,7 +150,7 @@ def special_tokens(model: SentencePieceModel) -> dict[str, str]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def prefix_errors_with_path(path: Path) -> Iterator[None]:
     """Prefixes the message of a `CheckpointError` with the path of the file."""
     try:
         yield
@@ -168,7 +168,7 @@ def mark_special(backend: Backend, tokens: Iterable[str]) -> None:
     )
 
 
-def surround(backend: Backend, *, bos: str | None, eos: str | None) -> None:
+def add_bos_eos(backend: Backend, *, bos: str | None, eos: str | None) -> None:
     """Makes encoding prepend `bos` and append `eos`, where they are not None."""
     if bos or eos:
         around = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
@@ -322,7 +322,9 @@ def _check(model: SentencePieceModel) -> None:
 
 def _unigram(model: SentencePieceModel) -> Backend:
     scores = {PieceType.USER_DEFINED: _USER_DEFINED_SCORE}
-    scores |= dict.fromkeys(set(PieceType) - {PieceType.NORMAL, PieceType.USER_DEFINED}, NEVER)
+    scores |= dict.fromkeys(
+        set(PieceType) - {PieceType.NORMAL, PieceType.USER_DEFINED}, NEVER_SCORE
+    )
     vocab = [(piece.text, scores.get(piece.type, piece.score)) for piece in model.pieces]
     unknown = next(i for i, p in enumerate(model.pieces) if p.type is PieceType.UNKNOWN)
     return Backend(models.Unigram(vocab, unk_id=unknown, byte_fallback=model.byte_fallback))

@@ -32,9 +32,9 @@ from jinja2.visitor import NodeTransformer
 from easyllm.tokenizer.template_budget import (
     BUDGET,
     ITEM_SIZE,
-    MAX_LETTERS,
     MAX_REASON,
     MAX_SOURCE,
+    MAX_SPLIT_CHARS,
     Budget,
     TemplateError,
     Visit,
@@ -204,7 +204,7 @@ def _statement(node: nodes.Expr) -> nodes.ExprStmt:
     return nodes.ExprStmt(node, lineno=node.lineno)
 
 
-class _Notes(Namespace):
+class _Namespace(Namespace):
     """Jinja's `namespace` with a constant `repr`.
 
     A namespace is mutable and cannot be measured, so its text must not contain its values.
@@ -272,11 +272,11 @@ def compile_template(source: str) -> Callable[..., str]:
         TemplateError: the source is not valid Jinja. The returned function raises it if the
             template fails or exceeds a resource limit.
     """
-    render = compile_watched(source)
+    render = compile_with_visits(source)
     return lambda **variables: render(**variables)[0]
 
 
-def compile_watched(source: str) -> Callable[..., tuple[str, list[Visit]]]:
+def compile_with_visits(source: str) -> Callable[..., tuple[str, list[Visit]]]:
     """Compiles a template to a function that also returns the visits of its loops.
 
     The returned function renders the template like that of `compile_template`. A visit records when
@@ -337,7 +337,7 @@ def _environment() -> _Sandbox:
     environment.globals = {
         "range": environment.globals["range"],
         "dict": dict,
-        "namespace": _Notes,
+        "namespace": _Namespace,
         "raise_exception": _raise,
         "strftime_now": _strftime_now,
     }
@@ -356,9 +356,9 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def counted(context: Context, value: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = BUDGET.get()
         budget.step()
-        if name in _LETTER_FILTERS and isinstance(value, str) and len(value) > MAX_LETTERS:
+        if name in _LETTER_FILTERS and isinstance(value, str) and len(value) > MAX_SPLIT_CHARS:
             raise TemplateError(
-                f"the chat template filter {name} accepts texts of at most {MAX_LETTERS} characters"
+                f"the chat template filter {name} accepts texts of at most {MAX_SPLIT_CHARS} characters"
             )
         result = function(*first(context), value, *args, **kwargs)
         if isinstance(result, Iterator):  # evaluated eagerly, so that its items are measured

@@ -19,7 +19,7 @@ MAX_TOTAL = 100_000_000
 """Maximum total size of all values created during a rendering."""
 
 ITEM_SIZE = 32
-MAX_LETTERS = 100_000  # maximum length of a text that a filter splits into characters
+MAX_SPLIT_CHARS = 100_000  # maximum length of a text that a filter splits into characters
 MAX_REASON = 1000  # maximum length of an error message raised by a template
 MAX_SEARCH = 100_000_000  # maximum of text length times pattern length, for methods of that cost
 _HOLDERS: Any = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))

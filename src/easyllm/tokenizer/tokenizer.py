@@ -26,7 +26,12 @@ from easyllm.tokenizer.from_gguf import (
     special_tokens_from_gguf,
     templates_from_gguf,
 )
-from easyllm.tokenizer.sentencepiece import build_backend, naming, read_model_file, special_tokens
+from easyllm.tokenizer.sentencepiece import (
+    build_backend,
+    prefix_errors_with_path,
+    read_model_file,
+    special_tokens,
+)
 from easyllm.tokenizer.token_bytes import TokenBytes
 
 TOOL_TEMPLATE = "tool_use"
@@ -111,7 +116,7 @@ class Tokenizer:
             CheckpointError: it is damaged, or requires a feature that is not implemented.
         """
         model = read_model_file(Path(path))
-        with naming(Path(path)):
+        with prefix_errors_with_path(Path(path)):
             backend = build_backend(model, add_bos=add_bos, add_eos=add_eos)
         return cls(backend, SpecialTokens(**special_tokens(model)))
 
@@ -192,13 +197,13 @@ class Tokenizer:
         The name of a special token in a document is encoded as plain text, and no BOS or EOS is
         added.
         """
-        batch = self._powerless.encode_batch_fast(
+        batch = self._without_special_tokens.encode_batch_fast(
             [_valid(text) for text in texts], add_special_tokens=False
         )
         return [encoding.ids for encoding in batch]
 
     @cached_property
-    def _powerless(self) -> Backend:
+    def _without_special_tokens(self) -> Backend:
         backend = Backend.from_str(self.backend.to_str())
         backend.encode_special_tokens = True
         return backend
@@ -233,8 +238,8 @@ class Tokenizer:
         with_mask: bool = False,
         num_prompt: int = 0,
         max_tokens: int | None = None,
-        check_words: bool = False,
-        refuse_unwritten: bool = False,
+        find_unrendered: bool = False,
+        reject_unrendered: bool = False,
     ) -> EncodedChat:
         """Encodes a conversation with the model's chat template.
 
@@ -249,7 +254,7 @@ class Tokenizer:
                 longest token (characters that encoding would drop count too). A text that passes
                 may still have more tokens.
             check_words: whether to find messages whose content the template did not render
-                (`EncodedChat.unwritten`); one with a role unknown to the template is an error.
+                (`EncodedChat.unrendered`); one with a role unknown to the template is an error.
             refuse_unwritten: for prompts, whether it is an error if the template does not render
                 the content of a message, except for assistant messages.
 
@@ -266,8 +271,8 @@ class Tokenizer:
             with_mask=with_mask,
             num_prompt=num_prompt,
             max_chars=None if max_tokens is None else max_tokens * self.longest_token,
-            check_words=check_words,
-            refuse_unwritten=refuse_unwritten,
+            find_unrendered=find_unrendered,
+            reject_unrendered=reject_unrendered,
         )
 
     @cached_property

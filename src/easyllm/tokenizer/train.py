@@ -4,7 +4,7 @@
 
 There are five types: BPE, WordPiece, unigram, word-level and character-level. The same corpus
 always gives a bitwise identical `tokenizer.json`, independent of the process and the number of
-threads. Two of the library's trainers need workarounds: see `_train_word_piece` and `_settle`.
+threads. Two of the library's trainers need workarounds: see `_train_word_piece` and `_canonicalize_scores`.
 """
 
 import json
@@ -21,11 +21,11 @@ from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.tokenizer.sentencepiece import (
     BYTE_PIECES,
-    NEVER,
+    NEVER_SCORE,
     SPACE,
+    add_bos_eos,
     mark_special,
     space_decoder,
-    surround,
 )
 from easyllm.tokenizer.token_bytes import byte_values as byte_values
 from easyllm.tokenizer.tokenizer import SpecialTokens, Tokenizer
@@ -288,10 +288,10 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         'newer, 42!'
     """
     train = _TRAINERS[type(config.model)]
-    backend = train(sound(texts), config.model, config)
+    backend = train(replace_surrogates(texts), config.model, config)
     mark_special(backend, config.all_special_tokens)
     special = config.special
-    surround(
+    add_bos_eos(
         backend,
         bos=special.bos if config.add_bos else None,
         eos=special.eos if config.add_eos else None,
@@ -300,7 +300,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     return Tokenizer(backend, special, chat_template=template, max_seq_len=config.max_seq_len)
 
 
-def shortfall(tokenizer: Tokenizer, config: TokenizerConfig) -> str | None:
+def vocab_size_warning(tokenizer: Tokenizer, config: TokenizerConfig) -> str | None:
     """Returns a message if the vocabulary is smaller than requested, otherwise None."""
     if tokenizer.vocab_size >= config.vocab_size:
         return None
@@ -311,7 +311,7 @@ def shortfall(tokenizer: Tokenizer, config: TokenizerConfig) -> str | None:
     )
 
 
-def sound(texts: Iterable[str]) -> Iterator[str]:
+def replace_surrogates(texts: Iterable[str]) -> Iterator[str]:
     """Yields the texts with lone surrogates replaced, as encoding does.
 
     Raises:
@@ -326,7 +326,7 @@ def sound(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _train_bpe(texts: Iterator[str], model: BPEConfig, config: TokenizerConfig) -> Backend:
-    _check_room(config, 256, "bytes")
+    _check_vocab_size(config, 256, "bytes")
     backend = Backend(models.BPE())
     _set_steps(backend, _normalizer(config.normalizer), _byte_words(model))
     backend.decoder = decoders.ByteLevel()
@@ -362,7 +362,9 @@ def _train_word_piece(
     words = _count_words(backend, texts)
     inside = sorted({f"##{letter}" for word in words for letter in word[1:]})
     alphabet = {letter for word in words for letter in word}
-    _check_room(config, len(alphabet) + len(inside), "letters at the start of and inside words")
+    _check_vocab_size(
+        config, len(alphabet) + len(inside), "letters at the start of and inside words"
+    )
     special = list(config.all_special_tokens)
     trainer = trainers.WordPieceTrainer(
         vocab_size=config.vocab_size,
@@ -381,7 +383,7 @@ def _train_word_piece(
 
 def _train_unigram(texts: Iterator[str], model: UnigramConfig, config: TokenizerConfig) -> Backend:
     byte_pieces = BYTE_PIECES if model.byte_fallback else ()
-    _check_room(config, len(byte_pieces) + 1, "byte pieces")
+    _check_vocab_size(config, len(byte_pieces) + 1, "byte pieces")
     spaces = pre_tokenizers.Metaspace(
         replacement=SPACE, prepend_scheme="always" if model.add_prefix_space else "never"
     )
@@ -403,11 +405,13 @@ def _train_unigram(texts: Iterator[str], model: UnigramConfig, config: Tokenizer
     except Exception as error:  # the library raises plain Exception
         if "not large enough" not in str(error):
             raise
-        _check_room(config, len(byte_pieces) + len(letters), "byte pieces and different characters")
+        _check_vocab_size(
+            config, len(byte_pieces) + len(letters), "byte pieces and different characters"
+        )
         raise ConfigError(f"vocab_size={config.vocab_size} is too small; raise it") from None
     num_special = len(config.all_special_tokens)
-    pieces = _settle(_read_model(backend)["vocab"][num_special:])
-    others = [(piece, NEVER) for piece in (*config.all_special_tokens, *byte_pieces)]
+    pieces = _canonicalize_scores(_read_model(backend)["vocab"][num_special:])
+    others = [(piece, NEVER_SCORE) for piece in (*config.all_special_tokens, *byte_pieces)]
     backend.model = models.Unigram(
         [*others, *pieces],
         unk_id=config.all_special_tokens.index(model.unk),
@@ -433,7 +437,7 @@ def _train_characters(
     backend = _train_whole_words(_counted(texts, config, counts), model, config, words)
     special = config.all_special_tokens
     alphabet = sum(n >= model.min_frequency and c not in special for c, n in counts.items())
-    _check_room(config, alphabet, "different characters", ", or raise model.min_frequency")
+    _check_vocab_size(config, alphabet, "different characters", ", or raise model.min_frequency")
     backend.decoder = decoders.Fuse()
     return backend
 
@@ -453,7 +457,7 @@ def _train_whole_words(
     config: TokenizerConfig,
     words: list[pre_tokenizers.PreTokenizer],
 ) -> Backend:
-    _check_room(config, 1, "word")
+    _check_vocab_size(config, 1, "word")
     backend = Backend(models.WordLevel(unk_token=model.unk))
     _set_steps(backend, _normalizer(config.normalizer), words)
     trainer = trainers.WordLevelTrainer(
@@ -514,7 +518,7 @@ def _set_steps(
     backend.pre_tokenizer = words[0] if len(words) == 1 else pre_tokenizers.Sequence(words)
 
 
-def _check_room(config: TokenizerConfig, needed: int, what: str, other: str = "") -> None:
+def _check_vocab_size(config: TokenizerConfig, needed: int, what: str, other: str = "") -> None:
     """Raises an error if `needed` pieces and the special tokens do not fit in the vocabulary.
 
     Args:
@@ -559,7 +563,7 @@ def _read_model(backend: Backend) -> dict[str, Any]:
     return model
 
 
-def _settle(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
+def _canonicalize_scores(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
     """Returns trained unigram pieces, best first, with reproducible scores.
 
     Two trainings on the same corpus differ in two ways. The library assigns the characters that

@@ -26,12 +26,12 @@ Render = Callable[[Messages, bool], tuple[str, list[Visit]]]
 
 _QUESTION = [{"role": "user", "content": "?"}]
 _PROBE_LENGTH = 3
-MOST_DOUBTS = 4
-"""Maximum number of messages that `first_unwritten` renders again."""
+MAX_RERENDERED = 4
+"""Maximum number of messages that `first_unrendered` renders again."""
 _HEADER_ENDS = frozenset(">]|:")
 
 
-def written_by_message(visits: Sequence[Visit]) -> dict[int, Span]:
+def spans_by_message(visits: Sequence[Visit]) -> dict[int, Span]:
     """Returns the span of the text that each message wrote, by message index.
 
     If the template has several loops over the messages, the loop that wrote the most text is used.
@@ -49,7 +49,7 @@ def written_by_message(visits: Sequence[Visit]) -> dict[int, Span]:
     return loops[max(sizes, key=lambda loop: sizes[loop])] if sizes else {}
 
 
-def unwritten_words(
+def unrendered_messages(
     text: str, visits: Sequence[Visit], messages: Messages, render: Render
 ) -> list[int]:
     """Returns the indices of messages whose content the template did not render.
@@ -64,7 +64,7 @@ def unwritten_words(
         messages: the rendered messages.
         render: as for `TurnFinder`.
     """
-    written = written_by_message(visits)
+    written = spans_by_message(visits)
     finder = TurnFinder(text, visits, messages, render)
     found = []
     for number, message in enumerate(messages):
@@ -75,13 +75,13 @@ def unwritten_words(
     return found
 
 
-def first_unwritten(
+def first_unrendered(
     text: str, visits: Sequence[Visit], messages: Messages, render: Render
 ) -> int | None:
     """Returns the index of the first message whose content was not rendered, or None.
 
     Assistant messages are not checked. The function is for untrusted prompts, so its cost is
-    bounded: contents are searched for in the order of the messages, and at most `MOST_DOUBTS`
+    bounded: contents are searched for in the order of the messages, and at most `MAX_RERENDERED`
     messages are tested by rendering again; all later ones count as rendered.
 
     Args:
@@ -90,7 +90,7 @@ def first_unwritten(
         messages: the rendered messages.
         render: renders messages in the same way as `text`, with or without the generation prompt.
     """
-    written = written_by_message(visits)
+    written = spans_by_message(visits)
     finder = TurnFinder(text, visits, messages, render)
     place = doubts = 0
     for number, message in enumerate(messages):
@@ -103,14 +103,14 @@ def first_unwritten(
             place = max(place, at)
             continue
         doubts += 1
-        if doubts > MOST_DOUBTS:
+        if doubts > MAX_RERENDERED:
             return None
         if not finder.depends_on(number):
             return number
     return None
 
 
-def unwritten_calls(
+def unrendered_calls(
     text: str, messages: Messages, turns: Sequence[int], render: Render
 ) -> list[int]:
     """Returns those of `turns` that contain only tool calls, if the template renders no calls."""
@@ -148,7 +148,7 @@ class TurnFinder:
         self, text: str, visits: Sequence[Visit], messages: Messages, render: Render
     ) -> None:
         self._text, self._messages, self._render = text, messages, render
-        self._written = written_by_message(visits)
+        self._written = spans_by_message(visits)
 
     def find(self, turn: int) -> Span:
         """Returns the span of an assistant turn: the text written for it, without its header.

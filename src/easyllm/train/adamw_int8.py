@@ -27,7 +27,7 @@ from easyllm.train.optim_config import AdamWConfig
 from easyllm.train.update_rules import AdamW, State, WeightUpdate
 
 BLOCK = 256
-SMALLEST = 4096
+MIN_QUANTIZED_ELEMENTS = 4096
 """Smaller tensors keep fp32 moments: little memory is saved, and norms and biases are sensitive."""
 BELOW_ONE = 1 - 2**-24
 """The largest fp32 number below 1; clamps fp64 fractions that would round up to 1."""
@@ -48,7 +48,7 @@ class AdamWInt8:
 
     def new_state(self, master: Tensor) -> State:
         """Returns zero moments: int8 codes [n] and fp32 scales [⌈n/256⌉], fp32 if small."""
-        if master.numel() < SMALLEST:
+        if master.numel() < MIN_QUANTIZED_ELEMENTS:
             return self.adamw.new_state(master)
         count, device = master.numel(), master.device
         blocks = -(-count // BLOCK)
@@ -62,7 +62,7 @@ class AdamWInt8:
 
     def update(self, weight: WeightUpdate, state: State) -> None:
         """Applies one AdamW step to the master weight, its copy and the moments, in place."""
-        if weight.master.numel() < SMALLEST:
+        if weight.master.numel() < MIN_QUANTIZED_ELEMENTS:
             self.adamw.update(weight, state)
             return
         state["step"] += 1

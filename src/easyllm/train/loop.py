@@ -24,7 +24,7 @@ from easyllm.train.schedule import rate_factor
 from easyllm.train.signals import StopRequest
 from easyllm.train.state import Totals
 
-MOST_SKIPPED = 3
+MAX_SKIPPED_STEPS = 3
 """Number of consecutive steps with a NaN or infinite loss or gradient after which a run fails."""
 SPIKE_MEMORY, SPIKE_AFTER = 0.98, 20
 """Decay per step of the running mean that losses are compared with to detect spikes, and the number
@@ -107,7 +107,7 @@ class Watch(Protocol):
 
 
 @dataclass(slots=True)
-class Arithmetic:
+class PrecisionPolicy:
     """The numerics of a step.
 
     Attributes:
@@ -134,7 +134,7 @@ def run_steps(
     loader: StepLoader,
     config: TrainConfig,
     *,
-    arithmetic: Arithmetic,
+    precision: PrecisionPolicy,
     totals: Totals,
     total_steps: int,
     watch: Watch,
@@ -171,23 +171,23 @@ def run_steps(
             start = time.perf_counter()
             batches = loader.next_step()
             factor = rate_factor(config.schedule, totals.step, total_steps)
-            loss, metrics = accumulate(model, objective, batches, arithmetic, adapters)
+            loss, metrics = accumulate(model, objective, batches, precision, adapters)
             here = TrainProgress(
-                step=totals.step, total_steps=total_steps, gradient_scale=1.0 / arithmetic.scale
+                step=totals.step, total_steps=total_steps, gradient_scale=1.0 / precision.scale
             )
             looks = None if adapters is None else partial(adapters.after_backward, here)
-            norm = take_step(optimizer, arithmetic, factor, config.clip_norm, loss, looks)
+            norm = take_step(optimizer, precision, factor, config.clip_norm, loss, looks)
             totals.count(batches)
             if adapters is not None and norm is not None:
                 adapters.after_step(replace(here, step=totals.step))
-            if arithmetic.scaler is not None:
-                metrics["loss_scale"] = arithmetic.scaler.scale
+            if precision.scaler is not None:
+                metrics["loss_scale"] = precision.scaler.scale
             if norm is None:
                 watch.event(totals.step, "skipped", f"loss {loss}; samples {loader.last[:64]}")
                 totals.skipped += 1
                 totals.skipped_in_a_row += 1
-                overflow = arithmetic.scaler is not None and math.isfinite(loss)
-                if totals.skipped_in_a_row >= MOST_SKIPPED and not overflow:
+                overflow = precision.scaler is not None and math.isfinite(loss)
+                if totals.skipped_in_a_row >= MAX_SKIPPED_STEPS and not overflow:
                     raise Diverged(_diverged(totals.step))
             else:
                 totals.skipped_in_a_row = 0
@@ -220,7 +220,7 @@ def accumulate(
     model: Decoder,
     objective: Objective,
     batches: Sequence[Batch],
-    arithmetic: Arithmetic | None = None,
+    precision: PrecisionPolicy | None = None,
     adapters: AdapterSet | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Accumulates the gradients of a step's micro-batches, times the loss scale if there is one.
@@ -231,12 +231,14 @@ def accumulate(
         The mean loss per labelled token, in nats (without auxiliary terms), and the objective's
         metrics, averaged over tokens.
     """
-    how = arithmetic or Arithmetic()
+    how = precision or PrecisionPolicy()
     num_tokens = max(1, sum(objective.num_terms(batch) for batch in batches))
     total, metrics = 0.0, dict[str, float]()
     for batch in batches:
         with how.autocast():
-            output = objective.loss(model, batch.filled(how.token_multiple).to(model.device))
+            output = objective.loss(
+                model, batch.padded_to_multiple(how.token_multiple).to(model.device)
+            )
         whole = output.sum if output.auxiliary is None else output.sum + output.auxiliary
         (whole * (how.scale / num_tokens)).backward()
         total += output.sum.item()
@@ -251,7 +253,7 @@ def accumulate(
 
 def take_step(
     optimizer: MasterOptimizer,
-    arithmetic: Arithmetic,
+    precision: PrecisionPolicy,
     factor: float,
     clip_norm: float | None,
     loss: float,
@@ -271,8 +273,8 @@ def take_step(
         The gradient norm before clipping. None if the loss or the norm is NaN or infinite; the
         gradients are then discarded and no parameter changes.
     """
-    scaler = arithmetic.scaler
-    norm = optimizer.grad_norm() / arithmetic.scale
+    scaler = precision.scaler
+    norm = optimizer.grad_norm() / precision.scale
     is_bad = not (math.isfinite(norm) and math.isfinite(loss))
     if scaler is not None:
         optimizer.scale_gradients(1.0 / scaler.scale)
@@ -307,7 +309,7 @@ def note_loss(totals: Totals, loss: float) -> None:
 
 def _diverged(step: int) -> str:
     return (
-        f"the loss or its gradient was NaN or infinite in {MOST_SKIPPED} consecutive steps, up to "
+        f"the loss or its gradient was NaN or infinite in {MAX_SKIPPED_STEPS} consecutive steps, up to "
         f"step {step}; lower the learning rate, or look at the samples named in metrics.jsonl (the "
         "last good checkpoint is kept)"
     )

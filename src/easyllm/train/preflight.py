@@ -17,14 +17,14 @@ from easyllm.nn.decoder import Decoder
 from easyllm.ops.huge_memory import STEP_BUFFERS
 from easyllm.plan.compute import USUAL_MFU, estimate_time, training_flops
 from easyllm.plan.machine import matmul_rate
-from easyllm.plan.memory import MemoryEstimate, estimate_training, ways_to_fit
+from easyllm.plan.memory import MemoryEstimate, estimate_training, memory_reductions
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import count_adapter_parameters
 from easyllm.train.config import TrainConfig
-from easyllm.train.material import Material
+from easyllm.train.factories import BaseModelSource, build_model, cannot_train_all, compute_dtype
 from easyllm.train.objectives import Objective, build_objective
 from easyllm.train.optim_config import SGDConfig
-from easyllm.train.setup import Origin, build_model, cannot_train_all, compute_dtype
+from easyllm.train.training_data import TrainingData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,9 @@ def planned(config: TrainConfig, objective: Objective) -> TrainConfig:
     return config.model_copy(update={"adapter": adapter})
 
 
-def planned_model(config: TrainConfig, origin: Origin, objective: Objective) -> ModelConfig:
+def planned_model(
+    config: TrainConfig, origin: BaseModelSource, objective: Objective
+) -> ModelConfig:
     """Returns the configuration of the model to train, with the objective's head if it adds one."""
     with torch.device("meta"):
         return objective.prepare_model(Decoder(origin.config), seed=config.seed).config
@@ -102,7 +104,7 @@ def planned_model(config: TrainConfig, origin: Origin, objective: Objective) -> 
 def preflight(
     config: TrainConfig,
     model: ModelConfig,
-    material: Material,
+    training_data: TrainingData,
     total_steps: int,
     device: torch.device,
 ) -> RunPlan:
@@ -112,10 +114,10 @@ def preflight(
         ConfigError: an adapter does not fit the model.
     """
     out = console()
-    out.print(f"data: {material.summary}", soft_wrap=True)
-    for warning in material.warnings:
+    out.print(f"data: {training_data.summary}", soft_wrap=True)
+    for warning in training_data.warnings:
         out.print(f"warning: {warning}", soft_wrap=True)
-    plan = plan_run(config, model, material, total_steps, device)
+    plan = plan_run(config, model, training_data, total_steps, device)
     out.print(plan.line(), soft_wrap=True)
     if not plan.memory.fits(plan.free_bytes):
         out.print(
@@ -131,7 +133,7 @@ def preflight(
 def plan_run(
     config: TrainConfig,
     model: ModelConfig,
-    material: Material,
+    training_data: TrainingData,
     total_steps: int,
     device: torch.device,
 ) -> RunPlan:
@@ -141,14 +143,14 @@ def plan_run(
         ConfigError: an adapter does not fit the model.
     """
     dtype = compute_dtype(config, device)
-    epochs = total_steps / material.loader.steps_per_epoch
-    tokens = int(material.tokens_per_epoch * epochs)
+    epochs = total_steps / training_data.loader.steps_per_epoch
+    tokens = int(training_data.tokens_per_epoch * epochs)
     row = min(config.data.max_seq_len, config.micro_batch_tokens)
     flops = training_flops(model, (row,), adapter=config.adapter).total / row * tokens
     setup: dict[str, Any] = {
         "micro_batch_tokens": config.micro_batch_tokens,
         "row_tokens": row,
-        "micro_batches": _micro_batches(config, material),
+        "micro_batches": _micro_batches(config, training_data),
         "dtype": dtype,
         "optimizer": config.optimizer.kind,
         "int8_state": getattr(config.optimizer, "state", "fp32") == "int8",
@@ -161,7 +163,7 @@ def plan_run(
     }
     memory = estimate_training(model, **setup)
     rate, free = matmul_rate(dtype, device), memory_free_bytes(device)
-    helps = () if memory.fits(free) else ways_to_fit(model, free, **setup)
+    helps = () if memory.fits(free) else memory_reductions(model, free, **setup)
     count = count_parameters(model).total
     adapters = None if config.adapter is None else count_adapter_parameters(model, config.adapter)
     return RunPlan(
@@ -179,7 +181,7 @@ def plan_run(
     )
 
 
-def check_model(config: TrainConfig, origin: Origin) -> None:
+def check_model(config: TrainConfig, origin: BaseModelSource) -> None:
     """Builds the model to train on the meta device, to check weights, head, adapter and groups.
 
     Raises:
@@ -204,12 +206,12 @@ def check_model(config: TrainConfig, origin: Origin) -> None:
     build_model(config, bare, objective, torch.device("meta"))
 
 
-def _micro_batches(config: TrainConfig, material: Material) -> int:
+def _micro_batches(config: TrainConfig, training_data: TrainingData) -> int:
     """Returns the number of micro-batches in a typical step."""
     tokens = config.batch_tokens
     if tokens is None:
-        steps = material.loader.steps_per_epoch
-        tokens = math.ceil(material.tokens_per_epoch / steps)
+        steps = training_data.loader.steps_per_epoch
+        tokens = math.ceil(training_data.tokens_per_epoch / steps)
     return max(1, math.ceil(tokens / config.micro_batch_tokens))
 
 

@@ -23,15 +23,24 @@ from easyllm.core.device import peak_memory_bytes, peak_rss_bytes, pick_device
 from easyllm.core.errors import ConfigError, OutputError
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_value
 from easyllm.core.progress import console
-from easyllm.core.run_folder import check_free, claim
+from easyllm.core.run_folder import check_run_folder, claim_run_folder
 from easyllm.models import hf_module_name, save_model
 from easyllm.models.hf_config import GENERATION_FILE, with_end_ids
 from easyllm.plan.parts import virtual_tokens
 from easyllm.tokenizer.turn_ends import turn_end_ids
 from easyllm.train.config import TrainConfig
 from easyllm.train.data_config import DataConfig
+from easyllm.train.factories import (
+    BaseModelSource,
+    Trained,
+    build_model,
+    build_precision_policy,
+    build_reference,
+    find_base_model,
+    input_hashes,
+    source_name,
+)
 from easyllm.train.loop import Diverged, run_steps
-from easyllm.train.material import Material, gather
 from easyllm.train.objectives import Objective, build_objective
 from easyllm.train.preflight import (
     RunPlan,
@@ -42,22 +51,13 @@ from easyllm.train.preflight import (
     preflight,
 )
 from easyllm.train.report import write_report
-from easyllm.train.setup import (
-    Origin,
-    Trained,
-    build_arithmetic,
-    build_model,
-    build_reference,
-    find_origin,
-    input_hashes,
-    source_name,
-)
 from easyllm.train.signals import Interrupted, stop_on_signals
 from easyllm.train.state import BEST, FOLDER, RunState, Totals, load_newest, load_state
+from easyllm.train.training_data import TrainingData, load_training_data
 from easyllm.train.watch import RunWatch, check_samples, evaluation_of, samples_of, step_flops
 
 ADAPTER, MODEL = "adapter", "model"
-HARMLESS = frozenset(
+RESUMABLE_CHANGES = frozenset(
     {
         *("log_every", "eval_every", "save_every", "keep_last", "samples", "tensorboard"),
         *("device", "spike_factor", "checkpoint_activations", "compile"),
@@ -85,7 +85,7 @@ def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> T
     Args:
         config: the run's configuration.
         output: the run's folder.
-        allow_change: whether a run may resume with other values of the `HARMLESS` keys.
+        allow_change: whether a run may resume with other values of the `RESUMABLE_CHANGES` keys.
 
     Raises:
         OutputError: `output` contains another run, or a finished one.
@@ -94,7 +94,7 @@ def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> T
         Diverged: the loss or a gradient was NaN or infinite in three consecutive steps, or a weight
             is at the end.
     """
-    ignore = _harmless(config) if allow_change else frozenset[str]()
+    ignore = _resumable_changes(config) if allow_change else frozenset[str]()
     check_output(output, config, ignore=ignore)
     ready = prepare(config)
     with memory_advice(config):
@@ -103,7 +103,9 @@ def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> T
             ready.objective.reference = build_reference(
                 config, ready.origin, ready.objective, trained
             )
-        claim(output, config, ignore=ignore)  # only now, so that an error leaves no empty folder
+        claim_run_folder(
+            output, config, ignore=ignore
+        )  # only now, so that an error leaves no empty folder
         return _run(config, output, ready, trained)
 
 
@@ -122,7 +124,7 @@ def dry_run(config: TrainConfig, output: Path | None, *, allow_change: bool = Fa
         EasyllmError: whatever `train` raises before its first step.
     """
     if output is not None:
-        ignore = _harmless(config) if allow_change else frozenset[str]()
+        ignore = _resumable_changes(config) if allow_change else frozenset[str]()
         check_output(output, config, ignore=ignore)
     ready = prepare(config)
     check_model(config, ready.origin)
@@ -134,9 +136,9 @@ class Prepared:
     """Everything a run needs before its weights are read."""
 
     device: torch.device
-    origin: Origin
+    origin: BaseModelSource
     objective: Objective
-    material: Material
+    training_data: TrainingData
     plan: RunPlan
 
 
@@ -147,15 +149,15 @@ def prepare(config: TrainConfig) -> Prepared:
         ConfigError, DataError, SourceError, CheckpointError: the inputs are invalid.
     """
     device = pick_device(config.device)
-    origin = find_origin(config)
+    origin = find_base_model(config)
     objective = build_objective(config.objective)
     model = planned_model(config, origin, objective)
     context = model.max_seq_len - virtual_tokens(model, config.adapter)
-    material = gather(config, origin.tokenizer, objective, context=context)
+    training_data = load_training_data(config, origin.tokenizer, objective, context=context)
     check_samples(config.samples, origin.tokenizer, context=context)
-    total_steps = count_steps(config, material)
-    plan = preflight(planned(config, objective), model, material, total_steps, device)
-    return Prepared(device, origin, objective, material, plan)
+    total_steps = count_steps(config, training_data)
+    plan = preflight(planned(config, objective), model, training_data, total_steps, device)
+    return Prepared(device, origin, objective, training_data, plan)
 
 
 def check_output(output: Path, config: TrainConfig, *, ignore: Collection[str] = ()) -> None:
@@ -165,7 +167,7 @@ def check_output(output: Path, config: TrainConfig, *, ignore: Collection[str] =
         OutputError: the folder contains another run, or this run is finished, or the folder cannot
             be written.
     """
-    check_free(output, config, ignore=ignore)
+    check_run_folder(output, config, ignore=ignore)
     if (output / MANIFEST_FILE).is_file():
         raise OutputError(
             f"{str(output)!r} already contains this run, finished; choose another output folder, "
@@ -173,16 +175,16 @@ def check_output(output: Path, config: TrainConfig, *, ignore: Collection[str] =
         )
 
 
-def count_steps(config: TrainConfig, material: Material) -> int:
+def count_steps(config: TrainConfig, training_data: TrainingData) -> int:
     """Returns the number of optimizer steps of the complete run.
 
     Raises:
         ConfigError: the number is 0.
     """
-    epoch = material.loader.steps_per_epoch
+    epoch = training_data.loader.steps_per_epoch
     steps = math.ceil(epoch * config.epochs)
     if config.max_tokens is not None:
-        steps = min(steps, math.ceil(config.max_tokens * epoch / material.tokens_per_epoch))
+        steps = min(steps, math.ceil(config.max_tokens * epoch / training_data.tokens_per_epoch))
     steps = min(steps, config.max_steps or steps)
     if steps < 1:
         raise ConfigError(
@@ -199,30 +201,30 @@ def _run(
     trained: Trained,
 ) -> TrainResult:
     torch.manual_seed(config.seed)
-    origin, material, objective = ready.origin, ready.material, ready.objective
+    origin, training_data, objective = ready.origin, ready.training_data, ready.objective
     total_steps, peak = ready.plan.steps, ready.plan.flops_per_s
     model, optimizer, adapters = trained.model, trained.optimizer, trained.adapters
     totals, identity = Totals(), input_hashes(origin)
     state = RunState(
         optimizer,
-        material.loader,
+        training_data.loader,
         totals,
-        identity | {"data": _joined(material)},
+        identity | {"data": _joined(training_data)},
         adapters=adapters,
     )
-    arithmetic = build_arithmetic(config, model.config, model.device)
+    precision = build_precision_policy(config, model.config, model.device)
     resumed, messages = load_newest(output, state)
     for message in messages:
         console().print(message, soft_wrap=True)
-    if arithmetic.scaler is not None:
-        arithmetic.scaler.load_state(state.extra.get("loss_scaler"))
+    if precision.scaler is not None:
+        precision.scaler.load_state(state.extra.get("loss_scaler"))
     watch = RunWatch(
         output,
         config,
         state,
-        evaluate=evaluation_of(material.evaluate, model, objective),
+        evaluate=evaluation_of(training_data.evaluate, model, objective),
         samples=samples_of(config.samples, model, origin.tokenizer),
-        scaler=arithmetic.scaler,
+        scaler=precision.scaler,
         flops=step_flops(model.config, config),
         peak=peak,
         total_steps=total_steps,
@@ -239,9 +241,9 @@ def _run(
                     model,
                     objective,
                     optimizer,
-                    material.loader,
+                    training_data.loader,
                     config,
-                    arithmetic=arithmetic,
+                    precision=precision,
                     totals=totals,
                     total_steps=total_steps,
                     watch=watch,
@@ -262,13 +264,13 @@ def _run(
                     f"a weight is NaN or infinite after step {totals.step}; lower the learning "
                     "rate (the last good checkpoint is kept)"
                 )
-            figures = _figures(totals, material, time.monotonic() - start)
+            figures = _figures(totals, training_data, time.monotonic() - start)
             if model.device.type != "cpu":
                 figures["peak_device_bytes"] = peak_memory_bytes(model.device)
             watch.look(totals.step)
             evaluated = watch.evaluated
             if config.keep_best and (output / FOLDER / BEST).is_dir():
-                figures["best_step"] = _take_best(output, state)
+                figures["best_step"] = _restore_best(output, state)
                 if watch.evaluate is not None:
                     evaluated = watch.evaluate()
             figures |= {k.replace("eval/", "eval_"): v for k, v in evaluated.items()}
@@ -278,7 +280,7 @@ def _run(
         manifest = Manifest.create(
             "train",
             config=config.model_dump(mode="json"),
-            inputs=identity | material.inputs,
+            inputs=identity | training_data.inputs,
             results=figures,
         )
         write_atomic(output / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
@@ -286,39 +288,39 @@ def _run(
     return TrainResult(output, figures)
 
 
-def _harmless(config: TrainConfig) -> frozenset[str]:
-    """Returns the `HARMLESS` keys, without `eval_every` if evaluations affect the result."""
+def _resumable_changes(config: TrainConfig) -> frozenset[str]:
+    """Returns the `RESUMABLE_CHANGES` keys, without `eval_every` if evaluations affect the result."""
     decides = config.early_stopping is not None or config.keep_best
-    return HARMLESS - {"eval_every"} if decides else HARMLESS
+    return RESUMABLE_CHANGES - {"eval_every"} if decides else RESUMABLE_CHANGES
 
 
-def _figures(totals: Totals, material: Material, seconds: float) -> dict[str, Any]:
+def _figures(totals: Totals, training_data: TrainingData, seconds: float) -> dict[str, Any]:
     return {
         "steps": totals.step,
         "tokens": totals.tokens,
         "trained_tokens": totals.trained_tokens,
         "skipped_steps": totals.skipped,
         "seconds": round(seconds, 2),
-        "data": material.figures,
+        "data": training_data.figures,
         "peak_rss_bytes": peak_rss_bytes(),
     }
 
 
-def _take_best(output: Path, state: RunState) -> int:
+def _restore_best(output: Path, state: RunState) -> int:
     """Restores the weights with the lowest evaluation loss; returns their step."""
     load_state(output / FOLDER / BEST, state)
     return state.totals.step
 
 
-def _joined(material: Material) -> str:
-    return hash_value(sorted(material.inputs.values()))
+def _joined(training_data: TrainingData) -> str:
+    return hash_value(sorted(training_data.inputs.values()))
 
 
 def _save_result(
     config: TrainConfig,
     output: Path,
     trained: Trained,
-    origin: Origin,
+    origin: BaseModelSource,
 ) -> None:
     model = trained.model
     on_conversations = isinstance(config.data, DataConfig)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES, AdamWNumbers
+from easyllm.ops.kernels.build import DTYPE_CODES, AdamWScalars
 from easyllm.train.optim_config import AdamWConfig, SGDConfig
 
 State = dict[str, Tensor]
@@ -142,10 +142,10 @@ class AdamW:
             ctypes.byref(numbers),
         )
 
-    def numbers(self, weight: WeightUpdate, step: float) -> AdamWNumbers:
+    def numbers(self, weight: WeightUpdate, step: float) -> AdamWScalars:
         """Returns the scalars that the C kernels need for step `step`, counted from 1."""
         beta1, beta2 = self.config.betas
-        return AdamWNumbers(
+        return AdamWScalars(
             weight.scale,
             1 - weight.learning_rate * weight.weight_decay,
             1 - beta1,

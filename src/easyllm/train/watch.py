@@ -17,12 +17,12 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import SamplesConfig, TrainConfig
 from easyllm.train.loop import StepReport
 from easyllm.train.loss_scaler import LossScaler
-from easyllm.train.material import Evaluation
 from easyllm.train.metrics import MetricsLog
 from easyllm.train.objectives import Objective
 from easyllm.train.report import RunReport
 from easyllm.train.state import BEST, FOLDER, RunState, save_state, save_step
 from easyllm.train.tensorboard import TensorBoardWriter
+from easyllm.train.training_data import Evaluation
 
 REPORT_EVERY_S = 15.0
 COMPILING, SETTLED = 5, 3

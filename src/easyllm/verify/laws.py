@@ -24,7 +24,7 @@ from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import (
     deterministic_unsupported_reason,
-    one_row_logprobs,
+    rowwise_logprobs,
 )
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -140,7 +140,7 @@ def _measure(
             "deterministic mode: log-probabilities in a batch with the KV cache = those of one "
             "forward pass, bitwise"
         )
-        yield Finding(6, claim, deterministic_difference(model, ids), 0)
+        yield Finding(6, claim, count_batch_variant_logprobs(model, ids), 0)
 
 
 def _against_reference(
@@ -150,7 +150,7 @@ def _against_reference(
 
     reference = Reference(folder, dtype=torch.float32)
     theirs = reference.logits(ids)
-    reference.widen()
+    reference.to_at_least_fp32()
     exact = reference.logits(ids)
     claim = "error of fp32 logits against fp64 ≤ twice that of transformers"
     yield Finding(1, claim, _distance(ours, exact), 2 * _distance(theirs, exact))
@@ -182,17 +182,17 @@ def through_cache(model: Decoder, ids: Tensor, pieces: Sequence[int]) -> Tensor:
     return logits_in_passes(model, [ids.tolist()], [list(pieces)])[0]
 
 
-def deterministic_difference(model: Decoder, ids: Tensor) -> int:
+def count_batch_variant_logprobs(model: Decoder, ids: Tensor) -> int:
     """Counts log-probabilities that are not bitwise identical in a batch and in one forward pass.
 
     Compares the log-probabilities of `ids` when they are computed in chunks, in a batch with other
     sequences, with those of a single forward pass of `ids` alone; both in deterministic mode.
     """
-    expected = one_row_logprobs(model.logits(ids, deterministic=True)[:-1], ids[1:])
-    company = [ids.tolist(), ids.flip(0)[: len(ids) // 2].tolist(), ids[1:6].tolist()]
+    expected = rowwise_logprobs(model.logits(ids, deterministic=True)[:-1], ids[1:])
+    batch = [ids.tolist(), ids.flip(0)[: len(ids) // 2].tolist(), ids[1:6].tolist()]
     passes = [[*_pieces(len(ids)), *[1] * DECODED], [7, len(ids) // 2 - 7], [1] * 5]
-    logits = logits_in_passes(model, company, passes, deterministic=True)[0]
-    return int((one_row_logprobs(logits[:-1], ids[1:]) != expected).sum())
+    logits = logits_in_passes(model, batch, passes, deterministic=True)[0]
+    return int((rowwise_logprobs(logits[:-1], ids[1:]) != expected).sum())
 
 
 def _pieces(length: int) -> list[int]:

@@ -53,7 +53,7 @@ class Reference:
         found: list[int] = done[0, len(ids) :].tolist()
         return found
 
-    def widen(self) -> None:
+    def to_at_least_fp32(self) -> None:
         """Converts the model to fp64."""
         self._model = self._model.double()
 

@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from easyllm.core.config import Config
 from easyllm.corpus.clean.text import CLOSING_QUOTES, TERMINAL_PUNCTUATION, TextView
-from easyllm.corpus.clean.violation import Figure, Violation, first_violation
+from easyllm.corpus.clean.violation import Metric, Violation, first_violation
 
 LOREM_IPSUM = "lorem ipsum"
 POLICY_PHRASES = (
@@ -59,7 +59,7 @@ class C4Quality(Config):
         # Few pages contain any of the phrases: search the page once before searching every line
         phrases = tuple(phrase for phrase in self._unwanted_phrases() if phrase in lowered)
         kept = "\n".join(line for line in self._lines(view) if self._keeps(line, phrases))
-        figure = Figure("sentences", count_sentences(kept), low=self.min_sentences)
+        figure = Metric("sentences", count_sentences(kept), low=self.min_sentences)
         return first_violation(self.kind, [figure]) or view.with_text(kept)
 
     def _unwanted_phrases(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pydantic import NonNegativeFloat
 
 from easyllm.core.config import Config
 from easyllm.corpus.clean.text import CLOSING_QUOTES, HAN, TERMINAL_PUNCTUATION, TextView
-from easyllm.corpus.clean.violation import Figure, Fraction, Violation, first_violation, ratio
+from easyllm.corpus.clean.violation import Fraction, Metric, Violation, first_violation, ratio
 
 CHINESE_STOP_WORDS = tuple("的年在月是和日了於·為有被人中为他與後也而由于与后")
 """FineWeb-2's stop words for Mandarin (`cmn_Hani`), and the simplified forms of 於, 與 and 後."""
@@ -94,7 +94,7 @@ class HanShare(Config):
         """Returns the view unchanged, or the violation that rejects it."""
         characters = sum(map(len, view.text.split()))
         share = ratio(len(_NOT_HAN.sub("", view.text)), characters)
-        return first_violation(self.kind, [Figure("share", share, low=self.min_share)]) or view
+        return first_violation(self.kind, [Metric("share", share, low=self.min_share)]) or view
 
 
 class ChineseQuality(Config):
@@ -112,19 +112,19 @@ class ChineseQuality(Config):
     min_punctuation: NonNegativeFloat | None = 0.02  # punctuation marks per Han character
     max_advertising: Fraction | None = 0.04  # characters in advertising phrases
 
-    def figures(self, view: TextView) -> Iterator[Figure]:
+    def figures(self, view: TextView) -> Iterator[Metric]:
         """Yields the metrics with their bounds, each computed lazily."""
         han = _NOT_HAN.sub("", view.text)
         function = ratio(sum(map(FUNCTION_CHARACTERS.__contains__, han)), len(han))
-        yield Figure("function_characters", function, low=self.min_function_characters)
+        yield Metric("function_characters", function, low=self.min_function_characters)
         if self.min_common_characters is not None:
             counted = ratio(sum(map(is_common, han)), len(han))
-            yield Figure("common_characters", counted, low=self.min_common_characters)
+            yield Metric("common_characters", counted, low=self.min_common_characters)
         marks = ratio(len(_MARKS.findall(view.text)), len(han))
-        yield Figure("punctuation", marks, low=self.min_punctuation)
+        yield Metric("punctuation", marks, low=self.min_punctuation)
         phrases = _ADVERTISING.findall(view.text)
         told = phrases if len(set(phrases)) >= _MIN_PHRASES else []
-        yield Figure(
+        yield Metric(
             "advertising", ratio(sum(map(len, told)), len(view.text)), high=self.max_advertising
         )
 

@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from easyllm.core.config import Config
 from easyllm.corpus.clean.text import CLOSING_QUOTES, TERMINAL_PUNCTUATION, TextView, repeated
-from easyllm.corpus.clean.violation import Figure, Fraction, Violation, first_violation, ratio
+from easyllm.corpus.clean.violation import Fraction, Metric, Violation, first_violation, ratio
 
 _LINE_ENDS = TERMINAL_PUNCTUATION | CLOSING_QUOTES
 
@@ -29,22 +29,22 @@ class FineWebQuality(Config):
     max_newlines_per_word: float | None = 0.3
     min_lines: PositiveInt = 1
 
-    def figures(self, view: TextView) -> Iterator[Figure]:
+    def figures(self, view: TextView) -> Iterator[Metric]:
         """Yields the metrics with their bounds, each computed lazily."""
         text, lines = view.text, view.lines
         if len(lines) >= self.min_lines:
             punctuated = ratio(sum(line[-1] in _LINE_ENDS for line in lines), len(lines))
-            yield Figure("punctuated_lines", punctuated, low=self.min_punctuated_lines)
+            yield Metric("punctuated_lines", punctuated, low=self.min_punctuated_lines)
             short = sum(len(line) <= self.short_line_characters for line in lines)
-            yield Figure("short_lines", ratio(short, len(lines)), high=self.max_short_lines)
+            yield Metric("short_lines", ratio(short, len(lines)), high=self.max_short_lines)
         newlines = text.count("\n")
         duplicates = ratio(repeated(lines)[1], len(text) - newlines)
-        yield Figure(
+        yield Metric(
             "duplicate_line_characters", duplicates, high=self.max_duplicate_line_characters
         )
         if newlines:  # a single line always passes: counting its words would be wasted
             per_word = ratio(newlines, len(view.words))
-            yield Figure("newlines_per_word", per_word, high=self.max_newlines_per_word)
+            yield Metric("newlines_per_word", per_word, high=self.max_newlines_per_word)
 
     def apply(self, view: TextView) -> TextView | Violation:
         """Returns the view unchanged, or the violation that rejects it."""

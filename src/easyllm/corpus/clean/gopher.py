@@ -11,8 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from easyllm.core.config import Config
 from easyllm.corpus.clean.text import TextView, repeated
 from easyllm.corpus.clean.violation import (
-    Figure,
     Fraction,
+    Metric,
     Violation,
     check_order,
     first_violation,
@@ -57,28 +57,28 @@ class GopherQuality(Config):
         check_order("mean_word_length", self.min_mean_word_length, self.max_mean_word_length)
         return self
 
-    def figures(self, view: TextView) -> Iterator[Figure]:
+    def figures(self, view: TextView) -> Iterator[Metric]:
         """Yields the metrics with their bounds, each computed lazily."""
         counts, text, lines = view.word_counts, view.text, view.lines
         words = view.num_words
         length = ratio(counts.characters, words)
-        yield Figure("words", words, self.min_words, self.max_words)
-        yield Figure(
+        yield Metric("words", words, self.min_words, self.max_words)
+        yield Metric(
             "mean_word_length", length, self.min_mean_word_length, self.max_mean_word_length
         )
         hashes = ratio(text.count("#"), counts.total)
-        yield Figure("hash_ratio", hashes, high=self.max_hash_ratio)
+        yield Metric("hash_ratio", hashes, high=self.max_hash_ratio)
         ellipses = ratio(sum(map(text.count, ELLIPSES)), counts.total)
-        yield Figure("ellipsis_ratio", ellipses, high=self.max_ellipsis_ratio)
+        yield Metric("ellipsis_ratio", ellipses, high=self.max_ellipsis_ratio)
         if len(lines) >= self.min_lines:
             bullets = ratio(sum(line.startswith(BULLETS) for line in lines), len(lines))
-            yield Figure("bullet_lines", bullets, high=self.max_bullet_lines)
+            yield Metric("bullet_lines", bullets, high=self.max_bullet_lines)
             cut_off = ratio(sum(line.endswith(ELLIPSES) for line in lines), len(lines))
-            yield Figure("ellipsis_lines", cut_off, high=self.max_ellipsis_lines)
+            yield Metric("ellipsis_lines", cut_off, high=self.max_ellipsis_lines)
         alphabetic = ratio(counts.alphabetic, counts.total)
-        yield Figure("alphabetic_words", alphabetic, low=self.min_alphabetic_words)
+        yield Metric("alphabetic_words", alphabetic, low=self.min_alphabetic_words)
         stop_words = len(set(self.stop_words).intersection(view.words))
-        yield Figure("stop_words", stop_words, low=self.min_stop_words)
+        yield Metric("stop_words", stop_words, low=self.min_stop_words)
 
     def apply(self, view: TextView) -> TextView | Violation:
         """Returns the view unchanged, or the violation that rejects it."""
@@ -104,21 +104,21 @@ class GopherRepetition(Config):
     # name that occurs twice is already a large share of the text
     min_ngram_text: NonNegativeInt = 0
 
-    def figures(self, view: TextView) -> Iterator[Figure]:
+    def figures(self, view: TextView) -> Iterator[Metric]:
         """Yields the metrics with their bounds, each computed lazily."""
         size = len(view.text)
         count, characters = repeated(view.paragraphs)
         duplicates = ratio(count, len(view.paragraphs))
-        yield Figure("duplicate_paragraphs", duplicates, high=self.max_duplicate_paragraphs)
-        yield Figure(
+        yield Metric("duplicate_paragraphs", duplicates, high=self.max_duplicate_paragraphs)
+        yield Metric(
             "duplicate_paragraph_characters",
             ratio(characters, size),
             high=self.max_duplicate_paragraph_characters,
         )
         count, characters = repeated(view.lines)
         duplicates = ratio(count, len(view.lines))
-        yield Figure("duplicate_lines", duplicates, high=self.max_duplicate_lines)
-        yield Figure(
+        yield Metric("duplicate_lines", duplicates, high=self.max_duplicate_lines)
+        yield Metric(
             "duplicate_line_characters",
             ratio(characters, size),
             high=self.max_duplicate_line_characters,
@@ -126,10 +126,10 @@ class GopherRepetition(Config):
         size = max(size, self.min_ngram_text)
         for order, limit in sorted(self.max_top_ngram_characters.items()):
             top = ratio(view.ngrams.top_characters(order), size)
-            yield Figure(f"top_{order}_gram_characters", top, high=limit)
+            yield Metric(f"top_{order}_gram_characters", top, high=limit)
         for order, limit in sorted(self.max_duplicate_ngram_characters.items()):
             duplicates = ratio(view.ngrams.duplicate_characters(order), size)
-            yield Figure(f"duplicate_{order}_gram_characters", duplicates, high=limit)
+            yield Metric(f"duplicate_{order}_gram_characters", duplicates, high=limit)
 
     def apply(self, view: TextView) -> TextView | Violation:
         """Returns the view unchanged, or the violation that rejects it."""

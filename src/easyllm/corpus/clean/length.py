@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, model_validator
 
 from easyllm.core.config import Config
 from easyllm.corpus.clean.text import TextView
-from easyllm.corpus.clean.violation import Figure, Violation, check_order, first_violation
+from easyllm.corpus.clean.violation import Metric, Violation, check_order, first_violation
 
 
 class DocumentLength(Config):
@@ -28,11 +28,11 @@ class DocumentLength(Config):
         check_order("words", self.min_words, self.max_words)
         return self
 
-    def figures(self, view: TextView) -> Iterator[Figure]:
+    def figures(self, view: TextView) -> Iterator[Metric]:
         """Yields the metrics with their bounds, each computed lazily."""
-        yield Figure("characters", len(view.text), self.min_characters, self.max_characters)
+        yield Metric("characters", len(view.text), self.min_characters, self.max_characters)
         if self.min_words is not None or self.max_words is not None:
-            yield Figure("words", view.num_words, self.min_words, self.max_words)
+            yield Metric("words", view.num_words, self.min_words, self.max_words)
 
     def apply(self, view: TextView) -> TextView | Violation:
         """Returns the view unchanged, or the violation that rejects it."""

@@ -24,7 +24,7 @@ class Violation:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Metric:
     """One metric of a text and the closed interval it must be in; None means unbounded."""
 
     name: str
@@ -40,7 +40,7 @@ class Figure:
         )
 
 
-def first_violation(kind: str, figures: Iterable[Figure]) -> Violation | None:
+def first_violation(kind: str, figures: Iterable[Metric]) -> Violation | None:
     """Returns the first metric that is out of bounds, or None; later metrics are not computed.
 
     Args:

@@ -77,7 +77,7 @@ def decide(
     ], None
 
 
-def cut_text(
+def apply_verdict(
     document: Document, number: int, verdicts: Verdicts, step: DedupStep
 ) -> tuple[Document | Rejection, int]:
     """Applies the decision to a document.

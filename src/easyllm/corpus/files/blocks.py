@@ -97,7 +97,7 @@ def read_blocks(path: str, *, start: int = 0, stop: int | None = None) -> Iterat
         raise DamagedFile(f"not {encoding.upper()} text ({error.reason})") from None
 
 
-def read_whole(blocks: Iterable[bytes]) -> bytes | None:
+def read_all(blocks: Iterable[bytes]) -> bytes | None:
     """Returns all blocks joined, or None if they exceed `MAX_BYTES`."""
     content = bytearray()
     for block in blocks:

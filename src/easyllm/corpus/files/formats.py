@@ -18,7 +18,7 @@ from easyllm.corpus.files.blocks import (
     MAX_BYTES,
     DamagedFile,
     Delimiter,
-    read_whole,
+    read_all,
     split_records,
 )
 from easyllm.corpus.files.row import Row
@@ -28,7 +28,7 @@ from easyllm.corpus.files.row import Row
 class BadRow:
     """An invalid row: its location (as in `Row`) and the reason, in a few words."""
 
-    place: str
+    location: str
     reason: str
 
     @property
@@ -49,17 +49,17 @@ TOO_LONG = f"longer than {MAX_BYTES >> 20} MiB"
 def read_text(blocks: Iterable[bytes], name: str) -> Rows:
     """Yields the complete file as the `text` of one row."""
     too_long = f"{TOO_LONG} as one document; set documents: line, or document_separator"
-    yield _text_row(read_whole(blocks), name, _plain, too_long)
+    yield _text_row(read_all(blocks), name, _plain, too_long)
 
 
 def read_markdown(blocks: Iterable[bytes], name: str) -> Rows:
     """Yields the complete file as the `text` of one row, without front matter and comments."""
-    yield _text_row(read_whole(blocks), name, lambda content: markdown_text(_plain(content)))
+    yield _text_row(read_all(blocks), name, lambda content: markdown_text(_plain(content)))
 
 
 def read_html(blocks: Iterable[bytes], name: str) -> Rows:
     """Yields the main text of the page as the `text` of one row."""
-    yield _text_row(read_whole(blocks), name, html_text)
+    yield _text_row(read_all(blocks), name, html_text)
 
 
 def read_lines(blocks: Iterable[bytes], name: str, first: int = 0) -> Rows:
@@ -116,16 +116,16 @@ def read_json(blocks: Iterable[bytes], name: str) -> Rows:
 
 def _text_row(
     content: bytes | None,
-    place: str,
+    location: str,
     convert: Callable[[bytes], str],
     too_long: str = TOO_LONG,
 ) -> Row | BadRow:
     if content is None:
-        return BadRow(place, too_long)
+        return BadRow(location, too_long)
     try:
-        return Row({"text": convert(content)}, place)
+        return Row({"text": convert(content)}, location)
     except DataError as error:
-        return BadRow(place, str(error))
+        return BadRow(location, str(error))
 
 
 def _plain(content: bytes) -> str:
@@ -147,25 +147,25 @@ def _is_blank(record: bytes | None) -> bool:
     return record is not None and not record.strip()
 
 
-def _json_row(line: bytes | None, place: str) -> Row | BadRow:
+def _json_row(line: bytes | None, location: str) -> Row | BadRow:
     if line is None:
-        return BadRow(place, TOO_LONG)
+        return BadRow(location, TOO_LONG)
     try:
-        return _object_row(json.loads(line.decode("utf-8")), place)
+        return _object_row(json.loads(line.decode("utf-8")), location)
     except UnicodeDecodeError as error:
-        return BadRow(place, f"not UTF-8 text (byte {line[error.start]:#04x} at {error.start})")
+        return BadRow(location, f"not UTF-8 text (byte {line[error.start]:#04x} at {error.start})")
     except json.JSONDecodeError as error:
-        return BadRow(place, f"not JSON ({error.msg} at character {error.pos + 1})")
+        return BadRow(location, f"not JSON ({error.msg} at character {error.pos + 1})")
     except ValueError as error:  # a number with too many digits
-        return BadRow(place, f"not JSON ({error})")
+        return BadRow(location, f"not JSON ({error})")
     except RecursionError:
-        return BadRow(place, "JSON nested too deeply")
+        return BadRow(location, "JSON nested too deeply")
 
 
-def _object_row(value: Any, place: str) -> Row | BadRow:
+def _object_row(value: Any, location: str) -> Row | BadRow:
     if isinstance(value, dict):
-        return Row(value, place)
-    return BadRow(place, f"a JSON {type(value).__name__}, expected an object")
+        return Row(value, location)
+    return BadRow(location, f"a JSON {type(value).__name__}, expected an object")
 
 
 def _read_values(blocks: Iterable[bytes], name: str, *, is_array: bool) -> Rows:

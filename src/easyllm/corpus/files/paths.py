@@ -114,13 +114,13 @@ def _choose(given: str, format: Format | None) -> dict[str, tuple[_Match, Format
         chosen.setdefault(os.path.abspath(match.path), (match, kind))
     suffixes = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common(8))
     if not chosen:
-        raise SourceError(_nothing(given, format, suffixes))
+        raise SourceError(_no_files_message(given, format, suffixes))
     if others:
         logger.warning("%s: skipped files with other suffixes: %s", given, suffixes)
     return chosen
 
 
-def _nothing(given: str, format: Format | None, suffixes: str) -> str:
+def _no_files_message(given: str, format: Format | None, suffixes: str) -> str:
     if suffixes:
         wanted = [suffix for suffix, told in SUFFIXES.items() if format in (None, told)]
         return (

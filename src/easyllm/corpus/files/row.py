@@ -9,4 +9,4 @@ class Row:
     """One object of a data file, and its location (`file:line`, or `file[index]` in an array)."""
 
     values: dict[str, Any]
-    place: str
+    location: str

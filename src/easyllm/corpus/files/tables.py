@@ -22,18 +22,18 @@ def read_csv(blocks: Iterable[bytes], name: str, delimiter: str) -> Rows:
     header = _csv_header(records)
     while True:
         lines.num_bytes = 0
-        place = f"{name}:{records.line_num + 1}"
+        location = f"{name}:{records.line_num + 1}"
         try:
             fields = next(records, None)
         except csv.Error as error:
-            yield BadRow(place, f"not CSV ({error})")
+            yield BadRow(location, f"not CSV ({error})")
             continue
         if fields is None:
             return
         if fields and len(fields) != len(header):
-            yield BadRow(place, f"{len(fields)} fields, but the header has {len(header)}")
+            yield BadRow(location, f"{len(fields)} fields, but the header has {len(header)}")
         elif fields:
-            yield Row(dict(zip(header, fields, strict=True)), place)
+            yield Row(dict(zip(header, fields, strict=True)), location)
 
 
 def csv_columns(blocks: Iterable[bytes], delimiter: str) -> list[str]:

@@ -40,7 +40,7 @@ _EVERY_WORD = _ALWAYS_WORDS | _IF_LINKS_WORDS | frozenset(_PLACES.split())
 
 
 @lru_cache(maxsize=4096)
-def furniture_kind(name: str) -> str | None:
+def boilerplate_kind(name: str) -> str | None:
     """Classifies a class name or an id.
 
     Returns:

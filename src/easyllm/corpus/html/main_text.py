@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from easyllm.corpus.html.element_names import furniture_kind
+from easyllm.corpus.html.element_names import boilerplate_kind
 
 UNSEEN = "script, style, noscript, template, dialog:not([open])"
 HIDDEN = (
@@ -31,7 +31,7 @@ MENU_LINKS = 0.7
 SOME_LINKS = 0.4
 SHORT_ITEM = 40
 """Maximum average number of characters of a menu's entries."""
-MOST = 0.5
+MAX_SHARE = 0.5
 LITTLE_PROSE = 0.2
 """Share of characters outside lists of links below which the lists are the page's main content."""
 
@@ -113,7 +113,7 @@ def remove_unseen(body: Any) -> None:
     for node in _select(body, HIDDEN):
         formula = node if node.tag == "math" else node.query_selector("math")
         is_formula = formula is not None and size(formula) == size(node)
-        if not is_formula and size(node) <= MOST * total and not _holds(node, HEADS):
+        if not is_formula and size(node) <= MAX_SHARE * total and not _holds(node, HEADS):
             _remove(node)
 
 
@@ -182,7 +182,9 @@ def _may_go(node: Any, body: Any, total: int) -> bool:
     """
     if _holds(node, HEADS):
         return False
-    return size(node) <= MOST * total or (_holds(body, HEADS) and link_share(node) >= SOME_LINKS)
+    return size(node) <= MAX_SHARE * total or (
+        _holds(body, HEADS) and link_share(node) >= SOME_LINKS
+    )
 
 
 def _around_title(body: Any) -> Any:
@@ -193,7 +195,7 @@ def _around_title(body: Any) -> Any:
     title = body.query_selector("h1")
     total = size(body)
     for node in _parents(title) if title is not None else ():
-        if size(node) > MOST * total:
+        if size(node) > MAX_SHARE * total:
             return None if node == body else node
     return None
 
@@ -222,7 +224,7 @@ def _remove_named(body: Any, total: int) -> None:
         names = [*words, *label[:1]]
         if node.tag not in _CONTAINERS or _is_named_by_heading(node):
             continue
-        kinds = {kind for name in names if (kind := furniture_kind(name))}
+        kinds = {kind for name in names if (kind := boilerplate_kind(name))}
         if not kinds:
             continue
         if "always" not in kinds and _is_in_flow(node):
@@ -234,7 +236,7 @@ def _remove_named(body: Any, total: int) -> None:
                 continue
         if (
             not _holds(node, HEADS)
-            and size(node) <= MOST * total
+            and size(node) <= MAX_SHARE * total
             and not _is_in(node, ("pre", "code"))
         ):
             _remove(node)

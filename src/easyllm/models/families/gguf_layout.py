@@ -111,7 +111,7 @@ class GGUFMetadata:
         assert self._load is not None, "a loader is required when the file lists tensors"
         return self._load(name)
 
-    def refuse_unread(self) -> None:
+    def reject_unread(self) -> None:
         """Rejects keys of the architecture that were not read and may affect the logits.
 
         Raises:

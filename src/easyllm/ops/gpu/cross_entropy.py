@@ -68,12 +68,12 @@ def _kernel(
             columns = first + tl.arange(0, BLOCK)
             ok = columns < vocab
             values = tl.load(logits + columns, mask=ok, other=0.0).to(tl.float32)
-            bent = _capped(values, cap, CAPPED)
-            chance = tl.exp(tl.where(ok, bent - top, 0.0)) / mass_of_row
+            capped = _capped(values, cap, CAPPED)
+            chance = tl.exp(tl.where(ok, capped - top, 0.0)) / mass_of_row
             error = chance * (1.0 + 2.0 * z_loss * log_z) - smoothing / vocab
             error -= tl.where(columns == label, kept, 0.0)
             if CAPPED:
-                error *= 1.0 - (bent / cap) * (bent / cap)
+                error *= 1.0 - (capped / cap) * (capped / cap)
             tl.store(logits + columns, error.to(logits.dtype.element_ty), mask=ok)
 
 

@@ -16,7 +16,7 @@ SPLIT = 256
 KEYS = 64
 """Keys that a program processes at a time."""
 _PRODUCTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-LEAST_ROWS = 16
+MIN_DOT_ROWS = 16
 """Minimum rows of `tl.dot`; the query heads of a KV head fill them."""
 
 
@@ -160,7 +160,7 @@ def decode_attention(
         *(q, key_pages, value_pages, page_table, key_lengths, partial, lse),
         *(q.stride(0), page_table.shape[1], page_size, kv_heads, window or 0, scale),
         GROUP=group,
-        ROWS=max(LEAST_ROWS, triton.next_power_of_2(group)),
+        ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
         DIM=dim,
         PADDED=padded,
         SPLIT=SPLIT,

@@ -94,7 +94,7 @@ _RESULTS = {
 }
 
 
-class AdamWNumbers(ctypes.Structure):
+class AdamWScalars(ctypes.Structure):
     """ctypes mirror of `AdamW` in update.c."""
 
     _fields_ = [

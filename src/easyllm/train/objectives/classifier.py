@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from easyllm.batches.packing import Batch
 from easyllm.examples.labels import TARGET, prepare_labelled_texts
-from easyllm.examples.prepare import Account
+from easyllm.examples.prepare import PreparationStats
 from easyllm.examples.sample import AnySample
 from easyllm.models import to_classifier
 from easyllm.nn.decoder import Decoder
@@ -45,7 +45,7 @@ class Classifier(Objective):
 
     def prepare(
         self, data: RowsConfig, files: Sequence[Path], tokenizer: Tokenizer
-    ) -> tuple[Sequence[AnySample], Account]:
+    ) -> tuple[Sequence[AnySample], PreparationStats]:
         """Reads labelled texts and tokenizes them into samples; see `Objective.prepare`."""
         assert isinstance(data, LabelledDataConfig), "checked by the configuration"
         return prepare_labelled_texts(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from easyllm.batches.packing import Batch
 from easyllm.examples.conversations import read_conversations
-from easyllm.examples.prepare import Account, prepare_conversations
+from easyllm.examples.prepare import PreparationStats, prepare_conversations
 from easyllm.examples.sample import AnySample
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.moe import Routing, load_balancing_loss, router_z_loss
@@ -53,7 +53,7 @@ class LanguageModel(Objective):
 
     def prepare(
         self, data: RowsConfig, files: Sequence[Path], tokenizer: Tokenizer
-    ) -> tuple[Sequence[AnySample], Account]:
+    ) -> tuple[Sequence[AnySample], PreparationStats]:
         """Reads conversations and tokenizes them into samples; see `Objective.prepare`."""
         assert isinstance(data, DataConfig), "checked by the configuration; a corpus has no rows"
         return prepare_conversations(
@@ -70,7 +70,7 @@ class LanguageModel(Objective):
         config = model.config
         routing: list[Routing] | None = [] if config.has_experts else None
         context = batch.context(prefix=config.prompt_mask == "prefix", routing=routing)
-        hidden, weight = model.loss_product(model(batch.token_ids, context))
+        hidden, weight = model.loss_factors(model(batch.token_ids, context))
         out = linear_cross_entropy(
             hidden,
             weight,

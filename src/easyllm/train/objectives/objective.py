@@ -23,7 +23,7 @@ from torch import Tensor
 from easyllm.batches.packing import Batch, pack
 from easyllm.core.config import Config
 from easyllm.core.kinds import Kinds
-from easyllm.examples.prepare import Account
+from easyllm.examples.prepare import PreparationStats
 from easyllm.examples.sample import AnySample
 from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
@@ -101,7 +101,7 @@ class Objective:
 
     def prepare(
         self, data: RowsConfig, files: Sequence[Path], tokenizer: Tokenizer
-    ) -> tuple[Sequence[AnySample], Account]:
+    ) -> tuple[Sequence[AnySample], PreparationStats]:
         """Reads data files and converts their rows to samples.
 
         Returns:

@@ -81,7 +81,7 @@ CHARTS = (
         ),
     ),
 )
-MOST_LABELS = {"wide": (8, 10), "half": (5, 6), "small": (4, 4)}
+MAX_LABELS = {"wide": (8, 10), "half": (5, 6), "small": (4, 4)}
 """Approximate maximum number of labels on the value axis and on the step axis, by chart size."""
 UNITS = {"_bytes": ("GiB", GIB), "_nats": ("nats", 1.0), "_per_s": ("per second", 1.0)}
 EVENTS = {"spike": "spikes", "skipped": "skipped", "resumed": "resumed"}
@@ -158,7 +158,7 @@ def shown_range(values: Floats, *, from_zero: bool = False) -> tuple[float, floa
     return low - room, high + room
 
 
-def kept_points(columns: Ints, values: Floats) -> Ints:
+def decimate(columns: Ints, values: Floats) -> Ints:
     """Returns sorted indices of each column's minimum and maximum, and of the last value.
 
     Args:
@@ -217,7 +217,7 @@ def figure(chart: Chart, history: History) -> str:
     drawing, legend = [], []
     for line in lines:
         columns = axes.x(line.steps) * (SMALL_COLUMNS if chart.size == "small" else COLUMNS) // 1000
-        kept = kept_points(columns, line.values)
+        kept = decimate(columns, line.values)
         drawing.append(_path(line, axes, kept))
         legend.append(_curve_item(line, kept))
     bad = np.concatenate([steps[~np.isfinite(v)] for _, steps, v in series])
@@ -233,7 +233,7 @@ def figure(chart: Chart, history: History) -> str:
             if kind == "bad" or chart.size == "wide":
                 legend.append(f'<li class="{kind}">{label} <b>{len(at):,}</b></li>')
     newest = ", ".join(f"{line.label} {number_text(line.values[-1])}" for line in lines)
-    grid, labels = _grid(axes, *MOST_LABELS[chart.size])
+    grid, labels = _grid(axes, *MAX_LABELS[chart.size])
     return (
         f'<figure class="{chart.size}"><figcaption><b>{escaped(chart.title)}</b> '
         f'{escaped(chart.unit)} <span class="at"></span>{_cut_note(lines, low, high)}</figcaption>'

@@ -22,7 +22,7 @@ from easyllm.train.report.charts import (
 from easyllm.train.report.history import Facts, Floats, History
 from easyllm.train.report.static import SCRIPT, STYLE
 
-MOST_FIGURES, MOST_EVENTS, MOST_PROMPTS, MOST_ROWS, MOST_CHARACTERS = 40, 100, 12, 20, 600
+MAX_FIGURES, MAX_EVENTS, MAX_PROMPTS, MAX_ROWS, MAX_CHARACTERS = 40, 100, 12, 20, 600
 """Limits that keep the page small for runs of any length; the page says what is omitted."""
 
 
@@ -37,8 +37,8 @@ def build_page(facts: Facts) -> str:
     body += [_samples(facts.history.samples), _events(facts.history.events)]
     if others:
         title = f"Other metrics ({len(others)})"
-        small = "".join(figure(chart, facts.history) for chart in others[:MOST_FIGURES])
-        left = len(others) - MOST_FIGURES
+        small = "".join(figure(chart, facts.history) for chart in others[:MAX_FIGURES])
+        left = len(others) - MAX_FIGURES
         note = f"<p>{left} more are in {METRICS_FILE}.</p>" if left > 0 else ""
         body.append(_folded("metrics", title, f'<section class="charts">{small}</section>{note}'))
     if facts.recipe_text:
@@ -179,7 +179,7 @@ def _samples(lines: list[tuple[int, list[Any]]]) -> str:
     """Returns one table per prompt with the completions by step, newest first."""
     if not lines:
         return ""
-    spread = np.unique(np.linspace(0, len(lines) - 1, MOST_ROWS).astype(int))[::-1]
+    spread = np.unique(np.linspace(0, len(lines) - 1, MAX_ROWS).astype(int))[::-1]
     rows: dict[str, list[tuple[int, str]]] = {}
     for step, samples in (lines[i] for i in spread):
         for sample in samples:
@@ -189,13 +189,13 @@ def _samples(lines: list[tuple[int, list[Any]]]) -> str:
     tables = [
         f'<p class="prompt" dir="auto">{escaped(_short(prompt))}</p>'
         + _table(("Step", "Continuation"), ((f"{step:,}", _short(text)) for step, text in said))
-        for prompt, said in list(rows.items())[:MOST_PROMPTS]
+        for prompt, said in list(rows.items())[:MAX_PROMPTS]
     ]
     notes = []
     if len(lines) > len(spread):
         notes.append(f"{len(spread)} of {len(lines)} steps with samples are shown")
-    if len(rows) > MOST_PROMPTS:
-        notes.append(f"{MOST_PROMPTS} of {len(rows)} prompts are shown")
+    if len(rows) > MAX_PROMPTS:
+        notes.append(f"{MAX_PROMPTS} of {len(rows)} prompts are shown")
     note = f"<p class=note>{'; '.join(notes)}; all are in {METRICS_FILE}.</p>" if notes else ""
     return f"<section><h2>Samples</h2>{''.join(tables)}{note}</section>"
 
@@ -203,7 +203,7 @@ def _samples(lines: list[tuple[int, list[Any]]]) -> str:
 def _events(events: list[tuple[int, str, str]]) -> str:
     if not events:
         return ""
-    shown = events[: -MOST_EVENTS - 1 : -1]
+    shown = events[: -MAX_EVENTS - 1 : -1]
     table = _table(("Step", "Event", "Detail"), ((f"{s:,}", k, _short(d)) for s, k, d in shown))
     left = len(events) - len(shown)
     note = f"<p class=note>{left:,} earlier events are in {METRICS_FILE}.</p>" if left else ""
@@ -225,4 +225,4 @@ def _folded(name: str, title: str, content: str) -> str:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …"
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " …"

@@ -20,18 +20,18 @@ from easyllm.models.scratch import ScratchConfig, build_scratch, scratch_model_c
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
-from easyllm.ops.cross_entropy import STEADY_ROWS
+from easyllm.ops.cross_entropy import ROW_MULTIPLE
 from easyllm.quant import StorageFormat
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
-from easyllm.train.loop import Arithmetic
+from easyllm.train.loop import PrecisionPolicy
 from easyllm.train.loss_scaler import LossScaler
 from easyllm.train.objectives import Objective, Reference
 from easyllm.train.optim import MasterOptimizer
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class BaseModelSource:
     """Where the initial weights come from: a pretrained model, or random initialisation.
 
     Attributes:
@@ -51,7 +51,7 @@ class Origin:
     packed: StorageFormat | None = None
 
 
-def find_origin(config: TrainConfig) -> Origin:
+def find_base_model(config: TrainConfig) -> BaseModelSource:
     """Locates the model that a recipe names, or configures the new one; reads no weights.
 
     Raises:
@@ -72,12 +72,12 @@ def find_origin(config: TrainConfig) -> Origin:
             return {name: state[name] for name in names if name in state}
 
         described = [fresh.model_dump(mode="json"), seed]
-        return Origin(fresh, tokenizer, lambda: hash_value(described), build, values)
+        return BaseModelSource(fresh, tokenizer, lambda: hash_value(described), build, values)
     opened = open_source(config.model)
     opened = replace(opened, config=_with_mask(opened.config, config))
     identity = partial(hash_path, opened.path)
     reader = _reader(opened)
-    return Origin(
+    return BaseModelSource(
         opened.config, opened.tokenizer(), identity, reader, opened.parameters, opened.packed
     )
 
@@ -98,10 +98,12 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def build_arithmetic(config: TrainConfig, model: ModelConfig, device: torch.device) -> Arithmetic:
+def build_precision_policy(
+    config: TrainConfig, model: ModelConfig, device: torch.device
+) -> PrecisionPolicy:
     """Returns autocast, loss scaling and padding for the configured precision.
 
-    For bf16 on a CPU, micro-batches are padded to a multiple of `STEADY_ROWS` tokens, because its
+    For bf16 on a CPU, micro-batches are padded to a multiple of `ROW_MULTIPLE` tokens, because its
     GEMM kernels are compiled for each number of rows. MoE models are not padded, since their
     routers would count the padding tokens.
     """
@@ -111,7 +113,7 @@ def build_arithmetic(config: TrainConfig, model: ModelConfig, device: torch.devi
     if config.precision == "bf16_autocast":
         autocast = partial(torch.autocast, device.type, torch.bfloat16)
     scaler = LossScaler() if config.precision == "fp16" else None
-    return Arithmetic(autocast, scaler, STEADY_ROWS if steady else 1)
+    return PrecisionPolicy(autocast, scaler, ROW_MULTIPLE if steady else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class Trained:
 
 
 def build_model(
-    config: TrainConfig, origin: Origin, objective: Objective, device: torch.device
+    config: TrainConfig, origin: BaseModelSource, objective: Objective, device: torch.device
 ) -> Trained:
     """Builds the model, marks its trainable parameters, and builds the optimizer for them.
 
@@ -148,7 +150,7 @@ def build_model(
         )
         trained = adapters.trained_parameters(model)
         if compute != torch.float32:  # fully trained modules start from the file's exact values
-            masters = origin.values(adapters.whole_parameters())
+            masters = origin.values(adapters.trained_base_parameters())
     else:
         model = objective.prepare_model(origin.build(torch.float32, device), seed=config.seed)
         if packed := model.packed_formats():
@@ -176,7 +178,7 @@ def cannot_train_all(config: TrainConfig, formats: Sequence[str]) -> ConfigError
 
 
 def build_reference(
-    config: TrainConfig, origin: Origin, objective: Objective, trained: Trained
+    config: TrainConfig, origin: BaseModelSource, objective: Objective, trained: Trained
 ) -> Reference:
     """Returns the frozen initial model of the run, as a reference for the objective.
 
@@ -206,19 +208,19 @@ def source_name(config: TrainConfig) -> str:
     return config.model if isinstance(config.model, str) else "scratch"
 
 
-def input_hashes(origin: Origin) -> dict[str, str]:
+def input_hashes(origin: BaseModelSource) -> dict[str, str]:
     """Returns hashes that identify the model and tokenizer of a run."""
     return {"model": origin.identity(), "tokenizer": origin.tokenizer.fingerprint}
 
 
 __all__ = [
-    "Origin",
+    "BaseModelSource",
     "Trained",
-    "build_arithmetic",
     "build_model",
+    "build_precision_policy",
     "build_reference",
     "compute_dtype",
-    "find_origin",
+    "find_base_model",
     "input_hashes",
     "source_name",
 ]

@@ -24,7 +24,7 @@ Evaluation = Callable[[Decoder, Objective], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class TrainingData:
     """The data of a run.
 
     Attributes:
@@ -46,9 +46,9 @@ class Material:
     inputs: dict[str, str]
 
 
-def gather(
+def load_training_data(
     config: TrainConfig, tokenizer: Tokenizer, objective: Objective, *, context: int
-) -> Material:
+) -> TrainingData:
     """Reads the data that a recipe names.
 
     Args:
@@ -66,13 +66,13 @@ def gather(
             f"{context}; lower it"
         )
     if isinstance(config.data, CorpusDataConfig):
-        material = _corpus(config, config.data, tokenizer)
+        training_data = _corpus(config, config.data, tokenizer)
     else:
         assert isinstance(config.data, RowsConfig), "data are rows or a corpus"
-        material = _rows(config, config.data, tokenizer, objective)
-    if material.evaluate is None:
-        _nothing_to_evaluate(config, material.warnings)
-    return material
+        training_data = _rows(config, config.data, tokenizer, objective)
+    if training_data.evaluate is None:
+        _nothing_to_evaluate(config, training_data.warnings)
+    return training_data
 
 
 def _nothing_to_evaluate(config: TrainConfig, warnings: list[str]) -> None:
@@ -91,7 +91,7 @@ def _nothing_to_evaluate(config: TrainConfig, warnings: list[str]) -> None:
 
 def _rows(
     config: TrainConfig, data: RowsConfig, tokenizer: Tokenizer, objective: Objective
-) -> Material:
+) -> TrainingData:
     train, account = objective.prepare(data, [Path(file) for file in data.train], tokenizer)
     held: Sequence[AnySample] = ()
     if data.eval:
@@ -104,7 +104,7 @@ def _rows(
         seed=config.seed,
         collate=objective.collate,
     )
-    return Material(
+    return TrainingData(
         loader=loader,
         evaluate=_figures_on(held, config.micro_batch_tokens) if held else None,
         tokens_per_epoch=account.tokens,
@@ -138,7 +138,7 @@ def _overlap(train: Sequence[AnySample], held: Sequence[AnySample]) -> list[str]
     ]
 
 
-def _corpus(config: TrainConfig, data: CorpusDataConfig, tokenizer: Tokenizer) -> Material:
+def _corpus(config: TrainConfig, data: CorpusDataConfig, tokenizer: Tokenizer) -> TrainingData:
     shards = TokenShards(Path(data.shards), tokenizer=tokenizer)
     loader = ShardLoader(
         shards,
@@ -160,7 +160,7 @@ def _corpus(config: TrainConfig, data: CorpusDataConfig, tokenizer: Tokenizer) -
             )
         evaluate = _bits_per_byte_on(held, config, data, tokenizer)
     manifest = shards.manifest
-    return Material(
+    return TrainingData(
         loader=loader,
         evaluate=evaluate,
         tokens_per_epoch=manifest.tokens,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from easyllm.ops import product as product_module
+from easyllm.ops import matmul as product_module
 from easyllm.ops.attention import AttentionRule, attention, reference_attention
 from easyllm.ops.kernels import build
-from easyllm.ops.product import linear, linears, product, products, sum_of_products
+from easyllm.ops.matmul import linear, linears, matmul, products, sum_of_matmuls
 
 HALF_STEP = 2.0**-8
 """Upper bound of the relative error of a sum rounded to bf16 once, with a margin for the sum."""
@@ -62,14 +62,14 @@ def test_gemms_of_any_size_and_layout_match_fp64(path, sizes, turned_a, turned_b
     a = bf16(depth, rows).T if turned_a else bf16(rows, depth)
     b = bf16(columns, depth, seed=1).T if turned_b else bf16(depth, columns, seed=1)
     exact = a.double() @ b.double()
-    found = product(a, b)
+    found = matmul(a, b)
     assert found.dtype == torch.bfloat16
     close(found, exact)
     bias = bf16(columns, seed=2)
     if path == "kernel":  # it rounds once, after adding the bias
-        close(product(a, b, bias=bias), exact + bias.double())
+        close(matmul(a, b, bias=bias), exact + bias.double())
     wide = torch.full((rows, columns), 3.0)
-    product(a, b, out=wide, add=True)
+    matmul(a, b, out=wide, add=True)
     tolerance = 1e-5 if path == "kernel" else 0.02
     torch.testing.assert_close(
         wide.double(), exact + 3, atol=tolerance * float(exact.abs().max()), rtol=0
@@ -80,7 +80,7 @@ def test_results_are_written_only_to_the_output(path):
     a, b = bf16(70, 96), bf16(96, 100)
     around = torch.full((74, 128), 7.0, dtype=torch.bfloat16)
     inside = around[2:72, 10:110]
-    product(a, b, out=inside)
+    matmul(a, b, out=inside)
     close(inside, a.double() @ b.double())
     inside.fill_(7.0)
     assert (around == 7).all()
@@ -88,26 +88,26 @@ def test_results_are_written_only_to_the_output(path):
 
 def test_operands_may_have_gaps_and_zero_strides(path):
     a, b = bf16(64, 200)[:, ::2], bf16(100, 1).expand(100, 64)
-    close(product(a, b), a.double() @ b.double())
+    close(matmul(a, b), a.double() @ b.double())
 
 
 def test_rows_are_bitwise_batch_invariant(monkeypatch):
     need_unit()
     monkeypatch.setattr(product_module, "SMALL", 1)
     x, weight = bf16(300, 320), bf16(96, 320, seed=1)
-    whole = product(x, weight.T)
+    whole = matmul(x, weight.T)
     for rows in (slice(0, 32), slice(37, 100), slice(200, 300)):
-        assert torch.equal(product(x[rows], weight.T), whole[rows])
-    assert torch.equal(product(x, weight[:33].T), whole[:, :33])
+        assert torch.equal(matmul(x[rows], weight.T), whole[rows])
+    assert torch.equal(matmul(x, weight[:33].T), whole[:, :33])
 
 
 def test_results_are_bitwise_independent_of_the_number_of_threads():
     need_unit()
     a, b = bf16(500, 4500), bf16(4500, 200)
-    before, threads = product(a, b), torch.get_num_threads()
+    before, threads = matmul(a, b), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(product(a, b), before)
+        assert torch.equal(matmul(a, b), before)
     finally:
         torch.set_num_threads(threads)
 
@@ -115,7 +115,7 @@ def test_results_are_bitwise_independent_of_the_number_of_threads():
 def test_nan_and_infinity_propagate(path):
     a, b = bf16(64, 128), bf16(128, 64)
     a[3, 5] = float("nan")
-    found = product(a, b)
+    found = matmul(a, b)
     assert found[3].isnan().all()
     assert not found[:3].isnan().any()
     assert not found[4:].isnan().any()
@@ -154,13 +154,13 @@ def test_fused_matrices_equal_their_separate_gemms(path, widths, rows):
     for out, weight in zip(linears(x, weights, [None] * len(widths)), weights, strict=True):
         close(out, x.double() @ weight.double().T)
         if path == "kernel":
-            assert torch.equal(out, product(x, weight.T))
+            assert torch.equal(out, matmul(x, weight.T))
     for out, error in zip(products([e.T for e in errors], x), errors, strict=True):
         close(out, error.double().T @ x.double())
         if path == "kernel":
-            assert torch.equal(out, product(error.T, x))
+            assert torch.equal(out, matmul(error.T, x))
     exact = sum(e.double() @ w.double() for e, w in zip(errors, weights, strict=True))
-    found = sum_of_products(errors, weights)
+    found = sum_of_matmuls(errors, weights)
     if path == "kernel" and widths[0] % 32 == 0:
         close(found, exact)
     else:
@@ -172,7 +172,7 @@ def test_fused_operands_may_have_any_layout(path):
     errors = [bf16(rows, 64), bf16(32, rows).T, bf16(rows, 64)[:, ::2]]
     weights = [bf16(96, 64, seed=3).T, bf16(32, 96, seed=4), bf16(1, 96, seed=5).expand(32, 96)]
     exact = sum(e.double() @ w.double() for e, w in zip(errors, weights, strict=True))
-    assert (sum_of_products(errors, weights).double() - exact).norm() < 0.01 * exact.norm()
+    assert (sum_of_matmuls(errors, weights).double() - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("trained", [(0, 1, 2, 3, 4, 5, 6), (0,), (2, 3), (0, 2, 6)], ids=str)
@@ -220,13 +220,13 @@ def test_mismatched_operands_are_refused(path):
     with pytest.raises(RuntimeError):
         linear(x, bf16(96, 64))
     with pytest.raises(RuntimeError):
-        product(x, weight)
+        matmul(x, weight)
     with pytest.raises(ValueError, match="out has shape"):
-        product(x, weight.T, out=torch.empty(256, 90, dtype=torch.bfloat16))
+        matmul(x, weight.T, out=torch.empty(256, 90, dtype=torch.bfloat16))
     one = bf16(1)
     close(linear(x, weight, one), x.double() @ weight.double().T + one.double())
     turned = torch.empty(96, 256, dtype=torch.bfloat16).T
-    close(product(x, weight.T, out=turned), x.double() @ weight.double().T)
+    close(matmul(x, weight.T, out=turned), x.double() @ weight.double().T)
 
 
 def test_only_tensors_needed_for_gradients_are_saved(path):

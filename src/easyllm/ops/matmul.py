@@ -22,7 +22,7 @@ from easyllm.ops.huge_memory import huge_empty
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES, Part
 
-FEWEST = 32
+MIN_DIM = 32
 """Minimum number of rows, columns and inputs; below it, AMX tiles would be mostly empty."""
 SMALL = 1 << 20
 """Minimum of rows x columns x inputs; below it, packing costs more than AMX saves."""
@@ -68,12 +68,12 @@ def linears(
         return tuple(F.linear(x, *each) for each in zip(weights, biases, strict=True))
     trained = any(t is not None and t.requires_grad for t in (x, *weights, *biases))
     if torch.is_grad_enabled() and trained:
-        found: tuple[Tensor, ...] = _Linears.apply(x, len(weights), *weights, *biases)
+        found: tuple[Tensor, ...] = _FusedLinears.apply(x, len(weights), *weights, *biases)
         return found
     return _linears(x, weights, biases)
 
 
-def product(
+def matmul(
     a: Tensor,
     b: Tensor,
     *,
@@ -119,7 +119,7 @@ def product(
     return out
 
 
-def products(a: Sequence[Tensor], b: Tensor) -> list[Tensor]:
+def matmul_each(a: Sequence[Tensor], b: Tensor) -> list[Tensor]:
     """Multiplies several matrices by one, in a single GEMM where the kernel supports it.
 
     Args:
@@ -132,13 +132,13 @@ def products(a: Sequence[Tensor], b: Tensor) -> list[Tensor]:
     joined = len(a) > 1 and all(len(each) % JOINED == 0 for each in a)
     kernels = _kernels((*a, b), rows, columns, depth) if joined else None
     if kernels is None:
-        return [product(each, b) for each in a]
+        return [matmul(each, b) for each in a]
     out = [b.new_empty(len(each), columns) for each in a]
     _call(kernels, a, [b], out)
     return out
 
 
-def sum_of_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def sum_of_matmuls(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Returns Σ aᵢ bᵢ.
 
     The kernel accumulates the complete sum in fp32 and rounds it once.
@@ -156,13 +156,13 @@ def sum_of_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         out = a[0].new_empty(rows, columns)
         _call(kernels, a, b, [out])
         return out
-    out = product(a[0], b[0])
+    out = matmul(a[0], b[0])
     for x, y in zip(a[1:], b[1:], strict=True):
-        out += product(x, y)
+        out += matmul(x, y)
     return out
 
 
-class _Linears(torch.autograd.Function):
+class _FusedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, *layers: Any) -> tuple[Tensor, ...]:
         weights, biases = layers[:count], layers[count:]
@@ -184,16 +184,16 @@ class _Linears(torch.autograd.Function):
             of_rows = (
                 torch.cat(errors, 1) @ torch.cat(weights)
                 if again
-                else sum_of_products(errors, weights)
+                else sum_of_matmuls(errors, weights)
             )
             # avoid a needless view: autograd would copy it to accumulate gradients
             if len(ctx.shape) != 2:
                 of_rows = of_rows.view(ctx.shape)
-        turned = [e.T for e, is_wanted in zip(errors, of_weights, strict=True) if is_wanted]
+        transposed = [e.T for e, is_wanted in zip(errors, of_weights, strict=True) if is_wanted]
         made: Sequence[Tensor] = ()
-        if turned:
+        if transposed:
             rows = x.reshape(len(errors[0]), -1)
-            made = [e @ rows for e in turned] if again else products(turned, rows)
+            made = [e @ rows for e in transposed] if again else matmul_each(transposed, rows)
         of_each = iter(made)
         return (
             of_rows,
@@ -225,7 +225,7 @@ def _kernels(operands: Sequence[Tensor], rows: int, columns: int, depth: int) ->
     """Returns the kernels if they support a GEMM of these operands and are faster, else None."""
     if torch.compiler.is_compiling() or any(x.dtype != torch.bfloat16 for x in operands):
         return None
-    if min(rows, columns, depth) < FEWEST or rows * columns * depth < SMALL:
+    if min(rows, columns, depth) < MIN_DIM or rows * columns * depth < SMALL:
         return None
     if any(type(x) not in PLAIN for x in operands) or torch.is_autocast_enabled("cpu"):
         return None
@@ -253,7 +253,7 @@ def _call(
     columns = sum(y.shape[1] for y in out) if len(b) > 1 else out[0].shape[1]
     wide = None if bias is None else bias.float().contiguous()
     depth = sum(len(y) for y in b) if summed else len(b[0])
-    kernels.product(
+    kernels.matmul(
         *_parts(a, 1 if summed else 0),
         *_parts(b, 0 if summed else 1),
         None if wide is None else wide.data_ptr(),
@@ -263,30 +263,30 @@ def _call(
         rows,
         columns,
         depth,
-        _room.address(kernels.product_bytes(rows, columns, depth)),
+        _workspace.address(kernels.product_bytes(rows, columns, depth)),
     )
 
 
 def _in_rows(operands: Sequence[Tensor]) -> list[Tensor]:
     """Returns the operands if all are row-major or all column-major, else contiguous copies."""
-    for lies in (_lies_in_rows, lambda x: _lies_in_rows(x.T)):
+    for lies in (_is_row_major, lambda x: _is_row_major(x.T)):
         if all(map(lies, operands)):
             return list(operands)
     return [x.contiguous() for x in operands]
 
 
-def _lies_in_rows(x: Tensor) -> bool:
+def _is_row_major(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
 def _parts(matrices: Sequence[Tensor], dim: int) -> tuple[ctypes.Array[Part], int, bool]:
     """Returns matrices joined along `dim`, their number, and whether they are column-major."""
-    turned = not all(map(_lies_in_rows, matrices))
-    parts = [Part(x.data_ptr(), x.stride(1 if turned else 0), x.shape[dim]) for x in matrices]
-    return (Part * len(parts))(*parts), len(parts), turned
+    transposed = not all(map(_is_row_major, matrices))
+    parts = [Part(x.data_ptr(), x.stride(1 if transposed else 0), x.shape[dim]) for x in matrices]
+    return (Part * len(parts))(*parts), len(parts), transposed
 
 
-class _Room(threading.local):
+class _Workspace(threading.local):
     """A thread's workspace for packed operands.
 
     It is cached for reuse, because fresh memory costs as much as a small GEMM.
@@ -301,4 +301,4 @@ class _Room(threading.local):
         return self.memory.data_ptr()  # PyTorch and mmap align to a cache line
 
 
-_room = _Room()
+_workspace = _Workspace()

@@ -1,6 +1,6 @@
 """The three GEMMs of linear layers in bf16, ours and PyTorch's alternately, as one JSON row.
 
-    python bench/products.py [--model smollm2] [--rows 2048] [--record]
+    python bench/matmul.py [--model smollm2] [--rows 2048] [--record]
 
 Forward, gradient of the input and gradient of the weights, for the linears of a layer (fused where
 they share an input, as in the model) and for the head (768 rows), in GFLOP/s: medians, with
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from easyllm.models import open_source
-from easyllm.ops import product as products
+from easyllm.ops import matmul as products
 
 COPIES = 8  # of each operand, used cyclically
 HEAD_ROWS = 768
@@ -97,7 +97,7 @@ def calls(x: Tensor, weights: list[Tensor], grads: list[Tensor]) -> dict[str, Ca
     """Returns the three GEMMs: forward, input gradient and weight gradient."""
     return {
         "forward": lambda: products.linears(x, weights, [None] * len(weights)),
-        "of_input": lambda: products.sum_of_products(grads, weights),
+        "of_input": lambda: products.sum_of_matmuls(grads, weights),
         "of_weight": lambda: products.products([grad.T for grad in grads], x),
     }
 
