@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from easyllm.ops.huge_memory import huge_empty
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES, Part
+from easyllm.ops.kernels.build import DTYPE_CODES, Block
 
 MIN_DIM = 32
 """Minimum number of rows, columns and inputs; below it, AMX tiles would be mostly empty."""
@@ -230,7 +230,7 @@ def _kernels(operands: Sequence[Tensor], rows: int, columns: int, depth: int) ->
     if any(type(x) not in PLAIN for x in operands) or torch.is_autocast_enabled("cpu"):
         return None
     kernels = kernels_for(*operands)
-    return kernels if kernels is not None and kernels.product_ready() else None
+    return kernels if kernels is not None and kernels.gemm_ready() else None
 
 
 def _call(
@@ -263,7 +263,7 @@ def _call(
         rows,
         columns,
         depth,
-        _workspace.address(kernels.product_bytes(rows, columns, depth)),
+        _workspace.address(kernels.gemm_bytes(rows, columns, depth)),
     )
 
 
@@ -279,11 +279,11 @@ def _is_row_major(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
-def _parts(matrices: Sequence[Tensor], dim: int) -> tuple[ctypes.Array[Part], int, bool]:
+def _parts(matrices: Sequence[Tensor], dim: int) -> tuple[ctypes.Array[Block], int, bool]:
     """Returns matrices joined along `dim`, their number, and whether they are column-major."""
     transposed = not all(map(_is_row_major, matrices))
-    parts = [Part(x.data_ptr(), x.stride(1 if transposed else 0), x.shape[dim]) for x in matrices]
-    return (Part * len(parts))(*parts), len(parts), transposed
+    parts = [Block(x.data_ptr(), x.stride(1 if transposed else 0), x.shape[dim]) for x in matrices]
+    return (Block * len(parts))(*parts), len(parts), transposed
 
 
 class _Workspace(threading.local):

@@ -89,17 +89,17 @@ void attention_forward(const void *q, const void *k, const void *v, void *out, f
                                 memset(row, 0, cols * sizeof(float));
                                 continue;
                             }
-                            float shrink = top[i] == -INFINITY ? 0.0f : exp_(top[i] - best);
+                            float rescale = top[i] == -INFINITY ? 0.0f : exp_(top[i] - best);
 #pragma omp simd reduction(+ : total)
                             for (i64 j = 0; j < cols; j++) {
                                 float e = row[j] == -INFINITY ? 0.0f : exp_(row[j] - best);
                                 row[j] = e;
                                 total += e;
                             }
-                            sum[i] = sum[i] * shrink + total;
+                            sum[i] = sum[i] * rescale + total;
                             top[i] = best;
-                            if (shrink != 1.0f)
-                                for (i64 c = 0; c < dim; c++) acc[i * dim + c] *= shrink;
+                            if (rescale != 1.0f)
+                                for (i64 c = 0; c < dim; c++) acc[i * dim + c] *= rescale;
                         }
                         matmul_add(nq, dim, nk, scores, KEY_BLOCK, 1, values + k0 * dim, dim, acc, dim);
                     }

@@ -42,24 +42,24 @@ typedef struct {
 } Parts;
 
 static Parts parts_of(const Shape *s, i64 length) {
-    return (Parts){(s->dim + DEPTH - 1) / DEPTH, even_strips(s->dim) / 2, even_strips(length) / 2};
+    return (Parts){(s->dim + DEPTH - 1) / DEPTH, even_panels(s->dim) / 2, even_panels(length) / 2};
 }
 
 // Workspace of a thread, from which buffers are taken.
 typedef struct {
     char *memory, *next;
-} Room;
+} Workspace;
 
-static void *take(Room *room, i64 pairs_of_tiles) {
-    void *piece = room->next;
-    room->next += pairs_of_tiles * 2 * TILE_BYTES;
+static void *take(Workspace *workspace, i64 pairs_of_tiles) {
+    void *piece = workspace->next;
+    workspace->next += pairs_of_tiles * 2 * TILE_BYTES;
     return piece;
 }
 
-static Room new_room(i64 pairs_of_tiles) {
+static Workspace new_workspace(i64 pairs_of_tiles) {
     void *memory = NULL;
     if (posix_memalign(&memory, 4096, (size_t)(pairs_of_tiles * 2 * TILE_BYTES))) abort();
-    return (Room){memory, memory};
+    return (Workspace){memory, memory};
 }
 
 // Packs operands of a sequence's GEMMs. Along the head dimension, [blocks][inputs][2][tile]: tokens
@@ -68,13 +68,13 @@ static Room new_room(i64 pairs_of_tiles) {
 static void pack_along_head(const uint16_t *x, i64 stride, i64 length, const Shape *s, int columns, uint16_t *out) {
     Operand tokens = {x, stride, columns};
     Parts p = parts_of(s, length);
-    pack_strips(&tokens, length, s->dim, 0, 2 * p.blocks, 0, p.inputs, p.inputs, 0, out);
+    pack_panels(&tokens, length, s->dim, 0, 2 * p.blocks, 0, p.inputs, p.inputs, 0, out);
 }
 
 static void pack_along_tokens(const uint16_t *x, i64 stride, i64 length, const Shape *s, uint16_t *out) {
     Operand tokens = {x, stride, 0};
     Parts p = parts_of(s, length);
-    pack_strips(&tokens, s->dim, length, 0, 2 * p.pairs, 0, p.blocks, p.blocks, 1, out);
+    pack_panels(&tokens, s->dim, length, 0, 2 * p.pairs, 0, p.blocks, p.blocks, 1, out);
 }
 
 // Mask of those of the 16 tokens from `start` on that are in [first, last].
@@ -145,19 +145,19 @@ static float softmax_row(float *scores, i64 row, i64 start, i64 count, i64 first
         }
         store_operand(probabilities + b * PAIR, row, halves[0], halves[1]);
     }
-    float shrink = *top == -INFINITY ? 0.0f : exp_(*top - highest);
-    *sum = *sum * shrink + _mm512_reduce_add_ps(total);
+    float rescale = *top == -INFINITY ? 0.0f : exp_(*top - highest);
+    *sum = *sum * rescale + _mm512_reduce_add_ps(total);
     *top = highest;
-    return shrink;
+    return rescale;
 }
 
 // Forward pass of one sequence and query head.
 static void forward_of_head(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out, float *lse, i64 length,
-                            const Shape *s, Room room) {
+                            const Shape *s, Workspace workspace) {
     Parts p = parts_of(s, length);
-    uint16_t *queries = take(&room, p.blocks * p.inputs), *keys = take(&room, p.blocks * p.inputs);
-    uint16_t *values = take(&room, p.pairs * p.blocks), *probabilities = take(&room, KEY_BLOCKS);
-    float *scores = take(&room, 2 * KEY_BLOCKS), *sums = take(&room, 2 * p.pairs);
+    uint16_t *queries = take(&workspace, p.blocks * p.inputs), *keys = take(&workspace, p.blocks * p.inputs);
+    uint16_t *values = take(&workspace, p.pairs * p.blocks), *probabilities = take(&workspace, KEY_BLOCKS);
+    float *scores = take(&workspace, 2 * KEY_BLOCKS), *sums = take(&workspace, 2 * p.pairs);
     pack_along_head(q, s->q_stride, length, s, 0, queries);
     pack_along_head(k, s->k_stride, length, s, 1, keys);
     pack_along_tokens(v, s->v_stride, length, s, values);
@@ -171,24 +171,24 @@ static void forward_of_head(const uint16_t *q, const uint16_t *k, const uint16_t
             i64 count = min_(KEY_BLOCKS, to / BLOCK + 1 - b);
             int starts = b == from / BLOCK;
             for (i64 j = 0; j < count; j++)
-                four_tiles(p.inputs, packed_strips(queries + i * p.inputs * PAIR),
-                           packed_strips(keys + (b + j) * p.inputs * PAIR), 1, scores + j * SUMS);
-            MEMORY_IS_READ();
+                four_tiles(p.inputs, packed_panels(queries + i * p.inputs * PAIR),
+                           packed_panels(keys + (b + j) * p.inputs * PAIR), 1, scores + j * SUMS);
+            COMPILER_BARRIER();
             for (i64 r = 0; r < BLOCK; r++) {
                 i64 first = 1, last = 0;  // padding rows see no key
                 if (r < rows) keys_of(s, i * BLOCK + r, length, &first, &last);
-                float shrink = softmax_row(scores, r, b * BLOCK, count, first, last, s->scale, top + r, sum + r, probabilities);
-                if (starts || shrink == 1.0f) continue;
+                float rescale = softmax_row(scores, r, b * BLOCK, count, first, last, s->scale, top + r, sum + r, probabilities);
+                if (starts || rescale == 1.0f) continue;
                 for (i64 c = 0; c < 2 * p.pairs; c++) {
                     float *row = sums_row(sums + c / 2 * SUMS, r, c % 2);
-                    _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), _mm512_set1_ps(shrink)));
+                    _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), _mm512_set1_ps(rescale)));
                 }
             }
             for (i64 c = 0; c < p.pairs; c++)
-                four_tiles(count, packed_strips(probabilities), packed_strips(values + (c * p.blocks + b) * PAIR), starts,
+                four_tiles(count, packed_panels(probabilities), packed_panels(values + (c * p.blocks + b) * PAIR), starts,
                            sums + c * SUMS);
         }
-        MEMORY_IS_READ();
+        COMPILER_BARRIER();
         for (i64 r = 0; r < rows; r++) {
             i64 t = i * BLOCK + r;
             for (i64 c = 0; c < p.pairs; c++)
@@ -221,7 +221,7 @@ static void gradient_of_scores(float *scores, float *products, i64 key, i64 quer
 // Stores sums [blocks][pairs][32 x 32] as rows of bf16.
 static void store_sums(float *sums, i64 length, const Shape *s, i64 stride, uint16_t *out) {
     Parts p = parts_of(s, length);
-    MEMORY_IS_READ();
+    COMPILER_BARRIER();
     for (i64 t = 0; t < length; t++)
         for (i64 c = 0; c < p.pairs; c++)
             store_row_of(sums + (t / BLOCK * p.pairs + c) * SUMS, t % BLOCK, 1.0f, s->dim - c * BLOCK,
@@ -232,7 +232,7 @@ static void store_sums(float *sums, i64 length, const Shape *s, i64 stride, uint
 static void terms_of_queries(const uint16_t *grad, const uint16_t *out, const float *from, i64 length, const Shape *s,
                              float *lse, float *delta) {
     i64 width = s->heads * s->dim;
-    for (i64 t = 0; t < even_strips(length) * SIDE; t++) {
+    for (i64 t = 0; t < even_panels(length) * SIDE; t++) {
         __m512 sum = _mm512_setzero_ps();
         for (i64 c = 0; t < length && c < s->dim; c += 32) {
             __mmask32 there = first_of(s->dim - c);
@@ -257,18 +257,18 @@ static i64 end_of_queries(const Shape *s, i64 block, i64 blocks) {
 }
 
 // Backward pass of one sequence and KV head, with all its query heads.
-static void backward_of_group(Tensors x, i64 length, const Shape *s, Room room) {
+static void backward_of_group(Tensors x, i64 length, const Shape *s, Workspace workspace) {
     Parts p = parts_of(s, length);
     i64 along_head = p.blocks * p.inputs, along_tokens = p.pairs * p.blocks, width = s->heads * s->dim;
-    uint16_t *keys = take(&room, along_head), *values = take(&room, along_head), *keys_along = take(&room, along_tokens);
-    uint16_t *queries = take(&room, along_head), *queries_along = take(&room, along_tokens);
-    uint16_t *grads = take(&room, along_head), *grads_along = take(&room, along_tokens);
-    uint16_t *probabilities = take(&room, p.blocks), *gradient = take(&room, p.blocks);
+    uint16_t *keys = take(&workspace, along_head), *values = take(&workspace, along_head), *keys_along = take(&workspace, along_tokens);
+    uint16_t *queries = take(&workspace, along_head), *queries_along = take(&workspace, along_tokens);
+    uint16_t *grads = take(&workspace, along_head), *grads_along = take(&workspace, along_tokens);
+    uint16_t *probabilities = take(&workspace, p.blocks), *gradient = take(&workspace, p.blocks);
     // [blocks of queries][KEY_GROUP][2][tile]
-    uint16_t *turned = take(&room, p.blocks * KEY_GROUP);
-    float *scores = take(&room, 2), *products = take(&room, 2);
-    float *dq = take(&room, 2 * along_tokens), *dk = take(&room, 2 * along_tokens), *dv = take(&room, 2 * along_tokens);
-    float *lse = take(&room, p.blocks), *delta = take(&room, p.blocks);
+    uint16_t *transposed = take(&workspace, p.blocks * KEY_GROUP);
+    float *scores = take(&workspace, 2), *products = take(&workspace, 2);
+    float *dq = take(&workspace, 2 * along_tokens), *dk = take(&workspace, 2 * along_tokens), *dv = take(&workspace, 2 * along_tokens);
+    float *lse = take(&workspace, p.blocks), *delta = take(&workspace, p.blocks);
     pack_along_head(x.k, s->k_stride, length, s, 0, keys);
     pack_along_head(x.v, s->v_stride, length, s, 0, values);
     pack_along_tokens(x.k, s->k_stride, length, s, keys_along);
@@ -287,32 +287,32 @@ static void backward_of_group(Tensors x, i64 length, const Shape *s, Room room) 
             for (i64 b = group; b < group + size; b++) {
                 i64 first = s->causal ? b : 0, end = end_of_queries(s, b, p.blocks);
                 for (i64 i = from; i < to_last; i++) {
-                    uint16_t *to = turned + (i * KEY_GROUP + b - group) * PAIR;
+                    uint16_t *to = transposed + (i * KEY_GROUP + b - group) * PAIR;
                     if (i < first || i >= end) {
                         memset(to, 0, PAIR * sizeof(*to));
                         continue;
                     }
-                    four_tiles(p.inputs, packed_strips(keys + b * p.inputs * PAIR), packed_strips(queries + i * p.inputs * PAIR),
+                    four_tiles(p.inputs, packed_panels(keys + b * p.inputs * PAIR), packed_panels(queries + i * p.inputs * PAIR),
                                1, scores);
-                    four_tiles(p.inputs, packed_strips(values + b * p.inputs * PAIR), packed_strips(grads + i * p.inputs * PAIR),
+                    four_tiles(p.inputs, packed_panels(values + b * p.inputs * PAIR), packed_panels(grads + i * p.inputs * PAIR),
                                1, products);
-                    MEMORY_IS_READ();
+                    COMPILER_BARRIER();
                     gradient_of_scores(scores, products, b * BLOCK, i * BLOCK, length, s, lse, delta, probabilities + i * PAIR,
                                        gradient + i * PAIR);
                     pack_pairs(gradient + i * PAIR, DEPTH, BLOCK, BLOCK, 1, to);
                 }
                 for (i64 c = 0; c < p.pairs; c++) {
                     i64 at = (c * p.blocks + first) * PAIR, sums = (b * p.pairs + c) * SUMS;
-                    four_tiles(end - first, packed_strips(probabilities + first * PAIR), packed_strips(grads_along + at),
+                    four_tiles(end - first, packed_panels(probabilities + first * PAIR), packed_panels(grads_along + at),
                                h == 0, dv + sums);
-                    four_tiles(end - first, packed_strips(gradient + first * PAIR), packed_strips(queries_along + at),
+                    four_tiles(end - first, packed_panels(gradient + first * PAIR), packed_panels(queries_along + at),
                                h == 0, dk + sums);
                 }
             }
             for (i64 i = from; i < to_last; i++)
                 for (i64 c = 0; c < p.pairs; c++)
-                    four_tiles(size, packed_strips(turned + i * KEY_GROUP * PAIR),
-                               packed_strips(keys_along + (c * p.blocks + group) * PAIR), group == 0 && !s->window,
+                    four_tiles(size, packed_panels(transposed + i * KEY_GROUP * PAIR),
+                               packed_panels(keys_along + (c * p.blocks + group) * PAIR), group == 0 && !s->window,
                                dq + (i * p.pairs + c) * SUMS);
         }
         store_sums(dq, length, s, width, x.grad_q + h * s->dim);
@@ -347,22 +347,22 @@ void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_
                              const i64 *starts, i64 num_sequences, const Shape *s) {
     i64 *order = longest_first(starts, num_sequences), dim = s->dim;
     if (num_sequences == 0) return free(order);
-    Parts most = parts_of(s, starts[order[0] + 1] - starts[order[0]]);
-    i64 needed = most.blocks * (2 * most.inputs + most.pairs) + 3 * KEY_BLOCKS + 2 * most.pairs;
+    Parts maximum = parts_of(s, starts[order[0] + 1] - starts[order[0]]);
+    i64 needed = maximum.blocks * (2 * maximum.inputs + maximum.pairs) + 3 * KEY_BLOCKS + 2 * maximum.pairs;
 #pragma omp parallel
     {
-        Room room = new_room(needed);
-        begin_whole_tiles();
+        Workspace workspace = new_workspace(needed);
+        configure_tiles();
 #pragma omp for schedule(dynamic, 1) collapse(2)
         for (i64 n = 0; n < num_sequences; n++)
             for (i64 h = 0; h < s->heads; h++) {
                 i64 start = starts[order[n]], kv = h / (s->heads / s->kv_heads);
                 forward_of_head(q + start * s->q_stride + h * dim, k + start * s->k_stride + kv * dim,
                                 v + start * s->v_stride + kv * dim, out + (start * s->heads + h) * dim,
-                                lse + start * s->heads + h, starts[order[n] + 1] - start, s, room);
+                                lse + start * s->heads + h, starts[order[n] + 1] - start, s, workspace);
             }
         _tile_release();
-        free(room.memory);
+        free(workspace.memory);
     }
     free(order);
 }
@@ -372,12 +372,12 @@ void tiled_attention_backward(const uint16_t *grad, const uint16_t *q, const uin
                               const i64 *starts, i64 num_sequences, const Shape *s) {
     i64 *order = longest_first(starts, num_sequences), dim = s->dim, groups = s->heads / s->kv_heads;
     if (num_sequences == 0) return free(order);
-    Parts most = parts_of(s, starts[order[0] + 1] - starts[order[0]]);
-    i64 needed = most.blocks * (4 * most.inputs + 9 * most.pairs + 2 + KEY_GROUP + 2) + 4;
+    Parts maximum = parts_of(s, starts[order[0] + 1] - starts[order[0]]);
+    i64 needed = maximum.blocks * (4 * maximum.inputs + 9 * maximum.pairs + 2 + KEY_GROUP + 2) + 4;
 #pragma omp parallel
     {
-        Room room = new_room(needed);
-        begin_whole_tiles();
+        Workspace workspace = new_workspace(needed);
+        configure_tiles();
 #pragma omp for schedule(dynamic, 1) collapse(2)
         for (i64 n = 0; n < num_sequences; n++)
             for (i64 kv = 0; kv < s->kv_heads; kv++) {
@@ -392,10 +392,10 @@ void tiled_attention_backward(const uint16_t *grad, const uint16_t *q, const uin
                              grad_q + row,
                              grad_k + kv_row,
                              grad_v + kv_row};
-                backward_of_group(x, starts[order[n] + 1] - start, s, room);
+                backward_of_group(x, starts[order[n] + 1] - start, s, workspace);
             }
         _tile_release();
-        free(room.memory);
+        free(workspace.memory);
     }
     free(order);
 }

@@ -32,7 +32,7 @@ SOURCES = (
     "matrix.c",
     "dense.c",
     "tiles.c",
-    "products.c",
+    "gemm.c",
     "decode_step.c",
 )
 HEADERS = ("cpu.h", "paged.h", "matrix.h", "tiles.h", "attention.h")
@@ -74,9 +74,9 @@ _SIGNATURES = {
     "attention_backward": (_POINTER,) * 10 + (_LONG, _POINTER),
     "quantized_linear": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
     "tiles_ready": (),
-    "product_ready": (),
-    "product_bytes": (_LONG,) * 3,
-    "product": (
+    "gemm_ready": (),
+    "gemm_bytes": (_LONG,) * 3,
+    "gemm": (
         *(_POINTER, _LONG, _INT) * 2,
         *(_POINTER, _POINTER, _INT, _INT),
         *(_LONG, _LONG, _LONG, _POINTER),
@@ -89,8 +89,8 @@ _RESULTS = {
     "decode_step_bytes": _LONG,
     "sum_of_squares": ctypes.c_double,
     "tiles_ready": _INT,
-    "product_ready": _INT,
-    "product_bytes": _LONG,
+    "gemm_ready": _INT,
+    "gemm_bytes": _LONG,
 }
 
 
@@ -120,8 +120,8 @@ class AttentionShape(ctypes.Structure):
     ]
 
 
-class Part(ctypes.Structure):
-    """ctypes mirror of `Part` in products.c."""
+class Block(ctypes.Structure):
+    """ctypes mirror of `Block` in gemm.c."""
 
     _fields_ = [("data", _POINTER), ("stride", _LONG), ("size", _LONG)]
 

@@ -7,7 +7,7 @@
 //   phase    a step that must be complete before the next one starts (a barrier)
 //   piece    a part of a phase that one thread processes
 //   task     attention of one row and KV head over one split (64 keys, see paged.h)
-//   panel    the outputs that linear_strip computes in one call (see matrix.h)
+//   panel    the outputs that linear_panel computes in one call (see matrix.h)
 //   part     partial result of attention over one split (see paged.h)
 //
 // Data layout: activations are [rows][width] in fp32; weights are Matrix, the KV cache is Pages. A
@@ -55,7 +55,7 @@ typedef struct {
 
 typedef struct {
     i64 next, done;  // pieces taken, pieces finished
-    char alone[48];  // padding to a separate cache line
+    char padding[48];  // padding to a separate cache line
 } Phase;
 
 // Activations shared by all threads; x is the residual stream.
@@ -78,7 +78,7 @@ typedef struct {
 #else
 #define RELAX() ((void)0)
 #endif
-#define PATIENCE 2000  // spins before a waiting thread yields its core
+#define SPINS_BEFORE_YIELD 2000  // spins before a waiting thread yields its core
 #define PIECES 4       // pieces of a phase per thread
 #define PHASES_PER_LAYER 9
 
@@ -95,7 +95,7 @@ static void piece_done(Thread *t, i64 count) { __atomic_fetch_add(&t->phase->don
 // Waits until all pieces of the current phase are done.
 static void end_phase(Thread *t, i64 total) {
     for (i64 turn = 0; __atomic_load_n(&t->phase->done, __ATOMIC_ACQUIRE) < total; turn++) {
-        if (turn < PATIENCE) RELAX();
+        if (turn < SPINS_BEFORE_YIELD) RELAX();
         else sched_yield();
     }
     t->phase++;
@@ -114,10 +114,10 @@ static float *take(char **at, i64 count) {
 }
 
 static Rows take_rows(char **at, i64 rows, i64 inputs) {
-    i64 groups = groups_of(inputs), room = whole_tiles(rows) * groups;
-    float *values = take(at, rows * inputs), *terms = take(at, room * TERMS);
-    float *packed = TOGETHER == 1 ? values : take(at, packed_size(rows, inputs));
-    return (Rows){values, packed, (int8_t *)take(at, room * GROUP / 4), terms, inputs, groups};
+    i64 groups = groups_of(inputs), workspace = padded_rows(rows) * groups;
+    float *values = take(at, rows * inputs), *terms = take(at, workspace * TERMS);
+    float *packed = ROWS_PER_REGISTER == 1 ? values : take(at, packed_size(rows, inputs));
+    return (Rows){values, packed, (int8_t *)take(at, workspace * GROUP / 4), terms, inputs, groups};
 }
 
 static i64 first_split(const Layer *l, i64 length) { return l->window ? max_(0, length - l->window) / SPLIT : 0; }
@@ -169,7 +169,7 @@ static void rms_norm(const float *x, const float *w, i64 width, float eps, float
 }
 
 // Prepares a row for its products with `next`: quantizes or packs it.
-static void ready_row(const Matrix *next, const Batch *b, const Rows *rows, i64 row) {
+static void prepare_row(const Matrix *next, const Batch *b, const Rows *rows, i64 row) {
     if (is_quantized(next)) quantize_row(rows, row, rows->values + row * rows->inputs);
     else pack_values(rows, row, b->rows, 0, rows->inputs);
 }
@@ -177,7 +177,7 @@ static void ready_row(const Matrix *next, const Batch *b, const Rows *rows, i64 
 static void norm_row(const float *x, const float *w, float eps, const Matrix *next, const Batch *b, const Rows *rows,
                      i64 row) {
     rms_norm(x, w, rows->inputs, eps, rows->values + row * rows->inputs);
-    ready_row(next, b, rows, row);
+    prepare_row(next, b, rows, row);
 }
 
 // Normalizes all rows for their products with `next`. A single row is normalized by every thread
@@ -194,24 +194,24 @@ static const Rows *normed(const Model *m, const Batch *b, const Shared *sh, Thre
 }
 
 // Computes one panel of out = x W^T.
-static void project_strip(const Matrix *w, i64 strip, const Batch *b, const Rows *x, float *out) {
-    linear_strip(w, strip, x, b->rows, out + strip * strip_outputs(b->rows), w->outputs);
+static void project_panel(const Matrix *w, i64 panel, const Batch *b, const Rows *x, float *out) {
+    linear_panel(w, panel, x, b->rows, out + panel * panel_outputs(b->rows), w->outputs);
 }
 
 // Query, key and value projections.
 static void project_heads(const Layer *l, const Batch *b, const Shared *sh, Thread *t, const Rows *x) {
-    i64 q_strips = strips_of(&l->q, b->rows), k_strips = strips_of(&l->k, b->rows);
-    i64 all = q_strips + k_strips + strips_of(&l->v, b->rows);
+    i64 q_panels = panels_of(&l->q, b->rows), k_panels = panels_of(&l->k, b->rows);
+    i64 all = q_panels + k_panels + panels_of(&l->v, b->rows);
     EACH(i, all) {
-        if (i < q_strips) project_strip(&l->q, i, b, x, sh->q);
-        else if (i < q_strips + k_strips) project_strip(&l->k, i - q_strips, b, x, sh->k);
-        else project_strip(&l->v, i - q_strips - k_strips, b, x, sh->v);
+        if (i < q_panels) project_panel(&l->q, i, b, x, sh->q);
+        else if (i < q_panels + k_panels) project_panel(&l->k, i - q_panels, b, x, sh->k);
+        else project_panel(&l->v, i - q_panels - k_panels, b, x, sh->v);
     }
     end_phase(t, all);
 }
 
 // QK-norm (if there is one) and RoPE of one head of one row, in place.
-static void turn_head(const Layer *l, i64 position, const float *norm, float scale, float *x, float *scratch) {
+static void rotate_head(const Layer *l, i64 position, const float *norm, float scale, float *x, float *scratch) {
     if (norm) {
         rms_norm(x, norm, l->dim, l->head_eps, scratch);
         memcpy(x, scratch, l->dim * sizeof(float));
@@ -229,13 +229,13 @@ static void turn_head(const Layer *l, i64 position, const float *norm, float sca
 }
 
 // Rotates queries and keys, and stores keys and values to the KV cache.
-static void turn_and_store(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
+static void rotate_and_store(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
     i64 groups = l->heads / l->kv_heads;
     EACH(i, b->rows * l->kv_heads) {
         i64 s = i / l->kv_heads, kv = i % l->kv_heads, position = b->positions[s];
         float *k = sh->k + i * l->dim, *v = sh->v + i * l->dim, *q = sh->q + i * groups * l->dim;
-        for (i64 g = 0; g < groups; g++) turn_head(l, position, l->q_norm, l->scale, q + g * l->dim, t->row);
-        turn_head(l, position, l->k_norm, 1.0f, k, t->row);
+        for (i64 g = 0; g < groups; g++) rotate_head(l, position, l->q_norm, l->scale, q + g * l->dim, t->row);
+        rotate_head(l, position, l->k_norm, 1.0f, k, t->row);
         i64 row = page_row(p, b->table + s * b->table_width, kv, b->key_lengths[s] - 1);
         store_head(p, (void *)p->keys, (float *)p->key_scales, row, k);
         store_head(p, (void *)p->values, (float *)p->value_scales, row, v);
@@ -249,12 +249,12 @@ static void attend_tasks(const Layer *l, const Batch *b, const Pages *p, const S
     i64 groups = l->heads / l->kv_heads, size = groups * part_size(l->dim), task = 0;
     for (i64 s = 0; s < b->rows && task < end; s++) {
         i64 length = b->key_lengths[s], splits = num_splits(l, length), first = first_split(l, length);
-        Sight sight[groups];
-        for (i64 g = 0; g < groups; g++) sight[g] = (Sight){l->window ? max_(0, length - l->window) : 0, length - 1};
+        KeyRange key_range[groups];
+        for (i64 g = 0; g < groups; g++) key_range[g] = (KeyRange){l->window ? max_(0, length - l->window) : 0, length - 1};
         for (i64 kv = 0; kv < l->kv_heads; kv++, task += splits)
             for (i64 j = max_(0, begin - task); j < min_(splits, end - task); j++)
                 attend_split(p, b->table + s * b->table_width, kv, first + j, groups,
-                             sh->q + (s * l->heads + kv * groups) * l->dim, sight, sh->parts + (task + j) * size,
+                             sh->q + (s * l->heads + kv * groups) * l->dim, key_range, sh->parts + (task + j) * size,
                              t->scratch);
     }
 }
@@ -275,7 +275,7 @@ static void merge_row(const Layer *l, const Batch *b, const Shared *sh, Thread *
         for (i64 j = 0; j < splits; j++, part += size) merge_split(t->state, part, groups, l->dim);
         for (i64 g = 0; g < groups; g++, out += l->dim) finish_row(t->state + g * part_size(l->dim), l->dim, out);
     }
-    ready_row(&l->o, b, to, row);
+    prepare_row(&l->o, b, to, row);
 }
 
 static const Rows *merged(const Layer *l, const Batch *b, const Shared *sh, Thread *t) {
@@ -295,9 +295,9 @@ static const Rows *merged(const Layer *l, const Batch *b, const Shared *sh, Thre
 
 // Adds the products of rows with W to the residual stream x.
 static void add_product(const Matrix *w, const Batch *b, const Shared *sh, Thread *t, const Rows *rows) {
-    i64 D = w->outputs, strips = strips_of(w, b->rows), width = strip_outputs(b->rows);
-    EACH(i, strips) {
-        linear_strip(w, i, rows, b->rows, t->gate, GROUP);
+    i64 D = w->outputs, panels = panels_of(w, b->rows), width = panel_outputs(b->rows);
+    EACH(i, panels) {
+        linear_panel(w, i, rows, b->rows, t->gate, GROUP);
         i64 count = min_(width, D - i * width);
         for (i64 s = 0; s < b->rows; s++) {
             float *x = sh->x + s * D + i * width, *delta = t->gate + s * GROUP;
@@ -305,17 +305,17 @@ static void add_product(const Matrix *w, const Batch *b, const Shared *sh, Threa
             for (i64 c = 0; c < count; c++) x[c] += delta[c];
         }
     }
-    end_phase(t, strips);
+    end_phase(t, panels);
 }
 
 // fed = silu(gate x) up x, in complete groups of 32, so that a thread can quantize its own results.
 static void gated(const Layer *l, const Batch *b, Thread *t, const Rows *x, const Rows *fed) {
-    i64 width = strip_outputs(b->rows), strips = strips_of(&l->gate, b->rows);
+    i64 width = panel_outputs(b->rows), panels = panels_of(&l->gate, b->rows);
     EACH(g, fed->groups) {
         i64 from = g * GROUP, count = min_(GROUP, fed->inputs - from);
-        for (i64 at = 0, i = from / width; at < GROUP && i < strips; at += width, i++) {
-            linear_strip(&l->gate, i, x, b->rows, t->gate + at, GROUP);
-            linear_strip(&l->up, i, x, b->rows, t->up + at, GROUP);
+        for (i64 at = 0, i = from / width; at < GROUP && i < panels; at += width, i++) {
+            linear_panel(&l->gate, i, x, b->rows, t->gate + at, GROUP);
+            linear_panel(&l->up, i, x, b->rows, t->up + at, GROUP);
         }
         for (i64 s = 0; s < b->rows; s++) {
             const float *gate = t->gate + s * GROUP, *up = t->up + s * GROUP;
@@ -333,7 +333,7 @@ static void gated(const Layer *l, const Batch *b, Thread *t, const Rows *x, cons
 
 static void run_layer(const Model *m, const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
     project_heads(l, b, sh, t, normed(m, b, sh, t, l->mixer_norm, l->eps, &l->q));
-    turn_and_store(l, b, p, sh, t);
+    rotate_and_store(l, b, p, sh, t);
     attend(l, b, p, sh, t);
     add_product(&l->o, b, sh, t, merged(l, b, sh, t));
     Rows fed = sh->fed;
@@ -371,12 +371,12 @@ void decode_step(const Model *m, const Batch *b, char *memory) {
     {
         Thread *t = own + omp_get_thread_num();
         t->threads = omp_get_num_threads(), t->phase = shared.phases;
-        begin_strips(b->rows);
+        begin_panels(b->rows);
         embed(m, b, &shared, t);
         for (i64 n = 0; n < m->num_layers; n++) run_layer(m, m->layers + n, b, b->pages + n, &shared, t);
         const Rows *x = normed(m, b, &shared, t, m->final_norm, m->eps, &m->head);
-        EACH(i, strips_of(&m->head, b->rows)) project_strip(&m->head, i, b, x, b->logits);
-        end_strips(b->rows);
+        EACH(i, panels_of(&m->head, b->rows)) project_panel(&m->head, i, b, x, b->logits);
+        end_panels(b->rows);
     }
     free(own);
 }

@@ -32,7 +32,7 @@
 
 #define CHUNK 512          // inputs of a chunk: 16 KB of weights in fp32
 #define ROWS_AT_ONCE 64    // rows whose sums are stored from chunk to chunk
-#define MOST_TOGETHER 3    // registers of rows in a group
+#define MAX_GROUP_REGISTERS 3    // registers of rows in a group
 #ifdef __AVX512F__
 #define TILE_OUTPUTS 8     // 24 sums in 32 registers
 #else
@@ -68,7 +68,7 @@ static __attribute__((noinline, optimize("fp-contract=off"))) lane8 rest_of(cons
 }
 
 // Stores the first `width` of eight outputs.
-static inline void put(lane8 sum, i64 width, float *to) {
+static inline void store_outputs(lane8 sum, i64 width, float *to) {
     if (width == OUTPUTS) *(lane8 *)to = sum;
     else memcpy(to, &sum, width * sizeof(float));
 }
@@ -92,9 +92,9 @@ ALWAYS_INLINE lane8 one_row(const Matrix *w, int format, i64 block, const float 
 
 // ---- several rows
 
-#if TOGETHER == 2
+#if ROWS_PER_REGISTER == 2
 // Copies eight floats to both halves of a register.
-static inline vec spread(const float *eight) {
+static inline vec broadcast(const float *eight) {
     return (vec)_mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_loadu_pd((const double *)eight)));
 }
 // pair_sums of cpu.h in each half.
@@ -102,15 +102,15 @@ static inline __m512 neighbours(vec a, vec b) {
     return _mm512_add_ps(_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88), _mm512_shuffle_ps((__m512)a, (__m512)b, 0xdd));
 }
 // to[t] = sums_of (cpu.h) the lanes of row t
-static inline void row_sums(const vec a[OUTPUTS], lane8 to[TOGETHER]) {
+static inline void row_sums(const vec a[OUTPUTS], lane8 to[ROWS_PER_REGISTER]) {
     __m512 low = neighbours((vec)neighbours(a[0], a[1]), (vec)neighbours(a[2], a[3]));
     __m512 high = neighbours((vec)neighbours(a[4], a[5]), (vec)neighbours(a[6], a[7]));
     __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
     _mm512_storeu_ps(to, _mm512_shuffle_f32x4(sums, sums, 0xd8));
 }
 #else
-static inline vec spread(const float *eight) { return *(const vec *)eight; }
-static inline void row_sums(const vec a[OUTPUTS], lane8 to[TOGETHER]) { to[0] = sums_of((const lane8 *)a); }
+static inline vec broadcast(const float *eight) { return *(const vec *)eight; }
+static inline void row_sums(const vec a[OUTPUTS], lane8 to[ROWS_PER_REGISTER]) { to[0] = sums_of((const lane8 *)a); }
 #endif
 
 // Parameters shared by the tiles of a chunk.
@@ -140,7 +140,7 @@ typedef struct {
                 for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + 64 * i);                                 \
                 for (int r = 0; r < REGISTERS; r++) values[r] = *(const vec *)(at + r * c->between);                \
                 for (int j = 0; j < TILE_OUTPUTS; j++) {                                                            \
-                    vec weights = spread(w[j] + 8 * k);                                                             \
+                    vec weights = broadcast(w[j] + 8 * k);                                                             \
                     for (int r = 0; r < REGISTERS; r++) acc[r][j] += values[r] * weights;                           \
                 }                                                                                                   \
             }                                                                                                       \
@@ -172,33 +172,33 @@ static void some_rows(const Matrix *w, i64 block, const Rows *x, i64 first_row, 
     static Tile *const fetching_all[] = {tile_1_fetching_all, tile_2_fetching_all, tile_3_fetching_all};
     static Tile *const fetching_some[] = {tile_1, tile_2, tile_3};
     float wide[OUTPUTS][CHUNK] __attribute__((aligned(64)));
-    vec sums[ROWS_AT_ONCE / TOGETHER][OUTPUTS] __attribute__((aligned(64)));
+    vec sums[ROWS_AT_ONCE / ROWS_PER_REGISTER][OUTPUTS] __attribute__((aligned(64)));
     const char *row[OUTPUTS];
     rows_of_block(w, block, row);
-    i64 registers = (num_rows + TOGETHER - 1) / TOGETHER, size = element_size(w->format);
-    i64 groups = (registers + MOST_TOGETHER - 1) / MOST_TOGETHER, whole = w->inputs / 8 * 8;
+    i64 registers = (num_rows + ROWS_PER_REGISTER - 1) / ROWS_PER_REGISTER, size = element_size(w->format);
+    i64 groups = (registers + MAX_GROUP_REGISTERS - 1) / MAX_GROUP_REGISTERS, whole = w->inputs / 8 * 8;
     int all = groups < GROUPS_TO_SPREAD;  // with few groups, each prefetches all of the next block
     i64 share = OUTPUTS * 8 * size / (all ? 1 : GROUPS_TO_SPREAD);
-    Chunk c = {.between = TOGETHER == 1 ? w->inputs : whole * TOGETHER, .fetch_step = share * TILE_OUTPUTS / OUTPUTS};
+    Chunk c = {.between = ROWS_PER_REGISTER == 1 ? w->inputs : whole * ROWS_PER_REGISTER, .fetch_step = share * TILE_OUTPUTS / OUTPUTS};
     for (i64 k = 0; k < whole; k += CHUNK) {
         const char *ahead = row[0] + OUTPUTS * (w->inputs + k) * size;
         c.steps = min_(CHUNK, whole - k) / 8, c.starts = k == 0;
         open_chunk(&c, w, row, k, wide);
         for (i64 r = 0, g = 0, count; r < registers; r += count, g++) {
-            count = registers - r == MOST_TOGETHER + 1 ? 2 : min_(MOST_TOGETHER, registers - r);
-            const float *values = x->packed + (first_row / TOGETHER + r) * c.between + k * TOGETHER;
+            count = registers - r == MAX_GROUP_REGISTERS + 1 ? 2 : min_(MAX_GROUP_REGISTERS, registers - r);
+            const float *values = x->packed + (first_row / ROWS_PER_REGISTER + r) * c.between + k * ROWS_PER_REGISTER;
             (all ? fetching_all : fetching_some)[count - 1](&c, values, ahead, sums[r]);
             if (!all && g < GROUPS_TO_SPREAD - 1) ahead += share * c.steps;
         }
     }
     i64 width = min_(OUTPUTS, w->outputs - block * OUTPUTS);
     for (i64 r = 0; r < registers; r++) {
-        lane8 found[TOGETHER];
+        lane8 found[ROWS_PER_REGISTER];
         row_sums(sums[r], found);
-        for (i64 t = 0; t < TOGETHER && r * TOGETHER + t < num_rows; t++) {
-            i64 m = r * TOGETHER + t;
+        for (i64 t = 0; t < ROWS_PER_REGISTER && r * ROWS_PER_REGISTER + t < num_rows; t++) {
+            i64 m = r * ROWS_PER_REGISTER + t;
             lane8 sum = found[t] + rest_of(w, row, x->values + (first_row + m) * x->inputs);
-            put(w->bias ? sum + bias : sum, width, out + m * stride);
+            store_outputs(w->bias ? sum + bias : sum, width, out + m * stride);
         }
     }
 }
@@ -206,14 +206,14 @@ static void some_rows(const Matrix *w, i64 block, const Rows *x, i64 first_row, 
 // ---- functions declared in matrix.h
 
 void pack_values(const Rows *rows, i64 row, i64 num_rows, i64 from, i64 count) {
-    if (TOGETHER == 1 || num_rows == 1) return;
+    if (ROWS_PER_REGISTER == 1 || num_rows == 1) return;
     const float *x = rows->values + row * rows->inputs;
     // a last row without a partner is duplicated, so that the unused lanes are initialized
-    int is_alone = row == num_rows - 1 && row % TOGETHER == 0;
-    float *to = rows->packed + row / TOGETHER * TOGETHER * (rows->inputs / 8 * 8) + row % TOGETHER * 8;
+    int is_alone = row == num_rows - 1 && row % ROWS_PER_REGISTER == 0;
+    float *to = rows->packed + row / ROWS_PER_REGISTER * ROWS_PER_REGISTER * (rows->inputs / 8 * 8) + row % ROWS_PER_REGISTER * 8;
     for (i64 k = from; k + 8 <= from + count; k += 8) {
-        *(lane8 *)(to + k * TOGETHER) = *(const lane8 *)(x + k);
-        if (is_alone) *(lane8 *)(to + k * TOGETHER + 8) = *(const lane8 *)(x + k);
+        *(lane8 *)(to + k * ROWS_PER_REGISTER) = *(const lane8 *)(x + k);
+        if (is_alone) *(lane8 *)(to + k * ROWS_PER_REGISTER + 8) = *(const lane8 *)(x + k);
     }
 }
 
@@ -223,7 +223,7 @@ void dense_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows, float 
     for (i64 j = 0; w->bias && j < width; j++) bias[j] = w->bias[block * OUTPUTS + j];
     if (num_rows == 1) {
         lane8 sum = w->format == FP32 ? one_row(w, FP32, block, x->values) : one_row(w, BF16, block, x->values);
-        put(w->bias ? sum + bias : sum, width, out);
+        store_outputs(w->bias ? sum + bias : sum, width, out);
         return;
     }
     for (i64 m = 0; m < num_rows; m += ROWS_AT_ONCE)

@@ -136,12 +136,12 @@ ALWAYS_INLINE void int4_block(const uint8_t *w, i64 groups, const int8_t *codes,
             unpacked[v] = both & 15;
             unpacked[v + 4] = both >> 4;
         }
-        lane8 step = halves_to_floats(w + 128), middle = halves_to_floats(w + 144);
+        lane8 scale = halves_to_floats(w + 128), offset = halves_to_floats(w + 144);
         for (int m = 0; m < rows; m++) {
             const float *t = terms + (m * groups + g) * TERMS;
             index8 products = products_int4(unpacked, codes + (m * groups + g) * GROUP);
-            sum[m] += step * (__builtin_convertvector(products, lane8) * t[0] + t[1]);
-            sum[m] += middle * t[2];
+            sum[m] += scale * (__builtin_convertvector(products, lane8) * t[0] + t[1]);
+            sum[m] += offset * t[2];
         }
     }
 }
@@ -169,10 +169,10 @@ void quantize_group(const float *x, int8_t *codes, float *terms) {
         index8 size = (index8)values[v] & 0x7fffffff, larger = size > sizes;
         sizes = (size & larger) | (sizes & ~larger);
     }
-    int32_t most = 0;
-    for (int i = 0; i < 8; i++) most = sizes[i] > most ? sizes[i] : most;
+    int32_t maximum = 0;
+    for (int i = 0; i < 8; i++) maximum = sizes[i] > maximum ? sizes[i] : maximum;
     float top;
-    memcpy(&top, &most, sizeof(top));
+    memcpy(&top, &maximum, sizeof(top));
     float inverse = top > 0 ? 127.0f / top : 0.0f;
     // Adding 1.5 * 2^23 rounds to the nearest integer, which is then in the last bits of the float.
     for (int v = 0; v < GROUP / 8; v++) {
@@ -242,22 +242,22 @@ static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows
 // Whether AMX is used: for few rows it gains nothing.
 static int takes_tiles(i64 num_rows) { return num_rows > ROW_TILE && tiles_ready(); }
 
-i64 strip_outputs(i64 num_rows) { return takes_tiles(num_rows) ? UNIT_STRIP * OUTPUTS : OUTPUTS; }
+i64 panel_outputs(i64 num_rows) { return takes_tiles(num_rows) ? AMX_PANEL_BLOCKS * OUTPUTS : OUTPUTS; }
 
-void begin_strips(i64 num_rows) {
-    if (takes_tiles(num_rows)) begin_tiles();
+void begin_panels(i64 num_rows) {
+    if (takes_tiles(num_rows)) configure_quantized_tiles();
 }
 
-void end_strips(i64 num_rows) {
-    if (takes_tiles(num_rows)) end_tiles();
+void end_panels(i64 num_rows) {
+    if (takes_tiles(num_rows)) release_tiles();
 }
 
-void linear_strip(const Matrix *w, i64 strip, const Rows *x, i64 num_rows, float *out, i64 out_stride) {
+void linear_panel(const Matrix *w, i64 panel, const Rows *x, i64 num_rows, float *out, i64 out_stride) {
     if (is_quantized(w) && takes_tiles(num_rows)) {
-        tile_strip(w, strip, x, num_rows, out, out_stride);
+        tile_panel(w, panel, x, num_rows, out, out_stride);
         return;
     }
-    i64 blocks = strip_outputs(num_rows) / OUTPUTS, first = strip * blocks;
+    i64 blocks = panel_outputs(num_rows) / OUTPUTS, first = panel * blocks;
     for (i64 block = first; block < min_(blocks_of(w), first + blocks); block++, out += OUTPUTS)
         linear_block(w, block, x, num_rows, out, out_stride);
 }
@@ -267,8 +267,8 @@ void linear_strip(const Matrix *w, i64 strip, const Rows *x, i64 num_rows, float
 // y[rows][outputs] = x[rows][inputs] W^T + bias; x and y have `dtype`
 void quantized_linear(const void *x, void *y, int dtype, i64 rows, const Matrix *w) {
     i64 groups = groups_of(w->inputs), chunk_rows = min_(rows, ROW_CHUNK), size = element_size(dtype);
-    i64 room = whole_tiles(max_(1, chunk_rows)) * groups;
-    Rows q = {NULL, NULL, malloc(room * GROUP), malloc(room * TERMS * sizeof(float)), w->inputs, groups};
+    i64 workspace = padded_rows(max_(1, chunk_rows)) * groups;
+    Rows q = {NULL, NULL, malloc(workspace * GROUP), malloc(workspace * TERMS * sizeof(float)), w->inputs, groups};
     float *out = dtype == FP32 ? NULL : malloc(chunk_rows * w->outputs * sizeof(float));
     for (i64 begin = 0; begin < rows; begin += ROW_CHUNK) {
         i64 count = min_(ROW_CHUNK, rows - begin);
@@ -282,11 +282,11 @@ void quantized_linear(const void *x, void *y, int dtype, i64 rows, const Matrix 
                 quantize_row(&q, m, row);
             }
             free(row);
-            begin_strips(count);
+            begin_panels(count);
 #pragma omp for schedule(static)
-            for (i64 strip = 0; strip < strips_of(w, count); strip++)
-                linear_strip(w, strip, &q, count, to + strip * strip_outputs(count), w->outputs);
-            end_strips(count);
+            for (i64 panel = 0; panel < panels_of(w, count); panel++)
+                linear_panel(w, panel, &q, count, to + panel * panel_outputs(count), w->outputs);
+            end_panels(count);
             if (dtype != FP32) {
 #pragma omp for schedule(static)
                 for (i64 m = 0; m < count; m++)

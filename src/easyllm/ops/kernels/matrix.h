@@ -31,10 +31,10 @@
 
 #define GROUP 32
 #define OUTPUTS 8
-#define UNIT_ROWS 16  // rows of an AMX tile
-#define UNIT_STRIP 2  // blocks of outputs in a panel on AMX
+#define AMX_TILE_ROWS 16  // rows of an AMX tile
+#define AMX_PANEL_BLOCKS 2  // blocks of outputs in a panel on AMX
 #define TERMS 3       // floats per group of a row: u, -8 u sum q, sum x
-#define TOGETHER (LANES / 8)  // rows that share a register, with eight values each
+#define ROWS_PER_REGISTER (LANES / 8)  // rows that share a register, with eight values each
 
 typedef struct {
     const void *data;
@@ -44,22 +44,22 @@ typedef struct {
     int format;  // FP32, BF16, INT8, INT4
 } Matrix;
 
-// Activation rows in the form that linear_strip expects: values for fp32 and bf16 weights, also
+// Activation rows in the form that linear_panel expects: values for fp32 and bf16 weights, also
 // packed if there are several rows; codes and terms for int8 and int4 weights. A tile of 16 rows is
 // always read completely, so codes and terms are allocated for a multiple of 16 rows; the contents
 // of the padding do not matter.
 typedef struct {
     float *values;   // [rows][inputs]
     float *packed;   // [rows / TOGETHER][inputs / 8][TOGETHER][8]: equal to values if TOGETHER is 1
-    int8_t *codes;   // [whole_tiles(rows)][groups * 32]
-    float *terms;    // [whole_tiles(rows)][groups][3]
+    int8_t *codes;   // [padded_rows(rows)][groups * 32]
+    float *terms;    // [padded_rows(rows)][groups][3]
     i64 inputs, groups;
 } Rows;
 
 static inline i64 groups_of(i64 inputs) { return (inputs + GROUP - 1) / GROUP; }
 static inline i64 blocks_of(const Matrix *w) { return (w->outputs + OUTPUTS - 1) / OUTPUTS; }
-static inline i64 whole_tiles(i64 rows) { return (rows + UNIT_ROWS - 1) / UNIT_ROWS * UNIT_ROWS; }
-static inline i64 packed_size(i64 rows, i64 inputs) { return (rows + 1) / TOGETHER * TOGETHER * inputs; }
+static inline i64 padded_rows(i64 rows) { return (rows + AMX_TILE_ROWS - 1) / AMX_TILE_ROWS * AMX_TILE_ROWS; }
+static inline i64 packed_size(i64 rows, i64 inputs) { return (rows + 1) / ROWS_PER_REGISTER * ROWS_PER_REGISTER * inputs; }
 static inline int is_quantized(const Matrix *w) { return w->format >= INT8; }
 
 // Loads row `row` of an fp32, bf16 or int8 matrix to x[inputs]: an embedding lookup.
@@ -79,23 +79,23 @@ void pack_values(const Rows *rows, i64 row, i64 num_rows, i64 from, i64 count);
 void dense_block(const Matrix *w, i64 block, const Rows *rows, i64 num_rows, float *out, i64 out_stride);
 
 // Outputs are computed panel by panel: one block for few rows, several for many.
-i64 strip_outputs(i64 num_rows);
-static inline i64 strips_of(const Matrix *w, i64 num_rows) {
-    return (w->outputs + strip_outputs(num_rows) - 1) / strip_outputs(num_rows);
+i64 panel_outputs(i64 num_rows);
+static inline i64 panels_of(const Matrix *w, i64 num_rows) {
+    return (w->outputs + panel_outputs(num_rows) - 1) / panel_outputs(num_rows);
 }
 
 // out[m][0 .. outputs of a panel) = products of the rows with a panel, plus bias, for m < num_rows;
 // out_stride: floats from row to row of out
-void linear_strip(const Matrix *w, i64 strip, const Rows *rows, i64 num_rows, float *out, i64 out_stride);
+void linear_panel(const Matrix *w, i64 panel, const Rows *rows, i64 num_rows, float *out, i64 out_stride);
 
-// Must be called before and after a thread's calls of linear_strip: they configure and release the
+// Must be called before and after a thread's calls of linear_panel: they configure and release the
 // thread's AMX tiles if these are used.
-void begin_strips(i64 num_rows);
-void end_strips(i64 num_rows);
+void begin_panels(i64 num_rows);
+void end_panels(i64 num_rows);
 
 // tiles.c: whether AMX is available and permitted; configure and release a thread's tiles; compute
 // a panel of UNIT_STRIP blocks.
 int tiles_ready(void);
-void begin_tiles(void);
-void end_tiles(void);
-void tile_strip(const Matrix *w, i64 strip, const Rows *rows, i64 num_rows, float *out, i64 out_stride);
+void configure_quantized_tiles(void);
+void release_tiles(void);
+void tile_panel(const Matrix *w, i64 panel, const Rows *rows, i64 num_rows, float *out, i64 out_stride);

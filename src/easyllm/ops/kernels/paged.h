@@ -41,7 +41,7 @@ void store_head(const Pages *pages, void *base, float *scales, i64 row, const fl
 // Range of keys that a query row sees, both ends included.
 typedef struct {
     i64 first, last;
-} Sight;
+} KeyRange;
 
 // Floats of a row's partial result: maximum score, sum of exponentials, unnormalized output [dim].
 static inline i64 part_size(i64 dim) { return dim + 2; }
@@ -51,7 +51,7 @@ static inline i64 split_scratch(i64 rows, i64 dim) { return (SPLIT + OCTET) * di
 
 // part[rows][dim + 2] = attention of q[rows][dim], already scaled, over the keys of one split
 void attend_split(const Pages *pages, const int32_t *table, i64 kv_head, i64 split, i64 rows, const float *q,
-                  const Sight *sight, float *part, float *scratch);
+                  const KeyRange *key_range, float *part, float *scratch);
 
 // Initializes partial results: maximum -inf, sums zero.
 void clear_parts(float *part, i64 rows, i64 dim);

@@ -37,10 +37,10 @@ static const float *load_octet(const Pages *p, const void *base, const float *sc
         i64 half = dim / 2;
         for (i64 t = 0; t < OCTET; t++) {
             const uint8_t *codes = (const uint8_t *)base + (row + t) * half;
-            float scale = scales[2 * (row + t)], least = scales[2 * (row + t) + 1];
+            float scale = scales[2 * (row + t)], minimum = scales[2 * (row + t) + 1];
             for (i64 i = 0; i < half; i++) {
-                to[t * dim + i] = (codes[i] & 15) * scale + least;
-                to[t * dim + half + i] = (codes[i] >> 4) * scale + least;
+                to[t * dim + i] = (codes[i] & 15) * scale + minimum;
+                to[t * dim + half + i] = (codes[i] >> 4) * scale + minimum;
             }
         }
     }
@@ -70,7 +70,7 @@ ALWAYS_INLINE void fetch_some(Ahead *a) {
 
 // e^x for the difference of a score from the maximum, 0 below e^-60: added to a sum of at least 1
 // it has no effect in fp32, and its products would be subnormal numbers, which are slow.
-static inline float weight_of(float x) { return x < -60.0f ? 0.0f : exp_(x); }
+static inline float exp_or_zero(float x) { return x < -60.0f ? 0.0f : exp_(x); }
 
 void store_head(const Pages *p, void *base, float *scales, i64 row, const float *x) {
     i64 dim = p->dim, half = dim / 2;
@@ -78,22 +78,22 @@ void store_head(const Pages *p, void *base, float *scales, i64 row, const float 
         store_row((char *)base + row * dim * element_size(p->format), p->format, dim, x);
         return;
     }
-    float least = x[0], most = x[0];
-    for (i64 i = 1; i < dim; i++) least = x[i] < least ? x[i] : least, most = x[i] > most ? x[i] : most;
+    float minimum = x[0], maximum = x[0];
+    for (i64 i = 1; i < dim; i++) minimum = x[i] < minimum ? x[i] : minimum, maximum = x[i] > maximum ? x[i] : maximum;
     if (p->format == INT8) {
-        float step = fmaxf(fmaxf(most, -least) / 127.0f, 1e-30f);
+        float step = fmaxf(fmaxf(maximum, -minimum) / 127.0f, 1e-30f);
         int8_t *codes = (int8_t *)base + row * dim;
         for (i64 i = 0; i < dim; i++) codes[i] = (int8_t)(int)rintf(x[i] / step);
         scales[row] = step;
         return;
     }
-    float step = fmaxf((most - least) / 15.0f, 1e-30f);
+    float step = fmaxf((maximum - minimum) / 15.0f, 1e-30f);
     uint8_t *codes = (uint8_t *)base + row * half;
     for (i64 i = 0; i < half; i++) {
-        int low = (int)rintf((x[i] - least) / step), high = (int)rintf((x[i + half] - least) / step);
+        int low = (int)rintf((x[i] - minimum) / step), high = (int)rintf((x[i + half] - minimum) / step);
         codes[i] = (uint8_t)(min_(low, 15) | min_(high, 15) << 4);
     }
-    scales[2 * row] = step, scales[2 * row + 1] = least;
+    scales[2 * row] = step, scales[2 * row + 1] = minimum;
 }
 
 // out[8] = dot products of a query with eight keys. The loops over registers have explicit unroll
@@ -141,7 +141,7 @@ SUM_VALUES(sum_4_of_3, vec, 4, 3)
 SUM_VALUES(sum_1_of_1, vec, 1, 1)
 SUM_VALUES(sum_octet, lane8, 1, 1)
 
-#define MOST_TOGETHER 3  // maximum rows whose sums fit in registers
+#define MAX_SUMMED_ROWS 3  // maximum rows whose sums fit in registers
 
 // out = sums of the values of a split, weighted for each of `rows` rows
 static inline void sum_values(const float *weights, const float *const *octets, i64 from, i64 to, i64 dim, float *out,
@@ -172,21 +172,21 @@ static inline void softmax_row(float *scores, i64 from, i64 to, float *part) {
     for (i64 j = start; j < end; j += LANES) {
         float *x = scores + j;
 #pragma omp simd
-        for (int i = 0; i < LANES; i++) x[i] = weight_of(x[i] - top);
+        for (int i = 0; i < LANES; i++) x[i] = exp_or_zero(x[i] - top);
         for (int i = 0; i < LANES; i += 8) total += *(const lane8 *)(x + i);
     }
     part[0] = top, part[1] = lane_sum(total);
 }
 
 void attend_split(const Pages *p, const int32_t *table, i64 kv, i64 split, i64 rows, const float *q,
-                  const Sight *sight, float *part, float *scratch) {
+                  const KeyRange *key_range, float *part, float *scratch) {
     i64 dim = p->dim, begin = split * SPLIT, first = SPLIT, last = -1, furthest = 0;
     const float *octets[SPLIT / OCTET];
     float *values = scratch, *keys = values + SPLIT * dim, *scores = keys + OCTET * dim;
     for (i64 r = 0; r < rows; r++) {
-        first = min_(first, max_(0, sight[r].first - begin));
-        last = max_(last, min_(SPLIT - 1, sight[r].last - begin));
-        furthest = max_(furthest, sight[r].last);
+        first = min_(first, max_(0, key_range[r].first - begin));
+        last = max_(last, min_(SPLIT - 1, key_range[r].last - begin));
+        furthest = max_(furthest, key_range[r].last);
     }
     for (i64 o = first / OCTET; o * OCTET <= last; o++) {
         i64 key = begin + o * OCTET, next = min_(key + OCTETS_AHEAD * OCTET, furthest / OCTET * OCTET);
@@ -194,16 +194,16 @@ void attend_split(const Pages *p, const int32_t *table, i64 kv, i64 split, i64 r
         const float *k = load_octet(p, p->keys, p->key_scales, table, kv, key, keys);
         octets[o] = load_octet(p, p->values, p->value_scales, table, kv, key, values + o * OCTET * dim);
         for (i64 r = 0; r < rows; r++)
-            if (sight[r].last >= key && sight[r].first < key + OCTET)
+            if (key_range[r].last >= key && key_range[r].first < key + OCTET)
                 score_octet(q + r * dim, k, dim, scores + r * SPLIT + o * OCTET, &ahead);
     }
     clear_parts(part, rows, dim);
     // rows that see the same keys, such as the heads of a token, are summed together
     for (i64 r = 0, together; r < rows; r += together) {
-        i64 from = max_(0, sight[r].first - begin), to = min_(SPLIT, sight[r].last + 1 - begin);
+        i64 from = max_(0, key_range[r].first - begin), to = min_(SPLIT, key_range[r].last + 1 - begin);
         float *weights = scores + r * SPLIT, *out = part + r * part_size(dim);
-        for (together = 1; together < MOST_TOGETHER && r + together < rows; together++)
-            if (sight[r + together].first != sight[r].first || sight[r + together].last != sight[r].last) break;
+        for (together = 1; together < MAX_SUMMED_ROWS && r + together < rows; together++)
+            if (key_range[r + together].first != key_range[r].first || key_range[r + together].last != key_range[r].last) break;
         if (from >= to) continue;
         for (i64 i = 0; i < together; i++) softmax_row(weights + i * SPLIT, from, to, out + i * part_size(dim));
         sum_values(weights, octets, from, to, dim, out + 2, part_size(dim), together);
@@ -219,7 +219,7 @@ void merge_split(float *state, const float *part, i64 rows, i64 dim) {
     for (i64 r = 0; r < rows; r++, state += part_size(dim), part += part_size(dim)) {
         if (part[0] == -INFINITY) continue;
         float top = state[0] > part[0] ? state[0] : part[0];
-        float old = weight_of(state[0] - top), new = weight_of(part[0] - top);
+        float old = exp_or_zero(state[0] - top), new = exp_or_zero(part[0] - top);
         state[0] = top;
         state[1] = state[1] * old + part[1] * new;
         for (i64 c = 2; c < dim + 2; c += 8)
@@ -250,13 +250,13 @@ typedef struct {
 } Task;
 
 // Loads the scaled queries of a block, and the keys that each row sees.
-static void load_block(const Block *b, const Queries *s, const Pages *p, const void *q, float *rows, Sight *sight) {
+static void load_block(const Block *b, const Queries *s, const Pages *p, const void *q, float *rows, KeyRange *key_range) {
     i64 groups = s->heads / p->kv_heads, dim = p->dim;
     for (i64 t = 0; t < b->tokens; t++) {
         i64 at = (b->token + t) * s->q_stride + b->kv_head * groups * dim;
         load_row((const char *)q + at * element_size(s->dtype), s->dtype, groups * dim, rows + t * groups * dim);
         i64 position = b->position + t, first = s->window ? max_(0, position - s->window + 1) : 0;
-        for (i64 g = 0; g < groups; g++) sight[t * groups + g] = (Sight){first, position};
+        for (i64 g = 0; g < groups; g++) key_range[t * groups + g] = (KeyRange){first, position};
     }
     for (i64 i = 0; i < b->tokens * groups * dim; i++) rows[i] *= s->scale;
 }
@@ -272,7 +272,7 @@ static void store_block(const Block *b, const Queries *s, const Pages *p, const 
 }
 
 // Divides all sequences into blocks; returns their number (only counts if `blocks` is NULL).
-static i64 cut(const Queries *s, const Pages *p, const i64 *lengths, const i64 *key_lengths, i64 num_sequences,
+static i64 make_blocks(const Queries *s, const Pages *p, const i64 *lengths, const i64 *key_lengths, i64 num_sequences,
                Block *blocks) {
     i64 each = max_(1, BLOCK_ROWS / (s->heads / p->kv_heads)), count = 0, token = 0;
     for (i64 n = 0; n < num_sequences; token += lengths[n++])
@@ -289,17 +289,17 @@ static i64 cut(const Queries *s, const Pages *p, const i64 *lengths, const i64 *
 
 void paged_attention(const void *q, void *out, const Pages *p, const int32_t *table, i64 table_width,
                      const i64 *lengths, const i64 *key_lengths, i64 num_sequences, const Queries *s) {
-    i64 dim = p->dim, groups = s->heads / p->kv_heads, most = max_(1, BLOCK_ROWS / groups) * groups;
-    i64 count = cut(s, p, lengths, key_lengths, num_sequences, NULL), num_tasks = 0, room = 0;
+    i64 dim = p->dim, groups = s->heads / p->kv_heads, maximum = max_(1, BLOCK_ROWS / groups) * groups;
+    i64 count = make_blocks(s, p, lengths, key_lengths, num_sequences, NULL), num_tasks = 0, workspace = 0;
     Block *blocks = malloc(max_(1, count) * sizeof(Block));
-    cut(s, p, lengths, key_lengths, num_sequences, blocks);
+    make_blocks(s, p, lengths, key_lengths, num_sequences, blocks);
     int apart = count < 4 * omp_get_max_threads();
     for (i64 b = 0; apart && b < count; b++) {
         num_tasks += blocks[b].num_splits;
-        room += blocks[b].num_splits * blocks[b].tokens * groups * part_size(dim);
+        workspace += blocks[b].num_splits * blocks[b].tokens * groups * part_size(dim);
     }
     Task *tasks = malloc(max_(1, num_tasks) * sizeof(Task)), *task = tasks;
-    float *parts = malloc(max_(1, room) * sizeof(float)), *next = parts;
+    float *parts = malloc(max_(1, workspace) * sizeof(float)), *next = parts;
     for (i64 b = 0; apart && b < count; b++) {
         blocks[b].parts = next;
         next += blocks[b].num_splits * blocks[b].tokens * groups * part_size(dim);
@@ -307,15 +307,15 @@ void paged_attention(const void *q, void *out, const Pages *p, const int32_t *ta
     }
 #pragma omp parallel
     {
-        float *rows = floats(most * dim), *state = floats(most * part_size(dim)), *own = floats(most * part_size(dim));
-        float *scratch = floats(split_scratch(most, dim));
-        Sight *sight = malloc(most * sizeof(Sight));
+        float *rows = floats(maximum * dim), *state = floats(maximum * part_size(dim)), *own = floats(maximum * part_size(dim));
+        float *scratch = floats(split_scratch(maximum, dim));
+        KeyRange *key_range = malloc(maximum * sizeof(KeyRange));
 #pragma omp for schedule(dynamic, 1)
         for (i64 i = 0; i < num_tasks; i++) {
             const Block *b = blocks + tasks[i].block;
             i64 n = b->tokens * groups, j = tasks[i].split;
-            load_block(b, s, p, q, rows, sight);
-            attend_split(p, table + b->sequence * table_width, b->kv_head, b->first_split + j, n, rows, sight,
+            load_block(b, s, p, q, rows, key_range);
+            attend_split(p, table + b->sequence * table_width, b->kv_head, b->first_split + j, n, rows, key_range,
                          b->parts + j * n * part_size(dim), scratch);
         }
 #pragma omp for schedule(dynamic, 1)
@@ -323,16 +323,16 @@ void paged_attention(const void *q, void *out, const Pages *p, const int32_t *ta
             const Block *b = blocks + i;
             i64 n = b->tokens * groups;
             clear_parts(state, n, dim);
-            if (!apart) load_block(b, s, p, q, rows, sight);
+            if (!apart) load_block(b, s, p, q, rows, key_range);
             for (i64 j = 0; j < b->num_splits; j++) {
                 if (!apart)
-                    attend_split(p, table + b->sequence * table_width, b->kv_head, b->first_split + j, n, rows, sight,
+                    attend_split(p, table + b->sequence * table_width, b->kv_head, b->first_split + j, n, rows, key_range,
                                  own, scratch);
                 merge_split(state, apart ? b->parts + j * n * part_size(dim) : own, n, dim);
             }
             store_block(b, s, p, state, out, rows);
         }
-        free(rows), free(state), free(own), free(scratch), free(sight);
+        free(rows), free(state), free(own), free(scratch), free(key_range);
     }
     free(blocks), free(tasks), free(parts);
 }

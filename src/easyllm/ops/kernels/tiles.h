@@ -38,7 +38,7 @@
 #define PAIR (2 * TILE_SIZE)  // two adjacent tiles, one of each panel of a pair
 #define SUMS (4 * SIDE * SIDE)  // 32 x 32 sums: tiles (0, 0), (0, 1), (1, 0), (1, 1)
 // Compiler barrier: compilers do not know which memory the tile instructions read and write.
-#define MEMORY_IS_READ() __asm__ volatile("" ::: "memory")
+#define COMPILER_BARRIER() __asm__ volatile("" ::: "memory")
 
 // The operand of _tile_loadconfig, in the layout that the processor defines.
 typedef struct {
@@ -50,33 +50,33 @@ typedef struct {
 typedef struct {
     const uint16_t *data;
     i64 stride;  // elements from row to row
-    int turned;  // transposed with respect to C = A B
+    int transposed;  // transposed with respect to C = A B
 } Operand;
 
 // Location of a pair of panels, packed or directly in the matrix.
 typedef struct {
     const char *first, *second;
     i64 row, step;  // bytes from row to row of a tile, and from tile to tile
-} Strips;
+} PanelPair;
 
-ALWAYS_INLINE Strips packed_strips(const void *tiles) {
-    return (Strips){tiles, (const char *)tiles + TILE_BYTES, 64, 2 * TILE_BYTES};
+ALWAYS_INLINE PanelPair packed_panels(const void *tiles) {
+    return (PanelPair){tiles, (const char *)tiles + TILE_BYTES, 64, 2 * TILE_BYTES};
 }
 
 // Configures all eight tiles as 16 rows x 64 bytes.
-static inline void begin_whole_tiles(void) {
+static inline void configure_tiles(void) {
     TileShapes shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) shapes.rows[i] = SIDE, shapes.row_bytes[i] = 64;
-    MEMORY_IS_READ();
+    COMPILER_BARRIER();
     _tile_loadconfig(&shapes);
 }
 
 // Number of panels of `size` rows or columns, rounded up to complete pairs.
-static inline i64 even_strips(i64 size) { return (size + 2 * SIDE - 1) / (2 * SIDE) * 2; }
+static inline i64 even_panels(i64 size) { return (size + 2 * SIDE - 1) / (2 * SIDE) * 2; }
 
 // Transposes 16 x 16 elements of 32 bits: 2 x 2 and 4 x 4 blocks within the 128-bit parts of the
 // registers (unpack), then the parts themselves (shuffle).
-static inline void turn(__m512i r[16]) {
+static inline void transpose_16x16(__m512i r[16]) {
     __m512i t[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {
@@ -105,24 +105,24 @@ static inline void turn(__m512i r[16]) {
 // Mask of the first `count` of 32 lanes.
 static inline __mmask32 first_of(i64 count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
 
-// Stores 16 registers as a tile, transposed if `turned`.
-static inline void put(__m512i r[16], int turned, uint16_t *tile) {
-    if (turned) turn(r);
+// Stores 16 registers as a tile, transposed if `transposed`.
+static inline void store_tile(__m512i r[16], int transposed, uint16_t *tile) {
+    if (transposed) transpose_16x16(r);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) _mm512_store_si512(tile + i * DEPTH, r[i]);
 }
 
 // Packs a tile from 16 rows of x[rows][columns]; beyond the edges it is zero.
-static inline void pack_rows(const uint16_t *x, i64 stride, i64 rows, i64 columns, int turned, uint16_t *tile) {
+static inline void pack_rows(const uint16_t *x, i64 stride, i64 rows, i64 columns, int transposed, uint16_t *tile) {
     __m512i r[16];
     __mmask32 there = first_of(columns);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi16(i < rows ? there : 0, x + i * stride);
-    put(r, turned, tile);
+    store_tile(r, transposed, tile);
 }
 
 // Packs two adjacent tiles from 32 rows; every two rows are interleaved to VNNI pairs.
-static inline void pack_pairs(const uint16_t *x, i64 stride, i64 rows, i64 columns, int turned, uint16_t *tiles) {
+static inline void pack_pairs(const uint16_t *x, i64 stride, i64 rows, i64 columns, int transposed, uint16_t *tiles) {
     __m512i left[16], right[16], first = _mm512_set_epi16(
         47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
@@ -134,33 +134,33 @@ static inline void pack_pairs(const uint16_t *x, i64 stride, i64 rows, i64 colum
         left[i] = _mm512_permutex2var_epi16(even, first, odd);
         right[i] = _mm512_permutex2var_epi16(even, second, odd);
     }
-    put(left, turned, tiles);
-    put(right, turned, tiles + TILE_SIZE);
+    store_tile(left, transposed, tiles);
+    store_tile(right, transposed, tiles + TILE_SIZE);
 }
 
 // Packs panels s to s + count of a matrix, `tiles` tiles of each from input k0 on, as the first
-// tiles of [count / 2][pitch][2][tile]. `laced`: rows run along the inputs, so every two of them
+// tiles of [count / 2][pitch][2][tile]. `interleaved`: rows run along the inputs, so every two of them
 // are interleaved to VNNI pairs.
-static inline void pack_strips(const Operand *x, i64 size, i64 depth, i64 s, i64 count, i64 k0, i64 tiles, i64 pitch, int laced,
+static inline void pack_panels(const Operand *x, i64 size, i64 depth, i64 s, i64 count, i64 k0, i64 tiles, i64 pitch, int interleaved,
                                uint16_t *out) {
     for (i64 t = 0; t < tiles; t++)
         for (i64 i = 0; i < count; i++) {
             i64 k = k0 + t * DEPTH, at = (s + i) * SIDE;
             uint16_t *tile = out + (i / 2 * pitch + t) * PAIR + i % 2 * TILE_SIZE;
-            if (!laced)
-                pack_rows(x->data + at * x->stride + k, x->stride, size - at, depth - k, x->turned, tile);
+            if (!interleaved)
+                pack_rows(x->data + at * x->stride + k, x->stride, size - at, depth - k, x->transposed, tile);
             else if (i % 2 == 0) {
                 // the hardware prefetcher detects no pattern in cache lines of 32 distant rows
                 for (i64 r = 0; r < min_(DEPTH, depth - k - DEPTH); r++)
                     _mm_prefetch((const char *)(x->data + (k + DEPTH + r) * x->stride + at), _MM_HINT_T0);
-                pack_pairs(x->data + k * x->stride + at, x->stride, depth - k, size - at, x->turned, tile);
+                pack_pairs(x->data + k * x->stride + at, x->stride, depth - k, size - at, x->transposed, tile);
             }
         }
 }
 
 // Sets the four tiles of sums to zero, or loads them.
 ALWAYS_INLINE void begin_sums(int starts, const float *sums) {
-    MEMORY_IS_READ();
+    COMPILER_BARRIER();
     if (starts) {
         _tile_zero(0);
         _tile_zero(1);
@@ -180,12 +180,12 @@ ALWAYS_INLINE void end_sums(float *sums) {
     _tile_stored(1, sums + 256, 64);
     _tile_stored(2, sums + 512, 64);
     _tile_stored(3, sums + 768, 64);
-    MEMORY_IS_READ();
+    COMPILER_BARRIER();
 }
 
 // sums[2][2][tile of C] (+)= two panels of A times two of B, over `count` tiles that are in L1.
 // Four tile products share four loads.
-ALWAYS_INLINE void four_tiles(i64 count, Strips a, Strips b, int starts, float *sums) {
+ALWAYS_INLINE void four_tiles(i64 count, PanelPair a, PanelPair b, int starts, float *sums) {
     begin_sums(starts, sums);
     for (i64 k = 0; k < count; k++) {
         _tile_loadd(4, a.first, a.row);

@@ -17,7 +17,7 @@
 
 typedef struct {
     float scale;           // of the gradient
-    float shrink;          // 1 - rate * decay
+    float rescale;          // 1 - rate * decay
     float beta1_rest;      // 1 - beta1
     float beta2, beta2_rest;
     float correction;      // sqrt(1 - beta2^t)
@@ -33,7 +33,7 @@ static inline float move_weight(float *w, float *m, float *v, float g, const Ada
     *m = __builtin_fmaf(s->beta1_rest, x - *m, *m);
     *v = __builtin_fmaf(s->beta2_rest * x, x, *v * s->beta2);
     float root = sqrtf(*v), below = root / s->correction + s->eps;
-    *w = *w * s->shrink + -s->step_size * *m / below;
+    *w = *w * s->rescale + -s->step_size * *m / below;
     return root;
 }
 
@@ -58,8 +58,8 @@ void adamw(float *restrict master, float *restrict mean, float *restrict square,
 
 #define CODES 256  // codes that share a scale
 
-#define MOST_MEAN 127.0f
-#define MOST_SQUARE 255.0f
+#define MAX_MEAN 127.0f
+#define MAX_SQUARE 255.0f
 #define SMALLEST 1.17549435e-38f
 
 // Updates one block. The moments m = scale (q / 127) |q / 127| and v = scale (q / 255)^4 are
@@ -71,27 +71,27 @@ static inline void move_block(float *restrict w, int8_t *restrict mean, float *m
                               const AdamW *s, float *restrict roots, float *restrict moved) {
     const float mean_unit = *mean_scale * (float)(1.0 / (127.0 * 127.0));
     const float square_unit = *square_scale * (float)(1.0 / (255.0 * 255.0 * 255.0 * 255.0));
-    float most = 0, most_square = 0;
-#pragma omp simd reduction(max : most, most_square)
+    float maximum = 0, most_square = 0;
+#pragma omp simd reduction(max : maximum, most_square)
     for (i64 i = 0; i < n; i++) {
         float q = mean[i], p = (float)square[i] * (float)square[i];
         float m = q * fabsf(q) * mean_unit, v = p * p * square_unit;
         roots[i] = move_weight(w + i, &m, &v, g[i], s);
         moved[i] = m;
-        most = fabsf(m) > most ? fabsf(m) : most;
+        maximum = fabsf(m) > maximum ? fabsf(m) : maximum;
         most_square = v > most_square ? v : most_square;
     }
-    const float per_root = MOST_MEAN / sqrtf(most > SMALLEST ? most : SMALLEST);
-    const float per_square_root = MOST_SQUARE / sqrtf(sqrtf(most_square > SMALLEST ? most_square : SMALLEST));
+    const float per_root = MAX_MEAN / sqrtf(maximum > SMALLEST ? maximum : SMALLEST);
+    const float per_square_root = MAX_SQUARE / sqrtf(sqrtf(most_square > SMALLEST ? most_square : SMALLEST));
 #pragma omp simd
     for (i64 i = 0; i < n; i++) {
         float code = floorf(sqrtf(fabsf(moved[i])) * per_root + offset[i]);
-        code = code > MOST_MEAN ? MOST_MEAN : code;
+        code = code > MAX_MEAN ? MAX_MEAN : code;
         mean[i] = (int8_t)(moved[i] < 0 ? -code : code);
         code = floorf(sqrtf(roots[i]) * per_square_root + offset[i]);
-        square[i] = (uint8_t)(code < 1.0f ? 1.0f : code > MOST_SQUARE ? MOST_SQUARE : code);
+        square[i] = (uint8_t)(code < 1.0f ? 1.0f : code > MAX_SQUARE ? MAX_SQUARE : code);
     }
-    *mean_scale = most, *square_scale = most_square;
+    *mean_scale = maximum, *square_scale = most_square;
 }
 
 // AdamW step with 8-bit moments in blocks of CODES, which share a scale; offset[CODES] in [0, 1)

@@ -36,18 +36,18 @@
 #ifdef HAS_TILES
 
 #define LINE 32                    // elements of a cache line
-#define MOST_STRIPS 128            // maximum panels packed at a time
-#define MOST_TILES 64              // maximum tiles of a panel packed at a time
+#define MAX_PANELS 128            // maximum panels packed at a time
+#define MAX_TILES 64              // maximum tiles of a panel packed at a time
 #define PACKED_TOGETHER 16         // panels packed by one task, for contiguous reads
 #define BLOCK_BYTES (3 << 19)      // both operands of a block of C, which must stay in L2
 #define BLOCKS_A_THREAD 4          // minimum, because threads are not equally fast
 #define TILES_AHEAD 2              // prefetch distance within a panel
 #define STREAMED_BYTES (16 << 20)  // minimum size of C for streaming, beyond all caches
-#define CYCLES_HELD_BACK 200       // time stamp counts for four tile products that mean throttling
+#define THROTTLED_CYCLES 200       // time stamp counts for four tile products that mean throttling
 
 typedef struct {
     i64 rows, columns, depth;
-    i64 row_strips, column_strips, tiles;  // packed at a time
+    i64 row_panels, column_panels, tiles;  // packed at a time
     i64 row_bytes, column_bytes;           // size of these in bytes
 } Sizes;
 
@@ -56,78 +56,78 @@ typedef struct {
     void *data;
     i64 stride;  // elements from row to row
     i64 size;    // along the joined dimension; a multiple of 32, unless there is only one
-} Part;
+} Block;
 
 typedef struct {
-    const Part *parts;
+    const Block *parts;
     i64 count;
-    int turned;       // as in Operand
+    int transposed;       // as in Operand
     int along_depth;  // joined along the inputs, not along C
-} Joined;
+} Concatenated;
 
 static Sizes sizes_of(i64 rows, i64 columns, i64 depth) {
-    i64 row_strips = min_(MOST_STRIPS, even_strips(rows)), column_strips = min_(MOST_STRIPS, even_strips(columns));
-    i64 all_tiles = max_(1, (depth + DEPTH - 1) / DEPTH), parts = (all_tiles + MOST_TILES - 1) / MOST_TILES;
-    i64 tiles = (all_tiles + parts - 1) / parts, strip_bytes = tiles * TILE_BYTES;
-    return (Sizes){rows, columns, depth, row_strips, column_strips, tiles, row_strips * strip_bytes, column_strips * strip_bytes};
+    i64 row_panels = min_(MAX_PANELS, even_panels(rows)), column_panels = min_(MAX_PANELS, even_panels(columns));
+    i64 all_tiles = max_(1, (depth + DEPTH - 1) / DEPTH), parts = (all_tiles + MAX_TILES - 1) / MAX_TILES;
+    i64 tiles = (all_tiles + parts - 1) / parts, panel_bytes = tiles * TILE_BYTES;
+    return (Sizes){rows, columns, depth, row_panels, column_panels, tiles, row_panels * panel_bytes, column_panels * panel_bytes};
 }
 
 // Workspace that a GEMM needs: packed operands, and sums, either two sets of four tiles per thread
 // or all open sums.
-i64 product_bytes(i64 rows, i64 columns, i64 depth) {
+i64 gemm_bytes(i64 rows, i64 columns, i64 depth) {
     Sizes s = sizes_of(rows, columns, depth);
-    i64 open_tiles = depth > s.tiles * DEPTH ? s.row_strips * s.column_strips : 0;
+    i64 open_tiles = depth > s.tiles * DEPTH ? s.row_panels * s.column_panels : 0;
     return s.row_bytes + s.column_bytes + max_(open_tiles, 8 * omp_get_max_threads()) * TILE_BYTES;
 }
 
-// Panels per block when `strips` panels are split into even blocks of at most `most`.
-static i64 even_block(i64 strips, i64 most) {
-    i64 blocks = (strips + most - 1) / most;
-    return (strips / 2 + blocks - 1) / blocks * 2;
+// Panels per block when `strips` panels are split into even blocks of at most `maximum`.
+static i64 even_block(i64 panels, i64 maximum) {
+    i64 blocks = (panels + maximum - 1) / maximum;
+    return (panels / 2 + blocks - 1) / blocks * 2;
 }
 
 // Panels of rows and of columns in a block of C: as many as fit in L2, with several blocks per
 // thread.
-static void choose_blocks(i64 row_strips, i64 column_strips, i64 tiles, i64 *rows, i64 *columns) {
-    i64 most = max_(4, BLOCK_BYTES / (2 * tiles * TILE_BYTES) / 2 * 2), wanted = BLOCKS_A_THREAD * omp_get_num_threads();
-    *rows = even_block(row_strips, most), *columns = even_block(column_strips, most);
-    while ((row_strips / *rows) * (column_strips / *columns) < wanted && max_(*rows, *columns) > 2) {
+static void choose_blocks(i64 row_panels, i64 column_panels, i64 tiles, i64 *rows, i64 *columns) {
+    i64 maximum = max_(4, BLOCK_BYTES / (2 * tiles * TILE_BYTES) / 2 * 2), wanted = BLOCKS_A_THREAD * omp_get_num_threads();
+    *rows = even_block(row_panels, maximum), *columns = even_block(column_panels, maximum);
+    while ((row_panels / *rows) * (column_panels / *columns) < wanted && max_(*rows, *columns) > 2) {
         i64 *longer = *rows >= *columns ? rows : columns;
         *longer = even_block(*longer, max_(2, *longer / 4 * 2));
     }
 }
 
 // Number of panels that a thread packs at a time.
-static i64 packed_together(i64 strips) {
-    return min_(PACKED_TOGETHER, even_block(strips, max_(2, strips / omp_get_num_threads())));
+static i64 packed_together(i64 panels) {
+    return min_(PACKED_TOGETHER, even_block(panels, max_(2, panels / omp_get_num_threads())));
 }
 
 // Returns the joined matrix that contains index `at`, which becomes an index into that matrix.
-static const Part *part_at(const Part *parts, i64 count, i64 *at) {
+static const Block *part_at(const Block *parts, i64 count, i64 *at) {
     for (; count > 1 && *at >= parts->size; parts++, count--) *at -= parts->size;
     return parts;
 }
 
-// Packs `count` panels from panel s on, `tiles` tiles of each from input k0 on. `laced`: rows run
+// Packs `count` panels from panel s on, `tiles` tiles of each from input k0 on. `interleaved`: rows run
 // along the inputs and are interleaved to VNNI pairs.
-static void pack(const Joined *x, i64 size, i64 depth, i64 s, i64 count, i64 k0, i64 tiles, int laced, char *packed) {
+static void pack(const Concatenated *x, i64 size, i64 depth, i64 s, i64 count, i64 k0, i64 tiles, int interleaved, char *packed) {
     for (i64 i = 0, n; i < count; i += n)
         for (i64 t = 0, m; t < tiles; t += m) {
             i64 at = (s + i) * SIDE, k = k0 + t * DEPTH;
-            const Part *part = part_at(x->parts, x->count, x->along_depth ? &k : &at);
-            Operand one = {part->data, part->stride, x->turned};
+            const Block *part = part_at(x->parts, x->count, x->along_depth ? &k : &at);
+            Operand one = {part->data, part->stride, x->transposed};
             i64 part_size = x->along_depth ? size : part->size, part_depth = x->along_depth ? part->size : depth;
-            n = min_(count - i, even_strips(part_size - at)), m = min_(tiles - t, (part_depth - k + DEPTH - 1) / DEPTH);
-            pack_strips(&one, part_size, part_depth, at / SIDE, n, k, m, tiles, laced,
+            n = min_(count - i, even_panels(part_size - at)), m = min_(tiles - t, (part_depth - k + DEPTH - 1) / DEPTH);
+            pack_panels(&one, part_size, part_depth, at / SIDE, n, k, m, tiles, interleaved,
                         (uint16_t *)packed + (i / 2 * tiles + t) * PAIR);
         }
 }
 
 // Destination of a GEMM: bf16 or fp32 values; the result can be added to fp32 values.
 typedef struct {
-    const Part *parts;
+    const Block *parts;
     i64 count;
-    int above;  // stacked vertically, not side by side
+    int stacked;  // stacked vertically, not side by side
     int dtype, add, streams;
     const float *bias;
 } Result;
@@ -138,19 +138,19 @@ typedef struct {
     char *out;
     i64 stride, rows, done;  // bytes from row to row of C; rows in all, and already written
     __mmask32 there;         // mask of the columns
-} Waiting;
+} PendingWrite;
 
 // Describes the write-back of the sums at (row, column) of C.
-static Waiting waiting_for(const Result *c, const Sizes *s, i64 row, i64 column, const float *sums) {
+static PendingWrite pending_write(const Result *c, const Sizes *s, i64 row, i64 column, const float *sums) {
     i64 rows = min_(2 * SIDE, s->rows - row), at = row, along = column;
-    const Part *part = part_at(c->parts, c->count, c->above ? &at : &along);
+    const Block *part = part_at(c->parts, c->count, c->stacked ? &at : &along);
     i64 size = element_size(c->dtype);
-    return (Waiting){sums, c->bias ? c->bias + column : NULL, (char *)part->data + (at * part->stride + along) * size,
+    return (PendingWrite){sums, c->bias ? c->bias + column : NULL, (char *)part->data + (at * part->stride + along) * size,
                      part->stride * size, rows, 0, first_of(s->columns - column)};
 }
 
 // Writes one row of 32 sums to C.
-ALWAYS_INLINE void put_down_row(const Result *c, void *to, const float *bias, __mmask32 there, __m512 low, __m512 high) {
+ALWAYS_INLINE void write_back_row(const Result *c, void *to, const float *bias, __mmask32 there, __m512 low, __m512 high) {
     __mmask16 left = (__mmask16)there, right = (__mmask16)(there >> 16);
     if (bias) {
         low = _mm512_add_ps(low, _mm512_maskz_loadu_ps(left, bias));
@@ -173,10 +173,10 @@ ALWAYS_INLINE void put_down_row(const Result *c, void *to, const float *bias, __
 }
 
 // Writes the next `count` rows of the waiting sums to C.
-ALWAYS_INLINE void put_down(const Result *c, Waiting *w, i64 count) {
+ALWAYS_INLINE void write_back(const Result *c, PendingWrite *w, i64 count) {
     for (i64 end = min_(w->rows, w->done + count); w->done < end; w->done++) {
         const float *from = w->sums + w->done / SIDE * 512 + w->done % SIDE * SIDE;
-        put_down_row(c, w->out + w->done * w->stride, w->bias, w->there, _mm512_load_ps(from), _mm512_load_ps(from + 256));
+        write_back_row(c, w->out + w->done * w->stride, w->bias, w->there, _mm512_load_ps(from), _mm512_load_ps(from + 256));
     }
 }
 
@@ -202,7 +202,7 @@ ALWAYS_INLINE void fetch_next(Next *next) {
 // Adds two panels of A times two of B, `count` tiles of each, to the sums in tile registers 0 to 3.
 // At each step it prefetches tiles needed soon to L1, if `fetches`, and writes back `each` waiting
 // rows.
-ALWAYS_INLINE void add_products(i64 count, Strips a, Strips b, int fetches, Next next, const Result *c, Waiting *waiting,
+ALWAYS_INLINE void add_products(i64 count, PanelPair a, PanelPair b, int fetches, Next next, const Result *c, PendingWrite *pending,
                                 i64 each) {
     for (i64 k = 0; k < count; k++) {
         _tile_loadd(4, a.first, a.row);
@@ -218,7 +218,7 @@ ALWAYS_INLINE void add_products(i64 count, Strips a, Strips b, int fetches, Next
         if (fetches) fetch_tile(b.second + TILES_AHEAD * b.step, b.row);
         _tile_dpbf16ps(3, 5, 7);
         fetch_next(&next);
-        put_down(c, waiting, each);
+        write_back(c, pending, each);
         a.first += a.step, a.second += a.step, b.first += b.step, b.second += b.step;
     }
 }
@@ -226,78 +226,78 @@ ALWAYS_INLINE void add_products(i64 count, Strips a, Strips b, int fetches, Next
 // Whether AMX is throttled on this thread's core (frequency throttling), as happens on shared
 // machines. Tile loads then do not overlap with multiplications, so tiles should already be in L1;
 // otherwise prefetching them costs more than it saves. Measured on the thread's last block.
-static _Thread_local int held_back = 1;
+static _Thread_local int throttled = 1;
 
 typedef struct {
     Sizes sizes;
-    Joined a, b;
+    Concatenated a, b;
     Result c;
     char *packed_a, *packed_b;
     float *sums;
     int direct;  // tiles of A are loaded in place, without packing
     int open;    // sums need more inputs than are packed at a time
-} Product;
+} Gemm;
 
 // What is packed at a time: panels of rows from m0 and of columns from n0 on, inputs from k0 on.
 typedef struct {
     i64 m0, n0, k0, m_count, n_count, tiles;
     int starts, ends;  // whether these inputs are the first, and the last, of the sums
-} Panel;
+} PackedBlock;
 
-static Panel panel_at(const Sizes *s, i64 m0, i64 n0, i64 k0) {
-    return (Panel){m0, n0, k0, min_(s->row_strips, even_strips(s->rows) - m0), min_(s->column_strips, even_strips(s->columns) - n0),
+static PackedBlock packed_block_at(const Sizes *s, i64 m0, i64 n0, i64 k0) {
+    return (PackedBlock){m0, n0, k0, min_(s->row_panels, even_panels(s->rows) - m0), min_(s->column_panels, even_panels(s->columns) - n0),
                    min_(s->tiles, (s->depth - k0 + DEPTH - 1) / DEPTH), k0 == 0, k0 + s->tiles * DEPTH >= s->depth};
 }
 
 // Returns panels m and m + 1 of A, tiles t to t + *count, or fewer if their matrix ends before.
-// `turn`: number of pairs of column panels already multiplied by them; each prefetches another part
+// `pair`: number of pairs of column panels already multiplied by them; each prefetches another part
 // of the next panels.
-ALWAYS_INLINE Strips strips_of_rows(const Product *p, const Panel *panel, i64 m, i64 t, i64 turn, i64 *count, Next *next) {
+ALWAYS_INLINE PanelPair panels_of_rows(const Gemm *p, const PackedBlock *packed, i64 m, i64 t, i64 pair, i64 *count, Next *next) {
     if (!p->direct) {
-        i64 bytes = panel->tiles * TILE_BYTES;
+        i64 bytes = packed->tiles * TILE_BYTES;
         const char *x = p->packed_a + m * bytes;
-        *next = (Next){x + 2 * bytes + turn * panel->tiles * 256, 64, 256};
-        return packed_strips(x);
+        *next = (Next){x + 2 * bytes + pair * packed->tiles * 256, 64, 256};
+        return packed_panels(x);
     }
-    i64 k = panel->k0 + t * DEPTH, at = (panel->m0 + m) * SIDE;
-    const Part *part = part_at(p->a.parts, p->a.count, p->a.along_depth ? &k : &at);
+    i64 k = packed->k0 + t * DEPTH, at = (packed->m0 + m) * SIDE;
+    const Block *part = part_at(p->a.parts, p->a.count, p->a.along_depth ? &k : &at);
     if (p->a.along_depth) *count = min_(*count, (part->size - k) / DEPTH);
     i64 row = part->stride * 2;
     const char *x = (const char *)part->data + at * row + k * 2;
-    *next = (Next){x + (2 * SIDE + 4 * turn) * row, row, 64};
-    return (Strips){x, x + SIDE * row, row, 64};
+    *next = (Next){x + (2 * SIDE + 4 * pair) * row, row, 64};
+    return (PanelPair){x, x + SIDE * row, row, 64};
 }
 
 // Multiplies packed panels m1 to m_end of A by panels n1 to n_end of B.
-static void multiply_block(const Product *p, const Panel *panel, i64 m1, i64 m_end, i64 n1, i64 n_end) {
-    i64 start = (i64)__rdtsc(), turns = 0, tiles = panel->tiles, own = omp_get_thread_num() * 2;
-    int fetches = held_back;
-    Waiting waiting = {0};
+static void multiply_block(const Gemm *p, const PackedBlock *packed, i64 m1, i64 m_end, i64 n1, i64 n_end) {
+    i64 start = (i64)__rdtsc(), uses = 0, tiles = packed->tiles, own = omp_get_thread_num() * 2;
+    int fetches = throttled;
+    PendingWrite pending = {0};
     for (i64 m = m1; m < m_end; m += 2)
         for (i64 n = n1; n < n_end; n += 2) {
-            i64 open_place = m / 2 * (p->sizes.column_strips / 2) + n / 2;
+            i64 open_place = m / 2 * (p->sizes.column_panels / 2) + n / 2;
             // two sets alternate, because the previous sums still wait for their write-back
-            float *sums = p->sums + (p->open ? open_place : own + turns++ % 2) * SUMS;
+            float *sums = p->sums + (p->open ? open_place : own + uses++ % 2) * SUMS;
             const char *y = p->packed_b + n * tiles * TILE_BYTES;
-            i64 each = (waiting.rows + tiles - 1) / tiles;
-            begin_sums(panel->starts, sums);
+            i64 each = (pending.rows + tiles - 1) / tiles;
+            begin_sums(packed->starts, sums);
             for (i64 t = 0, count; t < tiles; t += count, y += count * 2 * TILE_BYTES) {
                 Next next;
                 count = tiles - t;
-                Strips x = strips_of_rows(p, panel, m, t, (n - n1) / 2, &count, &next);
-                add_products(count, x, packed_strips(y), fetches, next, &p->c, &waiting, each);
+                PanelPair x = panels_of_rows(p, packed, m, t, (n - n1) / 2, &count, &next);
+                add_products(count, x, packed_panels(y), fetches, next, &p->c, &pending, each);
             }
-            put_down(&p->c, &waiting, waiting.rows);
+            write_back(&p->c, &pending, pending.rows);
             end_sums(sums);
-            if (panel->ends) waiting = waiting_for(&p->c, &p->sizes, (panel->m0 + m) * SIDE, (panel->n0 + n) * SIDE, sums);
+            if (packed->ends) pending = pending_write(&p->c, &p->sizes, (packed->m0 + m) * SIDE, (packed->n0 + n) * SIDE, sums);
         }
-    put_down(&p->c, &waiting, waiting.rows);
-    held_back = (i64)__rdtsc() - start > (m_end - m1) * (n_end - n1) / 4 * tiles * CYCLES_HELD_BACK;
+    write_back(&p->c, &pending, pending.rows);
+    throttled = (i64)__rdtsc() - start > (m_end - m1) * (n_end - n1) / 4 * tiles * THROTTLED_CYCLES;
 }
 
 // Whether complete tiles of A can be loaded in place.
-static int is_direct(const Joined *a, i64 rows, i64 depth) {
-    int direct = !a->turned && rows % (2 * SIDE) == 0 && depth % DEPTH == 0;
+static int is_direct(const Concatenated *a, i64 rows, i64 depth) {
+    int direct = !a->transposed && rows % (2 * SIDE) == 0 && depth % DEPTH == 0;
     for (i64 i = 0; i < a->count; i++)
         direct &= (uintptr_t)a->parts[i].data % 64 == 0 && a->parts[i].stride % LINE == 0 &&
                   a->parts[i].stride % (32 * LINE) != 0;  // else rows map to the same cache sets
@@ -305,62 +305,62 @@ static int is_direct(const Joined *a, i64 rows, i64 depth) {
 }
 
 // C[rows][columns] = A B + bias, for A [rows][depth] and B [depth][columns]; each can be one matrix
-// or several joined ones. A transposed (`turned`) operand is stored as A [depth][rows], B
+// or several joined ones. A transposed (`transposed`) operand is stored as A [depth][rows], B
 // [columns][depth]. If only A or only B is joined, it is joined along C, whose parts have the same
 // sizes; if both are, they are joined along the depth. C is bf16, or fp32, to which the product can
-// be added. bias: [columns] fp32 or NULL. room: workspace of product_bytes, aligned to 64 bytes.
-void product(const Part *a, i64 a_count, int a_turned, const Part *b, i64 b_count, int b_turned, const float *bias,
-             const Part *c, int c_dtype, int add, i64 rows, i64 columns, i64 depth, char *room) {
+// be added. bias: [columns] fp32 or NULL. workspace: gemm_bytes bytes, aligned to 64 bytes.
+void gemm(const Block *a, i64 a_count, int a_turned, const Block *b, i64 b_count, int b_turned, const float *bias,
+             const Block *c, int c_dtype, int add, i64 rows, i64 columns, i64 depth, char *workspace) {
     const Sizes s = sizes_of(rows, columns, depth);
     const int along_depth = a_count > 1 && b_count > 1, streams = rows * columns * 2 >= STREAMED_BYTES;
-    char *packed_b = room + s.row_bytes, *sums = packed_b + s.column_bytes;
-    const Joined left = {a, a_count, a_turned, along_depth}, right = {b, b_count, b_turned, along_depth};
+    char *packed_b = workspace + s.row_bytes, *sums = packed_b + s.column_bytes;
+    const Concatenated left = {a, a_count, a_turned, along_depth}, right = {b, b_count, b_turned, along_depth};
     const Result result = {c, along_depth ? 1 : max_(a_count, b_count), a_count > 1, c_dtype, add, streams, bias};
     const int direct = is_direct(&left, rows, depth), open = depth > s.tiles * DEPTH;
-    const Product p = {s, left, right, result, room, packed_b, (float *)sums, direct, open};
+    const Gemm p = {s, left, right, result, workspace, packed_b, (float *)sums, direct, open};
 #pragma omp parallel
     {
-        begin_whole_tiles();
-        for (i64 m0 = 0; m0 < even_strips(rows); m0 += s.row_strips)
-            for (i64 n0 = 0; n0 < even_strips(columns); n0 += s.column_strips)
+        configure_tiles();
+        for (i64 m0 = 0; m0 < even_panels(rows); m0 += s.row_panels)
+            for (i64 n0 = 0; n0 < even_panels(columns); n0 += s.column_panels)
                 for (i64 k0 = 0; k0 < depth; k0 += s.tiles * DEPTH) {
-                    const Panel panel = panel_at(&s, m0, n0, k0);
-                    i64 strip_bytes = panel.tiles * TILE_BYTES, m_together = packed_together(panel.m_count);
-                    i64 n_together = packed_together(panel.n_count), m_block, n_block;
-                    choose_blocks(panel.m_count, panel.n_count, panel.tiles, &m_block, &n_block);
+                    const PackedBlock packed = packed_block_at(&s, m0, n0, k0);
+                    i64 panel_bytes = packed.tiles * TILE_BYTES, m_together = packed_together(packed.m_count);
+                    i64 n_together = packed_together(packed.n_count), m_block, n_block;
+                    choose_blocks(packed.m_count, packed.n_count, packed.tiles, &m_block, &n_block);
                     if (!p.direct && (n0 == 0 || p.open)) {
 #pragma omp for schedule(dynamic) nowait
-                        for (i64 m = 0; m < panel.m_count; m += m_together)
-                            pack(&p.a, rows, depth, m0 + m, min_(m_together, panel.m_count - m), k0, panel.tiles, a_turned,
-                                 p.packed_a + m * strip_bytes);
+                        for (i64 m = 0; m < packed.m_count; m += m_together)
+                            pack(&p.a, rows, depth, m0 + m, min_(m_together, packed.m_count - m), k0, packed.tiles, a_turned,
+                                 p.packed_a + m * panel_bytes);
                     }
 #pragma omp for schedule(dynamic)
-                    for (i64 n = 0; n < panel.n_count; n += n_together)
-                        pack(&p.b, columns, depth, n0 + n, min_(n_together, panel.n_count - n), k0, panel.tiles, !b_turned,
-                             p.packed_b + n * strip_bytes);
+                    for (i64 n = 0; n < packed.n_count; n += n_together)
+                        pack(&p.b, columns, depth, n0 + n, min_(n_together, packed.n_count - n), k0, packed.tiles, !b_turned,
+                             p.packed_b + n * panel_bytes);
 #pragma omp for collapse(2) schedule(dynamic)
-                    for (i64 m = 0; m < panel.m_count; m += m_block)
-                        for (i64 n = 0; n < panel.n_count; n += n_block)
-                            multiply_block(&p, &panel, m, min_(m + m_block, panel.m_count), n, min_(n + n_block, panel.n_count));
+                    for (i64 m = 0; m < packed.m_count; m += m_block)
+                        for (i64 n = 0; n < packed.n_count; n += n_block)
+                            multiply_block(&p, &packed, m, min_(m + m_block, packed.m_count), n, min_(n + n_block, packed.n_count));
                 }
         _mm_sfence();  // makes streamed stores visible before the threads join
         _tile_release();
     }
 }
 
-int product_ready(void) { return tiles_ready(); }
+int gemm_ready(void) { return tiles_ready(); }
 
 #else
 
-int product_ready(void) { return 0; }
-i64 product_bytes(i64 rows, i64 columns, i64 depth) {
+int gemm_ready(void) { return 0; }
+i64 gemm_bytes(i64 rows, i64 columns, i64 depth) {
     (void)rows, (void)columns, (void)depth;
     return 0;
 }
-void product(const void *a, i64 a_count, int a_turned, const void *b, i64 b_count, int b_turned, const float *bias,
-             const void *c, int c_dtype, int add, i64 rows, i64 columns, i64 depth, char *room) {
+void gemm(const void *a, i64 a_count, int a_turned, const void *b, i64 b_count, int b_turned, const float *bias,
+             const void *c, int c_dtype, int add, i64 rows, i64 columns, i64 depth, char *workspace) {
     (void)a, (void)a_count, (void)a_turned, (void)b, (void)b_count, (void)b_turned, (void)bias, (void)c;
-    (void)c_dtype, (void)add, (void)rows, (void)columns, (void)depth, (void)room;
+    (void)c_dtype, (void)add, (void)rows, (void)columns, (void)depth, (void)workspace;
 }
 
 #endif
