@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from easyllm.ops import matmul as product_module
+from easyllm.ops import matmul as matmul_module
 from easyllm.ops.attention import AttentionRule, attention, reference_attention
 from easyllm.ops.kernels import build
-from easyllm.ops.matmul import linear, linears, matmul, products, sum_of_matmuls
+from easyllm.ops.matmul import grouped_matmul, linear, linears, matmul, sum_of_matmuls
 
 HALF_STEP = 2.0**-8
 """Upper bound of the relative error of a sum rounded to bf16 once, with a margin for the sum."""
@@ -20,10 +20,10 @@ HALF_STEP = 2.0**-8
 @pytest.fixture(params=["kernel", "pytorch"])
 def path(request, monkeypatch):
     if request.param == "pytorch":
-        monkeypatch.setattr(product_module, "_kernels", lambda *args: None)
+        monkeypatch.setattr(matmul_module, "_kernels", lambda *args: None)
     else:
         need_unit()
-        monkeypatch.setattr(product_module, "SMALL", 1)
+        monkeypatch.setattr(matmul_module, "SMALL", 1)
     return request.param
 
 
@@ -93,7 +93,7 @@ def test_operands_may_have_gaps_and_zero_strides(path):
 
 def test_rows_are_bitwise_batch_invariant(monkeypatch):
     need_unit()
-    monkeypatch.setattr(product_module, "SMALL", 1)
+    monkeypatch.setattr(matmul_module, "SMALL", 1)
     x, weight = bf16(300, 320), bf16(96, 320, seed=1)
     whole = matmul(x, weight.T)
     for rows in (slice(0, 32), slice(37, 100), slice(200, 300)):
@@ -155,7 +155,7 @@ def test_fused_matrices_equal_their_separate_gemms(path, widths, rows):
         close(out, x.double() @ weight.double().T)
         if path == "kernel":
             assert torch.equal(out, matmul(x, weight.T))
-    for out, error in zip(products([e.T for e in errors], x), errors, strict=True):
+    for out, error in zip(grouped_matmul([e.T for e in errors], x), errors, strict=True):
         close(out, error.double().T @ x.double())
         if path == "kernel":
             assert torch.equal(out, matmul(error.T, x))
@@ -241,7 +241,7 @@ def test_only_tensors_needed_for_gradients_are_saved(path):
 def test_unsupported_cases_are_computed_by_pytorch():
     need_unit()
     weight = bf16(64, 64)
-    serves = product_module._kernels
+    serves = matmul_module._kernels
     assert serves((weight, weight), 1024, 64, 64) is not None
     assert serves((weight, weight), 31, 4096, 4096) is None  # too few rows
     assert serves((weight.float(), weight), 1024, 64, 64) is None

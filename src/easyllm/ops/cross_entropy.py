@@ -148,14 +148,14 @@ class _Shape(NamedTuple):
 
 
 def _error(
-    matmul_each: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
+    grouped_matmul: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Returns each row's loss and its gradient with respect to the logits before any soft cap."""
-    if gpu_ready(matmul_each) and matmul_each.is_contiguous():
-        return _on_gpu(matmul_each, labels, shape, with_grad=with_grad)
+    if gpu_ready(grouped_matmul) and grouped_matmul.is_contiguous():
+        return _on_gpu(grouped_matmul, labels, shape, with_grad=with_grad)
     if shape == (None, 0.0, 0.0):
-        return softmax_error(matmul_each, labels, with_grad=with_grad)
-    logits = matmul_each if matmul_each.dtype == torch.float64 else matmul_each.float()
+        return softmax_error(grouped_matmul, labels, with_grad=with_grad)
+    logits = grouped_matmul if grouped_matmul.dtype == torch.float64 else grouped_matmul.float()
     capped = None
     if shape.softcap is not None:
         capped = torch.tanh(logits / shape.softcap)
@@ -173,16 +173,16 @@ def _error(
     error.scatter_add_(1, labels[:, None], torch.full_like(target, smooth - 1.0))
     if capped is not None:
         error *= 1 - capped.square()
-    return loss.squeeze(1), error.to(matmul_each.dtype)
+    return loss.squeeze(1), error.to(grouped_matmul.dtype)
 
 
 def _on_gpu(
-    matmul_each: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
+    grouped_matmul: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     from easyllm.ops.gpu.cross_entropy import cross_entropy
 
-    loss = cross_entropy(matmul_each, labels, **shape._asdict(), with_grad=with_grad)
-    return loss, matmul_each if with_grad else None
+    loss = cross_entropy(grouped_matmul, labels, **shape._asdict(), with_grad=with_grad)
+    return loss, grouped_matmul if with_grad else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -119,7 +119,7 @@ def matmul(
     return out
 
 
-def matmul_each(a: Sequence[Tensor], b: Tensor) -> list[Tensor]:
+def grouped_matmul(a: Sequence[Tensor], b: Tensor) -> list[Tensor]:
     """Multiplies several matrices by one, in a single GEMM where the kernel supports it.
 
     Args:
@@ -193,7 +193,7 @@ class _FusedLinears(torch.autograd.Function):
         made: Sequence[Tensor] = ()
         if transposed:
             rows = x.reshape(len(errors[0]), -1)
-            made = [e @ rows for e in transposed] if again else matmul_each(transposed, rows)
+            made = [e @ rows for e in transposed] if again else grouped_matmul(transposed, rows)
         of_each = iter(made)
         return (
             of_rows,

@@ -61,19 +61,19 @@ def pack_int8(codes: Tensor, scales: Tensor) -> QuantizedMatrix:
     return QuantizedMatrix(chunks.flatten(2).contiguous(), filled, outputs, inputs)
 
 
-def pack_int4(codes: Tensor, steps: Tensor, offsets: Tensor) -> QuantizedMatrix:
+def pack_int4(codes: Tensor, scales: Tensor, offsets: Tensor) -> QuantizedMatrix:
     """Packs int4 codes with their scales and offsets into the kernel's layout.
 
     Args:
         codes: [N, K] uint8 in 0 .. 15.
-        steps, middles: scales and offsets, [N, G]; stored in fp16.
+        scales, offsets: scales and offsets, [N, G]; stored in fp16.
     """
     outputs, inputs = codes.shape
     # padding contributes nothing: code 8 leaves only the offset, which is multiplied by zero inputs
     chunks = _chunks(codes, 8)
     low, high = chunks.chunk(2, dim=2)
     parts = [(low | (high << 4)).flatten(2)]
-    for numbers in (steps, offsets):
+    for numbers in (scales, offsets):
         filled = F.pad(numbers.to(torch.float16), (0, 0, 0, -outputs % OUTPUTS))
         lanes = filled.view(-1, OUTPUTS, filled.shape[1]).transpose(1, 2)  # [N/8, G, 8]
         parts.append(lanes.contiguous().view(torch.uint8))

@@ -139,11 +139,11 @@ def _int4(weight: Tensor) -> QuantizedMatrix:
     least, most = groups.aminmax(dim=2)
     # 2^-24 is the smallest positive fp16 number: a group of equal values has it as its scale, and
     # the value itself as its offset
-    steps = ((most - least) / 15).to(torch.float16).clamp(min=2**-24)
-    offsets = (least + 8 * steps.float()).to(torch.float16)
-    codes = (groups - offsets[..., None].float()) / steps[..., None].float() + 8
+    scales = ((most - least) / 15).to(torch.float16).clamp(min=2**-24)
+    offsets = (least + 8 * scales.float()).to(torch.float16)
+    codes = (groups - offsets[..., None].float()) / scales[..., None].float() + 8
     codes = codes.round_().clamp_(0, 15).to(torch.uint8).flatten(1)[:, :inputs]
-    return pack_int4(codes, steps, offsets)
+    return pack_int4(codes, scales, offsets)
 
 
 def quantize_weight(weight: Tensor, format: StorageFormat, name: str) -> WeightStorage:
