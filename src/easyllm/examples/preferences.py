@@ -18,7 +18,6 @@ from easyllm.core.progress import track
 from easyllm.corpus.files.row import Row
 from easyllm.examples.conversations import (
     LABEL_KEYS,
-    Message,
     read_alpaca_prompt,
     read_conversation,
     read_messages,
@@ -43,6 +42,7 @@ from easyllm.examples.prepare import (
 from easyllm.examples.sample import Sample
 from easyllm.examples.tools import read_tools
 from easyllm.examples.unsupported_keys import check_keys
+from easyllm.tokenizer.messages import Message
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 PAIR_FORMS = """

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.progress import track
-from easyllm.examples.conversations import Conversation, Message
+from easyllm.examples.conversations import Conversation
 from easyllm.examples.sample import Sample
-from easyllm.tokenizer.messages import TRAIN_KEYS, trained_turns
+from easyllm.tokenizer.messages import TRAIN_KEYS, Message, trained_turns
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 TooLong = Literal["cut", "drop"]

@@ -6,7 +6,7 @@ matrix product (GEMM) as a function, `BaseLinear`, and decides whether and with 
 it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,6 +56,8 @@ class Linear(nn.Module):
         storage: the storage of W; by default the parameter `weight: [out, in]`.
         adapter: the adapter, or None.
     """
+
+    __call__: Callable[..., Tensor]  # `nn.Module` declares Any
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()

@@ -62,7 +62,7 @@ def ntk_base(theta: float, width: int, factor: float) -> float:
     >>> round(ntk_base(10000, 128, 2), 2)
     20221.26
     """
-    return theta * factor ** (width / (width - 2))
+    return float(theta * factor ** (width / (width - 2)))
 
 
 def yarn_attention_factor(scaling: YarnScaling) -> float:

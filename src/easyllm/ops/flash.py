@@ -88,6 +88,7 @@ class _Flash(torch.autograd.Function):
         causal: bool,
         options: dict[str, Any],
     ) -> Tensor:
+        out: Tensor
         out, lse, seed, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, *arguments, 0.0, causal, False, **options
         )

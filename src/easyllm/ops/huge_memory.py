@@ -132,7 +132,9 @@ def _tensor_on(
     storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
     # not a view: autograd accumulates into a gradient in place only if no other tensor shares its
     # memory
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
+    empty = torch.empty(0, dtype=dtype)
+    tensor: Tensor = empty.set_(storage, 0, shape)  # type: ignore[call-overload]
+    return tensor
 
 
 def return_freed_memory() -> None:

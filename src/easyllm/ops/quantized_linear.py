@@ -167,7 +167,8 @@ def quantize_rows(x: Tensor) -> Tensor:
     groups = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
     unit = groups.abs().amax(-1, keepdim=True) / 127
     codes = (groups / unit.clamp(min=1e-38)).round()
-    return (codes * unit).flatten(-2)[..., : x.shape[-1]]
+    rounded: Tensor = (codes * unit).flatten(-2)[..., : x.shape[-1]]
+    return rounded
 
 
 def matrix_struct(matrix: QuantizedMatrix, bias: Tensor | None) -> Matrix:

@@ -7,7 +7,7 @@ llama.cpp (`llama-vocab.cpp`).
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenizers import (
@@ -89,7 +89,7 @@ def _single_digits() -> pre_tokenizers.PreTokenizer:
     )
 
 
-PRE_TOKENIZERS = {
+PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "default": lambda: _split(*_DEFAULT),
     "gpt-2": lambda: _byte_level(use_regex=True),
     "smollm": _single_digits,

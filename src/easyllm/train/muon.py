@@ -74,8 +74,8 @@ def orthogonalise(matrix: Tensor, steps: int, dtype: torch.dtype | None = None) 
     if dtype is None:
         dtype = torch.bfloat16 if bf16_is_fast(matrix.device) else torch.float32
     a, b, c = QUINTIC
-    norm = torch.linalg.vector_norm(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)
-    x = (matrix / norm).to(dtype)  # bounds all singular values by 1
+    norm: Tensor = torch.linalg.vector_norm(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)
+    x: Tensor = (matrix / norm).to(dtype)  # bounds all singular values by 1
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x  # for the smaller of the two Gram matrices
     for _ in range(steps):

@@ -33,7 +33,8 @@ class Clusters:
     @property
     def is_kept(self) -> NDArray[np.bool_]:
         """[n] whether the document is its own representative."""
-        return self.representatives == np.arange(len(self))
+        kept: NDArray[np.bool_] = self.representatives == np.arange(len(self))
+        return kept
 
     @property
     def kept(self) -> NDArray[np.int64]:

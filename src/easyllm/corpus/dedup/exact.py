@@ -70,7 +70,7 @@ def paragraph_keys(texts: Iterable[str], config: ParagraphConfig) -> Ragged:
 def repeated(keys: U64) -> NDArray[np.bool_]:
     """Returns [N] bool: whether the key is not 0 and an equal key precedes it."""
     _, first = np.unique(keys, return_index=True)
-    is_repeated = keys != 0
+    is_repeated: NDArray[np.bool_] = keys != 0
     is_repeated[first] = False
     return is_repeated
 
