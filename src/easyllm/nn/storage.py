@@ -7,11 +7,12 @@ in `quant/` and one call of `quant.register_storage`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from easyllm.ops.autograd import Context
 from easyllm.ops.deterministic import tiled_linear
 from easyllm.ops.embedding import embedding
 from easyllm.ops.kernels.build import DTYPE_CODES, Matrix
@@ -262,12 +263,12 @@ class _Dequantized(torch.autograd.Function):
     """x Wᵀ + b that saves only the quantized weight; the backward pass dequantizes it again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, storage: PackedStorage, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, storage: PackedStorage, bias: Tensor | None) -> Tensor:
         ctx.storage = storage
         return nn.functional.linear(x, storage.dense().to(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
         (grad,) = grads
         to_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return grad @ ctx.storage.dense().to(grad.dtype), None, to_bias

@@ -1,12 +1,12 @@
 """Activations, and the gated activation of GLU feed-forward layers."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.ops.autograd import Context
 from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
@@ -55,12 +55,12 @@ def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
 
 class _SiLUGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return _silu_gate(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         (grad,) = grads
         if gpu_ready(grad, gate, up):

@@ -18,12 +18,12 @@ encodings that change the scores in other ways.
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.ops.autograd import Context
 from easyllm.ops.flash import flash_attention, flash_fits
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES, AttentionShape
@@ -242,7 +242,7 @@ class _KernelAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, lengths: tuple[int, ...]
+        ctx: Context, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, lengths: tuple[int, ...]
     ) -> Tensor:
         q, k, v = (x if _heads_contiguous(x) else x.contiguous() for x in (q, k, v))
         kernels = kernels_for(q, k, v)
@@ -270,7 +270,7 @@ class _KernelAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse, starts = ctx.saved_tensors
         grad = grads[0].contiguous()
         kernels = kernels_for(grad, q, k, v)

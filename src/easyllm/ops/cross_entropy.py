@@ -7,11 +7,12 @@ so the backward pass only scales it.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from easyllm.ops.autograd import Context
 from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.huge_memory import cached_empty
 from easyllm.ops.kernels import kernels_for
@@ -188,7 +189,7 @@ def _on_gpu(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
@@ -231,7 +232,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, *grads: Tensor
+        ctx: Context, *grads: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (grad,) = grads
         grad_hidden, grad_weight = ctx.saved_tensors

@@ -8,13 +8,12 @@ keys in one fixed order. Row-wise operations (norms, rotations, gates, quantized
 batch-invariant already.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from easyllm.ops.attention import AttentionRule, attention
+from easyllm.ops.autograd import Context
 from easyllm.ops.paged_attention import new_pages, paged_attention
 
 TILE_ROWS = 32
@@ -89,9 +88,9 @@ class _WithValue(torch.autograd.Function):
     """Returns the second tensor; the gradient flows to the first."""
 
     @staticmethod
-    def forward(_ctx: Any, _differentiable: Tensor, value: Tensor) -> Tensor:
+    def forward(_ctx: Context, _differentiable: Tensor, value: Tensor) -> Tensor:
         return value
 
     @staticmethod
-    def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(_ctx: Context, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None

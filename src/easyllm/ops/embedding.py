@@ -1,11 +1,10 @@
 """Embedding lookup; the gradient of the table is dense, with few rows that are not zero."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.ops.autograd import Context
 from easyllm.ops.huge_memory import cached_empty
 
 
@@ -32,13 +31,13 @@ class _Embedding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, token_ids: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Context, token_ids: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(token_ids)
         ctx.shape = weight.shape
         return F.embedding(token_ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[None, Tensor]:
         (token_ids,), (grad,) = ctx.saved_tensors, grads
         used, number = token_ids.unique(return_inverse=True)
         rows = torch.ops.aten.embedding_dense_backward(grad, number, len(used), -1, False)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from easyllm.ops.autograd import Context
+
 MAX_HEAD_DIM = 256
 """Maximum head dimension."""
 AMPERE = 8
@@ -80,7 +82,7 @@ def flash_attention(
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -97,7 +99,7 @@ class _Flash(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, out, lse, seed, unused = ctx.saved_tensors
         with _deterministic_algorithms():
             grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from easyllm.ops.autograd import Context
 from easyllm.ops.huge_memory import huge_empty
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES, Block
@@ -164,7 +165,7 @@ def sum_of_matmuls(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 class _FusedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, *layers: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Context, x: Tensor, count: int, *layers: Any) -> tuple[Tensor, ...]:
         weights, biases = layers[:count], layers[count:]
         of_x, _, *of_layers = ctx.needs_input_grad
         of_weights = any(of_layers[:count])
@@ -173,7 +174,7 @@ class _FusedLinears(torch.autograd.Function):
         return _linears(x, weights, biases)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         of_x, _, *of_layers = ctx.needs_input_grad
         of_weights, of_biases = of_layers[: len(grads)], of_layers[len(grads) :]

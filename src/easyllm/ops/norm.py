@@ -7,11 +7,10 @@ y = x / r ⊙ w,   r = √(mean(x²) + eps)                                  (ar
 ∂x = (g - x̂ · mean(g ⊙ x̂)) / r,   g = ∂y ⊙ w,   x̂ = x / r;   ∂w = Σ_rows ∂y ⊙ x̂
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from easyllm.ops.autograd import Context
 from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
@@ -64,13 +63,13 @@ def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         _, y, inverse = _forward(x, None, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         grad_x, _, grad_weight = _backward(
             grads[0], None, x, weight, inverse, None, with_weight=ctx.needs_input_grad[1]
@@ -81,7 +80,7 @@ class _RMSNorm(torch.autograd.Function):
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, eps: float
+        ctx: Context, x: Tensor, added: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         total, y, inverse = _forward(x, added, weight, eps)
         ctx.save_for_backward(total, weight, inverse)
@@ -89,7 +88,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return total, y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         (grad_sum, grad), (x, weight, inverse) = grads, ctx.saved_tensors
         grad_x, grad_added, grad_weight = _backward(
             *(grad, grad_sum, x, weight, inverse, ctx.added_dtype),

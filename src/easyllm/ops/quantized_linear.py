@@ -14,12 +14,12 @@ rows.
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.ops.autograd import Context
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import BIT_CODES, DTYPE_CODES, Matrix
 
@@ -197,12 +197,12 @@ class _Differentiable(torch.autograd.Function):
     """The reference; saves only the quantized weight and dequantizes it again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
         ctx.matrix = matrix
         return reference_quantized_linear(x, matrix, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
         total = grad.new_zeros((*grad.shape[:-1], ctx.matrix.inputs))
         for first in range(0, ctx.matrix.outputs, BLOCK_OUTPUTS):

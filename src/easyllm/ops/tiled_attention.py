@@ -15,12 +15,11 @@ This file is for reading and for verifying the result at every tile size; models
 `ops/attention`.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from easyllm.ops.attention import AttentionRule, visible
+from easyllm.ops.autograd import Context
 
 
 def tiled_attention(
@@ -49,7 +48,7 @@ def tiled_attention(
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, rows: int, columns: int
+        ctx: Context, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, rows: int, columns: int
     ) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         heads = q.shape[1]
@@ -79,7 +78,7 @@ class _TiledAttention(torch.autograd.Function):
         return out.transpose(0, 1).to(q.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_z = ctx.saved_tensors
         rule, (rows, columns) = ctx.rule, ctx.tiles
         grad = grads[0].transpose(0, 1).to(q.dtype)  # [H, Tq, d]

@@ -10,9 +10,9 @@ since a class such as `has-sidebar` on the body does not describe the body itsel
 import re
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any
 
 from easyllm.corpus.html.element_names import boilerplate_kind
+from easyllm.corpus.html.node import Node
 
 UNSEEN = "script, style, noscript, template, dialog:not([open])"
 HIDDEN = (
@@ -98,7 +98,7 @@ class _TooMuch(Exception):
 _MAX_NAMED = 20_000  # maximum number of elements with a class or an id to check
 
 
-def remove_unseen(body: Any) -> None:
+def remove_unseen(body: Node) -> None:
     """Removes scripts, styles and hidden elements, so that only visible text is measured.
 
     Formulas are kept.
@@ -117,7 +117,7 @@ def remove_unseen(body: Any) -> None:
             _remove(node)
 
 
-def main_part(body: Any) -> list[Any]:
+def main_part(body: Node) -> list[Node]:
     """Returns the elements whose concatenated text is the main text; removes boilerplate in them.
 
     The work is bounded: for a page with much text in hundreds of nested elements, removal stops at
@@ -132,7 +132,7 @@ def main_part(body: Any) -> list[Any]:
         _LEFT.reset(token)
 
 
-def _main_part(body: Any) -> list[Any]:
+def _main_part(body: Node) -> list[Node]:
     remove_unseen(body)
     for node in _select(body, NAVIGATION):
         if not _holds(node, HEADS):
@@ -146,7 +146,7 @@ def _main_part(body: Any) -> list[Any]:
     return _roots(body, total)
 
 
-def size(node: Any) -> int:
+def size(node: Node) -> int:
     """Returns the number of characters of an element's text, without white space."""
     text = node.text or ""
     left = _LEFT.get()
@@ -156,13 +156,13 @@ def size(node: Any) -> int:
     return sum(map(len, text.split()))
 
 
-def link_share(node: Any) -> float:
+def link_share(node: Node) -> float:
     """Returns the share of an element's characters that are in links."""
     whole = size(node)
     return sum(size(link) for link in _select(node, "a")) / whole if whole else 0.0
 
 
-def _roots(body: Any, total: int) -> list[Any]:
+def _roots(body: Node, total: int) -> list[Node]:
     """Returns the `<main>` element if it has enough of the page's text, else the body.
 
     If the `<h1>` is outside `<main>`, it is returned too.
@@ -175,7 +175,7 @@ def _roots(body: Any, total: int) -> list[Any]:
     return [*_select(body, "h1")[:1], *mains]
 
 
-def _may_go(node: Any, body: Any, total: int) -> bool:
+def _may_go(node: Node, body: Node, total: int) -> bool:
     """Returns whether an element can be boilerplate.
 
     It must not contain the title, nor most of the page unless the content is mostly links.
@@ -187,7 +187,7 @@ def _may_go(node: Any, body: Any, total: int) -> bool:
     )
 
 
-def _around_title(body: Any) -> Any:
+def _around_title(body: Node) -> Node:
     """Returns the smallest element around the title with most of the page's text.
 
     Returns None if that element is the body, or there is no title.
@@ -200,7 +200,7 @@ def _around_title(body: Any) -> Any:
     return None
 
 
-def _remove_sections(body: Any, total: int) -> None:
+def _remove_sections(body: Node, total: int) -> None:
     """Removes the page's headers, footers and asides; those of an article are part of its text."""
     around = _around_title(body)
     for node in _select(body, "header, footer, aside, [role=complementary]"):
@@ -216,7 +216,7 @@ def _remove_sections(body: Any, total: int) -> None:
             _remove(node)
 
 
-def _remove_named(body: Any, total: int) -> None:
+def _remove_named(body: Node, total: int) -> None:
     """Removes elements whose class or id identifies them as boilerplate."""
     for node in _select(body, "[class], [id], [aria-label]")[:_MAX_NAMED]:
         words = f"{node.getattr('class') or ''} {node.getattr('id') or ''}".split()
@@ -242,7 +242,7 @@ def _remove_named(body: Any, total: int) -> None:
             _remove(node)
 
 
-def _remove_small_forms(body: Any) -> None:
+def _remove_small_forms(body: Node) -> None:
     """Removes forms to search, subscribe or log in, but not a form that wraps the entire page."""
     for node in _select(body, "form"):
         if (
@@ -253,7 +253,7 @@ def _remove_small_forms(body: Any) -> None:
             _remove(node)
 
 
-def _remove_link_lists(body: Any) -> None:
+def _remove_link_lists(body: Node) -> None:
     """Removes lists that are menus, judged by their content and position."""
     lists = [
         node for node in _select(body, "ul, ol, menu") if not _is_in(node, ("ul", "ol", "menu"))
@@ -284,9 +284,9 @@ def _remove_link_lists(body: Any) -> None:
             _remove(node)
 
 
-def _before_title(body: Any) -> set[Any]:
+def _before_title(body: Node) -> set[Node]:
     """Returns the lists before the first `<h1>`; none if there is no `<h1>`."""
-    found: set[Any] = set()
+    found: set[Node] = set()
     for node in _select(body, "h1, ul, ol, menu"):
         if node.tag == "h1":
             return found
@@ -294,10 +294,10 @@ def _before_title(body: Any) -> set[Any]:
     return set()
 
 
-def _remove_link_groups(body: Any) -> None:
+def _remove_link_groups(body: Node) -> None:
     """Removes blocks of adjacent links, breadcrumb trails and copyright lines outside the text."""
     total = size(body)
-    blocks: dict[Any, None] = {}
+    blocks: dict[Node, None] = {}
     for link in _select(body, "a"):
         parent = link.parent
         if parent is not None and parent.tag in ("div", "p", "td", "center", "span", "section"):
@@ -316,13 +316,13 @@ def _remove_link_groups(body: Any) -> None:
             _remove(node)
 
 
-def _is_link_group(node: Any) -> bool:
+def _is_link_group(node: Node) -> bool:
     links = _select(node, "a")
     is_links = len(links) >= 3 and link_share(node) >= MENU_LINKS
     return is_links and size(node) <= SHORT_ITEM * len(links)
 
 
-def _is_of_links(node: Any) -> bool:
+def _is_of_links(node: Node) -> bool:
     links = _select(node, "a")
     if len(links) < 2 or link_share(node) < SOME_LINKS:
         return False
@@ -334,7 +334,7 @@ def _is_of_links(node: Any) -> bool:
     )
 
 
-def _is_of_shares(node: Any) -> bool:
+def _is_of_shares(node: Node) -> bool:
     links = _select(node, "a, button")
     return (
         len(links) >= 2
@@ -343,7 +343,7 @@ def _is_of_shares(node: Any) -> bool:
     )
 
 
-def _is_in_flow(node: Any) -> bool:
+def _is_in_flow(node: Node) -> bool:
     """Returns whether a list, or a block that contains only a list, is part of the flow of prose.
 
     It is if it is between two paragraphs of prose; within the main text, a list that is not mostly
@@ -364,7 +364,7 @@ def _is_in_flow(node: Any) -> bool:
     return _is_prose(after) or (_is_in_text(node) and link_share(node) < SOME_LINKS)
 
 
-def _is_prose(node: Any) -> bool:
+def _is_prose(node: Node) -> bool:
     """Returns whether an element is a paragraph of sentences, or one that introduces a list."""
     if node is None or node.tag not in ("p", "blockquote"):
         return False
@@ -375,7 +375,7 @@ def _is_prose(node: Any) -> bool:
     return is_whole and link_share(node) < SOME_LINKS and not _is_copyright(node)
 
 
-def _is_named_by_heading(node: Any) -> bool:
+def _is_named_by_heading(node: Node) -> bool:
     """Returns whether an element's id is derived from a heading in it, as site generators do.
 
     The id of a section about cookies does not make the section a cookie banner.
@@ -385,15 +385,15 @@ def _is_named_by_heading(node: Any) -> bool:
     return heading is not None and name in "".join(filter(str.isalnum, heading.text)).lower()
 
 
-def _is_copyright(node: Any) -> bool:
+def _is_copyright(node: Node) -> bool:
     return _COPYRIGHT.match(node.text) is not None
 
 
-def _is_in_text(node: Any) -> bool:
+def _is_in_text(node: Node) -> bool:
     return any(_is_text_part(parent) for parent in _parents(node))
 
 
-def _is_text_part(node: Any) -> bool:
+def _is_text_part(node: Node) -> bool:
     return (
         node.tag in ("main", "article")
         or node.getattr("role") == "main"
@@ -401,41 +401,41 @@ def _is_text_part(node: Any) -> bool:
     )
 
 
-def _is_in(node: Any, tags: Iterable[str]) -> bool:
+def _is_in(node: Node, tags: Iterable[str]) -> bool:
     return any(parent.tag in tags for parent in _parents(node))
 
 
-def _parents(node: Any) -> Iterator[Any]:
+def _parents(node: Node) -> Iterator[Node]:
     node = node.parent
     while node is not None and node.type == 1:
         yield node
         node = node.parent
 
 
-def _element_before(node: Any) -> Any:
+def _element_before(node: Node) -> Node:
     before = node.prev
     while before is not None and (before.type != 1 and not (before.value or "").strip()):
         before = before.prev
     return before if before is not None and before.type == 1 else None
 
 
-def _element_after(node: Any) -> Any:
+def _element_after(node: Node) -> Node:
     after = node.next
     while after is not None and (after.type != 1 and not (after.value or "").strip()):
         after = after.next
     return after if after is not None and after.type == 1 else None
 
 
-def _holds(node: Any, selector: str) -> bool:
+def _holds(node: Node, selector: str) -> bool:
     return node.query_selector(selector) is not None
 
 
-def _select(node: Any, selector: str) -> list[Any]:
-    found: list[Any] = node.query_selector_all(selector).values()
+def _select(node: Node, selector: str) -> list[Node]:
+    found: list[Node] = node.query_selector_all(selector).values()
     return found
 
 
-def _remove(node: Any) -> None:
+def _remove(node: Node) -> None:
     """Removes an element from its parent; does nothing if it has no parent any more."""
     if node.parent is not None:
         node.parent.remove_child(node)

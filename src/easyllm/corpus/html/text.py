@@ -10,7 +10,8 @@ form fields, pronunciation aids.
 """
 
 import re
-from typing import Any
+
+from easyllm.corpus.html.node import Node
 
 SKIPPED = frozenset(
     [
@@ -57,7 +58,7 @@ _SPACE = re.compile(r"[ \t\n\r\f]+")
 _CJK = re.compile("[\u2e80-\u303f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uff60]")
 
 
-def text_of(root: Any) -> str:
+def text_of(root: Node) -> str:
     """Returns the text of an element and its descendants."""
     writer = _Writer()
     node = root
@@ -80,7 +81,7 @@ def text_of(root: Any) -> str:
             descend = True
 
 
-def depth(root: Any) -> tuple[int, int]:
+def depth(root: Node) -> tuple[int, int]:
     """Returns the maximum nesting depth of an element's blocks, and of all its elements."""
     most_blocks = most = blocks = elements = 0
     node = root
@@ -181,7 +182,7 @@ class _Writer:
         return "\n" in self._space and bool(_CJK.match(before) and _CJK.match(after))
 
 
-def _enter(node: Any, writer: _Writer) -> bool:
+def _enter(node: Node, writer: _Writer) -> bool:
     """Writes the start of an element, or a text node; returns whether to visit the children."""
     if node.type == _TEXT:
         writer.write(node.value or "")
@@ -224,7 +225,7 @@ def _enter(node: Any, writer: _Writer) -> bool:
     return True
 
 
-def _leave(node: Any, writer: _Writer) -> None:
+def _leave(node: Node, writer: _Writer) -> None:
     tag = node.tag
     if tag == "pre":
         writer.preformatted -= 1
@@ -246,7 +247,7 @@ def _break_around(tag: str, writer: _Writer) -> None:
         writer.line_break(1)
 
 
-def _mark_item(node: Any, writer: _Writer) -> None:
+def _mark_item(node: Node, writer: _Writer) -> None:
     if not writer.lists or writer.cells:
         return
     number = writer.lists[-1]
@@ -258,7 +259,7 @@ def _mark_item(node: Any, writer: _Writer) -> None:
     writer.lists[-1] = number + 1
 
 
-def _first_number(node: Any) -> int:
+def _first_number(node: Node) -> int:
     return _whole_number(node.getattr("start"), 1)
 
 
@@ -266,7 +267,7 @@ def _whole_number(text: str | None, default: int) -> int:
     return int(text) if text and re.fullmatch(r"\s*-?[0-9]{1,9}\s*", text) else default
 
 
-def _has_cell_before(node: Any) -> bool:
+def _has_cell_before(node: Node) -> bool:
     before = node.prev
     while before is not None:
         if before.type == _ELEMENT and before.tag in CELLS:
@@ -275,7 +276,7 @@ def _has_cell_before(node: Any) -> bool:
     return False
 
 
-def _is_layout(table: Any) -> bool:
+def _is_layout(table: Node) -> bool:
     """Returns whether a table is used for page layout.
 
     It is if it contains another table, or a cell with more text or blocks than a data entry.
@@ -290,13 +291,13 @@ def _is_layout(table: Any) -> bool:
     )
 
 
-def _is_in_heading(node: Any) -> bool:
+def _is_in_heading(node: Node) -> bool:
     """Returns whether a button is in a heading, as in a FAQ, where its text is the question."""
     parent = node.parent
     return parent is not None and parent.type == _ELEMENT and parent.tag in HEADINGS
 
 
-def _write_math(node: Any, writer: _Writer) -> None:
+def _write_math(node: Node, writer: _Writer) -> None:
     """Writes a formula as TeX if the page provides it, else its plain characters."""
     tex = node.query_selector('annotation[encoding="application/x-tex"]')
     source = tex.text if tex is not None else node.getattr("alttext")
@@ -306,7 +307,7 @@ def _write_math(node: Any, writer: _Writer) -> None:
         writer.write(node.text)
 
 
-def _write_tex_script(node: Any, writer: _Writer) -> None:
+def _write_tex_script(node: Node, writer: _Writer) -> None:
     kind = node.getattr("type") or ""
     if kind.startswith("math/tex") and node.text.strip():
         mark = "$$" if "mode=display" in kind.replace(" ", "") else "$"
