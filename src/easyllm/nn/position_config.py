@@ -11,7 +11,7 @@ class LinearScaling(Config):
     """Position interpolation: positions / `factor` (Chen et al. 2023, arXiv 2306.15595)."""
 
     kind: Literal["linear"] = "linear"
-    factor: PositiveFloat
+    factor: PositiveFloat = Field(description="Divisor of the positions.")
 
 
 class NTKScaling(Config):
@@ -21,7 +21,7 @@ class NTKScaling(Config):
     """
 
     kind: Literal["ntk"] = "ntk"
-    factor: PositiveFloat
+    factor: PositiveFloat = Field(description="Extension factor of the context length.")
 
 
 class DynamicNTKScaling(Config):
@@ -33,8 +33,12 @@ class DynamicNTKScaling(Config):
     """
 
     kind: Literal["dynamic"] = "dynamic"
-    factor: PositiveFloat
-    original_max_seq_len: PositiveInt
+    factor: PositiveFloat = Field(
+        description="f in the scaling f · n / original - (f - 1); shorter sequences are unscaled."
+    )
+    original_max_seq_len: PositiveInt = Field(
+        description="Maximum sequence length in pretraining, in tokens."
+    )
 
 
 class YarnScaling(Config):
@@ -44,14 +48,28 @@ class YarnScaling(Config):
     """
 
     kind: Literal["yarn"] = "yarn"
-    factor: PositiveFloat
-    original_max_seq_len: PositiveInt
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    attention_factor: PositiveFloat | None = None
-    """Factor on cos and sin; by default 0.1 ln(factor) + 1."""
-    truncate: bool = True
-    """Whether the bounds between the parts are rounded to integers, as in the authors' code."""
+    factor: PositiveFloat = Field(description="Extension factor of the context length.")
+    original_max_seq_len: PositiveInt = Field(
+        description="Maximum sequence length in pretraining, in tokens."
+    )
+    beta_fast: PositiveFloat = Field(
+        default=32.0,
+        description="Pairs that rotate more often than this over the original length are "
+        "unchanged.",
+    )
+    beta_slow: PositiveFloat = Field(
+        default=1.0,
+        description="Pairs that rotate less often than this over the original length are "
+        "interpolated.",
+    )
+    attention_factor: PositiveFloat | None = Field(
+        default=None, description="Factor on cos and sin; null is 0.1 ln(factor) + 1."
+    )
+    truncate: bool = Field(
+        default=True,
+        description="Whether the bounds between the parts are rounded to integers, as in the "
+        "authors' code.",
+    )
 
 
 class Llama3Scaling(Config):
@@ -62,17 +80,23 @@ class Llama3Scaling(Config):
     """
 
     kind: Literal["llama3"] = "llama3"
-    factor: PositiveFloat
-    low_freq_factor: PositiveFloat
-    high_freq_factor: PositiveFloat
-    original_max_seq_len: PositiveInt
+    factor: PositiveFloat = Field(description="Divisor of the frequencies of long wavelengths.")
+    low_freq_factor: PositiveFloat = Field(
+        description="Wavelengths over original_max_seq_len / low_freq_factor are long."
+    )
+    high_freq_factor: PositiveFloat = Field(
+        description="Wavelengths under original_max_seq_len / high_freq_factor are short."
+    )
+    original_max_seq_len: PositiveInt = Field(
+        description="Maximum sequence length in pretraining, in tokens."
+    )
 
 
 class FactorScaling(Config):
     """Divides the frequency of each pair by its own factor (tensor `rope_freqs.weight` in GGUF)."""
 
     kind: Literal["factors"] = "factors"
-    factors: tuple[PositiveFloat, ...]
+    factors: tuple[PositiveFloat, ...] = Field(description="Divisor of the frequency of each pair.")
 
 
 RopeScaling = Annotated[
@@ -82,17 +106,22 @@ RopeScaling = Annotated[
 
 
 class Rope(Config):
-    """Rotary position embedding, RoPE (Su et al. 2021, arXiv 2104.09864).
-
-    `interleaved`: pairs are (2i, 2i+1) as in the paper, instead of HF's (i, i + d/2).
-    `rotary_dim`: the number of rotated dims of a head (None: all).
-    """
+    """Rotary position embedding, RoPE (Su et al. 2021, arXiv 2104.09864)."""
 
     kind: Literal["rope"] = "rope"
-    theta: PositiveFloat = 10000.0
-    interleaved: bool = False
-    rotary_dim: PositiveInt | None = None
-    scaling: RopeScaling | None = None
+    theta: PositiveFloat = Field(
+        default=10000.0, description="Base θ of the frequencies θ^(-2i/d)."
+    )
+    interleaved: bool = Field(
+        default=False,
+        description="Whether pairs are (2i, 2i+1) as in the paper, instead of HF's (i, i + d/2).",
+    )
+    rotary_dim: PositiveInt | None = Field(
+        default=None, description="Number of rotated dims of a head; null rotates all."
+    )
+    scaling: RopeScaling | None = Field(
+        default=None, description="Scaling for longer contexts; null for none."
+    )
 
 
 class ReRope(Config):
@@ -103,9 +132,17 @@ class ReRope(Config):
     """
 
     kind: Literal["rerope"] = "rerope"
-    theta: PositiveFloat = 10000.0
-    window: PositiveInt
-    leak: PositiveFloat | None = None
+    theta: PositiveFloat = Field(
+        default=10000.0, description="Base θ of the frequencies θ^(-2i/d)."
+    )
+    window: PositiveInt = Field(
+        description="Relative position, in tokens, beyond which positions are clipped."
+    )
+    leak: PositiveFloat | None = Field(
+        default=None,
+        description="k in window + (distance - window) / k, the relative position beyond the "
+        "window; null clips it to the window.",
+    )
 
 
 class StreamingRope(Config):
@@ -117,7 +154,9 @@ class StreamingRope(Config):
     """
 
     kind: Literal["streaming_rope"] = "streaming_rope"
-    theta: PositiveFloat = 10000.0
+    theta: PositiveFloat = Field(
+        default=10000.0, description="Base θ of the frequencies θ^(-2i/d)."
+    )
 
 
 class Alibi(Config):
@@ -136,8 +175,11 @@ class T5Bias(Config):
     """
 
     kind: Literal["t5_bias"] = "t5_bias"
-    num_buckets: PositiveInt = 32
-    max_distance: PositiveInt = 128
+    num_buckets: PositiveInt = Field(default=32, description="Number of distance buckets.")
+    max_distance: PositiveInt = Field(
+        default=128,
+        description="Distance, in tokens, from which all distances share the last bucket.",
+    )
 
 
 class Shaw(Config):
@@ -147,8 +189,10 @@ class Shaw(Config):
     """
 
     kind: Literal["shaw"] = "shaw"
-    max_distance: PositiveInt = 16
-    values: bool = True
+    max_distance: PositiveInt = Field(
+        default=16, description="Distance, in tokens, to which distances are clipped."
+    )
+    values: bool = Field(default=True, description="Whether vectors are also added to values.")
 
 
 class NoPosition(Config):
@@ -170,7 +214,9 @@ class Sinusoidal(Config):
     """
 
     kind: Literal["sinusoidal"] = "sinusoidal"
-    base: PositiveFloat = 10000.0
+    base: PositiveFloat = Field(
+        default=10000.0, description="Base of the frequencies base^(-2i/D)."
+    )
 
 
 Position = Annotated[

@@ -36,18 +36,19 @@ Count = Annotated[int, Field(ge=0, le=2**32)]
 
 
 class NormalizerConfig(Config):
-    """Text normalisation before pre-tokenization; decoding does not undo it.
+    """Text normalisation before pre-tokenization; decoding does not undo it."""
 
-    Attributes:
-        form: Unicode normalisation form.
-        strip_accents: removes combining marks; needs a form that decomposes accented letters (nfd,
-            nfkd).
-        lowercase: converts the text to lower case.
-    """
-
-    form: Literal["nfc", "nfd", "nfkc", "nfkd"] | None = None
-    strip_accents: bool = False
-    lowercase: bool = False
+    form: Literal["nfc", "nfd", "nfkc", "nfkd"] | None = Field(
+        default=None, description="Unicode normalisation form; null applies none."
+    )
+    strip_accents: bool = Field(
+        default=False,
+        description="Whether combining marks are removed; needs a form that decomposes accented "
+        "letters (nfd, nfkd).",
+    )
+    lowercase: bool = Field(
+        default=False, description="Whether the text is converted to lower case."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -60,8 +61,10 @@ class NormalizerConfig(Config):
 
 
 Digits = Literal["individual", "groups"] | None
-"""How numbers are split: into single digits, into groups of up to three from the left, or only by
-the pattern (None)."""
+_DIGITS = (
+    "Split numbers into single digits (`individual`) or into groups of up to three from the left "
+    "(`groups`); null adds no split."
+)
 
 
 class BPEConfig(Config):
@@ -69,27 +72,36 @@ class BPEConfig(Config):
 
     Sources: Sennrich et al. 2016 (arXiv 1508.07909); Radford et al. 2019, section 2.2. All 256
     bytes are in the vocabulary, so there is no unknown text. The pre-tokenizer steps apply in the
-    order of the attributes.
-
-    Attributes:
-        whitespace: split at whitespace and drop it, and separate symbols from words (decoding
-            cannot restore the whitespace).
-        punctuation: make each punctuation mark a separate word.
-        digits: how to split numbers.
-        pattern: split with the pattern of gpt2, cl100k or qwen2; None does not split further.
-        own_pattern: a regular expression whose matches are the words, used instead of `pattern`.
-        add_prefix_space: prepend a space to each word so far that does not start with one.
-        min_frequency: pairs that occur less often than this are not merged.
+    order of the fields.
     """
 
     kind: Literal["bpe"] = "bpe"
-    whitespace: bool = False
-    punctuation: bool = False
-    digits: Digits = None
-    pattern: Literal["gpt2", "cl100k", "qwen2"] | None = "gpt2"
-    own_pattern: str | None = None
-    add_prefix_space: bool = False
-    min_frequency: Count = 2
+    whitespace: bool = Field(
+        default=False,
+        description="Whether to split at whitespace and drop it, and separate symbols from words "
+        "(decoding cannot restore the whitespace).",
+    )
+    punctuation: bool = Field(
+        default=False, description="Whether each punctuation mark is a separate word."
+    )
+    digits: Digits = Field(default=None, description=_DIGITS)
+    pattern: Literal["gpt2", "cl100k", "qwen2"] | None = Field(
+        default="gpt2",
+        description="Split with the pattern of GPT-2, of GPT-4 and Llama 3 (`cl100k`) or of Qwen "
+        "2; null does not split further.",
+    )
+    own_pattern: str | None = Field(
+        default=None,
+        description="Regular expression whose matches are the words, used instead of pattern.",
+    )
+    add_prefix_space: bool = Field(
+        default=False,
+        description="Whether a space is prepended to each word so far that does not start with "
+        "one.",
+    )
+    min_frequency: Count = Field(
+        default=2, description="Pairs that occur less often than this are not merged."
+    )
 
     @model_validator(mode="after")
     def _pattern_is_sound(self) -> Self:
@@ -109,68 +121,62 @@ class WordPieceConfig(Config):
 
     Text is split at whitespace and punctuation, and each Chinese character is a separate word. `##`
     marks a piece that continues a word. Spaces are not preserved.
-
-    Attributes:
-        unk: the UNK token.
-        digits: how to split numbers.
-        max_word_length: longer words, in characters, become UNK.
-        min_frequency: pairs that occur less often than this are not merged.
     """
 
     kind: Literal["wordpiece"] = "wordpiece"
-    unk: str = "[UNK]"
-    digits: Digits = None
-    max_word_length: Annotated[int, Field(ge=1, le=2**32)] = 100
-    min_frequency: Count = 2
+    unk: str = Field(default="[UNK]", description="The UNK token.")
+    digits: Digits = Field(default=None, description=_DIGITS)
+    max_word_length: int = Field(
+        default=100,
+        ge=1,
+        le=2**32,
+        description="Words that are longer than this, in characters, become UNK.",
+    )
+    min_frequency: Count = Field(
+        default=2, description="Pairs that occur less often than this are not merged."
+    )
 
 
 class UnigramConfig(Config):
-    """SentencePiece's unigram language model (Kudo 2018, arXiv 1804.10959); a space is written ▁.
-
-    Attributes:
-        unk: the UNK token.
-        byte_fallback: encode a character outside the vocabulary as its bytes (with 256 additional
-            pieces) instead of `unk`.
-        digits: how to split numbers.
-        add_prefix_space: prepend a space to the text.
-        max_piece_length: maximum length of a piece, in characters.
-    """
+    """Unigram language model of SentencePiece (Kudo 2018, arXiv 1804.10959); spaces become ▁."""
 
     kind: Literal["unigram"] = "unigram"
-    unk: str = "<unk>"
-    byte_fallback: bool = True
-    digits: Digits = None
-    add_prefix_space: bool = False
-    max_piece_length: Annotated[int, Field(ge=1, le=2**32)] = 16
+    unk: str = Field(default="<unk>", description="The UNK token.")
+    byte_fallback: bool = Field(
+        default=True,
+        description="Whether a character outside the vocabulary is encoded as its bytes (with 256 "
+        "additional pieces) instead of unk.",
+    )
+    digits: Digits = Field(default=None, description=_DIGITS)
+    add_prefix_space: bool = Field(
+        default=False, description="Whether a space is prepended to the text."
+    )
+    max_piece_length: int = Field(
+        default=16, ge=1, le=2**32, description="Maximum length of a piece, in characters."
+    )
 
 
 class WordLevelConfig(Config):
-    """One token per word or punctuation mark, in order of frequency; spaces are not preserved.
-
-    Attributes:
-        unk: the UNK token.
-        digits: how to split numbers.
-        min_frequency: words that occur less often than this become `unk`.
-    """
+    """One token per word or punctuation mark, in order of frequency; spaces are not preserved."""
 
     kind: Literal["wordlevel"] = "wordlevel"
-    unk: str = "[UNK]"
-    digits: Digits = None
-    min_frequency: Count = 1
+    unk: str = Field(default="[UNK]", description="The UNK token.")
+    digits: Digits = Field(default=None, description=_DIGITS)
+    min_frequency: Count = Field(
+        default=1, description="Words that occur less often than this become unk."
+    )
 
 
 class CharactersConfig(Config):
-    """One token per character, including spaces, in order of frequency.
-
-    Attributes:
-        unk: the UNK token.
-        min_frequency: characters that occur less often than this become `unk`; all others must fit
-            in the vocabulary.
-    """
+    """One token per character, including spaces, in order of frequency."""
 
     kind: Literal["characters"] = "characters"
-    unk: str = "<unk>"
-    min_frequency: Count = 1
+    unk: str = Field(default="<unk>", description="The UNK token.")
+    min_frequency: Count = Field(
+        default=1,
+        description="Characters that occur less often than this become unk; all others must fit in "
+        "the vocabulary.",
+    )
 
 
 Kind = Annotated[
@@ -180,34 +186,39 @@ Kind = Annotated[
 
 
 class TokenizerConfig(Config):
-    """Configuration of tokenizer training.
+    """Configuration of tokenizer training."""
 
-    Attributes:
-        model: the type of tokenizer, with its options.
-        vocab_size: maximum number of ids, including special tokens; a small corpus may give fewer.
-        normalizer: text normalisation.
-        special_tokens: these tokens get the first ids, in this order, followed by those of BOS,
-            EOS, PAD and UNK that are not among them.
-        bos: the BOS token.
-        eos: the EOS token.
-        pad: the PAD token.
-        add_bos: whether encoding prepends BOS.
-        add_eos: whether encoding appends EOS.
-        chat_template: `chatml` (which adds its two special tokens), or Jinja source.
-        max_seq_len: maximum sequence length, written to `tokenizer_config.json`.
-    """
-
-    model: Kind = BPEConfig()
-    vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCAB_SIZE)] = 32_000
-    normalizer: NormalizerConfig = NormalizerConfig()
-    special_tokens: tuple[str, ...] = ()
-    bos: str | None = None
-    eos: str | None = "<|endoftext|>"
-    pad: str | None = None
-    add_bos: bool = False
-    add_eos: bool = False
-    chat_template: str | None = None
-    max_seq_len: PositiveInt | None = None
+    model: Kind = Field(default=BPEConfig(), description="Type of tokenizer, with its options.")
+    vocab_size: int = Field(
+        default=32_000,
+        ge=1,
+        le=MAX_VOCAB_SIZE,
+        description="Maximum number of ids, including special tokens; a small corpus may give "
+        "fewer.",
+    )
+    normalizer: NormalizerConfig = Field(
+        default=NormalizerConfig(), description="Text normalisation."
+    )
+    special_tokens: tuple[str, ...] = Field(
+        default=(),
+        description="These tokens get the first ids, in this order, followed by those of BOS, EOS, "
+        "PAD and UNK that are not among them.",
+    )
+    bos: str | None = Field(default=None, description="The BOS token; null for none.")
+    eos: str | None = Field(default="<|endoftext|>", description="The EOS token; null for none.")
+    pad: str | None = Field(default=None, description="The PAD token; null for none.")
+    add_bos: bool = Field(default=False, description="Whether encoding prepends BOS.")
+    add_eos: bool = Field(default=False, description="Whether encoding appends EOS.")
+    chat_template: str | None = Field(
+        default=None,
+        description="`chatml` (which adds its two special tokens), or Jinja source; null for no "
+        "template.",
+    )
+    max_seq_len: PositiveInt | None = Field(
+        default=None,
+        description="Maximum sequence length, in tokens, written to `tokenizer_config.json`; null "
+        "writes none.",
+    )
 
     @field_validator("special_tokens")
     @classmethod
