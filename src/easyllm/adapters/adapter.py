@@ -128,7 +128,7 @@ class AdapterConfig(Config):
     A method overrides `build` or `build_model_adapter`, plus the hooks below that apply to it.
     """
 
-    kind: str
+    kind: str = Field(description="Name of the method; each subclass sets its own.")
     targets: tuple[str, ...] = Field(
         default=(ALL_LINEAR,),
         min_length=1,

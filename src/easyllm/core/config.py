@@ -15,10 +15,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from easyllm.core.errors import ConfigError, SourceError, suggest
-from easyllm.core.kinds import Kinds
+from easyllm.core.kinds import Kinds, union_json_schema
 
 if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
+    from pydantic import GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema, ErrorDetails
 
 ENVIRONMENT_PREFIX = "EASYLLM_"
 """`EASYLLM_OPTIMIZER__LEARNING_RATE=1e-4` sets `optimizer.learning_rate`: `__` stands for a dot."""
@@ -36,6 +38,18 @@ class Config(BaseModel):
 C = TypeVar("C", bound=BaseModel)
 
 
+class _KindOr(Discriminator):
+    """A discriminator by `kind`, made by `kind_or`, whose JSON Schema shows the kinds."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: "CoreSchema", handler: "GetJsonSchemaHandler"
+    ) -> "JsonSchemaValue":
+        assert callable(self.discriminator)
+        assert schema["type"] == "tagged-union"
+        variants = {str(kind): variant for kind, variant in schema["choices"].items()}
+        return union_json_schema(variants, str(self.discriminator(None)), handler)
+
+
 def kind_or(default: str) -> Discriminator:
     """Returns a discriminator that selects a variant of a union by `kind`, by default `default`.
 
@@ -46,7 +60,7 @@ def kind_or(default: str) -> Discriminator:
         found = value.get("kind", default) if isinstance(value, Mapping) else None
         return str(getattr(value, "kind", default) if found is None else found)
 
-    return Discriminator(kind)
+    return _KindOr(kind)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -112,7 +112,30 @@ class Kinds:
     def __get_pydantic_json_schema__(
         self, _schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {"oneOf": [handler(variant.__pydantic_core_schema__) for variant in self.variants]}
+        variants = {kind: each.__pydantic_core_schema__ for kind, each in self._variants.items()}
+        return union_json_schema(variants, self.default, handler)
 
 
-__all__ = ["Kinds"]
+def union_json_schema(
+    variants: Mapping[str, CoreSchema], default: str, handler: GetJsonSchemaHandler
+) -> JsonSchemaValue:
+    """Returns the JSON Schema of a union that is discriminated by `kind`.
+
+    Each variant is a reference into `$defs`. All variants but the default one require `kind`, so
+    that a value without `kind` matches exactly one of them.
+
+    Args:
+        variants: core schemas of the variants, by their `kind`.
+        default: the kind of a value without `kind`.
+        handler: pydantic's generator of JSON Schema.
+    """
+    schema = handler(core_schema.tagged_union_schema({**variants}, discriminator="kind"))
+    usual = schema["discriminator"]["mapping"].get(default)
+    schema["oneOf"] = [
+        one if one.get("$ref", one) == usual else one | {"required": ["kind"]}
+        for one in schema["oneOf"]
+    ]
+    return schema
+
+
+__all__ = ["Kinds", "union_json_schema"]

@@ -15,7 +15,7 @@ DATA = Kinds("data", default="conversations")
 class DataBase(Config):
     """Settings shared by all kinds of data."""
 
-    kind: str
+    kind: str = Field(description="Name of the kind of data; each subclass sets its own.")
     max_seq_len: int = Field(
         default=1024, ge=2, description="Maximum length of a sequence, in tokens."
     )
