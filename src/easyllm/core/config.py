@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from easyllm.core.errors import ConfigError, SourceError, suggest
-from easyllm.core.kinds import Kinds, union_json_schema
+from easyllm.core.kinds import Kinds
 
 if TYPE_CHECKING:
-    from pydantic import GetJsonSchemaHandler
-    from pydantic.json_schema import JsonSchemaValue
-    from pydantic_core import CoreSchema, ErrorDetails
+    from pydantic_core import ErrorDetails
 
 ENVIRONMENT_PREFIX = "EASYLLM_"
 """`EASYLLM_OPTIMIZER__LEARNING_RATE=1e-4` sets `optimizer.learning_rate`: `__` stands for a dot."""
@@ -36,31 +34,6 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=BaseModel)
-
-
-class _KindOr(Discriminator):
-    """A discriminator by `kind`, made by `kind_or`, whose JSON Schema shows the kinds."""
-
-    def __get_pydantic_json_schema__(
-        self, schema: "CoreSchema", handler: "GetJsonSchemaHandler"
-    ) -> "JsonSchemaValue":
-        assert callable(self.discriminator)
-        assert schema["type"] == "tagged-union"
-        variants = {str(kind): variant for kind, variant in schema["choices"].items()}
-        return union_json_schema(variants, str(self.discriminator(None)), handler)
-
-
-def kind_or(default: str) -> Discriminator:
-    """Returns a discriminator that selects a variant of a union by `kind`, by default `default`.
-
-    Example: Annotated[Annotated[A, Tag("a")] | Annotated[B, Tag("b")], kind_or("a")]
-    """
-
-    def kind(value: Any) -> str:
-        found = value.get("kind", default) if isinstance(value, Mapping) else None
-        return str(getattr(value, "kind", default) if found is None else found)
-
-    return _KindOr(kind)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

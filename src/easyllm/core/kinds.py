@@ -12,7 +12,7 @@ messages, included in the JSON Schema and read from a run's `recipe.yaml` like t
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, Discriminator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
@@ -116,6 +116,31 @@ class Kinds:
         return union_json_schema(variants, self.default, handler)
 
 
+class _KindOr(Discriminator):
+    """A discriminator by `kind`, made by `kind_or`, whose JSON Schema shows the kinds."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        assert callable(self.discriminator)
+        assert schema["type"] == "tagged-union"
+        variants = {str(kind): variant for kind, variant in schema["choices"].items()}
+        return union_json_schema(variants, str(self.discriminator(None)), handler)
+
+
+def kind_or(default: str) -> Discriminator:
+    """Returns a discriminator that selects a variant of a union by `kind`, by default `default`.
+
+    Example: Annotated[Annotated[A, Tag("a")] | Annotated[B, Tag("b")], kind_or("a")]
+    """
+
+    def kind(value: Any) -> str:
+        found = value.get("kind", default) if isinstance(value, Mapping) else None
+        return str(getattr(value, "kind", default) if found is None else found)
+
+    return _KindOr(kind)
+
+
 def union_json_schema(
     variants: Mapping[str, CoreSchema], default: str, handler: GetJsonSchemaHandler
 ) -> JsonSchemaValue:
@@ -138,4 +163,4 @@ def union_json_schema(
     return schema
 
 
-__all__ = ["Kinds", "union_json_schema"]
+__all__ = ["Kinds", "kind_or", "union_json_schema"]

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Tag, model_validator
 
-from easyllm.core.config import Config, kind_or
+from easyllm.core.config import Config
+from easyllm.core.kinds import kind_or
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
