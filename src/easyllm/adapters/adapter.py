@@ -128,13 +128,18 @@ class AdapterConfig(Config):
     A method overrides `build` or `build_model_adapter`, plus the hooks below that apply to it.
     """
 
-    kind: str
-    targets: tuple[str, ...] = Field(default=(ALL_LINEAR,), min_length=1)
-    """Names of linears (`q_proj`, `layers.0.mixer.q_proj`), or `all-linear` for all linears inside
-    the layers."""
-    also_trained: tuple[str, ...] = ()
-    """Base modules that are fully trained and saved with the adapter (`score`, `norm`); peft's
-    `modules_to_save`."""
+    kind: str = Field(description="Name of the method; each subclass sets its own.")
+    targets: tuple[str, ...] = Field(
+        default=(ALL_LINEAR,),
+        min_length=1,
+        description="Names of linears (`q_proj`, `layers.0.mixer.q_proj`), or `all-linear` for all "
+        "linears inside the layers.",
+    )
+    also_trained: tuple[str, ...] = Field(
+        default=(),
+        description="Base modules that are fully trained and saved with the adapter (`score`, "
+        "`norm`); peft's `modules_to_save`.",
+    )
 
     level: ClassVar[str] = "linear"
     """`linear` for methods that adapt linear layers, `model` for those that add virtual tokens."""

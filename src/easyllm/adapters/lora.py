@@ -34,23 +34,38 @@ logger = logging.getLogger(__name__)
 
 
 class LoRAConfig(AdapterConfig):
-    """Rank, scale and targets of LoRA adapters.
-
-    Attributes:
-        rank, alpha: r and α of every linear that matches no pattern.
-        dropout: dropout probability on the adapter's input in training.
-        rslora: whether s = α / √r instead of α / r.
-        rank_pattern, alpha_pattern: per-linear overrides, keyed by the linear's full name or by
-            its trailing part; the first match applies.
-    """
+    """Rank, scale and targets of LoRA adapters."""
 
     kind: Literal["lora"] = "lora"
-    rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    rslora: bool = False
-    rank_pattern: dict[str, PositiveInt] = Field(default={})
-    alpha_pattern: dict[str, PositiveFloat] = Field(default={})
+    rank: PositiveInt = Field(
+        default=16, description="Rank r of every linear that matches no key of rank_pattern."
+    )
+    alpha: PositiveFloat = Field(
+        default=32.0,
+        description="α of every linear that matches no key of alpha_pattern; the update is scaled "
+        "by α / r.",
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Dropout probability on the adapter's input in training.",
+    )
+    rslora: bool = Field(
+        default=False,
+        description="Whether the scale is α / √r instead of α / r (rsLoRA; Kalajdzievski 2023, "
+        "arXiv 2312.03732).",
+    )
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default={},
+        description="Ranks of individual linears, keyed by a linear's full name or by its trailing "
+        "part; the first match applies.",
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        default={},
+        description="Values of α of individual linears, keyed by a linear's full name or by its "
+        "trailing part; the first match applies.",
+    )
 
     def rank_of(self, name: str) -> int:
         """Returns the rank r for the linear with this name."""

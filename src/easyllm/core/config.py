@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.kinds import Kinds
@@ -34,19 +34,6 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=BaseModel)
-
-
-def kind_or(default: str) -> Discriminator:
-    """Returns a discriminator that selects a variant of a union by `kind`, by default `default`.
-
-    Example: Annotated[Annotated[A, Tag("a")] | Annotated[B, Tag("b")], kind_or("a")]
-    """
-
-    def kind(value: Any) -> str:
-        found = value.get("kind", default) if isinstance(value, Mapping) else None
-        return str(getattr(value, "kind", default) if found is None else found)
-
-    return Discriminator(kind)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ messages, included in the JSON Schema and read from a run's `recipe.yaml` like t
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, Discriminator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
@@ -112,7 +112,55 @@ class Kinds:
     def __get_pydantic_json_schema__(
         self, _schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {"oneOf": [handler(variant.__pydantic_core_schema__) for variant in self.variants]}
+        variants = {kind: each.__pydantic_core_schema__ for kind, each in self._variants.items()}
+        return union_json_schema(variants, self.default, handler)
 
 
-__all__ = ["Kinds"]
+class _KindOr(Discriminator):
+    """A discriminator by `kind`, made by `kind_or`, whose JSON Schema shows the kinds."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        assert callable(self.discriminator)
+        assert schema["type"] == "tagged-union"
+        variants = {str(kind): variant for kind, variant in schema["choices"].items()}
+        return union_json_schema(variants, str(self.discriminator(None)), handler)
+
+
+def kind_or(default: str) -> Discriminator:
+    """Returns a discriminator that selects a variant of a union by `kind`, by default `default`.
+
+    Example: Annotated[Annotated[A, Tag("a")] | Annotated[B, Tag("b")], kind_or("a")]
+    """
+
+    def kind(value: Any) -> str:
+        found = value.get("kind", default) if isinstance(value, Mapping) else None
+        return str(getattr(value, "kind", default) if found is None else found)
+
+    return _KindOr(kind)
+
+
+def union_json_schema(
+    variants: Mapping[str, CoreSchema], default: str, handler: GetJsonSchemaHandler
+) -> JsonSchemaValue:
+    """Returns the JSON Schema of a union that is discriminated by `kind`.
+
+    Each variant is a reference into `$defs`. All variants but the default one require `kind`, so
+    that a value without `kind` matches exactly one of them.
+
+    Args:
+        variants: core schemas of the variants, by their `kind`.
+        default: the kind of a value without `kind`.
+        handler: pydantic's generator of JSON Schema.
+    """
+    schema = handler(core_schema.tagged_union_schema({**variants}, discriminator="kind"))
+    usual = schema["discriminator"]["mapping"].get(default)
+    schema["oneOf"] = [
+        one if one.get("$ref", one) == usual else one | {"required": ["kind"]}
+        for one in schema["oneOf"]
+    ]
+    return schema
+
+
+__all__ = ["Kinds", "kind_or", "union_json_schema"]

@@ -22,12 +22,18 @@ RECORDED_PACKAGES = ("easyllm-stack", "torch", "numpy", "safetensors", "tokenize
 class Manifest(Config):
     """Configuration, input hashes and versions that produced a result, saved as `manifest.json`."""
 
-    kind: str
-    created: str
-    config: dict[str, Any]
-    inputs: dict[str, str]
-    versions: dict[str, str]
-    results: dict[str, Any] = Field(default_factory=dict)
+    kind: str = Field(
+        description="What produced the result: train, convert, merge, corpus, tokenizer ..."
+    )
+    created: str = Field(description="Time of creation in UTC, ISO 8601.")
+    config: dict[str, Any] = Field(description="The configuration that produced the result.")
+    inputs: dict[str, str] = Field(description="Name or path of each input -> its SHA-256.")
+    versions: dict[str, str] = Field(
+        description="Versions of Python, the platform and the packages that affect results."
+    )
+    results: dict[str, Any] = Field(
+        default_factory=dict, description="Figures of the result, such as losses and counts."
+    )
 
     @classmethod
     def create(

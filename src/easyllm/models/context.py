@@ -1,16 +1,15 @@
 """Extending the context of a RoPE model at inference time: new positions, unchanged weights."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError
-from easyllm.nn.config import (
-    AttentionConfig,
+from easyllm.nn.config import AttentionConfig, ModelConfig
+from easyllm.nn.position_config import (
     DynamicNTKScaling,
     LinearScaling,
-    ModelConfig,
     ReRope,
     Rope,
     StreamingRope,
@@ -31,28 +30,32 @@ novels."""
 
 
 class ContextConfig(Config):
-    """How to extend the context of a model beyond its trained length.
+    """How to extend the context of a model beyond its trained length."""
 
-    Attributes:
-        method: `pi`: position interpolation; `ntk`: a larger RoPE base (NTK-aware scaling);
-            `dynamic`: a base that grows with the sequence length (dynamic NTK); `yarn`: YaRN;
-            `rerope`, `leaky`: rectified positions (ReRoPE, leaky ReRoPE); `streaming`: streaming
-            generation of unlimited length with attention sinks (StreamingLLM). nn/config documents
-            each of them.
-        factor: target context length as a multiple of the trained length.
-        window: for `rerope` and `leaky`, the window of unmodified positions; by default half the
-            trained length (best between a quarter and a half). For `streaming`, the number of most
-            recent tokens that are attended to; by default the trained length minus the sinks.
-        sinks: for `streaming`, the number of initial tokens that stay in the KV cache as attention
-            sinks.
-        logn: scale queries by max(1, log n / log trained length).
-    """
-
-    method: Method
-    factor: Annotated[float, Field(ge=1)] = 4.0
-    window: PositiveInt | None = None
-    sinks: NonNegativeInt = 4
-    logn: bool = False
+    method: Method = Field(
+        description="`pi`: position interpolation; `ntk`: larger RoPE base (NTK-aware); `dynamic`: "
+        "base that grows with the length (dynamic NTK); `yarn`: YaRN; `rerope`, `leaky`: ReRoPE, "
+        "leaky ReRoPE; `streaming`: unlimited generation with attention sinks (StreamingLLM).",
+    )
+    factor: float = Field(
+        default=4.0, ge=1, description="Target context length as a multiple of the trained length."
+    )
+    window: PositiveInt | None = Field(
+        default=None,
+        description="`rerope`, `leaky`: window of unmodified positions; by default half the "
+        "trained length (best between a quarter and a half). `streaming`: number of most recent "
+        "tokens attended to; by default the trained length minus the sinks.",
+    )
+    sinks: NonNegativeInt = Field(
+        default=4,
+        description="For `streaming`: number of initial tokens that stay in the KV cache as "
+        "attention sinks.",
+    )
+    logn: bool = Field(
+        default=False,
+        description="Whether queries are scaled by max(1, log n / log trained length), where n is "
+        "the number of visible tokens.",
+    )
 
     @model_validator(mode="after")
     def _every_value_is_used(self) -> "ContextConfig":

@@ -40,28 +40,36 @@ _SHARED = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class ScratchConfig(Config):
-    """A model to pretrain from scratch; exactly one of `depth`, `size` and `config` sets its size.
+    """A model to pretrain from scratch.
 
-    Attributes:
-        tokenizer: a model source, or a folder with a tokenizer; the model uses its vocabulary and
-            special tokens.
-        depth: depth preset: a Llama with this number of layers, a width of 64 times the number of
-            layers (Karpathy 2025, nanochat) and a head dimension of 64.
-        size: a named size of a family (`smollm2-135m`).
-        config: values of a `config.json`; or `model_type: easyllm` with any parts under `parts`
-            (nn/config). A `vocab_size` larger than the tokenizer's leaves rows without a token; ids
-            of special tokens must match the tokenizer.
-        max_seq_len: maximum sequence length.
-        changes: values of `config.json` (or parts) that override those given by `depth`, `size` or
-            `config`.
+    Exactly one of `depth`, `size` and `config` sets its size.
     """
 
-    tokenizer: str
-    depth: PositiveInt | None = None
-    size: str | None = None
-    config: dict[str, Any] | None = None
-    max_seq_len: PositiveInt | None = None
-    changes: dict[str, Any] = Field(default_factory=dict)
+    tokenizer: str = Field(
+        description="A model source, or a folder with a tokenizer; the model uses its vocabulary "
+        "and special tokens.",
+    )
+    depth: PositiveInt | None = Field(
+        default=None,
+        description="Depth preset: a Llama with this number of layers, a width of 64 times the "
+        "number of layers (Karpathy 2025, nanochat) and a head dimension of 64.",
+    )
+    size: str | None = Field(default=None, description="Named size of a family (`smollm2-135m`).")
+    config: dict[str, Any] | None = Field(
+        default=None,
+        description="Values of a `config.json`; or `model_type: easyllm` with any parts under "
+        "`parts` (nn/config). A larger vocab_size than the tokenizer's leaves rows without a "
+        "token; ids of special tokens must match the tokenizer.",
+    )
+    max_seq_len: PositiveInt | None = Field(
+        default=None,
+        description="Maximum sequence length, in tokens; null keeps that of depth, size or config.",
+    )
+    changes: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Values of `config.json` (or parts) that override those given by depth, size "
+        "or config.",
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> "ScratchConfig":

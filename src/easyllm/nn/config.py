@@ -15,236 +15,86 @@ from pydantic import (
 )
 
 from easyllm.core.config import Config
+from easyllm.nn.position_config import (
+    EmbeddingPosition,
+    FactorScaling,
+    NoPosition,
+    Position,
+    ReRope,
+    Rope,
+    Sinusoidal,
+    StreamingRope,
+)
 
 # ---- norms
 
 
 class RMSNormConfig(Config):
-    """RMSNorm: x / √(mean(x²) + eps) ⊙ weight (Zhang & Sennrich 2019, arXiv 1910.07467).
-
-    `unit_offset`: the stored weight is the difference from 1 (Gemma).
-    """
+    """RMSNorm: x / √(mean(x²) + eps) ⊙ weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
     kind: Literal["rms_norm"] = "rms_norm"
-    eps: PositiveFloat = 1e-5
-    unit_offset: bool = False
+    eps: PositiveFloat = Field(default=1e-5, description="ε, added to the mean square.")
+    unit_offset: bool = Field(
+        default=False, description="Whether the stored weight is the difference from 1 (Gemma)."
+    )
 
 
 class LayerNormConfig(Config):
     """LayerNorm: (x - mean) / √(var + eps) ⊙ weight + bias (Ba et al. 2016, arXiv 1607.06450)."""
 
     kind: Literal["layer_norm"] = "layer_norm"
-    eps: PositiveFloat = 1e-5
-    bias: bool = True
+    eps: PositiveFloat = Field(default=1e-5, description="ε, added to the variance.")
+    bias: bool = Field(default=True, description="Whether a learned bias is added.")
 
 
 Norm = Annotated[RMSNormConfig | LayerNormConfig, Field(discriminator="kind")]
-
-# ---- positions
-
-
-class LinearScaling(Config):
-    """Position interpolation: positions / `factor` (Chen et al. 2023, arXiv 2306.15595)."""
-
-    kind: Literal["linear"] = "linear"
-    factor: PositiveFloat
-
-
-class NTKScaling(Config):
-    """NTK-aware scaling with the base θ · factor^(d/(d-2)).
-
-    High frequencies are unchanged, low frequencies are interpolated.
-    """
-
-    kind: Literal["ntk"] = "ntk"
-    factor: PositiveFloat
-
-
-class DynamicNTKScaling(Config):
-    """NTK scaling with a factor that depends on the length n of each sequence.
-
-    The factor is factor · n / original - (factor - 1) once n exceeds the original length. Cached
-    keys keep the base they were rotated with (as in HF), so beyond the original length decoding
-    with a KV cache differs from a single forward pass.
-    """
-
-    kind: Literal["dynamic"] = "dynamic"
-    factor: PositiveFloat
-    original_max_seq_len: PositiveInt
-
-
-class YarnScaling(Config):
-    """YaRN: interpolation by parts with attention scaling (Peng et al. 2023, arXiv 2309.00071).
-
-    See sections 3.2 and 3.3.
-    """
-
-    kind: Literal["yarn"] = "yarn"
-    factor: PositiveFloat
-    original_max_seq_len: PositiveInt
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    attention_factor: PositiveFloat | None = None
-    """Factor on cos and sin; by default 0.1 ln(factor) + 1."""
-    truncate: bool = True
-    """Whether the bounds between the parts are rounded to integers, as in the authors' code."""
-
-
-class Llama3Scaling(Config):
-    """The scaling of Llama 3.1 (from its released code).
-
-    The frequencies of long wavelengths are divided by `factor` and those of short wavelengths are
-    unchanged, with a linear ramp in between.
-    """
-
-    kind: Literal["llama3"] = "llama3"
-    factor: PositiveFloat
-    low_freq_factor: PositiveFloat
-    high_freq_factor: PositiveFloat
-    original_max_seq_len: PositiveInt
-
-
-class FactorScaling(Config):
-    """Divides the frequency of each pair by its own factor (tensor `rope_freqs.weight` in GGUF)."""
-
-    kind: Literal["factors"] = "factors"
-    factors: tuple[PositiveFloat, ...]
-
-
-RopeScaling = Annotated[
-    LinearScaling | NTKScaling | DynamicNTKScaling | YarnScaling | Llama3Scaling | FactorScaling,
-    Field(discriminator="kind"),
-]
-
-
-class Rope(Config):
-    """Rotary position embedding, RoPE (Su et al. 2021, arXiv 2104.09864).
-
-    `interleaved`: pairs are (2i, 2i+1) as in the paper, instead of HF's (i, i + d/2).
-    `rotary_dim`: the number of rotated dims of a head (None: all).
-    """
-
-    kind: Literal["rope"] = "rope"
-    theta: PositiveFloat = 10000.0
-    interleaved: bool = False
-    rotary_dim: PositiveInt | None = None
-    scaling: RopeScaling | None = None
-
-
-class ReRope(Config):
-    """ReRoPE: relative positions beyond `window` are clipped to `window` (Su 2023).
-
-    With `leak` k they become window + (distance - window) / k instead. For inference with a model
-    trained with RoPE; keys are stored unrotated.
-    """
-
-    kind: Literal["rerope"] = "rerope"
-    theta: PositiveFloat = 10000.0
-    window: PositiveInt
-    leak: PositiveFloat | None = None
-
-
-class StreamingRope(Config):
-    """RoPE for StreamingLLM (Xiao et al. 2023, arXiv 2309.17453, section 3.2).
-
-    Positions are those inside a KV cache of attention sinks and recent tokens, so generation can
-    continue without a length limit and no distance exceeds the cache size. For inference with a
-    model trained with RoPE; needs a window (usually with sinks); keys are stored unrotated.
-    """
-
-    kind: Literal["streaming_rope"] = "streaming_rope"
-    theta: PositiveFloat = 10000.0
-
-
-class Alibi(Config):
-    """ALiBi: a penalty linear in the distance, with a slope per head (Press et al. 2021).
-
-    See arXiv 2108.12409.
-    """
-
-    kind: Literal["alibi"] = "alibi"
-
-
-class T5Bias(Config):
-    """T5's relative position bias: a learned bias per distance bucket and head.
-
-    See Raffel et al. 2019, arXiv 1910.10683.
-    """
-
-    kind: Literal["t5_bias"] = "t5_bias"
-    num_buckets: PositiveInt = 32
-    max_distance: PositiveInt = 128
-
-
-class Shaw(Config):
-    """Learned vectors for clipped distances, added to keys and values (Shaw et al. 2018).
-
-    See arXiv 1803.02155.
-    """
-
-    kind: Literal["shaw"] = "shaw"
-    max_distance: PositiveInt = 16
-    values: bool = True
-
-
-class NoPosition(Config):
-    """No position information apart from the mask."""
-
-    kind: Literal["none"] = "none"
-
-
-class Learned(Config):
-    """A learned vector per position, added to the embedding; longer sequences raise an error."""
-
-    kind: Literal["learned"] = "learned"
-
-
-class Sinusoidal(Config):
-    """Sinusoidal positions: sin and cos of position / base^(2i/D), added to the embedding.
-
-    See arXiv 1706.03762, section 3.5.
-    """
-
-    kind: Literal["sinusoidal"] = "sinusoidal"
-    base: PositiveFloat = 10000.0
-
-
-Position = Annotated[
-    Rope | ReRope | StreamingRope | Alibi | T5Bias | Shaw | NoPosition, Field(discriminator="kind")
-]
-EmbeddingPosition = Annotated[Learned | Sinusoidal | NoPosition, Field(discriminator="kind")]
 
 # ---- mixers
 
 
 class AttentionConfig(Config):
-    """Softmax attention; `num_kv_heads` = `num_heads` is MHA, 1 is MQA, values in between are GQA.
-
-    Attributes:
-        qk_norm: normalises each head's query and key (Qwen3).
-        scale: factor on the dot products of queries and keys; None means 1/√head_dim.
-        causal: whether a token sees only itself and earlier tokens.
-        window: a query at position i sees keys at positions > i - window.
-        num_sinks: number of first keys that are visible regardless of the window (StreamingLLM).
-        softcap: scores become cap · tanh(score / cap) (Gemma 2).
-        logn_length: queries are scaled by max(1, log n / log length), where n is the number of
-            visible tokens.
-    """
+    """Softmax attention: MHA if `num_kv_heads` = `num_heads`, MQA if it is 1, else GQA."""
 
     kind: Literal["attention"] = "attention"
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt
-    position: Position = Rope()
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm: RMSNormConfig | None = None
-    scale: PositiveFloat | None = None
-    causal: bool = True
-    window: PositiveInt | None = None
-    num_sinks: NonNegativeInt = 0
-    softcap: PositiveFloat | None = None
-    logn_length: Annotated[int, Field(gt=1)] | None = None
+    num_heads: PositiveInt = Field(description="Number of query heads.")
+    num_kv_heads: PositiveInt = Field(
+        description="Number of key and value heads; must divide num_heads."
+    )
+    head_dim: PositiveInt = Field(description="Width of a head.")
+    position: Position = Field(default=Rope(), description="Position encoding of queries and keys.")
+    qkv_bias: bool = Field(
+        default=False,
+        description="Whether the projections to queries, keys and values have a bias.",
+    )
+    out_bias: bool = Field(default=False, description="Whether the output projection has a bias.")
+    qk_norm: RMSNormConfig | None = Field(
+        default=None, description="Norm of each head's query and key (Qwen3); null for none."
+    )
+    scale: PositiveFloat | None = Field(
+        default=None,
+        description="Factor on the dot products of queries and keys; null is 1/√head_dim.",
+    )
+    causal: bool = Field(
+        default=True, description="Whether a token sees only itself and earlier tokens."
+    )
+    window: PositiveInt | None = Field(
+        default=None,
+        description="A query at position i sees keys at positions > i - window; null sees all.",
+    )
+    num_sinks: NonNegativeInt = Field(
+        default=0,
+        description="Number of first keys that are visible regardless of the window "
+        "(StreamingLLM).",
+    )
+    softcap: PositiveFloat | None = Field(
+        default=None,
+        description="Scores become cap · tanh(score / cap) (Gemma 2); null leaves them unchanged.",
+    )
+    logn_length: Annotated[int, Field(gt=1)] | None = Field(
+        default=None,
+        description="Queries are scaled by max(1, log n / log length), where n is the number of "
+        "visible tokens; null leaves them unscaled.",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "AttentionConfig":
@@ -275,18 +125,29 @@ class AttentionConfig(Config):
 class LinearAttentionConfig(Config):
     """Linear attention, without a softmax over pairs and with a constant-size state in decoding.
 
-    See `ops/linear_attention`. `features`: `elu` is elu+1 (arXiv 2006.16236), `softmax` is two
-    separate softmaxes (arXiv 1812.01243), `cosine` is 1 + cos(q, k).
+    See `ops/linear_attention`.
     """
 
     kind: Literal["linear_attention"] = "linear_attention"
-    num_heads: PositiveInt
-    head_dim: PositiveInt
-    features: Literal["elu", "softmax", "cosine"] = "elu"
-    position: Annotated[Rope | NoPosition, Field(discriminator="kind")] = NoPosition()
-    qkv_bias: bool = False
-    out_bias: bool = False
-    causal: bool = True
+    num_heads: PositiveInt = Field(description="Number of heads.")
+    head_dim: PositiveInt = Field(description="Width of a head.")
+    features: Literal["elu", "softmax", "cosine"] = Field(
+        default="elu",
+        description="Feature map: `elu` is elu + 1 (arXiv 2006.16236), `softmax` is two separate "
+        "softmaxes (arXiv 1812.01243), `cosine` is 1 + cos(q, k).",
+    )
+    position: Annotated[Rope | NoPosition, Field(discriminator="kind")] = Field(
+        default=NoPosition(),
+        description="Position encoding of queries and keys; RoPE needs features elu.",
+    )
+    qkv_bias: bool = Field(
+        default=False,
+        description="Whether the projections to queries, keys and values have a bias.",
+    )
+    out_bias: bool = Field(default=False, description="Whether the output projection has a bias.")
+    causal: bool = Field(
+        default=True, description="Whether a token sees only itself and earlier tokens."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "LinearAttentionConfig":
@@ -333,50 +194,65 @@ class GLUConfig(Config):
     """
 
     kind: Literal["glu"] = "glu"
-    intermediate_size: PositiveInt
-    activation: Activation = "silu"
-    bias: bool = False
+    intermediate_size: PositiveInt = Field(description="Width between the projections.")
+    activation: Activation = Field(default="silu", description="Activation of the gate.")
+    bias: bool = Field(default=False, description="Whether the projections have a bias.")
 
 
 class MLPConfig(Config):
     """Feed-forward without a gate: down(act(up(x)))."""
 
     kind: Literal["mlp"] = "mlp"
-    intermediate_size: PositiveInt
-    activation: Activation = "gelu"
-    bias: bool = True
+    intermediate_size: PositiveInt = Field(description="Width between the projections.")
+    activation: Activation = Field(
+        default="gelu", description="Activation between the projections."
+    )
+    bias: bool = Field(default=True, description="Whether the projections have a bias.")
 
 
 class MoEConfig(Config):
-    """Mixture of experts: a router selects some experts for each token.
-
-    Attributes:
-        routing: `softmax_topk` takes the top k of the softmax over all experts (Switch, Qwen),
-            `topk_softmax` takes the softmax over the top k logits (Mixtral).
-        normalise: whether the weights of the selected experts are divided by their sum
-            (`softmax_topk` only; those of `topk_softmax` sum to 1).
-        shared: an expert that processes all tokens; `shared_gate` scales its output by a sigmoid
-            gate computed from the token (Qwen2-MoE).
-        capacity_factor: in training an expert processes at most (T k / E) · factor tokens, and
-            tokens over the limit skip it; None sets no limit. In inference no tokens are dropped,
-            so that results are independent of the batch composition.
-        load_balancing: coefficient of the Switch load-balancing loss E Σ f_i P_i (Fedus et al.
-            2021, arXiv 2101.03961, eq. 4).
-        z_loss: coefficient of mean(logsumexp(logits)²) (Zoph et al. 2022, arXiv 2202.08906,
-            eq. 5).
-    """
+    """Mixture of experts: a router selects some experts for each token."""
 
     kind: Literal["moe"] = "moe"
-    num_experts: PositiveInt
-    experts_per_token: PositiveInt
-    expert: GLUConfig
-    routing: Literal["softmax_topk", "topk_softmax"] = "softmax_topk"
-    normalise: bool = True
-    shared: GLUConfig | None = None
-    shared_gate: bool = False
-    capacity_factor: PositiveFloat | None = None
-    load_balancing: NonNegativeFloat = 0.01
-    z_loss: NonNegativeFloat = 0.0
+    num_experts: PositiveInt = Field(description="Number of experts E.")
+    experts_per_token: PositiveInt = Field(
+        description="Number of experts k that the router selects for a token."
+    )
+    expert: GLUConfig = Field(description="Feed-forward of one expert.")
+    routing: Literal["softmax_topk", "topk_softmax"] = Field(
+        default="softmax_topk",
+        description="`softmax_topk` takes the top k of the softmax over all experts (Switch, "
+        "Qwen), `topk_softmax` takes the softmax over the top k logits (Mixtral).",
+    )
+    normalise: bool = Field(
+        default=True,
+        description="Whether the weights of the selected experts are divided by their sum "
+        "(`softmax_topk` only; those of `topk_softmax` sum to 1).",
+    )
+    shared: GLUConfig | None = Field(
+        default=None, description="Expert that processes all tokens; null for none."
+    )
+    shared_gate: bool = Field(
+        default=False,
+        description="Whether the shared expert's output is scaled by a sigmoid gate computed from "
+        "the token (Qwen2-MoE).",
+    )
+    capacity_factor: PositiveFloat | None = Field(
+        default=None,
+        description="In training an expert processes at most (T k / E) · factor tokens, and tokens "
+        "over the limit skip it; null sets no limit. In inference no tokens are dropped, so that "
+        "results are independent of the batch composition.",
+    )
+    load_balancing: NonNegativeFloat = Field(
+        default=0.01,
+        description="Coefficient of the Switch load-balancing loss E Σ f_i P_i (Fedus et al. 2021, "
+        "arXiv 2101.03961, eq. 4).",
+    )
+    z_loss: NonNegativeFloat = Field(
+        default=0.0,
+        description="Coefficient of mean(logsumexp(logits)²) (Zoph et al. 2022, arXiv 2202.08906, "
+        "eq. 5).",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "MoEConfig":
@@ -396,47 +272,62 @@ FeedForward = Annotated[GLUConfig | MLPConfig | MoEConfig, Field(discriminator="
 
 
 class LayerConfig(Config):
-    """One layer: a token mixer, a feed-forward, and the placement of their norms.
+    """One layer: a token mixer, a feed-forward, and the placement of their norms."""
 
-    `norm_placement`: `pre` is x + f(N(x)), `post` is N(x + f(x)), `sandwich` is x + N(f(N(x))).
-    """
-
-    mixer: Mixer
-    feed_forward: FeedForward
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    mixer: Mixer = Field(description="The token mixer.")
+    feed_forward: FeedForward = Field(description="The feed-forward.")
+    norm_placement: Literal["pre", "post", "sandwich"] = Field(
+        default="pre",
+        description="`pre` is x + f(N(x)), `post` is N(x + f(x)), `sandwich` is x + N(f(N(x))).",
+    )
 
 
 class ModelConfig(Config):
-    """A complete decoder.
+    """A complete decoder."""
 
-    Attributes:
-        family: the model family, which defines how the Hugging Face layout is read and written.
-        embedding_position: positions that are added to the embedding, not applied in attention.
-        embedding_scale: factor on the embedding (Gemma: √D).
-        final_norm: whether a norm precedes the output head (post-norm models have none).
-        logit_softcap: logits become cap · tanh(logit / cap).
-        num_labels: size of a score head (number of classes, or 1 for a reward) that replaces the
-            output projection.
-        prompt_mask: whether prompt tokens see only earlier tokens (`causal`) or each other in both
-            directions (`prefix`; prefix language model: Dong et al. 2019, arXiv 1905.03197).
-    """
-
-    family: str
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    max_seq_len: PositiveInt
-    layers: tuple[LayerConfig, ...] = Field(min_length=1)
-    norm: Norm = RMSNormConfig()
-    embedding_position: EmbeddingPosition = NoPosition()
-    embedding_scale: PositiveFloat = 1.0
-    final_norm: bool = True
-    tie_embeddings: bool = False
-    logit_softcap: PositiveFloat | None = None
-    num_labels: PositiveInt | None = None
-    prompt_mask: Literal["causal", "prefix"] = "causal"
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
+    family: str = Field(
+        description="Model family, which defines how the Hugging Face layout is read and written."
+    )
+    vocab_size: PositiveInt = Field(description="Number of token ids, V.")
+    hidden_size: PositiveInt = Field(description="Width of the residual stream, D.")
+    max_seq_len: PositiveInt = Field(description="Maximum sequence length, in tokens.")
+    layers: tuple[LayerConfig, ...] = Field(
+        min_length=1, description="The layers, from the embedding to the output head."
+    )
+    norm: Norm = Field(
+        default=RMSNormConfig(), description="Norm of the layers and before the output head."
+    )
+    embedding_position: EmbeddingPosition = Field(
+        default=NoPosition(),
+        description="Positions that are added to the embedding, not applied in attention.",
+    )
+    embedding_scale: PositiveFloat = Field(
+        default=1.0, description="Factor on the embedding (Gemma: √D)."
+    )
+    final_norm: bool = Field(
+        default=True,
+        description="Whether a norm precedes the output head (post-norm models have none).",
+    )
+    tie_embeddings: bool = Field(
+        default=False, description="Whether the output head uses the embedding's matrix."
+    )
+    logit_softcap: PositiveFloat | None = Field(
+        default=None,
+        description="Logits become cap · tanh(logit / cap); null leaves them unchanged.",
+    )
+    num_labels: PositiveInt | None = Field(
+        default=None,
+        description="Size of a score head (number of classes, or 1 for a reward) that replaces the "
+        "output projection; null for none.",
+    )
+    prompt_mask: Literal["causal", "prefix"] = Field(
+        default="causal",
+        description="Whether prompt tokens see only earlier tokens (`causal`) or each other in "
+        "both directions (`prefix`; prefix language model: Dong et al. 2019, arXiv 1905.03197).",
+    )
+    bos_token_id: int | None = Field(default=None, description="Id of BOS; null for none.")
+    eos_token_ids: tuple[int, ...] = Field(default=(), description="Ids that end a generation.")
+    pad_token_id: int | None = Field(default=None, description="Id of PAD; null for none.")
 
     @property
     def num_layers(self) -> int:

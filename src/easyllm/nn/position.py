@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from easyllm.core.errors import ConfigError
-from easyllm.nn.config import (
+from easyllm.nn.context import ForwardContext
+from easyllm.nn.cost import FP32, INT64, Activation, CostTrace, Scores
+from easyllm.nn.position_config import (
     Alibi,
     DynamicNTKScaling,
     Learned,
@@ -24,8 +26,6 @@ from easyllm.nn.config import (
     StreamingRope,
     T5Bias,
 )
-from easyllm.nn.context import ForwardContext
-from easyllm.nn.cost import FP32, INT64, Activation, CostTrace, Scores
 from easyllm.nn.rope_scaling import rope_frequencies
 from easyllm.ops.attention import ScoreTerms
 from easyllm.ops.rotary import apply_rotary, rotate_pairs

@@ -16,7 +16,7 @@ from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.recipe_kind import check_recipe_kind
 from easyllm.core.run_folder import recipes_folder
 from easyllm.corpus.config import CorpusParts, CorpusSource, resolve_sources
-from easyllm.tokenizer.train import TokenizerConfig
+from easyllm.tokenizer.train_config import TokenizerConfig
 from easyllm.train.config import TrainConfig
 
 REFERENCE = re.compile(r"@([\w-]+)(?:/(.+))?")
@@ -29,7 +29,9 @@ class TokenizerStage(TokenizerConfig):
     """Trains a tokenizer on the texts of data sources."""
 
     kind: Literal["tokenizer"]
-    sources: dict[str, CorpusSource] = Field(min_length=1)
+    sources: dict[str, CorpusSource] = Field(
+        min_length=1, description="Sources of the training texts, by name."
+    )
 
 
 class CorpusStage(CorpusParts):
@@ -39,33 +41,28 @@ class CorpusStage(CorpusParts):
 
 
 class ConvertStage(Config):
-    """Converts a model to a Hugging Face folder.
-
-    Attributes:
-        model: the model's source.
-        dtype: dtype of the saved weights; null keeps the model's.
-        num_kv_heads: number of KV heads after merging them by mean pooling; null keeps them.
-    """
+    """Converts a model to a Hugging Face folder."""
 
     kind: Literal["convert"]
-    model: str
-    dtype: str | None = None
-    num_kv_heads: PositiveInt | None = None
+    model: str = Field(description="Source of the model.")
+    dtype: str | None = Field(
+        default=None, description="Dtype of the saved weights; null keeps the model's."
+    )
+    num_kv_heads: PositiveInt | None = Field(
+        default=None,
+        description="Number of KV heads after merging them by mean pooling; null keeps them.",
+    )
 
 
 class EvaluateStage(Config):
-    """Computes the loss on each data file, and recall if its rows have keys.
-
-    Attributes:
-        model: the model's source.
-        data: data files by name.
-        max_tokens: maximum length of a generated answer.
-    """
+    """Computes the loss on each data file, and recall if its rows have keys."""
 
     kind: Literal["evaluate"]
-    model: str
-    data: dict[str, str] = Field(min_length=1)
-    max_tokens: PositiveInt = 32
+    model: str = Field(description="Source of the model.")
+    data: dict[str, str] = Field(min_length=1, description="Data files, by name.")
+    max_tokens: PositiveInt = Field(
+        default=32, description="Maximum length of a generated answer, in tokens."
+    )
 
 
 class TrainStage(TrainConfig):
@@ -78,8 +75,8 @@ class MergeStage(Config):
     """Merges an adapter into its base model and saves the merged model."""
 
     kind: Literal["merge"]
-    model: str
-    adapter: str
+    model: str = Field(description="Source of the base model.")
+    adapter: str = Field(description="Folder of the adapter.")
 
 
 Stage = Annotated[
@@ -89,19 +86,17 @@ Stage = Annotated[
 
 
 class Recipe(Config):
-    """A pipeline of stages.
+    """A pipeline of stages."""
 
-    Attributes:
-        name: name of the recipe.
-        output: folder for the results of all stages.
-        seed: seed of every stage that uses random numbers and sets no seed itself.
-        stages: the stages by name, in the order in which they run.
-    """
-
-    name: str
-    output: str
-    seed: NonNegativeInt = 0
-    stages: dict[str, Stage] = Field(min_length=1)
+    name: str = Field(description="Name of the recipe.")
+    output: str = Field(description="Folder for the results of all stages.")
+    seed: NonNegativeInt = Field(
+        default=0,
+        description="Seed of every stage that uses random numbers and sets no seed itself.",
+    )
+    stages: dict[str, Stage] = Field(
+        min_length=1, description="The stages by name, in the order in which they run."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -222,8 +217,8 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
             return [place(part) for part in path]
         if not isinstance(path, str) or is_reference(path):
             return path
-        beside = folder / path
-        return str((beside if beside.exists() else Path(path)).resolve())
+        in_folder = folder / path
+        return str((in_folder if in_folder.exists() else Path(path)).resolve())
 
     resolve_sources(values, folder)
     data = values.get("data")

@@ -2,25 +2,25 @@
 
 from typing import Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from easyllm.core.config import Config
 
 
 class QuantSpec(Config):
-    """Round-to-nearest quantization of a weight [N, K].
+    """Round-to-nearest quantization of a weight [N, K]."""
 
-    Attributes:
-        bits: bits per code.
-        group_size: number of inputs (along K) that share a scale; None for one scale per output
-            row (per-channel).
-        symmetric: whether zero is a code and the range is ±max|w|; otherwise the codes span min to
-            max (asymmetric, with an offset).
-    """
-
-    bits: Literal[4, 8]
-    group_size: PositiveInt | None = None
-    symmetric: bool = True
+    bits: Literal[4, 8] = Field(description="Bits per code.")
+    group_size: PositiveInt | None = Field(
+        default=None,
+        description="Number of inputs (along K) that share a scale; null is one scale per output "
+        "row (per-channel).",
+    )
+    symmetric: bool = Field(
+        default=True,
+        description="Whether zero is a code and the range is ±max|w|; otherwise the codes span min "
+        "to max (asymmetric, with an offset).",
+    )
 
     @model_validator(mode="after")
     def _is_served(self) -> "QuantSpec":

@@ -65,99 +65,144 @@ Model = Annotated[
 
 
 class EarlyStoppingConfig(Config):
-    """Stops a run whose evaluation loss has stopped improving.
+    """Stops a run whose evaluation loss has stopped improving."""
 
-    Attributes:
-        patience: number of consecutive evaluations without improvement before the run stops.
-        min_delta: minimum decrease of the loss, in nats, that counts as an improvement.
-    """
-
-    patience: PositiveInt = 3
-    min_delta: NonNegativeFloat = 0.0
+    patience: PositiveInt = Field(
+        default=3, description="Consecutive evaluations without improvement before the run stops."
+    )
+    min_delta: NonNegativeFloat = Field(
+        default=0.0,
+        description="Minimum decrease of the evaluation loss, in nats, that counts as an "
+        "improvement.",
+    )
 
 
 class SamplesConfig(Config):
     """Sample completions that are generated every `eval_every` steps, for inspection."""
 
-    prompts: Paths
-    max_tokens: PositiveInt = 48
-    temperature: NonNegativeFloat = 0.0
+    prompts: Paths = Field(description="Prompts that the model completes.")
+    max_tokens: PositiveInt = Field(
+        default=48, description="Maximum number of new tokens per completion."
+    )
+    temperature: NonNegativeFloat = Field(
+        default=0.0, description="Sampling temperature; 0 is greedy decoding."
+    )
 
 
 class TrainConfig(Config):
-    """A training run. Without an adapter, all weights are trained.
+    """A training run."""
 
-    Attributes:
-        model: the source of a pretrained model, or the description of a new model to build.
-        data: the training and evaluation data.
-        objective: the loss to minimise.
-        adapter: the parameter-efficient method; null trains all weights.
-        prompt_mask: `prefix` trains a prefix language model, in which a prompt's tokens attend to
-            one another bidirectionally; null keeps the model's own setting.
-        optimizer: the optimizer and its hyperparameters.
-        parameter_groups: parameters with their own learning rate or weight decay.
-        schedule: the learning-rate schedule.
-        batch_size: sequences (rows of a corpus) per optimizer step; null if `batch_tokens` is set.
-        batch_tokens: minimum number of tokens per optimizer step.
-        micro_batch_tokens: maximum number of packed tokens per forward pass; a step accumulates
-            gradients over as many micro-batches as it needs.
-        epochs: number of passes over the data; may be fractional.
-        max_steps, max_tokens: upper bounds on optimizer steps and training tokens.
-        clip_norm: maximum global gradient norm; null disables gradient clipping.
-        dropout: dropout probability on the outputs of mixers and feed-forward blocks in training.
-        precision: `bf16` keeps fp32 master weights and computes in bf16 · `bf16_autocast` keeps
-            fp32 weights and uses PyTorch's autocast · `fp16` uses loss scaling · `auto` is bf16
-            on hardware with fast bf16, else fp32.
-        checkpoint_activations: gradient checkpointing. `full` stores one activation per layer and
-            recomputes the rest; `selective` does so for the feed-forward blocks only.
-        compile: whether to `torch.compile` every layer's feed-forward block; the compile time is
-            reported.
-        device: the device to train on.
-        seed: seed of all random numbers of the run.
-        log_every: steps between lines of metrics.
-        eval_every: steps between evaluations; 0 evaluates only at the end.
-        save_every: steps between checkpoints; 0 writes none before the end.
-        keep_last: number of newest checkpoints to retain.
-        keep_best: whether to also retain the checkpoint with the lowest evaluation loss.
-        early_stopping: stops the run when the evaluation loss no longer improves.
-        samples: completions to generate at each evaluation.
-        spike_factor: a loss above this multiple of its running mean is logged as a spike, with the
-            ids of the batch's samples.
-        tensorboard: whether to also write TensorBoard event files.
-        output: the run's folder.
-    """
-
-    model: Model = "smollm2"
-    data: Data
-    objective: Objective = LanguageModelConfig()
-    adapter: AnyAdapter | None = None
-    prompt_mask: Literal["causal", "prefix"] | None = None
-    optimizer: Optimizer = AdamWConfig()
-    parameter_groups: tuple[ParameterGroup, ...] = ()
-    schedule: Schedule = CosineConfig()
-    batch_size: PositiveInt | None = 8
-    batch_tokens: PositiveInt | None = None
-    micro_batch_tokens: PositiveInt = 2048
-    epochs: Epochs = 1
-    max_steps: PositiveInt | None = None
-    max_tokens: PositiveInt | None = None
-    clip_norm: PositiveFloat | None = 1.0
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    precision: Literal["auto", "bf16", "bf16_autocast", "fp16", "fp32"] = "auto"
-    checkpoint_activations: Literal["none", "selective", "full"] = "none"
-    compile: bool = False
-    device: str = "auto"
-    seed: NonNegativeInt = 0
-    log_every: PositiveInt = 1
-    eval_every: NonNegativeInt = 0
-    save_every: NonNegativeInt = 50
-    keep_last: PositiveInt = 1
-    keep_best: bool = False
-    early_stopping: EarlyStoppingConfig | None = None
-    samples: SamplesConfig | None = None
-    spike_factor: Annotated[float, Field(gt=1.0)] = 2.0
-    tensorboard: bool = False
-    output: str | None = None
+    model: Model = Field(
+        default="smollm2",
+        description="Source of a pretrained model, or the description of a new model to build.",
+    )
+    data: Data = Field(
+        description="Training and evaluation data, of a kind that the objective supports."
+    )
+    objective: Objective = Field(default=LanguageModelConfig(), description="The loss to minimise.")
+    adapter: AnyAdapter | None = Field(
+        default=None, description="Parameter-efficient method; null trains all weights."
+    )
+    prompt_mask: Literal["causal", "prefix"] | None = Field(
+        default=None,
+        description="`prefix` trains a prefix language model, in which the tokens of a prompt "
+        "attend to one another bidirectionally; null keeps the model's own setting.",
+    )
+    optimizer: Optimizer = Field(
+        default=AdamWConfig(), description="The optimizer and its hyperparameters."
+    )
+    parameter_groups: tuple[ParameterGroup, ...] = Field(
+        default=(),
+        description="Parameters with their own learning rate or weight decay; the first group "
+        "whose pattern matches a name applies.",
+    )
+    schedule: Schedule = Field(default=CosineConfig(), description="The learning-rate schedule.")
+    batch_size: PositiveInt | None = Field(
+        default=8,
+        description="Sequences (rows of a corpus) per optimizer step; null if batch_tokens is set.",
+    )
+    batch_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Minimum number of tokens per optimizer step; null if batch_size is set.",
+    )
+    micro_batch_tokens: PositiveInt = Field(
+        default=2048,
+        description="Maximum number of packed tokens per forward pass; a step accumulates "
+        "gradients over as many micro-batches as it needs.",
+    )
+    epochs: Epochs = Field(
+        default=1, description="Number of passes over the data; may be fractional."
+    )
+    max_steps: PositiveInt | None = Field(
+        default=None, description="Upper bound on optimizer steps; null sets none."
+    )
+    max_tokens: PositiveInt | None = Field(
+        default=None, description="Upper bound on training tokens; null sets none."
+    )
+    clip_norm: PositiveFloat | None = Field(
+        default=1.0, description="Maximum global gradient norm; null disables gradient clipping."
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Dropout probability on the outputs of mixers and feed-forward blocks in "
+        "training.",
+    )
+    precision: Literal["auto", "bf16", "bf16_autocast", "fp16", "fp32"] = Field(
+        default="auto",
+        description="`bf16` keeps fp32 master weights and computes in bf16; `bf16_autocast` keeps "
+        "fp32 weights and uses PyTorch's autocast; `fp16` uses loss scaling; `auto` is bf16 on "
+        "hardware with fast bf16, else fp32.",
+    )
+    checkpoint_activations: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="Gradient checkpointing: `full` stores one activation per layer and recomputes "
+        "the rest; `selective` does so for the feed-forward blocks only.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Whether to `torch.compile` the feed-forward block of every layer; the compile "
+        "time is reported.",
+    )
+    device: str = Field(
+        default="auto",
+        description="Device to train on; `auto` selects the accelerator if there is one.",
+    )
+    seed: NonNegativeInt = Field(default=0, description="Seed of all random numbers of the run.")
+    log_every: PositiveInt = Field(
+        default=1, description="Optimizer steps between lines of metrics."
+    )
+    eval_every: NonNegativeInt = Field(
+        default=0, description="Optimizer steps between evaluations; 0 evaluates only at the end."
+    )
+    save_every: NonNegativeInt = Field(
+        default=50, description="Optimizer steps between checkpoints; 0 writes none before the end."
+    )
+    keep_last: PositiveInt = Field(default=1, description="Number of newest checkpoints to retain.")
+    keep_best: bool = Field(
+        default=False,
+        description="Whether to also retain the checkpoint with the lowest evaluation loss; needs "
+        "eval_every.",
+    )
+    early_stopping: EarlyStoppingConfig | None = Field(
+        default=None,
+        description="Stops the run when the evaluation loss no longer improves; needs eval_every; "
+        "null never stops early.",
+    )
+    samples: SamplesConfig | None = Field(
+        default=None, description="Completions to generate at each evaluation; null generates none."
+    )
+    spike_factor: float = Field(
+        default=2.0,
+        gt=1.0,
+        description="A loss above this multiple of its running mean is logged as a spike, with the "
+        "ids of the batch's samples.",
+    )
+    tensorboard: bool = Field(
+        default=False, description="Whether to also write TensorBoard event files."
+    )
+    output: str | None = Field(default=None, description="Folder of the run.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":

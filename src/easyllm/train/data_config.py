@@ -13,83 +13,70 @@ DATA = Kinds("data", default="conversations")
 
 
 class DataBase(Config):
-    """Settings shared by all kinds of data.
+    """Settings shared by all kinds of data."""
 
-    Attributes:
-        max_seq_len: maximum length of a sequence, in tokens.
-    """
-
-    kind: str
-    max_seq_len: int = Field(default=1024, ge=2)
+    kind: str = Field(description="Name of the kind of data; each subclass sets its own.")
+    max_seq_len: int = Field(
+        default=1024, ge=2, description="Maximum length of a sequence, in tokens."
+    )
 
 
 class RowsConfig(DataBase):
-    """Files of rows, which an objective converts to samples.
+    """Files of rows, which an objective converts to samples."""
 
-    Attributes:
-        train: files to train on.
-        eval: files to evaluate on.
-    """
-
-    train: Paths
-    eval: tuple[str, ...] = ()
+    max_seq_len: int = Field(
+        default=1024, ge=2, description="Maximum length of a sample, in tokens."
+    )
+    train: Paths = Field(description="Files to train on.")
+    eval: tuple[str, ...] = Field(default=(), description="Files to evaluate on.")
 
 
 class DataConfig(RowsConfig):
-    """Files of conversations, and how they are converted to samples.
-
-    Attributes:
-        train: files to train on.
-        eval: files to evaluate on.
-        max_seq_len: maximum length of a sample, in tokens.
-        overlong: whether samples that are too long are truncated (`cut`) or dropped.
-        train_on: which tokens carry a loss: the assistant's turns, or all.
-    """
+    """Files of conversations, and how they are converted to samples."""
 
     kind: Literal["conversations"] = "conversations"
-    train: Paths
-    eval: tuple[str, ...] = ()
-    max_seq_len: int = Field(default=1024, ge=2)
-    overlong: Literal["cut", "drop"] = "cut"
-    train_on: Literal["assistant", "all"] = "assistant"
-    split_turns: bool = False
-    """Whether each assistant turn becomes a separate sample, with the turns before it as prompt."""
+    overlong: Literal["cut", "drop"] = Field(
+        default="cut",
+        description="Whether samples that are too long are truncated (`cut`) or dropped (`drop`).",
+    )
+    train_on: Literal["assistant", "all"] = Field(
+        default="assistant",
+        description="Which tokens carry a loss: those of the assistant's turns, or all.",
+    )
+    split_turns: bool = Field(
+        default=False,
+        description="Whether each assistant turn becomes a separate sample, with the turns before "
+        "it as prompt.",
+    )
 
 
 class CorpusDataConfig(DataBase):
-    """Token shards built by `easyllm data build`, split into rows.
-
-    Attributes:
-        shards: folder of the shards.
-        validation: folder of shards to evaluate on; by default the `validation` folder inside
-            `shards`, if it exists.
-        max_seq_len: tokens per row; documents packed into the same row do not attend to each other.
-        eval_tokens: maximum number of tokens per evaluation.
-    """
+    """Token shards built by `easyllm data build`, split into rows."""
 
     kind: Literal["corpus"] = "corpus"
-    shards: str
-    validation: str | None = None
-    max_seq_len: int = Field(default=1024, ge=2)
-    eval_tokens: PositiveInt = 2**16
+    shards: str = Field(description="Folder of the shards.")
+    validation: str | None = Field(
+        default=None,
+        description="Folder of shards to evaluate on; by default the `validation` folder inside "
+        "shards, if it exists.",
+    )
+    max_seq_len: int = Field(
+        default=1024,
+        ge=2,
+        description="Tokens per row; documents packed into the same row do not attend to each "
+        "other.",
+    )
+    eval_tokens: PositiveInt = Field(
+        default=2**16, description="Maximum number of tokens per evaluation."
+    )
 
 
 class LabelledDataConfig(RowsConfig):
-    """Rows of a text and a label: a class index, or a number for regression.
-
-    Attributes:
-        train: files to train on.
-        eval: files to evaluate on.
-        text_key, label_key: keys of the text and of the label in a row.
-        max_seq_len: maximum length of a sample, in tokens.
-    """
+    """Rows of a text and a label: a class index, or a number for regression."""
 
     kind: Literal["labels"] = "labels"
-    train: Paths
-    eval: tuple[str, ...] = ()
-    text_key: str = "text"
-    label_key: str = "label"
-    max_seq_len: int = Field(default=1024, ge=2)
+    text_key: str = Field(default="text", description="Key of the text in a row.")
+    label_key: str = Field(default="label", description="Key of the label in a row.")
 
 
 __all__ = [

@@ -4,31 +4,33 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Tag, model_validator
 
-from easyllm.core.config import Config, kind_or
+from easyllm.core.config import Config
+from easyllm.core.kinds import kind_or
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class AdamWConfig(Config):
-    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101, algorithm 2).
-
-    Attributes:
-        learning_rate: peak learning rate.
-        betas: decay rates β₁ and β₂ of the first and second moments.
-        eps: ε in the denominator of the update.
-        state: format of the moments. `int8` quantizes them in blocks of 256 with one scale each
-            (Dettmers et al. 2021, arXiv 2110.02861); those of tensors with fewer than 4096 elements
-            stay fp32.
-    """
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101, algorithm 2)."""
 
     kind: Literal["adamw"] = "adamw"
-    learning_rate: PositiveFloat = 2e-4
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    """Applied only to matrices (embeddings included), never to norms and biases."""
-    state: Literal["fp32", "int8"] = "fp32"
+    learning_rate: PositiveFloat = Field(default=2e-4, description="Peak learning rate.")
+    betas: tuple[BelowOne, BelowOne] = Field(
+        default=(0.9, 0.999), description="Decay rates β₁ and β₂ of the first and second moments."
+    )
+    eps: PositiveFloat = Field(default=1e-8, description="ε in the denominator of the update.")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0,
+        description="Decoupled weight decay; applied only to matrices (embeddings included), never "
+        "to norms and biases.",
+    )
+    state: Literal["fp32", "int8"] = Field(
+        default="fp32",
+        description="Format of the moments. `int8` quantizes them in blocks of 256 with one scale "
+        "each (Dettmers et al. 2021, arXiv 2110.02861); those of tensors with fewer than 4096 "
+        "elements stay fp32.",
+    )
 
 
 class MuonConfig(Config):
@@ -37,40 +39,38 @@ class MuonConfig(Config):
     Muon orthogonalises the momentum with Newton-Schulz iterations (Jordan et al. 2024). Its updates
     are scaled to the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2),
     so `learning_rate` should be one that suits AdamW, not the 2e-2 of Jordan's scaling.
-
-    Attributes:
-        learning_rate: peak learning rate of the matrices.
-        momentum: momentum coefficient μ.
-        nesterov: whether to use Nesterov momentum.
-        newton_schulz_steps: number of Newton-Schulz iterations.
-        weight_decay: weight decay of the matrices.
-        others: AdamW settings for all other parameters.
     """
 
     kind: Literal["muon"] = "muon"
-    learning_rate: PositiveFloat = 3e-4
-    momentum: BelowOne = 0.95
-    nesterov: bool = True
-    newton_schulz_steps: Annotated[int, Field(ge=1, le=20)] = 5
-    weight_decay: NonNegativeFloat = 0.0
-    others: AdamWConfig = AdamWConfig(learning_rate=3e-4, betas=(0.9, 0.95))
+    learning_rate: PositiveFloat = Field(
+        default=3e-4, description="Peak learning rate of the matrices."
+    )
+    momentum: BelowOne = Field(default=0.95, description="Momentum coefficient μ.")
+    nesterov: bool = Field(default=True, description="Whether to use Nesterov momentum.")
+    newton_schulz_steps: int = Field(
+        default=5, ge=1, le=20, description="Number of Newton-Schulz iterations."
+    )
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="Weight decay of the matrices.")
+    others: AdamWConfig = Field(
+        default=AdamWConfig(learning_rate=3e-4, betas=(0.9, 0.95)),
+        description="AdamW settings for all other parameters.",
+    )
 
 
 class SGDConfig(Config):
-    """Stochastic gradient descent, optionally with momentum.
-
-    Attributes:
-        learning_rate: peak learning rate.
-        momentum: momentum coefficient μ; 0 disables momentum.
-        nesterov: whether to use Nesterov momentum.
-        weight_decay: L2 penalty, added to the gradient; applied to matrices only.
-    """
+    """Stochastic gradient descent, optionally with momentum."""
 
     kind: Literal["sgd"] = "sgd"
-    learning_rate: PositiveFloat = 1e-2
-    momentum: BelowOne = 0.0
-    nesterov: bool = False
-    weight_decay: NonNegativeFloat = 0.0
+    learning_rate: PositiveFloat = Field(default=1e-2, description="Peak learning rate.")
+    momentum: BelowOne = Field(
+        default=0.0, description="Momentum coefficient μ; 0 disables momentum."
+    )
+    nesterov: bool = Field(
+        default=False, description="Whether to use Nesterov momentum; needs momentum."
+    )
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0, description="L2 penalty, added to the gradient; applied to matrices only."
+    )
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> "SGDConfig":
@@ -88,28 +88,38 @@ Optimizer = Annotated[
 
 
 class ParameterGroup(Config):
-    """Settings for some of the parameters; the first group whose pattern matches a name applies.
+    """Settings for some of the parameters; the first group whose pattern matches a name applies."""
 
-    Attributes:
-        pattern: a regular expression, searched for anywhere in the parameter's name.
-        rate_factor: factor on the learning rate; 0 freezes the parameters.
-        weight_decay: overrides the optimizer's weight decay, also for norms and biases.
-    """
-
-    pattern: str = Field(min_length=1)
-    rate_factor: NonNegativeFloat = 1.0
-    weight_decay: NonNegativeFloat | None = None
+    pattern: str = Field(
+        min_length=1, description="Regular expression, searched for anywhere in a parameter's name."
+    )
+    rate_factor: NonNegativeFloat = Field(
+        default=1.0, description="Factor on the learning rate; 0 freezes the parameters."
+    )
+    weight_decay: NonNegativeFloat | None = Field(
+        default=None,
+        description="Overrides the optimizer's weight decay, also for norms and biases; null keeps "
+        "it.",
+    )
 
 
 # ---- schedules: the factor on the learning rates at a step; a decay would reach its floor one
 # step after the last
 
+_WARMUP_RATIO = (
+    "Length of the warm-up as a fraction of all steps, rounded up; used if warmup_steps is null."
+)
+_FLOOR = "Factor on the learning rate at the end of the decay."
+
 
 class _Warmup(Config):
     """Linear warm-up over `warmup_steps`, or if those are null over `warmup_ratio` of all steps."""
 
-    warmup_ratio: Fraction = 0.0
-    warmup_steps: NonNegativeInt | None = None
+    warmup_ratio: Fraction = Field(default=0.0, description=_WARMUP_RATIO)
+    warmup_steps: NonNegativeInt | None = Field(
+        default=None,
+        description="Length of the warm-up, in optimizer steps; null uses warmup_ratio.",
+    )
 
 
 class ConstantConfig(_Warmup):
@@ -122,15 +132,15 @@ class LinearConfig(_Warmup):
     """Linear decay from 1 to `floor`."""
 
     kind: Literal["linear"] = "linear"
-    floor: Fraction = 0.0
+    floor: Fraction = Field(default=0.0, description=_FLOOR)
 
 
 class CosineConfig(_Warmup):
     """Cosine decay (half a period) from 1 to `floor`."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup_ratio: Fraction = 0.03
-    floor: Fraction = 0.0
+    warmup_ratio: Fraction = Field(default=0.03, description=_WARMUP_RATIO)
+    floor: Fraction = Field(default=0.0, description=_FLOOR)
 
 
 class WarmupStableDecayConfig(_Warmup):
@@ -141,9 +151,14 @@ class WarmupStableDecayConfig(_Warmup):
     """
 
     kind: Literal["wsd"] = "wsd"
-    decay_ratio: Fraction = 0.1
-    floor: Fraction = 0.0
-    shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    decay_ratio: Fraction = Field(
+        default=0.1, description="Length of the decay as a fraction of all steps."
+    )
+    floor: Fraction = Field(default=0.0, description=_FLOOR)
+    shape: Literal["linear", "cosine", "sqrt"] = Field(
+        default="linear",
+        description="Shape of the decay: linear, half a cosine period, or 1 - √(progress).",
+    )
 
 
 class InverseSqrtConfig(_Warmup):
@@ -154,7 +169,7 @@ class InverseSqrtConfig(_Warmup):
     """
 
     kind: Literal["inverse_sqrt"] = "inverse_sqrt"
-    warmup_ratio: Fraction = 0.03
+    warmup_ratio: Fraction = Field(default=0.03, description=_WARMUP_RATIO)
 
 
 Schedule = Annotated[

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch.nn import functional as F
 
 from easyllm.batches.packing import Batch
@@ -28,7 +28,7 @@ class ClassifierConfig(ObjectiveConfig):
     """Sequence classification with cross-entropy; regression with squared error for one label."""
 
     kind: Literal["classifier"] = "classifier"
-    num_labels: PositiveInt = 2
+    num_labels: PositiveInt = Field(default=2, description="Number of classes; 1 is regression.")
 
 
 class Classifier(Objective):

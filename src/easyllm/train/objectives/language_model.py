@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat
@@ -27,18 +27,21 @@ from easyllm.train.objectives.objective import (
 
 
 class LanguageModelConfig(ObjectiveConfig):
-    """Next-token prediction.
-
-    Attributes:
-        label_smoothing: fraction of the target probability that is spread over the vocabulary
-            (Szegedy et al. 2015, arXiv 1512.00567).
-        z_loss: coefficient of the log²Z term, which keeps the softmax normaliser Z near 1
-            (Chowdhery et al. 2022, arXiv 2204.02311).
-    """
+    """Next-token prediction."""
 
     kind: Literal["language_model"] = "language_model"
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    z_loss: NonNegativeFloat = 0.0
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Fraction of the target probability that is spread over the vocabulary "
+        "(Szegedy et al. 2015, arXiv 1512.00567).",
+    )
+    z_loss: NonNegativeFloat = Field(
+        default=0.0,
+        description="Coefficient of the log²Z term, which keeps the softmax normaliser Z near 1 "
+        "(Chowdhery et al. 2022, arXiv 2204.02311).",
+    )
 
 
 class LanguageModel(Objective):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from easyllm.batches.packing import Batch, pack
@@ -154,7 +155,7 @@ class Objective:
 class ObjectiveConfig(Config):
     """The base class of objective configurations."""
 
-    kind: str
+    kind: str = Field(description="Name of the objective; each subclass sets its own.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
