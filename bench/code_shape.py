@@ -30,8 +30,8 @@ TOKEN = [
     "engine/llm.py:stream",
     "engine/engine.py:run",
     "engine/engine.py:step",
-    "engine/engine.py:_decide",
-    "engine/sampling.py:choose",
+    "engine/engine.py:_sample",
+    "engine/sampling.py:sample_tokens",
 ]
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
