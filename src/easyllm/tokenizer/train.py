@@ -27,8 +27,9 @@ from easyllm.tokenizer.sentencepiece import (
     mark_special,
     space_decoder,
 )
+from easyllm.tokenizer.special_tokens import SpecialTokens
 from easyllm.tokenizer.token_bytes import byte_values as byte_values
-from easyllm.tokenizer.tokenizer import SpecialTokens, Tokenizer
+from easyllm.tokenizer.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}"
