@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from easyllm.ops.attention import AttentionRule, visible
+from easyllm.ops.attention import visible
+from easyllm.ops.attention_rule import AttentionRule
 
 
 def tiled_attention(
