@@ -99,7 +99,7 @@ def _plain_rule(rule: AttentionRule) -> str | None:
     if rule.terms is not None:
         return "positions that change the scores"
     if rule.num_sinks:
-        return "attention sinks"
+        return "sinks"
     if rule.window is not None and not rule.causal:
         return "a sliding window without a causal mask"
     return None
