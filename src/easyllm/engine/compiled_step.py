@@ -5,9 +5,9 @@ although the step should be limited only by reading the weights from memory. The
 reads each weight once and little else.
 
 It supports common dense decoder architectures (`unsupported_reason` returns why a model is not
-supported) with weights of fp32, bf16, int8 or int4, and every page format of `ops/paged_attention`. Its
-results equal those of the PyTorch decoder within rounding; all arithmetic is fp32, even where the
-weights are bf16.
+supported) with weights of fp32, bf16, int8 or int4, and every page format of
+`ops/paged_attention`. Its results equal those of the PyTorch decoder within rounding; all
+arithmetic is fp32, even where the weights are bf16.
 """
 
 import ctypes
