@@ -23,7 +23,7 @@ from easyllm.engine.compiled_step import CompiledStep
 from easyllm.models import load_model
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
-from easyllm.ops.attention import AttentionRule
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.paged_attention import Pages, new_pages, paged_attention, write_pages
 from easyllm.quant import quantize_weights, schemes
 

@@ -14,7 +14,8 @@ from easyllm.engine.runner import logits_in_passes
 from easyllm.examples.sample import Sample
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.deterministic import check_deterministic
-from easyllm.ops.attention import AttentionRule, attention, explicit_attention
+from easyllm.ops.attention import attention, explicit_attention
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.train import TrainConfig, loop, train
 from easyllm.train.loop import accumulate
 from easyllm.train.objectives import LanguageModel

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from easyllm.ops import activation, cross_entropy, norm, rotary
-from easyllm.ops.attention import AttentionRule
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.paged_attention import reference_paged_attention
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -24,7 +24,7 @@ def device() -> torch.device:
 def through_triton(device, monkeypatch):
     """Makes the operations use the Triton kernels, on a CPU as well."""
     for module in (norm, activation, rotary, cross_entropy):
-        monkeypatch.setattr(module, "gpu_ready", lambda *tensors: True)
+        monkeypatch.setattr(module, "triton_unsupported_reason", lambda *tensors: None)
 
 
 def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
@@ -147,7 +147,7 @@ def test_cross_entropy_matches_fp64(through_triton, device, shape, dtype, monkey
     labels[3] = -100
     loss = cross_entropy.linear_cross_entropy(hidden, weight, labels, chunk_rows=4, **shape)
     loss.sum.backward()
-    monkeypatch.setattr(cross_entropy, "gpu_ready", lambda *tensors: False)
+    monkeypatch.setattr(cross_entropy, "triton_unsupported_reason", lambda *tensors: "off")
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     exact = cross_entropy.linear_cross_entropy(*wide, labels, **shape)
     exact.sum.backward()

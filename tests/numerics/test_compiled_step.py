@@ -373,7 +373,6 @@ REFUSED = {
 @pytest.mark.parametrize("word", REFUSED)
 def test_unsupported_parts_are_named(word):
     model = model_of(**REFUSED[word])
-    assert not CompiledStep.supports(model)
     assert word in CompiledStep.unsupported_reason(model)
     with pytest.raises(ConfigError, match="does not support"):
         CompiledStep(model, [], [])
@@ -381,11 +380,11 @@ def test_unsupported_parts_are_named(word):
 
 def test_adapters_and_missing_compilers_are_refused(monkeypatch):
     model = build_tiny()
-    assert CompiledStep.supports(model)
+    assert CompiledStep.unsupported_reason(model) is None
     model.layers[0].mixer.q_proj.adapter = torch.nn.Identity()
     assert "adapters" in CompiledStep.unsupported_reason(model)
     monkeypatch.setattr(build, "_library", lambda: None)
-    assert not CompiledStep.supports(build_tiny())
+    assert "C compiler" in CompiledStep.unsupported_reason(build_tiny())
 
 
 def test_the_logits_buffer_is_reused_once_released(monkeypatch):

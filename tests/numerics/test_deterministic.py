@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from easyllm.ops.activation import gated
-from easyllm.ops.attention import AttentionRule, attention
+from easyllm.ops.attention import attention
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.deterministic import packed_attention, tiled_linear
 from easyllm.ops.kernels import build
 from easyllm.ops.norm import rms_norm

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from easyllm.ops import activation, attention, cross_entropy, embedding, norm, rotary
-from easyllm.ops.attention import AttentionRule, reference_attention
+from easyllm.ops.attention import reference_attention
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.kernels import build
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}

@@ -7,13 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from easyllm.nn.position import AlibiPosition
-from easyllm.ops.attention import (
-    AttentionRule,
-    attend_segment,
-    attention,
-    explicit_attention,
-    visible,
-)
+from easyllm.ops.attention import attend_segment, attention, explicit_attention, visible
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.linear_attention import FEATURE_MAPS, Features
 from easyllm.ops.linear_attention import weights as linear_weights
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from easyllm.ops import matmul as matmul_module
-from easyllm.ops.attention import AttentionRule, attention, reference_attention
+from easyllm.ops.attention import attention, reference_attention
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.kernels import build
 from easyllm.ops.matmul import grouped_matmul, linear, linears, matmul, sum_of_matmuls
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from easyllm.ops.attention import AttentionRule, ScoreTerms, explicit_attention
+from easyllm.ops.attention import explicit_attention
+from easyllm.ops.attention_rule import AttentionRule, ScoreTerms
 from easyllm.ops.kernels import build
 from easyllm.ops.paged_attention import (
     QuantizedPages,

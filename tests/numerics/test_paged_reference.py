@@ -8,7 +8,8 @@ import torch
 
 from easyllm.nn.position import AlibiPosition, ReRopePosition, ShawPosition, T5Position
 from easyllm.nn.position_config import ReRope, Shaw, T5Bias
-from easyllm.ops.attention import AttentionRule, attend_segment
+from easyllm.ops.attention import attend_segment
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.paged_attention import paged_attention
 
 H, K, D = 6, 2, 8

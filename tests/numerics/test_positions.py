@@ -39,7 +39,8 @@ from easyllm.nn.rope_scaling import (
     rope_frequencies,
     yarn_attention_factor,
 )
-from easyllm.ops.attention import AttentionRule, explicit_attention
+from easyllm.ops.attention import explicit_attention
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.rotary import apply_rotary
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from easyllm.ops.attention import AttentionRule, reference_attention
+from easyllm.ops.attention import reference_attention
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.tiled_attention import tiled_attention
 
 RULES = {

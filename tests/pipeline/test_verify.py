@@ -10,6 +10,7 @@ from easyllm.cli.main import app
 from easyllm.core.errors import ConfigError
 from easyllm.models import save_model, to_classifier
 from easyllm.ops import paged_attention
+from easyllm.ops.attention_backends import SDPA
 from easyllm.ops.kernels.build import _library
 from easyllm.verify import verify
 
@@ -36,7 +37,7 @@ def test_a_broken_cache_is_detected_with_exit_code_1(tiny_folder, monkeypatch):
         return whole(q, k[-len(q) :], v[-len(q) :], rule, **rest)
 
     monkeypatch.setattr(paged_attention, "attend_segment", forgetful)
-    monkeypatch.setattr(paged_attention, "_kernel_supports", lambda *inputs: False)
+    monkeypatch.setattr(paged_attention, "pick_backend", lambda call: SDPA)
     result = CliRunner().invoke(app, ["verify", str(tiny_folder), "--json"])
     assert result.exit_code == 1
     assert [f["law"] for f in json.loads(result.stdout) if not f["holds"]] == [3, 3, *FAST[1:]]

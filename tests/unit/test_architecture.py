@@ -2,10 +2,12 @@
 
 import ast
 import importlib
+import importlib.util
 import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -55,44 +57,30 @@ def test_a_folder_imports_only_folders_above_it(path):
 
 
 def test_modules_have_no_circular_imports():
-    graph = {}
-    for path in FILES:
-        name = ".".join(("easyllm", *path.relative_to(SOURCE).with_suffix("").parts))
-        graph[name.removesuffix(".__init__")] = _top_level_modules(path)
-    done, path_now = set(), []
-
-    def visit(name):
-        assert name not in path_now, f"circle: {[*path_now[path_now.index(name) :], name]}"
-        if name in done or name not in graph:
-            return
-        path_now.append(name)
-        for other in graph[name]:
-            visit(other)
-        path_now.pop()
-        done.add(name)
-
-    for name in graph:
-        visit(name)
+    """Imports under TYPE_CHECKING and inside functions count too."""
+    shape = _code_shape()
+    assert shape.cycles(shape.module_graph(shape.sources())) == []
 
 
-def _top_level_modules(path: Path) -> set[str]:
-    """Returns the modules imported on import of the file (not in TYPE_CHECKING or functions)."""
-    own_package = ".".join(("easyllm", *path.relative_to(SOURCE).parts[:-1]))
-    found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("easyllm."):
-            # a package that imports its own modules is circular only if they import the package
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-            existing = {m for m in submodules if _exists(m)}
-            found |= existing or {node.module}
-        elif isinstance(node, ast.Import):
-            found |= {a.name for a in node.names if a.name.startswith("easyllm.")}
-    return found - {own_package}
+def test_a_cycle_hidden_in_a_function_or_under_type_checking_is_found():
+    sources = {
+        "a.py": "def run():\n    from easyllm.b import y",
+        "b.py": "if TYPE_CHECKING:\n    from easyllm import c",
+        "c.py": "import easyllm.a",
+        "d.py": "import easyllm.c",
+    }
+    shape = _code_shape()
+    graph = shape.module_graph({path: ast.parse(text) for path, text in sources.items()})
+    assert shape.cycles(graph) == [["easyllm.a", "easyllm.b", "easyllm.c"]]
 
 
-def _exists(module: str) -> bool:
-    path = SOURCE.joinpath(*module.split(".")[1:])
-    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+def _code_shape() -> ModuleType:
+    """Returns `bench/code_shape.py`, which is a script outside any package."""
+    path = Path(__file__).parents[2] / "bench" / "code_shape.py"
+    spec = importlib.util.spec_from_file_location("code_shape", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_no_dumping_ground_names():

@@ -23,7 +23,7 @@ from easyllm.nn.config import (
     ModelConfig,
 )
 from easyllm.nn.decoder import Decoder
-from easyllm.ops.attention import AttentionRule
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.linear_attention import LinearState
 from easyllm.ops.paged_attention import paged_attention
 from easyllm.plan.kv_cache import Rolling, cache_size, rolling_window

@@ -791,7 +791,7 @@ def test_a_registered_family_works_everywhere_from_its_gguf_file(
     adapted = load_model(tmp_path / "hf", adapter=saved)
     logits = adapted.logits(IDS)
     torch.testing.assert_close(merge(adapted).logits(IDS), logits, atol=1e-4, rtol=1e-4)
-    assert CompiledStep.supports(adapted)
+    assert CompiledStep.unsupported_reason(adapted) is None
     options = {"micro_batch_tokens": 64, "dtype": torch.float32}
     assert estimate_training(model.config, **options).weights == 4 * sum(
         p.numel() for p in model.parameters()

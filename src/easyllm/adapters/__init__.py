@@ -1,18 +1,12 @@
 """Parameter-efficient fine-tuning (PEFT): small trainable additions to a frozen model."""
 
-from easyllm.adapters.adapter import (
-    ADAPTERS,
-    Adapter,
-    AdapterConfig,
-    FileModule,
-    register_adapter,
-    unregister_adapter,
-)
+from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
 from easyllm.adapters.adapter_set import AdapterSet, TrainProgress
 from easyllm.adapters.attach import adapter_of, adapter_parameters, attach, detach, merge
 from easyllm.adapters.bank import AdapterBank
 from easyllm.adapters.lora import LoRA, LoRAConfig
 from easyllm.adapters.peft_format import AdapterFile, load_adapter, read_adapter, save_adapter
+from easyllm.adapters.registry import ADAPTERS, register_adapter, unregister_adapter
 
 __all__ = [
     "ADAPTERS",

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from easyllm.adapters.adapter import Adapter, AdapterConfig
 from easyllm.core.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
-    from easyllm.adapters.adapter import Adapter, AdapterConfig
     from easyllm.nn.decoder import Decoder
     from easyllm.nn.linear import Linear
 
@@ -48,7 +48,7 @@ class AdapterSet:
 
     def __init__(
         self,
-        config: "AdapterConfig",
+        config: AdapterConfig,
         *,
         linears: "Mapping[str, tuple[Linear, Adapter]]",
         model_adapter: nn.Module | None = None,

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from easyllm.adapters.adapter import ALL_LINEAR, Adapter, AdapterConfig, kind_of
+from easyllm.adapters.adapter import ALL_LINEAR, Adapter, AdapterConfig
 from easyllm.adapters.adapter_set import AdapterSet, find_trained_modules, restore_base_modules
 from easyllm.adapters.bank import AdapterBank
+from easyllm.adapters.registry import kind_of
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear

@@ -21,9 +21,9 @@ from easyllm.adapters.adapter import (
     Adapter,
     AdapterConfig,
     FileModule,
-    register_adapter,
 )
 from easyllm.adapters.peft_keys import check_keys, matches
+from easyllm.adapters.registry import register_adapter
 from easyllm.core.errors import CheckpointError, ConfigError, suggest
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear

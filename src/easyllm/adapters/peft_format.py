@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from easyllm.adapters.adapter import AdapterConfig, AdapterKind, FileModule, kind_of, kind_of_file
+from easyllm.adapters.adapter import AdapterConfig, FileModule
 from easyllm.adapters.adapter_set import AdapterSet, own_parameters
 from easyllm.adapters.attach import adapter_of, detach, place
 from easyllm.adapters.peft_whole import (
@@ -22,6 +22,7 @@ from easyllm.adapters.peft_whole import (
     has_own_head,
     saved_tensors,
 )
+from easyllm.adapters.registry import AdapterKind, kind_of, kind_of_file
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError, ConfigError

@@ -4,10 +4,10 @@ A decoding step in PyTorch consists of a few hundred small operations, each with
 although the step should be limited only by reading the weights from memory. The compiled step
 reads each weight once and little else.
 
-It supports common dense decoder architectures (`unsupported_reason` returns why a model is not supported)
-with weights of fp32, bf16, int8 or int4, and every page format of `ops/paged_attention`. Its
-results equal those of the PyTorch decoder within rounding; all arithmetic is fp32, even where the
-weights are bf16.
+It supports common dense decoder architectures (`unsupported_reason` returns why a model is not
+supported) with weights of fp32, bf16, int8 or int4, and every page format of
+`ops/paged_attention`. Its results equal those of the PyTorch decoder within rounding; all
+arithmetic is fp32, even where the weights are bf16.
 """
 
 import ctypes
@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from easyllm.core.device import bf16_is_fast, cpu_features
 from easyllm.core.errors import ConfigError
 from easyllm.nn.attention import Attention
-from easyllm.nn.config import AttentionConfig, GLUConfig, LayerConfig, ModelConfig
+from easyllm.nn.config import (
+    AttentionConfig,
+    GLUConfig,
+    LayerConfig,
+)
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.glu import GLU
@@ -28,9 +32,10 @@ from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
 from easyllm.nn.position import RotaryPosition
 from easyllm.nn.position_config import DynamicNTKScaling, NoPosition, Rope
+from easyllm.ops.attention_backends import C_PAGES, KEYS_PER_BLOCK
 from easyllm.ops.huge_memory import BufferCache, cached_empty, empty_like_each, return_freed_memory
 from easyllm.ops.kernels import build, kernels_for
-from easyllm.ops.paged_attention import KEYS_PER_BLOCK, Pages, pages_struct
+from easyllm.ops.paged_attention import Pages, paged_call, pages_struct
 
 MAX_ROWS = 32
 """Maximum rows for which a compiled step with quantized weights is faster than the PyTorch decoder
@@ -46,6 +51,8 @@ MAX_BF16_ROWS_AMX = 2
 """The same if PyTorch's matmuls use a matrix unit, or bf16 instructions of a non-x86 processor."""
 FREED_BYTES = 1 << 26
 """Bytes of weights to move before the memory of the old ones is returned to the system."""
+ARITHMETIC = torch.float32
+"""Dtype of all activations, hence of the queries."""
 FIRST_POSITIONS = 4096
 ALIGNMENT = 64
 
@@ -66,13 +73,9 @@ class CompiledStep:
     def __init__(
         self, model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]
     ) -> None:
-        unsupported_reason = self.unsupported_reason(model) or _pages_refusal(
-            model, key_pages, value_pages
-        )
-        if unsupported_reason is not None:
-            raise ConfigError(
-                f"the compiled step does not support this model: {unsupported_reason}"
-            )
+        reason = self.unsupported_reason(model, (key_pages, value_pages))
+        if reason is not None:
+            raise ConfigError(f"the compiled step does not support this model: {reason}")
         self.max_rows = _most_rows(model)
         self.vocab_size = model.config.vocab_size
         self.page_size = key_pages[0].shape[2]
@@ -100,8 +103,15 @@ class CompiledStep:
         self._num_positions = 0
 
     @staticmethod
-    def unsupported_reason(model: Decoder) -> str | None:
-        """Returns why the model is not supported; None if it is."""
+    def unsupported_reason(
+        model: Decoder, pages: tuple[Sequence[Pages], Sequence[Pages]] | None = None
+    ) -> str | None:
+        """Returns why the model, or its cache, is not supported; None if they are.
+
+        Args:
+            model: the model.
+            pages: key pages and value pages of each layer; None checks the model only.
+        """
         if model.training or kernels_for(*model.parameters()) is None:
             return (
                 "it needs inference mode, a CPU, weights of fp32 or bf16 (or quantized) and a C "
@@ -115,17 +125,10 @@ class CompiledStep:
                     f"{name} stores its weight as {holder.storage.format}, which the kernels do "
                     "not read"
                 )
-        return _config_refusal(model.config)
-
-    @classmethod
-    def supports(cls, model: Decoder) -> bool:
-        """Whether the model is supported."""
-        return cls.unsupported_reason(model) is None
-
-    @staticmethod
-    def pages_fit(model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]) -> bool:
-        """Whether the pages of a cache are supported."""
-        return _pages_refusal(model, key_pages, value_pages) is None
+        reason = _model_unsupported_reason(model)
+        if reason is not None or pages is None:
+            return reason
+        return _pages_unsupported_reason(model, *pages)
 
     def run(
         self,
@@ -169,7 +172,7 @@ class CompiledStep:
             logits.data_ptr(),
         )
         kernels = kernels_for(logits)
-        assert kernels is not None, "refusal() requires kernels"
+        assert kernels is not None, "unsupported_reason() requires kernels"
         kernels.decode_step(
             ctypes.byref(self._model), ctypes.byref(batch), self._workspace(kernels, batch)
         )
@@ -224,7 +227,7 @@ class CompiledStep:
 
     def _layer_struct(self, layer: DecoderLayer) -> build.StepLayer:
         attention, feed_forward = _attention(layer), layer.feed_forward
-        assert isinstance(feed_forward, GLU), "refusal() requires a GLU"
+        assert isinstance(feed_forward, GLU), "unsupported_reason() requires a GLU"
         config, rule = attention.config, attention.rule
         matrices = [
             self._matrix(linear)
@@ -275,7 +278,7 @@ class CompiledStep:
         )
         self._kept.append(bias)
         matrix = owner.storage.kernel_matrix(bias)
-        assert matrix is not None, "refusal() requires a format that the kernels read"
+        assert matrix is not None, "unsupported_reason() requires a format that the kernels read"
         self._kept.append(owner.storage)
         return matrix
 
@@ -292,7 +295,7 @@ class CompiledStep:
 
 def _most_rows(model: Decoder) -> int:
     kernels = kernels_for(next(model.parameters()))
-    assert kernels is not None, "refusal() requires kernels"
+    assert kernels is not None, "unsupported_reason() requires kernels"
     has_unit = bool(kernels.tiles_ready())
     if model.packed_formats():
         return MAX_TILED_ROWS if has_unit else MAX_ROWS
@@ -328,41 +331,49 @@ def _weight_of(owner: Linear | Embedding) -> Tensor:
 
 
 def _attention(layer: DecoderLayer) -> Attention:
-    assert isinstance(layer.mixer, Attention), "refusal() requires softmax attention"
+    assert isinstance(layer.mixer, Attention), "unsupported_reason() requires softmax attention"
     return layer.mixer
 
 
-def _config_refusal(config: ModelConfig) -> str | None:
+def _model_unsupported_reason(model: Decoder) -> str | None:
     """Returns the first part of the architecture that the step does not support."""
+    config = model.config
     if config.norm.kind != "rms_norm" or not config.final_norm:
         return "its norms are not RMS norms, or it has no norm before the head"
     if not isinstance(config.embedding_position, NoPosition):
         return f"positions are added to its embedding ({config.embedding_position.kind})"
     if config.logit_softcap is not None or config.num_labels is not None:
         return "its logits are soft-capped, or it has a classification head"
-    for number, layer in enumerate(config.layers):
-        unsupported_reason = _layer_refusal(layer)
-        if unsupported_reason is not None:
-            return f"layer {number}: {unsupported_reason}"
+    for number, (layer, module) in enumerate(zip(config.layers, model.layers, strict=True)):
+        assert isinstance(module, DecoderLayer), "a decoder has decoder layers"
+        reason = _layer_unsupported_reason(layer, module)
+        if reason is not None:
+            return f"layer {number}: {reason}"
     return None
 
 
-def _layer_refusal(layer: LayerConfig) -> str | None:
+def _layer_unsupported_reason(layer: LayerConfig, module: DecoderLayer) -> str | None:
     mixer, feed_forward = layer.mixer, layer.feed_forward
     if layer.norm_placement != "pre":
         return f"norm placement {layer.norm_placement}"
     if not isinstance(feed_forward, GLUConfig) or feed_forward.activation != "silu":
         return "a feed-forward other than a GLU with SiLU"
-    if not isinstance(mixer, AttentionConfig) or not mixer.causal:
-        return "linear or bidirectional attention"
-    if mixer.softcap is not None or mixer.num_sinks or mixer.logn_length is not None:
-        return "attention with a soft cap, sinks or log-n scaling"
-    if mixer.head_dim % KEYS_PER_BLOCK:
-        return f"head_dim {mixer.head_dim} is not a multiple of {KEYS_PER_BLOCK}"
-    return _position_refusal(mixer)
+    if not isinstance(mixer, AttentionConfig):
+        return "linear attention"
+    if mixer.logn_length is not None:
+        return "attention with log-n scaling"
+    reason = _position_unsupported_reason(mixer)
+    if reason is not None:
+        return reason
+    shape = (1, mixer.num_kv_heads, KEYS_PER_BLOCK, mixer.head_dim)
+    pages = torch.empty(shape, dtype=ARITHMETIC)  # the format of the cache is checked separately
+    reason = C_PAGES.unsupported_reason(
+        paged_call(pages, pages, _attention(module).rule, dtype=ARITHMETIC)
+    )
+    return None if reason is None else f"attention with {reason}"
 
 
-def _position_refusal(mixer: AttentionConfig) -> str | None:
+def _position_unsupported_reason(mixer: AttentionConfig) -> str | None:
     match mixer.position:
         case NoPosition():
             return None
@@ -371,15 +382,17 @@ def _position_refusal(mixer: AttentionConfig) -> str | None:
     return f"positions other than half-split RoPE with fixed frequencies ({mixer.position.kind})"
 
 
-def _pages_refusal(
+def _pages_unsupported_reason(
     model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]
 ) -> str | None:
     if not len(key_pages) == len(value_pages) == model.config.num_layers:
         return f"{len(key_pages)} layers of pages for {model.config.num_layers} layers"
-    sizes = {pages.shape[2] for pages in (*key_pages, *value_pages)}
-    if len(sizes) != 1 or sizes.pop() % KEYS_PER_BLOCK:
-        return f"all pages must have the same size, a multiple of {KEYS_PER_BLOCK} tokens"
-    for pages in (*key_pages, *value_pages):
-        if isinstance(pages, Tensor) and kernels_for(pages) is None:
-            return f"pages of {pages.dtype} on {pages.device}"
+    if len({pages.shape[2] for pages in (*key_pages, *value_pages)}) != 1:
+        return "pages of different sizes"
+    for layer, keys, values in zip(model.layers, key_pages, value_pages, strict=True):
+        assert isinstance(layer, DecoderLayer), "a decoder has decoder layers"
+        rule = _attention(layer).rule
+        reason = C_PAGES.unsupported_reason(paged_call(keys, values, rule, dtype=ARITHMETIC))
+        if reason is not None:
+            return f"its cache has {reason}"
     return None

@@ -24,9 +24,10 @@ from easyllm.nn.context import ForwardContext, RecurrentStep
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.position import RotaryPosition
 from easyllm.nn.position_config import DynamicNTKScaling, Rope
-from easyllm.ops.attention import AttentionRule
-from easyllm.ops.gpu import gpu_ready
-from easyllm.ops.paged_attention import write_pages
+from easyllm.ops.attention_backends import TRITON_PAGES
+from easyllm.ops.attention_rule import AttentionRule
+from easyllm.ops.gpu import triton_unsupported_reason
+from easyllm.ops.paged_attention import Pages, paged_call, write_pages
 
 MAX_ROWS = 256
 """Maximum rows of a captured step; with more rows, launch overhead is small next to the compute."""
@@ -61,10 +62,10 @@ class GraphStep:
     max_rows = MAX_ROWS
 
     def __init__(self, model: Decoder, cache: KVCache) -> None:
-        unsupported_reason = self.unsupported_reason(model, cache)
-        if unsupported_reason is not None:
+        reason = self.unsupported_reason(model, cache)
+        if reason is not None:
             raise ConfigError(
-                f"decoding steps of this model cannot be captured as a CUDA graph: {unsupported_reason}"
+                f"decoding steps of this model cannot be captured as a CUDA graph: {reason}"
             )
         self.model, self.cache = model, cache
         self._weights = [(m._parameters, name) for m in model.modules() for name in m._parameters]
@@ -76,30 +77,28 @@ class GraphStep:
 
     @staticmethod
     def unsupported_reason(model: Decoder, cache: KVCache) -> str | None:
-        """Returns why the model is not supported; None if it is."""
-        if model.training or not gpu_ready(*model.parameters()):
-            return "it needs inference mode, a GPU, weights of fp32, bf16 or fp16, and Triton"
+        """Returns why the model, or its cache, is not supported; None if they are."""
+        if model.training:
+            return "it needs inference mode"
+        reason = triton_unsupported_reason(*model.parameters())
+        if reason is not None:
+            return f"the Triton kernels do not support {reason}"
         if packed := model.packed_formats():
             return f"its weights are quantized ({', '.join(sorted(packed))})"
         if model.is_adapted:
             return "it has adapters; merge them"
-        if cache.spare_page is None or not all(
-            isinstance(x, Tensor) for x in (*cache.keys, *cache.values)
-        ):
-            return "a layer has a recurrent state or quantized keys and values"
+        if cache.spare_page is None:
+            return "its cache has no spare page"
         for number, layer in enumerate(model.layers):
-            unsupported_reason = _layer_refusal(
+            reason = _layer_unsupported_reason(
                 model.config.layers[number],
                 layer.mixer,  # type: ignore[arg-type]
+                (cache.keys[number], cache.values[number]),
+                model.dtype,
             )
-            if unsupported_reason is not None:
-                return f"layer {number}: {unsupported_reason}"
+            if reason is not None:
+                return f"layer {number}: {reason}"
         return None
-
-    @classmethod
-    def supports(cls, model: Decoder, cache: KVCache) -> bool:
-        """Whether the model is supported."""
-        return cls.unsupported_reason(model, cache) is None
 
     def bind(self) -> None:
         """Drops all captured graphs; must be called when the weights' addresses have changed."""
@@ -149,7 +148,7 @@ class GraphStep:
 
     def _padding_rows(self, shape: tuple[int, int]) -> Tensor:
         """Returns padding rows [rows, HEADER + width] int32 on the CPU, on the spare page."""
-        assert self.cache.spare_page is not None, "refusal() requires a spare page"
+        assert self.cache.spare_page is not None, "unsupported_reason() requires a spare page"
         rows = torch.full((shape[0], HEADER + shape[1]), self.cache.spare_page, dtype=torch.int32)
         rows[:, :HEADER] = torch.tensor([0, 0, 1], dtype=torch.int32)
         return rows
@@ -218,8 +217,8 @@ class _DecodeStore:
         from easyllm.ops.gpu.paged_attention import decode_attention
 
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        assert isinstance(keys, Tensor), "refusal() excludes quantized keys"
-        assert isinstance(values, Tensor), "refusal() excludes quantized values"
+        assert isinstance(keys, Tensor), "unsupported_reason() excludes quantized keys"
+        assert isinstance(values, Tensor), "unsupported_reason() excludes quantized values"
         write_pages(keys, k, self.pages, self.slots)
         write_pages(values, v, self.pages, self.slots)
         return decode_attention(
@@ -227,25 +226,31 @@ class _DecodeStore:
         )
 
     def recur(self, layer: int, step: RecurrentStep, *inputs: Tensor) -> Tensor:  # noqa: ARG002
-        raise AssertionError("refusal() excludes linear attention")
+        raise AssertionError("unsupported_reason() excludes linear attention")
 
 
-def _layer_refusal(config: LayerConfig, mixer: Attention) -> str | None:
+def _layer_unsupported_reason(
+    config: LayerConfig,
+    mixer: Attention,
+    pages: tuple[Pages | None, Pages | None],
+    dtype: torch.dtype,
+) -> str | None:
     """Returns why a layer cannot be captured; None if it can.
 
-    The reasons are tensor shapes that depend on values, and attention variants that the kernel does
-    not implement.
+    The reasons are tensor shapes that depend on values, and what the attention kernel does not
+    support.
     """
+    keys, values = pages
     if isinstance(config.feed_forward, MoEConfig):
         return "a mixture of experts, whose tensor shapes depend on the routing"
-    if not isinstance(config.mixer, AttentionConfig):
+    if not isinstance(config.mixer, AttentionConfig) or keys is None or values is None:
         return "linear attention"
-    rule, position = mixer.rule, config.mixer.position
-    if not (rule.plain and rule.causal) or rule.num_sinks:
-        return "attention with a soft cap, sinks, positions in the scores, or no causal mask"
+    position = config.mixer.position
     if isinstance(position, Rope) and isinstance(position.scaling, DynamicNTKScaling):
         return "RoPE frequencies that change with the length (dynamic NTK)"
-    return None
+    call = paged_call(keys, values, mixer.rule, dtype, captured=True)
+    reason = TRITON_PAGES.unsupported_reason(call)
+    return None if reason is None else f"attention with {reason}"
 
 
 def _rounded(count: int, least: int) -> int:

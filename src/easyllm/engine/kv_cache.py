@@ -14,7 +14,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.engine.page_table import Copies
 from easyllm.nn.config import AttentionConfig, ModelConfig
 from easyllm.nn.context import RecurrentStep
-from easyllm.ops.attention import AttentionRule
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.paged_attention import (
     QUANTIZED_PAGES,
     Pages,

@@ -21,14 +21,14 @@ class Runner(Protocol):
     """
 
     def run(self, step: Step) -> Tensor:
-        """Returns logits [N, V] of the rows requested by the pieces (`num_logit_rows`), in order."""
+        """Returns logits [N, V] of the rows that the pieces request (`num_logit_rows`)."""
 
 
 class SingleCallStep(Protocol):
     """A decoding step in a single call: `CompiledStep` on a CPU, `GraphStep` on a GPU.
 
     Attributes:
-        most_rows: maximum number of rows of a step.
+        max_rows: maximum number of rows of a step.
     """
 
     max_rows: int
@@ -71,22 +71,24 @@ class DecoderRunner:
         self.model, self.cache, self.deterministic = model, cache, deterministic
         self.fast_step: SingleCallStep | None = None
         compiled = compiled and not deterministic
-        if compiled and GraphStep.supports(model, cache):
+        keys = [pages for pages in cache.keys if pages is not None]
+        values = [pages for pages in cache.values if pages is not None]
+        if compiled and GraphStep.unsupported_reason(model, cache) is None:
             self.fast_step = GraphStep(model, cache)
-        elif compiled and CompiledStep.supports(model):
-            keys = [pages for pages in cache.keys if pages is not None]
-            values = [pages for pages in cache.values if pages is not None]
-            if CompiledStep.pages_fit(model, keys, values):
-                self.fast_step = CompiledStep(model, keys, values)
+        elif compiled and CompiledStep.unsupported_reason(model, (keys, values)) is None:
+            self.fast_step = CompiledStep(model, keys, values)
 
     def weights_changed(self) -> None:
         """Discards everything derived from the weights; must be called when they have changed.
 
         Single-call steps are disabled if the model no longer supports them.
         """
-        if isinstance(self.fast_step, CompiledStep) and not CompiledStep.supports(self.model):
-            self.fast_step = None
-        if isinstance(self.fast_step, GraphStep) and not GraphStep.supports(self.model, self.cache):
+        reason = None
+        if isinstance(self.fast_step, CompiledStep):
+            reason = CompiledStep.unsupported_reason(self.model)
+        elif isinstance(self.fast_step, GraphStep):
+            reason = GraphStep.unsupported_reason(self.model, self.cache)
+        if reason is not None:
             self.fast_step = None
         if self.fast_step is not None:
             self.fast_step.bind()

@@ -15,7 +15,9 @@ from easyllm.nn.linear import Linear, fused_linears
 from easyllm.nn.norm import build_norm
 from easyllm.nn.pairs import visible_keys, visible_pairs
 from easyllm.nn.position import build_position
-from easyllm.ops.attention import AttentionRule, attention
+from easyllm.ops.attention import attention
+from easyllm.ops.attention_backends import C_TRAINING, SDPA
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.deterministic import deterministic_attention
 
 
@@ -92,7 +94,8 @@ class Attention(nn.Module):
         width = config.num_heads * config.head_dim
         out = trace.made("mixed", width, grad=q.grad or k.grad or v.grad)
         position = self.position
-        written = config.softcap is not None or position.materializes_scores
+        # SDPA materialises the scores too if its mask has a gradient
+        written = SDPA.rule_unsupported_reason(self.rule) is not None
         written = written or (position.trained_mask and work.trains_all)
         pairs = sum(visible_pairs(config, n, work.counting) for n in work.lengths)
         scores = Scores(q, k, v, config.num_heads, config.head_dim, flops=2 * pairs * width)
@@ -124,8 +127,7 @@ class Attention(nn.Module):
         config, lengths = self.config, trace.work.lengths
         trace.keep_all(q, k, v, out)
         trace.keep("log_normaliser", trace.work.tokens * config.num_heads * FP32)
-        masked = self.position.mask_per_head or config.num_sinks
-        if not masked and (config.causal or config.window is None):
+        if C_TRAINING.rule_unsupported_reason(self.rule) is None:
             trace.keep("starts", (len(lengths) + 1) * INT64)
             return out
         masks = config.num_heads if self.position.mask_per_head else 1

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from easyllm.ops.attention import AttentionRule
+from easyllm.ops.attention_rule import AttentionRule
 
 
 class KeyValueStore(Protocol):

@@ -11,14 +11,11 @@ costs the same for ∂W if W is trained, and the same for ∂x if x has a gradie
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from torch import nn
 
 from easyllm.nn.pairs import Counting
-
-if TYPE_CHECKING:
-    from easyllm.nn.linear import Linear
 
 Part = Literal["attention", "scores", "feed_forward", "router", "head", "adapters"]
 LinearPart = Literal["attention", "feed_forward", "router"]
@@ -126,6 +123,26 @@ class SavedTensor:
 Event = Gemm | SavedTensor
 
 
+class AdapterCost(Protocol):
+    """An adapter as a cost trace sees it (`nn.linear.LinearAdapter` is the full protocol)."""
+
+    def cost(
+        self, trace: "CostTrace", linear: LinearShape, x: Activation, rows: int, name: str
+    ) -> None:
+        """Records the adapter's matrix products and saved tensors, apart from the layer's own."""
+
+
+class LinearCost(Protocol):
+    """A linear layer as a cost trace sees it: `nn.linear.Linear`."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def adapter(self) -> AdapterCost | None:
+        """The layer's adapter, or None."""
+
+
 class CostTrace:
     """Records the matrix products and saved tensors of a layer's parts, in order."""
 
@@ -172,7 +189,7 @@ class CostTrace:
 
     def linear(
         self,
-        layer: "Linear",
+        layer: LinearCost,
         name: str,
         x: Activation,
         *,
@@ -184,6 +201,7 @@ class CostTrace:
         """Records `Linear.forward`: the matrix product, then the adapter if there is one.
 
         Args:
+            layer: the linear layer.
             name: the module's name in its parent.
             rows: number of rows of `x`; by default one per token.
             copies: number of equal modules that share the rows (experts).

@@ -12,6 +12,9 @@ from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, MoEConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
+from easyllm.ops.attention_backends import C_PAGES, C_TRAINING, AttentionCall
+from easyllm.ops.attention_rule import AttentionRule
+from easyllm.ops.deterministic import PAGE_SIZE
 from easyllm.ops.kernels import kernels_for
 
 ROWWISE_ACTIVATIONS = frozenset({"silu", "relu"})
@@ -62,14 +65,23 @@ def deterministic_unsupported_reason(model: Decoder) -> str | None:
             )
         attention = model.layers[number].mixer
         assert isinstance(attention, Attention), "built from this configuration"
-        rule = attention.rule
-        if not (rule.plain and rule.causal) or rule.num_sinks or mixer.head_dim % 16:
-            return (
-                f"layer {number} has attention with a soft cap, sinks, positions that change the "
-                f"scores ({mixer.position.kind}), a head_dim that is not a multiple of 16, or no "
-                "causal mask"
-            )
+        reason = _attention_unsupported_reason(attention.rule, mixer.head_dim, model)
+        if reason is not None:
+            kind = f" ({mixer.position.kind})" if attention.rule.terms is not None else ""
+            return f"layer {number} has attention with {reason}{kind}"
     return None
+
+
+def _attention_unsupported_reason(rule: AttentionRule, head_dim: int, model: Decoder) -> str | None:
+    """Returns why a layer's attention is not supported: values and gradients need one kernel each.
+
+    Values come from the C kernel for pages, gradients from the C kernels for training.
+    """
+    dtype = model.dtype
+    call = AttentionCall(rule, model.device, dtype, dtype, dtype, head_dim)
+    return C_PAGES.unsupported_reason(
+        call._replace(page_size=PAGE_SIZE)
+    ) or C_TRAINING.unsupported_reason(call._replace(gradients=True))
 
 
 def rowwise_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from easyllm.nn.context import ForwardContext
-from easyllm.nn.cost import Activation, CostTrace, LinearShape
+from easyllm.nn.cost import AdapterCost
 from easyllm.nn.hooks import has_hooks
 from easyllm.nn.storage import DenseWeight, WeightStorage
 from easyllm.ops.deterministic import tiled_linear
 from easyllm.ops.matmul import linears
 
 
-class LinearAdapter(Protocol):
+class LinearAdapter(AdapterCost, Protocol):
     """An adapter in the slot of a `Linear` (the full protocol is `adapters.adapter.Adapter`).
 
     Attributes:
@@ -38,11 +38,6 @@ class LinearAdapter(Protocol):
 
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x' and W' such that x' W'ᵀ is the adapted output for `x` and base `weight`."""
-
-    def cost(
-        self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str
-    ) -> None:
-        """Records the adapter's matrix products and saved tensors, apart from the layer's own."""
 
 
 class Linear(nn.Module):

@@ -27,7 +27,7 @@ from easyllm.nn.position_config import (
     T5Bias,
 )
 from easyllm.nn.rope_scaling import rope_frequencies
-from easyllm.ops.attention import ScoreTerms
+from easyllm.ops.attention_rule import ScoreTerms
 from easyllm.ops.rotary import apply_rotary, rotate_pairs
 
 

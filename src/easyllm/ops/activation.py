@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from easyllm.ops.autograd import Context
-from easyllm.ops.gpu import gpu_ready
+from easyllm.ops.gpu import triton_unsupported_reason
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
 
@@ -41,7 +41,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    if gpu_ready(gate, up):
+    if triton_unsupported_reason(gate, up) is None:
         from easyllm.ops.gpu import activation
 
         return activation.silu_gate_forward(gate, up)
@@ -63,7 +63,7 @@ class _SiLUGate(torch.autograd.Function):
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         (grad,) = grads
-        if gpu_ready(grad, gate, up):
+        if triton_unsupported_reason(grad, gate, up) is None:
             from easyllm.ops.gpu import activation
 
             return activation.silu_gate_backward(grad, gate, up)

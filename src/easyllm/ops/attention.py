@@ -9,73 +9,24 @@ Shapes: T packed tokens, S sequences, H query heads, K key-value heads, d head_d
 Sequences are packed end to end in T; a query never sees a key of another sequence (block-diagonal
 mask).
 
-Implementations: the C kernels for training on a CPU and FlashAttention on a GPU in bf16 or fp16,
-both for all sequences at once; PyTorch's SDPA where scores are plain dot products, optionally with
-a bias; `explicit_attention`, which materializes the scores, for soft caps and for position
-encodings that change the scores in other ways.
+Implementations, of which `attention_backends` picks one: the C kernels for training on a CPU and
+FlashAttention on a GPU in bf16 or fp16, both for all sequences at once; PyTorch's SDPA, with a mask
+if needed; `explicit_attention`, which materializes the scores, for soft caps and for position
+encodings that change the scores other than by a bias.
 """
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.ops.attention_backends import C_TRAINING, FLASH, SDPA, AttentionCall, pick_backend
+from easyllm.ops.attention_rule import AttentionRule, ScoreTerms
 from easyllm.ops.autograd import Context
-from easyllm.ops.flash import flash_attention, flash_fits
+from easyllm.ops.flash import flash_attention
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES, AttentionShape
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreTerms:
-    """How a position encoding changes attention scores.
-
-    `query` and `key` are positions, [Tq] and [Tk].
-
-    Attributes:
-        bias: (query, key) → [H, Tq, Tk], added to the scaled scores.
-        scores: (q [H, Tq, d], k [H, Tk, d], query, key) → [H, Tq, Tk], unscaled; replaces q kᵀ.
-        values: (weights [H, Tq, Tk], query, key) → [H, Tq, d], added to the output.
-    """
-
-    bias: Callable[[Tensor, Tensor], Tensor] | None = None
-    scores: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
-    values: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionRule:
-    """A layer's attention settings, independent of the batch.
-
-    Attributes:
-        scale: factor of the scores.
-        causal: whether a query sees only keys up to its own position.
-        window: sliding window; a query at position i sees keys at positions > i - window.
-        num_sinks: number of first keys (attention sinks) that stay visible outside the window.
-        softcap: scores become cap · tanh(score / cap).
-        terms: how the layer's position encoding changes the scores.
-    """
-
-    scale: float
-    causal: bool = True
-    window: int | None = None
-    num_sinks: int = 0
-    softcap: float | None = None
-    terms: ScoreTerms | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether scores are plain dot products, which every kernel supports."""
-        return self.softcap is None and self.terms is None
-
-    @property
-    def explicit(self) -> bool:
-        """Whether the scores must be materialized by `explicit_attention`."""
-        changed = self.terms is not None and self.terms.bias is None
-        return self.softcap is not None or changed
 
 
 def attention(
@@ -98,11 +49,21 @@ def attention(
     Returns:
         [T, H, d], dtype of `q`.
     """
-    trained = torch.is_grad_enabled() and q.requires_grad
-    if trained and _kernel_supports(q, k, v, rule) and prefix_lengths is None:
+    call = AttentionCall(
+        rule,
+        q.device,
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        q.shape[-1],
+        gradients=torch.is_grad_enabled() and q.requires_grad,
+        prefix=prefix_lengths is not None,
+    )
+    backend = pick_backend(call)
+    if backend is C_TRAINING:
         packed: Tensor = _KernelAttention.apply(q, k, v, rule, lengths)
         return packed
-    if prefix_lengths is None and _supports_packed(rule) and flash_fits(q, k, v):
+    if backend is FLASH:
         return flash_attention(
             q, k, v, lengths, lengths, scale=rule.scale, causal=rule.causal, window=rule.window
         )
@@ -136,7 +97,7 @@ def attend_segment(
     num_queries, num_keys = q.shape[0], k.shape[0]
     key = torch.arange(num_keys, device=q.device) if key_positions is None else key_positions
     query = key[num_keys - num_queries :]
-    if rule.explicit:
+    if SDPA.rule_unsupported_reason(rule) is not None:
         return explicit_attention(q, k, v, rule, query, key, prefix=prefix)
     whole = num_queries == num_keys and prefix <= 1 and not _window_hides_keys(rule, key)
     causal = rule.causal and num_queries > 1 and whole
@@ -227,16 +188,6 @@ def _window_hides_keys(rule: AttentionRule, key: Tensor) -> bool:
     return rule.window is not None and int(key[-1]) - int(key[0]) >= rule.window
 
 
-def _kernel_supports(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> bool:
-    alike = q.dtype == k.dtype == v.dtype and q.shape[-1] % 16 == 0
-    return _supports_packed(rule) and alike and kernels_for(q, k, v) is not None
-
-
-def _supports_packed(rule: AttentionRule) -> bool:
-    """Returns whether the kernels that take all packed sequences at once support the rule."""
-    return rule.plain and not rule.num_sinks and (rule.causal or rule.window is None)
-
-
 class _KernelAttention(torch.autograd.Function):
     """The C kernels: all sequences in one call; backward is several times faster than SDPA's."""
 
@@ -246,7 +197,7 @@ class _KernelAttention(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = (x if _heads_contiguous(x) else x.contiguous() for x in (q, k, v))
         kernels = kernels_for(q, k, v)
-        assert kernels is not None, "chosen by attention()"
+        assert kernels is not None, "picked by attention()"
         starts = torch.tensor([0, *lengths]).cumsum(0)
         shape = AttentionShape(
             q.shape[1],
@@ -274,7 +225,7 @@ class _KernelAttention(torch.autograd.Function):
         q, k, v, out, lse, starts = ctx.saved_tensors
         grad = grads[0].contiguous()
         kernels = kernels_for(grad, q, k, v)
-        assert kernels is not None, "chosen by attention()"
+        assert kernels is not None, "picked by attention()"
         grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         kernels.attention_backward(
             *(x.data_ptr() for x in (grad, q, k, v, out, lse, grad_q, grad_k, grad_v, starts)),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from easyllm.ops.autograd import Context
-from easyllm.ops.gpu import gpu_ready
+from easyllm.ops.gpu import triton_unsupported_reason
 from easyllm.ops.huge_memory import cached_empty
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
@@ -115,7 +115,7 @@ def softmax_error(
         [N] losses in nats, fp32 (fp64 for fp64 logits), and the gradient [N, V] in the dtype of
         `logits`, None without `with_grad`.
     """
-    if gpu_ready(logits) and logits.is_contiguous():
+    if triton_unsupported_reason(logits) is None and logits.is_contiguous():
         return _on_gpu(logits, labels, _Shape(None, 0.0, 0.0), with_grad=with_grad)
     kernels = kernels_for(logits) if _rows_apart(logits) else None
     if kernels is not None:
@@ -152,7 +152,7 @@ def _error(
     grouped_matmul: Tensor, labels: Tensor, shape: _Shape, *, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Returns each row's loss and its gradient with respect to the logits before any soft cap."""
-    if gpu_ready(grouped_matmul) and grouped_matmul.is_contiguous():
+    if triton_unsupported_reason(grouped_matmul) is None and grouped_matmul.is_contiguous():
         return _on_gpu(grouped_matmul, labels, shape, with_grad=with_grad)
     if shape == (None, 0.0, 0.0):
         return softmax_error(grouped_matmul, labels, with_grad=with_grad)
@@ -264,7 +264,9 @@ def _logits(rows: int, columns: int, like: Tensor) -> Tensor:
     On a CPU its rows are padded by a cache line: with a stride that is a multiple of 2 kB, as many
     vocabularies have, rows would map to the same few cache sets.
     """
-    if like.device.type != "cpu" or gpu_ready(like):  # the latter in Triton's interpreter
+    if (
+        like.device.type != "cpu" or triton_unsupported_reason(like) is None
+    ):  # the latter in Triton's interpreter
         return like.new_empty(rows, columns)
     return _empty((rows, columns + 64 // like.element_size()), like.dtype, like.device)[:, :columns]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from easyllm.ops.attention import AttentionRule, attention
+from easyllm.ops.attention import attention
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.autograd import Context
 from easyllm.ops.paged_attention import new_pages, paged_attention
 

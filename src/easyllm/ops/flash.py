@@ -15,28 +15,6 @@ from torch import Tensor
 
 from easyllm.ops.autograd import Context
 
-MAX_HEAD_DIM = 256
-"""Maximum head dimension."""
-AMPERE = 8
-"""Minimum CUDA compute capability (major version)."""
-
-
-def flash_fits(*tensors: Tensor) -> bool:
-    """Returns whether FlashAttention supports these tensors.
-
-    It needs bf16 or fp16 on a GPU of compute capability 8 or higher, and a head dimension that is a
-    multiple of 8 and at most 256.
-
-    Args:
-        tensors: queries, keys and values, each [T, heads, d].
-    """
-    for x in tensors:
-        if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
-            return False
-        if x.shape[-1] > MAX_HEAD_DIM or x.shape[-1] % 8 or _capability(x.device) < AMPERE:
-            return False
-    return True
-
 
 def flash_attention(
     q: Tensor,
@@ -129,8 +107,3 @@ def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     It is cached, so that all layers of a pass share one copy to the device.
     """
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-
-
-@lru_cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from easyllm.ops.autograd import Context
-from easyllm.ops.gpu import gpu_ready
+from easyllm.ops.gpu import triton_unsupported_reason
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
 
@@ -102,7 +102,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the sum, its norm, and 1/r of each row."""
     tensors = (x, weight) if added is None else (x, weight, added)
-    if gpu_ready(*tensors):
+    if triton_unsupported_reason(*tensors) is None:
         from easyllm.ops.gpu import norm
 
         return norm.rms_norm_forward(x, added, weight, eps)
@@ -143,7 +143,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns the gradients of `x`, which is the sum, of the added tensor, and of the weight."""
     tensors = (grad, x, weight) if grad_sum is None else (grad, x, weight, grad_sum)
-    if gpu_ready(*tensors):
+    if triton_unsupported_reason(*tensors) is None:
         from easyllm.ops.gpu import norm
 
         return norm.rms_norm_backward(

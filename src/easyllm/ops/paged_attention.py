@@ -9,9 +9,8 @@ every token and head:
     int8   s = max|x| / 127               x̂ = s q,       |x - x̂| ≤ s / 2
     int4   s = (max x - min x) / 15       x̂ = s q + m,   |x - x̂| ≤ s / 2
 
-The C kernel supports causal rules with plain scores, including sliding windows. On a GPU,
-FlashAttention over gathered keys supports the same if the pages have the dtype of the queries.
-Everything else, and a machine without a compiler, uses the reference. In all of them a query's
+`attention_backends` picks the implementation: the C kernel on a CPU, FlashAttention over gathered
+keys on a GPU, and the reference for everything else. In all of them a query's
 result is independent of the batch composition and of the location of its pages. The C kernel is
 bitwise batch-invariant, which deterministic serving relies on: its softmax is merged over splits of
 64 keys with fixed positions.
@@ -23,8 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from easyllm.ops.attention import AttentionRule, attend_segment
-from easyllm.ops.flash import flash_attention, flash_fits
+from easyllm.ops.attention import attend_segment
+from easyllm.ops.attention_backends import C_PAGES, FLASH, AttentionCall, pick_backend
+from easyllm.ops.attention_rule import AttentionRule
+from easyllm.ops.flash import flash_attention
 from easyllm.ops.huge_memory import huge_empty
 from easyllm.ops.kernels import build, kernels_for
 from easyllm.ops.kernels.build import BIT_CODES, DTYPE_CODES
@@ -34,8 +35,6 @@ MIN_UNCHUNKED_PROMPT = 64
 
 At 512 tokens it is 3 times as fast in bf16 with AMX, and a quarter faster in fp32.
 """
-KEYS_PER_BLOCK = 8
-"""Keys that the kernel processes at a time; they must be in one page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +60,11 @@ class QuantizedPages:
         """Logical shape, [P, K, page_size, d]."""
         pages, kv_heads, size, width = self.codes.shape
         return pages, kv_heads, size, width * 8 // self.bits
+
+    @property
+    def format(self) -> str:
+        """Name of the format, `"int8"` or `"int4"`."""
+        return "int8" if self.codes.dtype == torch.int8 else "int4"
 
 
 Pages = Tensor | QuantizedPages
@@ -182,7 +186,17 @@ def paged_attention(
     Returns:
         [T, H, d], dtype of `q`.
     """
-    if prefix_lengths is None and _kernel_supports(q, key_pages, value_pages, page_table, rule):
+    call = paged_call(
+        key_pages,
+        value_pages,
+        rule,
+        q.dtype,
+        table=page_table,
+        gradients=torch.is_grad_enabled() and q.requires_grad,
+        prefix=prefix_lengths is not None,
+    )
+    backend = pick_backend(call)
+    if backend is C_PAGES:
         if new is not None:
             # a window that hides keys needs a mask, which is slow
             most = rule.window or max(lengths, default=0)
@@ -192,12 +206,55 @@ def paged_attention(
                 pages = key_pages, value_pages, page_table
                 return _unchunked_prompts_by_sdpa(q, new, whole, pages, lengths, key_lengths, rule)
         return _run_kernel(q, key_pages, value_pages, page_table, lengths, key_lengths, rule)
-    if prefix_lengths is None and _flash_supports(q, key_pages, value_pages, rule):
+    if backend is FLASH:
         at = _all_positions(page_table, key_lengths, key_pages.shape[2])
         k, v = (pages[at[0], :, at[1]] for pages in (key_pages, value_pages))  # type: ignore[index]
         return flash_attention(q, k, v, lengths, key_lengths, scale=rule.scale, window=rule.window)
     return reference_paged_attention(
         q, key_pages, value_pages, page_table, lengths, key_lengths, rule, prefix_lengths
+    )
+
+
+def paged_call(
+    keys: Pages,
+    values: Pages,
+    rule: AttentionRule,
+    dtype: torch.dtype,
+    *,
+    table: Tensor | None = None,
+    gradients: bool = False,
+    prefix: bool = False,
+    captured: bool = False,
+) -> AttentionCall:
+    """Returns the description of a call over pages, by which a backend is picked.
+
+    Args:
+        keys, values: pages, [P, K, page_size, d].
+        rule: scale, mask and position terms.
+        dtype: dtype of the queries.
+        table: the page table, if it is known already.
+        gradients: whether gradients of the queries are needed.
+        prefix: whether a sequence has a bidirectional prefix.
+        captured: whether the call is part of a CUDA graph of a decoding step.
+    """
+    k = keys if isinstance(keys, Tensor) else keys.codes
+    v = values if isinstance(values, Tensor) else values.codes
+    addressable = k.shape == v.shape and k.is_contiguous() and v.is_contiguous()
+    if table is not None and addressable:
+        addressable = table.is_contiguous() and table.dtype == torch.int32
+        addressable = addressable and table.device == k.device
+    return AttentionCall(
+        rule,
+        k.device,
+        dtype,
+        k.dtype if k is keys else keys.format,  # type: ignore[union-attr]
+        v.dtype if v is values else values.format,  # type: ignore[union-attr]
+        keys.shape[3],
+        gradients=gradients,
+        prefix=prefix,
+        page_size=keys.shape[2],
+        addressable=addressable,
+        captured=captured,
     )
 
 
@@ -296,26 +353,6 @@ def _seen_positions(length: int, key_length: int, rule: AttentionRule, prefix: i
     return positions[(positions >= first) | (positions < rule.num_sinks)]
 
 
-def _flash_supports(q: Tensor, keys: Pages, values: Pages, rule: AttentionRule) -> bool:
-    plain = rule.plain and rule.causal and not rule.num_sinks
-    alike = all(isinstance(x, Tensor) and x.dtype == q.dtype for x in (keys, values))
-    return plain and alike and flash_fits(q)
-
-
-def _kernel_supports(
-    q: Tensor, keys: Pages, values: Pages, table: Tensor, rule: AttentionRule
-) -> bool:
-    if not (rule.plain and rule.causal and not rule.num_sinks):
-        return False
-    tensors = [x if isinstance(x, Tensor) else x.codes for x in (keys, values)]
-    aligned = keys.shape[2] % KEYS_PER_BLOCK == 0 and keys.shape[3] % KEYS_PER_BLOCK == 0
-    alike = keys.shape == values.shape and tensors[0].dtype == tensors[1].dtype
-    contiguous = all(x.is_contiguous() for x in (*tensors, table))
-    plain = [q, *(x for x in (keys, values) if isinstance(x, Tensor))]
-    ready = table.device.type == "cpu" and table.dtype == torch.int32
-    return aligned and alike and contiguous and ready and kernels_for(*plain) is not None
-
-
 def pages_struct(keys: Pages, values: Pages) -> build.Pages:
     """Returns the pages of one layer as the kernels expect them."""
     _, kv_heads, page_size, dim = keys.shape
@@ -341,7 +378,7 @@ def _run_kernel(
     rule: AttentionRule,
 ) -> Tensor:
     kernels = kernels_for(q)
-    assert kernels is not None, "chosen by paged_attention()"
+    assert kernels is not None, "picked by paged_attention()"
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype)

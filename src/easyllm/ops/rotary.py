@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from easyllm.ops.autograd import Context
-from easyllm.ops.gpu import gpu_ready
+from easyllm.ops.gpu import triton_unsupported_reason
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.build import DTYPE_CODES
 
@@ -52,7 +52,7 @@ def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    if gpu_ready(x, cos):
+    if triton_unsupported_reason(x, cos) is None:
         from easyllm.ops.gpu import rotary
 
         return rotary.rotate(x, cos, sin, sign)

@@ -18,7 +18,8 @@ This file is for reading and for verifying the result at every tile size; models
 import torch
 from torch import Tensor
 
-from easyllm.ops.attention import AttentionRule, visible
+from easyllm.ops.attention import visible
+from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.autograd import Context
 
 

@@ -9,10 +9,11 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from easyllm.core.errors import ContextLengthError, DataError
 from easyllm.tokenizer.messages import Message, normalise_messages, trained_turns
+from easyllm.tokenizer.special_tokens import SpecialTokens
 from easyllm.tokenizer.template import compile_with_visits
 from easyllm.tokenizer.template_budget import Visit
 from easyllm.tokenizer.turns import (
@@ -25,14 +26,31 @@ from easyllm.tokenizer.turns import (
     unrendered_messages,
 )
 
-if TYPE_CHECKING:
-    from easyllm.tokenizer.tokenizer import Tokenizer
-
 Messages = list[Message]
 Tools = list[dict[str, Any]] | None
 ROLES = ("system", "user", "assistant", "tool")
 """Roles that templates know. If a template omits the content of a message with one of these roles,
 this is assumed to be intended, and the message is only counted."""
+
+
+class TextEncoder(Protocol):
+    """What encoding a chat needs of a tokenizer: implemented by `tokenizer.Tokenizer`."""
+
+    special: SpecialTokens
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special (control) tokens."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of the EOS token, or None."""
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Returns the token ids of `text`, with BOS and the like if `special_tokens`."""
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the ids without BOS or EOS, and for each id its character span in `text`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +119,7 @@ class ChatTemplate:
 
     def encode(
         self,
-        tokenizer: "Tokenizer",
+        tokenizer: TextEncoder,
         messages: Messages,
         *,
         tools: Tools = None,
@@ -282,7 +300,7 @@ def _end_turns(
     mask: list[bool],
     offsets: list[Span],
     spans: list[Span],
-    tokenizer: "Tokenizer",
+    tokenizer: TextEncoder,
 ) -> None:
     """Adjusts the mask in place so that each turn ends with its end-of-turn token.
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,11 @@ from easyllm.tokenizer.sentencepiece import (
     read_model_file,
     special_tokens,
 )
+from easyllm.tokenizer.special_tokens import SpecialTokens
 from easyllm.tokenizer.token_bytes import TokenBytes
 
 TOOL_TEMPLATE = "tool_use"
 """Name of the chat template used for conversations with tools, if the model has one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpecialTokens:
-    """The texts of a model's BOS, EOS, PAD and UNK tokens; None for a token it does not have."""
-
-    bos: str | None = None
-    eos: str | None = None
-    pad: str | None = None
-    unk: str | None = None
 
 
 class Tokenizer:

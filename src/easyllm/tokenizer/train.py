@@ -26,6 +26,7 @@ from easyllm.tokenizer.sentencepiece import (
     mark_special,
     space_decoder,
 )
+from easyllm.tokenizer.token_bytes import byte_values as byte_values
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.tokenizer.train_config import (
     CHATML,

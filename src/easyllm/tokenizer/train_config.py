@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from tokenizers import Regex
 
 from easyllm.core.config import Config
-from easyllm.tokenizer.tokenizer import SpecialTokens
+from easyllm.tokenizer.special_tokens import SpecialTokens
 
 CHATML = (
     "{% for message in messages %}"

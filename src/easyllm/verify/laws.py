@@ -127,7 +127,7 @@ def _measure(
         logits = through_cache(model, ids, [*pieces, *[1] * DECODED])
         claim = f"prefill in {name} + {DECODED} tokens decoded with the KV cache = one forward pass"
         yield Finding(3, claim, _distance(logits, alone), bound)
-    if CompiledStep.supports(model):
+    if CompiledStep.unsupported_reason(model) is None:
         stepped = logits_in_passes(model, [ids.tolist()], [[1] * len(ids)], compiled=True)[0]
         yield Finding(
             3,

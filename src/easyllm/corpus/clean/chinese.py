@@ -13,7 +13,8 @@ from typing import Literal
 from pydantic import NonNegativeFloat
 
 from easyllm.core.config import Config
-from easyllm.corpus.clean.text import CLOSING_QUOTES, HAN, TERMINAL_PUNCTUATION, TextView
+from easyllm.corpus.clean.scripts import HAN
+from easyllm.corpus.clean.text import CLOSING_QUOTES, TERMINAL_PUNCTUATION, TextView
 from easyllm.corpus.clean.violation import Fraction, Metric, Violation, first_violation, ratio
 
 CHINESE_STOP_WORDS = tuple("的年在月是和日了於·為有被人中为他與後也而由于与后")

@@ -11,7 +11,8 @@ from pydantic import PositiveInt, field_validator
 
 from easyllm.core.config import Config
 from easyllm.core.errors import EasyllmError, install, suggest
-from easyllm.corpus.clean.text import HAN, TextView
+from easyllm.corpus.clean.scripts import HAN
+from easyllm.corpus.clean.text import TextView
 from easyllm.corpus.clean.violation import Fraction, Violation
 
 if TYPE_CHECKING:

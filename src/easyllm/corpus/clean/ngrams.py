@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from easyllm.corpus.clean.text import is_unspaced
+from easyllm.corpus.clean.scripts import is_unspaced
 
 Ints = NDArray[np.int64]
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from easyllm.core.config import Config
 from easyllm.core.errors import EasyllmError, install
 from easyllm.corpus.clean.language import CHINESE, identify_language
-from easyllm.corpus.clean.text import HAN, TextView
+from easyllm.corpus.clean.scripts import HAN
+from easyllm.corpus.clean.text import TextView
 
 if TYPE_CHECKING:
     from ftfy import TextFixerConfig

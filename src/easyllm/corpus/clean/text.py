@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from easyllm.corpus.clean.scripts import UNSPACED, UNSPACED_CHARACTER
+
 if TYPE_CHECKING:
     from easyllm.corpus.clean.ngrams import NgramStatistics
 
-HAN = "々〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-"""Han characters, for use inside `[]` in a regular expression."""
 TERMINAL_PUNCTUATION = frozenset(".!?‼‽⁇⁈⁉。！？．｡։؟۔।॥።")
 """Punctuation marks that end a sentence."""
 CLOSING_QUOTES = frozenset("\"'”’»」』")
 
-_UNSPACED = HAN + "\u3040-\u30ff"  # kana is written without spaces too
 # Combining marks are not \w in `re`, but are part of words in Hebrew, Arabic, Indic scripts, Thai
 _MARKS = (
     "\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf\u05c1-\u05c7\u0610-\u061a\u064b-\u065f\u0670"
@@ -24,10 +23,9 @@ _MARKS = (
     "\u0b82\u0bbe-\u0bcd\u0c00-\u0c04\u0c3e-\u0c56\u0c81-\u0c83\u0cbc-\u0cd6\u0d00-\u0d03"
     "\u0d3b-\u0d4d\u0dca-\u0ddf\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
 )
-_IS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 WORD = re.compile(rf"[\w{_MARKS}]+(?:['’.,][\w{_MARKS}]+)*|\.{{2,}}|[^\w\s]")
 WORD_OR_CHARACTER = re.compile(
-    rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['’.,][^\W{_UNSPACED}]+)*|\.{{2,}}|[^\w\s]"
+    rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:['’.,][^\W{UNSPACED}]+)*|\.{{2,}}|[^\w\s]"
 )
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 
@@ -93,7 +91,7 @@ class TextView:
     @cached_property
     def words(self) -> list[str]:
         """The words, including punctuation marks."""
-        has_unspaced = not self.text.isascii() and _IS_UNSPACED.search(self.text)
+        has_unspaced = not self.text.isascii() and UNSPACED_CHARACTER.search(self.text)
         return (WORD_OR_CHARACTER if has_unspaced else WORD).findall(self.text)
 
     @cached_property
@@ -123,15 +121,6 @@ class TextView:
     def num_words(self) -> int:
         """The number of words that are not punctuation marks."""
         return self.word_counts.total - self.word_counts.symbols
-
-
-def is_unspaced(word: str) -> bool:
-    """Returns whether a word is in a script that is written without spaces.
-
-    >>> is_unspaced("茶"), is_unspaced("tea")
-    (True, False)
-    """
-    return _IS_UNSPACED.match(word) is not None
 
 
 def repeated(pieces: list[str]) -> tuple[int, int]:

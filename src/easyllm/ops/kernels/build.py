@@ -205,6 +205,27 @@ class StepBatch(ctypes.Structure):
     ]
 
 
+def kernels_unsupported_reason(device_type: str, *dtypes: torch.dtype) -> str | None:
+    """Returns why the C kernels do not support tensors of these dtypes; None if they do.
+
+    It is None exactly if `kernels_for` returns the kernels for such tensors.
+
+    Args:
+        device_type: `"cpu"`, `"cuda"` ...
+        dtypes: dtypes of the tensors.
+    """
+    if device_type != "cpu":
+        return "a device other than a CPU"
+    for dtype in dtypes:
+        if dtype not in DTYPE_CODES:
+            return f"{dtype}, not fp32 or bf16"
+    if torch.compiler.is_compiling():
+        return "tracing by torch.compile"
+    if _library() is None:
+        return "missing C kernels (no C compiler, a failed build, or EASYLLM_KERNELS=0)"
+    return None
+
+
 def kernels_for(*tensors: Tensor) -> ctypes.CDLL | None:
     """Returns the C kernels if they are available and support these tensors, else None.
 
