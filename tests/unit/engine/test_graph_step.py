@@ -9,7 +9,8 @@ from easyllm.engine import graph_step
 from easyllm.engine.graph_step import GraphStep
 from easyllm.engine.kv_cache import KVCache
 from easyllm.nn import AttentionConfig, Decoder
-from easyllm.nn.config import Alibi, DynamicNTKScaling, LinearAttentionConfig, MoEConfig, Rope
+from easyllm.nn.config import LinearAttentionConfig, MoEConfig
+from easyllm.nn.position_config import Alibi, DynamicNTKScaling, Rope
 from easyllm.ops import attention_backends
 from easyllm.quant import quantize_weights
 
