@@ -18,7 +18,7 @@ class Generation:
         request: the request.
         index: index of this completion among those of the request.
         sequence: its tokens, for the scheduler.
-        chooser: chooses its tokens; shares the list of tokens with `sequence`.
+        sampler: chooses its tokens; shares the list of tokens with `sequence`.
         decoder: decodes its tokens to text incrementally.
         stops: detects its stop strings.
         limit: maximum number of tokens to generate.

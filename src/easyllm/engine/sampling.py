@@ -183,7 +183,7 @@ def sample_tokens(
 
     Args:
         logits: raw logits [N, V].
-        choosers: sampling state of each row.
+        samplers: sampling state of each row.
         drafts: a draft token for each row, or None. A draft sampled from a distribution q is
             accepted with probability min(1, p / q), and otherwise replaced by a token sampled from
             max(0, p - q) normalized, which leaves the distribution of tokens unchanged (speculative

@@ -61,7 +61,7 @@ class Scheduler:
         window: the widest sliding window of a model with a window in every layer; pages before the
             window are released. None for other models.
         num_sinks: number of first tokens (attention sinks) whose pages are retained nevertheless.
-        whole_prompts: whether prompts are prefilled unchunked, even beyond the budget.
+        unchunked_prefill: whether prompts are prefilled unchunked, even beyond the budget.
         prefix: whether attention among the prompt's tokens is bidirectional (prefix LM).
     """
 

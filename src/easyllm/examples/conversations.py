@@ -22,7 +22,7 @@ class Conversation:
     Attributes:
         messages: each with `role` and `content`, and optionally `tool_calls`.
         tools: the tools offered to the assistant.
-        place: location of the row (`file:line`).
+        location: location of the row (`file:line`).
         format: name of the format that the row was in.
     """
 

@@ -44,7 +44,7 @@ class PreparationStats:
         unwritten_tools: rows with a tool or tool call whose name the chat template does not write.
         unwritten_reasoning: rows whose last response has reasoning that the chat template does not
             write.
-        unwritten_words: rows with a message whose content the chat template omits completely.
+        unrendered_messages: rows with a message whose content the chat template omits completely.
         untrained_calls: turns of only tool calls, which are not trained because the chat template
             does not write them.
         formats: number of rows in each format.
@@ -118,12 +118,12 @@ class Encoded:
     """A sequence rendered by the chat template and tokenized, with its loss mask.
 
     Attributes:
-        place: location of the row.
+        location: location of the row.
         token_ids: token ids of the sequence.
         mask: whether each token is trained.
         writes_tools: False if the template did not write a tool or tool call of the row.
         writes_reasoning: False if the template did not write the reasoning of the last response.
-        writes_words: False if the template omitted the complete content of a message.
+        renders_content: False if the template omitted the complete content of a message.
         untrained_calls: number of turns that are not trained because they would be empty
             responses.
     """
@@ -252,7 +252,7 @@ def encode_messages(
     """Renders messages with the chat template and tokenizes them.
 
     Args:
-        place: location of the row, for errors.
+        location: location of the row, for errors.
         num_prompt: number of messages at the beginning that are not trained, whatever their roles.
 
     Raises:

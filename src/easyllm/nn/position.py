@@ -37,7 +37,7 @@ class PositionCost:
     Attributes:
         mask_per_head: whether a floating-point mask per head is added to the scores; with
             `trained_mask` the mask has a gradient.
-        writes_scores_out: whether scores and weights are materialised, instead of a tiled kernel.
+        materializes_scores: whether scores and weights are materialised, instead of a tiled kernel.
         rotates_in_scores: whether queries and keys are rotated in the score function, once for near
             and once for far pairs.
         learns_from_queries: whether it has learned vectors whose gradients need the queries.

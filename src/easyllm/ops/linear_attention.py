@@ -78,7 +78,7 @@ class Features:
 
     Attributes:
         q, k: [T, H, f], used in the normalizer; v: [T, H, d].
-        turned_q, turned_k: the same features rotated by position (RoPE), used in the numerator.
+        rotated_q, rotated_k: the same features rotated by position (RoPE), used in the numerator.
             RoPE can make dot products negative, so the normalizer uses the unrotated features
             (arXiv 2104.09864, eq. 19).
     """

@@ -61,7 +61,7 @@ class EncodedChat:
         token_ids: the token ids.
         mask: loss mask; `mask[t]` is whether token t is trained. None if it was not requested.
         text: the text that was tokenized.
-        unwritten: indices of messages whose content the template did not render; empty if the check
+        unrendered: indices of messages whose content the template did not render; empty if the check
             was not requested.
         untrained_calls: number of assistant turns that consist only of tool calls which the
             template does not render; the rendered turn is empty and therefore not trained.
@@ -141,8 +141,8 @@ class ChatTemplate:
             with_mask: whether to compute the loss mask.
             num_prompt: number of messages at the beginning that are masked, whatever their role.
             max_chars: maximum number of characters of the rendered text.
-            check_words: whether to find messages whose content the template did not render.
-            refuse_unwritten: for prompts, whether it is an error if the template does not render
+            find_unrendered: whether to find messages whose content the template did not render.
+            reject_unrendered: for prompts, whether it is an error if the template does not render
                 the content of a message, except for assistant messages.
 
         Raises:
@@ -162,10 +162,10 @@ class ChatTemplate:
         call = _Call(self, tools, special)
         text, visits = call(messages, add_generation_prompt and not with_mask)
         _refuse_long(text, max_chars)
-        unrendered = _check_words(text, visits, messages, call) if find_unrendered else ()
+        unrendered = _find_unrendered(text, visits, messages, call) if find_unrendered else ()
         if reject_unrendered:
             prompt = add_generation_prompt and not with_mask
-            _refuse_unwritten(text, visits, messages, lambda m, _: call(m, prompt))
+            _reject_unrendered(text, visits, messages, lambda m, _: call(m, prompt))
         if not with_mask:
             ids = tokenizer.encode(text, special_tokens=False)
             return EncodedChat(ids, None, text, unrendered)
@@ -207,7 +207,7 @@ def _on(is_trained: list[bool]) -> list[int]:
     return [turn for turn, is_on in enumerate(is_trained) if is_on]
 
 
-def _check_words(
+def _find_unrendered(
     text: str, visits: list[Visit], messages: Messages, call: _Call
 ) -> tuple[int, ...]:
     """Returns the indices of messages whose content the template did not render.
@@ -225,7 +225,7 @@ def _check_words(
     return tuple(unrendered)
 
 
-def _refuse_unwritten(text: str, visits: list[Visit], messages: Messages, render: Render) -> None:
+def _reject_unrendered(text: str, visits: list[Visit], messages: Messages, render: Render) -> None:
     number = first_unrendered(text, visits, messages, render)
     if number is not None:
         raise DataError(

@@ -244,9 +244,9 @@ class Tokenizer:
             max_tokens: rejects, before encoding, a text with more characters than this many of the
                 longest token (characters that encoding would drop count too). A text that passes
                 may still have more tokens.
-            check_words: whether to find messages whose content the template did not render
+            find_unrendered: whether to find messages whose content the template did not render
                 (`EncodedChat.unrendered`); one with a role unknown to the template is an error.
-            refuse_unwritten: for prompts, whether it is an error if the template does not render
+            reject_unrendered: for prompts, whether it is an error if the template does not render
                 the content of a message, except for assistant messages.
 
         Raises:
