@@ -15,15 +15,9 @@ from easyllm.engine.beam import Hypothesis, beam_search
 from easyllm.engine.draft_model import ModelDrafter
 from easyllm.engine.engine import Engine, check_generates
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
-from easyllm.engine.options import EngineConfig
-from easyllm.engine.request import (
-    BeamParams,
-    FinishReason,
-    Logprobs,
-    Request,
-    SamplingParams,
-    TokenEvent,
-)
+from easyllm.engine.options import MAX_DRAFT_TOKENS, EngineConfig
+from easyllm.engine.params import BeamParams, SamplingParams
+from easyllm.engine.request import FinishReason, Logprobs, Request, TokenEvent
 from easyllm.engine.speculative import Drafter, NgramDrafter
 from easyllm.models import ContextConfig, add_adapter, load_model, load_tokenizer, open_source
 from easyllm.nn.decoder import Decoder
@@ -31,7 +25,6 @@ from easyllm.nn.deterministic import rowwise_logprobs
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-MAX_DRAFT_TOKENS = 16
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from easyllm.engine.request import (
+from easyllm.engine.params import (
     MAX_COUNT,
     MAX_STOP_CHARS,
     MAX_STOPS,
