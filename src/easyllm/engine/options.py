@@ -23,8 +23,9 @@ class EngineConfig(Config):
     )
     cache_gb: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="Memory of the KV cache in GB; by default enough for `max_running` sequences "
-        "of the model's context, but at most a quarter of the free memory.",
+        description="Memory of the KV cache in GB; by default enough for the sequences that may "
+        "run at once, each as long as the model's context, but at most a quarter of the free "
+        "memory.",
     )
     cache_dtype: str | None = Field(
         None,
