@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from easyllm.core.errors import ConfigError, SourceError, suggest
-from easyllm.core.kinds import Kinds
+from easyllm.core.kinds import KindOr, Kinds
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -42,11 +42,7 @@ def kind_or(default: str) -> Discriminator:
     Example: Annotated[Annotated[A, Tag("a")] | Annotated[B, Tag("b")], kind_or("a")]
     """
 
-    def kind(value: Any) -> str:
-        found = value.get("kind", default) if isinstance(value, Mapping) else None
-        return str(getattr(value, "kind", default) if found is None else found)
-
-    return Discriminator(kind)
+    return Discriminator(KindOr(default))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -440,8 +436,3 @@ def _models_in(annotation: Any, value: Any) -> list[type[BaseModel]]:
     ):
         return [m for part in typing.get_args(annotation) for m in _models_in(part, value)]
     return []
-
-
-def json_schema(annotation: Any) -> dict[str, Any]:
-    """Returns the JSON Schema of a configuration type, for editors and forms."""
-    return TypeAdapter(annotation).json_schema()

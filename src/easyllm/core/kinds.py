@@ -10,11 +10,38 @@ messages, included in the JSON Schema and read from a run's `recipe.yaml` like t
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
+
+
+@dataclass(frozen=True, slots=True)
+class KindOr:
+    """Returns the `kind` of a value, or a default if it has none.
+
+    Attributes:
+        default: the kind of a value without `kind`.
+    """
+
+    default: str
+
+    @property
+    def __name__(self) -> str:
+        """The name that pydantic shows for a discriminator."""
+        return "kind"
+
+    def __call__(self, value: Any) -> str:
+        """Returns the kind of a mapping or of a configuration."""
+        found = value.get("kind", self.default) if isinstance(value, Mapping) else None
+        return str(getattr(value, "kind", self.default) if found is None else found)
+
+
+def requiring_kind(schema: JsonSchemaValue) -> JsonSchemaValue:
+    """Returns the JSON Schema of a variant that is selected only by naming its `kind`."""
+    return {"allOf": [schema], "required": ["kind"]}
 
 
 class Kinds:
@@ -112,7 +139,18 @@ class Kinds:
     def __get_pydantic_json_schema__(
         self, _schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {"oneOf": [handler(variant.__pydantic_core_schema__) for variant in self.variants]}
+        schemas = {
+            kind: handler(variant.__pydantic_core_schema__)
+            for kind, variant in self._variants.items()
+        }
+        # the default first, the others by name: the order of registration is that of imports
+        order = sorted(schemas, key=lambda kind: (kind != self.default, kind))
+        return {
+            "oneOf": [
+                schemas[kind] if kind == self.default else requiring_kind(schemas[kind])
+                for kind in order
+            ]
+        }
 
 
-__all__ = ["Kinds"]
+__all__ = ["KindOr", "Kinds", "requiring_kind"]

@@ -110,7 +110,7 @@ class CorpusParts(Config):
     mixture: MixtureConfig = Field(
         MixtureConfig(), description="How many tokens are sampled from each source."
     )
-    pack: PackConfig = Field(PackConfig(), description="How documents are packed into shards.")
+    pack: PackConfig = Field(PackConfig(), description="Packing of the documents into shards.")
     seed: NonNegativeInt = Field(0, description="Seed of the random sampling and shuffling.")
     engine: Engine = Field(
         "local", description="Where the work runs: in `local` processes, or on `ray`."
