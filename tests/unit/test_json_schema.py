@@ -40,7 +40,7 @@ def test_recipes_match_their_schema_and_a_typo_does_not(path):
     name = command_of(values).replace(" ", "-")
     assert set(values) <= set(schema_of(name)["properties"])
     assert mistakes(name, values) == []
-    assert mistakes(name, values | {"ouptut": "runs/x"})
+    assert mistakes(name, values | {"out_put": "runs/x"})
 
 
 @pytest.mark.parametrize(

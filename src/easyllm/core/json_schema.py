@@ -2,8 +2,8 @@
 
 It differs from pydantic's in four ways. Of a union that is selected by `kind`, only the default
 variant may omit `kind`: pydantic's schema lets every variant do so, and values of several variants
-would match. Generated titles, which repeat the names, are omitted. Every model is a definition. Values may be references, such
-as `${seed}` in a pipeline recipe.
+would match. Generated titles, which repeat the names, are omitted. Every model is a definition.
+Values may be references, such as `${seed}` in a pipeline recipe.
 """
 
 from typing import Any

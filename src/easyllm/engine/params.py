@@ -85,7 +85,7 @@ class SamplingParams(Config):
     )
     max_tokens: PositiveCount | None = Field(
         None,
-        description="Maximum number of tokens to generate; by default up to the end of the "
+        description="Maximum number of tokens to generate; without one, up to the end of the "
         "context.",
     )
     stop: tuple[StopString, ...] = Field(
@@ -148,7 +148,8 @@ class BeamParams(Config):
         4, description="Number of running hypotheses (beam width)."
     )
     max_tokens: PositiveCount | None = Field(
-        None, description="Maximum length of a hypothesis; by default up to the end of the context."
+        None,
+        description="Maximum length of a hypothesis; without one, up to the end of the context.",
     )
     length_penalty: Annotated[float, Field(ge=-10.0, le=10.0)] = Field(
         1.0,
