@@ -244,7 +244,7 @@ def key_table(schema: Schema, models: dict[str, Schema]) -> list[str]:
             continue
         required = name in schema.get("required", ())
         text = field.get("description") or described_by_type(field, models)
-        rows.append((f"`{name}`", type_of(field), default_text(field, required), text))
+        rows.append((f"`{name}`", type_of(field, models), default_text(field, required), text))
     return table(("key", "type", "default", "description"), rows) if rows else ["No other keys."]
 
 
@@ -262,25 +262,28 @@ def reference_of(schema: Schema) -> str | None:
     return reference_of(schema["allOf"][0]) if len(schema.get("allOf", ())) == 1 else None
 
 
-def type_of(schema: Schema) -> str:
-    """Returns the type that a schema describes, with links to models."""
+def type_of(schema: Schema, models: dict[str, Schema]) -> str:
+    """Returns the type that a schema describes, with links to models, by kind if they have one."""
     if name := reference_of(schema):
-        return f"[{name}](#{name.lower()})"
+        kind = models.get(name, {}).get("properties", {}).get("kind", {}).get("const", name)
+        return f"[{kind}](#{name.lower()})"
     for key in ("anyOf", "oneOf"):
         if key in schema:
-            return " or ".join(dict.fromkeys(type_of(each) for each in schema[key]))
+            return " or ".join(dict.fromkeys(type_of(each, models) for each in schema[key]))
     if "const" in schema:
         return f"`{json.dumps(schema['const'])}`".replace('"', "")
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
     match schema.get("type"):
         case "array" if "prefixItems" in schema:
-            return f"list of {' and '.join(type_of(each) for each in schema['prefixItems'])}"
+            return (
+                f"list of {' and '.join(type_of(each, models) for each in schema['prefixItems'])}"
+            )
         case "array":
-            return f"list of {type_of(schema.get('items', {}))}"
+            return f"list of {type_of(schema.get('items', {}), models)}"
         case "object":
             inner = schema.get("additionalProperties", {})
-            return f"mapping to {type_of(inner if isinstance(inner, dict) else {})}"
+            return f"mapping to {type_of(inner if isinstance(inner, dict) else {}, models)}"
         case "integer" | "number" as name:
             return f"{name} {numeric_bounds(schema)}".strip()
         case "string":

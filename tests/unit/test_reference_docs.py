@@ -74,8 +74,10 @@ def test_every_command_is_in_the_page_with_usage_and_examples(tool):
         ({"type": "array", "items": {"enum": ["a", "b"]}}, "list of `a` or `b`"),
         ({"type": "object", "additionalProperties": {"$ref": "#/$defs/A"}}, "mapping to [A](#a)"),
         ({"allOf": [{"$ref": "#/$defs/A"}], "required": ["kind"]}, "[A](#a)"),
+        ({"$ref": "#/$defs/B"}, "[b](#b)"),
         ({}, "any value"),
     ],
 )
 def test_types_are_written_in_words(tool, schema, text):
-    assert tool.type_of(schema) == text
+    models = {"A": {"properties": {}}, "B": {"properties": {"kind": {"const": "b"}}}}
+    assert tool.type_of(schema, models) == text
