@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml constraints.txt Makefile
 
-.PHONY: help venv quickstart test check format bench interop findings clean
+.PHONY: help venv quickstart test check format docs bench interop findings clean
 
 help:
 	@echo "make quickstart [ARGS=--no-serve]  fine-tune SmolLM2 on new facts and chat with it"
 	@echo "make test       [ARGS='-k name']   run the tests"
-	@echo "make check                         check formatting, lint, types and spelling"
+	@echo "make check                         check formatting, lint, types, generated docs and spelling"
+	@echo "make docs                          write docs/cli.md and docs/recipes.md"
 	@echo "make bench      [TOPIC=train]      run a benchmark and print its result as a JSON row"
 	@echo "make interop    [NAME=peft]        compare with other software, each in a separate environment"
 	@echo "make findings   [NAME=...]         check whether the documented bugs of other software remain"
@@ -40,11 +41,15 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/reference_docs.py --check
 	$(BIN)/codespell src tests docs bench recipes README.md CHANGELOG.md CONTRIBUTING.md
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python tools/reference_docs.py
 
 TOPIC ?= train
 bench: $(VENV)/.installed-dev

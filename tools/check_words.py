@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 # What is searched: git's patterns. Chinese pages and the list of terms are not.
 FILES = ("src/*.py", "src/*.c", "src/*.h", "docs/*.md", "recipes/*.yaml", "README.md")
 FILES += ("CONTRIBUTING.md", "CHANGELOG.md", "bench/*.py", "Makefile", "findings/*")
-EXEMPT = (".zh.md", "docs/glossary.md")
+EXEMPT = (".zh.md", "docs/glossary.md", "docs/recipes.md")  # the last lists users' keys
 
 
 def denied() -> list[tuple[re.Pattern[str], str]]:

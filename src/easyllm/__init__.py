@@ -3,8 +3,9 @@
 Exports are imported lazily: `import easyllm` alone does not load torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from easyllm.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from easyllm.engine import LLM, SamplingParams
@@ -14,19 +15,16 @@ __version__ = "0.1.0"
 
 __all__ = ["LLM", "SamplingParams", "load_model", "load_tokenizer", "save_model"]
 
-_EXPORTS = {
-    "LLM": "easyllm.engine",
-    "SamplingParams": "easyllm.engine",
-    "load_model": "easyllm.models",
-    "load_tokenizer": "easyllm.models",
-    "save_model": "easyllm.models",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'easyllm' has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "LLM": "easyllm.engine",
+        "SamplingParams": "easyllm.engine",
+        "load_model": "easyllm.models",
+        "load_tokenizer": "easyllm.models",
+        "save_model": "easyllm.models",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -221,7 +221,7 @@ def test_user_errors_give_one_sentence_and_exit_code_2(training, tmp_path, tiny_
         (("generate", tmp_path / "none.gguf", "x"), "does not exist"),
         (("generate", broken, "x"), "damaged or truncated"),
         (("generate", tiny_folder, "x", "--top-p", "2"), "top_p=2.0"),
-        (("generate", tiny_folder, "x", "--min-p", "2"), "min_p=2.0"),
+        (("generate", tiny_folder, "x", "--min-p", "2"), "--min-p"),
         (("generate", tiny_folder, "x", "--n", 3, "--best-of", 2), "best_of=2 is less than n=3"),
         (("generate", tiny_folder, "x", "--beams", 3, "--top-p", 0.5), "does not honour top_p"),
         (("generate", tiny_folder, "x", "--length-penalty", 2), "add --beams"),
@@ -288,3 +288,22 @@ def test_help_shows_every_example_verbatim():
 def test_no_colour_codes_reach_a_pipe(tiny_folder):
     done = easyllm("doctor", NO_COLOR="1")
     assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_schema_prints_lists_and_writes(tmp_path):
+    listed = easyllm("schema").stdout
+    assert "train " in listed
+    assert "chat-request " in listed
+    printed = easyllm("schema", "train").stdout
+    assert "learning_rate" in json.loads(printed)["$defs"]["AdamWConfig"]["properties"]
+    path = tmp_path / "train.schema.json"
+    done = easyllm("schema", "train", "--output", path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert path.read_text() == printed
+    for words, message in (
+        (("schema", "trian"), "did you mean 'train'"),
+        (("schema", "--output", path), "needs the name of a schema"),
+    ):
+        done = easyllm(*words)
+        assert done.returncode == 2
+        assert message in done.stderr

@@ -120,7 +120,10 @@ def test_importing_the_package_loads_no_torch():
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["serve"], ["quickstart"]])
+@pytest.mark.parametrize(
+    "verb",
+    [[], ["train"], ["serve"], ["quickstart"], ["generate"], ["bench", "engine"], ["schema"]],
+)
 def test_help_does_not_import_torch(verb):
     code = (
         "import sys; sys.argv = ['easyllm', *{verb!r}, '--help']\n"

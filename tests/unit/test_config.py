@@ -15,12 +15,12 @@ from easyllm.core.config import (
     apply_overrides,
     dump_yaml,
     environment_overrides,
-    json_schema,
     load_config,
     read_yaml,
     validate,
 )
 from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.core.json_schema import json_schema
 from easyllm.core.kinds import Kinds
 from easyllm.pipeline.recipe import Recipe, load_recipe, load_train_recipe
 from easyllm.train.config import TrainConfig

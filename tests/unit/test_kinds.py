@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Tag
 
-from easyllm.core.config import Config, json_schema, read_yaml
+from easyllm.core.config import Config, read_yaml
+from easyllm.core.json_schema import json_schema
 from easyllm.core.kinds import Kinds, kind_or
 from easyllm.core.run_folder import recipes_folder
 from easyllm.pipeline.recipe import Recipe, load_recipe

@@ -28,8 +28,8 @@ from easyllm.adapters import (
 )
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.batches.packing import pack
-from easyllm.core.config import json_schema
 from easyllm.core.errors import CheckpointError, ConfigError
+from easyllm.core.json_schema import json_schema
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.compiled_step import CompiledStep
 from easyllm.examples.data_file import read_rows

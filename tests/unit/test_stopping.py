@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from easyllm.engine.request import MAX_STOP_CHARS, SamplingParams
+from easyllm.engine.params import MAX_STOP_CHARS, SamplingParams
 from easyllm.engine.stopping import StopStrings
 
 

@@ -5,7 +5,9 @@ from typing import Annotated
 import typer
 
 from easyllm.cli.models import Model
+from easyllm.cli.options import Values, with_flags
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
+from easyllm.cli.sampling import LOADING
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
@@ -26,15 +28,11 @@ def _verbs() -> None:
 
 
 @bench.command("engine")
+@with_flags
 def engine(
     model: Model = "smollm2",
-    quantize: Annotated[
-        str | None, typer.Option(help="Quantize the weights to int8 or int4 on loading.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Weight dtype, such as float32.")] = None,
-    cache_dtype: Annotated[
-        str | None, typer.Option(help="KV cache dtype: float32, bfloat16, int8 or int4.")
-    ] = None,
+    *,
+    loading: Annotated[Values, LOADING.only("quantize", "dtype", "cache_dtype")],
     repeats: Annotated[
         int, typer.Option(min=1, help="Runs per shape; the best one is reported.")
     ] = 3,
@@ -53,13 +51,8 @@ def engine(
     from easyllm.engine import LLM
     from easyllm.engine.rates import measure_rates
 
-    llm = LLM(
-        model,
-        quantize=quantize,
-        dtype=dtype,
-        cache_dtype=cache_dtype,
-        prefix_caching=False,  # prompts of different shapes share prefixes
-    )
+    # prompts of different shapes share prefixes
+    llm = LLM(model, prefix_caching=False, **loading)
     rates, machine = measure_rates(llm, repeats=repeats)
     if json_output:
         print_json({"machine": machine, "rates": [each.as_dict() for each in rates]})

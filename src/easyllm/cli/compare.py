@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
+from easyllm.cli.sampling import MaxTokens, RepetitionPenalty
 
 SIDE_HELP = (
     "SOURCE[@VARIANT]: a model, optionally with float32, bfloat16, float16, float64, int8, int4 "
@@ -23,10 +24,8 @@ def compare(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A text to continue; repeatable.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to generate.")] = 64,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Applied to both sides, over prompt and output.")
-    ] = 1.0,
+    max_tokens: MaxTokens = 64,
+    repetition_penalty: RepetitionPenalty = 1.0,
     json_output: JsonFlag = False,
 ) -> None:
     """Find the first token at which two models, dtypes or engines diverge, and by how much.

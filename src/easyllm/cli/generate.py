@@ -7,30 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from easyllm.cli.models import LogN, Model, Rope, RopeFactor, Sinks, Window, context_config
+from easyllm.cli.options import Values, with_flags
 from easyllm.cli.output import JsonFlag, print_json
 from easyllm.cli.sampling import (
-    CacheDtype,
-    CacheGb,
-    Deterministic,
-    Draft,
-    Dtype,
-    FrequencyPenalty,
-    MaxTokens,
-    MinP,
-    MinTokens,
-    NoRepeatNgram,
-    PresencePenalty,
-    Quantize,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-    TypicalP,
+    LOADING,
+    SAMPLING,
+    Beams,
+    LengthPenalty,
     load_llm,
     sampling_params,
 )
+from easyllm.engine.params import BeamParams, SamplingParams
 
 
 def register(app: typer.Typer) -> None:
@@ -39,46 +26,19 @@ def register(app: typer.Typer) -> None:
     app.command("chat")(chat)
 
 
+@with_flags
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    typical_p: TypicalP = 1.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    no_repeat_ngram: NoRepeatNgram = 0,
-    seed: Seed = None,
-    max_tokens: MaxTokens = 64,
-    min_tokens: MinTokens = 0,
-    stop: Stop = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Completions per prompt.")] = 1,
-    best_of: Annotated[
-        int | None, typer.Option(min=1, help="Generate this many and return the n most likely.")
-    ] = None,
-    logprobs: Annotated[
-        int | None, typer.Option(min=0, help="With --json: number of top tokens per position.")
-    ] = None,
-    beams: Annotated[
-        int, typer.Option(min=0, help="Number of beams of beam search; 0 disables it.")
-    ] = 0,
-    length_penalty: Annotated[
-        float, typer.Option(help="With --beams: exponent of the length in the beam score.")
-    ] = 1.0,
+    sampling: Annotated[Values, SAMPLING.starting(temperature=0.0, max_tokens=64)],
+    loading: Annotated[Values, LOADING],
+    beams: Beams = 0,
+    length_penalty: LengthPenalty = 1.0,
     rope: Rope = None,
     rope_factor: RopeFactor = None,
     logn: LogN = False,
     window: Window = None,
     sinks: Sinks = None,
-    draft: Draft = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    cache_gb: CacheGb = None,
-    cache_dtype: CacheDtype = None,
-    deterministic: Deterministic = False,
     as_chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user message.")
     ] = False,
@@ -104,44 +64,18 @@ def generate(
     """
     from easyllm.core.errors import ConfigError
 
-    params = sampling_params(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        no_repeat_ngram_size=no_repeat_ngram,
-        seed=seed,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        stop=stop,
-        n=n,
-        best_of=best_of,
-        logprobs=logprobs,
-    )
-    if logprobs is not None and not json_output:
+    params = sampling_params(sampling)
+    if params.logprobs is not None and not json_output:
         raise ConfigError("--logprobs is part of the JSON output; add --json")
     beam_params = _beam_params(beams, length_penalty, params)
-    llm = load_llm(
-        model,
-        quiet=json_output,
-        context=context_config(rope, rope_factor, logn, window, sinks),
-        draft=draft,
-        dtype=dtype,
-        quantize=quantize,
-        cache_gb=cache_gb,
-        cache_dtype=cache_dtype,
-        deterministic=deterministic,
-    )
+    context = context_config(rope, rope_factor, logn, window, sinks)
+    llm = load_llm(model, quiet=json_output, context=context, **loading)
     ids = llm.encode_chat([{"role": "user", "content": prompt}]) if as_chat else llm.encode(prompt)
     start = time.perf_counter()
     if beam_params is not None:
         (done,) = llm.beam_search([ids], beam_params)
     else:
-        done = _stream(llm, ids, params, shown=not json_output and n == 1)
+        done = _stream(llm, ids, params, shown=not json_output and params.n == 1)
     seconds = time.perf_counter() - start
     every = [done, *done.others]
     if json_output:
@@ -149,32 +83,26 @@ def generate(
         figures = {"prompt_tokens": len(ids), "tokens_per_s": round(tokens / seconds, 1)}
         others = {"others": [_as_dict(each) for each in done.others]} if done.others else {}
         print_json(_as_dict(done) | figures | others)
-    elif beam_params is not None or n > 1:
+    elif beam_params is not None or params.n > 1:
         sys.stdout.write("\n---\n".join(each.text for each in every) + "\n")
     else:
         sys.stdout.write("\n")
 
 
+@with_flags
 def chat(
     model: Model = "smollm2",
+    *,
     system: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
-    temperature: Temperature = 0.7,
-    top_k: TopK = 0,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.0,
-    typical_p: TypicalP = 1.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    seed: Seed = None,
-    max_tokens: MaxTokens = 512,
-    stop: Stop = None,
-    draft: Draft = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    cache_gb: CacheGb = None,
-    cache_dtype: CacheDtype = None,
-    deterministic: Deterministic = False,
+    sampling: Annotated[
+        Values,
+        SAMPLING.only(
+            *("temperature", "top_k", "top_p", "min_p", "typical_p"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+            *("seed", "max_tokens", "stop"),
+        ).starting(temperature=0.7, top_p=0.95, max_tokens=512),
+    ],
+    loading: Annotated[Values, LOADING],
 ) -> None:
     """Chat with a model in the terminal; an empty line or Ctrl-D quits.
 
@@ -184,28 +112,8 @@ def chat(
 
         easyllm chat runs/quickstart/merged --temperature 0
     """
-    params = sampling_params(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        max_tokens=max_tokens,
-        stop=stop,
-    )
-    llm = load_llm(
-        model,
-        draft=draft,
-        dtype=dtype,
-        quantize=quantize,
-        cache_gb=cache_gb,
-        cache_dtype=cache_dtype,
-        deterministic=deterministic,
-    )
+    params = sampling_params(sampling)
+    llm = load_llm(model, **loading)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -237,7 +145,7 @@ def _stream(llm: Any, ids: list[int], params: Any, *, shown: bool) -> Any:
     return done
 
 
-def _beam_params(beams: int, length_penalty: float, params: Any) -> Any:
+def _beam_params(beams: int, length_penalty: float, params: SamplingParams) -> BeamParams | None:
     """Returns the `BeamParams` of the options; None without `--beams`.
 
     Raises:
@@ -245,7 +153,6 @@ def _beam_params(beams: int, length_penalty: float, params: Any) -> Any:
     """
     from easyllm.core.config import validate
     from easyllm.core.errors import ConfigError
-    from easyllm.engine import BeamParams, SamplingParams
 
     if not beams:
         if length_penalty != 1:

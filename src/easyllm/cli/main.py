@@ -18,6 +18,7 @@ from easyllm.cli import (
     models,
     plan,
     run,
+    schema,
     serve,
     tokenizer,
     train,
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 for group in (
     run,
+    schema,
     data,
     tokenizer,
     models,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
+from easyllm.cli.serve import Port, start
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +20,7 @@ def quickstart(
     no_serve: Annotated[
         bool, typer.Option("--no-serve", help="Exit after the summary instead of serving.")
     ] = False,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the chat page.")] = 8420,
+    port: Port = 8420,
     json_output: JsonFlag = False,
 ) -> None:
     """Teach SmolLM2 new facts, compare it before and after, and chat with both models.
@@ -44,8 +45,6 @@ def quickstart(
     else:
         _show(result.summary)
     if serving:
-        from easyllm.cli.serve import start
-
         start({"base": "smollm2", "tuned": str(result.tuned)}, host="127.0.0.1", port=port)
     elif not json_output:
         sys.stdout.write(

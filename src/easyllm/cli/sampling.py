@@ -1,83 +1,43 @@
-"""Options shared by the commands that generate: sampling, weights, and cache memory."""
+"""Flags shared by the commands that generate: sampling, loading, cache memory."""
 
+import sys
 from typing import Annotated, Any
 
-import typer
+from easyllm.cli.options import FlagGroup, Values, option
+from easyllm.engine.options import LLMOptions
+from easyllm.engine.params import BeamParams, SamplingParams
 
-Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy decoding.")]
-TopK = Annotated[int, typer.Option(min=0, help="Sample from the k most likely tokens; 0: all.")]
-TopP = Annotated[
-    float, typer.Option(help="Sample from the most likely tokens of total probability p.")
+SAMPLING = FlagGroup(
+    SamplingParams,
+    *("temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size"),
+    *("seed", "max_tokens", "min_tokens", "stop", "n", "best_of", "logprobs"),
+    flags={"no_repeat_ngram_size": "--no-repeat-ngram"},
+    needs={"logprobs": "--json"},
+)
+LOADING = FlagGroup(
+    LLMOptions,
+    *("draft", "dtype", "quantize", "cache_gb", "cache_dtype", "deterministic"),
+    metavars={"draft": "ngram|MODEL", "quantize": "int8|int4"},
+)
+MaxTokens = Annotated[int, option(SamplingParams, "max_tokens")]
+RepetitionPenalty = Annotated[float, option(SamplingParams, "repetition_penalty")]
+Beams = Annotated[
+    int,
+    option(BeamParams, "num_beams", "--beams", low=0, note="0 (the default): no beam search."),
 ]
-MinP = Annotated[
-    float,
-    typer.Option(help="Drop tokens less than p times as likely as the most likely; 0: none."),
-]
-TypicalP = Annotated[
-    float, typer.Option(help="Locally typical sampling with total probability p; 1 disables it.")
-]
-RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1: makes tokens of prompt and output less likely.")
-]
-PresencePenalty = Annotated[
-    float, typer.Option(help="Subtracted from the logits of tokens that occur in the output.")
-]
-FrequencyPenalty = Annotated[
-    float, typer.Option(help="Subtracted once per occurrence of a token in the output.")
-]
-NoRepeatNgram = Annotated[
-    int, typer.Option("--no-repeat-ngram", min=0, help="Forbid repeated n-grams; 0 allows all.")
-]
-Seed = Annotated[int | None, typer.Option(help="Sampling seed, for reproducible output.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")]
-MinTokens = Annotated[int, typer.Option(min=0, help="Minimum number of tokens before EOS or stop.")]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="Stop string that ends the generation; repeatable.")
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="Weight dtype: float32, bfloat16 ...; by default a fast one.")
-]
-CacheGb = Annotated[
-    float | None,
-    typer.Option(help="KV cache memory in GB; by default at most a quarter of free memory."),
-]
-Quantize = Annotated[
-    str | None,
-    typer.Option(help="Quantize the weights on loading.", metavar="int8|int4"),
-]
-CacheDtype = Annotated[
-    str | None,
-    typer.Option(
-        help="KV cache dtype: float32, bfloat16, int8, int4; by default that of the weights, "
-        "or bfloat16 if they are quantized."
-    ),
-]
-Deterministic = Annotated[
-    bool,
-    typer.Option("--deterministic", help="Batch-invariant: bitwise the same result for any batch."),
-]
-Draft = Annotated[
-    str | None,
-    typer.Option(
-        help="Speculative decoding (same output): ngram, or a small model with the same tokenizer.",
-        metavar="ngram|MODEL",
-    ),
-]
+LengthPenalty = Annotated[float, option(BeamParams, "length_penalty", needs="--beams")]
 
 
-def sampling_params(**values: Any) -> Any:
-    """Returns the `SamplingParams` of a command's options."""
+def sampling_params(values: Values) -> SamplingParams:
+    """Returns the `SamplingParams` of a command's flags."""
     from easyllm.core.config import validate
-    from easyllm.engine import SamplingParams
 
-    values["stop"] = tuple(values.get("stop") or ())
     return validate(SamplingParams, values, source="sampling options")
 
 
 def load_llm(model: str, *, quiet: bool = False, **options: Any) -> Any:
     """Loads a model for generation; prints one line about its memory use on standard error."""
-    import sys
-
     from easyllm.engine import LLM
 
     llm = LLM(model, **{name: value for name, value in options.items() if value is not None})

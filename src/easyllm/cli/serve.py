@@ -1,22 +1,26 @@
 """The `easyllm serve` command."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from easyllm.cli.sampling import (
-    CacheDtype,
-    CacheGb,
-    Deterministic,
-    Draft,
-    Dtype,
-    Quantize,
-    load_llm,
-)
+from easyllm.cli.options import FlagGroup, Values, with_flags
+from easyllm.cli.sampling import LOADING, load_llm
+from easyllm.engine.options import LLMOptions
+from easyllm.serve.limits import ServeLimits
 
-if TYPE_CHECKING:
-    from easyllm.serve.limits import ServeLimits
+TIMEOUTS = FlagGroup(
+    ServeLimits,
+    *("read_timeout_s", "write_timeout_s", "drain_timeout_s"),
+    flags={
+        "read_timeout_s": "--read-timeout",
+        "write_timeout_s": "--write-timeout",
+        "drain_timeout_s": "--drain-timeout",
+    },
+)
+BATCH = FlagGroup(LLMOptions, "max_running")
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Port of the server and its chat page.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,35 +28,22 @@ def register(app: typer.Typer) -> None:
     app.command("serve")(serve)
 
 
+@with_flags
 def serve(
     models: Annotated[
         list[str],
         typer.Argument(metavar="MODEL...", help="smollm2, a folder ...; or NAME=MODEL."),
     ],
+    *,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8420,
+    port: Port = 8420,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="EASYLLM_API_KEY", help="API key required of clients."),
     ] = None,
-    max_running: Annotated[
-        int, typer.Option(min=1, help="Maximum number of concurrent requests per model.")
-    ] = 64,
-    read_timeout: Annotated[
-        float, typer.Option(help="Maximum seconds for a request to arrive completely.")
-    ] = 60.0,
-    write_timeout: Annotated[
-        float, typer.Option(help="Seconds after which a client that reads nothing is dropped.")
-    ] = 60.0,
-    drain_timeout: Annotated[
-        float, typer.Option(help="Seconds running requests may take to finish on shutdown.")
-    ] = 10.0,
-    draft: Draft = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    cache_gb: CacheGb = None,
-    cache_dtype: CacheDtype = None,
-    deterministic: Deterministic = False,
+    batch: Annotated[Values, BATCH],
+    timeouts: Annotated[Values, TIMEOUTS],
+    loading: Annotated[Values, LOADING],
 ) -> None:
     """Serve models over an OpenAI-compatible API with a chat page.
 
@@ -65,35 +56,17 @@ def serve(
         easyllm serve smollm2 --quantize int4
     """
     from easyllm.core.config import validate
-    from easyllm.core.errors import ConfigError
-    from easyllm.serve.limits import ServeLimits
 
-    timeouts = {
-        "read_timeout_s": read_timeout,
-        "write_timeout_s": write_timeout,
-        "drain_timeout_s": drain_timeout,
-    }
     limits = validate(ServeLimits, timeouts, source="serving options")
-    named: dict[str, str] = {}
-    for word in models:
-        name, equals, source = word.partition("=")
-        source = source if equals else word
-        name = name if equals else word.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
-        if not name or not source:
-            raise ConfigError(f"{word!r} is not a model; write MODEL or NAME=MODEL")
-        if name in named:
-            raise ConfigError(f"two models are named {name!r}; rename one with NAME=MODEL")
-        named[name] = source
-    options = {
-        "max_running": max_running,
-        "draft": draft,
-        "dtype": dtype,
-        "quantize": quantize,
-        "cache_gb": cache_gb,
-        "cache_dtype": cache_dtype,
-        "deterministic": deterministic,
-    }
-    start(named, host=host, port=port, api_key=api_key, limits=limits, **options)
+    start(
+        _by_name(models),
+        host=host,
+        port=port,
+        api_key=api_key,
+        limits=limits,
+        **batch,
+        **loading,
+    )
 
 
 def start(
@@ -102,7 +75,7 @@ def start(
     host: str,
     port: int,
     api_key: str | None = None,
-    limits: "ServeLimits | None" = None,
+    limits: ServeLimits | None = None,
     **options: Any,
 ) -> None:
     """Loads models and serves them until interrupted; `options` apply to every engine.
@@ -120,3 +93,24 @@ def start(
     shown = f"[{host}]" if ":" in host else host
     sys.stderr.write(f"serving {', '.join(loaded)} at http://{shown}:{port}/  (Ctrl-C stops)\n")
     run_server(loaded, host=host, port=port, api_key=api_key, limits=limits)
+
+
+def _by_name(words: list[str]) -> dict[str, str]:
+    """Returns the models' sources by the names under which they are served.
+
+    Raises:
+        ConfigError: a word names no model, or two models have the same name.
+    """
+    from easyllm.core.errors import ConfigError
+
+    named: dict[str, str] = {}
+    for word in words:
+        name, equals, source = word.partition("=")
+        source = source if equals else word
+        name = name if equals else word.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+        if not name or not source:
+            raise ConfigError(f"{word!r} is not a model; write MODEL or NAME=MODEL")
+        if name in named:
+            raise ConfigError(f"two models are named {name!r}; rename one with NAME=MODEL")
+        named[name] = source
+    return named

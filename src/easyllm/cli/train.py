@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_pairs, print_table
+from easyllm.cli.sampling import MaxTokens
 
 
 def register(app: typer.Typer) -> None:
@@ -75,7 +76,7 @@ def evaluate(
         str, typer.Argument(help="smollm2, a checkpoint folder, a .gguf file, or hf:org/name.")
     ],
     data: Annotated[Path, typer.Argument(help="A .json or .jsonl file of conversations.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum response length.")] = 32,
+    max_tokens: MaxTokens = 32,
     json_output: JsonFlag = False,
 ) -> None:
     """Measure the loss on a file's responses; with `key` in the rows, also recall.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.kinds import Kinds
@@ -427,8 +427,3 @@ def _models_in(annotation: Any, value: Any) -> list[type[BaseModel]]:
     ):
         return [m for part in typing.get_args(annotation) for m in _models_in(part, value)]
     return []
-
-
-def json_schema(annotation: Any) -> dict[str, Any]:
-    """Returns the JSON Schema of a configuration type, for editors and forms."""
-    return TypeAdapter(annotation).json_schema()

@@ -19,7 +19,7 @@ from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.recipe_kind import check_recipe_kind
 from easyllm.corpus.clean import CleanConfig
 from easyllm.corpus.decontaminate import DecontaminationConfig
-from easyllm.corpus.dedup import DedupConfig, dedup_preset
+from easyllm.corpus.dedup import DedupConfig, DedupPresetName, dedup_preset
 from easyllm.corpus.executor import Engine
 from easyllm.corpus.mixture import MixtureConfig
 from easyllm.corpus.privacy import PrivacyConfig
@@ -36,32 +36,40 @@ NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idl
 class CorpusSource(SourceConfig):
     """A source of documents, optionally with its own cleaning rules."""
 
-    clean: CleanConfig | None = None
+    clean: CleanConfig | None = Field(
+        None, description="Cleaning rules of this source; by default those of the recipe."
+    )
 
 
 class EvaluationSets(DecontaminationConfig):
     """Evaluation sets whose n-grams no document may contain."""
 
-    sets: dict[str, SourceConfig] = Field(min_length=1)
+    sets: dict[str, SourceConfig] = Field(
+        min_length=1, description="Evaluation sets by name: the files that contain their texts."
+    )
 
 
 class PackConfig(Config):
-    """How documents are packed into shards.
+    """How documents are packed into shards."""
 
-    Attributes:
-        end_token: appended to every document; by default `<|endoftext|>` if the tokenizer has it,
-            else the tokenizer's EOS token.
-        shard_tokens: approximate number of token ids per shard file.
-        holdout: fraction of the documents held out for validation in `shards/validation`; if a
-            source is a single document, its last tokens are held out.
-        holdout_tail: hold out the last tokens of each source instead of random documents; the
-            document that contains the boundary is split in two.
-    """
-
-    end_token: str | None = None
-    shard_tokens: PositiveInt = 2**27
-    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    holdout_tail: bool = False
+    end_token: str | None = Field(
+        None,
+        description="Special token appended to every document; by default `<|endoftext|>` if the "
+        "tokenizer has it, else the tokenizer's EOS token.",
+    )
+    shard_tokens: PositiveInt = Field(
+        2**27, description="Approximate number of token ids per shard file."
+    )
+    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Fraction of the documents held out for validation in `shards/validation`; "
+        "if a source is a single document, its last tokens are held out.",
+    )
+    holdout_tail: bool = Field(
+        False,
+        description="Hold out the last tokens of each source instead of random documents; the "
+        "document that contains the boundary is split in two.",
+    )
 
     @model_validator(mode="after")
     def _tail_has_a_size(self) -> "PackConfig":
@@ -71,37 +79,53 @@ class PackConfig(Config):
 
 
 class CorpusParts(Config):
-    """A corpus: sources → clean → private data → decontaminate → dedup → tokens → mixture → shards.
+    """A corpus, from its sources to shards of tokens.
 
-    Attributes:
-        tokenizer: a model's source, or a folder with a tokenizer.
-        sources: source name -> source.
-        clean: rules for every source without its own rules; null leaves documents unchanged.
-        privacy, decontaminate, dedup: null skips the step; `dedup` may be the name of a preset.
-        mixture: how many tokens are sampled from each source.
-        pack: how documents are packed into shards.
-        seed: seed of the random sampling and shuffling.
-        engine: `local` processes, or `ray`.
-        workers: number of worker processes; by default one per core.
-        split_bytes: approximate bytes of input per work item.
-        keep_work: whether intermediate files are retained after the build.
+    The steps are: sources → clean → private data → decontaminate → dedup → tokens → mixture →
+    shards.
     """
 
-    tokenizer: str = "smollm2"
-    sources: dict[str, CorpusSource] = Field(min_length=1)
-    clean: CleanConfig | None = CleanConfig()
-    privacy: PrivacyConfig | None = PrivacyConfig()
-    decontaminate: EvaluationSets | None = None
-    dedup: DedupConfig | None = DedupConfig()
-    mixture: MixtureConfig = MixtureConfig()
-    pack: PackConfig = PackConfig()
-    seed: NonNegativeInt = 0
-    engine: Engine = "local"
-    workers: PositiveInt | None = None
-    split_bytes: PositiveInt = 64 * 2**20
-    keep_work: bool = False
+    tokenizer: str = Field("smollm2", description="A model's source, or a folder with a tokenizer.")
+    sources: dict[str, CorpusSource] = Field(
+        min_length=1, description="Sources of documents by name."
+    )
+    clean: CleanConfig | None = Field(
+        CleanConfig(),
+        description="Cleaning rules for every source without its own rules; null leaves "
+        "documents unchanged.",
+    )
+    privacy: PrivacyConfig | None = Field(
+        PrivacyConfig(),
+        description="How personal data is detected and handled; null skips the step.",
+    )
+    decontaminate: EvaluationSets | None = Field(
+        None,
+        description="Evaluation sets whose n-grams no document may contain; null skips the step.",
+    )
+    dedup: DedupConfig | None = Field(
+        DedupConfig(),
+        description="Deduplication steps, or the name of a preset (`default`, `fineweb`); null "
+        "skips the step.",
+    )
+    mixture: MixtureConfig = Field(
+        MixtureConfig(), description="How many tokens are sampled from each source."
+    )
+    pack: PackConfig = Field(PackConfig(), description="Packing of the documents into shards.")
+    seed: NonNegativeInt = Field(0, description="Seed of the random sampling and shuffling.")
+    engine: Engine = Field(
+        "local", description="Where the work runs: in `local` processes, or on `ray`."
+    )
+    workers: PositiveInt | None = Field(
+        None, description="Number of worker processes; by default one per core."
+    )
+    split_bytes: PositiveInt = Field(
+        64 * 2**20, description="Approximate size of a work item, in bytes of input."
+    )
+    keep_work: bool = Field(False, description="Keep intermediate files after the build.")
 
-    @field_validator("dedup", mode="before")
+    @field_validator(
+        "dedup", mode="before", json_schema_input_type=DedupPresetName | DedupConfig | None
+    )
     @classmethod
     def _preset(cls, value: Any) -> Any:
         return dedup_preset(value) if isinstance(value, str) else value
@@ -124,8 +148,8 @@ class CorpusParts(Config):
 class CorpusConfig(CorpusParts):
     """A standalone corpus, with a name and an output folder."""
 
-    name: str
-    output: str
+    name: str = Field(description="Name of the corpus.")
+    output: str = Field(description="Folder for the result.")
 
 
 def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.config import Config
@@ -31,16 +31,14 @@ _HAN_WORD = re.compile(f"[{HAN}]")
 
 
 class DecontaminationConfig(Config):
-    """The n-gram sizes used for decontamination, in words.
+    """The n-gram sizes used for decontamination, in words."""
 
-    Attributes:
-        ngram_size: size of the n-grams of evaluation texts of at least that many words; shorter
-            texts are matched in full.
-        min_words: evaluation texts with fewer words are skipped.
-    """
-
-    ngram_size: PositiveInt = 13
-    min_words: PositiveInt = 8
+    ngram_size: PositiveInt = Field(
+        13,
+        description="Size, in words, of the n-grams of evaluation texts of at least that many "
+        "words; shorter texts are matched in full.",
+    )
+    min_words: PositiveInt = Field(8, description="Evaluation texts with fewer words are skipped.")
 
     @model_validator(mode="after")
     def _whole_texts_are_shorter_than_runs(self) -> "DecontaminationConfig":

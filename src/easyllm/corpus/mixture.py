@@ -16,34 +16,35 @@ from easyllm.core.errors import ConfigError, suggest
 
 
 class Share(Config):
-    """The part of one source in the mixture.
+    """The part of one source in the mixture."""
 
-    Attributes:
-        weight: its share of the tokens, relative to the other weights; if no source has a weight,
-            every document is used once.
-        max_epochs: maximum number of passes over its documents.
-        max_tokens: maximum number of tokens.
-    """
-
-    weight: PositiveFloat | None = None
-    max_epochs: PositiveFloat = 1.0
-    max_tokens: PositiveInt | None = None
+    weight: PositiveFloat | None = Field(
+        None,
+        description="Share of the tokens, relative to the other weights; if no source has a "
+        "weight, every document is used once.",
+    )
+    max_epochs: PositiveFloat = Field(
+        1.0, description="Maximum number of passes over the documents of the source."
+    )
+    max_tokens: PositiveInt | None = Field(
+        None, description="Maximum number of tokens of the source."
+    )
 
 
 class MixtureConfig(Config):
-    """How sources are mixed.
+    """How sources are mixed."""
 
-    Attributes:
-        shares: source name -> its share; a source that is not named is used completely, or with
-            weight 1 if other sources have weights.
-        tokens: the token budget; by default the largest that all sources can supply at these
-            weights within their limits.
-        seed: seed of the sampling.
-    """
-
-    shares: dict[str, Share] = Field(default_factory=dict)
-    tokens: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    shares: dict[str, Share] = Field(
+        default_factory=dict,
+        description="Shares by name of the source; a source that is not named is used "
+        "completely, or with weight 1 if other sources have weights.",
+    )
+    tokens: PositiveInt | None = Field(
+        None,
+        description="Token budget; by default the largest that all sources can supply at these "
+        "weights within their limits.",
+    )
+    seed: NonNegativeInt = Field(0, description="Seed of the sampling.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,17 +29,20 @@ PLACEHOLDERS: dict[Kind, str] = {
 
 
 class PrivacyConfig(Config):
-    """Which personal data to detect, and how to handle it.
+    """Which personal data to detect, and how to handle it."""
 
-    Attributes:
-        kinds: the kinds to detect.
-        mode: `replace` replaces each finding by a placeholder, `count` leaves the text unchanged.
-        placeholders: kind -> placeholder, instead of that in `PLACEHOLDERS`.
-    """
-
-    kinds: tuple[Kind, ...] = tuple(PLACEHOLDERS)
-    mode: Literal["replace", "count"] = "replace"
-    placeholders: dict[Kind, str] = Field(default_factory=dict)
+    kinds: tuple[Kind, ...] = Field(
+        tuple(PLACEHOLDERS), description="Kinds of personal data to detect."
+    )
+    mode: Literal["replace", "count"] = Field(
+        "replace",
+        description="`replace` replaces each finding by a placeholder, `count` leaves the text "
+        "unchanged.",
+    )
+    placeholders: dict[Kind, str] = Field(
+        default_factory=dict,
+        description="Placeholders by kind, instead of the default ones such as `<EMAIL>`.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

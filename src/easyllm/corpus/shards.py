@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from easyllm.core.atomic import output_errors, write_json
 from easyllm.core.config import Config
@@ -29,33 +29,28 @@ Tokens = NDArray[np.unsignedinteger[Any]]
 class ShardInfo(Config):
     """One shard: its numbers of tokens and documents, and the SHA-256 of its tokens file."""
 
-    tokens: NonNegativeInt
-    documents: NonNegativeInt
-    sha256: str
+    tokens: NonNegativeInt = Field(description="Number of tokens.")
+    documents: NonNegativeInt = Field(description="Number of documents.")
+    sha256: str = Field(description="SHA-256 of the tokens file.")
 
 
 class ShardsManifest(Config):
-    """The manifest of a folder of token shards.
+    """The manifest of a folder of token shards."""
 
-    Attributes:
-        format: name of the file format.
-        dtype: numpy dtype of the token ids.
-        vocab_size: size of the vocabulary.
-        tokenizer: `Tokenizer.fingerprint` of the tokenizer that produced the ids.
-        end_id: the id appended to every document; None if there is none.
-        bytes_of_text: number of UTF-8 bytes of the documents.
-        shards: the shards, in order.
-        composition: tokens, documents and epochs of each source.
-    """
-
-    format: str = FORMAT
-    dtype: str
-    vocab_size: PositiveInt
-    tokenizer: str
-    end_id: int | None
-    bytes_of_text: NonNegativeInt
-    shards: tuple[ShardInfo, ...]
-    composition: dict[str, dict[str, float]]
+    format: str = Field(FORMAT, description="Name of the file format.")
+    dtype: str = Field(description="Numpy dtype of the token ids.")
+    vocab_size: PositiveInt = Field(description="Size of the vocabulary.")
+    tokenizer: str = Field(
+        description="`Tokenizer.fingerprint` of the tokenizer that produced the ids."
+    )
+    end_id: int | None = Field(
+        description="The id appended to every document; None if there is none."
+    )
+    bytes_of_text: NonNegativeInt = Field(description="Number of UTF-8 bytes of the documents.")
+    shards: tuple[ShardInfo, ...] = Field(description="The shards, in order.")
+    composition: dict[str, dict[str, float]] = Field(
+        description="Tokens, documents and epochs of each source."
+    )
 
     @property
     def tokens(self) -> int:

@@ -11,7 +11,7 @@ same files.
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -57,36 +57,55 @@ OPENING_BYTES = 1 << 12
 bytes."""
 ROW_FORMATS = frozenset({"csv", "json", "jsonl", "parquet"})
 
+Paths = Annotated[tuple[str, ...], Field(min_length=1)]
+
 
 class SourceConfig(Config):
-    """The files of a source and how to read them.
+    """The files of a source and how to read them."""
 
-    Attributes:
-        paths: files, folders and patterns (`**` for any depth), as a list or a single string.
-        format: format of the files; `auto` detects it by suffix, ignoring the suffix of a
-            compression (`.gz`, `.zst`, `.xz`, `.bz2`).
-        text_key: key or column of the text, in rows of JSON, CSV and Parquet.
-        id_key: key or column of a document's id, unique in the source. None uses `id` if a row has
-            one that is text or an integer, else the row's location, which is always unique.
-        language_key: key or column of a language code; `en-GB` and `en_GB` are `en`.
-        language: language of documents that do not give one.
-        documents: whether a text file is one document (`file`), or each of its lines is (`line`).
-        document_separator: separator of the documents in a text file (`"<|endoftext|>"`,
-            `"\\n\\n"`).
-        on_error: what to do with a bad row: `skip` yields it as a `BadRow`, `stop` raises.
-    """
+    paths: Paths = Field(
+        description="Files, folders and patterns (`**` for any depth), as a list or a single "
+        "string.",
+    )
+    format: Literal["auto", Format] = Field(
+        "auto",
+        description="Format of the files; `auto` detects it by suffix, ignoring the suffix of a "
+        "compression (`.gz`, `.zst`, `.xz`, `.bz2`).",
+    )
+    text_key: str = Field(
+        "text",
+        min_length=1,
+        description="Key or column of the text, in rows of JSON, CSV and Parquet.",
+    )
+    id_key: str | None = Field(
+        None,
+        min_length=1,
+        description="Key or column of a document's id, unique in the source; by default `id` if "
+        "a row has one that is text or an integer, else the row's location, which is "
+        "always unique.",
+    )
+    language_key: str | None = Field(
+        None,
+        min_length=1,
+        description="Key or column of a language code; `en-GB` and `en_GB` are `en`.",
+    )
+    language: str | None = Field(
+        None, pattern="^[a-z]{2,3}$", description="Language of documents that do not give one."
+    )
+    documents: Literal["file", "line"] = Field(
+        "file", description="Documents of a text file: the complete `file`, or each `line`."
+    )
+    document_separator: str | None = Field(
+        None,
+        min_length=1,
+        description="Separator of the documents in a text file, such as `<|endoftext|>`.",
+    )
+    on_error: Literal["skip", "stop"] = Field(
+        "skip",
+        description="What to do with a bad row: `skip` counts and skips it, `stop` ends the build.",
+    )
 
-    paths: tuple[str, ...] = Field(min_length=1)
-    format: Literal["auto", Format] = "auto"
-    text_key: str = Field(default="text", min_length=1)
-    id_key: str | None = Field(default=None, min_length=1)
-    language_key: str | None = Field(default=None, min_length=1)
-    language: str | None = Field(default=None, pattern="^[a-z]{2,3}$")
-    documents: Literal["file", "line"] = "file"
-    document_separator: str | None = Field(default=None, min_length=1)
-    on_error: Literal["skip", "stop"] = "skip"
-
-    @field_validator("paths", mode="before")
+    @field_validator("paths", mode="before", json_schema_input_type=str | Paths)
     @classmethod
     def _one_path(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value

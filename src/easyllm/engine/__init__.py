@@ -1,9 +1,19 @@
-"""Inference engine: turns requests into tokens, using the same decoder as training."""
+"""Inference engine: turns requests into tokens, using the same decoder as training.
 
-from easyllm.engine.engine import Engine
-from easyllm.engine.llm import LLM, Completion
-from easyllm.engine.options import EngineConfig
-from easyllm.engine.request import BeamParams, Logprobs, Request, SamplingParams, TokenEvent
+Exports are imported lazily: the parameters and options, from which the command line makes its
+flags, do not load torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from easyllm.core.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from easyllm.engine.engine import Engine
+    from easyllm.engine.llm import LLM, Completion
+    from easyllm.engine.options import EngineConfig
+    from easyllm.engine.params import BeamParams, SamplingParams
+    from easyllm.engine.request import Logprobs, Request, TokenEvent
 
 __all__ = [
     "LLM",
@@ -16,3 +26,18 @@ __all__ = [
     "SamplingParams",
     "TokenEvent",
 ]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "LLM": "easyllm.engine.llm",
+        "BeamParams": "easyllm.engine.params",
+        "Completion": "easyllm.engine.llm",
+        "Engine": "easyllm.engine.engine",
+        "EngineConfig": "easyllm.engine.options",
+        "Logprobs": "easyllm.engine.request",
+        "Request": "easyllm.engine.request",
+        "SamplingParams": "easyllm.engine.params",
+        "TokenEvent": "easyllm.engine.request",
+    },
+)

@@ -23,7 +23,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.engine.engine import Engine
 from easyllm.engine.page_table import Copies, PageTable
 from easyllm.engine.pages import Namespace
-from easyllm.engine.request import BeamParams
+from easyllm.engine.params import BeamParams
 from easyllm.engine.step import ScheduledChunk, Step
 
 

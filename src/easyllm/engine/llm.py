@@ -15,15 +15,9 @@ from easyllm.engine.beam import Hypothesis, beam_search
 from easyllm.engine.draft_model import ModelDrafter
 from easyllm.engine.engine import Engine, check_generates
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
-from easyllm.engine.options import EngineConfig
-from easyllm.engine.request import (
-    BeamParams,
-    FinishReason,
-    Logprobs,
-    Request,
-    SamplingParams,
-    TokenEvent,
-)
+from easyllm.engine.options import LLMOptions
+from easyllm.engine.params import BeamParams, SamplingParams
+from easyllm.engine.request import FinishReason, Logprobs, Request, TokenEvent
 from easyllm.engine.speculative import Drafter, NgramDrafter
 from easyllm.models import ContextConfig, add_adapter, load_model, load_tokenizer, open_source
 from easyllm.nn.decoder import Decoder
@@ -31,7 +25,6 @@ from easyllm.nn.deterministic import rowwise_logprobs
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-MAX_DRAFT_TOKENS = 16
 
 
 @dataclass(slots=True)
@@ -119,7 +112,7 @@ class LLM:
             anything else is a smaller model with the same tokenizer (a source or a loaded model).
         draft_tokens: maximum number of draft tokens per step.
         options: options of the engine, the fields of `EngineConfig`: page_size, num_pages or
-            cache_gb, cache_dtype, max_running, max_step_tokens, prefix_caching.
+            cache_gb, cache_dtype, max_running, max_step_tokens, prefix_caching ...
 
     Raises:
         SourceError, CheckpointError: as for `load_model`.
@@ -146,10 +139,14 @@ class LLM:
         draft_tokens: int = 4,
         **options: Any,
     ) -> None:
-        checked = validate(EngineConfig, options, source="engine options")
+        loading = {"dtype": dtype, "device": device, "quantize": quantize}
+        values = {**options, **loading, "draft_tokens": draft_tokens}
+        if isinstance(draft, str | Path):
+            values["draft"] = str(draft)
+        checked = validate(LLMOptions, values, source="engine options")
         if model is None:
-            on = pick_device(device or "auto")
-            wanted = dtype or ("float32" if on.type == "cpu" else "bfloat16")
+            on = pick_device(checked.device or "auto")
+            wanted = checked.dtype or ("float32" if on.type == "cpu" else "bfloat16")
             opened = open_source(source, context=context)
             check_generates(opened.config)
             weights, free = parse_dtype(wanted), memory_free_bytes(on)
@@ -162,7 +159,7 @@ class LLM:
         added = self._add_adapters(adapters or {})
         self.tokenizer = tokenizer or load_tokenizer(source)
         try:
-            drafter = self._drafter(draft, draft_tokens, checked)
+            drafter = self._drafter(draft, checked)
             self.engine = Engine(self.model, self.tokenizer, checked, drafter=drafter)
         except BaseException:
             for name in added:  # leaves the caller's model unchanged
@@ -309,15 +306,12 @@ class LLM:
             score=hypothesis.score,
         )
 
-    def _drafter(
-        self, draft: str | Path | Decoder | None, count: int, options: EngineConfig
-    ) -> Drafter | None:
+    def _drafter(self, draft: str | Path | Decoder | None, options: LLMOptions) -> Drafter | None:
         """Returns the drafter, or None without speculative decoding."""
         if draft is None:
             return None
-        if not 1 <= count <= MAX_DRAFT_TOKENS:
-            raise ConfigError(f"draft_tokens={count} must be from 1 to {MAX_DRAFT_TOKENS}")
-        if draft == "ngram":
+        count = options.draft_tokens
+        if options.draft == "ngram":
             return NgramDrafter(count)
         if not isinstance(draft, Decoder):
             theirs = load_tokenizer(draft)

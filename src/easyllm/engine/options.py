@@ -1,4 +1,7 @@
-"""User options of the engine: KV cache and batch sizes."""
+"""User options of the engine and of `LLM`: KV cache, batch sizes, weights and draft tokens.
+
+This module does not load torch, so that the command line can make its flags from the fields.
+"""
 
 from typing import Annotated
 
@@ -6,37 +9,51 @@ from pydantic import Field, PositiveInt, model_validator
 
 from easyllm.core.config import Config
 
+MAX_DRAFT_TOKENS = 16
+
 
 class EngineConfig(Config):
-    """Options of the engine.
+    """Options of the engine."""
 
-    Attributes:
-        page_size: tokens per page of the KV cache.
-        num_pages: number of pages of the KV cache; mutually exclusive with `cache_gb`.
-        cache_gb: memory for the pages in GB. If neither is set, the cache fits `max_running`
-            sequences of the model's context, but takes at most a quarter of the free memory.
-        cache_dtype: dtype of keys and values; by default that of the model, or bfloat16 with
-            quantized weights (in deterministic mode always that of the model). `int8` and `int4`
-            store a scale for each token and head.
-        compiled_step: whether decode-only steps may run as a single call (compiled C on a CPU, a
-            CUDA graph on a GPU).
-        deterministic: batch-invariant mode: a request gives bitwise identical results whatever the
-            batch composition, at the cost of speed.
-        max_running: maximum number of sequences that run at once.
-        max_step_tokens: maximum number of tokens computed in a step; longer prompts are split into
-            chunks (chunked prefill).
-        prefix_caching: whether the keys and values of a prompt prefix seen before are reused.
-    """
-
-    page_size: Annotated[int, Field(ge=1, le=1024)] = 16
-    num_pages: PositiveInt | None = None
-    cache_gb: Annotated[float, Field(gt=0)] | None = None
-    cache_dtype: str | None = None
-    compiled_step: bool = True
-    deterministic: bool = False
-    max_running: PositiveInt = 64
-    max_step_tokens: PositiveInt = 2048
-    prefix_caching: bool = True
+    page_size: Annotated[int, Field(ge=1, le=1024)] = Field(
+        16, description="Tokens per page of the KV cache."
+    )
+    num_pages: PositiveInt | None = Field(
+        None, description="Number of pages of the KV cache; mutually exclusive with `cache_gb`."
+    )
+    cache_gb: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Memory of the KV cache in GB; by default enough for the sequences that may "
+        "run at once, each as long as the model's context, but at most a quarter of the free "
+        "memory.",
+    )
+    cache_dtype: str | None = Field(
+        None,
+        description="KV cache dtype: float32, bfloat16, float16, int8 or int4; by default that "
+        "of the weights, or bfloat16 if they are quantized (in deterministic mode "
+        "always that of the weights).",
+    )
+    compiled_step: bool = Field(
+        True,
+        description="Run decode-only steps as a single call (compiled C on a CPU, a CUDA graph "
+        "on a GPU) where possible.",
+    )
+    deterministic: bool = Field(
+        False,
+        description="Batch-invariant mode: results are bitwise independent of the batch "
+        "composition, at the cost of speed.",
+    )
+    max_running: PositiveInt = Field(
+        64, description="Maximum number of sequences that run at once."
+    )
+    max_step_tokens: PositiveInt = Field(
+        2048,
+        description="Maximum number of tokens computed in a step; longer prompts are split into "
+        "chunks (chunked prefill).",
+    )
+    prefix_caching: bool = Field(
+        True, description="Reuse the keys and values of prompt prefixes that were computed before."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EngineConfig":
@@ -49,3 +66,28 @@ class EngineConfig(Config):
                 "per step; lower max_running or raise max_step_tokens"
             )
         return self
+
+
+class LLMOptions(EngineConfig):
+    """Options of `LLM`: how the model is loaded, and the options of its engine."""
+
+    dtype: str | None = Field(
+        None,
+        description="Weight dtype: float32, bfloat16 or float16; by default float32 on a CPU, "
+        "bfloat16 on an accelerator.",
+    )
+    device: str | None = Field(
+        None, description="Device: cpu, cuda or auto (the default: an accelerator if there is one)."
+    )
+    quantize: str | None = Field(
+        None, description="Quantize the weights while they are loaded: int8 or int4."
+    )
+    draft: str | None = Field(
+        None,
+        description="Source of draft tokens for speculative decoding, which does not change greedy "
+        "output or the distribution of sampled output: ngram looks them up in the text itself; "
+        "anything else is a smaller model with the same tokenizer.",
+    )
+    draft_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)] = Field(
+        4, description="Maximum number of draft tokens per step."
+    )

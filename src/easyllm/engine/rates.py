@@ -14,7 +14,8 @@ import torch
 
 from easyllm.engine.llm import LLM
 from easyllm.engine.memory_plan import tensor_bytes
-from easyllm.engine.request import Request, SamplingParams
+from easyllm.engine.params import SamplingParams
+from easyllm.engine.request import Request
 from easyllm.plan.compute import decode_flops, forward_flops
 from easyllm.plan.kv_cache import cache_size
 from easyllm.plan.machine import matmul_rate, read_rate

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from easyllm.engine.params import SamplingParams
 from easyllm.engine.processors import (
     add_bias,
     allow_packed,
@@ -22,7 +23,7 @@ from easyllm.engine.processors import (
     repeated_ngrams,
     scale,
 )
-from easyllm.engine.request import Logprobs, SamplingParams, TokenMask
+from easyllm.engine.request import Logprobs, TokenMask
 
 logger = logging.getLogger(__name__)
 

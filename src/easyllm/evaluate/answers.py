@@ -12,7 +12,7 @@ from typing import Any
 
 from easyllm.batches.packing import pack, split_by_tokens
 from easyllm.engine.llm import LLM
-from easyllm.engine.request import SamplingParams
+from easyllm.engine.params import SamplingParams
 from easyllm.examples.conversations import conversations
 from easyllm.examples.data_file import Row, read_rows
 from easyllm.examples.prepare import prepare_conversations

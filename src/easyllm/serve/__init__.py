@@ -1,5 +1,18 @@
-"""OpenAI-compatible HTTP server and chat page."""
+"""OpenAI-compatible HTTP server and chat page.
 
-from easyllm.serve.app import create_app, serve
+Exports are imported lazily: the limits, from which the command line makes its flags, do not load
+FastAPI.
+"""
+
+from typing import TYPE_CHECKING
+
+from easyllm.core.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from easyllm.serve.app import create_app, serve
 
 __all__ = ["create_app", "serve"]
+
+__getattr__ = lazy_exports(
+    __name__, {"create_app": "easyllm.serve.app", "serve": "easyllm.serve.app"}
+)

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Response
@@ -28,6 +29,7 @@ from easyllm.serve.limits import ServeLimits
 from easyllm.serve.schema import ChatRequest, read_chat
 from easyllm.serve.service import EngineFailure, EngineService, ServerShuttingDown
 
+T = TypeVar("T")
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8420
 PAGE = Path(__file__).parent / "web" / "index.html"
@@ -52,11 +54,6 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
     # An engine runs in a single thread, regardless of how many names it is served under.
     engines = {id(llm): EngineService(name, llm) for name, llm in models.items()}
     services = {name: engines[id(llm)] for name, llm in models.items()}
-    created = int(time.time())
-    entries = {
-        name: ModelEntry(id=name, created=created, max_model_len=_most_tokens(llm))
-        for name, llm in models.items()
-    }
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -74,12 +71,6 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
     app.add_middleware(Guard, api_key=api_key)
     document(app, list(models), with_key=with_key)
 
-    def served(name: str) -> EngineService:
-        if name in services:
-            return services[name]
-        message = f"model {name!r} is not served; the served models are {', '.join(services)}"
-        raise APIError(404, message, param="model", code="model_not_found")
-
     @app.get("/health", responses=errors(with_key=False))
     async def health() -> Health:
         return Health()
@@ -88,14 +79,7 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
     async def page() -> FileResponse:
         return FileResponse(PAGE, headers=_PAGE_HEADERS)
 
-    @app.get("/v1/models", responses=errors(with_key=with_key))
-    async def list_models() -> ModelList:
-        return ModelList(data=list(entries.values()))
-
-    @app.get("/v1/models/{model_id:path}", responses=errors(404, with_key=with_key))
-    async def one_model(model_id: str) -> ModelEntry:
-        served(model_id)
-        return entries[model_id]
+    _add_model_routes(app, models, with_key=with_key)
 
     @app.post(
         "/v1/chat/completions",
@@ -104,25 +88,63 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
         openapi_extra=CHAT_BODY,
     )
     async def chat(http: HTTPRequest) -> Response:
-        try:
-            raw = await read_body(http)
-            # Parsed in a thread, so that a large body does not delay other clients' tokens.
-            request = await asyncio.to_thread(_read, raw)
-            service = served(request.model)
-            return await cancel_on_disconnect(http, answer_chat(request, service))
-        except ContextLengthError as error:
-            message = f"{error.what}; shorten the messages, or lower max_tokens"
-            raise APIError(400, message, param="messages", code="context_length_exceeded") from None
-        except DataError as error:  # raised by the chat template
-            raise APIError(400, str(error), param="messages") from None
-        except EasyllmError as error:
-            raise APIError(400, str(error), param=error.param) from None
-        except EngineFailure as error:
-            raise APIError(error.status, str(error)) from None
-        except ClientDisconnect:
-            return Response(status_code=499)  # the client is gone and never reads this
+        return await _chat(http, services)
 
     return app
+
+
+def _add_model_routes(app: FastAPI, models: Mapping[str, LLM], *, with_key: bool) -> None:
+    """Adds the routes that list the served models."""
+    created = int(time.time())
+    entries = {
+        name: ModelEntry(id=name, created=created, max_model_len=_most_tokens(llm))
+        for name, llm in models.items()
+    }
+
+    @app.get("/v1/models", responses=errors(with_key=with_key))
+    async def list_models() -> ModelList:
+        return ModelList(data=list(entries.values()))
+
+    @app.get("/v1/models/{model_id:path}", responses=errors(404, with_key=with_key))
+    async def one_model(model_id: str) -> ModelEntry:
+        return _served(entries, model_id)
+
+
+async def _chat(http: HTTPRequest, services: Mapping[str, EngineService]) -> Response:
+    """Returns the response to a chat request.
+
+    Raises:
+        APIError: the request is invalid, or the engine failed.
+    """
+    try:
+        raw = await read_body(http)
+        # Parsed in a thread, so that a large body does not delay other clients' tokens.
+        request = await asyncio.to_thread(_read, raw)
+        service = _served(services, request.model)
+        return await cancel_on_disconnect(http, answer_chat(request, service))
+    except ContextLengthError as error:
+        message = f"{error.what}; shorten the messages, or lower max_tokens"
+        raise APIError(400, message, param="messages", code="context_length_exceeded") from None
+    except DataError as error:  # raised by the chat template
+        raise APIError(400, str(error), param="messages") from None
+    except EasyllmError as error:
+        raise APIError(400, str(error), param=error.param) from None
+    except EngineFailure as error:
+        raise APIError(error.status, str(error)) from None
+    except ClientDisconnect:
+        return Response(status_code=499)  # the client is gone and never reads this
+
+
+def _served(models: Mapping[str, T], name: str) -> T:
+    """Returns what belongs to a served model.
+
+    Raises:
+        APIError: no model has this name.
+    """
+    if name in models:
+        return models[name]
+    message = f"model {name!r} is not served; the served models are {', '.join(models)}"
+    raise APIError(404, message, param="model", code="model_not_found")
 
 
 def serve(

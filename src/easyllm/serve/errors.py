@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.responses import Response
 
@@ -17,16 +17,18 @@ MAX_SHOWN_CHARS = 1000
 class ErrorDetail(BaseModel):
     """Details of an error; `param` names the request field, `code` is machine-readable."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+    message: str = Field(description="What is wrong, and what to do.")
+    type: str = Field(description="Class of the error, such as invalid_request_error.")
+    param: str | None = Field(
+        description="The request field with the error; null if it is not about a field."
+    )
+    code: str | None = Field(description="Machine-readable code; null if there is none.")
 
 
 class ErrorBody(BaseModel):
     """The body of every error response."""
 
-    error: ErrorDetail
+    error: ErrorDetail = Field(description="The error.")
 
 
 class APIError(HTTPException):

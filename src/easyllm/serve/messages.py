@@ -53,9 +53,18 @@ class ChatMessage(Strict):
 
     model_config = ConfigDict(json_schema_extra=_NEEDS_CONTENT)
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = Field(None, validate_default=True)
-    name: str | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="Author of the message."
+    )
+    content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = Field(
+        None,
+        validate_default=True,
+        description="Text, or a list of text parts, which are joined; null only in an assistant "
+        "message.",
+    )
+    name: str | None = Field(
+        None, description="Name of the author; the chat template decides whether the model sees it."
+    )
     refusal: Annotated[None, Refused("send the text as content")] = None
     annotations: Annotated[
         Annotated[list[Any], Field(max_length=0)] | None,

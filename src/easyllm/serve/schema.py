@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from easyllm.engine.request import (
+from easyllm.engine.params import (
     MAX_COUNT,
     MAX_STOP_CHARS,
     MAX_STOPS,
@@ -89,23 +89,34 @@ Metadata = Annotated[
 ]
 
 
+def _as_in_engine(name: str) -> str:
+    """Returns the description of a field that the engine's sampling parameters have too."""
+    field = SamplingParams.model_fields[name]
+    assert field.description, "every sampling parameter is described"
+    if field.default in (None, {}):
+        return field.description
+    return f"{field.description} By default {field.default:g}."
+
+
 class StreamOptions(Strict):
     """The fields of `stream_options`."""
 
-    include_usage: bool | None = None
+    include_usage: bool | None = Field(
+        None, description="End the stream with a chunk that contains the token counts."
+    )
     include_obfuscation: Annotated[Off | None, Neutral("false", "chunks are not padded")] = None
 
 
 class TextFormat(Strict):
     """The only supported `response_format`: free text."""
 
-    type: Literal["text"]
+    type: Literal["text"] = Field(description="Free text.")
 
 
 class CacheOptions(Strict):
     """The only supported `prompt_cache_options`: automatic prefix caching."""
 
-    mode: Literal["implicit"] | None = None
+    mode: Literal["implicit"] | None = Field(None, description="Automatic prefix caching.")
 
 
 class ChatRequest(Strict):
@@ -113,18 +124,34 @@ class ChatRequest(Strict):
 
     model_config = ConfigDict(json_schema_extra=_TOGETHER)
 
-    model: str
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: TopK | None = None
-    seed: Seed | None = None
-    max_tokens: NewTokens | None = None
-    max_completion_tokens: NewTokens | None = None
+    model: str = Field(description="Name of a served model.")
+    messages: list[ChatMessage] = Field(
+        min_length=1,
+        max_length=MAX_MESSAGES,
+        description="The conversation so far; the model generates the next assistant message.",
+    )
+    stream: bool | None = Field(
+        None, description="Send the tokens as server-sent events while they are generated."
+    )
+    stream_options: StreamOptions | None = Field(
+        None, description="Options of a stream; require `stream`."
+    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        None, description=_as_in_engine("temperature")
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description=_as_in_engine("top_p")
+    )
+    top_k: TopK | None = Field(
+        None, description=_as_in_engine("top_k").replace("0 disables", "0 and -1 disable")
+    )
+    seed: Seed | None = Field(None, description=_as_in_engine("seed"))
+    max_tokens: NewTokens | None = Field(None, description=_as_in_engine("max_tokens"))
+    max_completion_tokens: NewTokens | None = Field(
+        None, description="Newer name of `max_tokens`; mutually exclusive with it."
+    )
     stop: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
-        default=None,
+        None,
         json_schema_extra={
             "anyOf": [
                 _STOP_SCHEMA,
@@ -132,17 +159,30 @@ class ChatRequest(Strict):
                 {"type": "null"},
             ]
         },
+        description="A stop string, or a list of them; they end the completion and are not part "
+        "of it.",
     )
-    n: Choices | None = None
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
+    n: Choices | None = Field(None, description=_as_in_engine("n"))
+    frequency_penalty: Penalty | None = Field(None, description=_as_in_engine("frequency_penalty"))
+    presence_penalty: Penalty | None = Field(None, description=_as_in_engine("presence_penalty"))
     logit_bias: (
         Annotated[dict[Count, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
         | None
-    ) = Field(default=None, json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}})
-    logprobs: bool | None = None
-    top_logprobs: TopLogprobs | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    ) = Field(
+        None,
+        json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}},
+        description=_as_in_engine("logit_bias"),
+    )
+    logprobs: bool | None = Field(
+        None, description="Report the log-probability of each generated token."
+    )
+    top_logprobs: TopLogprobs | None = Field(
+        None,
+        description="Number of most likely tokens to report at each position; requires `logprobs`.",
+    )
+    service_tier: Literal["auto", "default"] | None = Field(
+        None, description="Returned as default; there is only one tier."
+    )
 
     # fields that do not influence the completion
     user: Annotated[str | None, Neutral("text", "it names the end user")] = None

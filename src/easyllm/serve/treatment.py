@@ -28,12 +28,26 @@ class Neutral:
     accepts: str
     reason: str
 
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Returns the schema of the field with a description made from the marker."""
+        return handler(schema) | {
+            "description": f"Has no effect: {self.reason}. Accepted: {self.accepts}."
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Refused:
     """Marks a field that is rejected at any value; its type is None."""
 
     reason: str
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Returns the schema of the field with a description made from the marker."""
+        return handler(schema) | {"description": f"Rejected: {self.reason}."}
 
 
 class Strict(BaseModel):

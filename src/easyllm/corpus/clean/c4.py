@@ -6,7 +6,7 @@ Source: Raffel et al. 2019, arXiv 1910.10683.
 import re
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from easyllm.core.config import Config
 from easyllm.corpus.clean.text import CLOSING_QUOTES, TERMINAL_PUNCTUATION, TextView
@@ -39,15 +39,25 @@ class C4Quality(Config):
     """
 
     kind: Literal["c4_quality"] = "c4_quality"
-    terminal_punctuation: bool = True  # a line must end in . ! ? or a quotation mark
-    min_words_per_line: NonNegativeInt = 3
-    max_word_length: PositiveInt | None = 1000  # a line with a longer word is dropped
-    min_sentences: NonNegativeInt = 5
-    remove_citations: bool = True  # [1] [edit] [citation needed]
-    drop_javascript_lines: bool = True
-    drop_policy_lines: bool = True
-    reject_lorem_ipsum: bool = True
-    reject_curly_brackets: bool = True
+    terminal_punctuation: bool = Field(
+        True, description="Drop lines that do not end in `.`, `!`, `?` or a quotation mark."
+    )
+    min_words_per_line: NonNegativeInt = Field(3, description="Drop lines with fewer words.")
+    max_word_length: PositiveInt | None = Field(
+        1000, description="Drop lines with a longer word, in characters; null keeps them."
+    )
+    min_sentences: NonNegativeInt = Field(
+        5, description="Reject pages with fewer sentences in the remaining lines."
+    )
+    remove_citations: bool = Field(
+        True, description="Remove citation marks such as `[1]`, `[edit]` and `[citation needed]`."
+    )
+    drop_javascript_lines: bool = Field(True, description="Drop lines that mention JavaScript.")
+    drop_policy_lines: bool = Field(
+        True, description="Drop lines about cookies, privacy policies and terms of use."
+    )
+    reject_lorem_ipsum: bool = Field(True, description='Reject pages that contain "lorem ipsum".')
+    reject_curly_brackets: bool = Field(True, description="Reject pages that contain `{`.")
 
     def apply(self, view: TextView) -> TextView | Violation:
         """Returns the text with only the lines that pass, or the violation that rejects it."""

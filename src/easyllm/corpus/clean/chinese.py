@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import NonNegativeFloat
+from pydantic import Field, NonNegativeFloat
 
 from easyllm.core.config import Config
 from easyllm.corpus.clean.scripts import HAN
@@ -89,7 +89,7 @@ class HanShare(Config):
     """Rejects texts with too small a share of Han characters; white space is not counted."""
 
     kind: Literal["han_share"] = "han_share"
-    min_share: Fraction = 0.30
+    min_share: Fraction = Field(0.30, description="Minimum share of Han characters.")
 
     def apply(self, view: TextView) -> TextView | Violation:
         """Returns the view unchanged, or the violation that rejects it."""
@@ -107,11 +107,23 @@ class ChineseQuality(Config):
     """
 
     kind: Literal["chinese_quality"] = "chinese_quality"
-    drop_boilerplate_lines: bool = True
-    min_function_characters: Fraction | None = 0.05  # 1st percentile of clean paragraphs: 0.13
-    min_common_characters: Fraction | None = 0.85  # level 1 of GB 2312 or Big5
-    min_punctuation: NonNegativeFloat | None = 0.02  # punctuation marks per Han character
-    max_advertising: Fraction | None = 0.04  # characters in advertising phrases
+    drop_boilerplate_lines: bool = Field(
+        True, description="Remove short lines with a phrase such as 版权所有 or 上一篇."
+    )
+    min_function_characters: Fraction | None = Field(
+        0.05,
+        description="Minimum share of function characters such as 的; the first percentile of "
+        "clean paragraphs is 0.13.",
+    )
+    min_common_characters: Fraction | None = Field(
+        0.85, description="Minimum share of characters in level 1 of GB 2312 or Big5."
+    )
+    min_punctuation: NonNegativeFloat | None = Field(
+        0.02, description="Minimum number of punctuation marks per Han character."
+    )
+    max_advertising: Fraction | None = Field(
+        0.04, description="Maximum share of all characters in advertising phrases."
+    )
 
     def figures(self, view: TextView) -> Iterator[Metric]:
         """Yields the metrics with their bounds, each computed lazily."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from easyllm.core.config import Config
 from easyllm.corpus.clean.text import CLOSING_QUOTES, TERMINAL_PUNCTUATION, TextView, repeated
@@ -22,12 +22,23 @@ class FineWebQuality(Config):
     """
 
     kind: Literal["fineweb_quality"] = "fineweb_quality"
-    min_punctuated_lines: Fraction | None = 0.12  # lines ending in a full stop, ?, ! or a quote
-    max_short_lines: Fraction | None = 0.67
-    short_line_characters: NonNegativeInt = 30  # maximum length of a short line
-    max_duplicate_line_characters: Fraction | None = 0.01
-    max_newlines_per_word: float | None = 0.3
-    min_lines: PositiveInt = 1
+    min_punctuated_lines: Fraction | None = Field(
+        0.12,
+        description="Minimum share of lines that end in a full stop, `?`, `!` or a quotation mark.",
+    )
+    max_short_lines: Fraction | None = Field(0.67, description="Maximum share of short lines.")
+    short_line_characters: NonNegativeInt = Field(
+        30, description="Maximum length of a short line, in characters."
+    )
+    max_duplicate_line_characters: Fraction | None = Field(
+        0.01, description="Maximum share of characters in lines that repeat an earlier one."
+    )
+    max_newlines_per_word: float | None = Field(
+        0.3, description="Maximum number of newlines per word."
+    )
+    min_lines: PositiveInt = Field(
+        1, description="Line ratios are not checked for texts with fewer lines."
+    )
 
     def figures(self, view: TextView) -> Iterator[Metric]:
         """Yields the metrics with their bounds, each computed lazily."""

@@ -38,18 +38,38 @@ class GopherQuality(Config):
     """
 
     kind: Literal["gopher_quality"] = "gopher_quality"
-    min_words: int | None = 50
-    max_words: int | None = 100_000
-    min_mean_word_length: float | None = 3
-    max_mean_word_length: float | None = 10
-    max_hash_ratio: float | None = 0.1  # "#" per word
-    max_ellipsis_ratio: float | None = 0.1  # "..." and "…" per word
-    max_bullet_lines: Fraction | None = 0.9
-    max_ellipsis_lines: Fraction | None = 0.3
-    min_alphabetic_words: Fraction | None = 0.8
-    min_stop_words: int | None = 2  # distinct ones
-    stop_words: tuple[str, ...] = ENGLISH_STOP_WORDS
-    min_lines: PositiveInt = 1  # line ratios are not checked for texts with fewer lines
+    min_words: int | None = Field(
+        50, description="Minimum number of words, without punctuation marks."
+    )
+    max_words: int | None = Field(
+        100_000, description="Maximum number of words, without punctuation marks."
+    )
+    min_mean_word_length: float | None = Field(
+        3, description="Minimum mean word length in characters."
+    )
+    max_mean_word_length: float | None = Field(
+        10, description="Maximum mean word length in characters."
+    )
+    max_hash_ratio: float | None = Field(0.1, description="Maximum number of `#` per word.")
+    max_ellipsis_ratio: float | None = Field(
+        0.1, description="Maximum number of `...` and `…` per word."
+    )
+    max_bullet_lines: Fraction | None = Field(
+        0.9, description="Maximum share of lines that start with a bullet."
+    )
+    max_ellipsis_lines: Fraction | None = Field(
+        0.3, description="Maximum share of lines that end with an ellipsis."
+    )
+    min_alphabetic_words: Fraction | None = Field(
+        0.8, description="Minimum share of words with a letter."
+    )
+    min_stop_words: int | None = Field(2, description="Minimum number of distinct stop words.")
+    stop_words: tuple[str, ...] = Field(
+        ENGLISH_STOP_WORDS, description="The stop words that are counted."
+    )
+    min_lines: PositiveInt = Field(
+        1, description="Line ratios are not checked for texts with fewer lines."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "GopherQuality":
@@ -94,15 +114,32 @@ class GopherRepetition(Config):
     """
 
     kind: Literal["gopher_repetition"] = "gopher_repetition"
-    max_duplicate_paragraphs: Fraction | None = 0.30
-    max_duplicate_paragraph_characters: Fraction | None = 0.20
-    max_duplicate_lines: Fraction | None = 0.30
-    max_duplicate_line_characters: Fraction | None = 0.20
-    max_top_ngram_characters: NgramLimits = TOP_NGRAM_LIMITS
-    max_duplicate_ngram_characters: NgramLimits = DUPLICATE_NGRAM_LIMITS
-    # Minimum denominator of the n-gram shares, in characters: in a text of one or two sentences, a
-    # name that occurs twice is already a large share of the text
-    min_ngram_text: NonNegativeInt = 0
+    max_duplicate_paragraphs: Fraction | None = Field(
+        0.30, description="Maximum share of paragraphs that repeat an earlier one."
+    )
+    max_duplicate_paragraph_characters: Fraction | None = Field(
+        0.20, description="Maximum share of characters in such paragraphs."
+    )
+    max_duplicate_lines: Fraction | None = Field(
+        0.30, description="Maximum share of lines that repeat an earlier one."
+    )
+    max_duplicate_line_characters: Fraction | None = Field(
+        0.20, description="Maximum share of characters in such lines."
+    )
+    max_top_ngram_characters: NgramLimits = Field(
+        TOP_NGRAM_LIMITS,
+        description="Maximum share of characters in the most frequent n-gram, by order n.",
+    )
+    max_duplicate_ngram_characters: NgramLimits = Field(
+        DUPLICATE_NGRAM_LIMITS,
+        description="Maximum share of characters in n-grams that repeat, by order n.",
+    )
+    min_ngram_text: NonNegativeInt = Field(
+        0,
+        description="Minimum denominator of the n-gram shares, in characters: in a text of one "
+        "or two sentences, a name that occurs twice is already a large share of the "
+        "text.",
+    )
 
     def figures(self, view: TextView) -> Iterator[Metric]:
         """Yields the metrics with their bounds, each computed lazily."""

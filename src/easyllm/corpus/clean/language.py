@@ -7,7 +7,7 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from easyllm.core.config import Config
 from easyllm.core.errors import EasyllmError, install, suggest
@@ -43,9 +43,13 @@ class LanguageIdentification(Config):
     """
 
     kind: Literal["language"] = "language"
-    allowed: tuple[str, ...] = ("en",)
-    min_score: Fraction = 0.65
-    max_characters: PositiveInt | None = None  # length of the prefix to classify; None: full text
+    allowed: tuple[str, ...] = Field(("en",), description="Codes of the allowed languages.")
+    min_score: Fraction = Field(0.65, description="Minimum probability of the identified language.")
+    max_characters: PositiveInt | None = Field(
+        None,
+        description="Length of the prefix to classify, in characters; null classifies the full "
+        "text.",
+    )
 
     @field_validator("allowed")
     @classmethod

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from easyllm.core.config import Config
 from easyllm.corpus.clean.text import TextView
@@ -17,10 +17,10 @@ class DocumentLength(Config):
     """
 
     kind: Literal["length"] = "length"
-    min_characters: NonNegativeInt | None = None
-    max_characters: NonNegativeInt | None = None
-    min_words: NonNegativeInt | None = None
-    max_words: NonNegativeInt | None = None
+    min_characters: NonNegativeInt | None = Field(None, description="Minimum number of characters.")
+    max_characters: NonNegativeInt | None = Field(None, description="Maximum number of characters.")
+    min_words: NonNegativeInt | None = Field(None, description="Minimum number of words.")
+    max_words: NonNegativeInt | None = Field(None, description="Maximum number of words.")
 
     @model_validator(mode="after")
     def _check(self) -> "DocumentLength":

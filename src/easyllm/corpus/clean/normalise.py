@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from easyllm.core.config import Config
 from easyllm.core.errors import EasyllmError, install
 from easyllm.corpus.clean.language import CHINESE, identify_language
@@ -68,12 +70,26 @@ class Normalise(Config):
     """
 
     kind: Literal["normalise"] = "normalise"
-    repair: bool = True
-    form: Literal["NFC", "NFKC"] | None = "NFC"
-    fold_width: bool = False  # ＡＢＣ１２３ -> ABC123
-    remove_control_characters: bool = True
-    tidy_white_space: bool = True  # non-ASCII spaces, trailing spaces, repeated blank lines
-    simplify_chinese: bool | Conversion = False  # True: tw2s
+    repair: bool = Field(True, description="Repair mojibake and HTML entities.")
+    form: Literal["NFC", "NFKC"] | None = Field(
+        "NFC", description="Unicode normalization form; null leaves the text unchanged."
+    )
+    fold_width: bool = Field(
+        False,
+        description="Convert full-width letters and digits to ASCII (ＡＢＣ１２３ to ABC123).",
+    )
+    remove_control_characters: bool = Field(
+        True, description="Remove control and invisible characters."
+    )
+    tidy_white_space: bool = Field(
+        True,
+        description="Replace non-ASCII spaces; remove trailing spaces and repeated blank lines.",
+    )
+    simplify_chinese: bool | Conversion = Field(
+        False,
+        description="Convert traditional to simplified characters in Chinese text, with the "
+        "named OpenCC conversion; true means `tw2s`.",
+    )
 
     @property
     def conversion(self) -> Conversion | None:

@@ -16,19 +16,20 @@ from easyllm.corpus.document import Document, Rejection
 
 
 class CleanConfig(Config):
-    """Which rules clean a corpus, in order.
+    """Which rules clean a corpus, in order."""
 
-    Attributes:
-        preset: a published chain to start from; None for no preset.
-        override: kind of a preset's rule -> fields to change (`{"language": {"allowed": ["de"]}}`).
-        without: kinds of the preset's rules to omit.
-        rules: additional rules, applied after those of the preset.
-    """
-
-    preset: PresetName | None = "fineweb"
-    override: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    without: tuple[str, ...] = ()
-    rules: tuple[Rule, ...] = ()
+    preset: PresetName | None = Field(
+        "fineweb", description="Published chain of rules to start from; null for none."
+    )
+    override: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Fields of the preset's rules to change, by kind of the rule, such as "
+        "`{language: {allowed: [de]}}`.",
+    )
+    without: tuple[str, ...] = Field((), description="Kinds of the preset's rules to omit.")
+    rules: tuple[Rule, ...] = Field(
+        (), description="Additional rules, applied after those of the preset."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "CleanConfig":

@@ -16,6 +16,7 @@ configuration, which does not need numpy.
 from easyllm.corpus.dedup.config import (
     DEDUP_PRESETS,
     DedupConfig,
+    DedupPresetName,
     DedupStep,
     ExactConfig,
     MinHashConfig,
@@ -28,6 +29,7 @@ from easyllm.corpus.dedup.config import (
 __all__ = [
     "DEDUP_PRESETS",
     "DedupConfig",
+    "DedupPresetName",
     "DedupStep",
     "ExactConfig",
     "MinHashConfig",

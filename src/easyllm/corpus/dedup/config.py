@@ -9,43 +9,42 @@ from easyllm.core.errors import ConfigError, suggest
 
 
 class ExactConfig(Config):
-    """Exact deduplication: of documents with equal text, the first is kept.
-
-    Attributes:
-        normalize: ignore case, the amount of white space and Unicode composition, but not
-            punctuation (a+b is not a-b).
-    """
+    """Exact deduplication: of documents with equal text, the first is kept."""
 
     kind: Literal["exact"] = "exact"
-    normalize: bool = True
+    normalize: bool = Field(
+        True,
+        description="Ignore case, the amount of white space and Unicode composition, but not "
+        "punctuation (a+b is not a-b).",
+    )
 
 
 class ParagraphConfig(Config):
     """Paragraph deduplication: removes paragraphs that occurred before in any document.
 
     Source: CCNet, arXiv 1911.00359, section 3.1.
-
-    Attributes:
-        unit: `paragraph` (separated by blank lines) or `line`.
-        min_words: paragraphs with fewer words (headings, "Yes.") are never removed.
     """
 
     kind: Literal["paragraph"] = "paragraph"
-    unit: Literal["paragraph", "line"] = "paragraph"
-    min_words: PositiveInt = 5
+    unit: Literal["paragraph", "line"] = Field(
+        "paragraph",
+        description="Unit that is compared: `paragraph` (separated by blank lines) or `line`.",
+    )
+    min_words: PositiveInt = Field(
+        5, description='Paragraphs with fewer words (headings, "Yes.") are never removed.'
+    )
 
 
 class SubstringConfig(Config):
     """Exact-substring deduplication: removes runs of words that occurred before in any document.
 
     Source: Lee et al. 2021, arXiv 2107.06499.
-
-    Attributes:
-        min_words: minimum length of a run; a Han character or kana counts as a word.
     """
 
     kind: Literal["substring"] = "substring"
-    min_words: Annotated[int, Field(ge=2)] = 50
+    min_words: Annotated[int, Field(ge=2)] = Field(
+        50, description="Minimum length of a run; a Han character or kana counts as a word."
+    )
 
 
 class MinHashConfig(Config):
@@ -56,31 +55,33 @@ class MinHashConfig(Config):
     similarity, so the bands determine recall but never what is removed. 20 bands of 5 rows find
     99.96% of the pairs with similarity 0.8; FineWeb's 14 bands of 8 rows find 92%.
 
-    Attributes:
-        threshold: minimum Jaccard similarity of a removed document with the kept one.
-        bands: number of LSH bands.
-        rows: number of MinHash values per band.
-        unit: `word` (a Han character or kana counts as a word), or `character`: the letters and
-            digits of the words.
-        shingle_size: units per shingle. One changed word changes `shingle_size` shingles: in 100
-            words, 2 changes lead to a Jaccard similarity of 0.81 with 5-word shingles and of 0.88
-            with 3-word shingles. With 3 (the default), every pair of longer texts at 0.8 in 5-word
-            shingles is above 0.8 too; scattered changes that reduce it to 0.8 leave the similarity
-            in 5-word shingles above 0.65.
-        seed: seed of the hash functions.
-        max_bucket: maximum number of kept documents stored per LSH bucket. It bounds the work for
-            large groups of similar pages that are not near-duplicates (the template of a shop);
-            only there can a pair be missed because of it.
+    One changed word changes `shingle_size` shingles: in 100 words, 2 changes lead to a Jaccard
+    similarity of 0.81 with 5-word shingles and of 0.88 with 3-word shingles. With 3 (the default),
+    every pair of longer texts at 0.8 in 5-word shingles is above 0.8 too; scattered changes that
+    reduce it to 0.8 leave the similarity in 5-word shingles above 0.65.
+
+    Only in large groups of similar pages that are not near-duplicates (the template of a shop) can
+    a pair be missed because of `max_bucket`.
     """
 
     kind: Literal["minhash"] = "minhash"
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
-    bands: PositiveInt = 20
-    rows: PositiveInt = 5
-    unit: Literal["word", "character"] = "word"
-    shingle_size: PositiveInt = 3
-    seed: NonNegativeInt = 1
-    max_bucket: PositiveInt = 256
+    threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="Minimum Jaccard similarity of a removed document with the kept one."
+    )
+    bands: PositiveInt = Field(20, description="Number of LSH bands.")
+    rows: PositiveInt = Field(5, description="Number of MinHash values per band.")
+    unit: Literal["word", "character"] = Field(
+        "word",
+        description="Unit of shingles: `word` (a Han character or kana counts as a word), or "
+        "`character`: the letters and digits of the words.",
+    )
+    shingle_size: PositiveInt = Field(3, description="Units per shingle.")
+    seed: NonNegativeInt = Field(1, description="Seed of the hash functions.")
+    max_bucket: PositiveInt = Field(
+        256,
+        description="Maximum number of kept documents stored per LSH bucket; it bounds the work "
+        "for large groups of similar pages that are not near-duplicates.",
+    )
 
     @model_validator(mode="after")
     def _bands_reach_the_threshold(self) -> "MinHashConfig":
@@ -115,10 +116,15 @@ DedupStep = Annotated[
 class DedupConfig(Config):
     """The deduplication steps, in the order in which they are applied."""
 
-    steps: tuple[DedupStep, ...] = (ExactConfig(), MinHashConfig())
+    steps: tuple[DedupStep, ...] = Field(
+        (ExactConfig(), MinHashConfig()),
+        description="Steps in the order in which they are applied.",
+    )
 
 
-DEDUP_PRESETS = {
+DedupPresetName = Literal["default", "fineweb"]
+
+DEDUP_PRESETS: dict[str, DedupConfig] = {
     "default": DedupConfig(),
     "fineweb": DedupConfig(steps=(MinHashConfig(bands=14, rows=8, shingle_size=5),)),
 }

@@ -1,0 +1,104 @@
+"""The `easyllm schema` command."""
+
+import json
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from easyllm.cli.output import print_pairs
+
+# A value of a pipeline recipe may refer to another one, as in `sources: ${stages.corpus.sources}`.
+_REFERENCE = r"^\$\{[\w.-]+\}$"
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A configuration type whose schema can be printed.
+
+    Attributes:
+        module: module of the type.
+        type: name of the type.
+        what: what the type describes, as a phrase.
+        reference: regular expression of references that may replace any value, if there are any.
+    """
+
+    module: str
+    type: str
+    what: str
+    reference: str | None = None
+
+
+SCHEMAS = {
+    "train": Described("easyllm.train.config", "TrainConfig", "a training recipe"),
+    "run": Described("easyllm.pipeline.recipe", "Recipe", "a pipeline recipe", _REFERENCE),
+    "data-build": Described("easyllm.corpus.config", "CorpusConfig", "a corpus recipe"),
+    "model": Described("easyllm.nn.config", "ModelConfig", "the parts of a model"),
+    "sampling": Described("easyllm.engine.params", "SamplingParams", "sampling parameters"),
+    "engine": Described("easyllm.engine.options", "LLMOptions", "options of the engine"),
+    "chat-request": Described(
+        "easyllm.serve.schema", "ChatRequest", "a request to /v1/chat/completions"
+    ),
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the `schema` command to `app`."""
+    app.command("schema")(schema)
+
+
+def schema(
+    name: Annotated[
+        str | None, typer.Argument(metavar="|".join(SCHEMAS), help="By default, list the names.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the schema to this file.")
+    ] = None,
+) -> None:
+    """Print the JSON Schema of a recipe or request, with descriptions, for editors.
+
+    An editor with a YAML language server completes and checks a recipe whose first line names the
+    schema's file: # yaml-language-server: $schema=train.schema.json
+
+    [bold]Examples[/bold]
+
+        easyllm schema
+
+        easyllm schema train --output train.schema.json
+
+        easyllm schema chat-request
+    """
+    from easyllm.core.atomic import write_atomic
+    from easyllm.core.errors import ConfigError, suggest
+
+    if name is None:
+        if output is not None:
+            raise ConfigError(f"--output needs the name of a schema: {', '.join(SCHEMAS)}")
+        print_pairs({name: each.what for name, each in SCHEMAS.items()})
+        return
+    if name not in SCHEMAS:
+        raise ConfigError(
+            f"schema {name!r} is not known{suggest(name, SCHEMAS)}; use {', '.join(SCHEMAS)}"
+        )
+    text = json.dumps(schema_of(name), indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_atomic(output, text)
+
+
+def schema_of(name: str, *, references: bool = True) -> dict[str, Any]:
+    """Returns the JSON Schema with a name of `SCHEMAS`.
+
+    Args:
+        name: the name.
+        references: whether values may be references, in recipes that have them.
+    """
+    from easyllm.core.json_schema import json_schema
+
+    found = SCHEMAS[name]
+    annotation = getattr(import_module(found.module), found.type)
+    return json_schema(annotation, reference=found.reference if references else None)
