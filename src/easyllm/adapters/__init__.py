@@ -8,7 +8,7 @@ from easyllm.adapters.adapter import (
     register_adapter,
     unregister_adapter,
 )
-from easyllm.adapters.adapter_set import AdapterSet, TrainProgress
+from easyllm.adapters.adapter_set import AdapterSet, StepInfo
 from easyllm.adapters.attach import adapter_of, adapter_parameters, attach, detach, merge
 from easyllm.adapters.bank import AdapterBank
 from easyllm.adapters.lora import LoRA, LoRAConfig
@@ -24,7 +24,7 @@ __all__ = [
     "FileModule",
     "LoRA",
     "LoRAConfig",
-    "TrainProgress",
+    "StepInfo",
     "adapter_of",
     "adapter_parameters",
     "attach",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from easyllm.train.report.history import Floats, History, Ints
+from easyllm.reporting.history import Floats, History, Ints
 
 COLUMNS, SMALL_COLUMNS = 400, 100
 """Number of columns of a curve, each of which keeps only its minimum and maximum value."""
