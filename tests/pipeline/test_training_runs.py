@@ -6,13 +6,17 @@ import subprocess
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from conftest import CORPUS, tiny_config
-from easyllm.core.config import validate
+from easyllm.cli.main import app
+from easyllm.core.config import dump_yaml, validate
 from easyllm.core.errors import ConfigError, EasyllmError, OutputError
 from easyllm.corpus.shards import TokenShards, write_shards
 from easyllm.corpus.token_bytes import token_bytes
 from easyllm.models import load_model
+from easyllm.pipeline.recipe import TrainStage
+from easyllm.pipeline.stages import run_stage
 from easyllm.reporting import reporting_callbacks
 from easyllm.train import Callback, TrainConfig, train
 from easyllm.train import loop as loop_module
@@ -99,6 +103,23 @@ def test_tensorboard_without_its_callback_is_refused(files, tiny_folder, tmp_pat
     assert not (tmp_path / "run").exists()
     train(config, tmp_path / "run", callbacks=reporting_callbacks(config))
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("way", ["command", "stage"])
+def test_commands_write_the_page_and_the_event_files(files, tiny_folder, tmp_path, way):
+    config = config_of(files, tiny_folder, tensorboard=True, max_steps=2)
+    folder = tmp_path / "run"
+    if way == "stage":
+        stage = TrainStage.model_validate(config.model_dump() | {"kind": "train"})
+        run_stage(stage, folder)
+    else:
+        (tmp_path / "recipe.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        words = ["train", str(tmp_path / "recipe.yaml"), f"output={folder}"]
+        assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    assert 'data-state="finished"' in (folder / "report.html").read_text(encoding="utf-8")
+    (events,) = (folder / "tensorboard").iterdir()
+    assert b"train/loss_nats" in events.read_bytes()
+    assert b"eval/loss_nats" in events.read_bytes()
 
 
 class Recorder(Callback):

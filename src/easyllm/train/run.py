@@ -296,7 +296,7 @@ def _check_implemented(config: TrainConfig, callbacks: Sequence[Callback]) -> No
 
 
 def _resumable_changes(config: TrainConfig) -> frozenset[str]:
-    """Returns the `RESUMABLE_CHANGES` keys, without `eval_every` if evaluations affect the result."""
+    """Returns the `RESUMABLE_CHANGES` keys, without `eval_every` if evaluations affect results."""
     decides = config.early_stopping is not None or config.keep_best
     return RESUMABLE_CHANGES - {"eval_every"} if decides else RESUMABLE_CHANGES
 

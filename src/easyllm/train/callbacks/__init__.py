@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from easyllm.train.callbacks.adapter_hooks import AdapterHooks
 from easyllm.train.callbacks.checkpoints import BestCheckpoint, Checkpoints
 from easyllm.train.callbacks.compile_time import CompileTime
-from easyllm.train.callbacks.console_notes import ConsoleNotes
 from easyllm.train.callbacks.evaluation import EarlyStopping, Evaluation
-from easyllm.train.callbacks.log_metrics import LogMetrics
+from easyllm.train.callbacks.logs import ConsoleNotes, LogMetrics
 from easyllm.train.callbacks.samples import Samples, check_samples
 from easyllm.train.config import TrainConfig
 from easyllm.train.training_run import Callback

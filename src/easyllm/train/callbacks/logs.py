@@ -1,8 +1,9 @@
-"""Writes `metrics.jsonl`: one line for each logged step, evaluation and event."""
+"""Logs a run: steps, evaluations, samples and events to `metrics.jsonl`, some to the console."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from easyllm.core.progress import console
 from easyllm.train.metrics import MetricsLog
 from easyllm.train.training_run import Callback, Run, StepReport
 
@@ -44,4 +45,18 @@ class LogMetrics(Callback):
         self._log.write(**figures)
 
 
-__all__ = ["LogMetrics"]
+class ConsoleNotes(Callback):
+    """Prints one line for each evaluation and event; steps are shown by the progress line."""
+
+    def on_evaluate(self, run: Run, figures: Mapping[str, float]) -> None:
+        """Prints the metrics of an evaluation."""
+        shown = ", ".join(f"{name.removeprefix('eval/')} {v:.4f}" for name, v in figures.items())
+        console().print(f"step {run.progress.step}: {shown}", soft_wrap=True)
+
+    def on_event(self, run: Run, kind: str, detail: str) -> None:
+        """Prints an event; its text may contain square brackets."""
+        line = f"step {run.progress.step}: {kind}: {detail}"
+        console().print(line, soft_wrap=True, markup=False)
+
+
+__all__ = ["ConsoleNotes", "LogMetrics"]
