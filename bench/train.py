@@ -29,16 +29,12 @@ from machine import SHARED
 from easyllm.core.device import bf16_is_fast
 from easyllm.plan.machine import matmul_rate
 from easyllm.train import TrainConfig
-from easyllm.train.factories import (
-    build_model,
-    build_precision_policy,
-    compute_dtype,
-    find_base_model,
-)
-from easyllm.train.loop import accumulate, take_step
+from easyllm.train.factories import build_model, find_base_model
+from easyllm.train.loop import accumulate, apply_gradients
 from easyllm.train.objectives import LanguageModel
-from easyllm.train.training_data import gather
-from easyllm.train.watch import step_flops
+from easyllm.train.precision import build_precision_policy, compute_dtype
+from easyllm.train.training_data import load_training_data
+from easyllm.train.training_run import step_flops
 
 SETTINGS = (("bf16", "1"), ("bf16", "0"), ("f32", "1"), ("f32", "0"))
 
@@ -108,23 +104,22 @@ def packed_steps(options: argparse.Namespace, *, steps: int = 12) -> dict[str, A
                 "micro_batch_tokens": 2560,  # one forward pass per step
             }
         )
-        origin = find_base_model(config)
-        loader = gather(config, origin.tokenizer, context=origin.config.max_seq_len).loader
+        origin, objective = find_base_model(config), LanguageModel()
+        context = origin.config.max_seq_len
+        data = load_training_data(config, origin.tokenizer, objective, context=context)
     cpu = torch.device("cpu")
-    model, optimizer = build_model(config, origin, cpu)
-    dtype = compute_dtype(config, cpu)
-    arithmetic, flops = (
-        build_precision_policy(config, model.config, cpu),
-        step_flops(model.config, config),
-    )
+    trained = build_model(config, origin, objective, cpu)
+    model, dtype = trained.model, compute_dtype(config, cpu)
+    precision = build_precision_policy(config, model.config, cpu)
+    flops = step_flops(model.config, config)
     model.train()
     measured = []  # tokens, FLOPs, seconds and matmul rate of each step
     for number in range(steps + 2):  # the first two are warm-up
-        batches = loader.next_step()
+        batches = data.loader.next_step()
         before = matmul_rate(dtype, repeats=40)  # half a second, because its speed fluctuates
         start = time.perf_counter()
-        loss, _ = accumulate(model, LanguageModel(), batches, arithmetic)
-        take_step(optimizer, arithmetic, 1.0, 1.0, loss)
+        loss, _ = accumulate(model, objective, batches, precision)
+        apply_gradients(trained.optimizer, precision, 1.0, 1.0, loss)
         seconds = time.perf_counter() - start
         rate = (before + matmul_rate(dtype, repeats=40)) / 2
         lengths = tuple(n for batch in batches for n in batch.lengths)

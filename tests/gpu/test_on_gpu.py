@@ -195,14 +195,14 @@ def test_a_gpu_run_learns_and_resumes_bitwise_exactly(tmp_path, tiny_folder, mon
     )
     whole = train(config, tmp_path / "whole")
     taken = itertools.count()
-    real = loop.take_step
+    real = loop.apply_gradients
 
     def power_cut(*args):
         if next(taken) == 8:
             raise RuntimeError("power cut")
         return real(*args)
 
-    monkeypatch.setattr(loop, "take_step", power_cut)
+    monkeypatch.setattr(loop, "apply_gradients", power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(config, tmp_path / "cut")
     monkeypatch.undo()

@@ -6,14 +6,19 @@ import subprocess
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from conftest import CORPUS, tiny_config
-from easyllm.core.config import validate
+from easyllm.cli.main import app
+from easyllm.core.config import dump_yaml, validate
 from easyllm.core.errors import ConfigError, EasyllmError, OutputError
 from easyllm.corpus.shards import TokenShards, write_shards
 from easyllm.corpus.token_bytes import token_bytes
 from easyllm.models import load_model
-from easyllm.train import TrainConfig, train
+from easyllm.pipeline.recipe import TrainStage
+from easyllm.pipeline.stages import run_stage
+from easyllm.reporting import reporting_callbacks
+from easyllm.train import Callback, TrainConfig, train
 from easyllm.train import loop as loop_module
 from easyllm.train import run as run_module
 from easyllm.train.loop import Diverged
@@ -67,10 +72,8 @@ def losses(output, name="train/loss_nats"):
 
 
 def test_a_run_writes_figures_a_report_and_a_loadable_model(files, tiny_folder, tmp_path):
-    result = train(
-        config_of(files, tiny_folder, eval_every=4, samples={"prompts": ["The quick"]}),
-        tmp_path / "run",
-    )
+    config = config_of(files, tiny_folder, eval_every=4, samples={"prompts": ["The quick"]})
+    result = train(config, tmp_path / "run", callbacks=reporting_callbacks(config))
     assert losses(result.output)[-1] < losses(result.output)[0]
     assert result.figures["eval_loss_nats"] == losses(result.output, "eval/loss_nats")[-1]
     samples = [line["samples"] for line in read_metrics(result.output) if "samples" in line]
@@ -82,6 +85,109 @@ def test_a_run_writes_figures_a_report_and_a_loadable_model(files, tiny_folder, 
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
     load_model(result.output / "model")
+
+
+def test_a_run_without_reporting_callbacks_writes_metrics_and_results_only(
+    files, tiny_folder, tmp_path
+):
+    result = train(config_of(files, tiny_folder, max_steps=2), tmp_path / "run")
+    assert sorted(path.name for path in result.output.iterdir()) == [
+        *("manifest.json", "metrics.jsonl", "model", "recipe.yaml")
+    ]
+
+
+def test_tensorboard_without_its_callback_is_refused(files, tiny_folder, tmp_path):
+    config = config_of(files, tiny_folder, tensorboard=True, max_steps=2, eval_every=1)
+    with pytest.raises(ConfigError, match="tensorboard=true needs a callback"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(config, tmp_path / "run", callbacks=reporting_callbacks(config))
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("way", ["command", "stage"])
+def test_commands_write_the_page_and_the_event_files(files, tiny_folder, tmp_path, way):
+    config = config_of(files, tiny_folder, tensorboard=True, max_steps=2)
+    folder = tmp_path / "run"
+    if way == "stage":
+        stage = TrainStage.model_validate(config.model_dump() | {"kind": "train"})
+        run_stage(stage, folder)
+    else:
+        (tmp_path / "recipe.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        words = ["train", str(tmp_path / "recipe.yaml"), f"output={folder}"]
+        assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    assert 'data-state="finished"' in (folder / "report.html").read_text(encoding="utf-8")
+    (events,) = (folder / "tensorboard").iterdir()
+    assert b"train/loss_nats" in events.read_bytes()
+    assert b"eval/loss_nats" in events.read_bytes()
+
+
+class Recorder(Callback):
+    """Records the hooks that are called; stops the run at a step, or fails in it."""
+
+    def __init__(self, *, stop_at=None, fail_at=None):
+        self.calls, self.stop_at, self.fail_at = [], stop_at, fail_at
+
+    def on_start(self, run):
+        self.calls.append(("start", run.progress.step))
+
+    def after_backward(self, run, info):
+        self.calls.append(("backward", info.step))
+
+    def after_step(self, run, report):
+        self.calls.append(("step", report.step))
+        if report.step == self.stop_at:
+            run.progress.stopped = "it has learned enough"
+        if report.step == self.fail_at:
+            raise KeyError("failed")
+
+    def on_evaluate(self, run, figures):
+        self.calls.append(("evaluate", run.progress.step))
+
+    def on_event(self, run, kind, detail):
+        self.calls.append((kind, run.progress.step))
+
+    def on_end(self, run, results):
+        self.calls.append(("end", run.progress.step))
+        results["recorded"] = len(self.calls)
+
+    def close(self, run):
+        self.calls.append(("close", run.progress.step))
+
+
+def test_hooks_are_called_in_their_documented_order(files, tiny_folder, tmp_path):
+    seen = Recorder()
+    config = config_of(files, tiny_folder, eval_every=1, max_steps=2)
+    result = train(config, tmp_path / "run", callbacks=[seen])
+    assert seen.calls == [
+        ("start", 0),
+        *[("backward", 0), ("step", 1), ("evaluate", 1)],
+        *[("backward", 1), ("step", 2), ("end", 2), ("evaluate", 2)],
+        ("close", 2),
+    ]
+    assert result.figures["recorded"] == 7
+
+
+def test_a_callback_stops_a_run_for_good(files, tiny_folder, tmp_path):
+    config = config_of(files, tiny_folder, save_every=100)
+    whole = train(config, tmp_path / "run", callbacks=[Recorder(stop_at=3)])
+    assert whole.figures["steps"] == 3
+    assert (whole.output / "model").is_dir()
+    (event,) = [line for line in read_metrics(whole.output) if "event" in line]
+    assert event == {"step": 3, "event": "stopped", "detail": "it has learned enough"}
+    (whole.output / "manifest.json").unlink()
+    again = train(config, tmp_path / "run")  # the checkpoint contains the reason
+    assert again.figures["steps"] == 3
+
+
+def test_callbacks_are_closed_after_an_error(files, tiny_folder, tmp_path):
+    seen = Recorder(fail_at=2)
+    config = config_of(files, tiny_folder, save_every=1)
+    reports = reporting_callbacks(config)
+    with pytest.raises(KeyError, match="failed"):
+        train(config, tmp_path / "run", callbacks=[*reports, seen])
+    assert seen.calls[-1] == ("close", 2)
+    assert 'data-state="running"' in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_keep_best_selects_the_weights_with_the_lowest_evaluation_loss(
@@ -135,17 +241,17 @@ def test_a_run_stopped_early_and_killed_does_not_train_further(
 
 
 def test_non_finite_weights_are_not_saved(files, tiny_folder, tmp_path, monkeypatch):
-    real = loop_module.take_step
+    real = loop_module.apply_gradients
     calls = []
 
-    def take_step(optimizer, *rest):
+    def apply_gradients(optimizer, *rest):
         norm = real(optimizer, *rest)
         calls.append(norm)
         if len(calls) == 6:
             next(iter(optimizer.masters.values())).data[0] = math.nan
         return norm
 
-    monkeypatch.setattr(loop_module, "take_step", take_step)
+    monkeypatch.setattr(loop_module, "apply_gradients", apply_gradients)
     with pytest.raises(Diverged, match="NaN or infinite"):
         train(config_of(files, tiny_folder, save_every=2), tmp_path / "run")
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-000004"]
@@ -331,7 +437,8 @@ def test_the_report_opens_in_a_browser(files, tiny_folder, tmp_path):
     chromium = which("chromium") or which("chromium-browser")
     if chromium is None:
         pytest.skip("Chromium is not installed")
-    result = train(config_of(files, tiny_folder, eval_every=4), tmp_path / "run")
+    config = config_of(files, tiny_folder, eval_every=4)
+    result = train(config, tmp_path / "run", callbacks=reporting_callbacks(config))
     picture = tmp_path / "report.png"
     subprocess.run(
         [

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 IDS = torch.arange(5, 45)
 
 
-def block(name):
-    text = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+def block(name, page="extend.md"):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     (code,) = re.findall(rf"```python {name}\n(.*?)```", text, flags=re.DOTALL)
     return code
 
@@ -65,3 +65,20 @@ def test_the_documented_recipe_is_valid(tmp_path):
     (recipe,) = re.findall(r"```yaml recipe\n(.*?)```", text, flags=re.DOTALL)
     (tmp_path / "r.yaml").write_text(recipe)
     assert load_config(TrainConfig, tmp_path / "r.yaml").output == "runs/mine"
+
+
+def test_the_documented_callback_stops_a_run_that_writes_its_page(
+    tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "The quick brown", "completion": " fox jumps"}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    (tmp_path / "my-recipe.yaml").write_text(
+        f"model: {tiny_folder}\noutput: run\nepochs: 5\ntensorboard: true\n"
+        "data: {train: [rows.jsonl], max_seq_len: 64}\n"
+    )
+    program = block("callbacks", "train.md").replace("StopAtLoss(1.0)", "StopAtLoss(100.0)")
+    exec(compile(program, "docs/train.md", "exec"), {})
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["results"]["steps"] == 1
+    assert 'data-state="finished"' in (tmp_path / "run" / "report.html").read_text()
+    assert any((tmp_path / "run" / "tensorboard").iterdir())

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from easyllm.core.errors import SourceError
-from easyllm.train.report import write_report
-from easyllm.train.report.charts import decimate, number_text, running_mean, shown_range
-from easyllm.train.report.history import History
+from easyllm.reporting import write_report
+from easyllm.reporting.charts import decimate, number_text, running_mean, shown_range
+from easyllm.reporting.history import History
 
 
 def write_metrics(run, lines, mode="w"):

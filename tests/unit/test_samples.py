@@ -4,15 +4,15 @@ import torch
 
 from conftest import build_tiny
 from easyllm.engine import LLM, SamplingParams
+from easyllm.train.callbacks.samples import build_sampler
 from easyllm.train.config import SamplesConfig
-from easyllm.train.watch import samples_of
 
 
 def test_samples_are_generated_with_the_current_weights(tiny_tokenizer):
     """No cache entries of older weights are used, and the model is left in training mode."""
     model = build_tiny(seed=2).double().train()
     prompts = ("The quick brown fox jumps over the lazy dog. " * 3, "hello")
-    show = samples_of(SamplesConfig(prompts=prompts, max_tokens=8), model, tiny_tokenizer)
+    show = build_sampler(SamplesConfig(prompts=prompts, max_tokens=8), model, tiny_tokenizer)
 
     def expected():
         llm = LLM(model=model, tokenizer=tiny_tokenizer)

@@ -44,7 +44,7 @@ from easyllm.nn.linear import BaseLinear, set_weight
 from easyllm.nn.storage import PackedStorage
 from easyllm.plan.memory import estimate_training
 from easyllm.quant import FORMATS, StorageFormat, quantize_weights, register_storage, weight_bytes
-from easyllm.train import TrainConfig, dry_run, train
+from easyllm.train import Callback, TrainConfig, dry_run, train
 from easyllm.train.data_config import RowsConfig
 from easyllm.train.metrics import read_metrics
 from easyllm.train.objectives import (
@@ -54,7 +54,6 @@ from easyllm.train.objectives import (
     register_objective,
     unregister_objective,
 )
-from easyllm.train.watch import RunWatch
 
 IDS = torch.arange(5, 45)
 PROMPTS = [[5, 6, 7, 8], [40, 41, 42, 43, 44, 45, 46]]
@@ -381,11 +380,11 @@ class CountingSet(AdapterSet):
         super().__init__(*args, **options)
         self.seen, self.steps = torch.zeros(2), 0
 
-    def after_backward(self, progress):
+    def after_backward(self, info):
         total = sum(float(a.scale.grad.abs().sum()) for _, a in self.linears.values())
-        self.seen = self.seen + torch.tensor([total, progress.step])
+        self.seen = self.seen + torch.tensor([total, info.step])
 
-    def after_step(self, progress):
+    def after_step(self, info):
         self.steps += 1
 
     def loss(self):
@@ -443,20 +442,19 @@ class Killed(Exception):
     pass
 
 
-def train_twice(config, tmp_path, monkeypatch):
-    """Trains uninterrupted, and with a crash after step two and a resume: bitwise equal."""
-    train(config, tmp_path / "whole")
-    after_step = RunWatch.after_step
+class KillAfterTwoSteps(Callback):
+    """Fails in step three, so that step two is the newest checkpoint."""
 
-    def dies(self, report):
-        after_step(self, report)
-        if report.step == 2:
+    def after_backward(self, run, info):
+        if info.step == 2:
             raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RunWatch, "after_step", dies)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "broken")
+
+def train_twice(config, tmp_path):
+    """Trains uninterrupted, and with a crash after step two and a resume: bitwise equal."""
+    train(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "broken", callbacks=[KillAfterTwoSteps()])
     train(config, tmp_path / "broken")
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     part = "adapter" if config.adapter is not None else "model"
@@ -470,7 +468,7 @@ def train_twice(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("base", ["full", "packed"])
 def test_a_registered_adapter_works_everywhere(
-    kind, base, rows, tiny_folder, tmp_path, tiny_tokenizer, monkeypatch
+    kind, base, rows, tiny_folder, tmp_path, tiny_tokenizer
 ):
     folder = tiny_folder
     if base == "packed":
@@ -478,7 +476,7 @@ def test_a_registered_adapter_works_everywhere(
         folder = save_model(model, tmp_path / "packed", tokenizer=tiny_tokenizer)
     rate = {"learning_rate": 0.2 if kind == "test_prompt" else 3e-2}
     config = run_config(rows, folder, adapter=ADAPTERS[kind], optimizer=rate)
-    saved = train_twice(config, tmp_path, monkeypatch)
+    saved = train_twice(config, tmp_path)
 
     # loaded: logits differ from the base, and are the same after saving again
     plain = load_model(folder, dtype="float32").logits(IDS)
@@ -712,7 +710,7 @@ def test_a_checkpoint_of_an_unknown_format_or_setting_is_refused(tiny_folder, tm
 @pytest.mark.parametrize(
     "adapter", [None, {"kind": "lora", "rank": 2}, ADAPTERS["test_weight_norm"]]
 )
-def test_a_registered_objective_works_everywhere(adapter, rows, tiny_folder, tmp_path, monkeypatch):
+def test_a_registered_objective_works_everywhere(adapter, rows, tiny_folder, tmp_path):
     config = run_config(
         rows,
         tiny_folder,
@@ -728,7 +726,7 @@ def test_a_registered_objective_works_everywhere(adapter, rows, tiny_folder, tmp
         schedule={"kind": "constant"},
         max_steps=6,
     )
-    train_twice(config, tmp_path, monkeypatch)
+    train_twice(config, tmp_path)
     lines = read_metrics(tmp_path / "whole")
     steps = [line for line in lines if "train/margin" in line]
     # the reference is the initial model: no margin, ln 2 (times the weights)
@@ -746,7 +744,7 @@ def test_an_objective_refuses_unsuitable_data_and_samples(rows, tiny_folder):
 
 
 def test_a_registered_family_works_everywhere_from_its_gguf_file(
-    rows, tiny_folder, tmp_path, tiny_tokenizer, families_restored, monkeypatch
+    rows, tiny_folder, tmp_path, tiny_tokenizer, families_restored
 ):
     register_family(TEST_FAMILY)
     expected = load_model(tiny_folder, dtype="float32")
@@ -786,7 +784,6 @@ def test_a_registered_family_works_everywhere_from_its_gguf_file(
     saved = train_twice(
         run_config(rows, tmp_path / "hf", adapter={"kind": "lora", "rank": 2}),
         tmp_path,
-        monkeypatch,
     )
     adapted = load_model(tmp_path / "hf", adapter=saved)
     logits = adapted.logits(IDS)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from easyllm.core.errors import OutputError
-from easyllm.train.tensorboard import TensorBoardWriter, crc32c, frame
+from easyllm.reporting.tensorboard import TensorBoardWriter, crc32c, frame
 
 VALUES = {"train/loss_nats": 2.3125, "train/grad_norm": 0.1, "评测/困惑度": 12.5}
 

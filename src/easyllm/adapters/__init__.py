@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning (PEFT): small trainable additions to a frozen model."""
 
 from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
-from easyllm.adapters.adapter_set import AdapterSet, TrainProgress
+from easyllm.adapters.adapter_set import AdapterSet, StepInfo
 from easyllm.adapters.attach import adapter_of, adapter_parameters, attach, detach, merge
 from easyllm.adapters.bank import AdapterBank
 from easyllm.adapters.lora import LoRA, LoRAConfig
@@ -18,7 +18,7 @@ __all__ = [
     "FileModule",
     "LoRA",
     "LoRAConfig",
-    "TrainProgress",
+    "StepInfo",
     "adapter_of",
     "adapter_parameters",
     "attach",

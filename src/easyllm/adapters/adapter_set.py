@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainProgress:
-    """The progress of a training run.
+class StepInfo:
+    """The step of a training run that a hook of an adapter is called in.
 
     Attributes:
         step: number of steps completed.
@@ -65,10 +65,10 @@ class AdapterSet:
 
     # ---- training hooks
 
-    def after_backward(self, progress: TrainProgress) -> None:
+    def after_backward(self, info: StepInfo) -> None:
         """Called before the optimizer step, once all gradients are accumulated and finite."""
 
-    def after_step(self, progress: TrainProgress) -> None:
+    def after_step(self, info: StepInfo) -> None:
         """Called after the optimizer step."""
 
     def loss(self) -> Tensor | None:

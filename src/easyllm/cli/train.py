@@ -48,9 +48,9 @@ def train(
     from easyllm.core.config import dump_yaml
     from easyllm.core.errors import ConfigError
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe
+    from easyllm.reporting import REPORT_FILE, reporting_callbacks
     from easyllm.train import dry_run as plan_training
     from easyllm.train import train as run_training
-    from easyllm.train.report import REPORT_FILE
 
     path = find_recipe(recipe)
     config = load_train_recipe(path, overrides or [])
@@ -63,7 +63,12 @@ def train(
         else:
             sys.stdout.write(dump_yaml(config))
         return
-    result = run_training(config, Path(config.output), allow_change=allow_change)
+    result = run_training(
+        config,
+        Path(config.output),
+        callbacks=reporting_callbacks(config),
+        allow_change=allow_change,
+    )
     if json_output:
         print_json(result.figures | {"output": str(result.output)})
         return

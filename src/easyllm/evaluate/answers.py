@@ -16,7 +16,6 @@ from easyllm.engine.params import SamplingParams
 from easyllm.examples.conversations import conversations
 from easyllm.examples.data_file import Row, read_rows
 from easyllm.examples.prepare import prepare_conversations
-from easyllm.train.loop import mean_loss
 from easyllm.train.objectives import LanguageModel
 
 BATCH_TOKENS = 2048
@@ -85,13 +84,19 @@ def evaluate_answers(
         chats, llm.tokenizer, max_seq_len=llm.model.config.max_seq_len
     )
     groups = split_by_tokens(samples, BATCH_TOKENS)
-    loss = mean_loss(llm.model, LanguageModel(), (pack(group) for group in groups))
+    figures = LanguageModel().evaluate(llm.model, (pack(group) for group in groups))
     keyed = [
         (row, chat.messages) for row, chat in zip(rows, chats, strict=True) if "key" in row.values
     ]
     answers = _generate_answers(llm, keyed, max_tokens) if generate and keyed else ()
     recall = sum(a.correct for a in answers) / len(answers) if answers else None
-    return AnswerReport(loss, account.samples, account.trained_tokens, recall, answers)
+    return AnswerReport(
+        loss_nats=figures["loss_nats"],
+        num_rows=account.samples,
+        num_tokens=account.trained_tokens,
+        recall=recall,
+        answers=answers,
+    )
 
 
 def key_in_text(key: str, text: str) -> bool:

@@ -29,6 +29,7 @@ from easyllm.examples.sample import Sample
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from easyllm.tokenizer.tokenizer import Tokenizer
+from easyllm.train.objectives.losses import LossOutput, MeanLoss, bits_per_byte, evaluate_loss
 
 BATCH_TOKENS = 4096
 
@@ -106,8 +107,8 @@ def perplexity(
                 num_bytes += len(text.encode("utf-8", "replace")) - int(sizes[ids[0]])
             yield from _windows(ids, context, stride)
 
-    loss, tokens = _summed_loss(model, map(pack, _grouped(windows(), batch_tokens)))
-    return _result(loss, tokens, num_bytes)
+    loss = _mean_loss(model, map(pack, _grouped(windows(), batch_tokens)))
+    return _result(loss, num_bytes)
 
 
 def perplexity_of_batches(
@@ -129,8 +130,8 @@ def perplexity_of_batches(
             num_bytes += int(sizes[batch.labels[batch.labels != IGNORE_INDEX].cpu()].sum())
             yield batch
 
-    loss, tokens = _summed_loss(model, counted())
-    return _result(loss, tokens, num_bytes)
+    loss = _mean_loss(model, counted())
+    return _result(loss, num_bytes)
 
 
 def _windows(ids: list[int], context: int, stride: int) -> Iterator[Sample]:
@@ -157,39 +158,30 @@ def _grouped(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[Sample
         yield group
 
 
-@torch.no_grad()
-def _summed_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Returns the summed loss in nats over all labels, and the number of labels.
-
-    The logits of all tokens are never in memory at once.
-    """
+def _mean_loss(model: Decoder, batches: Iterable[Batch]) -> MeanLoss:
+    """Returns the loss over all labels; the logits of all tokens are never in memory at once."""
     if not all(layer.mixer.causal for layer in model.config.layers):
         raise ConfigError(
             "the model attends to later tokens, so its perplexity is undefined; use a causal model"
         )
-    training, weight = model.training, model.head_weight.detach()
-    model.eval()
-    total, num_tokens = 0.0, 0
-    for batch in batches:
-        here = batch.to(model.device)
-        hidden, product = model.loss_factors(model(here.token_ids, here.context()), weight)
-        found = linear_cross_entropy(
-            hidden, product, here.labels, softcap=model.config.logit_softcap
-        )
-        total += float(found.sum)
-        num_tokens += found.num_tokens
-    model.train(training)
-    return total, num_tokens
+    weight = model.head_weight.detach()
+
+    def loss(model: Decoder, batch: Batch) -> LossOutput:
+        hidden, factor = model.loss_factors(model(batch.token_ids, batch.context()), weight)
+        softcap = model.config.logit_softcap
+        out = linear_cross_entropy(hidden, factor, batch.labels, softcap=softcap)
+        return LossOutput(out.sum, out.num_tokens)
+
+    return evaluate_loss(model, batches, loss)
 
 
-def _result(loss: float, tokens: int, num_bytes: int) -> Perplexity:
-    if tokens == 0:
+def _result(loss: MeanLoss, num_bytes: int) -> Perplexity:
+    if loss.num_terms == 0:
         raise DataError("there is nothing to score: no text has a second token; give longer texts")
-    mean = loss / tokens
     return Perplexity(
-        loss_nats=mean,
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
-        bits_per_byte=loss / math.log(2) / num_bytes if num_bytes else None,
-        tokens=tokens,
+        loss_nats=loss.nats,
+        perplexity=math.exp(loss.nats) if loss.nats < 700 else math.inf,
+        bits_per_byte=bits_per_byte(loss.sum, num_bytes) if num_bytes else None,
+        tokens=loss.num_terms,
         bytes=num_bytes,
     )

@@ -35,6 +35,7 @@ from easyllm.pipeline.recipe import (
     TokenizerStage,
     TrainStage,
 )
+from easyllm.reporting import reporting_callbacks
 from easyllm.tokenizer.train import train_tokenizer
 from easyllm.tokenizer.train_config import TokenizerConfig
 from easyllm.train import TrainConfig, train
@@ -198,7 +199,8 @@ def _train(stage: TrainStage, folder: Path) -> dict[str, Any]:
     # the training finished, but was interrupted before its record was written
     if (folder / MANIFEST_FILE).is_file():
         return Manifest.read(folder / MANIFEST_FILE).results
-    return train(train_config(stage), folder).figures
+    config = train_config(stage)
+    return train(config, folder, callbacks=reporting_callbacks(config)).figures
 
 
 def train_config(stage: TrainStage) -> TrainConfig:

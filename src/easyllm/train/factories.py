@@ -1,17 +1,14 @@
 """Builds the model to train: weights, head, adapter, dtype and optimizer."""
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from easyllm.adapters import AdapterSet, attach
-from easyllm.core.device import bf16_is_fast
 from easyllm.core.errors import ConfigError
 from easyllm.core.manifest import hash_path, hash_value
 from easyllm.models import load_tokenizer, open_source
@@ -20,14 +17,12 @@ from easyllm.models.scratch import ScratchConfig, build_scratch, scratch_model_c
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
-from easyllm.ops.cross_entropy import ROW_MULTIPLE
 from easyllm.quant import StorageFormat
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
-from easyllm.train.loop import PrecisionPolicy
-from easyllm.train.loss_scaler import LossScaler
 from easyllm.train.objectives import Objective, Reference
 from easyllm.train.optim import MasterOptimizer
+from easyllm.train.precision import compute_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,36 +79,6 @@ def find_base_model(config: TrainConfig) -> BaseModelSource:
 
 def _reader(opened: OpenSource) -> Callable[[torch.dtype, torch.device], Decoder]:
     return lambda dtype, device: opened.model(dtype, device)
-
-
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Returns the dtype of the weights in the forward and backward passes."""
-    match config.precision:
-        case "bf16":
-            return torch.bfloat16
-        case "fp16":
-            return torch.float16
-        case "auto":
-            return torch.bfloat16 if bf16_is_fast(device) else torch.float32
-    return torch.float32
-
-
-def build_precision_policy(
-    config: TrainConfig, model: ModelConfig, device: torch.device
-) -> PrecisionPolicy:
-    """Returns autocast, loss scaling and padding for the configured precision.
-
-    For bf16 on a CPU, micro-batches are padded to a multiple of `ROW_MULTIPLE` tokens, because its
-    GEMM kernels are compiled for each number of rows. MoE models are not padded, since their
-    routers would count the padding tokens.
-    """
-    bf16 = config.precision == "bf16_autocast" or compute_dtype(config, device) == torch.bfloat16
-    steady = device.type == "cpu" and bf16 and not model.has_experts
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if config.precision == "bf16_autocast":
-        autocast = partial(torch.autocast, device.type, torch.bfloat16)
-    scaler = LossScaler() if config.precision == "fp16" else None
-    return PrecisionPolicy(autocast, scaler, ROW_MULTIPLE if steady else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +182,7 @@ __all__ = [
     "BaseModelSource",
     "Trained",
     "build_model",
-    "build_precision_policy",
     "build_reference",
-    "compute_dtype",
     "find_base_model",
     "input_hashes",
     "source_name",

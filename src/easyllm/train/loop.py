@@ -5,30 +5,24 @@ loss of a step = Σ token losses of all its micro-batches / labelled tokens of a
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
 
-from easyllm.adapters import AdapterSet, TrainProgress
+from easyllm.adapters import AdapterSet, StepInfo
 from easyllm.batches.packing import Batch
 from easyllm.core.errors import EasyllmError
 from easyllm.core.progress import Progress
 from easyllm.nn.decoder import Decoder
-from easyllm.train.config import TrainConfig
-from easyllm.train.loss_scaler import LossScaler
 from easyllm.train.objectives import Objective
+from easyllm.train.objectives.losses import MeanLoss
 from easyllm.train.optim import MasterOptimizer
+from easyllm.train.precision import PrecisionPolicy
 from easyllm.train.schedule import rate_factor
 from easyllm.train.signals import StopRequest
-from easyllm.train.state import Totals
+from easyllm.train.training_run import Run, StepReport
 
 MAX_SKIPPED_STEPS = 3
 """Number of consecutive steps with a NaN or infinite loss or gradient after which a run fails."""
-SPIKE_MEMORY, SPIKE_AFTER = 0.98, 20
-"""Decay per step of the running mean that losses are compared with to detect spikes, and the number
-of steps before it is used."""
 
 
 class Diverged(EasyllmError):
@@ -37,183 +31,66 @@ class Diverged(EasyllmError):
     exit_code = 1
 
 
-class StepLoader(Protocol):
-    """Yields the micro-batches of consecutive steps; `state` is its position, for checkpoints."""
+def run_steps(run: Run, stop: StopRequest) -> None:
+    """Runs the remaining steps of a run; its model is in evaluation mode afterwards.
 
-    state: Any
-    last: list[int]
-    """Indices of the samples or rows in the most recent step."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of optimizer steps per epoch."""
-
-    def next_step(self) -> list[Batch]:
-        """Returns the micro-batches of the next step."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """The metrics of one optimizer step.
-
-    Attributes:
-        step: number of steps completed, this one included.
-        loss_nats: mean loss over the step's labelled tokens, in nats.
-        learning_rate: the optimizer's main learning rate in this step.
-        grad_norm: global gradient norm before clipping; NaN if the step was skipped.
-        tokens, trained_tokens: tokens of the step, and the labelled ones among them.
-        seconds: wall-clock time of the step.
-        lengths: lengths of the step's sequences, in tokens.
-        metrics: further metrics of the objective, by name.
-    """
-
-    step: int
-    loss_nats: float
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    trained_tokens: int
-    seconds: float
-    lengths: tuple[int, ...]
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens per second of the step."""
-        return self.tokens / self.seconds
-
-    def figures(self) -> dict[str, float]:
-        """Returns the metrics as a line of `metrics.jsonl`."""
-        return {
-            "step": self.step,
-            "train/loss_nats": self.loss_nats,
-            "train/learning_rate": self.learning_rate,
-            "train/grad_norm": self.grad_norm,
-            "train/tokens": self.tokens,
-            "train/trained_tokens": self.trained_tokens,
-            "speed/tokens_per_s": self.tokens_per_s,
-            **{f"train/{name}": value for name, value in self.metrics.items()},
-        }
-
-
-class Watch(Protocol):
-    """Callbacks of the training loop: logging, evaluation, checkpoints."""
-
-    def after_step(self, report: StepReport) -> str | None:
-        """Called after each step; returns the reason to stop the run, or None to continue."""
-
-    def event(self, step: int, kind: str, detail: str) -> None:
-        """Called when something unusual happens, such as a skipped step."""
-
-
-@dataclass(slots=True)
-class PrecisionPolicy:
-    """The numerics of a step.
-
-    Attributes:
-        autocast: context manager for the forward pass.
-        scaler: the loss scaler, for fp16.
-        token_multiple: micro-batches are padded to a multiple of this many tokens; padding tokens
-            are excluded from the loss.
-    """
-
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    scaler: LossScaler | None = None
-    token_multiple: int = 1
-
-    @property
-    def scale(self) -> float:
-        """The current loss scale; 1 without a scaler."""
-        return 1.0 if self.scaler is None else self.scaler.scale
-
-
-def run_steps(
-    model: Decoder,
-    objective: Objective,
-    optimizer: MasterOptimizer,
-    loader: StepLoader,
-    config: TrainConfig,
-    *,
-    precision: PrecisionPolicy,
-    totals: Totals,
-    total_steps: int,
-    watch: Watch,
-    stop: StopRequest,
-    adapters: AdapterSet | None = None,
-) -> str:
-    """Runs the remaining steps of a run.
+    The loop ends after the last step, when a callback has set `run.progress.stopped`, or on a
+    request to stop.
 
     Args:
-        model: the model; in evaluation mode afterwards.
-        objective: the loss.
-        optimizer: updates the trainable parameters.
-        loader: yields the micro-batches of each step.
-        config: the run's configuration.
-        arithmetic: autocast, loss scaling and padding.
-        totals: the run's counters; updated in place.
-        total_steps: number of steps of the complete run.
-        watch: callbacks after each step and for unusual events.
+        run: the run; its progress is updated in place.
         stop: set by a signal handler to request a stop after the current step.
-        adapters: its hooks are called after each backward pass and after each optimizer step.
-
-    Returns:
-        Why it ended: `finished`, `interrupted`, or the reason returned by `watch.after_step`.
 
     Raises:
         Diverged: three consecutive steps were skipped because of a NaN or infinite loss or
             gradient.
     """
-    model.train()
-    reason = "finished"
-    with Progress("training", total=total_steps, unit="step") as progress:
-        progress.skip(totals.step)
-        while totals.step < total_steps:
-            start = time.perf_counter()
-            batches = loader.next_step()
-            factor = rate_factor(config.schedule, totals.step, total_steps)
-            loss, metrics = accumulate(model, objective, batches, precision, adapters)
-            here = TrainProgress(
-                step=totals.step, total_steps=total_steps, gradient_scale=1.0 / precision.scale
-            )
-            looks = None if adapters is None else partial(adapters.after_backward, here)
-            norm = take_step(optimizer, precision, factor, config.clip_norm, loss, looks)
-            totals.count(batches)
-            if adapters is not None and norm is not None:
-                adapters.after_step(replace(here, step=totals.step))
-            if precision.scaler is not None:
-                metrics["loss_scale"] = precision.scaler.scale
-            if norm is None:
-                watch.event(totals.step, "skipped", f"loss {loss}; samples {loader.last[:64]}")
-                totals.skipped += 1
-                totals.skipped_in_a_row += 1
-                overflow = precision.scaler is not None and math.isfinite(loss)
-                if totals.skipped_in_a_row >= MAX_SKIPPED_STEPS and not overflow:
-                    raise Diverged(_diverged(totals.step))
-            else:
-                totals.skipped_in_a_row = 0
-                if is_spike(totals, loss, config.spike_factor):
-                    usual = f"usually {totals.usual_loss_nats:.4f}"
-                    detail = f"loss {loss:.4f}, {usual}; samples {loader.last[:64]}"
-                    watch.event(totals.step, "spike", detail)
-                note_loss(totals, loss)
-            report = StepReport(
-                step=totals.step,
-                loss_nats=loss,
-                learning_rate=config.optimizer.learning_rate * factor,
-                grad_norm=math.nan if norm is None else norm,
-                tokens=sum(batch.token_ids.numel() for batch in batches),
-                trained_tokens=sum(batch.num_trained for batch in batches),
-                seconds=time.perf_counter() - start,
-                lengths=tuple(n for batch in batches for n in batch.lengths),
-                metrics=metrics,
-            )
-            ended = watch.after_step(report)
-            progress.advance(1, loss=loss, tokens=f"{report.tokens_per_s:.0f}/s")
-            if ended is not None or stop.signal is not None:
-                reason = ended or "interrupted"
+    run.model.train()
+    with Progress("training", total=run.total_steps, unit="step") as progress:
+        progress.skip(run.progress.step)
+        while run.progress.step < run.total_steps:
+            report = take_step(run)
+            for callback in run.callbacks:
+                callback.after_step(run, report)
+            progress.advance(1, loss=report.loss_nats, tokens=f"{report.tokens_per_s:.0f}/s")
+            if run.progress.stopped is not None or stop.signal is not None:
                 break
-    model.eval()
-    return reason
+    run.model.eval()
+
+
+def take_step(run: Run) -> StepReport:
+    """Takes one optimizer step: forward and backward of its micro-batches, clipping, update.
+
+    Raises:
+        Diverged: it is the third consecutive step with a NaN or infinite loss or gradient.
+    """
+    start = time.perf_counter()
+    config, progress, precision = run.config, run.progress, run.precision
+    batches = run.data.loader.next_step()
+    factor = rate_factor(config.schedule, progress.step, run.total_steps)
+    loss, metrics = accumulate(run.model, run.objective, batches, precision, run.adapters)
+    info = StepInfo(
+        step=progress.step, total_steps=run.total_steps, gradient_scale=1.0 / precision.scale
+    )
+    before = partial(_after_backward, run, info)
+    norm = apply_gradients(run.optimizer, precision, factor, config.clip_norm, loss, before)
+    progress.count(batches)
+    if precision.scaler is not None:
+        metrics["loss_scale"] = precision.scaler.scale
+    _note_outcome(run, loss, skipped=norm is None)
+    return StepReport(
+        step=progress.step,
+        loss_nats=loss,
+        learning_rate=config.optimizer.learning_rate * factor,
+        grad_norm=math.nan if norm is None else norm,
+        tokens=sum(batch.token_ids.numel() for batch in batches),
+        trained_tokens=sum(batch.num_trained for batch in batches),
+        seconds=time.perf_counter() - start,
+        lengths=tuple(n for batch in batches for n in batch.lengths),
+        metrics=metrics,
+        skipped=norm is None,
+        gradient_scale=info.gradient_scale,
+    )
 
 
 def accumulate(
@@ -232,26 +109,24 @@ def accumulate(
         metrics, averaged over tokens.
     """
     how = precision or PrecisionPolicy()
-    num_tokens = max(1, sum(objective.num_terms(batch) for batch in batches))
-    total, metrics = 0.0, dict[str, float]()
+    mean = MeanLoss(max(1, sum(objective.num_terms(batch) for batch in batches)))
     for batch in batches:
         with how.autocast():
             output = objective.loss(
                 model, batch.padded_to_multiple(how.token_multiple).to(model.device)
             )
         whole = output.sum if output.auxiliary is None else output.sum + output.auxiliary
-        (whole * (how.scale / num_tokens)).backward()
-        total += output.sum.item()
-        for name, value in output.metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + value * output.num_tokens / num_tokens
+        (whole * (how.scale / mean.num_terms)).backward()
+        mean.add(output)
+    metrics = mean.metrics
     term = None if adapters is None else adapters.loss()
     if term is not None:
         (term * how.scale).backward()
         metrics["adapter_loss_nats"] = float(term.detach())
-    return total / num_tokens, metrics
+    return mean.nats, metrics
 
 
-def take_step(
+def apply_gradients(
     optimizer: MasterOptimizer,
     precision: PrecisionPolicy,
     factor: float,
@@ -263,7 +138,7 @@ def take_step(
 
     Args:
         optimizer: holds the accumulated gradients.
-        arithmetic: its loss scaler is updated.
+        precision: its loss scaler is updated.
         factor: the schedule's factor on the learning rates.
         clip_norm: maximum global gradient norm; None disables clipping.
         loss: the step's loss.
@@ -290,26 +165,28 @@ def take_step(
     return norm
 
 
-def mean_loss(model: Decoder, objective: Objective, batches: Iterable[Batch]) -> float:
-    """Returns the mean loss per labelled token over `batches`, in nats."""
-    return objective.evaluate(model, batches)["loss_nats"]
+def _after_backward(run: Run, info: StepInfo) -> None:
+    for callback in run.callbacks:
+        callback.after_backward(run, info)
 
 
-def is_spike(totals: Totals, loss: float, factor: float) -> bool:
-    """Returns whether `loss` exceeds `factor` times its running mean, after enough steps."""
-    return totals.usual_steps >= SPIKE_AFTER and loss > factor * totals.usual_loss_nats
-
-
-def note_loss(totals: Totals, loss: float) -> None:
-    """Updates the exponential moving average of the loss."""
-    totals.usual_steps += 1
-    memory = min(SPIKE_MEMORY, 1 - 1 / totals.usual_steps)
-    totals.usual_loss_nats = memory * totals.usual_loss_nats + (1 - memory) * loss
-
-
-def _diverged(step: int) -> str:
-    return (
-        f"the loss or its gradient was NaN or infinite in {MAX_SKIPPED_STEPS} consecutive steps, up to "
-        f"step {step}; lower the learning rate, or look at the samples named in metrics.jsonl (the "
-        "last good checkpoint is kept)"
-    )
+def _note_outcome(run: Run, loss: float, *, skipped: bool) -> None:
+    """Counts a skipped step, or updates the usual loss; reports skipped steps and spikes."""
+    progress, samples = run.progress, run.data.loader.last[:64]
+    if not skipped:
+        progress.skipped_in_a_row = 0
+        if progress.is_spike(loss, run.config.spike_factor):
+            usual = f"usually {progress.usual_loss_nats:.4f}"
+            run.event("spike", f"loss {loss:.4f}, {usual}; samples {samples}")
+        progress.note_loss(loss)
+        return
+    run.event("skipped", f"loss {loss}; samples {samples}")
+    progress.skipped += 1
+    progress.skipped_in_a_row += 1
+    overflow = run.precision.scaler is not None and math.isfinite(loss)
+    if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS and not overflow:
+        raise Diverged(
+            f"the loss or its gradient was NaN or infinite in {MAX_SKIPPED_STEPS} consecutive "
+            f"steps, up to step {progress.step}; lower the learning rate, or look at the samples "
+            "named in metrics.jsonl (the last good checkpoint is kept)"
+        )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from easyllm.core.atomic import output_errors, write_atomic
+from easyllm.core.jsonl import read_json_objects
 
 FILE = "metrics.jsonl"
 
@@ -40,17 +41,5 @@ class MetricsLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `metrics.jsonl`, skipping any that is not valid JSON.
-
-    An interrupted run may leave a partial last line.
-    """
-    path = run / FILE
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+    """Returns the lines of a run's `metrics.jsonl`, skipping damaged ones."""
+    return read_json_objects(run / FILE)

@@ -21,9 +21,10 @@ from easyllm.plan.memory import MemoryEstimate, estimate_training, memory_reduct
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import count_adapter_parameters
 from easyllm.train.config import TrainConfig
-from easyllm.train.factories import BaseModelSource, build_model, cannot_train_all, compute_dtype
+from easyllm.train.factories import BaseModelSource, build_model, cannot_train_all
 from easyllm.train.objectives import Objective, build_objective
 from easyllm.train.optim_config import SGDConfig
+from easyllm.train.precision import compute_dtype
 from easyllm.train.training_data import TrainingData
 
 

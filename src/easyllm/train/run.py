@@ -1,7 +1,7 @@
 """A training run, from its configuration to its result on disk.
 
 run/recipe.yaml      the resolved configuration
-run/metrics.jsonl    one line per logged step; run/report.html plots it
+run/metrics.jsonl    one line per logged step, evaluation and event
 run/checkpoints/     to resume from after an interruption
 run/adapter/         the trained adapter, or run/model/ if all weights are trained
 run/manifest.json    inputs, versions, results; written last, so its presence marks completion
@@ -9,7 +9,8 @@ run/manifest.json    inputs, versions, results; written last, so its presence ma
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,20 @@ from easyllm.adapters import save_adapter
 from easyllm.core.atomic import write_atomic, write_json
 from easyllm.core.device import peak_memory_bytes, peak_rss_bytes, pick_device
 from easyllm.core.errors import ConfigError, OutputError
-from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_value
+from easyllm.core.manifest import MANIFEST_FILE, Manifest
 from easyllm.core.progress import console
 from easyllm.core.run_folder import check_run_folder, claim_run_folder
 from easyllm.models import hf_module_name, save_model
 from easyllm.models.hf_config import GENERATION_FILE, with_end_ids
 from easyllm.plan.parts import virtual_tokens
 from easyllm.tokenizer.turn_ends import turn_end_ids
+from easyllm.train.callbacks import build_callbacks, check_samples
 from easyllm.train.config import TrainConfig
 from easyllm.train.data_config import DataConfig
 from easyllm.train.factories import (
     BaseModelSource,
     Trained,
     build_model,
-    build_precision_policy,
     build_reference,
     find_base_model,
     input_hashes,
@@ -42,6 +43,7 @@ from easyllm.train.factories import (
 )
 from easyllm.train.loop import Diverged, run_steps
 from easyllm.train.objectives import Objective, build_objective
+from easyllm.train.precision import build_precision_policy
 from easyllm.train.preflight import (
     RunPlan,
     check_model,
@@ -50,11 +52,11 @@ from easyllm.train.preflight import (
     planned_model,
     preflight,
 )
-from easyllm.train.report import write_report
-from easyllm.train.signals import Interrupted, stop_on_signals
-from easyllm.train.state import BEST, FOLDER, RunState, Totals, load_newest, load_state
+from easyllm.train.progress import TrainProgress
+from easyllm.train.signals import Interrupted, StopRequest, stop_on_signals
+from easyllm.train.state import load_newest
 from easyllm.train.training_data import TrainingData, load_training_data
-from easyllm.train.watch import RunWatch, check_samples, evaluation_of, samples_of, step_flops
+from easyllm.train.training_run import Callback, Run, step_flops
 
 ADAPTER, MODEL = "adapter", "model"
 RESUMABLE_CHANGES = frozenset(
@@ -79,12 +81,20 @@ class TrainResult:
     figures: dict[str, Any]
 
 
-def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> TrainResult:
+def train(
+    config: TrainConfig,
+    output: Path,
+    *,
+    callbacks: Sequence[Callback] = (),
+    allow_change: bool = False,
+) -> TrainResult:
     """Runs a training, or resumes an interrupted one in the same folder.
 
     Args:
         config: the run's configuration.
         output: the run's folder.
+        callbacks: called in addition to those of every run, such as
+            `easyllm.reporting.reporting_callbacks(config)` for `report.html` and TensorBoard.
         allow_change: whether a run may resume with other values of the `RESUMABLE_CHANGES` keys.
 
     Raises:
@@ -94,6 +104,7 @@ def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> T
         Diverged: the loss or a gradient was NaN or infinite in three consecutive steps, or a weight
             is at the end.
     """
+    _check_implemented(config, callbacks)
     ignore = _resumable_changes(config) if allow_change else frozenset[str]()
     check_output(output, config, ignore=ignore)
     ready = prepare(config)
@@ -103,10 +114,9 @@ def train(config: TrainConfig, output: Path, *, allow_change: bool = False) -> T
             ready.objective.reference = build_reference(
                 config, ready.origin, ready.objective, trained
             )
-        claim_run_folder(
-            output, config, ignore=ignore
-        )  # only now, so that an error leaves no empty folder
-        return _run(config, output, ready, trained)
+        # only now, so that an error leaves no empty folder
+        claim_run_folder(output, config, ignore=ignore)
+        return _run(build_run(config, output, ready, trained, callbacks))
 
 
 def dry_run(config: TrainConfig, output: Path | None, *, allow_change: bool = False) -> RunPlan:
@@ -194,151 +204,149 @@ def count_steps(config: TrainConfig, training_data: TrainingData) -> int:
     return steps
 
 
-def _run(
+def build_run(
     config: TrainConfig,
     output: Path,
     ready: Prepared,
     trained: Trained,
-) -> TrainResult:
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Returns a run that has taken no step yet, and seeds PyTorch's global random numbers."""
     torch.manual_seed(config.seed)
-    origin, training_data, objective = ready.origin, ready.training_data, ready.objective
-    total_steps, peak = ready.plan.steps, ready.plan.flops_per_s
-    model, optimizer, adapters = trained.model, trained.optimizer, trained.adapters
-    totals, identity = Totals(), input_hashes(origin)
-    state = RunState(
-        optimizer,
-        training_data.loader,
-        totals,
-        identity | {"data": _joined(training_data)},
-        adapters=adapters,
+    return Run(
+        config=config,
+        output=output,
+        source=ready.origin,
+        model=trained.model,
+        adapters=trained.adapters,
+        optimizer=trained.optimizer,
+        objective=ready.objective,
+        data=ready.training_data,
+        precision=build_precision_policy(config, trained.model.config, trained.model.device),
+        plan=ready.plan,
+        inputs=input_hashes(ready.origin),
+        progress=TrainProgress(),
+        callbacks=build_callbacks(config, callbacks),
+        flops=step_flops(trained.model.config, config),
     )
-    precision = build_precision_policy(config, model.config, model.device)
-    resumed, messages = load_newest(output, state)
+
+
+def _run(run: Run) -> TrainResult:
+    """Resumes a run from its newest checkpoint, if there is one, and completes it."""
+    resumed = _resume(run)
+    with ExitStack() as closing, stop_on_signals() as stop:
+        for callback in run.callbacks:
+            closing.callback(callback.close, run)
+            callback.on_start(run)
+        if resumed:
+            run.event("resumed", f"resumed at step {run.progress.step} of {run.total_steps}")
+        start = time.monotonic()
+        # otherwise the run was stopped early, but killed before it wrote its result
+        if run.progress.stopped is None:
+            run_steps(run, stop)
+        _check_end(run, stop)
+        results = _results(run, time.monotonic() - start)
+        for callback in run.callbacks:
+            callback.on_end(run, results)
+        _save_result(run)
+        _write_manifest(run, results)
+    return TrainResult(run.output, results)
+
+
+def _resume(run: Run) -> bool:
+    """Restores the newest checkpoint; returns whether there was one."""
+    resumed, messages = load_newest(run.output, run.state)
     for message in messages:
         console().print(message, soft_wrap=True)
-    if precision.scaler is not None:
-        precision.scaler.load_state(state.extra.get("loss_scaler"))
-    watch = RunWatch(
-        output,
-        config,
-        state,
-        evaluate=evaluation_of(training_data.evaluate, model, objective),
-        samples=samples_of(config.samples, model, origin.tokenizer),
-        scaler=precision.scaler,
-        flops=step_flops(model.config, config),
-        peak=peak,
-        total_steps=total_steps,
-    )
-    if resumed:
-        watch.event(totals.step, "resumed", f"resumed at step {totals.step} of {total_steps}")
-    start = time.monotonic()
-    # until the end, so that a signal after the last step does not prevent writing the result
-    with stop_on_signals() as stop:
-        try:
-            # otherwise the run was stopped early, but killed before it wrote its result
-            if "stopped" not in state.extra:
-                run_steps(
-                    model,
-                    objective,
-                    optimizer,
-                    training_data.loader,
-                    config,
-                    precision=precision,
-                    totals=totals,
-                    total_steps=total_steps,
-                    watch=watch,
-                    stop=stop,
-                    adapters=adapters,
-                )
-            if "stopped" in state.extra:
-                watch.event(totals.step, "stopped", state.extra["stopped"])
-            elif stop.signal is not None and totals.step < total_steps:
-                watch.save()
-                raise Interrupted(
-                    f"stopped after step {totals.step} of {total_steps}; run the same command "
-                    "again to resume",
-                    stop.signal,
-                )
-            if not optimizer.is_finite():
-                raise Diverged(
-                    f"a weight is NaN or infinite after step {totals.step}; lower the learning "
-                    "rate (the last good checkpoint is kept)"
-                )
-            figures = _figures(totals, training_data, time.monotonic() - start)
-            if model.device.type != "cpu":
-                figures["peak_device_bytes"] = peak_memory_bytes(model.device)
-            watch.look(totals.step)
-            evaluated = watch.evaluated
-            if config.keep_best and (output / FOLDER / BEST).is_dir():
-                figures["best_step"] = _restore_best(output, state)
-                if watch.evaluate is not None:
-                    evaluated = watch.evaluate()
-            figures |= {k.replace("eval/", "eval_"): v for k, v in evaluated.items()}
-        finally:
-            watch.close()
-        _save_result(config, output, trained, origin)
-        manifest = Manifest.create(
-            "train",
-            config=config.model_dump(mode="json"),
-            inputs=identity | training_data.inputs,
-            results=figures,
+    return resumed
+
+
+def _check_end(run: Run, stop: StopRequest) -> None:
+    """Checks that a run which takes no further step has a result.
+
+    Raises:
+        Interrupted: a signal stopped it before its last step.
+        Diverged: a weight is NaN or infinite.
+    """
+    step = run.progress.step
+    if run.progress.stopped is not None:
+        run.event("stopped", run.progress.stopped)
+    elif stop.signal is not None and step < run.total_steps:
+        for callback in run.callbacks:
+            callback.on_interrupt(run)
+        raise Interrupted(
+            f"stopped after step {step} of {run.total_steps}; run the same command again to resume",
+            stop.signal,
         )
-        write_atomic(output / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
-        write_report(output)
-    return TrainResult(output, figures)
+    if not run.optimizer.is_finite():
+        raise Diverged(
+            f"a weight is NaN or infinite after step {step}; lower the learning rate (the last "
+            "good checkpoint is kept)"
+        )
+
+
+def _check_implemented(config: TrainConfig, callbacks: Sequence[Callback]) -> None:
+    """Checks that no key of the recipe is ignored because its callback is missing."""
+    if config.tensorboard and not any("tensorboard" in each.implements for each in callbacks):
+        raise ConfigError(
+            "tensorboard=true needs a callback that writes the files, but none was given; call "
+            "train with callbacks=easyllm.reporting.reporting_callbacks(config), or remove "
+            "tensorboard"
+        )
 
 
 def _resumable_changes(config: TrainConfig) -> frozenset[str]:
-    """Returns the `RESUMABLE_CHANGES` keys, without `eval_every` if evaluations affect the result."""
+    """Returns the `RESUMABLE_CHANGES` keys, without `eval_every` if evaluations affect results."""
     decides = config.early_stopping is not None or config.keep_best
     return RESUMABLE_CHANGES - {"eval_every"} if decides else RESUMABLE_CHANGES
 
 
-def _figures(totals: Totals, training_data: TrainingData, seconds: float) -> dict[str, Any]:
-    return {
-        "steps": totals.step,
-        "tokens": totals.tokens,
-        "trained_tokens": totals.trained_tokens,
-        "skipped_steps": totals.skipped,
+def _results(run: Run, seconds: float) -> dict[str, Any]:
+    """Returns the results of a run before its final evaluation."""
+    progress, device = run.progress, run.model.device
+    results = {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "trained_tokens": progress.trained_tokens,
+        "skipped_steps": progress.skipped,
         "seconds": round(seconds, 2),
-        "data": training_data.figures,
+        "data": run.data.figures,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+    if device.type != "cpu":
+        results["peak_device_bytes"] = peak_memory_bytes(device)
+    return results
 
 
-def _restore_best(output: Path, state: RunState) -> int:
-    """Restores the weights with the lowest evaluation loss; returns their step."""
-    load_state(output / FOLDER / BEST, state)
-    return state.totals.step
+def _write_manifest(run: Run, results: dict[str, Any]) -> None:
+    manifest = Manifest.create(
+        "train",
+        config=run.config.model_dump(mode="json"),
+        inputs={**run.inputs, **run.data.inputs},
+        results=results,
+    )
+    write_atomic(run.output / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 
 
-def _joined(training_data: TrainingData) -> str:
-    return hash_value(sorted(training_data.inputs.values()))
-
-
-def _save_result(
-    config: TrainConfig,
-    output: Path,
-    trained: Trained,
-    origin: BaseModelSource,
-) -> None:
-    model = trained.model
-    on_conversations = isinstance(config.data, DataConfig)
-    ends = turn_end_ids(origin.tokenizer) if on_conversations else ()
+def _save_result(run: Run) -> None:
+    """Saves the trained adapter, or the model."""
+    model, output, tokenizer = run.model, run.output, run.source.tokenizer
+    on_conversations = isinstance(run.config.data, DataConfig)
+    ends = turn_end_ids(tokenizer) if on_conversations else ()
     # save the fp32 master weights, not the low-precision copies
-    for name, value in trained.optimizer.final_state().items():
+    for name, value in run.optimizer.final_state().items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    if trained.adapters is not None:
-        save_adapter(
-            model,
-            output / ADAPTER,
-            module_name=hf_module_name(model),
-            base=source_name(config),
-            replace=True,
-        )
-        if ends:
-            ids = with_end_ids(model.config, ends).eos_token_ids
-            write_json(output / ADAPTER / GENERATION_FILE, {"eos_token_id": list(ids)})
+    if run.adapters is None:
+        save_model(model, output / MODEL, tokenizer=tokenizer, end_ids=ends, replace=True)
         return
-    save_model(model, output / MODEL, tokenizer=origin.tokenizer, end_ids=ends, replace=True)
+    save_adapter(
+        model,
+        output / ADAPTER,
+        module_name=hf_module_name(model),
+        base=source_name(run.config),
+        replace=True,
+    )
+    if ends:
+        ids = with_end_ids(model.config, ends).eos_token_ids
+        write_json(output / ADAPTER / GENERATION_FILE, {"eos_token_id": list(ids)})

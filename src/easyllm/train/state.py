@@ -1,77 +1,51 @@
 """Training checkpoints: everything needed for a bitwise-exact resume, without pickle.
 
 checkpoints/step-000100/state.safetensors   master weights, moments, RNG states
-checkpoints/step-000100/state.json          totals, loader position, hashes of the run's inputs
+checkpoints/step-000100/state.json          progress, loader position, hashes of the run's inputs
 checkpoints/best/                           the checkpoint with the lowest evaluation loss, if kept
 """
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from easyllm.adapters import AdapterSet
-from easyllm.batches.packing import Batch
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
+from easyllm.train.loss_scaler import LossScaler
 from easyllm.train.optim import MasterOptimizer
+from easyllm.train.progress import TrainProgress
 
 FOLDER, BEST = "checkpoints", "best"
 TENSORS, STATE = "state.safetensors", "state.json"
+SCALER = "loss_scaler"
 
 
-@dataclass(slots=True)
-class Totals:
-    """Counters since the first step of the run.
-
-    Attributes:
-        step: optimizer steps, skipped ones included.
-        tokens, trained_tokens: all tokens, and the labelled ones among them.
-        skipped, skipped_in_a_row: steps skipped because of a NaN or infinite loss or gradient.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    usual_loss_nats: float = 0.0
-    """Running mean of the loss over `usual_steps` steps, used to detect spikes."""
-    usual_steps: int = 0
-
-    def count(self, batches: Sequence[Batch]) -> None:
-        """Adds one step to the counters."""
-        self.step += 1
-        self.tokens += sum(batch.token_ids.numel() for batch in batches)
-        self.trained_tokens += sum(batch.num_trained for batch in batches)
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RunState:
     """The objects of a run whose state a checkpoint saves and restores.
 
     Attributes:
         optimizer: master weights and optimizer states.
         loader: the data loader, whose position is saved.
-        totals: the run's counters.
+        progress: the run's counters and evaluations.
         identity: hashes of the run's model, tokenizer and data; a checkpoint with other hashes is
             rejected.
-        extra: other state needed for a bitwise-exact resume (the loss scaler, the best evaluation),
-            and the reason of early stopping.
         adapters: the adapter being trained, whose own state is saved too.
+        scaler: the loss scaler, for fp16.
     """
 
     optimizer: MasterOptimizer
     loader: Any
-    totals: Totals
+    progress: TrainProgress
     identity: dict[str, str]
-    extra: dict[str, Any] = field(default_factory=dict)
     adapters: AdapterSet | None = None
+    scaler: LossScaler | None = None
 
 
 def save_state(folder: Path, state: RunState) -> None:
@@ -82,15 +56,18 @@ def save_state(folder: Path, state: RunState) -> None:
     tensors["random.cpu"] = torch.get_rng_state()
     if state.optimizer.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(state.optimizer.device)
+    totals, extra = state.progress.to_json()
+    if state.scaler is not None:
+        extra[SCALER] = state.scaler.state()
     with atomic_directory(folder, replace=True) as work:
         write_tensors(work / TENSORS, tensors)
         write_json(
             work / STATE,
             {
-                "totals": asdict(state.totals),
+                "totals": totals,
                 "loader": asdict(state.loader.state),
                 "identity": state.identity,
-                "extra": state.extra,
+                "extra": extra,
             },
         )
 
@@ -101,7 +78,7 @@ def save_step(run: Path, state: RunState, *, keep_last: int) -> None:
     Removes all but the newest `keep_last` checkpoints. Also removes those of later steps, which
     were damaged and skipped when the run resumed.
     """
-    here = run / FOLDER / f"step-{state.totals.step:06d}"
+    here = run / FOLDER / f"step-{state.progress.step:06d}"
     save_state(here, state)
     found = checkpoints(run)
     place = found.index(here) + 1
@@ -144,9 +121,9 @@ def load_state(folder: Path, state: RunState) -> None:
     try:
         tensors, _ = read_tensors(folder / TENSORS)
         noted: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
-        totals = Totals(**noted["totals"])
-        position = type(state.loader.state)(**noted["loader"])
         identity, extra = dict(noted["identity"]), dict(noted["extra"])
+        progress = TrainProgress.from_json(noted["totals"], extra)
+        position = type(state.loader.state)(**noted["loader"])
     except (CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
         raise _Damaged(str(error)) from None
     for name, mine in state.identity.items():
@@ -165,9 +142,10 @@ def load_state(folder: Path, state: RunState) -> None:
             n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")
         }
         state.adapters.load_state(own)
-    state.loader.state, state.extra = position, extra
-    for name, value in asdict(totals).items():
-        setattr(state.totals, name, value)
+    state.loader.state = position
+    state.progress.restore(progress)
+    if state.scaler is not None:
+        state.scaler.load_state(extra.get(SCALER))
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and state.optimizer.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], state.optimizer.device)

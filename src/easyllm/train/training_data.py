@@ -1,26 +1,40 @@
 """The training data of a run: a loader, an evaluation function and statistics of the rows."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from easyllm.batches.corpus_rows import ShardLoader, validation_batches
 from easyllm.batches.loader import Loader
 from easyllm.batches.packing import Batch, split_by_tokens
 from easyllm.core.errors import ConfigError
-from easyllm.core.manifest import hash_file
+from easyllm.core.manifest import hash_file, hash_value
 from easyllm.corpus.shards import MANIFEST, TokenShards
 from easyllm.examples.sample import AnySample
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
 from easyllm.train.data_config import CorpusDataConfig, RowsConfig
-from easyllm.train.loop import StepLoader
 from easyllm.train.objectives import Objective
+from easyllm.train.objectives.losses import bits_per_byte
 
 Evaluation = Callable[[Decoder, Objective], dict[str, float]]
+
+
+class StepLoader(Protocol):
+    """Yields the micro-batches of consecutive steps; `state` is its position, for checkpoints."""
+
+    state: Any
+    last: list[int]
+    """Indices of the samples or rows in the most recent step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of optimizer steps per epoch."""
+
+    def next_step(self) -> list[Batch]:
+        """Returns the micro-batches of the next step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +58,11 @@ class TrainingData:
     warnings: list[str]
     figures: dict[str, Any]
     inputs: dict[str, str]
+
+    @property
+    def identity(self) -> str:
+        """A hash of the contents of all data files."""
+        return hash_value(sorted(self.inputs.values()))
 
 
 def load_training_data(
@@ -186,7 +205,7 @@ def _bits_per_byte_on(
         batches: list[Batch] = validation.batches
         figures = objective.evaluate(model, batches)
         trained = sum(batch.num_trained for batch in batches)
-        bits = figures["loss_nats"] * trained / math.log(2) / max(1, validation.num_bytes)
+        bits = bits_per_byte(figures["loss_nats"] * trained, max(1, validation.num_bytes))
         named = {f"eval/{name}": value for name, value in figures.items()}
         return named | {"eval/bits_per_byte": bits}
 

@@ -5,9 +5,9 @@ Importing this package registers the built-in objectives.
 
 from easyllm.train.objectives.classifier import Classifier, ClassifierConfig
 from easyllm.train.objectives.language_model import LanguageModel, LanguageModelConfig
+from easyllm.train.objectives.losses import LossOutput
 from easyllm.train.objectives.objective import (
     OBJECTIVES,
-    LossOutput,
     Objective,
     ObjectiveConfig,
     Reference,

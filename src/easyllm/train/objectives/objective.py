@@ -13,7 +13,7 @@ After that, the ordinary trainer accepts `objective: {kind: pair_loss}` with
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +30,7 @@ from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.data_config import DATA, DataBase, RowsConfig
-
-
-@dataclass(frozen=True, slots=True)
-class LossOutput:
-    """The summed loss in nats (differentiable), the number of terms, and metrics to log.
-
-    The loop divides by the number of terms in the step (all micro-batches, all ranks), never by a
-    micro-batch's own number: a mean of means would weight tokens unequally.
-
-    Attributes:
-        sum: scalar, summed over tokens (or over sequences or pairs, depending on the objective).
-        num_tokens: number of terms in the sum, equal to `Objective.num_terms` of the batch.
-        auxiliary: scalar of further terms to minimise, on the scale of `sum`, reported separately.
-        metrics: means over the batch's tokens, by name.
-    """
-
-    sum: Tensor
-    num_tokens: int
-    auxiliary: Tensor | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-
+from easyllm.train.objectives.losses import LossOutput, evaluate_loss
 
 BASE_ONLY = ForwardContext.packed([0], adapters=AdapterRows.of_sequences([""], [0]))
 """A forward context that selects the base model, without any adapter."""
@@ -133,23 +113,10 @@ class Objective:
         """Returns the loss of a batch, summed over `num_terms` terms."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Returns `loss_nats`, the mean loss per term, and the means of the objective's metrics."""
-        training = model.training
-        model.eval()
-        total, count, figures = 0.0, 0, dict[str, float]()
-        try:
-            for batch in batches:
-                output = self.loss(model, batch.to(model.device))
-                total += output.sum.item()
-                count += output.num_tokens
-                for name, value in output.metrics.items():
-                    figures[name] = figures.get(name, 0.0) + value * output.num_tokens
-        finally:
-            model.train(training)
-        means = {name: value / max(1, count) for name, value in figures.items()}
-        return {"loss_nats": total / max(1, count)} | means
+        mean = evaluate_loss(model, batches, self.loss)
+        return {"loss_nats": mean.nats} | mean.metrics
 
 
 class ObjectiveConfig(Config):

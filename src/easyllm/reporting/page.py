@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from easyllm.core.progress import format_duration
-from easyllm.train.metrics import FILE as METRICS_FILE
-from easyllm.train.report.charts import (
+from easyllm.reporting.charts import (
     GIB,
     charts_of,
     escaped,
@@ -19,8 +18,9 @@ from easyllm.train.report.charts import (
     running_mean,
     step_range,
 )
-from easyllm.train.report.history import Facts, Floats, History
-from easyllm.train.report.static import SCRIPT, STYLE
+from easyllm.reporting.history import Facts, Floats, History
+from easyllm.reporting.static import SCRIPT, STYLE
+from easyllm.train.metrics import FILE as METRICS_FILE
 
 MAX_FIGURES, MAX_EVENTS, MAX_PROMPTS, MAX_ROWS, MAX_CHARACTERS = 40, 100, 12, 20, 600
 """Limits that keep the page small for runs of any length; the page says what is omitted."""

@@ -1,6 +1,5 @@
 """Reads the files of a run: `metrics.jsonl` incrementally, the recipe and the results."""
 
-import json
 import os
 from array import array
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from easyllm.core.config import read_yaml
 from easyllm.core.errors import ConfigError
+from easyllm.core.jsonl import json_objects
 from easyllm.core.manifest import MANIFEST_FILE, Manifest
 from easyllm.core.run_folder import RECIPE_FILE
 
@@ -55,14 +55,11 @@ class History:
             new = file.read()
         whole = new[: new.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for line in whole.splitlines():
-            try:
-                self._take(json.loads(line))
-            except ValueError:  # skip a damaged line rather than fail
-                continue
+        for line in json_objects(whole):
+            self._take(line)
 
-    def _take(self, line: Any) -> None:
-        step = line.pop("step", None) if isinstance(line, dict) else None
+    def _take(self, line: dict[str, Any]) -> None:
+        step = line.pop("step", None)
         if not isinstance(step, int):
             return
         self.last_step = max(self.last_step, step)

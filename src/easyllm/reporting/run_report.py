@@ -13,9 +13,9 @@ from pathlib import Path
 from easyllm.core.atomic import write_atomic
 from easyllm.core.errors import SourceError
 from easyllm.core.run_folder import RECIPE_FILE
+from easyllm.reporting.history import History, read_facts
+from easyllm.reporting.page import build_page
 from easyllm.train.metrics import FILE as METRICS_FILE
-from easyllm.train.report.history import History, read_facts
-from easyllm.train.report.page import build_page
 
 REPORT_FILE = "report.html"
 
