@@ -10,8 +10,9 @@ from easyllm.adapters import LoRAConfig
 from easyllm.adapters.attach import place
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Completion, Engine, EngineConfig, Request, SamplingParams
-from easyllm.nn.config import AttentionConfig, LinearAttentionConfig, Rope
+from easyllm.nn.config import AttentionConfig, LinearAttentionConfig
 from easyllm.nn.context import ForwardContext
+from easyllm.nn.position_config import Rope
 from masks import RuleMask, packed
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}

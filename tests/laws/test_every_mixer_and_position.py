@@ -12,24 +12,28 @@ from easyllm.batches.packing import pack
 from easyllm.engine.runner import logits_in_passes
 from easyllm.examples.sample import Sample
 from easyllm.nn.config import (
-    Alibi,
     AttentionConfig,
-    DynamicNTKScaling,
-    FactorScaling,
     GLUConfig,
     LayerConfig,
     LayerNormConfig,
-    Learned,
     LinearAttentionConfig,
-    LinearScaling,
-    Llama3Scaling,
     MLPConfig,
     ModelConfig,
     MoEConfig,
+    RMSNormConfig,
+)
+from easyllm.nn.context import ForwardContext
+from easyllm.nn.decoder import Decoder
+from easyllm.nn.position_config import (
+    Alibi,
+    DynamicNTKScaling,
+    FactorScaling,
+    Learned,
+    LinearScaling,
+    Llama3Scaling,
     NoPosition,
     NTKScaling,
     ReRope,
-    RMSNormConfig,
     Rope,
     Shaw,
     Sinusoidal,
@@ -37,8 +41,6 @@ from easyllm.nn.config import (
     T5Bias,
     YarnScaling,
 )
-from easyllm.nn.context import ForwardContext
-from easyllm.nn.decoder import Decoder
 
 VOCAB = 50
 LENGTHS = (21, 1, 34, 6)

@@ -21,7 +21,8 @@ from easyllm.ops.cross_entropy import linear_cross_entropy
 from easyllm.tokenizer import SpecialTokens, Tokenizer
 from easyllm.tokenizer.extend import extend_tokenizer
 from easyllm.tokenizer.report import HAN, report
-from easyllm.tokenizer.train import BPEConfig, TokenizerConfig, UnigramConfig, train_tokenizer
+from easyllm.tokenizer.train import train_tokenizer
+from easyllm.tokenizer.train_config import BPEConfig, TokenizerConfig, UnigramConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_tokens.jsonl"
 ROWS = [json.loads(line) for line in GOLDEN.read_text(encoding="utf-8").splitlines()]

@@ -16,25 +16,19 @@ import torch
 from easyllm.batches.packing import pack
 from easyllm.examples.sample import Sample
 from easyllm.nn.config import (
-    Alibi,
     AttentionConfig,
     GLUConfig,
     LayerConfig,
     LayerNormConfig,
-    Learned,
     LinearAttentionConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
-    NoPosition,
     RMSNormConfig,
-    Rope,
-    Shaw,
-    Sinusoidal,
-    T5Bias,
 )
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.moe import load_balancing_loss
+from easyllm.nn.position_config import Alibi, Learned, NoPosition, Rope, Shaw, Sinusoidal, T5Bias
 from easyllm.ops.cross_entropy import linear_cross_entropy
 
 VOCAB = 256

@@ -14,18 +14,16 @@ from easyllm.core.errors import ConfigError
 from easyllm.engine import compiled_step
 from easyllm.engine.compiled_step import CompiledStep
 from easyllm.nn import AttentionConfig, Decoder, GLUConfig, LayerConfig, ModelConfig
-from easyllm.nn.config import (
+from easyllm.nn.config import LayerNormConfig, MLPConfig, RMSNormConfig
+from easyllm.nn.context import ForwardContext
+from easyllm.nn.position_config import (
     Alibi,
     DynamicNTKScaling,
-    LayerNormConfig,
     LinearScaling,
-    MLPConfig,
     NoPosition,
-    RMSNormConfig,
     Rope,
     YarnScaling,
 )
-from easyllm.nn.context import ForwardContext
 from easyllm.ops import huge_memory
 from easyllm.ops.kernels import build
 from easyllm.ops.paged_attention import QuantizedPages, new_pages, paged_attention, write_pages

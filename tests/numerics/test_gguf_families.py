@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.models import families, load_model, save_model
-from easyllm.nn.config import FactorScaling, Llama3Scaling
+from easyllm.nn.position_config import FactorScaling, Llama3Scaling
 
 HF = {key: value for key, value in BASE.items() if key != "vocab_size"}
 ADDED_ONE = {"gemma", "gemma2"}

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from easyllm.nn.config import LinearAttentionConfig, Rope
+from easyllm.nn.config import LinearAttentionConfig
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.linear_attention import LinearAttention
+from easyllm.nn.position_config import Rope
 from easyllm.ops.linear_attention import (
     FEATURE_MAPS,
     Features,

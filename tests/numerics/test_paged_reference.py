@@ -6,8 +6,8 @@ Memory that must not be read contains NaN.
 import pytest
 import torch
 
-from easyllm.nn.config import ReRope, Shaw, T5Bias
 from easyllm.nn.position import AlibiPosition, ReRopePosition, ShawPosition, T5Position
+from easyllm.nn.position_config import ReRope, Shaw, T5Bias
 from easyllm.ops.attention import AttentionRule, attend_segment
 from easyllm.ops.paged_attention import paged_attention
 

@@ -11,8 +11,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from easyllm.core.errors import ConfigError
 from easyllm.models.families.rope_config import read_rope, write_rope
-from easyllm.nn.config import Learned, ReRope, Rope, Shaw, Sinusoidal, StreamingRope, T5Bias
 from easyllm.nn.context import ForwardContext
+from easyllm.nn.embedding_position import build_embedding_position
 from easyllm.nn.position import (
     AlibiPosition,
     ReRopePosition,
@@ -21,8 +21,16 @@ from easyllm.nn.position import (
     StreamingPosition,
     T5Position,
     alibi_slopes,
-    build_embedding_position,
     t5_buckets,
+)
+from easyllm.nn.position_config import (
+    Learned,
+    ReRope,
+    Rope,
+    Shaw,
+    Sinusoidal,
+    StreamingRope,
+    T5Bias,
 )
 from easyllm.nn.rope_scaling import (
     critical_dim,

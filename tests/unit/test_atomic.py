@@ -167,7 +167,7 @@ def full_disk(*arguments, **options):
 def test_a_disk_that_fills_up_while_saving_a_model_leaves_nothing(
     tmp_path, monkeypatch, tiny_model, step
 ):
-    monkeypatch.setattr(f"easyllm.models.load.{step}", full_disk)
+    monkeypatch.setattr(f"easyllm.models.save.{step}", full_disk)
     with pytest.raises(OutputError, match="no space is left on the disk"):
         save_model(tiny_model, tmp_path / "model")
     assert names(tmp_path) == []
@@ -184,7 +184,7 @@ def test_a_disk_that_fills_up_halfway_leaves_the_old_model(tmp_path, monkeypatch
         written.append(path)
         write_json(path, value)
 
-    monkeypatch.setattr("easyllm.models.load.write_json", second_time)
+    monkeypatch.setattr("easyllm.models.save.write_json", second_time)
     with pytest.raises(OutputError, match="space"):
         save_model(tiny_model, target, replace=True)
     assert written

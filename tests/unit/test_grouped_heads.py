@@ -95,8 +95,9 @@ ALIEN_PARTS = """
 from easyllm.core.errors import CheckpointError
 from easyllm.models.families import FAMILIES
 from easyllm.models.hf_config import read_config, write_config
-from easyllm.models.load import keymap_of
-from easyllm.nn.config import Alibi, LinearAttentionConfig, MLPConfig, MoEConfig, GLUConfig, Rope
+from easyllm.models.hf_names import keymap_of
+from easyllm.nn.config import LinearAttentionConfig, MLPConfig, MoEConfig, GLUConfig
+from easyllm.nn.position_config import Alibi, Rope
 
 assert False, "assertions are on"
 sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, \

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from easyllm.cli.data_inspect import inspect, marked_text, visible_text
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.examples.conversations import read_conversations
-from easyllm.examples.inspect import Inspection, ScheduledChunk, inspect_file, pieces_of
+from easyllm.examples.inspect import Inspection, Piece, inspect_file, pieces_of
 from easyllm.examples.preferences import prepare_preferences, read_preferences
 from easyllm.examples.prepare import Encoded, prepare_conversations
 from easyllm.ops.cross_entropy import IGNORE_INDEX
@@ -76,12 +76,12 @@ def test_bytes_of_a_truncated_character_are_shown_as_bytes(tiny_tokenizer):
     [(" a b", "·a·b"), ("\n", "⏎"), ("\t\r", "⇥␍"), ("\x00\u200b", r"\u0000\u200b"), ("字", "字")],
 )
 def test_blanks_and_control_characters_are_visible(text, shown):
-    assert visible_text(ScheduledChunk(text, (1,), False)) == shown
+    assert visible_text(Piece(text, (1,), False)) == shown
 
 
 def test_marks_enclose_runs_of_trained_tokens():
     words = [("user", False), ("\n", False), ("Hi", True), ("!", True), ("\n", True), ("\n", False)]
-    pieces = [ScheduledChunk(text, (1,), trained) for text, trained in words]
+    pieces = [Piece(text, (1,), trained) for text, trained in words]
     assert marked_text(pieces) == "user│⏎\n⟦Hi│!│⏎⟧\n⏎"
     assert marked_text([]) == ""
 

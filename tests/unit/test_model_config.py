@@ -8,17 +8,14 @@ from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.hf_config import read_config, write_config
 from easyllm.nn.config import (
-    Alibi,
     AttentionConfig,
     GLUConfig,
     LayerConfig,
     LinearAttentionConfig,
     ModelConfig,
     MoEConfig,
-    ReRope,
-    Rope,
-    Sinusoidal,
 )
+from easyllm.nn.position_config import Alibi, ReRope, Rope, Sinusoidal
 
 HEADS = {"num_heads": 10, "num_kv_heads": 5, "head_dim": 16}
 

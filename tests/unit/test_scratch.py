@@ -17,11 +17,13 @@ from easyllm.models import load_model, save_model
 from easyllm.models.families import FAMILIES
 from easyllm.models.hf_config import write_config
 from easyllm.models.scratch import ScratchConfig, build_scratch, scratch_model_config
-from easyllm.nn.config import Alibi, MLPConfig
+from easyllm.nn.config import MLPConfig
+from easyllm.nn.position_config import Alibi
 from easyllm.ops.cross_entropy import linear_cross_entropy
 from easyllm.pipeline.recipe import load_train_recipe
 from easyllm.plan.parameters import count_parameters
-from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer
+from easyllm.tokenizer.train import train_tokenizer
+from easyllm.tokenizer.train_config import TokenizerConfig
 from easyllm.train import train
 from easyllm.train.metrics import read_metrics
 

@@ -13,12 +13,12 @@ from easyllm.core.errors import ConfigError, DataError
 from easyllm.corpus.shards import TokenShards, write_shards
 from easyllm.corpus.token_bytes import token_bytes
 from easyllm.tokenizer.tokenizer import Tokenizer
-from easyllm.tokenizer.train import (
+from easyllm.tokenizer.train import train_tokenizer
+from easyllm.tokenizer.train_config import (
     BPEConfig,
     CharactersConfig,
     TokenizerConfig,
     UnigramConfig,
-    train_tokenizer,
 )
 
 LENGTHS = (5, 1, 40, 2, 17, 0, 9, 30, 3, 1, 1, 26)

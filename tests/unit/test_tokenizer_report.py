@@ -5,13 +5,13 @@ import json
 import pytest
 
 from easyllm.tokenizer.report import HAN, count_words, gb2312, report
-from easyllm.tokenizer.train import (
+from easyllm.tokenizer.train import train_tokenizer
+from easyllm.tokenizer.train_config import (
     BPEConfig,
     CharactersConfig,
     TokenizerConfig,
     UnigramConfig,
     WordLevelConfig,
-    train_tokenizer,
 )
 
 ENGLISH = ["low lower lowest", "it isn't - new!"]

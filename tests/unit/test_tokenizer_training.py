@@ -19,7 +19,9 @@ from easyllm.core.config import validate
 from easyllm.core.errors import CheckpointError, ConfigError, DataError, SourceError
 from easyllm.tokenizer import SpecialTokens, Tokenizer
 from easyllm.tokenizer.sentencepiece import build_backend, read_model, special_tokens
-from easyllm.tokenizer.train import (
+from easyllm.tokenizer.token_bytes import byte_values
+from easyllm.tokenizer.train import train_tokenizer, vocab_size_warning
+from easyllm.tokenizer.train_config import (
     PATTERNS,
     BPEConfig,
     CharactersConfig,
@@ -28,9 +30,6 @@ from easyllm.tokenizer.train import (
     UnigramConfig,
     WordLevelConfig,
     WordPieceConfig,
-    byte_values,
-    train_tokenizer,
-    vocab_size_warning,
 )
 
 CORPUS = [
@@ -207,7 +206,8 @@ AGAIN = """
 import hashlib, json, sys
 sys.path.insert(0, {tests!r})
 from unit.test_tokenizer_training import CORPUS, KINDS
-from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer
+from easyllm.tokenizer.train import train_tokenizer
+from easyllm.tokenizer.train_config import TokenizerConfig
 tokenizers = {{n: train_tokenizer(CORPUS, TokenizerConfig(model=k, vocab_size=700)) for n, k in \
 KINDS.items()}}
 print(json.dumps({{n: hashlib.sha256(t.backend.to_str().encode()).hexdigest() for n, t in \

@@ -102,7 +102,8 @@ def train(
     from easyllm.core.atomic import atomic_directory, check_output_free, write_json
     from easyllm.core.config import apply_overrides, read_yaml, validate
     from easyllm.core.manifest import MANIFEST_FILE, Manifest
-    from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer, vocab_size_warning
+    from easyllm.tokenizer.train import train_tokenizer, vocab_size_warning
+    from easyllm.tokenizer.train_config import TokenizerConfig
 
     values = apply_overrides(read_yaml(config) if config is not None else {}, change or [])
     values["model"] = {"kind": "bpe"} | values.get("model", {}) | ({"kind": kind} if kind else {})

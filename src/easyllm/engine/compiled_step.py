@@ -20,21 +20,14 @@ from torch import Tensor, nn
 from easyllm.core.device import bf16_is_fast, cpu_features
 from easyllm.core.errors import ConfigError
 from easyllm.nn.attention import Attention
-from easyllm.nn.config import (
-    AttentionConfig,
-    DynamicNTKScaling,
-    GLUConfig,
-    LayerConfig,
-    ModelConfig,
-    NoPosition,
-    Rope,
-)
+from easyllm.nn.config import AttentionConfig, GLUConfig, LayerConfig, ModelConfig
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
 from easyllm.nn.position import RotaryPosition
+from easyllm.nn.position_config import DynamicNTKScaling, NoPosition, Rope
 from easyllm.ops.huge_memory import BufferCache, cached_empty, empty_like_each, return_freed_memory
 from easyllm.ops.kernels import build, kernels_for
 from easyllm.ops.paged_attention import KEYS_PER_BLOCK, Pages, pages_struct

@@ -19,10 +19,11 @@ from torch import Tensor
 from easyllm.core.errors import ConfigError
 from easyllm.engine.kv_cache import KVCache
 from easyllm.nn.attention import Attention
-from easyllm.nn.config import AttentionConfig, DynamicNTKScaling, LayerConfig, MoEConfig, Rope
+from easyllm.nn.config import AttentionConfig, LayerConfig, MoEConfig
 from easyllm.nn.context import ForwardContext, RecurrentStep
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.position import RotaryPosition
+from easyllm.nn.position_config import DynamicNTKScaling, Rope
 from easyllm.ops.attention import AttentionRule
 from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.paged_attention import write_pages

@@ -14,13 +14,8 @@ from typing import Protocol
 from easyllm.core.errors import ConfigError
 from easyllm.engine.generation import Generation
 from easyllm.engine.sampling import Draft
-from easyllm.nn.config import (
-    AttentionConfig,
-    DynamicNTKScaling,
-    LinearAttentionConfig,
-    ModelConfig,
-    Rope,
-)
+from easyllm.nn.config import AttentionConfig, LinearAttentionConfig, ModelConfig
+from easyllm.nn.position_config import DynamicNTKScaling, Rope
 
 
 class Drafter(Protocol):

@@ -6,11 +6,10 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError
-from easyllm.nn.config import (
-    AttentionConfig,
+from easyllm.nn.config import AttentionConfig, ModelConfig
+from easyllm.nn.position_config import (
     DynamicNTKScaling,
     LinearScaling,
-    ModelConfig,
     ReRope,
     Rope,
     StreamingRope,

@@ -1,15 +1,8 @@
 """The decoder and its parts, selected by configuration."""
 
-from easyllm.nn.config import (
-    AttentionConfig,
-    GLUConfig,
-    LayerConfig,
-    ModelConfig,
-    NoPosition,
-    RMSNormConfig,
-    Rope,
-)
+from easyllm.nn.config import AttentionConfig, GLUConfig, LayerConfig, ModelConfig, RMSNormConfig
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.position_config import NoPosition, Rope
 
 __all__ = [
     "AttentionConfig",

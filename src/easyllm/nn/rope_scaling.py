@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from easyllm.nn.config import (
+from easyllm.nn.position_config import (
     DynamicNTKScaling,
     FactorScaling,
     LinearScaling,

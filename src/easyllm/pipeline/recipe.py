@@ -16,7 +16,7 @@ from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.recipe_kind import check_recipe_kind
 from easyllm.core.run_folder import recipes_folder
 from easyllm.corpus.config import CorpusParts, CorpusSource, resolve_sources
-from easyllm.tokenizer.train import TokenizerConfig
+from easyllm.tokenizer.train_config import TokenizerConfig
 from easyllm.train.config import TrainConfig
 
 REFERENCE = re.compile(r"@([\w-]+)(?:/(.+))?")

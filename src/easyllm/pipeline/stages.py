@@ -35,7 +35,8 @@ from easyllm.pipeline.recipe import (
     TokenizerStage,
     TrainStage,
 )
-from easyllm.tokenizer.train import TokenizerConfig, train_tokenizer
+from easyllm.tokenizer.train import train_tokenizer
+from easyllm.tokenizer.train_config import TokenizerConfig
 from easyllm.train import TrainConfig, train
 from easyllm.train.run import ADAPTER, MODEL
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from easyllm.adapters import AdapterConfig
-from easyllm.nn.config import Learned, ModelConfig
+from easyllm.nn.config import ModelConfig
 from easyllm.nn.cost import (
     FP32,
     INT64,
@@ -16,6 +16,7 @@ from easyllm.nn.cost import (
     Work,
     saved_bytes,
 )
+from easyllm.nn.position_config import Learned
 from easyllm.plan.parts import layers_of, mixer_of, outside_of, trains_head, virtual_tokens
 
 

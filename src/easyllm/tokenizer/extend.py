@@ -27,7 +27,8 @@ from easyllm.core.errors import ConfigError, DataError
 from easyllm.tokenizer.report import HAN
 from easyllm.tokenizer.token_bytes import byte_values
 from easyllm.tokenizer.tokenizer import Tokenizer
-from easyllm.tokenizer.train import MAX_VOCAB_SIZE, replace_surrogates
+from easyllm.tokenizer.train import replace_surrogates
+from easyllm.tokenizer.train_config import MAX_VOCAB_SIZE
 
 Script = Literal["non_ascii", "han"]
 SCRIPTS: tuple[Script, ...] = ("non_ascii", "han")

@@ -27,8 +27,8 @@ from easyllm.nn.config import (
     Mixer,
     ModelConfig,
     RMSNormConfig,
-    Rope,
 )
+from easyllm.nn.position_config import Rope
 
 HFConfig = Mapping[str, Any]
 Part = TypeVar("Part")

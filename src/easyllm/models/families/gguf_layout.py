@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from easyllm.core.errors import CheckpointError
-from easyllm.nn.config import Llama3Scaling
+from easyllm.nn.position_config import Llama3Scaling
 from easyllm.nn.rope_scaling import frequencies, llama3_frequencies
 
 Transform = Callable[[Tensor, Mapping[str, Any]], Tensor]

@@ -20,15 +20,8 @@ from easyllm.models.families.family import (
     write_token_ids,
 )
 from easyllm.models.families.gguf_layout import GGUFLayout, GGUFMetadata
-from easyllm.nn.config import (
-    AttentionConfig,
-    LayerConfig,
-    LayerNormConfig,
-    Learned,
-    MLPConfig,
-    ModelConfig,
-    NoPosition,
-)
+from easyllm.nn.config import AttentionConfig, LayerConfig, LayerNormConfig, MLPConfig, ModelConfig
+from easyllm.nn.position_config import Learned, NoPosition
 
 
 def read_config(hf: HFConfig) -> ModelConfig:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from easyllm.core.errors import CheckpointError
-from easyllm.nn.config import (
+from easyllm.nn.position_config import (
     DynamicNTKScaling,
     FactorScaling,
     LinearScaling,
