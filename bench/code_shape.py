@@ -30,8 +30,8 @@ TOKEN = [
     "engine/llm.py:stream",
     "engine/engine.py:run",
     "engine/engine.py:step",
-    "engine/engine.py:_decide",
-    "engine/sampling.py:choose",
+    "engine/step_sampling.py:sample_slots",
+    "engine/sampling.py:sample_tokens",
 ]
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -51,7 +51,7 @@ class HashRunner:
         rows = []
         for piece in step.pieces:
             end = piece.start + len(piece.token_ids)
-            for length in range(end - piece.num_rows + 1, end + 1):
+            for length in range(end - piece.num_logit_rows + 1, end + 1):
                 first = max(0, length - self.window) if self.window else 0
                 rows.append([self._at(piece, i) for i in range(first, length)])
         return rows

@@ -466,7 +466,7 @@ def test_a_cached_prefix_as_long_as_the_cache_leaves_space_to_continue(tiny_toke
 def events_after_a_failing_step(engine, monkeypatch, *broken):
     """Makes one step fail in `broken` (arguments of `setattr`) and runs the engine to the end."""
     with monkeypatch.context() as patch:
-        patch.setattr(*broken, lambda *_: 1 / 0)
+        patch.setattr(*broken, lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     engine.scheduler.check()
@@ -501,7 +501,7 @@ def test_a_step_that_fails_after_its_forward_pass_does_not_advance_states(
     for request in requests:
         engine.add(request)
     events = [event for _ in range(3) for event in engine.step()]
-    events += events_after_a_failing_step(engine, monkeypatch, "easyllm.engine.engine.choose")
+    events += events_after_a_failing_step(engine, monkeypatch, "easyllm.engine.engine.sample_slots")
     alone = results(Engine(model, tiny_tokenizer), requests)
     for request, (completion,) in zip(requests, alone, strict=True):
         mine = [e for e in events if e.request_id == request.id]

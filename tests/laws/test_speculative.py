@@ -215,7 +215,7 @@ def test_draft_tokens_that_are_always_accepted_change_the_distribution(tiny_toke
                 ids[row] = draft.token_id
         return ids
 
-    monkeypatch.setattr("easyllm.engine.sampling.draw", believing)
+    monkeypatch.setattr("easyllm.engine.sampling.sample_multinomial", believing)
     chi2, bound = surprise(tiny_tokenizer, 1_000)
     assert chi2 > 2 * bound
 
