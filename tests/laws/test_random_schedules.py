@@ -104,7 +104,7 @@ def run_schedule(seed):
         rows = iter(runner.read(step))
         for piece in step.pieces:
             numbers = take(
-                scheduler, owners, piece, [next(rows) for _ in range(piece.num_rows)], numbers
+                scheduler, owners, piece, [next(rows) for _ in range(piece.num_logit_rows)], numbers
             )
         if turn % 4 == 0:
             scheduler.check()

@@ -259,7 +259,7 @@ def test_slots_that_were_never_written_are_never_read(options):
             token_ids=tuple(ids[start:stop].tolist()),
             start=start,
             pages=(4, 2, 6, 0, 1, 5),
-            num_rows=stop - start,
+            num_logit_rows=stop - start,
         )
         rows.append(runner.run(Step(pieces=(piece,))))
     torch.testing.assert_close(torch.cat(rows), model.logits(ids), atol=2e-5, rtol=0)
