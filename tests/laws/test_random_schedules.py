@@ -8,12 +8,12 @@ import random
 
 import pytest
 
-from conftest import build_tiny
 from easyllm.engine import Engine, EngineConfig, Request, SamplingParams
 from easyllm.engine.pages import Namespace, PageKey, PagePool
 from easyllm.engine.scheduler import Scheduler, Sequence
 from easyllm.engine.speculative import NgramDrafter
 from hash_runner import VOCAB, HashRunner, next_token, tokens_alone
+from tiny_models import build_tiny
 
 SCHEDULES = 20_000
 PARTS = 4

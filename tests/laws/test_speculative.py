@@ -10,7 +10,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer as Backend
 
-from conftest import build_tiny
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Completion, Engine, EngineConfig, Request, SamplingParams
 from easyllm.engine.draft_model import ModelDrafter
@@ -19,6 +18,7 @@ from easyllm.engine.speculative import NgramDrafter
 from easyllm.models import save_model
 from easyllm.nn.config import LinearAttentionConfig
 from masks import RuleMask
+from tiny_models import build_tiny
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.core import device
 from easyllm.core.errors import ConfigError
 from easyllm.engine import compiled_step
@@ -28,6 +27,7 @@ from easyllm.ops import huge_memory
 from easyllm.ops.kernels import build
 from easyllm.ops.paged_attention import QuantizedPages, new_pages, paged_attention, write_pages
 from easyllm.quant import quantize_weights
+from tiny_models import build_tiny
 
 PAGE_SIZE = 8
 

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_command_line import easyllm
 
 from easyllm.adapters import LoRAConfig, attach, save_adapter
 from easyllm.core import atomic
 from easyllm.core.errors import OutputError
 from easyllm.models import hf_module_name, load_model
+from easyllm_command import easyllm
 
 PROC = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux")
 

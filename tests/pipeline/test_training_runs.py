@@ -7,7 +7,6 @@ import subprocess
 import pytest
 import torch
 
-from conftest import CORPUS, tiny_config
 from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError, EasyllmError, OutputError
 from easyllm.corpus.shards import TokenShards, write_shards
@@ -20,6 +19,7 @@ from easyllm.train.loop import Diverged
 from easyllm.train.metrics import MetricsLog, read_metrics
 from easyllm.train.preflight import memory_advice
 from easyllm.train.state import BEST, FOLDER, checkpoints
+from tiny_models import CORPUS, tiny_config
 
 ROWS = [
     {"prompt": f"{line[:12]} {i}", "completion": line[12 : 30 + i]}

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from test_limits import CHUNKED, answer_on, ask, connected, head_of, slow_down, wait_for
-from test_server import bind, running
 
 from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM
-from easyllm.serve.app import build_server
+from easyllm.serve.app import bind, build_server
 from easyllm.serve.limits import ServeLimits
+from raw_http import CHUNKED, answer_on, ask, connected, head_of, slow_down, wait_for
+from running_server import running
 
 SHORT = ServeLimits(read_timeout_s=0.6, write_timeout_s=0.6, drain_timeout_s=0.6)
 MARGIN_S = 5  # allows for a busy machine

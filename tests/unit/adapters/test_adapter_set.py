@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from conftest import build_tiny, tiny_config
 from easyllm.adapters import LoRAConfig, adapter_of, attach, detach, merge, save_adapter
 from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
@@ -16,6 +15,7 @@ from easyllm.nn.storage import PackedStorage
 from easyllm.plan.compute import training_flops
 from easyllm.plan.memory import estimate_training
 from easyllm.train.objectives import LanguageModel, Reference
+from tiny_models import build_tiny, tiny_config
 
 IDS = torch.arange(5, 45)
 PROMPT = [5, 6, 7, 8]

@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from conftest import tiny_config
 from easyllm.adapters import LoRAConfig, attach, detach, load_adapter, merge, save_adapter
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.models import add_adapter, hf_module_name, load_model, save_model, to_classifier
 from easyllm.models.families import family_of
 from easyllm.nn import Decoder
 from easyllm.quant import quantize_weights
+from tiny_models import tiny_config
 
 IDS = torch.arange(5, 45)
 COLUMNS = [0, 7, 100]

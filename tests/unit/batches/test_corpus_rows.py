@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import build_tiny
 from easyllm.batches.corpus_rows import Rows, ShardLoader, validation_batches
 from easyllm.batches.loader import LoaderState
 from easyllm.core.errors import ConfigError, DataError
@@ -20,6 +19,7 @@ from easyllm.tokenizer.train_config import (
     TokenizerConfig,
     UnigramConfig,
 )
+from tiny_models import build_tiny
 
 LENGTHS = (5, 1, 40, 2, 17, 0, 9, 30, 3, 1, 1, 26)
 

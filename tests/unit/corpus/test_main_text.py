@@ -3,10 +3,10 @@
 import time
 
 import pytest
-from html_pages import LAYOUTS, LONG, SHAPES, pages
 
 from easyllm.core.errors import DataError
 from easyllm.corpus.extract import html_text
+from html_pages import LAYOUTS, LONG, SHAPES, pages
 
 PAGES = list(pages())
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Engine, EngineConfig, SamplingParams
 from easyllm.engine import engine as engine_module
@@ -16,6 +15,7 @@ from easyllm.models.families.llama import SIZES
 from easyllm.models.load import OpenSource
 from easyllm.nn.config import LinearAttentionConfig
 from easyllm.nn.decoder import Decoder
+from tiny_models import build_tiny
 
 SMOLLM2 = family_of("llama").read_config(SIZES["smollm2-135m"])
 WEIGHTS = 538_060_032  # fp32

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.batches.corpus_rows import validation_batches
 from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError, DataError
@@ -14,6 +13,7 @@ from easyllm.evaluate.perplexity import perplexity, perplexity_of_batches
 from easyllm.examples.sample import Sample
 from easyllm.nn import Decoder
 from easyllm.ops import cross_entropy
+from tiny_models import build_tiny
 
 TEXTS = [
     "The quick brown fox, 你好 世界, jumps over.",

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from chat_templates import GEMMA, INDEXED, LLAMA3, MISTRAL, QWEN3
 
-from conftest import CHATML
+from chat_templates import GEMMA, INDEXED, LLAMA3, MISTRAL, QWEN3
 from easyllm.core.errors import DataError
 from easyllm.corpus.files.row import Row
 from easyllm.examples.conversations import conversations
@@ -13,6 +12,7 @@ from easyllm.examples.preferences import labelled, preferences, prepare_preferen
 from easyllm.examples.prepare import prepare_conversations
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer import Tokenizer
+from tiny_models import CHATML
 
 NO_CALLS = """{%- for m in messages %}{%- if m.role in ['system', 'user', 'assistant'] %}
 {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}

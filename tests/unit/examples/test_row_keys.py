@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from chat_templates import QWEN3
 
+from chat_templates import QWEN3
 from easyllm.core.errors import DataError
 from easyllm.corpus.files.row import Row
 from easyllm.examples.conversations import conversations, detect_format

@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.adapters import LoRAConfig, attach, merge
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.models import load_model, pool_kv_heads, save_model
@@ -14,6 +13,7 @@ from easyllm.models.resize import resize_embeddings
 from easyllm.nn import Decoder
 from easyllm.nn.config import LinearAttentionConfig
 from easyllm.quant import quantize_weights
+from tiny_models import build_tiny
 
 
 def with_equal_heads(model, groups):

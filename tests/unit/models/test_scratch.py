@@ -9,7 +9,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from conftest import tiny_config
 from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
 from easyllm.examples.sample import Sample
@@ -26,8 +25,9 @@ from easyllm.tokenizer.train import train_tokenizer
 from easyllm.tokenizer.train_config import TokenizerConfig
 from easyllm.train import train
 from easyllm.train.metrics import read_metrics
+from tiny_models import tiny_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 TINY = {k: v for k, v in tiny_config().items() if not k.endswith("token_id")}
 ANY_PARTS = {

@@ -3,7 +3,6 @@
 import pytest
 from pydantic import ValidationError
 
-from conftest import build_tiny
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.hf_config import read_config, write_config
@@ -16,6 +15,7 @@ from easyllm.nn.config import (
     MoEConfig,
 )
 from easyllm.nn.position_config import Alibi, ReRope, Rope, Sinusoidal
+from tiny_models import build_tiny
 
 HEADS = {"num_heads": 10, "num_kv_heads": 5, "head_dim": 16}
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import tiny_config
 from easyllm.adapters.lora import LoRAConfig
 from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
@@ -23,6 +22,7 @@ from easyllm.plan.compute import (
 )
 from easyllm.plan.kv_cache import cache_size
 from easyllm.plan.parameters import count_parameters
+from tiny_models import tiny_config
 
 
 def config_of(**changes):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from conftest import tiny_config
 from easyllm.adapters import adapter_parameters, attach
 from easyllm.adapters.lora import LoRAConfig
 from easyllm.batches.packing import pack
@@ -18,6 +17,7 @@ from easyllm.plan.trace import trace_model
 from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.optim_config import AdamWConfig, MuonConfig, SGDConfig
+from tiny_models import tiny_config
 
 LENGTHS = (40, 23)
 FAMILIES = {

@@ -6,7 +6,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from conftest import build_tiny
 from easyllm.adapters.attach import attach, merge
 from easyllm.adapters.lora import LoRAConfig
 from easyllm.core.errors import CheckpointError, ConfigError
@@ -16,6 +15,7 @@ from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 from easyllm.ops.kernels import build
 from easyllm.quant import QuantSpec, quantize_weights, schemes, weight_bytes
+from tiny_models import build_tiny
 
 IDS = torch.tensor([5, 9, 300, 17, 2, 2, 41])
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from test_tokenizer_training import SP_TEXTS, sentencepiece_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
@@ -11,6 +10,7 @@ from transformers import AutoTokenizer
 from easyllm.core.errors import CheckpointError, DataError
 from easyllm.models import load_model, load_tokenizer, save_model
 from easyllm.tokenizer import SpecialTokens, Tokenizer
+from tokenizer_training import SP_TEXTS, sentencepiece_file
 
 FAST = "PreTrainedTokenizerFast"
 FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}

@@ -3,12 +3,12 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stream import BYTE_FALLBACK, IDS, TEXTS
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from easyllm.tokenizer import SpecialTokens, Tokenizer
 from easyllm.tokenizer.token_bytes import shown
+from token_texts import BYTE_FALLBACK, IDS, TEXTS
 
 
 def bytes_of(tokenizer, ids):

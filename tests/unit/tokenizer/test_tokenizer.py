@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from easyllm.core.errors import CheckpointError
 from easyllm.tokenizer import Tokenizer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_tokens.jsonl"
+GOLDEN = Path(__file__).parents[2] / "golden" / "smollm2_tokens.jsonl"
 ROWS = [json.loads(line) for line in GOLDEN.read_text(encoding="utf-8").splitlines()]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 SPACE = "▁"

@@ -5,13 +5,13 @@ import json
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from conftest import CHATML, CORPUS, build_tiny
 from easyllm.corpus.shards import write_shards
 from easyllm.models import load_model, load_tokenizer, save_model
 from easyllm.pipeline.stages import merge_adapter
 from easyllm.tokenizer import SpecialTokens, Tokenizer
 from easyllm.tokenizer.turn_ends import turn_end_ids
 from easyllm.train import TrainConfig, train
+from tiny_models import CHATML, CORPUS, build_tiny
 
 EOT, HEAD, END = "<|eot_id|>", "<|assistant|>", "<|user|>"
 LLAMA3 = (

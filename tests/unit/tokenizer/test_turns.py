@@ -1,13 +1,13 @@
 """Trained text of a turn: everything a template writes for it up to its end token."""
 
 import pytest
-from chat_templates import DEEPSEEK, GEMMA, GLM, INDEXED, LLAMA3, MISTRAL, QWEN3
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from conftest import CHATML
+from chat_templates import DEEPSEEK, GEMMA, GLM, INDEXED, LLAMA3, MISTRAL, QWEN3
 from easyllm.core.errors import DataError
 from easyllm.tokenizer import SpecialTokens, Tokenizer, normalise_messages
+from tiny_models import CHATML
 
 SPECIAL = (
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"),

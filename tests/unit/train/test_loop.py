@@ -4,7 +4,6 @@ import math
 
 import torch
 
-from conftest import build_tiny
 from easyllm.batches.loader import Loader
 from easyllm.examples.sample import Sample
 from easyllm.train.config import AdamWConfig, TrainConfig
@@ -14,6 +13,7 @@ from easyllm.train.objectives import LanguageModel, LossOutput
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.signals import StopRequest
 from easyllm.train.state import Totals
+from tiny_models import build_tiny
 
 CONFIG = TrainConfig.model_validate({"data": {"train": ["-"]}, "schedule": {"kind": "constant"}})
 

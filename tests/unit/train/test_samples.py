@@ -2,10 +2,10 @@
 
 import torch
 
-from conftest import build_tiny
 from easyllm.engine import LLM, SamplingParams
 from easyllm.train.config import SamplesConfig
 from easyllm.train.watch import samples_of
+from tiny_models import build_tiny
 
 
 def test_samples_are_generated_with_the_current_weights(tiny_tokenizer):
