@@ -3,21 +3,34 @@
 import os
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One worker for each core. OpenMP reads these when torch is imported; child processes too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # no spinning where a test has two threads
+
 import pytest
 import torch
 
 from tiny_models import CHATML, CORPUS, build_tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if (
-    not torch.cuda.is_available()
-):  # read when a kernel is defined; on a CPU, kernels then run in Triton's interpreter
+if not torch.cuda.is_available():
+    # read when a kernel is defined: without a GPU, kernels run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
+def _threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture
+def two_threads():
+    """Runs a test with two threads, for code that splits its work among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from easyllm.ops import activation, attention, cross_entropy, embedding, norm, r
 from easyllm.ops.attention import AttentionRule, reference_attention
 from easyllm.ops.kernels import build
 
+pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
+
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
 

@@ -6,6 +6,8 @@ import torch
 from easyllm.ops.attention import AttentionRule, reference_attention
 from easyllm.ops.tiled_attention import tiled_attention
 
+pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
+
 RULES = {
     "causal": AttentionRule(scale=0.3),
     "bidirectional": AttentionRule(scale=0.3, causal=False),

@@ -25,6 +25,8 @@ from optimizer_parameters import (
     make_parameters,
 )
 
+pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
+
 # ---- AdamW with int8 states
 
 

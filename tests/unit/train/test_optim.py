@@ -27,6 +27,8 @@ from optimizer_parameters import (
 )
 from tiny_models import build_tiny
 
+pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
+
 MUON = MuonConfig(learning_rate=1e-2, weight_decay=0.1, others=ADAMW)
 
 
