@@ -9,8 +9,8 @@ SOURCES := pyproject.toml constraints.txt Makefile
 
 help:
 	@echo "make quickstart [ARGS=--no-serve]  fine-tune SmolLM2 on new facts and chat with it"
-	@echo "make test       [ARGS='-k name']   run the tests"
-	@echo "make check                         check formatting, lint, types and spelling"
+	@echo "make test       [ARGS='-k name']   run the tests, on every core (ARGS='-n 0': in one process)"
+	@echo "make check                         check formatting, lint, types, wording and spelling"
 	@echo "make bench      [TOPIC=train]      run a benchmark and print its result as a JSON row"
 	@echo "make interop    [NAME=peft]        compare with other software, each in a separate environment"
 	@echo "make findings   [NAME=...]         check whether the documented bugs of other software remain"
@@ -34,12 +34,13 @@ quickstart: $(VENV)/.installed
 	$(BIN)/easyllm quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check_words.py
 	$(BIN)/codespell src tests docs bench recipes README.md CHANGELOG.md CONTRIBUTING.md
 
 format: $(VENV)/.installed-dev
