@@ -188,7 +188,8 @@ def test_a_full_disk_is_reported_for_standard_output(tiny_folder):
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        "error: cannot write: no space is left on the disk; free some space or choose another folder"
+        "error: cannot write: no space is left on the disk; free some space or choose another "
+        "folder"
     )
 
 

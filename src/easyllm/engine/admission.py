@@ -1,4 +1,4 @@
-"""Admission of requests: what a model can generate, which ids it has, and how long a prompt may be."""
+"""Admission of requests: whether a model generates, which ids it has, how long a prompt may be."""
 
 from collections.abc import Iterable
 

@@ -4,10 +4,10 @@ A decoding step in PyTorch consists of a few hundred small operations, each with
 although the step should be limited only by reading the weights from memory. The compiled step
 reads each weight once and little else.
 
-It supports common dense decoder architectures (`unsupported_reason` returns why a model is not supported)
-with weights of fp32, bf16, int8 or int4, and every page format of `ops/paged_attention`. Its
-results equal those of the PyTorch decoder within rounding; all arithmetic is fp32, even where the
-weights are bf16.
+It supports common dense decoder architectures (`unsupported_reason` returns why a model is not
+supported) with weights of fp32, bf16, int8 or int4, and every page format of
+`ops/paged_attention`. Its results equal those of the PyTorch decoder within rounding; all
+arithmetic is fp32, even where the weights are bf16.
 """
 
 import ctypes
@@ -312,14 +312,14 @@ def gather_weights(model: Decoder) -> None:
         return  # another engine has already gathered them
     # inference tensors only if the old weights were: inference tensors cannot be trained
     with torch.inference_mode(_weight_of(owners[0]).is_inference()), torch.no_grad():
-        rooms, freed = empty_like_each([_weight_of(owner) for owner in owners]), 0
-        for owner, workspace in zip(owners, rooms, strict=True):
-            workspace.copy_(_weight_of(owner))
-            freed += workspace.nbytes
+        copies, freed = empty_like_each([_weight_of(owner) for owner in owners]), 0
+        for owner, copy in zip(owners, copies, strict=True):
+            copy.copy_(_weight_of(owner))
+            freed += copy.nbytes
             if freed >= FREED_BYTES:
                 return_freed_memory()
                 freed = 0
-            owner.storage.payload = workspace
+            owner.storage.payload = copy
 
 
 def _weight_of(owner: Linear | Embedding) -> Tensor:

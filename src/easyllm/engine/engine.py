@@ -351,8 +351,8 @@ class Engine:
         self._drafts = self.drafter.propose(ready)
         for generation in ready:
             sequence = generation.sequence
-            room = generation.limit - generation.sampler.num_output - 1
-            guesses = self._drafts.get(sequence.id, ())[:room]
+            limit = generation.limit - generation.sampler.num_output - 1
+            guesses = self._drafts.get(sequence.id, ())[:limit]
             sequence.drafts = tuple(draft.token_id for draft in guesses)
 
     def _sample_slots(self, piece: ScheduledChunk, logits: Tensor, end: int) -> list[SampleSlot]:

@@ -64,7 +64,8 @@ class GraphStep:
         unsupported_reason = self.unsupported_reason(model, cache)
         if unsupported_reason is not None:
             raise ConfigError(
-                f"decoding steps of this model cannot be captured as a CUDA graph: {unsupported_reason}"
+                "decoding steps of this model cannot be captured as a CUDA graph: "
+                f"{unsupported_reason}"
             )
         self.model, self.cache = model, cache
         self._weights = [(m._parameters, name) for m in model.modules() for name in m._parameters]

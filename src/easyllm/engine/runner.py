@@ -21,7 +21,7 @@ class Runner(Protocol):
     """
 
     def run(self, step: Step) -> Tensor:
-        """Returns logits [N, V] of the rows requested by the pieces (`num_logit_rows`), in order."""
+        """Returns the logits [N, V] of the rows that the pieces request, in order."""
 
 
 class SingleCallStep(Protocol):

@@ -222,8 +222,8 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
             return [place(part) for part in path]
         if not isinstance(path, str) or is_reference(path):
             return path
-        beside = folder / path
-        return str((beside if beside.exists() else Path(path)).resolve())
+        in_folder = folder / path
+        return str((in_folder if in_folder.exists() else Path(path)).resolve())
 
     resolve_sources(values, folder)
     data = values.get("data")

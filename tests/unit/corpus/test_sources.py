@@ -1,4 +1,4 @@
-"""Sources of documents: same documents in all formats, encodings and splits; bad rows named."""
+"""Sources of documents: the same documents in all formats, encodings and splits."""
 
 import bz2
 import gzip

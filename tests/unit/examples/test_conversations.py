@@ -1,4 +1,4 @@
-"""Rows to conversations to samples: formats, invalid rows, and the length limit."""
+"""Rows to conversations: formats, tools, and invalid rows with their locations."""
 
 import json
 

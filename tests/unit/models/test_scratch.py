@@ -177,7 +177,7 @@ MISTAKES = {
     "num_heads=4 is not divisible by num_kv_heads=3; set num_kv_heads to 1, 2 or 4": {
         "config": TINY | {"num_key_value_heads": 3}
     },
-    "'num_layers' is not a value of a model of type 'llama' \\(did you mean 'num_hidden_layers'\\?\\)": {
+    "'num_layers' is not a value .* 'llama' \\(did you mean 'num_hidden_layers'\\?\\)": {
         "depth": 2,
         "changes": {"num_layers": 4},
     },
@@ -255,7 +255,8 @@ def faulty(mixer=None, feed_forward=None, **others):
         ),
         (
             faulty({"position": {"kind": "alibbi"}}),
-            f"layers.0.mixer.position: unknown kind 'alibbi' (did you mean 'alibi'?); known kinds are {KINDS}",
+            "layers.0.mixer.position: unknown kind 'alibbi' (did you mean 'alibi'?); "
+            f"known kinds are {KINDS}",
         ),
         (
             faulty(feed_forward={"intermediate_sise": 5}),

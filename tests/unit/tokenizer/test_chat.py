@@ -1,4 +1,4 @@
-"""Chat templates: Hugging Face's ids and masks, trained text of each family, hostile templates."""
+"""Chat templates: Hugging Face's ids and masks, and the trained text of each family."""
 
 import pytest
 from hypothesis import given, settings

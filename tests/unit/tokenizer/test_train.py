@@ -1,4 +1,4 @@
-"""Tokenizer training: the library's merges, reproducibility, round trips, sentencepiece's files."""
+"""Tokenizer training: the library's merges, reproducibility, round trips, special tokens."""
 
 import json
 import os

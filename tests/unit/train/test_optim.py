@@ -1,4 +1,4 @@
-"""Optimizers and parameter groups: arithmetic as in PyTorch, masters, checkpoints, patterns."""
+"""Optimizers: arithmetic as in PyTorch, fp32 masters, gradients, checkpoints."""
 
 import gc
 import math
@@ -158,7 +158,7 @@ def test_gradients_of_many_micro_batches_are_summed_in_fp32(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_optimizer_and_its_state_are_freed_with_the_run(dtype):
-    """Its hooks are on parameters: a reference from them to it would be a cycle that nothing collects."""
+    """A reference from its hooks, which are on parameters, would be a cycle nobody collects."""
     parameters = make_parameters(dtype)
     optimizer = MasterOptimizer(parameters, ADAMW)
     for parameter in parameters.values():

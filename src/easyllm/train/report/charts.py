@@ -154,8 +154,8 @@ def shown_range(values: Floats, *, from_zero: bool = False) -> tuple[float, floa
         low = bottom - spread / 2 if bottom - low > 2 * spread > 0 else low
     if from_zero and low >= 0:
         return 0.0, 1.05 * high or 1.0
-    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - room, high + room
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
 
 
 def decimate(columns: Ints, values: Floats) -> Ints:
@@ -201,8 +201,8 @@ class Axes:
 def step_range(history: History) -> tuple[float, float]:
     """Returns the bounds of the step axis, with a margin; one crosshair serves all charts."""
     first, last = float(history.first_step or 0), float(history.last_step)
-    room = max(0.5, 0.01 * (last - first))
-    return first - room, last + room
+    margin = max(0.5, 0.01 * (last - first))
+    return first - margin, last + margin
 
 
 def figure(chart: Chart, history: History) -> str:
@@ -287,12 +287,12 @@ def _grid(axes: Axes, most_values: int, most_steps: int) -> tuple[str, str]:
     values = _round_values(axes.low, axes.high, most_values)
     steps = _round_values(axes.first, axes.last, most_steps, least=1.0)
     ys, xs = axes.y(np.array(values)).tolist(), axes.x(np.array(steps)).tolist()
-    beside = zip(ys, _numbers(values), strict=True)
+    left = zip(ys, _numbers(values), strict=True)
     below = zip(xs, _numbers(steps), strict=True)
     return (
         f'<path class="grid" d="{"".join(f"M0 {y}H1000" for y in ys)}"/>',
         '<div class="y">'
-        + "".join(f'<span style="top:{y / 10}%">{number}</span>' for y, number in beside)
+        + "".join(f'<span style="top:{y / 10}%">{number}</span>' for y, number in left)
         + '</div><div class="x">'
         + "".join(f'<span style="left:{x / 10}%">{number}</span>' for x, number in below)
         + '</div><div class="corner">step</div>',
