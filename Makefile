@@ -9,8 +9,8 @@ SOURCES := pyproject.toml constraints.txt Makefile
 
 help:
 	@echo "make quickstart [ARGS=--no-serve]  fine-tune SmolLM2 on new facts and chat with it"
-	@echo "make test       [ARGS='-k name']   run the tests"
-	@echo "make check                         check formatting, lint, types, generated docs and spelling"
+	@echo "make test       [ARGS='-k name']   run the tests, on every core (ARGS='-n 0': in one process)"
+	@echo "make check                         check formatting, lint, types, wording, generated docs and spelling"
 	@echo "make docs                          write docs/cli.md and docs/recipes.md"
 	@echo "make bench      [TOPIC=train]      run a benchmark and print its result as a JSON row"
 	@echo "make interop    [NAME=peft]        compare with other software, each in a separate environment"
@@ -35,12 +35,13 @@ quickstart: $(VENV)/.installed
 	$(BIN)/easyllm quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check_words.py
 	$(BIN)/python tools/reference_docs.py --check
 	$(BIN)/codespell src tests docs bench recipes README.md CHANGELOG.md CONTRIBUTING.md
 

@@ -187,7 +187,7 @@ def write_rows(path: Path, count: int) -> None:
         "water",
         "night",
         "small",
-        "house",
+        "garden",
         "song",
     ]
     with path.open("w") as file:

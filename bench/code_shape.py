@@ -30,7 +30,7 @@ TOKEN = [
     "engine/llm.py:stream",
     "engine/engine.py:run",
     "engine/engine.py:step",
-    "engine/engine.py:_sample",
+    "engine/step_sampling.py:sample_slots",
     "engine/sampling.py:sample_tokens",
 ]
 
@@ -72,7 +72,7 @@ def function_lengths(trees: dict[str, ast.Module]) -> dict[str, int]:
 
 
 def public_docstrings(trees: dict[str, ast.Module]) -> tuple[int, list[str]]:
-    """How many modules, classes, functions and methods are public, and which of them have no docstring."""
+    """Number of public modules, classes, functions and methods, and those without a docstring."""
     count, without = 0, []
     for path, tree in trees.items():
         for name, node in _public(tree, path):
@@ -121,7 +121,7 @@ def wide_lines() -> list[str]:
 
 
 def module_graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """Modules that each module names in an import: at its top, under TYPE_CHECKING and inside functions."""
+    """Modules that each module imports: at its top, under TYPE_CHECKING and inside functions."""
     names = {"easyllm." + path.removesuffix(".py").replace("/", "."): path for path in trees}
     modules = {name.removesuffix(".__init__"): path for name, path in names.items()}
     graph: dict[str, set[str]] = {}
@@ -138,7 +138,7 @@ def module_graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
 
 
 def include_graph() -> dict[str, set[str]]:
-    """C files and headers that each of them includes; a header also stands for the C file that implements it."""
+    """Files that each C file includes; a header also represents the C file that implements it."""
     folder = SOURCE / "ops" / "kernels"
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".c", ".h")]
     graph: dict[str, set[str]] = {}

@@ -78,7 +78,7 @@ def same_in_transformers(folder: Path) -> bool:
 
     from easyllm.models import load_model
 
-    ids = AutoTokenizer.from_pretrained(folder)("The answer is in the house.").input_ids
+    ids = AutoTokenizer.from_pretrained(folder)("The answer is in the garden.").input_ids
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0].argmax(-1)

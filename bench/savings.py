@@ -141,7 +141,7 @@ def loss_of(model: torch.nn.Module, batch: Batch, *, chunked: bool) -> Tensor:
 
 
 def prepared(options: argparse.Namespace, *, padded: bool) -> list[Batch]:
-    """A batch a step of about so many tokens; padded ones hold fewer real tokens in as many rows."""
+    """Batches of about so many tokens; padded ones hold fewer real tokens in as many rows."""
     from easyllm.examples.conversations import read_conversations
     from easyllm.examples.prepare import prepare_conversations
     from easyllm.models import load_tokenizer
@@ -177,8 +177,8 @@ def prepared(options: argparse.Namespace, *, padded: bool) -> list[Batch]:
 
 def fill(sample: Sample, length: int) -> Sample:
     """Returns the sample with padding appended, which is masked out of the loss."""
-    room = length - len(sample.token_ids)
-    return Sample((*sample.token_ids, *(0,) * room), (*sample.labels, *(-100,) * room))
+    padding = length - len(sample.token_ids)
+    return Sample((*sample.token_ids, *(0,) * padding), (*sample.labels, *(-100,) * padding))
 
 
 if __name__ == "__main__":

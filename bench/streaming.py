@@ -48,10 +48,10 @@ def main() -> None:
     results = {}
     for name, values in losses.items():
         gaps = [values[place] - loss for place, loss in zip(places, afresh, strict=True)]
-        behind = values[first:]
+        following = values[first:]
         results[name] = {
-            "loss_nats": round(statistics.fmean(behind), 4),
-            "perplexity": round(math.exp(statistics.fmean(behind)), 2),
+            "loss_nats": round(statistics.fmean(following), 4),
+            "perplexity": round(math.exp(statistics.fmean(following)), 2),
             "minus_afresh_nats": round(statistics.fmean(gaps), 4),
             "standard_error": round(statistics.stdev(gaps) / math.sqrt(len(gaps)), 4),
         }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # peft 0.21.2: modules_to_save=["norm"] trains and saves every module whose name ends in the letters "norm".
 #
-# `target_modules` matches whole parts of a name, and `modules_to_save` the end of the text: besides the final norm of a
+# `target_modules` matches whole parts of a name, and `modules_to_save` the end of the text: in addition to the final norm of a
 # Llama, each layer's input_layernorm and post_attention_layernorm are copied, trained and saved. An entry that fits nothing
 # is accepted without a word, as long as another one fits.
 #

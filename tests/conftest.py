@@ -3,67 +3,34 @@
 import os
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One worker for each core. OpenMP reads these when torch is imported; child processes too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # no spinning where a test has two threads
+
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if (
-    not torch.cuda.is_available()
-):  # read when a kernel is defined; on a CPU, kernels then run in Triton's interpreter
-    os.environ["TRITON_INTERPRET"] = "1"
+from tiny_models import CHATML, CORPUS, build_tiny
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ "
-    "'<|im_start|>assistant\\n' }}{% endif %}"
-)
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog.",
-    "A language model predicts the next token from the tokens before it.",
-    "user assistant system question answer what which where how many",
-    "0123456789 你好，世界 hello world good morning",
-] * 4
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # read when a kernel is defined: without a GPU, kernels run in Triton's interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
+def _threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
-def tiny_config(**changes):
-    """A Llama configuration of a few thousand parameters, as it appears in `config.json`."""
-    return {
-        "model_type": "llama",
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    } | changes
-
-
-def build_tiny(seed: int = 0, **changes):
-    """A tiny random model with weights large enough that its logits are not flat."""
-    from easyllm.models.families import family_of
-    from easyllm.nn import Decoder
-
-    hf = tiny_config(**changes)
-    model = Decoder(family_of("llama").read_config(hf))
-    generator = torch.Generator().manual_seed(seed)
-    model.reset_parameters(std=0.3, generator=generator)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
-    return model.requires_grad_(False).eval()
+@pytest.fixture
+def two_threads():
+    """Runs a test with two threads, for code that splits its work among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

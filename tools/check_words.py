@@ -1,4 +1,7 @@
-"""Finds wordings of `denied_words.txt` in the code and the English docs: `python tools/check_words.py`; exit code 1 with each line."""
+"""Finds wordings of `denied_words.txt` in code and English docs, and exits with 1 if there are any.
+
+python tools/check_words.py
+"""
 
 import re
 import subprocess
@@ -29,18 +32,29 @@ def found_in(text: str, rules: list[tuple[re.Pattern[str], str]]) -> list[tuple[
     return hits
 
 
+def hits_in(root: Path, patterns: tuple[str, ...] = FILES) -> list[str]:
+    """`FILE:LINE: "wording": write ...` for each hit in the files of a git work tree.
+
+    Args:
+        root: the work tree; ignored files are left out.
+        patterns: git's patterns of the files.
+    """
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
+    names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    rules = denied()
+    return [
+        f'{name}:{number}: "{wording}": write {advice}'
+        for name in names.splitlines()
+        if not name.endswith(EXEMPT) and (root / name).is_file()
+        for number, wording, advice in found_in((root / name).read_text("utf-8"), rules)
+    ]
+
+
 def main() -> int:
-    """Prints each hit as `FILE:LINE: "wording": write ...`."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *FILES]
-    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    rules, count = denied(), 0
-    for name in names.splitlines():
-        if name.endswith(EXEMPT):
-            continue
-        for number, wording, advice in found_in((ROOT / name).read_text("utf-8"), rules):
-            sys.stderr.write(f'{name}:{number}: "{wording}": write {advice}\n')
-            count += 1
-    return 1 if count else 0
+    """Prints each hit."""
+    hits = hits_in(ROOT)
+    sys.stderr.write("".join(f"{hit}\n" for hit in hits))
+    return 1 if hits else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.batches.packing import pack
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.graph_step import GraphStep
@@ -19,6 +18,7 @@ from easyllm.ops.attention_rule import AttentionRule
 from easyllm.train import TrainConfig, loop, train
 from easyllm.train.loop import accumulate
 from easyllm.train.objectives import LanguageModel
+from tiny_models import build_tiny
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.adapters import (
     LoRAConfig,
     adapter_of,
@@ -18,6 +17,7 @@ from easyllm.adapters import (
 )
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.models import hf_module_name
+from tiny_models import build_tiny
 
 IDS = torch.arange(5, 45)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from conftest import build_tiny
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, BeamParams, Request, SamplingParams
 from easyllm.engine.beam import beam_search
 from easyllm.models import save_model
+from tiny_models import build_tiny
 
 EOS = 2
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from conftest import build_tiny
 from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Engine, Request, SamplingParams
@@ -18,6 +17,7 @@ from easyllm.examples.sample import Sample
 from easyllm.nn.deterministic import check_deterministic, rowwise_logprobs
 from easyllm.ops.kernels.build import _library
 from easyllm.quant import quantize_weights
+from tiny_models import build_tiny
 
 pytestmark = pytest.mark.skipif(_library() is None, reason="there is no C compiler")
 WIDE = {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 6}

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Engine, Request, SamplingParams
 from easyllm.engine.options import EngineConfig
@@ -11,6 +10,7 @@ from easyllm.engine.rates import Shape, measure_rates
 from easyllm.models import ContextConfig
 from easyllm.models.context import extend_context
 from easyllm.nn import Decoder
+from tiny_models import build_tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 

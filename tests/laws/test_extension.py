@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
-from conftest import build_tiny
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.models import load_model, load_tokenizer, save_model
 from easyllm.models.resize import loss_of_text, resize_embeddings
@@ -23,6 +22,7 @@ from easyllm.tokenizer.extend import extend_tokenizer
 from easyllm.tokenizer.report import HAN, report
 from easyllm.tokenizer.train import train_tokenizer
 from easyllm.tokenizer.train_config import BPEConfig, TokenizerConfig, UnigramConfig
+from tiny_models import build_tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_tokens.jsonl"
 ROWS = [json.loads(line) for line in GOLDEN.read_text(encoding="utf-8").splitlines()]

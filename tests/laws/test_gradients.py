@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.batches.packing import pack
 from easyllm.examples.sample import Sample
 from easyllm.train.config import AdamWConfig
 from easyllm.train.loop import PrecisionPolicy, accumulate
 from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
+from tiny_models import build_tiny
 
 
 def random_samples(lengths, seed=0):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import build_tiny
 from easyllm.batches.collate import last_rows, left_pad, next_logits, right_pad, score_padded
 from easyllm.batches.packing import pack
 from easyllm.examples.sample import Sample
 from easyllm.models import save_model
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.train.objectives import LanguageModel
+from tiny_models import build_tiny
 
 PAD = 0
 LENGTHS = [5, 1, 23, 14]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.batches.packing import pack
 from easyllm.engine import Engine, Request, SamplingParams
 from easyllm.engine.runner import logits_in_passes
 from easyllm.examples.sample import Sample
+from tiny_models import build_tiny
 
 VARIANTS = {"gqa": {}, "mqa": {"num_key_value_heads": 1}, "untied": {"tie_word_embeddings": False}}
 

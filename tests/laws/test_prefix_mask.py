@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.batches.packing import pack
 from easyllm.core.errors import CheckpointError
 from easyllm.engine import Engine, Request, SamplingParams
@@ -12,6 +11,7 @@ from easyllm.models import load_model, save_model
 from easyllm.models.hf_config import read_config, write_config
 from easyllm.nn.config import LinearAttentionConfig
 from easyllm.nn.context import ForwardContext
+from tiny_models import build_tiny
 
 
 @pytest.fixture

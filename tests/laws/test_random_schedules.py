@@ -8,12 +8,12 @@ import random
 
 import pytest
 
-from conftest import build_tiny
 from easyllm.engine import Engine, EngineConfig, Request, SamplingParams
 from easyllm.engine.pages import Namespace, PageKey, PagePool
 from easyllm.engine.scheduler import Scheduler, Sequence
 from easyllm.engine.speculative import NgramDrafter
 from hash_runner import VOCAB, HashRunner, next_token, tokens_alone
+from tiny_models import build_tiny
 
 SCHEDULES = 20_000
 PARTS = 4
@@ -104,7 +104,7 @@ def run_schedule(seed):
         rows = iter(runner.read(step))
         for piece in step.pieces:
             numbers = take(
-                scheduler, owners, piece, [next(rows) for _ in range(piece.num_rows)], numbers
+                scheduler, owners, piece, [next(rows) for _ in range(piece.num_logit_rows)], numbers
             )
         if turn % 4 == 0:
             scheduler.check()

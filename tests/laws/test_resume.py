@@ -12,10 +12,10 @@ import time
 import pytest
 import yaml
 
-from conftest import CORPUS, tiny_config
 from easyllm.corpus.shards import write_shards
 from easyllm.train.metrics import read_metrics
 from easyllm.train.state import checkpoints
+from tiny_models import CORPUS, tiny_config
 
 STEPS = 24
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer as Backend
 
-from conftest import build_tiny
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Completion, Engine, EngineConfig, Request, SamplingParams
 from easyllm.engine.draft_model import ModelDrafter
@@ -19,6 +18,7 @@ from easyllm.engine.speculative import NgramDrafter
 from easyllm.models import save_model
 from easyllm.nn.config import LinearAttentionConfig
 from masks import RuleMask
+from tiny_models import build_tiny
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_draft_tokens_that_are_always_accepted_change_the_distribution(tiny_toke
                 ids[row] = draft.token_id
         return ids
 
-    monkeypatch.setattr("easyllm.engine.sampling.draw", believing)
+    monkeypatch.setattr("easyllm.engine.sampling.sample_multinomial", believing)
     chi2, bound = surprise(tiny_tokenizer, 1_000)
     assert chi2 > 2 * bound
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.core import device
 from easyllm.core.errors import ConfigError
 from easyllm.engine import compiled_step
@@ -28,6 +27,9 @@ from easyllm.ops import huge_memory
 from easyllm.ops.kernels import build
 from easyllm.ops.paged_attention import QuantizedPages, new_pages, paged_attention, write_pages
 from easyllm.quant import quantize_weights
+from tiny_models import build_tiny
+
+pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
 
 PAGE_SIZE = 8
 
@@ -343,14 +345,11 @@ def test_results_are_bitwise_independent_of_the_number_of_threads():
     model = quantize_weights(model_of(), "int4")
     cache = Cache(model, 3)
     cache.forward(model, {n: ids_of(70, seed=n) for n in range(3)})
-    step, threads = step_of(model, cache), torch.get_num_threads()
+    step = step_of(model, cache)
     wanted = run(step, cache, range(3), [1, 2, 3])
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(run(step, cache, range(3), [1, 2, 3]), wanted)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(run(step, cache, range(3), [1, 2, 3]), wanted)
 
 
 REFUSED = {

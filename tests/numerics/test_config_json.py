@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from test_families import BASE, EXPERTS, YARN, tiny_hf
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -12,6 +11,7 @@ from easyllm.core.errors import CheckpointError
 from easyllm.models import ContextConfig, load_model, save_model
 from easyllm.models.families import FAMILIES
 from easyllm.models.hf_config import read_config, write_config
+from tiny_hf import BASE, EXPERTS, YARN, tiny_hf
 
 TYPES = sorted(set(FAMILIES) - {"easyllm"})
 SIZES = {

@@ -12,6 +12,8 @@ from easyllm.core.device import cpu_features
 from easyllm.ops.kernels import build
 from easyllm.ops.kernels.build import DTYPE_CODES, FLAGS, Matrix
 
+pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
+
 OUTPUTS = 8
 LEVELS = {"x86-64": None, "x86-64-v3": "avx2", "native": None}
 """Build targets of the kernel, and the CPU feature that each requires."""

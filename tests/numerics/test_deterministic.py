@@ -13,6 +13,8 @@ from easyllm.ops.norm import rms_norm
 from easyllm.ops.paged_attention import paged_attention, write_pages
 from easyllm.ops.rotary import apply_rotary
 
+pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
+
 DTYPES = [torch.float32, torch.bfloat16]
 COUNTS = [1, 2, 3, 5, 7, 9, 16, 31, 32, 33, 63, 100, 200]
 

@@ -6,11 +6,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_families import BASE, tiny_hf
-from test_gguf_families import write
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from easyllm.models import families, load_model, save_model
+from gguf_writing import write
+from tiny_hf import BASE, tiny_hf
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 200

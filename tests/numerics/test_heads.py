@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from conftest import build_tiny
 from easyllm.models import load_model, save_model, to_classifier
 from easyllm.plan.parameters import count_parameters
+from tiny_models import build_tiny
 
 BASE = {
     "vocab_size": 211,

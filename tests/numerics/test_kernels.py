@@ -9,6 +9,8 @@ from easyllm.ops.attention import reference_attention
 from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.kernels import build
 
+pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
+
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
 

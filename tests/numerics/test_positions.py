@@ -12,6 +12,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from easyllm.core.errors import ConfigError
 from easyllm.models.families.rope_config import read_rope, write_rope
 from easyllm.nn.context import ForwardContext
+from easyllm.nn.embedding_position import build_embedding_position
 from easyllm.nn.position import (
     AlibiPosition,
     ReRopePosition,
@@ -20,7 +21,6 @@ from easyllm.nn.position import (
     StreamingPosition,
     T5Position,
     alibi_slopes,
-    build_embedding_position,
     t5_buckets,
 )
 from easyllm.nn.position_config import (

@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import logits_process as hf
 
-from conftest import build_tiny
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.processors import (
     add_bias,
@@ -27,6 +26,7 @@ from easyllm.engine.processors import (
 from easyllm.engine.sampling import SamplerState, apply_sampling_filters, sample_tokens
 from easyllm.models import save_model
 from masks import packed
+from tiny_models import build_tiny
 
 EXACT = {"atol": 0, "rtol": 0}
 ROWS, VOCAB = 12, 300

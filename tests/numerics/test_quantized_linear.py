@@ -15,6 +15,8 @@ from easyllm.ops.quantized_linear import (
 )
 from easyllm.quant.weight_only import SCHEMES, quantize_matrix
 
+pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
+
 SHAPES = [(8, 32), (576, 576), (13, 70), (1, 1), (200, 1536), (9, 33)]
 
 

@@ -7,6 +7,8 @@ from easyllm.ops.attention import reference_attention
 from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.tiled_attention import tiled_attention
 
+pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
+
 RULES = {
     "causal": AttentionRule(scale=0.3),
     "bidirectional": AttentionRule(scale=0.3, causal=False),

@@ -4,9 +4,7 @@ import json
 
 import pytest
 import torch
-from test_command_line import easyllm
 
-from conftest import CORPUS
 from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM
@@ -14,6 +12,8 @@ from easyllm.models import load_model, save_model, to_classifier
 from easyllm.pipeline.stages import merge_adapter
 from easyllm.train import TrainConfig, train
 from easyllm.train.metrics import read_metrics
+from easyllm_command import easyllm
+from tiny_models import CORPUS
 
 IDS = torch.arange(5, 45)
 

@@ -1,49 +1,18 @@
 """The command line: results, and one clear sentence per user error."""
 
-import contextlib
-import io
 import json
 import os
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import typer
 
-from easyllm.cli.main import app, main
+from easyllm.cli.main import app
 from easyllm.core.errors import SourceError
 from easyllm.models import load_model
-
-
-@dataclass
-class Done:
-    """The outcome of a command."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def easyllm(*words, stdin=None, **environment):
-    """Runs a command in this process, because a new one would import torch again."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.setattr(sys, "argv", ["easyllm", *map(str, words)])
-        patch.setattr(sys, "stdin", io.StringIO(stdin or ""))
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        code = 0
-        try:
-            main()
-        except SystemExit as error:
-            code = error.code or 0
-    return Done(code, out.getvalue(), err.getvalue())
+from easyllm_command import easyllm
 
 
 def test_generate_prints_the_same_text_as_its_json_output(tiny_folder):
@@ -148,6 +117,8 @@ def training(tiny_folder, tmp_path):
 
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
+
+
 BAD_ROWS = {
     "not JSON": (GOOD + "{oops\n", "rows.jsonl:2 is not JSON"),
     "not UTF-8": (GOOD.encode() + b'{"prompt": "\xff"}\n', "rows.jsonl:2 is not UTF-8"),

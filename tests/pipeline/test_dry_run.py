@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
-from test_command_line import easyllm
 
 from easyllm.train.preflight import plan_run
+from easyllm_command import easyllm
 
 
 @pytest.fixture

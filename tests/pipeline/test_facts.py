@@ -65,8 +65,8 @@ def class_name(module, name):
 
 
 def residual_dtype():
-    from conftest import build_tiny
     from easyllm.nn.context import ForwardContext
+    from tiny_models import build_tiny
 
     model = build_tiny().to(torch.bfloat16)
     seen = []

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_command_line import easyllm
 
 from easyllm.adapters import LoRAConfig, attach, save_adapter
 from easyllm.core import atomic
 from easyllm.core.errors import OutputError
 from easyllm.models import hf_module_name, load_model
+from easyllm_command import easyllm
 
 PROC = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux")
 
@@ -188,7 +188,8 @@ def test_a_full_disk_is_reported_for_standard_output(tiny_folder):
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        "error: cannot write: no space is left on the disk; free some space or choose another folder"
+        "error: cannot write: no space is left on the disk; free some space or choose another "
+        "folder"
     )
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import yaml
-from test_command_line import easyllm
+
+from easyllm_command import easyllm
 
 
 @pytest.fixture(autouse=True)

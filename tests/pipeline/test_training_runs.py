@@ -8,7 +8,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import CORPUS, tiny_config
 from easyllm.cli.main import app
 from easyllm.core.config import dump_yaml, validate
 from easyllm.core.errors import ConfigError, EasyllmError, OutputError
@@ -25,6 +24,7 @@ from easyllm.train.loop import Diverged
 from easyllm.train.metrics import MetricsLog, read_metrics
 from easyllm.train.preflight import memory_advice
 from easyllm.train.state import BEST, FOLDER, checkpoints
+from tiny_models import CORPUS, tiny_config
 
 ROWS = [
     {"prompt": f"{line[:12]} {i}", "completion": line[12 : 30 + i]}

@@ -5,7 +5,6 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from conftest import build_tiny
 from easyllm.cli.main import app
 from easyllm.core.errors import ConfigError
 from easyllm.models import save_model, to_classifier
@@ -13,6 +12,7 @@ from easyllm.ops import paged_attention
 from easyllm.ops.attention_backends import SDPA
 from easyllm.ops.kernels.build import _library
 from easyllm.verify import verify
+from tiny_models import build_tiny
 
 FAST = [3, 6] if _library() is not None else []
 """Checks of the compiled step and of deterministic mode, if there are kernels."""

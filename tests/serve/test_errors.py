@@ -6,13 +6,13 @@ import socket
 
 import httpx
 import pytest
-from test_server import QUESTION, running
 
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM
 from easyllm.serve.app import create_app
 from easyllm.serve.guard import MAX_BODY_BYTES
 from easyllm.serve.schema import ChatRequest
+from running_server import QUESTION, running
 
 JSON = {"content-type": "application/json"}
 CHAT = "/v1/chat/completions"

@@ -6,13 +6,13 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from test_server import QUESTION, running
 
-from conftest import build_tiny
 from easyllm.engine import LLM, SamplingParams
 from easyllm.serve.messages import ChatMessage
 from easyllm.serve.schema import ChatRequest, StreamOptions
 from easyllm.serve.treatment import Neutral, Refused, treatment_of
+from running_server import QUESTION, running
+from tiny_models import build_tiny
 
 FIELDS = {name: treatment_of(ChatRequest, name) for name in ChatRequest.model_fields}
 REQUIRED = {"model", "messages"}

@@ -1,74 +1,24 @@
 """The server with clients that disconnect, send too much, or send expensive requests."""
 
 import asyncio
-import http.client
 import json
-import socket
 import threading
-import time
-from contextlib import contextmanager
 
 import httpx
 import pytest
-from test_server import QUESTION, running
 
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Request, SamplingParams
 from easyllm.serve.guard import MAX_BODY_BYTES
 from easyllm.serve.service import EngineService
+from raw_http import CHUNKED, answer_on, ask, connected, head_of, slow_down, wait_for
+from running_server import QUESTION, running
 
 
 @pytest.fixture
 def llm(tiny_model, tiny_tokenizer):
     """A model that serves one request at a time, so that others wait for their first token."""
     return LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="", max_running=1)
-
-
-@contextmanager
-def connected(address):
-    host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as raw:
-        yield raw
-
-
-def head_of(*lines):
-    first = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
-    return ("\r\n".join((*first, *lines)) + "\r\n\r\n").encode()
-
-
-def ask(raw, **changes):
-    """Sends a request for 200 tokens without reading the response."""
-    fields = {"model": "m", "messages": QUESTION, "max_tokens": 200, "logit_bias": {"2": -100}}
-    body = json.dumps(fields | changes).encode()
-    raw.sendall(head_of(f"Content-Length: {len(body)}") + body)
-
-
-def answer_on(raw):
-    """Returns the status code and the body."""
-    answer = http.client.HTTPResponse(raw)
-    answer.begin()
-    return answer.status, answer.read().decode()
-
-
-def slow_down(llm, monkeypatch, seconds=0.03):
-    """Makes each step take at least `seconds`; returns a list that grows by one per step."""
-    runner, steps = llm.engine.runner, []
-    run = runner.run
-
-    def slowly(step):
-        steps.append(step)
-        time.sleep(seconds)
-        return run(step)
-
-    monkeypatch.setattr(runner, "run", slowly)
-    return steps
-
-
-def wait_for(condition, timeout_s=10):
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 def test_a_client_that_disconnects_without_a_stream_frees_its_request(llm, monkeypatch):
@@ -94,9 +44,6 @@ def test_a_client_that_disconnects_while_queued_leaves_the_queue(llm, monkeypatc
         assert wait_for(lambda: not scheduler.waiting)
         assert len(scheduler.running) == 1  # the first request continues
         assert len(steps) < 100
-
-
-CHUNKED = "Transfer-Encoding: chunked"
 
 
 def test_a_chunked_body_is_counted_and_refused_if_too_large(llm):

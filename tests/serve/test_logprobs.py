@@ -6,14 +6,14 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_server import QUESTION, running
 
-from conftest import CHATML, build_tiny
 from easyllm.engine import LLM
 from easyllm.engine.request import Logprobs, TokenEvent
 from easyllm.engine.stopping import StopStrings
 from easyllm.serve.logprobs import ContentToken, ContentTokens, choice_logprobs
 from easyllm.tokenizer import StreamDecoder, Tokenizer
+from running_server import QUESTION, running
+from tiny_models import CHATML, build_tiny
 
 ASKED = {"model": "m", "messages": QUESTION, "logprobs": True, "top_logprobs": 5}
 WORDS = ["▁Paris", "Paris", "▁", "▁is", "▁the", "ital", "▁cap", "你"]

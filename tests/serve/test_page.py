@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import httpx
 import pytest
 import websocket
-from test_server import running
 
 from easyllm.engine import LLM
+from running_server import running
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (

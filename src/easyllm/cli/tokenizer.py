@@ -1,7 +1,6 @@
 """The `easyllm tokenizer` commands: train, report, extend, import, encode."""
 
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,9 +9,10 @@ import typer
 
 from easyllm.cli.models import Model
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
+from easyllm.cli.text_files import hashes_of, opening_of, text_source, texts_of
 
 if TYPE_CHECKING:
-    from easyllm.corpus.sources import SourceConfig, Split
+    from easyllm.corpus.sources import SourceConfig
     from easyllm.models.load import OpenSource
     from easyllm.tokenizer import Tokenizer
     from easyllm.tokenizer.extend import Extension
@@ -111,10 +111,10 @@ def train(
     values |= {name: value for name, value in flags.items() if value is not None}
     wanted = validate(TokenizerConfig, values, source=str(config or "tokenizer train"))
     check_output_free(output)
-    source = _source(files, text_key, lines, format)
-    trained = train_tokenizer(_texts(source), wanted)
+    source = text_source(files, text_key, lines, format)
+    trained = train_tokenizer(texts_of(source), wanted)
     manifest = Manifest.create(
-        "tokenizer", config=wanted.model_dump(mode="json"), inputs=_hashes(source)
+        "tokenizer", config=wanted.model_dump(mode="json"), inputs=hashes_of(source)
     )
     with atomic_directory(output) as work:
         trained.save(work)
@@ -163,9 +163,9 @@ def report(
         name, equals, path = entry.partition("=")
         if not equals or not name or not path:
             raise ConfigError(f"--text {entry!r} is not name=PATH; write --text en=english.txt")
-        sources[name] = _source([path], text_key, lines, format)
+        sources[name] = text_source([path], text_key, lines, format)
     loaded = {name: load_tokenizer(name) for name in tokenizers}
-    result = measure(loaded, {name: _texts(source) for name, source in sources.items()})
+    result = measure(loaded, {name: texts_of(source) for name, source in sources.items()})
     if json_output:
         print_json(result.as_dict())
     else:
@@ -218,9 +218,9 @@ def extend(
         check_output_free(output)
     if dtype is not None:
         parse_dtype(dtype)
-    source, opened = _source(files, text_key, lines, format), open_source(model)
+    source, opened = text_source(files, text_key, lines, format), open_source(model)
     old = opened.tokenizer()
-    extension = extend_tokenizer(old, _texts(source), num_new=new, script=script)
+    extension = extend_tokenizer(old, texts_of(source), num_new=new, script=script)
     figures = _growth(opened, old, extension, source)
     if not dry_run:
         assert output is not None
@@ -286,63 +286,6 @@ def encode(
     print_table(f"{len(ids)} tokens", ("id", "token", "text"), rows)
 
 
-# ---- reading
-
-
-def _source(paths: list[str], text_key: str, lines: bool, format: str) -> "SourceConfig":
-    from easyllm.core.config import validate
-    from easyllm.corpus.sources import SourceConfig
-
-    values = {"paths": paths, "format": format, "text_key": text_key, "on_error": "stop"}
-    values |= {"documents": "line"} if lines else {}
-    return validate(SourceConfig, values, source="tokenizer")
-
-
-def _texts(source: "SourceConfig") -> Iterator[str]:
-    """Yields the source's texts under a progress bar.
-
-    Raises:
-        DataError: a row has no text, or a table lacks the column; the message names the option
-            that selects another one.
-    """
-    from easyllm.core.errors import DataError
-    from easyllm.core.progress import track
-    from easyllm.corpus.sources import list_splits
-
-    try:
-        splits = list_splits("text", source)
-    except DataError as error:
-        flag = " (--text-key)" if "text_key" in str(error) else ""
-        raise DataError(f"{error}{flag}") from None
-    texts = (text for split in splits for text in _read_texts(split, source))
-    return track(texts, "reading", unit="text")
-
-
-def _read_texts(split: "Split", source: "SourceConfig") -> Iterator[str]:
-    from easyllm.core.errors import DataError
-    from easyllm.corpus.document import Document
-    from easyllm.corpus.document_fields import EMPTY_TEXT
-    from easyllm.corpus.sources import read_split
-
-    for item in read_split(split, source.model_copy(update={"on_error": "skip"})):
-        if isinstance(item, Document):
-            yield item.text
-        elif item.reason != EMPTY_TEXT:
-            is_key = item.reason.startswith(
-                (f"no key {source.text_key!r}", f"{source.text_key!r} is")
-            )
-            remedy = "name the key of the text with --text-key" if is_key else "fix or remove it"
-            raise DataError(f"{item.location}: {item.reason}; {remedy}")
-
-
-def _hashes(source: "SourceConfig") -> dict[str, str]:
-    from easyllm.core.manifest import hash_file
-    from easyllm.corpus.files.paths import find_files
-
-    format = None if source.format == "auto" else source.format
-    return {file.name: hash_file(Path(file.path)) for file in find_files(source.paths, format)}
-
-
 # ---- extending
 
 
@@ -356,7 +299,7 @@ def _growth(
 
     size = resized_vocab_size(opened.config, extension.old_pieces)
     before = count_parameters(opened.config).total
-    texts = {"texts": islice(_texts(source), COMPARED_TEXTS)}
+    texts = {"texts": islice(texts_of(source), COMPARED_TEXTS)}
     was, now = measure({"old": old, "new": extension.tokenizer}, texts).texts
     return {
         "new_pieces": extension.num_new,
@@ -385,7 +328,7 @@ def _save_extended(
     from easyllm.models.resize import loss_of_text, resize_embeddings
 
     model = opened.model(parse_dtype(dtype) if dtype else None, pick_device("cpu"))
-    text = _opening(source, LOSS_CHARACTERS)
+    text = opening_of(source, LOSS_CHARACTERS)
     old, new = (t.encode(text) for t in (opened.tokenizer(), extension.tokenizer))
     before = loss_of_text(model, old)
     resize_embeddings(model, extension.old_pieces)
@@ -401,22 +344,12 @@ def _save_extended(
     manifest = Manifest.create(
         "extend",
         config={"model": name, "num_new": extension.num_new, "dtype": dtype},
-        inputs={"model": hash_path(opened.path)} | _hashes(source),
+        inputs={"model": hash_path(opened.path)} | hashes_of(source),
         results=losses,
     )
     extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
     save_model(model, output, tokenizer=extension.tokenizer, extra_files=extra)
     return {name: round(loss, 6) for name, loss in losses.items()} | {"output": str(output)}
-
-
-def _opening(source: "SourceConfig", num_characters: int) -> str:
-    """Returns the first `num_characters` characters of the source's texts."""
-    opening = ""
-    for text in _texts(source):
-        opening += ("\n" if opening else "") + text
-        if len(opening) >= num_characters:
-            break
-    return opening[:num_characters]
 
 
 # ---- printing

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from easyllm.core.atomic import atomic_directory, write_atomic
 from easyllm.core.config import Config
@@ -34,12 +33,10 @@ from easyllm.corpus.dedup.clusters import Clusters
 from easyllm.corpus.dedup.steps import decide
 from easyllm.corpus.document import Document
 from easyllm.corpus.executor import Executor, build_executor
-from easyllm.corpus.mixture import Composition, choose_documents, plan_tokens
+from easyllm.corpus.pack import pack
 from easyllm.corpus.report import Counts, counts_by_source, reasons, removals, report
-from easyllm.corpus.shards import ShardWriter
 from easyllm.corpus.sources import Split, list_splits, read_split
 from easyllm.corpus.stage_files import SUFFIX, concatenate, line_writer
-from easyllm.corpus.token_pool import TokenPool
 from easyllm.corpus.warnings import explain_empty_corpus, warnings
 from easyllm.corpus.work import documents_file, finished, rejected_file, run_item
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -282,70 +279,16 @@ class CorpusBuild:
         return self._stage(executor, "tokens", items, sizes)
 
     def _pack(self) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-        """Samples documents from every source and writes the shards.
-
-        Returns:
-            For each source, the composition of the mixture, and the number of held-out documents.
-        """
-        pools = {
-            name: TokenPool(self._tokens_of(name), self.tokenizer) for name in self.config.sources
+        """Writes the shards; returns each source's composition and number of held-out documents."""
+        stems = {
+            name: [
+                self.work / "tokens" / f"{i:05d}"
+                for i, split in enumerate(self.splits)
+                if split.source == name
+            ]
+            for name in self.config.sources
         }
-        generator = np.random.default_rng([self.config.seed, self.config.mixture.seed])
-        share, tail = self.config.pack.holdout, self.config.pack.holdout_tail
-        held = {
-            n: pool.hold_out_tail(share) if tail else pool.hold_out(share, generator)
-            for n, pool in pools.items()
-        }
-        wanted = plan_tokens(self.config.mixture, {n: pool.tokens for n, pool in pools.items()})
-        chosen = {
-            n: pool.numbers[choose_documents(pool.lengths[pool.numbers], wanted[n], generator)]
-            for n, pool in pools.items()
-        }
-        composition = {
-            n: Composition(
-                wanted=wanted[n],
-                tokens=int(pools[n].lengths[numbers].sum()),
-                available=pools[n].tokens,
-                documents=len(numbers),
-            ).as_dict()
-            for n, numbers in chosen.items()
-        }
-        with atomic_directory(self.output / "shards", replace=True) as work:
-            self._write_shards(work, pools, chosen, composition, generator)
-            if any(len(numbers) for numbers in held.values()):
-                self._write_shards(work / "validation", pools, held, {}, generator)
-        return composition, {n: len(numbers) for n, numbers in held.items()}
-
-    def _tokens_of(self, source: str) -> list[Path]:
-        """Returns the path stems of the token ids of a source's splits."""
-        numbers = [i for i, split in enumerate(self.splits) if split.source == source]
-        return [self.work / "tokens" / f"{i:05d}" for i in numbers]
-
-    def _write_shards(
-        self,
-        folder: Path,
-        pools: dict[str, TokenPool],
-        chosen: dict[str, NDArray[np.int64]],
-        composition: dict[str, dict[str, float]],
-        generator: np.random.Generator,
-    ) -> None:
-        """Writes the chosen documents of all sources in one shuffled order."""
-        names = list(chosen)
-        sources = np.repeat(np.arange(len(names)), [len(chosen[name]) for name in names])
-        numbers = np.concatenate([chosen[name] for name in names])
-        writer = ShardWriter(
-            folder, vocab_size=self.tokenizer.vocab_size, shard_tokens=self.config.pack.shard_tokens
-        )
-        size = 0
-        with Progress("packing", total=len(numbers), unit="document") as progress:
-            for i in generator.permutation(len(numbers)):
-                pool = pools[names[sources[i]]]
-                writer.add(pool.document(int(numbers[i])))
-                size += int(pool.bytes[numbers[i]])
-                progress.advance()
-        writer.finish(
-            self.tokenizer, end_id=self.end_id, bytes_of_text=size, composition=composition
-        )
+        return pack(self.config, self.tokenizer, stems, self.output / "shards", end_id=self.end_id)
 
     def _keep_exclusions(self, counts: Counts) -> None:
         for stage, done in counts:

@@ -315,14 +315,14 @@ def gather_weights(model: Decoder) -> None:
         return  # another engine has already gathered them
     # inference tensors only if the old weights were: inference tensors cannot be trained
     with torch.inference_mode(_weight_of(owners[0]).is_inference()), torch.no_grad():
-        rooms, freed = empty_like_each([_weight_of(owner) for owner in owners]), 0
-        for owner, workspace in zip(owners, rooms, strict=True):
-            workspace.copy_(_weight_of(owner))
-            freed += workspace.nbytes
+        copies, freed = empty_like_each([_weight_of(owner) for owner in owners]), 0
+        for owner, copy in zip(owners, copies, strict=True):
+            copy.copy_(_weight_of(owner))
+            freed += copy.nbytes
             if freed >= FREED_BYTES:
                 return_freed_memory()
                 freed = 0
-            owner.storage.payload = workspace
+            owner.storage.payload = copy
 
 
 def _weight_of(owner: Linear | Embedding) -> Tensor:

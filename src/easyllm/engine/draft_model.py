@@ -89,8 +89,8 @@ class ModelDrafter:
                 raise
             for generation, draft in zip(alive, self._guess(alive, logits), strict=True):
                 guesses[generation.sequence.id].append(draft)
-            room = self.model.config.max_seq_len - turn - 1
-            alive = [g for g in alive if len(g.sequence.tokens) < room]
+            limit = self.model.config.max_seq_len - turn - 1
+            alive = [g for g in alive if len(g.sequence.tokens) < limit]
         return {sequence_id: tuple(found) for sequence_id, found in guesses.items() if found}
 
     def forget(self, sequence_id: int) -> None:

@@ -1,51 +1,35 @@
 """Inference engine with continuous batching: requests join and leave the batch at any step."""
 
 import itertools
-import logging
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from easyllm.core.device import memory_free_bytes
-from easyllm.core.errors import ConfigError, ContextLengthError
-from easyllm.engine.generation import Generation, RequestState
+from easyllm.core.errors import ConfigError
+from easyllm.engine.admission import bound_new_tokens, check_generates, check_ids
+from easyllm.engine.generation import Generation, RequestState, new_generation
 from easyllm.engine.kv_cache import KVCache, cache_format, cache_itemsize
 from easyllm.engine.memory_plan import plan_memory, tensor_bytes
 from easyllm.engine.options import EngineConfig
 from easyllm.engine.pages import Namespace, PagePool
-from easyllm.engine.request import Request, TokenEvent, TokenMask
+from easyllm.engine.request import Request, TokenEvent
 from easyllm.engine.runner import DecoderRunner, Runner
-from easyllm.engine.sampling import Draft, SamplerState, new_rng, prompt_logprobs, sample_tokens
 from easyllm.engine.scheduler import Scheduler, Sequence
 from easyllm.engine.speculative import Drafter, keys_depend_on_length
 from easyllm.engine.step import ScheduledChunk
-from easyllm.engine.stopping import StopStrings
+from easyllm.engine.step_sampling import SampleSlot, sample_slots, store_prompt_logprobs
 from easyllm.nn.config import LinearAttentionConfig, ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import check_deterministic
 from easyllm.plan.kv_cache import rolling_window
-from easyllm.tokenizer.stream import StreamDecoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _SampleSlot:
-    """A completion whose next tokens are chosen from a step's logits.
-
-    Attributes:
-        generation: the completion.
-        row: the row of the logits for its next token.
-        drafts: its draft tokens; the rows after `row` are theirs, one for each.
-    """
-
-    generation: Generation
-    row: int
-    drafts: tuple[Draft, ...] = ()
+if TYPE_CHECKING:
+    from easyllm.engine.sampling import Draft
 
 
 class Engine:
@@ -163,8 +147,8 @@ class Engine:
             raise ConfigError(f"request {request.id} is being served already; create a new Request")
         params = request.params
         limit = self.check_prompt(request.prompt_ids, params.max_tokens)
-        self._check_ids("logit_bias", params.logit_bias)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
+        check_ids("logit_bias", params.logit_bias, self.model.config.vocab_size)
+        check_ids("stop_token_ids", params.stop_token_ids, self.model.config.vocab_size)
         copies = params.num_sequences
         if copies > self.scheduler.max_running:
             raise ConfigError(
@@ -262,11 +246,12 @@ class Engine:
             return []
         try:
             logits = self.runner.run(step)
-            turns, end = [], 0
+            slots, end = list[SampleSlot](), 0
             for piece in step.pieces:
                 end += piece.num_logit_rows
-                turns += self._sample_slots(piece, logits, end)
-            return self._sample(turns, logits)
+                slots += self._sample_slots(piece, logits, end)
+            events = sample_slots(slots, logits, row_by_row=self.options.deterministic)
+            return self._finish_step(slots, events)
         except BaseException:
             # It is unknown what the failed pass has written, and recurrent states may be ahead of
             # the recorded number of computed tokens: all running sequences are recomputed, unless
@@ -321,25 +306,7 @@ class Engine:
         check_generates(self.model.config)
         self.check_tokens(prompt_ids)
         length = len(prompt_ids) + len(self._virtual)
-        room = self.max_seq_len - length
-        if room <= 0:
-            raise ContextLengthError(
-                f"the prompt has {length} tokens, but the model's context of {self.max_seq_len} "
-                "tokens must fit the prompt and at least one new token",
-                "shorten the prompt, or extend the context (--rope) where the positions allow it",
-            )
-        most = min(max_tokens or room, room)
-        needed = length + most - 1  # the keys of the last token are never stored
-        if self.scheduler.pages_needed(needed) <= self.pool.num_pages:
-            return most
-        held = self.pool.num_pages * self.pool.page_size
-        if max_tokens is None and length <= held:
-            return held - length + 1
-        raise ContextLengthError(
-            f"the request needs {needed} tokens of KV cache ({length} prompt tokens, {most} to "
-            f"generate), but the cache has space for {held}",
-            "shorten the prompt, lower max_tokens, or raise num_pages or cache_gb",
-        )
+        return bound_new_tokens(length, max_tokens, self.max_seq_len, self.scheduler)
 
     def check_tokens(self, prompt_ids: Collection[int]) -> None:
         """Refuses prompts that the model cannot read.
@@ -349,48 +316,24 @@ class Engine:
         """
         if not prompt_ids:
             raise ConfigError("the prompt is empty; give at least one token").about("messages")
-        self._check_ids("the prompt", prompt_ids)
+        check_ids("the prompt", prompt_ids, self.model.config.vocab_size)
 
     def next_sequence_id(self) -> int:
         """Returns a new, unique sequence id."""
         return next(self._numbers)
 
-    def _check_ids(self, what: str, ids: Iterable[int]) -> None:
-        """Refuses ids outside the vocabulary, which would make the entire batch fail."""
-        vocab_size = self.model.config.vocab_size
-        for token in ids:
-            if not 0 <= token < vocab_size:
-                raise ConfigError(
-                    f"{what} contains token id {token}, but the model has ids 0 to "
-                    f"{vocab_size - 1}; check the tokenizer"
-                ).about("messages" if what == "the prompt" else what)
-
     def _generation(
         self, request: Request, index: int, sequence: Sequence, limit: int
     ) -> Generation:
         """Creates the state of a completion that has no token yet, and registers it."""
-        params = request.params
-        mask, failed = _start_mask(request)
-        ends = () if params.ignore_eos else self.model.config.eos_token_ids
-        sampler = SamplerState(
-            params=params,
-            source=new_rng(params.seed, index),
-            token_ids=sequence.tokens,
-            prompt_start=len(self._virtual),
-            output_start=sequence.prompt_length,
-            end_ids=frozenset((*ends, *params.stop_token_ids)),
-            mask=mask,
-            failed=failed,
-        )
-        generation = Generation(
-            request=request,
-            index=index,
-            sequence=sequence,
-            sampler=sampler,
-            decoder=StreamDecoder(self.tokenizer),
-            stops=StopStrings(params.stop),
-            limit=limit,
-            prompt_logprobs={} if sequence.prompt_rows else None,
+        generation = new_generation(
+            request,
+            index,
+            sequence,
+            limit,
+            tokenizer=self.tokenizer,
+            end_ids=self.model.config.eos_token_ids,
+            num_virtual=len(self._virtual),
         )
         self._generations[sequence.id] = generation
         return generation
@@ -408,11 +351,11 @@ class Engine:
         self._drafts = self.drafter.propose(ready)
         for generation in ready:
             sequence = generation.sequence
-            room = generation.limit - generation.sampler.num_output - 1
-            guesses = self._drafts.get(sequence.id, ())[:room]
+            limit = generation.limit - generation.sampler.num_output - 1
+            guesses = self._drafts.get(sequence.id, ())[:limit]
             sequence.drafts = tuple(draft.token_id for draft in guesses)
 
-    def _sample_slots(self, piece: ScheduledChunk, logits: Tensor, end: int) -> list[_SampleSlot]:
+    def _sample_slots(self, piece: ScheduledChunk, logits: Tensor, end: int) -> list[SampleSlot]:
         """Returns the completions that choose a token from a piece's rows, which end at row `end`.
 
         `end` is exclusive. Forks the sequence if several completions share the prompt.
@@ -421,12 +364,18 @@ class Engine:
         sequence, drafts = generation.sequence, generation.sequence.drafts
         computed = piece.start + len(piece.token_ids) - len(drafts)
         if sequence.prompt_rows:
-            self._store_prompt_logprobs(generation, piece, logits[end - piece.num_logit_rows : end])
+            store_prompt_logprobs(
+                generation,
+                piece,
+                logits[end - piece.num_logit_rows : end],
+                num_virtual=len(self._virtual),
+                row_by_row=self.options.deterministic,
+            )
         if computed < len(sequence.tokens):
             self.scheduler.advance(sequence, computed)
             return []
         guesses = self._drafts.get(sequence.id, ())[: len(drafts)] if drafts else ()
-        turns = [_SampleSlot(generation, end - 1 - len(drafts), guesses)]
+        slots = [SampleSlot(generation, end - 1 - len(drafts), guesses)]
         if sequence.copies > 1:
             self.scheduler.advance(sequence, computed)
             ids = [self.next_sequence_id() for _ in range(sequence.copies - 1)]
@@ -434,62 +383,18 @@ class Engine:
             for index, child in enumerate(self.scheduler.fork(sequence, ids), start=1):
                 other = self._generation(generation.request, index, child, generation.limit)
                 state.generations.append(other)
-                turns.append(_SampleSlot(other, end - 1))
-        return turns
+                slots.append(SampleSlot(other, end - 1))
+        return slots
 
-    def _store_prompt_logprobs(
-        self, generation: Generation, piece: ScheduledChunk, rows: Tensor
-    ) -> None:
-        """Stores the log-probability of the prompt token after each computed one."""
-        sequence, count = generation.sequence, generation.request.params.prompt_logprobs
-        assert count is not None, "prompt_rows is set only if prompt_logprobs was requested"
-        assert generation.prompt_logprobs is not None, "created together with prompt_rows"
-        first = max(0, len(self._virtual) - piece.start)  # first row after the virtual tokens
-        end = min(piece.start + len(rows) + 1, sequence.prompt_length)
-        places = range(piece.start + 1 + first, end)
-        tokens = [sequence.tokens[place] for place in places]
-        if tokens:
-            asked = rows[first : first + len(tokens)]
-            if self.options.deterministic:
-                each = zip(asked.split(1), tokens, strict=True)
-                found = [prompt_logprobs(row, [token], count)[0] for row, token in each]
-            else:
-                found = prompt_logprobs(asked, tokens, count)
-            generation.prompt_logprobs.update(zip(places, found, strict=True))
-        if piece.start + len(rows) >= sequence.prompt_length:
-            sequence.prompt_rows = False
-
-    def _sample(self, turns: list[_SampleSlot], logits: Tensor) -> list[TokenEvent]:
-        """Chooses the next token of all completions; again for those whose draft is accepted."""
-        events: dict[int, list[TokenEvent]] = {}
-        turn, alive = 0, turns
-        while alive:
-            rows = [t.row + turn for t in alive]
-            whole = rows == list(range(len(logits)))
-            drafts = [t.drafts[turn] if turn < len(t.drafts) else None for t in alive]
-            samplers = [t.generation.sampler for t in alive]
-            if self.options.deterministic:
-                # row by row: the rounding of sums over the vocabulary depends on the number of rows
-                choices = [
-                    sample_tokens(logits[row : row + 1], [sampler], [draft])[0]
-                    for row, sampler, draft in zip(rows, samplers, drafts, strict=True)
-                ]
-            else:
-                chosen = logits if whole else logits[torch.tensor(rows, device=logits.device)]
-                choices = sample_tokens(chosen, samplers, drafts)
-            continuing = []
-            for t, choice, draft in zip(alive, choices, drafts, strict=True):
-                event = t.generation.take(choice)
-                events.setdefault(event.request_id, []).append(event)
-                right = draft is not None and draft.token_id == choice.token_id
-                if right and t.generation.finish_reason is None:
-                    continuing.append(t)
-            alive, turn = continuing, turn + 1
-        for t in turns:
-            sequence = t.generation.sequence
-            self.scheduler.advance(sequence, self._computed(t.generation))
-            if t.generation.finish_reason is not None:
-                self._remove_generation(t.generation)
+    def _finish_step(
+        self, slots: list[SampleSlot], events: dict[int, list[TokenEvent]]
+    ) -> list[TokenEvent]:
+        """Updates the scheduler after sampling, and returns the events to pass to the callers."""
+        for slot in slots:
+            sequence = slot.generation.sequence
+            self.scheduler.advance(sequence, self._computed(slot.generation))
+            if slot.generation.finish_reason is not None:
+                self._remove_generation(slot.generation)
         return [e for request_id, found in events.items() for e in self._pass_on(request_id, found)]
 
     def _computed(self, generation: Generation) -> int:
@@ -512,35 +417,6 @@ class Engine:
         self._drafts.pop(sequence.id, None)
         if self.drafter is not None:
             self.drafter.forget(sequence.id)
-
-
-def check_generates(config: ModelConfig) -> None:
-    """Refuses models that cannot generate text.
-
-    Raises:
-        ConfigError: the model has a classification head or a layer that is not causal.
-    """
-    if config.num_labels is not None:
-        raise ConfigError(
-            "a model with a classification head generates no tokens; use a language model"
-        )
-    if any(not layer.mixer.causal for layer in config.layers):
-        raise ConfigError(
-            "a layer of this model attends to later tokens, so it cannot generate; set causal to "
-            "true"
-        )
-
-
-def _start_mask(request: Request) -> tuple[TokenMask | None, bool]:
-    """Returns the token mask of one completion, and whether creating it failed.
-
-    A failure ends only that completion.
-    """
-    try:
-        return None if request.mask is None else request.mask.start(), False
-    except Exception:
-        logger.exception("a token mask could not be created; its completion ends")
-        return None, True
 
 
 def _usual_cache_dtype(model: Decoder, options: EngineConfig) -> torch.dtype:

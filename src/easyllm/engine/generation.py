@@ -1,13 +1,17 @@
 """State of one completion: appends tokens, emits text that is final, and detects its end."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from easyllm.engine.request import FinishReason, Logprobs, Request, TokenEvent
-from easyllm.engine.sampling import SampledToken, SamplerState
+from easyllm.engine.request import FinishReason, Logprobs, Request, TokenEvent, TokenMask
+from easyllm.engine.sampling import SampledToken, SamplerState, new_rng
 from easyllm.engine.scheduler import Sequence
 from easyllm.engine.stopping import StopStrings
 from easyllm.tokenizer.stream import StreamDecoder
+from easyllm.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +83,63 @@ class Generation:
         if self.prompt_logprobs is None:
             return None
         return tuple(self.prompt_logprobs[i] for i in sorted(self.prompt_logprobs))
+
+
+def new_generation(
+    request: Request,
+    index: int,
+    sequence: Sequence,
+    limit: int,
+    *,
+    tokenizer: Tokenizer,
+    end_ids: Iterable[int],
+    num_virtual: int,
+) -> Generation:
+    """Returns the state of a completion that has no token yet.
+
+    Args:
+        request: the request.
+        index: index of the completion among those of the request.
+        sequence: its tokens, for the scheduler; they start with the prompt.
+        limit: maximum number of tokens to generate.
+        tokenizer: decodes its tokens.
+        end_ids: the model's EOS ids, which `ignore_eos` ignores.
+        num_virtual: number of virtual tokens before the prompt.
+    """
+    params = request.params
+    mask, failed = _start_mask(request)
+    sampler = SamplerState(
+        params=params,
+        source=new_rng(params.seed, index),
+        token_ids=sequence.tokens,
+        prompt_start=num_virtual,
+        output_start=sequence.prompt_length,
+        end_ids=frozenset((*(() if params.ignore_eos else end_ids), *params.stop_token_ids)),
+        mask=mask,
+        failed=failed,
+    )
+    return Generation(
+        request=request,
+        index=index,
+        sequence=sequence,
+        sampler=sampler,
+        decoder=StreamDecoder(tokenizer),
+        stops=StopStrings(params.stop),
+        limit=limit,
+        prompt_logprobs={} if sequence.prompt_rows else None,
+    )
+
+
+def _start_mask(request: Request) -> tuple[TokenMask | None, bool]:
+    """Returns the token mask of one completion, and whether creating it failed.
+
+    A failure ends only that completion.
+    """
+    try:
+        return None if request.mask is None else request.mask.start(), False
+    except Exception:
+        logger.exception("a token mask could not be created; its completion ends")
+        return None, True
 
 
 @dataclass(slots=True, eq=False)

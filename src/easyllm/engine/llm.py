@@ -11,9 +11,10 @@ from easyllm.adapters import detach
 from easyllm.core.config import validate
 from easyllm.core.device import memory_free_bytes, parse_dtype, pick_device
 from easyllm.core.errors import ConfigError
+from easyllm.engine.admission import check_generates
 from easyllm.engine.beam import Hypothesis, beam_search
 from easyllm.engine.draft_model import ModelDrafter
-from easyllm.engine.engine import Engine, check_generates
+from easyllm.engine.engine import Engine
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
 from easyllm.engine.options import LLMOptions
 from easyllm.engine.params import BeamParams, SamplingParams

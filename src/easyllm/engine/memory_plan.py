@@ -83,7 +83,7 @@ def plan_memory(
     if (rolling := rolling_window(config)) is not None:
         rolls = -(-(rolling.window - 1 + options.max_step_tokens) // size) + 1
         pages_of_one = min(pages_of_one, rolls + -(-rolling.num_sinks // size))
-    room = free_bytes - state_bytes
+    available = free_bytes - state_bytes
     if options.num_pages is not None:
         num_pages = options.num_pages
     elif options.cache_gb is not None:
@@ -91,17 +91,17 @@ def plan_memory(
     else:
         num_pages = options.max_running * pages_of_one
     if options.num_pages is None and options.cache_gb is None and page_bytes:
-        num_pages = min(num_pages, int(DEFAULT_SHARE * room) // page_bytes)
+        num_pages = min(num_pages, int(DEFAULT_SHARE * available) // page_bytes)
     if not page_bytes:  # only linear attention: pages only count tokens, they store nothing
         num_pages = min(num_pages, options.max_running * pages_of_one)
     needed = max(num_pages, 1) * page_bytes
-    if needed > room or num_pages < 1:
+    if needed > available or num_pages < 1:
         raise ConfigError(
             f"the cache needs {max(needed, page_bytes) / GB:.2f} GB, but only "
-            f"{max(room, 0) / GB:.2f} GB are free next to the weights "
-            f"({(needed - room) / GB:.2f} GB short); lower cache_gb, num_pages or max_running, or "
-            "set cache_dtype to bfloat16"
-            if needed > room
+            f"{max(available, 0) / GB:.2f} GB are free next to the weights "
+            f"({(needed - available) / GB:.2f} GB short); lower cache_gb, num_pages or "
+            "max_running, or set cache_dtype to bfloat16"
+            if needed > available
             else f"cache_gb={options.cache_gb} is less than one page of {size} tokens "
             f"({page_bytes / GB:.4f} GB); raise it"
         )

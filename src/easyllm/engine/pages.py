@@ -147,9 +147,9 @@ class PagePool:
         assert counts == self._references, "the reference counts match the references"
         referenced = sum(count > 0 for count in counts)
         assert len(self._free) + len(self._idle) + referenced == self.num_pages, "no page leaks"
-        lying = {*self._free, *self._idle}
-        assert len(lying) == len(self._free) + len(self._idle), "no page is in two lists"
-        assert not any(counts[page] for page in lying), "no referenced page is free or idle"
+        unused = {*self._free, *self._idle}
+        assert len(unused) == len(self._free) + len(self._idle), "no page is in two lists"
+        assert not any(counts[page] for page in unused), "no referenced page is free or idle"
         for digest, page in self._index.items():
             key = self._keys[page]
             assert key is not None, "an indexed page has a key"

@@ -73,7 +73,7 @@ class SamplerState:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether `process` changes the next token's logits; `apply_sampling_filters` is not included."""
+        """Whether `process` changes the next token's logits (`apply_sampling_filters` aside)."""
         p = self.params
         return bool(
             p.logit_bias

@@ -267,8 +267,8 @@ class Scheduler:
                 return []
         else:
             count = min(count, budget)
-            room = len(sequence.table.pages) + self.pool.available
-            count = min(count, room * size - sequence.computed)
+            pages = len(sequence.table.pages) + self.pool.available
+            count = min(count, pages * size - sequence.computed)
         if count <= 0 or not self._reserve(sequence, count):
             return []
         return [self._piece(sequence, count)]

@@ -117,8 +117,9 @@ def conversations(rows: Iterable[Row]) -> Iterator[Conversation]:
         kind = row_kind(row.values)
         if kind == "preference":
             raise DataError(
-                f"{row.location} is a preference pair (chosen and rejected), expected a conversation; "
-                "train on it with a preference objective, or keep only the chosen response"
+                f"{row.location} is a preference pair (chosen and rejected), expected a "
+                "conversation; train on it with a preference objective, or keep only the chosen "
+                "response"
             )
         if kind == "labelled":
             raise DataError(
@@ -220,7 +221,8 @@ def read_messages(
         if isinstance(message, dict) and isinstance(message.get("role"), str):
             if not any(key in message for key in _CONTENT_KEYS):
                 raise DataError(
-                    f"{row.location}: message {number} has no text content; give content as a string"
+                    f"{row.location}: message {number} has no text content; give content as a "
+                    "string"
                 )
             role = message["role"]
             messages[number] = message | {"role": SHAREGPT_ROLES.get(role, role)}

@@ -197,8 +197,8 @@ def _parts_of(pair: EncodedPair) -> list[tuple[str, Encoded]]:
     at = pair.num_prompt
     return [
         ("prompt", pair.chosen.cut(at)),
-        ("chosen", pair.chosen.behind(at)),
-        ("rejected", pair.rejected.behind(at)),
+        ("chosen", pair.chosen.after(at)),
+        ("rejected", pair.rejected.after(at)),
     ]
 
 

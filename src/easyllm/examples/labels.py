@@ -87,7 +87,8 @@ def _label(row: Row, key: str, num_labels: int) -> int | float:
         )
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(
-            f"{row.location} has label {value!r} under {key!r}, expected a number; set data.label_key"
+            f"{row.location} has label {value!r} under {key!r}, expected a number; "
+            "set data.label_key"
         )
     if num_labels == 1:
         if not math.isfinite(value):

@@ -326,8 +326,8 @@ def _pair(row: Row, kind: str) -> PreferencePair:
             prompt = with_system(prompt, row)
         elif given[-1] not in prompt:
             raise DataError(
-                f"{row.location}: chosen and rejected start with a different prompt than the row's; "
-                "give the prompt once, either separately or at the start of both"
+                f"{row.location}: chosen and rejected start with a different prompt than the "
+                "row's; give the prompt once, either separately or at the start of both"
             )
     if not _is_response(prompt, chosen) or not _is_response(prompt, rejected):
         raise DataError(

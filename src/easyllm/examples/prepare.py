@@ -144,7 +144,7 @@ class Encoded:
         """Returns the sequence truncated to its first `length` ids."""
         return replace(self, token_ids=self.token_ids[:length], mask=self.mask[:length])
 
-    def behind(self, length: int) -> "Encoded":
+    def after(self, length: int) -> "Encoded":
         """Returns the sequence without its first `length` ids."""
         return replace(self, token_ids=self.token_ids[length:], mask=self.mask[length:])
 

@@ -3,14 +3,9 @@
 from easyllm.models.context import ContextConfig
 from easyllm.models.grouped_heads import pool_kv_heads
 from easyllm.models.heads import to_classifier
-from easyllm.models.load import (
-    add_adapter,
-    hf_module_name,
-    load_model,
-    load_tokenizer,
-    open_source,
-    save_model,
-)
+from easyllm.models.hf_names import hf_module_name
+from easyllm.models.load import add_adapter, load_model, load_tokenizer, open_source
+from easyllm.models.save import save_model
 from easyllm.models.sources import KNOWN_MODELS, locate, pull
 
 __all__ = [

@@ -1,10 +1,10 @@
-"""Loading models and tokenizers from any source, and saving them as a Hugging Face folder."""
+"""Loading models and tokenizers from any source; `models/save` writes them."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from pydantic import ValidationError
@@ -14,29 +14,23 @@ from easyllm.adapters import load_adapter, read_adapter
 from easyllm.adapters.peft_whole import HEAD
 from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.gguf_parts import SplitGGUF, open_gguf
-from easyllm.checkpoint.keymap import Binding, KeyMap
-from easyllm.checkpoint.store import TensorFolder, write_model_weights
-from easyllm.core.atomic import atomic_directory, write_json
+from easyllm.checkpoint.keymap import Binding
+from easyllm.checkpoint.store import TensorFolder
 from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
 from easyllm.models.context import ContextConfig, extend_context
-from easyllm.models.families import family_named
 from easyllm.models.gguf_import import GGUFTensors, hf_config
-from easyllm.models.heads import to_classifier, untie_head, with_score
+from easyllm.models.heads import to_classifier, untie_head
 from easyllm.models.hf_config import (
-    CONFIG_FILE,
-    GENERATION_FILE,
     read_config,
     read_files,
-    with_end_ids,
-    write_config,
 )
+from easyllm.models.hf_names import hf_module_name, keymap_of
 from easyllm.models.sources import locate
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.storage import PackedStorage
 from easyllm.quant import (
-    FORMATS,
     StorageFormat,
     format_of_checkpoint,
     quantizable,
@@ -335,113 +329,6 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if path.suffix == ".gguf":
         return Tokenizer.from_gguf(open_gguf(path).metadata)
     return Tokenizer.from_folder(path)
-
-
-def save_model(
-    model: Decoder,
-    folder: str | Path,
-    *,
-    tokenizer: Tokenizer | None = None,
-    end_ids: Sequence[int] = (),
-    replace: bool = False,
-    extra_files: dict[str, Any] | None = None,
-) -> Path:
-    """Saves the model atomically as a Hugging Face folder that `transformers` loads unchanged.
-
-    Args:
-        model: the model to save.
-        folder: the folder to write.
-        tokenizer: saved next to the weights, including its chat template.
-        end_ids: additional EOS ids (the end-of-turn tokens the model was fine-tuned on).
-        replace: whether a non-empty folder may be replaced.
-        extra_files: additional JSON files by name (a manifest, for example).
-
-    Returns:
-        The path of the folder.
-
-    Raises:
-        OutputError: the folder is not empty, or cannot be written.
-        CheckpointError: the model has an adapter, the family's Hugging Face format cannot represent
-            the model, or its weights are quantized in a format that cannot be saved.
-    """
-    if model.is_adapted:
-        raise CheckpointError(
-            "the model has an adapter, which the Hugging Face model format cannot store; merge it "
-            "first, or save it with save_adapter"
-        )
-    dtype = str(model.dtype).removeprefix("torch.")
-    config = write_config(with_end_ids(model.config, end_ids)) | {"torch_dtype": dtype}
-    packed, quantization = _packed_tensors(model)
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    full = {name: t for name, t in model.state_dict().items() if ".storage." not in f".{name}"}
-    tensors = keymap_of(model.config).to_file(full, packed)
-    generation = {
-        key: config[key]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if config.get(key) is not None
-    }
-    with atomic_directory(Path(folder), replace=replace) as work:
-        write_model_weights(work, tensors)
-        write_json(work / CONFIG_FILE, config)
-        write_json(work / GENERATION_FILE, generation)
-        if tokenizer is not None:
-            tokenizer.save(work)
-        for name, value in (extra_files or {}).items():
-            write_json(work / name, value)
-    return Path(folder)
-
-
-def _packed_tensors(
-    model: Decoder,
-) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any] | None]:
-    """Returns the tensors of quantized weights and the matching `quantization_config`."""
-    formats = model.packed_formats()
-    if not formats:
-        return {}, None
-    (name, *others) = sorted(formats)
-    format = FORMATS.get(name)
-    if others or format is None or not format.file_tensors:
-        raise CheckpointError(
-            f"weights quantized as {' and '.join([name, *others])} exist only in memory and cannot "
-            "be saved in Hugging Face format; save the unquantized model"
-        )
-    tensors = {
-        f"{holder}.weight": layer.storage.tensors()
-        for holder, layer in model.weight_modules()
-        if layer.storage.format == name
-    }
-    return tensors, {"quant_method": name, **format.file_config}
-
-
-def keymap_of(config: ModelConfig) -> KeyMap:
-    """Returns the map from parameter names to Hugging Face tensor names."""
-    return with_score(family_named(config.family).keymap(config))
-
-
-class HFNames:
-    """Maps the names of modules with a weight to their Hugging Face names.
-
-    Where Hugging Face fuses several of our modules into one (GPT-2's `c_attn`), our names are used,
-    and `peft` cannot read an adapter of these modules.
-    """
-
-    def __init__(self, keymap: KeyMap) -> None:
-        self._keymap = keymap
-
-    def __call__(self, module: str, /) -> str:
-        (binding,) = self._keymap.bindings([f"{module}.weight"])
-        return module if len(binding.ours) > 1 else binding.theirs.removesuffix(".weight")
-
-    def transposed(self, parameter: str, /) -> bool:
-        """Whether Hugging Face stores a parameter transposed, as [in, out]."""
-        (binding,) = self._keymap.bindings([parameter])
-        return binding.rule.transposed and len(binding.ours) == 1
-
-
-def hf_module_name(model: Decoder) -> HFNames:
-    """Returns a function that maps a module name to the HF name under which adapters are saved."""
-    return HFNames(keymap_of(model.config))
 
 
 @contextmanager

@@ -20,11 +20,11 @@ from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, LayerConfig, LinearAttentionConfig, ModelConfig
 from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.cost import Activation, CostTrace, LayerTrace
+from easyllm.nn.embedding_position import build_embedding_position
 from easyllm.nn.feed_forward import build_feed_forward
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.linear_attention import LinearAttention
 from easyllm.nn.norm import build_norm, sum_and_norm
-from easyllm.nn.position import build_embedding_position
 from easyllm.nn.storage import DenseWeight
 from easyllm.nn.virtual_tokens import ModelAdapter, VirtualTokens, prepend_virtual_tokens
 

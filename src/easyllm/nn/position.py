@@ -2,7 +2,7 @@
 
 Encodings that rotate queries and keys (RoPE) do so before the keys are stored. Encodings that
 change scores (ALiBi, T5, Shaw, ReRoPE) pass score functions to attention; their keys are stored
-unrotated. Encodings that add to the embedding are at the end of the file.
+unrotated. Encodings that add to the embedding are in `nn/embedding_position`.
 """
 
 import math
@@ -11,18 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from easyllm.core.errors import ConfigError
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.cost import FP32, INT64, Activation, CostTrace, Scores
 from easyllm.nn.position_config import (
     Alibi,
     DynamicNTKScaling,
-    Learned,
     NoPosition,
     ReRope,
     Rope,
     Shaw,
-    Sinusoidal,
     StreamingRope,
     T5Bias,
 )
@@ -398,71 +395,3 @@ def build_position(
             return ShawPosition(config, head_dim)
         case NoPosition():
             return NoRotation()
-
-
-class LearnedEmbedding(nn.Module):
-    """Adds a learned vector per position."""
-
-    def __init__(self, max_seq_len: int, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(max_seq_len, hidden_size))
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Returns `x: [T, D]` plus the vectors of `positions: [T]`.
-
-        Raises:
-            ConfigError: a position is beyond the table.
-        """
-        last = int(positions.max()) if positions.numel() else 0
-        if last >= len(self.weight):
-            raise ConfigError(
-                f"position {last} is beyond the learned table of {len(self.weight)} positions; "
-                "shorten the sequence, or use a model with positions that extrapolate"
-            )
-        return x + F.embedding(positions, self.weight)
-
-    def reset_parameters(self) -> None:
-        """Initialises the vectors from N(0, 0.02²)."""
-        nn.init.normal_(self.weight, std=0.02)
-
-
-class SinusoidalEmbedding(nn.Module):
-    """Adds sinusoidal positions: sin(t ω_i) and cos(t ω_i), interleaved, with ω_i = base^(-2i/D).
-
-    See arXiv 1706.03762, section 3.5.
-    """
-
-    def __init__(self, config: Sinusoidal, hidden_size: int) -> None:
-        super().__init__()
-        self.config, self.width = config, hidden_size
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Returns `x: [T, D]` plus the table's rows for `positions: [T]`."""
-        return x + self.table(positions).to(x.dtype)
-
-    def table(self, positions: Tensor) -> Tensor:
-        """Returns the vectors of `positions: [T]`, [T, D] fp32."""
-        exponents = torch.arange(0, self.width, 2, device=positions.device).float() / self.width
-        angles = positions.float()[:, None] / self.config.base**exponents
-        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
-
-
-class NoEmbeddingPosition(nn.Module):
-    """Adds nothing."""
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002 - for the others
-        """Returns `x` unchanged."""
-        return x
-
-
-def build_embedding_position(
-    config: Learned | Sinusoidal | NoPosition, max_seq_len: int, hidden_size: int
-) -> nn.Module:
-    """Returns the module that adds positions to the embedding, for a model's configuration."""
-    match config:
-        case Learned():
-            return LearnedEmbedding(max_seq_len, hidden_size)
-        case Sinusoidal():
-            return SinusoidalEmbedding(config, hidden_size)
-        case NoPosition():
-            return NoEmbeddingPosition()

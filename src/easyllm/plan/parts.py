@@ -12,9 +12,10 @@ from easyllm.adapters.adapter_set import find_trained_modules
 from easyllm.adapters.attach import target_linears
 from easyllm.nn.config import LayerConfig, ModelConfig
 from easyllm.nn.decoder import Decoder, DecoderLayer
+from easyllm.nn.embedding_position import build_embedding_position
 from easyllm.nn.linear import Linear
 from easyllm.nn.norm import build_norm
-from easyllm.nn.position import PositionCost, build_embedding_position
+from easyllm.nn.position import PositionCost
 
 
 class Mixer(Protocol):

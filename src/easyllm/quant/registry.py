@@ -29,8 +29,8 @@ class StorageFormat:
             empty for a format that is created on loading and never written.
         from_file: (these tensors, shape of the weight, dtype of activations) → storage; raises
             `CheckpointError` if the tensors do not match.
-        file_config: expected entries of `quantization_config` besides `quant_method`; other values
-            are refused on reading.
+        file_config: expected entries of `quantization_config` in addition to `quant_method`;
+            other values are refused on reading.
         unsupported_reason: returns why a weight of a given shape cannot be stored in this format;
             None if it can.
     """

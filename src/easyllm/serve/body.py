@@ -35,7 +35,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
     Raises:
         APIError: the body is not UTF-8, not valid JSON (RFC 8259) or not an object, contains a
-            duplicate key, NaN, infinity or an overlong number, or is nested too deeply.
+            duplicate key, NaN, infinity or a number that is too long, or is nested too deeply.
     """
     try:
         text = raw.decode("utf-8")

@@ -14,15 +14,11 @@ bound time and memory:
 """
 
 import inspect
-import json
-from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
-from jinja2.filters import do_indent, make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -34,7 +30,6 @@ from easyllm.tokenizer.template_budget import (
     ITEM_SIZE,
     MAX_REASON,
     MAX_SOURCE,
-    MAX_SPLIT_CHARS,
     Budget,
     TemplateError,
     Visit,
@@ -42,6 +37,12 @@ from easyllm.tokenizer.template_budget import (
     check_search,
     check_size,
     size_of,
+)
+from easyllm.tokenizer.template_filters import (
+    bounded_filters,
+    raise_exception,
+    strftime_now,
+    written,
 )
 
 _TEXT_METHODS = frozenset(
@@ -85,49 +86,6 @@ _TEXT_METHODS = frozenset(
 )
 _METHODS = _TEXT_METHODS | {"copy", "get", "items", "keys", "values", "cycle", "changed"}
 _SLOW_METHODS = frozenset(["strip", "lstrip", "rstrip", "rfind", "rindex", "rsplit", "rpartition"])
-_FILTERS = frozenset(
-    [
-        "abs",
-        "attr",
-        "capitalize",
-        "count",
-        "d",
-        "default",
-        "e",
-        "escape",
-        "first",
-        "float",
-        "forceescape",
-        "int",
-        "last",
-        "length",
-        "lower",
-        "random",
-        "reverse",
-        "safe",
-        "string",
-        "truncate",
-        "upper",
-    ]
-)
-_LETTER_FILTERS = frozenset(
-    [
-        "dictsort",
-        "groupby",
-        "items",
-        "list",
-        "map",
-        "max",
-        "min",
-        "reject",
-        "rejectattr",
-        "select",
-        "selectattr",
-        "sort",
-        "title",
-        "unique",
-    ]
-)
 
 
 class _GenerationTag(Extension):
@@ -229,7 +187,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return known and super().is_safe_attribute(obj, attr, value)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        return super().getitem(obj, _step(argument))
+        BUDGET.get().step()
+        return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> None:
         """Disables `str.format`, which can pad text; it is rejected like any unknown method."""
@@ -318,92 +277,20 @@ def _environment() -> _Sandbox:
     environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_written,
+        finalize=written,
         extensions=[_GenerationTag, _LoopControl],
     )
-    known = {n: f for n, f in environment.filters.items() if n in _FILTERS | _LETTER_FILTERS}
-    known |= {"indent": _indent, "join": _join, "replace": _replace}
-    known |= {"tojson": _to_json, "trim": _trim}
+    filters = bounded_filters(environment.filters)
     environment.filters.clear()
-    environment.filters |= {name: _counted(name, function) for name, function in known.items()}
-    environment.filters |= {
-        "__steps": _steps,
-        "__step": _step,
-        "__made": _made,
-        "__concat": _concat,
-        "__enter": _enter,
-        "__leave": _leave,
-    }
+    environment.filters |= filters
     environment.globals = {
         "range": environment.globals["range"],
         "dict": dict,
         "namespace": _Namespace,
-        "raise_exception": _raise,
-        "strftime_now": _strftime_now,
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
     }
     return environment
-
-
-def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a filter whose calls are counted and whose results are measured."""
-    wanted = getattr(function, "jinja_pass_arg", None)
-    first = {
-        "context": lambda context: (context,),
-        "eval_context": lambda context: (context.eval_ctx,),
-        "environment": lambda context: (context.environment,),
-    }.get(wanted.name if wanted else "", lambda _context: ())
-
-    def counted(context: Context, value: Any, /, *args: Any, **kwargs: Any) -> Any:
-        budget = BUDGET.get()
-        budget.step()
-        if name in _LETTER_FILTERS and isinstance(value, str) and len(value) > MAX_SPLIT_CHARS:
-            raise TemplateError(
-                f"the chat template filter {name} accepts texts of at most {MAX_SPLIT_CHARS} characters"
-            )
-        result = function(*first(context), value, *args, **kwargs)
-        if isinstance(result, Iterator):  # evaluated eagerly, so that its items are measured
-            return iter(budget.made(list(budget.steps_of(result))))
-        return budget.made(result)
-
-    marked: Callable[..., Any] = jinja2.pass_context(counted)
-    return marked
-
-
-@jinja2.pass_context
-def _written(_context: Context, value: Any) -> str:
-    """Returns the text that `{{ value }}` writes."""
-    budget = BUDGET.get()
-    budget.step()
-    return cast("str", budget.made(value if isinstance(value, str) else str(value)))
-
-
-def _steps(items: Iterable[Any]) -> Iterator[Any]:
-    return BUDGET.get().steps_of(items)
-
-
-@jinja2.pass_context  # prevents jinja from calling it at compile time
-def _enter(_context: Context, item: Any, loop: int) -> None:
-    BUDGET.get().enter(loop, item)
-
-
-@jinja2.pass_context
-def _leave(_context: Context, loop: int) -> None:
-    BUDGET.get().leave(loop)
-
-
-def _step(value: Any) -> Any:
-    BUDGET.get().step()
-    return value
-
-
-def _made(value: Any) -> Any:
-    return BUDGET.get().made(_step(value))
-
-
-def _concat(values: list[Any]) -> str:
-    """Implements the operator `~`."""
-    check_size(size_of(values))
-    return cast("str", _made("".join(map(str, values))))
 
 
 def _checked_arguments(
@@ -422,79 +309,7 @@ def _checked_arguments(
         for value in (*args, *kwargs.values()):
             check_search(owner, value)
     if name == "join" and args:
-        items = list(_steps(args[0]))
+        items = list(BUDGET.get().steps_of(args[0]))
         check_size(size_of(items) + len(owner) * len(items))
         return (items, *args[1:])
     return args
-
-
-@jinja2.pass_environment
-def _join(
-    environment: _Sandbox, items: Iterable[Any], d: str = "", attribute: str | int | None = None
-) -> str:
-    if attribute is not None:
-        items = map(make_attrgetter(environment, attribute), items)
-    texts, size, d = [], 0, str(d)
-    for item in _steps(items):
-        texts.append(str(item))
-        size += len(texts[-1]) + len(d)
-        check_size(size)
-    return d.join(texts)
-
-
-def _replace(text: Any, old: str, new: str, count: int = -1) -> str:
-    text, old, new = str(text), str(old), str(new)
-    check_replace(text, old, new)
-    return cast("str", text.replace(old, new, count))
-
-
-def _trim(text: Any, chars: str | None = None) -> str:
-    text = str(text)
-    check_search(text, chars)
-    return cast("str", text.strip(chars))
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Renders JSON as HF does in templates: no HTML escapes, non-ASCII characters unescaped."""
-    if indent is not None and not 0 <= indent <= 16:
-        raise TemplateError("the chat template filter tojson accepts an indent from 0 to 16")
-    if separators is not None and sum(map(len, separators)) > 16:
-        raise TemplateError(
-            "the chat template filter tojson accepts separators of at most 16 characters in total"
-        )
-    encoder = json.JSONEncoder(
-        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-    if indent is None:
-        return encoder.encode(value)
-    pieces, size = [], 0
-    for piece in encoder.iterencode(value):  # deeply nested values are mostly indentation
-        size += len(piece)
-        check_size(size)
-        pieces.append(piece)
-    return "".join(pieces)
-
-
-def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
-    if not isinstance(width, int) or not 0 <= width <= 64:
-        raise TemplateError("the chat template filter indent accepts a width from 0 to 64")
-    check_size(len(text) + width * (len(text.splitlines()) + 1))
-    return do_indent(text, width, first, blank)
-
-
-def _strftime_now(layout: str) -> str:
-    if len(layout) > 100:
-        raise TemplateError(
-            "the chat template function strftime_now accepts a format of at most 100 characters"
-        )
-    return datetime.now().strftime(layout)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(f"the chat template rejects these messages: {str(message)[:MAX_REASON]}")

@@ -4,7 +4,8 @@
 
 There are five types: BPE, WordPiece, unigram, word-level and character-level. The same corpus
 always gives a bitwise identical `tokenizer.json`, independent of the process and the number of
-threads. Two of the library's trainers need workarounds: see `_train_word_piece` and `_canonicalize_scores`.
+threads. Two of the library's trainers need workarounds: see `_train_word_piece` and
+`_canonicalize_scores`.
 """
 
 import json

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from conftest import build_tiny
 from easyllm.core.errors import ConfigError
 from easyllm.engine import graph_step
 from easyllm.engine.graph_step import GraphStep
@@ -13,6 +12,7 @@ from easyllm.nn.config import LinearAttentionConfig, MoEConfig
 from easyllm.nn.position_config import Alibi, DynamicNTKScaling, Rope
 from easyllm.ops import attention_backends
 from easyllm.quant import quantize_weights
+from tiny_models import build_tiny
 
 
 @pytest.fixture

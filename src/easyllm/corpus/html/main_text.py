@@ -254,7 +254,7 @@ def _remove_small_forms(body: Node) -> None:
 
 
 def _remove_link_lists(body: Node) -> None:
-    """Removes lists that are menus, judged by their content and position."""
+    """Removes lists that are menus, going by their content and position."""
     lists = [
         node for node in _select(body, "ul, ol, menu") if not _is_in(node, ("ul", "ol", "menu"))
     ]

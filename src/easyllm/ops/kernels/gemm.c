@@ -7,7 +7,7 @@
 //   open sums    sums that are complete only after more inputs than are packed at a time
 //   write-back   storing 32 x 32 finished sums to C, with conversion, bias or addition
 //   streaming    stores that bypass the caches
-//   L1/L2        first- and second-level cache
+//   L1/L2        the two caches of a core
 //   lane, mask   see tiles.h
 //
 // Data layout: A [rows][depth], B [depth][columns], C [rows][columns], each with a stride between

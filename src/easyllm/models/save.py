@@ -1,0 +1,93 @@
+"""Saving models as a Hugging Face folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from easyllm.checkpoint.store import write_model_weights
+from easyllm.core.atomic import atomic_directory, write_json
+from easyllm.core.errors import CheckpointError
+from easyllm.models.hf_config import CONFIG_FILE, GENERATION_FILE, with_end_ids, write_config
+from easyllm.models.hf_names import keymap_of
+from easyllm.nn.decoder import Decoder
+from easyllm.quant import FORMATS
+from easyllm.tokenizer.tokenizer import Tokenizer
+
+
+def save_model(
+    model: Decoder,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    end_ids: Sequence[int] = (),
+    replace: bool = False,
+    extra_files: dict[str, Any] | None = None,
+) -> Path:
+    """Saves the model atomically as a Hugging Face folder that `transformers` loads unchanged.
+
+    Args:
+        model: the model to save.
+        folder: the folder to write.
+        tokenizer: saved next to the weights, including its chat template.
+        end_ids: additional EOS ids (the end-of-turn tokens the model was fine-tuned on).
+        replace: whether a non-empty folder may be replaced.
+        extra_files: additional JSON files by name (a manifest, for example).
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        OutputError: the folder is not empty, or cannot be written.
+        CheckpointError: the model has an adapter, the family's Hugging Face format cannot represent
+            the model, or its weights are quantized in a format that cannot be saved.
+    """
+    if model.is_adapted:
+        raise CheckpointError(
+            "the model has an adapter, which the Hugging Face model format cannot store; merge it "
+            "first, or save it with save_adapter"
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    config = write_config(with_end_ids(model.config, end_ids)) | {"torch_dtype": dtype}
+    packed, quantization = _packed_tensors(model)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    full = {name: t for name, t in model.state_dict().items() if ".storage." not in f".{name}"}
+    tensors = keymap_of(model.config).to_file(full, packed)
+    generation = {
+        key: config[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if config.get(key) is not None
+    }
+    with atomic_directory(Path(folder), replace=replace) as work:
+        write_model_weights(work, tensors)
+        write_json(work / CONFIG_FILE, config)
+        write_json(work / GENERATION_FILE, generation)
+        if tokenizer is not None:
+            tokenizer.save(work)
+        for name, value in (extra_files or {}).items():
+            write_json(work / name, value)
+    return Path(folder)
+
+
+def _packed_tensors(
+    model: Decoder,
+) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any] | None]:
+    """Returns the tensors of quantized weights and the matching `quantization_config`."""
+    formats = model.packed_formats()
+    if not formats:
+        return {}, None
+    (name, *others) = sorted(formats)
+    format = FORMATS.get(name)
+    if others or format is None or not format.file_tensors:
+        raise CheckpointError(
+            f"weights quantized as {' and '.join([name, *others])} exist only in memory and cannot "
+            "be saved in Hugging Face format; save the unquantized model"
+        )
+    tensors = {
+        f"{holder}.weight": layer.storage.tensors()
+        for holder, layer in model.weight_modules()
+        if layer.storage.format == name
+    }
+    return tensors, {"quant_method": name, **format.file_config}
