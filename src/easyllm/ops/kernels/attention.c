@@ -24,10 +24,11 @@
 static inline i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
 // Loads tokens [start, start + count) of one head to out[count][dim] in fp32.
-static void load_head(const void *x, i64 stride, i64 head, i64 start, i64 count, const Shape *s, float *out) {
+static void load_head(const void *x, i64 stride, i64 head, i64 start, i64 count, const Shape *s,
+                      float *out) {
     for (i64 t = 0; t < count; t++)
-        load_row((const char *)x + ((start + t) * stride + head * s->dim) * element_size(s->dtype), s->dtype,
-                 s->dim, out + t * s->dim);
+        load_row((const char *)x + ((start + t) * stride + head * s->dim) * element_size(s->dtype),
+                 s->dtype, s->dim, out + t * s->dim);
 }
 
 // Transposes [count][dim] to [dim][padded].
@@ -50,8 +51,8 @@ static inline void mask_row(const Shape *s, float *row, i64 query, i64 k0, i64 n
     for (i64 j = nk; j < padded; j++) row[j] = -INFINITY;
 }
 
-void attention_forward(const void *q, const void *k, const void *v, void *out, float *lse, const i64 *starts,
-                       i64 num_sequences, const Shape *s) {
+void attention_forward(const void *q, const void *k, const void *v, void *out, float *lse,
+                       const i64 *starts, i64 num_sequences, const Shape *s) {
     if (s->dtype == BF16 && tiles_ready()) {
         tiled_attention_forward(q, k, v, out, lse, starts, num_sequences, s);
         return;
@@ -107,7 +108,8 @@ void attention_forward(const void *q, const void *k, const void *v, void *out, f
                         i64 t = start + q0 + i;
                         float inv = sum[i] > 0 ? 1.0f / sum[i] : 0.0f;
                         for (i64 c = 0; c < dim; c++) acc[i * dim + c] *= inv;
-                        store_row((char *)out + (t * s->heads + h) * dim * esize, s->dtype, dim, acc + i * dim);
+                        store_row((char *)out + (t * s->heads + h) * dim * esize, s->dtype, dim,
+                                  acc + i * dim);
                         lse[t * s->heads + h] = top[i] + logf(sum[i]);
                     }
                 }
@@ -128,7 +130,8 @@ void attention_backward(const void *grad, const void *q, const void *k, const vo
     for (i64 n = 0; n < num_sequences; n++)
         for (i64 kv = 0; kv < s->kv_heads; kv++) {
             i64 start = starts[n], length = starts[n + 1] - start, padded = round_up(length, LANES);
-            float *keys = floats(padded * dim), *keys_t = floats(dim * padded), *values_t = floats(dim * padded);
+            float *keys = floats(padded * dim), *keys_t = floats(dim * padded);
+            float *values_t = floats(dim * padded);
             float *dk = floats(padded * dim), *dv = floats(padded * dim);
             float *queries = floats(QUERY_BLOCK * dim), *dout = floats(QUERY_BLOCK * dim);
             float *o = floats(QUERY_BLOCK * dim), *dq = floats(QUERY_BLOCK * dim);
@@ -155,7 +158,8 @@ void attention_backward(const void *grad, const void *q, const void *k, const vo
                             float *pi = p + i * KEY_BLOCK, *di = ds + i * KEY_BLOCK, delta = 0;
                             float z = lse[(start + q0 + i) * s->heads + h];
 #pragma omp simd reduction(+ : delta)
-                            for (i64 c = 0; c < dim; c++) delta += dout[i * dim + c] * o[i * dim + c];
+                            for (i64 c = 0; c < dim; c++)
+                                delta += dout[i * dim + c] * o[i * dim + c];
                             mask_row(s, pi, q0 + i, k0, nk, cols);
 #pragma omp simd
                             for (i64 j = 0; j < cols; j++) {
@@ -169,8 +173,8 @@ void attention_backward(const void *grad, const void *q, const void *k, const vo
                         matmul_add(nq, dim, nk, ds, KEY_BLOCK, 1, keys + k0 * dim, dim, dq, dim);
                     }
                     for (i64 i = 0; i < nq; i++)
-                        store_row((char *)grad_q + ((start + q0 + i) * width + h * dim) * esize, s->dtype, dim,
-                                  dq + i * dim);
+                        store_row((char *)grad_q + ((start + q0 + i) * width + h * dim) * esize,
+                                  s->dtype, dim, dq + i * dim);
                 }
             for (i64 t = 0; t < length; t++) {
                 i64 at = ((start + t) * kv_width + kv * dim) * esize;

@@ -21,8 +21,8 @@ typedef struct {
 } Shape;
 
 // attention_tiles.c: the same for bf16 on AMX
-void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out, float *lse,
-                             const i64 *starts, i64 num_sequences, const Shape *s);
+void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out,
+                             float *lse, const i64 *starts, i64 num_sequences, const Shape *s);
 void tiled_attention_backward(const uint16_t *grad, const uint16_t *q, const uint16_t *k, const uint16_t *v,
                               const uint16_t *out, const float *lse, uint16_t *grad_q, uint16_t *grad_k, uint16_t *grad_v,
                               const i64 *starts, i64 num_sequences, const Shape *s);

@@ -18,7 +18,6 @@
 #pragma once
 #include "cpu.h"
 
-
 #define SPLIT 64
 #define OCTET 8
 
@@ -29,10 +28,11 @@ typedef struct {
     int format;
 } Pages;
 
-// Returns the row of pages->keys and ->values, in units of dim elements, of the
-// sequence's token at `slot`.
+// Returns the row of p->keys and p->values, in units of dim elements, of the sequence's token at
+// `slot`.
 static inline i64 page_row(const Pages *p, const int32_t *table, i64 kv_head, i64 slot) {
-    return ((i64)table[slot / p->page_size] * p->kv_heads + kv_head) * p->page_size + slot % p->page_size;
+    return ((i64)table[slot / p->page_size] * p->kv_heads + kv_head) * p->page_size +
+           slot % p->page_size;
 }
 
 // Stores one head's key (or value) to a row of `base`, in the format of the pages.

@@ -23,7 +23,8 @@ void rms_norm_forward(const float *x, const void *added, int added_dtype, float 
         for (i64 t = 0; t < rows; t++) {
             const float *s = x + t * width;
             if (added) {
-                load_row((const char *)added + t * width * element_size(added_dtype), added_dtype, width, more);
+                load_row((const char *)added + t * width * element_size(added_dtype), added_dtype,
+                         width, more);
                 float *to = sum + t * width;
 #pragma omp simd
                 for (i64 i = 0; i < width; i++) to[i] = s[i] + more[i];
@@ -58,7 +59,8 @@ void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const f
         for (i64 t = 0; t < rows; t++) {
             const float *xt = x + t * width;
             float *out = grad_x + t * width, inv = inverse[t], dot = 0;
-            load_row((const char *)grad + t * width * element_size(grad_dtype), grad_dtype, width, g);
+            load_row((const char *)grad + t * width * element_size(grad_dtype), grad_dtype, width,
+                     g);
             if (own) {
 #pragma omp simd
                 for (i64 i = 0; i < width; i++) own[i] += g[i] * xt[i] * inv;
@@ -69,13 +71,15 @@ void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const f
             if (grad_sum) {
                 const float *also = grad_sum + t * width;
 #pragma omp simd
-                for (i64 i = 0; i < width; i++) out[i] = (g[i] * w[i] - xt[i] * mean) * inv + also[i];
+                for (i64 i = 0; i < width; i++)
+                    out[i] = (g[i] * w[i] - xt[i] * mean) * inv + also[i];
             } else {
 #pragma omp simd
                 for (i64 i = 0; i < width; i++) out[i] = (g[i] * w[i] - xt[i] * mean) * inv;
             }
             if (grad_added)
-                store_row((char *)grad_added + t * width * element_size(added_dtype), added_dtype, width, out);
+                store_row((char *)grad_added + t * width * element_size(added_dtype), added_dtype,
+                          width, out);
         }
         free(g);
     }
@@ -90,7 +94,8 @@ void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const f
 // registers.
 #define PIECE 64
 
-static inline void silu_gate_piece(const void *gate, const void *up, void *out, int dtype, i64 at, i64 n) {
+static inline void silu_gate_piece(const void *gate, const void *up, void *out, int dtype, i64 at,
+                                   i64 n) {
     float a[PIECE], b[PIECE];
     load_row((const char *)gate + at * element_size(dtype), dtype, n, a);
     load_row((const char *)up + at * element_size(dtype), dtype, n, b);
@@ -100,7 +105,8 @@ static inline void silu_gate_piece(const void *gate, const void *up, void *out, 
 }
 
 // out = silu(gate) * up
-void silu_gate_forward(const void *gate, const void *up, void *out, int dtype, i64 rows, i64 width) {
+void silu_gate_forward(const void *gate, const void *up, void *out, int dtype, i64 rows,
+                       i64 width) {
     i64 size = rows * width;
 #pragma omp parallel for schedule(static)
     for (i64 at = 0; at < size / PIECE * PIECE; at += PIECE) {
@@ -111,8 +117,9 @@ void silu_gate_forward(const void *gate, const void *up, void *out, int dtype, i
 }
 
 // grad_gate and grad_up for the elements [at, at + n)
-static inline void silu_gate_backward_piece(const void *grad, const void *gate, const void *up, void *grad_gate,
-                                            void *grad_up, int dtype, i64 at, i64 n) {
+static inline void silu_gate_backward_piece(const void *grad, const void *gate, const void *up,
+                                            void *grad_gate, void *grad_up, int dtype, i64 at,
+                                            i64 n) {
     float g[PIECE], a[PIECE], b[PIECE];
     load_row((const char *)grad + at * element_size(dtype), dtype, n, g);
     load_row((const char *)gate + at * element_size(dtype), dtype, n, a);
@@ -132,10 +139,12 @@ void silu_gate_backward(const void *grad, const void *gate, const void *up, void
     i64 size = rows * width;
 #pragma omp parallel for schedule(static)
     for (i64 at = 0; at < size / PIECE * PIECE; at += PIECE) {
-        if (dtype == BF16) silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, BF16, at, PIECE);
+        if (dtype == BF16)
+            silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, BF16, at, PIECE);
         else silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, FP32, at, PIECE);
     }
-    silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, dtype, size / PIECE * PIECE, size % PIECE);
+    silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, dtype, size / PIECE * PIECE,
+                             size % PIECE);
 }
 
 // RoPE: rotates each pair (x_i, x_{i+half}) of each head; sign -1 is the inverse rotation.
@@ -168,8 +177,8 @@ void rotary(const void *x, i64 x_stride, void *y, int dtype, const float *cosine
 
 // loss[t] = logsumexp(logits[t]) - logits[t][labels[t]]; with_grad overwrites the logits with their
 // gradient, softmax - onehot.
-void cross_entropy(void *logits, i64 stride, int dtype, const i64 *labels, float *loss, i64 rows, i64 width,
-                   int with_grad) {
+void cross_entropy(void *logits, i64 stride, int dtype, const i64 *labels, float *loss, i64 rows,
+                   i64 width, int with_grad) {
 #pragma omp parallel
     {
         float *x = floats(width);

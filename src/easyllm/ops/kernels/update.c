@@ -17,7 +17,7 @@
 
 typedef struct {
     float scale;           // of the gradient
-    float rescale;          // 1 - rate * decay
+    float rescale;         // 1 - rate * decay
     float beta1_rest;      // 1 - beta1
     float beta2, beta2_rest;
     float correction;      // sqrt(1 - beta2^t)
@@ -25,7 +25,7 @@ typedef struct {
 } AdamW;
 
 // Updates one weight and returns sqrt(v):
-//   theta <- shrink theta;  m <- m + (1 - beta1)(g - m);  v <- beta2 v + (1 - beta2) g^2;
+//   theta <- rescale theta;  m <- m + (1 - beta1)(g - m);  v <- beta2 v + (1 - beta2) g^2;
 //   theta <- theta - step_size m / (sqrt(v) / correction + eps)
 // Rounding is the same as in PyTorch's kernel.
 static inline float move_weight(float *w, float *m, float *v, float g, const AdamW *s) {
@@ -38,8 +38,8 @@ static inline float move_weight(float *w, float *m, float *v, float g, const Ada
 }
 
 // AdamW step with fp32 moments; `copy` is NULL or receives the new weights in bf16.
-void adamw(float *restrict master, float *restrict mean, float *restrict square, const void *gradient, int dtype,
-           uint16_t *copy, i64 count, const AdamW *s) {
+void adamw(float *restrict master, float *restrict mean, float *restrict square,
+           const void *gradient, int dtype, uint16_t *copy, i64 count, const AdamW *s) {
 #pragma omp parallel
     {
         float *g = floats(BLOCK);
@@ -47,7 +47,8 @@ void adamw(float *restrict master, float *restrict mean, float *restrict square,
         for (i64 first = 0; first < count; first += BLOCK) {
             i64 n = min_(BLOCK, count - first);
             load_row((const char *)gradient + first * element_size(dtype), dtype, n, g);
-            float *restrict w = master + first, *restrict m = mean + first, *restrict v = square + first;
+            float *restrict w = master + first, *restrict m = mean + first;
+            float *restrict v = square + first;
 #pragma omp simd
             for (i64 i = 0; i < n; i++) move_weight(w + i, m + i, v + i, g[i], s);
             if (copy) store_row(copy + first, BF16, n, w);
@@ -82,7 +83,8 @@ static inline void move_block(float *restrict w, int8_t *restrict mean, float *m
         most_square = v > most_square ? v : most_square;
     }
     const float per_root = MAX_MEAN / sqrtf(maximum > SMALLEST ? maximum : SMALLEST);
-    const float per_square_root = MAX_SQUARE / sqrtf(sqrtf(most_square > SMALLEST ? most_square : SMALLEST));
+    const float per_square_root =
+        MAX_SQUARE / sqrtf(sqrtf(most_square > SMALLEST ? most_square : SMALLEST));
 #pragma omp simd
     for (i64 i = 0; i < n; i++) {
         float code = floorf(sqrtf(fabsf(moved[i])) * per_root + offset[i]);
