@@ -15,7 +15,6 @@ a bias; `explicit_attention`, which materializes the scores, for soft caps and f
 encodings that change the scores in other ways.
 """
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 
 from easyllm.ops.flash import flash_attention, flash_fits
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES, AttentionShape
+from easyllm.ops.kernels.structs import DTYPE_CODES, AttentionBackward, AttentionShape, address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,22 +248,20 @@ class _KernelAttention(torch.autograd.Function):
         assert kernels is not None, "chosen by attention()"
         starts = torch.tensor([0, *lengths]).cumsum(0)
         shape = AttentionShape(
-            q.shape[1],
-            k.shape[1],
-            q.shape[2],
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            DTYPE_CODES[q.dtype],
-            rule.scale,
-            rule.causal,
-            rule.window or 0,
+            heads=q.shape[1],
+            kv_heads=k.shape[1],
+            dim=q.shape[2],
+            q_stride=q.stride(0),
+            k_stride=k.stride(0),
+            v_stride=v.stride(0),
+            dtype=DTYPE_CODES[q.dtype],
+            scale=rule.scale,
+            causal=rule.causal,
+            window=rule.window or 0,
         )
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:2])
-        kernels.attention_forward(
-            *(x.data_ptr() for x in (q, k, v, out, lse, starts)), len(lengths), ctypes.byref(shape)
-        )
+        kernels.attention_forward(*map(address, (q, k, v, out, lse, starts)), len(lengths), shape)
         ctx.save_for_backward(q, k, v, out, lse, starts)
         ctx.shape = shape
         return out
@@ -276,11 +273,20 @@ class _KernelAttention(torch.autograd.Function):
         kernels = kernels_for(grad, q, k, v)
         assert kernels is not None, "chosen by attention()"
         grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        kernels.attention_backward(
-            *(x.data_ptr() for x in (grad, q, k, v, out, lse, grad_q, grad_k, grad_v, starts)),
-            len(starts) - 1,
-            ctypes.byref(ctx.shape),
+        tensors = AttentionBackward(
+            grad=address(grad),
+            out=address(out),
+            q=address(q),
+            k=address(k),
+            v=address(v),
+            lse=address(lse),
+            grad_q=address(grad_q),
+            grad_k=address(grad_k),
+            grad_v=address(grad_v),
+            starts=address(starts),
+            num_sequences=len(starts) - 1,
         )
+        kernels.attention_backward(tensors, ctx.shape)
         return grad_q, grad_k, grad_v, None, None
 
 

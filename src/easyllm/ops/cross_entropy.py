@@ -15,7 +15,7 @@ from torch import Tensor
 from easyllm.ops.gpu import gpu_ready
 from easyllm.ops.huge_memory import cached_empty
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES
+from easyllm.ops.kernels.structs import DTYPE_CODES
 from easyllm.ops.matmul import matmul
 
 IGNORE_INDEX = -100

@@ -80,7 +80,8 @@ void attention_forward(const void *q, const void *k, const void *v, void *out, f
                     for (i64 k0 = from; k0 < to; k0 += KEY_BLOCK) {
                         i64 nk = min_(KEY_BLOCK, to - k0), cols = round_up(nk, LANES);
                         memset(scores, 0, nq * KEY_BLOCK * sizeof(float));
-                        matmul_add(nq, cols, dim, queries, dim, 1, keys_t + k0, padded, scores, KEY_BLOCK);
+                        matmul_add(nq, cols, dim, (Left){queries, dim, 1}, keys_t + k0, padded,
+                                   scores, KEY_BLOCK);
                         for (i64 i = 0; i < nq; i++) {
                             float *row = scores + i * KEY_BLOCK, best = top[i], total = 0;
                             mask_row(s, row, q0 + i, k0, nk, cols);
@@ -102,7 +103,8 @@ void attention_forward(const void *q, const void *k, const void *v, void *out, f
                             if (rescale != 1.0f)
                                 for (i64 c = 0; c < dim; c++) acc[i * dim + c] *= rescale;
                         }
-                        matmul_add(nq, dim, nk, scores, KEY_BLOCK, 1, values + k0 * dim, dim, acc, dim);
+                        matmul_add(nq, dim, nk, (Left){scores, KEY_BLOCK, 1}, values + k0 * dim,
+                                   dim, acc, dim);
                     }
                     for (i64 i = 0; i < nq; i++) {
                         i64 t = start + q0 + i;
@@ -117,15 +119,14 @@ void attention_forward(const void *q, const void *k, const void *v, void *out, f
         }
 }
 
-void attention_backward(const void *grad, const void *q, const void *k, const void *v, const void *out,
-                        const float *lse, void *grad_q, void *grad_k, void *grad_v, const i64 *starts,
-                        i64 num_sequences, const Shape *s) {
+void attention_backward(const AttentionBackward *args, const Shape *s) {
     if (s->dtype == BF16 && tiles_ready()) {
-        tiled_attention_backward(grad, q, k, v, out, lse, grad_q, grad_k, grad_v, starts, num_sequences, s);
+        tiled_attention_backward(args, s);
         return;
     }
     i64 groups = s->heads / s->kv_heads, dim = s->dim, esize = element_size(s->dtype);
-    i64 width = s->heads * dim, kv_width = s->kv_heads * dim;
+    i64 width = s->heads * dim, kv_width = s->kv_heads * dim, num_sequences = args->num_sequences;
+    const i64 *starts = args->starts;
 #pragma omp parallel for schedule(dynamic, 1) collapse(2)
     for (i64 n = 0; n < num_sequences; n++)
         for (i64 kv = 0; kv < s->kv_heads; kv++) {
@@ -136,27 +137,29 @@ void attention_backward(const void *grad, const void *q, const void *k, const vo
             float *queries = floats(QUERY_BLOCK * dim), *dout = floats(QUERY_BLOCK * dim);
             float *o = floats(QUERY_BLOCK * dim), *dq = floats(QUERY_BLOCK * dim);
             float *p = floats(QUERY_BLOCK * KEY_BLOCK), *ds = floats(QUERY_BLOCK * KEY_BLOCK);
-            load_head(v, s->v_stride, kv, start, length, s, keys);
+            load_head(args->v, s->v_stride, kv, start, length, s, keys);
             transpose(keys, length, dim, values_t, padded);
-            load_head(k, s->k_stride, kv, start, length, s, keys);
+            load_head(args->k, s->k_stride, kv, start, length, s, keys);
             transpose(keys, length, dim, keys_t, padded);
             for (i64 h = kv * groups; h < (kv + 1) * groups; h++)
                 for (i64 q0 = 0; q0 < length; q0 += QUERY_BLOCK) {
                     i64 nq = min_(QUERY_BLOCK, length - q0), from, to;
-                    load_head(q, s->q_stride, h, start + q0, nq, s, queries);
-                    load_head(grad, width, h, start + q0, nq, s, dout);
-                    load_head(out, width, h, start + q0, nq, s, o);
+                    load_head(args->q, s->q_stride, h, start + q0, nq, s, queries);
+                    load_head(args->grad, width, h, start + q0, nq, s, dout);
+                    load_head(args->out, width, h, start + q0, nq, s, o);
                     memset(dq, 0, nq * dim * sizeof(float));
                     key_range(s, q0, nq, length, &from, &to);
                     for (i64 k0 = from; k0 < to; k0 += KEY_BLOCK) {
                         i64 nk = min_(KEY_BLOCK, to - k0), cols = round_up(nk, LANES);
                         memset(p, 0, nq * KEY_BLOCK * sizeof(float));
                         memset(ds, 0, nq * KEY_BLOCK * sizeof(float));
-                        matmul_add(nq, cols, dim, queries, dim, 1, keys_t + k0, padded, p, KEY_BLOCK);
-                        matmul_add(nq, cols, dim, dout, dim, 1, values_t + k0, padded, ds, KEY_BLOCK);
+                        matmul_add(nq, cols, dim, (Left){queries, dim, 1}, keys_t + k0, padded, p,
+                                   KEY_BLOCK);
+                        matmul_add(nq, cols, dim, (Left){dout, dim, 1}, values_t + k0, padded, ds,
+                                   KEY_BLOCK);
                         for (i64 i = 0; i < nq; i++) {
                             float *pi = p + i * KEY_BLOCK, *di = ds + i * KEY_BLOCK, delta = 0;
-                            float z = lse[(start + q0 + i) * s->heads + h];
+                            float z = args->lse[(start + q0 + i) * s->heads + h];
 #pragma omp simd reduction(+ : delta)
                             for (i64 c = 0; c < dim; c++)
                                 delta += dout[i * dim + c] * o[i * dim + c];
@@ -168,18 +171,22 @@ void attention_backward(const void *grad, const void *q, const void *k, const vo
                                 di[j] = e * (di[j] - delta) * s->scale;
                             }
                         }
-                        matmul_add(nk, dim, nq, p, 1, KEY_BLOCK, dout, dim, dv + k0 * dim, dim);
-                        matmul_add(nk, dim, nq, ds, 1, KEY_BLOCK, queries, dim, dk + k0 * dim, dim);
-                        matmul_add(nq, dim, nk, ds, KEY_BLOCK, 1, keys + k0 * dim, dim, dq, dim);
+                        matmul_add(nk, dim, nq, (Left){p, 1, KEY_BLOCK}, dout, dim, dv + k0 * dim,
+                                   dim);
+                        matmul_add(nk, dim, nq, (Left){ds, 1, KEY_BLOCK}, queries, dim,
+                                   dk + k0 * dim, dim);
+                        matmul_add(nq, dim, nk, (Left){ds, KEY_BLOCK, 1}, keys + k0 * dim, dim, dq,
+                                   dim);
                     }
                     for (i64 i = 0; i < nq; i++)
-                        store_row((char *)grad_q + ((start + q0 + i) * width + h * dim) * esize,
-                                  s->dtype, dim, dq + i * dim);
+                        store_row(
+                            (char *)args->grad_q + ((start + q0 + i) * width + h * dim) * esize,
+                            s->dtype, dim, dq + i * dim);
                 }
             for (i64 t = 0; t < length; t++) {
                 i64 at = ((start + t) * kv_width + kv * dim) * esize;
-                store_row((char *)grad_k + at, s->dtype, dim, dk + t * dim);
-                store_row((char *)grad_v + at, s->dtype, dim, dv + t * dim);
+                store_row((char *)args->grad_k + at, s->dtype, dim, dk + t * dim);
+                store_row((char *)args->grad_v + at, s->dtype, dim, dv + t * dim);
             }
             free(keys), free(keys_t), free(values_t), free(dk), free(dv);
             free(queries), free(dout), free(o), free(dq), free(p), free(ds);

@@ -69,14 +69,25 @@ static void pack_along_head(const uint16_t *x, i64 stride, i64 length, const Sha
                             uint16_t *out) {
     Operand tokens = {x, stride, columns};
     Parts p = parts_of(s, length);
-    pack_panels(&tokens, length, s->dim, 0, 2 * p.blocks, 0, p.inputs, p.inputs, 0, out);
+    const Packing all = {.size = length,
+                         .depth = s->dim,
+                         .num_panels = 2 * p.blocks,
+                         .tiles = p.inputs,
+                         .pitch = p.inputs};
+    pack_panels(&tokens, all, out);
 }
 
 static void pack_along_tokens(const uint16_t *x, i64 stride, i64 length, const Shape *s,
                               uint16_t *out) {
     Operand tokens = {x, stride, 0};
     Parts p = parts_of(s, length);
-    pack_panels(&tokens, s->dim, length, 0, 2 * p.pairs, 0, p.blocks, p.blocks, 1, out);
+    const Packing all = {.size = s->dim,
+                         .depth = length,
+                         .num_panels = 2 * p.pairs,
+                         .tiles = p.blocks,
+                         .pitch = p.blocks,
+                         .interleaved = 1};
+    pack_panels(&tokens, all, out);
 }
 
 // Mask of those of the 16 tokens from `start` on that are in [first, last].
@@ -119,17 +130,26 @@ static inline void store_row_of(float *sums, i64 row, float factor, i64 width, u
     _mm512_mask_storeu_epi16(out, first_of(width), (__m512i)_mm512_cvtne2ps_pbh(right, left));
 }
 
-// Range of keys [first, last] that a query sees.
-static inline void keys_of(const Shape *s, i64 query, i64 length, i64 *first, i64 *last) {
-    *first = s->window ? max_(0, query - s->window + 1) : 0;
-    *last = s->causal ? query : length - 1;
+// Range of keys that a query sees, both ends included.
+typedef struct {
+    i64 first, last;
+} Keys;
+
+static inline Keys keys_of(const Shape *s, i64 query, i64 length) {
+    return (Keys){s->window ? max_(0, query - s->window + 1) : 0, s->causal ? query : length - 1};
 }
+
+// Running softmax of a query: maximum score, and sum of the exponentials relative to it.
+typedef struct {
+    float top, sum;
+} Softmax;
 
 // Online softmax of a row over `count` blocks of scores from key `start` on; probabilities are
 // stored as a row of an operand. Returns the factor by which the row's earlier sums must be
 // multiplied.
-static float softmax_row(float *scores, i64 row, i64 start, i64 count, i64 first, i64 last, float scale, float *top,
-                         float *sum, uint16_t *probabilities) {
+static float softmax_row(float *scores, i64 row, i64 start, i64 count, const Keys visible,
+                         float scale, Softmax *state, uint16_t *probabilities) {
+    const i64 first = visible.first, last = visible.last;
     __m512 best = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     if (max_(first, start) > min_(last, start + count * BLOCK - 1)) {  // no visible key
         for (i64 b = 0; b < count; b++) store_operand(probabilities + b * PAIR, row, total, total);
@@ -138,7 +158,7 @@ static float softmax_row(float *scores, i64 row, i64 start, i64 count, i64 first
     for (i64 j = 0; j < 2 * count; j++)
         best = _mm512_mask_max_ps(best, lanes_in(start + 16 * j, first, last), best,
                                   _mm512_load_ps(sums_row(scores + j / 2 * SUMS, row, j % 2)));
-    float highest = fmaxf(*top, _mm512_reduce_max_ps(best) * scale);
+    float highest = fmaxf(state->top, _mm512_reduce_max_ps(best) * scale);
     __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(-highest);
     for (i64 b = 0; b < count; b++) {
         __m512 halves[2];
@@ -151,9 +171,9 @@ static float softmax_row(float *scores, i64 row, i64 start, i64 count, i64 first
         }
         store_operand(probabilities + b * PAIR, row, halves[0], halves[1]);
     }
-    float rescale = *top == -INFINITY ? 0.0f : exp_(*top - highest);
-    *sum = *sum * rescale + _mm512_reduce_add_ps(total);
-    *top = highest;
+    float rescale = state->top == -INFINITY ? 0.0f : exp_(state->top - highest);
+    state->sum = state->sum * rescale + _mm512_reduce_add_ps(total);
+    state->top = highest;
     return rescale;
 }
 
@@ -170,11 +190,11 @@ static void forward_of_head(const uint16_t *q, const uint16_t *k, const uint16_t
     pack_along_head(k, s->k_stride, length, s, 1, keys);
     pack_along_tokens(v, s->v_stride, length, s, values);
     for (i64 i = 0; i < p.blocks; i++) {
-        i64 rows = min_(BLOCK, length - i * BLOCK), from, to, ignored;
-        float top[BLOCK], sum[BLOCK];
-        for (i64 r = 0; r < BLOCK; r++) top[r] = -INFINITY, sum[r] = 0;
-        keys_of(s, i * BLOCK, length, &from, &ignored);
-        keys_of(s, i * BLOCK + rows - 1, length, &ignored, &to);
+        i64 rows = min_(BLOCK, length - i * BLOCK);
+        i64 from = keys_of(s, i * BLOCK, length).first;
+        i64 to = keys_of(s, i * BLOCK + rows - 1, length).last;
+        Softmax state[BLOCK];
+        for (i64 r = 0; r < BLOCK; r++) state[r] = (Softmax){-INFINITY, 0};
         for (i64 b = from / BLOCK; b <= to / BLOCK; b += KEY_BLOCKS) {
             i64 count = min_(KEY_BLOCKS, to / BLOCK + 1 - b);
             int starts = b == from / BLOCK;
@@ -183,10 +203,10 @@ static void forward_of_head(const uint16_t *q, const uint16_t *k, const uint16_t
                            packed_panels(keys + (b + j) * p.inputs * PAIR), 1, scores + j * SUMS);
             COMPILER_BARRIER();
             for (i64 r = 0; r < BLOCK; r++) {
-                i64 first = 1, last = 0;  // padding rows see no key
-                if (r < rows) keys_of(s, i * BLOCK + r, length, &first, &last);
-                float rescale = softmax_row(scores, r, b * BLOCK, count, first, last, s->scale,
-                                            top + r, sum + r, probabilities);
+                // padding rows see no key
+                const Keys visible = r < rows ? keys_of(s, i * BLOCK + r, length) : (Keys){1, 0};
+                float rescale = softmax_row(scores, r, b * BLOCK, count, visible, s->scale,
+                                            state + r, probabilities);
                 if (starts || rescale == 1.0f) continue;
                 for (i64 c = 0; c < 2 * p.pairs; c++) {
                     float *row = sums_row(sums + c / 2 * SUMS, r, c % 2);
@@ -203,17 +223,25 @@ static void forward_of_head(const uint16_t *q, const uint16_t *k, const uint16_t
         for (i64 r = 0; r < rows; r++) {
             i64 t = i * BLOCK + r;
             for (i64 c = 0; c < p.pairs; c++)
-                store_row_of(sums + c * SUMS, r, 1.0f / sum[r], s->dim - c * BLOCK,
+                store_row_of(sums + c * SUMS, r, 1.0f / state[r].sum, s->dim - c * BLOCK,
                              out + t * s->heads * s->dim + c * BLOCK);
-            lse[t * s->heads] = top[r] + logf(sum[r]);
+            lse[t * s->heads] = state[r].top + logf(state[r].sum);
         }
     }
 }
 
-// Computes the probabilities of 32 keys (rows) and 32 queries, and the gradient of their scores, as
-// operands.
-static void gradient_of_scores(float *scores, float *products, i64 key, i64 query, i64 length, const Shape *s,
-                               const float *lse, const float *delta, uint16_t *probabilities, uint16_t *gradient) {
+// What the backward pass computes for 32 keys (rows) and 32 queries.
+typedef struct {
+    float *scores, *products;           // sums of keys x queries, and of values x gradients
+    const float *lse, *delta;           // of all queries of the sequence
+    uint16_t *probabilities, *gradient;  // results, as operands; the gradient is that of the scores
+} ScoreBlock;
+
+// Computes probabilities, and the gradient of the scores, of the keys from `key` and the queries
+// from `query` on.
+static void gradient_of_scores(const ScoreBlock *block, i64 key, i64 query, i64 length,
+                               const Shape *s) {
+    const float *lse = block->lse, *delta = block->delta;
     __m512 by = _mm512_set1_ps(s->scale);
     for (i64 r = 0; r < BLOCK; r++) {
         i64 j = key + r, first = s->causal ? j : 0;
@@ -221,15 +249,15 @@ static void gradient_of_scores(float *scores, float *products, i64 key, i64 quer
         __m512 p[2], g[2];
         for (i64 h = 0; h < 2; h++) {
             i64 at = query + 16 * h;
-            __m512 x = _mm512_load_ps(sums_row(scores, r, h));
+            __m512 x = _mm512_load_ps(sums_row(block->scores, r, h));
             x = _mm512_fmsub_ps(x, by, _mm512_load_ps(lse + at));
             p[h] = _mm512_maskz_mov_ps(j < length ? lanes_in(at, first, last) : 0, exp_lanes(x));
-            g[h] = _mm512_load_ps(sums_row(products, r, h));
+            g[h] = _mm512_load_ps(sums_row(block->products, r, h));
             g[h] = _mm512_sub_ps(g[h], _mm512_load_ps(delta + at));
             g[h] = _mm512_mul_ps(_mm512_mul_ps(p[h], g[h]), by);
         }
-        store_operand(probabilities, r, p[0], p[1]);
-        store_operand(gradient, r, g[0], g[1]);
+        store_operand(block->probabilities, r, p[0], p[1]);
+        store_operand(block->gradient, r, g[0], g[1]);
     }
 }
 
@@ -317,8 +345,9 @@ static void backward_of_group(Tensors x, i64 length, const Shape *s, Workspace w
                     four_tiles(p.inputs, packed_panels(values + b * p.inputs * PAIR),
                                packed_panels(grads + i * p.inputs * PAIR), 1, products);
                     COMPILER_BARRIER();
-                    gradient_of_scores(scores, products, b * BLOCK, i * BLOCK, length, s, lse,
-                                       delta, probabilities + i * PAIR, gradient + i * PAIR);
+                    const ScoreBlock block = {scores, products, lse, delta,
+                                              probabilities + i * PAIR, gradient + i * PAIR};
+                    gradient_of_scores(&block, b * BLOCK, i * BLOCK, length, s);
                     pack_pairs(gradient + i * PAIR, DEPTH, BLOCK, BLOCK, 1, to);
                 }
                 for (i64 c = 0; c < p.pairs; c++) {
@@ -390,9 +419,11 @@ void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_
     free(order);
 }
 
-void tiled_attention_backward(const uint16_t *grad, const uint16_t *q, const uint16_t *k, const uint16_t *v,
-                              const uint16_t *out, const float *lse, uint16_t *grad_q, uint16_t *grad_k, uint16_t *grad_v,
-                              const i64 *starts, i64 num_sequences, const Shape *s) {
+void tiled_attention_backward(const AttentionBackward *args, const Shape *s) {
+    const uint16_t *grad = args->grad, *q = args->q, *k = args->k, *v = args->v, *out = args->out;
+    uint16_t *grad_q = args->grad_q, *grad_k = args->grad_k, *grad_v = args->grad_v;
+    const float *lse = args->lse;
+    const i64 *starts = args->starts, num_sequences = args->num_sequences;
     i64 *order = longest_first(starts, num_sequences), dim = s->dim;
     i64 groups = s->heads / s->kv_heads;
     if (num_sequences == 0) return free(order);
@@ -430,11 +461,8 @@ void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_
                              float *lse, const i64 *starts, i64 num_sequences, const Shape *s) {
     (void)q, (void)k, (void)v, (void)out, (void)lse, (void)starts, (void)num_sequences, (void)s;
 }
-void tiled_attention_backward(const uint16_t *grad, const uint16_t *q, const uint16_t *k, const uint16_t *v,
-                              const uint16_t *out, const float *lse, uint16_t *grad_q, uint16_t *grad_k, uint16_t *grad_v,
-                              const i64 *starts, i64 num_sequences, const Shape *s) {
-    (void)grad, (void)q, (void)k, (void)v, (void)out, (void)lse, (void)grad_q, (void)grad_k, (void)grad_v;
-    (void)starts, (void)num_sequences, (void)s;
+void tiled_attention_backward(const AttentionBackward *args, const Shape *s) {
+    (void)args, (void)s;
 }
 
 #endif

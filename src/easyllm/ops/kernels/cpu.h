@@ -176,23 +176,31 @@ TILE(tile_narrow, TILE_ROWS, 1)
 TILE(row_wide, 1, TILE_VECS)
 TILE(row_narrow, 1, 1)
 
-// GEMM: c[rows][cols] += a b; cols must be a multiple of LANES.
-static inline void matmul_add(i64 rows, i64 cols, i64 depth, const float *a, i64 ai, i64 ak,
-                              const float *b, i64 ldb, float *c, i64 ldc) {
+// The left operand of a GEMM, possibly transposed: element (i, k) is data[i * row + k * column].
+typedef struct {
+    const float *data;
+    i64 row, column;  // elements from row to row, and from column to column
+} Left;
+
+// GEMM: c[rows][cols] += a[rows][depth] b[depth][cols]; cols must be a multiple of LANES.
+static inline void matmul_add(i64 rows, i64 cols, i64 depth, const Left a, const float *b, i64 ldb,
+                              float *c, i64 ldc) {
     i64 i = 0;
     for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
+        const float *x = a.data + i * a.row;
         i64 j = 0;
         for (; j + TILE_VECS * LANES <= cols; j += TILE_VECS * LANES)
-            tile_wide(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            tile_wide(depth, x, a.row, a.column, b + j, ldb, c + i * ldc + j, ldc);
         for (; j < cols; j += LANES)
-            tile_narrow(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            tile_narrow(depth, x, a.row, a.column, b + j, ldb, c + i * ldc + j, ldc);
     }
     for (; i < rows; i++) {
+        const float *x = a.data + i * a.row;
         i64 j = 0;
         for (; j + TILE_VECS * LANES <= cols; j += TILE_VECS * LANES)
-            row_wide(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            row_wide(depth, x, a.row, a.column, b + j, ldb, c + i * ldc + j, ldc);
         for (; j < cols; j += LANES)
-            row_narrow(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            row_narrow(depth, x, a.row, a.column, b + j, ldb, c + i * ldc + j, ldc);
     }
 }
 

@@ -266,11 +266,16 @@ static void attend_tasks(const Layer *l, const Batch *b, const Pages *p, const S
         KeyRange key_range[groups];
         for (i64 g = 0; g < groups; g++)
             key_range[g] = (KeyRange){l->window ? max_(0, length - l->window) : 0, length - 1};
-        for (i64 kv = 0; kv < l->kv_heads; kv++, task += splits)
+        for (i64 kv = 0; kv < l->kv_heads; kv++, task += splits) {
+            const QueryRows rows = {.table = b->table + s * b->table_width,
+                                    .kv_head = kv,
+                                    .rows = groups,
+                                    .q = sh->q + (s * l->heads + kv * groups) * l->dim,
+                                    .key_range = key_range,
+                                    .scratch = t->scratch};
             for (i64 j = max_(0, begin - task); j < min_(splits, end - task); j++)
-                attend_split(p, b->table + s * b->table_width, kv, first + j, groups,
-                             sh->q + (s * l->heads + kv * groups) * l->dim, key_range,
-                             sh->parts + (task + j) * size, t->scratch);
+                attend_split(p, &rows, first + j, sh->parts + (task + j) * size);
+        }
     }
 }
 

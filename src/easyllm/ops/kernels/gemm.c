@@ -33,6 +33,25 @@
 
 #include "tiles.h"
 
+// One of the matrices that are joined.
+typedef struct {
+    void *data;
+    i64 stride;  // elements from row to row
+    i64 size;    // along the joined dimension; a multiple of 32, unless there is only one
+} Block;
+
+// Arguments of gemm.
+typedef struct {
+    const Block *a, *b, *c;          // the matrices of each operand; C has those of the joined one
+    i64 a_count, b_count;            // number of matrices
+    int a_transposed, b_transposed;  // stored as A [depth][rows], B [columns][depth]
+    const float *bias;               // [columns] or NULL
+    int c_dtype;                     // BF16, or FP32
+    int add;                         // adds the product to C, which must be fp32
+    i64 rows, columns, depth;        // of all joined matrices
+    char *workspace;                 // gemm_bytes bytes, aligned to 64 bytes
+} Gemm;
+
 #ifdef HAS_TILES
 
 #define LINE 32                    // elements of a cache line
@@ -50,13 +69,6 @@ typedef struct {
     i64 row_panels, column_panels, tiles;  // packed at a time
     i64 row_bytes, column_bytes;           // size of these in bytes
 } Sizes;
-
-// One of the matrices that are joined.
-typedef struct {
-    void *data;
-    i64 stride;  // elements from row to row
-    i64 size;    // along the joined dimension; a multiple of 32, unless there is only one
-} Block;
 
 typedef struct {
     const Block *parts;
@@ -119,20 +131,19 @@ static const Block *part_at(const Block *parts, i64 count, i64 *at) {
     return parts;
 }
 
-// Packs `count` panels from panel s on, `tiles` tiles of each from input k0 on. `interleaved`: rows run
-// along the inputs and are interleaved to VNNI pairs.
-static void pack(const Concatenated *x, i64 size, i64 depth, i64 s, i64 count, i64 k0, i64 tiles, int interleaved, char *packed) {
-    for (i64 i = 0, n; i < count; i += n)
-        for (i64 t = 0, m; t < tiles; t += m) {
-            i64 at = (s + i) * SIDE, k = k0 + t * DEPTH;
+// Packs panels of joined matrices; p->size and p->depth are those of all matrices together.
+static void pack(const Concatenated *x, const Packing *p, char *packed) {
+    for (i64 i = 0, n = p->num_panels; i < p->num_panels; i += n)
+        for (i64 t = 0, m; t < p->tiles; t += m) {
+            i64 at = (p->panel + i) * SIDE, k = p->input + t * DEPTH;
             const Block *part = part_at(x->parts, x->count, x->along_depth ? &k : &at);
-            Operand one = {part->data, part->stride, x->transposed};
-            i64 part_size = x->along_depth ? size : part->size;
-            i64 part_depth = x->along_depth ? part->size : depth;
-            n = min_(count - i, even_panels(part_size - at));
-            m = min_(tiles - t, (part_depth - k + DEPTH - 1) / DEPTH);
-            pack_panels(&one, part_size, part_depth, at / SIDE, n, k, m, tiles, interleaved,
-                        (uint16_t *)packed + (i / 2 * tiles + t) * PAIR);
+            const Operand one = {part->data, part->stride, x->transposed};
+            i64 size = x->along_depth ? p->size : part->size;
+            i64 depth = x->along_depth ? part->size : p->depth;
+            n = min_(p->num_panels - i, even_panels(size - at));
+            m = min_(p->tiles - t, (depth - k + DEPTH - 1) / DEPTH);
+            const Packing of_part = {size, depth, at / SIDE, n, k, m, p->pitch, p->interleaved};
+            pack_panels(&one, of_part, (uint16_t *)packed + (i / 2 * p->pitch + t) * PAIR);
         }
 }
 
@@ -258,7 +269,7 @@ typedef struct {
     float *sums;
     int direct;  // tiles of A are loaded in place, without packing
     int open;    // sums need more inputs than are packed at a time
-} Gemm;
+} GemmPlan;
 
 // What is packed at a time: panels of rows from m0 and of columns from n0 on, inputs from k0 on.
 typedef struct {
@@ -280,7 +291,7 @@ static PackedBlock packed_block_at(const Sizes *s, i64 m0, i64 n0, i64 k0) {
 // Returns panels m and m + 1 of A, tiles t to t + *count, or fewer if their matrix ends before.
 // `pair`: number of pairs of column panels already multiplied by them; each prefetches another part
 // of the next panels.
-ALWAYS_INLINE PanelPair panels_of_rows(const Gemm *p, const PackedBlock *packed, i64 m, i64 t,
+ALWAYS_INLINE PanelPair panels_of_rows(const GemmPlan *p, const PackedBlock *packed, i64 m, i64 t,
                                        i64 pair, i64 *count, Next *next) {
     if (!p->direct) {
         i64 bytes = packed->tiles * TILE_BYTES;
@@ -298,7 +309,7 @@ ALWAYS_INLINE PanelPair panels_of_rows(const Gemm *p, const PackedBlock *packed,
 }
 
 // Multiplies packed panels m1 to m_end of A by panels n1 to n_end of B.
-static void multiply_block(const Gemm *p, const PackedBlock *packed, i64 m1, i64 m_end, i64 n1,
+static void multiply_block(const GemmPlan *p, const PackedBlock *packed, i64 m1, i64 m_end, i64 n1,
                            i64 n_end) {
     i64 start = (i64)__rdtsc(), uses = 0, tiles = packed->tiles, own = omp_get_thread_num() * 2;
     int fetches = throttled;
@@ -337,21 +348,40 @@ static int is_direct(const Concatenated *a, i64 rows, i64 depth) {
     return direct;
 }
 
+// Divides the matrices into what is packed at a time, and the workspace into its arrays.
+static GemmPlan plan_of(const Gemm *args) {
+    const Sizes s = sizes_of(args->rows, args->columns, args->depth);
+    const int along_depth = args->a_count > 1 && args->b_count > 1;
+    const int streams = args->rows * args->columns * 2 >= STREAMED_BYTES;
+    char *packed_b = args->workspace + s.row_bytes, *sums = packed_b + s.column_bytes;
+    const Concatenated a = {args->a, args->a_count, args->a_transposed, along_depth};
+    const Concatenated b = {args->b, args->b_count, args->b_transposed, along_depth};
+    const Result result = {args->c,
+                           along_depth ? 1 : max_(args->a_count, args->b_count),
+                           args->a_count > 1,
+                           args->c_dtype,
+                           args->add,
+                           streams,
+                           args->bias};
+    return (GemmPlan){s,
+                      a,
+                      b,
+                      result,
+                      args->workspace,
+                      packed_b,
+                      (float *)sums,
+                      is_direct(&a, s.rows, s.depth),
+                      s.depth > s.tiles * DEPTH};
+}
+
 // C[rows][columns] = A B + bias, for A [rows][depth] and B [depth][columns]; each can be one matrix
-// or several joined ones. A transposed (`transposed`) operand is stored as A [depth][rows], B
-// [columns][depth]. If only A or only B is joined, it is joined along C, whose parts have the same
-// sizes; if both are, they are joined along the depth. C is bf16, or fp32, to which the product can
-// be added. bias: [columns] fp32 or NULL. workspace: gemm_bytes bytes, aligned to 64 bytes.
-void gemm(const Block *a, i64 a_count, int a_turned, const Block *b, i64 b_count, int b_turned, const float *bias,
-             const Block *c, int c_dtype, int add, i64 rows, i64 columns, i64 depth, char *workspace) {
-    const Sizes s = sizes_of(rows, columns, depth);
-    const int along_depth = a_count > 1 && b_count > 1;
-    const int streams = rows * columns * 2 >= STREAMED_BYTES;
-    char *packed_b = workspace + s.row_bytes, *sums = packed_b + s.column_bytes;
-    const Concatenated left = {a, a_count, a_turned, along_depth}, right = {b, b_count, b_turned, along_depth};
-    const Result result = {c, along_depth ? 1 : max_(a_count, b_count), a_count > 1, c_dtype, add, streams, bias};
-    const int direct = is_direct(&left, rows, depth), open = depth > s.tiles * DEPTH;
-    const Gemm p = {s, left, right, result, workspace, packed_b, (float *)sums, direct, open};
+// or several joined ones. If only A or only B is joined, it is joined along C, whose parts have the
+// same sizes; if both are, they are joined along the depth. C is bf16, or fp32, to which the product
+// can be added.
+void gemm(const Gemm *args) {
+    const GemmPlan p = plan_of(args);
+    const Sizes s = p.sizes;
+    const i64 rows = s.rows, columns = s.columns, depth = s.depth;
 #pragma omp parallel
     {
         configure_tiles();
@@ -359,20 +389,26 @@ void gemm(const Block *a, i64 a_count, int a_turned, const Block *b, i64 b_count
             for (i64 n0 = 0; n0 < even_panels(columns); n0 += s.column_panels)
                 for (i64 k0 = 0; k0 < depth; k0 += s.tiles * DEPTH) {
                     const PackedBlock packed = packed_block_at(&s, m0, n0, k0);
-                    i64 panel_bytes = packed.tiles * TILE_BYTES;
+                    i64 tiles = packed.tiles, panel_bytes = tiles * TILE_BYTES;
                     i64 m_together = packed_together(packed.m_count);
                     i64 n_together = packed_together(packed.n_count), m_block, n_block;
-                    choose_blocks(packed.m_count, packed.n_count, packed.tiles, &m_block, &n_block);
+                    choose_blocks(packed.m_count, packed.n_count, tiles, &m_block, &n_block);
                     if (!p.direct && (n0 == 0 || p.open)) {
 #pragma omp for schedule(dynamic) nowait
-                        for (i64 m = 0; m < packed.m_count; m += m_together)
-                            pack(&p.a, rows, depth, m0 + m, min_(m_together, packed.m_count - m), k0, packed.tiles, a_turned,
-                                 p.packed_a + m * panel_bytes);
+                        for (i64 m = 0; m < packed.m_count; m += m_together) {
+                            i64 count = min_(m_together, packed.m_count - m);
+                            const Packing of_a = {rows, depth, m0 + m, count,
+                                                  k0,   tiles, tiles,  p.a.transposed};
+                            pack(&p.a, &of_a, p.packed_a + m * panel_bytes);
+                        }
                     }
 #pragma omp for schedule(dynamic)
-                    for (i64 n = 0; n < packed.n_count; n += n_together)
-                        pack(&p.b, columns, depth, n0 + n, min_(n_together, packed.n_count - n), k0, packed.tiles, !b_turned,
-                             p.packed_b + n * panel_bytes);
+                    for (i64 n = 0; n < packed.n_count; n += n_together) {
+                        i64 count = min_(n_together, packed.n_count - n);
+                        const Packing of_b = {columns, depth, n0 + n, count,
+                                              k0,      tiles, tiles,  !p.b.transposed};
+                        pack(&p.b, &of_b, p.packed_b + n * panel_bytes);
+                    }
 #pragma omp for collapse(2) schedule(dynamic)
                     for (i64 m = 0; m < packed.m_count; m += m_block)
                         for (i64 n = 0; n < packed.n_count; n += n_block)
@@ -393,10 +429,6 @@ i64 gemm_bytes(i64 rows, i64 columns, i64 depth) {
     (void)rows, (void)columns, (void)depth;
     return 0;
 }
-void gemm(const void *a, i64 a_count, int a_turned, const void *b, i64 b_count, int b_turned, const float *bias,
-             const void *c, int c_dtype, int add, i64 rows, i64 columns, i64 depth, char *workspace) {
-    (void)a, (void)a_count, (void)a_turned, (void)b, (void)b_count, (void)b_turned, (void)bias, (void)c;
-    (void)c_dtype, (void)add, (void)rows, (void)columns, (void)depth, (void)workspace;
-}
+void gemm(const Gemm *args) { (void)args; }
 
 #endif

@@ -188,11 +188,14 @@ static inline void softmax_row(float *scores, i64 from, i64 to, float *part) {
     part[0] = top, part[1] = lane_sum(total);
 }
 
-void attend_split(const Pages *p, const int32_t *table, i64 kv, i64 split, i64 rows, const float *q,
-                  const KeyRange *key_range, float *part, float *scratch) {
+void attend_split(const Pages *p, const QueryRows *x, i64 split, float *part) {
+    const int32_t *table = x->table;
+    const KeyRange *key_range = x->key_range;
+    const float *q = x->q;
+    i64 kv = x->kv_head, rows = x->rows;
     i64 dim = p->dim, begin = split * SPLIT, first = SPLIT, last = -1, furthest = 0;
     const float *octets[SPLIT / OCTET];
-    float *values = scratch, *keys = values + SPLIT * dim, *scores = keys + OCTET * dim;
+    float *values = x->scratch, *keys = values + SPLIT * dim, *scores = keys + OCTET * dim;
     for (i64 r = 0; r < rows; r++) {
         first = min_(first, max_(0, key_range[r].first - begin));
         last = max_(last, min_(SPLIT - 1, key_range[r].last - begin));
@@ -249,12 +252,22 @@ void finish_row(const float *state, i64 dim, float *out) {
         *(lane8 *)(out + c) = *(const lane8 *)(state + 2 + c) * inverse;
 }
 
+// What all queries of a call share.
 typedef struct {
     i64 heads, q_stride;  // q_stride: elements from token to token
     int dtype;            // of queries and outputs
     float scale;
     i64 window;  // 0: none
 } Queries;
+
+// The sequences of a call of paged_attention.
+typedef struct {
+    const void *q;                     // [tokens of all sequences][heads][dim]
+    void *out;                         // result, [tokens][heads][dim], contiguous
+    const int32_t *table;              // page tables, [num_sequences][table_width]
+    const i64 *lengths, *key_lengths;  // tokens in q, and in the cache, of each [num_sequences]
+    i64 table_width, num_sequences;
+} PagedBatch;
 
 typedef struct {
     i64 sequence, kv_head, token, tokens, position;  // first token in q, and its position
@@ -292,10 +305,10 @@ static void store_block(const Block *b, const Queries *s, const Pages *p, const 
 }
 
 // Divides all sequences into blocks; returns their number (only counts if `blocks` is NULL).
-static i64 make_blocks(const Queries *s, const Pages *p, const i64 *lengths,
-                       const i64 *key_lengths, i64 num_sequences, Block *blocks) {
+static i64 make_blocks(const Queries *s, const Pages *p, const PagedBatch *batch, Block *blocks) {
+    const i64 *lengths = batch->lengths, *key_lengths = batch->key_lengths;
     i64 each = max_(1, BLOCK_ROWS / (s->heads / p->kv_heads)), count = 0, token = 0;
-    for (i64 n = 0; n < num_sequences; token += lengths[n++])
+    for (i64 n = 0; n < batch->num_sequences; token += lengths[n++])
         for (i64 t = 0; t < lengths[n]; t += each)
             for (i64 kv = 0; kv < p->kv_heads; kv++, count++) {
                 if (!blocks) continue;
@@ -307,12 +320,23 @@ static i64 make_blocks(const Queries *s, const Pages *p, const i64 *lengths,
     return count;
 }
 
-void paged_attention(const void *q, void *out, const Pages *p, const int32_t *table, i64 table_width,
-                     const i64 *lengths, const i64 *key_lengths, i64 num_sequences, const Queries *s) {
-    i64 dim = p->dim, groups = s->heads / p->kv_heads, maximum = max_(1, BLOCK_ROWS / groups) * groups;
-    i64 count = make_blocks(s, p, lengths, key_lengths, num_sequences, NULL), num_tasks = 0, workspace = 0;
+// The query rows of a block, of which `rows` and `key_range` are loaded.
+static QueryRows rows_of(const Block *b, const PagedBatch *batch, i64 groups, const float *rows,
+                         const KeyRange *key_range, float *scratch) {
+    return (QueryRows){.table = batch->table + b->sequence * batch->table_width,
+                       .kv_head = b->kv_head,
+                       .rows = b->tokens * groups,
+                       .q = rows,
+                       .key_range = key_range,
+                       .scratch = scratch};
+}
+
+void paged_attention(const PagedBatch *batch, const Pages *p, const Queries *s) {
+    i64 dim = p->dim, groups = s->heads / p->kv_heads;
+    i64 maximum = max_(1, BLOCK_ROWS / groups) * groups;
+    i64 count = make_blocks(s, p, batch, NULL), num_tasks = 0, workspace = 0;
     Block *blocks = malloc(max_(1, count) * sizeof(Block));
-    make_blocks(s, p, lengths, key_lengths, num_sequences, blocks);
+    make_blocks(s, p, batch, blocks);
     int apart = count < 4 * omp_get_max_threads();
     for (i64 b = 0; apart && b < count; b++) {
         num_tasks += blocks[b].num_splits;
@@ -334,24 +358,23 @@ void paged_attention(const void *q, void *out, const Pages *p, const int32_t *ta
 #pragma omp for schedule(dynamic, 1)
         for (i64 i = 0; i < num_tasks; i++) {
             const Block *b = blocks + tasks[i].block;
-            i64 n = b->tokens * groups, j = tasks[i].split;
-            load_block(b, s, p, q, rows, key_range);
-            attend_split(p, table + b->sequence * table_width, b->kv_head, b->first_split + j, n, rows, key_range,
-                         b->parts + j * n * part_size(dim), scratch);
+            i64 j = tasks[i].split;
+            const QueryRows x = rows_of(b, batch, groups, rows, key_range, scratch);
+            load_block(b, s, p, batch->q, rows, key_range);
+            attend_split(p, &x, b->first_split + j, b->parts + j * x.rows * part_size(dim));
         }
 #pragma omp for schedule(dynamic, 1)
         for (i64 i = 0; i < count; i++) {
             const Block *b = blocks + i;
-            i64 n = b->tokens * groups;
+            const QueryRows x = rows_of(b, batch, groups, rows, key_range, scratch);
+            i64 n = x.rows;
             clear_parts(state, n, dim);
-            if (!apart) load_block(b, s, p, q, rows, key_range);
+            if (!apart) load_block(b, s, p, batch->q, rows, key_range);
             for (i64 j = 0; j < b->num_splits; j++) {
-                if (!apart)
-                    attend_split(p, table + b->sequence * table_width, b->kv_head, b->first_split + j, n, rows, key_range,
-                                 own, scratch);
+                if (!apart) attend_split(p, &x, b->first_split + j, own);
                 merge_split(state, apart ? b->parts + j * n * part_size(dim) : own, n, dim);
             }
-            store_block(b, s, p, state, out, rows);
+            store_block(b, s, p, state, batch->out, rows);
         }
         free(rows), free(state), free(own), free(scratch), free(key_range);
     }

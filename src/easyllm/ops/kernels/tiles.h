@@ -145,16 +145,23 @@ static inline void pack_pairs(const uint16_t *x, i64 stride, i64 rows, i64 colum
     store_tile(right, transposed, tiles + TILE_SIZE);
 }
 
-// Packs panels s to s + count of a matrix, `tiles` tiles of each from input k0 on, as the first
-// tiles of [count / 2][pitch][2][tile]. `interleaved`: rows run along the inputs, so every two of them
-// are interleaved to VNNI pairs.
-static inline void pack_panels(const Operand *x, i64 size, i64 depth, i64 s, i64 count, i64 k0, i64 tiles, i64 pitch, int interleaved,
-                               uint16_t *out) {
-    for (i64 t = 0; t < tiles; t++)
-        for (i64 i = 0; i < count; i++) {
-            i64 k = k0 + t * DEPTH, at = (s + i) * SIDE;
-            uint16_t *tile = out + (i / 2 * pitch + t) * PAIR + i % 2 * TILE_SIZE;
-            if (!interleaved)
+// Which tiles of an operand are packed.
+typedef struct {
+    i64 size, depth;        // of the operand: rows of A or columns of B, and inputs
+    i64 panel, num_panels;  // first panel, and how many
+    i64 input, tiles;       // first input, and tiles of each panel from there on
+    i64 pitch;              // tiles of a panel in the packed operand
+    int interleaved;        // rows run along the inputs: every two are interleaved to VNNI pairs
+} Packing;
+
+// Packs panels as the first tiles of [num_panels / 2][pitch][2][tile].
+static inline void pack_panels(const Operand *x, const Packing p, uint16_t *out) {
+    const i64 size = p.size, depth = p.depth;
+    for (i64 t = 0; t < p.tiles; t++)
+        for (i64 i = 0; i < p.num_panels; i++) {
+            i64 k = p.input + t * DEPTH, at = (p.panel + i) * SIDE;
+            uint16_t *tile = out + (i / 2 * p.pitch + t) * PAIR + i % 2 * TILE_SIZE;
+            if (!p.interleaved)
                 pack_rows(x->data + at * x->stride + k, x->stride, size - at, depth - k,
                           x->transposed, tile);
             else if (i % 2 == 0) {
