@@ -312,14 +312,14 @@ def gather_weights(model: Decoder) -> None:
         return  # another engine has already gathered them
     # inference tensors only if the old weights were: inference tensors cannot be trained
     with torch.inference_mode(_weight_of(owners[0]).is_inference()), torch.no_grad():
-        rooms, freed = empty_like_each([_weight_of(owner) for owner in owners]), 0
-        for owner, workspace in zip(owners, rooms, strict=True):
-            workspace.copy_(_weight_of(owner))
-            freed += workspace.nbytes
+        new_weights, freed = empty_like_each([_weight_of(owner) for owner in owners]), 0
+        for owner, weight in zip(owners, new_weights, strict=True):
+            weight.copy_(_weight_of(owner))
+            freed += weight.nbytes
             if freed >= FREED_BYTES:
                 return_freed_memory()
                 freed = 0
-            owner.storage.payload = workspace
+            owner.storage.payload = weight
 
 
 def _weight_of(owner: Linear | Embedding) -> Tensor:

@@ -275,8 +275,8 @@ def _call(
 
 def _in_rows(operands: Sequence[Tensor]) -> list[Tensor]:
     """Returns the operands if all are row-major or all column-major, else contiguous copies."""
-    for lies in (_is_row_major, lambda x: _is_row_major(x.T)):
-        if all(map(lies, operands)):
+    for has_order in (_is_row_major, lambda x: _is_row_major(x.T)):
+        if all(map(has_order, operands)):
             return list(operands)
     return [x.contiguous() for x in operands]
 

@@ -7,7 +7,7 @@
 //   open sums    sums that are complete only after more inputs than are packed at a time
 //   write-back   storing 32 x 32 finished sums to C, with conversion, bias or addition
 //   streaming    stores that bypass the caches
-//   L1/L2        first- and second-level cache
+//   L1, L2       the processor's caches, of which L1 is smaller and faster
 //   lane, mask   see tiles.h
 //
 // Data layout: A [rows][depth], B [depth][columns], C [rows][columns], each with a stride between
@@ -376,8 +376,8 @@ static GemmPlan plan_of(const Gemm *args) {
 
 // C[rows][columns] = A B + bias, for A [rows][depth] and B [depth][columns]; each can be one matrix
 // or several joined ones. If only A or only B is joined, it is joined along C, whose parts have the
-// same sizes; if both are, they are joined along the depth. C is bf16, or fp32, to which the product
-// can be added.
+// same sizes; if both are, they are joined along the depth. C is bf16, or fp32, to which the
+// product can be added.
 void gemm(const Gemm *args) {
     const GemmPlan p = plan_of(args);
     const Sizes s = p.sizes;
