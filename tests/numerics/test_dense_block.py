@@ -10,7 +10,8 @@ import torch
 
 from easyllm.core.device import cpu_features
 from easyllm.ops.kernels import build
-from easyllm.ops.kernels.build import DTYPE_CODES, FLAGS, Matrix
+from easyllm.ops.kernels.build import FLAGS
+from easyllm.ops.kernels.structs import DTYPE_CODES, Matrix
 
 pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
 

@@ -159,7 +159,7 @@ CHECKS = {
     "error_class": lambda: class_name("easyllm.core.errors", "EasyllmError"),
     "event_class": lambda: class_name("easyllm.engine", "TokenEvent"),
     "gguf_class": lambda: class_name("easyllm.checkpoint.gguf", "GGUFFile"),
-    "loss_unit": lambda: "nats" if "train/loss_nats" in source("train/loop.py") else "",
+    "loss_unit": lambda: "nats" if "train/loss_nats" in source("train/training_run.py") else "",
     "check_target": make_target,
 }
 

@@ -39,8 +39,8 @@ class Adapter(nn.Module):
     whether to call `base`, and on what input.
 
     Attributes:
-        passes_input_unchanged: whether `forward` calls `base` exactly once, with `x` itself, so that layers
-            with the same input can share one fused matrix product (GEMM).
+        passes_input_unchanged: whether `forward` calls `base` exactly once, with `x` itself, so
+            that layers with the same input can share one fused matrix product (GEMM).
         batch_invariant: whether each row's result is bitwise independent of the other rows of the
             batch in deterministic mode (`base.context`).
     """

@@ -34,7 +34,8 @@ from easyllm.nn.position import RotaryPosition
 from easyllm.nn.position_config import DynamicNTKScaling, NoPosition, Rope
 from easyllm.ops.attention_backends import C_PAGES, KEYS_PER_BLOCK
 from easyllm.ops.huge_memory import BufferCache, cached_empty, empty_like_each, return_freed_memory
-from easyllm.ops.kernels import build, kernels_for
+from easyllm.ops.kernels import kernels_for, structs
+from easyllm.ops.kernels.structs import address
 from easyllm.ops.paged_attention import Pages, paged_call, pages_struct
 
 MAX_ROWS = 32
@@ -85,7 +86,7 @@ class CompiledStep:
         gather_weights(model)
         self.bind()
         pages = [pages_struct(k, v) for k, v in zip(key_pages, value_pages, strict=True)]
-        self._pages = (build.Pages * len(pages))(*pages)
+        self._pages = (structs.Pages * len(pages))(*pages)
         self._memory = torch.empty(0, dtype=torch.uint8)
         # buffers are reused: the system would zero freshly allocated pages in every step
         self._logits = BufferCache(max_buffers=2)
@@ -97,8 +98,8 @@ class CompiledStep:
         """Records the addresses of the weights, and copies those that the step needs in fp32."""
         self._kept: list[object] = [_weight_of(owner) for owner in self._owners]
         self._addresses = [_weight_of(owner).data_ptr() for owner in self._owners]
-        structs = [self._layer_struct(layer) for layer in self._layers]
-        self._layer_structs = (build.StepLayer * len(structs))(*structs)
+        layers = [self._layer_struct(layer) for layer in self._layers]
+        self._layer_structs = (structs.StepLayer * len(layers))(*layers)
         self._model = self._model_struct(self._model_itself)
         self._num_positions = 0
 
@@ -162,20 +163,19 @@ class CompiledStep:
             self.bind()
         self._extend_rope_tables(max(positions) + 1)
         numbers = ctypes.c_int64 * rows
-        held = numbers(*token_ids), numbers(*positions), numbers(*key_lengths)
-        batch = build.StepBatch(
-            rows,
-            *(ctypes.addressof(x) for x in held),
-            page_table.data_ptr(),
-            page_table.shape[1],
-            ctypes.addressof(self._pages),
-            logits.data_ptr(),
+        batch = structs.StepBatch(
+            rows=rows,
+            token_ids=numbers(*token_ids),
+            positions=numbers(*positions),
+            key_lengths=numbers(*key_lengths),
+            table=address(page_table),
+            table_width=page_table.shape[1],
+            pages=self._pages,
+            logits=address(logits),
         )
         kernels = kernels_for(logits)
         assert kernels is not None, "unsupported_reason() requires kernels"
-        kernels.decode_step(
-            ctypes.byref(self._model), ctypes.byref(batch), self._workspace(kernels, batch)
-        )
+        kernels.decode_step(self._model, batch, self._workspace(kernels, batch))
         return logits
 
     def _check(
@@ -202,9 +202,9 @@ class CompiledStep:
         if page_table.dtype != torch.int32 or not page_table.is_contiguous():
             raise ConfigError("the page table must be contiguous int32")
 
-    def _workspace(self, kernels: ctypes.CDLL, batch: build.StepBatch) -> int:
+    def _workspace(self, kernels: ctypes.CDLL, batch: structs.StepBatch) -> int:
         """Returns the address of a workspace large enough for the batch."""
-        needed: int = kernels.decode_step_bytes(ctypes.byref(self._model), ctypes.byref(batch))
+        needed: int = kernels.decode_step_bytes(self._model, batch)
         if needed > self._memory.numel() - ALIGNMENT:
             self._memory = torch.empty(needed * 3 // 2 + ALIGNMENT, dtype=torch.uint8)
         return -(-self._memory.data_ptr() // ALIGNMENT) * ALIGNMENT
@@ -225,52 +225,45 @@ class CompiledStep:
             struct.cosine, struct.sine = cos.data_ptr(), sin.data_ptr()
             struct.pairs = cos.shape[1]
 
-    def _layer_struct(self, layer: DecoderLayer) -> build.StepLayer:
+    def _layer_struct(self, layer: DecoderLayer) -> structs.StepLayer:
         attention, feed_forward = _attention(layer), layer.feed_forward
         assert isinstance(feed_forward, GLU), "unsupported_reason() requires a GLU"
         config, rule = attention.config, attention.rule
-        matrices = [
-            self._matrix(linear)
-            for linear in (
-                attention.q_proj,
-                attention.k_proj,
-                attention.v_proj,
-                attention.o_proj,
-                feed_forward.gate_proj,
-                feed_forward.up_proj,
-                feed_forward.down_proj,
-            )
-        ]
-        norms = (layer.mixer_norm, layer.feed_forward_norm, attention.q_norm, attention.k_norm)
-        return build.StepLayer(
-            *matrices,
-            *(self._norm(norm) for norm in norms),
-            None,
-            None,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            0,
-            rule.window or 0,
-            rule.scale,
-            layer.mixer_norm.eps,
-            config.qk_norm.eps if config.qk_norm else 0.0,
+        return structs.StepLayer(  # RoPE tables are added by _extend_rope_tables
+            q=self._matrix(attention.q_proj),
+            k=self._matrix(attention.k_proj),
+            v=self._matrix(attention.v_proj),
+            o=self._matrix(attention.o_proj),
+            gate=self._matrix(feed_forward.gate_proj),
+            up=self._matrix(feed_forward.up_proj),
+            down=self._matrix(feed_forward.down_proj),
+            mixer_norm=self._norm(layer.mixer_norm),
+            feed_forward_norm=self._norm(layer.feed_forward_norm),
+            q_norm=self._norm(attention.q_norm),
+            k_norm=self._norm(attention.k_norm),
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            dim=config.head_dim,
+            window=rule.window or 0,
+            scale=rule.scale,
+            eps=layer.mixer_norm.eps,
+            head_eps=config.qk_norm.eps if config.qk_norm else 0.0,
         )
 
-    def _model_struct(self, model: Decoder) -> build.StepModel:
+    def _model_struct(self, model: Decoder) -> structs.StepModel:
         head = model.embed_tokens if model.lm_head is None else model.lm_head
-        return build.StepModel(
-            self._matrix(model.embed_tokens),
-            self._matrix(head),
-            self._norm(model.norm),
-            self._layer_structs,
-            len(self._layers),
-            model.config.hidden_size,
-            model.config.embedding_scale,
-            model.norm.eps,
+        return structs.StepModel(
+            embedding=self._matrix(model.embed_tokens),
+            head=self._matrix(head),
+            final_norm=self._norm(model.norm),
+            layers=self._layer_structs,
+            num_layers=len(self._layers),
+            hidden=model.config.hidden_size,
+            embedding_scale=model.config.embedding_scale,
+            eps=model.norm.eps,
         )
 
-    def _matrix(self, owner: Linear | Embedding) -> build.Matrix:
+    def _matrix(self, owner: Linear | Embedding) -> structs.Matrix:
         bias = (
             owner.bias.detach().float()
             if isinstance(owner, Linear) and owner.bias is not None
@@ -315,14 +308,14 @@ def gather_weights(model: Decoder) -> None:
         return  # another engine has already gathered them
     # inference tensors only if the old weights were: inference tensors cannot be trained
     with torch.inference_mode(_weight_of(owners[0]).is_inference()), torch.no_grad():
-        copies, freed = empty_like_each([_weight_of(owner) for owner in owners]), 0
-        for owner, copy in zip(owners, copies, strict=True):
-            copy.copy_(_weight_of(owner))
-            freed += copy.nbytes
+        new_weights, freed = empty_like_each([_weight_of(owner) for owner in owners]), 0
+        for owner, weight in zip(owners, new_weights, strict=True):
+            weight.copy_(_weight_of(owner))
+            freed += weight.nbytes
             if freed >= FREED_BYTES:
                 return_freed_memory()
                 freed = 0
-            owner.storage.payload = copy
+            owner.storage.payload = weight
 
 
 def _weight_of(owner: Linear | Embedding) -> Tensor:

@@ -25,8 +25,8 @@ class LinearAdapter(AdapterCost, Protocol):
     """An adapter in the slot of a `Linear` (the full protocol is `adapters.adapter.Adapter`).
 
     Attributes:
-        passes_input_unchanged: whether `base` is called once, with `x` itself, so that layers with the same
-            input can share a matrix product.
+        passes_input_unchanged: whether `base` is called once, with `x` itself, so that layers with
+            the same input can share a matrix product.
         batch_invariant: whether rows are bitwise independent of each other in deterministic mode.
     """
 

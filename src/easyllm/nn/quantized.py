@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from easyllm.nn.storage import PackedStorage
-from easyllm.ops.kernels.build import Matrix
+from easyllm.ops.kernels.structs import Matrix
 from easyllm.ops.quantized_linear import (
     QuantizedMatrix,
     dequantize,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from easyllm.ops.autograd import Context
 from easyllm.ops.deterministic import tiled_linear
 from easyllm.ops.embedding import embedding
-from easyllm.ops.kernels.build import DTYPE_CODES, Matrix
+from easyllm.ops.kernels.structs import DTYPE_CODES, Matrix, address
 from easyllm.ops.matmul import linear
 
 
@@ -145,8 +145,13 @@ class DenseWeight:
         weight = self.weight
         if weight.dtype not in DTYPE_CODES or not weight.is_contiguous():
             return None
-        address = None if bias is None else bias.data_ptr()
-        return Matrix(weight.data_ptr(), None, address, *weight.shape, DTYPE_CODES[weight.dtype])
+        return Matrix(
+            data=address(weight),
+            bias=address(bias),
+            outputs=weight.shape[0],
+            inputs=weight.shape[1],
+            format=DTYPE_CODES[weight.dtype],
+        )
 
     @property
     def payload(self) -> Tensor:

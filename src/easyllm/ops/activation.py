@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from easyllm.ops.autograd import Context
 from easyllm.ops.gpu import triton_unsupported_reason
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES
+from easyllm.ops.kernels.structs import DTYPE_CODES
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

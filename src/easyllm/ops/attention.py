@@ -15,8 +15,6 @@ if needed; `explicit_attention`, which materializes the scores, for soft caps an
 encodings that change the scores other than by a bias.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +24,7 @@ from easyllm.ops.attention_rule import AttentionRule, ScoreTerms
 from easyllm.ops.autograd import Context
 from easyllm.ops.flash import flash_attention
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES, AttentionShape
+from easyllm.ops.kernels.structs import DTYPE_CODES, AttentionBackward, AttentionShape, address
 
 
 def attention(
@@ -200,22 +198,20 @@ class _KernelAttention(torch.autograd.Function):
         assert kernels is not None, "picked by attention()"
         starts = torch.tensor([0, *lengths]).cumsum(0)
         shape = AttentionShape(
-            q.shape[1],
-            k.shape[1],
-            q.shape[2],
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            DTYPE_CODES[q.dtype],
-            rule.scale,
-            rule.causal,
-            rule.window or 0,
+            heads=q.shape[1],
+            kv_heads=k.shape[1],
+            dim=q.shape[2],
+            q_stride=q.stride(0),
+            k_stride=k.stride(0),
+            v_stride=v.stride(0),
+            dtype=DTYPE_CODES[q.dtype],
+            scale=rule.scale,
+            causal=rule.causal,
+            window=rule.window or 0,
         )
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:2])
-        kernels.attention_forward(
-            *(x.data_ptr() for x in (q, k, v, out, lse, starts)), len(lengths), ctypes.byref(shape)
-        )
+        kernels.attention_forward(*map(address, (q, k, v, out, lse, starts)), len(lengths), shape)
         ctx.save_for_backward(q, k, v, out, lse, starts)
         ctx.shape = shape
         return out
@@ -227,11 +223,20 @@ class _KernelAttention(torch.autograd.Function):
         kernels = kernels_for(grad, q, k, v)
         assert kernels is not None, "picked by attention()"
         grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        kernels.attention_backward(
-            *(x.data_ptr() for x in (grad, q, k, v, out, lse, grad_q, grad_k, grad_v, starts)),
-            len(starts) - 1,
-            ctypes.byref(ctx.shape),
+        tensors = AttentionBackward(
+            grad=address(grad),
+            out=address(out),
+            q=address(q),
+            k=address(k),
+            v=address(v),
+            lse=address(lse),
+            grad_q=address(grad_q),
+            grad_k=address(grad_k),
+            grad_v=address(grad_v),
+            starts=address(starts),
+            num_sequences=len(starts) - 1,
         )
+        kernels.attention_backward(tensors, ctx.shape)
         return grad_q, grad_k, grad_v, None, None
 
 

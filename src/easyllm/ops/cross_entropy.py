@@ -16,7 +16,7 @@ from easyllm.ops.autograd import Context
 from easyllm.ops.gpu import triton_unsupported_reason
 from easyllm.ops.huge_memory import cached_empty
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES
+from easyllm.ops.kernels.structs import DTYPE_CODES
 from easyllm.ops.matmul import matmul
 
 IGNORE_INDEX = -100

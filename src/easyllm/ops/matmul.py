@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from easyllm.ops.autograd import Context
 from easyllm.ops.huge_memory import huge_empty
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES, Block
+from easyllm.ops.kernels.structs import DTYPE_CODES, Block, Gemm, address
 
 MIN_DIM = 32
 """Minimum number of rows, columns and inputs; below it, AMX tiles would be mostly empty."""
@@ -254,24 +254,30 @@ def _call(
     columns = sum(y.shape[1] for y in out) if len(b) > 1 else out[0].shape[1]
     wide = None if bias is None else bias.float().contiguous()
     depth = sum(len(y) for y in b) if summed else len(b[0])
-    kernels.matmul(
-        *_parts(a, 1 if summed else 0),
-        *_parts(b, 0 if summed else 1),
-        None if wide is None else wide.data_ptr(),
-        _parts(out, 0 if len(a) > 1 else 1)[0],
-        DTYPE_CODES[out[0].dtype],
-        add,
-        rows,
-        columns,
-        depth,
-        _workspace.address(kernels.gemm_bytes(rows, columns, depth)),
+    kernels.gemm(
+        Gemm(
+            a=_blocks(a, 1 if summed else 0),
+            b=_blocks(b, 0 if summed else 1),
+            c=_blocks(out, 0 if len(a) > 1 else 1),
+            a_count=len(a),
+            b_count=len(b),
+            a_transposed=_is_transposed(a),
+            b_transposed=_is_transposed(b),
+            bias=address(wide),
+            c_dtype=DTYPE_CODES[out[0].dtype],
+            add=add,
+            rows=rows,
+            columns=columns,
+            depth=depth,
+            workspace=_workspace.address(kernels.gemm_bytes(rows, columns, depth)),
+        )
     )
 
 
 def _in_rows(operands: Sequence[Tensor]) -> list[Tensor]:
     """Returns the operands if all are row-major or all column-major, else contiguous copies."""
-    for is_major in (_is_row_major, lambda x: _is_row_major(x.T)):
-        if all(map(is_major, operands)):
+    for has_order in (_is_row_major, lambda x: _is_row_major(x.T)):
+        if all(map(has_order, operands)):
             return list(operands)
     return [x.contiguous() for x in operands]
 
@@ -280,11 +286,16 @@ def _is_row_major(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
-def _parts(matrices: Sequence[Tensor], dim: int) -> tuple[ctypes.Array[Block], int, bool]:
-    """Returns matrices joined along `dim`, their number, and whether they are column-major."""
-    transposed = not all(map(_is_row_major, matrices))
-    parts = [Block(x.data_ptr(), x.stride(1 if transposed else 0), x.shape[dim]) for x in matrices]
-    return (Block * len(parts))(*parts), len(parts), transposed
+def _is_transposed(matrices: Sequence[Tensor]) -> bool:
+    """Returns whether matrices, as returned by `_in_rows`, are column-major."""
+    return not all(map(_is_row_major, matrices))
+
+
+def _blocks(matrices: Sequence[Tensor], dim: int) -> ctypes.Array[Block]:
+    """Returns matrices that are joined along `dim` as the kernel expects them."""
+    rows = 1 if _is_transposed(matrices) else 0
+    blocks = [Block(data=address(x), stride=x.stride(rows), size=x.shape[dim]) for x in matrices]
+    return (Block * len(blocks))(*blocks)
 
 
 class _Workspace(threading.local):

@@ -13,7 +13,7 @@ from torch import Tensor
 from easyllm.ops.autograd import Context
 from easyllm.ops.gpu import triton_unsupported_reason
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES
+from easyllm.ops.kernels.structs import DTYPE_CODES, RmsNormBackward, RmsNormForward, address
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -118,15 +118,19 @@ def _forward(
     inverse = torch.empty(*x.shape[:-1], 1)
     w = weight.detach().float().contiguous()
     kernels.rms_norm_forward(
-        x.data_ptr(),
-        *_place(added),
-        total.data_ptr(),
-        w.data_ptr(),
-        *_place(y),
-        inverse.data_ptr(),
-        inverse.numel(),
-        x.shape[-1],
-        eps,
+        RmsNormForward(
+            x=address(x),
+            added=address(added),
+            sum=address(total),
+            weight=address(w),
+            y=address(y),
+            inverse=address(inverse),
+            added_dtype=0 if added is None else DTYPE_CODES[added.dtype],
+            y_dtype=DTYPE_CODES[y.dtype],
+            rows=inverse.numel(),
+            width=x.shape[-1],
+            eps=eps,
+        )
     )
     return total, y, inverse
 
@@ -161,25 +165,24 @@ def _backward(
     grad_added = torch.empty_like(x, dtype=added_dtype) if rounds else None
     grad_w = torch.empty_like(w) if with_weight else None
     kernels.rms_norm_backward(
-        *_place(grad),
-        x.data_ptr(),
-        w.data_ptr(),
-        inverse.data_ptr(),
-        _place(grad_sum)[0],
-        grad_x.data_ptr(),
-        *_place(grad_added),
-        _place(grad_w)[0],
-        inverse.numel(),
-        x.shape[-1],
+        RmsNormBackward(
+            grad=address(grad),
+            x=address(x),
+            weight=address(w),
+            inverse=address(inverse),
+            grad_sum=address(grad_sum),
+            grad_x=address(grad_x),
+            grad_added=address(grad_added),
+            grad_weight=address(grad_w),
+            grad_dtype=DTYPE_CODES[grad.dtype],
+            added_dtype=0 if grad_added is None else DTYPE_CODES[grad_added.dtype],
+            rows=inverse.numel(),
+            width=x.shape[-1],
+        )
     )
     if added_dtype == torch.float32:
         grad_added = grad_x
     return grad_x, grad_added, None if grad_w is None else grad_w.to(weight.dtype)
-
-
-def _place(x: Tensor | None) -> tuple[int | None, int]:
-    """Returns address and dtype code as the kernels expect them; (None, 0) for a missing tensor."""
-    return (None, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype])
 
 
 def _plain_backward(

@@ -27,8 +27,8 @@ from easyllm.ops.attention_backends import C_PAGES, FLASH, AttentionCall, pick_b
 from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.flash import flash_attention
 from easyllm.ops.huge_memory import huge_empty
-from easyllm.ops.kernels import build, kernels_for
-from easyllm.ops.kernels.build import BIT_CODES, DTYPE_CODES
+from easyllm.ops.kernels import kernels_for, structs
+from easyllm.ops.kernels.structs import BIT_CODES, DTYPE_CODES, address
 
 MIN_UNCHUNKED_PROMPT = 64
 """Minimum tokens of an unchunked prompt for which PyTorch's attention is faster.
@@ -353,19 +353,30 @@ def _seen_positions(length: int, key_length: int, rule: AttentionRule, prefix: i
     return positions[(positions >= first) | (positions < rule.num_sinks)]
 
 
-def pages_struct(keys: Pages, values: Pages) -> build.Pages:
+def pages_struct(keys: Pages, values: Pages) -> structs.Pages:
     """Returns the pages of one layer as the kernels expect them."""
     _, kv_heads, page_size, dim = keys.shape
     if isinstance(keys, Tensor) and isinstance(values, Tensor):
-        code = DTYPE_CODES[keys.dtype]
-        return build.Pages(
-            keys.data_ptr(), values.data_ptr(), None, None, kv_heads, page_size, dim, code
+        return structs.Pages(
+            keys=address(keys),
+            values=address(values),
+            kv_heads=kv_heads,
+            page_size=page_size,
+            dim=dim,
+            format=DTYPE_CODES[keys.dtype],
         )
     assert isinstance(keys, QuantizedPages), "keys and values have the same format"
     assert isinstance(values, QuantizedPages), "keys and values have the same format"
-    tensors = keys.codes, values.codes, keys.scales, values.scales
-    addresses = [x.data_ptr() for x in tensors]
-    return build.Pages(*addresses, kv_heads, page_size, dim, BIT_CODES[keys.bits])
+    return structs.Pages(
+        keys=address(keys.codes),
+        values=address(values.codes),
+        key_scales=address(keys.scales),
+        value_scales=address(values.scales),
+        kv_heads=kv_heads,
+        page_size=page_size,
+        dim=dim,
+        format=BIT_CODES[keys.bits],
+    )
 
 
 def _run_kernel(
@@ -382,18 +393,22 @@ def _run_kernel(
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype)
-    code = DTYPE_CODES[q.dtype]
-    queries = build.Queries(q.shape[1], q.stride(0), code, rule.scale, rule.window or 0)
-    numbers = ctypes.c_int64 * len(lengths)
-    kernels.paged_attention(
-        q.data_ptr(),
-        out.data_ptr(),
-        ctypes.byref(pages_struct(keys, values)),
-        table.data_ptr(),
-        table.shape[1],
-        numbers(*lengths),
-        numbers(*key_lengths),
-        len(lengths),
-        ctypes.byref(queries),
+    queries = structs.Queries(
+        heads=q.shape[1],
+        q_stride=q.stride(0),
+        dtype=DTYPE_CODES[q.dtype],
+        scale=rule.scale,
+        window=rule.window or 0,
     )
+    numbers = ctypes.c_int64 * len(lengths)
+    batch = structs.PagedBatch(
+        q=address(q),
+        out=address(out),
+        table=address(table),
+        lengths=numbers(*lengths),
+        key_lengths=numbers(*key_lengths),
+        table_width=table.shape[1],
+        num_sequences=len(lengths),
+    )
+    kernels.paged_attention(batch, pages_struct(keys, values), queries)
     return out

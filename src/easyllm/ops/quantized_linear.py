@@ -12,7 +12,6 @@ a quantized base), the weights are dequantized block by block and multiplied in 
 rows.
 """
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from easyllm.ops.autograd import Context
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import BIT_CODES, DTYPE_CODES, Matrix
+from easyllm.ops.kernels.structs import BIT_CODES, DTYPE_CODES, Matrix, address
 
 GROUP = 32
 """Group size: inputs that share a scale."""
@@ -141,9 +140,8 @@ def quantized_linear(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None = N
     y = torch.empty((*x.shape[:-1], matrix.outputs), dtype=x.dtype)
     bias = None if bias is None else bias.float()
     rows = x.numel() // matrix.inputs
-    described = matrix_struct(matrix, bias)
     code = DTYPE_CODES[x.dtype]
-    kernels.quantized_linear(x.data_ptr(), y.data_ptr(), code, rows, ctypes.byref(described))
+    kernels.quantized_linear(address(x), address(y), code, rows, matrix_struct(matrix, bias))
     return y
 
 
@@ -177,12 +175,12 @@ def matrix_struct(matrix: QuantizedMatrix, bias: Tensor | None) -> Matrix:
     The matrix and `bias`, which is fp32, must outlive the struct.
     """
     return Matrix(
-        matrix.data.data_ptr(),
-        None if matrix.scales is None else matrix.scales.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        matrix.outputs,
-        matrix.inputs,
-        BIT_CODES[matrix.bits],
+        data=address(matrix.data),
+        scales=address(matrix.scales),
+        bias=address(bias),
+        outputs=matrix.outputs,
+        inputs=matrix.inputs,
+        format=BIT_CODES[matrix.bits],
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from easyllm.ops.autograd import Context
 from easyllm.ops.gpu import triton_unsupported_reason
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES
+from easyllm.ops.kernels.structs import DTYPE_CODES, Rotary, address
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -61,15 +61,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         return reference_rotary(x, cos, sin if sign > 0 else -sin)
     out = torch.empty(x.shape, dtype=x.dtype)
     kernels.rotary(
-        x.data_ptr(),
-        x.stride(0),
-        out.data_ptr(),
-        DTYPE_CODES[x.dtype],
-        cos.data_ptr(),
-        sin.data_ptr(),
-        sign,
-        *x.shape[:2],
-        x.shape[2] // 2,
+        Rotary(
+            x=address(x),
+            y=address(out),
+            cosine=address(cos),
+            sine=address(sin),
+            x_stride=x.stride(0),
+            rows=x.shape[0],
+            heads=x.shape[1],
+            half=x.shape[2] // 2,
+            dtype=DTYPE_CODES[x.dtype],
+            sign=sign,
+        )
     )
     return out
 

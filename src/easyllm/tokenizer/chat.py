@@ -61,8 +61,8 @@ class EncodedChat:
         token_ids: the token ids.
         mask: loss mask; `mask[t]` is whether token t is trained. None if it was not requested.
         text: the text that was tokenized.
-        unrendered: indices of messages whose content the template did not render; empty if the check
-            was not requested.
+        unrendered: indices of messages whose content the template did not render; empty if the
+            check was not requested.
         untrained_calls: number of assistant turns that consist only of tool calls which the
             template does not render; the rendered turn is empty and therefore not trained.
     """

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES
+from easyllm.ops.kernels.structs import DTYPE_CODES, AdamWInt8Tensors, address
 from easyllm.train.optim_config import AdamWConfig
 from easyllm.train.update_rules import AdamW, State, WeightUpdate
 
@@ -96,17 +96,19 @@ class AdamWInt8:
     ) -> None:
         """Performs the same update block by block in C, with bitwise identical results."""
         gradient = weight.gradient.contiguous()
-        moments = ("exp_avg_codes", "exp_avg_scales", "exp_avg_sq_codes", "exp_avg_sq_scales")
-        kernels.adamw_int8(
-            weight.master.data_ptr(),
-            *(state[name].data_ptr() for name in moments),
-            offset.data_ptr(),
-            gradient.data_ptr(),
-            DTYPE_CODES[gradient.dtype],
-            None if weight.copy is None else weight.copy.data_ptr(),
-            weight.master.numel(),
-            ctypes.byref(self.adamw.numbers(weight, float(state["step"]))),
+        tensors = AdamWInt8Tensors(
+            master=address(weight.master),
+            mean=address(state["exp_avg_codes"]),
+            square=address(state["exp_avg_sq_codes"]),
+            mean_scales=address(state["exp_avg_scales"]),
+            square_scales=address(state["exp_avg_sq_scales"]),
+            offset=address(offset),
+            gradient=address(gradient),
+            copy=address(weight.copy),
+            count=weight.master.numel(),
+            dtype=DTYPE_CODES[gradient.dtype],
         )
+        kernels.adamw_int8(tensors, self.adamw.numbers(weight, float(state["step"])))
 
 
 def dither(step: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from easyllm.core.errors import CheckpointError
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES
+from easyllm.ops.kernels.structs import DTYPE_CODES
 from easyllm.train.adamw_int8 import AdamWInt8
 from easyllm.train.muon import Muon
 from easyllm.train.optim_config import (

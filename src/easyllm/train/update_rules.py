@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.build import DTYPE_CODES, AdamWScalars
+from easyllm.ops.kernels.structs import DTYPE_CODES, AdamWScalars, address
 from easyllm.train.optim_config import AdamWConfig, SGDConfig
 
 State = dict[str, Tensor]
@@ -132,28 +132,28 @@ class AdamW:
         gradient = weight.gradient.contiguous()
         numbers = self.numbers(weight, float(state["step"]))
         kernels.adamw(
-            weight.master.data_ptr(),
-            state["exp_avg"].data_ptr(),
-            state["exp_avg_sq"].data_ptr(),
-            gradient.data_ptr(),
+            address(weight.master),
+            address(state["exp_avg"]),
+            address(state["exp_avg_sq"]),
+            address(gradient),
             DTYPE_CODES[gradient.dtype],
-            None if weight.copy is None else weight.copy.data_ptr(),
+            address(weight.copy),
             weight.master.numel(),
-            ctypes.byref(numbers),
+            numbers,
         )
 
     def numbers(self, weight: WeightUpdate, step: float) -> AdamWScalars:
         """Returns the scalars that the C kernels need for step `step`, counted from 1."""
         beta1, beta2 = self.config.betas
         return AdamWScalars(
-            weight.scale,
-            1 - weight.learning_rate * weight.weight_decay,
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            math.sqrt(1 - beta2**step),
-            self.config.eps,
-            weight.learning_rate / (1 - beta1**step),
+            scale=weight.scale,
+            rescale=1 - weight.learning_rate * weight.weight_decay,
+            beta1_rest=1 - beta1,
+            beta2=beta2,
+            beta2_rest=1 - beta2,
+            correction=math.sqrt(1 - beta2**step),
+            eps=self.config.eps,
+            step_size=weight.learning_rate / (1 - beta1**step),
         )
 
     def move(

@@ -189,7 +189,6 @@ def test_patterns_split_like_published_tokenizers(pattern):
 
 AGAIN = """
 import hashlib, json, sys
-from unit.test_tokenizer_training import CORPUS, KINDS
 sys.path.insert(0, {support!r})
 from tokenizer_training import CORPUS, KINDS
 from easyllm.tokenizer.train import train_tokenizer

@@ -20,9 +20,18 @@ typedef struct {
     i64 window;  // 0: none
 } Shape;
 
+// Arguments of the backward pass. All tensors have the dtype of the shape, except lse.
+typedef struct {
+    const void *grad, *out;  // [T][H][d]: gradient of the output, and the output
+    const void *q, *k, *v;   // as in the forward pass
+    const float *lse;        // [T][H]
+    void *grad_q;            // result, [T][H][d]
+    void *grad_k, *grad_v;   // results, [T][K][d]
+    const i64 *starts;       // [num_sequences + 1]
+    i64 num_sequences;
+} AttentionBackward;
+
 // attention_tiles.c: the same for bf16 on AMX
-void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out, float *lse,
-                             const i64 *starts, i64 num_sequences, const Shape *s);
-void tiled_attention_backward(const uint16_t *grad, const uint16_t *q, const uint16_t *k, const uint16_t *v,
-                              const uint16_t *out, const float *lse, uint16_t *grad_q, uint16_t *grad_k, uint16_t *grad_v,
-                              const i64 *starts, i64 num_sequences, const Shape *s);
+void tiled_attention_forward(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out,
+                             float *lse, const i64 *starts, i64 num_sequences, const Shape *s);
+void tiled_attention_backward(const AttentionBackward *args, const Shape *s);

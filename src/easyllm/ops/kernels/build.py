@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from easyllm.core.device import cache_folder, cpu_features
+from easyllm.ops.kernels import structs
+from easyllm.ops.kernels.structs import DTYPE_CODES, FLOAT, INT, LONG, POINTER
 
 logger = logging.getLogger(__name__)
 
@@ -45,164 +47,47 @@ FLAGS = (
     "-fPIC",
     "-std=gnu11",
 )
-FLAGS_OF = {"update.c": ("-ffp-contract=off",)}
+EXTRA_FLAGS = {"update.c": ("-ffp-contract=off",)}
 """Additional flags of individual sources."""
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
-"""FP32 and BF16 of cpu.h."""
-BIT_CODES = {8: 2, 4: 3}
-"""INT8 and INT4 of cpu.h."""
+COMPILE_TIMEOUT_S = 300
 
-_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-_SIGNATURES = {
-    "rms_norm_forward": (
-        *(_POINTER, _POINTER, _INT),
-        *(_POINTER, _POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _FLOAT),
-    ),
-    "rms_norm_backward": (
-        *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
-        *(_POINTER, _INT, _POINTER, _LONG, _LONG),
-    ),
-    "silu_gate_forward": (_POINTER,) * 3 + (_INT, _LONG, _LONG),
-    "silu_gate_backward": (_POINTER,) * 5 + (_INT, _LONG, _LONG),
-    "rotary": (_POINTER, _LONG, _POINTER, _INT, _POINTER, _POINTER, _FLOAT) + (_LONG,) * 3,
-    "cross_entropy": (_POINTER, _LONG, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
-    "scaled": (_POINTER, _FLOAT, _POINTER, _INT, _LONG),
-    "adamw": (_POINTER,) * 4 + (_INT, _POINTER, _LONG, _POINTER),
-    "adamw_int8": (_POINTER,) * 7 + (_INT, _POINTER, _LONG, _POINTER),
-    "sum_of_squares": (_POINTER, _INT, _LONG),
-    "attention_forward": (_POINTER,) * 6 + (_LONG, _POINTER),
-    "attention_backward": (_POINTER,) * 10 + (_LONG, _POINTER),
-    "quantized_linear": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
+
+def _pointers(*types: type[ctypes.Structure]) -> tuple[type, ...]:
+    return tuple(ctypes.POINTER(each) for each in types)
+
+
+_SCALARS, _SHAPE = _pointers(structs.AdamWScalars, structs.AttentionShape)
+_PARAMETERS = {
+    "rms_norm_forward": _pointers(structs.RmsNormForward),
+    "rms_norm_backward": _pointers(structs.RmsNormBackward),
+    "silu_gate_forward": (*(POINTER,) * 3, INT, LONG, LONG),
+    "silu_gate_backward": (*(POINTER,) * 5, INT, LONG, LONG),
+    "rotary": _pointers(structs.Rotary),
+    "cross_entropy": (POINTER, LONG, INT, POINTER, POINTER, LONG, LONG, INT),
+    "scaled": (POINTER, FLOAT, POINTER, INT, LONG),
+    "adamw": (*(POINTER,) * 4, INT, POINTER, LONG, _SCALARS),
+    "adamw_int8": (*_pointers(structs.AdamWInt8Tensors), _SCALARS),
+    "sum_of_squares": (POINTER, INT, LONG),
+    "attention_forward": (*(POINTER,) * 6, LONG, _SHAPE),
+    "attention_backward": (*_pointers(structs.AttentionBackward), _SHAPE),
+    "quantized_linear": (POINTER, POINTER, INT, LONG, *_pointers(structs.Matrix)),
     "tiles_ready": (),
     "gemm_ready": (),
-    "gemm_bytes": (_LONG,) * 3,
-    "gemm": (
-        *(_POINTER, _LONG, _INT) * 2,
-        *(_POINTER, _POINTER, _INT, _INT),
-        *(_LONG, _LONG, _LONG, _POINTER),
-    ),
-    "decode_step_bytes": (_POINTER, _POINTER),
-    "decode_step": (_POINTER,) * 3,
-    "paged_attention": (_POINTER,) * 4 + (_LONG, _POINTER, _POINTER, _LONG, _POINTER),
+    "gemm_bytes": (LONG, LONG, LONG),
+    "gemm": _pointers(structs.Gemm),
+    "decode_step_bytes": _pointers(structs.StepModel, structs.StepBatch),
+    "decode_step": (*_pointers(structs.StepModel, structs.StepBatch), POINTER),
+    "paged_attention": _pointers(structs.PagedBatch, structs.Pages, structs.Queries),
 }
+"""Parameter types of the exported functions."""
 _RESULTS = {
-    "decode_step_bytes": _LONG,
+    "decode_step_bytes": LONG,
     "sum_of_squares": ctypes.c_double,
-    "tiles_ready": _INT,
-    "gemm_ready": _INT,
-    "gemm_bytes": _LONG,
+    "tiles_ready": INT,
+    "gemm_ready": INT,
+    "gemm_bytes": LONG,
 }
-
-
-class AdamWScalars(ctypes.Structure):
-    """ctypes mirror of `AdamW` in update.c."""
-
-    _fields_ = [
-        *((name, _FLOAT) for name in ("scale", "shrink", "beta1_rest", "beta2", "beta2_rest")),
-        *((name, _FLOAT) for name in ("correction", "eps", "step_size")),
-    ]
-
-
-class AttentionShape(ctypes.Structure):
-    """ctypes mirror of `Shape` in attention.h."""
-
-    _fields_ = [
-        ("heads", _LONG),
-        ("kv_heads", _LONG),
-        ("dim", _LONG),
-        ("q_stride", _LONG),
-        ("k_stride", _LONG),
-        ("v_stride", _LONG),
-        ("dtype", _INT),
-        ("scale", _FLOAT),
-        ("causal", _INT),
-        ("window", _LONG),
-    ]
-
-
-class Block(ctypes.Structure):
-    """ctypes mirror of `Block` in gemm.c."""
-
-    _fields_ = [("data", _POINTER), ("stride", _LONG), ("size", _LONG)]
-
-
-class Pages(ctypes.Structure):
-    """ctypes mirror of `Pages` in paged.h."""
-
-    _fields_ = [
-        ("keys", _POINTER),
-        ("values", _POINTER),
-        ("key_scales", _POINTER),
-        ("value_scales", _POINTER),
-        ("kv_heads", _LONG),
-        ("page_size", _LONG),
-        ("dim", _LONG),
-        ("format", _INT),
-    ]
-
-
-class Queries(ctypes.Structure):
-    """ctypes mirror of `Queries` in paged_attention.c."""
-
-    _fields_ = [
-        ("heads", _LONG),
-        ("q_stride", _LONG),
-        ("dtype", _INT),
-        ("scale", _FLOAT),
-        ("window", _LONG),
-    ]
-
-
-class Matrix(ctypes.Structure):
-    """ctypes mirror of `Matrix` in matrix.h."""
-
-    _fields_ = [
-        ("data", _POINTER),
-        ("scales", _POINTER),
-        ("bias", _POINTER),
-        ("outputs", _LONG),
-        ("inputs", _LONG),
-        ("format", _INT),
-    ]
-
-
-class StepLayer(ctypes.Structure):
-    """ctypes mirror of `Layer` in decode_step.c."""
-
-    _fields_ = [
-        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, _POINTER) for name in ("mixer_norm", "feed_forward_norm", "q_norm", "k_norm")),
-        *((name, _POINTER) for name in ("cosine", "sine")),
-        *((name, _LONG) for name in ("heads", "kv_heads", "dim", "pairs", "window")),
-        *((name, _FLOAT) for name in ("scale", "eps", "head_eps")),
-    ]
-
-
-class StepModel(ctypes.Structure):
-    """ctypes mirror of `Model` in decode_step.c."""
-
-    _fields_ = [
-        ("embedding", Matrix),
-        ("head", Matrix),
-        ("final_norm", _POINTER),
-        ("layers", ctypes.POINTER(StepLayer)),
-        ("num_layers", _LONG),
-        ("hidden", _LONG),
-        ("embedding_scale", _FLOAT),
-        ("eps", _FLOAT),
-    ]
-
-
-class StepBatch(ctypes.Structure):
-    """ctypes mirror of `Batch` in decode_step.c."""
-
-    _fields_ = [
-        ("rows", _LONG),
-        *((name, _POINTER) for name in ("token_ids", "positions", "key_lengths", "table")),
-        ("table_width", _LONG),
-        ("pages", _POINTER),
-        ("logits", _POINTER),
-    ]
+"""Result types of the functions that return a value."""
 
 
 def kernels_unsupported_reason(device_type: str, *dtypes: torch.dtype) -> str | None:
@@ -246,45 +131,56 @@ def _library() -> ctypes.CDLL | None:
     if compiler is None or os.environ.get("EASYLLM_KERNELS") == "0":
         return None
     try:
-        library = ctypes.CDLL(str(_built(compiler)))
+        library = ctypes.CDLL(str(_library_path(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         logger.info("CPU kernels are not available, falling back to plain PyTorch: %s", error)
         return None
-    for name, signature in _SIGNATURES.items():
+    for name, parameters in _PARAMETERS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = signature, _RESULTS.get(name)
+        function.argtypes, function.restype = parameters, _RESULTS.get(name)
     return library
 
 
-def _built(compiler: str) -> Path:
+def _library_path(compiler: str) -> Path:
     """Returns the path of the shared library, building it if it is not cached."""
-    here = Path(__file__).parent
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256(
-        version + repr((FLAGS, FLAGS_OF, sorted(cpu_features()), torch.__version__)).encode()
-    )
-    for name in (*SOURCES, *HEADERS):
-        digest.update((here / name).read_bytes())
     folder = cache_folder() / "kernels"
-    target = folder / f"easyllm-{digest.hexdigest()[:20]}.so"
-    if target.is_file():
-        return target
+    library = folder / f"easyllm-{_fingerprint(compiler)}.so"
+    if library.is_file():
+        return library
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        objects = []
-        for name in SOURCES:
-            objects.append(str(Path(work) / f"{name}.o"))
-            flags = (*FLAGS, *FLAGS_OF.get(name, ()))
-            command = [compiler, *flags, "-c", str(here / name), "-o", objects[-1]]
-            subprocess.run(command, capture_output=True, check=True, timeout=300)
-        made = Path(work) / "library.so"
-        link = [compiler, "-shared", *objects, "-o", str(made), *_openmp(), "-lm"]
-        subprocess.run(link, capture_output=True, check=True, timeout=300)
-        os.replace(made, target)
-    return target
+    with tempfile.TemporaryDirectory(dir=folder) as build_folder:
+        os.replace(_build(compiler, Path(build_folder)), library)
+    return library
 
 
-def _openmp() -> list[str]:
+def _fingerprint(compiler: str) -> str:
+    """Returns a hash of everything that the compiled code depends on."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    settings = FLAGS, EXTRA_FLAGS, sorted(cpu_features()), torch.__version__
+    digest = hashlib.sha256(version + repr(settings).encode())
+    for name in (*SOURCES, *HEADERS):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _build(compiler: str, build_folder: Path) -> Path:
+    """Compiles and links the sources in `build_folder`; returns the shared library's path."""
+    objects = []
+    for name in SOURCES:
+        source, compiled = Path(__file__).parent / name, build_folder / f"{name}.o"
+        flags = (*FLAGS, *EXTRA_FLAGS.get(name, ()))
+        _run(compiler, *flags, "-c", str(source), "-o", str(compiled))
+        objects.append(str(compiled))
+    library = build_folder / "library.so"
+    _run(compiler, "-shared", *objects, "-o", str(library), *_openmp_flags(), "-lm")
+    return library
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S)
+
+
+def _openmp_flags() -> list[str]:
     """Returns link flags for torch's OpenMP runtime: two runtimes would oversubscribe the cores."""
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     return [str(bundled[0])] if bundled else ["-fopenmp"]

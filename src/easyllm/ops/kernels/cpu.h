@@ -51,7 +51,8 @@ static inline lane8 pair_sums(lane8 a, lane8 b) {
 static inline lane8 sums_of(const lane8 a[8]) {
     lane8 low = pair_sums(pair_sums(a[0], a[1]), pair_sums(a[2], a[3]));
     lane8 high = pair_sums(pair_sums(a[4], a[5]), pair_sums(a[6], a[7]));
-    return SHUFFLE(low, high, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+    return SHUFFLE(low, high, 0, 1, 2, 3, 8, 9, 10, 11) +
+           SHUFFLE(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 // Adds the two halves of a 16-lane register; an 8-lane register is returned unchanged.
@@ -153,45 +154,53 @@ static inline float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
 
 // c[ROWS][VECS*LANES] += a[ROWS][depth] b[depth][VECS*LANES]; element (i, k) of a is
 // a[i*ai + k*ak].
-#define TILE(NAME, ROWS, VECS)                                                                      \
-    static inline void NAME(i64 depth, const float *a, i64 ai, i64 ak, const float *b, i64 ldb,     \
-                            float *c, i64 ldc) {                                                    \
-        vec acc[ROWS][VECS];                                                                        \
-        for (int i = 0; i < ROWS; i++)                                                              \
-            for (int j = 0; j < VECS; j++) acc[i][j] = *(const vec *)(c + i * ldc + j * LANES);     \
-        for (i64 k = 0; k < depth; k++) {                                                           \
-            vec row[VECS];                                                                          \
-            for (int j = 0; j < VECS; j++) row[j] = *(const vec *)(b + k * ldb + j * LANES);        \
-            for (int i = 0; i < ROWS; i++) {                                                        \
-                float x = a[i * ai + k * ak];                                                       \
-                for (int j = 0; j < VECS; j++) acc[i][j] += x * row[j];                             \
-            }                                                                                       \
-        }                                                                                           \
-        for (int i = 0; i < ROWS; i++)                                                              \
-            for (int j = 0; j < VECS; j++) *(vec *)(c + i * ldc + j * LANES) = acc[i][j];           \
+#define TILE(NAME, ROWS, VECS)                                                                  \
+    static inline void NAME(i64 depth, const float *a, i64 ai, i64 ak, const float *b, i64 ldb, \
+                            float *c, i64 ldc) {                                                \
+        vec acc[ROWS][VECS];                                                                    \
+        for (int i = 0; i < ROWS; i++)                                                          \
+            for (int j = 0; j < VECS; j++) acc[i][j] = *(const vec *)(c + i * ldc + j * LANES); \
+        for (i64 k = 0; k < depth; k++) {                                                       \
+            vec row[VECS];                                                                      \
+            for (int j = 0; j < VECS; j++) row[j] = *(const vec *)(b + k * ldb + j * LANES);    \
+            for (int i = 0; i < ROWS; i++) {                                                    \
+                float x = a[i * ai + k * ak];                                                   \
+                for (int j = 0; j < VECS; j++) acc[i][j] += x * row[j];                         \
+            }                                                                                   \
+        }                                                                                       \
+        for (int i = 0; i < ROWS; i++)                                                          \
+            for (int j = 0; j < VECS; j++) *(vec *)(c + i * ldc + j * LANES) = acc[i][j];       \
     }
 TILE(tile_wide, TILE_ROWS, TILE_VECS)
 TILE(tile_narrow, TILE_ROWS, 1)
 TILE(row_wide, 1, TILE_VECS)
 TILE(row_narrow, 1, 1)
 
-// GEMM: c[rows][cols] += a b; cols must be a multiple of LANES.
-static inline void matmul_add(i64 rows, i64 cols, i64 depth, const float *a, i64 ai, i64 ak,
-                              const float *b, i64 ldb, float *c, i64 ldc) {
+// The left operand of a GEMM, possibly transposed: element (i, k) is data[i * row + k * column].
+typedef struct {
+    const float *data;
+    i64 row, column;  // elements from row to row, and from column to column
+} Left;
+
+// GEMM: c[rows][cols] += a[rows][depth] b[depth][cols]; cols must be a multiple of LANES.
+static inline void matmul_add(i64 rows, i64 cols, i64 depth, const Left a, const float *b, i64 ldb,
+                              float *c, i64 ldc) {
     i64 i = 0;
     for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
+        const float *x = a.data + i * a.row;
         i64 j = 0;
         for (; j + TILE_VECS * LANES <= cols; j += TILE_VECS * LANES)
-            tile_wide(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            tile_wide(depth, x, a.row, a.column, b + j, ldb, c + i * ldc + j, ldc);
         for (; j < cols; j += LANES)
-            tile_narrow(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            tile_narrow(depth, x, a.row, a.column, b + j, ldb, c + i * ldc + j, ldc);
     }
     for (; i < rows; i++) {
+        const float *x = a.data + i * a.row;
         i64 j = 0;
         for (; j + TILE_VECS * LANES <= cols; j += TILE_VECS * LANES)
-            row_wide(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            row_wide(depth, x, a.row, a.column, b + j, ldb, c + i * ldc + j, ldc);
         for (; j < cols; j += LANES)
-            row_narrow(depth, a + i * ai, ai, ak, b + j, ldb, c + i * ldc + j, ldc);
+            row_narrow(depth, x, a.row, a.column, b + j, ldb, c + i * ldc + j, ldc);
     }
 }
 

@@ -90,7 +90,9 @@ static int take_piece(Thread *t, i64 total, i64 *from, i64 *to) {
     return *from < total;
 }
 
-static void piece_done(Thread *t, i64 count) { __atomic_fetch_add(&t->phase->done, count, __ATOMIC_RELEASE); }
+static void piece_done(Thread *t, i64 count) {
+    __atomic_fetch_add(&t->phase->done, count, __ATOMIC_RELEASE);
+}
 
 // Waits until all pieces of the current phase are done.
 static void end_phase(Thread *t, i64 total) {
@@ -120,8 +122,13 @@ static Rows take_rows(char **at, i64 rows, i64 inputs) {
     return (Rows){values, packed, (int8_t *)take(at, workspace * GROUP / 4), terms, inputs, groups};
 }
 
-static i64 first_split(const Layer *l, i64 length) { return l->window ? max_(0, length - l->window) / SPLIT : 0; }
-static i64 num_splits(const Layer *l, i64 length) { return (length - 1) / SPLIT + 1 - first_split(l, length); }
+static i64 first_split(const Layer *l, i64 length) {
+    return l->window ? max_(0, length - l->window) / SPLIT : 0;
+}
+
+static i64 num_splits(const Layer *l, i64 length) {
+    return (length - 1) / SPLIT + 1 - first_split(l, length);
+}
 
 static i64 num_tasks(const Layer *l, const Batch *b, i64 rows) {
     i64 tasks = 0;
@@ -130,8 +137,10 @@ static i64 num_tasks(const Layer *l, const Batch *b, i64 rows) {
 }
 
 // Lays out the arrays of the workspace from `at` on; returns its end.
-static char *lay_out(const Model *m, const Batch *b, char *at, int threads, Shared *shared, Thread *own) {
-    i64 width = 0, kv_width = 0, inner = 0, parts = 0, state = 0, scratch = 0, rows = b->rows, D = m->hidden;
+static char *lay_out(const Model *m, const Batch *b, char *at, int threads, Shared *shared,
+                     Thread *own) {
+    i64 width = 0, kv_width = 0, inner = 0, parts = 0, state = 0, scratch = 0;
+    i64 rows = b->rows, D = m->hidden;
     shared->phases = (Phase *)at;
     at += (m->num_layers * PHASES_PER_LAYER + 3) * sizeof(Phase);
     for (i64 n = 0; n < m->num_layers; n++) {
@@ -174,16 +183,16 @@ static void prepare_row(const Matrix *next, const Batch *b, const Rows *rows, i6
     else pack_values(rows, row, b->rows, 0, rows->inputs);
 }
 
-static void norm_row(const float *x, const float *w, float eps, const Matrix *next, const Batch *b, const Rows *rows,
-                     i64 row) {
+static void norm_row(const float *x, const float *w, float eps, const Matrix *next, const Batch *b,
+                     const Rows *rows, i64 row) {
     rms_norm(x, w, rows->inputs, eps, rows->values + row * rows->inputs);
     prepare_row(next, b, rows, row);
 }
 
 // Normalizes all rows for their products with `next`. A single row is normalized by every thread
 // separately; several rows are divided among the threads.
-static const Rows *normed(const Model *m, const Batch *b, const Shared *sh, Thread *t, const float *w, float eps,
-                          const Matrix *next) {
+static const Rows *normed(const Model *m, const Batch *b, const Shared *sh, Thread *t,
+                          const float *w, float eps, const Matrix *next) {
     if (b->rows == 1) {
         norm_row(sh->x, w, eps, next, b, &t->normed, 0);
         return &t->normed;
@@ -199,7 +208,8 @@ static void project_panel(const Matrix *w, i64 panel, const Batch *b, const Rows
 }
 
 // Query, key and value projections.
-static void project_heads(const Layer *l, const Batch *b, const Shared *sh, Thread *t, const Rows *x) {
+static void project_heads(const Layer *l, const Batch *b, const Shared *sh, Thread *t,
+                          const Rows *x) {
     i64 q_panels = panels_of(&l->q, b->rows), k_panels = panels_of(&l->k, b->rows);
     i64 all = q_panels + k_panels + panels_of(&l->v, b->rows);
     EACH(i, all) {
@@ -211,7 +221,8 @@ static void project_heads(const Layer *l, const Batch *b, const Shared *sh, Thre
 }
 
 // QK-norm (if there is one) and RoPE of one head of one row, in place.
-static void rotate_head(const Layer *l, i64 position, const float *norm, float scale, float *x, float *scratch) {
+static void rotate_head(const Layer *l, i64 position, const float *norm, float scale, float *x,
+                        float *scratch) {
     if (norm) {
         rms_norm(x, norm, l->dim, l->head_eps, scratch);
         memcpy(x, scratch, l->dim * sizeof(float));
@@ -229,12 +240,14 @@ static void rotate_head(const Layer *l, i64 position, const float *norm, float s
 }
 
 // Rotates queries and keys, and stores keys and values to the KV cache.
-static void rotate_and_store(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
+static void rotate_and_store(const Layer *l, const Batch *b, const Pages *p, const Shared *sh,
+                             Thread *t) {
     i64 groups = l->heads / l->kv_heads;
     EACH(i, b->rows * l->kv_heads) {
         i64 s = i / l->kv_heads, kv = i % l->kv_heads, position = b->positions[s];
         float *k = sh->k + i * l->dim, *v = sh->v + i * l->dim, *q = sh->q + i * groups * l->dim;
-        for (i64 g = 0; g < groups; g++) rotate_head(l, position, l->q_norm, l->scale, q + g * l->dim, t->row);
+        for (i64 g = 0; g < groups; g++)
+            rotate_head(l, position, l->q_norm, l->scale, q + g * l->dim, t->row);
         rotate_head(l, position, l->k_norm, 1.0f, k, t->row);
         i64 row = page_row(p, b->table + s * b->table_width, kv, b->key_lengths[s] - 1);
         store_head(p, (void *)p->keys, (float *)p->key_scales, row, k);
@@ -244,36 +257,47 @@ static void rotate_and_store(const Layer *l, const Batch *b, const Pages *p, con
 }
 
 // Computes the tasks [begin, end) of all (row, KV head, split) in this order.
-static void attend_tasks(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t, i64 begin,
-                         i64 end) {
+static void attend_tasks(const Layer *l, const Batch *b, const Pages *p, const Shared *sh,
+                         Thread *t, i64 begin, i64 end) {
     i64 groups = l->heads / l->kv_heads, size = groups * part_size(l->dim), task = 0;
     for (i64 s = 0; s < b->rows && task < end; s++) {
-        i64 length = b->key_lengths[s], splits = num_splits(l, length), first = first_split(l, length);
+        i64 length = b->key_lengths[s], splits = num_splits(l, length);
+        i64 first = first_split(l, length);
         KeyRange key_range[groups];
-        for (i64 g = 0; g < groups; g++) key_range[g] = (KeyRange){l->window ? max_(0, length - l->window) : 0, length - 1};
-        for (i64 kv = 0; kv < l->kv_heads; kv++, task += splits)
+        for (i64 g = 0; g < groups; g++)
+            key_range[g] = (KeyRange){l->window ? max_(0, length - l->window) : 0, length - 1};
+        for (i64 kv = 0; kv < l->kv_heads; kv++, task += splits) {
+            const QueryRows rows = {.table = b->table + s * b->table_width,
+                                    .kv_head = kv,
+                                    .rows = groups,
+                                    .q = sh->q + (s * l->heads + kv * groups) * l->dim,
+                                    .key_range = key_range,
+                                    .scratch = t->scratch};
             for (i64 j = max_(0, begin - task); j < min_(splits, end - task); j++)
-                attend_split(p, b->table + s * b->table_width, kv, first + j, groups,
-                             sh->q + (s * l->heads + kv * groups) * l->dim, key_range, sh->parts + (task + j) * size,
-                             t->scratch);
+                attend_split(p, &rows, first + j, sh->parts + (task + j) * size);
+        }
     }
 }
 
 static void attend(const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
     i64 all = num_tasks(l, b, b->rows), from, to;
-    for (; take_piece(t, all, &from, &to); piece_done(t, to - from)) attend_tasks(l, b, p, sh, t, from, to);
+    for (; take_piece(t, all, &from, &to); piece_done(t, to - from))
+        attend_tasks(l, b, p, sh, t, from, to);
     end_phase(t, all);
 }
 
 // Merges the splits of one row into its attention output.
-static void merge_row(const Layer *l, const Batch *b, const Shared *sh, Thread *t, i64 s, const Rows *to, i64 row) {
-    i64 groups = l->heads / l->kv_heads, size = groups * part_size(l->dim), splits = num_splits(l, b->key_lengths[s]);
+static void merge_row(const Layer *l, const Batch *b, const Shared *sh, Thread *t, i64 s,
+                      const Rows *to, i64 row) {
+    i64 groups = l->heads / l->kv_heads, size = groups * part_size(l->dim);
+    i64 splits = num_splits(l, b->key_lengths[s]);
     const float *part = sh->parts + num_tasks(l, b, s) * size;
     float *out = to->values + row * to->inputs;
     for (i64 kv = 0; kv < l->kv_heads; kv++) {
         clear_parts(t->state, groups, l->dim);
         for (i64 j = 0; j < splits; j++, part += size) merge_split(t->state, part, groups, l->dim);
-        for (i64 g = 0; g < groups; g++, out += l->dim) finish_row(t->state + g * part_size(l->dim), l->dim, out);
+        for (i64 g = 0; g < groups; g++, out += l->dim)
+            finish_row(t->state + g * part_size(l->dim), l->dim, out);
     }
     prepare_row(&l->o, b, to, row);
 }
@@ -294,7 +318,8 @@ static const Rows *merged(const Layer *l, const Batch *b, const Shared *sh, Thre
 }
 
 // Adds the products of rows with W to the residual stream x.
-static void add_product(const Matrix *w, const Batch *b, const Shared *sh, Thread *t, const Rows *rows) {
+static void add_product(const Matrix *w, const Batch *b, const Shared *sh, Thread *t,
+                        const Rows *rows) {
     i64 D = w->outputs, panels = panels_of(w, b->rows), width = panel_outputs(b->rows);
     EACH(i, panels) {
         linear_panel(w, i, rows, b->rows, t->gate, GROUP);
@@ -324,14 +349,16 @@ static void gated(const Layer *l, const Batch *b, Thread *t, const Rows *x, cons
             for (i64 i = 0; i < count; i++) out[i] = gate[i] * sigmoid_(gate[i]) * up[i];
             memcpy(fed->values + s * fed->inputs + from, out, count * sizeof(float));
             i64 at = s * fed->groups + g;
-            if (is_quantized(&l->down)) quantize_group(out, fed->codes + at * GROUP, fed->terms + at * TERMS);
+            if (is_quantized(&l->down))
+                quantize_group(out, fed->codes + at * GROUP, fed->terms + at * TERMS);
             else pack_values(fed, s, b->rows, from, count);
         }
     }
     end_phase(t, fed->groups);
 }
 
-static void run_layer(const Model *m, const Layer *l, const Batch *b, const Pages *p, const Shared *sh, Thread *t) {
+static void run_layer(const Model *m, const Layer *l, const Batch *b, const Pages *p,
+                      const Shared *sh, Thread *t) {
     project_heads(l, b, sh, t, normed(m, b, sh, t, l->mixer_norm, l->eps, &l->q));
     rotate_and_store(l, b, p, sh, t);
     attend(l, b, p, sh, t);
@@ -373,7 +400,8 @@ void decode_step(const Model *m, const Batch *b, char *memory) {
         t->threads = omp_get_num_threads(), t->phase = shared.phases;
         begin_panels(b->rows);
         embed(m, b, &shared, t);
-        for (i64 n = 0; n < m->num_layers; n++) run_layer(m, m->layers + n, b, b->pages + n, &shared, t);
+        for (i64 n = 0; n < m->num_layers; n++)
+            run_layer(m, m->layers + n, b, b->pages + n, &shared, t);
         const Rows *x = normed(m, b, &shared, t, m->final_norm, m->eps, &m->head);
         EACH(i, panels_of(&m->head, b->rows)) project_panel(&m->head, i, b, x, b->logits);
         end_panels(b->rows);

@@ -45,7 +45,8 @@ static inline lane8 load_8(const void *row, int format, i64 at) {
     if (format == FP32) return *(const lane8 *)((const float *)row + at);
     typedef uint16_t short8 __attribute__((vector_size(16), aligned(2)));
     typedef uint32_t word8 __attribute__((vector_size(32)));
-    return (lane8)(__builtin_convertvector(*(const short8 *)((const uint16_t *)row + at), word8) << 16);
+    const short8 upper_halves = *(const short8 *)((const uint16_t *)row + at);
+    return (lane8)(__builtin_convertvector(upper_halves, word8) << 16);
 }
 
 static inline float load_1(const void *row, int format, i64 at) {
@@ -54,13 +55,16 @@ static inline float load_1(const void *row, int format, i64 at) {
 
 // Rows of weights of a block; the last output is repeated beyond the end of the matrix.
 static inline void rows_of_block(const Matrix *w, i64 block, const char *row[OUTPUTS]) {
-    for (i64 j = 0; j < OUTPUTS; j++)
-        row[j] = (const char *)w->data + min_(block * OUTPUTS + j, w->outputs - 1) * w->inputs * element_size(w->format);
+    for (i64 j = 0; j < OUTPUTS; j++) {
+        i64 output = min_(block * OUTPUTS + j, w->outputs - 1);
+        row[j] = (const char *)w->data + output * w->inputs * element_size(w->format);
+    }
 }
 
 // Products with the inputs beyond the last multiple of eight. All callers share one function, built
 // without FMA: otherwise the compiler could round differently in each of them.
-static __attribute__((noinline, optimize("fp-contract=off"))) lane8 rest_of(const Matrix *w, const char *const *row, const float *x) {
+static __attribute__((noinline, optimize("fp-contract=off"))) lane8
+rest_of(const Matrix *w, const char *const *row, const float *x) {
     lane8 rest = {0};
     for (i64 k = w->inputs / 8 * 8; k < w->inputs; k++)
         for (int j = 0; j < OUTPUTS; j++) rest[j] += x[k] * load_1(row[j], w->format, k);
@@ -99,18 +103,22 @@ static inline vec broadcast(const float *eight) {
 }
 // pair_sums of cpu.h in each half.
 static inline __m512 neighbours(vec a, vec b) {
-    return _mm512_add_ps(_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88), _mm512_shuffle_ps((__m512)a, (__m512)b, 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88),
+                         _mm512_shuffle_ps((__m512)a, (__m512)b, 0xdd));
 }
 // to[t] = sums_of (cpu.h) the lanes of row t
 static inline void row_sums(const vec a[OUTPUTS], lane8 to[ROWS_PER_REGISTER]) {
     __m512 low = neighbours((vec)neighbours(a[0], a[1]), (vec)neighbours(a[2], a[3]));
     __m512 high = neighbours((vec)neighbours(a[4], a[5]), (vec)neighbours(a[6], a[7]));
-    __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
+                                _mm512_shuffle_f32x4(low, high, 0xdd));
     _mm512_storeu_ps(to, _mm512_shuffle_f32x4(sums, sums, 0xd8));
 }
 #else
 static inline vec broadcast(const float *eight) { return *(const vec *)eight; }
-static inline void row_sums(const vec a[OUTPUTS], lane8 to[ROWS_PER_REGISTER]) { to[0] = sums_of((const lane8 *)a); }
+static inline void row_sums(const vec a[OUTPUTS], lane8 to[ROWS_PER_REGISTER]) {
+    to[0] = sums_of((const lane8 *)a);
+}
 #endif
 
 // Parameters shared by the tiles of a chunk.
@@ -124,29 +132,30 @@ typedef struct {
 
 // sums[REGISTERS][OUTPUTS] (+)= products of rows with the chunk; LINES: cache lines to prefetch per
 // step
-#define TILE_OF(NAME, REGISTERS, LINES)                                                                             \
-    static void NAME(const Chunk *c, const float *x, const char *ahead, vec *sums) {                                \
-        for (int first = 0; first < OUTPUTS; first += TILE_OUTPUTS) {                                               \
-            vec acc[REGISTERS][TILE_OUTPUTS];                                                                       \
-            const float *w[TILE_OUTPUTS];                                                                           \
-            for (int j = 0; j < TILE_OUTPUTS; j++) {                                                                \
-                w[j] = c->weights[first + j];                                                                       \
-                for (int r = 0; r < REGISTERS; r++)                                                                 \
-                    acc[r][j] = c->starts ? (vec){0} : sums[r * OUTPUTS + first + j];                               \
-            }                                                                                                       \
-            const float *at = x;                                                                                    \
-            for (i64 k = 0; k < c->steps; k++, at += LANES, ahead += c->fetch_step) {                               \
-                vec values[REGISTERS];                                                                              \
-                for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + 64 * i);                                 \
-                for (int r = 0; r < REGISTERS; r++) values[r] = *(const vec *)(at + r * c->between);                \
-                for (int j = 0; j < TILE_OUTPUTS; j++) {                                                            \
-                    vec weights = broadcast(w[j] + 8 * k);                                                             \
-                    for (int r = 0; r < REGISTERS; r++) acc[r][j] += values[r] * weights;                           \
-                }                                                                                                   \
-            }                                                                                                       \
-            for (int j = 0; j < TILE_OUTPUTS; j++)                                                                  \
-                for (int r = 0; r < REGISTERS; r++) sums[r * OUTPUTS + first + j] = acc[r][j];                      \
-        }                                                                                                           \
+#define TILE_OF(NAME, REGISTERS, LINES)                                                            \
+    static void NAME(const Chunk *c, const float *x, const char *ahead, vec *sums) {               \
+        for (int first = 0; first < OUTPUTS; first += TILE_OUTPUTS) {                              \
+            vec acc[REGISTERS][TILE_OUTPUTS];                                                      \
+            const float *w[TILE_OUTPUTS];                                                          \
+            for (int j = 0; j < TILE_OUTPUTS; j++) {                                               \
+                w[j] = c->weights[first + j];                                                      \
+                for (int r = 0; r < REGISTERS; r++)                                                \
+                    acc[r][j] = c->starts ? (vec){0} : sums[r * OUTPUTS + first + j];              \
+            }                                                                                      \
+            const float *at = x;                                                                   \
+            for (i64 k = 0; k < c->steps; k++, at += LANES, ahead += c->fetch_step) {              \
+                vec values[REGISTERS];                                                             \
+                for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + 64 * i);                \
+                for (int r = 0; r < REGISTERS; r++)                                                \
+                    values[r] = *(const vec *)(at + r * c->between);                               \
+                for (int j = 0; j < TILE_OUTPUTS; j++) {                                           \
+                    vec weights = broadcast(w[j] + 8 * k);                                         \
+                    for (int r = 0; r < REGISTERS; r++) acc[r][j] += values[r] * weights;          \
+                }                                                                                  \
+            }                                                                                      \
+            for (int j = 0; j < TILE_OUTPUTS; j++)                                                 \
+                for (int r = 0; r < REGISTERS; r++) sums[r * OUTPUTS + first + j] = acc[r][j];     \
+        }                                                                                          \
     }
 TILE_OF(tile_1_fetching_all, 1, 4)
 TILE_OF(tile_2_fetching_all, 2, 4)
@@ -158,7 +167,8 @@ TILE_OF(tile_3, 3, 1)
 typedef void Tile(const Chunk *, const float *, const char *, vec *);
 
 // Sets the weights of a chunk; bf16 weights are converted to fp32 in `wide`.
-static void open_chunk(Chunk *c, const Matrix *w, const char *const *row, i64 k, float (*wide)[CHUNK]) {
+static void open_chunk(Chunk *c, const Matrix *w, const char *const *row, i64 k,
+                       float (*wide)[CHUNK]) {
     i64 count = 8 * c->steps;
     for (int j = 0; j < OUTPUTS; j++) {
         if (w->format == BF16) load_row((const uint16_t *)row[j] + k, BF16, count, wide[j]);
@@ -169,24 +179,31 @@ static void open_chunk(Chunk *c, const Matrix *w, const char *const *row, i64 k,
 // out[m][OUTPUTS] = products of rows [first_row, first_row + num_rows) with a block, plus bias
 static void some_rows(const Matrix *w, i64 block, const Rows *x, i64 first_row, i64 num_rows,
                       lane8 bias, float *out, i64 stride) {
-    static Tile *const fetching_all[] = {tile_1_fetching_all, tile_2_fetching_all, tile_3_fetching_all};
+    static Tile *const fetching_all[] = {tile_1_fetching_all, tile_2_fetching_all,
+                                         tile_3_fetching_all};
     static Tile *const fetching_some[] = {tile_1, tile_2, tile_3};
     float wide[OUTPUTS][CHUNK] __attribute__((aligned(64)));
     vec sums[ROWS_AT_ONCE / ROWS_PER_REGISTER][OUTPUTS] __attribute__((aligned(64)));
     const char *row[OUTPUTS];
     rows_of_block(w, block, row);
-    i64 registers = (num_rows + ROWS_PER_REGISTER - 1) / ROWS_PER_REGISTER, size = element_size(w->format);
-    i64 groups = (registers + MAX_GROUP_REGISTERS - 1) / MAX_GROUP_REGISTERS, whole = w->inputs / 8 * 8;
+    i64 registers = (num_rows + ROWS_PER_REGISTER - 1) / ROWS_PER_REGISTER;
+    i64 size = element_size(w->format);
+    i64 groups = (registers + MAX_GROUP_REGISTERS - 1) / MAX_GROUP_REGISTERS;
+    i64 whole = w->inputs / 8 * 8;
     int all = groups < GROUPS_TO_SPREAD;  // with few groups, each prefetches all of the next block
     i64 share = OUTPUTS * 8 * size / (all ? 1 : GROUPS_TO_SPREAD);
-    Chunk c = {.between = ROWS_PER_REGISTER == 1 ? w->inputs : whole * ROWS_PER_REGISTER, .fetch_step = share * TILE_OUTPUTS / OUTPUTS};
+    Chunk c = {.between = ROWS_PER_REGISTER == 1 ? w->inputs : whole * ROWS_PER_REGISTER,
+               .fetch_step = share * TILE_OUTPUTS / OUTPUTS};
     for (i64 k = 0; k < whole; k += CHUNK) {
         const char *ahead = row[0] + OUTPUTS * (w->inputs + k) * size;
         c.steps = min_(CHUNK, whole - k) / 8, c.starts = k == 0;
         open_chunk(&c, w, row, k, wide);
         for (i64 r = 0, g = 0, count; r < registers; r += count, g++) {
-            count = registers - r == MAX_GROUP_REGISTERS + 1 ? 2 : min_(MAX_GROUP_REGISTERS, registers - r);
-            const float *values = x->packed + (first_row / ROWS_PER_REGISTER + r) * c.between + k * ROWS_PER_REGISTER;
+            count = registers - r == MAX_GROUP_REGISTERS + 1  // 2 + 2 rather than 3 + 1
+                        ? 2
+                        : min_(MAX_GROUP_REGISTERS, registers - r);
+            const float *values = x->packed + (first_row / ROWS_PER_REGISTER + r) * c.between +
+                                  k * ROWS_PER_REGISTER;
             (all ? fetching_all : fetching_some)[count - 1](&c, values, ahead, sums[r]);
             if (!all && g < GROUPS_TO_SPREAD - 1) ahead += share * c.steps;
         }
@@ -210,7 +227,9 @@ void pack_values(const Rows *rows, i64 row, i64 num_rows, i64 from, i64 count) {
     const float *x = rows->values + row * rows->inputs;
     // a last row without a partner is duplicated, so that the unused lanes are initialized
     int is_alone = row == num_rows - 1 && row % ROWS_PER_REGISTER == 0;
-    float *to = rows->packed + row / ROWS_PER_REGISTER * ROWS_PER_REGISTER * (rows->inputs / 8 * 8) + row % ROWS_PER_REGISTER * 8;
+    float *to = rows->packed +
+                row / ROWS_PER_REGISTER * ROWS_PER_REGISTER * (rows->inputs / 8 * 8) +
+                row % ROWS_PER_REGISTER * 8;
     for (i64 k = from; k + 8 <= from + count; k += 8) {
         *(lane8 *)(to + k * ROWS_PER_REGISTER) = *(const lane8 *)(x + k);
         if (is_alone) *(lane8 *)(to + k * ROWS_PER_REGISTER + 8) = *(const lane8 *)(x + k);
@@ -222,7 +241,8 @@ void dense_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows, float 
     lane8 bias = {0};
     for (i64 j = 0; w->bias && j < width; j++) bias[j] = w->bias[block * OUTPUTS + j];
     if (num_rows == 1) {
-        lane8 sum = w->format == FP32 ? one_row(w, FP32, block, x->values) : one_row(w, BF16, block, x->values);
+        lane8 sum = w->format == FP32 ? one_row(w, FP32, block, x->values)
+                                      : one_row(w, BF16, block, x->values);
         store_outputs(w->bias ? sum + bias : sum, width, out);
         return;
     }

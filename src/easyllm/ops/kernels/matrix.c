@@ -57,7 +57,8 @@ static inline index8 products_int4(const chunk w[8], const int8_t *x) {
     __m256i odd = _mm256_maddubs_epi16((__m256i)w[1], four_codes(x + 4));
     for (int c = 2; c < 8; c += 2) {
         even = _mm256_add_epi16(even, _mm256_maddubs_epi16((__m256i)w[c], four_codes(x + 4 * c)));
-        odd = _mm256_add_epi16(odd, _mm256_maddubs_epi16((__m256i)w[c + 1], four_codes(x + 4 * c + 4)));
+        odd = _mm256_add_epi16(
+            odd, _mm256_maddubs_epi16((__m256i)w[c + 1], four_codes(x + 4 * c + 4)));
     }
     return (index8)_mm256_madd_epi16(_mm256_add_epi16(even, odd), _mm256_set1_epi16(1));
 #elif defined(HAS_VNNI)
@@ -85,7 +86,8 @@ static inline index8 products_int8(const int8_t *w, const int8_t *x) {
         __m256i a = _mm256_loadu_si256((const __m256i *)(w + 32 * c));
         __m256i b = _mm256_loadu_si256((const __m256i *)(w + 32 * c + 32));
         even = four_products(even, _mm256_abs_epi8(a), _mm256_sign_epi8(four_codes(x + 4 * c), a));
-        odd = four_products(odd, _mm256_abs_epi8(b), _mm256_sign_epi8(four_codes(x + 4 * c + 4), b));
+        odd = four_products(odd, _mm256_abs_epi8(b),
+                            _mm256_sign_epi8(four_codes(x + 4 * c + 4), b));
     }
     return (index8)_mm256_add_epi32(even, odd);
 #else
@@ -126,8 +128,8 @@ static inline lane8 halves_to_floats(const uint8_t *p) {
 // hardware prefetcher does not run far enough ahead and stops at page boundaries.
 #define AHEAD 4096  // bytes
 
-ALWAYS_INLINE void int4_block(const uint8_t *w, i64 groups, const int8_t *codes, const float *terms, int rows,
-                              lane8 *sum) {
+ALWAYS_INLINE void int4_block(const uint8_t *w, i64 groups, const int8_t *codes,
+                              const float *terms, int rows, lane8 *sum) {
     for (i64 g = 0; g < groups; g++, w += 160) {
         fetch(w + AHEAD, 160);
         chunk unpacked[8];
@@ -146,8 +148,8 @@ ALWAYS_INLINE void int4_block(const uint8_t *w, i64 groups, const int8_t *codes,
     }
 }
 
-ALWAYS_INLINE void int8_block(const int8_t *w, i64 groups, const int8_t *codes, const float *terms, int rows,
-                              lane8 *sum) {
+ALWAYS_INLINE void int8_block(const int8_t *w, i64 groups, const int8_t *codes,
+                              const float *terms, int rows, lane8 *sum) {
     for (i64 g = 0; g < groups; g++, w += 256) {
         fetch(w + AHEAD, 256);
         for (int m = 0; m < rows; m++) {
@@ -189,7 +191,8 @@ void quantize_row(const Rows *rows, i64 row, const float *x) {
     int8_t *codes = rows->codes + row * rows->groups * GROUP;
     float *terms = rows->terms + row * rows->groups * TERMS;
     i64 whole = rows->inputs / GROUP;
-    for (i64 g = 0; g < whole; g++) quantize_group(x + g * GROUP, codes + g * GROUP, terms + g * TERMS);
+    for (i64 g = 0; g < whole; g++)
+        quantize_group(x + g * GROUP, codes + g * GROUP, terms + g * TERMS);
     if (whole == rows->groups) return;
     float filled[GROUP] = {0};
     memcpy(filled, x + whole * GROUP, (rows->inputs - whole * GROUP) * sizeof(float));
@@ -198,17 +201,20 @@ void quantize_row(const Rows *rows, i64 row, const float *x) {
 
 void matrix_row(const Matrix *w, i64 row, float *x) {
     if (w->format != INT8) {
-        load_row((const char *)w->data + row * w->inputs * element_size(w->format), w->format, w->inputs, x);
+        load_row((const char *)w->data + row * w->inputs * element_size(w->format), w->format,
+                 w->inputs, x);
         return;
     }
-    const int8_t *codes = (const int8_t *)w->data + row / OUTPUTS * groups_of(w->inputs) * 256 + row % OUTPUTS * 4;
+    const int8_t *codes = (const int8_t *)w->data + row / OUTPUTS * groups_of(w->inputs) * 256 +
+                          row % OUTPUTS * 4;
     for (i64 i = 0; i < w->inputs; i++) x[i] = codes[i / 4 * 32 + i % 4] * w->scales[row];
 }
 
 #define ROW_TILE 4
 
 // out[m][0 .. OUTPUTS) = products of the rows with one block, plus bias
-static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows, float *out, i64 out_stride) {
+static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows, float *out,
+                         i64 out_stride) {
     if (!is_quantized(w)) {
         dense_block(w, block, x, num_rows, out, out_stride);
         return;
@@ -242,7 +248,9 @@ static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows
 // Whether AMX is used: for few rows it gains nothing.
 static int takes_tiles(i64 num_rows) { return num_rows > ROW_TILE && tiles_ready(); }
 
-i64 panel_outputs(i64 num_rows) { return takes_tiles(num_rows) ? AMX_PANEL_BLOCKS * OUTPUTS : OUTPUTS; }
+i64 panel_outputs(i64 num_rows) {
+    return takes_tiles(num_rows) ? AMX_PANEL_BLOCKS * OUTPUTS : OUTPUTS;
+}
 
 void begin_panels(i64 num_rows) {
     if (takes_tiles(num_rows)) configure_quantized_tiles();
@@ -252,7 +260,8 @@ void end_panels(i64 num_rows) {
     if (takes_tiles(num_rows)) release_tiles();
 }
 
-void linear_panel(const Matrix *w, i64 panel, const Rows *x, i64 num_rows, float *out, i64 out_stride) {
+void linear_panel(const Matrix *w, i64 panel, const Rows *x, i64 num_rows, float *out,
+                  i64 out_stride) {
     if (is_quantized(w) && takes_tiles(num_rows)) {
         tile_panel(w, panel, x, num_rows, out, out_stride);
         return;
@@ -266,9 +275,15 @@ void linear_panel(const Matrix *w, i64 panel, const Rows *x, i64 num_rows, float
 
 // y[rows][outputs] = x[rows][inputs] W^T + bias; x and y have `dtype`
 void quantized_linear(const void *x, void *y, int dtype, i64 rows, const Matrix *w) {
-    i64 groups = groups_of(w->inputs), chunk_rows = min_(rows, ROW_CHUNK), size = element_size(dtype);
+    i64 groups = groups_of(w->inputs), chunk_rows = min_(rows, ROW_CHUNK);
+    i64 size = element_size(dtype);
     i64 workspace = padded_rows(max_(1, chunk_rows)) * groups;
-    Rows q = {NULL, NULL, malloc(workspace * GROUP), malloc(workspace * TERMS * sizeof(float)), w->inputs, groups};
+    Rows q = {NULL,
+              NULL,
+              malloc(workspace * GROUP),
+              malloc(workspace * TERMS * sizeof(float)),
+              w->inputs,
+              groups};
     float *out = dtype == FP32 ? NULL : malloc(chunk_rows * w->outputs * sizeof(float));
     for (i64 begin = 0; begin < rows; begin += ROW_CHUNK) {
         i64 count = min_(ROW_CHUNK, rows - begin);
@@ -290,7 +305,8 @@ void quantized_linear(const void *x, void *y, int dtype, i64 rows, const Matrix 
             if (dtype != FP32) {
 #pragma omp for schedule(static)
                 for (i64 m = 0; m < count; m++)
-                    store_row((char *)y + (begin + m) * w->outputs * size, dtype, w->outputs, out + m * w->outputs);
+                    store_row((char *)y + (begin + m) * w->outputs * size, dtype, w->outputs,
+                              out + m * w->outputs);
             }
         }
     }

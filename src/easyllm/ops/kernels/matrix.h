@@ -6,7 +6,7 @@
 //   group   32 consecutive inputs, which share a scale
 //   block   8 consecutive outputs
 //   chunk   4 consecutive inputs of all 8 outputs of a block: 32 bytes, one vector register
-//   panel   the outputs computed by one call: one block, or UNIT_STRIP blocks on AMX
+//   panel   the outputs computed by one call: one block, or AMX_PANEL_BLOCKS blocks on AMX
 //   lane    one element of a vector register; lane r accumulates output r of a block
 //   VNNI    instructions that multiply the 4 bytes of each 32-bit lane and add the 4 products to it
 //   AMX     the matrix unit of some x86 processors, which multiplies tiles; see tiles.h
@@ -31,9 +31,9 @@
 
 #define GROUP 32
 #define OUTPUTS 8
-#define AMX_TILE_ROWS 16  // rows of an AMX tile
-#define AMX_PANEL_BLOCKS 2  // blocks of outputs in a panel on AMX
-#define TERMS 3       // floats per group of a row: u, -8 u sum q, sum x
+#define AMX_TILE_ROWS 16               // rows of an AMX tile
+#define AMX_PANEL_BLOCKS 2             // blocks of outputs in a panel on AMX
+#define TERMS 3                        // floats per group of a row: u, -8 u sum q, sum x
 #define ROWS_PER_REGISTER (LANES / 8)  // rows that share a register, with eight values each
 
 typedef struct {
@@ -58,8 +58,12 @@ typedef struct {
 
 static inline i64 groups_of(i64 inputs) { return (inputs + GROUP - 1) / GROUP; }
 static inline i64 blocks_of(const Matrix *w) { return (w->outputs + OUTPUTS - 1) / OUTPUTS; }
-static inline i64 padded_rows(i64 rows) { return (rows + AMX_TILE_ROWS - 1) / AMX_TILE_ROWS * AMX_TILE_ROWS; }
-static inline i64 packed_size(i64 rows, i64 inputs) { return (rows + 1) / ROWS_PER_REGISTER * ROWS_PER_REGISTER * inputs; }
+static inline i64 padded_rows(i64 rows) {
+    return (rows + AMX_TILE_ROWS - 1) / AMX_TILE_ROWS * AMX_TILE_ROWS;
+}
+static inline i64 packed_size(i64 rows, i64 inputs) {
+    return (rows + 1) / ROWS_PER_REGISTER * ROWS_PER_REGISTER * inputs;
+}
 static inline int is_quantized(const Matrix *w) { return w->format >= INT8; }
 
 // Loads row `row` of an fp32, bf16 or int8 matrix to x[inputs]: an embedding lookup.
@@ -76,7 +80,8 @@ void quantize_row(const Rows *rows, i64 row, const float *x);
 void pack_values(const Rows *rows, i64 row, i64 num_rows, i64 from, i64 count);
 
 // out[m][0 .. OUTPUTS) = products of the rows with a block of an fp32 or bf16 matrix, plus bias
-void dense_block(const Matrix *w, i64 block, const Rows *rows, i64 num_rows, float *out, i64 out_stride);
+void dense_block(const Matrix *w, i64 block, const Rows *rows, i64 num_rows, float *out,
+                 i64 out_stride);
 
 // Outputs are computed panel by panel: one block for few rows, several for many.
 i64 panel_outputs(i64 num_rows);
@@ -86,7 +91,8 @@ static inline i64 panels_of(const Matrix *w, i64 num_rows) {
 
 // out[m][0 .. outputs of a panel) = products of the rows with a panel, plus bias, for m < num_rows;
 // out_stride: floats from row to row of out
-void linear_panel(const Matrix *w, i64 panel, const Rows *rows, i64 num_rows, float *out, i64 out_stride);
+void linear_panel(const Matrix *w, i64 panel, const Rows *rows, i64 num_rows, float *out,
+                  i64 out_stride);
 
 // Must be called before and after a thread's calls of linear_panel: they configure and release the
 // thread's AMX tiles if these are used.
@@ -94,8 +100,9 @@ void begin_panels(i64 num_rows);
 void end_panels(i64 num_rows);
 
 // tiles.c: whether AMX is available and permitted; configure and release a thread's tiles; compute
-// a panel of UNIT_STRIP blocks.
+// a panel of AMX_PANEL_BLOCKS blocks.
 int tiles_ready(void);
 void configure_quantized_tiles(void);
 void release_tiles(void);
-void tile_panel(const Matrix *w, i64 panel, const Rows *rows, i64 num_rows, float *out, i64 out_stride);
+void tile_panel(const Matrix *w, i64 panel, const Rows *rows, i64 num_rows, float *out,
+                i64 out_stride);

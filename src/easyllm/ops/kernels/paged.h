@@ -18,7 +18,6 @@
 #pragma once
 #include "cpu.h"
 
-
 #define SPLIT 64
 #define OCTET 8
 
@@ -29,10 +28,11 @@ typedef struct {
     int format;
 } Pages;
 
-// Returns the row of pages->keys and ->values, in units of dim elements, of the
-// sequence's token at `slot`.
+// Returns the row of p->keys and p->values, in units of dim elements, of the sequence's token at
+// `slot`.
 static inline i64 page_row(const Pages *p, const int32_t *table, i64 kv_head, i64 slot) {
-    return ((i64)table[slot / p->page_size] * p->kv_heads + kv_head) * p->page_size + slot % p->page_size;
+    return ((i64)table[slot / p->page_size] * p->kv_heads + kv_head) * p->page_size +
+           slot % p->page_size;
 }
 
 // Stores one head's key (or value) to a row of `base`, in the format of the pages.
@@ -49,9 +49,17 @@ static inline i64 part_size(i64 dim) { return dim + 2; }
 // Floats of scratch memory that attend_split needs.
 static inline i64 split_scratch(i64 rows, i64 dim) { return (SPLIT + OCTET) * dim + rows * SPLIT; }
 
-// part[rows][dim + 2] = attention of q[rows][dim], already scaled, over the keys of one split
-void attend_split(const Pages *pages, const int32_t *table, i64 kv_head, i64 split, i64 rows, const float *q,
-                  const KeyRange *key_range, float *part, float *scratch);
+// Query rows that share a sequence and a KV head.
+typedef struct {
+    const int32_t *table;       // page table of the sequence
+    i64 kv_head, rows;
+    const float *q;             // [rows][dim], already scaled
+    const KeyRange *key_range;  // [rows]
+    float *scratch;             // split_scratch floats
+} QueryRows;
+
+// part[rows][dim + 2] = attention of the query rows over the keys of one split
+void attend_split(const Pages *pages, const QueryRows *x, i64 split, float *part);
 
 // Initializes partial results: maximum -inf, sums zero.
 void clear_parts(float *part, i64 rows, i64 dim);

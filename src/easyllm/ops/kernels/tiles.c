@@ -44,7 +44,8 @@ typedef struct {
 // kernels do not use it either.
 static int is_amx_disabled(void) {
     const char *maximum = getenv("ONEDNN_MAX_CPU_ISA");
-    return maximum && !strstr(maximum, "AMX") && strcmp(maximum, "ALL") != 0 && strcmp(maximum, "DEFAULT") != 0;
+    return maximum && !strstr(maximum, "AMX") && strcmp(maximum, "ALL") != 0 &&
+           strcmp(maximum, "DEFAULT") != 0;
 }
 
 int tiles_ready(void) {
@@ -61,7 +62,8 @@ int tiles_ready(void) {
 
 void configure_quantized_tiles(void) {
     TileShapes shapes = {.palette = 1};
-    shapes.rows[EVEN] = shapes.rows[ODD] = AMX_TILE_ROWS, shapes.row_bytes[EVEN] = shapes.row_bytes[ODD] = WIDTH * 4;
+    shapes.rows[EVEN] = shapes.rows[ODD] = AMX_TILE_ROWS;
+    shapes.row_bytes[EVEN] = shapes.row_bytes[ODD] = WIDTH * 4;
     shapes.rows[ROWS] = AMX_TILE_ROWS, shapes.row_bytes[ROWS] = GROUP;
     shapes.rows[WEIGHTS] = GROUP / 4, shapes.row_bytes[WEIGHTS] = WIDTH * 4;
     COMPILER_BARRIER();
@@ -71,7 +73,8 @@ void configure_quantized_tiles(void) {
 void release_tiles(void) { _tile_release(); }
 
 // Unpacks one group: row c of its tile has chunk c of the panel's two blocks, next to each other.
-static void unpack_group(const uint8_t *first, const uint8_t *second, int is_int4, UnpackedPanel *to, i64 g) {
+static void unpack_group(const uint8_t *first, const uint8_t *second, int is_int4,
+                         UnpackedPanel *to, i64 g) {
     __m512i *rows = (__m512i *)to->codes[g];
     const __m512i low = _mm512_set1_epi8(15);
     for (int c = 0; c < (is_int4 ? 4 : 8); c++) {
@@ -86,8 +89,9 @@ static void unpack_group(const uint8_t *first, const uint8_t *second, int is_int
     if (!is_int4) return;
     const __m128i *halves[2] = {(const __m128i *)first + 8, (const __m128i *)second + 8};
     for (int i = 0; i < 2; i++) {
-        __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(halves[0] + i)),
-                                               _mm_loadu_si128(halves[1] + i), 1);
+        __m256i both = _mm256_inserti128_si256(
+            _mm256_castsi128_si256(_mm_loadu_si128(halves[0] + i)), _mm_loadu_si128(halves[1] + i),
+            1);
         _mm512_store_ps(i == 0 ? to->scales[g] : to->offsets[g], _mm512_cvtph_ps(both));
     }
 }
@@ -95,7 +99,7 @@ static void unpack_group(const uint8_t *first, const uint8_t *second, int is_int
 // Multiplies the codes of the rows by those of the weights for one group, into tile NUMBER.
 #define START(NUMBER, CODES, ROW_BYTES, GROUP_CODES)  \
     do {                                              \
-        COMPILER_BARRIER();                             \
+        COMPILER_BARRIER();                           \
         _tile_loadd(ROWS, CODES, ROW_BYTES);          \
         _tile_loadd(WEIGHTS, GROUP_CODES, WIDTH * 4); \
         _tile_zero(NUMBER);                           \
@@ -105,8 +109,8 @@ static void unpack_group(const uint8_t *first, const uint8_t *second, int is_int
 typedef int32_t Products[AMX_TILE_ROWS][WIDTH] __attribute__((aligned(64)));
 
 // sum[m] += the integer products of one group times its scales and terms
-ALWAYS_INLINE void add_scaled(const UnpackedPanel *w, i64 g, int is_int4, const Products products, const float *t, i64 stride,
-                              __m512 *sum) {
+ALWAYS_INLINE void add_scaled(const UnpackedPanel *w, i64 g, int is_int4, const Products products,
+                              const float *t, i64 stride, __m512 *sum) {
     __m512 scale = _mm512_load_ps(w->scales[g]), offset = _mm512_load_ps(w->offsets[g]);
 #pragma GCC unroll 16
     for (int m = 0; m < AMX_TILE_ROWS; m++, t += stride) {
@@ -123,8 +127,8 @@ ALWAYS_INLINE void add_scaled(const UnpackedPanel *w, i64 g, int is_int4, const 
 
 // sums[m] += products of 16 rows with `count` groups of a panel. AMX runs two groups ahead of the
 // scaling.
-ALWAYS_INLINE void tile_sums(const UnpackedPanel *w, i64 count, int is_int4, const int8_t *codes, const float *terms,
-                             i64 groups, float (*sums)[WIDTH]) {
+ALWAYS_INLINE void tile_sums(const UnpackedPanel *w, i64 count, int is_int4, const int8_t *codes,
+                             const float *terms, i64 groups, float (*sums)[WIDTH]) {
     Products even, odd;
     __m512 sum[AMX_TILE_ROWS];
     i64 codes_stride = groups * GROUP, stride = groups * TERMS, g = 0;
@@ -147,7 +151,8 @@ ALWAYS_INLINE void tile_sums(const UnpackedPanel *w, i64 count, int is_int4, con
 }
 
 // out[m][outputs of the panel] = products with rows [first, first + num_rows), plus bias
-static void some_rows(const Matrix *w, i64 panel, const Rows *x, i64 first, i64 num_rows, float *out, i64 stride) {
+static void some_rows(const Matrix *w, i64 panel, const Rows *x, i64 first, i64 num_rows,
+                      float *out, i64 stride) {
     float sums[ROWS_AT_ONCE][WIDTH] __attribute__((aligned(64)));
     UnpackedPanel unpacked;
     i64 groups = x->groups, is_int4 = w->format == INT4, group_bytes = is_int4 ? 160 : 256;

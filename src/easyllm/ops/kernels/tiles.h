@@ -26,7 +26,8 @@
 #pragma once
 #include "matrix.h"
 
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && \
+    defined(__AVX512BW__) && defined(__linux__)
 #define HAS_TILES
 
 #include <immintrin.h>
@@ -34,8 +35,8 @@
 #define SIDE 16   // rows of a tile, columns of sums
 #define DEPTH 32  // inputs of a tile
 #define TILE_SIZE (SIDE * DEPTH)
-#define TILE_BYTES 1024       // of operands and of sums
-#define PAIR (2 * TILE_SIZE)  // two adjacent tiles, one of each panel of a pair
+#define TILE_BYTES 1024         // of operands and of sums
+#define PAIR (2 * TILE_SIZE)    // two adjacent tiles, one of each panel of a pair
 #define SUMS (4 * SIDE * SIDE)  // 32 x 32 sums: tiles (0, 0), (0, 1), (1, 0), (1, 1)
 // Compiler barrier: compilers do not know which memory the tile instructions read and write.
 #define COMPILER_BARRIER() __asm__ volatile("" ::: "memory")
@@ -49,7 +50,7 @@ typedef struct {
 
 typedef struct {
     const uint16_t *data;
-    i64 stride;  // elements from row to row
+    i64 stride;      // elements from row to row
     int transposed;  // transposed with respect to C = A B
 } Operand;
 
@@ -103,7 +104,9 @@ static inline void transpose_16x16(__m512i r[16]) {
 }
 
 // Mask of the first `count` of 32 lanes.
-static inline __mmask32 first_of(i64 count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
+static inline __mmask32 first_of(i64 count) {
+    return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
+}
 
 // Stores 16 registers as a tile, transposed if `transposed`.
 static inline void store_tile(__m512i r[16], int transposed, uint16_t *tile) {
@@ -113,18 +116,22 @@ static inline void store_tile(__m512i r[16], int transposed, uint16_t *tile) {
 }
 
 // Packs a tile from 16 rows of x[rows][columns]; beyond the edges it is zero.
-static inline void pack_rows(const uint16_t *x, i64 stride, i64 rows, i64 columns, int transposed, uint16_t *tile) {
+static inline void pack_rows(const uint16_t *x, i64 stride, i64 rows, i64 columns, int transposed,
+                             uint16_t *tile) {
     __m512i r[16];
     __mmask32 there = first_of(columns);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi16(i < rows ? there : 0, x + i * stride);
+    for (int i = 0; i < 16; i++)
+        r[i] = _mm512_maskz_loadu_epi16(i < rows ? there : 0, x + i * stride);
     store_tile(r, transposed, tile);
 }
 
 // Packs two adjacent tiles from 32 rows; every two rows are interleaved to VNNI pairs.
-static inline void pack_pairs(const uint16_t *x, i64 stride, i64 rows, i64 columns, int transposed, uint16_t *tiles) {
-    __m512i left[16], right[16], first = _mm512_set_epi16(
-        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+static inline void pack_pairs(const uint16_t *x, i64 stride, i64 rows, i64 columns, int transposed,
+                              uint16_t *tiles) {
+    __m512i left[16], right[16];
+    __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                     39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     __mmask32 there = first_of(columns);
 #pragma GCC unroll 16
@@ -138,22 +145,32 @@ static inline void pack_pairs(const uint16_t *x, i64 stride, i64 rows, i64 colum
     store_tile(right, transposed, tiles + TILE_SIZE);
 }
 
-// Packs panels s to s + count of a matrix, `tiles` tiles of each from input k0 on, as the first
-// tiles of [count / 2][pitch][2][tile]. `interleaved`: rows run along the inputs, so every two of them
-// are interleaved to VNNI pairs.
-static inline void pack_panels(const Operand *x, i64 size, i64 depth, i64 s, i64 count, i64 k0, i64 tiles, i64 pitch, int interleaved,
-                               uint16_t *out) {
-    for (i64 t = 0; t < tiles; t++)
-        for (i64 i = 0; i < count; i++) {
-            i64 k = k0 + t * DEPTH, at = (s + i) * SIDE;
-            uint16_t *tile = out + (i / 2 * pitch + t) * PAIR + i % 2 * TILE_SIZE;
-            if (!interleaved)
-                pack_rows(x->data + at * x->stride + k, x->stride, size - at, depth - k, x->transposed, tile);
+// Which tiles of an operand are packed.
+typedef struct {
+    i64 size, depth;        // of the operand: rows of A or columns of B, and inputs
+    i64 panel, num_panels;  // first panel, and how many
+    i64 input, tiles;       // first input, and tiles of each panel from there on
+    i64 pitch;              // tiles of a panel in the packed operand
+    int interleaved;        // rows run along the inputs: every two are interleaved to VNNI pairs
+} Packing;
+
+// Packs panels as the first tiles of [num_panels / 2][pitch][2][tile].
+static inline void pack_panels(const Operand *x, const Packing p, uint16_t *out) {
+    const i64 size = p.size, depth = p.depth;
+    for (i64 t = 0; t < p.tiles; t++)
+        for (i64 i = 0; i < p.num_panels; i++) {
+            i64 k = p.input + t * DEPTH, at = (p.panel + i) * SIDE;
+            uint16_t *tile = out + (i / 2 * p.pitch + t) * PAIR + i % 2 * TILE_SIZE;
+            if (!p.interleaved)
+                pack_rows(x->data + at * x->stride + k, x->stride, size - at, depth - k,
+                          x->transposed, tile);
             else if (i % 2 == 0) {
                 // the hardware prefetcher detects no pattern in cache lines of 32 distant rows
                 for (i64 r = 0; r < min_(DEPTH, depth - k - DEPTH); r++)
-                    _mm_prefetch((const char *)(x->data + (k + DEPTH + r) * x->stride + at), _MM_HINT_T0);
-                pack_pairs(x->data + k * x->stride + at, x->stride, depth - k, size - at, x->transposed, tile);
+                    _mm_prefetch((const char *)(x->data + (k + DEPTH + r) * x->stride + at),
+                                 _MM_HINT_T0);
+                pack_pairs(x->data + k * x->stride + at, x->stride, depth - k, size - at,
+                           x->transposed, tile);
             }
         }
 }

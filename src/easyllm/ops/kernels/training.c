@@ -12,10 +12,27 @@
 
 #include "cpu.h"
 
-// y = s / r * w with r = sqrt(mean(s^2) + eps) and s = x + added, which is stored to `sum`, or
-// s = x if `added` is NULL; inverse[t] = 1 / r
-void rms_norm_forward(const float *x, const void *added, int added_dtype, float *sum, const float *w, void *y, int y_dtype,
-                      float *inverse, i64 rows, i64 width, float eps) {
+// Arguments of rms_norm_forward.
+typedef struct {
+    const float *x;       // [rows][width]
+    const void *added;    // [rows][width] or NULL
+    float *sum;           // result x + added, [rows][width]; not written if `added` is NULL
+    const float *weight;  // [width]
+    void *y;              // result, [rows][width]
+    float *inverse;       // result 1 / r, [rows]
+    int added_dtype, y_dtype;
+    i64 rows, width;
+    float eps;
+} RmsNormForward;
+
+// y = s / r * weight with r = sqrt(mean(s^2) + eps) and s = x + added, or s = x
+void rms_norm_forward(const RmsNormForward *args) {
+    const float *x = args->x, *w = args->weight, eps = args->eps;
+    const void *added = args->added;
+    float *sum = args->sum, *inverse = args->inverse;
+    void *y = args->y;
+    const int added_dtype = args->added_dtype, y_dtype = args->y_dtype;
+    const i64 rows = args->rows, width = args->width;
 #pragma omp parallel
     {
         float *row = floats(width), *more = floats(width);
@@ -23,7 +40,8 @@ void rms_norm_forward(const float *x, const void *added, int added_dtype, float 
         for (i64 t = 0; t < rows; t++) {
             const float *s = x + t * width;
             if (added) {
-                load_row((const char *)added + t * width * element_size(added_dtype), added_dtype, width, more);
+                load_row((const char *)added + t * width * element_size(added_dtype),
+                         added_dtype, width, more);
                 float *to = sum + t * width;
 #pragma omp simd
                 for (i64 i = 0; i < width; i++) to[i] = s[i] + more[i];
@@ -43,12 +61,30 @@ void rms_norm_forward(const float *x, const void *added, int added_dtype, float 
     }
 }
 
-// grad_x = (g - x̂ mean(g x̂)) / r + grad_sum with g = grad w and x̂ = x / r; grad_sum can be NULL.
-// grad_added, unless NULL, receives the same values in its dtype. grad_w = sum over rows of grad x̂
-// (skipped if NULL).
-void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const float *w, const float *inverse,
-                       const float *grad_sum, float *grad_x, void *grad_added, int added_dtype, float *grad_w, i64 rows,
-                       i64 width) {
+// Arguments of rms_norm_backward; x is the sum if there was a residual.
+typedef struct {
+    const void *grad;       // gradient of y, [rows][width]
+    const float *x;         // [rows][width]
+    const float *weight;    // [width]
+    const float *inverse;   // 1 / r of the forward pass, [rows]
+    const float *grad_sum;  // gradient of the sum from its other uses, [rows][width], or NULL
+    float *grad_x;          // result, [rows][width]
+    void *grad_added;       // result: grad_x in another dtype, [rows][width], or NULL
+    float *grad_weight;     // result, [width], or NULL
+    int grad_dtype, added_dtype;
+    i64 rows, width;
+} RmsNormBackward;
+
+// grad_x = (g - x̂ mean(g x̂)) / r + grad_sum with g = grad weight and x̂ = x / r;
+// grad_weight = sum over rows of grad x̂
+void rms_norm_backward(const RmsNormBackward *args) {
+    const float *x = args->x, *w = args->weight, *inverse = args->inverse;
+    const float *grad_sum = args->grad_sum;
+    const void *grad = args->grad;
+    float *grad_x = args->grad_x, *grad_w = args->grad_weight;
+    void *grad_added = args->grad_added;
+    const int grad_dtype = args->grad_dtype, added_dtype = args->added_dtype;
+    const i64 rows = args->rows, width = args->width;
     int threads = omp_get_max_threads();
     float *parts = grad_w ? floats(threads * width) : NULL;
 #pragma omp parallel
@@ -58,7 +94,8 @@ void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const f
         for (i64 t = 0; t < rows; t++) {
             const float *xt = x + t * width;
             float *out = grad_x + t * width, inv = inverse[t], dot = 0;
-            load_row((const char *)grad + t * width * element_size(grad_dtype), grad_dtype, width, g);
+            load_row((const char *)grad + t * width * element_size(grad_dtype), grad_dtype,
+                     width, g);
             if (own) {
 #pragma omp simd
                 for (i64 i = 0; i < width; i++) own[i] += g[i] * xt[i] * inv;
@@ -69,13 +106,15 @@ void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const f
             if (grad_sum) {
                 const float *also = grad_sum + t * width;
 #pragma omp simd
-                for (i64 i = 0; i < width; i++) out[i] = (g[i] * w[i] - xt[i] * mean) * inv + also[i];
+                for (i64 i = 0; i < width; i++)
+                    out[i] = (g[i] * w[i] - xt[i] * mean) * inv + also[i];
             } else {
 #pragma omp simd
                 for (i64 i = 0; i < width; i++) out[i] = (g[i] * w[i] - xt[i] * mean) * inv;
             }
             if (grad_added)
-                store_row((char *)grad_added + t * width * element_size(added_dtype), added_dtype, width, out);
+                store_row((char *)grad_added + t * width * element_size(added_dtype),
+                          added_dtype, width, out);
         }
         free(g);
     }
@@ -90,7 +129,8 @@ void rms_norm_backward(const void *grad, int grad_dtype, const float *x, const f
 // registers.
 #define PIECE 64
 
-static inline void silu_gate_piece(const void *gate, const void *up, void *out, int dtype, i64 at, i64 n) {
+static inline void silu_gate_piece(const void *gate, const void *up, void *out, int dtype, i64 at,
+                                   i64 n) {
     float a[PIECE], b[PIECE];
     load_row((const char *)gate + at * element_size(dtype), dtype, n, a);
     load_row((const char *)up + at * element_size(dtype), dtype, n, b);
@@ -100,7 +140,8 @@ static inline void silu_gate_piece(const void *gate, const void *up, void *out, 
 }
 
 // out = silu(gate) * up
-void silu_gate_forward(const void *gate, const void *up, void *out, int dtype, i64 rows, i64 width) {
+void silu_gate_forward(const void *gate, const void *up, void *out, int dtype, i64 rows,
+                       i64 width) {
     i64 size = rows * width;
 #pragma omp parallel for schedule(static)
     for (i64 at = 0; at < size / PIECE * PIECE; at += PIECE) {
@@ -111,8 +152,9 @@ void silu_gate_forward(const void *gate, const void *up, void *out, int dtype, i
 }
 
 // grad_gate and grad_up for the elements [at, at + n)
-static inline void silu_gate_backward_piece(const void *grad, const void *gate, const void *up, void *grad_gate,
-                                            void *grad_up, int dtype, i64 at, i64 n) {
+static inline void silu_gate_backward_piece(const void *grad, const void *gate, const void *up,
+                                            void *grad_gate, void *grad_up, int dtype, i64 at,
+                                            i64 n) {
     float g[PIECE], a[PIECE], b[PIECE];
     load_row((const char *)grad + at * element_size(dtype), dtype, n, g);
     load_row((const char *)gate + at * element_size(dtype), dtype, n, a);
@@ -132,16 +174,33 @@ void silu_gate_backward(const void *grad, const void *gate, const void *up, void
     i64 size = rows * width;
 #pragma omp parallel for schedule(static)
     for (i64 at = 0; at < size / PIECE * PIECE; at += PIECE) {
-        if (dtype == BF16) silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, BF16, at, PIECE);
+        if (dtype == BF16)
+            silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, BF16, at, PIECE);
         else silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, FP32, at, PIECE);
     }
-    silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, dtype, size / PIECE * PIECE, size % PIECE);
+    silu_gate_backward_piece(grad, gate, up, grad_gate, grad_up, dtype, size / PIECE * PIECE,
+                             size % PIECE);
 }
 
-// RoPE: rotates each pair (x_i, x_{i+half}) of each head; sign -1 is the inverse rotation.
-// cosine, sine: [rows][half]
-void rotary(const void *x, i64 x_stride, void *y, int dtype, const float *cosine, const float *sine,
-            float sign, i64 rows, i64 heads, i64 half) {
+// Arguments of rotary.
+typedef struct {
+    const void *x;               // [rows][heads][2 half]
+    void *y;                     // result, [rows][heads][2 half], contiguous
+    const float *cosine, *sine;  // [rows][half]
+    i64 x_stride;                // elements from row to row of x
+    i64 rows, heads, half;
+    int dtype;                   // of x and y
+    float sign;                  // 1, or -1 for the inverse rotation
+} Rotary;
+
+// RoPE: rotates each pair (x_i, x_{i+half}) of each head.
+void rotary(const Rotary *args) {
+    const void *x = args->x;
+    void *y = args->y;
+    const float *cosine = args->cosine, *sine = args->sine, sign = args->sign;
+    const i64 x_stride = args->x_stride, rows = args->rows, heads = args->heads;
+    const i64 half = args->half;
+    const int dtype = args->dtype;
     i64 width = heads * 2 * half, size = element_size(dtype);
 #pragma omp parallel
     {
@@ -168,8 +227,8 @@ void rotary(const void *x, i64 x_stride, void *y, int dtype, const float *cosine
 
 // loss[t] = logsumexp(logits[t]) - logits[t][labels[t]]; with_grad overwrites the logits with their
 // gradient, softmax - onehot.
-void cross_entropy(void *logits, i64 stride, int dtype, const i64 *labels, float *loss, i64 rows, i64 width,
-                   int with_grad) {
+void cross_entropy(void *logits, i64 stride, int dtype, const i64 *labels, float *loss, i64 rows,
+                   i64 width, int with_grad) {
 #pragma omp parallel
     {
         float *x = floats(width);

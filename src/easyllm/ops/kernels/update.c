@@ -17,7 +17,7 @@
 
 typedef struct {
     float scale;           // of the gradient
-    float rescale;          // 1 - rate * decay
+    float rescale;         // 1 - rate * decay
     float beta1_rest;      // 1 - beta1
     float beta2, beta2_rest;
     float correction;      // sqrt(1 - beta2^t)
@@ -25,7 +25,7 @@ typedef struct {
 } AdamW;
 
 // Updates one weight and returns sqrt(v):
-//   theta <- shrink theta;  m <- m + (1 - beta1)(g - m);  v <- beta2 v + (1 - beta2) g^2;
+//   theta <- rescale theta;  m <- m + (1 - beta1)(g - m);  v <- beta2 v + (1 - beta2) g^2;
 //   theta <- theta - step_size m / (sqrt(v) / correction + eps)
 // Rounding is the same as in PyTorch's kernel.
 static inline float move_weight(float *w, float *m, float *v, float g, const AdamW *s) {
@@ -38,8 +38,8 @@ static inline float move_weight(float *w, float *m, float *v, float g, const Ada
 }
 
 // AdamW step with fp32 moments; `copy` is NULL or receives the new weights in bf16.
-void adamw(float *restrict master, float *restrict mean, float *restrict square, const void *gradient, int dtype,
-           uint16_t *copy, i64 count, const AdamW *s) {
+void adamw(float *restrict master, float *restrict mean, float *restrict square,
+           const void *gradient, int dtype, uint16_t *copy, i64 count, const AdamW *s) {
 #pragma omp parallel
     {
         float *g = floats(BLOCK);
@@ -47,7 +47,8 @@ void adamw(float *restrict master, float *restrict mean, float *restrict square,
         for (i64 first = 0; first < count; first += BLOCK) {
             i64 n = min_(BLOCK, count - first);
             load_row((const char *)gradient + first * element_size(dtype), dtype, n, g);
-            float *restrict w = master + first, *restrict m = mean + first, *restrict v = square + first;
+            float *restrict w = master + first, *restrict m = mean + first;
+            float *restrict v = square + first;
 #pragma omp simd
             for (i64 i = 0; i < n; i++) move_weight(w + i, m + i, v + i, g[i], s);
             if (copy) store_row(copy + first, BF16, n, w);
@@ -62,15 +63,32 @@ void adamw(float *restrict master, float *restrict mean, float *restrict square,
 #define MAX_SQUARE 255.0f
 #define SMALLEST 1.17549435e-38f
 
-// Updates one block. The moments m = scale (q / 127) |q / 127| and v = scale (q / 255)^4 are
-// dequantized and updated with the weights. The new codes are the square root of m and the fourth
-// root of v, relative to the largest in the block, plus the dither offset, truncated. roots[CODES]
-// and moved[CODES] are workspace.
-static inline void move_block(float *restrict w, int8_t *restrict mean, float *mean_scale, uint8_t *restrict square,
-                              float *square_scale, const float *restrict offset, const float *restrict g, i64 n,
+// Arguments of adamw_int8, in addition to the scalars. Moments are updated in place.
+typedef struct {
+    float *master;                       // [count], updated in place
+    int8_t *mean;                        // codes of the first moment, [count]
+    uint8_t *square;                     // codes of the second moment, [count]
+    float *mean_scales, *square_scales;  // [blocks of CODES weights]
+    const float *offset;                 // dither in [0, 1), [CODES]
+    const void *gradient;                // [count]
+    uint16_t *copy;                      // NULL, or receives the new weights in bf16, [count]
+    i64 count;
+    int dtype;  // of the gradient
+} AdamWInt8;
+
+// Updates block b of `n` weights, for the gradient g. The moments m = scale (q / 127) |q / 127| and
+// v = scale (q / 255)^4 are dequantized and updated with the weights. The new codes are the square
+// root of m and the fourth root of v, relative to the largest in the block, plus the dither offset,
+// truncated. roots[CODES] and moved[CODES] are workspace.
+static inline void move_block(const AdamWInt8 *args, i64 b, i64 n, const float *restrict g,
                               const AdamW *s, float *restrict roots, float *restrict moved) {
-    const float mean_unit = *mean_scale * (float)(1.0 / (127.0 * 127.0));
-    const float square_unit = *square_scale * (float)(1.0 / (255.0 * 255.0 * 255.0 * 255.0));
+    float *restrict w = args->master + b * CODES;
+    int8_t *restrict mean = args->mean + b * CODES;
+    uint8_t *restrict square = args->square + b * CODES;
+    const float *restrict offset = args->offset;
+    const float mean_unit = args->mean_scales[b] * (float)(1.0 / (127.0 * 127.0));
+    const float square_unit =
+        args->square_scales[b] * (float)(1.0 / (255.0 * 255.0 * 255.0 * 255.0));
     float maximum = 0, most_square = 0;
 #pragma omp simd reduction(max : maximum, most_square)
     for (i64 i = 0; i < n; i++) {
@@ -82,7 +100,8 @@ static inline void move_block(float *restrict w, int8_t *restrict mean, float *m
         most_square = v > most_square ? v : most_square;
     }
     const float per_root = MAX_MEAN / sqrtf(maximum > SMALLEST ? maximum : SMALLEST);
-    const float per_square_root = MAX_SQUARE / sqrtf(sqrtf(most_square > SMALLEST ? most_square : SMALLEST));
+    const float per_square_root =
+        MAX_SQUARE / sqrtf(sqrtf(most_square > SMALLEST ? most_square : SMALLEST));
 #pragma omp simd
     for (i64 i = 0; i < n; i++) {
         float code = floorf(sqrtf(fabsf(moved[i])) * per_root + offset[i]);
@@ -91,23 +110,22 @@ static inline void move_block(float *restrict w, int8_t *restrict mean, float *m
         code = floorf(sqrtf(roots[i]) * per_square_root + offset[i]);
         square[i] = (uint8_t)(code < 1.0f ? 1.0f : code > MAX_SQUARE ? MAX_SQUARE : code);
     }
-    *mean_scale = maximum, *square_scale = most_square;
+    args->mean_scales[b] = maximum, args->square_scales[b] = most_square;
 }
 
-// AdamW step with 8-bit moments in blocks of CODES, which share a scale; offset[CODES] in [0, 1)
-// dithers the codes.
-void adamw_int8(float *restrict master, int8_t *mean, float *mean_scales, uint8_t *square, float *square_scales,
-                const float *offset, const void *gradient, int dtype, uint16_t *copy, i64 count, const AdamW *s) {
+// AdamW step with 8-bit moments in blocks of CODES, which share a scale.
+void adamw_int8(const AdamWInt8 *args, const AdamW *s) {
+    const i64 count = args->count;
+    const int dtype = args->dtype;
 #pragma omp parallel
     {
         float *g = floats(CODES), *roots = floats(CODES), *moved = floats(CODES);
 #pragma omp for schedule(static)
         for (i64 b = 0; b < (count + CODES - 1) / CODES; b++) {
             i64 first = b * CODES, n = min_(CODES, count - first);
-            load_row((const char *)gradient + first * element_size(dtype), dtype, n, g);
-            move_block(master + first, mean + first, mean_scales + b, square + first, square_scales + b, offset, g, n, s,
-                       roots, moved);
-            if (copy) store_row(copy + first, BF16, n, master + first);
+            load_row((const char *)args->gradient + first * element_size(dtype), dtype, n, g);
+            move_block(args, b, n, g, s, roots, moved);
+            if (args->copy) store_row(args->copy + first, BF16, n, args->master + first);
         }
         free(g), free(roots), free(moved);
     }
