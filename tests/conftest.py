@@ -19,6 +19,33 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+SLOW = (
+    "laws/test_resume.py",
+    "pipeline/test_training_runs.py",
+    "unit/corpus/test_row_limits.py",
+    "unit/test_extension_points.py",
+    "laws/test_loss_decreases.py",
+    "unit/tokenizer/test_template.py",
+    "pipeline/test_recipes.py",
+    "laws/test_random_schedules.py",
+    "pipeline/test_corpus.py",
+    "serve/test_timeouts.py",
+    "laws/test_speculative.py",
+    "numerics/test_smollm2_generation.py",
+)
+"""Files that take longest, longest first: a worker that started one of them last would be the last
+to finish."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """In a worker, puts the slow files first; the other files keep their order."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = Path(__file__).parent
+        ranks = {folder / name: rank for rank, name in enumerate(SLOW)}
+        items.sort(key=lambda item: ranks.get(item.path, len(SLOW)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))

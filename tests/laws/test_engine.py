@@ -116,9 +116,6 @@ def test_prefix_lm_prompts_are_not_chunked_in_small_steps_or_after_preemption(ti
             assert completion.logprobs == pytest.approx(expected, abs=1e-9)
 
 
-# ---- prefixes
-
-
 def test_a_cached_prefix_gives_equal_output(model, tiny_tokenizer):
     base = prompts_of([70], seed=1)[0]
     engine = Engine(model, tiny_tokenizer)

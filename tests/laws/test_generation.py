@@ -14,9 +14,6 @@ def model():
     return build_tiny(seed=3).double()
 
 
-# ---- text, ends of generation, logprobs
-
-
 def test_streaming_equals_not_streaming(model, tiny_tokenizer):
     llm = LLM(model=model, tokenizer=tiny_tokenizer)
     for params in (

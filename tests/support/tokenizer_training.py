@@ -32,8 +32,6 @@ KINDS = {
 }
 
 
-# ---- sentencepiece's files
-
 SP_CORPUS = [
     "the lowest and the newest were slower than the lower ones, says the café",
     "hello world, hello tokenizer: pieces, scores and ids; ids and pieces <abcdefx0123456789>",

@@ -1,9 +1,12 @@
 """The figures of bench/code_shape.py stay within their bounds, so that the code stays readable."""
 
+import ast
 import importlib.util
 from pathlib import Path
 
 import pytest
+
+from conftest import SLOW
 
 ROOT = Path(__file__).parents[2]
 LONG = {
@@ -46,6 +49,10 @@ def test_no_file_is_longer_than_450_lines(figures):
 
 def test_no_test_file_is_longer_than_600_lines():
     assert [(path, len(lines)) for path, lines in lines_of("tests") if len(lines) > 600] == []
+
+
+def test_the_files_that_start_first_exist():
+    assert [name for name in SLOW if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_functions_have_at_most_60_lines(figures):
@@ -110,8 +117,6 @@ def test_any_is_rare(figures):
 
 
 def test_a_circle_is_found_wherever_its_imports_are(code_shape):
-    import ast
-
     trees = {
         "a.py": ast.parse("from easyllm.b import x"),
         "b.py": ast.parse("def f():\n    import easyllm.c"),
@@ -123,15 +128,11 @@ def test_a_circle_is_found_wherever_its_imports_are(code_shape):
 
 
 def test_the_length_of_a_function_excludes_decorators_and_docstring(code_shape):
-    import ast
-
     code = '@cache\n@other\ndef f(\n    x,\n):\n    """Long.\n\n    Text.\n    """\n    return x\n'
     assert code_shape.function_lengths({"m.py": ast.parse(code)}) == {"m.py:f": 4}
 
 
 def test_a_chain_whose_function_does_not_call_the_next_is_an_error(code_shape):
-    import ast
-
     trees = {"m.py": ast.parse("def f():\n    g()\n\ndef g():\n    pass\n\ndef h():\n    pass\n")}
     assert code_shape.check_chain(trees, ["m.py:f", "m.py:g"]) == 1
     with pytest.raises(ValueError, match="does not call h"):

@@ -61,9 +61,6 @@ PROMPTS = [[5, 6, 7, 8], [40, 41, 42, 43, 44, 45, 46]]
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
-# ---- registration
-
-
 @pytest.fixture(autouse=True)
 def _registered():
     register_adapter(WeightNormConfig, peft_type="TEST_WEIGHT_NORM")

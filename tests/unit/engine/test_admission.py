@@ -14,8 +14,6 @@ def model():
     return build_tiny(seed=3).double()
 
 
-# ---- refusals
-
 REFUSED = [
     ({}, {"prompt_ids": ()}, "the prompt is empty"),
     ({}, {"prompt_ids": (5,) * 300}, "the prompt has 300 tokens, but the model's context of 256"),

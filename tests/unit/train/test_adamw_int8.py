@@ -27,8 +27,6 @@ from optimizer_parameters import (
 
 pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
 
-# ---- AdamW with int8 states
-
 
 def test_codes_are_within_their_error_bound():
     generator = torch.Generator().manual_seed(0)

@@ -11,8 +11,6 @@ from easyllm.train.optim_config import AdamWConfig, MuonConfig
 from easyllm.train.parameter_groups import build_groups
 from optimizer_parameters import backward, make_gradients, make_parameters
 
-# ---- Muon
-
 
 def polar(matrix):
     """U Vᵀ, the nearest orthogonal matrix."""

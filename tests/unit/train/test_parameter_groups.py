@@ -12,8 +12,6 @@ from easyllm.train.optim_config import AdamWConfig, MuonConfig, ParameterGroup, 
 from easyllm.train.parameter_groups import build_groups
 from optimizer_parameters import ADAMW, SHAPES, backward, make_gradients, make_parameters
 
-# ---- parameter groups
-
 
 def test_matrices_decay_and_norms_and_biases_do_not():
     groups = build_groups(make_parameters(), AdamWConfig(weight_decay=0.1))
