@@ -20,7 +20,7 @@ from torch import nn
 from easyllm.adapters import save_adapter
 from easyllm.core.atomic import write_atomic, write_json
 from easyllm.core.device import peak_memory_bytes, peak_rss_bytes, pick_device
-from easyllm.core.errors import ConfigError, OutputError
+from easyllm.core.errors import ConfigError, Interrupted, OutputError
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_value
 from easyllm.core.progress import console
 from easyllm.core.run_folder import check_run_folder, claim_run_folder
@@ -51,7 +51,7 @@ from easyllm.train.preflight import (
     preflight,
 )
 from easyllm.train.report import write_report
-from easyllm.train.signals import Interrupted, stop_on_signals
+from easyllm.train.signals import stop_on_signals
 from easyllm.train.state import BEST, FOLDER, RunState, Totals, load_newest, load_state
 from easyllm.train.training_data import TrainingData, load_training_data
 from easyllm.train.watch import RunWatch, check_samples, evaluation_of, samples_of, step_flops
@@ -255,8 +255,8 @@ def _run(
             elif stop.signal is not None and totals.step < total_steps:
                 watch.save()
                 raise Interrupted(
-                    f"stopped after step {totals.step} of {total_steps}; run the same command "
-                    "again to resume",
+                    f"interrupted after step {totals.step} of {total_steps}; run the same command "
+                    "to resume",
                     stop.signal,
                 )
             if not optimizer.is_finite():
