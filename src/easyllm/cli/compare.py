@@ -27,6 +27,10 @@ def compare(
     repetition_penalty: Annotated[
         float, typer.Option(help="Applied to both sides, over prompt and output.")
     ] = 1.0,
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", help="Folder of an adapter to use with b.", metavar="FOLDER"),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Find the first token at which two models, dtypes or engines diverge, and by how much.
@@ -39,7 +43,7 @@ def compare(
 
         easyllm compare smollm2 smollm2@int4 --prompt "The capital of France is" --json
 
-        easyllm compare smollm2 runs/quickstart/merged
+        easyllm compare smollm2 runs/mine/adapter
     """
     from easyllm.verify.compare import PROMPTS, compare
 
@@ -49,6 +53,7 @@ def compare(
         tuple(prompt) if prompt else PROMPTS,
         max_tokens=max_tokens,
         repetition_penalty=repetition_penalty,
+        adapter=adapter,
     )
     if json_output:
         print_json([comparison.as_dict() for comparison in found])

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from easyllm.cli.adapter import AdapterFolder
 from easyllm.cli.models import LogN, Model, Rope, RopeFactor, Sinks, Window, context_config
 from easyllm.cli.output import JsonFlag, print_json
 from easyllm.cli.sampling import (
@@ -79,6 +80,7 @@ def generate(
     cache_gb: CacheGb = None,
     cache_dtype: CacheDtype = None,
     deterministic: Deterministic = False,
+    adapter: AdapterFolder = None,
     as_chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user message.")
     ] = False,
@@ -125,9 +127,11 @@ def generate(
     if logprobs is not None and not json_output:
         raise ConfigError("--logprobs is part of the JSON output; add --json")
     beam_params = _beam_params(beams, length_penalty, params)
+    copies = max(params.num_sequences, beams)
     llm = load_llm(
         model,
         quiet=json_output,
+        max_running=copies if copies == 1 else copies + 1,  # one more for copy-on-write
         context=context_config(rope, rope_factor, logn, window, sinks),
         draft=draft,
         dtype=dtype,
@@ -135,6 +139,7 @@ def generate(
         cache_gb=cache_gb,
         cache_dtype=cache_dtype,
         deterministic=deterministic,
+        adapter=adapter,
     )
     ids = llm.encode_chat([{"role": "user", "content": prompt}]) if as_chat else llm.encode(prompt)
     start = time.perf_counter()
@@ -175,6 +180,7 @@ def chat(
     cache_gb: CacheGb = None,
     cache_dtype: CacheDtype = None,
     deterministic: Deterministic = False,
+    adapter: AdapterFolder = None,
 ) -> None:
     """Chat with a model in the terminal; an empty line or Ctrl-D quits.
 
@@ -183,6 +189,8 @@ def chat(
         easyllm chat
 
         easyllm chat runs/quickstart/merged --temperature 0
+
+        easyllm chat runs/mine/adapter
     """
     params = sampling_params(
         temperature=temperature,
@@ -199,12 +207,14 @@ def chat(
     )
     llm = load_llm(
         model,
+        max_running=1,  # the cache of a single conversation
         draft=draft,
         dtype=dtype,
         quantize=quantize,
         cache_gb=cache_gb,
         cache_dtype=cache_dtype,
         deterministic=deterministic,
+        adapter=adapter,
     )
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while True:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from easyllm.cli.adapter import AdapterFolder, load_served
 from easyllm.cli.sampling import (
     CacheDtype,
     CacheGb,
@@ -12,7 +13,6 @@ from easyllm.cli.sampling import (
     Draft,
     Dtype,
     Quantize,
-    load_llm,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def serve(
     cache_gb: CacheGb = None,
     cache_dtype: CacheDtype = None,
     deterministic: Deterministic = False,
+    adapter: AdapterFolder = None,
 ) -> None:
     """Serve models over an OpenAI-compatible API with a chat page.
 
@@ -61,6 +62,8 @@ def serve(
         easyllm serve smollm2
 
         easyllm serve base=smollm2 tuned=runs/quickstart/merged --port 9000
+
+        easyllm serve base=smollm2 tuned=runs/mine/adapter
 
         easyllm serve smollm2 --quantize int4
     """
@@ -92,6 +95,7 @@ def serve(
         "cache_gb": cache_gb,
         "cache_dtype": cache_dtype,
         "deterministic": deterministic,
+        "adapter": adapter,
     }
     start(named, host=host, port=port, api_key=api_key, limits=limits, **options)
 
@@ -116,7 +120,7 @@ def start(
 
     check_key(api_key)  # fail before the models are loaded
     bind(host, port).close()
-    loaded = {name: load_llm(source, **options) for name, source in named.items()}
+    loaded, adapters = load_served(named, **options)
     shown = f"[{host}]" if ":" in host else host
     sys.stderr.write(f"serving {', '.join(loaded)} at http://{shown}:{port}/  (Ctrl-C stops)\n")
-    run_server(loaded, host=host, port=port, api_key=api_key, limits=limits)
+    run_server(loaded, host=host, port=port, api_key=api_key, limits=limits, adapters=adapters)

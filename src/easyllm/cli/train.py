@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from easyllm.cli.adapter import AdapterFolder
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_pairs, print_table
 
 
@@ -76,6 +77,7 @@ def evaluate(
     ],
     data: Annotated[Path, typer.Argument(help="A .json or .jsonl file of conversations.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum response length.")] = 32,
+    adapter: AdapterFolder = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Measure the loss on a file's responses; with `key` in the rows, also recall.
@@ -86,12 +88,12 @@ def evaluate(
 
         easyllm eval smollm2 questions.jsonl
 
-        easyllm eval runs/quickstart/merged questions.jsonl --json
+        easyllm eval runs/mine/adapter questions.jsonl --json
     """
     from easyllm.engine import LLM
     from easyllm.evaluate import evaluate_answers
 
-    report = evaluate_answers(LLM(model), data, max_tokens=max_tokens)
+    report = evaluate_answers(LLM(model, adapter=adapter), data, max_tokens=max_tokens)
     if json_output:
         print_json(report.as_dict())
         return

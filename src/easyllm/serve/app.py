@@ -37,17 +37,25 @@ _PAGE_HEADERS = {
 }
 
 
-def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> FastAPI:
+def create_app(
+    models: Mapping[str, LLM],
+    *,
+    api_key: str | None = None,
+    adapters: Mapping[str, str] | None = None,
+) -> FastAPI:
     """Builds the server's ASGI application; `state.services` contains the models' engine services.
 
     Args:
         models: the served models by name. Several names may share one model.
         api_key: if set, required by every route except `/health` and the chat page.
+        adapters: for a served name, the adapter of its model that its requests select; without an
+            entry, the base model answers.
 
     Raises:
         ConfigError: the key cannot be sent in a header.
     """
     check_key(api_key)
+    selected = adapters or {}
     with_key = api_key is not None
     # An engine runs in a single thread, regardless of how many names it is served under.
     engines = {id(llm): EngineService(name, llm) for name, llm in models.items()}
@@ -109,7 +117,8 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
             # Parsed in a thread, so that a large body does not delay other clients' tokens.
             request = await asyncio.to_thread(_read, raw)
             service = served(request.model)
-            return await cancel_on_disconnect(http, answer_chat(request, service))
+            answer = answer_chat(request, service, adapter=selected.get(request.model, ""))
+            return await cancel_on_disconnect(http, answer)
         except ContextLengthError as error:
             message = f"{error.what}; shorten the messages, or lower max_tokens"
             raise APIError(400, message, param="messages", code="context_length_exceeded") from None
@@ -132,6 +141,7 @@ def serve(
     port: int = DEFAULT_PORT,
     api_key: str | None = None,
     limits: ServeLimits | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> None:
     """Serves the models until interrupted.
 
@@ -141,16 +151,22 @@ def serve(
         port: port to listen on.
         api_key: if set, required by every route except `/health` and the chat page.
         limits: timeouts for reading, writing and draining; by default `ServeLimits()`.
+        adapters: as for `create_app`.
 
     Raises:
         ConfigError: the port is in use, or the key cannot be sent in a header.
     """
     listener = bind(host, port)
-    build_server(models, api_key=api_key, limits=limits).run(sockets=[listener])
+    server = build_server(models, api_key=api_key, limits=limits, adapters=adapters)
+    server.run(sockets=[listener])
 
 
 def build_server(
-    models: Mapping[str, LLM], *, api_key: str | None = None, limits: ServeLimits | None = None
+    models: Mapping[str, LLM],
+    *,
+    api_key: str | None = None,
+    limits: ServeLimits | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> BoundedServer:
     """Builds a server for the models that enforces the timeouts in `limits`.
 
@@ -158,7 +174,7 @@ def build_server(
         ConfigError: the key cannot be sent in a header.
     """
     limits = limits or ServeLimits()
-    app = create_app(models, api_key=api_key)
+    app = create_app(models, api_key=api_key, adapters=adapters)
     protocol = type("_Protocol", (BoundedProtocol,), {"limits": limits})
     config = uvicorn.Config(
         app, http=protocol, ws="none", timeout_keep_alive=KEEP_ALIVE_S, log_level="warning"
