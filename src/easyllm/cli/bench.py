@@ -79,8 +79,8 @@ def engine(
         for each in rates
     ]
     titles = (
-        *("seqs", "prompt", "new", "prefill\ntokens/s", "of\nmatmul"),
-        *("decode\ntokens/s", "of\nreads", "of\nmatmul", "first\ntoken, s"),
+        *("seqs", "prompt", "new", "prefill\ntok/s", "of\nmatmul"),
+        *("decode\ntok/s", "of\nreads", "of\nmatmul", "first\ntoken, s"),
     )
     print_table(f"Engine rates of {model}", titles, rows)
     print_pairs(

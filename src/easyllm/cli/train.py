@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from easyllm.cli.adapter import AdapterFolder
+from easyllm.cli.next_steps import after_training, print_steps
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_pairs, print_table
 
 
@@ -50,7 +51,6 @@ def train(
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe
     from easyllm.train import dry_run as plan_training
     from easyllm.train import train as run_training
-    from easyllm.train.report import REPORT_FILE
 
     path = find_recipe(recipe)
     config = load_train_recipe(path, overrides or [])
@@ -68,7 +68,8 @@ def train(
         print_json(result.figures | {"output": str(result.output)})
         return
     figures = {name: value for name, value in result.figures.items() if name != "data"}
-    print_pairs({**figures, "output": result.output, "report": result.output / REPORT_FILE})
+    print_pairs({**figures, "output": result.output})
+    print_steps(after_training(config, result.output))
 
 
 def evaluate(
