@@ -43,7 +43,8 @@ def test_generate_accepts_every_sampling_option_and_reports_memory(tiny_folder):
     words += ("--no-repeat-ngram", 3, "--n", 2, "--best-of", 3, "--cache-gb", 0.01)
     plain, as_json = easyllm(*words), easyllm(*words, "--logprobs", 2, "--json")
     assert plain.returncode == as_json.returncode == 0, plain.stderr
-    assert plain.stderr.startswith("memory: weights 0.00 GB, cache 0.01 GB = ")
+    assert plain.stderr.startswith("memory: weights 0.00 GB, KV cache up to 0.01 GB (")
+    assert "tokens: cache_gb=0.01), taken as it fills; " in plain.stderr
     result = json.loads(as_json.stdout)
     (other,) = result["others"]
     assert plain.stdout == f"{result['text']}\n---\n{other['text']}\n"

@@ -46,6 +46,14 @@ def option(verb, name):
     return next(p for p in verbs()[verb].params if name in (*p.opts, p.name))
 
 
+def option_of_all_verbs(word):
+    from typer.main import get_command
+
+    from easyllm.cli.main import app
+
+    return next(p for p in get_command(app).params if word in (p.help or ""))
+
+
 def verb_says(verb, *words):
     assert all(word in verbs()[verb].help.lower() for word in words), verbs()[verb].help
     return verb
@@ -140,7 +148,7 @@ CHECKS = {
     "template_file": lambda: (
         __import__("easyllm.tokenizer.folder", fromlist=["TEMPLATE_FILE"]).TEMPLATE_FILE
     ),
-    "debug_flag": lambda: "--debug" if '"--debug" in sys.argv' in source("cli/main.py") else "",
+    "debug_flag": lambda: option_of_all_verbs("traceback").opts[0],
     "json_flag": lambda: option("quickstart", "--json").opts[0],
     "no_serve_flag": lambda: option("quickstart", "--no-serve").opts[0],
     "schedule": lambda: CosineConfig().kind if train_default("schedule") == CosineConfig() else "",
@@ -215,8 +223,8 @@ def test_only_training_files_are_trained_on():
     assert trained == {"easyllm_facts_train.jsonl", "rehearsal.jsonl"}
 
 
-WITHOUT_DATA = {"pretrain-gpu", "shakespeare-char"}
-"""Recipes whose text the user provides, or whose shards are built first."""
+WITHOUT_DATA = {"pretrain-gpu", "shakespeare-char", "continue-zh"}
+"""Recipes whose text the user provides, or whose shards or extended model are made first."""
 
 
 def test_built_in_recipes_are_valid():

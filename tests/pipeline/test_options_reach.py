@@ -153,6 +153,7 @@ ENGINE = {
     "--deterministic": ("deterministic", None, True),
     "--draft": ("draft", "ngram", "ngram"),
     "--max-running": ("max_running", "3", 3),
+    "--adapter": ("adapter", "folder", "folder"),
     "--rope": ("context", "yarn", ContextConfig(method="yarn")),
     "--rope-factor": ("context", "2", ContextConfig(method="yarn", factor=2)),
     "--window": ("context", "9", ContextConfig(method="streaming", window=9)),

@@ -72,8 +72,8 @@ def engine(
         for each in rates
     ]
     titles = (
-        *("sequences", "prompt", "new", "prefill tok/s", "matmul share"),
-        *("decode tok/s", "read share", "matmul share", "first token s"),
+        *("seqs", "prompt", "new", "prefill\ntok/s", "of\nmatmul"),
+        *("decode\ntok/s", "of\nreads", "of\nmatmul", "first\ntoken, s"),
     )
     print_table(f"Engine rates of {model}", titles, rows)
     print_pairs(

@@ -26,6 +26,10 @@ def compare(
     ] = None,
     max_tokens: MaxTokens = 64,
     repetition_penalty: RepetitionPenalty = 1.0,
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", help="Folder of an adapter to use with b.", metavar="FOLDER"),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Find the first token at which two models, dtypes or engines diverge, and by how much.
@@ -38,7 +42,7 @@ def compare(
 
         easyllm compare smollm2 smollm2@int4 --prompt "The capital of France is" --json
 
-        easyllm compare smollm2 runs/quickstart/merged
+        easyllm compare smollm2 runs/mine/adapter
     """
     from easyllm.verify.compare import PROMPTS, compare
 
@@ -48,6 +52,7 @@ def compare(
         tuple(prompt) if prompt else PROMPTS,
         max_tokens=max_tokens,
         repetition_penalty=repetition_penalty,
+        adapter=adapter,
     )
     if json_output:
         print_json([comparison.as_dict() for comparison in found])

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from easyllm.cli.data_chosen import chosen
 from easyllm.cli.data_inspect import inspect
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
 
@@ -21,6 +22,7 @@ data_app = typer.Typer(
     """,
 )
 data_app.command("inspect")(inspect)
+data_app.command("chosen")(chosen)
 
 
 def register(app: typer.Typer) -> None:

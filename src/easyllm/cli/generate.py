@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from easyllm.cli.adapter import AdapterFolder
 from easyllm.cli.models import LogN, Model, Rope, RopeFactor, Sinks, Window, context_config
 from easyllm.cli.options import Values, with_flags
 from easyllm.cli.output import JsonFlag, print_json
@@ -39,6 +40,7 @@ def generate(
     logn: LogN = False,
     window: Window = None,
     sinks: Sinks = None,
+    adapter: AdapterFolder = None,
     as_chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user message.")
     ] = False,
@@ -68,8 +70,15 @@ def generate(
     if params.logprobs is not None and not json_output:
         raise ConfigError("--logprobs is part of the JSON output; add --json")
     beam_params = _beam_params(beams, length_penalty, params)
-    context = context_config(rope, rope_factor, logn, window, sinks)
-    llm = load_llm(model, quiet=json_output, context=context, **loading)
+    copies = max(params.num_sequences, beams)
+    llm = load_llm(
+        model,
+        quiet=json_output,
+        max_running=copies if copies == 1 else copies + 1,  # one more for copy-on-write
+        context=context_config(rope, rope_factor, logn, window, sinks),
+        adapter=adapter,
+        **loading,
+    )
     ids = llm.encode_chat([{"role": "user", "content": prompt}]) if as_chat else llm.encode(prompt)
     start = time.perf_counter()
     if beam_params is not None:
@@ -103,6 +112,7 @@ def chat(
         ).starting(temperature=0.7, top_p=0.95, max_tokens=512),
     ],
     loading: Annotated[Values, LOADING],
+    adapter: AdapterFolder = None,
 ) -> None:
     """Chat with a model in the terminal; an empty line or Ctrl-D quits.
 
@@ -111,9 +121,12 @@ def chat(
         easyllm chat
 
         easyllm chat runs/quickstart/merged --temperature 0
+
+        easyllm chat runs/mine/adapter
     """
     params = sampling_params(sampling)
-    llm = load_llm(model, **loading)
+    # the cache of a single conversation
+    llm = load_llm(model, max_running=1, adapter=adapter, **loading)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while True:
         try:

@@ -4,10 +4,13 @@ A user error is one sentence on standard error and exit code 2; `--debug` shows 
 """
 
 import os
+import signal
 import sys
 from contextlib import suppress
+from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from easyllm.cli import (
     bench,
@@ -24,9 +27,28 @@ from easyllm.cli import (
     train,
     verify,
 )
+from easyllm.cli.version import print_version
+from easyllm.core.errors import EasyllmError, Interrupted
+
+
+class _Commands(TyperGroup):
+    """Reports Ctrl-C as `Interrupted`; typer would exit with 130 without a message."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        """Runs the command.
+
+        Raises:
+            Interrupted: Ctrl-C was pressed.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted", signal.SIGINT) from None
+
 
 app = typer.Typer(
     name="easyllm",
+    cls=_Commands,
     help="Train, align, evaluate and serve language models, from raw data to a chat server.",
     no_args_is_help=True,
     add_completion=False,
@@ -52,12 +74,33 @@ for group in (
     group.register(app)
 
 
+@app.callback()
+def _general_options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            "-V",
+            help="Print the versions of easyllm, Python and torch, and exit.",
+            callback=print_version,
+            is_eager=True,
+        ),
+    ] = False,
+    _debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            help="Show the traceback of an error; accepted anywhere in a command, or "
+            "EASYLLM_DEBUG=1.",
+        ),
+    ] = False,
+) -> None:
+    """Train, align, evaluate and serve language models, from raw data to a chat server."""
+
+
 def main() -> None:
     """Entry point of the `easyllm` command."""
-    debug = "--debug" in sys.argv or bool(os.environ.get("EASYLLM_DEBUG"))
-    sys.argv = [word for word in sys.argv if word != "--debug"]
-    from easyllm.core.errors import EasyllmError
-
+    debug = _take_debug() or bool(os.environ.get("EASYLLM_DEBUG"))
     try:
         try:
             app()
@@ -66,11 +109,8 @@ def main() -> None:
     except EasyllmError as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"{error.label}{error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
     except BrokenPipeError:
         _discard_output()
         sys.exit(141)
@@ -89,6 +129,18 @@ def main() -> None:
             "(run again with --debug for the traceback)\n"
         )
         sys.exit(1)
+
+
+def _take_debug() -> bool:
+    """Removes `--debug` from the command line, and returns whether it was there.
+
+    Words after `--` are arguments, even if they begin with a dash.
+    """
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    options = [word for word in words[:end] if word != "--debug"]
+    sys.argv = [*sys.argv[:1], *options, *words[end:]]
+    return len(options) < end
 
 
 def _discard_output() -> None:

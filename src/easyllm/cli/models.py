@@ -54,7 +54,10 @@ def pull(
         easyllm pull hf:HuggingFaceTB/SmolLM2-360M-Instruct
     """
     from easyllm.models import pull as fetch
+    from easyllm.models.sources import find_installed
 
+    if find_installed(name) is not None:
+        sys.stderr.write(f"{name} is already on this machine; nothing to download\n")
     sys.stdout.write(f"{fetch(name, index_url=index_url)}\n")
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from easyllm.cli.next_steps import after_recipe, print_steps
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
 from easyllm.cli.serve import Port, start
 
@@ -47,10 +48,8 @@ def quickstart(
     if serving:
         start({"base": "smollm2", "tuned": str(result.tuned)}, host="127.0.0.1", port=port)
     elif not json_output:
-        sys.stdout.write(
-            f"\nChat with both: easyllm serve base=smollm2 tuned={result.tuned}   "
-            f"(page: http://127.0.0.1:{port}/)\n"
-        )
+        print_steps(after_recipe(result.recipe, result.results))
+        sys.stdout.write(f"\nthe page of serve is http://127.0.0.1:{port}/\n")
 
 
 def run(
@@ -91,6 +90,7 @@ def run(
         for name, r in results.items()
     ]
     print_table(loaded.name, ("stage", "time", "result"), rows)
+    print_steps(after_recipe(loaded, results))
 
 
 def _show(summary: dict[str, Any]) -> None:

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from easyllm.cli.adapter import AdapterFolder, load_served
 from easyllm.cli.options import FlagGroup, Values, with_flags
-from easyllm.cli.sampling import LOADING, load_llm
+from easyllm.cli.sampling import LOADING
 from easyllm.engine.options import LLMOptions
 from easyllm.serve.limits import ServeLimits
 
@@ -44,6 +45,7 @@ def serve(
     batch: Annotated[Values, BATCH],
     timeouts: Annotated[Values, TIMEOUTS],
     loading: Annotated[Values, LOADING],
+    adapter: AdapterFolder = None,
 ) -> None:
     """Serve models over an OpenAI-compatible API with a chat page.
 
@@ -52,6 +54,8 @@ def serve(
         easyllm serve smollm2
 
         easyllm serve base=smollm2 tuned=runs/quickstart/merged --port 9000
+
+        easyllm serve base=smollm2 tuned=runs/mine/adapter
 
         easyllm serve smollm2 --quantize int4
     """
@@ -64,6 +68,7 @@ def serve(
         port=port,
         api_key=api_key,
         limits=limits,
+        adapter=adapter,
         **batch,
         **loading,
     )
@@ -89,10 +94,10 @@ def start(
 
     check_key(api_key)  # fail before the models are loaded
     bind(host, port).close()
-    loaded = {name: load_llm(source, **options) for name, source in named.items()}
+    loaded, adapters = load_served(named, **options)
     shown = f"[{host}]" if ":" in host else host
     sys.stderr.write(f"serving {', '.join(loaded)} at http://{shown}:{port}/  (Ctrl-C stops)\n")
-    run_server(loaded, host=host, port=port, api_key=api_key, limits=limits)
+    run_server(loaded, host=host, port=port, api_key=api_key, limits=limits, adapters=adapters)
 
 
 def _by_name(words: list[str]) -> dict[str, str]:

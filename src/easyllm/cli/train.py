@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from easyllm.cli.adapter import AdapterFolder
+from easyllm.cli.next_steps import after_training, print_steps
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_pairs, print_table
 from easyllm.cli.sampling import MaxTokens
 
@@ -48,7 +50,7 @@ def train(
     from easyllm.core.config import dump_yaml
     from easyllm.core.errors import ConfigError
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe
-    from easyllm.reporting import REPORT_FILE, reporting_callbacks
+    from easyllm.reporting import reporting_callbacks
     from easyllm.train import dry_run as plan_training
     from easyllm.train import train as run_training
 
@@ -73,7 +75,8 @@ def train(
         print_json(result.figures | {"output": str(result.output)})
         return
     figures = {name: value for name, value in result.figures.items() if name != "data"}
-    print_pairs({**figures, "output": result.output, "report": result.output / REPORT_FILE})
+    print_pairs({**figures, "output": result.output})
+    print_steps(after_training(config, result.output))
 
 
 def evaluate(
@@ -82,6 +85,7 @@ def evaluate(
     ],
     data: Annotated[Path, typer.Argument(help="A .json or .jsonl file of conversations.")],
     max_tokens: MaxTokens = 32,
+    adapter: AdapterFolder = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Measure the loss on a file's responses; with `key` in the rows, also recall.
@@ -92,12 +96,12 @@ def evaluate(
 
         easyllm eval smollm2 questions.jsonl
 
-        easyllm eval runs/quickstart/merged questions.jsonl --json
+        easyllm eval runs/mine/adapter questions.jsonl --json
     """
     from easyllm.engine import LLM
     from easyllm.evaluate import evaluate_answers
 
-    report = evaluate_answers(LLM(model), data, max_tokens=max_tokens)
+    report = evaluate_answers(LLM(model, adapter=adapter), data, max_tokens=max_tokens)
     if json_output:
         print_json(report.as_dict())
         return

@@ -7,6 +7,7 @@ EasyllmError
 ├── DataError         a data file or row is wrong
 ├── ContextLengthError  a prompt is too long (both a ConfigError and a DataError: the
 │                       configuration or the data can be changed)
+├── Interrupted       a signal stopped the work (not an error of the user)
 └── OutputError       a result cannot be written
 
 Each message is one sentence: what is wrong, the value, what was expected, and what to do. The
@@ -23,6 +24,8 @@ class EasyllmError(ValueError):
 
     exit_code = 2
     """Exit status of the command line."""
+    label = "error: "
+    """What the command line prints before the message."""
     param: str | None = None
     """The invalid field of a request, if the error concerns a single field."""
 
@@ -62,6 +65,21 @@ class ContextLengthError(ConfigError, DataError):
 
     def __str__(self) -> str:
         return f"{self.what}; {self.remedy}"
+
+
+class Interrupted(EasyllmError):
+    """A signal stopped the work, as the user requested; the message says how to resume it.
+
+    Attributes:
+        signal: the signal number.
+        exit_code: 128 plus the signal number.
+    """
+
+    label = ""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal, self.exit_code = number, 128 + number
 
 
 class OutputError(EasyllmError):

@@ -76,6 +76,7 @@ class Engine:
             weight_bytes=tensor_bytes((*model.parameters(), *model.buffers())),
             itemsize=self.cache_itemsize,
             free_bytes=memory_free_bytes(model.device),
+            on_demand=model.device.type == "cpu",
         )
         if drafter is not None:
             drafter.check(config)

@@ -20,7 +20,15 @@ from easyllm.engine.options import LLMOptions
 from easyllm.engine.params import BeamParams, SamplingParams
 from easyllm.engine.request import FinishReason, Logprobs, Request, TokenEvent
 from easyllm.engine.speculative import Drafter, NgramDrafter
-from easyllm.models import ContextConfig, add_adapter, load_model, load_tokenizer, open_source
+from easyllm.models import (
+    ContextConfig,
+    add_adapter,
+    load_adapted,
+    load_tokenizer,
+    open_source,
+    split_adapter,
+)
+from easyllm.models.adapted import apply_adapter
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import rowwise_logprobs
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -97,7 +105,8 @@ class LLM:
     """A model with an inference engine, ready to generate.
 
     Args:
-        source: the model, in any form that `load_model` accepts.
+        source: the model, in any form that `load_model` accepts; or the folder of an adapter, whose
+            base model is then loaded too.
         dtype: dtype of the weights; by default fp32 on a CPU, bf16 on an accelerator.
         device: `"cpu"`, `"cuda"`, `"auto"`.
         context: context extension beyond the length the model was trained on.
@@ -107,6 +116,7 @@ class LLM:
             so the loading options `dtype`, `device`, `context` and `quantize` are refused
             (`quant.quantize_weights` quantizes a loaded model in place).
         tokenizer: a tokenizer that is already loaded, instead of the source's.
+        adapter: the folder of an adapter (in peft's format) that applies to every request.
         adapters: adapter folders (in peft's format), by the names that requests use for them.
         draft: source of draft tokens for speculative decoding, which does not change greedy output
             or the distribution of sampled output: `"ngram"` looks them up in the text itself,
@@ -135,6 +145,7 @@ class LLM:
         quantize: str | None = None,
         model: Decoder | None = None,
         tokenizer: Tokenizer | None = None,
+        adapter: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         draft: str | Path | Decoder | None = None,
         draft_tokens: int = 4,
@@ -146,6 +157,7 @@ class LLM:
             values["draft"] = str(draft)
         checked = validate(LLMOptions, values, source="engine options")
         if model is None:
+            source, folder = split_adapter(source, adapter)
             on = pick_device(checked.device or "auto")
             wanted = checked.dtype or ("float32" if on.type == "cpu" else "bfloat16")
             opened = open_source(source, context=context)
@@ -153,9 +165,13 @@ class LLM:
             weights, free = parse_dtype(wanted), memory_free_bytes(on)
             check_weights_fit(opened.skeleton(), weights, free, quantize=quantize)
             model = opened.model(weights, on, quantize=quantize)
+            if folder is not None:
+                check_generates(apply_adapter(model, folder).config)
             tokenizer = tokenizer or opened.tokenizer()
         else:
-            _refuse_loading_options(dtype=dtype, device=device, context=context, quantize=quantize)
+            _refuse_loading_options(
+                dtype=dtype, device=device, context=context, quantize=quantize, adapter=adapter
+            )
         self.model = model
         added = self._add_adapters(adapters or {})
         self.tokenizer = tokenizer or load_tokenizer(source)
@@ -315,14 +331,14 @@ class LLM:
         if options.draft == "ngram":
             return NgramDrafter(count)
         if not isinstance(draft, Decoder):
-            theirs = load_tokenizer(draft)
+            theirs = load_tokenizer(split_adapter(draft)[0])
             if theirs.fingerprint != self.tokenizer.fingerprint:
                 raise ConfigError(
                     f"the draft model {str(draft)!r} has another vocabulary ({theirs.vocab_size} "
                     f"tokens, the model's tokenizer has {self.tokenizer.vocab_size}); use a draft "
                     "model with the same tokenizer"
                 )
-            draft = load_model(draft, dtype=self.model.dtype, device=str(self.model.device))
+            draft = load_adapted(draft, dtype=self.model.dtype, device=str(self.model.device))
         pages = -(-self.model.config.max_seq_len // options.page_size)
         itemsize = draft.dtype.itemsize
         cache = plan_memory(

@@ -28,6 +28,9 @@ class MemoryPlan:
         num_pages: pages of the cache.
         state_bytes: size of the recurrent states of `max_running` sequences.
         free_bytes: free memory when the plan was computed.
+        reason: what determined the number of pages.
+        on_demand: whether memory is taken page by page as tokens are stored, as on a CPU; a GPU
+            allocates all pages before the first request.
     """
 
     weight_bytes: int
@@ -36,6 +39,8 @@ class MemoryPlan:
     num_pages: int
     state_bytes: int
     free_bytes: int
+    reason: str
+    on_demand: bool = True
 
     @property
     def cache_bytes(self) -> int:
@@ -49,10 +54,11 @@ class MemoryPlan:
 
     def line(self) -> str:
         """Returns a human-readable summary of the plan in one line."""
+        upper, filled = ("up to ", ", taken as it fills") if self.on_demand else ("", ", reserved")
         return (
-            f"memory: weights {self.weight_bytes / GB:.2f} GB, cache {self.cache_bytes / GB:.2f} "
-            f"GB = {self.num_pages:,} pages of {self.page_size} tokens ({self.num_tokens:,} "
-            f"tokens), {self.free_bytes / GB:.1f} GB were free"
+            f"memory: weights {self.weight_bytes / GB:.2f} GB, KV cache {upper}"
+            f"{self.cache_bytes / GB:.2f} GB ({self.num_tokens:,} tokens: {self.reason}){filled}; "
+            f"{self.free_bytes / GB:.1f} GB free"
         )
 
 
@@ -63,6 +69,7 @@ def plan_memory(
     weight_bytes: int,
     itemsize: float,
     free_bytes: int,
+    on_demand: bool = True,
 ) -> MemoryPlan:
     """Computes the size of the cache from the options and the free memory.
 
@@ -72,6 +79,7 @@ def plan_memory(
         weight_bytes: size of the model's weights, which are already loaded.
         itemsize: bytes per element of keys and values.
         free_bytes: memory that is free after loading the weights.
+        on_demand: whether the device takes memory only as pages are written.
 
     Raises:
         ConfigError: the cache does not fit into the free memory.
@@ -84,14 +92,20 @@ def plan_memory(
         rolls = -(-(rolling.window - 1 + options.max_step_tokens) // size) + 1
         pages_of_one = min(pages_of_one, rolls + -(-rolling.num_sinks // size))
     available = free_bytes - state_bytes
+    wanted = options.max_running * pages_of_one
+    reason = _sequences(options.max_running, pages_of_one * size)
     if options.num_pages is not None:
-        num_pages = options.num_pages
+        num_pages, reason = options.num_pages, f"num_pages={options.num_pages}"
     elif options.cache_gb is not None:
         num_pages = int(options.cache_gb * GB) // max(page_bytes, 1)
+        reason = f"cache_gb={options.cache_gb:g}"
     else:
-        num_pages = options.max_running * pages_of_one
+        num_pages = wanted
     if options.num_pages is None and options.cache_gb is None and page_bytes:
         num_pages = min(num_pages, int(DEFAULT_SHARE * available) // page_bytes)
+        if num_pages < wanted:
+            gigabytes = wanted * page_bytes / GB
+            reason = f"{DEFAULT_SHARE:.0%} of free memory; {reason} would need {gigabytes:.1f} GB"
     if not page_bytes:  # only linear attention: pages only count tokens, they store nothing
         num_pages = min(num_pages, options.max_running * pages_of_one)
     needed = max(num_pages, 1) * page_bytes
@@ -112,7 +126,14 @@ def plan_memory(
         num_pages=num_pages,
         state_bytes=state_bytes,
         free_bytes=free_bytes,
+        reason=reason,
+        on_demand=on_demand,
     )
+
+
+def _sequences(count: int, tokens: int) -> str:
+    """Returns a description of a number of sequences of a length in tokens."""
+    return f"{count:,} {'sequence' if count == 1 else 'sequences'} of {tokens:,}"
 
 
 def check_weights_fit(

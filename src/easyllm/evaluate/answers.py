@@ -102,13 +102,17 @@ def evaluate_answers(
 def key_in_text(key: str, text: str) -> bool:
     """Whether `text` contains `key` as a complete word, after NFKC normalization and lowercasing.
 
-    The key is not complete if a letter, digit, `_` or `-` is adjacent to it.
+    The key is not complete if a letter, digit, `_` or `-` is adjacent to it. Han characters may be
+    adjacent, because Chinese is written without spaces.
 
     >>> key_in_text("2048", "It packs 2048 tokens."), key_in_text("2048", "20480")
     (True, False)
+    >>> key_in_text("巴黎", "法国的首都是巴黎。"), key_in_text("Ag", "符号是Ag。")
+    (True, True)
     """
     key, text = _fold(key), _fold(text)
-    return re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", text) is not None
+    adjacent = "(?:-|[^\\W\u4e00-\u9fff])"  # `-`, or a word character other than Han
+    return re.search(f"(?<!{adjacent}){re.escape(key)}(?!{adjacent})", text) is not None
 
 
 def _fold(text: str) -> str:

@@ -58,6 +58,10 @@ TURN_LISTS = ("messages", "conversations")
 QUESTION_CONTEXT_KEYS = frozenset(["choices", "options", "context", "passage"])
 """Keys that belong to the question. A row with one of them is not read as question and answer,
 because the answer would be trained without it."""
+_PREFERENCES = (
+    "no objective that compares responses is built in: train on the chosen or good ones, which "
+    "`easyllm data chosen FILE NEW.jsonl` writes, or register an objective (docs/extend.md)"
+)
 KNOWN_FORMS = """
   messages           {"messages": [{"role": "user", "content": "..."}, \
 {"role": "assistant", "content": "..."}]}
@@ -118,14 +122,12 @@ def conversations(rows: Iterable[Row]) -> Iterator[Conversation]:
         if kind == "preference":
             raise DataError(
                 f"{row.location} is a preference pair (chosen and rejected), expected a "
-                "conversation; train on it with a preference objective, or keep only the chosen "
-                "response"
+                f"conversation; {_PREFERENCES}"
             )
         if kind == "labelled":
             raise DataError(
                 f"{row.location} has a binary label (true or false), so its response may be bad; "
-                "train on it with the KTO objective, or keep only the good responses and remove "
-                "the label"
+                + _PREFERENCES
             )
         conversation = read_conversation(row)
         _refuse_numbers_as_labels(row)

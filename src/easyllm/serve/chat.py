@@ -62,11 +62,16 @@ class _Answer:
         return choice_logprobs(tokens, self.llm.tokenizer) if self.request.logprobs else None
 
 
-async def answer_chat(request: ChatRequest, service: EngineService) -> Response:
+async def answer_chat(
+    request: ChatRequest, service: EngineService, *, adapter: str = ""
+) -> Response:
     """Returns the response to a chat request, complete or streamed.
 
     A stream is returned only after its first event, so that a rejected request still gets an error
     status.
+
+    Args:
+        adapter: the adapter of the model to use; empty for the base model.
 
     Raises:
         EasyllmError: the template or the engine rejects the request.
@@ -75,7 +80,9 @@ async def answer_chat(request: ChatRequest, service: EngineService) -> Response:
     llm = service.llm
     # Encoding a long conversation takes seconds; a thread keeps other clients' tokens flowing.
     prompt = await asyncio.to_thread(llm.encode_chat, template_messages(request.messages))
-    events = service.generate(Request(prompt_ids=tuple(prompt), params=request.sampling()))
+    events = service.generate(
+        Request(prompt_ids=tuple(prompt), params=request.sampling(), adapter=adapter)
+    )
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),

@@ -21,7 +21,7 @@ from torch import nn
 from easyllm.adapters import save_adapter
 from easyllm.core.atomic import write_atomic, write_json
 from easyllm.core.device import peak_memory_bytes, peak_rss_bytes, pick_device
-from easyllm.core.errors import ConfigError, OutputError
+from easyllm.core.errors import ConfigError, Interrupted, OutputError
 from easyllm.core.manifest import MANIFEST_FILE, Manifest
 from easyllm.core.progress import console
 from easyllm.core.run_folder import check_run_folder, claim_run_folder
@@ -53,7 +53,7 @@ from easyllm.train.preflight import (
     preflight,
 )
 from easyllm.train.progress import TrainProgress
-from easyllm.train.signals import Interrupted, StopRequest, stop_on_signals
+from easyllm.train.signals import StopRequest, stop_on_signals
 from easyllm.train.state import load_newest
 from easyllm.train.training_data import TrainingData, load_training_data
 from easyllm.train.training_run import Callback, Run, step_flops
@@ -275,7 +275,7 @@ def _check_end(run: Run, stop: StopRequest) -> None:
         for callback in run.callbacks:
             callback.on_interrupt(run)
         raise Interrupted(
-            f"stopped after step {step} of {run.total_steps}; run the same command again to resume",
+            f"interrupted after step {step} of {run.total_steps}; run the same command to resume",
             stop.signal,
         )
     if not run.optimizer.is_finite():

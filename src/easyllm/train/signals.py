@@ -5,21 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from easyllm.core.errors import EasyllmError
-
-
-class Interrupted(EasyllmError):
-    """A signal stopped the run; its checkpoint is written, and the same command resumes it.
-
-    Attributes:
-        signal: the signal number.
-        exit_code: 128 plus the signal number.
-    """
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.signal, self.exit_code = number, 128 + number
-
 
 class StopRequest:
     """A request to stop the run.

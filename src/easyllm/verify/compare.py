@@ -18,7 +18,8 @@ from torch import Tensor
 from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.engine import LLM, SamplingParams
-from easyllm.models import load_model, load_tokenizer, save_model
+from easyllm.models import load_adapted, load_model, load_tokenizer, save_model, split_adapter
+from easyllm.models.adapted import apply_adapter
 from easyllm.quant import quantize_weights, schemes
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.verify.reference import Reference
@@ -112,15 +113,17 @@ def compare(
     *,
     max_tokens: int = 64,
     repetition_penalty: float = 1.0,
+    adapter: str | Path | None = None,
 ) -> list[Comparison]:
     """Compares two sides on each prompt.
 
     Args:
-        a, b: source of a model, optionally followed by `@` and a variant: a dtype, int8, int4, or
+        a, b: source of a model or adapter, optionally followed by `@` and a variant: a dtype, int8, int4, or
             `transformers` (for example `smollm2@bfloat16`).
         prompts: the prompts.
         max_tokens: number of tokens to generate per prompt.
         repetition_penalty: repetition penalty of both sides.
+        adapter: the folder of an adapter to use with `b`.
 
     Returns:
         One comparison per prompt.
@@ -136,7 +139,7 @@ def compare(
         "ignore_eos": True,
     }
     params = validate(SamplingParams, values, source="sampling options")
-    sides = [open_side(spec) for spec in (a, b)]
+    sides = [open_side(a), open_side(b, adapter)]
     if sides[0].tokenizer.fingerprint != sides[1].tokenizer.fingerprint:
         raise ConfigError(
             f"{a!r} and {b!r} have different tokenizers, so their tokens cannot be compared; "
@@ -145,30 +148,35 @@ def compare(
     return [_compare(sides[0], sides[1], prompt, params) for prompt in prompts]
 
 
-def open_side(spec: str) -> Side:
+def open_side(spec: str, adapter: str | Path | None = None) -> Side:
     """Loads the side named by `SOURCE[@VARIANT]`.
 
     Raises:
         ConfigError: the variant is unknown.
     """
-    source, _, variant = spec.partition("@")
+    name, _, variant = spec.partition("@")
     variants = (*DTYPES, *schemes(), TRANSFORMERS)
     if variant and variant not in variants:
         raise ConfigError(
             f"variant {variant!r} of {spec!r} is not known{suggest(variant, variants)}; use one of "
             f"{', '.join(variants)}"
         )
+    source, folder = split_adapter(name, adapter)
     if variant == TRANSFORMERS:
-        return _TransformersSide(source)
+        return _TransformersSide(source, folder)
     dtype = variant if variant in DTYPES else "float32"
-    return _EngineSide(source, dtype, variant if variant in schemes() else None)
+    return _EngineSide(source, folder, dtype, variant if variant in schemes() else None)
 
 
 class _EngineSide:
-    def __init__(self, source: str, dtype: str, scheme: str | None) -> None:
+    def __init__(
+        self, source: str | Path, adapter: Path | None, dtype: str, scheme: str | None
+    ) -> None:
         model = load_model(source, dtype=dtype)
         if scheme is not None:
             quantize_weights(model, scheme)
+        if adapter is not None:
+            apply_adapter(model, adapter)
         self.tokenizer = load_tokenizer(source)
         self._llm = LLM(model=model, tokenizer=self.tokenizer, max_running=1)
 
@@ -181,10 +189,11 @@ class _EngineSide:
 
 
 class _TransformersSide:
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str | Path, adapter: Path | None) -> None:
         self.tokenizer = load_tokenizer(source)
+        model = load_adapted(source, dtype="float32", adapter=adapter)
         with tempfile.TemporaryDirectory() as work:
-            folder = save_model(load_model(source, dtype="float32"), Path(work) / "model")
+            folder = save_model(model, Path(work) / "model")
             self._reference = Reference(folder, dtype=torch.float32)
 
     def greedy(self, ids: list[int], params: SamplingParams) -> list[int]:

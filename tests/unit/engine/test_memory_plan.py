@@ -61,11 +61,16 @@ def test_a_model_with_only_recurrent_states_counts_tokens_and_takes_little():
     assert made.cache_bytes == 64 * 2 * 2 * (16 * 16 + 16) * 4
 
 
-def test_the_line_names_weights_cache_and_tokens():
+def test_the_line_says_how_the_cache_was_sized_and_that_it_is_not_filled_yet():
     assert plan(6, cache_gb=1.0).line() == (
-        "memory: weights 0.54 GB, cache 1.00 GB = 1,356 pages of 16 tokens (21,696 tokens), "
-        "6.0 GB were free"
+        "memory: weights 0.54 GB, KV cache up to 1.00 GB (21,696 tokens: cache_gb=1), "
+        "taken as it fills; 6.0 GB free"
     )
+    assert "0.38 GB (8,192 tokens: 1 sequence of 8,192), taken" in plan(6, max_running=1).line()
+    assert "25% of free memory; 64 sequences of 8,192 would need 24.2 GB)" in plan(6).line()
+    options = {"weight_bytes": WEIGHTS, "itemsize": 4, "free_bytes": 6 * 10**9}
+    gpu = plan_memory(SMOLLM2, EngineConfig(num_pages=16), on_demand=False, **options)
+    assert "KV cache 0.01 GB (256 tokens: num_pages=16), reserved; " in gpu.line()
 
 
 def test_the_error_for_a_too_large_cache_says_how_much_is_missing_and_what_helps():

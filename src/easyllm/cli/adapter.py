@@ -1,0 +1,93 @@
+"""The `--adapter` option, and models served from adapters that share their base."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from easyllm.cli.sampling import load_llm
+
+if TYPE_CHECKING:
+    from easyllm.engine import LLM
+
+AdapterFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="Folder of an adapter to use with the model, instead of giving its folder as MODEL.",
+        metavar="FOLDER",
+    ),
+]
+
+
+def load_served(
+    named: Mapping[str, str], *, adapter: str | None = None, **options: Any
+) -> tuple[dict[str, "LLM"], dict[str, str]]:
+    """Loads the models of a server; adapters of the same base share one copy of its weights.
+
+    Args:
+        named: sources by the name they are served under; a source may be an adapter's folder.
+        adapter: the folder of an adapter to use with the only model.
+        options: options of `LLM`.
+
+    Returns:
+        The models by name, and the name of the adapter that requests to a served name select.
+
+    Raises:
+        ConfigError: `adapter` is given with several models; or a model cannot be loaded.
+    """
+    from easyllm.core.errors import ConfigError
+    from easyllm.models import locate, split_adapter
+
+    if adapter is not None and len(named) > 1:
+        raise ConfigError(
+            f"--adapter applies to one model, but {len(named)} are served; give NAME={adapter} "
+            "instead, which finds its base"
+        )
+    parts = {name: split_adapter(source, adapter) for name, source in named.items()}
+    groups: dict[Path, list[str]] = {}
+    for name, (base, _) in parts.items():
+        groups.setdefault(locate(base).resolve(), []).append(name)
+    loaded: dict[str, LLM] = {}
+    selected: dict[str, str] = {}
+    for names in groups.values():
+        shared = _shared(names, parts, options)
+        alone = [name for name in names if name not in shared]
+        for name in alone:
+            base, folder = parts[name]
+            only = None if folder is None else str(folder)
+            loaded[name] = load_llm(str(base), adapter=only, **options)
+        if shared:
+            folders = {name: parts[name][1] for name in shared if parts[name][1] is not None}
+            llm = load_llm(str(parts[shared[0]][0]), adapters=folders, **options)
+            loaded |= dict.fromkeys(shared, llm)
+            selected |= {name: name for name in folders}
+    return {name: loaded[name] for name in named}, selected
+
+
+def _shared(
+    names: list[str],
+    parts: Mapping[str, tuple[str | Path, Path | None]],
+    options: Mapping[str, Any],
+) -> list[str]:
+    """Returns those of the models with one base that can share its weights; empty if only one.
+
+    An adapter needs its own copy if it replaces weights of the base, or has other end tokens. So do
+    all of them with speculative decoding, which does not support adapters selected per request.
+    """
+    from easyllm.adapters import read_adapter
+    from easyllm.models import open_source
+    from easyllm.models.hf_config import read_end_ids
+
+    adapted = [name for name in names if parts[name][1] is not None]
+    if not adapted or len(names) < 2 or options.get("draft") is not None:
+        return []
+    ends = set(open_source(parts[names[0]][0]).config.eos_token_ids)
+    shared = [name for name in names if parts[name][1] is None]
+    for name in adapted:
+        folder = parts[name][1]
+        assert folder is not None, "`adapted` lists the models with an adapter"
+        if set(read_end_ids(folder)) <= ends and not read_adapter(folder).modules_to_save:
+            shared.append(name)
+    return shared if len(shared) > 1 else []

@@ -1,0 +1,120 @@
+"""Models given as an adapter: the folder of an adapter names its base in `adapter_config.json`."""
+
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from easyllm.adapters import merge
+from easyllm.adapters.peft_format import CONFIG as ADAPTER_FILE
+from easyllm.core.errors import CheckpointError, ConfigError, SourceError
+from easyllm.models.hf_config import CONFIG_FILE, read_end_ids, with_end_ids
+from easyllm.models.load import add_adapter, load_model
+from easyllm.models.sources import HUB_PREFIX, KNOWN_MODELS
+from easyllm.nn.decoder import Decoder
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Returns whether a source is the folder of an adapter, without a model in it."""
+    folder = Path(source).expanduser()
+    return (folder / ADAPTER_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+
+
+def split_adapter(
+    source: str | Path, adapter: str | Path | None = None
+) -> tuple[str | Path, Path | None]:
+    """Returns the base model's source and the adapter's folder, if there is one.
+
+    Args:
+        source: a model, or the folder of an adapter.
+        adapter: the folder of an adapter to use with the model `source`.
+
+    Raises:
+        SourceError: both arguments are adapters, or the base model cannot be found.
+        CheckpointError: the adapter's configuration is damaged.
+    """
+    if not is_adapter(source):
+        return source, None if adapter is None else Path(adapter).expanduser()
+    if adapter is not None:
+        raise SourceError(
+            f"{str(source)!r} is an adapter and so is {str(adapter)!r}; give the base model and "
+            "one adapter"
+        )
+    folder = Path(source).expanduser()
+    return base_of(folder), folder
+
+
+def base_of(folder: Path) -> str:
+    """Returns the source of the model that an adapter was trained on.
+
+    A path in the configuration is relative to the working directory, as it was in training. A name
+    such as `org/name` that is not a path is a model on the Hugging Face Hub, as `peft` writes it.
+
+    Raises:
+        SourceError: the configuration names no base model, or one that does not exist.
+        CheckpointError: the configuration is not JSON.
+    """
+    path = folder / ADAPTER_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); copy the adapter again") from None
+    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    if isinstance(base, str) and base:
+        local = Path(base).expanduser()
+        if base in KNOWN_MODELS or base.startswith(HUB_PREFIX) or local.exists():
+            return base
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not local.parent.exists():
+            return HUB_PREFIX + base
+    raise SourceError(
+        f"the base model of the adapter {str(folder)!r} is {base!r}, which does not exist here; "
+        f"give the base model and --adapter {folder}"
+    )
+
+
+def apply_adapter(model: Decoder, folder: Path) -> Decoder:
+    """Applies an adapter to every sequence of a model, with the end tokens it was trained on.
+
+    Full-precision weights are merged with the adapter, so that the model is as fast as its base;
+    quantized weights, and methods that cannot be merged, keep the adapter attached.
+
+    Args:
+        model: the base model; modified in place.
+        folder: the adapter's folder, in peft's format.
+
+    Raises:
+        CheckpointError: the folder contains no adapter, or one for another model.
+        ConfigError: the method does not support the storage of the weights.
+    """
+    add_adapter(model, folder)
+    model.config = with_end_ids(model.config, read_end_ids(folder))
+    with suppress(ConfigError):  # quantized weights, or a method without a merged form
+        merge(model)
+    return model
+
+
+def load_adapted(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
+    adapter: str | Path | None = None,
+) -> Decoder:
+    """Loads a model, or an adapter with its base, for inference.
+
+    Args:
+        source: as for `load_model`, or the folder of an adapter.
+        dtype, device: as for `load_model`.
+        adapter: the folder of an adapter to use with the model `source`.
+
+    Raises:
+        SourceError, CheckpointError: as for `load_model` and `split_adapter`.
+    """
+    base, folder = split_adapter(source, adapter)
+    model = load_model(base, dtype=dtype, device=device)
+    return model if folder is None else apply_adapter(model, folder)
+
+
+__all__ = ["apply_adapter", "base_of", "is_adapter", "load_adapted", "split_adapter"]

@@ -1,0 +1,162 @@
+"""An adapter's folder is a model for every command that generates, evaluates or serves."""
+
+import json
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from test_command_line import easyllm
+
+from easyllm.adapters import LoRAConfig, attach, save_adapter
+from easyllm.cli.adapter import load_served
+from easyllm.core.errors import ConfigError, SourceError
+from easyllm.engine import LLM, SamplingParams
+from easyllm.models import hf_module_name, load_model, split_adapter
+from easyllm.serve.app import create_app
+
+GREEDY = ("--temperature", 0, "--max-tokens", 12)
+
+
+def adapter_of(base, folder, *, seed=1, recorded=None, also_trained=()):
+    """Saves an adapter that changes the tiny model's text."""
+    model = load_model(base)
+    adapters = attach(model, LoRAConfig(rank=4, alpha=64), seed=seed, also_trained=also_trained)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, adapter in adapters.linears.values():
+            for parameter in adapter.parameters():
+                parameter.normal_(std=0.2, generator=generator)
+    base = str(base) if recorded is None else recorded
+    return save_adapter(model, folder, module_name=hf_module_name(model), base=base)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_folder, tmp_path_factory):
+    return adapter_of(tiny_folder, tmp_path_factory.mktemp("adapters") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def merged(tiny_folder, adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merged") / "model"
+    assert easyllm("merge", tiny_folder, adapter, folder).returncode == 0
+    return folder
+
+
+def said(done):
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_chat_with_an_adapter_gives_the_text_of_the_merged_model(tiny_folder, adapter, merged):
+    words, turns = ("chat", *GREEDY), "hello\nagain\n"
+    expected = said(easyllm("chat", merged, *words[1:], stdin=turns))
+    assert said(easyllm("chat", adapter, *words[1:], stdin=turns)) == expected
+    explicit = ("chat", tiny_folder, "--adapter", adapter, *words[1:])
+    assert said(easyllm(*explicit, stdin=turns)) == expected
+    assert said(easyllm("chat", tiny_folder, *words[1:], stdin=turns)) != expected
+
+
+def test_generate_and_eval_take_an_adapter(tiny_folder, adapter, merged, tmp_path):
+    words = ("hello", *GREEDY)
+    assert said(easyllm("generate", adapter, *words)) == said(easyllm("generate", merged, *words))
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "completion": "b", "key": "b"}) + "\n")
+    reports = [
+        json.loads(said(easyllm("eval", *model, data, "--json")))
+        for model in ((adapter,), (merged,), ("--adapter", adapter, tiny_folder))
+    ]
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_compare_finds_no_difference_between_an_adapter_and_the_merged_model(
+    tiny_folder, adapter, merged
+):
+    words = ("--prompt", "hello", "--max-tokens", 8, "--json")
+    (row,) = json.loads(said(easyllm("compare", merged, adapter, *words)))
+    assert row["parts_at"] is None
+    named = ("--adapter", adapter)
+    assert json.loads(said(easyllm("compare", merged, tiny_folder, *named, *words))) == [row]
+    (row,) = json.loads(said(easyllm("compare", tiny_folder, adapter, *words)))
+    assert row["mean_kl_nats"] > 1e-3
+
+
+def test_an_adapter_is_applied_to_a_quantized_base(tiny_folder, adapter):
+    words = ("hello", *GREEDY, "--quantize", "int8")
+    assert said(easyllm("generate", adapter, *words)) != said(
+        easyllm("generate", tiny_folder, *words)
+    )
+
+
+def answers(models, adapters, names):
+    """Returns the greedy answer of each served name."""
+    with TestClient(create_app(models, adapters=adapters)) as client:
+        found = {}
+        for name in names:
+            messages = [{"role": "user", "content": "hello"}]
+            body = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 12}
+            answer = client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            found[name] = answer.json()["choices"][0]["message"]["content"]
+    return found
+
+
+def test_a_server_shares_the_weights_of_a_base_and_its_adapters(
+    tiny_folder, adapter, merged, tmp_path
+):
+    other = adapter_of(tiny_folder, tmp_path / "other", seed=2)
+    named = {"base": str(tiny_folder), "a": str(adapter), "b": str(other)}
+    models, adapters = load_served(named)
+    assert list(models) == ["base", "a", "b"]
+    assert models["base"] is models["a"] is models["b"]
+    assert adapters == {"a": "a", "b": "b"}
+    found = answers(models, adapters, named)
+    params, hello = (
+        SamplingParams(temperature=0, max_tokens=12),
+        [{"role": "user", "content": "hello"}],
+    )
+    alone = {name: LLM(source).chat(hello, params).text for name, source in named.items()}
+    assert found == alone
+    assert found["a"] == LLM(merged).chat(hello, params).text
+    assert len(set(found.values())) == 3
+
+
+def test_an_adapter_with_trained_modules_of_the_base_is_served_from_its_own_copy(
+    tiny_folder, tmp_path
+):
+    own = adapter_of(tiny_folder, tmp_path / "own", also_trained=("norm",))
+    models, adapters = load_served({"base": str(tiny_folder), "own": str(own)})
+    assert models["base"] is not models["own"]
+    assert adapters == {}
+
+
+def test_one_adapter_option_for_several_models_is_refused(tiny_folder, adapter):
+    done = easyllm("serve", f"a={tiny_folder}", f"b={tiny_folder}", "--adapter", adapter)
+    assert done.returncode == 2
+    assert "--adapter applies to one model, but 2 are served" in done.stderr
+
+
+def test_a_missing_base_is_named_with_the_option_that_replaces_it(
+    tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    gone = adapter_of(tiny_folder, tmp_path / "gone", recorded="runs/base")
+    done = easyllm("chat", gone)
+    assert done.returncode == 2
+    assert (
+        f"is 'runs/base', which does not exist here; give the base model and --adapter {gone}"
+        in (done.stderr)
+    )
+    assert said(easyllm("generate", tiny_folder, "x", "--adapter", gone, *GREEDY))
+    hub = adapter_of(tiny_folder, tmp_path / "hub", recorded="HuggingFaceTB/SmolLM2")
+    assert split_adapter(hub) == ("hf:HuggingFaceTB/SmolLM2", hub)
+
+
+def test_two_adapters_at_once_and_an_adapter_of_a_loaded_model_are_refused(tiny_model, adapter):
+    with pytest.raises(SourceError, match="give the base model and one adapter"):
+        LLM(adapter, adapter=adapter)
+    with pytest.raises(ConfigError, match="adapter would change the model"):
+        LLM(model=tiny_model, adapter=adapter)
+    done = easyllm("convert", adapter, "out")
+    assert done.returncode == 2
+    assert "is an adapter, without the weights of its base; merge it first" in done.stderr
