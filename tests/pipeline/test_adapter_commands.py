@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from test_command_line import easyllm
 
 from easyllm.adapters import LoRAConfig, attach, save_adapter
 from easyllm.cli.adapter import load_served
@@ -13,6 +12,7 @@ from easyllm.core.errors import ConfigError, SourceError
 from easyllm.engine import LLM, SamplingParams
 from easyllm.models import hf_module_name, load_model, split_adapter
 from easyllm.serve.app import create_app
+from easyllm_command import easyllm
 
 GREEDY = ("--temperature", 0, "--max-tokens", 12)
 

@@ -12,7 +12,7 @@ import typer
 from easyllm.cli.main import app
 from easyllm.core.errors import SourceError
 from easyllm.models import load_model
-from easyllm_command import easyllm
+from easyllm_command import GOOD, RECIPE, easyllm
 
 
 def test_generate_prints_the_same_text_as_its_json_output(tiny_folder):
@@ -95,14 +95,6 @@ def test_eval_reports_loss_and_recall(tiny_folder, tmp_path):
     assert report["loss_nats"] > 0
 
 
-RECIPE = """
-model: {model}
-data: {{ train: [{data}], max_seq_len: 64 }}
-adapter: {{ kind: lora, rank: 2 }}
-output: {output}
-"""
-
-
 @pytest.fixture
 def training(tiny_folder, tmp_path):
     """Writes a training recipe over the given rows; returns the recipe and its output folder."""
@@ -115,9 +107,6 @@ def training(tiny_folder, tmp_path):
         return recipe, output
 
     return write
-
-
-GOOD = '{"prompt": "a", "completion": "b"}\n'
 
 
 BAD_ROWS = {

@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from test_command_line import easyllm as command
 
 import easyllm
 from easyllm.engine.rates import Rates
+from easyllm_command import easyllm as command
 
 
 @pytest.mark.parametrize("word", ["--version", "-V"])

@@ -5,9 +5,9 @@ import shlex
 
 import pytest
 import yaml
-from test_command_line import GOOD, RECIPE, easyllm
 
 from easyllm.pipeline.recipe import find_recipe
+from easyllm_command import GOOD, RECIPE, easyllm
 
 PAIR = {"prompt": "a", "chosen": "good", "rejected": "bad"}
 

@@ -9,6 +9,16 @@ import pytest
 
 from easyllm.cli.main import main
 
+RECIPE = """
+model: {model}
+data: {{ train: [{data}], max_seq_len: 64 }}
+adapter: {{ kind: lora, rank: 2 }}
+output: {output}
+"""
+"""A recipe of a short training run."""
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+"""A row that can be trained on."""
+
 
 @dataclass
 class Done:
