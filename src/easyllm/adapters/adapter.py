@@ -14,13 +14,14 @@ merged, planned and served.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
@@ -186,7 +187,7 @@ class AdapterConfig(Config):
         """Returns whether layers of the same shape may have different adapters."""
         return any(NUMBERED.search(name) for name in (*self.targets, *self.also_trained))
 
-    def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:  # noqa: ARG002 - for overrides
+    def to_peft(self, modules: Mapping[str, str]) -> JsonObject:  # noqa: ARG002 - for overrides
         """Returns the method-specific entries of `adapter_config.json`.
 
         Args:
@@ -197,7 +198,7 @@ class AdapterConfig(Config):
     @classmethod
     def from_peft(
         cls,
-        description: Mapping[str, Any],  # noqa: ARG003 - for overrides
+        description: JsonMapping,  # noqa: ARG003 - for overrides
         modules: Mapping[str, "FileModule"],
     ) -> Self:
         """Returns the configuration of an adapter file; its `targets` are exactly `modules`.

@@ -1,6 +1,6 @@
 """Attaching adapters to a model, detaching them, and merging them into the weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from easyllm.adapters.adapter_set import AdapterSet, find_trained_modules, resto
 from easyllm.adapters.bank import AdapterBank
 from easyllm.adapters.registry import kind_of
 from easyllm.core.errors import ConfigError, suggest
+from easyllm.core.json_types import JsonMapping
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 
@@ -244,7 +245,7 @@ def _empty_slot(linear: Linear, name: str) -> None:
 
 
 def _check_free(model: Decoder, name: str) -> None:
-    held: Mapping[str, Any] = model.adapter_sets
+    held: JsonMapping = model.adapter_sets
     if name in held:
         what = f"an adapter {name!r}" if name else "an unnamed adapter"
         raise ConfigError(f"the model already has {what}; detach or merge it first")

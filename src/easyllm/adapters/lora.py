@@ -10,7 +10,7 @@ arXiv 2312.03732). B is initialised to zero, so the first step sees exactly the 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -25,6 +25,7 @@ from easyllm.adapters.adapter import (
 from easyllm.adapters.peft_keys import check_keys, matches
 from easyllm.adapters.registry import register_adapter
 from easyllm.core.errors import CheckpointError, ConfigError, suggest
+from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
 from easyllm.nn.moe import ROUTERS
@@ -123,7 +124,7 @@ class LoRAConfig(AdapterConfig):
                         f"{suggest(end, leaves)}; use one of {', '.join(leaves)}"
                     )
 
-    def to_peft(self, modules: Mapping[str, str]) -> dict[str, Any]:
+    def to_peft(self, modules: Mapping[str, str]) -> JsonObject:
         """Returns the LoRA entries of `adapter_config.json`, patterns by the file's full names."""
         ranks = {theirs: self.rank_of(ours) for ours, theirs in modules.items()}
         given = [end for end in self.alpha_pattern if any(_ends(ours, end) for ours in modules)]
@@ -146,7 +147,7 @@ class LoRAConfig(AdapterConfig):
         }
 
     @classmethod
-    def from_peft(cls, description: Mapping[str, Any], modules: Mapping[str, FileModule]) -> Self:
+    def from_peft(cls, description: JsonMapping, modules: Mapping[str, FileModule]) -> Self:
         """Returns the configuration of a peft LoRA file, with a rank and α for each module.
 
         Raises:
@@ -199,7 +200,7 @@ class LoRAConfig(AdapterConfig):
 
 
 _HONOURED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
-_NEUTRAL: dict[str, Any] = {
+_NEUTRAL: JsonObject = {
     # initialisation, irrelevant once values are loaded; schemes that also change the base are
     # rejected
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),

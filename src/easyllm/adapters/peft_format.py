@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -26,6 +25,7 @@ from easyllm.adapters.registry import AdapterKind, kind_of, kind_of_file
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError, ConfigError
+from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 
@@ -64,7 +64,7 @@ def save_adapter(
     """
     adapters = adapter_of(model, name)
     modules = {ours: module_name(ours) for ours in adapters.linears}
-    description: dict[str, Any] = {
+    description: JsonObject = {
         "peft_type": kind_of(adapters.config).peft_type,
         "task_type": "CAUSAL_LM" if model.config.num_labels is None else "SEQ_CLS",
         "base_model_name_or_path": base,
@@ -100,7 +100,7 @@ class AdapterFile:
 
     folder: Path
     kind: AdapterKind
-    description: Mapping[str, Any]
+    description: JsonMapping
     tensors: Mapping[str, Tensor]
 
     @property

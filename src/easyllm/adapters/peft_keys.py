@@ -1,10 +1,11 @@
 """Handling of `adapter_config.json` keys: each is honoured, known to be neutral, or rejected."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import JsonMapping
 
 SHARED = frozenset(
     {
@@ -19,10 +20,10 @@ MAX_PATTERN, MAX_QUANTIFIERS = 300, 4
 
 
 def check_keys(
-    description: Mapping[str, Any],
+    description: JsonMapping,
     *,
     honoured: Collection[str],
-    neutral: Mapping[str, Any],
+    neutral: JsonMapping,
 ) -> None:
     """Rejects unsupported keys that would change the result.
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import Json, JsonObject
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -146,13 +147,13 @@ class _HeaderReader:
         self.size = len(data)
         self.at = 0
 
-    def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+    def read(self) -> tuple[JsonObject, dict[str, GGUFTensor]]:
         try:
             return self._read()
         except (struct.error, UnicodeDecodeError, IndexError, OverflowError) as error:
             raise self._broken(f"{error} at byte {self.at}") from None
 
-    def _read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+    def _read(self) -> tuple[JsonObject, dict[str, GGUFTensor]]:
         if self.data[:4] != MAGIC:
             raise CheckpointError(
                 f"{self.path} is not a GGUF file (it starts with {self.data[:4]!r}); "
@@ -174,7 +175,7 @@ class _HeaderReader:
         num_tensors, num_pairs = self._number("Q"), self._number("Q")
         # a key-value pair takes at least 13 bytes, a tensor record at least 24
         self._check_count(num_pairs, 13, "key-value pairs")
-        metadata: dict[str, Any] = {}
+        metadata: JsonObject = {}
         for _ in range(num_pairs):
             key = self._string()
             if key in metadata:
@@ -228,7 +229,7 @@ class _HeaderReader:
             tensors[name] = GGUFTensor(name, shape, kind.name, start + offset, num_bytes)
         return tensors
 
-    def _value(self, kind: int, depth: int) -> Any:
+    def _value(self, kind: int, depth: int) -> Json:
         if kind in _SCALARS:
             return self._number(_SCALARS[kind])
         if kind == _STRING:
@@ -266,7 +267,7 @@ class _HeaderReader:
     def _string(self) -> str:
         return self._strings(1)[0]
 
-    def _number(self, layout: str) -> Any:
+    def _number(self, layout: str) -> Json:
         (value,) = struct.unpack_from("<" + layout, self.data, self.at)
         self.at += struct.calcsize("<" + layout)
         return value

@@ -6,13 +6,13 @@ some of the tensors (llama.cpp's `gguf-split`).
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from easyllm.checkpoint.gguf import GGUFFile, GGUFTensor
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import Json
 
 MAX_PARTS = 10_000
 _NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -101,7 +101,7 @@ def open_gguf(path: Path) -> GGUFFile | SplitGGUF:
 
 
 def _number(file: GGUFFile, key: str, default: int) -> int:
-    value: Any = file.metadata.get(key, default)
+    value: Json = file.metadata.get(key, default)
     if not isinstance(value, int) or not -1 <= value <= MAX_PARTS:
         raise CheckpointError(
             f"{file.path} has the invalid value {key}={value!r}; download or convert it again"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from easyllm.core.atomic import output_errors, write_json
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import Json, JsonObject
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,7 +37,7 @@ class TensorFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._files = ExitStack()
-        self._place: dict[str, Any] = {}
+        self._place: JsonObject = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in self._weight_files():
             handle = self._files.enter_context(open_safetensors(file))
@@ -91,7 +92,7 @@ class TensorFolder:
         raise CheckpointError(f"folder {str(self.path)!r} contains no {WEIGHTS}{hint}")
 
 
-def open_safetensors(path: Path) -> Any:
+def open_safetensors(path: Path) -> Json:
     """Opens a safetensors file.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from easyllm.cli.sampling import load_llm
+from easyllm.core.json_types import JsonMapping
 
 if TYPE_CHECKING:
     from easyllm.engine import LLM
@@ -69,7 +70,7 @@ def load_served(
 def _shared(
     names: list[str],
     parts: Mapping[str, tuple[str | Path, Path | None]],
-    options: Mapping[str, Any],
+    options: JsonMapping,
 ) -> list[str]:
     """Returns those of the models with one base that can share its weights; empty if only one.
 

@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from easyllm.cli.data_chosen import chosen
 from easyllm.cli.data_inspect import inspect
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
+from easyllm.core.json_types import JsonObject
 
 data_app = typer.Typer(
     no_args_is_help=True,
@@ -78,7 +79,7 @@ def build(
     _show(summary, Path(config.output))
 
 
-def _show(summary: dict[str, Any], output: Path) -> None:
+def _show(summary: JsonObject, output: Path) -> None:
     from easyllm.corpus.report import (
         REMOVAL_COLUMNS,
         SOURCE_COLUMNS,

@@ -18,6 +18,7 @@ from easyllm.cli.sampling import (
     load_llm,
     sampling_params,
 )
+from easyllm.core.json_types import JsonObject
 from easyllm.engine.params import BeamParams, SamplingParams
 
 
@@ -127,7 +128,7 @@ def chat(
     params = sampling_params(sampling)
     # the cache of a single conversation
     llm = load_llm(model, max_running=1, adapter=adapter, **loading)
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages: list[JsonObject] = [{"role": "system", "content": system}] if system else []
     while True:
         try:
             line = input("you> " if sys.stdin.isatty() else "")
@@ -183,7 +184,7 @@ def _beam_params(beams: int, length_penalty: float, params: SamplingParams) -> B
     return validate(BeamParams, values, source="--beams")
 
 
-def _as_dict(done: Any) -> dict[str, Any]:
+def _as_dict(done: Any) -> JsonObject:
     """Returns a completion as a JSON object."""
     from dataclasses import asdict
 

@@ -23,7 +23,9 @@ import typer
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 
-Values = dict[str, Any]
+from easyllm.core.json_types import JsonMapping, JsonObject
+
+Values = JsonObject
 """The values of a group's flags, by field."""
 UNBOUNDED = 2**31 - 1
 """Bounds of at least this size only keep numbers representable; `--help` does not show them."""
@@ -58,7 +60,7 @@ def option(
     if needs is not None:
         text = f"With {needs}: {text[0].lower()}{text[1:]}"
     marks = [*info.metadata, *_metadata(info.annotation)]
-    bounds: dict[str, Any] = {}
+    bounds: JsonObject = {}
     if not any(isinstance(mark, Gt | Lt) for mark in marks):
         for mark in marks:
             if isinstance(mark, Ge):
@@ -96,7 +98,7 @@ class FlagGroup:
     ) -> None:
         self.model, self.fields = model, fields
         self.flags, self.needs, self.metavars = flags or {}, needs or {}, metavars or {}
-        self.defaults: Mapping[str, Any] = {}
+        self.defaults: JsonMapping = {}
 
     def only(self, *fields: str) -> "FlagGroup":
         """Returns the group with only some of its fields."""
@@ -106,7 +108,7 @@ class FlagGroup:
         """Returns the group with other defaults than those of the model."""
         return self._with(self.fields, {**self.defaults, **defaults})
 
-    def _with(self, fields: tuple[str, ...], defaults: Mapping[str, Any]) -> "FlagGroup":
+    def _with(self, fields: tuple[str, ...], defaults: JsonMapping) -> "FlagGroup":
         group = FlagGroup(
             self.model, *fields, flags=self.flags, needs=self.needs, metavars=self.metavars
         )
@@ -133,7 +135,7 @@ class FlagGroup:
                 annotation=Annotated[_flag_type(info.annotation), flag],
             )
 
-    def values(self, given: dict[str, Any]) -> Values:
+    def values(self, given: JsonObject) -> Values:
         """Removes the group's values from those of a command, and returns them by field."""
         values = {field: given.pop(field) for field in self.fields}
         return {
@@ -168,7 +170,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _flag_type(annotation: Any) -> Any:
+def _flag_type(annotation: object) -> Any:
     """Returns the type of a flag: that of its field without constraints; lists for tuples."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -183,7 +185,7 @@ def _flag_type(annotation: Any) -> Any:
     return annotation
 
 
-def _metadata(annotation: Any) -> Iterator[Any]:
+def _metadata(annotation: object) -> Iterator[Any]:
     """Yields the constraints in a type, such as those of `Annotated[int, Field(ge=0)] | None`."""
     for mark in getattr(annotation, "__metadata__", ()):
         yield from getattr(mark, "metadata", (mark,))

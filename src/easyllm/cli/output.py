@@ -2,10 +2,12 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+
+from easyllm.core.json_types import JsonMapping
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
 Overrides = Annotated[
@@ -14,7 +16,7 @@ Overrides = Annotated[
 ]
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Prints `value` as indented JSON."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -33,7 +35,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     Console(highlight=False).print(table)
 
 
-def print_pairs(values: Mapping[str, Any]) -> None:
+def print_pairs(values: JsonMapping) -> None:
     """Prints aligned `name  value` lines."""
     width = max(map(len, values), default=0)
     for name, value in values.items():

@@ -246,5 +246,5 @@ def _flops(flops: int) -> str:
     return f"{format_count(flops)}FLOP"
 
 
-def _name(dtype: Any) -> str:
+def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,13 +1,14 @@
 """The `easyllm quickstart` and `easyllm run` commands."""
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from easyllm.cli.next_steps import after_recipe, print_steps
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
 from easyllm.cli.serve import Port, start
+from easyllm.core.json_types import JsonObject
 
 
 def register(app: typer.Typer) -> None:
@@ -93,7 +94,7 @@ def run(
     print_steps(after_recipe(loaded, results))
 
 
-def _show(summary: dict[str, Any]) -> None:
+def _show(summary: JsonObject) -> None:
     heldout, unrelated = summary["heldout_loss_nats"], summary["unrelated_loss_nats"]
     recall = summary["recall"]
     rows = [

@@ -5,11 +5,12 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from easyllm.cli.output import print_pairs
+from easyllm.core.json_types import JsonObject
 
 # A value of a pipeline recipe may refer to another one, as in `sources: ${stages.corpus.sources}`.
 _REFERENCE = r"^\$\{[\w.-]+\}$"
@@ -90,7 +91,7 @@ def schema(
         write_atomic(output, text)
 
 
-def schema_of(name: str, *, references: bool = True) -> dict[str, Any]:
+def schema_of(name: str, *, references: bool = True) -> JsonObject:
     """Returns the JSON Schema with a name of `SCHEMAS`.
 
     Args:

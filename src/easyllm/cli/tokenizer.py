@@ -3,13 +3,14 @@
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from easyllm.cli.models import Model
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
 from easyllm.cli.text_files import hashes_of, opening_of, text_source, texts_of
+from easyllm.core.json_types import JsonObject
 
 if TYPE_CHECKING:
     from easyllm.corpus.sources import SourceConfig
@@ -119,7 +120,7 @@ def train(
     with atomic_directory(output) as work:
         trained.save(work)
         write_json(work / MANIFEST_FILE, manifest.model_dump(mode="json"))
-    figures: dict[str, Any] = {"kind": wanted.model.kind, "vocab_size": trained.vocab_size}
+    figures: JsonObject = {"kind": wanted.model.kind, "vocab_size": trained.vocab_size}
     if (reason := vocab_size_warning(trained, wanted)) is not None:
         figures["vocab_size_asked"] = wanted.vocab_size
         typer.echo(reason, err=True)
@@ -291,7 +292,7 @@ def encode(
 
 def _growth(
     opened: "OpenSource", old: "Tokenizer", extension: "Extension", source: "SourceConfig"
-) -> dict[str, Any]:
+) -> JsonObject:
     """Returns the cost and the benefit of the extension."""
     from easyllm.models.resize import resized_vocab_size
     from easyllm.plan.parameters import count_parameters
@@ -321,7 +322,7 @@ def _save_extended(
     source: "SourceConfig",
     output: Path,
     dtype: str | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     from easyllm.core.device import parse_dtype, pick_device
     from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path
     from easyllm.models import save_model

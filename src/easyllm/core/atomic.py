@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from easyllm.core.errors import EasyllmError, OutputError
 
@@ -107,7 +106,7 @@ def write_atomic(target: Path, content: str | bytes) -> None:
             raise
 
 
-def write_json(target: Path, value: Any) -> None:
+def write_json(target: Path, value: object) -> None:
     """Writes `value` atomically as indented UTF-8 JSON.
 
     Raises:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.core.kinds import Kinds
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Config(BaseModel):
 C = TypeVar("C", bound=BaseModel)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> JsonObject:
     """Returns the mapping stored in a YAML file.
 
     Raises:
@@ -56,7 +57,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def apply_overrides(values: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(values: JsonMapping, words: Iterable[str]) -> JsonObject:
     """Returns `values` with overrides `key.sub=value` applied.
 
     Values are parsed as YAML (`1e-4`, `true`, `[a, b]`).
@@ -85,7 +86,7 @@ def apply_overrides(values: Mapping[str, Any], words: Iterable[str]) -> dict[str
     return result
 
 
-def _not_an_override(word: str, key: str, values: Mapping[str, Any]) -> str:
+def _not_an_override(word: str, key: str, values: JsonMapping) -> str:
     """The error message for a word that has no `=`, or no key before it."""
     if key in values:
         inner = values[key]
@@ -117,7 +118,7 @@ def environment_overrides(
 
 
 def validate(
-    model: type[C], values: Mapping[str, Any], *, source: str, overrides: Iterable[str] = ()
+    model: type[C], values: JsonMapping, *, source: str, overrides: Iterable[str] = ()
 ) -> C:
     """Returns `values` validated as a `model`.
 
@@ -171,7 +172,7 @@ for _resolver in (_YamlLoader, _YamlDumper):
     )
 
 
-def first_difference(there: Any, here: Any, key: str = "") -> str:
+def first_difference(there: object, here: object, key: str = "") -> str:
     """Describes the first key at which two JSON-like values differ; empty if they are equal.
 
     Args:
@@ -191,14 +192,14 @@ def first_difference(there: Any, here: Any, key: str = "") -> str:
     return next((difference for difference in found if difference), "")
 
 
-def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
+def _deep_copy(values: JsonMapping) -> JsonObject:
     return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
 def _describe(
     error: ValidationError,
     model: type[BaseModel],
-    values: Mapping[str, Any],
+    values: JsonMapping,
     source: str,
     overrides: list[str],
 ) -> str:
@@ -230,7 +231,7 @@ class _ValueOrigins:
             variable = ENVIRONMENT_PREFIX + key.upper().replace(".", "__")
             self.words.setdefault(tuple(key.split(".")), f"environment variable {variable}")
 
-    def of(self, problem: "ErrorDetails", values: Any) -> str:
+    def of(self, problem: "ErrorDetails", values: object) -> str:
         """Returns where the value of a problem was set.
 
         If a combination of values is invalid and some of them were overridden, the result is the
@@ -254,7 +255,7 @@ class _ValueOrigins:
         within = ", ".join(".".join(key) for key in changed)
         return f"{self.source} with {within} changed" if within else self.source
 
-    def _giver_of_all(self, there: tuple[str, ...], values: Any) -> str | None:
+    def _giver_of_all(self, there: tuple[str, ...], values: object) -> str | None:
         """Where the value at a path was set if overrides set all of its leaves; None otherwise."""
         if not there:
             return None
@@ -267,7 +268,7 @@ class _ValueOrigins:
         return None if None in givers else next(iter(givers), None)
 
 
-def _leaves(value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def _leaves(value: object, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """The paths of the leaf values of nested mappings."""
     if not isinstance(value, Mapping):
         yield place
@@ -280,7 +281,7 @@ def _key(word: str) -> str:
     return word.partition("=")[0].strip()
 
 
-def _depth(place: tuple[str, ...], values: Any) -> int:
+def _depth(place: tuple[str, ...], values: object) -> int:
     """The number of leading keys of `place` that exist in the nested `values`."""
     for depth, part in enumerate(place):
         if not isinstance(values, Mapping) or part not in values:
@@ -299,7 +300,7 @@ def _problems(error: ValidationError) -> list["ErrorDetails"]:
 
 
 def _lines(
-    problems: Iterable["ErrorDetails"], model: type[BaseModel], values: Mapping[str, Any]
+    problems: Iterable["ErrorDetails"], model: type[BaseModel], values: JsonMapping
 ) -> list[str]:
     """One line per mistake: the key, the value and what was expected."""
     lines = []
@@ -339,11 +340,11 @@ def _lines(
     return lines
 
 
-def _user_path(problem: "ErrorDetails", values: Any) -> list[str]:
+def _user_path(problem: "ErrorDetails", values: object) -> list[str]:
     """The path as the user wrote it: pydantic also adds the chosen variant of a union to it."""
     place = problem["loc"]
     written: list[str] = []
-    here: Any = values
+    here: Json = values
     for index, part in enumerate(place):
         if _holds(here, part):
             here = here[part]
@@ -353,26 +354,26 @@ def _user_path(problem: "ErrorDetails", values: Any) -> list[str]:
     return written
 
 
-def _holds(value: Any, part: int | str) -> bool:
+def _holds(value: object, part: int | str) -> bool:
     if isinstance(value, Mapping):
         return part in value
     return isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
 
 
-def _value_at(values: Any, place: list[str]) -> Any:
+def _value_at(values: Json, place: list[str]) -> Json:
     for part in place:
         values = values[int(part) if isinstance(values, list | tuple) else part]
     return values
 
 
-def _fields_at(model: type[BaseModel], place: tuple[int | str, ...], values: Any) -> list[str]:
+def _fields_at(model: type[BaseModel], place: tuple[int | str, ...], values: object) -> list[str]:
     """Names of the fields of the nested model at the path `place`."""
     models = _models_at(model, place, values)
     return sorted({name for found in models for name in found.model_fields})
 
 
 def _models_at(
-    model: type[BaseModel], place: tuple[int | str, ...], values: Any
+    model: type[BaseModel], place: tuple[int | str, ...], values: Json
 ) -> list[type[BaseModel]]:
     """The nested models at the path `place`; of registered kinds, the selected one."""
     candidates: list[type[BaseModel]] = [model]
@@ -409,12 +410,12 @@ def _tag_matches(model: type[BaseModel], part: int | str) -> bool:
     return field is not None and part in typing.get_args(field.annotation)
 
 
-def _registered(metadata: Iterable[Any], value: Any) -> list[type[BaseModel]]:
+def _registered(metadata: Iterable[Any], value: object) -> list[type[BaseModel]]:
     """The variants for a value, if the metadata of an annotated type contains registered kinds."""
     return [m for kinds in metadata if isinstance(kinds, Kinds) for m in kinds.of(value)]
 
 
-def _models_in(annotation: Any, value: Any) -> list[type[BaseModel]]:
+def _models_in(annotation: Any, value: Json) -> list[type[BaseModel]]:
     """The models in a type annotation; for registered kinds, the variants that match the value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]

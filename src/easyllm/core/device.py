@@ -5,9 +5,10 @@ import platform
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from easyllm.core.errors import ConfigError, suggest
+from easyllm.core.json_types import JsonObject
 
 if TYPE_CHECKING:
     import torch
@@ -155,11 +156,11 @@ def peak_memory_bytes(device: "torch.device") -> int:
     return peak_rss_bytes()
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine() -> JsonObject:
     """Returns what `easyllm doctor` prints: processor, memory, devices, compiler, torch."""
     import torch
 
-    report: dict[str, Any] = {
+    report: JsonObject = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": _processor_name(),

@@ -9,11 +9,13 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
+from easyllm.core.json_types import Json, JsonObject
+
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _ATTRIBUTES = "\n\nAttributes:"
 
 
-def json_schema(annotation: Any, *, reference: str | None = None) -> dict[str, Any]:
+def json_schema(annotation: Any, *, reference: str | None = None) -> JsonObject:
     """Returns the JSON Schema of a configuration type.
 
     Args:
@@ -36,12 +38,12 @@ def json_schema(annotation: Any, *, reference: str | None = None) -> dict[str, A
 class _Generator(GenerateJsonSchema):
     """Generates the schema without titles."""
 
-    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002 - pydantic's signature
+    def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002 - pydantic's signature
         """Returns whether a field gets a title: never."""
         return False
 
 
-def _hoisted(value: Any, defs: dict[str, Any]) -> Any:
+def _hoisted(value: object, defs: JsonObject) -> Json:
     """Returns a value in which models are references to `defs`; adds them there.
 
     Pydantic repeats the variants of registered kinds wherever such a field occurs.
@@ -58,7 +60,7 @@ def _hoisted(value: Any, defs: dict[str, Any]) -> Any:
     return {"$ref": f"#/$defs/{name}"}
 
 
-def _allow(schema: dict[str, Any], reference: dict[str, Any]) -> None:
+def _allow(schema: JsonObject, reference: JsonObject) -> None:
     """Allows a reference in place of every value inside of `schema`, in place."""
     for key in ("properties", "patternProperties"):
         for name, inner in schema.get(key, {}).items():
@@ -73,7 +75,7 @@ def _allow(schema: dict[str, Any], reference: dict[str, Any]) -> None:
             _allow(inner, reference)
 
 
-def _or_reference(schema: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+def _or_reference(schema: JsonObject, reference: JsonObject) -> JsonObject:
     """Returns a schema that also accepts a reference; a constant `kind` must be written out."""
     if "const" in schema or not schema:
         return schema

@@ -8,10 +8,11 @@ stay readable, so lines that are not JSON objects are skipped. Users' data files
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from easyllm.core.json_types import JsonObject
 
 
-def json_objects(data: bytes) -> Iterator[dict[str, Any]]:
+def json_objects(data: bytes) -> Iterator[JsonObject]:
     """Yields the JSON object of each line, skipping lines that are not a JSON object.
 
     >>> list(json_objects(b'{"step": 1}\\n[2]\\n{"step": 3'))
@@ -26,6 +27,6 @@ def json_objects(data: bytes) -> Iterator[dict[str, Any]]:
             yield value
 
 
-def read_json_objects(path: Path) -> list[dict[str, Any]]:
+def read_json_objects(path: Path) -> list[JsonObject]:
     """Returns the JSON objects of a file, one per line; an empty list if there is no file."""
     return list(json_objects(path.read_bytes())) if path.is_file() else []

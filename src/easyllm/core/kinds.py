@@ -10,7 +10,6 @@ messages, included in the JSON Schema and read from a run's `recipe.yaml` like t
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import BaseModel, Discriminator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -60,7 +59,7 @@ class Kinds:
         """The registered configurations."""
         return list(self._variants.values())
 
-    def of(self, value: Any) -> list[type[BaseModel]]:
+    def of(self, value: object) -> list[type[BaseModel]]:
         """Returns the configuration class for the kind of a value.
 
         A value without `kind` has the default kind; an unknown kind returns all classes.
@@ -69,7 +68,7 @@ class Kinds:
         found = self._variants.get(self.default if kind is None else str(kind))
         return self.variants if found is None else [found]
 
-    def validate(self, value: Any) -> BaseModel:
+    def validate(self, value: object) -> BaseModel:
         """Returns the configuration that a mapping describes.
 
         A configuration of a registered kind is returned unchanged.
@@ -100,7 +99,7 @@ class Kinds:
         return self._variants[kind].model_validate(given | {"kind": kind})
 
     def __get_pydantic_core_schema__(
-        self, _source: Any, _handler: GetCoreSchemaHandler
+        self, _source: object, _handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
             self.validate,
@@ -134,7 +133,7 @@ def kind_or(default: str) -> Discriminator:
     Example: Annotated[Annotated[A, Tag("a")] | Annotated[B, Tag("b")], kind_or("a")]
     """
 
-    def kind(value: Any) -> str:
+    def kind(value: object) -> str:
         found = value.get("kind", default) if isinstance(value, Mapping) else None
         return str(getattr(value, "kind", default) if found is None else found)
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from easyllm.core.config import Config
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import JsonMapping, JsonObject
 
 MANIFEST_FILE = "manifest.json"
 RECORDED_PACKAGES = ("easyllm-stack", "torch", "numpy", "safetensors", "tokenizers", "gguf")
@@ -26,12 +26,12 @@ class Manifest(Config):
         description="What produced the result: train, convert, merge, corpus, tokenizer ..."
     )
     created: str = Field(description="Time of creation in UTC, ISO 8601.")
-    config: dict[str, Any] = Field(description="The configuration that produced the result.")
+    config: JsonObject = Field(description="The configuration that produced the result.")
     inputs: dict[str, str] = Field(description="Name or path of each input -> its SHA-256.")
     versions: dict[str, str] = Field(
         description="Versions of Python, the platform and the packages that affect results."
     )
-    results: dict[str, Any] = Field(
+    results: JsonObject = Field(
         default_factory=dict, description="Figures of the result, such as losses and counts."
     )
 
@@ -40,9 +40,9 @@ class Manifest(Config):
         cls,
         kind: str,
         *,
-        config: Mapping[str, Any],
+        config: JsonMapping,
         inputs: Mapping[str, str],
-        results: Mapping[str, Any] | None = None,
+        results: JsonMapping | None = None,
     ) -> "Manifest":
         """Returns a manifest with the current time; `inputs` maps names to hashes of the inputs."""
         return cls(
@@ -80,7 +80,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hash_value(value: Any) -> str:
+def hash_value(value: object) -> str:
     """Returns the SHA-256 of a JSON-like value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

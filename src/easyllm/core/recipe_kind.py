@@ -1,10 +1,10 @@
 """Detection of the command that a recipe is for, from keys that only one kind of recipe has."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonMapping
 
 Command = Literal["run", "train", "data build"]
 KINDS: dict[str, tuple[Command, str]] = {
@@ -15,12 +15,12 @@ KINDS: dict[str, tuple[Command, str]] = {
 """Command and description by the key that identifies them, in the order of the search."""
 
 
-def command_of(values: Mapping[str, Any]) -> Command | None:
+def command_of(values: JsonMapping) -> Command | None:
     """Returns the command that a recipe with these values is for; None if no key identifies it."""
     return next((command for key, (command, _) in KINDS.items() if key in values), None)
 
 
-def check_recipe_kind(values: Mapping[str, Any], path: Path, command: Command) -> None:
+def check_recipe_kind(values: JsonMapping, path: Path, command: Command) -> None:
     """Checks that a recipe is not one for another command.
 
     Args:

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from easyllm.core.atomic import check_writable, output_errors, write_atomic
 from easyllm.core.config import dump_yaml, first_difference
 from easyllm.core.errors import OutputError
+from easyllm.core.json_types import Json
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -73,7 +73,7 @@ def _completed(text: str, config: BaseModel) -> str:
         return text
 
 
-def _comparable(text: str, ignore: Collection[str]) -> Any:
+def _comparable(text: str, ignore: Collection[str]) -> Json:
     values = yaml.safe_load(text)
     if not isinstance(values, dict):
         return values

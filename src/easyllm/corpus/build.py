@@ -17,13 +17,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from easyllm.core.atomic import atomic_directory, write_atomic
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError, DataError, EasyllmError
+from easyllm.core.json_types import Json, JsonObject
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path, hash_value
 from easyllm.core.progress import Progress, console
 from easyllm.core.run_folder import RECIPE_FILE, check_run_folder, claim_run_folder
@@ -58,7 +58,7 @@ class Plan:
     sources: dict[str, dict[str, int]]
     stages: list[str]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns the plan as a JSON-serializable dict."""
         return asdict(self)
 
@@ -109,7 +109,7 @@ class CorpusBuild:
         stages += [f"dedup {step.kind}" for step in (config.dedup.steps if config.dedup else ())]
         return [*stages, "tokenize", "mix and pack"]
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> JsonObject:
         """Builds the corpus, or resumes a killed build; a finished corpus is not modified.
 
         Returns:
@@ -138,7 +138,7 @@ class CorpusBuild:
                     self._discard()
                 raise
 
-    def _build(self, executor: Executor, runs: Decontaminator | None) -> dict[str, Any]:
+    def _build(self, executor: Executor, runs: Decontaminator | None) -> JsonObject:
         evaluation = None if runs is None else self.work / "evaluation"
         if runs is not None and evaluation is not None:
             runs.save(evaluation)
@@ -163,13 +163,13 @@ class CorpusBuild:
         self,
         executor: Executor,
         name: str,
-        items: list[dict[str, Any]],
+        items: list[JsonObject],
         sizes: Sequence[int],
-    ) -> list[dict[str, Any]]:
+    ) -> list[JsonObject]:
         """Runs the work items of a stage, skipping finished ones, and returns their counts."""
         folder = self.work / name
         folder.mkdir(parents=True, exist_ok=True)
-        found: list[dict[str, Any] | None] = [
+        found: list[JsonObject | None] = [
             finished(Path(item["stem"] + ".json"), hash_value(item)) for item in items
         ]
         left = [i for i, counts in enumerate(found) if counts is None]
@@ -182,7 +182,7 @@ class CorpusBuild:
                 progress.advance(sizes[i] / 1e6)
         return [counts for counts in found if counts is not None]
 
-    def _clean_items(self, evaluation: Path | None) -> list[dict[str, Any]]:
+    def _clean_items(self, evaluation: Path | None) -> list[JsonObject]:
         privacy = self.config.privacy
         forbidden = None if evaluation is None else hash_path(evaluation)
         items = []
@@ -202,7 +202,7 @@ class CorpusBuild:
 
     def _dedup(
         self, executor: Executor, stage: str, step: Config, stems: list[Path]
-    ) -> tuple[list[Path], list[dict[str, Any]]]:
+    ) -> tuple[list[Path], list[JsonObject]]:
         """Runs one deduplication step: hash each split, decide globally, filter each split."""
         described = step.model_dump(mode="json")
         sizes = [documents_file(stem).stat().st_size for stem in stems]
@@ -256,7 +256,7 @@ class CorpusBuild:
                     }
                 )
 
-    def _tokenize(self, executor: Executor, stems: list[Path]) -> list[dict[str, Any]]:
+    def _tokenize(self, executor: Executor, stems: list[Path]) -> list[JsonObject]:
         folder = self.output / "tokenizer"
         if not folder.exists():
             with atomic_directory(folder) as work:
@@ -300,10 +300,10 @@ class CorpusBuild:
     def _finish(
         self,
         counts: Counts,
-        tokens: list[dict[str, Any]],
+        tokens: list[JsonObject],
         composition: dict[str, dict[str, float]],
         held_out: dict[str, int],
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """Writes the report and the manifest, and removes the intermediate files."""
         packed = int(sum(c["tokens"] for c in composition.values()))
         text_bytes = sum(done["bytes"] for done in tokens)
@@ -354,8 +354,8 @@ class CorpusBuild:
     # ---- parts
 
     def _item(
-        self, work: str, stage: str, number: int, arguments: dict[str, Any], *, inputs: Any
-    ) -> dict[str, Any]:
+        self, work: str, stage: str, number: int, arguments: JsonObject, *, inputs: object
+    ) -> JsonObject:
         """Returns a work item; `inputs` identifies its input, so that changed input is new work."""
         stem = str(self.work / stage / f"{number:05d}")
         return {"work": work, "stem": stem, "arguments": arguments, "inputs": inputs}
@@ -373,7 +373,7 @@ class CorpusBuild:
                 raise DataError(f"decontaminate.sets.{name} contains no text; check its text_key")
         return Decontaminator.from_texts(texts, config)
 
-    def _fates(self, counts: Counts) -> dict[str, dict[str, Any]]:
+    def _fates(self, counts: Counts) -> dict[str, JsonObject]:
         return counts_by_source(counts, [split.source for split in self.splits])
 
     def _check_documents_remain(self, counts: Counts) -> None:
@@ -411,7 +411,7 @@ def _end_id(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
     return end
 
 
-def _stamps(split: Split) -> list[list[Any]]:
+def _stamps(split: Split) -> list[list[Json]]:
     """Returns size and modification time of a split's files, so that changed files are redone."""
     stats = {part.path: Path(part.path).stat() for part in split.parts}
     return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats.items())]
@@ -421,7 +421,7 @@ def _record_key(stem: Path) -> str:
     return hash_file(stem.with_name(stem.name + ".json"))
 
 
-def _summed(counts: list[dict[str, Any]], name: str) -> dict[str, int]:
+def _summed(counts: list[JsonObject], name: str) -> dict[str, int]:
     total: dict[str, int] = {}
     for done in counts:
         for key, value in done[name].items():

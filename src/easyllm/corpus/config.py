@@ -4,7 +4,7 @@ import glob
 import os
 import sysconfig
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -16,6 +16,7 @@ from easyllm.core.config import (
     validate,
 )
 from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.core.json_types import Json, JsonObject
 from easyllm.core.recipe_kind import check_recipe_kind
 from easyllm.corpus.clean import CleanConfig
 from easyllm.corpus.decontaminate import DecontaminationConfig
@@ -127,7 +128,7 @@ class CorpusParts(Config):
         "dedup", mode="before", json_schema_input_type=DedupPresetName | DedupConfig | None
     )
     @classmethod
-    def _preset(cls, value: Any) -> Any:
+    def _preset(cls, value: object) -> Json:
         return dedup_preset(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -172,7 +173,7 @@ def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:
     return validate(CorpusConfig, values, source=str(path), overrides=overrides)
 
 
-def resolve_sources(values: dict[str, Any], folder: Path) -> None:
+def resolve_sources(values: JsonObject, folder: Path) -> None:
     """Resolves the paths of all sources of a recipe in place.
 
     A path that matches files in the recipe's folder is resolved against that folder;
@@ -195,7 +196,7 @@ def resolve_sources(values: dict[str, Any], folder: Path) -> None:
                 _resolve_python(source)
 
 
-def _placed(paths: Any, folder: Path) -> Any:
+def _placed(paths: object, folder: Path) -> Json:
     """Returns paths and globs, resolved against the recipe's folder if they match files in it."""
     if isinstance(paths, str):
         paths = [paths]
@@ -209,7 +210,7 @@ def _beside(path: str, folder: Path) -> str:
     return str(folder / path) if found else path
 
 
-def _resolve_python(source: dict[str, Any]) -> None:
+def _resolve_python(source: JsonObject) -> None:
     if not isinstance(source["paths"], list) or PYTHON_SOURCES not in source["paths"]:
         return
     if len(source["paths"]) > 1:

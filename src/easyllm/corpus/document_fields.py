@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from easyllm.corpus.document import Document
 from easyllm.corpus.files.blocks import MAX_BYTES
@@ -52,7 +51,7 @@ def to_document(row: Row, keys: RowKeys, *, source: str, language: str | None) -
     return Document(id=str(id), source=source, text=text, language=own or language)
 
 
-def language_code(tag: Any) -> str | None:
+def language_code(tag: object) -> str | None:
     """Returns the language of a tag like `en`, `en-GB` or `zh_Hans`, or None for anything else.
 
     >>> language_code("zh-CN"), language_code("Chinese")
@@ -62,7 +61,7 @@ def language_code(tag: Any) -> str | None:
     return match[1].lower() if match else None
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     if isinstance(value, str):
         return value != ""
     return isinstance(value, int) and not isinstance(value, bool)

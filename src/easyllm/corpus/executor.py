@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context, parent_process
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Literal, Protocol, Self
 
 from easyllm.core.errors import ConfigError, install
+from easyllm.core.json_types import JsonObject
 
 Engine = Literal["local", "ray"]
-Work = Callable[[dict[str, Any]], dict[str, Any]]
+Work = Callable[[JsonObject], JsonObject]
 """A module-level function (it is pickled by name) that maps a JSON-like dict to another."""
 AHEAD = 2
 """Number of items submitted beyond one per process, so that no process is idle."""
@@ -29,7 +30,7 @@ AHEAD = 2
 class Executor(Protocol):
     """Calls a function on every item; as a context manager, it ends its processes on exit."""
 
-    def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def map(self, work: Work, items: Sequence[JsonObject]) -> Iterator[JsonObject]:
         """Yields the results of `work` in the order of the items."""
         ...
 
@@ -78,7 +79,7 @@ class LocalExecutor:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def map(self, work: Work, items: Sequence[JsonObject]) -> Iterator[JsonObject]:
         """Yields the results of `work` in the order of the items.
 
         If an item raises an error, pending items are cancelled, running ones are awaited and the
@@ -93,7 +94,7 @@ class LocalExecutor:
             self._pool = ProcessPoolExecutor(
                 self.workers, mp_context=get_context("spawn"), initializer=_prepare_worker
             )
-        running: deque[Future[dict[str, Any]]] = deque()
+        running: deque[Future[JsonObject]] = deque()
         try:
             for item in items:
                 running.append(self._pool.submit(work, item))
@@ -117,7 +118,7 @@ class RayExecutor:
             ) from None
         self.workers = workers
         if not ray.is_initialized():
-            options: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers}
+            options: JsonObject = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers}
             ray.init(
                 include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
             )
@@ -133,7 +134,7 @@ class RayExecutor:
     ) -> None:
         """Does nothing: Ray keeps running, so that another build in this process can reuse it."""
 
-    def map(self, work: Work, items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def map(self, work: Work, items: Sequence[JsonObject]) -> Iterator[JsonObject]:
         """Yields the results of `work` in the order of the items.
 
         An `EasyllmError` of an item is raised with its original type.
@@ -164,7 +165,7 @@ class _Call:
     def __init__(self, work: Work) -> None:
         self.work = work
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: JsonObject) -> JsonObject:
         from easyllm.core.errors import EasyllmError
 
         try:
@@ -174,7 +175,7 @@ class _Call:
         return {"number": row["number"], "result": json.dumps(result)}
 
 
-def _mistake(result: dict[str, Any]) -> Exception:
+def _mistake(result: JsonObject) -> Exception:
     from easyllm.core import errors
 
     kind: type[Exception] = getattr(errors, result["kind"], errors.EasyllmError)

@@ -2,14 +2,15 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-Counts = list[tuple[str, list[dict[str, Any]]]]
+from easyllm.core.json_types import JsonObject
+
+Counts = list[tuple[str, list[JsonObject]]]
 """Stages that remove documents, each with the counts of its work items, one per split."""
 REASONS_SHOWN = 3
 
 
-def removals(counts: Counts, read: int) -> list[dict[str, Any]]:
+def removals(counts: Counts, read: int) -> list[JsonObject]:
     """Returns the number of documents removed by each rule of each stage.
 
     Args:
@@ -31,7 +32,7 @@ def removals(counts: Counts, read: int) -> list[dict[str, Any]]:
     return rows
 
 
-def counts_by_source(counts: Counts, sources: Sequence[str]) -> dict[str, dict[str, Any]]:
+def counts_by_source(counts: Counts, sources: Sequence[str]) -> dict[str, JsonObject]:
     """Returns what happened to the documents of each source.
 
     Args:
@@ -62,7 +63,7 @@ def counts_by_source(counts: Counts, sources: Sequence[str]) -> dict[str, dict[s
 
 
 def _of_source(
-    items: list[dict[str, Any]], sources: Sequence[str], name: str, key: str
+    items: list[JsonObject], sources: Sequence[str], name: str, key: str
 ) -> dict[str, int]:
     total = Counter[str]()
     for source, item in zip(sources, items, strict=True):
@@ -78,7 +79,7 @@ def reasons(by_rule: Mapping[str, int]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def notes(summary: dict[str, Any]) -> list[str]:
+def notes(summary: JsonObject) -> list[str]:
     """Returns notes for the user: sources without remaining documents, bad rows, private data."""
     lines = [
         f"no documents remain from source {name!r} "
@@ -100,7 +101,7 @@ def notes(summary: dict[str, Any]) -> list[str]:
 SOURCE_COLUMNS = ("source", "read", "kept", "held out", "packed", "tokens", "wanted", "epochs")
 
 
-def source_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+def source_rows(summary: JsonObject) -> list[tuple[str, ...]]:
     """Returns a row of `SOURCE_COLUMNS` for each source.
 
     `tokens` and `wanted` count tokens; the other counts are documents.
@@ -123,7 +124,7 @@ def source_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 REMOVAL_COLUMNS = ("stage", "rule", "documents", "of read")
 
 
-def removal_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+def removal_rows(summary: JsonObject) -> list[tuple[str, ...]]:
     """Returns a row of `REMOVAL_COLUMNS` for each rule that removed documents."""
     return [
         (row["stage"], row["rule"], f"{row['documents']:,}", f"{row['share']:.1%}")
@@ -131,7 +132,7 @@ def removal_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def headline(summary: dict[str, Any]) -> str:
+def headline(summary: JsonObject) -> str:
     """Returns the summary in one sentence, without the final period."""
     held = f", {summary['held_out']:,} held out for validation" if summary["held_out"] else ""
     return (
@@ -141,7 +142,7 @@ def headline(summary: dict[str, Any]) -> str:
     )
 
 
-def report(name: str, summary: dict[str, Any]) -> str:
+def report(name: str, summary: JsonObject) -> str:
     """Returns the report as Markdown.
 
     Args:
@@ -168,7 +169,7 @@ def report(name: str, summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _removed(stage: str, item: dict[str, Any]) -> dict[str, int]:
+def _removed(stage: str, item: JsonObject) -> dict[str, int]:
     """Returns the number of documents that a work item removed, by rule."""
     if "removed" in item:
         return {stage.rsplit("-", 1)[-1]: item["removed"]}

@@ -11,12 +11,13 @@ same files.
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError, DataError, suggest
+from easyllm.core.json_types import Json, JsonObject
 from easyllm.corpus.document import Document
 from easyllm.corpus.document_fields import EMPTY_TEXT, RowKeys, to_document
 from easyllm.corpus.files.blocks import (
@@ -107,7 +108,7 @@ class SourceConfig(Config):
 
     @field_validator("paths", mode="before", json_schema_input_type=str | Paths)
     @classmethod
-    def _one_path(cls, value: Any) -> Any:
+    def _one_path(cls, value: object) -> Json:
         return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -168,12 +169,12 @@ class Split:
         """Bytes to read in all parts."""
         return sum(part.num_bytes for part in self.parts)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns plain values for JSON."""
         return asdict(self) | {"parts": [asdict(part) for part in self.parts]}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         """Restores a split from the result of `as_dict`."""
         return cls(source=values["source"], parts=tuple(Part(**part) for part in values["parts"]))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from easyllm.core.atomic import output_errors
+from easyllm.core.json_types import JsonObject
 from easyllm.corpus.document import Document, Rejection
 from easyllm.corpus.files.blocks import optional
 
@@ -41,7 +42,7 @@ class LineWriter:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
-    def write(self, values: dict[str, Any]) -> None:
+    def write(self, values: JsonObject) -> None:
         """Appends one line."""
         self._stream.write(json.dumps(values, ensure_ascii=False).encode("utf-8") + b"\n")
 
@@ -55,7 +56,7 @@ class LineWriter:
         self.write(reason | asdict(rejection.document))
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[JsonObject]:
     """Yields the objects of a file that `line_writer` wrote."""
     zstandard = optional("zstandard", "compressed JSON lines")
     with (

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from easyllm.core.json_types import Json
 from easyllm.corpus.shards import token_dtype
 from easyllm.corpus.token_bytes import token_bytes
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -100,7 +100,7 @@ class TokenPool:
         self._starts[split] = np.insert(starts, place + 1, starts[place] + inside)
         self._first[split + 1 :] += 1
 
-    def document(self, number: int) -> Any:
+    def document(self, number: int) -> Json:
         """Returns the token ids of document `number`, a view of the memory-mapped file."""
         split = int(np.searchsorted(self._first, number, side="right")) - 1
         begin, end = self._starts[split][number - self._first[split] :][:2]

@@ -1,8 +1,8 @@
 """Warnings about a finished build: rules, bad rows or languages that removed most of a source."""
 
 from collections.abc import Mapping
-from typing import Any
 
+from easyllm.core.json_types import JsonMapping
 from easyllm.corpus.clean.language import CHINESE
 
 MAX_SHARE = 0.5
@@ -16,7 +16,7 @@ NUM_RULES = 3
 MIN_DOCUMENTS = 10
 """Number of documents below which shares are not meaningful."""
 
-Fates = Mapping[str, Mapping[str, Any]]
+Fates = Mapping[str, JsonMapping]
 
 
 def warnings(sources: Fates) -> list[str]:
@@ -58,7 +58,7 @@ def explain_empty_corpus(sources: Fates, shown: list[str]) -> str:
     return f"({listed}); {_remedy(next(iter(removed)), _summed(sources, 'languages'))}"
 
 
-def _of_source(name: str, fate: Mapping[str, Any]) -> list[str]:
+def _of_source(name: str, fate: JsonMapping) -> list[str]:
     lines = []
     bad, read = _num_bad(fate), fate["read"]
     if bad + read >= MIN_DOCUMENTS and bad > MAX_SHARE * (bad + read):
@@ -112,7 +112,7 @@ def _remedy_of_row(kind: str) -> str:
     return "check the files"
 
 
-def _num_bad(fate: Mapping[str, Any]) -> int:
+def _num_bad(fate: JsonMapping) -> int:
     return sum(fate["bad_rows"].values())
 
 

@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from easyllm.core.atomic import write_json
+from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import hash_value
 from easyllm.corpus.clean import CleanConfig, Cleaner, CleanReport
 from easyllm.corpus.decontaminate import Decontaminator
@@ -34,10 +34,10 @@ BATCH = 256
 """Number of texts tokenized in one call."""
 BAD_ROWS_SHOWN = 5
 
-Counts = dict[str, Any]
+Counts = JsonObject
 
 
-def run_item(item: dict[str, Any]) -> Counts:
+def run_item(item: JsonObject) -> Counts:
     """Runs a work item, or returns its recorded counts if it has already finished.
 
     The counts are recorded in `<stem>.json` with the hash of the item.
@@ -85,10 +85,10 @@ def rejected_file(stem: Path) -> Path:
 def clean(
     stem: Path,
     *,
-    split: dict[str, Any],
-    source: dict[str, Any],
-    rules: dict[str, Any] | None,
-    privacy: dict[str, Any] | None,
+    split: JsonObject,
+    source: JsonObject,
+    rules: JsonObject | None,
+    privacy: JsonObject | None,
     evaluation: str | None,
 ) -> Counts:
     """Reads a split, and cleans, redacts and decontaminates its documents.
@@ -128,7 +128,7 @@ def clean(
     return report.as_dict() | {"private": private, "bad_rows": bad, "bad_rows_shown": shown}
 
 
-def dedup_keys(stem: Path, *, documents: str, step: dict[str, Any]) -> Counts:
+def dedup_keys(stem: Path, *, documents: str, step: JsonObject) -> Counts:
     """Writes the hashes that one deduplication step compares, and the ids of the documents.
 
     Args:
@@ -149,7 +149,7 @@ def dedup_keys(stem: Path, *, documents: str, step: dict[str, Any]) -> Counts:
     return {"documents": len(ids)}
 
 
-def dedup_apply(stem: Path, *, documents: str, decision: str, step: dict[str, Any]) -> Counts:
+def dedup_apply(stem: Path, *, documents: str, decision: str, step: JsonObject) -> Counts:
     """Applies the decision of a deduplication step to a split: removes documents or parts of them.
 
     Args:

@@ -11,6 +11,7 @@ from easyllm.adapters import detach
 from easyllm.core.config import validate
 from easyllm.core.device import memory_free_bytes, parse_dtype, pick_device
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.engine.admission import check_generates
 from easyllm.engine.beam import Hypothesis, beam_search
 from easyllm.engine.draft_model import ModelDrafter
@@ -220,7 +221,7 @@ class LLM:
 
     def chat(
         self,
-        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        messages: list[JsonObject] | list[list[JsonObject]],
         params: SamplingParams | None = None,
         *,
         adapter: str | Sequence[str] = "",
@@ -299,7 +300,7 @@ class LLM:
         """Returns the token ids of a plain prompt."""
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: list[JsonObject]) -> list[int]:
         """Returns the token ids of a conversation, ending where the assistant's turn begins.
 
         Raises:

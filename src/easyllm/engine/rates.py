@@ -8,10 +8,10 @@ of them and becomes compute-bound again.
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
+from easyllm.core.json_types import JsonObject
 from easyllm.engine.llm import LLM
 from easyllm.engine.memory_plan import tensor_bytes
 from easyllm.engine.params import SamplingParams
@@ -69,7 +69,7 @@ class Rates:
     matmul_share: float
     first_token_s: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns the fields as a dict, floats rounded to four significant digits."""
         return {
             k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(self).items()

@@ -8,9 +8,9 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from easyllm.batches.packing import pack, split_by_tokens
+from easyllm.core.json_types import JsonObject
 from easyllm.engine.llm import LLM
 from easyllm.engine.params import SamplingParams
 from easyllm.examples.conversations import conversations
@@ -58,7 +58,7 @@ class AnswerReport:
     recall: float | None
     answers: tuple[Answer, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns the fields as a dict."""
         return asdict(self)
 
@@ -120,7 +120,7 @@ def _fold(text: str) -> str:
 
 
 def _generate_answers(
-    llm: LLM, keyed: Sequence[tuple[Row, list[dict[str, Any]]]], max_tokens: int
+    llm: LLM, keyed: Sequence[tuple[Row, list[JsonObject]]], max_tokens: int
 ) -> tuple[Answer, ...]:
     prompts = [messages[:-1] for _, messages in keyed]
     done = llm.chat(prompts, SamplingParams(temperature=0, max_tokens=max_tokens))

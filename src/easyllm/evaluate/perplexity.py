@@ -18,12 +18,12 @@ context.
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from easyllm.batches.packing import Batch, pack
 from easyllm.core.errors import ConfigError, DataError
+from easyllm.core.json_types import JsonObject
 from easyllm.corpus.token_bytes import token_bytes
 from easyllm.examples.sample import Sample
 from easyllm.nn.decoder import Decoder
@@ -53,7 +53,7 @@ class Perplexity:
     tokens: int
     bytes: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns the fields as a dict."""
         return asdict(self)
 

@@ -1,15 +1,15 @@
 """Preference data as conversations: the chosen or good responses, for supervised fine-tuning."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
+from easyllm.core.json_types import JsonObject
 from easyllm.corpus.files.row import Row
 from easyllm.examples.conversations import conversations, row_kind
 from easyllm.examples.preferences import labelled, preferences
 from easyllm.tokenizer.messages import Message
 
 
-def chosen_rows(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+def chosen_rows(rows: Iterable[Row]) -> Iterator[JsonObject]:
     """Yields the better response of each row as a row of `messages`.
 
     Of a pair, the chosen response; of a labelled response, the response if its label is true; other
@@ -35,9 +35,9 @@ def chosen_rows(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
 
 
 def _conversation(
-    prompt: list[Message], response: list[Message], tools: list[dict[str, Any]] | None
-) -> dict[str, Any]:
+    prompt: list[Message], response: list[Message], tools: list[JsonObject] | None
+) -> JsonObject:
     """Returns a row of messages in which only the response is trained."""
     asked = [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt]
-    row: dict[str, Any] = {"messages": [*asked, *response]}
+    row: JsonObject = {"messages": [*asked, *response]}
     return row if tools is None else row | {"tools": tools}

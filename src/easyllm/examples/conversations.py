@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from easyllm.core.errors import DataError
+from easyllm.core.json_types import Json, JsonObject
 from easyllm.corpus.files.row import Row
 from easyllm.examples.data_file import read_rows
 from easyllm.examples.tools import read_function_call, read_tools
@@ -27,7 +28,7 @@ class Conversation:
     """
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None
+    tools: list[JsonObject] | None
     location: str
     format: str = "messages"
 
@@ -72,7 +73,7 @@ KNOWN_FORMS = """
   question-answer    {"question": "...", "answer": "..."}"""
 
 
-def row_kind(values: dict[str, Any]) -> RowKind:
+def row_kind(values: JsonObject) -> RowKind:
     """Returns whether a row is a conversation, a preference pair, or has a binary label."""
     if "chosen" in values and "rejected" in values:
         return "preference"
@@ -81,7 +82,7 @@ def row_kind(values: dict[str, Any]) -> RowKind:
     return "conversation"
 
 
-def detect_format(values: dict[str, Any]) -> str | None:
+def detect_format(values: JsonObject) -> str | None:
     """Returns the name of the row's conversation format, or None if it is unknown."""
     if row_kind(values) == "preference":
         return None
@@ -96,7 +97,7 @@ def detect_format(values: dict[str, Any]) -> str | None:
     return None
 
 
-def turn_list(values: dict[str, Any]) -> str | None:
+def turn_list(values: JsonObject) -> str | None:
     """Returns the key under which a row stores a list of turns, or None."""
     return next((key for key in TURN_LISTS if isinstance(values.get(key), list)), None)
 
@@ -174,7 +175,7 @@ def unknown_format(row: Row, forms: str) -> DataError:
     )
 
 
-def _diagnosis(values: dict[str, Any]) -> str:
+def _diagnosis(values: JsonObject) -> str:
     for key in TURN_LISTS:
         if key in values:
             given = (
@@ -199,7 +200,7 @@ def _diagnosis(values: dict[str, Any]) -> str:
 
 
 def read_messages(
-    values: list[Any], row: Row, *, turns: bool = False, name: str = ""
+    values: list[Json], row: Row, *, turns: bool = False, name: str = ""
 ) -> list[Message]:
     """Returns the turns of a list as messages, whichever form each turn is in.
 
@@ -235,7 +236,7 @@ def read_messages(
     return [_with_training_keys(m, given) for m, given in zip(checked, messages, strict=True)]
 
 
-def _read_any(turn: Any, row: Row, name: str, *, turns: bool) -> Any:
+def _read_any(turn: Json, row: Row, name: str, *, turns: bool) -> Json:
     """Returns a turn of either form as a message; anything else is returned unchanged."""
     if _is_sharegpt(turn, turns):
         return read_turn(turn, row, name)
@@ -245,9 +246,9 @@ def _read_any(turn: Any, row: Row, name: str, *, turns: bool) -> Any:
     return turn
 
 
-def _merge_calls(messages: list[Any], is_call: list[bool]) -> list[Any]:
+def _merge_calls(messages: list[Json], is_call: list[bool]) -> list[Json]:
     """Merges consecutive tool-call turns into one message; ms-swift writes one turn per call."""
-    merged: list[Any] = []
+    merged: list[Json] = []
     for number, message in enumerate(messages):
         follows = number > 0 and is_call[number - 1] and is_call[number]
         if follows and _but_calls(merged[-1]) == _but_calls(message):
@@ -257,7 +258,7 @@ def _merge_calls(messages: list[Any], is_call: list[bool]) -> list[Any]:
     return merged
 
 
-def _is_call(turn: Any) -> bool:
+def _is_call(turn: Json) -> bool:
     """Returns whether the role of a turn says that it consists of tool calls only."""
     speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
     is_named = isinstance(speaker, str) and speaker in CALL_ROLES
@@ -275,7 +276,7 @@ def _with_training_keys(message: Message, given: Message) -> Message:
     return message | {key: given[key] for key in TRAIN_KEYS if given.get(key) is not None}
 
 
-def read_turn(turn: Any, row: Row, name: str) -> Message:
+def read_turn(turn: object, row: Row, name: str) -> Message:
     """Returns a ShareGPT turn, `{"from": ..., "value": ...}`, as a message.
 
     Args:
@@ -299,13 +300,13 @@ def read_turn(turn: Any, row: Row, name: str) -> Message:
     return rest | {"role": SHAREGPT_ROLES[speaker], "content": value}
 
 
-def _is_sharegpt(turn: Any, by_default: bool) -> bool:
+def _is_sharegpt(turn: object, by_default: bool) -> bool:
     if not isinstance(turn, dict):
         return by_default
     return "from" in turn or (by_default and "role" not in turn)
 
 
-def _are_sharegpt(turns: list[Any]) -> bool:
+def _are_sharegpt(turns: list[Json]) -> bool:
     return bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
 
 

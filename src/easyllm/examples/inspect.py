@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import track
 from easyllm.examples.conversations import RowKind, conversations, row_kind
 from easyllm.examples.data_file import Row, read_rows
@@ -88,7 +88,7 @@ class Inspection:
         ordered = sorted(self.lengths)
         return ordered[math.ceil(fraction * len(ordered)) - 1] if ordered else 0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns plain values for JSON."""
         return {
             "kind": self.kind,
@@ -172,7 +172,7 @@ def _samples(
     rows: Iterable[Row],
     found: Inspection,
     tokenizer: Tokenizer,
-    limit: dict[str, Any],
+    limit: JsonObject,
     train_on: TrainOn,
     split_turns: bool,
 ) -> Iterator[SampleParts]:
@@ -202,7 +202,7 @@ def _parts_of(pair: EncodedPair) -> list[tuple[str, Encoded]]:
     ]
 
 
-def _sample_dict(sample: Inspected) -> dict[str, Any]:
+def _sample_dict(sample: Inspected) -> JsonObject:
     parts = [
         {
             "heading": part.heading,

@@ -7,9 +7,9 @@ from 0, or a regression target. Class names are rejected with a hint to map them
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from easyllm.core.errors import DataError
+from easyllm.core.json_types import Json
 from easyllm.examples.data_file import Row, read_rows
 from easyllm.examples.prepare import PreparationStats
 from easyllm.examples.sample import Sample
@@ -78,7 +78,7 @@ def _text(row: Row, key: str) -> str:
 
 
 def _label(row: Row, key: str, num_labels: int) -> int | float:
-    value: Any = row.values.get(key)
+    value: Json = row.values.get(key)
     if isinstance(value, str):
         expected = "a number" if num_labels == 1 else f"a class number from 0 to {num_labels - 1}"
         raise DataError(

@@ -11,9 +11,9 @@ same prompt. The prompt is never trained, including assistant turns in it.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from easyllm.core.errors import DataError
+from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import track
 from easyllm.corpus.files.row import Row
 from easyllm.examples.conversations import (
@@ -67,7 +67,7 @@ class PreferencePair:
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
-    tools: list[dict[str, Any]] | None
+    tools: list[JsonObject] | None
     location: str
     format: str = "preference"
 
@@ -79,7 +79,7 @@ class LabelledCompletion:
     prompt: list[Message]
     completion: list[Message]
     label: bool
-    tools: list[dict[str, Any]] | None
+    tools: list[JsonObject] | None
     location: str
     format: str = "prompt-completion-label"
 
@@ -135,7 +135,7 @@ def preferences(rows: Iterable[Row]) -> Iterator[PreferencePair]:
         yield _pair(row, kind)
 
 
-def detect_pair_format(values: dict[str, Any]) -> str | None:
+def detect_pair_format(values: JsonObject) -> str | None:
     """Returns the name of the row's preference format, or None if it is not a known pair."""
     if row_kind(values) != "preference":
         return None

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from easyllm.core.errors import ConfigError, DataError
+from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import track
 from easyllm.examples.conversations import Conversation
 from easyllm.examples.sample import Sample
@@ -105,7 +106,7 @@ class PreparationStats:
         self.unrendered_messages += not all(item.renders_content for item in encoded)
         self.untrained_calls += sum(item.untrained_calls for item in encoded)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns plain values for JSON."""
         return asdict(self) | {
             "prompt_tokens": self.prompt_tokens,
@@ -242,7 +243,7 @@ def split_responses(conversation: Conversation) -> Iterator[Conversation]:
 
 def encode_messages(
     messages: list[Message],
-    tools: list[dict[str, Any]] | None,
+    tools: list[JsonObject] | None,
     location: str,
     tokenizer: Tokenizer,
     *,
@@ -363,7 +364,7 @@ def _refuse_masked(messages: list[Message]) -> None:
                 )
 
 
-def _writes_tools(messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> bool:
+def _writes_tools(messages: list[Message], tools: list[JsonObject] | None, text: str) -> bool:
     """Returns whether the text contains the name of every tool offered and function called."""
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     names = [tool.get("function", tool).get("name") for tool in [*(tools or ()), *calls]]

@@ -1,12 +1,12 @@
 """Samples: one sequence of token ids with a label for each, or several that stay together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from easyllm.core.json_types import JsonMapping
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 
-_NO_EXTRAS: Mapping[str, Any] = {}
+_NO_EXTRAS: JsonMapping = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Sample:
 
     token_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    extras: Mapping[str, Any] = field(default_factory=lambda: _NO_EXTRAS, hash=False)
+    extras: JsonMapping = field(default_factory=lambda: _NO_EXTRAS, hash=False)
     """Extra inputs of the objective by name: one number per sequence, or a sequence of
     `len(token_ids)` numbers, one per token."""
 

@@ -1,14 +1,14 @@
 """Reads the tools and tool calls of a row, which may be JSON text at several levels."""
 
 import json
-from typing import Any
 
 from easyllm.core.errors import DataError
+from easyllm.core.json_types import Json, JsonObject
 from easyllm.corpus.files.row import Row
 from easyllm.tokenizer.messages import Message, read_arguments
 
 
-def read_tools(row: Row) -> list[dict[str, Any]] | None:
+def read_tools(row: Row) -> list[JsonObject] | None:
     """Returns the tools that a row offers under `tools` or `functions`, or None if there are none.
 
     The list, and each tool in it, may be given as JSON text.
@@ -32,7 +32,7 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
     return tools
 
 
-def _read_tool(tool: Any) -> Any:
+def _read_tool(tool: Json) -> Json:
     """Returns a tool as an object, including its parameters.
 
     Tables often store both as JSON text, because they cannot store the objects.
@@ -45,13 +45,13 @@ def _read_tool(tool: Any) -> Any:
     return tool | {"function": function} if "function" in tool else function
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(value: object) -> Json:
     if not isinstance(value, str):
         return value
     return json.loads(value) if value.strip() else None
 
 
-def read_function_call(value: Any, row: Row, name: str, role: str = "function_call") -> Message:
+def read_function_call(value: object, row: Row, name: str, role: str = "function_call") -> Message:
     """Returns a tool-call turn as a message.
 
     Args:

@@ -68,7 +68,7 @@ def check_keys(row: Row, format: str, *, read: tuple[str, ...] = ()) -> None:
                 )
 
 
-def _asks(key: str, value: Any) -> bool:
+def _asks(key: str, value: object) -> bool:
     """Returns whether the value is neither empty nor the default behaviour."""
     if REFUSED[key] is _WEIGHT:
         return value is not None and value != 1

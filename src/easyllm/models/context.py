@@ -1,11 +1,12 @@
 """Extending the context of a RoPE model at inference time: new positions, unchanged weights."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.nn.config import AttentionConfig, ModelConfig
 from easyllm.nn.position_config import (
     DynamicNTKScaling,
@@ -87,7 +88,7 @@ def extend_context(config: ModelConfig, context: ContextConfig) -> ModelConfig:
                 f"{rope.kind} positions{' with scaling' if isinstance(rope, Rope) else ''}; "
                 "use the model without --rope"
             )
-        changes: dict[str, Any] = {"position": _position(rope, mixer.head_dim, trained, context)}
+        changes: JsonObject = {"position": _position(rope, mixer.head_dim, trained, context)}
         if context.method == "streaming":
             changes |= _streaming_window(mixer, trained, context)
         if context.logn:
@@ -100,9 +101,7 @@ def extend_context(config: ModelConfig, context: ContextConfig) -> ModelConfig:
     )
 
 
-def _streaming_window(
-    mixer: AttentionConfig, trained: int, context: ContextConfig
-) -> dict[str, Any]:
+def _streaming_window(mixer: AttentionConfig, trained: int, context: ContextConfig) -> JsonObject:
     window = context.window or trained - context.sinks
     if mixer.window is not None:
         window = min(window, mixer.window)

@@ -1,13 +1,12 @@
 """Model configurations from a source or a published size, without reading any weights."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from easyllm.core.errors import CheckpointError, EasyllmError, SourceError, suggest
+from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.models.families import FAMILIES
 from easyllm.models.hf_config import CONFIG_FILE, read_config, read_files
 from easyllm.models.load import open_source
@@ -15,7 +14,7 @@ from easyllm.models.sources import HUB_PREFIX, KNOWN_MODELS, hub_file
 from easyllm.nn.config import ModelConfig
 
 
-def published_sizes() -> dict[str, dict[str, Any]]:
+def published_sizes() -> dict[str, JsonObject]:
     """Returns the `config.json` values of published models by name (`llama2-7b`)."""
     return {name: values for family in FAMILIES.values() for name, values in family.sizes.items()}
 
@@ -56,7 +55,7 @@ def describe(source: str) -> ModelConfig:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> JsonObject:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -66,7 +65,7 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read(values: Mapping[str, Any], source: str) -> ModelConfig:
+def _read(values: JsonMapping, source: str) -> ModelConfig:
     try:
         return read_config(values)
     except EasyllmError:

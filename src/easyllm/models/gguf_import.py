@@ -4,8 +4,7 @@ The family modules handle what differs between families (tensor names, metadata 
 this module handles what all GGUF files share.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.gguf_parts import SplitGGUF
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.models.families import layout_of
 from easyllm.models.families.gguf_layout import GGUFMetadata, Transform
 from easyllm.tokenizer.from_gguf import end_ids_from_gguf, token_id_from_gguf
@@ -24,10 +24,10 @@ experts; experts beyond it are reported as missing."""
 
 
 def hf_config(
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, Any],
+    metadata: JsonMapping,
+    tensors: JsonMapping,
     load: Callable[[str], Tensor] | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Returns the `config.json` values that the metadata of a GGUF file describe.
 
     Args:
@@ -69,7 +69,7 @@ class GGUFTensors:
         CheckpointError: the file contains a tensor that its architecture is not known to have.
     """
 
-    def __init__(self, file: GGUFFile | SplitGGUF, config: Mapping[str, Any]) -> None:
+    def __init__(self, file: GGUFFile | SplitGGUF, config: JsonMapping) -> None:
         self._file, self._config = file, config
         self._sources: dict[str, tuple[str, Transform | None, int | None]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -106,7 +106,7 @@ class GGUFTensors:
 
 
 def _shape(
-    shape: tuple[int, ...], transform: Transform | None, config: Mapping[str, Any]
+    shape: tuple[int, ...], transform: Transform | None, config: JsonMapping
 ) -> tuple[int, ...]:
     if transform is None:
         return shape

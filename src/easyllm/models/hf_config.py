@@ -8,10 +8,10 @@ classification head (an architecture `...ForSequenceClassification` with `id2lab
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from easyllm.core.config import first_difference
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.models.families import family_named, family_of
 from easyllm.models.families.family import read_token_ids
 from easyllm.nn.config import ModelConfig
@@ -21,7 +21,7 @@ CLASSIFIER = "ForSequenceClassification"
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 
 
-def read_files(folder: Path) -> dict[str, Any]:
+def read_files(folder: Path) -> JsonObject:
     """Reads `config.json`, with the EOS ids of `generation_config.json` taking precedence.
 
     Raises:
@@ -52,14 +52,14 @@ def with_end_ids(config: ModelConfig, ids: Iterable[int]) -> ModelConfig:
     return config if ends == config.eos_token_ids else config.changed(eos_token_ids=ends)
 
 
-def read_config(hf: Mapping[str, Any]) -> ModelConfig:
+def read_config(hf: JsonMapping) -> ModelConfig:
     """Returns the model configuration that the values of a `config.json` describe.
 
     Raises:
         CheckpointError: its `model_type` is unknown, or it sets an option that is not implemented.
     """
     config = family_of(hf.get("model_type")).read_config(hf)
-    shared: dict[str, Any] = {}
+    shared: JsonObject = {}
     if str((hf.get("architectures") or [""])[0]).endswith(CLASSIFIER):
         labels = hf.get("id2label")
         shared["num_labels"] = (
@@ -70,7 +70,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     return config.changed(**shared) if shared else config
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values that describe a model.
 
     Raises:
@@ -91,7 +91,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return hf
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
+def _write(config: ModelConfig) -> JsonObject:
     hf = family_named(config.family).write_config(config)
     if config.prompt_mask != "causal":
         hf["prompt_mask"] = config.prompt_mask
@@ -112,7 +112,7 @@ def _classifier(architecture: str) -> str:
     return architecture
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from easyllm.checkpoint.store import write_model_weights
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import JsonObject
 from easyllm.models.hf_config import CONFIG_FILE, GENERATION_FILE, with_end_ids, write_config
 from easyllm.models.hf_names import keymap_of
 from easyllm.nn.decoder import Decoder
@@ -23,7 +23,7 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     end_ids: Sequence[int] = (),
     replace: bool = False,
-    extra_files: dict[str, Any] | None = None,
+    extra_files: JsonObject | None = None,
 ) -> Path:
     """Saves the model atomically as a Hugging Face folder that `transformers` loads unchanged.
 
@@ -73,7 +73,7 @@ def save_model(
 
 def _packed_tensors(
     model: Decoder,
-) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any] | None]:
+) -> tuple[dict[str, Mapping[str, Tensor]], JsonObject | None]:
     """Returns the tensors of quantized weights and the matching `quantization_config`."""
     formats = model.packed_formats()
     if not formats:

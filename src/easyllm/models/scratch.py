@@ -4,13 +4,13 @@ The weights are random and determined by a seed.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from easyllm.core.config import Config, validate
 from easyllm.core.errors import ConfigError, suggest
+from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.models.families import FAMILIES
 from easyllm.models.families.family import read_token_ids
 from easyllm.models.hf_config import read_config
@@ -55,7 +55,7 @@ class ScratchConfig(Config):
         "number of layers (Karpathy 2025, nanochat) and a head dimension of 64.",
     )
     size: str | None = Field(default=None, description="Named size of a family (`smollm2-135m`).")
-    config: dict[str, Any] | None = Field(
+    config: JsonObject | None = Field(
         default=None,
         description="Values of a `config.json`; or `model_type: easyllm` with any parts under "
         "`parts` (nn/config). A larger vocab_size than the tokenizer's leaves rows without a "
@@ -65,7 +65,7 @@ class ScratchConfig(Config):
         default=None,
         description="Maximum sequence length, in tokens; null keeps that of depth, size or config.",
     )
-    changes: dict[str, Any] = Field(
+    changes: JsonObject = Field(
         default_factory=dict,
         description="Values of `config.json` (or parts) that override those given by depth, size "
         "or config.",
@@ -128,7 +128,7 @@ def build_scratch(config: ModelConfig, *, seed: int, dtype: torch.dtype = torch.
     return model.to(dtype).requires_grad_(False).eval()
 
 
-def _stated(scratch: ScratchConfig) -> dict[str, Any]:
+def _stated(scratch: ScratchConfig) -> JsonObject:
     """Returns the user's values for vocabulary and special tokens; a named size provides none.
 
     Raises:
@@ -154,7 +154,7 @@ def _stated(scratch: ScratchConfig) -> dict[str, Any]:
     return stated
 
 
-def _vocab_size(stated: Mapping[str, Any], tokenizer: Tokenizer) -> int:
+def _vocab_size(stated: JsonMapping, tokenizer: Tokenizer) -> int:
     """Returns the tokenizer's vocabulary size, or the larger one that the user requested."""
     least, asked = tokenizer.vocab_size, stated.get("vocab_size")
     if asked is None:
@@ -167,7 +167,7 @@ def _vocab_size(stated: Mapping[str, Any], tokenizer: Tokenizer) -> int:
     return asked
 
 
-def _special_ids(stated: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def _special_ids(stated: JsonMapping, tokenizer: Tokenizer) -> JsonObject:
     """Returns the tokenizer's special ids as `config.json` stores them.
 
     The user may select a subset of the tokenizer's EOS ids.
@@ -178,7 +178,7 @@ def _special_ids(stated: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, A
         "eos_token_id": list(dict.fromkeys(ends)),
         "pad_token_id": [] if tokenizer.pad_id is None else [tokenizer.pad_id],
     }
-    ids: dict[str, Any] = {}
+    ids: JsonObject = {}
     for key, ours in known.items():
         asked = stated.get(key)
         several = list(asked) if isinstance(asked, list | tuple) else [asked]
@@ -193,7 +193,7 @@ def _special_ids(stated: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, A
     return ids
 
 
-def _values(scratch: ScratchConfig, *, vocab_size: int) -> dict[str, Any]:
+def _values(scratch: ScratchConfig, *, vocab_size: int) -> JsonObject:
     """Returns the `config.json` values of the model, except for the special tokens."""
     values = _sized(scratch)
     length = {} if scratch.max_seq_len is None else {"max_seq_len": scratch.max_seq_len}
@@ -211,7 +211,7 @@ def _values(scratch: ScratchConfig, *, vocab_size: int) -> dict[str, Any]:
     return values
 
 
-def _sized(scratch: ScratchConfig) -> dict[str, Any]:
+def _sized(scratch: ScratchConfig) -> JsonObject:
     if scratch.config is not None:
         return {"model_type": "llama", **scratch.config}
     if scratch.size is not None:
@@ -246,14 +246,14 @@ def _swiglu_width(width: int) -> int:
     return -(-8 * width // 3 // 64) * 64
 
 
-class _ReadTracker(Mapping[str, Any]):
+class _ReadTracker(JsonMapping):
     """A mapping that records which keys were read; keys that are never read have no effect."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: JsonObject) -> None:
         self._values = values
         self.read: set[str] = set()
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> Json:
         self.read.add(key)
         return self._values[key]
 
@@ -279,7 +279,7 @@ def _reason(error: Exception) -> str:
     return text.removesuffix("; copy the checkpoint's own config.json")
 
 
-def _check_width(values: Mapping[str, Any], config: ModelConfig) -> None:
+def _check_width(values: JsonMapping, config: ModelConfig) -> None:
     """Checks that the heads divide the width evenly, unless a head dimension was given."""
     for layer in config.layers:
         mixer = layer.mixer

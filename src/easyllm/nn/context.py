@@ -146,7 +146,7 @@ class ForwardContext:
         """Whether all rows use the base model without an adapter."""
         return self.adapters is not None and self.adapters.names == ("",)
 
-    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+    def once(self, key: object, compute: Callable[[], Any]) -> Any:
         """Returns the value of `compute()`, which is called only once per `key` and memoised."""
         if key not in self.memo:
             self.memo[key] = compute()

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from easyllm.core.atomic import write_json
+from easyllm.core.json_types import JsonObject
 from easyllm.pipeline.recipe import Recipe, find_recipe, load_recipe
 from easyllm.pipeline.run import StageResult, run_recipe
 from easyllm.train.metrics import read_metrics
@@ -30,7 +30,7 @@ class Quickstart:
     tuned: Path
     recipe: Recipe
     results: dict[str, StageResult]
-    summary: dict[str, Any]
+    summary: JsonObject
 
 
 def run_quickstart(overrides: list[str]) -> Quickstart:
@@ -52,7 +52,7 @@ def run_quickstart(overrides: list[str]) -> Quickstart:
     )
 
 
-def summarise(recipe: Recipe, results: dict[str, StageResult]) -> dict[str, Any]:
+def summarise(recipe: Recipe, results: dict[str, StageResult]) -> JsonObject:
     """Returns the summary of a run: losses and recall before and after, speed, answers, paths."""
     before, after = results["before"].figures, results["after"].figures
     tune = results["tune"]
@@ -86,7 +86,7 @@ def training_speed(run: Path) -> float:
     return round(tokens / seconds, 1) if seconds else 0.0
 
 
-def _pair(before: dict[str, Any], after: dict[str, Any], key: str) -> dict[str, float]:
+def _pair(before: JsonObject, after: JsonObject, key: str) -> dict[str, float]:
     a, b = before[key], after[key]
     return {
         "before": round(a, 4),
@@ -95,7 +95,7 @@ def _pair(before: dict[str, Any], after: dict[str, Any], key: str) -> dict[str, 
     }
 
 
-def _answers(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _answers(before: list[JsonObject], after: list[JsonObject]) -> list[dict[str, str]]:
     """Returns a few questions with both models' answers.
 
     Questions that only the tuned model answers correctly come first.

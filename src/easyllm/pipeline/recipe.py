@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from easyllm.core.config import Config, apply_overrides, environment_overrides, read_yaml, validate
 from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.core.recipe_kind import check_recipe_kind
 from easyllm.core.run_folder import recipes_folder
 from easyllm.corpus.config import CorpusParts, CorpusSource, resolve_sources
@@ -100,7 +101,7 @@ class Recipe(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _seeded(cls, values: Any) -> Any:
+    def _seeded(cls, values: Json) -> Json:
         """Applies the recipe's seed to stages that set none."""
         stages = values.get("stages") if isinstance(values, Mapping) else None
         if not isinstance(stages, Mapping):
@@ -206,13 +207,13 @@ def load_train_recipe(path: Path, overrides: list[str]) -> TrainConfig:
     return validate(TrainConfig, values, source=str(path), overrides=overrides)
 
 
-def resolve_paths(values: dict[str, Any], folder: Path) -> None:
+def resolve_paths(values: JsonObject, folder: Path) -> None:
     """Makes the data paths of a stage absolute, in place.
 
     A path is relative to the recipe's folder if it exists there, else to the working directory.
     """
 
-    def place(path: Any) -> Any:
+    def place(path: object) -> Json:
         if isinstance(path, list | tuple):
             return [place(part) for part in path]
         if not isinstance(path, str) or is_reference(path):
@@ -234,7 +235,7 @@ def resolve_paths(values: dict[str, Any], folder: Path) -> None:
     values["data"] = data
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """Yields every string in nested mappings and lists."""
     if isinstance(value, str):
         yield value
@@ -246,7 +247,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _replaced(value: Any, pattern: re.Pattern[str], replace: Any) -> Any:
+def _replaced(value: Json, pattern: re.Pattern[str], replace: Any) -> Json:
     """Returns a copy in which every string that matches is replaced by `replace(match)`."""
     if isinstance(value, str):
         match = pattern.fullmatch(value)
@@ -258,14 +259,14 @@ def _replaced(value: Any, pattern: re.Pattern[str], replace: Any) -> Any:
     return value
 
 
-def _filled(value: Any, recipe: Mapping[str, Any], within: tuple[str, ...]) -> Any:
+def _filled(value: object, recipe: JsonMapping, within: tuple[str, ...]) -> Json:
     """Returns a copy in which every `${key.sub}` is replaced by the recipe's value at that key.
 
     Raises:
         ConfigError: the key does not exist, or the references are circular.
     """
 
-    def value_at(match: re.Match[str]) -> Any:
+    def value_at(match: re.Match[str]) -> Json:
         place, here = match[1], recipe
         if place in within:
             raise ConfigError(f"${{{place}}} refers to itself; write the value in one place")

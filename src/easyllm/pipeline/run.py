@@ -12,11 +12,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from easyllm.core.atomic import write_json
 from easyllm.core.config import Config, read_yaml
 from easyllm.core.errors import ConfigError, DataError
+from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import hash_file, hash_path, hash_value
 from easyllm.core.progress import console, format_duration
 from easyllm.core.recipe_kind import command_of
@@ -65,7 +65,7 @@ class StageResult:
 
     folder: Path
     product: Path
-    figures: dict[str, Any]
+    figures: JsonObject
     seconds: float
     skipped: bool
 
@@ -248,9 +248,7 @@ def _stamps(sources: Mapping[str, SourceConfig]) -> dict[str, str]:
     return found
 
 
-def _prepare(
-    stage: Config, folder: Path, record: Path, key: str, done: dict[str, Any] | None
-) -> None:
+def _prepare(stage: Config, folder: Path, record: Path, key: str, done: JsonObject | None) -> None:
     """Prepares the folder of a stage that is about to run.
 
     A partial result with the same key is kept, so that the stage resumes. One with another key is
@@ -279,7 +277,7 @@ def _free_name(folder: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def _read_record(path: Path) -> JsonObject | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

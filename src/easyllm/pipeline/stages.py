@@ -8,6 +8,7 @@ from typing import Any
 from easyllm.adapters import merge
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.config import Config
+from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path
 from easyllm.core.progress import track
 from easyllm.corpus.build import CorpusBuild
@@ -44,7 +45,7 @@ from easyllm.train.run import ADAPTER, MODEL
 SHARDS = "shards"
 
 
-def run_stage(stage: Config, folder: Path) -> dict[str, Any]:
+def run_stage(stage: Config, folder: Path) -> JsonObject:
     """Runs a stage whose references are resolved.
 
     Args:
@@ -54,7 +55,7 @@ def run_stage(stage: Config, folder: Path) -> dict[str, Any]:
     Returns:
         The stage's figures, for its record.
     """
-    runner: Callable[[Any, Path], dict[str, Any]] = _RUNNERS[type(stage)]
+    runner: Callable[[Any, Path], JsonObject] = _RUNNERS[type(stage)]
     return runner(stage, folder)
 
 
@@ -138,7 +139,7 @@ def source_files(source: SourceConfig) -> list[Path]:
     return [Path(file.path) for file in find_files(source.paths, format)]
 
 
-def _tokenizer(stage: TokenizerStage, folder: Path) -> dict[str, Any]:
+def _tokenizer(stage: TokenizerStage, folder: Path) -> JsonObject:
     counts = Counter[str]()
     texts = track(_counted_texts(stage, counts), "reading", unit="text")
     config = TokenizerConfig.model_validate(stage.model_dump(exclude={"kind", "sources"}))
@@ -176,18 +177,18 @@ def _counted_texts(stage: TokenizerStage, counts: Counter[str]) -> Iterator[str]
                 yield kept.text
 
 
-def _corpus(stage: CorpusStage, folder: Path) -> dict[str, Any]:
+def _corpus(stage: CorpusStage, folder: Path) -> JsonObject:
     values = stage.model_dump(exclude={"kind"})
     config = CorpusConfig.model_validate(values | {"name": folder.name, "output": str(folder)})
     return CorpusBuild(config, load_tokenizer(config.tokenizer)).run()
 
 
-def _convert(stage: ConvertStage, folder: Path) -> dict[str, Any]:
+def _convert(stage: ConvertStage, folder: Path) -> JsonObject:
     convert_model(stage.model, folder, stage.dtype, num_kv_heads=stage.num_kv_heads)
     return {}
 
 
-def _evaluate(stage: EvaluateStage, _folder: Path) -> dict[str, Any]:
+def _evaluate(stage: EvaluateStage, _folder: Path) -> JsonObject:
     llm = LLM(stage.model)
     return {
         name: evaluate_answers(llm, Path(path), max_tokens=stage.max_tokens).as_dict()
@@ -195,7 +196,7 @@ def _evaluate(stage: EvaluateStage, _folder: Path) -> dict[str, Any]:
     }
 
 
-def _train(stage: TrainStage, folder: Path) -> dict[str, Any]:
+def _train(stage: TrainStage, folder: Path) -> JsonObject:
     # the training finished, but was interrupted before its record was written
     if (folder / MANIFEST_FILE).is_file():
         return Manifest.read(folder / MANIFEST_FILE).results
@@ -208,12 +209,12 @@ def train_config(stage: TrainStage) -> TrainConfig:
     return TrainConfig.model_validate(stage.model_dump(exclude={"kind"}))
 
 
-def _merge(stage: MergeStage, folder: Path) -> dict[str, Any]:
+def _merge(stage: MergeStage, folder: Path) -> JsonObject:
     merge_adapter(stage.model, Path(stage.adapter), folder)
     return {}
 
 
-_RUNNERS: dict[type[Config], Callable[[Any, Path], dict[str, Any]]] = {
+_RUNNERS: dict[type[Config], Callable[[Any, Path], JsonObject]] = {
     TokenizerStage: _tokenizer,
     CorpusStage: _corpus,
     ConvertStage: _convert,

@@ -21,6 +21,7 @@ import torch
 
 from easyllm.adapters import AdapterConfig, LoRAConfig
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.cost import FP32, LayerTrace, SavedTensor, Work, saved_bytes
 from easyllm.nn.decoder import DecoderLayer
@@ -85,7 +86,7 @@ class MemoryEstimate:
         """Returns whether the total fits into `device_bytes` of free memory."""
         return self.total <= device_bytes
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns plain values for JSON."""
         return asdict(self) | {"total": self.total, "peak": self.peak}
 
@@ -203,7 +204,7 @@ def memory_reductions(config: ModelConfig, device_bytes: int, **setup: Any) -> l
     return found
 
 
-def _changes(setup: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _changes(setup: JsonObject) -> Iterator[tuple[str, JsonObject]]:
     row = setup.get("row_tokens") or setup["micro_batch_tokens"]
     if setup["micro_batch_tokens"] > row:
         yield f"micro_batch_tokens={row}", setup | {"micro_batch_tokens": row}

@@ -1,12 +1,12 @@
 """Cost report of a model: parameters, bytes, FLOPs, KV cache, and time if rates are known."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from easyllm.adapters.lora import LoRAConfig
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.nn.config import ModelConfig
 from easyllm.plan.compute import (
     USUAL_MFU,
@@ -69,7 +69,7 @@ class TrainingPlan:
     flops: TrainingFlops
     memory: MemoryEstimate
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns plain values for JSON."""
         return {
             "tokens": self.tokens,
@@ -129,7 +129,7 @@ class ModelPlan:
         reading = (self.read + self.cache.total) / rates.read_bytes_per_s
         return max(reading, self.sequences * self.token_flops / rates.flops_per_s)
 
-    def as_dict(self, rates: Rates | None = None) -> dict[str, Any]:
+    def as_dict(self, rates: Rates | None = None) -> JsonObject:
         """Returns plain values for JSON; bytes, FLOPs and parameters are integers.
 
         Args:
@@ -137,7 +137,7 @@ class ModelPlan:
         """
         count = self.parameters
         parts = {name: getattr(count, name) for name in count.__dataclass_fields__}
-        values: dict[str, Any] = {
+        values: JsonObject = {
             "parameters_total": count.total,
             "parameters_active": count.active,
             "parameters": {"total": count.total, "active": count.active, **parts},

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from easyllm.core.errors import CheckpointError, ConfigError, suggest
+from easyllm.core.json_types import JsonMapping
 from easyllm.nn.storage import PackedStorage, WeightStorage
 
 Shape = tuple[int, int]
@@ -41,7 +41,7 @@ class StorageFormat:
     table: str | None = None
     file_tensors: tuple[str, ...] = ()
     from_file: Callable[[Mapping[str, Tensor], Shape, torch.dtype], PackedStorage] | None = None
-    file_config: Mapping[str, Any] = field(default_factory=dict)
+    file_config: JsonMapping = field(default_factory=dict)
     unsupported_reason: Callable[[Shape], str | None] = lambda _shape: None
 
 
@@ -84,7 +84,7 @@ def find_scheme(name: str) -> StorageFormat:
     return FORMATS[name]
 
 
-def format_of_checkpoint(config: Any) -> StorageFormat | None:
+def format_of_checkpoint(config: object) -> StorageFormat | None:
     """Returns the format named by a checkpoint's `quantization_config`; None if that is None.
 
     Raises:

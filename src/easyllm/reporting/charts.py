@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -336,6 +336,6 @@ def _numbers(values: list[float]) -> list[str]:
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def escaped(value: Any) -> str:
+def escaped(value: object) -> str:
     """Escapes arbitrary text for HTML; replaces unprintable characters."""
     return html.escape(_UNPRINTABLE.sub("\ufffd", str(value)))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from easyllm.core.config import read_yaml
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.core.jsonl import json_objects
 from easyllm.core.manifest import MANIFEST_FILE, Manifest
 from easyllm.core.run_folder import RECIPE_FILE
@@ -58,7 +59,7 @@ class History:
         for line in json_objects(whole):
             self._take(line)
 
-    def _take(self, line: dict[str, Any]) -> None:
+    def _take(self, line: JsonObject) -> None:
         step = line.pop("step", None)
         if not isinstance(step, int):
             return
@@ -113,16 +114,16 @@ class Facts:
 
     name: str
     history: History
-    recipe: dict[str, Any]
+    recipe: JsonObject
     recipe_text: str
-    results: dict[str, Any]
+    results: JsonObject
     state: Literal["running", "finished", "stopped"]
     total_steps: int | None
 
 
 def read_facts(run: Path, history: History, total_steps: int | None) -> Facts:
     """Reads the current contents of a run's folder."""
-    recipe: dict[str, Any] = {}
+    recipe: JsonObject = {}
     text = ""
     if (run / RECIPE_FILE).is_file():
         text = (run / RECIPE_FILE).read_text(encoding="utf-8", errors="replace")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import format_duration
 from easyllm.reporting.charts import (
     GIB,
@@ -92,7 +93,7 @@ def _where(facts: Facts) -> str:
     return words + (f" · {_short(ends[-1])}" if ends and facts.state != "running" else "")
 
 
-def _recipe_words(recipe: dict[str, Any]) -> Iterator[str]:
+def _recipe_words(recipe: JsonObject) -> Iterator[str]:
     """Yields short descriptions of the main settings of a recipe."""
     if not recipe:
         return
@@ -113,7 +114,7 @@ def _recipe_words(recipe: dict[str, Any]) -> Iterator[str]:
     yield f"seed {recipe.get('seed', 0)}"
 
 
-def _kind(value: Any, key: str | None = None) -> str:
+def _kind(value: object, key: str | None = None) -> str:
     """Returns the kind and one value of a recipe's section, such as `lora, rank 16`."""
     if not isinstance(value, dict):
         return str(value)
@@ -223,6 +224,6 @@ def _folded(name: str, title: str, content: str) -> str:
     return f'<details id="{name}"><summary>{title}</summary>{content}</details>'
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " …"

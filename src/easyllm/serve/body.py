@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from fastapi import Request
 
+from easyllm.core.json_types import JsonObject
 from easyllm.serve.errors import APIError
 
 MAX_NUMBER_CHARS = 1000
@@ -30,7 +31,7 @@ async def read_body(request: Request) -> bytes:
     return raw
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes) -> JsonObject:
     """Parses a body as a JSON object.
 
     Raises:
@@ -81,7 +82,7 @@ def _check_type(request: Request) -> None:
         raise APIError(415, f"Content-Encoding {encoding!r} is not supported; send plain JSON")
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
     """Returns an object; rejects duplicate keys, which `dict` would silently drop."""
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -120,7 +121,7 @@ def _check_length(digits: str) -> None:
         )
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """Returns the JSON name of a value that is not an object."""
     if value is None:
         return "null"

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.responses import Response
 
+from easyllm.core.json_types import JsonObject
 from easyllm.engine.llm import LLM, Completion
 from easyllm.engine.request import Request, TokenEvent
 from easyllm.serve.answers import (
@@ -44,7 +45,7 @@ class _Answer:
 
     request: ChatRequest
     llm: LLM
-    head: dict[str, Any]
+    head: JsonObject
     prompt_tokens: int
     content: dict[int, ContentTokens] = field(default_factory=dict)
 
@@ -129,7 +130,7 @@ async def _stream(
     """Yields server-sent events; if usage is requested, it is null until the final chunk."""
     wants_usage = answer.request.wants_usage
 
-    def chunk(choices: list[dict[str, Any]], total: Usage | None = None) -> str:
+    def chunk(choices: list[JsonObject], total: Usage | None = None) -> str:
         value = {**answer.head, "object": "chat.completion.chunk", "choices": choices}
         if wants_usage:
             value["usage"] = None if total is None else total.model_dump()
@@ -162,5 +163,5 @@ async def _stream(
     yield "data: [DONE]\n\n"
 
 
-def _event(value: dict[str, Any]) -> str:
+def _event(value: JsonObject) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

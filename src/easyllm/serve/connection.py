@@ -9,12 +9,13 @@ import logging
 import math
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, cast
+from typing import cast
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from easyllm.core.json_types import Json
 from easyllm.serve.errors import error_response
 from easyllm.serve.guard import SECURITY_HEADERS
 from easyllm.serve.limits import ServeLimits
@@ -161,7 +162,7 @@ class BoundedServer(uvicorn.Server):
         self._drain_s, self._end_requests = limits.drain_timeout_s, end_requests
         config.timeout_graceful_shutdown = math.ceil(limits.drain_timeout_s + GRACE_S)
 
-    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+    async def shutdown(self, sockets: list[Json] | None = None) -> None:
         """Waits for running requests up to the drain timeout, then ends them."""
         ending = asyncio.get_running_loop().call_later(self._drain_s, self._end_all)
         try:

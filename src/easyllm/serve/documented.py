@@ -1,10 +1,10 @@
 """`/openapi.json`: the routes, the requests they accept, and every status they return."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import FastAPI
 
+from easyllm.core.json_types import JsonObject
 from easyllm.serve.answers import ChatCompletion
 from easyllm.serve.errors import ErrorBody
 from easyllm.serve.schema import ChatRequest
@@ -23,7 +23,7 @@ _REASONS = {
 _ALWAYS = (400, 408, 413, 500, 503)
 
 
-def errors(*statuses: int, with_key: bool) -> dict[int | str, dict[str, Any]]:
+def errors(*statuses: int, with_key: bool) -> dict[int | str, JsonObject]:
     """Returns the error responses of a route in the format FastAPI expects.
 
     Args:
@@ -36,7 +36,7 @@ def errors(*statuses: int, with_key: bool) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def chat_answers(*, with_key: bool) -> dict[int | str, dict[str, Any]]:
+def chat_answers(*, with_key: bool) -> dict[int | str, JsonObject]:
     """Returns the responses of the chat route: an object, an event stream, or an error."""
     events = {"example": "data: {...}\n\ndata: [DONE]\n\n"}
     answer = {
@@ -64,7 +64,7 @@ def document(app: FastAPI, models: Sequence[str], *, with_key: bool) -> None:
     """
     generate = app.openapi
 
-    def openapi() -> dict[str, Any]:
+    def openapi() -> JsonObject:
         if app.openapi_schema is not None:
             return app.openapi_schema
         schema = generate()

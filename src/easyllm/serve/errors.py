@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.responses import Response
+
+from easyllm.core.json_types import JsonObject
 
 logger = logging.getLogger(__name__)
 MAX_SHOWN_CHARS = 1000
@@ -59,7 +60,7 @@ def error_response(
 
 def error_body(
     status: int, message: str, *, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Returns the body of an error response, or of an error event in a stream already begun."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     detail = ErrorDetail(

@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, WithJsonSchema, field_va
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
+from easyllm.core.json_types import Json, JsonObject
 from easyllm.serve.treatment import Neutral, Refused, Strict
 from easyllm.tokenizer import normalise_messages
 
@@ -38,7 +39,7 @@ _NEEDS_CONTENT: JsonDict = {
         {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
     ]
 }
-NoCalls = Annotated[list[Any], Field(max_length=0)]
+NoCalls = Annotated[list[Json], Field(max_length=0)]
 
 
 class ChatMessage(Strict):
@@ -67,7 +68,7 @@ class ChatMessage(Strict):
     )
     refusal: Annotated[None, Refused("send the text as content")] = None
     annotations: Annotated[
-        Annotated[list[Any], Field(max_length=0)] | None,
+        Annotated[list[Json], Field(max_length=0)] | None,
         Neutral("[]", "annotations are not passed to the model"),
     ] = None
     audio: Annotated[None, Refused("audio is not supported")] = None
@@ -78,7 +79,7 @@ class ChatMessage(Strict):
 
     @field_validator("content")
     @classmethod
-    def _is_text(cls, content: Any, info: ValidationInfo) -> Any:
+    def _is_text(cls, content: object, info: ValidationInfo) -> Json:
         """Validated by hand, because pydantic reports the errors of every member of a union."""
         if content is None and info.data.get("role") in ("assistant", None):
             return content
@@ -91,14 +92,14 @@ class ChatMessage(Strict):
         return content
 
 
-def template_messages(messages: Iterable[ChatMessage]) -> list[dict[str, Any]]:
+def template_messages(messages: Iterable[ChatMessage]) -> list[JsonObject]:
     """Returns the messages in the form in which `encode_chat` passes them to chat templates."""
     return normalise_messages(
         [{"role": m.role, "content": m.content, "name": m.name} for m in messages]
     )
 
 
-def _check_part(number: int, part: Any) -> None:
+def _check_part(number: int, part: Json) -> None:
     """Rejects a content part that is not text; the error names its type."""
     here = f"part {number} of the content"
     kind = part.get("type") if isinstance(part, Mapping) else None

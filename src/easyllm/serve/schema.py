@@ -5,7 +5,7 @@ Each is honoured, accepted at values that have no effect (`Neutral`), or rejecte
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
+from easyllm.core.json_types import Json, JsonObject
 from easyllm.engine.params import (
     MAX_COUNT,
     MAX_STOP_CHARS,
@@ -63,7 +64,7 @@ _TOGETHER: JsonDict = {
 _NO_TOOLS = "tools are not supported"
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> Json:
     """Converts integral floats to int: JSON does not distinguish 2.0 from 2."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -82,7 +83,7 @@ TopK = Annotated[int, Field(ge=-1, le=MAX_COUNT), BeforeValidator(_whole)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)]
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), BeforeValidator(_whole)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), BeforeValidator(_whole)]
-Empty = Annotated[list[Any], Field(max_length=0)]
+Empty = Annotated[list[Json], Field(max_length=0)]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
@@ -235,13 +236,13 @@ class ChatRequest(Strict):
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _listed(cls, stop: Any) -> Any:
+    def _listed(cls, stop: object) -> Json:
         """Wraps a single text in a list; a union type would report errors of the wrong member."""
         return [stop] if isinstance(stop, str) else stop
 
     @field_validator("logit_bias", mode="before")
     @classmethod
-    def _by_id(cls, bias: Any) -> Any:
+    def _by_id(cls, bias: object) -> Json:
         """Converts string keys to token ids; rejects "05", which would duplicate "5"."""
         if not isinstance(bias, dict):
             return bias
@@ -282,7 +283,7 @@ class ChatRequest(Strict):
         )
 
 
-def read_chat(body: dict[str, Any]) -> ChatRequest:
+def read_chat(body: JsonObject) -> ChatRequest:
     """Validates a parsed body as a chat request.
 
     Raises:

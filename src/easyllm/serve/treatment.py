@@ -6,13 +6,14 @@ omitting an optional field.
 """
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails
 
 from easyllm.core.errors import suggest
+from easyllm.core.json_types import Json
 from easyllm.serve.errors import APIError
 
 
@@ -60,7 +61,7 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_unknown_nulls(cls, value: Any) -> Any:
+    def _without_unknown_nulls(cls, value: object) -> Json:
         """Drops unknown fields that are null, as clients send for options they do not use.
 
         They also occur in responses of other servers that are sent back as messages.
@@ -123,7 +124,7 @@ def _describe(
     return message, "invalid_type" if kind.endswith("_type") else "invalid_value"
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def _model_in(annotation: object) -> type[BaseModel] | None:
     """Returns the model that a field's type refers to, if any."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation

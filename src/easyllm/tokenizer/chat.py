@@ -9,9 +9,10 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from easyllm.core.errors import ContextLengthError, DataError
+from easyllm.core.json_types import JsonObject
 from easyllm.tokenizer.messages import Message, normalise_messages, trained_turns
 from easyllm.tokenizer.special_tokens import SpecialTokens
 from easyllm.tokenizer.template import compile_with_visits
@@ -27,7 +28,7 @@ from easyllm.tokenizer.turns import (
 )
 
 Messages = list[Message]
-Tools = list[dict[str, Any]] | None
+Tools = list[JsonObject] | None
 ROLES = ("system", "user", "assistant", "tool")
 """Roles that templates know. If a template omits the content of a message with one of these roles,
 this is assumed to be intended, and the message is only counted."""

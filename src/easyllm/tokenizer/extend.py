@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise, repeat
-from typing import Any, Literal
+from typing import Literal
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, trainers
 
 from easyllm.core.errors import ConfigError, DataError
+from easyllm.core.json_types import JsonObject
 from easyllm.tokenizer.report import HAN
 from easyllm.tokenizer.token_bytes import byte_values
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -262,7 +263,7 @@ def _num_wanted(tokenizer: Tokenizer, num_new: int | None, vocab_size: int | Non
     return wanted
 
 
-def _read_state(tokenizer: Tokenizer) -> dict[str, Any]:
+def _read_state(tokenizer: Tokenizer) -> JsonObject:
     """Returns the backend as JSON, with its added tokens included in the model's vocabulary.
 
     This keeps the ids contiguous when new ones are appended.
@@ -270,7 +271,7 @@ def _read_state(tokenizer: Tokenizer) -> dict[str, Any]:
     Raises:
         ConfigError: it is not byte-level BPE, or its ids are not contiguous.
     """
-    state: dict[str, Any] = json.loads(tokenizer.backend.to_str())
+    state: JsonObject = json.loads(tokenizer.backend.to_str())
     model, decoder = state["model"], (state["decoder"] or {}).get("type")
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model["type"] != "BPE" or decoder != "ByteLevel" or affixes:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import RobertaProcessing
 
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.tokenizer.sentencepiece import (
     PieceType,
     SentencePieceModel,
@@ -170,7 +171,7 @@ def read_folder(folder: Path) -> FolderTokenizer:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """Returns the JSON object in a file; empty if there is no such file or it is not an object.
 
     Raises:
@@ -196,7 +197,7 @@ def _read_backend(path: Path) -> Backend:
 
 
 def _from_sentencepiece(
-    path: Path, config: Mapping[str, Any], added: Mapping[int, AddedToken], kind: str
+    path: Path, config: JsonMapping, added: Mapping[int, AddedToken], kind: str
 ) -> tuple[Backend, Mapping[str, str]]:
     """Returns the backend of a `tokenizer.model` and the special tokens that the file defines.
 
@@ -224,7 +225,7 @@ def _renamed(model: SentencePieceModel, added: Mapping[int, AddedToken]) -> Sent
     return replace(model, pieces=tuple(pieces))
 
 
-def _class_of(folder: Path, config: Mapping[str, Any]) -> str:
+def _class_of(folder: Path, config: JsonMapping) -> str:
     name = config.get("tokenizer_class")
     if not isinstance(name, str):
         model = read_json(folder / MODEL_FILE)
@@ -246,7 +247,7 @@ def _class_tokens(kind: str, backend: Backend) -> Mapping[str, str]:
 
 
 def _surround_roberta(
-    backend: Backend, special: Mapping[str, str | None], config: Mapping[str, Any]
+    backend: Backend, special: Mapping[str, str | None], config: JsonMapping
 ) -> None:
     """Makes encoding surround a text with the CLS and SEP tokens."""
     ends = [(text, backend.token_to_id(text)) for r in ("sep", "cls") if (text := special[r])]
@@ -276,7 +277,7 @@ def _with_space_before(backend: Backend, wanted: bool) -> Backend:
 # ---- tokens defined in other files
 
 
-def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
+def _added_tokens(folder: Path, config: JsonObject) -> dict[int, AddedToken]:
     """Returns the added tokens by id.
 
     They come from `added_tokens_decoder` or, without it, from the older files. In the latter case
@@ -328,13 +329,13 @@ def _next_id(backend: Backend) -> int:
     return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
-def _further_texts(config: Mapping[str, Any], added: Mapping[int, AddedToken]) -> list[str]:
+def _further_texts(config: JsonMapping, added: Mapping[int, AddedToken]) -> list[str]:
     """Returns the special tokens without a role, except those listed as plain added tokens."""
     plain = {token.content for token in added.values() if not token.special}
     return [text for key, text in _named_texts(config) if key in _FURTHER and text not in plain]
 
 
-def _named_texts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _named_texts(config: JsonMapping) -> Iterator[tuple[str, str]]:
     """Yields the keys and texts of the special tokens in a configuration."""
     for key in _NAMED:
         if (text := _token_text(config.get(key))) is not None:
@@ -350,7 +351,7 @@ def _named_texts(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield key, text
 
 
-def _token(entry: Any) -> AddedToken:
+def _token(entry: object) -> AddedToken:
     text = _token_text(entry)
     if text is None:
         raise CheckpointError(f"{CONFIG_FILE} lists the added token {entry!r}; copy it again")
@@ -360,7 +361,7 @@ def _token(entry: Any) -> AddedToken:
     return AddedToken(text, **given)
 
 
-def _items(entries: Any, file: str) -> list[tuple[Any, Any]]:
+def _items(entries: object, file: str) -> list[tuple[Any, Any]]:
     if not isinstance(entries, dict):
         raise CheckpointError(
             f"{file} lists added tokens as {type(entries).__name__}; copy it again"
@@ -377,7 +378,7 @@ def _number(index: Any) -> int:
         ) from None
 
 
-def _token_text(entry: Any) -> str | None:
+def _token_text(entry: object) -> str | None:
     """Returns the text of a token, which HF stores as a string or as a dict with `content`."""
     if isinstance(entry, dict):
         entry = entry.get("content")
@@ -387,7 +388,7 @@ def _token_text(entry: Any) -> str | None:
 # ---- chat templates
 
 
-def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _templates(folder: Path, config: JsonMapping) -> dict[str, str]:
     """Returns the chat templates by name.
 
     Separate template files take precedence over `tokenizer_config.json`.

@@ -7,8 +7,7 @@ llama.cpp (`llama-vocab.cpp`).
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from tokenizers import (
     AddedToken,
@@ -22,6 +21,7 @@ from tokenizers import (
 )
 
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import JsonMapping, JsonObject
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -108,7 +108,7 @@ _WHOLE_WORDS_FIRST = (*_LIKE_LLAMA3, "glm4", "chatglm-bpe", "tekken")
 _ADD_BOS = (*_LIKE_LLAMA3, "tekken")
 
 
-def backend_from_gguf(metadata: dict[str, Any]) -> Tokenizer:
+def backend_from_gguf(metadata: JsonObject) -> Tokenizer:
     """Builds the backend that the metadata describe.
 
     Raises:
@@ -132,7 +132,7 @@ def backend_from_gguf(metadata: dict[str, Any]) -> Tokenizer:
     return backend
 
 
-def special_tokens_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str | None]:
+def special_tokens_from_gguf(metadata: JsonMapping) -> dict[str, str | None]:
     """Returns the texts of the BOS, EOS, PAD and UNK tokens by role; None for a missing one."""
     tokens = metadata["tokenizer.ggml.tokens"]
     keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
@@ -143,7 +143,7 @@ def special_tokens_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str | Non
     return found
 
 
-def token_id_from_gguf(metadata: Mapping[str, Any], kind: str) -> int | None:
+def token_id_from_gguf(metadata: JsonMapping, kind: str) -> int | None:
     """Returns the id of a special token (`bos`, `eos`, `padding`, `unknown` ...), or None."""
     sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
     default = _SENTENCEPIECE_IDS.get(kind) if sentencepiece else None
@@ -151,7 +151,7 @@ def token_id_from_gguf(metadata: Mapping[str, Any], kind: str) -> int | None:
     return index if isinstance(index, int) else None
 
 
-def templates_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
+def templates_from_gguf(metadata: JsonMapping) -> dict[str, str]:
     """Returns the chat templates by name.
 
     `tokenizer.chat_template` is the default, `tokenizer.chat_template.NAME` the one named NAME.
@@ -162,7 +162,7 @@ def templates_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
-def end_ids_from_gguf(metadata: Mapping[str, Any]) -> list[int]:
+def end_ids_from_gguf(metadata: JsonMapping) -> list[int]:
     """Returns the ids that end a generation.
 
     These are the ids that the file sets as end of text, turn or message, followed by the ids of
@@ -174,7 +174,7 @@ def end_ids_from_gguf(metadata: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys(i for i in (*named, *by_text) if i is not None))
 
 
-def _byte_level_bpe(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer:
+def _byte_level_bpe(tokens: list[str], metadata: JsonObject) -> Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre") or "default"
     if "tokenizer.ggml.pre" not in metadata:
         logger.warning(
@@ -206,7 +206,7 @@ def _byte_level_bpe(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer:
     return backend
 
 
-def _sentencepiece_bpe(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer:
+def _sentencepiece_bpe(tokens: list[str], metadata: JsonObject) -> Tokenizer:
     """Builds a SentencePiece BPE backend.
 
     SentencePiece always merges the pair whose result has the best score. The equivalent ranked
@@ -243,7 +243,7 @@ def _sentencepiece_bpe(tokens: list[str], metadata: dict[str, Any]) -> Tokenizer
     return backend
 
 
-def _add_special(backend: Tokenizer, tokens: list[str], metadata: dict[str, Any]) -> None:
+def _add_special(backend: Tokenizer, tokens: list[str], metadata: JsonObject) -> None:
     kinds = metadata.get("tokenizer.ggml.token_type") or [None] * len(tokens)
     for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [

@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from easyllm.core.errors import DataError
+from easyllm.core.json_types import Json, JsonMapping, JsonObject
 
-Message = dict[str, Any]
+Message = JsonObject
 ROLE_ALIASES = {"developer": "system", "function": "tool"}
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Type of a content part -> key of its text (OpenAI's Chat Completions and Responses APIs)."""
@@ -36,7 +37,7 @@ MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio", "files")
 CALL_EXAMPLE = '[{"function": {"name": "add", "arguments": {"a": 1}}}]'
 
 
-def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+def normalise_messages(messages: Sequence[JsonMapping]) -> list[Message]:
     """Returns new messages in the form that chat templates expect; the input is not changed.
 
     Each message has a role and a string as content. Keys that are null or used only for training
@@ -55,7 +56,7 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     return [_normalised(message, number) for number, message in enumerate(messages)]
 
 
-def trained_turns(messages: Sequence[Mapping[str, Any]]) -> list[bool]:
+def trained_turns(messages: Sequence[JsonMapping]) -> list[bool]:
     """Returns for each message whether it is trained.
 
     Assistant messages are trained, except those with `weight: 0` (or another key in `TRAIN_KEYS`).
@@ -67,7 +68,7 @@ def trained_turns(messages: Sequence[Mapping[str, Any]]) -> list[bool]:
     return [_is_trained(message, number) for number, message in enumerate(messages)]
 
 
-def _normalised(message: Any, number: int) -> Message:
+def _normalised(message: object, number: int) -> Message:
     name = f"message {number}"
     if not isinstance(message, Mapping):
         raise DataError(
@@ -113,7 +114,7 @@ def _normalised(message: Any, number: int) -> Message:
     return kept
 
 
-def _text(content: Any, name: str) -> str:
+def _text(content: object, name: str) -> str:
     """Returns a message's content as one string."""
     if content is None:
         return ""
@@ -129,7 +130,7 @@ def _text(content: Any, name: str) -> str:
     return "\n".join(_part_text(part, name) for part in content)
 
 
-def _part_text(part: Any, name: str) -> str:
+def _part_text(part: object, name: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
@@ -147,7 +148,7 @@ def _part_text(part: Any, name: str) -> str:
     )
 
 
-def read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
+def read_calls(calls: Any, name: str) -> list[JsonObject]:
     """Returns tool calls in OpenAI's format, with their arguments as objects.
 
     A call without the enclosing `function` object is wrapped in one.
@@ -168,7 +169,7 @@ def read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
         ) from None
 
 
-def read_arguments(arguments: Any) -> Any:
+def read_arguments(arguments: object) -> Json:
     """Returns the arguments of a tool call as a value.
 
     JSON text is decoded, even if it was encoded several times; empty or missing arguments are `{}`.
@@ -184,7 +185,7 @@ def read_arguments(arguments: Any) -> Any:
     return {} if arguments is None else arguments
 
 
-def _read_call(call: Any) -> dict[str, Any]:
+def _read_call(call: Any) -> JsonObject:
     function = call.get("function", call)
     if not isinstance(function["name"], str):
         raise TypeError
@@ -195,7 +196,7 @@ def _read_call(call: Any) -> dict[str, Any]:
     return {"type": "function", **kept, "function": function}
 
 
-def _is_trained(message: Mapping[str, Any], number: int) -> bool:
+def _is_trained(message: JsonMapping, number: int) -> bool:
     is_assistant = message.get("role") == "assistant"
     given = {key: message[key] for key in TRAIN_KEYS if message.get(key) is not None}
     for key, value in given.items():
@@ -217,5 +218,5 @@ def _is_trained(message: Mapping[str, Any], number: int) -> bool:
     return is_assistant and all(given.values())
 
 
-def _listed(given: dict[str, Any]) -> str:
+def _listed(given: JsonObject) -> str:
     return " and ".join(f"{key} {value!r}" for key, value in given.items())

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
-from typing import Any
 
+from easyllm.core.json_types import JsonObject
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -81,7 +81,7 @@ class TextFigures:
         """Fraction of the distinct Han characters that are a single token; None without any."""
         return self.num_han_single / self.num_han if self.num_han else None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns the counts and the derived ratios."""
         return asdict(self) | {
             "bytes_per_token": self.bytes_per_token,
@@ -118,7 +118,7 @@ class TokenizerReport:
     texts: tuple[TextFigures, ...]
     vocabularies: tuple[VocabularyFigures, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns the report as JSON-serialisable values."""
         return {
             "texts": [figures.as_dict() for figures in self.texts],

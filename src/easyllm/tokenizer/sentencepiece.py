@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from easyllm.core.errors import CheckpointError, SourceError
+from easyllm.core.json_types import Json
 from easyllm.tokenizer.from_gguf import backend_from_gguf
 
 SPACE = "▁"
@@ -367,7 +367,7 @@ def _words(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer | None:
 
 
 def _normalizer(model: SentencePieceModel, *, prefix: bool) -> normalizers.Normalizer:
-    steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    steps: list[Json] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.charsmap and model.rules in _UNICODE_RULES:
         # For a letter with combining marks, the library applies the shortest matching rule or none,
         # while SentencePiece applies the longest. This would lose the tone of a decomposed

@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from easyllm.core.json_types import JsonObject
 from easyllm.tokenizer.template_budget import (
     BUDGET,
     ITEM_SIZE,
@@ -182,15 +183,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         check_size(sum(map(len, pieces)))
         return cast("str", BUDGET.get().made("".join(pieces)))
 
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+    def is_safe_attribute(self, obj: object, attr: str, value: object) -> bool:
         known = attr in _METHODS or not inspect.isroutine(value)
         return known and super().is_safe_attribute(obj, attr, value)
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
+    def getitem(self, obj: object, argument: object) -> Any:
         BUDGET.get().step()
         return super().getitem(obj, argument)
 
-    def wrap_str_format(self, value: Any) -> None:
+    def wrap_str_format(self, value: object) -> None:
         """Disables `str.format`, which can pad text; it is rejected like any unknown method."""
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -206,7 +207,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             budget.total += len(owner)  # the pieces of a split text add up to its full length
         return budget.made(super().call(context, obj, *args, **kwargs))
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> Any:
         budget = BUDGET.get()
         budget.step()
         if operator == "**":
@@ -294,7 +295,7 @@ def _environment() -> _Sandbox:
 
 
 def _checked_arguments(
-    owner: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    owner: str, name: str, args: tuple[Any, ...], kwargs: JsonObject
 ) -> tuple[Any, ...]:
     """Returns the arguments of the text method `name` after bounding the size of its result."""
     if name == "replace":

@@ -67,7 +67,7 @@ class Budget:
         self._messages = {id(message): number for number, message in enumerate(messages)}
         self._at: set[int] = set()
 
-    def enter(self, loop: int, item: Any) -> None:
+    def enter(self, loop: int, item: object) -> None:
         """Records that a loop reached its next item."""
         number = self._messages.get(id(item))
         if number is None:
@@ -106,7 +106,7 @@ class Budget:
             self.step()
             yield item
 
-    def made(self, value: Any) -> Any:
+    def made(self, value: object) -> Any:
         """Adds the size of a new value to the total and returns the value.
 
         The items of a container were counted when they were created.
@@ -133,7 +133,7 @@ def check_replace(text: str, old: str, new: str) -> None:
     check_size(len(text) + text.count(old) * len(new))
 
 
-def check_search(text: str, pattern: Any) -> None:
+def check_search(text: str, pattern: object) -> None:
     """Raises a `TemplateError` if searching `text` for `pattern` would take too long."""
     if isinstance(pattern, str) and len(text) * len(pattern) > MAX_SEARCH:
         raise TemplateError(
@@ -151,7 +151,7 @@ def check_size(size: int) -> None:
         )
 
 
-def size_of(value: Any) -> int:
+def size_of(value: object) -> int:
     """Returns the size of a value: its characters plus ITEM_SIZE per object, recursively.
 
     An object that is contained twice counts twice.

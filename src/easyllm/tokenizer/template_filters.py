@@ -86,7 +86,7 @@ def bounded_filters(built_in: Mapping[str, Callable[..., Any]]) -> dict[str, Cal
 
 
 @jinja2.pass_context
-def written(_context: Context, value: Any) -> str:
+def written(_context: Context, value: object) -> str:
     """Returns the text that `{{ value }}` writes."""
     budget = BUDGET.get()
     budget.step()
@@ -116,7 +116,7 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         "environment": lambda context: (context.environment,),
     }.get(wanted.name if wanted else "", lambda _context: ())
 
-    def counted(context: Context, value: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def counted(context: Context, value: object, /, *args: Any, **kwargs: Any) -> Any:
         budget = BUDGET.get()
         budget.step()
         if name in _LETTER_FILTERS and isinstance(value, str) and len(value) > MAX_SPLIT_CHARS:
@@ -138,7 +138,7 @@ def _steps(items: Iterable[Any]) -> Iterator[Any]:
 
 
 @jinja2.pass_context  # prevents jinja from calling it at compile time
-def _enter(_context: Context, item: Any, loop: int) -> None:
+def _enter(_context: Context, item: object, loop: int) -> None:
     BUDGET.get().enter(loop, item)
 
 
@@ -147,12 +147,12 @@ def _leave(_context: Context, loop: int) -> None:
     BUDGET.get().leave(loop)
 
 
-def _step(value: Any) -> Any:
+def _step(value: object) -> Any:
     BUDGET.get().step()
     return value
 
 
-def _made(value: Any) -> Any:
+def _made(value: object) -> Any:
     return BUDGET.get().made(_step(value))
 
 
@@ -192,7 +192,7 @@ def _trim(text: Any, chars: str | None = None) -> str:
 
 
 def _to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,

@@ -8,7 +8,6 @@ becomes U+FFFD, and SentencePiece's decoder drops the first space of a text, so 
 import json
 import re
 from functools import lru_cache
-from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
@@ -77,7 +76,7 @@ def shown(token: bytes) -> str:
     return token.decode("utf-8", "backslashreplace")
 
 
-def _kinds(decoder: Any) -> set[str]:
+def _kinds(decoder: object) -> set[str]:
     """Returns the types of a serialised decoder and of its nested decoders."""
     if not isinstance(decoder, dict):
         return set()

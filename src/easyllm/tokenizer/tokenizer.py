@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from easyllm.core.atomic import write_atomic, write_json
 from easyllm.core.errors import DataError
+from easyllm.core.json_types import JsonObject
 from easyllm.tokenizer.chat import ChatTemplate, EncodedChat
 from easyllm.tokenizer.folder import (
     CONFIG_FILE,
@@ -112,7 +112,7 @@ class Tokenizer:
         return cls(backend, SpecialTokens(**special_tokens(model)))
 
     @classmethod
-    def from_gguf(cls, metadata: dict[str, Any]) -> "Tokenizer":
+    def from_gguf(cls, metadata: JsonObject) -> "Tokenizer":
         """Builds the tokenizer that the metadata of a GGUF file describe.
 
         Raises:
@@ -222,9 +222,9 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: list[dict[str, Any]],
+        messages: list[JsonObject],
         *,
-        tools: list[dict[str, Any]] | None = None,
+        tools: list[JsonObject] | None = None,
         add_generation_prompt: bool = False,
         with_mask: bool = False,
         num_prompt: int = 0,
@@ -272,7 +272,7 @@ class Tokenizer:
         source = self.template_sources.get(TOOL_TEMPLATE)
         return None if source is None else ChatTemplate(source)
 
-    def _template_for(self, tools: list[dict[str, Any]] | None) -> ChatTemplate:
+    def _template_for(self, tools: list[JsonObject] | None) -> ChatTemplate:
         if tools and self._tool_template is not None:
             return self._tool_template
         if self.chat_template is not None:
@@ -294,7 +294,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         write_atomic(folder / TOKENIZER_FILE, self.backend.to_str(pretty=True))
-        config: dict[str, Any] = {
+        config: JsonObject = {
             f"{kind}_token": text for kind, text in asdict(self.special).items() if text is not None
         }
         config |= {

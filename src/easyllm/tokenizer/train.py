@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError, DataError
+from easyllm.core.json_types import JsonObject
 from easyllm.tokenizer.sentencepiece import (
     BYTE_PIECES,
     NEVER_SCORE,
@@ -333,8 +334,8 @@ def _count_words(backend: Backend, texts: Iterator[str]) -> Counter[str]:
     return words
 
 
-def _read_model(backend: Backend) -> dict[str, Any]:
-    model: dict[str, Any] = json.loads(backend.to_str())["model"]
+def _read_model(backend: Backend) -> JsonObject:
+    model: JsonObject = json.loads(backend.to_str())["model"]
     return model
 
 

@@ -5,18 +5,18 @@ A model tuned on conversations learns to end its response with these tokens.
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
 
 from easyllm.core.errors import DataError
+from easyllm.core.json_types import JsonObject
 from easyllm.tokenizer.tokenizer import Tokenizer
 
-_TURNS: list[dict[str, Any]] = [
+_TURNS: list[JsonObject] = [
     {"role": "user", "content": "Hello"},
     {"role": "assistant", "content": "Hi"},
     {"role": "user", "content": "Bye"},
     {"role": "assistant", "content": "Ciao"},
 ]
-_TOOLS: list[dict[str, Any]] = [
+_TOOLS: list[JsonObject] = [
     {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 ]
 
@@ -35,7 +35,7 @@ def turn_end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _ends(tokenizer: Tokenizer, tools: list[dict[str, Any]] | None) -> Iterator[int]:
+def _ends(tokenizer: Tokenizer, tools: list[JsonObject] | None) -> Iterator[int]:
     for turns in (_TURNS, _TURNS[:2]):  # a template may accept only a single exchange
         try:
             chat = tokenizer.encode_chat(turns, tools=tools, with_mask=True)

@@ -17,9 +17,10 @@ from functools import cached_property
 from typing import Any
 
 from easyllm.core.errors import DataError
+from easyllm.core.json_types import JsonObject
 from easyllm.tokenizer.template_budget import Visit
 
-Messages = list[dict[str, Any]]
+Messages = list[JsonObject]
 Span = tuple[int, int]
 Render = Callable[[Messages, bool], tuple[str, list[Visit]]]
 """Renders messages, with the generation prompt if the flag is set; also returns the visits."""

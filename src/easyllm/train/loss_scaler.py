@@ -5,10 +5,8 @@ backward pass, and the gradients are divided by it afterwards. A NaN or infinite
 the scale was too large; the step is then skipped.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonMapping, JsonObject
 
 
 class LossScaler:
@@ -85,7 +83,7 @@ class LossScaler:
             )
         self.scale = max(self.scale / self.factor, self.min_scale)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """Returns the state to store in a checkpoint, as JSON-compatible values."""
         return {
             "scale": self.scale,
@@ -93,7 +91,7 @@ class LossScaler:
             "clean_steps": self._clean_steps,
         }
 
-    def load_state(self, state: Mapping[str, Any] | None) -> None:
+    def load_state(self, state: JsonMapping | None) -> None:
         """Restores the state that `state` returned; None (a new run) changes nothing."""
         if state is not None:
             self.scale = float(state["scale"])

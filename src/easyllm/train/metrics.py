@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from easyllm.core.atomic import output_errors, write_atomic
+from easyllm.core.json_types import JsonObject
 from easyllm.core.jsonl import read_json_objects
 
 FILE = "metrics.jsonl"
@@ -40,6 +41,6 @@ class MetricsLog:
             self._file.close()
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path) -> list[JsonObject]:
     """Returns the lines of a run's `metrics.jsonl`, skipping damaged ones."""
     return read_json_objects(run / FILE)

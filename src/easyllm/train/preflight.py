@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from easyllm.core.device import memory_free_bytes
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import console, format_count, format_duration
 from easyllm.models import open_source
 from easyllm.nn.config import ModelConfig
@@ -67,7 +67,7 @@ class RunPlan:
             f"{self.flops_per_s / 1e9:.0f} GFLOP/s, and {self.memory.total / 1e9:.1f} GB"
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns the plan as JSON-compatible values; bytes and FLOPs are integers."""
         return {
             "parameters": self.parameters,
@@ -148,7 +148,7 @@ def plan_run(
     tokens = int(training_data.tokens_per_epoch * epochs)
     row = min(config.data.max_seq_len, config.micro_batch_tokens)
     flops = training_flops(model, (row,), adapter=config.adapter).total / row * tokens
-    setup: dict[str, Any] = {
+    setup: JsonObject = {
         "micro_batch_tokens": config.micro_batch_tokens,
         "row_tokens": row,
         "micro_batches": _micro_batches(config, training_data),

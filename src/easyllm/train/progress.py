@@ -1,10 +1,10 @@
 """The progress of a training run: counters, the usual loss, and the evaluations that decide."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from easyllm.batches.packing import Batch
+from easyllm.core.json_types import JsonMapping, JsonObject
 
 SPIKE_MEMORY, SPIKE_AFTER = 0.98, 20
 """Decay per step of the running mean that losses are compared with to detect spikes, and the number
@@ -61,14 +61,14 @@ class TrainProgress:
         for name, value in asdict(other).items():
             setattr(self, name, value)
 
-    def to_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def to_json(self) -> tuple[JsonObject, JsonObject]:
         """Returns the counters, and what evaluations have decided, as stored in a checkpoint."""
         values = asdict(self)
         decided = {name: values.pop(name) for name in _DECISIONS}
         return values, {name: value for name, value in decided.items() if value is not None}
 
     @classmethod
-    def from_json(cls, totals: Mapping[str, Any], extra: Mapping[str, Any]) -> "TrainProgress":
+    def from_json(cls, totals: JsonMapping, extra: JsonMapping) -> "TrainProgress":
         """Returns the progress that `to_json` described; `extra` may have other keys as well.
 
         Raises:

@@ -13,7 +13,6 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from easyllm.adapters import save_adapter
 from easyllm.core.atomic import write_atomic, write_json
 from easyllm.core.device import peak_memory_bytes, peak_rss_bytes, pick_device
 from easyllm.core.errors import ConfigError, Interrupted, OutputError
+from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import MANIFEST_FILE, Manifest
 from easyllm.core.progress import console
 from easyllm.core.run_folder import check_run_folder, claim_run_folder
@@ -78,7 +78,7 @@ class TrainResult:
     """
 
     output: Path
-    figures: dict[str, Any]
+    figures: JsonObject
 
 
 def train(
@@ -301,7 +301,7 @@ def _resumable_changes(config: TrainConfig) -> frozenset[str]:
     return RESUMABLE_CHANGES - {"eval_every"} if decides else RESUMABLE_CHANGES
 
 
-def _results(run: Run, seconds: float) -> dict[str, Any]:
+def _results(run: Run, seconds: float) -> JsonObject:
     """Returns the results of a run before its final evaluation."""
     progress, device = run.progress, run.model.device
     results = {
@@ -318,7 +318,7 @@ def _results(run: Run, seconds: float) -> dict[str, Any]:
     return results
 
 
-def _write_manifest(run: Run, results: dict[str, Any]) -> None:
+def _write_manifest(run: Run, results: JsonObject) -> None:
     manifest = Manifest.create(
         "train",
         config=run.config.model_dump(mode="json"),

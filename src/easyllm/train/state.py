@@ -17,6 +17,7 @@ from easyllm.adapters import AdapterSet
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import JsonObject
 from easyllm.train.loss_scaler import LossScaler
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.progress import TrainProgress
@@ -120,7 +121,7 @@ def load_state(folder: Path, state: RunState) -> None:
     """
     try:
         tensors, _ = read_tensors(folder / TENSORS)
-        noted: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
+        noted: JsonObject = json.loads((folder / STATE).read_text("utf-8"))
         identity, extra = dict(noted["identity"]), dict(noted["extra"])
         progress = TrainProgress.from_json(noted["totals"], extra)
         position = type(state.loader.state)(**noted["loader"])

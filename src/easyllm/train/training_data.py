@@ -9,6 +9,7 @@ from easyllm.batches.corpus_rows import ShardLoader, validation_batches
 from easyllm.batches.loader import Loader
 from easyllm.batches.packing import Batch, split_by_tokens
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import hash_file, hash_value
 from easyllm.corpus.shards import MANIFEST, TokenShards
 from easyllm.examples.sample import AnySample
@@ -56,7 +57,7 @@ class TrainingData:
     tokens_per_epoch: int
     summary: str
     warnings: list[str]
-    figures: dict[str, Any]
+    figures: JsonObject
     inputs: dict[str, str]
 
     @property

@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from easyllm.adapters import AdapterSet, StepInfo
 from easyllm.core.device import peak_memory_bytes
+from easyllm.core.json_types import JsonObject
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.plan.compute import training_flops
@@ -197,7 +198,7 @@ class Callback:
     def on_interrupt(self, run: Run) -> None:
         """Called when a signal has stopped the run before its last step."""
 
-    def on_end(self, run: Run, results: dict[str, Any]) -> None:
+    def on_end(self, run: Run, results: JsonObject) -> None:
         """Called after the last step, before the result is saved; may add to the results."""
 
     def close(self, run: Run) -> None:

@@ -10,13 +10,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError, suggest
+from easyllm.core.json_types import JsonObject
 from easyllm.engine import LLM, SamplingParams
 from easyllm.models import load_adapted, load_model, load_tokenizer, save_model, split_adapter
 from easyllm.models.adapted import apply_adapter
@@ -101,7 +102,7 @@ class Comparison:
             return True
         return self.chosen_a.rank_b <= 1 and self.chosen_b.rank_a <= 1
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns the fields and `near_tie` as a dict."""
         return asdict(self) | {"near_tie": self.is_near_tie}
 
@@ -118,8 +119,8 @@ def compare(
     """Compares two sides on each prompt.
 
     Args:
-        a, b: source of a model or adapter, optionally followed by `@` and a variant: a dtype, int8, int4, or
-            `transformers` (for example `smollm2@bfloat16`).
+        a, b: source of a model or adapter, optionally followed by `@` and a variant: a dtype, int8,
+            int4, or `transformers` (for example `smollm2@bfloat16`).
         prompts: the prompts.
         max_tokens: number of tokens to generate per prompt.
         repetition_penalty: repetition penalty of both sides.

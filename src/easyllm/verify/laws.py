@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from easyllm.core.errors import CheckpointError, ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import Progress
 from easyllm.engine.compiled_step import CompiledStep
 from easyllm.engine.runner import logits_in_passes
@@ -60,7 +61,7 @@ class Finding:
         """Whether the difference is within the bound."""
         return self.figure <= self.bound
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns the fields and `holds` as a dict."""
         return asdict(self) | {"holds": self.holds}
 

@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from pydantic import Field, model_validator
 
 from easyllm.core.config import Config, validate
 from easyllm.core.errors import suggest
+from easyllm.core.json_types import JsonObject
 from easyllm.corpus.clean.presets import PRESETS, PresetName, Rule
 from easyllm.corpus.clean.text import TextView
 from easyllm.corpus.clean.violation import Violation
@@ -21,7 +21,7 @@ class CleanConfig(Config):
     preset: PresetName | None = Field(
         "fineweb", description="Published chain of rules to start from; null for none."
     )
-    override: dict[str, dict[str, Any]] = Field(
+    override: dict[str, JsonObject] = Field(
         default_factory=dict,
         description="Fields of the preset's rules to change, by kind of the rule, such as "
         "`{language: {allowed: [de]}}`.",
@@ -144,7 +144,7 @@ class CleanReport:
             total.characters_kept += report.characters_kept
         return total
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Returns the counts as a JSON-serializable dict; rules by descending rejection count."""
         num_rejected = self.rejected.total()
         by_rule = sorted(self.rejected.items(), key=lambda item: (-item[1], item[0]))

@@ -14,9 +14,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from easyllm.core.errors import ConfigError, DataError, SourceError, install
+from easyllm.core.json_types import Json
 
 BLOCK_BYTES = 1 << 18
 MAX_BYTES = 1 << 26
@@ -166,7 +166,7 @@ def divide(path: str, delimiter: Delimiter, num_bytes: int) -> Iterator[tuple[in
         yield start, position, first
 
 
-def optional(module: str, need: str) -> Any:
+def optional(module: str, need: str) -> Json:
     """Imports a module of the optional dependency group `data`.
 
     Args:
@@ -207,7 +207,7 @@ def _raw_blocks(path: str, start: int, stop: int | None, block_bytes: int) -> It
         raise SourceError(f"cannot read {path!r}: {os.strerror(error.errno)}") from None
 
 
-def _open(path: str) -> Any:
+def _open(path: str) -> Json:
     """Opens the decompressed stream; reading n bytes from it allocates memory for n bytes only."""
     if path.lower().endswith(".gz"):
         return gzip.GzipFile(path, "rb")

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from easyllm.core.errors import DataError
+from easyllm.core.json_types import Json
 from easyllm.corpus.extract import html_text, markdown_text
 from easyllm.corpus.files.blocks import (
     MAX_BYTES,
@@ -162,7 +162,7 @@ def _json_row(line: bytes | None, location: str) -> Row | BadRow:
         return BadRow(location, "JSON nested too deeply")
 
 
-def _object_row(value: Any, location: str) -> Row | BadRow:
+def _object_row(value: object, location: str) -> Row | BadRow:
     if isinstance(value, dict):
         return Row(value, location)
     return BadRow(location, f"a JSON {type(value).__name__}, expected an object")
@@ -208,7 +208,7 @@ class _JsonText:
             raise DamagedFile(f"not JSON (expected {expected!r}, got {got})")
         self._position += 1
 
-    def value(self) -> Any:
+    def value(self) -> Json:
         """Parses and returns the next value."""
         while True:
             try:

@@ -1,12 +1,13 @@
 """One row of a data file of any format."""
 
 from dataclasses import dataclass
-from typing import Any
+
+from easyllm.core.json_types import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One object of a data file, and its location (`file:line`, or `file[index]` in an array)."""
 
-    values: dict[str, Any]
+    values: JsonObject
     location: str

@@ -4,9 +4,8 @@ It represents decoders that no published family describes (linear attention, a L
 ...). Other tools cannot read these checkpoints.
 """
 
-from typing import Any
-
 from easyllm.checkpoint.keymap import SameNames
+from easyllm.core.json_types import JsonObject
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -24,7 +23,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
     return ModelConfig.model_validate({**require(hf, "parts"), **read_token_ids(hf)})
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values: the complete `ModelConfig` under `parts`."""
     return {
         "architectures": ["EasyllmForCausalLM"],

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from easyllm.checkpoint.keymap import KeyMap, Rule, renames
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.models.families.gguf_layout import GGUFLayout
 from easyllm.models.families.rope_config import (
     read_max_seq_len,
@@ -30,7 +31,7 @@ from easyllm.nn.config import (
 )
 from easyllm.nn.position_config import Rope
 
-HFConfig = Mapping[str, Any]
+HFConfig = JsonMapping
 Part = TypeVar("Part")
 MAX_LAYERS = 4096
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -53,9 +54,9 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     read_config: Callable[[HFConfig], ModelConfig]
-    write_config: Callable[[ModelConfig], dict[str, Any]]
+    write_config: Callable[[ModelConfig], JsonObject]
     keymap: Callable[[ModelConfig], KeyMap]
-    sizes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    sizes: Mapping[str, JsonObject] = field(default_factory=dict)
     gguf: GGUFLayout | None = None
 
 
@@ -64,7 +65,7 @@ def with_defaults(config: HFConfig, defaults: HFConfig) -> HFConfig:
 
     A key that is explicitly null stays null.
     """
-    return ChainMap(cast("dict[str, Any]", config), dict(defaults))
+    return ChainMap(cast(JsonObject, config), dict(defaults))
 
 
 def expect_part(value: object, kind: type[Part]) -> Part:
@@ -80,7 +81,7 @@ def expect_part(value: object, kind: type[Part]) -> Part:
     return value
 
 
-def require(config: HFConfig, key: str) -> Any:
+def require(config: HFConfig, key: str) -> Json:
     """Returns the value of `key`.
 
     Raises:
@@ -104,7 +105,7 @@ def num_layers(config: HFConfig, key: str = "num_hidden_layers") -> int:
     return count
 
 
-def refuse(config: HFConfig, expected: Mapping[str, Any]) -> None:
+def refuse(config: HFConfig, expected: JsonMapping) -> None:
     """Rejects options of `config.json` that change the computation and are not implemented.
 
     Args:
@@ -131,7 +132,7 @@ def read_attention(hf: HFConfig, **changes: Any) -> AttentionConfig:
     """
     heads = require(hf, "num_attention_heads")
     head_dim = hf.get("head_dim") or require(hf, "hidden_size") // heads
-    values: dict[str, Any] = {
+    values: JsonObject = {
         "num_heads": heads,
         "num_kv_heads": hf.get("num_key_value_heads") or heads,
         "head_dim": head_dim,
@@ -170,7 +171,7 @@ def read_model(
         layers.append(
             LayerConfig(mixer=mixer, feed_forward=feed_forward, norm_placement=norm_placement)
         )
-    values: dict[str, Any] = {
+    values: JsonObject = {
         "family": family,
         "vocab_size": require(hf, "vocab_size"),
         "hidden_size": require(hf, "hidden_size"),
@@ -187,7 +188,7 @@ def _rope_of(mixer: Mixer) -> Rope | None:
     return mixer.position if isinstance(mixer.position, Rope) else None
 
 
-def write_model(config: ModelConfig, *, model_type: str, architecture: str) -> dict[str, Any]:
+def write_model(config: ModelConfig, *, model_type: str, architecture: str) -> JsonObject:
     """Returns the values of a Llama-style `config.json`, without those of the feed-forward.
 
     Raises:
@@ -223,7 +224,7 @@ def dense_layer(config: ModelConfig) -> tuple[AttentionConfig, GLUConfig]:
     return mixer, expect_part(layer.feed_forward, GLUConfig)
 
 
-def write_dense_model(config: ModelConfig, *, model_type: str, architecture: str) -> dict[str, Any]:
+def write_dense_model(config: ModelConfig, *, model_type: str, architecture: str) -> JsonObject:
     """Returns the values of a Llama-style `config.json` with a SwiGLU in every layer."""
     _, feed_forward = dense_layer(config)
     return write_model(config, model_type=model_type, architecture=architecture) | {
@@ -286,7 +287,7 @@ def llama_keymap(
     return KeyMap([*more, *renames(pairs), *renames(llama_pairs(norms))], tuple(ignored))
 
 
-def read_token_ids(config: HFConfig) -> dict[str, Any]:
+def read_token_ids(config: HFConfig) -> JsonObject:
     """Returns the BOS, EOS (one or several) and PAD ids as `ModelConfig` stores them."""
     eos = config.get("eos_token_id")
     ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
@@ -297,7 +298,7 @@ def read_token_ids(config: HFConfig) -> dict[str, Any]:
     }
 
 
-def write_token_ids(config: ModelConfig) -> dict[str, Any]:
+def write_token_ids(config: ModelConfig) -> JsonObject:
     """Returns the BOS, EOS and PAD ids as `config.json` stores them."""
     eos: int | list[int] | None = list(config.eos_token_ids) or None
     if isinstance(eos, list) and len(eos) == 1:
@@ -338,7 +339,7 @@ def window_of_layer(hf: HFConfig, number: int, *, slides: bool) -> int | None:
     return window if slides and window else None
 
 
-def write_windows(config: ModelConfig) -> dict[str, Any]:
+def write_windows(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` keys that describe which layers use sliding-window attention."""
     windows = [
         layer.mixer.window if isinstance(layer.mixer, AttentionConfig) else None

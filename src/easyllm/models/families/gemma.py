@@ -4,9 +4,8 @@ Gemma 2 adds norms before and after each block (sandwich norm), logit soft-cappi
 sliding-window attention in every second layer.
 """
 
-from typing import Any
-
 from easyllm.checkpoint.keymap import KeyMap
+from easyllm.core.json_types import JsonObject
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -65,7 +64,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
         refuse(hf, {"hidden_act": _GELU})
     refuse(hf, {"hidden_activation": _GELU, "use_bidirectional_attention": False})
     bias = bool(hf.get("attention_bias", False))
-    changes: dict[str, Any] = {"qkv_bias": bias, "out_bias": bias}
+    changes: JsonObject = {"qkv_bias": bias, "out_bias": bias}
     if second:
         changes["scale"] = require(hf, "query_pre_attn_scalar") ** -0.5
         changes["softcap"] = hf.get("attn_logit_softcapping")
@@ -85,7 +84,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
     )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values of a Gemma model."""
     mixer, feed_forward = dense_layer(config)
     written = {
@@ -125,7 +124,7 @@ _MORE_NORMS = {
 }
 
 
-def read_gguf2(metadata: GGUFMetadata) -> dict[str, Any]:
+def read_gguf2(metadata: GGUFMetadata) -> JsonObject:
     """Converts GGUF metadata of the architecture `gemma2`.
 
     Attention is scaled by the head dimension or, in the 27B model, by the hidden size divided by

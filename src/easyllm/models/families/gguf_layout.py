@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.nn.position_config import Llama3Scaling
 from easyllm.nn.rope_scaling import frequencies, llama3_frequencies
 
-Transform = Callable[[Tensor, Mapping[str, Any]], Tensor]
+Transform = Callable[[Tensor, JsonMapping], Tensor]
 """Converts a tensor of the file, given the `config.json` values, to HF's tensor. It must also work
 on the meta device, where it is used to compute the shape."""
 
@@ -57,15 +58,15 @@ class GGUFMetadata:
 
     def __init__(
         self,
-        values: Mapping[str, Any],
-        tensors: Mapping[str, Any],
+        values: JsonMapping,
+        tensors: JsonMapping,
         load: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.architecture = str(values.get("general.architecture"))
         self.tensors, self._values, self._load = tensors, values, load
         self._read: set[str] = set()
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> Json:
         """Returns the value of `<architecture>.<key>`, or `default` if it is missing.
 
         A per-layer list of equal values is returned as that single value, and an fp32 value as the
@@ -84,7 +85,7 @@ class GGUFMetadata:
             return default
         return _shortest(value) if isinstance(value, float) else value
 
-    def need(self, key: str) -> Any:
+    def need(self, key: str) -> Json:
         """Returns the value of a required key.
 
         Raises:
@@ -151,7 +152,7 @@ class GGUFLayout:
     """
 
     architectures: tuple[str, ...]
-    read_config: Callable[[GGUFMetadata], dict[str, Any]]
+    read_config: Callable[[GGUFMetadata], JsonObject]
     names: Mapping[str, str]
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset({"blk.{i}.attn_rot_embd", "rope_freqs"})
@@ -195,14 +196,14 @@ QK_NORMS: Mapping[str, str] = {
 """Tensor names of the QK norms: llama.cpp's to HF's."""
 
 
-def read_llama(metadata: GGUFMetadata, model_type: str) -> dict[str, Any]:
+def read_llama(metadata: GGUFMetadata, model_type: str) -> JsonObject:
     """Returns the `config.json` values shared by Llama-style models."""
     return read_sizes(metadata, model_type) | {
         "rms_norm_eps": metadata.need("attention.layer_norm_rms_epsilon")
     }
 
 
-def read_sizes(metadata: GGUFMetadata, model_type: str) -> dict[str, Any]:
+def read_sizes(metadata: GGUFMetadata, model_type: str) -> JsonObject:
     """Returns the values of `read_llama` without those of the norm."""
     heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
     width = metadata.get("attention.key_length", hidden // heads)
@@ -224,7 +225,7 @@ def read_sizes(metadata: GGUFMetadata, model_type: str) -> dict[str, Any]:
     }
 
 
-def read_rope(metadata: GGUFMetadata, width: int) -> dict[str, Any]:
+def read_rope(metadata: GGUFMetadata, width: int) -> JsonObject:
     """Returns the `rope_theta` and `rope_scaling` values of `config.json`.
 
     The scaling comes from the metadata and from the tensor `rope_freqs.weight`, whose factors
@@ -248,7 +249,7 @@ def read_rope(metadata: GGUFMetadata, width: int) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _read_scaling(metadata: GGUFMetadata) -> dict[str, Any] | None:
+def _read_scaling(metadata: GGUFMetadata) -> JsonObject | None:
     """Reads the RoPE scaling; the defaults are linear with factor 1, as in llama.cpp."""
     kind = metadata.get("rope.scaling.type", "linear")
     factor = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear") or 1.0
@@ -276,7 +277,7 @@ def _read_scaling(metadata: GGUFMetadata) -> dict[str, Any] | None:
     return values
 
 
-def _scaling_by_factors(factors: Tensor, theta: float, width: int) -> dict[str, Any] | None:
+def _scaling_by_factors(factors: Tensor, theta: float, width: int) -> JsonObject | None:
     """Returns the RoPE scaling for explicit frequency factors as `config.json` stores it.
 
     If the factors follow Llama 3's rule (its converter writes only the factors), the result is that
@@ -320,7 +321,7 @@ def half_split(heads: str) -> Transform:
     return lambda tensor, config: half_split_rows(tensor, config[heads])
 
 
-def minus_one(tensor: Tensor, _config: Mapping[str, Any]) -> Tensor:
+def minus_one(tensor: Tensor, _config: JsonMapping) -> Tensor:
     """Converts the norm weight 1 + w of the file to the w that HF stores (Gemma)."""
     return tensor - 1
 
@@ -329,6 +330,6 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -4,9 +4,8 @@ Partial RoPE rotates half of each head in interleaved pairs, and the gate and up
 fused in one tensor on disk. `glm4` also has a norm after each block (sandwich norm).
 """
 
-from typing import Any
-
 from easyllm.checkpoint.keymap import Fused, KeyMap
+from easyllm.core.json_types import JsonObject
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -57,7 +56,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
     )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values of a GLM-4 model."""
     mixer, _ = dense_layer(config)
     architecture = "Glm4ForCausalLM" if config.family == "glm4" else "GlmForCausalLM"

@@ -3,11 +3,10 @@
 On disk, q, k and v are fused in one tensor and the weight matrices of all layers are transposed.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from easyllm.checkpoint.keymap import Fused, KeyMap, Rename, renames
+from easyllm.core.json_types import JsonObject
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -47,7 +46,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
     )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values of a GPT-2 model."""
     mixer = expect_part(config.layers[0].mixer, AttentionConfig)
     mlp = expect_part(config.layers[0].feed_forward, MLPConfig)
@@ -95,7 +94,7 @@ _OUTSIDE = {
 }
 
 
-def _size(layers: int, hidden: int, heads: int, positions: int = 1024) -> dict[str, Any]:
+def _size(layers: int, hidden: int, heads: int, positions: int = 1024) -> JsonObject:
     sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_positions": positions}
     return {"model_type": "gpt2", "vocab_size": 50257} | sizes
 
@@ -109,7 +108,7 @@ SIZES = {
 }
 
 
-def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
+def read_gguf(metadata: GGUFMetadata) -> JsonObject:
     """Converts GGUF metadata of the architecture `gpt2`."""
     return {
         "model_type": "gpt2",

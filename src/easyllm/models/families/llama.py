@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from easyllm.core.json_types import JsonObject
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -34,7 +35,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
     return read_model(hf, family="llama", layer=lambda _: (mixer, feed_forward))
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values of a Llama model."""
     mixer, feed_forward = dense_layer(config)
     return write_dense_model(config, model_type="llama", architecture="LlamaForCausalLM") | {
@@ -43,7 +44,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
+def read_gguf(metadata: GGUFMetadata) -> JsonObject:
     """Converts GGUF metadata of the architecture `llama`.
 
     A file with experts is read as Mixtral, a file with a sliding window as Mistral.
@@ -62,7 +63,7 @@ def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
     return hf | {"model_type": "mistral", "sliding_window": window} if window else hf
 
 
-def _size(layers: int, hidden: int, heads: int, kv: int, ff: int, **more: Any) -> dict[str, Any]:
+def _size(layers: int, hidden: int, heads: int, kv: int, ff: int, **more: Any) -> JsonObject:
     return {
         "model_type": "llama",
         "vocab_size": 32000,

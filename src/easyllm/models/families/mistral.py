@@ -1,7 +1,6 @@
 """Mistral: the Llama architecture with grouped-query attention and a sliding window."""
 
-from typing import Any
-
+from easyllm.core.json_types import JsonObject
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -34,7 +33,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
     return read_model(hf, family="mistral", layer=lambda _: (mixer, read_glu(hf)))
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values of a Mistral model."""
     mixer, _ = dense_layer(config)
     return write_dense_model(config, model_type="mistral", architecture="MistralForCausalLM") | {

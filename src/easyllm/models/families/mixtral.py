@@ -3,9 +3,8 @@
 The router's softmax covers only the selected experts (two by default).
 """
 
-from typing import Any
-
 from easyllm.checkpoint.keymap import KeyMap
+from easyllm.core.json_types import JsonObject
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -50,7 +49,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
     return read_model(hf, family="mixtral", layer=lambda _: (mixer, experts))
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values of a Mixtral model."""
     mixer = expect_part(config.layers[0].mixer, AttentionConfig)
     experts = expect_part(config.layers[0].feed_forward, MoEConfig)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from easyllm.core.json_types import JsonObject
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -45,7 +46,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
     )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values of a Qwen2 model."""
     return write_dense_model(config, model_type="qwen2", architecture="Qwen2ForCausalLM") | {
         **write_windows(config),
@@ -54,7 +55,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 def _size(
     layers: int, hidden: int, heads: int, kv: int, ff: int, vocab: int, **more: Any
-) -> dict[str, Any]:
+) -> JsonObject:
     return {
         "model_type": "qwen2",
         "vocab_size": vocab,

@@ -1,7 +1,6 @@
 """Qwen3: the Llama architecture with QK norm and no biases by default."""
 
-from typing import Any
-
+from easyllm.core.json_types import JsonObject
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -42,7 +41,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
     return read_model(hf, family="qwen3", layer=layer)
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values of a Qwen3 model."""
     mixer, _ = dense_layer(config)
     return write_dense_model(config, model_type="qwen3", architecture="Qwen3ForCausalLM") | {

@@ -1,8 +1,7 @@
 """Qwen2-MoE (with a gated shared expert) and Qwen3-MoE (QK norm, no shared expert)."""
 
-from typing import Any
-
 from easyllm.checkpoint.keymap import KeyMap
+from easyllm.core.json_types import JsonObject
 from easyllm.models.families.family import (
     Family,
     HFConfig,
@@ -105,7 +104,7 @@ def _window(hf: HFConfig, number: int, *, third: bool) -> int | None:
     return window_of_layer(hf, number, slides=windows and slides)
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> JsonObject:
     """Returns the `config.json` values of a Qwen2-MoE or Qwen3-MoE model."""
     third = config.family == "qwen3_moe"
     forwards = [layer.feed_forward for layer in config.layers]
@@ -150,7 +149,7 @@ def keymap(config: ModelConfig) -> KeyMap:
     return llama_keymap(config, pairs=pairs)
 
 
-def read_gguf(metadata: GGUFMetadata) -> dict[str, Any]:
+def read_gguf(metadata: GGUFMetadata) -> JsonObject:
     """Converts GGUF metadata of the architectures `qwen2moe` and `qwen3moe`.
 
     `qwen3moe` normalises the routing weights of the selected experts to sum to 1; `qwen2moe` does

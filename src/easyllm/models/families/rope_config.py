@@ -4,10 +4,9 @@ transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes `ro
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.nn.position_config import (
     DynamicNTKScaling,
     FactorScaling,
@@ -24,7 +23,7 @@ KNOWN = ("default", "linear", "ntk", "dynamic", "yarn", "llama3")
 
 
 def read_rope(
-    config: Mapping[str, Any],
+    config: JsonMapping,
     head_dim: int,
     *,
     interleaved: bool = False,
@@ -62,7 +61,7 @@ def read_rope(
     )
 
 
-def _read_scaling(values: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
+def _read_scaling(values: JsonMapping, config: JsonMapping) -> RopeScaling | None:
     kind = values.get("rope_type", values.get("type", "default"))
     length = values.get(_LENGTH) or config.get(_LENGTH) or config.get("max_position_embeddings")
     match kind:
@@ -93,7 +92,7 @@ def _read_scaling(values: Mapping[str, Any], config: Mapping[str, Any]) -> RopeS
     )
 
 
-def _read_yarn(values: Mapping[str, Any], length: Any, config: Mapping[str, Any]) -> YarnScaling:
+def _read_yarn(values: JsonMapping, length: object, config: JsonMapping) -> YarnScaling:
     """Reads YaRN scaling as transformers does.
 
     A missing factor is the ratio of the maximum to the original length, and `mscale` is used only
@@ -117,7 +116,7 @@ def _attention_scale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _need(values: Mapping[str, Any], key: str) -> Any:
+def _need(values: JsonMapping, key: str) -> Json:
     if values.get(key) is None:
         raise CheckpointError(
             f"config.json has no {key!r} in its rope_scaling; copy the checkpoint's own config.json"
@@ -125,7 +124,7 @@ def _need(values: Mapping[str, Any], key: str) -> Any:
     return values[key]
 
 
-def read_max_seq_len(config: Mapping[str, Any], rope: Rope | None, default: int = 2048) -> int:
+def read_max_seq_len(config: JsonMapping, rope: Rope | None, default: int = 2048) -> int:
     """Returns the maximum sequence length in tokens.
 
     For dynamic NTK scaling it is `factor` times `max_position_embeddings`, the original length.
@@ -141,7 +140,7 @@ def write_max_seq_len(max_seq_len: int, rope: Rope) -> int:
     return scaling.original_max_seq_len if isinstance(scaling, DynamicNTKScaling) else max_seq_len
 
 
-def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
+def write_rope(rope: Rope, head_dim: int) -> JsonObject:
     """Returns the RoPE keys of `config.json` as transformers 4 writes them.
 
     Raises:
@@ -152,7 +151,7 @@ def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
         raise CheckpointError(
             "its RoPE frequencies are divided by explicit factors, which config.json cannot store"
         )
-    written: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
+    written: JsonObject = {"rope_theta": rope.theta, "rope_scaling": None}
     if rope.rotary_dim is not None:
         written["partial_rotary_factor"] = rope.rotary_dim / head_dim
     if rope.scaling is not None:

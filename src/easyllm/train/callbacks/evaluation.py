@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
+from easyllm.core.json_types import JsonObject
 from easyllm.train.callbacks.checkpoints import restore_best
 from easyllm.train.config import EarlyStoppingConfig
 from easyllm.train.training_run import Callback, Run, StepReport
@@ -25,7 +25,7 @@ class Evaluation(Callback):
         if run.is_due(run.config.eval_every) and report.step != run.total_steps:
             self._evaluate(run)
 
-    def on_end(self, run: Run, results: dict[str, Any]) -> None:
+    def on_end(self, run: Run, results: JsonObject) -> None:
         """Evaluates the weights that are saved as the result."""
         self._evaluate(run)
         if run.config.keep_best:

@@ -1,8 +1,8 @@
 """Logs a run: steps, evaluations, samples and events to `metrics.jsonl`, some to the console."""
 
 from collections.abc import Mapping
-from typing import Any
 
+from easyllm.core.json_types import JsonMapping
 from easyllm.core.progress import console
 from easyllm.train.metrics import MetricsLog
 from easyllm.train.training_run import Callback, Run, StepReport
@@ -40,7 +40,7 @@ class LogMetrics(Callback):
         if self._log is not None:
             self._log.close()
 
-    def _write(self, figures: Mapping[str, Any]) -> None:
+    def _write(self, figures: JsonMapping) -> None:
         assert self._log is not None, "the run has started"
         self._log.write(**figures)
 

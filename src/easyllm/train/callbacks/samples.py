@@ -1,9 +1,9 @@
 """Generates sample completions of fixed prompts during a run."""
 
 from collections.abc import Callable
-from typing import Any
 
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import SamplesConfig
@@ -31,7 +31,7 @@ class Samples(Callback):
         if run.is_due(run.config.eval_every) and report.step != run.total_steps:
             self._sample(run)
 
-    def on_end(self, run: Run, results: dict[str, Any]) -> None:  # noqa: ARG002 - of the interface
+    def on_end(self, run: Run, results: JsonObject) -> None:  # noqa: ARG002 - of the interface
         """Generates samples of the last step."""
         self._sample(run)
 
