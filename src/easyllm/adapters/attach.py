@@ -1,7 +1,7 @@
 """Attaching adapters to a model, detaching them, and merging them into the weights."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,9 +11,11 @@ from easyllm.adapters.adapter_set import AdapterSet, find_trained_modules, resto
 from easyllm.adapters.bank import AdapterBank
 from easyllm.adapters.registry import kind_of
 from easyllm.core.errors import ConfigError, suggest
-from easyllm.core.json_types import JsonMapping
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
+
+if TYPE_CHECKING:
+    from easyllm.core.json_types import JsonMapping
 
 
 def attach(

@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Collection
-from typing import Any
 
 from easyllm.core.errors import CheckpointError
-from easyllm.core.json_types import JsonMapping
+from easyllm.core.json_types import Json, JsonMapping
 
 SHARED = frozenset(
     {
@@ -57,7 +56,7 @@ def check_keys(
         )
 
 
-def matches(patterns: Any, name: str) -> list[Any]:
+def matches(patterns: Json, name: str) -> list[Json]:
     """Returns the values of all patterns that match a module's name, in the dictionary's order.
 
     As in peft, a pattern must match from the beginning of the name, or from after a dot, to its

@@ -6,13 +6,16 @@ some of the tensors (llama.cpp's `gguf-split`).
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from easyllm.checkpoint.gguf import GGUFFile, GGUFTensor
 from easyllm.core.errors import CheckpointError
-from easyllm.core.json_types import Json
+
+if TYPE_CHECKING:
+    from easyllm.core.json_types import Json
 
 MAX_PARTS = 10_000
 _NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from torch import Tensor
 
@@ -123,7 +122,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, dict(file.metadata() or {})
 
 
-def _read_tensor(handle: Any, name: str, path: Path) -> Tensor:
+def _read_tensor(handle: Json, name: str, path: Path) -> Tensor:
     from safetensors import SafetensorError
 
     try:

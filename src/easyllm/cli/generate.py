@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from easyllm.cli.sampling import (
 )
 from easyllm.core.json_types import JsonObject
 from easyllm.engine.params import BeamParams, SamplingParams
+
+if TYPE_CHECKING:
+    from easyllm.engine import LLM, Completion
 
 
 def register(app: typer.Typer) -> None:
@@ -146,7 +149,7 @@ def chat(
         messages.append({"role": "assistant", "content": answer})
 
 
-def _stream(llm: Any, ids: list[int], params: Any, *, shown: bool) -> Any:
+def _stream(llm: "LLM", ids: list[int], params: SamplingParams, *, shown: bool) -> "Completion":
     """Returns the completion; prints its text as it is generated if `shown`."""
     from easyllm.engine import Completion
 
@@ -184,11 +187,11 @@ def _beam_params(beams: int, length_penalty: float, params: SamplingParams) -> B
     return validate(BeamParams, values, source="--beams")
 
 
-def _as_dict(done: Any) -> JsonObject:
+def _as_dict(done: "Completion") -> JsonObject:
     """Returns a completion as a JSON object."""
     from dataclasses import asdict
 
-    values = {
+    values: JsonObject = {
         "text": done.text,
         "token_ids": done.token_ids,
         "logprobs": done.logprobs,

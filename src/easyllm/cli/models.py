@@ -2,9 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from easyllm.models import ContextConfig
 
 Model = Annotated[
     str, typer.Argument(help="smollm2, a checkpoint folder, a .gguf file, or hf:org/name.")
@@ -101,7 +104,7 @@ def context_config(
     logn: bool = False,
     window: int | None = None,
     sinks: int | None = None,
-) -> Any:
+) -> "ContextConfig | None":
     """Returns the `ContextConfig` of the `--rope` options; None if none is given.
 
     Raises:

@@ -22,8 +22,9 @@ from typing import Annotated, Any
 import typer
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
+from typer.models import OptionInfo
 
-from easyllm.core.json_types import JsonMapping, JsonObject
+from easyllm.core.json_types import JsonMapping, JsonObject, TypeForm
 
 Values = JsonObject
 """The values of a group's flags, by field."""
@@ -39,7 +40,7 @@ def option(
     note: str = "",
     low: float | None = None,
     metavar: str | None = None,
-) -> Any:
+) -> OptionInfo:
     """Returns the `typer.Option` of a field, with its description as help text and its bounds.
 
     A range with an exclusive bound, which typer does not support, is checked by the model only.
@@ -69,12 +70,13 @@ def option(
                 bounds["max"] = mark.le
     if low is not None:
         bounds["min"] = low
-    return typer.Option(
+    made: OptionInfo = typer.Option(
         *(names or (f"--{field.replace('_', '-')}",)),
         help=text.replace("[", r"\["),  # not markup
         metavar=metavar,
         **{name: bound for name, bound in bounds.items() if abs(bound) < UNBOUNDED},
     )
+    return made
 
 
 class FlagGroup:
@@ -170,7 +172,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _flag_type(annotation: object) -> Any:
+def _flag_type(annotation: object) -> TypeForm:
     """Returns the type of a flag: that of its field without constraints; lists for tuples."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:

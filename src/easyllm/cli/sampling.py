@@ -1,11 +1,14 @@
 """Flags shared by the commands that generate: sampling, loading, cache memory."""
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from easyllm.cli.options import FlagGroup, Values, option
 from easyllm.engine.options import LLMOptions
 from easyllm.engine.params import BeamParams, SamplingParams
+
+if TYPE_CHECKING:
+    from easyllm.engine import LLM
 
 SAMPLING = FlagGroup(
     SamplingParams,
@@ -36,7 +39,7 @@ def sampling_params(values: Values) -> SamplingParams:
     return validate(SamplingParams, values, source="sampling options")
 
 
-def load_llm(model: str, *, quiet: bool = False, **options: Any) -> Any:
+def load_llm(model: str, *, quiet: bool = False, **options: Any) -> "LLM":
     """Loads a model for generation; prints one line about its memory use on standard error."""
     from easyllm.engine import LLM
 

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from easyllm.core.errors import ConfigError, SourceError, suggest
-from easyllm.core.json_types import Json, JsonMapping, JsonObject
+from easyllm.core.json_types import Json, JsonMapping, JsonObject, TypeForm
 from easyllm.core.kinds import Kinds
 
 if TYPE_CHECKING:
@@ -415,16 +415,15 @@ def _registered(metadata: Iterable[Any], value: object) -> list[type[BaseModel]]
     return [m for kinds in metadata if isinstance(kinds, Kinds) for m in kinds.of(value)]
 
 
-def _models_in(annotation: Any, value: Json) -> list[type[BaseModel]]:
+def _models_in(annotation: TypeForm, value: Json) -> list[type[BaseModel]]:
     """The models in a type annotation; for registered kinds, the variants that match the value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) is typing.Annotated:
+    origin: TypeForm = typing.get_origin(annotation)
+    if origin is typing.Annotated:
         registered = _registered(annotation.__metadata__, value)
         if registered:
             return registered
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType) or typing.get_args(
-        annotation
-    ):
+    if origin in (typing.Union, types.UnionType) or typing.get_args(annotation):
         return [m for part in typing.get_args(annotation) for m in _models_in(part, value)]
     return []

@@ -4,18 +4,16 @@ It differs from pydantic's in three ways. Generated titles, which repeat the nam
 Every model is a definition. Values may be references, such as `${seed}` in a pipeline recipe.
 """
 
-from typing import Any
-
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
-from easyllm.core.json_types import Json, JsonObject
+from easyllm.core.json_types import Json, JsonObject, TypeForm
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _ATTRIBUTES = "\n\nAttributes:"
 
 
-def json_schema(annotation: Any, *, reference: str | None = None) -> JsonObject:
+def json_schema(annotation: TypeForm, *, reference: str | None = None) -> JsonObject:
     """Returns the JSON Schema of a configuration type.
 
     Args:
@@ -38,7 +36,7 @@ def json_schema(annotation: Any, *, reference: str | None = None) -> JsonObject:
 class _Generator(GenerateJsonSchema):
     """Generates the schema without titles."""
 
-    def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002 - pydantic's signature
+    def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002
         """Returns whether a field gets a title: never."""
         return False
 

@@ -1,4 +1,4 @@
-"""Names for parsed JSON and YAML, whose types only their readers know."""
+"""Names for parsed JSON and YAML, whose types only their readers know, and for annotations."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -10,4 +10,7 @@ JsonObject: TypeAlias = dict[str, Any]
 JsonMapping: TypeAlias = Mapping[str, Any]
 """The same, read-only."""
 
-__all__ = ["Json", "JsonMapping", "JsonObject"]
+TypeForm: TypeAlias = Any
+"""A type annotation, such as `int | None`; Python has no type for them yet."""
+
+__all__ = ["Json", "JsonMapping", "JsonObject", "TypeForm"]

@@ -5,10 +5,9 @@ They make `import easyllm` and `easyllm --help` fast, because torch is not loade
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
 
 
-def lazy_exports(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+def lazy_exports(package: str, modules: Mapping[str, str]) -> Callable[[str], object]:
     """Returns the `__getattr__` of a package that imports its exported names on first use.
 
     Args:
@@ -19,7 +18,7 @@ def lazy_exports(package: str, modules: Mapping[str, str]) -> Callable[[str], An
         __getattr__ = lazy_exports(__name__, {"LLM": "easyllm.engine.llm"})
     """
 
-    def load(name: str) -> Any:
+    def load(name: str) -> object:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(modules[name]), name)

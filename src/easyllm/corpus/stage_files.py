@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from easyllm.core.atomic import output_errors
 from easyllm.core.json_types import JsonObject
@@ -39,7 +39,7 @@ def line_writer(path: Path) -> Iterator["LineWriter"]:
 class LineWriter:
     """Writes JSON Lines to a compressed stream."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
     def write(self, values: JsonObject) -> None:

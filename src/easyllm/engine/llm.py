@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -219,13 +219,31 @@ class LLM:
         """
         return self._run([self.encode(p) for p in prompts], params or SamplingParams(), adapter)
 
+    @overload
+    def chat(
+        self,
+        messages: list[JsonObject],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | Sequence[str] = "",
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        messages: list[list[JsonObject]],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | Sequence[str] = "",
+    ) -> list[Completion]: ...
+
     def chat(
         self,
         messages: list[JsonObject] | list[list[JsonObject]],
         params: SamplingParams | None = None,
         *,
         adapter: str | Sequence[str] = "",
-    ) -> Any:
+    ) -> Completion | list[Completion]:
         """Returns the assistant's next turn, using the model's chat template.
 
         Args:

@@ -7,14 +7,17 @@ from 0, or a regression target. Class names are rejected with a hint to map them
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from easyllm.core.errors import DataError
-from easyllm.core.json_types import Json
 from easyllm.examples.data_file import Row, read_rows
 from easyllm.examples.prepare import PreparationStats
 from easyllm.examples.sample import Sample
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from easyllm.core.json_types import Json
 
 TARGET = "target"
 """Name of the extra of a sample that stores its regression target."""

@@ -6,12 +6,16 @@ model: each passes its own context, and the model stays unchanged.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from easyllm.ops.attention_rule import AttentionRule
+
+T = TypeVar("T")
+State: TypeAlias = Any
+"""The recurrent state of a layer, whose type only the layer knows."""
 
 
 class KeyValueStore(Protocol):
@@ -35,7 +39,7 @@ class KeyValueStore(Protocol):
 class RecurrentStep(Protocol):
     """Maps one sequence's tokens and its state (None at the start) to its output and new state."""
 
-    def __call__(self, *inputs: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+    def __call__(self, *inputs: Tensor, state: State) -> tuple[Tensor, State]: ...
 
 
 class VirtualRows(Protocol):
@@ -146,11 +150,12 @@ class ForwardContext:
         """Whether all rows use the base model without an adapter."""
         return self.adapters is not None and self.adapters.names == ("",)
 
-    def once(self, key: object, compute: Callable[[], Any]) -> Any:
+    def once(self, key: object, compute: Callable[[], T]) -> T:
         """Returns the value of `compute()`, which is called only once per `key` and memoised."""
         if key not in self.memo:
             self.memo[key] = compute()
-        return self.memo[key]
+        found: T = self.memo[key]
+        return found
 
     def of_rows(self, rows: Tensor) -> "ForwardContext":
         """Returns the context of selected rows, for row-wise parts (an expert, the head)."""

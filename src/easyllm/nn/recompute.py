@@ -4,7 +4,7 @@ The other activations are recomputed in the backward pass (Chen et al. 2016, arX
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder, DecoderLayer
 
 Recompute = Literal["none", "selective", "full"]
+
+T = TypeVar("T")
+Added = tuple[Tensor, Tensor | None]
+"""The residual stream as two terms; see `DecoderLayer.forward`."""
 
 
 def recompute_activations(model: Decoder, mode: Recompute) -> Decoder:
@@ -36,17 +40,18 @@ def recompute_activations(model: Decoder, mode: Recompute) -> Decoder:
 def _recompute_layer(layer: DecoderLayer) -> None:
     recomputed = _recomputed(layer.forward)
 
-    def forward(x: Tensor, context: ForwardContext, added: Tensor | None = None) -> Any:
+    def forward(x: Tensor, context: ForwardContext, added: Tensor | None = None) -> Added:
         # add the two terms first, so that only one tensor is saved
         return recomputed(x if added is None else x + added, context)
 
     layer.forward = forward  # type: ignore[method-assign]
 
 
-def _recomputed(plain: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(*inputs: Any) -> Any:
+def _recomputed(plain: Callable[..., T]) -> Callable[..., T]:
+    def forward(*inputs: object) -> T:
         if not torch.is_grad_enabled():
             return plain(*inputs)
-        return checkpoint(plain, *inputs, use_reentrant=False)
+        result: T = checkpoint(plain, *inputs, use_reentrant=False)
+        return result
 
     return forward

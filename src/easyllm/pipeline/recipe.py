@@ -5,9 +5,9 @@ ${stages.a.data}  the value at this key of the recipe, with overrides applied
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -247,7 +247,9 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _replaced(value: Json, pattern: re.Pattern[str], replace: Any) -> Json:
+def _replaced(
+    value: Json, pattern: re.Pattern[str], replace: Callable[[re.Match[str]], Json]
+) -> Json:
     """Returns a copy in which every string that matches is replaced by `replace(match)`."""
     if isinstance(value, str):
         match = pattern.fullmatch(value)

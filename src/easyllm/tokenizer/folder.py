@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import RobertaProcessing
 
 from easyllm.core.errors import CheckpointError
-from easyllm.core.json_types import JsonMapping, JsonObject
+from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.tokenizer.sentencepiece import (
     PieceType,
     SentencePieceModel,
@@ -369,7 +369,7 @@ def _items(entries: object, file: str) -> list[tuple[Any, Any]]:
     return list(entries.items())
 
 
-def _number(index: Any) -> int:
+def _number(index: Json) -> int:
     try:
         return int(index)
     except (TypeError, ValueError):

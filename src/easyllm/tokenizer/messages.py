@@ -15,7 +15,6 @@ training data, `encode_chat`, and requests to the server.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from easyllm.core.errors import DataError
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
@@ -148,7 +147,7 @@ def _part_text(part: object, name: str) -> str:
     )
 
 
-def read_calls(calls: Any, name: str) -> list[JsonObject]:
+def read_calls(calls: Json, name: str) -> list[JsonObject]:
     """Returns tool calls in OpenAI's format, with their arguments as objects.
 
     A call without the enclosing `function` object is wrapped in one.
@@ -185,7 +184,7 @@ def read_arguments(arguments: object) -> Json:
     return {} if arguments is None else arguments
 
 
-def _read_call(call: Any) -> JsonObject:
+def _read_call(call: Json) -> JsonObject:
     function = call.get("function", call)
     if not isinstance(function["name"], str):
         raise TypeError

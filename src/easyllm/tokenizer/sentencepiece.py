@@ -14,14 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from easyllm.core.errors import CheckpointError, SourceError
-from easyllm.core.json_types import Json
 from easyllm.tokenizer.from_gguf import backend_from_gguf
+
+if TYPE_CHECKING:
+    from easyllm.core.json_types import Json
 
 SPACE = "▁"
 """The character that represents a space in pieces."""

@@ -33,6 +33,7 @@ from easyllm.tokenizer.template_budget import (
     MAX_SOURCE,
     Budget,
     TemplateError,
+    TemplateValue,
     Visit,
     check_replace,
     check_search,
@@ -187,14 +188,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         known = attr in _METHODS or not inspect.isroutine(value)
         return known and super().is_safe_attribute(obj, attr, value)
 
-    def getitem(self, obj: object, argument: object) -> Any:
+    def getitem(self, obj: object, argument: object) -> TemplateValue:
         BUDGET.get().step()
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: object) -> None:
         """Disables `str.format`, which can pad text; it is rejected like any unknown method."""
 
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def call(
+        self, context: Context, obj: TemplateValue, /, *args: Any, **kwargs: Any
+    ) -> TemplateValue:
         budget = BUDGET.get()
         budget.step()
         if isinstance(obj, LoopContext):  # the inner loop of a recursive one
@@ -207,7 +210,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             budget.total += len(owner)  # the pieces of a split text add up to its full length
         return budget.made(super().call(context, obj, *args, **kwargs))
 
-    def call_binop(self, context: Context, operator: str, left: object, right: object) -> Any:
+    def call_binop(
+        self, context: Context, operator: str, left: object, right: object
+    ) -> TemplateValue:
         budget = BUDGET.get()
         budget.step()
         if operator == "**":

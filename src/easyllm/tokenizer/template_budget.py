@@ -3,10 +3,12 @@
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from easyllm.core.errors import DataError
 
+TemplateValue: TypeAlias = Any
+"""A value of Jinja, which declares no types for them."""
 MAX_SOURCE = 100_000
 """Maximum length of a template, in characters."""
 MAX_STEPS = 500_000
@@ -106,7 +108,7 @@ class Budget:
             self.step()
             yield item
 
-    def made(self, value: object) -> Any:
+    def made(self, value: object) -> TemplateValue:
         """Adds the size of a new value to the total and returns the value.
 
         The items of a container were counted when they were created.

@@ -14,6 +14,7 @@ from easyllm.tokenizer.template_budget import (
     MAX_REASON,
     MAX_SPLIT_CHARS,
     TemplateError,
+    TemplateValue,
     check_replace,
     check_search,
     check_size,
@@ -116,7 +117,7 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         "environment": lambda context: (context.environment,),
     }.get(wanted.name if wanted else "", lambda _context: ())
 
-    def counted(context: Context, value: object, /, *args: Any, **kwargs: Any) -> Any:
+    def counted(context: Context, value: object, /, *args: Any, **kwargs: Any) -> TemplateValue:
         budget = BUDGET.get()
         budget.step()
         if name in _LETTER_FILTERS and isinstance(value, str) and len(value) > MAX_SPLIT_CHARS:
@@ -147,12 +148,12 @@ def _leave(_context: Context, loop: int) -> None:
     BUDGET.get().leave(loop)
 
 
-def _step(value: object) -> Any:
+def _step(value: object) -> TemplateValue:
     BUDGET.get().step()
     return value
 
 
-def _made(value: object) -> Any:
+def _made(value: object) -> TemplateValue:
     return BUDGET.get().made(_step(value))
 
 
@@ -179,13 +180,13 @@ def _join(
     return d.join(texts)
 
 
-def _replace(text: Any, old: str, new: str, count: int = -1) -> str:
+def _replace(text: TemplateValue, old: str, new: str, count: int = -1) -> str:
     text, old, new = str(text), str(old), str(new)
     check_replace(text, old, new)
     return cast("str", text.replace(old, new, count))
 
 
-def _trim(text: Any, chars: str | None = None) -> str:
+def _trim(text: TemplateValue, chars: str | None = None) -> str:
     text = str(text)
     check_search(text, chars)
     return cast("str", text.strip(chars))

@@ -12,9 +12,8 @@ give a prefix of the text, with the content of the turn replaced.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any
 
 from easyllm.core.errors import DataError
 from easyllm.core.json_types import JsonObject
@@ -269,8 +268,8 @@ class TurnFinder:
         return self._render(messages, False)[0]
 
 
-def _num_equal(first: Any, second: Any) -> int:
-    """Returns the length of the common prefix of two texts."""
+def _num_equal(first: Iterable[str], second: Iterable[str]) -> int:
+    """Returns the length of the common prefix of two texts, character by character."""
     count = 0
     for a, b in zip(first, second, strict=False):
         if a != b:

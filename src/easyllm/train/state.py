@@ -9,7 +9,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,10 +17,12 @@ from easyllm.adapters import AdapterSet
 from easyllm.checkpoint.store import read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
-from easyllm.core.json_types import JsonObject
 from easyllm.train.loss_scaler import LossScaler
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.progress import TrainProgress
+
+if TYPE_CHECKING:
+    from easyllm.core.json_types import JsonObject
 
 FOLDER, BEST = "checkpoints", "best"
 TENSORS, STATE = "state.safetensors", "state.json"

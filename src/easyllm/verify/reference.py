@@ -4,7 +4,7 @@ This is the only file that imports `transformers`, and only when a reference is 
 """
 
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def chat_ids(folder: Path, messages: list[dict[str, str]], *, generation_prompt:
     return ids
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     try:
         import transformers
     except ImportError:
@@ -76,4 +76,5 @@ def _library() -> Any:
         ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return transformers
+    library: ModuleType = transformers
+    return library

@@ -13,7 +13,7 @@ from easyllm.core.recipe_kind import command_of
 from easyllm.engine import LLM, EngineConfig
 from easyllm.engine.options import LLMOptions
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 RECIPE_KINDS = ("train", "run", "data-build")
 TRAIN = {"data": {"train": ["rows.jsonl"]}}
 

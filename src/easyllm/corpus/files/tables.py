@@ -4,13 +4,19 @@ import csv
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from easyllm.core.errors import SourceError
 from easyllm.corpus.files.blocks import BLOCK_BYTES, MAX_BYTES, DamagedFile, optional, split_records
 from easyllm.corpus.files.formats import TOO_LONG, BadRow, Rows
 from easyllm.corpus.files.row import Row
 
+ParquetFile: TypeAlias = Any
+"""A `pyarrow.parquet.ParquetFile`; pyarrow comes without types."""
+ArrowData: TypeAlias = Any
+"""A batch, column or type of pyarrow."""
+CsvReader: TypeAlias = Any
+"""A `csv.reader`, whose type has no public name."""
 BATCH_BYTES = 1 << 22
 """Approximate size of the Parquet columns that are decoded at a time (a page is the minimum)."""
 
@@ -41,7 +47,7 @@ def csv_columns(blocks: Iterable[bytes], delimiter: str) -> list[str]:
     return _csv_header(_csv_reader(_CsvLines(blocks), delimiter))
 
 
-def open_parquet(path: str) -> Any:
+def open_parquet(path: str) -> ParquetFile:
     """Opens a `pyarrow.parquet.ParquetFile`, which reads its pages on demand.
 
     Raises:
@@ -54,12 +60,12 @@ def open_parquet(path: str) -> Any:
         return parquet.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False)
 
 
-def parquet_columns(file: Any) -> dict[str, bool]:
+def parquet_columns(file: ParquetFile) -> dict[str, bool]:
     """Maps the name of each column to whether it contains text."""
     return {field.name: _is_text(field.type) for field in file.schema_arrow}
 
 
-def divide_parquet(file: Any, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+def divide_parquet(file: ParquetFile, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
     """Divides a Parquet file into ranges of row groups.
 
     Each range has the smallest number of row groups whose uncompressed size reaches `num_bytes`.
@@ -127,20 +133,22 @@ class _CsvLines:
         return line.decode("utf-8", "surrogateescape") + "\n"
 
 
-def _csv_reader(lines: _CsvLines, delimiter: str) -> Any:
+def _csv_reader(lines: _CsvLines, delimiter: str) -> CsvReader:
     # the limit is global to the process and is only ever increased; _CsvLines bounds the rows
     csv.field_size_limit(max(csv.field_size_limit(), MAX_BYTES + 1))
     return csv.reader(lines, delimiter=delimiter, strict=True)
 
 
-def _csv_header(records: Any) -> list[str]:
+def _csv_header(records: CsvReader) -> list[str]:
     try:
         return next((fields for fields in records if fields), [])
     except csv.Error as error:
         raise DamagedFile(f"not CSV ({error})") from None
 
 
-def _group_values(file: Any, group: int, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+def _group_values(
+    file: ParquetFile, group: int, columns: Sequence[str]
+) -> Iterator[tuple[Any, ...]]:
     """Yields the rows of a row group, decoded in batches of about `BATCH_BYTES`."""
     metadata = file.metadata.row_group(group)
     num_rows = BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)
@@ -149,12 +157,12 @@ def _group_values(file: Any, group: int, columns: Sequence[str]) -> Iterator[tup
         yield from zip(*(_column(batch.column(column)) for column in columns), strict=True)
 
 
-def _next_batch(batches: Iterator[Any]) -> Any:
+def _next_batch(batches: Iterator[ArrowData]) -> ArrowData:
     with _parquet_errors("the file"):
         return next(batches, None)
 
 
-def _column(column: Any) -> list[Any]:
+def _column(column: ArrowData) -> list[Any]:
     """Returns the values of a column; invalid UTF-8 becomes lone surrogates, as in CSV."""
     if not _is_text(column.type):
         values: list[Any] = column.to_pylist()
@@ -164,7 +172,7 @@ def _column(column: Any) -> list[Any]:
     return [None if c is None else c.decode("utf-8", "surrogateescape") for c in contents]
 
 
-def _is_text(kind: Any) -> bool:
+def _is_text(kind: ArrowData) -> bool:
     types = optional("pyarrow", "Parquet files").types
     kind = kind.value_type if types.is_dictionary(kind) else kind
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))

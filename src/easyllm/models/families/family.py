@@ -65,7 +65,7 @@ def with_defaults(config: HFConfig, defaults: HFConfig) -> HFConfig:
 
     A key that is explicitly null stays null.
     """
-    return ChainMap(cast(JsonObject, config), dict(defaults))
+    return ChainMap(cast("JsonObject", config), dict(defaults))
 
 
 def expect_part(value: object, kind: type[Part]) -> Part:
