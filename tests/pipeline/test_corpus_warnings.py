@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from easyllm.cli.main import app
 from easyllm.core.errors import DataError
+from easyllm.corpus.report import SourceCounts
 from easyllm.corpus.warnings import warnings
 
 NOUNS = list("桥河山城村湖路塔寺园井坊街港岛田林谷峰湾")
@@ -145,26 +146,19 @@ def test_the_real_cause_is_reported_if_no_row_can_be_read(build, rows, words, re
     assert reason in str(error)
 
 
+def fate(read, removed, bad_rows=0):
+    return SourceCounts(
+        read=read,
+        kept=read - sum(removed.values()),
+        removed=removed,
+        bad_rows={"not JSON": bad_rows} if bad_rows else {},
+        languages={},
+    )
+
+
 def test_few_documents_and_moderate_losses_give_no_warning():
-    fate = {
-        "read": 100,
-        "kept": 60,
-        "removed": {"exact": 40},
-        "bad_rows": {"not JSON": 3},
-        "languages": {},
-    }
-    assert warnings({"web": fate}) == []
-    assert warnings({"web": fate | {"read": 4, "kept": 1, "removed": {"exact": 3}}}) == []
-
-
-def fate(read, removed, **more):
-    return {
-        "read": read,
-        "kept": read - sum(removed.values()),
-        "removed": removed,
-        "bad_rows": {},
-        "languages": {},
-    } | more
+    assert warnings({"web": fate(100, {"exact": 40}, bad_rows=3)}) == []
+    assert warnings({"web": fate(4, {"exact": 3}, bad_rows=3)}) == []
 
 
 def test_several_rules_that_leave_little_together_are_named():

@@ -9,6 +9,7 @@ import random
 import pyarrow
 from pyarrow import parquet
 
+from easyllm.corpus.codec import decode, encode
 from easyllm.corpus.document import Document
 from easyllm.corpus.files.formats import BadRow
 from easyllm.corpus.sources import SourceConfig, Split, list_splits, read_split
@@ -26,7 +27,7 @@ ROWS = [
 def read(config, *, split_bytes=1 << 26):
     """Reads everything in a source, with its splits sent through JSON and pickle."""
     splits = list_splits("s", config, split_bytes=split_bytes)
-    sent = [Split.from_dict(json.loads(json.dumps(split.as_dict()))) for split in splits]
+    sent = [decode(Split, encode(split)) for split in splits]
     assert sent == splits == pickle.loads(pickle.dumps(splits))
     return [item for split in sent for item in read_split(split, config)]
 

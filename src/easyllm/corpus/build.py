@@ -17,33 +17,67 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from easyllm.core.atomic import atomic_directory, write_atomic
-from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError, DataError, EasyllmError
-from easyllm.core.json_types import Json, JsonObject
-from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path, hash_value
+from easyllm.core.json_types import JsonObject
+from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path
 from easyllm.core.progress import Progress, console
 from easyllm.core.run_folder import RECIPE_FILE, check_run_folder, claim_run_folder
 from easyllm.corpus.config import CorpusConfig
 from easyllm.corpus.decontaminate import Decontaminator
 from easyllm.corpus.dedup.clusters import Clusters
+from easyllm.corpus.dedup.config import DedupStep
 from easyllm.corpus.dedup.steps import decide
 from easyllm.corpus.document import Document
 from easyllm.corpus.executor import Executor, build_executor
-from easyllm.corpus.pack import pack
-from easyllm.corpus.report import Counts, counts_by_source, reasons, removals, report
-from easyllm.corpus.sources import Split, list_splits, read_split
+from easyllm.corpus.items import (
+    CleanArguments,
+    CleanItem,
+    DedupArguments,
+    DedupCounts,
+    DedupItem,
+    FileStamp,
+    KeyArguments,
+    KeyItem,
+    TokenCounts,
+    TokenizeArguments,
+    TokenizeItem,
+    WorkItem,
+)
+from easyllm.corpus.pack import Packed, pack
+from easyllm.corpus.report import (
+    SourceCounts,
+    StageCounts,
+    counts_by_source,
+    reasons,
+    removals,
+    report,
+    total,
+)
+from easyllm.corpus.sources import SourceConfig, Split, list_splits, read_split
 from easyllm.corpus.stage_files import SUFFIX, concatenate, line_writer
 from easyllm.corpus.warnings import explain_empty_corpus, warnings
-from easyllm.corpus.work import documents_file, finished, rejected_file, run_item
+from easyllm.corpus.work import (
+    CLEAN,
+    DEDUP_APPLY,
+    DEDUP_KEYS,
+    TOKENIZE,
+    RecordedWork,
+    documents_file,
+    record_file,
+    rejected_file,
+)
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 HOW = ("engine", "workers", "keep_work")
 """Keys that affect how a corpus is built but not its content; they may change on resume."""
+Item = TypeVar("Item", bound=WorkItem)
+Counts = TypeVar("Counts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,18 +178,17 @@ class CorpusBuild:
             runs.save(evaluation)
         items = self._clean_items(evaluation)
         sizes = [split.num_bytes for split in self.splits]
-        counts: Counts = [("clean", self._stage(executor, "clean", items, sizes))]
-        stems = [Path(item["stem"]) for item in items]
+        counts = StageCounts(clean=self._stage(executor, "clean", CLEAN, items, sizes))
+        stems = [item.stem for item in items]
         self._check_documents_remain(counts)
         for number, step in enumerate(self.config.dedup.steps if self.config.dedup else ()):
             stage = f"dedup-{number}-{step.kind}"
-            stems, done = self._dedup(executor, stage, step, stems)
-            counts.append((stage, done))
+            stems, counts.dedup[stage] = self._dedup(executor, stage, step, stems)
             self._check_documents_remain(counts)
         tokens = self._tokenize(executor, stems)
-        composition, held_out = self._pack()
+        packed = self._pack()
         self._keep_exclusions(counts)
-        return self._finish(counts, tokens, composition, held_out)
+        return self._finish(counts, tokens, packed)
 
     # ---- stages
 
@@ -163,85 +196,72 @@ class CorpusBuild:
         self,
         executor: Executor,
         name: str,
-        items: list[JsonObject],
+        work: RecordedWork[Item, Counts],
+        items: Sequence[Item],
         sizes: Sequence[int],
-    ) -> list[JsonObject]:
+    ) -> list[Counts]:
         """Runs the work items of a stage, skipping finished ones, and returns their counts."""
         folder = self.work / name
         folder.mkdir(parents=True, exist_ok=True)
-        found: list[JsonObject | None] = [
-            finished(Path(item["stem"] + ".json"), hash_value(item)) for item in items
-        ]
+        found = [work.finished(item) for item in items]
         left = [i for i, counts in enumerate(found) if counts is None]
         with Progress(name, total=sum(sizes) / 1e6, unit="MB") as progress:
             progress.skip(sum(sizes[i] for i in range(len(items)) if i not in set(left)) / 1e6)
-            for i, counts in zip(
-                left, executor.map(run_item, [items[i] for i in left]), strict=True
-            ):
+            for i, counts in zip(left, executor.map(work, [items[i] for i in left]), strict=True):
                 found[i] = counts
                 progress.advance(sizes[i] / 1e6)
         return [counts for counts in found if counts is not None]
 
-    def _clean_items(self, evaluation: Path | None) -> list[JsonObject]:
-        privacy = self.config.privacy
+    def _clean_items(self, evaluation: Path | None) -> list[CleanItem]:
         forbidden = None if evaluation is None else hash_path(evaluation)
         items = []
         for number, split in enumerate(self.splits):
-            rules = self.config.rules_of(split.source)
             source = self.config.sources[split.source]
-            arguments = {
-                "split": split.as_dict(),
-                "source": source.model_dump(mode="json", exclude={"clean"}),
-                "rules": None if rules is None else rules.model_dump(mode="json"),
-                "privacy": None if privacy is None else privacy.model_dump(mode="json"),
-                "evaluation": None if evaluation is None else str(evaluation),
-            }
-            inputs = [_stamps(split), forbidden]
-            items.append(self._item("clean", "clean", number, arguments, inputs=inputs))
+            arguments = CleanArguments(
+                split=split,
+                source=SourceConfig.model_validate(source.model_dump(exclude={"clean"})),
+                rules=self.config.rules_of(split.source),
+                privacy=self.config.privacy,
+                evaluation=evaluation,
+            )
+            stem, inputs = self._stem("clean", number), (_stamps(split), forbidden)
+            items.append(CleanItem(stem=stem, arguments=arguments, inputs=inputs))
         return items
 
     def _dedup(
-        self, executor: Executor, stage: str, step: Config, stems: list[Path]
-    ) -> tuple[list[Path], list[JsonObject]]:
+        self, executor: Executor, stage: str, step: DedupStep, stems: list[Path]
+    ) -> tuple[list[Path], list[DedupCounts]]:
         """Runs one deduplication step: hash each split, decide globally, filter each split."""
-        described = step.model_dump(mode="json")
-        sizes = [documents_file(stem).stat().st_size for stem in stems]
-        items = [
-            self._item(
-                "dedup_keys",
-                f"{stage}-keys",
-                number,
-                {"documents": str(documents_file(stem)), "step": described},
-                inputs=_record_key(stem),
+        documents = [documents_file(stem) for stem in stems]
+        sizes = [file.stat().st_size for file in documents]
+        keys = [
+            KeyItem(
+                stem=self._stem(f"{stage}-keys", number),
+                arguments=KeyArguments(documents=file, step=step),
+                inputs=hash_file(record_file(stem)),
             )
-            for number, stem in enumerate(stems)
+            for number, (stem, file) in enumerate(zip(stems, documents, strict=True))
         ]
-        self._stage(executor, f"{stage}-keys", items, sizes)
-        folders = [Path(item["stem"]) for item in items]
-        verdicts, clusters = decide(folders, step)  # type: ignore[arg-type]
-        files = []
+        self._stage(executor, f"{stage}-keys", DEDUP_KEYS, keys, sizes)
+        folders = [item.stem for item in keys]
+        verdicts, clusters = decide(folders, step)
+        decisions = []
         for folder, verdict in zip(folders, verdicts, strict=True):
             file = folder.with_name(f"{folder.name}.verdict.npz")
             np.savez(file, allow_pickle=False, **verdict)
-            files.append(file)
+            decisions.append(file)
         if clusters is not None:
             self._write_clusters(stage, folders, clusters)
         items = [
-            self._item(
-                "dedup_apply",
-                stage,
-                number,
-                {
-                    "documents": str(documents_file(stem)),
-                    "decision": str(file),
-                    "step": described,
-                },
-                inputs=hash_file(file),
+            DedupItem(
+                stem=self._stem(stage, number),
+                arguments=DedupArguments(documents=file, decision=decision, step=step),
+                inputs=hash_file(decision),
             )
-            for number, (stem, file) in enumerate(zip(stems, files, strict=True))
+            for number, (file, decision) in enumerate(zip(documents, decisions, strict=True))
         ]
-        done = self._stage(executor, stage, items, sizes)
-        return [Path(item["stem"]) for item in items], done
+        done = self._stage(executor, stage, DEDUP_APPLY, items, sizes)
+        return [item.stem for item in items], done
 
     def _write_clusters(self, stage: str, folders: list[Path], clusters: Clusters) -> None:
         ids = np.concatenate([np.load(f / "ids.npy", allow_pickle=False) for f in folders])
@@ -256,33 +276,29 @@ class CorpusBuild:
                     }
                 )
 
-    def _tokenize(self, executor: Executor, stems: list[Path]) -> list[JsonObject]:
+    def _tokenize(self, executor: Executor, stems: list[Path]) -> list[TokenCounts]:
         folder = self.output / "tokenizer"
         if not folder.exists():
             with atomic_directory(folder) as work:
                 self.tokenizer.save(work)
         items = [
-            self._item(
-                "tokenize",
-                "tokens",
-                number,
-                {
-                    "documents": str(documents_file(stem)),
-                    "tokenizer": str(folder),
-                    "end_id": self.end_id,
-                },
-                inputs=[_record_key(stem), self.tokenizer.fingerprint],
+            TokenizeItem(
+                stem=self._stem("tokens", number),
+                arguments=TokenizeArguments(
+                    documents=documents_file(stem), tokenizer=folder, end_id=self.end_id
+                ),
+                inputs=(hash_file(record_file(stem)), self.tokenizer.fingerprint),
             )
             for number, stem in enumerate(stems)
         ]
         sizes = [documents_file(stem).stat().st_size for stem in stems]
-        return self._stage(executor, "tokens", items, sizes)
+        return self._stage(executor, "tokens", TOKENIZE, items, sizes)
 
-    def _pack(self) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-        """Writes the shards; returns each source's composition and number of held-out documents."""
+    def _pack(self) -> Packed:
+        """Writes the shards, and returns what they contain of each source."""
         stems = {
             name: [
-                self.work / "tokens" / f"{i:05d}"
+                self._stem("tokens", i)
                 for i, split in enumerate(self.splits)
                 if split.source == name
             ]
@@ -290,39 +306,36 @@ class CorpusBuild:
         }
         return pack(self.config, self.tokenizer, stems, self.output / "shards", end_id=self.end_id)
 
-    def _keep_exclusions(self, counts: Counts) -> None:
-        for stage, done in counts:
-            parts = [rejected_file(self.work / stage / f"{i:05d}") for i in range(len(done))]
+    def _keep_exclusions(self, counts: StageCounts) -> None:
+        for stage in ("clean", *counts.dedup):
+            parts = [rejected_file(self._stem(stage, i)) for i in range(len(self.splits))]
             concatenate(parts, self.output / "excluded" / f"{stage}{SUFFIX}")
         clusters = sorted(self.work.glob(f"*.clusters{SUFFIX}"))
         concatenate(clusters, self.output / f"clusters{SUFFIX}")
 
     def _finish(
-        self,
-        counts: Counts,
-        tokens: list[JsonObject],
-        composition: dict[str, dict[str, float]],
-        held_out: dict[str, int],
+        self, counts: StageCounts, tokens: Sequence[TokenCounts], packed: Packed
     ) -> JsonObject:
         """Writes the report and the manifest, and removes the intermediate files."""
-        packed = int(sum(c["tokens"] for c in composition.values()))
-        text_bytes = sum(done["bytes"] for done in tokens)
-        read = sum(done["documents"] for done in counts[0][1])
-        left = self._fates(counts)
-        summary = {
-            "documents_read": read,
-            "documents_kept": sum(done["documents"] for done in tokens),
+        text_bytes = sum(split.bytes for split in tokens)
+        left, held_out = self._fates(counts), packed.held_out
+        composition = packed.composition
+        summary: JsonObject = {
+            "documents_read": counts.documents_read,
+            "documents_kept": sum(split.documents for split in tokens),
             "held_out": sum(held_out.values()),
             "warnings": warnings(left),
-            "documents": int(sum(c["documents"] for c in composition.values())),
-            "tokens": packed,
-            "bytes_per_token": text_bytes / max(1, sum(done["tokens"] for done in tokens)),
-            "sources": {name: fate | {"held_out": held_out[name]} for name, fate in left.items()},
-            "removed": removals(counts, read),
-            "bad_rows": _summed(counts[0][1], "bad_rows"),
-            "bad_rows_shown": [row for done in counts[0][1] for row in done["bad_rows_shown"]],
-            "private": _summed(counts[0][1], "private"),
-            "composition": composition,
+            "documents": sum(part.documents for part in composition.values()),
+            "tokens": sum(part.tokens for part in composition.values()),
+            "bytes_per_token": text_bytes / max(1, sum(split.tokens for split in tokens)),
+            "sources": {
+                name: asdict(fate) | {"held_out": held_out[name]} for name, fate in left.items()
+            },
+            "removed": [asdict(removal) for removal in removals(counts)],
+            "bad_rows": dict(sorted(total(split.bad_rows for split in counts.clean).items())),
+            "bad_rows_shown": counts.bad_rows_shown,
+            "private": dict(sorted(total(split.private for split in counts.clean).items())),
+            "composition": {name: part.as_dict() for name, part in composition.items()},
         }
         write_atomic(self.output / "report.md", report(self.config.name, summary))
         paths = {part.path for split in self.splits for part in split.parts}
@@ -353,12 +366,9 @@ class CorpusBuild:
 
     # ---- parts
 
-    def _item(
-        self, work: str, stage: str, number: int, arguments: JsonObject, *, inputs: object
-    ) -> JsonObject:
-        """Returns a work item; `inputs` identifies its input, so that changed input is new work."""
-        stem = str(self.work / stage / f"{number:05d}")
-        return {"work": work, "stem": stem, "arguments": arguments, "inputs": inputs}
+    def _stem(self, stage: str, number: int) -> Path:
+        """Returns the path stem of the output files of a split in a stage."""
+        return self.work / stage / f"{number:05d}"
 
     def _evaluation_runs(self) -> Decontaminator | None:
         """Returns the index of the evaluation n-grams that no document may contain, or None."""
@@ -373,23 +383,23 @@ class CorpusBuild:
                 raise DataError(f"decontaminate.sets.{name} contains no text; check its text_key")
         return Decontaminator.from_texts(texts, config)
 
-    def _fates(self, counts: Counts) -> dict[str, JsonObject]:
+    def _fates(self, counts: StageCounts) -> dict[str, SourceCounts]:
         return counts_by_source(counts, [split.source for split in self.splits])
 
-    def _check_documents_remain(self, counts: Counts) -> None:
+    def _check_documents_remain(self, counts: StageCounts) -> None:
         """Fails if no documents remain, or none from a source that has a weight in the mixture.
 
         Only a different recipe or different files can fix this, so the build is discarded.
         """
         left = self._fates(counts)
-        if not any(fate["kept"] for fate in left.values()):
+        if not any(fate.kept for fate in left.values()):
             self._discard()
-            shown = [row for done in counts[0][1] for row in done["bad_rows_shown"]]
-            raise DataError(f"no documents remain {explain_empty_corpus(left, shown)}")
+            reason = explain_empty_corpus(left, counts.bad_rows_shown)
+            raise DataError(f"no documents remain {reason}")
         for name, share in self.config.mixture.shares.items():
-            if share.weight is not None and not left[name]["kept"]:
+            if share.weight is not None and not left[name].kept:
                 self._discard()
-                why = reasons(left[name]["removed"])
+                why = reasons(left[name].removed)
                 raise ConfigError(
                     f"mixture gives weight {share.weight:g} to source {name!r}, but no documents "
                     f"remain from it{f' ({why})' if why else ''}; drop the weight, or give the "
@@ -411,19 +421,7 @@ def _end_id(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
     return end
 
 
-def _stamps(split: Split) -> list[list[Json]]:
+def _stamps(split: Split) -> tuple[FileStamp, ...]:
     """Returns size and modification time of a split's files, so that changed files are redone."""
     stats = {part.path: Path(part.path).stat() for part in split.parts}
-    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats.items())]
-
-
-def _record_key(stem: Path) -> str:
-    return hash_file(stem.with_name(stem.name + ".json"))
-
-
-def _summed(counts: list[JsonObject], name: str) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for done in counts:
-        for key, value in done[name].items():
-            total[key] = total.get(key, 0) + value
-    return dict(sorted(total.items()))
+    return tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in sorted(stats.items()))

@@ -1,36 +1,56 @@
 """Executors that run the stages of a corpus build: local processes, or Ray on a node or a cluster.
 
-A stage is a function of one work item that writes its output atomically and returns a small
-JSON-like value. Executors differ only in where they call it, not in the result. On a cluster the
-output folder must be on storage that is shared by all nodes.
+A stage is a function of one work item that writes its output atomically and returns a small value.
+Executors differ only in where they call it, not in the result: local processes pickle items and
+results, Ray gets them as JSON (corpus/codec). On a cluster the output folder must be on storage
+that is shared by all nodes.
 """
 
-import json
 import logging
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context, parent_process
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Generic, Literal, Protocol, Self, TypedDict, TypeVar
 
-from easyllm.core.errors import ConfigError, install
-from easyllm.core.json_types import JsonObject
+from easyllm.core import errors
+from easyllm.core.errors import ConfigError, EasyllmError, install
+from easyllm.corpus.codec import decode, encode
 
 Engine = Literal["local", "ray"]
-Work = Callable[[JsonObject], JsonObject]
-"""A module-level function (it is pickled by name) that maps a JSON-like dict to another."""
 AHEAD = 2
 """Number of items submitted beyond one per process, so that no process is idle."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+AnyResult_co = TypeVar("AnyResult_co", covariant=True)
+
+
+class Work(Protocol[Item, AnyResult_co]):
+    """A function of one item that can be pickled, with the classes of its items and results."""
+
+    @property
+    def item_type(self) -> type[Item]:
+        """The class of the items."""
+        ...
+
+    @property
+    def result_type(self) -> type[AnyResult_co]:
+        """The class of the results."""
+        ...
+
+    def __call__(self, item: Item) -> AnyResult_co:
+        """Does the work of one item."""
+        ...
 
 
 class Executor(Protocol):
     """Calls a function on every item; as a context manager, it ends its processes on exit."""
 
-    def map(self, work: Work, items: Sequence[JsonObject]) -> Iterator[JsonObject]:
+    def map(self, work: Work[Item, Result], items: Sequence[Item]) -> Iterator[Result]:
         """Yields the results of `work` in the order of the items."""
         ...
 
@@ -79,7 +99,7 @@ class LocalExecutor:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def map(self, work: Work, items: Sequence[JsonObject]) -> Iterator[JsonObject]:
+    def map(self, work: Work[Item, Result], items: Sequence[Item]) -> Iterator[Result]:
         """Yields the results of `work` in the order of the items.
 
         If an item raises an error, pending items are cancelled, running ones are awaited and the
@@ -94,7 +114,7 @@ class LocalExecutor:
             self._pool = ProcessPoolExecutor(
                 self.workers, mp_context=get_context("spawn"), initializer=_prepare_worker
             )
-        running: deque[Future[JsonObject]] = deque()
+        running: deque[Future[Result]] = deque()
         try:
             for item in items:
                 running.append(self._pool.submit(work, item))
@@ -118,7 +138,9 @@ class RayExecutor:
             ) from None
         self.workers = workers
         if not ray.is_initialized():
-            options: JsonObject = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers}
+            options: dict[str, int | None] = (
+                {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers}
+            )
             ray.init(
                 include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
             )
@@ -134,7 +156,7 @@ class RayExecutor:
     ) -> None:
         """Does nothing: Ray keeps running, so that another build in this process can reuse it."""
 
-    def map(self, work: Work, items: Sequence[JsonObject]) -> Iterator[JsonObject]:
+    def map(self, work: Work[Item, Result], items: Sequence[Item]) -> Iterator[Result]:
         """Yields the results of `work` in the order of the items.
 
         An `EasyllmError` of an item is raised with its original type.
@@ -143,7 +165,7 @@ class RayExecutor:
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        rows = [{"number": i, "item": json.dumps(item)} for i, item in enumerate(items)]
+        rows = [_ItemRow(number=i, item=encode(item)) for i, item in enumerate(items)]
         if not rows:
             return
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
@@ -153,33 +175,47 @@ class RayExecutor:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         found = sorted(done.iter_rows(), key=lambda row: row["number"])
         for row in found:
-            result = json.loads(row["result"])
-            if "mistake" in result:
-                raise _mistake(result)
-            yield result
+            if row["error"]:
+                raise _restored(row["error"], row["message"])
+            yield decode(work.result_type, row["result"])
 
 
-class _Call:
-    """Processes one Ray row; item and result are JSON strings, so that Ray infers no types."""
+class _ItemRow(TypedDict):
+    """A Ray row; the item is a JSON string, so that Ray infers no types."""
 
-    def __init__(self, work: Work) -> None:
+    number: int
+    item: str
+
+
+class _ResultRow(TypedDict):
+    """A Ray row: the result as a JSON string, or the class and message of an `EasyllmError`."""
+
+    number: int
+    result: str
+    error: str
+    message: str
+
+
+class _Call(Generic[Item, Result]):
+    """Processes one Ray row."""
+
+    def __init__(self, work: Work[Item, Result]) -> None:
         self.work = work
 
-    def __call__(self, row: JsonObject) -> JsonObject:
-        from easyllm.core.errors import EasyllmError
-
+    def __call__(self, row: _ItemRow) -> _ResultRow:
+        number = row["number"]
         try:
-            result = self.work(json.loads(row["item"]))
+            result = encode(self.work(decode(self.work.item_type, row["item"])))
         except EasyllmError as error:  # Ray would wrap the message in a traceback
-            result = {"mistake": str(error), "kind": type(error).__name__}
-        return {"number": row["number"], "result": json.dumps(result)}
+            kind, message = type(error).__name__, str(error)
+            return _ResultRow(number=number, result="", error=kind, message=message)
+        return _ResultRow(number=number, result=result, error="", message="")
 
 
-def _mistake(result: JsonObject) -> Exception:
-    from easyllm.core import errors
-
-    kind: type[Exception] = getattr(errors, result["kind"], errors.EasyllmError)
-    return kind(result["mistake"])
+def _restored(name: str, message: str) -> Exception:
+    """Returns the error of a work item from the name of its class and its message."""
+    kind: type[Exception] = getattr(errors, name, EasyllmError)
+    return kind(message)
 
 
 def _prepare_worker() -> None:

@@ -16,6 +16,19 @@ from easyllm.corpus.token_pool import TokenPool
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """What the shards contain of each source.
+
+    Attributes:
+        composition: source name -> its part of the mixture.
+        held_out: source name -> number of documents held out for validation.
+    """
+
+    composition: dict[str, Composition]
+    held_out: dict[str, int]
+
+
 def pack(
     config: CorpusConfig,
     tokenizer: Tokenizer,
@@ -23,7 +36,7 @@ def pack(
     output: Path,
     *,
     end_id: int | None,
-) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+) -> Packed:
     """Samples documents from every source and writes the shards.
 
     Args:
@@ -57,7 +70,7 @@ def pack(
             tokens=int(pools[n].lengths[numbers].sum()),
             available=pools[n].tokens,
             documents=len(numbers),
-        ).as_dict()
+        )
         for n, numbers in chosen.items()
     }
     writing = _Writing(pools, tokenizer, config.pack.shard_tokens, end_id, generator)
@@ -65,7 +78,8 @@ def pack(
         writing.write(work, chosen, composition)
         if any(len(numbers) for numbers in held.values()):
             writing.write(work / "validation", held, {})
-    return composition, {n: len(numbers) for n, numbers in held.items()}
+    held_out = {n: len(numbers) for n, numbers in held.items()}
+    return Packed(composition=composition, held_out=held_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +96,7 @@ class _Writing:
         self,
         folder: Path,
         chosen: Mapping[str, NDArray[np.int64]],
-        composition: dict[str, dict[str, float]],
+        composition: Mapping[str, Composition],
     ) -> None:
         """Writes the chosen documents of all sources in one shuffled order."""
         names = list(chosen)
@@ -98,5 +112,8 @@ class _Writing:
                 size += int(pool.bytes[numbers[i]])
                 progress.advance()
         writer.finish(
-            self.tokenizer, end_id=self.end_id, bytes_of_text=size, composition=composition
+            self.tokenizer,
+            end_id=self.end_id,
+            bytes_of_text=size,
+            composition={name: part.as_dict() for name, part in composition.items()},
         )

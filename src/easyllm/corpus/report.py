@@ -1,75 +1,136 @@
 """Summary of a corpus build: counts of kept and removed documents, and the Markdown report."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from easyllm.core.json_types import JsonObject
+from easyllm.corpus.items import CleanCounts, DedupCounts
 
-Counts = list[tuple[str, list[JsonObject]]]
-"""Stages that remove documents, each with the counts of its work items, one per split."""
 REASONS_SHOWN = 3
 
 
-def removals(counts: Counts, read: int) -> list[JsonObject]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCounts:
+    """The counts of the stages that remove documents, one value per split.
+
+    Attributes:
+        clean: the counts of the first stage, `clean`.
+        dedup: the counts of each deduplication stage, by name, in order.
+    """
+
+    clean: Sequence[CleanCounts]
+    dedup: dict[str, Sequence[DedupCounts]] = field(default_factory=dict)
+
+    @property
+    def documents_read(self) -> int:
+        """The number of documents in all splits."""
+        return sum(split.documents for split in self.clean)
+
+    @property
+    def bad_rows_shown(self) -> list[str]:
+        """Some bad rows of all splits, each with its location and reason."""
+        return [row for split in self.clean for row in split.bad_rows_shown]
+
+    def kept(self) -> list[int]:
+        """Returns the number of documents that remain of each split."""
+        last = next(reversed(self.dedup.values()), None)
+        return [split.kept for split in (self.clean if last is None else last)]
+
+    def removed(self) -> dict[str, list[Mapping[str, int]]]:
+        """Returns, for each stage, the number of documents removed from each split by rule."""
+        stages: dict[str, list[Mapping[str, int]]] = {
+            "clean": [split.rejected_by_rule for split in self.clean]
+        }
+        for stage, splits in self.dedup.items():
+            rule = stage.rsplit("-", 1)[-1]
+            stages[stage] = [{rule: split.removed} for split in splits]
+        return stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """What one rule removed in one stage.
+
+    Attributes:
+        stage: name of the stage.
+        rule: name of the rule.
+        documents: number of documents removed.
+        share: fraction of the documents read.
+    """
+
+    stage: str
+    rule: str
+    documents: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceCounts:
+    """What happened to the documents of one source; mappings are in descending order of counts.
+
+    Attributes:
+        read: number of documents read.
+        kept: number of documents that remain.
+        removed: rule -> number of documents it removed.
+        bad_rows: kind of error -> number of rows that are not documents.
+        languages: language -> number of documents rejected by the language rule.
+    """
+
+    read: int
+    kept: int
+    removed: dict[str, int]
+    bad_rows: dict[str, int]
+    languages: dict[str, int]
+
+
+def removals(counts: StageCounts) -> list[Removal]:
     """Returns the number of documents removed by each rule of each stage.
 
-    Args:
-        counts: the counts of every stage.
-        read: number of documents read.
-
-    Returns:
-        Rows with `stage`, `rule`, `documents` and `share` (of the documents read), sorted by
-        descending count within each stage.
+    Stages are in order, and the rules of a stage in descending order of documents.
     """
-    rows = []
-    for stage, done in counts:
-        by_rule = Counter[str]()
-        for item in done:
-            by_rule.update(_removed(stage, item))
-        for rule, number in _most_first(by_rule):
-            share = number / max(1, read)
-            rows.append({"stage": stage, "rule": rule, "documents": number, "share": share})
-    return rows
+    read = max(1, counts.documents_read)
+    return [
+        Removal(stage=stage, rule=rule, documents=number, share=number / read)
+        for stage, splits in counts.removed().items()
+        for rule, number in most_first(total(splits)).items()
+    ]
 
 
-def counts_by_source(counts: Counts, sources: Sequence[str]) -> dict[str, JsonObject]:
+def counts_by_source(counts: StageCounts, sources: Sequence[str]) -> dict[str, SourceCounts]:
     """Returns what happened to the documents of each source.
 
     Args:
         counts: the counts of every stage.
         sources: the source of each split.
-
-    Returns:
-        For each source: `read` and `kept` documents, `removed` documents by rule, `bad_rows` by
-        kind of error, and `languages` of the documents rejected by the language rule. Counts are
-        sorted in descending order.
     """
-    _, first = counts[0]
-    _, last = counts[-1]
-    removed = {name: Counter[str]() for name in sources}
-    for stage, done in counts:
-        for name, item in zip(sources, done, strict=True):
-            removed[name].update(_removed(stage, item))
-    return {
-        name: {
-            "read": sum(i["documents"] for n, i in zip(sources, first, strict=True) if n == name),
-            "kept": sum(i["kept"] for n, i in zip(sources, last, strict=True) if n == name),
-            "removed": dict(_most_first(by_rule)),
-            "bad_rows": _of_source(first, sources, name, "bad_rows"),
-            "languages": _of_source(first, sources, name, "languages"),
-        }
-        for name, by_rule in removed.items()
-    }
+    kept, stages = counts.kept(), counts.removed().values()
+    found = {}
+    for name in dict.fromkeys(sources):
+        mine = [i for i, source in enumerate(sources) if source == name]
+        splits = [counts.clean[i] for i in mine]
+        found[name] = SourceCounts(
+            read=sum(split.documents for split in splits),
+            kept=sum(kept[i] for i in mine),
+            removed=most_first(total(stage[i] for stage in stages for i in mine)),
+            bad_rows=most_first(total(split.bad_rows for split in splits)),
+            languages=most_first(total(split.languages for split in splits)),
+        )
+    return found
 
 
-def _of_source(
-    items: list[JsonObject], sources: Sequence[str], name: str, key: str
-) -> dict[str, int]:
-    total = Counter[str]()
-    for source, item in zip(sources, items, strict=True):
-        if source == name:
-            total.update(item.get(key, {}))  # counts written by an older version may lack the key
-    return dict(_most_first(total))
+def total(parts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """Returns the sum of counts by name."""
+    found = Counter[str]()
+    for part in parts:
+        found.update(part)
+    return found
+
+
+def most_first(counts: Mapping[str, int]) -> dict[str, int]:
+    """Returns the counts that are not zero in descending order, equal ones by name."""
+    found = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return {name: number for name, number in found if number}
 
 
 def reasons(by_rule: Mapping[str, int]) -> str:
@@ -167,19 +228,6 @@ def report(name: str, summary: JsonObject) -> str:
         "`clusters.jsonl.zst` lists the document that was kept in place of each duplicate.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _removed(stage: str, item: JsonObject) -> dict[str, int]:
-    """Returns the number of documents that a work item removed, by rule."""
-    if "removed" in item:
-        return {stage.rsplit("-", 1)[-1]: item["removed"]}
-    found: dict[str, int] = item["rejected_by_rule"]
-    return found
-
-
-def _most_first(by_rule: Counter[str]) -> list[tuple[str, int]]:
-    found = sorted(by_rule.items(), key=lambda pair: (-pair[1], pair[0]))
-    return [(rule, number) for rule, number in found if number]
 
 
 def _listed(numbers: Mapping[str, int]) -> str:

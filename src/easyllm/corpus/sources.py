@@ -10,14 +10,14 @@ same files.
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError, DataError, suggest
-from easyllm.core.json_types import Json, JsonObject
+from easyllm.core.json_types import Json
 from easyllm.corpus.document import Document
 from easyllm.corpus.document_fields import EMPTY_TEXT, RowKeys, to_document
 from easyllm.corpus.files.blocks import (
@@ -168,15 +168,6 @@ class Split:
     def num_bytes(self) -> int:
         """Bytes to read in all parts."""
         return sum(part.num_bytes for part in self.parts)
-
-    def as_dict(self) -> JsonObject:
-        """Returns plain values for JSON."""
-        return asdict(self) | {"parts": [asdict(part) for part in self.parts]}
-
-    @classmethod
-    def from_dict(cls, values: JsonObject) -> Self:
-        """Restores a split from the result of `as_dict`."""
-        return cls(source=values["source"], parts=tuple(Part(**part) for part in values["parts"]))
 
 
 def list_splits(name: str, config: SourceConfig, *, split_bytes: int = SPLIT_BYTES) -> list[Split]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from easyllm.core.json_types import JsonMapping
 from easyllm.corpus.clean.language import CHINESE
+from easyllm.corpus.report import SourceCounts, most_first, total
 
 MAX_SHARE = 0.5
 """Share of a source's documents that one rule may remove before there is a warning."""
@@ -16,7 +16,7 @@ NUM_RULES = 3
 MIN_DOCUMENTS = 10
 """Number of documents below which shares are not meaningful."""
 
-Fates = Mapping[str, JsonMapping]
+Fates = Mapping[str, SourceCounts]
 
 
 def warnings(sources: Fates) -> list[str]:
@@ -25,8 +25,8 @@ def warnings(sources: Fates) -> list[str]:
     Args:
         sources: for each source, the counts from `counts_by_source`.
     """
-    read = sum(fate["read"] + _num_bad(fate) for fate in sources.values())
-    kept = sum(fate["kept"] for fate in sources.values())
+    read = sum(fate.read + _num_bad(fate) for fate in sources.values())
+    kept = sum(fate.kept for fate in sources.values())
     lines = []
     if read >= MIN_DOCUMENTS and kept < MIN_TOTAL_SHARE * read:
         lines.append(
@@ -46,42 +46,44 @@ def explain_empty_corpus(sources: Fates, shown: list[str]) -> str:
         shown: some bad rows, each with its location.
     """
     bad = sum(_num_bad(fate) for fate in sources.values())
-    removed = _summed(sources, "removed")
+    removed = most_first(total(fate.removed for fate in sources.values()))
     if not removed and not bad:
         return "(the sources contain none); check their paths"
     if not removed:
         more = f", and {bad - 1:,} more rows" if bad > 1 else ""
-        return f"({shown[0]}{more}); {_remedy_of_row(next(iter(_summed(sources, 'bad_rows'))))}"
+        kinds = most_first(total(fate.bad_rows for fate in sources.values()))
+        return f"({shown[0]}{more}); {_remedy_of_row(next(iter(kinds)))}"
     listed = ", ".join(f"{rule} {number:,}" for rule, number in list(removed.items())[:5])
     if bad > sum(removed.values()):
         listed += f"; {bad:,} rows could not be read, such as {shown[0]}"
-    return f"({listed}); {_remedy(next(iter(removed)), _summed(sources, 'languages'))}"
+    languages = most_first(total(fate.languages for fate in sources.values()))
+    return f"({listed}); {_remedy(next(iter(removed)), languages)}"
 
 
-def _of_source(name: str, fate: JsonMapping) -> list[str]:
+def _of_source(name: str, fate: SourceCounts) -> list[str]:
     lines = []
-    bad, read = _num_bad(fate), fate["read"]
+    bad, read = _num_bad(fate), fate.read
     if bad + read >= MIN_DOCUMENTS and bad > MAX_SHARE * (bad + read):
-        kind, number = _first(fate["bad_rows"])
+        kind, number = _first(fate.bad_rows)
         lines.append(
             f"{bad:,} of the {bad + read:,} rows of source {name!r} could not be read "
             f"({kind}: {number:,}); {_remedy_of_row(kind)}"
         )
-    if read >= MIN_DOCUMENTS and fate["removed"]:
-        rule, number = _first(fate["removed"])
+    if read >= MIN_DOCUMENTS and fate.removed:
+        rule, number = _first(fate.removed)
         if number > MAX_SHARE * read:
             lines.append(
                 f"rule {rule} removed {number:,} of the {read:,} documents of source {name!r} "
-                f"({number / read:.0%}); {_remedy(rule, fate['languages'])}, or give the source "
+                f"({number / read:.0%}); {_remedy(rule, fate.languages)}, or give the source "
                 f"its own rules (sources.{name}.clean)"
             )
-        elif fate["kept"] < MIN_KEPT_SHARE * read:
-            most = sorted(fate["removed"].items(), key=lambda item: (-item[1], item[0]))[:NUM_RULES]
+        elif fate.kept < MIN_KEPT_SHARE * read:
+            most = sorted(fate.removed.items(), key=lambda item: (-item[1], item[0]))[:NUM_RULES]
             listed = ", ".join(f"{rule} {number:,} ({number / read:.0%})" for rule, number in most)
             lines.append(
-                f"only {fate['kept']:,} of the {read:,} documents of source {name!r} were kept "
-                f"({fate['kept'] / read:.0%}); the rules that removed most are {listed}: "
-                f"{_remedy(rule, fate['languages'])}, or give the source its own rules "
+                f"only {fate.kept:,} of the {read:,} documents of source {name!r} were kept "
+                f"({fate.kept / read:.0%}); the rules that removed most are {listed}: "
+                f"{_remedy(rule, fate.languages)}, or give the source its own rules "
                 f"(sources.{name}.clean)"
             )
     return lines
@@ -112,18 +114,9 @@ def _remedy_of_row(kind: str) -> str:
     return "check the files"
 
 
-def _num_bad(fate: JsonMapping) -> int:
-    return sum(fate["bad_rows"].values())
+def _num_bad(fate: SourceCounts) -> int:
+    return sum(fate.bad_rows.values())
 
 
 def _first(counts: Mapping[str, int]) -> tuple[str, int]:
     return max(counts.items(), key=lambda item: item[1])
-
-
-def _summed(sources: Fates, key: str) -> dict[str, int]:
-    """Returns the counts added over all sources, in descending order."""
-    total: dict[str, int] = {}
-    for fate in sources.values():
-        for name, number in fate[key].items():
-            total[name] = total.get(name, 0) + number
-    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))

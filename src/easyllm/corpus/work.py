@@ -1,32 +1,41 @@
-"""The work items of a corpus build: functions on one split, run by local or remote processes.
+"""The work of a corpus build: functions of one work item, run by local or remote processes.
 
-Each function takes the paths of its input and output, writes its output atomically and returns
-counts. `run_item` calls it and records the result next to the output, so that finished work is
-never repeated.
+Each function writes the output of an item atomically and returns counts. `RecordedWork` calls it
+and records the result next to the output, so that finished work is never repeated.
 """
 
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from easyllm.core.atomic import write_json
-from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import hash_value
-from easyllm.corpus.clean import CleanConfig, Cleaner, CleanReport
+from easyllm.corpus.clean import Cleaner, CleanReport
+from easyllm.corpus.codec import from_json, to_json
 from easyllm.corpus.decontaminate import Decontaminator
-from easyllm.corpus.dedup.config import DedupStep
 from easyllm.corpus.dedup.steps import apply_verdict, save_keys
 from easyllm.corpus.document import Document, Rejection
 from easyllm.corpus.files.formats import BadRow
-from easyllm.corpus.privacy import PrivacyConfig, redact
+from easyllm.corpus.items import (
+    CleanCounts,
+    CleanItem,
+    DedupCounts,
+    DedupItem,
+    KeyCounts,
+    KeyItem,
+    TokenCounts,
+    TokenizeItem,
+    WorkItem,
+)
+from easyllm.corpus.privacy import redact
 from easyllm.corpus.shards import token_dtype
-from easyllm.corpus.sources import SourceConfig, Split, read_split
+from easyllm.corpus.sources import read_split
 from easyllm.corpus.stage_files import SUFFIX, line_writer, read_documents
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -34,42 +43,54 @@ BATCH = 256
 """Number of texts tokenized in one call."""
 BAD_ROWS_SHOWN = 5
 
-Counts = JsonObject
+Item = TypeVar("Item", bound=WorkItem)
+Counts = TypeVar("Counts")
 
 
-def run_item(item: JsonObject) -> Counts:
-    """Runs a work item, or returns its recorded counts if it has already finished.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedWork(Generic[Item, Counts]):
+    """Work whose counts are recorded in `<stem>.json` with the hash of the item.
 
-    The counts are recorded in `<stem>.json` with the hash of the item.
-
-    Args:
-        item: `work` is the name of the function, `stem` the path stem of its output files and
-            `arguments` its other arguments.
+    Attributes:
+        function: does the work; a module-level function, because it is pickled by name.
+        item_type: the class of its items.
+        result_type: the class of its counts.
     """
-    key, stem = hash_value(item), Path(item["stem"])
-    record = stem.with_name(stem.name + ".json")
-    if (noted := finished(record, key)) is not None:
-        return noted
-    counts = WORK[item["work"]](stem, **item["arguments"])
-    write_json(record, {"key": key, "counts": counts})
-    return counts
+
+    function: Callable[[Item], Counts]
+    item_type: type[Item]
+    result_type: type[Counts]
+
+    def __call__(self, item: Item) -> Counts:
+        """Does the work of an item, or returns its recorded counts if it has already finished."""
+        if (noted := self.finished(item)) is not None:
+            return noted
+        counts = self.function(item)
+        write_json(record_file(item.stem), {"key": item_key(item), "counts": to_json(counts)})
+        return counts
+
+    def finished(self, item: Item) -> Counts | None:
+        """Returns the recorded counts of an item.
+
+        Returns:
+            None if the item has not finished, or the record is of an item with another hash.
+        """
+        key = item_key(item)
+        try:
+            noted = json.loads(record_file(item.stem).read_text("utf-8"))
+            return from_json(self.result_type, noted["counts"]) if noted["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
-def finished(record: Path, key: str) -> Counts | None:
-    """Returns the counts of a finished work item.
+def item_key(item: WorkItem) -> str:
+    """Returns the SHA-256 that identifies a work item and its input."""
+    return hash_value(to_json(item))
 
-    Args:
-        record: the file in which the result is recorded.
-        key: the hash of the item.
 
-    Returns:
-        None if the item has not finished, or the record is of an item with another hash.
-    """
-    try:
-        noted = json.loads(record.read_text("utf-8"))
-        return noted["counts"] if noted["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def record_file(stem: Path) -> Path:
+    """Returns the path of the record of a finished work item."""
+    return stem.with_name(stem.name + ".json")
 
 
 def documents_file(stem: Path) -> Path:
@@ -82,32 +103,16 @@ def rejected_file(stem: Path) -> Path:
     return stem.with_name(stem.name + ".rejected" + SUFFIX)
 
 
-def clean(
-    stem: Path,
-    *,
-    split: JsonObject,
-    source: JsonObject,
-    rules: JsonObject | None,
-    privacy: JsonObject | None,
-    evaluation: str | None,
-) -> Counts:
-    """Reads a split, and cleans, redacts and decontaminates its documents.
-
-    Args:
-        stem: path stem of the output files.
-        split: the `Split` as a dict.
-        source: its `SourceConfig` as a dict.
-        rules: a `CleanConfig` as a dict; None skips cleaning.
-        privacy: a `PrivacyConfig` as a dict; None skips redaction.
-        evaluation: folder of a saved `Decontaminator`; None skips decontamination.
-    """
+def clean(item: CleanItem) -> CleanCounts:
+    """Reads a split, and cleans, redacts and decontaminates its documents."""
     report, private, bad = CleanReport(), Counter[str](), Counter[str]()
-    cleaner = None if rules is None else Cleaner(CleanConfig.model_validate(rules))
-    hide = None if privacy is None else PrivacyConfig.model_validate(privacy)
-    forbidden = None if evaluation is None else Decontaminator.load(Path(evaluation))
+    stem, task = item.stem, item.arguments
+    hide = task.privacy
+    cleaner = None if task.rules is None else Cleaner(task.rules)
+    forbidden = None if task.evaluation is None else Decontaminator.load(task.evaluation)
     shown: list[str] = []
     with line_writer(documents_file(stem)) as kept, line_writer(rejected_file(stem)) as rejected:
-        for row in read_split(Split.from_dict(split), SourceConfig.model_validate(source)):
+        for row in read_split(task.split, task.source):
             if isinstance(row, BadRow):
                 bad[row.kind] += 1
                 rejected.write({"rule": "bad_row", "value": row.reason, "id": row.location})
@@ -125,45 +130,35 @@ def clean(
                 rejected.rejection(result)
             else:
                 kept.document(result)
-    return report.as_dict() | {"private": private, "bad_rows": bad, "bad_rows_shown": shown}
+    return CleanCounts.from_report(
+        report, private=private, bad_rows=bad, bad_rows_shown=tuple(shown)
+    )
 
 
-def dedup_keys(stem: Path, *, documents: str, step: JsonObject) -> Counts:
-    """Writes the hashes that one deduplication step compares, and the ids of the documents.
-
-    Args:
-        stem: the output folder.
-        documents: file of the split's documents.
-        step: the `DedupStep` as a dict.
-    """
+def dedup_keys(item: KeyItem) -> KeyCounts:
+    """Writes the hashes that one deduplication step compares, and the ids of the documents."""
+    stem, task = item.stem, item.arguments
     shutil.rmtree(stem, ignore_errors=True)
     ids: list[str] = []
 
     def texts() -> Iterator[str]:
-        for document in read_documents(Path(documents)):
+        for document in read_documents(task.documents):
             ids.append(f"{document.source}/{document.id}")
             yield document.text
 
-    save_keys(stem, texts(), TypeAdapter[DedupStep](DedupStep).validate_python(step))
+    save_keys(stem, texts(), task.step)
     np.save(stem / "ids.npy", np.array(ids, dtype=np.str_))
-    return {"documents": len(ids)}
+    return KeyCounts(documents=len(ids))
 
 
-def dedup_apply(stem: Path, *, documents: str, decision: str, step: JsonObject) -> Counts:
-    """Applies the decision of a deduplication step to a split: removes documents or parts of them.
-
-    Args:
-        stem: path stem of the output files.
-        documents: file of the split's documents.
-        decision: the `.npz` file with the decision for this split.
-        step: the `DedupStep` as a dict.
-    """
-    config = TypeAdapter[DedupStep](DedupStep).validate_python(step)
+def dedup_apply(item: DedupItem) -> DedupCounts:
+    """Applies the decision of a deduplication step to a split: removes documents or parts."""
+    stem, task = item.stem, item.arguments
     removed = kept_count = cut = characters = 0
-    verdicts = np.load(decision, allow_pickle=False)
+    verdicts = np.load(task.decision, allow_pickle=False)
     with line_writer(documents_file(stem)) as kept, line_writer(rejected_file(stem)) as rejected:
-        for number, document in enumerate(read_documents(Path(documents))):
-            result, parts = apply_verdict(document, number, verdicts, config)
+        for number, document in enumerate(read_documents(task.documents)):
+            result, parts = apply_verdict(document, number, verdicts, task.step)
             cut += parts
             if isinstance(result, Rejection):
                 rejected.rejection(result)
@@ -171,25 +166,22 @@ def dedup_apply(stem: Path, *, documents: str, decision: str, step: JsonObject) 
             else:
                 kept.document(result)
                 kept_count, characters = kept_count + 1, characters + len(result.text)
-    return {"kept": kept_count, "removed": removed, "parts": cut, "characters_kept": characters}
+    return DedupCounts(kept=kept_count, removed=removed, parts=cut, characters_kept=characters)
 
 
-def tokenize(stem: Path, *, documents: str, tokenizer: str, end_id: int | None) -> Counts:
+def tokenize(item: TokenizeItem) -> TokenCounts:
     """Writes the concatenated token ids of a split's documents, with their lengths and text sizes.
 
-    Args:
-        stem: path stem of the output: `.bin` has the ids, `.npz` the `lengths` and `bytes` (int64).
-        documents: file of the split's documents.
-        tokenizer: folder of the tokenizer.
-        end_id: appended to every document, if not None.
+    The `.bin` file has the ids, the `.npz` file the `lengths` and `bytes` (int64) of the documents.
     """
-    tok = Tokenizer.from_folder(Path(tokenizer))
+    stem, task = item.stem, item.arguments
+    tok = Tokenizer.from_folder(task.tokenizer)
     dtype = token_dtype(tok.vocab_size)
-    end = [] if end_id is None else [end_id]
+    end = [] if task.end_id is None else [task.end_id]
     lengths, sizes = [], []
     tokens_file = stem.with_name(stem.name + ".bin")
     with tokens_file.open("wb") as file:
-        for texts in _batches(read_documents(Path(documents))):
+        for texts in _batches(read_documents(task.documents)):
             for text, ids in zip(texts, tok.encode_documents(texts), strict=True):
                 np.array(ids + end, dtype=dtype).tofile(file)
                 lengths.append(len(ids) + len(end))
@@ -199,7 +191,7 @@ def tokenize(stem: Path, *, documents: str, tokenizer: str, end_id: int | None) 
         lengths=np.array(lengths, dtype=np.int64),
         bytes=np.array(sizes, dtype=np.int64),
     )
-    return {"documents": len(lengths), "tokens": sum(lengths), "bytes": sum(sizes)}
+    return TokenCounts(documents=len(lengths), tokens=sum(lengths), bytes=sum(sizes))
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
@@ -213,9 +205,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
         yield texts
 
 
-WORK: dict[str, Callable[..., Counts]] = {
-    "clean": clean,
-    "dedup_keys": dedup_keys,
-    "dedup_apply": dedup_apply,
-    "tokenize": tokenize,
-}
+CLEAN = RecordedWork(function=clean, item_type=CleanItem, result_type=CleanCounts)
+DEDUP_KEYS = RecordedWork(function=dedup_keys, item_type=KeyItem, result_type=KeyCounts)
+DEDUP_APPLY = RecordedWork(function=dedup_apply, item_type=DedupItem, result_type=DedupCounts)
+TOKENIZE = RecordedWork(function=tokenize, item_type=TokenizeItem, result_type=TokenCounts)

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,25 +19,51 @@ import os, sys, time
 from pathlib import Path
 from easyllm.corpus.executor import LocalExecutor
 
-def work(item):
-    Path(item["folder"], str(os.getpid())).touch()
+def work(folder):
+    Path(folder, str(os.getpid())).touch()
     time.sleep(60)
-    return {}
 
 if __name__ == "__main__":
     with LocalExecutor(2) as executor:
-        list(executor.map(work, [{"folder": sys.argv[1]}] * 2))
+        list(executor.map(work, [sys.argv[1]] * 2))
 """
 
 
-def pid_of(item):
-    return {"number": item["number"], "pid": os.getpid()}
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """An item."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A result: the number of the item, and the process that did the work."""
+
+    number: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Work on numbered items."""
+
+    function: Callable[[Numbered], Done]
+    item_type: type[Numbered] = Numbered
+    result_type: type[Done] = Done
+
+    def __call__(self, item):
+        return self.function(item)
+
+
+def done_here(item):
+    return Done(item.number, os.getpid())
 
 
 def refuse_two(item):
-    if item["number"] == 2:
+    if item.number == 2:
         raise DataError("number 2 is bad")
-    return item
+    return Done(item.number, 0)
 
 
 def is_running(pid):
@@ -46,14 +74,14 @@ def is_running(pid):
 
 
 def numbered(count):
-    return [{"number": number} for number in range(count)]
+    return [Numbered(number) for number in range(count)]
 
 
 def test_results_are_ordered_and_processes_outlive_a_map():
     with LocalExecutor(2) as executor:
-        first, second = (list(executor.map(pid_of, numbered(9))) for _ in range(2))
-    assert [done["number"] for done in first] == list(range(9))
-    pids = {done["pid"] for done in [*first, *second]}
+        first, second = (list(executor.map(Task(done_here), numbered(9))) for _ in range(2))
+    assert [done.number for done in first] == list(range(9))
+    pids = {done.pid for done in [*first, *second]}
     assert os.getpid() not in pids
     assert len(pids) <= 2
 
@@ -61,13 +89,26 @@ def test_results_are_ordered_and_processes_outlive_a_map():
 def test_an_error_ends_the_map_but_not_the_processes():
     with LocalExecutor(2) as executor:
         with pytest.raises(DataError, match="number 2 is bad"):
-            list(executor.map(refuse_two, numbered(9)))
-        assert list(executor.map(refuse_two, numbered(2))) == numbered(2)
+            list(executor.map(Task(refuse_two), numbered(9)))
+        assert list(executor.map(Task(refuse_two), numbered(2))) == [Done(0, 0), Done(1, 0)]
 
 
 def test_one_worker_runs_in_the_process_itself():
     with build_executor("local", 1) as executor:
-        assert next(executor.map(pid_of, numbered(3)))["pid"] == os.getpid()
+        assert next(executor.map(Task(done_here), numbered(3))).pid == os.getpid()
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_ray_returns_typed_results_in_order_and_the_type_of_an_error():
+    pytest.importorskip("ray")
+    with build_executor("ray", 2) as executor:
+        done = list(executor.map(Task(done_here), numbered(5)))
+        assert [one.number for one in done] == list(range(5))
+        assert os.getpid() not in {one.pid for one in done}
+        with pytest.raises(DataError, match="number 2 is bad"):
+            list(executor.map(Task(refuse_two), numbered(5)))
+        assert list(executor.map(Task(done_here), [])) == []
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")

@@ -144,16 +144,23 @@ class CleanReport:
             total.characters_kept += report.characters_kept
         return total
 
+    @property
+    def documents(self) -> int:
+        """The number of documents, kept or rejected."""
+        return self.kept + self.rejected.total()
+
+    def rejected_by_rule(self) -> dict[str, int]:
+        """Returns the number of documents that each rule rejected, in descending order."""
+        return dict(sorted(self.rejected.items(), key=lambda item: (-item[1], item[0])))
+
     def as_dict(self) -> JsonObject:
         """Returns the counts as a JSON-serializable dict; rules by descending rejection count."""
-        num_rejected = self.rejected.total()
-        by_rule = sorted(self.rejected.items(), key=lambda item: (-item[1], item[0]))
         return {
-            "documents": self.kept + num_rejected,
+            "documents": self.documents,
             "kept": self.kept,
             "rewritten": self.rewritten,
-            "rejected": num_rejected,
-            "rejected_by_rule": dict(by_rule),
+            "rejected": self.rejected.total(),
+            "rejected_by_rule": self.rejected_by_rule(),
             "languages": dict(self.languages),
             "characters": self.characters,
             "characters_kept": self.characters_kept,
