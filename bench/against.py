@@ -287,13 +287,19 @@ SPEED = [
 def compare_speed(options: argparse.Namespace, item: str) -> dict[str, Any]:
     """Returns the medians of both sides, and the median ratio over the rounds."""
     sides = {"base": options.base, "here": options.here}
-    workers = {name: worker(side) for name, side in sides.items()}
+    kept = not item.startswith(("train", "--help", "quickstart"))
+    workers = {name: worker(side) for name, side in sides.items()} if kept else {}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     first = 0 if item == "quickstart" else -1  # round -1 is a warm-up
     for number in range(first, options.rounds):
         for name in list(sides) if number % 2 else list(sides)[::-1]:
             if item in ("--help", "quickstart"):
                 figures = command_seconds(sides[name], item)
+            elif item.startswith("train"):
+                # a process for each run: a checkout may keep memory of the runs before
+                process = worker(sides[name])
+                figures = process.ask({"speed": item, "round": number})
+                process.close()
             else:
                 figures = workers[name].ask({"speed": item, "round": number})
             if number >= 0:
