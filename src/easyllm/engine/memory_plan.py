@@ -92,20 +92,7 @@ def plan_memory(
         rolls = -(-(rolling.window - 1 + options.max_step_tokens) // size) + 1
         pages_of_one = min(pages_of_one, rolls + -(-rolling.num_sinks // size))
     available = free_bytes - state_bytes
-    wanted = options.max_running * pages_of_one
-    reason = _sequences(options.max_running, pages_of_one * size)
-    if options.num_pages is not None:
-        num_pages, reason = options.num_pages, f"num_pages={options.num_pages}"
-    elif options.cache_gb is not None:
-        num_pages = int(options.cache_gb * GB) // max(page_bytes, 1)
-        reason = f"cache_gb={options.cache_gb:g}"
-    else:
-        num_pages = wanted
-    if options.num_pages is None and options.cache_gb is None and page_bytes:
-        num_pages = min(num_pages, int(DEFAULT_SHARE * available) // page_bytes)
-        if num_pages < wanted:
-            gigabytes = wanted * page_bytes / GB
-            reason = f"{DEFAULT_SHARE:.0%} of free memory; {reason} would need {gigabytes:.1f} GB"
+    num_pages, reason = _wanted_pages(options, pages_of_one, page_bytes, available)
     if not page_bytes:  # only linear attention: pages only count tokens, they store nothing
         num_pages = min(num_pages, options.max_running * pages_of_one)
     needed = max(num_pages, 1) * page_bytes
@@ -129,6 +116,31 @@ def plan_memory(
         reason=reason,
         on_demand=on_demand,
     )
+
+
+def _wanted_pages(
+    options: EngineConfig, pages_of_one: int, page_bytes: int, available: int
+) -> tuple[int, str]:
+    """Returns the number of pages that the options request, and what determined it.
+
+    Args:
+        options: engine options.
+        pages_of_one: pages of one sequence of the model's context.
+        page_bytes: size of a page; 0 if pages store nothing.
+        available: memory in bytes that is free for the pages.
+    """
+    if options.num_pages is not None:
+        return options.num_pages, f"num_pages={options.num_pages}"
+    if options.cache_gb is not None:
+        pages = int(options.cache_gb * GB) // max(page_bytes, 1)
+        return pages, f"cache_gb={options.cache_gb:g}"
+    wanted = options.max_running * pages_of_one
+    reason = _sequences(options.max_running, pages_of_one * options.page_size)
+    share = int(DEFAULT_SHARE * available) // page_bytes if page_bytes else wanted
+    if share >= wanted:
+        return wanted, reason
+    gigabytes = wanted * page_bytes / GB
+    return share, f"{DEFAULT_SHARE:.0%} of free memory; {reason} would need {gigabytes:.1f} GB"
 
 
 def _sequences(count: int, tokens: int) -> str:
