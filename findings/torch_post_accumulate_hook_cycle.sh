@@ -7,7 +7,7 @@
 # backward pass ran: parameters, optimizer and its state stay in memory until the process ends. The documentation of neither says so.
 #
 # Where it bites: several training runs in one process (pipelines, sweeps, tests). Each run of a 134M-parameter model with bf16
-# weights left 1.8 GB of weights, fp32 masters and Adam moments behind, without an error.
+# weights left 1.8 GB of weights, fp32 masters and Adam moments in memory, without an error.
 # Seen on 29 November 2026 with Python 3.11 on Linux:
 #   "after gc.collect(): owner of a register_hook freed; owner of a register_post_accumulate_grad_hook alive"
 #
