@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_command_line import easyllm
 
 import easyllm as package
 from easyllm.core.run_folder import recipes_folder
 from easyllm.evaluate import key_in_text
 from easyllm.examples.data_file import read_rows
 from easyllm.pipeline.recipe import find_recipe, load_recipe, load_train_recipe
+from easyllm_command import easyllm
 
 DATA = recipes_folder() / "data"
 FILES = ("zh_text.jsonl", "zh_train.jsonl", "zh_heldout.jsonl")
