@@ -1,4 +1,4 @@
-"""Entry point of the `easyllm` command: registers the commands and reports errors.
+"""Entry point of the `easyllm` command: finds the commands and reports errors.
 
 A user error is one sentence on standard error and exit code 2; `--debug` shows the traceback.
 """
@@ -6,27 +6,14 @@ A user error is one sentence on standard error and exit code 2; `--debug` shows 
 import os
 import signal
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
-from easyllm.cli import (
-    bench,
-    compare,
-    data,
-    generate,
-    machine,
-    models,
-    plan,
-    run,
-    schema,
-    serve,
-    tokenizer,
-    train,
-    verify,
-)
 from easyllm.cli.version import print_version
 from easyllm.core.errors import EasyllmError, Interrupted
 
@@ -46,35 +33,114 @@ class _Commands(TyperGroup):
             raise Interrupted("interrupted", signal.SIGINT) from None
 
 
-app = typer.Typer(
-    name="easyllm",
-    cls=_Commands,
-    help="Train, align, evaluate and serve language models, from raw data to a chat server.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for group in (
-    run,
-    schema,
-    data,
-    tokenizer,
-    models,
-    plan,
-    verify,
-    compare,
-    train,
-    generate,
-    serve,
-    bench,
-    machine,
-):
-    group.register(app)
+COMMANDS: dict[str, dict[str, str]] = {
+    "run": {
+        "quickstart": "Teach SmolLM2 new facts, compare it before and after, and chat with both "
+        "models.",
+        "run": "Run a pipeline recipe; finished stages are skipped, an interrupted run resumes.",
+    },
+    "schema": {
+        "schema": "Print the JSON Schema of a recipe or request, with descriptions, for editors.",
+    },
+    "data": {
+        "data": "Build a corpus from raw files; inspect training samples.",
+    },
+    "tokenizer": {
+        "tokenizer": "Train a tokenizer, compare several, extend a model's, import from "
+        "sentencepiece.",
+    },
+    "models": {
+        "pull": "Download a known model into the cache (its SHA-256 is pinned).",
+        "convert": "Convert a model to a Hugging Face folder that transformers, vLLM and "
+        "others can load.",
+        "merge": "Merge a LoRA adapter into its base model and save the result.",
+    },
+    "plan": {
+        "plan": "Estimate parameters, memory, FLOPs and time of a model or training run "
+        "without loading it.",
+    },
+    "verify": {
+        "verify": "Check numerical equalities that must hold for a checkpoint; exit code 1 if "
+        "one fails.",
+    },
+    "compare": {
+        "compare": "Find the first token at which two models, dtypes or engines diverge, and "
+        "by how much.",
+    },
+    "train": {
+        "train": "Train with a recipe; an interrupted run resumes.",
+        "eval": "Measure the loss on a file's responses; with `key` in the rows, also recall.",
+    },
+    "generate": {
+        "generate": "Continue a prompt, printing the text as it is generated.",
+        "chat": "Chat with a model in the terminal; an empty line or Ctrl-D quits.",
+    },
+    "serve": {
+        "serve": "Serve models over an OpenAI-compatible API with a chat page.",
+    },
+    "bench": {
+        "bench": "Measure the speed of a model on this machine.",
+    },
+    "machine": {
+        "doctor": "Report what this machine can do: CPU, memory, devices, compiler, models.",
+    },
+}
+"""The commands of each module of `cli`, with their first sentences: what `easyllm --help` shows."""
 
 
-@app.callback()
+def build_app(modules: Iterable[str] = ()) -> typer.Typer:
+    """Returns the command-line application with the commands of some modules of `cli`.
+
+    Only these modules are imported. Without any, the commands have their first sentence only, which
+    is all that `easyllm --help` shows.
+    """
+    app = typer.Typer(
+        name="easyllm",
+        cls=_Commands,
+        help="Train, align, evaluate and serve language models, from raw data to a chat server.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_general_options)
+    listed = tuple(modules)
+    for name in listed:
+        import_module(f"easyllm.cli.{name}").register(app)
+    for commands in COMMANDS.values() if not listed else ():
+        for command, sentence in commands.items():
+            app.command(command, help=sentence)(_not_loaded)
+    return app
+
+
+def app_for(words: Sequence[str]) -> typer.Typer:
+    """Returns the application with as few commands as a command line needs.
+
+    Args:
+        words: the command line without the program's name.
+    """
+    first = next((word for word in words if not word.startswith("-")), None)
+    if first is None:
+        return build_app()
+    module = next((name for name, commands in COMMANDS.items() if first in commands), None)
+    return build_app(COMMANDS if module is None else [module])
+
+
+def __getattr__(name: str) -> typer.Typer:
+    """Returns `app`, the application with all commands; built when it is first used."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    app = build_app(COMMANDS)
+    globals()["app"] = app
+    return app
+
+
+def _not_loaded() -> None:
+    """Stands for a command in a list."""
+    raise AssertionError("commands that run are loaded")
+
+
 def _general_options(
     _version: Annotated[
         bool,
@@ -103,7 +169,7 @@ def main() -> None:
     debug = _take_debug() or bool(os.environ.get("EASYLLM_DEBUG"))
     try:
         try:
-            app()
+            app_for(sys.argv[1:])()
         finally:
             sys.stdout.flush()  # reports a full disk here instead of during interpreter shutdown
     except EasyllmError as error:

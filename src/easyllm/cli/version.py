@@ -1,8 +1,6 @@
 """`easyllm --version`: versions of the package, Python and torch, without importing torch."""
 
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
@@ -13,6 +11,9 @@ def print_version(requested: bool) -> None:
     """Prints the versions and exits, if the option was given."""
     if not requested:
         return
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         torch = version("torch")
     except PackageNotFoundError:
