@@ -1,23 +1,38 @@
 """Parameter-efficient fine-tuning (PEFT): small trainable additions to a frozen model."""
 
+from easyllm.adapters.adalora import AdaLoRA, AdaLoRAConfig
 from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
 from easyllm.adapters.adapter_set import AdapterSet, StepInfo
-from easyllm.adapters.attach import adapter_of, adapter_parameters, attach, detach, merge
+from easyllm.adapters.attach import adapter_of, adapter_parameters, attach, detach
 from easyllm.adapters.bank import AdapterBank
+from easyllm.adapters.bitfit import BitFitConfig
+from easyllm.adapters.dora import DoRA, DoRAConfig
+from easyllm.adapters.ia3 import IA3, IA3Config
 from easyllm.adapters.lora import LoRA, LoRAConfig
+from easyllm.adapters.merging import merge
 from easyllm.adapters.peft_format import AdapterFile, load_adapter, read_adapter, save_adapter
+from easyllm.adapters.pissa import PiSSA, PiSSAConfig
 from easyllm.adapters.registry import ADAPTERS, register_adapter, unregister_adapter
 
 __all__ = [
     "ADAPTERS",
+    "IA3",
+    "AdaLoRA",
+    "AdaLoRAConfig",
     "Adapter",
     "AdapterBank",
     "AdapterConfig",
     "AdapterFile",
     "AdapterSet",
+    "BitFitConfig",
+    "DoRA",
+    "DoRAConfig",
     "FileModule",
+    "IA3Config",
     "LoRA",
     "LoRAConfig",
+    "PiSSA",
+    "PiSSAConfig",
     "StepInfo",
     "adapter_of",
     "adapter_parameters",

@@ -11,25 +11,23 @@ After that, `adapter: {kind: scale}` can be trained, resumed, saved and loaded i
 merged, planned and served.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
+from easyllm.adapters.targets import check_patterns, differs_by_layer, name_matches
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
-from easyllm.nn.linear import BaseLinear
+from easyllm.nn.linear import BaseLinear, Embedding, Linear
 from easyllm.nn.virtual_tokens import ModelAdapter
 
 ALL_LINEAR = "all-linear"
-NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
-"""Matches a module name that contains a layer number."""
 
 
 class Adapter(nn.Module):
@@ -56,6 +54,16 @@ class Adapter(nn.Module):
     def reset_parameters(self, generator: Generator) -> None:
         """Initialises the parameters so that the adapted layer's output equals the base's."""
         raise NotImplementedError
+
+    def start(self, layer: Linear, generator: Generator) -> None:
+        """Completes the initialisation from the base layer; called after `reset_parameters`.
+
+        An adapter that is loaded from a file is not initialised.
+
+        Args:
+            layer: the adapted layer, with its weight.
+            generator: the source of random numbers, on the CPU.
+        """
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns weight [out, in] and bias [out] of an equivalent plain linear, in fp32.
@@ -118,6 +126,64 @@ class Adapter(nn.Module):
         """Returns its parameters, keyed by their suffix in peft's file (`lora_A.weight`)."""
         raise NotImplementedError
 
+    def saved_tensors(self) -> Mapping[str, Tensor]:
+        """Returns the tensors to write to a file, by default those of `file_tensors`.
+
+        A method that trains more than it needs afterwards overrides it (pruned ranks).
+        """
+        return self.file_tensors()
+
+
+class EmbeddingAdapter(nn.Module):
+    """The adapter module attached to an embedding.
+
+    With tied embeddings, the embedding's weight is also the output head's; `project` and
+    `loss_factors` say whether the head follows the adapter.
+    """
+
+    batch_invariant: bool = True
+
+    def forward(self, token_ids: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the adapted vectors [T, D] of `token_ids: [T]`; `base` looks up the own ones."""
+        raise NotImplementedError
+
+    def project(self, hidden: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the logits [N, V] of a tied head; by default the base's, without the adapter.
+
+        Args:
+            hidden: [N, D].
+            base: computes the logits with the embedding's own weight.
+        """
+        return base(hidden)
+
+    def reset_parameters(self, generator: Generator) -> None:
+        """Initialises the parameters so that the adapted embedding equals the base's."""
+        raise NotImplementedError
+
+    def start(self, layer: Embedding, generator: Generator) -> None:
+        """As for `Adapter.start`."""
+
+    def merged(self, weight: Tensor, bias: None = None) -> tuple[Tensor, None]:
+        """Returns the weight [V, D] of an equivalent plain embedding, in fp32."""
+        raise NotImplementedError
+
+    def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """As for `Adapter.loss_factors`, for a tied head."""
+        return x, weight
+
+    def file_tensors(self) -> Mapping[str, nn.Parameter]:
+        """Returns its parameters, keyed by their suffix in peft's file (`lora_embedding_A`)."""
+        raise NotImplementedError
+
+    def saved_tensors(self) -> Mapping[str, Tensor]:
+        """As for `Adapter.saved_tensors`."""
+        return self.file_tensors()
+
+    @property
+    def moves_head(self) -> bool:
+        """Whether a tied head follows the adapter."""
+        return False
+
 
 class AdapterConfig(Config):
     """Settings shared by all methods.
@@ -129,33 +195,59 @@ class AdapterConfig(Config):
     targets: tuple[str, ...] = Field(
         default=(ALL_LINEAR,),
         min_length=1,
-        description="Names of linears (`q_proj`, `layers.0.mixer.q_proj`), or `all-linear` for all "
-        "linears inside the layers.",
+        description="Linears to adapt, by full name (`layers.0.mixer.q_proj`), its trailing part "
+        "(`q_proj`) or a pattern with `*`, `?` and `[...]` (`layers.[0-3].mixer.*`), or "
+        "`all-linear` for all linears inside the layers.",
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(), description="Linears among the targets that are not adapted, named as those."
     )
     also_trained: tuple[str, ...] = Field(
         default=(),
-        description="Base modules that are fully trained and saved with the adapter (`score`, "
-        "`norm`); peft's `modules_to_save`.",
+        description="Base modules or parameters that are fully trained and saved with the adapter "
+        "(`score`, `norm`), named as the targets; peft's `modules_to_save`.",
     )
 
     level: ClassVar[str] = "linear"
-    """`linear` for methods that adapt linear layers, `model` for those that add virtual tokens."""
+    """`linear` for methods that adapt layers, `model` for those that add virtual tokens."""
+    adapts_embeddings: ClassVar[bool] = False
+    """Whether the token embedding can be a target; the method then overrides `build_embedding`."""
+    saves_modules: ClassVar[bool] = True
+    """Whether files hold all parameters of a module of which one is fully trained, as peft's do."""
 
     def adapts(self, name: str) -> bool:
-        """Returns whether the linear with this full name (`layers.0.mixer.q_proj`) is adapted."""
+        """Returns whether the layer with this full name (`layers.0.mixer.q_proj`) is adapted."""
         if self.level != "linear" or self._is_whole(name):
+            return False
+        if any(name_matches(name, pattern) for pattern in self.exclude):
             return False
         if ALL_LINEAR in self.targets and name.startswith("layers."):
             return True
-        return any(name == target or name.endswith(f".{target}") for target in self.targets)
+        return any(name_matches(name, target) for target in self.targets)
+
+    def trains(self, parameter: str) -> bool:
+        """Returns whether the base parameter with this full name is fully trained."""
+        return self._is_whole(parameter)
+
+    def trains_bias(self, parameter: str) -> bool:  # noqa: ARG002 - for overrides
+        """Returns whether peft's files store a trained base parameter under `bias`."""
+        return False
 
     def _is_whole(self, name: str) -> bool:
-        """Returns whether a linear is fully trained and thus gets no adapter (as in peft)."""
-        return any(name == whole or name.startswith(f"{whole}.") for whole in self.also_trained)
+        """Returns whether `also_trained` names a module or parameter, or a module around it."""
+        parts = name.split(".")
+        around = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        return any(name_matches(n, pattern) for n in around for pattern in self.also_trained)
 
     def build(self, name: str, in_features: int, out_features: int) -> Adapter:
         """Builds the adapter of one linear with uninitialised parameters."""
         raise NotImplementedError
+
+    def build_embedding(self, name: str, num_tokens: int, width: int) -> EmbeddingAdapter | None:
+        """Builds the adapter of an embedding, with uninitialised parameters; None if it has none.
+
+        It is called for the token embedding, whether it is a target or not.
+        """
 
     def build_model_adapter(self, model: ModelConfig) -> ModelAdapter:
         """Builds a model-level adapter with uninitialised parameters."""
@@ -177,15 +269,56 @@ class AdapterConfig(Config):
         """
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Validates the linears named in the settings against the adapted ones.
+        """Validates the layers named in the settings against the adapted ones.
 
         Raises:
-            ConfigError: a named linear is not adapted; the message contains the name.
+            ConfigError: a named layer is not adapted; the message contains the name.
         """
+
+    def check_base(self, names: Sequence[str]) -> None:
+        """Validates the settings against the names of all base parameters.
+
+        Raises:
+            ConfigError: the settings name a parameter that does not exist.
+        """
+
+    def check_targets(self, layers: Mapping[str, Linear | Embedding]) -> None:
+        """Checks that every target, and every exclusion, matches a layer of the model.
+
+        Args:
+            layers: all linears and embeddings of the model, by full name.
+
+        Raises:
+            ConfigError: one matches nothing; or no layer is left to adapt.
+        """
+        possible = [
+            name
+            for name, layer in layers.items()
+            if self.adapts_embeddings or isinstance(layer, Linear)
+        ]
+        named = [target for target in self.targets if target != ALL_LINEAR]
+        what = "linear layer of this model"
+        check_patterns(named, possible, key="adapter target", what=what, hint=f"{ALL_LINEAR} or ")
+        check_patterns(self.exclude, possible, key="adapter.exclude", what=what)
 
     def differs_by_layer(self) -> bool:
         """Returns whether layers of the same shape may have different adapters."""
-        return any(NUMBERED.search(name) for name in (*self.targets, *self.also_trained))
+        return differs_by_layer((*self.targets, *self.exclude, *self.also_trained))
+
+    def check_steps(self, total_steps: int) -> None:
+        """Validates the settings against the number of optimizer steps of the run.
+
+        Raises:
+            ConfigError: a schedule of the method does not fit into the run.
+        """
+
+    def rate_factor(self, *, starts_at_zero: bool) -> float:  # noqa: ARG002 - for overrides
+        """Returns the factor on the learning rate of one of the adapter's matrices.
+
+        Args:
+            starts_at_zero: whether all values of the matrix are initially zero.
+        """
+        return 1.0
 
     def to_peft(self, modules: Mapping[str, str]) -> JsonObject:  # noqa: ARG002 - for overrides
         """Returns the method-specific entries of `adapter_config.json`.
@@ -226,4 +359,4 @@ class FileModule:
     tensors: Mapping[str, Tensor]
 
 
-__all__ = ["ALL_LINEAR", "Adapter", "AdapterConfig", "FileModule"]
+__all__ = ["ALL_LINEAR", "Adapter", "AdapterConfig", "EmbeddingAdapter", "FileModule"]

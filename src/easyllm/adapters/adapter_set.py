@@ -1,18 +1,20 @@
 """All modules of one adapter, the base modules trained with them, and their shared state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from easyllm.adapters.adapter import Adapter, AdapterConfig
-from easyllm.core.errors import ConfigError, suggest
+from easyllm.adapters.adapter import Adapter, AdapterConfig, EmbeddingAdapter
+from easyllm.adapters.targets import name_matches
+from easyllm.core.errors import CheckpointError, ConfigError, suggest
+from easyllm.core.json_types import JsonObject
 
 if TYPE_CHECKING:
     from easyllm.nn.decoder import Decoder
-    from easyllm.nn.linear import Linear
+    from easyllm.nn.linear import Embedding, Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +41,9 @@ class AdapterSet:
     Args:
         config: the method's configuration.
         linears: the adapted linears and their adapter modules, by full name.
+        embeddings: the adapted embeddings and their adapter modules, by full name.
         model_adapter: the module of a model-level method (virtual tokens).
-        whole: base modules that are fully trained, by name.
+        base_parameters: names of the base parameters that are fully trained.
 
     Attributes:
         name: the name that sequences select it by; empty for an adapter applied to every row.
@@ -51,17 +54,24 @@ class AdapterSet:
         config: AdapterConfig,
         *,
         linears: "Mapping[str, tuple[Linear, Adapter]]",
+        embeddings: "Mapping[str, tuple[Embedding, EmbeddingAdapter]] | None" = None,
         model_adapter: nn.Module | None = None,
-        whole: Mapping[str, nn.Module] | None = None,
+        base_parameters: Sequence[str] = (),
         name: str = "",
     ) -> None:
         self.config, self.name = config, name
         self.linears, self.model_adapter = dict(linears), model_adapter
-        self.whole = dict(whole or {})
-        self.replaced: dict[str, dict[str, Tensor]] = {}
-        """Original values of the `whole` modules that an adapter file has overwritten."""
+        self.embeddings = dict(embeddings or {})
+        self.base_parameters = tuple(base_parameters)
+        self.replaced: dict[str, Tensor] = {}
+        """Original values of the base parameters that an adapter file has overwritten."""
         self.undo: list[Callable[[], None]] = []
         """Further callbacks that restore the model to its state before the adapter was loaded."""
+
+    @property
+    def adapted(self) -> "dict[str, tuple[Linear | Embedding, Adapter | EmbeddingAdapter]]":
+        """All adapted layers and their adapter modules, by full name."""
+        return {**self.embeddings, **self.linears}
 
     # ---- training hooks
 
@@ -76,29 +86,67 @@ class AdapterSet:
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the tensors that a checkpoint stores in addition to the trained parameters."""
-        return {}
+        """Returns the tensors that a checkpoint stores in addition to the trained parameters.
 
+        By default these are the persistent buffers of the adapter's modules.
+        """
+        found = dict[str, Tensor]()
+        for name, module in self._modules().items():
+            parameters = dict(module.named_parameters())
+            tensors = module.state_dict()
+            found |= {f"{name}.{n}": t for n, t in tensors.items() if n not in parameters}
+        return found
+
+    @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores the tensors that `state` returned."""
+        """Restores the tensors that `state` returned.
+
+        Raises:
+            CheckpointError: a tensor is missing, or has another shape.
+        """
+        for name, own in self.state().items():
+            if name not in tensors or tensors[name].shape != own.shape:
+                raise CheckpointError(
+                    f"the checkpoint's adapter state has no {name} of shape {tuple(own.shape)}; "
+                    "resume with the recipe that created it, or start in another folder"
+                )
+            own.copy_(tensors[name])
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """Returns all modules of the adapter by the names of the layers they adapt."""
+        found: dict[str, nn.Module] = {name: adapter for name, (_, adapter) in self.adapted.items()}
+        return found if self.model_adapter is None else found | {"model": self.model_adapter}
+
+    def to_peft(self, modules: Mapping[str, str]) -> JsonObject:
+        """Returns the method-specific entries of `adapter_config.json`; see `AdapterConfig`."""
+        return self.config.to_peft(modules)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters of all modules of the adapter, trained or not."""
+        return [p for module in self._modules().values() for p in module.parameters()]
 
     def trained_parameters(self, model: "Decoder") -> dict[str, nn.Parameter]:
         """Returns the trainable parameters by their names in the model, the adapter's first."""
-        own = {id(p) for _, adapter in self.linears.values() for p in adapter.parameters()}
-        if self.model_adapter is not None:
-            own |= {id(p) for p in self.model_adapter.parameters()}
-        base = {id(p) for module in self.whole.values() for p in module.parameters()}
+        own = {id(parameter) for parameter in self.own_parameters()}
         named = dict(model.named_parameters())
         found = {name: p for name, p in named.items() if id(p) in own}
-        return found | {name: p for name, p in named.items() if id(p) in base - own}
+        return found | {name: named[name] for name in named if name in set(self.base_parameters)}
 
-    def trained_base_parameters(self) -> set[str]:
-        """Returns the names of the base parameters that are trained."""
-        return {
-            f"{name}.{inner}"
-            for name, module in self.whole.items()
-            for inner in own_parameters(module)
-        }
+    def rate_factors(self, model: "Decoder") -> dict[str, float]:
+        """Returns the factors on the learning rates of the adapter's parameters that are not 1.
+
+        Called before the first step, when matrices that start at zero are recognised by their
+        values.
+        """
+        found = dict[str, float]()
+        for name, parameter in self.trained_parameters(model).items():
+            if parameter.ndim < 2 or parameter.is_meta or name in self.base_parameters:
+                continue
+            is_zero = not bool(parameter.detach().any())
+            factor = self.config.rate_factor(starts_at_zero=is_zero)
+            if factor != 1:
+                found[name] = factor
+        return found
 
     # ---- files
 
@@ -107,45 +155,48 @@ class AdapterSet:
         return {} if self.model_adapter is None else dict(self.model_adapter.named_parameters())
 
 
-def find_trained_modules(model: "Decoder", names: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Returns the named modules of a model, which are to be fully trained.
+def trained_base_parameters(model: "Decoder", config: AdapterConfig) -> tuple[str, ...]:
+    """Returns the names of the base parameters that a configuration fully trains, in model order.
 
     Raises:
-        ConfigError: the model has no module with this name, or its weight is quantized.
+        ConfigError: a pattern of `also_trained` matches no module or parameter, or matches a
+            quantized weight.
     """
-    modules = dict(model.named_modules())
     packed = {
-        name: h.storage.format for name, h in model.weight_modules() if h.storage.format != "dense"
+        f"{name}.weight": layer.storage.format
+        for name, layer in model.weight_modules()
+        if layer.storage.format != "dense"
     }
-    found = {}
-    for name in names:
-        has_parameters = name in modules and any(True for _ in modules[name].parameters())
-        if not has_parameters and name not in packed:
+    names = [*base_parameter_names(model), *packed]
+    config.check_base(names)
+    around = {".".join(n.split(".")[:k]) for n in names for k in range(1, n.count(".") + 2)}
+    for pattern in config.also_trained:
+        if not any(name_matches(name, pattern) for name in around):
             raise ConfigError(
-                f"also_trained names {name!r}, which is not a module with parameters in this model"
-                f"{suggest(name, modules)}"
+                f"also_trained names {pattern!r}, which is not a module with parameters in this "
+                f"model{suggest(pattern, around)}"
             )
-        inside = [n for n in packed if n == name or n.startswith(f"{name}.")]
-        if inside:
+    found = tuple(name for name in names if config.trains(name))
+    for name in found:
+        if name in packed:
             raise ConfigError(
-                f"{inside[0]} is quantized ({packed[inside[0]]}) and cannot be fully trained; "
-                "leave it out of also_trained"
+                f"{name.removesuffix('.weight')} is quantized ({packed[name]}) and cannot be fully "
+                "trained; leave it out of also_trained"
             )
-        found[name] = modules[name]
     return found
 
 
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns a module's parameters by name, without those of adapters inside it."""
-    slots = (getattr(inner, "adapter", None) for inner in module.modules())
-    adapters = {id(p) for a in slots if isinstance(a, nn.Module) for p in a.parameters()}
-    return {name: p for name, p in module.named_parameters() if id(p) not in adapters}
+def base_parameter_names(model: "Decoder") -> list[str]:
+    """Returns the names of all parameters of a model except those of attached adapters."""
+    slots = (getattr(module, "adapter", None) for module in model.modules())
+    held = [slot for slot in (*slots, model.model_adapter) if isinstance(slot, nn.Module)]
+    adapters = {id(parameter) for module in held for parameter in module.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) not in adapters]
 
 
 @torch.no_grad()
-def restore_base_modules(adapters: AdapterSet) -> None:
-    """Restores the base modules' values from before an adapter file overwrote them."""
-    for name, values in adapters.replaced.items():
-        for key, parameter in own_parameters(adapters.whole[name]).items():
-            parameter.copy_(values[key])
+def restore_base_parameters(model: "Decoder", adapters: AdapterSet) -> None:
+    """Restores the base parameters' values from before an adapter file overwrote them."""
+    for name, value in adapters.replaced.items():
+        model.get_parameter(name).copy_(value)
     adapters.replaced.clear()

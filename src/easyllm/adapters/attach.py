@@ -1,21 +1,29 @@
-"""Attaching adapters to a model, detaching them, and merging them into the weights."""
+"""Attaching adapters to a model and detaching them."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from easyllm.adapters.adapter import ALL_LINEAR, Adapter, AdapterConfig
-from easyllm.adapters.adapter_set import AdapterSet, find_trained_modules, restore_base_modules
+from easyllm.adapters.adapter import Adapter, AdapterConfig, EmbeddingAdapter
+from easyllm.adapters.adapter_set import (
+    AdapterSet,
+    restore_base_parameters,
+    trained_base_parameters,
+)
 from easyllm.adapters.bank import AdapterBank
 from easyllm.adapters.registry import kind_of
-from easyllm.core.errors import ConfigError, suggest
+from easyllm.core.errors import ConfigError
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.linear import Linear
+from easyllm.nn.linear import Embedding, Linear
 
 if TYPE_CHECKING:
     from easyllm.core.json_types import JsonMapping
+    from easyllm.nn.virtual_tokens import ModelAdapter
+
+EMBEDDING = "embed_tokens"
 
 
 def attach(
@@ -39,12 +47,16 @@ def attach(
             has an adapter.
     """
     names = tuple(dict.fromkeys((*config.also_trained, *also_trained)))
+    if names != config.also_trained:
+        config = config.model_copy(update={"also_trained": names})
     if config.level == "linear":
-        targets = target_linears(model, config)
+        targets = target_layers(model, config)
         config.check_names([full_name for full_name, _ in targets])
-        for full_name, linear in targets:
-            config.check(full_name, linear.in_features, linear.out_features)
-    adapters = place(model, config, whole=names, generator=torch.Generator().manual_seed(seed))
+        for full_name, layer in targets:
+            config.check(full_name, *reversed(layer.storage.shape))
+    base = trained_base_parameters(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    adapters = place(model, config, base_parameters=base, generator=generator)
     model.requires_grad_(False)
     for parameter in adapters.trained_parameters(model).values():
         parameter.requires_grad_(True)
@@ -55,7 +67,7 @@ def place(
     model: Decoder,
     config: AdapterConfig,
     *,
-    whole: tuple[str, ...] = (),
+    base_parameters: Sequence[str] = (),
     name: str = "",
     generator: torch.Generator | None = None,
 ) -> AdapterSet:
@@ -64,7 +76,7 @@ def place(
     Args:
         model: the model; modified in place.
         config: the method and its settings.
-        whole: base modules that are fully trained.
+        base_parameters: names of the base parameters that are fully trained.
         name: the name that sequences select the adapter by, so that several can be attached;
             without one, the adapter applies to every row.
         generator: initialises the parameters, on the CPU; without one they stay uninitialised.
@@ -73,21 +85,52 @@ def place(
         ConfigError: as for `attach`.
     """
     _check_free(model, name)
-    modules = find_trained_modules(model, whole)
-    linears: dict[str, tuple[Linear, Adapter]] = {}
-    model_adapter: nn.Module | None = None
-    if config.level == "model":
+    built = _Builder(model, config, generator)
+    adapters = kind_of(config).adapter_set(
+        config,
+        linears=built.linears(),
+        embeddings=built.embeddings(),
+        model_adapter=built.model_adapter(name),
+        base_parameters=base_parameters,
+        name=name,
+    )
+    if name and adapters.embeddings:
+        raise ConfigError(
+            f"the adapter {name!r} changes the token embedding and cannot be attached by name "
+            "alongside others; load it alone"
+        )
+    for linear, adapter in adapters.linears.values():
         if name:
-            raise ConfigError(
-                f"an adapter of kind {config.kind} prepends virtual tokens to every sequence and "
-                "cannot be attached by name alongside others; load it alone"
-            )
-        built: Any = config.build_model_adapter(model.config)
-        if generator is not None:
-            built.reset_parameters(generator)
-        model_adapter = built.to(model.device).train(model.training)
-    else:
-        for full_name, linear in target_linears(model, config):
+            held: Any = linear.adapter or AdapterBank()
+            held.add(name, adapter)
+            linear.adapter = held
+        else:
+            linear.adapter = adapter
+    for embedding, table in adapters.embeddings.values():
+        embedding.adapter = table
+    if adapters.model_adapter is not None:
+        model.model_adapter = cast("ModelAdapter", adapters.model_adapter)
+    model.adapter_sets[name] = adapters
+    model.adapter_changes += 1
+    return adapters
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """Builds the modules of an adapter for a model, without changing the model."""
+
+    model: Decoder
+    config: AdapterConfig
+    generator: torch.Generator | None
+
+    def linears(self) -> dict[str, tuple[Linear, Adapter]]:
+        """The adapted linears and their adapters."""
+        config, found = self.config, dict[str, tuple[Linear, Adapter]]()
+        if config.level == "model":
+            return found
+        for full_name, linear in target_layers(self.model, config):
+            if isinstance(linear, Embedding):
+                continue
             reason = config.unsupported_reason(linear.storage.format)
             if reason is not None:
                 raise ConfigError(
@@ -95,43 +138,54 @@ def place(
                     f"stored as {linear.storage.format}: {reason}"
                 )
             adapter = config.build(full_name, linear.in_features, linear.out_features)
-            if generator is not None:
-                adapter.reset_parameters(generator)
-            adapter.train(model.training)  # new modules start in training mode, with dropout on
-            linears[full_name] = linear, adapter.to(linear.storage.device)
-    adapters = kind_of(config).adapter_set(
-        config, linears=linears, model_adapter=model_adapter, whole=modules, name=name
-    )
-    for linear, adapter in linears.values():
+            if self.generator is not None:
+                adapter.reset_parameters(self.generator)
+                adapter.start(linear, self.generator)
+            adapter.train(self.model.training)  # new modules are in training mode
+            found[full_name] = linear, adapter.to(linear.storage.device)
+        return found
+
+    def embeddings(self) -> dict[str, tuple[Embedding, EmbeddingAdapter]]:
+        """The token embedding and its adapter, if it has one."""
+        table, full_name = self.model.embed_tokens, EMBEDDING
+        adapter = self.config.build_embedding(full_name, *table.storage.shape)
+        if adapter is None:
+            return {}
+        if self.generator is not None:
+            adapter.reset_parameters(self.generator)
+            adapter.start(table, self.generator)
+        adapter.train(self.model.training)
+        return {full_name: (table, adapter.to(table.storage.device))}
+
+    def model_adapter(self, name: str) -> nn.Module | None:
+        """The module of a model-level method."""
+        if self.config.level != "model":
+            return None
         if name:
-            held: Any = linear.adapter or AdapterBank()
-            held.add(name, adapter)
-            linear.adapter = held
-        else:
-            linear.adapter = adapter
-    if model_adapter is not None:
-        model.model_adapter = built
-    model.adapter_sets[name] = adapters
-    model.adapter_changes += 1
-    return adapters
+            raise ConfigError(
+                f"an adapter of kind {self.config.kind} prepends virtual tokens to every sequence "
+                "and cannot be attached by name alongside others; load it alone"
+            )
+        built: Any = self.config.build_model_adapter(self.model.config)
+        if self.generator is not None:
+            built.reset_parameters(self.generator)
+        module: nn.Module = built.to(self.model.device).train(self.model.training)
+        return module
 
 
-def target_linears(model: Decoder, config: AdapterConfig) -> list[tuple[str, Linear]]:
-    """Returns the linears that a configuration adapts, with their full names.
+def target_layers(model: Decoder, config: AdapterConfig) -> list[tuple[str, Linear | Embedding]]:
+    """Returns the layers that a configuration adapts, with their full names.
 
     Raises:
-        ConfigError: a target matches no linear.
+        ConfigError: a target or an exclusion matches no layer that the method can adapt.
     """
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-    for target in config.targets:
-        if target == ALL_LINEAR or any(n == target or n.endswith(f".{target}") for n in linears):
-            continue
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
-        raise ConfigError(
-            f"adapter target {target!r} matches no linear layer of this model"
-            f"{suggest(target, leaves)}; use {ALL_LINEAR} or some of {', '.join(leaves)}"
-        )
-    return [(name, linear) for name, linear in linears.items() if config.adapts(name)]
+    layers = dict(model.weight_modules())
+    config.check_targets(layers)
+    return [
+        (name, layer)
+        for name, layer in layers.items()
+        if config.adapts(name) and (config.adapts_embeddings or isinstance(layer, Linear))
+    ]
 
 
 def adapter_of(model: Decoder, name: str = "") -> AdapterSet:
@@ -156,54 +210,6 @@ def adapter_parameters(model: Decoder) -> dict[str, nn.Parameter]:
     return found
 
 
-@torch.no_grad()
-def merge(model: Decoder, name: str = "") -> Decoder:
-    """Merges an adapter into the weights (in fp32, rounded once) and removes it.
-
-    Returns:
-        The same model, modified in place.
-
-    Raises:
-        ConfigError: there is no such adapter, the method cannot be merged, other named adapters are
-            attached, or the weights are quantized.
-    """
-    adapters = adapter_of(model, name)
-    others = [other for other in model.adapter_sets if other != name]
-    if others:
-        raise ConfigError(
-            f"merging {name!r} would change the base of {', '.join(map(repr, others))}; "
-            "detach them first"
-        )
-    reason = adapters.config.merge_unsupported_reason()
-    if reason is not None:
-        raise ConfigError(f"an adapter of kind {adapters.config.kind} cannot be merged: {reason}")
-    for full_name, (linear, _) in adapters.linears.items():
-        if linear.storage.format != "dense":
-            raise ConfigError(
-                f"an adapter cannot be merged into quantized weights ({full_name} is stored as "
-                f"{linear.storage.format}); merge it into the unquantized model, then quantize"
-            )
-    # one linear at a time, so that a failure midway leaves the model equivalent
-    for full_name in list(adapters.linears):
-        linear, adapter = adapters.linears[full_name]
-        bias = None if linear.bias is None else linear.bias.float()
-        weight, merged_bias = adapter.merged(linear.weight.float(), bias)
-        if merged_bias is not None and linear.bias is None:
-            raise ConfigError(
-                f"an adapter of kind {adapters.config.kind} adds a bias to {full_name}, which has "
-                "none; use the adapter without merging"
-            )
-        linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
-        if merged_bias is not None and linear.bias is not None:
-            linear.bias = nn.Parameter(merged_bias.to(linear.bias.dtype), requires_grad=False)
-        _empty_slot(linear, adapters.name)
-        del adapters.linears[full_name]
-    adapters.replaced.clear()  # fully trained modules keep their trained values
-    adapters.undo.clear()
-    _remove(model, adapters)
-    return model
-
-
 def detach(model: Decoder, name: str | None = None) -> Decoder:
     """Removes one adapter, or all of them, without merging.
 
@@ -219,25 +225,28 @@ def detach(model: Decoder, name: str | None = None) -> Decoder:
     """
     chosen = list(model.adapter_sets.values()) if name is None else [adapter_of(model, name)]
     for adapters in chosen:
-        restore_base_modules(adapters)
-        _remove(model, adapters)
+        restore_base_parameters(model, adapters)
+        remove(model, adapters)
         for undo in reversed(adapters.undo):
             undo()
     return model
 
 
-def _remove(model: Decoder, adapters: AdapterSet) -> None:
+def remove(model: Decoder, adapters: AdapterSet) -> None:
+    """Removes the modules of an attached adapter from the model; values stay as they are."""
     for linear, _ in adapters.linears.values():
-        _empty_slot(linear, adapters.name)
-    for module in adapters.whole.values():
-        module.requires_grad_(False)
+        empty_slot(linear, adapters.name)
+    for embedding, _ in adapters.embeddings.values():
+        embedding.adapter = None
+    for name in adapters.base_parameters:
+        model.get_parameter(name).requires_grad_(False)
     if adapters.model_adapter is not None:
         model.model_adapter = None
     del model.adapter_sets[adapters.name]
     model.adapter_changes += 1
 
 
-def _empty_slot(linear: Linear, name: str) -> None:
+def empty_slot(linear: Linear, name: str) -> None:
     """Removes an adapter from a linear; the other adapters of its bank stay."""
     if isinstance(linear.adapter, AdapterBank):
         linear.adapter.remove(name)

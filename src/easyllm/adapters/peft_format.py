@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from easyllm.adapters.adapter import AdapterConfig, FileModule
-from easyllm.adapters.adapter_set import AdapterSet, own_parameters
+from easyllm.adapters.adapter_set import AdapterSet
 from easyllm.adapters.attach import adapter_of, detach, place
 from easyllm.adapters.peft_whole import (
     BaseOfFile,
@@ -27,7 +27,6 @@ from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.linear import Linear
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -63,23 +62,25 @@ def save_adapter(
         OutputError: the folder is not empty, or cannot be written.
     """
     adapters = adapter_of(model, name)
-    modules = {ours: module_name(ours) for ours in adapters.linears}
+    modules = {ours: module_name(ours) for ours in adapters.adapted}
     description: JsonObject = {
         "peft_type": kind_of(adapters.config).peft_type,
         "task_type": "CAUSAL_LM" if model.config.num_labels is None else "SEQ_CLS",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "bias": "none",
-        **adapters.config.to_peft(modules),
+        **adapters.to_peft(modules),
     }
-    if adapters.linears:
-        description["target_modules"] = _targets(model, modules, module_name)
+    if modules:
+        description.setdefault("target_modules", _targets(model, modules, module_name))
     tensors, modules_to_save = saved_tensors(model, adapters, module_name)
     if modules_to_save:
         description["modules_to_save"] = modules_to_save
-    for tensor_name, parameter in _adapter_tensors(adapters, module_name).items():
-        tensors[tensor_name] = parameter.detach()
+    for ours, (_, adapter) in adapters.adapted.items():
+        stem = modules[ours]
+        for ending, tensor in adapter.saved_tensors().items():
+            tensors[f"{stem}.{ending}"] = tensor.detach().contiguous()
     own = adapters.own_tensors()
+    tensors |= {tensor_name: parameter.detach() for tensor_name, parameter in own.items()}
     prefixed = {n if n in own else f"{_PREFIX}{n}": tensor for n, tensor in tensors.items()}
     with atomic_directory(folder, replace=replace) as work:
         write_tensors(work / WEIGHTS, prefixed, {"format": "pt"})
@@ -142,7 +143,7 @@ def read_adapter(folder: Path) -> AdapterFile:
             f"{path} sets modules_to_save={named!r}, expected a list of names; "
             "copy the adapter again"
         )
-    kind = kind_of_file(description.get("peft_type"))
+    kind = kind_of_file(description)
     tensors, _ = read_tensors(folder / WEIGHTS)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
@@ -181,23 +182,21 @@ def load_adapter(
     base = base_of_file(model, file.tensors, module_name)
     if base.replaced and name:
         raise ConfigError(
-            f"the adapter in {str(file.folder)!r} was trained with {', '.join(base.modules)} of "
+            f"the adapter in {str(file.folder)!r} was trained with {', '.join(base.names)} of "
             "the base and so cannot be attached by name alongside others; load it alone"
         )
     check_named(model, file.modules_to_save, base, module_name)
     config = _config(model, file, base, module_name)
-    adapters = place(model, config, whole=base.modules, name=name)
+    adapters = place(model, config, base_parameters=base.names, name=name)
     try:
         _check_fit(model, file, base, adapters, module_name)
     except CheckpointError:
         detach(model, name)
         raise
     with torch.no_grad():
-        for key, module in adapters.whole.items():
-            values = own_parameters(module).items()
-            adapters.replaced[key] = {n: p.clone() for n, p in values}
         for entry in base.replaced:
-            own = model.get_parameter(f"{entry.module}.{entry.leaf}")
+            own = model.get_parameter(entry.parameter)
+            adapters.replaced[entry.parameter] = own.clone()
             own.copy_(entry.turned(file.tensors[entry.name]))
         for tensor_name, parameter in _adapter_tensors(adapters, module_name).items():
             parameter.copy_(file.tensors[tensor_name])
@@ -209,21 +208,17 @@ def _config(
     model: Decoder, file: AdapterFile, base: BaseOfFile, module_name: FileNames
 ) -> AdapterConfig:
     """Returns the configuration of the adapter in a file."""
-    linears = {
-        file_name(module_name, ours): ours
-        for ours, module in model.named_modules()
-        if isinstance(module, Linear)
-    }
+    layers = {file_name(module_name, ours): ours for ours, _ in model.weight_modules()}
     of_base = base.copies | {entry.name for entry in base.replaced}
     grouped: dict[str, dict[str, Tensor]] = {}
     for tensor_name, tensor in file.tensors.items():
         parts = tensor_name.split(".")
         stems = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
-        stem = next((stem for stem in stems if stem in linears), None)
+        stem = next((stem for stem in stems if stem in layers), None)
         if stem is not None and tensor_name not in of_base:
             grouped.setdefault(stem, {})[tensor_name.removeprefix(f"{stem}.")] = tensor
     modules = {
-        linears[stem]: FileModule(name=stem, tensors=tensors) for stem, tensors in grouped.items()
+        layers[stem]: FileModule(name=stem, tensors=tensors) for stem, tensors in grouped.items()
     }
     try:
         return file.kind.config.from_peft(file.description, modules)
@@ -251,7 +246,7 @@ def _check_fit(
 ) -> None:
     expected = {n: list(p.shape) for n, p in _adapter_tensors(adapters, module_name).items()}
     for entry in base.replaced:
-        own = model.get_parameter(f"{entry.module}.{entry.leaf}")
+        own = model.get_parameter(entry.parameter)
         expected[entry.name] = list(entry.turned(own).shape)
     missing = sorted(set(expected) - set(file.tensors))
     left = sorted(set(file.tensors) - set(expected) - base.copies)
@@ -277,7 +272,7 @@ def _check_fit(
 def _adapter_tensors(adapters: AdapterSet, module_name: FileNames) -> dict[str, torch.nn.Parameter]:
     """Returns the adapter's parameters, by their names in the file without peft's prefix."""
     found: dict[str, torch.nn.Parameter] = {}
-    for ours, (_, adapter) in adapters.linears.items():
+    for ours, (_, adapter) in adapters.adapted.items():
         stem = module_name(ours)
         found |= {f"{stem}.{ending}": p for ending, p in adapter.file_tensors().items()}
     return found | adapters.own_tensors()
@@ -288,11 +283,7 @@ def _targets(model: Decoder, modules: Mapping[str, str], module_name: FileNames)
 
     peft adapts every module whose name ends in one of them.
     """
-    every = [
-        file_name(module_name, ours) or ours
-        for ours, module in model.named_modules()
-        if isinstance(module, Linear)
-    ]
+    every = [file_name(module_name, ours) or ours for ours, _ in model.weight_modules()]
     leaves = {theirs.rsplit(".", 1)[-1] for theirs in modules.values()}
     reached = {name for name in every if name.rsplit(".", 1)[-1] in leaves}
     return sorted(leaves) if reached == set(modules.values()) else sorted(modules.values())

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from easyllm.adapters.adapter_set import AdapterSet, own_parameters
+from easyllm.adapters.adapter_set import AdapterSet
 from easyllm.core.errors import CheckpointError
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Embedding, Linear
@@ -52,6 +52,11 @@ class BaseTensor:
     leaf: str
     transposed: bool
 
+    @property
+    def parameter(self) -> str:
+        """The full name of our parameter."""
+        return f"{self.module}.{self.leaf}"
+
     def turned(self, tensor: Tensor) -> Tensor:
         """Returns the tensor converted between our layout and the file's (its own inverse)."""
         return tensor.T if self.transposed else tensor
@@ -70,9 +75,9 @@ class BaseOfFile:
     copies: frozenset[str]
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        """Our names for the modules with a tensor in `replaced`."""
-        return tuple(dict.fromkeys(entry.module for entry in self.replaced))
+    def names(self) -> tuple[str, ...]:
+        """Our names for the parameters in `replaced`."""
+        return tuple(dict.fromkeys(entry.parameter for entry in self.replaced))
 
 
 def base_of_file(model: Decoder, tensors: Mapping[str, Tensor], names: FileNames) -> BaseOfFile:
@@ -137,12 +142,14 @@ def saved_tensors(
     head is saved whether it was trained or not.
     """
     tensors, modules = dict[str, Tensor](), set[str]()
-    for whole, module in adapters.whole.items():
-        for inner, parameter in own_parameters(module).items():
-            owner, _, leaf = f"{whole}.{inner}".rpartition(".")
-            theirs, value = names(owner), parameter.detach()
-            turned = value.T if names.transposed(f"{owner}.{leaf}") else value
-            tensors[f"{theirs}.{leaf}"] = turned.contiguous()
+    trained = adapters.base_parameters
+    for parameter in _with_siblings(model, adapters):
+        owner, _, leaf = parameter.rpartition(".")
+        theirs, value = names(owner), model.get_parameter(parameter).detach()
+        turned = value.T if names.transposed(parameter) else value
+        infix = _COPY if owner in adapters.adapted else ""
+        tensors[f"{theirs}.{infix}{leaf}"] = turned.contiguous()
+        if not (parameter in trained and adapters.config.trains_bias(parameter)):
             modules.add(theirs)
     if model.score is not None:  # peft cannot load a classifier's adapter without its head
         tensors[f"{names(SCORE)}.weight"] = model.score.weight.detach()
@@ -152,6 +159,20 @@ def saved_tensors(
         tensors[f"{head}.weight"] = tensors[f"{embedding}.weight"].clone()
         modules.add(head)
     return tensors, sorted(modules)
+
+
+def _with_siblings(model: Decoder, adapters: AdapterSet) -> list[str]:
+    """Returns the trained base parameters, with the others of the modules that peft copies."""
+    found = dict[str, None]()
+    for parameter in adapters.base_parameters:
+        found[parameter] = None
+        if adapters.config.trains_bias(parameter) or not adapters.config.saves_modules:
+            continue
+        owner = parameter.rpartition(".")[0]
+        module = model.get_submodule(owner)
+        if owner not in adapters.adapted:
+            found |= {f"{owner}.{leaf}": None for leaf, _ in module.named_parameters(recurse=False)}
+    return list(found)
 
 
 def file_name(names: FileNames, ours: str) -> str | None:

@@ -38,20 +38,3 @@ def to_classifier(model: Decoder, num_labels: int, *, seed: int = 0) -> Decoder:
     model.config, model.lm_head = config, None
     model.score = head.to(model.device, model.dtype).requires_grad_(False)
     return model
-
-
-def untie_head(model: Decoder) -> Decoder:
-    """Replaces a tied output head with a separate copy of the embedding, in place.
-
-    A model whose head is already separate is returned unchanged.
-    """
-    if model.lm_head is None and model.score is None:
-        head = Linear(model.config.hidden_size, model.config.vocab_size)
-        storage = model.embed_tokens.storage
-        if storage.format == "dense":
-            head.weight = torch.nn.Parameter(storage.dense().detach().clone(), requires_grad=False)
-        else:
-            head.store(storage)  # packed weights are read-only, so both can share one copy
-        model.lm_head = head.train(model.training)
-        model.config = model.config.changed(tie_embeddings=False)
-    return model

@@ -20,7 +20,7 @@ from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.gguf_import import GGUFTensors, hf_config
-from easyllm.models.heads import to_classifier, untie_head
+from easyllm.models.heads import to_classifier
 from easyllm.models.hf_config import (
     read_config,
     read_files,
@@ -303,7 +303,7 @@ def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decode
             assert labels is not None, "another_head implies a number of labels"
             to_classifier(model, labels)
         if own_head:
-            untie_head(model)
+            model.untie_head()
         adapters = load_adapter(model, file, module_name=hf_module_name(model), name=name)
     except EasyllmError:
         undo()

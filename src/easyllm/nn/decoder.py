@@ -187,8 +187,8 @@ class Decoder(nn.Module):
     @property
     def is_adapted(self) -> bool:
         """Whether a layer, or the model itself, has an adapter."""
-        linears = (m for m in self.modules() if isinstance(m, Linear))
-        return self.model_adapter is not None or any(m.adapter is not None for m in linears)
+        layers = (layer for _, layer in self.weight_modules())
+        return self.model_adapter is not None or any(m.adapter is not None for m in layers)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -203,6 +203,22 @@ class Decoder(nn.Module):
         """
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return head.storage.dense()
+
+    def untie_head(self) -> None:
+        """Replaces a tied output head with a separate copy of the embedding.
+
+        A model whose head is already separate is unchanged.
+        """
+        if self.lm_head is not None or self.score is not None:
+            return
+        head = Linear(self.config.hidden_size, self.config.vocab_size)
+        storage = self.embed_tokens.storage
+        if storage.format == "dense":
+            head.weight = nn.Parameter(storage.dense().detach().clone(), requires_grad=False)
+        else:
+            head.store(storage)  # packed weights are read-only, so both can share one copy
+        self.lm_head = head.train(self.training)
+        self.config = self.config.changed(tie_embeddings=False)
 
     def loss_factors(self, hidden: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the head's output as two factors x' and W', for losses computed in chunks.
@@ -220,9 +236,10 @@ class Decoder(nn.Module):
             ConfigError: the head's adapter cannot be represented in this form.
         """
         weight = self.head_weight if weight is None else weight
-        if self.lm_head is None or self.lm_head.adapter is None:
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        if head.adapter is None:
             return hidden, weight
-        return self.lm_head.adapter.loss_factors(hidden, weight)
+        return head.adapter.loss_factors(hidden, weight)
 
     def forward(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
         """Returns the final hidden states, normalised and ready for the head.
@@ -239,7 +256,7 @@ class Decoder(nn.Module):
             token_ids, context, real = prepend_virtual_tokens(
                 token_ids, context, self.model_adapter, self.config.vocab_size
             )
-        x = to_at_least_fp32(self.embed_tokens(token_ids))
+        x = to_at_least_fp32(self.embed_tokens(token_ids, context))
         if isinstance(context.virtual, VirtualTokens):
             x = context.virtual.embed(x)
         x = x * self.config.embedding_scale

@@ -11,7 +11,6 @@ from easyllm.core.errors import ConfigError
 from easyllm.nn.attention import Attention
 from easyllm.nn.config import AttentionConfig, MoEConfig
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.linear import Linear
 from easyllm.ops.attention_backends import C_PAGES, C_TRAINING, AttentionCall
 from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.deterministic import PAGE_SIZE
@@ -45,7 +44,7 @@ def deterministic_unsupported_reason(model: Decoder) -> str | None:
                 f"{name} stores its weight as {holder.storage.format}, "
                 "whose matrix products are not batch-invariant"
             )
-        adapter = holder.adapter if isinstance(holder, Linear) else None
+        adapter = holder.adapter
         if adapter is not None and not adapter.batch_invariant:
             return f"{name} has an adapter whose matrix products are not batch-invariant; merge it"
     for number, layer in enumerate(model.config.layers):

@@ -40,6 +40,21 @@ class LinearAdapter(AdapterCost, Protocol):
         """Returns x' and W' such that x' W'ᵀ is the adapted output for `x` and base `weight`."""
 
 
+class TableAdapter(Protocol):
+    """An adapter in the slot of an `Embedding` (see `adapters.adapter.EmbeddingAdapter`)."""
+
+    batch_invariant: bool
+
+    def __call__(self, token_ids: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the adapted vectors [T, D] of `token_ids: [T]`."""
+
+    def project(self, hidden: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the logits [N, V] of a tied head for `hidden: [N, D]`."""
+
+    def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns x' and W' such that x' W'ᵀ are the logits of a tied head."""
+
+
 class Linear(nn.Module):
     """A linear layer, y = x Wᵀ + b, with an optional adapter.
 
@@ -167,15 +182,24 @@ class Embedding(nn.Embedding):
     def __init__(self, num_tokens: int, width: int) -> None:
         super().__init__(num_tokens, width, _weight=torch.empty(num_tokens, width))
         self.storage: WeightStorage = DenseWeight(self._parameters)
+        self.adapter: TableAdapter | None = None
 
-    def forward(self, token_ids: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Returns the vectors [T, D] of `token_ids: [T]`."""
-        return self.storage.rows(token_ids)
+        if self.adapter is None or (context is not None and context.base_only):
+            return self.storage.rows(token_ids)
+        return self.adapter(token_ids, self.storage.rows)
 
     def project(self, hidden: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Returns `hidden: [N, D]` multiplied by the vectors of all tokens, [N, V]."""
-        deterministic = context is not None and context.deterministic
-        return self.storage.linear(hidden, deterministic=deterministic)
+
+        def base(hidden: Tensor) -> Tensor:
+            deterministic = context is not None and context.deterministic
+            return self.storage.linear(hidden, deterministic=deterministic)
+
+        if self.adapter is None or (context is not None and context.base_only):
+            return base(hidden)
+        return self.adapter.project(hidden, base)
 
     def store(self, storage: WeightStorage) -> None:
         """Stores the vectors in another storage and frees the full ones."""

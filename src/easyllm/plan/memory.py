@@ -156,7 +156,7 @@ def estimate_training(
         dropout=dropout,
     )
     weights, trained = _weights(config, work, adapter)
-    if reference and (adapter is None or adapter.also_trained):
+    if reference and (adapter is None or trained_base_parameters(config, adapter)):
         weights += count_parameters(config).total * work.itemsize
     matrices = _trained_matrices(config, adapter)
     earlier, gradients = _gradients(work, trained, micro_batches)

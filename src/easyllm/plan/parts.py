@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from easyllm.adapters import ADAPTERS, Adapter, AdapterConfig
-from easyllm.adapters.adapter_set import find_trained_modules
-from easyllm.adapters.attach import target_linears
+from easyllm.adapters.adapter_set import trained_base_parameters as names_trained
+from easyllm.adapters.attach import target_layers
 from easyllm.nn.config import LayerConfig, ModelConfig
 from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.embedding_position import build_embedding_position
@@ -89,7 +89,7 @@ def _check_targets(config: ModelConfig, adapter: AdapterConfig) -> None:
     """Raises if a target of the adapter matches no linear, as attaching the adapter does."""
     if adapter.level == "linear":
         with torch.device("meta"):
-            adapter.check_names([name for name, _ in target_linears(Decoder(config), adapter)])
+            adapter.check_names([name for name, _ in target_layers(Decoder(config), adapter)])
 
 
 def count_adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
@@ -118,6 +118,9 @@ def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.P
     with torch.device("meta"):
         if adapter.level == "model":
             found += cast("nn.Module", adapter.build_model_adapter(config)).parameters()
+        table = adapter.build_embedding("embed_tokens", config.vocab_size, config.hidden_size)
+        if table is not None:
+            found += table.parameters()
         if adapter.adapts("lm_head"):
             head = Decoder(config).lm_head
             if head is not None:
@@ -128,12 +131,9 @@ def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.P
 
 def trained_base_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Parameter]:
     """Returns the base model's parameters trained in full with an adapter, on the meta device."""
-    if not adapter.also_trained:
-        return []
     with torch.device("meta"):
-        modules = find_trained_modules(Decoder(config), adapter.also_trained).values()
-    found = {id(parameter): parameter for module in modules for parameter in module.parameters()}
-    return list(found.values())
+        model = Decoder(config)
+        return [model.get_parameter(name) for name in names_trained(model, adapter)]
 
 
 def adapts_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
@@ -148,13 +148,13 @@ def trains_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
         return True
     with torch.device("meta"):
         model = Decoder(config)
-        whole = (
-            find_trained_modules(model, adapter.also_trained).values()
-            if adapter.also_trained
-            else []
-        )
-    head = model.score or model.lm_head or model.embed_tokens
-    return any(head.weight is parameter for module in whole for parameter in module.parameters())
+        head = "score" if model.score is not None else "lm_head"
+        if model.score is None and model.lm_head is None:
+            table = adapter.build_embedding("embed_tokens", *model.embed_tokens.storage.shape)
+            if table is not None and table.moves_head:
+                return True
+            head = "embed_tokens"
+    return adapter.trains(f"{head}.weight")
 
 
 def virtual_tokens(config: ModelConfig, adapter: AdapterConfig | None) -> int:

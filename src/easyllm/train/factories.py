@@ -115,7 +115,7 @@ def build_model(
         )
         trained = adapters.trained_parameters(model)
         if compute != torch.float32:  # fully trained modules start from the file's exact values
-            masters = origin.values(adapters.trained_base_parameters())
+            masters = origin.values(adapters.base_parameters)
     else:
         model = objective.prepare_model(origin.build(torch.float32, device), seed=config.seed)
         if packed := model.packed_formats():
@@ -130,7 +130,10 @@ def build_model(
     if config.compile:
         for layer in model.layers:
             layer.feed_forward.compile(dynamic=True)  # type: ignore[union-attr]
-    optimizer = MasterOptimizer(trained, config.optimizer, config.parameter_groups, masters)
+    factors = {} if adapters is None else adapters.rate_factors(model)
+    optimizer = MasterOptimizer(
+        trained, config.optimizer, config.parameter_groups, masters, rate_factors=factors
+    )
     return Trained(model, optimizer, adapters)
 
 
@@ -150,7 +153,7 @@ def build_reference(
     If only the adapter is trained, the reference is the trained model itself with the adapter
     bypassed; otherwise it is a separate copy.
     """
-    if trained.adapters is not None and not trained.adapters.whole:
+    if trained.adapters is not None and not trained.adapters.base_parameters:
         return Reference(trained.model, without_adapter=True)
     device = trained.model.device
     model = objective.prepare_model(

@@ -40,6 +40,7 @@ class MasterOptimizer:
         groups: parameter groups with their own settings, matched by name pattern.
         masters: fp32 initial values for parameters that are not fp32; by default the parameters'
             own values, converted to fp32.
+        rate_factors: factors on the learning rates of single parameters, by name (LoRA+).
 
     Attributes:
         masters: the tensors being updated, by name: the fp32 (or fp64) parameters themselves, and
@@ -55,9 +56,10 @@ class MasterOptimizer:
         config: Optimizer,
         groups: Sequence[ParameterGroup] = (),
         masters: Mapping[str, Tensor] | None = None,
+        rate_factors: Mapping[str, float] | None = None,
     ) -> None:
         self.config = config
-        every = build_groups(parameters, config, groups)
+        every = build_groups(parameters, config, groups, rate_factors or {})
         self._groups = [group for group in every if group.rate_factor > 0]
         self._rules = {group.rule: build_rule(group.rule) for group in self._groups}
         self._parameters: dict[str, nn.Parameter] = {}

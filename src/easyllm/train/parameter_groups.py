@@ -45,7 +45,10 @@ class Group:
 
 
 def build_groups(
-    parameters: Mapping[str, Tensor], optimizer: Optimizer, patterns: Sequence[ParameterGroup] = ()
+    parameters: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    patterns: Sequence[ParameterGroup] = (),
+    rate_factors: Mapping[str, float] | None = None,
 ) -> list[Group]:
     """Assigns every parameter to a group.
 
@@ -57,6 +60,7 @@ def build_groups(
         parameters: the trainable parameters, by name.
         optimizer: the optimizer's configuration.
         patterns: the parameter groups of the recipe, the first match winning.
+        rate_factors: further factors on the learning rates of single parameters, by name.
 
     Returns:
         The groups, in the order of their first parameters.
@@ -67,6 +71,7 @@ def build_groups(
     """
     owners = _owners(tuple(parameters), patterns)
     members: dict[Group, list[str]] = {}
+    factors = rate_factors or {}
     for name, parameter in parameters.items():
         rule = _rule(name, parameter, optimizer)
         owner = owners[name]
@@ -76,9 +81,9 @@ def build_groups(
         group = Group(
             names=(),
             rule=rule,
-            rate_factor=1.0 if owner is None else owner.rate_factor,
+            rate_factor=factors.get(name, 1.0) * (1.0 if owner is None else owner.rate_factor),
             weight_decay=decay,
-            label=_label(rule, optimizer, owner),
+            label=_label(rule, optimizer, owner, factors.get(name, 1.0)),
         )
         members.setdefault(group, []).append(name)
     groups = [replace(group, names=tuple(names)) for group, names in members.items()]
@@ -124,9 +129,14 @@ def _rule(
 
 
 def _label(
-    rule: AdamWConfig | MuonConfig | SGDConfig, optimizer: Optimizer, owner: ParameterGroup | None
+    rule: AdamWConfig | MuonConfig | SGDConfig,
+    optimizer: Optimizer,
+    owner: ParameterGroup | None,
+    factor: float,
 ) -> str:
     words = [] if owner is None or owner.rate_factor == 1 else [owner.pattern]
+    if factor != 1:
+        words.append(f"times {factor:g}")
     return " ".join([*words, *(["others"] if rule is not optimizer else [])])
 
 

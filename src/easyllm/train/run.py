@@ -166,6 +166,8 @@ def prepare(config: TrainConfig) -> Prepared:
     training_data = load_training_data(config, origin.tokenizer, objective, context=context)
     check_samples(config.samples, origin.tokenizer, context=context)
     total_steps = count_steps(config, training_data)
+    if config.adapter is not None:
+        config.adapter.check_steps(total_steps)
     plan = preflight(planned(config, objective), model, training_data, total_steps, device)
     return Prepared(device, origin, objective, training_data, plan)
 

@@ -175,7 +175,7 @@ def test_all_linear_with_another_target_selects_both():
     names = attach(model, LoRAConfig(rank=2, targets=("all-linear", "lm_head"))).linears
     assert "lm_head" in names
     assert len(names) == 15
-    with pytest.raises(ConfigError, match=r"rank_pattern names 'qq_proj'.*did you mean 'q_proj'"):
+    with pytest.raises(ConfigError, match=r"rank_pattern 'qq_proj'.*did you mean 'q_proj'"):
         attach(build_tiny(), LoRAConfig(rank_pattern={"qq_proj": 3}))
 
 

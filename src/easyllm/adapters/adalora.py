@@ -1,0 +1,376 @@
+"""AdaLoRA: singular values that are pruned during training, so that ranks go where they matter.
+
+    y = W x + b + s P diag(λ) Q x,   s = α / r₀,   P: [out, r₀],  Q: [r₀, in],  λ: [r₀] zero
+    (Zhang et al. 2023, arXiv 2303.10512)
+
+P and Q are kept near orthogonal by a term of the loss, ‖PᵀP - I‖ + ‖QQᵀ - I‖ (mean over all
+matrices). A triplet (column of P, λ, row of Q) is scored by the products of smoothed sensitivity
+|w ∂L/∂w| and its smoothed uncertainty (eqs. 8-11). The number of triplets kept falls from r₀ a
+linear to `target_rank` a linear on average, along a cubic schedule (eq. 12). λ of the others is set
+to zero; they may return until the budget is final.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Generator, Tensor, nn
+
+from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
+from easyllm.adapters.adapter_set import AdapterSet, StepInfo
+from easyllm.adapters.peft_keys import check_keys
+from easyllm.adapters.rank_budget import RankBudget
+from easyllm.adapters.registry import register_adapter
+from easyllm.core.errors import CheckpointError, ConfigError
+from easyllm.core.json_types import JsonMapping, JsonObject
+from easyllm.nn.cost import Activation, CostTrace, LinearShape
+from easyllm.nn.linear import BaseLinear
+from easyllm.ops.deterministic import tiled_linear
+
+LETTERS = ("lora_A", "lora_E", "lora_B")
+"""Names of Q, λ and P in peft."""
+
+
+class AdaLoRAConfig(AdapterConfig):
+    """Initial and final ranks of AdaLoRA, and the schedule between them."""
+
+    kind: Literal["adalora"] = "adalora"
+    init_rank: PositiveInt = Field(default=12, description="Rank r₀ of every linear at the start.")
+    target_rank: PositiveInt = Field(
+        default=8, description="Mean rank of all linears at the end; their sum is met exactly."
+    )
+    alpha: PositiveFloat = Field(
+        default=32.0, description="α; the update is scaled by α / init_rank, also after pruning."
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Dropout probability on the adapter's input in training.",
+    )
+    warmup_steps: NonNegativeInt | None = Field(
+        default=None, description="Steps before pruning starts; null is a tenth of the run."
+    )
+    final_steps: NonNegativeInt | None = Field(
+        default=None,
+        description="Steps after the budget is final; null is three tenths of the run.",
+    )
+    interval: PositiveInt = Field(default=1, description="Steps between two prunings.")
+    sensitivity_decay: float = Field(
+        default=0.85, gt=0.0, lt=1.0, description="β₁ of the smoothed sensitivity."
+    )
+    uncertainty_decay: float = Field(
+        default=0.85, gt=0.0, lt=1.0, description="β₂ of the smoothed uncertainty."
+    )
+    orthogonality: NonNegativeFloat = Field(
+        default=0.5, description="Weight of the orthogonality term in the loss."
+    )
+    kept: dict[str, tuple[bool, ...]] = Field(
+        default={},
+        description="Triplets kept in each linear, of a finished adapter; set by reading its file.",
+    )
+
+    def rank_of(self, name: str) -> int:
+        """Returns the number of triplets that the linear with this name has in memory."""
+        return sum(self.kept[name]) if name in self.kept else self.init_rank
+
+    def build(self, name: str, in_features: int, out_features: int) -> "AdaLoRA":
+        """Builds the adapter of one linear with uninitialised parameters."""
+        scale = self.alpha / (self.init_rank + 1e-5)  # as in peft
+        return AdaLoRA(self.rank_of(name), scale, in_features, out_features, dropout=self.dropout)
+
+    def check(self, name: str, in_features: int, out_features: int) -> None:
+        """Checks the ranks against one linear.
+
+        Raises:
+            ConfigError: the initial rank exceeds that of the weight, or the target the initial one.
+        """
+        most = min(in_features, out_features)
+        if self.init_rank > most:
+            raise ConfigError(
+                f"adapter.init_rank={self.init_rank} is more than the rank of {name} "
+                f"({out_features} x {in_features}), which is at most {most}; lower it, or name the "
+                "linear in adapter.exclude"
+            )
+        if self.target_rank > self.init_rank:
+            raise ConfigError(
+                f"adapter.target_rank={self.target_rank} is more than adapter.init_rank="
+                f"{self.init_rank}, but ranks only fall; lower it"
+            )
+
+    def check_steps(self, total_steps: int) -> None:
+        """Checks that the schedule fits into the run.
+
+        Raises:
+            ConfigError: it has no step between warm-up and final phase.
+        """
+        warmup, final = self.phases(total_steps)
+        if warmup >= total_steps - final:
+            raise ConfigError(
+                f"adapter.warmup_steps={warmup} and adapter.final_steps={final} leave no step for "
+                f"pruning in a run of {total_steps} steps; lower them, or train longer"
+            )
+
+    def phases(self, total_steps: int) -> tuple[int, int]:
+        """Returns the steps before the first pruning and after the last one."""
+        warmup = total_steps // 10 if self.warmup_steps is None else self.warmup_steps
+        final = 3 * total_steps // 10 if self.final_steps is None else self.final_steps
+        return warmup, final
+
+    @classmethod
+    def from_peft(cls, description: JsonMapping, modules: Mapping[str, FileModule]) -> Self:
+        """Returns the configuration of a peft AdaLoRA file.
+
+        Raises:
+            CheckpointError: an unsupported key changes the result, or tensors and `rank_pattern`
+                disagree.
+        """
+        check_keys(description, honoured=HONOURED, neutral=NEUTRAL)
+        pattern = {
+            str(name).removesuffix(".lora_E"): tuple(kept)
+            for name, kept in (description.get("rank_pattern") or {}).items()
+        }
+        init_rank, kept = description["init_r"], dict[str, tuple[bool, ...]]()
+        for ours, module in modules.items():
+            if set(module.tensors) != set(LETTERS):
+                raise CheckpointError(
+                    f"{module.name} has {', '.join(sorted(module.tensors))} in the adapter's file, "
+                    f"expected {', '.join(LETTERS)}; copy the adapter again"
+                )
+            its = pattern.get(module.name, (True,) * init_rank)
+            rank = len(module.tensors["lora_A"])
+            if rank != sum(its):
+                raise CheckpointError(
+                    f"{module.name} has rank {rank} in the adapter's file and {sum(its)} in its "
+                    "rank_pattern; copy the adapter again"
+                )
+            if not all(its) or len(its) != init_rank:
+                kept[ours] = its
+        alpha = description.get("lora_alpha") or init_rank
+        return cls(
+            init_rank=init_rank,
+            target_rank=min(description.get("target_r") or init_rank, init_rank),
+            alpha=alpha,
+            dropout=description.get("lora_dropout") or 0.0,
+            kept=kept,
+            targets=tuple(modules) or ("no linear",),
+        )
+
+
+HONOURED = ("init_r", "target_r", "lora_alpha", "lora_dropout", "rank_pattern")
+NEUTRAL: JsonObject = {
+    # the schedule and the loss term of a finished training
+    **dict.fromkeys(("tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step")),
+    **dict.fromkeys(("orth_reg_weight", "r", "megatron_core", "runtime_config", "eva_config")),
+    "init_lora_weights": (True, False),
+    "bias": "none",
+    "fan_in_fan_out": (True, False),
+    "loftq_config": ({},),
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "ensure_weight_tying": (True, False),
+    "qalora_group_size": None,
+    "alpha_pattern": ({},),
+}
+
+
+class AdaLoRA(Adapter):
+    """The AdaLoRA adapter of one linear.
+
+    Args:
+        rank: number of triplets in memory.
+        scale: s.
+        in_features, out_features: shape of the adapted linear.
+        dropout: dropout probability on the adapter's input in training.
+
+    Attributes:
+        lora_A, lora_E, lora_B: Q [r, in], λ [r, 1] and P [out, r], fp32.
+        keeps: [r] bool, the triplets whose λ is not forced to zero.
+    """
+
+    passes_input_unchanged = True
+    batch_invariant = True
+    keeps: Tensor
+
+    def __init__(
+        self, rank: int, scale: float, in_features: int, out_features: int, *, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features))
+        self.lora_E = nn.Parameter(torch.empty(rank, 1))
+        self.lora_B = nn.Parameter(torch.empty(out_features, rank))
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.register_buffer("keeps", torch.ones(rank, dtype=torch.bool))
+
+    def reset_parameters(self, generator: Generator) -> None:
+        """Initialises P and Q from N(0, 0.02²) and λ to zero, as peft does."""
+        nn.init.normal_(self.lora_A, std=0.02, generator=generator)
+        nn.init.zeros_(self.lora_E)
+        nn.init.normal_(self.lora_B, std=0.02, generator=generator)
+
+    def forward(self, x: Tensor, base: BaseLinear) -> Tensor:
+        """Returns `base(x) + s P diag(λ) Q x`, [..., out] for `x: [..., in]`."""
+        y = base(x)
+        if self.dropout is not None:
+            x = self.dropout(x)
+        down, up = (self.lora_A * self.lora_E).to(x.dtype), self.lora_B.to(x.dtype)
+        if base.context is not None and base.context.deterministic:
+            return y + self.scale * tiled_linear(tiled_linear(x, down), up)
+        return torch.addmm(y, x @ down.T, up.T, alpha=self.scale)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns W + s P diag(λ) Q [out, in] in fp32 and the unchanged bias."""
+        update = self.lora_B.float() @ (self.lora_A * self.lora_E).float()
+        return weight + self.scale * update.to(weight.device), bias
+
+    def orthogonality(self) -> Tensor:
+        """Returns ‖QQᵀ - I‖ + ‖PᵀP - I‖, Frobenius norms."""
+        identity = torch.eye(len(self.lora_A), device=self.lora_A.device, dtype=self.lora_A.dtype)
+        of_q = torch.linalg.matrix_norm(self.lora_A @ self.lora_A.T - identity)
+        of_p = torch.linalg.matrix_norm(self.lora_B.T @ self.lora_B - identity)
+        total: Tensor = of_q + of_p
+        return total
+
+    def cost(
+        self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str
+    ) -> None:
+        """Records the products x (diag(λ) Q)ᵀ and (…) Pᵀ, and the casts of both matrices."""
+        rank = len(self.lora_A)
+        if self.dropout is not None:
+            if x.grad:
+                trace.keep(f"{name}.noise", x.nbytes)
+            x = Activation(f"{name}.dropped", x.nbytes, x.grad)
+        down, up = 2 * rows * linear.in_features * rank, 2 * rows * rank * linear.out_features
+        cast = trace.cast_bytes(rank * linear.copies)
+        trace.keep_all(x)
+        # diag(λ) Q is a new fp32 tensor, cast or not
+        scaled = rank * linear.copies * linear.in_features
+        if x.grad:
+            trace.keep(f"{name}.lora_A", cast * linear.in_features or 4 * scaled)
+        trace.product("adapters", down, down * (1 + x.grad))
+        trace.keep(f"{name}.inner", rows * rank * trace.work.itemsize)
+        trace.keep(f"{name}.lora_B", cast * linear.out_features)
+        trace.product("adapters", up, 2 * up)
+
+    def file_tensors(self) -> Mapping[str, nn.Parameter]:
+        """Returns Q, λ and P, keyed by their suffixes in peft's file."""
+        return {letter: getattr(self, letter) for letter in LETTERS}
+
+    def saved_tensors(self) -> Mapping[str, Tensor]:
+        """Returns Q, λ and P without the pruned triplets."""
+        return {
+            "lora_A": self.lora_A[self.keeps],
+            "lora_E": self.lora_E[self.keeps],
+            "lora_B": self.lora_B[:, self.keeps],
+        }
+
+
+class AdaLoRASet(AdapterSet):
+    """All AdaLoRA modules of a model, whose triplets compete for one budget."""
+
+    config: AdaLoRAConfig
+    total_steps: int = 0
+    _budget: RankBudget | None = None
+
+    @property
+    def modules(self) -> dict[str, AdaLoRA]:
+        """The modules by the names of their linears."""
+        return {n: a for n, (_, a) in self.linears.items() if isinstance(a, AdaLoRA)}
+
+    @property
+    def budget(self) -> RankBudget:
+        """The scores and masks of all triplets; created when first needed."""
+        if self._budget is None:
+            config = self.config
+            decays = config.sensitivity_decay, config.uncertainty_decay
+            self._budget = RankBudget(self.modules, *decays)
+        return self._budget
+
+    def loss(self) -> Tensor | None:
+        """Returns the orthogonality term: its weight times the mean over all P and Q."""
+        if not self.config.orthogonality or not self.modules:
+            return None
+        terms = torch.stack([module.orthogonality() for module in self.modules.values()])
+        mean: Tensor = terms.sum() / (2 * len(terms))
+        return self.config.orthogonality * mean
+
+    def after_backward(self, info: StepInfo) -> None:
+        """Keeps the gradients of the step, which the optimizer discards."""
+        if info.step < self._last(info.total_steps) - 1:
+            self.budget.keep_gradients(info.gradient_scale)
+
+    def after_step(self, info: StepInfo) -> None:
+        """Updates the scores and prunes, as the schedule of the run says."""
+        total, last = info.total_steps, self._last(info.total_steps)
+        self.total_steps = total
+        if info.step < last:
+            self.budget.update_scores()
+        warmup, _ = self.config.phases(total)
+        if info.step == last:
+            self.budget.prune(self.config.target_rank * len(self.modules))
+        elif info.step > last:
+            self.budget.apply()
+        elif info.step > warmup and info.step % self.config.interval == 0:
+            self.budget.prune(self.kept_after(info.step, total))
+
+    def kept_after(self, step: int, total_steps: int) -> int:
+        """Returns the number of triplets kept after a step: the cubic schedule (eq. 12)."""
+        first = self.config.init_rank * len(self.modules)
+        target = self.config.target_rank * len(self.modules)
+        warmup, final = self.config.phases(total_steps)
+        if step <= warmup:
+            return first
+        if step >= total_steps - final:
+            return target
+        left = 1 - (step - warmup) / (total_steps - final - warmup)
+        return int((first - target) * left**3 + target)
+
+    def _last(self, total_steps: int) -> int:
+        """The step after which the budget is final."""
+        return total_steps - self.config.phases(total_steps)[1]
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the masks and the smoothed scores."""
+        return {**super().state(), **self.budget.state()}
+
+    def to_peft(self, modules: Mapping[str, str]) -> JsonObject:
+        """Returns the AdaLoRA entries of `adapter_config.json`, with the triplets that are kept."""
+        config, total = self.config, self.total_steps or 3
+        warmup, final = config.phases(total)
+        return {
+            "init_r": config.init_rank,
+            "target_r": config.target_rank,
+            "lora_alpha": config.alpha,
+            "lora_dropout": config.dropout,
+            "tinit": warmup,
+            "tfinal": final,
+            "deltaT": config.interval,
+            "beta1": config.sensitivity_decay,
+            "beta2": config.uncertainty_decay,
+            "orth_reg_weight": config.orthogonality,
+            "total_step": total,
+            "rank_pattern": {
+                f"{modules[name]}.lora_E": self._kept(name, module)
+                for name, module in self.modules.items()
+            },
+            "init_lora_weights": True,
+            "bias": "none",
+            "fan_in_fan_out": False,
+        }
+
+    def _kept(self, name: str, module: AdaLoRA) -> list[bool]:
+        """The triplets of a linear that are kept, of the initial ones."""
+        kept: list[bool] = module.keeps.tolist()
+        if name not in self.config.kept:
+            return kept
+        # a loaded adapter has only those that were kept before
+        remaining = iter(kept)
+        return [was and next(remaining) for was in self.config.kept[name]]
+
+
+register_adapter(AdaLoRAConfig, peft_type="ADALORA", adapter_set=AdaLoRASet)
+
+__all__ = ["AdaLoRA", "AdaLoRAConfig", "AdaLoRASet"]

@@ -1,0 +1,67 @@
+"""BitFit: trains the biases of the base model, or any other parameters chosen by name.
+
+(Ben Zaken et al. 2021, arXiv 2106.10199.) Many decoders of today have no biases; for those,
+`parameters: ["*norm*"]` trains the norms. All other parameters are frozen.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field
+
+from easyllm.adapters.adapter import AdapterConfig, EmbeddingAdapter, FileModule
+from easyllm.adapters.peft_keys import check_keys
+from easyllm.adapters.registry import register_adapter
+from easyllm.adapters.targets import check_patterns, name_matches
+from easyllm.core.json_types import JsonMapping
+
+
+class BitFitConfig(AdapterConfig):
+    """The base parameters to train."""
+
+    kind: Literal["bitfit"] = "bitfit"
+    parameters: tuple[str, ...] = Field(
+        default=("*bias",),
+        min_length=1,
+        description="Base parameters to train, by name or pattern: `*bias`, `*norm*`, "
+        "`layers.[0-3].*`.",
+    )
+
+    saves_modules: ClassVar[bool] = False
+
+    def adapts(self, name: str) -> bool:  # noqa: ARG002 - interface
+        """Returns False: no module is added."""
+        return False
+
+    def build_embedding(self, name: str, num_tokens: int, width: int) -> EmbeddingAdapter | None:
+        """Returns None: no module is added."""
+
+    def trains(self, parameter: str) -> bool:
+        """Returns whether a pattern selects the base parameter with this full name."""
+        return super().trains(parameter) or any(
+            name_matches(parameter, pattern) for pattern in self.parameters
+        )
+
+    def check_base(self, names: Sequence[str]) -> None:
+        """Checks that each pattern selects a parameter.
+
+        Raises:
+            ConfigError: one selects none.
+        """
+        what = "parameter of this model"
+        check_patterns(self.parameters, names, key="adapter.parameters", what=what)
+
+    @classmethod
+    def from_peft(cls, description: JsonMapping, modules: Mapping[str, FileModule]) -> Self:
+        """Returns the configuration of a file, whose tensors say what was trained.
+
+        Raises:
+            CheckpointError: an unsupported key changes the result.
+        """
+        check_keys(description, honoured=(), neutral={"bias": "none"})
+        return cls(parameters=tuple(modules) or ("*bias",))
+
+
+register_adapter(BitFitConfig, peft_type="BITFIT")
+
+__all__ = ["BitFitConfig"]

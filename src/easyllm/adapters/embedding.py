@@ -1,0 +1,115 @@
+"""Adapters of the token embedding: low-rank updates, and rows that are trained in full.
+
+    LoRA:           e(t) = E[t] + s B A[:, t],   A: [r, V] zero,  B: [D, r] normal
+    trained rows:   e(t) = δ[t] for the chosen tokens, else E[t]
+
+As in peft, a tied head keeps the base's weight under LoRA, and follows trained rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from easyllm.adapters.adapter import EmbeddingAdapter
+from easyllm.nn.linear import Embedding
+
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+
+
+class LoRAEmbedding(EmbeddingAdapter):
+    """The LoRA adapter of an embedding.
+
+    Args:
+        rank, scale: r and s.
+        num_tokens, width: shape [V, D] of the embedding.
+    """
+
+    def __init__(self, rank: int, scale: float, num_tokens: int, width: int) -> None:
+        super().__init__()
+        self.scale = scale
+        self.lora_embedding_A = nn.Parameter(torch.empty(rank, num_tokens))
+        self.lora_embedding_B = nn.Parameter(torch.empty(width, rank))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initialises A to zero and B from N(0, 1), as peft does."""
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B, generator=generator)
+
+    def forward(self, token_ids: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns E[t] + s B A[:, t] [T, D] for `token_ids: [T]`."""
+        rows = base(token_ids)
+        inner = nn.functional.embedding(token_ids, self.lora_embedding_A.T)  # [T, r]
+        # a product for each row, so that a row's bits do not depend on the others
+        update = (inner[:, None, :] * self.lora_embedding_B).sum(-1)
+        return rows + (self.scale * update).to(rows.dtype)
+
+    def merged(self, weight: Tensor, bias: None = None) -> tuple[Tensor, None]:  # noqa: ARG002
+        """Returns E + s (B A)ᵀ [V, D] in fp32."""
+        update = self.lora_embedding_A.float().T @ self.lora_embedding_B.float().T
+        return weight + self.scale * update.to(weight.device), None
+
+    def file_tensors(self) -> Mapping[str, nn.Parameter]:
+        """Returns A and B, keyed by their suffixes in peft's file."""
+        return {
+            "lora_embedding_A": self.lora_embedding_A,
+            "lora_embedding_B": self.lora_embedding_B,
+        }
+
+
+class TrainedTokens(EmbeddingAdapter):
+    """Rows of the embedding that are trained in full; a tied head has the same rows.
+
+    Args:
+        token_ids: the tokens, ascending.
+        width: D.
+    """
+
+    token_ids: Tensor
+
+    def __init__(self, token_ids: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.register_buffer("token_ids", torch.tensor(token_ids), persistent=False)
+        self.delta = nn.Parameter(torch.empty(len(token_ids), width))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:  # noqa: ARG002
+        """Leaves the rows to `start`, which copies the embedding's own."""
+        nn.init.zeros_(self.delta)
+
+    @torch.no_grad()
+    def start(self, layer: Embedding, generator: torch.Generator) -> None:  # noqa: ARG002
+        """Copies the rows of the embedding."""
+        self.delta.copy_(layer.storage.rows(self.token_ids.to(layer.storage.device)))
+
+    def forward(self, token_ids: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns δ[t] for the chosen tokens and E[t] for the others, [T, D]."""
+        rows = base(token_ids)
+        place = torch.searchsorted(self.token_ids, token_ids).clamp(max=len(self.token_ids) - 1)
+        chosen = self.token_ids[place] == token_ids
+        return torch.where(chosen[:, None], self.delta[place].to(rows.dtype), rows)
+
+    def project(self, hidden: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the logits [N, V], those of the chosen tokens from their trained rows."""
+        logits = base(hidden)
+        own = hidden.to(logits.dtype) @ self.delta.to(logits.dtype).T
+        return logits.index_copy(1, self.token_ids, own)
+
+    def merged(self, weight: Tensor, bias: None = None) -> tuple[Tensor, None]:  # noqa: ARG002
+        """Returns E with the trained rows, [V, D] in fp32."""
+        return weight.index_copy(0, self.token_ids, self.delta.to(weight)), None
+
+    def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns `x` and the tied head's weight with the trained rows."""
+        return x, weight.index_copy(0, self.token_ids, self.delta.to(weight.dtype))
+
+    def file_tensors(self) -> Mapping[str, nn.Parameter]:
+        """Returns the rows, keyed by their suffix in peft's file."""
+        return {TOKEN_ROWS: self.delta}
+
+    @property
+    def moves_head(self) -> bool:
+        """Whether a tied head follows the adapter: it does."""
+        return True
+
+
+__all__ = ["TOKEN_ROWS", "LoRAEmbedding", "TrainedTokens"]
