@@ -62,6 +62,11 @@ CHARTS = (
         ),
         size="wide",
     ),
+    Chart(
+        "Loss on the retention set",
+        "nats per token",
+        (Curve("retention/loss_nats", "retention", "dots"),),
+    ),
     Chart("Learning rate", "", (Curve("train/learning_rate", "rate"),), from_zero=True),
     Chart("Gradient norm", "before clipping", (Curve("train/grad_norm", "each step", "raw"),)),
     Chart("Speed", "tokens/s", (Curve("speed/tokens_per_s", "each step", "raw"),), from_zero=True),

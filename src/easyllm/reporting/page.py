@@ -138,6 +138,10 @@ def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
             number_text(losses[best]),
             f"nats per token, at step {steps[best]:,.0f}",
         )
+    steps, losses = history.finite("retention/loss_nats")
+    if len(losses):
+        note = f"nats per token; {number_text(losses[0])} at step {steps[0]:,.0f}"
+        yield "Retention set", number_text(losses[-1]), note
     tokens, every = _all_steps(history, history.finite("train/tokens")[1])
     trained, _ = _all_steps(history, history.finite("train/trained_tokens")[1])
     if tokens:

@@ -193,6 +193,11 @@ class TrainConfig(Config):
     samples: SamplesConfig | None = Field(
         default=None, description="Completions to generate at each evaluation; null generates none."
     )
+    retention: tuple[str, ...] = Field(
+        default=(),
+        description="Files of conversations or texts whose loss is measured before and after "
+        "training: it shows what the model forgets.",
+    )
     spike_factor: float = Field(
         default=2.0,
         gt=1.0,

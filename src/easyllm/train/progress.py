@@ -9,7 +9,10 @@ from easyllm.core.json_types import JsonMapping, JsonObject
 SPIKE_MEMORY, SPIKE_AFTER = 0.98, 20
 """Decay per step of the running mean that losses are compared with to detect spikes, and the number
 of steps before it is used."""
-_DECISIONS = ("best_loss_nats", "best_step", "stopping_loss_nats", "patience_used", "stopped")
+_DECISIONS = (
+    *("best_loss_nats", "best_step", "stopping_loss_nats", "patience_used", "stopped"),
+    "retention_before",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,6 +27,7 @@ class TrainProgress:
         best_loss_nats, best_step: the lowest evaluation loss, and its step.
         stopping_loss_nats: the loss that the next evaluation must fall below, for early stopping.
         patience_used: consecutive evaluations without such a fall.
+        retention_before: loss on the retention set before training, in nats.
         stopped: why the run ended before its last step; a callback that sets it ends the run.
     """
 
@@ -38,6 +42,7 @@ class TrainProgress:
     best_step: int | None = None
     stopping_loss_nats: float | None = None
     patience_used: int | None = None
+    retention_before: float | None = None
     stopped: str | None = None
 
     def count(self, batches: Sequence[Batch]) -> None:

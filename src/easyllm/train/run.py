@@ -29,7 +29,7 @@ from easyllm.models import hf_module_name, save_model
 from easyllm.models.hf_config import GENERATION_FILE, with_end_ids
 from easyllm.plan.parts import virtual_tokens
 from easyllm.tokenizer.turn_ends import turn_end_ids
-from easyllm.train.callbacks import build_callbacks, check_samples
+from easyllm.train.callbacks import build_callbacks, check_samples, retention_samples
 from easyllm.train.config import TrainConfig
 from easyllm.train.data_config import DataConfig
 from easyllm.train.factories import (
@@ -62,7 +62,7 @@ ADAPTER, MODEL = "adapter", "model"
 RESUMABLE_CHANGES = frozenset(
     {
         *("log_every", "eval_every", "save_every", "keep_last", "samples", "tensorboard"),
-        *("device", "spike_factor", "checkpoint_activations", "compile"),
+        *("device", "spike_factor", "checkpoint_activations", "compile", "retention"),
     }
 )
 """Keys that may differ on resume if the user allows it: none of them affects what is learned."""
@@ -165,6 +165,8 @@ def prepare(config: TrainConfig) -> Prepared:
     context = model.max_seq_len - virtual_tokens(model, config.adapter)
     training_data = load_training_data(config, origin.tokenizer, objective, context=context)
     check_samples(config.samples, origin.tokenizer, context=context)
+    if config.retention:
+        retention_samples(config, origin.tokenizer)
     total_steps = count_steps(config, training_data)
     if config.adapter is not None:
         config.adapter.check_steps(total_steps)

@@ -189,6 +189,9 @@ class Callback:
     def on_evaluate(self, run: Run, figures: Mapping[str, float]) -> None:
         """Called with the metrics of each evaluation of the current step; may stop the run."""
 
+    def on_retention(self, run: Run, loss_nats: float) -> None:
+        """Called with each loss on the retention set, in nats per token."""
+
     def on_samples(self, run: Run, samples: list[dict[str, str]]) -> None:
         """Called with sample completions of the current step, as dicts of `prompt` and `text`."""
 

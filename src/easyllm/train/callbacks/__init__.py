@@ -11,6 +11,7 @@ from easyllm.train.callbacks.checkpoints import BestCheckpoint, Checkpoints
 from easyllm.train.callbacks.compile_time import CompileTime
 from easyllm.train.callbacks.evaluation import EarlyStopping, Evaluation
 from easyllm.train.callbacks.logs import ConsoleNotes, LogMetrics
+from easyllm.train.callbacks.retention import Retention, retention_samples
 from easyllm.train.callbacks.samples import Samples, check_samples
 from easyllm.train.config import TrainConfig
 from easyllm.train.training_run import Callback
@@ -30,6 +31,8 @@ def build_callbacks(
         callbacks.append(Samples(config.samples))
     callbacks.append(Evaluation())
     callbacks.append(BestCheckpoint())
+    if config.retention:
+        callbacks.append(Retention())
     if config.early_stopping is not None:
         callbacks.append(EarlyStopping(config.early_stopping))
     callbacks.append(Checkpoints())
@@ -45,7 +48,9 @@ __all__ = [
     "EarlyStopping",
     "Evaluation",
     "LogMetrics",
+    "Retention",
     "Samples",
     "build_callbacks",
     "check_samples",
+    "retention_samples",
 ]

@@ -27,6 +27,10 @@ class LogMetrics(Callback):
         """Logs the evaluation."""
         self._write({"step": run.progress.step, **figures})
 
+    def on_retention(self, run: Run, loss_nats: float) -> None:
+        """Logs the loss on the retention set."""
+        self._write({"step": run.progress.step, "retention/loss_nats": loss_nats})
+
     def on_samples(self, run: Run, samples: list[dict[str, str]]) -> None:
         """Logs sample completions."""
         self._write({"step": run.progress.step, "samples": samples})
