@@ -6,7 +6,7 @@
 P and Q are kept near orthogonal by a term of the loss, ‖PᵀP - I‖ + ‖QQᵀ - I‖ (mean over all
 matrices). A triplet (column of P, λ, row of Q) is scored by the products of smoothed sensitivity
 |w ∂L/∂w| and its smoothed uncertainty (eqs. 8-11). The number of triplets kept falls from r₀ a
-linear to `target_rank` a linear on average, along a cubic schedule (eq. 12). λ of the others is set
+linear to `rank` a linear on average, along a cubic schedule (eq. 12). λ of the others is set
 to zero; they may return until the budget is final.
 """
 
@@ -36,12 +36,15 @@ class AdaLoRAConfig(AdapterConfig):
     """Initial and final ranks of AdaLoRA, and the schedule between them."""
 
     kind: Literal["adalora"] = "adalora"
-    init_rank: PositiveInt = Field(default=12, description="Rank r₀ of every linear at the start.")
-    target_rank: PositiveInt = Field(
+    rank: PositiveInt = Field(
         default=8, description="Mean rank of all linears at the end; their sum is met exactly."
     )
+    init_rank: PositiveInt | None = Field(
+        default=None,
+        description="Rank r₀ of every linear at the start; null is one and a half times `rank`.",
+    )
     alpha: PositiveFloat = Field(
-        default=32.0, description="α; the update is scaled by α / init_rank, also after pruning."
+        default=32.0, description="α; the update is scaled by α / r₀, also after pruning."
     )
     dropout: float = Field(
         default=0.0,
@@ -71,32 +74,37 @@ class AdaLoRAConfig(AdapterConfig):
         description="Triplets kept in each linear, of a finished adapter; set by reading its file.",
     )
 
+    @property
+    def start_rank(self) -> int:
+        """The rank r₀ of every linear at the start."""
+        return -(-3 * self.rank // 2) if self.init_rank is None else self.init_rank
+
     def rank_of(self, name: str) -> int:
         """Returns the number of triplets that the linear with this name has in memory."""
-        return sum(self.kept[name]) if name in self.kept else self.init_rank
+        return sum(self.kept[name]) if name in self.kept else self.start_rank
 
     def build(self, name: str, in_features: int, out_features: int) -> "AdaLoRA":
         """Builds the adapter of one linear with uninitialised parameters."""
-        scale = self.alpha / (self.init_rank + 1e-5)  # as in peft
+        scale = self.alpha / (self.start_rank + 1e-5)  # as in peft
         return AdaLoRA(self.rank_of(name), scale, in_features, out_features, dropout=self.dropout)
 
     def check(self, name: str, in_features: int, out_features: int) -> None:
         """Checks the ranks against one linear.
 
         Raises:
-            ConfigError: the initial rank exceeds that of the weight, or the target the initial one.
+            ConfigError: the initial rank exceeds that of the weight, or the final rank the initial one.
         """
         most = min(in_features, out_features)
-        if self.init_rank > most:
+        if self.start_rank > most:
             raise ConfigError(
-                f"adapter.init_rank={self.init_rank} is more than the rank of {name} "
+                f"the initial rank of {self.start_rank} (adapter.init_rank) is more than the rank of {name} "
                 f"({out_features} x {in_features}), which is at most {most}; lower it, or name the "
                 "linear in adapter.exclude"
             )
-        if self.target_rank > self.init_rank:
+        if self.rank > self.start_rank:
             raise ConfigError(
-                f"adapter.target_rank={self.target_rank} is more than adapter.init_rank="
-                f"{self.init_rank}, but ranks only fall; lower it"
+                f"adapter.rank={self.rank} is more than adapter.init_rank={self.start_rank}, but "
+                "ranks only fall during training; lower it"
             )
 
     def check_steps(self, total_steps: int) -> None:
@@ -150,7 +158,7 @@ class AdaLoRAConfig(AdapterConfig):
         alpha = description.get("lora_alpha") or init_rank
         return cls(
             init_rank=init_rank,
-            target_rank=min(description.get("target_r") or init_rank, init_rank),
+            rank=min(description.get("target_r") or init_rank, init_rank),
             alpha=alpha,
             dropout=description.get("lora_dropout") or 0.0,
             kept=kept,
@@ -310,7 +318,7 @@ class AdaLoRASet(AdapterSet):
             self.budget.update_scores()
         warmup, _ = self.config.phases(total)
         if info.step == last:
-            self.budget.prune(self.config.target_rank * len(self.modules))
+            self.budget.prune(self.config.rank * len(self.modules))
         elif info.step > last:
             self.budget.apply()
         elif info.step > warmup and info.step % self.config.interval == 0:
@@ -318,8 +326,8 @@ class AdaLoRASet(AdapterSet):
 
     def kept_after(self, step: int, total_steps: int) -> int:
         """Returns the number of triplets kept after a step: the cubic schedule (eq. 12)."""
-        first = self.config.init_rank * len(self.modules)
-        target = self.config.target_rank * len(self.modules)
+        first = self.config.start_rank * len(self.modules)
+        target = self.config.rank * len(self.modules)
         warmup, final = self.config.phases(total_steps)
         if step <= warmup:
             return first
@@ -341,8 +349,8 @@ class AdaLoRASet(AdapterSet):
         config, total = self.config, self.total_steps or 3
         warmup, final = config.phases(total)
         return {
-            "init_r": config.init_rank,
-            "target_r": config.target_rank,
+            "init_r": config.start_rank,
+            "target_r": config.rank,
             "lora_alpha": config.alpha,
             "lora_dropout": config.dropout,
             "tinit": warmup,

@@ -372,6 +372,20 @@ def _fields_at(model: type[BaseModel], place: tuple[int | str, ...], values: obj
     return sorted({name for found in models for name in found.model_fields})
 
 
+def fields_of_kind(
+    model: type[BaseModel], place: tuple[int | str, ...], values: object, kind: str
+) -> frozenset[str]:
+    """Returns the fields of a nested model of some kind; empty if there is no such kind.
+
+    Args:
+        model: the configuration that `values` describe.
+        place: the path of the nested model, from the top.
+        kind: the kind to look up.
+    """
+    models = _models_at(model, place, values)
+    return frozenset(name for m in models if _tag_matches(m, kind) for name in m.model_fields)
+
+
 def _models_at(
     model: type[BaseModel], place: tuple[int | str, ...], values: Json
 ) -> list[type[BaseModel]]:

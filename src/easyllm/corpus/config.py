@@ -8,13 +8,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from easyllm.core.config import (
-    Config,
-    apply_overrides,
-    environment_overrides,
-    read_yaml,
-    validate,
-)
+from easyllm.core.changed_kinds import overridden
+from easyllm.core.config import Config, read_yaml, validate
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.json_types import Json, JsonObject
 from easyllm.core.recipe_kind import check_recipe_kind
@@ -168,7 +163,7 @@ def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:
     """
     written = read_yaml(path)
     check_recipe_kind(written, path, "data build")
-    values = apply_overrides(written, [*environment_overrides(CorpusConfig), *overrides])
+    values = overridden(CorpusConfig, written, overrides, source=path.name)
     resolve_sources(values, path.parent)
     return validate(CorpusConfig, values, source=str(path), overrides=overrides)
 

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from easyllm.core.config import Config, apply_overrides, environment_overrides, read_yaml, validate
+from easyllm.core.changed_kinds import overridden
+from easyllm.core.config import Config, read_yaml, validate
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.core.recipe_kind import check_recipe_kind
@@ -180,7 +181,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """
     written = read_yaml(path)
     check_recipe_kind(written, path, "run")
-    values = apply_overrides(written, [*environment_overrides(Recipe), *overrides])
+    values = overridden(Recipe, written, overrides, source=path.name)
     values = _filled(values, values, ())
     stages = values.get("stages")
     if isinstance(stages, dict):
@@ -202,7 +203,7 @@ def load_train_recipe(path: Path, overrides: list[str]) -> TrainConfig:
     """
     written = read_yaml(path)
     check_recipe_kind(written, path, "train")
-    values = apply_overrides(written, [*environment_overrides(TrainConfig), *overrides])
+    values = overridden(TrainConfig, written, overrides, source=path.name)
     resolve_paths(values, path.parent)
     return validate(TrainConfig, values, source=str(path), overrides=overrides)
 
