@@ -12,11 +12,12 @@ give a prefix of the text, with the content of the turn replaced.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from easyllm.core.errors import DataError
 from easyllm.core.json_types import JsonObject
+from easyllm.core.sequences import num_equal
 from easyllm.tokenizer.template_budget import Visit
 
 Messages = list[JsonObject]
@@ -252,8 +253,8 @@ class TurnFinder:
             return None
         if other == self._text:
             return None
-        start = _num_equal(self._text, other)
-        tail = _num_equal(reversed(self._text), reversed(other))
+        start = num_equal(self._text, other)
+        tail = num_equal(reversed(self._text), reversed(other))
         return start, max(start, len(self._text) - tail)
 
     def _with_other_words(self, number: int) -> str:
@@ -266,13 +267,3 @@ class TurnFinder:
         message = self._messages[number] | {"content": probe * _PROBE_LENGTH}
         messages = [*self._messages[:number], message, *self._messages[number + 1 :]]
         return self._render(messages, False)[0]
-
-
-def _num_equal(first: Iterable[str], second: Iterable[str]) -> int:
-    """Returns the length of the common prefix of two texts, character by character."""
-    count = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
