@@ -146,13 +146,11 @@ def trains_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
     """Returns whether the loss computes a gradient of the head's weight or of its adapted copy."""
     if adapter is None or adapts_head(config, adapter):
         return True
+    if not adapter.also_trained:
+        return False
     with torch.device("meta"):
         model = Decoder(config)
-        whole = (
-            find_trained_modules(model, adapter.also_trained).values()
-            if adapter.also_trained
-            else []
-        )
+        whole = find_trained_modules(model, adapter.also_trained).values()
     head = model.score or model.lm_head or model.embed_tokens
     return any(head.weight is parameter for module in whole for parameter in module.parameters())
 
