@@ -32,6 +32,15 @@ NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
 """Matches a module name that contains a layer number."""
 
 
+def ends_with(name: str, end: str) -> bool:
+    """Returns whether the last parts of a module's dotted name are `end`, or all of them.
+
+    >>> ends_with("layers.0.mixer.q_proj", "q_proj"), ends_with("layers.0.mixer.q_proj", "proj")
+    (True, False)
+    """
+    return name == end or name.endswith(f".{end}")
+
+
 class Adapter(nn.Module):
     """The adapter module attached to one linear layer.
 
@@ -147,7 +156,7 @@ class AdapterConfig(Config):
             return False
         if ALL_LINEAR in self.targets and name.startswith("layers."):
             return True
-        return any(name == target or name.endswith(f".{target}") for target in self.targets)
+        return any(ends_with(name, target) for target in self.targets)
 
     def _is_whole(self, name: str) -> bool:
         """Returns whether a linear is fully trained and thus gets no adapter (as in peft)."""
@@ -226,4 +235,4 @@ class FileModule:
     tensors: Mapping[str, Tensor]
 
 
-__all__ = ["ALL_LINEAR", "Adapter", "AdapterConfig", "FileModule"]
+__all__ = ["ALL_LINEAR", "Adapter", "AdapterConfig", "FileModule", "ends_with"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from easyllm.adapters.adapter import ALL_LINEAR, Adapter, AdapterConfig
+from easyllm.adapters.adapter import ALL_LINEAR, Adapter, AdapterConfig, ends_with
 from easyllm.adapters.adapter_set import AdapterSet, find_trained_modules, restore_base_modules
 from easyllm.adapters.bank import AdapterBank
 from easyllm.adapters.registry import kind_of
@@ -124,7 +124,7 @@ def target_linears(model: Decoder, config: AdapterConfig) -> list[tuple[str, Lin
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     for target in config.targets:
-        if target == ALL_LINEAR or any(n == target or n.endswith(f".{target}") for n in linears):
+        if target == ALL_LINEAR or any(ends_with(name, target) for name in linears):
             continue
         leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
         raise ConfigError(

@@ -21,6 +21,7 @@ from easyllm.adapters.adapter import (
     Adapter,
     AdapterConfig,
     FileModule,
+    ends_with,
 )
 from easyllm.adapters.peft_keys import check_keys, matches
 from easyllm.adapters.registry import register_adapter
@@ -70,11 +71,11 @@ class LoRAConfig(AdapterConfig):
 
     def rank_of(self, name: str) -> int:
         """Returns the rank r for the linear with this name."""
-        return next((r for end, r in self.rank_pattern.items() if _ends(name, end)), self.rank)
+        return next((r for end, r in self.rank_pattern.items() if ends_with(name, end)), self.rank)
 
     def scale_of(self, name: str) -> float:
         """Returns the scale s for the linear with this name."""
-        alphas = (a for end, a in self.alpha_pattern.items() if _ends(name, end))
+        alphas = (a for end, a in self.alpha_pattern.items() if ends_with(name, end))
         alpha, rank = next(alphas, self.alpha), self.rank_of(name)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
@@ -117,7 +118,7 @@ class LoRAConfig(AdapterConfig):
         """
         for key in ("rank_pattern", "alpha_pattern"):
             for end in getattr(self, key):
-                if not any(_ends(name, end) for name in names):
+                if not any(ends_with(name, end) for name in names):
                     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
                     raise ConfigError(
                         f"adapter.{key} names {end!r}, which is not an adapted linear"
@@ -127,12 +128,12 @@ class LoRAConfig(AdapterConfig):
     def to_peft(self, modules: Mapping[str, str]) -> JsonObject:
         """Returns the LoRA entries of `adapter_config.json`, patterns by the file's full names."""
         ranks = {theirs: self.rank_of(ours) for ours, theirs in modules.items()}
-        given = [end for end in self.alpha_pattern if any(_ends(ours, end) for ours in modules)]
+        given = [end for end in self.alpha_pattern if any(ends_with(ours, end) for ours in modules)]
         alphas = {
             theirs: alpha
             for ours, theirs in modules.items()
             for alpha in [
-                next((self.alpha_pattern[e] for e in given if _ends(ours, e)), self.alpha)
+                next((self.alpha_pattern[e] for e in given if ends_with(ours, e)), self.alpha)
             ]
             if alpha != self.alpha
         }
@@ -307,10 +308,6 @@ class LoRA(Adapter):
     def file_tensors(self) -> Mapping[str, nn.Parameter]:
         """Returns A and B, keyed by their suffixes in peft's file."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
 
 
 register_adapter(LoRAConfig, peft_type="LORA")
