@@ -50,32 +50,6 @@ def spans_by_message(visits: Sequence[Visit]) -> dict[int, Span]:
     return loops[max(sizes, key=lambda loop: sizes[loop])] if sizes else {}
 
 
-def unrendered_messages(
-    text: str, visits: Sequence[Visit], messages: Messages, render: Render
-) -> list[int]:
-    """Returns the indices of messages whose content the template did not render.
-
-    For such a message, the text does not change when its content is replaced. This is tested by
-    rendering again, except for messages whose content is found in the text that the template's loop
-    wrote for them.
-
-    Args:
-        text: as for `TurnFinder`.
-        visits: as for `TurnFinder`.
-        messages: the rendered messages.
-        render: as for `TurnFinder`.
-    """
-    written = spans_by_message(visits)
-    finder = TurnFinder(text, visits, messages, render)
-    found = []
-    for number, message in enumerate(messages):
-        words = message["content"].strip()
-        begin, end = written.get(number, (0, 0))
-        if words and words not in text[begin:end] and not finder.depends_on(number):
-            found.append(number)
-    return found
-
-
 def first_unrendered(
     text: str, visits: Sequence[Visit], messages: Messages, render: Render
 ) -> int | None:
@@ -136,7 +110,7 @@ def unrendered_calls(
 
 
 class TurnFinder:
-    """Locates assistant turns in a rendered conversation.
+    """Locates assistant turns, and messages that are missing, in a rendered conversation.
 
     Args:
         text: the messages as the template renders them, without a generation prompt.
@@ -148,8 +122,7 @@ class TurnFinder:
     def __init__(
         self, text: str, visits: Sequence[Visit], messages: Messages, render: Render
     ) -> None:
-        self._text, self._messages, self._render = text, messages, render
-        self._written = spans_by_message(visits)
+        self._text, self._visits, self._messages, self._render = text, visits, messages, render
 
     def find(self, turn: int) -> Span:
         """Returns the span of an assistant turn: the text written for it, without its header.
@@ -168,12 +141,32 @@ class TurnFinder:
             )
         return found
 
+    def unrendered(self) -> list[int]:
+        """Returns the indices of messages whose content the template did not render.
+
+        For such a message, the text does not change when its content is replaced. This is tested by
+        rendering again, except for messages whose content is found in the text that the template's
+        loop wrote for them.
+        """
+        found = []
+        for number, message in enumerate(self._messages):
+            words = message["content"].strip()
+            begin, end = self._written.get(number, (0, 0))
+            if words and words not in self._text[begin:end] and not self.depends_on(number):
+                found.append(number)
+        return found
+
     def depends_on(self, number: int) -> bool:
         """Whether the content of a message is rendered: whether replacing it changes the text."""
         try:
             return self._with_other_words(number) != self._text
         except DataError:  # the template reads the content; the text shows whether it renders it
             return bool(self._messages[number]["content"].strip() in self._text)
+
+    @cached_property
+    def _written(self) -> dict[int, Span]:
+        """The span that each message wrote, by message index."""
+        return spans_by_message(self._visits)
 
     @cached_property
     def _prompt(self) -> str:
