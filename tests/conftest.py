@@ -60,6 +60,52 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Runs a file's tests with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def kernels():
+    """Skips a test on a machine without a C compiler."""
+    from easyllm.ops.kernels import build
+
+    if build._library() is None:
+        pytest.skip("no C compiler on this machine")
+
+
+@pytest.fixture(params=["kernels", "plain"])
+def kernels_or_plain(request, monkeypatch):
+    """Runs a test with the C kernels (if there is a compiler) and without."""
+    from easyllm.ops.kernels import build
+
+    if request.param == "plain":
+        monkeypatch.setattr(build, "_library", lambda: None)
+    else:
+        request.getfixturevalue("kernels")
+    return request.param
+
+
+@pytest.fixture
+def memory_of_nan(monkeypatch):
+    """Fills fresh memory with NaN, so that unwritten elements are detected."""
+    real_empty, real_like = torch.empty, torch.empty_like
+
+    def poisoned(make):
+        def inner(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return inner
+
+    monkeypatch.setattr(torch, "empty", poisoned(real_empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(real_like))
+
+
 @pytest.fixture
 def families_restored():
     """Unregisters whatever a test has registered."""
@@ -129,3 +175,11 @@ def smollm2_folder(tmp_path_factory, smollm2, smollm2_tokenizer) -> Path:
 
     folder = tmp_path_factory.mktemp("smollm2") / "model"
     return save_model(smollm2, folder, tokenizer=smollm2_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_folder):
+    """Transformers' tokenizer of `smollm2_folder`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_folder)

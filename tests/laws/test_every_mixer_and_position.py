@@ -42,18 +42,11 @@ from easyllm.nn.position_config import (
     YarnScaling,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # the models are too small to parallelise
+
 VOCAB = 50
 LENGTHS = (21, 1, 34, 6)
 EXACT = {"atol": 1e-9, "rtol": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Uses one thread: these models are too small to parallelise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def attention(heads=4, kv_heads=2, **options):

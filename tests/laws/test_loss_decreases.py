@@ -31,6 +31,8 @@ from easyllm.nn.moe import load_balancing_loss
 from easyllm.nn.position_config import Alibi, Learned, NoPosition, Rope, Shaw, Sinusoidal, T5Bias
 from easyllm.ops.cross_entropy import linear_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # the models are too small to parallelise
+
 VOCAB = 256
 LENGTHS = (64, 64, 64, 40)
 STEPS = 100
@@ -81,15 +83,6 @@ VARIANTS = {
     "sandwich": layers(softmax(), norm_placement="sandwich")
     | {"norm": RMSNormConfig(unit_offset=True)},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Uses one thread: these models are too small to parallelise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

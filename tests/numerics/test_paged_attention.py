@@ -5,7 +5,6 @@ import torch
 
 from easyllm.ops.attention import explicit_attention
 from easyllm.ops.attention_rule import AttentionRule, ScoreTerms
-from easyllm.ops.kernels import build
 from easyllm.ops.paged_attention import (
     QuantizedPages,
     dequantize_heads,
@@ -21,22 +20,6 @@ pytestmark = pytest.mark.usefixtures("two_threads")  # kernels split their work
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 NOT_A_PAGE = 2**31 - 1
-
-
-@pytest.fixture(params=["kernels", "plain"])
-def path(request, monkeypatch):
-    """Runs a test with the C kernels (if there is a compiler) and without."""
-    if request.param == "plain":
-        monkeypatch.setattr(build, "_library", lambda: None)
-    elif build._library() is None:
-        pytest.skip("no C compiler on this machine")
-    return request.param
-
-
-@pytest.fixture
-def kernels():
-    if build._library() is None:
-        pytest.skip("no C compiler on this machine")
 
 
 class Case:
@@ -135,21 +118,21 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("page_size", [8, 16, 40, 5])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_paged_attention_equals_explicit_attention(path, shape, page_size, rule):
+def test_paged_attention_equals_explicit_attention(kernels_or_plain, shape, page_size, rule):
     case = Case(*shape, page_size=page_size)
     close(case.run(rule), case.exact(rule), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("pages", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [torch.float32, torch.bfloat16])
-def test_queries_and_pages_may_have_different_dtypes(path, queries, pages):
+def test_queries_and_pages_may_have_different_dtypes(kernels_or_plain, queries, pages):
     case = Case(*SHAPES["prefill and decode mixed"], dtype=pages)
     out = case.run(RULES["causal"], dtype=queries)
     assert out.dtype == queries
     close(out, case.exact(RULES["causal"]), TOLERANCE[queries])
 
 
-def test_pages_before_the_window_are_not_read(path):
+def test_pages_before_the_window_are_not_read(kernels_or_plain):
     rule = RULES["window 5"]
     case = Case(2, 1, 16, (1, 3), (90, 70))
     exact = case.exact(rule)
@@ -173,12 +156,12 @@ OTHER_RULES = {
 
 
 @pytest.mark.parametrize("rule", OTHER_RULES.values(), ids=OTHER_RULES.keys())
-def test_rules_that_the_kernel_does_not_support_are_computed_by_pytorch(path, rule):
+def test_rules_that_the_kernel_does_not_support_are_computed_by_pytorch(kernels_or_plain, rule):
     case = Case(4, 2, 16, (6, 1), (6, 50))
     close(case.run(rule), case.exact(rule), TOLERANCE[torch.float32])
 
 
-def test_prefix_tokens_see_each_other(path):
+def test_prefix_tokens_see_each_other(kernels_or_plain):
     case = Case(4, 2, 16, (30, 20), (30, 20))
     rule = RULES["causal"]
     close(case.run(rule, (11, 20)), case.exact(rule, (11, 20)), TOLERANCE[torch.float32])
@@ -228,13 +211,13 @@ def test_codes_are_within_half_a_quantization_step(bits, scale):
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_quantized_pages_equal_attention_over_dequantized_values(path, shape, dtype):
+def test_quantized_pages_equal_attention_over_dequantized_values(kernels_or_plain, shape, dtype):
     case = Case(*shape, dtype=dtype)
     close(case.run(RULES["causal"]), case.exact(RULES["causal"]), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("int8", 0.02), ("int4", 0.3)])
-def test_quantized_pages_stay_close_to_the_keys(path, dtype, most):
+def test_quantized_pages_stay_close_to_the_keys(kernels_or_plain, dtype, most):
     """With random normal keys: the relative root mean square error of the output."""
     plain, small = (Case(9, 3, 64, (100,), (100,), dtype=d) for d in (torch.float32, dtype))
     exact = plain.exact(RULES["causal"])
@@ -259,7 +242,7 @@ def test_unknown_formats_are_refused():
 
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unchunked_prompts_may_attend_over_their_new_keys(path, dtype, window):
+def test_unchunked_prompts_may_attend_over_their_new_keys(kernels_or_plain, dtype, window):
     lengths = (80, 1, 100, 3, 64)
     case = Case(6, 2, 32, lengths, (80, 70, 100, 3, 200), dtype=dtype)
     rule = AttentionRule(scale=0.2, window=window)
@@ -279,4 +262,4 @@ def test_unchunked_prompts_may_attend_over_their_new_keys(path, dtype, window):
     again = paged_attention(
         q, *case.pages, case.table, lengths, case.key_lengths, rule, new=(new[0], new[1])
     )
-    assert torch.equal(again, out) or path == "plain"
+    assert torch.equal(again, out) or kernels_or_plain == "plain"

@@ -1,5 +1,9 @@
 """Conversations, and chat templates that render them."""
 
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from easyllm.tokenizer import SpecialTokens, Tokenizer
 from easyllm.tokenizer.template import compile_template
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
@@ -34,3 +38,22 @@ def chat(*turns):
 def render(source, **variables):
     given = {"messages": chat("hi"), "tools": None, "add_generation_prompt": False}
     return compile_template(source)(**(given | variables))
+
+
+def with_template(tokenizer, source, *special, eos="<|im_end|>"):
+    """Returns a copy of a tokenizer with another template and additional special tokens."""
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return Tokenizer(backend, SpecialTokens(bos="<|im_start|>", eos=eos), chat_template=source)
+
+
+def trained(tokenizer, messages, **options):
+    """Returns the texts of the trained runs of tokens."""
+    encoded = tokenizer.encode_chat(messages, with_mask=True, **options)
+    runs, before = [], False
+    for token, on in zip(encoded.token_ids, encoded.mask, strict=True):
+        if on:
+            runs.extend([] if before else [[]])
+            runs[-1].append(token)
+        before = on
+    return [tokenizer.decode(run, skip_special=False) for run in runs]

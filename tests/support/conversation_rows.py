@@ -1,8 +1,6 @@
 """Rows and messages of conversations."""
 
-from easyllm.examples.conversations import (
-    conversations,
-)
+from easyllm.examples.conversations import conversations
 from easyllm.examples.data_file import Row
 
 TOOLS = [{"name": "add", "parameters": {"type": "object"}}]
@@ -12,8 +10,8 @@ def user(content):
     return {"role": "user", "content": content}
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
+def assistant(content, **more):
+    return {"role": "assistant", "content": content} | more
 
 
 def system(content):

@@ -28,7 +28,7 @@ from easyllm.examples.sample import Sample
 from easyllm.models import add_adapter, hf_module_name, load_model, load_tokenizer, save_model
 from easyllm.models.families import register_family
 from easyllm.nn.context import ForwardContext
-from easyllm.nn.linear import BaseLinear, set_weight
+from easyllm.nn.linear import BaseLinear
 from easyllm.plan.memory import estimate_training
 from easyllm.quant import FORMATS, StorageFormat, quantize_weights, register_storage, weight_bytes
 from easyllm.train import Callback, TrainConfig, dry_run, train
@@ -317,7 +317,7 @@ def test_a_registered_storage_format_works_everywhere(tiny_folder, tmp_path, tin
     assert read.packed_formats() == {"test_float8"}
     assert not torch.allclose(logits, full.logits(IDS), atol=1e-3)
     for (_, holder), (_, packed) in zip(full.weight_modules(), read.weight_modules(), strict=True):
-        set_weight(holder, packed.storage.dense().clone())
+        holder.weight.copy_(packed.storage.dense())
     torch.testing.assert_close(logits, full.logits(IDS), atol=1e-5, rtol=1e-5)
 
     # planned: the stored size equals the counted one

@@ -1,6 +1,5 @@
 """Adapters on disk in peft's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from easyllm.adapters.peft_whole import (
     saved_tensors,
 )
 from easyllm.adapters.registry import AdapterKind, kind_of, kind_of_file
-from easyllm.checkpoint.store import read_tensors, write_tensors
+from easyllm.checkpoint.store import read_object, read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
@@ -119,6 +118,20 @@ class AdapterFile:
         return has_own_head(model, self.tensors, module_name)
 
 
+def read_description(folder: Path) -> JsonObject:
+    """Returns the values of a folder's `adapter_config.json`.
+
+    Raises:
+        CheckpointError: the folder contains no such file, or it is not a JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"folder {str(folder)!r} contains no {CONFIG}; give the folder an adapter was saved to"
+        )
+    return read_object(path, "copy the adapter again")
+
+
 def read_adapter(folder: Path) -> AdapterFile:
     """Reads the adapter stored in a folder.
 
@@ -126,21 +139,11 @@ def read_adapter(folder: Path) -> AdapterFile:
         CheckpointError: the folder contains no adapter, one of an unknown method, or damaged files.
     """
     folder = Path(folder)
-    path = folder / CONFIG
-    if not path.is_file():
-        raise CheckpointError(
-            f"folder {str(folder)!r} contains no {CONFIG}; give the folder an adapter was saved to"
-        )
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); copy the adapter again") from None
-    if not isinstance(description, dict):
-        raise CheckpointError(f"{path} is not a JSON object; copy the adapter again")
+    description = read_description(folder)
     named = description.get("modules_to_save") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise CheckpointError(
-            f"{path} sets modules_to_save={named!r}, expected a list of names; "
+            f"{folder / CONFIG} sets modules_to_save={named!r}, expected a list of names; "
             "copy the adapter again"
         )
     kind = kind_of_file(description)
@@ -289,4 +292,12 @@ def _targets(model: Decoder, modules: Mapping[str, str], module_name: FileNames)
     return sorted(leaves) if reached == set(modules.values()) else sorted(modules.values())
 
 
-__all__ = ["CONFIG", "WEIGHTS", "AdapterFile", "load_adapter", "read_adapter", "save_adapter"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "AdapterFile",
+    "load_adapter",
+    "read_adapter",
+    "read_description",
+    "save_adapter",
+]

@@ -9,16 +9,13 @@ Every rule works in both directions, so that loading and saving always agree.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from easyllm.core.errors import CheckpointError
-
-Split = Callable[[Tensor], Sequence[Tensor]]
-Join = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)

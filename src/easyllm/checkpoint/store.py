@@ -91,6 +91,25 @@ class TensorFolder:
         raise CheckpointError(f"folder {str(self.path)!r} contains no {WEIGHTS}{hint}")
 
 
+def read_object(path: Path, remedy: str) -> JsonObject:
+    """Returns the JSON object in a file of a checkpoint folder.
+
+    Args:
+        path: the file.
+        remedy: what the user should do if it is damaged, for the error.
+
+    Raises:
+        CheckpointError: the file is not JSON, or not an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); {remedy}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} does not contain a JSON object; {remedy}")
+    return values
+
+
 def open_safetensors(path: Path) -> Json:
     """Opens a safetensors file.
 

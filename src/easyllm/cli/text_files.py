@@ -58,10 +58,9 @@ def _read_texts(split: "Split", source: "SourceConfig") -> Iterator[str]:
 def hashes_of(source: "SourceConfig") -> dict[str, str]:
     """Returns the hash of each file of a source, by its name."""
     from easyllm.core.manifest import hash_file
-    from easyllm.corpus.files.paths import find_files
+    from easyllm.corpus.sources import source_files
 
-    format = None if source.format == "auto" else source.format
-    return {file.name: hash_file(Path(file.path)) for file in find_files(source.paths, format)}
+    return {file.name: hash_file(Path(file.path)) for file in source_files(source)}
 
 
 def opening_of(source: "SourceConfig", num_characters: int) -> str:

@@ -1,10 +1,15 @@
-"""Detection of the command that a recipe is for, from keys that only one kind of recipe has."""
+"""Reading of recipes, and the command that each is for, detected from keys of only one kind."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel
+
+from easyllm.core.changed_kinds import overridden
+from easyllm.core.config import read_yaml
 from easyllm.core.errors import ConfigError
-from easyllm.core.json_types import JsonMapping
+from easyllm.core.json_types import JsonMapping, JsonObject
 
 Command = Literal["run", "train", "data build"]
 KINDS: dict[str, tuple[Command, str]] = {
@@ -20,17 +25,29 @@ def command_of(values: JsonMapping) -> Command | None:
     return next((command for key, (command, _) in KINDS.items() if key in values), None)
 
 
-def check_recipe_kind(values: JsonMapping, path: Path, command: Command) -> None:
-    """Checks that a recipe is not one for another command.
+def read_recipe(
+    path: Path, model: type[BaseModel], command: Command, overrides: Sequence[str]
+) -> JsonObject:
+    """Returns the values of a recipe with the overrides applied, not validated yet.
 
     Args:
-        values: the content of the recipe.
-        path: the file of the recipe, for the error message.
+        path: the file of the recipe.
+        model: the configuration class, whose fields environment variables may set.
         command: the command that is to use the recipe.
+        overrides: changes to the recipe, as `key=value`.
 
     Raises:
-        ConfigError: the recipe is for another command.
+        SourceError: the file does not exist.
+        ConfigError: the file is not a YAML mapping or for another command, or an override is
+            malformed.
     """
+    written = read_yaml(path)
+    _check_kind(written, path, command)
+    return overridden(model, written, overrides, source=path.name)
+
+
+def _check_kind(values: JsonMapping, path: Path, command: Command) -> None:
+    """Raises if a recipe is for another command."""
     found = command_of(values)
     if found is not None and found != command:
         what = dict(KINDS.values())
@@ -39,4 +56,4 @@ def check_recipe_kind(values: JsonMapping, path: Path, command: Command) -> None
         )
 
 
-__all__ = ["check_recipe_kind", "command_of"]
+__all__ = ["command_of", "read_recipe"]

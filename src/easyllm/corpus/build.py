@@ -205,8 +205,9 @@ class CorpusBuild:
         folder.mkdir(parents=True, exist_ok=True)
         found = [work.finished(item) for item in items]
         left = [i for i, counts in enumerate(found) if counts is None]
+        done = sum(size for size, counts in zip(sizes, found, strict=True) if counts is not None)
         with Progress(name, total=sum(sizes) / 1e6, unit="MB") as progress:
-            progress.skip(sum(sizes[i] for i in range(len(items)) if i not in set(left)) / 1e6)
+            progress.skip(done / 1e6)
             for i, counts in zip(left, executor.map(work, [items[i] for i in left]), strict=True):
                 found[i] = counts
                 progress.advance(sizes[i] / 1e6)
@@ -214,12 +215,15 @@ class CorpusBuild:
 
     def _clean_items(self, evaluation: Path | None) -> list[CleanItem]:
         forbidden = None if evaluation is None else hash_path(evaluation)
+        sources = {
+            name: SourceConfig.model_validate(source.model_dump(exclude={"clean"}))
+            for name, source in self.config.sources.items()
+        }
         items = []
         for number, split in enumerate(self.splits):
-            source = self.config.sources[split.source]
             arguments = CleanArguments(
                 split=split,
-                source=SourceConfig.model_validate(source.model_dump(exclude={"clean"})),
+                source=sources[split.source],
                 rules=self.config.rules_of(split.source),
                 privacy=self.config.privacy,
                 evaluation=evaluation,

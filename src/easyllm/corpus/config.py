@@ -8,11 +8,13 @@ from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from easyllm.core.changed_kinds import overridden
-from easyllm.core.config import Config, read_yaml, validate
+from easyllm.core.config import (
+    Config,
+    validate,
+)
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.json_types import Json, JsonObject
-from easyllm.core.recipe_kind import check_recipe_kind
+from easyllm.core.recipe_kind import read_recipe
 from easyllm.corpus.clean import CleanConfig
 from easyllm.corpus.decontaminate import DecontaminationConfig
 from easyllm.corpus.dedup import DedupConfig, DedupPresetName, dedup_preset
@@ -161,9 +163,7 @@ def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:
     Raises:
         SourceError, ConfigError: the file does not exist, or is invalid; all errors are listed.
     """
-    written = read_yaml(path)
-    check_recipe_kind(written, path, "data build")
-    values = overridden(CorpusConfig, written, overrides, source=path.name)
+    values = read_recipe(path, CorpusConfig, "data build", overrides)
     resolve_sources(values, path.parent)
     return validate(CorpusConfig, values, source=str(path), overrides=overrides)
 

@@ -170,6 +170,15 @@ class Split:
         return sum(part.num_bytes for part in self.parts)
 
 
+def source_files(config: SourceConfig) -> list[SourceFile]:
+    """Returns the files of a source, ordered by name.
+
+    Raises:
+        SourceError: a path matches nothing, or its format is unknown.
+    """
+    return find_files(config.paths, None if config.format == "auto" else config.format)
+
+
 def list_splits(name: str, config: SourceConfig, *, split_bytes: int = SPLIT_BYTES) -> list[Split]:
     """Divides a source into splits of about `split_bytes`.
 
@@ -191,7 +200,7 @@ def list_splits(name: str, config: SourceConfig, *, split_bytes: int = SPLIT_BYT
         raise ConfigError(
             f"split_bytes={split_bytes} is not positive; the default is {SPLIT_BYTES} (64 MiB)"
         )
-    files = find_files(config.paths, None if config.format == "auto" else config.format)
+    files = source_files(config)
     if config.delimiter is not None and not any(file.format == "text" for file in files):
         raise ConfigError(
             f"source {name!r} sets documents or document_separator, which are for text files, "

@@ -15,6 +15,7 @@ from pathlib import Path
 from easyllm.core.errors import DataError
 from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import track
+from easyllm.core.sequences import num_equal
 from easyllm.corpus.files.row import Row
 from easyllm.examples.conversations import (
     LABEL_KEYS,
@@ -37,7 +38,6 @@ from easyllm.examples.prepare import (
     check_samples,
     encode_messages,
     fit,
-    num_shared,
 )
 from easyllm.examples.sample import Sample
 from easyllm.examples.tools import read_tools
@@ -319,7 +319,7 @@ def _pair(row: Row, kind: str) -> PreferencePair:
     if (
         prompt == read_system(row) or chosen[0]["role"] != "assistant"
     ):  # the responses contain the prompt
-        given, length = prompt, num_shared(chosen, rejected)
+        given, length = prompt, num_equal(chosen, rejected)
         length = min(length, len(chosen) - 1, len(rejected) - 1)
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
         if given == read_system(row):  # a system prompt alone, or nothing
@@ -371,7 +371,7 @@ def _is_response(prompt: list[Message], answer: list[Message]) -> bool:
 def _num_prompt(*sequences: Encoded) -> int:
     """Returns the length of the common prefix before the first trained id of any sequence."""
     first = min(list(encoded.mask).index(True, 1) for encoded in sequences)
-    return num_shared(*(encoded.token_ids[:first] for encoded in sequences))
+    return num_equal(*(encoded.token_ids[:first] for encoded in sequences))
 
 
 def _label(row: Row) -> bool:

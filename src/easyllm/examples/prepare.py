@@ -12,7 +12,7 @@ the history again for each turn.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.json_types import JsonObject
@@ -346,12 +346,6 @@ def check_samples(account: PreparationStats, max_seq_len: int) -> None:
     else:
         remedy = "the data files contain no rows: give others"
     raise DataError(f"no trainable rows remain ({account.summary()}); {remedy}")
-
-
-def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Returns the length of the common prefix of two sequences."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _refuse_masked(messages: list[Message]) -> None:

@@ -1,6 +1,5 @@
 """Models given as an adapter: the folder of an adapter names its base in `adapter_config.json`."""
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +8,8 @@ import torch
 
 from easyllm.adapters import merge
 from easyllm.adapters.peft_format import CONFIG as ADAPTER_FILE
-from easyllm.core.errors import CheckpointError, ConfigError, SourceError
+from easyllm.adapters.peft_format import read_description
+from easyllm.core.errors import ConfigError, SourceError
 from easyllm.models.hf_config import CONFIG_FILE, read_end_ids, with_end_ids
 from easyllm.models.load import add_adapter, load_model
 from easyllm.models.sources import HUB_PREFIX, KNOWN_MODELS
@@ -54,14 +54,9 @@ def base_of(folder: Path) -> str:
 
     Raises:
         SourceError: the configuration names no base model, or one that does not exist.
-        CheckpointError: the configuration is not JSON.
+        CheckpointError: the configuration is missing, or not a JSON object.
     """
-    path = folder / ADAPTER_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); copy the adapter again") from None
-    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    base = read_description(folder).get("base_model_name_or_path")
     if isinstance(base, str) and base:
         local = Path(base).expanduser()
         if base in KNOWN_MODELS or base.startswith(HUB_PREFIX) or local.exists():

@@ -1,10 +1,10 @@
 """Model configurations from a source or a published size, without reading any weights."""
 
-import json
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from easyllm.checkpoint.store import read_object
 from easyllm.core.errors import CheckpointError, EasyllmError, SourceError, suggest
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.models.families import FAMILIES
@@ -12,6 +12,8 @@ from easyllm.models.hf_config import CONFIG_FILE, read_config, read_files
 from easyllm.models.load import open_source
 from easyllm.models.sources import HUB_PREFIX, KNOWN_MODELS, hub_file
 from easyllm.nn.config import ModelConfig
+
+_REMEDY = "give a config.json"
 
 
 def published_sizes() -> dict[str, JsonObject]:
@@ -41,11 +43,12 @@ def describe(source: str) -> ModelConfig:
     if source in sizes:
         return _read(sizes[source], source)
     if source.startswith(HUB_PREFIX):
-        return _read(_json(hub_file(source.removeprefix(HUB_PREFIX), CONFIG_FILE)), source)
+        path = hub_file(source.removeprefix(HUB_PREFIX), CONFIG_FILE)
+        return _read(read_object(path, _REMEDY), source)
     if path.is_dir() and (path / CONFIG_FILE).is_file():
         return _read(read_files(path), source)
     if path.is_file() and path.suffix == ".json":
-        return _read(_json(path), source)
+        return _read(read_object(path, _REMEDY), source)
     if path.exists() or path.suffix == ".gguf" or "/" in source:
         return open_source(source).config
     known = [*KNOWN_MODELS, *sizes]
@@ -53,16 +56,6 @@ def describe(source: str) -> ModelConfig:
         f"model {source!r} is not known{suggest(source, known)}; known models are "
         f"{', '.join(known)}; or give a folder, a .gguf file, a config.json or hf:org/name"
     )
-
-
-def _json(path: Path) -> JsonObject:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); give a config.json") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} does not contain a JSON object; give a config.json")
-    return values
 
 
 def _read(values: JsonMapping, source: str) -> ModelConfig:

@@ -5,10 +5,10 @@ classification head (an architecture `...ForSequenceClassification` with `id2lab
 `prompt_mask`, an Easyllm key that other tools ignore.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from easyllm.checkpoint.store import read_object
 from easyllm.core.config import first_difference
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
@@ -19,6 +19,7 @@ from easyllm.nn.config import ModelConfig
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 CLASSIFIER = "ForSequenceClassification"
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+_REMEDY = "copy the checkpoint again"
 
 
 def read_files(folder: Path) -> JsonObject:
@@ -27,9 +28,9 @@ def read_files(folder: Path) -> JsonObject:
     Raises:
         CheckpointError: a file is not JSON.
     """
-    config = _read_json(folder / CONFIG_FILE)
+    config = read_object(folder / CONFIG_FILE, _REMEDY)
     if (folder / GENERATION_FILE).is_file():
-        generation = _read_json(folder / GENERATION_FILE)
+        generation = read_object(folder / GENERATION_FILE, _REMEDY)
         if generation.get("eos_token_id") is not None:
             config["eos_token_id"] = generation["eos_token_id"]
     return config
@@ -43,7 +44,8 @@ def read_end_ids(folder: Path) -> tuple[int, ...]:
     """
     if not (folder / GENERATION_FILE).is_file():
         return ()
-    return tuple(read_token_ids(_read_json(folder / GENERATION_FILE))["eos_token_ids"])
+    generation = read_object(folder / GENERATION_FILE, _REMEDY)
+    return tuple(read_token_ids(generation)["eos_token_ids"])
 
 
 def with_end_ids(config: ModelConfig, ids: Iterable[int]) -> ModelConfig:
@@ -110,13 +112,3 @@ def _classifier(architecture: str) -> str:
     for ending in LANGUAGE_MODELS:
         architecture = architecture.replace(ending, CLASSIFIER)
     return architecture
-
-
-def _read_json(path: Path) -> JsonObject:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); copy the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not contain a JSON object; copy the checkpoint again")
-    return content

@@ -213,11 +213,3 @@ def set_storage(layer: Linear | Embedding, storage: WeightStorage) -> None:
     if not isinstance(storage, DenseWeight):
         layer.register_parameter("weight", None)
     layer.storage = storage
-
-
-def set_weight(layer: Linear | Embedding, weight: Tensor) -> None:
-    """Sets the full weight [N, K] of a layer, replacing its storage."""
-    layer.__dict__.pop("storage", None)
-    layer._modules.pop("storage", None)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.storage = DenseWeight(layer._parameters)

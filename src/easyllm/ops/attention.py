@@ -24,7 +24,13 @@ from easyllm.ops.attention_rule import AttentionRule, ScoreTerms
 from easyllm.ops.autograd import Context
 from easyllm.ops.flash import flash_attention
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.structs import DTYPE_CODES, AttentionBackward, AttentionShape, address
+from easyllm.ops.kernels.structs import (
+    DTYPE_CODES,
+    AttentionBackward,
+    AttentionShape,
+    address,
+    has_contiguous_heads,
+)
 
 
 def attention(
@@ -97,9 +103,10 @@ def attend_segment(
     query = key[num_keys - num_queries :]
     if SDPA.rule_unsupported_reason(rule) is not None:
         return explicit_attention(q, k, v, rule, query, key, prefix=prefix)
-    whole = num_queries == num_keys and prefix <= 1 and not _window_hides_keys(rule, key)
+    all_near = not _window_hides_keys(rule, key)
+    whole = num_queries == num_keys and prefix <= 1 and all_near
     causal = rule.causal and num_queries > 1 and whole
-    sees_all = (not rule.causal or num_queries == 1) and not _window_hides_keys(rule, key)
+    sees_all = (not rule.causal or num_queries == 1) and all_near
     mask = None
     if rule.terms is not None and rule.terms.bias is not None:
         bias = rule.terms.bias(query, key).to(q.dtype)
@@ -193,7 +200,7 @@ class _KernelAttention(torch.autograd.Function):
     def forward(
         ctx: Context, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, lengths: tuple[int, ...]
     ) -> Tensor:
-        q, k, v = (x if _heads_contiguous(x) else x.contiguous() for x in (q, k, v))
+        q, k, v = (x if has_contiguous_heads(x) else x.contiguous() for x in (q, k, v))
         kernels = kernels_for(q, k, v)
         assert kernels is not None, "picked by attention()"
         starts = torch.tensor([0, *lengths]).cumsum(0)
@@ -238,7 +245,3 @@ class _KernelAttention(torch.autograd.Function):
         )
         kernels.attention_backward(tensors, ctx.shape)
         return grad_q, grad_k, grad_v, None, None
-
-
-def _heads_contiguous(x: Tensor) -> bool:
-    return x.stride(2) == 1 and x.stride(1) == x.shape[2]

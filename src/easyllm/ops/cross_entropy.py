@@ -17,7 +17,7 @@ from easyllm.ops.gpu import triton_unsupported_reason
 from easyllm.ops.huge_memory import cached_empty
 from easyllm.ops.kernels import kernels_for
 from easyllm.ops.kernels.structs import DTYPE_CODES
-from easyllm.ops.matmul import matmul
+from easyllm.ops.matmul import is_row_major, matmul
 
 IGNORE_INDEX = -100
 """Label of a token that is excluded from the loss."""
@@ -117,7 +117,7 @@ def softmax_error(
     """
     if triton_unsupported_reason(logits) is None and logits.is_contiguous():
         return _on_gpu(logits, labels, _Shape(None, 0.0, 0.0), with_grad=with_grad)
-    kernels = kernels_for(logits) if _rows_apart(logits) else None
+    kernels = kernels_for(logits) if is_row_major(logits) else None
     if kernels is not None:
         loss = torch.empty(len(labels))
         kernels.cross_entropy(
@@ -241,11 +241,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = _scaled(grad_weight, grad, ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
-
-
-def _rows_apart(x: Tensor) -> bool:
-    """Returns whether each row is contiguous and does not overlap another."""
-    return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

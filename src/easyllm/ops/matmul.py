@@ -276,19 +276,20 @@ def _call(
 
 def _in_rows(operands: Sequence[Tensor]) -> list[Tensor]:
     """Returns the operands if all are row-major or all column-major, else contiguous copies."""
-    for has_order in (_is_row_major, lambda x: _is_row_major(x.T)):
+    for has_order in (is_row_major, lambda x: is_row_major(x.T)):
         if all(map(has_order, operands)):
             return list(operands)
     return [x.contiguous() for x in operands]
 
 
-def _is_row_major(x: Tensor) -> bool:
+def is_row_major(x: Tensor) -> bool:
+    """Returns whether each row of a matrix is contiguous and does not overlap another."""
     return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
 def _is_transposed(matrices: Sequence[Tensor]) -> bool:
     """Returns whether matrices, as returned by `_in_rows`, are column-major."""
-    return not all(map(_is_row_major, matrices))
+    return not all(map(is_row_major, matrices))
 
 
 def _blocks(matrices: Sequence[Tensor], dim: int) -> ctypes.Array[Block]:

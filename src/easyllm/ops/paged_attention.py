@@ -28,7 +28,7 @@ from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.flash import flash_attention
 from easyllm.ops.huge_memory import huge_empty
 from easyllm.ops.kernels import kernels_for, structs
-from easyllm.ops.kernels.structs import BIT_CODES, DTYPE_CODES, address
+from easyllm.ops.kernels.structs import BIT_CODES, DTYPE_CODES, address, has_contiguous_heads
 
 MIN_UNCHUNKED_PROMPT = 64
 """Minimum tokens of an unchunked prompt for which PyTorch's attention is faster.
@@ -390,7 +390,7 @@ def _run_kernel(
 ) -> Tensor:
     kernels = kernels_for(q)
     assert kernels is not None, "picked by paged_attention()"
-    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+    if not has_contiguous_heads(q):
         q = q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype)
     queries = structs.Queries(

@@ -11,7 +11,7 @@ from torch import Tensor
 from easyllm.ops.autograd import Context
 from easyllm.ops.gpu import triton_unsupported_reason
 from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.structs import DTYPE_CODES, Rotary, address
+from easyllm.ops.kernels.structs import DTYPE_CODES, Rotary, address, has_contiguous_heads
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -57,7 +57,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
         return rotary.rotate(x, cos, sin, sign)
     kernels = kernels_for(x, cos) if x.dtype == torch.bfloat16 else None
-    if kernels is None or x.stride(2) != 1 or x.stride(1) != x.shape[2]:
+    if kernels is None or not has_contiguous_heads(x):
         return reference_rotary(x, cos, sin if sign > 0 else -sin)
     out = torch.empty(x.shape, dtype=x.dtype)
     kernels.rotary(

@@ -11,11 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from easyllm.core.changed_kinds import overridden
-from easyllm.core.config import Config, read_yaml, validate
+from easyllm.core.config import Config, validate
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
-from easyllm.core.recipe_kind import check_recipe_kind
+from easyllm.core.recipe_kind import read_recipe
 from easyllm.core.run_folder import recipes_folder
 from easyllm.corpus.config import CorpusParts, CorpusSource, resolve_sources
 from easyllm.tokenizer.train_config import TokenizerConfig
@@ -179,9 +178,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     Raises:
         ConfigError: the recipe is invalid; the message lists all errors.
     """
-    written = read_yaml(path)
-    check_recipe_kind(written, path, "run")
-    values = overridden(Recipe, written, overrides, source=path.name)
+    values = read_recipe(path, Recipe, "run", overrides)
     values = _filled(values, values, ())
     stages = values.get("stages")
     if isinstance(stages, dict):
@@ -201,9 +198,7 @@ def load_train_recipe(path: Path, overrides: list[str]) -> TrainConfig:
     Raises:
         ConfigError: the recipe is invalid; the message lists all errors.
     """
-    written = read_yaml(path)
-    check_recipe_kind(written, path, "train")
-    values = overridden(TrainConfig, written, overrides, source=path.name)
+    values = read_recipe(path, TrainConfig, "train", overrides)
     resolve_paths(values, path.parent)
     return validate(TrainConfig, values, source=str(path), overrides=overrides)
 

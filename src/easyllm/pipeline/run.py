@@ -22,7 +22,7 @@ from easyllm.core.progress import console, format_duration
 from easyllm.core.recipe_kind import command_of
 from easyllm.core.run_folder import check_run_folder, claim_run_folder
 from easyllm.corpus.shards import MANIFEST as SHARDS_MANIFEST
-from easyllm.corpus.sources import SourceConfig
+from easyllm.corpus.sources import SourceConfig, source_files
 from easyllm.models import locate
 from easyllm.models.scratch import ScratchConfig
 from easyllm.pipeline.recipe import (
@@ -40,7 +40,7 @@ from easyllm.pipeline.recipe import (
     references,
     resolve,
 )
-from easyllm.pipeline.stages import product, run_stage, source_files, train_config
+from easyllm.pipeline.stages import product, run_stage, train_config
 from easyllm.tokenizer.folder import tokenizer_file
 from easyllm.train import RunPlan, dry_run
 from easyllm.train.config import Data
@@ -240,7 +240,8 @@ def _stamps(sources: Mapping[str, SourceConfig]) -> dict[str, str]:
     """
     found = {}
     for name, source in sources.items():
-        stats = [(file, file.stat()) for file in source_files(source)]
+        files = [Path(file.path) for file in source_files(source)]
+        stats = [(file, file.stat()) for file in files]
         small = sum(s.st_size for _, s in stats) <= READ_BYTES
         found[name] = hash_value(
             [[str(f), hash_file(f) if small else [s.st_size, s.st_mtime_ns]] for f, s in stats]

@@ -15,8 +15,7 @@ from easyllm.corpus.build import CorpusBuild
 from easyllm.corpus.clean import Cleaner
 from easyllm.corpus.config import CorpusConfig
 from easyllm.corpus.document import Document
-from easyllm.corpus.files.paths import find_files
-from easyllm.corpus.sources import SourceConfig, list_splits, read_split
+from easyllm.corpus.sources import list_splits, read_split, source_files
 from easyllm.engine import LLM
 from easyllm.evaluate import evaluate_answers
 from easyllm.models import (
@@ -129,22 +128,12 @@ def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
     return save_model(model, folder, tokenizer=tokenizer, end_ids=ends, extra_files=extra)
 
 
-def source_files(source: SourceConfig) -> list[Path]:
-    """Returns the files of a data source.
-
-    Raises:
-        SourceError: a path matches no file, or its format is unknown.
-    """
-    format = None if source.format == "auto" else source.format
-    return [Path(file.path) for file in find_files(source.paths, format)]
-
-
 def _tokenizer(stage: TokenizerStage, folder: Path) -> JsonObject:
     counts = Counter[str]()
     texts = track(_counted_texts(stage, counts), "reading", unit="text")
     config = TokenizerConfig.model_validate(stage.model_dump(exclude={"kind", "sources"}))
     tokenizer = train_tokenizer(texts, config)
-    files = [file for source in stage.sources.values() for file in source_files(source)]
+    files = [Path(f.path) for source in stage.sources.values() for f in source_files(source)]
     figures = {"vocab_size": tokenizer.vocab_size, **counts}
     if tokenizer.vocab_size < config.vocab_size:
         figures["vocab_size_asked"] = config.vocab_size

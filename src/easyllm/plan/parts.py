@@ -146,15 +146,14 @@ def trains_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
     """Returns whether the loss computes a gradient of the head's weight or of its adapted copy."""
     if adapter is None or adapts_head(config, adapter):
         return True
+    if config.num_labels is not None:
+        return adapter.trains("score.weight")
+    if not config.tie_embeddings:
+        return adapter.trains("lm_head.weight")
     with torch.device("meta"):
-        model = Decoder(config)
-        head = "score" if model.score is not None else "lm_head"
-        if model.score is None and model.lm_head is None:
-            table = adapter.build_embedding("embed_tokens", *model.embed_tokens.storage.shape)
-            if table is not None and table.moves_head:
-                return True
-            head = "embed_tokens"
-    return adapter.trains(f"{head}.weight")
+        table = adapter.build_embedding("embed_tokens", config.vocab_size, config.hidden_size)
+    follows = table is not None and table.moves_head
+    return follows or adapter.trains("embed_tokens.weight")
 
 
 def virtual_tokens(config: ModelConfig, adapter: AdapterConfig | None) -> int:

@@ -24,7 +24,6 @@ from easyllm.tokenizer.turns import (
     first_unrendered,
     spans_by_message,
     unrendered_calls,
-    unrendered_messages,
 )
 
 Messages = list[Message]
@@ -163,7 +162,8 @@ class ChatTemplate:
         call = _Call(self, tools, special)
         text, visits = call(messages, add_generation_prompt and not with_mask)
         _refuse_long(text, max_chars)
-        unrendered = _find_unrendered(text, visits, messages, call) if find_unrendered else ()
+        finder = TurnFinder(text, visits, messages, call)
+        unrendered = _find_unrendered(finder, messages) if find_unrendered else ()
         if reject_unrendered:
             prompt = add_generation_prompt and not with_mask
             _reject_unrendered(text, visits, messages, lambda m, _: call(m, prompt))
@@ -176,7 +176,6 @@ class ChatTemplate:
         if self.has_marks:
             text, spans = _marked(call, messages, is_trained)
         else:
-            finder = TurnFinder(text, visits, messages, call)
             spans = [finder.find(turn) for turn in _on(is_trained)]
         ids, offsets = tokenizer.encode_with_offsets(text)
         mask = _mask(offsets, spans)
@@ -208,15 +207,13 @@ def _on(is_trained: list[bool]) -> list[int]:
     return [turn for turn, is_on in enumerate(is_trained) if is_on]
 
 
-def _find_unrendered(
-    text: str, visits: list[Visit], messages: Messages, call: _Call
-) -> tuple[int, ...]:
+def _find_unrendered(finder: TurnFinder, messages: Messages) -> tuple[int, ...]:
     """Returns the indices of messages whose content the template did not render.
 
     Raises:
         DataError: such a message has a role outside `ROLES`.
     """
-    unrendered = unrendered_messages(text, visits, messages, call)
+    unrendered = finder.unrendered()
     for number in unrendered:
         if (role := messages[number]["role"]) not in ROLES:
             raise DataError(

@@ -20,10 +20,10 @@ from tokenizers.processors import RobertaProcessing
 
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
+from easyllm.tokenizer.bos_eos import add_bos_eos
 from easyllm.tokenizer.sentencepiece import (
     PieceType,
     SentencePieceModel,
-    add_bos_eos,
     build_backend,
     prefix_errors_with_path,
     read_model_file,

@@ -17,11 +17,11 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
-    processors,
 )
 
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
+from easyllm.tokenizer.bos_eos import add_bos_eos
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -262,9 +262,4 @@ def _add_special(backend: Tokenizer, tokens: list[str], metadata: JsonObject) ->
     )
     bos = around["bos"] if metadata.get("tokenizer.ggml.add_bos_token", adds) else None
     eos = around["eos"] if metadata.get("tokenizer.ggml.add_eos_token", False) else None
-    if bos or eos:
-        pieces = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-        ids = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
-        backend.post_processor = processors.TemplateProcessing(
-            single=" ".join(pieces), special_tokens=ids
-        )
+    add_bos_eos(backend, bos=bos, eos=eos)

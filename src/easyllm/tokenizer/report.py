@@ -13,6 +13,7 @@ from functools import cache
 from itertools import islice
 
 from easyllm.core.json_types import JsonObject
+from easyllm.core.sequences import num_equal
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -239,8 +240,7 @@ def _num_single(tokenizer: Tokenizer, characters: Iterable[str]) -> int:
 
 
 def _first_difference(text: str, decoded: str) -> RoundTripFailure:
-    pairs = enumerate(zip(text, decoded, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(decoded)))
+    at = num_equal(text, decoded)
     return RoundTripFailure(at=at, text=text[at : at + EXCERPT], decoded=decoded[at : at + EXCERPT])
 
 

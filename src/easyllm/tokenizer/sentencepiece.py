@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from easyllm.core.errors import CheckpointError, SourceError
+from easyllm.tokenizer.bos_eos import add_bos_eos
 from easyllm.tokenizer.from_gguf import backend_from_gguf
 
 if TYPE_CHECKING:
@@ -169,14 +170,6 @@ def mark_special(backend: Backend, tokens: Iterable[str]) -> None:
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in tokens]
     )
-
-
-def add_bos_eos(backend: Backend, *, bos: str | None, eos: str | None) -> None:
-    """Makes encoding prepend `bos` and append `eos`, where they are not None."""
-    if bos or eos:
-        around = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-        ids = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
-        backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
 
 
 def space_decoder(*, strip_prefix: bool) -> decoders.Decoder:

@@ -20,11 +20,11 @@ from tokenizers import Tokenizer as Backend
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.json_types import JsonObject
+from easyllm.tokenizer.bos_eos import add_bos_eos
 from easyllm.tokenizer.sentencepiece import (
     BYTE_PIECES,
     NEVER_SCORE,
     SPACE,
-    add_bos_eos,
     mark_special,
     space_decoder,
 )

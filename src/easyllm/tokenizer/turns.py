@@ -12,11 +12,12 @@ give a prefix of the text, with the content of the turn replaced.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from easyllm.core.errors import DataError
 from easyllm.core.json_types import JsonObject
+from easyllm.core.sequences import num_equal
 from easyllm.tokenizer.template_budget import Visit
 
 Messages = list[JsonObject]
@@ -47,32 +48,6 @@ def spans_by_message(visits: Sequence[Visit]) -> dict[int, Span]:
         if visit.message is not None:
             is_at[visit.loop] = visit
     return loops[max(sizes, key=lambda loop: sizes[loop])] if sizes else {}
-
-
-def unrendered_messages(
-    text: str, visits: Sequence[Visit], messages: Messages, render: Render
-) -> list[int]:
-    """Returns the indices of messages whose content the template did not render.
-
-    For such a message, the text does not change when its content is replaced. This is tested by
-    rendering again, except for messages whose content is found in the text that the template's loop
-    wrote for them.
-
-    Args:
-        text: as for `TurnFinder`.
-        visits: as for `TurnFinder`.
-        messages: the rendered messages.
-        render: as for `TurnFinder`.
-    """
-    written = spans_by_message(visits)
-    finder = TurnFinder(text, visits, messages, render)
-    found = []
-    for number, message in enumerate(messages):
-        words = message["content"].strip()
-        begin, end = written.get(number, (0, 0))
-        if words and words not in text[begin:end] and not finder.depends_on(number):
-            found.append(number)
-    return found
 
 
 def first_unrendered(
@@ -135,7 +110,7 @@ def unrendered_calls(
 
 
 class TurnFinder:
-    """Locates assistant turns in a rendered conversation.
+    """Locates assistant turns, and messages that are missing, in a rendered conversation.
 
     Args:
         text: the messages as the template renders them, without a generation prompt.
@@ -147,8 +122,7 @@ class TurnFinder:
     def __init__(
         self, text: str, visits: Sequence[Visit], messages: Messages, render: Render
     ) -> None:
-        self._text, self._messages, self._render = text, messages, render
-        self._written = spans_by_message(visits)
+        self._text, self._visits, self._messages, self._render = text, visits, messages, render
 
     def find(self, turn: int) -> Span:
         """Returns the span of an assistant turn: the text written for it, without its header.
@@ -167,12 +141,32 @@ class TurnFinder:
             )
         return found
 
+    def unrendered(self) -> list[int]:
+        """Returns the indices of messages whose content the template did not render.
+
+        For such a message, the text does not change when its content is replaced. This is tested by
+        rendering again, except for messages whose content is found in the text that the template's
+        loop wrote for them.
+        """
+        found = []
+        for number, message in enumerate(self._messages):
+            words = message["content"].strip()
+            begin, end = self._written.get(number, (0, 0))
+            if words and words not in self._text[begin:end] and not self.depends_on(number):
+                found.append(number)
+        return found
+
     def depends_on(self, number: int) -> bool:
         """Whether the content of a message is rendered: whether replacing it changes the text."""
         try:
             return self._with_other_words(number) != self._text
         except DataError:  # the template reads the content; the text shows whether it renders it
             return bool(self._messages[number]["content"].strip() in self._text)
+
+    @cached_property
+    def _written(self) -> dict[int, Span]:
+        """The span that each message wrote, by message index."""
+        return spans_by_message(self._visits)
 
     @cached_property
     def _prompt(self) -> str:
@@ -252,8 +246,8 @@ class TurnFinder:
             return None
         if other == self._text:
             return None
-        start = _num_equal(self._text, other)
-        tail = _num_equal(reversed(self._text), reversed(other))
+        start = num_equal(self._text, other)
+        tail = num_equal(reversed(self._text), reversed(other))
         return start, max(start, len(self._text) - tail)
 
     def _with_other_words(self, number: int) -> str:
@@ -266,13 +260,3 @@ class TurnFinder:
         message = self._messages[number] | {"content": probe * _PROBE_LENGTH}
         messages = [*self._messages[:number], message, *self._messages[number + 1 :]]
         return self._render(messages, False)[0]
-
-
-def _num_equal(first: Iterable[str], second: Iterable[str]) -> int:
-    """Returns the length of the common prefix of two texts, character by character."""
-    count = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

@@ -35,6 +35,7 @@ class BaseModelSource:
         identity: computes a hash that identifies the weights (reads all files of a model).
         build: builds the model in a dtype, on a device.
         values: returns the named parameters in fp32.
+        check: raises unless the source's files match a model; reads no weights.
         packed: storage format of the source's weights if they are quantized, else None.
     """
 
@@ -43,6 +44,7 @@ class BaseModelSource:
     identity: Callable[[], str]
     build: Callable[[torch.dtype, torch.device], Decoder]
     values: Callable[[Collection[str]], dict[str, Tensor]]
+    check: Callable[[Decoder], None] = lambda _: None
     packed: StorageFormat | None = None
 
 
@@ -73,7 +75,13 @@ def find_base_model(config: TrainConfig) -> BaseModelSource:
     identity = partial(hash_path, opened.path)
     reader = _reader(opened)
     return BaseModelSource(
-        opened.config, opened.tokenizer(), identity, reader, opened.parameters, opened.packed
+        opened.config,
+        opened.tokenizer(),
+        identity,
+        reader,
+        opened.parameters,
+        opened.check,
+        opened.packed,
     )
 
 

@@ -11,7 +11,6 @@ from easyllm.core.device import memory_free_bytes
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import console, format_count, format_duration
-from easyllm.models import open_source
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.huge_memory import STEP_BUFFERS
@@ -22,7 +21,7 @@ from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import count_adapter_parameters
 from easyllm.train.config import TrainConfig
 from easyllm.train.factories import BaseModelSource, build_model, cannot_train_all
-from easyllm.train.objectives import Objective, build_objective
+from easyllm.train.objectives import Objective
 from easyllm.train.optim_config import SGDConfig
 from easyllm.train.precision import compute_dtype
 from easyllm.train.training_data import TrainingData
@@ -105,6 +104,7 @@ def planned_model(
 def preflight(
     config: TrainConfig,
     model: ModelConfig,
+    objective: Objective,
     training_data: TrainingData,
     total_steps: int,
     device: torch.device,
@@ -118,7 +118,7 @@ def preflight(
     out.print(f"data: {training_data.summary}", soft_wrap=True)
     for warning in training_data.warnings:
         out.print(f"warning: {warning}", soft_wrap=True)
-    plan = plan_run(config, model, training_data, total_steps, device)
+    plan = plan_run(config, model, objective, training_data, total_steps, device)
     out.print(plan.line(), soft_wrap=True)
     if not plan.memory.fits(plan.free_bytes):
         out.print(
@@ -134,6 +134,7 @@ def preflight(
 def plan_run(
     config: TrainConfig,
     model: ModelConfig,
+    objective: Objective,
     training_data: TrainingData,
     total_steps: int,
     device: torch.device,
@@ -159,7 +160,7 @@ def plan_run(
         "adapter": config.adapter,
         "recompute": config.checkpoint_activations,
         "dropout": config.dropout > 0,
-        "reference": build_objective(config.objective).needs_reference,
+        "reference": objective.needs_reference,
         "device_type": device.type,
     }
     memory = estimate_training(model, **setup)
@@ -182,7 +183,7 @@ def plan_run(
     )
 
 
-def check_model(config: TrainConfig, origin: BaseModelSource) -> None:
+def check_model(config: TrainConfig, origin: BaseModelSource, objective: Objective) -> None:
     """Builds the model to train on the meta device, to check weights, head, adapter and groups.
 
     Raises:
@@ -190,8 +191,7 @@ def check_model(config: TrainConfig, origin: BaseModelSource) -> None:
     """
     with torch.device("meta"):
         empty = Decoder(origin.config)
-    if isinstance(config.model, str):
-        open_source(config.model).check(empty)
+    origin.check(empty)
     if origin.packed is not None:
         name = origin.packed.name
         if config.adapter is None:
@@ -203,7 +203,6 @@ def check_model(config: TrainConfig, origin: BaseModelSource) -> None:
                 f"{name}: {reason}"
             )
     bare = replace(origin, build=lambda dtype, _: empty.to(dtype))
-    objective = build_objective(config.objective)
     build_model(config, bare, objective, torch.device("meta"))
 
 

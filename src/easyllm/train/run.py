@@ -137,7 +137,7 @@ def dry_run(config: TrainConfig, output: Path | None, *, allow_change: bool = Fa
         ignore = _resumable_changes(config) if allow_change else frozenset[str]()
         check_output(output, config, ignore=ignore)
     ready = prepare(config)
-    check_model(config, ready.origin)
+    check_model(config, ready.origin, ready.objective)
     return ready.plan
 
 
@@ -170,7 +170,9 @@ def prepare(config: TrainConfig) -> Prepared:
     total_steps = count_steps(config, training_data)
     if config.adapter is not None:
         config.adapter.check_steps(total_steps)
-    plan = preflight(planned(config, objective), model, training_data, total_steps, device)
+    plan = preflight(
+        planned(config, objective), model, objective, training_data, total_steps, device
+    )
     return Prepared(device, origin, objective, training_data, plan)
 
 

@@ -19,8 +19,9 @@ from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.core.json_types import JsonObject
 from easyllm.engine import LLM, SamplingParams
-from easyllm.models import load_adapted, load_model, load_tokenizer, save_model, split_adapter
+from easyllm.models import load_model, load_tokenizer, save_model, split_adapter
 from easyllm.models.adapted import apply_adapter
+from easyllm.nn.decoder import Decoder
 from easyllm.quant import quantize_weights, schemes
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.verify.reference import Reference
@@ -163,23 +164,20 @@ def open_side(spec: str, adapter: str | Path | None = None) -> Side:
             f"{', '.join(variants)}"
         )
     source, folder = split_adapter(name, adapter)
-    if variant == TRANSFORMERS:
-        return _TransformersSide(source, folder)
-    dtype = variant if variant in DTYPES else "float32"
-    return _EngineSide(source, folder, dtype, variant if variant in schemes() else None)
+    model = load_model(source, dtype=variant if variant in DTYPES else "float32")
+    if variant in schemes():
+        quantize_weights(model, variant)
+    if folder is not None:
+        apply_adapter(model, folder)
+    tokenizer = load_tokenizer(source)
+    side = _TransformersSide if variant == TRANSFORMERS else _EngineSide
+    return side(model, tokenizer)
 
 
 class _EngineSide:
-    def __init__(
-        self, source: str | Path, adapter: Path | None, dtype: str, scheme: str | None
-    ) -> None:
-        model = load_model(source, dtype=dtype)
-        if scheme is not None:
-            quantize_weights(model, scheme)
-        if adapter is not None:
-            apply_adapter(model, adapter)
-        self.tokenizer = load_tokenizer(source)
-        self._llm = LLM(model=model, tokenizer=self.tokenizer, max_running=1)
+    def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._llm = LLM(model=model, tokenizer=tokenizer, max_running=1)
 
     def greedy(self, ids: list[int], params: SamplingParams) -> list[int]:
         (done,) = self._llm.generate([ids], params)
@@ -190,9 +188,8 @@ class _EngineSide:
 
 
 class _TransformersSide:
-    def __init__(self, source: str | Path, adapter: Path | None) -> None:
-        self.tokenizer = load_tokenizer(source)
-        model = load_adapted(source, dtype="float32", adapter=adapter)
+    def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
         with tempfile.TemporaryDirectory() as work:
             folder = save_model(model, Path(work) / "model")
             self._reference = Reference(folder, dtype=torch.float32)

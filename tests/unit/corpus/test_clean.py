@@ -1,6 +1,5 @@
 """Cleaning: chains of rules, presets, their configuration, and reports."""
 
-import json
 import pickle
 import re
 import subprocess
@@ -28,6 +27,7 @@ from easyllm.corpus.clean import (
 )
 from easyllm.corpus.clean import normalise as normalisation
 from easyllm.corpus.document import Rejection
+from easyllm.corpus.items import CleanCounts
 
 
 @pytest.mark.parametrize(
@@ -210,30 +210,24 @@ def test_reading_a_configuration_imports_no_heavy_package():
 LOOSE = {"max_top_ngram_characters": {}}  # all of a few words are "most frequent"
 
 
-def test_the_report_counts_every_document_once_and_merges():
+def test_the_report_counts_every_document_once():
     cleaner = Cleaner(CleanConfig(without=("language",), override={"gopher_repetition": LOOSE}))
     texts = (ENGLISH, ENGLISH + " \n\x00", "it was too short", "one\n" * 99, "two\n" * 99)
     docs = [document(text) for text in texts]
-    whole = CleanReport()
-    parts = [CleanReport() for _ in range(3)]
-    for i, doc in enumerate(docs):
-        result = cleaner.clean(doc)
-        whole.count(doc, result)
-        parts[i % 3].count(doc, result)
-    assert CleanReport.merge(parts) == whole
-    assert CleanReport.merge([]) == CleanReport()
-    assert whole.as_dict() == {
-        "documents": 5,
-        "kept": 2,
-        "rewritten": 1,
-        "rejected": 3,
-        "rejected_by_rule": {
-            "gopher_repetition.duplicate_lines": 2,
-            "gopher_quality.words": 1,
-        },
-        "languages": {},
-        "characters": sum(len(doc.text) for doc in docs),
-        "characters_kept": 2 * len(ENGLISH),
-    }
-    assert list(whole.as_dict()["rejected_by_rule"].values()) == [2, 1]  # in decreasing order
-    json.dumps(whole.as_dict())
+    report = CleanReport()
+    for doc in docs:
+        report.count(doc, cleaner.clean(doc))
+    counts = CleanCounts.from_report(report, private={}, bad_rows={}, bad_rows_shown=())
+    assert counts == CleanCounts(
+        documents=5,
+        kept=2,
+        rewritten=1,
+        rejected=3,
+        rejected_by_rule={"gopher_repetition.duplicate_lines": 2, "gopher_quality.words": 1},
+        characters=sum(len(doc.text) for doc in docs),
+        characters_kept=2 * len(ENGLISH),
+        private={},
+        bad_rows={},
+        bad_rows_shown=(),
+    )
+    assert list(counts.rejected_by_rule.values()) == [2, 1]  # in decreasing order

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from chat_templates import GEMMA, INDEXED, LLAMA3, MISTRAL, QWEN3
+from conversation_rows import assistant, read, user
 from easyllm.core.errors import DataError
 from easyllm.corpus.files.row import Row
-from easyllm.examples.conversations import conversations
 from easyllm.examples.preferences import labelled, preferences, prepare_preferences
 from easyllm.examples.prepare import prepare_conversations
 from easyllm.ops.cross_entropy import IGNORE_INDEX
@@ -26,21 +26,8 @@ NO_CALLS_MARKED = """{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n'
 WANTED = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 
 
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content, **more):
-    return {"role": "assistant", "content": content} | more
-
-
 def calls(*names):
     return [{"type": "function", "function": {"name": n, "arguments": {"a": 1}}} for n in names]
-
-
-def read(values):
-    (conversation,) = conversations([Row(values, "data.jsonl:7")])
-    return conversation
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from conversation_rows import TOOLS, assistant, system, user
 from easyllm.core.errors import DataError
 from easyllm.examples.data_file import Row
 from easyllm.examples.preferences import (
@@ -19,20 +20,6 @@ from easyllm.examples.preferences import (
 )
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer import Tokenizer
-
-TOOLS = [{"name": "add", "parameters": {"type": "object"}}]
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-def system(content):
-    return {"role": "system", "content": content}
 
 
 def said(speaker, value):

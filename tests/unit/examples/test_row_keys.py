@@ -5,26 +5,14 @@ import json
 import pytest
 
 from chat_templates import QWEN3
+from conversation_rows import assistant, read, user
 from easyllm.core.errors import DataError
 from easyllm.corpus.files.row import Row
-from easyllm.examples.conversations import conversations, detect_format
+from easyllm.examples.conversations import detect_format
 from easyllm.examples.preferences import labelled, preferences, prepare_preferences
 from easyllm.examples.prepare import prepare_conversations
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer import Tokenizer
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content, **more):
-    return {"role": "assistant", "content": content} | more
-
-
-def read(values):
-    (conversation,) = conversations([Row(values, "data.jsonl:7")])
-    return conversation
 
 
 def learned(tokenizer, values, **options):

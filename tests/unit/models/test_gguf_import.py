@@ -15,19 +15,14 @@ from easyllm.models.families.gguf_layout import half_split_rows
 from easyllm.models.gguf_import import hf_config
 from easyllm.models.hf_config import read_config
 from gguf_files import write_gguf
-
-
-def interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Returns query and key rows in the order of llama.cpp's converter."""
-    split = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
-    return split.swapaxes(1, 2).reshape(weight.shape)
+from gguf_writing import interleaved
 
 
 @settings(max_examples=30, deadline=None)
 @given(heads=st.integers(1, 6), half=st.integers(1, 8), tail=st.sampled_from([(), (1,), (5,)]))
 def test_half_split_rows_inverts_the_order_of_llama_cpp(heads, half, tail):
     weight = np.random.default_rng(0).normal(size=(heads * half * 2, *tail)).astype(np.float32)
-    theirs = torch.from_numpy(interleaved(weight, heads).copy())
+    theirs = torch.from_numpy(interleaved(weight, heads))
     assert np.array_equal(half_split_rows(theirs, heads).numpy(), weight)
 
 
@@ -173,7 +168,7 @@ def write_llama(path: Path, model, more=(), **changes) -> Path:
         array = parameter.float().numpy()
         heads = {"mixer.q_proj": 4, "mixer.k_proj": 2}.get(stem)
         if heads is not None:
-            array = np.ascontiguousarray(interleaved(array, heads))
+            array = interleaved(array, heads)
         tensors.append((f"{layer}{names[stem]}.{kind}", array, None))
     return write_gguf(path, metadata, [*tensors, *more])
 

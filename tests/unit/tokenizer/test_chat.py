@@ -1,10 +1,12 @@
 """Chat templates: Hugging Face's ids and masks, and the trained text of each family."""
 
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat_conversations import ASSISTANT, QWEN3, SYSTEM, USER, chat, render
+from chat_conversations import ASSISTANT, QWEN3, SYSTEM, USER, chat, render, trained, with_template
 from easyllm.core.errors import DataError
 from easyllm.tokenizer import ChatTemplate, SpecialTokens, Tokenizer
 from easyllm.tokenizer.template import TemplateError, compile_template
@@ -44,14 +46,6 @@ TURNS = st.lists(st.tuples(st.sampled_from([SYSTEM, USER, ASSISTANT]), WORDS), m
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2_folder):
-    """Transformers' tokenizer of the same folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2_folder)
-
-
-@pytest.fixture(scope="module")
 def marked(smollm2_tokenizer):
     """SmolLM2's template with generation markers around the assistant's text."""
     source = smollm2_tokenizer.chat_template.source
@@ -68,47 +62,27 @@ def marked(smollm2_tokenizer):
 @pytest.fixture
 def make(tiny_tokenizer):
     """Builds a tokenizer with a template and additional special tokens."""
-    from tokenizers import AddedToken
-    from tokenizers import Tokenizer as Backend
-
-    def build(source, *special, eos="<|im_end|>"):
-        backend = Backend.from_str(tiny_tokenizer.backend.to_str())
-        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-        return Tokenizer(backend, SpecialTokens(bos="<|im_start|>", eos=eos), chat_template=source)
-
-    return build
-
-
-def trained(tokenizer, messages):
-    """Returns the texts of the trained runs of tokens."""
-    encoded = tokenizer.encode_chat(messages, with_mask=True)
-    assert len(encoded.mask) == len(encoded.token_ids)
-    runs, before = [], False
-    for token, on in zip(encoded.token_ids, encoded.mask, strict=True):
-        if on and not before:
-            runs.append([])
-        if on:
-            runs[-1].append(token)
-        before = on
-    return [tokenizer.decode(run, skip_special=False) for run in runs]
+    return partial(with_template, tiny_tokenizer)
 
 
 @pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_ids_equal_transformers(smollm2_tokenizer, reference, name, prompt):
+def test_ids_equal_transformers(smollm2_tokenizer, smollm2_reference, name, prompt):
     messages = CONVERSATIONS[name]
     ours = smollm2_tokenizer.encode_chat(messages, add_generation_prompt=prompt)
-    theirs = reference.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)
+    theirs = smollm2_reference.apply_chat_template(
+        messages, add_generation_prompt=prompt, return_dict=True
+    )
     assert ours.token_ids == theirs["input_ids"]
     assert ours.mask is None
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_masks_equal_transformers_with_and_without_markers(
-    smollm2_tokenizer, reference, marked, name
+    smollm2_tokenizer, smollm2_reference, marked, name
 ):
     messages = CONVERSATIONS[name]
-    theirs = hf_masked(reference, messages, marked)
+    theirs = hf_masked(smollm2_reference, messages, marked)
     for source in (marked, smollm2_tokenizer.chat_template.source):
         ours = ChatTemplate(source).encode(smollm2_tokenizer, messages, with_mask=True)
         assert ours.token_ids == theirs["input_ids"]
@@ -117,17 +91,19 @@ def test_masks_equal_transformers_with_and_without_markers(
 
 @settings(deadline=None, max_examples=60)
 @given(turns=TURNS.filter(bool))
-def test_masks_of_any_conversation_equal_transformers(smollm2_tokenizer, reference, marked, turns):
+def test_masks_of_any_conversation_equal_transformers(
+    smollm2_tokenizer, smollm2_reference, marked, turns
+):
     messages = chat(*turns)
-    theirs = hf_masked(reference, messages, marked)
+    theirs = hf_masked(smollm2_reference, messages, marked)
     for source in (marked, smollm2_tokenizer.chat_template.source):
         ours = ChatTemplate(source).encode(smollm2_tokenizer, messages, with_mask=True)
         assert ours.token_ids == theirs["input_ids"]
         assert ours.mask == [bool(m) for m in theirs["assistant_masks"]]
 
 
-def hf_masked(reference, messages, source):
-    return reference.apply_chat_template(
+def hf_masked(smollm2_reference, messages, source):
+    return smollm2_reference.apply_chat_template(
         messages, chat_template=source, return_dict=True, return_assistant_tokens_mask=True
     )
 
@@ -180,9 +156,9 @@ PLAIN_TEMPLATES = [
 
 
 @pytest.mark.parametrize("source", PLAIN_TEMPLATES)
-def test_plain_templates_render_the_same_text_as_transformers(reference, source):
+def test_plain_templates_render_the_same_text_as_transformers(smollm2_reference, source):
     messages = chat("one", "two", "three", "four")
-    theirs = reference.apply_chat_template(messages, chat_template=source, tokenize=False)
+    theirs = smollm2_reference.apply_chat_template(messages, chat_template=source, tokenize=False)
     assert ChatTemplate(source).render(messages) == theirs
 
 

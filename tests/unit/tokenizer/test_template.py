@@ -11,15 +11,6 @@ from chat_conversations import QWEN3, chat, render
 from easyllm.tokenizer import ChatTemplate, template_budget
 from easyllm.tokenizer.template import TemplateError, compile_template
 
-
-@pytest.fixture(scope="module")
-def reference(smollm2_folder):
-    """Transformers' tokenizer of the same folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2_folder)
-
-
 ESCAPES = [
     "{{ messages.__class__.__mro__ }}",
     "{{ messages['__class__']['__mro__'] }}",
@@ -338,7 +329,7 @@ def test_a_template_works_again_after_exceeding_its_budget():
     assert write(n=3) == "ok"
 
 
-def test_a_long_conversation_is_within_the_limits(reference):
+def test_a_long_conversation_is_within_the_limits(smollm2_reference):
     messages = chat(*(["word 字 " * 250, "<think>hm</think>\n\n" + "word 字 " * 250] * 200))
-    theirs = reference.apply_chat_template(messages, chat_template=QWEN3, tokenize=False)
+    theirs = smollm2_reference.apply_chat_template(messages, chat_template=QWEN3, tokenize=False)
     assert ChatTemplate(QWEN3).render(messages) == theirs

@@ -1,12 +1,12 @@
 """Trained text of a turn: everything a template writes for it up to its end token."""
 
 import pytest
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as Backend
 
+from chat_conversations import trained, with_template
 from chat_templates import DEEPSEEK, GEMMA, GLM, INDEXED, LLAMA3, MISTRAL, QWEN3
+from conversation_rows import assistant, user
 from easyllm.core.errors import DataError
-from easyllm.tokenizer import SpecialTokens, Tokenizer, normalise_messages
+from easyllm.tokenizer import normalise_messages
 from tiny_models import CHATML
 
 SPECIAL = (
@@ -34,14 +34,6 @@ SPECIAL = (
 )
 
 
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content, **more):
-    return {"role": "assistant", "content": content} | more
-
-
 def tool(content):
     return {"role": "tool", "content": content}
 
@@ -53,24 +45,7 @@ def calling(content, **arguments):
 
 @pytest.fixture
 def make(tiny_tokenizer):
-    def build(source, eos="<|im_end|>"):
-        backend = Backend.from_str(tiny_tokenizer.backend.to_str())
-        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-        return Tokenizer(backend, SpecialTokens(bos="<|im_start|>", eos=eos), chat_template=source)
-
-    return build
-
-
-def trained(tokenizer, messages, **options):
-    """Returns the texts of the trained runs of tokens."""
-    encoded = tokenizer.encode_chat(messages, with_mask=True, **options)
-    runs, before = [], False
-    for token, on in zip(encoded.token_ids, encoded.mask, strict=True):
-        if on:
-            runs.extend([] if before else [[]])
-            runs[-1].append(token)
-        before = on
-    return [tokenizer.decode(run, skip_special=False) for run in runs]
+    return lambda source, **eos: with_template(tiny_tokenizer, source, *SPECIAL, **eos)
 
 
 LOOKED_UP = [user("q1"), calling("Let me see", a=1), tool("42"), assistant("It is 42")]

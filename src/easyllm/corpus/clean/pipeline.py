@@ -1,7 +1,6 @@
 """Applies a chain of rules to documents, and counts the kept and rejected documents."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from pydantic import Field, model_validator
@@ -131,19 +130,6 @@ class CleanReport:
             self.rewritten += result.text != document.text
             self.characters_kept += len(result.text)
 
-    @classmethod
-    def merge(cls, reports: Iterable["CleanReport"]) -> "CleanReport":
-        """Returns the sum of the given reports."""
-        total = cls()
-        for report in reports:
-            total.kept += report.kept
-            total.rewritten += report.rewritten
-            total.rejected.update(report.rejected)
-            total.languages.update(report.languages)
-            total.characters += report.characters
-            total.characters_kept += report.characters_kept
-        return total
-
     @property
     def documents(self) -> int:
         """The number of documents, kept or rejected."""
@@ -152,16 +138,3 @@ class CleanReport:
     def rejected_by_rule(self) -> dict[str, int]:
         """Returns the number of documents that each rule rejected, in descending order."""
         return dict(sorted(self.rejected.items(), key=lambda item: (-item[1], item[0])))
-
-    def as_dict(self) -> JsonObject:
-        """Returns the counts as a JSON-serializable dict; rules by descending rejection count."""
-        return {
-            "documents": self.documents,
-            "kept": self.kept,
-            "rewritten": self.rewritten,
-            "rejected": self.rejected.total(),
-            "rejected_by_rule": self.rejected_by_rule(),
-            "languages": dict(self.languages),
-            "characters": self.characters,
-            "characters_kept": self.characters_kept,
-        }

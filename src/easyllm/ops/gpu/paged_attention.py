@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from easyllm.ops.kernels.structs import has_contiguous_heads
+
 SPLIT = 256
 """Number of positions in a split."""
 KEYS = 64
@@ -147,7 +149,7 @@ def decode_attention(
     Returns:
         [S, H, d], dtype of `q`.
     """
-    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+    if not has_contiguous_heads(q):
         q = q.contiguous()
     rows, heads, dim = q.shape
     kv_heads, page_size = key_pages.shape[1], key_pages.shape[2]

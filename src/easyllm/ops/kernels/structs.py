@@ -24,6 +24,11 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def has_contiguous_heads(x: Tensor) -> bool:
+    """Returns whether the heads of each token of `x: [T, H, d]` are contiguous in memory."""
+    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
+
+
 class RmsNormForward(ctypes.Structure):
     """Arguments of `rms_norm_forward`: `RmsNormForward` in training.c.
 

@@ -7,6 +7,7 @@ from easyllm.core.json_types import JsonObject
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import SamplesConfig
+from easyllm.train.evaluating import evaluating
 from easyllm.train.training_run import Callback, Run, StepReport
 
 
@@ -80,10 +81,8 @@ def build_sampler(
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, seed=0)
 
     def show() -> list[dict[str, str]]:
-        training = model.training
-        model.eval()
-        done = llm.generate(list(config.prompts), params)
-        model.train(training)
+        with evaluating(model):
+            done = llm.generate(list(config.prompts), params)
         return [
             {"prompt": prompt, "text": each.text}
             for prompt, each in zip(config.prompts, done, strict=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from easyllm.batches.packing import Batch
 from easyllm.nn.decoder import Decoder
+from easyllm.train.evaluating import evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +90,10 @@ def evaluate_loss(
         batches: the batches, on any device.
         loss: returns the summed loss of a batch on the model's device.
     """
-    training = model.training
-    model.eval()
     mean = MeanLoss()
-    try:
+    with evaluating(model):
         for batch in batches:
             mean.add(loss(model, batch.to(model.device)))
-    finally:
-        model.train(training)
     return mean
 
 

@@ -30,6 +30,7 @@ from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.data_config import DATA, DataBase, RowsConfig
+from easyllm.train.evaluating import evaluating
 from easyllm.train.objectives.losses import LossOutput, evaluate_loss
 
 BASE_ONLY = ForwardContext.packed([0], adapters=AdapterRows.of_sequences([""], [0]))
@@ -52,10 +53,9 @@ class Reference:
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
         """Returns the final hidden states [T, D] of a batch, the input of `head`."""
-        training = self.model.training
-        self.model.eval()
-        hidden: Tensor = self.model(batch.token_ids, batch.context(base_only=self.without_adapter))
-        self.model.train(training)
+        context = batch.context(base_only=self.without_adapter)
+        with evaluating(self.model):
+            hidden: Tensor = self.model(batch.token_ids, context)
         return hidden
 
     @torch.no_grad()
