@@ -9,14 +9,19 @@ from easyllm.adapters.bitfit import BitFitConfig
 from easyllm.adapters.dora import DoRA, DoRAConfig
 from easyllm.adapters.ia3 import IA3, IA3Config
 from easyllm.adapters.lora import LoRA, LoRAConfig
+from easyllm.adapters.lora_fa import LoRAFA, LoRAFAConfig
 from easyllm.adapters.merging import merge
+from easyllm.adapters.miss import MiSS, MiSSConfig
+from easyllm.adapters.oft import OFT, OFTConfig
 from easyllm.adapters.peft_format import AdapterFile, load_adapter, read_adapter, save_adapter
 from easyllm.adapters.pissa import PiSSA, PiSSAConfig
 from easyllm.adapters.registry import ADAPTERS, register_adapter, unregister_adapter
+from easyllm.adapters.vera import VeRA, VeRAConfig
 
 __all__ = [
     "ADAPTERS",
     "IA3",
+    "OFT",
     "AdaLoRA",
     "AdaLoRAConfig",
     "Adapter",
@@ -31,9 +36,16 @@ __all__ = [
     "IA3Config",
     "LoRA",
     "LoRAConfig",
+    "LoRAFA",
+    "LoRAFAConfig",
+    "MiSS",
+    "MiSSConfig",
+    "OFTConfig",
     "PiSSA",
     "PiSSAConfig",
     "StepInfo",
+    "VeRA",
+    "VeRAConfig",
     "adapter_of",
     "adapter_parameters",
     "attach",

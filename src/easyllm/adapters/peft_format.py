@@ -272,13 +272,13 @@ def _check_fit(
         )
 
 
-def _adapter_tensors(adapters: AdapterSet, module_name: FileNames) -> dict[str, torch.nn.Parameter]:
-    """Returns the adapter's parameters, by their names in the file without peft's prefix."""
-    found: dict[str, torch.nn.Parameter] = {}
+def _adapter_tensors(adapters: AdapterSet, module_name: FileNames) -> dict[str, Tensor]:
+    """Returns the adapter's tensors, by their names in the file without peft's prefix."""
+    found: dict[str, Tensor] = {}
     for ours, (_, adapter) in adapters.adapted.items():
         stem = module_name(ours)
         found |= {f"{stem}.{ending}": p for ending, p in adapter.file_tensors().items()}
-    return found | adapters.own_tensors()
+    return {**found, **adapters.own_tensors()}
 
 
 def _targets(model: Decoder, modules: Mapping[str, str], module_name: FileNames) -> list[str]:
