@@ -92,12 +92,12 @@ class AdaLoRAConfig(AdapterConfig):
         """Checks the ranks against one linear.
 
         Raises:
-            ConfigError: the initial rank exceeds that of the weight, or the final rank the initial one.
+            ConfigError: the initial rank exceeds that of the weight, or the final rank exceeds it.
         """
         most = min(in_features, out_features)
         if self.start_rank > most:
             raise ConfigError(
-                f"the initial rank of {self.start_rank} (adapter.init_rank) is more than the rank of {name} "
+                f"adapter.init_rank={self.start_rank} is more than the rank of {name} "
                 f"({out_features} x {in_features}), which is at most {most}; lower it, or name the "
                 "linear in adapter.exclude"
             )

@@ -315,6 +315,7 @@ def _results(run: Run, seconds: float) -> JsonObject:
         "tokens": progress.tokens,
         "trained_tokens": progress.trained_tokens,
         "skipped_steps": progress.skipped,
+        "trained_parameters": run.plan.trained_parameters,
         "seconds": round(seconds, 2),
         "data": run.data.figures,
         "peak_rss_bytes": peak_rss_bytes(),

@@ -259,8 +259,8 @@ BLAME = {
         "command line: batch_size={'x': 1}: input should be a valid integer",
     ),
     "a kind whose keys are others": (
-        *(MINE + "optimizer: {betas: [0.9, 0.95]}\n", ("optimizer.kind=sgd",), {}),
-        "FILE with optimizer.kind changed: unknown key 'optimizer.betas' (known keys: ",
+        *(MINE, ("optimizer.kind=sgd", "optimizer.betas=[0.9, 0.95]"), {}),
+        "command line: unknown key 'optimizer.betas' (known keys: ",
     ),
     "another type than a mapping": (
         *(MINE, ("optimizer=3",), {}),
