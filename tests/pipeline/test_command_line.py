@@ -184,6 +184,8 @@ def test_user_errors_give_one_sentence_and_exit_code_2(training, tmp_path, tiny_
         (("generate", tiny_folder, "x", "--top-p", "2"), "top_p=2.0"),
         (("generate", tiny_folder, "x", "--min-p", "2"), "--min-p"),
         (("generate", tiny_folder, "x", "--n", 3, "--best-of", 2), "best_of=2 is less than n=3"),
+        (("generate", tiny_folder, "x", "--beams", 3, "--draft", "ngram"), "leave out --draft"),
+        (("generate", tiny_folder, "x", "--top-k", 4), "add --temperature 1, or leave out --top-k"),
         (("generate", tiny_folder, "x", "--beams", 3, "--top-p", 0.5), "does not honour top_p"),
         (("generate", tiny_folder, "x", "--length-penalty", 2), "add --beams"),
         (("generate", tiny_folder, "x", "--cache-gb", 100_000), "GB short); lower cache_gb"),

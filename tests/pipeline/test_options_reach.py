@@ -32,6 +32,10 @@ TOGETHER = {
     "--window": ("--rope", "streaming"),
     "--sinks": ("--rope", "streaming"),
     "--logprobs": ("--json",),
+    "--top-k": ("--temperature", 1),
+    "--top-p": ("--temperature", 1),
+    "--min-p": ("--temperature", 1),
+    "--typical-p": ("--temperature", 1),
 }
 """Options that an option requires to have an effect."""
 

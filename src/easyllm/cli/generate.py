@@ -74,6 +74,10 @@ def generate(
     if params.logprobs is not None and not json_output:
         raise ConfigError("--logprobs is part of the JSON output; add --json")
     beam_params = _beam_params(beams, length_penalty, params)
+    if beam_params is None:
+        _check_sampling(params)
+    elif loading.get("draft") is not None:
+        raise ConfigError("beam search does not use speculative decoding; leave out --draft")
     copies = max(params.num_sequences, beams)
     llm = load_llm(
         model,
@@ -160,6 +164,26 @@ def _stream(llm: "LLM", ids: list[int], params: SamplingParams, *, shown: bool) 
             sys.stdout.write(event.text)
             sys.stdout.flush()
     return done
+
+
+def _check_sampling(params: SamplingParams) -> None:
+    """Checks that no option is given that greedy decoding would ignore.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    from easyllm.core.errors import ConfigError
+
+    if params.temperature != 0:
+        return
+    for name in ("top_k", "top_p", "min_p", "typical_p"):
+        value = getattr(params, name)
+        if value != SamplingParams.model_fields[name].default:
+            option = name.replace("_", "-")
+            raise ConfigError(
+                f"--{option} {value:g} restricts sampling, but at temperature 0 the most likely "
+                f"token is chosen; add --temperature 1, or leave out --{option}"
+            )
 
 
 def _beam_params(beams: int, length_penalty: float, params: SamplingParams) -> BeamParams | None:

@@ -290,7 +290,7 @@ def read_turn(turn: object, row: Row, name: str) -> Message:
     rest = {k: v for k, v in turn.items() if k not in ("from", "value", "content", "role")}
     if isinstance(speaker, str) and speaker in CALL_ROLES and value is not None:
         return rest | read_function_call(value, row, name, speaker)
-    if not isinstance(value, str):
+    if not isinstance(value, str | list):
         raise DataError(f"{row.location}: {name} has no text value; give from and value")
     if speaker not in SHAREGPT_ROLES:
         raise DataError(

@@ -168,6 +168,15 @@ def test_text_parts_null_and_other_roles_are_read():
     ]
 
 
+def test_text_parts_of_a_sharegpt_turn_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    turns = [{"from": "human", "value": parts}, {"from": "gpt", "value": "c"}]
+    assert read({"conversations": turns}).messages == [user("a\nb"), assistant("c")]
+    image = {"from": "human", "value": [{"type": "image", "image": "x"}]}
+    with pytest.raises(DataError, match="image"):
+        read({"conversations": [image, turns[1]]})
+
+
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
 def test_a_system_prompt_in_a_row_is_read_in_every_format(key):
     system, asked, answer = {"role": "system", "content": "s"}, user("q"), assistant("a")
