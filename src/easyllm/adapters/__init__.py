@@ -6,6 +6,9 @@ from easyllm.adapters.attach import adapter_of, adapter_parameters, attach, deta
 from easyllm.adapters.bank import AdapterBank
 from easyllm.adapters.lora import LoRA, LoRAConfig
 from easyllm.adapters.peft_format import AdapterFile, load_adapter, read_adapter, save_adapter
+from easyllm.adapters.prefix import PrefixTuningConfig
+from easyllm.adapters.prompt import PromptTuningConfig
+from easyllm.adapters.ptuning import PTuningConfig
 from easyllm.adapters.registry import ADAPTERS, register_adapter, unregister_adapter
 
 __all__ = [
@@ -18,6 +21,9 @@ __all__ = [
     "FileModule",
     "LoRA",
     "LoRAConfig",
+    "PTuningConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
     "StepInfo",
     "adapter_of",
     "adapter_parameters",

@@ -102,7 +102,7 @@ class AdapterSet:
 
     # ---- files
 
-    def own_tensors(self) -> dict[str, nn.Parameter]:
+    def own_tensors(self) -> dict[str, Tensor]:
         """Returns the tensors that belong to no linear, by file name (`prompt_embeddings`)."""
         return {} if self.model_adapter is None else dict(self.model_adapter.named_parameters())
 

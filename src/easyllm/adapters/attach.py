@@ -82,10 +82,8 @@ def place(
                 f"an adapter of kind {config.kind} prepends virtual tokens to every sequence and "
                 "cannot be attached by name alongside others; load it alone"
             )
-        built: Any = config.build_model_adapter(model.config)
-        if generator is not None:
-            built.reset_parameters(generator)
-        model_adapter = built.to(model.device).train(model.training)
+        built: Any = _model_adapter(model, config, generator)
+        model_adapter = built
     else:
         for full_name, linear in target_linears(model, config):
             reason = config.unsupported_reason(linear.storage.format)
@@ -114,6 +112,21 @@ def place(
     model.adapter_sets[name] = adapters
     model.adapter_changes += 1
     return adapters
+
+
+def _model_adapter(
+    model: Decoder, config: AdapterConfig, generator: torch.Generator | None
+) -> nn.Module:
+    """Builds a model-level adapter on the model's device, initialised if there is a generator."""
+    if generator is None:
+        built: Any = config.build_for_file(model.config)
+    else:
+        built = config.build_model_adapter(model.config)
+        built.reset_parameters(generator)
+    module: nn.Module = built.to(model.device).train(model.training)
+    if generator is not None:
+        config.start_from_base(module, model, generator)
+    return module
 
 
 def target_linears(model: Decoder, config: AdapterConfig) -> list[tuple[str, Linear]]:

@@ -31,7 +31,9 @@ from easyllm.nn.linear import Linear
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_PREFIX = {"linear": "base_model.model.", "model": "base_model."}
+"""peft's prefix of tensor names, by the level of the method: only methods on linears wrap the model
+in one more module."""
 
 
 def save_adapter(
@@ -69,18 +71,19 @@ def save_adapter(
         "task_type": "CAUSAL_LM" if model.config.num_labels is None else "SEQ_CLS",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "bias": "none",
+        **adapters.config.base_to_peft(model.config),
         **adapters.config.to_peft(modules),
     }
     if adapters.linears:
+        description.setdefault("bias", "none")
         description["target_modules"] = _targets(model, modules, module_name)
     tensors, modules_to_save = saved_tensors(model, adapters, module_name)
     if modules_to_save:
         description["modules_to_save"] = modules_to_save
     for tensor_name, parameter in _adapter_tensors(adapters, module_name).items():
         tensors[tensor_name] = parameter.detach()
-    own = adapters.own_tensors()
-    prefixed = {n if n in own else f"{_PREFIX}{n}": tensor for n, tensor in tensors.items()}
+    own, prefix = adapters.own_tensors(), _PREFIX[adapters.config.level]
+    prefixed = {n if n in own else f"{prefix}{n}": tensor for n, tensor in tensors.items()}
     with atomic_directory(folder, replace=replace) as work:
         write_tensors(work / WEIGHTS, prefixed, {"format": "pt"})
         write_json(work / CONFIG, description)
@@ -150,7 +153,8 @@ def read_adapter(folder: Path) -> AdapterFile:
                 f"{name} in {folder / WEIGHTS} contains NaN, Inf or integers, expected finite "
                 "floating-point values; copy the adapter again, or train a new one"
             )
-    short = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    prefix = _PREFIX[kind.config.level]
+    short = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return AdapterFile(folder=folder, kind=kind, description=description, tensors=short)
 
 
@@ -226,7 +230,9 @@ def _config(
         linears[stem]: FileModule(name=stem, tensors=tensors) for stem, tensors in grouped.items()
     }
     try:
-        return file.kind.config.from_peft(file.description, modules)
+        config = file.kind.config.from_peft(file.description, modules)
+        config.check_file(file.description, file.tensors, model.config)
+        return config
     except CheckpointError as error:
         raise CheckpointError(f"{file.folder / CONFIG}: {error}") from None
     except ValidationError as error:
@@ -274,9 +280,9 @@ def _check_fit(
         )
 
 
-def _adapter_tensors(adapters: AdapterSet, module_name: FileNames) -> dict[str, torch.nn.Parameter]:
+def _adapter_tensors(adapters: AdapterSet, module_name: FileNames) -> dict[str, Tensor]:
     """Returns the adapter's parameters, by their names in the file without peft's prefix."""
-    found: dict[str, torch.nn.Parameter] = {}
+    found: dict[str, Tensor] = {}
     for ours, (_, adapter) in adapters.linears.items():
         stem = module_name(ours)
         found |= {f"{stem}.{ending}": p for ending, p in adapter.file_tensors().items()}
