@@ -48,11 +48,12 @@ def trace_model(
     Raises:
         ConfigError: the adapter does not fit the model.
     """
-    trace = CostTrace(work)
+    trace, real = CostTrace(work), work.tokens
     if adapter is not None and adapter.level == "model":
         work = _with_virtual_tokens(work, virtual_tokens(config, adapter), adapter)
         trace = CostTrace(work)
-        trace.keep("virtual rows", work.tokens * (INT64 + BOOL))
+        # which rows are virtual, and which the decoder returns
+        trace.keep("virtual", work.tokens * (INT64 + BOOL) + real * INT64)
         with torch.device("meta"):
             adapter.model_cost(trace, config)
     products = [event for event in trace.events if isinstance(event, Gemm)]
