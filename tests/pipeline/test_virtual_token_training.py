@@ -15,8 +15,11 @@ from tiny_models import CORPUS
 KINDS = {
     "prompt": {"kind": "prompt", "num_virtual_tokens": 4},
     "ptuning": {
-        **{"kind": "ptuning", "num_virtual_tokens": 4, "encoder": "lstm"},
-        **{"encoder_hidden_size": 8, "encoder_dropout": 0.3},
+        "kind": "ptuning",
+        "num_virtual_tokens": 4,
+        "encoder": "lstm",
+        "encoder_hidden_size": 8,
+        "encoder_dropout": 0.3,
     },
     "prefix": {"kind": "prefix", "num_virtual_tokens": 4, "projection": True},
 }

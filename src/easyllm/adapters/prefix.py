@@ -53,7 +53,8 @@ class PrefixTuningConfig(PromptLearningConfig):
     )
     init: Literal["random", "zero"] = Field(
         default="random",
-        description="Initial keys and values: `random` as in peft, or `zero`.",
+        description="Initial keys and values: `random` from N(0, 1) or from the MLP, or `zero`, "
+        "closer to the base model. Without a projection, tokens that start at zero stay equal.",
     )
 
     trains_keys = True
@@ -81,7 +82,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         return self._built(model, projected=False)
 
     def _built(self, model: ModelConfig, *, projected: bool) -> VirtualKeysValues:
-        self.check_room(model)
+        self.check_context(model)
         heads, dim = kv_shape(model)
         width, total = heads * dim, 2 * model.num_layers * heads * dim
         encoder = None

@@ -94,7 +94,7 @@ class PromptTuningConfig(PromptLearningConfig):
         Raises:
             ConfigError: the model's context is too short.
         """
-        self.check_room(model)
+        self.check_context(model)
         return VirtualVectors(Table(self.num_virtual_tokens, model.hidden_size))
 
     @torch.no_grad()

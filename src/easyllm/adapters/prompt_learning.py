@@ -48,8 +48,8 @@ class PromptLearningConfig(AdapterConfig):
             )
         return self
 
-    def check_room(self, model: ModelConfig) -> None:
-        """Checks that the virtual tokens leave room for real ones.
+    def check_context(self, model: ModelConfig) -> None:
+        """Checks that the virtual tokens leave positions for real ones.
 
         Raises:
             ConfigError: there are as many as the model's context has positions, or more.

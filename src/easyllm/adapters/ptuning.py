@@ -77,7 +77,7 @@ class PTuningConfig(PromptLearningConfig):
         Raises:
             ConfigError: the model's context is too short.
         """
-        self.check_room(model)
+        self.check_context(model)
         width = model.hidden_size
         hidden = self.encoder_hidden_size or width
         encoder: nn.Module
@@ -89,7 +89,7 @@ class PTuningConfig(PromptLearningConfig):
 
     def build_for_file(self, model: ModelConfig) -> VirtualVectors:
         """Builds the vectors [n, D] that the encoder computed."""
-        self.check_room(model)
+        self.check_context(model)
         return VirtualVectors(Table(self.num_virtual_tokens, model.hidden_size))
 
     def model_cost(self, trace: CostTrace, model: ModelConfig) -> None:

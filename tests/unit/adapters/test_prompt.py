@@ -76,7 +76,7 @@ def test_settings_that_do_not_go_together_are_refused(values, message):
 
 def test_texts_without_ids_and_with_foreign_ids_are_refused():
     text = PromptTuningConfig(init="text", init_text="abc")
-    with pytest.raises(ConfigError, match="call config.with_token_ids"):
+    with pytest.raises(ConfigError, match=r"call config\.with_token_ids"):
         attach(build_tiny(), text)
     with pytest.raises(ConfigError, match="'abc' has no tokens"):
         text.with_token_ids(lambda _: [])
