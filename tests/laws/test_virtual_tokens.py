@@ -19,6 +19,7 @@ from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Engine, EngineConfig, Request, SamplingParams
 from easyllm.examples.sample import Sample
+from easyllm.models import load_model
 from easyllm.models.families import family_of
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
@@ -167,6 +168,19 @@ def test_a_quantized_base_is_adapted(name, tmp_path):
     assert not torch.allclose(model.logits(IDS), plain.logits(IDS), atol=1e-2)
     again = load(plain, save(model, tmp_path / "a"))
     assert torch.equal(again.logits(IDS), model.logits(IDS))
+
+
+@METHODS
+def test_peft_computes_the_same_logits_with_a_saved_adapter(name, tiny_folder, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(load_model(tiny_folder, dtype="float32"), CONFIGS[name])
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    reference = PeftModel.from_pretrained(base, save(model, tmp_path / "a")).eval()
+    with torch.no_grad():
+        expected = reference(input_ids=IDS[None]).logits[0][-len(IDS) :]
+    torch.testing.assert_close(model.logits(IDS), expected, atol=3e-5, rtol=0)
 
 
 # ---- training
