@@ -13,6 +13,7 @@ from easyllm.engine import LLM, SamplingParams
 from easyllm.models import hf_module_name, load_model, split_adapter
 from easyllm.serve.app import create_app
 from easyllm_command import easyllm
+from prompt_adapters import CONFIGS, adapted
 
 GREEDY = ("--temperature", 0, "--max-tokens", 12)
 
@@ -127,6 +128,24 @@ def test_an_adapter_with_trained_modules_of_the_base_is_served_from_its_own_copy
     models, adapters = load_served({"base": str(tiny_folder), "own": str(own)})
     assert models["base"] is not models["own"]
     assert adapters == {}
+
+
+def test_an_adapter_with_virtual_tokens_is_served_from_its_own_copy(tiny_folder, adapter, tmp_path):
+    """Beside a base and another adapter, which share theirs."""
+    model = adapted(load_model(tiny_folder), CONFIGS["prefix"])
+    where = hf_module_name(model)
+    prefix = save_adapter(model, tmp_path / "own", module_name=where, base=str(tiny_folder))
+    named = {"base": str(tiny_folder), "a": str(adapter), "prefix": str(prefix)}
+    models, adapters = load_served(named)
+    assert models["base"] is models["a"]
+    assert models["base"] is not models["prefix"]
+    assert adapters == {"a": "a"}
+    found = answers(models, adapters, named)
+    assert len(set(found.values())) == 3
+    params = SamplingParams(temperature=0, max_tokens=12)
+    hello = [{"role": "user", "content": "hello"}]
+    assert found["prefix"] == LLM(prefix).chat(hello, params).text
+    assert said(easyllm("chat", prefix, *GREEDY, stdin="hello\n")).strip()
 
 
 def test_one_adapter_option_for_several_models_is_refused(tiny_folder, adapter):

@@ -59,6 +59,15 @@ def test_a_full_training_is_chatted_with_as_a_model_and_json_stays_json(recipe, 
     assert json.loads(done.stdout)["steps"] > 0
 
 
+def test_an_adapter_that_cannot_be_merged_has_no_step_for_it(recipe, tmp_path):
+    words = ("adapter={kind: prefix, num_virtual_tokens: 2}", "max_steps=1")
+    done = easyllm("train", recipe, *words, f"output={tmp_path / 'prefix'}")
+    assert done.returncode == 0, done.stderr
+    steps = next_steps(done.stdout)
+    assert list(steps) == ["chat", "serve", "evaluate", "report"]
+    assert run(f"{steps['chat']} --temperature 0 --max-tokens 4", stdin="hello\n")
+
+
 def test_a_pipeline_and_the_quickstart_end_with_the_last_model_they_made(
     tiny_folder, tmp_path, monkeypatch
 ):

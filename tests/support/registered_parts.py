@@ -155,7 +155,7 @@ class Prompt(nn.Module):
     def __init__(self, tokens, model):
         super().__init__()
         mixer = model.layers[-1].mixer
-        self.num_virtual, self.last = tokens, model.num_layers - 1
+        self.num_virtual, self.num_layers = tokens, model.num_layers
         self.prompt_embeddings = nn.Parameter(torch.empty(tokens, model.hidden_size))
         self.last_keys = nn.Parameter(torch.empty(tokens, mixer.num_kv_heads, mixer.head_dim))
 
@@ -166,8 +166,8 @@ class Prompt(nn.Module):
     def vectors(self):
         return self.prompt_embeddings
 
-    def keys_values(self, layer):
-        return (self.last_keys, self.last_keys.flip(0)) if layer == self.last else None
+    def keys_values(self):
+        return [None] * (self.num_layers - 1) + [(self.last_keys, self.last_keys.flip(0))]
 
 
 # ---- 4. weights in 8-bit floats, stored as three tensors each

@@ -15,6 +15,9 @@ from easyllm.adapters.miss import MiSS, MiSSConfig
 from easyllm.adapters.oft import OFT, OFTConfig
 from easyllm.adapters.peft_format import AdapterFile, load_adapter, read_adapter, save_adapter
 from easyllm.adapters.pissa import PiSSA, PiSSAConfig
+from easyllm.adapters.prefix import PrefixTuningConfig
+from easyllm.adapters.prompt import PromptTuningConfig
+from easyllm.adapters.ptuning import PTuningConfig
 from easyllm.adapters.registry import ADAPTERS, register_adapter, unregister_adapter
 from easyllm.adapters.vera import VeRA, VeRAConfig
 
@@ -41,8 +44,11 @@ __all__ = [
     "MiSS",
     "MiSSConfig",
     "OFTConfig",
+    "PTuningConfig",
     "PiSSA",
     "PiSSAConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
     "StepInfo",
     "VeRA",
     "VeRAConfig",

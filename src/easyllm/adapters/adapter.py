@@ -24,6 +24,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
+from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import BaseLinear, Embedding, Linear
 from easyllm.nn.virtual_tokens import ModelAdapter
 
@@ -215,6 +216,9 @@ class AdapterConfig(Config):
     saves_modules: ClassVar[bool] = True
     """Whether files hold all parameters of a module of which one is fully trained, as peft's do."""
 
+    trains_keys: ClassVar[bool] = False
+    """Whether a model-level method trains keys and values of every layer, not the first input."""
+
     def adapts(self, name: str) -> bool:
         """Returns whether the layer with this full name (`layers.0.mixer.q_proj`) is adapted."""
         if self.level != "linear" or self._is_whole(name):
@@ -252,6 +256,34 @@ class AdapterConfig(Config):
     def build_model_adapter(self, model: ModelConfig) -> ModelAdapter:
         """Builds a model-level adapter with uninitialised parameters."""
         raise NotImplementedError
+
+    def build_for_file(self, model: ModelConfig) -> ModelAdapter:
+        """Builds a model-level adapter that a file is loaded into.
+
+        A method whose files contain what its encoder computed builds it without the encoder.
+        """
+        return self.build_model_adapter(model)
+
+    def with_token_ids(self, encode: Callable[[str], list[int]]) -> Self:  # noqa: ARG002
+        """Returns the configuration with its texts encoded; called before `attach` by a recipe.
+
+        Args:
+            encode: the encoding of the model's tokenizer, special tokens included.
+
+        Raises:
+            ConfigError: a text has no tokens.
+        """
+        return self
+
+    def start_from_base(self, adapter: nn.Module, model: Decoder, generator: Generator) -> None:
+        """Initialises a model-level adapter from the base model, after its `reset_parameters`.
+
+        Raises:
+            ConfigError: the settings do not suit the base model.
+        """
+
+    def model_cost(self, trace: CostTrace, model: ModelConfig) -> None:
+        """Records what a model-level adapter computes and saves once per forward pass."""
 
     def unsupported_reason(self, format: str) -> str | None:  # noqa: ARG002 - for overrides
         """Returns why the method cannot adapt weights in a storage format; None if it can."""
@@ -327,6 +359,23 @@ class AdapterConfig(Config):
             modules: the adapted linears, as a mapping from our names to the file's names.
         """
         return {}
+
+    def base_to_peft(self, model: ModelConfig) -> JsonObject:  # noqa: ARG002 - for overrides
+        """Returns the entries of `adapter_config.json` that describe the base model."""
+        return {}
+
+    def check_file(
+        self, description: JsonMapping, tensors: Mapping[str, Tensor], model: ModelConfig
+    ) -> None:
+        """Validates an adapter file, of which this is the configuration, against the base model.
+
+        Args:
+            description: the parsed `adapter_config.json`.
+            tensors: the file's tensors.
+
+        Raises:
+            CheckpointError: the file contradicts itself, or belongs to another base model.
+        """
 
     @classmethod
     def from_peft(

@@ -166,11 +166,22 @@ class _Builder:
                 f"an adapter of kind {self.config.kind} prepends virtual tokens to every sequence "
                 "and cannot be attached by name alongside others; load it alone"
             )
-        built: Any = self.config.build_model_adapter(self.model.config)
-        if self.generator is not None:
-            built.reset_parameters(self.generator)
-        module: nn.Module = built.to(self.model.device).train(self.model.training)
-        return module
+        return _model_adapter(self.model, self.config, self.generator)
+
+
+def _model_adapter(
+    model: Decoder, config: AdapterConfig, generator: torch.Generator | None
+) -> nn.Module:
+    """Builds a model-level adapter on the model's device, initialised if there is a generator."""
+    if generator is None:
+        built: Any = config.build_for_file(model.config)
+    else:
+        built = config.build_model_adapter(model.config)
+        built.reset_parameters(generator)
+    module: nn.Module = built.to(model.device).train(model.training)
+    if generator is not None:
+        config.start_from_base(module, model, generator)
+    return module
 
 
 def target_layers(model: Decoder, config: AdapterConfig) -> list[tuple[str, Linear | Embedding]]:

@@ -29,7 +29,9 @@ from easyllm.nn.decoder import Decoder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_PREFIX = {"linear": "base_model.model.", "model": "base_model."}
+"""peft's prefix of tensor names, by the level of the method: only methods on linears wrap the model
+in one more module."""
 
 
 def save_adapter(
@@ -67,6 +69,7 @@ def save_adapter(
         "task_type": "CAUSAL_LM" if model.config.num_labels is None else "SEQ_CLS",
         "base_model_name_or_path": base,
         "inference_mode": True,
+        **adapters.config.base_to_peft(model.config),
         **adapters.to_peft(modules),
     }
     if modules:
@@ -78,9 +81,9 @@ def save_adapter(
         stem = modules[ours]
         for ending, tensor in adapter.saved_tensors().items():
             tensors[f"{stem}.{ending}"] = tensor.detach().contiguous()
-    own = adapters.own_tensors()
+    own, prefix = adapters.own_tensors(), _PREFIX[adapters.config.level]
     tensors |= {tensor_name: parameter.detach() for tensor_name, parameter in own.items()}
-    prefixed = {n if n in own else f"{_PREFIX}{n}": tensor for n, tensor in tensors.items()}
+    prefixed = {n if n in own else f"{prefix}{n}": tensor for n, tensor in tensors.items()}
     with atomic_directory(folder, replace=replace) as work:
         write_tensors(work / WEIGHTS, prefixed, {"format": "pt"})
         write_json(work / CONFIG, description)
@@ -154,7 +157,8 @@ def read_adapter(folder: Path) -> AdapterFile:
                 f"{name} in {folder / WEIGHTS} contains NaN, Inf or integers, expected finite "
                 "floating-point values; copy the adapter again, or train a new one"
             )
-    short = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    prefix = _PREFIX[kind.config.level]
+    short = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return AdapterFile(folder=folder, kind=kind, description=description, tensors=short)
 
 
@@ -224,7 +228,9 @@ def _config(
         layers[stem]: FileModule(name=stem, tensors=tensors) for stem, tensors in grouped.items()
     }
     try:
-        return file.kind.config.from_peft(file.description, modules)
+        config = file.kind.config.from_peft(file.description, modules)
+        config.check_file(file.description, file.tensors, model.config)
+        return config
     except CheckpointError as error:
         raise CheckpointError(f"{file.folder / CONFIG}: {error}") from None
     except ValidationError as error:

@@ -74,8 +74,9 @@ def _shared(
 ) -> list[str]:
     """Returns those of the models with one base that can share its weights; empty if only one.
 
-    An adapter needs its own copy if it replaces weights of the base, or has other end tokens. So do
-    all of them with speculative decoding, which does not support adapters selected per request.
+    An adapter needs its own copy if it replaces weights of the base, adds virtual tokens to every
+    sequence, or has other end tokens. So do all of them with speculative decoding, which does not
+    support adapters selected per request.
     """
     from easyllm.adapters import read_adapter
     from easyllm.models import open_source
@@ -89,6 +90,8 @@ def _shared(
     for name in adapted:
         folder = parts[name][1]
         assert folder is not None, "`adapted` lists the models with an adapter"
-        if set(read_end_ids(folder)) <= ends and not read_adapter(folder).modules_to_save:
+        file = read_adapter(folder)
+        in_linears = file.kind.config.level == "linear" and not file.modules_to_save
+        if in_linears and set(read_end_ids(folder)) <= ends:
             shared.append(name)
     return shared if len(shared) > 1 else []

@@ -35,7 +35,8 @@ def after_training(config: "TrainConfig", output: Path) -> Steps:
         if isinstance(config.data, DataConfig):
             files = (*config.data.eval, *config.data.train)
             steps["evaluate"] = _command("eval", result, files[0])
-    if config.adapter is not None and base is not None:
+    merges = config.adapter is not None and config.adapter.merge_unsupported_reason() is None
+    if merges and base is not None:
         steps["merge"] = _command("merge", base, result, output / "merged")
     if isinstance(config.data, RowsConfig) and not steps:
         steps["result"] = str(result)

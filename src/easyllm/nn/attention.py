@@ -4,6 +4,7 @@ Masks and positions are selected by configuration.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,8 @@ class Attention(nn.Module):
         v = trace.linear(self.v_proj, "v_proj", x, part="attention")
         q = self._rotated_cost(trace, self.q_norm, q, config.num_heads)
         k = self._rotated_cost(trace, self.k_norm, k, config.num_kv_heads)
+        if work.keys_grad:
+            k, v = replace(k, grad=True), replace(v, grad=True)
         if config.logn_length is not None and q.grad:
             trace.keep("logn", work.tokens * work.itemsize)
             q = Activation("q.scaled", q.nbytes, grad=True)

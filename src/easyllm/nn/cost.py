@@ -61,6 +61,7 @@ class Work:
             is trained.
         dropout: whether dropout is applied to the outputs of mixers and feed-forwards.
         trains_all: whether the weights themselves are trained, not only adapters.
+        keys_grad: whether some keys and values of every layer are trained (prefix tuning).
     """
 
     lengths: tuple[int, ...]
@@ -70,6 +71,7 @@ class Work:
     input_grad: bool = True
     dropout: bool = False
     trains_all: bool = True
+    keys_grad: bool = False
 
     @property
     def tokens(self) -> int:

@@ -256,10 +256,9 @@ class Decoder(nn.Module):
             token_ids, context, real = prepend_virtual_tokens(
                 token_ids, context, self.model_adapter, self.config.vocab_size
             )
-        x = to_at_least_fp32(self.embed_tokens(token_ids, context))
+        x = to_at_least_fp32(self.embed_tokens(token_ids, context)) * self.config.embedding_scale
         if isinstance(context.virtual, VirtualTokens):
             x = context.virtual.embed(x)
-        x = x * self.config.embedding_scale
         x, added = self.embedding_position(x, context.positions), None
         for layer in self.layers:
             x, added = layer(x, context, added)

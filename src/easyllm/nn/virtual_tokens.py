@@ -7,17 +7,22 @@ attention, prefix caching and preemption treat it like any other token. For comp
 real tokens.
 """
 
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from easyllm.nn.context import ForwardContext
 
+KeysValues: TypeAlias = tuple[Tensor, Tensor]
+
 
 class ModelAdapter(Protocol):
     """An adapter that acts on the model rather than on single layers.
+
+    Its methods are called once per forward pass, so they may compute what they return.
 
     Attributes:
         num_virtual: number of virtual tokens prepended to each sequence.
@@ -26,41 +31,48 @@ class ModelAdapter(Protocol):
     num_virtual: int
 
     def vectors(self) -> Tensor | None:
-        """Returns the input of the first layer for the virtual tokens, [n, D]; None means zeros."""
+        """Returns the input of the first layer for the virtual tokens, [n, D]; None means zeros.
 
-    def keys_values(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Returns a layer's keys and values of the virtual tokens, [n, K, d] each.
+        They replace scaled embeddings: a model with an `embedding_scale` does not scale them.
+        """
 
-        None leaves the keys and values that the layer computes unchanged.
+    def keys_values(self) -> Sequence[KeysValues | None]:
+        """Returns every layer's keys and values of the virtual tokens, [n, K, d] each.
+
+        Keys are used as they are, without a norm or a rotation. None keeps the keys and values that
+        a layer computes, and an empty sequence those of all layers.
         """
 
 
-@dataclass(frozen=True, slots=True)
 class VirtualTokens:
     """The virtual tokens of a forward pass.
 
-    Attributes:
+    Args:
         numbers: [T] int64, the number of the virtual token in each row; -1 for a real token.
         source: the adapter that defines their vectors, keys and values.
     """
 
-    numbers: Tensor
-    source: ModelAdapter
+    def __init__(self, numbers: Tensor, source: ModelAdapter) -> None:
+        self._is_virtual, self._index = numbers >= 0, numbers.clamp(min=0)
+        self._num_virtual = source.num_virtual
+        self._vectors, self._keys_values = source.vectors(), source.keys_values()
 
     def fill(self, rows: Tensor, values: Tensor) -> Tensor:
         """Returns `rows: [T, ...]` with those of virtual tokens taken from `values: [n, ...]`."""
-        chosen = values[self.numbers.clamp(min=0)].to(rows.dtype)
+        # cast after the gather, so that the gradient of `values` is summed in its own dtype
+        chosen = values[self._index].to(rows.dtype)
         shape = (-1, *(1,) * (rows.ndim - 1))
-        return torch.where((self.numbers >= 0).view(shape), chosen, rows)
+        return torch.where(self._is_virtual.view(shape), chosen, rows)
 
     def embed(self, x: Tensor) -> Tensor:
         """Returns the embedded tokens [T, D] with the rows of virtual tokens replaced."""
-        vectors = self.source.vectors()
-        return self.fill(x, x.new_zeros(self.source.num_virtual, 1) if vectors is None else vectors)
+        if self._vectors is None:
+            return self.fill(x, x.new_zeros(self._num_virtual, 1))
+        return self.fill(x, self._vectors)
 
     def keys_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Returns keys and values [T, K, d] with the rows of virtual tokens replaced."""
-        own = self.source.keys_values(layer)
+        own = self._keys_values[layer] if self._keys_values else None
         return (k, v) if own is None else (self.fill(k, own[0]), self.fill(v, own[1]))
 
 
@@ -81,6 +93,9 @@ def prepend_virtual_tokens(
     """
     if context.store is not None:
         numbers = torch.where(token_ids >= vocab_size, token_ids - vocab_size, -1)
+        # decoding steps have no virtual tokens; on a GPU, finding out would synchronise with it
+        if numbers.device.type == "cpu" and not bool((numbers >= 0).any()):
+            return token_ids, context, None
         ids = token_ids.masked_fill(numbers >= 0, 0)
         return ids, replace(context, virtual=VirtualTokens(numbers, source)), None
     n, device = source.num_virtual, token_ids.device
@@ -106,4 +121,4 @@ def prepend_virtual_tokens(
     return torch.cat(tokens), longer, (of_row < 0).nonzero().squeeze(1)
 
 
-__all__ = ["ModelAdapter", "VirtualTokens", "prepend_virtual_tokens"]
+__all__ = ["KeysValues", "ModelAdapter", "VirtualTokens", "prepend_virtual_tokens"]

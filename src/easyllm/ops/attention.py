@@ -60,7 +60,8 @@ def attention(
         k.dtype,
         v.dtype,
         q.shape[-1],
-        gradients=torch.is_grad_enabled() and q.requires_grad,
+        # in prefix tuning the first layer's keys and values have a gradient, but not its queries
+        gradients=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
         prefix=prefix_lengths is not None,
     )
     backend = pick_backend(call)

@@ -43,7 +43,7 @@ class AttentionCall(NamedTuple):
         key_format, value_format: dtype of keys and values, or the format of quantized pages
             (`"int8"`, `"int4"`).
         head_dim: elements of a head.
-        gradients: whether gradients of the queries are needed.
+        gradients: whether a gradient of queries, keys or values is needed.
         prefix: whether a sequence has a prefix whose tokens see each other bidirectionally.
         page_size: tokens per page of a KV cache; 0 if the keys are packed like the queries.
         addressable: whether C code can read pages and page table in place: contiguous, keys and

@@ -30,7 +30,7 @@ class Flops:
         feed_forward: dense feed-forwards, and the experts that a token is routed to.
         router: routers of mixtures of experts.
         head: the output projection.
-        adapters: the low-rank matrices of LoRA.
+        adapters: matrix products of adapters: low-rank matrices, encoders of virtual tokens.
     """
 
     attention: int = 0
@@ -162,7 +162,8 @@ def training_flops(
         input_grad=adapter is None if input_grad is None else input_grad,
     )
     trace = trace_model(config, work, adapter)
-    products = [p for layer in trace.layers for p in _products(layer)] + [trace.head]
+    products = [p for layer in trace.layers for p in _products(layer)]
+    products += [*trace.adapter, trace.head]
     again = [p for layer in trace.layers for p in _computed_again(layer, recompute)]
     return TrainingFlops(
         forward=_sum((p.part, p.forward) for p in products),

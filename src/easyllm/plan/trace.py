@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from easyllm.adapters import AdapterConfig
@@ -19,6 +20,8 @@ from easyllm.nn.cost import (
 from easyllm.nn.position_config import Learned
 from easyllm.plan.parts import layers_of, mixer_of, outside_of, trains_head, virtual_tokens
 
+BOOL = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelTrace:
@@ -26,11 +29,13 @@ class ModelTrace:
 
     Attributes:
         layers: traces of the layers.
+        adapter: matrix products of an adapter outside the layers (an encoder of virtual tokens).
         head: the matrix product (GEMM) of the head.
         shared_bytes: bytes saved for the backward pass outside the layers.
     """
 
     layers: list[LayerTrace]
+    adapter: list[Gemm]
     head: Gemm
     shared_bytes: int
 
@@ -43,21 +48,38 @@ def trace_model(
     Raises:
         ConfigError: the adapter does not fit the model.
     """
-    if virtual := virtual_tokens(config, adapter):
-        work = replace(work, lengths=tuple(n + virtual for n in work.lengths), input_grad=True)
+    trace, real = CostTrace(work), work.tokens
+    if adapter is not None and adapter.level == "model":
+        work = _with_virtual_tokens(work, virtual_tokens(config, adapter), adapter)
+        trace = CostTrace(work)
+        # which rows are virtual, and which the decoder returns
+        trace.keep("virtual", work.tokens * (INT64 + BOOL) + real * INT64)
+        with torch.device("meta"):
+            adapter.model_cost(trace, config)
+    products = [event for event in trace.events if isinstance(event, Gemm)]
     x = Activation("x", work.tokens * config.hidden_size * FP32, work.input_grad)
     layers = []
     for layer in layers_of(config, adapter):
         layer_trace, x = layer.cost(CostTrace(work), x)
         layers.append(layer_trace)
-    trace = CostTrace(work)
     _, norm = outside_of(config)
     if not isinstance(norm, nn.Identity):
         x = trace.of(norm, x, "hidden")
     return ModelTrace(
         layers=layers,
+        adapter=products,
         head=_head(config, work, x, trained=trains_head(config, adapter)),
         shared_bytes=saved_bytes(trace.events) + _tables(config, work) + _indices(config, work),
+    )
+
+
+def _with_virtual_tokens(work: Work, virtual: int, adapter: AdapterConfig) -> Work:
+    """Returns the work including the virtual tokens, whose gradient a layer or the input gets."""
+    return replace(
+        work,
+        lengths=tuple(n + virtual for n in work.lengths),
+        input_grad=not adapter.trains_keys,
+        keys_grad=adapter.trains_keys,
     )
 
 

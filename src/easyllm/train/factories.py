@@ -118,9 +118,8 @@ def build_model(
     adapters: AdapterSet | None = None
     if config.adapter is not None:
         model = objective.prepare_model(origin.build(compute, device), seed=config.seed)
-        adapters = attach(
-            model, config.adapter, seed=config.seed, also_trained=objective.also_trained
-        )
+        adapter = config.adapter.with_token_ids(origin.tokenizer.encode)
+        adapters = attach(model, adapter, seed=config.seed, also_trained=objective.also_trained)
         trained = adapters.trained_parameters(model)
         if compute != torch.float32:  # fully trained modules start from the file's exact values
             masters = origin.values(adapters.base_parameters)

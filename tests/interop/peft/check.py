@@ -1,4 +1,4 @@
-"""LoRA adapters exchanged with peft in both directions, on tiny random Llama models."""
+"""Adapters exchanged with peft in both directions, on tiny random models."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from figures import Figures
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from prompt_methods import compare as compare_prompt_methods
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
@@ -181,6 +182,7 @@ def main() -> int:
         for name, (config, case) in TO_PEFT.items():
             to = work / f"ours {name}"
             figures.run(name, lambda n=name, o=config, c=case, t=to: to_peft(figures, n, o, c, t))
+        compare_prompt_methods(figures, work / "prompts")
     return figures.end()
 
 

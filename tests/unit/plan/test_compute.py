@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from easyllm.adapters import PTuningConfig, attach
 from easyllm.adapters.lora import LoRAConfig
 from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
@@ -22,6 +23,7 @@ from easyllm.plan.compute import (
 )
 from easyllm.plan.kv_cache import cache_size
 from easyllm.plan.parameters import count_parameters
+from prompt_adapters import CONFIGS
 from tiny_models import tiny_config
 
 
@@ -125,3 +127,32 @@ def test_full_activation_checkpointing_costs_a_second_forward_pass_of_the_layers
 def test_a_rate_of_zero_is_refused():
     with pytest.raises(ConfigError, match="cannot estimate a time"):
         estimate_time(1e9, 0.0)
+
+
+@pytest.mark.parametrize("name", ["prompt", "ptuning mlp", "prefix", "prefix mlp"])
+def test_virtual_tokens_and_their_encoder_are_counted(name):
+    """The virtual tokens are rows of every layer; with a prefix the first queries are frozen."""
+    config, adapter = config_of(tie_word_embeddings=False), CONFIGS[name]
+    model = Decoder(config)
+    model.reset_parameters(generator=torch.Generator().manual_seed(0))
+    attach(model, adapter)
+    ids = list(range(3, 40))
+    context = pack([Sample(tuple(ids), tuple(ids))]).context()
+    with FlopCounterMode(display=False) as forward:
+        out = model.head(model(torch.tensor(ids), context))
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    plan = training_flops(config, (37,), adapter=adapter)
+    counted = [mode.get_total_flops() for mode in (forward, backward)]
+    assert [plan.forward.linears, plan.backward.linears] == counted
+    assert (plan.forward.adapters > 0) == name.endswith("mlp")
+
+
+def test_the_gates_of_an_lstm_are_counted():
+    config = config_of()
+    adapter = PTuningConfig(num_virtual_tokens=5, encoder="lstm", encoder_hidden_size=8)
+    gates = 2 * 5 * 2 * 4 * 8 * ((32 + 8) + (16 + 8))  # two layers, two directions
+    linears = 2 * 5 * (16 * 16 + 16 * 32)
+    plan = training_flops(config, (37,), adapter=adapter)
+    assert plan.forward.adapters == gates + linears
+    assert plan.backward.adapters == 2 * plan.forward.adapters

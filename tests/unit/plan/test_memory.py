@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from easyllm.adapters import adapter_parameters, attach
+from easyllm.adapters import PTuningConfig, adapter_parameters, attach
 from easyllm.adapters.lora import LoRAConfig
 from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
@@ -17,6 +17,7 @@ from easyllm.plan.trace import trace_model
 from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.optim_config import AdamWConfig, MuonConfig, SGDConfig
+from prompt_adapters import CONFIGS
 from tiny_models import tiny_config
 
 LENGTHS = (40, 23)
@@ -167,3 +168,34 @@ def test_every_suggestion_to_fit_helps_and_says_whether_it_is_enough():
 def test_a_row_longer_than_the_context_is_refused():
     with pytest.raises(ConfigError, match="512 tokens are longer than the model's context of 256"):
         estimate_training(config_of("llama"), micro_batch_tokens=512)
+
+
+@MODES
+@pytest.mark.parametrize("name", ["prompt", "ptuning mlp", "prefix", "prefix mlp"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma"])
+def test_planned_activations_with_virtual_tokens_equal_those_saved_by_autograd(family, name, dtype):
+    config, adapter = config_of(family), CONFIGS[name]
+    model = model_of(config, dtype)
+    attach(model, adapter)
+    assert kept_by_plan(config, dtype, adapter) == kept_by_autograd(model, batch_of())
+
+
+def test_the_planned_workspace_of_an_lstm_is_near_that_of_pytorch():
+    config = config_of("llama", hidden_size=64)
+    adapter = PTuningConfig(num_virtual_tokens=20, encoder="lstm", encoder_hidden_size=512)
+    model = model_of(config)
+    attach(model, adapter)
+    planned = kept_by_plan(config, torch.float32, adapter)
+    assert planned == pytest.approx(kept_by_autograd(model, batch_of()), rel=0.1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_plans_count_an_encoder_of_virtual_tokens(name):
+    config, adapter = config_of("llama"), CONFIGS[name]
+    model = model_of(config)
+    trained = sum(p.numel() for p in attach(model, adapter).trained_parameters(model).values())
+    options = {"micro_batch_tokens": 63, "row_tokens": 40, "dtype": torch.float32}
+    plan = estimate_training(config, adapter=adapter, **options)
+    assert plan.gradients == trained * 4
+    assert plan.optimizer == trained * 8
+    assert plan.weights == sum(p.numel() for p in model.parameters()) * 4
