@@ -1,5 +1,6 @@
 """Weight quantization: storage formats, and replacing a model's weights by quantized codes."""
 
+from easyllm.quant.blockwise4 import quantize_blockwise4
 from easyllm.quant.registry import (
     FORMATS,
     StorageFormat,
@@ -18,6 +19,7 @@ __all__ = [
     "find_scheme",
     "format_of_checkpoint",
     "quantizable",
+    "quantize_blockwise4",
     "quantize_weight",
     "quantize_weights",
     "register_storage",
