@@ -10,7 +10,13 @@ from easyllm.quant.registry import (
     schemes,
 )
 from easyllm.quant.spec import QuantSpec
-from easyllm.quant.weight_only import quantizable, quantize_weight, quantize_weights, weight_bytes
+from easyllm.quant.weight_only import (
+    plan_quantized,
+    quantizable,
+    quantize_weight,
+    quantize_weights,
+    weight_bytes,
+)
 
 __all__ = [
     "FORMATS",
@@ -18,6 +24,7 @@ __all__ = [
     "StorageFormat",
     "find_scheme",
     "format_of_checkpoint",
+    "plan_quantized",
     "quantizable",
     "quantize_blockwise4",
     "quantize_weight",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from pydantic import ValidationError
@@ -33,7 +34,8 @@ class BaseModelSource:
         config: the model's configuration.
         tokenizer: the model's tokenizer.
         identity: computes a hash that identifies the weights (reads all files of a model).
-        build: builds the model in a dtype, on a device.
+        build: builds the model in a dtype, on a device; its linears are quantized if the recipe
+            says so.
         values: returns the named parameters in fp32.
         packed: storage format of the source's weights if they are quantized, else None.
     """
@@ -71,14 +73,16 @@ def find_base_model(config: TrainConfig) -> BaseModelSource:
     opened = open_source(config.model)
     opened = replace(opened, config=_with_mask(opened.config, config))
     identity = partial(hash_path, opened.path)
-    reader = _reader(opened)
+    reader = _reader(opened, config.quantize)
     return BaseModelSource(
         opened.config, opened.tokenizer(), identity, reader, opened.parameters, opened.packed
     )
 
 
-def _reader(opened: OpenSource) -> Callable[[torch.dtype, torch.device], Decoder]:
-    return lambda dtype, device: opened.model(dtype, device)
+def _reader(
+    opened: OpenSource, quantize: str | None
+) -> Callable[[torch.dtype, torch.device], Decoder]:
+    return lambda dtype, device: opened.model(dtype, device, quantize=quantize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +101,26 @@ class Trained:
 
 
 def build_model(
-    config: TrainConfig, origin: BaseModelSource, objective: Objective, device: torch.device
+    config: TrainConfig,
+    origin: BaseModelSource,
+    objective: Objective,
+    device: torch.device,
+    folder: Path | None = None,
 ) -> Trained:
     """Builds the model, marks its trainable parameters, and builds the optimizer for them.
+
+    Args:
+        config: the run's configuration.
+        origin: the initial weights.
+        objective: the run's objective, which may change the model's head.
+        device: device of the model.
+        folder: an existing folder for the state of a paged optimizer; by default the system's for
+            temporary files.
 
     Raises:
         ConfigError: all weights are to be trained but some are quantized, or the adapter does not
             fit the model.
+        OutputError: the disk is too full for the state of a paged optimizer.
     """
     compute = compute_dtype(config, device)
     masters: dict[str, Tensor] | None = None
@@ -130,7 +147,7 @@ def build_model(
     if config.compile:
         for layer in model.layers:
             layer.feed_forward.compile(dynamic=True)  # type: ignore[union-attr]
-    optimizer = MasterOptimizer(trained, config.optimizer, config.parameter_groups, masters)
+    optimizer = MasterOptimizer(trained, config.optimizer, config.parameter_groups, masters, folder)
     return Trained(model, optimizer, adapters)
 
 
