@@ -16,7 +16,7 @@ from easyllm.train.update_rules import AdamW, State, WeightUpdate
 
 CHUNK = 2**21
 """Elements updated before their moments are released: 8 MiB each in fp32. A multiple of the blocks
-of the C kernel and of the system's pages."""
+of the C kernel, of the pieces and cache lines of PyTorch's, and of the system's pages."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
