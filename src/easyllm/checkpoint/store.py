@@ -65,7 +65,7 @@ class TensorFolder:
         Raises:
             CheckpointError: the tensor cannot be read.
         """
-        return _read_tensor(self._place[name], name, self.path)
+        return read_tensor(self._place[name], name, self.path)
 
     def _weight_files(self) -> list[Path]:
         index = self.path / INDEX
@@ -137,11 +137,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         CheckpointError: the file is missing, damaged or truncated.
     """
     with open_safetensors(path) as file:
-        tensors = {name: _read_tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: read_tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
         return tensors, dict(file.metadata() or {})
 
 
-def _read_tensor(handle: Json, name: str, path: Path) -> Tensor:
+def read_tensor(handle: Json, name: str, path: Path) -> Tensor:
+    """Reads the tensor `name` from a file opened by `open_safetensors`.
+
+    Raises:
+        CheckpointError: the tensor cannot be read.
+    """
     from safetensors import SafetensorError
 
     try:

@@ -39,7 +39,7 @@ def plan(
         str | None, typer.Option(help="Weight dtype: bfloat16 (the default), float32 ...")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="Quantize the weights.", metavar="int8|int4")
+        str | None, typer.Option(help="Quantize the weights.", metavar="int8|int4|nf4|fp4")
     ] = None,
     cache_dtype: Annotated[
         str | None,
@@ -113,6 +113,7 @@ def _rows_of_run(found: "RunPlan") -> list[tuple[str, str]]:
     from easyllm.plan.compute import USUAL_MFU
 
     memory = found.memory
+    in_file = f", and {_gb(memory.paged)} in a file" if memory.paged else ""
     rows = [
         ("parameters", f"{found.parameters:,} in {found.dtype}"),
         ("trained", f"{found.trained_parameters:,}"),
@@ -125,7 +126,7 @@ def _rows_of_run(found: "RunPlan") -> list[tuple[str, str]]:
         ("memory", f"{_gb(memory.total)} (peak in the {memory.peak})"),
         ("  weights", _gb(memory.weights)),
         ("  gradients", _gb(memory.gradients)),
-        ("  optimizer", _gb(memory.optimizer)),
+        ("  optimizer", _gb(memory.optimizer) + in_file),
         ("  activations", _gb(memory.activations)),
         ("free memory", _gb(found.free_bytes)),
     ]
@@ -192,6 +193,7 @@ def _show(source: str, config: "ModelConfig", found: "ModelPlan", rates: "Rates"
         ("weights, bfloat16", _gb(found.weights["bfloat16"])),
         ("weights, int8", _gb(found.weights["int8"])),
         ("weights, int4", _gb(found.weights["int4"])),
+        ("weights, nf4", _gb(found.weights["nf4"])),
         ("KV cache per token", f"{found.cache.bytes_per_token:,} bytes"),
         (f"KV cache, {found.sequences} x {found.context:,} tokens", _gb(found.cache.total)),
         (

@@ -80,7 +80,9 @@ class LLMOptions(EngineConfig):
         None, description="Device: cpu, cuda or auto (the default: an accelerator if there is one)."
     )
     quantize: str | None = Field(
-        None, description="Quantize the weights while they are loaded: int8 or int4."
+        None,
+        description="Quantize the weights while they are loaded: int8, int4, nf4 or fp4 (nf4-single "
+        "and fp4-single without double quantization).",
     )
     draft: str | None = Field(
         None,

@@ -91,11 +91,8 @@ class OpenSource:
         """
         model = self.skeleton()
         source = self.tensors.reopened() if isinstance(self.tensors, TensorFolder) else self.tensors
-        if quantize is not None and self.packed is not None:
-            raise ConfigError(
-                f"the weights of {self.path} are already quantized as {self.packed.name}; "
-                f"leave out quantize={quantize}"
-            )
+        if quantize is not None:
+            self.check_unquantized(quantize)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         rounded = {} if quantize is None else quantizable(model, quantize)
         layers = {f"{name}.weight": layer for name, layer in model.weight_modules()}
@@ -153,6 +150,18 @@ class OpenSource:
                 "these weights"
             )
         return storage
+
+    def check_unquantized(self, quantize: str) -> None:
+        """Checks that the weights can be quantized to the format `quantize`.
+
+        Raises:
+            ConfigError: they are already quantized.
+        """
+        if self.packed is not None:
+            raise ConfigError(
+                f"the weights of {self.path} are already quantized as {self.packed.name}; "
+                f"leave out quantize={quantize}"
+            )
 
     def check(self, model: Decoder) -> None:
         """Checks tensor names and shapes in the file against `model` without reading any values.
@@ -241,7 +250,7 @@ def load_model(
             quantized GGUF files).
         device: `"cpu"`, `"cuda"`, `"auto"`.
         context: extends the context beyond the trained length.
-        quantize: `"int8"` or `"int4"`: quantizes the weights as they are read
+        quantize: `"int8"`, `"int4"`, `"nf4"` ...: quantizes the weights as they are read
             (`quant.quantize_weights`).
         adapter: the folder of an adapter in peft format; it is applied to every sequence.
 

@@ -27,6 +27,7 @@ from easyllm.nn.cost import FP32, LayerTrace, SavedTensor, Work, saved_bytes
 from easyllm.nn.decoder import DecoderLayer
 from easyllm.nn.recompute import Recompute
 from easyllm.ops.cross_entropy import even_chunks, rows_of_chunk
+from easyllm.plan.inference import loaded_weight_bytes
 from easyllm.plan.linears import model_linears
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import (
@@ -44,6 +45,8 @@ OptimizerKind = Literal["adamw", "muon", "sgd"]
 INT8_BLOCK, INT8_SMALLEST = 256, 4096
 """Elements that share an fp32 scale, and minimum elements of a tensor whose moments are int8
 (arXiv 2110.02861, section 2)."""
+PAGED_BYTES = 2 * 2**21 * 4
+"""Moments of a paged optimizer that are in memory at a time: one chunk of 2^21 weights."""
 MUON_WORKSPACE = 14
 """Workspace bytes per element of the matrix being updated: gradient, direction and normalised
 direction in fp32, and one copy in bf16."""
@@ -57,7 +60,8 @@ class MemoryEstimate:
         weights: weights used in the forward pass and their fp32 master copies; adapters together
             with the base model.
         gradients: gradients at the optimizer step.
-        optimizer: optimizer state.
+        optimizer: optimizer state in memory.
+        paged: optimizer state in a file, which the total does not include.
         activations: activations saved for the backward pass.
         loss: logits of a chunk, and the gradient of the head.
         workspace: temporary buffers of one layer's backward pass or of the optimizer.
@@ -67,6 +71,7 @@ class MemoryEstimate:
     weights: int
     gradients: int
     optimizer: int
+    paged: int
     activations: int
     loss: int
     workspace: int
@@ -116,8 +121,10 @@ def estimate_training(
     dtype: torch.dtype = torch.bfloat16,
     optimizer: OptimizerKind = "adamw",
     int8_state: bool = False,
+    paged: bool = False,
     momentum: bool = False,
     adapter: AdapterConfig | None = None,
+    scheme: str | None = None,
     recompute: Recompute = "none",
     dropout: bool = False,
     reference: bool = False,
@@ -134,8 +141,10 @@ def estimate_training(
         dtype: dtype of the forward pass; weights in less than fp32 have fp32 master copies.
         optimizer: optimizer of the weights.
         int8_state: whether AdamW stores its moments in int8.
+        paged: whether AdamW's moments are in a file, of which one chunk is in memory.
         momentum: whether SGD uses momentum.
         adapter: adapter that is trained instead of the model.
+        scheme: storage format of the frozen model's weights; None if they are not quantized.
         recompute: activations that gradient checkpointing recomputes in the backward pass.
         dropout: whether dropout is active.
         reference: whether the objective compares with the initial model, of which there is a
@@ -155,24 +164,28 @@ def estimate_training(
         input_grad=adapter is None,
         dropout=dropout,
     )
-    weights, trained = _weights(config, work, adapter)
+    weights, trained = _weights(config, work, adapter, scheme)
     if reference and (adapter is None or trained_base_parameters(config, adapter)):
-        weights += count_parameters(config).total * work.itemsize
+        weights += loaded_weight_bytes(config, work.itemsize, scheme)
     matrices = _trained_matrices(config, adapter)
     earlier, gradients = _gradients(work, trained, micro_batches)
     if int8_state and adapter is None:
         table = config.vocab_size * config.hidden_size
         matrices += [table] * (1 if _head_shares_weight(config) else 2)
     state = _optimizer_state(trained, matrices, optimizer, int8=int8_state, momentum=momentum)
+    in_file = _bytes_in_file(trained, matrices, optimizer) if paged else 0
     activations = _activations(trace_model(config, work, adapter), recompute)
     in_loss, in_backward, left = _loss(config, work, adapter, device_type)
     layer = max(_layer_workspace(layer, config, work) for layer in layers_of(config))
+    layer += _dequantized_bytes(config, work, scheme)
     update = _update_workspace(matrices, optimizer)
+    state -= in_file
     steady = weights + state
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
         optimizer=state,
+        paged=in_file,
         activations=activations,
         loss=max(in_loss, in_backward),
         workspace=max(layer, update),
@@ -214,10 +227,16 @@ def _changes(setup: JsonObject) -> Iterator[tuple[str, JsonObject]]:
     order: tuple[Recompute, ...] = ("none", "selective", "full")
     for mode in order[order.index(setup.get("recompute", "none")) + 1 :]:
         yield f"checkpoint_activations={mode}", setup | {"recompute": mode}
-    if setup.get("optimizer", "adamw") == "adamw" and not setup.get("int8_state"):
+    if setup.get("optimizer", "adamw") == "adamw" and not (
+        setup.get("int8_state") or setup.get("paged")
+    ):
         yield "optimizer.state=int8", setup | {"int8_state": True}
+        if setup.get("device_type", "cpu") == "cpu":
+            yield "optimizer.paged=true", setup | {"paged": True}
     if setup.get("adapter") is None:
         yield "adapter.rank=16 (LoRA)", setup | {"adapter": LoRAConfig()}
+    elif setup.get("scheme") is None:
+        yield "quantize=nf4 (QLoRA)", setup | {"scheme": "nf4"}
 
 
 def _rows(config: ModelConfig, micro_batch_tokens: int, row_tokens: int | None) -> tuple[int, ...]:
@@ -235,14 +254,16 @@ def _rows(config: ModelConfig, micro_batch_tokens: int, row_tokens: int | None) 
     return (row,) * (micro_batch_tokens // row) + ((rest,) if rest else ())
 
 
-def _weights(config: ModelConfig, work: Work, adapter: AdapterConfig | None) -> tuple[int, int]:
+def _weights(
+    config: ModelConfig, work: Work, adapter: AdapterConfig | None, scheme: str | None
+) -> tuple[int, int]:
     """Returns the bytes of all weights, and the number of trained weights."""
     count = count_parameters(config).total
     if adapter is not None:
         trained = count_adapter_parameters(config, adapter)
         whole = sum(parameter.numel() for parameter in trained_base_parameters(config, adapter))
         copies = trained - whole * (work.itemsize >= FP32)  # an fp32 base needs no master copies
-        return count * work.itemsize + copies * FP32, trained
+        return loaded_weight_bytes(config, work.itemsize, scheme) + copies * FP32, trained
     masters = FP32 if work.itemsize < FP32 else 0
     return count * (work.itemsize + masters), count
 
@@ -284,6 +305,12 @@ def _optimizer_state(
     return trained * 2 * FP32 - saved
 
 
+def _bytes_in_file(trained: int, matrices: list[int], optimizer: OptimizerKind) -> int:
+    """Returns the bytes of AdamW's paged moments that are not in memory."""
+    moments = (trained - sum(matrices) * (optimizer == "muon")) * 2 * FP32
+    return max(0, moments - PAGED_BYTES)
+
+
 def _head_shares_weight(config: ModelConfig) -> bool:
     return config.tie_embeddings or config.num_labels is not None
 
@@ -294,6 +321,14 @@ def _trained_matrices(config: ModelConfig, adapter: AdapterConfig | None) -> lis
         return [p.numel() for p in adapter_parameters(config, adapter) if p.ndim > 1]
     every = model_linears(config)
     return [x.in_features * x.out_features for x in every for _ in range(x.copies)]
+
+
+def _dequantized_bytes(config: ModelConfig, work: Work, scheme: str | None) -> int:
+    """Returns the bytes of the largest weight inside the layers, which is dequantized for use."""
+    if scheme is None:
+        return 0
+    sizes = (linear.in_features * linear.out_features for linear in model_linears(config))
+    return max(sizes) * work.itemsize
 
 
 def _activations(trace: ModelTrace, recompute: Recompute) -> int:

@@ -1,5 +1,6 @@
 """Weight quantization: storage formats, and replacing a model's weights by quantized codes."""
 
+from easyllm.quant.blockwise4 import quantize_blockwise4
 from easyllm.quant.registry import (
     FORMATS,
     StorageFormat,
@@ -9,7 +10,13 @@ from easyllm.quant.registry import (
     schemes,
 )
 from easyllm.quant.spec import QuantSpec
-from easyllm.quant.weight_only import quantizable, quantize_weight, quantize_weights, weight_bytes
+from easyllm.quant.weight_only import (
+    plan_quantized,
+    quantizable,
+    quantize_weight,
+    quantize_weights,
+    weight_bytes,
+)
 
 __all__ = [
     "FORMATS",
@@ -17,7 +24,9 @@ __all__ = [
     "StorageFormat",
     "find_scheme",
     "format_of_checkpoint",
+    "plan_quantized",
     "quantizable",
+    "quantize_blockwise4",
     "quantize_weight",
     "quantize_weights",
     "register_storage",

@@ -13,7 +13,7 @@ from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.moe import ROUTERS
 from easyllm.nn.quantized import QuantizedWeight
-from easyllm.nn.storage import WeightStorage
+from easyllm.nn.storage import PackedStorage, WeightStorage
 from easyllm.ops.quantized_linear import QuantizedMatrix, pack_int4, pack_int8, packed_bytes
 from easyllm.quant.registry import StorageFormat, find_scheme, register_storage
 from easyllm.quant.spec import QuantSpec
@@ -84,6 +84,20 @@ def quantizable(model: Decoder, scheme: str) -> dict[str, tuple[Linear | Embeddi
         if reason is not None:
             raise ConfigError(f"{name} cannot be stored as {its.name}: {reason}")
     return found
+
+
+def plan_quantized(model: Decoder, scheme: str) -> None:
+    """Gives a model on the meta device storages that `quantize_weights` would, without contents.
+
+    Names, shapes and formats can then be checked without weights; the model cannot run.
+
+    Raises:
+        ConfigError: as for `quantizable`.
+    """
+    for layer, format in quantizable(model, scheme).values():
+        storage = PackedStorage(layer.storage.shape, layer.storage.dtype).to("meta")
+        storage.format = format.name
+        layer.store(storage)
 
 
 def weight_bytes(model: Decoder, dtype: torch.dtype, scheme: str | None = None) -> int:

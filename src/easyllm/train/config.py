@@ -16,7 +16,9 @@ from pydantic import (
 
 from easyllm.adapters import ADAPTERS, AdapterConfig
 from easyllm.core.config import Config
+from easyllm.core.errors import ConfigError
 from easyllm.models.scratch import ScratchConfig
+from easyllm.quant import find_scheme
 from easyllm.train.data_config import (
     DATA,
     CorpusDataConfig,
@@ -102,6 +104,13 @@ class TrainConfig(Config):
     objective: Objective = Field(default=LanguageModelConfig(), description="The loss to minimise.")
     adapter: AnyAdapter | None = Field(
         default=None, description="Parameter-efficient method; null trains all weights."
+    )
+    quantize: str | None = Field(
+        default=None,
+        description="Storage format that the frozen base model is quantized to while it is loaded, "
+        "such as nf4; needs an adapter, whose own weights stay in full precision. A LoRA adapter "
+        "on nf4 is QLoRA (Dettmers et al. 2023, arXiv 2305.14314). null keeps the weights as they "
+        "are.",
     )
     prompt_mask: Literal["causal", "prefix"] | None = Field(
         default=None,
@@ -208,6 +217,26 @@ class TrainConfig(Config):
         default=False, description="Whether to also write TensorBoard event files."
     )
     output: str | None = Field(default=None, description="Folder of the run.")
+
+    @model_validator(mode="after")
+    def _base_can_be_quantized(self) -> "TrainConfig":
+        if self.quantize is None:
+            return self
+        try:
+            find_scheme(self.quantize)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if isinstance(self.model, ScratchConfig):
+            raise ValueError(
+                f"quantize={self.quantize} needs a pretrained model, but model describes a new "
+                "one, all of whose weights are trained; remove quantize"
+            )
+        if self.adapter is None:
+            raise ValueError(
+                f"quantize={self.quantize} freezes the weights, so that an adapter is needed to "
+                "train; set adapter.kind=lora, or remove quantize"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from pydantic import ValidationError
@@ -17,7 +18,7 @@ from easyllm.models.scratch import ScratchConfig, build_scratch, scratch_model_c
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
-from easyllm.quant import StorageFormat
+from easyllm.quant import StorageFormat, plan_quantized
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
 from easyllm.train.objectives import Objective, Reference
@@ -33,7 +34,8 @@ class BaseModelSource:
         config: the model's configuration.
         tokenizer: the model's tokenizer.
         identity: computes a hash that identifies the weights (reads all files of a model).
-        build: builds the model in a dtype, on a device.
+        build: builds the model in a dtype, on a device; its linears are quantized if the recipe
+            says so.
         values: returns the named parameters in fp32.
         check: raises unless the source's files match a model; reads no weights.
         packed: storage format of the source's weights if they are quantized, else None.
@@ -73,20 +75,30 @@ def find_base_model(config: TrainConfig) -> BaseModelSource:
     opened = open_source(config.model)
     opened = replace(opened, config=_with_mask(opened.config, config))
     identity = partial(hash_path, opened.path)
-    reader = _reader(opened)
+    reader = _reader(opened, config.quantize)
     return BaseModelSource(
         opened.config,
         opened.tokenizer(),
         identity,
         reader,
         opened.parameters,
-        opened.check,
+        partial(_check, opened, config.quantize),
         opened.packed,
     )
 
 
-def _reader(opened: OpenSource) -> Callable[[torch.dtype, torch.device], Decoder]:
-    return lambda dtype, device: opened.model(dtype, device)
+def _check(opened: OpenSource, quantize: str | None, empty: Decoder) -> None:
+    """Checks that the files match a model without weights, and that they can be quantized."""
+    opened.check(empty)
+    if quantize is not None:
+        opened.check_unquantized(quantize)
+        plan_quantized(empty, quantize)
+
+
+def _reader(
+    opened: OpenSource, quantize: str | None
+) -> Callable[[torch.dtype, torch.device], Decoder]:
+    return lambda dtype, device: opened.model(dtype, device, quantize=quantize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +117,26 @@ class Trained:
 
 
 def build_model(
-    config: TrainConfig, origin: BaseModelSource, objective: Objective, device: torch.device
+    config: TrainConfig,
+    origin: BaseModelSource,
+    objective: Objective,
+    device: torch.device,
+    folder: Path | None = None,
 ) -> Trained:
     """Builds the model, marks its trainable parameters, and builds the optimizer for them.
+
+    Args:
+        config: the run's configuration.
+        origin: the initial weights.
+        objective: the run's objective, which may change the model's head.
+        device: device of the model.
+        folder: an existing folder for the state of a paged optimizer; by default the system's for
+            temporary files.
 
     Raises:
         ConfigError: all weights are to be trained but some are quantized, or the adapter does not
             fit the model.
+        OutputError: the disk is too full for the state of a paged optimizer.
     """
     compute = compute_dtype(config, device)
     masters: dict[str, Tensor] | None = None
@@ -139,7 +164,12 @@ def build_model(
             layer.feed_forward.compile(dynamic=True)  # type: ignore[union-attr]
     factors = {} if adapters is None else adapters.rate_factors(model)
     optimizer = MasterOptimizer(
-        trained, config.optimizer, config.parameter_groups, masters, rate_factors=factors
+        trained,
+        config.optimizer,
+        config.parameter_groups,
+        masters,
+        rate_factors=factors,
+        folder=folder,
     )
     return Trained(model, optimizer, adapters)
 

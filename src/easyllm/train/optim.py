@@ -1,8 +1,10 @@
 """The optimizer of a run: fp32 master weights for low-precision parameters, one rule per group."""
 
 import math
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from easyllm.train.optim_config import (
     ParameterGroup,
     SGDConfig,
 )
+from easyllm.train.paged_adamw import CHUNK, PagedAdamW, paged_bytes
+from easyllm.train.paged_memory import PagedMemory
 from easyllm.train.parameter_groups import build_groups
 from easyllm.train.update_rules import SGD, AdamW, State, UpdateRule, WeightUpdate, piece_slices
 
@@ -41,13 +45,17 @@ class MasterOptimizer:
         masters: fp32 initial values for parameters that are not fp32; by default the parameters'
             own values, converted to fp32.
         rate_factors: factors on the learning rates of single parameters, by name (LoRA+).
+        folder: an existing folder for the state of a paged optimizer; by default the system's for
+            temporary files.
 
     Attributes:
         masters: the tensors being updated, by name: the fp32 (or fp64) parameters themselves, and
             the master weights of the others.
 
     Raises:
-        ConfigError: a group's pattern matches nothing, or all parameters are frozen.
+        ConfigError: a group's pattern matches nothing, or all parameters are frozen, or the state
+            cannot be paged.
+        OutputError: the disk is too full for the state of a paged optimizer.
     """
 
     def __init__(
@@ -57,11 +65,12 @@ class MasterOptimizer:
         groups: Sequence[ParameterGroup] = (),
         masters: Mapping[str, Tensor] | None = None,
         rate_factors: Mapping[str, float] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.config = config
         every = build_groups(parameters, config, groups, rate_factors or {})
         self._groups = [group for group in every if group.rate_factor > 0]
-        self._rules = {group.rule: build_rule(group.rule) for group in self._groups}
+        self._memory: PagedMemory | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._copies: dict[str, nn.Parameter] = {}
         self._frozen: dict[str, Tensor] = {}
@@ -79,10 +88,25 @@ class MasterOptimizer:
                         self._frozen[name] = master
                     continue
                 self.masters[name], self._parameters[name] = master, parameter
-                self._states[name] = self._rules[group.rule].new_state(master)
                 if master is not parameter:
                     self._copies[name] = parameter
                     parameter.register_post_accumulate_grad_hook(_taker(self, name))
+        self._rules = self._build_rules(folder or Path(tempfile.gettempdir()))
+        for group in self._groups:
+            new_state = self._rules[group.rule].new_state
+            self._states |= {name: new_state(self.masters[name]) for name in group.names}
+
+    def _build_rules(self, folder: Path) -> dict[AdamWConfig | MuonConfig | SGDConfig, UpdateRule]:
+        """Builds the update rule of each group, and the memory of a paged state."""
+        paged = [
+            self.masters[name]
+            for group in self._groups
+            if isinstance(group.rule, AdamWConfig) and group.rule.paged
+            for name in group.names
+        ]
+        if paged and not paged[0].is_meta:
+            self._memory = PagedMemory(folder, paged_bytes(paged))
+        return {group.rule: build_rule(group.rule, self._memory) for group in self._groups}
 
     @property
     def device(self) -> torch.device:
@@ -201,9 +225,17 @@ class MasterOptimizer:
         mine = self.tensors()
         _check_fit(mine, tensors)
         for key, tensor in mine.items():
-            tensor.copy_(tensors[key])
+            source = tensors[key].view(-1)
+            for part, piece in zip(source.split(CHUNK), tensor.view(-1).split(CHUNK), strict=True):
+                piece.copy_(part)
+                self.release(piece)
         for name, copy in self._copies.items():
             copy.copy_(self.masters[name])
+
+    def release(self, tensor: Tensor) -> None:
+        """Takes a part of the state out of memory, if it is paged; its values stay."""
+        if self._memory is not None:
+            self._memory.release(tensor)
 
     def final_state(self) -> dict[str, Tensor]:
         """Returns the fp32 master weights of low-precision parameters, frozen ones included."""
@@ -221,8 +253,10 @@ class MasterOptimizer:
         return self._sums.pop(name, None) if name in self._copies else gradient
 
 
-def build_rule(config: AdamWConfig | MuonConfig | SGDConfig) -> UpdateRule:
-    """Builds the update rule for a configuration."""
+def build_rule(
+    config: AdamWConfig | MuonConfig | SGDConfig, memory: PagedMemory | None = None
+) -> UpdateRule:
+    """Builds the update rule for a configuration; `memory` holds the state of a paged one."""
     match config:
         case MuonConfig():
             return Muon(config)
@@ -230,6 +264,8 @@ def build_rule(config: AdamWConfig | MuonConfig | SGDConfig) -> UpdateRule:
             return SGD(config)
         case AdamWConfig(state="int8"):
             return AdamWInt8(config)
+        case AdamWConfig(paged=True):
+            return PagedAdamW(config, memory)
     return AdamW(config)
 
 

@@ -31,6 +31,21 @@ class AdamWConfig(Config):
         "each (Dettmers et al. 2021, arXiv 2110.02861); those of tensors with fewer than 4096 "
         "elements stay fp32.",
     )
+    paged: bool = Field(
+        default=False,
+        description="Whether the moments are in a file in the run's folder instead of memory (a "
+        "paged optimizer, after Dettmers et al. 2023, arXiv 2305.14314, section 3): the same "
+        "weights bit for bit, with less memory. Only on a CPU.",
+    )
+
+    @model_validator(mode="after")
+    def _pages_fp32_moments(self) -> "AdamWConfig":
+        if self.paged and self.state == "int8":
+            raise ValueError(
+                "paged=true is for moments in fp32, but state=int8 keeps them in memory in one "
+                "byte each; remove one of the two"
+            )
+        return self
 
 
 class MuonConfig(Config):
@@ -85,6 +100,16 @@ Optimizer = Annotated[
     | Annotated[SGDConfig, Tag("sgd")],
     kind_or("adamw"),
 ]
+
+
+def adamw_of(optimizer: AdamWConfig | MuonConfig | SGDConfig) -> AdamWConfig | None:
+    """Returns the settings of AdamW in an optimizer: its own, or those of Muon's other weights."""
+    match optimizer:
+        case AdamWConfig():
+            return optimizer
+        case MuonConfig():
+            return optimizer.others
+    return None
 
 
 class ParameterGroup(Config):

@@ -22,7 +22,7 @@ from easyllm.plan.parts import count_adapter_parameters
 from easyllm.train.config import TrainConfig
 from easyllm.train.factories import BaseModelSource, build_model, cannot_train_all
 from easyllm.train.objectives import Objective
-from easyllm.train.optim_config import SGDConfig
+from easyllm.train.optim_config import SGDConfig, adamw_of
 from easyllm.train.precision import compute_dtype
 from easyllm.train.training_data import TrainingData
 
@@ -156,8 +156,10 @@ def plan_run(
         "dtype": dtype,
         "optimizer": config.optimizer.kind,
         "int8_state": getattr(config.optimizer, "state", "fp32") == "int8",
+        "paged": pages_state(config),
         "momentum": isinstance(config.optimizer, SGDConfig) and config.optimizer.momentum > 0,
         "adapter": config.adapter,
+        "scheme": config.quantize,
         "recompute": config.checkpoint_activations,
         "dropout": config.dropout > 0,
         "reference": objective.needs_reference,
@@ -181,6 +183,25 @@ def plan_run(
         free_bytes=free,
         helps=tuple(change.what for change in helps if change.fits),
     )
+
+
+def pages_state(config: TrainConfig) -> bool:
+    """Returns whether a run's optimizer state is in a file."""
+    adamw = adamw_of(config.optimizer)
+    return adamw is not None and adamw.paged
+
+
+def check_paged(config: TrainConfig, device: torch.device) -> None:
+    """Checks that the device supports a paged optimizer, if the recipe sets one.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if pages_state(config) and device.type != "cpu":
+        raise ConfigError(
+            f"optimizer.paged=true is not supported on {device.type}, only on a CPU, because "
+            "moments would have to cross the bus in every step; set optimizer.state=int8, or device=cpu"
+        )
 
 
 def check_model(config: TrainConfig, origin: BaseModelSource, objective: Objective) -> None:

@@ -43,11 +43,14 @@ from easyllm.train.factories import (
 )
 from easyllm.train.loop import Diverged, run_steps
 from easyllm.train.objectives import Objective, build_objective
+from easyllm.train.paged_memory import check_paging, existing_folder
 from easyllm.train.precision import build_precision_policy
 from easyllm.train.preflight import (
     RunPlan,
     check_model,
+    check_paged,
     memory_advice,
+    pages_state,
     planned,
     planned_model,
     preflight,
@@ -109,7 +112,8 @@ def train(
     check_output(output, config, ignore=ignore)
     ready = prepare(config)
     with memory_advice(config):
-        trained = build_model(config, ready.origin, ready.objective, ready.device)
+        folder = existing_folder(output)
+        trained = build_model(config, ready.origin, ready.objective, ready.device, folder)
         if ready.objective.needs_reference:
             ready.objective.reference = build_reference(
                 config, ready.origin, ready.objective, trained
@@ -137,6 +141,8 @@ def dry_run(config: TrainConfig, output: Path | None, *, allow_change: bool = Fa
         ignore = _resumable_changes(config) if allow_change else frozenset[str]()
         check_output(output, config, ignore=ignore)
     ready = prepare(config)
+    if output is not None and pages_state(config):
+        check_paging(existing_folder(output))
     check_model(config, ready.origin, ready.objective)
     return ready.plan
 
@@ -159,6 +165,7 @@ def prepare(config: TrainConfig) -> Prepared:
         ConfigError, DataError, SourceError, CheckpointError: the inputs are invalid.
     """
     device = pick_device(config.device)
+    check_paged(config, device)
     origin = find_base_model(config)
     objective = build_objective(config.objective)
     model = planned_model(config, origin, objective)

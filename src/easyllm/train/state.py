@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from easyllm.adapters import AdapterSet
-from easyllm.checkpoint.store import read_tensors, write_tensors
+from easyllm.checkpoint.stream import TensorFile, Under, stream_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
 from easyllm.train.loss_scaler import LossScaler
@@ -63,7 +63,7 @@ def save_state(folder: Path, state: RunState) -> None:
     if state.scaler is not None:
         extra[SCALER] = state.scaler.state()
     with atomic_directory(folder, replace=True) as work:
-        write_tensors(work / TENSORS, tensors)
+        stream_tensors(work / TENSORS, tensors, state.optimizer.release)
         write_json(
             work / STATE,
             {
@@ -122,7 +122,7 @@ def load_state(folder: Path, state: RunState) -> None:
         CheckpointError: it is damaged, or belongs to another model, tokenizer or data.
     """
     try:
-        tensors, _ = read_tensors(folder / TENSORS)
+        tensors = TensorFile(folder / TENSORS)
         noted: JsonObject = json.loads((folder / STATE).read_text("utf-8"))
         identity, extra = dict(noted["identity"]), dict(noted["extra"])
         progress = TrainProgress.from_json(noted["totals"], extra)
@@ -136,15 +136,9 @@ def load_state(folder: Path, state: RunState) -> None:
                 f"{str(identity.get(name))[:12]} there, {mine[:12]} now); restore the old one, or "
                 "choose another output folder"
             )
-    prefix = "optimizer."
-    state.optimizer.load_tensors(
-        {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    )
+    state.optimizer.load_tensors(Under(tensors, "optimizer."))
     if state.adapters is not None:
-        own = {
-            n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")
-        }
-        state.adapters.load_state(own)
+        state.adapters.load_state(dict(Under(tensors, "adapter.")))
     state.loader.state = position
     state.progress.restore(progress)
     if state.scaler is not None:

@@ -8,7 +8,7 @@ separate pass over all parameters.
 import ctypes
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -57,6 +57,15 @@ class WeightUpdate:
             yield part, master[part], self._widened(gradient[part])
             if copy is not None:
                 copy[part].copy_(master[part])
+
+    def part(self, part: slice) -> "WeightUpdate":
+        """Returns the update of a part of the flat weight, which shares its memory."""
+        return replace(
+            self,
+            master=self.master.view(-1)[part],
+            gradient=self.gradient.reshape(-1)[part],
+            copy=None if self.copy is None else self.copy.view(-1)[part],
+        )
 
     def whole(self) -> Tensor:
         """Returns the complete gradient in the master's shape and dtype, with `scale` applied."""
@@ -117,6 +126,10 @@ class AdamW:
     def update(self, weight: WeightUpdate, state: State) -> None:
         """Applies one AdamW step to the master weight, its copy and the moments, in place."""
         state["step"] += 1
+        self.apply(weight, state)
+
+    def apply(self, weight: WeightUpdate, state: State) -> None:
+        """Applies the step that `state["step"]` counts; the weight may be a part of another."""
         copies = () if weight.copy is None else (weight.copy,)
         kernels = kernels_for(weight.master, weight.gradient, *copies)
         if kernels is not None:

@@ -14,9 +14,11 @@ from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
 from easyllm.plan.memory import estimate_training, memory_reductions
 from easyllm.plan.trace import trace_model
+from easyllm.quant import quantize_weights
 from easyllm.train.objectives import LanguageModel
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.optim_config import AdamWConfig, MuonConfig, SGDConfig
+from easyllm.train.paged_adamw import CHUNK
 from prompt_adapters import CONFIGS
 from tiny_models import tiny_config
 
@@ -140,6 +142,43 @@ def test_the_optimizer_state_has_the_planned_size(optimizer, setup):
     )
     plan = estimate_training(config, micro_batch_tokens=63, dtype=torch.float32, **setup)
     assert cached_bytes == plan.optimizer
+
+
+@MODES
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-single", "int4"])
+def test_the_weights_of_a_quantized_base_have_the_planned_size(scheme, dtype):
+    config, lora = config_of("untied"), LoRAConfig(rank=4)
+    model = quantize_weights(model_of(config, dtype).requires_grad_(False), scheme)
+    adapters = attach(model, lora, seed=0)
+    of_adapter = {id(p) for p in adapters.trained_parameters(model).values()}
+    tensors = [*model.buffers(), *(p for p in model.parameters() if id(p) not in of_adapter)]
+    tables = {t.data_ptr(): t.nbytes for t in tensors if t.numel()}
+    trained = adapters.trained_parameters(model).values()
+    plan = estimate_training(
+        config, micro_batch_tokens=63, dtype=dtype, adapter=lora, scheme=scheme
+    )
+    assert plan.weights == sum(tables.values()) + sum(4 * p.numel() for p in trained)
+
+
+@MODES
+def test_planned_activations_on_a_quantized_base_equal_those_saved_by_autograd(dtype):
+    config, lora = config_of("llama"), LoRAConfig(rank=4)
+    model = quantize_weights(model_of(config, dtype).requires_grad_(False), "nf4")
+    attach(model, lora, seed=0)
+    assert kept_by_plan(config, dtype, lora) == kept_by_autograd(model, batch_of())
+
+
+def test_paged_moments_are_planned_in_a_file():
+    config = config_of("llama", hidden_size=512, intermediate_size=4096, num_hidden_layers=4)
+    setup = {"micro_batch_tokens": 64, "dtype": torch.float32}
+    plain = estimate_training(config, **setup)
+    paged = estimate_training(config, paged=True, **setup)
+    assert paged.optimizer == 2 * CHUNK * 4
+    assert paged.optimizer + paged.paged == plain.optimizer
+    assert plain.peaks["update"] - paged.peaks["update"] == paged.paged
+    muon = estimate_training(config, paged=True, optimizer="muon", **setup)
+    whole = estimate_training(config, optimizer="muon", **setup)
+    assert muon.optimizer + muon.paged == whole.optimizer
 
 
 def test_mixed_precision_takes_the_published_sixteen_bytes_per_parameter():

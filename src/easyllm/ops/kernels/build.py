@@ -32,6 +32,7 @@ SOURCES = (
     "attention_tiles.c",
     "paged_attention.c",
     "matrix.c",
+    "blockwise4.c",
     "dense.c",
     "tiles.c",
     "gemm.c",
@@ -47,7 +48,7 @@ FLAGS = (
     "-fPIC",
     "-std=gnu11",
 )
-EXTRA_FLAGS = {"update.c": ("-ffp-contract=off",)}
+EXTRA_FLAGS = dict.fromkeys(("update.c", "blockwise4.c"), ("-ffp-contract=off",))
 """Additional flags of individual sources."""
 COMPILE_TIMEOUT_S = 300
 
@@ -71,6 +72,8 @@ _PARAMETERS = {
     "attention_forward": (*(POINTER,) * 6, LONG, _SHAPE),
     "attention_backward": (*_pointers(structs.AttentionBackward), _SHAPE),
     "quantized_linear": (POINTER, POINTER, INT, LONG, *_pointers(structs.Matrix)),
+    "blockwise4_rows": (*_pointers(structs.Blockwise4), LONG, LONG, POINTER, INT),
+    "blockwise4_linear": (*_pointers(structs.Blockwise4), *(POINTER,) * 3, INT, LONG),
     "tiles_ready": (),
     "gemm_ready": (),
     "gemm_bytes": (LONG, LONG, LONG),

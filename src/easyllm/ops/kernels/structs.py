@@ -321,6 +321,27 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class Blockwise4(ctypes.Structure):
+    """A weight in blocks of 4-bit codes: `Blockwise4` in blockwise4.c, which describes the layout.
+
+    Attributes:
+        codes: two codes per byte, [N K / 2] rounded up, uint8.
+        absmax: scale of each block: fp32, or uint8 codes if `nested_map` is not None.
+        nested_map: values of the codes of `absmax`, [256], fp32, or None.
+        nested_absmax: scale of 256 codes of `absmax`, fp32, or None.
+        nested_offset: added to every dequantized scale, one fp32 value, or None.
+        codebook: values of the codes, [16], fp32.
+        outputs: N.
+        inputs: K.
+    """
+
+    _fields_ = [
+        *((name, POINTER) for name in ("codes", "absmax", "nested_map", "nested_absmax")),
+        *((name, POINTER) for name in ("nested_offset", "codebook")),
+        *((name, LONG) for name in ("outputs", "inputs")),
+    ]
+
+
 class StepLayer(ctypes.Structure):
     """A decoder layer of the compiled step: `Layer` in decode_step.c.
 
