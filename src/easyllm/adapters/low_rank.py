@@ -104,7 +104,7 @@ class LowRankConfig(AdapterConfig):
         return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
 
     def build_embedding(self, name: str, num_tokens: int, width: int) -> EmbeddingAdapter | None:
-        """Builds the adapter of the embedding; None if it is no target and has no trained rows.
+        """Builds the adapter of the embedding; None if it is not a target and has no trained rows.
 
         Raises:
             ConfigError: a trained token id is not in the vocabulary.

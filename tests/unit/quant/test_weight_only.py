@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from easyllm.adapters.attach import attach, merge
+from easyllm.adapters import attach, merge
 from easyllm.adapters.lora import LoRAConfig
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.models import load_model, save_model
