@@ -81,8 +81,8 @@ class LLMOptions(EngineConfig):
     )
     quantize: str | None = Field(
         None,
-        description="Quantize the weights while they are loaded: int8, int4, nf4 or fp4 (nf4-single "
-        "and fp4-single without double quantization).",
+        description="Quantize the weights while they are loaded: int8, int4, nf4 or fp4 "
+        "(nf4-single and fp4-single without double quantization).",
     )
     draft: str | None = Field(
         None,

@@ -199,9 +199,8 @@ def check_paged(config: TrainConfig, device: torch.device) -> None:
     """
     if pages_state(config) and device.type != "cpu":
         raise ConfigError(
-            f"optimizer.paged=true is not supported on {device.type}, only on a CPU, because "
-            "moments would have to cross the bus in every step; set optimizer.state=int8, or "
-            "device=cpu"
+            f"optimizer.paged=true is not supported on {device.type}, only on a CPU, because the "
+            "moments would cross the bus in every step; set optimizer.state=int8, or device=cpu"
         )
 
 
