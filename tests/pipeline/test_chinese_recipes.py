@@ -57,7 +57,9 @@ def test_a_key_is_found_in_text_without_spaces(key, text, found):
 
 def test_the_recipes_are_valid_and_named_in_their_pages():
     recipe = load_recipe(find_recipe("continue-zh"), [])
-    assert recipe.stages["corpus"].tokenizer == recipe.stages["train"].model == "runs/zh-base"
+    assert list(recipe.stages) == ["extend", "corpus", "train"]
+    assert recipe.stages["extend"].sources == recipe.stages["corpus"].sources
+    assert recipe.stages["corpus"].tokenizer == recipe.stages["train"].model == "@extend"
     config = load_train_recipe(find_recipe("sft-zh"), [])
     assert [Path(path).name for path in config.data.train] == ["zh_train.jsonl"]
     docs = TOOL.parents[1] / "docs"
@@ -74,16 +76,20 @@ def commands(page):
 
 
 def test_a_tiny_model_is_extended_trained_further_and_fine_tuned(tiny_folder, tmp_path):
-    text, base = DATA / "zh_text.jsonl", tmp_path / "zh-base"
-    words = ("tokenizer", "extend", tiny_folder, text, "--new", 64, "--output", base)
-    assert easyllm(*words).returncode == 0
     output = tmp_path / "continue-zh"
+    extend = (f"stages.extend.model={tiny_folder}", "stages.extend.new=64")
     short = ("stages.train.max_steps=2", "stages.train.data.max_seq_len=128")
     few = ("stages.train.batch_tokens=256", "stages.train.micro_batch_tokens=256")
     samples = ("stages.train.samples.max_tokens=4", "stages.train.data.eval_tokens=512")
-    words = (f"stages.train.model={base}", *short, *few, *samples, f"output={output}", "--json")
+    words = (*extend, *short, *few, *samples, f"output={output}", "--json")
     done = easyllm("run", "continue-zh", *words)
     assert done.returncode == 0, done.stderr
+    assert "measuring losses on the first 500 characters, 3/3" in done.stderr
+    extended = json.loads(done.stdout)["extend"]
+    assert (extended["new_pieces"], extended["documents"]) == (64, len(rows(DATA, "zh_text.jsonl")))
+    assert extended["loss_over_old_ids_nats"] == pytest.approx(extended["loss_before_nats"], 1e-4)
+    manifest = json.loads((output / "extend" / "manifest.json").read_text())
+    assert (manifest["kind"], manifest["config"]["num_new"]) == ("extend", 64)
     figures = json.loads(done.stdout)["train"]
     assert figures["steps"] == 2
     assert figures["eval_bits_per_byte"] > 0
@@ -91,3 +97,21 @@ def test_a_tiny_model_is_extended_trained_further_and_fine_tuned(tiny_folder, tm
     done = easyllm("train", "sft-zh", *words, "batch_size=2", "data.max_seq_len=256", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["eval_loss_nats"] > 0
+
+
+def test_continue_zh_is_planned_before_it_has_run(tiny_folder, tmp_path):
+    words = (f"stages.extend.model={tiny_folder}", f"output={tmp_path / 'run'}")
+    expected = "train: planned when it starts, as it needs the results of extend, corpus\n"
+    plan = easyllm("plan", "continue-zh", *words)
+    assert (plan.returncode, plan.stdout) == (0, expected), plan.stderr
+    dry = easyllm("run", "continue-zh", "--dry-run", *words)
+    assert (dry.returncode, dry.stderr) == (0, expected)
+    assert "kind: extend" in dry.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_sft_zh_without_its_model_names_the_command_that_writes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = easyllm("train", "sft-zh", "model=runs/continue-zh/train/model", "output=out")
+    assert done.returncode == 2
+    assert "`easyllm run continue-zh` writes it" in done.stderr

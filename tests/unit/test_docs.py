@@ -127,6 +127,58 @@ def test_every_page_has_a_chinese_twin():
     assert not [str(page.relative_to(ROOT)) for page in missing]
 
 
+def twins() -> list[tuple[Path, Path]]:
+    """Returns each English page with its Chinese twin."""
+    pages = [(page, page.with_suffix(".zh.md")) for page in english_pages()]
+    pairs = [(page, twin) for page, twin in pages if page.name not in UNTRANSLATED]
+    return [(ROOT / "README.md", ROOT / "README.zh-CN.md"), *pairs]
+
+
+def code_lines(page: Path, *languages: str) -> list[str]:
+    """Returns the lines of a page's code blocks in some languages, without comments."""
+    blocks = re.findall(
+        r"^```(\w+).*?\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    text = "".join(code for language, code in blocks if language in languages)
+    lines = (re.sub(r"(^|\s+)#\s.*", "", line).rstrip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize(("page", "twin"), twins(), ids=[page.stem for page, _ in twins()])
+def test_a_page_and_its_chinese_twin_have_the_same_code(page, twin):
+    languages = ("bash", "python", "yaml", "json")
+    assert code_lines(page, *languages) == code_lines(twin, *languages)
+
+
+@pytest.mark.parametrize(("page", "twin"), twins(), ids=[page.stem for page, _ in twins()])
+def test_a_page_and_its_chinese_twin_have_as_many_links_to_headings(page, twin):
+    texts = [without_code(path.read_text(encoding="utf-8")) for path in (page, twin)]
+    english, chinese = ([link for link in LINK.findall(text) if "#" in link] for text in texts)
+    assert len(chinese) == len(english)
+
+
+def commands() -> list[str]:
+    """Returns the easyllm commands of all pages and of the comments of the shipped recipes."""
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md"]
+    found = [line for page in pages for line in code_lines(page, "bash", "sh")]
+    spans = [re.findall(r"`(easyllm [^`]+)`", page.read_text("utf-8")) for page in pages]
+    recipes = [path.read_text("utf-8") for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    comments = [re.findall(r"^# +(.*=.*)$", text, re.MULTILINE) for text in recipes]
+    return [*found, *(line for lines in (*spans, *comments) for line in lines)]
+
+
+def test_words_that_a_shell_would_interpret_are_quoted():
+    bare = re.compile(r"[\w.]+=[^\s'\"]*[\[{*]")
+    assert len(commands()) > 100
+    assert [line for line in commands() if bare.search(re.sub(r"'[^']*'", "''", line))] == []
+
+
+def test_the_pages_say_how_to_activate_the_environment():
+    assert "source $(BIN)/activate" in (ROOT / "Makefile").read_text("utf-8")
+    for name in ("README.md", "README.zh-CN.md"):
+        assert "source .venv/bin/activate" in code_lines(ROOT / name, "bash")
+
+
 def test_docs_and_readme_use_no_denied_wording():
     command = [sys.executable, "tools/check_words.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -124,6 +124,8 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal; an empty line or Ctrl-D quits.
 
+    Without a terminal, each line of standard input is a message of the conversation.
+
     [bold]Examples[/bold]
 
         easyllm chat
@@ -131,6 +133,8 @@ def chat(
         easyllm chat runs/quickstart/merged --temperature 0
 
         easyllm chat runs/mine/adapter
+
+        printf 'What is Easyllm?\\n' | easyllm chat runs/mine/adapter
     """
     params = sampling_params(sampling)
     # the cache of a single conversation

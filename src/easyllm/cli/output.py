@@ -22,12 +22,17 @@ def print_json(value: object) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table."""
+    """Prints a table; if all columns have empty names, it has no header."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        header_style="bold",
+        show_header=any(columns),
+    )
     for column in columns:
         table.add_column(column)
     for row in rows:

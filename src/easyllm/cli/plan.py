@@ -98,14 +98,14 @@ def _is_recipe(source: str) -> bool:
 def _plan_recipe(source: str, overrides: list[str], json_output: bool) -> None:
     from easyllm.pipeline import plan_recipe
 
-    plans = plan_recipe(source, overrides)
+    plan = plan_recipe(source, overrides)
     if json_output:
-        print_json(
-            {"recipe": source, "plans": {name: plan.as_dict() for name, plan in plans.items()}}
-        )
+        print_json({"recipe": source, **plan.as_dict()})
         return
-    for name, found in plans.items():
+    for name, found in plan.trainings.items():
         print_table(name, ("", ""), _rows_of_run(found))
+    for line in plan.waiting_lines():
+        sys.stdout.write(line + "\n")
 
 
 def _rows_of_run(found: "RunPlan") -> list[tuple[str, str]]:
@@ -245,7 +245,9 @@ def _gb(num_bytes: int) -> str:
 def _flops(flops: int) -> str:
     from easyllm.core.progress import format_count
 
-    return f"{format_count(flops)}FLOP"
+    text = format_count(flops)
+    prefix = text[-1] if text[-1].isalpha() else ""
+    return f"{text.removesuffix(prefix)} {prefix}FLOP"
 
 
 def _name(dtype: object) -> str:

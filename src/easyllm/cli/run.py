@@ -75,12 +75,12 @@ def run(
 
     loaded = load_recipe(find_recipe(recipe), overrides or [])
     if dry_run:
-        plans = check_recipe(loaded)
+        plan = check_recipe(loaded)
         if json_output:
-            figures = {name: plan.as_dict() for name, plan in plans.items()}
-            print_json({"recipe": loaded.model_dump(mode="json"), "plans": figures})
+            print_json({"recipe": loaded.model_dump(mode="json"), **plan.as_dict()})
         else:
             sys.stdout.write(dump_yaml(loaded))
+            sys.stderr.write("".join(f"{line}\n" for line in plan.waiting_lines()))
         return
     results = run_recipe(loaded)
     if json_output:

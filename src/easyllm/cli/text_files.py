@@ -61,13 +61,3 @@ def hashes_of(source: "SourceConfig") -> dict[str, str]:
     from easyllm.corpus.sources import source_files
 
     return {file.name: hash_file(Path(file.path)) for file in source_files(source)}
-
-
-def opening_of(source: "SourceConfig", num_characters: int) -> str:
-    """Returns the first `num_characters` characters of the source's texts."""
-    opening = ""
-    for text in texts_of(source):
-        opening += ("\n" if opening else "") + text
-        if len(opening) >= num_characters:
-            break
-    return opening[:num_characters]

@@ -1,7 +1,6 @@
 """The `easyllm tokenizer` commands: train, report, extend, import, encode."""
 
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,20 +8,11 @@ import typer
 
 from easyllm.cli.models import Model
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
-from easyllm.cli.text_files import hashes_of, opening_of, text_source, texts_of
-from easyllm.core.json_types import JsonObject
+from easyllm.cli.text_files import hashes_of, text_source, texts_of
 
 if TYPE_CHECKING:
-    from easyllm.corpus.sources import SourceConfig
-    from easyllm.models.load import OpenSource
-    from easyllm.tokenizer import Tokenizer
-    from easyllm.tokenizer.extend import Extension
+    from easyllm.core.json_types import JsonObject
     from easyllm.tokenizer.report import TextFigures, TokenizerReport
-
-COMPARED_TEXTS = 1000
-"""Number of leading texts on which `extend` measures fertility."""
-LOSS_CHARACTERS = 1000
-"""Number of leading characters of the texts on which `extend` measures losses."""
 
 tokenizer_app = typer.Typer(
     no_args_is_help=True,
@@ -196,8 +186,9 @@ def extend(
     """Add tokens of a language to a model's tokenizer and resize its embeddings; ASCII ids stay.
 
     Each new embedding row is the mean of the rows of the tokens that it replaces, so train the
-    model further before using it. Losses are reported per old token (before; after, over the old
-    ids only, which must be equal; after, over all ids) and per byte (in old and in new tokens).
+    model further before using it. Losses on the first 500 characters are reported per old token
+    (before; after, over the old ids only, which must be equal; after, over all ids) and per byte
+    (in old and in new tokens).
 
     [bold]Examples[/bold]
 
@@ -208,8 +199,8 @@ def extend(
     from easyllm.core.atomic import check_output_free
     from easyllm.core.device import parse_dtype
     from easyllm.core.errors import ConfigError
-    from easyllm.models import open_source
-    from easyllm.tokenizer.extend import SCRIPTS, extend_tokenizer
+    from easyllm.pipeline.extension import ModelExtension
+    from easyllm.tokenizer.extend import SCRIPTS
 
     if script not in SCRIPTS:
         raise ConfigError(f"script={script!r} is not known; use {' or '.join(SCRIPTS)}")
@@ -219,13 +210,13 @@ def extend(
         check_output_free(output)
     if dtype is not None:
         parse_dtype(dtype)
-    source, opened = text_source(files, text_key, lines, format), open_source(model)
-    old = opened.tokenizer()
-    extension = extend_tokenizer(old, texts_of(source), num_new=new, script=script)
-    figures = _growth(opened, old, extension, source)
+    source = text_source(files, text_key, lines, format)
+    extension = ModelExtension(model, lambda: texts_of(source), num_new=new, script=script)
+    figures = extension.growth()
     if not dry_run:
         assert output is not None
-        figures |= _save_extended(model, opened, extension, source, output, dtype)
+        figures |= extension.save(output, inputs=hashes_of(source), dtype=dtype)
+        figures["output"] = str(output)
     if json_output:
         print_json(figures)
     else:
@@ -285,72 +276,6 @@ def encode(
         return
     rows = [(i, loaded.backend.id_to_token(i), repr(p)) for i, p in zip(ids, pieces, strict=True)]
     print_table(f"{len(ids)} tokens", ("id", "token", "text"), rows)
-
-
-# ---- extending
-
-
-def _growth(
-    opened: "OpenSource", old: "Tokenizer", extension: "Extension", source: "SourceConfig"
-) -> JsonObject:
-    """Returns the cost and the benefit of the extension."""
-    from easyllm.models.resize import resized_vocab_size
-    from easyllm.plan.parameters import count_parameters
-    from easyllm.tokenizer.report import report as measure
-
-    size = resized_vocab_size(opened.config, extension.old_pieces)
-    before = count_parameters(opened.config).total
-    texts = {"texts": islice(texts_of(source), COMPARED_TEXTS)}
-    was, now = measure({"old": old, "new": extension.tokenizer}, texts).texts
-    return {
-        "new_pieces": extension.num_new,
-        "tokenizer_ids": extension.tokenizer.vocab_size,
-        "model_vocab_size": size,
-        "parameters": before,
-        "parameters_added": count_parameters(opened.config.changed(vocab_size=size)).total - before,
-        "fertility_before": round(was.fertility, 4),
-        "fertility_after": round(now.fertility, 4),
-        "bytes_per_token_before": round(was.bytes_per_token, 4),
-        "bytes_per_token_after": round(now.bytes_per_token, 4),
-    }
-
-
-def _save_extended(
-    name: str,
-    opened: "OpenSource",
-    extension: "Extension",
-    source: "SourceConfig",
-    output: Path,
-    dtype: str | None,
-) -> JsonObject:
-    from easyllm.core.device import parse_dtype, pick_device
-    from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path
-    from easyllm.models import save_model
-    from easyllm.models.resize import loss_of_text, resize_embeddings
-
-    model = opened.model(parse_dtype(dtype) if dtype else None, pick_device("cpu"))
-    text = opening_of(source, LOSS_CHARACTERS)
-    old, new = (t.encode(text) for t in (opened.tokenizer(), extension.tokenizer))
-    before = loss_of_text(model, old)
-    resize_embeddings(model, extension.old_pieces)
-    first = min(extension.old_pieces, default=extension.tokenizer.vocab_size)
-    size = len(text.encode("utf-8", "replace"))
-    losses = {
-        "loss_before_nats": before,
-        "loss_over_old_ids_nats": loss_of_text(model, old, num_ids=first),
-        "loss_over_all_ids_nats": loss_of_text(model, old),
-        "nats_per_byte_before": before * (len(old) - 1) / size,
-        "nats_per_byte_after": loss_of_text(model, new) * (len(new) - 1) / size,
-    }
-    manifest = Manifest.create(
-        "extend",
-        config={"model": name, "num_new": extension.num_new, "dtype": dtype},
-        inputs={"model": hash_path(opened.path)} | hashes_of(source),
-        results=losses,
-    )
-    extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
-    save_model(model, output, tokenizer=extension.tokenizer, extra_files=extra)
-    return {name: round(loss, 6) for name, loss in losses.items()} | {"output": str(output)}
 
 
 # ---- printing

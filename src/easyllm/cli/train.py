@@ -41,7 +41,7 @@ def train(
 
     [bold]Examples[/bold]
 
-        easyllm train sft-lora data.train=\[my-data.jsonl] output=runs/mine
+        easyllm train sft-lora 'data.train=\[my-data.jsonl]' output=runs/mine
 
         easyllm train recipe.yaml optimizer.learning_rate=1e-4 --dry-run
 

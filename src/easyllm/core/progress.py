@@ -46,6 +46,13 @@ def format_count(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.1f}"
 
 
+def format_rate(per_s: float, unit: str) -> str:
+    """Formats a rate, below one per second as its inverse: `0.05` → `'20 s/step'`."""
+    if 0 < per_s < 1:
+        return f"{format_count(1 / per_s)} s/{unit}"
+    return f"{format_count(per_s)} {unit}/s"
+
+
 class Progress:
     """A progress line with the rate and the remaining time.
 
@@ -100,7 +107,7 @@ class Progress:
         count = format_count(self.done)
         if self.total:
             count += f"/{format_count(self.total)}"
-        parts = [f"{count} {self.unit}", f"{format_count(rate)} {self.unit}/s"]
+        parts = [f"{count} {self.unit}", format_rate(rate, self.unit)]
         if self.total and rate > 0 and self.done < self.total:
             parts.append(f"{format_duration((self.total - self.done) / rate)} left")
         else:

@@ -10,6 +10,7 @@ from easyllm.core.changed_kinds import overridden
 from easyllm.core.config import read_yaml
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
+from easyllm.core.run_folder import recipes_folder
 
 Command = Literal["run", "train", "data build"]
 KINDS: dict[str, tuple[Command, str]] = {
@@ -46,6 +47,18 @@ def read_recipe(
     return overridden(model, written, overrides, source=path.name)
 
 
+def command_that_writes(path: Path) -> str | None:
+    """Returns the command whose shipped recipe writes `path`; None if no recipe does.
+
+    A recipe writes what is in its output folder.
+    """
+    for recipe in sorted(recipes_folder().glob("*.yaml")):
+        values = read_yaml(recipe)
+        if Path(str(values.get("output"))) in path.parents:
+            return f"easyllm {command_of(values)} {recipe.stem}"
+    return None
+
+
 def _check_kind(values: JsonMapping, path: Path, command: Command) -> None:
     """Raises if a recipe is for another command."""
     found = command_of(values)
@@ -56,4 +69,4 @@ def _check_kind(values: JsonMapping, path: Path, command: Command) -> None:
         )
 
 
-__all__ = ["command_of", "read_recipe"]
+__all__ = ["command_of", "command_that_writes", "read_recipe"]

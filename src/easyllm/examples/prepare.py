@@ -73,10 +73,11 @@ class PreparationStats:
 
     def summary(self) -> str:
         """Returns a one-line, human-readable summary."""
-        counted = f"{self.turns} turns of {self.rows} rows" if self.turns else f"{self.rows} rows"
+        counted = f"{self.rows:,} rows"
+        counted = f"{self.turns:,} turns of {counted}" if self.turns else counted
         parts = [
-            f"{self.samples} of {counted}",
-            f"{self.trained_tokens} trained + {self.prompt_tokens} prompt tokens",
+            f"{self.samples:,} of {counted}",
+            f"{self.trained_tokens:,} trained + {self.prompt_tokens:,} prompt tokens",
         ]
         notes = {
             "truncated to the length limit": self.cut,
@@ -90,14 +91,14 @@ class PreparationStats:
                 self.untrained_calls
             ),
         }
-        parts += [f"{count} {note}" for note, count in notes.items() if count]
+        parts += [f"{count:,} {note}" for note, count in notes.items() if count]
         return ", ".join(parts) + (f" · format {self.format_text()}" if self.formats else "")
 
     def format_text(self) -> str:
         """Returns the formats of the rows, like `alpaca`, or `alpaca 900, sharegpt 100`."""
         if len(self.formats) == 1:
             return next(iter(self.formats))
-        return ", ".join(f"{name} {count}" for name, count in self.formats.most_common())
+        return ", ".join(f"{name} {count:,}" for name, count in self.formats.most_common())
 
     def note(self, *encoded: "Encoded") -> None:
         """Counts a row, given as its sequences, if the template omitted something of it."""

@@ -8,7 +8,7 @@ mean of all old rows and therefore never score higher than the best old id. The 
 not change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,6 @@ def resized_vocab_size(
     return max(config.vocab_size, -(-end // multiple_of) * multiple_of)
 
 
-@torch.no_grad()
 def loss_of_text(model: Decoder, token_ids: list[int], *, num_ids: int | None = None) -> float:
     """Returns the mean cross-entropy of a text's tokens after the first, in nats per token.
 
@@ -87,13 +86,27 @@ def loss_of_text(model: Decoder, token_ids: list[int], *, num_ids: int | None = 
         num_ids: restricts the softmax to the first `num_ids` ids; by default it covers all ids.
             Restricted to the old ids, an extended model has the same loss as before.
     """
+    return losses_of_text(model, token_ids, (num_ids,))[0]
+
+
+@torch.no_grad()
+def losses_of_text(
+    model: Decoder, token_ids: list[int], num_ids: Sequence[int | None] = (None,)
+) -> list[float]:
+    """Returns the losses of a text for several values of `num_ids`, from one forward pass.
+
+    Args:
+        model, token_ids: as for `loss_of_text`.
+        num_ids: the values; None covers all ids.
+    """
     ids = torch.as_tensor(token_ids, device=model.device)
     hidden = model(ids, ForwardContext.packed([ids.numel()], device=model.device))[:-1]
-    total = 0.0
+    totals = [0.0] * len(num_ids)
     for rows, targets in zip(hidden.split(64), ids[1:].split(64), strict=True):
-        logits = model.head(rows)[:, :num_ids]
-        total += float(F.cross_entropy(logits, targets, reduction="sum"))
-    return total / max(len(token_ids) - 1, 1)
+        logits = model.head(rows)
+        for at, end in enumerate(num_ids):
+            totals[at] += float(F.cross_entropy(logits[:, :end], targets, reduction="sum"))
+    return [total / max(len(token_ids) - 1, 1) for total in totals]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from urllib.parse import urljoin
 from easyllm.core.atomic import write_atomic
 from easyllm.core.device import cache_folder
 from easyllm.core.errors import CheckpointError, SourceError, suggest
+from easyllm.core.recipe_kind import command_that_writes
 
 HUB_PREFIX = "hf:"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -87,8 +88,9 @@ def locate(source: str | Path) -> Path:
             raise SourceError(f"{text!r} is not a .gguf file; give a folder or a .gguf file")
         return path
     if path.suffix == ".gguf" or "/" in text:
+        maker = f"; `{made}` writes it" if (made := command_that_writes(path)) else ""
         raise SourceError(
-            f"model {text!r} does not exist; give a folder, a .gguf file or hf:org/name"
+            f"model {text!r} does not exist{maker}; give a folder, a .gguf file or hf:org/name"
         )
     raise SourceError(
         f"model {text!r} is not known{suggest(text, KNOWN_MODELS)}; known names are "

@@ -17,6 +17,7 @@ from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.core.recipe_kind import read_recipe
 from easyllm.core.run_folder import recipes_folder
 from easyllm.corpus.config import CorpusParts, CorpusSource, resolve_sources
+from easyllm.tokenizer.extend import Script
 from easyllm.tokenizer.train_config import TokenizerConfig
 from easyllm.train.config import TrainConfig
 
@@ -32,6 +33,25 @@ class TokenizerStage(TokenizerConfig):
     kind: Literal["tokenizer"]
     sources: dict[str, CorpusSource] = Field(
         min_length=1, description="Sources of the training texts, by name."
+    )
+
+
+class ExtendStage(Config):
+    """Extends a model's tokenizer and embeddings with tokens learned from data sources."""
+
+    kind: Literal["extend"]
+    model: str = Field(description="Source of the model to extend.")
+    sources: dict[str, CorpusSource] = Field(
+        min_length=1, description="Sources of the texts to learn from, by name."
+    )
+    new: PositiveInt = Field(default=8000, description="Number of tokens to add.")
+    script: Script = Field(
+        default="non_ascii",
+        description="Learn from all text outside ASCII (`non_ascii`), or from Han characters only "
+        "(`han`).",
+    )
+    dtype: str | None = Field(
+        default=None, description="Dtype of the saved weights; null keeps the model's."
     )
 
 
@@ -81,7 +101,13 @@ class MergeStage(Config):
 
 
 Stage = Annotated[
-    TokenizerStage | CorpusStage | ConvertStage | EvaluateStage | TrainStage | MergeStage,
+    TokenizerStage
+    | ExtendStage
+    | CorpusStage
+    | ConvertStage
+    | EvaluateStage
+    | TrainStage
+    | MergeStage,
     Field(discriminator="kind"),
 ]
 

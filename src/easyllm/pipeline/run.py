@@ -29,6 +29,7 @@ from easyllm.pipeline.recipe import (
     ConvertStage,
     CorpusStage,
     EvaluateStage,
+    ExtendStage,
     MergeStage,
     Recipe,
     TokenizerStage,
@@ -111,36 +112,52 @@ def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
     return results
 
 
-def check_recipe(recipe: Recipe) -> dict[str, RunPlan]:
-    """Checks a recipe without running it.
+@dataclass(frozen=True, slots=True)
+class RecipePlan:
+    """The plans of a recipe's trainings.
 
-    Returns:
-        The plan of every training whose inputs exist before the first stage, by stage name.
+    Attributes:
+        trainings: the plan of every training whose inputs exist, by stage name (`train` for a
+            training recipe).
+        waiting: the other trainings, each with the stages whose results it needs.
+    """
+
+    trainings: dict[str, RunPlan]
+    waiting: dict[str, tuple[str, ...]]
+
+    def waiting_lines(self) -> list[str]:
+        """Returns a line of text for each training that cannot be planned yet."""
+        return [
+            f"{name}: planned when it starts, as it needs the results of {', '.join(needed)}"
+            for name, needed in self.waiting.items()
+        ]
+
+    def as_dict(self) -> JsonObject:
+        """Returns JSON-compatible values under `plans` and `waiting`."""
+        plans = {name: plan.as_dict() for name, plan in self.trainings.items()}
+        return {"plans": plans, "waiting": {n: list(needed) for n, needed in self.waiting.items()}}
+
+
+def check_recipe(recipe: Recipe) -> RecipePlan:
+    """Checks a recipe without running it, and plans its trainings.
 
     Raises:
         OutputError, SourceError, DataError, ConfigError: as for `run_recipe`, as far as errors can
             be detected before the first stage.
     """
     _keys(recipe)
-    return {
-        name: dry_run(train_config(stage), None)
-        for name, stage in recipe.stages.items()
-        if isinstance(stage, TrainStage) and not references(stage)
-    }
+    return _planned(recipe)
 
 
-def plan_recipe(name: str, overrides: list[str]) -> dict[str, RunPlan]:
-    """Plans the trainings of a recipe, by stage name (`train` for a training recipe).
-
-    For a pipeline, only trainings whose inputs already exist are planned.
+def plan_recipe(name: str, overrides: list[str]) -> RecipePlan:
+    """Plans the trainings of a recipe; in a pipeline, those whose inputs already exist.
 
     Args:
         name: a recipe's file, or the name of a built-in recipe.
         overrides: changes to the recipe, as `key=value`.
 
     Raises:
-        ConfigError: the recipe has no training, or none that can be planned yet; other errors as
-            for `train.dry_run`.
+        ConfigError: the recipe has no training; other errors as for `train.dry_run`.
     """
     path = find_recipe(name)
     command = command_of(read_yaml(path))
@@ -149,14 +166,20 @@ def plan_recipe(name: str, overrides: list[str]) -> dict[str, RunPlan]:
             f"{path} builds a corpus and trains nothing; use: easyllm data build {name} --dry-run"
         )
     if command != "run":
-        return {"train": dry_run(load_train_recipe(path, overrides), None)}
-    stages = load_recipe(path, overrides).stages
-    trainings = {name: stage for name, stage in stages.items() if isinstance(stage, TrainStage)}
-    ready = {name: stage for name, stage in trainings.items() if not references(stage)}
-    if not ready:
-        later = f"; {', '.join(trainings)} needs the results of earlier stages" if trainings else ""
-        raise ConfigError(f"{path} contains no training that can be planned yet{later}")
-    return {name: dry_run(train_config(stage), None) for name, stage in ready.items()}
+        return RecipePlan({"train": dry_run(load_train_recipe(path, overrides), None)}, {})
+    recipe = load_recipe(path, overrides)
+    if not any(isinstance(stage, TrainStage) for stage in recipe.stages.values()):
+        raise ConfigError(f"{path} contains no training; add a stage of kind train")
+    return _planned(recipe)
+
+
+def _planned(recipe: Recipe) -> RecipePlan:
+    stages = {n: stage for n, stage in recipe.stages.items() if isinstance(stage, TrainStage)}
+    waiting = {n: tuple(needed) for n, stage in stages.items() if (needed := references(stage))}
+    ready = {n: stage for n, stage in stages.items() if n not in waiting}
+    return RecipePlan(
+        {n: dry_run(train_config(stage), None) for n, stage in ready.items()}, waiting
+    )
 
 
 def _keys(recipe: Recipe) -> dict[str, str]:
@@ -183,6 +206,8 @@ def _inputs(stage: Config) -> dict[str, str]:
     match stage:
         case TokenizerStage():
             return _stamps(stage.sources)
+        case ExtendStage():
+            return _stamps(stage.sources) | _hashes(_model(stage.model))
         case CorpusStage():
             sets = stage.decontaminate.sets if stage.decontaminate else {}
             return _stamps(stage.sources) | _stamps(sets) | _hashes(_tokenizer(stage.tokenizer))

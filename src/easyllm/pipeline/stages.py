@@ -1,7 +1,7 @@
 """The implementation of each kind of stage, from its configuration to its results in a folder."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_file, hash_path
 from easyllm.core.progress import track
 from easyllm.corpus.build import CorpusBuild
 from easyllm.corpus.clean import Cleaner
-from easyllm.corpus.config import CorpusConfig
+from easyllm.corpus.config import CorpusConfig, CorpusSource
 from easyllm.corpus.document import Document
-from easyllm.corpus.sources import list_splits, read_split, source_files
+from easyllm.corpus.sources import SourceConfig, list_splits, read_split, source_files
 from easyllm.engine import LLM
 from easyllm.evaluate import evaluate_answers
 from easyllm.models import (
@@ -27,10 +27,12 @@ from easyllm.models import (
     save_model,
 )
 from easyllm.models.hf_config import read_end_ids
+from easyllm.pipeline.extension import ModelExtension
 from easyllm.pipeline.recipe import (
     ConvertStage,
     CorpusStage,
     EvaluateStage,
+    ExtendStage,
     MergeStage,
     TokenizerStage,
     TrainStage,
@@ -130,17 +132,16 @@ def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
 
 def _tokenizer(stage: TokenizerStage, folder: Path) -> JsonObject:
     counts = Counter[str]()
-    texts = track(_counted_texts(stage, counts), "reading", unit="text")
+    texts = track(_counted_texts(stage.sources, counts), "reading", unit="text")
     config = TokenizerConfig.model_validate(stage.model_dump(exclude={"kind", "sources"}))
     tokenizer = train_tokenizer(texts, config)
-    files = [Path(f.path) for source in stage.sources.values() for f in source_files(source)]
     figures = {"vocab_size": tokenizer.vocab_size, **counts}
     if tokenizer.vocab_size < config.vocab_size:
         figures["vocab_size_asked"] = config.vocab_size
     manifest = Manifest.create(
         "tokenizer",
         config=stage.model_dump(mode="json"),
-        inputs={str(file): hash_file(file) for file in files},
+        inputs=_source_hashes(stage.sources),
         results=figures,
     )
     with atomic_directory(folder, replace=True) as work:
@@ -149,9 +150,28 @@ def _tokenizer(stage: TokenizerStage, folder: Path) -> JsonObject:
     return figures
 
 
-def _counted_texts(stage: TokenizerStage, counts: Counter[str]) -> Iterator[str]:
+def _extend(stage: ExtendStage, folder: Path) -> JsonObject:
+    counts = Counter[str]()
+
+    def texts() -> Iterator[str]:
+        counts.clear()
+        return track(_counted_texts(stage.sources, counts), "reading", unit="text")
+
+    extension = ModelExtension(stage.model, texts, num_new=stage.new, script=stage.script)
+    figures = dict(counts) | extension.growth()
+    inputs = _source_hashes(stage.sources)
+    return figures | extension.save(folder, inputs=inputs, dtype=stage.dtype, replace=True)
+
+
+def _source_hashes(sources: Mapping[str, SourceConfig]) -> dict[str, str]:
+    """Returns the hash of each file of the sources, by its path."""
+    files = (file.path for source in sources.values() for file in source_files(source))
+    return {str(path): hash_file(Path(path)) for path in files}
+
+
+def _counted_texts(sources: Mapping[str, CorpusSource], counts: Counter[str]) -> Iterator[str]:
     """Yields the texts of all sources, cleaned if the source is configured so, and counts them."""
-    for name, source in stage.sources.items():
+    for name, source in sources.items():
         cleaner = None if source.clean is None else Cleaner(source.clean)
         for split in list_splits(name, source):
             for row in read_split(split, source):
@@ -210,4 +230,5 @@ _RUNNERS: dict[type[Config], Callable[[Any, Path], JsonObject]] = {
     EvaluateStage: _evaluate,
     TrainStage: _train,
     MergeStage: _merge,
+    ExtendStage: _extend,
 }

@@ -20,11 +20,15 @@ from easyllm.plan.memory import MemoryEstimate, estimate_training, memory_reduct
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import count_adapter_parameters
 from easyllm.train.config import TrainConfig
+from easyllm.train.data_config import CorpusDataConfig
 from easyllm.train.factories import BaseModelSource, build_model, cannot_train_all
 from easyllm.train.objectives import Objective
 from easyllm.train.optim_config import SGDConfig, adamw_of
 from easyllm.train.precision import compute_dtype
 from easyllm.train.training_data import TrainingData
+
+FEW_STEPS, ENOUGH_STEPS = 20, 50
+"""A run with fewer steps than the first number prints a warning, which advises the second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +120,7 @@ def preflight(
     """
     out = console()
     out.print(f"data: {training_data.summary}", soft_wrap=True)
-    for warning in training_data.warnings:
+    for warning in (*training_data.warnings, *few_steps(config, training_data, total_steps)):
         out.print(f"warning: {warning}", soft_wrap=True)
     plan = plan_run(config, model, objective, training_data, total_steps, device)
     out.print(plan.line(), soft_wrap=True)
@@ -129,6 +133,26 @@ def preflight(
             soft_wrap=True,
         )
     return plan
+
+
+def few_steps(config: TrainConfig, training_data: TrainingData, total_steps: int) -> list[str]:
+    """Returns a warning if a run is too short to learn much, unless `max_steps` is the reason.
+
+    It names the smallest change of each key that would give at least `ENOUGH_STEPS` steps.
+    """
+    if total_steps >= FEW_STEPS or total_steps == config.max_steps:
+        return []
+    epoch = training_data.loader.steps_per_epoch
+    if config.max_tokens is not None and total_steps < math.ceil(epoch * config.epochs):
+        enough = math.ceil(ENOUGH_STEPS * training_data.tokens_per_epoch / epoch)
+        advice = f"raise max_tokens (max_tokens={enough})"
+    else:
+        advice = f"raise epochs (epochs={math.ceil(ENOUGH_STEPS / epoch)})"
+        key = "batch_size" if config.batch_size is not None else "batch_tokens"
+        smaller = _smaller_batch(config, training_data)
+        advice += f" or lower {key} ({key}={smaller})" if smaller >= 1 else ""
+    steps = "1 step" if total_steps == 1 else f"{total_steps} steps"
+    return [f"only {steps}: too few to learn much from; {advice}"]
 
 
 def plan_run(
@@ -225,6 +249,19 @@ def check_model(config: TrainConfig, origin: BaseModelSource, objective: Objecti
             )
     bare = replace(origin, build=lambda dtype, _: empty.to(dtype))
     build_model(config, bare, objective, torch.device("meta"))
+
+
+def _smaller_batch(config: TrainConfig, training_data: TrainingData) -> int:
+    """Returns the largest step, in the recipe's unit, that gives at least `ENOUGH_STEPS` steps."""
+    tokens = training_data.tokens_per_epoch
+    if isinstance(config.data, CorpusDataConfig):
+        sequences = math.ceil(tokens / config.data.max_seq_len)
+    else:
+        sequences = training_data.figures["samples"]
+    if config.batch_size is not None:
+        return int(sequences * config.epochs / ENOUGH_STEPS)
+    # a step ends after the sequence that reaches batch_tokens
+    return int(tokens * config.epochs / ENOUGH_STEPS - tokens / sequences)
 
 
 def _micro_batches(config: TrainConfig, training_data: TrainingData) -> int:

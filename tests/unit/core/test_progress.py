@@ -77,7 +77,7 @@ def test_a_finished_line_contains_the_total_time(clock):
     bar = Progress("training", total=4, unit="step")
     clock.now += 80
     bar.advance(4)
-    assert bar.line() == "training: 4/4 step · 0.1 step/s · 1m20s"
+    assert bar.line() == "training: 4/4 step · 20 s/step · 1m20s"
 
 
 def test_without_a_total_the_line_contains_the_elapsed_time(clock):
@@ -161,4 +161,4 @@ def test_tracking_yields_every_item_and_counts_it(clock, capsys):
             yield item
 
     assert list(track(slow(), "reading", total=3, unit="row")) == ["a", "b", "c"]
-    assert capsys.readouterr().err.splitlines()[-1] == "reading: 3/3 row · 0.1 row/s · 30s"
+    assert capsys.readouterr().err.splitlines()[-1] == "reading: 3/3 row · 10 s/row · 30s"

@@ -1,0 +1,82 @@
+"""The warning about a run that is too short, and the settings that it advises."""
+
+import re
+
+import pytest
+
+from easyllm.batches.loader import Loader
+from easyllm.examples.sample import Sample
+from easyllm.train.config import TrainConfig
+from easyllm.train.preflight import ENOUGH_STEPS, few_steps
+from easyllm.train.run import count_steps
+from easyllm.train.training_data import TrainingData
+
+
+def configured(**changes):
+    return TrainConfig.model_validate({"data": {"train": ["-"]}, **changes})
+
+
+def data_of(config, num_rows):
+    """Returns training data of `num_rows` samples with 5 to 11 tokens each."""
+    samples = [Sample.from_mask(tuple(range(3, 8 + row % 7))) for row in range(num_rows)]
+    loader = Loader(
+        samples,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
+        micro_batch_tokens=64,
+        seed=0,
+    )
+    tokens = sum(sample.num_tokens for sample in samples)
+    return TrainingData(loader, None, tokens, "", [], {"samples": num_rows}, {})
+
+
+def warned(num_rows, **changes):
+    config = configured(**changes)
+    data = data_of(config, num_rows)
+    return few_steps(config, data, count_steps(config, data))
+
+
+def test_a_small_file_is_reported_with_settings_that_are_enough():
+    assert warned(30, batch_size=16, epochs=2) == [
+        "only 4 steps: too few to learn much from; raise epochs (epochs=25) or lower batch_size "
+        "(batch_size=1)"
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 16, "epochs": 2},
+        {"batch_size": 8, "epochs": 4},
+        {"batch_size": None, "batch_tokens": 200, "epochs": 3},
+    ],
+)
+@pytest.mark.parametrize("num_rows", [17, 24, 30])
+def test_each_advised_setting_alone_gives_enough_steps(num_rows, changes):
+    (warning,) = warned(num_rows, **changes)
+    advised = re.findall(r"\((\w+)=(\d+)\)", warning)
+    assert advised[0][0] == "epochs"
+    for key, value in advised:
+        config = configured(**{**changes, key: int(value)})
+        assert count_steps(config, data_of(config, num_rows)) >= ENOUGH_STEPS
+
+
+def test_a_batch_that_cannot_be_small_enough_is_not_advised():
+    assert warned(3, batch_size=16) == [
+        "only 1 step: too few to learn much from; raise epochs (epochs=50)"
+    ]
+
+
+def test_a_bound_on_tokens_is_named_as_the_reason():
+    (warning,) = warned(400, batch_size=4, max_tokens=200)
+    assert re.search(r"raise max_tokens \(max_tokens=\d+\)$", warning)
+    enough = int(warning.split("=")[1].rstrip(")"))
+    config = configured(batch_size=4, max_tokens=enough)
+    assert count_steps(config, data_of(config, 400)) >= ENOUGH_STEPS
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "changes"), [(20, {"batch_size": 1}), (400, {"max_steps": 2})]
+)
+def test_enough_steps_and_a_bound_on_steps_cause_no_warning(num_rows, changes):
+    assert warned(num_rows, **changes) == []
