@@ -6,13 +6,15 @@ from easyllm.adapters.adapter_set import AdapterSet, StepInfo
 from easyllm.adapters.attach import adapter_of, adapter_parameters, attach, detach
 from easyllm.adapters.bank import AdapterBank
 from easyllm.adapters.bitfit import BitFitConfig
+from easyllm.adapters.combining import Combined, combine
 from easyllm.adapters.dora import DoRA, DoRAConfig
 from easyllm.adapters.ia3 import IA3, IA3Config
 from easyllm.adapters.lora import LoRA, LoRAConfig
-from easyllm.adapters.merging import merge
+from easyllm.adapters.merging import check_mergeable, merge, unmerge
 from easyllm.adapters.peft_format import AdapterFile, load_adapter, read_adapter, save_adapter
 from easyllm.adapters.pissa import PiSSA, PiSSAConfig
 from easyllm.adapters.registry import ADAPTERS, register_adapter, unregister_adapter
+from easyllm.adapters.to_lora import Conversion, to_lora
 
 __all__ = [
     "ADAPTERS",
@@ -25,6 +27,8 @@ __all__ = [
     "AdapterFile",
     "AdapterSet",
     "BitFitConfig",
+    "Combined",
+    "Conversion",
     "DoRA",
     "DoRAConfig",
     "FileModule",
@@ -37,11 +41,15 @@ __all__ = [
     "adapter_of",
     "adapter_parameters",
     "attach",
+    "check_mergeable",
+    "combine",
     "detach",
     "load_adapter",
     "merge",
     "read_adapter",
     "register_adapter",
     "save_adapter",
+    "to_lora",
+    "unmerge",
     "unregister_adapter",
 ]
