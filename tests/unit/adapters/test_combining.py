@@ -1,4 +1,4 @@
-"""Sums of named adapters: exact with added ranks, truncated with the error, selected per request."""
+"""Sums of named adapters: exact or truncated with the error, and selected per request."""
 
 import pytest
 import torch
