@@ -9,7 +9,7 @@ from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM
 from easyllm.models import load_model, save_model, to_classifier
-from easyllm.pipeline.stages import merge_adapter
+from easyllm.pipeline.merge import merge_adapter
 from easyllm.train import TrainConfig, train
 from easyllm.train.metrics import read_metrics
 from easyllm_command import easyllm

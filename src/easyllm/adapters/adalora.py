@@ -234,6 +234,12 @@ class AdaLoRA(Adapter):
         update = self.lora_B.float() @ (self.lora_A * self.lora_E).float()
         return weight + self.scale * update.to(weight.device), bias
 
+    def update_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Returns diag(λ) Q [r, in] and s P [out, r] in fp32, without the pruned triplets."""
+        kept = self.keeps
+        down = (self.lora_A * self.lora_E).float()[kept]
+        return down, self.scale * self.lora_B.float()[:, kept]
+
     def orthogonality(self) -> Tensor:
         """Returns ‖QQᵀ - I‖ + ‖PᵀP - I‖, Frobenius norms."""
         identity = torch.eye(len(self.lora_A), device=self.lora_A.device, dtype=self.lora_A.dtype)

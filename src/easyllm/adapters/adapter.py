@@ -75,6 +75,13 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def update_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Returns A' [r, in] and B' [out, r], fp32, if merging adds B' A' to any weight.
+
+        None means that the update depends on the weight; it is then computed as `merged(W)` - W.
+        """
+        return None
+
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x' [T, k] and W' [out, k] such that x' W'ᵀ is the adapted layer's output.
 
@@ -167,6 +174,10 @@ class EmbeddingAdapter(nn.Module):
     def merged(self, weight: Tensor, bias: None = None) -> tuple[Tensor, None]:
         """Returns the weight [V, D] of an equivalent plain embedding, in fp32."""
         raise NotImplementedError
+
+    def update_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Returns A' [r, D] and B' [V, r], as for `Adapter.update_factors`."""
+        return None
 
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """As for `Adapter.loss_factors`, for a tied head."""

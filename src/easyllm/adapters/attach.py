@@ -99,10 +99,21 @@ def place(
             f"the adapter {name!r} changes the token embedding and cannot be attached by name "
             "alongside others; load it alone"
         )
+    fill_slots(model, adapters)
+    return adapters
+
+
+def fill_slots(model: Decoder, adapters: AdapterSet) -> None:
+    """Puts the modules of an adapter into the slots of the layers that they were built for.
+
+    Raises:
+        ConfigError: the model has an adapter with which it cannot be combined.
+    """
+    _check_free(model, adapters.name)
     for linear, adapter in adapters.linears.values():
-        if name:
+        if adapters.name:
             held: Any = linear.adapter or AdapterBank()
-            held.add(name, adapter)
+            held.add(adapters.name, adapter)
             linear.adapter = held
         else:
             linear.adapter = adapter
@@ -110,9 +121,8 @@ def place(
         embedding.adapter = table
     if adapters.model_adapter is not None:
         model.model_adapter = cast("ModelAdapter", adapters.model_adapter)
-    model.adapter_sets[name] = adapters
+    model.adapter_sets[adapters.name] = adapters
     model.adapter_changes += 1
-    return adapters
 
 
 @dataclass(frozen=True, slots=True)

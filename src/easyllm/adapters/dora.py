@@ -109,6 +109,10 @@ class DoRA(LoRA):
         norm = moved.detach().norm(dim=1)
         return moved * (self.magnitude / norm)[:, None], bias
 
+    def update_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Returns None: the norm of the updated weight depends on the weight."""
+        return None
+
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x' and W' such that x' W'ᵀ is the adapted output."""
         left, right = super().loss_factors(x, weight)

@@ -49,6 +49,10 @@ class LoRAEmbedding(EmbeddingAdapter):
         update = self.lora_embedding_A.float().T @ self.lora_embedding_B.float().T
         return weight + self.scale * update.to(weight.device), None
 
+    def update_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Returns Bᵀ [r, D] and s Aᵀ [V, r] in fp32."""
+        return self.lora_embedding_B.float().T, self.scale * self.lora_embedding_A.float().T
+
     def file_tensors(self) -> Mapping[str, nn.Parameter]:
         """Returns A and B, keyed by their suffixes in peft's file."""
         return {

@@ -110,6 +110,11 @@ class LoRA(Adapter):
         """Returns W + s B A [out, in] in fp32 and the unchanged bias."""
         return weight + self.delta().to(weight.device), bias
 
+    def update_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Returns A [r, in] and s B [out, r] in fp32."""
+        down, up = self.matrices()
+        return down.float(), self.scale * up.float()
+
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x' and W' such that x' W'ᵀ is the adapted output.
 

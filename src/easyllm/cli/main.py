@@ -53,7 +53,9 @@ COMMANDS: dict[str, dict[str, str]] = {
         "pull": "Download a known model into the cache (its SHA-256 is pinned).",
         "convert": "Convert a model to a Hugging Face folder that transformers, vLLM and "
         "others can load.",
-        "merge": "Merge a LoRA adapter into its base model and save the result.",
+    },
+    "merge": {
+        "merge": "Merge an adapter into its base model, and compare the result with the adapter.",
     },
     "plan": {
         "plan": "Estimate parameters, memory, FLOPs and time of a model or training run "

@@ -1,10 +1,13 @@
-"""The `easyllm pull`, `convert` and `merge` commands."""
+"""The `easyllm pull` and `convert` commands."""
 
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from easyllm.cli.adapter import AdapterFolder
+from easyllm.cli.output import JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
     from easyllm.models import ContextConfig
@@ -39,7 +42,6 @@ def register(app: typer.Typer) -> None:
     """Adds the commands to `app`."""
     app.command("pull")(pull)
     app.command("convert")(convert)
-    app.command("merge")(merge)
 
 
 def pull(
@@ -76,8 +78,19 @@ def convert(
     ] = None,
     rope: Rope = None,
     rope_factor: RopeFactor = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Convert an adapter of any method to LoRA of at most this rank, by SVD."
+        ),
+    ] = None,
+    adapter: AdapterFolder = None,
+    json_output: JsonFlag = False,
 ) -> None:
     """Convert a model to a Hugging Face folder that transformers, vLLM and others can load.
+
+    With --lora-rank, SOURCE is an adapter, and the result a LoRA adapter that peft can load. A
+    table shows how much of each update is lost.
 
     [bold]Examples[/bold]
 
@@ -88,14 +101,62 @@ def convert(
         easyllm convert smollm2 out/mqa --kv-heads 1
 
         easyllm convert smollm2 out/long --rope yarn --rope-factor 4
+
+        easyllm convert runs/dora/adapter out/lora --lora-rank 16
     """
     from easyllm.core.atomic import check_output_free
+    from easyllm.core.errors import ConfigError
     from easyllm.pipeline.stages import convert_model
 
-    check_output_free(target)
     context = context_config(rope, rope_factor)
+    if lora_rank is not None:
+        given = {"--dtype": dtype, "--kv-heads": kv_heads, "--rope": context}
+        for option in (name for name, value in given.items() if value is not None):
+            raise ConfigError(f"{option} changes a model, but --lora-rank converts an adapter")
+        check_output_free(target)
+        _to_lora(source, target, lora_rank, adapter, json_output=json_output)
+        return
+    if adapter is not None:
+        raise ConfigError("--adapter is converted with --lora-rank; to apply it, use easyllm merge")
+    check_output_free(target)
     folder = convert_model(source, target, dtype, num_kv_heads=kv_heads, context=context)
-    sys.stdout.write(f"{folder}\n")
+    if json_output:
+        print_json({"folder": str(folder)})
+    else:
+        sys.stdout.write(f"{folder}\n")
+
+
+def _to_lora(
+    source: str, target: Path, rank: int, adapter: str | None, *, json_output: bool
+) -> None:
+    """Converts an adapter and prints the errors, of all layers with the same last name together."""
+    from easyllm.adapters.factors import total_error
+    from easyllm.pipeline.adapter_to_lora import adapter_to_lora, figures
+
+    folder = None if adapter is None else Path(adapter)
+    converted = adapter_to_lora(source, target, rank, adapter=folder)
+    if json_output:
+        print_json({"folder": str(target), **figures(converted)})
+        return
+    rows = []
+    for leaf in dict.fromkeys(name.rsplit(".", 1)[-1] for name in converted.factors):
+        its = {n: f for n, f in converted.factors.items() if n.rsplit(".", 1)[-1] == leaf}
+        worst = max(its, key=lambda name: its[name].error)
+        ranks = sorted({each.rank for each in its.values()})
+        rows.append(
+            (
+                leaf,
+                len(its),
+                "-".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))),
+                f"{total_error(its):.2%}",
+                f"{its[worst].error:.2%} ({worst.removesuffix(f'.{leaf}')})",
+            )
+        )
+    total = f"{converted.error:.2%}"
+    rows.append(("all", len(converted.factors), "", total, ""))
+    title = "Part of the update that is lost (Frobenius norm)"
+    print_table(title, ("linear", "layers", "rank", "lost", "most (in)"), rows)
+    sys.stdout.write(f"{target}\n")
 
 
 def context_config(
@@ -122,21 +183,3 @@ def context_config(
             raise ConfigError(f"--{option} configures context extension; add --rope")
         return None
     return validate(ContextConfig, {"method": method, **given}, source="--rope")
-
-
-def merge(
-    base: Model,
-    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter.")],
-    target: Target,
-) -> None:
-    """Merge a LoRA adapter into its base model and save the result.
-
-    [bold]Examples[/bold]
-
-        easyllm merge smollm2 runs/sft-lora/adapter out/tuned
-    """
-    from easyllm.core.atomic import check_output_free
-    from easyllm.pipeline.stages import merge_adapter
-
-    check_output_free(target)
-    sys.stdout.write(f"{merge_adapter(base, adapter, target)}\n")

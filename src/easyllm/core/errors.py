@@ -7,6 +7,8 @@ EasyllmError
 ├── DataError         a data file or row is wrong
 ├── ContextLengthError  a prompt is too long (both a ConfigError and a DataError: the
 │                       configuration or the data can be changed)
+├── GateError         an exported model differs from what it was made from (exit status 1;
+│                     in `verify.export_gate`)
 ├── Interrupted       a signal stopped the work (not an error of the user)
 └── OutputError       a result cannot be written
 

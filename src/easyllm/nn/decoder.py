@@ -161,6 +161,7 @@ class Decoder(nn.Module):
         self.score = Linear(config.hidden_size, config.num_labels) if config.num_labels else None
         self.model_adapter: ModelAdapter | None = None
         self.adapter_sets: dict[str, Any] = {}  # attached adapters by name (`adapters.AdapterSet`)
+        self.merges: list[Any] = []  # merges that can be undone (`adapters.merging.Merge`)
         self.adapter_changes = 0  # count of attached or removed adapters, checked by engines
 
     @property

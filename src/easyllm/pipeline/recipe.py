@@ -98,6 +98,10 @@ class MergeStage(Config):
     kind: Literal["merge"]
     model: str = Field(description="Source of the base model.")
     adapter: str = Field(description="Folder of the adapter.")
+    check: bool = Field(
+        default=True,
+        description="Whether the merged model is compared with the adapter before it is kept.",
+    )
 
 
 Stage = Annotated[

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from easyllm.adapters import merge
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.config import Config
 from easyllm.core.json_types import JsonObject
@@ -26,8 +25,8 @@ from easyllm.models import (
     pool_kv_heads,
     save_model,
 )
-from easyllm.models.hf_config import read_end_ids
 from easyllm.pipeline.extension import ModelExtension
+from easyllm.pipeline.merge import merge_adapter
 from easyllm.pipeline.recipe import (
     ConvertStage,
     CorpusStage,
@@ -105,29 +104,6 @@ def convert_model(
     )
     extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
     return save_model(model, folder, tokenizer=tokenizer, extra_files=extra)
-
-
-def merge_adapter(source: str, adapter: Path, folder: Path) -> Path:
-    """Merges an adapter into its base in fp32 and saves the model as a Hugging Face folder.
-
-    Args:
-        source: the base model's source.
-        adapter: the adapter's folder.
-        folder: the folder to write.
-
-    Returns:
-        The path of the folder.
-    """
-    model = load_model(source, dtype="float32", adapter=adapter)
-    merge(model)
-    manifest = Manifest.create(
-        "merge",
-        config={"model": source, "adapter": str(adapter)},
-        inputs={"model": hash_path(locate(source)), "adapter": hash_path(adapter)},
-    )
-    extra = {MANIFEST_FILE: manifest.model_dump(mode="json")}
-    tokenizer, ends = load_tokenizer(source), read_end_ids(adapter)
-    return save_model(model, folder, tokenizer=tokenizer, end_ids=ends, extra_files=extra)
 
 
 def _tokenizer(stage: TokenizerStage, folder: Path) -> JsonObject:
@@ -219,8 +195,8 @@ def train_config(stage: TrainStage) -> TrainConfig:
 
 
 def _merge(stage: MergeStage, folder: Path) -> JsonObject:
-    merge_adapter(stage.model, Path(stage.adapter), folder)
-    return {}
+    merged = merge_adapter(stage.model, Path(stage.adapter), folder, check=stage.check)
+    return {} if merged.gate is None else merged.gate.as_dict()
 
 
 _RUNNERS: dict[type[Config], Callable[[Any, Path], JsonObject]] = {

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 
 from easyllm.corpus.shards import write_shards
 from easyllm.models import load_model, load_tokenizer, save_model
-from easyllm.pipeline.stages import merge_adapter
+from easyllm.pipeline.merge import merge_adapter
 from easyllm.tokenizer import SpecialTokens, Tokenizer
 from easyllm.tokenizer.turn_ends import turn_end_ids
 from easyllm.train import TrainConfig, train
@@ -133,7 +133,7 @@ def test_merging_an_adapter_tuned_on_conversations_sets_the_end_token(run, tmp_p
     number = load_tokenizer(folder).id_of("<|im_end|>")
     assert listed(output / "adapter", "generation_config.json") == [0, number]
     merged = merge_adapter(str(folder), output / "adapter", tmp_path / "merged")
-    assert load_model(merged).config.eos_token_ids == (0, number)
+    assert load_model(merged.folder).config.eos_token_ids == (0, number)
 
 
 def test_training_on_plain_text_does_not_change_the_end_tokens(run, base, tmp_path):
