@@ -102,6 +102,11 @@ class MergeStage(Config):
         default=True,
         description="Whether the merged model is compared with the adapter before it is kept.",
     )
+    virtual_tokens: Literal["refuse", "keep"] = Field(
+        default="refuse",
+        description="What to do with an adapter of virtual tokens (prompt, ptuning, prefix), which "
+        "cannot be merged: `refuse` it, or `keep` it as it is, attached to its base.",
+    )
 
 
 Stage = Annotated[

@@ -1,10 +1,12 @@
 """The implementation of each kind of stage, from its configuration to its results in a folder."""
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from easyllm.adapters import read_adapter
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.config import Config
 from easyllm.core.json_types import JsonObject
@@ -195,6 +197,13 @@ def train_config(stage: TrainStage) -> TrainConfig:
 
 
 def _merge(stage: MergeStage, folder: Path) -> JsonObject:
+    if (
+        stage.virtual_tokens == "keep"
+        and read_adapter(Path(stage.adapter)).kind.config.level == "model"
+    ):
+        with atomic_directory(folder, replace=True) as work:
+            shutil.copytree(stage.adapter, work, dirs_exist_ok=True)
+        return {"kept_as_adapter": True}
     merged = merge_adapter(stage.model, Path(stage.adapter), folder, check=stage.check)
     return {} if merged.gate is None else merged.gate.as_dict()
 
