@@ -79,6 +79,11 @@ class BaseOfFile:
         """Our names for the parameters in `replaced`."""
         return tuple(dict.fromkeys(entry.parameter for entry in self.replaced))
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Our names for the modules of `replaced`."""
+        return tuple(dict.fromkeys(entry.module for entry in self.replaced))
+
 
 def base_of_file(model: Decoder, tensors: Mapping[str, Tensor], names: FileNames) -> BaseOfFile:
     """Returns the base tensors among a file's tensors, which are named without peft's prefix."""
