@@ -214,6 +214,8 @@ class AdaLoRA(Adapter):
     def forward(self, x: Tensor, base: BaseLinear) -> Tensor:
         """Returns `base(x) + s P diag(λ) Q x`, [..., out] for `x: [..., in]`."""
         y = base(x)
+        if not len(self.lora_A):  # all triplets were pruned
+            return y
         if self.dropout is not None:
             x = self.dropout(x)
         down, up = (self.lora_A * self.lora_E).to(x.dtype), self.lora_B.to(x.dtype)

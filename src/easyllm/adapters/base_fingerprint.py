@@ -2,19 +2,20 @@
 
 It consists of hashes of the first values of a few parameters, as bf16, so that it does not depend
 on the dtype the model is loaded in. Quantized weights and fully trained parameters have no part in
-it. It is stored in the metadata of the safetensors file, which `peft` does not read.
+it. It is a file of its own, because peft warns about keys of `adapter_config.json` it does not know.
 """
 
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 
 from easyllm.adapters.adapter_set import base_parameter_names
 from easyllm.nn.decoder import Decoder
 
-METADATA_KEY = "base_fingerprint"
+FINGERPRINT_FILE = "base_fingerprint.json"
 NUM_PARAMETERS, NUM_VALUES = 8, 4096
 """Parameters that are hashed, evenly spaced in the model, and values of each."""
 
@@ -46,16 +47,11 @@ def differing(model: Decoder, recorded: Mapping[str, str]) -> str | None:
     return next(different, None)
 
 
-def to_metadata(found: Mapping[str, str]) -> dict[str, str]:
-    """Returns the metadata of a safetensors file that stores a fingerprint."""
-    return {METADATA_KEY: json.dumps(dict(found), sort_keys=True)}
-
-
-def from_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns the fingerprint in a file's metadata; empty if there is none that can be read."""
+def read_fingerprint(folder: Path) -> dict[str, str]:
+    """Returns the fingerprint stored with an adapter; empty if there is none that can be read."""
     try:
-        found = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except ValueError:
+        found = json.loads((folder / FINGERPRINT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return {str(n): str(v) for n, v in found.items()} if isinstance(found, dict) else {}
 
@@ -73,4 +69,4 @@ def _hash(model: Decoder, name: str) -> str:
     return hashlib.sha256(raw).hexdigest()[:16]
 
 
-__all__ = ["differing", "fingerprint", "from_metadata", "to_metadata"]
+__all__ = ["FINGERPRINT_FILE", "differing", "fingerprint", "read_fingerprint"]

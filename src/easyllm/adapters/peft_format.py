@@ -15,10 +15,10 @@ from easyllm.adapters.adapter import AdapterConfig, FileModule
 from easyllm.adapters.adapter_set import AdapterSet
 from easyllm.adapters.attach import adapter_of, detach, place
 from easyllm.adapters.base_fingerprint import (
+    FINGERPRINT_FILE,
     differing,
     fingerprint,
-    from_metadata,
-    to_metadata,
+    read_fingerprint,
 )
 from easyllm.adapters.peft_experts import fuse_experts, is_plain_lora, split_experts
 from easyllm.adapters.peft_whole import (
@@ -92,17 +92,23 @@ def save_adapter(
         description, tensors = fuse_experts(
             model, module_name, description, tensors, targets.values()
         )
-    of_base, modules_to_save = saved_tensors(model, adapters, module_name)
-    tensors |= of_base
+    elif any(".experts." in name for name in targets):
+        logger.warning(
+            "peft cannot read an adapter of kind %s of experts; it implements LoRA alone for them",
+            adapters.config.kind,
+        )
+    whole, modules_to_save = saved_tensors(model, adapters, module_name)
+    tensors |= whole
     if modules_to_save:
         description["modules_to_save"] = modules_to_save
     own = adapters.own_tensors()
     tensors |= {tensor_name: parameter.detach() for tensor_name, parameter in own.items()}
     prefixed = {n if n in own else f"{_PREFIX}{n}": tensor for n, tensor in tensors.items()}
-    marks = to_metadata(fingerprint(model, without=adapters.base_parameters))
     with atomic_directory(folder, replace=replace) as work:
-        write_tensors(work / WEIGHTS, prefixed, {"format": "pt", **marks})
+        write_tensors(work / WEIGHTS, prefixed, {"format": "pt"})
         write_json(work / CONFIG, description)
+        hashes = fingerprint(model, without=adapters.base_parameters)
+        write_json(work / FINGERPRINT_FILE, dict(hashes))
     return folder
 
 
@@ -164,7 +170,7 @@ def read_adapter(folder: Path) -> AdapterFile:
             "copy the adapter again"
         )
     kind = kind_of_file(description)
-    tensors, metadata = read_tensors(folder / WEIGHTS)
+    tensors, _ = read_tensors(folder / WEIGHTS)
     for name, tensor in tensors.items():
         if tensor.ndim == 0:
             raise CheckpointError(
@@ -182,7 +188,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         kind=kind,
         description=description,
         tensors=short,
-        base_fingerprint=from_metadata(metadata),
+        base_fingerprint=read_fingerprint(folder),
     )
 
 

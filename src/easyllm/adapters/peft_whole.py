@@ -154,7 +154,8 @@ def saved_tensors(
         turned = value.T if names.transposed(parameter) else value
         infix = _COPY if owner in adapters.adapted else ""
         tensors[f"{theirs}.{infix}{leaf}"] = turned.contiguous()
-        if not (parameter in trained and adapters.config.trains_bias(parameter)):
+        is_bias = parameter in trained and adapters.config.trains_bias(parameter)
+        if adapters.config.saves_modules and not is_bias:
             modules.add(theirs)
     if model.score is not None:  # peft cannot load a classifier's adapter without its head
         tensors[f"{names(SCORE)}.weight"] = model.score.weight.detach()
