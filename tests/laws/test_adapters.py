@@ -103,8 +103,8 @@ def test_an_unsupported_kind_of_adapter_is_refused(tmp_path):
     model = trained_adapter(config)
     folder = save_adapter(model, tmp_path / "a", module_name=hf_module_name(model), base="tiny")
     description = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(description | {"use_dora": True}))
-    with pytest.raises(CheckpointError, match="use_dora=True, which is not implemented"):
+    (folder / "adapter_config.json").write_text(json.dumps(description | {"lora_bias": True}))
+    with pytest.raises(CheckpointError, match="lora_bias=True, which is not implemented"):
         load_adapter(build_tiny(), folder, module_name=hf_module_name(model))
 
 

@@ -222,6 +222,8 @@ class AdaLoRA(Adapter):
     def forward(self, x: Tensor, base: BaseLinear) -> Tensor:
         """Returns `base(x) + s P diag(λ) Q x`, [..., out] for `x: [..., in]`."""
         y = base(x)
+        if not len(self.lora_A):  # all triplets were pruned
+            return y
         if self.dropout is not None:
             x = self.dropout(x)
         down, up = (self.lora_A * self.lora_E).to(x.dtype), self.lora_B.to(x.dtype)
@@ -239,6 +241,14 @@ class AdaLoRA(Adapter):
         kept = self.keeps
         down = (self.lora_A * self.lora_E).float()[kept]
         return down, self.scale * self.lora_B.float()[:, kept]
+
+    def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns x' and W' such that x' W'ᵀ is the adapted output, as `LoRA.loss_factors`."""
+        if self.dropout is None or not self.training:
+            return super().loss_factors(x, weight)
+        inner = self.dropout(x) @ (self.lora_A * self.lora_E).to(x.dtype).T
+        up = (self.scale * self.lora_B).to(weight.dtype)
+        return torch.cat([x, inner], dim=1), torch.cat([weight, up], dim=1)
 
     def orthogonality(self) -> Tensor:
         """Returns ‖QQᵀ - I‖ + ‖PᵀP - I‖, Frobenius norms."""
@@ -352,7 +362,10 @@ class AdaLoRASet(AdapterSet):
 
     def to_peft(self, modules: Mapping[str, str]) -> JsonObject:
         """Returns the AdaLoRA entries of `adapter_config.json`, with the triplets that are kept."""
-        config, total = self.config, self.total_steps or 3
+        config = self.config
+        # a schedule that peft accepts, if none has run
+        given = (config.warmup_steps or 0) + (config.final_steps or 0)
+        total = self.total_steps or 2 * given + 3
         warmup, final = config.phases(total)
         return {
             "init_r": config.start_rank,

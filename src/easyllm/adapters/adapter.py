@@ -151,16 +151,31 @@ class EmbeddingAdapter(nn.Module):
 
     batch_invariant: bool = True
 
-    def forward(self, token_ids: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the adapted vectors [T, D] of `token_ids: [T]`; `base` looks up the own ones."""
+    def forward(
+        self, token_ids: Tensor, base: Callable[[Tensor], Tensor], *, deterministic: bool = False
+    ) -> Tensor:
+        """Returns the adapted vectors [T, D] of `token_ids: [T]`.
+
+        Args:
+            token_ids: [T].
+            base: looks up the embedding's own vectors.
+            deterministic: as in `ForwardContext`.
+        """
         raise NotImplementedError
 
-    def project(self, hidden: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+    def project(
+        self,
+        hidden: Tensor,
+        base: Callable[[Tensor], Tensor],
+        *,
+        deterministic: bool = False,  # noqa: ARG002 - for overrides
+    ) -> Tensor:
         """Returns the logits [N, V] of a tied head; by default the base's, without the adapter.
 
         Args:
             hidden: [N, D].
             base: computes the logits with the embedding's own weight.
+            deterministic: as in `ForwardContext`.
         """
         return base(hidden)
 
@@ -355,10 +370,11 @@ class AdapterConfig(Config):
             ConfigError: a schedule of the method does not fit into the run.
         """
 
-    def rate_factor(self, *, starts_at_zero: bool) -> float:  # noqa: ARG002 - for overrides
+    def rate_factor(self, name: str, *, starts_at_zero: bool) -> float:  # noqa: ARG002
         """Returns the factor on the learning rate of one of the adapter's matrices.
 
         Args:
+            name: its name in the model.
             starts_at_zero: whether all values of the matrix are initially zero.
         """
         return 1.0

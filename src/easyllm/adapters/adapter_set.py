@@ -143,7 +143,7 @@ class AdapterSet:
             if parameter.ndim < 2 or parameter.is_meta or name in self.base_parameters:
                 continue
             is_zero = not bool(parameter.detach().any())
-            factor = self.config.rate_factor(starts_at_zero=is_zero)
+            factor = self.config.rate_factor(name, starts_at_zero=is_zero)
             if factor != 1:
                 found[name] = factor
         return found

@@ -150,7 +150,8 @@ class _Builder:
             adapter = config.build(full_name, linear.in_features, linear.out_features)
             if self.generator is not None:
                 adapter.reset_parameters(self.generator)
-                adapter.start(linear, self.generator)
+                if linear.storage.device.type != "meta":
+                    adapter.start(linear, self.generator)
             adapter.train(self.model.training)  # new modules are in training mode
             found[full_name] = linear, adapter.to(linear.storage.device)
         return found
@@ -163,7 +164,8 @@ class _Builder:
             return {}
         if self.generator is not None:
             adapter.reset_parameters(self.generator)
-            adapter.start(table, self.generator)
+            if table.storage.device.type != "meta":
+                adapter.start(table, self.generator)
         adapter.train(self.model.training)
         return {full_name: (table, adapter.to(table.storage.device))}
 

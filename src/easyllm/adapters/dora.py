@@ -95,13 +95,14 @@ class DoRA(LoRA):
     @torch.no_grad()
     def _norm(self, base: BaseLinear) -> Tensor:
         """Returns ‖W + s B A‖, the norm of each output row [out] in fp32."""
-        if self.row_norms is None or self.row_norms.device != self.lora_A.device:
-            self.row_norms = base.weight.float().norm(dim=1)
+        kept = self.row_norms  # moved and cast with the module, as if it were a weight
+        if kept is None or kept.device != self.lora_A.device or kept.dtype != torch.float32:
+            self.row_norms = kept = base.weight.float().norm(dim=1)
         down, up = self.lora_A, self.lora_B
         dtype = base.layer.storage.dtype
         inner = base.layer.storage.linear(down.to(dtype)).T.float()  # W Aᵀ, [out, r]
         squares = (up @ (down @ down.T)).mul_(self.scale).add_(inner, alpha=2).mul_(up).sum(1)
-        return (self.row_norms.square() + self.scale * squares).clamp_min_(1e-24).sqrt()
+        return (kept.square() + self.scale * squares).clamp_min_(1e-24).sqrt()
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns m / ‖W + s B A‖ · (W + s B A) [out, in] in fp32 and the unchanged bias."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from easyllm.adapters.adapter import EmbeddingAdapter
 from easyllm.nn.linear import Embedding
+from easyllm.ops.deterministic import tiled_linear
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 
@@ -36,13 +37,14 @@ class LoRAEmbedding(EmbeddingAdapter):
         nn.init.zeros_(self.lora_embedding_A)
         nn.init.normal_(self.lora_embedding_B, generator=generator)
 
-    def forward(self, token_ids: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, base: Callable[[Tensor], Tensor], *, deterministic: bool = False
+    ) -> Tensor:
         """Returns E[t] + s B A[:, t] [T, D] for `token_ids: [T]`."""
         rows = base(token_ids)
         inner = nn.functional.embedding(token_ids, self.lora_embedding_A.T)  # [T, r]
-        # a product for each row, so that a row's bits do not depend on the others
-        update = (inner[:, None, :] * self.lora_embedding_B).sum(-1)
-        return rows + (self.scale * update).to(rows.dtype)
+        product = tiled_linear if deterministic else nn.functional.linear
+        return rows + (self.scale * product(inner, self.lora_embedding_B)).to(rows.dtype)
 
     def merged(self, weight: Tensor, bias: None = None) -> tuple[Tensor, None]:  # noqa: ARG002
         """Returns E + s (B A)ᵀ [V, D] in fp32."""
@@ -65,15 +67,20 @@ class TrainedTokens(EmbeddingAdapter):
     """Rows of the embedding that are trained in full; a tied head has the same rows.
 
     Args:
-        token_ids: the tokens, ascending.
+        token_ids: the tokens, in the order of their rows; each once.
         width: D.
     """
 
     token_ids: Tensor
+    ascending: Tensor
+    order: Tensor
 
     def __init__(self, token_ids: Sequence[int], width: int) -> None:
         super().__init__()
-        self.register_buffer("token_ids", torch.tensor(token_ids), persistent=False)
+        order = sorted(range(len(token_ids)), key=lambda row: token_ids[row])
+        ascending = [token_ids[row] for row in order]
+        for name, values in (("token_ids", token_ids), ("ascending", ascending), ("order", order)):
+            self.register_buffer(name, torch.tensor(list(values)), persistent=False)
         self.delta = nn.Parameter(torch.empty(len(token_ids), width))
 
     def reset_parameters(self, generator: torch.Generator) -> None:  # noqa: ARG002
@@ -85,17 +92,26 @@ class TrainedTokens(EmbeddingAdapter):
         """Copies the rows of the embedding."""
         self.delta.copy_(layer.storage.rows(self.token_ids.to(layer.storage.device)))
 
-    def forward(self, token_ids: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        base: Callable[[Tensor], Tensor],
+        *,
+        deterministic: bool = False,  # noqa: ARG002 - no product
+    ) -> Tensor:
         """Returns δ[t] for the chosen tokens and E[t] for the others, [T, D]."""
         rows = base(token_ids)
-        place = torch.searchsorted(self.token_ids, token_ids).clamp(max=len(self.token_ids) - 1)
-        chosen = self.token_ids[place] == token_ids
-        return torch.where(chosen[:, None], self.delta[place].to(rows.dtype), rows)
+        place = torch.searchsorted(self.ascending, token_ids).clamp(max=len(self.ascending) - 1)
+        chosen = self.ascending[place] == token_ids
+        return torch.where(chosen[:, None], self.delta[self.order[place]].to(rows.dtype), rows)
 
-    def project(self, hidden: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+    def project(
+        self, hidden: Tensor, base: Callable[[Tensor], Tensor], *, deterministic: bool = False
+    ) -> Tensor:
         """Returns the logits [N, V], those of the chosen tokens from their trained rows."""
         logits = base(hidden)
-        own = hidden.to(logits.dtype) @ self.delta.to(logits.dtype).T
+        product = tiled_linear if deterministic else nn.functional.linear
+        own = product(hidden.to(logits.dtype), self.delta.to(logits.dtype))
         return logits.index_copy(1, self.token_ids, own)
 
     def merged(self, weight: Tensor, bias: None = None) -> tuple[Tensor, None]:  # noqa: ARG002

@@ -81,7 +81,7 @@ class IA3Config(AdapterConfig):
                     f"{module.name} has {', '.join(sorted(module.tensors))} in the adapter's file, "
                     f"expected {FACTORS}; copy the adapter again"
                 )
-            if module.tensors[FACTORS].shape[0] == 1:
+            if module.tensors[FACTORS].shape[-1:] != (1,):
                 inputs.append(ours)
         return cls(targets=tuple(modules) or ("no linear",), scaled_inputs=tuple(inputs))
 

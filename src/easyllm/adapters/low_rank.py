@@ -77,6 +77,13 @@ class LowRankConfig(AdapterConfig):
     """Last parts of the names of a linear's tensors in peft's file."""
 
     @model_validator(mode="after")
+    def _each_token_once(self) -> Self:
+        twice = [t for n, t in enumerate(self.trained_tokens) if t in self.trained_tokens[:n]]
+        if twice:
+            raise ValueError(f"trained_tokens names token {twice[0]} twice; name each token once")
+        return self
+
+    @model_validator(mode="after")
     def _one_adapter_of_the_embedding(self) -> Self:
         if self.trained_tokens and self.adapts("embed_tokens"):
             raise ValueError(
@@ -104,7 +111,7 @@ class LowRankConfig(AdapterConfig):
         return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
 
     def build_embedding(self, name: str, num_tokens: int, width: int) -> EmbeddingAdapter | None:
-        """Builds the adapter of the embedding; None if it is not a target and has no trained rows.
+        """Builds the adapter of the embedding; None if it is not a target and no rows are trained.
 
         Raises:
             ConfigError: a trained token id is not in the vocabulary.
@@ -115,7 +122,7 @@ class LowRankConfig(AdapterConfig):
                     f"adapter.trained_tokens names token {max(self.trained_tokens)}, but the "
                     f"model's ids end at {num_tokens - 1}; extend the vocabulary first"
                 )
-            return TrainedTokens(sorted(set(self.trained_tokens)), width)
+            return TrainedTokens(self.trained_tokens, width)
         if not self.adapts_embeddings or not self.adapts(name):
             return None
         return LoRAEmbedding(self.rank_of(name), self.scale_of(name), num_tokens, width)
@@ -131,9 +138,22 @@ class LowRankConfig(AdapterConfig):
             return False
         return self.bias == "all" or self.adapts(owner)
 
-    def rate_factor(self, *, starts_at_zero: bool) -> float:
-        """Returns `rate_ratio` for a matrix that starts at zero, else 1."""
-        return self.rate_ratio if starts_at_zero else 1.0
+    def rate_factor(self, name: str, *, starts_at_zero: bool) -> float:
+        """Returns `rate_ratio` for a low-rank matrix that starts at zero, else 1."""
+        is_low_rank = name.rpartition(".")[2].startswith("lora_")
+        return self.rate_ratio if is_low_rank and starts_at_zero else 1.0
+
+    def check_base(self, names: Sequence[str]) -> None:
+        """Checks that `bias` selects a bias of the model.
+
+        Raises:
+            ConfigError: it selects none.
+        """
+        if self.bias != "none" and not any(self.trains_bias(name) for name in names):
+            what = "the model has" if self.bias == "all" else "the adapted linears have"
+            raise ConfigError(
+                f"adapter.bias={self.bias} trains biases, but {what} none; leave it out"
+            )
 
     def check(self, name: str, in_features: int, out_features: int) -> None:
         """Checks that the adapter's rank does not exceed the rank of the layer's weight.
@@ -179,7 +199,7 @@ class LowRankConfig(AdapterConfig):
             "rank_pattern": {name: r for name, r in ranks.items() if r != self.rank},
             "alpha_pattern": {name: a for name, a in alphas.items() if a != self.alpha},
             "bias": BIAS[self.bias],
-            "trainable_token_indices": sorted(set(self.trained_tokens)) or None,
+            "trainable_token_indices": list(self.trained_tokens) or None,
             "fan_in_fan_out": False,
         }
 

@@ -1,7 +1,9 @@
 """Adapters on disk in peft's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
+import dataclasses
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +13,13 @@ from torch import Tensor
 from easyllm.adapters.adapter import AdapterConfig, FileModule
 from easyllm.adapters.adapter_set import AdapterSet
 from easyllm.adapters.attach import adapter_of, detach, place
+from easyllm.adapters.base_fingerprint import (
+    FINGERPRINT_FILE,
+    differing,
+    fingerprint,
+    read_fingerprint,
+)
+from easyllm.adapters.peft_experts import fuse_experts, is_plain_lora, split_experts
 from easyllm.adapters.peft_whole import (
     BaseOfFile,
     FileNames,
@@ -27,6 +36,7 @@ from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.decoder import Decoder
 
+logger = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = {"linear": "base_model.model.", "model": "base_model."}
@@ -72,21 +82,35 @@ def save_adapter(
         **adapters.config.base_to_peft(model.config),
         **adapters.to_peft(modules),
     }
-    if modules:
-        description.setdefault("target_modules", _targets(model, modules, module_name))
-    tensors, modules_to_save = saved_tensors(model, adapters, module_name)
+    targets = {n: theirs for n, theirs in modules.items() if adapters.config.adapts(n)}
+    if targets:
+        description.setdefault("target_modules", _targets(model, targets, module_name))
+    tensors = {
+        f"{modules[ours]}.{ending}": tensor.detach().contiguous()
+        for ours, (_, adapter) in adapters.adapted.items()
+        for ending, tensor in adapter.saved_tensors().items()
+    }
+    if is_plain_lora(description):
+        description, tensors = fuse_experts(
+            model, module_name, description, tensors, targets.values()
+        )
+    elif any(".experts." in name for name in targets):
+        logger.warning(
+            "peft cannot read an adapter of kind %s of experts; it implements LoRA alone for them",
+            adapters.config.kind,
+        )
+    whole, modules_to_save = saved_tensors(model, adapters, module_name)
+    tensors |= whole
     if modules_to_save:
         description["modules_to_save"] = modules_to_save
-    for ours, (_, adapter) in adapters.adapted.items():
-        stem = modules[ours]
-        for ending, tensor in adapter.saved_tensors().items():
-            tensors[f"{stem}.{ending}"] = tensor.detach().contiguous()
     own, prefix = adapters.own_tensors(), _PREFIX[adapters.config.level]
     tensors |= {tensor_name: parameter.detach() for tensor_name, parameter in own.items()}
     prefixed = {n if n in own else f"{prefix}{n}": tensor for n, tensor in tensors.items()}
     with atomic_directory(folder, replace=replace) as work:
         write_tensors(work / WEIGHTS, prefixed, {"format": "pt"})
         write_json(work / CONFIG, description)
+        hashes = fingerprint(model, without=adapters.base_parameters)
+        write_json(work / FINGERPRINT_FILE, dict(hashes))
     return folder
 
 
@@ -99,12 +123,14 @@ class AdapterFile:
         kind: the registered method.
         description: the parsed `adapter_config.json`.
         tensors: its tensors, by name without peft's prefix.
+        base_fingerprint: hashes of some parameters of its base, if the file records any.
     """
 
     folder: Path
     kind: AdapterKind
     description: JsonMapping
     tensors: Mapping[str, Tensor]
+    base_fingerprint: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
@@ -152,6 +178,11 @@ def read_adapter(folder: Path) -> AdapterFile:
     kind = kind_of_file(description)
     tensors, _ = read_tensors(folder / WEIGHTS)
     for name, tensor in tensors.items():
+        if tensor.ndim == 0:
+            raise CheckpointError(
+                f"{name} in {folder / WEIGHTS} is a single number, expected a vector or a matrix; "
+                "copy the adapter again"
+            )
         if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
             raise CheckpointError(
                 f"{name} in {folder / WEIGHTS} contains NaN, Inf or integers, expected finite "
@@ -159,13 +190,26 @@ def read_adapter(folder: Path) -> AdapterFile:
             )
     prefix = _PREFIX[kind.config.level]
     short = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return AdapterFile(folder=folder, kind=kind, description=description, tensors=short)
+    return AdapterFile(
+        folder=folder,
+        kind=kind,
+        description=description,
+        tensors=short,
+        base_fingerprint=read_fingerprint(folder),
+    )
 
 
 def load_adapter(
-    model: Decoder, folder: Path | AdapterFile, *, module_name: FileNames, name: str = ""
+    model: Decoder,
+    folder: Path | AdapterFile,
+    *,
+    module_name: FileNames,
+    name: str = "",
+    base: str = "",
 ) -> AdapterSet:
     """Attaches the adapter stored in a folder to a model and freezes all parameters.
+
+    A base whose weights differ from those that the adapter was trained on is warned about.
 
     Args:
         model: the base model; modified in place.
@@ -173,6 +217,7 @@ def load_adapter(
         module_name: maps our module names to Hugging Face's (`models.hf_module_name(model)`).
         name: the name that sequences select the adapter by, so that several can be attached;
             without one, the adapter applies to every row.
+        base: the source of `model`, for messages.
 
     Raises:
         CheckpointError: the folder contains no adapter, one for another model, or an unsupported
@@ -186,22 +231,25 @@ def load_adapter(
             f"the adapter in {str(file.folder)!r} changes only one of two tied matrices of this "
             "model, embedding and head; load it with models.add_adapter, which unties the head"
         )
-    base = base_of_file(model, file.tensors, module_name)
-    if base.replaced and name:
+    if is_plain_lora(file.description):
+        file = _with_experts(model, file, module_name)
+    stored = base_of_file(model, file.tensors, module_name)
+    if stored.replaced and name:
         raise ConfigError(
-            f"the adapter in {str(file.folder)!r} was trained with {', '.join(base.names)} of "
+            f"the adapter in {str(file.folder)!r} was trained with {', '.join(stored.modules)} of "
             "the base and so cannot be attached by name alongside others; load it alone"
         )
-    check_named(model, file.modules_to_save, base, module_name)
-    config = _config(model, file, base, module_name)
-    adapters = place(model, config, base_parameters=base.names, name=name)
+    check_named(model, file.modules_to_save, stored, module_name)
+    config = _config(model, file, stored, module_name)
+    adapters = place(model, config, base_parameters=stored.names, name=name)
     try:
-        _check_fit(model, file, base, adapters, module_name)
+        _check_fit(model, file, stored, adapters, module_name)
     except CheckpointError:
         detach(model, name)
         raise
+    _warn_of_another_base(model, file, base)
     with torch.no_grad():
-        for entry in base.replaced:
+        for entry in stored.replaced:
             own = model.get_parameter(entry.parameter)
             adapters.replaced[entry.parameter] = own.clone()
             own.copy_(entry.turned(file.tensors[entry.name]))
@@ -209,6 +257,30 @@ def load_adapter(
             parameter.copy_(file.tensors[tensor_name])
     model.requires_grad_(False)
     return adapters
+
+
+def _with_experts(model: Decoder, file: AdapterFile, module_name: FileNames) -> AdapterFile:
+    """Returns the contents of a file with a linear for each expert."""
+    try:
+        found = split_experts(model, module_name, file.description, file.tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.folder}: {error}") from None
+    description, tensors = found
+    return dataclasses.replace(file, description=description, tensors=tensors)
+
+
+def _warn_of_another_base(model: Decoder, file: AdapterFile, base: str) -> None:
+    name = differing(model, file.base_fingerprint)
+    if name is None:
+        return
+    logger.warning(
+        "the adapter in %s was trained on %r, whose %s has other values than that of %s; results "
+        "may be wrong",
+        file.folder,
+        file.description.get("base_model_name_or_path"),
+        name,
+        repr(base) if base else f"this {model.config.family} model",
+    )
 
 
 def _config(
@@ -239,7 +311,7 @@ def _config(
             f"{file.folder / CONFIG} does not describe a valid adapter "
             f"({'.'.join(map(str, first['loc']))}: {first['msg']})"
         ) from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{file.folder / CONFIG} does not describe a valid adapter of kind "
             f"{file.kind.peft_type} ({error})"

@@ -79,6 +79,11 @@ class BaseOfFile:
         """Our names for the parameters in `replaced`."""
         return tuple(dict.fromkeys(entry.parameter for entry in self.replaced))
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Our names for the modules of `replaced`."""
+        return tuple(dict.fromkeys(entry.module for entry in self.replaced))
+
 
 def base_of_file(model: Decoder, tensors: Mapping[str, Tensor], names: FileNames) -> BaseOfFile:
     """Returns the base tensors among a file's tensors, which are named without peft's prefix."""
@@ -149,7 +154,8 @@ def saved_tensors(
         turned = value.T if names.transposed(parameter) else value
         infix = _COPY if owner in adapters.adapted else ""
         tensors[f"{theirs}.{infix}{leaf}"] = turned.contiguous()
-        if not (parameter in trained and adapters.config.trains_bias(parameter)):
+        is_bias = parameter in trained and adapters.config.trains_bias(parameter)
+        if adapters.config.saves_modules and not is_bias:
             modules.add(theirs)
     if model.score is not None:  # peft cannot load a classifier's adapter without its head
         tensors[f"{names(SCORE)}.weight"] = model.score.weight.detach()

@@ -11,7 +11,7 @@ base. A file that needs a residual base depends on recomputing the same singular
 """
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, NonNegativeInt, model_validator
@@ -33,6 +33,8 @@ class PiSSAConfig(LowRankConfig):
         description="Power iterations of the randomised singular value decomposition; null "
         "computes the exact one, which takes far longer.",
     )
+
+    adapts_embeddings: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _starts_at_no_zero(self) -> Self:
@@ -96,12 +98,16 @@ class PiSSA(LoRA):
 
     @torch.no_grad()
     def start(self, layer: Linear, generator: Generator) -> None:
-        """Initialises A and B from the largest singular values of the layer's weight."""
-        rank, weight = len(self.lora_A), layer.storage.dense().float()
+        """Initialises A and B from the largest singular values of the layer's weight.
+
+        If the rank is more than that of the weight (a router's), the rest starts as in LoRA.
+        """
+        weight = layer.storage.dense().float()
+        rank = min(len(self.lora_A), *weight.shape)
         u, s, v = largest_singular(weight, rank, self.iterations, generator)
         root = (s / self.scale).sqrt()
-        self.lora_A.copy_(root[:, None] * v)
-        self.lora_B.copy_(u * root)
+        self.lora_A[:rank] = root[:, None] * v
+        self.lora_B[:, :rank] = u * root
         self.start_A.copy_(self.lora_A)
         self.start_B.copy_(self.lora_B)
 

@@ -266,10 +266,10 @@ def load_model(
     wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     opened = open_source(source, context=context)
     model = opened.model(wanted, pick_device(device), quantize=quantize)
-    return model if adapter is None else add_adapter(model, adapter)
+    return model if adapter is None else add_adapter(model, adapter, base=str(source))
 
 
-def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decoder:
+def add_adapter(model: Decoder, folder: str | Path, *, name: str = "", base: str = "") -> Decoder:
     """Loads an adapter from a folder and attaches it to the model.
 
     A classification head that was trained with the adapter is loaded too. If the embedding and the
@@ -280,6 +280,7 @@ def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decode
         folder: the folder of the adapter, in peft format.
         name: name under which several adapters are selected per sequence
             (`ForwardContext.adapters`); without a name, the adapter applies to every sequence.
+        base: the source of `model`, for messages.
 
     Returns:
         `model` itself.
@@ -313,7 +314,8 @@ def add_adapter(model: Decoder, folder: str | Path, *, name: str = "") -> Decode
             to_classifier(model, labels)
         if own_head:
             model.untie_head()
-        adapters = load_adapter(model, file, module_name=hf_module_name(model), name=name)
+        names = hf_module_name(model)
+        adapters = load_adapter(model, file, module_name=names, name=name, base=base)
     except EasyllmError:
         undo()
         raise

@@ -45,10 +45,14 @@ class TableAdapter(Protocol):
 
     batch_invariant: bool
 
-    def __call__(self, token_ids: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+    def __call__(
+        self, token_ids: Tensor, base: Callable[[Tensor], Tensor], *, deterministic: bool
+    ) -> Tensor:
         """Returns the adapted vectors [T, D] of `token_ids: [T]`."""
 
-    def project(self, hidden: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+    def project(
+        self, hidden: Tensor, base: Callable[[Tensor], Tensor], *, deterministic: bool
+    ) -> Tensor:
         """Returns the logits [N, V] of a tied head for `hidden: [N, D]`."""
 
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,18 +192,20 @@ class Embedding(nn.Embedding):
         """Returns the vectors [T, D] of `token_ids: [T]`."""
         if self.adapter is None or (context is not None and context.base_only):
             return self.storage.rows(token_ids)
-        return self.adapter(token_ids, self.storage.rows)
+        deterministic = context is not None and context.deterministic
+        return self.adapter(token_ids, self.storage.rows, deterministic=deterministic)
 
     def project(self, hidden: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Returns `hidden: [N, D]` multiplied by the vectors of all tokens, [N, V]."""
 
+        deterministic = context is not None and context.deterministic
+
         def base(hidden: Tensor) -> Tensor:
-            deterministic = context is not None and context.deterministic
             return self.storage.linear(hidden, deterministic=deterministic)
 
         if self.adapter is None or (context is not None and context.base_only):
             return base(hidden)
-        return self.adapter.project(hidden, base)
+        return self.adapter.project(hidden, base, deterministic=deterministic)
 
     def store(self, storage: WeightStorage) -> None:
         """Stores the vectors in another storage and frees the full ones."""

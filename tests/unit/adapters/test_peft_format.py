@@ -411,3 +411,88 @@ def test_adapters_loaded_by_name_share_an_untrained_classification_head(tmp_path
     save_adapter(model, tmp_path / "a", module_name=hf_module_name(model), base="x")
     again = add_adapter(build(labels=2), tmp_path / "a", name="one")
     torch.testing.assert_close(again.logits(IDS, adapter="one")[-1], expected, atol=1e-6, rtol=0)
+
+
+# ---- damaged files
+
+
+def changed(folder, change):
+    """Rewrites the tensors of a file; `change` returns those of the new one."""
+    path = folder / "adapter_model.safetensors"
+    tensors = change(dict(file_tensors(folder)))
+    save_file({PREFIX + n: t.contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
+
+
+A, B = f"{QV[0]}.lora_A.weight", f"{QV[0]}.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: {n: x for n, x in t.items() if n != B}, f"{QV[0]} has lora_A.weight in"),
+        (lambda t: {n: x for n, x in t.items() if n not in (A, B)}, ""),  # a smaller adapter
+        (lambda t: t | {"model.norm.lora_A.weight": t[A]}, "1 unexpected, such as model.norm"),
+        (lambda t: t | {f"{QV[0]}.lora_C.weight": t[A]}, f"{QV[0]} has .*lora_C.weight"),
+        (lambda t: t | {A: t[A] * float("nan")}, f"{A} .* contains NaN"),
+        (lambda t: t | {B: t[B].index_fill(0, torch.tensor(3), float("inf"))}, f"{B} .*Inf"),
+        (lambda t: t | {A: (t[A] * 9).int()}, f"{A} .*integers"),
+        (lambda t: t | {A: t[A][:, :-1]}, rf"{A}: got \[2, 31\], expected \[2, 32\]"),
+        (lambda t: t | {B: t[B].T}, rf"{B}: got \[2, 64\], expected \[64, 2\]"),
+        (lambda t: t | {A: t[A][:1]}, f"{QV[0]} has rank 1 in the adapter's file and 2"),
+        (lambda t: t | {A: t[A][0]}, f"{QV[0]} has rank 32 .* and 2"),
+        (lambda t: t | {A: t[A][0, 0]}, f"{A} .* is a single number"),
+    ],
+)
+def test_a_damaged_tensor_is_named(change, words, tmp_path):
+    write(tmp_path / "a", lora(QV))
+    changed(tmp_path / "a", change)
+    if not words:
+        add_adapter(build(), tmp_path / "a")
+        return
+    model = build()
+    with pytest.raises(CheckpointError, match=words):
+        add_adapter(model, tmp_path / "a")
+    assert not model.is_adapted
+    assert not model.adapter_sets
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_truncated_file_is_named(name, share, tmp_path):
+    path = write(tmp_path / "a", lora(QV)) / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        add_adapter(build(), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 48}, r"of wrong shape, such as .*got \[2, 32\], expected \[2, 48\]"),
+        ({"num_hidden_layers": 1}, r"unexpected, such as model\.layers\.1"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused_with_the_first_difference(changes, words, tmp_path):
+    write(tmp_path / "a", lora(QV))
+    with pytest.raises(CheckpointError, match=f"does not fit the model .*{words}"):
+        add_adapter(build(**changes), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"lora_temperature": 2.0}, "lora_temperature=2.0, which is not known"),
+        ({"spectral_config": {"rank": 2}}, r"spectral_config=\{'rank': 2\}, which is not known"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which is not implemented"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication="),
+        ({"spectral_config": None, "fast_mode": False, "extra": {}, "more": []}, None),
+    ],
+)
+def test_unknown_keys_are_refused_only_where_they_change_the_result(keys, words, tmp_path):
+    write(tmp_path / "a", lora(QV), **keys)
+    if words is None:
+        add_adapter(build(), tmp_path / "a")
+        return
+    with pytest.raises(CheckpointError, match=words):
+        add_adapter(build(), tmp_path / "a")
