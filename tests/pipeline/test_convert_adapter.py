@@ -23,7 +23,7 @@ def saved(folder, base, config, *, recorded=None, **options):
 
 @pytest.mark.parametrize(
     "config",
-    [DoRAConfig(rank=3), AdaLoRAConfig(init_rank=4, target_rank=2), IA3Config()],
+    [DoRAConfig(rank=3), AdaLoRAConfig(init_rank=4, rank=2), IA3Config()],
     ids=lambda config: config.kind,
 )
 def test_an_adapter_becomes_lora_that_peft_reads(tiny_folder, tmp_path, config):

@@ -21,7 +21,7 @@ SETTINGS = {
     "lora, adapted biases": {"kind": "lora", "rank": 2, "targets": ["q_proj"], "bias": "adapted"},
     "dora": {"kind": "dora", "rank": 2, "alpha": 4},
     "pissa": {"kind": "pissa", "rank": 2, "alpha": 4},
-    "adalora": {"kind": "adalora", "init_rank": 4, "target_rank": 2, "alpha": 4},
+    "adalora": {"kind": "adalora", "init_rank": 4, "rank": 2, "alpha": 4},
     "ia3": {"kind": "ia3"},
     "bitfit": {"kind": "bitfit", "parameters": ["*norm*", "*.bias"]},
 }

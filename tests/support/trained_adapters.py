@@ -16,7 +16,7 @@ METHODS = {
     "lora": LoRAConfig(rank=4, alpha=6),
     "rslora": LoRAConfig(rank=3, alpha=5, rslora=True, rank_pattern={"q_proj": 2}),
     "pissa": PiSSAConfig(rank=2),
-    "adalora": AdaLoRAConfig(init_rank=4, target_rank=2),
+    "adalora": AdaLoRAConfig(init_rank=4, rank=2),
     "dora": DoRAConfig(rank=3),
     "ia3": IA3Config(),
 }

@@ -80,7 +80,7 @@ FROM_PEFT = {
 }
 
 OURS: dict[str, Any] = {"rank": 4, "alpha": 9}
-ADA: dict[str, Any] = {"init_rank": 6, "target_rank": 2, "alpha": 9}
+ADA: dict[str, Any] = {"init_rank": 6, "rank": 2, "alpha": 9}
 GPT2_OURS: dict[str, Any] = {"targets": ("mixer.o_proj", "up_proj", "down_proj")}
 TO_PEFT: dict[str, tuple[AdapterConfig, Case]] = {
     "DoRA": (DoRAConfig(**OURS), Case()),

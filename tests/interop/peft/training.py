@@ -52,7 +52,7 @@ CASES: dict[str, tuple[AdapterConfig, Case]] = {
     ),
     "AdaLoRA": (
         AdaLoRAConfig(
-            init_rank=6, target_rank=2, warmup_steps=3, final_steps=5, interval=2, **OURS
+            init_rank=6, rank=2, warmup_steps=3, final_steps=5, interval=2, **OURS
         ),
         Case(method=AdaLoraConfig, adapter=RANKS),
     ),

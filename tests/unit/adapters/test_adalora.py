@@ -26,7 +26,7 @@ IDS = torch.arange(5, 45)
 TARGETS = ("q_proj", "v_proj", "down_proj")
 CONFIG = AdaLoRAConfig(
     init_rank=4,
-    target_rank=2,
+    rank=2,
     alpha=8,
     targets=TARGETS,
     warmup_steps=2,
@@ -213,7 +213,7 @@ def test_the_factors_of_the_loss_give_the_output(dropout):
     ("changes", "words"),
     [
         ({"init_rank": 33, "targets": ("q_proj",)}, "init_rank=33 is more than the rank of"),
-        ({"init_rank": 4, "target_rank": 5}, "target_rank=5 is more than adapter.init_rank=4"),
+        ({"init_rank": 4, "rank": 5}, "rank=5 is more than adapter.init_rank=4"),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused(changes, words):
