@@ -10,7 +10,7 @@ import torch
 from adapter_kinds import BIASES, SETTINGS, config_of, model_with
 from easyllm.adapters import adapter_of, attach, detach, load_adapter, merge, save_adapter
 from easyllm.models import hf_module_name
-from easyllm.nn.context import ForwardContext
+from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.deterministic import check_deterministic
 from easyllm.ops.kernels.build import _library
 from easyllm.plan.memory import estimate_training
@@ -71,6 +71,25 @@ def test_a_saved_adapter_loads_equal_and_detaches_to_the_base(kind, tmp_path):
     load_adapter(third, tmp_path / "b", module_name=where)
     assert torch.equal(third.logits(IDS), again.logits(IDS))
     assert torch.equal(detach(again).logits(IDS), base_logits())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "pissa", "adalora", "ia3"])
+def test_adapters_loaded_by_name_apply_to_their_own_sequences(kind, tmp_path):
+    model, _ = model_with(kind)
+    where = hf_module_name(model)
+    held = build_tiny(**BIASES)
+    save_adapter(model, tmp_path / "a", module_name=where, base="tiny")
+    load_adapter(held, tmp_path / "a", module_name=where, name="one")
+    other, _ = model_with("lora, rsLoRA, patterns")
+    save_adapter(other, tmp_path / "b", module_name=where, base="tiny")
+    load_adapter(held, tmp_path / "b", module_name=where, name="other")
+    lengths, names = [7, 13, 9, 11], ["one", "", "other", "one"]
+    rows = AdapterRows.of_sequences(names, lengths, device=held.device)
+    context = ForwardContext.packed(lengths, adapters=rows)
+    together = held.head(held(IDS, context), context).split(lengths)
+    alone = {"one": model, "": build_tiny(**BIASES), "other": other}
+    for name, part, got in zip(names, IDS.split(lengths), together, strict=True):
+        torch.testing.assert_close(got, alone[name].logits(part), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

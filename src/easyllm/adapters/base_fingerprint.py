@@ -2,7 +2,7 @@
 
 It consists of hashes of the first values of a few parameters, as bf16, so that it does not depend
 on the dtype the model is loaded in. Quantized weights and fully trained parameters have no part in
-it. It is a file of its own, because peft warns about keys of `adapter_config.json` it does not know.
+it. It has its own file, because peft warns about unknown keys of `adapter_config.json`.
 """
 
 import hashlib

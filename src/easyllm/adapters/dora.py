@@ -5,6 +5,9 @@
 
 The norm is a constant in the gradient (section 4.3 there). It is computed without a matrix of the
 weight's size: ‖w + s b A‖² = ‖w‖² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ for each row w of W and b of B.
+
+Dropout applies to the input of B A alone. peft 0.21.2 also applies it to the input of W in the term
+(m / ‖W + s B A‖ - 1) W x; the means are equal, and so is everything without dropout.
 """
 
 from collections.abc import Mapping

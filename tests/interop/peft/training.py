@@ -51,9 +51,7 @@ CASES: dict[str, tuple[AdapterConfig, Case]] = {
         Case(method=IA3Config),
     ),
     "AdaLoRA": (
-        AdaLoRAConfig(
-            init_rank=6, rank=2, warmup_steps=3, final_steps=5, interval=2, **OURS
-        ),
+        AdaLoRAConfig(init_rank=6, rank=2, warmup_steps=3, final_steps=5, interval=2, **OURS),
         Case(method=AdaLoraConfig, adapter=RANKS),
     ),
 }

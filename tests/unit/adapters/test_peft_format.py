@@ -420,7 +420,9 @@ def changed(folder, change):
     """Rewrites the tensors of a file; `change` returns those of the new one."""
     path = folder / "adapter_model.safetensors"
     tensors = change(dict(file_tensors(folder)))
-    save_file({PREFIX + n: t.contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
+    save_file(
+        {PREFIX + n: t.clone().contiguous() for n, t in tensors.items()}, path, {"format": "pt"}
+    )
 
 
 A, B = f"{QV[0]}.lora_A.weight", f"{QV[0]}.lora_B.weight"

@@ -29,7 +29,9 @@ def selected(pattern):
         ("*_proj", 36),
         ("layers.1?.mixer.q_proj", 2),
         ("*q_proj", 12),
+        ("q_pro?", 12),
         ("proj", 0),  # a part of a word is no match
+        ("pro?", 0),  # nor with a wildcard
         ("q", 0),
         ("layers.0", 0),
         ("layers.*.up_proj", 12),
