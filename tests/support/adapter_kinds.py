@@ -23,6 +23,11 @@ SETTINGS = {
     "pissa": {"kind": "pissa", "rank": 2, "alpha": 4},
     "adalora": {"kind": "adalora", "init_rank": 4, "rank": 2, "alpha": 4},
     "ia3": {"kind": "ia3"},
+    "vera": {"kind": "vera", "rank": 4, "start": 0.5},
+    "oft": {"kind": "oft", "block_size": 8},
+    "oft, exact": {"kind": "oft", "block_size": 16, "neumann_terms": None},
+    "miss": {"kind": "miss", "rank": 7},
+    "lora_fa": {"kind": "lora_fa", "rank": 2, "alpha": 4},
     "bitfit": {"kind": "bitfit", "parameters": ["*norm*", "*.bias"]},
 }
 BIASES = {"attention_bias": True, "mlp_bias": True}

@@ -433,8 +433,11 @@ A, B = f"{QV[0]}.lora_A.weight", f"{QV[0]}.lora_B.weight"
     [
         (lambda t: {n: x for n, x in t.items() if n != B}, f"{QV[0]} has lora_A.weight in"),
         (lambda t: {n: x for n, x in t.items() if n not in (A, B)}, ""),  # a smaller adapter
-        (lambda t: t | {"model.norm.lora_A.weight": t[A]}, "1 unexpected, such as model.norm"),
-        (lambda t: t | {f"{QV[0]}.lora_C.weight": t[A]}, f"{QV[0]} has .*lora_C.weight"),
+        (
+            lambda t: t | {"model.norm.lora_A.weight": t[A].clone()},
+            "1 unexpected, such as model.norm",
+        ),
+        (lambda t: t | {f"{QV[0]}.lora_C.weight": t[A].clone()}, f"{QV[0]} has .*lora_C.weight"),
         (lambda t: t | {A: t[A] * float("nan")}, f"{A} .* contains NaN"),
         (lambda t: t | {B: t[B].index_fill(0, torch.tensor(3), float("inf"))}, f"{B} .*Inf"),
         (lambda t: t | {A: (t[A] * 9).int()}, f"{A} .*integers"),
