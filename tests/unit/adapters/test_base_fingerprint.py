@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 
-from adapter_kinds import BIASES, SETTINGS, model_with
-from easyllm.adapters import save_adapter
+from adapter_kinds import BIASES, SETTINGS, config_of, model_with
+from easyllm.adapters import attach, save_adapter
 from easyllm.adapters.base_fingerprint import FINGERPRINT_FILE, differing, fingerprint
-from easyllm.models import add_adapter, hf_module_name, load_model, save_model
+from easyllm.models import add_adapter, hf_module_name, load_model, save_model, to_classifier
 from easyllm.quant import quantize_weights
 from tiny_models import build_tiny
 
@@ -86,3 +86,12 @@ def test_trained_parameters_of_the_base_have_no_part_in_it(tmp_path):
     assert found
     assert not set(found) & set(adapters.base_parameters)
     assert differing(base(), found) is None
+
+
+def test_a_classification_head_belongs_to_the_adapter(tmp_path, caplog):
+    model = to_classifier(base(), 3, seed=5)
+    attach(model, config_of("lora"))
+    folder = save_adapter(
+        model, tmp_path / "a", module_name=hf_module_name(model), base="org/the-base"
+    )
+    assert warnings_of(caplog, base(), folder) == ""
