@@ -74,6 +74,8 @@ def test_the_result_is_a_plain_adapter_that_loads_on_the_quantized_base(
     first, second = (json.loads((file / "adapter_config.json").read_text()) for file in files)
     assert first == second
     assert not torch.equal(logits["full"], logits["packed"])
+    first, second = (losses(tmp_path / name)[0] for name in logits)
+    assert first != second
 
 
 @pytest.mark.parametrize(

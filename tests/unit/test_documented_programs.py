@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 
 from easyllm.adapters import adapter_of, attach, merge, save_adapter, unregister_adapter
@@ -60,11 +61,14 @@ def test_the_documented_program_trains_serves_and_merges(tiny_folder, tmp_path, 
         unregister_adapter("input_scale")
 
 
-def test_the_documented_recipe_is_valid(tmp_path):
-    text = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
-    (recipe,) = re.findall(r"```yaml recipe\n(.*?)```", text, flags=re.DOTALL)
-    (tmp_path / "r.yaml").write_text(recipe)
-    assert load_config(TrainConfig, tmp_path / "r.yaml").output == "runs/mine"
+@pytest.mark.parametrize("page", ["train.md", "train.zh.md"])
+def test_the_documented_recipes_are_valid(tmp_path, page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    recipes = re.findall(r"```yaml recipe\n(.*?)```", text, flags=re.DOTALL)
+    assert recipes
+    for recipe in recipes:
+        (tmp_path / "r.yaml").write_text(recipe)
+        assert load_config(TrainConfig, tmp_path / "r.yaml").output == "runs/mine"
 
 
 def test_the_documented_callback_stops_a_run_that_writes_its_page(
