@@ -51,7 +51,8 @@ def test_a_method_is_trained_resumed_saved_loaded_served_and_merged(
     adapted = model.logits(IDS)
     assert not torch.allclose(adapted, base, atol=1e-3)
     adapters = adapter_of(model)
-    if kind not in ("pissa", "adalora"):  # their files have other ranks than were trained
+    # files of the first two have other ranks than were trained; the third is read as LoRA
+    if kind not in ("pissa", "adalora", "lora_fa"):
         trained = sum(p.numel() for p in adapters.trained_parameters(model).values())
         assert plan.trained_parameters == trained
     if kind == "adalora":

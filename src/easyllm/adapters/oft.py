@@ -21,6 +21,7 @@ from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import FP32, Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
+from easyllm.ops.deterministic import tiled_linear
 
 ROTATION = "oft_R.weight"
 
@@ -125,6 +126,7 @@ class OFT(Adapter):
         oft_R: the elements of the blocks Q above the diagonal, [in / b, b (b - 1) / 2] fp32.
     """
 
+    batch_invariant = True
     rows: Tensor
     columns: Tensor
 
@@ -144,8 +146,9 @@ class OFT(Adapter):
     def rotations(self) -> Tensor:
         """Returns the blocks [in / b, b, b] that rows are multiplied by from the right, in fp32."""
         size = self.block_size
-        upper = self.oft_R.new_zeros(len(self.oft_R), size, size)
-        upper[:, self.rows, self.columns] = self.oft_R
+        elements = self.oft_R.to(torch.promote_types(self.oft_R.dtype, torch.float32))
+        upper = elements.new_zeros(len(elements), size, size)
+        upper[:, self.rows, self.columns] = elements
         skew = upper - upper.transpose(1, 2)
         identity = torch.eye(size, device=skew.device, dtype=skew.dtype)
         if self.terms is None:
@@ -160,7 +163,14 @@ class OFT(Adapter):
     def forward(self, x: Tensor, base: BaseLinear) -> Tensor:
         """Returns `base(R x)`, [..., out] for `x: [..., in]`."""
         blocks = x.unflatten(-1, (-1, self.block_size))  # [..., in / b, b]
-        turned = torch.einsum("...kb,kbc->...kc", blocks, self.rotations().to(x.dtype))
+        rotations = self.rotations().to(x.dtype)
+        if base.context is not None and base.context.deterministic:
+            parts = [
+                tiled_linear(block, rotation.T.contiguous())
+                for block, rotation in zip(blocks.unbind(-2), rotations, strict=True)
+            ]
+            return base(torch.cat(parts, dim=-1))
+        turned = torch.einsum("...kb,kbc->...kc", blocks, rotations)
         return base(turned.flatten(-2))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
