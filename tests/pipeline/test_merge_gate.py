@@ -124,7 +124,7 @@ def test_a_broken_result_is_exit_code_1_and_not_kept(
     assert failed(done) == list(BOUNDED[-BROKEN[breaks] :])
     assert figures(done)[0]["folder"] is None
     assert done.stderr.count("\n") == 1
-    assert "differs from the attached adapter by" in done.stderr
+    assert f"{failed(done)[0]} differs from the attached adapter by" in done.stderr
     assert f"nothing was written to {str(out)!r}" in done.stderr
     assert is_gone(out)
     shown = easyllm("merge", tiny_folder, adapter, out)

@@ -92,12 +92,10 @@ def _print(gate: "Gate | None", folder: Path | None, *, json_output: bool) -> No
         print_json({"folder": None if folder is None else str(folder), **figures})
         return
     if gate is not None:
-        title = (
-            f"Compared with {gate.reference} on {gate.text.num_tokens} tokens "
-            "(drift: max |Δlogit| / range)"
-        )
+        title = f"Difference from {gate.reference} on {gate.text.num_tokens} tokens"
         columns = ("", "drift", "bound", "holds", "KL (nats)", "same top-1")
         print_table(title, columns, [_cells(row) for row in gate.rows])
+        sys.stdout.write("drift: max |Δlogits| / range of the logits\n")
         sys.stdout.write(f"text: {gate.text.source}\n")
         for note in gate.notes:
             sys.stdout.write(f"{note}\n")

@@ -131,12 +131,11 @@ class Gate:
 
     @property
     def complaint(self) -> str:
-        """What is wrong with the worst variant, as the first half of a sentence."""
-        failed = [row for row in self.rows if not row.holds]
-        worst = max(failed, key=lambda row: row.drift if row.drift == row.drift else math.inf)
+        """What is wrong with the first variant that fails, as the first half of a sentence."""
+        first = next(row for row in self.rows if not row.holds)
         return (
-            f"{worst.name} differs from {self.reference} by {worst.drift:.1e} of the logits' range "
-            f"(allowed {worst.bound:.0e}, KL {worst.kl_nats:.1e} nats/token)"
+            f"{first.name} differs from {self.reference} by {first.drift:.1e} of the logits' range "
+            f"(allowed {first.bound:.0e}, KL {first.kl_nats:.1e} nats/token)"
         )
 
     @property
@@ -148,7 +147,7 @@ class Gate:
             f"{row.name}: rounding costs over half of what {self.reference} changes (KL "
             f"{row.kl_nats:.1e} of {scale:.1e} nats/token); save it in a finer dtype"
             for row in self.rows
-            if row.bound is not None and row.kl_nats > max(scale / 2, NEGLIGIBLE)
+            if row.bound is not None and row.holds and row.kl_nats > max(scale / 2, NEGLIGIBLE)
         ]
         return found
 
