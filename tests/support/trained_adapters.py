@@ -7,7 +7,10 @@ from easyllm.adapters import (
     DoRAConfig,
     IA3Config,
     LoRAConfig,
+    MiSSConfig,
+    OFTConfig,
     PiSSAConfig,
+    VeRAConfig,
     adapter_of,
     attach,
 )
@@ -19,8 +22,11 @@ METHODS = {
     "adalora": AdaLoRAConfig(init_rank=4, rank=2),
     "dora": DoRAConfig(rank=3),
     "ia3": IA3Config(),
+    "vera": VeRAConfig(rank=4, start=0.5),
+    "miss": MiSSConfig(rank=7),
+    "oft": OFTConfig(block_size=8),
 }
-ADDITIVE = ("lora", "rslora", "pissa", "adalora")
+ADDITIVE = ("lora", "rslora", "pissa", "adalora", "vera", "miss")
 """Those that add an update to any weight."""
 
 

@@ -105,7 +105,7 @@ class MiSS(Adapter):
         self, rank: int, in_features: int, out_features: int, *, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.rank, self.padding = rank, -in_features % rank
+        self.rank, self.in_features, self.padding = rank, in_features, -in_features % rank
         self.miss_block = nn.Parameter(torch.empty(rank, out_features))
         self.dropout = nn.Dropout(dropout) if dropout else None
 
@@ -128,9 +128,14 @@ class MiSS(Adapter):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns W with Dᵀ added to each group of columns, in fp32, and the unchanged bias."""
-        groups = -(-weight.shape[1] // self.rank)
-        update = self.miss_block.float().T.repeat(1, groups)[:, : weight.shape[1]]
-        return weight + update.to(weight.device), bias
+        groups, up = self.update_factors()
+        return weight + (up @ groups).to(weight.device), bias
+
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """Returns the matrix [r, in] that sums the groups, and Dᵀ [out, r], in fp32."""
+        identity = torch.eye(self.rank, device=self.miss_block.device)
+        groups = -(-self.in_features // self.rank)
+        return identity.repeat(1, groups)[:, : self.in_features], self.miss_block.float().T
 
     def cost(
         self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str

@@ -160,6 +160,11 @@ class VeRA(Adapter):
         update = self.vera_lambda_b[:, None] * (up.float() @ down.float())
         return weight + update.to(weight.device), bias
 
+    def update_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Returns diag(λ_d) A [r, in] and diag(λ_b) B [out, r] in fp32."""
+        down, up = self._matrices()
+        return down.float(), self.vera_lambda_b[:, None] * up.float()
+
     def cost(
         self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str
     ) -> None:
