@@ -27,6 +27,8 @@ SETTINGS = {
     "oft": {"kind": "oft", "block_size": 8},
     "oft, exact": {"kind": "oft", "block_size": 16, "neumann_terms": None},
     "miss": {"kind": "miss", "rank": 7},
+    "lokr": {"kind": "lokr", "rank": 2, "alpha": 4},
+    "lokr, both, full": {"kind": "lokr", "rank": 1, "factor": 8, "decompose_both": True},
     "lora_fa": {"kind": "lora_fa", "rank": 2, "alpha": 4},
     "bitfit": {"kind": "bitfit", "parameters": ["*norm*", "*.bias"]},
 }

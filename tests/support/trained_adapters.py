@@ -6,6 +6,7 @@ from easyllm.adapters import (
     AdaLoRAConfig,
     DoRAConfig,
     IA3Config,
+    LoKrConfig,
     LoRAConfig,
     MiSSConfig,
     OFTConfig,
@@ -25,8 +26,9 @@ METHODS = {
     "vera": VeRAConfig(rank=4, start=0.5),
     "miss": MiSSConfig(rank=7),
     "oft": OFTConfig(block_size=8),
+    "lokr": LoKrConfig(rank=2),
 }
-ADDITIVE = ("lora", "rslora", "pissa", "adalora", "vera", "miss")
+ADDITIVE = ("lora", "rslora", "pissa", "adalora", "vera", "miss", "lokr")
 """Those that add an update to any weight."""
 
 

@@ -9,6 +9,7 @@ from easyllm.adapters.bitfit import BitFitConfig
 from easyllm.adapters.combining import Combined, combine
 from easyllm.adapters.dora import DoRA, DoRAConfig
 from easyllm.adapters.ia3 import IA3, IA3Config
+from easyllm.adapters.lokr import LoKr, LoKrConfig
 from easyllm.adapters.lora import LoRA, LoRAConfig
 from easyllm.adapters.lora_fa import LoRAFA, LoRAFAConfig
 from easyllm.adapters.merging import check_mergeable, merge, unmerge
@@ -41,6 +42,8 @@ __all__ = [
     "DoRAConfig",
     "FileModule",
     "IA3Config",
+    "LoKr",
+    "LoKrConfig",
     "LoRA",
     "LoRAConfig",
     "LoRAFA",
