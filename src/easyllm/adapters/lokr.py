@@ -105,15 +105,15 @@ class LoKrConfig(AdapterConfig):
 
 
 def divisors(size: int, factor: int = -1) -> tuple[int, int]:
-    """Returns two numbers whose product is `size`, the smaller one first.
+    """Returns two numbers whose product is `size`, as peft 0.21.2 chooses them.
 
     Args:
         size: the number to divide.
-        factor: one of the two, if it divides `size`; otherwise an upper bound on the smaller one.
-            -1 gives the two that are closest to each other.
+        factor: the first of the two, if it divides `size`; otherwise an upper bound on it. -1 gives
+            the two that are closest to each other, the smaller one first.
     """
     if factor > 0 and size % factor == 0:
-        return min(factor, size // factor), max(factor, size // factor)
+        return factor, size // factor
     most = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
     smaller = next(n for n in range(most, 0, -1) if size % n == 0)
     return smaller, size // smaller

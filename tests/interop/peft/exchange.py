@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 from figures import Figures
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -60,6 +70,10 @@ DEFAULTS: dict[type[Any], dict[str, Any]] = {
     LoraConfig: {"r": 4, "lora_alpha": 9, **TARGETS},
     AdaLoraConfig: {"init_r": 6, "target_r": 2, "lora_alpha": 9, "total_step": 10, **TARGETS},
     IA3Config: {"feedforward_modules": ["down_proj"], **TARGETS},
+    VeraConfig: {"r": 8, **TARGETS},
+    OFTConfig: {"oft_block_size": 8, **TARGETS},
+    MissConfig: {"r": 8, **TARGETS},
+    LoKrConfig: {"r": 3, "alpha": 5, **TARGETS},
 }
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from exchange import GPT2, TIED, Case, from_peft, to_peft
 from figures import Figures
-from peft import AdaLoraConfig, IA3Config
+from peft import AdaLoraConfig, IA3Config, LoKrConfig, MissConfig, OFTConfig, VeraConfig
 
+import easyllm.adapters as ours
 from easyllm.adapters import AdaLoRAConfig, AdapterConfig, DoRAConfig, LoRAConfig, PiSSAConfig
 from easyllm.adapters import IA3Config as OurIA3Config
 
@@ -30,6 +31,12 @@ def ada(*, pruned: bool = False, **keys: Any) -> Case:
 def ia3(**keys: Any) -> Case:
     base, family = keys.pop("base", {}), keys.pop("family", "llama")
     return Case(method=IA3Config, adapter=keys, base=base, family=family)
+
+
+def of(method: type, **keys: Any) -> Case:
+    """A case of another method than LoRA."""
+    base, family = keys.pop("base", {}), keys.pop("family", "llama")
+    return Case(method=method, adapter=keys, base=base, family=family)
 
 
 EMBEDDING = {"target_modules": ["embed_tokens", "q_proj"]}
@@ -76,6 +83,21 @@ FROM_PEFT = {
     "token rows, GPT-2": Case(
         adapter={"trainable_token_indices": {"wte": [7, 9]}, **GPT2_MODULES}, family="gpt2"
     ),
+    "VeRA": of(VeraConfig),
+    "VeRA, all-linear, another seed": of(
+        VeraConfig, target_modules="all-linear", projection_prng_key=7, d_initial=0.5
+    ),
+    "VeRA, projection not saved": of(VeraConfig, save_projection=False),
+    "VeRA, Qwen2": of(VeraConfig, family="qwen2"),
+    "OFT": of(OFTConfig, oft_block_size=8),
+    "OFT, exact inverse": of(OFTConfig, oft_block_size=16, use_cayley_neumann=False),
+    "OFT, seven terms": of(OFTConfig, oft_block_size=8, num_cayley_neumann_terms=7),
+    "OFT, biases": of(OFTConfig, oft_block_size=8, base=BIASES, target_modules="all-linear"),
+    "MiSS": of(MissConfig, r=8),
+    "MiSS, rank that divides nothing": of(MissConfig, r=7, target_modules="all-linear"),
+    "LoKr": of(LoKrConfig, r=3, alpha=5),
+    "LoKr, both decomposed": of(LoKrConfig, r=2, decompose_both=True, decompose_factor=8),
+    "LoKr, full matrices": of(LoKrConfig, r=64, target_modules="all-linear"),
     "a linear as a parameter": Case(adapter={"target_parameters": ["mlp.up_proj.weight"]}),
 }
 
@@ -106,6 +128,20 @@ TO_PEFT: dict[str, tuple[AdapterConfig, Case]] = {
     "IA3": (OurIA3Config(), Case()),
     "IA3, biases": (OurIA3Config(targets=("k_proj", "up_proj", "down_proj")), Case(base=BIASES)),
     "IA3, GPT-2": (OurIA3Config(**GPT2_OURS), Case(family="gpt2")),
+    "VeRA": (ours.VeRAConfig(rank=8, start=0.5), of(VeraConfig)),
+    "VeRA, projection not saved": (
+        ours.VeRAConfig(rank=8, start=0.5, save_projection=False),
+        of(VeraConfig),
+    ),
+    "OFT": (ours.OFTConfig(block_size=8), of(OFTConfig)),
+    "OFT, exact inverse": (ours.OFTConfig(block_size=16, neumann_terms=None), of(OFTConfig)),
+    "MiSS": (ours.MiSSConfig(rank=7), of(MissConfig)),
+    "LoKr": (ours.LoKrConfig(rank=3, alpha=5), of(LoKrConfig)),
+    "LoKr, both decomposed": (
+        ours.LoKrConfig(rank=2, decompose_both=True, factor=8),
+        of(LoKrConfig),
+    ),
+    "LoRA-FA": (ours.LoRAFAConfig(**OURS), Case()),
     "embedding": (LoRAConfig(**OURS, targets=("embed_tokens", "q_proj")), Case()),
     "embedding, tied": (LoRAConfig(**OURS, targets=("embed_tokens", "q_proj")), Case(base=TIED)),
     "embedding, rank by pattern": (

@@ -7,9 +7,19 @@ from typing import Any
 import torch
 from exchange import DEFAULTS, Case, base_model, randomise_norms, reopened
 from figures import Figures
-from peft import AdaLoraConfig, IA3Config, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoKrConfig,
+    MissConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from torch.nn import functional as F
 
+import easyllm.adapters as ours
 from easyllm.adapters import (
     AdaLoRAConfig,
     AdapterConfig,
@@ -25,7 +35,8 @@ from easyllm.nn import Decoder
 from easyllm.nn.context import ForwardContext
 
 STEPS, ROWS, LENGTH, BOUND = 20, 3, 24, 1e-4
-OURS: dict[str, Any] = {"targets": ("q_proj", "v_proj", "down_proj"), "alpha": 9}
+TARGETS = ("q_proj", "v_proj", "down_proj")
+OURS: dict[str, Any] = {"targets": TARGETS, "alpha": 9}
 RANKS = {"init_r": 6, "target_r": 2, "tinit": 3, "tfinal": 5, "deltaT": 2, "total_step": STEPS}
 CASES: dict[str, tuple[AdapterConfig, Case]] = {
     "LoRA": (LoRAConfig(rank=4, **OURS), Case()),
@@ -50,6 +61,10 @@ CASES: dict[str, tuple[AdapterConfig, Case]] = {
         OurIA3Config(targets=("q_proj", "v_proj", "down_proj")),
         Case(method=IA3Config),
     ),
+    "VeRA": (ours.VeRAConfig(rank=8, targets=TARGETS), Case(method=VeraConfig)),
+    "OFT": (ours.OFTConfig(block_size=8, targets=TARGETS), Case(method=OFTConfig)),
+    "MiSS": (ours.MiSSConfig(rank=8, targets=TARGETS), Case(method=MissConfig)),
+    "LoKr": (ours.LoKrConfig(rank=3, alpha=5, targets=TARGETS), Case(method=LoKrConfig)),
     "AdaLoRA": (
         AdaLoRAConfig(init_rank=6, rank=2, warmup_steps=3, final_steps=5, interval=2, **OURS),
         Case(method=AdaLoraConfig, adapter=RANKS),
@@ -94,9 +109,9 @@ def parity(figures: Figures, name: str, config: AdapterConfig, case: Case, folde
 def copy_start(adapters: AdapterSet, model: Decoder, start: dict[str, torch.Tensor]) -> None:
     """Copies the initial values of peft's adapter."""
     where = hf_module_name(model)
-    for ours, (_, adapter) in adapters.adapted.items():
+    for name, (_, adapter) in adapters.adapted.items():
         for ending, parameter in adapter.file_tensors().items():
-            parameter.copy_(start[f"base_model.model.{where(ours)}.{ending}"])
+            parameter.copy_(start[f"base_model.model.{where(name)}.{ending}"])
 
 
 def train_theirs(model: Any, data: torch.Tensor) -> list[float]:

@@ -1,6 +1,6 @@
 """NF4 and FP4: the bits of bitsandbytes, sizes, loading and what is refused.
 
-The expected numbers are those of bitsandbytes 0.50.2 on a CPU; `tests/interop/bitsandbytes` makes
+The expected numbers are those of bitsandbytes 0.50.2 on a CPU; `tests/interop/bnb` makes
 the comparison with the library itself.
 """
 
