@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from easyllm.adapters.adapter import ALL_LINEAR, AdapterConfig, EmbeddingAdapter, FileModule
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.registry import register_adapter
-from easyllm.adapters.targets import check_patterns, name_matches
+from easyllm.adapters.targets import name_matches
+from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping
 
 
@@ -59,8 +60,13 @@ class BitFitConfig(AdapterConfig):
         Raises:
             ConfigError: one selects none.
         """
-        what = "parameter of this model"
-        check_patterns(self.parameters, names, key="adapter.parameters", what=what)
+        for pattern in self.parameters:
+            if not any(name_matches(name, pattern) for name in names):
+                raise ConfigError(
+                    f"adapter.parameters {pattern!r} matches no parameter of this model, which "
+                    f"has {names[0]}, {names[-1]} and {len(names) - 2} more; name some of them, "
+                    "such as '*norm*'"
+                )
 
     @classmethod
     def from_peft(cls, description: JsonMapping, modules: Mapping[str, FileModule]) -> Self:
