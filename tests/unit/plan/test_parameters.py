@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from easyllm.adapters import LoRAConfig
 from easyllm.models.families import FAMILIES, family_of
 from easyllm.nn import Decoder
 from easyllm.plan import count_parameters
+from easyllm.plan.parts import count_adapter_parameters
+from tiny_models import tiny_config
 
 SIZES = {name: size for family in FAMILIES.values() for name, size in family.sizes.items()}
 PUBLISHED = {
@@ -57,3 +60,13 @@ def test_mixtral_is_not_56_billion():
     count = count_parameters(config_of("mixtral-8x7b"))
     assert count.active == 12_879_925_248
     assert count.inactive == 32 * 6 * 176_160_768  # six inactive experts in each layer
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(1, 4_718_592), (8, 37_748_736)])
+def test_lora_on_queries_and_values_of_gpt3_has_the_published_size(rank, expected):
+    """Hu et al. 2021 (arXiv 2106.09685), table 4: 4.7 M and 37.7 M parameters."""
+    sizes = {"hidden_size": 12288, "num_hidden_layers": 96, "num_attention_heads": 96}
+    sizes |= {"num_key_value_heads": 96, "head_dim": 128, "intermediate_size": 49152}
+    config = family_of("llama").read_config(tiny_config(**sizes))
+    adapter = LoRAConfig(rank=rank, targets=("q_proj", "v_proj"))
+    assert count_adapter_parameters(config, adapter) == expected

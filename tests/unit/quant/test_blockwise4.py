@@ -122,3 +122,16 @@ def test_quantizing_during_loading_equals_quantizing_afterwards(tiny_folder, sch
 def test_an_unknown_name_is_answered_with_a_near_one():
     with pytest.raises(ConfigError, match="did you mean 'nf4'"):
         find_scheme("nf-4")
+
+
+def test_the_constants_take_the_published_memory():
+    """Dettmers et al. 2023 (arXiv 2305.14314), section 3: 0.127 bits, 3 GB less for 65B."""
+    shape = (8192, 8192)
+    weights = shape[0] * shape[1]
+    bits = {
+        name: 8 * find_scheme(name).num_bytes(shape) / weights - 4 for name in ("nf4", "nf4-single")
+    }
+    # nested, the mean of the scales is one more number
+    assert bits["nf4-single"] == 0.5
+    assert bits["nf4"] == pytest.approx(0.126953125, abs=1e-5)
+    assert (bits["nf4-single"] - bits["nf4"]) / 8 * 65 == pytest.approx(3.03, abs=0.005)
