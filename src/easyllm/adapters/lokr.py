@@ -182,7 +182,7 @@ class LoKr(Adapter):
         return weight + self.scale * torch.kron(small, large).to(weight.device), bias
 
     def update_factors(self) -> tuple[Tensor, Tensor] | None:
-        """Returns I ⊗ D_b [m r, in] and s C ⊗ D_a [out, m r] in fp32; None if D is a full matrix."""
+        """Returns I ⊗ D_b [m r, in] and s C ⊗ D_a [out, m r] in fp32; None if D is full."""
         large = self.factors(LARGE)
         if len(large) == 1:
             return None

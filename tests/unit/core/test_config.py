@@ -66,7 +66,7 @@ def test_a_mistyped_key_of_an_optional_part_gets_a_suggestion():
 
 def test_a_key_without_a_similar_one_lists_the_known_ones():
     message = complaint(TrainConfig, TRAIN | {"optimizer": {"zzz": 1}})
-    assert "(known keys: betas, eps, kind, learning_rate, state, weight_decay)" in message
+    assert "(known keys: betas, eps, kind, learning_rate, paged, state, weight_decay)" in message
 
 
 @pytest.mark.parametrize("name", ["tune", "train", "merge", "data", "optimizer"])
@@ -312,7 +312,7 @@ STAGES = "name: n\noutput: o\nstages: {train: {kind: train, data: {train: [a]}}}
         ("stages.train.optimizr.x=1", "unknown key 'stages.train.optimizr' (did you mean "),
         (
             "stages.trian.x=1",
-            "missing key 'stages.trian.kind'; known kinds are 'tokenizer', 'corpus', 'convert', "
+            "missing key 'stages.trian.kind'; known kinds are 'tokenizer', 'extend', 'corpus', 'convert', "
             "'evaluate', 'train', 'merge'; other keys next to 'stages.trian': train (did you "
             "mean 'train'?)",
         ),
