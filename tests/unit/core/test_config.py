@@ -312,8 +312,8 @@ STAGES = "name: n\noutput: o\nstages: {train: {kind: train, data: {train: [a]}}}
         ("stages.train.optimizr.x=1", "unknown key 'stages.train.optimizr' (did you mean "),
         (
             "stages.trian.x=1",
-            "missing key 'stages.trian.kind'; known kinds are 'tokenizer', 'extend', 'corpus', 'convert', "
-            "'evaluate', 'train', 'merge'; other keys next to 'stages.trian': train (did you "
+            "missing key 'stages.trian.kind'; known kinds are 'tokenizer', 'extend', 'corpus', "
+            "'convert', 'evaluate', 'train', 'merge'; other keys next to 'stages.trian': train (did you "
             "mean 'train'?)",
         ),
         ("stages.trian.kind=train", "missing key 'stages.trian.data'"),
