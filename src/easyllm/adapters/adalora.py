@@ -10,7 +10,7 @@ linear to `rank` a linear on average, along a cubic schedule (eq. 12). λ of the
 to zero; they may return until the budget is final.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 import torch
@@ -105,6 +105,17 @@ class AdaLoRAConfig(AdapterConfig):
             raise ConfigError(
                 f"adapter.rank={self.rank} is more than adapter.init_rank={self.start_rank}, but "
                 "ranks only fall during training; lower it"
+            )
+
+    def check_names(self, names: Sequence[str]) -> None:  # noqa: ARG002 - interface
+        """Checks that a new adapter has no record of pruned triplets.
+
+        Raises:
+            ConfigError: it has.
+        """
+        if self.kept:
+            raise ConfigError(
+                "adapter.kept is set by reading the file of a finished adapter; leave it out"
             )
 
     def check_steps(self, total_steps: int) -> None:
@@ -339,6 +350,15 @@ class AdaLoRASet(AdapterSet):
             self.budget.apply()
         elif info.step > warmup and info.step % self.config.interval == 0:
             self.budget.prune(self.kept_after(info.step, total))
+
+    def finish(self) -> bool:
+        """Prunes to the final budget, if the run ended or was set back before that."""
+        wanted = self.config.rank * len(self.modules)
+        kept = sum(int(module.keeps.sum()) for module in self.modules.values())
+        if kept <= wanted:
+            return False
+        self.budget.prune(wanted)
+        return True
 
     def kept_after(self, step: int, total_steps: int) -> int:
         """Returns the number of triplets kept after a step: the cubic schedule (eq. 12)."""

@@ -81,6 +81,14 @@ class AdapterSet:
     def after_step(self, info: StepInfo) -> None:
         """Called after the optimizer step."""
 
+    def finish(self) -> bool:
+        """Called before the result of a run is evaluated and saved.
+
+        Returns:
+            Whether it changed the adapter.
+        """
+        return False
+
     def loss(self) -> Tensor | None:
         """Returns an additional scalar term of each step's loss, in nats; None if there is none."""
         return None
@@ -181,7 +189,7 @@ def trained_base_parameters(model: "Decoder", config: AdapterConfig) -> tuple[st
         if name in packed:
             raise ConfigError(
                 f"{name.removesuffix('.weight')} is quantized ({packed[name]}) and cannot be fully "
-                "trained; leave it out of also_trained"
+                "trained; leave it out of what the adapter trains of its base"
             )
     return found
 

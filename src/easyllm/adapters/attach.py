@@ -57,6 +57,12 @@ def attach(
     base = trained_base_parameters(model, config)
     generator = torch.Generator().manual_seed(seed)
     adapters = place(model, config, base_parameters=base, generator=generator)
+    if not adapters.trained_parameters(model):
+        detach(model)
+        raise ConfigError(
+            f"an adapter of kind {config.kind} has nothing to train: adapter.exclude leaves out "
+            "all of its targets; shorten it"
+        )
     model.requires_grad_(False)
     for parameter in adapters.trained_parameters(model).values():
         parameter.requires_grad_(True)

@@ -7,6 +7,7 @@ With all weights 1 the adapters are stacked. Each request still selects one name
 serves the parts and their sum at once.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -74,6 +75,10 @@ def combine(
         raise ConfigError("the sum of adapters needs a name, by which requests select it")
     parts: dict[str, list[Part]] = {}
     for each, weight in weights.items():
+        if not math.isfinite(weight):
+            raise ConfigError(
+                f"the weight of {each!r} is {weight:g}, expected a finite number, such as 0.5"
+            )
         if not each:
             raise ConfigError(
                 "only named adapters can be combined; load each with a name: "

@@ -75,6 +75,8 @@ class DoRA(LoRA):
         super().__init__(rank, scale, in_features, out_features, dropout=dropout)
         self.magnitude = nn.Parameter(torch.empty(out_features))
         self.register_buffer("row_norms", None, persistent=False)
+        self._norms_of: tuple[str, int, torch.dtype] | None = None
+        """Format, address and dtype of the weight whose norms are kept: it may be quantized."""
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
         """Initialises A and B as LoRA does, and m to one until `start`."""
@@ -98,9 +100,16 @@ class DoRA(LoRA):
     @torch.no_grad()
     def _norm(self, base: BaseLinear) -> Tensor:
         """Returns ‖W + s B A‖, the norm of each output row [out] in fp32."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self._row_norms_of_sum(base)
+
+    def _row_norms_of_sum(self, base: BaseLinear) -> Tensor:
+        storage = base.layer.storage
+        weight = storage.format, storage.payload.data_ptr(), storage.payload.dtype
         kept = self.row_norms  # moved and cast with the module, as if it were a weight
-        if kept is None or kept.device != self.lora_A.device or kept.dtype != torch.float32:
+        if kept is None or kept.dtype != torch.float32 or self._norms_of != weight:
             self.row_norms = kept = base.weight.float().norm(dim=1)
+            self._norms_of = weight
         down, up = self.lora_A, self.lora_B
         dtype = base.layer.storage.dtype
         inner = base.layer.storage.linear(down.to(dtype)).T.float()  # W Aᵀ, [out, r]

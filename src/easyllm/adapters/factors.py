@@ -112,6 +112,8 @@ def attach_lora(
     Raises:
         ConfigError: the model has an adapter of this name, or an unnamed one.
     """
+    # a layer without an update (all of its ranks are pruned) has an update of rank 1 that is zero
+    factors = {n: each if each.rank else _zero(each) for n, each in factors.items()}
     ranks = {layer: each.rank for layer, each in factors.items()}
     counts = list(ranks.values())
     usual = max(counts, key=counts.count)
@@ -140,6 +142,13 @@ def attach_lora(
     for parameter in adapters.own_parameters():
         parameter.requires_grad_(False)
     return adapters
+
+
+def _zero(empty: Factors) -> Factors:
+    """Returns factors of rank 1 whose product is zero, in the place of ones of rank 0."""
+    return Factors(
+        empty.down.new_zeros(1, empty.down.shape[1]), empty.up.new_zeros(len(empty.up), 1), 0.0
+    )
 
 
 def _update(name: str, layer: Layer, module: Adapter | EmbeddingAdapter) -> Tensor:

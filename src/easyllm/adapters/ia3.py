@@ -5,7 +5,7 @@ y = W (l ⊙ x) + b,   l: [in], initially 1      (down_proj)
 (Liu et al. 2022, arXiv 2205.05638, section 3.3)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 import torch
@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.registry import register_adapter
-from easyllm.adapters.targets import name_matches
+from easyllm.adapters.targets import check_patterns, name_matches
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
@@ -47,6 +47,16 @@ class IA3Config(AdapterConfig):
         """Builds the adapter of one linear with uninitialised parameters."""
         of_input = self.scales_input(name)
         return IA3(in_features if of_input else out_features, of_input=of_input)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Checks that each pattern of `scaled_inputs` matches an adapted linear.
+
+        Raises:
+            ConfigError: one matches none.
+        """
+        if self.scaled_inputs != IA3Config.model_fields["scaled_inputs"].default:
+            what = "adapted linear"
+            check_patterns(self.scaled_inputs, names, key="adapter.scaled_inputs", what=what)
 
     def to_peft(self, modules: Mapping[str, str]) -> JsonObject:
         """Returns the IA³ entries of `adapter_config.json`, by the file's full names."""

@@ -4,6 +4,7 @@ The merged weight is computed in fp32 and rounded once: to the dtype of the weig
 of its quantized format (`requantize`).
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -223,6 +224,8 @@ def check_mergeable(
 def _check_weight(adapters: AdapterSet, weight: float) -> None:
     """Checks that every change that the adapter makes can be scaled."""
     kind = adapters.config.kind
+    if not math.isfinite(weight):
+        raise ConfigError(f"weight={weight:g} is not a finite number; give one, such as 0.5")
     if adapters.base_parameters:
         raise ConfigError(
             f"weight={weight:g} cannot scale this adapter of kind {kind}, which was trained with "

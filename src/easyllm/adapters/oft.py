@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Literal, Self
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
@@ -30,8 +30,9 @@ class OFTConfig(AdapterConfig):
     """Size of the rotated blocks, and how the rotation is computed."""
 
     kind: Literal["oft"] = "oft"
-    block_size: PositiveInt = Field(
+    block_size: int = Field(
         default=32,
+        ge=2,
         description="Size of the blocks that the inputs of a linear are divided into; it must "
         "divide their number.",
     )
@@ -145,6 +146,10 @@ class OFT(Adapter):
 
     def rotations(self) -> Tensor:
         """Returns the blocks [in / b, b, b] that rows are multiplied by from the right, in fp32."""
+        with torch.autocast(self.oft_R.device.type, enabled=False):
+            return self._rotations()
+
+    def _rotations(self) -> Tensor:
         size = self.block_size
         elements = self.oft_R.to(torch.promote_types(self.oft_R.dtype, torch.float32))
         upper = elements.new_zeros(len(elements), size, size)

@@ -299,6 +299,12 @@ def _config(
     modules = {
         layers[stem]: FileModule(name=stem, tensors=tensors) for stem, tensors in grouped.items()
     }
+    strange = [name for name in file.tensors if name not in of_base]
+    if not modules and strange and file.kind.config.level == "linear":
+        raise CheckpointError(
+            f"the adapter in {str(file.folder)!r} does not fit the model, which has no layer for "
+            f"its tensors, such as {strange[0]}; use the model it was trained on"
+        )
     try:
         config = file.kind.config.from_peft(file.description, modules)
         config.check_file(file.description, file.tensors, model.config)

@@ -44,7 +44,9 @@ class VeRAConfig(AdapterConfig):
         description="Dropout probability on the adapter's input in training.",
     )
     projection_seed: NonNegativeInt = Field(
-        default=0, description="Seed of the shared matrices (peft's `projection_prng_key`)."
+        default=0,
+        lt=2**63,
+        description="Seed of the shared matrices (peft's `projection_prng_key`).",
     )
     save_projection: bool = Field(
         default=True,

@@ -258,6 +258,7 @@ def _run(run: Run) -> TrainResult:
         if run.progress.stopped is None:
             run_steps(run, stop)
         _check_end(run, stop)
+        run.finish_adapter()
         results = _results(run, time.monotonic() - start)
         for callback in run.callbacks:
             callback.on_end(run, results)

@@ -143,6 +143,11 @@ class Run:
         for callback in self.callbacks:
             callback.on_event(self, kind, detail)
 
+    def finish_adapter(self) -> None:
+        """Completes the adapter before its values are evaluated and saved as the result."""
+        if self.adapters is not None and self.adapters.finish():
+            self.event("pruned", "the adapter is pruned to its final budget before it is saved")
+
     def is_due(self, every: int) -> bool:
         """Returns whether something happens after the current step that happens every N steps."""
         return every > 0 and self.progress.step % every == 0

@@ -279,3 +279,20 @@ def test_a_file_whose_ranks_and_pattern_disagree_is_refused(tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="in the adapter's file and 4 in its rank_pattern"):
         load_adapter(build_tiny(), tmp_path / "a", module_name=where)
+
+
+def test_a_run_that_ends_early_is_pruned_to_its_budget():
+    _, adapters = model_with("adalora")
+    before = sum(int(a.keeps.sum()) for _, a in adapters.linears.values())
+    adapters.after_step(StepInfo(step=1, total_steps=100))
+    assert adapters.finish()
+    kept = [int(a.keeps.sum()) for _, a in adapters.linears.values()]
+    assert sum(kept) == 2 * len(kept) < before
+    assert not adapters.finish()
+    for _, adapter in adapters.linears.values():
+        assert not bool(adapter.lora_E[~adapter.keeps].any())
+
+
+def test_a_recipe_cannot_say_which_triplets_are_kept():
+    with pytest.raises(ConfigError, match="leave it out"):
+        attach(build_tiny(), AdaLoRAConfig(kept={"layers.0.mixer.q_proj": (True,)}))

@@ -8,7 +8,10 @@ from adapter_kinds import model_with
 from easyllm.adapters import DoRA, DoRAConfig, attach, detach
 from easyllm.core.errors import ConfigError
 from easyllm.nn.linear import BaseLinear, Linear
+from easyllm.quant import quantize_weights
 from tiny_models import build_tiny
+
+IDS = torch.arange(5, 45)
 
 
 def linear_of(*, bias, dtype=torch.float64, seed=0):
@@ -127,3 +130,13 @@ def test_the_factors_of_the_loss_give_the_output(dropout):
 def test_the_embedding_is_refused_as_a_target():
     with pytest.raises(ConfigError, match="'embed_tokens' matches no linear layer"):
         attach(build_tiny(), DoRAConfig(rank=2, targets=("embed_tokens",)))
+
+
+def test_the_norms_follow_a_base_that_is_quantized_later():
+    model, adapters = model_with("dora")
+    model.logits(IDS)
+    quantize_weights(model, "nf4")
+    got = model.logits(IDS)
+    for _, adapter in adapters.linears.values():
+        adapter.row_norms = None
+    assert torch.equal(model.logits(IDS), got)

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from easyllm.adapters import (
+    AdaLoRAConfig,
     BitFitConfig,
     DoRAConfig,
     IA3Config,
     LoRAConfig,
     adapter_of,
+    attach,
     detach,
     merge,
     save_adapter,
@@ -21,7 +23,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.models import add_adapter, hf_module_name
 from registered_parts import PromptConfig, WeightNormConfig
 from tiny_models import build_tiny
-from trained_adapters import ADDITIVE, METHODS, attached
+from trained_adapters import ADDITIVE, METHODS, attached, train
 
 IDS = torch.arange(5, 45)
 
@@ -165,3 +167,16 @@ def test_what_has_no_low_rank_form_is_refused_and_stays():
         to_lora(trained, 4)
     with pytest.raises(ConfigError, match="rank of a LoRA adapter is 0"):
         to_lora(attached(build_tiny(), METHODS["lora"]), 0)
+
+
+def test_a_linear_whose_triplets_are_all_pruned_has_a_zero_update():
+    model = build_tiny()
+    adapters = attach(model, AdaLoRAConfig(init_rank=4, rank=2))
+    train(adapters, model)
+    for _, adapter in list(adapters.linears.values())[:3]:
+        adapter.keeps.fill_(False)
+        adapter.lora_E.data.zero_()
+    before = model.logits(IDS)
+    conversion = to_lora(model, 8)
+    torch.testing.assert_close(model.logits(IDS), before, atol=2e-5, rtol=2e-5)
+    assert min(len(a.lora_A) for _, a in conversion.adapters.linears.values()) == 1

@@ -60,6 +60,7 @@ def restore_best(run: Run) -> int | None:
     if not folder.is_dir():
         return None
     load_state(folder, run.state)
+    run.finish_adapter()
     return run.progress.step
 
 
