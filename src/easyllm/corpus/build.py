@@ -161,9 +161,11 @@ class CorpusBuild:
             console().print(f"{self.output} already contains this corpus", soft_wrap=True)
             return Manifest.read(self.output / MANIFEST_FILE).results
         runs = self._evaluation_runs()
-        with build_executor(self.config.engine, self.config.workers) as executor:
+        with (
+            build_executor(self.config.engine, self.config.workers) as executor,
             # Claimed only after the checks above, so that a configuration error creates no folder
-            claim_run_folder(self.output, self.config, ignore=HOW)
+            claim_run_folder(self.output, self.config, ignore=HOW),
+        ):
             try:
                 return self._build(executor, runs)
             except EasyllmError:
@@ -361,12 +363,10 @@ class CorpusBuild:
             shutil.rmtree(half) if half.is_dir() else half.unlink()
 
     def _discard(self) -> None:
-        """Removes the files this build created, and the output folder if it is then empty."""
+        """Removes the files this build created; the output folder is removed with its lock."""
         for folder in (self.work, self.output / "tokenizer"):
             shutil.rmtree(folder, ignore_errors=True)
         (self.output / RECIPE_FILE).unlink(missing_ok=True)
-        if self.output.is_dir() and not any(self.output.iterdir()):
-            self.output.rmdir()
 
     # ---- parts
 

@@ -21,7 +21,12 @@ from easyllm.tokenizer.extend import Script
 from easyllm.tokenizer.train_config import TokenizerConfig
 from easyllm.train.config import TrainConfig
 
-REFERENCE = re.compile(r"@([\w-]+)(?:/(.+))?")
+STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MOVED_ASIDE = re.compile(r".*\.[0-9]+")
+"""Names of the folders of earlier trainings (`tune.1`), which are not names of stages."""
+RESERVED_NAMES = ("stages", "recipe.yaml", "summary.json", "pending")
+"""What a run's folder and its `stages` folder contain besides stages."""
+REFERENCE = re.compile(r"@([\w.-]+)(?:/(.+))?")
 VALUE_OF = re.compile(r"\$\{([\w.-]+)\}")
 DATA_PATHS = ("train", "eval", "shards", "validation")
 SEEDED = ("train", "corpus")
@@ -151,6 +156,19 @@ class Recipe(Config):
         return {**values, "stages": seeded}
 
     @model_validator(mode="after")
+    def _names_are_folders(self) -> "Recipe":
+        seen: dict[str, str] = {}
+        for name in self.stages:
+            check_stage_name(name)
+            other = seen.setdefault(name.lower(), name)
+            if other != name:
+                raise ValueError(
+                    f"stages {other!r} and {name!r} differ only in case, so that some file systems "
+                    "would give them one folder; rename one of them"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _references_point_back(self) -> "Recipe":
         seen: list[str] = []
         for name, stage in self.stages.items():
@@ -162,6 +180,29 @@ class Recipe(Config):
                     )
             seen.append(name)
         return self
+
+
+def check_stage_name(name: str) -> None:
+    """Checks that a stage's name is the name of a folder of its own inside the run's folder.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if STAGE_NAME.fullmatch(name) is None:
+        raise ValueError(
+            f"stage name {name!r} is not a plain name; use up to 100 letters, digits, '-', '_' and "
+            "'.', the first a letter or digit"
+        )
+    if name.lower() in RESERVED_NAMES:
+        raise ValueError(
+            f"stage name {name!r} is that of a file or folder of every run (reserved names: "
+            f"{', '.join(RESERVED_NAMES)}); choose another name"
+        )
+    if MOVED_ASIDE.fullmatch(name):
+        raise ValueError(
+            f"stage name {name!r} ends in a dot and a number, as the folders of earlier trainings "
+            "do; choose another name"
+        )
 
 
 def references(stage: Config) -> list[str]:
