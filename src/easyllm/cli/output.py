@@ -1,19 +1,26 @@
-"""Prints results on standard output: tables for people, JSON for scripts."""
+"""Prints results on standard output: tables for people, JSON for scripts; shared options."""
 
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from easyllm.core.json_types import JsonMapping
+from easyllm.core.paths import expanded
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides: key.sub=value"),
 ]
+
+
+def home_path(path: Path | None) -> Path | None:
+    """Returns the path of an option with `~` expanded, which a shell does not do in quotes."""
+    return None if path is None else expanded(path)
 
 
 def print_json(value: object) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from easyllm.cli.output import print_pairs
+from easyllm.cli.output import home_path, print_pairs
 from easyllm.core.json_types import JsonObject
 
 # A value of a pipeline recipe may refer to another one, as in `sources: ${stages.corpus.sources}`.
@@ -56,7 +56,8 @@ def schema(
         str | None, typer.Argument(metavar="|".join(SCHEMAS), help="By default, list the names.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the schema to this file.")
+        Path | None,
+        typer.Option("--output", "-o", callback=home_path, help="Write the schema to this file."),
     ] = None,
 ) -> None:
     """Print the JSON Schema of a recipe or request, with descriptions, for editors.

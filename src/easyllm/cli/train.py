@@ -8,7 +8,7 @@ import typer
 
 from easyllm.cli.adapter import AdapterFolder
 from easyllm.cli.next_steps import after_training, print_steps
-from easyllm.cli.output import JsonFlag, Overrides, print_json, print_pairs, print_table
+from easyllm.cli.output import JsonFlag, Overrides, home_path, print_json, print_pairs, print_table
 from easyllm.cli.sampling import MaxTokens
 
 
@@ -83,7 +83,9 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="smollm2, a checkpoint folder, a .gguf file, or hf:org/name.")
     ],
-    data: Annotated[Path, typer.Argument(help="A .json or .jsonl file of conversations.")],
+    data: Annotated[
+        Path, typer.Argument(callback=home_path, help="A .json or .jsonl file of conversations.")
+    ],
     max_tokens: MaxTokens = 32,
     adapter: AdapterFolder = None,
     json_output: JsonFlag = False,

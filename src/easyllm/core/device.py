@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.core.json_types import JsonObject
+from easyllm.core.paths import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,7 @@ def cache_folder() -> Path:
     It is `EASYLLM_CACHE`, or else `easyllm` in the user's cache folder.
     """
     if os.environ.get("EASYLLM_CACHE"):
-        return Path(os.environ["EASYLLM_CACHE"])
+        return expanded(os.environ["EASYLLM_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyllm"
 
 

@@ -17,6 +17,7 @@ from pydantic import (
 from easyllm.adapters import ADAPTERS, AdapterConfig
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError
+from easyllm.core.paths import PathText
 from easyllm.models.scratch import ScratchConfig
 from easyllm.quant import find_scheme
 from easyllm.train.data_config import (
@@ -25,7 +26,6 @@ from easyllm.train.data_config import (
     DataBase,
     DataConfig,
     LabelledDataConfig,
-    Paths,
 )
 from easyllm.train.objectives import (
     OBJECTIVES,
@@ -53,6 +53,7 @@ def _whole(number: float) -> int | float:
     return int(number) if number == int(number) else number
 
 
+Texts = Annotated[tuple[str, ...], Field(min_length=1)]
 Epochs = Annotated[PositiveFloat, PlainSerializer(_whole)]
 
 
@@ -82,7 +83,7 @@ class EarlyStoppingConfig(Config):
 class SamplesConfig(Config):
     """Sample completions that are generated every `eval_every` steps, for inspection."""
 
-    prompts: Paths = Field(description="Prompts that the model completes.")
+    prompts: Texts = Field(description="Prompts that the model completes.")
     max_tokens: PositiveInt = Field(
         default=48, description="Maximum number of new tokens per completion."
     )
@@ -202,7 +203,7 @@ class TrainConfig(Config):
     samples: SamplesConfig | None = Field(
         default=None, description="Completions to generate at each evaluation; null generates none."
     )
-    retention: tuple[str, ...] = Field(
+    retention: tuple[PathText, ...] = Field(
         default=(),
         description="Files of conversations or texts whose loss is measured before and after "
         "training: it shows what the model forgets.",
@@ -216,7 +217,7 @@ class TrainConfig(Config):
     tensorboard: bool = Field(
         default=False, description="Whether to also write TensorBoard event files."
     )
-    output: str | None = Field(default=None, description="Folder of the run.")
+    output: PathText | None = Field(default=None, description="Folder of the run.")
 
     @model_validator(mode="after")
     def _base_can_be_quantized(self) -> "TrainConfig":
