@@ -98,8 +98,9 @@ def train(
         easyllm tokenizer train a.txt -o tok --set model.digits=individual --set model.pattern=qwen2
     """
     from easyllm.core.atomic import atomic_directory, check_output_free, write_json
-    from easyllm.core.config import apply_overrides, read_yaml, validate
+    from easyllm.core.config import apply_overrides, validate
     from easyllm.core.manifest import MANIFEST_FILE, Manifest
+    from easyllm.core.yaml_text import read_yaml
     from easyllm.tokenizer.train import train_tokenizer, vocab_size_warning
     from easyllm.tokenizer.train_config import TokenizerConfig
 

@@ -47,8 +47,8 @@ def train(
 
         easyllm train recipe.yaml eval_every=50 --allow-change
     """
-    from easyllm.core.config import dump_yaml
     from easyllm.core.errors import ConfigError
+    from easyllm.core.yaml_text import dump_yaml
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe
     from easyllm.reporting import reporting_callbacks
     from easyllm.train import dry_run as plan_training

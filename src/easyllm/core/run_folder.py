@@ -8,10 +8,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from easyllm.core.atomic import check_writable, output_errors, write_atomic
-from easyllm.core.config import dump_yaml, first_difference
+from easyllm.core.config import first_difference
 from easyllm.core.errors import OutputError
 from easyllm.core.folder_lock import LOCK_FILE, check_unlocked, locked_folder
 from easyllm.core.json_types import Json
+from easyllm.core.yaml_text import dump_yaml, parse_yaml
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -88,13 +89,13 @@ def _has_files(folder: Path) -> bool:
 def _completed(text: str, config: BaseModel) -> str:
     """The text of a recipe, possibly from an older version, with defaults for the missing keys."""
     try:
-        return dump_yaml(type(config).model_validate(yaml.safe_load(text)))
+        return dump_yaml(type(config).model_validate(parse_yaml(text)))
     except (ValidationError, yaml.YAMLError):
         return text
 
 
 def _comparable(text: str, ignore: Collection[str]) -> Json:
-    values = yaml.safe_load(text)
+    values = parse_yaml(text)
     if not isinstance(values, dict):
         return values
     return {key: value for key, value in values.items() if key != "output" and key not in ignore}

@@ -64,6 +64,11 @@ def base_of(folder: Path) -> str:
             return base
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not local.parent.exists():
             return HUB_PREFIX + base
+    if base is None or base == "":
+        raise SourceError(
+            f"the adapter {str(folder)!r} does not name its base model (base_model_name_or_path is "
+            f"{base!r}); give the base model and --adapter {folder}"
+        )
     raise SourceError(
         f"the base model of the adapter {str(folder)!r} is {base!r}, which does not exist here; "
         f"give the base model and --adapter {folder}"

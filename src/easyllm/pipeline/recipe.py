@@ -302,9 +302,6 @@ def resolve_paths(values: JsonObject, folder: Path) -> None:
         values["data"] = {name: place(path) for name, path in data.items()}
         return
     data = {key: place(value) if key in DATA_PATHS else value for key, value in data.items()}
-    for key in ("train", "eval"):
-        if isinstance(data.get(key), str):
-            data[key] = [data[key]]
     values["data"] = data
 
 

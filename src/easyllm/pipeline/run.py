@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from easyllm.core.atomic import write_json
-from easyllm.core.config import Config, read_yaml
+from easyllm.core.config import Config
+from easyllm.core.device import pick_device
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.core.folder_lock import check_unlocked
 from easyllm.core.json_types import JsonObject
@@ -23,6 +24,7 @@ from easyllm.core.manifest import hash_file, hash_path, hash_value
 from easyllm.core.progress import console, format_duration
 from easyllm.core.recipe_kind import command_of
 from easyllm.core.run_folder import check_run_folder, claim_run_folder
+from easyllm.core.yaml_text import read_yaml
 from easyllm.corpus.shards import MANIFEST as SHARDS_MANIFEST
 from easyllm.corpus.sources import SourceConfig, source_files
 from easyllm.models import locate
@@ -202,6 +204,8 @@ def _keys(recipe: Recipe) -> dict[str, str]:
     check_run_folder(Path(recipe.output), recipe, ignore=CHANGEABLE)
     keys: dict[str, str] = {}
     for name, stage in recipe.stages.items():
+        if isinstance(stage, TrainStage):
+            pick_device(stage.device)  # now, not when the stage starts
         keys[name] = _key(stage, keys)
     return keys
 

@@ -10,18 +10,16 @@ import pytest
 
 from easyllm.core.config import (
     ENVIRONMENT_PREFIX,
-    RESERVED_VARIABLES,
     Config,
     apply_overrides,
-    dump_yaml,
-    environment_overrides,
     load_config,
-    read_yaml,
     validate,
 )
+from easyllm.core.environment import RESERVED_VARIABLES, environment_overrides
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.json_schema import json_schema
 from easyllm.core.kinds import Kinds
+from easyllm.core.yaml_text import dump_yaml, read_yaml
 from easyllm.pipeline.recipe import Recipe, load_recipe, load_train_recipe
 from easyllm.train.config import TrainConfig
 
@@ -66,7 +64,7 @@ def test_a_mistyped_key_of_an_optional_part_gets_a_suggestion():
 
 def test_a_key_without_a_similar_one_lists_the_known_ones():
     message = complaint(TrainConfig, TRAIN | {"optimizer": {"zzz": 1}})
-    assert "(known keys: betas, eps, kind, learning_rate, state, weight_decay)" in message
+    assert "(known keys: betas, eps, kind, learning_rate, paged, state, weight_decay)" in message
 
 
 @pytest.mark.parametrize("name", ["tune", "train", "merge", "data", "optimizer"])
@@ -264,7 +262,7 @@ BLAME = {
     ),
     "another type than a mapping": (
         *(MINE, ("optimizer=3",), {}),
-        "command line: optimizer=3: input should be a valid dictionary",
+        "command line: optimizer=3: expected a mapping with one of the kinds",
     ),
     "a part of an unknown key of the environment": (
         *(MINE, (), {"EASYLLM_OPTIMIZER__EPSS": "1"}),
@@ -312,8 +310,8 @@ STAGES = "name: n\noutput: o\nstages: {train: {kind: train, data: {train: [a]}}}
         ("stages.train.optimizr.x=1", "unknown key 'stages.train.optimizr' (did you mean "),
         (
             "stages.trian.x=1",
-            "missing key 'stages.trian.kind'; known kinds are 'tokenizer', 'corpus', 'convert', "
-            "'evaluate', 'train', 'merge'; other keys next to 'stages.trian': train (did you "
+            "missing key 'stages.trian.kind'; known kinds are 'tokenizer', 'extend', 'corpus', "
+            "'convert', 'evaluate', 'train', 'merge'; other keys next to 'stages.trian': train (did you "
             "mean 'train'?)",
         ),
         ("stages.trian.kind=train", "missing key 'stages.trian.data'"),
