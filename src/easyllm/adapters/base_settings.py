@@ -1,7 +1,7 @@
 """Settings of the base model that an adapter was trained with: its `prompt_mask`.
 
 peft's files have no place for it, so it has its own file, as peft warns about unknown keys of
-`adapter_config.json`. Files of peft and of older versions lack it; the base's own mask applies then.
+`adapter_config.json`. Files of peft and of older versions lack it; then the base's mask applies.
 """
 
 from pathlib import Path

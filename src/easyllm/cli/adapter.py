@@ -75,8 +75,8 @@ def _shared(
     """Returns those of the models with one base that can share its weights; empty if only one.
 
     An adapter needs its own copy if it replaces weights of the base, adds virtual tokens to every
-    sequence, or has other end tokens or another prompt mask. So do all of them with speculative decoding, which does not
-    support adapters selected per request.
+    sequence, or has other end tokens or another prompt mask. So do all of them with speculative
+    decoding, which does not support adapters selected per request.
     """
     from easyllm.adapters import read_adapter
     from easyllm.models import open_source

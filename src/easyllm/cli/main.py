@@ -103,7 +103,7 @@ def build_app(modules: Iterable[str] = ()) -> typer.Typer:
     app = typer.Typer(
         name="easyllm",
         cls=_Commands,
-        help="Train, align, evaluate and serve language models, from raw data to a chat server.",
+        help="Train, evaluate and serve language models, from raw data to a chat server.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -167,7 +167,7 @@ def _general_options(
         ),
     ] = False,
 ) -> None:
-    """Train, align, evaluate and serve language models, from raw data to a chat server."""
+    """Train, evaluate and serve language models, from raw data to a chat server."""
 
 
 def main() -> None:

@@ -50,8 +50,8 @@ def read_rows(path: Path) -> Iterator[Row]:
                 raise DataError(f"{row.location} {verb} {row.reason}; fix or remove it")
             if not _is_text(row.values):
                 raise DataError(
-                    f"{row.location} contains an unpaired surrogate, such as \\ud800, which is no "
-                    "character; fix or remove it"
+                    f"{row.location} contains an unpaired surrogate, such as \\ud800, which UTF-8 "
+                    "cannot encode; fix or remove it"
                 )
             is_empty = False
             yield row

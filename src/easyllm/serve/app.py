@@ -237,8 +237,9 @@ def bind(host: str, port: int) -> socket.socket:
                 f"cannot listen on host {host!r}, which is not an address of this machine; choose "
                 "another with --host, such as 127.0.0.1, or 0.0.0.0 for all"
             ) from None
+        reason = getattr(error, "strerror", error)
         raise ConfigError(
-            f"cannot listen on {host}:{port} ({getattr(error, 'strerror', error)}); choose another port with --port"
+            f"cannot listen on {host}:{port} ({reason}); choose another port with --port"
         ) from None
     return listener
 

@@ -211,8 +211,8 @@ class TrainConfig(Config):
     )
     retention: Annotated[tuple[PathText, ...], ONE_OR_MORE] = Field(
         default=(),
-        description="Files of conversations or texts (a list, or one path) whose loss is measured before and after "
-        "training: it shows what the model forgets.",
+        description="Files of conversations or texts (a list, or one path) whose loss is measured "
+        "before and after training: it shows what the model forgets.",
     )
     spike_factor: float = Field(
         default=2.0,

@@ -311,7 +311,8 @@ STAGES = "name: n\noutput: o\nstages: {train: {kind: train, data: {train: [a]}}}
         (
             "stages.trian.x=1",
             "missing key 'stages.trian.kind'; known kinds are 'tokenizer', 'extend', 'corpus', "
-            "'convert', 'evaluate', 'train', 'merge'; other keys next to 'stages.trian': train (did you "
+            "'convert', 'evaluate', 'train', 'merge'; other keys next to 'stages.trian': train "
+            "(did you "
             "mean 'train'?)",
         ),
         ("stages.trian.kind=train", "missing key 'stages.trian.data'"),
