@@ -27,7 +27,7 @@ from typing import Any
 import machine
 import torch
 
-from easyllm.core.config import read_yaml
+from easyllm.core.yaml_text import read_yaml
 from easyllm.engine import LLM
 from easyllm.engine.rates import Shape, measure_rates
 from easyllm.models import load_tokenizer, save_model

@@ -12,6 +12,9 @@ ROOT = Path(__file__).parents[1]
 # What is searched: git's patterns. Chinese pages and the list of terms are not.
 FILES = ("src/*.py", "src/*.c", "src/*.h", "docs/*.md", "recipes/*.yaml", "README.md")
 FILES += ("CONTRIBUTING.md", "CHANGELOG.md", "bench/*.py", "Makefile", "findings/*")
+FILES += ("pyproject.toml", "src/*.html")
+MARGIN = re.compile(r"^(?:(?:#+|//+|/\*|\*+|>|-|f?[\"'])\s*)+")
+END = re.compile(r"\s*(?:\s*[\"'],?|\\)?$")
 EXEMPT = (".zh.md", "docs/glossary.md", "docs/recipes.md")  # the last lists users' keys
 
 
@@ -23,13 +26,60 @@ def denied() -> list[tuple[re.Pattern[str], str]]:
 
 
 def found_in(text: str, rules: list[tuple[re.Pattern[str], str]]) -> list[tuple[int, str, str]]:
-    """Line number, wording and advice of each hit."""
+    """Line number, wording and advice of each hit, of the first one of a rule in a line.
+
+    A wording may be split over two lines, whose margins (`#`, `//`, `*`, `>`, quotes of a string)
+    do not count, and spaces may be doubled.
+    """
+    lines = [" ".join(line.split()) for line in text.splitlines()]
     hits = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
+        following = MARGIN.sub("", lines[number]) if number < len(lines) else ""
+        joined = f"{END.sub('', line)} {following}" if following else line
         for pattern, advice in rules:
-            if match := pattern.search(line):
+            match = pattern.search(line) or _across(pattern, joined, len(END.sub("", line)))
+            if match is not None:
                 hits.append((number, match.group(), advice))
     return hits
+
+
+def _across(pattern: re.Pattern[str], text: str, border: int) -> re.Match[str] | None:
+    """The first match that begins before a border in a text and ends after it."""
+    crossing = (m for m in pattern.finditer(text) if m.start() < border < m.end() - 1)
+    return next(crossing, None)
+
+
+def visible(name: str, text: str) -> str:
+    """The text of a file that people read, with its line breaks.
+
+    Of HTML, the text outside tags, scripts and styles and the texts of a script's strings; of
+    pyproject.toml, the description.
+    """
+    if name.endswith("pyproject.toml"):
+        return re.sub(r"^(?!description = ).*$", "", text, flags=re.MULTILINE)
+    if not name.endswith(".html"):
+        return text
+
+    def strings(script: re.Match[str]) -> str:
+        found = re.sub(r"^[ \t]*//.*$", "", script[2], flags=re.MULTILINE)
+        code = re.split(r"(\"[^\"\n]*\"|'[^'\n]*'|`[^`]*`)", found)
+        return "".join(
+            part if n % 2 else re.sub(r"[^\n]+", " ", part) for n, part in enumerate(code)
+        )
+
+    text = re.sub(r"<!--.*?-->|<style.*?</style>", _blank, text, flags=re.DOTALL)
+    text = re.sub(r"(<script[^>]*>)(.*?)</script>", strings, text, flags=re.DOTALL)
+    return re.sub(r"<[a-zA-Z/][^>]*>", _attributes, text, flags=re.DOTALL)
+
+
+def _blank(match: re.Match[str]) -> str:
+    return "\n" * match[0].count("\n")
+
+
+def _attributes(tag: re.Match[str]) -> str:
+    """The texts of a tag that are shown: those of `title`, `placeholder`, `alt`, `aria-label`."""
+    shown = re.findall(r'(?:title|placeholder|alt|aria-label)="([^"]*)"', tag[0])
+    return f" {' '.join(shown)} " + _blank(tag)
 
 
 def hits_in(root: Path, patterns: tuple[str, ...] = FILES) -> list[str]:
@@ -46,7 +96,9 @@ def hits_in(root: Path, patterns: tuple[str, ...] = FILES) -> list[str]:
         f'{name}:{number}: "{wording}": write {advice}'
         for name in names.splitlines()
         if not name.endswith(EXEMPT) and (root / name).is_file()
-        for number, wording, advice in found_in((root / name).read_text("utf-8"), rules)
+        for number, wording, advice in found_in(
+            visible(name, (root / name).read_text("utf-8")), rules
+        )
     ]
 
 

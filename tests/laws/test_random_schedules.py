@@ -1,7 +1,7 @@
 """Random schedules: no page leaks or is shared wrongly, and every output is as if served alone.
 
 The scheduler runs on a cache of token ids whose next token is a hash of the pages it reads
-(tests/hash_runner.py), and the complete engine on a tiny real model.
+(tests/support/hash_runner.py), and the complete engine on a tiny real model.
 """
 
 import random

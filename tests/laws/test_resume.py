@@ -103,7 +103,7 @@ ZYGOTE = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from easyllm.core.config import read_yaml
+from easyllm.core.yaml_text import read_yaml
 from easyllm.train import TrainConfig, train
 torch.set_num_threads(1)
 for line in sys.stdin:  # "recipe output seconds": a run to be killed after that time, or never

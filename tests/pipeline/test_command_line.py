@@ -10,7 +10,6 @@ import pytest
 import typer
 
 from easyllm.cli.main import app
-from easyllm.core.errors import SourceError
 from easyllm.models import load_model
 from easyllm_command import GOOD, RECIPE, easyllm
 
@@ -200,11 +199,6 @@ def test_user_errors_give_one_sentence_and_exit_code_2(training, tmp_path, tiny_
         assert message in done.stderr, (words, done.stderr)
         assert "Traceback" not in done.stderr
     assert not output.exists()
-
-
-def test_debug_shows_the_traceback():
-    with pytest.raises(SourceError, match="smollm3"):
-        easyllm("generate", "smollm3", "x", "--debug")
 
 
 def test_the_error_for_a_missing_model_says_how_to_get_it(tmp_path):

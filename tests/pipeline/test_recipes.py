@@ -133,9 +133,9 @@ def test_a_run_killed_in_training_resumes_to_the_same_weights(recipe, whole, tmp
 
 
 def test_the_folder_of_another_recipe_is_refused(recipe, whole):
-    done = run(recipe, whole, "stages.tune.epochs=1")
+    done = run(recipe, whole, "name=other")
     assert done.returncode == 2
-    assert "contains another run (stages.tune.epochs is 5 there and 1 here)" in done.stderr
+    assert "contains another run (name is 'quickstart' there and 'other' here)" in done.stderr
 
 
 def test_the_quickstart_summary_contains_its_figures(recipe, whole, monkeypatch):

@@ -9,8 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from easyllm.cli.main import app
-from easyllm.core.config import dump_yaml, validate
+from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError, EasyllmError, OutputError
+from easyllm.core.yaml_text import dump_yaml
 from easyllm.corpus.shards import TokenShards, write_shards
 from easyllm.corpus.token_bytes import token_bytes
 from easyllm.models import load_model

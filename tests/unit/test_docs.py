@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted(DOCS.rglob("*.md"))]
+OTHER_PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "findings/README.md")]
 UNTRANSLATED = ("glossary.md", "decisions.md", "cli.md", "recipes.md")  # one has both languages
 TERMS = [
     *("batch-invariant", "zero point", "prefix caching", "continuous batching", "preemption"),
@@ -68,7 +69,9 @@ def broken(page: Path) -> list[str]:
     return bad
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, *OTHER_PAGES], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_every_relative_link_and_anchor_resolves(page):
     assert not broken(page)
 
@@ -125,6 +128,21 @@ def test_every_page_has_a_chinese_twin():
     pages = [page for page in english_pages() if page.name not in UNTRANSLATED]
     missing = [page for page in pages if not page.with_suffix(".zh.md").exists()]
     assert not [str(page.relative_to(ROOT)) for page in missing]
+
+
+def without_english_page(folder: Path) -> list[str]:
+    """Returns the Chinese pages in a folder that translate no English page."""
+    pages = sorted(folder.rglob("*.zh.md"))
+    ends = [(page, page.with_name(f"{page.name.removesuffix('.zh.md')}.md")) for page in pages]
+    return [page.relative_to(folder).as_posix() for page, english in ends if not english.is_file()]
+
+
+def test_every_chinese_page_has_an_english_one(tmp_path):
+    assert without_english_page(DOCS) == []
+    (tmp_path / "a.md").touch()
+    (tmp_path / "a.zh.md").touch()
+    (tmp_path / "b.zh.md").touch()
+    assert without_english_page(tmp_path) == ["b.zh.md"]
 
 
 def twins() -> list[tuple[Path, Path]]:

@@ -74,3 +74,39 @@ def test_the_code_contains_no_denied_wording(check_words):
 
 def test_the_docs_contain_no_denied_wording(check_words):
     assert check_words.hits_in(ROOT, DOCS) == []
+
+
+SPLIT = {
+    "two lines": ("It goes\non.\n", 1),
+    "two lines of a comment": ("x = 1  # it goes\n    # on and ends\n", 1),
+    "two lines of a string": ('f(\n    "it goes "\n    "on")\n', 2),
+    "two lines of C": ("// it goes\n// on\n", 1),
+    "doubled spaces": ("It goes  on.\n", 1),
+    "a tab": ("It goes\ton.\n", 1),
+}
+
+
+@pytest.mark.parametrize(("text", "line"), SPLIT.values(), ids=SPLIT.keys())
+def test_a_wording_may_be_split(check_words, text, line):
+    hits = check_words.found_in(text, check_words.denied())
+    assert [number for number, *_ in hits] == [line]
+
+
+def test_lines_that_do_not_continue_are_not_joined(check_words):
+    assert check_words.found_in("It goes\n\non.\n", check_words.denied()) == []
+
+
+def test_of_a_page_only_the_visible_text_is_searched(check_words):
+    page = (
+        "<style>\n.behind {}\n</style>\n<p class='behind'>Behind.</p><!-- behind -->\n"
+        '<a title="it goes on">x</a>\n<script>\nconst behind = "Goes on."; // behind\n</script>\n'
+    )
+    hits = check_words.found_in(check_words.visible("a.html", page), check_words.denied())
+    assert [(number, wording) for number, wording, _ in hits] == [
+        (4, "Behind"),
+        (5, "goes on"),
+        (7, "Goes on"),
+    ]
+    text = 'name = "behind"\ndescription = "What lies behind"\n'
+    hits = check_words.found_in(check_words.visible("pyproject.toml", text), check_words.denied())
+    assert {number for number, *_ in hits} == {2}

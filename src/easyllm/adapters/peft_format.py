@@ -2,8 +2,9 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from easyllm.adapters.base_fingerprint import (
     fingerprint,
     read_fingerprint,
 )
+from easyllm.adapters.base_settings import BaseSettings, read_settings, write_settings
 from easyllm.adapters.peft_experts import fuse_experts, is_plain_lora, split_experts
+from easyllm.adapters.peft_targets import is_target
 from easyllm.adapters.peft_whole import (
     BaseOfFile,
     FileNames,
@@ -35,6 +38,7 @@ from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.linear import Linear
 
 logger = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
@@ -111,6 +115,7 @@ def save_adapter(
         write_json(work / CONFIG, description)
         hashes = fingerprint(model, without=adapters.base_parameters)
         write_json(work / FINGERPRINT_FILE, dict(hashes))
+        write_settings(work, model)
     return folder
 
 
@@ -124,6 +129,7 @@ class AdapterFile:
         description: the parsed `adapter_config.json`.
         tensors: its tensors, by name without peft's prefix.
         base_fingerprint: hashes of some parameters of its base, if the file records any.
+        base_settings: settings of its base in training, if the file records any.
     """
 
     folder: Path
@@ -131,6 +137,7 @@ class AdapterFile:
     description: JsonMapping
     tensors: Mapping[str, Tensor]
     base_fingerprint: Mapping[str, str] = field(default_factory=dict)
+    base_settings: BaseSettings | None = None
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
@@ -196,6 +203,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         description=description,
         tensors=short,
         base_fingerprint=read_fingerprint(folder),
+        base_settings=read_settings(folder),
     )
 
 
@@ -239,6 +247,7 @@ def load_adapter(
             f"the adapter in {str(file.folder)!r} was trained with {', '.join(stored.modules)} of "
             "the base and so cannot be attached by name alongside others; load it alone"
         )
+    _check_settings(model, file, name)
     check_named(model, file.modules_to_save, stored, module_name)
     config = _config(model, file, stored, module_name)
     adapters = place(model, config, base_parameters=stored.names, name=name)
@@ -255,6 +264,9 @@ def load_adapter(
             own.copy_(entry.turned(file.tensors[entry.name]))
         for tensor_name, parameter in _adapter_tensors(adapters, module_name).items():
             parameter.copy_(file.tensors[tensor_name])
+    if file.base_settings is not None and file.base_settings.differ(model):
+        adapters.undo.append(partial(BaseSettings.of(model).apply, model))
+        file.base_settings.apply(model)
     model.requires_grad_(False)
     return adapters
 
@@ -267,6 +279,26 @@ def _with_experts(model: Decoder, file: AdapterFile, module_name: FileNames) -> 
         raise CheckpointError(f"{file.folder}: {error}") from None
     description, tensors = found
     return dataclasses.replace(file, description=description, tensors=tensors)
+
+
+def _check_settings(model: Decoder, file: AdapterFile, name: str) -> None:
+    """Checks that a model can have the settings that an adapter's base had in training.
+
+    Raises:
+        ConfigError: it cannot, or they differ and the adapter is to be one of several.
+    """
+    settings = file.base_settings
+    if settings is None or not settings.differ(model):
+        return
+    if name:
+        raise ConfigError(
+            f"the adapter {name!r} in {str(file.folder)!r} was trained with prompt_mask="
+            f"{settings.prompt_mask}, but the model has prompt_mask={model.config.prompt_mask} and "
+            "cannot be used with both; load the adapter alone"
+        )
+    before = BaseSettings.of(model)
+    settings.apply(model)
+    before.apply(model)
 
 
 def _warn_of_another_base(model: Decoder, file: AdapterFile, base: str) -> None:
@@ -335,7 +367,12 @@ def _check_fit(
     for entry in base.replaced:
         own = model.get_parameter(entry.parameter)
         expected[entry.name] = list(entry.turned(own).shape)
-    missing = sorted(set(expected) - set(file.tensors))
+    missing = sorted(
+        {
+            *(set(expected) - set(file.tensors)),
+            *_not_adapted(model, file, base, adapters, module_name),
+        }
+    )
     left = sorted(set(file.tensors) - set(expected) - base.copies)
     wrong = [
         f"{name}: got {list(file.tensors[name].shape)}, expected {shape}"
@@ -354,6 +391,29 @@ def _check_fit(
             f"the adapter in {str(file.folder)!r} does not fit the model (tensors "
             f"{'; '.join(complaints)}); use the model it was trained on"
         )
+
+
+def _not_adapted(
+    model: Decoder,
+    file: AdapterFile,
+    base: BaseOfFile,
+    adapters: AdapterSet,
+    module_name: FileNames,
+) -> Iterator[str]:
+    """Yields the targets in a file's configuration that have no tensors in the file.
+
+    They are layers of a deeper model than the adapter's, or tensors that were lost. Experts are
+    left out, which peft does not count as modules.
+    """
+    config = adapters.config
+    for ours, layer in model.weight_modules():
+        name = file_name(module_name, ours)
+        if name is None or ours in adapters.adapted or ours in base.modules or ".experts." in name:
+            continue
+        reachable = isinstance(layer, Linear) or config.adapts_embeddings
+        has_copy = any(copy.startswith(f"{name}.") for copy in base.copies)
+        if reachable and not has_copy and is_target(file.description, name):
+            yield name
 
 
 def _adapter_tensors(adapters: AdapterSet, module_name: FileNames) -> dict[str, Tensor]:

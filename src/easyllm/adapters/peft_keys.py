@@ -69,12 +69,21 @@ def matches(patterns: Json, name: str) -> list[Json]:
     return [v for pattern, v in (patterns or {}).items() if _compiled(str(pattern)).match(name)]
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
-    # files are untrusted input: reject patterns prone to catastrophic backtracking
-    is_slow = (
-        re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > MAX_QUANTIFIERS
+def is_slow_pattern(pattern: str) -> bool:
+    """Returns whether matching a pattern could take very long (catastrophic backtracking).
+
+    Files are untrusted input.
+    """
+    repeats = re.search(r"\)[*+?{]", pattern) is not None
+    return (
+        repeats
+        or len(pattern) > MAX_PATTERN
+        or len(re.findall(r"[*+{]", pattern)) > (MAX_QUANTIFIERS)
     )
-    if len(pattern) > MAX_PATTERN or is_slow:
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    if is_slow_pattern(pattern):
         raise CheckpointError(
             f"the adapter's pattern {pattern[:60]!r} repeats groups or is too long; "
             "write the modules' names instead"

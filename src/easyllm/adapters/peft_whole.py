@@ -135,6 +135,16 @@ def check_named(model: Decoder, saved: tuple[str, ...], base: BaseOfFile, names:
                 f"the adapter was trained with {ends[0]!r} of its base (modules_to_save), but its "
                 f"file contains no {entry.name}; copy the adapter again"
             )
+    head, embedding = file_name(names, HEAD), file_name(names, EMBEDDING)
+    if not is_tied(model) or head is None:
+        return
+    # a tied head may be stored once, as the embedding
+    ends = [end for end in saved if head.endswith(end)]
+    if ends and not {f"{head}.weight", f"{embedding}.weight"} & present:
+        raise CheckpointError(
+            f"the adapter was trained with {ends[0]!r} of its base (modules_to_save), but its file "
+            f"contains no {head}.weight; copy the adapter again"
+        )
 
 
 def saved_tensors(

@@ -75,8 +75,8 @@ def _shared(
     """Returns those of the models with one base that can share its weights; empty if only one.
 
     An adapter needs its own copy if it replaces weights of the base, adds virtual tokens to every
-    sequence, or has other end tokens. So do all of them with speculative decoding, which does not
-    support adapters selected per request.
+    sequence, or has other end tokens or another prompt mask. So do all of them with speculative
+    decoding, which does not support adapters selected per request.
     """
     from easyllm.adapters import read_adapter
     from easyllm.models import open_source
@@ -85,13 +85,16 @@ def _shared(
     adapted = [name for name in names if parts[name][1] is not None]
     if not adapted or len(names) < 2 or options.get("draft") is not None:
         return []
-    ends = set(open_source(parts[names[0]][0]).config.eos_token_ids)
+    config = open_source(parts[names[0]][0]).config
+    ends = set(config.eos_token_ids)
     shared = [name for name in names if parts[name][1] is None]
     for name in adapted:
         folder = parts[name][1]
         assert folder is not None, "`adapted` lists the models with an adapter"
         file = read_adapter(folder)
         in_linears = file.kind.config.level == "linear" and not file.modules_to_save
-        if in_linears and set(read_end_ids(folder)) <= ends:
+        settings = file.base_settings
+        has_mask = settings is None or settings.prompt_mask == config.prompt_mask
+        if in_linears and has_mask and set(read_end_ids(folder)) <= ends:
             shared.append(name)
     return shared if len(shared) > 1 else []

@@ -7,12 +7,19 @@ from typing import Annotated
 
 import typer
 
+from easyllm.cli.output import home_path
+
 
 def chosen(
     file: Annotated[
-        Path, typer.Argument(help="A .json or .jsonl file of preference pairs or labelled rows.")
+        Path,
+        typer.Argument(
+            callback=home_path, help="A .json or .jsonl file of preference pairs or labelled rows."
+        ),
     ],
-    output: Annotated[Path, typer.Argument(help="A new .jsonl file of conversations.")],
+    output: Annotated[
+        Path, typer.Argument(callback=home_path, help="A new .jsonl file of conversations.")
+    ],
 ) -> None:
     """Convert preference data to conversations: the chosen or good responses, to fine-tune on.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from easyllm.cli.output import JsonFlag, print_json, print_pairs
+from easyllm.cli.output import JsonFlag, home_path, print_json, print_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +26,10 @@ STYLES = {True: ("black on green", "black on bright_green"), False: ("", "dim")}
 def inspect(
     file: Annotated[
         Path,
-        typer.Argument(help="A .json or .jsonl file of conversations, pairs or labelled samples."),
+        typer.Argument(
+            callback=home_path,
+            help="A .json or .jsonl file of conversations, pairs or labelled samples.",
+        ),
     ],
     model: Annotated[
         str,

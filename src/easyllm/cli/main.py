@@ -3,9 +3,11 @@
 A user error is one sentence on standard error and exit code 2; `--debug` shows the traceback.
 """
 
+import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -88,6 +90,8 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
 }
 """The commands of each module of `cli`, with their first sentences: what `easyllm --help` shows."""
+OFF = ("", "0", "false", "no", "off")
+"""Values of EASYLLM_DEBUG that mean no."""
 
 
 def build_app(modules: Iterable[str] = ()) -> typer.Typer:
@@ -99,7 +103,7 @@ def build_app(modules: Iterable[str] = ()) -> typer.Typer:
     app = typer.Typer(
         name="easyllm",
         cls=_Commands,
-        help="Train, align, evaluate and serve language models, from raw data to a chat server.",
+        help="Train, evaluate and serve language models, from raw data to a chat server.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -163,12 +167,13 @@ def _general_options(
         ),
     ] = False,
 ) -> None:
-    """Train, align, evaluate and serve language models, from raw data to a chat server."""
+    """Train, evaluate and serve language models, from raw data to a chat server."""
 
 
 def main() -> None:
     """Entry point of the `easyllm` command."""
-    debug = _take_debug() or bool(os.environ.get("EASYLLM_DEBUG"))
+    debug = _take_debug() or os.environ.get("EASYLLM_DEBUG", "").lower() not in OFF
+    _print_any_character()
     try:
         try:
             app_for(sys.argv[1:])()
@@ -176,7 +181,7 @@ def main() -> None:
             sys.stdout.flush()  # reports a full disk here instead of during interpreter shutdown
     except EasyllmError as error:
         if debug:
-            raise
+            traceback.print_exc()
         sys.stderr.write(f"{error.label}{error}\n")
         sys.exit(error.exit_code)
     except BrokenPipeError:
@@ -184,7 +189,7 @@ def main() -> None:
         sys.exit(141)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         from easyllm.core.atomic import os_error_message
 
         sentence = os_error_message(error) if isinstance(error, OSError) else None
@@ -192,11 +197,16 @@ def main() -> None:
             sys.stderr.write(f"error: {sentence}\n")
             _discard_output()
             sys.exit(EasyllmError.exit_code)
-        sys.stderr.write(
-            f"internal error: {type(error).__name__}: {error}\n"
-            "(run again with --debug for the traceback)\n"
-        )
+        hint = "" if debug else "(run again with --debug for the traceback)\n"
+        sys.stderr.write(f"internal error: {type(error).__name__}: {error}\n{hint}")
         sys.exit(1)
+
+
+def _print_any_character() -> None:
+    """Lets characters that the terminal's encoding lacks be printed as escapes, not as errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _take_debug() -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from easyllm.cli.models import Model, Target
-from easyllm.cli.output import JsonFlag, print_json, print_table
+from easyllm.cli.output import JsonFlag, home_path, print_json, print_table
 
 if TYPE_CHECKING:
     from easyllm.verify.export_gate import Gate, Row
@@ -20,14 +20,18 @@ def register(app: typer.Typer) -> None:
 
 def merge(
     base: Model,
-    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
+    adapter: Annotated[Path, typer.Argument(callback=home_path, help="Folder of an adapter.")],
     target: Target,
     dtype: Annotated[
         str, typer.Option(help="Dtype of the saved weights: float32, bfloat16 or float16.")
     ] = "float32",
     text: Annotated[
         Path | None,
-        typer.Option(help="A text file to compare on; by default a built-in text.", metavar="FILE"),
+        typer.Option(
+            callback=home_path,
+            help="A text file to compare on; by default a built-in text.",
+            metavar="FILE",
+        ),
     ] = None,
     max_drift: Annotated[
         float | None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from easyllm.cli.adapter import AdapterFolder
-from easyllm.cli.output import JsonFlag, print_json, print_table
+from easyllm.cli.output import JsonFlag, home_path, print_json, print_table
 
 if TYPE_CHECKING:
     from easyllm.models import ContextConfig
@@ -35,7 +35,7 @@ Sinks = Annotated[
     int | None,
     typer.Option(min=0, help="With --rope streaming: number of attention sinks; by default 4."),
 ]
-Target = Annotated[Path, typer.Argument(help="A new folder for the result.")]
+Target = Annotated[Path, typer.Argument(callback=home_path, help="A new folder for the result.")]
 
 
 def register(app: typer.Typer) -> None:

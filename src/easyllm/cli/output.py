@@ -1,13 +1,15 @@
-"""Prints results on standard output: tables for people, JSON for scripts."""
+"""Prints results on standard output: tables for people, JSON for scripts; shared options."""
 
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from easyllm.core.json_types import JsonMapping
+from easyllm.core.paths import expanded
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
 Overrides = Annotated[
@@ -16,9 +18,19 @@ Overrides = Annotated[
 ]
 
 
+def home_path(path: Path | None) -> Path | None:
+    """Returns the path of an option with `~` expanded, which a shell does not do in quotes."""
+    return None if path is None else expanded(path)
+
+
 def print_json(value: object) -> None:
-    """Prints `value` as indented JSON."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Prints `value` as indented JSON, in ASCII if the terminal's encoding lacks a character."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    sys.stdout.write(f"{text}\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -70,7 +70,7 @@ def run(
 
         easyllm run recipes/quickstart.yaml stages.tune.epochs=2 output=runs/two
     """
-    from easyllm.core.config import dump_yaml
+    from easyllm.core.yaml_text import dump_yaml
     from easyllm.pipeline import check_recipe, find_recipe, load_recipe, run_recipe
 
     loaded = load_recipe(find_recipe(recipe), overrides or [])

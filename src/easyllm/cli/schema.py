@@ -1,7 +1,5 @@
 """The `easyllm schema` command."""
 
-import json
-import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from easyllm.cli.output import print_pairs
+from easyllm.cli.output import home_path, print_json, print_pairs
 from easyllm.core.json_types import JsonObject
 
 # A value of a pipeline recipe may refer to another one, as in `sources: ${stages.corpus.sources}`.
@@ -56,7 +54,8 @@ def schema(
         str | None, typer.Argument(metavar="|".join(SCHEMAS), help="By default, list the names.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the schema to this file.")
+        Path | None,
+        typer.Option("--output", "-o", callback=home_path, help="Write the schema to this file."),
     ] = None,
 ) -> None:
     """Print the JSON Schema of a recipe or request, with descriptions, for editors.
@@ -72,7 +71,7 @@ def schema(
 
         easyllm schema chat-request
     """
-    from easyllm.core.atomic import write_atomic
+    from easyllm.core.atomic import write_json
     from easyllm.core.errors import ConfigError, suggest
 
     if name is None:
@@ -84,11 +83,10 @@ def schema(
         raise ConfigError(
             f"schema {name!r} is not known{suggest(name, SCHEMAS)}; use {', '.join(SCHEMAS)}"
         )
-    text = json.dumps(schema_of(name), indent=2, ensure_ascii=False) + "\n"
     if output is None:
-        sys.stdout.write(text)
+        print_json(schema_of(name))
     else:
-        write_atomic(output, text)
+        write_json(output, schema_of(name))
 
 
 def schema_of(name: str, *, references: bool = True) -> JsonObject:

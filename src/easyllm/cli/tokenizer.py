@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from easyllm.cli.models import Model
-from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
+from easyllm.cli.output import JsonFlag, home_path, print_json, print_pairs, print_table
 from easyllm.cli.text_files import hashes_of, text_source, texts_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ AnyTokenizer = Annotated[
         "or hf:org/name."
     ),
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="A new folder for the result.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", callback=home_path, help="A new folder for the result."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -56,7 +59,10 @@ def register(app: typer.Typer) -> None:
 @tokenizer_app.command("train")
 def train(
     files: Files,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the tokenizer.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", callback=home_path, help="A new folder for the tokenizer."),
+    ],
     kind: Annotated[
         str | None, typer.Option(help="bpe, wordpiece, unigram, wordlevel or characters.")
     ] = None,
@@ -70,7 +76,8 @@ def train(
         str | None, typer.Option(help="chatml, or the source of a Jinja template.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A YAML file with these and all other options.")
+        Path | None,
+        typer.Option(callback=home_path, help="A YAML file with these and all other options."),
     ] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="key.sub=value, overrides the YAML file.")
@@ -91,8 +98,9 @@ def train(
         easyllm tokenizer train a.txt -o tok --set model.digits=individual --set model.pattern=qwen2
     """
     from easyllm.core.atomic import atomic_directory, check_output_free, write_json
-    from easyllm.core.config import apply_overrides, read_yaml, validate
+    from easyllm.core.config import apply_overrides, validate
     from easyllm.core.manifest import MANIFEST_FILE, Manifest
+    from easyllm.core.yaml_text import read_yaml
     from easyllm.tokenizer.train import train_tokenizer, vocab_size_warning
     from easyllm.tokenizer.train_config import TokenizerConfig
 
@@ -225,8 +233,10 @@ def extend(
 
 @tokenizer_app.command("import")
 def import_model(
-    file: Annotated[Path, typer.Argument(help="A sentencepiece .model file.")],
-    output: Annotated[Path, typer.Argument(help="A new folder for the tokenizer.")],
+    file: Annotated[Path, typer.Argument(callback=home_path, help="A sentencepiece .model file.")],
+    output: Annotated[
+        Path, typer.Argument(callback=home_path, help="A new folder for the tokenizer.")
+    ],
     add_bos: Annotated[
         bool, typer.Option("--add-bos", help="Encoding prepends BOS (Llama).")
     ] = False,

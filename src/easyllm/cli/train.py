@@ -8,7 +8,7 @@ import typer
 
 from easyllm.cli.adapter import AdapterFolder
 from easyllm.cli.next_steps import after_training, print_steps
-from easyllm.cli.output import JsonFlag, Overrides, print_json, print_pairs, print_table
+from easyllm.cli.output import JsonFlag, Overrides, home_path, print_json, print_pairs, print_table
 from easyllm.cli.sampling import MaxTokens
 
 
@@ -47,8 +47,8 @@ def train(
 
         easyllm train recipe.yaml eval_every=50 --allow-change
     """
-    from easyllm.core.config import dump_yaml
     from easyllm.core.errors import ConfigError
+    from easyllm.core.yaml_text import dump_yaml
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe
     from easyllm.reporting import reporting_callbacks
     from easyllm.train import dry_run as plan_training
@@ -83,7 +83,9 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="smollm2, a checkpoint folder, a .gguf file, or hf:org/name.")
     ],
-    data: Annotated[Path, typer.Argument(help="A .json or .jsonl file of conversations.")],
+    data: Annotated[
+        Path, typer.Argument(callback=home_path, help="A .json or .jsonl file of conversations.")
+    ],
     max_tokens: MaxTokens = 32,
     adapter: AdapterFolder = None,
     json_output: JsonFlag = False,

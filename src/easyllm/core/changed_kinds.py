@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import BaseModel
 
-from easyllm.core.config import apply_overrides, environment_overrides, fields_of_kind
+from easyllm.core.config import apply_overrides, fields_of_kind
+from easyllm.core.environment import environment_overrides, misspelled_variables
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.core.progress import console
 
@@ -27,6 +28,8 @@ def overridden(
     Raises:
         ConfigError: a word is not of the form `key=value`.
     """
+    for warning in misspelled_variables(model):
+        console().print(f"warning: {warning}", soft_wrap=True, markup=False)
     changes = [*environment_overrides(model), *words]
     values = apply_overrides(written, changes)
     keys = [word.partition("=")[0].strip() for word in changes]

@@ -3,8 +3,6 @@
 Order of precedence: defaults < recipe file < `EASYLLM_*` environment < command line.
 """
 
-import os
-import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,18 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from easyllm.core.errors import ConfigError, SourceError, suggest
+from easyllm.core.environment import ENVIRONMENT_PREFIX, environment_overrides
+from easyllm.core.errors import ConfigError, suggest
 from easyllm.core.json_types import Json, JsonMapping, JsonObject, TypeForm
 from easyllm.core.kinds import Kinds
+from easyllm.core.yaml_text import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-ENVIRONMENT_PREFIX = "EASYLLM_"
-"""`EASYLLM_OPTIMIZER__LEARNING_RATE=1e-4` sets `optimizer.learning_rate`: `__` stands for a dot."""
-RESERVED_VARIABLES = frozenset(
-    {"EASYLLM_CACHE", "EASYLLM_DEBUG", "EASYLLM_API_KEY", "EASYLLM_KERNELS"}
-)
+INT64_MAX = 2**63 - 1
 
 
 class Config(BaseModel):
@@ -35,26 +31,6 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=BaseModel)
-
-
-def read_yaml(path: Path) -> JsonObject:
-    """Returns the mapping stored in a YAML file.
-
-    Raises:
-        SourceError: the file does not exist.
-        ConfigError: the file is not valid YAML, or its content is not a mapping.
-    """
-    if not path.is_file():
-        raise SourceError(f"recipe {str(path)!r} does not exist; name a YAML file")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path} contains a {type(content).__name__}, expected a mapping of keys to values"
-        )
-    return content
 
 
 def apply_overrides(values: JsonMapping, words: Iterable[str]) -> JsonObject:
@@ -74,7 +50,7 @@ def apply_overrides(values: JsonMapping, words: Iterable[str]) -> JsonObject:
         if not equals or not key.strip():
             raise ConfigError(_not_an_override(word, key.strip(), result))
         try:
-            value = yaml.load(text, Loader=_YamlLoader) if text else ""
+            value = parse_yaml(text) if text else ""
         except yaml.YAMLError:
             value = text
         *parents, leaf = key.strip().split(".")
@@ -98,25 +74,6 @@ def _not_an_override(word: str, key: str, values: JsonMapping) -> str:
     return f"{word!r} is not an override; write key=value or key.sub=value{hint}"
 
 
-def environment_overrides(
-    model: type[BaseModel], environment: Mapping[str, str] | None = None
-) -> list[str]:
-    """Returns overrides `key.sub=value` for the `EASYLLM_*` variables that name a field of `model`.
-
-    Args:
-        environment: the variables; by default those of the process.
-    """
-    environment = os.environ if environment is None else environment
-    words = []
-    for name, value in sorted(environment.items()):
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in RESERVED_VARIABLES:
-            continue
-        key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-        if key.split(".")[0] in model.model_fields:
-            words.append(f"{key}={value}")
-    return words
-
-
 def validate(
     model: type[C], values: JsonMapping, *, source: str, overrides: Iterable[str] = ()
 ) -> C:
@@ -131,10 +88,13 @@ def validate(
         ConfigError: lists all mistakes at once, each with the key, the value, what was expected,
             and for a misspelled key the closest known one.
     """
+    problems = list(_too_large(values))
     try:
-        return model.model_validate(values)
+        if not problems:
+            return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_describe(error, model, values, source, list(overrides))) from None
+        problems = _problems(error)
+    raise ConfigError(_describe(problems, model, values, source, list(overrides)))
 
 
 def load_config(model: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
@@ -147,29 +107,6 @@ def load_config(model: type[C], path: Path, overrides: Iterable[str] = ()) -> C:
     words = list(overrides)
     values = apply_overrides(read_yaml(path), [*environment_overrides(model), *words])
     return validate(model, values, source=str(path), overrides=words)
-
-
-def dump_yaml(config: BaseModel) -> str:
-    """Returns the configuration, including all defaults, as YAML that loads to an equal value."""
-    values = config.model_dump(mode="json")
-    text: str = yaml.dump(values, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
-    return text
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """Parses numbers as in YAML 1.2: `1e-4` is a float (a string in YAML 1.1)."""
-
-
-class _YamlDumper(yaml.SafeDumper):
-    """Quotes strings that `_YamlLoader` would parse as numbers."""
-
-
-for _resolver in (_YamlLoader, _YamlDumper):
-    _resolver.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
 
 
 def first_difference(there: object, here: object, key: str = "") -> str:
@@ -196,15 +133,28 @@ def _deep_copy(values: JsonMapping) -> JsonObject:
     return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
+def _too_large(value: object, place: tuple[int | str, ...] = ()) -> "Iterator[ErrorDetails]":
+    """Yields a problem for each integer outside 64 bits, which tensors and files cannot hold."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _too_large(inner, (*place, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _too_large(inner, (*place, index))
+    elif isinstance(value, int) and abs(value) > INT64_MAX:
+        bound = f"less than or equal to {INT64_MAX}" if value > 0 else f"at least {-INT64_MAX}"
+        message = f"Input should be {bound}"
+        yield {"type": "less_than_equal", "loc": place, "msg": message, "input": value}
+
+
 def _describe(
-    error: ValidationError,
+    problems: list["ErrorDetails"],
     model: type[BaseModel],
     values: JsonMapping,
     source: str,
     overrides: list[str],
 ) -> str:
     """The error message: all mistakes, each with its source; a common source is named only once."""
-    problems = _problems(error)
     lines = _lines(problems, model, values)
     givers = _ValueOrigins(model, source, overrides)
     places = [givers.of(problem, values) for problem in problems]
@@ -332,12 +282,34 @@ def _lines(
             got = repr(problem["input"])
             got = got if len(got) <= 60 else got[:57] + "..."
             message = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "model_attributes_type":
-                kinds = _kinds_of(_models_at(model, problem["loc"], values))
-                message = f"expected a mapping with one of the kinds {kinds}, as {{kind: NAME}}"
+            message = _expected(problem, key, model, values) or message
             prefix = f"{key}={got}: " if key else ""
             lines.append(f"{prefix}{message[0].lower()}{message[1:]}")
     return lines
+
+
+def _expected(
+    problem: "ErrorDetails", key: str, model: type[BaseModel], values: JsonMapping
+) -> str:
+    """What was expected instead of a value of another type, as written in YAML; empty if unknown.
+
+    pydantic's own messages speak of dictionaries, tuples and instances.
+    """
+    if problem["type"] in ("tuple_type", "list_type"):
+        return "expected a list, as [a, b]"
+    if problem["type"] not in ("model_type", "model_attributes_type", "kind_type", "dict_type"):
+        return ""
+    place = problem["loc"]
+    kinds = problem["ctx"]["known"] if problem["type"] == "kind_type" else ""
+    kinds = kinds or _kinds_of(_models_at(model, place, values))
+    if kinds == repr(place[-1]):  # of a union, the variant that was tried
+        kinds = _kinds_of(_models_at(model, place[:-1], values))
+    if kinds:
+        known, given = kinds.replace("'", "").split(", "), problem["input"]
+        kind = given if given in known else "NAME"
+        return f"expected a mapping with one of the kinds {kinds}; write {key}.kind={kind}"
+    fields = _fields_at(model, place, values)
+    return f"expected a mapping with keys {', '.join(fields)}" if fields else "expected a mapping"
 
 
 def _user_path(problem: "ErrorDetails", values: object) -> list[str]:

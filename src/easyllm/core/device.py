@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 from contextlib import suppress
 from functools import lru_cache
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.core.json_types import JsonObject
+from easyllm.core.paths import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -68,15 +70,28 @@ def pick_device(name: str = "auto") -> "torch.device":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from None
+    device = torch.device(check_device_name(name))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device {name!r} was requested, but torch sees no CUDA device; use 'cpu' or 'auto'"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {name!r} was requested, but torch sees {torch.cuda.device_count()} CUDA "
+            "device(s), numbered from 0; use a smaller number"
+        )
     return device
+
+
+def check_device_name(name: str) -> str:
+    """Returns the name of a device unchanged if it is one of those that are supported.
+
+    Raises:
+        ConfigError: it is not; torch knows more devices (`meta`, `mps`) than are supported.
+    """
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name) is None:
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    return name
 
 
 def cache_folder() -> Path:
@@ -85,7 +100,7 @@ def cache_folder() -> Path:
     It is `EASYLLM_CACHE`, or else `easyllm` in the user's cache folder.
     """
     if os.environ.get("EASYLLM_CACHE"):
-        return Path(os.environ["EASYLLM_CACHE"])
+        return expanded(os.environ["EASYLLM_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyllm"
 
 

@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import BaseModel
 
 from easyllm.core.changed_kinds import overridden
-from easyllm.core.config import read_yaml
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.core.run_folder import recipes_folder
+from easyllm.core.yaml_text import read_yaml
 
 Command = Literal["run", "train", "data build"]
 KINDS: dict[str, tuple[Command, str]] = {

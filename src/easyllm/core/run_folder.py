@@ -1,15 +1,18 @@
 """Run folders, each with one configuration in `recipe.yaml`; the folder of the shipped recipes."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from easyllm.core.atomic import check_writable, output_errors, write_atomic
-from easyllm.core.config import dump_yaml, first_difference
+from easyllm.core.config import first_difference
 from easyllm.core.errors import OutputError
+from easyllm.core.folder_lock import LOCK_FILE, check_unlocked, locked_folder
 from easyllm.core.json_types import Json
+from easyllm.core.yaml_text import dump_yaml, parse_yaml
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -21,8 +24,13 @@ def recipes_folder() -> Path:
     return installed if installed.is_dir() else package.parents[1] / "recipes"
 
 
-def claim_run_folder(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
-    """Claims `folder` for a run with this configuration by writing its `recipe.yaml`.
+@contextmanager
+def claim_run_folder(
+    folder: Path, config: BaseModel, *, ignore: Collection[str] = ()
+) -> Iterator[None]:
+    """Context manager in which `folder` belongs to this process and this configuration.
+
+    The folder is locked, and its `recipe.yaml` is written.
 
     Args:
         ignore: keys whose values may differ from the stored ones; the new values are written.
@@ -31,8 +39,11 @@ def claim_run_folder(folder: Path, config: BaseModel, *, ignore: Collection[str]
         OutputError: as for `check_run_folder`.
     """
     check_run_folder(folder, config, ignore=ignore)
-    if ignore or not (folder / RECIPE_FILE).is_file():
-        write_atomic(folder / RECIPE_FILE, dump_yaml(config))
+    with locked_folder(folder):
+        _check_contents(folder, config, ignore)  # another process may just have written to it
+        if ignore or not (folder / RECIPE_FILE).is_file():
+            write_atomic(folder / RECIPE_FILE, dump_yaml(config))
+        yield
 
 
 def check_run_folder(folder: Path, config: BaseModel, *, ignore: Collection[str] = ()) -> None:
@@ -42,8 +53,14 @@ def check_run_folder(folder: Path, config: BaseModel, *, ignore: Collection[str]
 
     Raises:
         OutputError: the folder contains another run (the message says what differs) or other
-            files, or it cannot be written.
+            files, another process is using it, or it cannot be written.
     """
+    _check_contents(folder, config, ignore)
+    check_unlocked(folder)
+
+
+def _check_contents(folder: Path, config: BaseModel, ignore: Collection[str]) -> None:
+    """Raises if a folder contains another run or other files, or cannot be written."""
     recipe = folder / RECIPE_FILE
     with output_errors(folder):
         exists = recipe.is_file()
@@ -58,23 +75,27 @@ def check_run_folder(folder: Path, config: BaseModel, *, ignore: Collection[str]
                 "output=... or remove the existing run"
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or _has_files(folder)):
         raise OutputError(
             f"{str(folder)!r} contains other files; choose another folder with output=..."
         )
     check_writable(folder)
 
 
+def _has_files(folder: Path) -> bool:
+    return any(file.name != LOCK_FILE for file in folder.iterdir())
+
+
 def _completed(text: str, config: BaseModel) -> str:
     """The text of a recipe, possibly from an older version, with defaults for the missing keys."""
     try:
-        return dump_yaml(type(config).model_validate(yaml.safe_load(text)))
+        return dump_yaml(type(config).model_validate(parse_yaml(text)))
     except (ValidationError, yaml.YAMLError):
         return text
 
 
 def _comparable(text: str, ignore: Collection[str]) -> Json:
-    values = yaml.safe_load(text)
+    values = parse_yaml(text)
     if not isinstance(values, dict):
         return values
     return {key: value for key, value in values.items() if key != "output" and key not in ignore}

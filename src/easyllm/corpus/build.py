@@ -8,6 +8,7 @@ out/excluded/          every rejected document with its rule and metric value, o
 out/clusters.jsonl.zst the representative document of each removed duplicate
 out/tokenizer/         the tokenizer that produced the token ids
 out/shards/            the token shards (corpus/shards); out/shards/validation/ is the held-out set
+out/sources.json       size, modification time and hash of every file that was read
 out/report.md          human-readable summary of what was kept and what was removed
 out/manifest.json      inputs, versions, statistics; written last, so its presence means that the
                        corpus is complete
@@ -34,6 +35,7 @@ from easyllm.corpus.dedup.config import DedupStep
 from easyllm.corpus.dedup.steps import decide
 from easyllm.corpus.document import Document
 from easyllm.corpus.executor import Executor, build_executor
+from easyllm.corpus.finished import check_finished, write_sources
 from easyllm.corpus.items import (
     CleanArguments,
     CleanItem,
@@ -58,7 +60,7 @@ from easyllm.corpus.report import (
     report,
     total,
 )
-from easyllm.corpus.sources import SourceConfig, Split, list_splits, read_split
+from easyllm.corpus.sources import SourceConfig, Split, list_splits, read_split, source_files
 from easyllm.corpus.stage_files import SUFFIX, concatenate, line_writer
 from easyllm.corpus.warnings import explain_empty_corpus, warnings
 from easyllm.corpus.work import (
@@ -150,20 +152,24 @@ class CorpusBuild:
             The statistics recorded in the manifest.
 
         Raises:
-            OutputError: the folder contains another corpus, or other files.
+            OutputError: the folder contains another corpus, or other files; or it contains this
+                corpus, but files of it are missing, or its sources have changed since.
             DataError: a row is invalid and its source is set to stop on such rows, or no documents
                 remain after a stage.
             ConfigError: no documents remain from a source that has a weight in the mixture.
         """
         check_run_folder(self.output, self.config, ignore=HOW)
         if (self.output / MANIFEST_FILE).is_file():
+            check_finished(self.output, self._files(), self.tokenizer)
             self._sweep()
             console().print(f"{self.output} already contains this corpus", soft_wrap=True)
             return Manifest.read(self.output / MANIFEST_FILE).results
         runs = self._evaluation_runs()
-        with build_executor(self.config.engine, self.config.workers) as executor:
+        with (
+            build_executor(self.config.engine, self.config.workers) as executor,
             # Claimed only after the checks above, so that a configuration error creates no folder
-            claim_run_folder(self.output, self.config, ignore=HOW)
+            claim_run_folder(self.output, self.config, ignore=HOW),
+        ):
             try:
                 return self._build(executor, runs)
             except EasyllmError:
@@ -342,11 +348,10 @@ class CorpusBuild:
             "composition": {name: part.as_dict() for name, part in composition.items()},
         }
         write_atomic(self.output / "report.md", report(self.config.name, summary))
-        paths = {part.path for split in self.splits for part in split.parts}
         manifest = Manifest.create(
             "corpus",
             config=self.config.model_dump(mode="json"),
-            inputs={path: hash_file(Path(path)) for path in sorted(paths)},
+            inputs=write_sources(self.output, self._files()),
             results=summary,
         )
         write_atomic(self.output / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
@@ -361,12 +366,10 @@ class CorpusBuild:
             shutil.rmtree(half) if half.is_dir() else half.unlink()
 
     def _discard(self) -> None:
-        """Removes the files this build created, and the output folder if it is then empty."""
+        """Removes the files this build created; the output folder is removed with its lock."""
         for folder in (self.work, self.output / "tokenizer"):
             shutil.rmtree(folder, ignore_errors=True)
         (self.output / RECIPE_FILE).unlink(missing_ok=True)
-        if self.output.is_dir() and not any(self.output.iterdir()):
-            self.output.rmdir()
 
     # ---- parts
 
@@ -386,6 +389,13 @@ class CorpusBuild:
             if not texts[name]:
                 raise DataError(f"decontaminate.sets.{name} contains no text; check its text_key")
         return Decontaminator.from_texts(texts, config)
+
+    def _files(self) -> set[str]:
+        """Returns the files of all sources, and of the evaluation sets."""
+        config = self.config.decontaminate
+        sets = () if config is None else config.sets.values()
+        evaluation = {file.path for source in sets for file in source_files(source)}
+        return evaluation | {part.path for split in self.splits for part in split.parts}
 
     def _fates(self, counts: StageCounts) -> dict[str, SourceCounts]:
         return counts_by_source(counts, [split.source for split in self.splits])

@@ -14,6 +14,7 @@ from easyllm.core.config import (
 )
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.json_types import Json, JsonObject
+from easyllm.core.paths import PathText
 from easyllm.core.recipe_kind import read_recipe
 from easyllm.corpus.clean import CleanConfig
 from easyllm.corpus.decontaminate import DecontaminationConfig
@@ -147,7 +148,7 @@ class CorpusConfig(CorpusParts):
     """A standalone corpus, with a name and an output folder."""
 
     name: str = Field(description="Name of the corpus.")
-    output: str = Field(description="Folder for the result.")
+    output: PathText = Field(description="Folder for the result.")
 
 
 def load_corpus(path: Path, overrides: list[str]) -> CorpusConfig:

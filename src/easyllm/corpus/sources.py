@@ -18,6 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError, DataError, suggest
 from easyllm.core.json_types import Json
+from easyllm.core.paths import PathText
 from easyllm.corpus.document import Document
 from easyllm.corpus.document_fields import EMPTY_TEXT, RowKeys, to_document
 from easyllm.corpus.files.blocks import (
@@ -58,7 +59,7 @@ OPENING_BYTES = 1 << 12
 bytes."""
 ROW_FORMATS = frozenset({"csv", "json", "jsonl", "parquet"})
 
-Paths = Annotated[tuple[str, ...], Field(min_length=1)]
+Paths = Annotated[tuple[PathText, ...], Field(min_length=1)]
 
 
 class SourceConfig(Config):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from easyllm.core.errors import DataError
 from easyllm.core.json_types import JsonObject
 from easyllm.corpus.files.row import Row
 from easyllm.examples.conversations import conversations, row_kind
@@ -30,8 +31,12 @@ def chosen_rows(rows: Iterable[Row]) -> Iterator[JsonObject]:
             if single.label:
                 yield _conversation(single.prompt, single.completion, single.tools)
         else:
-            (conversation,) = conversations([row])
-            yield _conversation([], conversation.messages, conversation.tools)
+            next(conversations([row]))  # a malformed row has an error of its own
+            raise DataError(
+                f"{row.location} is a conversation, expected a pair (chosen, rejected) or a "
+                "labelled response (completion, label); a file of conversations can be trained on "
+                "as it is"
+            )
 
 
 def _conversation(

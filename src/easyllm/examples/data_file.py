@@ -4,10 +4,12 @@ The readers are those of a corpus (`readers`), but a bad row is an error here, b
 files are curated by hand.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from easyllm.core.errors import DataError
+from easyllm.core.json_types import JsonObject
 from easyllm.corpus.files.blocks import COMPRESSIONS, DamagedFile, read_blocks
 from easyllm.corpus.files.formats import BadRow, read_json, read_jsonl
 from easyllm.corpus.files.paths import SUFFIXES, plain_suffix
@@ -35,7 +37,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
     Raises:
         DataError: the file is missing, empty or of another format, or a line is not a JSON object
-            (the message gives file and line).
+            or contains an unpaired surrogate (the message gives file and line).
     """
     path = Path(path)
     _check_file(path)
@@ -46,6 +48,11 @@ def read_rows(path: Path) -> Iterator[Row]:
             if isinstance(row, BadRow):
                 verb = "contains" if row.reason.startswith("a JSON") else "is"
                 raise DataError(f"{row.location} {verb} {row.reason}; fix or remove it")
+            if not _is_text(row.values):
+                raise DataError(
+                    f"{row.location} contains an unpaired surrogate, such as \\ud800, which UTF-8 "
+                    "cannot encode; fix or remove it"
+                )
             is_empty = False
             yield row
     except DamagedFile as error:
@@ -56,6 +63,15 @@ def read_rows(path: Path) -> Iterator[Row]:
             f"data file {str(path)!r} {'is empty' if is_blank else 'contains no rows'}; "
             f"give {EXPECTED} with at least one object"
         )
+
+
+def _is_text(values: JsonObject) -> bool:
+    """Returns whether UTF-8 can encode all strings of a row."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_file(path: Path) -> None:

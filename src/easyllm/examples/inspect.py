@@ -129,10 +129,12 @@ def inspect_file(
     rows = read_rows(path)
     first = next(rows)  # `read_rows` raises if the file is empty
     found = Inspection(row_kind(first.values))
-    if found.kind != "conversation" and (split_turns or train_on == "all"):
+    options = {"split_turns (--split-turns)": split_turns, "train_on": train_on == "all"}
+    given = [option for option, is_set in options.items() if is_set]
+    if found.kind != "conversation" and given:
         raise ConfigError(
             f"{str(path)!r} contains {found.kind} rows, of which only the responses are trained; "
-            "remove split_turns and train_on"
+            f"remove {' and '.join(given)}"
         )
     every_row = track(chain([first], rows), "inspecting", unit="row")
     limit = {"max_seq_len": max_seq_len or NO_LIMIT, "overlong": overlong}

@@ -10,6 +10,7 @@ from easyllm.adapters import merge
 from easyllm.adapters.peft_format import CONFIG as ADAPTER_FILE
 from easyllm.adapters.peft_format import read_description
 from easyllm.core.errors import ConfigError, SourceError
+from easyllm.core.paths import expanded
 from easyllm.models.hf_config import CONFIG_FILE, read_end_ids, with_end_ids
 from easyllm.models.load import add_adapter, load_model
 from easyllm.models.sources import HUB_PREFIX, KNOWN_MODELS
@@ -18,7 +19,7 @@ from easyllm.nn.decoder import Decoder
 
 def is_adapter(source: str | Path) -> bool:
     """Returns whether a source is the folder of an adapter, without a model in it."""
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     return (folder / ADAPTER_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
 
 
@@ -36,13 +37,13 @@ def split_adapter(
         CheckpointError: the adapter's configuration is damaged.
     """
     if not is_adapter(source):
-        return source, None if adapter is None else Path(adapter).expanduser()
+        return source, None if adapter is None else expanded(adapter)
     if adapter is not None:
         raise SourceError(
             f"{str(source)!r} is an adapter and so is {str(adapter)!r}; give the base model and "
             "one adapter"
         )
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     return base_of(folder), folder
 
 
@@ -58,11 +59,16 @@ def base_of(folder: Path) -> str:
     """
     base = read_description(folder).get("base_model_name_or_path")
     if isinstance(base, str) and base:
-        local = Path(base).expanduser()
+        local = expanded(base)
         if base in KNOWN_MODELS or base.startswith(HUB_PREFIX) or local.exists():
             return base
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not local.parent.exists():
             return HUB_PREFIX + base
+    if base is None or base == "":
+        raise SourceError(
+            f"the adapter {str(folder)!r} does not name its base model (base_model_name_or_path is "
+            f"{base!r}); give the base model and --adapter {folder}"
+        )
     raise SourceError(
         f"the base model of the adapter {str(folder)!r} is {base!r}, which does not exist here; "
         f"give the base model and --adapter {folder}"

@@ -1,12 +1,11 @@
 """Model configurations from a source or a published size, without reading any weights."""
 
-from pathlib import Path
-
 from pydantic import ValidationError
 
 from easyllm.checkpoint.store import read_object
 from easyllm.core.errors import CheckpointError, EasyllmError, SourceError, suggest
 from easyllm.core.json_types import JsonMapping, JsonObject
+from easyllm.core.paths import expanded
 from easyllm.models.families import FAMILIES
 from easyllm.models.hf_config import CONFIG_FILE, read_config, read_files
 from easyllm.models.load import open_source
@@ -37,7 +36,7 @@ def describe(source: str) -> ModelConfig:
         >>> describe("llama2-7b").num_layers
         32
     """
-    sizes, path = published_sizes(), Path(source).expanduser()
+    sizes, path = published_sizes(), expanded(source)
     if source in KNOWN_MODELS:
         return open_source(source).config
     if source in sizes:

@@ -18,6 +18,7 @@ from easyllm.checkpoint.keymap import Binding
 from easyllm.checkpoint.store import TensorFolder
 from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
+from easyllm.core.paths import expanded
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.gguf_import import GGUFTensors, hf_config
 from easyllm.models.heads import to_classifier
@@ -333,7 +334,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     Raises:
         SourceError, CheckpointError: there is no such model, or it contains no tokenizer.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if tokenizer_file(folder) is not None:
         return Tokenizer.from_folder(folder)
     path = locate(source)

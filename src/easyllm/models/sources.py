@@ -20,6 +20,7 @@ from urllib.parse import urljoin
 from easyllm.core.atomic import write_atomic
 from easyllm.core.device import cache_folder
 from easyllm.core.errors import CheckpointError, SourceError, suggest
+from easyllm.core.paths import expanded
 from easyllm.core.recipe_kind import command_that_writes
 
 HUB_PREFIX = "hf:"
@@ -70,7 +71,7 @@ def locate(source: str | Path) -> Path:
         return _find_packaged(text)
     if text.startswith(HUB_PREFIX):
         return _from_hub(text.removeprefix(HUB_PREFIX))
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():
@@ -149,7 +150,7 @@ def find_installed(name: str) -> Path | None:
     None if it is not on this machine, or if the Hub's client decides (`hf:` names).
     """
     if name not in KNOWN_MODELS:
-        here = Path(name).expanduser()
+        here = expanded(name)
         gguf = here.suffix == ".gguf" and here.is_file()
         return here if gguf or (here / "config.json").is_file() else None
     model = KNOWN_MODELS[name]

@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from easyllm.core.config import Config, validate
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
+from easyllm.core.paths import PathText, expanded
 from easyllm.core.recipe_kind import read_recipe
 from easyllm.core.run_folder import recipes_folder
 from easyllm.corpus.config import CorpusParts, CorpusSource, resolve_sources
@@ -21,7 +22,12 @@ from easyllm.tokenizer.extend import Script
 from easyllm.tokenizer.train_config import TokenizerConfig
 from easyllm.train.config import TrainConfig
 
-REFERENCE = re.compile(r"@([\w-]+)(?:/(.+))?")
+STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MOVED_ASIDE = re.compile(r".*\.[0-9]+")
+"""Names of the folders of earlier trainings (`tune.1`), which are not names of stages."""
+RESERVED_NAMES = ("stages", "recipe.yaml", "summary.json", "pending")
+"""What a run's folder and its `stages` folder contain in addition to stages."""
+REFERENCE = re.compile(r"@([\w.-]+)(?:/(.+))?")
 VALUE_OF = re.compile(r"\$\{([\w.-]+)\}")
 DATA_PATHS = ("train", "eval", "shards", "validation")
 SEEDED = ("train", "corpus")
@@ -80,7 +86,7 @@ class EvaluateStage(Config):
 
     kind: Literal["evaluate"]
     model: str = Field(description="Source of the model.")
-    data: dict[str, str] = Field(min_length=1, description="Data files, by name.")
+    data: dict[str, PathText] = Field(min_length=1, description="Data files, by name.")
     max_tokens: PositiveInt = Field(
         default=32, description="Maximum length of a generated answer, in tokens."
     )
@@ -97,7 +103,7 @@ class MergeStage(Config):
 
     kind: Literal["merge"]
     model: str = Field(description="Source of the base model.")
-    adapter: str = Field(description="Folder of the adapter.")
+    adapter: PathText = Field(description="Folder of the adapter.")
     check: bool = Field(
         default=True,
         description="Whether the merged model is compared with the adapter before it is kept.",
@@ -125,7 +131,7 @@ class Recipe(Config):
     """A pipeline of stages."""
 
     name: str = Field(description="Name of the recipe.")
-    output: str = Field(description="Folder for the results of all stages.")
+    output: PathText = Field(description="Folder for the results of all stages.")
     seed: NonNegativeInt = Field(
         default=0,
         description="Seed of every stage that uses random numbers and sets no seed itself.",
@@ -151,6 +157,19 @@ class Recipe(Config):
         return {**values, "stages": seeded}
 
     @model_validator(mode="after")
+    def _names_are_folders(self) -> "Recipe":
+        seen: dict[str, str] = {}
+        for name in self.stages:
+            check_stage_name(name)
+            other = seen.setdefault(name.lower(), name)
+            if other != name:
+                raise ValueError(
+                    f"stages {other!r} and {name!r} differ only in case, so that some file systems "
+                    "would give them one folder; rename one of them"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _references_point_back(self) -> "Recipe":
         seen: list[str] = []
         for name, stage in self.stages.items():
@@ -162,6 +181,29 @@ class Recipe(Config):
                     )
             seen.append(name)
         return self
+
+
+def check_stage_name(name: str) -> None:
+    """Checks that a stage's name is the name of a folder of its own inside the run's folder.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if STAGE_NAME.fullmatch(name) is None:
+        raise ValueError(
+            f"stage name {name!r} is not a plain name; use up to 100 letters, digits, '-', '_' and "
+            "'.', the first a letter or digit"
+        )
+    if name.lower() in RESERVED_NAMES:
+        raise ValueError(
+            f"stage name {name!r} is that of a file or folder of every run (reserved names: "
+            f"{', '.join(RESERVED_NAMES)}); choose another name"
+        )
+    if MOVED_ASIDE.fullmatch(name):
+        raise ValueError(
+            f"stage name {name!r} ends in a dot and a number, as the folders of earlier trainings "
+            "do; choose another name"
+        )
 
 
 def references(stage: Config) -> list[str]:
@@ -191,7 +233,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         SourceError: there is no such recipe.
     """
-    path = Path(name)
+    path = expanded(name)
     if path.is_file():
         return path
     shipped = {p.stem: p for p in sorted(recipes_folder().glob("*.yaml"))}
@@ -249,8 +291,8 @@ def resolve_paths(values: JsonObject, folder: Path) -> None:
             return [place(part) for part in path]
         if not isinstance(path, str) or is_reference(path):
             return path
-        in_folder = folder / path
-        return str((in_folder if in_folder.exists() else Path(path)).resolve())
+        in_folder = folder / expanded(path)
+        return str((in_folder if in_folder.exists() else expanded(path)).resolve())
 
     resolve_sources(values, folder)
     data = values.get("data")
@@ -260,9 +302,6 @@ def resolve_paths(values: JsonObject, folder: Path) -> None:
         values["data"] = {name: place(path) for name, path in data.items()}
         return
     data = {key: place(value) if key in DATA_PATHS else value for key, value in data.items()}
-    for key in ("train", "eval"):
-        if isinstance(data.get(key), str):
-            data[key] = [data[key]]
     values["data"] = data
 
 

@@ -7,6 +7,7 @@ runs/NAME/stages/STAGE.json  its key and figures, written when it has finished
 
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -14,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from easyllm.core.atomic import write_json
-from easyllm.core.config import Config, read_yaml
+from easyllm.core.config import Config
+from easyllm.core.device import pick_device
 from easyllm.core.errors import ConfigError, DataError
+from easyllm.core.folder_lock import check_unlocked
 from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import hash_file, hash_path, hash_value
 from easyllm.core.progress import console, format_duration
 from easyllm.core.recipe_kind import command_of
 from easyllm.core.run_folder import check_run_folder, claim_run_folder
+from easyllm.core.yaml_text import read_yaml
 from easyllm.corpus.shards import MANIFEST as SHARDS_MANIFEST
 from easyllm.corpus.sources import SourceConfig, source_files
 from easyllm.models import locate
@@ -32,8 +36,10 @@ from easyllm.pipeline.recipe import (
     ExtendStage,
     MergeStage,
     Recipe,
+    Stage,
     TokenizerStage,
     TrainStage,
+    check_stage_name,
     find_recipe,
     is_reference,
     load_recipe,
@@ -41,12 +47,14 @@ from easyllm.pipeline.recipe import (
     references,
     resolve,
 )
-from easyllm.pipeline.stages import product, run_stage, train_config
+from easyllm.pipeline.stages import product, record_file, run_stage, train_config
 from easyllm.tokenizer.folder import tokenizer_file
 from easyllm.train import RunPlan, dry_run
 from easyllm.train.config import Data
 from easyllm.train.data_config import CorpusDataConfig, RowsConfig
 
+CHANGEABLE = ("seed", "stages")
+"""Keys of a recipe that may change between runs: stages with other settings run again."""
 PENDING = "pending.json"
 READ_BYTES = 2**26
 """Maximum total size of a source's files for them to be hashed by content."""
@@ -74,42 +82,51 @@ class StageResult:
 def run_recipe(recipe: Recipe) -> dict[str, StageResult]:
     """Runs the stages in order, skipping those that are up to date.
 
-    A stage is up to date if it has finished with the same configuration and inputs.
+    A stage is up to date if it has finished with the same configuration and inputs, and its result
+    still exists.
 
     Returns:
         The results by stage name.
 
     Raises:
-        OutputError: the output folder contains another recipe's run.
+        OutputError: the output folder contains another recipe's run, or another process uses it.
         SourceError, DataError: a model or data file does not exist.
     """
     output = Path(recipe.output)
     keys = _keys(recipe)
-    claim_run_folder(
-        output, recipe
-    )  # only now, so that an error in the inputs leaves no empty folder
     results: dict[str, StageResult] = {}
-    for number, (name, stage) in enumerate(recipe.stages.items(), 1):
-        record = output / "stages" / f"{name}.json"
-        label = f"[{number}/{len(recipe.stages)}] {name}"
-        done = _read_record(record)
-        folder = output / name
-        use = product(stage, folder)
-        if done is not None and done["key"] == keys[name] and (use.exists() or not folder.exists()):
-            console().print(f"{label}: up to date, skipped", markup=False)
-            results[name] = StageResult(folder, use, done["figures"], done["seconds"], True)
-            continue
-        console().print(f"{label}: {stage.kind}", markup=False)
-        _prepare(stage, folder, record, keys[name], done)
-        start = time.monotonic()
-        resolved = resolve(stage, {n: r.product for n, r in results.items()})
-        figures = run_stage(resolved, folder)
-        seconds = time.monotonic() - start
-        write_json(record, {"key": keys[name], "figures": figures, "seconds": seconds})
-        (output / "stages" / PENDING).unlink(missing_ok=True)
-        console().print(f"{label}: finished in {format_duration(seconds)}", markup=False)
-        results[name] = StageResult(folder, use, figures, seconds, False)
+    # only now, so that an error in the inputs leaves no empty folder
+    with claim_run_folder(output, recipe, ignore=CHANGEABLE):
+        for number, (name, stage) in enumerate(recipe.stages.items(), 1):
+            label = f"[{number}/{len(recipe.stages)}] {name}"
+            products = {n: r.product for n, r in results.items()}
+            results[name] = _result(stage, output / name, keys[name], products, label)
     return results
+
+
+def _result(
+    stage: Stage, folder: Path, key: str, products: Mapping[str, Path], label: str
+) -> StageResult:
+    """Returns the result of a stage, which runs unless it is up to date.
+
+    Args:
+        products: the products of the stages before it, by name.
+        label: what progress messages begin with.
+    """
+    record, use = record_file(folder), product(stage, folder)
+    done = _read_record(record)
+    if done is not None and done["key"] == key and _exists(use):
+        console().print(f"{label}: up to date, skipped", markup=False)
+        return StageResult(folder, use, done["figures"], done["seconds"], True)
+    console().print(f"{label}: {stage.kind}", markup=False)
+    _prepare(stage, folder, key, done)
+    start = time.monotonic()
+    figures = run_stage(resolve(stage, products), folder)
+    seconds = time.monotonic() - start
+    write_json(record, {"key": key, "figures": figures, "seconds": seconds})
+    _set_pending(folder, None)
+    console().print(f"{label}: finished in {format_duration(seconds)}", markup=False)
+    return StageResult(folder, use, figures, seconds, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +201,11 @@ def _planned(recipe: Recipe) -> RecipePlan:
 
 def _keys(recipe: Recipe) -> dict[str, str]:
     """Returns the key of every stage; checks the output folder and that all inputs exist."""
-    check_run_folder(Path(recipe.output), recipe)
+    check_run_folder(Path(recipe.output), recipe, ignore=CHANGEABLE)
     keys: dict[str, str] = {}
     for name, stage in recipe.stages.items():
+        if isinstance(stage, TrainStage):
+            pick_device(stage.device)  # now, not when the stage starts
         keys[name] = _key(stage, keys)
     return keys
 
@@ -274,38 +293,73 @@ def _stamps(sources: Mapping[str, SourceConfig]) -> dict[str, str]:
     return found
 
 
-def _prepare(stage: Config, folder: Path, record: Path, key: str, done: JsonObject | None) -> None:
+def _prepare(stage: Config, folder: Path, key: str, done: JsonObject | None) -> None:
     """Prepares the folder of a stage that is about to run.
 
     A partial result with the same key is kept, so that the stage resumes. One with another key is
-    removed, except for a finished training, which is renamed.
+    removed, except for a training, which is renamed.
+
+    Raises:
+        OutputError: another process uses the folder.
     """
-    pending = record.parent / PENDING
-    same = _read_record(pending) == {"stage": record.stem, "key": key}
-    if folder.exists() and not (same and done is None):
-        if done is not None and isinstance(stage, TrainStage):
+    resumes = done is None and _read_pending(folder).get(folder.name) == key
+    if os.path.lexists(folder) and not resumes:
+        check_stage_name(folder.name)  # nothing outside the run's folder is ever removed
+        check_unlocked(folder)
+        if isinstance(stage, TrainStage):
             aside = _free_name(folder)
             folder.rename(aside)
             console().print(
-                f"its inputs or settings have changed: the previous training is now in {aside}",
-                markup=False,
-                soft_wrap=True,
+                f"the previous training is now in {aside}", markup=False, soft_wrap=True
             )
+        elif folder.is_symlink() or not folder.is_dir():
+            folder.unlink()
         else:
             shutil.rmtree(folder)
-    record.unlink(missing_ok=True)
-    write_json(pending, {"stage": record.stem, "key": key})
+    record_file(folder).unlink(missing_ok=True)
+    _set_pending(folder, key)
+
+
+def _exists(path: Path) -> bool:
+    """Returns whether a file, or a folder that is not empty, exists."""
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
 def _free_name(folder: Path) -> Path:
     """Returns NAME.1, or the same with the first unused number."""
     names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _read_record(path: Path) -> JsonObject | None:
+    """Returns the record of a finished stage; None if there is none that can be read."""
+    record = _read_object(path)
+    return record if {"key", "figures", "seconds"} <= record.keys() else None
+
+
+def _read_pending(folder: Path) -> JsonObject:
+    """Returns the keys of the stages that have started but not finished, by name."""
+    found = _read_object(record_file(folder).with_name(PENDING))
+    if found.keys() == {"stage", "key"}:  # written by an older version
+        return {str(found["stage"]): found["key"]}
+    stages = found.get("stages")
+    return stages if isinstance(stages, dict) else {}
+
+
+def _set_pending(folder: Path, key: str | None) -> None:
+    """Notes that a stage has started with a key or, without one, that it has finished."""
+    stages = {n: k for n, k in _read_pending(folder).items() if n != folder.name}
+    stages |= {} if key is None else {folder.name: key}
+    path = record_file(folder).with_name(PENDING)
+    if stages:
+        write_json(path, {"stages": stages})
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read_object(path: Path) -> JsonObject:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -45,6 +45,8 @@ from easyllm.train import TrainConfig, train
 from easyllm.train.run import ADAPTER, MODEL
 
 SHARDS = "shards"
+RECORDS = "stages"
+"""Folder of the stages' records, in a run's folder."""
 
 
 def run_stage(stage: Config, folder: Path) -> JsonObject:
@@ -61,9 +63,16 @@ def run_stage(stage: Config, folder: Path) -> JsonObject:
     return runner(stage, folder)
 
 
+def record_file(folder: Path) -> Path:
+    """Returns the file of a stage's key and figures, given the stage's folder."""
+    return folder.parent / RECORDS / f"{folder.name}.json"
+
+
 def product(stage: Config, folder: Path) -> Path:
-    """Returns the file or folder that `@name` refers to."""
+    """Returns the file or folder that `@name` refers to; of an evaluation, its record."""
     match stage:
+        case EvaluateStage():
+            return record_file(folder)
         case TrainStage():
             return folder / (ADAPTER if stage.adapter is not None else MODEL)
         case CorpusStage():

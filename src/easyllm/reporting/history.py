@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from easyllm.core.config import read_yaml
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonObject
 from easyllm.core.jsonl import json_objects
 from easyllm.core.manifest import MANIFEST_FILE, Manifest
 from easyllm.core.run_folder import RECIPE_FILE
+from easyllm.core.yaml_text import read_yaml
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

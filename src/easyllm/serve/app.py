@@ -1,6 +1,7 @@
 """The HTTP application: OpenAI's chat endpoint, a health check, and the chat page."""
 
 import asyncio
+import errno
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -221,17 +222,24 @@ def bind(host: str, port: int) -> socket.socket:
     """Returns a listening socket, so that a port conflict shows before any model is loaded.
 
     Raises:
-        ConfigError: the port is in use or not allowed.
+        ConfigError: the port is in use or not allowed, or the host is not this machine.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
         listener.listen()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         listener.close()
+        not_a_host = isinstance(error, UnicodeError | socket.gaierror)
+        if not_a_host or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+            raise ConfigError(
+                f"cannot listen on host {host!r}, which is not an address of this machine; choose "
+                "another with --host, such as 127.0.0.1, or 0.0.0.0 for all"
+            ) from None
+        reason = getattr(error, "strerror", error)
         raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another port with --port"
+            f"cannot listen on {host}:{port} ({reason}); choose another port with --port"
         ) from None
     return listener
 

@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     Discriminator,
     Field,
     NonNegativeFloat,
@@ -16,16 +17,18 @@ from pydantic import (
 
 from easyllm.adapters import ADAPTERS, AdapterConfig
 from easyllm.core.config import Config
+from easyllm.core.device import check_device_name
 from easyllm.core.errors import ConfigError
+from easyllm.core.paths import PathText
 from easyllm.models.scratch import ScratchConfig
 from easyllm.quant import find_scheme
 from easyllm.train.data_config import (
     DATA,
+    ONE_OR_MORE,
     CorpusDataConfig,
     DataBase,
     DataConfig,
     LabelledDataConfig,
-    Paths,
 )
 from easyllm.train.objectives import (
     OBJECTIVES,
@@ -53,7 +56,8 @@ def _whole(number: float) -> int | float:
     return int(number) if number == int(number) else number
 
 
-Epochs = Annotated[PositiveFloat, PlainSerializer(_whole)]
+Texts = Annotated[tuple[str, ...], Field(min_length=1), ONE_OR_MORE]
+Epochs = Annotated[PositiveFloat, Field(le=1e9), PlainSerializer(_whole)]
 
 
 def _model_kind(value: object) -> str:
@@ -82,7 +86,9 @@ class EarlyStoppingConfig(Config):
 class SamplesConfig(Config):
     """Sample completions that are generated every `eval_every` steps, for inspection."""
 
-    prompts: Paths = Field(description="Prompts that the model completes.")
+    prompts: Texts = Field(
+        description="Prompts that the model completes, as a list or a single string."
+    )
     max_tokens: PositiveInt = Field(
         default=48, description="Maximum number of new tokens per completion."
     )
@@ -136,6 +142,7 @@ class TrainConfig(Config):
     )
     micro_batch_tokens: PositiveInt = Field(
         default=2048,
+        le=2**31 - 1,
         description="Maximum number of packed tokens per forward pass; a step accumulates "
         "gradients over as many micro-batches as it needs.",
     )
@@ -174,7 +181,7 @@ class TrainConfig(Config):
         description="Whether to `torch.compile` the feed-forward block of every layer; the compile "
         "time is reported.",
     )
-    device: str = Field(
+    device: Annotated[str, AfterValidator(check_device_name)] = Field(
         default="auto",
         description="Device to train on; `auto` selects the accelerator if there is one.",
     )
@@ -202,10 +209,10 @@ class TrainConfig(Config):
     samples: SamplesConfig | None = Field(
         default=None, description="Completions to generate at each evaluation; null generates none."
     )
-    retention: tuple[str, ...] = Field(
+    retention: Annotated[tuple[PathText, ...], ONE_OR_MORE] = Field(
         default=(),
-        description="Files of conversations or texts whose loss is measured before and after "
-        "training: it shows what the model forgets.",
+        description="Files of conversations or texts (a list, or one path) whose loss is measured "
+        "before and after training: it shows what the model forgets.",
     )
     spike_factor: float = Field(
         default=2.0,
@@ -216,7 +223,7 @@ class TrainConfig(Config):
     tensorboard: bool = Field(
         default=False, description="Whether to also write TensorBoard event files."
     )
-    output: str | None = Field(default=None, description="Folder of the run.")
+    output: PathText | None = Field(default=None, description="Folder of the run.")
 
     @model_validator(mode="after")
     def _base_can_be_quantized(self) -> "TrainConfig":

@@ -2,12 +2,18 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from easyllm.core.config import Config
 from easyllm.core.kinds import Kinds
+from easyllm.core.paths import PathText
 
-Paths = Annotated[tuple[str, ...], Field(min_length=1)]
+ONE_OR_MORE = BeforeValidator(
+    lambda value: (value,) if isinstance(value, str) else value,
+    json_schema_input_type=str | tuple[str, ...],
+)
+"""Lets a list of strings be written as a single string."""
+Paths = Annotated[tuple[PathText, ...], Field(min_length=1), ONE_OR_MORE]
 DATA = Kinds("data", default="conversations")
 """The kinds that a recipe may set under `data:`; objectives register the kinds they accept."""
 
@@ -28,7 +34,9 @@ class RowsConfig(DataBase):
         default=1024, ge=2, description="Maximum length of a sample, in tokens."
     )
     train: Paths = Field(description="Files to train on.")
-    eval: tuple[str, ...] = Field(default=(), description="Files to evaluate on.")
+    eval: Annotated[tuple[PathText, ...], ONE_OR_MORE] = Field(
+        default=(), description="Files to evaluate on."
+    )
 
 
 class DataConfig(RowsConfig):
@@ -54,8 +62,8 @@ class CorpusDataConfig(DataBase):
     """Token shards built by `easyllm data build`, split into rows."""
 
     kind: Literal["corpus"] = "corpus"
-    shards: str = Field(description="Folder of the shards.")
-    validation: str | None = Field(
+    shards: PathText = Field(description="Folder of the shards.")
+    validation: PathText | None = Field(
         default=None,
         description="Folder of shards to evaluate on; by default the `validation` folder inside "
         "shards, if it exists.",

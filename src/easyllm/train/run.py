@@ -119,8 +119,9 @@ def train(
                 config, ready.origin, ready.objective, trained
             )
         # only now, so that an error leaves no empty folder
-        claim_run_folder(output, config, ignore=ignore)
-        return _run(build_run(config, output, ready, trained, callbacks))
+        with claim_run_folder(output, config, ignore=ignore):
+            _check_unfinished(output)
+            return _run(build_run(config, output, ready, trained, callbacks))
 
 
 def dry_run(config: TrainConfig, output: Path | None, *, allow_change: bool = False) -> RunPlan:
@@ -191,6 +192,10 @@ def check_output(output: Path, config: TrainConfig, *, ignore: Collection[str] =
             be written.
     """
     check_run_folder(output, config, ignore=ignore)
+    _check_unfinished(output)
+
+
+def _check_unfinished(output: Path) -> None:
     if (output / MANIFEST_FILE).is_file():
         raise OutputError(
             f"{str(output)!r} already contains this run, finished; choose another output folder, "

@@ -10,18 +10,16 @@ import pytest
 
 from easyllm.core.config import (
     ENVIRONMENT_PREFIX,
-    RESERVED_VARIABLES,
     Config,
     apply_overrides,
-    dump_yaml,
-    environment_overrides,
     load_config,
-    read_yaml,
     validate,
 )
+from easyllm.core.environment import RESERVED_VARIABLES, environment_overrides
 from easyllm.core.errors import ConfigError, SourceError, suggest
 from easyllm.core.json_schema import json_schema
 from easyllm.core.kinds import Kinds
+from easyllm.core.yaml_text import dump_yaml, read_yaml
 from easyllm.pipeline.recipe import Recipe, load_recipe, load_train_recipe
 from easyllm.train.config import TrainConfig
 
@@ -264,7 +262,7 @@ BLAME = {
     ),
     "another type than a mapping": (
         *(MINE, ("optimizer=3",), {}),
-        "command line: optimizer=3: input should be a valid dictionary",
+        "command line: optimizer=3: expected a mapping with one of the kinds",
     ),
     "a part of an unknown key of the environment": (
         *(MINE, (), {"EASYLLM_OPTIMIZER__EPSS": "1"}),

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from easyllm.cli.schema import SCHEMAS, schema_of
-from easyllm.core.config import read_yaml
 from easyllm.core.json_schema import DRAFT
 from easyllm.core.recipe_kind import command_of
+from easyllm.core.yaml_text import read_yaml
 from easyllm.engine import LLM, EngineConfig
 from easyllm.engine.options import LLMOptions
 

@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Tag
 
-from easyllm.core.config import Config, read_yaml
+from easyllm.core.config import Config
 from easyllm.core.json_schema import json_schema
 from easyllm.core.kinds import Kinds, kind_or
 from easyllm.core.run_folder import recipes_folder
+from easyllm.core.yaml_text import read_yaml
 from easyllm.pipeline.recipe import Recipe, load_recipe
 from easyllm.train.config import TrainConfig
 

@@ -9,8 +9,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from clean_documents import CHINESE, ENGLISH, document
-from easyllm.core.config import dump_yaml, validate
+from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError, EasyllmError
+from easyllm.core.yaml_text import dump_yaml
 from easyllm.corpus.clean import (
     PRESETS,
     C4Quality,

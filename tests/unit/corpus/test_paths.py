@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from document_files import read, read_content
-from easyllm.core.config import dump_yaml, load_config
+from easyllm.core.config import load_config
 from easyllm.core.errors import ConfigError, SourceError
+from easyllm.core.yaml_text import dump_yaml
 from easyllm.corpus.sources import SourceConfig, list_splits
 
 # file selection

@@ -1,0 +1,176 @@
+"""Mistakes that once gave a traceback or a misleading message: one sentence, exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from easyllm.adapters import LoRAConfig, attach, save_adapter
+from easyllm.core.environment import misspelled_variables
+from easyllm.models import hf_module_name, load_model
+from easyllm.train.config import TrainConfig
+from easyllm_command import GOOD, RECIPE, easyllm
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(GOOD)
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder, rows):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(model=tiny_folder, data=rows, output=tmp_path / "run"))
+    return path
+
+
+def refused(done, *words):
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "internal error" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+MISTAKES = {
+    "schedule=constant": ("'linear', 'wsd'", "write schedule.kind=constant"),
+    "optimizer=adamw": ("'muon', 'sgd'", "write optimizer.kind=adamw"),
+    "optimizer=3": ("write optimizer.kind=NAME",),
+    "adapter=lora": ("dora", "write adapter.kind=lora"),
+    "early_stopping=3": ("expected a mapping with keys min_delta, patience",),
+    "data.train=3": ("expected a list, as [a, b]",),
+    "seed=99999999999999999999": ("less than or equal to 9223372036854775807",),
+    "seed=-99999999999999999999": ("at least -9223372036854775807",),
+    "optimizer.betas=[99999999999999999999, 0]": ("optimizer.betas.0=", "9223372036854775807"),
+    "micro_batch_tokens=9223372036854775807": ("less than or equal to 2147483647",),
+    "epochs=1e300": ("less than or equal to 1000000000",),
+    "device=meta": ("'meta' is not supported; use auto, cpu, cuda or cuda:N",),
+    "device=mps": ("'mps' is not supported",),
+    "device=cpu:1": ("'cpu:1' is not supported",),
+}
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(("word", "said"), MISTAKES.items(), ids=MISTAKES.keys())
+def test_a_mistake_in_a_recipe_is_told(recipe, tmp_path, word, said, dry):
+    refused(easyllm("train", recipe, word, *(["--dry-run"] if dry else [])), *said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_list_of_strings_may_be_one_string(recipe, rows):
+    words = ("samples.prompts=hi", f"retention={rows}", f"data.eval={rows}")
+    done = easyllm("train", recipe, *words, "eval_every=1", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)["recipe"]
+    assert values["samples"]["prompts"] == ["hi"]
+    assert values["retention"] == values["data"]["eval"] == [str(rows)]
+
+
+def test_a_device_is_refused_for_stages_that_wait(tmp_path, recipe, tiny_folder, rows):
+    text = f"""
+name: r
+output: {tmp_path / "run"}
+stages:
+  first: {{kind: convert, model: {tiny_folder}}}
+  second: {{kind: train, model: "@first", device: "cuda:99", data: {{train: [{rows}]}}}}
+"""
+    recipe.write_text(text)
+    for words in ((), ("--dry-run",)):
+        refused(easyllm("run", recipe, *words), "device 'cuda:99' was requested")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "a", "completion": "\ud800"}, {"prompt": "a", "completion": "b", "\udfff": 1}],
+)
+def test_an_unpaired_surrogate_is_refused_with_its_place(recipe, rows, tiny_folder, tmp_path, row):
+    rows.write_text(GOOD + json.dumps(row) + "\n")
+    for words in (
+        ("train", recipe),
+        ("eval", tiny_folder, rows),
+        ("eval", tiny_folder, rows, "--json"),
+        ("data", "inspect", rows, "--model", tiny_folder),
+        ("data", "chosen", rows, tmp_path / "chosen.jsonl"),
+    ):
+        refused(easyllm(*words), "rows.jsonl:", "" if "chosen" in words else "unpaired surrogate")
+    rows.write_text(json.dumps({"prompt": "a", "chosen": "\ud800", "rejected": "c"}) + "\n")
+    done = easyllm("data", "chosen", rows, tmp_path / "chosen.jsonl")
+    refused(done, "rows.jsonl:1 contains an unpaired surrogate")
+    assert not (tmp_path / "chosen.jsonl").exists()
+
+
+def test_conversations_have_no_chosen_response(rows, tmp_path):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows.write_text(json.dumps(pair) + "\n" + GOOD)
+    done = easyllm("data", "chosen", rows, tmp_path / "chosen.jsonl")
+    refused(done, "rows.jsonl:2 is a conversation, expected a pair")
+    assert not (tmp_path / "chosen.jsonl").exists()
+
+
+def test_inspect_names_its_own_flag(rows, tiny_folder):
+    rows.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    done = easyllm("data", "inspect", rows, "--model", tiny_folder, "--split-turns")
+    refused(done, "(--split-turns)")
+    assert "train_on" not in done.stderr
+
+
+@pytest.mark.parametrize("host", ["nosuchhost.invalid", "192.0.2.1", "a" * 70 + ".invalid"])
+def test_an_unknown_host_is_not_blamed_on_the_port(tiny_folder, host):
+    done = easyllm("serve", tiny_folder, "--host", host)
+    refused(done, "choose another with --host")
+    assert "--port" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"peft_type": "LORA", "base_model_name_or_path": null}', "does not name its base model"),
+        ("[1]", "does not contain a JSON object"),
+    ],
+)
+def test_an_adapter_without_a_base_is_told(tiny_folder, tmp_path, content, said):
+    model = load_model(tiny_folder)
+    attach(model, LoRAConfig(rank=2))
+    folder = tmp_path / "adapter"
+    save_adapter(model, folder, module_name=hf_module_name(model), base=str(tiny_folder))
+    (folder / "adapter_config.json").write_text(content)
+    refused(easyllm("generate", folder, "x"), said)
+
+
+def test_a_misspelled_variable_is_warned_about(recipe):
+    done = easyllm("train", recipe, "--dry-run", EASYLLM_OPTIMZER__LEARNING_RATE="1")
+    assert done.returncode == 0
+    assert "did you mean EASYLLM_OPTIMIZER__LEARNING_RATE?" in done.stderr
+    others = {"EASYLLM_CACHE": "/x", "EASYLLM_STAGES__A__SEED": "1", "EASYLLM_TEST_INSTALL": "1"}
+    assert misspelled_variables(TrainConfig, others | {"EASYLLM_SEED": "1", "PATH": "x"}) == []
+
+
+@pytest.mark.parametrize("value", ["0", "", "false", "off", "No"])
+def test_debug_can_be_switched_off_by_a_variable(value):
+    done = easyllm("chat", "nosuchmodel", EASYLLM_DEBUG=value)
+    refused(done, "error: model 'nosuchmodel' is not known")
+
+
+@pytest.mark.parametrize("words", [("--debug",), ()])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(words):
+    done = easyllm("chat", "nosuchmodel", *words, **({} if words else {"EASYLLM_DEBUG": "1"}))
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: model 'nosuchmodel' is not known")
+
+
+def test_any_character_can_be_printed_in_ascii(recipe):
+    command = [sys.executable, "-m", "easyllm", "train", str(recipe), "--dry-run", "--json"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    word = "samples.prompts=[é😀你]"
+    done = subprocess.run([*command, word], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recipe"]["samples"]["prompts"] == ["é😀你"]
+    done = subprocess.run([*command[:-1], word], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "\\u4f60" in done.stdout
