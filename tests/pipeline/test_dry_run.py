@@ -100,7 +100,7 @@ WRONG = {
         "samples.prompts[0]",
     ),
     "no output": (lambda *_: {"output": None}, "sets no output folder"),
-    "an unknown device": (lambda *_: {"device": "tpu9"}, "is not known"),
+    "an unknown device": (lambda *_: {"device": "tpu9"}, "is not supported"),
 }
 
 

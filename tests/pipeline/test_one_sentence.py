@@ -37,10 +37,10 @@ def refused(done, *words):
 
 
 MISTAKES = {
-    "schedule=constant": ("'linear', 'wsd'", "write schedule.kind=constant"),
-    "optimizer=adamw": ("'muon', 'sgd'", "write optimizer.kind=adamw"),
-    "optimizer=3": ("write optimizer.kind=NAME",),
-    "adapter=lora": ("dora", "write adapter.kind=lora"),
+    "schedule=constant": ("'linear', 'wsd'", "write {kind: constant} (schedule.kind=constant)"),
+    "optimizer=adamw": ("'muon', 'sgd'", "(optimizer.kind=adamw)"),
+    "optimizer=3": ("(optimizer.kind=NAME)",),
+    "adapter=lora": ("dora", "(adapter.kind=lora)"),
     "early_stopping=3": ("expected a mapping with keys min_delta, patience",),
     "data.train=3": ("expected a list, as [a, b]",),
     "seed=99999999999999999999": ("less than or equal to 9223372036854775807",),

@@ -307,7 +307,9 @@ def _expected(
     if kinds:
         known, given = kinds.replace("'", "").split(", "), problem["input"]
         kind = given if given in known else "NAME"
-        return f"expected a mapping with one of the kinds {kinds}; write {key}.kind={kind}"
+        is_nested = any(part.isdigit() for part in key.split("."))  # no override reaches it
+        override = "" if is_nested else f" ({key}.kind={kind})"
+        return f"expected a mapping with one of the kinds {kinds}; write {{kind: {kind}}}{override}"
     fields = _fields_at(model, place, values)
     return f"expected a mapping with keys {', '.join(fields)}" if fields else "expected a mapping"
 

@@ -246,8 +246,8 @@ def faulty(mixer=None, feed_forward=None, **others):
         ),
         (
             faulty({"position": "alibi"}),
-            f"layers.0.mixer.position='alibi': expected a mapping with one of the kinds {KINDS}, "
-            f"as {{kind: NAME}}",
+            f"layers.0.mixer.position='alibi': expected a mapping with one of the kinds {KINDS}; "
+            "write {kind: alibi}",
         ),
         (
             faulty({"position": {"kind": "alibi", "slope": 3}}),
@@ -266,7 +266,7 @@ def faulty(mixer=None, feed_forward=None, **others):
         (
             faulty(norm="layer_norm"),
             "norm='layer_norm': expected a mapping with one of the kinds 'rms_norm', "
-            "'layer_norm', as {kind: NAME}",
+            "'layer_norm'; write {kind: layer_norm} (norm.kind=layer_norm)",
         ),
         (faulty(hiden_size=48), "unknown key 'hiden_size' (did you mean 'hidden_size'?)"),
     ],
