@@ -295,6 +295,8 @@ def resolve_paths(values: JsonObject, folder: Path) -> None:
         return str((in_folder if in_folder.exists() else expanded(path)).resolve())
 
     resolve_sources(values, folder)
+    if "retention" in values:
+        values["retention"] = place(values["retention"])
     data = values.get("data")
     if not isinstance(data, dict):
         return

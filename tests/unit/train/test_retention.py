@@ -8,6 +8,7 @@ import torch
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.models import load_model, load_tokenizer
 from easyllm.models.adapted import load_adapted
+from easyllm.pipeline.recipe import load_train_recipe
 from easyllm.train import Callback, TrainConfig, dry_run, train
 from easyllm.train.callbacks import retention_samples
 from easyllm.train.metrics import read_metrics
@@ -112,3 +113,13 @@ def test_an_unusable_retention_set_is_refused_before_the_first_step(recipe, tmp_
     objective = {"kind": "classifier", "num_labels": 2}
     with pytest.raises(ConfigError, match="has no head for tokens; remove retention"):
         dry_run(recipe(data=data, objective=objective), None)
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "kept.jsonl").write_text('{"text": "a b"}\n')
+    (folder / "mine.yaml").write_text("data: {train: [task.jsonl]}\nretention: [kept.jsonl]\n")
+    monkeypatch.chdir(tmp_path)
+    config = load_train_recipe(folder / "mine.yaml", [])
+    assert config.retention == (str(folder / "kept.jsonl"),)
