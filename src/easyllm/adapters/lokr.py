@@ -168,13 +168,16 @@ class LoKr(Adapter):
         y = base(x)
         exact = base.context is not None and base.context.deterministic
         product = tiled_linear if exact else nn.functional.linear
-        inner = x.unflatten(-1, (self.columns, -1))  # [..., m, n]
+        # rows of two axes: with more, PyTorch's products differ by whether a gradient is needed
+        inner = x.reshape(-1, x.shape[-1] // self.columns)  # [T m, n]
         for matrix in reversed(self.factors(LARGE)):
-            inner = product(inner, matrix.to(x.dtype))  # [..., m, k] at last
-        inner = inner.transpose(-1, -2)
+            inner = product(inner, matrix.to(x.dtype))  # [T m, k] at last
+        width = inner.shape[1]
+        inner = inner.view(-1, self.columns, width).transpose(1, 2).reshape(-1, self.columns)
         for matrix in reversed(self.factors(SMALL)):
-            inner = product(inner, matrix.to(x.dtype))  # [..., k, l] at last
-        return torch.add(y, inner.transpose(-1, -2).flatten(-2), alpha=self.scale)
+            inner = product(inner, matrix.to(x.dtype))  # [T k, l] at last
+        update = inner.view(-1, width, inner.shape[1]).transpose(1, 2).reshape(y.shape)
+        return torch.add(y, update, alpha=self.scale)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns W + s (C ⊗ D) [out, in] in fp32 and the unchanged bias."""
