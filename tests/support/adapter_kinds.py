@@ -55,8 +55,8 @@ def model_with(config, *, trained=0.1, seed=0, **changes):
 
 
 @torch.no_grad()
-def shake(model, adapters, std):
+def shake(model, adapters, std, seed=3):
     """Adds random numbers to the trained parameters, as training would change them."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in adapters.trained_parameters(model).values():
         parameter.add_(torch.randn(parameter.shape, generator=generator) * std)

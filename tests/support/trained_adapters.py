@@ -1,7 +1,6 @@
 """Adapters of every method with random values, as after training."""
 
-import torch
-
+from adapter_kinds import shake
 from easyllm.adapters import (
     AdaLoRAConfig,
     DoRAConfig,
@@ -32,12 +31,9 @@ ADDITIVE = ("lora", "rslora", "pissa", "adalora", "vera", "miss", "lokr")
 """Those that add an update to any weight."""
 
 
-@torch.no_grad()
 def train(adapters, model, seed=0, std=0.1):
     """Changes every trained parameter of an adapter a little, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in adapters.trained_parameters(model).values():
-        parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+    shake(model, adapters, std, seed=seed)
     return adapters
 
 

@@ -1,13 +1,14 @@
 """Parameter-efficient fine-tuning (PEFT): small trainable additions to a frozen model."""
 
 from easyllm.adapters.adalora import AdaLoRA, AdaLoRAConfig
-from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
+from easyllm.adapters.adapter import Adapter, AdapterConfig
 from easyllm.adapters.adapter_set import AdapterSet, StepInfo
 from easyllm.adapters.attach import adapter_of, adapter_parameters, attach, detach
 from easyllm.adapters.bank import AdapterBank
 from easyllm.adapters.bitfit import BitFitConfig
 from easyllm.adapters.combining import Combined, combine
 from easyllm.adapters.dora import DoRA, DoRAConfig
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.ia3 import IA3, IA3Config
 from easyllm.adapters.lokr import LoKr, LoKrConfig
 from easyllm.adapters.lora import LoRA, LoRAConfig

@@ -17,8 +17,10 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Generator, Tensor, nn
 
-from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
+from easyllm.adapters.adapter import AdapterConfig
 from easyllm.adapters.adapter_set import AdapterSet, StepInfo
+from easyllm.adapters.file_module import FileModule
+from easyllm.adapters.lora import LoRA
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.rank_budget import RankBudget
 from easyllm.adapters.registry import register_adapter
@@ -26,7 +28,6 @@ from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
-from easyllm.ops.deterministic import tiled_linear
 
 LETTERS = ("lora_A", "lora_E", "lora_B")
 """Names of Q, λ and P in peft."""
@@ -153,10 +154,7 @@ class AdaLoRAConfig(AdapterConfig):
         init_rank, kept = description["init_r"], dict[str, tuple[bool, ...]]()
         for ours, module in modules.items():
             if set(module.tensors) != set(LETTERS):
-                raise CheckpointError(
-                    f"{module.name} has {', '.join(sorted(module.tensors))} in the adapter's file, "
-                    f"expected {', '.join(LETTERS)}; copy the adapter again"
-                )
+                raise module.unexpected(", ".join(LETTERS))
             its = pattern.get(module.name, (True,) * init_rank)
             rank = len(module.tensors["lora_A"])
             if rank != sum(its):
@@ -195,71 +193,44 @@ NEUTRAL: JsonObject = {
 }
 
 
-class AdaLoRA(Adapter):
-    """The AdaLoRA adapter of one linear.
+class AdaLoRA(LoRA):
+    """The AdaLoRA adapter of one linear: a LoRA with A = diag(λ) Q and B = P.
 
-    Args:
-        rank: number of triplets in memory.
-        scale: s.
-        in_features, out_features: shape of the adapted linear.
-        dropout: dropout probability on the adapter's input in training.
+    The arguments are those of `LoRA`; the rank is the number of triplets in memory.
 
     Attributes:
         lora_A, lora_E, lora_B: Q [r, in], λ [r, 1] and P [out, r], fp32.
         keeps: [r] bool, the triplets whose λ is not forced to zero.
     """
 
-    passes_input_unchanged = True
-    batch_invariant = True
     keeps: Tensor
 
-    def __init__(
-        self, rank: int, scale: float, in_features: int, out_features: int, *, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.scale = scale
+    def add_parameters(self, rank: int, in_features: int, out_features: int) -> None:
+        """Adds Q, λ and P, uninitialised."""
         self.lora_A = nn.Parameter(torch.empty(rank, in_features))
         self.lora_E = nn.Parameter(torch.empty(rank, 1))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank))
-        self.dropout = nn.Dropout(dropout) if dropout else None
         self.register_buffer("keeps", torch.ones(rank, dtype=torch.bool))
 
-    def reset_parameters(self, generator: Generator) -> None:
+    def reset_parameters(self, generator: Generator | None = None) -> None:
         """Initialises P and Q from N(0, 0.02²) and λ to zero, as peft does."""
         nn.init.normal_(self.lora_A, std=0.02, generator=generator)
         nn.init.zeros_(self.lora_E)
         nn.init.normal_(self.lora_B, std=0.02, generator=generator)
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Returns diag(λ) Q [r, in] and P [out, r], in fp32."""
+        return self.lora_A * self.lora_E, self.lora_B
+
     def forward(self, x: Tensor, base: BaseLinear) -> Tensor:
         """Returns `base(x) + s P diag(λ) Q x`, [..., out] for `x: [..., in]`."""
-        y = base(x)
-        if not len(self.lora_A):  # all triplets were pruned
-            return y
-        if self.dropout is not None:
-            x = self.dropout(x)
-        down, up = (self.lora_A * self.lora_E).to(x.dtype), self.lora_B.to(x.dtype)
-        if base.context is not None and base.context.deterministic:
-            return y + self.scale * tiled_linear(tiled_linear(x, down), up)
-        return torch.addmm(y, x @ down.T, up.T, alpha=self.scale)
+        # all triplets may have been pruned
+        return super().forward(x, base) if len(self.lora_A) else base(x)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns W + s P diag(λ) Q [out, in] in fp32 and the unchanged bias."""
-        update = self.lora_B.float() @ (self.lora_A * self.lora_E).float()
-        return weight + self.scale * update.to(weight.device), bias
-
-    def update_factors(self) -> tuple[Tensor, Tensor] | None:
+    def update_factors(self) -> tuple[Tensor, Tensor]:
         """Returns diag(λ) Q [r, in] and s P [out, r] in fp32, without the pruned triplets."""
-        kept = self.keeps
-        down = (self.lora_A * self.lora_E).float()[kept]
-        return down, self.scale * self.lora_B.float()[:, kept]
-
-    def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns x' and W' such that x' W'ᵀ is the adapted output, as `LoRA.loss_factors`."""
-        if self.dropout is None or not self.training:
-            return super().loss_factors(x, weight)
-        inner = self.dropout(x) @ (self.lora_A * self.lora_E).to(x.dtype).T
-        up = (self.scale * self.lora_B).to(weight.dtype)
-        return torch.cat([x, inner], dim=1), torch.cat([weight, up], dim=1)
+        down, up = self.matrices()
+        return down.float()[self.keeps], self.scale * up.float()[:, self.keeps]
 
     def orthogonality(self) -> Tensor:
         """Returns ‖QQᵀ - I‖ + ‖PᵀP - I‖, Frobenius norms."""
@@ -275,9 +246,7 @@ class AdaLoRA(Adapter):
         """Records the products x (diag(λ) Q)ᵀ and (…) Pᵀ, and the casts of both matrices."""
         rank = len(self.lora_A)
         if self.dropout is not None:
-            if x.grad:
-                trace.keep(f"{name}.noise", x.nbytes)
-            x = Activation(f"{name}.dropped", x.nbytes, x.grad)
+            x = trace.dropped(x, name)
         down, up = 2 * rows * linear.in_features * rank, 2 * rows * rank * linear.out_features
         cast = trace.cast_bytes(rank * linear.copies)
         trace.keep_all(x)

@@ -12,12 +12,12 @@ merged, planned and served.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.targets import check_patterns, differs_by_layer, name_matches
 from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError
@@ -347,7 +347,7 @@ class AdapterConfig(Config):
             layers: all linears and embeddings of the model, by full name.
 
         Raises:
-            ConfigError: one matches nothing; or no layer is left to adapt.
+            ConfigError: one matches nothing.
         """
         possible = [
             name
@@ -358,6 +358,20 @@ class AdapterConfig(Config):
         what = "linear layer of this model"
         check_patterns(named, possible, key="adapter target", what=what, hint=f"{ALL_LINEAR} or ")
         check_patterns(self.exclude, possible, key="adapter.exclude", what=what)
+
+    def require_no_targets(self, because: str, advice: str) -> None:
+        """Raises ValueError if layers are selected, for a method that adapts none.
+
+        Args:
+            because: the method and why it adapts none, for the message.
+            advice: what to do apart from removing the key; empty for nothing.
+        """
+        for key in ("targets", "exclude"):
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key}={list(value)} has no effect on {because}; {advice}remove {key}"
+                )
 
     def differs_by_layer(self) -> bool:
         """Returns whether layers of the same shape may have different adapters."""
@@ -408,7 +422,7 @@ class AdapterConfig(Config):
     def from_peft(
         cls,
         description: JsonMapping,  # noqa: ARG003 - for overrides
-        modules: Mapping[str, "FileModule"],
+        modules: Mapping[str, FileModule],
     ) -> Self:
         """Returns the configuration of an adapter file; its `targets` are exactly `modules`.
 
@@ -422,17 +436,4 @@ class AdapterConfig(Config):
         return cls(targets=tuple(modules) or (ALL_LINEAR,))  # type: ignore[call-arg]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileModule:
-    """An adapted linear as stored in a file.
-
-    Attributes:
-        name: its name in the file, without peft's prefix (`model.layers.0.self_attn.q_proj`).
-        tensors: its tensors, keyed by the suffix after that name.
-    """
-
-    name: str
-    tensors: Mapping[str, Tensor]
-
-
-__all__ = ["ALL_LINEAR", "Adapter", "AdapterConfig", "EmbeddingAdapter", "FileModule"]
+__all__ = ["ALL_LINEAR", "Adapter", "AdapterConfig", "EmbeddingAdapter"]

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from easyllm.adapters.adapter import ALL_LINEAR, AdapterConfig, EmbeddingAdapter, FileModule
+from easyllm.adapters.adapter import AdapterConfig, EmbeddingAdapter
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.registry import register_adapter
 from easyllm.adapters.targets import name_matches
@@ -32,13 +33,9 @@ class BitFitConfig(AdapterConfig):
 
     @model_validator(mode="after")
     def _adapts_no_linear(self) -> Self:
-        for key, usual in (("targets", (ALL_LINEAR,)), ("exclude", ())):
-            value = getattr(self, key)
-            if value != usual:
-                raise ValueError(
-                    f"{key}={list(value)} has no effect on bitfit, which adds no module to a "
-                    f"linear; name what is trained in parameters, and remove {key}"
-                )
+        self.require_no_targets(
+            "bitfit, which adds no module to a linear", "name what is trained in parameters, and "
+        )
         return self
 
     def adapts(self, name: str) -> bool:  # noqa: ARG002 - interface

@@ -36,13 +36,7 @@ class DoRAConfig(LowRankConfig):
 
     def build(self, name: str, in_features: int, out_features: int) -> "DoRA":
         """Builds the adapter of one linear with uninitialised parameters."""
-        return DoRA(
-            self.rank_of(name),
-            self.scale_of(name),
-            in_features,
-            out_features,
-            dropout=self.dropout,
-        )
+        return self.build_as(DoRA, name, in_features, out_features)
 
     def to_peft(self, modules: Mapping[str, str]) -> JsonObject:
         """Returns the entries of LoRA with `use_dora`."""
@@ -63,16 +57,9 @@ class DoRA(LoRA):
 
     row_norms: Tensor | None
 
-    def __init__(
-        self,
-        rank: int,
-        scale: float,
-        in_features: int,
-        out_features: int,
-        *,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(rank, scale, in_features, out_features, dropout=dropout)
+    def add_parameters(self, rank: int, in_features: int, out_features: int) -> None:
+        """Adds A, B and m, uninitialised."""
+        super().add_parameters(rank, in_features, out_features)
         self.magnitude = nn.Parameter(torch.empty(out_features))
         self.register_buffer("row_norms", None, persistent=False)
         self._norms_of: tuple[str, int, torch.dtype] | None = None

@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
+from easyllm.adapters.adapter import Adapter, AdapterConfig
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.registry import register_adapter
 from easyllm.adapters.targets import check_patterns, name_matches
-from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
@@ -87,10 +87,7 @@ class IA3Config(AdapterConfig):
         inputs = list[str]()
         for ours, module in modules.items():
             if set(module.tensors) != {FACTORS}:
-                raise CheckpointError(
-                    f"{module.name} has {', '.join(sorted(module.tensors))} in the adapter's file, "
-                    f"expected {FACTORS}; copy the adapter again"
-                )
+                raise module.unexpected(FACTORS)
             if module.tensors[FACTORS].shape[-1:] != (1,):
                 inputs.append(ours)
         return cls(targets=tuple(modules) or ("no linear",), scaled_inputs=tuple(inputs))

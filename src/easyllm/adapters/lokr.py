@@ -17,10 +17,10 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Generator, Tensor, nn
 
-from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
+from easyllm.adapters.adapter import Adapter, AdapterConfig
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.registry import register_adapter
-from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
@@ -91,10 +91,7 @@ class LoKrConfig(AdapterConfig):
         for module in modules.values():
             found = {name.removesuffix("_a").removesuffix("_b") for name in module.tensors}
             if found != {SMALL, LARGE}:
-                raise CheckpointError(
-                    f"{module.name} has {', '.join(sorted(module.tensors))} in the adapter's file, "
-                    f"expected {SMALL} and {LARGE} or their factors; copy the adapter again"
-                )
+                raise module.unexpected(f"{SMALL} and {LARGE} or their factors")
         return cls(
             rank=description["r"],
             alpha=description.get("alpha") or description["r"],
@@ -210,7 +207,7 @@ class LoKr(Adapter):
                     trace.cast_bytes(matrix.numel() * linear.copies),
                 )
                 grad = True
-            vectors = rows * _product(self.factors(LARGE)).shape[0]
+            vectors = rows * self.factors(LARGE)[0].shape[0]
 
     def file_tensors(self) -> Mapping[str, nn.Parameter]:
         """Returns C and D, or their factors, keyed by their suffixes in peft's file."""

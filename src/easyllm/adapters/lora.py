@@ -34,13 +34,7 @@ class LoRAConfig(LowRankConfig):
 
     def build(self, name: str, in_features: int, out_features: int) -> "LoRA":
         """Builds the adapter of one linear with uninitialised parameters."""
-        adapter = LoRA(
-            self.rank_of(name),
-            self.scale_of(name),
-            in_features,
-            out_features,
-            dropout=self.dropout,
-        )
+        adapter = self.build_as(LoRA, name, in_features, out_features)
         adapter.gaussian = self.init == "gaussian"
         return adapter
 
@@ -71,9 +65,13 @@ class LoRA(Adapter):
         super().__init__()
         self.scale = scale
         self.gaussian = False
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.add_parameters(rank, in_features, out_features)
+
+    def add_parameters(self, rank: int, in_features: int, out_features: int) -> None:
+        """Adds A and B, uninitialised."""
         self.lora_A = nn.Parameter(torch.empty(rank, in_features))
         self.lora_B = nn.Parameter(torch.empty(out_features, rank))
-        self.dropout = nn.Dropout(dropout) if dropout else None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialises A uniformly in ±1/√in (as PyTorch's linear and `peft` do) and B to zero.
@@ -139,9 +137,7 @@ class LoRA(Adapter):
         """Records the GEMMs x Aᵀ and (x Aᵀ) Bᵀ, and the casts of A and B to the dtype of x."""
         rank = len(self.matrices()[0])
         if self.dropout is not None:
-            if x.grad:
-                trace.keep(f"{name}.noise", x.nbytes)
-            x = Activation(f"{name}.dropped", x.nbytes, x.grad)
+            x = trace.dropped(x, name)
         down, up = 2 * rows * linear.in_features * rank, 2 * rows * rank * linear.out_features
         cast = trace.cast_bytes(rank * linear.copies)
         trace.keep_all(x)

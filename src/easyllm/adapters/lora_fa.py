@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from easyllm.adapters.lora import LoRA
 from easyllm.adapters.low_rank import LowRankConfig
@@ -25,30 +25,16 @@ class LoRAFAConfig(LowRankConfig):
 
     def build(self, name: str, in_features: int, out_features: int) -> "LoRAFA":
         """Builds the adapter of one linear with uninitialised parameters."""
-        return LoRAFA(
-            self.rank_of(name),
-            self.scale_of(name),
-            in_features,
-            out_features,
-            dropout=self.dropout,
-        )
+        return self.build_as(LoRAFA, name, in_features, out_features)
 
 
 class LoRAFA(LoRA):
     """The LoRA-FA adapter of one linear; the arguments are those of `LoRA`, and A is a buffer."""
 
-    def __init__(
-        self,
-        rank: int,
-        scale: float,
-        in_features: int,
-        out_features: int,
-        *,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(rank, scale, in_features, out_features, dropout=dropout)
-        del self.lora_A
+    def add_parameters(self, rank: int, in_features: int, out_features: int) -> None:
+        """Adds A, as a buffer, and B, uninitialised."""
         self.register_buffer("lora_A", torch.empty(rank, in_features))
+        self.lora_B = nn.Parameter(torch.empty(out_features, rank))
 
     def cost(
         self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str
@@ -57,8 +43,8 @@ class LoRAFA(LoRA):
         rank = len(self.lora_A)
         down, up = 2 * rows * linear.in_features * rank, 2 * rows * rank * linear.out_features
         cast = trace.cast_bytes(rank * linear.copies)
-        if self.dropout is not None and x.grad:
-            trace.keep(f"{name}.noise", x.nbytes)
+        if self.dropout is not None:
+            x = trace.dropped(x, name)
         if x.grad:
             trace.keep(f"{name}.lora_A", cast * linear.in_features)
         trace.product("adapters", down, down * x.grad)

@@ -6,13 +6,14 @@ arXiv 2312.03732).
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from easyllm.adapters.adapter import AdapterConfig, EmbeddingAdapter, FileModule
+from easyllm.adapters.adapter import Adapter, AdapterConfig, EmbeddingAdapter
 from easyllm.adapters.embedding import TOKEN_ROWS, LoRAEmbedding, TrainedTokens
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_keys import check_keys, matches
 from easyllm.adapters.targets import check_patterns, differs_by_layer, name_matches
 from easyllm.core.errors import CheckpointError, ConfigError
@@ -20,6 +21,7 @@ from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.moe import ROUTERS
 
 logger = logging.getLogger(__name__)
+BuiltT = TypeVar("BuiltT", bound=Adapter)
 BIAS = {"none": "none", "all": "all", "adapted": "lora_only"}
 """Our values of `bias`, and peft's."""
 
@@ -109,6 +111,13 @@ class LowRankConfig(AdapterConfig):
         """Returns the scale s for the layer with this name."""
         rank = self.rank_of(name)
         return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
+
+    def build_as(
+        self, module: Callable[..., BuiltT], name: str, in_features: int, out_features: int
+    ) -> BuiltT:
+        """Builds the adapter of one linear as a `LoRA` or a class with the same arguments."""
+        rank, scale = self.rank_of(name), self.scale_of(name)
+        return module(rank, scale, in_features, out_features, dropout=self.dropout)
 
     def build_embedding(self, name: str, num_tokens: int, width: int) -> EmbeddingAdapter | None:
         """Builds the adapter of the embedding; None if it is not a target and no rows are trained.
@@ -258,10 +267,7 @@ class LowRankConfig(AdapterConfig):
         if found == of_table:
             return len(module.tensors["lora_embedding_A"])
         if found != cls.suffixes:
-            raise CheckpointError(
-                f"{module.name} has {', '.join(sorted(found))} in the adapter's file, expected "
-                f"{' and '.join(sorted(cls.suffixes))}; copy the adapter again"
-            )
+            raise module.unexpected(" and ".join(sorted(cls.suffixes)))
         return len(module.tensors["lora_A.weight"])
 
 

@@ -14,10 +14,11 @@ from pydantic import Field, PositiveInt
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
+from easyllm.adapters.adapter import Adapter, AdapterConfig
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.registry import register_adapter
-from easyllm.core.errors import CheckpointError, ConfigError
+from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
@@ -75,10 +76,7 @@ class MiSSConfig(AdapterConfig):
         check_keys(description, honoured=("r", "miss_dropout"), neutral=neutral)
         for module in modules.values():
             if set(module.tensors) != {BLOCK}:
-                raise CheckpointError(
-                    f"{module.name} has {', '.join(sorted(module.tensors))} in the adapter's file, "
-                    f"expected {BLOCK}; copy the adapter again"
-                )
+                raise module.unexpected(BLOCK)
         return cls(
             rank=description["r"],
             dropout=description.get("miss_dropout") or 0.0,
@@ -141,8 +139,8 @@ class MiSS(Adapter):
         self, trace: CostTrace, linear: LinearShape, x: Activation, rows: int, name: str
     ) -> None:
         """Records the product with D and the sums that it saves."""
-        if self.dropout is not None and x.grad:
-            trace.keep(f"{name}.noise", x.nbytes)
+        if self.dropout is not None:
+            x = trace.dropped(x, name)
         flops = 2 * rows * self.rank * linear.out_features
         trace.product("adapters", flops, flops * (1 + x.grad))
         trace.keep(f"{name}.sums", rows * self.rank * trace.work.itemsize)

@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
+from easyllm.adapters.adapter import Adapter, AdapterConfig
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.registry import register_adapter
 from easyllm.core.errors import CheckpointError, ConfigError
@@ -96,10 +97,7 @@ class OFTConfig(AdapterConfig):
         sizes = set[int]()
         for module in modules.values():
             if set(module.tensors) != {ROTATION}:
-                raise CheckpointError(
-                    f"{module.name} has {', '.join(sorted(module.tensors))} in the adapter's file, "
-                    f"expected {ROTATION}; copy the adapter again"
-                )
+                raise module.unexpected(ROTATION)
             elements = module.tensors[ROTATION].shape[-1]
             sizes.add(round((1 + (1 + 8 * elements) ** 0.5) / 2))
         if len(sizes) != 1:

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from easyllm.adapters.adapter import AdapterConfig, FileModule
+from easyllm.adapters.adapter import AdapterConfig
 from easyllm.adapters.adapter_set import AdapterSet
 from easyllm.adapters.attach import adapter_of, detach, place
 from easyllm.adapters.base_fingerprint import (
@@ -21,6 +21,7 @@ from easyllm.adapters.base_fingerprint import (
     read_fingerprint,
 )
 from easyllm.adapters.base_settings import BaseSettings, read_settings, write_settings
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_experts import fuse_experts, is_plain_lora, split_experts
 from easyllm.adapters.peft_targets import is_target
 from easyllm.adapters.peft_whole import (

@@ -47,13 +47,7 @@ class PiSSAConfig(LowRankConfig):
 
     def build(self, name: str, in_features: int, out_features: int) -> "PiSSA":
         """Builds the adapter of one linear with uninitialised parameters."""
-        adapter = PiSSA(
-            self.rank_of(name),
-            self.scale_of(name),
-            in_features,
-            out_features,
-            dropout=self.dropout,
-        )
+        adapter = self.build_as(PiSSA, name, in_features, out_features)
         adapter.iterations = self.iterations
         return adapter
 
@@ -83,16 +77,9 @@ class PiSSA(LoRA):
     start_B: Tensor
     iterations: int | None = None
 
-    def __init__(
-        self,
-        rank: int,
-        scale: float,
-        in_features: int,
-        out_features: int,
-        *,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(rank, scale, in_features, out_features, dropout=dropout)
+    def add_parameters(self, rank: int, in_features: int, out_features: int) -> None:
+        """Adds A, B, A₀ and B₀, uninitialised."""
+        super().add_parameters(rank, in_features, out_features)
         self.register_buffer("start_A", torch.empty(rank, in_features))
         self.register_buffer("start_B", torch.empty(out_features, rank))
 

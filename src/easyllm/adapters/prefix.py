@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Generator, nn
 
-from easyllm.adapters.adapter import FileModule
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.prompt_learning import (
     NEUTRAL,

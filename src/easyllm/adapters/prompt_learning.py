@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Generator, Tensor, nn
 
-from easyllm.adapters.adapter import ALL_LINEAR, AdapterConfig
+from easyllm.adapters.adapter import AdapterConfig
 from easyllm.adapters.adapter_set import AdapterSet
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
@@ -41,13 +41,9 @@ class PromptLearningConfig(AdapterConfig):
 
     @model_validator(mode="after")
     def _check_targets(self) -> Self:
-        for key, usual in (("targets", (ALL_LINEAR,)), ("exclude", ())):
-            value = getattr(self, key)
-            if value != usual:
-                raise ValueError(
-                    f"{key}={list(value)} has no effect on an adapter of kind {self.kind}, which "
-                    f"adapts no linear; remove {key}"
-                )
+        self.require_no_targets(
+            f"an adapter of kind {self.kind}, which adapts no linear", advice=""
+        )
         return self
 
     def check_context(self, model: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from easyllm.adapters.adapter import FileModule
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.prompt_learning import (
     NEUTRAL,

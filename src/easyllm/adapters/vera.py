@@ -14,11 +14,11 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Generator, Tensor, nn
 
-from easyllm.adapters.adapter import Adapter, AdapterConfig, FileModule
+from easyllm.adapters.adapter import Adapter, AdapterConfig
 from easyllm.adapters.adapter_set import AdapterSet
+from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.registry import register_adapter
-from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
@@ -89,10 +89,7 @@ class VeRAConfig(AdapterConfig):
         check_keys(description, honoured=honoured, neutral=neutral)
         for module in modules.values():
             if set(module.tensors) != set(VECTORS):
-                raise CheckpointError(
-                    f"{module.name} has {', '.join(sorted(module.tensors))} in the adapter's file, "
-                    f"expected {' and '.join(VECTORS)}; copy the adapter again"
-                )
+                raise module.unexpected(" and ".join(VECTORS))
         return cls(
             rank=description["r"],
             start=description.get("d_initial", 0.1),
@@ -173,9 +170,7 @@ class VeRA(Adapter):
         """Records the two products, whose matrices are not trained, and what they save."""
         rank = self.vera_lambda_d.numel()
         if self.dropout is not None:
-            if x.grad:
-                trace.keep(f"{name}.noise", x.nbytes)
-            x = Activation(f"{name}.dropped", x.nbytes, x.grad)
+            x = trace.dropped(x, name)
         down, up = 2 * rows * linear.in_features * rank, 2 * rows * rank * linear.out_features
         trace.product("adapters", down, down * x.grad)
         trace.keep(f"{name}.inner", rows * rank * trace.work.itemsize)

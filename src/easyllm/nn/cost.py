@@ -176,6 +176,12 @@ class CostTrace:
         rows = self.work.tokens if rows is None else rows
         return Activation(name, rows * width * self.work.itemsize, grad)
 
+    def dropped(self, x: Activation, name: str) -> Activation:
+        """Returns `x` after dropout, whose noise autograd saves, as an adapter's input `name`."""
+        if x.grad:
+            self.keep(f"{name}.noise", x.nbytes)
+        return Activation(f"{name}.dropped", x.nbytes, x.grad)
+
     def keep(self, name: str, nbytes: int) -> None:
         """Records that autograd saves a tensor of `nbytes` bytes."""
         self.events.append(SavedTensor(name, nbytes))

@@ -89,7 +89,7 @@ def _check_targets(config: ModelConfig, adapter: AdapterConfig) -> None:
     """Raises if a target of the adapter matches no linear, as attaching the adapter does."""
     if adapter.level == "linear":
         with torch.device("meta"):
-            adapter.check_names([name for name, _ in target_layers(Decoder(config), adapter)])
+            adapter.check_names([name for name, _ in target_layers(_model_of(config), adapter)])
 
 
 def count_adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
@@ -122,7 +122,7 @@ def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.P
         if table is not None:
             found += table.parameters()
         if adapter.adapts("lm_head"):
-            head = Decoder(config).lm_head
+            head = _model_of(config).lm_head
             if head is not None:
                 built = adapter.build("lm_head", head.in_features, head.out_features)
                 found += built.parameters()
@@ -131,9 +131,15 @@ def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.P
 
 def trained_base_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Parameter]:
     """Returns the base model's parameters trained in full with an adapter, on the meta device."""
+    model = _model_of(config)
+    return [model.get_parameter(name) for name in names_trained(model, adapter)]
+
+
+@lru_cache(maxsize=4)
+def _model_of(config: ModelConfig) -> Decoder:
+    """Builds the model on the meta device; its callers only read names and shapes."""
     with torch.device("meta"):
-        model = Decoder(config)
-        return [model.get_parameter(name) for name in names_trained(model, adapter)]
+        return Decoder(config)
 
 
 def adapts_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:

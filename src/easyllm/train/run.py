@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -174,7 +174,8 @@ def prepare(config: TrainConfig) -> Prepared:
     training_data = load_training_data(config, origin.tokenizer, objective, context=context)
     check_samples(config.samples, origin.tokenizer, context=context)
     if config.retention:
-        retention_samples(config, origin.tokenizer)
+        samples = retention_samples(config, origin.tokenizer)
+        training_data = replace(training_data, retention=samples)
     total_steps = count_steps(config, training_data)
     if config.adapter is not None:
         config.adapter.check_steps(total_steps)

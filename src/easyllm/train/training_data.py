@@ -50,6 +50,7 @@ class TrainingData:
         warnings: warnings about the data, one line each.
         figures: statistics of the data, for the manifest.
         inputs: hashes of the data files, by path.
+        retention: samples of the retention set, which is not part of the run's identity.
     """
 
     loader: StepLoader
@@ -59,6 +60,7 @@ class TrainingData:
     warnings: list[str]
     figures: JsonObject
     inputs: dict[str, str]
+    retention: Sequence[AnySample] = ()
 
     @property
     def identity(self) -> str:

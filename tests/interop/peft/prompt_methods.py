@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from exchange import BASE as LLAMA
 from figures import Figures
 from peft import (
     PeftModel,
@@ -25,18 +26,6 @@ from easyllm.train.objectives import LanguageModel
 
 BOUND, LOSS_BOUND, STEPS = 1e-5, 1e-4, 20
 IDS = torch.arange(5, 45)
-LLAMA = {
-    "vocab_size": 320,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "initializer_range": 0.1,
-    "tie_word_embeddings": False,
-}
 GPT2 = {"vocab_size": 320, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}
 GEMMA = LLAMA | {"head_dim": 12, "query_pre_attn_scalar": 12, "tie_word_embeddings": True}
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -27,13 +27,11 @@ class Retention(Callback):
 
     def __init__(self) -> None:
         self._objective = build_objective(LanguageModelConfig())
-        self._samples: Sequence[AnySample] = ()
         self._measured_step = -1
         self._loss_nats = 0.0
 
     def on_start(self, run: Run) -> None:
-        """Reads the set and, in a new run, measures the loss before training."""
-        self._samples = retention_samples(run.config, run.source.tokenizer)
+        """Measures the loss before training, in a new run."""
         if run.progress.step == 0:
             run.progress.retention_before = self._measure(run)
 
@@ -57,7 +55,7 @@ class Retention(Callback):
         """Returns the loss of the current step, and passes it to all callbacks if it is new."""
         if run.progress.step == self._measured_step:
             return self._loss_nats
-        groups = split_by_tokens(self._samples, run.config.micro_batch_tokens)
+        groups = split_by_tokens(run.data.retention, run.config.micro_batch_tokens)
         batches = (self._objective.collate(group) for group in groups)
         self._measured_step = run.progress.step
         self._loss_nats = self._objective.evaluate(run.model, batches)["loss_nats"]
