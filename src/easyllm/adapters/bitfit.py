@@ -8,14 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from easyllm.adapters.adapter import AdapterConfig, EmbeddingAdapter
 from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.registry import register_adapter
 from easyllm.adapters.targets import name_matches
-from easyllm.core.errors import ConfigError
+from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.json_types import JsonMapping
+from easyllm.nn.config import ModelConfig
 
 
 class BitFitConfig(AdapterConfig):
@@ -72,8 +74,26 @@ class BitFitConfig(AdapterConfig):
         Raises:
             CheckpointError: an unsupported key changes the result.
         """
-        check_keys(description, honoured=(), neutral={"bias": "none"})
+        check_keys(description, honoured=("parameters",), neutral={"bias": "none"})
         return cls(parameters=tuple(modules) or ("*bias",))
+
+    def check_file(
+        self,
+        description: JsonMapping,
+        tensors: Mapping[str, Tensor],
+        model: ModelConfig,  # noqa: ARG002 - of the interface
+    ) -> None:
+        """Checks that a file contains all parameters that it lists.
+
+        Raises:
+            CheckpointError: one is missing.
+        """
+        missing = sorted(set(description.get("parameters") or ()) - set(tensors))
+        if missing:
+            raise CheckpointError(
+                f"parameters lists {missing[0]}, which the adapter's file does not contain; "
+                "copy the adapter again"
+            )
 
 
 register_adapter(BitFitConfig, peft_type="BITFIT")

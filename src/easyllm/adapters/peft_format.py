@@ -24,6 +24,7 @@ from easyllm.adapters.base_settings import BaseSettings, read_settings, write_se
 from easyllm.adapters.file_module import FileModule
 from easyllm.adapters.peft_experts import fuse_experts, is_plain_lora, split_experts
 from easyllm.adapters.peft_targets import is_target
+from easyllm.adapters.peft_values import check_values
 from easyllm.adapters.peft_whole import (
     BaseOfFile,
     FileNames,
@@ -31,6 +32,7 @@ from easyllm.adapters.peft_whole import (
     check_named,
     file_name,
     has_own_head,
+    missing_biases,
     saved_tensors,
 )
 from easyllm.adapters.registry import AdapterKind, kind_of, kind_of_file
@@ -108,6 +110,8 @@ def save_adapter(
     tensors |= whole
     if modules_to_save:
         description["modules_to_save"] = modules_to_save
+    if not adapters.config.saves_modules:
+        description["parameters"] = sorted(whole)
     own, prefix = adapters.own_tensors(), _PREFIX[adapters.config.level]
     tensors |= {tensor_name: parameter.detach() for tensor_name, parameter in own.items()}
     prefixed = {n if n in own else f"{prefix}{n}": tensor for n, tensor in tensors.items()}
@@ -177,12 +181,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     """
     folder = Path(folder)
     description = read_description(folder)
-    named = description.get("modules_to_save") or []
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise CheckpointError(
-            f"{folder / CONFIG} sets modules_to_save={named!r}, expected a list of names; "
-            "copy the adapter again"
-        )
+    check_values(description, folder / CONFIG)
     kind = kind_of_file(description)
     tensors, _ = read_tensors(folder / WEIGHTS)
     for name, tensor in tensors.items():
@@ -372,6 +371,7 @@ def _check_fit(
         {
             *(set(expected) - set(file.tensors)),
             *_not_adapted(model, file, base, adapters, module_name),
+            *missing_biases(model, adapters.config, file.tensors, module_name),
         }
     )
     left = sorted(set(file.tensors) - set(expected) - base.copies)

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from easyllm.adapters.adapter import AdapterConfig
 from easyllm.adapters.adapter_set import AdapterSet
 from easyllm.core.errors import CheckpointError
 from easyllm.nn.decoder import Decoder
@@ -147,6 +148,18 @@ def check_named(model: Decoder, saved: tuple[str, ...], base: BaseOfFile, names:
         )
 
 
+def missing_biases(
+    model: Decoder, config: AdapterConfig, tensors: Mapping[str, Tensor], names: FileNames
+) -> list[str]:
+    """Returns the names of trained biases that a file's `bias` announces but the file lacks."""
+    present, expected = set[str](), dict[str, str]()
+    for entry in _possible(model, names):
+        if config.trains_bias(entry.parameter):
+            expected.setdefault(entry.parameter, entry.name)
+            present |= {entry.parameter} if entry.name in tensors else set()
+    return [name for parameter, name in expected.items() if parameter not in present]
+
+
 def saved_tensors(
     model: Decoder, adapters: AdapterSet, names: FileNames
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -238,5 +251,6 @@ __all__ = [
     "file_name",
     "has_own_head",
     "is_tied",
+    "missing_biases",
     "saved_tensors",
 ]

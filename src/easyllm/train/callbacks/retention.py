@@ -1,21 +1,15 @@
 """Measures what a fine-tune forgets: the loss on a retention set before and after training."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from easyllm.batches.packing import split_by_tokens
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonObject
-from easyllm.corpus.document import Document
-from easyllm.corpus.files.paths import plain_suffix
-from easyllm.corpus.sources import SourceConfig, list_splits, read_split
-from easyllm.examples.conversations import detect_format
-from easyllm.examples.data_file import read_rows
-from easyllm.examples.sample import AnySample, Sample
+from easyllm.examples.sample import AnySample
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
-from easyllm.train.data_config import DataConfig
 from easyllm.train.objectives import LanguageModelConfig, build_objective, objective_kind
+from easyllm.train.text_samples import samples_of_file
 from easyllm.train.training_run import Callback, Run, StepReport
 
 
@@ -78,37 +72,13 @@ def retention_samples(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Any
         )
     samples = list[AnySample]()
     for file in config.retention:
-        samples += _samples_of(file, tokenizer, config.data.max_seq_len)
+        samples += samples_of_file(file, tokenizer, config.data.max_seq_len)
     if not samples:
         raise ConfigError(
             f"the retention set ({', '.join(config.retention)}) has no text of two tokens; "
             "add texts, or remove retention"
         )
     return samples
-
-
-def _samples_of(file: str, tokenizer: Tokenizer, max_seq_len: int) -> Sequence[AnySample]:
-    """Returns the samples of a file of conversations, or the windows of the texts of any other."""
-    if plain_suffix(file) in (".json", ".jsonl"):
-        first = next(read_rows(Path(file)))
-        if "text" not in first.values or detect_format(first.values) is not None:
-            data = DataConfig(train=(file,), train_on="all", max_seq_len=max_seq_len)
-            objective = build_objective(LanguageModelConfig())
-            return objective.prepare(data, [Path(file)], tokenizer)[0]
-    source = SourceConfig(paths=(file,), on_error="stop")
-    texts = (
-        item.text
-        for split in list_splits("retention", source)
-        for item in read_split(split, source)
-        if isinstance(item, Document)
-    )
-    return [sample for text in texts for sample in _windows(tokenizer.encode(text), max_seq_len)]
-
-
-def _windows(ids: list[int], length: int) -> Iterator[Sample]:
-    """Yields a text in windows of `length` tokens, each predicting the token after each of its."""
-    for start in range(0, len(ids) - 1, length):
-        yield Sample.from_mask(ids[start : start + length + 1])
 
 
 __all__ = ["Retention", "retention_samples"]
