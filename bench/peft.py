@@ -16,6 +16,7 @@ LoRA with LoRA+ at ratios 4 and 16, each at the best of five learning rates over
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -149,7 +150,11 @@ def rate(steps: list[dict[str, Any]]) -> float:
 
 
 def against_peer(options: argparse.Namespace) -> Any:
-    """Yields one row: ours before and after TRL's, on the same rows."""
+    """Yields one row: ours before and after TRL's, on the same rows.
+
+    For QLoRA, the row also has our LoRA on the dense base: how much memory the weights save, and
+    what rounding them costs, on the training rows and on 64 others.
+    """
     row = machine.row(f"peft-{options.variant}-trl")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -163,6 +168,8 @@ def against_peer(options: argparse.Namespace) -> Any:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         row["trl"] = json.loads(done.stdout.strip().splitlines()[-1])
         row["ours"].append(alpaca(options, work / "second"))
+        if options.variant == "qlora":
+            row["lora"] = alpaca(options, work / "dense", quantize="null")
     slower = min(each["tokens_per_s"] for each in row["ours"])
     row["ratio"] = round(slower / row["trl"]["tok_s"], 2)
     most = max(each["peak_rss_gb"] for each in row["ours"])
@@ -170,24 +177,28 @@ def against_peer(options: argparse.Namespace) -> Any:
     yield row
 
 
-def alpaca(options: argparse.Namespace, out: Path) -> dict[str, float]:
+def alpaca(options: argparse.Namespace, out: Path, quantize: str = "nf4") -> dict[str, float]:
     """One epoch on the first Alpaca rows, in the configuration of the peer's script."""
-    data = json.loads((SHARED / "data" / "alpaca_en_demo.json").read_text())[: options.rows]
+    data = json.loads((SHARED / "data" / "alpaca_en_demo.json").read_text())
     out.mkdir()
-    file = out / "rows.json"
-    file.write_text(json.dumps(data))
+    file, others = out / "rows.json", out / "others.json"
+    file.write_text(json.dumps(data[: options.rows]))
+    others.write_text(json.dumps(data[options.rows : options.rows + 64]))
     kind = ["adapter.kind=dora"] if options.variant == "dora" else []
     figures, lines = train(
         out / "run",
         *(f"data.train=[{file}]", "data.max_seq_len=512", "data.train_on=all", "save_every=0"),
-        *("batch_size=4", "epochs=1", "optimizer.learning_rate=2e-4", "quantize=nf4"),
-        *("adapter.rank=8", "adapter.alpha=16", *kind),
+        *("batch_size=4", "epochs=1", "optimizer.learning_rate=2e-4"),
+        *(f"quantize={quantize}", "adapter.rank=8", "adapter.alpha=16", *kind),
+        *(f"data.eval=[{others}]", "eval_every=0"),
     )
     steps = [line for line in lines if "speed/tokens_per_s" in line]
     return {
         "tokens_per_s": rate(steps),
         "peak_rss_gb": round(figures["peak_rss_bytes"] / 1e9, 2),
         "last_loss_nats": round(steps[-1]["train/loss_nats"], 4),
+        "mean_loss_nats": round(statistics.mean(s["train/loss_nats"] for s in steps), 4),
+        "eval_loss_nats": round(figures["eval_loss_nats"], 4),
     }
 
 
@@ -236,16 +247,30 @@ def loraplus(options: argparse.Namespace) -> Any:
 def last_loss(
     work: Path, base: str, ratio: int, learning_rate: float, seed: int, steps: int
 ) -> float:
-    """Returns the held-out loss of a short run on the quickstart's facts."""
+    """Returns the held-out loss of a short run on the quickstart's facts, in this process."""
+    from easyllm.train import TrainConfig
+    from easyllm.train import train as run_training
+
+    config = {
+        "model": base,
+        "data": {
+            "train": [f"{RECIPES}/easyllm_facts_train.jsonl"],
+            "eval": [f"{RECIPES}/easyllm_facts_heldout.jsonl"],
+            "max_seq_len": 128,
+        },
+        "adapter": {"kind": "lora", "rate_ratio": ratio},
+        "optimizer": {"kind": "adamw", "learning_rate": learning_rate},
+        "schedule": {"kind": "cosine", "warmup_ratio": 0.1},
+        "batch_size": 8,
+        "max_steps": steps,
+        "save_every": 0,
+        "seed": seed,
+    }
     out = work / f"{ratio}-{learning_rate}-{seed}"
-    figures, _ = train(
-        out,
-        *(f"model={base}", f"data.train=[{RECIPES}/easyllm_facts_train.jsonl]"),
-        *(f"data.eval=[{RECIPES}/easyllm_facts_heldout.jsonl]", "data.max_seq_len=128"),
-        *("batch_size=8", "epochs=1", f"max_steps={steps}", "save_every=0", f"seed={seed}"),
-        *(f"optimizer.learning_rate={learning_rate}", f"adapter.rate_ratio={ratio}"),
-    )
-    loss: float = figures["eval_loss_nats"]
+    result = run_training(TrainConfig.model_validate(config), out)
+    loss: float = result.figures["eval_loss_nats"]
+    shutil.rmtree(out)
+    print(ratio, learning_rate, seed, round(loss, 4), file=sys.stderr, flush=True)
     return round(loss, 5)
 
 
