@@ -59,6 +59,10 @@ COMMANDS: dict[str, dict[str, str]] = {
     "merge": {
         "merge": "Merge an adapter into its base model, and compare the result with the adapter.",
     },
+    "quantize": {
+        "quantize": "Quantize a model to a file that other programs read, and measure what it "
+        "costs.",
+    },
     "plan": {
         "plan": "Estimate parameters, memory, FLOPs and time of a model or training run "
         "without loading it.",

@@ -177,6 +177,8 @@ def _flag_type(annotation: object) -> TypeForm:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return _flag_type(inner[0])
+    if origin is typing.Literal:  # the model checks which values there are
+        return type(inner[0])
     if origin is tuple:
         return list[_flag_type(inner[0])] | None  # type: ignore[misc]
     if origin in (types.UnionType, typing.Union):

@@ -106,6 +106,31 @@ def write_atomic(target: Path, content: str | bytes) -> None:
             raise
 
 
+@contextmanager
+def atomic_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yields the path of a temporary file, renamed to `target` if the block succeeds.
+
+    For files that are too large for `write_atomic`.
+
+    Raises:
+        OutputError: `target` exists (and `replace` is false), or cannot be written.
+    """
+    target = Path(target)
+    if not replace:
+        check_output_free(target)
+    work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    with output_errors(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield work
+            _sync(work)
+            _publish(work, target)
+        except BaseException:
+            with suppress(OSError):
+                work.unlink()
+            raise
+
+
 def write_json(target: Path, value: object) -> None:
     """Writes `value` atomically as indented UTF-8 JSON.
 

@@ -19,9 +19,18 @@ RECIPE_FILE = "recipe.yaml"
 
 def recipes_folder() -> Path:
     """Returns the folder of the shipped recipes: inside a wheel, or next to `src` in a checkout."""
+    return _shipped("recipes")
+
+
+def docs_folder() -> Path:
+    """Returns the folder of the documentation: inside a wheel, or next to `src` in a checkout."""
+    return _shipped("docs")
+
+
+def _shipped(name: str) -> Path:
     package = Path(__file__).parents[1]
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parents[1] / "recipes"
+    installed = package / name
+    return installed if installed.is_dir() else package.parents[1] / name
 
 
 @contextmanager

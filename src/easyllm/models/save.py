@@ -10,8 +10,9 @@ from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonObject
 from easyllm.models.hf_config import CONFIG_FILE, GENERATION_FILE, with_end_ids, write_config
-from easyllm.models.hf_names import keymap_of
+from easyllm.models.hf_names import hf_module_name, keymap_of
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.linear import Linear
 from easyllm.quant import FORMATS
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -85,9 +86,14 @@ def _packed_tensors(
             f"weights quantized as {' and '.join([name, *others])} exist only in memory and cannot "
             "be saved in Hugging Face format; save the unquantized model"
         )
-    tensors = {
-        f"{holder}.weight": layer.storage.tensors()
-        for holder, layer in model.weight_modules()
-        if layer.storage.format == name
-    }
-    return tensors, {"quant_method": name, **format.file_config}
+    layers = dict(model.weight_modules())
+    packed = {n: layer.storage for n, layer in layers.items() if layer.storage.format == name}
+    tensors = {f"{holder}.weight": storage.tensors() for holder, storage in packed.items()}
+    if format.config_of is None:
+        return tensors, {"quant_method": name, **format.file_config}
+    names = hf_module_name(model)
+    skipped = [n for n, layer in layers.items() if n not in packed and isinstance(layer, Linear)]
+    config = format.config_of(
+        {names(holder): storage for holder, storage in packed.items()}, [names(n) for n in skipped]
+    )
+    return tensors, config

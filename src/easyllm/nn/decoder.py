@@ -242,6 +242,14 @@ class Decoder(nn.Module):
             return hidden, weight
         return head.adapter.loss_factors(hidden, weight)
 
+    def embed(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
+        """Returns the residual stream in front of the first layer, [T, D] in at least fp32."""
+        x = to_at_least_fp32(self.embed_tokens(token_ids, context)) * self.config.embedding_scale
+        if isinstance(context.virtual, VirtualTokens):
+            x = context.virtual.embed(x)
+        placed: Tensor = self.embedding_position(x, context.positions)
+        return placed
+
     def forward(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
         """Returns the final hidden states, normalised and ready for the head.
 
@@ -257,10 +265,7 @@ class Decoder(nn.Module):
             token_ids, context, real = prepend_virtual_tokens(
                 token_ids, context, self.model_adapter, self.config.vocab_size
             )
-        x = to_at_least_fp32(self.embed_tokens(token_ids, context)) * self.config.embedding_scale
-        if isinstance(context.virtual, VirtualTokens):
-            x = context.virtual.embed(x)
-        x, added = self.embedding_position(x, context.positions), None
+        x, added = self.embed(token_ids, context), None
         for layer in self.layers:
             x, added = layer(x, context, added)
         _, out = sum_and_norm(self.norm, x, added)

@@ -16,6 +16,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: MLPConfig, hidden_size: int) -> None:
         super().__init__()
+        self.config = config
         self.activation = ACTIVATIONS[config.activation]
         self.keeps_result = config.activation in KEEP_RESULT
         self.up_proj = Linear(hidden_size, config.intermediate_size, bias=config.bias)

@@ -1,5 +1,6 @@
 """Weight quantization: storage formats, and replacing a model's weights by quantized codes."""
 
+from easyllm.quant import formats
 from easyllm.quant.blockwise4 import quantize_blockwise4
 from easyllm.quant.registry import (
     FORMATS,
@@ -24,6 +25,7 @@ __all__ = [
     "StorageFormat",
     "find_scheme",
     "format_of_checkpoint",
+    "formats",
     "plan_quantized",
     "quantizable",
     "quantize_blockwise4",

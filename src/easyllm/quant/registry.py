@@ -1,13 +1,13 @@
 """Registry of weight storage formats by name; to add one, register a `StorageFormat`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from easyllm.core.errors import CheckpointError, ConfigError, suggest
-from easyllm.core.json_types import JsonMapping
+from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.storage import PackedStorage, WeightStorage
 
 Shape = tuple[int, int]
@@ -33,6 +33,11 @@ class StorageFormat:
             other values are refused on reading.
         unsupported_reason: returns why a weight of a given shape cannot be stored in this format;
             None if it can.
+        configured: returns the format for a checkpoint's `quantization_config`, which sets bits,
+            group size and the like, with its own `file_tensors` and `from_file`; raises
+            `CheckpointError` for values that are not supported.
+        config_of: (storages by file name of their modules, file names of the linears that are not
+            quantized) → the whole `quantization_config`; None for `quant_method` and `file_config`.
     """
 
     name: str
@@ -43,6 +48,8 @@ class StorageFormat:
     from_file: Callable[[Mapping[str, Tensor], Shape, torch.dtype], PackedStorage] | None = None
     file_config: JsonMapping = field(default_factory=dict)
     unsupported_reason: Callable[[Shape], str | None] = lambda _shape: None
+    configured: "Callable[[JsonMapping], StorageFormat] | None" = None
+    config_of: Callable[[Mapping[str, WeightStorage], Sequence[str]], JsonObject] | None = None
 
 
 FORMATS: dict[str, StorageFormat] = {}
@@ -52,14 +59,16 @@ def register_storage(format: StorageFormat) -> StorageFormat:
     """Registers a format for loading, quantizing, saving and memory planning; returns it.
 
     Raises:
-        ValueError: the name is already registered, or only one of `file_tensors` and `from_file`
-            is set.
+        ValueError: the name is already registered, or `file_tensors` is set without
+            `from_file` or `configured`, or one of these without it.
     """
     if format.name in FORMATS or format.name == "dense":
         raise ValueError(f"a storage format named {format.name!r} is already registered")
-    if bool(format.file_tensors) != (format.from_file is not None):
+    reads = format.from_file is not None or format.configured is not None
+    if bool(format.file_tensors) != reads:
         raise ValueError(
-            f"format {format.name!r} needs both file_tensors and from_file, or neither"
+            f"format {format.name!r} needs both file_tensors and from_file (or configured), or "
+            "neither"
         )
     FORMATS[format.name] = format
     return format
@@ -103,6 +112,8 @@ def format_of_checkpoint(config: object) -> StorageFormat | None:
             "use the checkpoint with unquantized weights"
         )
     format = FORMATS[str(name)]
+    if format.configured is not None:
+        return format.configured(config)
     for key, value in config.items():
         expected = format.file_config.get(key, value if key == "quant_method" else None)
         if value != expected:

@@ -148,6 +148,7 @@ class GGUFLayout:
             layer index. If the HF name contains `{e}`, the file stacks the experts' matrices along
             a separate first dimension.
         transforms: conversions to HF's tensors, by the file's tensor name.
+        untransforms: their inverses, for writing.
         ignored: tensors that are not parameters: unused, or already read by `read_config`.
     """
 
@@ -155,6 +156,7 @@ class GGUFLayout:
     read_config: Callable[[GGUFMetadata], JsonObject]
     names: Mapping[str, str]
     transforms: Mapping[str, Transform] = field(default_factory=dict)
+    untransforms: Mapping[str, Transform] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset({"blk.{i}.attn_rot_embd", "rope_freqs"})
 
     def locate(self, name: str) -> tuple[str, Transform | None] | None:

@@ -22,6 +22,7 @@ from easyllm.models.families.gguf_layout import (
     half_split,
     read_llama,
 )
+from easyllm.models.families.gguf_write import interleave, write_llama
 from easyllm.nn.config import ModelConfig
 
 
@@ -120,6 +121,7 @@ _EXPERTS = {
     "blk.{i}.ffn_down_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
     "blk.{i}.ffn_up_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
 }
+_HEADS = (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
 FAMILY = Family(
     name="llama",
     model_types=("llama",),
@@ -131,9 +133,8 @@ FAMILY = Family(
         architectures=("llama",),
         read_config=read_gguf,
         names={**LLAMA_NAMES, **_EXPERTS},
-        transforms={
-            f"blk.{{i}}.attn_{part}": half_split(heads)
-            for part, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
-        },
+        transforms={f"blk.{{i}}.attn_{part}": half_split(heads) for part, heads in _HEADS},
+        untransforms={f"blk.{{i}}.attn_{part}": interleave(heads) for part, heads in _HEADS},
     ),
+    write_gguf=write_llama,
 )

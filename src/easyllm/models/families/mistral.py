@@ -13,6 +13,7 @@ from easyllm.models.families.family import (
     with_defaults,
     write_dense_model,
 )
+from easyllm.models.families.gguf_write import write_mistral
 from easyllm.nn.config import ModelConfig
 
 DEFAULTS = {
@@ -64,4 +65,6 @@ FAMILY = Family(
     write_config=write_config,
     keymap=llama_keymap,
     sizes=SIZES,
+    gguf_family="llama",
+    write_gguf=write_mistral,
 )

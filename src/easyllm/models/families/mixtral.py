@@ -18,6 +18,7 @@ from easyllm.models.families.family import (
     with_defaults,
     write_model,
 )
+from easyllm.models.families.gguf_write import write_mixtral
 from easyllm.nn.config import AttentionConfig, ModelConfig, MoEConfig
 
 DEFAULTS = {
@@ -101,4 +102,6 @@ FAMILY = Family(
     write_config=write_config,
     keymap=keymap,
     sizes=SIZES,
+    gguf_family="llama",
+    write_gguf=write_mixtral,
 )

@@ -17,6 +17,7 @@ from easyllm.models.families.family import (
     write_windows,
 )
 from easyllm.models.families.gguf_layout import LLAMA_NAMES, GGUFLayout, read_llama
+from easyllm.models.families.gguf_write import write_llama
 from easyllm.nn.config import ModelConfig
 
 DEFAULTS = {
@@ -88,6 +89,7 @@ FAMILY = Family(
     write_config=write_config,
     keymap=llama_keymap,
     sizes=SIZES,
+    write_gguf=write_llama,
     gguf=GGUFLayout(
         architectures=("qwen2",),
         read_config=lambda metadata: read_llama(metadata, "qwen2"),

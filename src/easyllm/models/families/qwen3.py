@@ -16,6 +16,7 @@ from easyllm.models.families.family import (
     write_windows,
 )
 from easyllm.models.families.gguf_layout import LLAMA_NAMES, QK_NORMS, GGUFLayout, read_llama
+from easyllm.models.families.gguf_write import write_llama
 from easyllm.models.families.qwen2 import DEFAULTS
 from easyllm.nn.config import AttentionConfig, GLUConfig, ModelConfig, RMSNormConfig
 
@@ -74,6 +75,7 @@ FAMILY = Family(
     write_config=write_config,
     keymap=llama_keymap,
     sizes=SIZES,
+    write_gguf=write_llama,
     gguf=GGUFLayout(
         architectures=("qwen3",),
         read_config=lambda metadata: read_llama(metadata, "qwen3"),

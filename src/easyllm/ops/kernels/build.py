@@ -32,13 +32,14 @@ SOURCES = (
     "attention_tiles.c",
     "paged_attention.c",
     "matrix.c",
+    "grouped.c",
     "blockwise4.c",
     "dense.c",
     "tiles.c",
     "gemm.c",
     "decode_step.c",
 )
-HEADERS = ("cpu.h", "paged.h", "matrix.h", "tiles.h", "attention.h")
+HEADERS = ("cpu.h", "paged.h", "matrix.h", "codes.h", "tiles.h", "attention.h")
 FLAGS = (
     "-O3",
     "-march=native",

@@ -20,7 +20,7 @@
 
 typedef int64_t i64;
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
-enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, GROUPED = 4, FP16 = 5 };
 
 // A vec must be one register of the target: if it is wider, accumulators spill to memory.
 #ifdef __AVX512F__

@@ -19,6 +19,7 @@
 //   int4   [N/8][K/32][160]    4 vectors, of which vector v has chunk v in its low and chunk v + 4
 //                              in its high nibbles, then 8 scales s and 8 offsets c in fp16;
 //                              w = s (code - 8) + c  (per group)
+//   grouped  see grouped.c: 2, 3, 4, 5 or 8 bits, with a scale for one or more groups
 //
 // An activation row is quantized to int8 group by group, x = u q with u = max|x| / 127, so that dot
 // products of codes are exact integers:
@@ -27,10 +28,8 @@
 //
 // The last sum is over x itself, not over its codes.
 #pragma once
-#include "cpu.h"
+#include "codes.h"
 
-#define GROUP 32
-#define OUTPUTS 8
 #define AMX_TILE_ROWS 16               // rows of an AMX tile
 #define AMX_PANEL_BLOCKS 2             // blocks of outputs in a panel on AMX
 #define TERMS 3                        // floats per group of a row: u, -8 u sum q, sum x
@@ -41,8 +40,15 @@ typedef struct {
     const float *scales;  // int8: [N], padded like the outputs
     const float *bias;    // [N] or NULL
     i64 outputs, inputs;
-    int format;  // FP32, BF16, INT8, INT4
+    int format;  // FP32, BF16, INT8, INT4, GROUPED
+    // GROUPED only
+    int bits;        // of a code
+    int scale_type;  // FP16 or BF16
+    int shift;       // SHIFT_NONE, SHIFT_ZEROS or SHIFT_MINIMA
+    i64 span;        // groups that share a scale
 } Matrix;
+
+enum { SHIFT_NONE = 0, SHIFT_ZEROS = 1, SHIFT_MINIMA = 2 };
 
 // Activation rows in the form that linear_panel expects: values for fp32 and bf16 weights, also
 // packed if there are several rows; codes and terms for int8 and int4 weights. A tile of 16 rows is
@@ -78,6 +84,11 @@ void quantize_row(const Rows *rows, i64 row, const float *x);
 // dense.c: packs values[from .. from + count) of row `row` of num_rows. `from` and `count` must be
 // multiples of 8, except at the end of a row.
 void pack_values(const Rows *rows, i64 row, i64 num_rows, i64 from, i64 count);
+
+// sum[m] += products of the rows, m < num_rows, with a block of a GROUPED matrix; num_rows is 1 or
+// 4
+void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float *terms,
+                   int num_rows, lane8 *sum);
 
 // out[m][0 .. OUTPUTS) = products of the rows with a block of an fp32 or bf16 matrix, plus bias
 void dense_block(const Matrix *w, i64 block, const Rows *rows, i64 num_rows, float *out,

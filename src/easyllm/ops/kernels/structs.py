@@ -15,6 +15,10 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 """FP32 and BF16 of cpu.h: the values of fields named `dtype` or `*_dtype`."""
 BIT_CODES = {8: 2, 4: 3}
 """INT8 and INT4 of cpu.h: the values of fields named `format`, which can also be a dtype code."""
+GROUPED = 4
+"""GROUPED of cpu.h: a weight on a uniform grid, as files store it (`grouped.c`)."""
+SCALE_CODES = {torch.float16: 5, torch.bfloat16: 1}
+"""FP16 and BF16 of cpu.h: dtypes of scales."""
 
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
@@ -311,13 +315,18 @@ class Matrix(ctypes.Structure):
         bias: [N], fp32, or None.
         outputs: N.
         inputs: inputs of the layer.
-        format: dtype code or bit code.
+        format: dtype code, bit code or `GROUPED`.
+        bits: grouped: bits of a code.
+        scale_type: grouped: code of the scales' dtype (`SCALE_CODES`).
+        shift: grouped: 0 for codes around the middle one, 1 for zero points, 2 for minima.
+        span: grouped: groups of 32 inputs that share a scale.
     """
 
     _fields_ = [
         *((name, POINTER) for name in ("data", "scales", "bias")),
         *((name, LONG) for name in ("outputs", "inputs")),
-        ("format", INT),
+        *((name, INT) for name in ("format", "bits", "scale_type", "shift")),
+        ("span", LONG),
     ]
 
 

@@ -1,0 +1,296 @@
+"""Linear layers with weights on grids of 2, 3, 4, 5 or 8 bits, as files store them.
+
+Shapes: N outputs, K inputs, T rows, G groups of g inputs each (g a multiple of 32, or K).
+
+    shift zeros    w = s (q - z)     s in fp16 or bf16 and z per output and group; without z, the
+                                     middle code
+    shift minima   w = s q + m       s and m in fp16
+
+On a CPU the C kernel (kernels/grouped.c) quantizes each activation row to int8 as for
+`ops.quantized_linear`; no weight is rounded a second time. Elsewhere the weight is dequantized.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from easyllm.ops.autograd import Context
+from easyllm.ops.kernels import kernels_for
+from easyllm.ops.kernels.structs import DTYPE_CODES, GROUPED, SCALE_CODES, Matrix, address
+
+GROUP, OUTPUTS = 32, 8
+"""Inputs and outputs whose codes are stored together; see kernels/grouped.c for the layout."""
+BITS = (2, 3, 4, 5, 8)
+NONE, ZEROS, MINIMA = 0, 1, 2
+BLOCK_OUTPUTS = 4096
+"""Outputs that are dequantized at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """How the codes of a weight are read.
+
+    Attributes:
+        bits: bits of a code.
+        scale_dtype: dtype of the scales, fp16 or bf16.
+        shift: `NONE`, `ZEROS` or `MINIMA`.
+        group_size: g; K for one group per row.
+    """
+
+    bits: int
+    scale_dtype: torch.dtype
+    shift: int
+    group_size: int
+
+    def span(self, inputs: int) -> int:
+        """Returns the number of groups of 32 that share a scale."""
+        return -(-min(self.group_size, inputs) // GROUP)
+
+    def code_bytes(self) -> int:
+        """Returns the bytes of 32 inputs of 8 outputs."""
+        return OUTPUTS * GROUP * self.bits // 8
+
+    def header_bytes(self) -> int:
+        """Returns the bytes of the scales and shifts of 8 outputs."""
+        return 16 + {NONE: 0, ZEROS: 8, MINIMA: 16}[self.shift]
+
+    def row_bytes(self, inputs: int) -> int:
+        """Returns the bytes of 8 outputs."""
+        groups = -(-inputs // GROUP)
+        spans = -(-groups // self.span(inputs))
+        return groups * self.code_bytes() + spans * self.header_bytes()
+
+
+def unsupported_reason(grid: Grid, inputs: int) -> str | None:
+    """Returns why the kernels do not support a grid; None if they do."""
+    if grid.bits not in BITS:
+        return f"{grid.bits} bits are not supported"
+    if grid.scale_dtype not in SCALE_CODES:
+        return f"scales in {grid.scale_dtype} are not supported"
+    if grid.group_size % GROUP and grid.group_size < inputs:
+        return f"groups of {grid.group_size} are not a multiple of {GROUP}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedMatrix:
+    """A weight [N, K] in the layout of kernels/grouped.c.
+
+    Attributes:
+        data: uint8 [⌈N/8⌉, grid.row_bytes(K)].
+        grid: how it is read.
+        outputs, inputs: N and K.
+    """
+
+    data: Tensor
+    grid: Grid
+    outputs: int
+    inputs: int
+
+
+def pack(codes: Tensor, scales: Tensor, shifts: Tensor | None, grid: Grid) -> GroupedMatrix:
+    """Packs a weight.
+
+    Args:
+        codes: [N, K] uint8.
+        scales: [N, G], exactly representable in `grid.scale_dtype`.
+        shifts: [N, G]: uint8 zero points, or minima representable in fp16; None for `NONE`.
+        grid: how it is to be read.
+    """
+    outputs, inputs = codes.shape
+    padded = F.pad(codes, (0, -inputs % GROUP, 0, -outputs % OUTPUTS))
+    blocks, groups = len(padded) // OUTPUTS, padded.shape[1] // GROUP
+    # [N/8, groups, 8 chunks, 8 outputs x 4 inputs]
+    chunks = padded.view(blocks, OUTPUTS, groups, 8, 4).permute(0, 2, 3, 1, 4).flatten(3)
+    packed = _pack_codes(chunks, grid.bits).flatten(2)  # [N/8, groups, bytes]
+    headers = [_lanes(scales.to(grid.scale_dtype)).view(torch.uint8)]
+    if shifts is not None:
+        kept = shifts.to(torch.uint8 if grid.shift == ZEROS else torch.float16)
+        headers.append(_lanes(kept).view(torch.uint8))
+    header = torch.cat(headers, dim=2)  # [N/8, G, bytes]
+    span = grid.span(inputs)
+    parts = list[Tensor]()
+    for first in range(0, groups, span):
+        parts += [packed[:, first : first + span].flatten(1), header[:, first // span]]
+    return GroupedMatrix(torch.cat(parts, dim=1).contiguous(), grid, outputs, inputs)
+
+
+def unpack(matrix: GroupedMatrix, first: int = 0, last: int | None = None) -> tuple[Tensor, ...]:
+    """Returns codes, scales and shifts of rows `first` (a multiple of 8) to `last`.
+
+    Returns:
+        [n, K] uint8, [n, G] fp32 and [n, G] fp32 (zero points or minima; the middle code for
+        `NONE`).
+    """
+    grid, inputs = matrix.grid, matrix.inputs
+    last = matrix.outputs if last is None else last
+    data = matrix.data[first // OUTPUTS : -(-last // OUTPUTS)]
+    blocks, groups, span = len(data), -(-inputs // GROUP), grid.span(inputs)
+    codes, headers = list[Tensor](), list[Tensor]()
+    at, width = 0, grid.code_bytes()
+    for start in range(0, groups, span):
+        count = min(span, groups - start)
+        codes.append(data[:, at : at + count * width].view(blocks, count, width))
+        at += count * width
+        headers.append(data[:, at : at + grid.header_bytes()])
+        at += grid.header_bytes()
+    chunks = _unpack_codes(torch.cat(codes, dim=1), grid.bits)  # [N/8, groups, 8, 32]
+    rows = chunks.view(blocks, groups, 8, OUTPUTS, 4).permute(0, 3, 1, 2, 4)
+    header = torch.stack(headers, dim=1).contiguous()  # [N/8, G, bytes]
+    scales = _rows(header[..., :16].contiguous().view(grid.scale_dtype).float())
+    if grid.shift == NONE:
+        shifts = torch.full_like(scales, 1 << (grid.bits - 1))
+    elif grid.shift == ZEROS:
+        shifts = _rows(header[..., 16:].float())
+    else:
+        shifts = _rows(header[..., 16:].contiguous().view(torch.float16).float())
+    count = last - first
+    flat = rows.reshape(blocks * OUTPUTS, -1)[:count, :inputs]
+    return flat, scales[:count], shifts[:count]
+
+
+def dequantize(matrix: GroupedMatrix, first: int = 0, last: int | None = None) -> Tensor:
+    """Returns rows `first` (a multiple of 8) to `last` of the weight, [n, K] fp32."""
+    codes, scales, shifts = unpack(matrix, first, last)
+    index = torch.arange(matrix.inputs, device=codes.device) // (
+        matrix.grid.span(matrix.inputs) * GROUP
+    )
+    scale, shift = scales[:, index], shifts[:, index]
+    values = codes.float()
+    return values * scale + shift if matrix.grid.shift == MINIMA else (values - shift) * scale
+
+
+def grouped_linear(x: Tensor, matrix: GroupedMatrix, bias: Tensor | None = None) -> Tensor:
+    """Returns x Wᵀ + b; differentiable with respect to `x`.
+
+    Args:
+        x: [..., K].
+        matrix: the weight [N, K].
+        bias: [N] or None.
+
+    Returns:
+        [..., N], dtype of `x`.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _Differentiable.apply(x, matrix, bias)
+        return out
+    kernels = kernels_for(x, x)
+    if kernels is None or matrix.data.device.type != "cpu":
+        return reference_grouped_linear(x, matrix, bias)
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], matrix.outputs), dtype=x.dtype)
+    bias = None if bias is None else bias.float()
+    rows, code = x.numel() // matrix.inputs, DTYPE_CODES[x.dtype]
+    kernels.quantized_linear(address(x), address(y), code, rows, matrix_struct(matrix, bias))
+    return y
+
+
+def reference_grouped_linear(
+    x: Tensor, matrix: GroupedMatrix, bias: Tensor | None = None
+) -> Tensor:
+    """Reference for `grouped_linear`: dequantizes the weight and does not quantize `x`."""
+    parts = [
+        F.linear(x, dequantize(matrix, first, min(first + BLOCK_OUTPUTS, matrix.outputs)).to(x))
+        for first in range(0, matrix.outputs, BLOCK_OUTPUTS)
+    ]
+    y = torch.cat(parts, dim=-1)
+    return y if bias is None else y + bias
+
+
+def matrix_struct(matrix: GroupedMatrix, bias: Tensor | None) -> Matrix:
+    """Returns the matrix as the kernels expect it; it and `bias` (fp32) must outlive the struct."""
+    return Matrix(
+        data=address(matrix.data),
+        bias=address(bias),
+        outputs=matrix.outputs,
+        inputs=matrix.inputs,
+        format=GROUPED,
+        bits=matrix.grid.bits,
+        scale_type=SCALE_CODES[matrix.grid.scale_dtype],
+        shift=matrix.grid.shift,
+        span=matrix.grid.span(matrix.inputs),
+    )
+
+
+class _Differentiable(torch.autograd.Function):
+    """The reference; saves only the quantized weight and dequantizes it again in backward."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, matrix: GroupedMatrix, bias: Tensor | None) -> Tensor:
+        ctx.matrix = matrix
+        return reference_grouped_linear(x, matrix, bias)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        (grad,) = grads
+        total = grad.new_zeros((*grad.shape[:-1], ctx.matrix.inputs))
+        for first in range(0, ctx.matrix.outputs, BLOCK_OUTPUTS):
+            last = min(first + BLOCK_OUTPUTS, ctx.matrix.outputs)
+            total += grad[..., first:last] @ dequantize(ctx.matrix, first, last).to(grad)
+        to_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return total, None, to_bias
+
+
+def _pack_codes(chunks: Tensor, bits: int) -> Tensor:
+    """Packs [..., 8 chunks, 32] uint8 to [..., vectors, 32]."""
+    if bits == 8:
+        return (chunks.to(torch.int16) - 128).to(torch.int8).view(torch.uint8)
+    if bits >= 4:
+        vectors = (chunks[..., :4, :] & 15) | ((chunks[..., 4:, :] & 15) << 4)
+    else:
+        pairs = (chunks & 3).unflatten(-2, (4, 2))  # chunk 2 k + v
+        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=chunks.device)
+        vectors = (pairs << shifts[:, None, None]).sum(-3).to(torch.uint8)
+    if bits in (3, 5):
+        places = torch.arange(8, dtype=torch.uint8, device=chunks.device)[:, None]
+        plane = (((chunks >> (bits - 1)) & 1) << places).sum(-2).to(torch.uint8)
+        vectors = torch.cat([vectors, plane[..., None, :]], dim=-2)
+    return vectors
+
+
+def _unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """Returns [..., 8 chunks, 32] uint8 of [..., bytes]."""
+    vectors: Tensor = packed.unflatten(-1, (bits, 32))
+    if bits == 8:
+        return (vectors.view(torch.int8).to(torch.int16) + 128).to(torch.uint8)
+    if bits >= 4:
+        low = vectors[..., :4, :]
+        chunks = torch.cat([low & 15, low >> 4], dim=-2)
+    else:
+        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
+        pairs = (vectors[..., None, :2, :] >> shifts[:, None, None]) & 3
+        chunks = pairs.flatten(-3, -2)
+    if bits in (3, 5):
+        places = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
+        chunks = chunks | (((vectors[..., -1:, :] >> places) & 1) << (bits - 1))
+    return chunks
+
+
+def _lanes(values: Tensor) -> Tensor:
+    """Rearranges [N, G] to [⌈N/8⌉, G, 8], padded with zeros."""
+    filled = F.pad(values, (0, 0, 0, -len(values) % OUTPUTS))
+    return filled.view(-1, OUTPUTS, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def _rows(lanes: Tensor) -> Tensor:
+    """Rearranges [N/8, G, 8] to [N, G]."""
+    return lanes.transpose(1, 2).flatten(0, 1)
+
+
+__all__ = [
+    "BITS",
+    "MINIMA",
+    "NONE",
+    "ZEROS",
+    "Grid",
+    "GroupedMatrix",
+    "dequantize",
+    "grouped_linear",
+    "matrix_struct",
+    "pack",
+    "reference_grouped_linear",
+    "unpack",
+    "unsupported_reason",
+]

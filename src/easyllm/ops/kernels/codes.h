@@ -1,0 +1,143 @@
+// Dot products of the codes of quantized weights and activation rows: the only part of matrix.c and
+// grouped.c with processor-specific instructions.
+//
+// Terms and data layout are those of matrix.h: code, group, block, chunk, lane, VNNI.
+//
+// Intrinsics (256-bit registers of AVX2)
+//   _mm256_dpbusd(_avx)_epi32   VNNI: adds 4 products of unsigned x signed bytes to each int32 lane
+//   _mm256_maddubs_epi16        products of unsigned x signed bytes, adjacent pairs added to int16
+//   _mm256_madd_epi16           products of int16, adjacent pairs added to int32
+//   _mm256_abs/sign_epi8        absolute values of bytes; bytes of a with the signs of b
+//   _mm256_cvtph_ps             converts 8 fp16 values to fp32
+//   _mm256_set1_epi32, _mm256_loadu_si256, _mm256_add_epi*   broadcast, load, add
+#pragma once
+#include "cpu.h"
+
+#define GROUP 32   // inputs
+#define OUTPUTS 8  // outputs of a block
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+#define HAS_VNNI
+#endif
+
+typedef uint8_t chunk __attribute__((vector_size(32), aligned(1)));
+
+// In each lane, adds the products of 4 unsigned and 4 signed codes to `sum`.
+#if defined(HAS_VNNI)
+static inline __m256i four_products(__m256i sum, __m256i unsigned_codes, __m256i signed_codes) {
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(sum, unsigned_codes, signed_codes);
+#else
+    return _mm256_dpbusd_epi32(sum, unsigned_codes, signed_codes);
+#endif
+}
+#elif defined(__AVX2__)
+static inline __m256i four_products(__m256i sum, __m256i unsigned_codes, __m256i signed_codes) {
+    // at most 2 * 127 * 127, which fits in int16
+    __m256i pairs = _mm256_maddubs_epi16(unsigned_codes, signed_codes);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#endif
+
+#ifdef __AVX2__
+// Broadcasts four codes to every lane.
+static inline __m256i four_codes(const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return _mm256_set1_epi32(four);
+}
+#endif
+
+// Lane r of the result: sum over the group of w[chunk][4 r + i] x[4 chunk + i], for w in 0..15.
+static inline index8 products_int4(const chunk w[8], const int8_t *x) {
+#if defined(__AVX2__) && !defined(HAS_VNNI)
+    // sums of pairs are at most 8 * 2 * 15 * 127 = 30480, so all eight chunks fit in int16
+    __m256i even = _mm256_maddubs_epi16((__m256i)w[0], four_codes(x));
+    __m256i odd = _mm256_maddubs_epi16((__m256i)w[1], four_codes(x + 4));
+    for (int c = 2; c < 8; c += 2) {
+        even = _mm256_add_epi16(even, _mm256_maddubs_epi16((__m256i)w[c], four_codes(x + 4 * c)));
+        odd = _mm256_add_epi16(
+            odd, _mm256_maddubs_epi16((__m256i)w[c + 1], four_codes(x + 4 * c + 4)));
+    }
+    return (index8)_mm256_madd_epi16(_mm256_add_epi16(even, odd), _mm256_set1_epi16(1));
+#elif defined(HAS_VNNI)
+    __m256i even = _mm256_setzero_si256(), odd = even;
+    for (int c = 0; c < 8; c += 2) {
+        even = four_products(even, (__m256i)w[c], four_codes(x + 4 * c));
+        odd = four_products(odd, (__m256i)w[c + 1], four_codes(x + 4 * c + 4));
+    }
+    return (index8)_mm256_add_epi32(even, odd);
+#else
+    index8 sum = {0};
+    for (int c = 0; c < 8; c++)
+        for (int r = 0; r < OUTPUTS; r++)
+            for (int i = 0; i < 4; i++) sum[r] += (int)w[c][4 * r + i] * x[4 * c + i];
+    return sum;
+#endif
+}
+
+// The same for w in 0..31, whose sums do not fit in int16.
+static inline index8 products_int5(const chunk w[8], const int8_t *x) {
+#if defined(__AVX2__) && !defined(HAS_VNNI)
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sum = _mm256_setzero_si256();
+    for (int c = 0; c < 8; c += 4) {  // at most 4 * 2 * 31 * 127 = 31496
+        __m256i pairs = _mm256_maddubs_epi16((__m256i)w[c], four_codes(x + 4 * c));
+        for (int i = c + 1; i < c + 4; i++)
+            pairs = _mm256_add_epi16(
+                pairs, _mm256_maddubs_epi16((__m256i)w[i], four_codes(x + 4 * i)));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
+    }
+    return (index8)sum;
+#else
+    return products_int4(w, x);
+#endif
+}
+
+// The same for w in -127..127. AVX2 multiplies unsigned by signed bytes: |w| by x with the
+// sign of w.
+static inline index8 products_int8(const int8_t *w, const int8_t *x) {
+#ifdef __AVX2__
+    __m256i even = _mm256_setzero_si256(), odd = even;
+    for (int c = 0; c < 8; c += 2) {
+        __m256i a = _mm256_loadu_si256((const __m256i *)(w + 32 * c));
+        __m256i b = _mm256_loadu_si256((const __m256i *)(w + 32 * c + 32));
+        even = four_products(even, _mm256_abs_epi8(a), _mm256_sign_epi8(four_codes(x + 4 * c), a));
+        odd = four_products(odd, _mm256_abs_epi8(b),
+                            _mm256_sign_epi8(four_codes(x + 4 * c + 4), b));
+    }
+    return (index8)_mm256_add_epi32(even, odd);
+#else
+    index8 sum = {0};
+    for (int c = 0; c < 8; c++)
+        for (int r = 0; r < OUTPUTS; r++)
+            for (int i = 0; i < 4; i++) sum[r] += (int)w[32 * c + 4 * r + i] * x[4 * c + i];
+    return sum;
+#endif
+}
+
+// Converts eight fp16 values to fp32.
+static inline lane8 halves_to_floats(const uint8_t *p) {
+#ifdef __F16C__
+    return (lane8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    lane8 out;
+    // copies exponent and fraction, then scales by 2^(127 - 15); also correct for subnormals
+    for (int i = 0; i < 8; i++) {
+        uint16_t half;
+        memcpy(&half, p + 2 * i, 2);
+        uint32_t bits = (uint32_t)(half & 0x7fff) << 13, sign = (uint32_t)(half & 0x8000) << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        value *= 0x1p112f;
+        memcpy(&bits, &value, 4);
+        bits |= sign;
+        memcpy(&value, &bits, 4);
+        out[i] = value;
+    }
+    return out;
+#endif
+}

@@ -1,0 +1,117 @@
+// Products with weights on grids of 2, 3, 4, 5 or 8 bits, as files store them (GPTQ, AWQ,
+// compressed-tensors, GGUF): no value is rounded a second time.
+//
+// Terms and layouts are those of matrix.h: block, group, chunk, code, terms, lane. A span is one or
+// more groups that share a scale.
+//
+// Data layout: [N/8][spans][parts], and in each part the codes of the span's groups, then 8 scales
+// of 16 bits, then nothing, 8 zero points (uint8) or 8 minima (fp16). A group of codes is
+//
+//   8 bits   8 chunks of code - 128, signed
+//   4 bits   4 vectors: chunk v in the low, chunk v + 4 in the high nibbles of vector v
+//   5 bits   the same for the low 4 bits, then a vector whose bit c is bit 4 of chunk c
+//   2 bits   2 vectors: chunk v + 2 k in bits 2 k and 2 k + 1 of vector v
+//   3 bits   the same for the low 2 bits, then a vector whose bit c is bit 2 of chunk c
+//
+// and stands for w = s (code - z), or with minima w = s code + m. Without zero points z is the
+// middle code, 2^(bits - 1). With x = u q (see matrix.h) and the terms of a row,
+//
+//   sum_k w x  =  sum_spans s sum_groups (u sum_k code q - z u sum_k q)  +  m sum_k x
+#include "matrix.h"
+
+static inline i64 code_bytes(int bits) { return bits == 8 ? 256 : bits * 32; }
+
+static inline i64 header_bytes(int shift) {
+    return 16 + (shift == SHIFT_ZEROS ? 8 : shift == SHIFT_MINIMA ? 16 : 0);
+}
+
+// Unpacks a group of codes of less than 8 bits to 8 chunks.
+ALWAYS_INLINE void unpack_codes(const uint8_t *p, int bits, chunk out[8]) {
+    if (bits >= 4) {
+        for (int v = 0; v < 4; v++) {
+            chunk both = *(const chunk *)(p + 32 * v);
+            out[v] = both & 15, out[v + 4] = both >> 4;
+        }
+    } else {
+        for (int v = 0; v < 2; v++) {
+            chunk all = *(const chunk *)(p + 32 * v);
+            for (int k = 0; k < 4; k++) out[v + 2 * k] = (all >> (2 * k)) & 3;
+        }
+    }
+    if (bits == 3 || bits == 5) {
+        chunk plane = *(const chunk *)(p + 32 * (bits - 1));
+        for (int c = 0; c < 8; c++) out[c] |= ((plane >> c) & 1) << (bits - 1);
+    }
+}
+
+static inline lane8 scales_of(const uint8_t *p, int type) {
+    if (type == FP16) return halves_to_floats(p);
+    lane8 out;
+    for (int i = 0; i < OUTPUTS; i++) {
+        uint16_t value;
+        memcpy(&value, p + 2 * i, 2);
+        out[i] = bf16_to_float(value);
+    }
+    return out;
+}
+
+// Zero points divided by 8, the factor in terms[1]; `middle` for codes stored less 128.
+static inline lane8 zeros_of(const uint8_t *p, const Matrix *w, int bits) {
+    int middle = bits == 8 ? 128 : 0;
+    lane8 out = (lane8){0} + (float)((1 << (bits - 1)) - middle) * 0.125f;
+    if (w->shift == SHIFT_MINIMA) return (lane8){0} - (float)middle * 0.125f;
+    if (w->shift == SHIFT_NONE) return out;
+    for (int i = 0; i < OUTPUTS; i++) out[i] = (float)(p[i] - middle) * 0.125f;
+    return out;
+}
+
+// Callers pass constants for `bits` and `rows`, so that the sums stay in registers.
+ALWAYS_INLINE void add_block(const Matrix *w, const uint8_t *p, i64 groups, const int8_t *codes,
+                             const float *terms, int bits, int rows, lane8 *sum) {
+    const i64 bytes = code_bytes(bits), header = header_bytes(w->shift);
+    for (i64 first = 0; first < groups; first += w->span, p += header) {
+        i64 last = min_(first + w->span, groups);
+        const uint8_t *h = p + (last - first) * bytes;
+        lane8 scale = scales_of(h, w->scale_type), zero = zeros_of(h + 16, w, bits), inner[4];
+        float total[4] = {0};
+        for (int m = 0; m < rows; m++) inner[m] = (lane8){0};
+        for (i64 g = first; g < last; g++, p += bytes) {
+            fetch(p + 4096, bytes);
+            chunk unpacked[8];
+            if (bits < 8) unpack_codes(p, bits, unpacked);
+            for (int m = 0; m < rows; m++) {
+                const float *t = terms + (m * groups + g) * TERMS;
+                const int8_t *x = codes + (m * groups + g) * GROUP;
+                index8 products = bits == 8   ? products_int8((const int8_t *)p, x)
+                                  : bits == 5 ? products_int5(unpacked, x)
+                                              : products_int4(unpacked, x);
+                inner[m] += __builtin_convertvector(products, lane8) * t[0] + zero * t[1];
+                total[m] += t[2];
+            }
+        }
+        for (int m = 0; m < rows; m++) sum[m] += scale * inner[m];
+        if (w->shift == SHIFT_MINIMA) {
+            lane8 minimum = halves_to_floats(h + 16);
+            for (int m = 0; m < rows; m++) sum[m] += minimum * total[m];
+        }
+    }
+}
+
+#define ROWS_OF(BITS)                                                         \
+    if (rows == 1) add_block(w, data, groups, codes, terms, BITS, 1, sum);    \
+    else add_block(w, data, groups, codes, terms, BITS, 4, sum);              \
+    break
+
+void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float *terms, int rows,
+                   lane8 *sum) {
+    i64 groups = groups_of(w->inputs), spans = (groups + w->span - 1) / w->span;
+    i64 bytes = groups * code_bytes(w->bits) + spans * header_bytes(w->shift);
+    const uint8_t *data = (const uint8_t *)w->data + block * bytes;
+    switch (w->bits) {
+    case 2: ROWS_OF(2);
+    case 3: ROWS_OF(3);
+    case 4: ROWS_OF(4);
+    case 5: ROWS_OF(5);
+    case 8: ROWS_OF(8);
+    }
+}

@@ -1,0 +1,176 @@
+"""The AWQ layout for GEMM kernels: `qweight`, `qzeros`, `scales`, 4 bits.
+
+qweight int32 [K, N/8], qzeros int32 [G, N/8]: codes packed along the outputs, 8 to a word, of which
+nibble i holds output 0, 2, 4, 6, 1, 3, 5, 7 of the word. scales fp16 [G, N]. Zero points are stored
+as they are.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import JsonMapping, JsonObject
+from easyllm.nn.storage import WeightStorage
+from easyllm.quant.formats.bits import pack_bits, unpack_bits
+from easyllm.quant.formats.config_keys import check_config, valid
+from easyllm.quant.quant_tensor import QuantTensor
+from easyllm.quant.registry import StorageFormat, register_storage
+from easyllm.quant.spec import QuantSpec
+from easyllm.quant.uniform_weight import UniformWeight, uniform_weight
+
+NAME = "awq"
+TENSORS = ("qweight", "qzeros", "scales")
+BITS = (4,)
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The output of a word in each of its nibbles, the lowest first."""
+
+
+def unsupported_reason(spec: QuantSpec, outputs: int, inputs: int) -> str | None:
+    """Returns why the layout cannot hold a weight [N, K]; None if it can."""
+    if spec.bits != 4:
+        return f"it has 4 bits, not {spec.bits}"
+    if not isinstance(spec.group_size, int):
+        return "it needs a group size"
+    if spec.scale_dtype != "float16":
+        return f"its scales are float16, not {spec.scale_dtype}"
+    if outputs % 8:
+        return f"it packs 8 outputs at a time, got {outputs} outputs"
+    return spec.unsupported_reason(inputs)
+
+
+def to_tensors(weight: QuantTensor) -> dict[str, Tensor]:
+    """Returns the file's tensors of a weight [N, K]."""
+    return {
+        "qweight": _pack(weight.codes.T),
+        "qzeros": _pack(weight.zeros.T),
+        "scales": weight.scales.T.to(torch.float16).contiguous(),
+    }
+
+
+def to_config(spec: QuantSpec) -> JsonObject:
+    """Returns the entries of `quantization_config`.
+
+    A symmetric grid is one with zero points of 8, which `zero_point: true` holds as well; readers
+    know no other form.
+    """
+    return {
+        "quant_method": NAME,
+        "bits": spec.bits,
+        "group_size": spec.group_size,
+        "zero_point": True,
+        "version": "gemm",
+    }
+
+
+def from_tensors(
+    tensors: Mapping[str, Tensor], shape: tuple[int, int], config: JsonMapping
+) -> QuantTensor:
+    """Returns a weight [N, K] of a file; the arguments are those of `gptq.from_tensors`.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the configuration says.
+    """
+    outputs, inputs = shape
+    spec = spec_of(config)
+    groups = inputs // spec.group(inputs)
+    expected = {
+        "qweight": (inputs, outputs // 8),
+        "qzeros": (groups, outputs // 8),
+        "scales": (groups, outputs),
+    }
+    for name, its in expected.items():
+        if tuple(tensors[name].shape) != its:
+            raise CheckpointError(
+                f"{name} has shape {list(tensors[name].shape)}, expected {list(its)} for 4 bits in "
+                f"groups of {spec.group(inputs)}"
+            )
+    return QuantTensor(
+        codes=_unpack(tensors["qweight"], outputs).T.contiguous(),
+        scales=tensors["scales"].float().T.contiguous(),
+        zeros=_unpack(tensors["qzeros"], outputs).T.contiguous(),
+        spec=spec,
+    )
+
+
+def spec_of(config: JsonMapping) -> QuantSpec:
+    """Returns the grid that a `quantization_config` describes.
+
+    Raises:
+        CheckpointError: a value is missing or not supported.
+    """
+    size = config.get("group_size", 128)
+    return valid(
+        lambda: QuantSpec(
+            bits=config["bits"], group_size=None if size == -1 else size, symmetric=False
+        )
+    )
+
+
+def storage(weight: QuantTensor, dtype: torch.dtype) -> UniformWeight:
+    """Returns the weight as it is kept in memory."""
+    return uniform_weight(weight, dtype, NAME, to_tensors)
+
+
+def _configured(config: JsonMapping) -> StorageFormat:
+    check_config(config, honoured=_HONOURED, neutral=_NEUTRAL)
+    for key, expected in (("version", "gemm"), ("zero_point", True), ("bits", 4)):
+        if config.get(key, expected) != expected:
+            raise CheckpointError(
+                f"config.json sets quantization_config.{key}={config[key]!r}, which is not "
+                f"supported for {NAME} (expected {expected!r})"
+            )
+    spec = spec_of(config)
+    return StorageFormat(
+        name=NAME,
+        num_bytes=lambda shape: round(shape[0] * shape[1] * spec.bits_per_weight(shape[1]) / 8),
+        file_tensors=TENSORS,
+        from_file=lambda tensors, shape, dtype: storage(
+            from_tensors(tensors, shape, config), dtype
+        ),
+        unsupported_reason=lambda shape: unsupported_reason(spec, *shape),
+    )
+
+
+def _config_of(packed: Mapping[str, WeightStorage], skipped: Sequence[str]) -> JsonObject:
+    specs = {its.spec for its in packed.values() if isinstance(its, UniformWeight)}
+    if len(specs) != 1:
+        raise CheckpointError(
+            "an AWQ file has one grid for all linears, got several; write compressed-tensors"
+        )
+    inner = [name for name in skipped if ".layers." in name]
+    return to_config(specs.pop()) | {"modules_to_not_convert": inner or None}
+
+
+_HONOURED = ("bits", "group_size", "zero_point", "version", "modules_to_not_convert")
+_NEUTRAL = ("backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config")
+"""Keys that are read, and keys of how a reader runs the file. Which linears are quantized follows
+from the file's tensors."""
+
+register_storage(
+    StorageFormat(
+        name=NAME,
+        num_bytes=lambda shape: shape[0] * shape[1],
+        file_tensors=TENSORS,
+        configured=_configured,
+        config_of=_config_of,
+    )
+)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Packs `codes: [R, N]` to int32 [R, N/8]."""
+    ordered = codes.unflatten(1, (-1, 8))[..., list(ORDER)]
+    return pack_bits(ordered.flatten(1), 4)
+
+
+def _unpack(words: Tensor, outputs: int) -> Tensor:
+    """Returns the codes [R, N] uint8."""
+    nibbles = unpack_bits(words, 4, outputs).unflatten(1, (-1, 8))
+    codes = torch.empty_like(nibbles)
+    codes[..., list(ORDER)] = nibbles
+    return codes.flatten(1)
+
+
+__all__ = ["BITS", "NAME", "TENSORS", "from_tensors", "spec_of", "to_config", "to_tensors"]

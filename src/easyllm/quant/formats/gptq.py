@@ -1,0 +1,196 @@
+"""The GPTQ layout: `qweight`, `qzeros`, `scales`, `g_idx`.
+
+qweight int32 [K·b/32, N]: codes packed along the inputs. qzeros int32 [G, N·b/32]: zero points
+packed along the outputs. scales fp16 [G, N]. g_idx int32 [K]: the group of each input.
+
+`checkpoint_format: gptq` stores zero points less one, `gptq_v2` as they are. Less one, a zero point
+of 0 wraps around to the largest code and readers disagree on it, so asymmetric weights are written
+as v2; symmetric ones, whose zero point is 2^(b − 1), as the older format, which every reader takes.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from easyllm.core.errors import CheckpointError
+from easyllm.core.json_types import JsonMapping, JsonObject
+from easyllm.nn.storage import WeightStorage
+from easyllm.quant.formats.bits import pack_bits, packed_words, unpack_bits
+from easyllm.quant.formats.config_keys import check_config, valid
+from easyllm.quant.quant_tensor import QuantTensor
+from easyllm.quant.registry import StorageFormat, register_storage
+from easyllm.quant.spec import QuantSpec
+from easyllm.quant.uniform_weight import UniformWeight, uniform_weight
+
+NAME = "gptq"
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+BITS = (2, 3, 4, 8)
+V1, V2 = "gptq", "gptq_v2"
+
+
+def unsupported_reason(spec: QuantSpec, outputs: int, inputs: int) -> str | None:
+    """Returns why the layout cannot hold a weight [N, K]; None if it can."""
+    if spec.group_size == "tensor":
+        return "it has one scale per row or group, not one per tensor"
+    if spec.scale_dtype != "float16":
+        return f"its scales are float16, not {spec.scale_dtype}"
+    unit = 32 if spec.bits == 3 else 32 // spec.bits
+    for what, size in (("inputs", inputs), ("outputs", outputs)):
+        if size % unit:
+            return f"it packs {unit} codes of {spec.bits} bits at a time, got {size} {what}"
+    return None
+
+
+def to_tensors(weight: QuantTensor) -> dict[str, Tensor]:
+    """Returns the file's tensors of a weight [N, K]."""
+    zeros = weight.zeros.long() - (1 if weight.spec.symmetric else 0)
+    return {
+        "qweight": pack_bits(weight.codes.T, weight.spec.bits, dim=0),
+        "qzeros": pack_bits(zeros.T.contiguous(), weight.spec.bits),
+        "scales": weight.scales.T.to(torch.float16).contiguous(),
+        "g_idx": weight.groups().to(torch.int32),
+    }
+
+
+def to_config(spec: QuantSpec, *, act_order: bool) -> JsonObject:
+    """Returns the entries of `quantization_config`."""
+    return {
+        "quant_method": NAME,
+        "bits": spec.bits,
+        "group_size": spec.group_size if isinstance(spec.group_size, int) else -1,
+        "sym": spec.symmetric,
+        "desc_act": act_order,
+        "checkpoint_format": V1 if spec.symmetric else V2,
+        "pack_dtype": "int32",
+    }
+
+
+def from_tensors(
+    tensors: Mapping[str, Tensor], shape: tuple[int, int], config: JsonMapping
+) -> QuantTensor:
+    """Returns a weight [N, K] of a file.
+
+    Args:
+        tensors: `TENSORS`; `g_idx` may be missing.
+        shape: (N, K).
+        config: `quantization_config`.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the configuration says, or an index is out
+            of range.
+    """
+    outputs, inputs = shape
+    spec = spec_of(config)
+    groups = inputs // spec.group(inputs)
+    expected = {
+        "qweight": (packed_words(inputs, spec.bits), outputs),
+        "qzeros": (groups, packed_words(outputs, spec.bits)),
+        "scales": (groups, outputs),
+        "g_idx": (inputs,),
+    }
+    for name, its in expected.items():
+        if name in tensors and tuple(tensors[name].shape) != its:
+            raise CheckpointError(
+                f"{name} has shape {list(tensors[name].shape)}, expected {list(its)} for "
+                f"{spec.bits} bits in groups of {spec.group(inputs)}"
+            )
+    added = 0 if config.get("checkpoint_format") == V2 else 1
+    zeros = unpack_bits(tensors["qzeros"], spec.bits, outputs).T + added
+    order = tensors.get("g_idx")
+    in_order = torch.arange(inputs, device=tensors["qweight"].device) // spec.group(inputs)
+    moved = order is not None and not torch.equal(order.long(), in_order)
+    if moved and not 0 <= int(order.min()) <= int(order.max()) < groups:  # type: ignore[union-attr]
+        raise CheckpointError(f"g_idx names groups outside 0 .. {groups - 1}")
+    return QuantTensor(
+        codes=unpack_bits(tensors["qweight"], spec.bits, inputs, dim=0).T.contiguous(),
+        scales=tensors["scales"].float().T.contiguous(),
+        zeros=zeros.to(torch.uint8).contiguous(),
+        spec=spec,
+        group_of=order.long() if moved else None,  # type: ignore[union-attr]
+    )
+
+
+def spec_of(config: JsonMapping) -> QuantSpec:
+    """Returns the grid that a `quantization_config` describes.
+
+    Raises:
+        CheckpointError: a value is missing or not supported.
+    """
+    size = config.get("group_size", -1)
+    return valid(
+        lambda: QuantSpec(
+            bits=config["bits"],
+            group_size=None if size == -1 else size,
+            symmetric=config.get("sym", True),
+        )
+    )
+
+
+def storage(weight: QuantTensor, dtype: torch.dtype) -> UniformWeight:
+    """Returns the weight as it is kept in memory."""
+    return uniform_weight(weight, dtype, NAME, to_tensors)
+
+
+def _configured(config: JsonMapping) -> StorageFormat:
+    check_config(config, honoured=_HONOURED, neutral=_NEUTRAL)
+    spec = spec_of(config)
+    kind = config.get("checkpoint_format", V1)
+    if kind not in (V1, V2):
+        raise CheckpointError(
+            f"config.json sets quantization_config.checkpoint_format={kind!r}, which is not "
+            f"supported (expected {V1!r} or {V2!r})"
+        )
+    return StorageFormat(
+        name=NAME,
+        num_bytes=lambda shape: round(shape[0] * shape[1] * spec.bits_per_weight(shape[1]) / 8),
+        file_tensors=TENSORS,
+        from_file=lambda tensors, shape, dtype: storage(
+            from_tensors(tensors, shape, config), dtype
+        ),
+        unsupported_reason=lambda shape: unsupported_reason(spec, *shape),
+    )
+
+
+def _config_of(packed: Mapping[str, WeightStorage], skipped: Sequence[str]) -> JsonObject:
+    weights = [its for its in packed.values() if isinstance(its, UniformWeight)]
+    specs = {its.spec for its in weights}
+    if len(specs) != 1:
+        raise CheckpointError(
+            "a GPTQ file has one grid for all linears, got several; write compressed-tensors"
+        )
+    moved = any(its.group_of is not None for its in weights)
+    config = to_config(specs.pop(), act_order=moved)
+    inner = [name for name in skipped if ".layers." in name]
+    return config | ({"dynamic": {f"-:{re.escape(name)}$": {} for name in inner}} if inner else {})
+
+
+_HONOURED = ("bits", "group_size", "sym", "checkpoint_format", "dynamic")
+_NEUTRAL = (
+    *("desc_act", "static_groups", "true_sequential", "damp_percent", "damp_auto_increment"),
+    *("pack_dtype", "lm_head", "meta", "quantizer", "model_name_or_path", "model_file_base_name"),
+    *(
+        "is_marlin_format",
+        "dataset",
+        "tokenizer",
+        "use_cuda_fp16",
+        "batch_size",
+        "module_name_preceding_first_block",
+    ),
+)
+"""Keys that are read, and keys of how a file was made. `dynamic` only names linears here; which of
+them are quantized follows from the file's tensors."""
+
+register_storage(
+    StorageFormat(
+        name=NAME,
+        num_bytes=lambda shape: shape[0] * shape[1],
+        file_tensors=TENSORS,
+        configured=_configured,
+        config_of=_config_of,
+    )
+)
+
+
+__all__ = ["BITS", "NAME", "TENSORS", "from_tensors", "spec_of", "to_config", "to_tensors"]

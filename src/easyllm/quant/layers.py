@@ -1,0 +1,184 @@
+"""Quantizes a model a layer at a time: statistics, factors between modules, then the weights.
+
+A layer's inputs come from the layers before it, which are quantized already. Only the statistics of
+one layer are in memory.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from easyllm.core.errors import ConfigError
+from easyllm.nn.decoder import Decoder, DecoderLayer
+from easyllm.nn.linear import Linear
+from easyllm.nn.moe import ROUTERS
+from easyllm.nn.storage import WeightStorage
+from easyllm.quant.calibrate import LayerWalk
+from easyllm.quant.methods import Method
+from easyllm.quant.quant_tensor import QuantTensor
+from easyllm.quant.scaling import scale_groups
+from easyllm.quant.spec import QuantSpec
+from easyllm.quant.statistics import Statistics, output_error
+
+Store = Callable[[str, QuantTensor], WeightStorage]
+"""(name of the linear, quantized weight) → its storage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearReport:
+    """What quantization did to one linear.
+
+    Attributes:
+        name: its full name.
+        weight_error: ‖W' − W‖ / ‖W‖.
+        output_error: ‖(W' − W) X‖ / ‖W X‖ on the calibration text; None without statistics.
+        reached: whether a calibration token reached it (experts).
+    """
+
+    name: str
+    weight_error: float
+    output_error: float | None
+    reached: bool = True
+
+
+@dataclass(slots=True)
+class Report:
+    """What quantization did to a model."""
+
+    linears: list[LinearReport] = field(default_factory=list)
+
+    @property
+    def unreached(self) -> list[str]:
+        """Names of the linears that no calibration token reached, rounded to nearest."""
+        return [linear.name for linear in self.linears if not linear.reached]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerQuantizer:
+    """Quantizes the layers of a model in place.
+
+    Attributes:
+        method: the method.
+        spec_of: returns the grid of a linear by its full name; None leaves it in full precision.
+        store: makes the storage of a quantized weight.
+    """
+
+    method: Method
+    spec_of: Callable[[str], QuantSpec | None]
+    store: Store
+
+    @torch.no_grad()
+    def run(
+        self,
+        model: Decoder,
+        sequences: Sequence[Tensor],
+        *,
+        done: Callable[[int], object] = lambda _: None,
+    ) -> Report:
+        """Quantizes all layers of a model.
+
+        Args:
+            model: the model, dense, without adapters; changed in place.
+            sequences: token ids of the calibration text; may be empty if the method needs none.
+            done: called with the number of each finished layer.
+
+        Raises:
+            ConfigError: the method needs text and there is none, or a group size does not divide
+                the width of a linear.
+        """
+        self.check(model)
+        report = Report()
+        walk = None if self.method.needs == "nothing" else LayerWalk(model, sequences)
+        for number, layer in enumerate(model.layers):
+            assert isinstance(layer, DecoderLayer)
+            self._layer(layer, f"layers.{number}.", walk, report)
+            if walk is not None and number + 1 < len(model.layers):
+                walk.advance(layer)
+            done(number)
+        return report
+
+    def check(self, model: Decoder) -> None:
+        """Checks that every linear can be quantized to its grid, before any work.
+
+        Raises:
+            ConfigError: a group size does not divide the width of a linear; none is selected.
+        """
+        chosen = [
+            (name, linear, spec)
+            for number, layer in enumerate(model.layers)
+            for name, linear, spec in self._chosen(layer, f"layers.{number}.")
+        ]
+        if not chosen:
+            raise ConfigError("no linear of the model is to be quantized; select some")
+        for name, linear, spec in chosen:
+            reason = spec.unsupported_reason(linear.in_features)
+            if reason is not None:
+                raise ConfigError(f"{name} cannot be quantized: {reason}")
+
+    def _chosen(self, layer: torch.nn.Module, prefix: str) -> list[tuple[str, Linear, QuantSpec]]:
+        found = list[tuple[str, Linear, QuantSpec]]()
+        for name, module in layer.named_modules():
+            if not isinstance(module, Linear) or name.endswith(ROUTERS):
+                continue
+            spec = self.spec_of(prefix + name)
+            if spec is not None:
+                found.append((name, module, spec))
+        return found
+
+    def _layer(
+        self, layer: DecoderLayer, prefix: str, walk: LayerWalk | None, report: Report
+    ) -> None:
+        chosen = {name: (linear, spec) for name, linear, spec in self._chosen(layer, prefix)}
+        statistics: dict[str, Statistics] = {}
+        if walk is not None:
+            statistics = walk.statistics(layer, chosen, gram=self.method.needs == "gram")
+        if self.method.factors is not None:
+            statistics = self._scale(layer, chosen, statistics)
+        for name, (linear, spec) in chosen.items():
+            its = statistics.get(name)
+            weight = linear.weight.detach()
+            quantized = self.method.quantize(weight, its, spec)
+            report.linears.append(_report(prefix + name, weight, quantized, its))
+            linear.store(self.store(prefix + name, quantized))
+
+    def _scale(
+        self,
+        layer: DecoderLayer,
+        chosen: Mapping[str, tuple[Linear, QuantSpec]],
+        statistics: Mapping[str, Statistics],
+    ) -> dict[str, Statistics]:
+        """Moves factors between the modules of a layer; returns the statistics after it."""
+        assert self.method.factors is not None
+        found = dict(statistics)
+        for group in scale_groups(layer):
+            specs = {chosen[name][1] for name in group.linears if name in chosen}
+            if len(specs) != 1 or any(name not in chosen for name in group.linears):
+                continue  # a reader in full precision, or on another grid, is left alone
+            its = [found[name] for name in group.linears]
+            factors = self.method.factors(group, its, specs.pop())
+            group.fold(factors)
+            divided = {id(s): s.divided(group.spread(factors)) for s in its}
+            found |= {n: divided[id(s)] for n, s in zip(group.linears, its, strict=True)}
+        return found
+
+
+def _report(
+    name: str, weight: Tensor, quantized: QuantTensor, statistics: Statistics | None
+) -> LinearReport:
+    wide = weight.float()
+    difference = quantized.dequantize() - wide
+    error = None
+    if statistics is not None and statistics.gram is not None and statistics.rows:
+        whole = output_error(wide, statistics.gram)
+        error = float((output_error(difference, statistics.gram) / whole.clamp(min=1e-38)).sqrt())
+    return LinearReport(
+        name=name,
+        weight_error=float(difference.norm() / wide.norm().clamp(min=1e-38)),
+        output_error=error,
+        reached=statistics is None or statistics.rows > 0,
+    )
+
+
+__all__ = ["LayerQuantizer", "LinearReport", "Report"]

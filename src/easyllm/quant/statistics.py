@@ -1,0 +1,74 @@
+"""Statistics of the inputs of a linear, from calibration text."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class Statistics:
+    """Sums over the input rows x: [K] of a linear.
+
+    Attributes:
+        gram: [K, K] fp32, Σ x xᵀ; None if only sums per input are wanted.
+        square_sum: [K] fp32, Σ x²: the diagonal of `gram`.
+        abs_sum: [K] fp32, Σ |x|.
+        abs_max: [K] fp32, max |x|.
+        rows: number of rows.
+    """
+
+    gram: Tensor | None
+    square_sum: Tensor
+    abs_sum: Tensor
+    abs_max: Tensor
+    rows: int = 0
+
+    @classmethod
+    def empty(
+        cls, inputs: int, *, gram: bool = True, device: torch.device | str = "cpu"
+    ) -> "Statistics":
+        """Returns the statistics of no rows."""
+        return cls(
+            gram=torch.zeros(inputs, inputs, device=device) if gram else None,
+            square_sum=torch.zeros(inputs, device=device),
+            abs_sum=torch.zeros(inputs, device=device),
+            abs_max=torch.zeros(inputs, device=device),
+        )
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Adds rows `x: [..., K]`."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if not len(rows):
+            return
+        if self.gram is not None:
+            self.gram.addmm_(rows.T, rows)
+        magnitudes = rows.abs()
+        self.square_sum += rows.square().sum(0)
+        self.abs_sum += magnitudes.sum(0)
+        self.abs_max = torch.maximum(self.abs_max, magnitudes.amax(0))
+        self.rows += len(rows)
+
+    def divided(self, factors: Tensor) -> "Statistics":
+        """Returns the statistics of x / factors, for `factors: [K]` positive."""
+        return Statistics(
+            gram=None if self.gram is None else self.gram / factors / factors[:, None],
+            square_sum=self.square_sum / factors.square(),
+            abs_sum=self.abs_sum / factors,
+            abs_max=self.abs_max / factors,
+            rows=self.rows,
+        )
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """The mean of |x|, [K]."""
+        return self.abs_sum / max(self.rows, 1)
+
+
+def output_error(difference: Tensor, gram: Tensor) -> Tensor:
+    """Returns Σ_t ‖(W' − W) x_t‖² for `difference: [N, K]` = W' − W and `gram: [K, K]` = Σ x xᵀ."""
+    return ((difference @ gram) * difference).sum()
+
+
+__all__ = ["Statistics", "output_error"]

@@ -1,0 +1,130 @@
+"""GGUF files written from a model: read by us and by the gguf package, type by type."""
+
+import gguf
+import pytest
+import torch
+
+from easyllm.core.errors import CheckpointError, ConfigError, OutputError
+from easyllm.models import load_model, load_tokenizer
+from easyllm.models.families import family_of
+from easyllm.models.gguf_export import gguf_types, save_gguf
+from easyllm.nn.decoder import Decoder
+from easyllm.quant import quantize_weights
+from easyllm.tokenizer.to_gguf import pre_tokenizer_name
+from tiny_models import tiny_config
+
+IDS = torch.arange(5, 45)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+KINDS = {
+    "llama": {},
+    "llama, untied": {"tie_word_embeddings": False},
+    "llama, biases": {"attention_bias": True},
+    "llama, linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "llama, llama3": {"rope_scaling": LLAMA3},
+    "mistral": {"sliding_window": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": {},
+    "qwen3": {},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("smollm2")
+
+
+def model_of(kind, tokenizer, **changes):
+    name = kind.partition(",")[0]
+    sizes = {"vocab_size": tokenizer.vocab_size, "hidden_size": 64, "intermediate_size": 96}
+    values = tiny_config(model_type=name) | sizes | KINDS[kind] | changes
+    model = Decoder(family_of(name).read_config(values)).eval()
+    model.reset_parameters(std=0.3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name or parameter_name.endswith("bias"):
+                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_precision_file_is_the_same_model(kind, tokenizer, tmp_path):
+    model = model_of(kind, tokenizer)
+    save_gguf(model, tmp_path / "m.gguf", type="f32", tokenizer=tokenizer)
+    again = load_model(tmp_path / "m.gguf")
+    torch.testing.assert_close(again.logits(IDS), model.logits(IDS), rtol=0, atol=0)
+    assert {name: tuple(p.shape) for name, p in again.named_parameters()} == {
+        name: tuple(p.shape) for name, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("type", gguf_types())
+def test_every_type_is_written_and_read(type, tokenizer, tmp_path):
+    model = model_of("llama", tokenizer, hidden_size=256, intermediate_size=512, head_dim=64)
+    found = save_gguf(model, tmp_path / "m.gguf", type=type, tokenizer=tokenizer)
+    assert not found.fallbacks
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    types = {tensor.name: tensor.tensor_type.name.lower() for tensor in reader.tensors}
+    assert types == found.types
+    assert types["blk.0.ffn_up.weight"] == type
+    assert types["blk.0.attn_norm.weight"] == "f32"
+    expected = type if type in ("f32", "f16", "bf16", "q8_0") else "q6_k"
+    assert types["token_embd.weight"] == expected
+    again = load_model(tmp_path / "m.gguf")
+    drift = (again.logits(IDS) - model.logits(IDS)).norm() / model.logits(IDS).norm()
+    assert drift < {"f32": 1e-7, "f16": 5e-3, "bf16": 0.1, "q8_0": 0.2}.get(type, 0.8)
+
+
+def test_a_width_that_no_block_divides_gets_the_type_of_llama_cpp(tokenizer, tmp_path):
+    model = model_of("llama", tokenizer, intermediate_size=80)
+    found = save_gguf(model, tmp_path / "m.gguf", type="q4_k", tokenizer=tokenizer)
+    assert found.types["blk.0.ffn_up.weight"] == "q5_0"  # 64 inputs
+    assert found.types["blk.0.ffn_down.weight"] == "f16"  # 80 inputs
+    assert found.fallbacks["blk.1.ffn_down.weight"] == "f16"
+    assert found.types["token_embd.weight"] == "q8_0"
+    assert "blk.0.attn_norm.weight" not in found.fallbacks
+    load_model(tmp_path / "m.gguf").logits(IDS)
+
+
+def test_the_tokenizer_and_its_template_travel(tokenizer, tmp_path):
+    model = model_of("llama", tokenizer)
+    save_gguf(model, tmp_path / "m.gguf", type="f16", tokenizer=tokenizer)
+    again = load_tokenizer(tmp_path / "m.gguf")
+    for text in ("Hello, world! 12345", "  two  spaces\n\n", "你好，世界", "it's I'LL 3.14"):
+        assert again.encode(text) == tokenizer.encode(text)
+    assert again.special == tokenizer.special
+    assert again.template_sources == tokenizer.template_sources
+
+
+def test_a_tokenizer_that_llama_cpp_has_no_rules_for_is_refused():
+    state = {"pre_tokenizer": {"type": "Whitespace"}, "normalizer": None}
+    with pytest.raises(CheckpointError, match="has no name for"):
+        pre_tokenizer_name(state)
+
+
+def test_what_cannot_be_written_is_refused_and_nothing_is_left(tokenizer, tmp_path):
+    model, path = model_of("llama", tokenizer), tmp_path / "m.gguf"
+    with pytest.raises(ConfigError, match=r"GGUF type 'q4_0_k' is not known.*use f32"):
+        save_gguf(model, path, type="q4_0_k", tokenizer=tokenizer)
+    with pytest.raises(CheckpointError, match="quantized weights"):
+        save_gguf(quantize_weights(model, "int8"), path, type="f16", tokenizer=tokenizer)
+    assert not list(tmp_path.iterdir())
+    path.write_text("mine")
+    with pytest.raises(OutputError, match="already exists"):
+        save_gguf(model_of("llama", tokenizer), path, type="f16", tokenizer=tokenizer)
+    assert path.read_text() == "mine"
+
+
+def test_importance_changes_the_codes_of_the_linears_it_names(tokenizer, tmp_path):
+    model = model_of("llama", tokenizer)
+    importance = {"layers.0.mixer.q_proj": torch.logspace(-2, 2, 64)}
+    for name, given in (("a", None), ("b", importance)):
+        save_gguf(model, tmp_path / name, type="q4_0", tokenizer=tokenizer, importance=given)
+    one, other = (gguf.GGUFReader(tmp_path / name).tensors for name in "ab")
+    differing = {a.name for a, b in zip(one, other, strict=True) if (a.data != b.data).any()}
+    assert differing == {"blk.0.attn_q.weight"}
