@@ -2,14 +2,16 @@
 
     python bench/peft.py methods [--only lora dora ...] [--epochs 1] [--seeds 1] [--record]
     python bench/peft.py peer --peer PYTHON [--variant qlora|dora] [--rows 128] [--record]
+    python bench/peft.py order [--only lora dora ...] [--steps 40] [--record]
     python bench/peft.py loraplus [--width 576] [--steps 30] [--record] [--plot FILE.svg]
     python bench/peft.py paged [--record]
 
 `methods` trains each method on the quickstart's facts, one process each, and prints trainable
 parameters, peak memory, tokens/s, the share of held-out questions answered (recall), and the loss
 on unrelated questions before and after (forgetting). `peer` runs our QLoRA or DoRA in turn with
-TRL, peft and bitsandbytes on 128 Alpaca rows (an interpreter that has them). `loraplus` compares
-LoRA with LoRA+ at ratios 4 and 16, each at the best of five learning rates over three seeds.
+TRL, peft and bitsandbytes on 128 Alpaca rows (an interpreter that has them). `order` ranks
+the methods by held-out loss, each at the best of three learning rates, with its spread over three
+seeds. `loraplus` compares LoRA with LoRA+ at ratios 4 and 16, each at the best of five learning rates over three seeds.
 `paged` compares full fine-tuning with and without `optimizer.paged`. `--record` appends the rows to
 `bench/results/peft.jsonl`.
 """
@@ -58,7 +60,9 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["methods", "peer", "loraplus", "paged", "evaluate"])
+    parser.add_argument(
+        "what", choices=["methods", "peer", "order", "loraplus", "paged", "evaluate"]
+    )
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--seeds", type=int, default=1)
@@ -74,7 +78,8 @@ def main() -> None:
     if options.what == "evaluate":
         print(json.dumps(scores(options.model)))
         return
-    runs = {"methods": methods, "peer": against_peer, "loraplus": loraplus, "paged": paged}
+    runs = {"methods": methods, "peer": against_peer, "order": order}
+    runs |= {"loraplus": loraplus, "paged": paged}
     for row in runs[options.what](options):
         machine.finish(row, "peft", record=options.record)
 
@@ -146,6 +151,50 @@ def rate(steps: list[dict[str, Any]]) -> float:
     return round(tokens / sum(s["train/tokens"] / s["speed/tokens_per_s"] for s in steps), 1)
 
 
+# ---- the order of methods
+
+
+def order(options: argparse.Namespace) -> Any:
+    """Yields a row for each method: its losses at three rates, and at the best over three seeds."""
+    for name in options.only:
+        adapter, rate, quantize = settings(name)
+        with tempfile.TemporaryDirectory() as folder:
+
+            def run(
+                learning_rate: float,
+                seed: int,
+                work: Path = Path(folder),
+                adapter: dict[str, Any] | None = adapter,
+                quantize: str | None = quantize,
+            ) -> tuple[float, float]:
+                steps = options.steps
+                return short_run(work, "smollm2", adapter, learning_rate, seed, steps, quantize)
+
+            by_rate = {factor * rate: run(factor * rate, 0) for factor in (0.3, 1, 3)}
+            best = min(by_rate, key=lambda each: by_rate[each][0])
+            found = [by_rate[best], *(run(best, seed) for seed in (1, 2))]
+        heldout, retention = ([each[i] for each in found] for i in range(2))
+        yield machine.row(
+            f"peft-order-{name}",
+            steps=options.steps,
+            losses_by_rate={f"{each:g}": losses[0] for each, losses in by_rate.items()},
+            learning_rate=best,
+            heldout_loss_nats=heldout,
+            heldout_mean=round(statistics.mean(heldout), 4),
+            heldout_spread=round(statistics.stdev(heldout), 4),
+            retention_loss_nats=retention,
+        )
+
+
+def settings(name: str) -> tuple[dict[str, Any] | None, float, str | None]:
+    """Returns a method's adapter, its learning rate, and what its base is quantized to."""
+    from easyllm.core.config import apply_overrides
+
+    values = apply_overrides({"adapter": {"kind": "lora"}}, METHODS[name])
+    rate = values.get("optimizer", {}).get("learning_rate", 2e-3)
+    return values["adapter"], rate, values.get("quantize")
+
+
 # ---- in turn with TRL
 
 
@@ -214,8 +263,9 @@ def loraplus(options: argparse.Namespace) -> Any:
         base = "smollm2" if options.width == 576 else wider(Path(folder), options.width)
         for ratio in (1, 4, 16):
             for learning_rate in rates:
+                adapter = {"kind": "lora", "rate_ratio": ratio}
                 losses = [
-                    last_loss(Path(folder), base, ratio, learning_rate, seed, options.steps)
+                    short_run(Path(folder), base, adapter, learning_rate, seed, options.steps)[0]
                     for seed in range(3)
                 ]
                 found.setdefault(f"ratio {ratio}", {})[learning_rate] = losses
@@ -244,10 +294,16 @@ def loraplus(options: argparse.Namespace) -> Any:
     )
 
 
-def last_loss(
-    work: Path, base: str, ratio: int, learning_rate: float, seed: int, steps: int
-) -> float:
-    """Returns the held-out loss of a short run on the quickstart's facts, in this process."""
+def short_run(
+    work: Path,
+    base: str,
+    adapter: dict[str, Any] | None,
+    learning_rate: float,
+    seed: int,
+    steps: int,
+    quantize: str | None = None,
+) -> tuple[float, float]:
+    """Returns the held-out and the retention loss of a short run on the quickstart's facts."""
     from easyllm.train import TrainConfig
     from easyllm.train import train as run_training
 
@@ -258,7 +314,9 @@ def last_loss(
             "eval": [f"{RECIPES}/easyllm_facts_heldout.jsonl"],
             "max_seq_len": 128,
         },
-        "adapter": {"kind": "lora", "rate_ratio": ratio},
+        "adapter": adapter,
+        "quantize": quantize,
+        "retention": [f"{RECIPES}/unrelated.jsonl"],
         "optimizer": {"kind": "adamw", "learning_rate": learning_rate},
         "schedule": {"kind": "cosine", "warmup_ratio": 0.1},
         "batch_size": 8,
@@ -266,12 +324,12 @@ def last_loss(
         "save_every": 0,
         "seed": seed,
     }
-    out = work / f"{ratio}-{learning_rate}-{seed}"
-    result = run_training(TrainConfig.model_validate(config), out)
-    loss: float = result.figures["eval_loss_nats"]
+    out = work / "run"
+    figures = run_training(TrainConfig.model_validate(config), out).figures
     shutil.rmtree(out)
-    print(ratio, learning_rate, seed, round(loss, 4), file=sys.stderr, flush=True)
-    return round(loss, 5)
+    found = round(figures["eval_loss_nats"], 5), round(figures["retention_loss_nats"], 5)
+    print(adapter, learning_rate, seed, *found, file=sys.stderr, flush=True)
+    return found
 
 
 def wider(work: Path, width: int) -> str:

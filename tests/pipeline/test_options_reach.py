@@ -113,6 +113,7 @@ def calls(tiny_folder, tmp_path_factory):
         "plan": ("llama2-7b",),
         "convert": (tiny_folder, out),
         "merge": (tiny_folder, folder, out),
+        "quantize": (tiny_folder, out, "--group-size", "16"),
         "generate": (tiny_folder, "x"),
         "chat": (tiny_folder,),
         "serve": (tiny_folder,),

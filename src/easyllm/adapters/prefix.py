@@ -10,6 +10,10 @@ in training (Li and Liang, section 4.3):
     P = W_2 tanh(W_1 e + b_1) + b_2,   e: [n, K·d] trained, P: [n, 2·L·K·d]
 
 Files contain P, so that an adapter loaded from a file has no MLP.
+
+Without an MLP the prefix starts from the keys and values of real tokens, with which the model
+behaves as with these tokens in front of a text (Li and Liang, section 7.4: far better than random
+values where there is little data). peft starts from N(0, 1).
 """
 
 from collections.abc import Mapping
@@ -24,12 +28,12 @@ from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.prompt_learning import (
     NEUTRAL,
     READ_BY_ALL,
-    PromptLearningConfig,
     PromptLearningSet,
     Table,
     VirtualKeysValues,
     kv_shape,
 )
+from easyllm.adapters.prompt_start import TokenStartConfig, keys_values_of
 from easyllm.adapters.registry import register_adapter
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.config import ModelConfig
@@ -37,7 +41,7 @@ from easyllm.nn.cost import CostTrace
 from easyllm.nn.decoder import Decoder
 
 
-class PrefixTuningConfig(PromptLearningConfig):
+class PrefixTuningConfig(TokenStartConfig):
     """Number of virtual tokens, and the MLP that computes their keys and values in training."""
 
     kind: Literal["prefix"] = "prefix"
@@ -51,10 +55,11 @@ class PrefixTuningConfig(PromptLearningConfig):
         description="Hidden size of the MLP (projection=true); by default the width of a layer's "
         "keys.",
     )
-    init: Literal["random", "zero"] = Field(
-        default="random",
-        description="Initial keys and values: `random` from N(0, 1) or from the MLP, or `zero`, "
-        "closer to the base model. Without a projection, tokens that start at zero stay equal.",
+    init: Literal["vocabulary", "text", "random", "zero"] | None = Field(
+        default=None,
+        description="Initial keys and values: those of randomly chosen tokens (`vocabulary`, the "
+        "default without a projection) or of init_text (`text`); `random` from N(0, 1) or from the "
+        "MLP (the default with one); or `zero`, whose tokens stay equal without a projection.",
     )
 
     trains_keys = True
@@ -66,7 +71,18 @@ class PrefixTuningConfig(PromptLearningConfig):
                 f"encoder_hidden_size={self.encoder_hidden_size} has no effect without a "
                 "projection; set projection=true, or remove it"
             )
+        if self.projection and self.init in ("vocabulary", "text"):
+            raise ValueError(
+                f"init={self.init} sets keys and values, which an MLP computes with "
+                "projection=true; use init=random or zero, or remove projection"
+            )
+        self.check_text(self.start)
         return self
+
+    @property
+    def start(self) -> str:
+        """The initial keys and values."""
+        return self.init or ("random" if self.projection else "vocabulary")
 
     def build_model_adapter(self, model: ModelConfig) -> VirtualKeysValues:
         """Builds the prefix [n, 2·L·K·d], or the embedding [n, K·d] and its MLP.
@@ -93,16 +109,19 @@ class PrefixTuningConfig(PromptLearningConfig):
         return VirtualKeysValues(table, model.num_layers, heads)
 
     @torch.no_grad()
-    def start_from_base(
-        self,
-        adapter: nn.Module,
-        model: Decoder,  # noqa: ARG002 - of the interface
-        generator: Generator,  # noqa: ARG002
-    ) -> None:
-        """Sets the prefix to zero with `init: zero`: the table, or the last linear of the MLP."""
-        if self.init == "random":
-            return
+    def start_from_base(self, adapter: nn.Module, model: Decoder, generator: Generator) -> None:
+        """Sets the prefix to the keys and values of tokens, or to zero.
+
+        Raises:
+            ConfigError: the text has no token ids, or they are not the model's.
+        """
         assert isinstance(adapter, VirtualKeysValues), "it is built above"
+        if self.start == "random" or model.device.type == "meta":
+            return
+        if self.start != "zero":
+            ids = self.start_ids(self.start, model.config.vocab_size, generator)
+            adapter.table.embedding.copy_(keys_values_of(model, ids))
+            return
         encoder = adapter.table.encoder
         if encoder is None:
             adapter.table.embedding.zero_()

@@ -7,8 +7,7 @@ The paper's comparison of initial values (section 3.2) favours embeddings of rea
 ones: `init: vocabulary` and `init: text`. `init: random` is N(0, 1), as in peft.
 """
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal, Self
 
 import torch
@@ -20,21 +19,18 @@ from easyllm.adapters.peft_keys import check_keys
 from easyllm.adapters.prompt_learning import (
     NEUTRAL,
     READ_BY_ALL,
-    PromptLearningConfig,
     PromptLearningSet,
     Table,
     VirtualVectors,
 )
+from easyllm.adapters.prompt_start import TokenStartConfig
 from easyllm.adapters.registry import register_adapter
-from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 
-logger = logging.getLogger(__name__)
 
-
-class PromptTuningConfig(PromptLearningConfig):
+class PromptTuningConfig(TokenStartConfig):
     """Number and initial values of the trained input vectors."""
 
     kind: Literal["prompt"] = "prompt"
@@ -43,50 +39,11 @@ class PromptTuningConfig(PromptLearningConfig):
         description="Initial vectors: `random` from N(0, 1) (peft's default), `text` the "
         "embeddings of init_text, `vocabulary` those of randomly chosen tokens.",
     )
-    init_text: str | None = Field(
-        default=None,
-        description="Text whose embeddings are the initial vectors (init=text); repeated, or "
-        "truncated, to num_virtual_tokens tokens.",
-    )
-    init_token_ids: tuple[int, ...] | None = Field(
-        default=None,
-        description="Token ids of init_text; a recipe computes them with the model's tokenizer.",
-    )
 
     @model_validator(mode="after")
     def _check_text(self) -> Self:
-        has_text = self.init_text is not None or self.init_token_ids is not None
-        if self.init == "text" and not (self.init_text or self.init_token_ids):
-            raise ValueError("init=text needs a text; set init_text, or use init=vocabulary")
-        if self.init != "text" and has_text:
-            raise ValueError(
-                f"init_text has no effect with init={self.init}; set init=text, or remove init_text"
-            )
+        self.check_text(self.init)
         return self
-
-    def with_token_ids(self, encode: Callable[[str], list[int]]) -> Self:
-        """Returns the configuration with the token ids of `init_text`.
-
-        Raises:
-            ConfigError: the text has no tokens.
-        """
-        if self.init_text is None or self.init_token_ids is not None:
-            return self
-        ids = encode(self.init_text)
-        if not ids:
-            raise ConfigError(
-                f"init_text={self.init_text!r} has no tokens; write a longer text, or use "
-                "init=vocabulary"
-            )
-        if len(ids) > self.num_virtual_tokens:
-            logger.warning(
-                "init_text has %d tokens, of which the first %d are used; "
-                "num_virtual_tokens=%d would use all",
-                len(ids),
-                self.num_virtual_tokens,
-                len(ids),
-            )
-        return self.model_copy(update={"init_token_ids": tuple(ids)})
 
     def build_model_adapter(self, model: ModelConfig) -> VirtualVectors:
         """Builds the vectors [n, D].
@@ -105,32 +62,11 @@ class PromptTuningConfig(PromptLearningConfig):
             ConfigError: the text has no token ids, or they are not the model's.
         """
         assert isinstance(adapter, VirtualVectors), "it is built above"
-        n, size = self.num_virtual_tokens, model.config.vocab_size
-        match self.init:
-            case "random":
-                return
-            case "vocabulary":
-                ids = torch.randint(size, (n,), generator=generator)
-            case "text":
-                ids = self._text_ids(size)
+        if self.init == "random":
+            return
+        ids = self.start_ids(self.init, model.config.vocab_size, generator)
         rows = model.embed_tokens(ids.to(model.device))
         adapter.table.embedding.copy_(rows.float() * model.config.embedding_scale)
-
-    def _text_ids(self, vocab_size: int) -> torch.Tensor:
-        """Returns the token ids of the text, [n]."""
-        ids = self.init_token_ids
-        if not ids:
-            raise ConfigError(
-                "init=text has no token ids; call config.with_token_ids(tokenizer.encode) before "
-                "attach, as a training recipe does"
-            )
-        if max(ids) >= vocab_size or min(ids) < 0:
-            raise ConfigError(
-                f"init_token_ids contains {max(ids)}, but the model has {vocab_size} tokens; "
-                "encode init_text with the model's tokenizer"
-            )
-        n = self.num_virtual_tokens
-        return torch.tensor(ids).repeat(-(-n // len(ids)))[:n]
 
     @classmethod
     def from_peft(

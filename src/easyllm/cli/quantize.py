@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 OPTIONS = FlagGroup(
     QuantizeOptions,
-    *("method", "format", "type", "bits", "group_size", "asymmetric", "act_order"),
+    *("method", "format", "type", "bits", "group_size", "asymmetric", "dtype", "act_order"),
     *("data", "samples", "length", "importance", "text"),
     metavars={
         "method": "rtn|gptq|awq",
         "format": "gptq|awq|compressed-tensors|gguf",
         "type": "q8_0|q6_k|q5_k|q4_k|q5_1|q5_0|q4_1|q4_0",
         "bits": "2|3|4|8",
+        "dtype": "float16|bfloat16|float32",
         "data": "FILE",
         "text": "FILE",
     },

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from easyllm.core.atomic import check_output_free
+from easyllm.core.device import parse_dtype
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path
@@ -233,7 +234,7 @@ def _write_folder(
         results={"linears": [asdict(linear) for linear in report.linears]},
     )
     save_model(
-        model,
+        model.to(parse_dtype(options.dtype)),
         target,
         tokenizer=tokenizer,
         extra_files={MANIFEST_FILE: manifest.model_dump(mode="json")},

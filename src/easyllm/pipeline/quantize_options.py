@@ -34,6 +34,10 @@ class QuantizeOptions(Config):
         default=False,
         description="Grids that span the minimum to the maximum of a group, with zero points.",
     )
+    dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        default="float16",
+        description="Dtype of what is not quantized: embedding, head, norms. GGUF has its own.",
+    )
     act_order: bool = Field(
         default=False,
         description="GPTQ: quantizes columns in the order of their activations, largest first.",

@@ -8,6 +8,7 @@ from easyllm.adapters import PrefixTuningConfig, attach
 from easyllm.core.errors import ConfigError
 from easyllm.models.families import family_of
 from easyllm.nn.config import AttentionConfig, LinearAttentionConfig
+from easyllm.nn.decoder import Decoder
 from easyllm.plan.parts import count_adapter_parameters
 from tiny_models import build_tiny, tiny_config
 
@@ -52,6 +53,29 @@ def test_a_start_at_zero_gives_keys_and_values_of_zero(projection):
     assert all(k.any() for k, _ in attach(build_tiny(), random).model_adapter.keys_values())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_prefix_starts_as_real_tokens_in_front_of_the_text(family):
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 320}
+    values = tiny_config() if family == "llama" else sizes | {"model_type": "gpt2"}
+    model = Decoder(family_of(family).read_config(values)).eval()
+    model.reset_parameters(std=0.3, generator=torch.Generator().manual_seed(0))
+    text, ids = list(range(5, 45)), (7, 8, 9, 10)
+    expected = model.logits([*ids, *text])[4:]
+    config = PrefixTuningConfig(num_virtual_tokens=4, init="text", init_token_ids=ids)
+    attach(model, config)
+    torch.testing.assert_close(model.logits(text), expected, atol=1e-4, rtol=0)
+
+
+def test_without_a_text_the_tokens_are_random_and_the_seed_decides():
+    def table(**changes):
+        model = build_tiny()
+        return attach(model, PrefixTuningConfig(**changes), seed=3).model_adapter.table.embedding
+
+    assert torch.equal(table(), table(init="vocabulary"))
+    assert table(init="random").std() > 0.9
+    assert not torch.equal(table(), table(init="random"))
+
+
 def test_layers_without_equal_keys_are_refused():
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16)
     linear = LinearAttentionConfig(num_heads=4, head_dim=16)
@@ -68,3 +92,7 @@ def test_layers_without_equal_keys_are_refused():
 def test_a_hidden_size_without_a_projection_is_refused():
     with pytest.raises(ValidationError, match="encoder_hidden_size=8 has no effect without a"):
         PrefixTuningConfig(encoder_hidden_size=8)
+    with pytest.raises(ValidationError, match="init=vocabulary sets keys and values, which an MLP"):
+        PrefixTuningConfig(projection=True, init="vocabulary")
+    with pytest.raises(ValidationError, match="init_text has no effect with init=random"):
+        PrefixTuningConfig(projection=True, init_text="abc")
