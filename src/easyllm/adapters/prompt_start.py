@@ -101,7 +101,12 @@ class _Recorder:
     def __init__(self) -> None:
         self.slots = list[Tensor]()
 
-    def keys_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def keys_values(
+        self,
+        layer: int,  # noqa: ARG002 - of the interface
+        k: Tensor,
+        v: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Records k and v, [T, K, d]."""
         self.slots += [k.flatten(1).float(), v.flatten(1).float()]
         return k, v
