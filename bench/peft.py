@@ -11,7 +11,8 @@ parameters, peak memory, tokens/s, the share of held-out questions answered (rec
 on unrelated questions before and after (forgetting). `peer` runs our QLoRA or DoRA in turn with
 TRL, peft and bitsandbytes on 128 Alpaca rows (an interpreter that has them). `order` ranks
 the methods by held-out loss, each at the best of three learning rates, with its spread over three
-seeds. `loraplus` compares LoRA with LoRA+ at ratios 4 and 16, each at the best of five learning rates over three seeds.
+seeds. `loraplus` compares LoRA with LoRA+ at ratios 4 and 16, each at the best of five learning
+rates over three seeds.
 `paged` compares full fine-tuning with and without `optimizer.paged`. `--record` appends the rows to
 `bench/results/peft.jsonl`.
 """
