@@ -9,14 +9,11 @@ from easyllm.ops.grouped_linear import (
     NONE,
     ZEROS,
     Grid,
-    dequantize,
-    grouped_linear,
     pack,
-    reference_grouped_linear,
-    unpack,
     unsupported_reason,
 )
 from easyllm.ops.kernels import kernels_for
+from easyllm.ops.packed_linear import packed_linear, reference_packed_linear
 from easyllm.ops.quantized_linear import quantize_rows
 
 SHAPES = [(8, 32), (24, 64), (20, 96), (64, 320), (7, 128)]
@@ -57,14 +54,14 @@ def test_packing_is_undone_by_unpacking(bits, shift, group):
         size = min(group, inputs)
         matrix, codes, scales, shifts = matrix_of(bits, shift, dtype, outputs, inputs, size)
         assert matrix.data.shape == (-(-outputs // 8), matrix.grid.row_bytes(inputs))
-        found = unpack(matrix)
+        found = matrix.unpack()
         assert torch.equal(found[0], codes)
         assert torch.equal(found[1], scales)
         if shifts is not None:
             assert torch.equal(found[2], shifts.float())
         expected = plain(codes, scales, shifts, matrix.grid)
-        torch.testing.assert_close(dequantize(matrix).double(), expected, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(dequantize(matrix, 0, 3), dequantize(matrix)[:3])
+        torch.testing.assert_close(matrix.dequantize().double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(matrix.dequantize(0, 3), matrix.dequantize()[:3])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 33])
@@ -78,7 +75,7 @@ def test_the_kernel_is_exact_for_quantized_rows(bits, shift, rows):
         dtype = torch.float16 if rows % 2 else torch.bfloat16
         matrix, codes, scales, shifts = matrix_of(bits, shift, dtype, outputs, 320, group)
         bias = torch.randn(outputs, generator=torch.Generator().manual_seed(1))
-        found = grouped_linear(x, matrix, bias)
+        found = packed_linear(x, matrix, bias)
         weight = plain(codes, scales, shifts, matrix.grid)
         expected = quantize_rows(x).double() @ weight.T + bias.double()
         if shift == MINIMA:  # minima are multiplied by the sum of the row itself
@@ -87,7 +84,7 @@ def test_the_kernel_is_exact_for_quantized_rows(bits, shift, rows):
             expected += difference @ shifts[:, index].double().T
         scale = float(expected.abs().max())
         assert (found.double() - expected).abs().max() < 2e-6 * scale
-        reference = reference_grouped_linear(x, matrix, bias)
+        reference = reference_packed_linear(x, matrix, bias)
         assert (found - reference).norm() < 0.02 * reference.norm()
 
 
@@ -95,17 +92,17 @@ def test_the_kernel_is_exact_for_quantized_rows(bits, shift, rows):
 def test_rows_do_not_depend_on_each_other(bits):
     matrix, *_ = matrix_of(bits, ZEROS, torch.float16, 64, 128)
     x = torch.randn(13, 128, generator=torch.Generator().manual_seed(0))
-    whole = grouped_linear(x, matrix)
+    whole = packed_linear(x, matrix)
     for i in range(13):
-        assert torch.equal(grouped_linear(x[i : i + 1], matrix), whole[i : i + 1])
-    assert torch.equal(grouped_linear(x[4:9], matrix), whole[4:9])
+        assert torch.equal(packed_linear(x[i : i + 1], matrix), whole[i : i + 1])
+    assert torch.equal(packed_linear(x[4:9], matrix), whole[4:9])
 
 
 def test_inputs_that_fill_no_whole_group_of_32():
     matrix, codes, scales, shifts = matrix_of(4, ZEROS, torch.float16, 16, 40, 40)
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     expected = quantize_rows(x).double() @ plain(codes, scales, shifts, matrix.grid).T
-    torch.testing.assert_close(grouped_linear(x, matrix).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed_linear(x, matrix).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,9 +110,9 @@ def test_gradients_are_those_of_the_dequantized_weight(dtype):
     matrix, *_ = matrix_of(3, ZEROS, torch.float16, 24, 64)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     x.requires_grad_()
-    grouped_linear(x, matrix).square().sum().backward()
+    packed_linear(x, matrix).square().sum().backward()
     other = x.detach().clone().requires_grad_()
-    (other @ dequantize(matrix).to(dtype).T).square().sum().backward()
+    (other @ matrix.dequantize().to(dtype).T).square().sum().backward()
     torch.testing.assert_close(x.grad, other.grad)
 
 

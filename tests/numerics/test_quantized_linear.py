@@ -5,14 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from easyllm.ops.kernels import build
-from easyllm.ops.quantized_linear import (
-    dequantize,
-    dequantize_rows,
-    pack_int4,
-    quantize_rows,
-    quantized_linear,
-    reference_quantized_linear,
-)
+from easyllm.ops.packed_linear import packed_linear, reference_packed_linear
+from easyllm.ops.quantized_linear import dequantize_rows, pack_int4, quantize_rows
 from easyllm.quant.weight_only import SCHEMES, quantize_matrix
 
 # kernels split their work, and must write all of the memory that they return
@@ -39,10 +33,10 @@ def relative_error(a, b):
 @pytest.mark.parametrize("size", [1e-5, 1.0, 300.0])
 def test_weights_are_within_half_a_quantization_step(shape, size):
     weight = random(*shape) * size
-    error = (dequantize(quantize_matrix(weight, SCHEMES["int8"])) - weight).abs()
+    error = (quantize_matrix(weight, SCHEMES["int8"]).dequantize() - weight).abs()
     assert (error <= weight.abs().amax(1, keepdim=True) / 127 * 0.5001).all()
 
-    error = (dequantize(quantize_matrix(weight, SCHEMES["int4"])) - weight).abs()
+    error = (quantize_matrix(weight, SCHEMES["int4"]).dequantize() - weight).abs()
     for first in range(0, shape[1], 32):
         group, off = weight[:, first : first + 32], error[:, first : first + 32]
         step = (group.amax(1) - group.amin(1)) / 15
@@ -57,7 +51,7 @@ def test_constant_rows_and_zeros_are_preserved(scheme):
     weight = torch.zeros(16, 64)
     weight[3], weight[4, :32] = 0.5, -2.0
     torch.testing.assert_close(
-        dequantize(quantize_matrix(weight, SCHEMES[scheme])), weight, atol=5e-7, rtol=1e-5
+        quantize_matrix(weight, SCHEMES[scheme]).dequantize(), weight, atol=5e-7, rtol=1e-5
     )
 
 
@@ -69,7 +63,7 @@ def test_a_grid_of_16_values_is_recovered_exactly():
     codes = torch.randint(0, 16, (24, 6, 32), generator=generator)
     codes[..., 0], codes[..., 1] = 0, 15
     weight = (codes * step + least).flatten(1)
-    found = dequantize(quantize_matrix(weight, SCHEMES["int4"]))
+    found = quantize_matrix(weight, SCHEMES["int4"]).dequantize()
     assert ((found - weight).abs() <= 2**-10 * weight.abs().amax()).all()
 
 
@@ -78,14 +72,14 @@ def test_packing_preserves_every_code():
     steps, offsets = torch.ones(21, 3).half(), torch.zeros(21, 3).half()
     matrix = pack_int4(codes, steps, offsets)
     assert matrix.data.shape == (3, 3, 160)
-    assert torch.equal(dequantize(matrix), codes.float() - 8)
-    assert torch.equal(dequantize(matrix, 8, 19), codes[8:19].float() - 8)
+    assert torch.equal(matrix.dequantize(), codes.float() - 8)
+    assert torch.equal(matrix.dequantize(8, 19), codes[8:19].float() - 8)
 
 
 def test_embedding_rows_are_dequantized():
     matrix = quantize_matrix(random(50, 40), SCHEMES["int8"])
     ids = torch.tensor([0, 49, 7, 7, 16])
-    assert torch.equal(dequantize_rows(matrix, ids), dequantize(matrix)[ids])
+    assert torch.equal(dequantize_rows(matrix, ids), matrix.dequantize()[ids])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,15 +91,15 @@ def test_the_kernel_matches_fp64_for_its_codes(kernels, scheme, shape, rows, dty
     matrix = quantize_matrix(random(*shape), SCHEMES[scheme])
     x = random(rows, shape[1], seed=1).to(dtype)
     x[0, 0] *= 50
-    weight = dequantize(matrix).double()
-    middle = dequantize(matrix.__class__(_middle_codes(matrix), None, *shape)).double() * (
+    weight = matrix.dequantize().double()
+    middle = matrix.__class__(_middle_codes(matrix), None, *shape).dequantize().double() * (
         matrix.bits == 4
     )
     codes = quantize_rows(x.float()).double()
     exact = codes @ (weight - middle).T + x.double() @ middle.T
     bias = random(shape[0], seed=2)
     for b in (None, bias):
-        out = quantized_linear(x, matrix, b)
+        out = packed_linear(x, matrix, b)
         assert out.dtype == dtype
         assert out.shape == (rows, shape[0])
         wanted = exact if b is None else exact + b.double()
@@ -128,8 +122,8 @@ def test_the_kernel_stays_close_to_the_dequantized_weights(kernels, scheme):
     """Rounding rows to int8 adds a relative root mean square error below one percent."""
     matrix = quantize_matrix(random(300, 576), SCHEMES[scheme])
     x = random(20, 576, seed=1)
-    exact = x.double() @ dequantize(matrix).double().T
-    error = quantized_linear(x, matrix).double() - exact
+    exact = x.double() @ matrix.dequantize().double().T
+    error = packed_linear(x, matrix).double() - exact
     assert error.square().mean().sqrt() <= 0.01 * exact.square().mean().sqrt()
 
 
@@ -138,8 +132,8 @@ def test_the_kernel_stays_close_to_the_dequantized_weights(kernels, scheme):
 def test_the_pytorch_fallback_equals_the_dequantized_gemm(no_kernels, shape, scheme):
     matrix = quantize_matrix(random(*shape), SCHEMES[scheme])
     x, bias = random(3, 5, shape[1], seed=1), random(shape[0], seed=2)
-    exact = F.linear(x.double(), dequantize(matrix).double(), bias.double())
-    assert relative_error(quantized_linear(x, matrix, bias), exact) <= 2e-6
+    exact = F.linear(x.double(), matrix.dequantize().double(), bias.double())
+    assert relative_error(packed_linear(x, matrix, bias), exact) <= 2e-6
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -150,9 +144,9 @@ def test_rows_are_bitwise_batch_invariant(kernels, scheme, dtype, shape):
     matrix = quantize_matrix(random(*shape), SCHEMES[scheme])
     x = random(150, shape[1], seed=1).to(dtype)
     bias = random(shape[0], seed=2)
-    alone = torch.cat([quantized_linear(x[m : m + 1], matrix, bias) for m in range(len(x))])
+    alone = torch.cat([packed_linear(x[m : m + 1], matrix, bias) for m in range(len(x))])
     for first, last in [(1, 3), (0, 5), (5, 11), (0, 16), (2, 19), (30, 62), (3, 132), (0, 150)]:
-        assert torch.equal(quantized_linear(x[first:last], matrix, bias), alone[first:last])
+        assert torch.equal(packed_linear(x[first:last], matrix, bias), alone[first:last])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -160,10 +154,10 @@ def test_zero_and_huge_rows_stay_finite(kernels, scheme):
     matrix = quantize_matrix(random(16, 64), SCHEMES[scheme])
     x = torch.zeros(2, 64)
     x[1] = 1e30
-    out = quantized_linear(x, matrix)
+    out = packed_linear(x, matrix)
     assert not out[0].any()
     assert out[1].isfinite().all()
-    assert quantized_linear(x[:0], matrix).shape == (0, 16)
+    assert packed_linear(x[:0], matrix).shape == (0, 16)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -173,8 +167,8 @@ def test_gradients_reach_the_input_rows(scheme):
     x = random(6, 40, seed=1).requires_grad_()
     grad = random(6, 20, seed=2)
     bias = random(20, seed=3)
-    (ours,) = torch.autograd.grad(quantized_linear(x, matrix, bias), x, grad)
-    torch.testing.assert_close(ours, grad @ dequantize(matrix), atol=1e-5, rtol=1e-5)
+    (ours,) = torch.autograd.grad(packed_linear(x, matrix, bias), x, grad)
+    torch.testing.assert_close(ours, grad @ matrix.dequantize(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
-        quantized_linear(x, matrix, bias), reference_quantized_linear(x, matrix, bias)
+        packed_linear(x, matrix, bias), reference_packed_linear(x, matrix, bias)
     )

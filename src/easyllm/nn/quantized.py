@@ -7,13 +7,8 @@ from torch import Tensor
 
 from easyllm.nn.storage import PackedStorage
 from easyllm.ops.kernels.structs import Matrix
-from easyllm.ops.quantized_linear import (
-    QuantizedMatrix,
-    dequantize,
-    dequantize_rows,
-    matrix_struct,
-    quantized_linear,
-)
+from easyllm.ops.packed_linear import packed_linear
+from easyllm.ops.quantized_linear import QuantizedMatrix, dequantize_rows
 
 
 class QuantizedWeight(PackedStorage):
@@ -46,7 +41,7 @@ class QuantizedWeight(PackedStorage):
         deterministic: bool = False,  # noqa: ARG002 - the kernels are always deterministic
     ) -> Tensor:
         """Returns x Wᵀ + b, [..., N] in the dtype of `x: [..., K]`; always batch-invariant."""
-        return quantized_linear(x, self.matrix, bias)
+        return packed_linear(x, self.matrix, bias)
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Returns the dequantized rows [T, K] of `token_ids: [T]`."""
@@ -56,7 +51,7 @@ class QuantizedWeight(PackedStorage):
 
     def dense(self) -> Tensor:
         """Returns the dequantized weight [N, K]."""
-        return dequantize(self.matrix).to(self.dtype)
+        return self.matrix.dequantize().to(self.dtype)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Returns the data and, if there are any, the scales."""
@@ -65,7 +60,7 @@ class QuantizedWeight(PackedStorage):
 
     def kernel_matrix(self, bias: Tensor | None) -> Matrix | None:
         """Returns the weight in the format of the C kernels."""
-        return matrix_struct(self.matrix, bias)
+        return self.matrix.struct(bias)
 
     @property
     def payload(self) -> Tensor:

@@ -6,8 +6,7 @@ Shapes: N outputs, K inputs, T rows, G groups of g inputs each (g a multiple of 
                                      middle code
     shift minima   w = s q + m       s and m in fp16
 
-On a CPU the C kernel (kernels/grouped.c) quantizes each activation row to int8 as for
-`ops.quantized_linear`; no weight is rounded a second time. Elsewhere the weight is dequantized.
+No weight is rounded a second time. Products: `ops.packed_linear`.
 """
 
 from dataclasses import dataclass
@@ -16,16 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from easyllm.ops.autograd import Context
-from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.structs import DTYPE_CODES, GROUPED, SCALE_CODES, Matrix, address
+from easyllm.ops.kernels.structs import GROUPED, SCALE_CODES, Matrix, address
 
 GROUP, OUTPUTS = 32, 8
 """Inputs and outputs whose codes are stored together; see kernels/grouped.c for the layout."""
 BITS = (2, 3, 4, 5, 8)
 NONE, ZEROS, MINIMA = 0, 1, 2
-BLOCK_OUTPUTS = 4096
-"""Outputs that are dequantized at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +84,60 @@ class GroupedMatrix:
     outputs: int
     inputs: int
 
+    def unpack(self, first: int = 0, last: int | None = None) -> tuple[Tensor, ...]:
+        """Returns codes, scales and shifts of rows `first`, a multiple of 8, to `last` (exclusive).
+
+        Returns:
+            [n, K] uint8, [n, G] fp32 and [n, G] fp32 (zero points or minima; the middle code for
+            `NONE`).
+        """
+        grid, last = self.grid, self.outputs if last is None else last
+        data = self.data[first // OUTPUTS : -(-last // OUTPUTS)]
+        blocks, groups, span = len(data), -(-self.inputs // GROUP), grid.span(self.inputs)
+        codes, headers = list[Tensor](), list[Tensor]()
+        at, width = 0, grid.code_bytes()
+        for start in range(0, groups, span):
+            count = min(span, groups - start)
+            codes.append(data[:, at : at + count * width].view(blocks, count, width))
+            at += count * width
+            headers.append(data[:, at : at + grid.header_bytes()])
+            at += grid.header_bytes()
+        chunks = _unpack_codes(torch.cat(codes, dim=1), grid.bits)  # [N/8, groups, 8, 32]
+        rows = chunks.view(blocks, groups, 8, OUTPUTS, 4).permute(0, 3, 1, 2, 4)
+        header = torch.stack(headers, dim=1).contiguous()  # [N/8, G, bytes]
+        scales = _rows(header[..., :16].contiguous().view(grid.scale_dtype).float())
+        if grid.shift == NONE:
+            shifts = torch.full_like(scales, 1 << (grid.bits - 1))
+        elif grid.shift == ZEROS:
+            shifts = _rows(header[..., 16:].float())
+        else:
+            shifts = _rows(header[..., 16:].contiguous().view(torch.float16).float())
+        count = last - first
+        flat = rows.reshape(blocks * OUTPUTS, -1)[:count, : self.inputs]
+        return flat, scales[:count], shifts[:count]
+
+    def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Returns rows `first`, a multiple of 8, to `last` (exclusive), [n, K] fp32."""
+        codes, scales, shifts = self.unpack(first, last)
+        size = self.grid.span(self.inputs) * GROUP
+        index = torch.arange(self.inputs, device=codes.device) // size
+        scale, shift, values = scales[:, index], shifts[:, index], codes.float()
+        return values * scale + shift if self.grid.shift == MINIMA else (values - shift) * scale
+
+    def struct(self, bias: Tensor | None) -> Matrix:
+        """Returns the weight as the kernels expect it; it and `bias`, fp32, must outlive it."""
+        return Matrix(
+            data=address(self.data),
+            bias=address(bias),
+            outputs=self.outputs,
+            inputs=self.inputs,
+            format=GROUPED,
+            bits=self.grid.bits,
+            scale_type=SCALE_CODES[self.grid.scale_dtype],
+            shift=self.grid.shift,
+            span=self.grid.span(self.inputs),
+        )
+
 
 def pack(codes: Tensor, scales: Tensor, shifts: Tensor | None, grid: Grid) -> GroupedMatrix:
     """Packs a weight.
@@ -115,122 +164,6 @@ def pack(codes: Tensor, scales: Tensor, shifts: Tensor | None, grid: Grid) -> Gr
     for first in range(0, groups, span):
         parts += [packed[:, first : first + span].flatten(1), header[:, first // span]]
     return GroupedMatrix(torch.cat(parts, dim=1).contiguous(), grid, outputs, inputs)
-
-
-def unpack(matrix: GroupedMatrix, first: int = 0, last: int | None = None) -> tuple[Tensor, ...]:
-    """Returns codes, scales and shifts of rows `first` (a multiple of 8) to `last`.
-
-    Returns:
-        [n, K] uint8, [n, G] fp32 and [n, G] fp32 (zero points or minima; the middle code for
-        `NONE`).
-    """
-    grid, inputs = matrix.grid, matrix.inputs
-    last = matrix.outputs if last is None else last
-    data = matrix.data[first // OUTPUTS : -(-last // OUTPUTS)]
-    blocks, groups, span = len(data), -(-inputs // GROUP), grid.span(inputs)
-    codes, headers = list[Tensor](), list[Tensor]()
-    at, width = 0, grid.code_bytes()
-    for start in range(0, groups, span):
-        count = min(span, groups - start)
-        codes.append(data[:, at : at + count * width].view(blocks, count, width))
-        at += count * width
-        headers.append(data[:, at : at + grid.header_bytes()])
-        at += grid.header_bytes()
-    chunks = _unpack_codes(torch.cat(codes, dim=1), grid.bits)  # [N/8, groups, 8, 32]
-    rows = chunks.view(blocks, groups, 8, OUTPUTS, 4).permute(0, 3, 1, 2, 4)
-    header = torch.stack(headers, dim=1).contiguous()  # [N/8, G, bytes]
-    scales = _rows(header[..., :16].contiguous().view(grid.scale_dtype).float())
-    if grid.shift == NONE:
-        shifts = torch.full_like(scales, 1 << (grid.bits - 1))
-    elif grid.shift == ZEROS:
-        shifts = _rows(header[..., 16:].float())
-    else:
-        shifts = _rows(header[..., 16:].contiguous().view(torch.float16).float())
-    count = last - first
-    flat = rows.reshape(blocks * OUTPUTS, -1)[:count, :inputs]
-    return flat, scales[:count], shifts[:count]
-
-
-def dequantize(matrix: GroupedMatrix, first: int = 0, last: int | None = None) -> Tensor:
-    """Returns rows `first` (a multiple of 8) to `last` of the weight, [n, K] fp32."""
-    codes, scales, shifts = unpack(matrix, first, last)
-    index = torch.arange(matrix.inputs, device=codes.device) // (
-        matrix.grid.span(matrix.inputs) * GROUP
-    )
-    scale, shift = scales[:, index], shifts[:, index]
-    values = codes.float()
-    return values * scale + shift if matrix.grid.shift == MINIMA else (values - shift) * scale
-
-
-def grouped_linear(x: Tensor, matrix: GroupedMatrix, bias: Tensor | None = None) -> Tensor:
-    """Returns x Wᵀ + b; differentiable with respect to `x`.
-
-    Args:
-        x: [..., K].
-        matrix: the weight [N, K].
-        bias: [N] or None.
-
-    Returns:
-        [..., N], dtype of `x`.
-    """
-    if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _Differentiable.apply(x, matrix, bias)
-        return out
-    kernels = kernels_for(x, x)
-    if kernels is None or matrix.data.device.type != "cpu":
-        return reference_grouped_linear(x, matrix, bias)
-    x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], matrix.outputs), dtype=x.dtype)
-    bias = None if bias is None else bias.float()
-    rows, code = x.numel() // matrix.inputs, DTYPE_CODES[x.dtype]
-    kernels.quantized_linear(address(x), address(y), code, rows, matrix_struct(matrix, bias))
-    return y
-
-
-def reference_grouped_linear(
-    x: Tensor, matrix: GroupedMatrix, bias: Tensor | None = None
-) -> Tensor:
-    """Reference for `grouped_linear`: dequantizes the weight and does not quantize `x`."""
-    parts = [
-        F.linear(x, dequantize(matrix, first, min(first + BLOCK_OUTPUTS, matrix.outputs)).to(x))
-        for first in range(0, matrix.outputs, BLOCK_OUTPUTS)
-    ]
-    y = torch.cat(parts, dim=-1)
-    return y if bias is None else y + bias
-
-
-def matrix_struct(matrix: GroupedMatrix, bias: Tensor | None) -> Matrix:
-    """Returns the matrix as the kernels expect it; it and `bias` (fp32) must outlive the struct."""
-    return Matrix(
-        data=address(matrix.data),
-        bias=address(bias),
-        outputs=matrix.outputs,
-        inputs=matrix.inputs,
-        format=GROUPED,
-        bits=matrix.grid.bits,
-        scale_type=SCALE_CODES[matrix.grid.scale_dtype],
-        shift=matrix.grid.shift,
-        span=matrix.grid.span(matrix.inputs),
-    )
-
-
-class _Differentiable(torch.autograd.Function):
-    """The reference; saves only the quantized weight and dequantizes it again in backward."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, matrix: GroupedMatrix, bias: Tensor | None) -> Tensor:
-        ctx.matrix = matrix
-        return reference_grouped_linear(x, matrix, bias)
-
-    @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
-        (grad,) = grads
-        total = grad.new_zeros((*grad.shape[:-1], ctx.matrix.inputs))
-        for first in range(0, ctx.matrix.outputs, BLOCK_OUTPUTS):
-            last = min(first + BLOCK_OUTPUTS, ctx.matrix.outputs)
-            total += grad[..., first:last] @ dequantize(ctx.matrix, first, last).to(grad)
-        to_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return total, None, to_bias
 
 
 def _pack_codes(chunks: Tensor, bits: int) -> Tensor:
@@ -286,11 +219,6 @@ __all__ = [
     "ZEROS",
     "Grid",
     "GroupedMatrix",
-    "dequantize",
-    "grouped_linear",
-    "matrix_struct",
     "pack",
-    "reference_grouped_linear",
-    "unpack",
     "unsupported_reason",
 ]

@@ -5,11 +5,7 @@ Shapes: N outputs, K inputs, T rows, G = ⌈K/32⌉ groups of inputs.
     int8   w = s_n q             scale per output channel, symmetric              q in -127 .. 127
     int4   w = s (q - 8) + c     scale and offset per output and 32 inputs        q in 0 .. 15
 
-On a CPU the C kernel also quantizes each activation row to int8, with a scale for every 32 inputs
-(as llama.cpp does), so that dot products of codes are exact integers; its results are
-batch-invariant. Without a compiler, on other devices, and where a gradient is needed (an adapter on
-a quantized base), the weights are dequantized block by block and multiplied in the dtype of the
-rows.
+Products: `ops.packed_linear`.
 """
 
 from dataclasses import dataclass
@@ -18,16 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from easyllm.ops.autograd import Context
-from easyllm.ops.kernels import kernels_for
-from easyllm.ops.kernels.structs import BIT_CODES, DTYPE_CODES, Matrix, address
+from easyllm.ops.kernels.structs import BIT_CODES, Matrix, address
 
 GROUP = 32
 """Group size: inputs that share a scale."""
 OUTPUTS = 8
 """Outputs whose codes are interleaved; see kernels/matrix.h for the layout."""
-BLOCK_OUTPUTS = 4096
-"""Outputs that are dequantized at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +42,33 @@ class QuantizedMatrix:
     def bits(self) -> int:
         """Bits per weight, 4 or 8."""
         return 4 if self.scales is None else 8
+
+    def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Returns rows `first`, a multiple of 8, to `last` (exclusive), [n, K] fp32."""
+        last = self.outputs if last is None else last
+        data = self.data[first // OUTPUTS : -(-last // OUTPUTS)]
+        blocks, groups = data.shape[:2]
+        if self.scales is not None:
+            values = data.view(blocks, groups, 8, OUTPUTS, 4).float()
+            values *= self.scales[first:].view(-1, 1, 1, OUTPUTS, 1)[:blocks]
+        else:
+            both = data[..., :128].reshape(blocks, groups, 4, OUTPUTS, 4)
+            values = torch.cat([both & 15, both >> 4], dim=2).float().sub_(8)
+            step, middle = data[..., 128:].contiguous().view(torch.float16).float().chunk(2, dim=2)
+            values = values.mul_(step[:, :, None, :, None]).add_(middle[:, :, None, :, None])
+        weight = values.permute(0, 3, 1, 2, 4).reshape(blocks * OUTPUTS, -1)
+        return weight[: last - first, : self.inputs]
+
+    def struct(self, bias: Tensor | None) -> Matrix:
+        """Returns the weight as the kernels expect it; it and `bias`, fp32, must outlive it."""
+        return Matrix(
+            data=address(self.data),
+            scales=address(self.scales),
+            bias=address(bias),
+            outputs=self.outputs,
+            inputs=self.inputs,
+            format=BIT_CODES[self.bits],
+        )
 
 
 def pack_int8(codes: Tensor, scales: Tensor) -> QuantizedMatrix:
@@ -85,76 +104,12 @@ def packed_bytes(outputs: int, inputs: int, bits: int) -> int:
     return blocks * groups * 160 if bits == 4 else blocks * (groups * 256 + OUTPUTS * 4)
 
 
-def dequantize(matrix: QuantizedMatrix, first: int = 0, last: int | None = None) -> Tensor:
-    """Returns rows `first` to `last` of the weight in fp32; all of them by default.
-
-    Args:
-        matrix: the quantized weight [N, K].
-        first: first output, a multiple of 8.
-        last: end of the outputs (exclusive); None means N.
-
-    Returns:
-        [last - first, K] fp32.
-    """
-    last = matrix.outputs if last is None else last
-    data = matrix.data[first // OUTPUTS : -(-last // OUTPUTS)]
-    blocks, groups = data.shape[:2]
-    if matrix.scales is not None:
-        values = data.view(blocks, groups, 8, OUTPUTS, 4).float()
-        values *= matrix.scales[first:].view(-1, 1, 1, OUTPUTS, 1)[:blocks]
-    else:
-        both = data[..., :128].reshape(blocks, groups, 4, OUTPUTS, 4)
-        values = torch.cat([both & 15, both >> 4], dim=2).float().sub_(8)
-        step, middle = data[..., 128:].contiguous().view(torch.float16).float().chunk(2, dim=2)
-        values = values.mul_(step[:, :, None, :, None]).add_(middle[:, :, None, :, None])
-    weight = values.permute(0, 3, 1, 2, 4).reshape(blocks * OUTPUTS, -1)
-    return weight[: last - first, : matrix.inputs]
-
-
 def dequantize_rows(matrix: QuantizedMatrix, rows: Tensor) -> Tensor:
     """Returns rows `rows: [T]` of an int8 weight as [T, K] fp32: an embedding lookup."""
     assert matrix.scales is not None, "embeddings are int8"
     shape = (matrix.data.shape[0], -1, 8, OUTPUTS, 4)
     codes = matrix.data.view(shape)[rows // OUTPUTS, :, :, rows % OUTPUTS]  # [T, G, 8 chunks, 4]
     return codes.flatten(1)[:, : matrix.inputs].float() * matrix.scales[rows, None]
-
-
-def quantized_linear(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None = None) -> Tensor:
-    """Returns x Wᵀ + b; differentiable with respect to `x`.
-
-    Args:
-        x: [..., K].
-        matrix: the quantized weight [N, K].
-        bias: [N] or None.
-
-    Returns:
-        [..., N], dtype of `x`.
-    """
-    if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _Differentiable.apply(x, matrix, bias)
-        return out
-    kernels = kernels_for(x, matrix.scales if matrix.scales is not None else x)
-    if kernels is None or matrix.data.device.type != "cpu":
-        return reference_quantized_linear(x, matrix, bias)
-    x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], matrix.outputs), dtype=x.dtype)
-    bias = None if bias is None else bias.float()
-    rows = x.numel() // matrix.inputs
-    code = DTYPE_CODES[x.dtype]
-    kernels.quantized_linear(address(x), address(y), code, rows, matrix_struct(matrix, bias))
-    return y
-
-
-def reference_quantized_linear(
-    x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None = None
-) -> Tensor:
-    """Reference for `quantized_linear`: dequantizes the weight and does not quantize `x`."""
-    parts = [
-        F.linear(x, dequantize(matrix, first, min(first + BLOCK_OUTPUTS, matrix.outputs)).to(x))
-        for first in range(0, matrix.outputs, BLOCK_OUTPUTS)
-    ]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return y if bias is None else y + bias
 
 
 def quantize_rows(x: Tensor) -> Tensor:
@@ -169,41 +124,8 @@ def quantize_rows(x: Tensor) -> Tensor:
     return rounded
 
 
-def matrix_struct(matrix: QuantizedMatrix, bias: Tensor | None) -> Matrix:
-    """Returns the matrix as the kernels expect it.
-
-    The matrix and `bias`, which is fp32, must outlive the struct.
-    """
-    return Matrix(
-        data=address(matrix.data),
-        scales=address(matrix.scales),
-        bias=address(bias),
-        outputs=matrix.outputs,
-        inputs=matrix.inputs,
-        format=BIT_CODES[matrix.bits],
-    )
-
-
 def _chunks(codes: Tensor, fill: int) -> Tensor:
     """Rearranges [N, K] to [⌈N/8⌉, G, 8 chunks, 8 outputs, 4 inputs], padded with `fill`."""
     outputs, inputs = codes.shape
     codes = F.pad(codes, (0, -inputs % GROUP, 0, -outputs % OUTPUTS), value=fill)
     return codes.view(-1, OUTPUTS, codes.shape[1] // GROUP, 8, 4).permute(0, 2, 3, 1, 4)
-
-
-class _Differentiable(torch.autograd.Function):
-    """The reference; saves only the quantized weight and dequantizes it again in backward."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
-        ctx.matrix = matrix
-        return reference_quantized_linear(x, matrix, bias)
-
-    @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = grads
-        total = grad.new_zeros((*grad.shape[:-1], ctx.matrix.inputs))
-        for first in range(0, ctx.matrix.outputs, BLOCK_OUTPUTS):
-            last = min(first + BLOCK_OUTPUTS, ctx.matrix.outputs)
-            total += grad[..., first:last] @ dequantize(ctx.matrix, first, last).to(grad)
-        return total, None, None

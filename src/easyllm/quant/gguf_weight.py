@@ -16,12 +16,10 @@ from easyllm.ops.grouped_linear import (
     NONE,
     Grid,
     GroupedMatrix,
-    dequantize,
-    grouped_linear,
-    matrix_struct,
     pack,
 )
 from easyllm.ops.kernels.structs import Matrix
+from easyllm.ops.packed_linear import packed_linear
 from easyllm.quant.gguf_blocks import BLOCK, TYPES
 
 BITS = {"q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5, "q8_0": 8}
@@ -47,18 +45,24 @@ class GGUFWeight(PackedStorage):
         stored = raw if self.grid is None else repacked(raw, type, shape, self.grid).data
         self.register_buffer("data", stored)
 
+    @property
+    def matrix(self) -> GroupedMatrix | None:
+        """The weight in the layout of the kernels; None for K-quants."""
+        return None if self.grid is None else GroupedMatrix(self.data, self.grid, *self.shape)
+
     def linear(
         self, x: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
     ) -> Tensor:
         """Returns x Wᵀ + b, [..., N] in the dtype of `x: [..., K]`; always batch-invariant."""
-        if self.grid is None:
+        matrix = self.matrix
+        if matrix is None:
             return super().linear(x, bias, deterministic=deterministic)
-        return grouped_linear(x, GroupedMatrix(self.data, self.grid, *self.shape), bias)
+        return packed_linear(x, matrix, bias)
 
     def dense(self) -> Tensor:
         """Returns the dequantized weight [N, K]."""
-        if self.grid is not None:
-            return dequantize(GroupedMatrix(self.data, self.grid, *self.shape)).to(self.dtype)
+        if self.matrix is not None:
+            return self.matrix.dequantize().to(self.dtype)
         kind = getattr(gguf.GGMLQuantizationType, self.kind.upper())
         values = gguf.quants.dequantize(self.data.cpu().numpy(), kind)
         return torch.from_numpy(values).view(self.shape).to(self.device, self.dtype)
@@ -69,9 +73,7 @@ class GGUFWeight(PackedStorage):
 
     def kernel_matrix(self, bias: Tensor | None) -> Matrix | None:
         """Returns the weight in the format of the C kernels; None for K-quants."""
-        if self.grid is None:
-            return None
-        return matrix_struct(GroupedMatrix(self.data, self.grid, *self.shape), bias)
+        return None if self.matrix is None else self.matrix.struct(bias)
 
 
 def grid_of(type: str) -> Grid | None:

@@ -18,13 +18,11 @@ from easyllm.ops.grouped_linear import (
     ZEROS,
     Grid,
     GroupedMatrix,
-    grouped_linear,
-    matrix_struct,
     pack,
-    unpack,
     unsupported_reason,
 )
 from easyllm.ops.kernels.structs import Matrix
+from easyllm.ops.packed_linear import packed_linear
 from easyllm.quant.formats.bits import pack_bits, unpack_bits
 from easyllm.quant.quant_tensor import QuantTensor
 from easyllm.quant.spec import QuantSpec
@@ -132,7 +130,7 @@ class KernelWeight(UniformWeight):
     ) -> Tensor:
         """Returns x Wᵀ + b, [..., N] in the dtype of `x: [..., K]`; always batch-invariant."""
         x = x if self.order is None else x.index_select(-1, self.order)
-        return grouped_linear(x, self.matrix, bias)
+        return packed_linear(x, self.matrix, bias)
 
     def quant_tensor(self, ids: Tensor | None = None) -> QuantTensor:
         """Returns the weight, or its rows `ids: [T]`, with one byte a code."""
@@ -150,16 +148,16 @@ class KernelWeight(UniformWeight):
 
     def _rows(self, ids: Tensor | None) -> tuple[Tensor, ...]:
         if ids is None:
-            return unpack(self.matrix)
+            return self.matrix.unpack()
         blocks = self.data[ids // OUTPUTS]  # each row with the seven others of its block
-        whole = unpack(GroupedMatrix(blocks, self.grid, len(ids) * OUTPUTS, self.shape[1]))
+        whole = GroupedMatrix(blocks, self.grid, len(ids) * OUTPUTS, self.shape[1]).unpack()
         place = torch.arange(len(ids), device=ids.device) * OUTPUTS + ids % OUTPUTS
         codes, scales, shifts = whole
         return codes[place], scales[place], shifts[place]
 
     def kernel_matrix(self, bias: Tensor | None) -> Matrix | None:
         """Returns the weight in the format of the C kernels; None in activation order."""
-        return None if self.order is not None else matrix_struct(self.matrix, bias)
+        return None if self.order is not None else self.matrix.struct(bias)
 
 
 def kernel_grid(spec: QuantSpec, inputs: int) -> Grid:

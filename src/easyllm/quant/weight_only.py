@@ -1,7 +1,7 @@
 """Weight-only quantization of a loaded model to int8 or int4.
 
 The CPU's kernels also quantize each row of activations, while they multiply
-(`ops/quantized_linear`).
+(`ops/packed_linear`).
 
 int8 is symmetric with one scale per output channel. int4 is asymmetric with groups of 32 inputs:
 its codes span the minimum to the maximum of a group, which recovers the original grid of a

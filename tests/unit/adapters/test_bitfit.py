@@ -14,9 +14,12 @@ from easyllm.adapters import (
     merge,
     save_adapter,
 )
+from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
+from easyllm.examples.sample import Sample
 from easyllm.models import hf_module_name
 from easyllm.quant import quantize_weights
+from easyllm.train.objectives import LanguageModel
 from tiny_models import build_tiny
 
 IDS = torch.arange(5, 45)
@@ -91,3 +94,17 @@ def test_the_biases_and_norms_of_a_quantized_model_are_trained():
     assert not torch.allclose(model.logits(IDS), before, atol=1e-2)
     with pytest.raises(ConfigError, match="is quantized"):
         attach(quantize_weights(build_tiny(), "int8"), BitFitConfig(parameters=("q_proj.weight",)))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+def test_every_bias_of_a_quantized_model_gets_its_gradient(scheme):
+    """Those of the first layer too, whose input has no gradient."""
+    model = quantize_weights(build_tiny(**BIASES), scheme).train()
+    adapters = attach(model, BitFitConfig(parameters=("*bias",)))
+    batch = pack([Sample.from_mask(tuple(IDS.tolist()))])
+    LanguageModel().loss(model, batch).sum.backward()
+    for name in adapters.base_parameters:
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None, name
+        # a constant added to all keys changes no attention weight
+        assert name.endswith("k_proj.bias") or bool(gradient.any()), name

@@ -1,0 +1,106 @@
+"""Linear layers with weights in a layout of the C kernels: int8, int4, and grids of 2 to 8 bits.
+
+On a CPU the kernel also quantizes each activation row to int8, with a scale for every 32 inputs (as
+llama.cpp does), so that dot products of codes are exact integers; its results are batch-invariant.
+Without a compiler, on other devices, and where a gradient is needed (an adapter on a quantized
+base), the weights are dequantized block by block and multiplied in the dtype of the rows.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from easyllm.ops.autograd import Context
+from easyllm.ops.kernels import kernels_for
+from easyllm.ops.kernels.structs import DTYPE_CODES, Matrix, address
+
+BLOCK_OUTPUTS = 4096
+"""Outputs that are dequantized at a time."""
+
+
+class PackedMatrix(Protocol):
+    """A quantized weight [N, K] in a layout of the C kernels."""
+
+    @property
+    def data(self) -> Tensor:
+        """The codes."""
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+
+    def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Returns rows `first`, a multiple of 8, to `last` (exclusive), [n, K] fp32."""
+
+    def struct(self, bias: Tensor | None) -> Matrix:
+        """Returns the weight as the kernels expect it; it and `bias`, fp32, must outlive it."""
+
+
+def packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
+    """Returns x Wᵀ + b; differentiable in `x` and `bias`.
+
+    Args:
+        x: [..., K].
+        matrix: the quantized weight [N, K].
+        bias: [N] or None.
+
+    Returns:
+        [..., N], dtype of `x`.
+    """
+    trained = x.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and trained:
+        out: Tensor = _Differentiable.apply(x, matrix, bias)
+        return out
+    kernels = kernels_for(x)
+    if kernels is None or matrix.data.device.type != "cpu":
+        return reference_packed_linear(x, matrix, bias)
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], matrix.outputs), dtype=x.dtype)
+    bias = None if bias is None else bias.float()
+    rows, code = x.numel() // matrix.inputs, DTYPE_CODES[x.dtype]
+    kernels.quantized_linear(address(x), address(y), code, rows, matrix.struct(bias))
+    return y
+
+
+def reference_packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
+    """Reference for `packed_linear`: dequantizes the weight and does not quantize `x`."""
+    parts = [F.linear(x, matrix.dequantize(*ends).to(x)) for ends in _blocks(matrix)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return y if bias is None else y + bias
+
+
+def _blocks(matrix: PackedMatrix) -> list[tuple[int, int]]:
+    """Returns the first and the last row of each part that is dequantized at a time."""
+    return [
+        (first, min(first + BLOCK_OUTPUTS, matrix.outputs))
+        for first in range(0, matrix.outputs, BLOCK_OUTPUTS)
+    ]
+
+
+class _Differentiable(torch.autograd.Function):
+    """The reference; saves only the quantized weight and dequantizes it again in backward."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+        ctx.matrix = matrix
+        return reference_packed_linear(x, matrix, bias)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (grad,) = grads
+        total = None
+        if ctx.needs_input_grad[0]:
+            total = grad.new_zeros((*grad.shape[:-1], ctx.matrix.inputs))
+            for first, last in _blocks(ctx.matrix):
+                total += grad[..., first:last] @ ctx.matrix.dequantize(first, last).to(grad)
+        to_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return total, None, to_bias
+
+
+__all__ = ["PackedMatrix", "packed_linear", "reference_packed_linear"]
