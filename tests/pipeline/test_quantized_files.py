@@ -11,14 +11,15 @@ from easyllm.models import load_model
 from easyllm.models.families import family_of
 from easyllm.models.save import save_model
 from easyllm.nn.decoder import Decoder
-from easyllm.quant.formats import awq, compressed_tensors, gptq
+from easyllm.quant.formats import UNIFORM
+from easyllm.quant.gptq import GPTQOptions
+from easyllm.quant.gptq import gptq as quantize_gptq
 from easyllm.quant.layers import LayerQuantizer
 from easyllm.quant.methods import find_method
 from easyllm.quant.spec import QuantSpec
 from tiny_models import build_tiny, tiny_config
 
 IDS = torch.arange(5, 45)
-FORMATS = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors}
 CASES = {
     "gptq, v1": ("gptq", "gptq", {"bits": 4, "group_size": 16}, {}),
     "gptq, v2": ("gptq", "gptq", {"bits": 4, "group_size": 16, "symmetric": False}, {}),
@@ -45,7 +46,7 @@ def sequences():
 
 def quantized(case, model=None, skip=()):
     method, format, spec, settings = CASES[case]
-    grid, layout = QuantSpec(**spec), FORMATS[format]
+    grid, layout = QuantSpec(**spec), UNIFORM[format]
     model = model or build_tiny()
     quantizer = LayerQuantizer(
         method=find_method(method, **settings),
@@ -123,7 +124,7 @@ def test_calibration_and_widths_are_checked_before_any_work():
     quantizer = LayerQuantizer(
         method=find_method("gptq"),
         spec_of=lambda _: QuantSpec(bits=4, group_size=48),
-        store=lambda _, weight: gptq.storage(weight, model.dtype),
+        store=lambda _, weight: UNIFORM["gptq"].storage(weight, model.dtype),
     )
     with pytest.raises(ConfigError, match=r"q_proj cannot be quantized: .* does not divide 32"):
         quantizer.run(model, sequences())
@@ -151,3 +152,15 @@ def test_a_configuration_that_contradicts_the_tensors_is_refused(key, value, wor
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=words):
         load_model(tmp_path / "q")
+
+
+def test_a_layout_without_a_place_for_the_order_of_inputs_refuses_it():
+    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
+    model = build_tiny()
+    weight = model.layers[0].mixer.q_proj.weight
+    order = GPTQOptions(act_order=True)
+    spec = QuantSpec(bits=4, group_size=16, symmetric=False)
+    moved = quantize_gptq(weight, x.T @ x, spec, order)
+    for name in ("awq", "compressed-tensors"):
+        with pytest.raises(ConfigError, match=f"{name} cannot hold activation order"):
+            UNIFORM[name].storage(moved, torch.float32)

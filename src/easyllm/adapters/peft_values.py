@@ -54,7 +54,6 @@ TEXT = Type("text", lambda value: isinstance(value, str))
 NAMES = Type("a list of names", _is_names)
 TARGETS = Type("text or a list of names", lambda value: isinstance(value, str) or _is_names(value))
 LAYERS = Type("a layer's number or a list of them", _is_layers)
-OBJECT = Type("an object", lambda value: isinstance(value, dict))
 NUMBERS = Type(
     "an object of numbers or lists",
     lambda value: (

@@ -13,7 +13,7 @@ from easyllm.models.hf_config import CONFIG_FILE, GENERATION_FILE, with_end_ids,
 from easyllm.models.hf_names import hf_module_name, keymap_of
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
-from easyllm.quant import FORMATS
+from easyllm.quant import FORMATS, LAYOUTS
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 
@@ -80,8 +80,8 @@ def _packed_tensors(
     if not formats:
         return {}, None
     (name, *others) = sorted(formats)
-    format = FORMATS.get(name)
-    if others or format is None or not format.file_tensors:
+    format, layout = FORMATS.get(name), LAYOUTS.get(name)
+    if others or (layout is None and (format is None or not format.file_tensors)):
         raise CheckpointError(
             f"weights quantized as {' and '.join([name, *others])} exist only in memory and cannot "
             "be saved in Hugging Face format; save the unquantized model"
@@ -89,11 +89,12 @@ def _packed_tensors(
     layers = dict(model.weight_modules())
     packed = {n: layer.storage for n, layer in layers.items() if layer.storage.format == name}
     tensors = {f"{holder}.weight": storage.tensors() for holder, storage in packed.items()}
-    if format.config_of is None:
+    if layout is None:
+        assert format is not None, "checked above"
         return tensors, {"quant_method": name, **format.file_config}
     names = hf_module_name(model)
     skipped = [n for n, layer in layers.items() if n not in packed and isinstance(layer, Linear)]
-    config = format.config_of(
+    config = layout.config_of(
         {names(holder): storage for holder, storage in packed.items()}, [names(n) for n in skipped]
     )
     return tensors, config

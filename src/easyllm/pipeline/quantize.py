@@ -24,8 +24,8 @@ from easyllm.nn.linear import Linear
 from easyllm.nn.moe import ROUTERS
 from easyllm.pipeline.calibration import Calibration, calibration
 from easyllm.pipeline.quantize_options import QuantizeOptions
-from easyllm.quant import formats
 from easyllm.quant.calibrate import importance_matrix
+from easyllm.quant.formats import UNIFORM
 from easyllm.quant.gguf_blocks import TYPES
 from easyllm.quant.layers import LayerQuantizer, Report
 from easyllm.quant.methods import find_method
@@ -33,11 +33,6 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.verify.export_gate import Row, Variant, direct, run_gate
 from easyllm.verify.gate_text import GateText, gate_text
 
-LAYOUTS = {
-    "gptq": formats.gptq,
-    "awq": formats.awq,
-    "compressed-tensors": formats.compressed_tensors,
-}
 READERS = {
     "gptq": "easyllm, gptqmodel, transformers (with optimum and gptqmodel), vLLM",
     "awq": "easyllm, AutoAWQ, transformers (with gptqmodel), vLLM",
@@ -145,7 +140,7 @@ def _check_type(options: QuantizeOptions) -> None:
 
 def _check_layout(model: Decoder, options: QuantizeOptions) -> None:
     """Checks that the format can hold every linear, before any work."""
-    layout = LAYOUTS.get(options.file_format)
+    layout = UNIFORM.get(options.file_format)
     if layout is None:
         return
     for name, linear in _linears(model):
@@ -217,7 +212,7 @@ def _write_folder(
     found: Calibration | None,
     options: QuantizeOptions,
 ) -> list[str]:
-    layout = LAYOUTS[options.file_format]
+    layout = UNIFORM[options.file_format]
     settings = {"act_order": True} if options.act_order else {}
     quantizer = LayerQuantizer(
         method=find_method(options.method, **settings),

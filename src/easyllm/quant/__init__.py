@@ -4,9 +4,12 @@ from easyllm.quant import formats
 from easyllm.quant.blockwise4 import quantize_blockwise4
 from easyllm.quant.registry import (
     FORMATS,
+    LAYOUTS,
+    FileLayout,
     StorageFormat,
     find_scheme,
     format_of_checkpoint,
+    register_layout,
     register_storage,
     schemes,
 )
@@ -21,6 +24,8 @@ from easyllm.quant.weight_only import (
 
 __all__ = [
     "FORMATS",
+    "LAYOUTS",
+    "FileLayout",
     "QuantSpec",
     "StorageFormat",
     "find_scheme",
@@ -31,6 +36,7 @@ __all__ = [
     "quantize_blockwise4",
     "quantize_weight",
     "quantize_weights",
+    "register_layout",
     "register_storage",
     "schemes",
     "weight_bytes",

@@ -1,6 +1,6 @@
 """A weight on a uniform grid, independent of how files and kernels store it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,15 +45,6 @@ class QuantTensor:
         groups = self.groups()
         centred = self.codes.float() - self.zeros.float()[:, groups]
         return centred.mul_(self.scales[:, groups])
-
-    def rows(self, first: int, last: int) -> "QuantTensor":
-        """Returns the outputs `first` to `last` (exclusive) as a weight of its own."""
-        return replace(
-            self,
-            codes=self.codes[first:last],
-            scales=self.scales[first:last],
-            zeros=self.zeros[first:last],
-        )
 
 
 __all__ = ["QuantTensor"]

@@ -33,11 +33,6 @@ class StorageFormat:
             other values are refused on reading.
         unsupported_reason: returns why a weight of a given shape cannot be stored in this format;
             None if it can.
-        configured: returns the format for a checkpoint's `quantization_config`, which sets bits,
-            group size and the like, with its own `file_tensors` and `from_file`; raises
-            `CheckpointError` for values that are not supported.
-        config_of: (storages by file name of their modules, file names of the linears that are not
-            quantized) → the whole `quantization_config`; None for `quant_method` and `file_config`.
     """
 
     name: str
@@ -48,30 +43,59 @@ class StorageFormat:
     from_file: Callable[[Mapping[str, Tensor], Shape, torch.dtype], PackedStorage] | None = None
     file_config: JsonMapping = field(default_factory=dict)
     unsupported_reason: Callable[[Shape], str | None] = lambda _shape: None
-    configured: "Callable[[JsonMapping], StorageFormat] | None" = None
-    config_of: Callable[[Mapping[str, WeightStorage], Sequence[str]], JsonObject] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileLayout:
+    """A layout of quantized weights in checkpoints, whose `quantization_config` describes the grid.
+
+    Attributes:
+        name: its `quant_method`, and the `format` of its storages.
+        format_of: `quantization_config` → the storage format that reads such a file; raises
+            `CheckpointError` for values that are not supported.
+        config_of: (storages by file name of their modules, file names of the linears that are not
+            quantized) → `quantization_config`; raises `CheckpointError` if no one describes them.
+    """
+
+    name: str
+    format_of: Callable[[JsonMapping], StorageFormat]
+    config_of: Callable[[Mapping[str, WeightStorage], Sequence[str]], JsonObject]
 
 
 FORMATS: dict[str, StorageFormat] = {}
+LAYOUTS: dict[str, FileLayout] = {}
 
 
 def register_storage(format: StorageFormat) -> StorageFormat:
     """Registers a format for loading, quantizing, saving and memory planning; returns it.
 
     Raises:
-        ValueError: the name is already registered, or `file_tensors` is set without
-            `from_file` or `configured`, or one of these without it.
+        ValueError: the name is already registered, or only one of `file_tensors` and `from_file`
+            is set.
     """
-    if format.name in FORMATS or format.name == "dense":
-        raise ValueError(f"a storage format named {format.name!r} is already registered")
-    reads = format.from_file is not None or format.configured is not None
-    if bool(format.file_tensors) != reads:
+    _check_name(format.name)
+    if bool(format.file_tensors) != (format.from_file is not None):
         raise ValueError(
-            f"format {format.name!r} needs both file_tensors and from_file (or configured), or "
-            "neither"
+            f"format {format.name!r} needs both file_tensors and from_file, or neither"
         )
     FORMATS[format.name] = format
     return format
+
+
+def register_layout(layout: FileLayout) -> FileLayout:
+    """Registers a layout for loading and saving; returns it.
+
+    Raises:
+        ValueError: the name is already registered.
+    """
+    _check_name(layout.name)
+    LAYOUTS[layout.name] = layout
+    return layout
+
+
+def _check_name(name: str) -> None:
+    if name in FORMATS or name in LAYOUTS or name == "dense":
+        raise ValueError(f"a storage format named {name!r} is already registered")
 
 
 def schemes() -> list[str]:
@@ -103,7 +127,7 @@ def format_of_checkpoint(config: object) -> StorageFormat | None:
         return None
     if not isinstance(config, Mapping):
         config = {"quant_method": config}
-    readable = [name for name, format in FORMATS.items() if format.file_tensors]
+    readable = [*LAYOUTS, *(name for name, format in FORMATS.items() if format.file_tensors)]
     name = config.get("quant_method")
     if name not in readable:
         known = f"supported: {', '.join(readable)}" if readable else "no format is supported yet"
@@ -111,9 +135,9 @@ def format_of_checkpoint(config: object) -> StorageFormat | None:
             f"config.json declares weights quantized as {name!r}, which cannot be read ({known}); "
             "use the checkpoint with unquantized weights"
         )
+    if name in LAYOUTS:
+        return LAYOUTS[str(name)].format_of(config)
     format = FORMATS[str(name)]
-    if format.configured is not None:
-        return format.configured(config)
     for key, value in config.items():
         expected = format.file_config.get(key, value if key == "quant_method" else None)
         if value != expected:

@@ -47,16 +47,14 @@ class Grid:
         return self.values(self.codes(weight))
 
 
-def grid_of(weight: Tensor, spec: QuantSpec, *, ratio: float = 1.0) -> Grid:
+def grid_of(weight: Tensor, spec: QuantSpec) -> Grid:
     """Returns the grids of groups of weights.
 
     Args:
         weight: [..., g], a group in the last dim.
         spec: bits, symmetry, dtype of scales.
-        ratio: the share of the range that the grid covers; values beyond it are clipped.
     """
-    least, most = weight.float().aminmax(dim=-1)
-    return grid_between(least * ratio, most * ratio, spec)
+    return grid_between(*weight.float().aminmax(dim=-1), spec)
 
 
 def grid_between(least: Tensor, most: Tensor, spec: QuantSpec) -> Grid:

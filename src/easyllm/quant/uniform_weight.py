@@ -40,15 +40,20 @@ class UniformWeight(PackedStorage):
         to_file: returns the file's tensors of the weight.
     """
 
-    group_of: Tensor | None
+    is_moved: bool
+    """Whether inputs were moved between groups (activation order)."""
 
     def __init__(
         self, weight: QuantTensor, dtype: torch.dtype, format: str, to_file: FileTensors
     ) -> None:
         super().__init__(weight.shape, dtype)
         self.format, self.spec, self.to_file = format, weight.spec, to_file
-        group_of = weight.group_of
-        self.register_buffer("group_of", None if group_of is None else group_of.to(torch.int32))
+        self.is_moved = weight.group_of is not None
+        self.hold(weight)
+
+    def hold(self, weight: QuantTensor) -> None:
+        """Registers the buffers of a weight."""
+        raise NotImplementedError
 
     def quant_tensor(self, ids: Tensor | None = None) -> QuantTensor:
         """Returns the weight, or its rows `ids: [T]`, with one byte a code."""
@@ -73,14 +78,15 @@ class WordWeight(UniformWeight):
     words: Tensor
     scales: Tensor
     zeros: Tensor | None
+    group_of: Tensor | None
 
-    def __init__(
-        self, weight: QuantTensor, dtype: torch.dtype, format: str, to_file: FileTensors
-    ) -> None:
-        super().__init__(weight, dtype, format, to_file)
+    def hold(self, weight: QuantTensor) -> None:
+        """Registers words, scales, zero points and the groups of inputs that were moved."""
+        group_of = weight.group_of
         self.register_buffer("words", pack_bits(weight.codes, weight.spec.bits))
         self.register_buffer("scales", weight.scales.to(weight.spec.torch_scale_dtype))
         self.register_buffer("zeros", None if weight.spec.symmetric else weight.zeros)
+        self.register_buffer("group_of", None if group_of is None else group_of.to(torch.int32))
 
     def quant_tensor(self, ids: Tensor | None = None) -> QuantTensor:
         """Returns the weight, or its rows `ids: [T]`, with one byte a code."""
@@ -105,10 +111,8 @@ class KernelWeight(UniformWeight):
     data: Tensor
     order: Tensor | None
 
-    def __init__(
-        self, weight: QuantTensor, dtype: torch.dtype, format: str, to_file: FileTensors
-    ) -> None:
-        super().__init__(weight, dtype, format, to_file)
+    def hold(self, weight: QuantTensor) -> None:
+        """Registers the packed data and, where inputs were moved, their order."""
         order = None if weight.group_of is None else weight.group_of.argsort(stable=True)
         codes = weight.codes if order is None else weight.codes[:, order]
         self.grid = kernel_grid(weight.spec, self.shape[1])
@@ -135,15 +139,19 @@ class KernelWeight(UniformWeight):
     def quant_tensor(self, ids: Tensor | None = None) -> QuantTensor:
         """Returns the weight, or its rows `ids: [T]`, with one byte a code."""
         codes, scales, zeros = self._rows(ids)
+        group_of = None
         if self.order is not None:
-            moved, codes = codes, torch.empty_like(codes)
-            codes[:, self.order.long()] = moved
+            order, moved = self.order.long(), codes
+            codes, group_of = torch.empty_like(moved), torch.empty_like(order)
+            codes[:, order] = moved
+            # every group has the same size, see `uniform_weight`
+            group_of[order] = torch.arange(len(order), device=order.device) // self.grid.group_size
         return QuantTensor(
             codes=codes,
             scales=scales,
             zeros=zeros.to(torch.uint8),
             spec=self.spec,
-            group_of=None if self.group_of is None else self.group_of.long(),
+            group_of=group_of,
         )
 
     def _rows(self, ids: Tensor | None) -> tuple[Tensor, ...]:

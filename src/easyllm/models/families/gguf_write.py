@@ -4,9 +4,6 @@ Keys are those of the GGUF specification, without the architecture in front. Siz
 u32, fractions as f32, as llama.cpp's converter writes them.
 """
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from easyllm.core.errors import CheckpointError
@@ -14,9 +11,6 @@ from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.models.families.gguf_layout import Transform
 from easyllm.nn.position_config import Llama3Scaling
 from easyllm.nn.rope_scaling import frequencies, llama3_frequencies
-
-Writer = Callable[[JsonMapping], JsonObject]
-"""Returns the metadata of a `config.json`."""
 
 
 def write_llama(hf: JsonMapping) -> JsonObject:
@@ -109,16 +103,9 @@ def interleave(heads: str) -> Transform:
     return lambda tensor, config: interleave_rows(tensor, config[heads])
 
 
-def plus_one(tensor: Tensor, _config: JsonMapping) -> Tensor:
-    """Converts the norm weight w that HF stores to the 1 + w of the file (Gemma)."""
-    return tensor + torch.ones((), dtype=tensor.dtype)
-
-
 __all__ = [
-    "Writer",
     "interleave",
     "interleave_rows",
-    "plus_one",
     "rope_factors",
     "write_llama",
     "write_mistral",

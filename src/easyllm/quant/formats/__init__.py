@@ -1,5 +1,11 @@
-"""Layouts of quantized weights on disk: one file each, which registers its storage format."""
+"""Layouts of quantized weights on disk: one file each, which registers it."""
 
 from easyllm.quant.formats import awq, compressed_tensors, gptq
+from easyllm.quant.formats.layout import UniformLayout
 
-__all__ = ["awq", "compressed_tensors", "gptq"]
+UNIFORM: dict[str, UniformLayout] = {
+    layout.name: layout for layout in (gptq.LAYOUT, awq.LAYOUT, compressed_tensors.LAYOUT)
+}
+"""The layouts of uniform grids by name."""
+
+__all__ = ["UNIFORM", "UniformLayout", "awq", "compressed_tensors", "gptq"]

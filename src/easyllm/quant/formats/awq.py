@@ -12,17 +12,14 @@ from torch import Tensor
 
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
-from easyllm.nn.storage import WeightStorage
 from easyllm.quant.formats.bits import pack_bits, unpack_bits
-from easyllm.quant.formats.config_keys import check_config, valid
+from easyllm.quant.formats.config_keys import valid
+from easyllm.quant.formats.layout import UniformLayout, check_shapes
 from easyllm.quant.quant_tensor import QuantTensor
-from easyllm.quant.registry import StorageFormat, register_storage
 from easyllm.quant.spec import QuantSpec
-from easyllm.quant.uniform_weight import UniformWeight, uniform_weight
 
 NAME = "awq"
 TENSORS = ("qweight", "qzeros", "scales")
-BITS = (4,)
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output of a word in each of its nibbles, the lowest first."""
 
@@ -80,12 +77,7 @@ def from_tensors(
         "qzeros": (groups, outputs // 8),
         "scales": (groups, outputs),
     }
-    for name, its in expected.items():
-        if tuple(tensors[name].shape) != its:
-            raise CheckpointError(
-                f"{name} has shape {list(tensors[name].shape)}, expected {list(its)} for 4 bits in "
-                f"groups of {spec.group(inputs)}"
-            )
+    check_shapes(tensors, expected, spec, inputs)
     return QuantTensor(
         codes=_unpack(tensors["qweight"], outputs).T.contiguous(),
         scales=tensors["scales"].float().T.contiguous(),
@@ -108,57 +100,6 @@ def spec_of(config: JsonMapping) -> QuantSpec:
     )
 
 
-def storage(weight: QuantTensor, dtype: torch.dtype) -> UniformWeight:
-    """Returns the weight as it is kept in memory."""
-    return uniform_weight(weight, dtype, NAME, to_tensors)
-
-
-def _configured(config: JsonMapping) -> StorageFormat:
-    check_config(config, honoured=_HONOURED, neutral=_NEUTRAL)
-    for key, expected in (("version", "gemm"), ("zero_point", True), ("bits", 4)):
-        if config.get(key, expected) != expected:
-            raise CheckpointError(
-                f"config.json sets quantization_config.{key}={config[key]!r}, which is not "
-                f"supported for {NAME} (expected {expected!r})"
-            )
-    spec = spec_of(config)
-    return StorageFormat(
-        name=NAME,
-        num_bytes=lambda shape: round(shape[0] * shape[1] * spec.bits_per_weight(shape[1]) / 8),
-        file_tensors=TENSORS,
-        from_file=lambda tensors, shape, dtype: storage(
-            from_tensors(tensors, shape, config), dtype
-        ),
-        unsupported_reason=lambda shape: unsupported_reason(spec, *shape),
-    )
-
-
-def _config_of(packed: Mapping[str, WeightStorage], skipped: Sequence[str]) -> JsonObject:
-    specs = {its.spec for its in packed.values() if isinstance(its, UniformWeight)}
-    if len(specs) != 1:
-        raise CheckpointError(
-            "an AWQ file has one grid for all linears, got several; write compressed-tensors"
-        )
-    inner = [name for name in skipped if ".layers." in name]
-    return to_config(specs.pop()) | {"modules_to_not_convert": inner or None}
-
-
-_HONOURED = ("bits", "group_size", "zero_point", "version", "modules_to_not_convert")
-_NEUTRAL = ("backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config")
-"""Keys that are read, and keys of how a reader runs the file. Which linears are quantized follows
-from the file's tensors."""
-
-register_storage(
-    StorageFormat(
-        name=NAME,
-        num_bytes=lambda shape: shape[0] * shape[1],
-        file_tensors=TENSORS,
-        configured=_configured,
-        config_of=_config_of,
-    )
-)
-
-
 def _pack(codes: Tensor) -> Tensor:
     """Packs `codes: [R, N]` to int32 [R, N/8]."""
     ordered = codes.unflatten(1, (-1, 8))[..., list(ORDER)]
@@ -173,4 +114,40 @@ def _unpack(words: Tensor, outputs: int) -> Tensor:
     return codes.flatten(1)
 
 
-__all__ = ["BITS", "NAME", "TENSORS", "from_tensors", "spec_of", "to_config", "to_tensors"]
+def _check(config: JsonMapping) -> None:
+    for key, expected in (("version", "gemm"), ("zero_point", True), ("bits", 4)):
+        if config.get(key, expected) != expected:
+            raise CheckpointError(
+                f"config.json sets quantization_config.{key}={config[key]!r}, which is not "
+                f"supported for {NAME} (expected {expected!r})"
+            )
+
+
+def _describe(
+    spec: QuantSpec,
+    skipped: Sequence[str],
+    moved: bool,  # noqa: ARG001 - of the interface
+) -> JsonObject:
+    inner = [name for name in skipped if ".layers." in name]
+    return to_config(spec) | {"modules_to_not_convert": inner or None}
+
+
+_HONOURED = ("bits", "group_size", "zero_point", "version", "modules_to_not_convert")
+_NEUTRAL = ("backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config")
+"""Keys that are read, and keys of how a reader runs the file. Which linears are quantized follows
+from the file's tensors."""
+
+LAYOUT = UniformLayout(
+    name=NAME,
+    tensors=lambda _: TENSORS,
+    unsupported_reason=unsupported_reason,
+    to_tensors=to_tensors,
+    from_tensors=from_tensors,
+    spec_of=spec_of,
+    describe=_describe,
+    check=_check,
+    honoured=_HONOURED,
+    neutral=_NEUTRAL,
+).register()
+
+__all__ = ["LAYOUT", "NAME", "from_tensors", "spec_of", "to_config", "to_tensors"]

@@ -24,11 +24,10 @@ def pack_bits(codes: Tensor, bits: int, *, dim: int = 1) -> Tensor:
     """
     if dim == 0:
         return pack_bits(codes.T, bits).T.contiguous()
-    rows, count = codes.shape
-    words = packed_words(count, bits)
-    result = torch.zeros(rows, words, dtype=torch.int64, device=codes.device)
-    for place, index in enumerate(_places(bits)):
-        column = codes[:, place :: len(_places(bits))].long()
+    places, words = _places(bits), packed_words(codes.shape[1], bits)
+    result = torch.zeros(len(codes), words, dtype=torch.int64, device=codes.device)
+    for place, index in enumerate(places):
+        column = codes[:, place :: len(places)].long()
         for word, shift in index:
             its = result[:, word :: _words_of(bits)][:, : column.shape[1]]
             its |= (column << shift if shift >= 0 else column >> -shift) & 0xFFFFFFFF
@@ -46,10 +45,8 @@ def unpack_bits(words: Tensor, bits: int, count: int, *, dim: int = 1) -> Tensor
     """
     if dim == 0:
         return unpack_bits(words.T, bits, count).T.contiguous()
-    rows = words.shape[0]
-    unsigned = words.long() & 0xFFFFFFFF
-    places = _places(bits)
-    result = torch.zeros(rows, count, dtype=torch.uint8, device=words.device)
+    unsigned, places = words.long() & 0xFFFFFFFF, _places(bits)
+    result = torch.zeros(len(words), count, dtype=torch.uint8, device=words.device)
     for place, index in enumerate(places):
         target = result[:, place :: len(places)]
         value = torch.zeros(target.shape, dtype=torch.int64, device=words.device)

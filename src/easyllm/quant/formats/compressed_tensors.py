@@ -14,18 +14,15 @@ from torch import Tensor
 
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
-from easyllm.nn.storage import WeightStorage
 from easyllm.quant.formats.bits import pack_bits, packed_words, unpack_bits
-from easyllm.quant.formats.config_keys import check_config, valid
+from easyllm.quant.formats.config_keys import valid
+from easyllm.quant.formats.layout import UniformLayout, check_shapes
 from easyllm.quant.quant_tensor import QuantTensor
-from easyllm.quant.registry import StorageFormat, register_storage
 from easyllm.quant.spec import QuantSpec
-from easyllm.quant.uniform_weight import UniformWeight, uniform_weight
 
 NAME = "compressed-tensors"
 PACKED, INT = "pack-quantized", "int-quantized"
 TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-INT_TENSORS = ("weight", "weight_scale")
 BITS = (3, 4, 8)
 
 
@@ -152,19 +149,14 @@ def from_tensors(
     groups = inputs // spec.group(inputs)
     packed = config.get("format") == PACKED
     rows = _scale_rows(spec, outputs)
-    expected = {"weight_scale": (rows, groups)}
+    expected: dict[str, tuple[int, ...]] = {"weight": (outputs, inputs)}
     if packed:
-        expected["weight_packed"] = (outputs, packed_words(inputs, spec.bits))
+        expected = {"weight_packed": (outputs, packed_words(inputs, spec.bits))}
         if not spec.symmetric:
             expected["weight_zero_point"] = (packed_words(rows, spec.bits), groups)
-    else:
-        expected["weight"] = (outputs, inputs)
-    for name, its in expected.items():
-        if name not in tensors:
-            raise CheckpointError(f"{name} is missing")
-        got = tuple(tensors[name].shape)
-        if got != its and not (name == "weight_scale" and scale.numel() == rows * groups):
-            raise CheckpointError(f"{name} has shape {list(got)}, expected {list(its)}")
+    if scale.numel() != rows * groups:  # one scale may be a vector
+        expected["weight_scale"] = (rows, groups)
+    check_shapes(tensors, expected, spec, inputs)
     stored = tensors.get("weight_shape")
     if stored is not None and stored.tolist() != [outputs, inputs]:
         raise CheckpointError(f"weight_shape is {stored.tolist()}, expected {[outputs, inputs]}")
@@ -180,37 +172,21 @@ def from_tensors(
     return QuantTensor(codes=codes, scales=scales, zeros=zeros, spec=spec)
 
 
-def storage(weight: QuantTensor, dtype: torch.dtype) -> UniformWeight:
-    """Returns the weight as it is kept in memory."""
-    return uniform_weight(weight, dtype, NAME, to_tensors)
-
-
-def _configured(config: JsonMapping) -> StorageFormat:
-    check_config(config, honoured=_HONOURED, neutral=_NEUTRAL)
-    spec = spec_of(config)
+def _check(config: JsonMapping) -> None:
     kind = config.get("format")
     if kind != PACKED:
         raise CheckpointError(
             f"config.json sets quantization_config.format={kind!r}, which is not supported "
             f"(expected {PACKED!r})"
         )
-    tensors = TENSORS[:-1] if spec.symmetric else TENSORS
-    return StorageFormat(
-        name=NAME,
-        num_bytes=lambda shape: round(shape[0] * shape[1] * spec.bits_per_weight(shape[1]) / 8),
-        file_tensors=tensors,
-        from_file=lambda found, shape, dtype: storage(from_tensors(found, shape, config), dtype),
-        unsupported_reason=lambda shape: unsupported_reason(spec, *shape),
-    )
 
 
-def _config_of(packed: Mapping[str, WeightStorage], skipped: Sequence[str]) -> JsonObject:
-    specs = {its.spec for its in packed.values() if isinstance(its, UniformWeight)}
-    if len(specs) != 1:
-        raise CheckpointError(
-            "weights on several grids cannot be written yet; quantize all linears alike"
-        )
-    return to_config(specs.pop(), ignore=skipped)
+def _describe(
+    spec: QuantSpec,
+    skipped: Sequence[str],
+    moved: bool,  # noqa: ARG001 - of the interface
+) -> JsonObject:
+    return to_config(spec, ignore=skipped)
 
 
 _HONOURED = ("format", "config_groups", "ignore")
@@ -218,23 +194,24 @@ _NEUTRAL = ("quantization_status", "global_compression_ratio", "version", "spars
 """Keys that are read, and keys of how a file was made. Which linears are quantized follows from the
 file's tensors."""
 
-register_storage(
-    StorageFormat(
-        name=NAME,
-        num_bytes=lambda shape: shape[0] * shape[1],
-        file_tensors=TENSORS,
-        configured=_configured,
-        config_of=_config_of,
-    )
-)
+LAYOUT = UniformLayout(
+    name=NAME,
+    tensors=lambda spec: TENSORS[:-1] if spec.symmetric else TENSORS,
+    unsupported_reason=unsupported_reason,
+    to_tensors=to_tensors,
+    from_tensors=from_tensors,
+    spec_of=spec_of,
+    describe=_describe,
+    check=_check,
+    honoured=_HONOURED,
+    neutral=_NEUTRAL,
+).register()
 
 __all__ = [
-    "BITS",
     "INT",
-    "INT_TENSORS",
+    "LAYOUT",
     "NAME",
     "PACKED",
-    "TENSORS",
     "from_tensors",
     "int_tensors",
     "spec_of",

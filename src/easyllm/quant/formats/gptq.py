@@ -16,17 +16,14 @@ from torch import Tensor
 
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
-from easyllm.nn.storage import WeightStorage
 from easyllm.quant.formats.bits import pack_bits, packed_words, unpack_bits
-from easyllm.quant.formats.config_keys import check_config, valid
+from easyllm.quant.formats.config_keys import valid
+from easyllm.quant.formats.layout import UniformLayout, check_shapes
 from easyllm.quant.quant_tensor import QuantTensor
-from easyllm.quant.registry import StorageFormat, register_storage
 from easyllm.quant.spec import QuantSpec
-from easyllm.quant.uniform_weight import UniformWeight, uniform_weight
 
 NAME = "gptq"
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
-BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
 
 
@@ -90,12 +87,7 @@ def from_tensors(
         "scales": (groups, outputs),
         "g_idx": (inputs,),
     }
-    for name, its in expected.items():
-        if name in tensors and tuple(tensors[name].shape) != its:
-            raise CheckpointError(
-                f"{name} has shape {list(tensors[name].shape)}, expected {list(its)} for "
-                f"{spec.bits} bits in groups of {spec.group(inputs)}"
-            )
+    check_shapes(tensors, expected, spec, inputs)
     added = 0 if config.get("checkpoint_format") == V2 else 1
     zeros = unpack_bits(tensors["qzeros"], spec.bits, outputs).T + added
     order = tensors.get("g_idx")
@@ -128,42 +120,18 @@ def spec_of(config: JsonMapping) -> QuantSpec:
     )
 
 
-def storage(weight: QuantTensor, dtype: torch.dtype) -> UniformWeight:
-    """Returns the weight as it is kept in memory."""
-    return uniform_weight(weight, dtype, NAME, to_tensors)
-
-
-def _configured(config: JsonMapping) -> StorageFormat:
-    check_config(config, honoured=_HONOURED, neutral=_NEUTRAL)
-    spec = spec_of(config)
+def _check(config: JsonMapping) -> None:
     kind = config.get("checkpoint_format", V1)
     if kind not in (V1, V2):
         raise CheckpointError(
             f"config.json sets quantization_config.checkpoint_format={kind!r}, which is not "
             f"supported (expected {V1!r} or {V2!r})"
         )
-    return StorageFormat(
-        name=NAME,
-        num_bytes=lambda shape: round(shape[0] * shape[1] * spec.bits_per_weight(shape[1]) / 8),
-        file_tensors=TENSORS,
-        from_file=lambda tensors, shape, dtype: storage(
-            from_tensors(tensors, shape, config), dtype
-        ),
-        unsupported_reason=lambda shape: unsupported_reason(spec, *shape),
-    )
 
 
-def _config_of(packed: Mapping[str, WeightStorage], skipped: Sequence[str]) -> JsonObject:
-    weights = [its for its in packed.values() if isinstance(its, UniformWeight)]
-    specs = {its.spec for its in weights}
-    if len(specs) != 1:
-        raise CheckpointError(
-            "a GPTQ file has one grid for all linears, got several; write compressed-tensors"
-        )
-    moved = any(its.group_of is not None for its in weights)
-    config = to_config(specs.pop(), act_order=moved)
-    inner = [name for name in skipped if ".layers." in name]
-    return config | ({"dynamic": {f"-:{re.escape(name)}$": {} for name in inner}} if inner else {})
+def _describe(spec: QuantSpec, skipped: Sequence[str], moved: bool) -> JsonObject:
+    inner: JsonObject = {f"-:{re.escape(name)}$": {} for name in skipped if ".layers." in name}
+    return to_config(spec, act_order=moved) | ({"dynamic": inner} if inner else {})
 
 
 _HONOURED = ("bits", "group_size", "sym", "checkpoint_format", "dynamic")
@@ -182,15 +150,18 @@ _NEUTRAL = (
 """Keys that are read, and keys of how a file was made. `dynamic` only names linears here; which of
 them are quantized follows from the file's tensors."""
 
-register_storage(
-    StorageFormat(
-        name=NAME,
-        num_bytes=lambda shape: shape[0] * shape[1],
-        file_tensors=TENSORS,
-        configured=_configured,
-        config_of=_config_of,
-    )
-)
+LAYOUT = UniformLayout(
+    name=NAME,
+    tensors=lambda _: TENSORS,
+    unsupported_reason=unsupported_reason,
+    to_tensors=to_tensors,
+    from_tensors=from_tensors,
+    spec_of=spec_of,
+    describe=_describe,
+    check=_check,
+    holds_order=True,
+    honoured=_HONOURED,
+    neutral=_NEUTRAL,
+).register()
 
-
-__all__ = ["BITS", "NAME", "TENSORS", "from_tensors", "spec_of", "to_config", "to_tensors"]
+__all__ = ["LAYOUT", "NAME", "from_tensors", "spec_of", "to_config", "to_tensors"]
