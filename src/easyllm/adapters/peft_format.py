@@ -38,6 +38,7 @@ from easyllm.adapters.peft_whole import (
 from easyllm.adapters.registry import AdapterKind, kind_of, kind_of_file
 from easyllm.checkpoint.store import read_object, read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
+from easyllm.core.config import first_problem
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.decoder import Decoder
@@ -344,10 +345,8 @@ def _config(
     except CheckpointError as error:
         raise CheckpointError(f"{file.folder / CONFIG}: {error}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
         raise CheckpointError(
-            f"{file.folder / CONFIG} does not describe a valid adapter "
-            f"({'.'.join(map(str, first['loc']))}: {first['msg']})"
+            f"{file.folder / CONFIG} does not describe a valid adapter ({first_problem(error)})"
         ) from None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(

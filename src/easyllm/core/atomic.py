@@ -83,34 +83,9 @@ def check_writable(target: Path) -> None:
             raise OSError(error.errno, error.strerror) from None
 
 
-def write_atomic(target: Path, content: str | bytes) -> None:
-    """Writes `content` to `target` atomically (write a temporary file, fsync, rename).
-
-    Raises:
-        OutputError: the operating system does not allow writing there.
-    """
-    target = Path(target)
-    work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    with output_errors(target):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            data = content.encode("utf-8") if isinstance(content, str) else content
-            with work.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(work, target)
-        except BaseException:
-            with suppress(OSError):
-                work.unlink()
-            raise
-
-
 @contextmanager
 def atomic_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields the path of a temporary file, renamed to `target` if the block succeeds.
-
-    For files that are too large for `write_atomic`.
 
     Raises:
         OutputError: `target` exists (and `replace` is false), or cannot be written.
@@ -124,11 +99,21 @@ def atomic_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield work
             _sync(work)
-            _publish(work, target)
+            os.replace(work, target)
         except BaseException:
             with suppress(OSError):
                 work.unlink()
             raise
+
+
+def write_atomic(target: Path, content: str | bytes) -> None:
+    """Writes `content` to `target` atomically (write a temporary file, fsync, rename).
+
+    Raises:
+        OutputError: the operating system does not allow writing there.
+    """
+    with atomic_file(target, replace=True) as work:
+        work.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def write_json(target: Path, value: object) -> None:

@@ -240,6 +240,13 @@ def _depth(place: tuple[str, ...], values: object) -> int:
     return len(place)
 
 
+def first_problem(error: ValidationError) -> str:
+    """Returns the first mistake as `key.sub: message`, for files that no user wrote by hand."""
+    first = error.errors(include_url=False)[0]
+    place, message = ".".join(map(str, first["loc"])), first["msg"]
+    return f"{place}: {message}" if place else message
+
+
 def _problems(error: ValidationError) -> list["ErrorDetails"]:
     """The mistakes; pydantic also reports a list as too short if its entries are invalid."""
     return [

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from easyllm.core.atomic import output_errors, write_json
-from easyllm.core.config import Config
+from easyllm.core.config import Config, first_problem
 from easyllm.core.errors import DataError
 from easyllm.core.manifest import hash_file
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -251,11 +251,8 @@ def read_manifest(folder: Path) -> ShardsManifest:
         )
     try:
         return ShardsManifest.model_validate(json.loads(path.read_text("utf-8")))
-    except ValidationError as error:
-        first = error.errors()[0]
-        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except ValueError as error:
-        why = str(error)
+        why = first_problem(error) if isinstance(error, ValidationError) else str(error)
     raise DataError(f"{path} is not a manifest of token shards ({why}); build the data again")
 
 

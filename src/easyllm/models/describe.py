@@ -3,6 +3,7 @@
 from pydantic import ValidationError
 
 from easyllm.checkpoint.store import read_object
+from easyllm.core.config import first_problem
 from easyllm.core.errors import CheckpointError, EasyllmError, SourceError, suggest
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.core.paths import expanded
@@ -63,10 +64,7 @@ def _read(values: JsonMapping, source: str) -> ModelConfig:
     except EasyllmError:
         raise
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors(include_url=False)[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(
             f"the values in {source!r} do not describe a valid model ({reason}); correct them"
         ) from None

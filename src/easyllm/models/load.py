@@ -16,6 +16,7 @@ from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.gguf_parts import SplitGGUF, open_gguf
 from easyllm.checkpoint.keymap import Binding
 from easyllm.checkpoint.store import TensorFolder
+from easyllm.core.config import first_problem
 from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
 from easyllm.core.paths import expanded
@@ -351,11 +352,7 @@ def _impossible_values(path: Path) -> Iterator[None]:
     except EasyllmError:
         raise
     except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            reason = f"{place}: {first['msg']}" if place else first["msg"]
+        reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(
             f"the configuration in {path} does not describe a valid model ({reason}); "
             "copy the checkpoint again"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from easyllm.core.config import Config, validate
+from easyllm.core.config import Config, first_problem, validate
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.models.families import FAMILIES
@@ -270,10 +270,7 @@ def _reason(error: Exception) -> str:
     The `config.json` readers word their errors for the file of a checkpoint.
     """
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        return f"{place}: {message}" if place else message
+        return first_problem(error).replace("Value error, ", "", 1)
     text = str(error).replace("config.json has no", "the model's values have no")
     text = text.replace("config.json sets", "the model's values set")
     return text.removesuffix("; copy the checkpoint's own config.json")

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from easyllm.core.config import first_problem
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping
 
@@ -48,10 +49,8 @@ def valid(make: Callable[[], T]) -> T:
             f"config.json has no quantization_config.{error.args[0]}; copy the checkpoint again"
         ) from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
         raise CheckpointError(
-            f"config.json has a quantization_config that is not supported "
-            f"({'.'.join(map(str, first['loc']))}: {first['msg']})"
+            f"config.json has a quantization_config that is not supported ({first_problem(error)})"
         ) from None
 
 
