@@ -6,12 +6,10 @@ import torch
 
 from easyllm.core.errors import CheckpointError, ConfigError, OutputError
 from easyllm.models import load_model, load_tokenizer
-from easyllm.models.families import family_of
 from easyllm.models.gguf_export import gguf_types, save_gguf
-from easyllm.nn.decoder import Decoder
 from easyllm.quant import quantize_weights
 from easyllm.tokenizer.to_gguf import pre_tokenizer_name
-from tiny_models import tiny_config
+from tiny_models import build_tiny
 
 IDS = torch.arange(5, 45)
 LLAMA3 = {
@@ -40,16 +38,9 @@ def tokenizer():
 
 
 def model_of(kind, tokenizer, **changes):
-    name = kind.partition(",")[0]
     sizes = {"vocab_size": tokenizer.vocab_size, "hidden_size": 64, "intermediate_size": 96}
-    values = tiny_config(model_type=name) | sizes | KINDS[kind] | changes
-    model = Decoder(family_of(name).read_config(values)).eval()
-    model.reset_parameters(std=0.3, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name or parameter_name.endswith("bias"):
-                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))
-    return model.requires_grad_(False)
+    values = sizes | KINDS[kind] | changes
+    return build_tiny(model_type=kind.partition(",")[0], **values)
 
 
 @pytest.mark.parametrize("kind", KINDS)

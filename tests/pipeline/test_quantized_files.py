@@ -8,16 +8,14 @@ import torch
 from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.engine import LLM, SamplingParams
 from easyllm.models import load_model
-from easyllm.models.families import family_of
 from easyllm.models.save import save_model
-from easyllm.nn.decoder import Decoder
 from easyllm.quant.formats import UNIFORM
 from easyllm.quant.gptq import GPTQOptions
 from easyllm.quant.gptq import gptq as quantize_gptq
 from easyllm.quant.layers import LayerQuantizer
 from easyllm.quant.methods import find_method
 from easyllm.quant.spec import QuantSpec
-from tiny_models import build_tiny, tiny_config
+from tiny_models import build_tiny
 
 IDS = torch.arange(5, 45)
 CASES = {
@@ -103,9 +101,7 @@ def test_the_engine_serves_a_quantized_folder(case, tmp_path, tiny_tokenizer):
 
 
 def test_an_expert_that_no_token_reaches_is_rounded_to_nearest_and_named():
-    values = tiny_config(model_type="mixtral", num_local_experts=4, num_experts_per_tok=1)
-    model = Decoder(family_of("mixtral").read_config(values)).eval()
-    model.reset_parameters(std=0.3, generator=torch.Generator().manual_seed(0))
+    model = build_tiny(model_type="mixtral", num_local_experts=4, num_experts_per_tok=1)
     with torch.no_grad():
         model.layers[0].feed_forward.router.weight[2] = 0  # never the largest of four
         model.layers[0].feed_forward.router.weight[:2] = model.layers[0].feed_forward.router.weight[

@@ -39,12 +39,12 @@ def tiny_config(**changes):
 
 
 def build_tiny(seed: int = 0, **changes):
-    """A tiny random model with weights large enough that its logits are not flat."""
+    """A tiny random model, by default a Llama, with weights so large that its logits are not flat."""
     from easyllm.models.families import family_of
     from easyllm.nn import Decoder
 
     hf = tiny_config(**changes)
-    model = Decoder(family_of("llama").read_config(hf))
+    model = Decoder(family_of(hf["model_type"]).read_config(hf))
     generator = torch.Generator().manual_seed(seed)
     model.reset_parameters(std=0.3, generator=generator)
     for name, parameter in model.named_parameters():

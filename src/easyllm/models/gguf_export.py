@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 FULL = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SMALLER = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0"}
 """What llama.cpp's tool writes instead of a K-quant where 256 does not divide the width."""
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""A number between the dots of a name, of a layer or an expert."""
 AT_LEAST_SIX = ("token_embd.weight", "output.weight")
 IN_FP32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 FILE_TYPES = {
@@ -239,7 +241,8 @@ class _Plan:
         for binding in self._keymap.bindings(self._state):
             stacks.setdefault(self._name(binding.theirs), []).append(binding)
         for name, bindings in stacks.items():
-            shape = tuple(self._converted(bindings[0], name).shape)
+            # transforms also work on the meta device, so that no value is computed for a shape
+            shape = tuple(self._converted(bindings[0], name, device="meta").shape)
             kind = self._type_of(name, shape)
             yield _FileTensor(
                 name=name,
@@ -265,9 +268,10 @@ class _Plan:
             ours = binding.ours[0].removesuffix(".weight")
             yield self._converted(binding, name), self._importance.get(ours)
 
-    def _converted(self, binding: Binding, name: str) -> Tensor:
+    def _converted(self, binding: Binding, name: str, device: str = "cpu") -> Tensor:
         """Returns a tensor in the file's row order, fp32."""
-        joined = binding.rule.join([self._state[ours].float() for ours in binding.ours])
+        parts = [self._state[ours].to(device, torch.float32) for ours in binding.ours]
+        joined = binding.rule.join(parts)
         convert = self.layout.untransforms.get(_template(name.rpartition(".")[0]))
         return joined if convert is None else convert(joined, self._hf)
 
@@ -278,7 +282,7 @@ class _Plan:
             CheckpointError: the file has no name for it.
         """
         stem, _, kind = theirs.rpartition(".")
-        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", stem)
+        numbers = NUMBER.findall(stem)
         template = _template(stem)
         if template not in self._names:
             raise CheckpointError(
@@ -307,8 +311,7 @@ class _Plan:
 
 def _template(name: str) -> str:
     """Returns a name with its numbers as {i}, and {e} for the second."""
-    name = re.sub(r"(?<=\.)\d+(?=\.|$)", "{i}", name, count=1)
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "{e}", name, count=1)
+    return NUMBER.sub("{e}", NUMBER.sub("{i}", name, count=1), count=1)
 
 
 def _add(writer: "gguf.GGUFWriter", key: str, value: Json) -> None:

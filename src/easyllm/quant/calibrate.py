@@ -5,7 +5,7 @@ layer's statistics are those of inputs that come from the layers before it as th
 already quantized layer passes its errors on.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -81,37 +81,50 @@ def _batches(sequences: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield batch
 
 
-@contextmanager
-def _observed(linears: dict[str, Linear], *, gram: bool) -> Iterator[dict[str, Statistics]]:
-    """Adds the inputs of all calls to statistics; linears without a call have those of no rows."""
-    found = dict[str, Statistics]()
-    seen: list[Tensor | Statistics | None] = [None, None]  # the last input, and its statistics
+class _Observer:
+    """Adds the inputs of linears to statistics.
 
-    def observe(name: str, x: Tensor) -> None:
-        if x is seen[0]:
-            found[name] = seen[1]  # type: ignore[assignment]
+    Args:
+        gram: whether Σ x xᵀ is wanted.
+
+    Attributes:
+        found: the statistics by name; linears that are called with the same input share them.
+    """
+
+    def __init__(self, *, gram: bool) -> None:
+        self.gram, self.found = gram, dict[str, Statistics]()
+        self._last: tuple[Tensor, Statistics] | None = None
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Adds the input `x: [..., K]` of a call, unless the last call had the same one."""
+        if self._last is not None and x is self._last[0]:
+            self.found[name] = self._last[1]
             return
-        if name not in found:
-            found[name] = Statistics.empty(x.shape[-1], gram=gram, device=x.device)
-        found[name].add(x)
-        seen[:] = [x, found[name]]
+        if name not in self.found:
+            self.found[name] = Statistics.empty(x.shape[-1], gram=self.gram, device=x.device)
+        self.found[name].add(x)
+        self._last = x, self.found[name]
 
+
+@contextmanager
+def _observed(linears: Mapping[str, Linear], *, gram: bool) -> Iterator[dict[str, Statistics]]:
+    """Adds the inputs of all calls to statistics; linears without a call have those of no rows."""
+    observer = _Observer(gram=gram)
     handles = [
         linear.register_forward_pre_hook(
-            lambda _module, inputs, name=name: observe(name, inputs[0])
+            lambda _module, inputs, name=name: observer.add(name, inputs[0])
         )
         for name, linear in linears.items()
     ]
     try:
-        yield found
+        yield observer.found
     finally:
         for handle in handles:
             handle.remove()
     for name, linear in linears.items():
-        if name not in found:
-            found[name] = Statistics.empty(
-                linear.in_features, gram=gram, device=linear.storage.device
-            )
+        if name not in observer.found:
+            device = linear.storage.device
+            observer.found[name] = Statistics.empty(linear.in_features, gram=gram, device=device)
 
 
 @torch.no_grad()

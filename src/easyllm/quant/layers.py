@@ -63,11 +63,16 @@ class LayerQuantizer:
         method: the method.
         spec_of: returns the grid of a linear by its full name; None leaves it in full precision.
         store: makes the storage of a quantized weight.
+        unsupported_reason: (spec, N, K) → why the storage cannot hold such a weight; None if it
+            can.
     """
 
     method: Method
     spec_of: Callable[[str], QuantSpec | None]
     store: Store
+    unsupported_reason: Callable[[QuantSpec, int, int], str | None] = lambda spec, _, inputs: (
+        spec.unsupported_reason(inputs)
+    )
 
     @torch.no_grad()
     def run(
@@ -103,17 +108,18 @@ class LayerQuantizer:
         """Checks that every linear can be quantized to its grid, before any work.
 
         Raises:
-            ConfigError: a group size does not divide the width of a linear; none is selected.
+            ConfigError: the grid does not suit the shape of a linear, or none is selected.
         """
         chosen = [
-            (name, linear, spec)
+            (f"layers.{number}.{name}", linear, spec)
             for number, layer in enumerate(model.layers)
             for name, linear, spec in self._chosen(layer, f"layers.{number}.")
         ]
         if not chosen:
             raise ConfigError("no linear of the model is to be quantized; select some")
         for name, linear, spec in chosen:
-            reason = spec.unsupported_reason(linear.in_features)
+            outputs, inputs = linear.out_features, linear.in_features
+            reason = self.unsupported_reason(spec, outputs, inputs)
             if reason is not None:
                 raise ConfigError(f"{name} cannot be quantized: {reason}")
 

@@ -84,23 +84,35 @@ def _smooth_factors(
     return smoothing_factors(group, statistics, alpha)
 
 
+def rtn_method() -> Method:
+    """Returns round-to-nearest."""
+    return Method(name="rtn", needs="nothing", quantize=_rtn)
+
+
+def gptq_method(
+    *, act_order: bool = False, static_groups: bool = False, damping: float = 0.01
+) -> Method:
+    """Returns GPTQ; the settings are those of `GPTQOptions`."""
+    options = GPTQOptions(act_order=act_order, static_groups=static_groups, damping=damping)
+    return Method(name="gptq", needs="gram", quantize=partial(_gptq, options=options))
+
+
+def awq_method() -> Method:
+    """Returns AWQ."""
+    return Method(name="awq", needs="gram", quantize=_awq, factors=_awq_factors)
+
+
+def smoothquant_method(*, alpha: float = 0.5) -> Method:
+    """Returns SmoothQuant with the share α of the range that is moved into the weights."""
+    factors = partial(_smooth_factors, alpha=alpha)
+    return Method(name="smoothquant", needs="sums", quantize=_rtn, factors=factors)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
-    "rtn": lambda **_: Method(name="rtn", needs="nothing", quantize=_rtn),
-    "gptq": lambda *, act_order=False, static_groups=False, damping=0.01, **_: Method(
-        name="gptq",
-        needs="gram",
-        quantize=partial(
-            _gptq,
-            options=GPTQOptions(act_order=act_order, static_groups=static_groups, damping=damping),
-        ),
-    ),
-    "awq": lambda **_: Method(name="awq", needs="gram", quantize=_awq, factors=_awq_factors),
-    "smoothquant": lambda *, alpha=0.5, **_: Method(
-        name="smoothquant",
-        needs="sums",
-        quantize=_rtn,
-        factors=partial(_smooth_factors, alpha=alpha),
-    ),
+    "rtn": rtn_method,
+    "gptq": gptq_method,
+    "awq": awq_method,
+    "smoothquant": smoothquant_method,
 }
 """The methods by name, each as a function of its own settings."""
 

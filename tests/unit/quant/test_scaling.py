@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from easyllm.models.families import family_of
-from easyllm.nn.decoder import Decoder
 from easyllm.quant.awq import find_factors
 from easyllm.quant.calibrate import LayerWalk
 from easyllm.quant.rtn import rtn
@@ -12,7 +10,7 @@ from easyllm.quant.scaling import scale_groups
 from easyllm.quant.smoothquant import smoothing_factors
 from easyllm.quant.spec import QuantSpec
 from easyllm.quant.statistics import output_error
-from tiny_models import build_tiny, tiny_config
+from tiny_models import build_tiny
 
 IDS = torch.arange(5, 45)
 KINDS = {
@@ -27,17 +25,6 @@ KINDS = {
 }
 
 
-def model_of(kind):
-    name = kind.partition(",")[0]
-    model = Decoder(family_of(name).read_config(tiny_config(model_type=name) | KINDS[kind])).eval()
-    generator = torch.Generator().manual_seed(0)
-    model.reset_parameters(std=0.3, generator=generator)
-    for parameter_name, parameter in model.named_parameters():
-        if "norm" in parameter_name or parameter_name.endswith("bias"):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
-    return model.requires_grad_(False)
-
-
 def sequences(count=6, length=24):
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(5, 250, (length,), generator=generator) for _ in range(count)]
@@ -45,7 +32,7 @@ def sequences(count=6, length=24):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_folding_factors_leaves_the_function_as_it_is(kind):
-    model = model_of(kind)
+    model = build_tiny(model_type=kind.partition(",")[0], **KINDS[kind])
     before = model.logits(IDS)
     generator = torch.Generator().manual_seed(0)
     groups = [group for layer in model.layers for group in scale_groups(layer)]

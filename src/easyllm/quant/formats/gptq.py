@@ -37,7 +37,7 @@ def unsupported_reason(spec: QuantSpec, outputs: int, inputs: int) -> str | None
     for what, size in (("inputs", inputs), ("outputs", outputs)):
         if size % unit:
             return f"it packs {unit} codes of {spec.bits} bits at a time, got {size} {what}"
-    return None
+    return spec.unsupported_reason(inputs)
 
 
 def to_tensors(weight: QuantTensor) -> dict[str, Tensor]:
