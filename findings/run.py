@@ -1,6 +1,7 @@
 """Runs findings and prints a line each: `python findings/run.py [NAME ...]`.
 
-A script ends with 0 if it sees what it states, 1 if that has changed, 2 if its packages could not be installed.
+A script ends with 0 if it sees what it states, 1 if that has changed, 2 if its packages could not
+be installed.
 """
 
 import subprocess

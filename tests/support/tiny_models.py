@@ -39,7 +39,7 @@ def tiny_config(**changes):
 
 
 def build_tiny(seed: int = 0, **changes):
-    """A tiny random model, by default a Llama, with weights so large that its logits are not flat."""
+    """A tiny random model, by default a Llama; its weights are large, so logits are not flat."""
     from easyllm.models.families import family_of
     from easyllm.nn import Decoder
 
