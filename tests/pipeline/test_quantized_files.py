@@ -33,6 +33,12 @@ CASES = {
         {"bits": 4, "group_size": 16, "symmetric": False, "scale_dtype": "bfloat16"},
         {},
     ),
+    "compressed, W8A8": (
+        "smoothquant",
+        "compressed-tensors",
+        {"bits": 8, "activations": True},
+        {},
+    ),
     "compressed, 3 bits": ("awq", "compressed-tensors", {"bits": 3, "group_size": 16}, {}),
 }
 
@@ -85,6 +91,23 @@ def test_linears_in_full_precision_are_named_in_the_configuration(case, tmp_path
     assert "model.layers.1.mlp.down_proj" in text
     assert "model.layers.0.self_attn.q_proj" in text
     assert torch.equal(load_model(tmp_path / "q").logits(IDS), model.logits(IDS))
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_linears_with_other_grids_are_read_by_the_shapes_of_their_tensors(format, tmp_path):
+    model, layout = build_tiny(), UNIFORM[format]
+    specs = {"down_proj": QuantSpec(bits=8, group_size=16), "o_proj": QuantSpec(bits=3)}
+    LayerQuantizer(
+        method=find_method("rtn"),
+        spec_of=lambda name: specs.get(name.rpartition(".")[2], QuantSpec(bits=4, group_size=16)),
+        store=lambda _, weight: layout.storage(weight, model.dtype),
+    ).run(model, ())
+    logits = model.logits(IDS)
+    save_model(model, tmp_path / "q")
+    again = load_model(tmp_path / "q")
+    assert torch.equal(again.logits(IDS), logits)
+    assert again.layers[1].feed_forward.down_proj.storage.spec == specs["down_proj"]
+    assert again.layers[0].mixer.o_proj.storage.spec.bits == 3
 
 
 @pytest.mark.parametrize("case", ["gptq, v1", "awq"])

@@ -104,6 +104,17 @@ class GGUFFile:
         header = _HeaderReader(self._map, self.path)
         self.metadata, self.tensors = header.read()
 
+    def raw(self, name: str, *, part: int | None = None) -> Tensor:
+        """Returns a copy of the bytes of a tensor, or of slice `part` of its slowest dimension.
+
+        Returns:
+            [..., bytes of a row] uint8.
+        """
+        location = self.tensors[name]
+        location = location if part is None else location.part(part)
+        raw = np.frombuffer(self._map, np.uint8, location.num_bytes, location.offset)
+        return torch.from_numpy(raw.copy()).view(*location.shape[:-1], -1)
+
     def load(
         self, name: str, dtype: torch.dtype = torch.float32, *, part: int | None = None
     ) -> Tensor:

@@ -60,6 +60,10 @@ class SplitGGUF:
         """Returns a tensor, or slice `part` of its slowest dimension, dequantized to `dtype`."""
         return self._owner[name].load(name, dtype, part=part)
 
+    def raw(self, name: str, *, part: int | None = None) -> Tensor:
+        """Returns a copy of the bytes of a tensor, or of slice `part` of its slowest dimension."""
+        return self._owner[name].raw(name, part=part)
+
     def release_pages(self) -> None:
         """Lets the operating system reclaim the memory-mapped pages of all parts."""
         for part in self._parts:

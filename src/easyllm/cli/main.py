@@ -77,7 +77,10 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
     "train": {
         "train": "Train with a recipe; an interrupted run resumes.",
-        "eval": "Measure the loss on a file's responses; with `key` in the rows, also recall.",
+    },
+    "evaluate": {
+        "eval": "Measure a model on a file: the loss on responses and recall, or the perplexity of "
+        "texts.",
     },
     "generate": {
         "generate": "Continue a prompt, printing the text as it is generated.",

@@ -98,7 +98,7 @@ def _print(gate: "Gate | None", folder: Path | None, *, json_output: bool) -> No
     if gate is not None:
         title = f"Difference from {gate.reference} on {gate.text.num_tokens} tokens"
         columns = ("", "drift", "bound", "holds", "KL (nats)", "same top-1")
-        print_table(title, columns, [_cells(row) for row in gate.rows])
+        print_table(title, columns, [gate_cells(row) for row in gate.rows])
         sys.stdout.write("drift: max |Δlogits| / range of the logits\n")
         sys.stdout.write(f"text: {gate.text.source}\n")
         for note in gate.notes:
@@ -107,7 +107,8 @@ def _print(gate: "Gate | None", folder: Path | None, *, json_output: bool) -> No
         sys.stdout.write(f"{folder}\n")
 
 
-def _cells(row: "Row") -> tuple[str, ...]:
+def gate_cells(row: "Row") -> tuple[str, ...]:
+    """Returns the cells of a variant's row in a table of the gate."""
     if row.skipped:
         return (row.name, *["-"] * 5)
     bound = ("", "") if row.bound is None else (f"{row.bound:.1e}", "yes" if row.holds else "NO")

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -76,6 +76,19 @@ def convert(
         int | None,
         typer.Option(help="Merge KV heads to this many by mean pooling (GQA; 1 is MQA)."),
     ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="A quantized model: the format to write, with the same codes; full dequantizes.",
+            metavar="full|gptq|awq|compressed-tensors",
+        ),
+    ] = None,
+    gguf_type: Annotated[
+        str | None,
+        typer.Option(
+            "--type", help="For a .gguf target: type of the weights.", metavar="f16|bf16|f32"
+        ),
+    ] = None,
     rope: Rope = None,
     rope_factor: RopeFactor = None,
     lora_rank: Annotated[
@@ -89,6 +102,9 @@ def convert(
 ) -> None:
     """Convert a model to a Hugging Face folder that transformers, vLLM and others can load.
 
+    A TARGET that ends in .gguf is a GGUF file with full weights. To round weights, use easyllm
+    quantize.
+
     With --lora-rank, SOURCE is an adapter, and the result a LoRA adapter that peft can load. A
     table shows how much of each update is lost.
 
@@ -98,6 +114,10 @@ def convert(
 
         easyllm convert model.gguf out/model --dtype bfloat16
 
+        easyllm convert out/gptq out/packed --to compressed-tensors
+
+        easyllm convert runs/sft/model out/model.gguf --type bf16
+
         easyllm convert smollm2 out/mqa --kv-heads 1
 
         easyllm convert smollm2 out/long --rope yarn --rope-factor 4
@@ -106,24 +126,59 @@ def convert(
     """
     from easyllm.core.atomic import check_output_free
     from easyllm.core.errors import ConfigError
-    from easyllm.pipeline.stages import convert_model
 
     context = context_config(rope, rope_factor)
+    changes: Given = {"--kv-heads": kv_heads, "--rope": context}
+    formats: Given = {"--dtype": dtype, "--to": to, "--type": gguf_type}
     if lora_rank is not None:
-        given = {"--dtype": dtype, "--kv-heads": kv_heads, "--rope": context}
-        for option in (name for name, value in given.items() if value is not None):
-            raise ConfigError(f"{option} changes a model, but --lora-rank converts an adapter")
+        _refuse({**changes, **formats}, "changes a model, but --lora-rank converts an adapter")
         check_output_free(target)
         _to_lora(source, target, lora_rank, adapter, json_output=json_output)
         return
     if adapter is not None:
         raise ConfigError("--adapter is converted with --lora-rank; to apply it, use easyllm merge")
     check_output_free(target)
-    folder = convert_model(source, target, dtype, num_kv_heads=kv_heads, context=context)
+    folder = _converted(source, target, changes, formats)
     if json_output:
         print_json({"folder": str(folder)})
     else:
         sys.stdout.write(f"{folder}\n")
+
+
+Given = dict[str, Any]
+"""Values of options by their flags; None for those that are not given."""
+
+
+def _converted(source: str, target: Path, changes: Given, formats: Given) -> Path:
+    """Converts a model to a folder, or to a GGUF file."""
+    from easyllm.core.errors import ConfigError
+    from easyllm.pipeline.relayout import relayout, to_gguf
+    from easyllm.pipeline.stages import convert_model
+
+    dtype, to, gguf_type = (formats[name] for name in ("--dtype", "--to", "--type"))
+    if target.suffix == ".gguf":
+        why = "cannot be combined with a GGUF target"
+        _refuse({**changes, "--dtype": dtype, "--to": to}, why)
+        return to_gguf(source, target, gguf_type)
+    if gguf_type is not None:
+        raise ConfigError(f"--type is that of a GGUF file, but {str(target)!r} is a folder")
+    if to is not None:
+        _refuse(changes, "and --to cannot be combined; convert twice")
+        return relayout(source, target, to, dtype)
+    heads, context = changes["--kv-heads"], changes["--rope"]
+    return convert_model(source, target, dtype, num_kv_heads=heads, context=context)
+
+
+def _refuse(given: Given, why: str) -> None:
+    """Refuses options that are given.
+
+    Raises:
+        ConfigError: one is.
+    """
+    from easyllm.core.errors import ConfigError
+
+    for option in (name for name, value in given.items() if value is not None):
+        raise ConfigError(f"{option} {why}")
 
 
 def _to_lora(

@@ -1,4 +1,4 @@
-"""The `easyllm train` and `easyllm eval` commands."""
+"""The `easyllm train` command."""
 
 import sys
 from pathlib import Path
@@ -6,16 +6,13 @@ from typing import Annotated
 
 import typer
 
-from easyllm.cli.adapter import AdapterFolder
 from easyllm.cli.next_steps import after_training, print_steps
-from easyllm.cli.output import JsonFlag, Overrides, home_path, print_json, print_pairs, print_table
-from easyllm.cli.sampling import MaxTokens
+from easyllm.cli.output import JsonFlag, Overrides, print_json, print_pairs
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands to `app`."""
+    """Adds the command to `app`."""
     app.command("train")(train)
-    app.command("eval")(evaluate)
 
 
 def train(
@@ -77,41 +74,3 @@ def train(
     figures = {name: value for name, value in result.figures.items() if name != "data"}
     print_pairs({**figures, "output": result.output})
     print_steps(after_training(config, result.output))
-
-
-def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="smollm2, a checkpoint folder, a .gguf file, or hf:org/name.")
-    ],
-    data: Annotated[
-        Path, typer.Argument(callback=home_path, help="A .json or .jsonl file of conversations.")
-    ],
-    max_tokens: MaxTokens = 32,
-    adapter: AdapterFolder = None,
-    json_output: JsonFlag = False,
-) -> None:
-    """Measure the loss on a file's responses; with `key` in the rows, also recall.
-
-    Recall is the share of rows whose `key` occurs in the model's own response.
-
-    [bold]Examples[/bold]
-
-        easyllm eval smollm2 questions.jsonl
-
-        easyllm eval runs/mine/adapter questions.jsonl --json
-    """
-    from easyllm.engine import LLM
-    from easyllm.evaluate import evaluate_answers
-
-    report = evaluate_answers(LLM(model, adapter=adapter), data, max_tokens=max_tokens)
-    if json_output:
-        print_json(report.as_dict())
-        return
-    if report.answers:
-        rows = [(a.question, a.answer, a.key, "yes" if a.correct else "no") for a in report.answers]
-        print_table("Answers", ("question", "answer", "key", "recalled"), rows)
-    figures = {"rows": report.num_rows, "tokens": report.num_tokens}
-    figures_text = {**figures, "loss (nats/token)": f"{report.loss_nats:.4f}"}
-    if report.recall is not None:
-        figures_text["recalled"] = f"{report.recall:.1%}"
-    print_pairs(figures_text)

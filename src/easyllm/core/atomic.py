@@ -235,6 +235,32 @@ def _publish(work: Path, target: Path) -> None:
         old.unlink()
 
 
+@contextmanager
+def unfinished(target: Path) -> Iterator[Path]:
+    """Yields a path of the same name in a temporary folder, for a file or folder to be checked.
+
+    What the block has written there is moved to `target` if the block succeeds.
+
+    Raises:
+        OutputError: `target` exists and is not empty, or cannot be written.
+    """
+    target = Path(target)
+    check_output_free(target)
+    with output_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+        work.mkdir()
+    try:
+        yield work / target.name
+        with output_errors(target):
+            if (work / target.name).is_dir():
+                _publish(work / target.name, target)
+            else:
+                os.replace(work / target.name, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -32,6 +32,7 @@ from easyllm.models import (
 from easyllm.models.adapted import apply_adapter
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import rowwise_logprobs
+from easyllm.quant import schemes
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -164,7 +165,13 @@ class LLM:
             opened = open_source(source, context=context)
             check_generates(opened.config)
             weights, free = parse_dtype(wanted), memory_free_bytes(on)
-            check_weights_fit(opened.skeleton(), weights, free, quantize=quantize)
+            check_weights_fit(
+                opened.weight_bytes,
+                weights,
+                free,
+                quantize=quantize,
+                schemes=schemes() if opened.packed is None else (),
+            )
             model = opened.model(weights, on, quantize=quantize)
             if folder is not None:
                 check_generates(apply_adapter(model, folder).config)

@@ -1,6 +1,6 @@
 """Memory plan: sizes of the weights and the KV cache, decided before anything is allocated."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +8,7 @@ import torch
 from easyllm.core.errors import ConfigError
 from easyllm.engine.options import EngineConfig
 from easyllm.nn.config import ModelConfig
-from easyllm.nn.decoder import Decoder
 from easyllm.plan.kv_cache import cache_size, rolling_window
-from easyllm.quant import schemes, weight_bytes
 
 DEFAULT_SHARE = 0.25
 """Maximum share of the free memory for a cache whose size is not configured."""
@@ -149,29 +147,35 @@ def _sequences(count: int, tokens: int) -> str:
 
 
 def check_weights_fit(
-    model: Decoder, dtype: torch.dtype, free_bytes: int, *, quantize: str | None = None
+    size: Callable[[torch.dtype, str | None], int],
+    dtype: torch.dtype,
+    free_bytes: int,
+    *,
+    quantize: str | None = None,
+    schemes: Sequence[str] = (),
 ) -> None:
     """Refuses a model whose weights alone do not fit into the free memory.
 
     Args:
-        model: the model without weights (on the meta device).
+        size: (dtype, format or None) → size of the weights in bytes.
         dtype: dtype of the weights that are not quantized.
         free_bytes: free memory.
         quantize: weight format to load into; None for no quantization.
+        schemes: formats that the weights could also be loaded into.
 
     Raises:
         ConfigError: the weights do not fit; the message contains how much memory is missing, and a
             format that would fit if there is one.
     """
-    needed = weight_bytes(model, dtype, quantize)
+    needed = size(dtype, quantize)
     if needed <= free_bytes:
         return
     asked = str(dtype).removeprefix("torch.") if quantize is None else quantize
     formats: dict[str, tuple[torch.dtype, str | None]] = {
         "set dtype to bfloat16": (torch.bfloat16, None),
-        **{f"set quantize to {name}": (dtype, name) for name in schemes()},
+        **{f"set quantize to {name}": (dtype, name) for name in schemes},
     }
-    fitting = (what for what, how in formats.items() if weight_bytes(model, *how) <= free_bytes)
+    fitting = (what for what, how in formats.items() if size(*how) <= free_bytes)
     remedy = next(fitting, "use a smaller model or a machine with more memory")
     raise ConfigError(
         f"the weights need {needed / GB:.2f} GB as {asked}, but only {free_bytes / GB:.2f} GB are "

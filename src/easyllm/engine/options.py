@@ -82,7 +82,8 @@ class LLMOptions(EngineConfig):
     quantize: str | None = Field(
         None,
         description="Quantize the weights while they are loaded: int8, int4, nf4 or fp4 "
-        "(nf4-single and fp4-single without double quantization).",
+        "(nf4-single and fp4-single without double quantization). gguf keeps the blocks of a GGUF "
+        "file as they are; without it, they are dequantized.",
     )
     draft: str | None = Field(
         None,

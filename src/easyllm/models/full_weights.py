@@ -1,7 +1,19 @@
 """Guard for operations that change weight shapes: weights must be unquantized and unadapted."""
 
+import torch
+
 from easyllm.core.errors import ConfigError
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.linear import set_full_weight
+
+
+@torch.no_grad()
+def to_full_weights(model: Decoder) -> Decoder:
+    """Replaces quantized weights by full ones, in place; returns the same model."""
+    for _, layer in model.weight_modules():
+        if layer.storage.format != "dense":
+            set_full_weight(layer, layer.storage.dense())
+    return model
 
 
 def require_full_weights(model: Decoder, change: str) -> None:

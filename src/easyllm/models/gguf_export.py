@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from easyllm.adapters.targets import name_matches
 from easyllm.checkpoint.keymap import Binding
 from easyllm.core.atomic import atomic_file
 from easyllm.core.errors import CheckpointError, ConfigError, suggest
@@ -86,6 +87,7 @@ def save_gguf(
     type: str,
     tokenizer: Tokenizer,
     importance: Mapping[str, Tensor] | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
     name: str = "model",
     replace: bool = False,
 ) -> Exported:
@@ -98,6 +100,7 @@ def save_gguf(
         tokenizer: its tokenizer, byte-level BPE.
         importance: mean squares [K] of the inputs of linears, by our names
             (`layers.0.mixer.q_proj`).
+        overrides: (pattern of our names, type) for some matrices; the last that matches counts.
         name: `general.name`.
         replace: whether an existing file may be replaced.
 
@@ -118,7 +121,7 @@ def save_gguf(
             f"the model has {what}, which a GGUF file is not written from; "
             f"{'merge it first' if model.is_adapted else 'load the full-precision model'}"
         )
-    plan = _Plan(model, type, importance or {})
+    plan = _Plan(model, type, importance or {}, overrides)
     metadata = plan.metadata(name) | tokenizer_metadata(tokenizer, model.config.vocab_size)
     tensors = list(plan.tensors())
     import gguf
@@ -204,12 +207,19 @@ class _Plan:
         model: the model.
         type: the type of its linears.
         importance: mean squares of the inputs of linears, by our names.
+        overrides: types of some matrices, by patterns of our names.
 
     Raises:
         CheckpointError: its family is not written as GGUF, or a tensor has no name there.
     """
 
-    def __init__(self, model: Decoder, type: str, importance: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        type: str,
+        importance: Mapping[str, Tensor],
+        overrides: Sequence[tuple[str, str]],
+    ) -> None:
         family = family_named(model.config.family)
         layout = family_named(family.gguf_family).gguf if family.gguf_family else family.gguf
         if layout is None or family.write_gguf is None:
@@ -218,6 +228,7 @@ class _Plan:
                 "as a Hugging Face folder"
             )
         self.layout, self._type, self._importance = layout, type, importance
+        self._overrides = overrides
         self._hf = write_config(model.config)
         self._keys = family.write_gguf(self._hf)
         self._state = {name: p.detach() for name, p in model.named_parameters()}
@@ -243,12 +254,13 @@ class _Plan:
         for name, bindings in stacks.items():
             # transforms also work on the meta device, so that no value is computed for a shape
             shape = tuple(self._converted(bindings[0], name, device="meta").shape)
-            kind = self._type_of(name, shape)
+            wanted = self._wanted(name, bindings[0].ours[0].removesuffix(".weight"))
+            kind = self._type_of(name, shape, wanted)
             yield _FileTensor(
                 name=name,
                 shape=(len(bindings), *shape) if "_exps." in name else shape,
                 type=kind,
-                fell_back=len(shape) > 1 and kind not in (self._wanted(name), "f32"),
+                fell_back=len(shape) > 1 and kind not in (wanted, "f32"),
                 parts=partial(self._parts, name, bindings),
             )
         factors = rope_factors(self._hf)
@@ -292,16 +304,19 @@ class _Plan:
         ours = self._names[template].replace("{i}", numbers[0] if numbers else "")
         return f"{ours}.{kind}"
 
-    def _wanted(self, name: str) -> str:
-        """Returns the type of a matrix before its width is looked at."""
+    def _wanted(self, name: str, ours: str) -> str:
+        """Returns the type of a matrix, by its name and ours, before its width is looked at."""
+        for pattern, type in reversed(self._overrides):
+            if name_matches(ours, pattern):
+                return type
         if name in AT_LEAST_SIX and self._type not in (*FULL, "q8_0"):
             return "q6_k"
         return self._type
 
-    def _type_of(self, name: str, shape: Sequence[int]) -> str:
+    def _type_of(self, name: str, shape: Sequence[int], kind: str) -> str:
         if len(shape) < 2 or name.endswith(IN_FP32):
             return "f32"
-        kind, width = self._wanted(name), shape[-1]
+        width = shape[-1]
         if kind in SMALLER and width % TYPES[kind].block:
             kind = SMALLER[kind]
         if kind in TYPES and width % TYPES[kind].block:

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.gguf_parts import SplitGGUF
+from easyllm.checkpoint.keymap import Binding
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.models.families import layout_of
 from easyllm.models.families.gguf_layout import GGUFMetadata, Transform
 from easyllm.tokenizer.from_gguf import end_ids_from_gguf, token_id_from_gguf
 
+PLAIN_TYPES = ("F32", "F16", "BF16", "F64")
 MAX_NAMED = 4
 MAX_EXPERTS = 4096
 """An upper bound above any real model, so that a damaged file cannot make us list millions of
@@ -98,11 +100,55 @@ class GGUFTensors:
                 "supported"
             )
 
+    def block_type(self, name: str) -> str | None:
+        """Returns the type, in lower case, of a matrix that the file stores in blocks.
+
+        None for other types, and where the family's layout does more than move rows.
+        """
+        theirs, transform, part = self._sources[name]
+        place = self._file.tensors[theirs]
+        shape = place.shape if part is None else place.shape[1:]
+        if len(shape) != 2 or place.type_name in PLAIN_TYPES:
+            return None
+        if transform is not None and self._row_order(transform, shape[0]) is None:
+            return None
+        return place.type_name.lower()
+
+    def blocks(self, name: str) -> Tensor:
+        """Returns the bytes of a matrix that has a `block_type`, [N, bytes of a row] uint8."""
+        theirs, transform, part = self._sources[name]
+        raw = self._file.raw(theirs, part=part)
+        if transform is None:
+            return raw
+        order = self._row_order(transform, len(raw))
+        assert order is not None, "it has a block type"
+        return raw[order]
+
+    def _row_order(self, transform: Transform, rows: int) -> Tensor | None:
+        """Returns the order [N] of rows that a transform gives; None if it is not a permutation."""
+        numbers = torch.arange(rows)[:, None].expand(rows, 2)
+        try:
+            moved = transform(numbers, self._config)
+        except RuntimeError:
+            return None
+        if moved.shape != numbers.shape or not torch.equal(moved[:, 0], moved[:, 1]):
+            return None
+        order = moved[:, 0]
+        return order if torch.equal(order.sort().values, numbers[:, 0]) else None
+
     def load(self, name: str) -> Tensor:
         """Loads the tensor with the HF name `name`, in fp32."""
         theirs, transform, part = self._sources[name]
         tensor = self._file.load(theirs, torch.float32, part=part)
         return tensor if transform is None else transform(tensor, self._config)
+
+
+def kept_type(binding: Binding, tensors: GGUFTensors) -> str | None:
+    """Returns the block type of weights that can be kept as the file stores them; None if not."""
+    rule = binding.rule
+    if rule.transposed or binding.theirs not in tensors.shapes:
+        return None
+    return tensors.block_type(binding.theirs)
 
 
 def _shape(

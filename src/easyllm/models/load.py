@@ -21,7 +21,7 @@ from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
 from easyllm.core.paths import expanded
 from easyllm.models.context import ContextConfig, extend_context
-from easyllm.models.gguf_import import GGUFTensors, hf_config
+from easyllm.models.gguf_import import GGUFTensors, hf_config, kept_type
 from easyllm.models.heads import to_classifier
 from easyllm.models.hf_config import (
     read_config,
@@ -31,13 +31,18 @@ from easyllm.models.hf_names import hf_module_name, keymap_of
 from easyllm.models.sources import locate
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
+from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.storage import PackedStorage
 from easyllm.quant import (
+    KEPT,
+    PackedLayers,
     StorageFormat,
     format_of_checkpoint,
     quantizable,
     quantize_weight,
+    weight_bytes,
 )
+from easyllm.quant.gguf_weight import GGUFWeight, gguf_format
 from easyllm.tokenizer.folder import tokenizer_file
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -85,7 +90,8 @@ class OpenSource:
         Args:
             dtype: dtype of the weights; None keeps the dtype of the file.
             device: device of the weights.
-            quantize: quantizes each weight as soon as it is read, to limit peak memory.
+            quantize: quantizes each weight as soon as it is read, to limit peak memory; `gguf`
+                keeps the blocks of a GGUF file.
 
         Raises:
             ConfigError: `quantize` is set, but the checkpoint is already quantized.
@@ -93,10 +99,8 @@ class OpenSource:
         """
         model = self.skeleton()
         source = self.tensors.reopened() if isinstance(self.tensors, TensorFolder) else self.tensors
-        if quantize is not None:
-            self.check_unquantized(quantize)
+        rounded = {} if quantize is None else self.packed_layers(model, quantize)
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        rounded = {} if quantize is None else quantizable(model, quantize)
         layers = {f"{name}.weight": layer for name, layer in model.weight_modules()}
         state, packed = dict[str, Tensor](), list[Binding]()
         for binding in keymap_of(self.config).check(
@@ -107,6 +111,9 @@ class OpenSource:
         ):
             if binding.packed:
                 packed.append(binding)  # stored below, once the dtype of the full weights is known
+                continue
+            if quantize == KEPT and rounded.keys() >= set(binding.ours):
+                self._keep(binding, layers, dtype or torch.float32, device)
                 continue
             parts = binding.rule.split(source.load(binding.theirs))
             for name, part in zip(binding.ours, parts, strict=True):
@@ -128,6 +135,79 @@ class OpenSource:
         model.load_state_dict(state, assign=True, strict=not (rounded or packed))
         return model.requires_grad_(False).eval()
 
+    def packed_layers(self, model: Decoder, quantize: str | None) -> PackedLayers:
+        """Returns the modules of `model` that are quantized while loading, with their formats.
+
+        Args:
+            model: the model, without weights.
+            quantize: as for `model`; None for those that the checkpoint stores quantized.
+
+        Raises:
+            ConfigError: `quantize` is set, but the checkpoint is already quantized, or is not a
+                GGUF file with quantized weights if they are to be kept.
+        """
+        if quantize is None and self.packed is None:
+            return {}
+        if quantize is not None and quantize != KEPT:
+            self.check_unquantized(quantize)
+            return quantizable(model, quantize)
+        layers = {f"{name}.weight": layer for name, layer in model.weight_modules()}
+        keymap, packed = keymap_of(self.config), self.packed
+        if quantize is None:
+            assert packed is not None, "checked above"
+            stems = {name.rpartition(".")[0] for name in self.tensors.shapes} - {
+                name.removesuffix(".weight") for name in self.tensors.shapes
+            }
+            return {
+                name: (layer, packed)
+                for name, layer in layers.items()
+                if keymap.theirs(name).removesuffix(".weight") in stems
+            }
+        found: PackedLayers = {}
+        if isinstance(self.tensors, GGUFTensors):
+            for binding in keymap.bindings(layers):
+                kind = kept_type(binding, self.tensors)
+                if kind is not None:
+                    found |= {name: (layers[name], gguf_format(kind)) for name in binding.ours}
+        if not found:
+            raise ConfigError(
+                f"quantize={KEPT} keeps the blocks of a GGUF file, but {self.path} is none with "
+                "quantized weights; leave it out, or name a .gguf file"
+            )
+        return found
+
+    def keeps_blocks(self) -> bool:
+        """Returns whether the source is a GGUF file with quantized weights."""
+        tensors = self.tensors
+        if not isinstance(tensors, GGUFTensors):
+            return False
+        return any(tensors.block_type(name) is not None for name in tensors.shapes)
+
+    def weight_bytes(self, dtype: torch.dtype, quantize: str | None = None) -> int:
+        """Returns the size in memory of the weights, loaded with these options.
+
+        Raises:
+            ConfigError: as for `packed_layers`.
+        """
+        model = self.skeleton()
+        return weight_bytes(model, dtype, packed=self.packed_layers(model, quantize))
+
+    def _keep(
+        self,
+        binding: Binding,
+        layers: Mapping[str, Linear | Embedding],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Stores the blocks of a matrix of a GGUF file."""
+        assert isinstance(self.tensors, GGUFTensors), "packed_layers found its blocks"
+        kind = self.tensors.block_type(binding.theirs)
+        assert kind is not None, "packed_layers found its blocks"
+        parts = binding.rule.split(self.tensors.blocks(binding.theirs))
+        for name, part in zip(binding.ours, parts, strict=True):
+            shape = layers[name].storage.shape
+            layers[name].store(GGUFWeight(part, kind, shape, dtype).to(device))
+
     def _storage(
         self,
         binding: Binding,
@@ -138,6 +218,12 @@ class OpenSource:
         """Returns a quantized weight in the format of the checkpoint."""
         assert self.packed is not None, "the binding is packed"
         assert self.packed.from_file is not None, "a format with file tensors can read them"
+        for ending, tensor in found.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise CheckpointError(
+                    f"{binding.packed[ending]} of {self.path} contains NaN or infinite values; "
+                    "copy the checkpoint again"
+                )
         try:
             storage = self.packed.from_file(found, shape, dtype)
         except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
@@ -253,7 +339,7 @@ def load_model(
         device: `"cpu"`, `"cuda"`, `"auto"`.
         context: extends the context beyond the trained length.
         quantize: `"int8"`, `"int4"`, `"nf4"` ...: quantizes the weights as they are read
-            (`quant.quantize_weights`).
+            (`quant.quantize_weights`); `"gguf"` keeps the blocks of a GGUF file.
         adapter: the folder of an adapter in peft format; it is applied to every sequence.
 
     Raises:

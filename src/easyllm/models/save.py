@@ -1,6 +1,7 @@
 """Saving models as a Hugging Face folder."""
 
 from collections.abc import Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
 
 from torch import Tensor
@@ -80,7 +81,8 @@ def _packed_tensors(
     if not formats:
         return {}, None
     (name, *others) = sorted(formats)
-    format, layout = FORMATS.get(name), LAYOUTS.get(name)
+    format = FORMATS.get(name)
+    layout = LAYOUTS.get(name if format is None else format.layout or "")
     if others or (layout is None and (format is None or not format.file_tensors)):
         raise CheckpointError(
             f"weights quantized as {' and '.join([name, *others])} exist only in memory and cannot "
@@ -88,7 +90,8 @@ def _packed_tensors(
         )
     layers = dict(model.weight_modules())
     packed = {n: layer.storage for n, layer in layers.items() if layer.storage.format == name}
-    tensors = {f"{holder}.weight": storage.tensors() for holder, storage in packed.items()}
+    tensors_of = methodcaller("tensors") if layout is None else layout.tensors_of
+    tensors = {f"{holder}.weight": tensors_of(storage) for holder, storage in packed.items()}
     if layout is None:
         assert format is not None, "checked above"
         return tensors, {"quant_method": name, **format.file_config}

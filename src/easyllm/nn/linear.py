@@ -219,3 +219,12 @@ def set_storage(layer: Linear | Embedding, storage: WeightStorage) -> None:
     if not isinstance(storage, DenseWeight):
         layer.register_parameter("weight", None)
     layer.storage = storage
+
+
+def set_full_weight(layer: Linear | Embedding, weight: Tensor) -> None:
+    """Replaces the weight of a layer, whatever its storage, by a full one without a gradient."""
+    assert tuple(weight.shape) == tuple(layer.storage.shape), f"{weight.shape} is not the layer's"
+    if isinstance(layer.storage, nn.Module):
+        del layer.storage
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.storage = DenseWeight(layer._parameters)

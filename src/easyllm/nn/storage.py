@@ -237,10 +237,8 @@ class PackedStorage(nn.Module):
         self._buffers[self._largest()] = value
 
     def _largest(self) -> str:
-        return max(
-            self._buffers,
-            key=lambda name: self._buffers[name].nbytes,  # type: ignore[union-attr]
-        )
+        held = {name: buffer.nbytes for name, buffer in self._buffers.items() if buffer is not None}
+        return max(held, key=held.__getitem__)
 
     def _apply(
         self,

@@ -102,19 +102,17 @@ class GroupedMatrix:
             at += count * width
             headers.append(data[:, at : at + grid.header_bytes()])
             at += grid.header_bytes()
-        chunks = _unpack_codes(torch.cat(codes, dim=1), grid.bits)  # [N/8, groups, 8, 32]
-        rows = chunks.view(blocks, groups, 8, OUTPUTS, 4).permute(0, 3, 1, 2, 4)
+        chunks = unpack_codes(torch.cat(codes, dim=1), grid.bits)  # [N/8, groups, 8, 32]
         header = torch.stack(headers, dim=1).contiguous()  # [N/8, G, bytes]
-        scales = _rows(header[..., :16].contiguous().view(grid.scale_dtype).float())
+        scales = from_lanes(header[..., :16].contiguous().view(grid.scale_dtype).float())
         if grid.shift == NONE:
             shifts = torch.full_like(scales, 1 << (grid.bits - 1))
         elif grid.shift == ZEROS:
-            shifts = _rows(header[..., 16:].float())
+            shifts = from_lanes(header[..., 16:].float())
         else:
-            shifts = _rows(header[..., 16:].contiguous().view(torch.float16).float())
+            shifts = from_lanes(header[..., 16:].contiguous().view(torch.float16).float())
         count = last - first
-        flat = rows.reshape(blocks * OUTPUTS, -1)[:count, : self.inputs]
-        return flat, scales[:count], shifts[:count]
+        return from_chunks(chunks)[:count, : self.inputs], scales[:count], shifts[:count]
 
     def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
         """Returns rows `first`, a multiple of 8, to `last` (exclusive), [n, K] fp32."""
@@ -150,14 +148,12 @@ def pack(codes: Tensor, scales: Tensor, shifts: Tensor | None, grid: Grid) -> Gr
     """
     outputs, inputs = codes.shape
     padded = F.pad(codes, (0, -inputs % GROUP, 0, -outputs % OUTPUTS))
-    blocks, groups = len(padded) // OUTPUTS, padded.shape[1] // GROUP
-    # [N/8, groups, 8 chunks, 8 outputs x 4 inputs]
-    chunks = padded.view(blocks, OUTPUTS, groups, 8, 4).permute(0, 2, 3, 1, 4).flatten(3)
-    packed = _pack_codes(chunks, grid.bits).flatten(2)  # [N/8, groups, bytes]
-    headers = [_lanes(scales.to(grid.scale_dtype)).view(torch.uint8)]
+    groups = padded.shape[1] // GROUP
+    packed = pack_codes(to_chunks(padded), grid.bits).flatten(2)  # [N/8, groups, bytes]
+    headers = [to_lanes(scales.to(grid.scale_dtype)).view(torch.uint8)]
     if shifts is not None:
         kept = shifts.to(torch.uint8 if grid.shift == ZEROS else torch.float16)
-        headers.append(_lanes(kept).view(torch.uint8))
+        headers.append(to_lanes(kept).view(torch.uint8))
     header = torch.cat(headers, dim=2)  # [N/8, G, bytes]
     span = grid.span(inputs)
     parts = list[Tensor]()
@@ -166,24 +162,50 @@ def pack(codes: Tensor, scales: Tensor, shifts: Tensor | None, grid: Grid) -> Gr
     return GroupedMatrix(torch.cat(parts, dim=1).contiguous(), grid, outputs, inputs)
 
 
-def _pack_codes(chunks: Tensor, bits: int) -> Tensor:
+def to_chunks(codes: Tensor) -> Tensor:
+    """Rearranges codes [N, K] to [N/8, K/32, 8 chunks, 8 outputs x 4 inputs]."""
+    split: Tensor = codes.view(-1, OUTPUTS, codes.shape[1] // GROUP, 8, 4)
+    return split.permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def from_chunks(chunks: Tensor) -> Tensor:
+    """Rearranges [N/8, K/32, 8, 32] to codes [N, K]."""
+    rows: Tensor = chunks.unflatten(3, (OUTPUTS, 4)).permute(0, 3, 1, 2, 4)
+    return rows.reshape(len(chunks) * OUTPUTS, chunks.shape[1] * GROUP)
+
+
+def pack_codes(chunks: Tensor, bits: int) -> Tensor:
     """Packs [..., 8 chunks, 32] uint8 to [..., vectors, 32]."""
     if bits == 8:
         return (chunks.to(torch.int16) - 128).to(torch.int8).view(torch.uint8)
     if bits >= 4:
         vectors = (chunks[..., :4, :] & 15) | ((chunks[..., 4:, :] & 15) << 4)
     else:
-        pairs = (chunks & 3).unflatten(-2, (4, 2))  # chunk 2 k + v
-        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=chunks.device)
-        vectors = (pairs << shifts[:, None, None]).sum(-3).to(torch.uint8)
+        vectors = _pack_pairs(chunks & 3)
     if bits in (3, 5):
         places = torch.arange(8, dtype=torch.uint8, device=chunks.device)[:, None]
         plane = (((chunks >> (bits - 1)) & 1) << places).sum(-2).to(torch.uint8)
         vectors = torch.cat([vectors, plane[..., None, :]], dim=-2)
+    if bits == 6:
+        vectors = torch.cat([vectors, _pack_pairs(chunks >> 4)], dim=-2)
     return vectors
 
 
-def _unpack_codes(packed: Tensor, bits: int) -> Tensor:
+def _pack_pairs(chunks: Tensor) -> Tensor:
+    """Packs [..., 8 chunks, 32] of 2 bits to [..., 2, 32]; bits 2k and 2k + 1 have chunk 2k + v."""
+    pairs: Tensor = chunks.unflatten(-2, (4, 2))
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=chunks.device)
+    return (pairs << shifts[:, None, None]).sum(-3).to(torch.uint8)
+
+
+def _unpack_pairs(vectors: Tensor) -> Tensor:
+    """Returns [..., 8 chunks, 32] of 2 bits of [..., 2, 32]."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=vectors.device)
+    pairs = (vectors[..., None, :, :] >> shifts[:, None, None]) & 3
+    return pairs.flatten(-3, -2)
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     """Returns [..., 8 chunks, 32] uint8 of [..., bytes]."""
     vectors: Tensor = packed.unflatten(-1, (bits, 32))
     if bits == 8:
@@ -192,22 +214,22 @@ def _unpack_codes(packed: Tensor, bits: int) -> Tensor:
         low = vectors[..., :4, :]
         chunks = torch.cat([low & 15, low >> 4], dim=-2)
     else:
-        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
-        pairs = (vectors[..., None, :2, :] >> shifts[:, None, None]) & 3
-        chunks = pairs.flatten(-3, -2)
+        chunks = _unpack_pairs(vectors[..., :2, :])
     if bits in (3, 5):
         places = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
         chunks = chunks | (((vectors[..., -1:, :] >> places) & 1) << (bits - 1))
+    if bits == 6:
+        chunks = chunks | (_unpack_pairs(vectors[..., 4:, :]) << 4)
     return chunks
 
 
-def _lanes(values: Tensor) -> Tensor:
+def to_lanes(values: Tensor) -> Tensor:
     """Rearranges [N, G] to [⌈N/8⌉, G, 8], padded with zeros."""
     filled = F.pad(values, (0, 0, 0, -len(values) % OUTPUTS))
     return filled.view(-1, OUTPUTS, values.shape[1]).transpose(1, 2).contiguous()
 
 
-def _rows(lanes: Tensor) -> Tensor:
+def from_lanes(lanes: Tensor) -> Tensor:
     """Rearranges [N/8, G, 8] to [N, G]."""
     return lanes.transpose(1, 2).flatten(0, 1)
 
@@ -219,6 +241,12 @@ __all__ = [
     "ZEROS",
     "Grid",
     "GroupedMatrix",
+    "from_chunks",
+    "from_lanes",
     "pack",
+    "pack_codes",
+    "to_chunks",
+    "to_lanes",
+    "unpack_codes",
     "unsupported_reason",
 ]

@@ -1,38 +1,68 @@
 """What `easyllm quantize` writes: method, grid, format, calibration text."""
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from easyllm.core.config import Config
+from easyllm.adapters.targets import check_patterns, name_matches
+from easyllm.core.config import Config, validate
+from easyllm.core.json_types import JsonMapping
 from easyllm.core.paths import PathText
 from easyllm.quant.spec import QuantSpec
+
+FULL = "full"
+BLOCKWISE = ("nf4", "fp4")
+BITSANDBYTES = (*BLOCKWISE, "llm.int8")
+FORMATS = {
+    "rtn": "compressed-tensors",
+    "smoothquant": "compressed-tensors",
+    **dict.fromkeys(BITSANDBYTES, "bitsandbytes"),
+}
+"""The format of a method, where it does not have its name."""
+CALIBRATED = ("data", "samples", "length")
+GRID = ("bits", "group_size", "asymmetric", "act_order")
 
 
 class QuantizeOptions(Config):
     """Method, grid, format and calibration text of a quantized file."""
 
-    method: Literal["rtn", "gptq", "awq"] = Field(
+    method: Literal["rtn", "gptq", "awq", "smoothquant", "nf4", "fp4", "llm.int8"] = Field(
         default="gptq",
-        description="How weights are rounded: to the nearest code (rtn), gptq, or awq. GGUF's "
-        "blocks have their own rounding.",
+        description="How weights are rounded: to the nearest code (rtn), gptq, or awq; "
+        "smoothquant quantizes activations to 8 bits, too (W8A8); nf4, fp4 and llm.int8 are those "
+        "of bitsandbytes. GGUF's blocks have their own rounding.",
     )
-    format: Literal["gptq", "awq", "compressed-tensors", "gguf"] | None = Field(
+    format: Literal["gptq", "awq", "compressed-tensors", "bitsandbytes", "gguf"] | None = Field(
         default=None,
         description="File format; by default that of the method (compressed-tensors for rtn), or "
         "gguf if a type is set.",
     )
     type: str | None = Field(
         default=None,
-        description="GGUF type: q8_0, q6_k, q5_k, q4_k, q5_1, q5_0, q4_1 or q4_0.",
+        description="GGUF type: q8_0, q6_k, q5_k, q4_k, q5_1, q5_0, q4_1 or q4_0; f32, f16 or bf16 "
+        "for full weights.",
     )
-    bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits per weight.")
-    group_size: NonNegativeInt = Field(
-        default=64, description="Inputs that share a scale; 0 is one scale per output row."
+    bits: Literal[2, 3, 4, 8] | None = Field(
+        default=None, description="Bits per weight; by default 4, and 8 for smoothquant."
+    )
+    group_size: NonNegativeInt | None = Field(
+        default=None,
+        description="Inputs that share a scale; 0 is one scale per output row. By default 64, and "
+        "0 for smoothquant.",
     )
     asymmetric: bool = Field(
         default=False,
         description="Grids that span the minimum to the maximum of a group, with zero points.",
+    )
+    single: bool = Field(
+        default=False, description="nf4 and fp4: without double quantization of the scales."
+    )
+    override: tuple[str, ...] = Field(
+        default=(),
+        description="PATTERN=VALUE for linears whose name (layers.0.mixer.q_proj) matches a "
+        "pattern such as *.down_proj: other bits, a GGUF type, or `full` for full weights; the "
+        "last one that matches counts. GGUF's embedding and head are embed_tokens and lm_head.",
     )
     dtype: Literal["float16", "bfloat16", "float32"] = Field(
         default="float16",
@@ -57,6 +87,11 @@ class QuantizeOptions(Config):
         default=None,
         description="A text file to measure the result on; by default a built-in text.",
     )
+    dequantize: bool = Field(
+        default=False,
+        description="Allows a source that is already quantized: its dequantized weights are "
+        "rounded again, which adds to their error.",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -69,7 +104,40 @@ class QuantizeOptions(Config):
                 "act_order moves inputs between groups, which only method gptq does and only "
                 f"format gptq can hold, got {self.method} and {self.file_format}; remove it"
             )
+        bitsandbytes = self.file_format == "bitsandbytes"
+        if not self.is_gguf and (self.method in BITSANDBYTES) != bitsandbytes:
+            raise ValueError(
+                f"format {self.file_format} does not hold weights of method {self.method}; "
+                f"bitsandbytes holds those of {', '.join(BITSANDBYTES)}, and no others"
+            )
+        what = f"type {self.type}" if self.is_gguf else f"method {self.method}"
+        for name in sorted(self.model_fields_set & self._without_effect()):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect on {what}; remove it")
+        self.overrides()
         return self
+
+    @classmethod
+    def with_effect(cls, own: JsonMapping, shared: JsonMapping) -> Self:
+        """Returns the options `own` with those of `shared` that have an effect on them.
+
+        Raises:
+            ConfigError: a value is not valid.
+        """
+        alone = validate(cls, dict(own), source="quantize options")
+        unused = alone._without_effect() | set(own) | {"format"}
+        kept = {name: value for name, value in shared.items() if name not in unused}
+        return validate(cls, {**kept, **own}, source="quantize options")
+
+    def _without_effect(self) -> set[str]:
+        """Returns the fields that change nothing for this method and format."""
+        if self.is_gguf:
+            unused = {"method", *GRID, "dtype", "single"}
+            return unused if self.importance else {*unused, *CALIBRATED}
+        unused = {"importance"} if self.method in BLOCKWISE else {"importance", "single"}
+        if self.method in BITSANDBYTES:
+            return {*unused, *GRID, *CALIBRATED}
+        return {*unused, *CALIBRATED} if self.method == "rtn" else unused
 
     @property
     def is_gguf(self) -> bool:
@@ -81,14 +149,62 @@ class QuantizeOptions(Config):
         """The file format."""
         if self.is_gguf:
             return "gguf"
-        return self.format or {"rtn": "compressed-tensors"}.get(self.method, self.method)
+        return self.format or FORMATS.get(self.method, self.method)
+
+    @property
+    def scheme(self) -> str | None:
+        """The storage format of bitsandbytes' methods; None for others."""
+        if self.is_gguf or self.method not in BITSANDBYTES:
+            return None
+        return f"{self.method}-single" if self.single else self.method
 
     @property
     def spec(self) -> QuantSpec:
-        """The grid; GGUF's types have their own."""
+        """The grid; GGUF's types and bitsandbytes' methods have their own."""
+        smooth = self.method == "smoothquant"
+        group = self.group_size if self.group_size is not None else (0 if smooth else 64)
         return QuantSpec(
-            bits=self.bits, group_size=self.group_size or None, symmetric=not self.asymmetric
+            bits=self.bits or (8 if smooth else 4),
+            group_size=group or None,
+            symmetric=not self.asymmetric,
+            activations=smooth,
         )
 
+    def overrides(self) -> list[tuple[str, str]]:
+        """Returns `override` as pairs (pattern, value).
 
-__all__ = ["QuantizeOptions"]
+        Raises:
+            ValueError: a value is not known.
+        """
+        found = []
+        for text in self.override:
+            pattern, sign, value = text.rpartition("=")
+            known = self.is_gguf or value == FULL or value in ("2", "3", "4", "8")
+            if not sign or not pattern or not known or (value != FULL and self.scheme):
+                raise ValueError(
+                    f"override {text!r} is not PATTERN=VALUE, with a value of full or, for grids, "
+                    "of 2, 3, 4 or 8 bits"
+                )
+            found.append((pattern, value))
+        return found
+
+    def spec_of(self, name: str) -> QuantSpec | None:
+        """Returns the grid of a linear; None if it keeps its full weight."""
+        spec: QuantSpec | None = self.spec
+        for pattern, value in self.overrides():
+            if name_matches(name, pattern):
+                full = value == FULL
+                spec = None if full else self.spec.model_copy(update={"bits": int(value)})
+        return spec
+
+    def check_overrides(self, names: Sequence[str]) -> None:
+        """Checks that each pattern of `override` matches a name.
+
+        Raises:
+            ConfigError: one matches none.
+        """
+        patterns = [pattern for pattern, _ in self.overrides()]
+        check_patterns(patterns, names, key="override", what="weight of this model")
+
+
+__all__ = ["BITSANDBYTES", "FULL", "QuantizeOptions"]

@@ -4,9 +4,11 @@ from easyllm.quant import formats
 from easyllm.quant.blockwise4 import quantize_blockwise4
 from easyllm.quant.registry import (
     FORMATS,
+    KEPT,
     LAYOUTS,
     FileLayout,
     StorageFormat,
+    check_scheme,
     find_scheme,
     format_of_checkpoint,
     register_layout,
@@ -15,7 +17,8 @@ from easyllm.quant.registry import (
 )
 from easyllm.quant.spec import QuantSpec
 from easyllm.quant.weight_only import (
-    plan_quantized,
+    PackedLayers,
+    plan_packed,
     quantizable,
     quantize_weight,
     quantize_weights,
@@ -24,14 +27,17 @@ from easyllm.quant.weight_only import (
 
 __all__ = [
     "FORMATS",
+    "KEPT",
     "LAYOUTS",
     "FileLayout",
+    "PackedLayers",
     "QuantSpec",
     "StorageFormat",
+    "check_scheme",
     "find_scheme",
     "format_of_checkpoint",
     "formats",
-    "plan_quantized",
+    "plan_packed",
     "quantizable",
     "quantize_blockwise4",
     "quantize_weight",

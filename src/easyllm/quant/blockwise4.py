@@ -117,6 +117,7 @@ def _register(name: str, codebook: str, *, nested: bool) -> None:
             quantize=lambda weight, _: Blockwise4Weight(
                 quantize_blockwise4(weight, codebook, nested=nested), weight.dtype, name
             ),
+            layout="bitsandbytes",
         )
     )
 

@@ -5,17 +5,19 @@ one layer are in memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
 from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
 from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.linear import Linear
 from easyllm.nn.moe import ROUTERS
 from easyllm.nn.storage import WeightStorage
 from easyllm.quant.calibrate import LayerWalk
+from easyllm.quant.layer_files import FinishedLayer, LayerFiles
 from easyllm.quant.methods import Method
 from easyllm.quant.quant_tensor import QuantTensor
 from easyllm.quant.scaling import scale_groups
@@ -80,6 +82,7 @@ class LayerQuantizer:
         model: Decoder,
         sequences: Sequence[Tensor],
         *,
+        files: LayerFiles | None = None,
         done: Callable[[int], object] = lambda _: None,
     ) -> Report:
         """Quantizes all layers of a model.
@@ -87,6 +90,7 @@ class LayerQuantizer:
         Args:
             model: the model, dense, without adapters; changed in place.
             sequences: token ids of the calibration text; may be empty if the method needs none.
+            files: where finished layers are kept; those that are there are not quantized again.
             done: called with the number of each finished layer.
 
         Raises:
@@ -98,7 +102,18 @@ class LayerQuantizer:
         walk = None if self.method.needs == "nothing" else LayerWalk(model, sequences)
         for number, layer in enumerate(model.layers):
             assert isinstance(layer, DecoderLayer)
-            self._layer(layer, f"layers.{number}.", walk, report)
+            prefix = f"layers.{number}."
+            chosen = {name: (linear, spec) for name, linear, spec in self._chosen(layer, prefix)}
+            specs = {name: spec for name, (_, spec) in chosen.items()}
+            finished = None if files is None else files.load(number, specs)
+            if finished is None:
+                finished = self._finished(layer, prefix, chosen, walk)
+                if files is not None:
+                    files.save(number, finished)
+            layer.load_state_dict(dict(finished.full), strict=False)
+            for name, weight in finished.weights.items():
+                chosen[name][0].store(self.store(prefix + name, weight))
+            report.linears += [LinearReport(**figures) for figures in finished.reports]
             if walk is not None and number + 1 < len(model.layers):
                 walk.advance(layer)
             done(number)
@@ -133,21 +148,28 @@ class LayerQuantizer:
                 found.append((name, module, spec))
         return found
 
-    def _layer(
-        self, layer: DecoderLayer, prefix: str, walk: LayerWalk | None, report: Report
-    ) -> None:
-        chosen = {name: (linear, spec) for name, linear, spec in self._chosen(layer, prefix)}
+    def _finished(
+        self,
+        layer: DecoderLayer,
+        prefix: str,
+        chosen: Mapping[str, tuple[Linear, QuantSpec]],
+        walk: LayerWalk | None,
+    ) -> FinishedLayer:
+        """Quantizes the weights of a layer; factors change its other tensors."""
         statistics: dict[str, Statistics] = {}
         if walk is not None:
             statistics = walk.statistics(layer, chosen, gram=self.method.needs == "gram")
         if self.method.factors is not None:
             statistics = self._scale(layer, chosen, statistics)
+        weights, reports = dict[str, QuantTensor](), list[JsonObject]()
         for name, (linear, spec) in chosen.items():
             its = statistics.get(name)
             weight = linear.weight.detach()
-            quantized = self.method.quantize(weight, its, spec)
-            report.linears.append(_report(prefix + name, weight, quantized, its))
-            linear.store(self.store(prefix + name, quantized))
+            weights[name] = self.method.quantize(weight, its, spec)
+            reports.append(asdict(_report(prefix + name, weight, weights[name], its)))
+        replaced = {f"{name}.weight" for name in chosen}
+        full = {name: t for name, t in layer.state_dict().items() if name not in replaced}
+        return FinishedLayer(weights=weights, full=full, reports=reports)
 
     def _scale(
         self,

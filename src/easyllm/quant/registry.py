@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import methodcaller
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class StorageFormat:
             `CheckpointError` if the tensors do not match.
         file_config: expected entries of `quantization_config` in addition to `quant_method`;
             other values are refused on reading.
+        layout: name of the `FileLayout` that writes the format; None for formats with
+            `file_tensors`, and for those that are never written.
         unsupported_reason: returns why a weight of a given shape cannot be stored in this format;
             None if it can.
     """
@@ -42,6 +45,7 @@ class StorageFormat:
     file_tensors: tuple[str, ...] = ()
     from_file: Callable[[Mapping[str, Tensor], Shape, torch.dtype], PackedStorage] | None = None
     file_config: JsonMapping = field(default_factory=dict)
+    layout: str | None = None
     unsupported_reason: Callable[[Shape], str | None] = lambda _shape: None
 
 
@@ -50,9 +54,10 @@ class FileLayout:
     """A layout of quantized weights in checkpoints, whose `quantization_config` describes the grid.
 
     Attributes:
-        name: its `quant_method`, and the `format` of its storages.
+        name: its `quant_method`, and the `format` of its storages or the `layout` of their format.
         format_of: `quantization_config` → the storage format that reads such a file; raises
             `CheckpointError` for values that are not supported.
+        tensors_of: returns the file's tensors of a storage, by the last part of their names.
         config_of: (storages by file name of their modules, file names of the linears that are not
             quantized) → `quantization_config`; raises `CheckpointError` if no one describes them.
     """
@@ -60,8 +65,11 @@ class FileLayout:
     name: str
     format_of: Callable[[JsonMapping], StorageFormat]
     config_of: Callable[[Mapping[str, WeightStorage], Sequence[str]], JsonObject]
+    tensors_of: Callable[[WeightStorage], Mapping[str, Tensor]] = methodcaller("tensors")
 
 
+KEPT = "gguf"
+"""The value of `quantize` that keeps the blocks of a GGUF file as they are."""
 FORMATS: dict[str, StorageFormat] = {}
 LAYOUTS: dict[str, FileLayout] = {}
 
@@ -110,11 +118,26 @@ def find_scheme(name: str) -> StorageFormat:
         ConfigError: there is no such format.
     """
     known = schemes()
+    if name == KEPT:
+        raise ConfigError(
+            f"quantize={KEPT} keeps the blocks of a GGUF file, which is only possible while one "
+            f"is loaded; use {' or '.join(known)}"
+        )
     if name not in known:
         raise ConfigError(
             f"quantization {name!r} is not known{suggest(name, known)}; use {' or '.join(known)}"
         )
     return FORMATS[name]
+
+
+def check_scheme(name: str) -> None:
+    """Checks that `quantize` can be set to `name`: a format, or the blocks of a GGUF file.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if name != KEPT:
+        find_scheme(name)
 
 
 def format_of_checkpoint(config: object) -> StorageFormat | None:

@@ -29,6 +29,12 @@ class QuantSpec(Config):
         "file in that dtype stores exactly the quantized weight.",
     )
 
+    activations: bool = Field(
+        default=False,
+        description="Whether inputs are quantized to 8 bits, too, token by token while the model "
+        "runs (W8A8).",
+    )
+
     @property
     def levels(self) -> int:
         """The largest code, 2^bits − 1."""

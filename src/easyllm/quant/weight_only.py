@@ -8,6 +8,8 @@ its codes span the minimum to the maximum of a group, which recovers the origina
 checkpoint quantized the same way (GGUF's Q4_1). Embedding and head are int8 in both.
 """
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ SCHEMES = {
     "int8": QuantSpec(bits=8),
     "int4": QuantSpec(bits=4, group_size=32, symmetric=False),
 }
+PackedLayers: TypeAlias = dict[str, tuple[Linear | Embedding, StorageFormat]]
+"""Modules whose weights are quantized with their formats, by the name of the weight."""
 ROWS = 1024
 """Output rows quantized at once, so that intermediate tensors fit into the CPU cache. A multiple
 of the kernel's 8 rows."""
@@ -59,7 +63,7 @@ def quantize_weights(model: Decoder, scheme: str) -> Decoder:
     return model
 
 
-def quantizable(model: Decoder, scheme: str) -> dict[str, tuple[Linear | Embedding, StorageFormat]]:
+def quantizable(model: Decoder, scheme: str) -> PackedLayers:
     """Returns the modules that `scheme` quantizes with their formats, by the name of the weight.
 
     Raises:
@@ -72,7 +76,7 @@ def quantizable(model: Decoder, scheme: str) -> dict[str, tuple[Linear | Embeddi
             f"the model is already quantized ({', '.join(sorted(packed))}); load the unquantized "
             f"model to quantize it as {scheme}"
         )
-    found: dict[str, tuple[Linear | Embedding, StorageFormat]] = {
+    found: PackedLayers = {
         f"{name}.weight": (module, format)
         for name, module in model.layers.named_modules(prefix="layers")
         if isinstance(module, Linear) and not name.endswith(ROUTERS)
@@ -89,29 +93,34 @@ def quantizable(model: Decoder, scheme: str) -> dict[str, tuple[Linear | Embeddi
     return found
 
 
-def plan_quantized(model: Decoder, scheme: str) -> None:
-    """Gives a model on the meta device storages that `quantize_weights` would, without contents.
+def plan_packed(packed: PackedLayers) -> None:
+    """Gives modules on the meta device storages of their formats, without contents.
 
     Names, shapes and formats can then be checked without weights; the model cannot run.
-
-    Raises:
-        ConfigError: as for `quantizable`.
     """
-    for layer, format in quantizable(model, scheme).values():
+    for layer, format in packed.values():
         storage = PackedStorage(layer.storage.shape, layer.storage.dtype).to("meta")
         storage.format = format.name
         layer.store(storage)
 
 
-def weight_bytes(model: Decoder, dtype: torch.dtype, scheme: str | None = None) -> int:
+def weight_bytes(
+    model: Decoder,
+    dtype: torch.dtype,
+    scheme: str | None = None,
+    *,
+    packed: PackedLayers | None = None,
+) -> int:
     """Returns the size in bytes of a model's weights.
 
     Args:
         model: the model, possibly on the meta device.
         dtype: dtype of the weights that are not quantized.
         scheme: quantization format; None for no quantization.
+        packed: instead, the modules to be quantized and their formats.
     """
-    packed = {} if scheme is None else quantizable(model, scheme)
+    if packed is None:
+        packed = {} if scheme is None else quantizable(model, scheme)
     held = sum(
         packed[name][1].num_bytes((parameter.shape[0], parameter.shape[1]))
         if name in packed

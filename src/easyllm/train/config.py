@@ -21,7 +21,7 @@ from easyllm.core.device import check_device_name
 from easyllm.core.errors import ConfigError
 from easyllm.core.paths import PathText
 from easyllm.models.scratch import ScratchConfig
-from easyllm.quant import find_scheme
+from easyllm.quant import check_scheme
 from easyllm.train.data_config import (
     DATA,
     ONE_OR_MORE,
@@ -115,8 +115,8 @@ class TrainConfig(Config):
         default=None,
         description="Storage format that the frozen base model is quantized to while it is loaded, "
         "such as nf4; needs an adapter, whose own weights stay in full precision. A LoRA adapter "
-        "on nf4 is QLoRA (Dettmers et al. 2023, arXiv 2305.14314). null keeps the weights as they "
-        "are.",
+        "on nf4 is QLoRA (Dettmers et al. 2023, arXiv 2305.14314). gguf keeps the blocks of a GGUF "
+        "file as they are. null keeps full weights, or the format of a quantized checkpoint.",
     )
     prompt_mask: Literal["causal", "prefix"] | None = Field(
         default=None,
@@ -230,7 +230,7 @@ class TrainConfig(Config):
         if self.quantize is None:
             return self
         try:
-            find_scheme(self.quantize)
+            check_scheme(self.quantize)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         if isinstance(self.model, ScratchConfig):

@@ -18,7 +18,7 @@ from easyllm.models.scratch import ScratchConfig, build_scratch, scratch_model_c
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.recompute import recompute_activations
-from easyllm.quant import StorageFormat, plan_quantized
+from easyllm.quant import StorageFormat, plan_packed
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
 from easyllm.train.objectives import Objective, Reference
@@ -91,8 +91,7 @@ def _check(opened: OpenSource, quantize: str | None, empty: Decoder) -> None:
     """Checks that the files match a model without weights, and that they can be quantized."""
     opened.check(empty)
     if quantize is not None:
-        opened.check_unquantized(quantize)
-        plan_quantized(empty, quantize)
+        plan_packed(opened.packed_layers(empty, quantize))
 
 
 def _reader(

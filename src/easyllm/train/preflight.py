@@ -19,6 +19,7 @@ from easyllm.plan.machine import matmul_rate
 from easyllm.plan.memory import MemoryEstimate, estimate_training, memory_reductions
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import count_adapter_parameters
+from easyllm.quant import KEPT
 from easyllm.train.config import TrainConfig
 from easyllm.train.data_config import CorpusDataConfig
 from easyllm.train.factories import BaseModelSource, build_model, cannot_train_all
@@ -183,7 +184,8 @@ def plan_run(
         "paged": pages_state(config),
         "momentum": isinstance(config.optimizer, SGDConfig) and config.optimizer.momentum > 0,
         "adapter": config.adapter,
-        "scheme": config.quantize,
+        # blocks of a GGUF file have at most 8.5 bits a weight
+        "scheme": "int8" if config.quantize == KEPT else config.quantize,
         "recompute": config.checkpoint_activations,
         "dropout": config.dropout > 0,
         "reference": objective.needs_reference,

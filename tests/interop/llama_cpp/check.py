@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 import sentencepiece
 import torch
+import written
 import xllamacpp
 from figures import Figures
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from easyllm.engine import LLM, SamplingParams
 from easyllm.models import load_model, load_tokenizer, locate, save_model
 from easyllm.models.families import family_of
 from easyllm.nn import Decoder
+from easyllm.pipeline.calibration import calibration
 
 BOUND = 2e-3  # of a log-probability: the two programs sum in different orders
 TEXTS = {
@@ -64,6 +66,8 @@ def main() -> int:
             )
         print("SmolLM2: the same")
         figures.run("SmolLM2 in F32", lambda: smollm2(figures, work))
+        print("files written here: greedy tokens, and KL on a text")
+        figures.run("files written here", lambda: all_types(figures, work))
     return figures.end()
 
 
@@ -96,6 +100,13 @@ class Peer:
     def tokens(self, text: str, *, special: bool) -> list[int]:
         body = {"content": text, "add_special": special, "parse_special": True}
         found: list[int] = self.ask("/tokenize", **body)["tokens"]
+        return found
+
+    def candidates(self, ids: Sequence[int], count: int) -> list[dict[str, Any]]:
+        """Returns the most likely tokens after `ids`: `{"id", "logprob"}`."""
+        body = {"prompt": list(ids), "n_predict": 1, "n_probs": count, "cache_prompt": True}
+        answer = self.ask("/completion", temperature=0, samplers=["top_k"], top_k=1, **body)
+        found: list[dict[str, Any]] = answer["completion_probabilities"][0]["top_logprobs"]
         return found
 
     def greedy(self, ids: Sequence[int], count: int) -> list[dict[str, Any]]:
@@ -262,6 +273,26 @@ def smollm2(figures: Figures, work: Path) -> None:
             steps = llama.greedy(ids, 16)
             figures.at_most(f"{text!r}", difference(llm.model, ids, steps), BOUND)
             figures.equal(f"{text!r}: greedy", answer(llm, ids, 16), [s["id"] for s in steps])
+
+
+def all_types(figures: Figures, work: Path) -> None:
+    """Compares a file of each type: of SmolLM2, and of a wider random model for K-quants."""
+    small, tokenizer = load_model("smollm2", dtype="float32"), load_tokenizer("smollm2")
+    wide = written.wide_model(small.config.vocab_size)
+    (ids,) = calibration(tokenizer, count=1, length=written.TOKENS).sequences
+    text, path = ids.tolist(), work / "written.gguf"
+    for type in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"):
+        written.prepared(small, tokenizer, path, type, weighed=type.startswith("q"))
+        with peer(path) as llama:
+            equal = type in ("f32", "f16")
+            prompts = written.PROMPTS
+            written.check(figures, type, path, llama, equal=equal, text=text, prompts=prompts)
+    for type in ("q6_k", "q5_k", "q4_k"):
+        written.prepared(wide, tokenizer, path, type, weighed=True)
+        with peer(path) as llama:
+            written.check(
+                figures, type, path, llama, equal=False, text=text, prompts=written.PROMPTS
+            )
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Memory is planned before anything is allocated, and a single sentence says if it does not fit."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from easyllm.models.families.llama import SIZES
 from easyllm.models.load import OpenSource
 from easyllm.nn.config import LinearAttentionConfig
 from easyllm.nn.decoder import Decoder
+from easyllm.quant import schemes, weight_bytes
 from tiny_models import build_tiny
 
 SMOLLM2 = family_of("llama").read_config(SIZES["smollm2-135m"])
@@ -89,17 +92,27 @@ def test_the_error_for_a_too_large_cache_says_how_much_is_missing_and_what_helps
 def test_the_error_for_too_large_weights_says_how_much_is_missing_and_what_helps():
     with torch.device("meta"):
         model = Decoder(SMOLLM2)
-    check_weights_fit(model, torch.float32, WEIGHTS)
+
+    def check(free_bytes, quantize=None):
+        check_weights_fit(
+            partial(weight_bytes, model),
+            torch.float32,
+            free_bytes,
+            quantize=quantize,
+            schemes=schemes(),
+        )
+
+    check(WEIGHTS)
     with pytest.raises(
         ConfigError, match=r"0.54 GB as float32, .*.0.14 GB short.; set dtype to bf"
     ):
-        check_weights_fit(model, torch.float32, 400_000_000)
+        check(400_000_000)
     with pytest.raises(ConfigError, match=r"short.; set quantize to int8"):
-        check_weights_fit(model, torch.float32, 150_000_000)
+        check(150_000_000)
     with pytest.raises(ConfigError, match=r"0.14 GB as int8, .*short.; set quantize to int4"):
-        check_weights_fit(model, torch.float32, 100_000_000, quantize="int8")
+        check(100_000_000, quantize="int8")
     with pytest.raises(ConfigError, match=r"short.; use a smaller model"):
-        check_weights_fit(model, torch.float32, 80_000_000)
+        check(80_000_000)
 
 
 def test_an_llm_that_does_not_fit_is_refused_before_anything_is_loaded(tiny_folder, monkeypatch):

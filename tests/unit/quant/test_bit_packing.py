@@ -93,17 +93,17 @@ def test_compressed_tensors_files_hold_exactly_the_weight(bits, group, symmetric
     spec = QuantSpec(bits=bits, group_size=group, symmetric=symmetric, scale_dtype=dtype)
     made = rtn(weight(), spec)
     tensors = compressed_tensors.to_tensors(made)
-    config = compressed_tensors.to_config(spec, ignore=["lm_head"])
+    config = compressed_tensors.to_config({"a": spec}, ignore=["lm_head"])
     again = compressed_tensors.from_tensors(tensors, (64, 96), config)
     assert torch.equal(again.dequantize(), made.dequantize())
 
 
 def test_compressed_tensors_files_of_8_bit_weights_and_activations():
-    spec = QuantSpec(bits=8)
+    spec = QuantSpec(bits=8, activations=True)
     made = rtn(weight(), spec)
-    tensors = compressed_tensors.int_tensors(made)
+    tensors = compressed_tensors.to_tensors(made)
     assert tensors["weight"].dtype == torch.int8
-    config = compressed_tensors.to_config(spec, ignore=[], activations=True)
+    config = compressed_tensors.to_config({"a": spec}, ignore=[])
     assert config["format"] == "int-quantized"
     again = compressed_tensors.from_tensors(tensors, (64, 96), config)
     assert torch.equal(again.dequantize(), made.dequantize())

@@ -104,4 +104,4 @@ def test_a_stored_weight_has_the_values_that_the_gguf_package_reads(name):
     x = torch.randn(3, 512, generator=torch.Generator().manual_seed(2))
     expected = x @ stored.dense().T
     assert (stored.linear(x) - expected).norm() < 0.02 * expected.norm()
-    assert stored.num_bytes <= raw.numel() * 1.01
+    assert stored.num_bytes <= raw.numel() * 1.03

@@ -14,7 +14,14 @@ from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 from easyllm.ops.kernels import build
-from easyllm.quant import QuantSpec, plan_quantized, quantize_weights, schemes, weight_bytes
+from easyllm.quant import (
+    QuantSpec,
+    plan_packed,
+    quantizable,
+    quantize_weights,
+    schemes,
+    weight_bytes,
+)
 from tiny_models import build_tiny
 
 IDS = torch.tensor([5, 9, 300, 17, 2, 2, 41])
@@ -94,7 +101,7 @@ def test_an_adapter_learns_on_a_quantized_base():
 def test_a_planned_model_has_the_formats_and_shapes_of_a_quantized_one():
     with torch.device("meta"):
         planned = Decoder(build_tiny().config)
-    plan_quantized(planned, "nf4")
+    plan_packed(quantizable(planned, "nf4"))
     made = quantize_weights(build_tiny(), "nf4")
     for (name, mine), (_, theirs) in zip(
         planned.weight_modules(), made.weight_modules(), strict=True

@@ -33,6 +33,7 @@ SOURCES = (
     "paged_attention.c",
     "matrix.c",
     "grouped.c",
+    "super.c",
     "blockwise4.c",
     "dense.c",
     "tiles.c",

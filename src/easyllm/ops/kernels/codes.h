@@ -1,5 +1,5 @@
-// Dot products of the codes of quantized weights and activation rows: the only part of matrix.c and
-// grouped.c with processor-specific instructions.
+// The codes of quantized weights: unpacking, and dot products with those of activation rows. The
+// processor-specific instructions of matrix.c, grouped.c and super.c are only here.
 //
 // Terms and data layout are those of matrix.h: code, group, block, chunk, lane, VNNI.
 //
@@ -117,6 +117,75 @@ static inline index8 products_int8(const int8_t *w, const int8_t *x) {
             for (int i = 0; i < 4; i++) sum[r] += (int)w[32 * c + 4 * r + i] * x[4 * c + i];
     return sum;
 #endif
+}
+
+// The same for w in -32..31, for the first 16 inputs and for the others. Signs as in products_int8.
+static inline void products_int6(const chunk w[8], const int8_t *x, index8 half[2]) {
+    for (int h = 0; h < 2; h++) {
+#if defined(__AVX2__) && !defined(HAS_VNNI)
+        __m256i pairs = _mm256_setzero_si256();
+        for (int c = 4 * h; c < 4 * h + 4; c++) {  // at most 4 * 2 * 32 * 127 = 32512
+            __m256i a = (__m256i)w[c], b = _mm256_sign_epi8(four_codes(x + 4 * c), a);
+            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(_mm256_abs_epi8(a), b));
+        }
+        half[h] = (index8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(HAS_VNNI)
+        __m256i sum = _mm256_setzero_si256();
+        for (int c = 4 * h; c < 4 * h + 4; c++) {
+            __m256i a = (__m256i)w[c], b = _mm256_sign_epi8(four_codes(x + 4 * c), a);
+            sum = four_products(sum, _mm256_abs_epi8(a), b);
+        }
+        half[h] = (index8)sum;
+#else
+        half[h] = (index8){0};
+        for (int c = 4 * h; c < 4 * h + 4; c++)
+            for (int r = 0; r < OUTPUTS; r++)
+                for (int i = 0; i < 4; i++)
+                    half[h][r] += (int)(int8_t)w[c][4 * r + i] * x[4 * c + i];
+#endif
+    }
+}
+
+// ---- codes of grouped.c and super.c, which describes the layouts
+
+static inline i64 code_bytes(int bits) { return bits * 32; }
+
+// Unpacks a group of codes of less than 8 bits to 8 chunks.
+ALWAYS_INLINE void unpack_codes(const uint8_t *p, int bits, chunk out[8]) {
+    if (bits >= 4) {
+        for (int v = 0; v < 4; v++) {
+            chunk both = *(const chunk *)(p + 32 * v);
+            out[v] = both & 15, out[v + 4] = both >> 4;
+        }
+    } else {
+        for (int v = 0; v < 2; v++) {
+            chunk all = *(const chunk *)(p + 32 * v);
+            for (int k = 0; k < 4; k++) out[v + 2 * k] = (all >> (2 * k)) & 3;
+        }
+    }
+    if (bits == 3 || bits == 5) {
+        chunk plane = *(const chunk *)(p + 32 * (bits - 1));
+        for (int c = 0; c < 8; c++) out[c] |= ((plane >> c) & 1) << (bits - 1);
+    }
+    if (bits == 6) {
+        for (int v = 0; v < 2; v++) {
+            chunk all = *(const chunk *)(p + 128 + 32 * v);
+            for (int k = 0; k < 4; k++) out[v + 2 * k] |= ((all >> (2 * k)) & 3) << 4;
+        }
+    }
+}
+
+// The codes of one output of a group; those of 8 bits are stored less 128.
+static inline void group_row(const uint8_t *p, int bits, i64 lane, float out[GROUP]) {
+    chunk chunks[8];
+    if (bits == 8) memcpy(chunks, p, sizeof(chunks));
+    else unpack_codes(p, bits, chunks);
+    for (int c = 0; c < 8; c++) {
+        for (int i = 0; i < 4; i++) {
+            uint8_t code = chunks[c][4 * lane + i];
+            out[4 * c + i] = bits == 8 ? (float)(int8_t)code : (float)code;
+        }
+    }
 }
 
 // Converts eight fp16 values to fp32.

@@ -12,6 +12,7 @@
 //   5 bits   the same for the low 4 bits, then a vector whose bit c is bit 4 of chunk c
 //   2 bits   2 vectors: chunk v + 2 k in bits 2 k and 2 k + 1 of vector v
 //   3 bits   the same for the low 2 bits, then a vector whose bit c is bit 2 of chunk c
+//   6 bits   the low 4 bits as for 4 bits, then the high 2 bits as for 2 bits (super.c)
 //
 // and stands for w = s (code - z), or with minima w = s code + m. Without zero points z is the
 // middle code, 2^(bits - 1). With x = u q (see matrix.h) and the terms of a row,
@@ -19,29 +20,8 @@
 //   sum_k w x  =  sum_spans s sum_groups (u sum_k code q - z u sum_k q)  +  m sum_k x
 #include "matrix.h"
 
-static inline i64 code_bytes(int bits) { return bits == 8 ? 256 : bits * 32; }
-
 static inline i64 header_bytes(int shift) {
     return 16 + (shift == SHIFT_ZEROS ? 8 : shift == SHIFT_MINIMA ? 16 : 0);
-}
-
-// Unpacks a group of codes of less than 8 bits to 8 chunks.
-ALWAYS_INLINE void unpack_codes(const uint8_t *p, int bits, chunk out[8]) {
-    if (bits >= 4) {
-        for (int v = 0; v < 4; v++) {
-            chunk both = *(const chunk *)(p + 32 * v);
-            out[v] = both & 15, out[v + 4] = both >> 4;
-        }
-    } else {
-        for (int v = 0; v < 2; v++) {
-            chunk all = *(const chunk *)(p + 32 * v);
-            for (int k = 0; k < 4; k++) out[v + 2 * k] = (all >> (2 * k)) & 3;
-        }
-    }
-    if (bits == 3 || bits == 5) {
-        chunk plane = *(const chunk *)(p + 32 * (bits - 1));
-        for (int c = 0; c < 8; c++) out[c] |= ((plane >> c) & 1) << (bits - 1);
-    }
 }
 
 static inline lane8 scales_of(const uint8_t *p, int type) {
@@ -104,6 +84,10 @@ ALWAYS_INLINE void add_block(const Matrix *w, const uint8_t *p, i64 groups, cons
 
 void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float *terms, int rows,
                    lane8 *sum) {
+    if (w->shift >= SHIFT_SUPER_MINIMA) {
+        super_block(w, block, codes, terms, rows, sum);
+        return;
+    }
     i64 groups = groups_of(w->inputs), spans = (groups + w->span - 1) / w->span;
     i64 bytes = groups * code_bytes(w->bits) + spans * header_bytes(w->shift);
     const uint8_t *data = (const uint8_t *)w->data + block * bytes;
@@ -113,5 +97,30 @@ void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float 
     case 4: ROWS_OF(4);
     case 5: ROWS_OF(5);
     case 8: ROWS_OF(8);
+    }
+}
+
+void grouped_row(const Matrix *w, i64 row, float *x) {
+    if (w->shift >= SHIFT_SUPER_MINIMA) {
+        super_row(w, row, x);
+        return;
+    }
+    i64 groups = groups_of(w->inputs), spans = (groups + w->span - 1) / w->span;
+    i64 bytes = code_bytes(w->bits), header = header_bytes(w->shift), lane = row % OUTPUTS;
+    const uint8_t *p =
+        (const uint8_t *)w->data + row / OUTPUTS * (groups * bytes + spans * header);
+    for (i64 first = 0; first < groups; first += w->span, p += header) {
+        i64 last = min_(first + w->span, groups);
+        const uint8_t *h = p + (last - first) * bytes;
+        float scale = scales_of(h, w->scale_type)[lane];
+        float zero = 8.0f * zeros_of(h + 16, w, w->bits)[lane];
+        float minimum = w->shift == SHIFT_MINIMA ? halves_to_floats(h + 16)[lane] : 0.0f;
+        for (i64 g = first; g < last; g++, p += bytes) {
+            float values[GROUP];
+            group_row(p, w->bits, lane, values);
+            i64 count = min_(GROUP, w->inputs - g * GROUP);
+            for (i64 i = 0; i < count; i++)
+                x[g * GROUP + i] = (values[i] - zero) * scale + minimum;
+        }
     }
 }

@@ -82,6 +82,10 @@ void quantize_row(const Rows *rows, i64 row, const float *x) {
 }
 
 void matrix_row(const Matrix *w, i64 row, float *x) {
+    if (w->format == GROUPED) {
+        grouped_row(w, row, x);
+        return;
+    }
     if (w->format != INT8) {
         load_row((const char *)w->data + row * w->inputs * element_size(w->format), w->format,
                  w->inputs, x);
@@ -108,7 +112,9 @@ static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows
         lane8 sum[ROW_TILE] = {{0}};
         int tile = num_rows - m >= ROW_TILE ? ROW_TILE : 1;
         if (w->format == GROUPED) {
-            grouped_block(w, block, codes, terms, tile, sum);
+            lane8 apart[ROW_TILE] = {{0}};  // in memory, which must not happen to `sum`
+            grouped_block(w, block, codes, terms, tile, apart);
+            for (int i = 0; i < tile; i++) sum[i] = apart[i];
         } else if (w->format == INT4) {
             const uint8_t *data = (const uint8_t *)w->data + block * groups * 160;
             if (tile == 1) int4_block(data, groups, codes, terms, 1, sum);

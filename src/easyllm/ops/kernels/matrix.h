@@ -19,7 +19,8 @@
 //   int4   [N/8][K/32][160]    4 vectors, of which vector v has chunk v in its low and chunk v + 4
 //                              in its high nibbles, then 8 scales s and 8 offsets c in fp16;
 //                              w = s (code - 8) + c  (per group)
-//   grouped  see grouped.c: 2, 3, 4, 5 or 8 bits, with a scale for one or more groups
+//   grouped  see grouped.c: 2, 3, 4, 5 or 8 bits, with a scale for one or more groups; and super.c:
+//            4, 5 or 6 bits, with scales that are themselves quantized
 //
 // An activation row is quantized to int8 group by group, x = u q with u = max|x| / 127, so that dot
 // products of codes are exact integers:
@@ -44,11 +45,17 @@ typedef struct {
     // GROUPED only
     int bits;        // of a code
     int scale_type;  // FP16 or BF16
-    int shift;       // SHIFT_NONE, SHIFT_ZEROS or SHIFT_MINIMA
+    int shift;       // SHIFT_NONE ...
     i64 span;        // groups that share a scale
 } Matrix;
 
-enum { SHIFT_NONE = 0, SHIFT_ZEROS = 1, SHIFT_MINIMA = 2 };
+enum {
+    SHIFT_NONE = 0,
+    SHIFT_ZEROS = 1,
+    SHIFT_MINIMA = 2,
+    SHIFT_SUPER_MINIMA = 3,
+    SHIFT_SUPER_SCALES = 4
+};
 
 // Activation rows in the form that linear_panel expects: values for fp32 and bf16 weights, also
 // packed if there are several rows; codes and terms for int8 and int4 weights. A tile of 16 rows is
@@ -72,7 +79,7 @@ static inline i64 packed_size(i64 rows, i64 inputs) {
 }
 static inline int is_quantized(const Matrix *w) { return w->format >= INT8; }
 
-// Loads row `row` of an fp32, bf16 or int8 matrix to x[inputs]: an embedding lookup.
+// Loads row `row` of a matrix other than int4 to x[inputs]: an embedding lookup.
 void matrix_row(const Matrix *w, i64 row, float *x);
 
 // Quantizes one group of a row: computes its codes and terms.
@@ -89,6 +96,14 @@ void pack_values(const Rows *rows, i64 row, i64 num_rows, i64 from, i64 count);
 // 4
 void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float *terms,
                    int num_rows, lane8 *sum);
+
+// super.c: the same for SHIFT_SUPER_MINIMA and SHIFT_SUPER_SCALES
+void super_block(const Matrix *w, i64 block, const int8_t *codes, const float *terms, int num_rows,
+                 lane8 *sum);
+
+// Loads row `row` of a GROUPED matrix to x[inputs].
+void grouped_row(const Matrix *w, i64 row, float *x);
+void super_row(const Matrix *w, i64 row, float *x);
 
 // out[m][0 .. OUTPUTS) = products of the rows with a block of an fp32 or bf16 matrix, plus bias
 void dense_block(const Matrix *w, i64 block, const Rows *rows, i64 num_rows, float *out,

@@ -1,6 +1,6 @@
 """Layouts of quantized weights on disk: one file each, which registers it."""
 
-from easyllm.quant.formats import awq, compressed_tensors, gptq
+from easyllm.quant.formats import awq, bitsandbytes, compressed_tensors, gptq
 from easyllm.quant.formats.layout import UniformLayout
 
 UNIFORM: dict[str, UniformLayout] = {
@@ -8,4 +8,4 @@ UNIFORM: dict[str, UniformLayout] = {
 }
 """The layouts of uniform grids by name."""
 
-__all__ = ["UNIFORM", "UniformLayout", "awq", "compressed_tensors", "gptq"]
+__all__ = ["UNIFORM", "UniformLayout", "awq", "bitsandbytes", "compressed_tensors", "gptq"]

@@ -26,6 +26,8 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def unsupported_reason(spec: QuantSpec, outputs: int, inputs: int) -> str | None:
     """Returns why the layout cannot hold a weight [N, K]; None if it can."""
+    if spec.activations:
+        return "it has no place for quantized activations (W8A8)"
     if spec.bits != 4:
         return f"it has 4 bits, not {spec.bits}"
     if not isinstance(spec.group_size, int):
@@ -124,12 +126,12 @@ def _check(config: JsonMapping) -> None:
 
 
 def _describe(
-    spec: QuantSpec,
+    specs: Mapping[str, QuantSpec],
     skipped: Sequence[str],
     moved: bool,  # noqa: ARG001 - of the interface
 ) -> JsonObject:
     inner = [name for name in skipped if ".layers." in name]
-    return to_config(spec) | {"modules_to_not_convert": inner or None}
+    return to_config(next(iter(specs.values()))) | {"modules_to_not_convert": inner or None}
 
 
 _HONOURED = ("bits", "group_size", "zero_point", "version", "modules_to_not_convert")

@@ -17,18 +17,22 @@ from torch import Tensor
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.quant.formats.bits import pack_bits, packed_words, unpack_bits
-from easyllm.quant.formats.config_keys import valid
-from easyllm.quant.formats.layout import UniformLayout, check_shapes
+from easyllm.quant.formats.config_keys import check_config, valid
+from easyllm.quant.formats.layout import UniformLayout, check_shapes, grids
 from easyllm.quant.quant_tensor import QuantTensor
 from easyllm.quant.spec import QuantSpec
 
 NAME = "gptq"
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+PER_LINEAR = ("bits", "group_size", "sym")
+"""Keys that `dynamic` can change for some linears."""
 V1, V2 = "gptq", "gptq_v2"
 
 
 def unsupported_reason(spec: QuantSpec, outputs: int, inputs: int) -> str | None:
     """Returns why the layout cannot hold a weight [N, K]; None if it can."""
+    if spec.activations:
+        return "it has no place for quantized activations (W8A8)"
     if spec.group_size == "tensor":
         return "it has one scale per row or group, not one per tensor"
     if spec.scale_dtype != "float16":
@@ -79,7 +83,7 @@ def from_tensors(
             of range.
     """
     outputs, inputs = shape
-    spec = spec_of(config)
+    spec = _spec_that_fits(tensors, inputs, config)
     groups = inputs // spec.group(inputs)
     expected = {
         "qweight": (packed_words(inputs, spec.bits), outputs),
@@ -90,6 +94,8 @@ def from_tensors(
     check_shapes(tensors, expected, spec, inputs)
     added = 0 if config.get("checkpoint_format") == V2 else 1
     zeros = unpack_bits(tensors["qzeros"], spec.bits, outputs).T + added
+    zeros = zeros.to(torch.uint8).contiguous()
+    symmetric = bool((zeros == spec.middle).all())  # whatever the configuration says
     order = tensors.get("g_idx")
     in_order = torch.arange(inputs, device=tensors["qweight"].device) // spec.group(inputs)
     moved = order is not None and not torch.equal(order.long(), in_order)
@@ -98,10 +104,31 @@ def from_tensors(
     return QuantTensor(
         codes=unpack_bits(tensors["qweight"], spec.bits, inputs, dim=0).T.contiguous(),
         scales=tensors["scales"].float().T.contiguous(),
-        zeros=zeros.to(torch.uint8).contiguous(),
-        spec=spec,
+        zeros=zeros,
+        spec=spec.model_copy(update={"symmetric": symmetric}),
         group_of=order.long() if moved else None,  # type: ignore[union-attr]
     )
+
+
+def _spec_that_fits(tensors: Mapping[str, Tensor], inputs: int, config: JsonMapping) -> QuantSpec:
+    """Returns the grid whose shapes a weight's tensors have; the common one if none fits."""
+    specs = _specs_of(config)
+    rows, groups = tensors["qweight"].shape[0], tensors["scales"].shape[0]
+    for spec in specs:
+        fits = (packed_words(inputs, spec.bits), inputs // spec.group(inputs))
+        if fits == (rows, groups):
+            return spec
+    return specs[0]
+
+
+def _specs_of(config: JsonMapping) -> list[QuantSpec]:
+    """Returns the grids of all linears: the common one, and those that `dynamic` gives some."""
+    found = [spec_of(config)]
+    for pattern, changed in (config.get("dynamic") or {}).items():
+        if not str(pattern).startswith("-:"):
+            check_config(changed, honoured=PER_LINEAR, neutral=_NEUTRAL)
+            found.append(spec_of({**config, **changed}))
+    return found
 
 
 def spec_of(config: JsonMapping) -> QuantSpec:
@@ -129,8 +156,12 @@ def _check(config: JsonMapping) -> None:
         )
 
 
-def _describe(spec: QuantSpec, skipped: Sequence[str], moved: bool) -> JsonObject:
+def _describe(specs: Mapping[str, QuantSpec], skipped: Sequence[str], moved: bool) -> JsonObject:
+    (spec, _), *others = grids(specs).items()
     inner: JsonObject = {f"-:{re.escape(name)}$": {} for name in skipped if ".layers." in name}
+    for other, names in others:
+        changed = {key: to_config(other, act_order=moved)[key] for key in PER_LINEAR}
+        inner |= {f"+:{re.escape(name)}$": changed for name in names}
     return to_config(spec, act_order=moved) | ({"dynamic": inner} if inner else {})
 
 
@@ -160,6 +191,7 @@ LAYOUT = UniformLayout(
     describe=_describe,
     check=_check,
     holds_order=True,
+    holds_several=True,
     honoured=_HONOURED,
     neutral=_NEUTRAL,
 ).register()

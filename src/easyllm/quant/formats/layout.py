@@ -27,11 +27,13 @@ class UniformLayout:
         unsupported_reason: (spec, N, K) → why the layout cannot hold such a weight; None if it can.
         to_tensors: returns the file's tensors of a weight.
         from_tensors: (tensors, (N, K), `quantization_config`) → weight.
-        spec_of: returns the grid that a `quantization_config` describes.
-        describe: (the grid of all weights, names of the linears that are not quantized, whether
-            inputs were moved between groups) → `quantization_config`.
+        spec_of: returns the grid that a `quantization_config` describes; where it describes
+            several, the first.
+        describe: (the grids of all weights by file name of their linears, names of the linears that
+            are not quantized, whether inputs were moved between groups) → `quantization_config`.
         check: raises `CheckpointError` for values of a `quantization_config` beyond its keys.
         holds_order: whether inputs can be moved between groups (activation order).
+        holds_several: whether linears can have different grids.
         honoured, neutral: keys of `quantization_config`, as for `check_config`.
     """
 
@@ -41,9 +43,10 @@ class UniformLayout:
     to_tensors: Callable[[QuantTensor], Mapping[str, Tensor]]
     from_tensors: Callable[[Mapping[str, Tensor], tuple[int, int], JsonMapping], QuantTensor]
     spec_of: Callable[[JsonMapping], QuantSpec]
-    describe: Callable[[QuantSpec, Sequence[str], bool], JsonObject]
+    describe: Callable[[Mapping[str, QuantSpec], Sequence[str], bool], JsonObject]
     check: Callable[[JsonMapping], None]
     holds_order: bool = False
+    holds_several: bool = False
     honoured: Sequence[str]
     neutral: Sequence[str]
 
@@ -89,14 +92,22 @@ class UniformLayout:
         return self.storage(self.from_tensors(tensors, shape, config), dtype)
 
     def _config_of(self, packed: Mapping[str, WeightStorage], skipped: Sequence[str]) -> JsonObject:
-        weights = [its for its in packed.values() if isinstance(its, UniformWeight)]
-        specs = {its.spec for its in weights}
-        if len(specs) != 1:
+        weights = {name: its for name, its in packed.items() if isinstance(its, UniformWeight)}
+        specs = {name: its.spec for name, its in weights.items()}
+        if len(set(specs.values())) > 1 and not self.holds_several:
             raise CheckpointError(
-                f"a {self.name} file is written with one grid for all linears, got {len(specs)}; "
-                "quantize all linears alike"
+                f"a {self.name} file has one grid for all linears, got {len(set(specs.values()))}; "
+                "quantize all linears alike, or use another format"
             )
-        return self.describe(specs.pop(), skipped, any(its.is_moved for its in weights))
+        return self.describe(specs, skipped, any(its.is_moved for its in weights.values()))
+
+
+def grids(specs: Mapping[str, QuantSpec]) -> dict[QuantSpec, list[str]]:
+    """Returns the names of each grid, the commonest grid first."""
+    found: dict[QuantSpec, list[str]] = {}
+    for name, spec in specs.items():
+        found.setdefault(spec, []).append(name)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
 def check_shapes(
@@ -118,4 +129,4 @@ def check_shapes(
             )
 
 
-__all__ = ["UniformLayout", "check_shapes"]
+__all__ = ["UniformLayout", "check_shapes", "grids"]

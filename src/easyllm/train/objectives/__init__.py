@@ -16,6 +16,7 @@ from easyllm.train.objectives.objective import (
     register_objective,
     unregister_objective,
 )
+from easyllm.train.objectives.quantization_aware import QuantizationAware, QuantizationAwareConfig
 
 __all__ = [
     "OBJECTIVES",
@@ -26,6 +27,8 @@ __all__ = [
     "LossOutput",
     "Objective",
     "ObjectiveConfig",
+    "QuantizationAware",
+    "QuantizationAwareConfig",
     "Reference",
     "build_objective",
     "objective_kind",

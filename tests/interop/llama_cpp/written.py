@@ -1,0 +1,147 @@
+"""GGUF files of every type, written here, in llama.cpp: greedy tokens, and KL on a text.
+
+llama.cpp names a token's most likely candidates only; KL is that of the distribution over them and
+all other tokens together, which is at most the true one.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from figures import Figures
+
+from easyllm.engine import LLM, SamplingParams
+from easyllm.models import load_tokenizer
+from easyllm.models.families import family_of
+from easyllm.models.gguf_export import save_gguf
+from easyllm.nn import Decoder
+from easyllm.pipeline.calibration import calibration
+from easyllm.pipeline.quantize_price import load_quantized
+from easyllm.quant.calibrate import importance_matrix
+
+NEAR_TIE = 0.1  # nats between two tokens that either program may take
+TOKENS, CANDIDATES, PIECE = 512, 40, 64
+MEAN_KL = 0.01
+PROMPTS = (
+    "The capital of France is",
+    "1 2 3 4 5 6",
+    "def add(a, b):\n    return",
+    "Once upon a time",
+    "The largest planet in the solar system",
+)
+
+
+def prepared(model: Decoder, tokenizer: Any, path: Path, type: str, *, weighed: bool) -> Path:
+    """Writes a file, its rounding errors weighed by calibration text or not."""
+    importance = None
+    if weighed:
+        found = calibration(tokenizer, count=8, length=128)
+        importance = importance_matrix(model, found.sequences)
+    save_gguf(model, path, type=type, tokenizer=tokenizer, importance=importance, replace=True)
+    return path
+
+
+def wide_model(vocab_size: int) -> Decoder:
+    """Returns a random Llama whose widths are multiples of 256, as K-quants need."""
+    hf = {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = Decoder(family_of("llama").read_config(hf))
+    model.reset_parameters(std=0.06, generator=torch.Generator().manual_seed(0))
+    return model.requires_grad_(False).eval()
+
+
+def check(
+    figures: Figures,
+    name: str,
+    path: Path,
+    llama: Any,
+    *,
+    equal: bool,
+    text: Sequence[int],
+    prompts: Sequence[str],
+) -> None:
+    """Compares a file that is loaded here with a server that runs it.
+
+    Args:
+        equal: whether all greedy tokens must be the same; otherwise up to a near tie.
+        text: token ids to compare distributions on.
+    """
+    model, tokenizer = load_quantized(path), load_tokenizer(path)
+    llm = LLM(model=model, tokenizer=tokenizer, max_running=1)
+    wrong = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        steps = llama.greedy(ids, 64)
+        theirs = [step["id"] for step in steps]
+        ours = list(
+            llm.generate([ids], SamplingParams(temperature=0, max_tokens=64, ignore_eos=True))[
+                0
+            ].token_ids
+        )
+        if equal:
+            wrong += [] if ours == theirs else [f"{prompt!r}: {ours[:8]} {theirs[:8]}"]
+        elif (problem := parted(model, ids, ours, steps)) is not None:
+            wrong.append(f"{prompt!r}: {problem}")
+    figures.equal(f"{name}: greedy tokens", wrong, [])
+    figures.at_most(f"{name}: mean KL", mean_kl(model, llama, text), MEAN_KL)
+
+
+@torch.no_grad()
+def parted(
+    model: Decoder, ids: Sequence[int], ours: Sequence[int], steps: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """Returns what is wrong at the first different token; None if it is a near tie for both."""
+    for i, (mine, step) in enumerate(zip(ours, steps, strict=True)):
+        if mine == step["id"]:
+            continue
+        row = model.logits([*ids, *ours[:i]])[-1].log_softmax(-1)
+        top = row.topk(2)
+        if (
+            step["id"] not in top.indices.tolist()
+            or float(top.values[0] - top.values[1]) > NEAR_TIE
+        ):
+            return f"token {i}: llama.cpp takes {step['id']}, which is no near tie here"
+        theirs = step["top_logprobs"][:2]
+        if mine not in [each["id"] for each in theirs]:
+            return f"token {i}: {mine} is not in llama.cpp's top 2"
+        if theirs[0]["logprob"] - theirs[1]["logprob"] > NEAR_TIE:
+            return f"token {i}: {mine} is no near tie in llama.cpp"
+        return None
+    return None
+
+
+@torch.no_grad()
+def mean_kl(model: Decoder, llama: Any, text: Sequence[int]) -> float:
+    """Returns the mean KL(llama.cpp ‖ here) after each token of a text."""
+    total = 0.0
+    for first in range(0, len(text), PIECE):
+        part = list(text[first : first + PIECE])
+        rows = model.logits(part).double().log_softmax(-1)
+        for n in range(1, len(part) + 1):
+            top = llama.candidates(part[:n], CANDIDATES)
+            ids = torch.tensor([each["id"] for each in top])
+            theirs = torch.tensor([each["logprob"] for each in top], dtype=torch.float64)
+            ours = rows[n - 1][ids]
+            rest = [(-torch.expm1(torch.logsumexp(p, 0))).clamp(min=1e-12) for p in (theirs, ours)]
+            p = torch.cat([theirs.exp(), rest[0][None]])
+            q = torch.cat([ours.exp(), rest[1][None]])
+            total += float((p * (p / q).log()).sum())
+    return total / len(text)
+
+
+__all__ = ["CANDIDATES", "PROMPTS", "TOKENS", "check", "prepared", "wide_model"]
