@@ -334,19 +334,21 @@ def short_run(
 
 
 def wider(work: Path, width: int) -> str:
-    """Trains a small model of another width from scratch on the documentation; returns its folder.
+    """Pretrains a model of another width on Python's library; returns its folder.
 
-    It has few layers, so that the width is what differs.
+    It has four layers, so that the width is what differs.
     """
     out = work / "wider"
-    machine.easyllm(
-        *("train", "from-scratch", f"output={out}", "max_steps=60", "save_every=0"),
-        *(f"model.config.hidden_size={width}", "model.config.num_layers=4"),
-    )
-    return str(out / "model")
-
-
-# ---- paged optimizer state
+    changes = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 64,
+    }
+    sizes = (f"stages.pretrain.model.changes.{key}={value}" for key, value in changes.items())
+    limits = ("stages.pretrain.max_tokens=200000", "stages.chat.max_steps=1")
+    machine.easyllm("run", "from-scratch", f"output={out}", *sizes, *limits)
+    return str(out / "pretrain" / "model")
 
 
 def paged(_options: argparse.Namespace) -> Any:
