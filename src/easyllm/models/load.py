@@ -219,7 +219,8 @@ class OpenSource:
         assert self.packed is not None, "the binding is packed"
         assert self.packed.from_file is not None, "a format with file tensors can read them"
         for ending, tensor in found.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            # torch has no isfinite for 8-bit floats
+            if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
                 raise CheckpointError(
                     f"{binding.packed[ending]} of {self.path} contains NaN or infinite values; "
                     "copy the checkpoint again"
