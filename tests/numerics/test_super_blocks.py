@@ -19,16 +19,6 @@ def stored(name, outputs, inputs, seed=0):
     return GGUFWeight(raw, name, (outputs, inputs), torch.float32)
 
 
-def minimum_part(weight, difference):
-    """What the minima contribute for the part of x that its codes do not hold."""
-    its = weight.matrix.unpack()
-    if its.minima is None:
-        return 0.0
-    below = its.minima.double()[:, :, None] * its.parts.view(len(its.parts), -1, 8, 2)[..., 1]
-    sums = difference.unflatten(1, (-1, 8, 32)).sum(-1)
-    return -torch.einsum("tsg,nsg->tn", sums, below.double())
-
-
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 33])
 @pytest.mark.parametrize("name", SUPER_BITS)
 def test_the_kernel_is_exact_for_quantized_rows(name, rows):
@@ -39,12 +29,10 @@ def test_the_kernel_is_exact_for_quantized_rows(name, rows):
         weight = stored(name, outputs, inputs)
         bias = torch.randn(outputs, generator=torch.Generator().manual_seed(1))
         found = packed_linear(x, weight.matrix, bias).double()
-        rounded = quantize_rows(x).double()
-        expected = rounded @ weight.dense().double().T + bias.double()
-        expected += minimum_part(weight, x.double() - rounded)
-        assert (found - expected).abs().max() < 2e-6 * expected.abs().max()
+        expected = quantize_rows(x).double() @ weight.dense().double().T + bias.double()
+        assert (found - expected).abs().max() < 5e-6 * expected.abs().max()
         reference = reference_packed_linear(x, weight.matrix, bias)
-        assert (found - reference).norm() < 0.03 * reference.norm()
+        assert (found - reference).norm() < 0.01 * reference.norm()
 
 
 @pytest.mark.parametrize("name", SUPER_BITS)

@@ -57,6 +57,10 @@ DAMAGE = {
         lambda t: t.update({f"{NAME}.quant_map": t[f"{NAME}.quant_map"] * 2}),
         "has other values than those of nf4",
     ),
+    "another dtype": (
+        lambda t: t.update({f"{NAME}.nested_absmax": t[f"{NAME}.nested_absmax"].int()}),
+        "weight.nested_absmax has dtype torch.int32, expected torch.float32",
+    ),
     "no JSON": (
         lambda t: t.update(
             {
@@ -83,12 +87,23 @@ def test_a_damaged_folder_is_refused_by_name(damage, folder):
         load_model(folder)
 
 
+def test_int8_codes_without_their_scales_are_refused(folder):
+    save_model(quantize_weights(build_tiny(), "llm.int8"), folder)
+    change(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if n.endswith("SCB")])
+    with pytest.raises(CheckpointError, match=r"dtype torch.int8, but no scales"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
         ({"load_in_8bit": True}, "expected one of them"),
         ({"bnb_4bit_quant_type": "nf5"}, "expected nf4 or fp4"),
         ({"bnb_4bit_quant_storage": "bfloat16"}, "expected nf4 or fp4 in uint8"),
+        (
+            {"llm_int8_threshold": "big", "load_in_4bit": False, "load_in_8bit": True},
+            "cannot be read",
+        ),
         ({"rotate": True}, "is not known and may change the result"),
     ],
 )

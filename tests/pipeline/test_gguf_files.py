@@ -7,6 +7,7 @@ import torch
 from easyllm.core.errors import CheckpointError, ConfigError, OutputError
 from easyllm.models import load_model, load_tokenizer
 from easyllm.models.gguf_export import gguf_types, save_gguf
+from easyllm.pipeline.quantize_options import GGUF_TYPES
 from easyllm.quant import quantize_weights
 from easyllm.tokenizer.to_gguf import pre_tokenizer_name
 from tiny_models import build_tiny
@@ -52,6 +53,10 @@ def test_a_full_precision_file_is_the_same_model(kind, tokenizer, tmp_path):
     assert {name: tuple(p.shape) for name, p in again.named_parameters()} == {
         name: tuple(p.shape) for name, p in model.named_parameters()
     }
+
+
+def test_the_command_knows_the_types_that_are_written():
+    assert sorted(GGUF_TYPES) == sorted(gguf_types())
 
 
 @pytest.mark.parametrize("type", gguf_types())

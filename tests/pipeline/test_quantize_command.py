@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from easyllm.models import load_model, save_model
+from easyllm.adapters import LoRAConfig, attach, save_adapter
+from easyllm.models import hf_module_name, load_model, save_model
 from easyllm_command import easyllm
 from tiny_models import build_tiny
 
@@ -40,7 +41,8 @@ def test_a_folder_is_written_and_its_price_printed(flags, method, bits, folder, 
     uses_text = method in ("gptq", "awq") or "smoothquant" in flags
     if uses_text:
         flags += ["--data", str(text_file(tmp_path)), "--samples", "8", "--length", "32"]
-    done = easyllm("quantize", str(folder), str(tmp_path / "out"), *flags, "--keep", "--json")
+    limit = ["--max-kl", "1000", "--json"]
+    done = easyllm("quantize", str(folder), str(tmp_path / "out"), *flags, *limit)
     assert done.returncode == 0, done.stderr
     price = json.loads(done.stdout)
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -65,7 +67,7 @@ def test_a_folder_is_written_and_its_price_printed(flags, method, bits, folder, 
         (["--format", "awq", "--act-order"], "only format gptq can hold"),
         (["--format", "awq", "--bits", "8"], "it has 4 bits, not 8"),
         (["--format", "compressed-tensors", "--bits", "2"], "3, 4 or 8 bits, not 2"),
-        (["--type", "q4_9"], "GGUF type 'q4_9' is not known"),
+        (["--type", "q4_9"], "there is no GGUF type 'q4_9'"),
         (["--format", "gguf"], "format gguf needs a type"),
         (["--type", "q4_0", "--format", "gptq"], "type q4_0 is GGUF's"),
         (["--samples", "9999"], "expected 9999"),
@@ -76,13 +78,17 @@ def test_a_folder_is_written_and_its_price_printed(flags, method, bits, folder, 
         (["--type", "q4_0", "--method", "awq"], "method has no effect on type q4_0"),
         (["--override", "*.down_prj=8"], "matches no weight of this model"),
         (["--override", "*.down_proj=7"], "is not PATTERN=VALUE"),
-        (["--type", "q4_0", "--override", "*.down_proj=q9"], "GGUF type 'q9' is not known"),
+        (["--type", "q4_0", "--override", "*.down_proj=q9"], "there is no GGUF type 'q9'"),
         (["--method", "smoothquant", "--bits", "4"], "symmetric weights of 8 bits"),
         (["--compare", "rtn,gptq"], "give either OUT or --compare"),
+        (["--override", "embed_tokens=8"], "matches no weight of this model"),
+        (["--type", "q8_0"], "has no effect on type q8_0"),
+        (["--dequantize"], "are not quantized; leave out --dequantize"),
+        (["--length", "100000"], "longer than the model's context"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(flags, words, folder, tmp_path):
-    flags += ["--data", str(text_file(tmp_path)), "--length", "32"]
+    flags = ["--data", str(text_file(tmp_path)), "--length", "32", *flags]
     done = easyllm("quantize", str(folder), str(tmp_path / "out"), *flags)
     assert done.returncode == 2
     assert words in " ".join(done.stderr.split())
@@ -90,7 +96,7 @@ def test_what_does_not_fit_is_refused_before_any_work(flags, words, folder, tmp_
 
 
 def test_a_quantized_folder_is_not_quantized_again(folder, tmp_path):
-    flags = ["--method", "rtn", "--format", "gptq", "--group-size", "32", "--keep"]
+    flags = ["--method", "rtn", "--format", "gptq", "--group-size", "32", "--max-kl", "1000"]
     assert easyllm("quantize", str(folder), str(tmp_path / "a"), *flags).returncode == 0
     done = easyllm("quantize", str(tmp_path / "a"), str(tmp_path / "b"), *flags)
     assert done.returncode == 2
@@ -112,6 +118,91 @@ def test_several_ways_are_compared_in_one_run(folder, tmp_path):
     prices = json.loads(done.stdout)
     assert list(prices) == names.split(",")
     assert prices["q8_0"]["kl_nats"] < prices["rtn"]["kl_nats"]
-    done = easyllm("quantize", str(folder), "--compare", "rtn,gtpq")
+    for flags, words in (
+        (["rtn,gtpq"], "'gtpq' is neither a method nor a GGUF type"),
+        ([","], "names nothing to compare"),
+        (["rtn,nf4", "--samples", "4"], "samples has no effect on any of rtn, nf4"),
+        (["rtn", "--type", "q4_0"], "type has no effect on any of rtn"),
+        (["rtn", "--keep"], "--keep and --max-kl concern a result that is written"),
+    ):
+        done = easyllm("quantize", str(folder), "--compare", *flags)
+        assert done.returncode == 2
+        assert words in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("target", "flags", "words"),
+    [
+        ("out", ["--type", "q4_0"], "does not end in .gguf; add it"),
+        ("out.gguf", ["--method", "rtn"], "ends in .gguf; name a folder"),
+    ],
+)
+def test_a_target_has_the_name_that_its_format_needs(target, flags, words, folder, tmp_path):
+    done = easyllm("quantize", str(folder), str(tmp_path / target), *flags)
     assert done.returncode == 2
-    assert "'gtpq' is neither a method nor a GGUF type" in " ".join(done.stderr.split())
+    assert words in " ".join(done.stderr.split())
+
+
+def test_a_result_that_differs_too_much_is_kept_only_on_request(folder, tmp_path):
+    flags = ["--method", "rtn", "--bits", "3", "--group-size", "0", "--max-kl", "0.001"]
+    done = easyllm("quantize", str(folder), str(tmp_path / "out"), *flags)
+    assert done.returncode == 1
+    assert "KL divergence" in done.stderr
+    assert "nothing was written" in " ".join(done.stderr.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    done = easyllm("quantize", str(folder), str(tmp_path / "out"), *flags, "--keep")
+    assert done.returncode == 1
+    assert "was kept" in " ".join(done.stderr.split())
+    load_model(tmp_path / "out")
+
+
+def test_finished_layers_are_kept_until_the_result_is_written(folder, tmp_path):
+    data = ["--data", str(text_file(tmp_path)), "--samples", "4", "--length", "32"]
+    flags = ["--method", "gptq", "--group-size", "32", *data]
+    failed = easyllm("quantize", str(folder), str(tmp_path / "out"), *flags, "--max-kl", "1e-9")
+    assert failed.returncode == 1
+    partial = tmp_path / "out.partial"
+    assert len(list(partial.glob("layer-*"))) == 2
+    (partial / "layer-0001.safetensors").write_bytes(b"damaged")
+    done = easyllm("quantize", str(folder), str(tmp_path / "out"), *flags, "--max-kl", "1000")
+    assert done.returncode == 0, done.stderr
+    assert "resuming: 2 layers are finished" in " ".join(done.stderr.split())
+    assert not partial.exists()
+    plain = [*flags, "--max-kl", "1000"]
+    assert easyllm("quantize", str(folder), str(tmp_path / "b"), *plain).returncode == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "b")]
+    assert files[0] == files[1]
+
+
+def test_a_folder_of_the_user_is_not_used_for_finished_layers(folder, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/mine.txt").write_text("mine")
+    data = ["--data", str(text_file(tmp_path)), "--samples", "4", "--length", "32"]
+    done = easyllm("quantize", str(folder), str(tmp_path / "out"), *data, "--group-size", "32")
+    assert done.returncode == 2
+    assert "out.partial" in done.stderr
+    assert (tmp_path / "out.partial/mine.txt").read_text() == "mine"
+
+
+def test_an_adapter_is_merged_and_what_the_result_is_compared_with(folder, tmp_path):
+    model = load_model(folder, dtype="float32")
+    attach(model, LoRAConfig(rank=4))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    names = hf_module_name(model)
+    save_adapter(model, tmp_path / "adapter", module_name=names, base=str(folder))
+    flags = ["--method", "rtn", "--bits", "8", "--group-size", "32", "--adapter"]
+    out = str(tmp_path / "out")
+    done = easyllm("quantize", str(folder), out, *flags, str(tmp_path / "adapter"), "--json")
+    assert done.returncode == 0, done.stderr
+    gate = json.loads(done.stdout)["gate"]
+    assert gate["reference"] == "the attached adapter"
+    assert [row["name"] for row in gate["rows"]] == [
+        "merged in memory",
+        "saved, reloaded",
+        "served, against saved",
+    ]
+    assert all(row["holds"] for row in gate["rows"])

@@ -207,17 +207,18 @@ def check_mergeable(
         packed = layer.storage.format
         if packed == DENSE:
             continue
+        only_read = packed not in FORMATS or FORMATS[packed].quantize is None
+        if only_read:
+            raise ConfigError(
+                f"an adapter cannot be merged into {full_name}, which is stored as {packed}, a "
+                "format of files; quantize the dequantized model with its adapter (easyllm "
+                "quantize ADAPTER OUT --dequantize)"
+            )
         if not requantize:
             raise ConfigError(
                 f"an adapter cannot be merged into quantized weights ({full_name} is stored as "
-                f"{packed}); merge it into the unquantized model, then quantize, or merge with "
-                "requantize=True, which rounds the weights again"
-            )
-        if packed not in FORMATS or FORMATS[packed].quantize is None:
-            raise ConfigError(
-                f"an adapter cannot be merged into {full_name}, which is stored as {packed}: this "
-                "format is only read from files and cannot be quantized to; merge it into the "
-                "unquantized model"
+                f"{packed}); merge it into the unquantized model, then quantize, or merge in "
+                "Python with requantize=True, which rounds the weights again"
             )
 
 

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from easyllm.pipeline.quantize_price import Price
     from easyllm.verify.export_gate import Gate
 
+MAX_KL = 1.0
 OPTIONS = FlagGroup(
     QuantizeOptions,
     *("method", "format", "type", "bits", "group_size", "asymmetric", "single", "override"),
-    *("dtype", "act_order", "data", "samples", "length", "importance", "text", "dequantize"),
+    *("dtype", "act_order", "data", "samples", "length", "no_importance", "text", "dequantize"),
     metavars={
         "method": "rtn|gptq|awq|smoothquant|nf4|fp4|llm.int8",
         "format": "gptq|awq|compressed-tensors|bitsandbytes|gguf",
@@ -60,7 +61,7 @@ def quantize(
             help="Largest mean KL divergence from the original, in nats per token; a result that "
             "exceeds it is not written, and the exit code is 1.",
         ),
-    ] = 1.0,
+    ] = MAX_KL,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep a result that differs by more than that.")
     ] = False,
@@ -98,6 +99,10 @@ def quantize(
         )
     base, folder = split_adapter(model, adapter)
     if target is None:
+        if keep or max_kl != MAX_KL:
+            raise ConfigError(
+                "--keep and --max-kl concern a result that is written; leave them out"
+            )
         _compare(str(base), folder, compare or "", options, json_output=json_output)
     else:
         limits = {"max_kl": max_kl, "keep": keep}
@@ -141,6 +146,8 @@ def _write(
         print_json(price.as_dict())
     else:
         _print(price)
+    if price.complaint is not None:
+        raise GateError(f"{price.complaint}; {str(target)!r} was kept", price.gate)
 
 
 def _print_gate(gate: "Gate") -> None:

@@ -253,6 +253,7 @@ def unfinished(target: Path) -> Iterator[Path]:
     try:
         yield work / target.name
         with output_errors(target):
+            check_output_free(target)  # another program may have written there in the meantime
             if (work / target.name).is_dir():
                 _publish(work / target.name, target)
             else:

@@ -16,6 +16,25 @@ def to_full_weights(model: Decoder) -> Decoder:
     return model
 
 
+def check_finite(model: Decoder, what: str) -> None:
+    """Checks that all floating-point weights are finite.
+
+    Args:
+        model: the model.
+        what: what it is, for the error message.
+
+    Raises:
+        ConfigError: one is not; the message names it.
+    """
+    for name, tensor in model.state_dict().items():
+        wide = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+        if wide and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+            raise ConfigError(
+                f"{name} of {what} contains NaN or infinite values; check the checkpoint, or use "
+                "a dtype with a larger range"
+            )
+
+
 def require_full_weights(model: Decoder, change: str) -> None:
     """Raises an error unless all weights of the model are unquantized and it has no adapter.
 

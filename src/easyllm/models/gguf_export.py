@@ -110,17 +110,7 @@ def save_gguf(
             adapter or quantized weights.
         OutputError: the file exists, or cannot be written.
     """
-    if type not in gguf_types():
-        raise ConfigError(
-            f"GGUF type {type!r} is not known{suggest(type, gguf_types())}; use "
-            f"{', '.join(gguf_types())}"
-        )
-    if model.is_adapted or model.packed_formats():
-        what = "an adapter" if model.is_adapted else "quantized weights"
-        raise CheckpointError(
-            f"the model has {what}, which a GGUF file is not written from; "
-            f"{'merge it first' if model.is_adapted else 'load the full-precision model'}"
-        )
+    check_gguf(model, type=type, tokenizer=tokenizer, overrides=overrides)
     plan = _Plan(model, type, importance or {}, overrides)
     metadata = plan.metadata(name) | tokenizer_metadata(tokenizer, model.config.vocab_size)
     tensors = list(plan.tensors())
@@ -149,6 +139,30 @@ def save_gguf(
         {tensor.name: tensor.type for tensor in tensors},
         {tensor.name: tensor.type for tensor in tensors if tensor.fell_back},
     )
+
+
+def check_gguf(
+    model: Decoder, *, type: str, tokenizer: Tokenizer, overrides: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Checks that a model can be written as a GGUF file; the arguments are those of `save_gguf`.
+
+    Raises:
+        ConfigError, CheckpointError: as for `save_gguf`.
+    """
+    if type not in gguf_types():
+        raise ConfigError(
+            f"GGUF type {type!r} is not known{suggest(type, gguf_types())}; use "
+            f"{', '.join(gguf_types())}"
+        )
+    if model.is_adapted or model.packed_formats():
+        what = "an adapter" if model.is_adapted else "quantized weights"
+        raise CheckpointError(
+            f"the model has {what}, which a GGUF file is not written from; "
+            f"{'merge it first' if model.is_adapted else 'load the full-precision model'}"
+        )
+    plan = _Plan(model, type, {}, overrides)
+    tokenizer_metadata(tokenizer, model.config.vocab_size)
+    list(plan.tensors())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +268,13 @@ class _Plan:
         for name, bindings in stacks.items():
             # transforms also work on the meta device, so that no value is computed for a shape
             shape = tuple(self._converted(bindings[0], name, device="meta").shape)
-            wanted = self._wanted(name, bindings[0].ours[0].removesuffix(".weight"))
+            each = {self._wanted(name, b.ours[0].removesuffix(".weight")) for b in bindings}
+            if len(each) > 1:
+                raise ConfigError(
+                    f"the experts of a layer are one tensor in GGUF ({name}), but the overrides "
+                    f"give them the types {' and '.join(sorted(each))}; use a pattern for all"
+                )
+            wanted = each.pop()
             kind = self._type_of(name, shape, wanted)
             yield _FileTensor(
                 name=name,

@@ -23,10 +23,7 @@ from easyllm.core.paths import expanded
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.gguf_import import GGUFTensors, hf_config, kept_type
 from easyllm.models.heads import to_classifier
-from easyllm.models.hf_config import (
-    read_config,
-    read_files,
-)
+from easyllm.models.hf_config import read_config, read_files
 from easyllm.models.hf_names import hf_module_name, keymap_of
 from easyllm.models.sources import locate
 from easyllm.nn.config import ModelConfig
@@ -115,7 +112,13 @@ class OpenSource:
             if quantize == KEPT and rounded.keys() >= set(binding.ours):
                 self._keep(binding, layers, dtype or torch.float32, device)
                 continue
-            parts = binding.rule.split(source.load(binding.theirs))
+            loaded = source.load(binding.theirs)
+            if not loaded.is_floating_point():
+                raise CheckpointError(
+                    f"{binding.theirs} of {self.path} has dtype {loaded.dtype}, but no scales that "
+                    "belong to it were found; copy the checkpoint again"
+                )
+            parts = binding.rule.split(loaded)
             for name, part in zip(binding.ours, parts, strict=True):
                 weight = part.to(device=device, dtype=dtype or part.dtype)
                 if name in rounded:
@@ -219,7 +222,6 @@ class OpenSource:
         assert self.packed is not None, "the binding is packed"
         assert self.packed.from_file is not None, "a format with file tensors can read them"
         for ending, tensor in found.items():
-            # torch has no isfinite for 8-bit floats
             if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
                 raise CheckpointError(
                     f"{binding.packed[ending]} of {self.path} contains NaN or infinite values; "

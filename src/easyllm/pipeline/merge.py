@@ -143,7 +143,9 @@ class _Merge:
         Args:
             num_pages: size of the KV cache of the form that is served.
         """
-        bound = BOUNDS[self.dtype]
+        packed = bool(self.model.packed_formats())
+        # kernels of quantized weights round rows, which amplifies the last bits of anything else
+        bound = COMPUTED_IN_BF16 if packed else BOUNDS[self.dtype]
         # an engine computes in bf16 on an accelerator
         of_engine = COMPUTED_IN_BF16 if torch.cuda.is_available() else bound
         return Variant(name="the attached adapter", open=lambda: direct(self.model)), [

@@ -1,39 +1,25 @@
 """Quantizing a model to files: calibration, quantization, saving, and what it costs."""
 
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from easyllm.adapters import check_mergeable
-from easyllm.adapters.targets import name_matches
 from easyllm.core.atomic import check_output_free, unfinished
-from easyllm.core.device import parse_dtype
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.core.json_types import JsonObject
-from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path, hash_value
-from easyllm.core.progress import Progress
-from easyllm.models import add_adapter, locate, open_source, save_model
+from easyllm.models import add_adapter, open_source
 from easyllm.models.full_weights import to_full_weights
-from easyllm.models.gguf_export import gguf_types, save_gguf
-from easyllm.models.hf_config import read_end_ids
 from easyllm.models.load import OpenSource
-from easyllm.nn.decoder import Decoder
-from easyllm.pipeline.calibration import Calibration, calibration
-from easyllm.pipeline.quantize_options import BITSANDBYTES, FULL, QuantizeOptions
+from easyllm.pipeline.quantize_options import BITSANDBYTES, QuantizeOptions
 from easyllm.pipeline.quantize_price import Price, measure, measure_original
-from easyllm.quant import find_scheme, quantizable, quantize_weight
-from easyllm.quant.calibrate import importance_matrix
-from easyllm.quant.formats import UNIFORM
+from easyllm.pipeline.quantize_work import QuantizeWork
 from easyllm.quant.gguf_blocks import TYPES
-from easyllm.quant.layer_files import LayerFiles
-from easyllm.quant.layers import LayerQuantizer
-from easyllm.quant.methods import METHODS, find_method
-from easyllm.tokenizer.tokenizer import Tokenizer
+from easyllm.quant.methods import METHODS
 from easyllm.verify.export_gate import GateError
 from easyllm.verify.gate_text import gate_text
 
@@ -70,22 +56,15 @@ def quantize(
         DataError: there is too little calibration text.
         OutputError: the target exists or cannot be written.
     """
-    types = gguf_types()
-    if options.is_gguf:
-        _check_types(options, types)
+    _check_target(target, options)
     check_output_free(target)
     opened = open_source(source)
-    if opened.packed is not None and not options.dequantize:
-        raise ConfigError(
-            f"the weights of {opened.path} are already quantized as {opened.packed.name}; start "
-            "from the original, or add --dequantize to round the dequantized weights again, which "
-            "adds to their error"
-        )
+    _check_source(opened, options)
     tokenizer = opened.tokenizer()
     model = to_full_weights(opened.model(torch.float32, torch.device("cpu")))
     if adapter is not None:
         check_mergeable(add_adapter(model, adapter, base=source))
-    work = _Work(source, target, options, model, tokenizer, adapter)
+    work = QuantizeWork(source, target, options, model, tokenizer, adapter)
     text = gate_text(
         tokenizer,
         vocab_size=model.config.vocab_size,
@@ -94,18 +73,19 @@ def quantize(
     )
     calibrated = work.calibration()
     original = measure_original(model, tokenizer, text)
+    del model
     begin = time.perf_counter()
+    work.quantize(calibrated)
     with unfinished(target) as made:
-        notes = [*_source_notes(opened), *work.write(calibrated, made)]
+        work.save(made)
         seconds = time.perf_counter() - begin
-        del model, work
         price = measure(
             made,
             original,
             tokenizer,
             file_format=options.file_format,
             seconds=seconds,
-            notes=notes,
+            notes=[*_source_notes(opened), *work.notes],
         )
         complaint = _complaint(price, max_kl)
         if complaint is not None and not keep:
@@ -114,7 +94,42 @@ def quantize(
                 "method, allow it with --max-kl, or keep the result with --keep",
                 price.gate,
             )
-    return replace(price, path=target)
+    work.finish()
+    return replace(price, path=target, complaint=complaint)
+
+
+def _check_target(target: Path, options: QuantizeOptions) -> None:
+    """Checks that the name of the target suits the format.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if options.is_gguf and target.suffix != ".gguf":
+        raise ConfigError(
+            f"type {options.type} is written as a GGUF file, but {str(target)!r} does not end in "
+            ".gguf; add it"
+        )
+    if not options.is_gguf and target.suffix == ".gguf":
+        raise ConfigError(
+            f"format {options.file_format} is written as a folder, but {str(target)!r} ends in "
+            ".gguf; name a folder, or set type for a GGUF file"
+        )
+
+
+def _check_source(opened: OpenSource, options: QuantizeOptions) -> None:
+    """Checks that the source may be quantized.
+
+    Raises:
+        ConfigError: it is quantized already, or need not be dequantized.
+    """
+    if opened.packed is not None and not options.dequantize:
+        raise ConfigError(
+            f"the weights of {opened.path} are already quantized as {opened.packed.name}; start "
+            "from the original, or add --dequantize to round the dequantized weights again, which "
+            "adds to their error"
+        )
+    if options.dequantize and opened.packed is None and not opened.keeps_blocks():
+        raise ConfigError(f"the weights of {opened.path} are not quantized; leave out --dequantize")
 
 
 def _complaint(price: Price, max_kl: float) -> str | None:
@@ -161,7 +176,9 @@ def variants(names: Sequence[str], options: JsonObject) -> dict[str, QuantizeOpt
         ConfigError: a name is not known.
     """
     known = [*METHODS, *BITSANDBYTES, *TYPES]
-    found = dict[str, QuantizeOptions]()
+    if not names:
+        raise ConfigError(f"--compare names nothing to compare; use some of {', '.join(known)}")
+    found, used = dict[str, QuantizeOptions](), set[str]()
     for name in names:
         if name not in known:
             raise ConfigError(
@@ -170,21 +187,12 @@ def variants(names: Sequence[str], options: JsonObject) -> dict[str, QuantizeOpt
             )
         own = {"type": name} if name in TYPES else {"method": name}
         found[name] = QuantizeOptions.with_effect(own, options)
+        used |= found[name].model_fields_set - own.keys()
+    for key, value in options.items():
+        default = QuantizeOptions.model_fields[key].default
+        if value not in (None, default) and key not in used:
+            raise ConfigError(f"{key} has no effect on any of {', '.join(names)}; remove it")
     return found
-
-
-def _check_types(options: QuantizeOptions, types: Sequence[str]) -> None:
-    """Checks the GGUF types that are asked for.
-
-    Raises:
-        ConfigError: one is not known.
-    """
-    asked = [str(options.type), *(value for _, value in options.overrides() if value != FULL)]
-    for type in asked:
-        if type not in types:
-            raise ConfigError(
-                f"GGUF type {type!r} is not known{suggest(type, types)}; use {', '.join(types)}"
-            )
 
 
 def _source_notes(opened: OpenSource) -> list[str]:
@@ -193,168 +201,6 @@ def _source_notes(opened: OpenSource) -> list[str]:
     if opened.packed is not None:
         return [f"the {opened.packed.name} weights of {opened.path} were dequantized"]
     return []
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """A model to quantize, and what to quantize it to.
-
-    Raises:
-        ConfigError: the format cannot hold a linear of the model.
-    """
-
-    source: str
-    target: Path
-    options: QuantizeOptions
-    model: Decoder
-    tokenizer: Tokenizer
-    adapter: Path | None
-
-    def __post_init__(self) -> None:
-        names = [name for name, _ in self.model.weight_modules()]
-        self.options.check_overrides(names)
-        if not self.options.is_gguf and self.options.scheme is None:
-            self._quantizer().check(self.model)
-
-    def calibration(self) -> Calibration | None:
-        """Returns the calibration text; None if the method needs none."""
-        options = self.options
-        if options.is_gguf:
-            searched = set(TYPES) - {"q8_0"}  # 8 bits need no search
-            asked = {options.type, *(value for _, value in options.overrides())}
-            needed = options.importance and bool(asked & searched)
-        elif options.scheme is not None:
-            needed = False
-        else:
-            needed = find_method(options.method).needs != "nothing"
-        if not needed:
-            return None
-        return calibration(
-            self.tokenizer,
-            path=None if options.data is None else Path(options.data),
-            count=options.samples,
-            length=min(options.length, self.model.config.max_seq_len),
-        )
-
-    def write(self, calibrated: Calibration | None, path: Path) -> list[str]:
-        """Quantizes the model and writes it to `path`; returns what the user should know."""
-        return (
-            self._gguf(calibrated, path) if self.options.is_gguf else self._folder(calibrated, path)
-        )
-
-    def _gguf(self, calibrated: Calibration | None, path: Path) -> list[str]:
-        importance, kind = None, str(self.options.type)
-        if calibrated is not None:
-            with self._progress("calibrating") as progress:
-                importance = importance_matrix(
-                    self.model, calibrated.sequences, done=lambda _: progress.advance(1)
-                )
-        written = save_gguf(
-            self.model,
-            path,
-            type=kind,
-            tokenizer=self.tokenizer,
-            importance=importance,
-            overrides=[(p, "f16" if v == FULL else v) for p, v in self.options.overrides()],
-        )
-        if not written.fallbacks:
-            return []
-        kinds = sorted(set(written.fallbacks.values()))
-        return [
-            f"{len(written.fallbacks)} tensors, such as {next(iter(written.fallbacks))}, are "
-            f"{' or '.join(kinds)}: their width or their part in the model does not suit {kind}"
-        ]
-
-    def _folder(self, calibrated: Calibration | None, path: Path) -> list[str]:
-        if self.options.scheme is not None:
-            results, notes = self._blockwise(self.options.scheme), list[str]()
-        else:
-            results, notes = self._uniform(calibrated)
-        manifest = Manifest.create(
-            "quantize",
-            config=self._described(calibrated),
-            inputs=self._inputs(),
-            results=results,
-        )
-        save_model(
-            self.model.to(parse_dtype(self.options.dtype)),
-            path,
-            end_ids=() if self.adapter is None else read_end_ids(self.adapter),
-            tokenizer=self.tokenizer,
-            extra_files={MANIFEST_FILE: manifest.model_dump(mode="json")},
-        )
-        return notes
-
-    def _uniform(self, calibrated: Calibration | None) -> tuple[JsonObject, list[str]]:
-        """Quantizes the linears to grids; returns the manifest's figures and notes."""
-        sequences = () if calibrated is None else calibrated.sequences
-        files = None if calibrated is None else self._layer_files(calibrated)
-        if files is not None and files.count:
-            sys.stderr.write(f"resuming: {files.count} layers are finished in {files.folder}\n")
-        with self._progress("quantizing") as progress:
-            report = self._quantizer().run(
-                self.model, sequences, files=files, done=lambda _: progress.advance(1)
-            )
-        if files is not None:
-            files.remove()
-        figures: JsonObject = {"linears": [asdict(linear) for linear in report.linears]}
-        unreached = report.unreached
-        if not unreached:
-            return figures, []
-        return figures, [
-            f"{len(unreached)} linears, such as {unreached[0]}, were reached by no calibration "
-            "token and rounded to nearest; use more calibration text"
-        ]
-
-    def _layer_files(self, calibrated: Calibration) -> LayerFiles:
-        """Returns the finished layers of this quantization, next to its target."""
-        options = self.options.model_dump(mode="json", exclude={"text", "dtype", "dequantize"})
-        key = hash_value([options, calibrated.sha256, self._inputs()])
-        return LayerFiles(self.target.with_name(f"{self.target.name}.partial"), key)
-
-    def _inputs(self) -> dict[str, str]:
-        inputs = {"model": hash_path(locate(self.source))}
-        return inputs if self.adapter is None else inputs | {"adapter": hash_path(self.adapter)}
-
-    def _blockwise(self, scheme: str) -> JsonObject:
-        """Quantizes the linears as bitsandbytes does; returns the manifest's figures."""
-        format = find_scheme(scheme)
-        full = [pattern for pattern, value in self.options.overrides() if value == FULL]
-        chosen = {
-            name: layer
-            for name, (layer, its) in quantizable(self.model, scheme).items()
-            if its is format and not any(name_matches(name[: -len(".weight")], p) for p in full)
-        }
-        with Progress("quantizing", total=len(chosen), unit="linear") as progress:
-            for name, layer in chosen.items():
-                layer.store(quantize_weight(layer.storage.dense(), format, name))
-                progress.advance(1)
-        return {"linears": list(chosen)}
-
-    def _quantizer(self) -> LayerQuantizer:
-        layout = UNIFORM[self.options.file_format]
-        settings = {"act_order": True} if self.options.act_order else {}
-        return LayerQuantizer(
-            method=find_method(self.options.method, **settings),
-            spec_of=self.options.spec_of,
-            store=lambda _, weight: layout.storage(weight, torch.float32),
-            unsupported_reason=layout.unsupported_reason,
-        )
-
-    def _progress(self, label: str) -> Progress:
-        return Progress(label, total=self.model.config.num_layers, unit="layer")
-
-    def _described(self, calibrated: Calibration | None) -> JsonObject:
-        found: JsonObject | None = None
-        if calibrated is not None:
-            found = {
-                "source": calibrated.source,
-                "sequences": len(calibrated.sequences),
-                "tokens": calibrated.num_tokens,
-                "sha256": calibrated.sha256,
-            }
-        options = self.options.model_dump(mode="json") | {"format": self.options.file_format}
-        return {"model": self.source, **options, "calibration": found}
 
 
 __all__ = ["Price", "QuantizeOptions", "compare", "quantize", "variants"]

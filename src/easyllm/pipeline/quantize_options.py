@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from easyllm.adapters.targets import check_patterns, name_matches
 from easyllm.core.config import Config, validate
+from easyllm.core.errors import suggest
 from easyllm.core.json_types import JsonMapping
 from easyllm.core.paths import PathText
 from easyllm.quant.spec import QuantSpec
@@ -20,8 +21,25 @@ FORMATS = {
     **dict.fromkeys(BITSANDBYTES, "bitsandbytes"),
 }
 """The format of a method, where it does not have its name."""
+SEARCHED = ("q6_k", "q5_k", "q4_k", "q5_1", "q5_0", "q4_1", "q4_0")
+"""GGUF types whose scales are searched; 8 bits need no search."""
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", *SEARCHED)
+DEFAULT_LENGTH = 512
 CALIBRATED = ("data", "samples", "length")
 GRID = ("bits", "group_size", "asymmetric", "act_order")
+
+
+def check_gguf_type(type: str) -> None:
+    """Checks the name of a GGUF type.
+
+    Raises:
+        ValueError: there is no such type to write.
+    """
+    if type not in GGUF_TYPES:
+        raise ValueError(
+            f"there is no GGUF type {type!r}{suggest(type, GGUF_TYPES)}; use "
+            f"{', '.join(GGUF_TYPES)}"
+        )
 
 
 class QuantizeOptions(Config):
@@ -78,10 +96,12 @@ class QuantizeOptions(Config):
         "Chinese and code that come with the package.",
     )
     samples: PositiveInt = Field(default=128, description="Number of calibration sequences.")
-    length: int = Field(default=512, ge=2, description="Tokens of a calibration sequence.")
-    importance: bool = Field(
-        default=True,
-        description="GGUF: weighs rounding errors by the inputs on calibration text.",
+    length: int = Field(
+        default=DEFAULT_LENGTH, ge=2, description="Tokens of a calibration sequence."
+    )
+    no_importance: bool = Field(
+        default=False,
+        description="GGUF: does not weigh rounding errors by the inputs on calibration text.",
     )
     text: PathText | None = Field(
         default=None,
@@ -95,6 +115,8 @@ class QuantizeOptions(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.type is not None:
+            check_gguf_type(self.type)
         if self.is_gguf and self.type is None:
             raise ValueError("format gguf needs a type, such as q4_k; set type")
         if not self.is_gguf and self.type is not None:
@@ -125,19 +147,37 @@ class QuantizeOptions(Config):
             ConfigError: a value is not valid.
         """
         alone = validate(cls, dict(own), source="quantize options")
-        unused = alone._without_effect() | set(own) | {"format"}
-        kept = {name: value for name, value in shared.items() if name not in unused}
+        unused = alone._without_effect() | {"method", "type", "format"}
+        kept = {
+            name: value
+            for name, value in shared.items()
+            if name not in unused and value not in (None, cls.model_fields[name].default)
+        }
         return validate(cls, {**kept, **own}, source="quantize options")
 
     def _without_effect(self) -> set[str]:
         """Returns the fields that change nothing for this method and format."""
         if self.is_gguf:
             unused = {"method", *GRID, "dtype", "single"}
-            return unused if self.importance else {*unused, *CALIBRATED}
-        unused = {"importance"} if self.method in BLOCKWISE else {"importance", "single"}
+            if not self._searched:
+                unused |= {"no_importance", *CALIBRATED}
+            return unused if self.needs_text else {*unused, *CALIBRATED}
+        unused = {"no_importance"} if self.method in BLOCKWISE else {"no_importance", "single"}
         if self.method in BITSANDBYTES:
             return {*unused, *GRID, *CALIBRATED}
         return {*unused, *CALIBRATED} if self.method == "rtn" else unused
+
+    @property
+    def _searched(self) -> bool:
+        """Whether the scales of a GGUF type are searched."""
+        return bool({self.type, *(value for _, value in self.overrides())} & set(SEARCHED))
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text is used."""
+        if self.is_gguf:
+            return self._searched and not self.no_importance
+        return self.method in ("gptq", "awq", "smoothquant")
 
     @property
     def is_gguf(self) -> bool:
@@ -185,6 +225,8 @@ class QuantizeOptions(Config):
                     f"override {text!r} is not PATTERN=VALUE, with a value of full or, for grids, "
                     "of 2, 3, 4 or 8 bits"
                 )
+            if self.is_gguf and value != FULL:
+                check_gguf_type(value)
             found.append((pattern, value))
         return found
 

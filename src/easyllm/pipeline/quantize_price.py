@@ -57,6 +57,7 @@ class Price:
         seconds: what calibrating, quantizing and saving took.
         readers: the programs that are known to read the file.
         notes: what the user should know.
+        complaint: why the gate failed, if the files were kept nevertheless.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Price:
     seconds: float
     readers: str
     notes: tuple[str, ...]
+    complaint: str | None = None
 
     @property
     def row(self) -> Row:

@@ -97,6 +97,13 @@ def to_gguf(source: str, path: Path, type: str | None = None) -> Path:
         )
     opened = open_source(source)
     model = to_full_weights(opened.model(torch.float32, torch.device("cpu")))
+    if kind == "f16":
+        half = torch.finfo(torch.float16).max
+        for name, parameter in model.named_parameters():
+            if not bool(parameter.abs().amax() <= half):
+                raise ConfigError(
+                    f"{name} of {opened.path} has values that float16 cannot hold; use bf16 or f32"
+                )
     return save_gguf(model, path, type=kind, tokenizer=opened.tokenizer()).path
 
 

@@ -27,6 +27,7 @@ from easyllm.models import (
     pool_kv_heads,
     save_model,
 )
+from easyllm.models.full_weights import check_finite
 from easyllm.pipeline.extension import ModelExtension
 from easyllm.pipeline.merge import merge_adapter
 from easyllm.pipeline.recipe import (
@@ -101,6 +102,8 @@ def convert_model(
         The path of the folder.
     """
     model, tokenizer = load_model(source, dtype=dtype, context=context), load_tokenizer(source)
+    if dtype is not None:
+        check_finite(model, f"{source} as {dtype}")
     if num_kv_heads is not None:
         pool_kv_heads(model, num_kv_heads)
     manifest = Manifest.create(

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from easyllm.core.atomic import atomic_file, write_atomic
+from easyllm.core.atomic import atomic_file, check_output_free, write_atomic
 from easyllm.core.json_types import JsonObject
 from easyllm.quant.quant_tensor import QuantTensor
 from easyllm.quant.spec import QuantSpec
@@ -45,7 +45,9 @@ class LayerFiles:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
         path = folder / KEY_FILE
-        if path.is_file() and path.read_text() != json.dumps(key):
+        if not path.is_file():
+            check_output_free(folder)  # of someone else
+        elif path.read_bytes() != json.dumps(key).encode():
             self.remove()
 
     @property
@@ -64,13 +66,13 @@ class LayerFiles:
             with safe_open(self._path(number), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 reports = json.loads(file.metadata()["reports"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
             return None
         weights = {}
         for name, spec in specs.items():
             found = {part: tensors.pop(f"{name}.{part}", None) for part in PARTS}
             codes, scales, zeros = found["codes"], found["scales"], found["zeros"]
-            if codes is None or scales is None or zeros is None:
+            if codes is None or scales is None or zeros is None or scales.shape != zeros.shape:
                 return None
             weights[name] = QuantTensor(
                 codes=codes, scales=scales, zeros=zeros, spec=spec, group_of=found["group_of"]

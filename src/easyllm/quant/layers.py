@@ -5,7 +5,7 @@ one layer are in memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class LayerQuantizer:
             chosen = {name: (linear, spec) for name, linear, spec in self._chosen(layer, prefix)}
             specs = {name: spec for name, (_, spec) in chosen.items()}
             finished = None if files is None else files.load(number, specs)
-            if finished is None:
+            if finished is None or not _suits(finished, layer, chosen):
                 finished = self._finished(layer, prefix, chosen, walk)
                 if files is not None:
                     files.save(number, finished)
@@ -190,6 +190,25 @@ class LayerQuantizer:
             divided = {id(s): s.divided(group.spread(factors)) for s in its}
             found |= {n: divided[id(s)] for n, s in zip(group.linears, its, strict=True)}
         return found
+
+
+def _suits(
+    finished: FinishedLayer, layer: DecoderLayer, chosen: Mapping[str, tuple[Linear, QuantSpec]]
+) -> bool:
+    """Returns whether a layer from a file has the shapes of this one; a damaged one does not."""
+    own = layer.state_dict()
+    full = finished.full
+    if full.keys() != own.keys() - {f"{name}.weight" for name in chosen}:
+        return False
+    names = {each.name for each in fields(LinearReport)}
+    return (
+        all(full[name].shape == own[name].shape for name in full)
+        and all(
+            finished.weights[n].shape == linear.storage.shape for n, (linear, _) in chosen.items()
+        )
+        and all(bool(its.scales.isfinite().all()) for its in finished.weights.values())
+        and all(report.keys() == names for report in finished.reports)
+    )
 
 
 def _report(

@@ -159,7 +159,13 @@ def format_of_checkpoint(config: object) -> StorageFormat | None:
             "use the checkpoint with unquantized weights"
         )
     if name in LAYOUTS:
-        return LAYOUTS[str(name)].format_of(config)
+        try:
+            return LAYOUTS[str(name)].format_of(config)
+        except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise CheckpointError(
+                f"the quantization_config in config.json cannot be read as {name} ({error}); copy "
+                "the checkpoint again"
+            ) from None
     format = FORMATS[str(name)]
     for key, value in config.items():
         expected = format.file_config.get(key, value if key == "quant_method" else None)

@@ -55,7 +55,7 @@ class QuantSpec(Config):
         if inputs % group == 0:
             return None
         fitting = [size for size in (16, 32, 64, 128, 256) if inputs % size == 0]
-        listed = ", ".join(map(str, fitting)) or "null (one scale per row)"
+        listed = ", ".join(map(str, fitting)) or "one scale per row"
         return f"a group size of {group} does not divide {inputs} inputs (those that do: {listed})"
 
     def bits_per_weight(self, inputs: int) -> float:

@@ -246,6 +246,15 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _quantization_aware_trains_all_weights(self) -> "TrainConfig":
+        if objective_kind(self.objective).needs_full_weights and self.adapter is not None:
+            raise ValueError(
+                f"objective.kind={self.objective.kind} trains the weights that it rounds, but "
+                f"adapter.kind={self.adapter.kind} leaves them as they are; set adapter=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
         if (self.batch_size is None) == (self.batch_tokens is None):
             raise ValueError(

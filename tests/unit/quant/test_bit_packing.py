@@ -114,6 +114,7 @@ def test_compressed_tensors_files_of_8_bit_weights_and_activations():
     [
         ({"qweight": torch.zeros(11, 64, dtype=torch.int32)}, r"qweight has shape \[11, 64\]"),
         ({"scales": torch.zeros(2, 64)}, r"scales has shape \[2, 64\], expected \[3, 64\]"),
+        ({"qweight": torch.zeros(12, 64)}, "qweight has dtype torch.float32, expected torch.int32"),
         ({"g_idx": torch.full((96,), 3, dtype=torch.int32)}, r"g_idx names groups outside 0 .. 2"),
         ({"g_idx": torch.full((96,), -1, dtype=torch.int32)}, r"g_idx names groups outside"),
     ],

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from easyllm.core.errors import ConfigError
 from easyllm.models import load_model, save_model
 from easyllm.quant.rtn import rtn
+from easyllm.train import TrainConfig
 from easyllm.train.objectives.quantization_aware import (
     QuantizationAware,
     QuantizationAwareConfig,
@@ -50,6 +52,18 @@ def test_the_full_weights_are_saved(tmp_path):
     again = load_model(tmp_path / "m")
     assert not again.packed_formats()
     assert torch.equal(again.logits(IDS), build_tiny().logits(IDS))
+
+
+def test_an_adapter_would_leave_the_rounded_weights_untrained():
+    values = {
+        "data": {"train": ["rows.jsonl"]},
+        "objective": {"kind": "quantization_aware"},
+        "adapter": {"kind": "lora"},
+        "batch_size": 4,
+    }
+    with pytest.raises(ValidationError, match="set adapter=null"):
+        TrainConfig.model_validate(values)
+    TrainConfig.model_validate(values | {"adapter": None})
 
 
 def test_a_grid_that_does_not_suit_the_model_is_refused():

@@ -17,7 +17,9 @@
 // and stands for w = s (code - z), or with minima w = s code + m. Without zero points z is the
 // middle code, 2^(bits - 1). With x = u q (see matrix.h) and the terms of a row,
 //
-//   sum_k w x  =  sum_spans s sum_groups (u sum_k code q - z u sum_k q)  +  m sum_k x
+//   sum_k w x  =  sum_spans s sum_groups (u sum_k code q - z u sum_k q)  +  m u sum_k q
+//
+// The last sum is over the codes, not over x: errors of the rounded row cancel where w is small.
 #include "matrix.h"
 
 static inline i64 header_bytes(int shift) {
@@ -66,7 +68,7 @@ ALWAYS_INLINE void add_block(const Matrix *w, const uint8_t *p, i64 groups, cons
                                   : bits == 5 ? products_int5(unpacked, x)
                                               : products_int4(unpacked, x);
                 inner[m] += __builtin_convertvector(products, lane8) * t[0] + zero * t[1];
-                total[m] += t[2];
+                total[m] -= t[1] * 0.125f;
             }
         }
         for (int m = 0; m < rows; m++) sum[m] += scale * inner[m];

@@ -39,7 +39,7 @@ ALWAYS_INLINE void add_with_minima(const uint8_t *p, i64 supers, const int8_t *c
                 index8 products =
                     bits == 4 ? products_int4(unpacked, x) : products_int5(unpacked, x);
                 inner[m] += __builtin_convertvector(products, lane8) * (a * t[0]);
-                below[m] += b * t[2];
+                below[m] -= b * (t[1] * 0.125f);  // u sum_k q, see grouped.c
             }
         }
         lane8 d = halves_to_floats(p), e = halves_to_floats(p + 16);

@@ -88,14 +88,17 @@ def _four_bit_weight(
             raise CheckpointError(
                 f"{name} has shape {list(tensors[name].shape)}, expected {list(size)}"
             )
+    integers = ("weight", "weight.absmax") if nested else ("weight",)
+    for name in shapes:
+        its, wanted = tensors[name].dtype, torch.uint8 if name in integers else torch.float32
+        if its != wanted:
+            raise CheckpointError(f"{name} has dtype {its}, expected {wanted}")
     for name, values in maps.items():
         found = tensors[name].float().cpu()
         if found.shape != values.shape or not torch.allclose(found, values, rtol=0, atol=1e-6):
             raise CheckpointError(f"{name} has other values than those of {kind}")
     absmax = tensors["weight.absmax"]
     offset = torch.tensor(float(state["nested_offset"])) if nested else None
-    if nested != (absmax.dtype == torch.uint8):
-        raise CheckpointError(f"weight.absmax has dtype {absmax.dtype}, but nested is {nested}")
     return Blockwise4Weight(
         Blockwise4(
             tensors["weight"].flatten(),
@@ -125,6 +128,8 @@ def _int8_weight(
     threshold: float, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype
 ) -> Int8Weight:
     codes, scb = tensors["weight"], tensors["SCB"]
+    if not scb.is_floating_point():
+        raise CheckpointError(f"SCB has dtype {scb.dtype}, expected torch.float32")
     if codes.dtype != torch.int8 or tuple(codes.shape) != shape or scb.numel() != shape[0]:
         raise CheckpointError(
             f"weight is {codes.dtype} {list(codes.shape)} with {scb.numel()} scales, expected "

@@ -16,6 +16,15 @@ from easyllm.quant.registry import FileLayout, StorageFormat, register_layout
 from easyllm.quant.spec import QuantSpec
 from easyllm.quant.uniform_weight import UniformWeight, uniform_weight
 
+DTYPES = {
+    **dict.fromkeys(
+        ("qweight", "qzeros", "g_idx", "weight_packed", "weight_zero_point"), torch.int32
+    ),
+    "weight": torch.int8,
+    "weight_shape": torch.int64,
+}
+"""Dtypes of the files' tensors, but for scales."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UniformLayout:
@@ -116,11 +125,17 @@ def check_shapes(
     spec: QuantSpec,
     inputs: int,
 ) -> None:
-    """Checks the shapes of the tensors of a weight with K inputs; one that is missing is left out.
+    """Checks dtypes and shapes of the tensors of a weight with K inputs; a missing one is left out.
 
     Raises:
-        CheckpointError: one has another shape.
+        CheckpointError: one has another dtype or shape.
     """
+    for name, dtype in DTYPES.items():
+        if name in tensors and tensors[name].dtype != dtype:
+            raise CheckpointError(f"{name} has dtype {tensors[name].dtype}, expected {dtype}")
+    for name in ("scales", "weight_scale"):
+        if name in tensors and not tensors[name].is_floating_point():
+            raise CheckpointError(f"{name} has dtype {tensors[name].dtype}, expected a float")
     for name, shape in expected.items():
         if name in tensors and tuple(tensors[name].shape) != shape:
             raise CheckpointError(

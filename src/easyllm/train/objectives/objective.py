@@ -136,12 +136,14 @@ class ObjectiveKind:
         build: constructs the objective from its configuration.
         data: configuration classes of the data kinds it accepts.
         generates: as `Objective.generates`.
+        needs_full_weights: whether the base's weights must be trained, without an adapter.
     """
 
     config: type[ObjectiveConfig]
     build: Callable[[Any], Objective]
     data: tuple[type[DataBase], ...]
     generates: bool
+    needs_full_weights: bool
 
     @property
     def data_kinds(self) -> list[str]:
@@ -160,6 +162,7 @@ def register_objective(
     build: Callable[[Any], Objective],
     data: tuple[type[DataBase], ...],
     generates: bool = True,
+    needs_full_weights: bool = False,
 ) -> None:
     """Registers an objective, and the data kinds it accepts, for recipes and the trainer.
 
@@ -168,6 +171,7 @@ def register_objective(
         build: constructs the objective from its configuration.
         data: configuration classes of the data kinds it accepts.
         generates: whether the trained model generates text.
+        needs_full_weights: whether the base's weights must be trained, without an adapter.
 
     Raises:
         ValueError: the kind is already registered, or a data kind is registered with another
@@ -183,7 +187,13 @@ def register_objective(
             DATA.unregister(each.model_fields["kind"].default)
         raise
     kind = config.model_fields["kind"].default
-    _KINDS[kind] = ObjectiveKind(config=config, build=build, data=data, generates=generates)
+    _KINDS[kind] = ObjectiveKind(
+        config=config,
+        build=build,
+        data=data,
+        generates=generates,
+        needs_full_weights=needs_full_weights,
+    )
 
 
 def unregister_objective(kind: str) -> None:

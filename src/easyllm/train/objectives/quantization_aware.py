@@ -151,7 +151,10 @@ class QuantizationAware(LanguageModel):
 
 
 register_objective(
-    QuantizationAwareConfig, build=QuantizationAware, data=(DataConfig, CorpusDataConfig)
+    QuantizationAwareConfig,
+    build=QuantizationAware,
+    data=(DataConfig, CorpusDataConfig),
+    needs_full_weights=True,
 )
 
 __all__ = ["QuantizationAware", "QuantizationAwareConfig", "StraightThroughWeight"]
