@@ -114,9 +114,9 @@ class TrainConfig(Config):
     quantize: str | None = Field(
         default=None,
         description="Storage format that the frozen base model is quantized to while it is loaded, "
-        "such as nf4; needs an adapter, whose own weights stay in full precision. A LoRA adapter "
-        "on nf4 is QLoRA (Dettmers et al. 2023, arXiv 2305.14314). gguf keeps the blocks of a GGUF "
-        "file as they are. null keeps full weights, or the format of a quantized checkpoint.",
+        "such as nf4 (QLoRA, arXiv 2305.14314), or gguf, which keeps the blocks of a GGUF file; "
+        "needs an adapter, whose weights stay in full precision. null keeps the weights as they "
+        "are.",
     )
     prompt_mask: Literal["causal", "prefix"] | None = Field(
         default=None,
