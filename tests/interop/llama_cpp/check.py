@@ -275,19 +275,23 @@ def smollm2(figures: Figures, work: Path) -> None:
             figures.equal(f"{text!r}: greedy", answer(llm, ids, 16), [s["id"] for s in steps])
 
 
-def all_types(figures: Figures, work: Path) -> None:
+def all_types(figures: Figures, work: Path, only: Sequence[str] | None = None) -> None:
     """Compares a file of each type: of SmolLM2, and of a wider random model for K-quants."""
     small, tokenizer = load_model("smollm2", dtype="float32"), load_tokenizer("smollm2")
-    wide = written.wide_model(small.config.vocab_size)
+    wide = written.wide_model(tokenizer)
     (ids,) = calibration(tokenizer, count=1, length=written.TOKENS).sequences
     text, path = ids.tolist(), work / "written.gguf"
     for type in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"):
+        if only is not None and type not in only:
+            continue
         written.prepared(small, tokenizer, path, type, weighed=type.startswith("q"))
         with peer(path) as llama:
             equal = type in ("f32", "f16")
             prompts = written.PROMPTS
             written.check(figures, type, path, llama, equal=equal, text=text, prompts=prompts)
     for type in ("q6_k", "q5_k", "q4_k"):
+        if only is not None and type not in only:
+            continue
         written.prepared(wide, tokenizer, path, type, weighed=True)
         with peer(path) as llama:
             written.check(
