@@ -207,7 +207,10 @@ def _speed(model: Decoder, tokenizer: Tokenizer, text: GateText) -> float:
 
 
 def _perplexity(text: GateText, logits: Sequence[Tensor]) -> float:
-    """Returns the perplexity of the sequences of a text, given their logits [T, V]."""
+    """Returns the perplexity of the sequences of a text, given their logits [T, V].
+
+    NaN if no sequence has a second token.
+    """
     total, count = 0.0, 0
     for ids, its in zip(text.sequences, logits, strict=True):
         if len(ids) < 2:
@@ -215,7 +218,7 @@ def _perplexity(text: GateText, logits: Sequence[Tensor]) -> float:
         targets = torch.tensor(ids[1:])
         total += float(torch.nn.functional.cross_entropy(its[:-1], targets, reduction="sum"))
         count += len(ids) - 1
-    return math.exp(min(total / max(count, 1), 700.0))
+    return math.exp(min(total / count, 700.0)) if count else math.nan
 
 
 def _size(target: Path) -> int:
