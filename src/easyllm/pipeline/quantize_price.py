@@ -186,7 +186,10 @@ def load_quantized(target: Path) -> Decoder:
 
 
 def _speed(model: Decoder, tokenizer: Tokenizer, text: GateText) -> float:
-    """Returns decoded tokens per second of one sequence; NaN for models that do not generate."""
+    """Returns decoded tokens per second of one sequence.
+
+    NaN for models that do not generate, and where other load hides the difference.
+    """
     if model.config.num_labels is not None:
         return math.nan
     prompt = list(text.sequences[0][:16])
@@ -202,8 +205,8 @@ def _speed(model: Decoder, tokenizer: Tokenizer, text: GateText) -> float:
         return time.perf_counter() - begin
 
     decode(most // 2 + 1)
-    first, whole = decode(1), decode(most)
-    return (most - 1) / max(whole - first, 1e-9)
+    first, whole = min(decode(1), decode(1)), min(decode(most), decode(most))
+    return (most - 1) / (whole - first) if whole > first else math.nan
 
 
 def _perplexity(text: GateText, logits: Sequence[Tensor]) -> float:
