@@ -211,6 +211,8 @@ def _to_lora(
     rows.append(("all", len(converted.factors), "", total, ""))
     title = "Part of the update that is lost (Frobenius norm)"
     print_table(title, ("linear", "layers", "rank", "lost", "most (in)"), rows)
+    if converted.error > 0.5:
+        sys.stdout.write("most of the update is lost; raise --lora-rank\n")
     sys.stdout.write(f"{target}\n")
 
 

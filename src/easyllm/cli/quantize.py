@@ -63,7 +63,7 @@ def quantize(
         ),
     ] = MAX_KL,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep a result that differs by more than that.")
+        bool, typer.Option("--keep", help="Write the result even if it exceeds --max-kl.")
     ] = False,
     compare: Annotated[
         str | None,
@@ -81,7 +81,7 @@ def quantize(
 
         easyllm quantize smollm2 out/gptq --method gptq --bits 4 --group-size 64
 
-        easyllm quantize runs/mine/model out/awq --method awq --asymmetric --data my-data.jsonl
+        easyllm quantize runs/mine/adapter out/awq --method awq --asymmetric --data my-data.jsonl
 
         easyllm quantize smollm2 out/smollm2-q4_0.gguf --type q4_0
 
@@ -162,6 +162,9 @@ def _print_table(prices: "Mapping[str, Price]") -> None:
     from easyllm.pipeline.quantize_price import COLUMNS, table
 
     print_table("What quantization costs", COLUMNS, table(prices))
+    sys.stdout.write(
+        "bits: per weight, all weights and scales counted; top-1: same most likely token\n"
+    )
     for name, price in prices.items():
         for note in price.notes:
             sys.stdout.write(f"{name}: {note}\n")

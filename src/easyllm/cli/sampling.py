@@ -21,7 +21,7 @@ SAMPLING = FlagGroup(
 LOADING = FlagGroup(
     LLMOptions,
     *("draft", "dtype", "quantize", "cache_gb", "cache_dtype", "deterministic"),
-    metavars={"draft": "ngram|MODEL", "quantize": "int8|int4|nf4|fp4|gguf"},
+    metavars={"draft": "ngram|MODEL", "quantize": "int8|int4|nf4|fp4|llm.int8|gguf"},
 )
 MaxTokens = Annotated[int, option(SamplingParams, "max_tokens")]
 RepetitionPenalty = Annotated[float, option(SamplingParams, "repetition_penalty")]

@@ -81,7 +81,7 @@ class LLMOptions(EngineConfig):
     )
     quantize: str | None = Field(
         None,
-        description="Quantize the weights while they are loaded: int8, int4, nf4 or fp4 "
+        description="Quantize the weights while they are loaded: int8, int4, llm.int8, nf4 or fp4 "
         "(nf4-single and fp4-single without double quantization). gguf keeps the blocks of a GGUF "
         "file as they are; without it, they are dequantized.",
     )

@@ -23,6 +23,7 @@ from easyllm.checkpoint.keymap import Binding
 from easyllm.core.atomic import atomic_file
 from easyllm.core.errors import CheckpointError, ConfigError, suggest
 from easyllm.core.json_types import Json, JsonObject
+from easyllm.core.progress import Progress
 from easyllm.models.families import family_named
 from easyllm.models.families.gguf_layout import ROPE_FACTORS
 from easyllm.models.families.gguf_write import rope_factors
@@ -131,8 +132,10 @@ def save_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors:
-            writer.write_tensor_data(tensor.data().numpy())
+        with Progress("writing", total=len(tensors), unit="tensor") as progress:
+            for tensor in tensors:
+                writer.write_tensor_data(tensor.data().numpy())
+                progress.advance(1)
         writer.close()
     return Exported(
         path,

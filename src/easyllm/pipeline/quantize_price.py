@@ -261,6 +261,6 @@ def table(prices: Mapping[str, Price]) -> list[tuple[str, ...]]:
     return rows
 
 
-COLUMNS = ("", "bits/weight", "size", "perplexity", "KL", "same top-1", "tokens/s", "time")
+COLUMNS = ("", "bits", "size", "perplexity", "KL", "top-1", "tokens/s", "time")
 
 __all__ = ["COLUMNS", "Original", "Price", "load_quantized", "measure", "measure_original", "table"]

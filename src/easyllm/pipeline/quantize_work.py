@@ -155,8 +155,9 @@ class QuantizeWork:
         if written.fallbacks:
             kinds = sorted(set(written.fallbacks.values()))
             self.notes.append(
-                f"{len(written.fallbacks)} tensors, such as {next(iter(written.fallbacks))}, are "
-                f"{' or '.join(kinds)}: their width does not suit the type asked for"
+                f"{next(iter(written.fallbacks))} and all others that need it "
+                f"({len(written.fallbacks)} in all) are {' or '.join(kinds)}: blocks of the type "
+                "meant for them do not divide their width (embedding and head get 6 bits or more)"
             )
 
     def _uniform(self, calibrated: Calibration | None) -> None:
