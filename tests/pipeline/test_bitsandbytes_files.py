@@ -46,6 +46,7 @@ def change(folder, edit):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+ADDED = ("SCB", "weight_format")
 NAME = "model.layers.0.self_attn.q_proj.weight"
 DAMAGE = {
     "a missing map": (lambda t: t.pop(f"{NAME}.quant_map"), "missing: .*quant_map"),
@@ -89,9 +90,28 @@ def test_a_damaged_folder_is_refused_by_name(damage, folder):
 
 def test_int8_codes_without_their_scales_are_refused(folder):
     save_model(quantize_weights(build_tiny(), "llm.int8"), folder)
-    change(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if n.endswith("SCB")])
+    change(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if n.endswith(ADDED)])
     with pytest.raises(CheckpointError, match=r"dtype torch.int8, but no scales"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("order", [None, 0, 1])
+def test_int8_codes_are_read_by_row_only(order, folder):
+    model = quantize_weights(build_tiny(), "llm.int8")
+    save_model(model, folder)
+
+    def edit(tensors):
+        for name in [name for name in tensors if name.endswith("weight_format")]:
+            del tensors[name]
+            if order is not None:
+                tensors[name] = torch.tensor(order, dtype=torch.uint8)
+
+    change(folder, edit)
+    if order:
+        with pytest.raises(CheckpointError, match="weight_format is 1, expected 0"):
+            load_model(folder)
+    else:
+        assert torch.equal(load_model(folder).logits(IDS), model.logits(IDS))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from easyllm.cli.main import app
@@ -11,6 +12,10 @@ from easyllm.models import save_model, to_classifier
 from easyllm.ops import paged_attention
 from easyllm.ops.attention_backends import SDPA
 from easyllm.ops.kernels.build import _library
+from easyllm.quant import QuantSpec, quantize_weights
+from easyllm.quant.formats import UNIFORM
+from easyllm.quant.layers import LayerQuantizer
+from easyllm.quant.methods import find_method
 from easyllm.verify import verify
 from tiny_models import build_tiny
 
@@ -27,6 +32,30 @@ def test_every_law_holds_on_a_checkpoint_with_a_tokenizer(tiny_folder):
     assert [f["law"] for f in findings] == [1, 7, 1, 2, 3, 3, *FAST]
     assert all(f["holds"] for f in findings)
     assert all(f["bound"] < 1e-2 for f in findings)
+
+
+def test_every_law_holds_on_quantized_files(tmp_path):
+    save_model(quantize_weights(build_tiny(), "nf4"), tmp_path / "q")
+    findings = verify(str(tmp_path / "q"), num_tokens=60)
+    assert all(f.holds for f in findings)
+    assert all(f.bound < 1e-2 for f in findings)
+
+
+@pytest.mark.parametrize("format", ["gptq", "llm.int8"])
+def test_law_3_of_kernels_that_round_rows_has_a_bound_of_its_own(format, tmp_path):
+    model = build_tiny()
+    if format == "gptq":
+        LayerQuantizer(
+            method=find_method("rtn"),
+            spec_of=lambda _: QuantSpec(bits=4, group_size=32),
+            store=lambda _, weight: UNIFORM["gptq"].storage(weight, torch.float32),
+        ).run(model, ())
+    else:
+        quantize_weights(model, format)
+    save_model(model, tmp_path / "q")
+    findings = verify(str(tmp_path / "q"), num_tokens=60)
+    assert all(f.holds for f in findings)
+    assert {f.law for f in findings if f.bound > 1e-2} == {3}
 
 
 def test_a_broken_cache_is_detected_with_exit_code_1(tiny_folder, monkeypatch):

@@ -161,6 +161,7 @@ class KeyMap:
         *,
         source: str,
         file_tensors: Sequence[str] = (),
+        optional_tensors: Sequence[str] = (),
     ) -> list[Binding]:
         """Returns the bindings after checking that all tensors exist and have the right shapes.
 
@@ -170,13 +171,16 @@ class KeyMap:
             source: the name of the checkpoint, for error messages.
             file_tensors: last parts of the names of the tensors of a quantized format; a weight is
                 taken to be quantized if the file contains any of its tensors.
+            optional_tensors: the same for tensors that may be missing.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected or has the wrong shape.
         """
         matrices = {name for name, shape in expected.items() if len(shape) == 2}
         bindings = [
-            self._packed(b, present, file_tensors) if matrices.issuperset(b.ours) else b
+            self._packed(b, present, file_tensors, optional_tensors)
+            if matrices.issuperset(b.ours)
+            else b
             for b in self.bindings(expected)
         ]
         files = [name for b in bindings for name in (b.packed.values() or (b.theirs,))]
@@ -219,14 +223,21 @@ class KeyMap:
         return bindings
 
     def _packed(
-        self, binding: Binding, present: Mapping[str, Sequence[int]], file_tensors: Sequence[str]
+        self,
+        binding: Binding,
+        present: Mapping[str, Sequence[int]],
+        file_tensors: Sequence[str],
+        optional_tensors: Sequence[str],
     ) -> Binding:
         """The binding of a weight, with `packed` set if the file stores it quantized."""
         stem, _, last = binding.theirs.rpartition(".")
         signs = {ending for ending in file_tensors if ending != "weight"}
         if last != "weight" or not any(f"{stem}.{ending}" in present for ending in signs):
             return binding
-        return replace(binding, packed=self.packed_tensors(binding.ours[0], file_tensors))
+        there = [ending for ending in optional_tensors if f"{stem}.{ending}" in present]
+        return replace(
+            binding, packed=self.packed_tensors(binding.ours[0], [*file_tensors, *there])
+        )
 
     def to_file(
         self,

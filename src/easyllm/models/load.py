@@ -19,6 +19,7 @@ from easyllm.checkpoint.store import TensorFolder
 from easyllm.core.config import first_problem
 from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
+from easyllm.core.finite import all_finite
 from easyllm.core.paths import expanded
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.gguf_import import GGUFTensors, hf_config, kept_type
@@ -97,15 +98,9 @@ class OpenSource:
         model = self.skeleton()
         source = self.tensors.reopened() if isinstance(self.tensors, TensorFolder) else self.tensors
         rounded = {} if quantize is None else self.packed_layers(model, quantize)
-        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         layers = {f"{name}.weight": layer for name, layer in model.weight_modules()}
         state, packed = dict[str, Tensor](), list[Binding]()
-        for binding in keymap_of(self.config).check(
-            expected,
-            self.tensors.shapes,
-            source=str(self.path),
-            file_tensors=self.packed.file_tensors if self.packed is not None else (),
-        ):
+        for binding in self.check(model):
             if binding.packed:
                 packed.append(binding)  # stored below, once the dtype of the full weights is known
                 continue
@@ -155,20 +150,14 @@ class OpenSource:
             self.check_unquantized(quantize)
             return quantizable(model, quantize)
         layers = {f"{name}.weight": layer for name, layer in model.weight_modules()}
-        keymap, packed = keymap_of(self.config), self.packed
+        packed = self.packed
         if quantize is None:
             assert packed is not None, "checked above"
-            stems = {name.rpartition(".")[0] for name in self.tensors.shapes} - {
-                name.removesuffix(".weight") for name in self.tensors.shapes
-            }
-            return {
-                name: (layer, packed)
-                for name, layer in layers.items()
-                if keymap.theirs(name).removesuffix(".weight") in stems
-            }
+            names = (name for each in self.check(model) if each.packed for name in each.ours)
+            return {name: (layers[name], packed) for name in names}
         found: PackedLayers = {}
         if isinstance(self.tensors, GGUFTensors):
-            for binding in keymap.bindings(layers):
+            for binding in keymap_of(self.config).bindings(layers):
                 kind = kept_type(binding, self.tensors)
                 if kind is not None:
                     found |= {name: (layers[name], gguf_format(kind)) for name in binding.ours}
@@ -222,7 +211,7 @@ class OpenSource:
         assert self.packed is not None, "the binding is packed"
         assert self.packed.from_file is not None, "a format with file tensors can read them"
         for ending, tensor in found.items():
-            if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise CheckpointError(
                     f"{binding.packed[ending]} of {self.path} contains NaN or infinite values; "
                     "copy the checkpoint again"
@@ -254,18 +243,22 @@ class OpenSource:
                 f"leave out quantize={quantize}"
             )
 
-    def check(self, model: Decoder) -> None:
+    def check(self, model: Decoder) -> list[Binding]:
         """Checks tensor names and shapes in the file against `model` without reading any values.
+
+        Returns:
+            The parameters of `model` with the tensors that hold them.
 
         Raises:
             CheckpointError: they do not match.
         """
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        keymap_of(self.config).check(
+        return keymap_of(self.config).check(
             expected,
             self.tensors.shapes,
             source=str(self.path),
             file_tensors=self.packed.file_tensors if self.packed is not None else (),
+            optional_tensors=self.packed.optional_tensors if self.packed is not None else (),
         )
 
     def parameters(self, names: Collection[str]) -> dict[str, Tensor]:

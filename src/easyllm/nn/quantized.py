@@ -19,6 +19,7 @@ class QuantizedWeight(PackedStorage):
         dtype: dtype of looked-up rows and of the dequantized weight.
     """
 
+    rounds_rows = True
     data: Tensor
     scales: Tensor | None
 

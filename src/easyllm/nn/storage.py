@@ -177,6 +177,8 @@ class PackedStorage(nn.Module):
 
     format: str
     batch_invariant = True  # for `linear` below; a subclass that overrides it sets its own value
+    rounds_rows = False
+    """Whether the CPU's kernel for `linear` rounds the rows that it multiplies to int8."""
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         super().__init__()

@@ -38,6 +38,7 @@ class GGUFWeight(PackedStorage):
     def __init__(self, raw: Tensor, type: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
         super().__init__(shape, dtype)
         self.format, self.kind = f"gguf-{type}", type
+        self.rounds_rows = type in BITS or type in SUPER_BITS
         if type in BITS:
             raw = _repacked(raw, type, shape).data
         elif type in SUPER_BITS:

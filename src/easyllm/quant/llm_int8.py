@@ -35,6 +35,7 @@ class Int8Weight(PackedStorage):
     """
 
     format = NAME
+    rounds_rows = True
     data: Tensor
     scales: Tensor
     scb: Tensor

@@ -28,6 +28,7 @@ class StorageFormat:
             leaves them in full precision.
         file_tensors: last name components of the tensors that a checkpoint stores for each weight;
             empty for a format that is created on loading and never written.
+        optional_tensors: the same for tensors that not every file has.
         from_file: (these tensors, shape of the weight, dtype of activations) → storage; raises
             `CheckpointError` if the tensors do not match.
         file_config: expected entries of `quantization_config` in addition to `quant_method`;
@@ -43,6 +44,7 @@ class StorageFormat:
     quantize: Callable[[Tensor, str], WeightStorage] | None = None
     table: str | None = None
     file_tensors: tuple[str, ...] = ()
+    optional_tensors: tuple[str, ...] = ()
     from_file: Callable[[Mapping[str, Tensor], Shape, torch.dtype], PackedStorage] | None = None
     file_config: JsonMapping = field(default_factory=dict)
     layout: str | None = None

@@ -108,6 +108,7 @@ class WordWeight(UniformWeight):
 class KernelWeight(UniformWeight):
     """Codes in the layout of the CPU kernels, inputs in the order of their groups."""
 
+    rounds_rows = True
     data: Tensor
     order: Tensor | None
 

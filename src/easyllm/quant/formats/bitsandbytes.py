@@ -4,11 +4,13 @@
          weight.quant_state.bitsandbytes__nf4 (or fp4), a JSON object as bytes; with double
          quantization absmax is uint8 and there are weight.nested_absmax and
          weight.nested_quant_map fp32 [256], and the offset is in the JSON object
-int8     weight int8 [N, K], SCB fp32 [N], weight_format uint8 (0, by row): w = weight · SCB / 127
+int8     weight int8 [N, K], SCB fp32 [N], weight_format uint8 (0, by row; missing in old files):
+         w = weight · SCB / 127
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,29 +21,28 @@ from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.blockwise4 import Blockwise4Weight
 from easyllm.nn.storage import WeightStorage
-from easyllm.ops.blockwise4 import (
-    BLOCK,
-    NESTED_BLOCK,
-    Blockwise4,
-    codebook,
-    dynamic_map,
-    packed_bytes,
-)
+from easyllm.ops.blockwise4 import BLOCK, NESTED_BLOCK, Blockwise4, codebook, dynamic_map
 from easyllm.quant.formats.config_keys import check_config
 from easyllm.quant.llm_int8 import NAME as INT8
 from easyllm.quant.llm_int8 import THRESHOLD, Int8Weight
-from easyllm.quant.registry import FileLayout, Shape, StorageFormat, register_layout
+from easyllm.quant.registry import FORMATS, FileLayout, Shape, StorageFormat, register_layout
 
 NAME = "bitsandbytes"
+FORMAT, BY_ROW = "weight_format", 0
 STATE = "weight.quant_state.bitsandbytes__"
 
 
-def four_bit_tensors(weight: Blockwise4) -> dict[str, Tensor]:
-    """Returns the file's tensors of an NF4 or FP4 weight; files share no memory between tensors."""
+def four_bit_tensors(weight: Blockwise4, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns the file's tensors of an NF4 or FP4 weight; files share no memory between tensors.
+
+    Args:
+        weight: the weight.
+        dtype: dtype that a reader dequantizes to.
+    """
     state: JsonObject = {
         "quant_type": weight.codebook,
         "blocksize": BLOCK,
-        "dtype": "float16",
+        "dtype": str(dtype).removeprefix("torch."),
         "shape": [weight.outputs, weight.inputs],
     }
     found = {
@@ -97,13 +98,12 @@ def _four_bit_weight(
         found = tensors[name].float().cpu()
         if found.shape != values.shape or not torch.allclose(found, values, rtol=0, atol=1e-6):
             raise CheckpointError(f"{name} has other values than those of {kind}")
-    absmax = tensors["weight.absmax"]
     offset = torch.tensor(float(state["nested_offset"])) if nested else None
     return Blockwise4Weight(
         Blockwise4(
             tensors["weight"].flatten(),
-            absmax if nested else absmax.float(),
-            tensors["weight.nested_absmax"].float() if nested else None,
+            tensors["weight.absmax"],
+            tensors["weight.nested_absmax"] if nested else None,
             offset,
             kind,
             outputs,
@@ -116,9 +116,8 @@ def _four_bit_weight(
 
 def _four_bit_format(kind: str, *, nested: bool) -> StorageFormat:
     more = ("weight.nested_absmax", "weight.nested_quant_map") if nested else ()
-    return StorageFormat(
-        name=kind if nested else f"{kind}-single",
-        num_bytes=lambda shape: packed_bytes(*shape, nested=nested),
+    return replace(
+        FORMATS[kind if nested else f"{kind}-single"],
         file_tensors=("weight", "weight.absmax", "weight.quant_map", *more, f"{STATE}{kind}"),
         from_file=partial(_four_bit_weight, kind, nested),
     )
@@ -128,6 +127,9 @@ def _int8_weight(
     threshold: float, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype
 ) -> Int8Weight:
     codes, scb = tensors["weight"], tensors["SCB"]
+    order = int(tensors[FORMAT]) if FORMAT in tensors else BY_ROW
+    if order != BY_ROW:
+        raise CheckpointError(f"{FORMAT} is {order}, expected {BY_ROW}: codes by row")
     if not scb.is_floating_point():
         raise CheckpointError(f"SCB has dtype {scb.dtype}, expected torch.float32")
     if codes.dtype != torch.int8 or tuple(codes.shape) != shape or scb.numel() != shape[0]:
@@ -139,11 +141,12 @@ def _int8_weight(
 
 
 def _int8_format(threshold: float) -> StorageFormat:
-    return StorageFormat(
-        name=INT8,
-        num_bytes=lambda shape: shape[0] * shape[1] + 8 * shape[0],
+    read = partial(_int8_weight, threshold)
+    return replace(
+        FORMATS[INT8],
         file_tensors=("weight", "SCB"),
-        from_file=partial(_int8_weight, threshold),
+        optional_tensors=(FORMAT,),
+        from_file=read,
     )
 
 
@@ -196,8 +199,8 @@ def _config_of(packed: Mapping[str, WeightStorage], skipped: Sequence[str]) -> J
 def _tensors_of(storage: WeightStorage) -> Mapping[str, Tensor]:
     """Returns the file's tensors of a weight of this layout."""
     if isinstance(storage, Blockwise4Weight):
-        return four_bit_tensors(storage.matrix)
-    return storage.tensors()
+        return four_bit_tensors(storage.matrix, storage.dtype)
+    return {**storage.tensors(), FORMAT: torch.tensor(BY_ROW, dtype=torch.uint8)}
 
 
 _HONOURED = (
