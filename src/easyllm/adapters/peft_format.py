@@ -40,6 +40,7 @@ from easyllm.checkpoint.store import read_object, read_tensors, write_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.config import first_problem
 from easyllm.core.errors import CheckpointError, ConfigError
+from easyllm.core.finite import all_finite
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
@@ -191,7 +192,7 @@ def read_adapter(folder: Path) -> AdapterFile:
                 f"{name} in {folder / WEIGHTS} is a single number, expected a vector or a matrix; "
                 "copy the adapter again"
             )
-        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+        if not tensor.is_floating_point() or not all_finite(tensor):
             raise CheckpointError(
                 f"{name} in {folder / WEIGHTS} contains NaN, Inf or integers, expected finite "
                 "floating-point values; copy the adapter again, or train a new one"

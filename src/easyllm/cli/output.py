@@ -1,9 +1,8 @@
 """Prints results on standard output: tables for people, JSON for scripts; shared options."""
 
 import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,23 +23,14 @@ def home_path(path: Path | None) -> Path | None:
     return None if path is None else expanded(path)
 
 
-def _finite(value: object) -> object:
-    """Returns a JSON value with null for numbers that are not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value
-
-
 def print_json(value: object) -> None:
     """Prints `value` as indented JSON, in ASCII if the terminal's encoding lacks a character.
 
     Numbers that are not finite, which JSON does not have, become null.
     """
-    value = _finite(value)
+    from easyllm.core.finite import finite_json
+
+    value = finite_json(value)
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")

@@ -28,7 +28,7 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         check_output_free(target)
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+        work = _temporary(target)
         work.mkdir()
     try:
         with output_errors(target):
@@ -93,7 +93,7 @@ def atomic_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
     target = Path(target)
     if not replace:
         check_output_free(target)
-    work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    work = _temporary(target)
     with output_errors(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def unfinished(target: Path) -> Iterator[Path]:
     check_output_free(target)
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+        work = _temporary(target)
         work.mkdir()
     try:
         yield work / target.name
@@ -260,6 +260,11 @@ def unfinished(target: Path) -> Iterator[Path]:
                 os.replace(work / target.name, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _temporary(target: Path) -> Path:
+    """Returns an unused path next to `target`."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def _sync(path: Path) -> None:

@@ -87,16 +87,7 @@ def perplexity(
         >>> perplexity(model, tokenizer, [open("wiki.txt").read()]).bits_per_byte  # doctest: +SKIP
         0.93
     """
-    longest = model.config.max_seq_len - model.num_virtual_tokens
-    context = longest if context is None else context
-    if not 1 <= context <= longest:
-        raise ConfigError(f"context={context} must be from 1 to the model's {longest} tokens")
-    stride = max(1, context // 2) if stride is None else stride
-    if not 1 <= stride <= context:
-        raise ConfigError(
-            f"stride={stride} would leave out tokens or never move; set it from 1 to "
-            f"context={context}"
-        )
+    context, stride = window_of(model, context, stride)
     sizes, num_bytes = token_bytes(tokenizer), 0
 
     def windows() -> Iterator[Sample]:
@@ -109,6 +100,25 @@ def perplexity(
 
     loss = _mean_loss(model, map(pack, _grouped(windows(), batch_tokens)))
     return _result(loss, num_bytes)
+
+
+def window_of(model: Decoder, context: int | None, stride: int | None) -> tuple[int, int]:
+    """Returns the window and the stride of `perplexity`, by default those of its arguments.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+    longest = model.config.max_seq_len - model.num_virtual_tokens
+    context = longest if context is None else context
+    if not 1 <= context <= longest:
+        raise ConfigError(f"context={context} must be from 1 to the model's {longest} tokens")
+    stride = max(1, context // 2) if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ConfigError(
+            f"stride={stride} would leave out tokens or never move; set it from 1 to "
+            f"context={context}"
+        )
+    return context, stride
 
 
 def perplexity_of_batches(

@@ -10,7 +10,7 @@ from easyllm.core.errors import DataError
 from easyllm.core.json_types import JsonObject
 from easyllm.corpus.document import Document
 from easyllm.corpus.sources import SourceConfig, list_splits, read_split
-from easyllm.evaluate.perplexity import Perplexity, perplexity
+from easyllm.evaluate.perplexity import Perplexity, perplexity, window_of
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -79,9 +79,7 @@ def perplexity_of_file(
                     words, texts = words + len(WORD.findall(item.text)), texts + 1
                     yield item.text
 
-    longest = model.config.max_seq_len - model.num_virtual_tokens
-    window = longest if context is None else context
-    step = max(1, window // 2) if stride is None else stride
+    window, step = window_of(model, context, stride)
     found = perplexity(model, tokenizer, counted(), context=window, stride=step)
     per_word = found.loss_nats * found.tokens / words if words else None
     return TextPerplexity(

@@ -3,6 +3,7 @@
 import torch
 
 from easyllm.core.errors import ConfigError
+from easyllm.core.finite import all_finite
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import set_full_weight
 
@@ -27,8 +28,7 @@ def check_finite(model: Decoder, what: str) -> None:
         ConfigError: one is not; the message names it.
     """
     for name, tensor in model.state_dict().items():
-        wide = tensor.is_floating_point() and tensor.dtype.itemsize > 1
-        if wide and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ConfigError(
                 f"{name} of {what} contains NaN or infinite values; check the checkpoint, or use "
                 "a dtype with a larger range"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from easyllm.adapters import check_mergeable
+from easyllm.adapters import check_mergeable, merge
 from easyllm.core.atomic import check_output_free, unfinished
 from easyllm.core.errors import ConfigError, suggest
 from easyllm.core.json_types import JsonObject
@@ -16,7 +16,7 @@ from easyllm.models import add_adapter, open_source
 from easyllm.models.full_weights import to_full_weights
 from easyllm.models.load import OpenSource
 from easyllm.pipeline.quantize_options import BITSANDBYTES, QuantizeOptions
-from easyllm.pipeline.quantize_price import Price, measure, measure_original
+from easyllm.pipeline.quantize_price import Original, Price, measure, measure_original
 from easyllm.pipeline.quantize_work import QuantizeWork
 from easyllm.quant.gguf_blocks import TYPES
 from easyllm.quant.methods import METHODS
@@ -56,6 +56,25 @@ def quantize(
         DataError: there is too little calibration text.
         OutputError: the target exists or cannot be written.
     """
+    price, _ = _quantize(source, target, options, adapter, max_kl=max_kl, keep=keep)
+    return price
+
+
+def _quantize(
+    source: str,
+    target: Path,
+    options: QuantizeOptions,
+    adapter: Path | None,
+    *,
+    max_kl: float = MAX_KL,
+    keep: bool,
+    original: Original | None = None,
+) -> tuple[Price, Original]:
+    """Returns what quantization costs, and the original it was compared with.
+
+    Args:
+        original: the original, if it was measured before.
+    """
     _check_target(target, options)
     check_output_free(target)
     opened = open_source(source)
@@ -72,7 +91,10 @@ def quantize(
         path=None if options.text is None else Path(options.text),
     )
     calibrated = work.calibration()
-    original = measure_original(model, tokenizer, text)
+    if original is None:
+        original = measure_original(model, tokenizer, text)
+    elif model.is_adapted:
+        merge(model)
     del model
     begin = time.perf_counter()
     work.quantize(calibrated)
@@ -95,7 +117,7 @@ def quantize(
                 price.gate,
             )
     work.finish()
-    return replace(price, path=target, complaint=complaint)
+    return replace(price, path=target, complaint=complaint), original
 
 
 def _check_target(target: Path, options: QuantizeOptions) -> None:
@@ -158,10 +180,13 @@ def compare(
         ConfigError, DataError: as for `quantize`.
     """
     found = dict[str, Price]()
+    original: Original | None = None
     with tempfile.TemporaryDirectory(prefix="easyllm-quantize-") as folder:
         for number, (name, its) in enumerate(options.items()):
             target = Path(folder) / (f"{number}.gguf" if its.is_gguf else str(number))
-            found[name] = quantize(source, target, its, adapter=adapter, keep=True)
+            found[name], original = _quantize(
+                source, target, its, adapter, keep=True, original=original
+            )
     return found
 
 

@@ -10,6 +10,8 @@ from easyllm.core.config import Config, validate
 from easyllm.core.errors import suggest
 from easyllm.core.json_types import JsonMapping
 from easyllm.core.paths import PathText
+from easyllm.quant.gguf_blocks import TYPES
+from easyllm.quant.methods import METHODS, find_method
 from easyllm.quant.spec import QuantSpec
 
 FULL = "full"
@@ -21,9 +23,9 @@ FORMATS = {
     **dict.fromkeys(BITSANDBYTES, "bitsandbytes"),
 }
 """The format of a method, where it does not have its name."""
-SEARCHED = ("q6_k", "q5_k", "q4_k", "q5_1", "q5_0", "q4_1", "q4_0")
+SEARCHED = tuple(name for name in TYPES if name != "q8_0")
 """GGUF types whose scales are searched; 8 bits need no search."""
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", *SEARCHED)
+GGUF_TYPES = ("f32", "f16", "bf16", *TYPES)
 DEFAULT_LENGTH = 512
 CALIBRATED = ("data", "samples", "length")
 GRID = ("bits", "group_size", "asymmetric", "act_order")
@@ -161,11 +163,11 @@ class QuantizeOptions(Config):
             unused = {"method", *GRID, "dtype", "single"}
             if not self._searched:
                 unused |= {"no_importance", *CALIBRATED}
-            return unused if self.needs_text else {*unused, *CALIBRATED}
-        unused = {"no_importance"} if self.method in BLOCKWISE else {"no_importance", "single"}
-        if self.method in BITSANDBYTES:
-            return {*unused, *GRID, *CALIBRATED}
-        return {*unused, *CALIBRATED} if self.method == "rtn" else unused
+        else:
+            unused = {"no_importance"} if self.method in BLOCKWISE else {"no_importance", "single"}
+            if self.method in BITSANDBYTES:
+                unused |= set(GRID)
+        return unused if self.needs_text else {*unused, *CALIBRATED}
 
     @property
     def _searched(self) -> bool:
@@ -177,7 +179,7 @@ class QuantizeOptions(Config):
         """Whether calibration text is used."""
         if self.is_gguf:
             return self._searched and not self.no_importance
-        return self.method in ("gptq", "awq", "smoothquant")
+        return self.method in METHODS and find_method(self.method).needs != "nothing"
 
     @property
     def is_gguf(self) -> bool:

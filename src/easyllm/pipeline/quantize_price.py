@@ -12,7 +12,7 @@ from torch import Tensor
 from easyllm.adapters import merge
 from easyllm.core.json_types import JsonObject
 from easyllm.engine import LLM, SamplingParams
-from easyllm.models import load_model
+from easyllm.models import load_model, open_source
 from easyllm.nn.decoder import Decoder
 from easyllm.quant import KEPT
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -177,12 +177,8 @@ def load_quantized(target: Path) -> Decoder:
     """Loads quantized files in their packed form, everything else in fp32."""
     if target.suffix != ".gguf":
         return load_model(target, dtype="float32")
-    from easyllm.models import open_source
-
-    opened = open_source(target)
-    device = torch.device("cpu")
-    keeps = opened.keeps_blocks()
-    return opened.model(torch.float32, device, quantize=KEPT if keeps else None)
+    kept = KEPT if open_source(target).keeps_blocks() else None
+    return load_model(target, dtype="float32", quantize=kept)
 
 
 def _speed(model: Decoder, tokenizer: Tokenizer, text: GateText) -> float:

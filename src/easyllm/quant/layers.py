@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from easyllm.core.errors import ConfigError
+from easyllm.core.finite import all_finite
 from easyllm.core.json_types import JsonObject
 from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.linear import Linear
@@ -206,7 +207,7 @@ def _suits(
         and all(
             finished.weights[n].shape == linear.storage.shape for n, (linear, _) in chosen.items()
         )
-        and all(bool(its.scales.isfinite().all()) for its in finished.weights.values())
+        and all(all_finite(its.scales) for its in finished.weights.values())
         and all(report.keys() == names for report in finished.reports)
     )
 

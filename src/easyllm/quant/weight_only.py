@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from easyllm.core.errors import ConfigError
+from easyllm.core.finite import all_finite
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.moe import ROUTERS
@@ -179,7 +180,7 @@ def quantize_weight(weight: Tensor, format: StorageFormat, name: str) -> WeightS
         ConfigError: the weight contains NaN or infinite values.
     """
     assert format.quantize is not None, "found by find_scheme"
-    if not torch.stack(weight.aminmax()).isfinite().all():
+    if not all_finite(weight):
         raise ConfigError(f"{name} contains NaN or infinite values; check the checkpoint")
     return format.quantize(weight, name)
 

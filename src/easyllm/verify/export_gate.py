@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from easyllm.core.errors import EasyllmError
+from easyllm.core.finite import finite_json
 from easyllm.core.json_types import JsonObject
 from easyllm.core.progress import Progress
 from easyllm.engine import LLM, Request, SamplingParams
@@ -103,11 +104,8 @@ class Row:
 
     def as_dict(self) -> JsonObject:
         """Returns the fields and `holds`, with null for what is not a finite number."""
-        values = asdict(self) | {"holds": self.holds}
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
+        found: JsonObject = finite_json(asdict(self) | {"holds": self.holds})
+        return found
 
 
 @dataclass(frozen=True, slots=True)

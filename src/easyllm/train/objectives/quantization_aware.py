@@ -9,7 +9,6 @@ The full weights are trained and saved; quantized afterwards to the same grid, b
 nearest, they give the model that was trained.
 """
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -20,7 +19,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 from easyllm.nn.moe import ROUTERS
-from easyllm.nn.storage import WeightStorage
+from easyllm.nn.storage import DenseWeight
 from easyllm.ops.deterministic import tiled_linear
 from easyllm.ops.kernels.structs import Matrix
 from easyllm.ops.matmul import linear
@@ -52,43 +51,21 @@ class QuantizationAwareConfig(LanguageModelConfig):
         )
 
 
-class StraightThroughWeight:
+class StraightThroughWeight(DenseWeight):
     """A full weight of a layer that is quantized in every product; its gradient ignores that.
 
     Args:
-        inner: the layer's full weight.
+        layer: the layer, whose parameter `weight` is what is trained and saved.
         spec: the grid.
     """
 
-    format = "dense"
-    batch_invariant = True
+    def __init__(self, layer: Linear, spec: QuantSpec) -> None:
+        super().__init__(layer._parameters)
+        self.spec = spec
 
-    def __init__(self, inner: WeightStorage, spec: QuantSpec) -> None:
-        self.inner, self.spec = inner, spec
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K), outputs and inputs."""
-        return self.inner.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the full weight."""
-        return self.inner.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weight."""
-        return self.inner.device
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the full weight in bytes."""
-        return self.inner.num_bytes
-
-    def rounded(self) -> Tensor:
+    def dense(self) -> Tensor:
         """Returns W + stop_gradient(Q(W) − W), [N, K]."""
-        weight = self.inner.dense()
+        weight = self.weight
         with torch.no_grad():
             quantized = rtn(weight.detach(), self.spec).dequantize().to(weight.dtype)
         return weight + (quantized - weight).detach()
@@ -97,32 +74,15 @@ class StraightThroughWeight:
         self, x: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
     ) -> Tensor:
         """Returns x Q(W)ᵀ + b, [..., N] for `x: [..., K]`."""
-        return (tiled_linear if deterministic else linear)(x, self.rounded().to(x.dtype), bias)
+        return (tiled_linear if deterministic else linear)(x, self.dense(), bias)
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Returns the quantized weight's rows `token_ids: [T]`, [T, K]."""
-        return self.rounded()[token_ids]
-
-    def dense(self) -> Tensor:
-        """Returns the full weight."""
-        return self.inner.dense()
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Returns the full weight, which is what is saved."""
-        return self.inner.tensors()
+        return self.dense()[token_ids]
 
     def kernel_matrix(self, bias: Tensor | None) -> Matrix | None:  # noqa: ARG002 - interface
         """Returns None: the C kernels would use the full weight."""
         return None
-
-    @property
-    def payload(self) -> Tensor:
-        """The data of the full weight."""
-        return self.inner.payload
-
-    @payload.setter
-    def payload(self, value: Tensor) -> None:
-        self.inner.payload = value
 
 
 class QuantizationAware(LanguageModel):
@@ -146,7 +106,7 @@ class QuantizationAware(LanguageModel):
                 reason = f"it is stored as {layer.storage.format}"
             if reason is not None:
                 raise ConfigError(f"{name} cannot be trained with quantization: {reason}")
-            layer.storage = StraightThroughWeight(layer.storage, self.spec)
+            layer.storage = StraightThroughWeight(layer, self.spec)
         return model
 
 
