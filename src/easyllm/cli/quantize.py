@@ -11,7 +11,7 @@ from easyllm.cli.merge import gate_cells
 from easyllm.cli.models import Model
 from easyllm.cli.options import FlagGroup, Values, with_flags
 from easyllm.cli.output import JsonFlag, home_path, print_json, print_table
-from easyllm.pipeline.quantize_options import QuantizeOptions
+from easyllm.pipeline.quantize_options import MAX_KL, QuantizeOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from easyllm.pipeline.quantize_price import Price
     from easyllm.verify.export_gate import Gate
 
-MAX_KL = 1.0
 OPTIONS = FlagGroup(
     QuantizeOptions,
     *("method", "format", "type", "bits", "group_size", "asymmetric", "single", "override"),

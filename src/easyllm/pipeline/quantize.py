@@ -15,17 +15,13 @@ from easyllm.core.json_types import JsonObject
 from easyllm.models import add_adapter, open_source
 from easyllm.models.full_weights import to_full_weights
 from easyllm.models.load import OpenSource
-from easyllm.pipeline.quantize_options import BITSANDBYTES, QuantizeOptions
+from easyllm.pipeline.quantize_options import BITSANDBYTES, MAX_KL, QuantizeOptions
 from easyllm.pipeline.quantize_price import Original, Price, measure, measure_original
 from easyllm.pipeline.quantize_work import QuantizeWork
 from easyllm.quant.gguf_blocks import TYPES
 from easyllm.quant.methods import METHODS
 from easyllm.verify.export_gate import GateError
 from easyllm.verify.gate_text import gate_text
-
-MAX_KL = 1.0
-"""Largest mean KL divergence from the original in nats per token: more than rounding to 3 bits
-costs a model, less than a broken file does."""
 
 
 def quantize(

@@ -27,6 +27,9 @@ SEARCHED = tuple(name for name in TYPES if name != "q8_0")
 """GGUF types whose scales are searched; 8 bits need no search."""
 GGUF_TYPES = ("f32", "f16", "bf16", *TYPES)
 DEFAULT_LENGTH = 512
+MAX_KL = 1.0
+"""Largest mean KL divergence from the original in nats per token: more than rounding to 3 bits
+costs a model, less than a broken file does."""
 CALIBRATED = ("data", "samples", "length")
 GRID = ("bits", "group_size", "asymmetric", "act_order")
 

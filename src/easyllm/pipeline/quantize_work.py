@@ -97,7 +97,7 @@ class QuantizeWork:
         longest = self.model.config.max_seq_len
         if self.options.length <= longest:
             return self.options.length
-        if "length" in self.options.model_fields_set and self.options.length != DEFAULT_LENGTH:
+        if self.options.length != DEFAULT_LENGTH:
             raise ConfigError(
                 f"a calibration sequence of {self.options.length} tokens is longer than the "
                 f"model's context of {longest}; lower length"
