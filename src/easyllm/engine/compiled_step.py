@@ -320,7 +320,9 @@ def gather_weights(model: Decoder) -> None:
 
 def _weight_of(owner: Linear | Embedding) -> Tensor:
     """Returns the tensor that stores the weight of a linear or embedding (codes if quantized)."""
-    return owner.storage.payload
+    # `owner.storage` alone is slow for a module, and every step asks for the weights of all layers
+    storage = owner._modules.get("storage") or owner.storage
+    return storage.payload  # type: ignore[return-value]
 
 
 def _attention(layer: DecoderLayer) -> Attention:

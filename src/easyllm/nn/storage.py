@@ -7,6 +7,7 @@ in `quant/` and one call of `quant.register_storage`.
 """
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -232,12 +233,13 @@ class PackedStorage(nn.Module):
     @property
     def payload(self) -> Tensor:
         """The largest buffer."""
-        return self._buffers[self._largest()]  # type: ignore[return-value]
+        return self._buffers[self._largest]  # type: ignore[return-value]
 
     @payload.setter
     def payload(self, value: Tensor) -> None:
-        self._buffers[self._largest()] = value
+        self._buffers[self._largest] = value
 
+    @cached_property  # read for every layer in every decoding step
     def _largest(self) -> str:
         held = {name: buffer.nbytes for name, buffer in self._buffers.items() if buffer is not None}
         return max(held, key=held.__getitem__)

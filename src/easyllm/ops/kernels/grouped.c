@@ -37,51 +37,70 @@ static inline lane8 scales_of(const uint8_t *p, int type) {
     return out;
 }
 
-// Zero points divided by 8, the factor in terms[1]; `middle` for codes stored less 128.
-static inline lane8 zeros_of(const uint8_t *p, const Matrix *w, int bits) {
-    int middle = bits == 8 ? 128 : 0;
-    lane8 out = (lane8){0} + (float)((1 << (bits - 1)) - middle) * 0.125f;
-    if (w->shift == SHIFT_MINIMA) return (lane8){0} - (float)middle * 0.125f;
-    if (w->shift == SHIFT_NONE) return out;
-    for (int i = 0; i < OUTPUTS; i++) out[i] = (float)(p[i] - middle) * 0.125f;
+// Zero points divided by 8, the factor in terms[1], less 16 for codes stored less 128.
+ALWAYS_INLINE lane8 zeros_of(const uint8_t *p, int bits, int shift) {
+    float stored = bits == 8 ? 128.0f : 0.0f, middle = shift == SHIFT_MINIMA ? 0 : 1 << (bits - 1);
+    lane8 out = (lane8){0} + (middle - stored) * 0.125f;
+    for (int i = 0; shift == SHIFT_ZEROS && i < OUTPUTS; i++)
+        out[i] = ((float)p[i] - stored) * 0.125f;
     return out;
 }
 
-// Callers pass constants for `bits` and `rows`, so that the sums stay in registers.
+// Callers pass constants for `bits`, `shift` and `rows`, so that the sums stay in registers.
 ALWAYS_INLINE void add_block(const Matrix *w, const uint8_t *p, i64 groups, const int8_t *codes,
-                             const float *terms, int bits, int rows, lane8 *sum) {
-    const i64 bytes = code_bytes(bits), header = header_bytes(w->shift);
-    for (i64 first = 0; first < groups; first += w->span, p += header) {
-        i64 last = min_(first + w->span, groups);
+                             const float *terms, int bits, int shift, i64 span, int rows, lane8 *out) {
+    const i64 bytes = code_bytes(bits), header = header_bytes(shift);
+    const int scale_type = w->scale_type;
+    lane8 sum[4];
+    for (int m = 0; m < rows; m++) sum[m] = (lane8){0};
+    for (i64 first = 0; first < groups; first += span, p += header) {
+        i64 last = span == 1 ? first + 1 : min_(first + span, groups);
         const uint8_t *h = p + (last - first) * bytes;
-        lane8 scale = scales_of(h, w->scale_type), zero = zeros_of(h + 16, w, bits), inner[4];
+        lane8 scale = scales_of(h, scale_type), zero = zeros_of(h + 16, bits, shift), inner[4];
         float total[4] = {0};
         for (int m = 0; m < rows; m++) inner[m] = (lane8){0};
         for (i64 g = first; g < last; g++, p += bytes) {
             fetch(p + 4096, bytes);
             chunk unpacked[8];
             if (bits < 8) unpack_codes(p, bits, unpacked);
+            index8 products[ROW_TILE];
+            if (bits == 8)
+                products_int8((const chunk *)p, codes + g * GROUP, groups * GROUP, rows, products);
             for (int m = 0; m < rows; m++) {
                 const float *t = terms + (m * groups + g) * TERMS;
                 const int8_t *x = codes + (m * groups + g) * GROUP;
-                index8 products = bits == 8   ? products_int8((const int8_t *)p, x)
-                                  : bits == 5 ? products_int5(unpacked, x)
-                                              : products_int4(unpacked, x);
-                inner[m] += __builtin_convertvector(products, lane8) * t[0] + zero * t[1];
-                total[m] -= t[1] * 0.125f;
+                if (bits == 5) products[m] = products_int5(unpacked, x);
+                else if (bits < 5) products[m] = products_int4(unpacked, x);
+                lane8 value = __builtin_convertvector(products[m], lane8), u = (lane8){0} + t[0];
+                int centred = bits == 8 && shift == SHIFT_NONE;
+                inner[m] += centred ? value * u : fused(value, u, zero * t[1]);
+                if (shift == SHIFT_MINIMA) total[m] -= t[1];
             }
         }
-        for (int m = 0; m < rows; m++) sum[m] += scale * inner[m];
-        if (w->shift == SHIFT_MINIMA) {
-            lane8 minimum = halves_to_floats(h + 16);
-            for (int m = 0; m < rows; m++) sum[m] += minimum * total[m];
+        for (int m = 0; m < rows; m++) sum[m] = fused(scale, inner[m], sum[m]);
+        if (shift == SHIFT_MINIMA) {
+            lane8 minimum = halves_to_floats(h + 16) * 0.125f;  // as terms[1] has a factor 8
+            for (int m = 0; m < rows; m++)
+                sum[m] = fused(minimum, (lane8){0} + total[m], sum[m]);
         }
     }
+    for (int m = 0; m < rows; m++) out[m] = sum[m];
 }
 
-#define ROWS_OF(BITS)                                                         \
-    if (rows == 1) add_block(w, data, groups, codes, terms, BITS, 1, sum);    \
-    else add_block(w, data, groups, codes, terms, BITS, 4, sum);              \
+#define ADD_BLOCK(BITS, SHIFT, SPAN)                                                       \
+    if (rows == 1) add_block(w, data, groups, codes, terms, BITS, SHIFT, SPAN, 1, sum);    \
+    else add_block(w, data, groups, codes, terms, BITS, SHIFT, SPAN, ROW_TILE, sum);       \
+    break
+// a span of one group, as in GGUF's blocks, is a constant, too
+#define ADD_BLOCKS(BITS)                                                                   \
+    switch (w->shift + (w->span == 1 ? 10 : 0)) {                                          \
+    case 10 + SHIFT_NONE: ADD_BLOCK(BITS, SHIFT_NONE, 1);                                  \
+    case 10 + SHIFT_MINIMA: ADD_BLOCK(BITS, SHIFT_MINIMA, 1);                              \
+    case 10 + SHIFT_ZEROS:                                                                 \
+    case SHIFT_ZEROS: ADD_BLOCK(BITS, SHIFT_ZEROS, w->span);                               \
+    case SHIFT_NONE: ADD_BLOCK(BITS, SHIFT_NONE, w->span);                                 \
+    case SHIFT_MINIMA: ADD_BLOCK(BITS, SHIFT_MINIMA, w->span);                             \
+    }                                                                                      \
     break
 
 void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float *terms, int rows,
@@ -94,11 +113,11 @@ void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float 
     i64 bytes = groups * code_bytes(w->bits) + spans * header_bytes(w->shift);
     const uint8_t *data = (const uint8_t *)w->data + block * bytes;
     switch (w->bits) {
-    case 2: ROWS_OF(2);
-    case 3: ROWS_OF(3);
-    case 4: ROWS_OF(4);
-    case 5: ROWS_OF(5);
-    case 8: ROWS_OF(8);
+    case 2: ADD_BLOCKS(2);
+    case 3: ADD_BLOCKS(3);
+    case 4: ADD_BLOCKS(4);
+    case 5: ADD_BLOCKS(5);
+    case 8: ADD_BLOCKS(8);
     }
 }
 
@@ -115,7 +134,7 @@ void grouped_row(const Matrix *w, i64 row, float *x) {
         i64 last = min_(first + w->span, groups);
         const uint8_t *h = p + (last - first) * bytes;
         float scale = scales_of(h, w->scale_type)[lane];
-        float zero = 8.0f * zeros_of(h + 16, w, w->bits)[lane];
+        float zero = 8.0f * zeros_of(h + 16, w->bits, w->shift)[lane];
         float minimum = w->shift == SHIFT_MINIMA ? halves_to_floats(h + 16)[lane] : 0.0f;
         for (i64 g = first; g < last; g++, p += bytes) {
             float values[GROUP];

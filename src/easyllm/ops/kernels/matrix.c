@@ -34,10 +34,11 @@ ALWAYS_INLINE void int8_block(const int8_t *w, i64 groups, const int8_t *codes,
                               const float *terms, int rows, lane8 *sum) {
     for (i64 g = 0; g < groups; g++, w += 256) {
         fetch(w + AHEAD, 256);
-        for (int m = 0; m < rows; m++) {
-            index8 products = products_int8(w, codes + (m * groups + g) * GROUP);
-            sum[m] += __builtin_convertvector(products, lane8) * terms[(m * groups + g) * TERMS];
-        }
+        index8 products[ROW_TILE];
+        products_int8((const chunk *)w, codes + g * GROUP, groups * GROUP, rows, products);
+        for (int m = 0; m < rows; m++)
+            sum[m] += __builtin_convertvector(products[m], lane8) *
+                      terms[(m * groups + g) * TERMS];
     }
 }
 
@@ -96,8 +97,6 @@ void matrix_row(const Matrix *w, i64 row, float *x) {
     for (i64 i = 0; i < w->inputs; i++) x[i] = codes[i / 4 * 32 + i % 4] * w->scales[row];
 }
 
-#define ROW_TILE 4
-
 // out[m][0 .. OUTPUTS) = products of the rows with one block, plus bias
 static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows, float *out,
                          i64 out_stride) {
@@ -112,7 +111,7 @@ static void linear_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows
         lane8 sum[ROW_TILE] = {{0}};
         int tile = num_rows - m >= ROW_TILE ? ROW_TILE : 1;
         if (w->format == GROUPED) {
-            lane8 apart[ROW_TILE] = {{0}};  // in memory, which must not happen to `sum`
+            lane8 apart[ROW_TILE];  // in memory, which must not happen to `sum`
             grouped_block(w, block, codes, terms, tile, apart);
             for (int i = 0; i < tile; i++) sum[i] = apart[i];
         } else if (w->format == INT4) {

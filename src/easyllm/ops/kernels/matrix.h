@@ -92,8 +92,8 @@ void quantize_row(const Rows *rows, i64 row, const float *x);
 // multiples of 8, except at the end of a row.
 void pack_values(const Rows *rows, i64 row, i64 num_rows, i64 from, i64 count);
 
-// sum[m] += products of the rows, m < num_rows, with a block of a GROUPED matrix; num_rows is 1 or
-// 4
+// sum[m] = products of the rows, m < num_rows, with a block of a GROUPED matrix; num_rows is 1 or
+// ROW_TILE
 void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float *terms,
                    int num_rows, lane8 *sum);
 

@@ -13,64 +13,77 @@
 
 #define GROUPS 8  // of a super-block
 
-typedef uint8_t byte8 __attribute__((vector_size(8), aligned(1)));
-typedef int8_t signed8 __attribute__((vector_size(8), aligned(1)));
-
 static inline i64 super_bytes(const Matrix *w) {
     return GROUPS * (code_bytes(w->bits) + 16) + (w->shift == SHIFT_SUPER_MINIMA ? 32 : 16);
 }
 
 // Callers pass constants for `bits` and `rows`, so that the sums stay in registers.
 ALWAYS_INLINE void add_with_minima(const uint8_t *p, i64 supers, const int8_t *codes,
-                                   const float *terms, int bits, int rows, lane8 *sum) {
+                                   const float *terms, int bits, int rows, lane8 *out) {
     const i64 bytes = code_bytes(bits), groups = supers * GROUPS;
+    lane8 sum[4];
+    for (int m = 0; m < rows; m++) sum[m] = (lane8){0};
     for (i64 s = 0; s < supers; s++, p += 32) {
+        const uint8_t *parts = p + bytes;
         lane8 inner[4], below[4];
         for (int m = 0; m < rows; m++) inner[m] = below[m] = (lane8){0};
         for (i64 g = s * GROUPS; g < (s + 1) * GROUPS; g++, p += bytes + 16) {
             fetch(p + 4096, bytes);
             chunk unpacked[8];
             unpack_codes(p, bits, unpacked);
-            lane8 a = __builtin_convertvector(*(const byte8 *)(p + bytes), lane8);
-            lane8 b = __builtin_convertvector(*(const byte8 *)(p + bytes + 8), lane8);
+            lane8 a = bytes_to_floats(p + bytes);
             for (int m = 0; m < rows; m++) {
-                const float *t = terms + (m * groups + g) * TERMS;
                 const int8_t *x = codes + (m * groups + g) * GROUP;
                 index8 products =
                     bits == 4 ? products_int4(unpacked, x) : products_int5(unpacked, x);
-                inner[m] += __builtin_convertvector(products, lane8) * (a * t[0]);
-                below[m] -= b * (t[1] * 0.125f);  // u sum_k q, see grouped.c
+                lane8 factor = a * terms[(m * groups + g) * TERMS];
+                inner[m] = fused(__builtin_convertvector(products, lane8), factor, inner[m]);
             }
         }
-        lane8 d = halves_to_floats(p), e = halves_to_floats(p + 16);
-        for (int m = 0; m < rows; m++) sum[m] += d * inner[m] - e * below[m];
+        // apart from the products, for which the registers are needed
+        for (i64 g = s * GROUPS; g < (s + 1) * GROUPS; g++, parts += bytes + 16) {
+            lane8 b = bytes_to_floats(parts + 8);
+            for (int m = 0; m < rows; m++)
+                below[m] = fused(b, (lane8){0} + terms[(m * groups + g) * TERMS + 1], below[m]);
+        }
+        // terms[1] is -8 u sum_k q (see matrix.h), hence the sign
+        lane8 d = halves_to_floats(p), e = halves_to_floats(p + 16) * 0.125f;
+        for (int m = 0; m < rows; m++) sum[m] = fused(e, below[m], fused(d, inner[m], sum[m]));
     }
+    for (int m = 0; m < rows; m++) out[m] = sum[m];
 }
 
 ALWAYS_INLINE void add_with_scales(const uint8_t *p, i64 supers, const int8_t *codes,
-                                   const float *terms, int rows, lane8 *sum) {
+                                   const float *terms, int rows, lane8 *out) {
     const i64 bytes = code_bytes(6), groups = supers * GROUPS;
+    lane8 sum[4];
+    for (int m = 0; m < rows; m++) sum[m] = (lane8){0};
     for (i64 s = 0; s < supers; s++, p += 16) {
         lane8 inner[4];
         for (int m = 0; m < rows; m++) inner[m] = (lane8){0};
         for (i64 g = s * GROUPS; g < (s + 1) * GROUPS; g++, p += bytes + 16) {
             fetch(p + 4096, bytes);
-            chunk centred[8];
+            chunk centred[8], sizes[8];
             unpack_codes(p, 6, centred);
-            for (int c = 0; c < 8; c++) centred[c] -= 32;
-            lane8 a = __builtin_convertvector(*(const signed8 *)(p + bytes), lane8);
-            lane8 b = __builtin_convertvector(*(const signed8 *)(p + bytes + 8), lane8);
+            for (int c = 0; c < 8; c++) {
+                centred[c] -= 32;
+                sizes[c] = absolute(centred[c]);
+            }
+            lane8 a = signed_bytes_to_floats(p + bytes);
+            lane8 b = signed_bytes_to_floats(p + bytes + 8);
             for (int m = 0; m < rows; m++) {
                 index8 half[2];
-                products_int6(centred, codes + (m * groups + g) * GROUP, half);
-                lane8 both = __builtin_convertvector(half[0], lane8) * a +
-                             __builtin_convertvector(half[1], lane8) * b;
-                inner[m] += both * terms[(m * groups + g) * TERMS];
+                products_int6(centred, sizes, codes + (m * groups + g) * GROUP, half);
+                lane8 both = fused(__builtin_convertvector(half[0], lane8), a,
+                                   __builtin_convertvector(half[1], lane8) * b);
+                lane8 u = (lane8){0} + terms[(m * groups + g) * TERMS];
+                inner[m] = fused(both, u, inner[m]);
             }
         }
         lane8 d = halves_to_floats(p);
-        for (int m = 0; m < rows; m++) sum[m] += d * inner[m];
+        for (int m = 0; m < rows; m++) sum[m] = fused(d, inner[m], sum[m]);
     }
+    for (int m = 0; m < rows; m++) out[m] = sum[m];
 }
 
 void super_block(const Matrix *w, i64 block, const int8_t *codes, const float *terms, int rows,
