@@ -37,8 +37,8 @@ def machine() -> dict[str, object]:
 
     from easyllm.core.device import cpu_features
 
+    threads, rates = torch.get_num_threads(), {}
     torch.set_num_threads(2)
-    rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2048, 1536, dtype=dtype), torch.randn(1536, 1536, dtype=dtype)
         times = []
@@ -48,10 +48,11 @@ def machine() -> dict[str, object]:
             times.append(time.perf_counter() - start)
         name = str(dtype).removeprefix("torch.")
         rates[f"{name}_matmul_gflops"] = round(2 * 2048 * 1536 * 1536 / min(times) / 1e9)
+    torch.set_num_threads(threads)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "cpu_features": sorted(cpu_features()),
         **rates,
     }

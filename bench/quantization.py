@@ -54,9 +54,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--languages", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     bench = Bench(options)
     results = bench.languages() if options.languages else bench.methods()
     row = machine.row(
@@ -65,6 +66,7 @@ def main() -> None:
         group_size=GROUP,
         calibration=[options.sets, options.samples, options.length],
         text_tokens=options.tokens,
+        threads=options.threads,
         original=bench.original,
         results=results,
         peak_rss_mb=peak_rss_mb(),

@@ -11,7 +11,10 @@
 //   _mm256_fmadd_ps             a b + c with one rounding
 //   _mm256_cvtph_ps             converts 8 fp16 values to fp32
 //   _mm256_cvtepu8/cvtepi8_epi32, _mm256_cvtepi32_ps   convert 8 bytes to int32, int32 to fp32
-//   _mm256_set1_epi32, _mm256_loadu_si256, _mm256_add_epi*   broadcast, load, add
+//   _mm256_packs_epi32/epi16    halves the width of signed values of two registers, saturating
+//   _mm256_permutevar8x32_epi32 moves 32-bit elements to other places
+//   _mm256_set1_epi32, _mm256_loadu_si256, _mm256_storeu_si256, _mm256_add_epi*   broadcast, load,
+//                               store, add
 #pragma once
 #include "cpu.h"
 
@@ -228,6 +231,20 @@ static inline void group_row(const uint8_t *p, int bits, i64 lane, float out[GRO
             out[4 * c + i] = bits == 8 ? (float)(int8_t)code : (float)code;
         }
     }
+}
+
+// Stores 32 codes in -127..127 as bytes.
+static inline void store_codes(const index8 codes[4], int8_t *out) {
+#ifdef __AVX2__
+    __m256i low = _mm256_packs_epi32((__m256i)codes[0], (__m256i)codes[1]);
+    __m256i high = _mm256_packs_epi32((__m256i)codes[2], (__m256i)codes[3]);
+    // packs interleave the 128-bit halves of their operands
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    _mm256_storeu_si256((__m256i *)out, bytes);
+#else
+    for (int i = 0; i < GROUP; i++) out[i] = (int8_t)codes[i / 8][i % 8];
+#endif
 }
 
 // Convert eight bytes to fp32; a vector conversion would be compiled to eight scalar ones.

@@ -45,10 +45,9 @@ ALWAYS_INLINE void int8_block(const int8_t *w, i64 groups, const int8_t *codes,
 // ---- functions declared in matrix.h
 
 void quantize_group(const float *x, int8_t *codes, float *terms) {
-    typedef int8_t byte8 __attribute__((vector_size(8), aligned(1)));
     const lane8 *values = (const lane8 *)x, rounding = (lane8){0} + 0x1.8p23f;
     lane8 sum = values[0] + values[1] + (values[2] + values[3]);
-    index8 sizes = {0}, total = {0};
+    index8 sizes = {0}, total = {0}, rounded[GROUP / 8];
     // Compared as integers, the bits of positive floats keep their order, and NaN is the largest.
     for (int v = 0; v < GROUP / 8; v++) {
         index8 size = (index8)values[v] & 0x7fffffff, larger = size > sizes;
@@ -61,10 +60,10 @@ void quantize_group(const float *x, int8_t *codes, float *terms) {
     float inverse = top > 0 ? 127.0f / top : 0.0f;
     // Adding 1.5 * 2^23 rounds to the nearest integer, which is then in the last bits of the float.
     for (int v = 0; v < GROUP / 8; v++) {
-        index8 code = (index8)(values[v] * inverse + rounding) - (index8)rounding;
-        *(byte8 *)(codes + 8 * v) = __builtin_convertvector(code, byte8);
-        total += code;
+        rounded[v] = (index8)(values[v] * inverse + rounding) - (index8)rounding;
+        total += rounded[v];
     }
+    store_codes(rounded, codes);
     terms[0] = top / 127.0f;
     terms[1] = -8.0f * lane_sum(__builtin_convertvector(total, lane8)) * terms[0];
     terms[2] = lane_sum(sum);
