@@ -12,7 +12,7 @@ on unrelated questions before and after (forgetting). `peer` runs our QLoRA or D
 TRL, peft and bitsandbytes on 128 Alpaca rows (an interpreter that has them). `order` ranks
 the methods by held-out loss, each at the best of three learning rates, with its spread over three
 seeds. `loraplus` compares LoRA with LoRA+ at ratios 4 and 16, each at the best of five learning
-rates over three seeds.
+rates over three seeds, on a model of this width that it pretrains for the purpose.
 `paged` compares full fine-tuning with and without `optimizer.paged`. `--record` appends the rows to
 `bench/results/peft.jsonl`.
 """
@@ -261,12 +261,14 @@ def loraplus(options: argparse.Namespace) -> Any:
     found: dict[str, dict[float, list[float]]] = {}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        base = "smollm2" if options.width == 576 else wider(Path(folder), options.width)
+        base = pretrained(Path(folder), options.width)
         for ratio in (1, 4, 16):
             for learning_rate in rates:
                 adapter = {"kind": "lora", "rate_ratio": ratio}
                 losses = [
-                    short_run(Path(folder), base, adapter, learning_rate, seed, options.steps)[0]
+                    short_run(
+                        Path(folder), base, adapter, learning_rate, seed, options.steps, batch=4
+                    )[0]
                     for seed in range(3)
                 ]
                 found.setdefault(f"ratio {ratio}", {})[learning_rate] = losses
@@ -303,6 +305,7 @@ def short_run(
     seed: int,
     steps: int,
     quantize: str | None = None,
+    batch: int = 8,
 ) -> tuple[float, float]:
     """Returns the held-out and the retention loss of a short run on the quickstart's facts."""
     from easyllm.train import TrainConfig
@@ -320,7 +323,7 @@ def short_run(
         "retention": [f"{RECIPES}/unrelated.jsonl"],
         "optimizer": {"kind": "adamw", "learning_rate": learning_rate},
         "schedule": {"kind": "cosine", "warmup_ratio": 0.1},
-        "batch_size": 8,
+        "batch_size": batch,
         "max_steps": steps,
         "save_every": 0,
         "seed": seed,
@@ -333,12 +336,9 @@ def short_run(
     return found
 
 
-def wider(work: Path, width: int) -> str:
-    """Pretrains a model of another width on Python's library; returns its folder.
-
-    It has four layers, so that the width is what differs.
-    """
-    out = work / "wider"
+def pretrained(work: Path, width: int) -> str:
+    """Pretrains a model of four layers on Python's library; returns its folder."""
+    out = work / "pretrained"
     changes = {
         "hidden_size": width,
         "intermediate_size": 3 * width,
@@ -346,7 +346,7 @@ def wider(work: Path, width: int) -> str:
         "num_key_value_heads": width // 64,
     }
     sizes = (f"stages.pretrain.model.changes.{key}={value}" for key, value in changes.items())
-    limits = ("stages.pretrain.max_tokens=200000", "stages.chat.max_steps=1")
+    limits = ("stages.pretrain.max_tokens=100000", "stages.chat.max_steps=1")
     machine.easyllm("run", "from-scratch", f"output={out}", *sizes, *limits)
     return str(out / "pretrain" / "model")
 

@@ -159,6 +159,9 @@ def test_calibration_and_widths_are_checked_before_any_work():
         ("bits", 8, "qweight has shape"),
         ("group_size", 8, "has shape"),
         ("checkpoint_format", "gptq_v3", "checkpoint_format='gptq_v3'"),
+        ("checkpoint_format", "gptq_p", "checkpoint_format='gptq_p'"),
+        ("format", "gptq_v2", "must be equal"),
+        ("method", "qqq", "method='qqq'"),
         ("new_rounding", "half", "new_rounding='half', which is not known"),
     ],
 )
@@ -171,6 +174,30 @@ def test_a_configuration_that_contradicts_the_tensors_is_refused(key, value, wor
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=words):
         load_model(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("case", "keys"),
+    [
+        ("gptq, v1", {"method": "gptq", "format": "gptq", "lm_head": False, "meta": {"mse": 0.0}}),
+        (
+            "awq",
+            {
+                **{"method": "awq", "format": "gemm", "checkpoint_format": "gemm"},
+                **{"zero_point": False, "sym": True, "desc_act": False, "pack_dtype": "int32"},
+            },
+        ),
+    ],
+)
+def test_the_additional_keys_of_gptqmodel_are_read(case, keys, tmp_path):
+    model, _ = quantized(case)
+    save_model(model, tmp_path / "q")
+    path = tmp_path / "q/config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= keys
+    path.write_text(json.dumps(config))
+    again = load_model(tmp_path / "q")
+    assert torch.equal(again.logits(IDS), model.logits(IDS))
 
 
 def test_a_layout_without_a_place_for_the_order_of_inputs_refuses_it():

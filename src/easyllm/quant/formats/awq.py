@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.quant.formats.bits import pack_bits, unpack_bits
-from easyllm.quant.formats.config_keys import valid
+from easyllm.quant.formats.config_keys import expect, valid
 from easyllm.quant.formats.layout import UniformLayout, check_shapes
 from easyllm.quant.quant_tensor import QuantTensor
 from easyllm.quant.spec import QuantSpec
@@ -117,12 +116,10 @@ def _unpack(words: Tensor, outputs: int) -> Tensor:
 
 
 def _check(config: JsonMapping) -> None:
-    for key, expected in (("version", "gemm"), ("zero_point", True), ("bits", 4)):
-        if config.get(key, expected) != expected:
-            raise CheckpointError(
-                f"config.json sets quantization_config.{key}={config[key]!r}, which is not "
-                f"supported for {NAME} (expected {expected!r})"
-            )
+    gemm = ("gemm",)
+    allowed = {"version": gemm, "format": gemm, "checkpoint_format": gemm, "method": (NAME,)}
+    # gptqmodel's symmetric files say `zero_point: false` and store zero points of 8
+    expect(config, NAME, {**allowed, "zero_point": (True, False), "bits": (4,)})
 
 
 def _describe(
@@ -134,8 +131,14 @@ def _describe(
     return to_config(next(iter(specs.values()))) | {"modules_to_not_convert": inner or None}
 
 
-_HONOURED = ("bits", "group_size", "zero_point", "version", "modules_to_not_convert")
-_NEUTRAL = ("backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config")
+_HONOURED = (
+    *("bits", "group_size", "zero_point", "version", "modules_to_not_convert"),
+    *("format", "checkpoint_format", "method"),
+)
+_NEUTRAL = (
+    *("backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config"),
+    *("sym", "desc_act", "pack_dtype", "lm_head", "meta"),
+)
 """Keys that are read, and keys of how a reader runs the file. Which linears are quantized follows
 from the file's tensors."""
 

@@ -1,6 +1,6 @@
 """Handling of `quantization_config`: keys are honoured, known to be neutral, or rejected."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -36,6 +36,26 @@ def check_config(
         )
 
 
+def expect(config: JsonMapping, name: str, allowed: Mapping[str, Sequence[object]]) -> None:
+    """Rejects values of keys that are read.
+
+    Args:
+        config: `quantization_config`.
+        name: the format.
+        allowed: the supported values of each key; a key may be missing or null.
+
+    Raises:
+        CheckpointError: a key has another value.
+    """
+    for key, values in allowed.items():
+        if config.get(key) is not None and config[key] not in values:
+            expected = " or ".join(repr(value) for value in values)
+            raise CheckpointError(
+                f"config.json sets quantization_config.{key}={config[key]!r:.100}, which is not "
+                f"supported for {name} (expected {expected})"
+            )
+
+
 def valid(make: Callable[[], T]) -> T:
     """Returns `make()`, a value built from a `quantization_config`.
 
@@ -54,4 +74,4 @@ def valid(make: Callable[[], T]) -> T:
         ) from None
 
 
-__all__ = ["check_config", "valid"]
+__all__ = ["check_config", "expect", "valid"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.quant.formats.bits import pack_bits, packed_words, unpack_bits
-from easyllm.quant.formats.config_keys import check_config, valid
+from easyllm.quant.formats.config_keys import check_config, expect, valid
 from easyllm.quant.formats.layout import UniformLayout, check_shapes, grids
 from easyllm.quant.quant_tensor import QuantTensor
 from easyllm.quant.spec import QuantSpec
@@ -92,7 +92,7 @@ def from_tensors(
         "g_idx": (inputs,),
     }
     check_shapes(tensors, expected, spec, inputs)
-    added = 0 if config.get("checkpoint_format") == V2 else 1
+    added = 0 if _version(config) == V2 else 1
     zeros = unpack_bits(tensors["qzeros"], spec.bits, outputs).T + added
     zeros = zeros.to(torch.uint8).contiguous()
     symmetric = bool((zeros == spec.middle).all())  # whatever the configuration says
@@ -147,12 +147,17 @@ def spec_of(config: JsonMapping) -> QuantSpec:
     )
 
 
+def _version(config: JsonMapping) -> str:
+    """Returns how zero points are stored; gptqmodel writes `format` as well, its older name."""
+    return str(config.get("checkpoint_format") or config.get("format") or V1)
+
+
 def _check(config: JsonMapping) -> None:
-    kind = config.get("checkpoint_format", V1)
-    if kind not in (V1, V2):
+    expect(config, NAME, {"checkpoint_format": (V1, V2), "format": (V1, V2), "method": (NAME,)})
+    if config.get("format") not in (None, _version(config)):
         raise CheckpointError(
-            f"config.json sets quantization_config.checkpoint_format={kind!r}, which is not "
-            f"supported (expected {V1!r} or {V2!r})"
+            f"config.json sets quantization_config.format={config['format']!r} and "
+            f"checkpoint_format={_version(config)!r}, which must be equal"
         )
 
 
@@ -165,7 +170,7 @@ def _describe(specs: Mapping[str, QuantSpec], skipped: Sequence[str], moved: boo
     return to_config(spec, act_order=moved) | ({"dynamic": inner} if inner else {})
 
 
-_HONOURED = ("bits", "group_size", "sym", "checkpoint_format", "dynamic")
+_HONOURED = ("bits", "group_size", "sym", "checkpoint_format", "format", "method", "dynamic")
 _NEUTRAL = (
     *("desc_act", "static_groups", "true_sequential", "damp_percent", "damp_auto_increment"),
     *("pack_dtype", "lm_head", "meta", "quantizer", "model_name_or_path", "model_file_base_name"),
