@@ -183,8 +183,13 @@ def test_a_configuration_that_contradicts_the_tensors_is_refused(key, value, wor
         (
             "awq",
             {
-                **{"method": "awq", "format": "gemm", "checkpoint_format": "gemm"},
-                **{"zero_point": False, "sym": True, "desc_act": False, "pack_dtype": "int32"},
+                "method": "awq",
+                "format": "gemm",
+                "checkpoint_format": "gemm",
+                "zero_point": False,
+                "sym": True,
+                "desc_act": False,
+                "pack_dtype": "int32",
             },
         ),
     ],
