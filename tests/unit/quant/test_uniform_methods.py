@@ -167,3 +167,25 @@ def test_clipping_never_loses_more_than_rtn(group, symmetric):
     blocks = torch.block_diag(*[gram[i : i + size, i : i + size] for i in range(0, 64, size)])
     found = output_error(clipped(w, gram, spec).dequantize() - w, blocks)
     assert found <= output_error(rtn(w, spec).dequantize() - w, blocks) * (1 + 1e-5)
+
+
+def test_one_huge_row_does_not_decide_how_the_others_are_rounded():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(64, 16, generator=generator)
+    huge = torch.cat([x, 1e3 * torch.randn(1, 16, generator=generator)])
+    its, plain = Statistics.empty(16), Statistics.empty(16)
+    its.add(huge)
+    plain.add(x)
+    limit = 4 * huge.norm(dim=1).median()
+    shortened = huge[-1:] * (limit / huge[-1].norm())
+    torch.testing.assert_close(its.gram, plain.gram + shortened.T @ shortened)
+    torch.testing.assert_close(its.square_sum, its.gram.diagonal())
+    assert torch.equal(its.abs_max, huge.abs().amax(0))  # what int8 activations must hold
+    torch.testing.assert_close(plain.gram, x.T @ x)
+
+
+def test_rows_of_zeros_are_counted_and_change_nothing():
+    its = Statistics.empty(4)
+    its.add(torch.zeros(3, 4))
+    assert its.rows == 3
+    assert not its.gram.any()
