@@ -187,7 +187,7 @@ ALWAYS_INLINE void products_int6(const chunk w[8], const chunk sizes[8], const i
 
 static inline i64 code_bytes(int bits) { return bits * 32; }
 
-// The bits of x that are in `mask` after a shift to the left, or to the right if `left` is negative.
+// The bits of x in `mask` after a shift to the left, or to the right if `left` is negative.
 // Pairs of bytes are shifted: processors have no shift of single bytes, and the mask drops what
 // crosses a byte.
 ALWAYS_INLINE chunk shifted(chunk x, int left, uint8_t mask) {

@@ -46,11 +46,24 @@ ALWAYS_INLINE lane8 zeros_of(const uint8_t *p, int bits, int shift) {
     return out;
 }
 
-// Callers pass constants for `bits`, `shift` and `rows`, so that the sums stay in registers.
-ALWAYS_INLINE void add_block(const Matrix *w, const uint8_t *p, i64 groups, const int8_t *codes,
-                             const float *terms, int bits, int shift, i64 span, int rows, lane8 *out) {
+// A block of a weight and the activation rows that it is multiplied by.
+typedef struct {
+    const uint8_t *data;
+    i64 groups;
+    int scale_type;
+    const int8_t *codes;
+    const float *terms;
+} Product;
+
+// Callers pass constants for `bits`, `shift` and `rows`, and for `span` if it is one group, so that
+// the sums stay in registers.
+ALWAYS_INLINE void add_block(Product a, int bits, int shift, i64 span, int rows, lane8 *out) {
+    const uint8_t *p = a.data;
+    const int8_t *codes = a.codes;
+    const float *terms = a.terms;
+    const i64 groups = a.groups;
+    const int scale_type = a.scale_type;
     const i64 bytes = code_bytes(bits), header = header_bytes(shift);
-    const int scale_type = w->scale_type;
     lane8 sum[4];
     for (int m = 0; m < rows; m++) sum[m] = (lane8){0};
     for (i64 first = 0; first < groups; first += span, p += header) {
@@ -87,9 +100,9 @@ ALWAYS_INLINE void add_block(const Matrix *w, const uint8_t *p, i64 groups, cons
     for (int m = 0; m < rows; m++) out[m] = sum[m];
 }
 
-#define ADD_BLOCK(BITS, SHIFT, SPAN)                                                       \
-    if (rows == 1) add_block(w, data, groups, codes, terms, BITS, SHIFT, SPAN, 1, sum);    \
-    else add_block(w, data, groups, codes, terms, BITS, SHIFT, SPAN, ROW_TILE, sum);       \
+#define ADD_BLOCK(BITS, SHIFT, SPAN)                                      \
+    if (rows == 1) add_block(product, BITS, SHIFT, SPAN, 1, sum);         \
+    else add_block(product, BITS, SHIFT, SPAN, ROW_TILE, sum);            \
     break
 // a span of one group, as in GGUF's blocks, is a constant, too
 #define ADD_BLOCKS(BITS)                                                                   \
@@ -112,6 +125,7 @@ void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float 
     i64 groups = groups_of(w->inputs), spans = (groups + w->span - 1) / w->span;
     i64 bytes = groups * code_bytes(w->bits) + spans * header_bytes(w->shift);
     const uint8_t *data = (const uint8_t *)w->data + block * bytes;
+    const Product product = {data, groups, w->scale_type, codes, terms};
     switch (w->bits) {
     case 2: ADD_BLOCKS(2);
     case 3: ADD_BLOCKS(3);
