@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from easyllm.core.json_types import JsonMapping
+from easyllm.core.json_types import JsonMapping, finite_json
 from easyllm.core.paths import expanded
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
@@ -28,10 +28,7 @@ def print_json(value: object) -> None:
 
     Numbers that are not finite, which JSON does not have, become null.
     """
-    from easyllm.core.finite import finite_json
-
-    value = finite_json(value)
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json.dumps(finite_json(value), indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:

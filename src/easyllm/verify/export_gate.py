@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from easyllm.core.errors import EasyllmError
-from easyllm.core.finite import finite_json
-from easyllm.core.json_types import JsonObject
+from easyllm.core.json_types import JsonObject, finite_json
 from easyllm.core.progress import Progress
 from easyllm.engine import LLM, Request, SamplingParams
 from easyllm.engine.engine import Engine
