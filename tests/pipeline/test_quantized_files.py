@@ -205,6 +205,21 @@ def test_the_additional_keys_of_gptqmodel_are_read(case, keys, tmp_path):
     assert torch.equal(again.logits(IDS), model.logits(IDS))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("desc_act", True), ("lm_head", True), ("pack_dtype", "int16"), ("version", "gemv")],
+)
+def test_an_awq_file_of_another_kind_is_refused(key, value, tmp_path):
+    model, _ = quantized("awq")
+    save_model(model, tmp_path / "q")
+    path = tmp_path / "q/config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"][key] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"quantization_config.{key}={value!r}"):
+        load_model(tmp_path / "q")
+
+
 def test_a_layout_without_a_place_for_the_order_of_inputs_refuses_it():
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
     model = build_tiny()

@@ -118,6 +118,7 @@ def _unpack(words: Tensor, outputs: int) -> Tensor:
 def _check(config: JsonMapping) -> None:
     gemm = ("gemm",)
     allowed = {"version": gemm, "format": gemm, "checkpoint_format": gemm, "method": (NAME,)}
+    allowed |= {"pack_dtype": ("int32",)}
     # gptqmodel's symmetric files say `zero_point: false` and store zero points of 8
     expect(config, NAME, {**allowed, "zero_point": (True, False), "bits": (4,)})
 
@@ -133,11 +134,11 @@ def _describe(
 
 _HONOURED = (
     *("bits", "group_size", "zero_point", "version", "modules_to_not_convert"),
-    *("format", "checkpoint_format", "method"),
+    *("format", "checkpoint_format", "method", "pack_dtype"),
 )
 _NEUTRAL = (
     *("backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config"),
-    *("sym", "desc_act", "pack_dtype", "lm_head", "meta"),
+    *("sym", "meta"),
 )
 """Keys that are read, and keys of how a reader runs the file. Which linears are quantized follows
 from the file's tensors."""
