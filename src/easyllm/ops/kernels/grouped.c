@@ -64,13 +64,14 @@ ALWAYS_INLINE void add_block(Product a, int bits, int shift, i64 span, int rows,
     const i64 groups = a.groups;
     const int scale_type = a.scale_type;
     const i64 bytes = code_bytes(bits), header = header_bytes(shift);
-    lane8 sum[4];
+    lane8 sum[ROW_TILE];
     for (int m = 0; m < rows; m++) sum[m] = (lane8){0};
     for (i64 first = 0; first < groups; first += span, p += header) {
         i64 last = span == 1 ? first + 1 : min_(first + span, groups);
         const uint8_t *h = p + (last - first) * bytes;
-        lane8 scale = scales_of(h, scale_type), zero = zeros_of(h + 16, bits, shift), inner[4];
-        float total[4] = {0};
+        lane8 scale = scales_of(h, scale_type), zero = zeros_of(h + 16, bits, shift);
+        lane8 inner[ROW_TILE];
+        float total[ROW_TILE] = {0};
         for (int m = 0; m < rows; m++) inner[m] = (lane8){0};
         for (i64 g = first; g < last; g++, p += bytes) {
             fetch(p + 4096, bytes);
@@ -100,20 +101,20 @@ ALWAYS_INLINE void add_block(Product a, int bits, int shift, i64 span, int rows,
     for (int m = 0; m < rows; m++) out[m] = sum[m];
 }
 
-#define ADD_BLOCK(BITS, SHIFT, SPAN)                                      \
-    if (rows == 1) add_block(product, BITS, SHIFT, SPAN, 1, sum);         \
-    else add_block(product, BITS, SHIFT, SPAN, ROW_TILE, sum);            \
-    break
+#define ADD_SPAN(BITS, SHIFT, SPAN)                                        \
+    if (rows == 1) add_block(product, BITS, SHIFT, SPAN, 1, sum);          \
+    else add_block(product, BITS, SHIFT, SPAN, ROW_TILE, sum)
 // a span of one group, as in GGUF's blocks, is a constant, too
-#define ADD_BLOCKS(BITS)                                                                   \
-    switch (w->shift + (w->span == 1 ? 10 : 0)) {                                          \
-    case 10 + SHIFT_NONE: ADD_BLOCK(BITS, SHIFT_NONE, 1);                                  \
-    case 10 + SHIFT_MINIMA: ADD_BLOCK(BITS, SHIFT_MINIMA, 1);                              \
-    case 10 + SHIFT_ZEROS:                                                                 \
-    case SHIFT_ZEROS: ADD_BLOCK(BITS, SHIFT_ZEROS, w->span);                               \
-    case SHIFT_NONE: ADD_BLOCK(BITS, SHIFT_NONE, w->span);                                 \
-    case SHIFT_MINIMA: ADD_BLOCK(BITS, SHIFT_MINIMA, w->span);                             \
-    }                                                                                      \
+#define ADD_SHIFT(BITS, SHIFT)                                             \
+    if (w->span == 1) { ADD_SPAN(BITS, SHIFT, 1); }                        \
+    else { ADD_SPAN(BITS, SHIFT, w->span); }                               \
+    break
+#define ADD_BLOCK(BITS)                                                    \
+    switch (w->shift) {                                                    \
+    case SHIFT_NONE: ADD_SHIFT(BITS, SHIFT_NONE);                          \
+    case SHIFT_ZEROS: ADD_SHIFT(BITS, SHIFT_ZEROS);                        \
+    case SHIFT_MINIMA: ADD_SHIFT(BITS, SHIFT_MINIMA);                      \
+    }                                                                      \
     break
 
 void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float *terms, int rows,
@@ -127,11 +128,11 @@ void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float 
     const uint8_t *data = (const uint8_t *)w->data + block * bytes;
     const Product product = {data, groups, w->scale_type, codes, terms};
     switch (w->bits) {
-    case 2: ADD_BLOCKS(2);
-    case 3: ADD_BLOCKS(3);
-    case 4: ADD_BLOCKS(4);
-    case 5: ADD_BLOCKS(5);
-    case 8: ADD_BLOCKS(8);
+    case 2: ADD_BLOCK(2);
+    case 3: ADD_BLOCK(3);
+    case 4: ADD_BLOCK(4);
+    case 5: ADD_BLOCK(5);
+    case 8: ADD_BLOCK(8);
     }
 }
 

@@ -21,11 +21,11 @@ static inline i64 super_bytes(const Matrix *w) {
 ALWAYS_INLINE void add_with_minima(const uint8_t *p, i64 supers, const int8_t *codes,
                                    const float *terms, int bits, int rows, lane8 *out) {
     const i64 bytes = code_bytes(bits), groups = supers * GROUPS;
-    lane8 sum[4];
+    lane8 sum[ROW_TILE];
     for (int m = 0; m < rows; m++) sum[m] = (lane8){0};
     for (i64 s = 0; s < supers; s++, p += 32) {
         const uint8_t *parts = p + bytes;
-        lane8 inner[4], below[4];
+        lane8 inner[ROW_TILE], below[ROW_TILE];
         for (int m = 0; m < rows; m++) inner[m] = below[m] = (lane8){0};
         for (i64 g = s * GROUPS; g < (s + 1) * GROUPS; g++, p += bytes + 16) {
             fetch(p + 4096, bytes);
@@ -56,10 +56,10 @@ ALWAYS_INLINE void add_with_minima(const uint8_t *p, i64 supers, const int8_t *c
 ALWAYS_INLINE void add_with_scales(const uint8_t *p, i64 supers, const int8_t *codes,
                                    const float *terms, int rows, lane8 *out) {
     const i64 bytes = code_bytes(6), groups = supers * GROUPS;
-    lane8 sum[4];
+    lane8 sum[ROW_TILE];
     for (int m = 0; m < rows; m++) sum[m] = (lane8){0};
     for (i64 s = 0; s < supers; s++, p += 16) {
-        lane8 inner[4];
+        lane8 inner[ROW_TILE];
         for (int m = 0; m < rows; m++) inner[m] = (lane8){0};
         for (i64 g = s * GROUPS; g < (s + 1) * GROUPS; g++, p += bytes + 16) {
             fetch(p + 4096, bytes);
@@ -91,11 +91,11 @@ void super_block(const Matrix *w, i64 block, const int8_t *codes, const float *t
     i64 supers = w->inputs / (GROUP * GROUPS);
     const uint8_t *p = (const uint8_t *)w->data + block * supers * super_bytes(w);
     if (w->bits == 4 && rows == 1) add_with_minima(p, supers, codes, terms, 4, 1, sum);
-    else if (w->bits == 4) add_with_minima(p, supers, codes, terms, 4, 4, sum);
+    else if (w->bits == 4) add_with_minima(p, supers, codes, terms, 4, ROW_TILE, sum);
     else if (w->bits == 5 && rows == 1) add_with_minima(p, supers, codes, terms, 5, 1, sum);
-    else if (w->bits == 5) add_with_minima(p, supers, codes, terms, 5, 4, sum);
+    else if (w->bits == 5) add_with_minima(p, supers, codes, terms, 5, ROW_TILE, sum);
     else if (rows == 1) add_with_scales(p, supers, codes, terms, 1, sum);
-    else add_with_scales(p, supers, codes, terms, 4, sum);
+    else add_with_scales(p, supers, codes, terms, ROW_TILE, sum);
 }
 
 void super_row(const Matrix *w, i64 row, float *x) {
