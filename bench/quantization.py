@@ -66,7 +66,6 @@ def main() -> None:
         group_size=GROUP,
         calibration=[options.sets, options.samples, options.length],
         text_tokens=options.tokens,
-        threads=options.threads,
         original=bench.original,
         results=results,
         peak_rss_mb=peak_rss_mb(),

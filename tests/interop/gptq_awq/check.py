@@ -15,42 +15,17 @@ from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 from gptqmodel.quantization.config import GPTQConfig
+from random_llama import hf_weights, random_llama
 from torch import Tensor
 
 from easyllm.models import load_model, load_tokenizer, save_model
-from easyllm.models.families import family_of
-from easyllm.nn import Decoder
 from easyllm.quant.formats import UNIFORM, awq
 from easyllm.quant.layers import LayerQuantizer
 from easyllm.quant.methods import find_method
 from easyllm.quant.spec import QuantSpec
 
-WIDTH = 576
-IDS = [(7 * i * i + 3 * i) % 250 + 3 for i in range(40)]
+SIZES = {"vocab_size": 49152, "tie_word_embeddings": True}  # those of the tokenizer's model
 CALIBRATION = [[(5 * i * i + 11 * k * i + k) % 300 + 3 for i in range(64)] for k in range(12)]
-
-
-def tiny() -> Decoder:
-    """Returns a random Llama of SmolLM2's width."""
-    hf = {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": WIDTH,
-        "intermediate_size": 768,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    model = Decoder(family_of("llama").read_config(hf))
-    model.reset_parameters(std=0.05, generator=torch.Generator().manual_seed(0))
-    return model.requires_grad_(False).eval()
 
 
 GPTQ = {
@@ -63,16 +38,6 @@ GPTQ = {
     "2 bits, groups of 32": ({"bits": 2, "group_size": 32}, False),
 }
 AWQ = (32, 64)
-
-
-def as_theirs(model: Decoder) -> dict[str, Tensor]:
-    """Returns the dequantized weights of the linears by their Hugging Face names."""
-    found = {}
-    for name, layer in model.weight_modules():
-        if name.startswith("layers."):
-            name = name.replace(".mixer.", ".self_attn.").replace(".feed_forward.", ".mlp.")
-            found[f"model.{name}"] = layer.storage.dense().float()
-    return found
 
 
 def dense_of(module: Any) -> Tensor:
@@ -101,7 +66,7 @@ def written_here(
     figures: Figures, name: str, layout: str, spec: QuantSpec, act_order: bool, folder: Path
 ) -> None:
     """A folder written here, loaded by gptqmodel."""
-    model, tokenizer = tiny(), load_tokenizer("smollm2")
+    model, tokenizer = random_llama(**SIZES), load_tokenizer("smollm2")
     gptq = layout == "gptq"
     method = find_method("gptq", act_order=act_order) if gptq else find_method("awq")
     form = UNIFORM[layout]
@@ -115,12 +80,14 @@ def written_here(
     mine = load_model(folder, dtype="float32")
     kernel = BACKEND.GPTQ_TORCH if gptq else BACKEND.AWQ_TORCH
     theirs = GPTQModel.load(str(folder), device="cpu", backend=kernel, dtype=torch.float16)
-    figures.at_most(f"{name}: our file in gptqmodel", farthest(theirs.model, as_theirs(mine)), 1e-3)
+    figures.at_most(
+        f"{name}: our file in gptqmodel", farthest(theirs.model, hf_weights(mine)), 1e-3
+    )
 
 
 def written_there(figures: Figures, name: str, config: Any, folder: Path) -> None:
     """A folder that gptqmodel quantized with GPTQ, loaded here."""
-    save_model(tiny(), folder / "full", tokenizer=load_tokenizer("smollm2"))
+    save_model(random_llama(**SIZES), folder / "full", tokenizer=load_tokenizer("smollm2"))
     model = GPTQModel.load(str(folder / "full"), config, device="cpu", dtype=torch.float16)
     data = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in CALIBRATION]
     model.quantize(data, batch_size=1)
@@ -128,13 +95,13 @@ def written_there(figures: Figures, name: str, config: Any, folder: Path) -> Non
     theirs = GPTQModel.load(
         str(folder / "theirs"), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16
     )
-    mine = as_theirs(load_model(folder / "theirs", dtype="float32"))
+    mine = hf_weights(load_model(folder / "theirs", dtype="float32"))
     figures.at_most(f"{name}: their file read here", farthest(theirs.model, mine), 1e-3)
 
 
 def packed_there(figures: Figures, name: str, size: int) -> None:
     """Weights that gptqmodel packed for AWQ, read here; it quantizes with AWQ on CUDA only."""
-    weight = tiny().layers[0].mixer.q_proj.weight.detach()
+    weight = random_llama(**SIZES).layers[0].mixer.q_proj.weight.detach()
     parts = weight.view(len(weight), -1, size)
     low, high = parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0)
     scales = ((high - low) / 15).half().float()

@@ -17,12 +17,11 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 from figures import Figures
+from random_llama import hf_weights, random_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
 
 from easyllm.models import load_model, save_model
-from easyllm.models.families import family_of
-from easyllm.nn import Decoder
 from easyllm.quant import quantize_weights
 from easyllm.quant.formats import UNIFORM
 from easyllm.quant.layers import LayerQuantizer
@@ -30,30 +29,6 @@ from easyllm.quant.methods import find_method
 from easyllm.quant.spec import QuantSpec
 
 IDS = [(7 * i * i + 3 * i) % 250 + 3 for i in range(40)]
-WIDTH = 576
-
-
-def tiny() -> Decoder:
-    """Returns a random Llama of SmolLM2's width."""
-    hf = {
-        "model_type": "llama",
-        "vocab_size": 320,
-        "hidden_size": WIDTH,
-        "intermediate_size": 768,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    model = Decoder(family_of("llama").read_config(hf))
-    model.reset_parameters(std=0.05, generator=torch.Generator().manual_seed(0))
-    return model.requires_grad_(False).eval()
 
 
 GRIDS = {
@@ -67,22 +42,10 @@ GRIDS = {
 }
 
 
-def ours_as_hf(model: Decoder) -> dict[str, Tensor]:
-    """Returns the dequantized weights of all linears by their Hugging Face names."""
-    found = {}
-    names = {"mixer": "self_attn", "feed_forward": "mlp"}
-    for name, layer in model.weight_modules():
-        if name.startswith("layers."):
-            for ours, theirs in names.items():
-                name = name.replace(f".{ours}.", f".{theirs}.")
-            found[f"model.{name}"] = layer.storage.dense().float()
-    return found
-
-
 def compressed(figures: Figures, name: str, spec: QuantSpec, folder: Path) -> None:
     """A folder written here, read by transformers; its weights and logits."""
     layout = UNIFORM["compressed-tensors"]
-    model = tiny()
+    model = random_llama()
     LayerQuantizer(
         method=find_method("rtn"),
         spec_of=lambda _: spec,
@@ -90,7 +53,7 @@ def compressed(figures: Figures, name: str, spec: QuantSpec, folder: Path) -> No
         unsupported_reason=layout.unsupported_reason,
     ).run(model, ())
     save_model(model, folder)
-    expected = ours_as_hf(load_model(folder, dtype="float32"))
+    expected = hf_weights(load_model(folder, dtype="float32"))
     config = CompressedTensorsConfig(run_compressed=False, dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=config
@@ -115,7 +78,7 @@ def compressed(figures: Figures, name: str, spec: QuantSpec, folder: Path) -> No
 
 def from_compressed(figures: Figures, name: str, spec: QuantSpec, folder: Path) -> None:
     """A folder written by compressed-tensors, read here."""
-    save_model(tiny(), folder / "full")
+    save_model(random_llama(), folder / "full")
     model = AutoModelForCausalLM.from_pretrained(folder / "full", dtype=torch.float32)
     args: dict[str, Any] = {"num_bits": spec.bits, "symmetric": spec.symmetric, "type": "int"}
     args |= (
@@ -151,7 +114,7 @@ def from_compressed(figures: Figures, name: str, spec: QuantSpec, folder: Path) 
     model.save_pretrained(folder / "theirs")
     compressor.update_config(folder / "theirs")
     compressor.decompress_model(model)
-    mine = ours_as_hf(load_model(folder / "theirs", dtype="float32"))
+    mine = hf_weights(load_model(folder / "theirs", dtype="float32"))
     worst = 0.0
     for module, weight in mine.items():
         expected = model.get_submodule(module).weight.float()
@@ -180,18 +143,18 @@ def dense_of(module: Any) -> Tensor:
 
 def bitsandbytes(figures: Figures, scheme: str, options: dict[str, Any], folder: Path) -> None:
     """Folders of bitsandbytes in both directions."""
-    model = quantize_weights(tiny(), scheme)
+    model = quantize_weights(random_llama(), scheme)
     save_model(model, folder / "ours")
-    expected = ours_as_hf(load_model(folder / "ours", dtype="float32"))
+    expected = hf_weights(load_model(folder / "ours", dtype="float32"))
     theirs = AutoModelForCausalLM.from_pretrained(folder / "ours", dtype=torch.float32)
     figures.at_most(f"{scheme}: our file in transformers", farthest(theirs, expected), 1e-6)
-    save_model(tiny(), folder / "full")
+    save_model(random_llama(), folder / "full")
     config = BitsAndBytesConfig(**options)
     made = AutoModelForCausalLM.from_pretrained(
         folder / "full", dtype=torch.float32, quantization_config=config
     )
     made.save_pretrained(folder / "theirs")
-    mine = ours_as_hf(load_model(folder / "theirs", dtype="float32"))
+    mine = hf_weights(load_model(folder / "theirs", dtype="float32"))
     figures.at_most(f"{scheme}: their file read here", farthest(made, mine), 1e-6)
 
 
