@@ -1,6 +1,7 @@
 """Flags are made from configuration fields: types, defaults, bounds and help texts exist once."""
 
 import inspect
+import json
 import subprocess
 import sys
 from typing import Annotated
@@ -86,6 +87,15 @@ def test_groups_have_a_flag_for_every_parameter_that_a_command_line_can_express(
     others = {"logit_bias", "stop_token_ids", "ignore_eos", "prompt_logprobs"}
     assert set(SAMPLING.fields) == SamplingParams.model_fields.keys() - others
     assert not set(SAMPLING.fields) & set(LOADING.fields)
+
+
+def test_json_is_printed_without_torch():
+    code = (
+        "import sys; from easyllm.cli.output import print_json; print_json({'a': float('nan')});"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"a": None}
 
 
 def test_options_are_importable_without_torch():
