@@ -28,7 +28,8 @@ def print_json(value: object) -> None:
 
     Numbers that are not finite, which JSON does not have, become null.
     """
-    text = json.dumps(finite_json(value), indent=2, ensure_ascii=False)
+    value = finite_json(value)
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:

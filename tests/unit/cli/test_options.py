@@ -1,6 +1,7 @@
 """Flags are made from configuration fields: types, defaults, bounds and help texts exist once."""
 
 import inspect
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pydantic import BaseModel, Field
 from typer.models import OptionInfo
 
 from easyllm.cli.options import FlagGroup, Values, option, with_flags
+from easyllm.cli.output import print_json
 from easyllm.cli.sampling import LOADING, SAMPLING
 from easyllm.engine.params import SamplingParams
 
@@ -96,6 +98,16 @@ def test_json_is_printed_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == {"a": None}
+
+
+def test_json_has_no_nan_where_the_terminal_lacks_a_character(monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    print_json({"name": "é", "loss": [float("nan")]})
+    written.flush()
+    text = written.buffer.getvalue().decode("ascii")
+    assert "NaN" not in text
+    assert json.loads(text) == {"name": "é", "loss": [None]}
 
 
 def test_options_are_importable_without_torch():
