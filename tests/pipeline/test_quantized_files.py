@@ -162,6 +162,8 @@ def test_calibration_and_widths_are_checked_before_any_work():
         ("checkpoint_format", "gptq_p", "checkpoint_format='gptq_p'"),
         ("format", "gptq_v2", "must be equal"),
         ("method", "qqq", "method='qqq'"),
+        ("dynamic", True, "dynamic=True, expected an object"),
+        ("dynamic", {"+:x": None}, "dynamic="),
         ("new_rounding", "half", "new_rounding='half', which is not known"),
     ],
 )

@@ -82,7 +82,9 @@ def _scaled(rows: Tensor) -> Tensor:
     if not len(longer):
         return rows
     limit = LONGEST * longer.median()
-    return torch.where((norms > limit)[:, None], rows * (limit / norms)[:, None], rows)
+    # a row with a norm that is not finite stays as it is, so that what it does to the sums is seen
+    too_long = (norms > limit) & norms.isfinite()
+    return torch.where(too_long[:, None], rows * (limit / norms)[:, None], rows)
 
 
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:

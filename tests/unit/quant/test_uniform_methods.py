@@ -189,3 +189,13 @@ def test_rows_of_zeros_are_counted_and_change_nothing():
     its.add(torch.zeros(3, 4))
     assert its.rows == 3
     assert not its.gram.any()
+
+
+def test_a_row_whose_norm_overflows_is_not_dropped():
+    x = torch.randn(10, 8, generator=torch.Generator().manual_seed(6))
+    x[0] = 3e19
+    its = Statistics.empty(8)
+    its.add(x)
+    assert not its.gram.isfinite().all()
+    with pytest.raises(ConfigError, match="NaN or Inf"):
+        gptq(torch.randn(4, 8), its.gram, QuantSpec(bits=4))

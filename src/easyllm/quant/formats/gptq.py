@@ -154,6 +154,12 @@ def _version(config: JsonMapping) -> str:
 
 def _check(config: JsonMapping) -> None:
     expect(config, NAME, {"checkpoint_format": (V1, V2), "format": (V1, V2), "method": (NAME,)})
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(isinstance(v, dict) for v in dynamic.values()):
+        raise CheckpointError(
+            f"config.json sets quantization_config.dynamic={dynamic!r:.100}, expected an object "
+            "of objects"
+        )
     if config.get("format") not in (None, _version(config)):
         raise CheckpointError(
             f"config.json sets quantization_config.format={config['format']!r} and "
