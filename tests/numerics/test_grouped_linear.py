@@ -43,6 +43,23 @@ def plain(codes, scales, shifts, grid):
     return (codes.double() - shift) * scale.double()
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_too_small_to_be_rounded_count_as_zeros(bits):
+    matrix, *_ = matrix_of(bits, NONE, torch.bfloat16, 8, 64)
+    x = torch.full((2, 64), 1e-38)
+    x[1, 0] = 1.0  # the other group of this row is too small
+    y = packed_linear(x, matrix)
+    if kernels_for(x) is not None:
+        assert torch.equal(y[0], torch.zeros(8))
+    torch.testing.assert_close(y, reference_packed_linear(x, matrix), atol=1e-2, rtol=1e-2)
+
+
+def test_rows_of_another_length_are_refused():
+    matrix, *_ = matrix_of(4, NONE, torch.bfloat16, 8, 64)
+    with pytest.raises(ValueError, match="rows of 96 values, expected 64"):
+        packed_linear(torch.zeros(2, 96), matrix)
+
+
 @pytest.mark.parametrize("group", [32, 64, 10_000])
 @pytest.mark.parametrize("shift", [NONE, ZEROS, MINIMA])
 @pytest.mark.parametrize("bits", BITS)

@@ -52,7 +52,12 @@ def packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -
 
     Returns:
         [..., N], dtype of `x`.
+
+    Raises:
+        ValueError: the rows have another length than K.
     """
+    if x.shape[-1] != matrix.inputs:  # the kernel would read beyond the rows
+        raise ValueError(f"rows of {x.shape[-1]} values, expected {matrix.inputs}")
     trained = x.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and trained:
         out: Tensor = _Differentiable.apply(x, matrix, bias)

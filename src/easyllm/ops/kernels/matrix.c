@@ -57,7 +57,9 @@ void quantize_group(const float *x, int8_t *codes, float *terms) {
     for (int i = 0; i < 8; i++) maximum = sizes[i] > maximum ? sizes[i] : maximum;
     float top;
     memcpy(&top, &maximum, sizeof(top));
-    float inverse = top > 0 ? 127.0f / top : 0.0f;
+    // a group of zeros, or so small that 127 / top overflows, has codes of 0
+    float inverse = 127.0f / top;
+    if (!__builtin_isfinite(inverse)) inverse = 0.0f;
     // Adding 1.5 * 2^23 rounds to the nearest integer, which is then in the last bits of the float.
     for (int v = 0; v < GROUP / 8; v++) {
         rounded[v] = (index8)(values[v] * inverse + rounding) - (index8)rounding;
