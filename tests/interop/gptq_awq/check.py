@@ -132,6 +132,7 @@ def main() -> int:
     figures = Figures("torch", "transformers", "gptqmodel")
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
+        os.chdir(work)  # gptqmodel writes its log into the current folder
         for number, (name, (values, act_order)) in enumerate(GPTQ.items()):
             spec, folder = QuantSpec(**values), work / f"g{number}"
             figures.run(
