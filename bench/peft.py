@@ -2,7 +2,7 @@
 
     python bench/peft.py methods [--only lora dora ...] [--epochs 1] [--seeds 1] [--record]
     python bench/peft.py peer --peer PYTHON [--variant qlora|dora] [--rows 128] [--record]
-    python bench/peft.py order [--only lora dora ...] [--steps 40] [--record]
+    python bench/peft.py order [--only lora dora ...] [--steps 30] [--record]
     python bench/peft.py loraplus [--width 576] [--steps 30] [--record] [--plot FILE.svg]
     python bench/peft.py paged [--record]
 
@@ -280,13 +280,22 @@ def loraplus(options: argparse.Namespace) -> Any:
         from plot import write_lines
 
         lines = {
-            name: [(float(i), statistics.mean(by[r])) for i, r in enumerate(rates)]
+            "LoRA" if name == "ratio 1" else f"LoRA+, {name}": [
+                (float(i), statistics.mean(by[r])) for i, r in enumerate(rates)
+            ]
             for name, by in found.items()
         }
         title = f"LoRA+ at width {options.width}: loss after {options.steps} steps"
         names = ", ".join(f"{i}: {r:g}" for i, r in enumerate(rates))
         y = "held-out loss, nats per token, mean of three seeds"
-        write_lines(options.plot, title, lines, x_title=f"learning rate ({names})", y_title=y)
+        write_lines(
+            options.plot,
+            title,
+            lines,
+            x_title=f"learning rate ({names})",
+            y_title=y,
+            from_zero=False,
+        )
     yield machine.row(
         "peft-loraplus",
         width=options.width,

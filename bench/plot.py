@@ -14,11 +14,25 @@ def write_lines(
     *,
     x_title: str,
     y_title: str,
+    from_zero: bool = True,
 ) -> None:
-    """Draws each series of points, with a legend and axes."""
+    """Draws each series of points, with a legend and axes.
+
+    Args:
+        file: the file.
+        title: the chart's title.
+        lines: the points (x, y) of each series, by its name.
+        x_title, y_title: what the axes show.
+        from_zero: whether the y axis begins at 0; otherwise just below the lowest point.
+    """
     points = [point for line in lines.values() for point in line]
     x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
-    y0, y1 = min(0.0, *(p[1] for p in points)), max(p[1] for p in points) * 1.05
+    y0, y1 = min(p[1] for p in points), max(p[1] for p in points) * 1.05
+    if from_zero:
+        y0 = min(0.0, y0)
+    else:
+        margin = (max(p[1] for p in points) - y0) / 20
+        y0, y1 = y0 - margin, max(p[1] for p in points) + margin
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
