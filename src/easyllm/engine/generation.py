@@ -65,7 +65,16 @@ class Generation:
             index=self.index,
             logprobs=choice.logprobs,
             prompt_logprobs=self._prompt() if first else None,
+            stop=self._stop(choice.token_id),
+            cached_tokens=(self.sequence.cached or 0) if first else 0,
         )
+
+    def _stop(self, token_id: int | None) -> str | int | None:
+        """Returns what ended the completion, if the request named it."""
+        if self.stops.stopped:
+            return self.stops.found
+        named = self.sampler.params.stop_token_ids
+        return token_id if self.finish_reason == "stop" and token_id in named else None
 
     def _text(self, token_id: int) -> str:
         """Returns the new text of a token already appended; sets the finish reason."""
@@ -123,8 +132,8 @@ def new_generation(
         index=index,
         sequence=sequence,
         sampler=sampler,
-        decoder=StreamDecoder(tokenizer),
-        stops=StopStrings(params.stop),
+        decoder=StreamDecoder(tokenizer, skip_special=params.skip_special_tokens),
+        stops=StopStrings(params.stop, include=params.include_stop),
         limit=limit,
         prompt_logprobs={} if sequence.prompt_rows else None,
     )

@@ -100,6 +100,12 @@ class SamplingParams(Config):
     ignore_eos: bool = Field(
         False, description="Continue past the model's EOS tokens, for benchmarks."
     )
+    skip_special_tokens: bool = Field(
+        True, description="Leave special (control) tokens out of the text."
+    )
+    include_stop: bool = Field(
+        False, description="Let the text end with the stop string that ended it."
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         None,
         description="Number of most likely tokens to report at each position, under the raw and "

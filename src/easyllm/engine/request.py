@@ -94,6 +94,10 @@ class TokenEvent:
         logprobs: log-probabilities of the token, if requested.
         prompt_logprobs: log-probabilities of each prompt token after the first, if requested; on
             the first event of a completion only.
+        stop: the stop string, or the id from `SamplingParams.stop_token_ids`, that ended the
+            completion; None if something else did.
+        cached_tokens: number of prompt tokens whose keys and values came from the prefix cache; on
+            the first event of a completion only.
     """
 
     request_id: int
@@ -104,3 +108,5 @@ class TokenEvent:
     index: int = 0
     logprobs: Logprobs | None = None
     prompt_logprobs: tuple[Logprobs, ...] | None = None
+    stop: str | int | None = None
+    cached_tokens: int = 0

@@ -33,6 +33,7 @@ class Sequence:
         drafts: draft tokens, computed together with the last token.
         computed: number of tokens whose keys and values are in the cache.
         table: its pages; None while it is waiting.
+        cached: number of tokens found in the prefix cache when it first ran; None before.
     """
 
     id: int
@@ -44,6 +45,7 @@ class Sequence:
     drafts: tuple[int, ...] = ()
     computed: int = 0
     table: PageTable | None = None
+    cached: int | None = None
 
     @property
     def pending(self) -> int:
@@ -145,6 +147,7 @@ class Scheduler:
                 namespace=parent.namespace,
                 computed=parent.computed,
                 table=parent.table.fork(),
+                cached=parent.cached,
             )
             for child_id in child_ids
         ]
@@ -231,6 +234,8 @@ class Scheduler:
                 self._release(sequence)
                 break
             self.running.append(self.waiting.popleft())
+            if sequence.cached is None:
+                sequence.cached = sequence.computed
             pieces += found
             budget -= len(found[0].token_ids)
             if sequence.pending > len(found[0].token_ids):

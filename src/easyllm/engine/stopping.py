@@ -11,14 +11,27 @@ from functools import lru_cache
 class StopStrings:
     """Passes text through until one of `stops` appears, even if it spans several pieces of text.
 
+    Args:
+        stops: the stop strings.
+        include: whether the stop string itself is passed through too.
+
+    Attributes:
+        found: the stop string that has appeared, or None.
+
     >>> s = StopStrings(["END"])
     >>> s.push("to the E"), s.push("ND of"), s.stopped
     ('to the ', '', True)
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._finders, self._held = [_Finder(stop) for stop in stops], ""
-        self.stopped = False
+        self._include = include
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared."""
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """Appends text; returns the text that is now certain to precede any stop string."""
@@ -27,11 +40,14 @@ class StopStrings:
         ends = [(finder, finder.push(text)) for finder in self._finders]
         held = self._held + text
         starts = [
-            len(self._held) + end - len(finder.stop) for finder, end in ends if end is not None
+            (len(self._held) + end - len(finder.stop), finder.stop)
+            for finder, end in ends
+            if end is not None
         ]
         if starts:
-            self.stopped, self._held = True, ""
-            return held[: min(starts)]
+            start, self.found = min(starts)
+            self._held = ""
+            return held[: start + (len(self.found) if self._include else 0)]
         keep = max((finder.matched for finder in self._finders), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

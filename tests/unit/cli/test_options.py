@@ -87,6 +87,7 @@ def test_a_flag_that_needs_another_one_says_so():
 
 def test_groups_have_a_flag_for_every_parameter_that_a_command_line_can_express():
     others = {"logit_bias", "stop_token_ids", "ignore_eos", "prompt_logprobs"}
+    others |= {"skip_special_tokens", "include_stop"}
     assert set(SAMPLING.fields) == SamplingParams.model_fields.keys() - others
     assert not set(SAMPLING.fields) & set(LOADING.fields)
 
