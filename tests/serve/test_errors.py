@@ -11,7 +11,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM
 from easyllm.serve.app import create_app
 from easyllm.serve.guard import MAX_BODY_BYTES
-from easyllm.serve.schema import ChatRequest
+from easyllm.serve.openai.chat_request import ChatRequest
 from running_server import QUESTION, running
 
 JSON = {"content-type": "application/json"}

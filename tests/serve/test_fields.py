@@ -8,8 +8,8 @@ import openai
 import pytest
 
 from easyllm.engine import LLM, SamplingParams
-from easyllm.serve.messages import ChatMessage
-from easyllm.serve.schema import ChatRequest, StreamOptions
+from easyllm.serve.openai.messages import ChatMessage
+from easyllm.serve.openai.chat_request import ChatRequest, StreamOptions
 from easyllm.serve.treatment import Neutral, Refused, treatment_of
 from running_server import QUESTION, running
 from tiny_models import build_tiny

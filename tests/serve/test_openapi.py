@@ -4,7 +4,7 @@ import pytest
 
 from easyllm.engine import LLM, SamplingParams
 from easyllm.serve.app import create_app
-from easyllm.serve.schema import ChatRequest
+from easyllm.serve.openai.chat_request import ChatRequest
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,16 @@ from starlette.requests import ClientDisconnect
 
 from easyllm.core.errors import ConfigError, ContextLengthError, DataError, EasyllmError
 from easyllm.engine.llm import LLM
-from easyllm.serve.answers import Health, ModelEntry, ModelList
+from easyllm.serve.openai.chat_answers import Health, ModelEntry, ModelList
 from easyllm.serve.body import parse_object, read_body
-from easyllm.serve.chat import answer_chat
+from easyllm.serve.openai.chat import answer_chat
 from easyllm.serve.connection import KEEP_ALIVE_S, BoundedProtocol, BoundedServer
 from easyllm.serve.documented import CHAT_BODY, chat_answers, document, errors
 from easyllm.serve.errors import APIError, on_api_error, on_exception, on_routing_error
 from easyllm.serve.guard import Guard, check_key
 from easyllm.serve.hang_up import cancel_on_disconnect
 from easyllm.serve.limits import ServeLimits
-from easyllm.serve.schema import ChatRequest, read_chat
+from easyllm.serve.openai.chat_request import ChatRequest, read_chat
 from easyllm.serve.service import EngineFailure, EngineService, ServerShuttingDown
 
 T = TypeVar("T")

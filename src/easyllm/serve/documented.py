@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from fastapi import FastAPI
 
 from easyllm.core.json_types import JsonObject
-from easyllm.serve.answers import ChatCompletion
+from easyllm.serve.openai.chat_answers import ChatCompletion
 from easyllm.serve.errors import ErrorBody
-from easyllm.serve.schema import ChatRequest
+from easyllm.serve.openai.chat_request import ChatRequest
 
 _REFERENCE = "#/components/schemas/{model}"
 _REASONS = {

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from easyllm.engine.request import Logprobs, TokenEvent
-from easyllm.serve.answers import ChoiceLogprobs, TokenLogprob, TopLogprob
+from easyllm.serve.openai.chat_answers import ChoiceLogprobs, TokenLogprob, TopLogprob
 from easyllm.tokenizer.stream import REPLACEMENT, StreamDecoder
 from easyllm.tokenizer.token_bytes import shown
 from easyllm.tokenizer.tokenizer import Tokenizer

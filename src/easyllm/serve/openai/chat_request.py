@@ -29,7 +29,7 @@ from easyllm.engine.params import (
     StopString,
 )
 from easyllm.serve.errors import APIError
-from easyllm.serve.messages import ChatMessage
+from easyllm.serve.openai.messages import ChatMessage
 from easyllm.serve.treatment import Neutral, Refused, Strict, as_api_error
 
 MAX_NEW_TOKENS = 32_768

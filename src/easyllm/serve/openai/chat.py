@@ -17,7 +17,7 @@ from starlette.responses import Response
 from easyllm.core.json_types import JsonObject
 from easyllm.engine.llm import LLM, Completion
 from easyllm.engine.request import Request, TokenEvent
-from easyllm.serve.answers import (
+from easyllm.serve.openai.chat_answers import (
     AssistantMessage,
     ChatCompletion,
     Choice,
@@ -27,8 +27,8 @@ from easyllm.serve.answers import (
 )
 from easyllm.serve.errors import error_body
 from easyllm.serve.logprobs import ContentToken, ContentTokens, choice_logprobs
-from easyllm.serve.messages import template_messages
-from easyllm.serve.schema import ChatRequest
+from easyllm.serve.openai.messages import template_messages
+from easyllm.serve.openai.chat_request import ChatRequest
 from easyllm.serve.service import EngineFailure, EngineService
 
 
