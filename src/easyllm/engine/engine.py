@@ -221,6 +221,11 @@ class Engine:
         """Returns the prompt's ids, preceded by those of the virtual tokens of the adapter."""
         return (*self._virtual, *prompt_ids)
 
+    def has_started(self, request_id: int) -> bool:
+        """Whether a request has left the queue at least once, or is not here any more."""
+        state = self._requests.get(request_id)
+        return state is None or state.generations[0].sequence.cached is not None
+
     def cancel(self, request_id: int) -> None:
         """Drops a request immediately, in whatever state it is, and frees its pages."""
         state = self._requests.pop(request_id, None)
