@@ -7,12 +7,12 @@ for an assistant turn, from the end of its header (`turns`) through the token th
 
 import re
 import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from easyllm.core.errors import ContextLengthError, DataError
 from easyllm.core.json_types import JsonObject
+from easyllm.tokenizer.loss_mask import end_turns, mask_of
 from easyllm.tokenizer.messages import Message, normalise_messages, trained_turns
 from easyllm.tokenizer.special_tokens import SpecialTokens
 from easyllm.tokenizer.template import compile_with_visits
@@ -178,9 +178,9 @@ class ChatTemplate:
         else:
             spans = [finder.find(turn) for turn in _on(is_trained)]
         ids, offsets = tokenizer.encode_with_offsets(text)
-        mask = _mask(offsets, spans)
+        mask = mask_of(offsets, spans)
         if not self.has_marks:
-            _end_turns(text, ids, mask, offsets, spans, tokenizer)
+            end_turns(text, ids, mask, offsets, spans, tokenizer)
         return EncodedChat(ids, mask, text, unrendered, len(empty))
 
 
@@ -278,51 +278,3 @@ def _refuse_long(text: str, max_chars: int | None) -> None:
             f"{max_chars}",
             "shorten it",
         )
-
-
-def _mask(offsets: list[Span], spans: Iterable[Span]) -> list[bool]:
-    """Returns for each token whether it overlaps one of the spans."""
-    ordered, mask = sorted(spans), list[bool]()
-    first = 0  # all earlier spans end before the token
-    for a, b in offsets:
-        while first < len(ordered) and ordered[first][1] <= a:
-            first += 1
-        start, end = ordered[first] if first < len(ordered) else (b, b)
-        mask.append((a < end and b > start) or (a == b and start <= a < end))
-    return mask
-
-
-def _end_turns(
-    text: str,
-    ids: list[int],
-    mask: list[bool],
-    offsets: list[Span],
-    spans: list[Span],
-    tokenizer: TextEncoder,
-) -> None:
-    """Adjusts the mask in place so that each turn ends with its end-of-turn token.
-
-    The end-of-turn token is the last special token of the turn, if only whitespace follows it
-    there; the text after it is masked. If the turn has none, the special token directly after the
-    turn is used (in templates where the next role tag ends the turn). If nothing follows, an EOS is
-    appended.
-    """
-    special = tokenizer.special_ids
-    for start, end in spans:
-        inside = [i for i, (a, b) in enumerate(offsets) if mask[i] and a >= start and b <= end]
-        if not inside:
-            continue
-        ends = [i for i in inside if ids[i] in special]
-        if ends and not text[offsets[ends[-1]][1] : end].strip():
-            for i in inside:
-                if i > ends[-1]:
-                    mask[i] = False
-            continue
-        following = inside[-1] + 1
-        if following < len(ids):
-            if ids[following] in special:
-                mask[following] = True
-        elif tokenizer.eos_id is not None:
-            ids.append(tokenizer.eos_id)
-            mask.append(True)
-            offsets.append((end, end))
