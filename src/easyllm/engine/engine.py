@@ -156,12 +156,7 @@ class Engine:
                 f"the request needs {copies} completions, but at most {self.scheduler.max_running} "
                 "sequences run at once; lower n or best_of, or raise max_running"
             ).about("n")
-        if request.adapter and request.adapter not in self.adapter_names:
-            held = ", ".join(self.adapter_names) or "none"
-            raise ConfigError(
-                f"the request names the adapter {request.adapter!r}, which is not served (served "
-                f"adapters: {held})"
-            ).about("model")
+        self.check_adapter(request.adapter)
         tokens = list(self.prepend_virtual_tokens(request.prompt_ids))
         sequence = Sequence(
             id=self.next_sequence_id(),
@@ -323,6 +318,19 @@ class Engine:
         if not prompt_ids:
             raise ConfigError("the prompt is empty; give at least one token").about("messages")
         check_ids("the prompt", prompt_ids, self.model.config.vocab_size)
+
+    def check_adapter(self, name: str) -> None:
+        """Refuses an adapter that the model does not have; empty is the base model.
+
+        Raises:
+            ConfigError: there is no adapter of this name.
+        """
+        if name and name not in self.adapter_names:
+            held = ", ".join(self.adapter_names) or "none"
+            raise ConfigError(
+                f"the request names the adapter {name!r}, which is not served (served adapters: "
+                f"{held})"
+            ).about("model")
 
     def next_sequence_id(self) -> int:
         """Returns a new, unique sequence id."""

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from easyllm.adapters import detach
 from easyllm.core.config import validate
 from easyllm.core.device import memory_free_bytes, parse_dtype, pick_device
-from easyllm.core.errors import ConfigError
+from easyllm.core.errors import ConfigError, ContextLengthError
 from easyllm.core.json_types import JsonObject
 from easyllm.engine.admission import check_generates
 from easyllm.engine.beam import Hypothesis, beam_search
 from easyllm.engine.draft_model import ModelDrafter
+from easyllm.engine.embedding import Pooling, embed
 from easyllm.engine.engine import Engine
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
 from easyllm.engine.options import LLMOptions
@@ -320,6 +322,41 @@ class LLM:
             found = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
         scores: list[float] = found.tolist()
         return scores
+
+    def embed(
+        self, prompts: Sequence[Prompt], *, pooling: Pooling = "mean", adapter: str = ""
+    ) -> Tensor:
+        """Returns a vector of unit length for each prompt, [B, D] fp32.
+
+        Args:
+            prompts: texts or token ids.
+            pooling: `mean` of the hidden states after the final norm, or that of the `last` token.
+            adapter: as in `generate`, one name.
+
+        Raises:
+            ConfigError: a prompt is empty, longer than the context, or has an unknown token; or
+                there is no such adapter.
+        """
+        engine = self.engine
+        ids = [tuple(self.encode(prompt)) for prompt in prompts]
+        for each in ids:
+            engine.check_tokens(each)
+            length = len(engine.prepend_virtual_tokens(each))
+            if length > engine.max_seq_len:
+                raise ContextLengthError(
+                    f"a text has {length} tokens, but the model's context is {engine.max_seq_len}",
+                    "shorten it",
+                )
+        engine.check_adapter(adapter)
+        return embed(
+            self.model,
+            [engine.prepend_virtual_tokens(each) for each in ids],
+            pooling=pooling,
+            adapter=adapter if engine.adapter_names or adapter else None,
+            num_virtual=self.model.num_virtual_tokens,
+            max_step_tokens=engine.options.max_step_tokens,
+            deterministic=engine.options.deterministic,
+        )
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Returns the token ids of a plain prompt."""

@@ -6,11 +6,13 @@ event.
 """
 
 import asyncio
+import concurrent.futures
 import logging
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import TypeVar
 
 from easyllm.core.errors import EasyllmError
 from easyllm.engine.llm import LLM
@@ -18,6 +20,7 @@ from easyllm.engine.request import Request, TokenEvent
 from easyllm.serve.metrics import Metrics, RequestWatch
 from easyllm.serve.trace import RequestTrace
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -94,6 +97,33 @@ class EngineService:
                 yield events
         finally:
             self._inbox.put(lambda: self._forget(request.id, listener))
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Runs `work` in the engine's thread, between two steps, and returns its result.
+
+        Raises:
+            EngineFailure: `end` was called.
+            Exception: what `work` raises.
+        """
+        found: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            if not found.set_running_or_notify_cancel():
+                return  # whoever asked is gone
+            try:
+                if self._ended is not None:
+                    raise self._ended
+                found.set_result(work())
+            except BaseException as error:
+                found.set_exception(error)
+
+        self._inbox.put(run)
+        return await asyncio.wrap_future(found)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of requests that do not run yet."""
+        return len(self._arriving) + len(self.llm.engine.scheduler.waiting)
 
     def end(self, error: EngineFailure) -> None:
         """Ends running requests with `error` after the current step and rejects new ones too."""
@@ -188,7 +218,7 @@ class _Listener:
     """The events of a request on their way from the engine's thread to a coroutine.
 
     Args:
-        loop: the coroutine's event loop, in whose thread all methods are called.
+        loop: the event loop of the coroutine; all methods are called in its thread.
         watch: records the request; used in the engine's thread.
     """
 
