@@ -32,6 +32,7 @@ from easyllm.models import (
     split_adapter,
 )
 from easyllm.models.adapted import apply_adapter
+from easyllm.models.sampling_defaults import read_sampling_defaults
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import rowwise_logprobs
 from easyllm.quant import schemes
@@ -127,7 +128,12 @@ class LLM:
             anything else is a smaller model with the same tokenizer (a source or a loaded model).
         draft_tokens: maximum number of draft tokens per step.
         options: options of the engine, the fields of `EngineConfig`: page_size, num_pages or
-            cache_gb, cache_dtype, max_running, max_step_tokens, prefix_caching ...
+            cache_gb, cache_dtype, max_running, max_step_tokens, prefix_caching ...; and
+            weight_cache, as for `load_model`.
+
+    Attributes:
+        sampling_defaults: the sampling parameters that the model recommends, by the names of
+            `SamplingParams`; they apply where no `params` are given.
 
     Raises:
         SourceError, CheckpointError: as for `load_model`.
@@ -174,14 +180,18 @@ class LLM:
                 quantize=quantize,
                 schemes=schemes() if opened.packed is None else (),
             )
-            model = opened.model(weights, on, quantize=quantize)
+            model = opened.model(weights, on, quantize=quantize, weight_cache=checked.weight_cache)
             if folder is not None:
                 check_generates(apply_adapter(model, folder).config)
             tokenizer = tokenizer or opened.tokenizer()
+            self.sampling_defaults = read_sampling_defaults(
+                opened.path, None if opened.gguf is None else opened.gguf.metadata
+            )
         else:
             _refuse_loading_options(
                 dtype=dtype, device=device, context=context, quantize=quantize, adapter=adapter
             )
+            self.sampling_defaults = {}
         self.model = model
         added = self._add_adapters(adapters or {})
         self.tokenizer = tokenizer or load_tokenizer(source)
@@ -219,14 +229,15 @@ class LLM:
 
         Args:
             prompts: the prompts.
-            params: sampling parameters of all prompts.
+            params: sampling parameters of all prompts; by default those the model recommends.
             adapter: the name of the adapter to use, or one name per prompt; empty for the base
                 model.
 
         Raises:
             ConfigError: the engine cannot serve a prompt or an adapter (see `Engine.add`).
         """
-        return self._run([self.encode(p) for p in prompts], params or SamplingParams(), adapter)
+        params = params or self.default_params
+        return self._run([self.encode(p) for p in prompts], params, adapter)
 
     @overload
     def chat(
@@ -257,7 +268,7 @@ class LLM:
 
         Args:
             messages: one conversation, or a list of conversations.
-            params: sampling parameters of all conversations.
+            params: sampling parameters of all conversations; by default those the model recommends.
             adapter: as in `generate`.
 
         Returns:
@@ -270,8 +281,13 @@ class LLM:
         many = bool(messages) and isinstance(messages[0], list)
         chats: Any = messages if many else [messages]
         ids = [self.encode_chat(c) for c in chats]
-        done = self._run(ids, params or SamplingParams(), adapter)
+        done = self._run(ids, params or self.default_params, adapter)
         return done if many else done[0]
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """The sampling parameters that apply where none are given: those the model recommends."""
+        return SamplingParams(**self.sampling_defaults)
 
     def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[TokenEvent]:
         """Streams the events of one request."""
