@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from easyllm.cli.bench_serve import serve
 from easyllm.cli.models import Model
 from easyllm.cli.options import Values, with_flags
 from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
@@ -14,16 +15,19 @@ bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 def register(app: typer.Typer) -> None:
     """Adds the `bench` command group to `app`."""
+    bench.command("serve")(serve)
     app.add_typer(bench, name="bench")
 
 
 @bench.callback()
 def _verbs() -> None:
-    """Measure the speed of a model on this machine.
+    """Measure the speed of a model on this machine, or of a server.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
         easyllm bench engine smollm2
+
+        easyllm bench serve http://127.0.0.1:8420
     """
 
 

@@ -90,7 +90,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "serve": "Serve models over an OpenAI-compatible API with a chat page.",
     },
     "bench": {
-        "bench": "Measure the speed of a model on this machine.",
+        "bench": "Measure the speed of a model on this machine, or of a server.",
     },
     "machine": {
         "doctor": "Report what this machine can do: CPU, memory, devices, compiler, models.",

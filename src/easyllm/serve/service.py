@@ -109,7 +109,7 @@ class EngineService:
 
         def run() -> None:
             if not found.set_running_or_notify_cancel():
-                return  # whoever asked is gone
+                return  # the caller is gone
             try:
                 if self._ended is not None:
                     raise self._ended
