@@ -14,6 +14,7 @@ import torch
 from tiny_models import CHATML, CORPUS, build_tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("EASYLLM_WEIGHT_CACHE_GB", "0")  # tests of the cache turn it on
 if not torch.cuda.is_available():
     # read when a kernel is defined: without a GPU, kernels run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"

@@ -82,6 +82,7 @@ class GGUFFile:
     Attributes:
         metadata: the key-value pairs, with arrays as lists.
         tensors: the location of each tensor, by name.
+        files: the file itself.
 
     Raises:
         CheckpointError: the file is missing, damaged or not a GGUF file.
@@ -89,6 +90,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self.files = [self.path]
         try:
             with self.path.open("rb") as file:
                 if not os.fstat(file.fileno()).st_size:

@@ -28,6 +28,7 @@ class SplitGGUF:
         path: the first part.
         metadata: the metadata of the first part.
         tensors: the location of each tensor of all parts, by name.
+        files: all parts.
 
     Raises:
         CheckpointError: tensors are missing or occur in several parts.
@@ -36,6 +37,7 @@ class SplitGGUF:
     def __init__(self, parts: list[GGUFFile]) -> None:
         first = parts[0]
         self.path, self.metadata = first.path, first.metadata
+        self.files = [part.path for part in parts]
         self.tensors: dict[str, GGUFTensor] = {}
         self._owner: dict[str, GGUFFile] = {}
         self._parts = parts

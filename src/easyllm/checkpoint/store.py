@@ -25,6 +25,10 @@ MAX_SHARD_BYTES = 4 * 10**9
 class TensorFolder:
     """The tensors of a checkpoint folder, opened lazily.
 
+    Attributes:
+        shapes: the shape of each tensor by its name.
+        files: the files that contain the tensors.
+
     Example:
         with TensorFolder(path) as tensors:
             w = tensors.load("model.norm.weight")
@@ -38,7 +42,8 @@ class TensorFolder:
         self._files = ExitStack()
         self._place: JsonObject = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in self._weight_files():
+        self.files = self._weight_files()
+        for file in self.files:
             handle = self._files.enter_context(open_safetensors(file))
             for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
                 self._place[name] = handle

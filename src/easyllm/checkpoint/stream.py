@@ -7,6 +7,7 @@ end, which for the state of a paged optimizer is all of it.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,12 @@ DTYPES = {
 
 
 def stream_tensors(
-    path: Path, tensors: Mapping[str, Tensor], release: Callable[[Tensor], None]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    release: Callable[[Tensor], None],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    alignment: int = 8,
 ) -> None:
     """Writes a safetensors file piece by piece, but not atomically: see `atomic_directory`.
 
@@ -42,13 +48,16 @@ def stream_tensors(
         path: the file.
         tensors: the tensors by name.
         release: called with each piece of a contiguous CPU tensor after it has been written.
+        metadata: texts by name for the header.
+        alignment: the tensors start at a multiple of this number of bytes.
 
     Raises:
         OutputError: the operating system does not allow writing there.
     """
     # larger elements first, as in other programs' files, so that each tensor is aligned
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header, end = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
         header[name] = {
@@ -57,7 +66,7 @@ def stream_tensors(
             "data_offsets": [start, end],
         }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % alignment)
     with output_errors(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:

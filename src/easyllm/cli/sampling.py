@@ -20,7 +20,8 @@ SAMPLING = FlagGroup(
 )
 LOADING = FlagGroup(
     LLMOptions,
-    *("draft", "dtype", "quantize", "cache_gb", "cache_dtype", "deterministic"),
+    *("draft", "dtype", "quantize", "weight_cache", "cache_gb", "cache_dtype", "deterministic"),
+    flags={"weight_cache": "--weight-cache/--no-weight-cache"},
     metavars={"draft": "ngram|MODEL", "quantize": "int8|int4|nf4|fp4|llm.int8|gguf"},
 )
 MaxTokens = Annotated[int, option(SamplingParams, "max_tokens")]

@@ -9,7 +9,13 @@ from pydantic import BaseModel
 ENVIRONMENT_PREFIX = "EASYLLM_"
 """`EASYLLM_OPTIMIZER__LEARNING_RATE=1e-4` sets `optimizer.learning_rate`: `__` stands for a dot."""
 RESERVED_VARIABLES = frozenset(
-    {"EASYLLM_CACHE", "EASYLLM_DEBUG", "EASYLLM_API_KEY", "EASYLLM_KERNELS"}
+    {
+        "EASYLLM_CACHE",
+        "EASYLLM_WEIGHT_CACHE_GB",
+        "EASYLLM_DEBUG",
+        "EASYLLM_API_KEY",
+        "EASYLLM_KERNELS",
+    }
 )
 NEAR = 0.8
 """Similarity from which a variable is taken for a misspelled one."""

@@ -21,18 +21,22 @@ _UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, err
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, *, no_locks: int = logging.WARNING) -> Iterator[None]:
     """Holds the lock of a folder, which is created if it does not exist.
 
     On exit the lock file is removed, and the folder too if it is empty. On a file system without
-    locks, a warning is logged and the folder is not locked.
+    locks, this is logged and the folder is not locked.
+
+    Args:
+        folder: the folder.
+        no_locks: the level at which a file system without locks is logged.
 
     Raises:
         OutputError: another process holds the lock, or the folder cannot be written.
     """
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = _acquire(folder)
+        file = _acquire(folder, no_locks)
     try:
         yield
     finally:
@@ -55,18 +59,18 @@ def check_unlocked(folder: Path) -> None:
     except OSError:
         return
     try:
-        _lock(file, folder)
+        _lock(file, folder, logging.WARNING)
     finally:
         os.close(file)
 
 
-def _acquire(folder: Path) -> int | None:
+def _acquire(folder: Path, no_locks: int) -> int | None:
     """Returns the descriptor of the locked file; None if the file system has no locks."""
     path = folder / LOCK_FILE
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not _lock(file, folder):
+            if not _lock(file, folder, no_locks):
                 os.close(file)
                 path.unlink()
                 return None
@@ -82,7 +86,7 @@ def _acquire(folder: Path) -> int | None:
         os.close(file)
 
 
-def _lock(file: int, folder: Path) -> bool:
+def _lock(file: int, folder: Path, no_locks: int) -> bool:
     """Locks an open file; returns whether that is possible here.
 
     Raises:
@@ -100,8 +104,10 @@ def _lock(file: int, folder: Path) -> bool:
     except (ImportError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
             raise
-        logger.warning(
-            "%s is on a file system without locks; do not start another run in it", folder
+        logger.log(
+            no_locks,
+            "%s is on a file system without locks; do not start another run in it",
+            folder,
         )
         return False
     return True

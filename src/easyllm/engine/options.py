@@ -85,6 +85,11 @@ class LLMOptions(EngineConfig):
         "(nf4-single and fp4-single without double quantization). gguf keeps the blocks of a GGUF "
         "file as they are; without it, they are dequantized.",
     )
+    weight_cache: bool = Field(
+        True,
+        description="Store quantized weights in the cache folder, and map them from there at the "
+        "next start.",
+    )
     draft: str | None = Field(
         None,
         description="Source of draft tokens for speculative decoding, which does not change greedy "

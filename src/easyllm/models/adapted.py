@@ -11,8 +11,9 @@ from easyllm.adapters.peft_format import CONFIG as ADAPTER_FILE
 from easyllm.adapters.peft_format import read_description
 from easyllm.core.errors import ConfigError, SourceError
 from easyllm.core.paths import expanded
+from easyllm.models.adapter_files import add_adapter
 from easyllm.models.hf_config import CONFIG_FILE, read_end_ids, with_end_ids
-from easyllm.models.load import add_adapter, load_model
+from easyllm.models.load import load_model
 from easyllm.models.sources import HUB_PREFIX, KNOWN_MODELS
 from easyllm.nn.decoder import Decoder
 

@@ -66,13 +66,14 @@ class GGUFTensors:
 
     Attributes:
         shapes: the shape of each tensor by its HF name.
+        files: the file, or its parts.
 
     Raises:
         CheckpointError: the file contains a tensor that its architecture is not known to have.
     """
 
     def __init__(self, file: GGUFFile | SplitGGUF, config: JsonMapping) -> None:
-        self._file, self._config = file, config
+        self._file, self._config, self.files = file, config, file.files
         self._sources: dict[str, tuple[str, Transform | None, int | None]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         layout = layout_of(file.metadata.get("general.architecture"))

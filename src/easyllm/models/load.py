@@ -10,8 +10,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from easyllm.adapters import load_adapter, read_adapter
-from easyllm.adapters.peft_whole import HEAD
 from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.gguf_parts import SplitGGUF, open_gguf
 from easyllm.checkpoint.keymap import Binding
@@ -21,12 +19,13 @@ from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
 from easyllm.core.finite import all_finite
 from easyllm.core.paths import expanded
+from easyllm.models.adapter_files import add_adapter
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.gguf_import import GGUFTensors, hf_config, kept_type
-from easyllm.models.heads import to_classifier
 from easyllm.models.hf_config import read_config, read_files
-from easyllm.models.hf_names import hf_module_name, keymap_of
+from easyllm.models.hf_names import keymap_of
 from easyllm.models.sources import locate
+from easyllm.models.weight_cache import CachedWeights
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Embedding, Linear
@@ -36,6 +35,7 @@ from easyllm.quant import (
     PackedLayers,
     StorageFormat,
     format_of_checkpoint,
+    is_cacheable,
     quantizable,
     quantize_weight,
     weight_bytes,
@@ -46,9 +46,10 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 
 
 class TensorSource(Protocol):
-    """Tensors by their Hugging Face names, read one at a time."""
+    """Tensors by their Hugging Face names, read one at a time, from some files."""
 
     shapes: dict[str, tuple[int, ...]]
+    files: list[Path]
 
     def load(self, name: str) -> Tensor:
         """Reads one tensor."""
@@ -79,9 +80,13 @@ class OpenSource:
             return Tokenizer.from_gguf(self.gguf.metadata)
         return Tokenizer.from_folder(self.path)
 
-    @torch.no_grad()
     def model(
-        self, dtype: torch.dtype | None, device: torch.device, *, quantize: str | None = None
+        self,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        *,
+        quantize: str | None = None,
+        weight_cache: bool = True,
     ) -> Decoder:
         """Builds the model and loads its weights; the result shares no memory with other models.
 
@@ -90,11 +95,45 @@ class OpenSource:
             device: device of the weights.
             quantize: quantizes each weight as soon as it is read, to limit peak memory; `gguf`
                 keeps the blocks of a GGUF file.
+            weight_cache: whether quantized weights are mapped from the weight cache, or stored
+                there.
 
         Raises:
             ConfigError: `quantize` is set, but the checkpoint is already quantized.
             CheckpointError: the tensors do not match the configuration.
         """
+        cached = self._cached(dtype, device, quantize) if weight_cache else None
+        if cached is not None and quantize is not None:
+            model = self.skeleton()
+            if cached.load(model, self.packed_layers(model, quantize), device):
+                return model.requires_grad_(False).eval()
+        model = self._read(dtype, device, quantize)
+        if cached is not None:
+            cached.store(model)
+        return model
+
+    def _cached(
+        self, dtype: torch.dtype | None, device: torch.device, quantize: str | None
+    ) -> CachedWeights | None:
+        """Returns the place of the quantized weights in the cache; None if they are not cached."""
+        if quantize is None or quantize == KEPT:
+            return None
+        self.check_unquantized(quantize)
+        if not is_cacheable(quantize):
+            return None
+        facts = {
+            "config": self.config.model_dump(mode="json"),
+            "quantize": quantize,
+            "dtype": str(dtype),
+            "device": device.type,
+        }
+        return CachedWeights.of(self.tensors.files, facts)
+
+    @torch.no_grad()
+    def _read(
+        self, dtype: torch.dtype | None, device: torch.device, quantize: str | None
+    ) -> Decoder:
+        """Builds the model and reads its weights from the source."""
         model = self.skeleton()
         source = self.tensors.reopened() if isinstance(self.tensors, TensorFolder) else self.tensors
         rounded = {} if quantize is None else self.packed_layers(model, quantize)
@@ -324,6 +363,7 @@ def load_model(
     device: str = "cpu",
     context: ContextConfig | None = None,
     quantize: str | None = None,
+    weight_cache: bool = True,
     adapter: str | Path | None = None,
 ) -> Decoder:
     """Loads a model for inference (no parameter requires a gradient).
@@ -336,6 +376,8 @@ def load_model(
         context: extends the context beyond the trained length.
         quantize: `"int8"`, `"int4"`, `"nf4"` ...: quantizes the weights as they are read
             (`quant.quantize_weights`); `"gguf"` keeps the blocks of a GGUF file.
+        weight_cache: whether quantized weights are stored in the user's cache folder, and mapped
+            from there the next time (`models.weight_cache`).
         adapter: the folder of an adapter in peft format; it is applied to every sequence.
 
     Raises:
@@ -349,63 +391,9 @@ def load_model(
     """
     wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     opened = open_source(source, context=context)
-    model = opened.model(wanted, pick_device(device), quantize=quantize)
+    on = pick_device(device)
+    model = opened.model(wanted, on, quantize=quantize, weight_cache=weight_cache)
     return model if adapter is None else add_adapter(model, adapter, base=str(source))
-
-
-def add_adapter(model: Decoder, folder: str | Path, *, name: str = "", base: str = "") -> Decoder:
-    """Loads an adapter from a folder and attaches it to the model.
-
-    A classification head that was trained with the adapter is loaded too. If the embedding and the
-    output head are tied and the adapter changes them differently, the head is untied first.
-
-    Args:
-        model: the model, changed in place.
-        folder: the folder of the adapter, in peft format.
-        name: name under which several adapters are selected per sequence
-            (`ForwardContext.adapters`); without a name, the adapter applies to every sequence.
-        base: the source of `model`, for messages.
-
-    Returns:
-        `model` itself.
-
-    Raises:
-        CheckpointError: the folder contains no adapter, or one for another model.
-        ConfigError: the model already has an adapter, or a named adapter has its own
-            classification head.
-    """
-    file = read_adapter(Path(folder))
-    labels = file.num_labels()
-    another_head = labels is not None and model.config.num_labels != labels
-    own_head = file.has_own_head(model, hf_module_name(model))
-    if name and another_head:
-        raise ConfigError(
-            f"the adapter in {str(file.folder)!r} has a classification head with {labels} labels "
-            "and cannot be loaded by name alongside others; load it alone"
-        )
-    before = model.config, model.lm_head, model.score
-
-    def undo() -> None:
-        heirs = [a for a in model.adapter_sets.values() if HEAD in a.linears]
-        if own_head and heirs:  # other adapters still change the head, so it stays untied for now
-            heirs[0].undo.append(undo)
-        else:
-            model.config, model.lm_head, model.score = before
-
-    try:
-        if another_head:
-            assert labels is not None, "another_head implies a number of labels"
-            to_classifier(model, labels)
-        if own_head:
-            model.untie_head()
-        names = hf_module_name(model)
-        adapters = load_adapter(model, file, module_name=names, name=name, base=base)
-    except EasyllmError:
-        undo()
-        raise
-    if another_head or own_head:
-        adapters.undo.append(undo)
-    return model
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

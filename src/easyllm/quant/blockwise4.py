@@ -10,6 +10,7 @@ a short last one divided by it; scales of zero are stored as 0, of a short last 
 8-bit codes come from a table of 65536 quotients, not from the quotient itself.
 """
 
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -109,6 +110,14 @@ def _table(device: torch.device) -> Tensor:
         return torch.bucketize(quotients, bounds).to(torch.uint8)
 
 
+def _from_buffers(
+    buffers: Mapping[str, Tensor], shape: tuple[int, int], codebook: str, name: str
+) -> Blockwise4Weight:
+    nested = buffers.get("nested_absmax"), buffers.get("nested_offset")
+    matrix = Blockwise4(buffers["codes"], buffers["absmax"], *nested, codebook, *shape)
+    return Blockwise4Weight(matrix, buffers["like"].dtype, name)
+
+
 def _register(name: str, codebook: str, *, nested: bool) -> None:
     register_storage(
         StorageFormat(
@@ -117,6 +126,7 @@ def _register(name: str, codebook: str, *, nested: bool) -> None:
             quantize=lambda weight, _: Blockwise4Weight(
                 quantize_blockwise4(weight, codebook, nested=nested), weight.dtype, name
             ),
+            from_buffers=lambda buffers, shape: _from_buffers(buffers, shape, codebook, name),
             layout="bitsandbytes",
         )
     )

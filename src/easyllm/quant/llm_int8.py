@@ -28,7 +28,7 @@ class Int8Weight(PackedStorage):
     """A weight [N, K] in int8.
 
     Args:
-        codes: int8 [N, K].
+        matrix: the codes [N, K] with the scales `scb` / 127.
         scb: max|w| of each output row, [N] fp32.
         threshold: inputs of at least this magnitude are not quantized; 0 quantizes all.
         dtype: dtype of looked-up rows and of the dequantized weight.
@@ -40,14 +40,19 @@ class Int8Weight(PackedStorage):
     scales: Tensor
     scb: Tensor
 
-    def __init__(self, codes: Tensor, scb: Tensor, threshold: float, dtype: torch.dtype) -> None:
-        outputs, inputs = codes.shape
-        super().__init__((outputs, inputs), dtype)
+    def __init__(
+        self, matrix: QuantizedMatrix, scb: Tensor, threshold: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__((matrix.outputs, matrix.inputs), dtype)
         self.threshold = threshold
-        matrix = pack_int8(codes, scb / 127)
         self.register_buffer("data", matrix.data)
         self.register_buffer("scales", matrix.scales)
         self.register_buffer("scb", scb)
+
+    @classmethod
+    def pack(cls, codes: Tensor, scb: Tensor, threshold: float, dtype: torch.dtype) -> "Int8Weight":
+        """Returns the storage of int8 `codes: [N, K]`; other arguments as for the class."""
+        return cls(pack_int8(codes, scb / 127), scb, threshold, dtype)
 
     @property
     def matrix(self) -> QuantizedMatrix:
@@ -97,7 +102,12 @@ def quantize_int8(weight: Tensor, threshold: float = THRESHOLD) -> Int8Weight:
     """Quantizes a finite `weight: [N, K]`; a row of zeros has the scale 0."""
     scb = weight.float().abs().amax(1)
     codes = weight.float() * (127 / scb.clamp(min=1e-38))[:, None]
-    return Int8Weight(codes.round_().to(torch.int8), scb, threshold, weight.dtype)
+    return Int8Weight.pack(codes.round_().to(torch.int8), scb, threshold, weight.dtype)
+
+
+def _from_buffers(buffers: Mapping[str, Tensor], shape: tuple[int, int]) -> Int8Weight:
+    matrix = QuantizedMatrix(buffers["data"], buffers["scales"], *shape)
+    return Int8Weight(matrix, buffers["scb"], THRESHOLD, buffers["like"].dtype)
 
 
 register_storage(
@@ -107,6 +117,7 @@ register_storage(
             -(-shape[0] // 8) * 8 * (-(-shape[1] // 32) * 32 + 4) + 4 * shape[0]
         ),
         quantize=lambda weight, _: quantize_int8(weight),
+        from_buffers=_from_buffers,
         layout="bitsandbytes",
     )
 )

@@ -35,6 +35,8 @@ class StorageFormat:
             other values are refused on reading.
         layout: name of the `FileLayout` that writes the format; None for formats with
             `file_tensors`, and for those that are never written.
+        from_buffers: (buffers of a storage that `quantize` returned by name, with the empty `like`;
+            shape of the weight) → the same storage; None if the weight cache does not store it.
         unsupported_reason: returns why a weight of a given shape cannot be stored in this format;
             None if it can.
     """
@@ -48,6 +50,7 @@ class StorageFormat:
     from_file: Callable[[Mapping[str, Tensor], Shape, torch.dtype], PackedStorage] | None = None
     file_config: JsonMapping = field(default_factory=dict)
     layout: str | None = None
+    from_buffers: Callable[[Mapping[str, Tensor], Shape], PackedStorage] | None = None
     unsupported_reason: Callable[[Shape], str | None] = lambda _shape: None
 
 
@@ -130,6 +133,17 @@ def find_scheme(name: str) -> StorageFormat:
             f"quantization {name!r} is not known{suggest(name, known)}; use {' or '.join(known)}"
         )
     return FORMATS[name]
+
+
+def is_cacheable(name: str) -> bool:
+    """Returns whether the weight cache stores models quantized to the format `name`.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    format = find_scheme(name)
+    used = [format] if format.table is None else [format, find_scheme(format.table)]
+    return all(each.from_buffers is not None for each in used)
 
 
 def check_scheme(name: str) -> None:

@@ -8,6 +8,7 @@ its codes span the minimum to the maximum of a group, which recovers the origina
 checkpoint quantized the same way (GGUF's Q4_1). Embedding and head are int8 in both.
 """
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
@@ -185,12 +186,18 @@ def quantize_weight(weight: Tensor, format: StorageFormat, name: str) -> WeightS
     return format.quantize(weight, name)
 
 
+def _from_buffers(buffers: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
+    matrix = QuantizedMatrix(buffers["data"], buffers.get("scales"), *shape)
+    return QuantizedWeight(matrix, buffers["like"].dtype)
+
+
 def _register(name: str, spec: QuantSpec) -> None:
     register_storage(
         StorageFormat(
             name=name,
             num_bytes=lambda shape: packed_bytes(*shape, spec.bits),
             quantize=lambda weight, _: QuantizedWeight(quantize_matrix(weight, spec), weight.dtype),
+            from_buffers=_from_buffers,
             table="int8",
         )
     )

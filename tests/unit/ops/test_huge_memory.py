@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from easyllm.ops import huge_memory
 from easyllm.ops.huge_memory import (
     ALIGNMENT,
     SMALL,
@@ -155,3 +156,20 @@ def test_threads_do_not_share_memory(left):
 def test_systems_without_huge_pages_are_supported(left, monkeypatch, make):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     assert make((SMALL,), torch.uint8).numel() == SMALL
+
+
+def test_memory_is_in_huge_pages_once_it_is_used():
+    tensor = huge_empty((1 << 24,), torch.uint8)
+    assert not huge_memory.in_huge_pages(tensor)
+    tensor.fill_(1)
+    if not huge_memory.in_huge_pages(tensor):
+        pytest.skip("a system without huge pages, or before Linux 6.7")
+    assert huge_memory.in_huge_pages(tensor[1000:-1000])
+    untouched = huge_empty((1 << 26,), torch.uint8)
+    untouched[: 1 << 24] = 1
+    assert not huge_memory.in_huge_pages(untouched)
+
+
+def test_without_the_request_memory_counts_as_small_pages(monkeypatch):
+    monkeypatch.setattr(huge_memory, "_PAGEMAP_SCAN", 0)
+    assert not huge_memory.in_huge_pages(huge_empty((1 << 24,), torch.uint8).fill_(1))

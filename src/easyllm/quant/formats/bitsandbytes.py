@@ -137,7 +137,7 @@ def _int8_weight(
             f"weight is {codes.dtype} {list(codes.shape)} with {scb.numel()} scales, expected "
             f"torch.int8 {list(shape)} with {shape[0]}"
         )
-    return Int8Weight(codes, scb.float().flatten(), threshold, dtype)
+    return Int8Weight.pack(codes, scb.float().flatten(), threshold, dtype)
 
 
 def _int8_format(threshold: float) -> StorageFormat:
