@@ -123,9 +123,9 @@ def _print_run(title: str, run: JsonObject) -> None:
     facts = {
         "answered": f"{run['answered']} in {run['seconds']:.1f} s, after "
         f"{run['warmup']} of warm-up",
-        "requests/s": f"{run['requests_per_s']:.2f}",
-        "tokens/s": f"{run['output_tokens_per_s']:.1f} of output, "
-        f"{_number(run['total_tokens_per_s'])} in all",
+        "requests/s": _rate(run["requests_per_s"]),
+        "tokens/s": f"{_rate(run['output_tokens_per_s'])} of output, "
+        f"{_rate(run['total_tokens_per_s'])} in all",
         "tokens each": f"{_span(run['prompt_tokens'])} of prompt, "
         f"{_span(run['output_tokens'])} of output{by_chunks}",
         "open": f"{run['mean_open_requests']:.1f} requests on average",
@@ -150,8 +150,8 @@ def _print_comparison(loads: list[Load], runs: list[JsonObject]) -> None:
     rows = [
         (
             load.clients or f"{load.rate:g}",
-            f"{run['requests_per_s']:.2f}",
-            f"{run['output_tokens_per_s']:.1f}",
+            _rate(run["requests_per_s"]),
+            _rate(run["output_tokens_per_s"]),
             *(f"{_time(run[key], 'p50')} {_time(run[key], 'p99')}" for key in LATENCIES),
             sum(each["count"] for each in run["errors"].values()),
         )
@@ -168,8 +168,11 @@ def _time(found: JsonObject | None, quantile: str) -> str:
     return "-" if found is None else f"{found[quantile]:.3f}"
 
 
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.1f}"
+def _rate(value: float | None) -> str:
+    """Returns a rate with three digits or more."""
+    if value is None:
+        return "?"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 def _span(found: JsonObject | None) -> str:
