@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from easyllm.checkpoint.gguf_types import GGUF_TYPES
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import Json, JsonObject
 
@@ -213,26 +214,24 @@ class _HeaderReader:
     def _place(
         self, records: list[tuple[str, tuple[int, ...], int, int]], start: int
     ) -> dict[str, GGUFTensor]:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
         tensors: dict[str, GGUFTensor] = {}
         for name, shape, type_id, offset in records:
             if name in tensors:
                 raise self._broken(f"tensor {name!r} occurs twice")
-            try:
-                kind = GGMLQuantizationType(type_id)
-                block, block_bytes = GGML_QUANT_SIZES[kind]
-            except (ValueError, KeyError):
-                raise self._broken(f"tensor {name!r} has the unknown type {type_id}") from None
+            kind = GGUF_TYPES.get(type_id)
+            if kind is None:
+                raise self._broken(f"tensor {name!r} has the unknown type {type_id}")
             count = 1
             for size in shape:
                 count *= size
             if count == 0:
                 raise self._broken(f"tensor {name!r} has the empty shape {shape}")
             width = shape[-1] if shape else 1
-            if width % block:
-                raise self._broken(f"tensor {name!r}: width {width} is not a multiple of {block}")
-            num_bytes = count // block * block_bytes
+            if width % kind.weights:
+                raise self._broken(
+                    f"tensor {name!r}: width {width} is not a multiple of {kind.weights}"
+                )
+            num_bytes = count // kind.weights * kind.num_bytes
             if start + offset + num_bytes > self.size:
                 raise CheckpointError(
                     f"{self.path} is truncated: tensor {name!r} ends at byte "

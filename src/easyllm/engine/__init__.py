@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from easyllm.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from easyllm.engine.completion import Completion
     from easyllm.engine.engine import Engine
-    from easyllm.engine.llm import LLM, Completion
+    from easyllm.engine.llm import LLM
     from easyllm.engine.options import EngineConfig
     from easyllm.engine.params import BeamParams, SamplingParams
     from easyllm.engine.request import Logprobs, Request, TokenEvent
@@ -32,7 +33,7 @@ __getattr__ = lazy_exports(
     {
         "LLM": "easyllm.engine.llm",
         "BeamParams": "easyllm.engine.params",
-        "Completion": "easyllm.engine.llm",
+        "Completion": "easyllm.engine.completion",
         "Engine": "easyllm.engine.engine",
         "EngineConfig": "easyllm.engine.options",
         "Logprobs": "easyllm.engine.request",

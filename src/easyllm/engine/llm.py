@@ -1,37 +1,30 @@
 """Offline (in-process) inference: prompts in, completions out."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from easyllm.adapters import detach
 from easyllm.core.config import validate
 from easyllm.core.device import memory_free_bytes, parse_dtype, pick_device
 from easyllm.core.errors import ConfigError, ContextLengthError
 from easyllm.core.json_types import JsonObject
 from easyllm.engine.admission import check_generates
 from easyllm.engine.beam import Hypothesis, beam_search
+from easyllm.engine.completion import Completion
 from easyllm.engine.draft_model import ModelDrafter
 from easyllm.engine.embedding import Pooling, embed
 from easyllm.engine.engine import Engine
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
 from easyllm.engine.options import LLMOptions
 from easyllm.engine.params import BeamParams, SamplingParams
-from easyllm.engine.request import FinishReason, Logprobs, Request, TokenEvent
+from easyllm.engine.request import Request, TokenEvent
 from easyllm.engine.speculative import Drafter, NgramDrafter
-from easyllm.models import (
-    ContextConfig,
-    add_adapter,
-    load_adapted,
-    load_tokenizer,
-    open_source,
-    split_adapter,
-)
-from easyllm.models.adapted import apply_adapter
+from easyllm.models.adapted import apply_adapter, load_adapted, split_adapter
+from easyllm.models.context import ContextConfig
+from easyllm.models.load import load_tokenizer, open_source
 from easyllm.models.sampling_defaults import read_sampling_defaults
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import rowwise_logprobs
@@ -39,51 +32,6 @@ from easyllm.quant import schemes
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(slots=True)
-class Completion:
-    """The completion of a prompt.
-
-    Attributes:
-        text: generated text.
-        token_ids: generated tokens.
-        logprobs: log-probability of each token in nats, under the model's own (raw) distribution.
-        finish_reason: why generation ended; None while it is running.
-        details: for each token, its `Logprobs`, if requested with `SamplingParams.logprobs`.
-        prompt_logprobs: `Logprobs` of each prompt token after the first, if requested.
-        others: the other completions of the same prompt, with `n` > 1.
-        score: beam search only: the score by which hypotheses are ranked.
-    """
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    details: list[Logprobs] = field(default_factory=list)
-    prompt_logprobs: tuple[Logprobs, ...] | None = None
-    others: list["Completion"] = field(default_factory=list)
-    score: float | None = None
-
-    def take(self, event: TokenEvent) -> None:
-        """Adds one event, to this completion or to that of `others` to which it belongs."""
-        if event.index:
-            while len(self.others) < event.index:
-                self.others.append(Completion())
-            self.others[event.index - 1]._add(event)
-        else:
-            self._add(event)
-
-    def _add(self, event: TokenEvent) -> None:
-        self.text += event.text
-        if event.token_id is not None:
-            self.token_ids.append(event.token_id)
-            self.logprobs.append(event.logprob)
-        if event.logprobs is not None:
-            self.details.append(event.logprobs)
-        if event.prompt_logprobs is not None:
-            self.prompt_logprobs = event.prompt_logprobs
-        self.finish_reason = event.finish_reason
 
 
 def _refuse_loading_options(**options: Any) -> None:
@@ -199,13 +147,16 @@ class LLM:
             drafter = self._drafter(draft, checked)
             self.engine = Engine(self.model, self.tokenizer, checked, drafter=drafter)
         except BaseException:
-            for name in added:  # leaves the caller's model unchanged
-                detach(self.model, name)
+            self._remove_adapters(added)  # leaves the caller's model unchanged
             raise
 
     def _add_adapters(self, adapters: Mapping[str, str | Path]) -> list[str]:
         """Attaches adapters by name; on an error, none of them. Returns their names."""
         added: list[str] = []
+        if not adapters:
+            return added
+        from easyllm.models.adapter_files import add_adapter  # imports all methods of adapters
+
         try:
             for name, folder in adapters.items():
                 if not name:
@@ -213,10 +164,16 @@ class LLM:
                 add_adapter(self.model, folder, name=name)
                 added.append(name)
         except BaseException:
-            for name in added:
-                detach(self.model, name)
+            self._remove_adapters(added)
             raise
         return added
+
+    def _remove_adapters(self, names: Sequence[str]) -> None:
+        if names:
+            from easyllm.adapters import detach
+
+            for name in names:
+                detach(self.model, name)
 
     def generate(
         self,

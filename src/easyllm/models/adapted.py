@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from easyllm.adapters import merge
-from easyllm.adapters.peft_format import CONFIG as ADAPTER_FILE
-from easyllm.adapters.peft_format import read_description
 from easyllm.core.errors import ConfigError, SourceError
 from easyllm.core.paths import expanded
-from easyllm.models.adapter_files import add_adapter
 from easyllm.models.hf_config import CONFIG_FILE, read_end_ids, with_end_ids
 from easyllm.models.load import load_model
 from easyllm.models.sources import HUB_PREFIX, KNOWN_MODELS
 from easyllm.nn.decoder import Decoder
+
+ADAPTER_FILE = "adapter_config.json"
+"""The file that makes a folder an adapter. Whether there is one is asked for every model, so that
+the methods of adapters are imported only if there is."""
 
 
 def is_adapter(source: str | Path) -> bool:
@@ -58,6 +58,8 @@ def base_of(folder: Path) -> str:
         SourceError: the configuration names no base model, or one that does not exist.
         CheckpointError: the configuration is missing, or not a JSON object.
     """
+    from easyllm.adapters.peft_format import read_description
+
     base = read_description(folder).get("base_model_name_or_path")
     if isinstance(base, str) and base:
         local = expanded(base)
@@ -90,6 +92,9 @@ def apply_adapter(model: Decoder, folder: Path) -> Decoder:
         CheckpointError: the folder contains no adapter, or one for another model.
         ConfigError: the method does not support the storage of the weights.
     """
+    from easyllm.adapters import merge
+    from easyllm.models.adapter_files import add_adapter
+
     add_adapter(model, folder)
     model.config = with_end_ids(model.config, read_end_ids(folder))
     with suppress(ConfigError):  # quantized weights, or a method without a merged form

@@ -19,7 +19,6 @@ from easyllm.core.device import parse_dtype, pick_device
 from easyllm.core.errors import CheckpointError, ConfigError, EasyllmError
 from easyllm.core.finite import all_finite
 from easyllm.core.paths import expanded
-from easyllm.models.adapter_files import add_adapter
 from easyllm.models.context import ContextConfig, extend_context
 from easyllm.models.gguf_import import GGUFTensors, hf_config, kept_type
 from easyllm.models.hf_config import read_config, read_files
@@ -393,7 +392,11 @@ def load_model(
     opened = open_source(source, context=context)
     on = pick_device(device)
     model = opened.model(wanted, on, quantize=quantize, weight_cache=weight_cache)
-    return model if adapter is None else add_adapter(model, adapter, base=str(source))
+    if adapter is None:
+        return model
+    from easyllm.models.adapter_files import add_adapter  # imports all methods of adapters
+
+    return add_adapter(model, adapter, base=str(source))
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

@@ -1,21 +1,25 @@
-"""Builds the parts of a model on the meta device, to query their costs without their weights."""
+"""Builds the parts of a model on the meta device, to query their costs without their weights.
+
+The methods of adapters are imported when an adapter is asked about: an engine without one, which
+plans its memory here, starts without them.
+"""
 
 import json
 from functools import lru_cache
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import nn
 
-from easyllm.adapters import ADAPTERS, Adapter, AdapterConfig
-from easyllm.adapters.adapter_set import trained_base_parameters as names_trained
-from easyllm.adapters.attach import target_layers
 from easyllm.nn.config import LayerConfig, ModelConfig
 from easyllm.nn.decoder import Decoder, DecoderLayer
 from easyllm.nn.embedding_position import build_embedding_position
 from easyllm.nn.linear import Linear
 from easyllm.nn.norm import build_norm
 from easyllm.nn.position import PositionCost
+
+if TYPE_CHECKING:
+    from easyllm.adapters import AdapterConfig
 
 
 class Mixer(Protocol):
@@ -44,7 +48,7 @@ class FeedForward(Protocol):
 
 
 def layers_of(
-    config: ModelConfig, adapter: AdapterConfig | None = None
+    config: ModelConfig, adapter: "AdapterConfig | None" = None
 ) -> tuple[DecoderLayer, ...]:
     """Builds the model's layers on the meta device, including the adapters of their linears.
 
@@ -65,6 +69,8 @@ def _layers_of(
 ) -> tuple[DecoderLayer, ...]:
     adapter = None
     if adapter_json is not None:
+        from easyllm.adapters import ADAPTERS
+
         adapter = cast("AdapterConfig", ADAPTERS.validate(json.loads(adapter_json)))
         _check_targets(config, adapter)
     by_layer = adapter is not None and adapter.differs_by_layer()
@@ -77,7 +83,7 @@ def _layers_of(
     return tuple(found[key] for key in keys)
 
 
-def _adapted(layer: DecoderLayer, number: int, adapter: AdapterConfig | None) -> DecoderLayer:
+def _adapted(layer: DecoderLayer, number: int, adapter: "AdapterConfig | None") -> DecoderLayer:
     for name, module in list(layer.named_modules(prefix=f"layers.{number}")):
         if adapter is not None and isinstance(module, Linear) and adapter.adapts(name):
             adapter.check(name, module.in_features, module.out_features)
@@ -85,14 +91,16 @@ def _adapted(layer: DecoderLayer, number: int, adapter: AdapterConfig | None) ->
     return layer
 
 
-def _check_targets(config: ModelConfig, adapter: AdapterConfig) -> None:
+def _check_targets(config: ModelConfig, adapter: "AdapterConfig") -> None:
     """Raises if a target of the adapter matches no linear, as attaching the adapter does."""
+    from easyllm.adapters.attach import target_layers
+
     if adapter.level == "linear":
         with torch.device("meta"):
             adapter.check_names([name for name, _ in target_layers(_model_of(config), adapter)])
 
 
-def count_adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
+def count_adapter_parameters(config: ModelConfig, adapter: "AdapterConfig") -> int:
     """Returns the number of trained parameters of an adapter.
 
     They include the modules of the base model that are trained in full with it (`also_trained`).
@@ -103,11 +111,13 @@ def count_adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int
     return sum(parameter.numel() for parameter in adapter_parameters(config, adapter))
 
 
-def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Parameter]:
+def adapter_parameters(config: ModelConfig, adapter: "AdapterConfig") -> list[nn.Parameter]:
     """Returns the parameters that are trained with an adapter, on the meta device.
 
     The parameters of layers that share one module are listed once per layer.
     """
+    from easyllm.adapters import Adapter
+
     found = [
         parameter
         for layer in layers_of(config, adapter)
@@ -129,8 +139,10 @@ def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.P
     return found + trained_base_parameters(config, adapter)
 
 
-def trained_base_parameters(config: ModelConfig, adapter: AdapterConfig) -> list[nn.Parameter]:
+def trained_base_parameters(config: ModelConfig, adapter: "AdapterConfig") -> list[nn.Parameter]:
     """Returns the base model's parameters trained in full with an adapter, on the meta device."""
+    from easyllm.adapters.adapter_set import trained_base_parameters as names_trained
+
     model = _model_of(config)
     return [model.get_parameter(name) for name in names_trained(model, adapter)]
 
@@ -142,13 +154,13 @@ def _model_of(config: ModelConfig) -> Decoder:
         return Decoder(config)
 
 
-def adapts_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
+def adapts_head(config: ModelConfig, adapter: "AdapterConfig | None") -> bool:
     """Returns whether the loss uses a copy of the head's weight with an adapter merged into it."""
     projects = not config.tie_embeddings and config.num_labels is None
     return adapter is not None and projects and adapter.adapts("lm_head")
 
 
-def trains_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
+def trains_head(config: ModelConfig, adapter: "AdapterConfig | None") -> bool:
     """Returns whether the loss computes a gradient of the head's weight or of its adapted copy."""
     if adapter is None or adapts_head(config, adapter):
         return True
@@ -162,7 +174,7 @@ def trains_head(config: ModelConfig, adapter: AdapterConfig | None) -> bool:
     return follows or adapter.trains("embed_tokens.weight")
 
 
-def virtual_tokens(config: ModelConfig, adapter: AdapterConfig | None) -> int:
+def virtual_tokens(config: ModelConfig, adapter: "AdapterConfig | None") -> int:
     """Returns the number of virtual tokens that an adapter prepends to every sequence."""
     if adapter is None or adapter.level != "model":
         return 0

@@ -1,6 +1,8 @@
 """GGUF files: all block formats and kinds of metadata, and damaged files."""
 
 import struct
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from easyllm.checkpoint.gguf import MAX_ARRAY_DEPTH, GGUFFile
+from easyllm.checkpoint.gguf_types import GGUF_TYPES
 from easyllm.core.errors import CheckpointError
 from gguf_files import text, u64, write_gguf
 
@@ -401,3 +404,23 @@ def test_a_damaged_file_is_read_or_refused(small, data):
 @given(content=st.binary(max_size=200))
 def test_random_bytes_after_the_magic_number_are_read_or_refused(small, content):
     open_whole(small[0], b"GGUF" + u32(3) + content)
+
+
+def test_the_table_of_types_is_that_of_the_package():
+    theirs = {
+        kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGML_QUANT_SIZES
+    }
+    assert {
+        number: (type.name, type.weights, type.num_bytes) for number, type in GGUF_TYPES.items()
+    } == theirs
+
+
+def test_opening_a_file_does_not_import_the_package(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(raw_gguf(records=[record("a")]))
+    code = (
+        "import sys; from pathlib import Path; from easyllm.checkpoint.gguf import GGUFFile\n"
+        "assert GGUFFile(Path(sys.argv[1])).load('a').tolist() == [0, 0, 0, 0]\n"
+        "assert 'gguf' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
