@@ -120,11 +120,10 @@ def test_bias_min_tokens_and_allowed_ids_equal_transformers():
     )
     ends = hf.MinNewTokensLengthLogitsProcessor(5, 10, [2, 9])(ids, logits.clone())
     only = hf.PrefixConstrainedLogitsProcessor(lambda *_: [1, 2, 80], 1)(ids, logits.clone())
+    words = packed([1, 2, 80], logits.shape[1]).expand(ROWS, -1)
+    assert_close(allow_packed(logits, words), only, **EXACT)
     for row in range(ROWS):
         assert_close(add_bias(logits[row], bias), expected[row], **EXACT)
-        assert_close(
-            allow_packed(logits[row], packed([1, 2, 80], logits.shape[1])), only[row], **EXACT
-        )
         sampler = SamplerState(
             SamplingParams(min_tokens=10), random.Random(0), ids[row].tolist(), 5, frozenset((2, 9))
         )

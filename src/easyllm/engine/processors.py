@@ -8,6 +8,7 @@ value per row.
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,29 +79,27 @@ def bar(logits: Tensor, token_ids: Iterable[int]) -> Tensor:
 
 
 def allow_packed(logits: Tensor, words: Tensor) -> Tensor:
-    """Returns logits [V] with those of tokens that a packed bitmask does not allow set to -inf.
+    """Returns logits [N, V] with those of tokens that packed bitmasks do not allow set to -inf.
 
     Equivalent to `PrefixConstrainedLogitsProcessor`.
 
     Args:
-        logits: [V].
-        words: [⌈V/32⌉] int32, or fewer: bit t mod 32 of word t / 32 is set if token t is allowed.
-
-    Raises:
-        ValueError: the mask has another shape or dtype, or allows ids outside the vocabulary.
+        logits: [N, V].
+        words: [N, ⌈V/32⌉] int32 on the CPU: bit t mod 32 of word t / 32 is set if token t is
+            allowed.
     """
-    if words.dtype != torch.int32 or words.ndim != 1:
-        raise ValueError(
-            f"a token mask is {list(words.shape)} {words.dtype}, expected [words] int32"
-        )
-    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
-    bits = ((words[:, None] >> shifts) & 1).flatten().to(logits.device, torch.bool)
-    if bool(bits[len(logits) :].any()):
-        raise ValueError(f"a token mask allows ids beyond the model's {len(logits)} ids")
-    allowed = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    known = min(len(bits), len(logits))
-    allowed[:known] = bits[:known]
-    return logits.masked_fill(~allowed, NEG_INF)
+    return logits.masked_fill(~_unpacked(words, logits), NEG_INF)
+
+
+def _unpacked(words: Tensor, logits: Tensor) -> Tensor:
+    """Returns bitmasks as [N, V] bool on the device of the logits."""
+    if logits.device.type == "cpu":  # several times faster than shifts
+        octets = words.numpy().astype("<i4", copy=False).view(np.uint8)
+        bits = torch.from_numpy(np.unpackbits(octets, axis=1, bitorder="little")).view(torch.bool)
+    else:
+        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+        bits = ((words.to(logits.device)[:, :, None] >> shifts) & 1).flatten(1).to(torch.bool)
+    return bits[:, : logits.shape[1]]
 
 
 def scale(logits: Tensor, temperature: Setting) -> Tensor:

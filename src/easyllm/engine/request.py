@@ -1,6 +1,7 @@
 """Requests and token events: the engine's input and output types."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -29,6 +30,16 @@ class TokenMask(Protocol):
 
     def advance(self, token_id: int) -> None:
         """Updates the state with a token that was appended to the completion, including EOS."""
+
+
+class MaskComputer(Protocol):
+    """Computes the masks of several completions at once, which is faster than one by one.
+
+    A mask names it as its attribute `computer`; the engine calls `compute` before `mask`.
+    """
+
+    def compute(self, masks: Sequence[TokenMask], /) -> None:
+        """Computes what `mask` of each of the masks will return."""
 
 
 class MaskSource(Protocol):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from easyllm.engine.masks import checked_words
 from easyllm.engine.params import SamplingParams
 from easyllm.engine.processors import (
     add_bias,
@@ -73,7 +74,7 @@ class SamplerState:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether `process` changes the next token's logits (`apply_sampling_filters` aside)."""
+        """Whether `process` changes the next token's logits."""
         p = self.params
         return bool(
             p.logit_bias
@@ -82,7 +83,6 @@ class SamplerState:
             or p.frequency_penalty
             or p.no_repeat_ngram_size
             or self.num_output < p.min_tokens
-            or self.mask is not None
             or self.failed
         )
 
@@ -97,7 +97,7 @@ class SamplerState:
                 self.failed = True
 
     def process(self, logits: Tensor) -> Tensor:
-        """Applies bias, penalties, n-gram ban, minimum length and mask to the logits [V].
+        """Applies bias, penalties, n-gram ban and minimum length to the logits [V].
 
         The order is that of Hugging Face's `generate`. If processing fails, all logits are -inf,
         which ends this completion only.
@@ -137,16 +137,22 @@ class SamplerState:
             logits = bar(logits, repeated_ngrams(own, p.no_repeat_ngram_size))
         if self.num_output < p.min_tokens:
             logits = bar(logits, self.end_ids)
-        return logits if self.mask is None else _masked(self.mask, logits)
+        return logits
 
+    def allowed(self, vocab_size: int) -> Tensor | None:
+        """Returns the mask's bitmask [⌈V/32⌉] int32 on the CPU; None if all tokens are allowed.
 
-def _masked(mask: TokenMask, logits: Tensor) -> Tensor:
-    """Returns logits [V] with those of tokens that the mask does not allow set to -inf."""
-    try:
-        words = mask.mask()
-        return logits if words is None else allow_packed(logits, words)
-    except Exception as error:
-        raise RuntimeError("a token mask failed") from error
+        If the mask fails, it allows nothing, which ends this completion only.
+        """
+        if self.mask is None or self.failed:
+            return None
+        try:
+            words = self.mask.mask()
+            return None if words is None else checked_words(words, vocab_size)
+        except Exception:
+            logger.exception("a token mask failed; its completion ends")
+            self.failed = True
+            return torch.zeros(-(-vocab_size // 32), dtype=torch.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,16 +199,13 @@ def sample_tokens(
     Returns:
         The choice for each row.
     """
-    changed = [row for row, sampler in enumerate(samplers) if sampler.changes_logits]
-    processed, ended = logits, set[int]()
-    if changed:
-        processed = logits.clone()
-        for row in changed:
-            processed[row] = samplers[row].process(logits[row])
-        ended = {row for row in changed if bool((processed[row] == float("-inf")).all())}
+    processed = _process(logits, samplers)
+    ids, ended = processed.argmax(-1), set[int]()
+    if processed is not logits:
+        best = processed.gather(1, ids[:, None]).squeeze(1).tolist()
+        ended = {row for row, value in enumerate(best) if value == float("-inf")}
         for row in ended:
             processed[row] = logits[row]
-    ids = processed.argmax(-1)
     drawn = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
@@ -223,6 +226,25 @@ def sample_tokens(
         )
         for row, token in enumerate(tokens)
     ]
+
+
+def _process(logits: Tensor, samplers: Sequence[SamplerState]) -> Tensor:
+    """Returns logits [N, V] after the processors and masks; the same tensor if nothing changes."""
+    processed = logits
+    changed = [row for row, sampler in enumerate(samplers) if sampler.changes_logits]
+    if changed:
+        processed = logits.clone()
+        for row in changed:
+            processed[row] = samplers[row].process(logits[row])
+    words = {row: sampler.allowed(logits.shape[1]) for row, sampler in enumerate(samplers)}
+    masked = [row for row, each in words.items() if each is not None]
+    if not masked:
+        return processed
+    packed = torch.stack([each for each in words.values() if each is not None])
+    if len(masked) == len(samplers):
+        return allow_packed(processed, packed)
+    rows = torch.tensor(masked, device=logits.device)
+    return processed.index_copy(0, rows, allow_packed(processed[rows], packed))
 
 
 def apply_sampling_filters(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -33,6 +33,9 @@ class TokenBytes:
             and of SentencePiece with byte fallback are recognised; with any other, the token is
             decoded after a letter.
 
+    Attributes:
+        decoder_kinds: types of the backend's decoder and of those in it.
+
     Example:
         TokenBytes(backend)(token_id)     # b" Paris", b"\\xe4\\xbd"
     """
@@ -40,6 +43,7 @@ class TokenBytes:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         kinds = _kinds(json.loads(backend.decoder.__getstate__())) if backend.decoder else set()
+        self.decoder_kinds = frozenset(kinds)
         self._letters = byte_values() if "ByteLevel" in kinds else None
         self._has_byte_pieces = "ByteFallback" in kinds
         self._anchor, self._anchor_text = _anchor(backend)

@@ -1,0 +1,272 @@
+"""Guided decoding: compiles guides to token masks with llguidance.
+
+llguidance walks the tokens of a vocabulary, stored as a trie of their bytes, through an Earley
+parser whose terminals are derivatives of regular expressions, and returns the tokens with which
+some accepted text continues.
+
+A completed guide allows only EOS; one that may also continue allows EOS among others. What cannot
+be honoured exactly is refused when the guide is compiled; nothing is ignored.
+"""
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import gbnf_to_lark
+from torch import Tensor
+
+from easyllm.core.json_types import Json
+from easyllm.engine.guide_grammar import (
+    choice_grammar,
+    regex_grammar,
+    schema_grammar,
+    user_grammar,
+    with_checked_schemas,
+)
+from easyllm.engine.guide_spec import GuideError, GuideSpec, is_gbnf
+from easyllm.engine.guide_vocabulary import VocabularyBytes
+from easyllm.engine.request import MaskSource, TokenMask
+from easyllm.tokenizer.tokenizer import Tokenizer
+
+CACHE_SIZE = 128
+"""Number of compiled guides to keep."""
+MAX_THREADS = 8
+LIMITS = LLParserLimits(verbose_errors=False)
+"""Bounds of the work for one guide and for one mask, in units of llguidance; a mask that exceeds
+them ends its completion as cancelled."""
+OPTIONS = '%llguidance {"no_forcing": true}\n'
+"""A token is not forced where only one text is possible: the model chooses among the tokenizations
+of this text. Forcing would call the Python tokenizer from llguidance's threads, and SentencePiece
+tokenizers put a blank before the text."""
+
+
+class Guides:
+    """Compiles guides for one tokenizer; may be used from several threads at once.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        vocab_size: number of ids of the model; ids without a token are never allowed.
+        eos_ids: the model's EOS ids, with which a guided completion ends.
+
+    Raises:
+        GuideError: there is no EOS id, or the bytes of tokens depend on their neighbours.
+
+    Example:
+        guides = Guides(tokenizer, vocab_size=model.config.vocab_size, eos_ids=(2,))
+        request = Request(..., mask=guides.compile(GuideSpec(regex="[0-9]{4}")))
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_ids: Iterable[int]) -> None:
+        self._vocabulary = VocabularyBytes(tokenizer, vocab_size, eos_ids)
+        self._tokenizer = LLTokenizer(
+            TokenizerWrapper(self._vocabulary), eos_token=list(self._vocabulary.eos_ids)
+        )
+        self._masks = _MaskComputer(self._vocabulary)
+        self._compiled: OrderedDict[str, _Guide] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, spec: GuideSpec) -> MaskSource:
+        """Returns the masks of a guide, from the cache if it was compiled before.
+
+        Raises:
+            GuideError: the guide is too complex, accepts no text, or contains something that cannot
+                be honoured; the message names it.
+        """
+        return self._cached(spec.key, lambda: self._grammar(spec))
+
+    def compile_lark(self, text: str) -> MaskSource:
+        """Returns the masks of a grammar of our own, which may name special tokens.
+
+        Args:
+            text: a grammar in llguidance's dialect of Lark. The schemas in it (`%json {...}`) may
+                come from users: they are checked as by `compile`.
+
+        Raises:
+            GuideError: as for `compile`.
+        """
+        return self._cached(f"lark:{text}", lambda: with_checked_schemas(text))
+
+    def _cached(self, key: str, grammar: Callable[[], str]) -> MaskSource:
+        with self._lock:
+            found = self._compiled.get(key)
+            if found is not None:
+                self._compiled.move_to_end(key)
+                return found
+        # without the lock: a large guide must not hold up the requests of others
+        made = self._build(grammar())
+        with self._lock:
+            self._compiled[key] = made
+            while len(self._compiled) > CACHE_SIZE:
+                self._compiled.popitem(last=False)
+        return made
+
+    def _build(self, grammar: str) -> "_Guide":
+        with _panics_as_errors():
+            matcher = LLMatcher(self._tokenizer, OPTIONS + grammar, log_level=0, limits=LIMITS)
+            warnings = [] if matcher.is_error() else matcher.get_grammar_warnings()
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # also finds out whether any token can begin
+        if matcher.is_error():
+            raise _error_of(matcher.get_error())
+        if warnings:
+            raise _error_of(warnings[0])
+        return _Guide(matcher, self._masks)
+
+    def _grammar(self, spec: GuideSpec) -> str:
+        """Returns the grammar of a guide, after checking that its texts can be spelled."""
+        for text in _needed_texts(spec):
+            if missing := self._vocabulary.missing_characters(text):
+                raise GuideError(
+                    f"the model's tokenizer has no token for {missing[0]!r}, which {text[:60]!r} "
+                    "contains; leave it out, or use a model whose tokenizer has all bytes"
+                )
+        if spec.json_schema is not None:
+            return schema_grammar(spec.json_schema)
+        if spec.regex is not None:
+            return regex_grammar(spec.regex)
+        if spec.choice:
+            return choice_grammar(spec.choice)
+        if spec.grammar is not None:
+            return user_grammar(_lark_of(spec.grammar))
+        return schema_grammar({"type": "object"})
+
+
+class _Guide:
+    """A compiled guide: a matcher that has read nothing, copied for each completion."""
+
+    def __init__(self, matcher: LLMatcher, masks: "_MaskComputer") -> None:
+        self._matcher, self._masks = matcher, masks
+        self._lock = threading.Lock()  # a matcher may not be used by two threads at once
+
+    def start(self) -> TokenMask:
+        """Returns the mask of a completion that has no token yet."""
+        with self._lock:
+            return GuideMask(self._matcher.deep_copy(), self._masks)
+
+
+class GuideMask:
+    """The tokens that a guide allows next in one completion.
+
+    Args:
+        matcher: the state of the guide.
+        computer: computes the masks of several completions at once.
+
+    Attributes:
+        words: the next mask, if it is computed already.
+    """
+
+    def __init__(self, matcher: LLMatcher, computer: "_MaskComputer") -> None:
+        self.matcher, self.computer = matcher, computer
+        self.words: Tensor | None = None
+        self._ended = False
+
+    def mask(self) -> Tensor:
+        """Returns a bitmask [⌈V/32⌉] int32 of the tokens allowed next; none after EOS.
+
+        Raises:
+            GuideError: the state is too complex, or no token of the vocabulary continues the text.
+        """
+        if self._ended:
+            return torch.zeros(self.computer.num_words, dtype=torch.int32)
+        if self.words is None:
+            self.computer.compute([self])
+        # after an error, llguidance allows EOS, which would look like a regular end
+        if self.matcher.is_error():
+            raise _error_of(self.matcher.get_error())
+        assert self.words is not None, "it was computed"
+        return self.words
+
+    def advance(self, token_id: int) -> None:
+        """Reads a token that was appended to the completion.
+
+        Raises:
+            GuideError: the guide does not allow it.
+        """
+        self.words = None
+        self._ended = self._ended or token_id in self.computer.eos_ids
+        if not self.matcher.consume_token(token_id):
+            raise _error_of(self.matcher.get_error())
+
+
+class _MaskComputer:
+    """Computes the masks of several completions in parallel, without the interpreter's lock."""
+
+    def __init__(self, vocabulary: VocabularyBytes) -> None:
+        self.num_words = -(-len(vocabulary.tokens) // 32)
+        self.eos_ids = frozenset(vocabulary.eos_ids)
+        self._known = vocabulary.known_words()
+        self._executor = LLExecutor(num_threads=min(torch.get_num_threads(), MAX_THREADS))
+
+    def compute(self, masks: Sequence[GuideMask]) -> None:
+        """Computes the next mask of each completion and stores it in `words`."""
+        words = torch.zeros((len(masks), self.num_words), dtype=torch.int32)
+        self._executor.unsafe_compute_mask_ptr(
+            [(mask.matcher, row) for row, mask in enumerate(masks)],
+            words.data_ptr(),
+            self.num_words * words.itemsize,
+            len(masks),
+        )
+        if self._known is not None:
+            words &= self._known
+        for mask, row in zip(masks, words, strict=True):
+            mask.words = row
+
+
+def _lark_of(grammar: str) -> str:
+    """Returns a grammar as Lark, converted if it is GBNF.
+
+    Raises:
+        GuideError: it is not valid GBNF.
+    """
+    if not is_gbnf(grammar):
+        return grammar
+    try:
+        return str(gbnf_to_lark(grammar)).removeprefix("%llguidance {}")
+    except Exception as error:  # of any type: it is parsed by plain Python code
+        raise GuideError(f"the GBNF grammar is invalid: {error}; correct it") from error
+
+
+def _needed_texts(spec: GuideSpec) -> Iterator[str]:
+    """Yields texts that a completion, or a value in it, may have to contain."""
+    yield from spec.choice
+    pending: list[Json] = [spec.json_schema]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            texts = [node.get("const"), *_listed(node.get("required"))]
+            yield from (text for text in texts if isinstance(text, str))
+            pending += node.values()
+        elif isinstance(node, list):
+            pending += node
+
+
+def _listed(value: Json) -> list[Json]:
+    return value if isinstance(value, list) else []
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Turns a panic of llguidance, which is no `Exception`, into a `GuideError`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _error_of(str(error)) from error
+
+
+def _error_of(message: str) -> GuideError:
+    """Returns the error for a message of llguidance, without its listing of the grammar."""
+    lines = [line for line in message.splitlines() if not re.match(r"\s*(\d+ \||\^)", line)]
+    text = " ".join(" ".join(lines).split())
+    text = re.sub(
+        r"^at \d+\(\d+\): |failed to compile JSON schema: | ?<(state|non-verbose).*", "", text
+    )
+    if text.startswith("NoExtension"):
+        text = "no text of the model's vocabulary satisfies it"
+    shown = text if len(text) <= 300 else f"{text[:297]}..."
+    return GuideError(f"the guide cannot be honoured: {shown}; change it")
