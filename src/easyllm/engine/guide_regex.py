@@ -230,7 +230,7 @@ class _Translator:
             digits = self.hexadecimal(4)
         value = int(digits, 16) if digits else -1
         if not 0 <= value <= 0x10FFFF or 0xD800 <= value <= 0xDFFF:
-            raise self.refusal(r"a \u escape that is no character (write the character itself)")
+            raise self.refusal(r"a \u escape of a surrogate (write the character itself)")
         return f"\\u{{{digits}}}"
 
     def hexadecimal(self, count: int) -> str:

@@ -35,7 +35,7 @@ from easyllm.engine.guide_regex import narrows
 from easyllm.engine.guide_spec import MAX_SCHEMA_DEPTH, GuideError, depth_exceeds
 
 VALUES_OF_USERS = ("const", "enum", "default", "examples")
-"""Keywords whose values are no schemas."""
+"""Keywords whose values are data, not schemas."""
 APPLICATORS = frozenset(("allOf", "anyOf", "oneOf", "$ref", "const", "enum"))
 """Keywords to place after all others: llguidance applies keywords before and after one of these
 separately, and then ignores `additionalItems` apart from its `items`."""

@@ -66,16 +66,17 @@ class VocabularyBytes:
 
     def missing_characters(self, text: str) -> str:
         """Returns the characters of a text that no sequence of tokens contains."""
-        if self._has_all_bytes:
-            return ""
-        return "".join(c for c in dict.fromkeys(text) if c not in self._characters)
+        return "".join(c for c in dict.fromkeys(text) if not self._has_character(c))
+
+    def _has_character(self, character: str) -> bool:
+        by_bytes = all(bytes([value]) in self._plain for value in character.encode())
+        return by_bytes or character in self._characters
 
     @cached_property
-    def _has_all_bytes(self) -> bool:
-        return {bytes([value]) for value in range(256)} <= set(self.tokens)
+    def _plain(self) -> frozenset[bytes]:
+        special = set(self.special_token_ids)
+        return frozenset(each for i, each in enumerate(self.tokens) if i not in special)
 
     @cached_property
     def _characters(self) -> frozenset[str]:
-        special = set(self.special_token_ids)
-        plain = (each for i, each in enumerate(self.tokens) if i not in special)
-        return frozenset().union(*(each.decode(errors="ignore") for each in plain))
+        return frozenset().union(*(each.decode(errors="ignore") for each in self._plain))

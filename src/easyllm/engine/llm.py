@@ -1,8 +1,9 @@
 """Offline (in-process) inference: prompts in, completions out."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from easyllm.engine.completion import Completion
 from easyllm.engine.draft_model import ModelDrafter
 from easyllm.engine.embedding import Pooling, embed
 from easyllm.engine.engine import Engine
+from easyllm.engine.guide_spec import GuideSpec, check_guided_params
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
-from easyllm.engine.options import LLMOptions
+from easyllm.engine.options import LLMOptions, refuse_loading_options
 from easyllm.engine.params import BeamParams, SamplingParams
-from easyllm.engine.request import Request, TokenEvent
+from easyllm.engine.request import MaskSource, Request, TokenEvent
 from easyllm.engine.speculative import Drafter, NgramDrafter
 from easyllm.models.adapted import apply_adapter, load_adapted, split_adapter
 from easyllm.models.context import ContextConfig
@@ -31,27 +33,11 @@ from easyllm.nn.deterministic import rowwise_logprobs
 from easyllm.quant import schemes
 from easyllm.tokenizer.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from easyllm.engine.guided import Guides
+
 Prompt = str | Sequence[int]
-
-
-def _refuse_loading_options(**options: Any) -> None:
-    """Refuses loading options that would have to change a model owned by the caller.
-
-    Raises:
-        ConfigError: such an option is set.
-    """
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        remedy = "pass the option when loading it: load_model(source, ...)"
-        if given == ["quantize"]:
-            remedy += (
-                f', or call quantize_weights(model, "{options["quantize"]}"), which changes it in '
-                "place"
-            )
-        raise ConfigError(
-            f"{', '.join(given)} would change the model that was passed in, which is already "
-            f"loaded; {remedy}"
-        )
+Guide = GuideSpec | Sequence[GuideSpec | None] | None
 
 
 class LLM:
@@ -136,7 +122,7 @@ class LLM:
                 opened.path, None if opened.gguf is None else opened.gguf.metadata
             )
         else:
-            _refuse_loading_options(
+            refuse_loading_options(
                 dtype=dtype, device=device, context=context, quantize=quantize, adapter=adapter
             )
             self.sampling_defaults = {}
@@ -181,6 +167,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         adapter: str | Sequence[str] = "",
+        guide: Guide = None,
     ) -> list[Completion]:
         """Returns the completions of plain prompts (text or token ids), in the same order.
 
@@ -189,12 +176,15 @@ class LLM:
             params: sampling parameters of all prompts; by default those the model recommends.
             adapter: the name of the adapter to use, or one name per prompt; empty for the base
                 model.
+            guide: the form that completions must have: a specification for all prompts, or one (or
+                None) per prompt.
 
         Raises:
             ConfigError: the engine cannot serve a prompt or an adapter (see `Engine.add`).
+            GuideError: a guide cannot be honoured (see `Guides.compile`).
         """
         params = params or self.default_params
-        return self._run([self.encode(p) for p in prompts], params, adapter)
+        return self._run([self.encode(p) for p in prompts], params, adapter, guide)
 
     @overload
     def chat(
@@ -203,6 +193,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         adapter: str | Sequence[str] = "",
+        guide: Guide = None,
     ) -> Completion: ...
 
     @overload
@@ -212,6 +203,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         adapter: str | Sequence[str] = "",
+        guide: Guide = None,
     ) -> list[Completion]: ...
 
     def chat(
@@ -220,25 +212,27 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         adapter: str | Sequence[str] = "",
+        guide: Guide = None,
     ) -> Completion | list[Completion]:
         """Returns the assistant's next turn, using the model's chat template.
 
         Args:
             messages: one conversation, or a list of conversations.
             params: sampling parameters of all conversations; by default those the model recommends.
-            adapter: as in `generate`.
+            adapter, guide: as in `generate`.
 
         Returns:
             A `Completion` for one conversation, a list of them for a list of conversations.
 
         Raises:
             ConfigError: the engine cannot serve a conversation or an adapter (see `Engine.add`).
+            GuideError: a guide cannot be honoured (see `Guides.compile`).
             DataError: the conversation cannot be encoded (see `encode_chat`).
         """
         many = bool(messages) and isinstance(messages[0], list)
         chats: Any = messages if many else [messages]
         ids = [self.encode_chat(c) for c in chats]
-        done = self._run(ids, params or self.default_params, adapter)
+        done = self._run(ids, params or self.default_params, adapter, guide)
         return done if many else done[0]
 
     @property
@@ -246,9 +240,30 @@ class LLM:
         """The sampling parameters that apply where none are given: those the model recommends."""
         return SamplingParams(**self.sampling_defaults)
 
-    def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[TokenEvent]:
-        """Streams the events of one request."""
-        return self.engine.run([Request(prompt_ids=tuple(prompt_ids), params=params)])
+    def stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, guide: GuideSpec | None = None
+    ) -> Iterator[TokenEvent]:
+        """Streams the events of one request; `guide` is the form that its text must have.
+
+        Raises:
+            GuideError: the guide cannot be honoured (see `Guides.compile`).
+        """
+        mask = self._mask_of(guide, params)
+        return self.engine.run([Request(prompt_ids=tuple(prompt_ids), params=params, mask=mask)])
+
+    @cached_property
+    def guides(self) -> "Guides":
+        """Compiles guides for this model; llguidance is loaded on first access."""
+        from easyllm.engine.guided import Guides
+
+        config = self.model.config
+        return Guides(self.tokenizer, vocab_size=config.vocab_size, eos_ids=config.eos_token_ids)
+
+    def _mask_of(self, guide: GuideSpec | None, params: SamplingParams) -> MaskSource | None:
+        if guide is None:
+            return None
+        check_guided_params(params)
+        return self.guides.compile(guide)
 
     def beam_search(
         self, prompts: Sequence[Prompt], params: BeamParams | None = None
@@ -388,16 +403,28 @@ class LLM:
         return ModelDrafter(draft, count, num_pages=num_pages, page_size=options.page_size)
 
     def _run(
-        self, prompts: list[list[int]], params: SamplingParams, adapter: str | Sequence[str]
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        adapter: str | Sequence[str],
+        guide: Guide,
     ) -> list[Completion]:
         names = [adapter] * len(prompts) if isinstance(adapter, str) else list(adapter)
-        if len(names) != len(prompts):
-            raise ConfigError(
-                f"{len(names)} adapters are named for {len(prompts)} prompts; name one per prompt"
-            )
+        if guide is None or isinstance(guide, GuideSpec):
+            guide = [guide] * len(prompts)
+        for what, given in (("adapters", names), ("guides", guide)):
+            if len(given) != len(prompts):
+                raise ConfigError(
+                    f"{len(given)} {what} are given for {len(prompts)} prompts; give one per prompt"
+                )
         requests = [
-            Request(prompt_ids=tuple(ids), params=params, adapter=name)
-            for ids, name in zip(prompts, names, strict=True)
+            Request(
+                prompt_ids=tuple(ids),
+                params=params,
+                adapter=name,
+                mask=self._mask_of(spec, params),
+            )
+            for ids, name, spec in zip(prompts, names, guide, strict=True)
         ]
         results = {request.id: Completion() for request in requests}
         for event in self.engine.run(requests):

@@ -3,11 +3,12 @@
 This module does not load torch, so that the command line can make its flags from the fields.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, model_validator
 
 from easyllm.core.config import Config
+from easyllm.core.errors import ConfigError
 
 MAX_DRAFT_TOKENS = 16
 
@@ -99,3 +100,23 @@ class LLMOptions(EngineConfig):
     draft_tokens: Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)] = Field(
         4, description="Maximum number of draft tokens per step."
     )
+
+
+def refuse_loading_options(**options: Any) -> None:
+    """Refuses loading options that would have to change a model owned by the caller.
+
+    Raises:
+        ConfigError: such an option is set.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        remedy = "pass the option when loading it: load_model(source, ...)"
+        if given == ["quantize"]:
+            remedy += (
+                f', or call quantize_weights(model, "{options["quantize"]}"), which changes it in '
+                "place"
+            )
+        raise ConfigError(
+            f"{', '.join(given)} would change the model that was passed in, which is already "
+            f"loaded; {remedy}"
+        )
