@@ -2,8 +2,7 @@
 
 A mapped file is read by the operating system, page by page, into memory that all processes with the
 same file share. The mapping is private: a tensor that is changed in place changes neither the file
-nor other processes. For fast products, the pages must be huge (`ops.huge_memory`). File systems
-with large folios have such pages: ext4 from Linux 6.16 on, XFS, tmpfs and others.
+nor other processes.
 
 The header of a file contains a digest of its tensors, so that a damaged file is found before its
 weights are used. It is the SHA-256 of the sums of all blocks of 4 kB: as fast as reading the memory
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor
 
 from easyllm.checkpoint.stream import DTYPES, stream_tensors
-from easyllm.ops.huge_memory import SMALL, huge_empty, in_huge_pages
 
 BLOCK_BYTES = 4096
 """Bytes that are summed; the tensors start at a multiple of it, as pages do."""
@@ -59,8 +57,7 @@ def write_mapped(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def map_tensors(path: Path) -> dict[str, Tensor]:
     """Maps a file that `write_mapped` wrote, and returns its tensors by name.
 
-    The tensors share one storage. It is the mapping, unless the system maps the file in small pages
-    only: products of mapped weights would then be slower, so that they are copied to huge pages.
+    The tensors share one storage, the mapping.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -78,8 +75,6 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError("it has no digest") from None
     if _digest(header.replace(digest, _EMPTY_DIGEST.encode(), 1), data).encode() != digest:
         raise ValueError("its contents do not match its digest")
-    if len(data) >= SMALL and not in_huge_pages(data):
-        data = huge_empty(data.shape, torch.uint8).copy_(data)
     tensors = {}
     for name, record in records.items():
         start, end = record["data_offsets"]

@@ -33,7 +33,13 @@ from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
 from easyllm.nn.position import RotaryPosition
 from easyllm.nn.position_config import DynamicNTKScaling, NoPosition, Rope
 from easyllm.ops.attention_backends import C_PAGES, KEYS_PER_BLOCK
-from easyllm.ops.huge_memory import BufferCache, cached_empty, empty_like_each, return_freed_memory
+from easyllm.ops.huge_memory import (
+    BufferCache,
+    cached_empty,
+    empty_like_each,
+    in_huge_pages,
+    return_freed_memory,
+)
 from easyllm.ops.kernels import kernels_for, structs
 from easyllm.ops.kernels.structs import address
 from easyllm.ops.paged_attention import Pages, paged_call, pages_struct
@@ -55,6 +61,9 @@ FREED_BYTES = 1 << 26
 ARITHMETIC = torch.float32
 """Dtype of all activations, hence of the queries."""
 FIRST_POSITIONS = 4096
+MAPPED_STEPS = 128
+"""Steps after which weights that are mapped from a file in small pages are moved to huge pages: the
+move takes as long as some tens of steps gain."""
 ALIGNMENT = 64
 
 
@@ -83,7 +92,10 @@ class CompiledStep:
         self._model_itself, self._cache = model, (list(key_pages), list(value_pages))
         self._layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
         self._owners = [m for m in model.modules() if isinstance(m, Linear | Embedding)]
-        gather_weights(model)
+        # runs are often shorter than it takes to move weights that are mapped from a file
+        self._moves_after = MAPPED_STEPS if _is_mapped_in_small_pages(model) else None
+        if self._moves_after is None:
+            gather_weights(model)
         self.bind()
         pages = [pages_struct(k, v) for k, v in zip(key_pages, value_pages, strict=True)]
         self._pages = (structs.Pages * len(pages))(*pages)
@@ -159,6 +171,7 @@ class CompiledStep:
         if rows == 0:
             return logits
         self._check(token_ids, positions, page_table, key_lengths)
+        self._move_mapped_weights()
         if [_weight_of(owner).data_ptr() for owner in self._owners] != self._addresses:
             self.bind()
         self._extend_rope_tables(max(positions) + 1)
@@ -177,6 +190,17 @@ class CompiledStep:
         assert kernels is not None, "unsupported_reason() requires kernels"
         kernels.decode_step(self._model, batch, self._workspace(kernels, batch))
         return logits
+
+    def _move_mapped_weights(self) -> None:
+        """Moves weights that are mapped in small pages to huge ones, after `MAPPED_STEPS` steps."""
+        if self._moves_after is None:
+            return
+        self._moves_after -= 1
+        if self._moves_after == 0:
+            self._moves_after = None
+            if self._model_itself.maps_weights:  # no other engine has moved them
+                gather_weights(self._model_itself, again=True)
+                self._model_itself.maps_weights = False
 
     def _check(
         self,
@@ -297,15 +321,19 @@ def _most_rows(model: Decoder) -> int:
     return MAX_BF16_ROWS_AMX if has_unit or "bf16" in cpu_features() else MAX_BF16_ROWS
 
 
-def gather_weights(model: Decoder) -> None:
+def gather_weights(model: Decoder, *, again: bool = False) -> None:
     """Moves the weights of all linears and the embedding into one buffer, in the order of use.
 
     Each old weight is freed before the next is moved, so that the weights are never all in memory
     twice.
+
+    Args:
+        model: the model.
+        again: whether to move weights that are in one buffer already.
     """
     owners = [m for m in model.modules() if isinstance(m, Linear | Embedding)]
-    if len({_weight_of(owner).untyped_storage().data_ptr() for owner in owners}) == 1:
-        return  # another engine has already gathered them
+    if not again and _are_together(owners):
+        return  # another engine has already gathered them, or they are mapped from a file
     # inference tensors only if the old weights were: inference tensors cannot be trained
     with torch.inference_mode(_weight_of(owners[0]).is_inference()), torch.no_grad():
         new_weights, freed = empty_like_each([_weight_of(owner) for owner in owners]), 0
@@ -316,6 +344,17 @@ def gather_weights(model: Decoder) -> None:
                 return_freed_memory()
                 freed = 0
             owner.storage.payload = weight
+
+
+def _are_together(owners: Sequence[Linear | Embedding]) -> bool:
+    return len({_weight_of(owner).untyped_storage().data_ptr() for owner in owners}) == 1
+
+
+def _is_mapped_in_small_pages(model: Decoder) -> bool:
+    """Whether the weights are mapped from one file, and not in huge pages."""
+    owners = [holder for _, holder in model.weight_modules()]
+    mapped = model.maps_weights and _are_together(owners)
+    return mapped and not in_huge_pages(_weight_of(owners[0]))
 
 
 def _weight_of(owner: Linear | Embedding) -> Tensor:

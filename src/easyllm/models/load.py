@@ -102,14 +102,21 @@ class OpenSource:
             CheckpointError: the tensors do not match the configuration.
         """
         cached = self._cached(dtype, device, quantize) if weight_cache else None
-        if cached is not None and quantize is not None:
-            model = self.skeleton()
-            if cached.load(model, self.packed_layers(model, quantize), device):
-                return model.requires_grad_(False).eval()
-        model = self._read(dtype, device, quantize)
-        if cached is not None:
-            cached.store(model)
-        return model
+        if cached is None or quantize is None:
+            return self._read(dtype, device, quantize)
+        found = self._mapped(cached, device, quantize)
+        if found is None:
+            found = self._read(dtype, device, quantize)
+            if cached.store(found):  # other processes share the mapped weights
+                found = self._mapped(cached, device, quantize) or found
+        return found
+
+    def _mapped(self, cached: CachedWeights, device: torch.device, quantize: str) -> Decoder | None:
+        """Builds the model with weights of the cache; None if they are not there."""
+        model = self.skeleton()
+        if not cached.load(model, self.packed_layers(model, quantize), device):
+            return None
+        return model.requires_grad_(False).eval()
 
     def _cached(
         self, dtype: torch.dtype | None, device: torch.device, quantize: str | None

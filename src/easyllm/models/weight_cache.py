@@ -139,6 +139,7 @@ class CachedWeights:
         try:
             tensors = map_tensors(path)
             _set_weights(model, packed, {name: t.to(device) for name, t in tensors.items()})
+            model.maps_weights = device.type == "cpu"
         except OSError as error:
             logger.debug("no weights in the cache: %s", error)
             return False
@@ -155,14 +156,15 @@ class CachedWeights:
             os.utime(path)  # the entry has been used
         return True
 
-    def store(self, model: Decoder) -> None:
-        """Writes a model's weights to the cache; where that is not possible, does nothing."""
+    def store(self, model: Decoder) -> bool:
+        """Writes a model's weights to the cache, where that is possible.
+
+        Returns:
+            Whether the cache contains the weights now.
+        """
         tensors = _weights_of(model)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if size < MIN_BYTES:
-            return
         try:
-            reason = self._refusal(size)
+            reason = self._refusal(sum(tensor.nbytes for tensor in tensors.values()))
             if reason is None:
                 self._write(tensors)
                 remove_oldest(self.max_bytes, keep=self.folder)
@@ -170,9 +172,12 @@ class CachedWeights:
             reason = str(error)
         if reason is not None:
             logger.debug("the quantized weights are not stored: %s", reason)
+        return reason is None
 
     def _refusal(self, size: int) -> str | None:
         """Returns why weights of `size` bytes are not stored; None if they are."""
+        if size < MIN_BYTES:
+            return "they are small"
         if size > self.max_bytes:
             return f"{size:,} bytes are more than {SIZE_VARIABLE} allows"
         if tuple(FileState.of(Path(state.path)) for state in self.files) != self.files:

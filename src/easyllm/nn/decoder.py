@@ -163,6 +163,7 @@ class Decoder(nn.Module):
         self.adapter_sets: dict[str, Any] = {}  # attached adapters by name (`adapters.AdapterSet`)
         self.merges: list[Any] = []  # merges that can be undone (`adapters.merging.Merge`)
         self.adapter_changes = 0  # count of attached or removed adapters, checked by engines
+        self.maps_weights = False  # whether the weights are pages of a file that other models share
 
     @property
     def device(self) -> torch.device:

@@ -142,13 +142,16 @@ def _tensor_on(
 
 
 def in_huge_pages(tensor: Tensor) -> bool:
-    """Returns whether most of the memory of a CPU tensor is mapped in huge pages.
+    """Returns whether most of the memory of a CPU tensor's storage is mapped in huge pages.
 
-    Memory that was not touched yet is not. The system tells from Linux 6.7 on (the request
-    PAGEMAP_SCAN of /proc/self/pagemap); elsewhere the result is False.
+    Memory that was not touched yet is not. Pages of a file are if the file system has large folios
+    (XFS, tmpfs, ext4 from Linux 6.16 on) and memory was not fragmented when the file was read. The
+    system tells from Linux 6.7 on (the request PAGEMAP_SCAN of /proc/self/pagemap); elsewhere the
+    result is False.
     """
-    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    end = -(-(tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    storage = tensor.untyped_storage()
+    start = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    end = -(-(storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE) * mmap.PAGESIZE
     found = (ctypes.c_uint64 * (3 * _MAX_REGIONS))()
     request = struct.pack(
         "12Q",

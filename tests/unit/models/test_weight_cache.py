@@ -207,6 +207,7 @@ def test_a_damaged_file_is_replaced_with_a_warning(folder, caplog, quantizing_fa
     data = bytearray(path.read_bytes())
     data[-7] ^= 1
     damaged = {"a byte": data, "the end": data[:-100], "everything": b""}[damage]
+    path.unlink()  # the first model still maps the file
     path.write_bytes(damaged)
     again = quantized(folder)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -219,6 +220,7 @@ def test_a_damaged_file_is_replaced_with_a_warning(folder, caplog, quantizing_fa
 def test_a_file_with_other_tensors_is_replaced(folder, caplog):
     first = quantized(folder)
     (path,) = entries()
+    path.unlink()
     weight_cache.write_mapped(path, {"norm.weight": torch.ones(32)})
     assert_equal(quantized(folder), first)
     assert "damaged" in caplog.text
@@ -338,6 +340,12 @@ def test_nothing_is_written_while_another_process_writes_the_entry(folder):
         process.kill()
     quantized(folder)
     assert entries() == [path]
+
+
+def test_a_model_that_was_just_stored_is_mapped(folder):
+    assert quantized(folder).maps_weights
+    assert quantized(folder).maps_weights
+    assert not quantized(folder, weight_cache=False).maps_weights
 
 
 def test_removing_the_cache_does_not_disturb_a_loaded_model(folder, cache):
