@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 from easyllm.cli.options import FlagGroup, Values, option
+from easyllm.core.garbage import collector_paused, importing
 from easyllm.engine.options import LLMOptions
 from easyllm.engine.params import BeamParams, SamplingParams
 
@@ -42,9 +43,11 @@ def sampling_params(values: Values) -> SamplingParams:
 
 def load_llm(model: str, *, quiet: bool = False, **options: Any) -> "LLM":
     """Loads a model for generation; prints one line about its memory use on standard error."""
-    from easyllm.engine import LLM
-
-    llm = LLM(model, **{name: value for name, value in options.items() if value is not None})
+    with importing():
+        from easyllm.engine import LLM
+    given = {name: value for name, value in options.items() if value is not None}
+    with collector_paused():
+        llm = LLM(model, **given)
     if not quiet:
         sys.stderr.write(f"{llm.engine.memory.line()}\n")
     return llm

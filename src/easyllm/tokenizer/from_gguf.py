@@ -53,21 +53,23 @@ _LIKE_LLAMA3 = (
     "midm-2.0",
     "lfm2",
 )
-END_TEXTS = (
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eom_id|>",
-    "<EOT>",
-    "_<EOT>",
-    "[EOT]",
-    "<｜end▁of▁sentence｜>",
-    "<end_of_utterance>",
-    "<|return|>",
-    "<|call|>",
+END_TEXTS = frozenset(
+    {
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "<｜end▁of▁sentence｜>",
+        "<end_of_utterance>",
+        "<|return|>",
+        "<|call|>",
+    }
 )
 """Texts of tokens that are always treated as EOS and as control tokens, whatever the file says."""
 
@@ -117,7 +119,7 @@ def backend_from_gguf(metadata: JsonObject) -> Tokenizer:
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
+    if not isinstance(tokens, list) or set(map(type, tokens)) - {str}:
         raise CheckpointError("the GGUF file contains no tokenizer; use a file that contains one")
     if kind == "gpt2":
         backend = _byte_level_bpe(tokens, metadata)
@@ -188,7 +190,7 @@ def _byte_level_bpe(tokens: list[str], metadata: JsonObject) -> Tokenizer:
             f"{', '.join(PRE_TOKENIZERS)}: load the model's own folder with tokenizer.json instead"
         )
     merges = [tuple(line.split(" ", 1)) for line in metadata.get("tokenizer.ggml.merges", [])]
-    if any(len(pair) != 2 for pair in merges):
+    if set(map(len, merges)) - {2}:
         raise CheckpointError("the GGUF file's merges are damaged; download or convert it again")
     vocab = {token: index for index, token in enumerate(tokens)}
     try:
