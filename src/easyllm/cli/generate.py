@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from easyllm.cli.adapter import AdapterFolder
+from easyllm.cli.guide import GUIDE, guide_of, warn_if_cut
 from easyllm.cli.models import LogN, Model, Rope, RopeFactor, Sinks, Window, context_config
 from easyllm.cli.options import Values, with_flags
 from easyllm.cli.output import JsonFlag, print_json
@@ -19,6 +20,7 @@ from easyllm.cli.sampling import (
     sampling_params,
 )
 from easyllm.core.json_types import JsonObject
+from easyllm.engine.guide_spec import GuideSpec
 from easyllm.engine.params import BeamParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     sampling: Annotated[Values, SAMPLING.starting(temperature=0.0, max_tokens=64)],
     loading: Annotated[Values, LOADING],
+    guided: Annotated[Values, GUIDE],
     beams: Beams = 0,
     length_penalty: LengthPenalty = 1.0,
     rope: Rope = None,
@@ -64,6 +67,10 @@ def generate(
 
         easyllm generate smollm2 "Once upon a time" --quantize int4
 
+        easyllm generate smollm2 "Is Paris in France?" --chat --choice yes --choice no
+
+        easyllm generate smollm2 "A person:" --json-schema person.json --max-tokens 200
+
         easyllm generate smollm2 "$(cat long.txt)" --rope yarn --rope-factor 2
 
         easyllm generate smollm2 "Hello" --rope streaming --window 1020 --max-tokens 20000
@@ -78,6 +85,11 @@ def generate(
         _check_sampling(params)
     elif loading.get("draft") is not None:
         raise ConfigError("beam search does not use speculative decoding; leave out --draft")
+    guide = guide_of(guided)
+    if guide is not None and beam_params is not None:
+        raise ConfigError(
+            f"beam search cannot be guided; leave out --beams or --{guide.kind.replace('_', '-')}"
+        )
     copies = max(params.num_sequences, beams)
     llm = load_llm(
         model,
@@ -92,9 +104,11 @@ def generate(
     if beam_params is not None:
         (done,) = llm.beam_search([ids], beam_params)
     else:
-        done = _stream(llm, ids, params, shown=not json_output and params.n == 1)
+        done = _stream(llm, ids, params, guide, shown=not json_output and params.n == 1)
     seconds = time.perf_counter() - start
     every = [done, *done.others]
+    for each in every:
+        warn_if_cut(each, guide)
     if json_output:
         tokens = sum(len(each.token_ids) for each in every)
         figures = {"prompt_tokens": len(ids), "tokens_per_s": round(tokens / seconds, 1)}
@@ -120,6 +134,7 @@ def chat(
         ).starting(temperature=0.7, top_p=0.95, max_tokens=512),
     ],
     loading: Annotated[Values, LOADING],
+    guided: Annotated[Values, GUIDE],
     adapter: AdapterFolder = None,
 ) -> None:
     """Chat with a model in the terminal; an empty line or Ctrl-D quits.
@@ -135,8 +150,10 @@ def chat(
         easyllm chat runs/mine/adapter
 
         printf 'What is Easyllm?\\n' | easyllm chat runs/mine/adapter
+
+        easyllm chat --regex '[A-Z][a-z ]{1,60}[.]'
     """
-    params = sampling_params(sampling)
+    params, guide = sampling_params(sampling), guide_of(guided)
     # the cache of a single conversation
     llm = load_llm(model, max_running=1, adapter=adapter, **loading)
     messages: list[JsonObject] = [{"role": "system", "content": system}] if system else []
@@ -149,7 +166,7 @@ def chat(
             break
         messages.append({"role": "user", "content": line})
         answer = ""
-        for event in llm.stream(llm.encode_chat(messages), params):
+        for event in llm.stream(llm.encode_chat(messages), params, guide=guide):
             answer += event.text
             sys.stdout.write(event.text)
             sys.stdout.flush()
@@ -157,12 +174,14 @@ def chat(
         messages.append({"role": "assistant", "content": answer})
 
 
-def _stream(llm: "LLM", ids: list[int], params: SamplingParams, *, shown: bool) -> "Completion":
+def _stream(
+    llm: "LLM", ids: list[int], params: SamplingParams, guide: GuideSpec | None, *, shown: bool
+) -> "Completion":
     """Returns the completion; prints its text as it is generated if `shown`."""
     from easyllm.engine import Completion
 
     done = Completion()
-    for event in llm.stream(ids, params):
+    for event in llm.stream(ids, params, guide=guide):
         done.take(event)
         if shown:
             sys.stdout.write(event.text)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from easyllm.core.json_types import Json
 from easyllm.engine.guide_regex import portable_regex
 from easyllm.engine.guide_schema import prepare_schema
-from easyllm.engine.guide_spec import GuideError
+from easyllm.engine.guide_spec import GuideError, GuideSpec, is_gbnf
 
 JSON_OPTIONS = {
     "whitespace_flexible": False,
@@ -39,6 +39,21 @@ _PIECE = re.compile(
     |(?P<other>[^"/<%@\#]+|.)""",
     re.VERBOSE | re.DOTALL,
 )
+
+
+def guide_grammar(spec: GuideSpec) -> str:
+    """Returns the grammar of a guide; loads llguidance only to convert GBNF.
+
+    Raises:
+        GuideError: the guide contains something that cannot be honoured.
+    """
+    if spec.regex is not None:
+        return regex_grammar(spec.regex)
+    if spec.choice:
+        return choice_grammar(spec.choice)
+    if spec.grammar is not None:
+        return user_grammar(_as_lark(spec.grammar))
+    return schema_grammar({"type": "object"} if spec.json_object else spec.json_schema)
 
 
 def schema_grammar(schema: Json) -> str:
@@ -126,6 +141,22 @@ def with_checked_schemas(lark: str) -> str:
         else:
             parts.append(f"%{text}" if kind == "directive" else text)
     return "".join(parts)
+
+
+def _as_lark(grammar: str) -> str:
+    """Returns a grammar as Lark, converted if it is GBNF.
+
+    Raises:
+        GuideError: it is not valid GBNF.
+    """
+    if not is_gbnf(grammar):
+        return grammar
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return str(gbnf_to_lark(grammar)).removeprefix("%llguidance {}")
+    except Exception as error:  # of any type: it is parsed by plain Python code
+        raise GuideError(f"the GBNF grammar is invalid: {error}; correct it") from error
 
 
 def _pieces(lark: str) -> Iterator[tuple[str, str]]:

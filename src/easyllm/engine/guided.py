@@ -16,18 +16,11 @@ from contextlib import contextmanager
 
 import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from llguidance.gbnf_to_lark import gbnf_to_lark
 from torch import Tensor
 
 from easyllm.core.json_types import Json
-from easyllm.engine.guide_grammar import (
-    choice_grammar,
-    regex_grammar,
-    schema_grammar,
-    user_grammar,
-    with_checked_schemas,
-)
-from easyllm.engine.guide_spec import GuideError, GuideSpec, is_gbnf
+from easyllm.engine.guide_grammar import guide_grammar, with_checked_schemas
+from easyllm.engine.guide_spec import GuideError, GuideSpec
 from easyllm.engine.guide_vocabulary import VocabularyBytes
 from easyllm.engine.request import MaskSource, TokenMask
 from easyllm.tokenizer.tokenizer import Tokenizer
@@ -124,15 +117,7 @@ class Guides:
                     f"the model's tokenizer has no token for {missing[0]!r}, which {text[:60]!r} "
                     "contains; leave it out, or use a model whose tokenizer has all bytes"
                 )
-        if spec.json_schema is not None:
-            return schema_grammar(spec.json_schema)
-        if spec.regex is not None:
-            return regex_grammar(spec.regex)
-        if spec.choice:
-            return choice_grammar(spec.choice)
-        if spec.grammar is not None:
-            return user_grammar(_lark_of(spec.grammar))
-        return schema_grammar({"type": "object"})
+        return guide_grammar(spec)
 
 
 class _Guide:
@@ -214,20 +199,6 @@ class _MaskComputer:
             words &= self._known
         for mask, row in zip(masks, words, strict=True):
             mask.words = row
-
-
-def _lark_of(grammar: str) -> str:
-    """Returns a grammar as Lark, converted if it is GBNF.
-
-    Raises:
-        GuideError: it is not valid GBNF.
-    """
-    if not is_gbnf(grammar):
-        return grammar
-    try:
-        return str(gbnf_to_lark(grammar)).removeprefix("%llguidance {}")
-    except Exception as error:  # of any type: it is parsed by plain Python code
-        raise GuideError(f"the GBNF grammar is invalid: {error}; correct it") from error
 
 
 def _needed_texts(spec: GuideSpec) -> Iterator[str]:
