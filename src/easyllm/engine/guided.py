@@ -62,14 +62,21 @@ class Guides:
         self._compiled: OrderedDict[str, _Guide] = OrderedDict()
         self._lock = threading.Lock()
 
-    def compile(self, spec: GuideSpec) -> MaskSource:
+    def compile(self, spec: GuideSpec, *, wrap: Callable[[str], str] | None = None) -> MaskSource:
         """Returns the masks of a guide, from the cache if it was compiled before.
+
+        Args:
+            spec: the guide.
+            wrap: makes its grammar part of another one, such as one with reasoning before it.
 
         Raises:
             GuideError: the guide is too complex, accepts no text, or contains something that cannot
                 be honoured; the message names it.
         """
-        return self._cached(spec.key, lambda: self._grammar(spec))
+        if wrap is None:
+            return self._cached(spec.key, lambda: self._grammar(spec))
+        grammar = wrap(self._grammar(spec))
+        return self._cached(f"wrapped:{grammar}", lambda: grammar)
 
     def compile_lark(self, text: str) -> MaskSource:
         """Returns the masks of a grammar of our own, which may name special tokens.
