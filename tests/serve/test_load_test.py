@@ -173,7 +173,7 @@ def test_failures_are_counted_by_kind_and_excluded_from_the_rest():
 
 def test_failures_of_the_warm_up_are_noted():
     report = measure(FakeServer(faults={0: 503}), warmup=2, concurrency=(1,))
-    assert report["notes"] == ["1 client: 1 warm-up requests failed: HTTP 503"]
+    assert report["notes"] == ["1 client: warm-up requests that failed: 1 × HTTP 503"]
     assert only(report)["errors"] == {}
 
 

@@ -94,7 +94,7 @@ class LoadTest:
     def report(self) -> JsonObject:
         """Returns the server, the requests, and a summary of each run."""
         repeated = self.client.num_repeated
-        notes = [f"{repeated} requests were sent again: idle connections were closed"]
+        notes = [f"requests sent again because the server had closed a connection: {repeated}"]
         return {
             "url": str(self.client.address),
             "model": self.model,
@@ -120,7 +120,7 @@ class LoadTest:
         number = self.options.warmup_of(load)
         await self._clients(load.clients or number, islice(prompts, number), warmup, _ignore, load)
         for kind, found in errors_of(warmup.answers).items():
-            self.notes.append(f"{load}: {found['count']} warm-up requests failed: {kind}")
+            self.notes.append(f"{load}: warm-up requests that failed: {found['count']} × {kind}")
         run = Run(time.perf_counter())
         self.runs.append((load, run))
         cpu_s = time.process_time()
