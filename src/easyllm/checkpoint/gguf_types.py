@@ -1,7 +1,7 @@
 """The types of tensors in GGUF files: their numbers, and the sizes of their blocks.
 
-The table is that of the `gguf` package (0.19). To open a file does not import the package, which
-imports much besides its constants.
+The table is that of the `gguf` package (0.19). Opening a file does not import the package, because
+that imports much more than its constants.
 """
 
 from dataclasses import dataclass
