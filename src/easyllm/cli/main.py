@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from easyllm.cli.version import print_version
 from easyllm.core.errors import EasyllmError, Interrupted
+from easyllm.core.garbage import importing
 
 
 class _Commands(TyperGroup):
@@ -183,7 +184,9 @@ def main() -> None:
     _print_any_character()
     try:
         try:
-            app_for(sys.argv[1:])()
+            with importing():
+                app = app_for(sys.argv[1:])
+            app()
         finally:
             sys.stdout.flush()  # reports a full disk here instead of during interpreter shutdown
     except EasyllmError as error:
