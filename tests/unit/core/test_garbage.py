@@ -32,11 +32,14 @@ def test_a_collector_that_is_off_stays_off(block):
     assert not gc.isenabled()
 
 
-def test_imported_objects_are_not_examined_again():
+def test_objects_of_new_modules_are_not_examined_again(monkeypatch):
     before = gc.get_freeze_count()
     with collector_paused():
         pass
+    with importing():
+        import sys
     assert gc.get_freeze_count() == before
     with importing():
+        monkeypatch.setitem(sys.modules, "imported_just_now", sys)
         kept = [[] for _ in range(100)]
     assert gc.get_freeze_count() >= before + len(kept)
