@@ -90,7 +90,7 @@ def test_an_adapter_is_applied_to_a_quantized_base(tiny_folder, adapter):
 
 def answers(models, adapters, names):
     """Returns the greedy answer of each served name."""
-    with TestClient(create_app(models, adapters=adapters)) as client:
+    with TestClient(create_app(models, adapters=adapters), base_url="http://localhost") as client:
         found = {}
         for name in names:
             messages = [{"role": "user", "content": "hello"}]
@@ -106,7 +106,8 @@ def test_a_server_shares_the_weights_of_a_base_and_its_adapters(
 ):
     other = adapter_of(tiny_folder, tmp_path / "other", seed=2)
     named = {"base": str(tiny_folder), "a": str(adapter), "b": str(other)}
-    models, adapters = load_served(named)
+    served = load_served(named)
+    models, adapters = served.models, served.adapters
     assert list(models) == ["base", "a", "b"]
     assert models["base"] is models["a"] is models["b"]
     assert adapters == {"a": "a", "b": "b"}
@@ -125,7 +126,8 @@ def test_an_adapter_with_trained_modules_of_the_base_is_served_from_its_own_copy
     tiny_folder, tmp_path
 ):
     own = adapter_of(tiny_folder, tmp_path / "own", also_trained=("norm",))
-    models, adapters = load_served({"base": str(tiny_folder), "own": str(own)})
+    served = load_served({"base": str(tiny_folder), "own": str(own)})
+    models, adapters = served.models, served.adapters
     assert models["base"] is not models["own"]
     assert adapters == {}
 
@@ -136,7 +138,8 @@ def test_an_adapter_with_virtual_tokens_is_served_from_its_own_copy(tiny_folder,
     where = hf_module_name(model)
     prefix = save_adapter(model, tmp_path / "own", module_name=where, base=str(tiny_folder))
     named = {"base": str(tiny_folder), "a": str(adapter), "prefix": str(prefix)}
-    models, adapters = load_served(named)
+    served = load_served(named)
+    models, adapters = served.models, served.adapters
     assert models["base"] is models["a"]
     assert models["base"] is not models["prefix"]
     assert adapters == {"a": "a"}

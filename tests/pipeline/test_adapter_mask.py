@@ -80,7 +80,8 @@ def test_a_named_adapter_with_another_mask_is_refused_by_name(tiny_folder, adapt
 
 
 def test_a_server_gives_an_adapter_with_another_mask_its_own_copy(tiny_folder, adapter):
-    loaded, selected = load_served({"base": str(tiny_folder), "tuned": str(adapter)})
+    served = load_served({"base": str(tiny_folder), "tuned": str(adapter)})
+    loaded, selected = served.models, served.adapters
     masks = {name: llm.model.config.prompt_mask for name, llm in loaded.items()}
     assert masks == {"base": "causal", "tuned": "prefix"}
     assert selected == {}

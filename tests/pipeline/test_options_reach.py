@@ -135,7 +135,7 @@ def test_an_invalid_value_is_refused_by_the_name_of_its_option(
     calls, monkeypatch, tmp_path, name, option
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("easyllm.serve.app.serve", lambda *_, **__: None)
+    monkeypatch.setattr("easyllm.serve.run.serve", lambda *_, **__: None)
     word, number = option.flag, option.type in (int, float)
     if word in (ANY_NUMBER if number else ANY_TEXT):
         pytest.skip("any value may be meant")
@@ -226,7 +226,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     monkeypatch.setattr(easyllm.engine, "LLM", Recorder)
-    monkeypatch.setattr("easyllm.serve.app.serve", lambda *_, **__: None)
+    monkeypatch.setattr("easyllm.serve.run.serve", lambda *_, **__: None)
     monkeypatch.setattr(
         "easyllm.engine.rates.measure_rates",
         lambda *_, **__: ([], {"matmul_flops_per_s": 1.0, "read_bytes_per_s": 1.0}),
@@ -273,7 +273,7 @@ def test_every_option_is_tested_above(name):
 
 def test_timeouts_reach_the_server(calls, recorder, monkeypatch):
     seen = {}
-    monkeypatch.setattr("easyllm.serve.app.serve", lambda *_, **options: seen.update(options))
+    monkeypatch.setattr("easyllm.serve.run.serve", lambda *_, **options: seen.update(options))
     words = ("--read-timeout", 5, "--write-timeout", 6, "--drain-timeout", 7, "--port", 18431)
     code, _, err = run("serve", *calls["serve"], *words)
     assert code == 0, err

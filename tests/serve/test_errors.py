@@ -12,6 +12,7 @@ from easyllm.engine import LLM
 from easyllm.serve.app import create_app
 from easyllm.serve.guard import MAX_BODY_BYTES
 from easyllm.serve.openai.chat_request import ChatRequest
+from easyllm.serve.routes import POSTS
 from running_server import QUESTION, running
 
 JSON = {"content-type": "application/json"}
@@ -52,7 +53,7 @@ def check_form(body, status):
     ("method", "path", "status", "allow"),
     [
         ("GET", "/v1/x", 404, None),
-        ("POST", "/v1/completions", 404, None),
+        ("POST", "/v1/edits", 404, None),
         ("GET", "/v1/models/", 404, None),
         ("GET", "/v1/models/other", 404, None),
         ("GET", "/../../etc/passwd", 404, None),
@@ -68,7 +69,7 @@ def check_form(body, status):
     ],
 )
 def test_unknown_routes_and_methods_are_refused(address, method, path, status, allow):
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
     got, headers, body = raw(address, head.encode())
     assert got == status
     assert headers["allow"] == allow
@@ -168,7 +169,7 @@ def test_a_body_of_another_content_type_is_415(address, headers):
 
 def test_a_body_without_a_content_type_is_415(address):
     """A page of another origin can make a browser send such a body without a CORS preflight."""
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{{}}"
     status, _, body = raw(address, head.encode())
     assert status == 415
     check_form(body, 415)
@@ -183,7 +184,9 @@ def test_all_spellings_of_the_json_content_type_are_accepted(address, given):
 
 
 def test_a_body_that_is_too_large_is_413(address):
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {MAX_BODY_BYTES + 1}\r\n\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {MAX_BODY_BYTES + 1}\r\n\r\n"
+    )
     status, _, body = raw(address, head.encode())
     assert status == 413
     check_form(body, 413)
@@ -194,11 +197,11 @@ def test_a_body_that_is_too_large_is_413(address):
     [
         b"GARBAGE\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",  # without a Host header
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 2**20,
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 2**20,
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -211,7 +214,7 @@ def test_invalid_http_is_refused(address, sent):
 
 
 def test_an_internal_error_is_500(llm, monkeypatch):
-    monkeypatch.setattr(llm, "encode_chat", lambda messages: 1 / 0)
+    monkeypatch.setattr(llm.tokenizer, "encode_chat", lambda *_, **__: 1 / 0)
     with running({"m": llm}) as address:
         answer = httpx.post(f"{address}{CHAT}", json=BODY)
     assert answer.status_code == 500
@@ -285,23 +288,25 @@ def test_every_response_has_the_security_headers(address):
 
 def test_openapi_documents_every_response(address, llm):
     schema = httpx.get(f"{address}/openapi.json").json()
-    assert set(schema["paths"]) == {"/health", "/v1/models", "/v1/models/{model_id}", CHAT}
-    for operations in schema["paths"].values():
+    assert {"/health", "/metrics", "/v1/models", "/v1/models/{model_id}", *POSTS} <= set(
+        schema["paths"]
+    )
+    for path, operations in schema["paths"].items():
         for operation in operations.values():
             responses = operation["responses"]
             assert "422" not in responses
             for status, response in responses.items():
                 if status != "200":
                     body = response["content"]["application/json"]["schema"]
-                    assert body == {"$ref": "#/components/schemas/ErrorBody"}
+                    kind = "AnthropicErrorBody" if path.startswith("/v1/messages") else "ErrorBody"
+                    assert body == {"$ref": f"#/components/schemas/{kind}"}
     chat = schema["components"]["schemas"]["ChatRequest"]
     assert set(chat["properties"]) == set(ChatRequest.model_fields)
     assert chat["properties"]["model"]["enum"] == ["m", "org/m"]
     assert "401" not in schema["paths"][CHAT]["post"]["responses"]
     app = create_app({"m": llm}, api_key="k")
     guarded = app.openapi()
-    for service in app.state.services:
-        service.close()
+    app.state.models.close()
     assert "401" in guarded["paths"][CHAT]["post"]["responses"]
     assert "401" not in guarded["paths"]["/health"]["get"]["responses"]
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from easyllm.engine import LLM
 from easyllm.engine.request import Logprobs, TokenEvent
 from easyllm.engine.stopping import StopStrings
-from easyllm.serve.logprobs import ContentToken, ContentTokens, choice_logprobs
+from easyllm.serve.content_tokens import ContentToken, ContentTokens
+from easyllm.serve.openai.logprobs import choice_logprobs
 from easyllm.tokenizer import StreamDecoder, Tokenizer
 from running_server import QUESTION, running
 from tiny_models import CHATML, build_tiny

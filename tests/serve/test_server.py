@@ -14,8 +14,8 @@ import pytest
 
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM
-from easyllm.serve.app import bind
 from easyllm.serve.guard import MAX_BODY_BYTES
+from easyllm.serve.run import bind
 from running_server import QUESTION, running
 
 
@@ -60,7 +60,10 @@ def test_streaming_gives_the_same_text_and_its_usage(client, llms):
     )
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    assert [getattr(chunks[-1].usage, name) for name in counts] == [
+        getattr(whole.usage, name) for name in counts
+    ]
     reasons = [c.choices[0].finish_reason for c in chunks if c.choices]
     assert reasons[-1] == whole.choices[0].finish_reason
     assert set(reasons[:-1]) == {None}
@@ -147,14 +150,14 @@ def test_content_may_be_a_list_of_text_parts(client):
         ({"n": 0}, 400, "n:"),
         ({"best_of": 2}, 400, "best_of: this field is not supported"),
         ({"echo": True}, 400, "echo: this field is not supported"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format: other formats"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format.type: "),
         ({"frequency_penalty": 2.5}, 400, "frequency_penalty"),
         ({"presence_penalty": -2.5}, 400, "presence_penalty"),
         ({"logit_bias": {"5": 101}}, 400, "logit_bias"),
         ({"logit_bias": {"99999": 1}}, 400, "logit_bias contains token id 99999"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
         ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs=true"),
-        ({"tools": [{"type": "function"}]}, 400, "tools: tools are not supported; send []"),
+        ({"tools": [{"type": "function"}]}, 400, "tools.0.function: this field is required"),
         ({"colour": "red"}, 400, "colour: this field is not supported"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "role"),
@@ -179,7 +182,7 @@ def test_broken_json_and_huge_bodies_are_refused(address):
     )
     with socket.create_connection(address.removeprefix("http://").split(":")) as raw:
         head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: "
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
             f"{MAX_BODY_BYTES + 1}\r\n\r\n"
         )
         raw.sendall(head.encode())

@@ -17,8 +17,9 @@ import pytest
 from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM
-from easyllm.serve.app import bind, build_server
 from easyllm.serve.limits import ServeLimits
+from easyllm.serve.run import bind, build_server
+from easyllm.tokenizer.chat import EncodedChat
 from raw_http import CHUNKED, answer_on, ask, connected, head_of, slow_down, wait_for
 from running_server import running
 
@@ -56,7 +57,7 @@ def dribble(raw, stopped):
     "sent",
     [
         b"POST /v1/chat/comp",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
         head_of("Content-Length: 100") + b"{",
         head_of(CHUNKED) + b"500\r\n{",
         head_of("Content-Length: 100", "Expect: 100-continue"),
@@ -205,7 +206,8 @@ def test_requests_that_exceed_the_drain_timeout_end_with_an_error(llm, monkeypat
 
 def test_requests_still_being_encoded_are_ended_too(llm, monkeypatch):
     released = threading.Event()
-    monkeypatch.setattr(llm, "encode_chat", lambda messages: released.wait(20) and [1, 2])
+    chat = EncodedChat([1, 2], None, "")
+    monkeypatch.setattr(llm.tokenizer, "encode_chat", lambda *_, **__: released.wait(20) and chat)
     with ended(llm) as (address, end), connected(address) as raw:
         ask(raw)
         time.sleep(0.2)

@@ -17,7 +17,11 @@ def connected(address):
 
 
 def head_of(*lines):
-    first = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+    first = (
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+    )
     return ("\r\n".join((*first, *lines)) + "\r\n\r\n").encode()
 
 

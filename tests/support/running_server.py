@@ -5,7 +5,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from easyllm.serve.app import bind, build_server
+from easyllm.serve.run import bind, build_server
 
 QUESTION = [{"role": "user", "content": "hello"}]
 

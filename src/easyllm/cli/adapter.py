@@ -1,6 +1,8 @@
 """The `--adapter` option, and models served from adapters that share their base."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,9 +24,29 @@ AdapterFolder = Annotated[
 ]
 
 
+@dataclass(slots=True)
+class ServedSources:
+    """The models of a server.
+
+    Attributes:
+        models: the models by the name they are served under.
+        adapters: the adapter that requests to a served name select.
+        loaders: how the model of a served name is loaded again.
+    """
+
+    models: dict[str, "LLM"] = field(default_factory=dict)
+    adapters: dict[str, str] = field(default_factory=dict)
+    loaders: dict[str, Callable[[], "LLM"]] = field(default_factory=dict)
+
+    def add(self, names: Sequence[str], load: Callable[[], "LLM"]) -> None:
+        """Loads a model that is served under several names."""
+        self.models |= dict.fromkeys(names, load())
+        self.loaders |= dict.fromkeys(names, load)
+
+
 def load_served(
     named: Mapping[str, str], *, adapter: str | None = None, **options: Any
-) -> tuple[dict[str, "LLM"], dict[str, str]]:
+) -> ServedSources:
     """Loads the models of a server; adapters of the same base share one copy of its weights.
 
     Args:
@@ -33,7 +55,7 @@ def load_served(
         options: options of `LLM`.
 
     Returns:
-        The models by name, and the name of the adapter that requests to a served name select.
+        The models by name, with their adapters, and how they are loaded again.
 
     Raises:
         ConfigError: `adapter` is given with several models; or a model cannot be loaded.
@@ -50,21 +72,21 @@ def load_served(
     groups: dict[Path, list[str]] = {}
     for name, (base, _) in parts.items():
         groups.setdefault(locate(base).resolve(), []).append(name)
-    loaded: dict[str, LLM] = {}
-    selected: dict[str, str] = {}
+    found = ServedSources()
     for names in groups.values():
         shared = _shared(names, parts, options)
         alone = [name for name in names if name not in shared]
         for name in alone:
             base, folder = parts[name]
             only = None if folder is None else str(folder)
-            loaded[name] = load_llm(str(base), adapter=only, **options)
+            found.add([name], partial(load_llm, str(base), adapter=only, **options))
         if shared:
             folders = {name: parts[name][1] for name in shared if parts[name][1] is not None}
-            llm = load_llm(str(parts[shared[0]][0]), adapters=folders, **options)
-            loaded |= dict.fromkeys(shared, llm)
-            selected |= {name: name for name in folders}
-    return {name: loaded[name] for name in named}, selected
+            source = str(parts[shared[0]][0])
+            found.add(shared, partial(load_llm, source, adapters=folders, **options))
+            found.adapters |= {name: name for name in folders}
+    found.models = {name: found.models[name] for name in named}
+    return found
 
 
 def _shared(

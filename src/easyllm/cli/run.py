@@ -36,7 +36,7 @@ def quickstart(
         easyllm quickstart --no-serve seed=1 output=runs/seed1
     """
     from easyllm.pipeline.quickstart import run_quickstart
-    from easyllm.serve.app import bind
+    from easyllm.serve.run import bind
 
     serving = not no_serve and sys.stdin.isatty() and sys.stdout.isatty()
     if serving:

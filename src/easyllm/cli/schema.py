@@ -39,7 +39,7 @@ SCHEMAS = {
     "sampling": Described("easyllm.engine.params", "SamplingParams", "sampling parameters"),
     "engine": Described("easyllm.engine.options", "LLMOptions", "options of the engine"),
     "chat-request": Described(
-        "easyllm.serve.schema", "ChatRequest", "a request to /v1/chat/completions"
+        "easyllm.serve.openai.chat_request", "ChatRequest", "a request to /v1/chat/completions"
     ),
 }
 

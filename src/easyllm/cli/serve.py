@@ -1,6 +1,7 @@
 """The `easyllm serve` command."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,9 @@ TIMEOUTS = FlagGroup(
         "write_timeout_s": "--write-timeout",
         "drain_timeout_s": "--drain-timeout",
     },
+)
+QUEUE = FlagGroup(
+    ServeLimits, "max_waiting", "unload_idle_s", flags={"unload_idle_s": "--unload-idle"}
 )
 BATCH = FlagGroup(LLMOptions, "max_running")
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port of the server and its chat page.")]
@@ -42,12 +46,35 @@ def serve(
         str | None,
         typer.Option(envvar="EASYLLM_API_KEY", help="API key required of clients."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host name by which clients may address the server without an API key, in addition to "
+            "localhost and IP addresses; * allows all.",
+            metavar="NAME",
+        ),
+    ] = None,
+    adapters_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder from which requests may load adapters (POST /v1/load_lora_adapter).",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Write the line of each request as JSON.")
+    ] = False,
     batch: Annotated[Values, BATCH],
+    queue: Annotated[Values, QUEUE],
     timeouts: Annotated[Values, TIMEOUTS],
     loading: Annotated[Values, LOADING],
     adapter: AdapterFolder = None,
 ) -> None:
-    """Serve models over an OpenAI-compatible API with a chat page.
+    """Serve models over the APIs of OpenAI and Anthropic, with a chat page.
+
+    Routes: /v1/chat/completions, /v1/completions, /v1/responses, /v1/embeddings, /v1/messages,
+    /v1/models, /tokenize, /detokenize, /apply-template, /metrics, /health; /openapi.json describes
+    them.
 
     [bold]Examples[/bold]
 
@@ -58,10 +85,12 @@ def serve(
         easyllm serve base=smollm2 tuned=runs/mine/adapter
 
         easyllm serve smollm2 --quantize int4
+
+        easyllm serve smollm2 --host 0.0.0.0 --api-key KEY --log-json
     """
     from easyllm.core.config import validate
 
-    limits = validate(ServeLimits, timeouts, source="serving options")
+    limits = validate(ServeLimits, {**timeouts, **queue}, source="serving options")
     start(
         _by_name(models),
         host=host,
@@ -69,6 +98,9 @@ def serve(
         api_key=api_key,
         limits=limits,
         adapter=adapter,
+        allowed_hosts=tuple(allowed_host or ()),
+        adapters_folder=adapters_folder,
+        log_json=log_json,
         **batch,
         **loading,
     )
@@ -81,6 +113,9 @@ def start(
     port: int,
     api_key: str | None = None,
     limits: ServeLimits | None = None,
+    allowed_hosts: tuple[str, ...] = (),
+    adapters_folder: Path | None = None,
+    log_json: bool = False,
     **options: Any,
 ) -> None:
     """Loads models and serves them until interrupted; `options` apply to every engine.
@@ -88,16 +123,34 @@ def start(
     Raises:
         ConfigError: the port is in use, or the key cannot be sent in a header.
     """
-    from easyllm.serve.app import bind
-    from easyllm.serve.app import serve as run_server
+    from easyllm.serve.run import bind
+    from easyllm.serve.run import serve as run_server
+    from easyllm.core.errors import ConfigError
     from easyllm.serve.guard import check_key
+    from easyllm.serve.request_log import RequestLog, log_to_stderr
 
     check_key(api_key)  # fail before the models are loaded
     bind(host, port).close()
-    loaded, adapters = load_served(named, **options)
+    if adapters_folder is not None and not adapters_folder.is_dir():
+        raise ConfigError(f"--adapters-folder: there is no folder {str(adapters_folder)!r}")
+    served = load_served(named, **options)
     shown = f"[{host}]" if ":" in host else host
-    sys.stderr.write(f"serving {', '.join(loaded)} at http://{shown}:{port}/  (Ctrl-C stops)\n")
-    run_server(loaded, host=host, port=port, api_key=api_key, limits=limits, adapters=adapters)
+    sys.stderr.write(
+        f"serving {', '.join(served.models)} at http://{shown}:{port}/  (Ctrl-C stops)\n"
+    )
+    log_to_stderr()
+    run_server(
+        served.models,
+        host=host,
+        port=port,
+        api_key=api_key,
+        limits=limits,
+        adapters=served.adapters,
+        loaders=served.loaders,
+        adapters_folder=adapters_folder,
+        allowed_hosts=allowed_hosts,
+        log=RequestLog(json_lines=log_json),
+    )
 
 
 def _by_name(words: list[str]) -> dict[str, str]:

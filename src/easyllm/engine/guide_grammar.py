@@ -134,10 +134,13 @@ def with_checked_schemas(lark: str) -> str:
     Raises:
         GuideError: a schema is not JSON, or cannot be honoured.
     """
-    parts = []
+    parts = list[str]()
     for kind, text in _pieces(lark):
         if kind == "json":
-            parts[-1] = json_rule(json.loads(text))
+            schema = json.loads(text)
+            if isinstance(schema, dict):
+                schema.pop("x-guidance", None)  # the grammar's own; `json_rule` sets its options
+            parts[-1] = json_rule(schema)
         else:
             parts.append(f"%{text}" if kind == "directive" else text)
     return "".join(parts)

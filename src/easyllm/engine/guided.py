@@ -9,6 +9,7 @@ be honoured exactly is refused when the guide is compiled; nothing is ignored.
 """
 
 import re
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,7 +68,8 @@ class Guides:
 
         Args:
             spec: the guide.
-            wrap: makes its grammar part of another one, such as one with reasoning before it.
+            wrap: makes its grammar part of another one, such as one with reasoning before it:
+                Lark, or llguidance's JSON form of several grammars.
 
         Raises:
             GuideError: the guide is too complex, accepts no text, or contains something that cannot
@@ -106,7 +108,7 @@ class Guides:
 
     def _build(self, grammar: str) -> "_Guide":
         with _panics_as_errors():
-            matcher = LLMatcher(self._tokenizer, OPTIONS + grammar, log_level=0, limits=LIMITS)
+            matcher = LLMatcher(self._tokenizer, _with_options(grammar), log_level=0, limits=LIMITS)
             warnings = [] if matcher.is_error() else matcher.get_grammar_warnings()
             if not matcher.is_error():
                 matcher.compute_bitmask()  # also finds out whether any token can begin
@@ -125,6 +127,17 @@ class Guides:
                     "contains; leave it out, or use a model whose tokenizer has all bytes"
                 )
         return guide_grammar(spec)
+
+
+def _with_options(grammar: str) -> str:
+    """Returns a grammar with `OPTIONS`, in Lark or in each Lark grammar of the JSON form."""
+    if not grammar.startswith("{"):
+        return OPTIONS + grammar
+    whole = json.loads(grammar)
+    for each in whole["grammars"]:
+        if "lark_grammar" in each:
+            each["lark_grammar"] = OPTIONS + each["lark_grammar"]
+    return json.dumps(whole, ensure_ascii=False)
 
 
 class _Guide:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
 from easyllm.core.json_types import JsonObject
+from easyllm.serve.errors import AnthropicErrorBody, ErrorBody, is_anthropic
 from easyllm.serve.openai.chat_answers import ChatCompletion
-from easyllm.serve.errors import ErrorBody
-from easyllm.serve.openai.chat_request import ChatRequest
+from easyllm.serve.routes import POSTS
 
 _REFERENCE = "#/components/schemas/{model}"
 _REASONS = {
@@ -16,11 +17,13 @@ _REASONS = {
     404: "the model is not served",
     408: "the request did not arrive in time",
     413: "the request is too large",
+    403: "the host is not served",
     415: "the body is not declared as JSON",
+    429: "too many requests are waiting",
     500: "the server failed; see its log",
     503: "the server is shutting down",
 }
-_ALWAYS = (400, 408, 413, 500, 503)
+_ALWAYS = (400, 403, 408, 413, 500, 503)
 
 
 def errors(*statuses: int, with_key: bool) -> dict[int | str, JsonObject]:
@@ -36,25 +39,35 @@ def errors(*statuses: int, with_key: bool) -> dict[int | str, JsonObject]:
     }
 
 
-def chat_answers(*, with_key: bool) -> dict[int | str, JsonObject]:
-    """Returns the responses of the chat route: an object, an event stream, or an error."""
-    events = {"example": "data: {...}\n\ndata: [DONE]\n\n"}
-    answer = {
-        "model": ChatCompletion,
-        "description": "the completion, or with `stream` its chunks",
-        "content": {"text/event-stream": events},
-    }
-    return {200: answer, **errors(404, 415, with_key=with_key)}
+def answers_of(path: str, *, with_key: bool) -> dict[int | str, JsonObject]:
+    """Returns the responses of a route that reads a JSON object: an answer, or an error."""
+    answer: JsonObject = {"description": "the answer"}
+    if path in STREAMED:
+        events = {"example": STREAMED[path]}
+        answer = {
+            "description": "the answer, or with `stream` its events",
+            "content": {"text/event-stream": events},
+        }
+    if path == "/v1/chat/completions":
+        answer["model"] = ChatCompletion
+    body = AnthropicErrorBody if is_anthropic(path) else ErrorBody
+    found = errors(404, 415, 429, with_key=with_key)
+    return {200: answer} | {status: {**each, "model": body} for status, each in found.items()}
 
 
-CHAT_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"$ref": _REFERENCE.format(model="ChatRequest")}}
-        },
-    }
+STREAMED = {
+    "/v1/chat/completions": "data: {...}\n\ndata: [DONE]\n\n",
+    "/v1/completions": "data: {...}\n\ndata: [DONE]\n\n",
+    "/v1/responses": "event: response.created\ndata: {...}\n\n",
+    "/v1/messages": "event: message_start\ndata: {...}\n\n",
 }
+"""Routes that may answer with server-sent events, with an example."""
+
+
+def body_of(model: type[BaseModel]) -> JsonObject:
+    """Returns the description of a route's JSON body."""
+    schema = {"$ref": _REFERENCE.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def document(app: FastAPI, models: Sequence[str], *, with_key: bool) -> None:
@@ -70,10 +83,12 @@ def document(app: FastAPI, models: Sequence[str], *, with_key: bool) -> None:
         schema = generate()
         components = schema.setdefault("components", {})
         schemas = components.setdefault("schemas", {})
-        chat = ChatRequest.model_json_schema(ref_template=_REFERENCE)
-        chat["properties"]["model"]["enum"] = list(models)
-        schemas.update(chat.pop("$defs", {}))
-        schemas["ChatRequest"] = chat
+        for request, *_ in POSTS.values():
+            found = request.model_json_schema(ref_template=_REFERENCE)
+            if "model" in found["properties"]:
+                found["properties"]["model"]["enum"] = list(models)
+            schemas.update(found.pop("$defs", {}))
+            schemas[request.__name__] = found
         for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own format, never sent
             schemas.pop(name, None)
         for path, operations in schema["paths"].items():

@@ -1,7 +1,12 @@
-"""Error responses in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`."""
+"""Error responses, in the format of the dialect to which the path of the request belongs.
+
+OpenAI's is `{"error": {"message", "type", "param", "code"}}`; Anthropic's, for `/v1/messages`,
+`{"type": "error", "error": {"type", "message"}}`.
+"""
 
 import logging
 from collections.abc import Mapping
+from typing import Literal
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -32,8 +37,34 @@ class ErrorBody(BaseModel):
     error: ErrorDetail = Field(description="The error.")
 
 
+class AnthropicErrorDetail(BaseModel):
+    """Details of an error in Anthropic's format."""
+
+    type: str = Field(description="Class of the error, such as invalid_request_error.")
+    message: str = Field(description="What is wrong, and what to do.")
+
+
+class AnthropicErrorBody(BaseModel):
+    """The body of an error response in Anthropic's format."""
+
+    type: Literal["error"] = Field("error", description="Type of the object.")
+    error: AnthropicErrorDetail = Field(description="The error.")
+
+
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""Anthropic's error types by status; other statuses below 500 are `invalid_request_error`."""
+
+
 class APIError(HTTPException):
-    """An error with an HTTP status, reported in OpenAI's format.
+    """An error with an HTTP status, reported in the format of the dialect.
 
     It derives from HTTPException so that Starlette passes it to the registered handler.
     """
@@ -52,30 +83,57 @@ def error_response(
     param: str | None = None,
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
+    path: str = "",
 ) -> JSONResponse:
-    """Returns an error as an HTTP response."""
-    body = error_body(status, message, param=param, code=code)
+    """Returns an error as an HTTP response, in the dialect of `path`."""
+    body = error_body(status, message, param=param, code=code, path=path)
     return JSONResponse(body, status_code=status, headers=headers)
 
 
 def error_body(
-    status: int, message: str, *, param: str | None = None, code: str | None = None
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    path: str = "",
 ) -> JsonObject:
     """Returns the body of an error response, or of an error event in a stream already begun."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    message = _printable(message)
+    if is_anthropic(path):
+        other = "invalid_request_error" if status < 500 else "api_error"
+        kind = _ANTHROPIC_TYPES.get(status, other)
+        return AnthropicErrorBody(
+            error=AnthropicErrorDetail(type=kind, message=message)
+        ).model_dump()
     detail = ErrorDetail(
-        message=_printable(message),
-        type=kind,
+        message=message,
+        type=_OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
         param=None if param is None else _printable(param),
         code=code,
     )
     return ErrorBody(error=detail).model_dump()
 
 
-async def on_api_error(_: Request, error: Exception) -> Response:
+_OPENAI_TYPES = {429: "rate_limit_error"}
+
+
+def is_anthropic(path: str) -> bool:
+    """Returns whether a path belongs to Anthropic's API."""
+    return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+
+
+async def on_api_error(request: Request, error: Exception) -> Response:
     """Handles an `APIError`."""
     assert isinstance(error, APIError)
-    return error_response(error.status_code, error.message, param=error.param, code=error.code)
+    return error_response(
+        error.status_code,
+        error.message,
+        param=error.param,
+        code=error.code,
+        headers={"Retry-After": "1"} if error.status_code == 429 else None,
+        path=request.url.path,
+    )
 
 
 async def on_routing_error(request: Request, error: Exception) -> Response:
@@ -91,12 +149,13 @@ async def on_routing_error(request: Request, error: Exception) -> Response:
         message = f"there is no route {asked}; GET /openapi.json lists the routes"
     else:
         message = str(error.detail)
-    return error_response(error.status_code, message, headers=headers)
+    return error_response(error.status_code, message, headers=headers, path=request.url.path)
 
 
-async def on_exception(_: Request, _error: Exception) -> Response:
+async def on_exception(request: Request, _error: Exception) -> Response:
     """Handles an unexpected exception; the traceback is in the log."""
-    return error_response(500, "the server failed on this request; see the server's log")
+    message = "the server failed on this request; see the server's log"
+    return error_response(500, message, path=request.url.path)
 
 
 def _printable(text: str) -> str:

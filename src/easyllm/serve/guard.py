@@ -1,7 +1,9 @@
-"""Middleware for every request: API key, body size and security headers."""
+"""Middleware for every request: host, API key, body size and security headers."""
 
 import asyncio
 import hmac
+import ipaddress
+from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
@@ -29,13 +31,22 @@ class Guard:
 
     HEAD is handled as GET without a body (RFC 9110, 9.3.2).
 
+    Without an API key, the `Host` header must name an IP address, `localhost` or one of
+    `allowed_hosts`. Otherwise a page of another site could have its own host name resolve to this
+    machine (DNS rebinding) and read answers as if they came from its own origin. With a key, such
+    a page lacks the key.
+
     Args:
         app: the wrapped ASGI application.
         api_key: if set, required by every route that is not in `PUBLIC`.
+        allowed_hosts: further host names, without port; `*` allows all.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None = None, allowed_hosts: Collection[str] = ()
+    ) -> None:
         self.app, self._key = app, None if api_key is None else api_key.encode()
+        self._hosts = {host.lower().rstrip(".") for host in (*allowed_hosts, "localhost")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,26 +64,54 @@ class Guard:
         except asyncio.CancelledError:  # the server is shutting down and no longer waits
             if answer.begun:
                 raise
-            ending = error_response(503, "the server is shutting down; try again later")
+            ending = error_response(
+                503, "the server is shutting down; try again later", path=scope["path"]
+            )
             await ending(scope, receive, answer)
 
     def _refusal(self, path: str, headers: Headers) -> Response | None:
         """Returns the error response to a rejected request; None if the request may proceed."""
+        if self._key is None and not self._knows_host(headers):
+            given = headers.get("host", "")
+            return error_response(
+                403,
+                f"the host {given[:100]!r} is not served; use the address of this machine, or "
+                "start the server with --allowed-host NAME",
+                code="host_not_allowed",
+                path=path,
+            )
         if self._key is not None and path not in PUBLIC and not self._knows_key(headers):
             return error_response(
-                401, _NO_KEY, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+                401,
+                _NO_KEY,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+                path=path,
             )
         if "content-length" in headers and "transfer-encoding" in headers:
             return error_response(
                 400,
                 "the request has both Content-Length and Transfer-Encoding; send one of them",
                 headers={"Connection": "close"},  # RFC 9112, 6.1: the message length is ambiguous
+                path=path,
             )
         size = headers.get("content-length", "0")
         digits = size.isascii() and size.isdigit() and len(size) <= 20
         if not digits or int(size) > MAX_BODY_BYTES:
-            return error_response(413, _TOO_LARGE)
+            return error_response(413, _TOO_LARGE, path=path)
         return None
+
+    def _knows_host(self, headers: Headers) -> bool:
+        """Returns whether the request names a host that it may name; HTTP/1.0 need not name any."""
+        if "*" in self._hosts or "host" not in headers:
+            return True
+        given = headers["host"].strip().lower()
+        name = given if given.endswith("]") else given.rpartition(":")[0] or given
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return name.rstrip(".") in self._hosts
+        return True
 
     def _knows_key(self, headers: Headers) -> bool:
         """Returns whether any of the key headers contains the key, compared in constant time."""

@@ -56,6 +56,7 @@ class EngineService:
         self._arriving: set[int] = set()  # requests that are still in the inbox
         self._queued: dict[int, RequestWatch] = {}  # requests that have not been computed yet
         self._ended: EngineFailure | None = None
+        self._closed = False
         self._metrics.add_engine(name, llm.engine, undelivered=lambda: len(self._arriving))
         self._thread = threading.Thread(target=self._work, name=f"engine-{name}", daemon=True)
         self._thread.start()
@@ -91,6 +92,7 @@ class EngineService:
         self._inbox.put(lambda: self._start(request, listener))
         unfinished = request.params.n
         try:
+            self._check_open()
             while unfinished:
                 events = await listener.next()
                 unfinished -= sum(event.finish_reason is not None for event in events)
@@ -118,6 +120,7 @@ class EngineService:
                 found.set_exception(error)
 
         self._inbox.put(run)
+        self._check_open()
         return await asyncio.wrap_future(found)
 
     @property
@@ -134,8 +137,22 @@ class EngineService:
 
         self._inbox.put(fail)
 
+    @property
+    def num_active(self) -> int:
+        """Number of requests that wait or run."""
+        return len(self._arriving) + len(self._listeners)
+
+    def _check_open(self) -> None:
+        """Refuses a task that came after the thread had stopped."""
+        if self._closed:
+            raise ServerShuttingDown("the model has been unloaded; try again")
+
     def close(self) -> None:
-        """Stops the thread after the current step, waiting at most 10 seconds for it."""
+        """Stops the thread after the current step, waiting at most 10 seconds for it.
+
+        Running requests end with an error.
+        """
+        self.end(ServerShuttingDown("the model has been unloaded; try again"))
         self._inbox.put(None)
         self._thread.join(timeout=10)
         self._metrics.remove_engine(self.name)
@@ -146,6 +163,10 @@ class EngineService:
             while not engine.busy or not self._inbox.empty():
                 task = self._inbox.get()
                 if task is None:
+                    self._closed = True
+                    while not self._inbox.empty():  # tasks that came while it closed
+                        if (late := self._inbox.get()) is not None:
+                            late()
                     return
                 task()
             begin_s = time.monotonic()

@@ -6,15 +6,17 @@ omitting an optional field.
 """
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails
 
 from easyllm.core.errors import suggest
-from easyllm.core.json_types import Json
+from easyllm.core.json_types import Json, JsonObject
 from easyllm.serve.errors import APIError
+
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,18 @@ def treatment_of(model: type[BaseModel], name: str) -> Neutral | Refused | None:
     """Returns the marker of a model's field; None if the field is honoured."""
     marks = (m for m in model.model_fields[name].metadata if isinstance(m, Neutral | Refused))
     return next(marks, None)
+
+
+def read_as(model: type[M], body: JsonObject) -> M:
+    """Validates a parsed body as a request.
+
+    Raises:
+        APIError: a field is invalid, unknown or unsupported; the error names it.
+    """
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise as_api_error(error, model) from None
 
 
 def as_api_error(error: ValidationError, model: type[BaseModel]) -> APIError:

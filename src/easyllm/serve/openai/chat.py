@@ -1,167 +1,182 @@
-"""`POST /v1/chat/completions`: runs a request on the engine and formats its events.
+"""`POST /v1/chat/completions`: writes the output of a job in OpenAI's format.
 
 The response is a single JSON object, or a stream of server-sent events.
 """
 
-import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from easyllm.core.json_types import JsonObject
-from easyllm.engine.llm import LLM, Completion
-from easyllm.engine.request import Request, TokenEvent
+from easyllm.serve.content_tokens import ContentToken
+from easyllm.serve.errors import error_body
 from easyllm.serve.openai.chat_answers import (
     AssistantMessage,
+    CalledFunctionAnswer,
     ChatCompletion,
     Choice,
-    ChoiceLogprobs,
-    Usage,
+    ToolCallAnswer,
     usage,
 )
-from easyllm.serve.errors import error_body
-from easyllm.serve.logprobs import ContentToken, ContentTokens, choice_logprobs
-from easyllm.serve.openai.messages import template_messages
 from easyllm.serve.openai.chat_request import ChatRequest
-from easyllm.serve.service import EngineFailure, EngineService
+from easyllm.serve.openai.logprobs import ChoiceLogprobs, choice_logprobs
+from easyllm.serve.output import (
+    CallBegin,
+    CallDelta,
+    ChoiceEnd,
+    Generated,
+    OutputEvent,
+    ReasoningDelta,
+    TextDelta,
+)
+from easyllm.serve.service import EngineFailure
+from easyllm.serve.sse import DONE, sse
+from easyllm.tokenizer.tokenizer import Tokenizer
 
 
-@dataclass(slots=True)
-class _Answer:
-    """State of a request's completions while their events arrive.
-
-    Attributes:
-        head: fields shared by all chunks and by the non-streaming response.
-        prompt_tokens: number of tokens of the rendered conversation.
-        content: maps each choice to the tracker of its content tokens; filled only when
-            log-probabilities are requested.
-    """
-
-    request: ChatRequest
-    llm: LLM
-    head: JsonObject
-    prompt_tokens: int
-    content: dict[int, ContentTokens] = field(default_factory=dict)
-
-    def take(self, event: TokenEvent) -> tuple[str, list[ContentToken]]:
-        """Returns the text an event adds to its choice, and its tokens if they are requested."""
-        if not self.request.logprobs:
-            return event.text, []
-        if event.index not in self.content:
-            ends = self.llm.model.config.eos_token_ids
-            self.content[event.index] = ContentTokens(self.llm.tokenizer, ends)
-        return self.content[event.index].push(event)
-
-    def logprobs(self, tokens: Sequence[ContentToken]) -> ChoiceLogprobs | None:
-        """Returns the tokens' log-probabilities in OpenAI's format, or None if not requested."""
-        return choice_logprobs(tokens, self.llm.tokenizer) if self.request.logprobs else None
-
-
-async def answer_chat(
-    request: ChatRequest, service: EngineService, *, adapter: str = ""
-) -> Response:
-    """Returns the response to a chat request, complete or streamed.
-
-    A stream is returned only after its first event, so that a rejected request still gets an error
-    status.
-
-    Args:
-        adapter: the adapter of the model to use; empty for the base model.
-
-    Raises:
-        EasyllmError: the template or the engine rejects the request.
-        EngineFailure: an engine step failed, or the server is shutting down.
-    """
-    llm = service.llm
-    # Encoding a long conversation takes seconds; a thread keeps other clients' tokens flowing.
-    prompt = await asyncio.to_thread(llm.encode_chat, template_messages(request.messages))
-    events = service.generate(
-        Request(prompt_ids=tuple(prompt), params=request.sampling(), adapter=adapter)
-    )
-    head = {
+def head_of(request: ChatRequest) -> JsonObject:
+    """Returns the fields shared by all chunks of a stream and by a whole response."""
+    head: JsonObject = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": request.model,
     }
     if request.service_tier is not None:
         head["service_tier"] = "default"
-    answer = _Answer(request, llm, head, len(prompt))
-    if request.stream:
-        first = await anext(events)
-        return StreamingResponse(_stream(answer, first, events), media_type="text/event-stream")
-    return await _whole(answer, events)
+    return head
 
 
-async def _whole(answer: _Answer, events: AsyncIterator[TokenEvent]) -> Response:
-    """Returns all choices in one response, with their usage."""
-    completion, tokens = Completion(), dict[int, list[ContentToken]]()
-    async for event in events:
-        completion.take(event)
-        tokens.setdefault(event.index, []).extend(answer.take(event)[1])
-    completions = [completion, *completion.others]
-    choices = [
-        Choice(
-            index=index,
-            message=AssistantMessage(content=each.text),
-            logprobs=answer.logprobs(tokens.get(index, [])),
-            finish_reason=each.finish_reason,
+@dataclass(slots=True)
+class _Message:
+    """A choice while its events arrive."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[ToolCallAnswer] = field(default_factory=list)
+    tokens: list[ContentToken] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def take(self, event: OutputEvent) -> None:
+        """Adds an event."""
+        match event:
+            case TextDelta():
+                self.text += event.text
+                self.tokens += event.tokens
+            case ReasoningDelta():
+                self.reasoning += event.text
+            case CallBegin():
+                function = CalledFunctionAnswer(name=event.name, arguments="")
+                self.calls.append(ToolCallAnswer(id=event.id, function=function))
+            case CallDelta():
+                self.calls[event.call].function.arguments += event.text
+            case ChoiceEnd():
+                self.finish_reason = event.reason
+
+    def choice(self, index: int, logprobs: ChoiceLogprobs | None) -> JsonObject:
+        """Returns the choice; fields of reasoning and tool calls only if there are any."""
+        message = AssistantMessage(
+            content=self.text if self.text or not self.calls else None,
+            reasoning_content=self.reasoning or None,
+            tool_calls=self.calls or None,
         )
-        for index, each in enumerate(completions)
-    ]
-    generated = sum(len(each.token_ids) for each in completions)
-    whole = ChatCompletion(
-        **answer.head, choices=choices, usage=usage(answer.prompt_tokens, generated)
-    )
-    body = whole.model_dump()
-    if "service_tier" not in answer.head:
+        body = Choice(
+            index=index, message=message, logprobs=logprobs, finish_reason=self.finish_reason
+        ).model_dump()
+        for name in ("reasoning_content", "tool_calls"):
+            if body["message"][name] is None:
+                del body["message"][name]
+        return body
+
+
+async def whole(request: ChatRequest, generated: Generated, tokenizer: Tokenizer) -> Response:
+    """Returns all choices in one response, with their usage."""
+    head = head_of(request)
+    messages: dict[int, _Message] = {}
+    async for events in generated.events:
+        for event in events:
+            messages.setdefault(event.index, _Message()).take(event)
+
+    def logprobs(message: _Message) -> ChoiceLogprobs | None:
+        return choice_logprobs(message.tokens, tokenizer) if request.logprobs else None
+
+    body = ChatCompletion(**head, choices=[], usage=usage(generated.counts)).model_dump()
+    if "service_tier" not in head:
         del body["service_tier"]
+    body["choices"] = [
+        message.choice(index, logprobs(message)) for index, message in sorted(messages.items())
+    ]
     return JSONResponse(body)
 
 
-async def _stream(
-    answer: _Answer, first: TokenEvent, rest: AsyncIterator[TokenEvent]
+async def stream(
+    request: ChatRequest, generated: Generated, tokenizer: Tokenizer
 ) -> AsyncIterator[str]:
-    """Yields server-sent events; if usage is requested, it is null until the final chunk."""
-    wants_usage = answer.request.wants_usage
+    """Yields server-sent events; if usage is requested, it is null until the final chunk.
 
-    def chunk(choices: list[JsonObject], total: Usage | None = None) -> str:
-        value = {**answer.head, "object": "chat.completion.chunk", "choices": choices}
-        if wants_usage:
-            value["usage"] = None if total is None else total.model_dump()
-        return _event(value)
-
-    def choice(index: int, delta: dict[str, str], **others: Any) -> str:
-        return chunk([{"index": index, "delta": delta, "finish_reason": None} | others])
-
-    count, begun = 0, set[int]()
-    event: TokenEvent | None = first
-    while event is not None:
-        if event.index not in begun:
-            begun.add(event.index)
-            yield choice(event.index, {"role": "assistant", "content": ""})
-        count += event.token_id is not None
-        text, tokens = answer.take(event)
-        if text:
-            details = answer.logprobs(tokens)
-            logprobs = {} if details is None else {"logprobs": details.model_dump()}
-            yield choice(event.index, {"content": text}, **logprobs)
-        if event.finish_reason is not None:
-            yield choice(event.index, {}, finish_reason=event.finish_reason)
-        try:
-            event = await anext(rest, None)
-        except EngineFailure as error:
-            yield _event(error_body(error.status, str(error)))
-            return
-    if wants_usage:
-        yield chunk([], usage(answer.prompt_tokens, count))
-    yield "data: [DONE]\n\n"
+    With `continuous_usage_stats`, every chunk has the token counts so far.
+    """
+    writer = _Writer(request, generated, tokenizer)
+    try:
+        async for events in generated.events:
+            yield "".join(chunk for event in events for chunk in writer.chunks(event))
+    except EngineFailure as error:
+        yield sse(error_body(error.status, str(error)))
+        return
+    if request.wants_usage:
+        yield writer.chunk([], with_usage=True)
+    yield DONE
 
 
-def _event(value: JsonObject) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+class _Writer:
+    """Writes the chunks of a stream."""
+
+    def __init__(self, request: ChatRequest, generated: Generated, tokenizer: Tokenizer) -> None:
+        self._request, self._generated, self._tokenizer = request, generated, tokenizer
+        self._head = {**head_of(request), "object": "chat.completion.chunk"}
+        self._begun = set[int]()
+
+    def chunks(self, event: OutputEvent) -> list[str]:
+        """Returns the chunks of an event: the first of a choice is preceded by its role."""
+        found = []
+        if event.index not in self._begun:
+            self._begun.add(event.index)
+            found.append(self._choice(event.index, {"role": "assistant", "content": ""}))
+        match event:
+            case TextDelta():
+                logprobs = self._logprobs(event.tokens)
+                found.append(self._choice(event.index, {"content": event.text}, **logprobs))
+            case ReasoningDelta():
+                found.append(self._choice(event.index, {"reasoning_content": event.text}))
+            case CallBegin():
+                function = {"name": event.name, "arguments": ""}
+                call = {"index": event.call, "id": event.id, "type": "function"}
+                found.append(
+                    self._choice(event.index, {"tool_calls": [{**call, "function": function}]})
+                )
+            case CallDelta():
+                call = {"index": event.call, "function": {"arguments": event.text}}
+                found.append(self._choice(event.index, {"tool_calls": [call]}))
+            case ChoiceEnd():
+                found.append(self._choice(event.index, {}, finish_reason=event.reason))
+        return found
+
+    def chunk(self, choices: list[JsonObject], *, with_usage: bool = False) -> str:
+        """Returns a chunk with the choices."""
+        value = {**self._head, "choices": choices}
+        if self._request.wants_usage:
+            shown = with_usage or self._request.wants_running_usage
+            value["usage"] = usage(self._generated.counts).model_dump() if shown else None
+        return sse(value)
+
+    def _choice(self, index: int, delta: JsonObject, **others: Any) -> str:
+        return self.chunk([{"index": index, "delta": delta, "finish_reason": None} | others])
+
+    def _logprobs(self, tokens: Sequence[ContentToken]) -> JsonObject:
+        if not self._request.logprobs:
+            return {}
+        return {"logprobs": choice_logprobs(tokens, self._tokenizer).model_dump()}

@@ -4,6 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from easyllm.serve.openai.logprobs import ChoiceLogprobs
+from easyllm.serve.output import Counts
+
 
 class ModelEntry(BaseModel):
     """A served model.
@@ -17,6 +20,9 @@ class ModelEntry(BaseModel):
     owned_by: str = Field("easyllm", description="Owner of the model.")
     max_model_len: int = Field(
         description="Maximum number of tokens of a prompt plus its completion (vLLM's name)."
+    )
+    default_sampling: dict[str, float] = Field(
+        {}, description="Sampling parameters that the model recommends, which are the defaults."
     )
 
 
@@ -33,35 +39,35 @@ class Health(BaseModel):
     status: Literal["ok"] = Field("ok", description="Always ok.")
 
 
-class TopLogprob(BaseModel):
-    """A candidate token at one position of a completion, with its log-probability."""
+class CalledFunctionAnswer(BaseModel):
+    """The function of a generated tool call."""
 
-    token: str = Field(description="Text of the token.")
-    bytes: list[int] | None = Field(description="UTF-8 bytes of the token.")
-    logprob: float = Field(description="Log-probability of the token in nats.")
-
-
-class TokenLogprob(TopLogprob):
-    """A generated token: its own text and bytes, and its log-probability in nats."""
-
-    top_logprobs: list[TopLogprob] = Field(
-        description="The most likely tokens at this position, most likely first."
-    )
+    name: str = Field(description="Name of the function.")
+    arguments: str = Field(description="Its arguments, as JSON text.")
 
 
-class ChoiceLogprobs(BaseModel):
-    """Log-probabilities of the tokens in a completion's content."""
+class ToolCallAnswer(BaseModel):
+    """A generated tool call."""
 
-    content: list[TokenLogprob] = Field(description="Log-probabilities of each token.")
-    refusal: None = Field(None, description="Always null.")
+    id: str = Field(description="Id of the call, to which its result refers.")
+    type: Literal["function"] = Field("function", description="Type of the call.")
+    function: CalledFunctionAnswer = Field(description="The function and its arguments.")
 
 
 class AssistantMessage(BaseModel):
     """The generated message of a choice."""
 
     role: Literal["assistant"] = Field("assistant", description="Role of the message.")
-    content: str = Field(description="The generated text.")
+    content: str | None = Field(
+        description="The generated text; null if the message consists of tool calls."
+    )
     refusal: None = Field(None, description="Always null.")
+    reasoning_content: str | None = Field(
+        None, description="The reasoning before the answer, present if there is any."
+    )
+    tool_calls: list[ToolCallAnswer] | None = Field(
+        None, description="The tool calls, present if there are any."
+    )
 
 
 class Choice(BaseModel):
@@ -71,8 +77,23 @@ class Choice(BaseModel):
     message: AssistantMessage = Field(description="The generated message.")
     logprobs: ChoiceLogprobs | None = Field(description="Log-probabilities, if requested.")
     finish_reason: str | None = Field(
-        description="Why generation ended: stop (EOS or a stop string) or length (the token limit)."
+        description="Why generation ended: stop (EOS or a stop string), length (the token limit) "
+        "or tool_calls."
     )
+
+
+class PromptDetails(BaseModel):
+    """Details of the prompt's tokens."""
+
+    cached_tokens: int = Field(
+        description="Tokens whose keys and values came from the prefix cache."
+    )
+
+
+class CompletionDetails(BaseModel):
+    """Details of the generated tokens."""
+
+    reasoning_tokens: int = Field(description="Tokens generated before the reasoning ended.")
 
 
 class Usage(BaseModel):
@@ -81,6 +102,12 @@ class Usage(BaseModel):
     prompt_tokens: int = Field(description="Number of tokens of the prompt.")
     completion_tokens: int = Field(description="Number of generated tokens.")
     total_tokens: int = Field(description="Sum of the two.")
+    prompt_tokens_details: PromptDetails = Field(
+        description="How many of the prompt's tokens were cached."
+    )
+    completion_tokens_details: CompletionDetails = Field(
+        description="How many of the generated tokens were reasoning."
+    )
 
 
 class ChatCompletion(BaseModel):
@@ -97,8 +124,12 @@ class ChatCompletion(BaseModel):
     usage: Usage = Field(description="Token counts.")
 
 
-def usage(prompt: int, completion: int) -> Usage:
-    """Returns the usage for `prompt` prompt tokens and `completion` generated tokens."""
+def usage(counts: Counts) -> Usage:
+    """Returns the usage in OpenAI's format."""
     return Usage(
-        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+        prompt_tokens=counts.prompt,
+        completion_tokens=counts.completion,
+        total_tokens=counts.prompt + counts.completion,
+        prompt_tokens_details=PromptDetails(cached_tokens=counts.cached),
+        completion_tokens_details=CompletionDetails(reasoning_tokens=counts.reasoning),
     )

@@ -4,40 +4,44 @@ Each is honoured, accepted at values that have no effect (`Neutral`), or rejecte
 (`Refused`).
 """
 
-import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     WithJsonSchema,
-    field_validator,
     model_validator,
 )
 from pydantic.config import JsonDict
 
-from easyllm.core.json_types import Json, JsonObject
-from easyllm.engine.params import (
-    MAX_COUNT,
-    MAX_STOP_CHARS,
-    MAX_STOPS,
-    Count,
-    SamplingParams,
-    StopString,
-)
+from easyllm.core.json_types import Json, JsonMapping
+from easyllm.engine.params import SamplingParams
 from easyllm.serve.errors import APIError
-from easyllm.serve.openai.messages import ChatMessage
-from easyllm.serve.treatment import Neutral, Refused, Strict, as_api_error
+from easyllm.serve.job import Conversation, Job, Reasoning, ToolChoice
+from easyllm.serve.openai.messages import ChatMessage, template_messages
+from easyllm.serve.openai.sampling_fields import (
+    NewTokens,
+    Off,
+    SamplingFields,
+    WholeCount,
+    as_in_engine,
+    whole,
+)
+from easyllm.serve.openai.structured import ResponseFormat, StructuredOutputs, one_guide
+from easyllm.serve.openai.tools import (
+    MAX_TOOLS,
+    TOOL_CHOICE_SCHEMA,
+    Tool,
+    check_choice,
+    read_tool_choice,
+    template_tools,
+)
+from easyllm.serve.treatment import Neutral, Refused, Strict
 
-MAX_NEW_TOKENS = 32_768
 MAX_MESSAGES = 2_000
-MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
-_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
-_STOP_SCHEMA: JsonDict = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 _TOGETHER: JsonDict = {
     "allOf": [
         {
@@ -61,42 +65,11 @@ _TOGETHER: JsonDict = {
     ]
 }
 """The constraints of `_fits_together` as JSON Schema, for `/openapi.json`."""
-_NO_TOOLS = "tools are not supported"
-
-
-def _whole(value: object) -> Json:
-    """Converts integral floats to int: JSON does not distinguish 2.0 from 2."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _off(value: bool) -> bool:
-    """Accepts only False; a Literal would accept 0 as well."""
-    if value:
-        raise ValueError("must be false")
-    return value
-
-
-Off = Annotated[bool, AfterValidator(_off), WithJsonSchema({"const": False})]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-NewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), BeforeValidator(_whole)]
-TopK = Annotated[int, Field(ge=-1, le=MAX_COUNT), BeforeValidator(_whole)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)]
-Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), BeforeValidator(_whole)]
-TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), BeforeValidator(_whole)]
-Empty = Annotated[list[Json], Field(max_length=0)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), BeforeValidator(whole)]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
 ]
-
-
-def _as_in_engine(name: str) -> str:
-    """Returns the description of a field that the engine's sampling parameters have too."""
-    field = SamplingParams.model_fields[name]
-    assert field.description, "every sampling parameter is described"
-    if field.default in (None, {}):
-        return field.description
-    return f"{field.description} By default {field.default:g}."
 
 
 class StreamOptions(Strict):
@@ -105,13 +78,10 @@ class StreamOptions(Strict):
     include_usage: bool | None = Field(
         None, description="End the stream with a chunk that contains the token counts."
     )
+    continuous_usage_stats: bool | None = Field(
+        None, description="Send the token counts so far with every chunk."
+    )
     include_obfuscation: Annotated[Off | None, Neutral("false", "chunks are not padded")] = None
-
-
-class TextFormat(Strict):
-    """The only supported `response_format`: free text."""
-
-    type: Literal["text"] = Field(description="Free text.")
 
 
 class CacheOptions(Strict):
@@ -120,8 +90,8 @@ class CacheOptions(Strict):
     mode: Literal["implicit"] | None = Field(None, description="Automatic prefix caching.")
 
 
-class ChatRequest(Strict):
-    """A chat request; `top_k` extends OpenAI's fields (-1 and 0 disable it)."""
+class ChatRequest(SamplingFields):
+    """A chat request: OpenAI's fields, and those with which vLLM extends them."""
 
     model_config = ConfigDict(json_schema_extra=_TOGETHER)
 
@@ -137,42 +107,9 @@ class ChatRequest(Strict):
     stream_options: StreamOptions | None = Field(
         None, description="Options of a stream; require `stream`."
     )
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        None, description=_as_in_engine("temperature")
-    )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description=_as_in_engine("top_p")
-    )
-    top_k: TopK | None = Field(
-        None, description=_as_in_engine("top_k").replace("0 disables", "0 and -1 disable")
-    )
-    seed: Seed | None = Field(None, description=_as_in_engine("seed"))
-    max_tokens: NewTokens | None = Field(None, description=_as_in_engine("max_tokens"))
+    max_tokens: NewTokens | None = Field(None, description=as_in_engine("max_tokens"))
     max_completion_tokens: NewTokens | None = Field(
         None, description="Newer name of `max_tokens`; mutually exclusive with it."
-    )
-    stop: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
-        None,
-        json_schema_extra={
-            "anyOf": [
-                _STOP_SCHEMA,
-                {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS},
-                {"type": "null"},
-            ]
-        },
-        description="A stop string, or a list of them; they end the completion and are not part "
-        "of it.",
-    )
-    n: Choices | None = Field(None, description=_as_in_engine("n"))
-    frequency_penalty: Penalty | None = Field(None, description=_as_in_engine("frequency_penalty"))
-    presence_penalty: Penalty | None = Field(None, description=_as_in_engine("presence_penalty"))
-    logit_bias: (
-        Annotated[dict[Count, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
-        | None
-    ) = Field(
-        None,
-        json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}},
-        description=_as_in_engine("logit_bias"),
     )
     logprobs: bool | None = Field(
         None, description="Report the log-probability of each generated token."
@@ -180,6 +117,46 @@ class ChatRequest(Strict):
     top_logprobs: TopLogprobs | None = Field(
         None,
         description="Number of most likely tokens to report at each position; requires `logprobs`.",
+    )
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call."
+    )
+    tool_choice: Annotated[
+        Any, BeforeValidator(read_tool_choice), WithJsonSchema(TOOL_CHOICE_SCHEMA)
+    ] = Field(
+        None,
+        description="Whether tools may (auto), must (required) or must not (none) be called, or "
+        "the one that must be. By default auto.",
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="Whether one answer may contain several tool calls. By default true."
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="The form of the answer: text, a JSON object, or JSON of a schema."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="The form of the answer, by vLLM's options."
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        Field(
+            None,
+            description="How much a reasoning model reasons: none switches it off, the others "
+            "bound its tokens (minimal 256, low 1,024, medium 4,096; high, xhigh and max do not).",
+        )
+    )
+    thinking_token_budget: WholeCount | None = Field(
+        None, description="Maximum number of reasoning tokens; 0 switches reasoning off."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the header of an assistant turn follows. By default true."
+    )
+    continue_final_message: bool | None = Field(
+        None,
+        description="Continue the last message, which is the assistant's, instead of answering it; "
+        "requires `add_generation_prompt` to be false.",
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Further variables of the chat template, such as enable_thinking."
     )
     service_tier: Literal["auto", "default"] | None = Field(
         None, description="Returned as default; there is only one tier."
@@ -197,17 +174,11 @@ class ChatRequest(Strict):
     ] = None
 
     # fields that could influence the completion, accepted only at values that do not
-    tools: Annotated[Empty | None, Neutral("[]", _NO_TOOLS)] = None
-    functions: Annotated[Empty | None, Neutral("[]", _NO_TOOLS)] = None
-    tool_choice: Annotated[
-        Literal["none", "auto"] | None, Neutral('"none" or "auto"', _NO_TOOLS)
+    functions: Annotated[
+        Annotated[list[Json], Field(max_length=0)] | None, Neutral("[]", "use tools instead")
     ] = None
     function_call: Annotated[
-        Literal["none", "auto"] | None, Neutral('"none" or "auto"', _NO_TOOLS)
-    ] = None
-    parallel_tool_calls: Annotated[bool | None, Neutral("true or false", _NO_TOOLS)] = None
-    response_format: Annotated[
-        TextFormat | None, Neutral('{"type": "text"}', "other formats are not supported")
+        Literal["none", "auto"] | None, Neutral('"none" or "auto"', "use tool_choice instead")
     ] = None
     modalities: Annotated[
         Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None,
@@ -216,9 +187,6 @@ class ChatRequest(Strict):
     store: Annotated[Off | None, Neutral("false", "completions are not stored")] = None
     verbosity: Annotated[
         Literal["medium"] | None, Neutral('"medium"', "models here have no such setting")
-    ] = None
-    reasoning_effort: Annotated[
-        Literal["none"] | None, Neutral('"none"', "models here have no such setting")
     ] = None
     prompt_cache_retention: Annotated[
         Literal["in_memory"] | None,
@@ -234,71 +202,98 @@ class ChatRequest(Strict):
     prediction: Annotated[None, Refused("predicted output is not supported")] = None
     web_search_options: Annotated[None, Refused("web search is not supported")] = None
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _listed(cls, stop: object) -> Json:
-        """Wraps a single text in a list; a union type would report errors of the wrong member."""
-        return [stop] if isinstance(stop, str) else stop
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _by_id(cls, bias: object) -> Json:
-        """Converts string keys to token ids; rejects "05", which would duplicate "5"."""
-        if not isinstance(bias, dict):
-            return bias
-        for key in bias:
-            if not _TOKEN_ID.fullmatch(key):
-                raise ValueError(f"the key {key!r} is not a token id, such as 42")
-        return {int(key): value for key, value in bias.items()}
-
     @model_validator(mode="after")
     def _fits_together(self) -> "ChatRequest":
         if self.max_tokens and self.max_completion_tokens:
-            raise _conflict("max_tokens", "give max_tokens or max_completion_tokens, not both")
+            raise conflict("max_tokens", "give max_tokens or max_completion_tokens, not both")
         if self.stream_options is not None and not self.stream:
-            raise _conflict("stream_options", "stream_options needs stream=true")
+            raise conflict("stream_options", "stream_options needs stream=true")
+        most = self.max_completion_tokens or self.max_tokens
+        if most is not None and (self.min_tokens or 0) > most:
+            raise conflict("min_tokens", "min_tokens is more than max_tokens; lower it")
+        if self.continue_final_message and self.add_generation_prompt is not False:
+            raise conflict(
+                "continue_final_message",
+                "continue_final_message needs add_generation_prompt=false",
+            )
+        self._check_tools()
         if self.top_logprobs and not self.logprobs:
-            raise _conflict("top_logprobs", "top_logprobs needs logprobs=true")
+            raise conflict("top_logprobs", "top_logprobs needs logprobs=true")
         return self
 
     @property
     def wants_usage(self) -> bool:
         """Whether the stream should end with a usage chunk."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+        options = self.stream_options
+        return options is not None and bool(options.include_usage or self.wants_running_usage)
 
-    def sampling(self) -> SamplingParams:
-        """Returns the engine's sampling parameters; absent fields get OpenAI's defaults."""
-        return SamplingParams(
-            temperature=_or(self.temperature, 1.0),
-            top_p=_or(self.top_p, 1.0),
-            top_k=max(self.top_k or 0, 0),
-            seed=self.seed,
-            max_tokens=self.max_completion_tokens or self.max_tokens,
-            stop=tuple(self.stop or ()),
-            n=self.n or 1,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            logit_bias=self.logit_bias or {},
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+    @property
+    def wants_running_usage(self) -> bool:
+        """Whether every chunk of the stream should have the token counts so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    def job(self, defaults: JsonMapping | None = None) -> Job:
+        """Returns the request in the form common to all dialects.
+
+        Args:
+            defaults: the model's own defaults of the sampling parameters.
+
+        Raises:
+            APIError: a schema is malformed, or two fields contradict each other.
+        """
+        guide, field = one_guide(self.response_format, self.structured_outputs)
+        return Job(
+            model=self.model,
+            prompt=Conversation(
+                messages=template_messages(self.messages),
+                tools=template_tools(self.tools),
+                variables=self.chat_template_kwargs or {},
+                continue_final_message=bool(self.continue_final_message),
+                add_generation_prompt=self.add_generation_prompt is not False,
+            ),
+            params=self.sampling(defaults),
+            guide=guide,
+            guide_field=field,
+            tool_choice=ToolChoice.of(self.tool_choice, self.parallel_tool_calls),
+            reasoning=self._reasoning(),
+            salt=self.cache_salt or "",
         )
 
+    def sampling(self, defaults: JsonMapping | None = None, **others: Any) -> SamplingParams:
+        """Returns the engine's sampling parameters; absent fields get the defaults."""
+        return super().sampling(
+            defaults,
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            **others,
+        )
 
-def read_chat(body: JsonObject) -> ChatRequest:
-    """Validates a parsed body as a chat request.
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or ()]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise conflict("tools", f"two tools are named {repeated!r}; rename one")
+        check_choice(self.tool_choice, names)
 
-    Raises:
-        APIError: a field is invalid, unknown or unsupported; the error names it.
-    """
-    try:
-        return ChatRequest.model_validate(body)
-    except ValidationError as error:
-        raise as_api_error(error, ChatRequest) from None
+    def _reasoning(self) -> Reasoning:
+        if self.thinking_token_budget is not None:
+            return Reasoning(
+                on=self.thinking_token_budget > 0, budget=self.thinking_token_budget or None
+            )
+        return reasoning_of(self.reasoning_effort)
 
 
-def _conflict(param: str, message: str) -> APIError:
+EFFORT_BUDGETS: Mapping[str, int] = {"minimal": 256, "low": 1024, "medium": 4096}
+"""Maximum number of reasoning tokens by effort; the other efforts have no bound."""
+
+
+def reasoning_of(effort: str | None) -> Reasoning:
+    """Returns what an effort means for the reasoning of a model."""
+    if effort is None:
+        return Reasoning()
+    return Reasoning(on=effort != "none", budget=EFFORT_BUDGETS.get(effort))
+
+
+def conflict(param: str, message: str) -> APIError:
     """Returns an error about two conflicting fields, reported under one of them."""
     return APIError(400, message, param=param, code="invalid_value")
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value

@@ -3,19 +3,26 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from easyllm.core.json_types import Json, JsonObject
-from easyllm.serve.treatment import Neutral, Refused, Strict
+from easyllm.serve.openai.tools import CalledFunction, ToolCall
+from easyllm.serve.treatment import Refused
 from easyllm.tokenizer import normalise_messages
 
 _PARTS = {
     "image_url": "images are",
     "input_audio": "audio is",
     "file": "files are",
-    "refusal": "refusals are",
 }
 """Content types of OpenAI's schema other than text."""
 _CONTENT_SCHEMA = {
@@ -27,7 +34,6 @@ _CONTENT_SCHEMA = {
                 "type": "object",
                 "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
                 "required": ["type", "text"],
-                "additionalProperties": False,
             },
         },
         {"type": "null"},
@@ -39,22 +45,20 @@ _NEEDS_CONTENT: JsonDict = {
         {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
     ]
 }
-NoCalls = Annotated[list[Json], Field(max_length=0)]
 
 
-class ChatMessage(Strict):
+class ChatMessage(BaseModel):
     """A message, whose content is text or a list of text parts, which are joined.
 
-    The other fields of an assistant message as clients receive it (`refusal`, `annotations` ...)
-    are accepted if empty, so that a response can be sent back unchanged.
+    Fields that are not declared here are ignored, so that a response can be sent back unchanged.
 
-    `name` is passed to the chat template with the rest of the message, as `transformers` does; the
-    template decides whether the model sees it.
+    `name` and `reasoning_content` are passed to the chat template with the rest of the message, as
+    `transformers` does; the template decides whether the model sees them.
     """
 
-    model_config = ConfigDict(json_schema_extra=_NEEDS_CONTENT)
+    model_config = ConfigDict(strict=True, extra="ignore", json_schema_extra=_NEEDS_CONTENT)
 
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"] = Field(
         description="Author of the message."
     )
     content: Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)] = Field(
@@ -66,16 +70,22 @@ class ChatMessage(Strict):
     name: str | None = Field(
         None, description="Name of the author; the chat template decides whether the model sees it."
     )
-    refusal: Annotated[None, Refused("send the text as content")] = None
-    annotations: Annotated[
-        Annotated[list[Json], Field(max_length=0)] | None,
-        Neutral("[]", "annotations are not passed to the model"),
-    ] = None
+    reasoning_content: str | None = Field(
+        None,
+        description="Reasoning of an assistant message; the chat template decides whether the "
+        "model sees it.",
+    )
+    refusal: str | None = Field(None, description="Refusal of an assistant message.")
+    tool_calls: list[ToolCall] | None = Field(
+        None, description="Tool calls of an assistant message."
+    )
+    tool_call_id: str | None = Field(
+        None, description="Id of the call whose result a tool message contains."
+    )
+    function_call: CalledFunction | None = Field(
+        None, description="Older form of one tool call in an assistant message."
+    )
     audio: Annotated[None, Refused("audio is not supported")] = None
-    function_call: Annotated[None, Refused("tools are not supported")] = None
-    tool_calls: Annotated[NoCalls | None, Neutral("[]", "tools are not supported")] = None
-    tool_call_id: Annotated[None, Refused("tools are not supported")] = None
-    parsed: Annotated[None, Refused("send the text as content")] = None
 
     @field_validator("content")
     @classmethod
@@ -94,9 +104,7 @@ class ChatMessage(Strict):
 
 def template_messages(messages: Iterable[ChatMessage]) -> list[JsonObject]:
     """Returns the messages in the form in which `encode_chat` passes them to chat templates."""
-    return normalise_messages(
-        [{"role": m.role, "content": m.content, "name": m.name} for m in messages]
-    )
+    return normalise_messages([message.model_dump(exclude_none=True) for message in messages])
 
 
 def _check_part(number: int, part: Json) -> None:
@@ -107,9 +115,6 @@ def _check_part(number: int, part: Json) -> None:
         raise _mistake(f"{here} is of type {kind!r}: {_PARTS[kind]} not supported; send text")
     if kind != "text" or not isinstance(part.get("text"), str):
         raise _mistake(f'{here} is not text; send {{"type": "text", "text": "..."}}')
-    extra = [name for name in part if name not in ("type", "text") and part[name] is not None]
-    if extra:
-        raise _mistake(f"{here} has the field {extra[0]!r}, which is not supported; leave it out")
 
 
 def _mistake(message: str) -> PydanticCustomError:

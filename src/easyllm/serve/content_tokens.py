@@ -1,18 +1,13 @@
-"""Log-probabilities of the tokens of a completion, in OpenAI's format."""
+"""The tokens that make up the text of a completion."""
 
 from codecs import getincrementaldecoder
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from easyllm.engine.request import Logprobs, TokenEvent
-from easyllm.serve.openai.chat_answers import ChoiceLogprobs, TokenLogprob, TopLogprob
 from easyllm.tokenizer.stream import REPLACEMENT, StreamDecoder
-from easyllm.tokenizer.token_bytes import shown
 from easyllm.tokenizer.tokenizer import Tokenizer
-
-MIN_LOGPROB = -9999.0
-"""OpenAI's value for "very unlikely"; JSON cannot represent -inf."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +37,15 @@ class ContentTokens:
     Args:
         tokenizer: the tokenizer of the model.
         end_ids: ids of the EOS tokens.
+        skip_special: whether special tokens are excluded, as they are from the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, end_ids: Collection[int]) -> None:
-        self._decoder, self._bytes = StreamDecoder(tokenizer), tokenizer.token_bytes
-        self._special, self._end_ids = tokenizer.special_ids, end_ids
+    def __init__(
+        self, tokenizer: Tokenizer, end_ids: Collection[int], *, skip_special: bool = True
+    ) -> None:
+        self._decoder = StreamDecoder(tokenizer, skip_special=skip_special)
+        self._bytes, self._end_ids = tokenizer.token_bytes, end_ids
+        self._special = tokenizer.special_ids if skip_special else frozenset[int]()
         self._decoded = self._given = self._released = 0  # character counts
         self._text = ""  # received from the engine but not yet released
         self._rest = b""  # trailing bytes not yet known to be a complete or an invalid character
@@ -132,28 +131,3 @@ def _undecided(data: bytes) -> bytes:
     while end and data[:end].decode("utf-8", "replace").endswith(REPLACEMENT):
         end -= 1
     return data[end:]
-
-
-def choice_logprobs(tokens: Sequence[ContentToken], tokenizer: Tokenizer) -> ChoiceLogprobs:
-    """Returns the tokens' raw log-probabilities (nats), each with the most likely alternatives."""
-
-    def entry(own: bytes | None, logprob: float) -> TopLogprob:
-        return TopLogprob(
-            token=shown(own or b""),
-            bytes=None if own is None else list(own),
-            logprob=max(logprob, MIN_LOGPROB),
-        )
-
-    def other(token_id: int, logprob: float, begins: bool) -> TopLogprob:
-        own = tokenizer.token_bytes(token_id)
-        return entry(own.removeprefix(b" ") if begins and own is not None else own, logprob)
-
-    return ChoiceLogprobs(
-        content=[
-            TokenLogprob(
-                **entry(token.own, token.place.raw).model_dump(),
-                top_logprobs=[other(*pair, token.begins) for pair in token.place.top_raw],
-            )
-            for token in tokens
-        ]
-    )

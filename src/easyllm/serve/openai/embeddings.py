@@ -1,0 +1,81 @@
+"""`POST /v1/embeddings`: pooled hidden states of a served model, as vectors of unit length."""
+
+import base64
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi.responses import JSONResponse
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from starlette.responses import Response
+
+from easyllm.serve.errors import APIError
+from easyllm.serve.models import ServedModel
+from easyllm.serve.openai.completion_request import PROMPT_SCHEMA, read_prompts
+from easyllm.serve.openai.sampling_fields import whole
+from easyllm.serve.trace import RequestTrace
+from easyllm.serve.treatment import Neutral, Strict
+
+
+class EmbeddingRequest(Strict):
+    """A request for the embeddings of texts."""
+
+    model: str = Field(description="Name of a served model.")
+    input: Annotated[Any, BeforeValidator(read_prompts), WithJsonSchema(PROMPT_SCHEMA)] = Field(
+        description="Text or token ids, or a list of them."
+    )
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None,
+        description="Numbers, or the base64 of their little-endian fp32 bytes. By default float.",
+    )
+    dimensions: Annotated[int, Field(ge=1), BeforeValidator(whole)] | None = Field(
+        None, description="Length of the vectors; only the model's own is supported."
+    )
+    pooling: Literal["mean", "last"] | None = Field(
+        None,
+        description="Mean of the hidden states of all tokens, or that of the last token. By "
+        "default mean.",
+    )
+    user: Annotated[str | None, Neutral("text", "it names the end user")] = None
+
+
+async def embeddings(
+    request: EmbeddingRequest, served: ServedModel, trace: RequestTrace | None
+) -> Response:
+    """Returns the embeddings in OpenAI's format.
+
+    Raises:
+        EasyllmError: the model rejects a text.
+        APIError: vectors of another length are requested.
+    """
+    llm = served.llm
+    size = llm.model.config.hidden_size
+    if request.dimensions not in (None, size):
+        message = f"the model's vectors have {size} dimensions, not {request.dimensions}"
+        raise APIError(400, message, param="dimensions", code="unsupported_value")
+    ids = [llm.encode(each) for each in request.input]
+    vectors = await served.service.call(
+        lambda: llm.embed(ids, pooling=request.pooling or "mean", adapter=served.adapter)
+    )
+    count = sum(map(len, ids))
+    if trace is not None:
+        trace.prompt_tokens += count
+    rows = vectors.cpu().numpy().astype("<f4")
+    as_base64 = request.encoding_format == "base64"
+    body = {
+        "object": "list",
+        "data": [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": _encoded(row) if as_base64 else row.tolist(),
+            }
+            for index, row in enumerate(rows)
+        ],
+        "model": request.model,
+        "usage": {"prompt_tokens": count, "total_tokens": count},
+    }
+    return JSONResponse(body)
+
+
+def _encoded(row: np.ndarray[Any, Any]) -> str:
+    return base64.b64encode(row.tobytes()).decode("ascii")
