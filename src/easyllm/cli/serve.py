@@ -49,8 +49,8 @@ def serve(
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Host name by which clients may address the server without an API key, in addition to "
-            "localhost and IP addresses; * allows all.",
+            help="Host name by which clients may address the server without an API key, in "
+            "addition to localhost and IP addresses; * allows all.",
             metavar="NAME",
         ),
     ] = None,
@@ -123,11 +123,11 @@ def start(
     Raises:
         ConfigError: the port is in use, or the key cannot be sent in a header.
     """
-    from easyllm.serve.run import bind
-    from easyllm.serve.run import serve as run_server
     from easyllm.core.errors import ConfigError
     from easyllm.serve.guard import check_key
     from easyllm.serve.request_log import RequestLog, log_to_stderr
+    from easyllm.serve.run import bind
+    from easyllm.serve.run import serve as run_server
 
     check_key(api_key)  # fail before the models are loaded
     bind(host, port).close()

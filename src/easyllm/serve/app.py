@@ -49,8 +49,8 @@ def create_app(
         api_key: if set, required by every route except `/health` and the chat page.
         adapters: for a served name, the adapter of its model that its requests select; without an
             entry, the base model answers.
-        allowed_hosts: host names, in addition to `localhost`, by which clients may address the server if
-            there is no API key (`Guard`).
+        allowed_hosts: host names, in addition to `localhost`, by which clients may address the
+            server if there is no API key (`Guard`).
         limits: bounds on waiting requests.
         log: writes a line for each request.
         loaders: for a served name, how its model is loaded again after it was unloaded.

@@ -7,7 +7,7 @@ writing of the response, which `easyllm bench serve` includes.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Literal
 
@@ -128,7 +128,7 @@ class Metrics:
 
     def render(self) -> str:
         """Returns all metrics in the text format."""
-        families = chain(
+        families: Iterable[Counter | Gauge | Histogram] = chain(
             self._gauges(),
             (self.prompt_tokens, self.cached_tokens, self.generation_tokens),
             (self.finished, self.responses),
