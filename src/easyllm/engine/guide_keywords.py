@@ -3,29 +3,24 @@
 The value of an honoured keyword is checked, and rewritten where llguidance would deviate from it.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from itertools import combinations
 from urllib.parse import unquote
 
 from easyllm.core.errors import suggest
 from easyllm.core.json_types import Json, JsonObject
 from easyllm.engine.guide_formats import FORMATS, MAX_LENGTHS
+from easyllm.engine.guide_numbers import BOUNDS, MAX_INTEGER, is_exact
 from easyllm.engine.guide_regex import portable_regex
 from easyllm.engine.guide_spec import GuideError
 
 MAX_ITEMS = 1_000
 """Maximum of `minItems` and `maxItems`: llguidance writes out every item."""
+MIN_MULTIPLE, MAX_MULTIPLE = 1e-9, 1_000_000
+"""Bounds of `multipleOf` and of its digits: each remainder is a lexer state."""
 MAX_COUNT = 100_000
 """Maximum of other lengths and counts; each character of a bounded string is a lexer state."""
-EXACT_INTEGERS = 2**53
-"""Integers up to this size are exact in fp64, in which llguidance stores numbers."""
-EXACT_DIGITS = 15
-"""Decimal numbers of so many digits are read exactly: llguidance reads longer ones with an error of
-one unit in the last place of fp64."""
-MAX_INTEGER = 2**63 - 1024
-"""Bound of integers without bounds: the largest fp64 number of 64 bits, so that a model cannot
-continue a number without end, and others can read it."""
 DRAFTS = (
     "https://json-schema.org/draft/2020-12/schema",
     "https://json-schema.org/draft/2019-09/schema",
@@ -40,7 +35,6 @@ ANNOTATIONS = frozenset(
     )
 )
 COUNTS = ("minLength", "maxLength", "minProperties", "maxProperties", "minItems", "maxItems")
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 SCHEMAS = ("additionalProperties", "additionalItems", "items")
@@ -156,10 +150,9 @@ def _check_exact(value: Json, keyword: str, here: str) -> None:
     values = value.values() if isinstance(value, dict) else value
     for each in values if isinstance(value, dict | list) else ():
         _check_exact(each, keyword, here)
-    if isinstance(value, float) and value != float(f"{value:.{EXACT_DIGITS}g}"):
-        raise invalid(keyword, here, value, f"numbers of at most {EXACT_DIGITS} digits")
-    if _is_number(value) and abs(value) > EXACT_INTEGERS:
-        raise invalid(keyword, here, value, "numbers of at most 2^53; give larger ones as text")
+    if _is_number(value) and not is_exact(value):
+        expected = "numbers of at most 15 digits and 2^53; give others as text"
+        raise invalid(keyword, here, value, expected)
 
 
 def _check_required(node: JsonObject, keyword: str, here: str) -> None:
@@ -187,35 +180,33 @@ def _check_bound(node: JsonObject, keyword: str, here: str) -> None:
         )
     if not _is_number(value) or abs(value) > MAX_INTEGER:
         raise invalid(keyword, here, value, f"a number of at most {MAX_INTEGER:,}")
-    upper, is_exclusive = keyword.lower().endswith("maximum"), keyword.startswith("exclusive")
-    if not is_exclusive or not value or node.get("type") == "integer":
-        node[keyword] = _inside(value, upper=upper)
-        return
-    # a text with more digits than fp64 has may be parsed as the excluded bound itself
-    kind = {"type": node["type"]} if "type" in node else {}
-    bound = _inside(value, upper=upper, is_exclusive=True)
-    add_all_of(node, {**kind, keyword[9:].lower(): bound})
-    del node[keyword]
-
-
-def _inside(value: float, *, upper: bool, is_exclusive: bool = False) -> float:
-    """Returns the nearest number on the allowed side of a bound that llguidance reads exactly."""
-    if isinstance(value, int) and not is_exclusive:
-        rounded = int(float(value))
-        if (rounded > value) if upper else (rounded < value):
-            rounded = int(math.nextafter(float(value), -math.inf if upper else math.inf))
-        return rounded
-    context = Context(EXACT_DIGITS, ROUND_FLOOR if upper else ROUND_CEILING)
-    number = Decimal(repr(value))
-    if not is_exclusive:
-        return float(context.plus(number))
-    return float(context.next_minus(number) if upper else context.next_plus(number))
 
 
 def _check_multiple(node: JsonObject, keyword: str, here: str) -> None:
     value = node[keyword]
-    if not _is_number(value) or not 1e-9 <= value <= 1e9:
-        raise invalid(keyword, here, value, "a number from 1e-9 to 1e9")
+    if not _is_number(value) or not value >= MIN_MULTIPLE or _digits(value, 0) > MAX_MULTIPLE:
+        raise invalid(keyword, here, value, "a number from 1e-9 with at most 6 digits")
+
+
+def check_multiples(values: Sequence[float]) -> None:
+    """Refuses values of `multipleOf` whose common multiple llguidance computes wrongly."""
+    for one, other in combinations(values, 2):
+        decimals = max(_decimals(one), _decimals(other))
+        if _digits(one, decimals) * _digits(other, decimals) >= 2**32:
+            raise refusal(
+                "multipleOf", "#", f"{one} and {other} may apply together", "use smaller values"
+            )
+
+
+def _digits(value: float, decimals: int) -> int:
+    """Returns a number without its decimal point, after at least `decimals` decimals."""
+    return int(Decimal(repr(value)).scaleb(max(decimals, _decimals(value))))
+
+
+def _decimals(value: float) -> int:
+    exponent = Decimal(repr(value)).normalize().as_tuple().exponent
+    assert isinstance(exponent, int), "the number is finite"
+    return max(0, -exponent)
 
 
 def _check_pattern(node: JsonObject, keyword: str, here: str) -> None:

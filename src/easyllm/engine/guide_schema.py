@@ -16,7 +16,6 @@ from easyllm.engine.guide_exclusive import are_exclusive
 from easyllm.engine.guide_keywords import (
     ANNOTATIONS,
     CHECKS,
-    MAX_INTEGER,
     NEUTRAL,
     REFUSED,
     RESOURCES,
@@ -24,6 +23,7 @@ from easyllm.engine.guide_keywords import (
     SCHEMA_MAPS,
     SCHEMAS,
     add_all_of,
+    check_multiples,
     check_resource,
     check_unknown,
     invalid,
@@ -31,6 +31,7 @@ from easyllm.engine.guide_keywords import (
     shown,
     translated,
 )
+from easyllm.engine.guide_numbers import rewrite_bounds
 from easyllm.engine.guide_regex import narrows
 from easyllm.engine.guide_spec import MAX_SCHEMA_DEPTH, GuideError, depth_exceeds
 
@@ -72,15 +73,18 @@ class _Preparation:
         seen: ids of the subschemas that were checked.
         references: the subschemas with `$ref`, and what each refers to, by id.
         one_ofs: the subschemas with `oneOf`, each with its place.
+        multiples: the values of `multipleOf`.
     """
 
     def __init__(self, root: JsonObject) -> None:
         self.root, self.seen = root, set[int]()
         self.references: dict[int, tuple[JsonObject, Json]] = {}
         self.one_ofs: list[tuple[JsonObject, str]] = []
+        self.multiples: list[float] = []
 
     def run(self) -> JsonObject:
         self.check(self.root, "#")
+        check_multiples(self.multiples)
         for node, place in self.one_ofs:
             if not are_exclusive(node["oneOf"], self.resolved):
                 raise refusal("oneOf", place, "its options may overlap", ONE_OF_REMEDY)
@@ -118,7 +122,7 @@ class _Preparation:
         for keyword in list(node):
             self.check_keyword(node, keyword, place)
         _check_min_properties(node, place)
-        _bound_integers(node)
+        rewrite_bounds(node)
         for keyword in [key for key in node if key in APPLICATORS]:
             node[keyword] = node.pop(keyword)
 
@@ -145,6 +149,8 @@ class _Preparation:
             check_unknown(keyword, place)
         if keyword == "oneOf":
             self.one_ofs.append((node, place))
+        elif keyword == "multipleOf":
+            self.multiples.append(value)
 
     def check_list(self, node: JsonObject, keyword: str, here: str) -> None:
         """Checks a list of subschemas."""
@@ -221,17 +227,6 @@ def _check_key_patterns(node: JsonObject, here: str) -> None:
     if len(new) < len(schemas):
         raise invalid("patternProperties", here, list(schemas), "different patterns")
     node["patternProperties"] = new
-
-
-def _bound_integers(node: JsonObject) -> None:
-    """Bounds integers without bounds, so that a model cannot add digits without end."""
-    names = node.get("type")
-    names = names if isinstance(names, list) else [names]
-    if "integer" in names and "number" not in names:
-        if not {"minimum", "exclusiveMinimum"} & node.keys():
-            node["minimum"] = -MAX_INTEGER
-        if not {"maximum", "exclusiveMaximum"} & node.keys():
-            node["maximum"] = MAX_INTEGER
 
 
 def _pointers(root: Json) -> Iterator[tuple[Json, str]]:
