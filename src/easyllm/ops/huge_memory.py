@@ -26,6 +26,10 @@ SMALL = 1 << 22
 """Minimum size in bytes; below it, huge pages gain nothing."""
 ALIGNMENT = 64
 """Bytes of a cache line."""
+HUGE = 1 << 21
+"""Bytes of a huge page, also on most processors that are not x86."""
+FIRST_BYTES = 1 << 18
+"""Bytes at the beginning of `growing_empty` in small pages."""
 _PAGEMAP_SCAN, _PAGE_IS_HUGE = 0xC0606610, 1 << 6  # linux/fs.h
 _MAX_REGIONS = 4096
 """Ranges of huge pages that are counted at most."""
@@ -102,6 +106,22 @@ def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype) if memory is None else _tensor_on(memory, shape, dtype)
 
 
+def growing_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Returns an uninitialized CPU tensor that is used from its beginning, and often not far.
+
+    The first `FIRST_BYTES` are in small pages, so that its first use does not take (and fill with
+    zeros) a whole huge page; the rest is in huge pages. Small tensors have no huge pages.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = _map(num_bytes + 2 * HUGE, huge=False) if num_bytes >= SMALL else None
+    if memory is None:
+        return torch.empty(shape, dtype=dtype)
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    rest = -(-(address + FIRST_BYTES) // HUGE) * HUGE - address  # where a huge page begins
+    memory.madvise(mmap.MADV_HUGEPAGE, rest, len(memory) - rest)
+    return _tensor_on(memory, shape, dtype, offset=rest - FIRST_BYTES)
+
+
 def cached_empty(
     shape: tuple[int, ...], dtype: torch.dtype, cache: BufferCache = STEP_BUFFERS
 ) -> Tensor:
@@ -118,22 +138,29 @@ def cached_empty(
     return _tensor_on(view, shape, dtype)
 
 
-def _map(num_bytes: int) -> mmap.mmap | None:
-    """Maps new memory in huge pages; returns None if the system does not support them."""
+def _map(num_bytes: int, *, huge: bool = True) -> mmap.mmap | None:
+    """Maps new memory in huge pages; returns None if the system does not support them.
+
+    Args:
+        num_bytes: size of the memory.
+        huge: whether all of it is in huge pages; otherwise, the caller advises the system.
+    """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     except OSError:  # the system has no huge pages; callers use ordinary memory
         return None
     return memory
 
 
 def _tensor_on(
-    memory: mmap.mmap | memoryview, shape: tuple[int, ...], dtype: torch.dtype
+    memory: mmap.mmap | memoryview, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0
 ) -> Tensor:
-    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    count = math.prod(shape) * dtype.itemsize
+    found = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=offset)
+    storage = found.untyped_storage()
     # not a view: autograd accumulates into a gradient in place only if no other tensor shares its
     # memory
     empty = torch.empty(0, dtype=dtype)

@@ -26,7 +26,7 @@ from easyllm.ops.attention import attend_segment
 from easyllm.ops.attention_backends import C_PAGES, FLASH, AttentionCall, pick_backend
 from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.flash import flash_attention
-from easyllm.ops.huge_memory import huge_empty
+from easyllm.ops.huge_memory import growing_empty
 from easyllm.ops.kernels import kernels_for, structs
 from easyllm.ops.kernels.structs import BIT_CODES, DTYPE_CODES, address, has_contiguous_heads
 
@@ -102,7 +102,7 @@ def new_pages(
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cpu":
-        return huge_empty(shape, dtype)
+        return growing_empty(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)
 
 

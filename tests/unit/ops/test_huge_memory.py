@@ -3,6 +3,7 @@
 import contextlib
 import mmap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from easyllm.ops.huge_memory import (
     BufferCache,
     cached_empty,
     empty_like_each,
+    growing_empty,
     huge_empty,
 )
 from easyllm.train import TrainConfig
@@ -29,7 +31,7 @@ def left():
     STEP_BUFFERS.clear()
 
 
-@pytest.mark.parametrize("make", [huge_empty, cached_empty])
+@pytest.mark.parametrize("make", [huge_empty, cached_empty, growing_empty])
 @pytest.mark.parametrize("rows", [3, SMALL // 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_an_allocated_tensor_behaves_like_any_other(left, make, rows, dtype):
@@ -173,3 +175,20 @@ def test_memory_is_in_huge_pages_once_it_is_used():
 def test_without_the_request_memory_counts_as_small_pages(monkeypatch):
     monkeypatch.setattr(huge_memory, "_PAGEMAP_SCAN", 0)
     assert not huge_memory.in_huge_pages(huge_empty((1 << 24,), torch.uint8).fill_(1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory is read from /proc")
+def test_the_first_use_of_growing_memory_takes_little_of_it():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    tensors = [growing_empty((1 << 24,), torch.uint8) for _ in range(8)]
+    before = resident()
+    for tensor in tensors:
+        tensor[:10_000] = 1
+    assert resident() - before < 8 * 100_000
+    for tensor in tensors:
+        tensor.fill_(2)
+    assert resident() - before > 8 * 0.9 * (1 << 24)
+    assert all(tensor.unique().tolist() == [2] for tensor in tensors)
+    assert len({tensor.data_ptr() for tensor in tensors}) == 8
