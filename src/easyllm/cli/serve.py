@@ -124,33 +124,37 @@ def start(
         ConfigError: the port is in use, or the key cannot be sent in a header.
     """
     from easyllm.core.errors import ConfigError
-    from easyllm.serve.guard import check_key
-    from easyllm.serve.request_log import RequestLog, log_to_stderr
-    from easyllm.serve.run import bind
-    from easyllm.serve.run import serve as run_server
+    from easyllm.core.garbage import importing
+
+    with importing():
+        from easyllm.serve.guard import check_key
+        from easyllm.serve.request_log import RequestLog, log_to_stderr
+        from easyllm.serve.run import bind
+        from easyllm.serve.run import serve as run_server
 
     check_key(api_key)  # fail before the models are loaded
-    bind(host, port).close()
-    if adapters_folder is not None and not adapters_folder.is_dir():
-        raise ConfigError(f"--adapters-folder: there is no folder {str(adapters_folder)!r}")
-    served = load_served(named, **options)
-    shown = f"[{host}]" if ":" in host else host
-    sys.stderr.write(
-        f"serving {', '.join(served.models)} at http://{shown}:{port}/  (Ctrl-C stops)\n"
-    )
-    log_to_stderr()
-    run_server(
-        served.models,
-        host=host,
-        port=port,
-        api_key=api_key,
-        limits=limits,
-        adapters=served.adapters,
-        loaders=served.loaders,
-        adapters_folder=adapters_folder,
-        allowed_hosts=allowed_hosts,
-        log=RequestLog(json_lines=log_json),
-    )
+    with bind(host, port) as listener:  # who connects now is answered once they are loaded
+        if adapters_folder is not None and not adapters_folder.is_dir():
+            raise ConfigError(f"--adapters-folder: there is no folder {str(adapters_folder)!r}")
+        served = load_served(named, **options)
+        shown = f"[{host}]" if ":" in host else host
+        sys.stderr.write(
+            f"serving {', '.join(served.models)} at http://{shown}:{port}/  (Ctrl-C stops)\n"
+        )
+        log_to_stderr()
+        run_server(
+            served.models,
+            host=host,
+            port=port,
+            api_key=api_key,
+            limits=limits,
+            adapters=served.adapters,
+            loaders=served.loaders,
+            adapters_folder=adapters_folder,
+            allowed_hosts=allowed_hosts,
+            log=RequestLog(json_lines=log_json),
+            listener=listener,
+        )
 
 
 def _by_name(words: list[str]) -> dict[str, str]:

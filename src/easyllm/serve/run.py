@@ -32,6 +32,7 @@ def serve(
     log: RequestLog | None = None,
     loaders: Mapping[str, Loader] | None = None,
     adapters_folder: Path | None = None,
+    listener: socket.socket | None = None,
 ) -> None:
     """Serves the models until interrupted.
 
@@ -44,11 +45,12 @@ def serve(
         adapters: as for `create_app`.
         allowed_hosts: as for `create_app`; `host` is allowed too.
         log, loaders, adapters_folder: as for `create_app`.
+        listener: a socket that `bind` returned for `host` and `port`; by default a new one.
 
     Raises:
         ConfigError: the port is in use, or the key cannot be sent in a header.
     """
-    listener = bind(host, port)
+    listener = listener or bind(host, port)
     server = build_server(
         models,
         api_key=api_key,
