@@ -125,11 +125,16 @@ def user_grammar(lark: str) -> str:
                 f"the grammar sets the attribute {name}, which is not supported; {remedy}",
                 keyword=name,
             )
-    return with_checked_schemas(lark)
+    return with_checked_schemas(lark, own=False)
 
 
-def with_checked_schemas(lark: str) -> str:
+def with_checked_schemas(lark: str, *, own: bool = True) -> str:
     """Returns a grammar in which each `%json` stands for a schema that is honoured exactly.
+
+    Args:
+        lark: the grammar.
+        own: whether we wrote it, so that the options of its schemas are replaced; a user may not
+            set any.
 
     Raises:
         GuideError: a schema is not JSON, or cannot be honoured.
@@ -138,8 +143,8 @@ def with_checked_schemas(lark: str) -> str:
     for kind, text in _pieces(lark):
         if kind == "json":
             schema = json.loads(text)
-            if isinstance(schema, dict):
-                schema.pop("x-guidance", None)  # the grammar's own; `json_rule` sets its options
+            if own and isinstance(schema, dict):
+                schema.pop("x-guidance", None)
             parts[-1] = json_rule(schema)
         else:
             parts.append(f"%{text}" if kind == "directive" else text)
