@@ -87,7 +87,8 @@ def options_in(function):
         named = [word for word in words if isinstance(word, str) and word.startswith("--")]
         kinds = [x for x in leaf_types(hint.__origin__) if x is not type(None)]
         value = None if kinds == [bool] else kinds[0]
-        yield Option(named[0] if named else f"--{name.replace('_', '-')}", value)
+        flag = named[0] if named else f"--{name.replace('_', '-')}"
+        yield Option(flag.rpartition("/")[2], value)  # of --x/--no-x the one that changes it
 
 
 def leaf_types(hint):
@@ -156,6 +157,7 @@ ENGINE = {
     "--cache-gb": ("cache_gb", "0.5", 0.5),
     "--cache-dtype": ("cache_dtype", "int8", "int8"),
     "--deterministic": ("deterministic", None, True),
+    "--no-weight-cache": ("weight_cache", None, False),
     "--draft": ("draft", "ngram", "ngram"),
     "--max-running": ("max_running", "3", 3),
     "--adapter": ("adapter", "folder", "folder"),
