@@ -136,3 +136,13 @@ def test_the_engine_lives_on_after_a_bad_schema(address):
         form = {"type": "json_schema", "json_schema": {"schema": schema}}
         assert ask(address, response_format=form).status_code == 400
     assert ask(address, max_tokens=2).status_code == 200
+
+
+def test_a_plain_request_does_not_prepare_guided_decoding(tiny_model, tiny_tokenizer):
+    llm = LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="")
+    with running({"m": llm}) as address:
+        assert ask(address, max_tokens=2).status_code == 200
+        assert "guides" not in vars(llm)
+        guided = {"max_tokens": 2, "response_format": {"type": "json_object"}}
+        assert ask(address, **guided).status_code == 200
+        assert "guides" in vars(llm)

@@ -58,11 +58,11 @@ class Form:
 
     def _answer(self) -> MaskSource | None:
         """Returns the masks of the answer: tool calls, a guided text, or either of them."""
-        mode, guides, guide = self.job.tool_choice.mode, self.llm.guides, self.job.guide
+        mode, guide = self.job.tool_choice.mode, self.job.guide
         if self.tools and (guide is None or mode in ("required", "named")):
             with refused("tools"):
                 calls = self._calls(_choice(self.job.tool_choice), with_reasoning=True)
-                return None if calls is None else guides.compile_lark(calls)
+                return None if calls is None else self.llm.guides.compile_lark(calls)
         if guide is None:
             return None
         may_call = bool(self.tools) and mode == "auto"
@@ -71,8 +71,8 @@ class Form:
             checked = None if calls is None else with_checked_schemas(calls)
         with refused(self.job.guide_field):
             if checked is None and self.reasoning is None:
-                return guides.compile(guide)
-            return guides.compile(guide, wrap=lambda text: self._either(text, checked))
+                return self.llm.guides.compile(guide)
+            return self.llm.guides.compile(guide, wrap=lambda text: self._either(text, checked))
 
     def _calls(self, choice: ChoiceOfFormat, *, with_reasoning: bool) -> str | None:
         return self.llm.tokenizer.tool_format.grammar(
