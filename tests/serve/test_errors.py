@@ -236,6 +236,7 @@ def test_a_prompt_longer_than_the_context_has_its_error_code(address, content, m
         assert answer.status_code == 400
         error = check_form(answer.text, 400)
         assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+        assert "prompt is too long" in error["message"]  # what LangChain and litellm look for
 
 
 def test_a_request_larger_than_the_cache_has_the_same_error_code(tiny_model, tiny_tokenizer):
