@@ -77,7 +77,7 @@ class Call:
             work = answer(request, trace_of(http))
             return await cancel_on_disconnect(http, _awaited(work))
         except ContextLengthError as error:
-            # LangChain, litellm and Claude Code look for these words in the message, not for the code
+            # Clients (LangChain, litellm, Claude Code) look for these words, not for the code.
             message = f"the prompt is too long: {error.what}"
             message = f"{message}; shorten the {text_field}, or lower max_tokens"
             code = "context_length_exceeded"
