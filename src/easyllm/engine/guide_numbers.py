@@ -1,10 +1,10 @@
-"""Bounds of numbers, rewritten so that llguidance accepts no number outside them.
+"""Bounds of numbers, rewritten so that llguidance accepts none outside them.
 
 llguidance 1.9.1 stores bounds in fp64 and turns them into regular expressions. Found by comparing
 with exact arithmetic:
 
 - integers above 2^53 are rounded to the nearest fp64 number, decimal numbers of more than 15 digits
-  are read with an error of one unit in the last place: either may lie beyond the bound;
+  are read with an error of one unit in the last place: either may be beyond the bound;
 - with `exclusiveMinimum: 0` and a maximum below 1, the number 0 is accepted (so for every integer);
 - with an excluded bound 1, a text such as 0.99999999999999999999 is accepted, which is read as 1.0;
 - with `maximum: 2.75`, the number 2.7 is not accepted, because its digits are the beginning of the

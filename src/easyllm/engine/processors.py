@@ -19,6 +19,14 @@ FULL_SORT_MAX_VOCAB, TOP_P_FAST_TOKENS = 4096, 256
 `TOP_P_FAST_TOKENS` most likely tokens are tried first."""
 
 
+_LIMITS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
+    np.float32(np.inf),
+    np.float32(-np.inf),
+)
+"""[256, 8]: for each byte of a bitmask, the maximum of the logits of its eight tokens."""
+
+
 def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
     """Returns logits [V] with `bias[id]` added for each id in `bias`.
 
@@ -88,18 +96,14 @@ def allow_packed(logits: Tensor, words: Tensor) -> Tensor:
         words: [N, ⌈V/32⌉] int32 on the CPU: bit t mod 32 of word t / 32 is set if token t is
             allowed.
     """
-    return logits.masked_fill(~_unpacked(words, logits), NEG_INF)
-
-
-def _unpacked(words: Tensor, logits: Tensor) -> Tensor:
-    """Returns bitmasks as [N, V] bool on the device of the logits."""
-    if logits.device.type == "cpu":  # several times faster than shifts
+    vocab_size = logits.shape[1]
+    if logits.device.type == "cpu":  # nine times faster than filling by a mask of booleans
         octets = words.numpy().astype("<i4", copy=False).view(np.uint8)
-        bits = torch.from_numpy(np.unpackbits(octets, axis=1, bitorder="little")).view(torch.bool)
-    else:
-        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-        bits = ((words.to(logits.device)[:, :, None] >> shifts) & 1).flatten(1).to(torch.bool)
-    return bits[:, : logits.shape[1]]
+        limits = torch.from_numpy(_LIMITS.take(octets, axis=0)).flatten(1)[:, :vocab_size]
+        return torch.minimum(logits, limits.to(logits.dtype))
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    bits = ((words.to(logits.device)[:, :, None] >> shifts) & 1).flatten(1)[:, :vocab_size]
+    return logits.masked_fill(bits == 0, NEG_INF)
 
 
 def scale(logits: Tensor, temperature: Setting) -> Tensor:
