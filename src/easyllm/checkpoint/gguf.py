@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from easyllm.checkpoint.file_state import FileState
 from easyllm.checkpoint.gguf_types import GGUF_TYPES
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import Json, JsonObject
@@ -83,7 +84,7 @@ class GGUFFile:
     Attributes:
         metadata: the key-value pairs, with arrays as lists.
         tensors: the location of each tensor, by name.
-        files: the file itself.
+        files: the file itself, as it was before it was opened.
 
     Raises:
         CheckpointError: the file is missing, damaged or not a GGUF file.
@@ -91,8 +92,8 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self.files = [self.path]
         try:
+            self.files = [FileState.of(self.path)]
             with self.path.open("rb") as file:
                 if not os.fstat(file.fileno()).st_size:
                     raise CheckpointError(

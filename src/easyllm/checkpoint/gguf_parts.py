@@ -28,7 +28,7 @@ class SplitGGUF:
         path: the first part.
         metadata: the metadata of the first part.
         tensors: the location of each tensor of all parts, by name.
-        files: all parts.
+        files: all parts, as they were before they were opened.
 
     Raises:
         CheckpointError: tensors are missing or occur in several parts.
@@ -37,7 +37,7 @@ class SplitGGUF:
     def __init__(self, parts: list[GGUFFile]) -> None:
         first = parts[0]
         self.path, self.metadata = first.path, first.metadata
-        self.files = [part.path for part in parts]
+        self.files = [state for part in parts for state in part.files]
         self.tensors: dict[str, GGUFTensor] = {}
         self._owner: dict[str, GGUFFile] = {}
         self._parts = parts

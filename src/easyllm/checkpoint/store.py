@@ -7,12 +7,13 @@ the index `model.safetensors.index.json`. Pickle files are never read.
 import json
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 
+from easyllm.checkpoint.file_state import FileState
 from easyllm.core.atomic import output_errors, write_json
 from easyllm.core.errors import CheckpointError
 from easyllm.core.json_types import Json, JsonObject
@@ -27,7 +28,7 @@ class TensorFolder:
 
     Attributes:
         shapes: the shape of each tensor by its name.
-        files: the files that contain the tensors.
+        files: the files that contain the tensors, as they were before they were opened.
 
     Example:
         with TensorFolder(path) as tensors:
@@ -42,8 +43,10 @@ class TensorFolder:
         self._files = ExitStack()
         self._place: JsonObject = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.files = self._weight_files()
-        for file in self.files:
+        self.files: list[FileState] = []
+        for file in self._weight_files():
+            with suppress(OSError, ValueError):  # reported by the next line
+                self.files.append(FileState.of(file))
             handle = self._files.enter_context(open_safetensors(file))
             for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
                 self._place[name] = handle

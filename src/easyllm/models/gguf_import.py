@@ -66,7 +66,7 @@ class GGUFTensors:
 
     Attributes:
         shapes: the shape of each tensor by its HF name.
-        files: the file, or its parts.
+        files: the file, or its parts, as they were before they were opened.
 
     Raises:
         CheckpointError: the file contains a tensor that its architecture is not known to have.

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from easyllm.checkpoint.file_state import FileState
 from easyllm.checkpoint.gguf import GGUFFile
 from easyllm.checkpoint.gguf_parts import SplitGGUF, open_gguf
 from easyllm.checkpoint.keymap import Binding
@@ -48,7 +49,7 @@ class TensorSource(Protocol):
     """Tensors by their Hugging Face names, read one at a time, from some files."""
 
     shapes: dict[str, tuple[int, ...]]
-    files: list[Path]
+    files: list[FileState]
 
     def load(self, name: str) -> Tensor:
         """Reads one tensor."""

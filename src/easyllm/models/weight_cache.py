@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from easyllm.checkpoint.file_state import FileState
 from easyllm.checkpoint.mapped import map_tensors, write_mapped
 from easyllm.core.atomic import atomic_file
 from easyllm.core.device import cache_folder
@@ -60,38 +61,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class FileState:
-    """What identifies a file and its contents without reading them; times are in nanoseconds."""
-
-    path: str
-    inode: int
-    size: int
-    modified: int
-    changed: int
-
-    @classmethod
-    def of(cls, path: Path) -> "FileState":
-        """Returns the present state of a file.
-
-        Raises:
-            OSError: it does not exist.
-        """
-        found = os.stat(path)
-        name = os.path.realpath(path)
-        return cls(name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-    def values(self) -> list[str | int]:
-        """Returns all values."""
-        return [self.path, self.inode, self.size, self.modified, self.changed]
-
-
-@dataclass(frozen=True, slots=True)
 class CachedWeights:
     """The place of a model's quantized weights in the cache.
 
     Attributes:
         folder: the folder of the entry, whether it exists or not.
-        files: the files of the model, as they were when it was opened.
+        files: the files of the model, as they were before it was opened.
         max_bytes: maximum size of all entries.
     """
 
@@ -100,19 +75,20 @@ class CachedWeights:
     max_bytes: int
 
     @classmethod
-    def of(cls, files: Iterable[Path], facts: JsonMapping) -> "CachedWeights | None":
+    def of(cls, files: Iterable[FileState], facts: JsonMapping) -> "CachedWeights | None":
         """Returns the place of weights in the cache; None if the cache is turned off.
 
         Args:
-            files: the files that contain the model.
+            files: the files that contain the model, as they were before it was opened.
             facts: everything else that decides the weights, as JSON.
         """
         max_bytes = cache_limit_bytes()
         if max_bytes <= 0:
             return None
+        states = tuple(files)
         try:
-            states, code = tuple(FileState.of(path) for path in files), _code_state()
-        except OSError:  # a file was removed just now
+            code = _code_state()
+        except OSError:  # a file is being edited
             return None
         key = {
             "version": VERSION,
@@ -137,9 +113,7 @@ class CachedWeights:
         """
         path = self.folder / WEIGHTS_FILE
         try:
-            tensors = map_tensors(path)
-            _set_weights(model, packed, {name: t.to(device) for name, t in tensors.items()})
-            model.maps_weights = device.type == "cpu"
+            _set_weights(model, packed, map_tensors(path))
         except OSError as error:
             logger.debug("no weights in the cache: %s", error)
             return False
@@ -154,6 +128,8 @@ class CachedWeights:
             return False
         with suppress(OSError):  # a folder that cannot be written
             os.utime(path)  # the entry has been used
+        model.to(device)
+        model.maps_weights = device.type == "cpu"
         return True
 
     def store(self, model: Decoder) -> bool:
@@ -180,8 +156,8 @@ class CachedWeights:
             return "they are small"
         if size > self.max_bytes:
             return f"{size:,} bytes are more than {SIZE_VARIABLE} allows"
-        if tuple(FileState.of(Path(state.path)) for state in self.files) != self.files:
-            return "a file of the model was changed while it was read"
+        if tuple(FileState.of(state.path) for state in self.files) != self.files:
+            return "a file of the model was changed after it was opened"
         now = time.time_ns()
         if any(now - max(s.modified, s.changed) < SETTLED_S * 1e9 for s in self.files):
             return "a file of the model was changed just now"

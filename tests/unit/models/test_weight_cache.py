@@ -13,9 +13,18 @@ import torch
 
 from easyllm.adapters import save_adapter
 from easyllm.core.errors import ConfigError
-from easyllm.models import ContextConfig, hf_module_name, load, load_model, save_model, weight_cache
+from easyllm.models import (
+    ContextConfig,
+    hf_module_name,
+    load,
+    load_model,
+    open_source,
+    save_model,
+    weight_cache,
+)
 from easyllm.models.weight_cache import WEIGHTS_FILE, weights_folder
 from easyllm.ops.kernels import kernels_for
+from easyllm.pipeline.relayout import to_gguf
 from easyllm.quant import FORMATS, schemes
 from tiny_models import build_tiny
 from trained_adapters import METHODS, attached
@@ -151,6 +160,24 @@ def test_a_model_that_is_changed_while_it_is_read_is_not_stored(folder, monkeypa
     monkeypatch.setattr(load, "quantize_weight", touch)
     quantized(folder)
     assert entries() == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_file_that_is_replaced_after_it_was_opened_is_not_stored(tmp_path, tiny_tokenizer, kind):
+    folder, other = (
+        save_model(build_tiny(seed=seed), tmp_path / f"{seed}", tokenizer=tiny_tokenizer)
+        for seed in (0, 1)
+    )
+    source, new = folder / "model.safetensors", other / "model.safetensors"
+    if kind == "gguf":
+        source, new = (to_gguf(each, tmp_path / f"{each.name}.gguf") for each in (folder, other))
+    opened = open_source(folder if kind == "folder" else source)
+    os.replace(new, source)
+    opened.model(torch.float32, torch.device("cpu"), quantize="int4")
+    assert entries() == []
+    again = folder if kind == "folder" else source
+    assert_equal(quantized(again), quantized(again, weight_cache=False))
+    assert len(entries()) == 1
 
 
 def test_models_that_differ_in_anything_have_their_own_entries(folder):
@@ -346,6 +373,17 @@ def test_a_model_that_was_just_stored_is_mapped(folder):
     assert quantized(folder).maps_weights
     assert quantized(folder).maps_weights
     assert not quantized(folder, weight_cache=False).maps_weights
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "llm.int8"])
+def test_a_model_from_the_cache_is_saved_like_any_other(tmp_path, folder, scheme):
+    quantized(folder, quantize=scheme)
+    model = quantized(folder, quantize=scheme)
+    without = quantized(folder, quantize=scheme, weight_cache=False)
+    here, there = (save_model(m, tmp_path / n) for m, n in ((model, "here"), (without, "there")))
+    name = "model.safetensors"
+    assert (here / name).read_bytes() == (there / name).read_bytes()
+    assert_equal(load_model(here), load_model(there))
 
 
 def test_removing_the_cache_does_not_disturb_a_loaded_model(folder, cache):
