@@ -3,20 +3,26 @@
 The text is rendered once and tokenized once. The loss mask is computed from the offsets of the same
 tokens, so mask and ids cannot disagree. The trained tokens are everything that the template writes
 for an assistant turn, from the end of its header (`turns`) through the token that ends the turn.
+Names of control tokens in the messages are encoded as ordinary text (`user_text`).
 """
 
 import re
 import secrets
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from easyllm.core.errors import ContextLengthError, DataError
-from easyllm.core.json_types import JsonObject
+from easyllm.core.json_types import JsonMapping, JsonObject
+from easyllm.tokenizer.argument_text import as_text, needs_text
+from easyllm.tokenizer.continuation import cut_at_mark, with_final_mark
+from easyllm.tokenizer.control_tokens import ControlTokens
 from easyllm.tokenizer.loss_mask import end_turns, mask_of
 from easyllm.tokenizer.messages import Message, normalise_messages, trained_turns
 from easyllm.tokenizer.special_tokens import SpecialTokens
-from easyllm.tokenizer.template import compile_with_visits
+from easyllm.tokenizer.template import compile_with_visits, variables_of
 from easyllm.tokenizer.template_budget import Visit
+from easyllm.tokenizer.template_variables import checked_variables
 from easyllm.tokenizer.turns import (
     Render,
     Span,
@@ -25,6 +31,7 @@ from easyllm.tokenizer.turns import (
     spans_by_message,
     unrendered_calls,
 )
+from easyllm.tokenizer.user_text import TemplateInput, disguised
 
 Messages = list[Message]
 Tools = list[JsonObject] | None
@@ -45,6 +52,10 @@ class TextEncoder(Protocol):
     @property
     def eos_id(self) -> int | None:
         """The id of the EOS token, or None."""
+
+    @property
+    def control_tokens(self) -> ControlTokens:
+        """The control tokens, whose names in messages are ordinary text."""
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Returns the token ids of `text`, with BOS and the like if `special_tokens`."""
@@ -93,7 +104,13 @@ class ChatTemplate:
     def __init__(self, source: str) -> None:
         self.source = source
         self._render = compile_with_visits(source)
+        self._needs_argument_text: bool | None = None  # not known yet
         self.has_marks = re.search(r"\{%[-+]?\s*generation\b", source) is not None
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names of the variables that the template reads, such as `tools` or `enable_thinking`."""
+        return variables_of(self.source)
 
     def render(
         self,
@@ -101,7 +118,7 @@ class ChatTemplate:
         *,
         tools: Tools = None,
         add_generation_prompt: bool = False,
-        special: dict[str, str] | None = None,
+        special: JsonMapping | None = None,
     ) -> str:
         """Renders the conversation as text.
 
@@ -114,8 +131,9 @@ class ChatTemplate:
         Raises:
             DataError: the messages are malformed, or the template rejects them.
         """
-        call = _Call(self, tools, special or {})
-        return call(normalise_messages(messages), add_generation_prompt)[0]
+        messages = self._with_arguments(normalise_messages(messages), special or {})
+        given = TemplateInput(messages=messages, tools=tools, variables={}, originals={})
+        return _Call(self, given, dict(special or {}))(messages, add_generation_prompt)[0]
 
     def encode(
         self,
@@ -124,6 +142,8 @@ class ChatTemplate:
         *,
         tools: Tools = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        template_kwargs: JsonMapping | None = None,
         with_mask: bool = False,
         num_prompt: int = 0,
         max_chars: int | None = None,
@@ -138,6 +158,11 @@ class ChatTemplate:
             tools: definitions of the available tools.
             add_generation_prompt: whether to append the header of an assistant turn; ignored with
                 `with_mask`.
+            continue_final_message: whether the text ends with the content of the last message,
+                an assistant's, which the model continues; not with `add_generation_prompt` or
+                `with_mask`.
+            template_kwargs: further variables of the template (`enable_thinking`, for example);
+                plain JSON.
             with_mask: whether to compute the loss mask.
             num_prompt: number of messages at the beginning that are masked, whatever their role.
             max_chars: maximum number of characters of the rendered text.
@@ -146,30 +171,37 @@ class ChatTemplate:
                 the content of a message, except for assistant messages.
 
         Raises:
-            DataError: the messages are malformed, the template rejects them, an assistant turn
+            DataError: the messages are malformed, the template rejects them or does not read one
+                of `template_kwargs`, the last message cannot be continued, an assistant turn
                 cannot be located in the text, the text has more than `max_chars` characters, or a
                 message is not rendered (with `reject_unrendered` or, if its role is unknown, with
                 `find_unrendered`).
         """
+        prompt = add_generation_prompt and not with_mask
+        if continue_final_message and (prompt or with_mask):
+            raise DataError(
+                "continue_final_message ends the text inside the last message, so it excludes "
+                "add_generation_prompt and a loss mask; choose one of them"
+            )
         is_trained = trained_turns(messages) if with_mask else []
         is_trained[:num_prompt] = [False] * len(is_trained[:num_prompt])
-        messages = normalise_messages(messages)
-        special = {
-            f"{kind}_token": text
-            for kind in ("bos", "eos", "pad", "unk")
-            if (text := getattr(tokenizer.special, kind)) is not None
-        }
-        call = _Call(self, tools, special)
-        text, visits = call(messages, add_generation_prompt and not with_mask)
+        given = self._input(tokenizer, messages, tools, template_kwargs)
+        mark = ""
+        if continue_final_message:
+            given, mark = with_final_mark(given, self.source)
+        messages = given.messages
+        call = _Call(self, given, token_variables(tokenizer))
+        text, visits = call(messages, prompt)
         _refuse_long(text, max_chars)
         finder = TurnFinder(text, visits, messages, call)
         unrendered = _find_unrendered(finder, messages) if find_unrendered else ()
         if reject_unrendered:
-            prompt = add_generation_prompt and not with_mask
             _reject_unrendered(text, visits, messages, lambda m, _: call(m, prompt))
+        if mark:
+            text = cut_at_mark(text, mark)
         if not with_mask:
-            ids = tokenizer.encode(text, special_tokens=False)
-            return EncodedChat(ids, None, text, unrendered)
+            ids = _ids(tokenizer, text, given)
+            return EncodedChat(ids, None, given.plain(text), unrendered)
         empty = unrendered_calls(text, messages, _on(is_trained), call)
         for turn in empty:
             is_trained[turn] = False
@@ -177,30 +209,78 @@ class ChatTemplate:
             text, spans = _marked(call, messages, is_trained)
         else:
             spans = [finder.find(turn) for turn in _on(is_trained)]
-        ids, offsets = tokenizer.encode_with_offsets(text)
+        ids, offsets = _ids_with_offsets(tokenizer, text, given)
         mask = mask_of(offsets, spans)
         if not self.has_marks:
             end_turns(text, ids, mask, offsets, spans, tokenizer)
-        return EncodedChat(ids, mask, text, unrendered, len(empty))
+        return EncodedChat(ids, mask, given.plain(text), unrendered, len(empty))
+
+    def _input(
+        self,
+        tokenizer: TextEncoder,
+        messages: Messages,
+        tools: Tools,
+        template_kwargs: JsonMapping | None,
+    ) -> TemplateInput:
+        """Returns the template's input, with the names of control tokens in it disguised."""
+        variables = checked_variables(template_kwargs, self.variables) if template_kwargs else {}
+        messages = self._with_arguments(normalise_messages(messages), token_variables(tokenizer))
+        given = TemplateInput(messages=messages, tools=tools, variables=variables, originals={})
+        return disguised(given, tokenizer.control_tokens, self.source)
+
+    def _with_arguments(self, messages: Messages, special: JsonMapping) -> Messages:
+        """Returns the messages with arguments of calls in the form that the template writes."""
+        if not any(message.get("tool_calls") for message in messages):
+            return messages
+        if self._needs_argument_text is None:
+            bare = TemplateInput(messages=[], variables={}, originals={})
+            call = _Call(self, bare, dict(special))
+            self._needs_argument_text = needs_text(lambda given: call(given, False)[0])
+        return as_text(messages) if self._needs_argument_text else messages
 
 
 class _Call:
     """A template together with the variables that are the same in every rendering."""
 
-    def __init__(self, template: ChatTemplate, tools: Tools, special: dict[str, str]) -> None:
-        self._template, self._tools, self._special = template, tools, special
+    def __init__(self, template: ChatTemplate, given: TemplateInput, special: JsonObject) -> None:
+        self._template, self._given, self._special = template, given, special
 
     def __call__(
         self, messages: Messages, prompt: bool, marks: tuple[str, str] = ("", "")
     ) -> tuple[str, list[Visit]]:
         return self._template._render(
             messages=messages,
-            tools=self._tools,
-            documents=None,
+            tools=self._given.tools,
             add_generation_prompt=prompt,
             __marks=marks,
+            __disguise="".join(self._given.originals),
             **self._special,
+            **{"documents": None, **self._given.variables},
         )
+
+
+def token_variables(tokenizer: TextEncoder) -> JsonObject:
+    """Returns the template variables `bos_token`, `eos_token` and so on."""
+    return {
+        f"{kind}_token": text
+        for kind in ("bos", "eos", "pad", "unk")
+        if (text := getattr(tokenizer.special, kind)) is not None
+    }
+
+
+def _ids(tokenizer: TextEncoder, text: str, given: TemplateInput) -> list[int]:
+    if not given.originals:
+        return tokenizer.encode(text, special_tokens=False)
+    return _ids_with_offsets(tokenizer, text, given)[0]
+
+
+def _ids_with_offsets(
+    tokenizer: TextEncoder, text: str, given: TemplateInput
+) -> tuple[list[int], list[Span]]:
+    """Returns the ids of a rendered text, with the disguise removed, and their spans."""
+    if not given.originals:
+        return tokenizer.encode_with_offsets(text)
+    return tokenizer.control_tokens.encode(text, given.originals)
 
 
 def _on(is_trained: list[bool]) -> list[int]:

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from jinja2 import nodes
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -245,7 +246,8 @@ def compile_with_visits(source: str) -> Callable[..., tuple[str, list[Visit]]]:
     """Compiles a template to a function that also returns the visits of its loops.
 
     The returned function renders the template like that of `compile_template`. A visit records when
-    a loop reached one of the `messages`.
+    a loop reached one of the `messages`. The characters in the variable `__disguise` are never
+    escaped (see `user_text`).
     """
     if len(source) > MAX_SOURCE:
         raise TemplateError(
@@ -260,7 +262,8 @@ def compile_with_visits(source: str) -> Callable[..., tuple[str, list[Visit]]]:
         raise TemplateError(f"the chat template is not valid Jinja: {reason}") from None
 
     def render(**variables: Any) -> tuple[str, list[Visit]]:
-        budget, pieces = Budget(variables.get("messages") or ()), []
+        disguise = variables.pop("__disguise", "")
+        budget, pieces = Budget(variables.get("messages") or (), disguise=disguise), []
         token = BUDGET.set(budget)
         try:
             for piece in template.generate(variables):
@@ -277,6 +280,21 @@ def compile_with_visits(source: str) -> Callable[..., tuple[str, list[Visit]]]:
         return "".join(pieces), budget.visits
 
     return render
+
+
+def variables_of(source: str) -> frozenset[str]:
+    """Returns the names of the variables that a template reads, without jinja's and our functions.
+
+    Raises:
+        TemplateError: the source is not valid Jinja.
+    """
+    environment = _environment()
+    try:
+        names = find_undeclared_variables(environment.parse(source))
+    except Exception as error:  # as in `compile_with_visits`
+        reason = str(error)[:MAX_REASON] or type(error).__name__
+        raise TemplateError(f"the chat template is not valid Jinja: {reason}") from None
+    return frozenset(names - environment.globals.keys())
 
 
 def _environment() -> _Sandbox:

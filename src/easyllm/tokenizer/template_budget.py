@@ -51,20 +51,23 @@ class Budget:
 
     Args:
         messages: the messages that are rendered.
+        disguise: characters that filters do not escape, because they stand for others.
 
     Attributes:
         steps: number of steps so far.
         total: total size of the values created so far.
         deadline: CPU time of the thread, in seconds, at which the rendering is stopped.
         written: number of characters written so far.
+        disguise: characters that filters do not escape.
         visits: the recorded events.
     """
 
-    def __init__(self, messages: Sequence[Any] = ()) -> None:
+    def __init__(self, messages: Sequence[Any] = (), *, disguise: str = "") -> None:
         self.steps = 0
         self.total = 0
         self.deadline = time.thread_time() + MAX_SECONDS
         self.written = 0
+        self.disguise = disguise
         self.visits: list[Visit] = []
         self._messages = {id(message): number for number, message in enumerate(messages)}
         self._at: set[int] = set()

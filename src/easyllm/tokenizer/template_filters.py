@@ -210,13 +210,20 @@ def _to_json(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
     if indent is None:
-        return encoder.encode(value)
+        return _kept(encoder.encode(value))
     pieces, size = [], 0
     for piece in encoder.iterencode(value):  # deeply nested values are mostly indentation
         size += len(piece)
         check_size(size)
         pieces.append(piece)
-    return "".join(pieces)
+    return _kept("".join(pieces))
+
+
+def _kept(encoded: str) -> str:
+    """Returns JSON in which the characters that stand for others are not escaped."""
+    for character in BUDGET.get().disguise:
+        encoded = encoded.replace(f"\\u{ord(character):04x}", character)
+    return encoded
 
 
 def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:

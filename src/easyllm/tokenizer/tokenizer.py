@@ -10,8 +10,9 @@ from tokenizers import Tokenizer as Backend
 
 from easyllm.core.atomic import write_atomic, write_json
 from easyllm.core.errors import DataError
-from easyllm.core.json_types import JsonObject
-from easyllm.tokenizer.chat import ChatTemplate, EncodedChat
+from easyllm.core.json_types import JsonMapping, JsonObject
+from easyllm.tokenizer.chat import ChatTemplate, EncodedChat, token_variables
+from easyllm.tokenizer.control_tokens import ControlTokens
 from easyllm.tokenizer.folder import (
     CONFIG_FILE,
     DEFAULT_TEMPLATE,
@@ -26,6 +27,7 @@ from easyllm.tokenizer.from_gguf import (
     special_tokens_from_gguf,
     templates_from_gguf,
 )
+from easyllm.tokenizer.reasoning import ReasoningFormat, detect_reasoning
 from easyllm.tokenizer.sentencepiece import (
     build_backend,
     prefix_errors_with_path,
@@ -34,6 +36,7 @@ from easyllm.tokenizer.sentencepiece import (
 )
 from easyllm.tokenizer.special_tokens import SpecialTokens
 from easyllm.tokenizer.token_bytes import TokenBytes
+from easyllm.tokenizer.tool_calls import ToolFormat, detect_tool_format
 
 TOOL_TEMPLATE = "tool_use"
 """Name of the chat template used for conversations with tools, if the model has one."""
@@ -165,6 +168,11 @@ class Tokenizer:
         """Ids of the special (control) tokens, which decoding skips by default."""
         return frozenset(i for i, t in self.backend.get_added_tokens_decoder().items() if t.special)
 
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """The control tokens; chat messages that contain their names are encoded as text."""
+        return ControlTokens(self.backend)
+
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Returns the token ids of `text`.
 
@@ -226,6 +234,8 @@ class Tokenizer:
         *,
         tools: list[JsonObject] | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        template_kwargs: JsonMapping | None = None,
         with_mask: bool = False,
         num_prompt: int = 0,
         max_tokens: int | None = None,
@@ -234,11 +244,18 @@ class Tokenizer:
     ) -> EncodedChat:
         """Encodes a conversation with the model's chat template.
 
+        The text of messages and tools never becomes a control token: `<|im_end|>` in it is encoded
+        as these ten characters.
+
         Args:
             messages: the conversation, in any form that `normalise_messages` reads.
             tools: definitions of the available tools; if given, the template `tool_use` is used
                 where the model has one.
             add_generation_prompt: whether to append the header of an assistant turn.
+            continue_final_message: whether the ids end with the content of the last message, an
+                assistant's, which the model continues; not with `add_generation_prompt`.
+            template_kwargs: further variables of the template, plain JSON; the template must read
+                them (`ChatTemplate.variables`).
             with_mask: whether to return the loss mask, which marks the tokens that are trained.
             num_prompt: number of messages at the beginning that are masked, whatever their role.
             max_tokens: rejects, before encoding, a text with more characters than this many of the
@@ -259,11 +276,48 @@ class Tokenizer:
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
             with_mask=with_mask,
             num_prompt=num_prompt,
             max_chars=None if max_tokens is None else max_tokens * self.longest_token,
             find_unrendered=find_unrendered,
             reject_unrendered=reject_unrendered,
+        )
+
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        """The names of the special tokens."""
+        return self.control_tokens.names
+
+    @cached_property
+    def _added_ids(self) -> dict[str, int]:
+        """Ids of the added tokens by their names."""
+        return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def reasoning(self) -> ReasoningFormat | None:
+        """The marks of the model's reasoning, and its switch; None if its template knows none."""
+        if self.chat_template is None:
+            return None
+        return detect_reasoning(self.chat_template, self._added_ids, token_variables(self))
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """The format in which the model writes tool calls.
+
+        If its chat template does not show tools, `ToolFormat.prepare` describes them in a message.
+        """
+        try:
+            template = self._tool_template or self.chat_template
+        except DataError:  # it is not supported, which matters only to those who use it
+            template = self.chat_template
+        return detect_tool_format(
+            template,
+            self._added_ids,
+            token_variables(self),
+            special_names=self.special_names,
+            reasoning=self.reasoning,
         )
 
     @cached_property
