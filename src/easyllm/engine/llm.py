@@ -11,7 +11,7 @@ from torch import Tensor
 from easyllm.core.config import validate
 from easyllm.core.device import memory_free_bytes, parse_dtype, pick_device
 from easyllm.core.errors import ConfigError, ContextLengthError
-from easyllm.core.json_types import JsonObject
+from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.engine.admission import check_generates
 from easyllm.engine.beam import Hypothesis, beam_search
 from easyllm.engine.completion import Completion
@@ -350,16 +350,33 @@ class LLM:
         """Returns the token ids of a plain prompt."""
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def encode_chat(self, messages: list[JsonObject]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[JsonObject],
+        *,
+        tools: list[JsonObject] | None = None,
+        template_kwargs: JsonMapping | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """Returns the token ids of a conversation, ending where the assistant's turn begins.
 
+        Args:
+            messages: the conversation.
+            tools: the tools that the model may call.
+            template_kwargs: further variables of the chat template, such as `enable_thinking`.
+            continue_final_message: whether the ids end with the content of the last message.
+
         Raises:
-            DataError: the model has no chat template; the template raises an error or omits a
+            DataError: the model has no chat template; the template raises an error, or omits a
                 message; or the conversation does not fit into the context.
         """
+        messages, tools = self.tokenizer.tool_format.prepare(messages, tools)
         return self.tokenizer.encode_chat(
             messages,
-            add_generation_prompt=True,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
             max_tokens=self.engine.max_seq_len,
             reject_unrendered=True,
         ).token_ids
