@@ -339,3 +339,11 @@ def test_hostile_outputs_are_read_once(label):
         longest = max(longest, parser._source.available)
     parser.finish()
     assert longest < 32
+
+
+@pytest.mark.parametrize("rest", ["\n", "\n</tool", "\n</tool_call"])
+def test_a_closing_mark_that_the_end_cuts_off_is_not_text(rest):
+    text = '<tool_call>\n{"name": "now", "arguments": {}}'
+    output = joined(parse("hermes", text + rest))
+    assert called(output) == [("now", {})]
+    assert output.text == ""
