@@ -271,7 +271,7 @@ def token_variables(tokenizer: TextEncoder) -> JsonObject:
 def _ids(tokenizer: TextEncoder, text: str, given: TemplateInput) -> list[int]:
     if not given.originals:
         return tokenizer.encode(text, special_tokens=False)
-    return _ids_with_offsets(tokenizer, text, given)[0]
+    return tokenizer.control_tokens.encode_ids(text, given.originals)
 
 
 def _ids_with_offsets(

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 
+from tokenizers import Encoding, models
 from tokenizers import Tokenizer as Backend
-from tokenizers import models
 
 from easyllm.core.json_types import Json, JsonObject
 
@@ -103,6 +103,22 @@ class ControlTokens:
             originals: for each private-use character of the disguise, the character it replaces;
                 each is one character, so positions in `text` hold for the plain text too.
         """
+        encoding, borders = self._encoding(text, originals)
+        moved = _Moved(borders)
+        spans = [(moved(begin), moved(end)) for begin, end in encoding.offsets]
+        return self._ids(encoding), spans
+
+    def encode_ids(self, text: str, originals: Mapping[str, str]) -> list[int]:
+        """Returns the ids of a disguised text as `encode` does, without their spans."""
+        return self._ids(self._encoding(text, originals)[0])
+
+    def _ids(self, encoding: Encoding) -> list[int]:
+        ids: list[int] = encoding.ids
+        changed = self._original_ids
+        return [changed.get(token_id, token_id) for token_id in ids] if changed else ids
+
+    def _encoding(self, text: str, originals: Mapping[str, str]) -> tuple[Encoding, list[Span]]:
+        """Returns the encoding of the text with secret names, and the borders for `_Moved`."""
         text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
         plain = text.translate({ord(private): original for private, original in originals.items()})
         pieces, borders, length, at = list[str](), [(0, 0)], 0, 0
@@ -114,27 +130,24 @@ class ControlTokens:
             at = end
             borders.append((length, at))
         pieces.append(plain[at:])
-        encoding = self._renamed.encode("".join(pieces), add_special_tokens=False)
-        ids = [self._original_ids.get(token_id, token_id) for token_id in encoding.ids]
-        moved = _Moved(borders)
-        return ids, [(moved(begin), moved(end)) for begin, end in encoding.offsets]
+        return self._renamed.encode("".join(pieces), add_special_tokens=False), borders
 
     def _own(self, text: str) -> Iterator[tuple[int, Span]]:
         """Yields the control tokens in a disguised text, each with the span of its name."""
         encoding = self._backend.encode(text, add_special_tokens=False)
-        for token_id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            span = self._named(text, token_id, begin, end)
+        found = [(at, i) for at, i in enumerate(encoding.ids) if i in self._names]
+        offsets = encoding.offsets if found else []
+        for at, token_id in found:
+            span = self._named(text, token_id, *offsets[at])
             if span is not None:
                 yield token_id, span
 
     def _named(self, text: str, token_id: int, begin: int, end: int) -> Span | None:
-        """Returns where in a token's span its name is; None if it is not a control token.
+        """Returns where in a control token's span its name is; None if it is not there.
 
         The span may include whitespace that the token removes; the unknown token's has other text.
         """
-        name = self._names.get(token_id)
-        if name is None:
-            return None
+        name = self._names[token_id]
         at = text.find(name.text, begin, end)
         if at >= 0:
             return at, at + len(name.text)

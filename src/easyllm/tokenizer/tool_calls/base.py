@@ -8,6 +8,7 @@ from easyllm.tokenizer.reasoning import ReasoningFormat
 from easyllm.tokenizer.tool_calls.lark import GAP, Lark, containing, pattern_of
 from easyllm.tokenizer.tool_calls.reader import Calls
 from easyllm.tokenizer.tool_calls.reasoning_grammar import reasoning_first
+from easyllm.tokenizer.tool_calls.short_ids import with_short_ids
 from easyllm.tokenizer.tool_calls.source import Steps
 from easyllm.tokenizer.tool_calls.tools import Tool, ToolChoice, ToolDefinitions, chosen
 
@@ -27,6 +28,8 @@ class ToolFormat(ABC):
         triggers: all marks after which calls are read.
         at_start: whether calls may begin at the start of the answer without a mark.
         repeats: whether an answer may contain several groups, and what is written between them.
+        allows_many: whether the chat template accepts several calls in one message.
+        short_ids: whether it accepts only ids of calls of nine letters or digits.
     """
 
     name: str
@@ -35,6 +38,8 @@ class ToolFormat(ABC):
     triggers: tuple[str, ...] = ()
     at_start = False
     repeats: str | None = None
+    allows_many = True
+    short_ids = False
 
     def __init__(self, added: Mapping[str, int]) -> None:
         self.added = dict(added)
@@ -44,9 +49,10 @@ class ToolFormat(ABC):
     ) -> Conversation:
         """Returns the messages and tools as `encode_chat` takes them; call it before.
 
-        They are unchanged if the chat template shows tools.
+        They are unchanged if the chat template shows tools, except for ids it would reject.
         """
-        return list(messages), None if tools is None else list(tools)
+        found = with_short_ids(messages) if self.short_ids else list(messages)
+        return found, None if tools is None else list(tools)
 
     @abstractmethod
     def read(self, calls: Calls, trigger: str) -> Steps[None]:
@@ -88,7 +94,7 @@ class ToolFormat(ABC):
         Args:
             tools: the declared tools.
             choice: whether, and which, tools are called.
-            parallel: whether there may be several calls.
+            parallel: whether there may be several calls, if the chat template accepts them.
             reasoning: the model's reasoning, which may precede the answer; None without.
             starts_in_reasoning: whether the prompt has opened the reasoning.
 
@@ -98,6 +104,7 @@ class ToolFormat(ABC):
         """
         if choice == "none" and not tools:
             return None
+        many = parallel and self.allows_many
         lark = Lark(self.added)
         callable_ = chosen(tools, "auto" if choice == "none" else choice)
         excluded = self.beginnings(callable_)
@@ -107,9 +114,9 @@ class ToolFormat(ABC):
         if choice == "none":
             lark.add("answer", "FREE")
         elif choice == "auto":
-            self._mixed(lark, callable_, many=parallel)
+            self._mixed(lark, callable_, many=many)
         else:
-            self._calls_alone(lark, callable_, many=parallel)
+            self._calls_alone(lark, callable_, many=many)
         return lark.text(reasoning_first(lark, reasoning, starts_in_reasoning, "answer"))
 
     def _mixed(self, lark: Lark, tools: Sequence[Tool], *, many: bool) -> None:

@@ -20,17 +20,6 @@ from easyllm.tokenizer.tool_calls.plain import PlainCalls
 
 _QUESTION: Message = {"role": "user", "content": "How far is it?"}
 _ARGUMENTS = {"place": "Paris", "days": 3}
-_CALL: Message = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        {
-            "id": "abcdef123",
-            "type": "function",
-            "function": {"name": "look_up", "arguments": _ARGUMENTS},
-        }
-    ],
-}
 _TOOL: JsonObject = {
     "type": "function",
     "function": {
@@ -43,6 +32,7 @@ _TOOL: JsonObject = {
         },
     },
 }
+_LONG_ID = "call_0123456789abcdef01234567"
 _SYSTEM: Message = {"role": "system", "content": "Answer in one word."}
 
 
@@ -95,11 +85,21 @@ def detect_tool_format(
     rests = {name: _rest(f, turn, special_names, reasoning) for name, f in formats.items()}
     found = {name: rest for name, rest in rests.items() if rest is not None}
     if found:
-        return formats[min(found, key=lambda name: len(found[name]))]
+        format = formats[min(found, key=lambda name: len(found[name]))]
+        format.allows_many = probe.text(_QUESTION, _calls("abcdef123", "abcdef124")) is not None
+        format.short_ids = probe.text(_QUESTION, _calls(_LONG_ID)) is None
+        return format
     for name, cue in CUES.items():
         if cue in template.source:
             return formats[name]
     return PlainCalls(added, has_system=_has_system(probe))
+
+
+def _calls(*ids: str) -> Message:
+    """Returns an assistant's message with a call for each id."""
+    function = {"name": "look_up", "arguments": _ARGUMENTS}
+    calls = [{"id": each, "type": "function", "function": function} for each in ids]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def _has_system(probe: _Probe) -> bool:
@@ -110,7 +110,7 @@ def _has_system(probe: _Probe) -> bool:
 def _call_turn(probe: _Probe) -> str | None:
     """Returns what the template writes for an assistant's call, without the turn's header."""
     for tools in (None, [_TOOL]):
-        text = probe.text(_QUESTION, _CALL, tools=tools)
+        text = probe.text(_QUESTION, _calls("abcdef123"), tools=tools)
         if text is not None and "look_up" in text:
             prompt = probe.text(_QUESTION, tools=tools, prompt=True)
             if prompt is not None and text.startswith(prompt):
