@@ -94,6 +94,9 @@ class Source:
         """
         found = yield from self.optional(*texts)
         if not found:
+            rest = self.ahead(self.available)
+            if rest and self.ended and any(text.startswith(rest) for text in texts):
+                self.take(len(rest))  # the end cuts it off: it is no text either
             raise Malformed
         return found
 
