@@ -92,7 +92,7 @@ class JsonObjects(ToolFormat):
             while (yield from source.optional("}")):  # models write one too many
                 yield from source.spaces()
             yield from source.spaces()
-            yield from source.optional(style.closing)
+            yield from source.closing(style.closing)
 
     def group(self, lark: Lark, tools: Sequence[Tool], *, many: bool) -> str:
         style = self._style

@@ -89,9 +89,9 @@ class NamedJson(ToolFormat):
                 yield from source.optional(style.after_arguments.strip())
             if style.closing:
                 yield from source.spaces()
-                yield from source.optional(style.closing)
+                yield from source.closing(style.closing)
             yield from source.spaces()
-            if style.section is not None and (yield from source.optional(style.section[1])):
+            if style.section is not None and (yield from source.closing(style.section[1])):
                 return
             if not style.opening or not (yield from source.optional(style.opening)):
                 return

@@ -112,8 +112,6 @@ class OutputParser:
                 calls.end(complete=False)
                 return
             read = source.stop_recording()
-            if calls.count > count and source.ended and not source.available:
-                return  # the token limit cut the mark that closes the group
             self._text(self._written.sub("", read if calls.count > count else trigger + read))
 
     def _read_reasoning(self, reasoning: ReasoningFormat, is_open: bool) -> Steps[None]:

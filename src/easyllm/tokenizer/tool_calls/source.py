@@ -94,9 +94,6 @@ class Source:
         """
         found = yield from self.optional(*texts)
         if not found:
-            rest = self.ahead(self.available)
-            if rest and self.ended and any(text.startswith(rest) for text in texts):
-                self.take(len(rest))  # the end cuts it off: it is no text either
             raise Malformed
         return found
 
@@ -110,6 +107,14 @@ class Source:
             if not open_texts or self.ended:
                 return ""
             yield
+
+    def closing(self, *texts: str) -> Steps[str]:
+        """Reads one of several closing marks as `optional` does, and one that the end cuts off."""
+        found = yield from self.optional(*texts)
+        rest = self.ahead(self.available)
+        if not found and rest and self.ended and any(text.startswith(rest) for text in texts):
+            self.take(len(rest))
+        return found
 
     def until(self, marks: "Marks", sink: Sink) -> Steps[str]:
         """Reads up to and including the first mark, and returns it; "" at the end of the text.

@@ -88,12 +88,12 @@ class Tagged(ToolFormat):
             after = style.call[1].strip() or "\n"
             name = yield from read_up_to(source, f"{after}<")
             calls.start(name.strip(WHITESPACE))
-            yield from source.optional(after)
+            yield from source.closing(after)
             yield from self._parameters(calls, calls.schema)
             calls.end()
             source.start_recording()
             yield from source.spaces()
-            trigger = yield from source.optional(*_present(style.closing, style.call[0]))
+            trigger = yield from source.closing(*_present(style.closing, style.call[0]))
             if not trigger or trigger == style.closing:
                 return
 
