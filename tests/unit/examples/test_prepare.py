@@ -182,7 +182,7 @@ ROWS = {
     "chat of many turns": {
         "messages": [
             *[system("Be terse."), user("a"), assistant("b"), user(" c "), assistant("")],
-            *[user("<|im_end|>"), assistant("d\n"), user("e")],
+            *[user("<|im_ end|>"), assistant("d\n"), user("e")],
         ]
     },
 }
