@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 from easyllm.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from easyllm.engine import LLM, SamplingParams
+    from easyllm.engine import LLM, GuideSpec, SamplingParams
     from easyllm.models import load_model, load_tokenizer, save_model
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "SamplingParams", "load_model", "load_tokenizer", "save_model"]
+__all__ = ["LLM", "GuideSpec", "SamplingParams", "load_model", "load_tokenizer", "save_model"]
 
 __getattr__ = lazy_exports(
     __name__,
     {
         "LLM": "easyllm.engine",
+        "GuideSpec": "easyllm.engine",
         "SamplingParams": "easyllm.engine",
         "load_model": "easyllm.models",
         "load_tokenizer": "easyllm.models",

@@ -11,6 +11,7 @@ from easyllm.core.lazy import lazy_exports
 if TYPE_CHECKING:
     from easyllm.engine.completion import Completion
     from easyllm.engine.engine import Engine
+    from easyllm.engine.guide_spec import GuideError, GuideSpec
     from easyllm.engine.llm import LLM
     from easyllm.engine.options import EngineConfig
     from easyllm.engine.params import BeamParams, SamplingParams
@@ -22,6 +23,8 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineConfig",
+    "GuideError",
+    "GuideSpec",
     "Logprobs",
     "Request",
     "SamplingParams",
@@ -36,6 +39,8 @@ __getattr__ = lazy_exports(
         "Completion": "easyllm.engine.completion",
         "Engine": "easyllm.engine.engine",
         "EngineConfig": "easyllm.engine.options",
+        "GuideError": "easyllm.engine.guide_spec",
+        "GuideSpec": "easyllm.engine.guide_spec",
         "Logprobs": "easyllm.engine.request",
         "Request": "easyllm.engine.request",
         "SamplingParams": "easyllm.engine.params",

@@ -17,7 +17,7 @@ from easyllm.engine.guide_spec import GuideError
 
 MAX_ITEMS = 1_000
 """Maximum of `minItems` and `maxItems`: llguidance writes out every item."""
-MIN_MULTIPLE, MAX_MULTIPLE = 1e-9, 1_000_000
+MIN_MULTIPLE, MAX_MULTIPLE = 1e-9, 10_000
 """Bounds of `multipleOf` and of its digits: each remainder is a lexer state."""
 MAX_COUNT = 100_000
 """Maximum of other lengths and counts; each character of a bounded string is a lexer state."""
@@ -185,7 +185,7 @@ def _check_bound(node: JsonObject, keyword: str, here: str) -> None:
 def _check_multiple(node: JsonObject, keyword: str, here: str) -> None:
     value = node[keyword]
     if not _is_number(value) or not value >= MIN_MULTIPLE or _digits(value, 0) > MAX_MULTIPLE:
-        raise invalid(keyword, here, value, "a number from 1e-9 with at most 6 digits")
+        raise invalid(keyword, here, value, "a number from 1e-9 with at most four digits")
 
 
 def check_multiples(values: Sequence[float]) -> None:

@@ -8,8 +8,8 @@ A completed guide allows only EOS; one that may also continue allows EOS among o
 be honoured exactly is refused when the guide is compiled; nothing is ignored.
 """
 
-import re
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 CACHE_SIZE = 128
 """Number of compiled guides to keep."""
 MAX_THREADS = 8
-LIMITS = LLParserLimits(verbose_errors=False)
+LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
 """Bounds of the work for one guide and for one mask, in units of llguidance; a mask that exceeds
 them ends its completion as cancelled."""
 OPTIONS = '%llguidance {"no_forcing": true}\n'
