@@ -54,6 +54,10 @@ class TextEncoder(Protocol):
         """The id of the EOS token, or None."""
 
     @property
+    def longest_token(self) -> int:
+        """Length in characters of the longest token."""
+
+    @property
     def control_tokens(self) -> ControlTokens:
         """The control tokens, whose names in messages are ordinary text."""
 
@@ -146,7 +150,7 @@ class ChatTemplate:
         template_kwargs: JsonMapping | None = None,
         with_mask: bool = False,
         num_prompt: int = 0,
-        max_chars: int | None = None,
+        max_tokens: int | None = None,
         find_unrendered: bool = False,
         reject_unrendered: bool = False,
     ) -> EncodedChat:
@@ -165,7 +169,8 @@ class ChatTemplate:
                 plain JSON.
             with_mask: whether to compute the loss mask.
             num_prompt: number of messages at the beginning that are masked, whatever their role.
-            max_chars: maximum number of characters of the rendered text.
+            max_tokens: rejects, before it is encoded, a text with more characters than this many
+                of the longest token.
             find_unrendered: whether to find messages whose content the template did not render.
             reject_unrendered: for prompts, whether it is an error if the template does not render
                 the content of a message, except for assistant messages.
@@ -173,9 +178,9 @@ class ChatTemplate:
         Raises:
             DataError: the messages are malformed, the template rejects them or does not read one
                 of `template_kwargs`, the last message cannot be continued, an assistant turn
-                cannot be located in the text, the text has more than `max_chars` characters, or a
-                message is not rendered (with `reject_unrendered` or, if its role is unknown, with
-                `find_unrendered`).
+                cannot be located in the text, or a message is not rendered (with
+                `reject_unrendered` or, if its role is unknown, with `find_unrendered`).
+            ContextLengthError: the text is too long for `max_tokens`.
         """
         prompt = add_generation_prompt and not with_mask
         if continue_final_message and (prompt or with_mask):
@@ -192,7 +197,7 @@ class ChatTemplate:
         messages = given.messages
         call = _Call(self, given, token_variables(tokenizer))
         text, visits = call(messages, prompt)
-        _refuse_long(text, max_chars)
+        _refuse_long(text, tokenizer, max_tokens)
         finder = TurnFinder(text, visits, messages, call)
         unrendered = _find_unrendered(finder, messages) if find_unrendered else ()
         if reject_unrendered:
@@ -351,8 +356,11 @@ def _turns_at(positions: list[int], visits: list[Visit]) -> list[int | None]:
     return [next((t for t, (a, b) in written.items() if a <= p < b), None) for p in positions]
 
 
-def _refuse_long(text: str, max_chars: int | None) -> None:
-    if max_chars is not None and len(text) > max_chars:
+def _refuse_long(text: str, tokenizer: TextEncoder, max_tokens: int | None) -> None:
+    if max_tokens is None or len(text) <= max_tokens:  # no need to look for the longest token
+        return
+    max_chars = max_tokens * tokenizer.longest_token
+    if len(text) > max_chars:
         raise ContextLengthError(
             f"the conversation has {len(text)} characters, but the model's context fits at most "
             f"{max_chars}",

@@ -280,7 +280,7 @@ class Tokenizer:
             template_kwargs=template_kwargs,
             with_mask=with_mask,
             num_prompt=num_prompt,
-            max_chars=None if max_tokens is None else max_tokens * self.longest_token,
+            max_tokens=max_tokens,
             find_unrendered=find_unrendered,
             reject_unrendered=reject_unrendered,
         )
