@@ -297,7 +297,7 @@ def numeric_bounds(schema: Schema) -> str:
     """Returns the bounds of a number."""
     found = bounds(schema.get("minimum"), schema.get("maximum"))
     strict = [
-        f"{sign} {schema[key]:g}"
+        f"{sign} {digits(schema[key])}"
         for sign, key in ((">", "exclusiveMinimum"), ("<", "exclusiveMaximum"))
         if abs(schema.get(key, LARGE)) < LARGE
     ]
@@ -308,10 +308,15 @@ def bounds(low: float | None, high: float | None) -> str:
     """Returns inclusive bounds; large ones only keep numbers representable and are omitted."""
     low, high = (None if at is None or abs(at) >= LARGE else at for at in (low, high))
     if low is not None and high is not None:
-        return f"from {low:g} to {high:g}"
+        return f"from {digits(low)} to {digits(high)}"
     if low is not None:
-        return f"≥ {low:g}"
-    return "" if high is None else f"≤ {high:g}"
+        return f"≥ {digits(low)}"
+    return "" if high is None else f"≤ {digits(high)}"
+
+
+def digits(value: float) -> str:
+    """Returns a bound in the shortest exact form."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def default_text(schema: Schema, required: bool) -> str:

@@ -239,6 +239,13 @@ def test_a_prompt_longer_than_the_context_has_its_error_code(address, content, m
         assert "prompt is too long" in error["message"]  # what LangChain and litellm look for
 
 
+def test_max_tokens_beyond_the_context_is_no_error(address):
+    """litellm asks for 128,000 tokens if its user names no number."""
+    answer = httpx.post(f"{address}{CHAT}", json=BODY | {"max_tokens": 128_000})
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["total_tokens"] <= 256
+
+
 def test_a_request_larger_than_the_cache_has_the_same_error_code(tiny_model, tiny_tokenizer):
     small = LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="", num_pages=4, page_size=16)
     with running({"m": small}) as address:

@@ -20,7 +20,7 @@ from easyllm.engine.params import (
 )
 from easyllm.serve.treatment import Strict
 
-MAX_NEW_TOKENS = 32_768
+MAX_NEW_TOKENS = 1_000_000  # litellm asks for 128,000 if its user names none
 MAX_CHOICES = 16
 MAX_STOP_IDS = 64
 MAX_SALT_CHARS = 256
