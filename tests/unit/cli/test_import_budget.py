@@ -1,23 +1,24 @@
-"""What a command imports: nothing that belongs to servers, training or adapters it does not use."""
+"""What commands import: nothing of servers, training, adapters or guides that they do not use."""
 
 import subprocess
 import sys
 
 import pytest
 
+SERVERS = ("fastapi", "starlette", "uvicorn", "easyllm.serve")
 UNUSED = (
-    *("fastapi", "starlette", "uvicorn", "transformers", "peft", "datasets", "pandas", "scipy"),
-    *("sympy", "triton", "torch._dynamo", "torch._inductor", "gguf", "sentencepiece", "rich"),
-    *("huggingface_hub", "llguidance", "safetensors.torch"),
-    *("easyllm.adapters", "easyllm.train", "easyllm.serve", "easyllm.plan.memory"),
+    *("transformers", "peft", "datasets", "pandas", "scipy", "sympy", "triton", "rich"),
+    *("torch._dynamo", "torch._inductor", "gguf", "sentencepiece", "huggingface_hub"),
+    *("llguidance", "safetensors.torch", "httpx", "jsonschema"),
+    *("easyllm.adapters", "easyllm.train", "easyllm.plan.memory"),
     *("easyllm.quant.gptq", "easyllm.quant.awq", "easyllm.quant.calibrate"),
 )
-"""Modules that `easyllm generate` does not need, whatever else imports them."""
+"""Modules that are not needed to generate text, whatever else imports them."""
 
 
-def imported(code, *arguments):
-    """Returns which of the `UNUSED` modules a program imports."""
-    code += f"\nimport sys\nprint([m for m in {UNUSED!r} if m in sys.modules])"
+def imported(modules, code, *arguments):
+    """Returns which of the modules a program imports."""
+    code += f"\nimport sys\nprint([m for m in {modules!r} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
     )
@@ -31,4 +32,8 @@ def test_generating_imports_nothing_that_it_does_not_need(tiny_folder, options):
         "sys.argv = ['easyllm', 'generate', *sys.argv[1:], 'Hi', '--max-tokens', '2']\n"
         "try: main()\nexcept SystemExit as error: assert not error.code"
     )
-    assert imported(code, str(tiny_folder), *options) == "[]"
+    assert imported((*SERVERS, *UNUSED), code, str(tiny_folder), *options) == "[]"
+
+
+def test_a_server_imports_nothing_that_it_does_not_need():
+    assert imported(UNUSED, "import easyllm.cli.serve, easyllm.serve.run") == "[]"
