@@ -186,15 +186,28 @@ class ControlTokens:
     @cached_property
     def _copy(self) -> Backend:
         secret = {name.text: self._secret_names[i] for i, name in self._names.items()}
-        copy = Backend.from_str(_rename(self._backend.to_str(), secret))
-        copy.encode_special_tokens = self._backend.encode_special_tokens
-        return copy
+        return _renamed_copy(self._backend, secret)
 
     @cached_property
     def _original_ids(self) -> dict[int, int]:
         """Maps ids of the copy that differ from the original's to these."""
         ids = [(self._renamed.token_to_id(n), i) for i, n in self._secret_names.items()]
         return {new: old for new, old in ids if new is not None and new != old}
+
+
+def without_special_tokens(backend: Backend) -> Backend:
+    """Returns a copy of a tokenizer that encodes the names of special tokens as ordinary text.
+
+    The vocabulary of a model of whole words or pieces (unigram) contains these names, so that it
+    would find them in a text itself.
+    """
+    special = [t.content for t in backend.get_added_tokens_decoder().values() if t.special]
+    nonce = secrets.token_hex(8)
+    is_bpe = isinstance(backend.model, models.BPE)
+    names = {} if is_bpe else {name: f"<{nonce}{n}>" for n, name in enumerate(special)}
+    copy = _renamed_copy(backend, names)
+    copy.encode_special_tokens = True
+    return copy
 
 
 class _Finder:
@@ -251,6 +264,13 @@ class _Moved:
     def __call__(self, position: int) -> int:
         secret, plain = self._borders[bisect_right(self._ends, position) - 1]
         return plain + position - secret
+
+
+def _renamed_copy(backend: Backend, names: Mapping[str, str]) -> Backend:
+    serialised = backend.to_str()
+    copy = Backend.from_str(_rename(serialised, names) if names else serialised)
+    copy.encode_special_tokens = backend.encode_special_tokens
+    return copy
 
 
 def _rename(serialised: str, names: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from easyllm.core.atomic import write_atomic, write_json
 from easyllm.core.errors import DataError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.tokenizer.chat import ChatTemplate, EncodedChat, token_variables
-from easyllm.tokenizer.control_tokens import ControlTokens
+from easyllm.tokenizer.control_tokens import ControlTokens, without_special_tokens
 from easyllm.tokenizer.folder import (
     CONFIG_FILE,
     DEFAULT_TEMPLATE,
@@ -203,9 +203,7 @@ class Tokenizer:
 
     @cached_property
     def _without_special_tokens(self) -> Backend:
-        backend = Backend.from_str(self.backend.to_str())
-        backend.encode_special_tokens = True
-        return backend
+        return without_special_tokens(self.backend)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Returns the ids without BOS or EOS, and for each id its character span in `text`."""

@@ -140,3 +140,20 @@ def test_lone_surrogates_are_encoded_as_always():
         tokenizer.control_tokens.encode("a\ud800<s>", {})[0]
         == tokenizer.encode_with_offsets("a\ud800<s>")[0]
     )
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@settings(deadline=None, max_examples=30)
+@given(text=TEXTS)
+def test_documents_have_no_special_tokens(kind, text):
+    """Neither where a model finds their names among its own pieces, as unigram models do."""
+    tokenizer = build(kind)
+    (ids,) = tokenizer.encode_documents([text])
+    assert not (tokenizer.special_ids - {tokenizer.id_of("<unk>")}) & set(ids)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_documents_without_names_are_encoded_as_always(kind):
+    tokenizer = build(kind)
+    text = "The quick  brown 字 morning\n\n<h1> <tool_call>ﬁ☃"
+    assert tokenizer.encode_documents([text]) == [tokenizer.encode(text, special_tokens=False)]
