@@ -17,7 +17,11 @@ class TokenMask(Protocol):
     """The tokens allowed next in one completion; the interface for guided decoding.
 
     An exception in either method, or a mask of invalid shape or dtype, ends the completion as
-    `cancelled`; the traceback is logged.
+    `cancelled`; the traceback is logged. A mask may also have:
+
+    - `allows(token_id) -> bool`: whether one token is certainly allowed. Greedy decoding asks this
+      about the most likely token, and computes the mask only if the answer is no;
+    - `computer`: a `MaskComputer`, which computes the masks of several completions at once.
     """
 
     def mask(self) -> Tensor | None:
@@ -33,10 +37,7 @@ class TokenMask(Protocol):
 
 
 class MaskComputer(Protocol):
-    """Computes the masks of several completions at once, which is faster than one by one.
-
-    A mask names it as its attribute `computer`; the engine calls `compute` before `mask`.
-    """
+    """Computes the masks of several completions at once, which is faster than one by one."""
 
     def compute(self, masks: Sequence[TokenMask], /) -> None:
         """Computes what `mask` of each of the masks will return."""

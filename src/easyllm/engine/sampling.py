@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from easyllm.engine.masks import checked_words
+from easyllm.engine.masks import checked_words, compute_together
 from easyllm.engine.params import SamplingParams
 from easyllm.engine.processors import (
     add_bias,
@@ -139,6 +139,17 @@ class SamplerState:
             logits = bar(logits, self.end_ids)
         return logits
 
+    def may_take(self, token_id: int) -> bool:
+        """Whether the most likely token, without the mask, is certainly the one to choose."""
+        allows = getattr(self.mask, "allows", None)
+        if allows is None or self.params.temperature > 0 or self.params.logprobs is not None:
+            return False
+        try:
+            return bool(allows(token_id))
+        except Exception:
+            logger.exception("a token mask failed to check a token; its whole mask is computed")
+            return False
+
     def allowed(self, vocab_size: int) -> Tensor | None:
         """Returns the mask's bitmask [⌈V/32⌉] int32 on the CPU; None if all tokens are allowed.
 
@@ -199,8 +210,8 @@ def sample_tokens(
     Returns:
         The choice for each row.
     """
-    processed = _process(logits, samplers)
-    ids, ended = processed.argmax(-1), set[int]()
+    processed, ids = _process(logits, samplers)
+    ended = set[int]()
     if processed is not logits:
         best = processed.gather(1, ids[:, None]).squeeze(1).tolist()
         ended = {row for row, value in enumerate(best) if value == float("-inf")}
@@ -228,23 +239,39 @@ def sample_tokens(
     ]
 
 
-def _process(logits: Tensor, samplers: Sequence[SamplerState]) -> Tensor:
-    """Returns logits [N, V] after the processors and masks; the same tensor if nothing changes."""
+def _process(logits: Tensor, samplers: Sequence[SamplerState]) -> tuple[Tensor, Tensor]:
+    """Applies the processors and masks to logits [N, V].
+
+    Returns:
+        The logits, the same tensor if nothing changes, and the most likely token of each row, [N].
+        A row keeps tokens that its mask does not allow if only its most likely token matters, and
+        this one is allowed.
+    """
     processed = logits
     changed = [row for row, sampler in enumerate(samplers) if sampler.changes_logits]
     if changed:
         processed = logits.clone()
         for row in changed:
             processed[row] = samplers[row].process(logits[row])
-    words = {row: sampler.allowed(logits.shape[1]) for row, sampler in enumerate(samplers)}
-    masked = [row for row, each in words.items() if each is not None]
-    if not masked:
-        return processed
-    packed = torch.stack([each for each in words.values() if each is not None])
-    if len(masked) == len(samplers):
-        return allow_packed(processed, packed)
-    rows = torch.tensor(masked, device=logits.device)
-    return processed.index_copy(0, rows, allow_packed(processed[rows], packed))
+    masked = [row for row, s in enumerate(samplers) if s.mask is not None and not s.failed]
+    if logits.device.type != "cpu":  # first of all, while the device computes the logits
+        compute_together(mask for row in masked if (mask := samplers[row].mask) is not None)
+    ids = processed.argmax(-1)
+    if masked and logits.device.type == "cpu":
+        best = ids.tolist()
+        masked = [row for row in masked if not samplers[row].may_take(best[row])]
+        compute_together(mask for row in masked if (mask := samplers[row].mask) is not None)
+    words = {row: samplers[row].allowed(logits.shape[1]) for row in masked}
+    packed = {row: each for row, each in words.items() if each is not None}
+    if not packed:
+        return processed, ids
+    rows = torch.tensor(list(packed), device=logits.device)
+    chosen = processed if len(rows) == len(logits) else processed[rows]
+    limited = allow_packed(chosen, torch.stack(list(packed.values())))
+    if len(rows) == len(logits):
+        return limited, limited.argmax(-1)
+    ids = ids.index_copy(0, rows, limited.argmax(-1))
+    return processed.index_copy(0, rows, limited), ids
 
 
 def apply_sampling_filters(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from easyllm.engine.generation import Generation
-from easyllm.engine.masks import compute_together
 from easyllm.engine.request import TokenEvent
 from easyllm.engine.sampling import Draft, prompt_logprobs, sample_tokens
 from easyllm.engine.step import ScheduledChunk
@@ -49,7 +48,6 @@ def sample_slots(
         all_rows = rows == list(range(len(logits)))
         drafts = [slot.drafts[turn] if turn < len(slot.drafts) else None for slot in alive]
         samplers = [slot.generation.sampler for slot in alive]
-        compute_together(each.mask for each in samplers if each.mask is not None)
         if row_by_row:
             choices = [
                 sample_tokens(logits[row : row + 1], [sampler], [draft])[0]

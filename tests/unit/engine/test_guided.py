@@ -270,6 +270,24 @@ def test_masks_computed_together_equal_those_computed_alone(guides, tiny_tokeniz
         assert torch.equal(together.mask(), alone.mask())
 
 
+def test_a_single_token_is_allowed_if_the_mask_allows_it(tiny_tokenizer):
+    guides = Guides(tiny_tokenizer, vocab_size=352, eos_ids=(2, 0))
+    specs = (
+        GuideSpec(regex="[a-z ]{1,9}"),
+        GuideSpec(choice=("the", "fo")),
+        GuideSpec(json_schema={}),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for source in (*map(guides.compile, specs), guides.compile_lark("start: <[1]> /a+/")):
+        mask = source.start()
+        for _ in range(20):
+            found = sorted(allowed(mask))
+            assert [i for i in range(352) if mask.allows(i)] == found
+            if not found:
+                break
+            mask.advance(found[int(torch.randint(len(found), (), generator=generator))])
+
+
 def test_a_token_that_is_not_allowed_is_an_error(guides):
     mask = guides.compile(GuideSpec(choice=("a",))).start()
     with pytest.raises(GuideError):
