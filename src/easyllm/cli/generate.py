@@ -85,11 +85,7 @@ def generate(
         _check_sampling(params)
     elif loading.get("draft") is not None:
         raise ConfigError("beam search does not use speculative decoding; leave out --draft")
-    guide = guide_of(guided)
-    if guide is not None and beam_params is not None:
-        raise ConfigError(
-            f"beam search cannot be guided; leave out --beams or --{guide.kind.replace('_', '-')}"
-        )
+    guide = guide_of(guided, beams=beam_params is not None)
     copies = max(params.num_sequences, beams)
     llm = load_llm(
         model,

@@ -36,19 +36,27 @@ GUIDE = FlagGroup(
 )
 
 
-def guide_of(values: Values) -> GuideSpec | None:
+def guide_of(values: Values, *, beams: bool = False) -> GuideSpec | None:
     """Returns the guide that the flags describe; None without any.
+
+    Args:
+        values: the values of the flags.
+        beams: whether beam search is used, which cannot be guided.
 
     Raises:
         SourceError: a value is neither an existing file nor the thing itself.
-        ConfigError: several guides are given, or one is invalid.
+        ConfigError: several guides are given, or one is invalid or for beam search.
     """
     from easyllm.core.config import validate
+    from easyllm.core.errors import ConfigError
     from easyllm.engine.guide_grammar import guide_grammar
 
-    given = {name: value for name, value in values.items() if value}
+    given = {n: value for n, value in values.items() if value not in (None, False, ())}
     if not given:
         return None
+    if beams:
+        flag = next(iter(given)).replace("_", "-")
+        raise ConfigError(f"beam search cannot be guided; leave out --beams or --{flag}")
     if "json_schema" in given:
         given["json_schema"] = _schema(given["json_schema"])
     if "grammar" in given:
