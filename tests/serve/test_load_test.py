@@ -93,6 +93,18 @@ def test_words_of_several_tokens_are_left_out_where_the_server_tokenizes():
     assert len(sent) > 20
 
 
+@pytest.mark.parametrize("target", [11, 12, 20, 37, 500])
+def test_no_probe_is_longer_than_the_prompts_though_all_words_are_split(target):
+    fake = FakeServer(tokenize=None, tokens_per_word=3)
+    found = only(measure(fake, prompt_tokens=9 + 3 * target))
+    assert found["prompt_tokens"] == {
+        "mean": 9 + 3 * target,
+        "min": 9 + 3 * target,
+        "max": 9 + 3 * target,
+    }
+    assert fake.longest == 9 + 3 * target
+
+
 def test_approximate_lengths_are_reported_as_the_server_counts_them():
     fake = FakeServer(tokenize=None, long_words={"time", "year", "people", "way", "day", "man"})
     report = measure(fake, prompt_tokens=60, requests=12)

@@ -15,7 +15,9 @@ class FakeServer:
         usage: whether it reports usage, in the last chunk.
         tokenize: the key of a text in `/tokenize`: `prompt` (vLLM), `content` (llama.cpp), or None.
         template: number of tokens that the chat template adds.
-        long_words: words of two tokens.
+        long_words: words of one more token than the others.
+        tokens_per_word: tokens of the other words.
+        longest: the largest number of tokens of a prompt so far.
         token_s: time between two chunks.
         per_chunk: words in a chunk.
         probe: the answer to requests for a single token, in the form of `faults`.
@@ -28,13 +30,14 @@ class FakeServer:
     def __init__(self, **changes):
         self.models, self.usage, self.tokenize, self.template = ["fake"], True, "prompt", 9
         self.long_words, self.token_s, self.per_chunk = set(), 0.0, 1
+        self.tokens_per_word, self.longest = 1, 0
         self.probe, self.faults, self.bodies = None, {}, []
         self.open, self.open_at_once, self.lock = 0, 0, threading.Lock()
         self.arrivals = []
         vars(self).update(changes)
 
     def count(self, text):
-        return sum(2 if word in self.long_words else 1 for word in text.split())
+        return sum(self.tokens_per_word + (word in self.long_words) for word in text.split())
 
     def enter(self, body):
         """Registers a completion request; returns its number."""
@@ -112,9 +115,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def count_tokens(self, body):
         prompt = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
-        template = 0 if "prompt" in body else self.fake.template
+        number = self.fake.count(prompt) + (0 if "prompt" in body else self.fake.template)
+        self.fake.longest = max(self.fake.longest, number)
         return {
-            "prompt_tokens": self.fake.count(prompt) + template,
+            "prompt_tokens": number,
             "completion_tokens": body["max_tokens"],
             "prompt_tokens_details": {"cached_tokens": 2},
         }

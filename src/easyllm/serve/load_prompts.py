@@ -71,22 +71,28 @@ async def fit_length(prompts: RandomPrompts, target: int, count: Count) -> list[
     Raises:
         ConfigError: the chat template alone has more tokens.
     """
-    prompts.count, slope, before = max(1, target), 1.0, None
+    prompts.count = max(1, target // 8)  # a tokenizer may need several tokens for each word
+    slope: float | None = None
+    before: tuple[int, int] | None = None
     for _ in range(MAX_PROBES):
         found = await count(prompts.next())
         if found is None:
+            prompts.count = max(1, target - 1)
             return ["the server does not count the tokens of prompts: they have one word per token"]
         if found == target:
             return []
         if prompts.count == 1 and found > target:
             raise ConfigError(
-                f"a prompt of one word has {found} tokens, chat template included; "
+                f"a prompt of two words has {found} tokens, chat template included; "
                 f"set --prompt-tokens to at least {found}"
             )
         if before is not None and before[0] != prompts.count:
             slope = max(0.2, (found - before[1]) / (prompts.count - before[0]))
         before = (prompts.count, found)
-        prompts.count = max(1, prompts.count + round((target - found) / slope))
+        if slope is not None:
+            prompts.count = max(1, prompts.count + round((target - found) / slope))
+        else:
+            prompts.count = 2 * prompts.count if found < target else 1
     return [f"prompts have about {target} tokens: this tokenizer splits some of the words"]
 
 
