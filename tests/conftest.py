@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 
 SLOW = (
     "laws/test_resume.py",
+    "laws/test_guided_generation.py",
     "pipeline/test_training_runs.py",
     "unit/corpus/test_row_limits.py",
     "unit/test_extension_points.py",

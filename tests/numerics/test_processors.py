@@ -11,6 +11,7 @@ from transformers.generation import logits_process as hf
 
 from easyllm.engine import LLM, SamplingParams
 from easyllm.engine.processors import (
+    _allow_on_device,
     add_bias,
     allow_packed,
     bar,
@@ -110,6 +111,20 @@ def test_forbidden_ngrams_equal_transformers(size):
         for row in range(ROWS):
             barred = bar(logits[row], repeated_ngrams(ids[row].tolist(), size))
             assert_close(barred, expected[row], **EXACT)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bitmasks_are_applied_alike_on_a_cpu_and_on_a_device(vocab_size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, vocab_size, generator=generator, dtype=dtype)
+    logits[0, 0], logits[1, 0] = float("inf"), float("-inf")
+    size = (5, -(-vocab_size // 32))
+    words = torch.randint(-(2**31), 2**31, size, generator=generator).to(torch.int32)
+    bits = [[int(words[r, t // 32]) >> (t % 32) & 1 for t in range(vocab_size)] for r in range(5)]
+    expected = logits.masked_fill(~torch.tensor(bits, dtype=torch.bool), float("-inf"))
+    assert torch.equal(allow_packed(logits, words), expected)
+    assert torch.equal(_allow_on_device(logits, words), expected)
 
 
 def test_bias_min_tokens_and_allowed_ids_equal_transformers():

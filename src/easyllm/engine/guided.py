@@ -38,6 +38,11 @@ of this text. Forcing would call the Python tokenizer from llguidance's threads,
 tokenizers put a blank before the text."""
 
 
+WORDS = ["[a-z]{1,30}", " [a-z]{1,30}"]
+"""Sets of tokens that llguidance allows at once where a whole set may follow, in addition to its own
+(texts in JSON): masks of expressions with words take a quarter less time."""
+
+
 class Guides:
     """Compiles guides for one tokenizer; may be used from several threads at once.
 
@@ -57,7 +62,9 @@ class Guides:
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_ids: Iterable[int]) -> None:
         self._vocabulary = VocabularyBytes(tokenizer, vocab_size, eos_ids)
         self._tokenizer = LLTokenizer(
-            TokenizerWrapper(self._vocabulary), eos_token=list(self._vocabulary.eos_ids)
+            TokenizerWrapper(self._vocabulary),
+            eos_token=list(self._vocabulary.eos_ids),
+            slices=WORDS + LLTokenizer.general_slices(),
         )
         self._masks = _MaskComputer(self._vocabulary)
         self._compiled: OrderedDict[str, _Guide] = OrderedDict()

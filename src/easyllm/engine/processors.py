@@ -96,13 +96,17 @@ def allow_packed(logits: Tensor, words: Tensor) -> Tensor:
         words: [N, ⌈V/32⌉] int32 on the CPU: bit t mod 32 of word t / 32 is set if token t is
             allowed.
     """
-    vocab_size = logits.shape[1]
-    if logits.device.type == "cpu":  # nine times faster than filling by a mask of booleans
-        octets = words.numpy().astype("<i4", copy=False).view(np.uint8)
-        limits = torch.from_numpy(_LIMITS.take(octets, axis=0)).flatten(1)[:, :vocab_size]
-        return torch.minimum(logits, limits.to(logits.dtype))
+    if logits.device.type != "cpu":
+        return _allow_on_device(logits, words.to(logits.device))
+    # nine times faster than filling by a mask of booleans
+    octets = words.numpy().astype("<i4", copy=False).view(np.uint8)
+    limits = torch.from_numpy(_LIMITS.take(octets, axis=0)).flatten(1)[:, : logits.shape[1]]
+    return torch.minimum(logits, limits.to(logits.dtype))
+
+
+def _allow_on_device(logits: Tensor, words: Tensor) -> Tensor:
     shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-    bits = ((words.to(logits.device)[:, :, None] >> shifts) & 1).flatten(1)[:, :vocab_size]
+    bits = ((words[:, :, None] >> shifts) & 1).flatten(1)[:, : logits.shape[1]]
     return logits.masked_fill(bits == 0, NEG_INF)
 
 
