@@ -39,8 +39,8 @@ tokenizers put a blank before the text."""
 
 
 WORDS = ["[a-z]{1,30}", " [a-z]{1,30}"]
-"""Sets of tokens that llguidance allows at once where a whole set may follow, in addition to its own
-(texts in JSON): masks of expressions with words take a quarter less time."""
+"""Sets of tokens that llguidance allows at once where a whole set may follow, in addition to its
+own for texts in JSON: masks of expressions with words take a quarter less time."""
 
 
 class Guides:
