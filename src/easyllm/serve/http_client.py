@@ -212,7 +212,8 @@ class HTTPClient:
                 _Connection, address.host, address.port, ssl=self._tls
             )
         except ssl.SSLError as error:
-            raise HTTPFailure(f"TLS: {error.reason or error}") from None
+            reason = getattr(error, "verify_message", None) or error.reason or str(error)
+            raise HTTPFailure(f"TLS: {reason.lower().replace('_', ' ')}") from None
         except (OSError, UnicodeError) as error:
             raise HTTPFailure(f"cannot connect: {_reason(error)}") from None
         return connection

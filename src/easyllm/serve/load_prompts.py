@@ -1,5 +1,6 @@
 """Prompts of a load test: random words of an exact number of tokens, or the rows of a file."""
 
+import asyncio
 import itertools
 import json
 import random
@@ -29,6 +30,7 @@ WORDS = tuple(_FREQUENT.split())
 START = "The"
 MIN_WORDS = 20
 MAX_PROBES = 6
+NUM_AT_ONCE = 16
 
 
 class RandomPrompts:
@@ -104,9 +106,12 @@ async def one_token_words(client: HTTPClient, model: str) -> Sequence[str]:
     whole = await _num_tokens(client, model, " ".join((START, *WORDS)))
     if whole == base + len(WORDS):
         return WORDS
-    found = [
-        word for word in WORDS if await _num_tokens(client, model, f"{START} {word}") == base + 1
-    ]
+    found = list[str]()
+    for start in range(0, len(WORDS), NUM_AT_ONCE):
+        words = WORDS[start : start + NUM_AT_ONCE]
+        texts = (f"{START} {word}" for word in words)
+        counts = await asyncio.gather(*(_num_tokens(client, model, text) for text in texts))
+        found += [word for word, number in zip(words, counts, strict=True) if number == base + 1]
     return found if len(found) >= MIN_WORDS else WORDS
 
 
