@@ -313,7 +313,7 @@ def test_openapi_documents_every_response(address, llm):
     assert chat["properties"]["model"]["enum"] == ["m", "org/m"]
     assert "401" not in schema["paths"][CHAT]["post"]["responses"]
     app = create_app({"m": llm}, api_key="k")
-    guarded = app.openapi()
+    guarded = app.state.describe()
     app.state.models.close()
     assert "401" in guarded["paths"][CHAT]["post"]["responses"]
     assert "401" not in guarded["paths"]["/health"]["get"]["responses"]

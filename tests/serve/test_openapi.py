@@ -10,7 +10,23 @@ from easyllm.serve.openai.chat_request import ChatRequest
 @pytest.fixture(scope="module")
 def schemas(tiny_model, tiny_tokenizer):
     llm = LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="")
-    return create_app({"m": llm}).openapi()["components"]["schemas"]
+    return create_app({"m": llm}).state.describe()["components"]["schemas"]
+
+
+def test_every_route_is_described_and_no_other(tiny_model, tiny_tokenizer):
+    app = create_app({"m": LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="")})
+    described = {
+        (path, method.upper())
+        for path, operations in app.state.describe()["paths"].items()
+        for method in operations
+    }
+    served = {
+        (route.path.replace(":path", ""), method)
+        for route in app.routes
+        for method in route.methods - {"HEAD"}
+    }
+    assert served - described == {("/", "GET"), ("/openapi.json", "GET")}
+    assert described < served
 
 
 def test_every_field_has_a_description(schemas):

@@ -1,7 +1,7 @@
 """OpenAI-compatible HTTP server and chat page.
 
 Exports are imported lazily: the limits, from which the command line makes its flags, do not load
-FastAPI.
+Starlette.
 """
 
 from typing import TYPE_CHECKING

@@ -3,15 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from functools import cache, partial
 from pathlib import Path
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException as RoutingError
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
 
 from easyllm.engine.llm import LLM
-from easyllm.serve.documented import answers_of, body_of, document, errors
+from easyllm.serve.documented import answers_of, body_of, describe, errors
+from easyllm.serve.endpoint import Endpoint
 from easyllm.serve.errors import APIError, on_api_error, on_exception, on_routing_error
 from easyllm.serve.guard import Guard, check_key
 from easyllm.serve.limits import ServeLimits
@@ -41,8 +44,10 @@ def create_app(
     log: RequestLog | None = None,
     loaders: Mapping[str, Loader] | None = None,
     adapters_folder: Path | None = None,
-) -> FastAPI:
-    """Builds the server's ASGI application; `state.models` contains the served models.
+) -> Starlette:
+    """Builds the server's ASGI application.
+
+    Its `state.models` contains the served models, and `state.describe()` returns `/openapi.json`.
 
     Args:
         models: the served models by name. Several names may share one model.
@@ -71,7 +76,7 @@ def create_app(
     )
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         idle = limits.unload_idle_s
         unloading = None if idle is None else asyncio.create_task(served.unload_idle(idle))
         yield
@@ -79,55 +84,75 @@ def create_app(
             unloading.cancel()
         served.close()
 
-    app = FastAPI(
-        title="Easyllm", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
-    )
-    app.state.models = served
+    call = Call(served, limits.max_waiting, ResponseStore())
+    endpoints = [
+        *_pages(metrics, with_key=with_key),
+        *_model_routes(served, with_key=with_key),
+        *(_post(call, path, *how, with_key=with_key) for path, how in POSTS.items()),
+        *_stored_responses(call.stored, with_key=with_key),
+    ]
+    description = cache(partial(describe, endpoints, list(served.names), with_key=with_key))
+
+    async def openapi() -> JSONResponse:
+        return JSONResponse(await asyncio.to_thread(description))
+
+    shown = Endpoint(method="GET", path="/openapi.json", answer=openapi, documented=None)
+    app = Starlette(lifespan=lifespan, routes=[each.route() for each in (*endpoints, shown)])
+    app.router.redirect_slashes = False
+    app.state.models, app.state.describe = served, description
     app.add_exception_handler(APIError, on_api_error)
     app.add_exception_handler(RoutingError, on_routing_error)
     app.add_exception_handler(Exception, on_exception)
     app.add_middleware(Guard, api_key=api_key, allowed_hosts=allowed_hosts)
     app.add_middleware(Observe, metrics=metrics, log=log)  # outermost: it sees what Guard refuses
-    document(app, list(served.names), with_key=with_key)
-    _add_pages(app, metrics, with_key=with_key)
-    _add_model_routes(app, served, with_key=with_key)
-    call = Call(served, limits.max_waiting, ResponseStore())
-    for path, (model, name, text_field) in POSTS.items():
-        _add_post(app, call, path, model, name, text_field, with_key=with_key)
-    _add_stored_responses(app, call.stored, with_key=with_key)
     return app
 
 
-def _add_pages(app: FastAPI, metrics: Metrics, *, with_key: bool) -> None:
-    """Adds the health check, the metrics and the chat page."""
+def _pages(metrics: Metrics, *, with_key: bool) -> list[Endpoint]:
+    """Returns the health check, the chat page and the metrics."""
 
-    @app.get("/health", responses=errors(with_key=False))
     async def health() -> Health:
         return Health()
 
-    @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE, headers=_PAGE_HEADERS)
 
-    @app.get("/metrics", response_class=Response, responses=errors(with_key=with_key))
     async def metrics_page() -> Response:
         return Response(metrics.render(), headers={"content-type": metrics.content_type})
 
+    public, guarded = errors(with_key=False), errors(with_key=with_key)
+    return [
+        Endpoint(method="GET", path="/health", answer=health, documented={"responses": public}),
+        Endpoint(method="GET", path="/", answer=page, documented=None),
+        Endpoint(
+            method="GET",
+            path="/metrics",
+            answer=metrics_page,
+            documented={"response_class": Response, "responses": guarded},
+        ),
+    ]
 
-def _add_model_routes(app: FastAPI, models: ServedModels, *, with_key: bool) -> None:
-    """Adds the routes about the served models."""
 
-    @app.get("/v1/models", responses=errors(with_key=with_key))
+def _model_routes(models: ServedModels, *, with_key: bool) -> list[Endpoint]:
+    """Returns the routes about the served models."""
+
     async def list_models() -> ModelList:
         return ModelList(data=[_entry(name, models) for name in models.names])
 
-    @app.get("/v1/models/{model_id:path}", responses=errors(404, with_key=with_key))
     async def one_model(model_id: str) -> ModelEntry:
         return _entry(model_id, models)
 
-    @app.get("/tokenizer_info", responses=errors(404, with_key=with_key))
     async def info(model: str | None = None) -> JSONResponse:
         return JSONResponse(tokenizer_info(await models.open(model)))
+
+    always = {"responses": errors(with_key=with_key)}
+    with_404 = {"responses": errors(404, with_key=with_key)}
+    one = "/v1/models/{model_id:path}"
+    return [
+        Endpoint(method="GET", path="/v1/models", answer=list_models, documented=always),
+        Endpoint(method="GET", path=one, answer=one_model, documented=with_404),
+        Endpoint(method="GET", path="/tokenizer_info", answer=info, documented=with_404),
+    ]
 
 
 def _entry(name: str, models: ServedModels) -> ModelEntry:
@@ -140,47 +165,46 @@ def _entry(name: str, models: ServedModels) -> ModelEntry:
     )
 
 
-def _add_post(
-    app: FastAPI,
-    call: Call,
-    path: str,
-    model: type[BaseModel],
-    name: str,
-    text_field: str,
-    *,
-    with_key: bool,
-) -> None:
-    """Adds a route that reads a JSON object; its body is documented by hand, as it is read so."""
+def _post(
+    call: Call, path: str, model: type[BaseModel], name: str, text_field: str, *, with_key: bool
+) -> Endpoint:
+    """Returns a route that reads a JSON object, and so does not declare its body to FastAPI."""
 
     async def post(http: Request) -> Response:
         return await call.handle(http, model, getattr(call, name), text_field=text_field)
 
-    app.post(
-        path,
-        name=name,
-        operation_id=name,
-        response_model=None,
-        responses=answers_of(path, with_key=with_key),
-        openapi_extra=body_of(model),
-    )(post)
+    documented = {
+        "name": name,
+        "operation_id": name,
+        "response_model": None,
+        "responses": answers_of(path, with_key=with_key),
+        "openapi_extra": body_of(model),
+    }
+    return Endpoint(method="POST", path=path, answer=post, documented=documented)
 
 
-def _add_stored_responses(app: FastAPI, stored: ResponseStore, *, with_key: bool) -> None:
-    """Adds the routes about responses that are kept in memory."""
-    path = "/v1/responses/{response_id}"
+def _stored_responses(stored: ResponseStore, *, with_key: bool) -> list[Endpoint]:
+    """Returns the routes about responses that are kept in memory."""
 
-    @app.get(path, responses=errors(404, with_key=with_key))
     async def one_response(response_id: str) -> JSONResponse:
         return JSONResponse(stored.get(response_id).body)
 
-    @app.delete(path, responses=errors(404, with_key=with_key))
     async def delete_response(response_id: str) -> JSONResponse:
         stored.delete(response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
-    @app.get(f"{path}/input_items", responses=errors(404, with_key=with_key))
     async def input_items(response_id: str) -> JSONResponse:
         items = stored.get(response_id).items
         ids = [item.get("id") for item in items]
         ends = {"first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None}
         return JSONResponse({"object": "list", "data": items, "has_more": False, **ends})
+
+    path = "/v1/responses/{response_id}"
+    documented = {"responses": errors(404, with_key=with_key)}
+    return [
+        Endpoint(method="GET", path=path, answer=one_response, documented=documented),
+        Endpoint(method="DELETE", path=path, answer=delete_response, documented=documented),
+        Endpoint(
+            method="GET", path=f"{path}/input_items", answer=input_items, documented=documented
+        ),
+    ]

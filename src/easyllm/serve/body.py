@@ -8,7 +8,7 @@ import math
 from email.message import Message
 from typing import Any, NoReturn
 
-from fastapi import Request
+from starlette.requests import Request
 
 from easyllm.core.json_types import JsonObject
 from easyllm.serve.errors import APIError

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from fastapi import FastAPI
 from pydantic import BaseModel
 
 from easyllm.core.json_types import JsonObject
+from easyllm.serve.endpoint import Endpoint
 from easyllm.serve.errors import AnthropicErrorBody, ErrorBody, is_anthropic
 from easyllm.serve.openai.chat_answers import ChatCompletion
 from easyllm.serve.routes import POSTS
@@ -70,37 +70,46 @@ def body_of(model: type[BaseModel]) -> JsonObject:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def document(app: FastAPI, models: Sequence[str], *, with_key: bool) -> None:
-    """Makes `app.openapi()` describe the requests and responses of this server.
+def describe(endpoints: Sequence[Endpoint], models: Sequence[str], *, with_key: bool) -> JsonObject:
+    """Returns `/openapi.json`: the routes, with their requests and responses.
 
-    The description includes the names of the models and whether an API key is required.
+    Args:
+        endpoints: the routes.
+        models: the names of the served models.
+        with_key: whether an API key is required.
     """
-    generate = app.openapi
+    schema = _routes(endpoints)
+    components = schema.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    for request, *_ in POSTS.values():
+        found = request.model_json_schema(ref_template=_REFERENCE)
+        if "model" in found["properties"]:
+            found["properties"]["model"]["enum"] = list(models)
+        schemas.update(found.pop("$defs", {}))
+        schemas[request.__name__] = found
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own format, never sent
+        schemas.pop(name, None)
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            if with_key and path != "/health":
+                operation["security"] = [{"bearer": []}, {"header": []}]
+    if with_key:
+        components["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+        }
+    return schema
 
-    def openapi() -> JsonObject:
-        if app.openapi_schema is not None:
-            return app.openapi_schema
-        schema = generate()
-        components = schema.setdefault("components", {})
-        schemas = components.setdefault("schemas", {})
-        for request, *_ in POSTS.values():
-            found = request.model_json_schema(ref_template=_REFERENCE)
-            if "model" in found["properties"]:
-                found["properties"]["model"]["enum"] = list(models)
-            schemas.update(found.pop("$defs", {}))
-            schemas[request.__name__] = found
-        for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own format, never sent
-            schemas.pop(name, None)
-        for path, operations in schema["paths"].items():
-            for operation in operations.values():
-                operation["responses"].pop("422", None)
-                if with_key and path != "/health":
-                    operation["security"] = [{"bearer": []}, {"header": []}]
-        if with_key:
-            components["securitySchemes"] = {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
-            }
-        return schema
 
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+def _routes(endpoints: Sequence[Endpoint]) -> JsonObject:
+    """Returns FastAPI's description of the routes."""
+    from fastapi import FastAPI  # see `endpoint`
+
+    app = FastAPI(title="Easyllm")
+    for each in endpoints:
+        if each.documented is not None:
+            how = dict(each.documented)
+            app.add_api_route(each.path, each.answer, methods=[each.method], **how)
+    described: JsonObject = app.openapi()
+    return described

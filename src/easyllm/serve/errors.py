@@ -8,11 +8,10 @@ import logging
 from collections.abc import Mapping
 from typing import Literal
 
-from fastapi import HTTPException, Request
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as RoutingError
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from easyllm.core.json_types import JsonObject
 
@@ -63,7 +62,7 @@ _ANTHROPIC_TYPES = {
 """Anthropic's error types by status; other statuses below 500 are `invalid_request_error`."""
 
 
-class APIError(HTTPException):
+class APIError(RoutingError):
     """An error with an HTTP status, reported in the format of the dialect.
 
     It derives from HTTPException so that Starlette passes it to the registered handler.
@@ -142,8 +141,8 @@ async def on_routing_error(request: Request, error: Exception) -> Response:
     asked = f"{request.scope.get('asked_method', request.method)} {request.url.path}"
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        allowed = [word.strip() for word in headers.pop("Allow", "").split(",")]
-        headers["Allow"] = ", ".join([*allowed, *(["HEAD"] if "GET" in allowed else [])])
+        allowed = {word.strip() for word in headers.pop("Allow", "").split(",")}
+        headers["Allow"] = ", ".join(sorted(allowed))
         message = f"{asked} is not supported; use {headers['Allow']}"
     elif error.status_code == 404:
         message = f"there is no route {asked}; GET /openapi.json lists the routes"

@@ -10,7 +10,7 @@ from easyllm.serve.request_log import RequestLog
 from easyllm.serve.trace import RequestTrace
 
 if TYPE_CHECKING:
-    from fastapi import Request
+    from starlette.requests import Request
 
 OTHER = "other"
 """Route of requests that belong to none, so that clients cannot create new label values."""

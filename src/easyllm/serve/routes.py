@@ -5,10 +5,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from easyllm.core.errors import ContextLengthError, DataError, EasyllmError
 from easyllm.core.json_types import JsonObject

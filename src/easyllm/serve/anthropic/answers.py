@@ -5,8 +5,7 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from fastapi.responses import JSONResponse
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from easyllm.core.json_types import JsonObject
 from easyllm.serve.errors import ANTHROPIC_PATH, error_body

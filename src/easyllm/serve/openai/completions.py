@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from fastapi.responses import JSONResponse
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from easyllm.core.json_types import JsonObject
 from easyllm.engine.request import Logprobs, Request, TokenEvent

@@ -4,9 +4,8 @@ import base64
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field, WithJsonSchema
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from easyllm.serve.errors import APIError
 from easyllm.serve.models import ServedModel
