@@ -12,9 +12,12 @@ from torch.nn.functional import cross_entropy
 from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Engine, Request, SamplingParams
+from easyllm.engine.compiled_step import CompiledStep
 from easyllm.engine.options import EngineConfig
+from easyllm.engine.runner import logits_in_passes
 from easyllm.examples.sample import Sample
 from easyllm.nn.deterministic import check_deterministic, rowwise_logprobs
+from easyllm.ops.deterministic import sums_have_fixed_order
 from easyllm.ops.kernels.build import _library
 from easyllm.quant import quantize_weights
 from tiny_models import build_tiny
@@ -26,6 +29,11 @@ KINDS, TIMES = 100, 10
 
 def model_of(**changes):
     return build_tiny(seed=6, **WIDE | changes)
+
+
+def bf16_is_tiled(model):
+    """Whether products of the model's weights run in PyTorch, on a processor with bf16."""
+    return not sums_have_fixed_order(model.dtype)
 
 
 def request_kinds():
@@ -72,6 +80,7 @@ def alone_and_together(model, tokenizer, on):
     random.Random(1).shuffle(order)
     requests = [Request(prompt_ids=kinds[n][0], params=kinds[n][1]) for n in order]
     engine = engine_of(model, tokenizer, on=on, max_running=24, max_step_tokens=64)
+    assert isinstance(engine.runner.fast_step, CompiledStep) == (on and not bf16_is_tiled(model))
     together = outcome(engine, requests)
     return [(alone[n], got) for n, got in zip(order, together, strict=True)]
 
@@ -138,6 +147,66 @@ def test_quantized_weights_are_batch_invariant(tiny_tokenizer, scheme):
     model = quantize_weights(model_of(), scheme)
     pairs = alone_and_together(model, tiny_tokenizer, on=True)
     assert all(alone == together for alone, together in pairs)
+
+
+def test_bf16_weights_are_batch_invariant(tiny_tokenizer):
+    pairs = alone_and_together(model_of().to(torch.bfloat16), tiny_tokenizer, on=True)
+    assert all(alone == together for alone, together in pairs)
+
+
+ARCHITECTURES = {
+    "tied": {},
+    "a head of its own": {"tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "qk norm": {"model_type": "qwen3"},
+    "wide offset norms": {"model_type": "gemma"},
+}
+
+
+def stepped(model, **options):
+    """Returns the logits of 20 tokens one at a time, and those of one forward pass."""
+    ids = list(range(5, 25))
+    passes = {"deterministic": True, "compiled": True} | options
+    (logits,) = logits_in_passes(model, [ids], [[1] * len(ids)], **passes)
+    return logits, model.logits(ids, deterministic=True)
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def test_decoding_steps_compiled_or_not_give_the_bits_of_the_forward_pass(changes, dtype, scheme):
+    model = model_of(**changes).to(dtype)
+    if scheme:
+        model = quantize_weights(model, scheme)
+    for compiled in (True, False):
+        one_by_one, whole = stepped(model, compiled=compiled)
+        assert torch.equal(one_by_one, whole)
+
+
+def test_results_are_bitwise_independent_of_the_number_of_threads(tiny_tokenizer):
+    kinds = request_kinds()[:40]
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        engine = engine_of(model_of(), tiny_tokenizer, prefix_caching=False)
+        requests = [Request(prompt_ids=prompt, params=params) for prompt, params in kinds]
+        found.append(outcome(engine, requests))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_quantized_base_with_a_gradient_gives_the_bits_of_the_engine():
+    """As in training of an adapter on a quantized base on what the engine generated."""
+    model = quantize_weights(model_of(), "int4")
+    ids = torch.arange(5, 45)
+    plain = model.logits(ids, deterministic=True)
+    model.requires_grad_(False)
+    model.norm.weight.requires_grad_(True)
+    model.layers[0].mixer_norm.weight.requires_grad_(True)
+    context = pack([Sample.from_mask(ids.tolist())]).context(deterministic=True)
+    logits = model.head(model(ids[:-1], context), context)
+    assert torch.equal(logits, plain[:-1])
+    logits.square().sum().backward()
+    assert bool(model.layers[0].mixer_norm.weight.grad.any())
 
 
 @pytest.mark.parametrize("position", ["window"])

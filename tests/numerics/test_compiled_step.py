@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from easyllm.adapters import VeRAConfig, attach
 from easyllm.core import device
 from easyllm.core.errors import ConfigError
 from easyllm.engine import compiled_step
@@ -380,7 +381,7 @@ def test_unsupported_parts_are_named(word):
 def test_adapters_and_missing_compilers_are_refused(monkeypatch):
     model = build_tiny()
     assert CompiledStep.unsupported_reason(model) is None
-    model.layers[0].mixer.q_proj.adapter = torch.nn.Identity()
+    attach(model, VeRAConfig(rank=4))
     assert "adapters" in CompiledStep.unsupported_reason(model)
     monkeypatch.setattr(build, "_library", lambda: None)
     assert "C compiler" in CompiledStep.unsupported_reason(build_tiny())

@@ -96,6 +96,8 @@ def operands(rows, outputs, inputs, dtype):
 
 SHAPES = [
     (1, 8, 8),
+    (4, 11, 3),
+    (67, 9, 7),
     (2, 16, 40),
     (3, 11, 37),
     (5, 24, 576),

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 from easyllm.ops.activation import gated
 from easyllm.ops.attention import attention
 from easyllm.ops.attention_rule import AttentionRule
-from easyllm.ops.deterministic import packed_attention, tiled_linear
+from easyllm.ops.deterministic import fixed_order_linear, packed_attention, tiled_linear
 from easyllm.ops.kernels import build
+from easyllm.ops.logsumexp import logsumexp
 from easyllm.ops.norm import rms_norm
 from easyllm.ops.paged_attention import paged_attention, write_pages
 from easyllm.ops.rotary import apply_rotary
@@ -35,17 +36,84 @@ def holds_for_rows(run, x):
     assert torch.equal(run(x[order]), whole[order])
 
 
+@pytest.mark.parametrize("linear", [fixed_order_linear, tiled_linear])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("outputs", "inputs"), [(576, 576), (192, 576), (576, 1536), (83, 41)])
-def test_tiled_linear_is_batch_invariant(dtype, outputs, inputs):
+def test_linears_are_batch_invariant(dtype, outputs, inputs, linear):
     weight = random(outputs, inputs, dtype=dtype, seed=2)
     bias = random(outputs, dtype=dtype, seed=3)
     x = random(200, inputs, dtype=dtype)
-    holds_for_rows(lambda rows: tiled_linear(rows, weight, bias), x)
+    holds_for_rows(lambda rows: linear(rows, weight, bias), x)
     close = {"atol": 2e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.5, "rtol": 0.02}
-    torch.testing.assert_close(tiled_linear(x, weight, bias), F.linear(x, weight, bias), **close)
-    assert tiled_linear(x[None, :3], weight).shape == (1, 3, outputs)
-    assert tiled_linear(x[:0], weight).shape == (0, outputs)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), **close)
+    assert linear(x[None, :3], weight).shape == (1, 3, outputs)
+    assert linear(x[:0], weight).shape == (0, outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fixed_order_does_not_depend_on_the_number_of_threads(dtype):
+    if build._library() is None:
+        pytest.skip("no C compiler on this machine")
+    weight, x = random(83, 576, dtype=dtype, seed=2), random(150, 576, dtype=dtype)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(fixed_order_linear(x, weight))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_fixed_order_has_the_gradients_of_a_linear_layer():
+    operands = random(2, 7, 41), random(83, 41, seed=2), random(83, seed=3)
+    grads = []
+    for linear in (fixed_order_linear, F.linear):
+        x, weight, bias = (t.clone().requires_grad_() for t in operands)
+        linear(x, weight, bias).square().sum().backward()
+        grads.append((x.grad, weight.grad, bias.grad))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+def test_a_fixed_order_of_strided_weights_and_wrong_lengths():
+    weight, x = random(41, 83, seed=2).T, random(5, 41)
+    assert torch.equal(fixed_order_linear(x, weight), fixed_order_linear(x, weight.contiguous()))
+    assert torch.equal(
+        fixed_order_linear(x.T.contiguous().T, weight), fixed_order_linear(x, weight)
+    )
+    with pytest.raises(ValueError, match="rows of 5 values, expected 41"):
+        fixed_order_linear(x.T, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 41, 1000, 49152])
+def test_logsumexp_is_batch_invariant_and_exact(dtype, width):
+    x = 10 * random(40, width, dtype=dtype)
+    exact = x.double().logsumexp(-1)
+    assert (logsumexp(x) - exact).abs().max() <= 2e-6 * exact.abs().max() + 1e-6
+    whole = logsumexp(x)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for count in (1, 2, 7, 40):
+            assert torch.equal(logsumexp(x[:count]), whole[:count])
+
+
+def test_logsumexp_of_excluded_infinite_and_nan_logits():
+    inf = float("inf")
+    x = torch.tensor([[-inf, 0.0, -inf], [-inf, -inf, -inf], [0.0, inf, 1.0], [0.0, 1.0, inf]])
+    x[3, 2] = float("nan")
+    found = logsumexp(x)
+    assert found[:3].tolist() == [0.0, -inf, inf]
+    assert found[3].isnan()
+
+
+def test_logsumexp_has_the_gradient_of_pytorch():
+    values = random(7, 83)
+    grads = []
+    for function in (logsumexp, lambda x: x.logsumexp(-1)):
+        x = values.clone().requires_grad_()
+        function(x).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
 def test_plain_linear_is_not_batch_invariant():

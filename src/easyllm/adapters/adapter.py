@@ -43,10 +43,12 @@ class Adapter(nn.Module):
             that layers with the same input can share one fused matrix product (GEMM).
         batch_invariant: whether each row's result is bitwise independent of the other rows of the
             batch in deterministic mode (`base.context`).
+        selected_by_row: whether it is a bank of named adapters (`AdapterBank`).
     """
 
     passes_input_unchanged: bool = False
     batch_invariant: bool = False
+    selected_by_row: bool = False
 
     def forward(self, x: Tensor, base: BaseLinear) -> Tensor:
         """Returns the adapted layer's output [..., out] for `x: [..., in]`."""
@@ -79,6 +81,13 @@ class Adapter(nn.Module):
         """Returns A' [r, in] and B' [out, r], fp32, if merging adds B' A' to any weight.
 
         None means that the update depends on the weight; it is then computed as `merged(W)` - W.
+        """
+        return None
+
+    def low_rank_update(self) -> tuple[Tensor, Tensor, float] | None:
+        """Returns A [r, in], B [out, r] and s if `forward` is base(x) + s B A x in inference.
+
+        The compiled decoding step of the engine computes such adapters; None means that it cannot.
         """
         return None
 

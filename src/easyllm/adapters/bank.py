@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from easyllm.adapters.adapter import Adapter
 from easyllm.core.errors import ConfigError
-from easyllm.nn.linear import BaseLinear
+from easyllm.nn.linear import BaseLinear, KnownProduct
 
 
 class AdapterBank(Adapter):
@@ -14,6 +14,8 @@ class AdapterBank(Adapter):
     Rows are grouped by adapter. Rows without an adapter, and rows whose adapter does not target
     this linear, get the base layer's output.
     """
+
+    selected_by_row = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,8 +37,15 @@ class AdapterBank(Adapter):
         """Whether all adapters of the bank are batch-invariant."""
         return all(bool(adapter.batch_invariant) for adapter in self.held)
 
+    @property
+    def passes_input_unchanged(self) -> bool:  # type: ignore[override]
+        """Whether all adapters of the bank call `base` once, with their input itself."""
+        return all(bool(adapter.passes_input_unchanged) for adapter in self.held)
+
     def forward(self, x: Tensor, base: BaseLinear) -> Tensor:
         """Returns the output [T, out] for `x: [T, in]`, each row with its own adapter.
+
+        Adapters that pass their input on share one product of the base for all rows.
 
         Raises:
             ConfigError: the forward context does not select an adapter per sequence.
@@ -44,20 +53,22 @@ class AdapterBank(Adapter):
         rows_of = None if base.context is None else base.context.adapters
         if rows_of is None:
             raise self._unnamed()
-        parts = rows_of.rows()
-        if len(parts) == 1:
-            return self._part(parts[0][0], x, base)
-        out: Tensor | None = None
-        for name, rows in parts:
-            assert rows is not None, "several adapters share the rows"
-            y = self._part(name, x.index_select(0, rows), base)
-            out = y.new_empty(len(x), y.shape[1]) if out is None else out
-            out = (
-                out.index_copy(0, rows, y)
-                if torch.is_grad_enabled()
-                else out.index_copy_(0, rows, y)
-            )
-        assert out is not None, "there are rows"
+        groups = [(self._named(name), rows) for name, rows in rows_of.groups]
+        if len(groups) == 1:
+            adapter = groups[0][0]
+            return base(x) if adapter is None else adapter(x, base)
+        if all(adapter is None or adapter.passes_input_unchanged for adapter, _ in groups):
+            out = base(x)
+            for adapter, rows in groups:
+                if adapter is not None:
+                    part, y = _rows(x, rows), _rows(out, rows)
+                    known = KnownProduct(base.layer, base.context, base.widened, x=part, y=y)
+                    out = _with_rows(out, rows, adapter(part, known))
+            return out
+        out = x.new_empty(len(x), base.layer.out_features)
+        for adapter, rows in groups:
+            part = _rows(x, rows)
+            out = _with_rows(out, rows, base(part) if adapter is None else adapter(part, base))
         return out
 
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
@@ -73,11 +84,25 @@ class AdapterBank(Adapter):
             f"the model has named adapters ({', '.join(self.names)}); select one for each sequence"
         )
 
-    def _part(self, name: str, x: Tensor, base: BaseLinear) -> Tensor:
-        if name not in self.names:
-            return base(x)
-        y: Tensor = self.held[self.names.index(name)](x, base)
-        return y
+    def _named(self, name: str) -> Adapter | None:
+        """The adapter with this name; None if it does not change the layer."""
+        for known, adapter in zip(self.names, self.held, strict=True):
+            if known == name:
+                return adapter  # type: ignore[return-value]
+        return None
+
+
+def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    assert rows is not None, "several adapters share the rows"
+    return x.index_select(0, rows)
+
+
+def _with_rows(out: Tensor, rows: Tensor | None, y: Tensor) -> Tensor:
+    """Returns `out` with other values of some rows, in place if no gradient is needed."""
+    assert rows is not None, "several adapters share the rows"
+    if torch.is_grad_enabled():
+        return out.index_copy(0, rows, y)
+    return out.index_copy_(0, rows, y)
 
 
 __all__ = ["AdapterBank"]

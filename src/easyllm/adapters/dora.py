@@ -113,6 +113,10 @@ class DoRA(LoRA):
         """Returns None: the norm of the updated weight depends on the weight."""
         return None
 
+    def low_rank_update(self) -> tuple[Tensor, Tensor, float] | None:
+        """Returns None: the output is scaled after the update."""
+        return None
+
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x' and W' such that x' W'ᵀ is the adapted output."""
         left, right = super().loss_factors(x, weight)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from easyllm.adapters.adapter import EmbeddingAdapter
 from easyllm.nn.linear import Embedding
-from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.deterministic import fixed_order_linear
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 
@@ -43,7 +43,7 @@ class LoRAEmbedding(EmbeddingAdapter):
         """Returns E[t] + s B A[:, t] [T, D] for `token_ids: [T]`."""
         rows = base(token_ids)
         inner = nn.functional.embedding(token_ids, self.lora_embedding_A.T)  # [T, r]
-        product = tiled_linear if deterministic else nn.functional.linear
+        product = fixed_order_linear if deterministic else nn.functional.linear
         return rows + (self.scale * product(inner, self.lora_embedding_B)).to(rows.dtype)
 
     def merged(self, weight: Tensor, bias: None = None) -> tuple[Tensor, None]:  # noqa: ARG002
@@ -110,7 +110,7 @@ class TrainedTokens(EmbeddingAdapter):
     ) -> Tensor:
         """Returns the logits [N, V], those of the chosen tokens from their trained rows."""
         logits = base(hidden)
-        product = tiled_linear if deterministic else nn.functional.linear
+        product = fixed_order_linear if deterministic else nn.functional.linear
         own = product(hidden.to(logits.dtype), self.delta.to(logits.dtype))
         return logits.index_copy(1, self.token_ids, own)
 

@@ -24,7 +24,7 @@ from easyllm.adapters.registry import register_adapter
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
-from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.deterministic import fixed_order_linear
 
 SMALL, LARGE = "lokr_w1", "lokr_w2"
 """peft's names of C and D; their factors end in `_a` and `_b`."""
@@ -164,7 +164,7 @@ class LoKr(Adapter):
         """Returns `base(x) + s (C ⊗ D) x`, [..., out] for `x: [..., in]`."""
         y = base(x)
         exact = base.context is not None and base.context.deterministic
-        product = tiled_linear if exact else nn.functional.linear
+        product = fixed_order_linear if exact else nn.functional.linear
         # rows of two axes: with more, PyTorch's products differ by whether a gradient is needed
         inner = x.reshape(-1, x.shape[-1] // self.columns)  # [T m, n]
         for matrix in reversed(self.factors(LARGE)):

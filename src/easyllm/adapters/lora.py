@@ -20,7 +20,7 @@ from easyllm.adapters.low_rank import LowRankConfig
 from easyllm.adapters.registry import register_adapter
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
-from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.deterministic import fixed_order_linear
 
 
 class LoRAConfig(LowRankConfig):
@@ -100,7 +100,7 @@ class LoRA(Adapter):
             x = self.dropout(x)
         down, up = (matrix.to(x.dtype) for matrix in self.matrices())
         if base.context is not None and base.context.deterministic:
-            return y + self.scale * tiled_linear(tiled_linear(x, down), up)
+            return y + self.scale * fixed_order_linear(fixed_order_linear(x, down), up)
         inner = x @ down.T  # [T, r]
         return torch.addmm(y, inner, up.T, alpha=self.scale)
 
@@ -112,6 +112,10 @@ class LoRA(Adapter):
         """Returns A [r, in] and s B [out, r] in fp32."""
         down, up = self.matrices()
         return down.float(), self.scale * up.float()
+
+    def low_rank_update(self) -> tuple[Tensor, Tensor, float] | None:
+        """Returns A [r, in], B [out, r] and s."""
+        return *self.matrices(), self.scale
 
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x' and W' such that x' W'ᵀ is the adapted output.

@@ -22,7 +22,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
-from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.deterministic import fixed_order_linear
 
 BLOCK = "miss_block"
 
@@ -121,7 +121,7 @@ class MiSS(Adapter):
         summed = x.unflatten(-1, (-1, self.rank)).sum(-2)  # [..., r]
         block = self.miss_block.to(x.dtype)
         if base.context is not None and base.context.deterministic:
-            return y + tiled_linear(summed, block.T.contiguous())
+            return y + fixed_order_linear(summed, block.T.contiguous())
         return torch.addmm(y, summed, block)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -22,7 +22,7 @@ from easyllm.core.errors import CheckpointError, ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import FP32, Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
-from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.deterministic import fixed_order_linear
 
 ROTATION = "oft_R.weight"
 
@@ -169,7 +169,7 @@ class OFT(Adapter):
         rotations = self.rotations().to(x.dtype)
         if base.context is not None and base.context.deterministic:
             parts = [
-                tiled_linear(block, rotation.T.contiguous())
+                fixed_order_linear(block, rotation.T.contiguous())
                 for block, rotation in zip(blocks.unbind(-2), rotations, strict=True)
             ]
             return base(torch.cat(parts, dim=-1))

@@ -22,7 +22,7 @@ from easyllm.adapters.registry import register_adapter
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
-from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.deterministic import fixed_order_linear
 
 FILE_A, FILE_B = "base_model.vera_A", "base_model.vera_B"
 VECTORS = ("vera_lambda_b", "vera_lambda_d")
@@ -149,8 +149,8 @@ class VeRA(Adapter):
         down, up = down.to(x.dtype), up.to(x.dtype)
         inner_scale, outer_scale = self.vera_lambda_d.to(x.dtype), self.vera_lambda_b.to(x.dtype)
         if base.context is not None and base.context.deterministic:
-            inner = inner_scale * tiled_linear(x, down.contiguous())
-            return y + outer_scale * tiled_linear(inner, up)
+            inner = inner_scale * fixed_order_linear(x, down.contiguous())
+            return y + outer_scale * fixed_order_linear(inner, up)
         return torch.addcmul(y, outer_scale, (inner_scale * (x @ down.T)) @ up.T)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -5,34 +5,29 @@ although the step should be limited only by reading the weights from memory. The
 reads each weight once and little else.
 
 It supports common dense decoder architectures (`unsupported_reason` returns why a model is not
-supported) with weights of fp32, bf16, int8 or int4, and every page format of
-`ops/paged_attention`. Its results equal those of the PyTorch decoder within rounding; all
-arithmetic is fp32, even where the weights are bf16.
+supported) with weights of fp32, bf16, int8 or int4, every page format of `ops/paged_attention`, and
+LoRA adapters, of which each row may use another. Its results equal those of the PyTorch decoder
+within rounding; all arithmetic is fp32, even where the weights are bf16. In deterministic mode they
+are bitwise equal: the decoder then uses the same kernels.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from easyllm.core.device import bf16_is_fast, cpu_features
 from easyllm.core.errors import ConfigError
-from easyllm.nn.attention import Attention
-from easyllm.nn.config import (
-    AttentionConfig,
-    GLUConfig,
-    LayerConfig,
-)
+from easyllm.engine.step_adapters import StepAdapters, layer_linears
+from easyllm.engine.step_support import attention_of, unsupported_reason
 from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder, DecoderLayer
-from easyllm.nn.glu import GLU
 from easyllm.nn.linear import Embedding, Linear
 from easyllm.nn.norm import OffsetRMSNorm, RMSNorm
 from easyllm.nn.position import RotaryPosition
-from easyllm.nn.position_config import DynamicNTKScaling, NoPosition, Rope
-from easyllm.ops.attention_backends import C_PAGES, KEYS_PER_BLOCK
 from easyllm.ops.huge_memory import (
     BufferCache,
     cached_empty,
@@ -40,9 +35,13 @@ from easyllm.ops.huge_memory import (
     in_huge_pages,
     return_freed_memory,
 )
-from easyllm.ops.kernels import kernels_for, structs
+from easyllm.ops.kernels import kernels_for, step_structs, structs
+from easyllm.ops.kernels.step_structs import MATRICES
 from easyllm.ops.kernels.structs import address
-from easyllm.ops.paged_attention import Pages, paged_call, pages_struct
+from easyllm.ops.paged_attention import Pages, pages_struct
+
+if TYPE_CHECKING:
+    from easyllm.nn.position_config import Rope
 
 MAX_ROWS = 32
 """Maximum rows for which a compiled step with quantized weights is faster than the PyTorch decoder
@@ -58,8 +57,6 @@ MAX_BF16_ROWS_AMX = 2
 """The same if PyTorch's matmuls use a matrix unit, or bf16 instructions of a non-x86 processor."""
 FREED_BYTES = 1 << 26
 """Bytes of weights to move before the memory of the old ones is returned to the system."""
-ARITHMETIC = torch.float32
-"""Dtype of all activations, hence of the queries."""
 FIRST_POSITIONS = 4096
 MAPPED_STEPS = 128
 """Steps after which weights that are mapped from a file in small pages are moved to huge pages: the
@@ -75,23 +72,32 @@ class CompiledStep:
             they are moved or replaced later, the step rebinds to the new ones.
         key_pages, value_pages: cache pages of each layer, [P, K, page_size, d]; their addresses
             must not change.
+        deterministic: whether results bitwise equal those of the decoder in deterministic mode.
+            With weights of bf16, activations are then rounded to bf16 as in the decoder.
 
     Raises:
         ConfigError: the model or the pages are not supported.
     """
 
     def __init__(
-        self, model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]
+        self,
+        model: Decoder,
+        key_pages: Sequence[Pages],
+        value_pages: Sequence[Pages],
+        *,
+        deterministic: bool = False,
     ) -> None:
-        reason = self.unsupported_reason(model, (key_pages, value_pages))
+        reason = self.unsupported_reason(
+            model, (key_pages, value_pages), deterministic=deterministic
+        )
         if reason is not None:
             raise ConfigError(f"the compiled step does not support this model: {reason}")
         self.max_rows = _most_rows(model)
+        self._rounds = deterministic and model.dtype == torch.bfloat16
         self.vocab_size = model.config.vocab_size
         self.page_size = key_pages[0].shape[2]
         self._model_itself, self._cache = model, (list(key_pages), list(value_pages))
         self._layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-        self._owners = [m for m in model.modules() if isinstance(m, Linear | Embedding)]
         # runs are often shorter than it takes to move weights that are mapped from a file
         self._moves_after = MAPPED_STEPS if _is_mapped_in_small_pages(model) else None
         if self._moves_after is None:
@@ -107,41 +113,34 @@ class CompiledStep:
         self._extend_rope_tables(min(FIRST_POSITIONS, model.config.max_seq_len))
 
     def bind(self) -> None:
-        """Records the addresses of the weights, and copies those that the step needs in fp32."""
+        """Records the addresses of the weights and adapters; copies what is needed in fp32."""
+        model = self._model_itself
+        self._owners = [m for m in model.modules() if isinstance(m, Linear | Embedding)]
         self._kept: list[object] = [_weight_of(owner) for owner in self._owners]
         self._addresses = [_weight_of(owner).data_ptr() for owner in self._owners]
         layers = [self._layer_struct(layer) for layer in self._layers]
-        self._layer_structs = (structs.StepLayer * len(layers))(*layers)
-        self._model = self._model_struct(self._model_itself)
+        self._layer_structs = (step_structs.StepLayer * len(layers))(*layers)
+        self._model = self._model_struct(model)
         self._num_positions = 0
+        self._adapters = StepAdapters(model, rounds=self._rounds)
+        self._adapters.enter(self._model, self._layer_structs)
 
     @staticmethod
     def unsupported_reason(
-        model: Decoder, pages: tuple[Sequence[Pages], Sequence[Pages]] | None = None
+        model: Decoder,
+        pages: tuple[Sequence[Pages], Sequence[Pages]] | None = None,
+        *,
+        deterministic: bool = False,
     ) -> str | None:
         """Returns why the model, or its cache, is not supported; None if they are.
 
-        Args:
-            model: the model.
-            pages: key pages and value pages of each layer; None checks the model only.
+        The arguments are those of `step_support.unsupported_reason`.
         """
-        if model.training or kernels_for(*model.parameters()) is None:
-            return (
-                "it needs inference mode, a CPU, weights of fp32 or bf16 (or quantized) and a C "
-                "compiler"
-            )
-        if model.is_adapted:
-            return "it has adapters; merge them"
-        for name, holder in model.weight_modules():
-            if holder.storage.kernel_matrix(None) is None:
-                return (
-                    f"{name} stores its weight as {holder.storage.format}, which the kernels do "
-                    "not read"
-                )
-        reason = _model_unsupported_reason(model)
-        if reason is not None or pages is None:
-            return reason
-        return _pages_unsupported_reason(model, *pages)
+        return unsupported_reason(model, pages, deterministic=deterministic)
+
+    def supports_adapters(self, names: Collection[str]) -> bool:
+        """Whether rows may use these adapters (`""` is the base model, or an unnamed adapter)."""
+        return self._adapters.supports(names)
 
     def run(
         self,
@@ -149,6 +148,7 @@ class CompiledStep:
         positions: Sequence[int],
         page_table: Tensor,
         key_lengths: Sequence[int],
+        adapters: Sequence[str] = (),
     ) -> Tensor:
         """Decodes one token per row and writes its keys and values into the pages.
 
@@ -159,6 +159,8 @@ class CompiledStep:
             key_lengths: number of keys of each row's sequence, including that of the row's own
                 token, which is stored last. Consecutive rows may be consecutive tokens of one
                 sequence (with the same row of the page table), each one key longer.
+            adapters: name of the adapter of each row, all supported (`supports_adapters`); by
+                default the base model, or its unnamed adapter.
 
         Returns:
             Logits [S, V] in fp32 after each token.
@@ -176,7 +178,7 @@ class CompiledStep:
             self.bind()
         self._extend_rope_tables(max(positions) + 1)
         numbers = ctypes.c_int64 * rows
-        batch = structs.StepBatch(
+        batch = step_structs.StepBatch(
             rows=rows,
             token_ids=numbers(*token_ids),
             positions=numbers(*positions),
@@ -186,6 +188,7 @@ class CompiledStep:
             pages=self._pages,
             logits=address(logits),
         )
+        self._adapters.group(batch, adapters or ("",) * rows)
         kernels = kernels_for(logits)
         assert kernels is not None, "unsupported_reason() requires kernels"
         kernels.decode_step(self._model, batch, self._workspace(kernels, batch))
@@ -226,7 +229,7 @@ class CompiledStep:
         if page_table.dtype != torch.int32 or not page_table.is_contiguous():
             raise ConfigError("the page table must be contiguous int32")
 
-    def _workspace(self, kernels: ctypes.CDLL, batch: structs.StepBatch) -> int:
+    def _workspace(self, kernels: ctypes.CDLL, batch: step_structs.StepBatch) -> int:
         """Returns the address of a workspace large enough for the batch."""
         needed: int = kernels.decode_step_bytes(self._model, batch)
         if needed > self._memory.numel() - ALIGNMENT:
@@ -240,7 +243,7 @@ class CompiledStep:
         self._num_positions = max(num_positions, 2 * self._num_positions)
         context = ForwardContext.packed([self._num_positions])
         for layer, struct in zip(self._layers, self._layer_structs, strict=True):
-            position = _attention(layer).position
+            position = attention_of(layer).position
             if not isinstance(position, RotaryPosition):
                 continue
             key = position.config, position.width
@@ -249,18 +252,13 @@ class CompiledStep:
             struct.cosine, struct.sine = cos.data_ptr(), sin.data_ptr()
             struct.pairs = cos.shape[1]
 
-    def _layer_struct(self, layer: DecoderLayer) -> structs.StepLayer:
-        attention, feed_forward = _attention(layer), layer.feed_forward
-        assert isinstance(feed_forward, GLU), "unsupported_reason() requires a GLU"
+    def _layer_struct(self, layer: DecoderLayer) -> step_structs.StepLayer:
+        attention = attention_of(layer)
         config, rule = attention.config, attention.rule
-        return structs.StepLayer(  # RoPE tables are added by _extend_rope_tables
-            q=self._matrix(attention.q_proj),
-            k=self._matrix(attention.k_proj),
-            v=self._matrix(attention.v_proj),
-            o=self._matrix(attention.o_proj),
-            gate=self._matrix(feed_forward.gate_proj),
-            up=self._matrix(feed_forward.up_proj),
-            down=self._matrix(feed_forward.down_proj),
+        return step_structs.StepLayer(  # RoPE tables are added by _extend_rope_tables
+            matrices=(structs.Matrix * len(MATRICES))(
+                *(self._matrix(linear) for linear in layer_linears(layer))
+            ),
             mixer_norm=self._norm(layer.mixer_norm),
             feed_forward_norm=self._norm(layer.feed_forward_norm),
             q_norm=self._norm(attention.q_norm),
@@ -274,9 +272,9 @@ class CompiledStep:
             head_eps=config.qk_norm.eps if config.qk_norm else 0.0,
         )
 
-    def _model_struct(self, model: Decoder) -> structs.StepModel:
+    def _model_struct(self, model: Decoder) -> step_structs.StepModel:
         head = model.embed_tokens if model.lm_head is None else model.lm_head
-        return structs.StepModel(
+        return step_structs.StepModel(
             embedding=self._matrix(model.embed_tokens),
             head=self._matrix(head),
             final_norm=self._norm(model.norm),
@@ -285,6 +283,7 @@ class CompiledStep:
             hidden=model.config.hidden_size,
             embedding_scale=model.config.embedding_scale,
             eps=model.norm.eps,
+            rounds=self._rounds,
         )
 
     def _matrix(self, owner: Linear | Embedding) -> structs.Matrix:
@@ -362,71 +361,3 @@ def _weight_of(owner: Linear | Embedding) -> Tensor:
     # `owner.storage` alone is slow for a module, and every step asks for the weights of all layers
     storage = owner._modules.get("storage") or owner.storage
     return storage.payload  # type: ignore[return-value]
-
-
-def _attention(layer: DecoderLayer) -> Attention:
-    assert isinstance(layer.mixer, Attention), "unsupported_reason() requires softmax attention"
-    return layer.mixer
-
-
-def _model_unsupported_reason(model: Decoder) -> str | None:
-    """Returns the first part of the architecture that the step does not support."""
-    config = model.config
-    if config.norm.kind != "rms_norm" or not config.final_norm:
-        return "its norms are not RMS norms, or it has no norm before the head"
-    if not isinstance(config.embedding_position, NoPosition):
-        return f"positions are added to its embedding ({config.embedding_position.kind})"
-    if config.logit_softcap is not None or config.num_labels is not None:
-        return "its logits are soft-capped, or it has a classification head"
-    for number, (layer, module) in enumerate(zip(config.layers, model.layers, strict=True)):
-        assert isinstance(module, DecoderLayer), "a decoder has decoder layers"
-        reason = _layer_unsupported_reason(layer, module)
-        if reason is not None:
-            return f"layer {number}: {reason}"
-    return None
-
-
-def _layer_unsupported_reason(layer: LayerConfig, module: DecoderLayer) -> str | None:
-    mixer, feed_forward = layer.mixer, layer.feed_forward
-    if layer.norm_placement != "pre":
-        return f"norm placement {layer.norm_placement}"
-    if not isinstance(feed_forward, GLUConfig) or feed_forward.activation != "silu":
-        return "a feed-forward other than a GLU with SiLU"
-    if not isinstance(mixer, AttentionConfig):
-        return "linear attention"
-    if mixer.logn_length is not None:
-        return "attention with log-n scaling"
-    reason = _position_unsupported_reason(mixer)
-    if reason is not None:
-        return reason
-    shape = (1, mixer.num_kv_heads, KEYS_PER_BLOCK, mixer.head_dim)
-    pages = torch.empty(shape, dtype=ARITHMETIC)  # the format of the cache is checked separately
-    reason = C_PAGES.unsupported_reason(
-        paged_call(pages, pages, _attention(module).rule, dtype=ARITHMETIC)
-    )
-    return None if reason is None else f"attention with {reason}"
-
-
-def _position_unsupported_reason(mixer: AttentionConfig) -> str | None:
-    match mixer.position:
-        case NoPosition():
-            return None
-        case Rope(interleaved=False, scaling=scaling) if not isinstance(scaling, DynamicNTKScaling):
-            return None
-    return f"positions other than half-split RoPE with fixed frequencies ({mixer.position.kind})"
-
-
-def _pages_unsupported_reason(
-    model: Decoder, key_pages: Sequence[Pages], value_pages: Sequence[Pages]
-) -> str | None:
-    if not len(key_pages) == len(value_pages) == model.config.num_layers:
-        return f"{len(key_pages)} layers of pages for {model.config.num_layers} layers"
-    if len({pages.shape[2] for pages in (*key_pages, *value_pages)}) != 1:
-        return "pages of different sizes"
-    for layer, keys, values in zip(model.layers, key_pages, value_pages, strict=True):
-        assert isinstance(layer, DecoderLayer), "a decoder has decoder layers"
-        rule = _attention(layer).rule
-        reason = C_PAGES.unsupported_reason(paged_call(keys, values, rule, dtype=ARITHMETIC))
-        if reason is not None:
-            return f"its cache has {reason}"
-    return None

@@ -9,7 +9,7 @@ The captured computation is the decoder itself, on a store whose page table is a
 equal those of the decoder within rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,10 @@ class GraphStep:
                 return f"layer {number}: {reason}"
         return None
 
+    def supports_adapters(self, names: Collection[str]) -> bool:
+        """Whether rows may use these adapters: none may, only the base model."""
+        return not self.model.adapter_sets and not any(names)
+
     def bind(self) -> None:
         """Drops all captured graphs; must be called when the weights' addresses have changed."""
         self._graphs.clear()
@@ -111,6 +115,7 @@ class GraphStep:
         positions: Sequence[int],
         page_table: Tensor,
         key_lengths: Sequence[int],
+        adapters: Sequence[str] = (),
     ) -> Tensor:
         """Decodes one token per row and writes its keys and values into the pages.
 
@@ -121,10 +126,12 @@ class GraphStep:
             key_lengths: number of keys of each row's sequence, including that of the row's own
                 token, which is stored last. Consecutive rows may be consecutive tokens of one
                 sequence (with the same row of the page table), each one key longer.
+            adapters: names of adapters, which must all be empty (`supports_adapters`).
 
         Returns:
             Logits [S, V] in fp32 after each token, on the model's device.
         """
+        assert not any(adapters), "supports_adapters() allows the base model only"
         rows = len(token_ids)
         if self._where() != self._addresses:
             self.bind()

@@ -1,6 +1,6 @@
 """Runs one forward pass on the paged KV cache: a planned `Step` in, rows of logits out."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -33,6 +33,9 @@ class SingleCallStep(Protocol):
 
     max_rows: int
 
+    def supports_adapters(self, names: Collection[str]) -> bool:
+        """Whether rows may use these adapters (`""` is the base model, or an unnamed adapter)."""
+
     def bind(self) -> None:
         """Discards everything derived from the weights; must be called when they have changed."""
 
@@ -42,8 +45,12 @@ class SingleCallStep(Protocol):
         positions: Sequence[int],
         page_table: Tensor,
         key_lengths: Sequence[int],
+        adapters: Sequence[str] = (),
     ) -> Tensor:
-        """Decodes one token for each of S rows; returns the logits [S, V] after it."""
+        """Decodes one token for each of S rows; returns the logits [S, V] after it.
+
+        `adapters` has the name of each row's adapter, if the model has any.
+        """
 
 
 class DecoderRunner:
@@ -56,8 +63,8 @@ class DecoderRunner:
         model: the model, in inference mode.
         cache: its keys, values and recurrent states.
         compiled: whether such single-call steps may be used.
-        deterministic: whether results must be batch-invariant. Single-call steps are not, so they
-            are disabled.
+        deterministic: whether results must be batch-invariant, with the bits of the decoder's
+            forward pass in deterministic mode.
     """
 
     def __init__(
@@ -69,29 +76,40 @@ class DecoderRunner:
         deterministic: bool = False,
     ) -> None:
         self.model, self.cache, self.deterministic = model, cache, deterministic
-        self.fast_step: SingleCallStep | None = None
-        compiled = compiled and not deterministic
+        self._compiled, self._adapter_changes = compiled, model.adapter_changes
+        self.fast_step = self._build_fast_step() if compiled else None
+
+    def _build_fast_step(self) -> SingleCallStep | None:
+        model, cache = self.model, self.cache
         keys = [pages for pages in cache.keys if pages is not None]
         values = [pages for pages in cache.values if pages is not None]
-        if compiled and GraphStep.unsupported_reason(model, cache) is None:
-            self.fast_step = GraphStep(model, cache)
-        elif compiled and CompiledStep.unsupported_reason(model, (keys, values)) is None:
-            self.fast_step = CompiledStep(model, keys, values)
+        if not self.deterministic and GraphStep.unsupported_reason(model, cache) is None:
+            return GraphStep(model, cache)
+        reason = CompiledStep.unsupported_reason(
+            model, (keys, values), deterministic=self.deterministic
+        )
+        if reason is not None:
+            return None
+        return CompiledStep(model, keys, values, deterministic=self.deterministic)
 
     def weights_changed(self) -> None:
         """Discards everything derived from the weights; must be called when they have changed.
 
-        Single-call steps are disabled if the model no longer supports them.
+        A single-call step is dropped if it no longer supports the model, and built if it does now,
+        because adapters were attached or removed.
         """
+        self._adapter_changes = self.model.adapter_changes
         reason = None
         if isinstance(self.fast_step, CompiledStep):
-            reason = CompiledStep.unsupported_reason(self.model)
+            reason = CompiledStep.unsupported_reason(self.model, deterministic=self.deterministic)
         elif isinstance(self.fast_step, GraphStep):
             reason = GraphStep.unsupported_reason(self.model, self.cache)
         if reason is not None:
             self.fast_step = None
-        if self.fast_step is not None:
+        elif self.fast_step is not None:
             self.fast_step.bind()
+        elif self._compiled:
+            self.fast_step = self._build_fast_step()
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
@@ -99,9 +117,10 @@ class DecoderRunner:
         self.cache.copy_pages(step.copies)
         self.cache.move_states(step.forks, step.dropped)
         pieces, device = step.pieces, self.model.device
-        # single-call steps do not apply adapters, which may be attached at any time
-        fast = None if self.model.adapter_sets else self.fast_step
-        if fast is not None and _only_decodes(pieces, fast.max_rows):
+        if self._adapter_changes != self.model.adapter_changes:
+            self.weights_changed()  # its modules and their adapters, at least
+        fast = self.fast_step
+        if fast is not None and _decodes_with(fast, pieces):
             return self._decode(fast, pieces)
         lengths = [len(piece.token_ids) for piece in pieces]
         offsets = [piece.start for piece in pieces]
@@ -156,14 +175,19 @@ class DecoderRunner:
             positions,
             torch.tensor(table, dtype=torch.int32),
             [position + 1 for position in positions],
+            [piece.adapter for piece, _ in rows] if self.model.adapter_sets else (),
         )
 
 
-def _only_decodes(pieces: Sequence[ScheduledChunk], max_rows: int) -> bool:
-    """Whether the logits of all rows are requested, and the rows fit into a single-call step."""
-    num_logit_rows = sum(len(piece.token_ids) for piece in pieces)
-    return num_logit_rows <= max_rows and all(
+def _decodes_with(step: SingleCallStep, pieces: Sequence[ScheduledChunk]) -> bool:
+    """Whether a single-call step computes all rows: they only decode, and it has their adapters."""
+    only_decodes = all(
         piece.num_logit_rows == len(piece.token_ids) and not piece.prefix for piece in pieces
+    )
+    return (
+        only_decodes
+        and sum(len(piece.token_ids) for piece in pieces) <= step.max_rows
+        and step.supports_adapters({piece.adapter for piece in pieces})
     )
 
 

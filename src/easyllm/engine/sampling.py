@@ -25,6 +25,7 @@ from easyllm.engine.processors import (
     scale,
 )
 from easyllm.engine.request import Logprobs, TokenMask
+from easyllm.ops.logsumexp import logsumexp
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ def sample_tokens(
         guesses = [drafts[row] if drafts is not None else None for row in drawn]
         sources = [samplers[row].source for row in drawn]
         ids = ids.index_copy(0, rows, sample_multinomial(narrowed, sources, guesses))
-    raw = (logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)).tolist()
+    raw = (logits.gather(1, ids[:, None]).squeeze(1) - logsumexp(logits)).tolist()
     tokens = ids.tolist()
     details = _details(logits, processed, tokens, [c.params.logprobs for c in samplers])
     return [
@@ -369,7 +370,7 @@ def _top(
 
     Excluded tokens (-inf) are omitted.
     """
-    total = logits.logsumexp(-1, keepdim=True)
+    total = logsumexp(logits)[:, None]
     ids = torch.tensor(tokens, device=logits.device)[:, None]
     values: list[float] = (logits.gather(1, ids) - total).squeeze(1).tolist()
     best = logits.topk(min(count, logits.shape[1]), dim=-1)

@@ -6,6 +6,7 @@ model: each passes its own context, and the model stays unchanged.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -49,7 +50,7 @@ class VirtualRows(Protocol):
         """Returns keys and values [T, K, d] with the rows of virtual tokens replaced by theirs."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class AdapterRows:
     """The adapter that each row of a forward pass uses.
 
@@ -70,14 +71,15 @@ class AdapterRows:
         numbers = torch.tensor([known.index(name) for name in names], dtype=torch.int64)
         return cls(known, numbers.repeat_interleave(torch.tensor(lengths)).to(device))
 
-    def rows(self) -> list[tuple[str, Tensor | None]]:
-        """Returns each adapter in use with the indices of its rows; None means all rows."""
+    @cached_property
+    def groups(self) -> tuple[tuple[str, Tensor | None], ...]:
+        """Each adapter in use with the indices of its rows; None means all rows."""
         if len(self.names) == 1:
-            return [(self.names[0], None)]
+            return ((self.names[0], None),)
         found = [
             (name, (self.index == i).nonzero().squeeze(1)) for i, name in enumerate(self.names)
         ]
-        return [(name, rows) for name, rows in found if len(rows)]
+        return tuple((name, rows) for name, rows in found if len(rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Deterministic mode: results that are batch-invariant, in both training and serving.
 
-A row is bitwise independent of the batch composition. The mode is part of the context of a forward
-pass (`ForwardContext.deterministic`): linears run over tiles of a fixed number of rows, attention
-uses a fixed order of keys (`ops/deterministic`). All other operations are row-wise anyway.
+A row is bitwise independent of the batch composition, and of the number of threads. The mode is
+part of the context of a forward pass (`ForwardContext.deterministic`): linears sum in one order,
+that of the compiled decoding step, and attention goes through the keys in one order
+(`ops/deterministic`). All other operations are row-wise anyway.
 """
 
 import torch
@@ -15,6 +16,7 @@ from easyllm.ops.attention_backends import C_PAGES, C_TRAINING, AttentionCall
 from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.deterministic import PAGE_SIZE
 from easyllm.ops.kernels import kernels_for
+from easyllm.ops.logsumexp import logsumexp
 
 ROWWISE_ACTIVATIONS = frozenset({"silu", "relu"})
 """Activations that never depend on the number of rows: SiLU has a C kernel, ReLU is exact."""
@@ -86,14 +88,9 @@ def _attention_unsupported_reason(rule: AttentionRule, head_dim: int, model: Dec
 def rowwise_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Returns the log-probabilities [N] in nats of `token_ids: [N]`, given `logits: [N, V]`.
 
-    Rows are processed one at a time: otherwise the split of the sum over the vocabulary among
-    threads, and so its rounding, would depend on the number of rows.
+    A result depends only on its own row: sums over the vocabulary have one order.
     """
-    rows = [
-        row.gather(1, token[None, None]).squeeze() - row.logsumexp(-1).squeeze()
-        for row, token in zip(logits.split(1), token_ids, strict=True)
-    ]
-    return torch.stack(rows) if rows else logits.new_empty(0)
+    return logits.gather(1, token_ids[:, None]).squeeze(1) - logsumexp(logits)
 
 
 __all__ = ["check_deterministic", "deterministic_unsupported_reason", "rowwise_logprobs"]

@@ -17,7 +17,7 @@ from easyllm.nn.context import ForwardContext
 from easyllm.nn.cost import AdapterCost
 from easyllm.nn.hooks import has_hooks
 from easyllm.nn.storage import DenseWeight, WeightStorage
-from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.deterministic import fixed_order_linear
 from easyllm.ops.matmul import linears
 
 
@@ -28,13 +28,18 @@ class LinearAdapter(AdapterCost, Protocol):
         passes_input_unchanged: whether `base` is called once, with `x` itself, so that layers with
             the same input can share a matrix product.
         batch_invariant: whether rows are bitwise independent of each other in deterministic mode.
+        selected_by_row: whether it is a bank of named adapters, of which each row selects one.
     """
 
     passes_input_unchanged: bool
     batch_invariant: bool
+    selected_by_row: bool
 
     def __call__(self, x: Tensor, base: "BaseLinear") -> Tensor:
         """Returns the adapted layer's output [..., out] for `x: [..., in]`."""
+
+    def low_rank_update(self) -> tuple[Tensor, Tensor, float] | None:
+        """Returns A [r, in], B [out, r] and s if the output is base(x) + s B A x, else None."""
 
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x' and W' such that x' W'ᵀ is the adapted output for `x` and base `weight`."""
@@ -130,7 +135,7 @@ class BaseLinear:
         if self.widened:
             weight = layer.storage.dense().to(x.dtype)
             bias = None if layer.bias is None else layer.bias.to(x.dtype)
-            return (tiled_linear if deterministic else nn.functional.linear)(x, weight, bias)
+            return (fixed_order_linear if deterministic else nn.functional.linear)(x, weight, bias)
         return layer.storage.linear(x, layer.bias, deterministic=deterministic)
 
     @property
@@ -140,8 +145,11 @@ class BaseLinear:
 
 
 @dataclass(slots=True)
-class _Shared(BaseLinear):
-    """The result of a matrix product that was computed for several layers with the same input."""
+class KnownProduct(BaseLinear):
+    """A layer's matrix product for an input x, for which the result y is known already.
+
+    It was computed together with other layers, or with other rows.
+    """
 
     x: Tensor | None = None
     y: Tensor | None = None
@@ -167,7 +175,9 @@ def fused_linears(
     )
     plain = context is not None and context.base_only
     return tuple(
-        y if layer.adapter is None or plain else layer.adapter(x, _Shared(layer, context, x=x, y=y))
+        y
+        if layer.adapter is None or plain
+        else layer.adapter(x, KnownProduct(layer, context, x=x, y=y))
         for layer, y in zip(layers, found, strict=True)
     )
 

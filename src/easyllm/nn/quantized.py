@@ -35,14 +35,10 @@ class QuantizedWeight(PackedStorage):
         return QuantizedMatrix(self.data, self.scales, *self.shape)
 
     def linear(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        *,
-        deterministic: bool = False,  # noqa: ARG002 - the kernels are always deterministic
+        self, x: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
     ) -> Tensor:
         """Returns x Wᵀ + b, [..., N] in the dtype of `x: [..., K]`; always batch-invariant."""
-        return packed_linear(x, self.matrix, bias)
+        return packed_linear(x, self.matrix, bias, deterministic=deterministic)
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Returns the dequantized rows [T, K] of `token_ids: [T]`."""

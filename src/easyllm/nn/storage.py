@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from easyllm.ops.autograd import Context
-from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.deterministic import fixed_order_linear
 from easyllm.ops.embedding import embedding
 from easyllm.ops.kernels.structs import DTYPE_CODES, Matrix, address
 from easyllm.ops.matmul import linear
@@ -127,7 +127,7 @@ class DenseWeight:
         self, x: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
     ) -> Tensor:
         """Returns x Wᵀ + b, [..., N] for `x: [..., K]`, differentiable in all operands."""
-        return (tiled_linear if deterministic else linear)(x, self.weight, bias)
+        return (fixed_order_linear if deterministic else linear)(x, self.weight, bias)
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Returns the weight's rows `token_ids: [T]`, [T, K]."""
@@ -210,7 +210,7 @@ class PackedStorage(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad and not deterministic:
             y: Tensor = _Dequantized.apply(x, self, bias)
             return y
-        return (tiled_linear if deterministic else nn.functional.linear)(
+        return (fixed_order_linear if deterministic else nn.functional.linear)(
             x, self.dense().to(x.dtype), bias
         )
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from easyllm.ops import matmul
 from easyllm.ops.autograd import Context
-from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.deterministic import fixed_order_linear
 from easyllm.ops.huge_memory import huge_empty
 from easyllm.ops.kernels import kernels_for, structs
 from easyllm.ops.kernels.structs import DTYPE_CODES, address
@@ -165,7 +165,7 @@ def _product(x: Tensor, weight: Blockwise4, bias: Tensor | None, deterministic: 
     if rows <= FEW_ROWS and not deterministic and not casts and _supports(weight, x.dtype):
         return _few_rows(x, weight, bias, rows)
     with _dequantized(weight, x.dtype) as full:
-        return (tiled_linear if deterministic else matmul.linear)(x, full, bias)
+        return (fixed_order_linear if deterministic else matmul.linear)(x, full, bias)
 
 
 def _few_rows(x: Tensor, weight: Blockwise4, bias: Tensor | None, rows: int) -> Tensor:

@@ -3,22 +3,64 @@
 A GEMM library chooses its kernel, and so its summation order, by the number of rows: `F.linear`
 gives a single row different last bits than the same row in a batch of 64. Generated text would then
 depend on the other requests being served, and the engine's log-probabilities would differ from
-those of the training forward pass. Here every GEMM has one fixed shape, and attention sums over
-keys in one fixed order. Row-wise operations (norms, rotations, gates, quantized linears) are
+those of the training forward pass. Here every output of a linear layer is a sum in one fixed order,
+that of the compiled decoding step, and attention sums over keys in one fixed order. Neither depends
+on the number of threads. Row-wise operations (norms, rotations, gates, quantized linears) are
 batch-invariant already.
 """
+
+import ctypes
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from easyllm.core.device import bf16_is_fast
 from easyllm.ops.attention import attention
 from easyllm.ops.attention_rule import AttentionRule
 from easyllm.ops.autograd import Context
+from easyllm.ops.kernels import kernels_for
+from easyllm.ops.kernels.structs import DTYPE_CODES, Matrix, address
+from easyllm.ops.matmul import PLAIN
 from easyllm.ops.paged_attention import new_pages, paged_attention
 
 TILE_ROWS = 32
 PAGE_SIZE = 64
+
+
+def fixed_order_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns x Wᵀ + b, batch-invariant: each row depends only on its row of `x` and on the weight.
+
+    With the C kernel, an output is the sum of eight lanes, added in a fixed order, and lane i the
+    sum over the inputs k with k % 8 = i in ascending order (kernels/dense.c). Without it, and in
+    bf16 on a processor with bf16 instructions, which the kernel does not use, PyTorch computes
+    tiles of a fixed number of rows (`tiled_linear`).
+
+    Args:
+        x: [..., K]; weight: [N, K]; bias: [N] or None.
+
+    Returns:
+        [..., N]; differentiable in all operands.
+
+    Raises:
+        ValueError: the rows have another length than K.
+    """
+    if x.shape[-1] != weight.shape[1]:  # the kernel would read beyond the rows
+        raise ValueError(f"rows of {x.shape[-1]} values, expected {weight.shape[1]}")
+    if _fixed_order_kernels(x, weight) is None:
+        return tiled_linear(x, weight, bias)
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+        y: Tensor = _FixedOrderLinear.apply(x, weight, bias)
+        return y
+    return _product(x, weight, bias)
+
+
+def sums_have_fixed_order(dtype: torch.dtype) -> bool:
+    """Whether `fixed_order_linear` uses the C kernel for weights of this dtype on a CPU."""
+    if dtype == torch.bfloat16 and bf16_is_fast(torch.device("cpu")):
+        return False
+    return dtype in DTYPE_CODES and kernels_for() is not None
 
 
 def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,7 +70,7 @@ def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         x: [..., K]; weight: [N, K]; bias: [N] or None.
 
     Returns:
-        [..., N]; batch-invariant: each row depends only on its row of `x` and on the weight.
+        [..., N]; batch-invariant.
     """
     rows = x.reshape(-1, x.shape[-1])
     missing = -len(rows) % TILE_ROWS
@@ -83,6 +125,50 @@ def packed_attention(
             store[start : start + count] = by_page.transpose(1, 2)
         pages.append(store)
     return paged_attention(q, pages[0], pages[1], table, lengths, lengths, rule)
+
+
+def _fixed_order_kernels(x: Tensor, weight: Tensor) -> ctypes.CDLL | None:
+    """Returns the C kernels if they compute the product of `x` and `weight`, else None."""
+    if x.dtype != weight.dtype or type(x) not in PLAIN or type(weight) not in PLAIN:
+        return None
+    if torch.is_autocast_enabled("cpu") or not sums_have_fixed_order(weight.dtype):
+        return None
+    return kernels_for(x, weight)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    kernels = kernels_for(x, weight)
+    assert kernels is not None, "checked by fixed_order_linear()"
+    outputs, inputs = weight.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    wide = None if bias is None else bias.float().contiguous()
+    y = x.new_empty(*x.shape[:-1], outputs)
+    code = DTYPE_CODES[x.dtype]
+    matrix = Matrix(
+        data=address(weight), bias=address(wide), outputs=outputs, inputs=inputs, format=code
+    )
+    kernels.matrix_linear(address(x), address(y), code, x.numel() // inputs, matrix)
+    return y
+
+
+class _FixedOrderLinear(torch.autograd.Function):
+    """x Wᵀ + b with the gradient of a linear layer, whose sums have no fixed order."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            grad @ weight if ctx.needs_input_grad[0] else None,
+            rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None,
+            rows.sum(0) if ctx.needs_input_grad[2] else None,
+        )
 
 
 class _WithValue(torch.autograd.Function):

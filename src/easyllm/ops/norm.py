@@ -106,13 +106,15 @@ def _forward(
         from easyllm.ops.gpu import norm
 
         return norm.rms_norm_forward(x, added, weight, eps)
-    fits = x.dtype == torch.float32 and all(t.is_contiguous() for t in tensors)
+    fits = x.dtype == torch.float32 or added is None  # a sum has the dtype of x
+    fits = fits and all(t.is_contiguous() for t in tensors)
     kernels = kernels_for(*tensors) if fits else None
     if kernels is None:
         total = x if added is None else x + added
         wide = total if total.dtype == torch.float64 else total.float()
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return total, (wide * inverse).mul_(weight).to(weight.dtype), inverse
+    x = x.float()
     total = x if added is None else torch.empty_like(x)
     y = torch.empty_like(x, dtype=weight.dtype)
     inverse = torch.empty(*x.shape[:-1], 1)

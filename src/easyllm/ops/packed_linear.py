@@ -3,7 +3,9 @@
 On a CPU the kernel also quantizes each activation row to int8, with a scale for every 32 inputs (as
 llama.cpp does), so that dot products of codes are exact integers; its results are batch-invariant.
 Without a compiler, on other devices, and where a gradient is needed (an adapter on a quantized
-base), the weights are dequantized block by block and multiplied in the dtype of the rows.
+base), the weights are dequantized block by block and multiplied in the dtype of the rows. In
+deterministic mode the forward pass uses the kernel even then, so that its result is that of the
+engine; the gradient is that of the dequantized weights.
 """
 
 from typing import Protocol
@@ -42,13 +44,16 @@ class PackedMatrix(Protocol):
         """Returns the weight as the kernels expect it; it and `bias`, fp32, must outlive it."""
 
 
-def packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -> Tensor:
+def packed_linear(
+    x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None, *, deterministic: bool = False
+) -> Tensor:
     """Returns x Wᵀ + b; differentiable in `x` and `bias`.
 
     Args:
         x: [..., K].
         matrix: the quantized weight [N, K].
         bias: [N] or None.
+        deterministic: whether the result with a gradient bitwise equals that without.
 
     Returns:
         [..., N], dtype of `x`.
@@ -60,8 +65,12 @@ def packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -
         raise ValueError(f"rows of {x.shape[-1]} values, expected {matrix.inputs}")
     trained = x.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and trained:
-        out: Tensor = _Differentiable.apply(x, matrix, bias)
+        out: Tensor = _Differentiable.apply(x, matrix, bias, deterministic)
         return out
+    return _product(x, matrix, bias)
+
+
+def _product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
     kernels = kernels_for(x)
     if kernels is None or matrix.data.device.type != "cpu":
         return reference_packed_linear(x, matrix, bias)
@@ -69,7 +78,7 @@ def packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -
     y = torch.empty((*x.shape[:-1], matrix.outputs), dtype=x.dtype)
     bias = None if bias is None else bias.float()
     rows, code = x.numel() // matrix.inputs, DTYPE_CODES[x.dtype]
-    kernels.quantized_linear(address(x), address(y), code, rows, matrix.struct(bias))
+    kernels.matrix_linear(address(x), address(y), code, rows, matrix.struct(bias))
     return y
 
 
@@ -89,15 +98,17 @@ def _blocks(matrix: PackedMatrix) -> list[tuple[int, int]]:
 
 
 class _Differentiable(torch.autograd.Function):
-    """The reference; saves only the quantized weight and dequantizes it again in backward."""
+    """Saves only the quantized weight and dequantizes it again in backward."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Context, x: Tensor, matrix: PackedMatrix, bias: Tensor | None, deterministic: bool
+    ) -> Tensor:
         ctx.matrix = matrix
-        return reference_packed_linear(x, matrix, bias)
+        return (_product if deterministic else reference_packed_linear)(x, matrix, bias)
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         (grad,) = grads
         total = None
         if ctx.needs_input_grad[0]:
@@ -105,7 +116,7 @@ class _Differentiable(torch.autograd.Function):
             for first, last in _blocks(ctx.matrix):
                 total += grad[..., first:last] @ ctx.matrix.dequantize(first, last).to(grad)
         to_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return total, None, to_bias
+        return total, None, to_bias, None
 
 
 __all__ = ["PackedMatrix", "packed_linear", "reference_packed_linear"]

@@ -65,7 +65,7 @@ class GGUFWeight(PackedStorage):
         matrix = self.matrix
         if matrix is None:
             return super().linear(x, bias, deterministic=deterministic)
-        return packed_linear(x, matrix, bias)
+        return packed_linear(x, matrix, bias, deterministic=deterministic)
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Returns the dequantized rows [T, K] of `token_ids: [T]`."""

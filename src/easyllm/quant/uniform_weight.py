@@ -127,15 +127,11 @@ class KernelWeight(UniformWeight):
         return GroupedMatrix(self.data, self.grid, *self.shape)
 
     def linear(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        *,
-        deterministic: bool = False,  # noqa: ARG002 - the kernels are always deterministic
+        self, x: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
     ) -> Tensor:
         """Returns x Wᵀ + b, [..., N] in the dtype of `x: [..., K]`; always batch-invariant."""
         x = x if self.order is None else x.index_select(-1, self.order)
-        return packed_linear(x, self.matrix, bias)
+        return packed_linear(x, self.matrix, bias, deterministic=deterministic)
 
     def quant_tensor(self, ids: Tensor | None = None) -> QuantTensor:
         """Returns the weight, or its rows `ids: [T]`, with one byte a code."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from easyllm.core.device import cache_folder, cpu_features
-from easyllm.ops.kernels import structs
+from easyllm.ops.kernels import step_structs, structs
 from easyllm.ops.kernels.structs import DTYPE_CODES, FLOAT, INT, LONG, POINTER
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,13 @@ SOURCES = (
     "tiles.c",
     "gemm.c",
     "decode_step.c",
+    "step_attention.c",
+    "step_adapters.c",
+    "rows.c",
 )
-HEADERS = ("cpu.h", "paged.h", "matrix.h", "codes.h", "tiles.h", "attention.h")
+HEADERS = (
+    *("cpu.h", "rows.h", "paged.h", "matrix.h", "codes.h", "tiles.h", "attention.h", "step.h"),
+)
 FLAGS = (
     "-O3",
     "-march=native",
@@ -50,7 +55,7 @@ FLAGS = (
     "-fPIC",
     "-std=gnu11",
 )
-EXTRA_FLAGS = dict.fromkeys(("update.c", "blockwise4.c"), ("-ffp-contract=off",))
+EXTRA_FLAGS = dict.fromkeys(("update.c", "blockwise4.c", "rows.c"), ("-ffp-contract=off",))
 """Additional flags of individual sources."""
 COMPILE_TIMEOUT_S = 300
 
@@ -59,6 +64,7 @@ def _pointers(*types: type[ctypes.Structure]) -> tuple[type, ...]:
     return tuple(ctypes.POINTER(each) for each in types)
 
 
+_STEP = _pointers(step_structs.StepModel, step_structs.StepBatch)
 _SCALARS, _SHAPE = _pointers(structs.AdamWScalars, structs.AttentionShape)
 _PARAMETERS = {
     "rms_norm_forward": _pointers(structs.RmsNormForward),
@@ -66,6 +72,7 @@ _PARAMETERS = {
     "silu_gate_forward": (*(POINTER,) * 3, INT, LONG, LONG),
     "silu_gate_backward": (*(POINTER,) * 5, INT, LONG, LONG),
     "rotary": _pointers(structs.Rotary),
+    "logsumexp": (POINTER, INT, LONG, LONG, POINTER),
     "cross_entropy": (POINTER, LONG, INT, POINTER, POINTER, LONG, LONG, INT),
     "scaled": (POINTER, FLOAT, POINTER, INT, LONG),
     "adamw": (*(POINTER,) * 4, INT, POINTER, LONG, _SCALARS),
@@ -73,15 +80,15 @@ _PARAMETERS = {
     "sum_of_squares": (POINTER, INT, LONG),
     "attention_forward": (*(POINTER,) * 6, LONG, _SHAPE),
     "attention_backward": (*_pointers(structs.AttentionBackward), _SHAPE),
-    "quantized_linear": (POINTER, POINTER, INT, LONG, *_pointers(structs.Matrix)),
+    "matrix_linear": (POINTER, POINTER, INT, LONG, *_pointers(structs.Matrix)),
     "blockwise4_rows": (*_pointers(structs.Blockwise4), LONG, LONG, POINTER, INT),
     "blockwise4_linear": (*_pointers(structs.Blockwise4), *(POINTER,) * 3, INT, LONG),
     "tiles_ready": (),
     "gemm_ready": (),
     "gemm_bytes": (LONG, LONG, LONG),
     "gemm": _pointers(structs.Gemm),
-    "decode_step_bytes": _pointers(structs.StepModel, structs.StepBatch),
-    "decode_step": (*_pointers(structs.StepModel, structs.StepBatch), POINTER),
+    "decode_step_bytes": _STEP,
+    "decode_step": (*_STEP, POINTER),
     "paged_attention": _pointers(structs.PagedBatch, structs.Pages, structs.Queries),
 }
 """Parameter types of the exported functions."""

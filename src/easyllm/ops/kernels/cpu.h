@@ -20,6 +20,15 @@
 
 typedef int64_t i64;
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
+// A function of which there is one copy of machine code: inlined or specialized copies could be
+// compiled to other instructions, and so round differently.
+#ifdef __clang__
+#define ONE_COPY __attribute__((noinline))
+#define WITHOUT_FMA ONE_COPY
+#else
+#define ONE_COPY __attribute__((noinline, noclone))
+#define WITHOUT_FMA __attribute__((noinline, noclone, optimize("fp-contract=off")))
+#endif
 enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, GROUPED = 4, FP16 = 5 };
 
 // A vec must be one register of the target: if it is wider, accumulators spill to memory.
@@ -29,6 +38,14 @@ enum { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, GROUPED = 4, FP16 = 5 };
 #define LANES 8
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+
+// Keeps a vec that is used several times in a register: compilers otherwise load it from memory for
+// each use, which takes more of the load units than the multiply-adds leave free.
+#ifdef __AVX2__
+#define KEEP_IN_REGISTER(x) __asm__("" : "+v"(x))
+#else
+#define KEEP_IN_REGISTER(x) ((void)0)
+#endif
 
 // Eight floats, for batch-invariant kernels: their sums are written out explicitly, so that the
 // compiler cannot choose a different summation order for a different number of rows.

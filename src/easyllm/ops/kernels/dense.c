@@ -30,7 +30,7 @@
 #include <immintrin.h>
 #endif
 
-#define CHUNK 512          // inputs of a chunk: 16 KB of weights in fp32
+#define CHUNK 640          // inputs of a chunk: 20 KB of weights in fp32
 #define ROWS_AT_ONCE 64    // rows whose sums are stored from chunk to chunk
 #define MAX_GROUP_REGISTERS 3    // registers of rows in a group
 #ifdef __AVX512F__
@@ -63,12 +63,16 @@ static inline void rows_of_block(const Matrix *w, i64 block, const char *row[OUT
 
 // Products with the inputs beyond the last multiple of eight. All callers share one function, built
 // without FMA: otherwise the compiler could round differently in each of them.
-static __attribute__((noinline, optimize("fp-contract=off"))) lane8
+static WITHOUT_FMA lane8
 rest_of(const Matrix *w, const char *const *row, const float *x) {
     lane8 rest = {0};
     for (i64 k = w->inputs / 8 * 8; k < w->inputs; k++)
         for (int j = 0; j < OUTPUTS; j++) rest[j] += x[k] * load_1(row[j], w->format, k);
     return rest;
+}
+
+static inline lane8 with_rest(lane8 sum, const Matrix *w, const char *const *row, const float *x) {
+    return w->inputs % 8 ? sum + rest_of(w, row, x) : sum;
 }
 
 // Stores the first `width` of eight outputs.
@@ -91,7 +95,7 @@ ALWAYS_INLINE lane8 one_row(const Matrix *w, int format, i64 block, const float 
             for (int j = 0; j < OUTPUTS; j++) __builtin_prefetch(row[j] + ahead + k * size);
         for (int j = 0; j < OUTPUTS; j++) acc[j] += values * load_8(row[j], format, k);
     }
-    return sums_of(acc) + rest_of(w, row, x);
+    return with_rest(sums_of(acc), w, row, x);
 }
 
 // ---- several rows
@@ -146,10 +150,13 @@ typedef struct {
             for (i64 k = 0; k < c->steps; k++, at += LANES, ahead += c->fetch_step) {              \
                 vec values[REGISTERS];                                                             \
                 for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + 64 * i);                \
-                for (int r = 0; r < REGISTERS; r++)                                                \
+                for (int r = 0; r < REGISTERS; r++) {                                              \
                     values[r] = *(const vec *)(at + r * c->between);                               \
+                    KEEP_IN_REGISTER(values[r]);                                                   \
+                }                                                                                  \
                 for (int j = 0; j < TILE_OUTPUTS; j++) {                                           \
                     vec weights = broadcast(w[j] + 8 * k);                                         \
+                    KEEP_IN_REGISTER(weights);                                                     \
                     for (int r = 0; r < REGISTERS; r++) acc[r][j] += values[r] * weights;          \
                 }                                                                                  \
             }                                                                                      \
@@ -194,6 +201,7 @@ static void some_rows(const Matrix *w, i64 block, const Rows *x, i64 first_row, 
     i64 share = OUTPUTS * 8 * size / (all ? 1 : GROUPS_TO_SPREAD);
     Chunk c = {.between = ROWS_PER_REGISTER == 1 ? w->inputs : whole * ROWS_PER_REGISTER,
                .fetch_step = share * TILE_OUTPUTS / OUTPUTS};
+    if (!whole) memset(sums, 0, registers * sizeof(*sums));
     for (i64 k = 0; k < whole; k += CHUNK) {
         const char *ahead = row[0] + OUTPUTS * (w->inputs + k) * size;
         c.steps = min_(CHUNK, whole - k) / 8, c.starts = k == 0;
@@ -214,7 +222,7 @@ static void some_rows(const Matrix *w, i64 block, const Rows *x, i64 first_row, 
         row_sums(sums[r], found);
         for (i64 t = 0; t < ROWS_PER_REGISTER && r * ROWS_PER_REGISTER + t < num_rows; t++) {
             i64 m = r * ROWS_PER_REGISTER + t;
-            lane8 sum = found[t] + rest_of(w, row, x->values + (first_row + m) * x->inputs);
+            lane8 sum = with_rest(found[t], w, row, x->values + (first_row + m) * x->inputs);
             store_outputs(w->bias ? sum + bias : sum, width, out + m * stride);
         }
     }

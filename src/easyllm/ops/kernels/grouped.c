@@ -136,7 +136,7 @@ void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float 
     }
 }
 
-void grouped_row(const Matrix *w, i64 row, float *x) {
+WITHOUT_FMA void grouped_row(const Matrix *w, i64 row, float *x) {
     if (w->shift >= SHIFT_SUPER_MINIMA) {
         super_row(w, row, x);
         return;

@@ -1,5 +1,5 @@
-// Products with quantized weight matrices, the dispatch to dense.c and tiles.c, and the quantized
-// linear layer.
+// Products with quantized weight matrices, the dispatch to dense.c and tiles.c, and a linear layer
+// whose sums have one order.
 //
 // Terms and data layout are those of matrix.h: block, group, chunk, panel, code, terms, VNNI, lane.
 #include "matrix.h"
@@ -161,44 +161,86 @@ void linear_panel(const Matrix *w, i64 panel, const Rows *x, i64 num_rows, float
         linear_block(w, block, x, num_rows, out, out_stride);
 }
 
-#define ROW_CHUNK 128
+#define CODE_ROWS 128       // rows of a chunk whose codes stay in the L2 cache
+#define VALUE_BYTES 262144  // the same for values: bytes of a chunk
+#define PANELS_AT_ONCE 4  // panels that a thread takes, whose outputs fill cache lines
 
-// y[rows][outputs] = x[rows][inputs] W^T + bias; x and y have `dtype`
-void quantized_linear(const void *x, void *y, int dtype, i64 rows, const Matrix *w) {
-    i64 groups = groups_of(w->inputs), chunk_rows = min_(rows, ROW_CHUNK);
-    i64 size = element_size(dtype);
-    i64 workspace = padded_rows(max_(1, chunk_rows)) * groups;
-    Rows q = {NULL,
-              NULL,
-              malloc(workspace * GROUP),
-              malloc(workspace * TERMS * sizeof(float)),
-              w->inputs,
-              groups};
-    float *out = dtype == FP32 ? NULL : malloc(chunk_rows * w->outputs * sizeof(float));
-    for (i64 begin = 0; begin < rows; begin += ROW_CHUNK) {
-        i64 count = min_(ROW_CHUNK, rows - begin);
-        float *to = dtype == FP32 ? (float *)y + begin * w->outputs : out;
+// Activation rows of a chunk, and its results if they are converted.
+typedef struct {
+    Rows rows;
+    float *values, *out;  // allocated unless x, or y, is fp32
+} RowChunk;
+
+// Rows that are multiplied by all panels before the next ones.
+static i64 rows_of_chunk(const Matrix *w) {
+    if (is_quantized(w)) return CODE_ROWS;
+    i64 fitting = VALUE_BYTES / (i64)sizeof(float) / max_(1, w->inputs);
+    return fitting < 48 ? 48 : fitting > 96 ? 96 : fitting / 6 * 6;  // whole groups of registers
+}
+
+static RowChunk open_rows(const Matrix *w, int dtype, i64 rows) {
+    i64 groups = groups_of(w->inputs), workspace = padded_rows(max_(1, rows)) * groups;
+    RowChunk c = {.rows = {.inputs = w->inputs, .groups = groups}};
+    if (is_quantized(w)) {
+        c.rows.codes = malloc(workspace * GROUP);
+        c.rows.terms = malloc(workspace * TERMS * sizeof(float));
+    } else if (ROWS_PER_REGISTER > 1) {
+        c.rows.packed = malloc(packed_size(rows, w->inputs) * sizeof(float));
+    }
+    if (dtype == FP32) return c;
+    if (!is_quantized(w)) c.values = malloc(rows * w->inputs * sizeof(float));
+    c.out = malloc(rows * w->outputs * sizeof(float));
+    return c;
+}
+
+static void close_rows(RowChunk c) {
+    free(c.rows.codes), free(c.rows.terms), free(c.values), free(c.out);
+    if (ROWS_PER_REGISTER > 1) free(c.rows.packed);
+}
+
+// Prepares row m of a chunk for its products; `row` is scratch memory for its values.
+static void prepare_row(const Matrix *w, const RowChunk *c, const char *x, int dtype, i64 m,
+                        i64 num_rows, float *row) {
+    const char *from = x + m * w->inputs * element_size(dtype);
+    if (is_quantized(w)) {
+        load_row(from, dtype, w->inputs, row);
+        quantize_row(&c->rows, m, row);
+        return;
+    }
+    if (dtype != FP32) load_row(from, dtype, w->inputs, c->values + m * w->inputs);
+    pack_values(&c->rows, m, num_rows, 0, w->inputs);
+}
+
+// y[rows][outputs] = x[rows][inputs] W^T + bias; x and y have `dtype`. A row's result is bitwise
+// independent of the other rows and of the number of threads.
+void matrix_linear(const void *x, void *y, int dtype, i64 rows, const Matrix *w) {
+    i64 size = element_size(dtype), most = rows_of_chunk(w);
+    RowChunk c = open_rows(w, dtype, min_(rows, most));
+    for (i64 begin = 0; begin < rows; begin += most) {
+        i64 count = min_(most, rows - begin);
+        const char *from = (const char *)x + begin * w->inputs * size;
+        float *to = dtype == FP32 ? (float *)y + begin * w->outputs : c.out;
+        c.rows.values = dtype == FP32 ? (float *)from : c.values;
+        if (ROWS_PER_REGISTER == 1) c.rows.packed = c.rows.values;
 #pragma omp parallel
         {
             float *row = floats(w->inputs);
 #pragma omp for schedule(static)
-            for (i64 m = 0; m < count; m++) {
-                load_row((const char *)x + (begin + m) * w->inputs * size, dtype, w->inputs, row);
-                quantize_row(&q, m, row);
-            }
+            for (i64 m = 0; m < count; m++) prepare_row(w, &c, from, dtype, m, count, row);
             free(row);
             begin_panels(count);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, PANELS_AT_ONCE)
             for (i64 panel = 0; panel < panels_of(w, count); panel++)
-                linear_panel(w, panel, &q, count, to + panel * panel_outputs(count), w->outputs);
+                linear_panel(w, panel, &c.rows, count, to + panel * panel_outputs(count),
+                             w->outputs);
             end_panels(count);
             if (dtype != FP32) {
 #pragma omp for schedule(static)
                 for (i64 m = 0; m < count; m++)
                     store_row((char *)y + (begin + m) * w->outputs * size, dtype, w->outputs,
-                              out + m * w->outputs);
+                              c.out + m * w->outputs);
             }
         }
     }
-    free(q.codes), free(q.terms), free(out);
+    close_rows(c);
 }

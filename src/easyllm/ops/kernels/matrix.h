@@ -101,7 +101,7 @@ void grouped_block(const Matrix *w, i64 block, const int8_t *codes, const float 
 void super_block(const Matrix *w, i64 block, const int8_t *codes, const float *terms, int num_rows,
                  lane8 *sum);
 
-// Loads row `row` of a GROUPED matrix to x[inputs].
+// Loads row `row` of a GROUPED matrix to x[inputs], rounded like PyTorch's separate operations.
 void grouped_row(const Matrix *w, i64 row, float *x);
 void super_row(const Matrix *w, i64 row, float *x);
 

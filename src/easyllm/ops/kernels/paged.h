@@ -59,13 +59,13 @@ typedef struct {
 } QueryRows;
 
 // part[rows][dim + 2] = attention of the query rows over the keys of one split
-void attend_split(const Pages *pages, const QueryRows *x, i64 split, float *part);
+ONE_COPY void attend_split(const Pages *pages, const QueryRows *x, i64 split, float *part);
 
 // Initializes partial results: maximum -inf, sums zero.
 void clear_parts(float *part, i64 rows, i64 dim);
 
 // Merges the next split's part into state[rows][dim + 2] (online softmax).
-void merge_split(float *state, const float *part, i64 rows, i64 dim);
+ONE_COPY void merge_split(float *state, const float *part, i64 rows, i64 dim);
 
 // out[dim] = normalized output of one row
-void finish_row(const float *state, i64 dim, float *out);
+ONE_COPY void finish_row(const float *state, i64 dim, float *out);

@@ -98,7 +98,7 @@ void super_block(const Matrix *w, i64 block, const int8_t *codes, const float *t
     else add_with_scales(p, supers, codes, terms, ROW_TILE, sum);
 }
 
-void super_row(const Matrix *w, i64 row, float *x) {
+WITHOUT_FMA void super_row(const Matrix *w, i64 row, float *x) {
     i64 supers = w->inputs / (GROUP * GROUPS), bytes = code_bytes(w->bits), lane = row % OUTPUTS;
     i64 tail = super_bytes(w) - GROUPS * (bytes + 16);
     const uint8_t *p = (const uint8_t *)w->data + row / OUTPUTS * supers * super_bytes(w);

@@ -1,4 +1,4 @@
-// Row-wise kernels of a training step: RMS norm, SiLU gate, RoPE, cross-entropy.
+// Row-wise kernels: RMS norm, SiLU gate, RoPE, cross-entropy, log-sum-exp.
 //
 // Terms
 //   row     the features of one token, or its logits
@@ -10,7 +10,7 @@
 // contiguous unless a stride is given. Every kernel computes in fp32.
 #include <omp.h>
 
-#include "cpu.h"
+#include "rows.h"
 
 // Arguments of rms_norm_forward.
 typedef struct {
@@ -47,13 +47,7 @@ void rms_norm_forward(const RmsNormForward *args) {
                 for (i64 i = 0; i < width; i++) to[i] = s[i] + more[i];
                 s = to;
             }
-            float squares = 0;
-#pragma omp simd reduction(+ : squares)
-            for (i64 i = 0; i < width; i++) squares += s[i] * s[i];
-            float inv = 1.0f / sqrtf(squares / width + eps);
-            inverse[t] = inv;
-#pragma omp simd
-            for (i64 i = 0; i < width; i++) row[i] = s[i] * inv * w[i];
+            inverse[t] = rms_norm_row(s, w, width, eps, row);
             store_row((char *)y + t * width * element_size(y_dtype), y_dtype, width, row);
         }
         free(row);
@@ -134,8 +128,7 @@ static inline void silu_gate_piece(const void *gate, const void *up, void *out, 
     float a[PIECE], b[PIECE];
     load_row((const char *)gate + at * element_size(dtype), dtype, n, a);
     load_row((const char *)up + at * element_size(dtype), dtype, n, b);
-#pragma omp simd
-    for (i64 i = 0; i < n; i++) a[i] = a[i] * sigmoid_(a[i]) * b[i];
+    silu_gate_values(a, b, n, a);
     store_row((char *)out + at * element_size(dtype), dtype, n, a);
 }
 
@@ -209,15 +202,8 @@ void rotary(const Rotary *args) {
         for (i64 t = 0; t < rows; t++) {
             const float *c = cosine + t * half, *s = sine + t * half;
             load_row((const char *)x + t * x_stride * size, dtype, width, in);
-            for (i64 h = 0; h < heads; h++) {
-                const float *a = in + h * 2 * half, *b = a + half;
-                float *p = out + h * 2 * half, *q = p + half;
-#pragma omp simd
-                for (i64 i = 0; i < half; i++) {
-                    p[i] = a[i] * c[i] - sign * b[i] * s[i];
-                    q[i] = b[i] * c[i] + sign * a[i] * s[i];
-                }
-            }
+            for (i64 h = 0; h < heads; h++)
+                rotate_head_pairs(in + h * 2 * half, c, s, half, sign, out + h * 2 * half);
             store_row((char *)y + t * width * size, dtype, width, out);
         }
         free(in);
@@ -262,5 +248,20 @@ void scaled(const float *x, float factor, void *y, int dtype, i64 size) {
 #pragma omp simd
         for (i64 i = 0; i < n; i++) piece[i] = x[at + i] * factor;
         store_row((char *)y + at * element_size(dtype), dtype, n, piece);
+    }
+}
+
+// out[rows] = log(sum(exp(x))) of each row
+void logsumexp(const void *x, int dtype, i64 rows, i64 width, float *out) {
+#pragma omp parallel
+    {
+        float *row = dtype == FP32 ? NULL : floats(width);
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < rows; t++) {
+            const char *at = (const char *)x + t * width * element_size(dtype);
+            if (row) load_row(at, dtype, width, row);
+            out[t] = logsumexp_row(row ? row : (const float *)at, width);
+        }
+        free(row);
     }
 }

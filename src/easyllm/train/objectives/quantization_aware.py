@@ -20,7 +20,7 @@ from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import Linear
 from easyllm.nn.moe import ROUTERS
 from easyllm.nn.storage import DenseWeight
-from easyllm.ops.deterministic import tiled_linear
+from easyllm.ops.deterministic import fixed_order_linear
 from easyllm.ops.kernels.structs import Matrix
 from easyllm.ops.matmul import linear
 from easyllm.quant.rtn import rtn
@@ -74,7 +74,7 @@ class StraightThroughWeight(DenseWeight):
         self, x: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
     ) -> Tensor:
         """Returns x Q(W)ᵀ + b, [..., N] for `x: [..., K]`."""
-        return (tiled_linear if deterministic else linear)(x, self.dense(), bias)
+        return (fixed_order_linear if deterministic else linear)(x, self.dense(), bias)
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Returns the quantized weight's rows `token_ids: [T]`, [T, K]."""
