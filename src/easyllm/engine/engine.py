@@ -10,6 +10,7 @@ from torch import Tensor
 
 from easyllm.core.device import memory_free_bytes
 from easyllm.core.errors import ConfigError
+from easyllm.engine.adapter_watch import AdapterWatch
 from easyllm.engine.admission import bound_new_tokens, check_generates, check_ids
 from easyllm.engine.generation import Generation, RequestState, new_generation
 from easyllm.engine.kv_cache import KVCache, cache_format, cache_itemsize
@@ -24,7 +25,6 @@ from easyllm.engine.step import ScheduledChunk
 from easyllm.engine.step_sampling import SampleSlot, sample_slots, store_prompt_logprobs
 from easyllm.nn.config import LinearAttentionConfig, ModelConfig
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.deterministic import check_deterministic
 from easyllm.plan.kv_cache import rolling_window
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -66,8 +66,9 @@ class Engine:
         config = model.config
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.max_seq_len = config.max_seq_len
-        if options.deterministic:
-            check_deterministic(model)
+        self._adapters = AdapterWatch(
+            model, deterministic=options.deterministic, drafts=drafter is not None
+        )
         self._dtype = cache_format(options.cache_dtype, _usual_cache_dtype(model, options))
         self.cache_itemsize = cache_itemsize(config, self._dtype)
         self.memory = plan_memory(
@@ -80,14 +81,8 @@ class Engine:
         )
         if drafter is not None:
             drafter.check(config)
-            if model.num_virtual_tokens or any(model.adapter_sets):
-                raise ConfigError(
-                    "speculative decoding does not support a model with virtual tokens or named "
-                    "adapters; leave out the draft, or merge the adapter"
-                )
         first = config.vocab_size  # ids of virtual tokens follow those of the vocabulary
         self._virtual = tuple(range(first, first + model.num_virtual_tokens))
-        self._adapter_changes = model.adapter_changes
         self.drafter, self._runner = drafter, runner
         whole = config.prompt_mask == "prefix" or keys_depend_on_length(config)
         self.pool = PagePool(
@@ -110,12 +105,13 @@ class Engine:
         self._drafts: dict[int, tuple[Draft, ...]] = {}
         # by request id: the event queue of the `run` call that added the request
         self._event_queues: dict[int, deque[TokenEvent]] = {}
+        self._cancelled: list[TokenEvent] = []  # events that the next step returns
         self._numbers = itertools.count()
 
     @property
     def busy(self) -> bool:
-        """Whether any request is unfinished."""
-        return self.scheduler.busy
+        """Whether any request is unfinished, or an event has not been returned yet."""
+        return self.scheduler.busy or bool(self._cancelled)
 
     @property
     def runner(self) -> Runner:
@@ -144,6 +140,8 @@ class Engine:
                 long for the context or the cache; or the request needs token ids, an adapter or a
                 number of completions that the engine does not have.
         """
+        if self._adapters.stale:
+            self.adapters_changed()
         if request.id in self._requests:
             raise ConfigError(f"request {request.id} is being served already; create a new Request")
         params = request.params
@@ -170,47 +168,30 @@ class Engine:
         self._requests[request.id] = RequestState(request, [first])
         self.scheduler.add(sequence)
 
-    def _adapters_changed(self) -> list[TokenEvent]:
+    def adapters_changed(self) -> None:
         """Updates the engine after adapters were attached to or removed from the model.
 
-        Clears the prefix cache and cancels the requests of adapters that no longer exist; returns
-        the events of those requests.
+        `add` and `step` call it, too. Only what belongs to the changed adapters is dropped: their
+        cached prefixes, and the requests of adapters that were removed or replaced, which end as
+        `cancelled` in the next step. Other requests continue. A changed adapter without a name
+        changes the base, and so everything is recomputed.
+
+        Raises:
+            ConfigError: this engine cannot serve an adapter that was attached.
         """
-        if self.model.num_virtual_tokens != len(self._virtual):
-            raise ConfigError(
-                "an adapter with virtual tokens was attached to, or removed from, a model that is "
-                "being served; create a new engine for it"
-            )
-        if self.options.deterministic:
-            check_deterministic(self.model)
-        self._adapter_changes = self.model.adapter_changes
-        self.clear_prefix_cache()
-        gone = [
-            request_id
-            for request_id, state in self._requests.items()
-            if state.request.adapter and state.request.adapter not in self.adapter_names
-        ]
-        events = [
-            TokenEvent(
-                request_id=request_id,
-                token_id=None,
-                text="",
-                logprob=0.0,
-                finish_reason="cancelled",
-                index=generation.index,
-            )
-            for request_id in gone
-            for generation in self._requests[request_id].generations
-            if generation.finish_reason is None
-        ]
-        for request_id in gone:
-            self.cancel(request_id)
-        return events
+        names = self._adapters.changed_names()
+        if "" in names:
+            self.clear_prefix_cache()
+        for name in names - {""}:
+            self.pool.clear_prefix_cache(name)
+            for state in [s for s in self._requests.values() if s.request.adapter == name]:
+                self._cancelled += state.cancelled_events()
+                self.cancel(state.request.id)
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
         """Names of the adapters that a request may select."""
-        return tuple(name for name in self.model.adapter_sets if name)
+        return self._adapters.names
 
     def prepend_virtual_tokens(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the prompt's ids, preceded by those of the virtual tokens of the adapter."""
@@ -239,8 +220,11 @@ class Engine:
         Raises:
             ConfigError: an adapter that this engine cannot serve was attached to the model.
         """
-        if self._adapter_changes != self.model.adapter_changes:
-            return self._adapters_changed()
+        if self._adapters.stale:
+            self.adapters_changed()
+        if self._cancelled:
+            cancelled, self._cancelled = self._cancelled, []
+            return cancelled
         self._draft()
         step = self.scheduler.plan()
         if step is None:
@@ -273,7 +257,7 @@ class Engine:
                 self.add(request)
                 added.append(request)
                 self._event_queues[request.id] = inbox
-            while inbox or any(request.id in self._requests for request in added):
+            while inbox or self._expects_events(added):
                 while inbox:
                     yield inbox.popleft()
                 for event in self.step():
@@ -282,6 +266,11 @@ class Engine:
             for request in added:
                 self.cancel(request.id)
                 self._event_queues.pop(request.id, None)
+
+    def _expects_events(self, requests: Iterable[Request]) -> bool:
+        """Whether further steps return events of any of these requests."""
+        waiting = {event.request_id for event in self._cancelled}
+        return any(request.id in self._requests or request.id in waiting for request in requests)
 
     def clear_prefix_cache(self) -> None:
         """Clears the prefix cache; must be called when the model's weights have changed.

@@ -189,6 +189,25 @@ class RequestState:
             for index, chosen in enumerate(ranked[: params.n]):
                 yield from (replace(event, index=index) for event in chosen)
 
+    def cancelled_events(self) -> list[TokenEvent]:
+        """Returns the last events of completions that end without a request of their caller."""
+        params = self.request.params
+        ended = {each.index for each in self.generations if each.finish_reason is not None}
+        if params.num_sequences != params.n:  # none of their events have been passed on
+            ended = set()
+        return [
+            TokenEvent(
+                request_id=self.request.id,
+                token_id=None,
+                text="",
+                logprob=0.0,
+                finish_reason="cancelled",
+                index=index,
+            )
+            for index in range(params.n)
+            if index not in ended
+        ]
+
 
 def _mean_logprob(events: list[TokenEvent]) -> float:
     """Returns the mean log-probability per token, by which `best_of` ranks completions."""

@@ -20,6 +20,7 @@ from easyllm.engine.embedding import Pooling, embed
 from easyllm.engine.engine import Engine
 from easyllm.engine.guide_spec import GuideSpec, check_guided_params
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
+from easyllm.engine.named_adapters import attach_named, detach_named, load_served, unload_served
 from easyllm.engine.options import LLMOptions, refuse_loading_options
 from easyllm.engine.params import BeamParams, SamplingParams
 from easyllm.engine.request import MaskSource, Request, TokenEvent
@@ -127,39 +128,35 @@ class LLM:
             )
             self.sampling_defaults = {}
         self.model = model
-        added = self._add_adapters(adapters or {})
+        added = attach_named(model, adapters or {})
         self.tokenizer = tokenizer or load_tokenizer(source)
         try:
             drafter = self._drafter(draft, checked)
             self.engine = Engine(self.model, self.tokenizer, checked, drafter=drafter)
         except BaseException:
-            self._remove_adapters(added)  # leaves the caller's model unchanged
+            detach_named(model, added)  # leaves the caller's model unchanged
             raise
 
-    def _add_adapters(self, adapters: Mapping[str, str | Path]) -> list[str]:
-        """Attaches adapters by name; on an error, none of them. Returns their names."""
-        added: list[str] = []
-        if not adapters:
-            return added
-        from easyllm.models.adapter_files import add_adapter  # imports all methods of adapters
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Loads an adapter, in peft's format, by name, in the thread that runs the engine.
 
-        try:
-            for name, folder in adapters.items():
-                if not name:
-                    raise ConfigError("an adapter needs a name, by which requests select it")
-                add_adapter(self.model, folder, name=name)
-                added.append(name)
-        except BaseException:
-            self._remove_adapters(added)
-            raise
-        return added
+        Running requests are undisturbed.
 
-    def _remove_adapters(self, names: Sequence[str]) -> None:
-        if names:
-            from easyllm.adapters import detach
+        Raises:
+            CheckpointError: the folder contains no adapter, or one for another model.
+            ConfigError: the name is empty or taken, or the engine cannot serve the adapter.
+        """
+        load_served(self.engine, name, folder)
 
-            for name in names:
-                detach(self.model, name)
+    def unload_adapter(self, name: str) -> None:
+        """Removes a named adapter, in the thread that runs the engine.
+
+        Its requests end as `cancelled`, and others are undisturbed.
+
+        Raises:
+            ConfigError: no adapter has this name.
+        """
+        unload_served(self.engine, name)
 
     def generate(
         self,

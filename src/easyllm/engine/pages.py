@@ -131,12 +131,21 @@ class PagePool:
             self._keys[page] = key
         return digest
 
-    def clear_prefix_cache(self) -> None:
-        """Clears the index of page contents, for use when the model's weights have changed."""
+    def clear_prefix_cache(self, adapter: str | None = None) -> None:
+        """Clears the index of page contents, for use when the model's weights have changed.
+
+        Args:
+            adapter: clears only the pages of sequences that use the adapter with this name.
+        """
         for page in tuple(self._index.values()):
+            key = self._keys[page]
+            assert key is not None, "an indexed page has a key"
+            if adapter is not None and key.namespace.adapter != adapter:
+                continue
             self._forget(page)
-        self._free.extend(self._idle)
-        self._idle.clear()
+            if page in self._idle:
+                del self._idle[page]
+                self._free.append(page)
 
     def check(self, held: Sequence[Sequence[int]]) -> None:
         """Asserts the pool's invariants, given the pages that each sequence references."""
