@@ -8,7 +8,7 @@
 # {"maximum": 2.75} refuses 2.7 and accepts 2.70. Grammar and warnings report nothing, and jsonschema disagrees with each.
 #
 # Seen on 30 November 2026 with llguidance 1.9.1, jsonschema 4.26.0, Python 3.11 on Linux:
-#   6 of 6 texts are judged other than by jsonschema: 0 | 1 | 9007199254740992 | 9007199254740993 | 1 | 2.7
+#   6 of 6 texts have another verdict than in jsonschema: 0 | 1 | 9007199254740992 | 9007199254740993 | 1 | 2.7
 #
 # What to do: check guided numbers at the edges against the schema after decoding, or use this project's guides, which write exact
 # bounds as expressions of their own (docs/guided.md).
@@ -63,7 +63,7 @@ wrong = [
     if accepts(schema, text) != jsonschema.Draft202012Validator(schema).is_valid(json.loads(text))
 ]
 print(
-    f"llguidance 1.9.1: {len(wrong)} of {len(CASES)} texts are judged other than by jsonschema: "
+    f"llguidance 1.9.1: {len(wrong)} of {len(CASES)} texts have another verdict than in jsonschema: "
     + " | ".join(wrong)
 )
 sys.exit(wrong != [text for _, text in CASES])

@@ -58,7 +58,8 @@ RESPONSES = {
     "no body": (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
     "zero": (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b""),
     "interim first": (
-        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
         b"hello",
     ),
     "line breaks in a chunk": (
