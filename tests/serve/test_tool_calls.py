@@ -235,7 +235,7 @@ def test_a_conversation_has_the_same_tokens_in_all_dialects(address, llm, monkey
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         (
-            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "wether"}}},
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "wethr"}}},
             "tool_choice",
         ),
         ({"functions": [TOOLS[0]["function"]]}, "functions"),
