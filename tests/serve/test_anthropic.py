@@ -111,6 +111,12 @@ def test_tokens_are_counted_as_in_a_message(client):
             "images are not supported",
         ),
         (
+            {"messages": [{"role": "user", "content": [{"type": {}}]}]},
+            400,
+            "invalid_request_error",
+            "has no known type",
+        ),
+        (
             {"messages": [{"role": "user", "content": "long " * 500}]},
             400,
             "invalid_request_error",

@@ -63,6 +63,7 @@ def check_form(body, status):
         ("OPTIONS", CHAT, 405, "POST"),
         ("POST", "/v1/models", 405, "GET, HEAD"),
         ("DELETE", "/v1/models/m", 405, "GET, HEAD"),
+        ("PUT", "/v1/responses/x", 405, "DELETE, GET, HEAD"),
         ("PATCH", "/health", 405, "GET, HEAD"),
         ("TRACE", "/", 405, "GET, HEAD"),
         ("BREW", "/health", 405, "GET, HEAD"),

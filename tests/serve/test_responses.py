@@ -128,6 +128,8 @@ def test_log_probabilities_belong_to_the_text(client):
         ({"input": [{"type": "image_generation_call"}]}, "input"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input"),
         ({"input": [user([{"type": "input_image", "image_url": "x"}])]}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": {}}]}]}, "input"),
+        ({"input": [{"type": []}]}, "input"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input"),
         ({"truncation": "auto"}, "truncation"),
         ({"background": True}, "background"),

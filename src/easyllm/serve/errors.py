@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from easyllm.core.json_types import JsonObject
 
@@ -141,14 +142,22 @@ async def on_routing_error(request: Request, error: Exception) -> Response:
     asked = f"{request.scope.get('asked_method', request.method)} {request.url.path}"
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        allowed = {word.strip() for word in headers.pop("Allow", "").split(",")}
-        headers["Allow"] = ", ".join(sorted(allowed))
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
         message = f"{asked} is not supported; use {headers['Allow']}"
     elif error.status_code == 404:
         message = f"there is no route {asked}; GET /openapi.json lists the routes"
     else:
         message = str(error.detail)
     return error_response(error.status_code, message, headers=headers, path=request.url.path)
+
+
+def _methods(request: Request) -> set[str]:
+    """Returns the methods of all routes with the path of a request."""
+    found = set[str]()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return found
 
 
 async def on_exception(request: Request, _error: Exception) -> Response:

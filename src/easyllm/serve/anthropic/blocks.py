@@ -120,7 +120,7 @@ _FIELDS: Mapping[str, Mapping[str, type]] = {
 def _check_block(block: Json, here: str) -> None:
     """Refuses a block that is malformed, or of a type that is not supported."""
     kind = block.get("type") if isinstance(block, Mapping) else None
-    if kind in _MEDIA:
+    if isinstance(kind, str) and kind in _MEDIA:
         raise _mistake(f"{here} is of type {kind!r}: {_MEDIA[kind]} not supported; send text")
     if not isinstance(kind, str) or kind not in _FIELDS:
         raise _mistake(f"{here} has no known type; send one of {', '.join(_FIELDS)}")

@@ -119,7 +119,7 @@ def _check_content(content: Json, here: str) -> None:
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         place = f"part {number} of {here} of the input"
-        if kind in _MEDIA:
+        if isinstance(kind, str) and kind in _MEDIA:
             raise _mistake(f"{place} is of type {kind!r}: {_MEDIA[kind]} not supported; send text")
         key = "refusal" if kind == "refusal" else "text"
         if kind not in (*_TEXTS, "refusal") or not isinstance(part.get(key), str):
