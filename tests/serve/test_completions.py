@@ -19,8 +19,10 @@ def llm(tiny_model, tiny_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def address(llm):
-    with running({"m": llm}) as address:
+def address(tiny_model, tiny_tokenizer):
+    """A server with an engine of its own: `llm` generates in the thread of the test."""
+    served = LLM(model=tiny_model, tokenizer=tiny_tokenizer, source="")
+    with running({"m": served}) as address:
         yield address
 
 

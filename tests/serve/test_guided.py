@@ -117,7 +117,7 @@ def test_a_stream_gives_the_same_text(address):
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", ""),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs", ""),
         ({"structured_outputs": {"grammar": "nonsense"}}, "structured_outputs", ""),
-        ({"structured_outputs": {"choice": []}}, "structured_outputs", ""),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", ""),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", ""),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", ""),
         ({"response_format": {"type": "grammar"}}, "response_format.type", ""),

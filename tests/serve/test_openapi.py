@@ -1,10 +1,15 @@
 """`/openapi.json` describes every field of requests and responses."""
 
+import httpx
+import jsonschema
 import pytest
 
 from easyllm.engine import LLM, SamplingParams
+from easyllm.serve.answer_schemas import ANSWERS
 from easyllm.serve.app import create_app
 from easyllm.serve.openai.chat_request import ChatRequest
+from running_server import QUESTION, running
+from tiny_models import build_tiny
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +67,117 @@ def test_markers_describe_fields_that_are_refused_or_have_no_effect(schemas):
     assert fields["store"]["description"] == (
         "Has no effect: completions are not stored. Accepted: false."
     )
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+CHAT = {"model": "m", "messages": QUESTION, "max_tokens": 40, "temperature": 0}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": CITY}}
+RESPONSE = {"model": "m", "input": "hello", "max_output_tokens": 40, "temperature": 0}
+MESSAGE = {"model": "m", "messages": QUESTION, "max_tokens": 40}
+BODIES = {
+    "/v1/chat/completions": [
+        CHAT | {"n": 2, "logprobs": True, "top_logprobs": 2, "service_tier": "auto"},
+        CHAT | {"tools": [TOOL], "tool_choice": "required"},
+    ],
+    "/v1/completions": [
+        {"model": "m", "prompt": ["a", "b"], "echo": True, "logprobs": 2, "max_tokens": 3},
+        {"model": "m", "prompt": [3, 4], "max_tokens": 40},
+    ],
+    "/v1/embeddings": [
+        {"model": "m", "input": ["a", "b"]},
+        {"model": "m", "input": "a", "encoding_format": "base64"},
+    ],
+    "/v1/responses": [
+        RESPONSE | {"top_logprobs": 2, "metadata": {"a": "b"}, "instructions": "Be terse."},
+        RESPONSE | {"max_output_tokens": 1},
+        RESPONSE
+        | {
+            "tools": [{"type": "function", "name": "look", "parameters": CITY}],
+            "tool_choice": {"type": "function", "name": "look"},
+            "reasoning": {"effort": "low"},
+        },
+        RESPONSE | {"text": {"format": {"type": "json_schema", "name": "city", "schema": CITY}}},
+    ],
+    "/v1/messages": [
+        MESSAGE,
+        MESSAGE
+        | {"tools": [{"name": "look", "input_schema": CITY}], "tool_choice": {"type": "any"}},
+    ],
+    "/v1/messages/count_tokens": [{"model": "m", "messages": QUESTION}],
+    "/tokenize": [{"prompt": "a b"}, {"messages": QUESTION, "return_token_strs": True}],
+    "/detokenize": [{"tokens": [3, 4]}],
+    "/apply-template": [{"messages": QUESTION}],
+    "/models/load": [{"model": "m"}],
+}
+OTHER = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/models/unload"}
+"""Routes whose responses need an adapter, or a model that can be loaded again."""
+
+
+@pytest.fixture(scope="module")
+def server(tiny_tokenizer):
+    model = build_tiny(max_position_embeddings=4096)  # tools take many tokens
+    llm = LLM(model=model, tokenizer=tiny_tokenizer, source="")
+    with running({"m": llm}) as address, httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+def validate(answer, path, described, method="post"):
+    assert answer.status_code == 200, answer.text
+    content = described["paths"][path][method]["responses"]["200"]["content"]
+    schema = content["application/json"]["schema"]
+    jsonschema.validate(answer.json(), schema | {"components": described["components"]})
+
+
+def test_responses_have_the_described_form(server):
+    described = server.get("/openapi.json").json()
+    for path, bodies in BODIES.items():
+        for body in bodies:
+            validate(server.post(path, json=body), path, described)
+    posts = {path for method, path in ANSWERS if method == "post"}
+    assert posts == BODIES.keys() | OTHER
+    validate(server.get("/tokenizer_info"), "/tokenizer_info", described, "get")
+    for path in ("/v1/models", "/health"):
+        validate(server.get(path), path, described, "get")
+    kept = server.post("/v1/responses", json=RESPONSE).json()["id"]
+    path = "/v1/responses/{response_id}"
+    validate(server.get(f"/v1/responses/{kept}"), path, described, "get")
+    items = f"{path}/input_items"
+    validate(server.get(items.format(response_id=kept)), items, described, "get")
+    validate(server.delete(f"/v1/responses/{kept}"), path, described, "delete")
+
+
+def test_descriptions_of_requests_contain_the_constraints_between_fields(schemas):
+    """Bodies that the server refuses because of two fields together, or of a part of one."""
+    for name, good, changes in (
+        ("ChatRequest", CHAT, {"stream_options": {}}),
+        ("ChatRequest", CHAT, {"max_completion_tokens": 3}),
+        ("ChatRequest", CHAT, {"top_logprobs": 2}),
+        ("ChatRequest", CHAT, {"tool_choice": "required"}),
+        ("ChatRequest", CHAT, {"continue_final_message": True}),
+        ("ChatRequest", CHAT, {"response_format": {"type": "json_schema"}}),
+        ("ChatRequest", CHAT, {"structured_outputs": {"regex": "a", "grammar": "b"}}),
+        (
+            "ChatRequest",
+            CHAT,
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        ),
+        ("CompletionRequest", {"model": "m", "prompt": "a"}, {"max_tokens": 0}),
+        ("CompletionRequest", {"model": "m", "prompt": "a"}, {"stream_options": {}}),
+        ("ResponseRequest", RESPONSE, {"input": [{"role": "user", "content": [{"type": {}}]}]}),
+        ("ResponseRequest", RESPONSE, {"text": {"format": {"type": "json_schema"}}}),
+        ("ResponseRequest", RESPONSE, {"tool_choice": "required"}),
+        ("MessagesRequest", MESSAGE, {"thinking": {"type": "enabled"}}),
+        ("MessagesRequest", MESSAGE, {"tool_choice": {"type": "any"}}),
+        ("MessagesRequest", MESSAGE, {"context_management": "all"}),
+        ("MessagesRequest", MESSAGE, {"system": [{"type": "image"}]}),
+        ("TokenizeRequest", {"prompt": "a"}, {"messages": QUESTION}),
+    ):
+        schema = schemas[name] | {"components": {"schemas": schemas}}
+        jsonschema.validate(good, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(good | changes, schema)

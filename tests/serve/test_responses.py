@@ -136,7 +136,7 @@ def test_log_probabilities_belong_to_the_text(client):
         ({"conversation": "c"}, "conversation"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"include": ["file_search_call.results"]}, "include"),
+        ({"include": ["file_search_call.results"]}, "include.0"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"input": "long " * 500}, "input"),
         ({"frequency_penalty": 1}, "frequency_penalty"),

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode
 
 from easyllm.core.json_types import JsonObject
 from easyllm.serve.endpoint import Endpoint
 from easyllm.serve.errors import AnthropicErrorBody, ErrorBody, is_anthropic
-from easyllm.serve.openai.chat_answers import ChatCompletion
 from easyllm.serve.routes import POSTS
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -48,8 +48,6 @@ def answers_of(path: str, *, with_key: bool) -> dict[int | str, JsonObject]:
             "description": "the answer, or with `stream` its events",
             "content": {"text/event-stream": events},
         }
-    if path == "/v1/chat/completions":
-        answer["model"] = ChatCompletion
     body = AnthropicErrorBody if is_anthropic(path) else ErrorBody
     found = errors(404, 415, 429, with_key=with_key)
     return {200: answer} | {status: {**each, "model": body} for status, each in found.items()}
@@ -78,15 +76,19 @@ def describe(endpoints: Sequence[Endpoint], models: Sequence[str], *, with_key: 
         models: the names of the served models.
         with_key: whether an API key is required.
     """
+    from easyllm.serve.answer_schemas import ANSWERS  # not imported when a server starts
+
     schema = _routes(endpoints)
     components = schema.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
+    for (method, path), model in ANSWERS.items():
+        content = schema["paths"][path][method]["responses"]["200"].setdefault("content", {})
+        content["application/json"] = {"schema": _added(schemas, model, mode="serialization")}
     for request, *_ in POSTS.values():
-        found = request.model_json_schema(ref_template=_REFERENCE)
-        if "model" in found["properties"]:
-            found["properties"]["model"]["enum"] = list(models)
-        schemas.update(found.pop("$defs", {}))
-        schemas[request.__name__] = found
+        _added(schemas, request, mode="validation")
+        fields = schemas[request.__name__]["properties"]
+        if "model" in fields:
+            fields["model"]["enum"] = list(models)
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own format, never sent
         schemas.pop(name, None)
     for path, operations in schema["paths"].items():
@@ -100,6 +102,14 @@ def describe(endpoints: Sequence[Endpoint], models: Sequence[str], *, with_key: 
             "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
         }
     return schema
+
+
+def _added(schemas: JsonObject, model: type[BaseModel], *, mode: JsonSchemaMode) -> JsonObject:
+    """Adds a model and those in it to the schemas; returns a reference to it."""
+    found = model.model_json_schema(ref_template=_REFERENCE, mode=mode)
+    schemas.update(found.pop("$defs", {}))
+    schemas[model.__name__] = found
+    return {"$ref": _REFERENCE.format(model=model.__name__)}
 
 
 def _routes(endpoints: Sequence[Endpoint]) -> JsonObject:

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.config import JsonDict
 
 from easyllm.core.json_types import JsonObject
 from easyllm.engine.params import Count
@@ -22,8 +23,8 @@ class _OfAConversation(Strict):
     """Fields that say how a conversation is rendered."""
 
     model: str | None = Field(None, description="Name of a served model; by default the first.")
-    messages: Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES)] | None = Field(
-        None, description="A conversation, which the chat template renders."
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
+        Field(None, description="A conversation, which the chat template renders.")
     )
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
@@ -42,16 +43,9 @@ class _OfAConversation(Strict):
         """Returns the token ids and the text of the conversation.
 
         Raises:
-            APIError: there is none.
             DataError: the chat template rejects it.
         """
-        if not self.messages:
-            raise APIError(
-                400,
-                "messages: this field is required",
-                param="messages",
-                code="missing_required_parameter",
-            )
+        assert self.messages is not None, "checked by the routes"
         continued = bool(self.continue_final_message)
         talk = Conversation(
             messages=template_messages(self.messages),
@@ -66,9 +60,23 @@ class _OfAConversation(Strict):
 class ApplyTemplateRequest(_OfAConversation):
     """A request for the text of a conversation."""
 
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+        description="The conversation, which the chat template renders."
+    )
+
+
+_TEXT_OR_CONVERSATION: JsonDict = {
+    "oneOf": [
+        {"properties": {"prompt": {"type": "string"}}, "required": ["prompt"]},
+        {"properties": {"messages": {"type": "array"}}, "required": ["messages"]},
+    ]
+}
+
 
 class TokenizeRequest(_OfAConversation):
     """A request for the token ids of a text or of a conversation."""
+
+    model_config = ConfigDict(json_schema_extra=_TEXT_OR_CONVERSATION)
 
     prompt: str | None = Field(
         None,

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validat
 from pydantic_core import PydanticCustomError
 
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
+from easyllm.serve.constraints import TEXT, described_object
 
 _MEDIA = {
     "image": "images are",
@@ -15,25 +16,19 @@ _MEDIA = {
     "server_tool_use": "tools that run on the server are",
     "container_upload": "files are",
 }
-_CONTENT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {
-                    "type": {
-                        "enum": [
-                            *("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
-                        ]
-                    }
-                },
-                "required": ["type"],
-            },
-        },
-    ]
-}
+_TEXT_BLOCK = described_object(type={"const": "text"}, text=TEXT)
+TEXTS_SCHEMA: JsonObject = {"anyOf": [TEXT, {"type": "array", "items": _TEXT_BLOCK}]}
+"""Text, or a list of text blocks."""
+_RESULT_BLOCK = described_object(type={"const": "tool_result"}, tool_use_id=TEXT)
+_RESULT_BLOCK["properties"]["content"] = {"anyOf": [*TEXTS_SCHEMA["anyOf"], {"type": "null"}]}
+_BLOCKS = [
+    _TEXT_BLOCK,
+    described_object(type={"const": "tool_use"}, id=TEXT, name=TEXT, input={"type": "object"}),
+    _RESULT_BLOCK,
+    described_object(type={"const": "thinking"}, thinking=TEXT),
+    described_object(type={"const": "redacted_thinking"}),
+]
+_CONTENT_SCHEMA = {"anyOf": [TEXT, {"type": "array", "items": {"anyOf": _BLOCKS}}]}
 Content = Annotated[Any, WithJsonSchema(_CONTENT_SCHEMA)]
 
 

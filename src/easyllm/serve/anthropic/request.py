@@ -7,12 +7,19 @@ Each is honoured, accepted at values that have no effect (`Neutral`), or rejecte
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.engine.guide_spec import GuideSpec
 from easyllm.engine.params import SamplingParams
-from easyllm.serve.anthropic.blocks import AnthropicMessage, template_message, text_of
+from easyllm.serve.anthropic.blocks import (
+    TEXTS_SCHEMA,
+    AnthropicMessage,
+    template_message,
+    text_of,
+)
+from easyllm.serve.constraints import described_object
 from easyllm.serve.errors import APIError
 from easyllm.serve.job import Conversation, Job, Reasoning, ToolChoice
 from easyllm.serve.openai.chat_request import MAX_MESSAGES, reasoning_of
@@ -40,8 +47,17 @@ class AnthropicTool(BaseModel):
     input_schema: Schema = Field(description="JSON Schema of its arguments.")
 
 
+_NAME_WITH_TOOL: JsonDict = {
+    "if": {"properties": {"type": {"const": "tool"}}},
+    "then": {"properties": {"name": {"type": "string"}}, "required": ["name"]},
+    "else": {"properties": {"name": {"type": "null"}}},
+}
+
+
 class AnthropicToolChoice(Strict):
     """Which tools may or must be called."""
+
+    model_config = ConfigDict(json_schema_extra=_NAME_WITH_TOOL)
 
     type: Literal["auto", "any", "tool", "none"] = Field(
         description="auto, any (at least one call), tool (the named one), or none."
@@ -52,8 +68,18 @@ class AnthropicToolChoice(Strict):
     )
 
 
+_NEEDS_BUDGET: JsonDict = {
+    "anyOf": [
+        {"properties": {"type": {"enum": ["disabled", "adaptive"]}}},
+        {"properties": {"budget_tokens": {"type": "integer"}}, "required": ["budget_tokens"]},
+    ]
+}
+
+
 class Thinking(Strict):
     """Whether and how long a reasoning model reasons."""
+
+    model_config = ConfigDict(json_schema_extra=_NEEDS_BUDGET)
 
     type: Literal["enabled", "disabled", "adaptive"] = Field(
         description="enabled, disabled, or adaptive (the model decides)."
@@ -99,22 +125,38 @@ def _read_system(system: object) -> Json:
 
 
 _KEEPS_ALL = "edits that keep everything"
+_KEEPS_ALL_SCHEMA: JsonObject = {
+    "type": ["object", "null"],
+    "properties": {
+        "edits": {"type": ["array", "null"], "items": described_object(keep={"const": "all"})}
+    },
+}
 
 
 def _keeps_all(management: object) -> Json:
     """Accepts only edits that leave the conversation as it is."""
     edits = management.get("edits") if isinstance(management, dict) else None
-    if management is None or edits in (None, []):
-        return management
-    if isinstance(edits, list) and all(
+    keep = isinstance(edits, list) and all(
         isinstance(edit, dict) and edit.get("keep") == "all" for edit in edits
-    ):
+    )
+    if management is None or (isinstance(management, dict) and (edits is None or keep)):
         return management
     raise ValueError("the context is not edited")
 
 
+_CHOICE_NEEDS_TOOLS: JsonDict = {
+    "anyOf": [
+        {"properties": {"tool_choice": {"type": "null"}}},
+        {"properties": {"tool_choice": {"properties": {"type": {"enum": ["auto", "none"]}}}}},
+        {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]},
+    ]
+}
+
+
 class CountRequest(Strict):
     """A request to count the tokens of a conversation."""
+
+    model_config = ConfigDict(json_schema_extra=_CHOICE_NEEDS_TOOLS)
 
     model: str = Field(description="Name of a served model.")
     messages: list[AnthropicMessage] = Field(
@@ -125,7 +167,7 @@ class CountRequest(Strict):
     system: Annotated[
         Any,
         BeforeValidator(_read_system),
-        WithJsonSchema({"type": ["string", "array", "null"], "items": {"type": "object"}}),
+        WithJsonSchema({"anyOf": [*TEXTS_SCHEMA["anyOf"], {"type": "null"}]}),
     ] = Field(None, description="System prompt: text, or a list of text blocks.")
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
@@ -146,7 +188,10 @@ class CountRequest(Strict):
         Annotated[list[Json], Field(max_length=0)] | None, Neutral("[]", "MCP is not supported")
     ] = None
     context_management: Annotated[
-        Json, BeforeValidator(_keeps_all), Neutral(_KEEPS_ALL, "the context is not edited")
+        Json,
+        BeforeValidator(_keeps_all),
+        WithJsonSchema(_KEEPS_ALL_SCHEMA),
+        Neutral(_KEEPS_ALL, "the context is not edited"),
     ] = None
 
     @model_validator(mode="after")

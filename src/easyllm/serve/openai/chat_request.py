@@ -14,10 +14,10 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic.config import JsonDict
 
 from easyllm.core.json_types import Json, JsonMapping
 from easyllm.engine.params import SamplingParams
+from easyllm.serve.constraints import TRUE, all_of, needs, only_one
 from easyllm.serve.errors import APIError
 from easyllm.serve.job import Conversation, Job, Reasoning, ToolChoice
 from easyllm.serve.openai.messages import ChatMessage, template_messages
@@ -29,7 +29,12 @@ from easyllm.serve.openai.sampling_fields import (
     as_in_engine,
     whole,
 )
-from easyllm.serve.openai.structured import ResponseFormat, StructuredOutputs, one_guide
+from easyllm.serve.openai.structured import (
+    ONE_GUIDE,
+    ResponseFormat,
+    StructuredOutputs,
+    one_guide,
+)
 from easyllm.serve.openai.tools import (
     MAX_TOOLS,
     TOOL_CHOICE_SCHEMA,
@@ -42,28 +47,14 @@ from easyllm.serve.treatment import Neutral, Refused, Strict
 
 MAX_MESSAGES = 2_000
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
-_TOGETHER: JsonDict = {
-    "allOf": [
-        {
-            "anyOf": [
-                {"properties": {"max_tokens": {"type": "null"}}},
-                {"properties": {"max_completion_tokens": {"type": "null"}}},
-            ]
-        },
-        {
-            "anyOf": [
-                {"properties": {"stream_options": {"type": "null"}}},
-                {"properties": {"stream": {"const": True}}, "required": ["stream"]},
-            ]
-        },
-        {
-            "anyOf": [
-                {"properties": {"top_logprobs": {"enum": [None, 0]}}},
-                {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
-            ]
-        },
-    ]
-}
+_TOGETHER = all_of(
+    only_one("max_tokens", "max_completion_tokens"),
+    needs("stream_options", stream=TRUE),
+    needs("top_logprobs", unless=[0], logprobs=TRUE),
+    needs("continue_final_message", unless=[False], add_generation_prompt={"const": False}),
+    needs("tool_choice", unless=["none", "auto"], tools={"type": "array", "minItems": 1}),
+    ONE_GUIDE,
+)
 """The constraints of `_fits_together` as JSON Schema, for `/openapi.json`."""
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), BeforeValidator(whole)]
 Metadata = Annotated[

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Field,
     WithJsonSchema,
     model_validator,
@@ -13,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.engine.guide_spec import GuideSpec
 from easyllm.engine.params import MAX_COUNT, SamplingParams
+from easyllm.serve.constraints import TRUE, all_of, needs
 from easyllm.serve.errors import APIError
 from easyllm.serve.openai.chat_request import StreamOptions, conflict
 from easyllm.serve.openai.sampling_fields import (
@@ -22,7 +24,12 @@ from easyllm.serve.openai.sampling_fields import (
     as_in_engine,
     whole,
 )
-from easyllm.serve.openai.structured import ResponseFormat, StructuredOutputs, one_guide
+from easyllm.serve.openai.structured import (
+    ONE_GUIDE,
+    ResponseFormat,
+    StructuredOutputs,
+    one_guide,
+)
 from easyllm.serve.treatment import Neutral
 
 MAX_PROMPTS = 1_024
@@ -79,8 +86,23 @@ PROMPT_SCHEMA: JsonObject = {
 PromptsField = Annotated[Any, BeforeValidator(read_prompts), WithJsonSchema(PROMPT_SCHEMA)]
 
 
+_TOGETHER = all_of(
+    needs("stream_options", stream=TRUE),
+    {
+        "anyOf": [
+            {"not": {"properties": {"max_tokens": {"const": 0}}, "required": ["max_tokens"]}},
+            {"properties": {"echo": TRUE}, "required": ["echo"]},
+        ]
+    },
+    ONE_GUIDE,
+)
+"""Constraints of `_fits_together` as JSON Schema; those that compare numbers it cannot express."""
+
+
 class CompletionRequest(SamplingFields):
     """A request for text that follows one or several prompts."""
+
+    model_config = ConfigDict(json_schema_extra=_TOGETHER)
 
     model: str = Field(description="Name of a served model.")
     prompt: PromptsField = Field(

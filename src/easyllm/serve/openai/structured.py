@@ -3,16 +3,44 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema
+from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic.config import JsonDict
 
 from easyllm.core.config import validate
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonObject
-from easyllm.engine.guide_spec import GuideSpec
+from easyllm.engine.guide_spec import MAX_CHOICES, Choice, GuideSpec
+from easyllm.serve.constraints import only_one
 from easyllm.serve.errors import APIError
 from easyllm.serve.treatment import Neutral, Strict
 
+Pattern = Annotated[str, Field(min_length=1)]
 Schema = Annotated[dict[str, Any] | bool, WithJsonSchema({"type": ["object", "boolean"]})]
+
+
+_NEEDS_SCHEMA: JsonDict = {
+    "anyOf": [
+        {"properties": {"type": {"enum": ["text", "json_object"]}}},
+        {
+            "properties": {
+                "json_schema": {
+                    "properties": {"schema": {"type": ["object", "boolean"]}},
+                    "required": ["schema"],
+                    "type": "object",
+                }
+            },
+            "required": ["json_schema"],
+        },
+    ]
+}
+_FREE: JsonDict = {"properties": {"type": {"const": "text"}}, "required": ["type"]}
+ONE_GUIDE: JsonDict = {
+    "anyOf": [
+        {"properties": {"response_format": {"anyOf": [{"type": "null"}, _FREE]}}},
+        {"properties": {"structured_outputs": {"additionalProperties": {"type": "null"}}}},
+    ]
+}
+"""The constraint of `one_guide` as JSON Schema."""
 
 
 class JsonSchemaFormat(Strict):
@@ -30,6 +58,8 @@ class JsonSchemaFormat(Strict):
 
 class ResponseFormat(Strict):
     """The form of the text: free, a JSON object, or JSON that follows a schema."""
+
+    model_config = ConfigDict(json_schema_extra=_NEEDS_SCHEMA)
 
     type: Literal["text", "json_object", "json_schema"] = Field(description="Form of the text.")
     json_schema: JsonSchemaFormat | None = Field(
@@ -57,14 +87,20 @@ class ResponseFormat(Strict):
 
 
 class StructuredOutputs(Strict):
-    """vLLM's options to restrict the text; exactly one of them."""
+    """vLLM's options to restrict the text; at most one of them."""
+
+    model_config = ConfigDict(
+        json_schema_extra=only_one("json", "regex", "choice", "grammar", "json_object")
+    )
 
     json_: Schema | str | None = Field(
         None, alias="json", description="The JSON Schema that the text follows."
     )
-    regex: str | None = Field(None, description="The regular expression that the text matches.")
-    choice: list[str] | None = Field(None, description="The texts, one of which is the answer.")
-    grammar: str | None = Field(
+    regex: Pattern | None = Field(None, description="The regular expression that the text matches.")
+    choice: Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)] | None = Field(
+        None, description="The texts, one of which is the answer."
+    )
+    grammar: Pattern | None = Field(
         None, description="The grammar of the text, in Lark's or llama.cpp's (GBNF) notation."
     )
     json_object: bool | None = Field(None, description="Whether the text is a JSON object.")

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic_core import PydanticCustomError
 
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
+from easyllm.serve.constraints import TEXT, described_object
 
 MAX_ITEMS = 4_000
 _ROLES = ("user", "assistant", "system", "developer")
@@ -16,6 +17,47 @@ _MEDIA = {
     "input_file": "files are",
     "input_audio": "audio is",
 }
+
+_TEXT_SCHEMA: JsonObject = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "anyOf": [
+                    described_object(type={"enum": [*_TEXTS]}, text=TEXT),
+                    described_object(type={"const": "refusal"}, refusal=TEXT),
+                ]
+            },
+        },
+    ]
+}
+_REASONING_SCHEMA = described_object(type={"const": "reasoning"})
+_REASONING_SCHEMA["properties"]["content"] = {
+    "type": ["array", "null"],
+    "items": {"type": "object", "properties": {"text": TEXT}},
+}
+_MESSAGE_SCHEMA = described_object(role={"enum": [*_ROLES]}, content=_TEXT_SCHEMA)
+_MESSAGE_SCHEMA["properties"]["type"] = {"enum": ["message", None]}
+_ITEM_SCHEMAS = [
+    _MESSAGE_SCHEMA,
+    described_object(type={"const": "function_call"}, call_id=TEXT, name=TEXT, arguments=TEXT),
+    described_object(type={"const": "function_call_output"}, call_id=TEXT, output=_TEXT_SCHEMA),
+    described_object(type={"const": "item_reference"}, id=TEXT),
+    _REASONING_SCHEMA,
+]
+INPUT_SCHEMA: JsonObject = {
+    "anyOf": [
+        TEXT,
+        {
+            "type": "array",
+            "items": {"anyOf": _ITEM_SCHEMAS},
+            "minItems": 1,
+            "maxItems": MAX_ITEMS,
+        },
+    ]
+}
+"""What `read_input` accepts, as JSON Schema."""
 
 
 def read_input(value: object) -> Json:
@@ -83,7 +125,9 @@ def _checked(item: Json, here: str) -> JsonObject:
     """Returns an item with its type; refuses one that is malformed or not supported."""
     if not isinstance(item, Mapping):
         raise _mistake(f"{here} of the input is not an object; send an item")
-    kind: Any = item.get("type") or ("message" if "role" in item else None)
+    kind: Any = item.get("type")
+    if kind is None and "role" in item:
+        kind = "message"
     if kind == "message":
         if item.get("role") not in _ROLES:
             raise _mistake(f"{here} of the input has no role of {', '.join(_ROLES)}")

@@ -12,14 +12,15 @@ from pydantic import (
     ConfigDict,
     Field,
     WithJsonSchema,
-    field_validator,
     model_validator,
 )
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.engine.guide_spec import GuideSpec
 from easyllm.engine.params import SamplingParams
+from easyllm.serve.constraints import TRUE, all_of, needs
 from easyllm.serve.errors import APIError
 from easyllm.serve.job import Conversation, Job, ToolChoice
 from easyllm.serve.openai.chat_request import Metadata, TopLogprobs, reasoning_of
@@ -32,11 +33,11 @@ from easyllm.serve.openai.tools import (
     check_choice,
     function_definition,
 )
-from easyllm.serve.responses.items import read_input, template_messages
+from easyllm.serve.responses.items import INPUT_SCHEMA, read_input, template_messages
 from easyllm.serve.treatment import Neutral, Refused, Strict
 from easyllm.tokenizer import normalise_messages
 
-INCLUDABLE = ("message.output_text.logprobs", "reasoning.encrypted_content")
+Includable = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 """Values of `include` that are accepted; the second is null, because nothing is encrypted."""
 
 
@@ -54,8 +55,18 @@ class ResponseTool(BaseModel):
     ] = None
 
 
+_NEEDS_SCHEMA: JsonDict = {
+    "anyOf": [
+        {"properties": {"type": {"enum": ["text", "json_object"]}}},
+        {"properties": {"schema": {"type": ["object", "boolean"]}}, "required": ["schema"]},
+    ]
+}
+
+
 class TextFormat(Strict):
     """The form of the text: free, a JSON object, or JSON that follows a schema."""
+
+    model_config = ConfigDict(json_schema_extra=_NEEDS_SCHEMA)
 
     type: Literal["text", "json_object", "json_schema"] = Field(description="Form of the text.")
     name: Annotated[str | None, Neutral("text", "the schema alone decides")] = None
@@ -96,6 +107,18 @@ class ResponseStreamOptions(Strict):
     include_obfuscation: Annotated[Off | None, Neutral("false", "chunks are not padded")] = None
 
 
+_CHOICE_SCHEMA: JsonObject = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required", None]},
+        {
+            "type": "object",
+            "properties": {"type": {"const": "function"}, "name": {"type": "string"}},
+            "required": ["type", "name"],
+        },
+    ]
+}
+
+
 def _read_choice(choice: object) -> Json:
     """Returns `none`, `auto`, `required`, or a tuple with the name of the function to call."""
     if choice is None or choice in ("none", "auto", "required"):
@@ -114,11 +137,18 @@ def _read_choice(choice: object) -> Json:
 class ResponseRequest(Strict):
     """A request for a response."""
 
+    model_config = ConfigDict(
+        json_schema_extra=all_of(
+            needs("stream_options", stream=TRUE),
+            needs("tool_choice", unless=["none", "auto"], tools={"type": "array", "minItems": 1}),
+        )
+    )
+
     model: str = Field(description="Name of a served model.")
     input: Annotated[
         Any,
         BeforeValidator(read_input),
-        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {}}]}),
+        WithJsonSchema(INPUT_SCHEMA),
     ] = Field(
         description="Text of the user, or a list of items: messages, function calls and their "
         "outputs, reasoning."
@@ -147,7 +177,7 @@ class ResponseRequest(Strict):
     tool_choice: Annotated[
         Any,
         BeforeValidator(_read_choice),
-        WithJsonSchema({"anyOf": [{"type": ["string", "null"]}, {"type": "object"}]}),
+        WithJsonSchema(_CHOICE_SCHEMA),
     ] = Field(
         None,
         description="Whether tools may (auto), must (required) or must not (none) be called, or "
@@ -163,7 +193,7 @@ class ResponseRequest(Strict):
     top_logprobs: TopLogprobs | None = Field(
         None, description="Number of most likely tokens to report at each position."
     )
-    include: list[str] | None = Field(
+    include: list[Includable] | None = Field(
         None, description="message.output_text.logprobs adds log-probabilities to the text."
     )
     metadata: Metadata | None = Field(None, description="Labels, which the response repeats.")
@@ -197,14 +227,6 @@ class ResponseRequest(Strict):
     background_options: Annotated[None, Refused("responses are not run later")] = None
     access_programs: Annotated[None, Refused("there are none")] = None
 
-    @field_validator("include")
-    @classmethod
-    def _known(cls, include: list[str] | None) -> list[str] | None:
-        for name in include or ():
-            if name not in INCLUDABLE:
-                raise ValueError(f"{name!r} cannot be included; known are {', '.join(INCLUDABLE)}")
-        return include
-
     @model_validator(mode="after")
     def _fits_together(self) -> "ResponseRequest":
         names = [tool.name for tool in self.tools or ()]
@@ -221,7 +243,7 @@ class ResponseRequest(Strict):
     @property
     def wants_logprobs(self) -> bool:
         """Whether log-probabilities are reported."""
-        return bool(self.top_logprobs) or INCLUDABLE[0] in (self.include or ())
+        return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
 
     def job(self, items: list[JsonObject], defaults: JsonMapping | None = None) -> Job:
         """Returns the request in the form common to all dialects.
