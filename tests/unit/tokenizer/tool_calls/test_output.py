@@ -57,7 +57,7 @@ def test_calls_are_read_back(name):
     assert output.text == ""
 
 
-@pytest.mark.parametrize("name", set(FORMATS) - {"llama", "glm4"})
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"llama", "glm4"}))
 def test_text_before_calls_is_kept_without_the_space_between(name):
     output = whole(name, written(name, ("now", {}), content="Let me see. \n"))
     assert (output.text, called(output)) == ("Let me see.", [("now", {})])
