@@ -6,13 +6,13 @@ from pydantic import ConfigDict, Field
 from pydantic.config import JsonDict
 
 from easyllm.core.json_types import JsonObject
-from easyllm.engine.params import Count
 from easyllm.serve.errors import APIError
 from easyllm.serve.generate import encode
 from easyllm.serve.job import Conversation, Reasoning
 from easyllm.serve.models import ServedModel
 from easyllm.serve.openai.chat_request import MAX_MESSAGES
 from easyllm.serve.openai.messages import ChatMessage, template_messages
+from easyllm.serve.openai.sampling_fields import WholeCount
 from easyllm.serve.openai.tools import MAX_TOOLS, Tool, template_tools
 from easyllm.serve.treatment import Strict
 
@@ -94,7 +94,7 @@ class DetokenizeRequest(Strict):
     """A request for the text of token ids."""
 
     model: str | None = Field(None, description="Name of a served model; by default the first.")
-    tokens: Annotated[list[Count], Field(max_length=MAX_TOKENS)] = Field(
+    tokens: Annotated[list[WholeCount], Field(max_length=MAX_TOKENS)] = Field(
         description="The token ids."
     )
 

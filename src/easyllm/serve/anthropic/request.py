@@ -49,7 +49,7 @@ class AnthropicTool(BaseModel):
 
 _NAME_WITH_TOOL: JsonDict = {
     "if": {"properties": {"type": {"const": "tool"}}},
-    "then": {"properties": {"name": {"type": "string"}}, "required": ["name"]},
+    "then": {"properties": {"name": {"type": "string", "minLength": 1}}, "required": ["name"]},
     "else": {"properties": {"name": {"type": "null"}}},
 }
 

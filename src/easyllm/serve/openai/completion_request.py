@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from easyllm.core.json_types import Json, JsonMapping, JsonObject
 from easyllm.engine.guide_spec import GuideSpec
 from easyllm.engine.params import MAX_COUNT, SamplingParams
-from easyllm.serve.constraints import TRUE, all_of, needs
+from easyllm.serve.constraints import TEXT, TRUE, all_of, needs
 from easyllm.serve.errors import APIError
 from easyllm.serve.openai.chat_request import StreamOptions, conflict
 from easyllm.serve.openai.sampling_fields import (
@@ -49,10 +49,11 @@ def read_prompts(prompt: object) -> Json:
     if isinstance(prompt, list) and prompt:
         if all(isinstance(each, str) for each in prompt):
             return _few(prompt)
-        if _are_ids(prompt):
-            return [prompt]
-        if all(isinstance(each, list) and each and _are_ids(each) for each in prompt):
-            return _few(prompt)
+        if (ids := _token_ids(prompt)) is not None:
+            return [ids]
+        lists = [_token_ids(each) if isinstance(each, list) and each else None for each in prompt]
+        if None not in lists:
+            return _few(lists)
     raise PydanticCustomError(
         "prompt_value",
         "the prompt is not a text, a list of texts, a list of token ids or a list of such lists",
@@ -67,21 +68,20 @@ def _few(prompts: list[Any]) -> list[Any]:
     return prompts
 
 
-def _are_ids(values: list[Any]) -> bool:
-    return all(type(value) is int and 0 <= value <= MAX_COUNT for value in values)
+def _token_ids(values: list[Any]) -> list[int] | None:
+    """Returns a list of token ids; None if it is none."""
+    ids = [whole(value) for value in values]
+    return ids if all(type(each) is int and 0 <= each <= MAX_COUNT for each in ids) else None
 
 
+_IDS: JsonObject = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": MAX_COUNT},
+    "minItems": 1,
+}
+_SEVERAL: JsonObject = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
 PROMPT_SCHEMA: JsonObject = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-        {
-            "type": "array",
-            "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-            "minItems": 1,
-        },
-    ]
+    "anyOf": [TEXT, {**_SEVERAL, "items": TEXT}, _IDS, {**_SEVERAL, "items": _IDS}]
 }
 PromptsField = Annotated[Any, BeforeValidator(read_prompts), WithJsonSchema(PROMPT_SCHEMA)]
 

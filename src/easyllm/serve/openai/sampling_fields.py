@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 1_000_000  # litellm asks for 128,000 if its user names none
 MAX_CHOICES = 16
 MAX_STOP_IDS = 64
 MAX_SALT_CHARS = 256
-_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")  # no vocabulary has more ids
 _STOP_SCHEMA: JsonDict = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 OWN_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 """Fields whose default a model's `generation_config.json` may give."""
@@ -95,7 +95,7 @@ class SamplingFields(Strict):
     presence_penalty: Penalty | None = Field(None, description=as_in_engine("presence_penalty"))
     logit_bias: Bias | None = Field(
         None,
-        json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}},
+        json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}},
         description=as_in_engine("logit_bias"),
     )
     seed: Seed | None = Field(None, description=as_in_engine("seed"))

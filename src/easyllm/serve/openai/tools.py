@@ -68,13 +68,28 @@ TOOL_CHOICE_SCHEMA = {
 }
 
 
+_ARGUMENTS = {
+    "anyOf": [
+        {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"type": "object"},
+        },
+        {"type": "object"},
+        {"type": "null"},
+    ]
+}
+
+
 class CalledFunction(BaseModel):
     """The function of a tool call in the conversation; other fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     name: Annotated[str, Field(min_length=1)] = Field(description="Name of the function.")
-    arguments: str | dict[str, Any] | None = Field(None, description="Its arguments, as JSON text.")
+    arguments: Annotated[str | dict[str, Any] | None, WithJsonSchema(_ARGUMENTS)] = Field(
+        None, description="Its arguments, as JSON text of an object, or as the object."
+    )
 
 
 class ToolCall(BaseModel):
