@@ -1,52 +1,28 @@
-"""The official client against `easyllm serve`, with a tiny random model in a separate process."""
+"""The official clients against `easyllm serve`, with a tiny random model in a separate process."""
 
 import asyncio
 import json
 import math
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import openai
-import torch
+import routes
 from figures import Figures
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from local_server import KEY, save_tiny, serving
 
-from easyllm.models import save_model
-from easyllm.models.families import family_of
-from easyllm.nn import Decoder
-from easyllm.tokenizer import SpecialTokens, Tokenizer
-
-KEY = "sk-interop"
 QUESTION: Any = [{"role": "user", "content": "hello, 世界 12345"}]
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ "
-    "'<|im_start|>assistant\\n' }}{% endif %}"
-)
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog.",
-    "你好，世界 hello world",
-    "user assistant",
-] * 4
 PLAIN: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "max_tokens": 24, "temperature": 0}
 
 
 def main() -> int:
-    figures = Figures("openai", "fastapi", "uvicorn", "pydantic", "httpx2")
+    figures = Figures("openai", "anthropic", "starlette", "uvicorn", "pydantic", "httpx2")
     with tempfile.TemporaryDirectory() as folder:
         model = save_tiny(Path(folder) / "tiny")
-        with serving(model) as address, connect(address) as client:
+        with serving(f"tiny={model}") as address, connect(address) as client:
             for group in (answers, streams, logprobs, choices, replay, errors, listing):
                 print(group.__name__)
                 figures.run(group.__name__, lambda g=group: g(figures, client))
@@ -54,6 +30,19 @@ def main() -> int:
             figures.run("keys", lambda: keys(figures, address))
             print("asynchronous")
             figures.run("asynchronous", lambda: asyncio.run(together(figures, address)))
+        wide = save_tiny(Path(folder) / "wide", context=2048)  # tools take many tokens
+        with serving(f"tiny={wide}") as address, connect(address) as client:
+            for group in (
+                routes.tools,
+                routes.structured,
+                routes.completions,
+                routes.embeddings,
+                routes.responses,
+            ):
+                print(group.__name__)
+                figures.run(group.__name__, lambda g=group: g(figures, client))
+            print("messages")
+            figures.run("messages", lambda: routes.messages(figures, client, address, KEY))
     return figures.end()
 
 
@@ -336,79 +325,6 @@ async def together(figures: Figures, address: str) -> None:
         stream = await client.chat.completions.create(**PLAIN, stream=True)
         text = "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
         figures.equal("streamed", text, content(alone))
-
-
-# ---- the server
-
-
-def save_tiny(folder: Path) -> Path:
-    """Saves a random model with a tokenizer and ChatML's template."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    special = SpecialTokens(bos="<|im_start|>", eos="<|im_end|>", pad="<|endoftext|>")
-    tokenizer = Tokenizer(backend, special, chat_template=TEMPLATE, max_seq_len=256)
-    config = {
-        "model_type": "llama",
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    model = Decoder(family_of("llama").read_config(config))
-    model.reset_parameters(std=0.3, generator=torch.Generator().manual_seed(0))
-    return save_model(model.requires_grad_(False).eval(), folder, tokenizer=tokenizer)
-
-
-@contextmanager
-def serving(model: Path) -> Iterator[str]:
-    """Yields the address of `easyllm serve` on a free port; stops it by SIGTERM at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "easyllm", "serve", f"tiny={model}"]
-    command += ["--port", str(port), "--api-key", KEY]
-    environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
-        try:
-            address = f"http://127.0.0.1:{port}"
-            wait_for(f"{address}/health", process)
-            yield address
-        except BaseException:
-            log.seek(0)
-            print(log.read().decode(errors="replace")[-2000:], file=sys.stderr)
-            raise
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise RuntimeError(f"the server did not start (exit status {process.poll()})")
 
 
 def connect(address: str) -> openai.OpenAI:
