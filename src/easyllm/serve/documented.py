@@ -17,7 +17,7 @@ _REASONS = {
     404: "the model is not served",
     408: "the request did not arrive in time",
     413: "the request is too large",
-    403: "the host is not served",
+    403: "the host is not served, or adapters cannot be loaded by request",
     415: "the body is not declared as JSON",
     429: "too many requests are waiting",
     500: "the server failed; see its log",
