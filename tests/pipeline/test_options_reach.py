@@ -6,6 +6,7 @@ import json
 import sys
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ NONSENSE, NEGATIVE = "nonsense-value", "-7"
 ANY_TEXT = {
     *("--stop", "--system", "--prompt", "--host", "--api-key", "--index-url"),
     *("--special", "--chat-template", "--text-key"),  # the user's own texts
+    *("--regex", "--choice", "--allowed-host"),
     *("--output", "--config", "--set", "--text", "--model", "--draft"),  # paths, sources, pairs
 }
 """Options that accept any text.
@@ -119,6 +121,7 @@ def calls(tiny_folder, tmp_path_factory):
         "chat": (tiny_folder,),
         "serve": (tiny_folder,),
         "bench engine": (tiny_folder,),
+        "bench serve": ("http://127.0.0.1:9",),
         "eval": (tiny_folder, rows),
         "verify": (tiny_folder,),
         "compare": (tiny_folder, tiny_folder),
@@ -185,9 +188,10 @@ SAMPLING = {
     "--best-of": ("best_of", "3", 3),
     "--logprobs": ("logprobs", "2", 2),
 }
+GUIDES = {"--json-schema", "--json-object", "--regex", "--choice", "--grammar"}
 ELSEWHERE = {
-    "generate": {"--beams", "--length-penalty", "--chat", "--json"},
-    "chat": {"--system"},
+    "generate": {"--beams", "--length-penalty", "--chat", "--json", *GUIDES},
+    "chat": {"--system", *GUIDES},
     "serve": {
         "--host",
         "--port",
@@ -195,6 +199,7 @@ ELSEWHERE = {
         "--read-timeout",
         "--write-timeout",
         "--drain-timeout",
+        *("--max-waiting", "--unload-idle", "--allowed-host", "--adapters-folder", "--log-json"),
     },
     "bench engine": {"--repeats", "--json"},
 }
@@ -216,8 +221,8 @@ class Recorder:
         self.messages = messages
         return [1]
 
-    def stream(self, ids, params):
-        self.params = params
+    def stream(self, ids, params, guide=None):
+        self.params, self.guide = params, guide
         return iter(())
 
     def beam_search(self, prompts, params):
@@ -277,10 +282,16 @@ def test_timeouts_reach_the_server(calls, recorder, monkeypatch):
     seen = {}
     monkeypatch.setattr("easyllm.serve.run.serve", lambda *_, **options: seen.update(options))
     words = ("--read-timeout", 5, "--write-timeout", 6, "--drain-timeout", 7, "--port", 18431)
+    words += ("--max-waiting", 8, "--unload-idle", 9, "--allowed-host", "a.example", "--log-json")
+    words += ("--adapters-folder", calls["serve"][0])
     code, _, err = run("serve", *calls["serve"], *words)
     assert code == 0, err
     limits = seen["limits"]
     assert (limits.read_timeout_s, limits.write_timeout_s, limits.drain_timeout_s) == (5, 6, 7)
+    assert (limits.max_waiting, limits.unload_idle_s) == (8, 9)
+    assert "a.example" in seen["allowed_hosts"]
+    assert seen["adapters_folder"] == Path(calls["serve"][0])
+    assert seen["log"] is not None
 
 
 def test_beams_chat_and_system_options_reach_the_engine(calls, recorder):

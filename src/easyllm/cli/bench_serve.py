@@ -27,6 +27,7 @@ DataFile = Annotated[
     Path | None,
     typer.Option(
         "--data",
+        callback=home_path,
         help="File of prompts to send in place of random ones: JSON lines with prompt or messages, "
         "or a prompt per line.",
     ),

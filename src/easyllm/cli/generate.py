@@ -133,7 +133,7 @@ def chat(
     guided: Annotated[Values, GUIDE],
     adapter: AdapterFolder = None,
 ) -> None:
-    """Chat with a model in the terminal; an empty line or Ctrl-D quits.
+    r"""Chat with a model in the terminal; an empty line or Ctrl-D quits.
 
     Without a terminal, each line of standard input is a message of the conversation.
 
@@ -147,7 +147,7 @@ def chat(
 
         printf 'What is Easyllm?\\n' | easyllm chat runs/mine/adapter
 
-        easyllm chat --regex '[A-Z][a-z ]{1,60}[.]'
+        easyllm chat --regex '\[A-Z]\[a-z ]{1,60}\[.]'
     """
     params, guide = sampling_params(sampling), guide_of(guided)
     # the cache of a single conversation

@@ -88,7 +88,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "chat": "Chat with a model in the terminal; an empty line or Ctrl-D quits.",
     },
     "serve": {
-        "serve": "Serve models over an OpenAI-compatible API with a chat page.",
+        "serve": "Serve models over the APIs of OpenAI and Anthropic, with a chat page.",
     },
     "bench": {
         "bench": "Measure the speed of a model on this machine, or of a server.",

@@ -8,6 +8,7 @@ import typer
 
 from easyllm.cli.adapter import AdapterFolder, load_served
 from easyllm.cli.options import FlagGroup, Values, with_flags
+from easyllm.cli.output import home_path
 from easyllm.cli.sampling import LOADING
 from easyllm.engine.options import LLMOptions
 from easyllm.serve.limits import ServeLimits
@@ -57,6 +58,7 @@ def serve(
     adapters_folder: Annotated[
         Path | None,
         typer.Option(
+            callback=home_path,
             help="Folder from which requests may load adapters (POST /v1/load_lora_adapter).",
             metavar="FOLDER",
         ),
