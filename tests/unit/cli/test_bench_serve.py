@@ -95,7 +95,13 @@ def test_ctrl_c_prints_what_has_been_measured():
         words = ["bench", "serve", url, "--max-tokens", "5", "--requests", "100000", "--json"]
         command = [sys.executable, "-m", "easyllm", *words, "--concurrency", "4"]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ},
+            text=True,
+            # a background job, in which tests may run, hands down that it ignores Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 30
         while len(fake.bodies) < 30 and time.monotonic() < deadline:
