@@ -81,6 +81,18 @@ def test_an_incomplete_request_times_out_with_408(llm, sent, dribbling):
         assert httpx.get(f"{address}/health").status_code == 200
 
 
+def test_a_stalled_body_is_counted_under_the_status_that_was_sent(llm):
+    with running({"m": llm}, limits=SHORT) as address, connected(address) as raw:
+        raw.sendall(head_of("Content-Length: 100") + b"{")
+        assert answer_on(raw)[0] == 408
+        counted = [
+            line
+            for line in httpx.get(f"{address}/metrics").text.splitlines()
+            if line.startswith("easyllm_http_requests_total{") and "/v1/" in line
+        ]
+        assert [line.rpartition("status=")[2] for line in counted] == ['"408"} 1'], counted
+
+
 def test_an_idle_connection_is_closed(llm):
     with running({"m": llm}, limits=SHORT) as address, connected(address) as raw:
         assert 0.3 < seconds_until_closed(raw) < MARGIN_S

@@ -52,7 +52,7 @@ def check_output_free(target: Path) -> None:
         if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
             raise OutputError(
                 f"output {str(target)!r} already exists and is not empty; "
-                "choose another folder or remove it"
+                "choose another name or remove it"
             )
     check_writable(target)
 

@@ -19,6 +19,7 @@ from easyllm.core.json_types import Json
 from easyllm.serve.errors import error_response
 from easyllm.serve.guard import SECURITY_HEADERS
 from easyllm.serve.limits import ServeLimits
+from easyllm.serve.trace import TRACE, RequestTrace
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE_S = (
@@ -143,7 +144,14 @@ class BoundedProtocol(H11Protocol):
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
+            self._record(status)
         self.transport.close()
+
+    def _record(self, status: int) -> None:
+        """Records the status of a response that the application does not send itself."""
+        trace = cast("dict[str, object]", self.scope or {}).get(TRACE)
+        if isinstance(trace, RequestTrace) and not trace.status:
+            trace.status = status
 
 
 class BoundedServer(uvicorn.Server):

@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from easyllm.serve.metrics import Metrics
 from easyllm.serve.request_log import RequestLog
-from easyllm.serve.trace import RequestTrace
+from easyllm.serve.trace import TRACE, RequestTrace
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -19,7 +19,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 def trace_of(request: "Request") -> RequestTrace:
     """Returns the trace of a request that passed through `Observe`."""
-    found: RequestTrace = request.scope["easyllm.trace"]
+    found: RequestTrace = request.scope[TRACE]
     return found
 
 
@@ -42,7 +42,7 @@ class Observe:
             await self.app(scope, receive, send)
             return
         trace = RequestTrace(method=scope["method"], path=scope["path"])
-        scope["easyllm.trace"] = trace
+        scope[TRACE] = trace
         complete = False
 
         async def watched_receive() -> Message:
@@ -54,7 +54,7 @@ class Observe:
         async def watched_send(message: Message) -> None:
             nonlocal complete
             if message["type"] == "http.response.start":
-                trace.status = message["status"]
+                trace.status = trace.status or message["status"]  # unless the connection sent one
             elif not message.get("more_body", False):
                 complete = True
             await send(message)

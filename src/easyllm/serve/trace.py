@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass, field
 
+TRACE = "easyllm.trace"
+"""The key of a request's trace in its ASGI scope."""
 
 @dataclass(slots=True)
 class RequestTrace:
