@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapter_kinds import config_of
-from easyllm.adapters import LoRAConfig, attach, detach, save_adapter
+from easyllm.adapters import LoRAConfig, adapter_of, attach, detach, save_adapter
 from easyllm.adapters.attach import place
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM, Engine, Request, SamplingParams
@@ -17,6 +17,7 @@ from easyllm.engine.compiled_step import CompiledStep
 from easyllm.engine.options import EngineConfig
 from easyllm.engine.runner import logits_in_passes
 from easyllm.models import hf_module_name
+from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.ops.kernels.build import _library
 from easyllm.quant import quantize_weights
 from engine_requests import prompts_of
@@ -201,6 +202,30 @@ def test_pruned_ranks_and_untouched_layers_leave_the_base(tiny_tokenizer):
     ]
     for a, b in zip(*done, strict=True):
         assert [t for t, _ in a] == [t for t, _ in b]
+
+
+def test_named_adapters_in_one_batch_have_the_gradients_of_each_alone():
+    model = with_adapters(base_of(), {"odd": CONFIGS["odd"], "wide": CONFIGS["wide"]})
+    for name in ("odd", "wide"):
+        for parameter in adapter_of(model, name).own_parameters():
+            parameter.requires_grad_(True)
+    ids = [torch.tensor(prompt) for prompt in prompts_of([9, 5, 7])]
+    names = ["odd", "", "wide"]
+
+    def gradients(chosen):
+        lengths = [len(ids[i]) for i in chosen]
+        rows = AdapterRows.of_sequences([names[i] for i in chosen], lengths)
+        context = ForwardContext.packed(lengths, adapters=rows)
+        model.zero_grad()
+        hidden = model(torch.cat([ids[i] for i in chosen]), context)
+        model.head(hidden, context).square().sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {name: grad.clone() for name, grad in found.items()}
+
+    together = gradients([0, 1, 2])
+    for name, grad in {**gradients([0]), **gradients([2])}.items():
+        torch.testing.assert_close(together[name], grad, atol=1e-3, rtol=1e-3)
+    assert len(together) == 2 * sum(len(adapter_of(model, n).own_parameters()) for n in ("odd",))
 
 
 # ---- loading and unloading while requests run

@@ -7,9 +7,15 @@ from torch.nn import functional as F
 from easyllm.ops.activation import gated
 from easyllm.ops.attention import attention
 from easyllm.ops.attention_rule import AttentionRule
-from easyllm.ops.deterministic import fixed_order_linear, packed_attention, tiled_linear
+from easyllm.ops.deterministic import (
+    fixed_order_linear,
+    packed_attention,
+    sums_have_fixed_order,
+    tiled_linear,
+)
 from easyllm.ops.kernels import build
 from easyllm.ops.logsumexp import logsumexp
+from easyllm.ops.low_rank import LowRank, add_low_rank_updates, low_rank_update
 from easyllm.ops.norm import rms_norm
 from easyllm.ops.paged_attention import paged_attention, write_pages
 from easyllm.ops.rotary import apply_rotary
@@ -114,6 +120,68 @@ def test_logsumexp_has_the_gradient_of_pytorch():
         function(x).square().sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
+
+
+UPDATES = [(96, 83, 16), (41, 40, 3), (576, 8, 40), (24, 192, 1), (64, 64, 8)]
+
+
+def update_of(inputs, outputs, rank, dtype=torch.float32):
+    down, up = random(rank, inputs, seed=2), random(outputs, rank, seed=3)
+    return LowRank(down.to(dtype), up.to(dtype), 0.7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs", "rank"), UPDATES)
+def test_low_rank_updates_are_batch_invariant(dtype, inputs, outputs, rank):
+    update = update_of(inputs, outputs, rank)
+    both = random(200, inputs + outputs, dtype=dtype)
+    x, y = both.split([inputs, outputs], dim=1)
+    holds_for_rows(
+        lambda rows: low_rank_update(*rows.split([inputs, outputs], dim=1), update), both
+    )
+    found = low_rank_update(x, y, update)
+    exact = y.double() + 0.7 * (x.double() @ update.down.double().T) @ update.up.double().T
+    size = 2e-2 if dtype == torch.bfloat16 else 2e-6
+    assert (found - exact).abs().max() <= size * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank_updates_of_groups_are_those_of_each_row(dtype):
+    """Ranks differ, a group is empty, one has no ranks, and rows are in any order."""
+    if not sums_have_fixed_order(dtype):
+        pytest.skip("products in this dtype do not run in the kernels here")
+    updates = [update_of(96, 83, rank) for rank in (16, 3, 0, 40, 8)]
+    groups = [[5, 90, 7], list(range(20, 70)), [1], [], [3, 2]]
+    x, y = random(100, 96, dtype=dtype), random(100, 83, dtype=dtype, seed=1)
+    starts = torch.tensor([0, *(len(rows) for rows in groups)]).cumsum(0)
+    rows_of_all = torch.tensor([row for rows in groups for row in rows])
+    found = y.clone()
+    add_low_rank_updates(x, found, updates, starts, rows_of_all)
+    expected = y.clone()
+    for update, rows in zip(updates, groups, strict=True):
+        if rows:
+            expected[rows] = low_rank_update(x[rows], y[rows], update)
+    assert torch.equal(found, expected)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        again = y.clone()
+        add_low_rank_updates(x, again, updates, starts, rows_of_all)
+        assert torch.equal(again, found)
+
+
+def test_low_rank_updates_have_the_gradients_of_two_products():
+    operands = random(2, 7, 41), random(2, 7, 83, seed=1), random(3, 41), random(83, 3, seed=4)
+    grads = []
+    for kernel in (True, False):
+        x, y, down, up = (t.clone().requires_grad_() for t in operands)
+        if kernel:
+            out = low_rank_update(x, y, LowRank(down, up, 0.7))
+        else:
+            out = y + 0.7 * (x @ down.T) @ up.T
+        out.square().sum().backward()
+        grads.append((x.grad, y.grad, down.grad, up.grad))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-4)
 
 
 def test_plain_linear_is_not_batch_invariant():

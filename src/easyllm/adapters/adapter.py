@@ -27,6 +27,7 @@ from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.linear import BaseLinear, Embedding, Linear
 from easyllm.nn.virtual_tokens import ModelAdapter
+from easyllm.ops.low_rank import LowRank
 
 ALL_LINEAR = "all-linear"
 
@@ -84,10 +85,11 @@ class Adapter(nn.Module):
         """
         return None
 
-    def low_rank_update(self) -> tuple[Tensor, Tensor, float] | None:
-        """Returns A [r, in], B [out, r] and s if `forward` is base(x) + s B A x in inference.
+    def low_rank(self) -> LowRank | None:
+        """Returns A [r, in], B [out, r] and s if `forward` is base(x) + s B A x, else None.
 
-        The compiled decoding step of the engine computes such adapters; None means that it cannot.
+        Such adapters are computed for all rows of a batch in one call, and in the compiled decoding
+        step of the engine.
         """
         return None
 

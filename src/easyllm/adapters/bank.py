@@ -1,11 +1,14 @@
 """Several named adapters on one linear, selected per sequence (`ForwardContext.adapters`)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from easyllm.adapters.adapter import Adapter
 from easyllm.core.errors import ConfigError
 from easyllm.nn.linear import BaseLinear, KnownProduct
+from easyllm.ops.low_rank import add_low_rank_updates, supports_low_rank
 
 
 class AdapterBank(Adapter):
@@ -58,13 +61,8 @@ class AdapterBank(Adapter):
             adapter = groups[0][0]
             return base(x) if adapter is None else adapter(x, base)
         if all(adapter is None or adapter.passes_input_unchanged for adapter, _ in groups):
-            out = base(x)
-            for adapter, rows in groups:
-                if adapter is not None:
-                    part, y = _rows(x, rows), _rows(out, rows)
-                    known = KnownProduct(base.layer, base.context, base.widened, x=part, y=y)
-                    out = _with_rows(out, rows, adapter(part, known))
-            return out
+            changed = [(adapter, rows) for adapter, rows in groups if adapter is not None]
+            return _added(x, base(x), changed, base)
         out = x.new_empty(len(x), base.layer.out_features)
         for adapter, rows in groups:
             part = _rows(x, rows)
@@ -90,6 +88,27 @@ class AdapterBank(Adapter):
             if known == name:
                 return adapter  # type: ignore[return-value]
         return None
+
+
+def _added(
+    x: Tensor,
+    out: Tensor,
+    groups: Sequence[tuple[Adapter, Tensor | None]],
+    base: BaseLinear,
+) -> Tensor:
+    """Returns the base's output `out` for `x`, changed by the adapter of each group of rows."""
+    updates = [adapter.low_rank() for adapter, _ in groups]
+    known = [update for update in updates if update is not None]
+    if groups and len(known) == len(groups) and supports_low_rank(x, out):
+        indices = [rows for _, rows in groups if rows is not None]
+        starts = torch.tensor([0, *map(len, indices)]).cumsum(0)
+        add_low_rank_updates(x, out, known, starts, torch.cat(indices))
+        return out
+    for adapter, rows in groups:
+        part, y = _rows(x, rows), _rows(out, rows)
+        product = KnownProduct(base.layer, base.context, base.widened, x=part, y=y)
+        out = _with_rows(out, rows, adapter(part, product))
+    return out
 
 
 def _rows(x: Tensor, rows: Tensor | None) -> Tensor:

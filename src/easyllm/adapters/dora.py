@@ -22,6 +22,7 @@ from easyllm.adapters.registry import register_adapter
 from easyllm.core.json_types import JsonObject
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear, Linear
+from easyllm.ops.low_rank import LowRank
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -113,7 +114,7 @@ class DoRA(LoRA):
         """Returns None: the norm of the updated weight depends on the weight."""
         return None
 
-    def low_rank_update(self) -> tuple[Tensor, Tensor, float] | None:
+    def low_rank(self) -> LowRank | None:
         """Returns None: the output is scaled after the update."""
         return None
 

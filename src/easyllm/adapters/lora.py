@@ -20,7 +20,7 @@ from easyllm.adapters.low_rank import LowRankConfig
 from easyllm.adapters.registry import register_adapter
 from easyllm.nn.cost import Activation, CostTrace, LinearShape
 from easyllm.nn.linear import BaseLinear
-from easyllm.ops.deterministic import fixed_order_linear
+from easyllm.ops.low_rank import LowRank, low_rank_update
 
 
 class LoRAConfig(LowRankConfig):
@@ -98,9 +98,9 @@ class LoRA(Adapter):
         """Returns `y + s · B A x` [..., out] for `x: [..., in]` and `y: [..., out]`."""
         if self.dropout is not None:
             x = self.dropout(x)
-        down, up = (matrix.to(x.dtype) for matrix in self.matrices())
         if base.context is not None and base.context.deterministic:
-            return y + self.scale * fixed_order_linear(fixed_order_linear(x, down), up)
+            return low_rank_update(x, y, LowRank(*self.matrices(), self.scale))
+        down, up = (matrix.to(x.dtype) for matrix in self.matrices())
         inner = x @ down.T  # [T, r]
         return torch.addmm(y, inner, up.T, alpha=self.scale)
 
@@ -113,9 +113,11 @@ class LoRA(Adapter):
         down, up = self.matrices()
         return down.float(), self.scale * up.float()
 
-    def low_rank_update(self) -> tuple[Tensor, Tensor, float] | None:
-        """Returns A [r, in], B [out, r] and s."""
-        return *self.matrices(), self.scale
+    def low_rank(self) -> LowRank | None:
+        """Returns A [r, in], B [out, r] and s; None while dropout changes the input."""
+        if self.dropout is not None and self.training:
+            return None
+        return LowRank(*self.matrices(), self.scale)
 
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x' and W' such that x' W'ᵀ is the adapted output.

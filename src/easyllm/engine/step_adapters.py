@@ -5,7 +5,6 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from easyllm.engine.step_support import attention_of
 from easyllm.nn.decoder import Decoder, DecoderLayer
@@ -17,12 +16,12 @@ from easyllm.ops.kernels.step_structs import (
     StepBatch,
     StepLayer,
     StepModel,
-    StepUpdate,
 )
-from easyllm.ops.kernels.structs import DTYPE_CODES, Matrix, address
+from easyllm.ops.kernels.structs import LowRankUpdate
 
 if TYPE_CHECKING:
     from easyllm.adapters.adapter_set import AdapterSet
+    from easyllm.ops.low_rank import LowRank
 
 
 class StepAdapters:
@@ -38,8 +37,8 @@ class StepAdapters:
         layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
         self._linears = [linear for layer in layers for linear in layer_linears(layer)]
         self._linears += [] if model.lm_head is None else [model.lm_head]
-        self._kept: list[Tensor] = []  # the structs refer to their memory
-        self._rows: list[ctypes.Array[StepUpdate]] = []
+        self._kept: list[LowRank] = []  # the structs refer to their memory
+        self._rows: list[ctypes.Array[LowRankUpdate]] = []
         self._max_rank = 0
         self._unnamed_is_base = "" not in model.adapter_sets
         found = {name: self._updates(its) for name, its in model.adapter_sets.items()}
@@ -76,20 +75,20 @@ class StepAdapters:
         rows = (row for its in groups.values() for row in its)
         batch.group_rows = (ctypes.c_int64 * starts[-1])(*rows)
 
-    def _row(self, first: int, count: int) -> "ctypes.Array[StepUpdate] | None":
+    def _row(self, first: int, count: int) -> "ctypes.Array[LowRankUpdate] | None":
         """Returns the updates [count, adapters] of matrices from `first` on; None without any."""
         each = [
-            table.get(number, StepUpdate())
+            table.get(number, LowRankUpdate())
             for number in range(first, first + count)
             for table in self._tables.values()
         ]
         if not any(update.down.outputs for update in each):
             return None
-        row = (StepUpdate * len(each))(*each)
+        row = (LowRankUpdate * len(each))(*each)
         self._rows.append(row)
         return row
 
-    def _updates(self, adapters: "AdapterSet") -> dict[int, StepUpdate] | None:
+    def _updates(self, adapters: "AdapterSet") -> dict[int, LowRankUpdate] | None:
         """Returns the updates of an adapter by the number of the matrix.
 
         None if it changes anything else, or in another form.
@@ -97,7 +96,7 @@ class StepAdapters:
         if adapters.embeddings or adapters.model_adapter is not None:
             return None
         numbers = {id(linear): number for number, linear in enumerate(self._linears)}
-        found: dict[int, StepUpdate] = {}
+        found: dict[int, LowRankUpdate] = {}
         for linear, adapter in adapters.linears.values():
             number = numbers.get(id(linear))
             update = None if number is None else self._update(adapter)
@@ -106,22 +105,13 @@ class StepAdapters:
             found[number] = update
         return found
 
-    def _update(self, adapter: LinearAdapter) -> StepUpdate | None:
-        update = adapter.low_rank_update()
+    def _update(self, adapter: LinearAdapter) -> LowRankUpdate | None:
+        update = adapter.low_rank()
         if update is None:
             return None
-        down, up, scale = update
-        if not len(down):  # all of its ranks are pruned
-            return StepUpdate()
-        self._max_rank = max(self._max_rank, len(down))
-        return StepUpdate(down=self._matrix(down), up=self._matrix(up), scale=scale)
-
-    def _matrix(self, weight: Tensor) -> Matrix:
-        weight = weight.detach().to(self._dtype).contiguous()
-        self._kept.append(weight)
-        outputs, inputs = weight.shape
-        code = DTYPE_CODES[self._dtype]
-        return Matrix(data=address(weight), outputs=outputs, inputs=inputs, format=code)
+        self._max_rank = max(self._max_rank, len(update.down))
+        self._kept.append(update := update.to(self._dtype))
+        return update.struct()
 
 
 def layer_linears(layer: DecoderLayer) -> tuple[Linear, ...]:

@@ -65,7 +65,7 @@ def _adapter_is_supported(holder: Linear | Embedding) -> bool:
     adapter = holder.adapter
     if adapter is None:
         return True
-    return adapter.selected_by_row or adapter.low_rank_update() is not None
+    return adapter.selected_by_row or adapter.low_rank() is not None
 
 
 def _model_unsupported_reason(model: Decoder) -> str | None:

@@ -18,6 +18,7 @@ from easyllm.nn.cost import AdapterCost
 from easyllm.nn.hooks import has_hooks
 from easyllm.nn.storage import DenseWeight, WeightStorage
 from easyllm.ops.deterministic import fixed_order_linear
+from easyllm.ops.low_rank import LowRank
 from easyllm.ops.matmul import linears
 
 
@@ -38,7 +39,7 @@ class LinearAdapter(AdapterCost, Protocol):
     def __call__(self, x: Tensor, base: "BaseLinear") -> Tensor:
         """Returns the adapted layer's output [..., out] for `x: [..., in]`."""
 
-    def low_rank_update(self) -> tuple[Tensor, Tensor, float] | None:
+    def low_rank(self) -> LowRank | None:
         """Returns A [r, in], B [out, r] and s if the output is base(x) + s B A x, else None."""
 
     def loss_factors(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,7 +200,7 @@ def count_batch_variant_logprobs(model: Decoder, ids: Tensor) -> int:
     expected = rowwise_logprobs(model.logits(ids, deterministic=True)[:-1], ids[1:])
     batch = [ids.tolist(), ids.flip(0)[: len(ids) // 2].tolist(), ids[1:6].tolist()]
     passes = [[*_pieces(len(ids)), *[1] * DECODED], [7, len(ids) // 2 - 7], [1] * 5]
-    logits = logits_in_passes(model, batch, passes, deterministic=True)[0]
+    logits = logits_in_passes(model, batch, passes, compiled=True, deterministic=True)[0]
     return int((rowwise_logprobs(logits[:-1], ids[1:]) != expected).sum())
 
 

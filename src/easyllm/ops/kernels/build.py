@@ -41,10 +41,12 @@ SOURCES = (
     "decode_step.c",
     "step_attention.c",
     "step_adapters.c",
+    "low_rank.c",
     "rows.c",
 )
 HEADERS = (
-    *("cpu.h", "rows.h", "paged.h", "matrix.h", "codes.h", "tiles.h", "attention.h", "step.h"),
+    *("cpu.h", "rows.h", "paged.h", "matrix.h", "codes.h", "tiles.h", "attention.h"),
+    *("low_rank.h", "step.h"),
 )
 FLAGS = (
     "-O3",
@@ -55,7 +57,9 @@ FLAGS = (
     "-fPIC",
     "-std=gnu11",
 )
-EXTRA_FLAGS = dict.fromkeys(("update.c", "blockwise4.c", "rows.c"), ("-ffp-contract=off",))
+EXTRA_FLAGS = dict.fromkeys(
+    ("update.c", "blockwise4.c", "rows.c", "low_rank.c"), ("-ffp-contract=off",)
+)
 """Additional flags of individual sources."""
 COMPILE_TIMEOUT_S = 300
 
@@ -81,6 +85,7 @@ _PARAMETERS = {
     "attention_forward": (*(POINTER,) * 6, LONG, _SHAPE),
     "attention_backward": (*_pointers(structs.AttentionBackward), _SHAPE),
     "matrix_linear": (POINTER, POINTER, INT, LONG, *_pointers(structs.Matrix)),
+    "low_rank_updates": _pointers(structs.LowRankUpdates),
     "blockwise4_rows": (*_pointers(structs.Blockwise4), LONG, LONG, POINTER, INT),
     "blockwise4_linear": (*_pointers(structs.Blockwise4), *(POINTER,) * 3, INT, LONG),
     "tiles_ready": (),

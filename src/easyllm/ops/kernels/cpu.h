@@ -114,6 +114,8 @@ static inline uint16_t float_to_bf16(float x) {  // round to nearest, ties to ev
     return (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)((bits >> 16) | 0x40) : (uint16_t)rounded;
 }
 
+static inline float rounded(float x) { return bf16_to_float(float_to_bf16(x)); }
+
 // Loads n values of a row of `dtype` to out[0..n) as fp32.
 static inline void load_row(const void *row, int dtype, i64 n, float *restrict out) {
     if (dtype == BF16) {

@@ -89,6 +89,7 @@ static void project_panel(const Thread *t, Projections p, i64 index, i64 panel, 
                           float *out, i64 out_stride) {
     const Matrix *w = p.matrices + index;
     i64 rows = t->b->rows, width = panel_outputs(rows);
+    fetch_up(t, p, index, panel);
     linear_panel(w, panel, x, rows, out, out_stride);
     for (i64 s = 0; t->m->rounds && s < rows; s++)
         round_to_bf16(out + s * out_stride, min_(width, w->outputs - panel * width));
@@ -127,9 +128,9 @@ static void add_product(Thread *t, Projections p, const Rows *rows) {
     end_phase(t, panels);
 }
 
-// fed = silu(gate x) up x, in complete groups of 32, so that a thread can quantize its own results.
-static void gated(Thread *t, const Layer *l, const Rows *x, const Rows *fed) {
-    const Projections p = projections_of(t, l, GATE, 2);
+// fed = silu(gate x) up x, in complete groups of 32, so that a thread can quantize its own results
+// for `next`.
+static void gated(Thread *t, Projections p, const Rows *x, const Rows *fed, Projections next) {
     i64 rows = t->b->rows, width = panel_outputs(rows), panels = panels_of(p.matrices, rows);
     updates_down(t, p, x);
     EACH(g, fed->groups) {
@@ -144,7 +145,7 @@ static void gated(Thread *t, const Layer *l, const Rows *x, const Rows *fed) {
             round_values(t, out, count);
             memcpy(fed->values + s * fed->inputs + from, out, count * sizeof(float));
             i64 at = s * fed->groups + g;
-            if (is_quantized(&l->matrices[DOWN]))
+            if (is_quantized(next.matrices))
                 quantize_group(out, fed->codes + at * GROUP, fed->terms + at * TERMS);
             else pack_values(fed, s, rows, from, count);
         }
@@ -153,16 +154,17 @@ static void gated(Thread *t, const Layer *l, const Rows *x, const Rows *fed) {
 }
 
 static void run_layer(Thread *t, const Layer *l, const Pages *p) {
-    const Projections heads = projections_of(t, l, Q, 3);
+    const Projections heads = projections_of(t, l, Q, 3), out = projections_of(t, l, O, 1);
+    const Projections inner = projections_of(t, l, GATE, 2), down = projections_of(t, l, DOWN, 1);
     float *const to[] = {t->sh->q, t->sh->k, t->sh->v};
     project(t, heads, normed(t, l->mixer_norm, l->eps, heads), to);
     rotate_and_store(t, l, p);
     attend(t, l, p);
-    add_product(t, projections_of(t, l, O, 1), merged(t, l));
+    add_product(t, out, merged(t, l));
     Rows fed = t->sh->fed;
-    fed.inputs = l->matrices[DOWN].inputs, fed.groups = groups_of(fed.inputs);
-    gated(t, l, normed(t, l->feed_forward_norm, l->eps, projections_of(t, l, GATE, 2)), &fed);
-    add_product(t, projections_of(t, l, DOWN, 1), &fed);
+    fed.inputs = down.matrices->inputs, fed.groups = groups_of(fed.inputs);
+    gated(t, inner, normed(t, l->feed_forward_norm, l->eps, inner), &fed, down);
+    add_product(t, down, &fed);
 }
 
 static void embed(Thread *t) {

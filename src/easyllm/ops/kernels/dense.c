@@ -83,7 +83,8 @@ static inline void store_outputs(lane8 sum, i64 width, float *to) {
 
 // ---- one row
 
-ALWAYS_INLINE lane8 one_row(const Matrix *w, int format, i64 block, const float *x) {
+// `fetches`: whether the next block is prefetched
+ALWAYS_INLINE lane8 one_row(const Matrix *w, int format, i64 block, const float *x, int fetches) {
     lane8 acc[OUTPUTS] = {{0}};
     const char *row[OUTPUTS];
     i64 k = 0, size = element_size(format), ahead = OUTPUTS * w->inputs * size;
@@ -91,7 +92,7 @@ ALWAYS_INLINE lane8 one_row(const Matrix *w, int format, i64 block, const float 
     for (; k + 8 <= w->inputs; k += 8) {
         lane8 values = *(const lane8 *)(x + k);
         // prefetch the next block: the hardware does too little, and stops at page boundaries
-        if (k * size % 64 == 0)
+        if (fetches && k * size % 64 == 0)
             for (int j = 0; j < OUTPUTS; j++) __builtin_prefetch(row[j] + ahead + k * size);
         for (int j = 0; j < OUTPUTS; j++) acc[j] += values * load_8(row[j], format, k);
     }
@@ -244,13 +245,18 @@ void pack_values(const Rows *rows, i64 row, i64 num_rows, i64 from, i64 count) {
     }
 }
 
+void dense_row(const Matrix *w, i64 block, const float *x, float *out) {
+    lane8 sum = w->format == FP32 ? one_row(w, FP32, block, x, 0) : one_row(w, BF16, block, x, 0);
+    store_outputs(sum, min_(OUTPUTS, w->outputs - block * OUTPUTS), out);
+}
+
 void dense_block(const Matrix *w, i64 block, const Rows *x, i64 num_rows, float *out, i64 stride) {
     i64 width = min_(OUTPUTS, w->outputs - block * OUTPUTS);
     lane8 bias = {0};
     for (i64 j = 0; w->bias && j < width; j++) bias[j] = w->bias[block * OUTPUTS + j];
     if (num_rows == 1) {
-        lane8 sum = w->format == FP32 ? one_row(w, FP32, block, x->values)
-                                      : one_row(w, BF16, block, x->values);
+        lane8 sum = w->format == FP32 ? one_row(w, FP32, block, x->values, 1)
+                                      : one_row(w, BF16, block, x->values, 1);
         store_outputs(w->bias ? sum + bias : sum, width, out);
         return;
     }

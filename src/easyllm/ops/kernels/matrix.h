@@ -109,6 +109,10 @@ void super_row(const Matrix *w, i64 row, float *x);
 void dense_block(const Matrix *w, i64 block, const Rows *rows, i64 num_rows, float *out,
                  i64 out_stride);
 
+// out[0 .. OUTPUTS) = products of one row with a block of an fp32 or bf16 matrix without a bias, of
+// the same bits; for small matrices: nothing is prefetched
+void dense_row(const Matrix *w, i64 block, const float *x, float *out);
+
 // Outputs are computed panel by panel: one block for few rows, several for many.
 i64 panel_outputs(i64 num_rows);
 static inline i64 panels_of(const Matrix *w, i64 num_rows) {

@@ -47,13 +47,6 @@ void silu_gate_values(const float *gate, const float *up, i64 count, float *out)
     for (i64 i = 0; i < count; i++) out[i] = gate[i] * sigmoid_(gate[i]) * up[i];
 }
 
-static inline float rounded(float x) { return bf16_to_float(float_to_bf16(x)); }
-
-void add_update(const float *x, float scale, i64 count, int rounds, float *y) {
-    for (i64 i = 0; i < count; i++)
-        y[i] = rounds ? rounded(y[i] + rounded(scale * x[i])) : y[i] + scale * x[i];
-}
-
 void round_to_bf16(float *x, i64 count) {
 #pragma omp simd
     for (i64 i = 0; i < count; i++) x[i] = rounded(x[i]);

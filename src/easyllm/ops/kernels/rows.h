@@ -24,9 +24,6 @@ ONE_COPY void rotate_head_pairs(const float *x, const float *cosine, const float
 // out = silu(gate) * up; out may be gate or up
 ONE_COPY void silu_gate_values(const float *gate, const float *up, i64 count, float *out);
 
-// y += scale * x; product and sum are rounded to fp32 or, with `rounds`, to bf16
-ONE_COPY void add_update(const float *x, float scale, i64 count, int rounds, float *y);
-
 // Rounds values to bf16 and back.
 ONE_COPY void round_to_bf16(float *x, i64 count);
 

@@ -7,7 +7,7 @@
 //   task     attention of one row and KV head over one split (64 keys, see paged.h)
 //   panel    the outputs that linear_panel computes in one call (see matrix.h)
 //   part     partial result of attention over one split (see paged.h)
-//   update   the change B A that a LoRA adapter makes to a matrix
+//   update   the low-rank change B A that an adapter makes to a matrix (see low_rank.h)
 //   group    the rows of a batch that use one adapter
 //
 // Data layout: activations are [rows][width] in fp32; weights are Matrix, the KV cache is Pages. A
@@ -25,17 +25,10 @@
 #include <omp.h>
 #include <sched.h>
 
-#include "matrix.h"
+#include "low_rank.h"
 #include "paged.h"
-#include "rows.h"
 
 enum { Q, K, V, O, GATE, UP, DOWN, MATRICES };  // matrices of a layer, in the order of use
-
-// y += scale * B (A x); no outputs: the adapter does not change this matrix
-typedef struct {
-    Matrix down, up;  // A [rank][inputs] and B [outputs][rank], fp32 or bf16
-    float scale;
-} Update;
 
 typedef struct {
     Matrix matrices[MATRICES];
@@ -166,6 +159,9 @@ i64 num_tasks(const Layer *l, const Batch *b, i64 rows);
 void rotate_and_store(Thread *t, const Layer *l, const Pages *p);
 void attend(Thread *t, const Layer *l, const Pages *p);
 const Rows *merged(Thread *t, const Layer *l);
+
+// step_adapters.c: prefetches B of one panel of matrix `index` of `p`, before the panel is computed
+void fetch_up(const Thread *t, Projections p, i64 index, i64 panel);
 
 // step_adapters.c: inner = A x of the updates of `p`, whose input is x. A phase of its own; nothing
 // if no row uses an adapter.

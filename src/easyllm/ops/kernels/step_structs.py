@@ -2,24 +2,12 @@
 
 import ctypes
 
-from easyllm.ops.kernels.structs import FLOAT, INT, LONG, POINTER, Matrix, Pages
+from easyllm.ops.kernels.structs import FLOAT, INT, LONG, POINTER, LowRankUpdate, Matrix, Pages
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 """Matrices of a layer, in the order of `StepLayer.matrices`."""
 OUTPUTS = 8
 """Outputs of a block; ranks are padded to a multiple."""
-
-
-class StepUpdate(ctypes.Structure):
-    """The LoRA update of a matrix, y += scale B (A x): `Update` in step.h.
-
-    Attributes:
-        down: A, [rank, inputs]; without outputs, the adapter does not change the matrix.
-        up: B, [outputs, rank].
-        scale: s.
-    """
-
-    _fields_ = [("down", Matrix), ("up", Matrix), ("scale", FLOAT)]
 
 
 class StepLayer(ctypes.Structure):
@@ -28,7 +16,7 @@ class StepLayer(ctypes.Structure):
     Attributes:
         matrices: projections of attention and of the feed-forward layer, in the order of
             `MATRICES`.
-        updates: `StepUpdate` of each matrix and adapter, [matrices, adapters], or None.
+        updates: `LowRankUpdate` of each matrix and adapter, [matrices, adapters], or None.
         mixer_norm: weight of the norm before attention, [hidden], fp32.
         feed_forward_norm: weight of the norm before the feed-forward layer, [hidden], fp32.
         q_norm, k_norm: weights of the norms of queries and keys, [d], fp32, or None.
@@ -43,7 +31,7 @@ class StepLayer(ctypes.Structure):
 
     _fields_ = [
         ("matrices", Matrix * len(MATRICES)),
-        ("updates", ctypes.POINTER(StepUpdate)),
+        ("updates", ctypes.POINTER(LowRankUpdate)),
         *((name, POINTER) for name in ("mixer_norm", "feed_forward_norm", "q_norm", "k_norm")),
         *((name, POINTER) for name in ("cosine", "sine")),
         *((name, LONG) for name in ("heads", "kv_heads", "dim", "pairs", "window")),
@@ -57,7 +45,7 @@ class StepModel(ctypes.Structure):
     Attributes:
         embedding: [vocabulary, hidden].
         head: output head, [vocabulary, hidden].
-        head_updates: `StepUpdate` of the head and each adapter, [adapters], or None.
+        head_updates: `LowRankUpdate` of the head and each adapter, [adapters], or None.
         final_norm: weight of the last norm, [hidden], fp32.
         layers: array of `num_layers` layers.
         num_layers: number of layers.
@@ -71,7 +59,7 @@ class StepModel(ctypes.Structure):
 
     _fields_ = [
         *((name, Matrix) for name in ("embedding", "head")),
-        ("head_updates", ctypes.POINTER(StepUpdate)),
+        ("head_updates", ctypes.POINTER(LowRankUpdate)),
         ("final_norm", POINTER),
         ("layers", ctypes.POINTER(StepLayer)),
         *((name, LONG) for name in ("num_layers", "hidden", "num_adapters", "max_rank")),

@@ -330,6 +330,41 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class LowRankUpdate(ctypes.Structure):
+    """The low-rank update of a matrix, y += scale B (A x): `Update` in low_rank.h.
+
+    Attributes:
+        down: A, [rank, inputs]; without outputs, the matrix is not changed.
+        up: B, [outputs, rank].
+        scale: s.
+    """
+
+    _fields_ = [("down", Matrix), ("up", Matrix), ("scale", FLOAT)]
+
+
+class LowRankUpdates(ctypes.Structure):
+    """Arguments of `low_rank_updates`: `LowRankUpdates` in low_rank.c.
+
+    Attributes:
+        x: [T, inputs] in `dtype`.
+        y: [T, outputs] in `dtype`, changed in place.
+        updates: array of `LowRankUpdate`, one per group of rows.
+        starts: first row of each group in `rows`, [num_groups + 1], int64.
+        rows: numbers of the rows, group by group, int64.
+        num_groups: number of groups.
+        inputs, outputs: elements of a row of x and of y.
+        dtype: dtype code of x, y and the matrices of the updates.
+    """
+
+    _fields_ = [
+        *((name, POINTER) for name in ("x", "y")),
+        ("updates", ctypes.POINTER(LowRankUpdate)),
+        *((name, POINTER) for name in ("starts", "rows")),
+        *((name, LONG) for name in ("num_groups", "inputs", "outputs")),
+        ("dtype", INT),
+    ]
+
+
 class Blockwise4(ctypes.Structure):
     """A weight in blocks of 4-bit codes: `Blockwise4` in blockwise4.c, which describes the layout.
 
