@@ -372,7 +372,6 @@ class Engine:
                 piece,
                 logits[end - piece.num_logit_rows : end],
                 num_virtual=len(self._virtual),
-                row_by_row=self.options.deterministic,
             )
         if computed < len(sequence.tokens):
             self.scheduler.advance(sequence, computed)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from easyllm.ops.logsumexp import logsumexp
+
 NEG_INF = float("-inf")
 Setting = float | Tensor
 FULL_SORT_MAX_VOCAB, TOP_P_FAST_TOKENS = 4096, 256
@@ -135,7 +137,7 @@ def keep_top_p(logits: Tensor, p: Setting) -> Tensor:
     """
     if logits.shape[1] > FULL_SORT_MAX_VOCAB:
         best = logits.topk(TOP_P_FAST_TOKENS, dim=-1)
-        share = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
+        share = (best.values - logsumexp(logits)[:, None]).exp()
         before = share.cumsum(-1) - share
         reached = before >= _column(p, logits)
         # the most likely token is always retained, even if p rounds to 0 in the logits' dtype

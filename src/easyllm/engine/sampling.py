@@ -196,7 +196,11 @@ class SampledToken:
 
 
 def sample_tokens(
-    logits: Tensor, samplers: Sequence[SamplerState], drafts: Sequence[Draft | None] | None = None
+    logits: Tensor,
+    samplers: Sequence[SamplerState],
+    drafts: Sequence[Draft | None] | None = None,
+    *,
+    row_by_row: bool = False,
 ) -> list[SampledToken]:
     """Chooses the next token of each row.
 
@@ -207,6 +211,8 @@ def sample_tokens(
             accepted with probability min(1, p / q), and otherwise replaced by a token sampled from
             max(0, p - q) normalized, which leaves the distribution of tokens unchanged (speculative
             sampling; Leviathan et al. 2022, arXiv 2211.17192, section 2.3).
+        row_by_row: whether each row that draws a token is processed separately (deterministic
+            mode): PyTorch's rounding of sums over the vocabulary depends on the number of rows.
 
     Returns:
         The choice for each row.
@@ -222,13 +228,16 @@ def sample_tokens(
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         whole = len(drawn) == len(samplers)
-        narrowed = apply_sampling_filters(
-            processed if whole else processed[rows], [samplers[row].params for row in drawn]
-        )
-        processed = narrowed if whole else processed.index_copy(0, rows, narrowed)
+        chosen, own = processed if whole else processed[rows], [samplers[row] for row in drawn]
         guesses = [drafts[row] if drafts is not None else None for row in drawn]
-        sources = [samplers[row].source for row in drawn]
-        ids = ids.index_copy(0, rows, sample_multinomial(narrowed, sources, guesses))
+        if row_by_row:
+            each = zip(chosen.split(1), own, guesses, strict=True)
+            found = [_draw(row, [sampler], [guess]) for row, sampler, guess in each]
+            narrowed, tokens_drawn = (torch.cat(parts) for parts in zip(*found, strict=True))
+        else:
+            narrowed, tokens_drawn = _draw(chosen, own, guesses)
+        processed = narrowed if whole else processed.index_copy(0, rows, narrowed)
+        ids = ids.index_copy(0, rows, tokens_drawn)
     raw = (logits.gather(1, ids[:, None]).squeeze(1) - logsumexp(logits)).tolist()
     tokens = ids.tolist()
     details = _details(logits, processed, tokens, [c.params.logprobs for c in samplers])
@@ -238,6 +247,15 @@ def sample_tokens(
         )
         for row, token in enumerate(tokens)
     ]
+
+
+def _draw(
+    logits: Tensor, samplers: Sequence[SamplerState], drafts: Sequence[Draft | None]
+) -> tuple[Tensor, Tensor]:
+    """Returns the logits [N, V] that tokens are drawn from, and the tokens [N]."""
+    narrowed = apply_sampling_filters(logits, [sampler.params for sampler in samplers])
+    sources = [sampler.source for sampler in samplers]
+    return narrowed, sample_multinomial(narrowed, sources, drafts)
 
 
 def _process(logits: Tensor, samplers: Sequence[SamplerState]) -> tuple[Tensor, Tensor]:

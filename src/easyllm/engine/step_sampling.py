@@ -35,8 +35,7 @@ def sample_slots(
     Args:
         slots: the completions.
         logits: [rows, V], fp32.
-        row_by_row: samples each row separately (deterministic mode), because the rounding of sums
-            over the vocabulary depends on the number of rows.
+        row_by_row: as in `sample_tokens` (deterministic mode).
 
     Returns:
         The events of each request, by its id.
@@ -48,14 +47,8 @@ def sample_slots(
         all_rows = rows == list(range(len(logits)))
         drafts = [slot.drafts[turn] if turn < len(slot.drafts) else None for slot in alive]
         samplers = [slot.generation.sampler for slot in alive]
-        if row_by_row:
-            choices = [
-                sample_tokens(logits[row : row + 1], [sampler], [draft])[0]
-                for row, sampler, draft in zip(rows, samplers, drafts, strict=True)
-            ]
-        else:
-            chosen = logits if all_rows else logits[torch.tensor(rows, device=logits.device)]
-            choices = sample_tokens(chosen, samplers, drafts)
+        chosen = logits if all_rows else logits[torch.tensor(rows, device=logits.device)]
+        choices = sample_tokens(chosen, samplers, drafts, row_by_row=row_by_row)
         continuing = []
         for slot, choice, draft in zip(alive, choices, drafts, strict=True):
             event = slot.generation.take(choice)
@@ -73,7 +66,6 @@ def store_prompt_logprobs(
     rows: Tensor,
     *,
     num_virtual: int,
-    row_by_row: bool,
 ) -> None:
     """Stores the log-probability of the prompt token after each computed one.
 
@@ -82,7 +74,6 @@ def store_prompt_logprobs(
         piece: the computed chunk of its prompt.
         rows: logits of the chunk's tokens, [tokens, V].
         num_virtual: number of virtual tokens before the prompt, which have no log-probability.
-        row_by_row: as in `sample_slots`.
     """
     sequence, count = generation.sequence, generation.request.params.prompt_logprobs
     assert count is not None, "prompt_rows is set only if prompt_logprobs was requested"
@@ -92,12 +83,7 @@ def store_prompt_logprobs(
     positions = range(piece.start + 1 + first, end)
     tokens = [sequence.tokens[position] for position in positions]
     if tokens:
-        wanted = rows[first : first + len(tokens)]
-        if row_by_row:
-            each = zip(wanted.split(1), tokens, strict=True)
-            found = [prompt_logprobs(row, [token], count)[0] for row, token in each]
-        else:
-            found = prompt_logprobs(wanted, tokens, count)
+        found = prompt_logprobs(rows[first : first + len(tokens)], tokens, count)
         generation.prompt_logprobs.update(zip(positions, found, strict=True))
     if piece.start + len(rows) >= sequence.prompt_length:
         sequence.prompt_rows = False
