@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 TRACE = "easyllm.trace"
 """The key of a request's trace in its ASGI scope."""
 
+
 @dataclass(slots=True)
 class RequestTrace:
     """The course of an HTTP request: when it arrived, what it used, how it ended.
