@@ -161,86 +161,109 @@ void linear_panel(const Matrix *w, i64 panel, const Rows *x, i64 num_rows, float
         linear_block(w, block, x, num_rows, out, out_stride);
 }
 
-#define CODE_ROWS 128       // rows of a chunk whose codes stay in the L2 cache
-#define VALUE_BYTES 262144  // the same for values: bytes of a chunk
-#define PANELS_AT_ONCE 4  // panels that a thread takes, whose outputs fill cache lines
+#define CODE_ROWS 128         // rows of a tile whose codes stay in the L2 cache
+#define VALUE_BYTES 262144    // the same for values: bytes of a tile
+#define PREPARED_ROWS 1536    // rows that are prepared at a time, in whole tiles
+#define OUT_FLOATS (1 << 22)  // most results that are converted at a time
+#define TASK_OUTPUTS 32       // outputs of a task, one or more panels
 
-// Activation rows of a chunk, and its results if they are converted.
+// Activation rows that are prepared at a time, and their results if they are converted.
 typedef struct {
     Rows rows;
     float *values, *out;  // allocated unless x, or y, is fp32
-} RowChunk;
+    i64 count;
+} Prepared;
 
-// Rows that are multiplied by all panels before the next ones.
-static i64 rows_of_chunk(const Matrix *w) {
+// Rows that a task multiplies; even, for rows that share registers in pairs.
+static i64 tile_rows(const Matrix *w) {
     if (is_quantized(w)) return CODE_ROWS;
     i64 fitting = VALUE_BYTES / (i64)sizeof(float) / max_(1, w->inputs);
     return fitting < 48 ? 48 : fitting > 96 ? 96 : fitting / 6 * 6;  // whole groups of registers
 }
 
-static RowChunk open_rows(const Matrix *w, int dtype, i64 rows) {
+static Prepared open_rows(const Matrix *w, int dtype, i64 rows) {
     i64 groups = groups_of(w->inputs), workspace = padded_rows(max_(1, rows)) * groups;
-    RowChunk c = {.rows = {.inputs = w->inputs, .groups = groups}};
+    Prepared p = {.rows = {.inputs = w->inputs, .groups = groups}};
     if (is_quantized(w)) {
-        c.rows.codes = malloc(workspace * GROUP);
-        c.rows.terms = malloc(workspace * TERMS * sizeof(float));
+        p.rows.codes = malloc(workspace * GROUP);
+        p.rows.terms = malloc(workspace * TERMS * sizeof(float));
     } else if (ROWS_PER_REGISTER > 1) {
-        c.rows.packed = malloc(packed_size(rows, w->inputs) * sizeof(float));
+        p.rows.packed = malloc(packed_size(rows, w->inputs) * sizeof(float));
     }
-    if (dtype == FP32) return c;
-    if (!is_quantized(w)) c.values = malloc(rows * w->inputs * sizeof(float));
-    c.out = malloc(rows * w->outputs * sizeof(float));
-    return c;
+    if (dtype == FP32) return p;
+    if (!is_quantized(w)) p.values = malloc(rows * w->inputs * sizeof(float));
+    p.out = malloc(rows * w->outputs * sizeof(float));
+    return p;
 }
 
-static void close_rows(RowChunk c) {
-    free(c.rows.codes), free(c.rows.terms), free(c.values), free(c.out);
-    if (ROWS_PER_REGISTER > 1) free(c.rows.packed);
+static void close_rows(Prepared p) {
+    free(p.rows.codes), free(p.rows.terms), free(p.values), free(p.out);
+    if (ROWS_PER_REGISTER > 1) free(p.rows.packed);
 }
 
-// Prepares row m of a chunk for its products; `row` is scratch memory for its values.
-static void prepare_row(const Matrix *w, const RowChunk *c, const char *x, int dtype, i64 m,
-                        i64 num_rows, float *row) {
+// Prepares row m for its products; `row` is scratch memory for its values.
+static void prepare_row(const Matrix *w, const Prepared *p, const char *x, int dtype, i64 m,
+                        float *row) {
     const char *from = x + m * w->inputs * element_size(dtype);
     if (is_quantized(w)) {
         load_row(from, dtype, w->inputs, row);
-        quantize_row(&c->rows, m, row);
+        quantize_row(&p->rows, m, row);
         return;
     }
-    if (dtype != FP32) load_row(from, dtype, w->inputs, c->values + m * w->inputs);
-    pack_values(&c->rows, m, num_rows, 0, w->inputs);
+    if (dtype != FP32) load_row(from, dtype, w->inputs, p->values + m * w->inputs);
+    pack_values(&p->rows, m, p->count, 0, w->inputs);
+}
+
+// The rows from `first` on, a multiple of the rows of a tile.
+static Rows rows_from(const Prepared *p, i64 first) {
+    Rows r = p->rows;
+    if (r.codes) r.codes += first * r.groups * GROUP, r.terms += first * r.groups * TERMS;
+    if (r.values) r.values += first * r.inputs;
+    if (r.packed) r.packed += first * (ROWS_PER_REGISTER == 1 ? r.inputs : r.inputs / 8 * 8);
+    return r;
+}
+
+// Products of one tile of rows with TASK_OUTPUTS outputs; tasks of a tile are consecutive.
+static void run_task(const Matrix *w, const Prepared *p, i64 task, float *to) {
+    i64 parts = (w->outputs + TASK_OUTPUTS - 1) / TASK_OUTPUTS, most = tile_rows(w);
+    i64 first = task / parts * most, count = min_(most, p->count - first);
+    const Rows rows = rows_from(p, first);
+    i64 width = panel_outputs(count), from = task % parts * TASK_OUTPUTS;
+    for (i64 at = from; at < min_(w->outputs, from + TASK_OUTPUTS); at += width)
+        linear_panel(w, at / width, &rows, count, to + first * w->outputs + at, w->outputs);
 }
 
 // y[rows][outputs] = x[rows][inputs] W^T + bias; x and y have `dtype`. A row's result is bitwise
 // independent of the other rows and of the number of threads.
 void matrix_linear(const void *x, void *y, int dtype, i64 rows, const Matrix *w) {
-    i64 size = element_size(dtype), most = rows_of_chunk(w);
-    RowChunk c = open_rows(w, dtype, min_(rows, most));
+    i64 size = element_size(dtype), tile = tile_rows(w), most = PREPARED_ROWS / tile * tile;
+    if (dtype != FP32) most = max_(tile, min_(most, OUT_FLOATS / w->outputs / tile * tile));
+    Prepared p = open_rows(w, dtype, min_(rows, most));
     for (i64 begin = 0; begin < rows; begin += most) {
-        i64 count = min_(most, rows - begin);
+        p.count = min_(most, rows - begin);
         const char *from = (const char *)x + begin * w->inputs * size;
-        float *to = dtype == FP32 ? (float *)y + begin * w->outputs : c.out;
-        c.rows.values = dtype == FP32 ? (float *)from : c.values;
-        if (ROWS_PER_REGISTER == 1) c.rows.packed = c.rows.values;
+        float *to = dtype == FP32 ? (float *)y + begin * w->outputs : p.out;
+        p.rows.values = dtype == FP32 ? (float *)from : p.values;
+        if (ROWS_PER_REGISTER == 1) p.rows.packed = p.rows.values;
+        i64 tiles = (p.count + tile - 1) / tile;
+        i64 tasks = tiles * ((w->outputs + TASK_OUTPUTS - 1) / TASK_OUTPUTS);
 #pragma omp parallel
         {
             float *row = floats(w->inputs);
 #pragma omp for schedule(static)
-            for (i64 m = 0; m < count; m++) prepare_row(w, &c, from, dtype, m, count, row);
+            for (i64 m = 0; m < p.count; m++) prepare_row(w, &p, from, dtype, m, row);
             free(row);
-            begin_panels(count);
-#pragma omp for schedule(dynamic, PANELS_AT_ONCE)
-            for (i64 panel = 0; panel < panels_of(w, count); panel++)
-                linear_panel(w, panel, &c.rows, count, to + panel * panel_outputs(count),
-                             w->outputs);
-            end_panels(count);
+            begin_panels(p.count);
+#pragma omp for schedule(dynamic, 1)
+            for (i64 task = 0; task < tasks; task++) run_task(w, &p, task, to);
+            end_panels(p.count);
             if (dtype != FP32) {
 #pragma omp for schedule(static)
-                for (i64 m = 0; m < count; m++)
+                for (i64 m = 0; m < p.count; m++)
                     store_row((char *)y + (begin + m) * w->outputs * size, dtype, w->outputs,
-                              c.out + m * w->outputs);
+                              p.out + m * w->outputs);
             }
         }
     }
-    close_rows(c);
+    close_rows(p);
 }
