@@ -24,10 +24,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import machine
+
 from serve import free_port, healthy
 
 DRAIN_S, EXIT_MARGIN_S, MAX_GROWTH = 5, 3, 1.05
