@@ -76,10 +76,11 @@ class Call:
             work = answer(request, trace_of(http))
             return await cancel_on_disconnect(http, _awaited(work))
         except ContextLengthError as error:
-            # Clients (LangChain, litellm, Claude Code) look for these words, not for the code.
-            message = f"the prompt is too long: {error.what}"
-            message = f"{message}; shorten the {text_field}, or lower max_tokens"
+            # Clients look for words in the text: litellm and Claude Code for "prompt is too long",
+            # LangChain for the code (which openai's client leaves out of it since 3.38).
             code = "context_length_exceeded"
+            message = f"the prompt is too long: {error.what}"
+            message = f"{message}; shorten the {text_field}, or lower max_tokens ({code})"
             raise APIError(400, message, param=text_field, code=code) from None
         except DataError as error:  # raised by the chat template
             raise APIError(400, str(error), param=text_field) from None
