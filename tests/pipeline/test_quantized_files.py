@@ -21,8 +21,13 @@ IDS = torch.arange(5, 45)
 CASES = {
     "gptq, v1": ("gptq", "gptq", {"bits": 4, "group_size": 16}, {}),
     "gptq, v2": ("gptq", "gptq", {"bits": 4, "group_size": 16, "symmetric": False}, {}),
-    "gptq, activation order": ("gptq", "gptq", {"bits": 4, "group_size": 16}, {"act_order": True}),
-    "gptq, 3 bits": ("gptq", "gptq", {"bits": 3, "group_size": 32}, {"act_order": True}),
+    "gptq, activation order": (
+        "gptq",
+        "gptq",
+        {"bits": 4, "group_size": 16},
+        {"static_groups": False},
+    ),
+    "gptq, 3 bits": ("gptq", "gptq", {"bits": 3, "group_size": 32}, {"static_groups": False}),
     "gptq, 2 bits": ("gptq", "gptq", {"bits": 2, "group_size": 16}, {}),
     "gptq, 8 bits, channels": ("gptq", "gptq", {"bits": 8}, {}),
     "awq": ("awq", "awq", {"bits": 4, "group_size": 16, "symmetric": False}, {}),
@@ -226,7 +231,7 @@ def test_a_layout_without_a_place_for_the_order_of_inputs_refuses_it():
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
     model = build_tiny()
     weight = model.layers[0].mixer.q_proj.weight
-    order = GPTQOptions(act_order=True)
+    order = GPTQOptions(static_groups=False)
     spec = QuantSpec(bits=4, group_size=16, symmetric=False)
     moved = quantize_gptq(weight, x.T @ x, spec, order)
     for name in ("awq", "compressed-tensors"):

@@ -93,7 +93,9 @@ class QuantizeOptions(Config):
     )
     act_order: bool = Field(
         default=False,
-        description="GPTQ: quantizes columns in the order of their activations, largest first.",
+        description="GPTQ: groups are of columns in the order of their activations, with the order "
+        "in the file (desc_act); by default they are of neighbours, and only the order of "
+        "quantization follows the activations.",
     )
     data: PathText | None = Field(
         default=None,

@@ -209,7 +209,7 @@ class QuantizeWork:
 
     def _quantizer(self) -> LayerQuantizer:
         layout = UNIFORM[self.options.file_format]
-        settings = {"act_order": True} if self.options.act_order else {}
+        settings = {"static_groups": False} if self.options.act_order else {}
         return LayerQuantizer(
             method=find_method(self.options.method, **settings),
             spec_of=self.options.spec_of,

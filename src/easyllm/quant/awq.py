@@ -13,18 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from easyllm.quant.grid_search import best_grid, diagonal_blocks
 from easyllm.quant.quant_tensor import QuantTensor
-from easyllm.quant.rtn import Grid, grid_between, grid_of, grouped, quant_tensor
+from easyllm.quant.rtn import grid_of, grouped, quant_tensor
 from easyllm.quant.scaling import ScaleGroup
 from easyllm.quant.spec import QuantSpec
 from easyllm.quant.statistics import Statistics, output_error
 
 STEPS = 20
 """Exponents tried."""
-RATIOS = tuple(1 - i / STEPS for i in range(STEPS // 2))
-"""Shares of a group's range tried in clipping: 1, 0.95 … 0.55."""
-ROWS = 512
-"""Outputs whose clipping is searched at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,27 +85,8 @@ def clipped(weight: Tensor, gram: Tensor, spec: QuantSpec) -> QuantTensor:
     weight = weight.float()
     if spec.group_size == "tensor":
         return quant_tensor(weight, grid_of(grouped(weight, spec), spec), spec)
-    size = spec.group(weight.shape[1])
-    # [G, g, g], the diagonal blocks: a group's part of the output depends on its own inputs alone
-    blocks = torch.stack([gram[i : i + size, i : i + size] for i in range(0, len(gram), size)])
-    ranges = [_best_range(part, blocks, spec) for part in grouped(weight, spec).split(ROWS)]
-    least, most = (torch.cat(parts) for parts in zip(*ranges, strict=True))
-    return quant_tensor(weight, grid_between(least, most, spec), spec)
-
-
-def _best_range(weight: Tensor, blocks: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Returns the ends [n, G] of the ranges with the smallest errors, for `weight: [n, G, g]`."""
-    least, most = weight.aminmax(dim=-1)
-    found = torch.ones_like(least)
-    smallest = torch.full_like(least, torch.inf)
-    for ratio in RATIOS:
-        grid: Grid = grid_between(least * ratio, most * ratio, spec)
-        difference = (grid.nearest(weight) - weight).transpose(0, 1)  # [G, n, g]
-        errors = ((difference @ blocks) * difference).sum(-1).T
-        better = errors < smallest
-        smallest = torch.where(better, errors, smallest)
-        found = found.masked_fill(better, ratio)
-    return least * found, most * found
+    blocks = diagonal_blocks(gram, spec.group(weight.shape[1]))
+    return quant_tensor(weight, best_grid(grouped(weight, spec), blocks, spec), spec)
 
 
 __all__ = ["Scaling", "clipped", "find_factors"]

@@ -3,7 +3,12 @@
 (Frantar et al. 2022, arXiv 2210.17323.) The rounding error of column i, divided by the diagonal of
 the upper Cholesky factor U of H⁻¹, is subtracted from the later columns in proportion to row i of
 U, which minimises ‖(W' − W) X‖² given the columns that are already quantized. H = X Xᵀ comes from
-calibration. With a diagonal H nothing is corrected, and the result is that of round-to-nearest.
+calibration. With a diagonal H nothing is corrected, and on grids that span the weights the result
+is that of round-to-nearest.
+
+The paper's grids span the weights of each group. With 3 bits and groups of 64, most of what is lost
+is lost there; so each group takes the range that changes its part of the outputs least, by the
+diagonal block of H, as AWQ clips.
 """
 
 from dataclasses import dataclass
@@ -12,8 +17,9 @@ import torch
 from torch import Tensor
 
 from easyllm.core.errors import ConfigError
+from easyllm.quant.grid_search import best_grid, diagonal_blocks
 from easyllm.quant.quant_tensor import QuantTensor
-from easyllm.quant.rtn import Grid, grid_of, grouped
+from easyllm.quant.rtn import Grid, grid_of
 from easyllm.quant.spec import QuantSpec
 
 BLOCK = 128
@@ -26,15 +32,18 @@ class GPTQOptions:
     """Settings of GPTQ.
 
     Attributes:
-        act_order: whether columns are quantized in the order of falling diag(H) (activation order).
-        static_groups: whether groups are those of the original columns, with scales from the
-            weight before any correction, so that the file needs no `g_idx`; with `act_order`.
+        act_order: whether columns are quantized in the order of falling diag(H) (activation order),
+            so that those that matter most are corrected least.
+        static_groups: with `act_order`, whether groups are those of the original columns, with
+            scales from the weight before any correction, so that the file needs no `g_idx`.
         damping: share of the mean of diag(H) that is added to it.
+        search: whether the range of each group is searched; otherwise grids span the weights.
     """
 
-    act_order: bool = False
-    static_groups: bool = False
+    act_order: bool = True
+    static_groups: bool = True
     damping: float = 0.01
+    search: bool = True
 
 
 @torch.no_grad()
@@ -70,8 +79,13 @@ def gptq(
     if options.act_order:
         order = diagonal.masked_fill(unused, 0).argsort(descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order], options.damping).float()
-    static = grid_of(grouped(weight, spec), spec) if _is_static(spec, inputs, options) else None
-    result = _quantize(weight[:, order], factor, spec, static, order // spec.group(inputs))
+    grids = _Grids(spec, hessian.float() if options.search else None)
+    static = None
+    if _is_static(spec, inputs, options):
+        static = grids.of(weight, 0)
+    else:
+        grids = grids.in_order(order)
+    result = _quantize(weight[:, order], factor, grids, static, order // spec.group(inputs))
     codes = torch.empty_like(result.codes)
     codes[:, order] = result.codes
     moved = options.act_order and static is None
@@ -111,6 +125,29 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class _Grids:
+    """Finds the grids of groups: that span the weights, or with H [K, K] the best ones."""
+
+    spec: QuantSpec
+    hessian: Tensor | None
+
+    def in_order(self, order: Tensor) -> "_Grids":
+        """Returns the same for weights whose columns are in another order."""
+        hessian = None if self.hessian is None else self.hessian[order][:, order]
+        return _Grids(self.spec, hessian)
+
+    def of(self, columns: Tensor, first: int) -> Grid:
+        """Returns the grids [N, G] of whole groups: columns [N, n], the first of number `first`."""
+        size = self.spec.group(columns.shape[1])
+        groups = columns.unflatten(1, (-1, size))
+        if self.hessian is None:
+            return grid_of(groups, self.spec)
+        last = first + columns.shape[1]
+        blocks = diagonal_blocks(self.hessian[first:last, first:last], groups.shape[-1])
+        return best_grid(groups, blocks, self.spec)
+
+
+@dataclass(frozen=True, slots=True)
 class _Result:
     """Codes [N, K] in the order of columns, and the grids [N, G]."""
 
@@ -119,17 +156,18 @@ class _Result:
 
 
 def _quantize(
-    weight: Tensor, factor: Tensor, spec: QuantSpec, static: Grid | None, groups: Tensor
+    weight: Tensor, factor: Tensor, grids: _Grids, static: Grid | None, groups: Tensor
 ) -> _Result:
     """Quantizes the columns from left to right; `weight` is overwritten.
 
     Args:
         weight: [N, K] fp32, columns in the order of quantization.
         factor: [K, K] fp32, upper Cholesky factor of H⁻¹ in the same order.
+        grids: finds the grids, with H in the same order.
         static: the grids [N, G] of all groups; None computes each when its first column is reached.
         groups: [K], the column's group in `static`.
     """
-    inputs = weight.shape[1]
+    inputs, spec = weight.shape[1], grids.spec
     group = spec.group(inputs)
     # a group is within a block, so that its weights are fully corrected when its grid is computed
     block = max(group, BLOCK // group * group) if static is None else BLOCK
@@ -141,7 +179,7 @@ def _quantize(
         own = factor[first:last, first:last]
         for i in range(last - first):
             if static is None and i % group == 0:
-                made.append(grid_of(part[:, i : i + group], spec))
+                made.append(grids.of(part[:, i : i + group], first + i))
             scales, zeros = _column(static, made, int(groups[first + i]))
             column = part[:, i]
             code = (column / scales).round_().add_(zeros).clamp_(0, spec.levels)
@@ -151,8 +189,8 @@ def _quantize(
             errors[:, i] = error
         weight[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)
     if static is None:
-        scales = torch.stack([grid.scales for grid in made], 1)
-        zeros = torch.stack([grid.zeros for grid in made], 1)
+        scales = torch.cat([grid.scales for grid in made], 1)
+        zeros = torch.cat([grid.zeros for grid in made], 1)
         static = Grid(scales, zeros, spec.levels)
     return _Result(codes, static)
 
@@ -160,7 +198,7 @@ def _quantize(
 def _column(static: Grid | None, made: list[Grid], group: int) -> tuple[Tensor, Tensor]:
     """Returns the scales and zero points [N] of the next column."""
     if static is None:
-        return made[-1].scales, made[-1].zeros
+        return made[-1].scales[:, 0], made[-1].zeros[:, 0]
     return static.scales[:, group], static.zeros[:, group]
 
 

@@ -90,10 +90,16 @@ def rtn_method() -> Method:
 
 
 def gptq_method(
-    *, act_order: bool = False, static_groups: bool = False, damping: float = 0.01
+    *,
+    act_order: bool = True,
+    static_groups: bool = True,
+    damping: float = 0.01,
+    search: bool = True,
 ) -> Method:
     """Returns GPTQ; the settings are those of `GPTQOptions`."""
-    options = GPTQOptions(act_order=act_order, static_groups=static_groups, damping=damping)
+    options = GPTQOptions(
+        act_order=act_order, static_groups=static_groups, damping=damping, search=search
+    )
     return Method(name="gptq", needs="gram", quantize=partial(_gptq, options=options))
 
 

@@ -68,7 +68,7 @@ def written_here(
     """A folder written here, loaded by gptqmodel."""
     model, tokenizer = random_llama(**SIZES), load_tokenizer("smollm2")
     gptq = layout == "gptq"
-    method = find_method("gptq", act_order=act_order) if gptq else find_method("awq")
+    method = find_method("gptq", static_groups=not act_order) if gptq else find_method("awq")
     form = UNIFORM[layout]
     LayerQuantizer(
         method=method,

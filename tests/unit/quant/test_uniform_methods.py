@@ -86,7 +86,8 @@ def test_gptq_with_a_diagonal_hessian_is_rtn(symmetric, group, options):
     if act_order and not static and group is not None:
         # groups follow the order of columns then; with falling diagonal values it is the same
         diagonal = diagonal.flip(0)
-    found = gptq(w, diagonal.diag(), spec, GPTQOptions(act_order=act_order, static_groups=static))
+    options = GPTQOptions(act_order=act_order, static_groups=static, search=False)
+    found = gptq(w, diagonal.diag(), spec, options)
     expected = rtn(w, spec)
     assert torch.equal(found.codes, expected.codes)
     assert torch.equal(found.scales, expected.scales)
@@ -103,6 +104,20 @@ def test_gptq_loses_less_of_the_outputs_than_rtn(group, bits, options):
     found = gptq(w, gram, spec, GPTQOptions(act_order=act_order, static_groups=static))
     error = output_error(found.dequantize() - w, gram)
     assert error < 0.8 * output_error(rtn(w, spec).dequantize() - w, gram)
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_searched_ranges_lose_less_of_the_outputs_than_whole_ones(symmetric, bits, static):
+    spec = QuantSpec(bits=bits, group_size=16, symmetric=symmetric)
+    w, gram = weight(), gram_of(inputs_of())
+    errors = [
+        output_error(gptq(w, gram, spec, options).dequantize() - w, gram)
+        for search in (False, True)
+        for options in [GPTQOptions(act_order=static, static_groups=static, search=search)]
+    ]
+    assert errors[1] < 0.95 * errors[0]
 
 
 def reference_gptq(w, gram, spec, damping=0.01):
@@ -124,7 +139,7 @@ def reference_gptq(w, gram, spec, damping=0.01):
 
 def test_gptq_is_the_column_wise_optimum_of_the_paper():
     spec, w, gram = QuantSpec(bits=4), weight(), gram_of(inputs_of())
-    found = gptq(w, gram, spec).dequantize()
+    found = gptq(w, gram, spec, GPTQOptions(act_order=False, search=False)).dequantize()
     expected = reference_gptq(w, gram, spec)
     assert ((found - expected).abs() > 1e-5).float().mean() < 0.002  # ties of rounding may differ
 
@@ -141,7 +156,7 @@ def test_gptq_of_inputs_that_never_occur_keeps_their_weights():
     x = inputs_of()
     x[:, 10:14] = 0
     spec, w = QuantSpec(bits=8), weight()
-    found = gptq(w, gram_of(x), spec).dequantize()
+    found = gptq(w, gram_of(x), spec, GPTQOptions(search=False)).dequantize()
     expected = rtn(w, spec).dequantize()
     assert torch.equal(found[:, 10:14], expected[:, 10:14])
 
