@@ -102,7 +102,8 @@ class Bench:
             self.tokenizer, count=count * self.options.sets, length=length, languages=languages
         )
         found = list(whole.sequences)
-        return [found[i :: self.options.sets] for i in range(self.options.sets)]
+        # languages alternate, so that consecutive sequences have all of them
+        return [found[i * count : (i + 1) * count] for i in range(self.options.sets)]
 
     def methods(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
