@@ -77,6 +77,19 @@ def check(name, arguments):
     jsonschema.validate(json.loads(arguments), SCHEMAS[name])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_a_stop_string_cuts_is_no_complete_call(client, stream):
+    fields = {"tools": TOOLS, "tool_choice": "required", "stop": "}", "seed": 0}
+    answer = client.chat.completions.create(**ASK | {"max_tokens": 1000}, **fields, stream=stream)
+    choices = [c for chunk in answer for c in chunk.choices] if stream else answer.choices
+    parts = [c.delta if stream else c.message for c in choices]
+    calls = [call for part in parts for call in part.tool_calls or ()]
+    arguments = "".join(call.function.arguments or "" for call in calls)
+    assert arguments.startswith("{")
+    assert "}" not in arguments
+    assert choices[-1].finish_reason == "stop"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_required_calls_are_valid(client, seed):
     answer = client.chat.completions.create(**ASK, tools=TOOLS, tool_choice="required", seed=seed)

@@ -194,6 +194,7 @@ class _Choice:
         parser: separates reasoning, text and tool calls; None if all is text.
         reasoning: whether the completion is inside its reasoning.
         calls: number of tool calls so far.
+        cut: whether the last of them ended before its arguments did.
         unsent: tokens of text that the parser has not released yet.
     """
 
@@ -201,6 +202,7 @@ class _Choice:
     parser: OutputParser | None = None
     reasoning: bool = False
     calls: int = 0
+    cut: bool = False
     unsent: list[ContentToken] = field(default_factory=list)
 
     def read(self, event: TokenEvent) -> list[OutputEvent]:
@@ -221,7 +223,8 @@ class _Choice:
                 pieces = [*pieces, *self.parser.finish()]
             found = [out for piece in pieces for out in self._output(event.index, piece)]
         if event.finish_reason is not None:
-            called = self.calls > 0 and event.finish_reason == "stop"
+            # a stop string may end a call anywhere: clients would run incomplete arguments
+            called = self.calls > 0 and not self.cut and event.finish_reason == "stop"
             reason = "tool_calls" if called else event.finish_reason
             found.append(ChoiceEnd(event.index, reason, event.stop))
         return found
@@ -240,5 +243,6 @@ class _Choice:
                 return [CallBegin(index, call, f"call_{uuid.uuid4().hex[:24]}", name)]
             case CallArguments(index=call, text=text):
                 return [CallDelta(index, call, text)]
-            case CallEnd():
+            case CallEnd(complete=complete):
+                self.cut = not complete
                 return []
