@@ -151,6 +151,42 @@ def test_a_lone_surrogate_does_not_break_the_response(address):
             check_form(answer.text, status)
 
 
+HALF = "\ud83d"
+"""A text that was cut within a character."""
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": HALF, "echo": True, "max_tokens": 0}),
+        ("/v1/completions", {"prompt": HALF, "echo": True, "max_tokens": 1, "stream": True}),
+        ("/apply-template", {"messages": [{"role": "user", "content": HALF}]}),
+        ("/v1/responses", {"input": "x", "instructions": HALF}),
+        ("/v1/responses", {"input": "x", "instructions": HALF, "stream": True}),
+    ],
+    ids=str,
+)
+def test_half_of_a_character_is_repeated_as_it_was_sent(address, path, fields):
+    body = {"model": "m", **fields}
+    if path == "/v1/responses":
+        body["max_output_tokens"] = 1
+    answer = httpx.post(f"{address}{path}", content=json.dumps(body), headers=JSON)
+    assert answer.status_code == 200, answer.text
+    assert r"\ud83d" in answer.text
+    if path == "/v1/responses" and "stream" not in fields:
+        stored = httpx.get(f"{address}{path}/{answer.json()['id']}")
+        assert stored.json() == answer.json()
+
+
+@pytest.mark.parametrize("schema", [{"properties": {HALF: {}}}, {"const": HALF}], ids=str)
+def test_a_tools_schema_with_half_of_a_character_is_refused(address, schema):
+    function = {"name": "f", "parameters": {"type": "object", **schema}}
+    body = BODY | {"tools": [{"type": "function", "function": function}]}
+    answer = httpx.post(f"{address}{CHAT}", content=json.dumps(body), headers=JSON)
+    assert answer.status_code == 400
+    assert check_form(answer.text, 400)["param"] == "tools"
+
+
 @pytest.mark.parametrize(
     "headers",
     [

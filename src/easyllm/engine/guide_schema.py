@@ -7,6 +7,7 @@ to fp64, keys of additional properties may repeat. Here, each keyword is either 
 annotation, or refused by name.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from urllib.parse import quote, unquote
@@ -62,6 +63,11 @@ def prepare_schema(schema: Json) -> Json:
         raise GuideError(f"a JSON schema must be an object, true or false, not {shown(schema)}")
     if depth_exceeds(schema, MAX_SCHEMA_DEPTH):
         raise GuideError(f"json_schema is nested more than {MAX_SCHEMA_DEPTH} deep; flatten it")
+    try:
+        json.dumps(schema, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        message = "json_schema contains a lone surrogate, half of a character; give valid Unicode"
+        raise GuideError(message) from None
     return _Preparation(deepcopy(schema)).run()
 
 

@@ -10,13 +10,14 @@ from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 
 from easyllm.engine.llm import LLM
 from easyllm.serve.documented import answers_of, body_of, describe, errors
 from easyllm.serve.endpoint import Endpoint
 from easyllm.serve.errors import APIError, on_api_error, on_exception, on_routing_error
 from easyllm.serve.guard import Guard, check_key
+from easyllm.serve.json_text import JSONResponse
 from easyllm.serve.limits import ServeLimits
 from easyllm.serve.metrics import Metrics
 from easyllm.serve.models import Loader, ServedModels

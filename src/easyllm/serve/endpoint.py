@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from easyllm.core.json_types import JsonMapping
+from easyllm.serve.json_text import JSONResponse
 
 Answer = Callable[..., Awaitable[Response | BaseModel]]
 

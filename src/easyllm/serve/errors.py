@@ -11,10 +11,11 @@ from typing import Literal
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Match
 
 from easyllm.core.json_types import JsonObject
+from easyllm.serve.json_text import JSONResponse
 
 logger = logging.getLogger(__name__)
 MAX_SHOWN_CHARS = 1000

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from easyllm.core.errors import ContextLengthError, DataError, EasyllmError
 from easyllm.core.json_types import JsonObject
@@ -18,6 +18,7 @@ from easyllm.serve.body import parse_object, read_body
 from easyllm.serve.errors import APIError
 from easyllm.serve.generate import encode, generate
 from easyllm.serve.hang_up import cancel_on_disconnect
+from easyllm.serve.json_text import JSONResponse
 from easyllm.serve.loading import LoadAdapterRequest, ModelRequest, UnloadAdapterRequest
 from easyllm.serve.models import ServedModel, ServedModels
 from easyllm.serve.observe import trace_of

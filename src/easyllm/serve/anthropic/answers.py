@@ -5,10 +5,11 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from easyllm.core.json_types import JsonObject
 from easyllm.serve.errors import ANTHROPIC_PATH, error_body
+from easyllm.serve.json_text import JSONResponse
 from easyllm.serve.output import (
     CallBegin,
     CallDelta,

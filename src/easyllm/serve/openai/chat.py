@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from easyllm.core.json_types import JsonObject
 from easyllm.serve.content_tokens import ContentToken
 from easyllm.serve.errors import error_body
+from easyllm.serve.json_text import JSONResponse
 from easyllm.serve.openai.chat_answers import (
     AssistantMessage,
     CalledFunctionAnswer,

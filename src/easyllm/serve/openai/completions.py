@@ -11,12 +11,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from easyllm.core.json_types import JsonObject
 from easyllm.engine.request import Logprobs, Request, TokenEvent
 from easyllm.serve.errors import error_body
 from easyllm.serve.form import refused
+from easyllm.serve.json_text import JSONResponse
 from easyllm.serve.merged import merged
 from easyllm.serve.models import ServedModel
 from easyllm.serve.openai.chat_answers import usage

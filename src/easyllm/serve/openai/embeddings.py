@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, Field, WithJsonSchema
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from easyllm.serve.errors import APIError
+from easyllm.serve.json_text import JSONResponse
 from easyllm.serve.models import ServedModel
 from easyllm.serve.openai.completion_request import PROMPT_SCHEMA, read_prompts
 from easyllm.serve.openai.sampling_fields import whole
