@@ -43,6 +43,38 @@ def test_token_ids_are_accepted(address, llm):
     np.testing.assert_allclose(found, llm.embed(TEXTS).numpy(), atol=1e-6)
 
 
+def test_many_texts_leave_the_engine_to_others_between_groups(address, llm, monkeypatch):
+    sizes = list[int]()
+    embed = llm.embed
+
+    def watched(ids, **options):
+        sizes.append(sum(map(len, ids)))
+        return embed(ids, **options)
+
+    monkeypatch.setattr(llm, "embed", watched)
+    most = llm.engine.options.max_step_tokens
+    ids = [[1 + n % 300] * (1 + n) for n in range(100)]
+    answer = httpx.post(f"{address}/v1/embeddings", json={"model": "m", "input": ids}, timeout=60)
+    found = [row["embedding"] for row in answer.json()["data"]]
+    np.testing.assert_allclose(found, embed(ids).numpy(), atol=1e-5)
+    assert sum(sizes) == sum(map(len, ids)) > most
+    assert max(sizes) <= most
+
+
+@pytest.mark.parametrize("path", ["embeddings", "completions"])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(address, llm, monkeypatch, path):
+    def encode(*_arguments, **_options):
+        raise AssertionError("the text was encoded")
+
+    monkeypatch.setattr(type(llm.tokenizer), "encode", encode)
+    field = {"embeddings": "input", "completions": "prompt"}[path]
+    body = {"model": "m", field: "ab" * 100_000}
+    answer = httpx.post(f"{address}/v1/{path}", json=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [

@@ -152,7 +152,9 @@ def test_a_model_name_is_never_a_path(address, name):
     assert answer.status_code == 404
 
 
-@pytest.mark.parametrize("path", ["../secret", "/etc", "x/../../secret", "..", "no"])
+@pytest.mark.parametrize(
+    "path", ["../secret", "/etc", "x/../../secret", "..", "no", "a\0b", "a" * 4000], ids=repr
+)
 def test_adapters_come_from_the_allowed_folder_only(address, llm, path):
     answer = post(
         address, "/v1/load_lora_adapter", **dict.fromkeys(ASK), lora_name="a", lora_path=path

@@ -1,7 +1,7 @@
 """Embeddings of texts: pooled hidden states of a decoder."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
 
+_Ids = TypeVar("_Ids", bound=Sequence[int])
 Pooling = Literal["mean", "last"]
 """Mean of the hidden states of all tokens, or the hidden state of the last token."""
 
@@ -38,7 +39,7 @@ def embed(
         deterministic: as in `ForwardContext`.
     """
     found = []
-    for group in _groups(prompts, max_step_tokens):
+    for group in groups(prompts, max_step_tokens):
         lengths = [len(each) for each in group]
         rows = None
         if adapter is not None:
@@ -55,11 +56,9 @@ def embed(
     return torch.nn.functional.normalize(torch.stack(found), dim=-1)
 
 
-def _groups(
-    prompts: Sequence[Sequence[int]], max_step_tokens: int
-) -> Iterator[list[Sequence[int]]]:
-    """Yields the prompts in order, in groups for one forward pass each."""
-    group, size = list[Sequence[int]](), 0
+def groups(prompts: Sequence[_Ids], max_step_tokens: int) -> Iterator[list[_Ids]]:
+    """Yields the prompts in order, in groups of at most so many tokens, or of one prompt."""
+    group, size = list[_Ids](), 0
     for prompt in prompts:
         if group and size + len(prompt) > max_step_tokens:
             yield group

@@ -323,25 +323,34 @@ class LLM:
                 there is no such adapter.
         """
         engine = self.engine
-        ids = [tuple(self.encode(prompt)) for prompt in prompts]
-        for each in ids:
-            engine.check_tokens(each)
-            length = len(engine.prepend_virtual_tokens(each))
-            if length > engine.max_seq_len:
-                raise ContextLengthError(
-                    f"a text has {length} tokens, but the model's context is {engine.max_seq_len}",
-                    "shorten it",
-                )
+        ids = [self.encode(prompt) for prompt in prompts]
+        self.check_embedded(ids)
         engine.check_adapter(adapter)
         return embed(
             self.model,
-            [engine.prepend_virtual_tokens(each) for each in ids],
+            [engine.prepend_virtual_tokens(tuple(each)) for each in ids],
             pooling=pooling,
             adapter=adapter if engine.adapter_names or adapter else None,
             num_virtual=self.model.num_virtual_tokens,
             max_step_tokens=engine.options.max_step_tokens,
             deterministic=engine.options.deterministic,
         )
+
+    def check_embedded(self, ids: Sequence[Sequence[int]]) -> None:
+        """Refuses token ids of texts that `embed` cannot embed.
+
+        Raises:
+            ConfigError: a text is empty, longer than the context, or has an unknown token.
+        """
+        for each in ids:
+            self.engine.check_tokens(each)
+            length = len(each) + self.model.num_virtual_tokens
+            if length > self.engine.max_seq_len:
+                raise ContextLengthError(
+                    f"a text has {length} tokens, but the model's context is "
+                    f"{self.engine.max_seq_len}",
+                    "shorten it",
+                )
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Returns the token ids of a plain prompt."""

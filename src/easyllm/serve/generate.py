@@ -23,6 +23,7 @@ from easyllm.serve.output import (
 )
 from easyllm.serve.service import EngineFailure
 from easyllm.serve.trace import RequestTrace
+from easyllm.tokenizer.chat import refuse_long
 from easyllm.tokenizer.tool_calls import (
     CallArguments,
     CallEnd,
@@ -137,6 +138,17 @@ def encode(talk: Conversation, reasoning: Reasoning, llm: LLM) -> tuple[tuple[in
         reject_unrendered=True,
     )
     return tuple(encoded.token_ids), encoded.text
+
+
+def encode_text(text: str, llm: LLM, *, special_tokens: bool = True) -> list[int]:
+    """Returns the token ids of a plain text.
+
+    Raises:
+        ContextLengthError: it is certainly too long for the context, which is found out before it
+            is encoded.
+    """
+    refuse_long(text, llm.tokenizer, llm.engine.max_seq_len, what="text")
+    return llm.tokenizer.encode(text, special_tokens=special_tokens)
 
 
 class _Reader:

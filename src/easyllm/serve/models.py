@@ -271,8 +271,12 @@ class ServedModels:
                 param="lora_path",
             )
         root = self._folder.resolve()
-        found = (root / path).resolve()
-        if not found.is_relative_to(root) or not found.is_dir():
+        try:
+            found = (root / path).resolve()
+            allowed = found.is_relative_to(root) and found.is_dir()
+        except (OSError, ValueError):  # no path of this system: too long, or with a null character
+            allowed = False
+        if not allowed:
             message = f"there is no folder {path!r} in the folder of adapters"
             raise APIError(404, message, param="lora_path", code="not_found")
         return found

@@ -197,7 +197,7 @@ class ChatTemplate:
         messages = given.messages
         call = _Call(self, given, token_variables(tokenizer))
         text, visits = call(messages, prompt)
-        _refuse_long(text, tokenizer, max_tokens)
+        refuse_long(text, tokenizer, max_tokens)
         finder = TurnFinder(text, visits, messages, call)
         unrendered = _find_unrendered(finder, messages) if find_unrendered else ()
         if reject_unrendered:
@@ -356,13 +356,26 @@ def _turns_at(positions: list[int], visits: list[Visit]) -> list[int | None]:
     return [next((t for t, (a, b) in written.items() if a <= p < b), None) for p in positions]
 
 
-def _refuse_long(text: str, tokenizer: TextEncoder, max_tokens: int | None) -> None:
+def refuse_long(
+    text: str, tokenizer: TextEncoder, max_tokens: int | None, *, what: str = "conversation"
+) -> None:
+    """Refuses, before it is encoded, a text that certainly has more tokens than allowed.
+
+    Args:
+        text: the text.
+        tokenizer: the tokenizer.
+        max_tokens: maximum number of tokens; None sets no bound.
+        what: what the text is, for the error.
+
+    Raises:
+        ContextLengthError: it has more characters than so many of the longest token.
+    """
     if max_tokens is None or len(text) <= max_tokens:  # no need to look for the longest token
         return
     max_chars = max_tokens * tokenizer.longest_token
     if len(text) > max_chars:
         raise ContextLengthError(
-            f"the conversation has {len(text)} characters, but the model's context fits at most "
+            f"the {what} has {len(text)} characters, but the model's context fits at most "
             f"{max_chars}",
             "shorten it",
         )

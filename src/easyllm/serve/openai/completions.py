@@ -14,9 +14,11 @@ from itertools import chain
 from starlette.responses import Response
 
 from easyllm.core.json_types import JsonObject
+from easyllm.engine.llm import LLM
 from easyllm.engine.request import Logprobs, Request, TokenEvent
 from easyllm.serve.errors import error_body
 from easyllm.serve.form import refused
+from easyllm.serve.generate import encode_text
 from easyllm.serve.json_text import JSONResponse
 from easyllm.serve.merged import merged
 from easyllm.serve.models import ServedModel
@@ -111,7 +113,7 @@ async def start(
     llm = served.llm
 
     def prepared() -> tuple[list[list[int]], list[str], list[Request]]:
-        ids = [_ids(each, request, llm.tokenizer) for each in request.prompt]
+        ids = [_ids(each, request, llm) for each in request.prompt]
         given = [each for each in request.prompt if isinstance(each, str)]
         texts = given or ([llm.tokenizer.decode(each) for each in ids] if request.echo else [])
         guide, field = request.guide()
@@ -146,9 +148,9 @@ async def start(
     return Completions(request, served, prompts, texts, batches(), counts)
 
 
-def _ids(prompt: str | list[int], request: CompletionRequest, tokenizer: Tokenizer) -> list[int]:
+def _ids(prompt: str | list[int], request: CompletionRequest, llm: LLM) -> list[int]:
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt, special_tokens=request.add_special_tokens is not False)
+        return encode_text(prompt, llm, special_tokens=request.add_special_tokens is not False)
     return prompt
 
 
