@@ -1,5 +1,7 @@
 """Reasoning over HTTP: in each dialect's own field, switched off, within a budget."""
 
+import json
+
 import httpx
 import pytest
 
@@ -117,6 +119,22 @@ def test_a_stream_sends_the_reasoning_first(address):
     ).text
     assert events.index('"thinking_delta"') < events.index('"signature_delta"')
     assert events.index('"signature_delta"') < events.index('"text_delta"')
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_log_probabilities_are_those_of_the_answer_alone(always, stream):
+    fields = {"thinking_token_budget": 4, "max_tokens": 60, "logprobs": True, "stream": stream}
+    body = {**ASK, **fields, "structured_outputs": {"choice": ["yes", "no"]}}
+    answer = httpx.post(f"{always}/v1/chat/completions", json=body, timeout=60)
+    if stream:
+        lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+        choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    else:
+        choices = answer.json()["choices"]
+    found = [entry for c in choices if c.get("logprobs") for entry in c["logprobs"]["content"]]
+    text = "".join(c["delta" if stream else "message"].get("content") or "" for c in choices)
+    assert text in ("yes", "no")
+    assert bytes(byte for entry in found for byte in entry["bytes"]).decode() == text
 
 
 @pytest.mark.parametrize(

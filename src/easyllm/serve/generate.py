@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 
 from easyllm.engine.llm import LLM
@@ -185,16 +185,21 @@ class _Reader:
         if not prepared.parses:
             return _Choice(tokens=tokens)
         assert isinstance(self._job.prompt, Conversation), "only conversations are parsed"
-        tools = self._job.prompt.tools
+        tools, skips = self._job.prompt.tools, self._job.params.skip_special_tokens
         calls = tools and self._job.tool_choice.mode != "none"
         parser = OutputParser(
             tokenizer.tool_format if calls else None,
             tokenizer.reasoning,
             starts_in_reasoning=prepared.starts_in_reasoning,
             tools=tools,
-            special_names=tokenizer.special_names,
+            special_names=tokenizer.special_names if skips else (),
         )
-        return _Choice(tokens=tokens, parser=parser, reasoning=prepared.starts_in_reasoning)
+        return _Choice(
+            tokens=tokens,
+            parser=parser,
+            reasoning=prepared.starts_in_reasoning,
+            removed=tokenizer.special_ids if skips else frozenset(),
+        )
 
 
 @dataclass(slots=True)
@@ -208,6 +213,7 @@ class _Choice:
         calls: number of tool calls so far.
         cut: whether the last of them ended before its arguments did.
         unsent: tokens of text that the parser has not released yet.
+        removed: ids of the tokens that the parser removes from texts.
     """
 
     tokens: ContentTokens | None = None
@@ -216,6 +222,7 @@ class _Choice:
     calls: int = 0
     cut: bool = False
     unsent: list[ContentToken] = field(default_factory=list)
+    removed: Collection[int] = ()
 
     def read(self, event: TokenEvent) -> list[OutputEvent]:
         """Returns the output of an event."""
@@ -229,11 +236,13 @@ class _Choice:
             if text:
                 found.append(TextDelta(event.index, text, tuple(released)))
         else:
-            self.unsent += released
+            self.unsent += [t for t in released if t.place.token_id not in self.removed]
             pieces = self.parser.push(text) if text else []
             if event.finish_reason is not None:
                 pieces = [*pieces, *self.parser.finish()]
             found = [out for piece in pieces for out in self._output(event.index, piece)]
+            if pieces and not isinstance(pieces[-1], TextPiece):
+                self.unsent = []  # tokens of reasoning, of calls, and of marks
         if event.finish_reason is not None:
             # a stop string may end a call anywhere: clients would run incomplete arguments
             called = self.calls > 0 and not self.cut and event.finish_reason == "stop"
@@ -242,12 +251,11 @@ class _Choice:
         return found
 
     def _output(self, index: int, piece: Piece) -> list[OutputEvent]:
-        """Returns the output of a piece; tokens that are not part of the text are dropped."""
+        """Returns the output of a piece."""
         self.reasoning = isinstance(piece, ReasoningPiece)
-        tokens, self.unsent = tuple(self.unsent), []
         match piece:
             case TextPiece(text=text):
-                return [TextDelta(index, text, tokens)]
+                return [TextDelta(index, text, self._tokens_of(text))]
             case ReasoningPiece(text=text):
                 return [ReasoningDelta(index, text)]
             case CallStart(index=call, name=name):
@@ -258,3 +266,22 @@ class _Choice:
             case CallEnd(complete=complete):
                 self.cut = not complete
                 return []
+
+    def _tokens_of(self, text: str) -> tuple[ContentToken, ...]:
+        """Returns the unsent tokens that spell a text, at the last place where they do.
+
+        Those before it, of a mark for example, are dropped; those after it stay unsent.
+        """
+        tokens, owns = self.unsent, [token.own or b"" for token in self.unsent]
+
+        def spelled(begin: int, end: int) -> str:
+            return b"".join(owns[begin:end]).decode("utf-8", "replace")
+
+        begin, end = 0, len(tokens)
+        if spelled(begin, end) != text:
+            places = [at for at in range(end) if spelled(at, end).startswith(text)]
+            places = places or [at for at in range(end) if text in spelled(at, end)]
+            begin = places[-1] if places else 0
+            end = next((to for to in range(begin, end) if text in spelled(begin, to)), end)
+        self.unsent = tokens[end:]
+        return tuple(tokens[begin:end])
