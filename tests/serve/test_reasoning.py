@@ -103,6 +103,15 @@ def test_a_form_applies_after_the_reasoning(address):
     assert message["content"] in ("yes", "no")
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("budget", [0, 3])
+def test_a_form_has_no_whitespace_around_it(address, always, seed, budget):
+    sampled = {"temperature": 2, "seed": seed, "max_tokens": 60, "thinking_token_budget": budget}
+    for server in (address, always):
+        answer = ask(server, structured_outputs={"regex": "a{3}"}, **sampled)
+        assert answer["choices"][0]["message"]["content"] == "aaa"
+
+
 def test_a_stream_sends_the_reasoning_first(address):
     body = {**ASK, "stream": True, "thinking_token_budget": 5, "max_tokens": 30}
     text = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).text

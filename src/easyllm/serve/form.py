@@ -39,6 +39,12 @@ class Form:
         """The model's reasoning."""
         return self.llm.tokenizer.reasoning
 
+    @property
+    def _before(self) -> ReasoningFormat | None:
+        """The reasoning that may precede the answer; None if it is off and the prompt closed it."""
+        off = self.job.reasoning.on is False and not self.starts_in_reasoning
+        return None if off else self.reasoning
+
     def mask(self) -> MaskSource | None:
         """Returns what restricts the tokens; None if all are allowed.
 
@@ -70,7 +76,7 @@ class Form:
             calls = self._calls("required", with_reasoning=False) if may_call else None
             checked = None if calls is None else with_checked_schemas(calls)
         with refused(self.job.guide_field):
-            if checked is None and self.reasoning is None:
+            if checked is None and self._before is None:
                 return self.llm.guides.compile(guide)
             return self.llm.guides.compile(guide, wrap=lambda text: self._either(text, checked))
 
@@ -79,7 +85,7 @@ class Form:
             list(self.tools),
             choice=choice,
             parallel=self.job.tool_choice.parallel,
-            reasoning=self.reasoning if with_reasoning else None,
+            reasoning=self._before if with_reasoning else None,
             starts_in_reasoning=with_reasoning and self.starts_in_reasoning,
         )
 
@@ -89,11 +95,12 @@ class Form:
         if calls is not None:
             named.append({"name": "calls", "lark_grammar": calls})
         start = "start: " + " | ".join(f"@{each['name']}" for each in named)
-        if self.reasoning is None:
+        before = self._before
+        if before is None:
             grammars = [{"lark_grammar": start}]
         else:
             answer = {"lark_grammar": start}
-            whole = after_reasoning(answer, self.reasoning, self.starts_in_reasoning)
+            whole = after_reasoning(answer, before, self.starts_in_reasoning)
             grammars = json.loads(whole)["grammars"]
         return json.dumps({"grammars": [*grammars, *named]}, ensure_ascii=False)
 

@@ -318,3 +318,8 @@ def test_any_grammar_may_follow_reasoning(vocabulary, starts):
         assert vocabulary.accepts(grammar, "12") != starts
         assert not vocabulary.accepts(grammar, f"{opened}hm")
         assert not vocabulary.accepts(grammar, f"{opened}hm</think>twelve")
+    answer = {"lark_grammar": 'start: "12"'}  # whitespace would be part of what the client gets
+    grammar = after_reasoning(answer, vocabulary.reasoning, starts)
+    assert vocabulary.accepts(grammar, f"{opened}hm</think>\n\n12")
+    assert not vocabulary.accepts(grammar, f"{opened}hm</think> 12")
+    assert not vocabulary.accepts(grammar, "\n12")
