@@ -131,6 +131,22 @@ def test_what_cannot_be_honoured_is_refused_by_name(address, fields, param, part
     assert part in error["message"]
 
 
+def test_log_probabilities_include_special_tokens_that_the_text_has(address):
+    fields = {"skip_special_tokens": False, "logit_bias": {"1": 100}, "max_tokens": 2}
+    choice = ask(address, **fields, temperature=0, logprobs=True).json()["choices"][0]
+    assert choice["message"]["content"] == "<|im_start|>" * 2
+    assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["<|im_start|>"] * 2
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_a_guide_with_ignore_eos_is_refused(address, route):
+    body = {**ASK, "prompt": "x", "structured_outputs": {"choice": ["a"]}, "ignore_eos": True}
+    del body["messages" if route == "completions" else "prompt"]
+    answer = httpx.post(f"{address}/v1/{route}", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "ignore_eos"
+
+
 def test_the_engine_lives_on_after_a_bad_schema(address):
     for schema in ({"type": "nothing"}, {"type": []}, {"properties": 5}, {"enum": []}):
         form = {"type": "json_schema", "json_schema": {"schema": schema}}

@@ -112,6 +112,16 @@ def test_a_form_has_no_whitespace_around_it(address, always, seed, budget):
         assert answer["choices"][0]["message"]["content"] == "aaa"
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_special_tokens_are_kept_if_asked(address, skip):
+    fields = {"skip_special_tokens": skip, "logit_bias": {"1": 100}, "reasoning_effort": "none"}
+    answer = ask(address, max_tokens=3, logprobs=True, **fields)
+    text = answer["choices"][0]["message"]["content"]
+    assert text == ("" if skip else "<|im_start|>" * 3)
+    entries = answer["choices"][0]["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in entries) == text
+
+
 def test_a_stream_sends_the_reasoning_first(address):
     body = {**ASK, "stream": True, "thinking_token_budget": 5, "max_tokens": 30}
     text = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).text

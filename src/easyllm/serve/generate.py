@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 
+from easyllm.engine.guide_spec import check_guided_params
 from easyllm.engine.llm import LLM
 from easyllm.engine.request import MaskSource, Request, TokenEvent
 from easyllm.serve.content_tokens import ContentToken, ContentTokens
@@ -100,6 +101,8 @@ def prepare(job: Job, llm: LLM) -> _Prepared:
     Raises:
         EasyllmError: the chat template or the guide is rejected.
     """
+    if job.guide is not None:
+        check_guided_params(job.params)
     if not isinstance(job.prompt, Conversation):
         with refused(job.guide_field):
             mask = None if job.guide is None else llm.guides.compile(job.guide)
@@ -181,7 +184,8 @@ class _Reader:
         tokens = None
         if self._job.params.logprobs is not None:
             ends = self._llm.model.config.eos_token_ids
-            tokens = ContentTokens(tokenizer, ends, skip_special=not prepared.parses)
+            skips = self._job.params.skip_special_tokens and not prepared.parses
+            tokens = ContentTokens(tokenizer, ends, skip_special=skips)
         if not prepared.parses:
             return _Choice(tokens=tokens)
         assert isinstance(self._job.prompt, Conversation), "only conversations are parsed"

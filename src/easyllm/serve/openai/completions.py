@@ -14,6 +14,7 @@ from itertools import chain
 from starlette.responses import Response
 
 from easyllm.core.json_types import JsonObject
+from easyllm.engine.guide_spec import check_guided_params
 from easyllm.engine.llm import LLM
 from easyllm.engine.request import Logprobs, Request, TokenEvent
 from easyllm.serve.errors import error_body
@@ -120,6 +121,8 @@ async def start(
         with refused(field):
             mask = None if guide is None else llm.guides.compile(guide)
         params = request.sampling(served.defaults)
+        if guide is not None:
+            check_guided_params(params)
         return (
             ids,
             texts,
