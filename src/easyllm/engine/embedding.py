@@ -6,6 +6,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from easyllm.core.errors import ContextLengthError
 from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
 
@@ -67,3 +68,14 @@ def groups(prompts: Sequence[_Ids], max_step_tokens: int) -> Iterator[list[_Ids]
         size += len(prompt)
     if group:
         yield group
+
+
+def check_length(length: int, context: int) -> None:
+    """Refuses a text of more tokens than the context has.
+
+    Raises:
+        ContextLengthError: it is too long.
+    """
+    if length > context:
+        message = f"a text has {length} tokens, but the model's context is {context}"
+        raise ContextLengthError(message, "shorten it")

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from easyllm.core.config import validate
 from easyllm.core.device import memory_free_bytes, parse_dtype, pick_device
-from easyllm.core.errors import ConfigError, ContextLengthError
+from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.engine.admission import check_generates
 from easyllm.engine.beam import Hypothesis, beam_search
 from easyllm.engine.completion import Completion
 from easyllm.engine.draft_model import ModelDrafter
-from easyllm.engine.embedding import Pooling, embed
+from easyllm.engine.embedding import Pooling, check_length, embed
 from easyllm.engine.engine import Engine
 from easyllm.engine.guide_spec import GuideSpec, check_guided_params
 from easyllm.engine.memory_plan import check_weights_fit, plan_memory
@@ -344,13 +344,7 @@ class LLM:
         """
         for each in ids:
             self.engine.check_tokens(each)
-            length = len(each) + self.model.num_virtual_tokens
-            if length > self.engine.max_seq_len:
-                raise ContextLengthError(
-                    f"a text has {length} tokens, but the model's context is "
-                    f"{self.engine.max_seq_len}",
-                    "shorten it",
-                )
+            check_length(len(each) + self.model.num_virtual_tokens, self.engine.max_seq_len)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Returns the token ids of a plain prompt."""
