@@ -12,7 +12,7 @@ Any row can be located from the document lengths alone, without reading the othe
 of a run is just two integers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,6 +130,7 @@ class ShardLoader:
         self.rows_per_batch = max(1, micro_batch_tokens // row_tokens)
         self.state = LoaderState()
         self.last: list[int] = []
+        self.figures: Mapping[str, float] = {}
         """Row numbers of the most recent step."""
         self._epoch: tuple[int, Rows, Numbers] | None = None
 

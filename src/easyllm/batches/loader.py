@@ -3,9 +3,10 @@
 The position is just two integers (epoch and cursor), so a run resumes exactly.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 
@@ -29,6 +30,23 @@ class LoaderState:
     def as_dict(self) -> dict[str, int]:
         """Returns plain values for JSON."""
         return asdict(self)
+
+
+class StepLoader(Protocol):
+    """Yields the micro-batches of consecutive steps; `state` is its position, for checkpoints."""
+
+    state: Any
+    last: list[int]
+    """Indices of the samples or rows in the most recent step."""
+    figures: Mapping[str, float]
+    """Metrics of the most recent step's data, by the names that they have in `metrics.jsonl`."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of optimizer steps per epoch."""
+
+    def next_step(self) -> list[Batch]:
+        """Returns the micro-batches of the next step."""
 
 
 class Loader:
@@ -65,6 +83,7 @@ class Loader:
         self.micro_batch_tokens, self.seed, self.collate = micro_batch_tokens, seed, collate
         self.state = LoaderState()
         self.last: list[int] = []
+        self.figures: Mapping[str, float] = {}
         self._order: tuple[int, list[int]] | None = None
 
     @cached_property

@@ -51,7 +51,7 @@ from easyllm.pipeline.stages import product, record_file, run_stage, train_confi
 from easyllm.tokenizer.folder import tokenizer_file
 from easyllm.train import RunPlan, dry_run
 from easyllm.train.config import Data
-from easyllm.train.data_config import CorpusDataConfig, RowsConfig
+from easyllm.train.data_config import CorpusDataConfig
 
 CHANGEABLE = ("seed", "stages")
 """Keys of a recipe that may change between runs: stages with other settings run again."""
@@ -243,9 +243,8 @@ def _inputs(stage: Config) -> dict[str, str]:
 
 def _data_files(data: Data) -> list[str]:
     """Returns the data files; for token shards the manifest, which has the hashes of all shards."""
-    if isinstance(data, RowsConfig):
-        return [*data.train, *data.eval]
-    assert isinstance(data, CorpusDataConfig), "data are rows or a corpus"
+    if not isinstance(data, CorpusDataConfig):
+        return [file for files in data.files for file in files]
     folders = [data.shards, *([data.validation] if data.validation else [])]
     return [f if is_reference(f) else str(Path(f) / SHARDS_MANIFEST) for f in folders]
 

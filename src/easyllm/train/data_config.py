@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from easyllm.core.config import Config
 from easyllm.core.kinds import Kinds
@@ -26,6 +26,31 @@ class DataBase(Config):
         default=1024, ge=2, description="Maximum length of a sequence, in tokens."
     )
 
+    @property
+    def files(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The files to train and to evaluate on; none for generated data."""
+        return (), ()
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return bool(self.files[1])
+
+
+class GeneratedConfig(DataBase):
+    """Rows that an objective generates from a seed, without files."""
+
+    count: PositiveInt = Field(default=1024, description="Number of rows to train on.")
+    held_out: NonNegativeInt = Field(
+        default=200, description="Number of other rows to evaluate on; 0 evaluates on none."
+    )
+    seed: NonNegativeInt = Field(default=0, description="Seed of the rows.")
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return self.held_out > 0
+
 
 class RowsConfig(DataBase):
     """Files of rows, which an objective converts to samples."""
@@ -37,6 +62,11 @@ class RowsConfig(DataBase):
     eval: Annotated[tuple[PathText, ...], ONE_OR_MORE] = Field(
         default=(), description="Files to evaluate on."
     )
+
+    @property
+    def files(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The files to train and to evaluate on."""
+        return self.train, self.eval
 
 
 class DataConfig(RowsConfig):
@@ -92,6 +122,7 @@ __all__ = [
     "CorpusDataConfig",
     "DataBase",
     "DataConfig",
+    "GeneratedConfig",
     "LabelledDataConfig",
     "Paths",
     "RowsConfig",

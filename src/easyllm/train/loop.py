@@ -69,10 +69,11 @@ def take_step(run: Run) -> StepReport:
     batches = run.data.loader.next_step()
     factor = rate_factor(config.schedule, progress.step, run.total_steps)
     loss, metrics = accumulate(run.model, run.objective, batches, precision, run.adapters)
+    metrics |= run.data.loader.figures
     info = StepInfo(
         step=progress.step, total_steps=run.total_steps, gradient_scale=1.0 / precision.scale
     )
-    before = partial(_after_backward, run, info)
+    before = partial(_after_backward, run, info, factor)
     norm = apply_gradients(run.optimizer, precision, factor, config.clip_norm, loss, before)
     progress.count(batches)
     if precision.scaler is not None:
@@ -165,7 +166,8 @@ def apply_gradients(
     return norm
 
 
-def _after_backward(run: Run, info: StepInfo) -> None:
+def _after_backward(run: Run, info: StepInfo, rate_factor: float) -> None:
+    run.objective.after_backward(info.gradient_scale, rate_factor)
     for callback in run.callbacks:
         callback.after_backward(run, info)
 
@@ -175,7 +177,8 @@ def _note_outcome(run: Run, loss: float, *, skipped: bool) -> None:
     progress, samples = run.progress, run.data.loader.last[:64]
     if not skipped:
         progress.skipped_in_a_row = 0
-        if progress.is_spike(loss, run.config.spike_factor):
+        steady = run.objective.loss_is_steady
+        if steady and progress.is_spike(loss, run.config.spike_factor):
             usual = f"usually {progress.usual_loss_nats:.4f}"
             run.event("spike", f"loss {loss:.4f}, {usual}; samples {samples}")
         progress.note_loss(loss)

@@ -42,7 +42,7 @@ from easyllm.train.factories import (
     source_name,
 )
 from easyllm.train.loop import Diverged, run_steps
-from easyllm.train.objectives import Objective, build_objective
+from easyllm.train.objectives import Objective, RunSetup, build_objective
 from easyllm.train.paged_memory import check_paging, existing_folder
 from easyllm.train.precision import build_precision_policy
 from easyllm.train.preflight import (
@@ -232,6 +232,16 @@ def build_run(
 ) -> Run:
     """Returns a run that has taken no step yet, and seeds PyTorch's global random numbers."""
     torch.manual_seed(config.seed)
+    ready.objective.start(
+        RunSetup(
+            model=trained.model,
+            tokenizer=ready.origin.tokenizer,
+            optimizer=config.optimizer,
+            clip_norm=config.clip_norm,
+            drops=config.dropout > 0 or getattr(config.adapter, "dropout", 0.0) > 0,
+            seed=config.seed,
+        )
+    )
     return Run(
         config=config,
         output=output,

@@ -18,6 +18,7 @@ from easyllm.checkpoint.stream import TensorFile, Under, stream_tensors
 from easyllm.core.atomic import atomic_directory, write_json
 from easyllm.core.errors import CheckpointError
 from easyllm.train.loss_scaler import LossScaler
+from easyllm.train.objectives import Objective
 from easyllm.train.optim import MasterOptimizer
 from easyllm.train.progress import TrainProgress
 
@@ -41,6 +42,7 @@ class RunState:
             rejected.
         adapters: the adapter being trained, whose own state is saved too.
         scaler: the loss scaler, for fp16.
+        objective: the objective, whose own state is saved too.
     """
 
     optimizer: MasterOptimizer
@@ -49,6 +51,7 @@ class RunState:
     identity: dict[str, str]
     adapters: AdapterSet | None = None
     scaler: LossScaler | None = None
+    objective: Objective | None = None
 
 
 def save_state(folder: Path, state: RunState) -> None:
@@ -56,6 +59,8 @@ def save_state(folder: Path, state: RunState) -> None:
     tensors = {f"optimizer.{name}": t for name, t in state.optimizer.tensors().items()}
     if state.adapters is not None:
         tensors |= {f"adapter.{name}": t for name, t in state.adapters.state().items()}
+    if state.objective is not None:
+        tensors |= {f"objective.{name}": t for name, t in state.objective.tensors().items()}
     tensors["random.cpu"] = torch.get_rng_state()
     if state.optimizer.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(state.optimizer.device)
@@ -139,6 +144,8 @@ def load_state(folder: Path, state: RunState) -> None:
     state.optimizer.load_tensors(Under(tensors, "optimizer."))
     if state.adapters is not None:
         state.adapters.load_state(dict(Under(tensors, "adapter.")))
+    if state.objective is not None:
+        state.objective.load_tensors(Under(tensors, "objective."))
     state.loader.state = position
     state.progress.restore(progress)
     if state.scaler is not None:

@@ -3,11 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from easyllm.batches.corpus_rows import ShardLoader, validation_batches
-from easyllm.batches.loader import Loader
-from easyllm.batches.packing import Batch, split_by_tokens
+from easyllm.batches.loader import StepLoader
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import hash_file, hash_value
@@ -16,26 +14,11 @@ from easyllm.examples.sample import AnySample
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.config import TrainConfig
-from easyllm.train.data_config import CorpusDataConfig, RowsConfig
-from easyllm.train.objectives import Objective
+from easyllm.train.data_config import CorpusDataConfig, GeneratedConfig, RowsConfig
+from easyllm.train.objectives import Objective, StepSizes
 from easyllm.train.objectives.losses import bits_per_byte
 
 Evaluation = Callable[[Decoder, Objective], dict[str, float]]
-
-
-class StepLoader(Protocol):
-    """Yields the micro-batches of consecutive steps; `state` is its position, for checkpoints."""
-
-    state: Any
-    last: list[int]
-    """Indices of the samples or rows in the most recent step."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of optimizer steps per epoch."""
-
-    def next_step(self) -> list[Batch]:
-        """Returns the micro-batches of the next step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +73,7 @@ def load_training_data(
     if isinstance(config.data, CorpusDataConfig):
         training_data = _corpus(config, config.data, tokenizer)
     else:
-        assert isinstance(config.data, RowsConfig), "data are rows or a corpus"
+        assert isinstance(config.data, RowsConfig | GeneratedConfig), "data are rows or a corpus"
         training_data = _rows(config, config.data, tokenizer, objective)
     if training_data.evaluate is None:
         _nothing_to_evaluate(config, training_data.warnings)
@@ -112,20 +95,23 @@ def _nothing_to_evaluate(config: TrainConfig, warnings: list[str]) -> None:
 
 
 def _rows(
-    config: TrainConfig, data: RowsConfig, tokenizer: Tokenizer, objective: Objective
+    config: TrainConfig,
+    data: RowsConfig | GeneratedConfig,
+    tokenizer: Tokenizer,
+    objective: Objective,
 ) -> TrainingData:
-    train, account = objective.prepare(data, [Path(file) for file in data.train], tokenizer)
+    train_files, eval_files = ([Path(file) for file in files] for files in data.files)
+    train, account = objective.prepare(data, train_files, tokenizer)
     held: Sequence[AnySample] = ()
-    if data.eval:
-        held, _ = objective.prepare(data, [Path(file) for file in data.eval], tokenizer)
-    loader = Loader(
-        train,
+    if data.has_eval:
+        held = objective.prepare_eval(data, eval_files, tokenizer)
+    sizes = StepSizes(
         batch_size=config.batch_size,
         batch_tokens=config.batch_tokens,
         micro_batch_tokens=config.micro_batch_tokens,
         seed=config.seed,
-        collate=objective.collate,
     )
+    loader = objective.build_loader(train, sizes)
     return TrainingData(
         loader=loader,
         evaluate=_figures_on(held, config.micro_batch_tokens) if held else None,
@@ -133,14 +119,13 @@ def _rows(
         summary=account.summary(),
         warnings=_overlap(train, held),
         figures=account.as_dict(),
-        inputs={file: hash_file(Path(file)) for file in (*data.train, *data.eval)},
+        inputs={str(file): hash_file(file) for file in (*train_files, *eval_files)},
     )
 
 
 def _figures_on(samples: Sequence[AnySample], micro_batch_tokens: int) -> Evaluation:
     def evaluate(model: Decoder, objective: Objective) -> dict[str, float]:
-        groups = split_by_tokens(samples, micro_batch_tokens)
-        figures = objective.evaluate(model, (objective.collate(group) for group in groups))
+        figures = objective.evaluate_samples(model, samples, micro_batch_tokens)
         return {f"eval/{name}": value for name, value in figures.items()}
 
     return evaluate
@@ -205,7 +190,7 @@ def _bits_per_byte_on(
     )
 
     def evaluate(model: Decoder, objective: Objective) -> dict[str, float]:
-        batches: list[Batch] = validation.batches
+        batches = validation.batches
         figures = objective.evaluate(model, batches)
         trained = sum(batch.num_trained for batch in batches)
         bits = bits_per_byte(figures["loss_nats"] * trained, max(1, validation.num_bytes))

@@ -36,6 +36,9 @@ from easyllm.train.progress import TrainProgress
 from easyllm.train.state import RunState
 from easyllm.train.training_data import TrainingData
 
+OWN_NAMES = ("rl/", "rewards/")
+"""Prefixes of metrics that are logged as they are; the others become `train/NAME`."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -81,8 +84,13 @@ class StepReport:
             "train/tokens": self.tokens,
             "train/trained_tokens": self.trained_tokens,
             "speed/tokens_per_s": self.tokens_per_s,
-            **{f"train/{name}": value for name, value in self.metrics.items()},
+            **{_logged_name(name): value for name, value in self.metrics.items()},
         }
+
+
+def _logged_name(name: str) -> str:
+    """Returns the name of an objective's metric in `metrics.jsonl`."""
+    return name if name.startswith(OWN_NAMES) else f"train/{name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +144,7 @@ class Run:
             identity={**self.inputs, "data": self.data.identity},
             adapters=self.adapters,
             scaler=self.precision.scaler,
+            objective=self.objective,
         )
 
     def event(self, kind: str, detail: str) -> None:

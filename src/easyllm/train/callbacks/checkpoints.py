@@ -43,7 +43,7 @@ class BestCheckpoint(Callback):
 
     def on_evaluate(self, run: Run, figures: Mapping[str, float]) -> None:
         """Compares the evaluation with the best so far."""
-        progress, loss = run.progress, figures["eval/loss_nats"]
+        progress, loss = run.progress, run.objective.monitored(figures)
         if loss < (math.inf if progress.best_loss_nats is None else progress.best_loss_nats):
             progress.best_loss_nats, progress.best_step = loss, progress.step
             if run.config.keep_best:

@@ -58,7 +58,7 @@ class EarlyStopping(Callback):
 
     def on_evaluate(self, run: Run, figures: Mapping[str, float]) -> None:
         """Counts evaluations without improvement; the last step's has nothing to stop."""
-        progress, loss = run.progress, figures["eval/loss_nats"]
+        progress, loss = run.progress, run.objective.monitored(figures)
         bound = math.inf if progress.stopping_loss_nats is None else progress.stopping_loss_nats
         if loss < bound - self.config.min_delta:
             progress.stopping_loss_nats, progress.patience_used = loss, 0

@@ -15,7 +15,7 @@ from easyllm.models import to_classifier
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.tokenizer.tokenizer import Tokenizer
-from easyllm.train.data_config import LabelledDataConfig, RowsConfig
+from easyllm.train.data_config import GeneratedConfig, LabelledDataConfig, RowsConfig
 from easyllm.train.objectives.objective import (
     LossOutput,
     Objective,
@@ -44,7 +44,7 @@ class Classifier(Objective):
         self.config = config or ClassifierConfig()
 
     def prepare(
-        self, data: RowsConfig, files: Sequence[Path], tokenizer: Tokenizer
+        self, data: RowsConfig | GeneratedConfig, files: Sequence[Path], tokenizer: Tokenizer
     ) -> tuple[Sequence[AnySample], PreparationStats]:
         """Reads labelled texts and tokenizes them into samples; see `Objective.prepare`."""
         assert isinstance(data, LabelledDataConfig), "checked by the configuration"

@@ -17,7 +17,7 @@ from easyllm.nn.decoder import Decoder
 from easyllm.nn.moe import Routing, load_balancing_loss, router_z_loss
 from easyllm.ops.cross_entropy import linear_cross_entropy
 from easyllm.tokenizer.tokenizer import Tokenizer
-from easyllm.train.data_config import CorpusDataConfig, DataConfig, RowsConfig
+from easyllm.train.data_config import CorpusDataConfig, DataConfig, GeneratedConfig, RowsConfig
 from easyllm.train.objectives.objective import (
     LossOutput,
     Objective,
@@ -55,7 +55,7 @@ class LanguageModel(Objective):
         self.config = config or LanguageModelConfig()
 
     def prepare(
-        self, data: RowsConfig, files: Sequence[Path], tokenizer: Tokenizer
+        self, data: RowsConfig | GeneratedConfig, files: Sequence[Path], tokenizer: Tokenizer
     ) -> tuple[Sequence[AnySample], PreparationStats]:
         """Reads conversations and tokenizes them into samples; see `Objective.prepare`."""
         assert isinstance(data, DataConfig), "checked by the configuration; a corpus has no rows"

@@ -12,7 +12,7 @@ After that, the ordinary trainer accepts `objective: {kind: pair_loss}` with
 `data: {kind: pairs, train: [...]}`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from easyllm.batches.packing import Batch, pack
+from easyllm.batches.loader import Loader, StepLoader
+from easyllm.batches.packing import Batch, pack, split_by_tokens
 from easyllm.core.config import Config
 from easyllm.core.kinds import Kinds
 from easyllm.examples.prepare import PreparationStats
@@ -29,9 +30,10 @@ from easyllm.examples.sample import AnySample
 from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
-from easyllm.train.data_config import DATA, DataBase, RowsConfig
+from easyllm.train.data_config import DATA, DataBase, GeneratedConfig, RowsConfig
 from easyllm.train.evaluating import evaluating
 from easyllm.train.objectives.losses import LossOutput, evaluate_loss
+from easyllm.train.optim_config import Optimizer
 
 BASE_ONLY = ForwardContext.packed([0], adapters=AdapterRows.of_sequences([""], [0]))
 """A forward context that selects the base model, without any adapter."""
@@ -67,6 +69,44 @@ class Reference:
         return logits
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSizes:
+    """The sizes of a step.
+
+    Attributes:
+        batch_size: samples per step; None if `batch_tokens` gives the size.
+        batch_tokens: minimum number of tokens per step.
+        micro_batch_tokens: maximum number of tokens per micro-batch.
+        seed: seed of the run.
+    """
+
+    batch_size: int | None
+    batch_tokens: int | None
+    micro_batch_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSetup:
+    """What an objective is told when its run starts.
+
+    Attributes:
+        model: the model to train, with its adapter.
+        tokenizer: its tokenizer.
+        optimizer: the optimizer's configuration.
+        clip_norm: maximum gradient norm, or None.
+        drops: whether the model is trained with dropout, in its layers or its adapter.
+        seed: seed of the run.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer
+    optimizer: Optimizer
+    clip_norm: float | None
+    drops: bool
+    seed: int
+
+
 class Objective:
     """A loss over packed batches, with its data preparation and metrics.
 
@@ -74,16 +114,18 @@ class Objective:
         needs_reference: whether the run must set `reference`.
         generates: whether the trained model generates text, so that a run can show samples.
         also_trained: base modules that are fully trained in addition to an adapter.
+        loss_is_steady: whether a loss far above its running mean is unusual.
         reference: the reference model, set by the run if `needs_reference`.
     """
 
     needs_reference: bool = False
     generates: bool = True
     also_trained: tuple[str, ...] = ()
+    loss_is_steady: bool = True
     reference: Reference | None = None
 
     def prepare(
-        self, data: RowsConfig, files: Sequence[Path], tokenizer: Tokenizer
+        self, data: RowsConfig | GeneratedConfig, files: Sequence[Path], tokenizer: Tokenizer
     ) -> tuple[Sequence[AnySample], PreparationStats]:
         """Reads data files and converts their rows to samples.
 
@@ -95,6 +137,42 @@ class Objective:
                 remains.
         """
         raise NotImplementedError
+
+    def prepare_eval(
+        self, data: RowsConfig | GeneratedConfig, files: Sequence[Path], tokenizer: Tokenizer
+    ) -> Sequence[AnySample]:
+        """Reads, or generates, the rows to evaluate on; arguments and errors as for `prepare`."""
+        samples, _ = self.prepare(data, files, tokenizer)
+        return samples
+
+    def build_loader(self, samples: Sequence[AnySample], sizes: StepSizes) -> StepLoader:
+        """Returns what yields the micro-batches of each step: the samples in a seeded order."""
+        return Loader(
+            samples,
+            batch_size=sizes.batch_size,
+            batch_tokens=sizes.batch_tokens,
+            micro_batch_tokens=sizes.micro_batch_tokens,
+            seed=sizes.seed,
+            collate=self.collate,
+        )
+
+    def start(self, setup: RunSetup) -> None:
+        """Called once the model is built, before a checkpoint is restored and the first step."""
+
+    def after_backward(self, gradient_scale: float, rate_factor: float) -> None:
+        """Called before the optimizer step, once all gradients are accumulated and finite.
+
+        Args:
+            gradient_scale: the factor from `parameter.grad` to the true gradient.
+            rate_factor: the schedule's factor on the learning rates.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the objective's own state by name, for a checkpoint."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores what `tensors` returned, bitwise exactly."""
 
     def collate(self, samples: Sequence[AnySample]) -> Batch:
         """Returns a packed batch of samples from `prepare`.
@@ -119,6 +197,21 @@ class Objective:
         """Returns `loss_nats`, the mean loss per term, and the means of the objective's metrics."""
         mean = evaluate_loss(model, batches, self.loss)
         return {"loss_nats": mean.nats} | mean.metrics
+
+    def evaluate_samples(
+        self, model: Decoder, samples: Sequence[AnySample], micro_batch_tokens: int
+    ) -> dict[str, float]:
+        """Returns the metrics of a model on the samples of `prepare_eval`."""
+        groups = split_by_tokens(samples, micro_batch_tokens)
+        return self.evaluate(model, (self.collate(group) for group in groups))
+
+    def monitored(self, figures: Mapping[str, float]) -> float:
+        """Returns the number that decides which weights are best: lower is better.
+
+        Args:
+            figures: the metrics of an evaluation, as they are logged (`eval/loss_nats`).
+        """
+        return figures["eval/loss_nats"]
 
 
 class ObjectiveConfig(Config):
@@ -223,6 +316,8 @@ __all__ = [
     "ObjectiveConfig",
     "ObjectiveKind",
     "Reference",
+    "RunSetup",
+    "StepSizes",
     "build_objective",
     "objective_kind",
     "register_objective",
