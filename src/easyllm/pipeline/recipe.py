@@ -18,6 +18,7 @@ from easyllm.core.paths import PathText, expanded
 from easyllm.core.recipe_kind import read_recipe
 from easyllm.core.run_folder import recipes_folder
 from easyllm.corpus.config import CorpusParts, CorpusSource, resolve_sources
+from easyllm.rl.register import POLICY_OBJECTIVES
 from easyllm.tokenizer.extend import Script
 from easyllm.tokenizer.train_config import TokenizerConfig
 from easyllm.train.config import TrainConfig
@@ -31,6 +32,8 @@ REFERENCE = re.compile(r"@([\w.-]+)(?:/(.+))?")
 VALUE_OF = re.compile(r"\$\{([\w.-]+)\}")
 DATA_PATHS = ("train", "eval", "shards", "validation")
 SEEDED = ("train", "corpus")
+OBJECTIVES_FROM = (POLICY_OBJECTIVES,)
+"""Objectives of other packages than `train`, which are registered by being imported here."""
 
 
 class TokenizerStage(TokenizerConfig):
@@ -297,6 +300,11 @@ def resolve_paths(values: JsonObject, folder: Path) -> None:
     resolve_sources(values, folder)
     if "retention" in values:
         values["retention"] = place(values["retention"])
+    model = values.get("model")
+    if isinstance(model, dict) and "tokenizer" in model:
+        # of a fresh model, whose tokenizer may be one that the recipe brings along
+        beside = folder / expanded(str(model["tokenizer"]))
+        values["model"] = model | ({"tokenizer": str(beside.resolve())} if beside.is_dir() else {})
     data = values.get("data")
     if not isinstance(data, dict):
         return

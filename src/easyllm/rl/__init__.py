@@ -1,4 +1,4 @@
 """Reinforcement learning: rollouts, rewards, advantages, policy losses and a doctor for runs.
 
-Importing this package registers its objectives and data kinds for recipes.
+Importing `easyllm.rl.register` registers its objectives and data kinds for recipes.
 """

@@ -1,0 +1,107 @@
+"""What is learned from: answers with their rewards, as samples with one number per token.
+
+token_ids   p p p a a a      a prompt and its answer, without the last token
+labels      - - a a a e      the answer's tokens, each at the position that predicts it
+extras      0 0 x x x x      advantages, log-probabilities ... at the labelled positions
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from easyllm.core.json_types import JsonObject
+from easyllm.examples.sample import Sample
+from easyllm.ops.cross_entropy import IGNORE_INDEX
+from easyllm.rl.prompts import PromptSample
+from easyllm.rl.rollout import RolledOut
+
+
+@dataclass(slots=True)
+class Experience:
+    """One answer to a prompt, and everything that is known about it.
+
+    Attributes:
+        prompt: the prompt.
+        answer: the answer.
+        reward: its reward; with a per-token KL penalty, without the penalty.
+        is_trained: whether its tokens have a loss.
+        tokens: values per answer token, by name, each [length] fp32.
+        group: number of its prompt within the rollout.
+    """
+
+    prompt: PromptSample
+    answer: RolledOut
+    reward: float = 0.0
+    is_trained: bool = True
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    group: int = 0
+
+    @property
+    def length(self) -> int:
+        """Number of answer tokens."""
+        return len(self.answer.token_ids)
+
+    def sample(self) -> Sample:
+        """Returns the answer as a sample whose labels are the answer's tokens."""
+        ids = (*self.prompt.token_ids, *self.answer.token_ids)
+        before = len(self.prompt.token_ids) - 1
+        kept = self.tokens.get("kept")
+        labels = list(self.answer.token_ids)
+        if not self.is_trained:
+            labels = [IGNORE_INDEX] * self.length
+        elif kept is not None:
+            each = zip(labels, kept.tolist(), strict=True)
+            labels = [label if keeps else IGNORE_INDEX for label, keeps in each]
+        extras = {
+            name: [0.0] * before + values.tolist()
+            for name, values in self.tokens.items()
+            if name != "kept"
+        }
+        return Sample(ids[:-1], (*[IGNORE_INDEX] * before, *labels), extras)
+
+    def scored_sample(self) -> Sample:
+        """Returns the answer as a sample without extras, all of its tokens labelled."""
+        before = len(self.prompt.token_ids) - 1
+        ids = (*self.prompt.token_ids, *self.answer.token_ids)
+        return Sample(ids[:-1], (*[IGNORE_INDEX] * before, *self.answer.token_ids))
+
+
+def padded(experiences: Sequence[Experience], name: str) -> tuple[Tensor, Tensor]:
+    """Returns values per token as [B, L], padded with 0 on the right, and the mask [B, L]."""
+    widest = max(each.length for each in experiences)
+    out = torch.zeros(len(experiences), widest)
+    mask = torch.zeros(len(experiences), widest, dtype=torch.bool)
+    for row, each in enumerate(experiences):
+        out[row, : each.length] = each.tokens[name]
+        mask[row, : each.length] = True
+    return out, mask
+
+
+def store(experiences: Sequence[Experience], name: str, values: Tensor) -> None:
+    """Stores values [B, L], padded on the right, per token."""
+    for row, each in enumerate(experiences):
+        each.tokens[name] = values[row, : each.length].clone()
+
+
+def sample_to_json(sample: Sample, group: int) -> JsonObject:
+    """Returns a sample as JSON values, exactly: fp32 numbers survive as decimal fractions."""
+    return {
+        "token_ids": list(sample.token_ids),
+        "labels": list(sample.labels),
+        "extras": {name: list(values) for name, values in sample.extras.items()},
+        "group": group,
+    }
+
+
+def sample_from_json(values: Mapping[str, object]) -> Sample:
+    """Returns the sample that `sample_to_json` described."""
+    ids, labels, extras = values["token_ids"], values["labels"], values["extras"]
+    assert isinstance(ids, list), "written by sample_to_json"
+    assert isinstance(labels, list), "written by sample_to_json"
+    assert isinstance(extras, dict), "written by sample_to_json"
+    return Sample(tuple(ids), tuple(labels), dict(extras))
+
+
+__all__ = ["Experience", "padded", "sample_from_json", "sample_to_json", "store"]

@@ -1,0 +1,155 @@
+"""The loader of a policy-gradient run: rolls out, then yields the updates on the rollout.
+
+Its position is the next prompt, the number of the rollout, and the answers of a rollout whose
+updates are not all done; a run that resumes in between continues with the same answers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from easyllm.batches.packing import Batch, pack, split_by_tokens
+from easyllm.core.errors import ConfigError
+from easyllm.rl.experience import Experience, sample_from_json, sample_to_json
+from easyllm.rl.prompts import PromptSample
+from easyllm.rl.rollout import RolloutConfig
+from easyllm.train.objectives import StepSizes
+
+if TYPE_CHECKING:
+    from easyllm.core.json_types import JsonObject
+
+
+@dataclass(slots=True)
+class RolloutState:
+    """The position of the next step.
+
+    Attributes:
+        epoch: number of complete passes over the prompts.
+        cursor: number of prompts of the epoch that have been used.
+        rollout: number of rollouts so far.
+        update: number of updates on the newest rollout.
+        samples: its answers as JSON, until the last update.
+        figures: its metrics.
+    """
+
+    epoch: int = 0
+    cursor: int = 0
+    rollout: int = 0
+    update: int = 0
+    samples: "list[JsonObject]" = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Collector(Protocol):
+    """Samples and judges answers; implemented by the objective."""
+
+    def answer(self, prompts: Sequence[PromptSample], rollout: int) -> list[Experience]:
+        """Returns the answers to prompts, with their rewards."""
+
+    def wants_more(self, experiences: Sequence[Experience], num_prompts: int, tries: int) -> bool:
+        """Returns whether further prompts are to be answered for the same rollout."""
+
+    def learn_from(self, experiences: list[Experience]) -> dict[str, float]:
+        """Completes the experiences of a rollout; returns its metrics."""
+
+
+class RolloutLoader:
+    """Yields the micro-batches of one update after another.
+
+    Args:
+        prompts: the prompts to train on.
+        sizes: the sizes of a step; `batch_size` is the prompts per rollout.
+        rollout: the number of updates per rollout.
+        collector: samples and judges answers.
+
+    Raises:
+        ConfigError: the size of a step is not given in prompts.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[PromptSample],
+        sizes: StepSizes,
+        rollout: RolloutConfig,
+        collector: Collector,
+    ) -> None:
+        if sizes.batch_size is None:
+            raise ConfigError(
+                "batch_tokens gives the size of a step in tokens, which answers do not have "
+                "before they are sampled; set batch_size (prompts per rollout), and batch_tokens "
+                "to null"
+            )
+        if rollout.minibatches > sizes.batch_size:
+            raise ConfigError(
+                f"rollout.minibatches={rollout.minibatches} of batch_size={sizes.batch_size} "
+                "prompts would leave some empty; lower minibatches"
+            )
+        self.prompts, self.sizes, self.rollout = prompts, sizes, rollout
+        self.collector, self.batch_size = collector, sizes.batch_size
+        self.state = RolloutState()
+        self.last: list[int] = []
+        self.figures: Mapping[str, float] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of optimizer steps per pass over the prompts."""
+        return -(-len(self.prompts) // self.batch_size) * self.rollout.num_updates
+
+    def next_step(self) -> list[Batch]:
+        """Returns the micro-batches of the next update, after a new rollout if it is the first."""
+        state = self.state
+        if not state.samples:
+            self._roll_out()
+        self.figures = state.figures
+        epoch, part = divmod(state.update, self.rollout.minibatches)
+        groups = sorted({int(each["group"]) for each in state.samples})
+        if self.rollout.num_updates > 1:
+            seed = (self.sizes.seed * 1_000_003 + state.rollout) * 1_009 + epoch
+            generator = torch.Generator().manual_seed(seed % 2**63)
+            order = torch.randperm(len(groups), generator=generator).tolist()
+            groups = [groups[i] for i in order]
+        count = self.rollout.minibatches
+        chosen = set(groups[len(groups) * part // count : len(groups) * (part + 1) // count])
+        samples = [sample_from_json(each) for each in state.samples if each["group"] in chosen]
+        trained = [sample for sample in samples if sample.num_trained] or samples[:1]
+        state.update += 1
+        if state.update == self.rollout.num_updates:
+            state.samples, state.update = [], 0
+        return [pack(group) for group in split_by_tokens(trained, self.sizes.micro_batch_tokens)]
+
+    def _roll_out(self) -> None:
+        """Answers the next prompts, and stores what is to be learned from."""
+        state, experiences, tries = self.state, list[Experience](), 0
+        self.last = []
+        while True:
+            indices = self._next_prompts()
+            self.last += indices
+            prompts = [self.prompts[i] for i in indices]
+            answered = self.collector.answer(prompts, state.rollout)
+            state.rollout += 1
+            groups = 1 + max((each.group for each in experiences), default=-1)
+            for each in answered:
+                each.group += groups
+            experiences += answered
+            tries += 1
+            if not self.collector.wants_more(experiences, self.batch_size, tries):
+                break
+        state.figures = self.collector.learn_from(experiences)
+        state.samples = [sample_to_json(each.sample(), each.group) for each in experiences]
+
+    def _next_prompts(self) -> list[int]:
+        """Returns the indices of the next prompts; the last ones of an epoch may be fewer."""
+        state = self.state
+        seed = (self.sizes.seed * 1_000_003 + state.epoch) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.prompts), generator=generator).tolist()
+        chosen: list[int] = order[state.cursor : state.cursor + self.batch_size]
+        state.cursor += len(chosen)
+        if state.cursor >= len(order):
+            state.epoch, state.cursor = state.epoch + 1, 0
+        return chosen
+
+
+__all__ = ["Collector", "RolloutLoader", "RolloutState"]

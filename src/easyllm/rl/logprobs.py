@@ -1,0 +1,123 @@
+"""Log-probabilities and entropies of tokens under a model, in chunks of the vocabulary's logits.
+
+log p_t = l_y / T - logsumexp_v(l_v / T),     l = head(hidden_t)
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from easyllm.engine.params import SamplingParams
+from easyllm.engine.sampling import apply_sampling_filters
+from easyllm.nn.context import ForwardContext
+from easyllm.nn.decoder import Decoder
+from easyllm.nn.deterministic import rowwise_logprobs
+from easyllm.ops.cross_entropy import even_chunks, rows_of_chunk
+from easyllm.ops.linear_logprobs import linear_logprobs
+
+
+def token_logprobs(
+    model: Decoder,
+    hidden: Tensor,
+    labels: Tensor,
+    sampling: SamplingParams,
+    context: ForwardContext,
+) -> Tensor:
+    """Returns the log-probability of each label under the distribution that is sampled from.
+
+    Args:
+        model: the model.
+        hidden: [N, D] final hidden states of the tokens before the labels; differentiable.
+        labels: [N] int64.
+        sampling: temperature, top-k, top-p, min-p and typical-p: the distribution is renormalised
+            over the tokens that they keep. A label that they exclude is kept as well.
+        context: the context of these rows; in deterministic mode the results are bitwise those of
+            the engine.
+
+    Returns:
+        [N] nats, fp32 (fp64 for an fp64 model).
+    """
+    if not len(labels):
+        return hidden.sum(-1).float()  # empty, but connected to the graph
+    plain = model.config.logit_softcap is None and not context.deterministic
+    if plain and not narrows(sampling) and not context.base_only:
+        scaled, weight = model.loss_factors(hidden)
+        if sampling.temperature != 1.0:
+            scaled = scaled / sampling.temperature
+        return linear_logprobs(scaled, weight, labels)
+    rows = rows_of_chunk(
+        vocab_size=model.config.vocab_size, itemsize=4, device_type=hidden.device.type
+    )
+    size = even_chunks(len(labels), rows)
+    compute = partial(_of_chunk, model, sampling, context)
+    parts = []
+    for start in range(0, len(labels), size):
+        chosen = torch.arange(start, min(start + size, len(labels)), device=labels.device)
+        arguments = (hidden[chosen], labels[chosen], chosen)
+        parts.append(
+            checkpoint(compute, *arguments, use_reentrant=False)
+            if torch.is_grad_enabled() and hidden.requires_grad
+            else compute(*arguments)
+        )
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def entropies(model: Decoder, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    """Returns the entropy of the next-token distribution of each row of `hidden`, [N] nats."""
+    rows = rows_of_chunk(
+        vocab_size=model.config.vocab_size, itemsize=4, device_type=hidden.device.type
+    )
+    found = []
+    for part in hidden.split(max(1, rows // 4)):
+        logprobs = (model.head(part) / temperature).log_softmax(-1)
+        found.append(-(logprobs.exp() * logprobs).sum(-1))
+    return torch.cat(found) if found else hidden.new_zeros(0)
+
+
+def narrows(sampling: SamplingParams) -> bool:
+    """Returns whether some tokens cannot be sampled."""
+    return bool(
+        sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0 or sampling.typical_p < 1
+    )
+
+
+def _of_chunk(
+    model: Decoder,
+    sampling: SamplingParams,
+    context: ForwardContext,
+    hidden: Tensor,
+    labels: Tensor,
+    chosen: Tensor,
+) -> Tensor:
+    logits = model.head(hidden, context.of_rows(chosen))
+    if not narrows(sampling):
+        return rowwise_logprobs(_filtered(logits, sampling), labels)
+    with torch.no_grad():
+        kept = _filtered(logits, sampling).isfinite()
+        kept.scatter_(1, labels[:, None], True)
+    logits = _filtered(logits, SamplingParams(temperature=sampling.temperature))
+    return rowwise_logprobs(logits.masked_fill(~kept, float("-inf")), labels)
+
+
+def _filtered(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """Returns the logits as the engine's sampler filters them."""
+    if sampling.temperature == 1.0 and not narrows(sampling):
+        return logits
+    return apply_sampling_filters(logits, [sampling] * len(logits))
+
+
+def answer_lengths(labelled: Tensor, lengths: Sequence[int]) -> list[int]:
+    """Returns the number of labelled tokens of each packed sequence.
+
+    Args:
+        labelled: [T] bool.
+        lengths: number of tokens of each sequence.
+    """
+    return [int(part.sum()) for part in labelled.split(list(lengths))]
+
+
+__all__ = ["answer_lengths", "entropies", "narrows", "token_logprobs"]

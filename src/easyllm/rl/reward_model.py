@@ -1,0 +1,64 @@
+"""A trained reward model as a reward: its score at the last token of prompt and answer."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from easyllm.batches.packing import pack, split_by_tokens
+from easyllm.core.errors import ConfigError
+from easyllm.examples.sample import Sample
+from easyllm.models import load_tokenizer
+from easyllm.models.adapted import load_adapted, split_adapter
+from easyllm.rl.config import RewardModelConfig
+from easyllm.rl.rewards import Answer
+from easyllm.tokenizer.tokenizer import Tokenizer
+
+BATCH_TOKENS = 2048
+
+
+def reward_model(
+    config: RewardModelConfig, tokenizer: Tokenizer, device: torch.device
+) -> Callable[[Sequence[Answer]], list[float]]:
+    """Loads a reward model, and returns the function that scores answers with it.
+
+    Args:
+        config: the model's source.
+        tokenizer: the tokenizer of the policy, whose tokens the reward model reads.
+        device: the device of the model.
+
+    Raises:
+        SourceError, CheckpointError: the model cannot be loaded.
+        ConfigError: its head has not one score, or it has another tokenizer.
+    """
+    model = load_adapted(config.model).to(device).requires_grad_(False).eval()
+    if model.config.num_labels != 1:
+        heads = model.config.num_labels
+        what = "no head" if heads is None else f"a head of {heads} scores"
+        raise ConfigError(
+            f"reward_model.model={config.model} has {what}, expected one score; train one with "
+            "objective.kind=classifier, num_labels=1 or a reward objective"
+        )
+    if load_tokenizer(split_adapter(config.model)[0]).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"reward_model.model={config.model} has another tokenizer than the policy, so that it "
+            "cannot read its tokens; choose one with the same tokenizer"
+        )
+
+    @torch.no_grad()
+    def scores(answers: Sequence[Answer]) -> list[float]:
+        samples = []
+        for answer in answers:
+            ids = (*answer.prompt_ids, *answer.token_ids)[-model.config.max_seq_len :]
+            samples.append(Sample(ids, (-100,) * len(ids)))
+        found: list[float] = []
+        for group in split_by_tokens(samples, BATCH_TOKENS):
+            batch = pack(group).to(device)
+            hidden = model(batch.token_ids, batch.context())
+            ends = batch.cu_seqlens[1:].long() - 1
+            found += model.head(hidden[ends]).squeeze(1).tolist()
+        return found
+
+    return scores
+
+
+__all__ = ["reward_model"]
