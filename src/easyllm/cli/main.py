@@ -79,6 +79,9 @@ COMMANDS: dict[str, dict[str, str]] = {
     "train": {
         "train": "Train with a recipe; an interrupted run resumes.",
     },
+    "rl": {
+        "rl": "Look into reinforcement learning: why a run does not learn, and a small gridworld.",
+    },
     "evaluate": {
         "eval": "Measure a model on a file: the loss on responses and recall, or the perplexity of "
         "texts.",

@@ -32,7 +32,7 @@ class Described:
 
 
 SCHEMAS = {
-    "train": Described("easyllm.train.config", "TrainConfig", "a training recipe"),
+    "train": Described("easyllm.pipeline.recipe", "TrainConfig", "a training recipe"),
     "run": Described("easyllm.pipeline.recipe", "Recipe", "a pipeline recipe", _REFERENCE),
     "data-build": Described("easyllm.corpus.config", "CorpusConfig", "a corpus recipe"),
     "model": Described("easyllm.nn.config", "ModelConfig", "the parts of a model"),

@@ -51,6 +51,9 @@ class Collector(Protocol):
     def wants_more(self, experiences: Sequence[Experience], num_prompts: int, tries: int) -> bool:
         """Returns whether further prompts are to be answered for the same rollout."""
 
+    def begin_update(self, batches: Sequence[Batch]) -> None:
+        """Called with the micro-batches of each update before its first forward pass."""
+
     def learn_from(self, experiences: list[Experience]) -> dict[str, float]:
         """Completes the experiences of a rollout; returns its metrics."""
 
@@ -117,7 +120,10 @@ class RolloutLoader:
         state.update += 1
         if state.update == self.rollout.num_updates:
             state.samples, state.update = [], 0
-        return [pack(group) for group in split_by_tokens(trained, self.sizes.micro_batch_tokens)]
+        micro = self.sizes.micro_batch_tokens
+        batches = [pack(group) for group in split_by_tokens(trained, micro)]
+        self.collector.begin_update(batches)
+        return batches
 
     def _roll_out(self) -> None:
         """Answers the next prompts, and stores what is to be learned from."""

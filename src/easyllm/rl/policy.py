@@ -125,6 +125,9 @@ class PolicyObjective(Objective):
         """Returns whether further prompts are to be answered: by default none."""
         return False
 
+    def begin_update(self, batches: Sequence[Batch]) -> None:
+        """Called with the micro-batches of each update before its first forward pass."""
+
     def learn_from(self, experiences: list[Experience]) -> dict[str, float]:
         """Adds log-probabilities and advantages to the answers; returns the rollout's metrics."""
         config = self.config
@@ -169,7 +172,7 @@ class PolicyObjective(Objective):
         """Stores the log-probability of each answer token under a model."""
         deterministic = self.config.rollout.deterministic
         with evaluating(model):
-            for group, batch, rows in self._batches(experiences):
+            for group, batch, rows in self.batches(experiences):
                 context = batch.context(deterministic=deterministic)
                 hidden = model(batch.token_ids, context)[rows]
                 found = token_logprobs(
@@ -186,7 +189,7 @@ class PolicyObjective(Objective):
         """Stores the log-probability of each answer token under the reference."""
         reference, temperature = self.reference, self.config.rollout.temperature
         assert reference is not None, "set by the run"
-        for group, batch, rows in self._batches(experiences):
+        for group, batch, rows in self.batches(experiences):
             hidden, labels = reference.hidden(batch)[rows], batch.labels[rows]
             parts = []
             for h, y in zip(hidden.split(512), labels.split(512), strict=True):
@@ -194,7 +197,7 @@ class PolicyObjective(Objective):
                 parts.append(logits.log_softmax(-1).gather(1, y[:, None]).squeeze(1))
             _store(group, "reference_logprobs", torch.cat(parts))
 
-    def _batches(
+    def batches(
         self, experiences: Sequence[Experience]
     ) -> Iterable[tuple[list[Experience], Batch, Tensor]]:
         """Yields answers as packed batches, each with the indices of the labelled rows."""
@@ -333,12 +336,19 @@ class PolicyObjective(Objective):
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns β, and the counters of the rewards."""
-        values = [self.controller.coefficient, *self.rewards.numbers()]
-        return {"numbers": torch.tensor(values, dtype=torch.float64)}
+        return {"numbers": torch.tensor(self.numbers(), dtype=torch.float64)}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores what `tensors` returned."""
-        self.controller.coefficient, *rest = tensors["numbers"].tolist()
+        self.set_numbers(tensors["numbers"].tolist())
+
+    def numbers(self) -> list[float]:
+        """Returns the counters of the run, for a checkpoint."""
+        return [self.controller.coefficient, *self.rewards.numbers()]
+
+    def set_numbers(self, numbers: Sequence[float]) -> None:
+        """Restores what `numbers` returned."""
+        self.controller.coefficient, *rest = numbers
         self.rewards.set_numbers(rest)
 
 
@@ -348,13 +358,10 @@ def _store(group: Sequence[Experience], name: str, values: Tensor) -> None:
 
 
 def _mismatch(difference: Tensor) -> dict[str, float]:
-    """Returns the mean and maximum absolute difference to the sampler's log-probabilities."""
+    """Returns the mean absolute difference to the sampler's log-probabilities."""
     if not len(difference):
         return {}
-    return {
-        "rl/mismatch_nats": float(difference.abs().mean()),
-        "rl/mismatch_max_nats": float(difference.abs().max()),
-    }
+    return {"rl/mismatch_nats": float(difference.abs().mean())}
 
 
 __all__ = ["PolicyObjective"]
