@@ -7,6 +7,7 @@ is worth a look.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from easyllm.core.json_types import JsonObject
@@ -123,7 +124,7 @@ def _learning_rate(history: History) -> Finding | None:
         if value > bound:
             return _too_fast(metric, value, "below 0.05 nats per token and update")
     entropies = history.values("rl/entropy")
-    jumps = [abs(b - a) for a, b in zip(entropies, entropies[1:], strict=False)]
+    jumps = [abs(b - a) for a, b in pairwise(entropies)]
     largest = max(jumps, default=0.0)
     if largest > 0.5 and largest > 0.4 * max(entropies):
         return _too_fast("rl/entropy", largest, "changes by less than 0.1 nats per step")

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from easyllm.core.errors import DataError
@@ -54,7 +55,7 @@ class History:
     def largest_rise(self, name: str) -> float:
         """Returns the largest increase of a metric from one logged step to the next; 0 if none."""
         values = self.values(name)
-        return max((b - a for a, b in zip(values, values[1:], strict=False)), default=0.0)
+        return max((b - a for a, b in pairwise(values)), default=0.0)
 
 
 def mean(values: Sequence[float]) -> float:

@@ -57,10 +57,12 @@ class PromptSample(Sample):
 
     Attributes:
         text: the prompt as text: as in the row, or the content of its last message.
+        cut: whether it lost its beginning, because it was too long.
         row: the row, for the reward functions.
     """
 
     text: str = ""
+    cut: bool = False
     row: JsonMapping = field(default_factory=dict, hash=False)
 
 
@@ -101,9 +103,11 @@ def prepare_prompts(
         if len(ids) > limit and not cuts:
             stats.dropped_overlong += 1
             continue
-        stats.cut += len(ids) > limit
+        is_cut = len(ids) > limit
+        stats.cut += is_cut
         ids = ids[-limit:]
-        samples.append(PromptSample(tuple(ids), (IGNORE_INDEX,) * len(ids), {}, text=text, row=row))
+        ignored = (IGNORE_INDEX,) * len(ids)
+        samples.append(PromptSample(tuple(ids), ignored, {}, text=text, cut=is_cut, row=row))
         stats.samples += 1
         stats.tokens += len(ids) + max_new_tokens
         stats.trained_tokens += max_new_tokens

@@ -24,6 +24,7 @@ def rollout_figures(experiences: Sequence[Experience]) -> dict[str, float]:
         "rl/length_tokens": float(lengths.mean()),
         "rl/length_max_tokens": float(lengths.max()),
         "rl/prompt_tokens": sum(len(e.prompt.token_ids) for e in experiences) / len(experiences),
+        "rl/prompt_cut_share": sum(e.prompt.cut for e in experiences) / len(experiences),
         "rl/truncated_share": sum(truncated) / len(truncated),
         "rl/masked_share": masked / max(1, tokens),
         "rl/equal_groups_share": equal_groups_share(experiences),
