@@ -3,7 +3,7 @@
 The process has an empty environment and an empty temporary folder, bounded CPU time, memory,
 file sizes and output, and an audit hook that refuses sockets, other processes, foreign libraries
 and files outside its folder and Python's own. It is meant for answers of a model in training, which
-may loop or misbehave by accident; it is no protection against an attacker who searches for a way
+may loop or misbehave by accident; it does not protect against an attacker who searches for a way
 out of Python itself: for hostile code, run the whole training in a container.
 """
 

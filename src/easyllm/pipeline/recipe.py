@@ -302,9 +302,10 @@ def resolve_paths(values: JsonObject, folder: Path) -> None:
         values["retention"] = place(values["retention"])
     model = values.get("model")
     if isinstance(model, dict) and "tokenizer" in model:
-        # of a fresh model, whose tokenizer may be one that the recipe brings along
-        beside = folder / expanded(str(model["tokenizer"]))
-        values["model"] = model | ({"tokenizer": str(beside.resolve())} if beside.is_dir() else {})
+        # a fresh model may have a tokenizer that the recipe brings along
+        brought = folder / expanded(str(model["tokenizer"]))
+        if brought.is_dir():
+            values["model"] = model | {"tokenizer": str(brought.resolve())}
     data = values.get("data")
     if not isinstance(data, dict):
         return

@@ -67,7 +67,7 @@ class RewardModelConfig(Config):
     weight: float = Field(default=1.0, description="Factor of its score in the sum.")
 
 
-class OverlongConfig(Config):
+class LengthLimitConfig(Config):
     """What is done with answers that reach the maximum length."""
 
     truncated: Literal["keep", "mask"] = Field(
@@ -77,7 +77,7 @@ class OverlongConfig(Config):
     penalty_tokens: PositiveInt | None = Field(
         default=None,
         description="Length of the interval before the maximum in which a penalty grows from 0 to "
-        "1 (soft overlong punishment, arXiv 2503.14476, section 3.4); null has none.",
+        "1 (DAPO, arXiv 2503.14476, section 3.4); null has none.",
     )
     missing_eos_penalty: NonNegativeFloat = Field(
         default=0.0, description="Subtracted from the reward of an answer without an EOS token."
@@ -101,8 +101,8 @@ class PolicyConfig(ObjectiveConfig):
     mismatch: MismatchConfig = Field(
         default=MismatchConfig(), description="Correction of differences to the sampler."
     )
-    overlong: OverlongConfig = Field(
-        default=OverlongConfig(), description="Answers that reach the maximum length."
+    length_limit: LengthLimitConfig = Field(
+        default=LengthLimitConfig(), description="Answers that reach the maximum length."
     )
     normalise: Literal["none", "running"] = Field(
         default="none",
@@ -174,8 +174,8 @@ class GRPOConfig(PolicyConfig):
 __all__ = [
     "GRPOConfig",
     "KLConfig",
+    "LengthLimitConfig",
     "MismatchConfig",
-    "OverlongConfig",
     "PolicyConfig",
     "RewardModelConfig",
     "WarmStartConfig",

@@ -199,7 +199,7 @@ def _length(history: History) -> Finding | None:
     longer = last > first
     change = (
         "answers grow: look at samples; averaging=grpo rewards long wrong answers (use dapo or "
-        "dr_grpo), or set overlong.penalty_tokens"
+        "dr_grpo), or set length_limit.penalty_tokens"
         if longer
         else "answers shrink: the reward may be had for short ones; look at samples"
     )
@@ -337,7 +337,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], Check]] = {
             0.95,
             "below 0.2",
             "nearly no answer ends with an EOS token: check the chat template and the model's EOS "
-            "ids, raise rollout.max_tokens, or set overlong.missing_eos_penalty",
+            "ids, raise rollout.max_tokens, or set length_limit.missing_eos_penalty",
             at_end=False,
         ),
     ),
@@ -349,7 +349,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], Check]] = {
             0.5,
             "below 0.2",
             "many answers reach the maximum length; raise rollout.max_tokens, or set "
-            "overlong.penalty_tokens",
+            "length_limit.penalty_tokens",
         ),
     ),
     "equal_rewards": (
@@ -386,7 +386,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], Check]] = {
             "rl/masked_share",
             0.9,
             "below 0.5",
-            "most tokens have no loss: see equal_groups, overlong.truncated and mismatch",
+            "most tokens have no loss: see equal_groups, length_limit.truncated and mismatch",
         ),
     ),
     "importance_ratios": (("rl/ratio/below_0.5", "rl/ratio/above_2"), _ratios),

@@ -54,7 +54,7 @@ class RewardStage:
             totals = [min(max(total, -bound), bound) for total in totals]
         for each, total, failed in zip(experiences, totals, found.failed, strict=True):
             each.reward = total
-            masked = config.overlong.truncated == "mask" and each.answer.truncated
+            masked = config.length_limit.truncated == "mask" and each.answer.truncated
             each.is_trained = not (failed or masked)
         self._components = _means(found)
 
@@ -107,11 +107,11 @@ class RewardStage:
 
     def _length_penalty(self, each: Experience) -> float:
         """Returns what is subtracted for a long answer, or for one without an EOS token."""
-        overlong, most = self.config.overlong, self.config.rollout.max_tokens
-        penalty = overlong.missing_eos_penalty if each.answer.truncated else 0.0
-        if overlong.penalty_tokens is not None:
-            over = each.length - (most - overlong.penalty_tokens)
-            penalty += min(max(over / overlong.penalty_tokens, 0.0), 1.0)
+        limit, most = self.config.length_limit, self.config.rollout.max_tokens
+        penalty = limit.missing_eos_penalty if each.answer.truncated else 0.0
+        if limit.penalty_tokens is not None:
+            over = each.length - (most - limit.penalty_tokens)
+            penalty += min(max(over / limit.penalty_tokens, 0.0), 1.0)
         return penalty
 
 
