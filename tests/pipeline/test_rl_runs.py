@@ -136,6 +136,7 @@ def test_sums_are_learned_from_a_warm_start(tmp_path):
     words = [
         *("max_steps=2", "batch_size=4", "objective.warm_start.steps=3", "data.held_out=8"),
         *("objective.rollout.group_size=4", "data.count=40", "model.config.hidden_size=32"),
+        "objective.equal_groups=keep",
         f"output={tmp_path / 'run'}",
     ]
     config = load_train_recipe(find_recipe("grpo-arithmetic"), words)
