@@ -1,5 +1,7 @@
 """Law 6 in training: rollout log-probabilities are the trainer's, and the first ratio is 1."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from easyllm.examples.sample import Sample
 from easyllm.nn.deterministic import rowwise_logprobs
 from easyllm.ops.kernels.build import _library
 from easyllm.ops.linear_logprobs import linear_logprobs
-from easyllm.rl.experience import Experience, sample_from_json, sample_to_json
+from easyllm.rl.experience import Experience, from_json, to_json, with_groups
 from easyllm.rl.prompts import PromptSample
 from easyllm.rl.rollout import RolledOut
 from easyllm.train import train
@@ -83,7 +85,7 @@ def test_a_sample_survives_a_checkpoint_bit_for_bit():
     each = experience([5, 6, 7], [8, 9, 2], 0.0)
     each.tokens["advantages"] = torch.rand(3) / 3
     sample = each.sample()
-    back = sample_from_json(sample_to_json(sample, 0))
+    back = from_json(json.loads(json.dumps(to_json(each)))).sample
     assert torch.equal(pack([back]).extras["advantages"], pack([sample]).extras["advantages"])
 
 
@@ -120,6 +122,39 @@ def test_packed_answers_have_the_gradients_of_each_alone(averaging, ratio):
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
     assert any(float(g.abs().max()) > 1e-4 for g in grads[0])
+
+
+def test_a_prompt_that_is_computed_once_gives_the_same_losses_and_gradients():
+    from easyllm.rl.config import GRPOConfig
+    from easyllm.rl.grpo import GRPO
+    from easyllm.train.loop import accumulate
+
+    objective = GRPO(GRPOConfig.model_validate({"rewards": [{"function": "even_tokens"}]}))
+    answers = [
+        experience(range(5, 5 + n), range(first, first + m), value, group=group)
+        for group, n, first, m, value in (
+            *((0, 9, 40, 4, 1.0), (0, 9, 60, 1, -0.5), (0, 9, 70, 7, 0.25)),
+            *((1, 3, 80, 2, 0.5), (1, 3, 90, 5, -0.75)),
+        )
+    ]
+    for each in answers:
+        each.tokens["rollout_logprobs"] = torch.full((each.length,), -3.0)
+        each.tokens["old_logprobs"] = torch.full((each.length,), -3.0)
+    samples = [each.sample() for each in answers]
+    found = []
+    for batch in (pack(samples), pack(with_groups(samples, answers))):
+        model = build_tiny(seed=2).requires_grad_(True)
+        rows = []
+        model.layers[0].feed_forward.register_forward_hook(
+            lambda _module, inputs, _out, rows=rows: rows.append(len(inputs[0]))
+        )
+        loss, _ = accumulate(model, objective, [batch])
+        found.append((loss, rows, [p.grad for p in model.parameters()]))
+    assert found[0][1] == [sum(9 + m - 1 for m in (4, 1, 7)) + (3 + 1) + (3 + 4)]
+    assert found[1][1] == [found[0][1][0] - 2 * 9 - 3]
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+    for a, b in zip(found[0][2], found[1][2], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
 
 
 def test_the_sample_type_is_that_of_the_trainer():

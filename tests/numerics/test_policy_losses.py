@@ -116,7 +116,7 @@ def test_cispo_clips_the_weight_and_keeps_the_gradient_of_every_token():
     each, terms = advantages_of("group"), []
     for log_new, log_old, a in zip(per_answer(new), per_answer(old), each, strict=True):
         for t in range(len(log_new)):
-            weight = min(float(torch.exp(log_new[t] - log_old[t])), 1.28)
+            weight = min(float(torch.exp(log_new[t] - log_old[t]).detach()), 1.28)
             terms.append(weight * a * log_new[t])
     compare(ours(new, old, each, config), -torch.stack(terms).mean(), new)
     (gradient,) = torch.autograd.grad(ours(new, old, each, config), new)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from easyllm.batches.packing import Batch
 from easyllm.models import to_classifier
+from easyllm.rl.logprobs import answer_hidden
 from easyllm.rl.ppo_config import CriticConfig
 from easyllm.train.objectives import RunSetup
 from easyllm.train.optim import MasterOptimizer
@@ -63,8 +64,7 @@ class Critic:
     def of_batch(self, batch: Batch, rows: Tensor) -> Tensor:
         """Returns the values [N] of the tokens `rows` of a batch, for an own body."""
         assert self._own is not None, "the body is shared; use of_hidden"
-        hidden = self._own(batch.token_ids, batch.context())[rows]
-        return self._own.head(hidden).squeeze(-1)
+        return self._own.head(answer_hidden(self._own, batch, rows)).squeeze(-1)
 
     def step(self, gradient_scale: float, rate_factor: float) -> None:
         """Applies the accumulated gradients."""

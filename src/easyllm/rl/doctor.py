@@ -162,7 +162,7 @@ def _entropy(history: History) -> Finding | None:
     first, last = history.first("rl/entropy"), history.last("rl/entropy")
     if len(history.values("rl/entropy")) < FEW_STEPS or first <= 0:
         return None
-    if last < 0.1 * first:
+    if last < 0.2 * first:
         change = (
             "the policy has collapsed to few answers, so that a group's answers are equal; raise "
             "loss.clip_high or the temperature, lower the learning rate, or raise kl.coefficient"

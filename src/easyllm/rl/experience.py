@@ -5,13 +5,15 @@ labels      - - a a a e      the answer's tokens, each at the position that pred
 extras      0 0 x x x x      advantages, log-probabilities ... at the labelled positions
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from easyllm.core.json_types import JsonObject
+from easyllm.batches.shared_prompts import ANSWERS, PROMPT
+from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.examples.sample import Sample
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.rl.prompts import PromptSample
@@ -42,6 +44,11 @@ class Experience:
     def length(self) -> int:
         """Number of answer tokens."""
         return len(self.answer.token_ids)
+
+    @property
+    def num_shared(self) -> int:
+        """Number of tokens that all answers to the prompt have in common."""
+        return len(self.prompt.token_ids)
 
     def sample(self) -> Sample:
         """Returns the answer as a sample whose labels are the answer's tokens."""
@@ -85,23 +92,61 @@ def store(experiences: Sequence[Experience], name: str, values: Tensor) -> None:
         each.tokens[name] = values[row, : each.length].clone()
 
 
-def sample_to_json(sample: Sample, group: int) -> JsonObject:
-    """Returns a sample as JSON values, exactly: fp32 numbers survive as decimal fractions."""
+def with_groups(
+    samples: Sequence[Sample], answers: "Sequence[Experience | Stored]"
+) -> list[Sample]:
+    """Returns the samples of a micro-batch with extras that say which ones share a prompt.
+
+    Args:
+        samples: adjacent answers of a prompt follow each other.
+        answers: the answer that each sample is of.
+    """
+    found, start = list[Sample](), 0
+    for _, adjacent in groupby(answers, key=lambda each: each.group):
+        size = len(list(adjacent))
+        for number in range(start, start + size):
+            shared = {ANSWERS: size, PROMPT: answers[number].num_shared}
+            sample = samples[number]
+            found.append(Sample(sample.token_ids, sample.labels, {**sample.extras, **shared}))
+        start += size
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An answer of a rollout whose updates are not done, as checkpoints store it.
+
+    Attributes:
+        sample: the answer with everything that the loss needs.
+        group: number of its prompt within the rollout.
+        num_shared: number of tokens of its prompt.
+    """
+
+    sample: Sample
+    group: int
+    num_shared: int
+
+
+def to_json(each: Experience) -> JsonObject:
+    """Returns an answer as JSON values, exactly: fp32 numbers survive as decimal fractions."""
+    sample = each.sample()
     return {
         "token_ids": list(sample.token_ids),
         "labels": list(sample.labels),
         "extras": {name: list(values) for name, values in sample.extras.items()},
-        "group": group,
+        "group": each.group,
+        "num_shared": each.num_shared,
     }
 
 
-def sample_from_json(values: Mapping[str, object]) -> Sample:
-    """Returns the sample that `sample_to_json` described."""
+def from_json(values: JsonMapping) -> Stored:
+    """Returns the answer that `to_json` described."""
     ids, labels, extras = values["token_ids"], values["labels"], values["extras"]
-    assert isinstance(ids, list), "written by sample_to_json"
-    assert isinstance(labels, list), "written by sample_to_json"
-    assert isinstance(extras, dict), "written by sample_to_json"
-    return Sample(tuple(ids), tuple(labels), dict(extras))
+    assert isinstance(ids, list), "written by to_json"
+    assert isinstance(labels, list), "written by to_json"
+    assert isinstance(extras, dict), "written by to_json"
+    sample = Sample(tuple(ids), tuple(labels), dict(extras))
+    return Stored(sample, int(values["group"]), int(values["num_shared"]))
 
 
-__all__ = ["Experience", "padded", "sample_from_json", "sample_to_json", "store"]
+__all__ = ["Experience", "Stored", "from_json", "padded", "store", "to_json", "with_groups"]

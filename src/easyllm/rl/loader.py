@@ -12,7 +12,7 @@ import torch
 
 from easyllm.batches.packing import Batch, pack, split_by_tokens
 from easyllm.core.errors import ConfigError
-from easyllm.rl.experience import Experience, sample_from_json, sample_to_json
+from easyllm.rl.experience import Experience, from_json, to_json, with_groups
 from easyllm.rl.prompts import PromptSample
 from easyllm.rl.rollout import RolloutConfig
 from easyllm.train.objectives import StepSizes
@@ -115,13 +115,16 @@ class RolloutLoader:
             groups = [groups[i] for i in order]
         count = self.rollout.minibatches
         chosen = set(groups[len(groups) * part // count : len(groups) * (part + 1) // count])
-        samples = [sample_from_json(each) for each in state.samples if each["group"] in chosen]
-        trained = [sample for sample in samples if sample.num_trained] or samples[:1]
+        answers = [from_json(each) for each in state.samples if each["group"] in chosen]
+        answers = [each for each in answers if each.sample.num_trained] or answers[:1]
         state.update += 1
         if state.update == self.rollout.num_updates:
             state.samples, state.update = [], 0
-        micro = self.sizes.micro_batch_tokens
-        batches = [pack(group) for group in split_by_tokens(trained, micro)]
+        batches, end = list[Batch](), 0
+        samples = [each.sample for each in answers]
+        for part in split_by_tokens(samples, self.sizes.micro_batch_tokens):
+            batches.append(pack(with_groups(part, answers[end : end + len(part)])))
+            end += len(part)
         self.collector.begin_update(batches)
         return batches
 
@@ -143,7 +146,7 @@ class RolloutLoader:
             if not self.collector.wants_more(experiences, self.batch_size, tries):
                 break
         state.figures = self.collector.learn_from(experiences)
-        state.samples = [sample_to_json(each.sample(), each.group) for each in experiences]
+        state.samples = [to_json(each) for each in experiences]
 
     def _next_prompts(self) -> list[int]:
         """Returns the indices of the next prompts; the last ones of an epoch may be fewer."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from easyllm.batches.packing import Batch
+from easyllm.batches.shared_prompts import ANSWERS, share_prompts
 from easyllm.engine.params import SamplingParams
 from easyllm.engine.sampling import apply_sampling_filters
 from easyllm.nn.context import ForwardContext
@@ -63,6 +65,30 @@ def token_logprobs(
             else compute(*arguments)
         )
     return torch.cat(parts)
+
+
+def answer_hidden(
+    model: Decoder, batch: Batch, rows: Tensor, *, deterministic: bool = False
+) -> Tensor:
+    """Returns the final hidden states [N, D] of some tokens of a batch, with one forward pass.
+
+    A prompt is computed once for its answers, where the batch says which ones share it and the
+    model allows it (in deterministic mode, each sequence is computed by itself).
+
+    Args:
+        model: the model.
+        batch: packed answers, each after its prompt.
+        rows: [N] int64, numbers of tokens of the batch.
+        deterministic: whether to compute batch-invariant results.
+    """
+    config = model.config
+    shares = config.is_length_invariant and not config.has_experts and not model.num_virtual_tokens
+    if shares and ANSWERS in batch.extras and not deterministic:
+        token_ids, context, row_of = share_prompts(batch)
+        shared: Tensor = model(token_ids, context)
+        return shared.index_select(0, row_of[rows])
+    hidden: Tensor = model(batch.token_ids, batch.context(deterministic=deterministic))
+    return hidden.index_select(0, rows)
 
 
 @torch.no_grad()
@@ -120,4 +146,4 @@ def answer_lengths(labelled: Tensor, lengths: Sequence[int]) -> list[int]:
     return [int(part.sum()) for part in labelled.split(list(lengths))]
 
 
-__all__ = ["answer_lengths", "entropies", "narrows", "token_logprobs"]
+__all__ = ["answer_hidden", "answer_lengths", "entropies", "narrows", "token_logprobs"]

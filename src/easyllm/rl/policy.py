@@ -14,10 +14,10 @@ from easyllm.examples.sample import AnySample
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.rl.config import PolicyConfig
-from easyllm.rl.experience import Experience
+from easyllm.rl.experience import Experience, with_groups
 from easyllm.rl.kl import KLController, kl_estimate
 from easyllm.rl.loader import RolloutLoader
-from easyllm.rl.logprobs import answer_lengths, entropies, token_logprobs
+from easyllm.rl.logprobs import answer_hidden, answer_lengths, entropies, token_logprobs
 from easyllm.rl.mismatch import importance_weights, mark_mismatched, mismatch_figures
 from easyllm.rl.policy_loss import policy_loss, ratio_figures, token_weights
 from easyllm.rl.prompts import PromptSample, prepare_prompts
@@ -174,7 +174,7 @@ class PolicyObjective(Objective):
         with evaluating(model):
             for group, batch, rows in self.batches(experiences):
                 context = batch.context(deterministic=deterministic)
-                hidden = model(batch.token_ids, context)[rows]
+                hidden = answer_hidden(model, batch, rows, deterministic=deterministic)
                 found = token_logprobs(
                     model,
                     hidden,
@@ -207,7 +207,7 @@ class PolicyObjective(Objective):
         for part in split_by_tokens(samples, self._micro_batch_tokens):
             group = list(experiences[end : end + len(part)])
             end += len(part)
-            batch = pack(part).to(self._model.device)
+            batch = pack(with_groups(part, group)).to(self._model.device)
             yield group, batch, (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
 
     def _kl_figures(self, experiences: Sequence[Experience]) -> dict[str, float]:
@@ -239,13 +239,14 @@ class PolicyObjective(Objective):
         config = self.config
         labelled = batch.labels != IGNORE_INDEX
         rows, lengths = labelled.nonzero().squeeze(1), answer_lengths(labelled, batch.lengths)
-        context = batch.context(deterministic=config.rollout.deterministic)
-        hidden = model(batch.token_ids, context)[rows]
+        deterministic = config.rollout.deterministic
+        context = batch.context(deterministic=deterministic)
+        hidden = answer_hidden(model, batch, rows, deterministic=deterministic)
         sampling = config.rollout.training_params
         logprobs = token_logprobs(
             model, hidden, batch.labels[rows], sampling, context.of_rows(rows)
         )
-        extras = {name: values[rows] for name, values in batch.extras.items()}
+        extras = {name: batch.extras[name][rows] for name in batch.token_extras}
         old = extras.get("old_logprobs")
         old = logprobs.detach() if old is None else old
         found = policy_loss(logprobs, old, extras["advantages"], lengths, config.loss)

@@ -22,7 +22,7 @@ from easyllm.rl.advantages import explained_variance, gae, whiten
 from easyllm.rl.critic import Critic, stored_values
 from easyllm.rl.experience import Experience, padded, store
 from easyllm.rl.kl import kl_estimate
-from easyllm.rl.logprobs import answer_lengths
+from easyllm.rl.logprobs import answer_hidden, answer_lengths
 from easyllm.rl.policy import PolicyObjective
 from easyllm.rl.policy_loss import token_weights
 from easyllm.rl.ppo_config import PPOConfig
@@ -80,7 +80,7 @@ class PPO(PolicyObjective):
         with torch.no_grad(), evaluating(model):
             for group, batch, rows in self.batches(experiences):
                 if critic.is_shared:
-                    values = critic.of_hidden(model(batch.token_ids, batch.context())[rows]).cpu()
+                    values = critic.of_hidden(answer_hidden(model, batch, rows)).cpu()
                 else:
                     values = stored_values(critic, batch, rows)
                 for each, part in zip(group, values.split([e.length for e in group]), strict=True):
@@ -145,7 +145,7 @@ class PPO(PolicyObjective):
             labelled = batch.labels != IGNORE_INDEX
             rows = labelled.nonzero().squeeze(1)
             values = critic.of_batch(batch, rows)
-            extras = {name: x[rows] for name, x in batch.extras.items()}
+            extras = {name: batch.extras[name][rows] for name in batch.token_extras}
             lengths, config = answer_lengths(labelled, batch.lengths), self.config
             most = config.rollout.max_tokens
             weights = token_weights(lengths, config.loss.averaging, most, values)

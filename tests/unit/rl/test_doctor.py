@@ -41,7 +41,7 @@ PAIRS = {
 
 
 def history(values, changes=None, steps=9, data=None):
-    """Constant metrics, with others that go in a straight line from one value to another."""
+    """Constant metrics, with others that move in a straight line from one value to another."""
     series = {name: [value] * steps for name, value in values.items()}
     for name, (first, last) in (changes or {}).items():
         series[name] = [first + (last - first) * i / (steps - 1) for i in range(steps)]

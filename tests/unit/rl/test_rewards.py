@@ -12,9 +12,9 @@ def answer(text, **row):
     return Answer("2+3=", text, num_tokens=len(text), truncated=False, row={"answer": "5"} | row)
 
 
-def value(function, text, row=None, **options):
+def value(function, given, row=None, **options):
     config = RewardConfig(function=function, options=options)
-    return load_reward(config)(answer(text, **(row or {})))
+    return load_reward(config)(answer(given, **(row or {})))
 
 
 @pytest.mark.parametrize(
