@@ -14,6 +14,7 @@ from rl_runs import rl_config
 
 KL = {"kl": {"coefficient": 0.05, "estimator": "k3"}}
 LORA = {"kind": "lora", "rank": 4}
+RATE = {"learning_rate": 3e-4}
 FAULTS = ("equal_rewards", "kl_sign", "no_eos", "prompts_truncated", "learning_rate")
 
 
@@ -29,7 +30,8 @@ def sampling(**changes):
 def sound(tiny_folder, tmp_path_factory):
     """A run without faults: answers end, and rewards differ."""
     folder = tmp_path_factory.mktemp("sound")
-    train(rl_config(folder, tiny_folder, KL | sampling(), adapter=LORA), folder / "run")
+    config = rl_config(folder, tiny_folder, KL | sampling(), adapter=LORA, optimizer=RATE)
+    train(config, folder / "run")
     return folder / "run"
 
 
@@ -74,7 +76,7 @@ def test_prompts_are_truncated(tiny_folder, tmp_path):
 
 
 def test_a_learning_rate_that_is_a_hundred_times_too_high(tiny_folder, tmp_path):
-    rate = {"learning_rate": 1.0}
+    rate = {"learning_rate": 100 * RATE["learning_rate"]}
     config = rl_config(tmp_path, tiny_folder, KL | sampling(), adapter=LORA, optimizer=rate)
     train(config, tmp_path / "run")
     assert "learning_rate" in names(tmp_path / "run")
