@@ -122,9 +122,9 @@ class RolloutLoader:
             state.samples, state.update = [], 0
         batches, end = list[Batch](), 0
         samples = [each.sample for each in answers]
-        for part in split_by_tokens(samples, self.sizes.micro_batch_tokens):
-            batches.append(pack(with_groups(part, answers[end : end + len(part)])))
-            end += len(part)
+        for few in split_by_tokens(samples, self.sizes.micro_batch_tokens):
+            batches.append(pack(with_groups(few, answers[end : end + len(few)])))
+            end += len(few)
         self.collector.begin_update(batches)
         return batches
 
