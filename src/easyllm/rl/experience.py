@@ -27,7 +27,8 @@ class Experience:
     Attributes:
         prompt: the prompt.
         answer: the answer.
-        reward: its reward; with a per-token KL penalty, without the penalty.
+        score: the sum of its rewards, less the penalties on its length.
+        reward: the score, normalised and clipped; without any KL penalty.
         is_trained: whether its tokens have a loss.
         tokens: values per answer token, by name, each [length] fp32.
         group: number of its prompt within the rollout.
@@ -35,6 +36,7 @@ class Experience:
 
     prompt: PromptSample
     answer: RolledOut
+    score: float = 0.0
     reward: float = 0.0
     is_trained: bool = True
     tokens: dict[str, Tensor] = field(default_factory=dict)

@@ -46,6 +46,8 @@ class RewardStage:
             total - self._length_penalty(each)
             for total, each in zip(found.totals, experiences, strict=True)
         ]
+        for each, total in zip(experiences, totals, strict=True):
+            each.score = total
         if config.normalise == "running":
             self.moments.update(totals)
             totals = [total / self.moments.std for total in totals]

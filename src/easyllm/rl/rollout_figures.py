@@ -13,7 +13,7 @@ def rollout_figures(experiences: Sequence[Experience]) -> dict[str, float]:
     Their names are those of `metrics.jsonl`: `rl/reward`, `rl/length_tokens`,
     `rl/truncated_share`, `rl/masked_share`, `rl/equal_groups_share`.
     """
-    rewards = torch.tensor([each.reward for each in experiences], dtype=torch.float64)
+    rewards = torch.tensor([each.score for each in experiences], dtype=torch.float64)
     lengths = torch.tensor([each.length for each in experiences], dtype=torch.float64)
     truncated = [each.answer.truncated for each in experiences]
     tokens = sum(each.length for each in experiences)

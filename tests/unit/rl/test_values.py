@@ -67,3 +67,13 @@ def test_the_greedy_policy_is_better_than_a_random_one_from_the_start():
 def test_a_grid_that_is_none_is_refused(rows, words):
     with pytest.raises(ConfigError, match=words):
         build_gridworld(rows)
+
+
+def test_the_command_shows_grids_and_small_differences():
+    from easyllm.rl.gridworld_report import gridworld_report
+
+    report = gridworld_report(episodes=200)
+    assert report.grids["best policy"][-1].endswith("*")
+    assert report.errors["value iteration against policy iteration"] < 1e-9
+    assert max(report.errors.values()) < 0.6
+    assert set(report.as_dict()) == {"grids", "errors"}
