@@ -36,7 +36,7 @@ DESCRIBED = (
     "quant",
     "tokenizer",
 )
-DESCRIBED += ("train",)
+DESCRIBED += ("train", "rl")
 """The packages whose fields are described."""
 LONGEST = 300
 

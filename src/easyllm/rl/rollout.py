@@ -25,7 +25,7 @@ from easyllm.train.evaluating import evaluating
 
 
 class RolloutConfig(Config):
-    """How answers are sampled."""
+    """Number, length and distribution of the answers, and the updates on them."""
 
     group_size: PositiveInt = Field(default=8, le=MAX_COPIES, description="Answers per prompt.")
     max_tokens: PositiveInt = Field(default=64, description="Maximum length of an answer, tokens.")
