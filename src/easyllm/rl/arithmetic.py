@@ -28,6 +28,9 @@ class SumsConfig(Config):
     digits: PositiveInt = Field(
         default=2, le=9, description="Number of digits of both summands; the first is not 0."
     )
+    carries: Literal["any", "some"] = Field(
+        default="any", description="Whether all sums are used, or those with `some` carry only."
+    )
     form: Form = Field(
         default="bare", description="Wording: `bare` (47+38=), an English or a Chinese question."
     )
@@ -45,36 +48,46 @@ def sums(
         seed: seed of the choice.
 
     Returns:
-        Rows with `prompt`, `answer` and `carries`, the number of carries of the addition.
+        Rows with `prompt`, `answer`, `carries`, the number of carries of the addition, and
+        `without_carries`, the answer of someone who forgets them (47+38=75).
 
     Raises:
         ConfigError: more sums are held out than would leave any to train on.
     """
     low, high = 10 ** (config.digits - 1), 10**config.digits
-    total = (high - low) ** 2
-    if held_out >= total:
+    total, width = (high - low) ** 2, high - low
+    draws, rows, seen = random.Random(f"sums/{seed}"), list[JsonObject](), set[int]()
+    while len(rows) < held_out + count and len(seen) < total:
+        number = draws.randrange(total)
+        if number in seen:
+            continue
+        seen.add(number)
+        row = _row(low + number // width, low + number % width, config.form)
+        if config.carries == "any" or row["carries"]:
+            rows.append(row)
+    if held_out >= len(rows):
         raise ConfigError(
-            f"data.held_out={held_out} of {total} sums of {config.digits} digits leaves none to "
-            "train on; lower it"
+            f"data.held_out={held_out} of {len(rows)} sums of {config.digits} digits leaves none "
+            "to train on; lower it"
         )
-    draws = random.Random(f"sums/{seed}")
-    wanted = min(total, held_out + count)
-    numbers = draws.sample(range(total), wanted)
-    pairs = [(low + n // (high - low), low + n % (high - low)) for n in numbers]
-    rows = [_row(a, b, config.form) for a, b in pairs]
     training = rows[held_out:]
     repeated = [training[i % len(training)] for i in range(count)]
     return repeated, rows[:held_out]
 
 
 def _row(a: int, b: int, form: Form) -> JsonObject:
-    carries, carry, x, y = 0, 0, a, b
+    carries, carry, x, y, digits = 0, 0, a, b, ""
     while x or y or carry:
+        digits = f"{(x + y) % 10}{digits}" if x or y else digits
         carry = (x % 10 + y % 10 + carry) // 10
         carries += carry
         x, y = x // 10, y // 10
-    prompt = FORMS[form].format(a=a, b=b)
-    return {"prompt": prompt, "answer": str(a + b), "carries": carries}
+    return {
+        "prompt": FORMS[form].format(a=a, b=b),
+        "answer": str(a + b),
+        "carries": carries,
+        "without_carries": str(int(digits)),
+    }
 
 
 __all__ = ["SumsConfig", "sums"]

@@ -131,6 +131,13 @@ class WarmStartConfig(Config):
     batch_size: PositiveInt = Field(default=64, description="Answers per step.")
     learning_rate: PositiveFloat = Field(default=1e-3, description="Learning rate of AdamW.")
     answer_key: str = Field(default="answer", description="Key of the right answer in a row.")
+    wrong_key: str | None = Field(
+        default=None,
+        description="Key of a wrong answer in a row, which the model also learns; null has none.",
+    )
+    wrong_copies: PositiveInt = Field(
+        default=1, description="How often the wrong answer occurs for each right one."
+    )
 
 
 class GRPOConfig(PolicyConfig):

@@ -1,8 +1,9 @@
-"""Supervised training of a model on right answers before its first rollout.
+"""Supervised training of a model before its first rollout.
 
 Reinforcement learning amplifies what a model sometimes does right; a model from scratch does
-nothing right. A short supervised training, stopped early, gives it something to amplify. It depends
-only on the recipe and the seed, so that a resumed run has the same start.
+nothing right. A short supervised training gives it something to amplify: it may be stopped early,
+or contain more wrong answers than right ones, so that the model prefers the wrong ones at first. It
+depends only on the recipe and the seed, so that a resumed run has the same start.
 """
 
 from collections.abc import Sequence
@@ -60,7 +61,11 @@ class WarmStart:
                 "warm_start trains all weights, which must be fp32 for that; remove warm_start, or "
                 "set precision=fp32 and quantize=null"
             )
-        samples = [_sample(prompt, self.config.answer_key, tokenizer) for prompt in prompts]
+        config = self.config
+        keys = [config.answer_key]
+        if config.wrong_key is not None:
+            keys += [config.wrong_key] * config.wrong_copies
+        samples = [_sample(prompt, key, tokenizer) for prompt in prompts for key in keys]
         self._train(model, samples, seed)
         self._found = {name: value.detach().clone() for name, value in model.state_dict().items()}
         return model
@@ -103,7 +108,7 @@ def _sample(prompt: PromptSample, key: str, tokenizer: Tokenizer) -> Sample:
     if not isinstance(answer, str) or not answer:
         raise DataError(
             f"the row of prompt {prompt.text!r} has {answer!r} under {key!r}, expected the right "
-            "answer as a text; set warm_start.answer_key"
+            "answer as a text; set warm_start.answer_key or wrong_key"
         )
     ids = tokenizer.encode(answer)
     ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]

@@ -30,6 +30,15 @@ def test_a_sum_occurs_again_only_after_all_others():
     assert len(held) == 11
 
 
+def test_sums_with_carries_and_the_answer_of_someone_who_forgets_them():
+    training, held = sums(SumsConfig(carries="some"), count=200, held_out=20, seed=0)
+    for row in (*training, *held):
+        a, b = row["prompt"].rstrip("=").split("+")
+        digits = [str((int(x) + int(y)) % 10) for x, y in zip(a, b, strict=True)]
+        assert row["without_carries"] == str(int("".join(digits))) != row["answer"]
+        assert row["carries"] > 0
+
+
 @pytest.mark.parametrize("form", ["en", "zh"])
 def test_questions_in_both_languages(form):
     row = sums(SumsConfig(form=form), count=1, held_out=0, seed=0)[0][0]
