@@ -7,6 +7,7 @@ import pytest
 from easyllm.core.errors import ConfigError
 from easyllm.rl.rewards import REWARDS, RewardError
 from easyllm.train import Callback, train
+from easyllm.train.metrics import read_metrics
 from rl_runs import metrics_of, rl_config
 
 LORA = {"kind": "lora", "rank": 4}
@@ -134,7 +135,13 @@ def test_sums_are_learned_from_a_warm_start(tmp_path):
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe
 
     words = [
-        *("max_steps=2", "batch_size=4", "objective.warm_start.steps=3", "data.held_out=8"),
+        *(
+            "max_steps=2",
+            "eval_every=1",
+            "batch_size=4",
+            "objective.warm_start.steps=3",
+            "data.held_out=8",
+        ),
         *("objective.rollout.group_size=4", "data.count=40", "model.config.hidden_size=32"),
         "objective.equal_groups=keep",
         f"output={tmp_path / 'run'}",
@@ -142,6 +149,8 @@ def test_sums_are_learned_from_a_warm_start(tmp_path):
     config = load_train_recipe(find_recipe("grpo-arithmetic"), words)
     result = train(config, tmp_path / "run")
     assert 0 <= result.figures["eval_reward/exact"] <= 1
+    evaluated = [line["step"] for line in read_metrics(tmp_path / "run") if "eval/reward" in line]
+    assert evaluated == [0, 1, 2]  # the first one is that of the warm start
     lines = metrics_of(tmp_path / "run")
     assert lines[0]["rl/kl_nats"] == pytest.approx(0, abs=1e-4)  # the reference is the warm start
     recipe = (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8")

@@ -45,6 +45,7 @@ class PolicyObjective(Objective):
     """
 
     loss_is_steady = False
+    evaluates_start = True
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config = config

@@ -20,6 +20,11 @@ class Evaluation(Callback):
         self._evaluated_step = -1
         self._figures: dict[str, float] = {}
 
+    def on_start(self, run: Run) -> None:
+        """Evaluates a new run's model before the first step, if the objective asks for it."""
+        if run.objective.evaluates_start and run.config.eval_every and run.progress.step == 0:
+            self._evaluate(run)
+
     def after_step(self, run: Run, report: StepReport) -> None:
         """Evaluates if it is due; the last step is evaluated in `on_end`."""
         if run.is_due(run.config.eval_every) and report.step != run.total_steps:

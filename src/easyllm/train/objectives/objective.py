@@ -114,6 +114,7 @@ class Objective:
         needs_reference: whether the run must set `reference`.
         generates: whether the trained model generates text, so that a run can show samples.
         also_trained: base modules that are fully trained in addition to an adapter.
+        evaluates_start: whether evaluations during a run include one before the first step.
         loss_is_steady: whether a loss far above its running mean is unusual.
         reference: the reference model, set by the run if `needs_reference`.
     """
@@ -122,6 +123,7 @@ class Objective:
     generates: bool = True
     also_trained: tuple[str, ...] = ()
     loss_is_steady: bool = True
+    evaluates_start: bool = False
     reference: Reference | None = None
 
     def prepare(
