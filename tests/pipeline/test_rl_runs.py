@@ -31,10 +31,10 @@ class KillIn(Callback):
 
 
 def test_grpo_raises_a_reward_with_lora(tiny_folder, tmp_path):
-    train(rl_config(tmp_path, tiny_folder, KL, adapter=LORA, max_steps=25), tmp_path / "run")
+    train(rl_config(tmp_path, tiny_folder, KL, adapter=LORA, max_steps=40), tmp_path / "run")
     lines = metrics_of(tmp_path / "run")
     rewards = [line["rl/reward"] for line in lines]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
     assert all(line["rl/kl_pull"] >= 0 for line in lines)
     assert lines[0]["rl/kl_nats"] == pytest.approx(0, abs=1e-4)
     assert lines[-1]["rl/kl_nats"] > lines[0]["rl/kl_nats"]
