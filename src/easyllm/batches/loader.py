@@ -94,6 +94,20 @@ class Loader:
         groups = split_by_tokens([self.samples[i] for i in chosen], self.micro_batch_tokens)
         return [self.collate(group) for group in groups]
 
+    def samples_of(self, steps: int) -> list[AnySample]:
+        """Returns the samples that the first `steps` steps contain, each once, in stored order."""
+        found, epoch, cursor = set[int](), 0, 0
+        for _ in range(steps):
+            order = self._epoch_order(epoch)
+            chosen = self._take(order, cursor)
+            found.update(chosen)
+            cursor += len(chosen)
+            if cursor >= len(order):
+                epoch, cursor = epoch + 1, 0
+            if len(found) == len(self.samples):
+                break
+        return [self.samples[index] for index in sorted(found)]
+
     def _take(self, order: list[int], cursor: int) -> list[int]:
         """Returns the indices of the samples in the step that begins at `cursor`."""
         if self.batch_size is not None:

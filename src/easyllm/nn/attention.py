@@ -63,19 +63,23 @@ class Attention(nn.Module):
         heads = (x.shape[0], -1, self.config.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.view(heads) for y in fused_linears(projections, x, context))
-        q = self.position.rotate(self.q_norm(q), context)  # [T, H, d]
-        k = self.position.rotate(self.k_norm(k), context)  # [T, K, d]
+        q, k, v = (context.to_sequences(y) for y in (self.q_norm(q), self.k_norm(k), v))
+        out = self._attend(q, k, v, context.of_sequences)
+        return self.o_proj(context.to_rows(out).reshape(x.shape[0], -1), context)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
+        """Returns the output [T, H, d] for normalised `q: [T, H, d]` and `k`, `v: [T, K, d]`."""
+        q = self.position.rotate(q, context)
+        k = self.position.rotate(k, context)
         if context.virtual is not None:
             k, v = context.virtual.keys_values(self.layer, k, v)
         if self.config.logn_length is not None:
             q = q * logn_factors(context.positions, self.config.logn_length).to(q.dtype)
-        if context.store is None and context.deterministic and context.prefix_lengths is None:
-            out = deterministic_attention(q, k, v, self.rule, context.lengths)
-        elif context.store is None:
-            out = attention(q, k, v, self.rule, context.lengths, context.prefix_lengths)
-        else:
-            out = context.store.attend(self.layer, q, k, v, self.rule, context.prefix_lengths)
-        return self.o_proj(out.reshape(x.shape[0], -1), context)
+        if context.store is not None:
+            return context.store.attend(self.layer, q, k, v, self.rule, context.prefix_lengths)
+        if context.deterministic and context.prefix_lengths is None:
+            return deterministic_attention(q, k, v, self.rule, context.lengths)
+        return attention(q, k, v, self.rule, context.lengths, context.prefix_lengths)
 
     def cost(self, trace: CostTrace, x: Activation) -> Activation:
         """Records the projections, the matrix products of attention and the tensors autograd saves.

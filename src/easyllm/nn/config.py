@@ -16,6 +16,7 @@ from pydantic import (
 
 from easyllm.core.config import Config
 from easyllm.nn.position_config import (
+    DynamicNTKScaling,
     EmbeddingPosition,
     FactorScaling,
     NoPosition,
@@ -342,6 +343,18 @@ class ModelConfig(Config):
     def has_experts(self) -> bool:
         """Whether any layer is a mixture of experts."""
         return any(isinstance(layer.feed_forward, MoEConfig) for layer in self.layers)
+
+    @property
+    def is_length_invariant(self) -> bool:
+        """Whether a token's hidden state depends on itself and the tokens in front of it alone.
+
+        It does not if attention is bidirectional, in a prefix language model, or if positions are
+        scaled by the length of the sequence.
+        """
+        causal = all(layer.mixer.causal for layer in self.layers) and self.prompt_mask != "prefix"
+        positions = (getattr(layer.mixer, "position", None) for layer in self.layers)
+        scaled = (isinstance(getattr(p, "scaling", None), DynamicNTKScaling) for p in positions)
+        return causal and not any(scaled)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":

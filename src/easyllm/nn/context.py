@@ -83,6 +83,24 @@ class AdapterRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedRows:
+    """Rows that several sequences have in common: a prompt is computed once for its responses.
+
+    rows       p p p a a b b        T rows: embeddings, norms, linears and feed-forward blocks
+    sequences  p p p a a p p p b b  T' tokens: only mixers see complete sequences
+
+    Attributes:
+        row_of: [T'] int64, the row of each token of the complete sequences.
+        token_of: [T] int64, for each row, the first token of the sequences that has it.
+        sequences: the context of the complete sequences.
+    """
+
+    row_of: Tensor
+    token_of: Tensor
+    sequences: "ForwardContext"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardContext:
     """Everything that a forward pass needs to know about a batch apart from the token ids.
 
@@ -99,6 +117,8 @@ class ForwardContext:
             adapter to all rows.
         virtual: which rows are virtual tokens of a model-level adapter; set by the decoder.
         routing: a list to which each MoE layer appends its `Routing`, or None.
+        shared: which rows belong to several sequences; None if each row is a token of one. With it,
+            `lengths` are those of groups of sequences; without a store and virtual tokens only.
         memo: values that are computed once per forward pass and shared by the layers.
     """
 
@@ -110,6 +130,7 @@ class ForwardContext:
     adapters: AdapterRows | None = None
     virtual: VirtualRows | None = None
     routing: list[Any] | None = None
+    shared: SharedRows | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -152,6 +173,19 @@ class ForwardContext:
         """Whether all rows use the base model without an adapter."""
         return self.adapters is not None and self.adapters.names == ("",)
 
+    @property
+    def of_sequences(self) -> "ForwardContext":
+        """The context of complete sequences, for mixers: itself unless rows are shared."""
+        return self if self.shared is None else self.shared.sequences
+
+    def to_sequences(self, rows: Tensor) -> Tensor:
+        """Returns `rows: [T, ...]` as tokens of complete sequences, [T', ...]."""
+        return rows if self.shared is None else rows.index_select(0, self.shared.row_of)
+
+    def to_rows(self, tokens: Tensor) -> Tensor:
+        """Returns tokens of complete sequences, `[T', ...]`, as rows [T, ...]."""
+        return tokens if self.shared is None else tokens.index_select(0, self.shared.token_of)
+
     def once(self, key: object, compute: Callable[[], T]) -> T:
         """Returns the value of `compute()`, which is called only once per `key` and memoised."""
         if key not in self.memo:
@@ -166,4 +200,11 @@ class ForwardContext:
         return replace(self, adapters=AdapterRows(self.adapters.names, self.adapters.index[rows]))
 
 
-__all__ = ["AdapterRows", "ForwardContext", "KeyValueStore", "RecurrentStep", "VirtualRows"]
+__all__ = [
+    "AdapterRows",
+    "ForwardContext",
+    "KeyValueStore",
+    "RecurrentStep",
+    "SharedRows",
+    "VirtualRows",
+]

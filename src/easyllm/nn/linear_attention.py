@@ -55,13 +55,15 @@ class LinearAttention(nn.Module):
         q = self.features.query(self.q_proj(x, context).view(heads).to(wide))
         k = self.features.key(self.k_proj(x, context).view(heads).to(wide))
         v = self.v_proj(x, context).view(heads).to(wide)
-        inputs = (q, k, v, self.position.rotate(q, context), self.position.rotate(k, context))
+        q, k, v = (context.to_sequences(y) for y in (q, k, v))
+        inner = context.of_sequences
+        inputs = (q, k, v, self.position.rotate(q, inner), self.position.rotate(k, inner))
         if context.store is not None:
             out = context.store.recur(self.layer, self._run, *inputs)
         else:
-            pieces = zip(*(tensor.split(context.lengths) for tensor in inputs), strict=True)
+            pieces = zip(*(tensor.split(inner.lengths) for tensor in inputs), strict=True)
             out = torch.cat([self._run(*piece, state=None)[0] for piece in pieces])
-        return self.o_proj(out.to(x.dtype).reshape(x.shape[0], -1), context)
+        return self.o_proj(context.to_rows(out).to(x.dtype).reshape(x.shape[0], -1), context)
 
     def cost(self, trace: CostTrace, x: Activation) -> Activation:
         """Records the projections, the features in fp32 and the chunks of causal sequences.

@@ -1,0 +1,69 @@
+"""Computes a prompt once for all its responses.
+
+A batch of preference pairs contains the prompt of each pair twice: [p c | p r]. Embeddings, norms,
+linears and feed-forward blocks act on rows independently, so they are computed on [p c r], and only
+the mixers see complete sequences (`nn.context.SharedRows`). Outputs and gradients are those of the
+complete sequences up to rounding.
+"""
+
+import torch
+from torch import Tensor
+
+from easyllm.batches.packing import Batch
+from easyllm.nn.context import AdapterRows, ForwardContext, SharedRows
+
+ANSWERS, PROMPT = "answers", "prompt"
+"""Extras per sequence: the number of sequences in its group, which are adjacent, and the number of
+first tokens that all of them have in common; both are 0 for padding."""
+
+
+def share_prompts(
+    batch: Batch, *, base_only: bool = False
+) -> tuple[Tensor, ForwardContext, Tensor]:
+    """Returns the rows of a forward pass that computes each shared prompt once.
+
+    Args:
+        batch: its extras `answers` and `prompt` describe the groups.
+        base_only: disable the model's adapter.
+
+    Returns:
+        Token ids [T] of the rows, their context, and the row [T'] of each token of the batch.
+    """
+    device = batch.token_ids.device
+    groups = group_sizes(batch)
+    row_of, is_first, lengths = list[Tensor](), list[Tensor](), list[int]()
+    sequence = num_rows = 0
+    prompts = batch.extras[PROMPT].tolist()
+    for size in groups:
+        start = num_rows
+        for number in range(size):
+            length = batch.lengths[sequence]
+            shared = int(prompts[sequence]) if number else 0
+            own = length - shared
+            row_of += [torch.arange(start, start + shared), torch.arange(num_rows, num_rows + own)]
+            is_first += [torch.zeros(shared, dtype=torch.bool), torch.ones(own, dtype=torch.bool)]
+            num_rows += own
+            sequence += 1
+        lengths.append(num_rows - start)
+    rows = torch.cat(row_of).to(device)
+    tokens = torch.cat(is_first).nonzero().squeeze(1).to(device)
+    index = torch.zeros(num_rows, dtype=torch.int64, device=device)
+    context = ForwardContext(
+        positions=batch.positions[tokens],
+        lengths=tuple(lengths),
+        adapters=AdapterRows(("",), index) if base_only else None,
+        shared=SharedRows(row_of=rows, token_of=tokens, sequences=batch.context()),
+    )
+    return batch.token_ids[tokens], context, rows
+
+
+def group_sizes(batch: Batch) -> list[int]:
+    """Returns the number of sequences of each group; a padding sequence is a group of its own."""
+    answers = batch.extras[ANSWERS].tolist()
+    sizes = list[int]()
+    while (start := sum(sizes)) < len(answers):
+        sizes.append(max(1, int(answers[start])))
+    return sizes
+
+
+__all__ = ["ANSWERS", "PROMPT", "group_sizes", "share_prompts"]
