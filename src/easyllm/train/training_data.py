@@ -50,6 +50,7 @@ class TrainingData:
         warnings: warnings about the data, one line each.
         figures: statistics of the data, for the manifest.
         inputs: hashes of the data files, by path.
+        held: evaluation samples; empty for a corpus.
         retention: samples of the retention set, which is not part of the run's identity.
     """
 
@@ -60,6 +61,7 @@ class TrainingData:
     warnings: list[str]
     figures: JsonObject
     inputs: dict[str, str]
+    held: Sequence[AnySample] = ()
     retention: Sequence[AnySample] = ()
 
     @property
@@ -134,6 +136,7 @@ def _rows(
         warnings=_overlap(train, held),
         figures=account.as_dict(),
         inputs={file: hash_file(Path(file)) for file in (*data.train, *data.eval)},
+        held=held,
     )
 
 

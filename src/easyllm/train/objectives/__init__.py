@@ -4,6 +4,7 @@ Importing this package registers the built-in objectives.
 """
 
 from easyllm.train.objectives.classifier import Classifier, ClassifierConfig
+from easyllm.train.objectives.dpo import DPO, DPOConfig
 from easyllm.train.objectives.language_model import LanguageModel, LanguageModelConfig
 from easyllm.train.objectives.losses import LossOutput
 from easyllm.train.objectives.objective import (
@@ -19,9 +20,11 @@ from easyllm.train.objectives.objective import (
 from easyllm.train.objectives.quantization_aware import QuantizationAware, QuantizationAwareConfig
 
 __all__ = [
+    "DPO",
     "OBJECTIVES",
     "Classifier",
     "ClassifierConfig",
+    "DPOConfig",
     "LanguageModel",
     "LanguageModelConfig",
     "LossOutput",
