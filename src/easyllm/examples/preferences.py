@@ -20,6 +20,7 @@ from easyllm.core.sequences import num_equal
 from easyllm.corpus.files.row import Row
 from easyllm.examples.conversations import (
     LABEL_KEYS,
+    Conversation,
     read_alpaca_prompt,
     read_conversation,
     read_messages,
@@ -177,21 +178,29 @@ def labelled(rows: Iterable[Row]) -> Iterator[LabelledCompletion]:
     """
     for row in rows:
         label = _label(row)
-        conversation = read_conversation(row)
-        messages, prompt = conversation.messages, row.values.get("prompt")
-        start = len(messages) - 1
-        if conversation.format == "prompt-completion" and isinstance(prompt, list):
-            start = len(with_system(read_messages(prompt, row), row))
-        if not is_response(messages[:start], messages[start:]):
-            raise DataError(
-                f"{row.location}: the label applies to the last message, which is from "
-                f"{messages[start]['role'] if start < len(messages) else 'nobody'}; "
-                "give a prompt followed by an assistant response"
-            )
+        prompt, completion, conversation = last_response(row)
         kind = f"{conversation.format}-label"
-        yield LabelledCompletion(
-            messages[:start], messages[start:], label, conversation.tools, row.location, kind
+        yield LabelledCompletion(prompt, completion, label, conversation.tools, row.location, kind)
+
+
+def last_response(row: Row) -> tuple[list[Message], list[Message], Conversation]:
+    """Returns the prompt and the last response of a row, and its conversation.
+
+    Raises:
+        DataError: the row is malformed, or its last message is not a response to a prompt.
+    """
+    conversation = read_conversation(row)
+    messages, prompt = conversation.messages, row.values.get("prompt")
+    start = len(messages) - 1
+    if conversation.format == "prompt-completion" and isinstance(prompt, list):
+        start = len(with_system(read_messages(prompt, row), row))
+    if not is_response(messages[:start], messages[start:]):
+        raise DataError(
+            f"{row.location}: the label applies to the last message, which is from "
+            f"{messages[start]['role'] if start < len(messages) else 'nobody'}; "
+            "give a prompt followed by an assistant response"
         )
+    return messages[:start], messages[start:], conversation
 
 
 def prepare_preferences(

@@ -12,7 +12,7 @@ Extras of each sequence:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ class Pairs:
 
     Attributes:
         better, worse: [N] int64, sequence numbers of the better and the worse response.
-        weights: [N] fp32, 1 / the number of pairs in the group.
+        weights: [N] fp64, 1 / the number of pairs in the group.
         num_groups: number of groups.
     """
 
@@ -76,8 +76,16 @@ def pairs_of(batch: Batch) -> Pairs:
             weights += [1 / len(found)] * len(found)
         start += size
     device = batch.token_ids.device
+    weight = torch.tensor(weights, dtype=torch.float64, device=device)
     index = torch.tensor([better, worse], dtype=torch.int64, device=device)
-    return Pairs(index[0], index[1], torch.tensor(weights, device=device), num_groups)
+    return Pairs(index[0], index[1], weight, num_groups)
+
+
+def num_groups(batch: Batch) -> int:
+    """Returns the number of groups of a batch, without padding."""
+    answers = batch.extras[ANSWERS].tolist()
+    starts = accumulate(group_sizes(batch), initial=0)
+    return sum(start < len(answers) and answers[start] > 0 for start in starts)
 
 
 def read_pairs(
@@ -148,7 +156,7 @@ class PairObjective(Objective):
 
     def num_terms(self, batch: Batch) -> int:
         """Returns the number of groups (pairs or rankings)."""
-        return sum(1 for start in _starts(batch) if batch.extras[ANSWERS][start] > 0)
+        return num_groups(batch)
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         """Returns the loss summed over groups, with rewards, their margin and accuracy."""
@@ -185,13 +193,6 @@ def logprob_metrics(pairs: Pairs, policy: SequenceLogprobs) -> dict[str, float]:
     return {"logprobs/chosen": pairs.mean(chosen), "logprobs/rejected": pairs.mean(rejected)}
 
 
-def _starts(batch: Batch) -> Iterable[int]:
-    start = 0
-    for size in group_sizes(batch):
-        yield start
-        start += size
-
-
 __all__ = [
     "MARGIN",
     "RANK",
@@ -199,6 +200,7 @@ __all__ = [
     "Pairs",
     "group_of",
     "logprob_metrics",
+    "num_groups",
     "pairs_of",
     "read_pairs",
     "reward_metrics",

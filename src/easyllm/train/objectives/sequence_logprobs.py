@@ -32,9 +32,7 @@ class SequenceLogprobs:
         return self.sums / self.counts.clamp(min=1)
 
 
-def sequence_logprobs(
-    model: Decoder, batch: Batch, *, base_only: bool = False, share: bool = True
-) -> SequenceLogprobs:
+def sequence_logprobs(model: Decoder, batch: Batch, *, base_only: bool = False) -> SequenceLogprobs:
     """Returns the summed log-probability of each sequence's labels, with one forward pass.
 
     The logits of all rows never exist at once: see `ops.token_logprobs`.
@@ -44,22 +42,34 @@ def sequence_logprobs(
         batch: packed sequences; where its extras describe groups with a common prompt
             (`batches.shared_prompts`), the prompt is computed once.
         base_only: disable the model's adapter.
-        share: False computes every sequence completely.
     """
     labelled = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
-    wanted = labelled
-    if share and can_share(model, batch, base_only=base_only):
-        token_ids, context, rows = share_prompts(batch, base_only=base_only)
-        hidden, wanted = model(token_ids, context), rows[labelled]
-    else:
-        prefix = model.config.prompt_mask == "prefix"
-        hidden = model(batch.token_ids, batch.context(prefix=prefix, base_only=base_only))
-    picked = hidden.index_select(0, wanted)
+    picked = hidden_at(model, batch, labelled, base_only=base_only)
     inputs, weight = (picked, model.head_weight) if base_only else model.loss_factors(picked)
     logprobs = linear_logprobs(
         inputs, weight, batch.labels[labelled], softcap=model.config.logit_softcap
     )
     return by_sequence(batch, labelled, logprobs)
+
+
+def hidden_at(model: Decoder, batch: Batch, tokens: Tensor, *, base_only: bool = False) -> Tensor:
+    """Returns the final hidden states of some tokens of a batch, with one forward pass.
+
+    Args:
+        batch: as in `sequence_logprobs`.
+        tokens: [N] int64, numbers of tokens of the batch.
+        base_only: disable the model's adapter.
+
+    Returns:
+        [N, D].
+    """
+    if can_share(model, batch, base_only=base_only):
+        token_ids, context, rows = share_prompts(batch, base_only=base_only)
+        hidden: Tensor = model(token_ids, context)
+        return hidden.index_select(0, rows[tokens])
+    prefix = model.config.prompt_mask == "prefix"
+    hidden = model(batch.token_ids, batch.context(prefix=prefix, base_only=base_only))
+    return hidden.index_select(0, tokens)
 
 
 @torch.no_grad()
