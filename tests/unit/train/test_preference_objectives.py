@@ -68,7 +68,7 @@ def test_margins_are_read_by_reward_models_and_refused_by_others(tmp_path, tiny_
 
 
 def test_rewards_are_read_at_the_end_of_turn_token(tmp_path, tiny_tokenizer):
-    end = tiny_tokenizer.encode("<|im_end|>", special=True)[-1:]
+    end = [tiny_tokenizer.backend.token_to_id("<|im_end|>")]
     rated = [{"prompt": "q", "completion": "a", "score": 1.5}]
     labelled = [{"prompt": "q", "completion": "a", "label": True}]
     found = [

@@ -8,8 +8,8 @@ The first is the Bradley-Terry model with the pair's margin m, 0 if the data giv
 arXiv 2307.09288, eq. 2), and a term that centres the rewards (arXiv 2312.09244).
 The kind of data decides which. A ranking of K responses becomes its pairs, which stay in one batch
 and whose loss is their mean (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
-The last token is the end-of-turn token: what templates write after it is no input, so a response
-that was just generated is read at the same place.
+The last token is the end-of-turn token: what templates write after it is not an input, so that a
+response that was just generated is read at the same place.
 """
 
 from collections.abc import Sequence
