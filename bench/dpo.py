@@ -2,10 +2,10 @@
 
     python bench/dpo.py [--pairs 16] [--rounds 2] [--peer PYTHON] [--record]
 
-One epoch at batch size 2, at most 512 tokens a sequence, LoRA of rank 8 on all linears, in fp32; the
-reference pass of every step is counted, loading the model is not. Each measurement is a process of
-its own, and they take turns. `--peer` is the interpreter of an environment with TRL, whose trainer is
-measured on the same pairs (`peers/trl_dpo.py`, which counts building the trainer too).
+One epoch at batch size 2, at most 512 tokens a sequence, LoRA of rank 8 on all linears, in fp32;
+the reference pass of every step is counted, loading the model is not. Each measurement is a process
+of its own, and they take turns. `--peer` is the interpreter of an environment with TRL, whose
+trainer is measured on the same pairs (`peers/trl_dpo.py`, which counts building the trainer too).
 """
 
 import argparse

@@ -128,6 +128,7 @@ def estimate_training(
     recompute: Recompute = "none",
     dropout: bool = False,
     reference: bool = False,
+    other_reference: bool = False,
     device_type: str = "cpu",
 ) -> MemoryEstimate:
     """Estimates the memory of a step of `train` on a CPU or GPU, which save the same activations.
@@ -149,6 +150,8 @@ def estimate_training(
         dropout: whether dropout is active.
         reference: whether the objective compares with the initial model, of which there is a
             second copy unless only an adapter is trained.
+        other_reference: whether it compares with another model of the same size, which is loaded
+            without quantization.
         device_type: `cpu` or `cuda`; the loss uses larger chunks on `cuda`.
 
     Raises:
@@ -165,7 +168,9 @@ def estimate_training(
         dropout=dropout,
     )
     weights, trained = _weights(config, work, adapter, scheme)
-    if reference and (adapter is None or trained_base_parameters(config, adapter)):
+    if other_reference:
+        weights += loaded_weight_bytes(config, work.itemsize, None)
+    elif reference and (adapter is None or trained_base_parameters(config, adapter)):
         weights += loaded_weight_bytes(config, work.itemsize, scheme)
     matrices = _trained_matrices(config, adapter)
     earlier, gradients = _gradients(work, trained, micro_batches)

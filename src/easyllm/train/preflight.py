@@ -189,6 +189,7 @@ def plan_run(
         "recompute": config.checkpoint_activations,
         "dropout": config.dropout > 0,
         "reference": objective.needs_reference,
+        "other_reference": objective.needs_reference and objective.reference_source is not None,
         "device_type": device.type,
     }
     memory = estimate_training(model, **setup)
