@@ -47,7 +47,8 @@ def token_logprobs(model, ids, labels):
 
 
 def each_sequence(model, batch):
-    parts = zip(batch.token_ids.split(batch.lengths), batch.labels.split(batch.lengths))  # noqa: B905
+    ids, labels = batch.token_ids.split(batch.lengths), batch.labels.split(batch.lengths)
+    parts = zip(ids, labels, strict=True)
     return [token_logprobs(model, ids, labels) for ids, labels in parts]
 
 

@@ -19,16 +19,14 @@ from easyllm.core.progress import track
 from easyllm.corpus.files.row import Row
 from easyllm.examples.conversations import read_system, row_kind, unknown_format
 from easyllm.examples.data_file import read_rows
-from easyllm.examples.preferences import (
-    PAIR_FORMS,
-    PreferencePair,
+from easyllm.examples.preferences import PAIR_FORMS, PreferencePair, preference
+from easyllm.examples.prepare import Encoded, PreparationStats, TooLong, check_samples
+from easyllm.examples.responses import (
     encode_responses,
     is_response,
-    preference,
     read_prompt,
     read_response,
 )
-from easyllm.examples.prepare import Encoded, PreparationStats, TooLong, check_samples
 from easyllm.examples.tools import read_tools
 from easyllm.examples.unsupported_keys import check_keys
 from easyllm.tokenizer.messages import Message

@@ -14,7 +14,6 @@ from easyllm.core.progress import track
 from easyllm.corpus.files.row import Row
 from easyllm.examples.conversations import row_kind
 from easyllm.examples.data_file import read_rows
-from easyllm.examples.preferences import last_response
 from easyllm.examples.prepare import (
     Encoded,
     PreparationStats,
@@ -23,6 +22,7 @@ from easyllm.examples.prepare import (
     encode_messages,
     fit,
 )
+from easyllm.examples.responses import last_response
 from easyllm.tokenizer.messages import Message
 from easyllm.tokenizer.tokenizer import Tokenizer
 

@@ -150,8 +150,7 @@ def estimate_training(
         dropout: whether dropout is active.
         reference: whether the objective compares with the initial model, of which there is a
             second copy unless only an adapter is trained.
-        other_reference: whether it compares with another model of the same size, which is loaded
-            without quantization.
+        other_reference: whether it compares with another, unquantized model of the same size.
         device_type: `cpu` or `cuda`; the loss uses larger chunks on `cuda`.
 
     Raises:
@@ -169,9 +168,9 @@ def estimate_training(
     )
     weights, trained = _weights(config, work, adapter, scheme)
     if other_reference:
-        weights += loaded_weight_bytes(config, work.itemsize, None)
-    elif reference and (adapter is None or trained_base_parameters(config, adapter)):
-        weights += loaded_weight_bytes(config, work.itemsize, scheme)
+        weights += loaded_weight_bytes(config, work.itemsize)
+    elif reference:
+        weights += _copy_bytes(config, work, adapter, scheme)
     matrices = _trained_matrices(config, adapter)
     earlier, gradients = _gradients(work, trained, micro_batches)
     if int8_state and adapter is None:
@@ -318,6 +317,15 @@ def _bytes_in_file(trained: int, matrices: list[int], optimizer: OptimizerKind) 
 
 def _head_shares_weight(config: ModelConfig) -> bool:
     return config.tie_embeddings or config.num_labels is not None
+
+
+def _copy_bytes(
+    config: ModelConfig, work: Work, adapter: AdapterConfig | None, scheme: str | None
+) -> int:
+    """Returns the bytes of a copy of the initial model; 0 if the adapter can be bypassed."""
+    if adapter is not None and not trained_base_parameters(config, adapter):
+        return 0
+    return loaded_weight_bytes(config, work.itemsize, scheme)
 
 
 def _trained_matrices(config: ModelConfig, adapter: AdapterConfig | None) -> list[int]:

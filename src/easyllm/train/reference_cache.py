@@ -10,7 +10,6 @@ from pathlib import Path
 from easyllm.batches.loader import Loader
 from easyllm.core.atomic import write_json
 from easyllm.core.manifest import hash_path, hash_value
-from easyllm.core.progress import console
 from easyllm.examples.sample import AnySample
 from easyllm.train.factories import Trained, build_reference, check_reference
 from easyllm.train.objectives import Reference
@@ -32,7 +31,6 @@ def cache_reference(run: Run) -> None:
     samples = _samples(run)
     found = _read(file, key, samples)
     if found is None:
-        console().print("computing the log-probabilities of the reference model, once")
         found = compute_reference(
             run.objective, _reference(run), samples, run.config.micro_batch_tokens
         )

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from easyllm.batches.packing import Batch, split_by_tokens
+from easyllm.core.progress import track
 from easyllm.examples.sample import AnySample
 from easyllm.train.objectives.objective import Objective, ObjectiveConfig, Reference
 from easyllm.train.objectives.sequence_logprobs import reference_logprobs
@@ -73,7 +74,8 @@ def compute_reference(
     """
     found: dict[str, float] = {}
     device = reference.model.device
-    for group in split_by_tokens(samples, micro_tokens):
+    groups = split_by_tokens(samples, micro_tokens)
+    for group in track(groups, "reference log-probabilities", total=len(groups), unit="batch"):
         batch = objective.collate(group).to(device)
         sums = reference_logprobs(reference, batch).sums.tolist()
         found.update(zip(sequence_digests(group), sums, strict=True))
