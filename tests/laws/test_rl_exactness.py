@@ -7,9 +7,7 @@ import torch
 
 from easyllm.batches.packing import pack
 from easyllm.examples.sample import Sample
-from easyllm.nn.deterministic import rowwise_logprobs
 from easyllm.ops.kernels.build import _library
-from easyllm.ops.linear_logprobs import linear_logprobs
 from easyllm.rl.experience import Experience, from_json, to_json, with_groups
 from easyllm.rl.prompts import PromptSample
 from easyllm.rl.rollout import RolledOut
@@ -46,24 +44,6 @@ def test_top_p_that_is_not_renormalised_is_a_mismatch(tiny_folder, tmp_path):
     rollout = {"rollout": EXACT | {"top_p": 0.8, "renormalise": False}}
     train(rl_config(tmp_path, tiny_folder, rollout, max_steps=1), tmp_path / "run")
     assert metrics_of(tmp_path / "run")[0]["rl/mismatch_nats"] > 0.01
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-def test_log_probabilities_and_gradients_of_a_head_equal_those_of_its_logits(chunked, monkeypatch):
-    if chunked:
-        monkeypatch.setattr("easyllm.ops.linear_logprobs._chunk", lambda hidden, weight: 3)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(11, 8, generator=generator, requires_grad=True)
-    weight = torch.randn(50, 8, generator=generator, requires_grad=True)
-    labels = torch.randint(0, 50, (11,), generator=generator)
-    factors = torch.randn(11, generator=generator)
-    expected = rowwise_logprobs(hidden @ weight.T, labels)
-    found = linear_logprobs(hidden, weight, labels)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    wanted = torch.autograd.grad((expected * factors).sum(), (hidden, weight))
-    given = torch.autograd.grad((found * factors).sum(), (hidden, weight))
-    for a, b in zip(given, wanted, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def experience(prompt, answer, value, **changes):

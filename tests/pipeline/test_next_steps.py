@@ -112,7 +112,7 @@ def test_preference_data_given_to_sft_is_refused_with_a_conversion_that_works(re
     for words in (("--dry-run",), ()):
         done = easyllm("train", recipe, f"data.train=[{pairs}]", *words)
         assert done.returncode == 2
-        assert "no objective that compares responses is built in" in done.stderr
+        assert "objective.kind=dpo data.kind=preferences" in done.stderr
         assert "`easyllm data chosen FILE NEW.jsonl`" in done.stderr
     assert "3 conversations" in run(f"easyllm data chosen {pairs} {chosen}")
     texts = [json.loads(line)["messages"] for line in chosen.read_text().splitlines()]

@@ -6,10 +6,14 @@ import time
 import httpx
 import pytest
 
+from easyllm.adapters import LoRAConfig
 from easyllm.core.errors import CheckpointError
 from easyllm.engine import LLM
 from easyllm.serve.limits import ServeLimits
+from raw_http import slow_down, wait_for
 from running_server import QUESTION, running
+from tiny_models import build_tiny
+from trained_adapters import as_named
 
 ASK = {"model": "m", "messages": QUESTION, "max_tokens": 4, "temperature": 0}
 
@@ -110,3 +114,37 @@ def test_an_unknown_model_is_neither_loaded_nor_unloaded(made):
         for verb in ("load", "unload"):
             answer = httpx.post(f"{address}/models/{verb}", json={"model": "x"})
             assert answer.status_code == 404
+
+
+def adapter_in(folder):
+    """Writes the folder of an adapter of a model like the tiny one."""
+    as_named(build_tiny(), folder, LoRAConfig(rank=2, alpha=4), "written")
+
+
+def load_adapter(address, name, **fields):
+    body = {"lora_name": name, "lora_path": "one"} | fields
+    return httpx.post(f"{address}/v1/load_lora_adapter", json=body, timeout=60)
+
+
+def test_requests_of_an_unloaded_adapter_end_with_503_and_the_reason(made, tmp_path, monkeypatch):
+    adapter_in(tmp_path / "one")
+    llm = made()
+    slow_down(llm, monkeypatch)
+    with running({"m": llm}, adapters_folder=tmp_path) as address:
+        assert load_adapter(address, "a").status_code == 200
+        answers = {}
+
+        def keep(name):
+            answers[name] = ask(address, model=name, max_tokens=60, ignore_eos=True)
+
+        threads = [threading.Thread(target=keep, args=(name,)) for name in ("a", "m")]
+        for thread in threads:
+            thread.start()
+        assert wait_for(lambda: len(llm.engine.scheduler.running) == 2, 30)
+        unloaded = httpx.post(f"{address}/v1/unload_lora_adapter", json={"lora_name": "a"})
+        assert unloaded.status_code == 200
+        for thread in threads:
+            thread.join(60)
+        assert answers["a"].status_code == 503
+        assert "'a' was unloaded" in answers["a"].json()["error"]["message"]
+        assert answers["m"].status_code == 200

@@ -10,6 +10,7 @@ cu_seqlens 0 4 7
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -110,6 +111,30 @@ class Batch:
             (*self.lengths, missing),
             self.num_trained,
             extras,
+            self.token_extras,
+        )
+
+    def select(self, sequences: Sequence[int]) -> "Batch":
+        """Returns a batch of some of the sequences, given by their numbers in ascending order."""
+        device = self.token_ids.device
+        starts = [0, *accumulate(self.lengths)]
+        tokens = torch.cat(
+            [torch.arange(starts[n], starts[n + 1]) for n in sequences] or [torch.arange(0)]
+        ).to(device)
+        index = torch.tensor(sequences, dtype=torch.int64, device=device)
+        lengths = tuple(self.lengths[n] for n in sequences)
+        labels = self.labels[tokens]
+        return Batch(
+            self.token_ids[tokens],
+            labels,
+            self.positions[tokens],
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+            lengths,
+            int((labels != IGNORE_INDEX).sum()),
+            {
+                name: values[tokens if name in self.token_extras else index]
+                for name, values in self.extras.items()
+            },
             self.token_extras,
         )
 

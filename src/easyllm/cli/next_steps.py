@@ -31,7 +31,7 @@ def after_training(config: "TrainConfig", output: Path) -> Steps:
     base = config.model if isinstance(config.model, str) else None
     steps: Steps = {}
     if objective_kind(config.objective).generates:
-        steps |= _use(result, chat=isinstance(config.data, DataConfig), base=base)
+        steps |= _use(result, chat=config.data.has_chats, base=base)
         if isinstance(config.data, DataConfig):
             files = (*config.data.eval, *config.data.train)
             steps["evaluate"] = _command("eval", result, files[0])

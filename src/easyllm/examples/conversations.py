@@ -60,8 +60,9 @@ QUESTION_CONTEXT_KEYS = frozenset(["choices", "options", "context", "passage"])
 """Keys that belong to the question. A row with one of them is not read as question and answer,
 because the answer would be trained without it."""
 _PREFERENCES = (
-    "no objective that compares responses is built in: train on the chosen or good ones, which "
-    "`easyllm data chosen FILE NEW.jsonl` writes, or register an objective (docs/extend.md)"
+    "train with an objective that compares responses (objective.kind=dpo data.kind=preferences; "
+    "docs/alignment.md), or on the chosen or good ones alone, which "
+    "`easyllm data chosen FILE NEW.jsonl` writes"
 )
 KNOWN_FORMS = """
   messages           {"messages": [{"role": "user", "content": "..."}, \

@@ -8,6 +8,7 @@ Prompts and responses are text, messages, or ShareGPT turns. Both responses of a
 same prompt. The prompt is never trained, including assistant turns in it.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,7 @@ from easyllm.corpus.files.row import Row
 from easyllm.examples.conversations import (
     LABEL_KEYS,
     read_alpaca_prompt,
-    read_conversation,
-    read_messages,
     read_system,
-    read_text,
     read_turns,
     row_kind,
     turn_list,
@@ -38,6 +36,13 @@ from easyllm.examples.prepare import (
     check_samples,
     encode_messages,
     fit,
+)
+from easyllm.examples.responses import (
+    encode_responses,
+    is_response,
+    last_response,
+    read_prompt,
+    read_response,
 )
 from easyllm.examples.sample import Sample
 from easyllm.examples.tools import read_tools
@@ -70,6 +75,7 @@ class PreferencePair:
     tools: list[JsonObject] | None
     location: str
     format: str = "preference"
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +135,19 @@ def preferences(rows: Iterable[Row]) -> Iterator[PreferencePair]:
         DataError: as in `read_preferences`.
     """
     for row in rows:
-        kind = detect_pair_format(row.values)
-        if kind is None:
-            raise unknown_format(row, PAIR_FORMS)
-        yield _pair(row, kind)
+        yield preference(row)
+
+
+def preference(row: Row) -> PreferencePair:
+    """Returns a row as a preference pair.
+
+    Raises:
+        DataError: as in `read_preferences`.
+    """
+    kind = detect_pair_format(row.values)
+    if kind is None:
+        raise unknown_format(row, PAIR_FORMS)
+    return _pair(row, kind)
 
 
 def detect_pair_format(values: JsonObject) -> str | None:
@@ -166,21 +181,9 @@ def labelled(rows: Iterable[Row]) -> Iterator[LabelledCompletion]:
     """
     for row in rows:
         label = _label(row)
-        conversation = read_conversation(row)
-        messages, prompt = conversation.messages, row.values.get("prompt")
-        start = len(messages) - 1
-        if conversation.format == "prompt-completion" and isinstance(prompt, list):
-            start = len(with_system(read_messages(prompt, row), row))
-        if not _is_response(messages[:start], messages[start:]):
-            raise DataError(
-                f"{row.location}: the label applies to the last message, which is from "
-                f"{messages[start]['role'] if start < len(messages) else 'nobody'}; "
-                "give a prompt followed by an assistant response"
-            )
+        prompt, completion, conversation = last_response(row)
         kind = f"{conversation.format}-label"
-        yield LabelledCompletion(
-            messages[:start], messages[start:], label, conversation.tools, row.location, kind
-        )
+        yield LabelledCompletion(prompt, completion, label, conversation.tools, row.location, kind)
 
 
 def prepare_preferences(
@@ -234,22 +237,20 @@ def encode_preferences(
 ) -> Iterator[EncodedPair]:
     """Yields the encoded pairs for `prepare_preferences`, and counts them in `account`."""
     for pair in pairs:
-        account.rows += 1
         account.formats[pair.format] += 1
-        both = tuple(
-            encode_messages(
-                [*pair.prompt, *answer],
-                pair.tools,
-                pair.location,
-                tokenizer,
-                num_prompt=len(pair.prompt),
-            )
-            for answer in (pair.chosen, pair.rejected)
+        found = encode_responses(
+            pair.prompt,
+            [pair.chosen, pair.rejected],
+            pair.tools,
+            pair.location,
+            tokenizer,
+            account,
+            max_seq_len=max_seq_len,
+            overlong=overlong,
         )
-        account.note(*both)
-        kept = fit(both, account, max_seq_len=max_seq_len, overlong=overlong)
-        if kept is not None:
-            yield EncodedPair(kept[0], kept[1], _num_prompt(*kept))
+        if found is not None:
+            (chosen, rejected), num_prompt = found
+            yield EncodedPair(chosen, rejected, num_prompt)
 
 
 def prepare_labelled(
@@ -313,9 +314,9 @@ def encode_labelled(
 
 
 def _pair(row: Row, kind: str) -> PreferencePair:
-    check_keys(row, kind, read=("chosen", "rejected"))
+    check_keys(row, kind, read=("chosen", "rejected", "margin"))
     prompt = _prompt(row, kind)
-    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
+    chosen, rejected = (read_response(row, row.values[k], k) for k in ("chosen", "rejected"))
     if (
         prompt == read_system(row) or chosen[0]["role"] != "assistant"
     ):  # the responses contain the prompt
@@ -329,12 +330,14 @@ def _pair(row: Row, kind: str) -> PreferencePair:
                 f"{row.location}: chosen and rejected start with a different prompt than the "
                 "row's; give the prompt once, either separately or at the start of both"
             )
-    if not _is_response(prompt, chosen) or not _is_response(prompt, rejected):
+    if not is_response(prompt, chosen) or not is_response(prompt, rejected):
         raise DataError(
             f"{row.location}: chosen and rejected are not two responses to one prompt; "
             "both must continue the same messages with an assistant message"
         )
-    return PreferencePair(prompt, chosen, rejected, read_tools(row), row.location, kind)
+    return PreferencePair(
+        prompt, chosen, rejected, read_tools(row), row.location, kind, _margin(row)
+    )
 
 
 def _prompt(row: Row, kind: str) -> list[Message]:
@@ -345,33 +348,19 @@ def _prompt(row: Row, kind: str) -> list[Message]:
             return read_alpaca_prompt(row)
         case "implicit-preference":
             return read_system(row)
-    key = "prompt" if "prompt" in row.values else "question"
-    if isinstance(row.values[key], list):
-        return with_system(read_messages(row.values[key], row), row)
-    return [*read_system(row), {"role": "user", "content": read_text(row, key)}]
+    return read_prompt(row)
 
 
-def _answer(row: Row, key: str) -> list[Message]:
-    """Returns a response that is given as text, as a message or turn, or as a list of those."""
-    value = row.values[key]
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    parts = value if isinstance(value, list) else [value]
-    if not parts or not all(isinstance(part, dict) for part in parts):
+def _margin(row: Row) -> float | None:
+    """Returns how much better the chosen response is, if the row says so."""
+    value = row.values.get("margin")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise DataError(
-            f"{row.location}: {key} is not a response; give text, a message, or a list of messages"
+            f"{row.location}: margin is {value!r}, expected a finite number of at least 0"
         )
-    return read_messages(parts, row, name=key)
-
-
-def _is_response(prompt: list[Message], answer: list[Message]) -> bool:
-    return bool(prompt) and bool(answer) and answer[0]["role"] == "assistant"
-
-
-def _num_prompt(*sequences: Encoded) -> int:
-    """Returns the length of the common prefix before the first trained id of any sequence."""
-    first = min(list(encoded.mask).index(True, 1) for encoded in sequences)
-    return num_equal(*(encoded.token_ids[:first] for encoded in sequences))
+    return float(value)
 
 
 def _label(row: Row) -> bool:

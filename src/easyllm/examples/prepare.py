@@ -107,6 +107,16 @@ class PreparationStats:
         self.unrendered_messages += not all(item.renders_content for item in encoded)
         self.untrained_calls += sum(item.untrained_calls for item in encoded)
 
+    def discount(self, *encoded: "Encoded") -> None:
+        """Removes a sample that `fit` has counted, with its sequences."""
+        self.samples -= 1
+        self.discount_tokens(*encoded)
+
+    def discount_tokens(self, *encoded: "Encoded") -> None:
+        """Removes the tokens of sequences that `fit` has counted."""
+        self.tokens -= sum(len(item.token_ids) - 1 for item in encoded)
+        self.trained_tokens -= sum(sum(item.mask) for item in encoded)
+
     def as_dict(self) -> JsonObject:
         """Returns plain values for JSON."""
         return asdict(self) | {

@@ -208,7 +208,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compute_weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         with_grad = needs_hidden or needs_weight
-        buffer = _logits(min(chunk_rows, hidden.shape[0]), weight.shape[0], hidden)
+        buffer = logits_buffer(min(chunk_rows, hidden.shape[0]), weight.shape[0], hidden)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = matmul(hidden[rows], compute_weight.T, out=buffer[: len(hidden[rows])])
@@ -253,7 +253,7 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _logits(rows: int, columns: int, like: Tensor) -> Tensor:
+def logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
     """Returns an uninitialized buffer for logits.
 
     On a CPU its rows are padded by a cache line: with a stride that is a multiple of 2 kB, as many

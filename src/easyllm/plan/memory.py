@@ -42,6 +42,7 @@ from easyllm.plan.parts import (
 from easyllm.plan.trace import ModelTrace, trace_model
 
 OptimizerKind = Literal["adamw", "muon", "sgd"]
+ReferenceKind = Literal["initial", "other"]
 INT8_BLOCK, INT8_SMALLEST = 256, 4096
 """Elements that share an fp32 scale, and minimum elements of a tensor whose moments are int8
 (arXiv 2110.02861, section 2)."""
@@ -127,7 +128,7 @@ def estimate_training(
     scheme: str | None = None,
     recompute: Recompute = "none",
     dropout: bool = False,
-    reference: bool = False,
+    reference: ReferenceKind | None = None,
     device_type: str = "cpu",
 ) -> MemoryEstimate:
     """Estimates the memory of a step of `train` on a CPU or GPU, which save the same activations.
@@ -147,8 +148,8 @@ def estimate_training(
         scheme: storage format of the frozen model's weights; None if they are not quantized.
         recompute: activations that gradient checkpointing recomputes in the backward pass.
         dropout: whether dropout is active.
-        reference: whether the objective compares with the initial model, of which there is a
-            second copy unless only an adapter is trained.
+        reference: the model that the objective compares with: `initial`, of which there is a second
+            copy unless only an adapter is trained, or `other`, not quantized and of the same size.
         device_type: `cpu` or `cuda`; the loss uses larger chunks on `cuda`.
 
     Raises:
@@ -165,8 +166,7 @@ def estimate_training(
         dropout=dropout,
     )
     weights, trained = _weights(config, work, adapter, scheme)
-    if reference and (adapter is None or trained_base_parameters(config, adapter)):
-        weights += loaded_weight_bytes(config, work.itemsize, scheme)
+    weights += _reference_bytes(config, work, adapter, scheme, reference)
     matrices = _trained_matrices(config, adapter)
     earlier, gradients = _gradients(work, trained, micro_batches)
     if int8_state and adapter is None:
@@ -313,6 +313,22 @@ def _bytes_in_file(trained: int, matrices: list[int], optimizer: OptimizerKind) 
 
 def _head_shares_weight(config: ModelConfig) -> bool:
     return config.tie_embeddings or config.num_labels is not None
+
+
+def _reference_bytes(
+    config: ModelConfig,
+    work: Work,
+    adapter: AdapterConfig | None,
+    scheme: str | None,
+    reference: ReferenceKind | None,
+) -> int:
+    """Returns the bytes of the reference model's weights; 0 if they are those of the model."""
+    if reference == "other":
+        return loaded_weight_bytes(config, work.itemsize)
+    bypassed = adapter is not None and not trained_base_parameters(config, adapter)
+    if reference is None or bypassed:
+        return 0
+    return loaded_weight_bytes(config, work.itemsize, scheme)
 
 
 def _trained_matrices(config: ModelConfig, adapter: AdapterConfig | None) -> list[int]:

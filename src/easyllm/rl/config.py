@@ -8,7 +8,7 @@ from easyllm.core.config import Config
 from easyllm.core.paths import PathText
 from easyllm.rl.kl import Estimator
 from easyllm.rl.policy_loss import PolicyLossConfig
-from easyllm.rl.rewards import RewardConfig
+from easyllm.rl.rewards import RewardFunctionConfig
 from easyllm.rl.rollout import RolloutConfig
 from easyllm.train.objectives import ObjectiveConfig
 
@@ -87,7 +87,7 @@ class LengthLimitConfig(Config):
 class PolicyConfig(ObjectiveConfig):
     """What all policy-gradient objectives have in common."""
 
-    rewards: tuple[RewardConfig, ...] = Field(
+    rewards: tuple[RewardFunctionConfig, ...] = Field(
         default=(), description="The reward functions; their weighted sum is the reward."
     )
     reward_model: RewardModelConfig | None = Field(

@@ -18,7 +18,7 @@ from easyllm.nn.context import ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.nn.deterministic import rowwise_logprobs
 from easyllm.ops.cross_entropy import even_chunks, rows_of_chunk
-from easyllm.ops.linear_logprobs import linear_logprobs
+from easyllm.ops.token_logprobs import linear_logprobs
 
 
 def token_logprobs(

@@ -67,7 +67,7 @@ def register_reward(name: str, function: Reward) -> None:
     REWARDS[name] = function
 
 
-class RewardConfig(Config):
+class RewardFunctionConfig(Config):
     """A reward function, its weight and its options."""
 
     function: str = Field(
@@ -119,7 +119,7 @@ class RewardSum:
 
     def __init__(
         self,
-        configs: Sequence[RewardConfig],
+        configs: Sequence[RewardFunctionConfig],
         extra: Mapping[str, tuple[Reward, float]] | None = None,
     ) -> None:
         self.functions: dict[str, tuple[Reward, float]] = {}
@@ -147,7 +147,7 @@ class RewardSum:
         return Rewarded(totals, components, failed, messages)
 
 
-def load_reward(config: RewardConfig) -> Reward:
+def load_reward(config: RewardFunctionConfig) -> Reward:
     """Returns the function that a configuration names, with its options.
 
     Raises:
@@ -301,8 +301,8 @@ __all__ = [
     "REWARDS",
     "Answer",
     "Reward",
-    "RewardConfig",
     "RewardError",
+    "RewardFunctionConfig",
     "RewardSum",
     "Rewarded",
     "load_reward",

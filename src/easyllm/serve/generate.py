@@ -22,7 +22,7 @@ from easyllm.serve.output import (
     ReasoningDelta,
     TextDelta,
 )
-from easyllm.serve.service import EngineFailure
+from easyllm.serve.service import AdapterUnloaded, EngineFailure
 from easyllm.serve.trace import RequestTrace
 from easyllm.tokenizer.chat import refuse_long
 from easyllm.tokenizer.tool_calls import (
@@ -80,7 +80,7 @@ async def generate(job: Job, served: ServedModel, trace: RequestTrace | None = N
     counts = Counts(prompt=len(prepared.ids))
     batches = served.service.batches(request, trace)
     first = await anext(batches)
-    reader = _Reader(job, prepared, served.llm, counts)
+    reader = _Reader(job, prepared, served, counts)
     return Generated(counts, _events(reader, first, batches))
 
 
@@ -157,18 +157,21 @@ def encode_text(text: str, llm: LLM, *, special_tokens: bool = True) -> list[int
 class _Reader:
     """Reads the engine's events of one job."""
 
-    def __init__(self, job: Job, prepared: _Prepared, llm: LLM, counts: Counts) -> None:
-        self._job, self._prepared, self._llm, self._counts = job, prepared, llm, counts
+    def __init__(self, job: Job, prepared: _Prepared, served: ServedModel, counts: Counts) -> None:
+        self._job, self._prepared, self._counts = job, prepared, counts
+        self._llm, self._adapter = served.llm, served.adapter
         self._choices: dict[int, _Choice] = {}
 
     def read(self, batch: Sequence[TokenEvent]) -> list[OutputEvent]:
         """Returns the output of a batch of events.
 
         Raises:
-            EngineFailure: the engine cancelled the job.
+            EngineFailure: the engine cancelled the job, or its adapter was unloaded.
         """
         found: list[OutputEvent] = []
         for event in batch:
+            if event.finish_reason == "cancelled":
+                raise self._failure()
             choice = self._choices.get(event.index)
             if choice is None:
                 choice = self._choices[event.index] = self._new_choice()
@@ -178,6 +181,14 @@ class _Reader:
                 self._counts.reasoning += choice.reasoning
             found += choice.read(event)
         return found
+
+    def _failure(self) -> EngineFailure:
+        """Returns why the engine cancelled the job."""
+        if self._adapter and self._adapter not in self._llm.engine.adapter_names:
+            return AdapterUnloaded(
+                f"the adapter {self._adapter!r} was unloaded while the request ran; load it again"
+            )
+        return EngineFailure("the request was cancelled; see the server's log")
 
     def _new_choice(self) -> "_Choice":
         tokenizer, prepared = self._llm.tokenizer, self._prepared
@@ -230,8 +241,6 @@ class _Choice:
 
     def read(self, event: TokenEvent) -> list[OutputEvent]:
         """Returns the output of an event."""
-        if event.finish_reason == "cancelled":
-            raise EngineFailure("the request was cancelled; see the server's log")
         text, released = event.text, list[ContentToken]()
         if self.tokens is not None:
             text, released = self.tokens.push(event)

@@ -115,6 +115,7 @@ class ServedModels:
         self._metrics, self._folder = metrics or Metrics(), adapters_folder
         slots: dict[int, _Slot] = {}
         self._names: dict[str, _Name] = {}
+        self._loading: set[str] = set()  # names of adapters that are being loaded
         for name, llm in models.items():
             if id(llm) not in slots:
                 service = EngineService(name, llm, metrics=self._metrics)
@@ -235,12 +236,16 @@ class ServedModels:
             EasyllmError: the adapter cannot be read, or belongs to another model.
         """
         folder = self._allowed(path)
-        if name in self._names:
+        if name in self._names or name in self._loading:
             message = f"the name {name!r} is taken; choose another"
             raise APIError(400, message, param="lora_name", code="invalid_value")
-        served = await self.open(base)
-        found = self._names[served.name]
-        await served.service.call(lambda: served.llm.load_adapter(name, folder))
+        self._loading.add(name)  # another request may come while this one waits
+        try:
+            served = await self.open(base)
+            found = self._names[served.name]
+            await served.service.call(lambda: served.llm.load_adapter(name, folder))
+        finally:
+            self._loading.discard(name)
         found.slot.adapters[name] = folder
         self._names[name] = _Name(
             slot=found.slot, adapter=name, max_tokens=found.max_tokens, defaults=found.defaults

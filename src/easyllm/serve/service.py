@@ -30,6 +30,12 @@ class EngineFailure(RuntimeError):
     status = 500
 
 
+class AdapterUnloaded(EngineFailure):
+    """The adapter of a running request was unloaded."""
+
+    status = 503
+
+
 class ServerShuttingDown(EngineFailure):
     """The server is shutting down and the drain timeout has expired."""
 

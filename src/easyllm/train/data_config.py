@@ -1,6 +1,6 @@
 """Configuration of training data."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
@@ -20,6 +20,9 @@ DATA = Kinds("data", default="conversations")
 
 class DataBase(Config):
     """Settings shared by all kinds of data."""
+
+    has_chats: ClassVar[bool] = False
+    """Whether rows are rendered with the chat template, so that responses end with its tokens."""
 
     kind: str = Field(description="Name of the kind of data; each subclass sets its own.")
     max_seq_len: int = Field(
@@ -69,14 +72,21 @@ class RowsConfig(DataBase):
         return self.train, self.eval
 
 
-class DataConfig(RowsConfig):
-    """Files of conversations, and how they are converted to samples."""
+class ChatRowsConfig(RowsConfig):
+    """Files of rows that the chat template renders."""
 
-    kind: Literal["conversations"] = "conversations"
+    has_chats: ClassVar[bool] = True
+
     overlong: Literal["cut", "drop"] = Field(
         default="cut",
         description="Whether samples that are too long are truncated (`cut`) or dropped (`drop`).",
     )
+
+
+class DataConfig(ChatRowsConfig):
+    """Files of conversations, and how they are converted to samples."""
+
+    kind: Literal["conversations"] = "conversations"
     train_on: Literal["assistant", "all"] = Field(
         default="assistant",
         description="Which tokens carry a loss: those of the assistant's turns, or all.",
@@ -86,6 +96,25 @@ class DataConfig(RowsConfig):
         description="Whether each assistant turn becomes a separate sample, with the turns before "
         "it as prompt.",
     )
+
+
+class PreferenceDataConfig(ChatRowsConfig):
+    """Files of preference pairs (chosen and rejected) or rankings of several responses."""
+
+    kind: Literal["preferences"] = "preferences"
+
+
+class UnpairedPreferenceDataConfig(ChatRowsConfig):
+    """Files of single responses with a binary label: true for a good one, false for a bad one."""
+
+    kind: Literal["unpaired_preferences"] = "unpaired_preferences"
+
+
+class RatingsDataConfig(ChatRowsConfig):
+    """Files of single responses with a numeric score."""
+
+    kind: Literal["ratings"] = "ratings"
+    score_key: str = Field(default="score", description="Key of the score in a row.")
 
 
 class CorpusDataConfig(DataBase):
@@ -119,11 +148,15 @@ class LabelledDataConfig(RowsConfig):
 
 __all__ = [
     "DATA",
+    "ChatRowsConfig",
     "CorpusDataConfig",
     "DataBase",
     "DataConfig",
     "GeneratedConfig",
     "LabelledDataConfig",
     "Paths",
+    "PreferenceDataConfig",
+    "RatingsDataConfig",
     "RowsConfig",
+    "UnpairedPreferenceDataConfig",
 ]

@@ -187,15 +187,45 @@ def build_reference(
     """Returns the frozen initial model of the run, as a reference for the objective.
 
     If only the adapter is trained, the reference is the trained model itself with the adapter
-    bypassed; otherwise it is a separate copy.
+    bypassed; otherwise it is a separate copy. An objective may name another reference model.
+
+    Raises:
+        ConfigError: the reference model has another tokenizer or vocabulary.
+        SourceError, CheckpointError: there is no such model.
     """
+    device = trained.model.device
+    if objective.reference_source is not None:
+        other = check_reference(origin, objective.reference_source)
+        model = other.model(compute_dtype(config, device), device)
+        return Reference(model.requires_grad_(False).eval(), without_adapter=False)
     if trained.adapters is not None and not trained.adapters.base_parameters:
         return Reference(trained.model, without_adapter=True)
-    device = trained.model.device
     model = objective.prepare_model(
         origin.build(compute_dtype(config, device), device), seed=config.seed
     )
     return Reference(model.requires_grad_(False).eval(), without_adapter=False)
+
+
+def check_reference(origin: BaseModelSource, source: str) -> OpenSource:
+    """Opens a reference model, without reading its weights.
+
+    Raises:
+        ConfigError: it has another tokenizer or vocabulary than the trained model.
+        SourceError, CheckpointError: there is no such model.
+    """
+    other = open_source(source)
+    if other.tokenizer().fingerprint != origin.tokenizer.fingerprint:
+        raise ConfigError(
+            f"objective.reference_model={source} has another tokenizer than model, so their "
+            "log-probabilities are of different tokens; give a reference with the same tokenizer, "
+            "or null for the initial model"
+        )
+    if other.config.vocab_size != origin.config.vocab_size:
+        raise ConfigError(
+            f"objective.reference_model={source} has a vocabulary of {other.config.vocab_size}, "
+            f"but model one of {origin.config.vocab_size}; give a reference with the same one"
+        )
+    return other
 
 
 def _with_mask(config: ModelConfig, train: TrainConfig) -> ModelConfig:
@@ -222,6 +252,7 @@ __all__ = [
     "Trained",
     "build_model",
     "build_reference",
+    "check_reference",
     "find_base_model",
     "input_hashes",
     "source_name",

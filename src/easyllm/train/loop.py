@@ -110,6 +110,7 @@ def accumulate(
         metrics, averaged over tokens.
     """
     how = precision or PrecisionPolicy()
+    objective.begin_step(model, batches)
     mean = MeanLoss(max(1, sum(objective.num_terms(batch) for batch in batches)))
     for batch in batches:
         with how.autocast():

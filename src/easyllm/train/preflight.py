@@ -16,7 +16,12 @@ from easyllm.nn.decoder import Decoder
 from easyllm.ops.huge_memory import STEP_BUFFERS
 from easyllm.plan.compute import USUAL_MFU, estimate_time, training_flops
 from easyllm.plan.machine import matmul_rate
-from easyllm.plan.memory import MemoryEstimate, estimate_training, memory_reductions
+from easyllm.plan.memory import (
+    MemoryEstimate,
+    ReferenceKind,
+    estimate_training,
+    memory_reductions,
+)
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import count_adapter_parameters
 from easyllm.quant import KEPT
@@ -188,7 +193,7 @@ def plan_run(
         "scheme": "int8" if config.quantize == KEPT else config.quantize,
         "recompute": config.checkpoint_activations,
         "dropout": config.dropout > 0,
-        "reference": objective.needs_reference,
+        "reference": _reference_kind(objective),
         "device_type": device.type,
     }
     memory = estimate_training(model, **setup)
@@ -209,6 +214,13 @@ def plan_run(
         free_bytes=free,
         helps=tuple(change.what for change in helps if change.fits),
     )
+
+
+def _reference_kind(objective: Objective) -> ReferenceKind | None:
+    """Returns which reference model is in memory during the steps."""
+    if not objective.needs_reference:
+        return None
+    return "initial" if objective.reference_source is None else "other"
 
 
 def pages_state(config: TrainConfig) -> bool:

@@ -2,6 +2,7 @@
 
 run/recipe.yaml      the resolved configuration
 run/metrics.jsonl    one line per logged step, evaluation and event
+run/reference.json   log-probabilities of the reference model, if the objective caches them
 run/checkpoints/     to resume from after an interruption
 run/adapter/         the trained adapter, or run/model/ if all weights are trained
 run/manifest.json    inputs, versions, results; written last, so its presence marks completion
@@ -31,18 +32,18 @@ from easyllm.plan.parts import virtual_tokens
 from easyllm.tokenizer.turn_ends import turn_end_ids
 from easyllm.train.callbacks import build_callbacks, check_samples, retention_samples
 from easyllm.train.config import TrainConfig
-from easyllm.train.data_config import DataConfig
 from easyllm.train.factories import (
     BaseModelSource,
     Trained,
     build_model,
     build_reference,
+    check_reference,
     find_base_model,
     input_hashes,
     source_name,
 )
 from easyllm.train.loop import Diverged, run_steps
-from easyllm.train.objectives import Objective, RunSetup, build_objective
+from easyllm.train.objectives import Objective, RunSetup, build_objective, objective_kind
 from easyllm.train.paged_memory import check_paging, existing_folder
 from easyllm.train.precision import build_precision_policy
 from easyllm.train.preflight import (
@@ -56,6 +57,7 @@ from easyllm.train.preflight import (
     preflight,
 )
 from easyllm.train.progress import TrainProgress
+from easyllm.train.reference_cache import cache_reference
 from easyllm.train.signals import StopRequest, stop_on_signals
 from easyllm.train.state import load_newest
 from easyllm.train.training_data import TrainingData, load_training_data
@@ -169,6 +171,8 @@ def prepare(config: TrainConfig) -> Prepared:
     check_paged(config, device)
     origin = find_base_model(config)
     objective = build_objective(config.objective)
+    if objective.reference_source is not None:
+        check_reference(origin, objective.reference_source)
     model = planned_model(config, origin, objective)
     context = model.max_seq_len - virtual_tokens(model, config.adapter)
     training_data = load_training_data(config, origin.tokenizer, objective, context=context)
@@ -263,6 +267,8 @@ def build_run(
 def _run(run: Run) -> TrainResult:
     """Resumes a run from its newest checkpoint, if there is one, and completes it."""
     resumed = _resume(run)
+    if run.objective.caches_reference:
+        cache_reference(run)
     with ExitStack() as closing, stop_on_signals() as stop:
         for callback in run.callbacks:
             closing.callback(callback.close, run)
@@ -362,8 +368,8 @@ def _write_manifest(run: Run, results: JsonObject) -> None:
 def _save_result(run: Run) -> None:
     """Saves the trained adapter, or the model."""
     model, output, tokenizer = run.model, run.output, run.source.tokenizer
-    on_conversations = isinstance(run.config.data, DataConfig)
-    ends = turn_end_ids(tokenizer) if on_conversations else ()
+    chats = run.config.data.has_chats and objective_kind(run.config.objective).generates
+    ends = turn_end_ids(tokenizer) if chats else ()
     # save the fp32 master weights, not the low-precision copies
     for name, value in run.optimizer.final_state().items():
         owner, _, leaf = name.rpartition(".")

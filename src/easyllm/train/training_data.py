@@ -33,6 +33,7 @@ class TrainingData:
         warnings: warnings about the data, one line each.
         figures: statistics of the data, for the manifest.
         inputs: hashes of the data files, by path.
+        held: evaluation samples; empty for a corpus.
         retention: samples of the retention set, which is not part of the run's identity.
     """
 
@@ -43,6 +44,7 @@ class TrainingData:
     warnings: list[str]
     figures: JsonObject
     inputs: dict[str, str]
+    held: Sequence[AnySample] = ()
     retention: Sequence[AnySample] = ()
 
     @property
@@ -120,6 +122,7 @@ def _rows(
         warnings=_overlap(train, held),
         figures=account.as_dict(),
         inputs={str(file): hash_file(file) for file in (*train_files, *eval_files)},
+        held=held,
     )
 
 

@@ -269,7 +269,7 @@ def test_a_context_separate_from_its_question_is_refused(form, key):
 
 def test_pairs_and_labelled_rows_refuse_the_same_keys():
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    for key, value in (("margin", 0.3), ("images", ["x"]), ("weight", 0.5)):
+    for key, value in (("images", ["x"]), ("weight", 0.5)):
         with pytest.raises(DataError, match=f"has the key '{key}'"):
             list(preferences([Row(pair | {key: value}, "data.jsonl:7")]))
         good = FORMS["prompt-completion"] | {"label": True, key: value}

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from easyllm.core.errors import ConfigError
-from easyllm.rl.rewards import Answer, RewardConfig, RewardSum, load_reward
+from easyllm.rl.rewards import Answer, RewardFunctionConfig, RewardSum, load_reward
 from easyllm.rl.running_moments import RunningMoments
 
 
@@ -13,7 +13,7 @@ def answer(text, **row):
 
 
 def value(function, given, row=None, **options):
-    config = RewardConfig(function=function, options=options)
+    config = RewardFunctionConfig(function=function, options=options)
     return load_reward(config)(answer(given, **(row or {})))
 
 
@@ -88,17 +88,22 @@ def test_a_function_of_the_user_is_loaded_from_a_file_or_a_module(tmp_path):
 )
 def test_a_function_that_does_not_exist_is_refused(function, options, words):
     with pytest.raises(ConfigError, match=words):
-        load_reward(RewardConfig(function=function, options=options))
+        load_reward(RewardFunctionConfig(function=function, options=options))
 
 
 def test_rewards_are_summed_with_weights_and_a_failure_masks_the_answer():
     rewards = RewardSum(
-        [RewardConfig(function="exact", weight=2.0), RewardConfig(function="digits", weight=0.5)]
+        [
+            RewardFunctionConfig(function="exact", weight=2.0),
+            RewardFunctionConfig(function="digits", weight=0.5),
+        ]
     )
     found = rewards([answer("5"), answer("x5")])
     assert found.totals == [2.5, 0.25]
     assert found.components == {"exact": [1.0, 0.0], "digits": [1.0, 0.5]}
-    broken = RewardSum([RewardConfig(function="exact", options={"key": "none"})])([answer("5")])
+    broken = RewardSum([RewardFunctionConfig(function="exact", options={"key": "none"})])(
+        [answer("5")]
+    )
     assert broken.failed == [True]
     assert broken.totals == [0.0]
     assert "raised KeyError: 'none' for prompt '2+3=', answer '5'" in broken.messages[0]

@@ -4,6 +4,8 @@ Importing this package registers the built-in objectives.
 """
 
 from easyllm.train.objectives.classifier import Classifier, ClassifierConfig
+from easyllm.train.objectives.dpo import DPO, DPOConfig
+from easyllm.train.objectives.kto import KTO, KTOConfig
 from easyllm.train.objectives.language_model import LanguageModel, LanguageModelConfig
 from easyllm.train.objectives.losses import LossOutput
 from easyllm.train.objectives.objective import (
@@ -18,21 +20,34 @@ from easyllm.train.objectives.objective import (
     register_objective,
     unregister_objective,
 )
+from easyllm.train.objectives.orpo import ORPO, ORPOConfig
 from easyllm.train.objectives.quantization_aware import QuantizationAware, QuantizationAwareConfig
+from easyllm.train.objectives.reward import Reward, RewardConfig
+from easyllm.train.objectives.simpo import SimPO, SimPOConfig
 
 __all__ = [
+    "DPO",
+    "KTO",
     "OBJECTIVES",
+    "ORPO",
     "Classifier",
     "ClassifierConfig",
+    "DPOConfig",
+    "KTOConfig",
     "LanguageModel",
     "LanguageModelConfig",
     "LossOutput",
+    "ORPOConfig",
     "Objective",
     "ObjectiveConfig",
     "QuantizationAware",
     "QuantizationAwareConfig",
     "Reference",
+    "Reward",
+    "RewardConfig",
     "RunSetup",
+    "SimPO",
+    "SimPOConfig",
     "StepSizes",
     "build_objective",
     "objective_kind",

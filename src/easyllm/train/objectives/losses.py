@@ -29,13 +29,15 @@ class LossOutput:
         sum: scalar, summed over tokens (or over sequences or pairs, depending on the objective).
         num_tokens: number of terms in the sum, equal to `Objective.num_terms` of the batch.
         auxiliary: scalar of further terms to minimise, on the scale of `sum`, reported separately.
-        metrics: means over the batch's tokens, by name.
+        metrics: means over the batch's terms, by name.
+        counts: the number of values in a mean of `metrics`, for those that are not over all terms.
     """
 
     sum: Tensor
     num_tokens: int
     auxiliary: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 class MeanLoss:
@@ -54,6 +56,7 @@ class MeanLoss:
         self.sum, self.num_terms = 0.0, num_terms or 0
         self._is_known = num_terms is not None
         self._metrics: dict[str, float] = {}
+        self._partial: dict[str, tuple[float, int]] = {}  # sums and counts of other means
 
     def add(self, output: LossOutput) -> None:
         """Adds the loss and the metrics of a batch."""
@@ -61,6 +64,11 @@ class MeanLoss:
         if not self._is_known:
             self.num_terms += output.num_tokens
         for name, value in output.metrics.items():
+            if name in output.counts:
+                total, count = self._partial.get(name, (0.0, 0))
+                more = output.counts[name]
+                self._partial[name] = (total + value * more, count + more)
+                continue
             share = value * output.num_tokens
             if self._is_known:
                 share /= self.num_terms
@@ -74,9 +82,10 @@ class MeanLoss:
     @property
     def metrics(self) -> dict[str, float]:
         """Means of the objective's metrics, by name."""
-        if self._is_known:
-            return dict(self._metrics)
-        return {name: value / max(1, self.num_terms) for name, value in self._metrics.items()}
+        divisor = 1 if self._is_known else max(1, self.num_terms)
+        means = {name: value / divisor for name, value in self._metrics.items()}
+        partial = {name: total / max(1, n) for name, (total, n) in self._partial.items()}
+        return means | partial
 
 
 @torch.no_grad()

@@ -112,19 +112,26 @@ class Objective:
 
     Attributes:
         needs_reference: whether the run must set `reference`.
+        caches_reference: whether the run must set `cached_reference`, before its first step.
+        reference_source: source of a reference model other than the initial model, or None.
         generates: whether the trained model generates text, so that a run can show samples.
         also_trained: base modules that are fully trained in addition to an adapter.
         evaluates_start: whether evaluations during a run include one before the first step.
         loss_is_steady: whether a loss far above its running mean is unusual.
         reference: the reference model, set by the run if `needs_reference`.
+        cached_reference: summed log-probabilities of sequences under the reference model, by the
+            hash of the sequence (`objectives.reference`).
     """
 
     needs_reference: bool = False
+    caches_reference: bool = False
+    reference_source: str | None = None
     generates: bool = True
     also_trained: tuple[str, ...] = ()
     loss_is_steady: bool = True
     evaluates_start: bool = False
     reference: Reference | None = None
+    cached_reference: Mapping[str, float] | None = None
 
     def prepare(
         self, data: RowsConfig | GeneratedConfig, files: Sequence[Path], tokenizer: Tokenizer
@@ -190,6 +197,12 @@ class Objective:
     def num_terms(self, batch: Batch) -> int:
         """Returns the number of terms in `loss`: labelled tokens by default (or pairs, texts)."""
         return batch.num_trained
+
+    def begin_step(self, model: Decoder, batches: Sequence[Batch]) -> None:
+        """Called before the losses of a step, with all its micro-batches.
+
+        An objective computes here what depends on the complete step, without gradients.
+        """
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         """Returns the loss of a batch, summed over `num_terms` terms."""
