@@ -207,7 +207,7 @@ def _num_prompt(encoded: Encoded) -> int:
 
 
 def _sequences(batch: Batch, *, mismatched: bool) -> list[int]:
-    """Returns the numbers of the batch's (mis)matched sequences, without padding."""
+    """Returns the numbers of the batch's matched or mismatched sequences, without padding."""
     wanted = 2 if mismatched else 1
     kinds = batch.extras[MATCH].tolist()
     return [number for number, kind in enumerate(kinds) if kind == wanted]
