@@ -122,6 +122,7 @@ def calls(tiny_folder, tmp_path_factory):
         "serve": (tiny_folder,),
         "bench engine": (tiny_folder,),
         "bench serve": ("http://127.0.0.1:9",),
+        "rl gridworld": (),
         "eval": (tiny_folder, rows),
         "verify": (tiny_folder,),
         "compare": (tiny_folder, tiny_folder),

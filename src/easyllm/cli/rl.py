@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from easyllm.cli.output import JsonFlag, print_json, print_table
+from easyllm.cli.output import JsonFlag, home_path, print_json, print_table
 
 rl_app = typer.Typer(
     no_args_is_help=True,
@@ -28,7 +28,12 @@ def register(app: typer.Typer) -> None:
 
 @rl_app.command("doctor")
 def doctor(
-    run: Annotated[Path, typer.Argument(help="Output folder of a training run, finished or not.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            callback=home_path, help="Output folder of a training run, finished or not."
+        ),
+    ],
     json_output: JsonFlag = False,
 ) -> None:
     """Say what is unusual in a run and what to change; exit code 1 if there is anything.
@@ -41,10 +46,9 @@ def doctor(
 
         easyllm rl doctor runs/dpo --json
     """
-    from easyllm.core.paths import expanded
     from easyllm.rl.doctor import diagnose
 
-    found = diagnose(expanded(run))
+    found = diagnose(run)
     if json_output:
         print_json(found.as_dict())
     elif not found.findings:
