@@ -23,6 +23,7 @@ from easyllm.engine.memory_plan import check_weights_fit, plan_memory
 from easyllm.engine.named_adapters import attach_named, detach_named, load_served, unload_served
 from easyllm.engine.options import LLMOptions, refuse_loading_options
 from easyllm.engine.params import BeamParams, SamplingParams
+from easyllm.engine.prompts import Prompt, as_prompts
 from easyllm.engine.request import MaskSource, Request, TokenEvent
 from easyllm.engine.speculative import Drafter, NgramDrafter
 from easyllm.models.adapted import apply_adapter, load_adapted, split_adapter
@@ -37,7 +38,6 @@ from easyllm.tokenizer.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from easyllm.engine.guided import Guides
 
-Prompt = str | Sequence[int]
 Guide = GuideSpec | Sequence[GuideSpec | None] | None
 
 
@@ -160,7 +160,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
         *,
         adapter: str | Sequence[str] = "",
@@ -169,7 +169,7 @@ class LLM:
         """Returns the completions of plain prompts (text or token ids), in the same order.
 
         Args:
-            prompts: the prompts.
+            prompts: the prompts; one alone gives a list of one completion.
             params: sampling parameters of all prompts; by default those the model recommends.
             adapter: the name of the adapter to use, or one name per prompt; empty for the base
                 model.
@@ -181,7 +181,7 @@ class LLM:
             GuideError: a guide cannot be honoured (see `Guides.compile`).
         """
         params = params or self.default_params
-        return self._run([self.encode(p) for p in prompts], params, adapter, guide)
+        return self._run([self.encode(p) for p in as_prompts(prompts)], params, adapter, guide)
 
     @overload
     def chat(
@@ -263,7 +263,7 @@ class LLM:
         return self.guides.compile(guide)
 
     def beam_search(
-        self, prompts: Sequence[Prompt], params: BeamParams | None = None
+        self, prompts: Prompt | Sequence[Prompt], params: BeamParams | None = None
     ) -> list[Completion]:
         """Returns the best hypotheses of each prompt, found by beam search.
 
@@ -275,7 +275,7 @@ class LLM:
         """
         params = params or BeamParams()
         results = []
-        for prompt in prompts:
+        for prompt in as_prompts(prompts):
             best, *others = (
                 self._completion(hypothesis)
                 for hypothesis in beam_search(self.engine, tuple(self.encode(prompt)), params)
@@ -309,7 +309,7 @@ class LLM:
         return scores
 
     def embed(
-        self, prompts: Sequence[Prompt], *, pooling: Pooling = "mean", adapter: str = ""
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "mean", adapter: str = ""
     ) -> Tensor:
         """Returns a vector of unit length for each prompt, [B, D] fp32.
 
@@ -323,7 +323,7 @@ class LLM:
                 there is no such adapter.
         """
         engine = self.engine
-        ids = [self.encode(prompt) for prompt in prompts]
+        ids = [self.encode(prompt) for prompt in as_prompts(prompts)]
         self.check_embedded(ids)
         engine.check_adapter(adapter)
         return embed(
