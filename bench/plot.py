@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 64, 24, 66, 46
-COLOURS = ("#1f6f6b", "#b4500f", "#5a4fa0", "#8a8f98", "#a02c4a")
+from easyllm.reporting.line_chart import line_chart
 
 
 def write_lines(
@@ -25,54 +24,6 @@ def write_lines(
         x_title, y_title: what the axes show.
         from_zero: whether the y axis begins at 0; otherwise just below the lowest point.
     """
-    points = [point for line in lines.values() for point in line]
-    x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
-    y0, y1 = min(p[1] for p in points), max(p[1] for p in points) * 1.05
-    if from_zero:
-        y0 = min(0.0, y0)
-    else:
-        margin = (max(p[1] for p in points) - y0) / 20
-        y0, y1 = y0 - margin, max(p[1] for p in points) + margin
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
-        return across, HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="13">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="22" font-weight="bold">{title}</text>',
-    ]
-    for value in _ticks(y0, y1):
-        _, y = place(x0, value)
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in _ticks(x0, x1):
-        x, _ = place(value, y0)
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
-        )
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{x_title}</text>')
-    parts.append(f'<text x="{LEFT}" y="40" fill="#666">{y_title}</text>')
-    along = LEFT
-    for number, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
-        )
-        parts.append(f'<path d="M{along} {TOP - 12}h18" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{along + 24}" y="{TOP - 8}" fill="{colour}">{name}</text>')
-        along += 48 + 7 * len(name)
+    svg = line_chart(title, lines, x_title=x_title, y_title=y_title, from_zero=from_zero)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
-
-
-def _ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Returns round values between the two."""
-    step = 10.0 ** len(str(int(high - low)))
-    while (high - low) / step < most / 2.5:
-        step /= 2 if str(step).strip("0.")[:1] in "124" else 2.5
-    first = int(low / step) * step
-    return [first + i * step for i in range(most * 3) if low <= first + i * step <= high]
+    file.write_text(svg, encoding="utf-8")
