@@ -126,6 +126,7 @@ def calls(tiny_folder, tmp_path_factory):
         "eval": (tiny_folder, rows),
         "verify": (tiny_folder,),
         "compare": (tiny_folder, tiny_folder),
+        "data best-of-n": (tiny_folder, rows, folder / "best.jsonl", "--reward", "rule:digits"),
         "data inspect": (rows, "--model", tiny_folder),
         "tokenizer train": (text, "--output", out),
         "tokenizer report": (tiny_folder, "--text", f"a={text}"),

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from easyllm.cli.data_best_of_n import best_of_n
 from easyllm.cli.data_chosen import chosen
 from easyllm.cli.data_inspect import inspect
 from easyllm.cli.output import JsonFlag, Overrides, print_json, print_table
@@ -24,6 +25,7 @@ data_app = typer.Typer(
 )
 data_app.command("inspect")(inspect)
 data_app.command("chosen")(chosen)
+data_app.command("best-of-n")(best_of_n)
 
 
 def register(app: typer.Typer) -> None:

@@ -23,8 +23,7 @@ def chosen(
 ) -> None:
     """Convert preference data to conversations: the chosen or good responses, to fine-tune on.
 
-    No objective that compares responses is built in; one of your own can be registered
-    (docs/extend.md).
+    Objectives that compare responses read the file as it is (docs/alignment.md).
 
     [bold]Examples[/bold]
 

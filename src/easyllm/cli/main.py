@@ -83,8 +83,8 @@ COMMANDS: dict[str, dict[str, str]] = {
         "rl": "Look into reinforcement learning: why a run does not learn, and a small gridworld.",
     },
     "evaluate": {
-        "eval": "Measure a model on a file: the loss on responses and recall, or the perplexity of "
-        "texts.",
+        "eval": "Measure a model on a file: loss and recall, perplexity, win rate against another "
+        "model, Elo.",
     },
     "generate": {
         "generate": "Continue a prompt, printing the text as it is generated.",

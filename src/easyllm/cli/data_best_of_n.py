@@ -1,0 +1,108 @@
+"""The `easyllm data best-of-n` command."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from easyllm.cli.adapter import AdapterFolder
+from easyllm.cli.models import Model
+from easyllm.cli.options import Values, with_flags
+from easyllm.cli.output import JsonFlag, home_path, print_json
+from easyllm.cli.sampling import LOADING, SAMPLING
+from easyllm.cli.scorers import METAVAR, load_scorer
+
+
+class Rows(StrEnum):
+    """What is written."""
+
+    sft = "sft"
+    pairs = "pairs"
+
+
+@with_flags
+def best_of_n(
+    model: Model,
+    prompts: Annotated[
+        Path,
+        typer.Argument(callback=home_path, help="A .json or .jsonl file of rows with prompts."),
+    ],
+    output: Annotated[Path, typer.Argument(callback=home_path, help="A new .jsonl file.")],
+    *,
+    reward: Annotated[
+        str,
+        typer.Option(
+            metavar=METAVAR,
+            help="What scores the answers: a trained reward model, or a rule such as "
+            "exact, contains, digits, code, mine.py:score or length,target=40.",
+        ),
+    ],
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=2, help="Answers to each prompt.")
+    ] = 8,
+    rows: Annotated[
+        Rows,
+        typer.Option(help="The best answers to fine-tune on (sft), or best and worst (pairs)."),
+    ] = Rows.sft,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Prompts to read; by default all of them.")
+    ] = None,
+    sampling: Annotated[
+        Values,
+        SAMPLING.only("temperature", "top_p", "seed", "max_tokens").starting(
+            seed=0, max_tokens=256
+        ),
+    ],
+    loading: Annotated[Values, LOADING.only("dtype", "quantize", "deterministic")],
+    adapter: AdapterFolder = None,
+    json_output: JsonFlag = False,
+) -> None:
+    """Sample several answers to each prompt, and write the best, or the best and worst as pairs.
+
+    The same seed gives the same rows. Pairs are left out where all scores are equal.
+
+    [bold]Examples[/bold]
+
+        easyllm data best-of-n smollm2 prompts.jsonl best.jsonl --reward reward:runs/rm-en/adapter
+
+        easyllm data best-of-n smollm2 sums.jsonl pairs.jsonl --reward rule:exact --rows pairs -n 16
+    """
+    from easyllm.cli.evaluate_preferences import answers_of
+    from easyllm.core.atomic import check_writable, write_atomic
+    from easyllm.core.errors import ConfigError, DataError, OutputError
+    from easyllm.evaluate.best_of_n import best_of_n as choose
+    from easyllm.evaluate.prompt_rows import read_prompts
+
+    if output.suffix != ".jsonl":
+        raise OutputError(f"{str(output)!r} does not end in .jsonl; name a .jsonl file")
+    if output.exists():
+        raise OutputError(f"{str(output)!r} already exists; name a new file")
+    if sampling["temperature"] == 0:
+        raise ConfigError("temperature=0 gives the same answer every time; set it above 0")
+    check_writable(output)
+    scorer = load_scorer(reward)
+    asked = read_prompts(prompts, limit=limit)
+    loads = {"adapter": adapter, **loading}
+    given = {name: value for name, value in sampling.items() if value is not None}
+    groups = answers_of(model, asked, loads, given, n=samples)
+    result = choose(groups, scorer, form=rows.value)
+    if not result.rows:
+        raise DataError(
+            f"all {samples} answers of each of the {result.prompts} prompts have the same score, so"
+            " there are no pairs; raise --samples or --temperature, or choose another --reward"
+        )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows]
+    write_atomic(output, "".join(lines))
+    if json_output:
+        print_json(result.as_dict())
+        return
+    kind = "pairs" if rows is Rows.pairs else "conversations"
+    left_out = f", {result.equal:,} prompts left out (equal scores)" if result.equal else ""
+    sys.stdout.write(
+        f"{output}  {len(lines):,} {kind}{left_out}\n"
+        f"mean score {result.mean_score:.4g} of all {result.answers:,} answers, "
+        f"{result.best_score:.4g} of the best; {result.truncated:,} reached the maximum length\n"
+    )
