@@ -4,7 +4,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from easyllm.cli.options import Values, with_flags
 from easyllm.cli.output import JsonFlag, home_path, print_json
 from easyllm.cli.sampling import LOADING, SAMPLING
 from easyllm.cli.scorers import METAVAR, load_scorer
+
+if TYPE_CHECKING:
+    from easyllm.evaluate.best_of_n import BestOfN
 
 
 class Rows(StrEnum):
@@ -71,18 +74,12 @@ def best_of_n(
         easyllm data best-of-n smollm2 sums.jsonl pairs.jsonl --reward rule:exact --rows pairs -n 16
     """
     from easyllm.cli.evaluate_preferences import answers_of
-    from easyllm.core.atomic import check_writable, write_atomic
-    from easyllm.core.errors import ConfigError, DataError, OutputError
+    from easyllm.core.atomic import write_atomic
+    from easyllm.core.errors import DataError
     from easyllm.evaluate.best_of_n import best_of_n as choose
     from easyllm.evaluate.prompt_rows import read_prompts
 
-    if output.suffix != ".jsonl":
-        raise OutputError(f"{str(output)!r} does not end in .jsonl; name a .jsonl file")
-    if output.exists():
-        raise OutputError(f"{str(output)!r} already exists; name a new file")
-    if sampling["temperature"] == 0:
-        raise ConfigError("temperature=0 gives the same answer every time; set it above 0")
-    check_writable(output)
+    _check(output, sampling)
     scorer = load_scorer(reward)
     asked = read_prompts(prompts, limit=limit)
     loads = {"adapter": adapter, **loading}
@@ -98,11 +95,30 @@ def best_of_n(
     write_atomic(output, "".join(lines))
     if json_output:
         print_json(result.as_dict())
-        return
+    else:
+        sys.stdout.write(f"{output}  {_summary(result, rows)}")
+
+
+def _check(output: Path, sampling: Values) -> None:
+    """Checks, before any work, that answers can differ and the file can be written."""
+    from easyllm.core.atomic import check_writable
+    from easyllm.core.errors import ConfigError, OutputError
+
+    if output.suffix != ".jsonl":
+        raise OutputError(f"{str(output)!r} does not end in .jsonl; name a .jsonl file")
+    if output.exists():
+        raise OutputError(f"{str(output)!r} already exists; name a new file")
+    if sampling["temperature"] == 0:
+        raise ConfigError("temperature=0 gives the same answer every time; set it above 0")
+    check_writable(output)
+
+
+def _summary(result: "BestOfN", rows: Rows) -> str:
+    """Returns two lines about what was written."""
     kind = "pairs" if rows is Rows.pairs else "conversations"
     left_out = f", {result.equal:,} prompts left out (equal scores)" if result.equal else ""
-    sys.stdout.write(
-        f"{output}  {len(lines):,} {kind}{left_out}\n"
+    return (
+        f"{len(result.rows):,} {kind}{left_out}\n"
         f"mean score {result.mean_score:.4g} of all {result.answers:,} answers, "
         f"{result.best_score:.4g} of the best; {result.truncated:,} reached the maximum length\n"
     )

@@ -1,43 +1,29 @@
 """The `easyllm eval` command."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from easyllm.cli.adapter import AdapterFolder
-from easyllm.cli.options import Values, option, with_flags
-from easyllm.cli.output import JsonFlag, home_path, print_json, print_pairs, print_table
-from easyllm.cli.sampling import LOADING, SAMPLING
-from easyllm.cli.scorers import METAVAR
-from easyllm.core.json_types import JsonMapping
-from easyllm.evaluate.judge_config import JudgeConfig
-
-
-class Task(StrEnum):
-    """What is measured."""
-
-    answers = "answers"
-    perplexity = "perplexity"
-    win_rate = "win-rate"
-    elo = "elo"
-    over_optimisation = "over-optimisation"
-
-
-_SAMPLED = ("limit", "max_tokens", "temperature", "seed")
-_JUDGE = (
-    *("model", "key_env", "cache", "language", "reason"),
-    *("max_tokens", "timeout_s", "retries", "concurrency"),
+from easyllm.cli.eval_options import (
+    JUDGED,
+    MEASURED,
+    CacheFile,
+    DataFile,
+    FigureFile,
+    OptionalModel,
+    PairsFile,
+    SameFile,
+    Task,
+    TaskFlag,
+    options_of,
 )
-OPTIONS: dict[Task, tuple[str, ...]] = {
-    Task.answers: ("max_tokens",),
-    Task.perplexity: ("context", "stride", "text_key"),
-    Task.win_rate: ("against", "judge", "output", *_SAMPLED, *(f"judge_{f}" for f in _JUDGE)),
-    Task.elo: ("seed", "prior_ties"),
-    Task.over_optimisation: ("proxy", "gold", "samples", "figure", *_SAMPLED),
-}
-"""The options that each task reads; others are refused."""
+from easyllm.cli.options import Values, with_flags
+from easyllm.cli.output import JsonFlag, print_json, print_pairs, print_table
+from easyllm.cli.sampling import LOADING, SAMPLING
+from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonMapping
 
 
 def register(app: typer.Typer) -> None:
@@ -47,128 +33,16 @@ def register(app: typer.Typer) -> None:
 
 @with_flags
 def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="smollm2, a checkpoint folder, a .gguf file, or hf:org/name."),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Argument(
-            callback=home_path,
-            help="A .json or .jsonl file of conversations, or of prompts (win-rate, "
-            "over-optimisation), or of judged pairs (elo); for perplexity, a file of texts: plain "
-            "text, Markdown, JSONL, Parquet.",
-        ),
-    ] = None,
+    model: OptionalModel = None,
+    data: DataFile = None,
     *,
-    task: Annotated[
-        Task,
-        typer.Option(
-            help="The loss on responses and recall (answers), the perplexity of texts, how often "
-            "answers are better than a reference's (win-rate), ratings of several models (elo), or "
-            "gold against proxy reward of best-of-n (over-optimisation)."
-        ),
-    ] = Task.answers,
-    same: Annotated[
-        Path | None, typer.Option("--data", callback=home_path, help="The same as DATA.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of a response; by default 32 (answers), else 256."),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(min=1, help="perplexity: tokens per window; by default the model's context."),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="perplexity: tokens from one window to the next; by default half the context.",
-        ),
-    ] = None,
-    text_key: Annotated[
-        str | None,
-        typer.Option(help="perplexity: key or column of the text in rows; by default text."),
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="win-rate: the reference model.")
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL|reward:FOLDER|rule:NAME",
-            help="win-rate: an LLM at an address with OpenAI's API, a reward model, or a rule "
-            "such as digits or length,target=40.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(callback=home_path, help="win-rate: a new .jsonl file of the judged pairs."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts to read; by default all.")] = (
-        None
-    ),
-    proxy: Annotated[
-        str | None,
-        typer.Option(
-            metavar=METAVAR,
-            help="over-optimisation: the reward that chooses the best answer.",
-        ),
-    ] = None,
-    gold: Annotated[
-        str | None,
-        typer.Option(
-            metavar=METAVAR,
-            help="over-optimisation: the reward that measures what is wanted.",
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(min=2, help="over-optimisation: answers to each prompt; by default 16."),
-    ] = None,
-    figure: Annotated[
-        Path | None,
-        typer.Option(callback=home_path, help="over-optimisation: a new .svg file of the curves."),
-    ] = None,
-    prior_ties: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="elo: ties added to every two models that have met, which keeps the rating of an "
-            "undefeated model finite; by default 0.",
-        ),
-    ] = None,
-    judge_model: Annotated[str | None, option(JudgeConfig, "model", "--judge-model")] = None,
-    judge_key_env: Annotated[
-        str | None,
-        typer.Option(
-            metavar="VARIABLE", help="Environment variable with the API key of the judge."
-        ),
-    ] = None,
-    judge_cache: Annotated[
-        Path | None,
-        typer.Option(
-            callback=home_path,
-            help="File of the judge's replies so far, with which an interrupted run resumes.",
-        ),
-    ] = None,
-    judge_language: Annotated[
-        str | None, option(JudgeConfig, "language", "--judge-language", metavar="en|zh")
-    ] = None,
-    judge_reason: Annotated[
-        bool | None, option(JudgeConfig, "reason", "--judge-reason/--no-judge-reason")
-    ] = None,
-    judge_max_tokens: Annotated[
-        int | None, option(JudgeConfig, "max_tokens", "--judge-max-tokens", low=1)
-    ] = None,
-    judge_timeout_s: Annotated[
-        float | None, option(JudgeConfig, "timeout_s", "--judge-timeout-s")
-    ] = None,
-    judge_retries: Annotated[int | None, option(JudgeConfig, "retries", "--judge-retries")] = None,
-    judge_concurrency: Annotated[
-        int | None, option(JudgeConfig, "concurrency", "--judge-concurrency", low=1)
-    ] = None,
+    task: TaskFlag = Task.answers,
+    same: SameFile = None,
+    measured: Annotated[Values, MEASURED],
+    output: PairsFile = None,
+    figure: FigureFile = None,
+    judged: Annotated[Values, JUDGED],
+    judge_cache: CacheFile = None,
     sampling: Annotated[
         Values,
         SAMPLING.only("temperature", "seed").starting(temperature=None),
@@ -201,8 +75,30 @@ def evaluate(
 
         easyllm eval smollm2 p.jsonl --task over-optimisation --proxy reward:rm --gold rule:exact
     """
-    from easyllm.core.errors import ConfigError
+    source, path = _subject(task, model, data, same)
+    given = options_of(
+        task, measured, judged, sampling, output=output, figure=figure, judge_cache=judge_cache
+    )
+    loads = {"adapter": adapter, **{k: v for k, v in loading.items() if v is not None}}
+    if source is None:
+        _elo(path, loads, given, json_output=json_output)
+    elif task is Task.perplexity:
+        windows = {name.replace("text_", ""): value for name, value in given.items()}
+        _perplexity(source, path, loads, windows, json_output=json_output)
+    elif task is Task.answers:
+        _answers(source, path, loads, given.get("max_tokens", 32), json_output=json_output)
+    else:
+        _compared(task, source, path, loads, given, json_output=json_output)
 
+
+def _subject(
+    task: Task, model: str | None, data: Path | None, same: Path | None
+) -> tuple[str | None, Path]:
+    """Returns the model, None for elo, and the file.
+
+    Raises:
+        ConfigError: one of them is missing, or given twice.
+    """
     if task is Task.elo and model is not None:
         if data is not None:
             raise ConfigError("elo reads a file of judged pairs and no model; give --data FILE")
@@ -213,68 +109,20 @@ def evaluate(
         raise ConfigError(f"--task {task.value} measures a model; give MODEL before the file")
     path = data or same
     assert path is not None, "checked above"
-    given: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "context": context,
-        "stride": stride,
-        "text_key": text_key,
-        "against": against,
-        "judge": judge,
-        "output": output,
-        "limit": limit,
-        "proxy": proxy,
-        "gold": gold,
-        "samples": samples,
-        "figure": figure,
-        "prior_ties": prior_ties,
-        "judge_model": judge_model,
-        "judge_key_env": judge_key_env,
-        "judge_cache": judge_cache,
-        "judge_language": judge_language,
-        "judge_reason": judge_reason,
-        "judge_max_tokens": judge_max_tokens,
-        "judge_timeout_s": judge_timeout_s,
-        "judge_retries": judge_retries,
-        "judge_concurrency": judge_concurrency,
-        **sampling,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    _check_options(task, given)
-    loads = {"adapter": adapter, **{k: v for k, v in loading.items() if v is not None}}
-    if task is Task.elo:
-        from easyllm.cli.evaluate_preferences import show_elo
-
-        if loads.pop("adapter") is not None or loads:
-            raise ConfigError(
-                "elo reads a file of judged pairs and loads no model; leave out "
-                "--adapter, --dtype and --quantize"
-            )
-        seed, ties = given.get("seed", 0), given.get("prior_ties", 0.0)
-        show_elo(path, seed=seed, prior_ties=ties, json_output=json_output)
-        return
-    assert model is not None, "checked above"
-    match task:
-        case Task.perplexity:
-            windows = {name.replace("text_", ""): value for name, value in given.items()}
-            _perplexity(model, path, loads, windows, json_output=json_output)
-        case Task.answers:
-            _answers(model, path, loads, max_tokens or 32, json_output=json_output)
-        case _:
-            _compared(task, model, path, loads, given, json_output=json_output)
+    return model, path
 
 
-def _check_options(task: Task, given: JsonMapping) -> None:
-    """Raises a `ConfigError` for an option that the task does not read."""
-    from easyllm.core.errors import ConfigError
+def _elo(path: Path, loads: dict[str, Any], given: JsonMapping, *, json_output: bool) -> None:
+    """Prints ratings of the models in a file of judged pairs."""
+    from easyllm.cli.evaluate_preferences import show_elo
 
-    for name in given:
-        if name not in OPTIONS[task]:
-            tasks = [each.value for each, names in OPTIONS.items() if name in names]
-            known = f"{', '.join(tasks[:-1])} and {tasks[-1]}" if tasks[1:] else tasks[0]
-            raise ConfigError(
-                f"--{name.replace('_', '-')} concerns {known}, not {task.value}; leave it out, or "
-                f"add --task {tasks[-1]}"
-            )
+    if loads.pop("adapter") is not None or loads:
+        raise ConfigError(
+            "elo reads a file of judged pairs and loads no model; leave out "
+            "--adapter, --dtype and --quantize"
+        )
+    seed, ties = given.get("seed", 0), given.get("prior_ties", 0.0)
+    show_elo(path, seed=seed, prior_ties=ties, json_output=json_output)
 
 
 def _compared(
@@ -288,7 +136,6 @@ def _compared(
 ) -> None:
     """Runs a task that generates answers and compares or scores them."""
     from easyllm.cli.evaluate_preferences import show_over_optimisation, show_win_rate
-    from easyllm.core.errors import ConfigError
 
     needed = ("against", "judge") if task is Task.win_rate else ("proxy", "gold")
     for name in needed:

@@ -10,6 +10,7 @@ from easyllm.core.json_types import JsonObject
 
 if TYPE_CHECKING:
     from easyllm.evaluate.comparisons import Comparer
+    from easyllm.evaluate.over_optimisation import OverOptimisation
     from easyllm.evaluate.prompt_rows import PromptRow
     from easyllm.evaluate.sampled_answers import SampledAnswer
 
@@ -144,6 +145,11 @@ def show_over_optimisation(
         ]
         print_json({"scores": scores, "proxy": proxy, "gold": gold, **result.as_dict()})
         return
+    _print_curves(result)
+
+
+def _print_curves(result: "OverOptimisation") -> None:
+    """Prints a table of both rewards, and where the gold reward is highest."""
     rows = [
         (
             p.n,
