@@ -22,7 +22,7 @@ def test_rules_are_reward_functions_with_options(tmp_path):
     ("source", "said"),
     [
         ("rule:exakt", "did you mean 'exact'"),
-        ("rule:length,tarqet=1", "has no option 'targte'"),
+        ("rule:length,tarqet=1", "has no option 'tarqet'"),
         ("rule:length,target", "write KEY=VALUE"),
         ("length", "give reward:FOLDER or rule:NAME"),
         ("reward:", "give reward:FOLDER or rule:NAME"),
