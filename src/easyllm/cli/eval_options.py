@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import Field, create_model
+from pydantic import BaseModel, Field, create_model
 
 from easyllm.cli.options import FlagGroup
 from easyllm.cli.output import home_path
 from easyllm.cli.scorers import METAVAR
-from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonMapping
 from easyllm.evaluate.judge_config import JudgeConfig
@@ -26,8 +25,8 @@ class Task(StrEnum):
     over_optimisation = "over-optimisation"
 
 
-class EvalOptions(Config):
-    """Options that one or more tasks read."""
+class EvalOptions(BaseModel):
+    """Flags that one or more tasks read; their values are passed on by name."""
 
     max_tokens: int | None = Field(
         default=None, ge=1, description="Tokens of a response; by default 32 (answers), else 256."
@@ -82,7 +81,7 @@ for _name in _OF_JUDGE:
     _info = JudgeConfig.model_fields[_name]
     _type: Any = _info.annotation
     _FIELDS[f"judge_{_name}"] = (_type | None, Field(default=None, description=_info.description))
-JudgeOptions = create_model("JudgeOptions", __base__=Config, **_FIELDS)
+JudgeOptions = create_model("JudgeOptions", **_FIELDS)
 """The fields of `JudgeConfig` with a prefix, and where the API key is."""
 
 MEASURED = FlagGroup(
