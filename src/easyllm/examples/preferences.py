@@ -34,8 +34,6 @@ from easyllm.examples.prepare import (
     PreparationStats,
     TooLong,
     check_samples,
-    encode_messages,
-    fit,
 )
 from easyllm.examples.responses import (
     encode_responses,
@@ -298,19 +296,19 @@ def encode_labelled(
 ) -> Iterator[tuple[Encoded, bool]]:
     """Yields the encoded sequences for `prepare_labelled`, and counts them in `account`."""
     for row in completions:
-        account.rows += 1
         account.formats[row.format] += 1
-        encoded = encode_messages(
-            [*row.prompt, *row.completion],
+        found = encode_responses(
+            row.prompt,
+            [row.completion],
             row.tools,
             row.location,
             tokenizer,
-            num_prompt=len(row.prompt),
+            account,
+            max_seq_len=max_seq_len,
+            overlong=overlong,
         )
-        account.note(encoded)
-        kept = fit((encoded,), account, max_seq_len=max_seq_len, overlong=overlong)
-        if kept is not None:
-            yield kept[0], row.label
+        if found is not None:
+            yield found[0][0], row.label
 
 
 def _pair(row: Row, kind: str) -> PreferencePair:

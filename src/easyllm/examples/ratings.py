@@ -19,10 +19,8 @@ from easyllm.examples.prepare import (
     PreparationStats,
     TooLong,
     check_samples,
-    encode_messages,
-    fit,
 )
-from easyllm.examples.responses import last_response
+from easyllm.examples.responses import encode_responses, last_response
 from easyllm.tokenizer.messages import Message
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -75,19 +73,19 @@ def prepare_ratings(
     """
     account, kept = PreparationStats(), list[tuple[Encoded, float]]()
     for row in track(given, "preparing", unit="row"):
-        account.rows += 1
         account.formats[row.format] += 1
-        encoded = encode_messages(
-            [*row.prompt, *row.response],
+        found = encode_responses(
+            row.prompt,
+            [row.response],
             row.tools,
             row.location,
             tokenizer,
-            num_prompt=len(row.prompt),
+            account,
+            max_seq_len=max_seq_len,
+            overlong=overlong,
         )
-        account.note(encoded)
-        found = fit((encoded,), account, max_seq_len=max_seq_len, overlong=overlong)
         if found is not None:
-            kept.append((found[0], row.score))
+            kept.append((found[0][0], row.score))
     check_samples(account, max_seq_len)
     return kept, account
 

@@ -93,7 +93,7 @@ def encode_responses(
     max_seq_len: int,
     overlong: TooLong = "cut",
 ) -> tuple[tuple[Encoded, ...], int] | None:
-    """Encodes several responses to one prompt, and counts the row in `account`.
+    """Encodes one or several responses to a prompt, and counts the row in `account`.
 
     Returns:
         One sequence per response, and the number of first ids that are the prompt of all; None if
@@ -113,10 +113,13 @@ def encode_responses(
 
 
 def num_common(*sequences: Encoded) -> int:
-    """Returns the length of the common prefix before the first trained id of any sequence."""
+    """Returns the length of the common prefix before the first trained id of any sequence.
+
+    Of a single sequence it is everything before its first trained id.
+    """
     first = min(list(encoded.mask).index(True, 1) for encoded in sequences)
     prompts = [encoded.token_ids[:first] for encoded in sequences]
-    return min(num_equal(prompts[0], other) for other in prompts[1:])
+    return min(num_equal(prompts[0], other) for other in prompts)
 
 
 __all__ = [
