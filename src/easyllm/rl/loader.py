@@ -51,9 +51,6 @@ class Collector(Protocol):
     def wants_more(self, experiences: Sequence[Experience], num_prompts: int, tries: int) -> bool:
         """Returns whether further prompts are to be answered for the same rollout."""
 
-    def begin_update(self, batches: Sequence[Batch]) -> None:
-        """Called with the micro-batches of each update before its first forward pass."""
-
     def learn_from(self, experiences: list[Experience]) -> dict[str, float]:
         """Completes the experiences of a rollout; returns its metrics."""
 
@@ -125,7 +122,6 @@ class RolloutLoader:
         for few in split_by_tokens(samples, self.sizes.micro_batch_tokens):
             batches.append(pack(with_groups(few, answers[end : end + len(few)])))
             end += len(few)
-        self.collector.begin_update(batches)
         return batches
 
     def _roll_out(self) -> None:

@@ -126,9 +126,6 @@ class PolicyObjective(Objective):
         """Returns whether further prompts are to be answered: by default none."""
         return False
 
-    def begin_update(self, batches: Sequence[Batch]) -> None:
-        """Called with the micro-batches of each update before its first forward pass."""
-
     def learn_from(self, experiences: list[Experience]) -> dict[str, float]:
         """Adds log-probabilities and advantages to the answers; returns the rollout's metrics."""
         config = self.config

@@ -126,7 +126,11 @@ class PPO(PolicyObjective):
 
     # ---- updates
 
-    def begin_update(self, batches: Sequence[Batch]) -> None:
+    def begin_step(
+        self,
+        model: Decoder,  # noqa: ARG002 - of the interface
+        batches: Sequence[Batch],
+    ) -> None:
         """Discards old gradients of the critic, and takes the next texts of the mix."""
         assert self._critic is not None, "the run has started"
         self._critic.clear()
