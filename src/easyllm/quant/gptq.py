@@ -78,14 +78,19 @@ def gptq(
     order = torch.arange(inputs, device=device)
     if options.act_order:
         order = diagonal.masked_fill(unused, 0).argsort(descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order], options.damping).float()
-    grids = _Grids(spec, hessian.float() if options.search else None)
+    ordered = hessian[order][:, order]
+    factor = _inverse_factor(ordered, options.damping).float()
     static = None
     if _is_static(spec, inputs, options):
-        static = grids.of(weight, 0)
-    else:
-        grids = grids.in_order(order)
-    result = _quantize(weight[:, order], factor, grids, static, order // spec.group(inputs))
+        static = _grids(weight, hessian if options.search else None, spec)
+    result = _quantize(
+        weight[:, order],
+        factor,
+        ordered if options.search else None,
+        spec,
+        static,
+        order // spec.group(inputs),
+    )
     codes = torch.empty_like(result.codes)
     codes[:, order] = result.codes
     moved = options.act_order and static is None
@@ -124,27 +129,19 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         damping = min(max(10 * damping, 1e-4), MAX_DAMPING)
 
 
-@dataclass(frozen=True, slots=True)
-class _Grids:
-    """Finds the grids of groups: that span the weights, or with H [K, K] the best ones."""
+def _grids(columns: Tensor, hessian: Tensor | None, spec: QuantSpec) -> Grid:
+    """Returns the grids [N, G] of whole groups.
 
-    spec: QuantSpec
-    hessian: Tensor | None
-
-    def in_order(self, order: Tensor) -> "_Grids":
-        """Returns the same for weights whose columns are in another order."""
-        hessian = None if self.hessian is None else self.hessian[order][:, order]
-        return _Grids(self.spec, hessian)
-
-    def of(self, columns: Tensor, first: int) -> Grid:
-        """Returns the grids [N, G] of whole groups: columns [N, n], the first of number `first`."""
-        size = self.spec.group(columns.shape[1])
-        groups = columns.unflatten(1, (-1, size))
-        if self.hessian is None:
-            return grid_of(groups, self.spec)
-        last = first + columns.shape[1]
-        blocks = diagonal_blocks(self.hessian[first:last, first:last], groups.shape[-1])
-        return best_grid(groups, blocks, self.spec)
+    Args:
+        columns: [N, n], the weights of the groups.
+        hessian: [n, n], the part of H of these columns, by which ranges are searched; None takes
+            grids that span the weights.
+        spec: the grid.
+    """
+    groups = columns.unflatten(1, (-1, spec.group(columns.shape[1])))
+    if hessian is None:
+        return grid_of(groups, spec)
+    return best_grid(groups, diagonal_blocks(hessian, groups.shape[-1]).float(), spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,18 +153,24 @@ class _Result:
 
 
 def _quantize(
-    weight: Tensor, factor: Tensor, grids: _Grids, static: Grid | None, groups: Tensor
+    weight: Tensor,
+    factor: Tensor,
+    hessian: Tensor | None,
+    spec: QuantSpec,
+    static: Grid | None,
+    groups: Tensor,
 ) -> _Result:
     """Quantizes the columns from left to right; `weight` is overwritten.
 
     Args:
         weight: [N, K] fp32, columns in the order of quantization.
         factor: [K, K] fp32, upper Cholesky factor of H⁻¹ in the same order.
-        grids: finds the grids, with H in the same order.
+        hessian: [K, K], H in the same order, by which ranges are searched; None searches none.
+        spec: the grid.
         static: the grids [N, G] of all groups; None computes each when its first column is reached.
         groups: [K], the column's group in `static`.
     """
-    inputs, spec = weight.shape[1], grids.spec
+    inputs = weight.shape[1]
     group = spec.group(inputs)
     # a group is within a block, so that its weights are fully corrected when its grid is computed
     block = max(group, BLOCK // group * group) if static is None else BLOCK
@@ -179,7 +182,9 @@ def _quantize(
         own = factor[first:last, first:last]
         for i in range(last - first):
             if static is None and i % group == 0:
-                made.append(grids.of(part[:, i : i + group], first + i))
+                inner = slice(first + i, first + i + group)
+                block_of = None if hessian is None else hessian[inner, inner]
+                made.append(_grids(part[:, i : i + group], block_of, spec))
             scales, zeros = _column(static, made, int(groups[first + i]))
             column = part[:, i]
             code = (column / scales).round_().add_(zeros).clamp_(0, spec.levels)
