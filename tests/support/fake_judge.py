@@ -3,11 +3,10 @@
 import json
 import re
 import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from easyllm.evaluate.prompt_rows import PromptRow
 from easyllm.evaluate.sampled_answers import SampledAnswer
+from threaded_server import JsonHandler, threaded
 
 
 def answer(text, question="What?", **row):
@@ -48,11 +47,8 @@ class FakeJudge:
         return f"The answers are {a} and {b}.\nVERDICT: {letter}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     fake: FakeJudge
-
-    def log_message(self, *_):
-        pass
 
     def do_GET(self):
         self.send(200, {"data": [{"id": "fake-judge"}]})
@@ -75,25 +71,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(200, {"choices": [{"message": message}]})
 
     def send(self, status, value):
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        if self.fake.location:
-            self.send_header("Location", self.fake.location)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        location = self.fake.location
+        self.send_object(status, value, [("Location", location)] if location else [])
 
 
-@contextmanager
 def judging(fake):
     """Runs a fake judge in threads and yields its address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("_Fake", (_Handler,), {"fake": fake}))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return threaded(_Handler, fake)

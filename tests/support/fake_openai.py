@@ -3,8 +3,8 @@
 import json
 import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from threaded_server import JsonHandler, threaded
 
 
 class FakeServer:
@@ -49,13 +49,10 @@ class FakeServer:
             return len(self.bodies) - 1
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     fake: FakeServer
-
-    def log_message(self, *_):
-        pass
 
     def do_GET(self):
         if self.path == "/v1/models":
@@ -130,25 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
         self.wfile.flush()
 
-    def send_object(self, status, value):
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
-
-@contextmanager
 def serving(fake):
     """Runs a fake server in threads and yields its address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("_Fake", (_Handler,), {"fake": fake}))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return threaded(_Handler, fake)
