@@ -9,14 +9,14 @@ than the chosen one and half are longer, so that length does not tell the sides 
 """
 
 import argparse
-import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pair_tables
 import zh_tables
+from json_lines import write
 
 DATA = Path(__file__).parents[1] / "recipes" / "data"
 HELDOUT = 5
@@ -124,12 +124,6 @@ def responses(
             if len(text) != len(item.answer):
                 found.append((kind, text))
     return found
-
-
-def write(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Writes rows as JSON lines."""
-    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def main() -> None:

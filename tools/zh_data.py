@@ -8,7 +8,6 @@ zh_heldout.jsonl  one more phrasing of each fact, with the `key` that a right an
 """
 
 import argparse
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zh_tables
+from json_lines import write
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "recipes" / "data"
@@ -202,12 +202,6 @@ def instructions(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]
     rng.shuffle(train)
     rng.shuffle(heldout)
     return train, heldout
-
-
-def write(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Writes rows as JSON lines."""
-    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def main() -> None:
