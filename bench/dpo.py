@@ -11,7 +11,6 @@ trainer is measured on the same pairs (`peers/trl_dpo.py`, which counts building
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,12 +40,13 @@ def main() -> None:
             machine.easyllm("convert", "smollm2", f"{folder}/model")
         for _ in range(options.rounds):
             for item in ITEMS:
-                command = [sys.executable, __file__, "--item", item, *sys.argv[1:]]
-                found.setdefault(item, []).append(figures_of(command))
+                given = [word for word in sys.argv[1:] if word != "--record"]
+                command = [sys.executable, __file__, "--item", item, *given]
+                found.setdefault(item, []).append(machine.figures_of(command))
             if options.peer:
                 script = machine.SHARED / "peers" / "trl_dpo.py"
                 command = [options.peer, script, f"{folder}/model", options.data, options.pairs]
-                found.setdefault("trl", []).append(figures_of(command))
+                found.setdefault("trl", []).append(machine.figures_of(command))
     results = {
         item: {
             "pairs_per_s": round(statistics.median(row["pairs_s"] for row in rows), 4),
@@ -56,14 +56,6 @@ def main() -> None:
     }
     row = machine.row("dpo", shape={"pairs": options.pairs}, results=results)
     machine.finish(row, "dpo", record=options.record)
-
-
-def figures_of(command: list[Any]) -> dict[str, Any]:
-    """Returns the last line of a command's output, a JSON object."""
-    words = [str(word) for word in command if str(word) != "--record"]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

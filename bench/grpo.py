@@ -12,7 +12,6 @@ measured on the same prompts (`peers/trl_grpo.py`).
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -38,11 +37,11 @@ def main() -> None:
             machine.easyllm("convert", "smollm2", f"{folder}/model")
         for _ in range(options.rounds):
             ours = [sys.executable, __file__, "--item", "easyllm", "--steps", options.steps]
-            found.setdefault("easyllm", []).append(figures_of(ours))
+            found.setdefault("easyllm", []).append(machine.figures_of(ours))
             if options.peer:
                 script = machine.SHARED / "peers" / "trl_grpo.py"
                 command = [options.peer, script, f"{folder}/model", options.steps]
-                found.setdefault("trl", []).append(figures_of(command))
+                found.setdefault("trl", []).append(machine.figures_of(command))
     results = {
         item: {
             "step_s": round(statistics.median(s for row in rows for s in row["step_s"][1:]), 2),
@@ -52,13 +51,6 @@ def main() -> None:
     }
     shape = {"prompts": 8, "answers": 8, "tokens": 64}
     machine.finish(machine.row("grpo", shape=shape, results=results), "grpo", record=options.record)
-
-
-def figures_of(command: list[Any]) -> dict[str, Any]:
-    """Returns the last line of a command's output, a JSON object."""
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 def measure(steps: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ def easyllm(*words: str) -> str:
     """Returns the standard output of an `easyllm` command; its standard error is passed through."""
     command = [sys.executable, "-m", "easyllm", *words]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def figures_of(command: Sequence[object]) -> dict[str, Any]:
+    """Returns the last line of a command's output, a JSON object."""
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def commit() -> str:
