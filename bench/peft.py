@@ -5,6 +5,7 @@
     python bench/peft.py order [--only lora dora ...] [--steps 30] [--record]
     python bench/peft.py loraplus [--width 576] [--steps 30] [--record] [--plot FILE.svg]
     python bench/peft.py paged [--record]
+    python bench/peft.py nf4 [--rows 128] [--record]
 
 `methods` trains each method on the quickstart's facts, one process each, and prints trainable
 parameters, peak memory, tokens/s, the share of held-out questions answered (recall), and the loss
@@ -13,7 +14,9 @@ TRL, peft and bitsandbytes on 128 Alpaca rows (an interpreter that has them). `o
 the methods by held-out loss, each at the best of three learning rates, with its spread over three
 seeds. `loraplus` compares LoRA with LoRA+ at ratios 4 and 16, each at the best of five learning
 rates over three seeds, on a model of this width that it pretrains for the purpose.
-`paged` compares full fine-tuning with and without `optimizer.paged`. `--record` appends the rows to
+`paged` compares full fine-tuning with and without `optimizer.paged`. `nf4` trains LoRA on the full
+weights, on NF4 rounded to nearest, and on NF4 by GPTQ, calibrated on Alpaca rows that are not held
+out. `--record` appends the rows to
 `bench/results/peft.jsonl`.
 """
 
@@ -62,7 +65,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "what", choices=["methods", "peer", "order", "loraplus", "paged", "evaluate"]
+        "what", choices=["methods", "peer", "order", "loraplus", "paged", "nf4", "evaluate"]
     )
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--epochs", type=float, default=1)
@@ -80,7 +83,7 @@ def main() -> None:
         print(json.dumps(scores(options.model)))
         return
     runs = {"methods": methods, "peer": against_peer, "order": order}
-    runs |= {"loraplus": loraplus, "paged": paged}
+    runs |= {"loraplus": loraplus, "paged": paged, "nf4": nf4}
     for row in runs[options.what](options):
         machine.finish(row, "peft", record=options.record)
 
@@ -227,7 +230,30 @@ def against_peer(options: argparse.Namespace) -> Any:
     yield row
 
 
-def alpaca(options: argparse.Namespace, out: Path, quantize: str = "nf4") -> dict[str, float]:
+def nf4(options: argparse.Namespace) -> Any:
+    """Yields one row: LoRA after an epoch on three bases."""
+    data = json.loads((SHARED / "data" / "alpaca_en_demo.json").read_text())
+    row = machine.row("peft-nf4", rows=options.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        row["full weights"] = alpaca(options, work / "full", quantize="null")
+        row["nf4"] = alpaca(options, work / "nearest")
+        text, base = work / "text.json", work / "base"
+        text.write_text(json.dumps(data[: options.rows] + data[options.rows + 64 :]))
+        flags = ("--method", "gptq-nf4", "--data", str(text), "--samples", "256")
+        started = time.perf_counter()
+        machine.easyllm("quantize", "smollm2", str(base), *flags)
+        row["quantize_seconds"] = round(time.perf_counter() - started)
+        row["gptq-nf4"] = alpaca(options, work / "gptq", quantize="null", model=str(base))
+    full = row["full weights"]["eval_loss_nats"]
+    for name in ("nf4", "gptq-nf4"):
+        row[f"{name} above full"] = round(row[name]["eval_loss_nats"] / full - 1, 4)
+    yield row
+
+
+def alpaca(
+    options: argparse.Namespace, out: Path, quantize: str = "nf4", model: str = "smollm2"
+) -> dict[str, float]:
     """One epoch on the first Alpaca rows, in the configuration of the peer's script."""
     data = json.loads((SHARED / "data" / "alpaca_en_demo.json").read_text())
     out.mkdir()
@@ -239,7 +265,7 @@ def alpaca(options: argparse.Namespace, out: Path, quantize: str = "nf4") -> dic
         out / "run",
         *(f"data.train=[{file}]", "data.max_seq_len=512", "data.train_on=all", "save_every=0"),
         *("batch_size=4", "epochs=1", "optimizer.learning_rate=2e-4"),
-        *(f"quantize={quantize}", "adapter.rank=8", "adapter.alpha=16", *kind),
+        *(f"model={model}", f"quantize={quantize}", "adapter.rank=8", "adapter.alpha=16", *kind),
         *(f"data.eval=[{others}]", "eval_every=0"),
     )
     steps = [line for line in lines if "speed/tokens_per_s" in line]

@@ -33,12 +33,13 @@ def text_file(tmp_path, rows=400):
         (["--method", "rtn", "--bits", "8", "--group-size", "0"], "compressed-tensors", 8),
         (["--method", "smoothquant"], "compressed-tensors", 8),
         (["--method", "nf4"], "bitsandbytes", 4),
+        (["--method", "gptq-nf4"], "bitsandbytes", 4),
         (["--method", "llm.int8"], "bitsandbytes", 8),
         (["--method", "gptq", "--override", "*.down_proj=8"], "gptq", 4),
     ],
 )
 def test_a_folder_is_written_and_its_price_printed(flags, method, bits, folder, tmp_path):
-    uses_text = method in ("gptq", "awq") or "smoothquant" in flags
+    uses_text = flags[1].startswith(("gptq", "awq", "smoothquant"))
     if uses_text:
         flags += ["--data", str(text_file(tmp_path)), "--samples", "8", "--length", "32"]
     limit = ["--max-kl", "1000", "--json"]
@@ -72,6 +73,7 @@ def test_a_folder_is_written_and_its_price_printed(flags, method, bits, folder, 
         (["--type", "q4_0", "--format", "gptq"], "type q4_0 is GGUF's"),
         (["--samples", "9999"], "expected 9999"),
         (["--method", "nf4", "--format", "gptq"], "does not hold weights of method nf4"),
+        (["--method", "gptq-nf4", "--group-size", "32"], "group_size has no effect on"),
         (["--method", "gptq", "--format", "bitsandbytes"], "does not hold weights of method gptq"),
         (["--method", "nf4", "--bits", "8"], "bits has no effect on method nf4"),
         (["--method", "rtn"], "data has no effect on method rtn"),
@@ -156,9 +158,10 @@ def test_a_result_that_differs_too_much_is_kept_only_on_request(folder, tmp_path
     load_model(tmp_path / "out")
 
 
-def test_finished_layers_are_kept_until_the_result_is_written(folder, tmp_path):
+@pytest.mark.parametrize("method", [["gptq", "--group-size", "32"], ["gptq-nf4"]])
+def test_finished_layers_are_kept_until_the_result_is_written(method, folder, tmp_path):
     data = ["--data", str(text_file(tmp_path)), "--samples", "4", "--length", "32"]
-    flags = ["--method", "gptq", "--group-size", "32", *data]
+    flags = ["--method", *method, *data]
     failed = easyllm("quantize", str(folder), str(tmp_path / "out"), *flags, "--max-kl", "1e-9")
     assert failed.returncode == 1
     partial = tmp_path / "out.partial"

@@ -24,7 +24,7 @@ OPTIONS = FlagGroup(
     *("method", "format", "type", "bits", "group_size", "asymmetric", "single", "override"),
     *("dtype", "act_order", "data", "samples", "length", "no_importance", "text", "dequantize"),
     metavars={
-        "method": "rtn|gptq|awq|smoothquant|nf4|fp4|llm.int8",
+        "method": "rtn|gptq|awq|smoothquant|nf4|fp4|gptq-nf4|gptq-fp4|llm.int8",
         "format": "gptq|awq|compressed-tensors|bitsandbytes|gguf",
         "type": "q8_0|q6_k|q5_k|q4_k|q5_1|q5_0|q4_1|q4_0",
         "bits": "2|3|4|8",

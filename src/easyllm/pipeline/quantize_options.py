@@ -15,7 +15,8 @@ from easyllm.quant.methods import METHODS, find_method
 from easyllm.quant.spec import QuantSpec
 
 FULL = "full"
-BLOCKWISE = ("nf4", "fp4")
+GPTQ_BLOCKWISE = ("gptq-nf4", "gptq-fp4")
+BLOCKWISE = ("nf4", "fp4", *GPTQ_BLOCKWISE)
 BITSANDBYTES = (*BLOCKWISE, "llm.int8")
 FORMATS = {
     "rtn": "compressed-tensors",
@@ -50,11 +51,14 @@ def check_gguf_type(type: str) -> None:
 class QuantizeOptions(Config):
     """Method, grid, format and calibration text of a quantized file."""
 
-    method: Literal["rtn", "gptq", "awq", "smoothquant", "nf4", "fp4", "llm.int8"] = Field(
+    method: Literal[
+        "rtn", "gptq", "awq", "smoothquant", "nf4", "fp4", "gptq-nf4", "gptq-fp4", "llm.int8"
+    ] = Field(
         default="gptq",
         description="How weights are rounded: to the nearest code (rtn), gptq, or awq; "
         "smoothquant quantizes activations to 8 bits, too (W8A8); nf4, fp4 and llm.int8 are those "
-        "of bitsandbytes. GGUF's blocks have their own rounding.",
+        "of bitsandbytes, and gptq-nf4 and gptq-fp4 write the same files with codes chosen by "
+        "GPTQ. GGUF's blocks have their own rounding.",
     )
     format: Literal["gptq", "awq", "compressed-tensors", "bitsandbytes", "gguf"] | None = Field(
         default=None,
@@ -79,7 +83,8 @@ class QuantizeOptions(Config):
         description="Grids that span the minimum to the maximum of a group, with zero points.",
     )
     single: bool = Field(
-        default=False, description="nf4 and fp4: without double quantization of the scales."
+        default=False,
+        description="nf4 and fp4, with GPTQ or without: without double quantization of the scales.",
     )
     override: tuple[str, ...] = Field(
         default=(),
@@ -184,6 +189,8 @@ class QuantizeOptions(Config):
         """Whether calibration text is used."""
         if self.is_gguf:
             return self._searched and not self.no_importance
+        if self.method in GPTQ_BLOCKWISE:
+            return True
         return self.method in METHODS and find_method(self.method).needs != "nothing"
 
     @property
@@ -203,7 +210,8 @@ class QuantizeOptions(Config):
         """The storage format of bitsandbytes' methods; None for others."""
         if self.is_gguf or self.method not in BITSANDBYTES:
             return None
-        return f"{self.method}-single" if self.single else self.method
+        name = self.method.removeprefix("gptq-")
+        return f"{name}-single" if self.single else name
 
     @property
     def spec(self) -> QuantSpec:
@@ -256,4 +264,4 @@ class QuantizeOptions(Config):
         check_patterns(patterns, names, key="override", what="weight of this model")
 
 
-__all__ = ["BITSANDBYTES", "FULL", "QuantizeOptions"]
+__all__ = ["BITSANDBYTES", "FULL", "GPTQ_BLOCKWISE", "QuantizeOptions"]

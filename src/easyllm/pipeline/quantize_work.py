@@ -27,8 +27,9 @@ from easyllm.pipeline.quantize_options import DEFAULT_LENGTH, FULL, QuantizeOpti
 from easyllm.quant import find_scheme, quantizable, quantize_weight
 from easyllm.quant.calibrate import importance_matrix
 from easyllm.quant.formats import UNIFORM
+from easyllm.quant.gptq_blockwise4 import check_width, quantize_layers
 from easyllm.quant.layer_files import LayerFiles
-from easyllm.quant.layers import LayerQuantizer
+from easyllm.quant.layers import LayerQuantizer, Report
 from easyllm.quant.methods import find_method
 from easyllm.tokenizer.tokenizer import Tokenizer
 
@@ -78,7 +79,9 @@ class QuantizeWork:
             keymap.packed_tensors(f"{name}.weight", ("weight",))
         if self.options.scheme is None:
             self._quantizer().check(self.model)
-        elif not self._blockwise_linears(self.options.scheme):
+        elif self.options.needs_text:
+            self._gptq_linears(self.options.scheme)
+        if self.options.scheme is not None and not self._blockwise_linears(self.options.scheme):
             raise ConfigError("no linear of the model is to be quantized; change --override")
 
     def calibration(self) -> Calibration | None:
@@ -114,7 +117,10 @@ class QuantizeWork:
                         self.model, calibrated.sequences, done=lambda _: progress.advance(1)
                     )
         elif self.options.scheme is not None:
-            self._blockwise(self.options.scheme)
+            if calibrated is None:
+                self._blockwise(self.options.scheme)
+            else:
+                self._gptq_blockwise(self.options.scheme, calibrated)
         else:
             self._uniform(calibrated)
 
@@ -164,13 +170,14 @@ class QuantizeWork:
         """Quantizes the linears to grids."""
         sequences = () if calibrated is None else calibrated.sequences
         self.files = None if calibrated is None else self._layer_files(calibrated)
-        if self.files is not None and self.files.count:
-            finished = f"{self.files.count} layers are finished in {self.files.folder}"
-            sys.stderr.write(f"resuming: {finished}\n")
         with self._progress("quantizing") as progress:
             report = self._quantizer().run(
                 self.model, sequences, files=self.files, done=lambda _: progress.advance(1)
             )
+        self._take(report)
+
+    def _take(self, report: Report) -> None:
+        """Keeps what a report says for the manifest and the user."""
         self.results = {"linears": [asdict(linear) for linear in report.linears]}
         if unreached := report.unreached:
             self.notes.append(
@@ -182,7 +189,10 @@ class QuantizeWork:
         """Returns the finished layers of this quantization, next to its target."""
         options = self.options.model_dump(mode="json", exclude={"text", "dtype", "dequantize"})
         key = hash_value([options, calibrated.sha256, self._inputs()])
-        return LayerFiles(self.target.with_name(f"{self.target.name}.partial"), key)
+        files = LayerFiles(self.target.with_name(f"{self.target.name}.partial"), key)
+        if files.count:
+            sys.stderr.write(f"resuming: {files.count} layers are finished in {files.folder}\n")
+        return files
 
     def _inputs(self) -> dict[str, str]:
         inputs = {"model": hash_path(locate(self.source))}
@@ -206,6 +216,35 @@ class QuantizeWork:
                 layer.store(quantize_weight(layer.storage.dense(), format, name))
                 progress.advance(1)
         self.results = {"linears": list(chosen)}
+
+    def _gptq_blockwise(self, scheme: str, calibrated: Calibration) -> None:
+        """Quantizes the linears to the values of bitsandbytes with GPTQ."""
+        self.files = self._layer_files(calibrated)
+        with self._progress("quantizing") as progress:
+            report = quantize_layers(
+                self.model,
+                calibrated.sequences,
+                self._gptq_linears(scheme),
+                scheme,
+                files=self.files,
+                done=lambda _: progress.advance(1),
+            )
+        self._take(report)
+
+    def _gptq_linears(self, scheme: str) -> dict[str, Linear]:
+        """Returns the linears that GPTQ quantizes, by full name.
+
+        Raises:
+            ConfigError: the width of one is no multiple of the block.
+        """
+        found = {
+            name.removesuffix(".weight"): layer
+            for name, layer in self._blockwise_linears(scheme).items()
+            if isinstance(layer, Linear)
+        }
+        for name, linear in found.items():
+            check_width(name, linear.in_features, scheme)
+        return found
 
     def _quantizer(self) -> LayerQuantizer:
         layout = UNIFORM[self.options.file_format]

@@ -54,7 +54,7 @@ def quantize_blockwise4(weight: Tensor, codebook: str, *, nested: bool) -> Block
     if not nested:
         return Blockwise4(codes, scales, None, None, codebook, outputs, inputs)
     offset = scales.mean()
-    absmax, nested_absmax = _quantize_scales(scales - offset)
+    absmax, nested_absmax = quantize_scales(scales - offset)
     return Blockwise4(codes, absmax, nested_absmax, offset, codebook, outputs, inputs)
 
 
@@ -70,13 +70,13 @@ def _quantize(flat: Tensor, name: str) -> tuple[Tensor, Tensor]:
         quotients = torch.cat([quotients, (rest / last).clamp_(-1, 1)])
     if len(flat) % 2:
         quotients = F.pad(quotients, (0, 1))
-    bounds, order = _rounding(name, flat.device)
+    bounds, order = rounding(name, flat.device)
     codes = order[torch.bucketize(quotients, bounds, out_int32=True)]
     return (codes[::2] << 4) | codes[1::2], scales
 
 
 @cache
-def _rounding(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def rounding(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns the midpoints [15] between sorted codebook values, and the codes [16] in that order.
 
     FP4 has two zeros: code 8 stands for positive quotients that round to zero, code 0 for others.
@@ -88,7 +88,7 @@ def _rounding(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         return (ordered[:-1] + ordered[1:]) / 2, order.to(torch.uint8)
 
 
-def _quantize_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
     """Quantizes scales less their mean, [B] fp32, to 8-bit codes [B] and scales [⌈B / 256⌉]."""
     blocks = F.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = blocks.abs().amax(1)
@@ -136,4 +136,4 @@ for _codebook in ("nf4", "fp4"):
     _register(_codebook, _codebook, nested=True)
     _register(f"{_codebook}-single", _codebook, nested=False)
 
-__all__ = ["quantize_blockwise4"]
+__all__ = ["quantize_blockwise4", "quantize_scales", "rounding"]

@@ -167,7 +167,8 @@ class LayerQuantizer:
             its = statistics.get(name)
             weight = linear.weight.detach()
             weights[name] = self.method.quantize(weight, its, spec)
-            reports.append(asdict(_report(prefix + name, weight, weights[name], its)))
+            rounded = weights[name].dequantize()
+            reports.append(asdict(linear_report(prefix + name, weight, rounded, its)))
         replaced = {f"{name}.weight" for name in chosen}
         full = {name: t for name, t in layer.state_dict().items() if name not in replaced}
         return FinishedLayer(weights=weights, full=full, reports=reports)
@@ -212,11 +213,19 @@ def _suits(
     )
 
 
-def _report(
-    name: str, weight: Tensor, quantized: QuantTensor, statistics: Statistics | None
+def linear_report(
+    name: str, weight: Tensor, rounded: Tensor, statistics: Statistics | None
 ) -> LinearReport:
+    """Returns what quantization did to one linear.
+
+    Args:
+        name: its full name.
+        weight: [N, K].
+        rounded: [N, K] fp32, the quantized weight.
+        statistics: those of its inputs, if there are any.
+    """
     wide = weight.float()
-    difference = quantized.dequantize() - wide
+    difference = rounded - wide
     error = None
     if statistics is not None and statistics.gram is not None and statistics.rows:
         whole = output_error(wide, statistics.gram)
@@ -229,4 +238,4 @@ def _report(
     )
 
 
-__all__ = ["LayerQuantizer", "LinearReport", "Report"]
+__all__ = ["LayerQuantizer", "LinearReport", "Report", "linear_report"]
