@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt Makefile
 # Written after a set-up, because `make` cannot activate an environment in the shell that called it.
 ACTIVATE := to type easyllm commands in this shell, activate its environment: source $(BIN)/activate
 
-.PHONY: help venv quickstart test check format docs bench interop findings clean
+.PHONY: help venv quickstart test check format docs labs bench interop findings clean
 
 help:
 	@echo "make venv                          install into .venv, with the tools for development"
@@ -59,6 +59,10 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python tools/reference_docs.py
+
+# Runs every lab whole, and writes numbers and figures into the pages of docs/map.
+labs: $(VENV)/.installed-dev
+	$(BIN)/python tools/labs.py $(NAME)
 
 TOPIC ?= train
 bench: $(VENV)/.installed-dev

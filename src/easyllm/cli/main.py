@@ -96,6 +96,10 @@ COMMANDS: dict[str, dict[str, str]] = {
     "bench": {
         "bench": "Measure the speed of a model on this machine, or of a server.",
     },
+    "lab": {
+        "lab": "Run the experiment of a topic: numbers, a figure, a page, and what the article "
+        "says.",
+    },
     "machine": {
         "doctor": "Report what this machine can do: CPU, memory, devices, compiler, models.",
     },

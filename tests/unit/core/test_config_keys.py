@@ -58,6 +58,7 @@ def validators():
 
 
 READS, VALIDATORS = reads(), validators()
+BOUNDS = ("Gt", "Ge", "Lt", "Le", "MinLen", "MaxLen", "MultipleOf")
 RECORDS = {"Manifest", "ShardsManifest"}
 """Keys that are documentation for people or other programs, without effect."""
 CHECKED = {"QuantSpec": {"group_size", "symmetric"}}
@@ -128,3 +129,11 @@ def test_a_run_reads_every_configured_key(seen, tiny_folder, tmp_path, changes):
         # the command reads `output`, pydantic reads `kind`
         unread = set(type(part).model_fields) - seen.get(type(part), set()) - {"output", "kind"}
         assert not unread, type(part).__name__
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__qualname__)
+def test_no_bound_of_a_field_is_replaced_by_that_of_its_type(config):
+    # pydantic keeps the last of two bounds of a kind: PositiveInt's replaces Field's stricter one
+    for name, field in config.model_fields.items():
+        kinds = [type(bound) for bound in field.metadata if type(bound).__name__ in BOUNDS]
+        assert len(kinds) == len(set(kinds)), f"{name} has two bounds of a kind: {field.metadata}"

@@ -67,7 +67,9 @@ def test_blocks_of_zeros_and_unused_inputs_stay_finite(nested):
 
 
 def test_refusals_say_what_would_do():
-    with pytest.raises(ConfigError, match=r"has 96 inputs.* needs a multiple of 64; use method nf4"):
+    with pytest.raises(
+        ConfigError, match=r"has 96 inputs.* needs a multiple of 64; use method nf4"
+    ):
         gptq_blockwise4(weight(8, 96), torch.eye(96), "nf4", nested=True)
     with pytest.raises(ConfigError, match="NaN or Inf"):
         gptq_blockwise4(weight(), torch.full((128, 128), torch.nan), "nf4", nested=True)

@@ -1,0 +1,55 @@
+"""Pages of the map: their tables and figures are the files' that the labs wrote."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from easyllm.lab import all_labs
+
+ROOT = Path(__file__).resolve().parents[3]
+MAP = ROOT / "docs" / "map"
+sys.path.insert(0, str(ROOT / "tools"))
+import labs as tool  # noqa: E402
+
+PAGES = [path for path in sorted(MAP.glob("*.md")) if path.stem.split(".")[0] != "index"]
+SECTIONS = {
+    "en": ["Idea", "Equation", "In the code", "Run it", "What the article says", "Questions"],
+    "zh": ["思想", "公式", "在代码中", "运行", "文章的说法", "自测"],
+}
+
+
+def test_tables_are_those_of_the_files():
+    stale = [path.name for path, text in tool.pages() if path.read_text("utf-8") != text]
+    assert stale == [], "run `python tools/labs.py` for the labs of these pages"
+
+
+def test_every_lab_has_numbers_of_its_parameters_a_figure_and_a_place_on_a_page():
+    text = "".join(path.read_text("utf-8") for path in PAGES)
+    for lab in all_labs().values():
+        if not lab.nightly:
+            continue
+        content = json.loads((MAP / "numbers" / f"{lab.name}.json").read_text("utf-8"))
+        assert content["parameters"] == lab.parameters().model_dump(mode="json"), lab.name
+        assert content["rows"] == list(lab.rows)
+        assert (MAP / "figures" / f"{lab.name}.svg").is_file()
+        for needed in (f"<!-- numbers {lab.name} -->", f"figures/{lab.name}.svg"):
+            assert text.count(needed) >= 2, f"{needed} in English and in Chinese"
+        assert f"easyllm lab {lab.name}" in text
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_page_has_all_sections_and_its_code_exists(path):
+    if path.name.startswith("results"):
+        return
+    language = "zh" if path.name.endswith(".zh.md") else "en"
+    text = path.read_text("utf-8")
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert [h for h in headings if h in SECTIONS[language]] == SECTIONS[language]
+    names = re.findall(r"\[`(\w+)`\]\(\.\./\.\./(src/[\w/]+\.py)\)", text)
+    assert names, "names a function or class with its file"
+    for name, file in names:
+        source = (ROOT / file).read_text("utf-8")
+        assert re.search(rf"^(?:def|class) {name}\b|^{name}\b", source, re.MULTILINE), (name, file)
