@@ -24,7 +24,8 @@ HEADS: dict[Language, str] = {"en": "| number | value |", "zh": "| 数值 | 值 
 RESULTS = {
     "en": (
         "# Results of the labs\n\nEnglish · [中文](results.zh.md)\n\n"
-        "What each lab saw, compared with what the article or paper says. Written by `make labs`.\n",
+        "What each lab saw, compared with what the article or paper says. "
+        "Written by `make labs`.\n",
         "| topics | lab | claim | seen | outcome |",
     ),
     "zh": (

@@ -141,7 +141,7 @@ Figure = Lines | Bars | Grid
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """What an article or paper says, beside what was seen.
+    """What an article or paper says, and what was seen.
 
     Attributes:
         claim: the statement, with its source.

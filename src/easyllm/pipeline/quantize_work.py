@@ -235,7 +235,7 @@ class QuantizeWork:
         """Returns the linears that GPTQ quantizes, by full name.
 
         Raises:
-            ConfigError: the width of one is no multiple of the block.
+            ConfigError: the block does not divide the width of one.
         """
         found = {
             name.removesuffix(".weight"): layer
