@@ -240,7 +240,7 @@ def nf4(options: argparse.Namespace) -> Any:
         row["nf4"] = alpaca(options, work / "nearest")
         text, base = work / "text.json", work / "base"
         text.write_text(json.dumps(data[: options.rows] + data[options.rows + 64 :]))
-        flags = ("--method", "gptq-nf4", "--data", str(text), "--samples", "256")
+        flags = ("--method", "gptq-nf4", "--data", str(text))
         started = time.perf_counter()
         machine.easyllm("quantize", "smollm2", str(base), *flags)
         row["quantize_seconds"] = round(time.perf_counter() - started)

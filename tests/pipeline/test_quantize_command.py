@@ -187,7 +187,14 @@ def test_a_folder_of_the_user_is_not_used_for_finished_layers(folder, tmp_path):
     assert (tmp_path / "out.partial/mine.txt").read_text() == "mine"
 
 
-def test_an_adapter_is_merged_and_what_the_result_is_compared_with(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("out", "flags"),
+    [
+        ("out", ["--method", "rtn", "--bits", "8", "--group-size", "32"]),
+        ("out.gguf", ["--type", "q8_0"]),
+    ],
+)
+def test_an_adapter_is_merged_and_what_the_result_is_compared_with(out, flags, folder, tmp_path):
     model = load_model(folder, dtype="float32")
     attach(model, LoRAConfig(rank=4))
     generator = torch.Generator().manual_seed(0)
@@ -197,9 +204,9 @@ def test_an_adapter_is_merged_and_what_the_result_is_compared_with(folder, tmp_p
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     names = hf_module_name(model)
     save_adapter(model, tmp_path / "adapter", module_name=names, base=str(folder))
-    flags = ["--method", "rtn", "--bits", "8", "--group-size", "32", "--adapter"]
-    out = str(tmp_path / "out")
-    done = easyllm("quantize", str(folder), out, *flags, str(tmp_path / "adapter"), "--json")
+    adapter = ["--adapter", str(tmp_path / "adapter")]
+    out = str(tmp_path / out)
+    done = easyllm("quantize", str(folder), out, *flags, *adapter, "--json")
     assert done.returncode == 0, done.stderr
     gate = json.loads(done.stdout)["gate"]
     assert gate["reference"] == "the attached adapter"

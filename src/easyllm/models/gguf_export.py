@@ -145,9 +145,18 @@ def save_gguf(
 
 
 def check_gguf(
-    model: Decoder, *, type: str, tokenizer: Tokenizer, overrides: Sequence[tuple[str, str]] = ()
+    model: Decoder,
+    *,
+    type: str,
+    tokenizer: Tokenizer,
+    overrides: Sequence[tuple[str, str]] = (),
+    to_be_merged: bool = False,
 ) -> None:
-    """Checks that a model can be written as a GGUF file; the arguments are those of `save_gguf`.
+    """Checks that a model can be written as a GGUF file.
+
+    Args:
+        model, type, tokenizer, overrides: as for `save_gguf`.
+        to_be_merged: whether an adapter is merged before the file is written.
 
     Raises:
         ConfigError, CheckpointError: as for `save_gguf`.
@@ -157,11 +166,12 @@ def check_gguf(
             f"GGUF type {type!r} is not known{suggest(type, gguf_types())}; use "
             f"{', '.join(gguf_types())}"
         )
-    if model.is_adapted or model.packed_formats():
-        what = "an adapter" if model.is_adapted else "quantized weights"
+    adapted = model.is_adapted and not to_be_merged
+    if adapted or model.packed_formats():
+        what = "an adapter" if adapted else "quantized weights"
         raise CheckpointError(
             f"the model has {what}, which a GGUF file is not written from; "
-            f"{'merge it first' if model.is_adapted else 'load the full-precision model'}"
+            f"{'merge it first' if adapted else 'load the full-precision model'}"
         )
     plan = _Plan(model, type, {}, overrides)
     tokenizer_metadata(tokenizer, model.config.vocab_size)
@@ -248,7 +258,11 @@ class _Plan:
         self._overrides = overrides
         self._hf = write_config(model.config)
         self._keys = family.write_gguf(self._hf)
-        self._state = {name: p.detach() for name, p in model.named_parameters()}
+        self._state = {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if "adapter" not in name.split(".")  # merged before the file is written
+        }
         self._keymap = keymap_of(model.config)
         self._names = {theirs: ours for ours, theirs in layout.names.items()}
 

@@ -70,7 +70,8 @@ class QuantizeWork:
         names = [name for name in modules if not name.endswith(ROUTERS)]
         if self.options.is_gguf:
             self.options.check_overrides(names)
-            check_gguf(self.model, **self._gguf_options())
+            merged = self.adapter is not None  # it is merged before the file is written
+            check_gguf(self.model, to_be_merged=merged, **self._gguf_options())
             return
         linears = [name for name in names if name.startswith("layers.")]
         self.options.check_overrides(linears)

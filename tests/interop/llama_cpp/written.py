@@ -21,7 +21,7 @@ from easyllm.pipeline.calibration import calibration
 from easyllm.pipeline.quantize_price import load_quantized
 from easyllm.quant.calibrate import importance_matrix
 
-NEAR_TIE = 0.1  # nats between two tokens that either program may take
+NEAR_TIE = 0.1  # nats between two tokens that either program may take, or more: see `check`
 TOKENS, CANDIDATES, PIECE = 512, 40, 64
 MEAN_KL = 0.01
 PROMPTS = (
@@ -78,6 +78,12 @@ def check(
 ) -> None:
     """Compares a file that is loaded here with a server that runs it.
 
+    llama.cpp rounds activations to 8 bits in each product with a quantized weight, which moves the
+    gap between two tokens by up to 0.9 nats from exact arithmetic with the same weights. Rounding
+    them the same way here brings the two hardly closer: differences in the last bits of sums flip
+    roundings. So the first different token may be as far apart as llama.cpp is from exact
+    arithmetic on the text; on files whose products are exact, as near as `NEAR_TIE`.
+
     Args:
         equal: whether all greedy tokens must be the same; otherwise up to a near tie.
         text: token ids to compare distributions on.
@@ -87,7 +93,7 @@ def check(
     answers = candidates(llama, text)
     kl, _ = distances(model, answers, text)
     exact_kl, exact_gap = distances(exact, answers, text)
-    # both programs round activations to 8 bits: how far llama.cpp is from not doing so
+    tie = max(NEAR_TIE, exact_gap)
     print(f"  {name}: exact arithmetic: mean KL {exact_kl:.1e}, gaps up to {exact_gap:.2f} nats")
     llm = LLM(model=model, tokenizer=tokenizer, max_running=1, cache_dtype="float32")
     wrong = []
@@ -102,7 +108,7 @@ def check(
         theirs = [step["id"] for step in steps]
         if equal:
             wrong += [] if ours == theirs else [f"{prompt!r}: {ours[:8]} {theirs[:8]}"]
-        elif (problem := parted(model, ids, ours, steps)) is not None:
+        elif (problem := parted(model, ids, ours, steps, tie)) is not None:
             wrong.append(f"{prompt!r}: {problem}")
     figures.equal(f"{name}: greedy tokens", wrong, [])
     figures.at_most(f"{name}: mean KL", kl, MEAN_KL)
@@ -110,20 +116,22 @@ def check(
 
 @torch.no_grad()
 def parted(
-    model: Decoder, ids: Sequence[int], ours: Sequence[int], steps: Sequence[Mapping[str, Any]]
+    model: Decoder,
+    ids: Sequence[int],
+    ours: Sequence[int],
+    steps: Sequence[Mapping[str, Any]],
+    tie: float,
 ) -> str | None:
-    """Returns what is wrong at the first different token; None if it is a near tie for both."""
+    """Returns what is wrong at the first different token; None if both are within `tie` nats."""
     for i, (mine, step) in enumerate(zip(ours, steps, strict=True)):
         if mine == step["id"]:
             continue
         row = model.logits([*ids, *ours[:i]])[-1].log_softmax(-1)
-        top = row.topk(2)
-        here = float(top.values[0] - row[step["id"]])
-        theirs = {each["id"]: each["logprob"] for each in step["top_logprobs"][:2]}
+        here = float(row.max() - row[step["id"]])
+        theirs = {each["id"]: each["logprob"] for each in step["top_logprobs"]}
         there = max(theirs.values()) - theirs.get(mine, -math.inf)
-        if step["id"] not in top.indices.tolist() or max(here, there) > NEAR_TIE:
-            return f"token {i}: {here:.3f} nats apart here, {there:.3f} in llama.cpp"
-        return None
+        print(f"    token {i}: {here:.3f} nats apart here, {there:.3f} in llama.cpp")
+        return None if max(here, there) <= tie else f"token {i}: {here:.3f}, {there:.3f} nats"
     return None
 
 
