@@ -46,7 +46,7 @@ def train(
     """
     from easyllm.core.errors import ConfigError
     from easyllm.core.yaml_text import dump_yaml
-    from easyllm.pipeline.recipe import find_recipe, load_train_recipe
+    from easyllm.pipeline.recipe import find_recipe, load_train_recipe, shipped_name
     from easyllm.reporting import reporting_callbacks
     from easyllm.train import dry_run as plan_training
     from easyllm.train import train as run_training
@@ -65,7 +65,7 @@ def train(
     result = run_training(
         config,
         Path(config.output),
-        callbacks=reporting_callbacks(config),
+        callbacks=reporting_callbacks(config, shipped_name(path)),
         allow_change=allow_change,
     )
     if json_output:

@@ -248,6 +248,11 @@ def find_recipe(name: str) -> Path:
     )
 
 
+def shipped_name(path: Path) -> str | None:
+    """Returns the name of a shipped recipe's file; None for another file."""
+    return path.stem if path.parent == recipes_folder() else None
+
+
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """Loads a pipeline recipe, with data paths resolved and the seed applied to its stages.
 

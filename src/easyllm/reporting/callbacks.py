@@ -3,6 +3,8 @@
 import time
 from collections.abc import Mapping
 
+from easyllm.reporting.expected import load_band
+from easyllm.reporting.expected_callback import ExpectedBand
 from easyllm.reporting.run_report import RunReport
 from easyllm.reporting.tensorboard import TensorBoardWriter
 from easyllm.train.config import TrainConfig
@@ -13,13 +15,26 @@ REPORT_EVERY_S = 15.0
 FOLDER = "tensorboard"
 
 
-def reporting_callbacks(config: TrainConfig) -> tuple[Callback, ...]:
+def reporting_callbacks(config: TrainConfig, recipe: str | None = None) -> tuple[Callback, ...]:
     """Returns the callbacks that write the reports which a recipe configures.
 
-    These are `report.html`, always, and the files for TensorBoard with `tensorboard: true`.
+    These are `report.html`, always, the files for TensorBoard with `tensorboard: true`, and the
+    comparison with the recipe's band.
+
+    Args:
+        config: the configuration.
+        recipe: name of the shipped recipe that it comes from; None for a recipe of the user's.
+
+    Raises:
+        DataError: the file of the recipe's band is damaged.
     """
-    page = WriteReport()
-    return (page, TensorBoard()) if config.tensorboard else (page,)
+    found: list[Callback] = [WriteReport()]
+    if config.tensorboard:
+        found.append(TensorBoard())
+    band = None if recipe is None else load_band(recipe)
+    if band is not None:
+        found.append(ExpectedBand(band))
+    return tuple(found)
 
 
 class WriteReport(Callback):
