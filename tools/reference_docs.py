@@ -180,7 +180,7 @@ def is_list(parameter: inspect.Parameter) -> bool:
 
 def type_of_flag(parameter: inspect.Parameter, info: ArgumentInfo | OptionInfo) -> str:
     """Returns the type of a flag's value, with its bounds."""
-    (leaf,) = leaf_types(parameter.annotation)
+    leaf = leaf_types(parameter.annotation)[0]  # of a tuple, all are the same
     if leaf is bool:
         return "switch"
     if isinstance(info, OptionInfo) and info.metavar:

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel, Field, create_model
@@ -23,13 +23,20 @@ class Task(StrEnum):
     win_rate = "win-rate"
     elo = "elo"
     over_optimisation = "over-optimisation"
+    items = "a task of items"
+    lm_eval = "lm-eval"
+
+
+NAMED_TASKS = (Task.answers, Task.perplexity, Task.win_rate, Task.elo, Task.over_optimisation)
 
 
 class EvalOptions(BaseModel):
     """Flags that one or more tasks read; their values are passed on by name."""
 
     max_tokens: int | None = Field(
-        default=None, ge=1, description="Tokens of a response; by default 32 (answers), else 256."
+        default=None,
+        ge=1,
+        description="Tokens of a response; by default 32 (answers), the task's, else 256.",
     )
     context: int | None = Field(
         default=None,
@@ -52,7 +59,31 @@ class EvalOptions(BaseModel):
         "such as digits or length,target=40.",
     )
     limit: int | None = Field(
-        default=None, ge=1, description="Prompts to read; by default all of them."
+        default=None, ge=1, description="Prompts or items to read; by default all of them."
+    )
+    shots: int | None = Field(
+        default=None,
+        ge=0,
+        description="Tasks: examples before each question; by default the task's.",
+    )
+    choices: Literal["likelihood", "generated"] | None = Field(
+        default=None,
+        description="Tasks with choices: compare their likelihoods (the default), or let the model "
+        "generate a letter.",
+    )
+    thinking: bool | None = Field(
+        default=None,
+        description="Tasks: let the model think before it answers, or not; by default as its chat "
+        "template does.",
+    )
+    system: str | None = Field(
+        default=None,
+        description="Tasks: a structured prompt as system message, by name or as a .md file.",
+    )
+    chat: bool | None = Field(
+        default=None,
+        description="Tasks: use the model's chat template; by default where answers are generated "
+        "and it has one.",
     )
     proxy: str | None = Field(
         default=None, description="over-optimisation: the reward that chooses the best answer."
@@ -92,7 +123,10 @@ MEASURED = FlagGroup(
         "judge": "URL|reward:FOLDER|rule:NAME",
         "proxy": METAVAR,
         "gold": METAVAR,
+        "choices": "likelihood|generated",
+        "system": "NAME|FILE",
     },
+    flags={"thinking": "--thinking/--no-thinking", "chat": "--chat/--no-chat"},
 )
 JUDGED = FlagGroup(
     JudgeOptions,
@@ -117,16 +151,47 @@ SameFile = Annotated[
     Path | None, typer.Option("--data", callback=home_path, help="The same as DATA.")
 ]
 TaskFlag = Annotated[
-    Task,
+    str,
     typer.Option(
+        metavar="NAME",
         help="The loss on responses and recall (answers), the perplexity of texts, how often "
         "answers are better than a reference's (win-rate), ratings of several models (elo), or "
-        "gold against proxy reward of best-of-n (over-optimisation)."
+        "gold against proxy reward of best-of-n (over-optimisation); a task of items: gsm8k, "
+        "humaneval, xquad-en, xquad-zh, cmrc, wmt22-zh-en, wikitext2, or FILE.yaml; or "
+        "lm-eval:NAME.",
     ),
 ]
 PairsFile = Annotated[
     Path | None,
-    typer.Option(callback=home_path, help="win-rate: a new .jsonl file of the judged pairs."),
+    typer.Option(
+        callback=home_path,
+        help="win-rate: a new .jsonl file of the judged pairs. Tasks: the folder of responses and "
+        "scores, with which an interrupted run resumes.",
+    ),
+]
+ReferencesFile = Annotated[
+    Path | None,
+    typer.Option(callback=home_path, help="wmt22-zh-en: the references of the lines of the data."),
+]
+ShotsFile = Annotated[
+    Path | None,
+    typer.Option(
+        callback=home_path,
+        help="Tasks: file of the examples; by default the first rows of the data, which are then "
+        "not evaluated.",
+    ),
+]
+IncludeFolder = Annotated[
+    Path | None,
+    typer.Option(callback=home_path, help="lm-eval: folder with task files of your own."),
+]
+Compared = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(
+        "--compare",
+        metavar="A B",
+        help="Compare two evaluations (folders of --output) item by item, with significance.",
+    ),
 ]
 FigureFile = Annotated[
     Path | None,
@@ -151,8 +216,21 @@ _READ: dict[Task, tuple[str, ...]] = {
     ),
     Task.elo: ("seed", "prior_ties"),
     Task.over_optimisation: ("proxy", "gold", "samples", "figure", *_SAMPLED),
+    Task.items: (
+        *("shots", "choices", "thinking", "chat", "output", "references", "shots_data"),
+        "system",
+        *_SAMPLED,
+    ),
+    Task.lm_eval: ("limit", "shots", "chat", "output", "include"),
 }
 """The options that each task reads; others are refused."""
+
+
+def find_task(name: str) -> Task:
+    """Returns the kind of a task by its name."""
+    if name.startswith("lm-eval:"):
+        return Task.lm_eval
+    return next((task for task in NAMED_TASKS if task.value == name), Task.items)
 
 
 def options_of(task: Task, *groups: JsonMapping, **paths: Any) -> dict[str, Any]:
@@ -178,12 +256,17 @@ __all__ = [
     "JUDGED",
     "MEASURED",
     "CacheFile",
+    "Compared",
     "DataFile",
     "FigureFile",
+    "IncludeFolder",
     "OptionalModel",
     "PairsFile",
+    "ReferencesFile",
     "SameFile",
+    "ShotsFile",
     "Task",
     "TaskFlag",
+    "find_task",
     "options_of",
 ]

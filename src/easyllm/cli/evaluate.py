@@ -10,13 +10,18 @@ from easyllm.cli.eval_options import (
     JUDGED,
     MEASURED,
     CacheFile,
+    Compared,
     DataFile,
     FigureFile,
+    IncludeFolder,
     OptionalModel,
     PairsFile,
+    ReferencesFile,
     SameFile,
+    ShotsFile,
     Task,
     TaskFlag,
+    find_task,
     options_of,
 )
 from easyllm.cli.options import Values, with_flags
@@ -36,8 +41,12 @@ def evaluate(
     model: OptionalModel = None,
     data: DataFile = None,
     *,
-    task: TaskFlag = Task.answers,
+    task: TaskFlag = "answers",
     same: SameFile = None,
+    references: ReferencesFile = None,
+    shots_data: ShotsFile = None,
+    include: IncludeFolder = None,
+    compare: Compared = None,
     measured: Annotated[Values, MEASURED],
     output: PairsFile = None,
     figure: FigureFile = None,
@@ -51,7 +60,7 @@ def evaluate(
     adapter: AdapterFolder = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Measure a model on a file: loss and recall, perplexity, win rate against another model, Elo.
+    """Measure a model: tasks, loss and recall, perplexity, win rate against another model, Elo.
 
     Recall is the share of rows whose `key` occurs in the model's own response. For perplexity, a
     text longer than a window is scored with a sliding window: each token once, and after the first
@@ -71,24 +80,81 @@ def evaluate(
 
         easyllm eval tuned p.jsonl --task win-rate --against smollm2 --judge reward:runs/rm
 
+        easyllm eval smollm2 --task gsm8k --data gsm8k_test.jsonl --limit 100 --output runs/gsm8k
+
+        easyllm eval smollm2 --task mine.yaml --data questions.jsonl --choices generated
+
+        easyllm eval --compare runs/gsm8k runs/gsm8k-tuned
+
+        easyllm eval smollm2 --task lm-eval:my_task --include my_tasks
+
         easyllm eval --task elo --data judged.jsonl
 
         easyllm eval smollm2 p.jsonl --task over-optimisation --proxy reward:rm --gold rule:exact
     """
-    source, path = _subject(task, model, data, same)
+    if compare is not None:
+        _compare(compare, model, json_output=json_output)
+        return
+    kind = find_task(task)
     given = options_of(
-        task, measured, judged, sampling, output=output, figure=figure, judge_cache=judge_cache
+        kind,
+        measured,
+        judged,
+        sampling,
+        output=output,
+        figure=figure,
+        judge_cache=judge_cache,
+        references=references,
+        shots_data=shots_data,
+        include=include,
     )
     loads = {"adapter": adapter, **{k: v for k, v in loading.items() if v is not None}}
+    if kind in (Task.items, Task.lm_eval):
+        _task(kind, task, model, (data, same), loads, given, json_output=json_output)
+        return
+    source, path = _subject(kind, model, data, same)
     if source is None:
         _elo(path, loads, given, json_output=json_output)
-    elif task is Task.perplexity:
+    elif kind is Task.perplexity:
         windows = {name.replace("text_", ""): value for name, value in given.items()}
         _perplexity(source, path, loads, windows, json_output=json_output)
-    elif task is Task.answers:
+    elif kind is Task.answers:
         _answers(source, path, loads, given.get("max_tokens", 32), json_output=json_output)
     else:
-        _compared(task, source, path, loads, given, json_output=json_output)
+        _compared(kind, source, path, loads, given, json_output=json_output)
+
+
+def _compare(folders: tuple[Path, Path], model: str | None, *, json_output: bool) -> None:
+    from easyllm.cli.evaluate_tasks import show_comparison
+
+    if model is not None:
+        raise ConfigError("--compare reads two folders and no model; leave out MODEL")
+    show_comparison(*folders, json_output=json_output)
+
+
+def _task(
+    kind: Task,
+    name: str,
+    model: str | None,
+    files: tuple[Path | None, Path | None],
+    loads: dict[str, Any],
+    given: dict[str, Any],
+    *,
+    json_output: bool,
+) -> None:
+    """Runs a task of items, or one of lm-eval's."""
+    from easyllm.cli.evaluate_tasks import show_lm_eval, show_task
+
+    if model is None:
+        raise ConfigError(f"--task {name} measures a model; give MODEL first")
+    if kind is Task.lm_eval:
+        if files != (None, None):
+            raise ConfigError("lm-eval's tasks name their data themselves; leave out DATA")
+        names = name.removeprefix("lm-eval:").split(",")
+        show_lm_eval(names, model, loads, given, json_output=json_output)
+        return
+    _, path = _subject(kind, model, *files)
+    show_task(name, model, path, loads, given, json_output=json_output)
 
 
 def _subject(

@@ -83,8 +83,15 @@ COMMANDS: dict[str, dict[str, str]] = {
         "rl": "Look into reinforcement learning: why a run does not learn, and a small gridworld.",
     },
     "evaluate": {
-        "eval": "Measure a model on a file: loss and recall, perplexity, win rate against another "
+        "eval": "Measure a model: tasks, loss and recall, perplexity, win rate against another "
         "model, Elo.",
+    },
+    "prompt": {
+        "prompt": "Write, check and fill structured prompts.",
+    },
+    "reason": {
+        "reason": "Let a model reason before it answers: step by step, by vote, in parts, as a "
+        "tree.",
     },
     "generate": {
         "generate": "Continue a prompt, printing the text as it is generated.",

@@ -63,6 +63,14 @@ def serve(
             metavar="FOLDER",
         ),
     ] = None,
+    system: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="System message of conversations that begin with none of their own: a structured "
+            "prompt by name (easyllm prompt new lists them), or a .md file.",
+        ),
+    ] = "",
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Write the line of each request as JSON.")
     ] = False,
@@ -88,9 +96,12 @@ def serve(
 
         easyllm serve smollm2 --quantize int4
 
+        easyllm serve smollm2 --system assistant
+
         easyllm serve smollm2 --host 0.0.0.0 --api-key KEY --log-json
     """
     from easyllm.core.config import validate
+    from easyllm.prompt.library import system_message
 
     limits = validate(ServeLimits, {**timeouts, **queue}, source="serving options")
     start(
@@ -103,6 +114,7 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()),
         adapters_folder=adapters_folder,
         log_json=log_json,
+        **({"system": system_message(system)} if system else {}),
         **batch,
         **loading,
     )

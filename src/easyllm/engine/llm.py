@@ -23,7 +23,7 @@ from easyllm.engine.memory_plan import check_weights_fit, plan_memory
 from easyllm.engine.named_adapters import attach_named, detach_named, load_served, unload_served
 from easyllm.engine.options import LLMOptions, refuse_loading_options
 from easyllm.engine.params import BeamParams, SamplingParams
-from easyllm.engine.prompts import Prompt, as_prompts
+from easyllm.engine.prompts import Prompt, as_prompts, with_system
 from easyllm.engine.request import MaskSource, Request, TokenEvent
 from easyllm.engine.speculative import Drafter, NgramDrafter
 from easyllm.models.adapted import apply_adapter, load_adapted, split_adapter
@@ -228,8 +228,8 @@ class LLM:
         """
         many = bool(messages) and isinstance(messages[0], list)
         chats: Any = messages if many else [messages]
-        ids = [self.encode_chat(c) for c in chats]
-        done = self._run(ids, params or self.default_params, adapter, guide)
+        ids, params = [self.encode_chat(c) for c in chats], params or self.default_params
+        done = self._run(ids, params, adapter, guide)
         return done if many else done[0]
 
     @property
@@ -305,8 +305,7 @@ class LLM:
             found = rowwise_logprobs(logits, ids[1:])
         else:
             found = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
-        scores: list[float] = found.tolist()
-        return scores
+        return [float(each) for each in found.tolist()]
 
     def embed(
         self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "mean", adapter: str = ""
@@ -370,6 +369,7 @@ class LLM:
             DataError: the model has no chat template; the template raises an error, or omits a
                 message; or the conversation does not fit into the context.
         """
+        messages = with_system(messages, self.engine.options.system)
         messages, tools = self.tokenizer.tool_format.prepare(messages, tools)
         return self.tokenizer.encode_chat(
             messages,
@@ -408,12 +408,11 @@ class LLM:
                 )
             draft = load_adapted(draft, dtype=self.model.dtype, device=str(self.model.device))
         pages = -(-self.model.config.max_seq_len // options.page_size)
-        itemsize = draft.dtype.itemsize
         cache = plan_memory(
             draft.config,
             options.model_copy(update={"num_pages": None, "cache_gb": None}),
             weight_bytes=0,
-            itemsize=itemsize,
+            itemsize=draft.dtype.itemsize,
             free_bytes=memory_free_bytes(draft.device),
         )
         num_pages = min(cache.num_pages, pages * options.max_running)

@@ -55,6 +55,9 @@ class EngineConfig(Config):
     prefix_caching: bool = Field(
         True, description="Reuse the keys and values of prompt prefixes that were computed before."
     )
+    system: str = Field(
+        "", description="System message of conversations that begin with none of their own."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EngineConfig":

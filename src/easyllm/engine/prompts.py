@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import cast
 
+from easyllm.core.json_types import JsonObject
+
 Prompt = str | Sequence[int]
 """A text, or its token ids."""
 
@@ -19,4 +21,15 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast("Sequence[Prompt]", prompts))
 
 
-__all__ = ["Prompt", "as_prompts"]
+def with_system(messages: list[JsonObject], text: str) -> list[JsonObject]:
+    """Returns a conversation that begins with a system message: its own, or else `text`.
+
+    >>> with_system([{"role": "user", "content": "Hi"}], "Be brief.")[0]["content"]
+    'Be brief.'
+    """
+    if not text or (messages and messages[0].get("role") in ("system", "developer")):
+        return messages
+    return [{"role": "system", "content": text}, *messages]
+
+
+__all__ = ["Prompt", "as_prompts", "with_system"]

@@ -19,13 +19,16 @@ class ReplyCache:
 
     Args:
         path: the file, created when the first reply is added; None keeps replies in memory only.
+        of: whose replies they are, for the error message, and the option that names the file.
 
     Raises:
         DataError: the file is not a cache of replies.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path, self._lock = path, threading.Lock()
+    def __init__(
+        self, path: Path | None, *, of: tuple[str, str] = ("a judge's", "--judge-cache")
+    ) -> None:
+        self.path, self._of, self._lock = path, of, threading.Lock()
         self._replies: dict[str, str] = {}
         self._ends_in_line = True
         if path is not None and path.exists():
@@ -69,8 +72,8 @@ class ReplyCache:
                 continue
         if text.strip() and not found and len(lines) > 1:
             raise DataError(
-                f"{str(path)!r} is not a cache of a judge's replies; name another file, or a new "
-                "one, with --judge-cache"
+                f"{str(path)!r} is not a cache of {self._of[0]} replies; name another file, or a "
+                f"new one, with {self._of[1]}"
             )
 
 

@@ -23,6 +23,7 @@ from easyllm.core.config import Config
 from easyllm.core.errors import ConfigError, EasyllmError, suggest
 from easyllm.core.json_types import JsonMapping, JsonObject
 from easyllm.core.sandbox import run_sandboxed
+from easyllm.prompt.extract import code_of, numbers, same_number
 
 MAX_FAILURES = 3
 """Number of failures of reward functions after which a run stops."""
@@ -214,8 +215,6 @@ def _value(name: str, function: Reward, answer: Answer) -> tuple[float, str | No
 
 # ---- built-in rewards
 
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-
 
 def exact(answer: Answer, key: str = "answer", take: str = "all") -> float:
     """1 if the answer equals the row's, else 0.
@@ -231,11 +230,10 @@ def exact(answer: Answer, key: str = "answer", take: str = "all") -> float:
         return float(text == right)
     if take not in ("first_number", "last_number"):
         raise ValueError(f"take={take!r}; expected all, first_number or last_number")
-    numbers = NUMBER.findall(text.replace(",", ""))
-    if not numbers:
-        return 0.0
-    found = numbers[0] if take == "first_number" else numbers[-1]
-    return float(float(found) == float(right.replace(",", "")))
+    if len(numbers(right)) != 1:
+        raise ValueError(f"the row's {key!r} is {right!r}, which is not a number")
+    found = numbers(text)
+    return float(bool(found) and same_number(found[0 if take == "first_number" else -1], right))
 
 
 def contains(answer: Answer, text: str | None = None, key: str = "answer") -> float:
@@ -266,17 +264,13 @@ def right_digits(answer: Answer, key: str = "answer") -> float:
     return sum(a == b for a, b in zip(right, found, strict=True)) / max(1, len(right))
 
 
-CODE_BLOCK = re.compile(r"```(?:python|py)?\n(.*?)```", re.DOTALL)
-
-
 def code(answer: Answer, key: str = "tests", timeout_s: float = 5.0, memory_mb: int = 512) -> float:
     """1 if the Python code of the answer passes the row's tests, else 0.
 
     The code is the answer's last fenced block, or all of it; the tests are assertions that run
     after it, in a process of its own with limits (`core/sandbox`).
     """
-    blocks = CODE_BLOCK.findall(answer.text)
-    source = blocks[-1] if blocks else answer.text
+    source = code_of(answer.text)
     tests = answer.row[key]
     lines = tests if isinstance(tests, str) else "\n".join(map(str, tests))
     done = run_sandboxed(f"{source}\n{lines}\n", timeout_s=timeout_s, memory_mb=memory_mb)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from easyllm.engine.guide_spec import check_guided_params
 from easyllm.engine.llm import LLM
+from easyllm.engine.prompts import with_system
 from easyllm.engine.request import MaskSource, Request, TokenEvent
 from easyllm.serve.content_tokens import ContentToken, ContentTokens
 from easyllm.serve.form import Form, refused
@@ -130,7 +131,8 @@ def encode(talk: Conversation, reasoning: Reasoning, llm: LLM) -> tuple[tuple[in
     tokenizer, variables = llm.tokenizer, dict(talk.variables)
     if tokenizer.reasoning is not None and reasoning.on is not None:
         variables |= tokenizer.reasoning.template_kwargs(reasoning.on) or {}
-    messages, tools = tokenizer.tool_format.prepare(talk.messages, talk.tools)
+    messages = with_system(talk.messages, llm.engine.options.system)
+    messages, tools = tokenizer.tool_format.prepare(messages, talk.tools)
     encoded = tokenizer.encode_chat(
         messages,
         tools=tools or None,

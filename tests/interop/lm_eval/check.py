@@ -1,4 +1,4 @@
-"""lm-eval's `local-completions` against `easyllm serve`: scores equal those computed in process.
+"""lm-eval in process, through `easyllm serve`, and with transformers: equal scores.
 
 The questions are made here with a fixed seed; nothing is downloaded.
 """
@@ -23,6 +23,8 @@ from lm_eval.tasks import TaskManager
 from local_server import KEY, serving
 
 from easyllm.engine import LLM, SamplingParams
+from easyllm.evaluate.harness import harness_model, run_lm_eval
+from easyllm.models import save_model
 
 MODEL = "smollm2"
 COUNT = 40
@@ -89,6 +91,22 @@ def main() -> int:
             print("rolling")
             rolling = evaluated(address, folder, ["rolling"], {})
             figures.run("rolling", lambda: compare_rolling(figures, rolling, docs, llm))
+            tasks = ["questions", "texts", "rolling"]
+            own = simple(harness_model(llm), folder, tasks)
+            served = {"questions": found, "texts": found, "rolling": rolling}
+            print("in process and through the server")
+            for task in tasks:
+                compare_ways(figures, task, own, served[task])
+            scores = run_lm_eval(tasks, url=address, include=folder)["scores"]
+            accuracy = own["results"]["questions"]["acc,none"]
+            named = {each["name"]: each["value"] for each in scores}
+            figures.equal("score of easyllm eval", named["questions/acc"], accuracy)
+        print("in process and with transformers")
+        save_model(llm.model, folder / "model", tokenizer=llm.tokenizer)
+        options = {"pretrained": str(folder / "model"), "dtype": "float32", "device": "cpu"}
+        theirs = simple("hf", folder, tasks, model_args=options, batch_size=4)
+        for task in tasks:
+            compare_ways(figures, task, own, theirs)
     return figures.end()
 
 
@@ -139,16 +157,49 @@ def evaluated(
         "auth_token": KEY,
         **options,
     }
+    return simple("local-completions", folder, tasks, model_args=arguments)
+
+
+def simple(model: Any, folder: Path, tasks: Sequence[str], **options: Any) -> dict[str, Any]:
     found = lm_eval.simple_evaluate(
-        model="local-completions",
-        model_args=arguments,
+        model=model,
         tasks=list(tasks),
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         log_samples=True,
         bootstrap_iters=0,
+        **options,
     )
     assert found is not None
     return found
+
+
+def compare_ways(
+    figures: Figures, task: str, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    """Compares the responses and the scores of a task evaluated in two ways."""
+    ways = [sorted(each["samples"][task], key=lambda s: s["doc_id"]) for each in (first, second)]
+    responses = [[sample["filtered_resps"] for sample in samples] for samples in ways]
+    if task == "texts":
+        figures.equal(f"{task}: responses", *responses)
+    else:
+        flat = [[numbers(each) for each in way] for way in responses]
+        gaps = [
+            abs(a - b)
+            for one, two in zip(*flat, strict=True)
+            for a, b in zip(one, two, strict=True)
+        ]
+        figures.at_most(
+            f"{task}: log-probability (nats)", max(gaps), 1e-4 if task != "rolling" else 1e-3
+        )
+    for name, value in first["results"][task].items():
+        if isinstance(value, float) and "stderr" not in name:
+            gap = abs(value - second["results"][task][name]) / max(1.0, abs(value))
+            figures.at_most(f"{task}: {name}", gap, 1e-4)
+
+
+def numbers(responses: Sequence[Any]) -> list[float]:
+    """Returns the log-probabilities of a document: of each choice, or of the text."""
+    return [float(r[0]) if isinstance(r, list | tuple) else float(r) for r in responses]
 
 
 def compare_choices(
