@@ -1,9 +1,10 @@
 """Log-probabilities of continuations after contexts, with every common prefix computed once.
 
 Sequences are sorted, so that each has the longest prefix in common with the one before it: the
-choices of a question share the question, and questions share their examples. A shared token is one
-row of embeddings, norms, linears and feed-forward blocks (`nn.context.SharedRows`); only mixers see
-complete sequences. Logits are computed for the continuations' tokens alone.
+choices of a question share the question, and questions share their examples. The sequences form a
+trie, each of whose tokens is one row of the forward pass: the pass has a KV store (`PrefixTree`)
+that lets each branch attend to the rows of its prefix. Logits are computed for the continuations'
+tokens alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,16 @@ from easyllm.batches.packing import pack
 from easyllm.core.errors import ConfigError
 from easyllm.core.sequences import num_equal
 from easyllm.examples.sample import Sample
-from easyllm.nn.context import ForwardContext, SharedRows
+from easyllm.nn.config import AttentionConfig
+from easyllm.nn.context import ForwardContext, RecurrentStep
 from easyllm.nn.decoder import Decoder
+from easyllm.ops.attention import attend_segment
+from easyllm.ops.attention_rule import AttentionRule
 
-BATCH_ROWS = 2048
+BATCH_ROWS = 1024
 """Maximum number of rows of a forward pass; a longer sequence is computed alone."""
-BATCH_TOKENS = 8 * BATCH_ROWS
-"""Maximum number of tokens of its complete sequences."""
+MIN_SHARED = 16
+"""Shortest prefix that is shared: attention of a branch is slower than that of a sequence."""
 HEAD_BYTES = 64 * 2**20
 """Maximum size of the logits that exist at once."""
 
@@ -83,24 +87,26 @@ def can_share_prefixes(model: Decoder) -> bool:
     """Whether a token's hidden state depends on the tokens before it alone.
 
     It does not if a prompt is seen in both directions, if virtual tokens are part of each sequence,
-    or if the capacity of experts depends on the rows of a forward pass.
+    or if the capacity of experts depends on the rows of a forward pass. Recurrent states of linear
+    attention are not shared either.
     """
     config = model.config
+    attends = all(isinstance(layer.mixer, AttentionConfig) for layer in config.layers)
     plain = config.is_length_invariant and not config.has_experts and config.prompt_mask != "prefix"
-    return plain and model.num_virtual_tokens == 0
+    return attends and plain and model.num_virtual_tokens == 0
 
 
 def _batches(order: Sequence[int], inputs: Sequence[Ids], shares: bool) -> Iterator[list[int]]:
-    """Yields groups of requests whose new rows and complete tokens fit into a forward pass."""
-    batch, rows, tokens = list[int](), 0, 0
+    """Yields groups of requests whose new rows fit into a forward pass."""
+    batch, rows = list[int](), 0
     for number in order:
         ids = inputs[number]
-        common = num_equal(inputs[batch[-1]], ids) if shares and batch else 0
-        if batch and (rows + len(ids) - common > BATCH_ROWS or tokens + len(ids) > BATCH_TOKENS):
+        common = num_shared(inputs[batch[-1]], ids) if shares and batch else 0
+        if batch and rows + len(ids) - common > BATCH_ROWS:
             yield batch
-            batch, rows, tokens, common = [], 0, 0, 0
+            batch, rows, common = [], 0, 0
         batch.append(number)
-        rows, tokens = rows + len(ids) - common, tokens + len(ids)
+        rows += len(ids) - common
     if batch:
         yield batch
 
@@ -131,35 +137,79 @@ def _scored(
     ]
 
 
+class PrefixTree:
+    """The keys and values of a forward pass over the branches of a trie; a `KeyValueStore`.
+
+    Args:
+        branches: for each branch, the rows [n + m] of its prefix and its own m rows, which are the
+            last, and m; the own rows of all branches are in order.
+    """
+
+    def __init__(self, branches: Sequence[tuple[Tensor, int]]) -> None:
+        self.branches = branches
+
+    def attend(
+        self,
+        layer: int,  # noqa: ARG002 - keys are needed within a layer only
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rule: AttentionRule,
+        prefix_lengths: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Returns the output [T, H, d] for `q: [T, H, d]` and `k`, `v: [T, K, d]`."""
+        assert prefix_lengths is None, "see `can_share_prefixes`"
+        out, start = torch.empty_like(q), 0
+        for rows, count in self.branches:
+            own = slice(start, start + count)
+            alone = len(rows) == count
+            keys, values = (y[own] if alone else y.index_select(0, rows) for y in (k, v))
+            out[own] = attend_segment(q[own], keys, values, rule)
+            start += count
+        return out
+
+    def recur(self, layer: int, step: RecurrentStep, *inputs: Tensor) -> Tensor:
+        """States are not shared: see `can_share_prefixes`."""
+        raise NotImplementedError(f"layer {layer} has a recurrent state")
+
+
 def share_prefixes(
     sequences: Sequence[Ids], device: torch.device
 ) -> tuple[Tensor, ForwardContext, Tensor]:
     """Returns the rows of a forward pass over sorted sequences that computes each prefix once.
 
     Args:
-        sequences: token ids; a prefix is shared with the sequence before.
+        sequences: token ids; a prefix of at least `MIN_SHARED` tokens is shared with the sequence
+            before.
 
     Returns:
         Token ids [T] of the rows, their context, and the row [T'] of each token of the sequences.
     """
-    row_of, token_of, previous = list[int](), list[int](), list[int]()
+    row_of, token_ids, positions = list[int](), list[int](), list[int]()
+    branches, previous = list[tuple[Tensor, int]](), list[int]()
     before: Ids = ()
     for ids in sequences:
-        common, start = num_equal(before, ids), len(row_of)
-        first = len(token_of)
-        rows = [*previous[:common], *range(first, first + len(ids) - common)]
-        token_of += range(start + common, start + len(ids))
+        common = num_shared(before, ids)
+        first, own = len(token_ids), len(ids) - common
+        rows = [*previous[:common], *range(first, first + own)]
+        token_ids += ids[common:]
+        positions += range(common, len(ids))
+        if own:
+            branches.append((torch.tensor(rows, device=device), own))
         row_of += rows
         before, previous = ids, rows
-    every = torch.tensor([t for ids in sequences for t in ids], device=device)
-    rows_of, tokens = (torch.tensor(each, device=device) for each in (row_of, token_of))
-    complete = ForwardContext.packed([len(ids) for ids in sequences], device=device)
     context = ForwardContext(
-        positions=complete.positions[tokens],
-        lengths=(len(token_of),),
-        shared=SharedRows(row_of=rows_of, token_of=tokens, sequences=complete),
+        positions=torch.tensor(positions, device=device),
+        lengths=tuple(own for _, own in branches),
+        store=PrefixTree(branches),
     )
-    return every[tokens], context, rows_of
+    return torch.tensor(token_ids, device=device), context, torch.tensor(row_of, device=device)
+
+
+def num_shared(first: Ids, second: Ids) -> int:
+    """Returns how many tokens two sequences share: their common prefix, unless it is short."""
+    common = num_equal(first, second)
+    return common if common >= MIN_SHARED or common == len(second) else 0
 
 
 def _at(model: Decoder, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
