@@ -20,7 +20,7 @@ EXTENSIONS = {
     *("top_k", "min_p", "typical_p", "repetition_penalty", "min_tokens", "stop_token_ids"),
     *("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "cache_salt"),
     *("structured_outputs", "thinking_token_budget", "chat_template_kwargs"),
-    *("add_generation_prompt", "continue_final_message"),
+    *("add_generation_prompt", "continue_final_message", "token_details"),
 }
 FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {}}}
 TOOL = {"type": "function", "function": FUNCTION}
@@ -87,6 +87,10 @@ HONOURED = {
             old["choices"][0]["logprobs"] is None
             and new["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
         ),
+    ),
+    "token_details": (
+        {"logprobs": True, "top_logprobs": 2, "token_details": True},
+        lambda new, old: new["choices"][0]["logprobs"]["content"][0]["entropy"] > 0,
     ),
     "top_logprobs": (
         {"logprobs": True, "top_logprobs": 3},

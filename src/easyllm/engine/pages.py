@@ -75,6 +75,13 @@ class PagePool:
         """Returns the reference count of `page`."""
         return self._references[page]
 
+    def states(self) -> bytes:
+        """Returns a byte for each page: 0 free, 1 idle, 2 referenced once, 3 by several."""
+        found = bytearray(2 + (count > 1) if count else 0 for count in self._references)
+        for page in self._idle:
+            found[page] = 1
+        return bytes(found)
+
     def is_indexed(self, page: int) -> bool:
         """Whether `page` is indexed by its content; such a page is full and never written again."""
         return self._keys[page] is not None

@@ -83,6 +83,10 @@ class Logprobs:
             likely first.
         processed, top_processed: the same under the distribution the token was chosen from (after
             penalties, bias, mask, temperature, top-k ...); None for prompt tokens.
+        entropy: entropy of the model's own distribution; None for prompt tokens.
+        removed_mass: probability, under that distribution, of the tokens that could not be chosen
+            because of the mask (guided decoding), banned n-grams or the minimum length.
+        removed: ids of those among `top_raw`.
     """
 
     token_id: int
@@ -90,6 +94,9 @@ class Logprobs:
     top_raw: tuple[tuple[int, float], ...]
     processed: float | None = None
     top_processed: tuple[tuple[int, float], ...] | None = None
+    entropy: float | None = None
+    removed_mass: float = 0.0
+    removed: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -218,6 +218,7 @@ def sample_tokens(
         The choice for each row.
     """
     processed, ids = _process(logits, samplers)
+    allowed = processed  # before the filters of sampling
     ended = set[int]()
     if processed is not logits:
         best = processed.gather(1, ids[:, None]).squeeze(1).tolist()
@@ -240,7 +241,7 @@ def sample_tokens(
         ids = ids.index_copy(0, rows, tokens_drawn)
     raw = (logits.gather(1, ids[:, None]).squeeze(1) - logsumexp(logits)).tolist()
     tokens = ids.tolist()
-    details = _details(logits, processed, tokens, [c.params.logprobs for c in samplers])
+    details = _details(logits, allowed, processed, tokens, [c.params.logprobs for c in samplers])
     return [
         SampledToken(
             token_id=None if row in ended else token, logprob=raw[row], logprobs=details.get(row)
@@ -358,9 +359,16 @@ def sample_multinomial(
 
 
 def _details(
-    raw: Tensor, processed: Tensor, tokens: Sequence[int], counts: Sequence[int | None]
+    raw: Tensor,
+    allowed: Tensor,
+    processed: Tensor,
+    tokens: Sequence[int],
+    counts: Sequence[int | None],
 ) -> dict[int, Logprobs]:
-    """Returns the requested log-probabilities by row; a row's count is None if not requested."""
+    """Returns the requested log-probabilities by row; a row's count is None if not requested.
+
+    `allowed` are the logits before the filters of sampling: -inf for tokens that are not allowed.
+    """
     rows = [row for row, count in enumerate(counts) if count is not None]
     if not rows:
         return {}
@@ -369,6 +377,12 @@ def _details(
     values, top = _top(raw[rows], chosen, most)
     changed = processed is not raw
     others, top_others = _top(processed[rows], chosen, most) if changed else (values, top)
+    probabilities = raw[rows].softmax(-1)
+    entropies = torch.special.entr(probabilities).sum(-1).tolist()
+    masses, excluded = [0.0] * len(rows), None
+    if allowed is not raw:
+        excluded = allowed[rows].isneginf() & ~raw[rows].isneginf()
+        masses = (probabilities * excluded).sum(-1).tolist()
     return {
         row: Logprobs(
             token_id=chosen[i],
@@ -376,6 +390,13 @@ def _details(
             top_raw=top[i][: counts[row]],
             processed=others[i],
             top_processed=top_others[i][: counts[row]],
+            entropy=entropies[i],
+            removed_mass=masses[i],
+            removed=frozenset(
+                token
+                for token, _ in top[i][: counts[row]]
+                if excluded is not None and bool(excluded[i, token])
+            ),
         )
         for i, row in enumerate(rows)
     }

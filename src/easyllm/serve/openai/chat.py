@@ -102,7 +102,9 @@ async def whole(request: ChatRequest, generated: Generated, tokenizer: Tokenizer
             messages.setdefault(event.index, _Message()).take(event)
 
     def logprobs(message: _Message) -> ChoiceLogprobs | None:
-        return choice_logprobs(message.tokens, tokenizer) if request.logprobs else None
+        if not request.logprobs:
+            return None
+        return choice_logprobs(message.tokens, tokenizer, details=bool(request.token_details))
 
     body = ChatCompletion(**head, choices=[], usage=usage(generated.counts)).model_dump()
     if "service_tier" not in head:
@@ -179,4 +181,6 @@ class _Writer:
     def _logprobs(self, tokens: Sequence[ContentToken]) -> JsonObject:
         if not self._request.logprobs:
             return {}
-        return {"logprobs": choice_logprobs(tokens, self._tokenizer).model_dump()}
+        details = bool(self._request.token_details)
+        found = choice_logprobs(tokens, self._tokenizer, details=details)
+        return {"logprobs": found.model_dump()}

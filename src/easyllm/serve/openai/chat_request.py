@@ -105,6 +105,11 @@ class ChatRequest(SamplingFields):
         None,
         description="Number of most likely tokens to report at each position; requires `logprobs`.",
     )
+    token_details: bool | None = Field(
+        None,
+        description="Add to each log-probability the entropy of the distribution, and what the "
+        "form of the answer has excluded; requires `logprobs`.",
+    )
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
     )
@@ -206,6 +211,8 @@ class ChatRequest(SamplingFields):
         self._check_tools()
         if self.top_logprobs and not self.logprobs:
             raise conflict("top_logprobs", "top_logprobs needs logprobs=true")
+        if self.token_details and not self.logprobs:
+            raise conflict("token_details", "token_details needs logprobs=true")
         return self
 
     @property

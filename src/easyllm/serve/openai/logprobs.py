@@ -28,15 +28,47 @@ class TokenLogprob(TopLogprob):
     )
 
 
+class TopLogprobDetails(TopLogprob):
+    """A candidate token, with `token_details`."""
+
+    removed: bool = Field(
+        description="Whether it could not be chosen, because the form of the answer excludes it."
+    )
+
+
+class TokenDetails(TopLogprob):
+    """A generated token, with `token_details`."""
+
+    entropy: float | None = Field(
+        description="Entropy of the model's distribution at this position in nats."
+    )
+    removed_mass: float = Field(
+        description="Probability of the tokens that the form of the answer excludes."
+    )
+    top_logprobs: list[TopLogprobDetails] = Field(
+        description="The most likely tokens at this position, most likely first."
+    )
+
+
 class ChoiceLogprobs(BaseModel):
     """Log-probabilities of the tokens in a completion's content."""
 
-    content: list[TokenLogprob] = Field(description="Log-probabilities of each token.")
+    content: list[TokenDetails | TokenLogprob] = Field(
+        description="Log-probabilities of each token."
+    )
     refusal: None = Field(None, description="Always null.")
 
 
-def choice_logprobs(tokens: Sequence[ContentToken], tokenizer: Tokenizer) -> ChoiceLogprobs:
-    """Returns the tokens' raw log-probabilities (nats), each with the most likely alternatives."""
+def choice_logprobs(
+    tokens: Sequence[ContentToken], tokenizer: Tokenizer, *, details: bool = False
+) -> ChoiceLogprobs:
+    """Returns the tokens' raw log-probabilities (nats), each with the most likely alternatives.
+
+    Args:
+        tokens: the tokens.
+        tokenizer: the tokenizer of the model.
+        details: whether entropies are included, and what the form of the answer has excluded.
+    """
 
     def entry(own: bytes | None, logprob: float) -> TopLogprob:
         return TopLogprob(
@@ -49,12 +81,25 @@ def choice_logprobs(tokens: Sequence[ContentToken], tokenizer: Tokenizer) -> Cho
         own = tokenizer.token_bytes(token_id)
         return entry(own.removeprefix(b" ") if begins and own is not None else own, logprob)
 
-    return ChoiceLogprobs(
-        content=[
-            TokenLogprob(
-                **entry(token.own, token.place.raw).model_dump(),
-                top_logprobs=[other(*pair, token.begins) for pair in token.place.top_raw],
-            )
-            for token in tokens
-        ]
-    )
+    def plain(token: ContentToken) -> TokenLogprob:
+        return TokenLogprob(
+            **entry(token.own, token.place.raw).model_dump(),
+            top_logprobs=[other(*pair, token.begins) for pair in token.place.top_raw],
+        )
+
+    def detailed(token: ContentToken) -> TokenDetails:
+        place = token.place
+        return TokenDetails(
+            **entry(token.own, place.raw).model_dump(),
+            entropy=place.entropy,
+            removed_mass=place.removed_mass,
+            top_logprobs=[
+                TopLogprobDetails(
+                    **other(token_id, value, token.begins).model_dump(),
+                    removed=token_id in place.removed,
+                )
+                for token_id, value in place.top_raw
+            ],
+        )
+
+    return ChoiceLogprobs(content=[(detailed if details else plain)(token) for token in tokens])
