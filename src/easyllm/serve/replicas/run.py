@@ -1,0 +1,163 @@
+"""Starts the replicas on Ray Serve, and the front that answers the clients."""
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import ExitStack
+from functools import partial
+from socket import socket
+
+from starlette.applications import Starlette
+
+from easyllm.core.errors import ConfigError, install
+from easyllm.core.json_types import JsonObject
+from easyllm.serve.connection import BoundedServer
+from easyllm.serve.history import History
+from easyllm.serve.limits import ServeLimits
+from easyllm.serve.replicas.board import Board, Report
+from easyllm.serve.replicas.front import Replicas, Stream, create_front
+from easyllm.serve.replicas.replica import ForwardedRequest, Replica, Sources
+from easyllm.serve.request_log import RequestLog
+from easyllm.serve.run import server_config
+
+logger = logging.getLogger(__name__)
+APP = "easyllm"
+MAX_ONGOING = 4096
+"""Requests that Ray Serve gives a replica at once: the replica's own limit, `max_waiting`, is what
+refuses requests."""
+STORE_BYTES = 256 * 2**20
+"""Ray's object store on a single node; requests and answers are far smaller."""
+
+
+def cpus_each(node_cpus: Sequence[float], replicas: int) -> float:
+    """Returns the CPU cores of a replica: the largest number with which all of them fit.
+
+    A whole number of cores, or the same fraction of one if there are more replicas than cores.
+
+    >>> cpus_each([8, 8], 2), cpus_each([8, 8], 3), cpus_each([2], 4)
+    (8, 4, 0.5)
+    """
+    for cores in range(int(max(node_cpus)), 0, -1):
+        if sum(int(cpus) // cores for cpus in node_cpus) >= replicas:
+            return cores
+    return int(1000 * sum(node_cpus) / replicas) / 1000
+
+
+def serve_replicas(
+    sources: Sources,
+    replicas: int,
+    *,
+    listener: socket,
+    limits: ServeLimits,
+    api_key: str | None = None,
+    allowed_hosts: Collection[str] = (),
+    log: RequestLog | None = None,
+    history: History | None = None,
+) -> None:
+    """Serves models with replicas until interrupted.
+
+    Args:
+        sources: the models; each replica loads them.
+        replicas: number of replicas.
+        listener: the listening socket.
+        limits: timeouts, of the front; bounds on waiting requests, of each replica.
+        api_key, allowed_hosts, log, history: as for `create_app`.
+
+    Raises:
+        ConfigError: Ray is not installed, or the replicas cannot be started.
+    """
+    with ExitStack() as stack:
+        started = start_replicas(sources, replicas, limits=limits, stack=stack)
+        app = create_front(
+            started, api_key=api_key, allowed_hosts=allowed_hosts, log=log, history=history
+        )
+        build_front_server(app, limits).run(sockets=[listener])
+
+
+def build_front_server(app: Starlette, limits: ServeLimits) -> BoundedServer:
+    """Returns the server of the front, with the timeouts in `limits`."""
+    return BoundedServer(server_config(app, limits), limits=limits, end_requests=lambda: None)
+
+
+def start_replicas(
+    sources: Sources, replicas: int, *, limits: ServeLimits, stack: ExitStack
+) -> Replicas:
+    """Starts the replicas and returns how to reach them.
+
+    Args:
+        sources, replicas, limits: as for `serve_replicas`.
+        stack: stops them when it is closed.
+
+    Raises:
+        ConfigError: Ray is not installed, or the replicas cannot be started.
+    """
+    try:
+        import ray
+        from ray import serve
+    except ImportError as error:
+        raise ConfigError(f"--replicas needs Ray Serve ({error}); {install('ray')}") from None
+    if not ray.is_initialized():
+        _connect()
+        stack.callback(ray.shutdown)
+    serve.start(proxy_location="Disabled")  # the front answers clients
+    stack.callback(serve.shutdown)
+    board = ray.remote(Board).options(num_cpus=0).remote()
+
+    async def put(replica: str, metrics: str, view: JsonObject) -> None:
+        await board.put.remote(replica, metrics, view)
+
+    nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]
+    gpus = sum(each.get("GPU", 0) for each in nodes) >= replicas
+    deployment = serve.deployment(
+        _deployed(put),
+        name="Replica",
+        num_replicas=replicas,
+        max_ongoing_requests=MAX_ONGOING,
+        health_check_period_s=2,
+        ray_actor_options={
+            "num_cpus": cpus_each([each.get("CPU", 0) for each in nodes], replicas),
+            "num_gpus": 1 if gpus else 0,
+        },
+    )
+    try:
+        handle = serve.run(deployment.bind(sources, limits), name=APP, route_prefix=None)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the replicas could not be started: {error}; Ray's log has the traceback"
+        ) from None
+
+    def send(request: ForwardedRequest) -> Stream:
+        found: Stream = handle.options(stream=True).answer.remote(request)
+        return found
+
+    async def reports() -> dict[str, Report]:
+        found: dict[str, Report] = await board.get.remote()
+        return found
+
+    return Replicas(send=send, died=(ray.exceptions.RayActorError,), reports=reports)
+
+
+def _connect() -> None:
+    """Connects to the cluster that RAY_ADDRESS names, or starts Ray on this machine."""
+    import ray
+
+    options: JsonObject = {"include_dashboard": False, "logging_level": "warning"}
+    if "RAY_ADDRESS" not in os.environ:
+        options["object_store_memory"] = STORE_BYTES
+    try:
+        ray.init(log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"Ray could not be started: {error}") from None
+
+
+def _deployed(put: Callable[[str, str, JsonObject], Awaitable[None]]) -> type[Replica]:
+    """Returns the class of the replicas, which put their numbers on the board."""
+
+    class Deployed(Replica):
+        def __init__(self, sources: Sources, limits: ServeLimits) -> None:
+            from ray import serve
+
+            own = serve.get_replica_context().replica_id.unique_id
+            super().__init__(sources, limits, partial(put, own))
+
+    return Deployed
