@@ -1,8 +1,10 @@
 """The `easyllm serve` command."""
 
 import sys
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,8 +12,12 @@ from easyllm.cli.adapter import AdapterFolder, load_served
 from easyllm.cli.options import FlagGroup, Values, with_flags
 from easyllm.cli.output import home_path
 from easyllm.cli.sampling import LOADING
+from easyllm.core.json_types import JsonObject
 from easyllm.engine.options import LLMOptions
 from easyllm.serve.limits import ServeLimits
+
+if TYPE_CHECKING:
+    from easyllm.serve.watch import WatchedRun
 
 TIMEOUTS = FlagGroup(
     ServeLimits,
@@ -71,6 +77,32 @@ def serve(
             "prompt by name (easyllm prompt new lists them), or a .md file.",
         ),
     ] = "",
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            callback=home_path,
+            help="SQLite file that stores the conversations of the chat page; without it they stay "
+            "in the browser.",
+            metavar="FILE",
+        ),
+    ] = None,
+    watch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder of a training run, or NAME=FOLDER: its newest checkpoint is served too, "
+            "also while the run goes on.",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    replicas: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=1024,
+            help="Copies of the models, as replicas of Ray Serve on this machine, or on the "
+            "cluster that RAY_ADDRESS names; 1 needs no Ray.",
+        ),
+    ] = 1,
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Write the line of each request as JSON.")
     ] = False,
@@ -98,6 +130,12 @@ def serve(
 
         easyllm serve smollm2 --system assistant
 
+        easyllm serve base=smollm2 --watch runs/mine
+
+        easyllm serve smollm2 --history chats.sqlite
+
+        easyllm serve smollm2 --replicas 2
+
         easyllm serve smollm2 --host 0.0.0.0 --api-key KEY --log-json
     """
     from easyllm.core.config import validate
@@ -115,6 +153,9 @@ def serve(
         adapters_folder=adapters_folder,
         log_json=log_json,
         **({"system": system_message(system)} if system else {}),
+        history=history,
+        watch=_by_name(watch or []),
+        replicas=replicas,
         **batch,
         **loading,
     )
@@ -130,18 +171,23 @@ def start(
     allowed_hosts: tuple[str, ...] = (),
     adapters_folder: Path | None = None,
     log_json: bool = False,
+    history: Path | None = None,
+    watch: dict[str, str] | None = None,
+    replicas: int = 1,
     **options: Any,
 ) -> None:
     """Loads models and serves them until interrupted; `options` apply to every engine.
 
     Raises:
-        ConfigError: the port is in use, or the key cannot be sent in a header.
+        ConfigError: the port is in use, the key cannot be sent in a header, or the history cannot
+            be used.
     """
     from easyllm.core.errors import ConfigError
     from easyllm.core.garbage import importing
 
     with importing():
         from easyllm.serve.guard import check_key
+        from easyllm.serve.history import History
         from easyllm.serve.request_log import RequestLog, log_to_stderr
         from easyllm.serve.run import bind
         from easyllm.serve.run import serve as run_server
@@ -150,25 +196,87 @@ def start(
     with bind(host, port) as listener:  # who connects now is answered once they are loaded
         if adapters_folder is not None and not adapters_folder.is_dir():
             raise ConfigError(f"--adapters-folder: there is no folder {str(adapters_folder)!r}")
-        served = load_served(named, **options)
+        shared: JsonObject = {
+            "listener": listener,
+            "limits": limits or ServeLimits(),
+            "api_key": api_key,
+            "log": RequestLog(json_lines=log_json),
+            "history": None if history is None else History(history),
+        }
         shown = f"[{host}]" if ":" in host else host
-        sys.stderr.write(
-            f"serving {', '.join(served.models)} at http://{shown}:{port}/  (Ctrl-C stops)\n"
-        )
+        where = f"http://{shown}:{port}/  (Ctrl-C stops)"
+        if replicas > 1:
+            _refuse_with_replicas({"--adapters-folder": adapters_folder, "--watch": watch})
+            sys.stderr.write(f"{replicas} replicas of {', '.join(named)} at {where}\n")
+            log_to_stderr()
+            hosts = (host, *allowed_hosts)
+            _serve_replicas(named, replicas, options=options, allowed_hosts=hosts, **shared)
+            return
+        served = load_served(named, **options)
+        watched = _watched(watch or {}, options, taken=named)
+        served.models |= {name: run.llm for name, run in watched.items()}
+        sys.stderr.write(f"serving {', '.join(served.models)} at {where}\n")
         log_to_stderr()
         run_server(
             served.models,
             host=host,
             port=port,
-            api_key=api_key,
-            limits=limits,
             adapters=served.adapters,
             loaders=served.loaders,
             adapters_folder=adapters_folder,
             allowed_hosts=allowed_hosts,
-            log=RequestLog(json_lines=log_json),
-            listener=listener,
+            watched=watched,
+            **shared,
         )
+
+
+def _refuse_with_replicas(flags: dict[str, object]) -> None:
+    """Refuses options that would change one replica only.
+
+    Raises:
+        ConfigError: one of the options is given.
+    """
+    from easyllm.core.errors import ConfigError
+
+    for flag, given in flags.items():
+        if given:
+            raise ConfigError(
+                f"{flag} does not work with --replicas, because weights would be loaded in one "
+                "replica only; remove one of the two options"
+            )
+
+
+def _watched(
+    folders: dict[str, str], options: JsonObject, *, taken: Collection[str]
+) -> dict[str, "WatchedRun"]:
+    """Returns the training runs to serve, by name; options about loading weights do not apply.
+
+    Raises:
+        ConfigError: a name is taken, or a folder contains no run.
+    """
+    from easyllm.core.errors import ConfigError
+    from easyllm.core.paths import expanded
+    from easyllm.engine.options import EngineConfig
+    from easyllm.serve.watch import WatchedRun
+
+    for name in folders:
+        if name in taken:
+            raise ConfigError(f"two models are named {name!r}; rename one with NAME=FOLDER")
+    of_engine = {k: v for k, v in options.items() if k in EngineConfig.model_fields}
+    return {name: WatchedRun(expanded(Path(f)), of_engine) for name, f in folders.items()}
+
+
+def _serve_replicas(
+    named: dict[str, str], replicas: int, *, options: JsonObject, **others: Any
+) -> None:
+    """Serves models with replicas; a model that does not exist is refused before Ray starts."""
+    from easyllm.models import split_adapter
+    from easyllm.serve.replicas import serve_replicas
+    from easyllm.serve.replicas.replica import Sources
+
+    for source in named.values():
+        split_adapter(source, options.get("adapter"))
+    serve_replicas(Sources(load=partial(load_served, named, **options)), replicas, **others)
 
 
 def _by_name(words: list[str]) -> dict[str, str]:

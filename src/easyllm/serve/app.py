@@ -10,29 +10,28 @@ from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException as RoutingError
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from easyllm.engine.llm import LLM
 from easyllm.serve.documented import answers_of, body_of, describe, errors
 from easyllm.serve.endpoint import Endpoint
+from easyllm.serve.engine_view import engine_view
 from easyllm.serve.errors import APIError, on_api_error, on_exception, on_routing_error
 from easyllm.serve.guard import Guard, check_key
+from easyllm.serve.history import History
 from easyllm.serve.json_text import JSONResponse
 from easyllm.serve.limits import ServeLimits
 from easyllm.serve.metrics import Metrics
 from easyllm.serve.models import Loader, ServedModels
 from easyllm.serve.observe import Observe
 from easyllm.serve.openai.chat_answers import Health, ModelEntry, ModelList
+from easyllm.serve.own_routes import own_endpoints
+from easyllm.serve.page import page_endpoints
 from easyllm.serve.request_log import RequestLog
 from easyllm.serve.responses.store import ResponseStore
 from easyllm.serve.routes import POSTS, Call
 from easyllm.serve.tokens import tokenizer_info
-
-PAGE = Path(__file__).parent / "web" / "index.html"
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'; object-src 'none'",
-}
+from easyllm.serve.watch import WatchedRun
 
 
 def create_app(
@@ -45,10 +44,14 @@ def create_app(
     log: RequestLog | None = None,
     loaders: Mapping[str, Loader] | None = None,
     adapters_folder: Path | None = None,
+    history: History | None = None,
+    responses: ResponseStore | None = None,
+    watched: Mapping[str, WatchedRun] | None = None,
 ) -> Starlette:
     """Builds the server's ASGI application.
 
-    Its `state.models` contains the served models, and `state.describe()` returns `/openapi.json`.
+    Its `state.models` contains the served models, `state.metrics` their metrics, and
+    `state.describe()` returns `/openapi.json`.
 
     Args:
         models: the served models by name. Several names may share one model.
@@ -61,6 +64,9 @@ def create_app(
         log: writes a line for each request.
         loaders: for a served name, how its model is loaded again after it was unloaded.
         adapters_folder: the folder from which adapters may be loaded by request; None: none.
+        history: where the page's conversations are stored; None leaves them in the browser.
+        responses: keeps responses of the Responses API; by default in this process.
+        watched: for a served name, the training run whose newest checkpoint it is.
 
     Raises:
         ConfigError: the key cannot be sent in a header.
@@ -80,15 +86,21 @@ def create_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         idle = limits.unload_idle_s
         unloading = None if idle is None else asyncio.create_task(served.unload_idle(idle))
+        tasks = [] if unloading is None else [unloading]
+        for name, run in (watched or {}).items():
+            service = (await served.open(name)).service
+            tasks.append(asyncio.create_task(run.follow(service)))
         yield
-        if unloading is not None:
-            unloading.cancel()
+        for task in tasks:
+            task.cancel()
         served.close()
 
-    call = Call(served, limits.max_waiting, ResponseStore())
+    call = Call(served, limits.max_waiting, responses or ResponseStore())
     endpoints = [
-        *_pages(metrics, with_key=with_key),
-        *_model_routes(served, with_key=with_key),
+        *page_endpoints(),
+        *own_endpoints(partial(engine_view, served, metrics), history),
+        *_status_routes(metrics, with_key=with_key),
+        *_model_routes(served, watched or {}, with_key=with_key),
         *(_post(call, path, *how, with_key=with_key) for path, how in POSTS.items()),
         *_stored_responses(call.stored, with_key=with_key),
     ]
@@ -100,7 +112,7 @@ def create_app(
     shown = Endpoint(method="GET", path="/openapi.json", answer=openapi, documented=None)
     app = Starlette(lifespan=lifespan, routes=[each.route() for each in (*endpoints, shown)])
     app.router.redirect_slashes = False
-    app.state.models, app.state.describe = served, description
+    app.state.models, app.state.metrics, app.state.describe = served, metrics, description
     app.add_exception_handler(APIError, on_api_error)
     app.add_exception_handler(RoutingError, on_routing_error)
     app.add_exception_handler(Exception, on_exception)
@@ -109,14 +121,11 @@ def create_app(
     return app
 
 
-def _pages(metrics: Metrics, *, with_key: bool) -> list[Endpoint]:
-    """Returns the health check, the chat page and the metrics."""
+def _status_routes(metrics: Metrics, *, with_key: bool) -> list[Endpoint]:
+    """Returns the health check and the metrics."""
 
     async def health() -> Health:
         return Health()
-
-    async def page() -> FileResponse:
-        return FileResponse(PAGE, headers=_PAGE_HEADERS)
 
     async def metrics_page() -> Response:
         return Response(metrics.render(), headers={"content-type": metrics.content_type})
@@ -124,7 +133,6 @@ def _pages(metrics: Metrics, *, with_key: bool) -> list[Endpoint]:
     public, guarded = errors(with_key=False), errors(with_key=with_key)
     return [
         Endpoint(method="GET", path="/health", answer=health, documented={"responses": public}),
-        Endpoint(method="GET", path="/", answer=page, documented=None),
         Endpoint(
             method="GET",
             path="/metrics",
@@ -134,14 +142,16 @@ def _pages(metrics: Metrics, *, with_key: bool) -> list[Endpoint]:
     ]
 
 
-def _model_routes(models: ServedModels, *, with_key: bool) -> list[Endpoint]:
+def _model_routes(
+    models: ServedModels, watched: Mapping[str, WatchedRun], *, with_key: bool
+) -> list[Endpoint]:
     """Returns the routes about the served models."""
 
     async def list_models() -> ModelList:
-        return ModelList(data=[_entry(name, models) for name in models.names])
+        return ModelList(data=[_entry(name, models, watched) for name in models.names])
 
     async def one_model(model_id: str) -> ModelEntry:
-        return _entry(model_id, models)
+        return _entry(model_id, models, watched)
 
     async def info(model: str | None = None) -> JSONResponse:
         return JSONResponse(tokenizer_info(await models.open(model)))
@@ -156,10 +166,13 @@ def _model_routes(models: ServedModels, *, with_key: bool) -> list[Endpoint]:
     ]
 
 
-def _entry(name: str, models: ServedModels) -> ModelEntry:
+def _entry(name: str, models: ServedModels, watched: Mapping[str, WatchedRun]) -> ModelEntry:
     _, found = models.find(name)
+    run = watched.get(name)
     return ModelEntry(
         id=name,
+        step=None if run is None else run.step,
+        scores={} if run is None else run.scores,
         created=found.created,
         max_model_len=found.max_tokens,
         default_sampling=dict(found.defaults),

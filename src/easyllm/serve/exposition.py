@@ -44,6 +44,11 @@ class Counter:
         with self._lock:
             self._values[labels] = self._values.get(labels, 0) + amount
 
+    def value(self, labels: Labels) -> float:
+        """Returns the number of these labels; 0 before the first `add`."""
+        with self._lock:
+            return self._values.get(labels, 0)
+
     def lines(self) -> Iterator[str]:
         """Yields the metric's lines in the text format."""
         with self._lock:

@@ -14,6 +14,7 @@ from easyllm.serve.errors import APIError, error_response
 
 MAX_BODY_BYTES = 8 * 2**20
 PUBLIC = ("/health", "/")  # the page contains no secret and prompts for the key itself
+PUBLIC_PREFIX = "/assets/"  # the page's own files
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -80,7 +81,8 @@ class Guard:
                 code="host_not_allowed",
                 path=path,
             )
-        if self._key is not None and path not in PUBLIC and not self._knows_key(headers):
+        public = path in PUBLIC or path.startswith(PUBLIC_PREFIX)
+        if self._key is not None and not public and not self._knows_key(headers):
             return error_response(
                 401,
                 _NO_KEY,

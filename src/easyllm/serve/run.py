@@ -6,15 +6,18 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 
 from easyllm.core.errors import ConfigError
 from easyllm.engine.llm import LLM
 from easyllm.serve.app import create_app
 from easyllm.serve.connection import KEEP_ALIVE_S, BoundedProtocol, BoundedServer
+from easyllm.serve.history import History
 from easyllm.serve.limits import ServeLimits
 from easyllm.serve.models import Loader
 from easyllm.serve.request_log import RequestLog
 from easyllm.serve.service import ServerShuttingDown
+from easyllm.serve.watch import WatchedRun
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8420
@@ -32,6 +35,8 @@ def serve(
     log: RequestLog | None = None,
     loaders: Mapping[str, Loader] | None = None,
     adapters_folder: Path | None = None,
+    history: History | None = None,
+    watched: Mapping[str, WatchedRun] | None = None,
     listener: socket.socket | None = None,
 ) -> None:
     """Serves the models until interrupted.
@@ -44,7 +49,7 @@ def serve(
         limits: timeouts and bounds; by default `ServeLimits()`.
         adapters: as for `create_app`.
         allowed_hosts: as for `create_app`; `host` is allowed too.
-        log, loaders, adapters_folder: as for `create_app`.
+        log, loaders, adapters_folder, history, watched: as for `create_app`.
         listener: a socket that `bind` returned for `host` and `port`; by default a new one.
 
     Raises:
@@ -60,6 +65,8 @@ def serve(
         log=log,
         loaders=loaders,
         adapters_folder=adapters_folder,
+        history=history,
+        watched=watched,
     )
     server.run(sockets=[listener])
 
@@ -74,6 +81,8 @@ def build_server(
     log: RequestLog | None = None,
     loaders: Mapping[str, Loader] | None = None,
     adapters_folder: Path | None = None,
+    history: History | None = None,
+    watched: Mapping[str, WatchedRun] | None = None,
 ) -> BoundedServer:
     """Builds a server for the models that enforces the timeouts in `limits`.
 
@@ -90,17 +99,28 @@ def build_server(
         log=log,
         loaders=loaders,
         adapters_folder=adapters_folder,
-    )
-    protocol = type("_Protocol", (BoundedProtocol,), {"limits": limits})
-    config = uvicorn.Config(
-        app, http=protocol, ws="none", timeout_keep_alive=KEEP_ALIVE_S, log_level="warning"
+        history=history,
+        watched=watched,
     )
 
     def end_requests() -> None:
         for service in app.state.models.services:
             service.end(ServerShuttingDown("the server is shutting down; try again later"))
 
-    return BoundedServer(config, limits=limits, end_requests=end_requests)
+    return BoundedServer(server_config(app, limits), limits=limits, end_requests=end_requests)
+
+
+def server_config(app: Starlette, limits: ServeLimits) -> uvicorn.Config:
+    """Returns uvicorn's configuration for an application."""
+    protocol = type("_Protocol", (BoundedProtocol,), {"limits": limits})
+    return uvicorn.Config(
+        app,
+        http=protocol,
+        ws="none",
+        loop="asyncio",  # uvicorn takes uvloop where another package, such as Ray Serve, brought it
+        timeout_keep_alive=KEEP_ALIVE_S,
+        log_level="warning",
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:

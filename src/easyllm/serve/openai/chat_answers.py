@@ -24,6 +24,12 @@ class ModelEntry(BaseModel):
     default_sampling: dict[str, float] = Field(
         {}, description="Sampling parameters that the model recommends, which are the defaults."
     )
+    step: int | None = Field(
+        None, description="Step of the checkpoint, if it is the newest of a training run."
+    )
+    scores: dict[str, float] = Field(
+        {}, description="Evaluation metrics of the training run at that step."
+    )
 
 
 class ModelList(BaseModel):

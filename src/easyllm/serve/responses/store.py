@@ -109,3 +109,28 @@ class ResponseStore:
         self._size -= dropped.size
         for item in dropped.body["output"]:
             self._items.pop(item["id"], None)
+
+
+class NoStore(ResponseStore):
+    """Keeps nothing: where requests reach different processes, one would miss another's responses.
+
+    Args:
+        why: completes "responses are not kept ...", in errors.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__()
+        self._why = why
+
+    def add(self, body: JsonObject, items: list[JsonObject]) -> None:
+        """Drops a response."""
+
+    def get(self, response_id: str, param: str | None = None) -> StoredResponse:
+        """Refuses, because nothing is kept.
+
+        Raises:
+            APIError: always.
+        """
+        what = f"response {response_id!r} is not here: responses are not kept {self._why}"
+        message = f"{what}; send the whole conversation as input"
+        raise APIError(400, message, param=param, code="unsupported_parameter")
