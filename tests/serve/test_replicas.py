@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from easyllm.cli.adapter import load_served
 from easyllm.core.errors import ConfigError
 from easyllm.engine import LLM
 from easyllm.serve.history import History
@@ -198,10 +199,6 @@ def test_cores_are_divided_so_that_every_replica_fits():
     assert cpus_each([2], 3) == 0.666
 
 
-def load_tiny(folder):
-    return SimpleNamespace(models={"m": LLM(folder)}, adapters={}, loaders={})
-
-
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_two_replicas_on_ray_serve(tiny_folder):
@@ -211,7 +208,7 @@ def test_two_replicas_on_ray_serve(tiny_folder):
 
     body = ASK | {"stream": True, "ignore_eos": True}
     with ExitStack() as stack:
-        sources = Sources(load=partial(load_tiny, str(tiny_folder)))
+        sources = Sources(load=partial(load_served, {"m": str(tiny_folder)}))
         limits = ServeLimits(max_waiting=1000)
         replicas = start_replicas(sources, 2, limits=limits, stack=stack)
         address = stack.enter_context(serving(create_front(replicas)))

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -31,7 +32,9 @@ from easyllm.serve.request_log import RequestLog
 from easyllm.serve.responses.store import ResponseStore
 from easyllm.serve.routes import POSTS, Call
 from easyllm.serve.tokens import tokenizer_info
-from easyllm.serve.watch import WatchedRun
+
+if TYPE_CHECKING:
+    from easyllm.serve.watch import WatchedRun  # imports the training package
 
 
 def create_app(
@@ -46,7 +49,7 @@ def create_app(
     adapters_folder: Path | None = None,
     history: History | None = None,
     responses: ResponseStore | None = None,
-    watched: Mapping[str, WatchedRun] | None = None,
+    watched: "Mapping[str, WatchedRun] | None" = None,
 ) -> Starlette:
     """Builds the server's ASGI application.
 
@@ -143,7 +146,7 @@ def _status_routes(metrics: Metrics, *, with_key: bool) -> list[Endpoint]:
 
 
 def _model_routes(
-    models: ServedModels, watched: Mapping[str, WatchedRun], *, with_key: bool
+    models: ServedModels, watched: "Mapping[str, WatchedRun]", *, with_key: bool
 ) -> list[Endpoint]:
     """Returns the routes about the served models."""
 
@@ -166,7 +169,7 @@ def _model_routes(
     ]
 
 
-def _entry(name: str, models: ServedModels, watched: Mapping[str, WatchedRun]) -> ModelEntry:
+def _entry(name: str, models: ServedModels, watched: "Mapping[str, WatchedRun]") -> ModelEntry:
     _, found = models.find(name)
     run = watched.get(name)
     return ModelEntry(

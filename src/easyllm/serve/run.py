@@ -4,6 +4,7 @@ import errno
 import socket
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
@@ -17,7 +18,10 @@ from easyllm.serve.limits import ServeLimits
 from easyllm.serve.models import Loader
 from easyllm.serve.request_log import RequestLog
 from easyllm.serve.service import ServerShuttingDown
-from easyllm.serve.watch import WatchedRun
+
+if TYPE_CHECKING:
+    from easyllm.serve.watch import WatchedRun  # imports the training package
+
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8420
@@ -36,7 +40,7 @@ def serve(
     loaders: Mapping[str, Loader] | None = None,
     adapters_folder: Path | None = None,
     history: History | None = None,
-    watched: Mapping[str, WatchedRun] | None = None,
+    watched: "Mapping[str, WatchedRun] | None" = None,
     listener: socket.socket | None = None,
 ) -> None:
     """Serves the models until interrupted.
@@ -82,7 +86,7 @@ def build_server(
     loaders: Mapping[str, Loader] | None = None,
     adapters_folder: Path | None = None,
     history: History | None = None,
-    watched: Mapping[str, WatchedRun] | None = None,
+    watched: "Mapping[str, WatchedRun] | None" = None,
 ) -> BoundedServer:
     """Builds a server for the models that enforces the timeouts in `limits`.
 

@@ -3,10 +3,12 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from easyllm.core.json_types import JsonMapping
 from easyllm.engine.llm import LLM
 from easyllm.serve.service import EngineFailure, EngineService
 from easyllm.train.checkpoint_model import CheckpointModel
@@ -32,7 +34,7 @@ class WatchedRun:
         ConfigError: the folder contains no run, or one whose model generates no text.
     """
 
-    def __init__(self, run: Path, options: Mapping[str, object] | None = None) -> None:
+    def __init__(self, run: Path, options: JsonMapping | None = None) -> None:
         self._checkpoint = CheckpointModel.open(run)
         self._load_newest()
         model, tokenizer = self._checkpoint.model, self._checkpoint.tokenizer
@@ -55,7 +57,7 @@ class WatchedRun:
             if found is None:
                 continue
             try:
-                await service.call(lambda found=found: self._replace(*found))
+                await service.call(partial(self._replace, *found))
             except EngineFailure:
                 return
             self.scores = await asyncio.to_thread(self._checkpoint.scores)

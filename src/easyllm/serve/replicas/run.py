@@ -122,8 +122,11 @@ def start_replicas(
     try:
         handle = serve.run(deployment.bind(sources, limits), name=APP, route_prefix=None)
     except RuntimeError as error:
+        said = serve.status().applications[APP].deployments.values()
+        lines = [line for each in said for line in each.message.splitlines() if line.strip()]
+        reason = lines[-1] if lines else str(error)
         raise ConfigError(
-            f"the replicas could not be started: {error}; Ray's log has the traceback"
+            f"the replicas could not be started ({reason}); Ray's log has the traceback"
         ) from None
 
     def send(request: ForwardedRequest) -> Stream:

@@ -103,7 +103,7 @@ export async function generate(node, onPiece) {
     state.tokens.set(node.id, tokens);
     void saveTokens(node.id, tokens).catch(() => {});
   }
-  if (state.conversation === conversation) saveSoon(0);
+  saveSoon(0, conversation); // also if another conversation was opened meanwhile
   changed("running");
   onPiece(node);
 }

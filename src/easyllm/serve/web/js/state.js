@@ -64,8 +64,7 @@ export function onSaveFailed(action) {
 }
 
 /** Stores the conversation soon; several changes are stored once. */
-export function saveSoon(delay = 400) {
-  const conversation = state.conversation;
+export function saveSoon(delay = 400, conversation = state.conversation) {
   conversation.updated = Date.now();
   if (saving?.conversation === conversation) clearTimeout(saving.timer);
   else if (saving) void flush();

@@ -141,5 +141,8 @@ export function imported(text) {
     throw new Problem("importVersion", { got: found.version, known: FORMAT });
   if (!Array.isArray(found.conversations) || !found.conversations.every(isConversation))
     throw new Problem("importDamaged");
+  for (const each of found.conversations) {
+    for (const node of Object.values(each.nodes)) delete node.error; // a key of this page's texts
+  }
   return found.conversations;
 }

@@ -157,6 +157,7 @@ export function isConversation(value) {
   if (!text(value.title) || !text(value.system) || !isObject(value.nodes) || !isObject(value.votes))
     return false;
   if (value.head !== null && !(value.head in value.nodes)) return false;
+  if (!Object.values(value.votes).every(isObject)) return false;
   return Object.entries(value.nodes).every(
     ([id, node]) => isObject(node) && node.id === id && isNode(node, value.nodes),
   );
@@ -166,9 +167,15 @@ function isObject(value) {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
+const TEXTS = ["model", "reasoning", "finish", "pair", "tool", "next", "blind"];
+
 function isNode(node, nodes) {
-  if (typeof node.content !== "string" || !["user", "assistant", "tool"].includes(node.role))
+  if (typeof node.content !== "string" || !["user", "assistant", "tool"].includes(node.role)) {
     return false;
+  }
+  if (TEXTS.some(name => !["string", "undefined"].includes(typeof (node[name] ?? undefined)))) {
+    return false;
+  }
   const files = node.files || [],
     calls = node.calls || [];
   if (
