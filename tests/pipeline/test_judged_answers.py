@@ -4,7 +4,11 @@ import json
 
 import pytest
 
+from easyllm.core.device import cache_folder
 from easyllm.engine import LLM
+from easyllm.evaluate import answer_store, sampled_answers
+from easyllm.evaluate.judge_client import base_url
+from easyllm.evaluate.reply_cache import default_cache
 from easyllm.examples.preferences import read_preferences
 from easyllm.models import save_model, to_classifier
 from easyllm_command import easyllm
@@ -72,19 +76,49 @@ def test_a_judge_with_a_bias_is_shown(files, tiny_folder, tmp_path):
         assert "50.0% ± 0.0%" in done.stdout
         asked = len(fake.bodies)
         again = easyllm("eval", tiny_folder, files / "p.jsonl", *words, MY_KEY="sk-secret")
-    assert again.stdout == done.stdout
+    assert f"10 verdicts are from {cache}" in " ".join(again.stdout.split())
+    assert set(done.stdout.splitlines()) < set(again.stdout.splitlines())
     assert len(fake.bodies) == asked == 10
     assert fake.headers[0]["Authorization"] == "Bearer sk-secret"
     assert "sk-secret" not in cache.read_text()
 
 
+def test_replies_are_kept_in_the_cache_folder_by_default(files, tiny_folder, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "kernels").symlink_to(cache_folder() / "kernels")  # not built again
+    fake = FakeJudge(lambda a, b: "B")
+    with judging(fake) as url:
+        words = ("--task", "win-rate", "--against", files / "other", "--judge", url, *SAMPLED)
+        for limit in ("2", "3"):
+            words_of = (tiny_folder, files / "p.jsonl", *words, "--limit", limit, "--json")
+            done = easyllm("eval", *words_of, EASYLLM_CACHE=str(folder))
+            assert done.returncode == 0, done.stderr
+        assert len(fake.bodies) == 6
+        (path,) = (folder / "judge").iterdir()
+        found = json.loads(done.stdout)
+        assert (found["reused_verdicts"], found["judge_cache"]) == (4, str(path))
+        assert path == folder / "judge" / default_cache(base_url(url)).name
+
+
 @pytest.mark.parametrize("context", [256, 2048])
-def test_our_own_server_gives_guided_verdicts(files, tiny_folder, tiny_tokenizer, context):
+def test_our_own_server_gives_guided_verdicts(
+    files, tiny_folder, tiny_tokenizer, tmp_path, context
+):
     model = build_tiny(max_position_embeddings=context)
     llm = LLM(model=model, tokenizer=tiny_tokenizer, num_pages=256, page_size=16)
     with running({"judge": llm}) as url:
         words = ("--task", "win-rate", "--against", files / "other", "--judge", url, *SAMPLED)
-        words += ("--no-judge-reason", "--judge-max-tokens", "40", "--limit", "2", "--json")
+        words += (
+            "--judge-cache",
+            tmp_path / "replies.jsonl",
+            "--no-judge-reason",
+            "--judge-max-tokens",
+            "40",
+            "--limit",
+            "2",
+            "--json",
+        )
         done = easyllm("eval", tiny_folder, files / "p.jsonl", *words)
     if context == 256:  # the instructions alone are longer
         assert done.returncode == 2
@@ -121,6 +155,41 @@ def test_the_best_answers_are_written_and_the_same_seed_gives_the_same_file(
     done = easyllm(*command, one, *words)
     assert done.returncode == 2
     assert "already exists; name a new file" in done.stderr
+
+
+def test_an_interrupted_best_of_n_continues_with_the_same_answers(
+    files, tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(answer_store, "CHUNK", 2)
+    monkeypatch.setattr(sampled_answers, "CHUNK", 2)
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    command = ("data", "best-of-n", tiny_folder, files / "p.jsonl")
+    words = ("--reward", f"reward:{files / 'reward'}", "--samples", "3", *SAMPLED)
+    assert easyllm(*command, whole, *words).returncode == 0
+    right, calls = sampled_answers._sampled, []
+
+    def sampled(*arguments):
+        calls.append(len(arguments[1]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    monkeypatch.setattr(sampled_answers, "_sampled", sampled)
+    assert easyllm(*command, broken, *words).returncode == 130
+    part = tmp_path / "broken.jsonl.part"
+    assert part.exists()
+    assert not broken.exists()
+    with part.open("a") as file:
+        file.write('{"start": 4, "ans')  # killed while it wrote
+    other = easyllm(*command, broken, *words[:-1], "4")
+    assert other.returncode == 2
+    assert "with other options" in " ".join(other.stderr.split())
+    done = easyllm(*command, broken, *words)
+    assert done.returncode == 0, done.stderr
+    assert "continuing: the answers to 4 of 5 prompts" in " ".join(done.stderr.split())
+    assert calls == [2, 2, 1, 1]
+    assert broken.read_bytes() == whole.read_bytes()
+    assert not part.exists()
 
 
 def test_over_optimisation_is_drawn(files, tiny_folder, tmp_path):

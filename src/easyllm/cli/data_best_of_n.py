@@ -16,7 +16,10 @@ from easyllm.cli.sampling import LOADING, SAMPLING
 from easyllm.cli.scorers import METAVAR, load_scorer
 
 if TYPE_CHECKING:
+    from easyllm.core.json_types import JsonObject
+    from easyllm.evaluate.answer_store import AnswerStore
     from easyllm.evaluate.best_of_n import BestOfN
+    from easyllm.evaluate.prompt_rows import PromptRow
 
 
 class Rows(StrEnum):
@@ -65,7 +68,8 @@ def best_of_n(
 ) -> None:
     """Sample several answers to each prompt, and write the best, or the best and worst as pairs.
 
-    The same seed gives the same rows. Pairs are left out where all scores are equal.
+    The same seed gives the same rows. Pairs are left out where all scores are equal. The answers so
+    far are in OUTPUT.part: an interrupted command continues when it is repeated.
 
     [bold]Examples[/bold]
 
@@ -84,7 +88,8 @@ def best_of_n(
     asked = read_prompts(prompts, limit=limit)
     loads = {"adapter": adapter, **loading}
     given = {name: value for name, value in sampling.items() if value is not None}
-    groups = answers_of(model, asked, loads, given, n=samples)
+    store = _store(output, model, asked, {**loads, **given, "samples": samples})
+    groups = answers_of(model, asked, loads, given, n=samples, store=store)
     result = choose(groups, scorer, form=rows.value)
     if not result.rows:
         raise DataError(
@@ -93,10 +98,38 @@ def best_of_n(
         )
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows]
     write_atomic(output, "".join(lines))
+    store.remove()
     if json_output:
         print_json(result.as_dict())
     else:
         sys.stdout.write(f"{output}  {_summary(result, rows)}")
+
+
+def _store(
+    output: Path, model: str, prompts: "list[PromptRow]", options: "JsonObject"
+) -> "AnswerStore":
+    """Returns the answers of an interrupted command, next to the output, and says if there are any.
+
+    Raises:
+        OutputError: they are those of other options.
+    """
+    from easyllm.core.progress import console
+    from easyllm.evaluate.answer_store import AnswerStore, identity_of
+    from easyllm.models.adapted import split_adapter
+    from easyllm.models.sources import locate
+
+    asked = [[prompt.messages, prompt.tools] for prompt in prompts]
+    values = {"model": model, "prompts": asked, **{k: str(v) for k, v in options.items()}}
+    base, adapter = split_adapter(model, options["adapter"])
+    identity = identity_of(values, locate(base), *([] if adapter is None else [adapter]))
+    store = AnswerStore(Path(f"{output}.part"), identity)
+    if store.num_prompts:
+        console().print(
+            f"continuing: the answers to {store.num_prompts:,} of {len(prompts):,} prompts are in "
+            f"{store.path}",
+            soft_wrap=True,
+        )
+    return store
 
 
 def _check(output: Path, sampling: Values) -> None:

@@ -201,7 +201,8 @@ CacheFile = Annotated[
     Path | None,
     typer.Option(
         callback=home_path,
-        help="File of the judge's replies so far, with which an interrupted run resumes.",
+        help="File of the judge's replies so far, with which an interrupted run resumes; by "
+        "default one for each address, in Easyllm's cache folder.",
     ),
 ]
 

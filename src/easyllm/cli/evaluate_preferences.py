@@ -9,6 +9,7 @@ from easyllm.cli.scorers import KINDS, load_scorer
 from easyllm.core.json_types import JsonObject
 
 if TYPE_CHECKING:
+    from easyllm.evaluate.answer_store import AnswerStore
     from easyllm.evaluate.comparisons import Comparer
     from easyllm.evaluate.over_optimisation import OverOptimisation
     from easyllm.evaluate.prompt_rows import PromptRow
@@ -48,8 +49,9 @@ def show_win_rate(
     if output is not None:
         name = model if adapter is None else str(adapter)
         write_atomic(output, judged_lines(result, name, against))
+    cached = _reused(comparer)
     if json_output:
-        print_json({"against": against, "judge": comparer.name, **result.as_dict()})
+        print_json({"against": against, "judge": comparer.name, **result.as_dict(), **cached})
         return
     print_pairs(
         {
@@ -62,6 +64,11 @@ def show_win_rate(
             "judge": comparer.name,
         }
     )
+    if cached:
+        sys.stdout.write(
+            f"{cached['reused_verdicts']:,} verdicts are from {cached['judge_cache']}; remove it, "
+            "or name another --judge-cache, if the model at the address has changed\n"
+        )
     if (bias := result.bias) is not None:
         sys.stdout.write(
             f"position bias: {bias.first_share:.1%} of the verdicts for an answer chose the first "
@@ -174,15 +181,28 @@ def answers_of(
     sampling: JsonObject,
     *,
     n: int = 1,
+    store: "AnswerStore | None" = None,
 ) -> "list[list[SampledAnswer]]":
-    """Loads a model and returns `n` answers to each prompt; the model is released at the end."""
+    """Loads a model and returns `n` answers to each prompt; the model is released at the end.
+
+    A `store` holds the answers of an interrupted command.
+    """
     from easyllm.cli.sampling import load_llm, sampling_params
     from easyllm.evaluate.sampled_answers import sample_answers
 
     values = dict(sampling)
     seed = values.pop("seed", None) or 0
     llm = load_llm(model, quiet=True, **loads)
-    return sample_answers(llm, prompts, sampling_params(values), n=n, seed=seed)
+    return sample_answers(llm, prompts, sampling_params(values), n=n, seed=seed, store=store)
+
+
+def _reused(comparer: "Comparer") -> JsonObject:
+    """Returns how many verdicts of an LLM judge were in its cache, and where that is."""
+    from easyllm.evaluate.judge import Judge
+
+    if not isinstance(comparer, Judge) or not comparer.reused:
+        return {}
+    return {"reused_verdicts": comparer.reused, "judge_cache": str(comparer.cache.path)}
 
 
 def _comparer(judge: str, options: dict[str, Any]) -> "Comparer":
@@ -192,7 +212,9 @@ def _comparer(judge: str, options: dict[str, Any]) -> "Comparer":
     from easyllm.core.config import validate
     from easyllm.core.errors import ConfigError
     from easyllm.evaluate.judge import Judge
+    from easyllm.evaluate.judge_client import base_url
     from easyllm.evaluate.judge_config import JudgeConfig
+    from easyllm.evaluate.reply_cache import default_cache
     from easyllm.evaluate.scorers import ScoreComparer
 
     if judge.startswith(KINDS):
@@ -208,7 +230,7 @@ def _comparer(judge: str, options: dict[str, Any]) -> "Comparer":
             f"--judge-key-env {variable}: the environment variable is not set; export the API key"
         )
     config = validate(JudgeConfig, {"url": judge, **options}, source="options of the judge")
-    return Judge(config, key=key, cache=cache)
+    return Judge(config, key=key, cache=cache or default_cache(base_url(config.url)))
 
 
 __all__ = ["answers_of", "show_elo", "show_over_optimisation", "show_win_rate"]

@@ -37,6 +37,10 @@ class Judge:
         config: address and options.
         key: the API key; never written to a file.
         cache: file of the replies so far; None keeps them in memory only.
+        client: sends the requests; by default one for `config.url`.
+
+    Attributes:
+        reused: number of verdicts that were in the cache.
 
     Raises:
         ConfigError: the address is not a URL.
@@ -64,6 +68,7 @@ class Judge:
         self.cache = ReplyCache(cache)
         self.model = config.model or self.client.first_model()
         self.name = f"{self.model} at {self.client.url}"
+        self.reused = 0
         self._form: Form = "json"
         self._lock = threading.Lock()
 
@@ -85,6 +90,7 @@ class Judge:
         asked = [(pair, swapped) for pair in comparisons for swapped in (False, True)]
         messages = dict(zip(keys, asked, strict=True))
         missing = [key for key in messages if self.cache.get(key) is None]
+        self.reused += len(messages) - len(missing)
         self._ask_all([partial(self._ask, key, *messages[key]) for key in missing])
         verdicts = [parse_verdict(self.cache.get(key) or "") for key in keys]
         return [Judged.of_orders(*both) for both in zip(verdicts[::2], verdicts[1::2], strict=True)]

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 from easyllm.core.atomic import output_errors
+from easyllm.core.device import cache_folder
 from easyllm.core.errors import DataError
 from easyllm.core.json_types import JsonMapping
 
@@ -77,10 +78,20 @@ class ReplyCache:
             )
 
 
+def default_cache(url: str) -> Path:
+    """Returns the file of the replies of the judge at an address, in Easyllm's cache folder.
+
+    Args:
+        url: the address, as `JudgeClient.url`.
+    """
+    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return cache_folder() / "judge" / f"{name}.jsonl"
+
+
 def request_key(values: JsonMapping) -> str:
     """Returns the hash of a request: of everything that its reply depends on."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-__all__ = ["ReplyCache", "request_key"]
+__all__ = ["ReplyCache", "default_cache", "request_key"]

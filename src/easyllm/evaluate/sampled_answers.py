@@ -14,6 +14,7 @@ from easyllm.engine.completion import Completion
 from easyllm.engine.llm import LLM
 from easyllm.engine.params import SamplingParams
 from easyllm.engine.request import Request
+from easyllm.evaluate.answer_store import CHUNK, AnswerStore, StoredAnswer
 from easyllm.evaluate.prompt_rows import PromptRow
 
 
@@ -45,7 +46,13 @@ class SampledAnswer:
 
 
 def sample_answers(
-    llm: LLM, prompts: Sequence[PromptRow], params: SamplingParams, *, n: int = 1, seed: int = 0
+    llm: LLM,
+    prompts: Sequence[PromptRow],
+    params: SamplingParams,
+    *,
+    n: int = 1,
+    seed: int = 0,
+    store: AnswerStore | None = None,
 ) -> list[list[SampledAnswer]]:
     """Returns `n` answers to each prompt.
 
@@ -55,11 +62,43 @@ def sample_answers(
         params: sampling parameters; `n` and `seed` are set for each answer.
         n: number of answers.
         seed: seed of all answers; the same seed gives the same answers.
+        store: answers of an interrupted call, to which new ones are added; None samples all of them
+            at once.
 
     Raises:
         ConfigError: the engine cannot serve a prompt.
         DataError: a prompt cannot be encoded by the chat template.
+        OutputError: the store cannot be written.
     """
+    answers: list[list[SampledAnswer]] = []
+    size = len(prompts) if store is None else CHUNK
+    with Progress("answering", total=n * len(prompts), unit="answer") as progress:
+        for start in range(0, len(prompts), max(1, size)):
+            part = prompts[start : start + size]
+            found = None if store is None else store.get(start)
+            if found is None:
+                found = _sampled(llm, part, params, n, seed, progress)
+                if store is not None:
+                    store.add(start, found)
+                    llm.engine.clear_prefix_cache()
+            else:
+                progress.skip(n * len(part))
+            answers += [
+                [SampledAnswer(prompt, *each) for each in group]
+                for prompt, group in zip(part, found, strict=True)
+            ]
+    return answers
+
+
+def _sampled(
+    llm: LLM,
+    prompts: Sequence[PromptRow],
+    params: SamplingParams,
+    n: int,
+    seed: int,
+    progress: Progress,
+) -> list[list[StoredAnswer]]:
+    """Returns text, tokens and truncation of `n` answers to each prompt."""
     requests, owners = [], {}
     for number, prompt in enumerate(prompts):
         ids = llm.encode_chat(prompt.messages, tools=prompt.tools)
@@ -69,22 +108,16 @@ def sample_answers(
             requests.append(request)
             owners[request.id] = number
     done = {request.id: Completion() for request in requests}
-    with Progress("answering", total=len(requests), unit="answer") as progress:
-        for event in llm.engine.run(requests):
-            if event.request_id in done:
-                done[event.request_id].take(event)
-                if event.finish_reason is not None:
-                    progress.advance()
-    answers: list[list[SampledAnswer]] = [[] for _ in prompts]
+    for event in llm.engine.run(requests):
+        if event.request_id in done:
+            done[event.request_id].take(event)
+            if event.finish_reason is not None:
+                progress.advance()
+    answers: list[list[StoredAnswer]] = [[] for _ in prompts]
     for request in requests:
-        number, completion = owners[request.id], done[request.id]
-        answers[number].append(
-            SampledAnswer(
-                prompts[number],
-                completion.text,
-                tuple(completion.token_ids),
-                completion.finish_reason == "length",
-            )
+        found = done[request.id]
+        answers[owners[request.id]].append(
+            (found.text, tuple(found.token_ids), found.finish_reason == "length")
         )
     return answers
 
