@@ -5,10 +5,12 @@ import json
 import pytest
 
 from easyllm.core.errors import ConfigError
+from easyllm.models import load_model, save_model, to_classifier
 from easyllm.rl.rewards import REWARDS, RewardError
 from easyllm.train import Callback, train
 from easyllm.train.metrics import read_metrics
-from rl_runs import metrics_of, rl_config
+from rl_runs import PROMPTS, metrics_of, rl_config
+from tiny_models import build_tiny
 
 LORA = {"kind": "lora", "rank": 4}
 TWO_UPDATES = {"rollout": {"epochs": 2, "minibatches": 2, "max_tokens": 6, "group_size": 4}}
@@ -155,3 +157,55 @@ def test_sums_are_learned_from_a_warm_start(tmp_path):
     assert lines[0]["rl/kl_nats"] == pytest.approx(0, abs=1e-4)  # the reference is the warm start
     recipe = (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8")
     assert json.dumps("arithmetic")[1:-1] in recipe
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_an_adapter_on_a_quantized_base_is_sampled_and_trained(
+    kind, storage, tiny_folder, tmp_path
+):
+    objective = {"kind": kind} | KL
+    if kind == "ppo":
+        objective["critic"] = {"body": "shared"}
+    config = rl_config(
+        tmp_path, tiny_folder, objective, adapter=LORA, quantize=storage, max_steps=3
+    )
+    train(config, tmp_path / "run")
+    lines = metrics_of(tmp_path / "run")
+    # sampler, trainer and reference read the same packed weights
+    assert lines[0]["rl/kl_nats"] == pytest.approx(0, abs=1e-3)
+    assert all(line["rl/mismatch_nats"] < 2e-2 for line in lines)
+    assert lines[-1]["rl/kl_nats"] > lines[0]["rl/kl_nats"]
+    assert load_model(tiny_folder, adapter=tmp_path / "run" / "adapter").is_adapted
+
+
+def test_ppo_with_a_reward_model_and_a_pretraining_mix_resumes_bitwise(
+    tiny_folder, tiny_tokenizer, tmp_path
+):
+    reward = to_classifier(build_tiny(2), 1, seed=1)
+    save_model(reward, tmp_path / "reward", tokenizer=tiny_tokenizer)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{p} and more"}) + "\n" for p in PROMPTS))
+    objective = {
+        "kind": "ppo",
+        "preset": "ppo-max",
+        "rewards": [],
+        "reward_model": {"model": str(tmp_path / "reward"), "weight": 2.0},
+        "pretraining": {"files": [str(texts)], "batch_size": 2, "coefficient": 1.0},
+        "critic": {"warm_up": 2},
+        "rollout": {"max_tokens": 6},
+    }
+    # two micro-batches: the mix counts once
+    config = rl_config(tmp_path, tiny_folder, objective, max_steps=8, micro_batch_tokens=64)
+    train(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "broken", callbacks=[KillIn(5)])
+    train(config, tmp_path / "broken")
+    lines = metrics_of(tmp_path / "whole")
+    assert lines == metrics_of(tmp_path / "broken")
+    assert [("rl/pretraining_nats" in line) for line in lines] == [False] * 2 + [True] * 6
+    mixed = [line["rl/pretraining_nats"] for line in lines[2:]]
+    assert 4 < mixed[0] < 8  # ln 320 = 5.8
+    assert min(mixed) < mixed[0]
+    assert lines[1]["rl/kl_nats"] == pytest.approx(0, abs=1e-5)  # only the critic has learned
+    assert all(line["rl/reward"] == pytest.approx(2 * line["rl/reward/model"]) for line in lines)

@@ -6,10 +6,14 @@ the mixers see complete sequences (`nn.context.SharedRows`). Outputs and gradien
 complete sequences up to rounding.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from easyllm.batches.packing import Batch
+from easyllm.examples.sample import AnySample
+from easyllm.nn.config import ModelConfig
 from easyllm.nn.context import AdapterRows, ForwardContext, SharedRows
 
 ANSWERS, PROMPT = "answers", "prompt"
@@ -57,6 +61,29 @@ def share_prompts(
     return batch.token_ids[tokens], context, rows
 
 
+def shares_prompts(config: ModelConfig, num_virtual: int) -> bool:
+    """Returns whether a model can compute a prompt once for several responses.
+
+    It cannot if the prompt's hidden states depend on the response, nor if virtual tokens are part
+    of every sequence. A capacity of experts depends on which rows are computed together.
+
+    Args:
+        config: the model's configuration.
+        num_virtual: number of virtual tokens of its adapter.
+    """
+    return config.is_length_invariant and not config.has_experts and not num_virtual
+
+
+def num_shared_tokens(samples: Iterable[AnySample]) -> int:
+    """Returns the number of tokens in prompts that another sequence of the group computes."""
+    return sum(
+        int(part.extras.get(PROMPT, 0.0))
+        for sample in samples
+        for part in sample.parts[1:]
+        if ANSWERS in part.extras
+    )
+
+
 def group_sizes(batch: Batch) -> list[int]:
     """Returns the number of sequences of each group; a padding sequence is a group of its own."""
     answers = batch.extras[ANSWERS].tolist()
@@ -66,4 +93,11 @@ def group_sizes(batch: Batch) -> list[int]:
     return sizes
 
 
-__all__ = ["ANSWERS", "PROMPT", "group_sizes", "share_prompts"]
+__all__ = [
+    "ANSWERS",
+    "PROMPT",
+    "group_sizes",
+    "num_shared_tokens",
+    "share_prompts",
+    "shares_prompts",
+]

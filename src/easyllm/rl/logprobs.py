@@ -5,13 +5,14 @@ log p_t = l_y / T - logsumexp_v(l_v / T),     l = head(hidden_t)
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from easyllm.batches.packing import Batch
-from easyllm.batches.shared_prompts import ANSWERS, share_prompts
+from easyllm.batches.shared_prompts import ANSWERS, share_prompts, shares_prompts
 from easyllm.engine.params import SamplingParams
 from easyllm.engine.sampling import apply_sampling_filters
 from easyllm.nn.context import ForwardContext
@@ -68,7 +69,12 @@ def token_logprobs(
 
 
 def answer_hidden(
-    model: Decoder, batch: Batch, rows: Tensor, *, deterministic: bool = False
+    model: Decoder,
+    batch: Batch,
+    rows: Tensor,
+    *,
+    deterministic: bool = False,
+    routing: list[Any] | None = None,
 ) -> Tensor:
     """Returns the final hidden states [N, D] of some tokens of a batch, with one forward pass.
 
@@ -80,14 +86,15 @@ def answer_hidden(
         batch: packed answers, each after its prompt.
         rows: [N] int64, numbers of tokens of the batch.
         deterministic: whether to compute batch-invariant results.
+        routing: a list that collects the decisions of MoE routers.
     """
-    config = model.config
-    shares = config.is_length_invariant and not config.has_experts and not model.num_virtual_tokens
+    shares = shares_prompts(model.config, model.num_virtual_tokens)
     if shares and ANSWERS in batch.extras and not deterministic:
         token_ids, context, row_of = share_prompts(batch)
         shared: Tensor = model(token_ids, context)
         return shared.index_select(0, row_of[rows])
-    hidden: Tensor = model(batch.token_ids, batch.context(deterministic=deterministic))
+    context = batch.context(deterministic=deterministic, routing=routing)
+    hidden: Tensor = model(batch.token_ids, context)
     return hidden.index_select(0, rows)
 
 

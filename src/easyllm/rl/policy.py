@@ -29,7 +29,14 @@ from easyllm.rl.rollout_figures import rollout_figures
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.data_config import GeneratedConfig, RowsConfig
 from easyllm.train.evaluating import evaluating
-from easyllm.train.objectives import LossOutput, Objective, RunSetup, StepSizes
+from easyllm.train.objectives import (
+    LossOutput,
+    Objective,
+    RunSetup,
+    StepSizes,
+    routing_of,
+    with_router_losses,
+)
 
 
 class PolicyObjective(Objective):
@@ -82,6 +89,12 @@ class PolicyObjective(Objective):
         self._micro_batch_tokens, self._seed = sizes.micro_batch_tokens, sizes.seed
         prompts = [sample for sample in samples if isinstance(sample, PromptSample)]
         return RolloutLoader(prompts, sizes, self.config.rollout, self)
+
+    def num_shared_tokens(self, samples: Sequence[AnySample]) -> int:
+        """Returns the tokens of prompts that the updates compute once for a group of answers."""
+        rollout = self.config.rollout
+        copies = 0 if rollout.deterministic else rollout.group_size - 1
+        return copies * sum(sample.num_tokens for sample in samples)
 
     def start(self, setup: RunSetup) -> None:
         """Creates the engine that samples, and loads the reward model.
@@ -161,6 +174,11 @@ class PolicyObjective(Objective):
         masks = config.mismatch.correction == "mask"
         return config.rollout.num_updates > 1 or in_reward or masks or adapts
 
+    @property
+    def trains_policy(self) -> bool:
+        """Whether the current update changes the policy; by default always."""
+        return True
+
     def advantages(self, experiences: list[Experience]) -> dict[str, float]:
         """Adds `advantages` to the tokens of each answer; returns metrics."""
         raise NotImplementedError
@@ -239,7 +257,8 @@ class PolicyObjective(Objective):
         rows, lengths = labelled.nonzero().squeeze(1), answer_lengths(labelled, batch.lengths)
         deterministic = config.rollout.deterministic
         context = batch.context(deterministic=deterministic)
-        hidden = answer_hidden(model, batch, rows, deterministic=deterministic)
+        routing = routing_of(model) if self.trains_policy else None
+        hidden = answer_hidden(model, batch, rows, deterministic=deterministic, routing=routing)
         sampling = config.rollout.training_params
         logprobs = token_logprobs(
             model, hidden, batch.labels[rows], sampling, context.of_rows(rows)
@@ -261,13 +280,15 @@ class PolicyObjective(Objective):
         weights = token_weights(
             lengths, config.loss.averaging, config.rollout.max_tokens, per_token
         )
-        total = (per_token * weights).sum()
+        total = (per_token * weights).sum() * float(self.trains_policy)
         metrics["rl/entropy"] = self._entropy(model, hidden.detach(), old)
         terms = self.num_terms(batch)
         more = self.critic_loss(hidden, extras, weights)
         if more is not None:
-            return LossOutput(total, terms, more[0], metrics | more[1])
-        return LossOutput(total, terms, metrics=metrics if len(rows) else {})
+            output = LossOutput(total, terms, more[0], metrics | more[1])
+        else:
+            output = LossOutput(total, terms, metrics=metrics if len(rows) else {})
+        return with_router_losses(output, routing)
 
     def critic_loss(
         self,

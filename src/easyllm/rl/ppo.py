@@ -52,6 +52,11 @@ class PPO(PolicyObjective):
         """Always: the KL in the reward, and the advantages, are those of the rollout."""
         return True
 
+    @property
+    def trains_policy(self) -> bool:
+        """Whether the rollouts in which only the critic learns are over."""
+        return self._rollouts > self.config.critic.warm_up
+
     def prepare(
         self, data: RowsConfig | GeneratedConfig, files: Sequence[Path], tokenizer: Tokenizer
     ) -> tuple[Sequence[AnySample], PreparationStats]:
@@ -134,7 +139,7 @@ class PPO(PolicyObjective):
         """Discards old gradients of the critic, and takes the next texts of the mix."""
         assert self._critic is not None, "the run has started"
         self._critic.clear()
-        if self._mix is not None:
+        if self._mix is not None and self.trains_policy:
             terms = sum(self.num_terms(batch) for batch in batches)
             self._mixed = self._mix.next_step(), terms
 
@@ -142,7 +147,7 @@ class PPO(PolicyObjective):
         """Returns the policy loss, and the critic's loss as a further term."""
         found = super().loss(model, batch)
         extra = found.auxiliary
-        metrics = dict(found.metrics)
+        metrics, counts = dict(found.metrics), dict(found.counts)
         critic = self._critic
         assert critic is not None, "the run has started"
         if not critic.is_shared:
@@ -159,9 +164,8 @@ class PPO(PolicyObjective):
             mixed, value = self._mixing(model)
             extra = mixed if extra is None else extra + mixed
             metrics["rl/pretraining_nats"] = value
-        warming = self._rollouts <= self.config.critic.warm_up
-        total = found.sum * 0.0 if warming else found.sum
-        return LossOutput(total, found.num_tokens, extra, metrics)
+            counts["rl/pretraining_nats"] = 1  # once per step, whatever its micro-batches
+        return LossOutput(found.sum, found.num_tokens, extra, metrics, counts)
 
     def critic_loss(
         self, hidden: Tensor, extras: Mapping[str, Tensor], weights: Tensor

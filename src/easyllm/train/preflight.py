@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from easyllm.batches.shared_prompts import shares_prompts
 from easyllm.core.device import memory_free_bytes
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonObject
@@ -23,7 +24,7 @@ from easyllm.plan.memory import (
     memory_reductions,
 )
 from easyllm.plan.parameters import count_parameters
-from easyllm.plan.parts import count_adapter_parameters
+from easyllm.plan.parts import count_adapter_parameters, virtual_tokens
 from easyllm.quant import KEPT
 from easyllm.train.config import TrainConfig
 from easyllm.train.data_config import CorpusDataConfig
@@ -178,7 +179,10 @@ def plan_run(
     epochs = total_steps / training_data.loader.steps_per_epoch
     tokens = int(training_data.tokens_per_epoch * epochs)
     row = min(config.data.max_seq_len, config.micro_batch_tokens)
-    flops = training_flops(model, (row,), adapter=config.adapter).total / row * tokens
+    computed = tokens
+    if shares_prompts(model, virtual_tokens(model, config.adapter)):
+        computed -= int(training_data.shared_per_epoch * epochs)
+    flops = training_flops(model, (row,), adapter=config.adapter).total / row * computed
     setup: JsonObject = {
         "micro_batch_tokens": config.micro_batch_tokens,
         "row_tokens": row,

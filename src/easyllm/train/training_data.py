@@ -29,6 +29,8 @@ class TrainingData:
         loader: yields the micro-batches of each step.
         evaluate: computes metrics on the evaluation data; None if there is none.
         tokens_per_epoch: number of tokens in all training samples.
+        shared_per_epoch: number of those that are in a prompt which is computed once for several
+            sequences, where the model allows it.
         summary: one line of text about the data.
         warnings: warnings about the data, one line each.
         figures: statistics of the data, for the manifest.
@@ -46,6 +48,7 @@ class TrainingData:
     inputs: dict[str, str]
     held: Sequence[AnySample] = ()
     retention: Sequence[AnySample] = ()
+    shared_per_epoch: int = 0
 
     @property
     def identity(self) -> str:
@@ -123,6 +126,7 @@ def _rows(
         figures=account.as_dict(),
         inputs={str(file): hash_file(file) for file in (*train_files, *eval_files)},
         held=held,
+        shared_per_epoch=objective.num_shared_tokens(train),
     )
 
 

@@ -6,22 +6,24 @@ from torch.nn import functional as F
 
 from easyllm.batches.packing import pack
 from easyllm.examples.sample import Sample
+from easyllm.models import to_classifier
 from easyllm.nn import Decoder
 from easyllm.nn.config import AttentionConfig, GLUConfig, LayerConfig, ModelConfig, MoEConfig
 from easyllm.nn.moe import load_balancing_loss, router_z_loss
 from easyllm.ops.cross_entropy import linear_cross_entropy
 from easyllm.train.loop import accumulate
-from easyllm.train.objectives import LanguageModel
+from easyllm.train.objectives import DPO, KTO, ORPO, DPOConfig, KTOConfig, LanguageModel, Reward
+from preference_rows import random_batch
 
 
-def moe_model(**changes):
+def moe_model(vocab_size=50, **changes):
     experts = MoEConfig(
         num_experts=4, experts_per_token=2, expert=GLUConfig(intermediate_size=24), **changes
     )
     mixer = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=16)
     layer = LayerConfig(mixer=mixer, feed_forward=experts)
     config = ModelConfig(
-        family="mixtral", vocab_size=50, hidden_size=32, max_seq_len=64, layers=(layer,) * 2
+        family="mixtral", vocab_size=vocab_size, hidden_size=32, max_seq_len=64, layers=(layer,) * 2
     )
     model = Decoder(config)
     model.reset_parameters(std=0.2, generator=torch.Generator().manual_seed(0))
@@ -51,6 +53,31 @@ def test_router_losses_are_added_with_their_coefficients_and_reported_separately
     for name, parameter in model.named_parameters():
         expected = torch.autograd.grad(whole, parameter, retain_graph=True)[0]
         torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "reward"])
+def test_preference_objectives_add_the_router_losses_too(kind):
+    model = moe_model(vocab_size=320, load_balancing=0.5, z_loss=0.25)
+    batch = random_batch((6, 4, 7), (3, 5, 2), whole=kind == "reward")
+    objective = {
+        "dpo": DPO(DPOConfig(reference="cached")),
+        "kto": KTO(KTOConfig(reference="cached")),
+        "orpo": ORPO(),
+        "reward": Reward(),
+    }[kind]
+    objective.cached_reference = {}
+    if kind == "reward":
+        model = to_classifier(model, 1)
+    if kind == "kto":
+        batch.extras.update(is_good=torch.tensor([1.0, 0, 1, 0]), match=torch.ones(4))
+    output = objective.loss(model, batch)
+    routing = []
+    model(batch.token_ids, batch.context(routing=routing))
+    losses = [0.5 * load_balancing_loss(r) + 0.25 * router_z_loss(r) for r in routing]
+    expected = output.num_tokens * torch.stack(losses).mean()
+    torch.testing.assert_close(output.auxiliary, expected)
+    assert output.auxiliary.requires_grad
+    assert output.metrics["router/z"] > 0
 
 
 def test_without_coefficients_the_routers_add_nothing():

@@ -1,15 +1,20 @@
-"""The warning about a run that is too short, and the settings that it advises."""
+"""The plan of a run: the warning about too few steps, and the work of shared prompts."""
 
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 
 from easyllm.batches.loader import Loader
 from easyllm.examples.sample import Sample
 from easyllm.train.config import TrainConfig
-from easyllm.train.preflight import ENOUGH_STEPS, few_steps
+from easyllm.train.objectives import DPO
+from easyllm.train.preflight import ENOUGH_STEPS, few_steps, plan_run
 from easyllm.train.run import count_steps
 from easyllm.train.training_data import TrainingData
+from preference_rows import random_group
+from tiny_models import build_tiny
 
 
 def configured(**changes):
@@ -80,3 +85,21 @@ def test_a_bound_on_tokens_is_named_as_the_reason():
 )
 def test_enough_steps_and_a_bound_on_steps_cause_no_warning(num_rows, changes):
     assert warned(num_rows, **changes) == []
+
+
+@pytest.mark.parametrize("adapter", [None, {"kind": "prompt", "num_virtual_tokens": 4}])
+def test_a_shared_prompt_is_planned_once_where_it_is_computed_once(adapter):
+    groups = [random_group(20, 5, 7, seed=i) for i in range(4)]
+    shared = DPO().num_shared_tokens(groups)
+    assert shared == 4 * 20
+    config = configured(adapter=adapter, batch_size=2, epochs=3, micro_batch_tokens=64)
+    tokens = sum(part.num_tokens for group in groups for part in group.parts)
+    loader = Loader(groups, batch_size=2, micro_batch_tokens=256, seed=0)
+    data = TrainingData(loader, None, tokens, "", [], {"samples": 4}, {})
+    plans = [
+        plan_run(config, build_tiny().config, DPO(), each, 6, torch.device("cpu"))
+        for each in (data, replace(data, shared_per_epoch=shared))
+    ]
+    expected = 1.0 if adapter else (tokens - shared) / tokens
+    assert plans[1].flops / plans[0].flops == pytest.approx(expected)
+    assert plans[1].tokens == plans[0].tokens == 3 * tokens

@@ -23,6 +23,7 @@ from easyllm.train.objectives.objective import (
 from easyllm.train.objectives.orpo import ORPO, ORPOConfig
 from easyllm.train.objectives.quantization_aware import QuantizationAware, QuantizationAwareConfig
 from easyllm.train.objectives.reward import Reward, RewardConfig
+from easyllm.train.objectives.router import routing_of, with_router_losses
 from easyllm.train.objectives.simpo import SimPO, SimPOConfig
 
 __all__ = [
@@ -52,5 +53,7 @@ __all__ = [
     "build_objective",
     "objective_kind",
     "register_objective",
+    "routing_of",
     "unregister_objective",
+    "with_router_losses",
 ]

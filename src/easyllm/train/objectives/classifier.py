@@ -22,6 +22,7 @@ from easyllm.train.objectives.objective import (
     ObjectiveConfig,
     register_objective,
 )
+from easyllm.train.objectives.router import routing_of, with_router_losses
 
 
 class ClassifierConfig(ObjectiveConfig):
@@ -65,17 +66,19 @@ class Classifier(Objective):
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         """Returns the loss summed over texts, and for classification the accuracy."""
-        hidden = model(batch.token_ids, batch.context())
+        routing = routing_of(model)
+        hidden = model(batch.token_ids, batch.context(routing=routing))
         rows = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
         scores = model.head(hidden.index_select(0, rows))  # [texts, labels]
         if scores.shape[1] == 1:
             wanted = batch.extras[TARGET][: len(rows)]  # a padding sequence comes last
             total = F.mse_loss(scores.squeeze(1), wanted.to(scores.dtype), reduction="sum")
-            return LossOutput(total, len(rows))
+            return with_router_losses(LossOutput(total, len(rows)), routing)
         labels = batch.labels[rows]
         total = F.cross_entropy(scores, labels, reduction="sum")
         right = (scores.argmax(-1) == labels).float().mean()
-        return LossOutput(total, len(rows), metrics={"accuracy": float(right)})
+        output = LossOutput(total, len(rows), metrics={"accuracy": float(right)})
+        return with_router_losses(output, routing)
 
 
 register_objective(

@@ -40,6 +40,7 @@ from easyllm.train.objectives.reference import (
     reference_sums,
     use_reference,
 )
+from easyllm.train.objectives.router import routing_of, with_router_losses
 from easyllm.train.objectives.sequence_logprobs import sequence_logprobs
 
 IS_GOOD, MATCH = "is_good", "match"
@@ -121,7 +122,8 @@ class KTO(Objective):
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         """Returns the loss summed over responses; `begin_step` has set z."""
         part = batch.select(_sequences(batch, mismatched=False))
-        policy = sequence_logprobs(model, part)
+        routing = routing_of(model)
+        policy = sequence_logprobs(model, part, routing=routing)
         ratios = policy.sums - reference_sums(self, part)
         good = part.extras[IS_GOOD] > 0
         losses = kto_losses(ratios, good, self.kl, self.config)
@@ -139,7 +141,8 @@ class KTO(Objective):
                 metrics[f"logprobs/{side}"] = float(policy.sums.detach()[of_side].mean())
                 number = int(of_side.sum())
                 counts |= {f"rewards/{side}": number, f"logprobs/{side}": number}
-        return LossOutput(losses.sum(), len(part.lengths), metrics=metrics, counts=counts)
+        output = LossOutput(losses.sum(), len(part.lengths), metrics=metrics, counts=counts)
+        return with_router_losses(output, routing)
 
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Returns the mean loss and metrics, with z estimated from all batches."""

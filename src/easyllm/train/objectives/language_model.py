@@ -5,16 +5,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat
-from torch import Tensor
 
 from easyllm.batches.packing import Batch
 from easyllm.examples.conversations import read_conversations
 from easyllm.examples.prepare import PreparationStats, prepare_conversations
 from easyllm.examples.sample import AnySample
 from easyllm.nn.decoder import Decoder
-from easyllm.nn.moe import Routing, load_balancing_loss, router_z_loss
 from easyllm.ops.cross_entropy import linear_cross_entropy
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.data_config import CorpusDataConfig, DataConfig, GeneratedConfig, RowsConfig
@@ -24,6 +21,7 @@ from easyllm.train.objectives.objective import (
     ObjectiveConfig,
     register_objective,
 )
+from easyllm.train.objectives.router import routing_of, with_router_losses
 
 
 class LanguageModelConfig(ObjectiveConfig):
@@ -71,7 +69,7 @@ class LanguageModel(Objective):
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         """Returns the summed cross-entropy of the labelled tokens, and router losses for MoE."""
         config = model.config
-        routing: list[Routing] | None = [] if config.has_experts else None
+        routing = routing_of(model)
         context = batch.context(prefix=config.prompt_mask == "prefix", routing=routing)
         hidden, weight = model.loss_factors(model(batch.token_ids, context))
         out = linear_cross_entropy(
@@ -82,33 +80,7 @@ class LanguageModel(Objective):
             label_smoothing=self.config.label_smoothing if model.training else 0.0,
             z_loss=self.config.z_loss if model.training else 0.0,
         )
-        if not routing:
-            return LossOutput(out.sum, out.num_tokens)
-        loss, metrics = router_losses(routing)
-        return LossOutput(out.sum, out.num_tokens, loss * out.num_tokens, metrics)
-
-
-def router_losses(routing: list[Routing]) -> tuple[Tensor, dict[str, float]]:
-    """Returns the routers' loss per token, and router metrics.
-
-    The losses of a batch are means over the MoE layers, as in Hugging Face; over the micro-batches
-    of a step, they are averaged by tokens. The load-balancing loss is a product of batch means, so
-    it is the only loss that depends on how a step is split into micro-batches.
-    """
-    balance = torch.stack([load_balancing_loss(r) for r in routing])
-    z = torch.stack([router_z_loss(r) for r in routing])
-    weights = balance.new_tensor([r.config.load_balancing for r in routing])
-    z_weights = balance.new_tensor([r.config.z_loss for r in routing])
-    loss = (weights * balance + z_weights * z).mean()
-    loads = [r.load() for r in routing]
-    spread = torch.stack([load.std(correction=0) / load.mean() for load in loads])
-    dropped = torch.stack([r.dropped.float().mean() for r in routing])
-    return loss, {
-        "router/load_balancing": float(balance.detach().mean()),
-        "router/z": float(z.detach().mean()),
-        "router/load_variation": float(spread.mean()),
-        "router/dropped": float(dropped.mean()),
-    }
+        return with_router_losses(LossOutput(out.sum, out.num_tokens), routing)
 
 
 register_objective(LanguageModelConfig, build=LanguageModel, data=(DataConfig, CorpusDataConfig))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from easyllm.batches.loader import Loader, StepLoader
 from easyllm.batches.packing import Batch, pack, split_by_tokens
+from easyllm.batches.shared_prompts import num_shared_tokens
 from easyllm.core.config import Config
 from easyllm.core.kinds import Kinds
 from easyllm.examples.prepare import PreparationStats
@@ -164,6 +165,13 @@ class Objective:
             seed=sizes.seed,
             collate=self.collate,
         )
+
+    def num_shared_tokens(self, samples: Sequence[AnySample]) -> int:
+        """Returns how many tokens of an epoch are in prompts that are computed for others.
+
+        They are counted as tokens of the data, but take no time where prompts are shared.
+        """
+        return num_shared_tokens(samples)
 
     def start(self, setup: RunSetup) -> None:
         """Called once the model is built, before a checkpoint is restored and the first step."""

@@ -28,6 +28,7 @@ from easyllm.nn.decoder import Decoder
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.data_config import GeneratedConfig, PreferenceDataConfig, RowsConfig
 from easyllm.train.objectives.objective import LossOutput, Objective
+from easyllm.train.objectives.router import routing_of, with_router_losses
 from easyllm.train.objectives.sequence_logprobs import SequenceLogprobs, sequence_logprobs
 
 RANK, MARGIN = "rank", "margin"
@@ -160,10 +161,12 @@ class PairObjective(Objective):
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         """Returns the loss summed over groups, with rewards, their margin and accuracy."""
-        pairs, policy = pairs_of(batch), sequence_logprobs(model, batch)
+        pairs, routing = pairs_of(batch), routing_of(model)
+        policy = sequence_logprobs(model, batch, routing=routing)
         losses, rewards = self.pair_losses(policy, batch, pairs)
         metrics = reward_metrics(pairs, rewards) | logprob_metrics(pairs, policy)
-        return LossOutput(pairs.sum(losses), pairs.num_groups, metrics=metrics)
+        output = LossOutput(pairs.sum(losses), pairs.num_groups, metrics=metrics)
+        return with_router_losses(output, routing)
 
     def pair_losses(
         self, policy: SequenceLogprobs, batch: Batch, pairs: Pairs

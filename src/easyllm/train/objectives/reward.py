@@ -15,7 +15,7 @@ response that was just generated is read at the same place.
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
@@ -53,6 +53,7 @@ from easyllm.train.objectives.pairs import (
     read_pairs,
     reward_metrics,
 )
+from easyllm.train.objectives.router import routing_of, with_router_losses
 from easyllm.train.objectives.sequence_logprobs import hidden_at
 
 IS_GOOD = "is_good"
@@ -111,9 +112,12 @@ class Reward(Objective):
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         """Returns the loss summed over groups or responses, and metrics of the rewards."""
-        rewards = sequence_rewards(model, batch)
-        if RANK in batch.extras:
-            return self._pairwise(rewards, batch)
+        routing = routing_of(model)
+        rewards = sequence_rewards(model, batch, routing=routing)
+        output = self._pairwise if RANK in batch.extras else self._pointwise
+        return with_router_losses(output(rewards, batch), routing)
+
+    def _pointwise(self, rewards: Tensor, batch: Batch) -> LossOutput:
         count = batch.num_trained  # a padding sequence comes last
         rewards = rewards[:count]
         if IS_GOOD in batch.extras:
@@ -144,16 +148,17 @@ def pairwise_losses(better: Tensor, worse: Tensor, margins: Tensor, *, center: f
     return -F.logsigmoid(better - worse - margins) + center * (better + worse).square()
 
 
-def sequence_rewards(model: Decoder, batch: Batch) -> Tensor:
+def sequence_rewards(model: Decoder, batch: Batch, *, routing: list[Any] | None = None) -> Tensor:
     """Returns the reward of each sequence, read at its last token: [S], fp32 or wider.
 
     Args:
         model: a model with a head of one output.
         batch: packed sequences; where its extras describe groups with a common prompt, the prompt
             is computed once. A padding sequence has a meaningless reward.
+        routing: a list that collects the decisions of MoE routers.
     """
     last = batch.cu_seqlens[1:].long() - 1
-    return model.head(hidden_at(model, batch, last)).squeeze(1)
+    return model.head(hidden_at(model, batch, last, routing=routing)).squeeze(1)
 
 
 def read_at_end(encoded: Encoded, extras: dict[str, float] | None = None) -> Sample:

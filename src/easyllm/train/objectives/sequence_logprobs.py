@@ -1,12 +1,13 @@
 """Log-probabilities of the labelled tokens of packed sequences, summed by sequence."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from easyllm.batches.packing import Batch
-from easyllm.batches.shared_prompts import ANSWERS, share_prompts
+from easyllm.batches.shared_prompts import ANSWERS, share_prompts, shares_prompts
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.ops.token_logprobs import linear_logprobs
@@ -32,7 +33,9 @@ class SequenceLogprobs:
         return self.sums / self.counts.clamp(min=1)
 
 
-def sequence_logprobs(model: Decoder, batch: Batch, *, base_only: bool = False) -> SequenceLogprobs:
+def sequence_logprobs(
+    model: Decoder, batch: Batch, *, base_only: bool = False, routing: list[Any] | None = None
+) -> SequenceLogprobs:
     """Returns the summed log-probability of each sequence's labels, with one forward pass.
 
     The logits of all rows never exist at once: see `ops.token_logprobs`.
@@ -42,9 +45,10 @@ def sequence_logprobs(model: Decoder, batch: Batch, *, base_only: bool = False) 
         batch: packed sequences; where its extras describe groups with a common prompt
             (`batches.shared_prompts`), the prompt is computed once.
         base_only: disable the model's adapter.
+        routing: a list that collects the decisions of MoE routers.
     """
     labelled = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
-    picked = hidden_at(model, batch, labelled, base_only=base_only)
+    picked = hidden_at(model, batch, labelled, base_only=base_only, routing=routing)
     inputs, weight = (picked, model.head_weight) if base_only else model.loss_factors(picked)
     logprobs = linear_logprobs(
         inputs, weight, batch.labels[labelled], softcap=model.config.logit_softcap
@@ -52,13 +56,21 @@ def sequence_logprobs(model: Decoder, batch: Batch, *, base_only: bool = False) 
     return by_sequence(batch, labelled, logprobs)
 
 
-def hidden_at(model: Decoder, batch: Batch, tokens: Tensor, *, base_only: bool = False) -> Tensor:
+def hidden_at(
+    model: Decoder,
+    batch: Batch,
+    tokens: Tensor,
+    *,
+    base_only: bool = False,
+    routing: list[Any] | None = None,
+) -> Tensor:
     """Returns the final hidden states of some tokens of a batch, with one forward pass.
 
     Args:
         batch: as in `sequence_logprobs`.
         tokens: [N] int64, numbers of tokens of the batch.
         base_only: disable the model's adapter.
+        routing: a list that collects the decisions of MoE routers.
 
     Returns:
         [N, D].
@@ -68,7 +80,8 @@ def hidden_at(model: Decoder, batch: Batch, tokens: Tensor, *, base_only: bool =
         hidden: Tensor = model(token_ids, context)
         return hidden.index_select(0, rows[tokens])
     prefix = model.config.prompt_mask == "prefix"
-    hidden = model(batch.token_ids, batch.context(prefix=prefix, base_only=base_only))
+    context = batch.context(prefix=prefix, base_only=base_only, routing=routing)
+    hidden = model(batch.token_ids, context)
     return hidden.index_select(0, tokens)
 
 
@@ -80,15 +93,9 @@ def reference_logprobs(reference: Reference, batch: Batch) -> SequenceLogprobs:
 
 
 def can_share(model: Decoder, batch: Batch, *, base_only: bool = False) -> bool:
-    """Returns whether the prompts of the batch's groups can be computed once.
-
-    They cannot if the prompt's hidden states depend on the response, nor if virtual tokens are part
-    of every sequence. A capacity of experts depends on which rows are computed together.
-    """
-    config = model.config
-    virtual = model.num_virtual_tokens > 0 and not base_only
-    plain = config.is_length_invariant and not config.has_experts and not virtual
-    return plain and ANSWERS in batch.extras
+    """Returns whether the prompts of the batch's groups can be computed once."""
+    virtual = 0 if base_only else model.num_virtual_tokens
+    return ANSWERS in batch.extras and shares_prompts(model.config, virtual)
 
 
 def by_sequence(batch: Batch, tokens: Tensor, values: Tensor) -> SequenceLogprobs:
