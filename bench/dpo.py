@@ -1,11 +1,12 @@
 """LoRA DPO on SmolLM2: pairs/s and peak memory, with the prompt of a pair computed once and twice.
 
-    python bench/dpo.py [--pairs 16] [--rounds 2] [--peer PYTHON] [--record]
+    python bench/dpo.py [--pairs 12] [--rounds 2] [--peer PYTHON] [--record]
 
 One epoch at batch size 2, at most 512 tokens a sequence, LoRA of rank 8 on all linears, in fp32;
 the reference pass of every step is counted, loading the model is not. Each measurement is a process
 of its own, and they take turns. `--peer` is the interpreter of an environment with TRL, whose
-trainer is measured on the same pairs (`peers/trl_dpo.py`, which counts building the trainer too).
+trainer is measured on the same pairs with and without precomputed reference log-probabilities
+(`peers/trl_dpo.py`, which counts building the trainer too).
 """
 
 import argparse
@@ -20,12 +21,14 @@ from typing import Any
 import machine
 
 ITEMS = ("shared", "separate")
+PEERS = ("trl", "trl_precomputed")
+"""TRL without and with `precompute_ref_log_probs`."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=machine.SHARED / "data" / "dpo_en_demo.json")
-    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peer", type=Path, help="Python with TRL")
     parser.add_argument("--record", action="store_true")
@@ -45,8 +48,10 @@ def main() -> None:
                 found.setdefault(item, []).append(machine.figures_of(command))
             if options.peer:
                 script = machine.SHARED / "peers" / "trl_dpo.py"
-                command = [options.peer, script, f"{folder}/model", options.data, options.pairs]
-                found.setdefault("trl", []).append(machine.figures_of(command))
+                for precompute, item in enumerate(PEERS):
+                    files = [f"{folder}/model", options.data]
+                    command = [options.peer, script, *files, options.pairs, precompute]
+                    found.setdefault(item, []).append(machine.figures_of(command))
     results = {
         item: {
             "pairs_per_s": round(statistics.median(row["pairs_s"] for row in rows), 4),
