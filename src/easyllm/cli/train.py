@@ -48,6 +48,7 @@ def train(
     from easyllm.core.yaml_text import dump_yaml
     from easyllm.pipeline.recipe import find_recipe, load_train_recipe, shipped_name
     from easyllm.reporting import reporting_callbacks
+    from easyllm.rl.doctor import report
     from easyllm.train import dry_run as plan_training
     from easyllm.train import train as run_training
 
@@ -65,7 +66,7 @@ def train(
     result = run_training(
         config,
         Path(config.output),
-        callbacks=reporting_callbacks(config, shipped_name(path)),
+        callbacks=reporting_callbacks(config, shipped_name(path), diagnose=report),
         allow_change=allow_change,
     )
     if json_output:

@@ -40,6 +40,7 @@ from easyllm.pipeline.recipe import (
     TrainStage,
 )
 from easyllm.reporting import reporting_callbacks
+from easyllm.rl.doctor import report
 from easyllm.tokenizer.train import train_tokenizer
 from easyllm.tokenizer.train_config import TokenizerConfig
 from easyllm.train import TrainConfig, train
@@ -200,7 +201,8 @@ def _train(stage: TrainStage, folder: Path) -> JsonObject:
     if (folder / MANIFEST_FILE).is_file():
         return Manifest.read(folder / MANIFEST_FILE).results
     config = train_config(stage)
-    return train(config, folder, callbacks=reporting_callbacks(config)).figures
+    callbacks = reporting_callbacks(config, diagnose=report)
+    return train(config, folder, callbacks=callbacks).figures
 
 
 def train_config(stage: TrainStage) -> TrainConfig:

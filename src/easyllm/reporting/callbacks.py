@@ -1,8 +1,10 @@
 """Callbacks that report a training run while it runs."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from easyllm.core.json_types import JsonObject
 from easyllm.reporting.expected import load_band
 from easyllm.reporting.expected_callback import ExpectedBand
 from easyllm.reporting.run_report import RunReport
@@ -15,7 +17,12 @@ REPORT_EVERY_S = 15.0
 FOLDER = "tensorboard"
 
 
-def reporting_callbacks(config: TrainConfig, recipe: str | None = None) -> tuple[Callback, ...]:
+def reporting_callbacks(
+    config: TrainConfig,
+    recipe: str | None = None,
+    *,
+    diagnose: Callable[[Path], JsonObject] | None = None,
+) -> tuple[Callback, ...]:
     """Returns the callbacks that write the reports which a recipe configures.
 
     These are `report.html`, always, the files for TensorBoard with `tensorboard: true`, and the
@@ -24,11 +31,13 @@ def reporting_callbacks(config: TrainConfig, recipe: str | None = None) -> tuple
     Args:
         config: the configuration.
         recipe: name of the shipped recipe that it comes from; None for a recipe of the user's.
+        diagnose: says what is unusual in a run, such as `easyllm.rl.doctor.report`; the page then
+            shows it.
 
     Raises:
         DataError: the file of the recipe's band is damaged.
     """
-    found: list[Callback] = [WriteReport()]
+    found: list[Callback] = [WriteReport(diagnose)]
     if config.tensorboard:
         found.append(TensorBoard())
     band = None if recipe is None else load_band(recipe)
@@ -40,13 +49,14 @@ def reporting_callbacks(config: TrainConfig, recipe: str | None = None) -> tuple
 class WriteReport(Callback):
     """Writes `report.html` at most every `REPORT_EVERY_S` seconds, and when the run ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, diagnose: Callable[[Path], JsonObject] | None = None) -> None:
+        self._diagnose = diagnose
         self._report: RunReport | None = None
         self._written_at = 0.0
 
     def on_start(self, run: Run) -> None:
         """Starts the time until the first version of the page."""
-        self._report = RunReport(run.output, total_steps=run.total_steps)
+        self._report = RunReport(run.output, total_steps=run.total_steps, diagnose=self._diagnose)
         self._written_at = time.monotonic()
 
     def after_step(self, run: Run, report: StepReport) -> None:  # noqa: ARG002 - of the interface

@@ -2,6 +2,7 @@
 
 import os
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +111,8 @@ class Facts:
         results: the results in the manifest of a finished run.
         state: `running` unless finished or stopped.
         total_steps: number of steps of the complete run; None if unknown.
+        diagnosis: what is unusual in the run, as `easyllm rl doctor --json` prints it; None if it
+            was not examined.
     """
 
     name: str
@@ -119,10 +122,16 @@ class Facts:
     results: JsonObject
     state: Literal["running", "finished", "stopped"]
     total_steps: int | None
+    diagnosis: JsonObject | None = None
 
 
-def read_facts(run: Path, history: History, total_steps: int | None) -> Facts:
-    """Reads the current contents of a run's folder."""
+def read_facts(
+    run: Path,
+    history: History,
+    total_steps: int | None,
+    diagnose: Callable[[Path], JsonObject] | None = None,
+) -> Facts:
+    """Reads the current contents of a run's folder, and examines a run that has metrics."""
     recipe: JsonObject = {}
     text = ""
     if (run / RECIPE_FILE).is_file():
@@ -141,4 +150,5 @@ def read_facts(run: Path, history: History, total_steps: int | None) -> Facts:
         results=Manifest.read(run / MANIFEST_FILE).results if finished else {},
         state="finished" if finished else "stopped" if turns[-1:] == ["stopped"] else "running",
         total_steps=total_steps or recipe.get("max_steps"),
+        diagnosis=None if diagnose is None or history.first_step is None else diagnose(run),
     )

@@ -35,7 +35,8 @@ def build_page(facts: Facts) -> str:
     body.append(
         f'<section class="charts">{figures or "<p>No steps have been logged yet.</p>"}</section>'
     )
-    body += [_samples(facts.history.samples), _events(facts.history.events)]
+    body += [_diagnosis(facts.diagnosis), _samples(facts.history.samples)]
+    body.append(_events(facts.history.events))
     if others:
         title = f"Other metrics ({len(others)})"
         small = "".join(figure(chart, facts.history) for chart in others[:MAX_FIGURES])
@@ -178,6 +179,25 @@ def _seconds(history: History) -> Floats:
         return np.zeros(0)
     keep = np.isfinite(tokens) & np.isfinite(speed) & (speed > 0)
     return tokens[keep] / speed[keep]
+
+
+def _diagnosis(found: JsonObject | None) -> str:
+    """Returns what is unusual in the run, with the usual range and what to change."""
+    if not found or not found["checked"]:
+        return ""
+    title = "<section><h2>Diagnosis</h2>"
+    if not found["findings"]:
+        checks = "1 check" if len(found["checked"]) == 1 else f"{len(found['checked'])} checks"
+        return f"{title}<p>Nothing unusual in {checks}.</p></section>"
+    rows = (
+        (
+            f"{each['name']}: {each['metric']} = {number_text(each['value'])}",
+            str(each["usual"]),
+            str(each["change"]),
+        )
+        for each in found["findings"]
+    )
+    return title + _table(("Unusual", "Usual", "What to change"), rows) + "</section>"
 
 
 def _samples(lines: list[tuple[int, list[Any]]]) -> str:

@@ -76,6 +76,11 @@ def diagnose(run: Path) -> Diagnosis:
     return examine(read_history(run))
 
 
+def report(run: Path) -> JsonObject:
+    """Returns the diagnosis of a run as JSON values, for `easyllm.reporting`."""
+    return diagnose(run).as_dict()
+
+
 def examine(history: History) -> Diagnosis:
     """Checks the metrics of a run."""
     findings, checked = [], []
@@ -118,7 +123,7 @@ def _learning_rate(history: History) -> Finding | None:
     """One update must change the policy a little."""
     bounds = {
         "rl/update_kl_nats": (max(history.values("rl/update_kl_nats"), default=0.0), 0.2),
-        "rl/kl_per_token_nats": (history.largest_rise("rl/kl_per_token_nats"), 0.3),
+        "rl/kl_per_token_nats": (history.largest_rise("rl/kl_per_token_nats"), 0.6),
     }
     for metric, (value, bound) in bounds.items():
         if value > bound:
@@ -434,4 +439,4 @@ CHECKS: dict[str, tuple[tuple[str, ...], Check]] = {
 """Each check with the metrics that it needs, the most likely causes first."""
 
 
-__all__ = ["CHECKS", "Diagnosis", "Finding", "diagnose", "examine"]
+__all__ = ["CHECKS", "Diagnosis", "Finding", "diagnose", "examine", "report"]

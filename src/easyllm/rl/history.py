@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from easyllm.core.errors import DataError
@@ -13,7 +12,7 @@ from easyllm.core.jsonl import read_json_objects
 
 METRICS, MANIFEST = "metrics.jsonl", "manifest.json"
 WINDOW = 3
-"""A run is compared in parts of a third."""
+"""A run is compared in parts of a third, and a jump is one of three steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +52,16 @@ class History:
         return mean(self.values(name))
 
     def largest_rise(self, name: str) -> float:
-        """Returns the largest increase of a metric from one logged step to the next; 0 if none."""
+        """Returns the largest lasting increase of a metric, from three logged steps to three.
+
+        A single step of few answers is noise. In a run of few steps, fewer are compared.
+        """
         values = self.values(name)
-        return max((b - a for a, b in pairwise(values)), default=0.0)
+        ends = range(1, max(2, len(values) - WINDOW + 1)) if len(values) > 1 else ()
+        rises = (
+            mean(values[i : i + WINDOW]) - mean(values[max(0, i - WINDOW) : i]) for i in ends
+        )
+        return max(0.0, *rises, 0.0)
 
 
 def mean(values: Sequence[float]) -> float:

@@ -100,3 +100,30 @@ def test_text_of_a_run_is_escaped(tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(SourceError, match="give the folder of a training run"):
         write_report(tmp_path)
+
+
+def test_the_page_says_what_is_unusual_and_escapes_it(tmp_path):
+    write_metrics(tmp_path, steps(1, 4))
+    finding = {
+        "name": "entropy",
+        "metric": "rl/entropy",
+        "value": 0.012345,
+        "usual": "0.2 to 2 times the first, <3>",
+        "change": "lower the learning rate & look at samples",
+    }
+    found = {"findings": [finding], "checked": ["entropy"]}
+    page = write_report(tmp_path, diagnose=lambda run: found if run == tmp_path else {})
+    text = page.read_text(encoding="utf-8")
+    assert "<h2>Diagnosis</h2>" in text
+    assert "0.2 to 2 times the first, &lt;3&gt;" in text
+    assert "lower the learning rate &amp; look at samples" in text
+    found["findings"] = []
+    assert "Nothing unusual in 1 check." in write_report(
+        tmp_path, diagnose=lambda _: found
+    ).read_text(encoding="utf-8")
+    assert "Diagnosis" not in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_run_without_metrics_is_not_examined(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: smollm2\n", encoding="utf-8")
+    write_report(tmp_path, diagnose=lambda _: 1 / 0)
