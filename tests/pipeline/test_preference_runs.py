@@ -59,6 +59,7 @@ def config_of(tmp_path, base, objective, rows="preferences", /, **changes):
     [
         ("dpo-en", "null"),
         ("dpo-en", "nf4"),
+        ("dpo-en", "int8"),
         ("dpo-zh", "null"),
         ("rm-en", "null"),
         ("rm-en", "nf4"),

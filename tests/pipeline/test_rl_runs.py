@@ -172,9 +172,9 @@ def test_an_adapter_on_a_quantized_base_is_sampled_and_trained(
     )
     train(config, tmp_path / "run")
     lines = metrics_of(tmp_path / "run")
-    # sampler, trainer and reference read the same packed weights
-    assert lines[0]["rl/kl_nats"] == pytest.approx(0, abs=1e-3)
-    assert all(line["rl/mismatch_nats"] < 2e-2 for line in lines)
+    # trainer and reference compute the same; the sampler's kernel quantizes activations, too
+    assert lines[0]["rl/kl_nats"] == pytest.approx(0, abs=1e-4)
+    assert all(line["rl/mismatch_nats"] < 0.2 for line in lines)
     assert lines[-1]["rl/kl_nats"] > lines[0]["rl/kl_nats"]
     assert load_model(tiny_folder, adapter=tmp_path / "run" / "adapter").is_adapted
 

@@ -8,6 +8,9 @@ deterministic mode the forward pass uses the kernel even then, so that its resul
 engine; the gradient is that of the dequantized weights.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 import torch
@@ -20,6 +23,22 @@ from easyllm.ops.kernels.structs import DTYPE_CODES, Matrix, address
 
 BLOCK_OUTPUTS = 4096
 """Outputs that are dequantized at a time."""
+_DEQUANTIZES = ContextVar("dequantizes", default=False)
+
+
+@contextmanager
+def dequantized_products() -> Iterator[None]:
+    """Context manager in which products without a gradient are those of a training step.
+
+    For log-probabilities that are compared with ones that have a gradient, such as a reference's:
+    the kernel's quantized activations would be a difference between equal models. Deterministic
+    products stay as they are, because training has the kernel's there.
+    """
+    token = _DEQUANTIZES.set(True)
+    try:
+        yield
+    finally:
+        _DEQUANTIZES.reset(token)
 
 
 class PackedMatrix(Protocol):
@@ -67,6 +86,8 @@ def packed_linear(
     if torch.is_grad_enabled() and trained:
         out: Tensor = _Differentiable.apply(x, matrix, bias, deterministic)
         return out
+    if _DEQUANTIZES.get() and not deterministic:
+        return reference_packed_linear(x, matrix, bias)
     return _product(x, matrix, bias)
 
 
@@ -119,4 +140,9 @@ class _Differentiable(torch.autograd.Function):
         return total, None, to_bias, None
 
 
-__all__ = ["PackedMatrix", "packed_linear", "reference_packed_linear"]
+__all__ = [
+    "PackedMatrix",
+    "dequantized_products",
+    "packed_linear",
+    "reference_packed_linear",
+]

@@ -58,9 +58,7 @@ class History:
         """
         values = self.values(name)
         ends = range(1, max(2, len(values) - WINDOW + 1)) if len(values) > 1 else ()
-        rises = (
-            mean(values[i : i + WINDOW]) - mean(values[max(0, i - WINDOW) : i]) for i in ends
-        )
+        rises = (mean(values[i : i + WINDOW]) - mean(values[max(0, i - WINDOW) : i]) for i in ends)
         return max(0.0, *rises, 0.0)
 
 

@@ -139,6 +139,11 @@ class PolicyObjective(Objective):
         """Returns whether further prompts are to be answered: by default none."""
         return False
 
+    @property
+    def is_relative(self) -> bool:
+        """Always: the ratio compares the policy with what it was before the update."""
+        return True
+
     def learn_from(self, experiences: list[Experience]) -> dict[str, float]:
         """Adds log-probabilities and advantages to the answers; returns the rollout's metrics."""
         config = self.config
@@ -146,7 +151,8 @@ class PolicyObjective(Objective):
             each.tokens["rollout_logprobs"] = torch.tensor(each.answer.logprobs)
         if self.needs_old_logprobs:
             assert self._model is not None, "the run has started"
-            self._store_logprobs(experiences, "old_logprobs", self._model)
+            with self.products():
+                self._store_logprobs(experiences, "old_logprobs", self._model)
         figures: dict[str, float] = {}
         if self.reference is not None:
             self._store_reference(experiences)

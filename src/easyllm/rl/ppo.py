@@ -82,7 +82,7 @@ class PPO(PolicyObjective):
         assert critic is not None, "the run has started"
         assert model is not None, "the run has started"
         self._rollouts += 1
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), self.products():
             for group, batch, rows in self.batches(experiences):
                 if critic.is_shared:
                     values = critic.of_hidden(answer_hidden(model, batch, rows)).cpu()

@@ -110,10 +110,11 @@ def accumulate(
         metrics, averaged over tokens.
     """
     how = precision or PrecisionPolicy()
-    objective.begin_step(model, batches)
+    with objective.products():
+        objective.begin_step(model, batches)
     mean = MeanLoss(max(1, sum(objective.num_terms(batch) for batch in batches)))
     for batch in batches:
-        with how.autocast():
+        with how.autocast(), objective.products():
             output = objective.loss(
                 model, batch.padded_to_multiple(how.token_multiple).to(model.device)
             )

@@ -147,7 +147,8 @@ class KTO(Objective):
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Returns the mean loss and metrics, with z estimated from all batches."""
         held = list(batches)
-        self.begin_step(model, held)
+        with self.products():
+            self.begin_step(model, held)
         return super().evaluate(model, held)
 
 

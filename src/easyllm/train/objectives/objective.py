@@ -13,6 +13,7 @@ After that, the ordinary trainer accepts `objective: {kind: pair_loss}` with
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from easyllm.examples.prepare import PreparationStats
 from easyllm.examples.sample import AnySample
 from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
+from easyllm.ops.packed_linear import dequantized_products
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.data_config import DATA, DataBase, GeneratedConfig, RowsConfig
 from easyllm.train.evaluating import evaluating
@@ -59,14 +61,15 @@ class Reference:
         context = batch.context(
             prefix=self.model.config.prompt_mask == "prefix", base_only=self.without_adapter
         )
-        with evaluating(self.model):
+        with evaluating(self.model), dequantized_products():
             hidden: Tensor = self.model(batch.token_ids, context)
         return hidden
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Returns the reference model's fp32 logits [N, V] for selected rows `hidden: [N, D]`."""
-        logits: Tensor = self.model.head(hidden, BASE_ONLY if self.without_adapter else None)
+        with dequantized_products():
+            logits: Tensor = self.model.head(hidden, BASE_ONLY if self.without_adapter else None)
         return logits
 
 
@@ -218,7 +221,8 @@ class Objective:
 
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Returns `loss_nats`, the mean loss per term, and the means of the objective's metrics."""
-        mean = evaluate_loss(model, batches, self.loss)
+        with self.products():
+            mean = evaluate_loss(model, batches, self.loss)
         return {"loss_nats": mean.nats} | mean.metrics
 
     def evaluate_samples(
@@ -227,6 +231,18 @@ class Objective:
         """Returns the metrics of a model on the samples of `prepare_eval`."""
         groups = split_by_tokens(samples, micro_batch_tokens)
         return self.evaluate(model, (self.collate(group) for group in groups))
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether the loss compares log-probabilities with ones that have no gradient."""
+        return self.needs_reference or self.caches_reference
+
+    def products(self) -> AbstractContextManager[None]:
+        """Returns the context of the loss, in training and evaluation.
+
+        With quantized weights, losses that compare use the same products for both sides.
+        """
+        return dequantized_products() if self.is_relative else nullcontext()
 
     def monitored(self, figures: Mapping[str, float]) -> float:
         """Returns the number that decides which weights are best: lower is better.

@@ -10,6 +10,7 @@ from easyllm.batches.packing import Batch
 from easyllm.batches.shared_prompts import ANSWERS, share_prompts, shares_prompts
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX
+from easyllm.ops.packed_linear import dequantized_products
 from easyllm.ops.token_logprobs import linear_logprobs
 from easyllm.train.evaluating import evaluating
 from easyllm.train.objectives.objective import Reference
@@ -88,7 +89,7 @@ def hidden_at(
 @torch.no_grad()
 def reference_logprobs(reference: Reference, batch: Batch) -> SequenceLogprobs:
     """Returns the log-probabilities under the reference model, in evaluation mode."""
-    with evaluating(reference.model):
+    with evaluating(reference.model), dequantized_products():
         return sequence_logprobs(reference.model, batch, base_only=reference.without_adapter)
 
 
