@@ -81,7 +81,7 @@ def compare(first: Path, second: Path) -> JsonObject:
         and p-value (see `metric.paired_difference`).
 
     Raises:
-        DataError: a folder is no finished evaluation.
+        DataError: a folder is not that of a finished evaluation.
         ConfigError: the tasks or the items differ, or there is no common metric.
     """
     results = [_read(folder) for folder in (first, second)]

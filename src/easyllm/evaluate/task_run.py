@@ -164,7 +164,7 @@ class TaskRunner:
                 )
         elif output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ConfigError(
-                f"{str(output)!r} exists and is no evaluation; give a new folder with --output"
+                f"{str(output)!r} exists and is not an evaluation; give a new folder with --output"
             )
         return output / RESPONSES
 

@@ -238,7 +238,7 @@ def canonical(name: str) -> str:
 
 
 def _blocks(text: str) -> list[tuple[str, list[str], int]]:
-    """Returns the title, lines and line number of each heading's block; code is no heading."""
+    """Returns the title, lines and line number of each heading's block; code contains none."""
     blocks, fenced = list[tuple[str, list[str], int]](), False
     for number, line in enumerate(text.splitlines(), start=1):
         fenced ^= line.lstrip().startswith("```")

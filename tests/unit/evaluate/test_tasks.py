@@ -61,16 +61,16 @@ def test_a_task_is_a_file_of_yaml_or_json(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(values))
     assert load_task(str(path)).name == "mine"
-    path.write_text(json.dumps(values | {"promt": 1}))
-    with pytest.raises(ConfigError, match=r"promt.*prompt"):
+    path.write_text(json.dumps(values | {"prompts": 1}))
+    with pytest.raises(ConfigError, match=r"prompts.*prompt"):
         load_task(str(path))
     with pytest.raises(SourceError, match="did you mean 'gsm8k'"):
         load_task("gsm8")
 
 
 def test_fields_that_rows_lack_are_listed(questions):
-    task = CHOICE.model_copy(update={"prompt": "{{qestion}} {{context}} {{question}}"})
-    with pytest.raises(DataError, match=r"lacks 'qestion', 'context'.*question, choices, answer"):
+    task = CHOICE.model_copy(update={"prompt": "{{questions}} {{context}} {{question}}"})
+    with pytest.raises(DataError, match=r"lacks 'questions', 'context'.*question, choices, answer"):
         read_items(task, questions)
 
 
@@ -118,7 +118,7 @@ def test_the_right_choice_is_a_number_a_letter_or_a_text(tmp_path, gold, number)
 def test_a_right_choice_that_is_none_is_refused(tmp_path, gold):
     row = {"question": "q", "choices": ["fox", "dog world"], "answer": gold}
     (item,) = read_items(CHOICE, write(tmp_path / "a.jsonl", [row]))
-    with pytest.raises(DataError, match="which is no choice"):
+    with pytest.raises(DataError, match="which is not one of the choices"):
         choices_of(CHOICE, item)
 
 
