@@ -51,6 +51,7 @@ def test_a_task_is_evaluated_resumed_and_compared(tiny_folder, files, tmp_path):
         (["--task", "humaneval"], "lacks 'prompt', 'test', 'entry_point'"),
         (["--thinking"], "no response in which the model could think"),
         (["--shots", "9"], "lower --shots"),
+        (["--choices", "either"], "by likelihood or generated"),
         (["--temperature", "1"], "generates nothing; leave out --temperature"),
         (["--context", "4"], "--context concerns perplexity"),
         (["--references", "x"], "leave out --references"),

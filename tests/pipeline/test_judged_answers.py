@@ -215,7 +215,10 @@ def test_over_optimisation_is_drawn(files, tiny_folder, tmp_path):
         (["--task", "over-optimisation", "--proxy", "rule:length"], "needs --gold"),
         (["--task", "elo", "--prior-ties", "1"], "elo reads a file of judged pairs"),
         (["--judge", "rule:length"], "--judge concerns win-rate, not answers"),
-        (["--seed", "1"], "--seed concerns win-rate, elo and over-optimisation, not answers"),
+        (
+            ["--seed", "1"],
+            "--seed concerns win-rate, elo, over-optimisation and tasks of items, not",
+        ),
     ],
 )
 def test_what_a_task_needs_or_does_not_read_is_one_sentence(files, tiny_folder, words, said):

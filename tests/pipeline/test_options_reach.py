@@ -124,6 +124,8 @@ def calls(tiny_folder, tmp_path_factory):
         "bench serve": ("http://127.0.0.1:9",),
         "rl gridworld": (),
         "eval": (tiny_folder, rows),
+        "reason": (tiny_folder, "2 + 2"),
+        "prompt new": ("new.md",),
         "verify": (tiny_folder,),
         "compare": (tiny_folder, tiny_folder),
         "data best-of-n": (tiny_folder, rows, folder / "best.jsonl", "--reward", "rule:digits"),
@@ -202,6 +204,7 @@ ELSEWHERE = {
         "--write-timeout",
         "--drain-timeout",
         *("--max-waiting", "--unload-idle", "--allowed-host", "--adapters-folder", "--log-json"),
+        "--system",
     },
     "bench engine": {"--repeats", "--json"},
 }
@@ -294,6 +297,13 @@ def test_timeouts_reach_the_server(calls, recorder, monkeypatch):
     assert "a.example" in seen["allowed_hosts"]
     assert seen["adapters_folder"] == Path(calls["serve"][0])
     assert seen["log"] is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "begins"), [("assistant", "# Role: "), ("Be brief.", "Be brief.")]
+)
+def test_the_system_message_of_a_server_reaches_the_engine(calls, recorder, text, begins):
+    assert invoke("serve", calls, "--system", text).options["system"].startswith(begins)
 
 
 def test_beams_chat_and_system_options_reach_the_engine(calls, recorder):

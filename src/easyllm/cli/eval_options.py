@@ -23,8 +23,8 @@ class Task(StrEnum):
     win_rate = "win-rate"
     elo = "elo"
     over_optimisation = "over-optimisation"
-    items = "a task of items"
-    lm_eval = "lm-eval"
+    items = "tasks of items"
+    lm_eval = "lm-eval's tasks"
 
 
 NAMED_TASKS = (Task.answers, Task.perplexity, Task.win_rate, Task.elo, Task.over_optimisation)
@@ -78,7 +78,7 @@ class EvalOptions(BaseModel):
     )
     system: str | None = Field(
         default=None,
-        description="Tasks: a structured prompt as system message, by name or as a .md file.",
+        description="Tasks: system message: a text, a structured prompt by name, or a .md file.",
     )
     chat: bool | None = Field(
         default=None,
@@ -124,7 +124,7 @@ MEASURED = FlagGroup(
         "proxy": METAVAR,
         "gold": METAVAR,
         "choices": "likelihood|generated",
-        "system": "NAME|FILE",
+        "system": "TEXT|NAME|FILE",
     },
     flags={"thinking": "--thinking/--no-thinking", "chat": "--chat/--no-chat"},
 )
@@ -246,9 +246,10 @@ def options_of(task: Task, *groups: JsonMapping, **paths: Any) -> dict[str, Any]
         if name not in _READ[task]:
             tasks = [each.value for each, names in _READ.items() if name in names]
             known = f"{', '.join(tasks[:-1])} and {tasks[-1]}" if tasks[1:] else tasks[0]
+            named = [each.value for each in NAMED_TASKS if name in _READ[each]]
             raise ConfigError(
                 f"--{name.replace('_', '-')} concerns {known}, not {task.value}; leave it out, or "
-                f"add --task {tasks[-1]}"
+                f"add --task {named[-1] if named else 'NAME'}"
             )
     return given
 

@@ -41,6 +41,11 @@ def show_task(
         task = task.model_copy(update={"system": system_message(given["system"])})
     if "choices" in given and task.kind != "choice":
         raise ConfigError(f"task {task.name!r} has no choices; leave out --choices")
+    if given.get("choices") not in (None, "likelihood", "generated"):
+        raise ConfigError(
+            f"--choices {given['choices']}: choices are compared by likelihood or generated; give "
+            "one of these words"
+        )
     likelihood = task.kind == "choice" and given.get("choices") != "generated"
     metrics = task.metrics_for(likelihood=likelihood)
     shots, items = _items(task, data, given)

@@ -11,7 +11,9 @@ from easyllm.core.errors import ConfigError
 
 prompt_app = typer.Typer(
     no_args_is_help=True,
-    help="""Write, check and fill structured prompts (LangGPT, CRISPE).
+    help="""Write, check and fill structured prompts.
+
+    Their sections are those of LangGPT or CRISPE.
 
     [bold]Examples[/bold]
 

@@ -52,7 +52,8 @@ class ReasonOptions(BaseModel):
         default=16, ge=2, description="few-shot: questions on which examples are chosen."
     )
     system: str = Field(
-        default="", description="A structured prompt as system message: its name, or a .md file."
+        default="",
+        description="The system message: a text, a structured prompt by name, or a .md file.",
     )
 
 
@@ -63,6 +64,7 @@ REASON = FlagGroup(
         "method": "direct|few-shot|zero-shot|least-to-most|tree",
         "kind": "number|choice|line|text",
         "language": "en|zh",
+        "system": "TEXT|NAME|FILE",
     },
 )
 

@@ -72,9 +72,9 @@ def serve(
     system: Annotated[
         str,
         typer.Option(
-            metavar="NAME|FILE",
-            help="System message of conversations that begin with none of their own: a structured "
-            "prompt by name (easyllm prompt new lists them), or a .md file.",
+            metavar="TEXT|NAME|FILE",
+            help="System message of conversations that begin with none of their own: a text, a "
+            "structured prompt by name (easyllm prompt new lists them), or a .md file.",
         ),
     ] = "",
     history: Annotated[

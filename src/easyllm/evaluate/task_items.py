@@ -115,8 +115,8 @@ def choices_of(task: TaskConfig, item: Item) -> tuple[tuple[str, ...], int]:
         number = int(gold)
     if number is None or number >= len(texts):
         raise DataError(
-            f"{item.location}: {task.gold!r} is {gold!r}, which is not one of the choices; give its "
-            "number from 0, its letter or its text"
+            f"{item.location}: {task.gold!r} is {gold!r}, which is not one of the choices; give "
+            "its number from 0, its letter or its text"
         )
     return texts, number
 

@@ -1,11 +1,13 @@
 """Prompts by name: those in the package, in English and Chinese, and files of the user."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from easyllm.core.errors import SourceError, suggest
 from easyllm.prompt.structured import StructuredPrompt, parse, render
 
+_SOURCE = re.compile(r"[\w./~\\:-]+|.*\.(?:md|txt)", re.ASCII)
 FOLDER = Path(__file__).with_name("templates")
 
 
@@ -50,9 +52,15 @@ def load_prompt(source: str) -> StructuredPrompt:
 def system_message(source: str, variables: Mapping[str, str] | None = None) -> str:
     """Returns the text of a prompt as a system message, for evaluations and the server.
 
+    Args:
+        source: a name or file; anything that cannot be one, such as several words, is the message.
+        variables: values of the prompt's variables.
+
     Raises:
         SourceError, ConfigError: as for `load_prompt` and `render`.
     """
+    if not _SOURCE.fullmatch(source):
+        return source
     return render(load_prompt(source), variables).strip()
 
 

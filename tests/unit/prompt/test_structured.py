@@ -129,5 +129,7 @@ def test_system_messages_by_name_and_file(tmp_path):
     path = tmp_path / "mine.md"
     path.write_text("# Role: Cook\n")
     assert system_message(str(path)) == "# Role: Cook"
+    assert system_message("Be brief.") == "Be brief."
+    assert system_message("简短回答") == "简短回答"
     with pytest.raises(SourceError, match="did you mean 'solver'"):
         system_message("solvr")
