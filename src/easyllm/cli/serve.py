@@ -90,7 +90,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Folder of a training run, or NAME=FOLDER: its newest checkpoint is served too, "
-            "also while the run goes on.",
+            "also during the run.",
             metavar="FOLDER",
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""Serves the newest checkpoint of a training run while the run goes on."""
+"""Serves the newest checkpoint of a training run while the run continues."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""The model of a run's checkpoints, to use it while the run goes on."""
+"""The model of a run's checkpoints, to use it while the run continues."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
