@@ -18,7 +18,7 @@ ORDER = [
     *("core", "ops"),
     *("tokenizer", "checkpoint", "nn", "parallel"),
     *("corpus", "examples", "batches", "quant", "adapters", "models", "plan", "engine"),
-    *("train", "reporting", "prompt", "evaluate", "serve"),
+    *("train", "reporting", "prompt", "embed", "retrieval", "evaluate", "serve"),
     *("rl", "verify", "pipeline", "lab", "cli"),
 ]
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}

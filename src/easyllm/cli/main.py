@@ -93,6 +93,12 @@ COMMANDS: dict[str, dict[str, str]] = {
         "reason": "Let a model reason before it answers: step by step, by vote, in parts, as a "
         "tree.",
     },
+    "embed": {
+        "embed": "Train word and sentence embeddings, and search with them.",
+    },
+    "rag": {
+        "rag": "Answer questions from documents: index them, search, cite.",
+    },
     "generate": {
         "generate": "Continue a prompt, printing the text as it is generated.",
         "chat": "Chat with a model in the terminal; an empty line or Ctrl-D quits.",

@@ -1,7 +1,7 @@
 """The `easyllm serve` command."""
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,7 @@ from easyllm.engine.options import LLMOptions
 from easyllm.serve.limits import ServeLimits
 
 if TYPE_CHECKING:
+    from easyllm.serve.documents import Documents
     from easyllm.serve.watch import WatchedRun
 
 TIMEOUTS = FlagGroup(
@@ -142,6 +143,7 @@ def serve(
     from easyllm.prompt.library import system_message
 
     limits = validate(ServeLimits, {**timeouts, **queue}, source="serving options")
+    instruction: Values = {"system": system_message(system)} if system else {}
     start(
         _by_name(models),
         host=host,
@@ -152,7 +154,7 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()),
         adapters_folder=adapters_folder,
         log_json=log_json,
-        **({"system": system_message(system)} if system else {}),
+        **instruction,
         history=history,
         watch=_by_name(watch or []),
         replicas=replicas,
@@ -174,9 +176,12 @@ def start(
     history: Path | None = None,
     watch: dict[str, str] | None = None,
     replicas: int = 1,
+    open_documents: Callable[[], "Documents"] | None = None,
     **options: Any,
 ) -> None:
     """Loads models and serves them until interrupted; `options` apply to every engine.
+
+    With `open_documents`, questions are answered from the index that it opens.
 
     Raises:
         ConfigError: the port is in use, the key cannot be sent in a header, or the history cannot
@@ -203,6 +208,7 @@ def start(
             "log": RequestLog(json_lines=log_json),
             "history": None if history is None else History(history),
         }
+        documents = None if open_documents is None else open_documents()
         shown = f"[{host}]" if ":" in host else host
         where = f"http://{shown}:{port}/  (Ctrl-C stops)"
         if replicas > 1:
@@ -226,6 +232,7 @@ def start(
             adapters_folder=adapters_folder,
             allowed_hosts=allowed_hosts,
             watched=watched,
+            documents=documents,
             **shared,
         )
 

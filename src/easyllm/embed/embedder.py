@@ -67,7 +67,8 @@ class Embedder:
 
     def probe(self) -> Vectors:
         """Returns the vector of a fixed text, which identifies the model, [dim] fp32."""
-        return self.embed(["The quick brown fox 快速的棕色狐狸."])[0]
+        found: Vectors = self.embed(["The quick brown fox 快速的棕色狐狸."])[0]
+        return found
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Returns the number of tokens of each text, without prefix and special tokens."""

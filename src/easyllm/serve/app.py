@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from easyllm.engine.llm import LLM
 from easyllm.serve.documented import answers_of, body_of, describe, errors
+from easyllm.serve.documents import Documents
 from easyllm.serve.endpoint import Endpoint
 from easyllm.serve.engine_view import engine_view
 from easyllm.serve.errors import APIError, on_api_error, on_exception, on_routing_error
@@ -30,7 +31,7 @@ from easyllm.serve.own_routes import own_endpoints
 from easyllm.serve.page import page_endpoints
 from easyllm.serve.request_log import RequestLog
 from easyllm.serve.responses.store import ResponseStore
-from easyllm.serve.routes import POSTS, Call
+from easyllm.serve.routes import POSTS, RAG_POSTS, Call
 from easyllm.serve.tokens import tokenizer_info
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def create_app(
     history: History | None = None,
     responses: ResponseStore | None = None,
     watched: "Mapping[str, WatchedRun] | None" = None,
+    documents: Documents | None = None,
 ) -> Starlette:
     """Builds the server's ASGI application.
 
@@ -70,6 +72,7 @@ def create_app(
         history: where the page's conversations are stored; None leaves them in the browser.
         responses: keeps responses of the Responses API; by default in this process.
         watched: for a served name, the training run whose newest checkpoint it is.
+        documents: the index from which questions are answered, or None; adds `/v1/rag/...`.
 
     Raises:
         ConfigError: the key cannot be sent in a header.
@@ -98,13 +101,15 @@ def create_app(
             task.cancel()
         served.close()
 
-    call = Call(served, limits.max_waiting, responses or ResponseStore())
+    call = Call(served, limits.max_waiting, responses or ResponseStore(), documents)
+    posts = POSTS if documents is None else POSTS | RAG_POSTS
     endpoints = [
         *page_endpoints(),
         *own_endpoints(partial(engine_view, served, metrics), history),
         *_status_routes(metrics, with_key=with_key),
         *_model_routes(served, watched or {}, with_key=with_key),
-        *(_post(call, path, *how, with_key=with_key) for path, how in POSTS.items()),
+        *(_post(call, path, *how, with_key=with_key) for path, how in posts.items()),
+        *(_document_routes(documents, with_key=with_key) if documents is not None else []),
         *_stored_responses(call.stored, with_key=with_key),
     ]
     description = cache(partial(describe, endpoints, list(served.names), with_key=with_key))
@@ -198,6 +203,16 @@ def _post(
         "openapi_extra": body_of(model),
     }
     return Endpoint(method="POST", path=path, answer=post, documented=documented)
+
+
+def _document_routes(documents: Documents, *, with_key: bool) -> list[Endpoint]:
+    """Returns the route that lists the documents of an index."""
+
+    async def listing() -> JSONResponse:
+        return JSONResponse(documents.listing())
+
+    documented = {"responses": errors(with_key=with_key)}
+    return [Endpoint(method="GET", path="/v1/rag/documents", answer=listing, documented=documented)]
 
 
 def _stored_responses(stored: ResponseStore, *, with_key: bool) -> list[Endpoint]:

@@ -8,7 +8,7 @@ from pydantic.json_schema import JsonSchemaMode
 from easyllm.core.json_types import JsonObject
 from easyllm.serve.endpoint import Endpoint
 from easyllm.serve.errors import AnthropicErrorBody, ErrorBody, is_anthropic
-from easyllm.serve.routes import POSTS
+from easyllm.serve.routes import POSTS, RAG_POSTS
 
 _REFERENCE = "#/components/schemas/{model}"
 _REASONS = {
@@ -84,7 +84,8 @@ def describe(endpoints: Sequence[Endpoint], models: Sequence[str], *, with_key: 
     for (method, path), model in ANSWERS.items():
         content = schema["paths"][path][method]["responses"]["200"].setdefault("content", {})
         content["application/json"] = {"schema": _added(schemas, model, mode="serialization")}
-    for request, *_ in POSTS.values():
+    posts = POSTS | {path: how for path, how in RAG_POSTS.items() if path in schema["paths"]}
+    for request, *_ in posts.values():
         _added(schemas, request, mode="validation")
         fields = schemas[request.__name__]["properties"]
         if "model" in fields:

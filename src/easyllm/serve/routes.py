@@ -15,9 +15,11 @@ from easyllm.serve import tokens
 from easyllm.serve.anthropic import answers as anthropic_answers
 from easyllm.serve.anthropic.request import CountRequest, MessagesRequest
 from easyllm.serve.body import parse_object, read_body
+from easyllm.serve.documents import AskRequest, Documents, SearchRequest
 from easyllm.serve.errors import APIError
 from easyllm.serve.generate import encode, generate
 from easyllm.serve.hang_up import cancel_on_disconnect
+from easyllm.serve.job import Job
 from easyllm.serve.json_text import JSONResponse
 from easyllm.serve.loading import LoadAdapterRequest, ModelRequest, UnloadAdapterRequest
 from easyllm.serve.models import ServedModel, ServedModels
@@ -45,11 +47,13 @@ class Call:
         models: the served models.
         max_waiting: number of waiting requests of an engine at which new ones are refused.
         stored: responses of the Responses API.
+        documents: the index from which questions are answered; None for none.
     """
 
     models: ServedModels
     max_waiting: int
     stored: ResponseStore
+    documents: Documents | None = None
 
     async def handle(
         self,
@@ -109,10 +113,30 @@ class Call:
             )
         return served
 
+    async def grounded(self, job: Job, served: ServedModel) -> Job:
+        """Returns a job with the passages of the index for its question, if there is an index."""
+        if self.documents is None:
+            return job
+        return await asyncio.to_thread(self.documents.with_passages, job, served)
+
+    async def ask(self, request: AskRequest, trace: RequestTrace) -> Response:
+        """Answers `POST /v1/rag/ask`."""
+        assert self.documents is not None, "the route exists only with an index"
+        served = await self.open(request.model, trace)
+        messages, passages = await asyncio.to_thread(self.documents.prepare, request, served)
+        return JSONResponse(await self.documents.answer(request, messages, passages, served, trace))
+
+    async def search(self, request: SearchRequest, trace: RequestTrace) -> Response:
+        """Answers `POST /v1/rag/search`."""
+        del trace
+        assert self.documents is not None, "the route exists only with an index"
+        return JSONResponse(await asyncio.to_thread(self.documents.search, request))
+
     async def chat(self, request: ChatRequest, trace: RequestTrace) -> Response:
         """Answers `POST /v1/chat/completions`."""
         served = await self.open(request.model, trace)
-        generated = await generate(request.job(served.defaults), served, trace)
+        job = await self.grounded(request.job(served.defaults), served)
+        generated = await generate(job, served, trace)
         tokenizer = served.llm.tokenizer
         if request.stream:
             return _streamed(chat.stream(request, generated, tokenizer))
@@ -133,7 +157,8 @@ class Call:
     async def message(self, request: MessagesRequest, trace: RequestTrace) -> Response:
         """Answers `POST /v1/messages`."""
         served = await self.open(request.model, trace)
-        generated = await generate(request.job(served.defaults), served, trace)
+        job = await self.grounded(request.job(served.defaults), served)
+        generated = await generate(job, served, trace)
         if request.stream:
             return _streamed(anthropic_answers.stream(request.model, generated))
         return await anthropic_answers.whole(request.model, generated)
@@ -153,7 +178,7 @@ class Call:
             found = self.stored.get(request.previous_response_id, "previous_response_id")
             earlier = [*found.items, *found.body["output"]]
         items = self.stored.resolve(request.input)
-        job = request.job([*earlier, *items], served.defaults)
+        job = await self.grounded(request.job([*earlier, *items], served.defaults), served)
         generated = await generate(job, served, trace)
         writer = response_answers.ResponseWriter(
             request,
@@ -232,6 +257,11 @@ POSTS: dict[str, tuple[type[BaseModel], str, str]] = {
 }
 """The fields of each route's request, the method of `Call` that answers it, and the field with the
 text to continue."""
+RAG_POSTS: dict[str, tuple[type[BaseModel], str, str]] = {
+    "/v1/rag/ask": (AskRequest, "ask", "question"),
+    "/v1/rag/search": (SearchRequest, "search", "query"),
+}
+"""The routes that exist only with an index; as in `POSTS`."""
 
 
 async def _awaited(work: Awaitable[Response]) -> Response:

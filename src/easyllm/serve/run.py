@@ -13,6 +13,7 @@ from easyllm.core.errors import ConfigError
 from easyllm.engine.llm import LLM
 from easyllm.serve.app import create_app
 from easyllm.serve.connection import KEEP_ALIVE_S, BoundedProtocol, BoundedServer
+from easyllm.serve.documents import Documents
 from easyllm.serve.history import History
 from easyllm.serve.limits import ServeLimits
 from easyllm.serve.models import Loader
@@ -41,6 +42,7 @@ def serve(
     adapters_folder: Path | None = None,
     history: History | None = None,
     watched: "Mapping[str, WatchedRun] | None" = None,
+    documents: Documents | None = None,
     listener: socket.socket | None = None,
 ) -> None:
     """Serves the models until interrupted.
@@ -53,7 +55,7 @@ def serve(
         limits: timeouts and bounds; by default `ServeLimits()`.
         adapters: as for `create_app`.
         allowed_hosts: as for `create_app`; `host` is allowed too.
-        log, loaders, adapters_folder, history, watched: as for `create_app`.
+        log, loaders, adapters_folder, history, watched, documents: as for `create_app`.
         listener: a socket that `bind` returned for `host` and `port`; by default a new one.
 
     Raises:
@@ -71,6 +73,7 @@ def serve(
         adapters_folder=adapters_folder,
         history=history,
         watched=watched,
+        documents=documents,
     )
     server.run(sockets=[listener])
 
@@ -87,6 +90,7 @@ def build_server(
     adapters_folder: Path | None = None,
     history: History | None = None,
     watched: "Mapping[str, WatchedRun] | None" = None,
+    documents: Documents | None = None,
 ) -> BoundedServer:
     """Builds a server for the models that enforces the timeouts in `limits`.
 
@@ -105,6 +109,7 @@ def build_server(
         adapters_folder=adapters_folder,
         history=history,
         watched=watched,
+        documents=documents,
     )
 
     def end_requests() -> None:

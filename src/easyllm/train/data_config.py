@@ -146,6 +146,18 @@ class LabelledDataConfig(RowsConfig):
     label_key: str = Field(default="label", description="Key of the label in a row.")
 
 
+class TextPairsConfig(RowsConfig):
+    """Rows of a query and a matching text, optionally with texts that do not match."""
+
+    kind: Literal["text_pairs"] = "text_pairs"
+    query_key: str = Field(default="query", description="Key of the query in a row.")
+    positive_key: str = Field(default="positive", description="Key of the matching text in a row.")
+    negatives_key: str = Field(
+        default="negatives",
+        description="Key of a list of texts that do not match, which a row may lack.",
+    )
+
+
 __all__ = [
     "DATA",
     "ChatRowsConfig",
@@ -158,5 +170,6 @@ __all__ = [
     "PreferenceDataConfig",
     "RatingsDataConfig",
     "RowsConfig",
+    "TextPairsConfig",
     "UnpairedPreferenceDataConfig",
 ]

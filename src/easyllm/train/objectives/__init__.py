@@ -4,6 +4,7 @@ Importing this package registers the built-in objectives.
 """
 
 from easyllm.train.objectives.classifier import Classifier, ClassifierConfig
+from easyllm.train.objectives.contrastive import Contrastive, ContrastiveConfig
 from easyllm.train.objectives.dpo import DPO, DPOConfig
 from easyllm.train.objectives.kto import KTO, KTOConfig
 from easyllm.train.objectives.language_model import LanguageModel, LanguageModelConfig
@@ -33,6 +34,8 @@ __all__ = [
     "ORPO",
     "Classifier",
     "ClassifierConfig",
+    "Contrastive",
+    "ContrastiveConfig",
     "DPOConfig",
     "KTOConfig",
     "LanguageModel",

@@ -1,0 +1,1 @@
+"""Retrieval: documents to chunks, an index of vectors and terms, fusion, answers with citations."""

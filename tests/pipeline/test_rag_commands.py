@@ -1,0 +1,81 @@
+"""`easyllm rag` from the command line, with a tiny embedding model."""
+
+import json
+
+import pytest
+
+from easyllm_command import easyllm
+
+
+@pytest.fixture
+def docs(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.md").write_text("# Tea\n\nThe tea house opens at seven.")
+    (folder / "b.txt").write_text("The sea is deep.")
+    return folder
+
+
+def test_index_and_eval(docs, tiny_folder, tmp_path):
+    out = tmp_path / "index"
+    done = easyllm("rag", "index", docs, out, "--embedder", tiny_folder, "--json")
+    assert json.loads(done.stdout)["added"] == 2, done.stderr
+    rows = tmp_path / "q.jsonl"
+    rows.write_text('{"question": "When does the tea house open?", "document": "a.md"}\n')
+    found = json.loads(easyllm("rag", "eval", rows, "--index", out, "--json").stdout)
+    assert found["recall_at_1"] == 1
+    assert found["rankings"]["bm25"]["recall_at_5"] == 1
+    table = easyllm("rag", "eval", rows, "--index", out).stdout
+    assert "recall_at_1" in table
+    assert "dense" in table
+
+
+def test_ask_prints_an_answer_with_its_sources(docs, tiny_folder, tmp_path):
+    out = tmp_path / "index"
+    easyllm("rag", "index", docs, out, "--embedder", tiny_folder)
+    words = ("--model", tiny_folder, "--passages", "1", "--max-tokens", "4")
+    done = easyllm("rag", "ask", out, "When does the tea house open?", *words, "--json")
+    found = json.loads(done.stdout)
+    assert found["passages"][0]["document"] == "a.md", done.stderr
+    assert found["changed"] == []
+    assert found["verdict"] in ("supported", "partly supported", "not supported", "no answer")
+    (docs / "a.md").write_text("# Tea\n\nClosed.")
+    plain = easyllm("rag", "ask", out, "When does the tea house open?", *words)
+    assert plain.returncode == 0
+    assert "a.md has changed since it was indexed" in plain.stderr
+    rows = tmp_path / "q.jsonl"
+    rows.write_text('{"question": "When does the tea house open?", "answer": "seven"}\n')
+    report = easyllm("rag", "eval", rows, "--index", out, "--model", tiny_folder, "--json")
+    assert json.loads(report.stdout)["answers"]["answered"]["n"] == 1, report.stderr
+
+
+def test_eval_of_squad_has_top_level_figures(tmp_path, tiny_folder):
+    file = tmp_path / "s.json"
+    paragraphs = [
+        {"context": f"The {w} is here.", "qas": [{"question": f"Where is the {w}?"}]}
+        for w in ("house", "river", "mountain")
+    ]
+    file.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    done = easyllm("rag", "eval", file, "--embedder", tiny_folder, "--json")
+    found = json.loads(done.stdout)
+    assert found["rankings"]["bm25"]["recall_at_1"] == 1
+    assert {"recall_at_1", "recall_at_5", "mrr_at_10", "intervals", "n"} <= found.keys()
+    low, high = found["intervals"]["recall_at_1"]
+    assert 0 <= low <= found["recall_at_1"] <= high <= 1
+
+
+def test_mistakes_are_one_sentence(docs, tmp_path, tiny_folder):
+    out = tmp_path / "index"
+    rows = tmp_path / "q.jsonl"
+    rows.write_text('{"question": "Q?", "answer": "A"}\n')
+    for words, reason in (
+        (("index", tmp_path / "none", out), "does not exist"),
+        (("index", docs, out, "--chunk-tokens", "3"), "16"),
+        (("eval", rows), "--index FOLDER"),
+        (("eval", rows, "--index", out), "contains no index"),
+    ):
+        done = easyllm("rag", *words)
+        assert done.returncode == 2, (words, done.stderr)
+        assert reason in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 or "Usage" in done.stderr
+    assert not out.exists()
