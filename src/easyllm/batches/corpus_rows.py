@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from easyllm.batches.loader import LoaderState
+from easyllm.batches.loader import LoaderState, StepSize
 from easyllm.batches.packing import Batch
 from easyllm.core.errors import ConfigError, DataError
 from easyllm.corpus.shards import TokenShards
@@ -153,6 +153,18 @@ class ShardLoader:
         if self.state.cursor >= len(order):
             self.state = LoaderState(self.state.epoch + 1, 0)
         return _batches(rows, self.last, self.rows_per_batch)
+
+    def largest_step(self, steps: int) -> StepSize:  # noqa: ARG002 - rows have one size
+        """Returns a bound: the tokens of a micro-batch, all of them with a loss."""
+        rows = min(self.rows_per_step, -(-self.shards.manifest.tokens // self.row_tokens))
+        longest = min(self.row_tokens, self.shards.manifest.tokens)
+        tokens = min(rows, self.rows_per_batch) * longest
+        return StepSize(
+            tokens=tokens,
+            trained=tokens,
+            longest=longest,
+            micro_batches=-(-rows // self.rows_per_batch),
+        )
 
     def _rows_of(self, epoch: int) -> tuple[Rows, Numbers]:
         """Returns the rows of the epoch, and their order."""

@@ -14,6 +14,9 @@ from easyllm.batches.packing import Batch, pack, split_by_tokens
 from easyllm.core.errors import ConfigError
 from easyllm.examples.sample import AnySample
 
+PLANNED_STEPS = 200
+"""Steps whose micro-batches are measured before a run, to plan its memory."""
+
 
 @dataclass(slots=True)
 class LoaderState:
@@ -32,6 +35,23 @@ class LoaderState:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSize:
+    """The largest micro-batch of a run's steps, which determines its memory.
+
+    Attributes:
+        tokens: most tokens in a micro-batch.
+        trained: most tokens with a loss in a micro-batch.
+        longest: most tokens in a sequence.
+        micro_batches: most micro-batches in a step.
+    """
+
+    tokens: int
+    trained: int
+    longest: int
+    micro_batches: int
+
+
 class StepLoader(Protocol):
     """Yields the micro-batches of consecutive steps; `state` is its position, for checkpoints."""
 
@@ -47,6 +67,9 @@ class StepLoader(Protocol):
 
     def next_step(self) -> list[Batch]:
         """Returns the micro-batches of the next step."""
+
+    def largest_step(self, steps: int) -> StepSize:
+        """Returns the size of the largest micro-batch in the first `steps` steps, or a bound."""
 
 
 class Loader:
@@ -112,6 +135,27 @@ class Loader:
             self.state = LoaderState(self.state.epoch + 1, 0)
         groups = split_by_tokens([self.samples[i] for i in chosen], self.micro_batch_tokens)
         return [self.collate(group) for group in groups]
+
+    def largest_step(self, steps: int) -> StepSize:
+        """Returns the size of the largest micro-batch in the first `steps` steps.
+
+        At most `PLANNED_STEPS` steps are read, all of the first epoch.
+        """
+        order, cursor = self._epoch_order(0), 0
+        tokens = trained = longest = count = 0
+        for _ in range(min(steps, PLANNED_STEPS)):
+            chosen = self._take(order, cursor)
+            if not chosen:
+                break
+            cursor += len(chosen)
+            groups = split_by_tokens([self.samples[i] for i in chosen], self.micro_batch_tokens)
+            count = max(count, len(groups))
+            for group in groups:
+                tokens = max(tokens, sum(sample.num_tokens for sample in group))
+                trained = max(trained, sum(sample.num_trained for sample in group))
+                parts = (part for sample in group for part in sample.parts)
+                longest = max(longest, *(part.num_tokens for part in parts))
+        return StepSize(tokens=tokens, trained=trained, longest=longest, micro_batches=count)
 
     def samples_of(self, steps: int) -> list[AnySample]:
         """Returns the samples that the first `steps` steps contain, each once, in stored order."""

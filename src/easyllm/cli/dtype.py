@@ -20,7 +20,7 @@ DEFAULT = "fp32,bf16,fp16,fp8e4m3,fp8e5m2"
 
 def register(app: typer.Typer) -> None:
     """Adds the command to `app`."""
-    # a number may begin with a minus sign, which is no option
+    # a number may begin with a minus sign, as options do
     app.command("dtype", context_settings={"ignore_unknown_options": True})(dtype)
 
 

@@ -68,6 +68,10 @@ COMMANDS: dict[str, dict[str, str]] = {
         "plan": "Estimate parameters, memory, FLOPs and time of a model or training run "
         "without loading it.",
     },
+    "dtype": {
+        "dtype": "Show how a number is stored in a format, or what casting a model's weights "
+        "loses.",
+    },
     "verify": {
         "verify": "Check numerical equalities that must hold for a checkpoint; exit code 1 if "
         "one fails.",

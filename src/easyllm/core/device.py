@@ -165,6 +165,15 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def rss_bytes() -> int:
+    """Returns the current resident set size of this process in bytes; outside Linux, its peak."""
+    with suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    return peak_rss_bytes()
+
+
 def peak_memory_bytes(device: "torch.device") -> int:
     """Returns the peak memory of this process on the device, in bytes.
 

@@ -26,6 +26,7 @@ from easyllm.engine.step_sampling import SampleSlot, sample_slots, store_prompt_
 from easyllm.nn.config import LinearAttentionConfig, ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.plan.kv_cache import rolling_window
+from easyllm.plan.process import process_bytes
 from easyllm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -71,13 +72,16 @@ class Engine:
         )
         self._dtype = cache_format(options.cache_dtype, _usual_cache_dtype(model, options))
         self.cache_itemsize = cache_itemsize(config, self._dtype)
+        weights = tensor_bytes((*model.parameters(), *model.buffers()))
         self.memory = plan_memory(
             config,
             options,
-            weight_bytes=tensor_bytes((*model.parameters(), *model.buffers())),
+            weight_bytes=weights,
             itemsize=self.cache_itemsize,
             free_bytes=memory_free_bytes(model.device),
+            dtype_bytes=model.dtype.itemsize,
             on_demand=model.device.type == "cpu",
+            own_bytes=max(0, process_bytes() - weights * (model.device.type == "cpu")),
         )
         if drafter is not None:
             drafter.check(config)

@@ -8,6 +8,7 @@ import torch
 from easyllm.core.errors import ConfigError
 from easyllm.engine.options import EngineConfig
 from easyllm.nn.config import ModelConfig
+from easyllm.plan.inference import estimate_inference
 from easyllm.plan.kv_cache import cache_size, rolling_window
 
 DEFAULT_SHARE = 0.25
@@ -27,6 +28,8 @@ class MemoryPlan:
         state_bytes: size of the recurrent states of `max_running` sequences.
         free_bytes: free memory when the plan was computed.
         reason: what determined the number of pages.
+        workspace_bytes: activations of the longest forward pass, and its logits.
+        process_bytes: the interpreter, torch and what they load; 0 if it was not measured.
         on_demand: whether memory is taken page by page as tokens are stored, as on a CPU; a GPU
             allocates all pages before the first request.
     """
@@ -39,6 +42,8 @@ class MemoryPlan:
     free_bytes: int
     reason: str
     on_demand: bool = True
+    workspace_bytes: int = 0
+    process_bytes: int = 0
 
     @property
     def cache_bytes(self) -> int:
@@ -50,12 +55,18 @@ class MemoryPlan:
         """Number of tokens that fit into the cache."""
         return self.num_pages * self.page_size
 
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Memory of the whole process once every page of the cache has been written."""
+        return self.process_bytes + self.weight_bytes + self.cache_bytes + self.workspace_bytes
+
     def line(self) -> str:
         """Returns a human-readable summary of the plan in one line."""
         upper, filled = ("up to ", ", taken as it fills") if self.on_demand else ("", ", reserved")
         return (
             f"memory: weights {self.weight_bytes / GB:.2f} GB, KV cache {upper}"
             f"{self.cache_bytes / GB:.2f} GB ({self.num_tokens:,} tokens: {self.reason}){filled}; "
+            f"at most {self.predicted_peak_bytes / GB:.2f} GB in all; "
             f"{self.free_bytes / GB:.1f} GB free"
         )
 
@@ -67,6 +78,8 @@ def plan_memory(
     weight_bytes: int,
     itemsize: float,
     free_bytes: int,
+    dtype_bytes: int = 4,
+    own_bytes: int = 0,
     on_demand: bool = True,
 ) -> MemoryPlan:
     """Computes the size of the cache from the options and the free memory.
@@ -77,6 +90,8 @@ def plan_memory(
         weight_bytes: size of the model's weights, which are already loaded.
         itemsize: bytes per element of keys and values.
         free_bytes: memory that is free after loading the weights.
+        dtype_bytes: bytes per element of activations.
+        own_bytes: memory of the process without the weights.
         on_demand: whether the device takes memory only as pages are written.
 
     Raises:
@@ -113,6 +128,14 @@ def plan_memory(
         free_bytes=free_bytes,
         reason=reason,
         on_demand=on_demand,
+        process_bytes=own_bytes,
+        workspace_bytes=estimate_inference(
+            config,
+            context=1,
+            sequences=options.max_running,
+            prompt=min(options.max_step_tokens, config.max_seq_len * options.max_running),
+            itemsize=dtype_bytes,
+        ).workspace,
     )
 
 

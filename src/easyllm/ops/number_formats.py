@@ -51,7 +51,7 @@ class FloatFormat:
     @property
     def bias(self) -> int:
         """Exponent bias, 2^(E-1) - 1."""
-        return 2 ** (self.exponent_bits - 1) - 1
+        return (1 << (self.exponent_bits - 1)) - 1
 
     @property
     def min_exponent(self) -> int:
@@ -61,7 +61,7 @@ class FloatFormat:
     @property
     def max_pattern(self) -> int:
         """Bits of the largest finite number."""
-        top = (2**self.exponent_bits - self.has_infinity) << self.mantissa_bits
+        top = ((1 << self.exponent_bits) - self.has_infinity) << self.mantissa_bits
         return top - 1 - (not self.has_infinity)
 
     @property
@@ -106,7 +106,7 @@ class FloatFormat:
         field, mantissa = divmod(size, 2**self.mantissa_bits)
         whole = mantissa + (2**self.mantissa_bits if field else 0)
         power = max(field, 1) - self.bias - self.mantissa_bits
-        value = whole * Fraction(2) ** power
+        value: Fraction = whole * Fraction(2) ** power
         return -value if pattern >> (self.bits - 1) else value
 
     def value(self, pattern: int) -> float:

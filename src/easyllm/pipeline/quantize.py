@@ -15,6 +15,7 @@ from easyllm.core.json_types import JsonObject
 from easyllm.models import add_adapter, open_source
 from easyllm.models.full_weights import to_full_weights
 from easyllm.models.load import OpenSource
+from easyllm.pipeline.quantize_memory import check_memory
 from easyllm.pipeline.quantize_options import BITSANDBYTES, MAX_KL, QuantizeOptions
 from easyllm.pipeline.quantize_price import Original, Price, measure, measure_original
 from easyllm.pipeline.quantize_work import QuantizeWork
@@ -75,11 +76,13 @@ def _quantize(
     check_output_free(target)
     opened = open_source(source)
     _check_source(opened, options)
+    predicted = check_memory(opened.config, options)
     tokenizer = opened.tokenizer()
     model = to_full_weights(opened.model(torch.float32, torch.device("cpu")))
     if adapter is not None:
         check_mergeable(add_adapter(model, adapter, base=source))
     work = QuantizeWork(source, target, options, model, tokenizer, adapter)
+    work.results["predicted_peak_bytes"] = predicted
     text = gate_text(
         tokenizer,
         vocab_size=model.config.vocab_size,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from easyllm.adapters.targets import name_matches
-from easyllm.core.device import parse_dtype
+from easyllm.core.device import parse_dtype, peak_rss_bytes
 from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonObject
 from easyllm.core.manifest import MANIFEST_FILE, Manifest, hash_path, hash_value
@@ -134,6 +134,7 @@ class QuantizeWork:
         if self.options.is_gguf:
             self._save_gguf(path)
             return
+        self.results["peak_rss_bytes"] = peak_rss_bytes()
         manifest = Manifest.create(
             "quantize", config=self._described(), inputs=self._inputs(), results=self.results
         )

@@ -1,19 +1,21 @@
 """Estimates the memory of a training step from the configuration alone.
 
-The requirement is the maximum allocated at any one time, not the sum of all parts. A step has three
+The requirement is the maximum allocated at any one time, not the sum of all parts. A step has four
 peaks:
 
     loss       weights + optimizer state + gradients of earlier micro-batches + all activations
                + logits of a chunk
     backward   the same, with the head's gradient instead of the logits, + workspace of one layer's
                backward pass
+    embedding  weights + optimizer state + all gradients + the embedding's gradient, before it is
+               added to the head's, + on a CPU the buffers of the loss, cached for the next step
     update     weights + optimizer state + all gradients + workspace of the optimizer
 
-Between the last two, activations are freed and gradients are allocated one layer at a time, so the
-sum changes linearly from one peak to the other and has no further maximum.
+Between the second and the third, activations are freed and gradients are allocated one layer at a
+time, so the sum changes linearly from one peak to the other and has no further maximum.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -24,20 +26,22 @@ from easyllm.core.errors import ConfigError
 from easyllm.core.json_types import JsonObject
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.cost import FP32, LayerTrace, SavedTensor, Work, saved_bytes
-from easyllm.nn.decoder import DecoderLayer
 from easyllm.nn.recompute import Recompute
-from easyllm.ops.cross_entropy import even_chunks, rows_of_chunk
 from easyllm.plan.inference import loaded_weight_bytes
 from easyllm.plan.linears import model_linears
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import (
     adapter_parameters,
-    adapts_head,
     count_adapter_parameters,
-    feed_forward_of,
     layers_of,
     trained_base_parameters,
-    trains_head,
+)
+from easyllm.plan.step_buffers import (
+    after_backward_bytes,
+    dequantized_bytes,
+    layer_workspace_bytes,
+    loss_bytes,
+    update_workspace_bytes,
 )
 from easyllm.plan.trace import ModelTrace, trace_model
 
@@ -46,16 +50,17 @@ ReferenceKind = Literal["initial", "other"]
 INT8_BLOCK, INT8_SMALLEST = 256, 4096
 """Elements that share an fp32 scale, and minimum elements of a tensor whose moments are int8
 (arXiv 2110.02861, section 2)."""
+LAYER_BUFFERS = 5
+"""Memory of temporary tensors on a CPU while a layer runs backward, and of what the C library's
+heap then holds in other sizes than are needed next, relative to the layer's saved activations.
+Fitted to the measurements of bench/planner.py; on a GPU see `plan.hardware.RESERVED`."""
 PAGED_BYTES = 2 * 2**21 * 4
 """Moments of a paged optimizer that are in memory at a time: one chunk of 2^21 weights."""
-MUON_WORKSPACE = 14
-"""Workspace bytes per element of the matrix being updated: gradient, direction and normalised
-direction in fp32, and one copy in bf16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """Memory of a training step in bytes: the maximum of each component, and the three peaks.
+    """Memory of a training step in bytes: the maximum of each component, and the four peaks.
 
     Attributes:
         weights: weights used in the forward pass and their fp32 master copies; adapters together
@@ -66,7 +71,11 @@ class MemoryEstimate:
         activations: activations saved for the backward pass.
         loss: logits of a chunk, and the gradient of the head.
         workspace: temporary buffers of one layer's backward pass or of the optimizer.
-        peaks: total at each of the peaks `loss`, `backward` and `update`.
+        heap: further temporary tensors of a layer on a CPU, and freed memory that its allocator
+            holds.
+        copies: further models and caches that an objective holds all the time, by name, such as
+            `reference`, `critic` and `rollout_cache`.
+        peaks: total at each of the peaks `loss`, `backward`, `embedding` and `update`.
     """
 
     weights: int
@@ -76,6 +85,8 @@ class MemoryEstimate:
     activations: int
     loss: int
     workspace: int
+    heap: int
+    copies: dict[str, int]
     peaks: dict[str, int]
 
     @property
@@ -91,6 +102,11 @@ class MemoryEstimate:
     def fits(self, device_bytes: int) -> bool:
         """Returns whether the total fits into `device_bytes` of free memory."""
         return self.total <= device_bytes
+
+    def components(self) -> dict[str, int]:
+        """Returns the bytes of each component."""
+        names = ("weights", "gradients", "optimizer", "activations", "loss", "workspace", "heap")
+        return {name: getattr(self, name) for name in names} | self.copies
 
     def as_dict(self) -> JsonObject:
         """Returns plain values for JSON."""
@@ -129,6 +145,7 @@ def estimate_training(
     recompute: Recompute = "none",
     dropout: bool = False,
     reference: ReferenceKind | None = None,
+    copies: Mapping[str, int] | None = None,
     device_type: str = "cpu",
 ) -> MemoryEstimate:
     """Estimates the memory of a step of `train` on a CPU or GPU, which save the same activations.
@@ -150,6 +167,7 @@ def estimate_training(
         dropout: whether dropout is active.
         reference: the model that the objective compares with: `initial`, of which there is a second
             copy unless only an adapter is trained, or `other`, not quantized and of the same size.
+        copies: bytes of further models and caches by name, which are there in all peaks.
         device_type: `cpu` or `cuda`; the loss uses larger chunks on `cuda`.
 
     Raises:
@@ -157,16 +175,10 @@ def estimate_training(
             model's context.
     """
     lengths = _rows(config, micro_batch_tokens, row_tokens)
-    work = Work(
-        lengths=lengths,
-        labelled=sum(lengths) if labelled is None else labelled,
-        itemsize=dtype.itemsize,
-        trains_all=adapter is None,
-        input_grad=adapter is None,
-        dropout=dropout,
-    )
+    count = sum(lengths) if labelled is None else labelled
+    work = _work(lengths, count, dtype, adapter, dropout=dropout)
     weights, trained = _weights(config, work, adapter, scheme)
-    weights += _reference_bytes(config, work, adapter, scheme, reference)
+    held = _copies(copies, _reference_bytes(config, work, adapter, scheme, reference))
     matrices = _trained_matrices(config, adapter)
     earlier, gradients = _gradients(work, trained, micro_batches)
     if int8_state and adapter is None:
@@ -174,13 +186,17 @@ def estimate_training(
         matrices += [table] * (1 if _head_shares_weight(config) else 2)
     state = _optimizer_state(trained, matrices, optimizer, int8=int8_state, momentum=momentum)
     in_file = _bytes_in_file(trained, matrices, optimizer) if paged else 0
-    activations = _activations(trace_model(config, work, adapter), recompute)
-    in_loss, in_backward, left = _loss(config, work, adapter, device_type)
-    layer = max(_layer_workspace(layer, config, work) for layer in layers_of(config))
-    layer += _dequantized_bytes(config, work, scheme)
-    update = _update_workspace(matrices, optimizer)
+    trace = trace_model(config, work, adapter)
+    activations = _activations(trace, recompute)
+    in_loss, in_backward, left = loss_bytes(config, work, adapter, device_type)
+    layer = max(layer_workspace_bytes(layer, config, work) for layer in layers_of(config))
+    layer += dequantized_bytes(config, work, scheme)
+    update = update_workspace_bytes(matrices, optimizer)
     state -= in_file
-    steady = weights + state
+    steady = weights + state + sum(held.values())
+    saved = max(saved_bytes(layer.events) for layer in trace.layers)
+    heap = LAYER_BUFFERS * saved if device_type == "cpu" else 0
+    after = after_backward_bytes(config, work, adapter, device_type, micro_batches)
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
@@ -188,13 +204,39 @@ def estimate_training(
         paged=in_file,
         activations=activations,
         loss=max(in_loss, in_backward),
-        workspace=max(layer, update),
+        workspace=max(layer, update, after),
+        heap=heap,
+        copies=held,
         peaks={
-            "loss": steady + earlier + activations + in_loss,
-            "backward": steady + earlier + activations + max(in_backward, left + layer),
+            "loss": steady + earlier + activations + heap + in_loss,
+            "backward": steady + earlier + activations + heap + max(in_backward, left + layer),
+            "embedding": steady + gradients + after,
             "update": steady + gradients + update,
         },
     )
+
+
+def _work(
+    lengths: tuple[int, ...],
+    labelled: int,
+    dtype: torch.dtype,
+    adapter: AdapterConfig | None,
+    *,
+    dropout: bool,
+) -> Work:
+    return Work(
+        lengths=lengths,
+        labelled=labelled,
+        itemsize=dtype.itemsize,
+        trains_all=adapter is None,
+        input_grad=adapter is None,
+        dropout=dropout,
+    )
+
+
+def _copies(copies: Mapping[str, int] | None, reference: int) -> dict[str, int]:
+    """Returns the further models and caches, with the reference if there is one."""
+    return dict(copies or {}) | ({"reference": reference} if reference else {})
 
 
 def memory_reductions(config: ModelConfig, device_bytes: int, **setup: Any) -> list[Change]:
@@ -339,14 +381,6 @@ def _trained_matrices(config: ModelConfig, adapter: AdapterConfig | None) -> lis
     return [x.in_features * x.out_features for x in every for _ in range(x.copies)]
 
 
-def _dequantized_bytes(config: ModelConfig, work: Work, scheme: str | None) -> int:
-    """Returns the bytes of the largest weight inside the layers, which is dequantized for use."""
-    if scheme is None:
-        return 0
-    sizes = (linear.in_features * linear.out_features for linear in model_linears(config))
-    return max(sizes) * work.itemsize
-
-
 def _activations(trace: ModelTrace, recompute: Recompute) -> int:
     """Returns the bytes of saved activations, plus those of one recomputed block."""
     kept = trace.shared_bytes + sum(_layer_kept(layer, recompute) for layer in trace.layers)
@@ -366,59 +400,6 @@ def _layer_kept(layer: LayerTrace, recompute: Recompute) -> int:
         entered = SavedTensor(layer.feed_forward_input.name, layer.feed_forward_input.nbytes)
         return saved_bytes([*layer.before, entered, *layer.after])
     return saved_bytes(layer.events)
-
-
-def _loss(
-    config: ModelConfig, work: Work, adapter: AdapterConfig | None, device_type: str
-) -> tuple[int, int, int]:
-    """Returns the bytes of the chunked cross-entropy (`ops.cross_entropy`) at three points.
-
-    The points are: while it runs, while its gradients are scaled, and from then on until the
-    gradient of the embedding is computed.
-    """
-    if config.num_labels is not None:
-        return 0, 0, 0
-    rows, vocab, item = work.labelled, config.vocab_size, work.itemsize
-    most = rows_of_chunk(vocab_size=vocab, itemsize=item, device_type=device_type)
-    chunk = min(rows, even_chunks(rows, most))
-    capped = 4 * FP32 if config.logit_softcap is not None and device_type == "cpu" else 0
-    logits = chunk * vocab * (item + capped)
-    hidden = rows * config.hidden_size * item
-    selected = hidden * (rows < work.tokens)
-    matrix = vocab * config.hidden_size
-    table = matrix * trains_head(config, adapter)
-    changed = matrix * item * adapts_head(config, adapter)  # head weight with the adapter merged in
-    if rows <= most:  # a single chunk, so that the head's gradient needs no accumulation
-        adding = scaling = table * item
-        scaling += table * item
-    else:
-        adding = table * (FP32 + item)
-        scaling = 2 * table * FP32 + (table * item if item < FP32 else 0)
-    if changed:  # in fp32: base, adapter delta and their sum; later the gradients of the last two
-        logits = max(logits, 3 * matrix * FP32 - adding)
-        scaling = max(scaling, matrix * (item + 2 * FP32))
-    kept = selected + hidden + changed
-    return kept + logits + adding, kept + hidden + scaling, kept + table * item
-
-
-def _layer_workspace(layer: DecoderLayer, config: ModelConfig, work: Work) -> int:
-    """Returns the workspace bytes of a layer's backward pass.
-
-    It consists of the gradient of the residual stream, twice in fp32, and of the gradients of the
-    feed-forward's inner activations, which are its widest tensors.
-    """
-    widest = feed_forward_of(layer).inner_elements(work.tokens) * work.itemsize
-    return 2 * work.tokens * config.hidden_size * FP32 + widest
-
-
-def _update_workspace(matrices: list[int], optimizer: OptimizerKind) -> int:
-    """Returns the workspace bytes of the optimizer.
-
-    AdamW and SGD update a weight in small pieces; Muon needs a complete matrix.
-    """
-    if optimizer != "muon":
-        return 0
-    return max(matrices, default=0) * MUON_WORKSPACE
 
 
 __all__ = ["Change", "MemoryEstimate", "OptimizerKind", "estimate_training", "memory_reductions"]

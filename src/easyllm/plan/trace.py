@@ -58,9 +58,12 @@ def trace_model(
             adapter.model_cost(trace, config)
     products = [event for event in trace.events if isinstance(event, Gemm)]
     x = Activation("x", work.tokens * config.hidden_size * FP32, work.input_grad)
-    layers = []
+    layers, known = [], dict[tuple[int, Activation], tuple[LayerTrace, Activation]]()
     for layer in layers_of(config, adapter):
-        layer_trace, x = layer.cost(CostTrace(work), x)
+        key = (id(layer), x)  # equal layers share a module, and cost the same for the same input
+        if key not in known:
+            known[key] = layer.cost(CostTrace(work), x)
+        layer_trace, x = known[key]
         layers.append(layer_trace)
     _, norm = outside_of(config)
     if not isinstance(norm, nn.Identity):

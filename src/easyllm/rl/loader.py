@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from easyllm.batches.loader import StepSize
 from easyllm.batches.packing import Batch, pack, split_by_tokens
 from easyllm.core.errors import ConfigError
 from easyllm.rl.experience import Experience, from_json, to_json, with_groups
@@ -96,6 +97,21 @@ class RolloutLoader:
     def steps_per_epoch(self) -> int:
         """Number of optimizer steps per pass over the prompts."""
         return -(-len(self.prompts) // self.batch_size) * self.rollout.num_updates
+
+    def largest_step(self, steps: int) -> StepSize:  # noqa: ARG002 - prompts are drawn anew
+        """Returns a bound: the longest prompts, each with answers of the maximum length."""
+        rollout, most = self.rollout, self.rollout.max_tokens
+        prompts = min(self.batch_size, len(self.prompts))
+        answers = -(-prompts // rollout.minibatches) * rollout.group_size
+        longest = max(len(prompt.token_ids) for prompt in self.prompts) + most
+        fitting = max(1, self.sizes.micro_batch_tokens // longest)
+        rows = min(answers, fitting)
+        return StepSize(
+            tokens=rows * longest,
+            trained=rows * most,
+            longest=longest,
+            micro_batches=-(-answers // fitting),
+        )
 
     def next_step(self) -> list[Batch]:
         """Returns the micro-batches of the next update, after a new rollout if it is the first."""

@@ -11,6 +11,7 @@ from easyllm.batches.packing import Batch, pack, split_by_tokens
 from easyllm.core.errors import ConfigError
 from easyllm.examples.prepare import PreparationStats
 from easyllm.examples.sample import AnySample
+from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.rl.config import PolicyConfig
@@ -18,6 +19,7 @@ from easyllm.rl.experience import Experience, with_groups
 from easyllm.rl.kl import KLController, kl_estimate
 from easyllm.rl.loader import RolloutLoader
 from easyllm.rl.logprobs import answer_hidden, answer_lengths, entropies, token_logprobs
+from easyllm.rl.memory import policy_bytes
 from easyllm.rl.mismatch import importance_weights, mark_mismatched, mismatch_figures
 from easyllm.rl.policy_loss import policy_loss, ratio_figures, token_weights
 from easyllm.rl.prompts import PromptSample, prepare_prompts
@@ -31,6 +33,7 @@ from easyllm.train.data_config import GeneratedConfig, RowsConfig
 from easyllm.train.evaluating import evaluating
 from easyllm.train.objectives import (
     LossOutput,
+    MemorySetup,
     Objective,
     RunSetup,
     StepSizes,
@@ -95,6 +98,10 @@ class PolicyObjective(Objective):
         rollout = self.config.rollout
         copies = 0 if rollout.deterministic else rollout.group_size - 1
         return copies * sum(sample.num_tokens for sample in samples)
+
+    def held_bytes(self, model: ModelConfig, setup: MemorySetup) -> dict[str, int]:
+        """Returns the bytes of the cache of rollouts, and of the reward model."""
+        return policy_bytes(self.config, model, setup)
 
     def start(self, setup: RunSetup) -> None:
         """Creates the engine that samples, and loads the reward model.

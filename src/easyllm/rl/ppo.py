@@ -16,6 +16,7 @@ from easyllm.batches.packing import Batch
 from easyllm.checkpoint.stream import Under
 from easyllm.examples.prepare import PreparationStats
 from easyllm.examples.sample import AnySample
+from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.cross_entropy import IGNORE_INDEX
 from easyllm.rl.advantages import explained_variance, gae, whiten
@@ -23,6 +24,7 @@ from easyllm.rl.critic import Critic, stored_values
 from easyllm.rl.experience import Experience, padded, store
 from easyllm.rl.kl import kl_estimate
 from easyllm.rl.logprobs import answer_hidden, answer_lengths
+from easyllm.rl.memory import critic_bytes
 from easyllm.rl.policy import PolicyObjective
 from easyllm.rl.policy_loss import token_weights
 from easyllm.rl.ppo_config import PPOConfig
@@ -31,7 +33,13 @@ from easyllm.rl.value_loss import value_loss
 from easyllm.tokenizer.tokenizer import Tokenizer
 from easyllm.train.data_config import GeneratedConfig, RowsConfig
 from easyllm.train.evaluating import evaluating
-from easyllm.train.objectives import LanguageModel, LossOutput, RunSetup, register_objective
+from easyllm.train.objectives import (
+    LanguageModel,
+    LossOutput,
+    MemorySetup,
+    RunSetup,
+    register_objective,
+)
 from easyllm.train.text_samples import samples_of_file
 
 
@@ -68,6 +76,13 @@ class PPO(PolicyObjective):
                 samples += samples_of_file(file, tokenizer, mix.max_seq_len)
             self._mix = Loader(samples, batch_size=mix.batch_size, micro_batch_tokens=2048, seed=0)
         return super().prepare(data, files, tokenizer)
+
+    def held_bytes(self, model: ModelConfig, setup: MemorySetup) -> dict[str, int]:
+        """Returns the bytes of the critic, if it has a body of its own, and of the rollouts."""
+        found = super().held_bytes(model, setup)
+        if self.config.critic.body == "own":
+            found["critic"] = critic_bytes(model, setup)
+        return found
 
     def start(self, setup: RunSetup) -> None:
         """Creates the critic; see `PolicyObjective.start`."""

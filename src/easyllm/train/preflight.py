@@ -15,6 +15,7 @@ from easyllm.core.progress import console, format_count, format_duration
 from easyllm.nn.config import ModelConfig
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.huge_memory import STEP_BUFFERS
+from easyllm.plan.calibration import read_calibration
 from easyllm.plan.compute import USUAL_MFU, estimate_time, training_flops
 from easyllm.plan.machine import matmul_rate
 from easyllm.plan.memory import (
@@ -25,11 +26,12 @@ from easyllm.plan.memory import (
 )
 from easyllm.plan.parameters import count_parameters
 from easyllm.plan.parts import count_adapter_parameters, virtual_tokens
+from easyllm.plan.process import process_bytes
 from easyllm.quant import KEPT
 from easyllm.train.config import TrainConfig
 from easyllm.train.data_config import CorpusDataConfig
 from easyllm.train.factories import BaseModelSource, build_model, cannot_train_all
-from easyllm.train.objectives import Objective
+from easyllm.train.objectives import MemorySetup, Objective
 from easyllm.train.optim_config import SGDConfig, adamw_of
 from easyllm.train.precision import compute_dtype
 from easyllm.train.training_data import TrainingData
@@ -50,9 +52,14 @@ class RunPlan:
         tokens: number of tokens over all steps.
         flops: FLOPs of the forward and backward passes of all steps.
         flops_per_s: measured matmul rate of the machine.
-        seconds: estimated time of all steps, at `USUAL_MFU` of that rate.
-        memory: estimated peak memory.
+        seconds: estimated time of all steps, at `utilisation` of that rate.
+        utilisation: `USUAL_MFU`, or what was measured with `easyllm plan --calibrate`.
+        memory: estimated peak memory of what the run allocates.
+        process_bytes: memory of the interpreter, torch and the data, before anything is allocated,
+            and of what they load later.
+        step_factor: measured correction of what a step allocates (`plan.calibration`).
         free_bytes: memory of the device that is free now.
+        device_type: `cpu` or `cuda`.
         helps: changes that would each be enough to make the run fit; empty if it fits.
     """
 
@@ -64,17 +71,54 @@ class RunPlan:
     flops: int
     flops_per_s: float
     seconds: float
+    utilisation: float
     memory: MemoryEstimate
+    process_bytes: int
+    step_factor: float = 1.0
     free_bytes: int
+    device_type: str = "cpu"
     helps: tuple[str, ...] = ()
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Estimated peak of the whole process's memory; on a GPU, without what is on the GPU."""
+        on_host = self.memory.total if self.device_type == "cpu" else 0
+        return self.process_bytes + on_host + self.correction_bytes
+
+    @property
+    def correction_bytes(self) -> int:
+        """What the calibration of this machine adds, on a CPU: a share of the step's buffers."""
+        if self.device_type != "cpu":
+            return 0
+        memory = self.memory
+        held = memory.weights + memory.optimizer + sum(memory.copies.values())
+        return round((self.step_factor - 1) * (memory.total - held))
+
+    def predictions(self) -> JsonObject:
+        """Returns what the manifest of the run keeps, to compare it with what was measured."""
+        found: JsonObject = {
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "uncorrected_peak_bytes": self.predicted_peak_bytes - self.correction_bytes,
+            "predicted_seconds": round(self.seconds, 1),
+            "predicted_utilisation": self.utilisation,
+            "predicted_bytes": {
+                "process": self.process_bytes,
+                **self.memory.components(),
+                "peak": self.memory.peak,
+            },
+        }
+        if self.device_type != "cpu":
+            found["predicted_device_bytes"] = self.memory.total
+        return found
 
     def line(self) -> str:
         """Returns the plan as one line of text."""
         return (
             f"plan: {format_count(self.parameters)} parameters in {self.dtype}, "
             f"{self.steps} steps, {format_count(self.tokens)} tokens; about "
-            f"{format_duration(self.seconds)} at {USUAL_MFU:.0%} of "
-            f"{self.flops_per_s / 1e9:.0f} GFLOP/s, and {self.memory.total / 1e9:.1f} GB"
+            f"{format_duration(self.seconds)} at {self.utilisation:.0%} of "
+            f"{self.flops_per_s / 1e9:.0f} GFLOP/s, and {self.memory.total / 1e9:.1f} GB "
+            f"next to the process's {self.process_bytes / 1e9:.1f} GB"
         )
 
     def as_dict(self) -> JsonObject:
@@ -89,6 +133,8 @@ class RunPlan:
             "flops_per_s": round(self.flops_per_s),
             "seconds": round(self.seconds, 1),
             "memory_bytes": self.memory.as_dict(),
+            "process_bytes": self.process_bytes,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
             "free_bytes": self.free_bytes,
             "fits": self.memory.fits(self.free_bytes),
             "helps": list(self.helps),
@@ -178,30 +224,37 @@ def plan_run(
     dtype = compute_dtype(config, device)
     epochs = total_steps / training_data.loader.steps_per_epoch
     tokens = int(training_data.tokens_per_epoch * epochs)
+    step = training_data.loader.largest_step(total_steps)
     row = min(config.data.max_seq_len, config.micro_batch_tokens)
     computed = tokens
     if shares_prompts(model, virtual_tokens(model, config.adapter)):
         computed -= int(training_data.shared_per_epoch * epochs)
     flops = training_flops(model, (row,), adapter=config.adapter).total / row * computed
+    # blocks of a GGUF file have at most 8.5 bits a weight
+    scheme = "int8" if config.quantize == KEPT else config.quantize
+    held = MemorySetup(itemsize=dtype.itemsize, adapter=config.adapter, scheme=scheme, step=step)
     setup: JsonObject = {
-        "micro_batch_tokens": config.micro_batch_tokens,
-        "row_tokens": row,
-        "micro_batches": _micro_batches(config, training_data),
+        "micro_batch_tokens": step.tokens,
+        "row_tokens": step.longest,
+        "micro_batches": step.micro_batches,
+        "labelled": step.trained,
         "dtype": dtype,
         "optimizer": config.optimizer.kind,
         "int8_state": getattr(config.optimizer, "state", "fp32") == "int8",
         "paged": pages_state(config),
         "momentum": isinstance(config.optimizer, SGDConfig) and config.optimizer.momentum > 0,
         "adapter": config.adapter,
-        # blocks of a GGUF file have at most 8.5 bits a weight
-        "scheme": "int8" if config.quantize == KEPT else config.quantize,
+        "scheme": scheme,
         "recompute": config.checkpoint_activations,
         "dropout": config.dropout > 0,
         "reference": _reference_kind(objective),
+        "copies": objective.held_bytes(model, held),
         "device_type": device.type,
     }
     memory = estimate_training(model, **setup)
     rate, free = matmul_rate(dtype, device), memory_free_bytes(device)
+    measured = read_calibration()
+    utilisation = measured.utilisation or USUAL_MFU
     helps = () if memory.fits(free) else memory_reductions(model, free, **setup)
     count = count_parameters(model).total
     adapters = None if config.adapter is None else count_adapter_parameters(model, config.adapter)
@@ -213,9 +266,13 @@ def plan_run(
         tokens=tokens,
         flops=round(flops),
         flops_per_s=rate,
-        seconds=estimate_time(flops, rate, utilisation=USUAL_MFU),
+        seconds=estimate_time(flops, rate, utilisation=utilisation),
+        utilisation=utilisation,
         memory=memory,
+        process_bytes=process_bytes(),
+        step_factor=measured.step_factor or 1.0,
         free_bytes=free,
+        device_type=device.type,
         helps=tuple(change.what for change in helps if change.fits),
     )
 
@@ -280,15 +337,6 @@ def _smaller_batch(config: TrainConfig, training_data: TrainingData) -> int:
         return int(sequences * config.epochs / ENOUGH_STEPS)
     # a step ends after the sequence that reaches batch_tokens
     return int(tokens * config.epochs / ENOUGH_STEPS - tokens / sequences)
-
-
-def _micro_batches(config: TrainConfig, training_data: TrainingData) -> int:
-    """Returns the number of micro-batches in a typical step."""
-    tokens = config.batch_tokens
-    if tokens is None:
-        steps = training_data.loader.steps_per_epoch
-        tokens = math.ceil(training_data.tokens_per_epoch / steps)
-    return max(1, math.ceil(tokens / config.micro_batch_tokens))
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from easyllm.train.factories import (
     input_hashes,
     source_name,
 )
+from easyllm.train.footprint import measured_bytes
 from easyllm.train.loop import Diverged, run_steps
 from easyllm.train.objectives import Objective, RunSetup, build_objective, objective_kind
 from easyllm.train.paged_memory import check_paging, existing_folder
@@ -346,6 +347,8 @@ def _results(run: Run, seconds: float) -> JsonObject:
         "trained_tokens": progress.trained_tokens,
         "skipped_steps": progress.skipped,
         "trained_parameters": run.plan.trained_parameters,
+        **run.plan.predictions(),
+        "measured_bytes": measured_bytes(run.model, run.optimizer),
         "seconds": round(seconds, 2),
         "data": run.data.figures,
         "peak_rss_bytes": peak_rss_bytes(),

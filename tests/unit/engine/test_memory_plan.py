@@ -65,10 +65,12 @@ def test_a_model_with_only_recurrent_states_counts_tokens_and_takes_little():
 
 
 def test_the_line_says_how_the_cache_was_sized_and_that_it_is_not_filled_yet():
-    assert plan(6, cache_gb=1.0).line() == (
+    made = plan(6, cache_gb=1.0)
+    assert made.line() == (
         "memory: weights 0.54 GB, KV cache up to 1.00 GB (21,696 tokens: cache_gb=1), "
-        "taken as it fills; 6.0 GB free"
+        f"taken as it fills; at most {made.predicted_peak_bytes / 1e9:.2f} GB in all; 6.0 GB free"
     )
+    assert 1.54e9 < made.predicted_peak_bytes < 1.6e9  # and the activations of a prompt
     assert "0.38 GB (8,192 tokens: 1 sequence of 8,192), taken" in plan(6, max_running=1).line()
     assert "25% of free memory; 64 sequences of 8,192 would need 24.2 GB)" in plan(6).line()
     options = {"weight_bytes": WEIGHTS, "itemsize": 4, "free_bytes": 6 * 10**9}

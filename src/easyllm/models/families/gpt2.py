@@ -94,17 +94,30 @@ _OUTSIDE = {
 }
 
 
-def _size(layers: int, hidden: int, heads: int, positions: int = 1024) -> JsonObject:
+def _size(
+    layers: int, hidden: int, heads: int, positions: int = 1024, vocab: int = 50257
+) -> JsonObject:
     sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_positions": positions}
-    return {"model_type": "gpt2", "vocab_size": 50257} | sizes
+    return {"model_type": "gpt2", "vocab_size": vocab} | sizes
 
 
+_MEGATRON = (
+    *(("1.7b", 24, 2304, 24), ("3.6b", 30, 3072, 32), ("7.5b", 36, 4096, 32)),
+    *(("18b", 40, 6144, 48), ("22b", 48, 6144, 64), ("39b", 48, 8192, 64), ("76b", 60, 10240, 80)),
+    *(("145b", 80, 12288, 96), ("175b", 96, 12288, 96), ("310b", 96, 16384, 128)),
+    *(("530b", 105, 20480, 128), ("1t", 128, 25600, 160)),
+)
+"""Layers, width and heads of the models of arXiv 2104.04473, table 1, and 2205.05198, table 3."""
 SIZES = {
     "gpt2": _size(12, 768, 12),
     "gpt2-medium": _size(24, 1024, 16),
     "gpt2-large": _size(36, 1280, 20),
     "gpt2-xl": _size(48, 1600, 25),
     "gpt3-175b": _size(96, 12288, 96, positions=2048),
+    **{
+        f"megatron-{name}": _size(layers, hidden, heads, positions=2048, vocab=51200)
+        for name, layers, hidden, heads in _MEGATRON
+    },
 }
 
 

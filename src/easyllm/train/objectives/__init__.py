@@ -11,6 +11,7 @@ from easyllm.train.objectives.language_model import LanguageModel, LanguageModel
 from easyllm.train.objectives.losses import LossOutput
 from easyllm.train.objectives.objective import (
     OBJECTIVES,
+    MemorySetup,
     Objective,
     ObjectiveConfig,
     Reference,
@@ -41,6 +42,7 @@ __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "LossOutput",
+    "MemorySetup",
     "ORPOConfig",
     "Objective",
     "ObjectiveConfig",

@@ -22,13 +22,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from easyllm.batches.loader import Loader, StepLoader
+from easyllm.adapters import AdapterConfig
+from easyllm.batches.loader import Loader, StepLoader, StepSize
 from easyllm.batches.packing import Batch, pack, split_by_tokens
 from easyllm.batches.shared_prompts import num_shared_tokens
 from easyllm.core.config import Config
 from easyllm.core.kinds import Kinds
 from easyllm.examples.prepare import PreparationStats
 from easyllm.examples.sample import AnySample
+from easyllm.nn.config import ModelConfig
 from easyllm.nn.context import AdapterRows, ForwardContext
 from easyllm.nn.decoder import Decoder
 from easyllm.ops.packed_linear import dequantized_products
@@ -111,6 +113,23 @@ class RunSetup:
     seed: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySetup:
+    """How a run trains, as far as the memory of its objective depends on it.
+
+    Attributes:
+        itemsize: bytes per element of weights and activations.
+        adapter: the adapter that is trained; None if all weights are.
+        scheme: storage format of the frozen weights; None if they are not quantized.
+        step: size of the largest step.
+    """
+
+    itemsize: int
+    adapter: AdapterConfig | None
+    scheme: str | None
+    step: StepSize
+
+
 class Objective:
     """A loss over packed batches, with its data preparation and metrics.
 
@@ -178,6 +197,17 @@ class Objective:
 
     def start(self, setup: RunSetup) -> None:
         """Called once the model is built, before a checkpoint is restored and the first step."""
+
+    def held_bytes(
+        self,
+        model: ModelConfig,  # noqa: ARG002 - in overrides
+        setup: MemorySetup,  # noqa: ARG002
+    ) -> dict[str, int]:
+        """Returns the bytes that the objective itself holds during the steps, by what they are.
+
+        The reference is not among them: the run knows about it.
+        """
+        return {}
 
     def after_backward(self, gradient_scale: float, rate_factor: float) -> None:
         """Called before the optimizer step, once all gradients are accumulated and finite.

@@ -1,0 +1,120 @@
+"""Measures two steps of a recipe in a process of its own, and compares them with their plan."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from easyllm.core.errors import ConfigError
+from easyllm.core.json_types import JsonObject
+from easyllm.core.manifest import MANIFEST_FILE
+from easyllm.plan.calibration import Calibration, bounded, keep_calibration
+
+STEPS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A component of memory, or a time: planned and measured.
+
+    Attributes:
+        name: what it is.
+        planned, measured: bytes, or seconds.
+    """
+
+    name: str
+    planned: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the plan."""
+        return self.planned / self.measured - 1 if self.measured else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationReport:
+    """What two steps were planned to need, what they needed, and the correction that is kept."""
+
+    memory: tuple[Comparison, ...]
+    seconds: Comparison
+    kept: Calibration
+
+    def as_dict(self) -> JsonObject:
+        """Returns plain values for JSON."""
+        return {
+            "memory_bytes": {
+                each.name: {
+                    "planned": round(each.planned),
+                    "measured": round(each.measured),
+                    "error": round(each.error, 4),
+                }
+                for each in self.memory
+            },
+            "seconds": {
+                "planned": self.seconds.planned,
+                "measured": self.seconds.measured,
+                "error": round(self.seconds.error, 4),
+            },
+            "kept": self.kept.as_dict(),
+        }
+
+
+def calibrate(recipe: str, overrides: Sequence[str]) -> CalibrationReport:
+    """Runs two steps of a training recipe, and keeps how they differ from the plan.
+
+    Args:
+        recipe: path or name of a training recipe.
+        overrides: `key=value` words; the number of steps and the output are set here.
+
+    Raises:
+        ConfigError: the run failed; the message is its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "run"
+        words = [*overrides, f"max_steps={STEPS}", "save_every=0", f"output={output}"]
+        command = [sys.executable, "-m", "easyllm", "train", recipe, *words, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        manifest = output / MANIFEST_FILE
+        if done.returncode or not manifest.is_file():
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise ConfigError(
+                f"the two steps of {recipe} failed: {lines[-1].removeprefix('error: ')}"
+            )
+        results = json.loads(manifest.read_text(encoding="utf-8"))["results"]
+    return compare(results)
+
+
+def compare(results: JsonObject) -> CalibrationReport:
+    """Compares the plan and the measurements in a manifest, and keeps the correction.
+
+    Args:
+        results: `results` of the manifest of a training run on a CPU.
+    """
+    planned, measured = results["predicted_bytes"], results["measured_bytes"]
+    known = {name: (planned[name], measured[name]) for name in ("weights", "optimizer")}
+    own = planned["process"]
+    step_planned = results["uncorrected_peak_bytes"] - own - sum(p for p, _ in known.values())
+    step = results["peak_rss_bytes"] - own - sum(m for _, m in known.values())
+    memory = [Comparison(name=name, planned=p, measured=m) for name, (p, m) in known.items()]
+    memory.append(Comparison(name="step", planned=step_planned, measured=step))
+    total = Comparison(
+        name="whole process",
+        planned=results["uncorrected_peak_bytes"],
+        measured=results["peak_rss_bytes"],
+    )
+    seconds = Comparison(
+        name="seconds", planned=results["predicted_seconds"], measured=results["seconds"]
+    )
+    utilisation = results["predicted_utilisation"] * seconds.planned / max(seconds.measured, 1e-9)
+    kept = keep_calibration(
+        step_factor=bounded(step / step_planned) if step_planned > 0 else None,
+        utilisation=min(1.0, utilisation),
+    )
+    return CalibrationReport(memory=(*memory, total), seconds=seconds, kept=kept)
+
+
+__all__ = ["CalibrationReport", "Comparison", "calibrate", "compare"]

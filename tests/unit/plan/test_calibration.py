@@ -1,0 +1,50 @@
+"""What is kept about this machine, and how it corrects a plan."""
+
+import pytest
+
+from easyllm.pipeline.calibrate_plan import compare
+from easyllm.plan.calibration import Calibration, keep_calibration, read_calibration
+from easyllm.plan.process import process_bytes
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EASYLLM_CACHE", str(tmp_path))
+
+
+def test_measurements_are_kept_together_until_they_are_replaced():
+    assert read_calibration() == Calibration()
+    keep_calibration(read_bytes_per_s=1e10)
+    keep_calibration(step_factor=1.5)
+    found = read_calibration()
+    assert (found.read_bytes_per_s, found.step_factor) == (1e10, 1.5)
+    assert found.measured
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"machine": "another", "step_factor": 2}'])
+def test_a_damaged_record_and_that_of_another_machine_are_not_used(tmp_path, text):
+    (tmp_path / "planner.json").write_text(text)
+    assert read_calibration() == Calibration()
+
+
+def test_two_steps_correct_the_buffers_and_the_utilisation():
+    results = {
+        "predicted_bytes": {"process": 300, "weights": 100, "optimizer": 200},
+        "measured_bytes": {"weights": 100, "optimizer": 200},
+        "uncorrected_peak_bytes": 1000,
+        "peak_rss_bytes": 1200,
+        "predicted_seconds": 10.0,
+        "predicted_utilisation": 0.4,
+        "seconds": 20.0,
+    }
+    found = compare(results)
+    assert found.kept.step_factor == pytest.approx(600 / 400)
+    assert found.kept.utilisation == pytest.approx(0.2)
+    errors = {each.name: each.error for each in found.memory}
+    assert errors["weights"] == 0
+    assert errors["whole process"] == pytest.approx(1000 / 1200 - 1)
+    assert read_calibration() == found.kept
+
+
+def test_the_process_is_measured():
+    assert 50 * 2**20 < process_bytes() < 8 * 2**30
