@@ -23,6 +23,7 @@ ANY_TEXT = {
     *("--special", "--chat-template", "--text-key"),  # the user's own texts
     *("--regex", "--choice", "--allowed-host"),
     *("--output", "--config", "--set", "--text", "--model", "--draft"),  # paths, sources, pairs
+    *("--history", "--html", "--embedder", "--index"),
 }
 """Options that accept any text.
 
@@ -123,6 +124,14 @@ def calls(tiny_folder, tmp_path_factory):
         "bench engine": (tiny_folder,),
         "bench serve": ("http://127.0.0.1:9",),
         "rl gridworld": (),
+        "lab": ("rope-distance",),
+        "dtype": ("0.1",),
+        "embed words": (text, out),
+        "embed search": (tiny_folder, text, "one"),
+        "rag index": (text, out),
+        "rag ask": (folder, "one?"),
+        "rag serve": (folder, tiny_folder),
+        "rag eval": (rows,),
         "eval": (tiny_folder, rows),
         "reason": (tiny_folder, "2 + 2"),
         "prompt new": ("new.md",),
@@ -149,6 +158,7 @@ def test_an_invalid_value_is_refused_by_the_name_of_its_option(
         pytest.skip("any value may be meant")
     value = NEGATIVE if number else NONSENSE
     needed = TOGETHER.get(word, ()) if word != "--logprobs" else ("--json",)
+    needed = needed if set(needed[:1]) <= options_of(name) else ()
     words = () if name == "quickstart" else calls[name]
     code, out, err = run(*name.split(), *words, *needed, word, value)
     assert code == 2, (out, err)
@@ -204,7 +214,7 @@ ELSEWHERE = {
         "--write-timeout",
         "--drain-timeout",
         *("--max-waiting", "--unload-idle", "--allowed-host", "--adapters-folder", "--log-json"),
-        "--system",
+        *("--system", "--history", "--watch", "--replicas"),
     },
     "bench engine": {"--repeats", "--json"},
 }

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from easyllm.evaluate.prompt_rows import PromptRow
 
 
+Reward = Annotated[
+    str,
+    typer.Option(
+        metavar=METAVAR,
+        help="What scores the answers: a trained reward model, or a rule such as "
+        "exact, contains, digits, code, mine.py:score or length,target=40.",
+    ),
+]
+
+
 class Rows(StrEnum):
     """What is written."""
 
@@ -38,14 +48,7 @@ def best_of_n(
     ],
     output: Annotated[Path, typer.Argument(callback=home_path, help="A new .jsonl file.")],
     *,
-    reward: Annotated[
-        str,
-        typer.Option(
-            metavar=METAVAR,
-            help="What scores the answers: a trained reward model, or a rule such as "
-            "exact, contains, digits, code, mine.py:score or length,target=40.",
-        ),
-    ],
+    reward: Reward,
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=2, help="Answers to each prompt.")
     ] = 8,

@@ -35,6 +35,57 @@ QUEUE = FlagGroup(
 BATCH = FlagGroup(LLMOptions, "max_running")
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port of the server and its chat page.")]
 
+AllowedHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Host name by which clients may address the server without an API key, in "
+        "addition to localhost and IP addresses; * allows all.",
+        metavar="NAME",
+    ),
+]
+AdaptersFolder = Annotated[
+    Path | None,
+    typer.Option(
+        callback=home_path,
+        help="Folder from which requests may load adapters (POST /v1/load_lora_adapter).",
+        metavar="FOLDER",
+    ),
+]
+System = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT|NAME|FILE",
+        help="System message of conversations that begin with none of their own: a text, a "
+        "structured prompt by name (easyllm prompt new lists them), or a .md file.",
+    ),
+]
+HistoryFile = Annotated[
+    Path | None,
+    typer.Option(
+        callback=home_path,
+        help="SQLite file that stores the conversations of the chat page; without it they stay "
+        "in the browser.",
+        metavar="FILE",
+    ),
+]
+WatchedRuns = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Folder of a training run, or NAME=FOLDER: its newest checkpoint is served too, "
+        "also during the run.",
+        metavar="FOLDER",
+    ),
+]
+Replicas = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=1024,
+        help="Copies of the models, as replicas of Ray Serve on this machine, or on the "
+        "cluster that RAY_ADDRESS names; 1 needs no Ray.",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Adds the `serve` command to `app`."""
@@ -54,56 +105,12 @@ def serve(
         str | None,
         typer.Option(envvar="EASYLLM_API_KEY", help="API key required of clients."),
     ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Host name by which clients may address the server without an API key, in "
-            "addition to localhost and IP addresses; * allows all.",
-            metavar="NAME",
-        ),
-    ] = None,
-    adapters_folder: Annotated[
-        Path | None,
-        typer.Option(
-            callback=home_path,
-            help="Folder from which requests may load adapters (POST /v1/load_lora_adapter).",
-            metavar="FOLDER",
-        ),
-    ] = None,
-    system: Annotated[
-        str,
-        typer.Option(
-            metavar="TEXT|NAME|FILE",
-            help="System message of conversations that begin with none of their own: a text, a "
-            "structured prompt by name (easyllm prompt new lists them), or a .md file.",
-        ),
-    ] = "",
-    history: Annotated[
-        Path | None,
-        typer.Option(
-            callback=home_path,
-            help="SQLite file that stores the conversations of the chat page; without it they stay "
-            "in the browser.",
-            metavar="FILE",
-        ),
-    ] = None,
-    watch: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Folder of a training run, or NAME=FOLDER: its newest checkpoint is served too, "
-            "also during the run.",
-            metavar="FOLDER",
-        ),
-    ] = None,
-    replicas: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            max=1024,
-            help="Copies of the models, as replicas of Ray Serve on this machine, or on the "
-            "cluster that RAY_ADDRESS names; 1 needs no Ray.",
-        ),
-    ] = 1,
+    allowed_host: AllowedHosts = None,
+    adapters_folder: AdaptersFolder = None,
+    system: System = "",
+    history: HistoryFile = None,
+    watch: WatchedRuns = None,
+    replicas: Replicas = 1,
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Write the line of each request as JSON.")
     ] = False,
@@ -187,20 +194,17 @@ def start(
         ConfigError: the port is in use, the key cannot be sent in a header, or the history cannot
             be used.
     """
-    from easyllm.core.errors import ConfigError
     from easyllm.core.garbage import importing
 
     with importing():
+        from easyllm.serve import run as running
         from easyllm.serve.guard import check_key
         from easyllm.serve.history import History
         from easyllm.serve.request_log import RequestLog, log_to_stderr
-        from easyllm.serve.run import bind
-        from easyllm.serve.run import serve as run_server
 
     check_key(api_key)  # fail before the models are loaded
-    with bind(host, port) as listener:  # who connects now is answered once they are loaded
-        if adapters_folder is not None and not adapters_folder.is_dir():
-            raise ConfigError(f"--adapters-folder: there is no folder {str(adapters_folder)!r}")
+    with running.bind(host, port) as listener:  # who connects now is answered once they are loaded
+        _check_folder(adapters_folder)
         shared: JsonObject = {
             "listener": listener,
             "limits": limits or ServeLimits(),
@@ -209,21 +213,20 @@ def start(
             "history": None if history is None else History(history),
         }
         documents = None if open_documents is None else open_documents()
-        shown = f"[{host}]" if ":" in host else host
-        where = f"http://{shown}:{port}/  (Ctrl-C stops)"
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}/  (Ctrl-C stops)"
         if replicas > 1:
             _refuse_with_replicas({"--adapters-folder": adapters_folder, "--watch": watch})
             sys.stderr.write(f"{replicas} replicas of {', '.join(named)} at {where}\n")
             log_to_stderr()
-            hosts = (host, *allowed_hosts)
-            _serve_replicas(named, replicas, options=options, allowed_hosts=hosts, **shared)
+            shared["allowed_hosts"] = (host, *allowed_hosts)
+            _serve_replicas(named, replicas, options=options, **shared)
             return
         served = load_served(named, **options)
         watched = _watched(watch or {}, options, taken=named)
         served.models |= {name: run.llm for name, run in watched.items()}
         sys.stderr.write(f"serving {', '.join(served.models)} at {where}\n")
         log_to_stderr()
-        run_server(
+        running.serve(
             served.models,
             host=host,
             port=port,
@@ -235,6 +238,18 @@ def start(
             documents=documents,
             **shared,
         )
+
+
+def _check_folder(adapters_folder: Path | None) -> None:
+    """Checks that the folder of adapters exists.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    from easyllm.core.errors import ConfigError
+
+    if adapters_folder is not None and not adapters_folder.is_dir():
+        raise ConfigError(f"--adapters-folder: there is no folder {str(adapters_folder)!r}")
 
 
 def _refuse_with_replicas(flags: dict[str, object]) -> None:

@@ -33,6 +33,103 @@ _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "see
 RESULT = "result.json"
 
 
+class _Engine:
+    """The methods by which lm-eval calls a model; its base class is imported with it."""
+
+    llm: "LLM"
+    cache_hook: Any
+
+    @property
+    def eot_token_id(self) -> int:
+        tokenizer = self.llm.tokenizer
+        found = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
+        assert found is not None, "generating models have an EOS token"
+        return found
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.eot_token_id if self.llm.tokenizer.bos_id is None else self.llm.tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.llm.tokenizer.fingerprint
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        first = self.llm.tokenizer.special.bos
+        if add_special_tokens is None and first and string.startswith(first):
+            string = string.removeprefix(first)  # a chat template has written it
+        return self.llm.tokenizer.encode(string, special_tokens=add_special_tokens is not False)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        template = self.llm.tokenizer.chat_template
+        return template.source if chat_template and template is not None else None
+
+    def apply_chat_template(
+        self, chat_history: list[JsonObject], add_generation_prompt: bool = True
+    ) -> str:
+        return self.llm.tokenizer.encode_chat(
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        ).text
+
+    def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        pairs = [(tuple(context), tuple(ids)) for _, context, ids in requests]
+        found: list[Continuation | None] = [None] * len(pairs)
+        with Progress("likelihoods", total=len(pairs), unit="request") as progress:
+            for number, result in score_continuations(self.llm.model, pairs):
+                found[number] = result
+                answer = (result.logprob, result.greedy)
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
+                progress.advance()
+        return [(each.logprob, each.greedy) for each in found if each is not None]
+
+    def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        longest = self.llm.model.config.max_seq_len - self.llm.model.num_virtual_tokens
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            rolled = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=longest,
+                context_len=1,
+            )
+            for context, ids in map(make_disjoint_window, rolled):
+                windows.append((tuple(context), tuple(ids)))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        for index, result in score_continuations(self.llm.model, windows):
+            sums[owners[index]] += result.logprob
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
+        made, numbers = [], {}
+        for number, request in enumerate(requests):
+            context, options = request.args
+            params = generation_params(options, max_len=self.llm.engine.max_seq_len)
+            kept = self.llm.engine.max_seq_len - (params.max_tokens or 0)
+            ids = self.tok_encode(context)[-kept:]
+            own = Request(prompt_ids=tuple(ids), params=params)
+            made.append(own)
+            numbers[own.id] = number
+        done = [Completion() for _ in requests]
+        with Progress("generating", total=len(requests), unit="answer") as progress:
+            for event in self.llm.engine.run(made):
+                number = numbers[event.request_id]
+                done[number].take(event)
+                if event.finish_reason is not None:
+                    args = requests[number].args
+                    self.cache_hook.add_partial("generate_until", args, done[number].text)
+                    progress.advance()
+        return [each.text for each in done]
+
+
 def harness_model(llm: "LLM") -> "HarnessModel":
     """Returns an lm-eval model (`lm_eval.api.model.LM`) that an engine computes.
 
@@ -44,100 +141,10 @@ def harness_model(llm: "LLM") -> "HarnessModel":
     """
     _lm_eval()
     from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    class EasyllmLM(TemplateLM):  # type: ignore[misc]
-        """The engine, as lm-eval calls it."""
-
-        @property
-        def eot_token_id(self) -> int:
-            tokenizer = llm.tokenizer
-            found = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
-            assert found is not None, "generating models have an EOS token"
-            return found
-
-        @property
-        def prefix_token_id(self) -> int:
-            return self.eot_token_id if llm.tokenizer.bos_id is None else llm.tokenizer.bos_id
-
-        @property
-        def tokenizer_name(self) -> str:
-            return llm.tokenizer.fingerprint
-
-        def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, **_: Any
-        ) -> list[int]:
-            first = llm.tokenizer.special.bos
-            if add_special_tokens is None and first and string.startswith(first):
-                string = string.removeprefix(first)  # a chat template has written it
-            return llm.tokenizer.encode(string, special_tokens=add_special_tokens is not False)
-
-        def chat_template(self, chat_template: bool | str = False) -> str | None:
-            template = llm.tokenizer.chat_template
-            return template.source if chat_template and template is not None else None
-
-        def apply_chat_template(
-            self, chat_history: list[JsonObject], add_generation_prompt: bool = True
-        ) -> str:
-            return llm.tokenizer.encode_chat(
-                chat_history,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            ).text
-
-        def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-            pairs = [(tuple(context), tuple(ids)) for _, context, ids in requests]
-            found: list[Continuation | None] = [None] * len(pairs)
-            with Progress("likelihoods", total=len(pairs), unit="request") as progress:
-                for number, result in score_continuations(llm.model, pairs):
-                    found[number] = result
-                    answer = (result.logprob, result.greedy)
-                    self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
-                    progress.advance()
-            return [(each.logprob, each.greedy) for each in found if each is not None]
-
-        def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
-            longest = llm.model.config.max_seq_len - llm.model.num_virtual_tokens
-            windows, owners = [], []
-            for number, request in enumerate(requests):
-                rolled = get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=longest,
-                    context_len=1,
-                )
-                for context, ids in map(make_disjoint_window, rolled):
-                    windows.append((tuple(context), tuple(ids)))
-                    owners.append(number)
-            sums = [0.0] * len(requests)
-            for index, result in score_continuations(llm.model, windows):
-                sums[owners[index]] += result.logprob
-            for request, total in zip(requests, sums, strict=True):
-                self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-            return sums
-
-        def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
-            made, numbers = [], {}
-            for number, request in enumerate(requests):
-                context, options = request.args
-                params = generation_params(options, max_len=llm.engine.max_seq_len)
-                kept = llm.engine.max_seq_len - (params.max_tokens or 0)
-                ids = self.tok_encode(context)[-kept:]
-                own = Request(prompt_ids=tuple(ids), params=params)
-                made.append(own)
-                numbers[own.id] = number
-            done = [Completion() for _ in requests]
-            with Progress("generating", total=len(requests), unit="answer") as progress:
-                for event in llm.engine.run(made):
-                    number = numbers[event.request_id]
-                    done[number].take(event)
-                    if event.finish_reason is not None:
-                        args = requests[number].args
-                        self.cache_hook.add_partial("generate_until", args, done[number].text)
-                        progress.advance()
-            return [each.text for each in done]
-
-    return EasyllmLM()
+    made = type("EasyllmLM", (_Engine, TemplateLM), {"llm": llm})
+    model: HarnessModel = made()
+    return model
 
 
 def generation_params(options: JsonObject, *, max_len: int) -> SamplingParams:

@@ -74,7 +74,7 @@ def verdict(watch: Watch, config: JsonMapping, *, skipped: int = 0) -> list[str]
     if not sides:
         return []
     outside = [name for name, side in sides.items() if side]
-    # less memory, and more speed, than usual is no fault
+    # less memory, and more speed, than usual is not a fault
     outside = [n for n in outside if not (n == MEMORY and sides[n] < 0)]
     outside = [n for n in outside if not (n == SPEED and sides[n] > 0)]
     recipe = watch.band.recipe

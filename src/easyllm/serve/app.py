@@ -88,19 +88,6 @@ def create_app(
         metrics=metrics,
     )
 
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        idle = limits.unload_idle_s
-        unloading = None if idle is None else asyncio.create_task(served.unload_idle(idle))
-        tasks = [] if unloading is None else [unloading]
-        for name, run in (watched or {}).items():
-            service = (await served.open(name)).service
-            tasks.append(asyncio.create_task(run.follow(service)))
-        yield
-        for task in tasks:
-            task.cancel()
-        served.close()
-
     call = Call(served, limits.max_waiting, responses or ResponseStore(), documents)
     posts = POSTS if documents is None else POSTS | RAG_POSTS
     endpoints = [
@@ -118,6 +105,7 @@ def create_app(
         return JSONResponse(await asyncio.to_thread(description))
 
     shown = Endpoint(method="GET", path="/openapi.json", answer=openapi, documented=None)
+    lifespan = partial(_lifespan, served, limits.unload_idle_s, watched or {})
     app = Starlette(lifespan=lifespan, routes=[each.route() for each in (*endpoints, shown)])
     app.router.redirect_slashes = False
     app.state.models, app.state.metrics, app.state.describe = served, metrics, description
@@ -127,6 +115,25 @@ def create_app(
     app.add_middleware(Guard, api_key=api_key, allowed_hosts=allowed_hosts)
     app.add_middleware(Observe, metrics=metrics, log=log)  # outermost: it sees what Guard refuses
     return app
+
+
+@asynccontextmanager
+async def _lifespan(
+    served: ServedModels,
+    idle_s: float | None,
+    watched: "Mapping[str, WatchedRun]",
+    _: Starlette,
+) -> AsyncIterator[None]:
+    """Runs what accompanies requests: unloading idle models, following training runs."""
+    unloading = None if idle_s is None else asyncio.create_task(served.unload_idle(idle_s))
+    tasks = [] if unloading is None else [unloading]
+    for name, run in watched.items():
+        service = (await served.open(name)).service
+        tasks.append(asyncio.create_task(run.follow(service)))
+    yield
+    for task in tasks:
+        task.cancel()
+    served.close()
 
 
 def _status_routes(metrics: Metrics, *, with_key: bool) -> list[Endpoint]:

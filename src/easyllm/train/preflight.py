@@ -226,9 +226,8 @@ def plan_run(
     tokens = int(training_data.tokens_per_epoch * epochs)
     step = training_data.loader.largest_step(total_steps)
     row = min(config.data.max_seq_len, config.micro_batch_tokens)
-    computed = tokens
-    if shares_prompts(model, virtual_tokens(model, config.adapter)):
-        computed -= int(training_data.shared_per_epoch * epochs)
+    shared = shares_prompts(model, virtual_tokens(model, config.adapter))
+    computed = tokens - (int(training_data.shared_per_epoch * epochs) if shared else 0)
     flops = training_flops(model, (row,), adapter=config.adapter).total / row * computed
     # blocks of a GGUF file have at most 8.5 bits a weight
     scheme = "int8" if config.quantize == KEPT else config.quantize
@@ -256,11 +255,10 @@ def plan_run(
     measured = read_calibration()
     utilisation = measured.utilisation or USUAL_MFU
     helps = () if memory.fits(free) else memory_reductions(model, free, **setup)
-    count = count_parameters(model).total
-    adapters = None if config.adapter is None else count_adapter_parameters(model, config.adapter)
+    count, adapter = count_parameters(model).total, config.adapter
     return RunPlan(
         parameters=count,
-        trained_parameters=count if adapters is None else adapters,
+        trained_parameters=count if adapter is None else count_adapter_parameters(model, adapter),
         dtype=str(dtype).removeprefix("torch."),
         steps=total_steps,
         tokens=tokens,

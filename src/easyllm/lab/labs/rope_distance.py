@@ -43,8 +43,20 @@ def run(parameters: Parameters) -> Result:
     # two equal vectors: the score is a sum of cosines, largest at distance 0
     same = rotated(torch.ones(width, dtype=torch.float64))
     by_distance = (same @ same[0]) / width
-    far = float(by_distance[longest // 2 : longest].mean())
     points = [(float(d), float(by_distance[d])) for d in range(longest)]
+    return _result(parameters, spread=spread, norm_change=norm_change, points=points)
+
+
+def _result(
+    parameters: Parameters,
+    *,
+    spread: float,
+    norm_change: float,
+    points: list[tuple[float, float]],
+) -> Result:
+    """Returns numbers, figure and claim."""
+    half = points[len(points) // 2 :]
+    far = sum(score for _, score in half) / len(half)
     return Result(
         numbers=[
             Number(

@@ -132,7 +132,7 @@ class Replica:
             task.cancel()
 
     def _begin(self) -> None:
-        """Starts what runs beside the requests; not before there is an event loop."""
+        """Starts what runs along with the requests; not before there is an event loop."""
         if not self._tasks:
             self._tasks.append(asyncio.create_task(self._report_numbers()))
 
